@@ -1,0 +1,153 @@
+"""Reductions: from the scores of the selected tokens to one number.
+
+The same code runs in the server and can be run by a user on per-token scores; ``docs/scores.md`` gives the formulas.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from enum import Enum
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class ReductionKind(str, Enum):
+    """Name of a reduction; the value is what a user writes."""
+
+    MEAN = "mean"
+    MAX = "max"
+    MIN = "min"
+    SUM = "sum"
+    LAST = "last"
+    TOPK_MEAN = "topk_mean"
+    EMA_MAX = "ema_max"
+    WINDOW_MAX_MEAN = "window_max_mean"
+    SOFTMAX_MEAN = "softmax_mean"
+    FRACTION_ABOVE = "fraction_above"
+
+
+_PARAMETERS: dict[ReductionKind, str] = {
+    ReductionKind.TOPK_MEAN: "k",
+    ReductionKind.EMA_MAX: "alpha",
+    ReductionKind.WINDOW_MAX_MEAN: "w",
+    ReductionKind.SOFTMAX_MEAN: "temperature",
+    ReductionKind.FRACTION_ABOVE: "threshold",
+}
+_WRITTEN = re.compile(r"\s*(?P<kind>[a-z_]+)\s*(?:\(\s*(?:(?P<name>[a-z]+)\s*=)?\s*(?P<parameter>[^()=]+?)\s*\))?\s*")
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """A reduction and its parameter, e.g. ``Reduction(ReductionKind.TOPK_MEAN, 8)`` or ``Reduction.parse("topk_mean(8)")``.
+
+    Raises:
+        ValueError: a parameter that the kind needs is missing, one that it does not take is given, or it is out of range.
+    """
+
+    kind: ReductionKind
+    parameter: float | None = None
+
+    def __post_init__(self) -> None:
+        name = _PARAMETERS.get(self.kind)
+        if name is None:
+            if self.parameter is not None:
+                raise ValueError(f"reduction {self.kind.value!r} takes no parameter, got {self.parameter}")
+            return
+        if self.parameter is None:
+            raise ValueError(f"reduction {self.kind.value!r} needs its parameter: write {self.kind.value}({name})")
+        if not math.isfinite(self.parameter):
+            raise ValueError(f"{name} of {self.kind.value} must be finite, got {self.parameter}")
+        if name in ("k", "w") and not (self.parameter >= 1 and float(self.parameter).is_integer()):
+            raise ValueError(f"{name} of {self.kind.value} must be an integer of at least 1, got {self.parameter:g}")
+        if name == "alpha" and not 0 < self.parameter <= 1:
+            raise ValueError(f"alpha of {self.kind.value} must be in (0, 1], got {self.parameter:g}")
+        if name == "temperature" and not self.parameter > 0:
+            raise ValueError(f"temperature of {self.kind.value} must be above 0, got {self.parameter:g}")
+
+    @classmethod
+    def parse(cls, written: str | Reduction) -> Reduction:
+        """Reads ``"mean"``, ``"topk_mean(8)"`` or ``"ema_max(alpha=0.2)"``.
+
+        Raises:
+            ValueError: it is none of the reductions, or its parameter is wrong.
+        """
+        if isinstance(written, Reduction):
+            return written
+        match = _WRITTEN.fullmatch(written)
+        kinds = {kind.value: kind for kind in ReductionKind}
+        if match is None or match["kind"] not in kinds:
+            raise ValueError(f"unknown reduction {written!r}; one of {', '.join(kinds)}")
+        kind = kinds[match["kind"]]
+        name = _PARAMETERS.get(kind)
+        if match["name"] is not None and match["name"] != name:
+            raise ValueError(f"reduction {kind.value!r} has no parameter {match['name']!r}")
+        if match["parameter"] is None:
+            return cls(kind)
+        try:
+            parameter = float(match["parameter"])
+        except ValueError:
+            raise ValueError(f"the parameter of reduction {written!r} is not a number") from None
+        return cls(kind, parameter)
+
+    def __str__(self) -> str:
+        if self.parameter is None:
+            return self.kind.value
+        # repr keeps every digit, so that what is written reads back as the same reduction
+        return f"{self.kind.value}({repr(float(self.parameter)).removesuffix('.0')})"
+
+
+def reduce_scores(scores: NDArray[np.float32], reduction: Reduction) -> NDArray[np.float32]:
+    """Reduces the scores of the selected tokens, label by label.
+
+    Args:
+        scores: ``(T, L)``, the selected tokens in their order.
+        reduction: what to compute.
+
+    Returns:
+        ``(L,)`` float32; NaN for every label when ``T == 0``: an empty selection is absent, never 0.
+    """
+    count = scores.shape[0]
+    if count == 0:
+        return np.full(scores.shape[1], np.nan, np.float32)
+    # float64 inside, so that the sum over a long rollout does not depend on the order of summation
+    x = scores.astype(np.float64)
+    parameter = reduction.parameter if reduction.parameter is not None else math.nan
+    match reduction.kind:
+        case ReductionKind.MEAN:
+            reduced = x.mean(axis=0)
+        case ReductionKind.MAX:
+            reduced = x.max(axis=0)
+        case ReductionKind.MIN:
+            reduced = x.min(axis=0)
+        case ReductionKind.SUM:
+            reduced = x.sum(axis=0)
+        case ReductionKind.LAST:
+            reduced = x[-1]
+        case ReductionKind.TOPK_MEAN:
+            k = min(int(parameter), count)
+            reduced = np.partition(x, count - k, axis=0)[count - k :].mean(axis=0)
+        case ReductionKind.EMA_MAX:
+            reduced = _ema(x, parameter).max(axis=0)
+        case ReductionKind.WINDOW_MAX_MEAN:
+            w = min(int(parameter), count)
+            windows = np.lib.stride_tricks.sliding_window_view(x, w, axis=0)
+            reduced = windows.mean(axis=-1).max(axis=0)
+        case ReductionKind.SOFTMAX_MEAN:
+            # shifted before the division, so that a tiny temperature cannot overflow
+            weights = np.exp((x - x.max(axis=0)) / parameter)
+            reduced = (weights * x).sum(axis=0) / weights.sum(axis=0)
+        case ReductionKind.FRACTION_ABOVE:
+            reduced = (x > parameter).mean(axis=0)
+    return reduced.astype(np.float32)
+
+
+def _ema(x: NDArray[np.float64], alpha: float) -> NDArray[np.float64]:
+    """Exponential moving average started at the first value; ``(T, L)`` in and out."""
+    average = np.empty_like(x)
+    average[0] = x[0]
+    for i in range(1, len(x)):
+        average[i] = alpha * x[i] + (1 - alpha) * average[i - 1]
+    return average

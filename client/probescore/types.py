@@ -1,0 +1,353 @@
+"""Value types: what is scored, and what comes back.
+
+Everything here is frozen, holds numpy arrays rather than lists, and is shared by the client, the in-process ``Engine`` and the server.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, Union
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from probescore.reductions import Reduction
+
+
+class Scope(str, Enum):
+    """Which tokens are scored."""
+
+    COMPLETION = "completion"
+    PROMPT = "prompt"
+    ALL = "all"
+
+
+class CompletionStatus(str, Enum):
+    """Whether a completion could be scored."""
+
+    OK = "ok"
+    NON_FINITE = "non_finite"
+
+
+class ScoreUnit(str, Enum):
+    """What a probe's numbers are."""
+
+    LOGIT = "logit"
+    PROBABILITY = "probability"
+    VALUE = "value"
+
+
+class OutputPer(str, Enum):
+    """What a probe scores: each token, or the rollout as a whole."""
+
+    TOKEN = "token"
+    ROLLOUT = "rollout"
+
+
+# ---------------------------------------------------------------------------------------------------------------- what is scored
+
+
+@dataclass(frozen=True)
+class Text:
+    """Text for the server to tokenise; the answer is flagged ``inexact_ids``.
+
+    ``add_special_tokens`` is refused where it would double a BOS that the text starts with.
+    """
+
+    text: str
+    add_special_tokens: bool = False
+
+
+@dataclass(frozen=True)
+class ChatMessage:
+    """One message of a conversation; ``role`` is what the model's chat template calls it."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A conversation up to, and without, the completion; the server renders it with the model's chat template."""
+
+    messages: tuple[ChatMessage, ...]
+
+    @classmethod
+    def of(cls, messages: Sequence[Mapping[str, str]]) -> Chat:
+        """From the usual list of ``{"role": …, "content": …}``."""
+        return cls(tuple(ChatMessage(message["role"], message["content"]) for message in messages))
+
+
+@dataclass(frozen=True)
+class Span:
+    """A named half-open range ``[start, end)`` of tokens, relative to its completion, scored apart."""
+
+    name: str
+    start: int
+    end: int
+
+
+TokenIds = Union[NDArray[np.integer[Any]], Sequence[int]]
+"""Token ids, ``(T,)``, taken verbatim."""
+
+
+@dataclass(frozen=True, eq=False)
+class Completion:
+    """Tokens whose scores are wanted, given their prompt.
+
+    Attributes:
+        tokens: ids ``(T,)``, taken verbatim, EOS included; or a ``str`` that the server tokenises without special tokens.
+        mask: ``(T,)`` of 0 and 1, which tokens count in reductions; ``None`` = all.
+        spans: parts to score apart, under the mask.
+        follow_ups: continuations, each read as a fork of this completion; they may nest.
+        id: echoed.
+    """
+
+    tokens: TokenIds | str
+    mask: ArrayLike | None = None
+    spans: tuple[Span, ...] = ()
+    follow_ups: tuple[Completion, ...] = ()
+    id: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class RolloutGroup:
+    """One prompt and its completions; the prompt is computed once for all of them.
+
+    Attributes:
+        prompt: ids ``(P,)``, taken verbatim (no BOS is added), a ``str``, a ``Text`` or a ``Chat``.
+        completions: each a ``Completion``, or just its tokens.
+    """
+
+    prompt: TokenIds | str | Text | Chat
+    completions: Sequence[Completion | TokenIds | str]
+
+
+# --------------------------------------------------------------------------------------------------------------- what comes back
+
+
+@dataclass(frozen=True)
+class ScoredProbe:
+    """A probe as it was applied. ``reductions`` is empty for a probe that pools by itself."""
+
+    name: str
+    version: str
+    graph_sha256: str
+    manifest_sha256: str
+    unit: ScoreUnit
+    output_per: OutputPer
+    labels: tuple[str, ...]
+    reductions: tuple[Reduction, ...]
+    accepted_mismatches: tuple[str, ...] = ()
+    reading: str = "frozen"
+
+
+@dataclass(frozen=True, eq=False)
+class ProbeScores:
+    """What one probe says of one completion.
+
+    Attributes:
+        reduced: ``(1 + spans, reductions, labels)`` float32 in the probe's unit. Row 0 is the whole scope under the mask, then the spans
+            in the request's order. NaN = absent. A probe that pools by itself has a middle axis of length 1.
+        tokens: ``(tokens in scope, labels)`` float32, entry *i* read at the position whose input is token *i*; ``None`` unless asked for.
+    """
+
+    reduced: NDArray[np.float32]
+    tokens: NDArray[np.float32] | None = None
+
+    @property
+    def value(self) -> float | None:
+        """The whole scope, first reduction, first label; ``None`` if nothing was selected."""
+        return self.at()
+
+    def at(self, span: int = 0, reduction: int = 0, label: int = 0) -> float | None:
+        """One reduced number by its three indices, or ``None`` if that selection was empty."""
+        number = float(self.reduced[span, reduction, label])
+        return None if np.isnan(number) else number
+
+
+@dataclass(frozen=True, eq=False)
+class CompletionScores:
+    """The scores of one completion.
+
+    Attributes:
+        scores: by probe name; empty when ``status`` is not ``OK``.
+        prompt_ids: ``(P,)`` int32, only if asked for (never on a follow-up).
+        completion_ids: ``(T,)`` int32, only if asked for.
+        inexact_ids: some ids came from text, so that they may differ from those the policy sampled.
+        follow_ups: one per follow-up, in the request's order.
+    """
+
+    id: str
+    status: CompletionStatus
+    scores: Mapping[str, ProbeScores]
+    status_message: str = ""
+    prompt_ids: NDArray[np.int32] | None = None
+    completion_ids: NDArray[np.int32] | None = None
+    inexact_ids: bool = False
+    follow_ups: tuple[CompletionScores, ...] = ()
+
+    def __getitem__(self, probe: str) -> ProbeScores:
+        if self.status is not CompletionStatus.OK:
+            raise KeyError(f"no scores: {self.status_message or self.status.value}")
+        if probe not in self.scores:
+            raise KeyError(f"no probe {probe!r} in this answer; it has {', '.join(map(repr, self.scores)) or 'none'}")
+        return self.scores[probe]
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Work done for an answer. The three token counts add up to every prompt (once per completion), completion and follow-up."""
+
+    tokens_computed: int = 0
+    tokens_shared: int = 0
+    tokens_cached: int = 0
+    queue_seconds: float = 0.0
+    compute_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class ScoringInfo:
+    """What produced the scores of an answer, and what it took."""
+
+    model_fingerprint: str
+    tokenizer_fingerprint: str
+    probes: tuple[ScoredProbe, ...]
+    usage: Usage = field(default_factory=Usage)
+
+
+@dataclass(frozen=True, eq=False)
+class GroupScores:
+    """The scores of one group, in the order of its completions."""
+
+    completions: tuple[CompletionScores, ...]
+
+    def __getitem__(self, index: int) -> CompletionScores:
+        return self.completions[index]
+
+    def __iter__(self) -> Iterator[CompletionScores]:
+        return iter(self.completions)
+
+    def __len__(self) -> int:
+        return len(self.completions)
+
+
+@dataclass(frozen=True, eq=False)
+class ScoreResult:
+    """The answer to ``score``."""
+
+    groups: tuple[GroupScores, ...]
+    info: ScoringInfo
+
+    def values(self, probe: str, *, reduction: int = 0, label: int = 0) -> NDArray[np.float32]:
+        """One number per completion, group after group, ``(completions,)`` float32.
+
+        NaN where the selection was empty or the completion could not be scored (see ``CompletionScores.status``): it never reads as 0.
+        """
+        numbers = (
+            scored[probe].at(0, reduction, label) if scored.status is CompletionStatus.OK else None
+            for group in self.groups
+            for scored in group
+        )
+        return np.array([np.nan if number is None else number for number in numbers], np.float32)
+
+
+# ---------------------------------------------------------------------------------------------------------------- what runs there
+
+
+@dataclass(frozen=True)
+class Tap:
+    """Where a probe reads: ``hook`` and the 0-based index of the decoder block (``None`` for ``final_norm``).
+
+    ``str(tap)`` is the name of the graph input that reads it: ``"resid_post.6"``, ``"final_norm"``.
+    """
+
+    hook: str
+    layer: int | None = None
+
+    def __str__(self) -> str:
+        return self.hook if self.layer is None else f"{self.hook}.{self.layer}"
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A threshold and what it was found on; at or above it a rollout counts as flagged. The interval is the 95% one."""
+
+    threshold: float
+    false_positive_rate: float
+    false_positive_rate_low: float
+    false_positive_rate_high: float
+    negatives: int
+    dataset: str
+    reduction: Reduction | None = None
+    label: str = ""
+
+
+@dataclass(frozen=True)
+class ProbeInfo:
+    """A loaded probe. ``manifest_json`` is its whole manifest without the golden vectors."""
+
+    name: str
+    version: str
+    description: str
+    graph_sha256: str
+    manifest_sha256: str
+    taps: tuple[Tap, ...]
+    unit: ScoreUnit
+    output_per: OutputPer
+    labels: tuple[str, ...]
+    default_reduction: Reduction | None
+    calibrations: tuple[Calibration, ...]
+    accepted_mismatches: tuple[str, ...]
+    manifest_json: str
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """The frozen model. ``num_loaded_layers`` are the blocks that some probe needs; ``max_position_embeddings`` is 0 if unknown."""
+
+    id: str
+    revision: str
+    fingerprint: str
+    model_type: str
+    hidden_size: int
+    num_hidden_layers: int
+    num_loaded_layers: int
+    vocab_size: int
+    max_position_embeddings: int
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a request may hold; above any of these it is refused, never cut short."""
+
+    max_message_bytes: int
+    max_request_tokens: int
+    max_rollout_tokens: int
+    max_queue_tokens: int
+    max_batch_tokens: int
+
+
+@dataclass(frozen=True)
+class WorkerInfo:
+    """One worker process of the server."""
+
+    device: str
+    dtype: str
+    execution_path: str
+    ready: bool
+    restarts: int
+
+
+@dataclass(frozen=True)
+class ServerInfo:
+    """What runs at an address."""
+
+    server_version: str
+    model: ModelInfo
+    tokenizer_fingerprint: str
+    limits: Limits
+    workers: tuple[WorkerInfo, ...]
+    probes: tuple[str, ...]

@@ -1,0 +1,1 @@
+"""Generated from proto/probescore/v1 by `make proto`."""

@@ -1,0 +1,1 @@
+"""A frozen model and its probes, served over gRPC."""

@@ -1,0 +1,128 @@
+"""The core's errors.
+
+    CoreError
+    ├── InvalidRequest        a request that no retry can save: names the field, the value and the limit
+    ├── Mismatch              the client expects another model or tokenizer than the one that runs here
+    ├── QueueFull             too many tokens wait already; try again later
+    ├── WorkerUnavailable     no worker can take or finish this now; try again later
+    ├── DeadlineExpired       the caller's deadline passed before the work was done
+    └── StartupError          the server cannot start as configured
+        ├── ModelRefused      the model cannot be loaded, or not served right
+        └── ProbeRefused      a probe file that is not what it says, or not for this model: names file, field, found, expected
+
+``reason`` is stable and travels to clients as ``google.rpc.ErrorInfo.reason``. Messages of everything but ``StartupError`` reach clients, so
+they carry no path and no traceback.
+"""
+
+from __future__ import annotations
+
+
+class CoreError(Exception):
+    """Root of the core's errors."""
+
+    reason = "INTERNAL"
+
+
+class InvalidRequest(CoreError):
+    """A request that no retry can save.
+
+    Args:
+        field: path of the field at fault, as in the proto: ``groups[2].completions[0].mask``.
+        problem: what is wrong with it, with the value and the limit.
+    """
+
+    reason = "INVALID_REQUEST"
+
+    def __init__(self, field: str, problem: str, reason: str = reason) -> None:
+        super().__init__(field, problem, reason)
+        self.field = field
+        self.problem = problem
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.problem}"
+
+
+class Mismatch(CoreError):
+    """The client expects another model or tokenizer than the one that runs here."""
+
+    reason = "MISMATCH"
+
+    def __init__(self, field: str, found: str, expected: str) -> None:
+        super().__init__(field, found, expected)
+        self.field = field
+        self.found = found
+        self.expected = expected
+
+    def __str__(self) -> str:
+        return f"{self.field}: the server runs {self.found}, the request expects {self.expected}"
+
+
+class QueueFull(CoreError):
+    """Too many tokens wait already; a later try may succeed."""
+
+    reason = "QUEUE_FULL"
+
+    def __init__(self, queued_tokens: int, max_queue_tokens: int, retry_seconds: float) -> None:
+        super().__init__(queued_tokens, max_queue_tokens, retry_seconds)
+        self.queued_tokens = queued_tokens
+        self.max_queue_tokens = max_queue_tokens
+        self.retry_seconds = retry_seconds
+
+    def __str__(self) -> str:
+        return f"{self.queued_tokens} tokens are waiting; the limit is {self.max_queue_tokens}"
+
+
+class WorkerUnavailable(CoreError):
+    """No worker can take or finish this now; a later try may succeed."""
+
+    reason = "WORKER_UNAVAILABLE"
+
+    def __init__(self, problem: str, retry_seconds: float) -> None:
+        super().__init__(problem, retry_seconds)
+        self.problem = problem
+        self.retry_seconds = retry_seconds
+
+    def __str__(self) -> str:
+        return self.problem
+
+
+class DeadlineExpired(CoreError):
+    """The caller's deadline passed before the work was done."""
+
+    reason = "DEADLINE_EXPIRED"
+
+
+class StartupError(CoreError):
+    """The server cannot start as configured. Its message is for the operator and may name paths."""
+
+    reason = "STARTUP"
+
+
+class ModelRefused(StartupError):
+    """The model cannot be loaded, or cannot be served right."""
+
+    reason = "MODEL_REFUSED"
+
+
+class ProbeRefused(StartupError):
+    """A probe file that is not what it says it is, or not for this model.
+
+    Args:
+        file: name of the file, as the operator gave it.
+        field: what was checked: a field of the manifest (``model.fingerprint``), or ``file``, ``graph``, ``golden``.
+        found: what is there.
+        expected: what should be.
+    """
+
+    reason = "PROBE_REFUSED"
+
+    def __init__(self, file: str, field: str, found: str, expected: str) -> None:
+        super().__init__(file, field, found, expected)
+        self.file = file
+        self.field = field
+        self.found = found
+        self.expected = expected
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.field}: found {self.found}, expected {self.expected}"

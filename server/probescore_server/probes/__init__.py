@@ -1,0 +1,1 @@
+"""Probe files: manifest, checks, writing, running."""

@@ -1,0 +1,234 @@
+"""The manifest: who a probe is. It travels inside the probe file, as JSON under ``METADATA_KEY`` of the ONNX ``metadata_props``.
+
+``docs/probe-manifest.schema.json`` is generated from these classes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from probescore.reductions import Reduction
+from probescore.types import OutputPer, ScoreUnit, Tap
+
+METADATA_KEY = "probescore.manifest"
+
+Sha256 = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Rate = Annotated[float, Field(ge=0, le=1)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class ModelReference(_Part):
+    """The model that the probe was made for."""
+
+    id: str = Field(min_length=1, max_length=256, description="Name of the model, for people. Not a path.")
+    revision: str = Field("", max_length=128, description="Revision on the hub, for people.")
+    fingerprint: Sha256 = Field(description="What is checked: tensors and the meaningful part of the config.")
+    hidden_size: int = Field(gt=0)
+    num_hidden_layers: int = Field(gt=0, description="Decoder blocks of the whole model.")
+
+
+class TapInput(_Part):
+    """A graph input: activations at a tap, float32, (tokens, hidden_size). Its name is ``hook.layer``, or ``final_norm``."""
+
+    hook: Literal["resid_pre", "resid_post", "attn_out", "mlp_out", "final_norm"]
+    layer: int | None = Field(None, ge=0, description="0-based index of the decoder block; null for final_norm.")
+
+    @model_validator(mode="after")
+    def _layer_fits_hook(self) -> TapInput:
+        if (self.layer is None) != (self.hook == "final_norm"):
+            raise ValueError(f"hook {self.hook} {'takes no layer' if self.hook == 'final_norm' else 'needs a layer'}")
+        return self
+
+    @property
+    def tap(self) -> Tap:
+        return Tap(self.hook, self.layer)
+
+
+class Context(_Part):
+    """What a score depends on beside its own token."""
+
+    kind: Literal["pointwise", "causal", "rollout"] = Field(
+        "pointwise",
+        description="pointwise: its own token only; causal: also earlier tokens; rollout: the graph pools all tokens into one score.",
+    )
+    window: int | None = Field(None, gt=0, description="causal only: how many tokens back, itself included; null = all.")
+    sees_prompt: bool = Field(False, description="causal and rollout: whether the graph is given the prompt's tokens too.")
+
+
+class Output(_Part):
+    """The graph's output ``scores``: float32, (tokens or rollouts, labels)."""
+
+    unit: ScoreUnit = Field(strict=False)
+    per: OutputPer = Field(OutputPer.TOKEN, strict=False)
+    labels: tuple[str, ...] = Field(min_length=1, strict=False)
+
+    @field_validator("labels")
+    @classmethod
+    def _labels_are_unique(cls, labels: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(labels)) != len(labels):
+            raise ValueError("labels must be unique")
+        return labels
+
+
+class FollowUp(_Part):
+    """Tokens that the server appends to every completion for this probe; the probe reads these tokens instead of the completion's."""
+
+    token_ids: tuple[Annotated[int, Field(ge=0)], ...] = Field(min_length=1, strict=False)
+    text: str = Field("", description="The same, for people.")
+
+
+class CalibrationRecord(_Part):
+    """A threshold and what it was found on."""
+
+    threshold: Finite = Field(description="In the unit of reduce_on, after the reduction; at or above it a rollout is flagged.")
+    false_positive_rate: Rate
+    false_positive_rate_low: Rate = Field(description="Lower end of the 95% interval.")
+    false_positive_rate_high: Rate = Field(description="Upper end of the 95% interval.")
+    negatives: int = Field(gt=0, description="How many negative rollouts it was found on.")
+    dataset: str
+    reduction: str | None = Field(None, description="The reduction it holds for; null for a probe that pools by itself.")
+    label: str = ""
+
+    @field_validator("reduction")
+    @classmethod
+    def _reduction_is_known(cls, reduction: str | None) -> str | None:
+        return None if reduction is None else str(Reduction.parse(reduction))
+
+
+class Evaluation(_Part):
+    """A measured quality."""
+
+    metric: str
+    value: Finite
+    low: Finite | None = Field(None, description="Lower end of the 95% interval.")
+    high: Finite | None = Field(None, description="Upper end of the 95% interval.")
+    dataset: str
+    dataset_sha256: Sha256 | None = None
+    positives: int | None = Field(None, ge=0)
+    negatives: int | None = Field(None, ge=0)
+
+
+class Training(_Part):
+    """Where the probe comes from."""
+
+    method: str = ""
+    dataset: str = ""
+    dataset_sha256: Sha256 | None = None
+    notes: str = ""
+
+
+class GoldenCase(_Part):
+    """One rollout and the scores that the author's own code gave, in ``output.unit``."""
+
+    prompt_ids: tuple[Annotated[int, Field(ge=0)], ...] = Field(strict=False)
+    completion_ids: tuple[Annotated[int, Field(ge=0)], ...] = Field(min_length=1, strict=False)
+    scores: tuple[tuple[Finite, ...], ...] = Field(
+        min_length=1, strict=False, description="(completion tokens, labels), or (1, labels) for a probe that pools by itself."
+    )
+
+
+class Tolerance(_Part):
+    """Largest difference allowed by dtype of the model, as a multiple of the golden scores' standard deviation (per label)."""
+
+    float32: float = Field(1e-4, gt=0, le=0.1)
+    bfloat16: float = Field(0.25, gt=0, le=1)
+    float16: float = Field(0.05, gt=0, le=1)
+
+
+class Golden(_Part):
+    """Golden vectors: made without probescore's engine, recomputed by every worker before it serves the probe."""
+
+    cases: tuple[GoldenCase, ...] = Field(min_length=1, strict=False)
+    tolerance: Tolerance = Tolerance()
+
+
+class Manifest(_Part):
+    """Who a probe is."""
+
+    schema_version: Literal[1] = 1
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")
+    version: str = Field(pattern=r"^[0-9A-Za-z][0-9A-Za-z._+-]{0,31}$", description="Immutable: same name and version, same bytes.")
+    description: str = ""
+    author: str = ""
+    license: str = ""
+    model: ModelReference
+    tokenizer_fingerprint: Sha256
+    expects_bos: bool | None = Field(
+        None, description="true: a prompt must start with BOS; false: it must not; null: not checked."
+    )
+    inputs: tuple[TapInput, ...] = Field(min_length=1, strict=False, description="The taps, in the order of the graph's inputs.")
+    cu_seqlens: bool = Field(False, description="The graph takes `cu_seqlens`, int64, (sequences + 1): where each sequence starts.")
+    positions: bool = Field(False, description="The graph takes `positions`, int64, (tokens): each token's position in its rollout.")
+    context: Context = Context()
+    output: Output
+    reduce_on: ScoreUnit = Field(
+        strict=False,
+        description="Unit of everything the server sends for this probe. Where it is `probability` and the graph gives logits, the sigmoid "
+        "is applied to each score before the reduction.",
+    )
+    reduction: str | None = Field(None, description="Default reduction; null for a probe that pools by itself.")
+    exclude_special_tokens: bool = Field(False, description="Leave the tokenizer's special tokens out of reductions and pooling.")
+    follow_up: FollowUp | None = None
+    calibrations: tuple[CalibrationRecord, ...] = Field((), strict=False)
+    evaluations: tuple[Evaluation, ...] = Field((), strict=False)
+    training: Training = Training()
+    golden: Golden
+    graph_sha256: Sha256
+    manifest_sha256: Sha256
+
+    @field_validator("reduction")
+    @classmethod
+    def _reduction_is_known(cls, reduction: str | None) -> str | None:
+        return None if reduction is None else str(Reduction.parse(reduction))
+
+    @model_validator(mode="after")
+    def _parts_fit_together(self) -> Manifest:
+        pools = self.output.per is OutputPer.ROLLOUT
+        if pools != (self.context.kind == "rollout"):
+            raise ValueError("output.per is 'rollout' exactly when context.kind is 'rollout'")
+        if pools == (self.reduction is not None):
+            raise ValueError("reduction: required for a probe that scores tokens, null for one that pools by itself")
+        if self.context.kind == "pointwise" and (self.context.sees_prompt or self.cu_seqlens):
+            raise ValueError("context: a pointwise probe takes no cu_seqlens and does not see the prompt")
+        if self.context.kind != "pointwise" and not self.cu_seqlens:
+            raise ValueError("cu_seqlens: required unless context.kind is 'pointwise'")
+        if self.context.window is not None and self.context.kind != "causal":
+            raise ValueError("context.window: only for causal probes")
+        if self.reduce_on is not self.output.unit and (self.output.unit, self.reduce_on) != (ScoreUnit.LOGIT, ScoreUnit.PROBABILITY):
+            raise ValueError(f"reduce_on: {self.reduce_on.value} cannot be computed from output.unit {self.output.unit.value}")
+        if len({entry.tap for entry in self.inputs}) != len(self.inputs):
+            raise ValueError("inputs: a tap appears twice")
+        for entry in self.inputs:
+            if entry.layer is not None and entry.layer >= self.model.num_hidden_layers:
+                raise ValueError(
+                    f"inputs: layer {entry.layer} of {entry.tap} is not below model.num_hidden_layers {self.model.num_hidden_layers}"
+                )
+        for index, case in enumerate(self.golden.cases):
+            rows = 1 if pools else len(self.follow_up.token_ids if self.follow_up else case.completion_ids)
+            if len(case.scores) != rows or any(len(row) != len(self.output.labels) for row in case.scores):
+                raise ValueError(f"golden.cases[{index}].scores: expected {rows} rows of {len(self.output.labels)} numbers")
+        return self
+
+    @property
+    def key(self) -> str:
+        """``name@version``."""
+        return f"{self.name}@{self.version}"
+
+    @property
+    def taps(self) -> tuple[Tap, ...]:
+        return tuple(entry.tap for entry in self.inputs)
+
+
+def manifest_digest(manifest: Manifest) -> str:
+    """``sha256:…`` over the manifest's canonical JSON without its two digests, so that the graph's digest stands on its own."""
+    content = manifest.model_dump(mode="json", exclude={"graph_sha256", "manifest_sha256"})
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return "sha256:" + hashlib.sha256(canonical.encode()).hexdigest()

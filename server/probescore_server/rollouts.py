@@ -1,0 +1,134 @@
+"""What the scheduler, the worker and the engine pass to one another: checked requests as ids, and what is loaded.
+
+Plain frozen data, free of torch and grpc, so that it can cross from the front process to a worker.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from probescore.reductions import Reduction
+from probescore.types import CompletionScores, ModelInfo, ProbeInfo, Scope, ScoredProbe, Span, Usage
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Continuation:
+    """A completion, or a follow-up to one.
+
+    Attributes:
+        token_ids: ``(T,)`` int32, each in ``[0, vocab_size)``.
+        mask: ``(T,)`` bool, or ``None`` = all True.
+        spans: within ``[0, T]``.
+        follow_ups: forks that continue this one.
+        id: echoed.
+        inexact_ids: the ids, or those before them, came from text.
+    """
+
+    token_ids: NDArray[np.int32]
+    mask: NDArray[np.bool_] | None = None
+    spans: tuple[Span, ...] = ()
+    follow_ups: tuple[Continuation, ...] = ()
+    id: str = ""
+    inexact_ids: bool = False
+
+    @property
+    def tree_tokens(self) -> int:
+        """Tokens of this continuation and of everything that follows it."""
+        return len(self.token_ids) + sum(follow_up.tree_tokens for follow_up in self.follow_ups)
+
+    @property
+    def chain_tokens(self) -> int:
+        """Tokens of this continuation and of its longest chain of follow-ups."""
+        return len(self.token_ids) + max((follow_up.chain_tokens for follow_up in self.follow_ups), default=0)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ScoreOptions:
+    """How the rollouts of one request are scored.
+
+    Attributes:
+        probes: ``name@version`` of loaded probes, without duplicates.
+        reductions: empty = each probe's default.
+        token_scores: those of ``probes`` whose per-token scores are wanted.
+    """
+
+    probes: tuple[str, ...]
+    reductions: tuple[Reduction, ...] = ()
+    token_scores: frozenset[str] = frozenset()
+    scope: Scope = Scope.COMPLETION
+    return_token_ids: bool = False
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rollout:
+    """One prompt with one completion, checked and ready to score.
+
+    Attributes:
+        prompt_ids: ``(P,)`` int32; rollouts of one group hold the same array.
+    """
+
+    prompt_ids: NDArray[np.int32]
+    completion: Continuation
+    options: ScoreOptions
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the prompt, the completion and all its follow-ups: the most that it can cost."""
+        return len(self.prompt_ids) + self.completion.tree_tokens
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RolloutResult:
+    """The scores of one rollout, and the work that it took in its batch."""
+
+    scores: CompletionScores
+    usage: Usage
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """What an engine has loaded: all that the front process must know to check a request.
+
+    Attributes:
+        tokenizer_fingerprint: empty if there is no tokenizer.
+        bos_token_id: ``None`` if the tokenizer has none.
+        probes: sorted by name, then version.
+        expects_bos: by ``name@version``: the first id must be BOS (True), must not be (False), or is not checked (None).
+        max_follow_up_tokens: by ``name@version``: length of the follow-up that the probe itself appends.
+        device, dtype, execution_path: as in ``WorkerInfo``.
+    """
+
+    model: ModelInfo
+    tokenizer_fingerprint: str
+    bos_token_id: int | None
+    probes: tuple[ProbeInfo, ...]
+    device: str
+    dtype: str
+    execution_path: str
+    expects_bos: dict[str, bool | None] = field(default_factory=dict)
+    max_follow_up_tokens: dict[str, int] = field(default_factory=dict)
+
+    def scored_probes(self, options: ScoreOptions) -> tuple[ScoredProbe, ...]:
+        """How the probes of a request are named in its answer, in the request's order."""
+        by_key = {f"{probe.name}@{probe.version}": probe for probe in self.probes}
+        scored = []
+        for key in options.probes:
+            probe = by_key[key]
+            default = () if probe.default_reduction is None else (probe.default_reduction,)
+            scored.append(
+                ScoredProbe(
+                    name=probe.name,
+                    version=probe.version,
+                    graph_sha256=probe.graph_sha256,
+                    manifest_sha256=probe.manifest_sha256,
+                    unit=probe.unit,
+                    output_per=probe.output_per,
+                    labels=probe.labels,
+                    reductions=(options.reductions or default) if default else (),
+                    accepted_mismatches=probe.accepted_mismatches,
+                )
+            )
+        return tuple(scored)

@@ -1,0 +1,1 @@
+"""From scores to what RL needs, one thin module per trainer."""
