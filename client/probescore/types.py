@@ -178,6 +178,8 @@ class CompletionScores:
         completion_ids: ``(T,)`` int32, only if asked for.
         inexact_ids: some ids came from text, so that they may differ from those the policy sampled.
         follow_ups: one per follow-up, in the request's order.
+        prompt_texts: ``P`` pieces of text for people, only if asked for (never on a follow-up).
+        completion_texts: ``T`` pieces of text for people, only if asked for.
     """
 
     id: str
@@ -188,6 +190,8 @@ class CompletionScores:
     completion_ids: NDArray[np.int32] | None = None
     inexact_ids: bool = False
     follow_ups: tuple[CompletionScores, ...] = ()
+    prompt_texts: tuple[str, ...] | None = None
+    completion_texts: tuple[str, ...] | None = None
 
     def __getitem__(self, probe: str) -> ProbeScores:
         if self.status is not CompletionStatus.OK:

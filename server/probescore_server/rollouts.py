@@ -60,6 +60,7 @@ class ScoreOptions:
     token_scores: frozenset[str] = frozenset()
     scope: Scope = Scope.COMPLETION
     return_token_ids: bool = False
+    return_token_texts: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)

