@@ -1,0 +1,125 @@
+"""Scores rollouts with probes on a frozen language model, over gRPC.
+
+``ProbeClient`` and ``AsyncProbeClient`` talk to a server; the rest are the values they take and give, and the errors they raise.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from probescore.errors import (
+    AuthenticationError,
+    DeadlineExceededError,
+    FieldViolation,
+    InvalidRequestError,
+    MessageTooLargeError,
+    MismatchError,
+    OverloadedError,
+    ProbescoreError,
+    ServerError,
+    TransientError,
+    UnavailableError,
+)
+from probescore.fingerprints import tokenizer_fingerprint
+from probescore.reductions import Reduction, ReductionKind, reduce_scores
+from probescore.types import (
+    Calibration,
+    Chat,
+    ChatMessage,
+    Completion,
+    CompletionScores,
+    CompletionStatus,
+    GroupScores,
+    Limits,
+    ModelInfo,
+    OutputPer,
+    ProbeInfo,
+    ProbeScores,
+    RolloutGroup,
+    Scope,
+    ScoredProbe,
+    ScoreResult,
+    ScoreUnit,
+    ScoringInfo,
+    ServerInfo,
+    Span,
+    StreamedCompletion,
+    Tap,
+    Text,
+    Usage,
+    WorkerInfo,
+)
+
+if TYPE_CHECKING:
+    from probescore._aio import AsyncProbeClient
+    from probescore._options import ScoreOptions
+    from probescore._streaming import StreamWindow
+    from probescore._sync import ProbeClient
+
+# What needs gRPC is imported when it is first used: the server's workers and the adapters use the values without it.
+_LAZY = {
+    "AsyncProbeClient": "probescore._aio",
+    "ProbeClient": "probescore._sync",
+    "ScoreOptions": "probescore._options",
+    "StreamWindow": "probescore._streaming",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+__all__ = [
+    "AsyncProbeClient",
+    "AuthenticationError",
+    "Calibration",
+    "Chat",
+    "ChatMessage",
+    "Completion",
+    "CompletionScores",
+    "CompletionStatus",
+    "DeadlineExceededError",
+    "FieldViolation",
+    "GroupScores",
+    "InvalidRequestError",
+    "Limits",
+    "MessageTooLargeError",
+    "MismatchError",
+    "ModelInfo",
+    "OutputPer",
+    "OverloadedError",
+    "ProbeClient",
+    "ProbeInfo",
+    "ProbeScores",
+    "ProbescoreError",
+    "Reduction",
+    "ReductionKind",
+    "RolloutGroup",
+    "Scope",
+    "ScoreOptions",
+    "ScoreResult",
+    "ScoreUnit",
+    "ScoredProbe",
+    "ScoringInfo",
+    "ServerError",
+    "ServerInfo",
+    "Span",
+    "StreamWindow",
+    "StreamedCompletion",
+    "Tap",
+    "Text",
+    "TransientError",
+    "UnavailableError",
+    "Usage",
+    "WorkerInfo",
+    "reduce_scores",
+    "tokenizer_fingerprint",
+]

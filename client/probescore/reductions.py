@@ -141,7 +141,7 @@ def reduce_scores(scores: NDArray[np.float32], reduction: Reduction) -> NDArray[
             reduced = (weights * x).sum(axis=0) / weights.sum(axis=0)
         case ReductionKind.FRACTION_ABOVE:
             reduced = (x > parameter).mean(axis=0)
-    return reduced.astype(np.float32)
+    return np.asarray(reduced, np.float32)
 
 
 def _ema(x: NDArray[np.float64], alpha: float) -> NDArray[np.float64]:

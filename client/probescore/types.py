@@ -173,7 +173,7 @@ class CompletionScores:
     """The scores of one completion.
 
     Attributes:
-        scores: by probe name; empty when ``status`` is not ``OK``.
+        scores: by probe, under the keys of ``score_keys``: its name; empty when ``status`` is not ``OK``.
         prompt_ids: ``(P,)`` int32, only if asked for (never on a follow-up).
         completion_ids: ``(T,)`` int32, only if asked for.
         inexact_ids: some ids came from text, so that they may differ from those the policy sampled.
@@ -256,6 +256,28 @@ class ScoreResult:
             for scored in group
         )
         return np.array([np.nan if number is None else number for number in numbers], np.float32)
+
+
+@dataclass(frozen=True, eq=False)
+class StreamedCompletion:
+    """One answer of ``score_stream``: the scores of completion ``completion_index`` of the group that came ``group_index``-th.
+
+    ``info.usage`` is that of all completions that finished in the same message.
+    """
+
+    group_index: int
+    completion_index: int
+    scores: CompletionScores
+    info: ScoringInfo
+
+
+def score_keys(probes: Sequence[ScoredProbe]) -> tuple[str, ...]:
+    """Names the entries of ``CompletionScores.scores``, in the order of ``probes``.
+
+    A probe's key is its name, or ``name@version`` where several versions of one name were applied.
+    """
+    names = [probe.name for probe in probes]
+    return tuple(probe.name if names.count(probe.name) == 1 else f"{probe.name}@{probe.version}" for probe in probes)
 
 
 # ---------------------------------------------------------------------------------------------------------------- what runs there

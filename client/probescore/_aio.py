@@ -1,0 +1,246 @@
+"""``AsyncProbeClient``: for event loops, one or several."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import weakref
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, TypeVar, Union, cast
+
+import grpc
+import grpc.aio
+
+from probescore._client import (
+    DEFAULT_TIMEOUT_SECONDS,
+    BaseClient,
+    Settings,
+    checked_timeout,
+    read,
+    score_request,
+    score_result,
+    stream_template,
+)
+from probescore._messages import probes_from_proto, server_info_from_proto
+from probescore._options import ScoreOptions
+from probescore._retries import Attempts
+from probescore._status import FailedCall, error_from_call
+from probescore._streaming import Chunk, StreamWindow, async_chunks
+from probescore.errors import ProbescoreError, UnavailableError
+from probescore.types import ProbeInfo, RolloutGroup, ScoreResult, ServerInfo, StreamedCompletion
+from probescore.v1 import probes_pb2, scoring_pb2, scoring_pb2_grpc
+
+if TYPE_CHECKING:
+    from typing_extensions import Self, Unpack
+
+    from probescore.v1.scoring_pb2_grpc import ScoringServiceAsyncStub
+
+Request = TypeVar("Request")
+Response = TypeVar("Response")
+
+
+_clients: weakref.WeakSet[AsyncProbeClient] = weakref.WeakSet()
+_forked_while_open = False
+
+
+def _before_fork() -> None:
+    # gRPC's polling thread ends with the last channel; a fork that catches it at work leaves gRPC unusable in the child
+    for client in list(_clients):
+        client._forget_closed_loops()
+
+
+def _after_fork_in_child() -> None:
+    global _forked_while_open
+    _forked_while_open = _forked_while_open or any(client._channels for client in _clients)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before_fork, after_in_child=_after_fork_in_child)
+
+
+class AsyncProbeClient(BaseClient):
+    """Scores rollouts over gRPC, from an event loop.
+
+    ::
+
+        async with AsyncProbeClient("localhost:50051") as client:
+            result = await client.score([RolloutGroup(prompt_ids, [completion_ids])])
+            print(result.values("cheating"))
+
+    The client may be made outside a loop and used in several, one after the other or in different threads. It can be pickled, and used
+    after a fork, except one that happens while a loop with an open client is alive: gRPC does not survive that, and calls in the child
+    raise ``RuntimeError``. The arguments are those of ``ProbeClient``.
+
+    Every method raises ``ProbescoreError``; ``probescore.errors`` has the tree.
+    """
+
+    def _begin(self, settings: Settings) -> None:
+        super()._begin(settings)
+        _clients.add(self)
+        self._channels: dict[asyncio.AbstractEventLoop, tuple[grpc.aio.Channel, ScoringServiceAsyncStub]] = {}
+
+    async def score(self, groups: Sequence[RolloutGroup], *, timeout: float | None = None, **options: Unpack[ScoreOptions]) -> ScoreResult:
+        """Scores every completion of every group in one call. ``ScoreOptions`` says what the options are."""
+        request = score_request(groups, options)
+        return score_result(await self._call(lambda stub: stub.Score, request, self._attempts(timeout)), request)
+
+    def score_stream(
+        self,
+        groups: Iterable[RolloutGroup] | AsyncIterable[RolloutGroup],
+        *,
+        timeout: float | None = None,
+        window: StreamWindow | None = None,
+        **options: Unpack[ScoreOptions],
+    ) -> AsyncIterator[StreamedCompletion]:
+        """Scores any number of groups, several calls at a time, and yields each completion once, as it finishes, in any order.
+
+        After a lost connection only what is still missing is asked for again.
+
+        Args:
+            groups: may be endless, and asynchronous; read no further ahead than ``window`` says.
+            timeout: seconds for each of the calls.
+            window: how much is under way at a time.
+            options: see ``ScoreOptions``.
+        """
+        self._check_open()
+        window = window or StreamWindow()
+        return _Stream(self, stream_template(options), timeout, window).completions(groups)
+
+    async def get_server_info(self, *, timeout: float | None = None) -> ServerInfo:
+        """Says what runs at the address."""
+        return await self._server_info(self._attempts(timeout))
+
+    async def list_probes(self, *, timeout: float | None = None) -> tuple[ProbeInfo, ...]:
+        """Lists the loaded probes, sorted by name and version."""
+        answer = await self._call(lambda stub: stub.ListProbes, probes_pb2.ListProbesRequest(), self._attempts(timeout))
+        return read(probes_from_proto, answer)
+
+    async def wait_until_ready(self, timeout: float = DEFAULT_TIMEOUT_SECONDS) -> ServerInfo:
+        """Waits until the server is ready to score, and says what runs there.
+
+        Raises:
+            TransientError, DeadlineExceededError: it was not within ``timeout`` seconds.
+        """
+        return await self._server_info(Attempts(checked_timeout(timeout), restart_budget=timeout))
+
+    async def close(self) -> None:
+        """Ends this loop's connection. The client cannot be used afterwards."""
+        self._closed = True
+        opened = self._channels.pop(asyncio.get_running_loop(), None)
+        if opened is not None:
+            await opened[0].close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        await self.close()
+
+    async def _stub(self) -> ScoringServiceAsyncStub:
+        self._check_open()
+        if _forked_while_open:
+            raise RuntimeError(
+                "this process was forked while an AsyncProbeClient was open in a living event loop, which gRPC does not survive: "
+                "start the process by spawn, or use ProbeClient"
+            )
+        loop = asyncio.get_running_loop()
+        if loop not in self._channels:
+            target = await asyncio.to_thread(self._target)  # may look host names up
+            if loop not in self._channels:
+                self._forget_closed_loops()
+                self._channels[loop] = self._open(target)
+        return self._channels[loop][1]
+
+    def _open(self, target: str) -> tuple[grpc.aio.Channel, ScoringServiceAsyncStub]:
+        options, credentials = self._channel_options(), self._settings.credentials
+        channel = grpc.aio.secure_channel(target, credentials, options) if credentials else grpc.aio.insecure_channel(target, options)
+        return channel, cast("ScoringServiceAsyncStub", scoring_pb2_grpc.ScoringServiceStub(channel))
+
+    def _forget_closed_loops(self) -> None:
+        """Lets go of the channels of loops that are over, as ``asyncio.run`` for each batch leaves behind."""
+        for loop in list(self._channels):
+            if loop.is_closed():
+                self._channels.pop(loop, None)
+
+    async def _call(
+        self,
+        method: Callable[[ScoringServiceAsyncStub], grpc.aio.UnaryUnaryMultiCallable[Request, Response]],
+        request: Request,
+        attempts: Attempts,
+    ) -> Response:
+        while True:
+            error: ProbescoreError
+            try:
+                return await method(await self._stub())(request, timeout=attempts.seconds_left(), metadata=self._settings.metadata)
+            except grpc.aio.AioRpcError as failed:
+                error = error_from_call(cast("FailedCall", failed))
+            except UnavailableError as unresolved:
+                error = unresolved
+            await asyncio.sleep(attempts.pause(error))
+
+    async def _server_info(self, attempts: Attempts) -> ServerInfo:
+        answer = await self._call(lambda stub: stub.GetServerInfo, scoring_pb2.GetServerInfoRequest(), attempts)
+        return read(server_info_from_proto, answer)
+
+
+Arrival = Union[list[StreamedCompletion], Chunk, Exception]
+"""What the call for a chunk hands over: some answers, the chunk itself when it is done, or why it failed."""
+
+
+class _Stream:
+    """One ``score_stream``: a task for each call, so that its deadline does not depend on how fast the answers are read."""
+
+    def __init__(self, client: AsyncProbeClient, template: scoring_pb2.ScoreRequest, timeout: float | None, window: StreamWindow) -> None:
+        self._client = client
+        self._template = template
+        self._timeout = timeout
+        self._window = window
+
+    async def completions(self, groups: Iterable[RolloutGroup] | AsyncIterable[RolloutGroup]) -> AsyncIterator[StreamedCompletion]:
+        to_send = async_chunks(groups, self._window)
+        arrivals: asyncio.Queue[Arrival] = asyncio.Queue()
+        tasks: dict[Chunk, asyncio.Task[None]] = {}
+        try:
+            while True:
+                while len(tasks) < self._window.calls_in_flight and (chunk := await anext(to_send, None)) is not None:
+                    tasks[chunk] = asyncio.create_task(self._run(chunk, arrivals))
+                if not tasks:
+                    return
+                arrival = await arrivals.get()
+                if isinstance(arrival, Chunk):
+                    del tasks[arrival]
+                elif isinstance(arrival, Exception):
+                    raise arrival
+                else:
+                    for completion in arrival:
+                        yield completion
+        finally:
+            for task in tasks.values():
+                task.cancel()
+            await asyncio.gather(*tasks.values(), return_exceptions=True)
+
+    async def _run(self, chunk: Chunk, arrivals: asyncio.Queue[Arrival]) -> None:
+        try:
+            attempts = self._client._attempts(self._timeout)
+            while chunk.missing:
+                error = await self._attempt(chunk, attempts, arrivals)
+                if error is not None and chunk.missing:
+                    await asyncio.sleep(attempts.pause(error))
+            arrivals.put_nowait(chunk)
+        except Exception as failed:  # whatever it is, the reader must hear of it instead of waiting
+            arrivals.put_nowait(failed)
+
+    async def _attempt(self, chunk: Chunk, attempts: Attempts, arrivals: asyncio.Queue[Arrival]) -> ProbescoreError | None:
+        try:
+            stub, request = await self._client._stub(), chunk.request(self._template)
+            call = stub.ScoreStream(request, timeout=attempts.seconds_left(), metadata=self._client._settings.metadata)
+            async for message in call:
+                arrivals.put_nowait(chunk.accept(message))
+                attempts.progressed()
+            chunk.check_complete()
+        except grpc.aio.AioRpcError as failed:
+            return chunk.relocated(error_from_call(cast("FailedCall", failed)))
+        except UnavailableError as unresolved:
+            return unresolved
+        return None

@@ -1,0 +1,119 @@
+"""How a channel is made: addresses, options that the server's match, retries and balancing by service config."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from probescore.v1 import scoring_pb2
+
+MAX_RECEIVE_BYTES = 64 * 1024 * 1024
+"""Largest answer that the client takes."""
+KEEPALIVE_SECONDS = 60
+"""How often the client pings a server that has said nothing while a call is open."""
+KEEPALIVE_TIMEOUT_SECONDS = 20
+"""After how long without an answer to a ping the connection counts as lost."""
+MIN_PING_SECONDS = 30
+"""The least time between pings that a server must allow, or it would end the connection of a client that waits."""
+DEFAULT_ADDRESS = "localhost:50051"
+
+_SERVICE = scoring_pb2.DESCRIPTOR.services_by_name["ScoringService"].full_name
+_RECONNECT_SECONDS = (0.2, 3.0)
+_HOST_PORT = re.compile(r"(?:\[(?P<ipv6>[0-9A-Fa-f:.%]+)\]|(?P<host>[^\s:/\[\],]+)):(?P<port>\d{1,5})")
+_SCHEMES = ("dns:", "unix:", "unix-abstract:", "ipv4:", "ipv6:", "xds:")
+
+SERVICE_CONFIG = {
+    "loadBalancingConfig": [{"round_robin": {}}],
+    "methodConfig": [
+        {
+            "name": [{"service": _SERVICE}],
+            # for a lost connection; waiting out a restart is the client's own loop
+            "retryPolicy": {
+                "maxAttempts": 3,
+                "initialBackoff": "0.1s",
+                "maxBackoff": "1s",
+                "backoffMultiplier": 2,
+                "retryableStatusCodes": ["UNAVAILABLE"],
+            },
+        }
+    ],
+}
+
+
+def channel_options(*, retries: bool) -> list[tuple[str, str | int]]:
+    """Options of every channel, with gRPC's own retries or without. What they ask of a server: see ``MIN_PING_SECONDS``."""
+    first, longest = _RECONNECT_SECONDS
+    return [
+        ("grpc.service_config", json.dumps(SERVICE_CONFIG)),
+        ("grpc.enable_retries", int(retries)),
+        ("grpc.max_receive_message_length", MAX_RECEIVE_BYTES),
+        ("grpc.keepalive_time_ms", KEEPALIVE_SECONDS * 1000),
+        ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_SECONDS * 1000),
+        ("grpc.http2.max_pings_without_data", 0),
+        # gRPC's own two minutes would outlast the restart that the client waits for
+        ("grpc.initial_reconnect_backoff_ms", int(first * 1000)),
+        ("grpc.max_reconnect_backoff_ms", int(longest * 1000)),
+    ]
+
+
+@dataclass(frozen=True)
+class Addresses:
+    """Where servers are.
+
+    One address is ``"host:port"``, ``"dns:///host:port"`` (round robin over all that the name resolves to) or ``"unix:/path"``; several
+    are ``["host:port", …]``, taken in turn.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+
+    written: tuple[str, ...]
+
+    @classmethod
+    def of(cls, addresses: str | Sequence[str]) -> Addresses:
+        """From what a user gives."""
+        return cls((addresses,) if isinstance(addresses, str) else tuple(addresses))
+
+    def __post_init__(self) -> None:
+        if not self.written:
+            raise ValueError("no address: give 'host:port', 'dns:///host:port', 'unix:/path' or a list of 'host:port'")
+        for address in self.written:
+            if len(self.written) == 1 and address.startswith(_SCHEMES):
+                continue
+            match = _HOST_PORT.fullmatch(address)
+            if match is None:
+                alternatives = "" if len(self.written) > 1 else ", 'dns:///host:port' or 'unix:/path'"
+                raise ValueError(f"address {address!r} is not 'host:port'{alternatives}")
+            if not 0 < int(match["port"]) < 65536:
+                raise ValueError(f"address {address!r}: port {match['port']} is not between 1 and 65535")
+
+    def target(self) -> str:
+        """The gRPC target. Host names in a list are looked up here.
+
+        Raises:
+            OSError: a host name in a list has no address.
+            ValueError: the hosts of a list have neither IPv4 nor IPv6 in common.
+        """
+        if len(self.written) == 1:
+            address = self.written[0]
+            return address if address.startswith(_SCHEMES) else f"dns:///{address}"
+        found: list[dict[socket.AddressFamily, str]] = []
+        for address in self.written:
+            host, _, port = address.rpartition(":")
+            # the first of each family; reversed, since later entries replace earlier ones
+            resolved = reversed(socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM))
+            found.append({family: str(endpoint[0]) for family, _, _, _, endpoint in resolved})
+        ports = [address.rpartition(":")[2] for address in self.written]
+        if all(socket.AF_INET in families for families in found):
+            return "ipv4:" + ",".join(f"{families[socket.AF_INET]}:{port}" for families, port in zip(found, ports, strict=True))
+        if all(socket.AF_INET6 in families for families in found):
+            return "ipv6:" + ",".join(f"[{families[socket.AF_INET6]}]:{port}" for families, port in zip(found, ports, strict=True))
+        raise ValueError(f"addresses {', '.join(self.written)} have neither IPv4 nor IPv6 in common")
+
+    @property
+    def authority(self) -> str | None:
+        """The name that a certificate must bear, where the target no longer says it: the first host of a list."""
+        return self.written[0] if len(self.written) > 1 else None

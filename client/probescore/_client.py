@@ -1,0 +1,134 @@
+"""What the two clients share: settings, requests to be sent and answers to be read. Nothing here waits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import grpc
+
+from probescore._channel import DEFAULT_ADDRESS, Addresses, channel_options
+from probescore._messages import MessageError, options_to_proto, request_to_proto, result_from_proto
+from probescore._options import ScoreOptions, request_options
+from probescore._retries import Attempts
+from probescore._status import invalid_request, malformed_answer
+from probescore.errors import UnavailableError
+from probescore.types import RolloutGroup, ScoreResult
+from probescore.v1 import scoring_pb2
+
+DEFAULT_TIMEOUT_SECONDS = 300.0
+DEFAULT_RESTART_BUDGET_SECONDS = 120.0
+JOB_KEY = "x-probescore-job"
+
+Response = TypeVar("Response")
+Answer = TypeVar("Answer")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a client was made with: all that it takes along when it is pickled."""
+
+    addresses: Addresses
+    timeout: float
+    restart_budget: float
+    metadata: tuple[tuple[str, str], ...]
+    credentials: grpc.ChannelCredentials | None = None
+
+
+class BaseClient:
+    """What the two clients have in common.
+
+    Channels are made when they are first needed and belong to a process (and a loop): a client can be made anywhere, pickled, and used
+    after a fork.
+    """
+
+    def __init__(
+        self,
+        address: str | Sequence[str] = DEFAULT_ADDRESS,
+        *,
+        timeout: float = DEFAULT_TIMEOUT_SECONDS,
+        restart_budget: float = DEFAULT_RESTART_BUDGET_SECONDS,
+        job: str = "",
+        metadata: Mapping[str, str] | None = None,
+        credentials: grpc.ChannelCredentials | None = None,
+    ) -> None:
+        if not 0 <= restart_budget < math.inf:
+            raise ValueError(f"restart_budget must be a number of seconds, got {restart_budget}")
+        pairs = tuple((metadata or {}).items()) + (((JOB_KEY, job),) if job else ())
+        self._begin(Settings(Addresses.of(address), checked_timeout(timeout), restart_budget, pairs, credentials))
+
+    def _begin(self, settings: Settings) -> None:
+        self._settings = settings
+        self._closed = False
+
+    def __getstate__(self) -> Settings:
+        if self._settings.credentials is not None:
+            raise TypeError("a client with credentials cannot be pickled: make it in the process that uses it")
+        return self._settings
+
+    def __setstate__(self, settings: Settings) -> None:
+        self._begin(settings)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(self._settings.addresses.written)})"
+
+    def _attempts(self, timeout: float | None) -> Attempts:
+        seconds = self._settings.timeout if timeout is None else checked_timeout(timeout)
+        return Attempts(seconds, self._settings.restart_budget)
+
+    def _target(self) -> str:
+        """Raises UnavailableError for a name that cannot be looked up now, since it may be there after a restart."""
+        try:
+            return self._settings.addresses.target()
+        except OSError as error:
+            addresses = ", ".join(self._settings.addresses.written)
+            raise UnavailableError(f"no such host among {addresses}: {error.strerror}", "UNAVAILABLE") from None
+
+    def _channel_options(self) -> list[tuple[str, str | int]]:
+        authority = self._settings.addresses.authority
+        return channel_options(retries=self._settings.restart_budget > 0) + ([("grpc.default_authority", authority)] if authority else [])
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RuntimeError("the client is closed")
+
+
+def checked_timeout(timeout: float) -> float:
+    """Refuses what would leave a call without a deadline."""
+    if not 0 < timeout < math.inf:
+        raise ValueError(f"timeout must be a number of seconds above 0, got {timeout}: every call has a deadline")
+    return timeout
+
+
+def score_request(groups: Sequence[RolloutGroup], options: ScoreOptions) -> scoring_pb2.ScoreRequest:
+    """The request of ``score``; raises InvalidRequestError."""
+    try:
+        return request_to_proto(groups, request_options(**options))
+    except MessageError as error:
+        raise invalid_request(error) from None
+
+
+def stream_template(options: ScoreOptions) -> scoring_pb2.ScoreRequest:
+    """What the requests of ``score_stream`` have in common; raises InvalidRequestError."""
+    try:
+        return options_to_proto(request_options(**options))
+    except MessageError as error:
+        raise invalid_request(error) from None
+
+
+def read(convert: Callable[[Response], Answer], message: Response) -> Answer:
+    """An answer's message as a value; raises ServerError where it breaks the contract."""
+    try:
+        return convert(message)
+    except MessageError as error:
+        raise malformed_answer(error) from None
+
+
+def score_result(message: scoring_pb2.ScoreResponse, request: scoring_pb2.ScoreRequest) -> ScoreResult:
+    """The answer to ``request``; raises ServerError unless it has exactly the request's groups and completions."""
+    result = read(result_from_proto, message)
+    if [len(group) for group in result.groups] != [len(group.completions) for group in request.groups]:
+        raise malformed_answer("its groups and completions are not those of the request")
+    return result

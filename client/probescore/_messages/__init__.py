@@ -1,0 +1,34 @@
+"""Value types to and from the contract's messages: pure functions, used by the client and by the server.
+
+Reading refuses whatever breaks the contract with a ``MessageError`` that names the field.
+"""
+
+from probescore._messages.requests import (
+    RequestOptions,
+    group_to_proto,
+    groups_from_request,
+    options_from_request,
+    options_to_proto,
+    request_to_proto,
+)
+from probescore._messages.responses import result_from_proto, result_to_proto, streamed_from_proto, streamed_to_proto
+from probescore._messages.server_info import probes_from_proto, probes_to_proto, server_info_from_proto, server_info_to_proto
+from probescore._messages.tensors import MessageError
+
+__all__ = [
+    "MessageError",
+    "RequestOptions",
+    "group_to_proto",
+    "groups_from_request",
+    "options_from_request",
+    "options_to_proto",
+    "probes_from_proto",
+    "probes_to_proto",
+    "request_to_proto",
+    "result_from_proto",
+    "result_to_proto",
+    "server_info_from_proto",
+    "server_info_to_proto",
+    "streamed_from_proto",
+    "streamed_to_proto",
+]

@@ -1,0 +1,49 @@
+"""The contract's enums and reductions, to and from their value types."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+from probescore._messages.tensors import MessageError
+from probescore.reductions import Reduction, ReductionKind
+from probescore.types import CompletionStatus, OutputPer, Scope, ScoreUnit
+from probescore.v1 import probes_pb2, scoring_pb2
+
+Member = TypeVar("Member")
+
+KINDS = {kind: probes_pb2.ReductionKind.Value(f"REDUCTION_KIND_{kind.name}") for kind in ReductionKind}
+UNITS = {unit: probes_pb2.ScoreUnit.Value(f"SCORE_UNIT_{unit.name}") for unit in ScoreUnit}
+OUTPUTS = {per: probes_pb2.OutputPer.Value(f"OUTPUT_PER_{per.name}") for per in OutputPer}
+SCOPES = {scope: scoring_pb2.Scope.Value(f"SCOPE_{scope.name}") for scope in Scope}
+STATUSES = {status: scoring_pb2.CompletionStatus.Value(f"COMPLETION_STATUS_{status.name}") for status in CompletionStatus}
+
+
+def member_of(members: Mapping[Member, int], number: int, field: str) -> Member:
+    """The member that has this number on the wire.
+
+    Raises:
+        MessageError: none has; also for a number that only a newer version of the contract knows.
+    """
+    for member, known in members.items():
+        if known == number:
+            return member
+    raise MessageError(field, f"unknown value {number}; expected one of {', '.join(map(str, members.values()))}")
+
+
+def reduction_to_proto(reduction: Reduction) -> probes_pb2.Reduction:
+    """A reduction as a message."""
+    return probes_pb2.Reduction(kind=KINDS[reduction.kind], parameter=reduction.parameter)
+
+
+def reduction_from_proto(message: probes_pb2.Reduction, field: str) -> Reduction:
+    """A message as a reduction.
+
+    Raises:
+        MessageError: an unknown kind, or a parameter that is missing, not wanted or out of range.
+    """
+    kind = member_of(KINDS, message.kind, f"{field}.kind")
+    try:
+        return Reduction(kind, message.parameter if message.HasField("parameter") else None)
+    except ValueError as error:
+        raise MessageError(f"{field}.parameter", str(error)) from None

@@ -1,0 +1,207 @@
+"""Answers: scores and what runs at a server, to and from their messages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from probescore._messages.enums import OUTPUTS, STATUSES, UNITS, member_of, reduction_from_proto, reduction_to_proto
+from probescore._messages.tensors import FLOAT32, INT32, MessageError, array_to_tensor, tensor_to_array
+from probescore.types import (
+    CompletionScores,
+    CompletionStatus,
+    GroupScores,
+    ProbeScores,
+    ScoredProbe,
+    ScoreResult,
+    ScoringInfo,
+    StreamedCompletion,
+    Usage,
+    score_keys,
+)
+from probescore.v1 import probes_pb2, scoring_pb2
+
+# ---------------------------------------------------------------------------------------------------------------------- writing
+
+
+def result_to_proto(result: ScoreResult) -> scoring_pb2.ScoreResponse:
+    """The answer to ``Score``."""
+    keys = score_keys(result.info.probes)
+    return scoring_pb2.ScoreResponse(
+        groups=[scoring_pb2.GroupScores(completions=[_completion_to_proto(scored, keys) for scored in group]) for group in result.groups],
+        info=_info_to_proto(result.info),
+    )
+
+
+def streamed_to_proto(completions: Iterable[tuple[int, int, CompletionScores]], info: ScoringInfo) -> scoring_pb2.ScoreStreamResponse:
+    """One message of the answer to ``ScoreStream``: (group index, completion index, scores) of completions that finished together."""
+    keys = score_keys(info.probes)
+    return scoring_pb2.ScoreStreamResponse(
+        completions=[
+            scoring_pb2.StreamedCompletion(
+                group_index=group_index, completion_index=completion_index, scores=_completion_to_proto(scored, keys)
+            )
+            for group_index, completion_index, scored in completions
+        ],
+        info=_info_to_proto(info),
+    )
+
+
+def _completion_to_proto(scored: CompletionScores, keys: Sequence[str]) -> scoring_pb2.CompletionScores:
+    scores = [scored.scores[key] for key in keys] if scored.status is CompletionStatus.OK else []
+    return scoring_pb2.CompletionScores(
+        id=scored.id,
+        status=STATUSES[scored.status],
+        status_message=scored.status_message,
+        scores=[
+            scoring_pb2.ProbeScores(
+                reduced=array_to_tensor(probe.reduced, FLOAT32),
+                tokens=None if probe.tokens is None else array_to_tensor(probe.tokens, FLOAT32),
+            )
+            for probe in scores
+        ],
+        prompt_ids=None if scored.prompt_ids is None else array_to_tensor(scored.prompt_ids, INT32),
+        completion_ids=None if scored.completion_ids is None else array_to_tensor(scored.completion_ids, INT32),
+        inexact_ids=scored.inexact_ids,
+        follow_ups=[_completion_to_proto(follow_up, keys) for follow_up in scored.follow_ups],
+        prompt_texts=scored.prompt_texts,
+        completion_texts=scored.completion_texts,
+    )
+
+
+def _info_to_proto(info: ScoringInfo) -> scoring_pb2.ScoringInfo:
+    return scoring_pb2.ScoringInfo(
+        model_fingerprint=info.model_fingerprint,
+        tokenizer_fingerprint=info.tokenizer_fingerprint,
+        probes=[
+            probes_pb2.ScoredProbe(
+                name=probe.name,
+                version=probe.version,
+                graph_sha256=probe.graph_sha256,
+                manifest_sha256=probe.manifest_sha256,
+                reading=probe.reading,
+                unit=UNITS[probe.unit],
+                output_per=OUTPUTS[probe.output_per],
+                labels=probe.labels,
+                reductions=[reduction_to_proto(reduction) for reduction in probe.reductions],
+                accepted_mismatches=probe.accepted_mismatches,
+            )
+            for probe in info.probes
+        ],
+        usage=scoring_pb2.Usage(
+            tokens_computed=info.usage.tokens_computed,
+            tokens_shared=info.usage.tokens_shared,
+            tokens_cached=info.usage.tokens_cached,
+            queue_seconds=info.usage.queue_seconds,
+            compute_seconds=info.usage.compute_seconds,
+        ),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------- reading
+
+
+def result_from_proto(message: scoring_pb2.ScoreResponse) -> ScoreResult:
+    """The answer to ``Score``. Its arrays are read-only views of the message's bytes.
+
+    Raises:
+        MessageError: it is not what the contract says.
+    """
+    info = _info_from_proto(message.info)
+    keys = score_keys(info.probes)
+    groups = tuple(
+        GroupScores(
+            tuple(
+                _completion_from_proto(scored, keys, f"groups[{index}].completions[{position}]")
+                for position, scored in enumerate(group.completions)
+            )
+        )
+        for index, group in enumerate(message.groups)
+    )
+    return ScoreResult(groups, info)
+
+
+def streamed_from_proto(message: scoring_pb2.ScoreStreamResponse) -> tuple[StreamedCompletion, ...]:
+    """The completions in one message of the answer to ``ScoreStream``.
+
+    Raises:
+        MessageError: it is not what the contract says.
+    """
+    info = _info_from_proto(message.info)
+    keys = score_keys(info.probes)
+    return tuple(
+        StreamedCompletion(
+            group_index=entry.group_index,
+            completion_index=entry.completion_index,
+            scores=_completion_from_proto(entry.scores, keys, f"completions[{index}].scores"),
+            info=info,
+        )
+        for index, entry in enumerate(message.completions)
+    )
+
+
+def _completion_from_proto(message: scoring_pb2.CompletionScores, keys: Sequence[str], field: str) -> CompletionScores:
+    status = member_of(STATUSES, message.status, f"{field}.status")
+    expected = len(keys) if status is CompletionStatus.OK else 0
+    if len(message.scores) != expected:
+        raise MessageError(f"{field}.scores", f"has {len(message.scores)} entries; expected {expected}")
+    return CompletionScores(
+        id=message.id,
+        status=status,
+        scores={
+            key: _probe_scores(scores, f"{field}.scores[{index}]")
+            for index, (key, scores) in enumerate(zip(keys, message.scores, strict=False))
+        },
+        status_message=message.status_message,
+        prompt_ids=(
+            tensor_to_array(message.prompt_ids, f"{field}.prompt_ids", (INT32,), rank=1) if message.HasField("prompt_ids") else None
+        ),
+        completion_ids=(
+            tensor_to_array(message.completion_ids, f"{field}.completion_ids", (INT32,), rank=1)
+            if message.HasField("completion_ids")
+            else None
+        ),
+        inexact_ids=message.inexact_ids,
+        follow_ups=tuple(
+            _completion_from_proto(follow_up, keys, f"{field}.follow_ups[{index}]") for index, follow_up in enumerate(message.follow_ups)
+        ),
+        # on the wire, no pieces and none asked for are the same
+        prompt_texts=tuple(message.prompt_texts) or None,
+        completion_texts=tuple(message.completion_texts) or None,
+    )
+
+
+def _probe_scores(message: scoring_pb2.ProbeScores, field: str) -> ProbeScores:
+    return ProbeScores(
+        reduced=tensor_to_array(message.reduced, f"{field}.reduced", (FLOAT32,), rank=3),
+        tokens=tensor_to_array(message.tokens, f"{field}.tokens", (FLOAT32,), rank=2) if message.HasField("tokens") else None,
+    )
+
+
+def _info_from_proto(message: scoring_pb2.ScoringInfo) -> ScoringInfo:
+    return ScoringInfo(
+        model_fingerprint=message.model_fingerprint,
+        tokenizer_fingerprint=message.tokenizer_fingerprint,
+        probes=tuple(_scored_probe(probe, f"info.probes[{index}]") for index, probe in enumerate(message.probes)),
+        usage=Usage(
+            tokens_computed=message.usage.tokens_computed,
+            tokens_shared=message.usage.tokens_shared,
+            tokens_cached=message.usage.tokens_cached,
+            queue_seconds=message.usage.queue_seconds,
+            compute_seconds=message.usage.compute_seconds,
+        ),
+    )
+
+
+def _scored_probe(message: probes_pb2.ScoredProbe, field: str) -> ScoredProbe:
+    return ScoredProbe(
+        name=message.name,
+        version=message.version,
+        graph_sha256=message.graph_sha256,
+        manifest_sha256=message.manifest_sha256,
+        unit=member_of(UNITS, message.unit, f"{field}.unit"),
+        output_per=member_of(OUTPUTS, message.output_per, f"{field}.output_per"),
+        labels=tuple(message.labels),
+        reductions=tuple(reduction_from_proto(entry, f"{field}.reductions[{index}]") for index, entry in enumerate(message.reductions)),
+        accepted_mismatches=tuple(message.accepted_mismatches),
+        reading=message.reading,
+    )

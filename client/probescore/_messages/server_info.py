@@ -1,0 +1,168 @@
+"""What runs at a server, to and from its messages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from probescore._messages.enums import OUTPUTS, UNITS, member_of, reduction_from_proto, reduction_to_proto
+from probescore.types import Calibration, Limits, ModelInfo, ProbeInfo, ServerInfo, Tap, WorkerInfo
+from probescore.v1 import probes_pb2, scoring_pb2
+
+# ---------------------------------------------------------------------------------------------------------------------- writing
+
+
+def server_info_to_proto(info: ServerInfo) -> scoring_pb2.GetServerInfoResponse:
+    """The answer to ``GetServerInfo``."""
+    model, limits = info.model, info.limits
+    return scoring_pb2.GetServerInfoResponse(
+        server_version=info.server_version,
+        model=scoring_pb2.ModelInfo(
+            id=model.id,
+            revision=model.revision,
+            fingerprint=model.fingerprint,
+            model_type=model.model_type,
+            hidden_size=model.hidden_size,
+            num_hidden_layers=model.num_hidden_layers,
+            num_loaded_layers=model.num_loaded_layers,
+            vocab_size=model.vocab_size,
+            max_position_embeddings=model.max_position_embeddings,
+        ),
+        tokenizer_fingerprint=info.tokenizer_fingerprint,
+        limits=scoring_pb2.Limits(
+            max_message_bytes=limits.max_message_bytes,
+            max_request_tokens=limits.max_request_tokens,
+            max_rollout_tokens=limits.max_rollout_tokens,
+            max_queue_tokens=limits.max_queue_tokens,
+            max_batch_tokens=limits.max_batch_tokens,
+        ),
+        workers=[
+            scoring_pb2.WorkerInfo(
+                device=worker.device,
+                dtype=worker.dtype,
+                execution_path=worker.execution_path,
+                ready=worker.ready,
+                restarts=worker.restarts,
+            )
+            for worker in info.workers
+        ],
+        probes=info.probes,
+    )
+
+
+def probes_to_proto(probes: Iterable[ProbeInfo]) -> probes_pb2.ListProbesResponse:
+    """The answer to ``ListProbes``."""
+    return probes_pb2.ListProbesResponse(probes=[_probe_to_proto(probe) for probe in probes])
+
+
+def _probe_to_proto(probe: ProbeInfo) -> probes_pb2.ProbeInfo:
+    return probes_pb2.ProbeInfo(
+        name=probe.name,
+        version=probe.version,
+        description=probe.description,
+        graph_sha256=probe.graph_sha256,
+        manifest_sha256=probe.manifest_sha256,
+        taps=[probes_pb2.Tap(hook=tap.hook, layer=tap.layer) for tap in probe.taps],
+        unit=UNITS[probe.unit],
+        output_per=OUTPUTS[probe.output_per],
+        labels=probe.labels,
+        default_reduction=None if probe.default_reduction is None else reduction_to_proto(probe.default_reduction),
+        calibrations=[
+            probes_pb2.Calibration(
+                threshold=calibration.threshold,
+                false_positive_rate=calibration.false_positive_rate,
+                false_positive_rate_low=calibration.false_positive_rate_low,
+                false_positive_rate_high=calibration.false_positive_rate_high,
+                negatives=calibration.negatives,
+                dataset=calibration.dataset,
+                reduction=None if calibration.reduction is None else reduction_to_proto(calibration.reduction),
+                label=calibration.label,
+            )
+            for calibration in probe.calibrations
+        ],
+        accepted_mismatches=probe.accepted_mismatches,
+        manifest_json=probe.manifest_json,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------- reading
+
+
+def server_info_from_proto(message: scoring_pb2.GetServerInfoResponse) -> ServerInfo:
+    """The answer to ``GetServerInfo``."""
+    model, limits = message.model, message.limits
+    return ServerInfo(
+        server_version=message.server_version,
+        model=ModelInfo(
+            id=model.id,
+            revision=model.revision,
+            fingerprint=model.fingerprint,
+            model_type=model.model_type,
+            hidden_size=model.hidden_size,
+            num_hidden_layers=model.num_hidden_layers,
+            num_loaded_layers=model.num_loaded_layers,
+            vocab_size=model.vocab_size,
+            max_position_embeddings=model.max_position_embeddings,
+        ),
+        tokenizer_fingerprint=message.tokenizer_fingerprint,
+        limits=Limits(
+            max_message_bytes=limits.max_message_bytes,
+            max_request_tokens=limits.max_request_tokens,
+            max_rollout_tokens=limits.max_rollout_tokens,
+            max_queue_tokens=limits.max_queue_tokens,
+            max_batch_tokens=limits.max_batch_tokens,
+        ),
+        workers=tuple(
+            WorkerInfo(
+                device=worker.device,
+                dtype=worker.dtype,
+                execution_path=worker.execution_path,
+                ready=worker.ready,
+                restarts=worker.restarts,
+            )
+            for worker in message.workers
+        ),
+        probes=tuple(message.probes),
+    )
+
+
+def probes_from_proto(message: probes_pb2.ListProbesResponse) -> tuple[ProbeInfo, ...]:
+    """The answer to ``ListProbes``.
+
+    Raises:
+        MessageError: it is not what the contract says.
+    """
+    return tuple(_probe_from_proto(probe, f"probes[{index}]") for index, probe in enumerate(message.probes))
+
+
+def _probe_from_proto(message: probes_pb2.ProbeInfo, field: str) -> ProbeInfo:
+    has_default = message.HasField("default_reduction")
+    return ProbeInfo(
+        name=message.name,
+        version=message.version,
+        description=message.description,
+        graph_sha256=message.graph_sha256,
+        manifest_sha256=message.manifest_sha256,
+        taps=tuple(Tap(tap.hook, tap.layer if tap.HasField("layer") else None) for tap in message.taps),
+        unit=member_of(UNITS, message.unit, f"{field}.unit"),
+        output_per=member_of(OUTPUTS, message.output_per, f"{field}.output_per"),
+        labels=tuple(message.labels),
+        default_reduction=reduction_from_proto(message.default_reduction, f"{field}.default_reduction") if has_default else None,
+        calibrations=tuple(
+            _calibration_from_proto(calibration, f"{field}.calibrations[{index}]") for index, calibration in enumerate(message.calibrations)
+        ),
+        accepted_mismatches=tuple(message.accepted_mismatches),
+        manifest_json=message.manifest_json,
+    )
+
+
+def _calibration_from_proto(message: probes_pb2.Calibration, field: str) -> Calibration:
+    return Calibration(
+        threshold=message.threshold,
+        false_positive_rate=message.false_positive_rate,
+        false_positive_rate_low=message.false_positive_rate_low,
+        false_positive_rate_high=message.false_positive_rate_high,
+        negatives=message.negatives,
+        dataset=message.dataset,
+        reduction=reduction_from_proto(message.reduction, f"{field}.reduction") if message.HasField("reduction") else None,
+        label=message.label,
+    )

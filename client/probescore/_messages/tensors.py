@@ -1,0 +1,87 @@
+"""Arrays on the wire: ``Tensor`` messages to and from numpy, and the error of a message that is not what the contract says."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from probescore.v1 import tensor_pb2
+
+FLOAT32 = tensor_pb2.DATA_TYPE_FLOAT32
+INT32 = tensor_pb2.DATA_TYPE_INT32
+INT64 = tensor_pb2.DATA_TYPE_INT64
+UINT32 = tensor_pb2.DATA_TYPE_UINT32
+BOOL = tensor_pb2.DATA_TYPE_BOOL
+
+_LITTLE_ENDIAN: dict[tensor_pb2.DataType.ValueType, np.dtype[Any]] = {
+    FLOAT32: np.dtype("<f4"),
+    INT32: np.dtype("<i4"),
+    INT64: np.dtype("<i8"),
+    UINT32: np.dtype("<u4"),
+    BOOL: np.dtype("?"),
+}
+
+
+class MessageError(ValueError):
+    """A message, or a value to be put into one, that breaks the contract.
+
+    Args:
+        field: path of the field at fault, as in the proto: ``groups[2].completions[0].mask``.
+        problem: what is wrong with it.
+    """
+
+    def __init__(self, field: str, problem: str) -> None:
+        super().__init__(field, problem)
+        self.field = field
+        self.problem = problem
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.problem}"
+
+
+def array_to_tensor(array: NDArray[Any], dtype: tensor_pb2.DataType.ValueType) -> tensor_pb2.Tensor:
+    """Any array as a ``Tensor`` of the given type; the caller has made sure that its values fit."""
+    return tensor_pb2.Tensor(dtype=dtype, shape=array.shape, data=array.astype(_LITTLE_ENDIAN[dtype], copy=False).tobytes())
+
+
+def tensor_to_array(tensor: tensor_pb2.Tensor, field: str, dtypes: Collection[tensor_pb2.DataType.ValueType], rank: int) -> NDArray[Any]:
+    """A ``Tensor`` as a read-only array over its bytes; nothing is allocated before its shape is known to match them.
+
+    Args:
+        tensor: as received.
+        field: its path, for errors.
+        dtypes: element types that the contract allows here.
+        rank: number of axes that the contract asks for.
+
+    Raises:
+        MessageError: another type or rank, a negative axis, a shape that does not match the number of bytes, a bool that is not 0 or 1.
+    """
+    if tensor.dtype not in dtypes:
+        allowed = " or ".join(tensor_pb2.DataType.Name(dtype) for dtype in dtypes)
+        raise MessageError(field, f"dtype is {_dtype_name(tensor.dtype)}; expected {allowed}")
+    if len(tensor.shape) != rank:
+        raise MessageError(field, f"shape has {len(tensor.shape)} axes; expected {rank}")
+    shape = tuple(tensor.shape)
+    if any(length < 0 for length in shape):
+        raise MessageError(field, f"shape {list(shape)} has a negative axis")
+    dtype, data = _LITTLE_ENDIAN[tensor.dtype], tensor.data
+    # Python's integers: the product of a hostile shape cannot wrap around to the number of bytes
+    expected = math.prod(shape) * dtype.itemsize
+    if len(data) != expected:
+        raise MessageError(field, f"data has {len(data)} bytes; shape {list(shape)} of {_dtype_name(tensor.dtype)} needs {expected}")
+    if tensor.dtype == BOOL and (np.frombuffer(data, np.uint8) > 1).any():
+        raise MessageError(field, f"data holds a byte of value {max(data)}; a bool is 0 or 1")
+    try:
+        return np.frombuffer(data, dtype).reshape(shape)
+    except ValueError:
+        # no elements, and another axis longer than numpy can count
+        raise MessageError(field, f"shape {list(shape)} is too large") from None
+
+
+def _dtype_name(dtype: int) -> str:
+    value = tensor_pb2.DataType.DESCRIPTOR.values_by_number.get(dtype)
+    return str(dtype) if value is None else str(value.name)

@@ -1,0 +1,96 @@
+"""The keyword arguments of ``score`` and ``score_stream``, and what they mean on the wire."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, TypedDict, Union
+
+from probescore._messages import MessageError, RequestOptions
+from probescore.reductions import Reduction
+from probescore.types import Scope
+
+
+class ScoreOptions(TypedDict, total=False):
+    """Keyword arguments of ``score`` and ``score_stream``. All are optional.
+
+    Attributes:
+        probes: which to apply, each ``"name"`` or ``"name@version"``; default: all that the server has loaded.
+        reductions: ``"mean"``, ``"topk_mean(8)"`` or ``Reduction`` each; default: each probe's own.
+        token_scores: whether to send back per-token scores: ``True`` or ``"all"`` for every probe, or names of probes; default: ``False``.
+        scope: which tokens to score; default: the completion.
+        expected_model_fingerprint: the call fails with ``MismatchError`` if the server runs another model.
+        expected_tokenizer_fingerprint: likewise for the tokenizer; ``tokenizer_fingerprint(tokenizer)`` computes it.
+        return_token_ids: whether to send back the ids that were scored.
+        return_token_texts: whether to send back the scored tokens as text.
+        priority: from -100 to 100; higher goes first within the requests of one job; default: 0.
+        run_id: names the training run in the server's logs, at most 256 bytes.
+        step: training step, for the server's logs.
+    """
+
+    probes: Union[str, Sequence[str]]
+    reductions: Union[str, Reduction, Sequence[Union[str, Reduction]]]
+    token_scores: Union[bool, str, Sequence[str]]
+    scope: Union[Scope, str]
+    expected_model_fingerprint: str
+    expected_tokenizer_fingerprint: str
+    return_token_ids: bool
+    return_token_texts: bool
+    priority: int
+    run_id: str
+    step: Union[int, None]
+
+
+def request_options(
+    *,
+    probes: str | Sequence[str] = (),
+    reductions: str | Reduction | Sequence[str | Reduction] = (),
+    token_scores: bool | str | Sequence[str] = False,
+    scope: Scope | str = Scope.COMPLETION,
+    expected_model_fingerprint: str = "",
+    expected_tokenizer_fingerprint: str = "",
+    return_token_ids: bool = False,
+    return_token_texts: bool = False,
+    priority: int = 0,
+    run_id: str = "",
+    step: int | None = None,
+) -> RequestOptions:
+    """Reads the arguments that ``ScoreOptions`` documents.
+
+    Raises:
+        MessageError: an unknown scope or reduction.
+    """
+    try:
+        scope = Scope(scope)
+    except ValueError:
+        raise MessageError("scope", f"{scope!r} is none of {', '.join(known.value for known in Scope)}") from None
+    return RequestOptions(
+        probes=(probes,) if isinstance(probes, str) else tuple(probes),
+        reductions=_reductions((reductions,) if isinstance(reductions, (str, Reduction)) else reductions),
+        token_scores=_token_scores(token_scores),
+        scope=scope,
+        expected_model_fingerprint=expected_model_fingerprint,
+        expected_tokenizer_fingerprint=expected_tokenizer_fingerprint,
+        return_token_ids=return_token_ids,
+        return_token_texts=return_token_texts,
+        priority=priority,
+        run_id=run_id,
+        step=step,
+    )
+
+
+def _reductions(written: Sequence[str | Reduction]) -> tuple[Reduction, ...]:
+    reductions = []
+    for index, entry in enumerate(written):
+        try:
+            reductions.append(Reduction.parse(entry))
+        except ValueError as error:
+            raise MessageError(f"reductions[{index}]", str(error)) from None
+    return tuple(reductions)
+
+
+def _token_scores(wanted: bool | str | Sequence[str]) -> Literal["all"] | tuple[str, ...]:
+    if isinstance(wanted, bool):
+        return "all" if wanted else ()
+    if isinstance(wanted, str):
+        return "all" if wanted == "all" else (wanted,)
+    return tuple(wanted)

@@ -1,0 +1,109 @@
+"""From a failed call to the exception that says why: ``google.rpc.Status`` and its details."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Protocol, TypeVar
+
+import grpc
+from google.protobuf.message import DecodeError, Message
+from google.rpc import error_details_pb2, status_pb2
+
+from probescore._messages import MessageError
+from probescore.errors import (
+    AuthenticationError,
+    DeadlineExceededError,
+    FieldViolation,
+    InvalidRequestError,
+    MessageTooLargeError,
+    MismatchError,
+    OverloadedError,
+    ProbescoreError,
+    ServerError,
+    UnavailableError,
+)
+
+ERROR_DOMAIN = "probescore"
+DETAILS_KEY = "grpc-status-details-bin"
+
+_BY_CODE: dict[grpc.StatusCode, type[ProbescoreError]] = {
+    grpc.StatusCode.INVALID_ARGUMENT: InvalidRequestError,
+    grpc.StatusCode.FAILED_PRECONDITION: MismatchError,
+    grpc.StatusCode.UNAUTHENTICATED: AuthenticationError,
+    grpc.StatusCode.PERMISSION_DENIED: AuthenticationError,
+    grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceededError,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: OverloadedError,
+    grpc.StatusCode.UNAVAILABLE: UnavailableError,
+}
+
+Detail = TypeVar("Detail", bound=Message)
+
+
+class FailedCall(Protocol):
+    """What the errors of grpc and of grpc.aio have in common."""
+
+    def code(self) -> grpc.StatusCode: ...
+    def details(self) -> str | None: ...
+    def trailing_metadata(self) -> Iterable[tuple[str, str | bytes]] | None: ...
+
+
+def error_from_call(call: FailedCall) -> ProbescoreError:
+    """The exception for a call that ended with a status other than OK."""
+    code, status = call.code(), _status_details(call)
+    info = _detail(status, error_details_pb2.ErrorInfo())
+    request = _detail(status, error_details_pb2.BadRequest())
+    retry = _detail(status, error_details_pb2.RetryInfo())
+    ours = info is not None and info.domain == ERROR_DOMAIN
+    kind = _BY_CODE.get(code, ServerError)
+    if kind is OverloadedError and not ours:
+        # gRPC itself refuses a large message with the code of an overload, but without our details
+        kind = MessageTooLargeError
+    return kind(
+        call.details() or code.name,
+        code=code.name,
+        reason=info.reason if info is not None and ours else "",
+        violations=_violations(request, info if ours else None),
+        retry_seconds=retry.retry_delay.seconds + retry.retry_delay.nanos / 1e9 if retry else None,
+    )
+
+
+def _violations(request: error_details_pb2.BadRequest | None, info: error_details_pb2.ErrorInfo | None) -> tuple[FieldViolation, ...]:
+    if request is not None:
+        return tuple(FieldViolation(entry.field, entry.description) for entry in request.field_violations)
+    if info is not None and "field" in info.metadata:  # a mismatch, which is no fault of the request
+        found, expected = info.metadata.get("found", "another"), info.metadata.get("expected", "what was asked for")
+        return (FieldViolation(info.metadata["field"], f"the server runs {found}, the request expects {expected}"),)
+    return ()
+
+
+def invalid_request(error: MessageError) -> InvalidRequestError:
+    """The exception for a value that was refused here, before it was sent; it looks as if the server had refused it."""
+    violation = FieldViolation(error.field, error.problem)
+    return InvalidRequestError(str(error), "INVALID_ARGUMENT", "INVALID_REQUEST", (violation,))
+
+
+def malformed_answer(problem: object) -> ServerError:
+    """The exception for an answer that breaks the contract."""
+    return ServerError(f"the server's answer breaks the contract: {problem}", "INTERNAL", "MALFORMED_ANSWER")
+
+
+def _status_details(call: FailedCall) -> status_pb2.Status:
+    status = status_pb2.Status()
+    for key, value in call.trailing_metadata() or ():
+        if key == DETAILS_KEY and isinstance(value, bytes):
+            try:
+                status.ParseFromString(value)
+            except DecodeError:
+                status.Clear()
+    return status
+
+
+def _detail(status: status_pb2.Status, detail: Detail) -> Detail | None:
+    for packed in status.details:
+        if packed.Is(detail.DESCRIPTOR):
+            try:
+                packed.Unpack(detail)
+            except DecodeError:
+                continue
+            return detail
+    return None

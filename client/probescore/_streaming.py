@@ -1,0 +1,194 @@
+"""The bookkeeping of ``score_stream``, without any input or output: how groups become calls, and what is still missing from a call."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+
+from probescore._messages import MessageError, group_to_proto, streamed_from_proto
+from probescore._status import invalid_request, malformed_answer
+from probescore.errors import FieldViolation, InvalidRequestError, ProbescoreError
+from probescore.types import RolloutGroup, StreamedCompletion
+from probescore.v1 import scoring_pb2
+
+_SENT_PATH = re.compile(r"groups\[(?P<group>\d+)\](?:\.completions\[(?P<completion>\d+)\])?")
+
+
+@dataclass(frozen=True)
+class StreamWindow:
+    """How much of an endless stream is under way at a time.
+
+    Attributes:
+        groups_per_call: at most as many groups in one call.
+        tokens_per_call: at most as many tokens in one call, a prompt counted once; a group with more is sent in several calls. A text
+            counts its characters, since it is not tokenised yet. Keep it at or below the server's ``max_request_tokens``.
+        calls_in_flight: at most as many calls whose answers have not all been handed out.
+    """
+
+    groups_per_call: int = 16
+    tokens_per_call: int = 32_768
+    calls_in_flight: int = 4
+
+    def __post_init__(self) -> None:
+        for name in ("groups_per_call", "tokens_per_call", "calls_in_flight"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+Position = tuple[int, int]
+"""Index of a group in the stream, and of a completion in its group."""
+
+
+@dataclass(eq=False)
+class Chunk:
+    """The completions of one call, until each has been answered once."""
+
+    prompts: dict[int, scoring_pb2.Prompt] = field(default_factory=dict)
+    missing: dict[Position, scoring_pb2.Completion] = field(default_factory=dict)
+    tokens: int = 0
+    _sent: list[list[Position]] = field(default_factory=list)
+
+    def add(self, group: int, prompt: scoring_pb2.Prompt, completions: dict[Position, scoring_pb2.Completion], tokens: int) -> None:
+        """Takes completions of one group in."""
+        self.prompts[group] = prompt
+        self.missing.update(completions)
+        self.tokens += tokens
+
+    def request(self, template: scoring_pb2.ScoreRequest) -> scoring_pb2.ScoreStreamRequest:
+        """Asks for what is still missing, under the template's options."""
+        stream = scoring_pb2.ScoreStreamRequest(request=template)
+        self._sent = []
+        last = None
+        for (group, completion), message in self.missing.items():
+            if group != last:
+                stream.request.groups.add(prompt=self.prompts[group])
+                self._sent.append([])
+                last = group
+            stream.request.groups[-1].completions.append(message)
+            self._sent[-1].append((group, completion))
+        return stream
+
+    def accept(self, message: scoring_pb2.ScoreStreamResponse) -> list[StreamedCompletion]:
+        """Takes one message of the answer, with indices as in the stream.
+
+        Raises:
+            ServerError: it breaks the contract, answers a completion twice, or one that was not asked for.
+        """
+        try:
+            answers = streamed_from_proto(message)
+        except MessageError as error:
+            raise malformed_answer(error) from None
+        accepted = []
+        for answer in answers:
+            try:
+                position = self._sent[answer.group_index][answer.completion_index]
+                del self.missing[position]
+            except (IndexError, KeyError):
+                where = f"groups[{answer.group_index}].completions[{answer.completion_index}]"
+                raise malformed_answer(f"{where} was not asked for, or answered before") from None
+            accepted.append(replace(answer, group_index=position[0], completion_index=position[1]))
+        return accepted
+
+    def check_complete(self) -> None:
+        """Checks, at the end of a call, that nothing is missing.
+
+        Raises:
+            ServerError: something is.
+        """
+        if self.missing:
+            raise malformed_answer(f"the stream ended without {len(self.missing)} of its completions")
+
+    def relocated(self, error: ProbescoreError) -> ProbescoreError:
+        """The same error, naming fields by their place in the stream instead of in the call."""
+        if not isinstance(error, InvalidRequestError) or not error.violations:
+            return error
+        violations = tuple(FieldViolation(_SENT_PATH.sub(self._path, entry.field), entry.problem) for entry in error.violations)
+        message = "; ".join(f"{entry.field}: {entry.problem}" for entry in violations)
+        return InvalidRequestError(message, error.code, error.reason, violations, error.retry_seconds)
+
+    def _path(self, sent: re.Match[str]) -> str:
+        group, completion = int(sent["group"]), int(sent["completion"] or 0)
+        if group >= len(self._sent) or completion >= len(self._sent[group]):
+            return sent[0]
+        there = self._sent[group][completion]
+        return f"groups[{there[0]}]" + (f".completions[{there[1]}]" if sent["completion"] else "")
+
+
+class Chunker:
+    """Collects groups into chunks of at most ``groups_per_call`` groups and ``tokens_per_call`` tokens."""
+
+    def __init__(self, window: StreamWindow) -> None:
+        self._window = window
+        self._chunk = Chunk()
+        self._groups = 0
+
+    def add(self, group: RolloutGroup) -> Iterator[Chunk]:
+        """Takes the next group of the stream in; gives the chunks that it completes.
+
+        Raises:
+            InvalidRequestError: the group cannot be sent; its place in the stream is named.
+        """
+        index = self._groups
+        self._groups += 1
+        name = f"groups[{index}]"
+        try:
+            message = group_to_proto(group, name)
+        except MessageError as error:
+            raise invalid_request(error) from None
+        if not message.completions:
+            raise invalid_request(MessageError(f"{name}.completions", "is empty; expected at least one"))
+        sizes = [_completion_tokens(completion) for completion in message.completions]
+        prompt_tokens = _prompt_tokens(message.prompt)
+        full = len(self._chunk.prompts) == self._window.groups_per_call
+        if full or self._chunk.tokens + prompt_tokens + sum(sizes) > self._window.tokens_per_call:
+            yield from self.rest()
+        part: dict[Position, scoring_pb2.Completion] = {}
+        tokens = prompt_tokens
+        for position, (completion, size) in enumerate(zip(message.completions, sizes, strict=True)):
+            if part and tokens + size > self._window.tokens_per_call:
+                self._chunk.add(index, message.prompt, part, tokens)
+                yield from self.rest()
+                part, tokens = {}, prompt_tokens
+            part[index, position] = completion
+            tokens += size
+        self._chunk.add(index, message.prompt, part, tokens)
+
+    def rest(self) -> Iterator[Chunk]:
+        """Gives the chunk begun, if there is one, and begins another."""
+        if self._chunk.missing:
+            chunk, self._chunk = self._chunk, Chunk()
+            yield chunk
+
+
+def chunks(groups: Iterable[RolloutGroup], window: StreamWindow) -> Iterator[Chunk]:
+    """Cuts a stream of groups into chunks, reading no further than the chunk that is asked for."""
+    chunker = Chunker(window)
+    for group in groups:
+        yield from chunker.add(group)
+    yield from chunker.rest()
+
+
+async def async_chunks(groups: Iterable[RolloutGroup] | AsyncIterable[RolloutGroup], window: StreamWindow) -> AsyncIterator[Chunk]:
+    """Does the same for a stream that may be asynchronous."""
+    if isinstance(groups, AsyncIterable):
+        chunker = Chunker(window)
+        async for group in groups:
+            for chunk in chunker.add(group):
+                yield chunk
+        for chunk in chunker.rest():
+            yield chunk
+    else:
+        for chunk in chunks(groups, window):
+            yield chunk
+
+
+def _prompt_tokens(prompt: scoring_pb2.Prompt) -> int:
+    if prompt.WhichOneof("form") == "ids":
+        return prompt.ids.shape[0]
+    return len(prompt.text.text) + sum(len(message.content) for message in prompt.chat.messages)
+
+
+def _completion_tokens(completion: scoring_pb2.Completion) -> int:
+    own = completion.ids.shape[0] if completion.WhichOneof("form") == "ids" else len(completion.text)
+    return own + sum(_completion_tokens(follow_up) for follow_up in completion.follow_ups)

@@ -1,0 +1,99 @@
+"""What a call can raise.
+
+    ProbescoreError
+    ├── InvalidRequestError       the request breaks the contract or a limit; ``field`` says where (also a ``ValueError``)
+    ├── MismatchError             the server runs another model or tokenizer than the one expected
+    ├── MessageTooLargeError      a request or an answer is above the limit of bytes; send fewer rollouts a call
+    ├── AuthenticationError       the server does not know who calls, or does not allow it
+    ├── DeadlineExceededError     the call's ``timeout`` passed (also a ``TimeoutError``)
+    ├── TransientError            a later try may succeed
+    │   ├── OverloadedError       too many tokens wait in the server already
+    │   └── UnavailableError      no connection, or a server that is starting, draining or has lost its worker
+    └── ServerError               the server failed, or answered what the contract does not allow
+
+The client tries again by itself after a ``TransientError``, for as long as its ``restart_budget`` and the call's deadline allow.
+All of these can be pickled.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class FieldViolation:
+    """One thing that is wrong with a request: ``field`` is its path, ``groups[2].completions[0].mask``."""
+
+    field: str
+    problem: str
+
+
+class ProbescoreError(Exception):
+    """Root of the client's errors.
+
+    Attributes:
+        message: for people.
+        code: name of the gRPC status, such as ``"UNAVAILABLE"``.
+        reason: stable word for programs, such as ``"QUEUE_FULL"``; empty if the server gave none.
+        violations: the fields at fault.
+        retry_seconds: how long the server asks to wait before the next try, if it does.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        code: str = "UNKNOWN",
+        reason: str = "",
+        violations: tuple[FieldViolation, ...] = (),
+        retry_seconds: float | None = None,
+    ) -> None:
+        super().__init__(message, code, reason, violations, retry_seconds)
+        self.message = message
+        self.code = code
+        self.reason = reason
+        self.violations = violations
+        self.retry_seconds = retry_seconds
+
+    @property
+    def field(self) -> str:
+        """Path of the first field at fault; empty if none was named."""
+        return self.violations[0].field if self.violations else ""
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class InvalidRequestError(ProbescoreError, ValueError):
+    """The request breaks the contract or a limit, so that no retry can save it."""
+
+
+class MismatchError(ProbescoreError):
+    """The server runs another model or tokenizer than the one the request expects."""
+
+
+class MessageTooLargeError(ProbescoreError):
+    """A request or an answer is above the limit of bytes. Send fewer rollouts a call, or use ``score_stream``."""
+
+
+class AuthenticationError(ProbescoreError):
+    """The server does not know who calls, or does not allow it."""
+
+
+class DeadlineExceededError(ProbescoreError, TimeoutError):
+    """The call's ``timeout`` passed before the answer came."""
+
+
+class TransientError(ProbescoreError):
+    """A later try may succeed."""
+
+
+class OverloadedError(TransientError):
+    """Too many tokens wait in the server already."""
+
+
+class UnavailableError(TransientError):
+    """There is no connection, or the server is starting, draining or has lost its worker."""
+
+
+class ServerError(ProbescoreError):
+    """The server failed, or its answer breaks the contract."""

@@ -1,0 +1,211 @@
+"""One client in several threads, processes and loops."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import multiprocessing
+import os
+import pickle
+import threading
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import grpc
+import pytest
+from scripted_server import Service, group, serving
+
+from probescore import AsyncProbeClient, ProbeClient
+
+
+@pytest.fixture(scope="module")
+def address() -> Any:
+    """A server in a process of its own: a process that forks must not have one."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=serve_until_closed, args=(theirs,), daemon=True)
+    process.start()
+    yield ours.recv()
+    ours.send("stop")
+    process.join(20)
+
+
+def serve_until_closed(connection: Any) -> None:
+    with serving(Service()) as where:
+        connection.send(where)
+        connection.recv()
+
+
+def value(client: ProbeClient, number: int) -> float:
+    return float(client.score([group([number])]).values("sum")[0])
+
+
+async def async_value(client: AsyncProbeClient, number: int) -> float:
+    return float((await client.score([group([number])])).values("sum")[0])
+
+
+def in_a_fork(work: Callable[[], float]) -> str:
+    """What ``work`` gives, or how it fails, in a forked child."""
+    read, write = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # forking with threads is what is tested
+        child = os.fork()
+    if child == 0:
+        try:
+            os.write(write, repr(work()).encode())
+        except BaseException as error:
+            os.write(write, repr(error).encode())
+        finally:
+            os._exit(0)
+    os.close(write)
+    with os.fdopen(read) as pipe:
+        written = pipe.read()
+    os.waitpid(child, 0)
+    return written
+
+
+def sync_fork(address: str) -> list[Any]:
+    with ProbeClient(address, timeout=20) as client:
+        return [value(client, 1), in_a_fork(lambda: value(client, 2)), value(client, 3)]
+
+
+def async_fork(address: str) -> list[Any]:
+    client = AsyncProbeClient(address, timeout=20)
+    before = asyncio.run(async_value(client, 1))
+    return [before, in_a_fork(lambda: asyncio.run(async_value(client, 2))), asyncio.run(async_value(client, 3))]
+
+
+def mixed_fork(address: str) -> list[Any]:
+    client = AsyncProbeClient(address, timeout=20)
+    before = asyncio.run(async_value(client, 1))
+    return [before, in_a_fork(lambda: value(ProbeClient(address, timeout=20), 2)), asyncio.run(async_value(client, 3))]
+
+
+def fork_inside_a_loop(address: str) -> list[Any]:
+    client = AsyncProbeClient(address, timeout=20)
+
+    async def fork() -> str:
+        await async_value(client, 1)
+        with ThreadPoolExecutor(1) as thread:  # the child has no running loop of its own yet
+            return thread.submit(in_a_fork, lambda: asyncio.run(async_value(client, 2))).result()
+
+    return [asyncio.run(fork())]
+
+
+def in_a_fresh_process(work: Callable[[str], list[Any]], address: str) -> list[Any]:
+    """Runs where no other test has left a thread of gRPC behind."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply_async(work, (address,)).get(100)
+
+
+def test_threads_share_a_client(address: str) -> None:
+    with ProbeClient(address) as client, ThreadPoolExecutor(8) as threads:
+        assert list(threads.map(lambda number: value(client, number), range(64))) == list(range(64))
+
+
+def test_threads_that_start_together_share_one_channel(address: str) -> None:
+    together = threading.Barrier(8)
+    with ProbeClient(address) as client, ThreadPoolExecutor(8) as threads:
+
+        def stub(_: int) -> Any:
+            together.wait()
+            return client._stub()
+
+        assert len(set(threads.map(stub, range(8)))) == 1
+
+
+@pytest.mark.parametrize("work", [sync_fork, async_fork, mixed_fork])
+def test_a_client_can_be_used_after_a_fork(work: Any, address: str) -> None:
+    assert in_a_fresh_process(work, address) == [1, "2.0", 3]
+
+
+def test_a_fork_that_grpc_does_not_survive_is_an_error_instead_of_a_hang(address: str) -> None:
+    [found] = in_a_fresh_process(fork_inside_a_loop, address)
+
+    assert found.startswith("RuntimeError('this process was forked while an AsyncProbeClient was open")
+
+
+@pytest.mark.parametrize("kind", [ProbeClient, AsyncProbeClient])
+def test_a_client_can_be_pickled_also_after_use(kind: Any, address: str) -> None:
+    client = kind([address], timeout=20, restart_budget=3, job="run", metadata={"a": "b"})
+    if kind is ProbeClient:
+        value(client, 1)
+    else:
+        asyncio.run(async_value(client, 1))
+
+    copied = pickle.loads(pickle.dumps(client))
+
+    assert copied._settings == client._settings
+    assert repr(copied) == f"{kind.__name__}({address})"
+    if kind is ProbeClient:
+        with copied:
+            assert value(copied, 2) == 2
+        client.close()
+    else:
+        assert asyncio.run(async_value(copied, 2)) == 2
+
+
+def test_a_client_with_credentials_says_that_it_cannot_be_pickled(address: str) -> None:
+    client = ProbeClient(address, credentials=grpc.ssl_channel_credentials())
+    with pytest.raises(TypeError, match="make it in the process that uses it"):
+        pickle.dumps(client)
+
+
+def test_an_async_client_made_without_a_loop_is_used_in_one_after_the_other(address: str) -> None:
+    client = AsyncProbeClient(address)
+
+    assert [asyncio.run(async_value(client, number)) for number in range(5)] == [0, 1, 2, 3, 4]
+
+    # and keeps only the last of their channels
+    gc.collect()
+    assert len(client._channels) == 1
+
+
+def test_an_async_client_is_used_in_loops_of_several_threads_at_once(address: str) -> None:
+    client = AsyncProbeClient(address)
+
+    async def several(start: int) -> list[float]:
+        return list(await asyncio.gather(*(async_value(client, number) for number in range(start, start + 10))))
+
+    with ThreadPoolExecutor(3) as threads:
+        found = list(threads.map(lambda start: asyncio.run(several(start)), [0, 10, 20]))
+
+    assert found == [list(map(float, range(start, start + 10))) for start in (0, 10, 20)]
+
+
+async def test_tasks_that_start_together_share_one_channel(address: str) -> None:
+    async with AsyncProbeClient(address) as client:
+        stubs = await asyncio.gather(*(client._stub() for _ in range(8)))
+        assert len(set(stubs)) == 1
+
+
+async def test_a_cancelled_task_cancels_its_call() -> None:
+    started, ended = threading.Event(), threading.Event()
+    release = threading.Event()
+
+    class Watching(Service):
+        def Score(self, request: Any, context: Any) -> Any:
+            context.add_callback(ended.set)
+            started.set()
+            release.wait(20)
+            return super().Score(request, context)
+
+    with serving(Watching()) as where:
+        async with AsyncProbeClient(where) as client:
+            task = asyncio.create_task(client.score([group([1])]))
+            assert await asyncio.to_thread(started.wait, 20)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert await asyncio.to_thread(ended.wait, 20)
+        release.set()
+
+
+async def test_a_closed_async_client_refuses_calls(address: str) -> None:
+    client = AsyncProbeClient(address)
+    async with client:
+        await async_value(client, 1)
+    with pytest.raises(RuntimeError, match="closed"):
+        await async_value(client, 1)
