@@ -9,6 +9,8 @@ import hashlib
 import json
 from typing import Annotated, Literal
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from probescore.reductions import Reduction
@@ -23,6 +25,13 @@ Rate = Annotated[float, Field(ge=0, le=1)]
 
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+def _canonical_reduction(written: str) -> str:
+    try:
+        return str(Reduction.parse(written))
+    except ValueError as error:
+        raise ValueError(f"a reduction ({error})") from None
 
 
 class ModelReference(_Part):
@@ -44,11 +53,24 @@ class TapInput(_Part):
     @model_validator(mode="after")
     def _layer_fits_hook(self) -> TapInput:
         if (self.layer is None) != (self.hook == "final_norm"):
-            raise ValueError(f"hook {self.hook} {'takes no layer' if self.hook == 'final_norm' else 'needs a layer'}")
+            raise ValueError(f"{'no layer' if self.hook == 'final_norm' else 'a layer'} for hook {self.hook}")
         return self
+
+    @classmethod
+    def parse(cls, written: str | Tap) -> TapInput:
+        """Read a tap as ``str(tap)`` writes it: ``"resid_post.6"``, ``"final_norm"``.
+
+        Raises:
+            ValueError: there is no such hook, or its layer is missing or not a number.
+        """
+        hook, dot, layer = str(written).partition(".")
+        if dot and not (layer.isascii() and layer.isdecimal()):
+            raise ValueError(f"tap {str(written)!r}: the layer {layer!r} is not a number")
+        return cls.model_validate({"hook": hook, "layer": int(layer) if dot else None})
 
     @property
     def tap(self) -> Tap:
+        """The same as the value type that the client knows."""
         return Tap(self.hook, self.layer)
 
 
@@ -74,7 +96,7 @@ class Output(_Part):
     @classmethod
     def _labels_are_unique(cls, labels: tuple[str, ...]) -> tuple[str, ...]:
         if len(set(labels)) != len(labels):
-            raise ValueError("labels must be unique")
+            raise ValueError("labels that differ")
         return labels
 
 
@@ -100,7 +122,7 @@ class CalibrationRecord(_Part):
     @field_validator("reduction")
     @classmethod
     def _reduction_is_known(cls, reduction: str | None) -> str | None:
-        return None if reduction is None else str(Reduction.parse(reduction))
+        return None if reduction is None else _canonical_reduction(reduction)
 
 
 class Evaluation(_Part):
@@ -149,6 +171,11 @@ class Golden(_Part):
     cases: tuple[GoldenCase, ...] = Field(min_length=1, strict=False)
     tolerance: Tolerance = Tolerance()
 
+    @property
+    def score_rows(self) -> NDArray[np.float64]:
+        """The scores of all cases, ``(rows, labels)``; their standard deviation per label is the scale of ``tolerance``."""
+        return np.array([row for case in self.cases for row in case.scores], np.float64)
+
 
 class Manifest(_Part):
     """Who a probe is."""
@@ -161,9 +188,7 @@ class Manifest(_Part):
     license: str = ""
     model: ModelReference
     tokenizer_fingerprint: Sha256
-    expects_bos: bool | None = Field(
-        None, description="true: a prompt must start with BOS; false: it must not; null: not checked."
-    )
+    expects_bos: bool | None = Field(None, description="true: a prompt must start with BOS; false: it must not; null: not checked.")
     inputs: tuple[TapInput, ...] = Field(min_length=1, strict=False, description="The taps, in the order of the graph's inputs.")
     cu_seqlens: bool = Field(False, description="The graph takes `cu_seqlens`, int64, (sequences + 1): where each sequence starts.")
     positions: bool = Field(False, description="The graph takes `positions`, int64, (tokens): each token's position in its rollout.")
@@ -187,34 +212,33 @@ class Manifest(_Part):
     @field_validator("reduction")
     @classmethod
     def _reduction_is_known(cls, reduction: str | None) -> str | None:
-        return None if reduction is None else str(Reduction.parse(reduction))
+        return None if reduction is None else _canonical_reduction(reduction)
 
+    # Each message is the field at fault and what is expected of it, so that a refusal can name both.
     @model_validator(mode="after")
     def _parts_fit_together(self) -> Manifest:
         pools = self.output.per is OutputPer.ROLLOUT
         if pools != (self.context.kind == "rollout"):
-            raise ValueError("output.per is 'rollout' exactly when context.kind is 'rollout'")
+            raise ValueError("output.per: 'rollout' if context.kind is 'rollout', else 'token'")
         if pools == (self.reduction is not None):
-            raise ValueError("reduction: required for a probe that scores tokens, null for one that pools by itself")
+            raise ValueError("reduction: one for a probe that scores tokens, null for one that pools by itself")
         if self.context.kind == "pointwise" and (self.context.sees_prompt or self.cu_seqlens):
-            raise ValueError("context: a pointwise probe takes no cu_seqlens and does not see the prompt")
+            raise ValueError("context: no cu_seqlens and no sees_prompt for a pointwise probe")
         if self.context.kind != "pointwise" and not self.cu_seqlens:
-            raise ValueError("cu_seqlens: required unless context.kind is 'pointwise'")
+            raise ValueError("cu_seqlens: true unless context.kind is 'pointwise'")
         if self.context.window is not None and self.context.kind != "causal":
-            raise ValueError("context.window: only for causal probes")
+            raise ValueError("context.window: null unless context.kind is 'causal'")
         if self.reduce_on is not self.output.unit and (self.output.unit, self.reduce_on) != (ScoreUnit.LOGIT, ScoreUnit.PROBABILITY):
-            raise ValueError(f"reduce_on: {self.reduce_on.value} cannot be computed from output.unit {self.output.unit.value}")
+            raise ValueError(f"reduce_on: what can be computed from output.unit {self.output.unit.value}")
         if len({entry.tap for entry in self.inputs}) != len(self.inputs):
-            raise ValueError("inputs: a tap appears twice")
+            raise ValueError("inputs: each tap once")
         for entry in self.inputs:
             if entry.layer is not None and entry.layer >= self.model.num_hidden_layers:
-                raise ValueError(
-                    f"inputs: layer {entry.layer} of {entry.tap} is not below model.num_hidden_layers {self.model.num_hidden_layers}"
-                )
+                raise ValueError(f"inputs: layers below model.num_hidden_layers {self.model.num_hidden_layers}")
         for index, case in enumerate(self.golden.cases):
             rows = 1 if pools else len(self.follow_up.token_ids if self.follow_up else case.completion_ids)
             if len(case.scores) != rows or any(len(row) != len(self.output.labels) for row in case.scores):
-                raise ValueError(f"golden.cases[{index}].scores: expected {rows} rows of {len(self.output.labels)} numbers")
+                raise ValueError(f"golden.cases[{index}].scores: {rows} rows of {len(self.output.labels)} numbers")
         return self
 
     @property
@@ -224,6 +248,7 @@ class Manifest(_Part):
 
     @property
     def taps(self) -> tuple[Tap, ...]:
+        """Where the probe reads, in the order of the graph's inputs."""
         return tuple(entry.tap for entry in self.inputs)
 
 

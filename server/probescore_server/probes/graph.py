@@ -1,0 +1,214 @@
+"""The graph of a probe: what an ONNX model must be for a server to run it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+
+from probescore.types import OutputPer, Tap
+from probescore_server.errors import ProbeRefused
+from probescore_server.probes.manifest import Manifest
+
+SCORES = "scores"
+CU_SEQLENS = "cu_seqlens"
+POSITIONS = "positions"
+
+# What onnxruntime 1.20, the oldest that a server may run, can load: https://onnxruntime.ai/docs/reference/compatibility.html
+OPSETS = {"": range(7, 22), "ai.onnx.ml": range(1, 5)}
+IR_VERSIONS = range(4, 11)
+
+# A score must be the same each time that it is computed.
+_RANDOM_OPERATORS = {"Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}
+
+_FLOATING = {number for name, number in onnx.TensorProto.DataType.items() if "FLOAT" in name or name == "DOUBLE"}
+
+
+def check_graph(model: onnx.ModelProto, file: str) -> None:
+    """Checks that a graph is valid ONNX, whole in this one file, of standard operators, and of finite weights.
+
+    Raises:
+        ProbeRefused: it is not; names what was found.
+    """
+    _check_versions(model, file)
+    graphs = list(subgraphs(model.graph))
+    _check_operators(model, graphs, file)
+    for tensor in _tensors(graphs):
+        if tensor.data_location == onnx.TensorProto.EXTERNAL or tensor.external_data:
+            raise ProbeRefused(file, "graph", f"external data for tensor {tensor.name!r}", "every weight inside the file")
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except Exception as error:  # the checker's C++ part raises a handful of unrelated types
+        raise ProbeRefused(file, "graph", f"an invalid ONNX model: {_first_line(error)}", "one that onnx.checker accepts") from None
+    _check_weights(graphs, file)
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What a probe's graph takes and gives."""
+
+    taps: tuple[Tap, ...]
+    hidden_size: int
+    labels: int
+    cu_seqlens: bool = False
+    positions: bool = False
+    per: OutputPer = OutputPer.TOKEN
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> Signature:
+        """What a manifest says of its graph."""
+        return cls(
+            taps=manifest.taps,
+            hidden_size=manifest.model.hidden_size,
+            labels=len(manifest.output.labels),
+            cu_seqlens=manifest.cu_seqlens,
+            positions=manifest.positions,
+            per=manifest.output.per,
+        )
+
+    @property
+    def inputs(self) -> list[onnx.ValueInfoProto]:
+        """The graph's inputs in their order; a size that changes from call to call is a name."""
+        declare = onnx.helper.make_tensor_value_info
+        values = [declare(str(tap), onnx.TensorProto.FLOAT, ("tokens", self.hidden_size)) for tap in self.taps]
+        if self.cu_seqlens:
+            values.append(declare(CU_SEQLENS, onnx.TensorProto.INT64, ("sequences + 1",)))
+        if self.positions:
+            values.append(declare(POSITIONS, onnx.TensorProto.INT64, ("tokens",)))
+        return values
+
+    @property
+    def output(self) -> onnx.ValueInfoProto:
+        """The graph's one output."""
+        rows = "sequences" if self.per is OutputPer.ROLLOUT else "tokens"
+        return onnx.helper.make_tensor_value_info(SCORES, onnx.TensorProto.FLOAT, (rows, self.labels))
+
+
+def check_signature(model: onnx.ModelProto, signature: Signature, file: str) -> None:
+    """Checks names, order, dtypes, ranks and sizes of a graph's inputs and output.
+
+    Raises:
+        ProbeRefused: one of them differs; names the input or output.
+    """
+    for kind, found, expected in (
+        ("input", list(model.graph.input), signature.inputs),
+        ("output", list(model.graph.output), [signature.output]),
+    ):
+        names = [value.name for value in found]
+        if names != [value.name for value in expected]:
+            raise ProbeRefused(file, f"graph {kind}s", _listed(names), f"{_listed([value.name for value in expected])}, in this order")
+        for value, wanted in zip(found, expected, strict=True):
+            if not _fits(value, wanted):
+                raise ProbeRefused(file, f"graph {kind} {value.name!r}", _described(value), _described(wanted))
+    given = {value.name for value in model.graph.input}
+    for tensor in model.graph.initializer:
+        if tensor.name in given:
+            raise ProbeRefused(file, f"graph input {tensor.name!r}", "an initializer of the same name", "an input that must be given")
+
+
+def subgraphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    """A graph and those inside its control flow."""
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            for inner in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
+                yield from subgraphs(inner)
+
+
+def _check_versions(model: onnx.ModelProto, file: str) -> None:
+    if not model.HasField("graph") or not model.graph.node:
+        raise ProbeRefused(file, "graph", "no operators", "an ONNX graph")
+    if model.ir_version not in IR_VERSIONS:
+        raise ProbeRefused(file, "graph ir_version", str(model.ir_version), f"{IR_VERSIONS[0]} to {IR_VERSIONS[-1]}")
+    for opset in model.opset_import:
+        domain = "" if opset.domain == "ai.onnx" else opset.domain
+        if domain not in OPSETS:
+            raise ProbeRefused(file, "graph opset_import", f"operator domain {domain!r}", "only 'ai.onnx' and 'ai.onnx.ml'")
+        if opset.version not in OPSETS[domain]:
+            versions = OPSETS[domain]
+            raise ProbeRefused(
+                file, "graph opset_import", f"{domain or 'ai.onnx'} {opset.version}", f"versions {versions[0]} to {versions[-1]}"
+            )
+
+
+def _check_operators(model: onnx.ModelProto, graphs: Sequence[onnx.GraphProto], file: str) -> None:
+    if model.functions:
+        function = model.functions[0]
+        raise ProbeRefused(
+            file, "graph functions", f"local function {function.domain}.{function.name}", "none: inline them with onnx.inliner"
+        )
+    if model.training_info:
+        raise ProbeRefused(file, "graph training_info", "training graphs", "none")
+    for node in (node for graph in graphs for node in graph.node):
+        if node.domain not in ("", "ai.onnx", "ai.onnx.ml"):
+            raise ProbeRefused(file, "graph", f"operator {node.op_type!r} of domain {node.domain!r}", "standard ONNX operators only")
+        if node.op_type in _RANDOM_OPERATORS:
+            raise ProbeRefused(file, "graph", f"random operator {node.op_type!r}", "operators whose result does not change")
+
+
+def _check_weights(graphs: Sequence[onnx.GraphProto], file: str) -> None:
+    """NaN nowhere; infinity only as a constant of one element, as attention masks use it: a whole weight is never infinite."""
+    for name, numbers in _numbers(graphs):
+        if np.isnan(numbers).any():
+            raise ProbeRefused(file, f"graph weight {name!r}", f"{int(np.isnan(numbers).sum())} NaN", "finite numbers")
+        if numbers.size > 1 and np.isinf(numbers).any():
+            raise ProbeRefused(file, f"graph weight {name!r}", f"{int(np.isinf(numbers).sum())} infinite numbers", "finite numbers")
+
+
+def _tensors(graphs: Sequence[onnx.GraphProto]) -> Iterator[onnx.TensorProto]:
+    for graph in graphs:
+        yield from graph.initializer
+        sparse = list(graph.sparse_initializer)
+        for attribute in (attribute for node in graph.node for attribute in node.attribute):
+            if attribute.HasField("t"):
+                yield attribute.t
+            yield from attribute.tensors
+            sparse += [*([attribute.sparse_tensor] if attribute.HasField("sparse_tensor") else []), *attribute.sparse_tensors]
+        for tensor in sparse:
+            yield tensor.values
+            yield tensor.indices
+
+
+def _numbers(graphs: Sequence[onnx.GraphProto]) -> Iterator[tuple[str, np.ndarray]]:
+    """Every floating-point weight, constant and attribute, with its name."""
+    for tensor in _tensors(graphs):
+        if tensor.data_type in _FLOATING:
+            numbers = onnx.numpy_helper.to_array(tensor)
+            yield tensor.name, numbers if numbers.dtype.kind == "f" else numbers.astype(np.float32)
+    for node in (node for graph in graphs for node in graph.node):
+        for attribute in node.attribute:
+            if attribute.type in (onnx.AttributeProto.FLOAT, onnx.AttributeProto.FLOATS):
+                floats = attribute.floats if attribute.type == onnx.AttributeProto.FLOATS else [attribute.f]
+                yield f"{node.op_type}.{attribute.name}", np.array(floats, np.float32)
+
+
+def _fits(found: onnx.ValueInfoProto, expected: onnx.ValueInfoProto) -> bool:
+    tensor, wanted = found.type.tensor_type, expected.type.tensor_type
+    if not found.type.HasField("tensor_type") or tensor.elem_type != wanted.elem_type or not tensor.HasField("shape"):
+        return False
+    sizes, wanted_sizes = ([dim.dim_value if dim.HasField("dim_value") else None for dim in t.shape.dim] for t in (tensor, wanted))
+    return sizes == wanted_sizes
+
+
+def _described(value: onnx.ValueInfoProto) -> str:
+    if not value.type.HasField("tensor_type"):
+        return f"a {value.type.WhichOneof('value') or 'value without a type'}"
+    tensor = value.type.tensor_type
+    if not tensor.HasField("shape"):
+        return f"{_dtype(tensor.elem_type)} without a shape"
+    sizes = [str(dim.dim_value) if dim.HasField("dim_value") else dim.dim_param or "?" for dim in tensor.shape.dim]
+    return f"{_dtype(tensor.elem_type)} ({', '.join(sizes)})"
+
+
+def _dtype(elem_type: int) -> str:
+    return onnx.TensorProto.DataType.Name(elem_type).lower() if elem_type in onnx.TensorProto.DataType.values() else f"type {elem_type}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names)) or "none"
+
+
+def _first_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

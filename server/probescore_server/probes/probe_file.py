@@ -1,0 +1,212 @@
+"""Probe files: one ``.onnx`` with its manifest inside, and every check that needs no model.
+
+Nothing here imports torch or onnxruntime, and nothing here executes anything: a file that passes is well-formed, not yet trusted. What
+needs the model is checked by ``check_against_model`` and by the engine, which recomputes the golden vectors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+from google.protobuf.message import DecodeError
+from pydantic import ValidationError
+
+from probescore_server.errors import ProbeRefused
+from probescore_server.probes.graph import Signature, check_graph, check_signature
+from probescore_server.probes.manifest import METADATA_KEY, Manifest, manifest_digest
+
+MAX_FILE_BYTES = 256 * 2**20
+"""Room for a probe of 64 million float32 weights: an SAE's encoder of 16,384 features on a width of 4,096."""
+
+UNSEALED = "sha256:" + "0" * 64
+"""Stands in a manifest's digests until ``write_probe_file`` computes them."""
+
+
+@dataclass(frozen=True)
+class ProbeFile:
+    """A probe file that passed every check that needs no model.
+
+    Attributes:
+        file: its name, as the operator gave it; for messages.
+        graph: the ONNX ``ModelProto`` without ``metadata_props``, serialised: what ``manifest.graph_sha256`` is over.
+    """
+
+    file: str
+    manifest: Manifest
+    graph: bytes
+
+
+def read_probe_file(path: Path | str, *, max_bytes: int = MAX_FILE_BYTES) -> ProbeFile:
+    """Reads a probe file and checks all that can be checked without a model.
+
+    Raises:
+        ProbeRefused: it fails a check; names the file, the field, what was found and what was expected.
+    """
+    file = str(path)
+    try:
+        size = Path(path).stat().st_size
+        if size > max_bytes:
+            raise ProbeRefused(file, "file size", f"{size} bytes", f"at most {max_bytes}")
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise ProbeRefused(file, "file", error.strerror or type(error).__name__, "a readable probe file") from None
+    return parse_probe_file(data, file)
+
+
+def parse_probe_file(data: bytes, file: str) -> ProbeFile:
+    """``read_probe_file`` for bytes that are in memory already; ``file`` is the name used in messages."""
+    model = _parse_onnx(data, file)
+    manifest = _parse_manifest(model, file)
+    del model.metadata_props[:]
+    graph = model.SerializeToString(deterministic=True)
+    for field, found, expected in (
+        ("graph_sha256", manifest.graph_sha256, graph_digest(graph)),
+        ("manifest_sha256", manifest.manifest_sha256, manifest_digest(manifest)),
+    ):
+        if found != expected:
+            raise ProbeRefused(file, field, found, f"{expected}, which is that of the file's content: it was changed after it was written")
+    check_signature(model, Signature.of(manifest), file)
+    check_graph(model, file)
+    check_golden(manifest, file)
+    return ProbeFile(file, manifest, graph)
+
+
+def write_probe_file(path: Path | str, graph: onnx.ModelProto, manifest: Manifest) -> ProbeFile:
+    """Puts a manifest into a graph, seals both with their digests, and writes them once they pass every check of ``read_probe_file``.
+
+    Args:
+        path: replaced in one step, so that no reader ever sees half a file.
+        graph: as ``docs/probe-file.md`` describes it; its ``metadata_props`` are dropped.
+        manifest: its two digests are computed here; ``UNSEALED`` may stand in for them.
+
+    Raises:
+        ProbeRefused: a reader would refuse the file; nothing is written.
+    """
+    model = onnx.ModelProto()
+    model.CopyFrom(graph)
+    del model.metadata_props[:]
+    sealed = manifest.model_copy(
+        update={
+            "graph_sha256": graph_digest(model.SerializeToString(deterministic=True)),
+            "manifest_sha256": manifest_digest(manifest),
+        }
+    )
+    entry = model.metadata_props.add()
+    entry.key, entry.value = METADATA_KEY, sealed.model_dump_json()
+    data = model.SerializeToString(deterministic=True)
+    target = Path(path)
+    if len(data) > MAX_FILE_BYTES:
+        raise ProbeRefused(str(path), "file size", f"{len(data)} bytes", f"at most {MAX_FILE_BYTES}")
+    probe = parse_probe_file(data, str(path))
+    with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as partial:
+        partial.write(data)
+    Path(partial.name).replace(target)
+    return probe
+
+
+def check_against_model(
+    probe: ProbeFile, *, fingerprint: str, hidden_size: int, num_hidden_layers: int, tokenizer_fingerprint: str
+) -> list[ProbeRefused]:
+    """What keeps a probe from being served on this model, field by field; empty if nothing does.
+
+    ``found`` is what the file says and ``expected`` what the model is. The caller may accept a fingerprint that differs; a probe with
+    another ``model.hidden_size`` or with ``inputs[…].layer`` beyond the model's blocks cannot run. An empty ``tokenizer_fingerprint`` means
+    that the model has no tokenizer, which matches no probe.
+    """
+    manifest = probe.manifest
+    compared: list[tuple[str, object, object]] = [
+        ("model.hidden_size", manifest.model.hidden_size, hidden_size),
+        ("model.num_hidden_layers", manifest.model.num_hidden_layers, num_hidden_layers),
+        ("model.fingerprint", manifest.model.fingerprint, fingerprint),
+        ("tokenizer_fingerprint", manifest.tokenizer_fingerprint, tokenizer_fingerprint or "a tokenizer, and the model has none"),
+    ]
+    mismatches = [ProbeRefused(probe.file, field, str(found), str(expected)) for field, found, expected in compared if found != expected]
+    mismatches += [
+        ProbeRefused(probe.file, f"inputs[{index}].layer", str(entry.layer), f"below {num_hidden_layers}")
+        for index, entry in enumerate(manifest.inputs)
+        if entry.layer is not None and entry.layer >= num_hidden_layers
+    ]
+    return mismatches
+
+
+def check_golden(manifest: Manifest, file: str) -> None:
+    """Checks that the golden vectors can tell a right score from a wrong one: two or more rows, not all the same.
+
+    Raises:
+        ProbeRefused: they cannot.
+    """
+    rows = manifest.golden.score_rows
+    if len(rows) < 2:
+        raise ProbeRefused(file, "golden.cases", f"{len(rows)} row of scores", "at least 2: one number has no spread to compare with")
+    # Below this the float32 rounding of the scores themselves exceeds any tolerance, so that nothing would be checked.
+    too_small = rows.std(axis=0) <= 1e-6 * abs(rows).max(axis=0)
+    for label, constant in zip(manifest.output.labels, too_small, strict=True):
+        if constant:
+            raise ProbeRefused(file, "golden.cases", f"constant scores for label {label!r}", "scores that differ, or nothing is checked")
+
+
+def graph_digest(graph: bytes) -> str:
+    """``sha256:…`` over a graph serialised deterministically without ``metadata_props``."""
+    return "sha256:" + hashlib.sha256(graph).hexdigest()
+
+
+def _parse_onnx(data: bytes, file: str) -> onnx.ModelProto:
+    if len(data) == 0:
+        raise ProbeRefused(file, "file", "an empty file", "an ONNX model")
+    # Some pickles parse as protobuf, as a message of unknown fields; so what they are is said before anything is parsed.
+    if data[:1] == b"\x80" and data[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
+        raise ProbeRefused(file, "file", "a Python pickle", "an ONNX model: pickles can run code and are never opened")
+    if data[:4] == b"PK\x03\x04":
+        raise ProbeRefused(file, "file", "a zip archive, as torch.save writes", "an ONNX model: pickles can run code and are never opened")
+    model = onnx.ModelProto()
+    try:
+        model.ParseFromString(data)
+    except (DecodeError, ValueError):
+        raise ProbeRefused(file, "file", "bytes that do not parse: another format, or a truncated file", "an ONNX model") from None
+    return model
+
+
+def _parse_manifest(model: onnx.ModelProto, file: str) -> Manifest:
+    written = [entry.value for entry in model.metadata_props if entry.key == METADATA_KEY]
+    if len(written) != 1:
+        raise ProbeRefused(file, "manifest", f"{len(written)} entries {METADATA_KEY!r} in metadata_props", "exactly one")
+    try:
+        return Manifest.model_validate_json(written[0])
+    except ValidationError as error:
+        raise _refusal(error, written[0], file) from None
+
+
+def _refusal(error: ValidationError, written: str, file: str) -> ProbeRefused:
+    """The first of pydantic's complaints, in our terms."""
+    first = error.errors(include_url=False)[0]
+    expected = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
+    match first["type"]:
+        case "json_invalid":
+            return ProbeRefused(file, "manifest", expected, "JSON")
+        case "missing":
+            return ProbeRefused(file, field, "nothing", "a value")
+        case "extra_forbidden":
+            return ProbeRefused(file, field, _shown(first["input"]), "no such field")
+        case _ if field:
+            return ProbeRefused(file, field, _shown(first["input"]), expected)
+        case _:
+            field, _, expected = expected.partition(": ")
+            return ProbeRefused(file, field, _shown(_looked_up(json.loads(written), field)), expected)
+
+
+def _looked_up(content: object, field: str) -> object:
+    for part in re.findall(r"\w+", field):
+        content = content[int(part)] if isinstance(content, list) else content.get(part) if isinstance(content, dict) else None
+    return content
+
+
+def _shown(value: object) -> str:
+    shown = json.dumps(value, ensure_ascii=False, default=str)
+    return shown if len(shown) <= 100 else shown[:97] + "…"

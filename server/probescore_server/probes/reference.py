@@ -1,0 +1,201 @@
+"""The reference: activations from plain Hugging Face transformers, one sequence at a time, without padding, cache or early exit.
+
+Authors fit probes on these and compute golden vectors from them. Nothing here is shared with the engine, which is what makes the golden
+vectors a check of it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from huggingface_hub import snapshot_download
+from numpy.typing import NDArray
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from probescore.fingerprints import tokenizer_fingerprint
+from probescore.types import Tap, TokenIds
+from probescore_server.probes.fingerprints import model_fingerprint
+from probescore_server.probes.manifest import ModelReference, TapInput
+
+_ATTENTION = re.compile(r"attn|attention")
+_MLP = re.compile(r"mlp|feed_?forward|ffn|moe|^fc2$")
+
+
+@dataclass(frozen=True, eq=False)
+class ReferenceModel:
+    """A whole model as transformers loads it, and what a manifest says of it."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    reference: ModelReference
+    tokenizer_fingerprint: str
+
+    @classmethod
+    def load(
+        cls,
+        model: str | Path,
+        *,
+        revision: str = "",
+        model_id: str = "",
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+        trust_remote_code: bool = False,
+    ) -> ReferenceModel:
+        """Loads a model and its tokenizer.
+
+        Args:
+            model: a directory, or the id of a model on the hub.
+            revision: of a model on the hub; empty = its main branch.
+            model_id: how the manifest names the model; empty = the hub id, or the directory's name.
+            dtype: golden vectors are made in float32; fitting may use less.
+            device: as torch names it.
+            trust_remote_code: let the model bring its own Python code, which is then run.
+
+        Raises:
+            ModelRefused: its weights are not in safetensors files.
+        """
+        directory = Path(model)
+        if not directory.is_dir():
+            directory = Path(
+                snapshot_download(str(model), revision=revision or None, ignore_patterns=["*.bin", "*.pt", "*.gguf", "*.onnx"])
+            )
+            model_id, revision = model_id or str(model), directory.name  # the commit
+        loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, trust_remote_code=trust_remote_code)
+        torch.nn.Module.to(loaded, device)
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        config = loaded.config.get_text_config()
+        reference = ModelReference(
+            id=model_id or directory.resolve().name,
+            revision=revision,
+            fingerprint=model_fingerprint(directory),
+            hidden_size=config.hidden_size,
+            num_hidden_layers=config.num_hidden_layers,
+        )
+        return cls(loaded, tokenizer, reference, tokenizer_fingerprint(tokenizer))
+
+    def activations(self, token_ids: TokenIds, taps: Sequence[Tap | str]) -> dict[Tap, NDArray[np.float32]]:
+        """``reference_activations`` of this model; a tap may be written as ``"resid_post.6"``."""
+        return reference_activations(self.model, token_ids, [TapInput.parse(tap).tap for tap in taps])
+
+    def completion_activations(
+        self, rollouts: Sequence[tuple[TokenIds, TokenIds]], tap: Tap | str, progress: Callable[[int], None] | None = None
+    ) -> list[NDArray[np.float32]]:
+        """What a probe is fitted on: for each ``(prompt_ids, completion_ids)`` the activations of the completion's tokens.
+
+        Args:
+            rollouts: the ids, as they were sampled.
+            tap: where to read.
+            progress: called after each rollout with how many are done.
+
+        Returns:
+            For each rollout ``(completion tokens, hidden_size)``.
+        """
+        parsed = TapInput.parse(tap).tap
+        activations = []
+        for done, (prompt, completion) in enumerate(rollouts, 1):
+            ids = np.concatenate([np.asarray(prompt, np.int64), np.asarray(completion, np.int64)])
+            activations.append(reference_activations(self.model, ids, [parsed])[parsed][len(prompt) :])
+            if progress is not None:
+                progress(done)
+        return activations
+
+
+def reference_activations(model: PreTrainedModel, token_ids: TokenIds, taps: Sequence[Tap]) -> dict[Tap, NDArray[np.float32]]:
+    """Runs one sequence through a whole model and reads it at the taps.
+
+    Residual streams come from ``output_hidden_states``, where entry ``i`` enters block ``i`` and the last entry is after the final norm;
+    what leaves the last block is in none of them and is read from the block itself. The terms that attention and MLP add are the outputs
+    of the two modules of the block that, added to its input, give its output.
+
+    Args:
+        model: with or without a head.
+        token_ids: ``(T,)``, taken verbatim.
+        taps: where to read.
+
+    Returns:
+        For each tap ``(T, hidden_size)`` float32.
+
+    Raises:
+        ValueError: a tap that this model does not have.
+    """
+    config = model.config.get_text_config()
+    # Without the head, whose logits would take more memory than all activations together.
+    decoder: torch.nn.Module = model.get_decoder()
+    blocks = _decoder_blocks(decoder, config.num_hidden_layers)
+    for tap in taps:
+        if tap.layer is not None and tap.layer >= len(blocks):
+            raise ValueError(f"{tap}: the model has {len(blocks)} blocks, counted from 0")
+    ids = torch.as_tensor(np.asarray(token_ids, np.int64)).unsqueeze(0).to(model.device)
+    read = {len(blocks) - 1} | {tap.layer for tap in taps if tap.layer is not None and tap.hook in ("attn_out", "mlp_out")}
+    with torch.inference_mode(), _recorded(blocks, read) as outputs:
+        hidden: Sequence[torch.Tensor] = decoder(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states
+    if len(hidden) != len(blocks) + 1:
+        raise ValueError(f"{type(model).__name__} gives {len(hidden)} hidden states for {len(blocks)} blocks")
+
+    def activation(tap: Tap) -> torch.Tensor:
+        match tap.hook, tap.layer:
+            case "final_norm", _:
+                return hidden[-1][0]
+            case "resid_pre", int(layer):
+                return hidden[layer][0]
+            case "resid_post", int(layer):
+                return outputs[layer][""] if layer == len(blocks) - 1 else hidden[layer + 1][0]
+            case (("attn_out" | "mlp_out"), int(layer)):
+                scale = getattr(config, "residual_multiplier", 1.0)
+                attention, mlp = _added_terms(tap, hidden[layer][0], outputs[layer], scale)
+                return attention if tap.hook == "attn_out" else mlp
+        raise ValueError(f"{tap}: no such tap")
+
+    return {tap: activation(tap).float().cpu().numpy() for tap in taps}
+
+
+def _decoder_blocks(decoder: torch.nn.Module, count: int) -> torch.nn.ModuleList:
+    for module in decoder.modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == count:
+            return module
+    raise ValueError(f"{type(decoder).__name__}: found no list of {count} decoder blocks")
+
+
+@contextmanager
+def _recorded(blocks: torch.nn.ModuleList, layers: set[int]) -> Iterator[dict[int, dict[str, torch.Tensor]]]:
+    """By layer, the outputs of the block (named ``""``) and of the modules inside it, ``(T, …)``."""
+    outputs: dict[int, dict[str, torch.Tensor]] = {layer: {} for layer in layers}
+    handles = []
+    for layer in layers:
+        for name, module in blocks[layer].named_modules():
+
+            def record(_module: torch.nn.Module, _args: object, output: object, layer: int = layer, name: str = name) -> None:
+                first = output[0] if isinstance(output, tuple) else output
+                if isinstance(first, torch.Tensor):
+                    # Copied, since some architectures go on to change the same tensor in place.
+                    outputs[layer][name] = first.reshape(-1, first.shape[-1]).clone()
+
+            handles.append(module.register_forward_hook(record))
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _added_terms(tap: Tap, entering: torch.Tensor, outputs: dict[str, torch.Tensor], scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The outputs of an attention-like and an MLP-like module that together make the block's change of the residual stream.
+
+    Which modules these are depends on where the architecture puts its norms (Gemma 2 has one after each of them) and its additions (BLOOM
+    adds inside its attention), so the sum decides.
+    """
+    change = (outputs[""] - entering).double()
+    sized = {name: scale * output for name, output in outputs.items() if name and output.shape == entering.shape}
+    pairs = [(sized[attention], sized[mlp]) for attention in sized if _ATTENTION.search(attention) for mlp in sized if _MLP.search(mlp)]
+    errors = [float((change - attention.double() - mlp.double()).norm() / change.norm()) for attention, mlp in pairs]
+    # The difference of two rounded residual streams is only as exact as they are large.
+    rounding = float(outputs[""].double().norm() / change.norm()) * torch.finfo(entering.dtype).eps
+    if not errors or min(errors) > 1e-4 + 4 * rounding:
+        raise ValueError(f"{tap}: no attention and MLP output of this model's block add up to its change of the residual stream")
+    return pairs[int(np.argmin(errors))]
