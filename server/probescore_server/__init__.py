@@ -1,1 +1,22 @@
-"""A frozen model and its probes, served over gRPC."""
+"""A frozen model and its probes, served over gRPC.
+
+``Engine`` is the same in-process: ``from probescore_server import Engine``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from probescore_server.engine import Engine
+
+__all__ = ["Engine"]
+
+
+def __getattr__(name: str) -> type[Engine]:
+    # not imported with the package, since the server's front process does without torch
+    if name == "Engine":
+        from probescore_server.engine import Engine
+
+        return Engine
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

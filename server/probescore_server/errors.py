@@ -6,6 +6,7 @@
     ├── QueueFull             too many tokens wait already; try again later
     ├── WorkerUnavailable     no worker can take or finish this now; try again later
     ├── DeadlineExpired       the caller's deadline passed before the work was done
+    ├── InternalFault         a fault of ours; clients see an incident number, the log has the rest
     └── StartupError          the server cannot start as configured
         ├── ModelRefused      the model cannot be loaded, or not served right
         └── ProbeRefused      a probe file that is not what it says, or not for this model: names file, field, found, expected
@@ -15,6 +16,8 @@ they carry no path and no traceback.
 """
 
 from __future__ import annotations
+
+import secrets
 
 
 class CoreError(Exception):
@@ -91,6 +94,24 @@ class DeadlineExpired(CoreError):
     """The caller's deadline passed before the work was done."""
 
     reason = "DEADLINE_EXPIRED"
+
+
+class InternalFault(CoreError):
+    """A fault of ours. ``incident`` is the number under which the log has what happened; nothing else of it reaches a client."""
+
+    reason = "INTERNAL"
+
+    def __init__(self, incident: str) -> None:
+        super().__init__(incident)
+        self.incident = incident
+
+    @classmethod
+    def new(cls) -> InternalFault:
+        """With an incident number of its own, to be logged beside what happened."""
+        return cls(secrets.token_hex(6))
+
+    def __str__(self) -> str:
+        return f"internal error; the server's log has it as incident {self.incident}"
 
 
 class StartupError(CoreError):

@@ -89,6 +89,19 @@ class RolloutResult:
     usage: Usage
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class ScoredBatch:
+    """What a worker returns for a batch.
+
+    Attributes:
+        results: one per rollout, in order; ``None`` where it was cancelled.
+        compute_seconds: how long the batch computed.
+    """
+
+    results: tuple[RolloutResult | None, ...]
+    compute_seconds: float
+
+
 @dataclass(frozen=True)
 class EngineInfo:
     """What an engine has loaded: all that the front process must know to check a request.

@@ -1,0 +1,1 @@
+"""The frozen model: loading, reading, running."""

@@ -1,0 +1,170 @@
+"""The forest of segments: what one batch runs through the backbone, each token once.
+
+A prompt is a root, its completions are its children, follow-ups are children of completions. The same tokens after the same tokens are one
+segment, whoever asks for them. Pure data, no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from probescore.types import Scope, Usage
+from probescore_server.rollouts import Continuation, Rollout
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeReads:
+    """What one probe reads beside the completion itself.
+
+    Attributes:
+        sees_prompt: the prompt's rows, and those of a follow-up's ancestors, are given to it too.
+        follow_up: ids that are appended to every completion for it, and read instead; empty = none.
+    """
+
+    sees_prompt: bool = False
+    follow_up: tuple[int, ...] = ()
+
+
+@dataclass(slots=True, eq=False)
+class Segment:
+    """A run of tokens that continues another.
+
+    Attributes:
+        parent: index of the segment that it continues; ``None`` = it starts at position 0.
+        token_ids: ``(T,)`` int32, ``T ≥ 1``.
+        position: of its first token.
+        read: whether its activations are wanted.
+        rollouts: indices of the rollouts that need it.
+    """
+
+    parent: int | None
+    token_ids: NDArray[np.int32]
+    position: int
+    read: bool = False
+    rollouts: set[int] = field(default_factory=set)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Placement:
+    """Where a continuation stands in the forest.
+
+    Attributes:
+        context: the segments before it, root first.
+        segment: its own, or ``None`` if it has no tokens.
+        appended: by probe, the segment of the follow-up that the probe itself appends.
+        follow_ups: its own follow-ups, in order.
+    """
+
+    continuation: Continuation
+    context: tuple[int, ...]
+    segment: int | None
+    appended: Mapping[str, int]
+    follow_ups: tuple[Placement, ...]
+
+    @property
+    def chain(self) -> tuple[int, ...]:
+        """Every segment up to and with its own."""
+        return self.context if self.segment is None else (*self.context, self.segment)
+
+
+@dataclass(slots=True, eq=False)
+class Forest:
+    """Segments, parents before children, and where each rollout of the batch stands in them.
+
+    Attributes:
+        placements: of each rollout's completion.
+        usage: of each rollout: tokens computed for it first, and tokens that it shares with an earlier rollout of the batch.
+    """
+
+    segments: list[Segment] = field(default_factory=list)
+    placements: list[Placement] = field(default_factory=list)
+    usage: list[Usage] = field(default_factory=list)
+
+    @classmethod
+    def build(cls, rollouts: Sequence[Rollout], probes: Mapping[str, ProbeReads]) -> Forest:
+        """Lays out a batch.
+
+        Args:
+            rollouts: checked.
+            probes: by ``name@version``, at least those that the rollouts ask for.
+        """
+        builder = _Builder(cls(), probes)
+        for rollout in rollouts:
+            builder.add(rollout)
+        return builder.forest
+
+    def children(self) -> list[list[int]]:
+        """By segment, the segments that continue it; the last entry (index -1) are the roots."""
+        children: list[list[int]] = [[] for _ in range(len(self.segments) + 1)]
+        for index, segment in enumerate(self.segments):
+            children[-1 if segment.parent is None else segment.parent].append(index)
+        return children
+
+
+class _Builder:
+    """Adds one rollout after the other to a forest."""
+
+    def __init__(self, forest: Forest, probes: Mapping[str, ProbeReads]) -> None:
+        self.forest = forest
+        self._probes = probes
+        self._known: dict[tuple[int | None, bytes], int] = {}
+        self._computed = 0
+        self._shared = 0
+
+    def add(self, rollout: Rollout) -> None:
+        index = len(self.forest.placements)
+        scope = rollout.options.scope
+        self._computed = self._shared = 0
+        context = self._extend((), rollout.prompt_ids, index)
+        if scope is not Scope.COMPLETION:
+            self._read(context)
+        placement = self._place(rollout.completion, context, rollout, index, read=scope is not Scope.PROMPT)
+        self.forest.placements.append(placement)
+        self.forest.usage.append(Usage(tokens_computed=self._computed, tokens_shared=self._shared))
+
+    def _place(self, continuation: Continuation, context: tuple[int, ...], rollout: Rollout, index: int, *, read: bool) -> Placement:
+        chain = self._extend(context, continuation.token_ids, index)
+        own = chain[len(context) :]
+        if read:
+            self._read(own)
+        appended = {}
+        for key in rollout.options.probes:
+            probe = self._probes[key]
+            if probe.sees_prompt:
+                self._read(chain if probe.follow_up else context)
+            if probe.follow_up:
+                appended[key] = self._extend(chain, np.array(probe.follow_up, np.int32), index)[-1]
+                self._read((appended[key],))
+        return Placement(
+            continuation=continuation,
+            context=context,
+            segment=own[0] if own else None,
+            appended=appended,
+            follow_ups=tuple(self._place(follow_up, chain, rollout, index, read=True) for follow_up in continuation.follow_ups),
+        )
+
+    def _extend(self, context: tuple[int, ...], token_ids: NDArray[np.int32], rollout: int) -> tuple[int, ...]:
+        """The chain of segments with one more; the same chain if there are no tokens."""
+        if len(token_ids) == 0:
+            return context
+        segments = self.forest.segments
+        parent = context[-1] if context else None
+        key = (parent, token_ids.tobytes())
+        index = self._known.get(key)
+        if index is None:
+            index = self._known[key] = len(segments)
+            position = 0 if parent is None else segments[parent].position + len(segments[parent].token_ids)
+            segments.append(Segment(parent, token_ids, position))
+            self._computed += len(token_ids)
+        else:
+            self._shared += len(token_ids)
+        segments[index].rollouts.add(rollout)
+        return (*context, index)
+
+    def _read(self, indices: tuple[int, ...]) -> None:
+        for index in indices:
+            self.forest.segments[index].read = True

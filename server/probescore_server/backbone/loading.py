@@ -1,0 +1,214 @@
+"""From a path or a hub id to the decoder that probes need: no head, and no block beyond the deepest that is read."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from probescore_server.errors import ModelRefused
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+_WANTED_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "*.model"]
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+_PER_LAYER_SETTINGS = ("layer_types", "mlp_layer_types", "no_rope_layers")
+
+
+@dataclass(frozen=True, eq=False)
+class Decoder:
+    """A model cut off after some of its blocks.
+
+    Attributes:
+        model: called with ids, gives ``last_hidden_state``, which is after the final norm.
+        blocks: the decoder blocks that are loaded, in order.
+        num_hidden_layers: blocks of the whole model; the final norm means something only if all are loaded.
+    """
+
+    model: PreTrainedModel
+    blocks: torch.nn.ModuleList
+    num_hidden_layers: int
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """Of the text model."""
+        return self.model.config
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in."""
+        return self.model.dtype
+
+
+def resolve_model(model: str, *, revision: str = "", trust_remote_code: bool = False) -> Path:
+    """The directory that holds a model: itself if it is one, else a snapshot from the hub.
+
+    Raises:
+        ModelRefused: no such directory or model, the hub cannot be reached, or there are no safetensors weights.
+    """
+    directory = Path(model).expanduser()
+    if not directory.is_dir():
+        if directory.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
+            raise ModelRefused(f"{model}: not a directory with a model")
+        directory = _download(model, revision, [*_WANTED_FILES, *(["*.py"] if trust_remote_code else [])])
+    elif revision:
+        raise ModelRefused(f"{model}: a revision ({revision}) belongs to a model on the hub, and this is a directory")
+    if not (directory / "config.json").is_file():
+        raise ModelRefused(f"{model}: no config.json")
+    if not any(directory.glob("*.safetensors")):
+        others = ", ".join(sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in directory.glob(pattern)))
+        raise ModelRefused(f"{model}: no safetensors weights{f'; {others} may be pickles and are never opened' if others else ''}")
+    return directory
+
+
+def _download(model: str, revision: str, patterns: list[str]) -> Path:
+    try:
+        return Path(snapshot_download(model, revision=revision or None, allow_patterns=patterns))
+    except LocalEntryNotFoundError:
+        raise ModelRefused(f"{model}: neither a directory nor in the local cache, and the hub cannot be reached") from None
+    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
+        raise ModelRefused(f"{model}: not a directory, and the hub says: {error}") from None
+
+
+def load_config(directory: Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The whole model's config.
+
+    Raises:
+        ModelRefused: transformers does not know the architecture, or it has no decoder blocks.
+    """
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        text = config.get_text_config(decoder=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelRefused(f"{directory.name}: its config cannot be read: {error}") from None
+    for name in ("hidden_size", "num_hidden_layers", "vocab_size"):
+        if not isinstance(getattr(text, name, None), int):
+            raise ModelRefused(f"{directory.name}: a {config.model_type} model has no {name}; only decoders can be served")
+    if config.is_encoder_decoder:
+        raise ModelRefused(f"{directory.name}: a {config.model_type} model is an encoder with a decoder; only decoders can be served")
+    return config
+
+
+def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase | None:
+    """The model's tokenizer; ``None`` if it comes without one.
+
+    Raises:
+        ModelRefused: there is one, and it cannot be read.
+    """
+    if not any((directory / name).is_file() for name in _TOKENIZER_FILES):
+        return None
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    except Exception as error:  # whatever a tokenizer's own reader raises
+        raise ModelRefused(f"{directory.name}: its tokenizer cannot be read: {error}") from None
+    return tokenizer
+
+
+def load_decoder(
+    directory: Path, *, num_layers: int, dtype: str = "float32", device: str = "cpu", trust_remote_code: bool = False
+) -> Decoder:
+    """Loads the first ``num_layers`` blocks of a model, without its head.
+
+    A recurrent model keeps its count of positions with its attention layers, so that the first of these is loaded in any case.
+
+    Raises:
+        ModelRefused: weights are missing or of another shape, the device is not there, or the decoder blocks cannot be told.
+    """
+    config = load_config(directory, trust_remote_code=trust_remote_code)
+    whole = config.get_text_config(decoder=True).num_hidden_layers
+    num_layers = loaded = max(num_layers, _first_attention_layer(config) + 1)
+    _cut(config, num_layers)
+    try:
+        model = _load_model(directory, config, dtype, trust_remote_code)
+    except ModelRefused:
+        if num_layers == whole:
+            raise
+        # Where the shape of a weight depends on the number of blocks (Gemma 4), the model is loaded whole, then cut.
+        loaded = whole
+        model = _load_model(directory, load_config(directory, trust_remote_code=trust_remote_code), dtype, trust_remote_code)
+    decoder = model if model.config.get_text_config(decoder=True) is model.config else model.get_decoder()
+    if decoder is None or decoder.config.num_hidden_layers != loaded:
+        raise ModelRefused(f"{directory.name}: a {config.model_type} model does not give its text decoder")
+    blocks = _find_blocks(decoder, loaded, directory.name)
+    del blocks[num_layers:]
+    module: torch.nn.Module = decoder.eval().requires_grad_(False)
+    try:
+        module.to(device)
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for the device
+        raise ModelRefused(f"device {device!r}: {error}") from None
+    return Decoder(decoder, blocks, whole)
+
+
+def _load_model(directory: Path, config: PreTrainedConfig, dtype: str, trust_remote_code: bool) -> PreTrainedModel:
+    try:
+        with _quiet_transformers():
+            model, loading = AutoModel.from_pretrained(
+                directory,
+                config=config,
+                dtype=DTYPES[dtype],
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+            )
+    except Exception as error:  # a damaged file, a size that differs: transformers and safetensors raise what they like
+        raise ModelRefused(f"{directory.name}: cannot be loaded: {error}") from None
+    missing = sorted(loading["missing_keys"])
+    if missing:
+        raise ModelRefused(f"{directory.name}: {len(missing)} weights are missing from its files: {', '.join(missing[:5])}")
+    return model  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Without the report that the head and the later blocks were left out, which is meant, and without bars in logs."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _cut(config: PreTrainedConfig, num_layers: int) -> None:
+    text = config.get_text_config(decoder=True)
+    for name in _PER_LAYER_SETTINGS:
+        settings: Any = getattr(text, name, None)
+        if isinstance(settings, list) and name in vars(text):  # else computed from the number of layers
+            setattr(text, name, settings[:num_layers])
+    text.num_hidden_layers = num_layers
+
+
+def _first_attention_layer(config: PreTrainedConfig) -> int:
+    """Of a model that begins with recurrent layers; 0 for others, and where no layer is of a kind that counts positions."""
+    kinds = getattr(config.get_text_config(decoder=True), "layer_types", None) or []
+    attention = (index for index, kind in enumerate(kinds) if "attention" in kind and "linear" not in kind)
+    return next(attention, 0)
+
+
+def _find_blocks(decoder: torch.nn.Module, count: int, model: str) -> torch.nn.ModuleList:
+    """The list of blocks is the outermost ``ModuleList`` of the right length; lists of experts lie inside blocks."""
+    lists = [(name, module) for name, module in decoder.named_modules() if isinstance(module, torch.nn.ModuleList) and len(module) == count]
+    depth = min((name.count(".") for name, _ in lists), default=0)
+    outermost = [(name, module) for name, module in lists if name.count(".") == depth]
+    if len(outermost) != 1:
+        found = ", ".join(name for name, _ in outermost) or "none"
+        raise ModelRefused(f"{model}: cannot tell its {count} decoder blocks; lists of that length: {found}")
+    return outermost[0][1]

@@ -1,0 +1,194 @@
+"""Taps: reads activations of a decoder's blocks while it runs, and finds the modules whose outputs attention and MLP add.
+
+Hooks, not ``output_hidden_states``: of a model that was cut off, the last entry there is something else.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import nn
+from transformers.modeling_outputs import BaseModelOutput
+
+from probescore.types import Tap
+from probescore_server.backbone.loading import Decoder
+from probescore_server.errors import ModelRefused
+
+_ATTENTION = re.compile(r"(^|[._])(attn|attention|self_attn|self_attention|linear_attn|post_attention\w*|post_self_attn\w*|mixer)($|[._])")
+_MLP = re.compile(r"(^|[._])(mlp|ffn|feed_?forward|moe|block_sparse_moe|post_feedforward\w*|post_mlp\w*|fc2)($|[._])")
+_Arguments = Sequence[torch.Tensor]
+_Keywords = Mapping[str, torch.Tensor]
+_ModuleOutput = torch.Tensor | Sequence[torch.Tensor]
+_SUM_BOUND = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+def layers_needed(taps: Sequence[Tap], num_hidden_layers: int) -> int:
+    """How many blocks must be loaded to read these taps; at least one."""
+    needed = 1
+    for tap in taps:
+        if tap.layer is None:
+            needed = num_hidden_layers
+        elif tap.hook == "resid_pre":
+            needed = max(needed, tap.layer)
+        else:
+            needed = max(needed, tap.layer + 1)
+    return needed
+
+
+class TapReader:
+    """Copies activations at taps into buffers.
+
+    Args:
+        decoder: what is read.
+        taps: every tap that will be read.
+
+    Raises:
+        ModelRefused: a block does not hand its output to the next as it is, or no attention and MLP outputs add up to what it adds.
+    """
+
+    def __init__(self, decoder: Decoder, taps: Sequence[Tap]) -> None:
+        self._decoder = decoder
+        self._added: dict[Tap, tuple[nn.Module, float]] = {}
+        ids = _random_ids(decoder)
+        _check_residual_stream(decoder, ids)
+        for layer in sorted({tap.layer for tap in taps if tap.hook in ("attn_out", "mlp_out") and tap.layer is not None}):
+            attention, mlp, scale = _find_added_terms(decoder, layer, ids)
+            self._added[Tap("attn_out", layer)] = (attention, scale)
+            self._added[Tap("mlp_out", layer)] = (mlp, scale)
+
+    @contextmanager
+    def reading(self, into: Mapping[Tap, torch.Tensor]) -> Iterator[None]:
+        """While this is open, a forward of one sequence writes its activations ``(T, hidden_size)`` to the buffers, as float32."""
+        with ExitStack() as hooks:
+            for tap, buffer in into.items():
+                if tap.layer is not None:
+                    hooks.callback(self._hook(tap, tap.layer, buffer).remove)
+            yield
+
+    def read_final_norm(self, output: BaseModelOutput, into: Mapping[Tap, torch.Tensor]) -> None:
+        """Copies what a forward returned into the buffer of ``final_norm``, if it is wanted."""
+        buffer = into.get(Tap("final_norm"))
+        if buffer is not None and output.last_hidden_state is not None:
+            buffer.copy_(output.last_hidden_state[0])
+
+    def _hook(self, tap: Tap, layer: int, buffer: torch.Tensor) -> torch.utils.hooks.RemovableHandle:
+        # Copied at once, not kept: some architectures go on to change the same tensor in place.
+        match tap.hook:
+            case "resid_pre" if layer == 0:
+                return self._decoder.blocks[0].register_forward_pre_hook(
+                    lambda _, args, kwargs: _store(_block_input(args, kwargs), buffer), with_kwargs=True
+                )
+            case "resid_pre":
+                module, scale = self._decoder.blocks[layer - 1], 1.0
+            case "resid_post":
+                module, scale = self._decoder.blocks[layer], 1.0
+            case _:
+                module, scale = self._added[tap]
+        return module.register_forward_hook(lambda _, __, output: _store(_first(output), buffer, scale))
+
+
+def _store(activation: torch.Tensor, buffer: torch.Tensor, scale: float = 1.0) -> None:
+    buffer.copy_(activation.reshape(buffer.shape))
+    if scale != 1.0:
+        buffer.mul_(scale)
+
+
+def _first(output: _ModuleOutput) -> torch.Tensor:
+    """What a module returns, or the first of several things."""
+    return output if isinstance(output, torch.Tensor) else output[0]
+
+
+def _block_input(args: _Arguments, kwargs: _Keywords) -> torch.Tensor:
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def _random_ids(decoder: Decoder) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(decoder.config.vocab_size, (1, 16), generator=generator).to(decoder.device)
+
+
+def _run(decoder: Decoder, ids: torch.Tensor) -> None:
+    try:
+        decoder.model(input_ids=ids, use_cache=False)
+    except Exception as error:  # whatever a model raises that cannot be run by its ids alone
+        raise ModelRefused(f"a {decoder.config.model_type} model cannot be run: {type(error).__name__}: {error}") from error
+
+
+@torch.inference_mode()
+def _check_residual_stream(decoder: Decoder, ids: torch.Tensor) -> None:
+    """Blocks must be called in order, each with the output of the one before it: else ``resid_post`` is not a residual stream."""
+    entered: dict[int, torch.Tensor] = {}
+    left: dict[int, torch.Tensor] = {}
+    with ExitStack() as hooks:
+        for layer, block in enumerate(decoder.blocks):
+
+            def enter(_block: nn.Module, args: _Arguments, kwargs: _Keywords, layer: int = layer) -> None:
+                entered[layer] = _block_input(args, kwargs).clone()
+
+            def leave(_block: nn.Module, _args: _Arguments, output: _ModuleOutput, layer: int = layer) -> None:
+                left[layer] = _first(output).clone()
+
+            hooks.callback(block.register_forward_pre_hook(enter, with_kwargs=True).remove)
+            hooks.callback(block.register_forward_hook(leave).remove)
+        _run(decoder, ids)
+    shape = (1, ids.shape[1], decoder.config.hidden_size)
+    layers = range(len(decoder.blocks))
+    chained = len(entered) == len(left) == len(layers) and all(torch.equal(left[layer], entered[layer + 1]) for layer in layers[:-1])
+    if not chained or any(tensor.shape != shape for tensor in [*entered.values(), *left.values()]):
+        raise ModelRefused(f"a {decoder.config.model_type} model does not pass one residual stream {shape} from block to block")
+
+
+@torch.inference_mode()
+def _find_added_terms(decoder: Decoder, layer: int, ids: torch.Tensor) -> tuple[nn.Module, nn.Module, float]:
+    """The modules of a block whose outputs are what attention and MLP add to the residual stream.
+
+    Which they are depends on where an architecture puts its norms (Gemma 2 has one after each) and its additions (BLOOM adds inside the
+    modules), so the sum decides, among modules of fitting names.
+    """
+    block = decoder.blocks[layer]
+    outputs: dict[str, torch.Tensor] = {}
+    entered: list[torch.Tensor] = []
+    with ExitStack() as hooks:
+        before = block.register_forward_pre_hook(lambda _, a, k: entered.append(_block_input(a, k).clone()), with_kwargs=True)
+        hooks.callback(before.remove)
+        for name, module in block.named_modules():
+
+            def record(_module: nn.Module, _args: object, output: _ModuleOutput, name: str = name) -> None:
+                first = _first(output) if isinstance(output, (torch.Tensor, tuple)) else None
+                # some experts give (tokens, hidden_size), without the batch's axis
+                if isinstance(first, torch.Tensor) and first.numel() == entered[0].numel():
+                    outputs[name] = first.reshape(entered[0].shape).clone()
+
+            hooks.callback(module.register_forward_hook(record).remove)
+        _run(decoder, ids)
+    scale = float(getattr(decoder.config, "residual_multiplier", 1.0))
+    pairs = [
+        (_sum_error(entered[0], scale * outputs[attention], scale * outputs[mlp], outputs[""]), attention, mlp)
+        for attention in outputs
+        if _ATTENTION.search(attention) and not _MLP.search(attention)
+        for mlp in outputs
+        if _MLP.search(mlp)
+    ]
+    error, attention, mlp = min(pairs, default=(float("inf"), "", ""))
+    if not error <= _SUM_BOUND[decoder.dtype]:
+        raise ModelRefused(
+            f"attn_out.{layer}, mlp_out.{layer}: no outputs of attention and MLP in this {decoder.config.model_type} model's block add up "
+            f"to what it adds to the residual stream (of {len(pairs)} pairs the closest has a relative error of {error:.2g})"
+        )
+    modules = dict(block.named_modules())
+    return modules[attention], modules[mlp], scale
+
+
+def _sum_error(entered: torch.Tensor, attention: torch.Tensor, mlp: torch.Tensor, left: torch.Tensor) -> float:
+    """How far ``entered + attention + mlp`` is from ``left``, relative to what the block adds; the median over tokens.
+
+    Added in the model's own dtype, in the two orders in use, so that the right pair is exact and rounding does not hide a wrong one.
+    """
+    added = (left.float() - entered.float()).norm(dim=-1)
+    errors = [
+        ((total.float() - left.float()).norm(dim=-1) / added).median() for total in (entered + attention + mlp, attention + mlp + entered)
+    ]
+    return float(torch.stack(errors).min())

@@ -1,0 +1,302 @@
+"""The engine: a frozen model and its probes on one device. What the server's worker runs, and what anyone can run in-process."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedConfig
+
+from probescore.fingerprints import tokenizer_fingerprint
+from probescore.reductions import Reduction
+from probescore.types import Chat, GroupScores, ModelInfo, RolloutGroup, Scope, ScoreResult, ScoringInfo, Text, Usage
+from probescore_server.backbone.forest import Forest, ProbeReads
+from probescore_server.backbone.loading import DTYPES, load_config, load_decoder, load_tokenizer, resolve_model
+from probescore_server.backbone.self_test import self_test
+from probescore_server.backbone.taps import TapReader, layers_needed
+from probescore_server.backbone.texts import TextEncoder
+from probescore_server.backbone.universal import UniversalBackbone
+from probescore_server.errors import ModelRefused
+from probescore_server.probes.admission import check_accepted_names, check_fits, is_accepted, probe_info, read_probe_files
+from probescore_server.probes.fingerprints import model_fingerprint
+from probescore_server.probes.golden_check import check_golden, golden_rollouts
+from probescore_server.probes.manifest import Manifest
+from probescore_server.probes.probe_file import ProbeFile
+from probescore_server.probes.runner import BatchScorer, LoadedProbe
+from probescore_server.probes.session import ProbeSession, session_device
+from probescore_server.requests import TokenScoresWanted, pending_texts, resolve_options, resolve_rollouts
+from probescore_server.rollouts import EngineInfo, Rollout, RolloutResult
+
+BATCH_TOKENS = 16_384
+"""Tokens of one batch of ``Engine.score``: bounds the activations held at once. A server makes its own batches."""
+
+
+def _ignore(_: str) -> None:
+    pass
+
+
+def _never(_: int) -> bool:
+    return False
+
+
+class Engine:
+    """A frozen model with its probes; made by ``Engine.load``.
+
+    It may be called from several threads; batches run one after the other.
+
+    Attributes:
+        info: what is loaded.
+    """
+
+    def __init__(self, info: EngineInfo, backbone: UniversalBackbone, texts: TextEncoder, probes: Mapping[str, LoadedProbe]) -> None:
+        self.info = info
+        self._backbone = backbone
+        self._texts = texts
+        self._probes = probes
+        self._reads = {key: _reads(probe.manifest) for key, probe in probes.items()}
+        self._running = threading.Lock()
+
+    @classmethod
+    def load(
+        cls,
+        model: str,
+        probes: Sequence[str | Path] = (),
+        *,
+        revision: str = "",
+        dtype: str = "float32",
+        device: str = "cpu",
+        accept_mismatch: Collection[str] = (),
+        trust_remote_code: bool = False,
+        report: Callable[[str], None] = _ignore,
+    ) -> Engine:
+        """Loads a model as far as the probes need it, and check everything that can be checked before the first request.
+
+        Args:
+            model: a directory, or the id of a model on the hub.
+            probes: probe files.
+            revision: of a model on the hub; empty = its default branch.
+            dtype: ``float32``, ``bfloat16`` or ``float16``.
+            device: ``cpu``, ``cuda`` or ``cuda:0``.
+            accept_mismatch: probes (``name`` or ``name@version``) to serve though they were made for another model or tokenizer, or
+                miss their golden scores; every answer then says so. A probe that cannot run on this model is refused in any case.
+            trust_remote_code: let the model bring its own Python code, which is then run.
+            report: called with a line for people as each step begins.
+
+        Raises:
+            ModelRefused: the model cannot be loaded, or is not served right.
+            ProbeRefused: a probe file is not what it says it is, or not for this model.
+        """
+        if dtype not in DTYPES:
+            raise ModelRefused(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
+        report(f"reading {len(probes)} probe files")
+        files = read_probe_files(probes)
+        check_accepted_names(files, accept_mismatch)
+        directory = resolve_model(model, revision=revision, trust_remote_code=trust_remote_code)
+        config = load_config(directory, trust_remote_code=trust_remote_code)
+        taps = sorted({tap for file in files for tap in file.manifest.taps}, key=str)
+        report("computing the model's fingerprint")
+        described = _describe(model, directory, revision, config)
+        tokenizer = load_tokenizer(directory, trust_remote_code=trust_remote_code)
+        texts = TextEncoder(tokenizer)
+        fingerprint = "" if tokenizer is None else tokenizer_fingerprint(tokenizer)
+        accepted = {file.manifest.key: check_fits(file, described, fingerprint, texts.bos_token_id, accept_mismatch) for file in files}
+
+        needed = layers_needed(taps, described.num_hidden_layers)
+        report(f"loading {needed} of {described.num_hidden_layers} blocks in {dtype}")
+        decoder = load_decoder(directory, num_layers=needed, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        report("testing the forward pass")
+        reader = TapReader(decoder, taps)
+        backbone = UniversalBackbone(decoder, reader)
+        self_test(decoder, reader, backbone)
+        loaded = {file.manifest.key: LoadedProbe.of(file.manifest, ProbeSession(file, session_device(decoder.device))) for file in files}
+        info = EngineInfo(
+            model=replace(described, num_loaded_layers=len(decoder.blocks)),
+            tokenizer_fingerprint=fingerprint,
+            bos_token_id=texts.bos_token_id,
+            probes=tuple(probe_info(file.manifest, accepted[file.manifest.key]) for file in files),
+            device=str(decoder.device),
+            dtype=dtype,
+            execution_path=backbone.name,
+            expects_bos={file.manifest.key: file.manifest.expects_bos for file in files},
+            max_follow_up_tokens={
+                file.manifest.key: len(file.manifest.follow_up.token_ids) for file in files if file.manifest.follow_up is not None
+            },
+        )
+        engine = cls(info, backbone, texts, loaded)
+        for file in files:
+            report(f"recomputing the golden scores of {file.manifest.key}")
+            engine._check_golden(file, accept_mismatch)
+        report("ready")
+        return engine
+
+    # -------------------------------------------------------------------------------------------------------------------- for people
+
+    def score(
+        self,
+        groups: Sequence[RolloutGroup],
+        *,
+        probes: Sequence[str] = (),
+        reductions: Sequence[Reduction | str] = (),
+        token_scores: TokenScoresWanted = (),
+        scope: Scope | str = Scope.COMPLETION,
+        return_token_ids: bool = False,
+    ) -> ScoreResult:
+        """Scores every completion of every group.
+
+        Args:
+            groups: what to score.
+            probes: ``name`` or ``name@version`` each; empty = every loaded probe.
+            reductions: from the scores of tokens to one number each; empty = each probe's default.
+            token_scores: the probes whose scores per token are wanted, or ``"all"``.
+            scope: ``completion``, ``prompt`` or ``all``.
+            return_token_ids: whether the ids that were scored come back.
+
+        Raises:
+            InvalidRequest: names the field at fault.
+        """
+        options = resolve_options(
+            self.info, probes=probes, reductions=reductions, token_scores=token_scores, scope=scope, return_token_ids=return_token_ids
+        )
+        encoded = {
+            text.field: self.encode_completion(text.content, field=text.field)
+            if isinstance(text.content, str)
+            else self.encode_prompt(text.content, field=text.field)
+            for text in pending_texts(groups)
+        }
+        by_group = resolve_rollouts(groups, self.info, options, encoded=encoded)
+        started = time.perf_counter()
+        results = [
+            result
+            for batch in _batches([rollout for group in by_group for rollout in group])
+            for result in self.score_rollouts(batch)
+            if result is not None
+        ]
+        usage = Usage(
+            tokens_computed=sum(result.usage.tokens_computed for result in results),
+            tokens_shared=sum(result.usage.tokens_shared for result in results),
+            compute_seconds=time.perf_counter() - started,
+        )
+        scores = iter(result.scores for result in results)
+        return ScoreResult(
+            groups=tuple(GroupScores(tuple(next(scores) for _ in group)) for group in by_group),
+            info=ScoringInfo(self.info.model.fingerprint, self.info.tokenizer_fingerprint, self.info.scored_probes(options), usage),
+        )
+
+    def encode_prompt(self, prompt: Text | Chat | str, *, field: str = "prompt") -> NDArray[np.int32]:
+        """Ids ``(P,)`` of a prompt's text, or of a chat as the model's template renders it.
+
+        Raises:
+            InvalidRequest: naming ``field``: no tokenizer or chat template, or BOS comes twice.
+        """
+        return self._texts.encode_prompt(prompt, field)
+
+    def encode_completion(self, text: str, *, field: str = "completion") -> NDArray[np.int32]:
+        """Ids ``(T,)`` of a completion's text, without special tokens.
+
+        Raises:
+            InvalidRequest: naming ``field``: no tokenizer.
+        """
+        return self._texts.encode_completion(text, field)
+
+    def decode_tokens(self, ids: Sequence[int] | NDArray[np.int32]) -> list[str]:
+        """The text of each token; together they are the text of all."""
+        return self._texts.decode_tokens(ids)
+
+    # -------------------------------------------------------------------------------------------------------------------- for workers
+
+    def score_rollouts(self, rollouts: Sequence[Rollout], *, is_cancelled: Callable[[int], bool] = _never) -> list[RolloutResult | None]:
+        """Scores one batch of checked rollouts.
+
+        Args:
+            rollouts: from ``resolve_rollouts``; requests may be mixed.
+            is_cancelled: asked for a rollout's index before each piece of work that it needs; what no one wants any more is not computed.
+
+        Returns:
+            By rollout; ``None`` where it was cancelled.
+        """
+        return self._score(rollouts, self._probes, is_cancelled)
+
+    def _score(
+        self, rollouts: Sequence[Rollout], probes: Mapping[str, LoadedProbe], is_cancelled: Callable[[int], bool]
+    ) -> list[RolloutResult | None]:
+        forest = Forest.build(rollouts, self._reads)
+        cancelled: set[int] = set()
+
+        def unwanted(segment: int) -> bool:
+            needed_by = forest.segments[segment].rollouts
+            cancelled.update(index for index in needed_by - cancelled if is_cancelled(index))
+            return needed_by <= cancelled
+
+        taps = {tap for key in _requested(rollouts) for tap in probes[key].manifest.taps}
+        with self._running:
+            activations = self._backbone.forward(forest, sorted(taps, key=str), skip=unwanted)
+            live = [index for index in range(len(rollouts)) if index not in cancelled]
+            scores = BatchScorer(self.info, probes, self._texts.special_ids, rollouts, forest, activations).score(live)
+        return [RolloutResult(scores[index], forest.usage[index]) if index in scores else None for index in range(len(rollouts))]
+
+    def _check_golden(self, file: ProbeFile, accept_mismatch: Collection[str]) -> None:
+        key = file.manifest.key
+        rollouts = golden_rollouts(file, self.info)
+        # golden scores are in the unit of the graph's output, before any sigmoid
+        probe = {key: replace(self._probes[key], as_probability=False)}
+        results = self._score(rollouts, probe, _never)
+        refusal = check_golden(file, [result.scores for result in results if result is not None], self.info.dtype)
+        if refusal is None:
+            return
+        if not is_accepted(file.manifest, accept_mismatch):
+            raise refusal
+        self.info = replace(
+            self.info,
+            probes=tuple(
+                replace(probe, accepted_mismatches=(*probe.accepted_mismatches, refusal.field))
+                if (probe.name, probe.version) == (file.manifest.name, file.manifest.version)
+                else probe
+                for probe in self.info.probes
+            ),
+        )
+
+
+def _describe(model: str, directory: Path, revision: str, config: PreTrainedConfig) -> ModelInfo:
+    text = config.get_text_config(decoder=True)
+    return ModelInfo(
+        # a path is the operator's business: clients are told its last component only
+        id=directory.resolve().name if Path(model).expanduser().is_dir() else model,
+        revision=revision,
+        fingerprint=model_fingerprint(directory),
+        model_type=config.model_type,
+        hidden_size=text.hidden_size,
+        num_hidden_layers=text.num_hidden_layers,
+        num_loaded_layers=0,
+        vocab_size=text.vocab_size,
+        max_position_embeddings=getattr(text, "max_position_embeddings", None) or 0,
+    )
+
+
+def _reads(manifest: Manifest) -> ProbeReads:
+    return ProbeReads(manifest.context.sees_prompt, () if manifest.follow_up is None else manifest.follow_up.token_ids)
+
+
+def _requested(rollouts: Sequence[Rollout]) -> set[str]:
+    return {key for rollout in rollouts for key in rollout.options.probes}
+
+
+def _batches(rollouts: Sequence[Rollout]) -> Iterator[list[Rollout]]:
+    """Consecutive rollouts of at most ``BATCH_TOKENS`` tokens, or a single longer one; a prompt counts once in a batch."""
+    batch: list[Rollout] = []
+    tokens = 0
+    for rollout in rollouts:
+        cost = rollout.completion.tree_tokens
+        if not batch or batch[-1].prompt_ids is not rollout.prompt_ids:
+            cost += len(rollout.prompt_ids)
+        if batch and tokens + cost > BATCH_TOKENS:
+            yield batch
+            batch, tokens, cost = [], 0, rollout.tokens
+        batch.append(rollout)
+        tokens += cost
+    if batch:
+        yield batch

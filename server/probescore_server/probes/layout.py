@@ -1,0 +1,102 @@
+"""Which rows of a batch belong to which completion, as one probe sees it.
+
+All of what a score *means* is here and in ``runner``: scopes, masks, spans, follow-ups, special tokens, whether the prompt is seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from probescore.types import Scope
+from probescore_server.backbone.forest import Forest, Placement
+from probescore_server.probes.manifest import Manifest
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Part:
+    """A segment whose tokens are scored, after the segments that a probe which sees the prompt is given too."""
+
+    before: tuple[int, ...]
+    segment: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Reading:
+    """What one probe reads of one completion.
+
+    Attributes:
+        parts: whose tokens are in scope, in order; ``T`` tokens in all.
+        selections: ``(1 + spans, T)`` bool: the tokens that count, for the whole scope and for each span.
+    """
+
+    parts: tuple[Part, ...]
+    selections: NDArray[np.bool_]
+
+
+def read_completion(
+    forest: Forest, placement: Placement, manifest: Manifest, scope: Scope, *, is_follow_up: bool, special_ids: NDArray[np.int32]
+) -> Reading:
+    """What a probe reads of a completion.
+
+    Args:
+        forest: where the completion stands.
+        placement: the completion, or a follow-up, which scores its own tokens whatever the scope.
+        manifest: of the probe.
+        scope: as asked.
+        is_follow_up: whether the placement is a follow-up of a request.
+        special_ids: the tokenizer's special tokens.
+    """
+    continuation = placement.continuation
+    appended = placement.appended.get(manifest.key)
+    parts: list[Part] = []
+    if appended is not None:
+        # the request's mask and spans are about tokens that this probe does not score
+        parts = [Part(placement.chain, appended)]
+        counted = np.ones(len(forest.segments[appended].token_ids), np.bool_)
+        selections = [counted, *(np.zeros_like(counted) for _ in continuation.spans)]
+    else:
+        prompt_tokens = 0
+        if scope is not Scope.COMPLETION and not is_follow_up:
+            parts = [Part((), segment) for segment in placement.context]
+            prompt_tokens = sum(len(forest.segments[part.segment].token_ids) for part in parts)
+        own = np.zeros(0, np.bool_)
+        if scope is not Scope.PROMPT or is_follow_up:
+            parts += [Part(placement.context, segment) for segment in placement.chain[len(placement.context) :]]
+            own = np.ones(len(continuation.token_ids), np.bool_) if continuation.mask is None else continuation.mask
+        selections = [np.concatenate([np.ones(prompt_tokens, np.bool_), own])]
+        for span in continuation.spans:
+            within = np.zeros_like(selections[0])
+            within[prompt_tokens + span.start : prompt_tokens + span.end] = True
+            selections.append(within & selections[0])
+    stacked = np.stack(selections)
+    if manifest.exclude_special_tokens and parts:
+        token_ids = np.concatenate([forest.segments[part.segment].token_ids for part in parts])
+        stacked &= ~np.isin(token_ids, special_ids)
+    return Reading(tuple(parts), stacked)
+
+
+class Rows:
+    """Where each segment's rows are among the activations of a batch.
+
+    Args:
+        forest: the batch.
+        starts: by segment that was read, its first row.
+    """
+
+    def __init__(self, forest: Forest, starts: dict[int, int]) -> None:
+        self._forest = forest
+        self._starts = starts
+        count = sum(len(forest.segments[index].token_ids) for index in starts)
+        self.positions = np.zeros(count, np.int64)
+        for index, start in starts.items():
+            segment = forest.segments[index]
+            self.positions[start : start + len(segment.token_ids)] = segment.position + np.arange(len(segment.token_ids))
+
+    def of(self, segments: Sequence[int]) -> NDArray[np.int64]:
+        """Indices of the rows of these segments, in order."""
+        ranges = [np.arange(self._starts[index], self._starts[index] + len(self._forest.segments[index].token_ids)) for index in segments]
+        return np.concatenate([np.zeros(0, np.int64), *ranges])

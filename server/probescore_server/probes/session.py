@@ -1,0 +1,82 @@
+"""A probe's graph as an onnxruntime session that reads torch tensors where they are: without copies, only scores travel."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import onnxruntime as ort
+import torch
+from numpy.typing import NDArray
+
+from probescore.types import Tap
+from probescore_server.errors import ProbeRefused
+from probescore_server.probes.probe_file import ProbeFile
+
+
+def session_device(device: torch.device) -> torch.device:
+    """Where graphs read their inputs: on the model's device if onnxruntime was built for it, else on the host."""
+    return device if device.type == "cuda" and "CUDAExecutionProvider" in ort.get_available_providers() else torch.device("cpu")
+
+
+class ProbeSession:
+    """Runs one probe's graph.
+
+    Args:
+        probe: a checked probe file.
+        device: where activations will be: a ``session_device``.
+
+    Raises:
+        ProbeRefused: onnxruntime cannot run the graph.
+    """
+
+    def __init__(self, probe: ProbeFile, device: torch.device) -> None:
+        self._manifest = probe.manifest
+        providers: list[str | tuple[str, dict[str, object]]] = ["CPUExecutionProvider"]
+        if device.type == "cuda":
+            providers.insert(0, ("CUDAExecutionProvider", {"device_id": device.index or 0}))
+        try:
+            self._session = ort.InferenceSession(probe.graph, _session_options(), providers=providers)
+        except Exception as error:  # onnxruntime's own exceptions share no base class
+            raise ProbeRefused(probe.file, "graph", f"a graph that onnxruntime refuses: {error}", "one that it can run") from None
+
+    def run(
+        self, rows: Mapping[Tap, torch.Tensor], cu_seqlens: NDArray[np.int64] | None, positions: NDArray[np.int64] | None
+    ) -> NDArray[np.float32]:
+        """Scores some rows.
+
+        Args:
+            rows: by tap ``(n, hidden_size)`` float32, contiguous, on the session's device, n ≥ 1.
+            cu_seqlens: ``(S + 1,)``, where each sequence starts; ``None`` for a pointwise probe.
+            positions: ``(n,)``, each row's position in its rollout; used if the graph takes it.
+
+        Returns:
+            ``(n, labels)``, or ``(S, labels)`` for a probe that pools by itself.
+        """
+        binding = self._session.io_binding()
+        for tap in self._manifest.taps:
+            tensor = rows[tap]
+            binding.bind_input(str(tap), tensor.device.type, tensor.device.index or 0, np.float32, tuple(tensor.shape), tensor.data_ptr())
+        if self._manifest.cu_seqlens and cu_seqlens is not None:
+            binding.bind_cpu_input("cu_seqlens", cu_seqlens)
+        if self._manifest.positions and positions is not None:
+            binding.bind_cpu_input("positions", positions)
+        binding.bind_output("scores", "cpu")
+        if tensor.device.type == "cuda":
+            # onnxruntime computes on a stream of its own, which does not wait for torch's
+            torch.cuda.current_stream(tensor.device).synchronize()
+        self._session.run_with_iobinding(binding)
+        scores: NDArray[np.float32] = binding.copy_outputs_to_cpu()[0]
+        return scores
+
+
+def _session_options() -> ort.SessionOptions:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.inter_op_num_threads = 1
+    # threads that spin between calls would take the cores from torch, and an arena would keep the largest batch's memory for ever
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.enable_cpu_mem_arena = False
+    options.enable_mem_pattern = False
+    options.log_severity_level = 3
+    return options

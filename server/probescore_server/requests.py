@@ -1,0 +1,318 @@
+"""From what a client asks to checked rollouts of ids.
+
+Every check of a request's content is here, and each names the field at fault as in the proto. Used by the front process and by
+``Engine.score`` alike, so it imports neither torch nor grpc.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from probescore.reductions import Reduction
+from probescore.types import Chat, Completion, OutputPer, ProbeInfo, RolloutGroup, Scope, Span, Text, TokenIds
+from probescore_server.errors import InvalidRequest
+from probescore_server.rollouts import Continuation, EngineInfo, Rollout, ScoreOptions
+
+MAX_FOLLOW_UP_DEPTH = 8
+MAX_SPAN_NAME_BYTES = 64
+
+TokenScoresWanted = Literal["all"] | Sequence[str]
+
+# ---------------------------------------------------------------------------------------------------------------------- options
+
+
+def resolve_options(
+    info: EngineInfo,
+    *,
+    probes: Sequence[str] = (),
+    reductions: Sequence[Reduction | str] = (),
+    token_scores: TokenScoresWanted = (),
+    scope: Scope | str = Scope.COMPLETION,
+    return_token_ids: bool = False,
+) -> ScoreOptions:
+    """Checks how a request wants its rollouts scored.
+
+    Args:
+        info: what is loaded.
+        probes: ``name`` or ``name@version`` each; empty = every loaded probe.
+        reductions: empty = each probe's default.
+        token_scores: the probes whose per-token scores are wanted, or ``"all"``: every one of the request that scores tokens.
+        scope: which tokens are scored.
+        return_token_ids: whether ids are sent back.
+
+    Raises:
+        InvalidRequest: naming ``probes[i]``, ``reductions[i]``, ``token_scores.probes[i]`` or ``scope``.
+    """
+    by_key = {_key(probe): probe for probe in info.probes}
+    keys = _resolve_names(info.probes, probes, "probes") if probes else tuple(by_key)
+    if not keys:
+        raise InvalidRequest("probes", "no probe is loaded")
+    match token_scores:
+        case "all":
+            wanted = tuple(key for key in keys if by_key[key].output_per is OutputPer.TOKEN)
+        case str():
+            raise InvalidRequest("token_scores", f"{token_scores!r} is neither 'all' nor a list of probes")
+        case _:
+            wanted = _resolve_names(info.probes, token_scores, "token_scores.probes")
+            _check_token_scores(wanted, keys, by_key)
+    return ScoreOptions(
+        probes=keys,
+        reductions=tuple(_parse_reduction(written, index) for index, written in enumerate(reductions)),
+        token_scores=frozenset(wanted),
+        scope=_parse_scope(scope),
+        return_token_ids=return_token_ids,
+    )
+
+
+def _check_token_scores(wanted: Sequence[str], requested: Sequence[str], by_key: Mapping[str, ProbeInfo]) -> None:
+    for index, key in enumerate(wanted):
+        if key not in requested:
+            raise InvalidRequest(f"token_scores.probes[{index}]", f"{key} is not among the probes of this request")
+        if by_key[key].output_per is not OutputPer.TOKEN:
+            raise InvalidRequest(f"token_scores.probes[{index}]", f"{key} pools by itself and has no scores per token")
+
+
+def _key(probe: ProbeInfo) -> str:
+    return f"{probe.name}@{probe.version}"
+
+
+def _resolve_names(loaded: Sequence[ProbeInfo], names: Sequence[str], path: str) -> tuple[str, ...]:
+    keys: list[str] = []
+    for index, name in enumerate(names):
+        matches = [_key(probe) for probe in loaded if name in (probe.name, _key(probe))]
+        if not matches:
+            known = ", ".join(_key(probe) for probe in loaded) or "none"
+            raise InvalidRequest(f"{path}[{index}]", f"unknown probe {name[:100]!r}; loaded: {known}", "UNKNOWN_PROBE")
+        if len(matches) > 1:
+            raise InvalidRequest(f"{path}[{index}]", f"{name!r} is loaded in several versions; name one of {', '.join(matches)}")
+        if matches[0] in keys:
+            raise InvalidRequest(f"{path}[{index}]", f"{matches[0]} appears twice")
+        keys.append(matches[0])
+    return tuple(keys)
+
+
+def _parse_reduction(written: Reduction | str, index: int) -> Reduction:
+    try:
+        return Reduction.parse(written)
+    except ValueError as error:
+        raise InvalidRequest(f"reductions[{index}]", str(error)) from None
+
+
+def _parse_scope(scope: Scope | str) -> Scope:
+    try:
+        return Scope(scope)
+    except ValueError:
+        raise InvalidRequest("scope", f"{scope!r} is none of {', '.join(known.value for known in Scope)}") from None
+
+
+# ------------------------------------------------------------------------------------------------------------------------ texts
+
+
+@dataclass(frozen=True, slots=True)
+class PendingText:
+    """Something to tokenise before its request can be checked.
+
+    Attributes:
+        field: where it stands in the request: ``groups[0].prompt``, ``groups[2].completions[0].follow_ups[1]``.
+        content: a ``str`` is a completion's text; a prompt is a ``Text`` or a ``Chat``.
+    """
+
+    field: str
+    content: str | Text | Chat
+
+
+def pending_texts(groups: Sequence[RolloutGroup]) -> list[PendingText]:
+    """Everything in a request that came as text or chat, in the request's order; empty for a request of ids."""
+    texts: list[PendingText] = []
+    for i, group in enumerate(groups):
+        match group.prompt:
+            case str():
+                texts.append(PendingText(f"groups[{i}].prompt", Text(group.prompt)))
+            case Text() | Chat():
+                texts.append(PendingText(f"groups[{i}].prompt", group.prompt))
+        for j, completion in enumerate(group.completions):
+            texts.extend(_continuation_texts(_as_completion(completion), f"groups[{i}].completions[{j}]"))
+    return texts
+
+
+def _continuation_texts(completion: Completion, path: str) -> Iterator[PendingText]:
+    if isinstance(completion.tokens, str):
+        yield PendingText(path, completion.tokens)
+    for index, follow_up in enumerate(completion.follow_ups):
+        yield from _continuation_texts(follow_up, f"{path}.follow_ups[{index}]")
+
+
+def _as_completion(completion: Completion | TokenIds | str) -> Completion:
+    return completion if isinstance(completion, Completion) else Completion(completion)
+
+
+# --------------------------------------------------------------------------------------------------------------------- rollouts
+
+
+def resolve_rollouts(
+    groups: Sequence[RolloutGroup],
+    info: EngineInfo,
+    options: ScoreOptions,
+    *,
+    encoded: Mapping[str, NDArray[np.int32]] | None = None,
+    max_rollout_tokens: int | None = None,
+    max_request_tokens: int | None = None,
+) -> list[list[Rollout]]:
+    """Checks a request's rollouts against what is loaded and the limits.
+
+    Args:
+        groups: as asked.
+        info: what is loaded.
+        options: from ``resolve_options``.
+        encoded: the ids ``(T,)`` of each of ``pending_texts(groups)``, by its ``field``.
+        max_rollout_tokens: of prompt + completion + longest chain of follow-ups, the probes' own included; ``None`` = no limit. The
+            positions that the model was made for are a limit in any case.
+        max_request_tokens: of all groups together, a prompt counted once per group.
+
+    Returns:
+        Per group, per completion.
+
+    Raises:
+        InvalidRequest: naming the field as in the proto: ``groups[2].completions[0].mask``.
+    """
+    if not groups:
+        raise InvalidRequest("groups", "at least one group is needed")
+    limits = {"max_rollout_tokens": max_rollout_tokens, "max_position_embeddings of the model": info.model.max_position_embeddings}
+    longest = min(((limit, name) for name, limit in limits.items() if limit), default=None)
+    appended = max((info.max_follow_up_tokens.get(key, 0) for key in options.probes), default=0)
+    request = _Request(info, options, encoded or {}, longest, appended)
+    rollouts = [request.resolve_group(group, f"groups[{index}]") for index, group in enumerate(groups)]
+    if max_request_tokens is not None:
+        total = sum(len(group[0].prompt_ids) + sum(rollout.completion.tree_tokens for rollout in group) for group in rollouts)
+        if total > max_request_tokens:
+            raise InvalidRequest("groups", f"{total} tokens; the limit max_request_tokens is {max_request_tokens}", "TOO_LONG")
+    return rollouts
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """What the checks of one request's rollouts share.
+
+    Attributes:
+        longest: the limit on a rollout's tokens, and its name.
+        appended_tokens: of the longest follow-up that a requested probe appends by itself.
+    """
+
+    info: EngineInfo
+    options: ScoreOptions
+    encoded: Mapping[str, NDArray[np.int32]]
+    longest: tuple[int, str] | None
+    appended_tokens: int
+
+    def resolve_group(self, group: RolloutGroup, path: str) -> list[Rollout]:
+        inexact = isinstance(group.prompt, (str, Text, Chat))
+        if isinstance(group.prompt, (str, Text, Chat)):
+            prompt_ids = self._check_range(self.encoded[f"{path}.prompt"], f"{path}.prompt")
+        else:
+            prompt_ids = self._read_ids(group.prompt, f"{path}.prompt.ids")
+        if len(group.completions) == 0:
+            raise InvalidRequest(f"{path}.completions", "at least one completion is needed")
+        rollouts = []
+        for index, asked in enumerate(group.completions):
+            place = f"{path}.completions[{index}]"
+            completion = self._resolve_continuation(_as_completion(asked), place, depth=0, inexact=inexact)
+            self._check_length(len(prompt_ids) + completion.chain_tokens + self.appended_tokens, place)
+            self._check_bos(prompt_ids, completion, f"{path}.prompt")
+            rollouts.append(Rollout(prompt_ids, completion, self.options))
+        return rollouts
+
+    def _resolve_continuation(self, asked: Completion, path: str, *, depth: int, inexact: bool) -> Continuation:
+        if isinstance(asked.tokens, str):
+            inexact = True
+            token_ids = self._check_range(self.encoded[path], path)
+        else:
+            token_ids = self._read_ids(asked.tokens, f"{path}.ids")
+        if depth == 0 and self.options.scope is Scope.PROMPT:
+            # both are relative to the completion, of which nothing is scored
+            if asked.mask is not None:
+                raise InvalidRequest(f"{path}.mask", "a mask has no meaning where the scope is 'prompt'")
+            if asked.spans:
+                raise InvalidRequest(f"{path}.spans", "spans have no meaning where the scope is 'prompt'")
+        if asked.follow_ups and depth == MAX_FOLLOW_UP_DEPTH:
+            raise InvalidRequest(f"{path}.follow_ups", f"follow-ups nest more than {MAX_FOLLOW_UP_DEPTH} deep")
+        return Continuation(
+            token_ids=token_ids,
+            mask=None if asked.mask is None else _read_mask(asked.mask, len(token_ids), f"{path}.mask"),
+            spans=_check_spans(asked.spans, len(token_ids), path),
+            follow_ups=tuple(
+                self._resolve_continuation(follow_up, f"{path}.follow_ups[{index}]", depth=depth + 1, inexact=inexact)
+                for index, follow_up in enumerate(asked.follow_ups)
+            ),
+            id=asked.id,
+            inexact_ids=inexact,
+        )
+
+    def _read_ids(self, tokens: TokenIds, path: str) -> NDArray[np.int32]:
+        try:
+            ids = np.asarray(tokens)
+        except (ValueError, OverflowError):
+            raise InvalidRequest(path, "token ids must be a flat list of integers") from None
+        if ids.ndim != 1:
+            raise InvalidRequest(path, f"token ids must have one axis, got shape {ids.shape}")
+        if ids.size == 0:
+            return np.zeros(0, np.int32)
+        if not np.issubdtype(ids.dtype, np.integer):
+            raise InvalidRequest(path, f"token ids must be integers below the vocabulary size, got {ids.dtype}")
+        return self._check_range(ids, path)
+
+    def _check_range(self, ids: NDArray[np.integer[Any]], path: str) -> NDArray[np.int32]:
+        outside = np.flatnonzero((ids < 0) | (ids >= self.info.model.vocab_size))
+        if outside.size:
+            index = int(outside[0])
+            raise InvalidRequest(path, f"id {ids[index]} at index {index} is not in the vocabulary, [0, {self.info.model.vocab_size})")
+        return np.ascontiguousarray(ids, np.int32)
+
+    def _check_length(self, tokens: int, path: str) -> None:
+        if self.longest is not None and tokens > self.longest[0]:
+            limit, name = self.longest
+            raise InvalidRequest(path, f"{tokens} tokens with its prompt and follow-ups; the limit {name} is {limit}", "TOO_LONG")
+
+    def _check_bos(self, prompt_ids: NDArray[np.int32], completion: Continuation, path: str) -> None:
+        bos = self.info.bos_token_id
+        if bos is None:
+            return
+        first = next((int(ids[0]) for ids in (prompt_ids, completion.token_ids) if len(ids)), None)
+        for key in self.options.probes:
+            expected = self.info.expects_bos.get(key)
+            if expected is not None and (first == bos) != expected:
+                said = "must" if expected else "must not"
+                found = "it is empty" if first is None else f"the first id is {first}"
+                raise InvalidRequest(path, f"for probe {key} the rollout {said} start with BOS ({bos}); {found}", "BOS")
+
+
+def _read_mask(mask: ArrayLike, length: int, path: str) -> NDArray[np.bool_]:
+    try:
+        values = np.asarray(mask)
+    except ValueError:
+        raise InvalidRequest(path, "a mask must be a flat list of 0 and 1") from None
+    if values.shape != (length,):
+        raise InvalidRequest(path, f"shape {values.shape} for {length} tokens; expected ({length},)")
+    if length and not np.isin(values, (0, 1)).all():
+        raise InvalidRequest(path, "a mask holds only 0 and 1")
+    return values.astype(np.bool_)
+
+
+def _check_spans(spans: Sequence[Span], length: int, path: str) -> tuple[Span, ...]:
+    names: set[str] = set()
+    for index, span in enumerate(spans):
+        place = f"{path}.spans[{index}]"
+        if not span.name or len(span.name.encode()) > MAX_SPAN_NAME_BYTES:
+            raise InvalidRequest(f"{place}.name", f"{len(span.name.encode())} bytes; a name has 1 to {MAX_SPAN_NAME_BYTES}")
+        if span.name in names:
+            raise InvalidRequest(f"{place}.name", f"{span.name!r} appears twice in one completion")
+        names.add(span.name)
+        if not 0 <= span.start <= span.end:
+            raise InvalidRequest(f"{place}.start", f"{span.start} is not in [0, end], end is {span.end}")
+        if span.end > length:
+            raise InvalidRequest(f"{place}.end", f"{span.end} is beyond the completion's {length} tokens")
+    return tuple(spans)
