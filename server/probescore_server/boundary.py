@@ -1,0 +1,123 @@
+"""The boundary that every RPC crosses: its request is parsed here, its errors become statuses, and it is counted.
+
+Left to itself, gRPC answers any exception, a request that does not parse among them, with UNKNOWN or INTERNAL and the exception's text.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
+from typing import Any, NoReturn, TypeAlias
+
+import grpc
+import structlog
+from google.protobuf.message import DecodeError
+
+from probescore_server.errors import CoreError, InternalFault, InvalidRequest
+from probescore_server.metrics import Metrics
+from probescore_server.statuses import status_of
+
+logger = structlog.get_logger(__name__)
+
+# Parsing more than this would hold up the event loop.
+MAX_BYTES_PARSED_ON_LOOP = 65_536
+
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+Raw: TypeAlias = bytes | AsyncIterable[bytes]
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+
+# By (request_streaming, response_streaming): Prometheus' name of the kind, the handler's attribute, what makes such a handler.
+KINDS: dict[tuple[bool, bool], tuple[str, str, Callable[..., Handler]]] = {
+    (False, False): ("unary", "unary_unary", grpc.unary_unary_rpc_method_handler),
+    (False, True): ("server_stream", "unary_stream", grpc.unary_stream_rpc_method_handler),
+    (True, False): ("client_stream", "stream_unary", grpc.stream_unary_rpc_method_handler),
+    (True, True): ("bidi_stream", "stream_stream", grpc.stream_stream_rpc_method_handler),
+}
+
+
+class Boundary(grpc.aio.ServerInterceptor):
+    """The outermost interceptor; those of the settings, and the servicers, run inside it."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+
+    async def intercept_service(
+        self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]], handler_call_details: grpc.HandlerCallDetails
+    ) -> Handler | None:
+        """Wraps the handler of a call. A method that does not exist has none and stays UNIMPLEMENTED."""
+        handler = await continuation(handler_call_details)
+        if handler is None:
+            return None
+        kind, behavior, make_handler = KINDS[bool(handler.request_streaming), bool(handler.response_streaming)]
+        _, service, method = handler_call_details.method.rsplit("/", 2)
+        guarded = _Guarded(handler, getattr(handler, behavior), self._metrics, (kind, service, method))
+        # Requests arrive as bytes: parsing them is part of what is guarded.
+        return make_handler(guarded.call, None, handler.response_serializer)
+
+
+class _Guarded:
+    """One method of a servicer, as gRPC may call it."""
+
+    def __init__(self, handler: Handler, behavior: Callable[..., Any], metrics: Metrics, labels: tuple[str, str, str]) -> None:
+        self._handler = handler
+        self._behavior = behavior
+        self._metrics = metrics
+        self._labels = labels
+
+    async def call(self, raw: Raw, context: Context) -> object:
+        """Calls the method with a request or an iterator of requests as bytes; ends the RPC with a status if it fails."""
+        metrics, labels = self._metrics, self._labels
+        metrics.started.labels(*labels).inc()
+        started = time.monotonic()
+        code = grpc.StatusCode.OK
+        try:
+            with metrics.in_flight.track_inprogress():
+                return await self._answer(raw, context)
+        except asyncio.CancelledError:
+            code = grpc.StatusCode.CANCELLED
+            metrics.cancelled.inc()
+            raise
+        except grpc.aio.AbortError:
+            code = next((known for known in grpc.StatusCode if context.code() in (known, known.value[0])), grpc.StatusCode.UNKNOWN)
+            raise
+        except CoreError as error:
+            code = status_of(error).code
+            await self._abort(context, error)
+        except Exception:
+            fault = InternalFault.new()
+            code = grpc.StatusCode.INTERNAL
+            logger.exception("a call failed", incident=fault.incident, method=labels[2])
+            await self._abort(context, fault)
+        finally:
+            metrics.handled.labels(*labels, code.name).inc()
+            metrics.handling.labels(*labels).observe(time.monotonic() - started)
+
+    async def _answer(self, raw: Raw, context: Context) -> object:
+        requests = await self._parse(raw) if isinstance(raw, bytes) else self._parse_each(raw)
+        answer = self._behavior(requests, context)
+        if not isinstance(answer, AsyncIterator):
+            response = await answer
+            self._metrics.sent.labels(*self._labels).inc()
+            return response
+        async for response in answer:
+            await context.write(response)
+            self._metrics.sent.labels(*self._labels).inc()
+        return None
+
+    async def _parse_each(self, raw: AsyncIterable[bytes]) -> AsyncIterator[object]:
+        async for message in raw:
+            yield await self._parse(message)
+
+    async def _parse(self, raw: bytes) -> object:
+        self._metrics.received.labels(*self._labels).inc()
+        parse = self._handler.request_deserializer or bytes
+        try:
+            return parse(raw) if len(raw) <= MAX_BYTES_PARSED_ON_LOOP else await asyncio.to_thread(parse, raw)
+        except DecodeError:
+            raise InvalidRequest("request", f"its {len(raw)} bytes are not the message that this method takes") from None
+
+    async def _abort(self, context: Context, error: CoreError) -> NoReturn:
+        status = status_of(error)
+        self._metrics.refused.labels(error.reason).inc()
+        await context.abort(status.code, status.details, status.trailing_metadata)

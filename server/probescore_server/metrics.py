@@ -1,0 +1,76 @@
+"""Prometheus metrics on a port of their own: `grpc_server_*`, as gRPC dashboards expect them, and ours.
+
+No label takes a value that a client chooses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, start_http_server
+
+from probescore.types import Usage
+from probescore_server.errors import StartupError
+
+SECONDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+TOKENS = tuple(4**power for power in range(3, 13))
+RPC_LABELS = ("grpc_type", "grpc_service", "grpc_method")
+CODE_LABELS = (*RPC_LABELS, "grpc_code")
+
+
+class Metrics:
+    """The metrics of one server, in a registry of their own."""
+
+    def __init__(self) -> None:
+        registry = self.registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
+
+        self.started = Counter("grpc_server_started_total", "RPCs started.", RPC_LABELS, registry=registry)
+        self.handled = Counter("grpc_server_handled_total", "RPCs completed.", CODE_LABELS, registry=registry)
+        self.received = Counter("grpc_server_msg_received_total", "Request messages received.", RPC_LABELS, registry=registry)
+        self.sent = Counter("grpc_server_msg_sent_total", "Response messages sent.", RPC_LABELS, registry=registry)
+        self.handling = Histogram(
+            "grpc_server_handling_seconds", "Seconds from the start of an RPC to its end.", RPC_LABELS, buckets=SECONDS, registry=registry
+        )
+        self.in_flight = Gauge("probescore_rpcs_in_flight", "RPCs started and not yet completed.", registry=registry)
+
+        self.queue_tokens = Gauge("probescore_queue_tokens", "Tokens waiting for a worker.", registry=registry)
+        self.queue_rollouts = Gauge("probescore_queue_rollouts", "Rollouts waiting for a worker.", registry=registry)
+        self.batch_tokens = Histogram("probescore_batch_tokens", "Tokens of a batch.", buckets=TOKENS, registry=registry)
+        self.tokens = Counter("probescore_tokens_total", "Tokens scored, by where they came from.", ("source",), registry=registry)
+        self.stages = Histogram("probescore_stage_seconds", "Seconds of a call, by stage.", ("stage",), buckets=SECONDS, registry=registry)
+        self.refused = Counter("probescore_refused_total", "Calls that ended in an error, by its reason.", ("reason",), registry=registry)
+        self.cancelled = Counter("probescore_cancelled_total", "Calls that their client gave up.", registry=registry)
+        self.ready = Gauge("probescore_ready", "Whether some worker can score.", registry=registry)
+        self.worker_ready = Gauge("probescore_worker_ready", "Whether a worker can score.", ("worker", "device"), registry=registry)
+        self.worker_restarts = Gauge(
+            "probescore_worker_restarts", "How often a worker was started again.", ("worker", "device"), registry=registry
+        )
+
+    def watch_queue(self, tokens: Callable[[], int], rollouts: Callable[[], int]) -> None:
+        """Reads the length of the queue at each scrape."""
+        self.queue_tokens.set_function(tokens)
+        self.queue_rollouts.set_function(rollouts)
+
+    def show_worker(self, worker: str, device: str, *, ready: bool, restarts: int) -> None:
+        """The state of one worker; `worker` is its number."""
+        self.worker_ready.labels(worker, device).set(ready)
+        self.worker_restarts.labels(worker, device).set(restarts)
+
+    def count_usage(self, usage: Usage) -> None:
+        """Adds the tokens of a rollout that was scored."""
+        self.tokens.labels("computed").inc(usage.tokens_computed)
+        self.tokens.labels("shared").inc(usage.tokens_shared)
+        self.tokens.labels("cached").inc(usage.tokens_cached)
+
+    def serve(self, host: str, port: int) -> int:
+        """Answers scrapes from a thread of its own and returns the port, which is a free one if `port` is 0.
+
+        Raises:
+            StartupError: the address cannot be listened on.
+        """
+        try:
+            server, _ = start_http_server(port, host, self.registry)
+        except OSError as error:
+            raise StartupError(f"cannot listen on metrics_host {host}, metrics_port {port}: {error.strerror or error}") from None
+        return int(server.server_port)

@@ -1,0 +1,210 @@
+"""The front process: the port, health and metrics, and the workers behind them. It never imports torch."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import grpc
+import structlog
+from grpc_health.v1 import health, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from probescore.v1 import scoring_pb2_grpc
+from probescore_server.boundary import Boundary
+from probescore_server.errors import StartupError
+from probescore_server.health import SCORING_SERVICE, Health
+from probescore_server.metrics import Metrics
+from probescore_server.scheduler import Scheduler
+from probescore_server.service import ScoringServicer
+from probescore_server.settings import ServerSettings, join_host_port
+from probescore_server.worker import WorkerSpec
+from probescore_server.worker_process import WorkerProcess
+
+logger = structlog.get_logger(__name__)
+
+CUDA_DRIVER = Path("/dev/nvidiactl")
+
+
+async def serve(settings: ServerSettings) -> None:
+    """Serves until SIGTERM or SIGINT, then finishes what was accepted; a second signal ends at once.
+
+    Raises:
+        StartupError: an address is taken, an interceptor cannot be imported, or a worker cannot load what it should serve.
+    """
+    drain, now = asyncio.Event(), asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, lambda: (now if drain.is_set() else drain).set())
+    await Server(settings, await find_devices(settings.devices)).run(drain, now)
+
+
+class Server:
+    """Everything behind one port.
+
+    Args:
+        settings: as read.
+        devices: one worker each.
+
+    Raises:
+        StartupError: an interceptor cannot be imported.
+    """
+
+    def __init__(self, settings: ServerSettings, devices: tuple[str, ...]) -> None:
+        self._settings = settings
+        self._metrics = Metrics()
+        self._health = Health()
+        threads = settings.threads_per_worker or max(1, len(os.sched_getaffinity(0)) // len(devices))
+        self._workers = [WorkerProcess(WorkerSpec(settings, device, threads), self._workers_changed) for device in devices]
+        self._scheduler = Scheduler(
+            self._workers,
+            max_queue_tokens=settings.max_queue_tokens,
+            max_batch_tokens=settings.max_batch_tokens,
+            on_batch=self._metrics.batch_tokens.observe,
+        )
+        self._metrics.watch_queue(lambda: self._scheduler.queued_tokens, lambda: self._scheduler.queued_rollouts)
+        self._grpc = self._make_grpc_server()
+        self._announcing: set[asyncio.Task[None]] = set()
+
+    async def run(self, drain: asyncio.Event, now: asyncio.Event) -> None:
+        """Serves until `drain` is set, then finishes what was accepted, at most until `now` is set.
+
+        Raises:
+            StartupError: an address is taken, or a worker cannot load what it should serve.
+        """
+        await self._health.set_serving(False)
+        address = self._listen()
+        metrics_port = self._metrics.serve(self._settings.metrics_host, self._settings.metrics_port)
+        await self._grpc.start()
+        logger.info("listening", address=address, metrics_address=join_host_port(self._settings.metrics_host, metrics_port))
+        workers = [asyncio.create_task(worker.run()) for worker in self._workers]
+        draining = asyncio.create_task(drain.wait())
+        try:
+            await asyncio.wait([draining, *workers], return_when=asyncio.FIRST_COMPLETED)
+            for worker in workers:
+                if worker.done():
+                    worker.result()
+            await self._drain(now)
+        finally:
+            for task in (draining, *workers):
+                task.cancel()
+            await asyncio.gather(draining, *workers, return_exceptions=True)
+            await self._grpc.stop(None)
+
+    async def _drain(self, now: asyncio.Event) -> None:
+        logger.info("draining", at_most_seconds=self._settings.drain_seconds)
+        await self._health.drain()
+        stopping = asyncio.create_task(self._grpc.stop(self._settings.drain_seconds))
+        hurrying = asyncio.create_task(now.wait())
+        await asyncio.wait([stopping, hurrying], return_when=asyncio.FIRST_COMPLETED)
+        hurrying.cancel()
+        await self._grpc.stop(None)
+        await stopping
+        logger.info("stopped")
+
+    def _workers_changed(self) -> None:
+        """Tells everyone what the workers' state means: health, metrics, and the work that waits."""
+        serving = any(worker.ready for worker in self._workers)
+        self._metrics.ready.set(serving)
+        for number, worker in enumerate(self._workers):
+            self._metrics.show_worker(str(number), worker.spec.device, ready=worker.ready, restarts=worker.restarts)
+        if serving:
+            self._scheduler.dispatch()
+        elif all(worker.failed_starts for worker in self._workers):
+            self._scheduler.fail_waiting(self._workers[0].unavailable())
+        announcing = asyncio.create_task(self._announce())
+        self._announcing.add(announcing)
+        announcing.add_done_callback(self._announcing.discard)
+
+    async def _announce(self) -> None:
+        serving = any(worker.ready for worker in self._workers)
+        await self._health.set_serving(serving)
+        logger.info("serving" if serving else "not serving")
+
+    # ------------------------------------------------------------------------------------------------------------------ the port
+
+    def _make_grpc_server(self) -> grpc.aio.Server:
+        settings = self._settings
+        keepalive = int(1000 * settings.keepalive_seconds)
+        options: list[tuple[str, int]] = [
+            ("grpc.so_reuseport", 0),  # or a second server would share the port unnoticed
+            ("grpc.max_receive_message_length", settings.max_message_bytes),
+            ("grpc.max_send_message_length", -1),
+            ("grpc.keepalive_time_ms", keepalive),
+            ("grpc.keepalive_timeout_ms", keepalive),
+            ("grpc.keepalive_permit_without_calls", 1),
+            ("grpc.http2.min_ping_interval_without_data_ms", int(1000 * settings.min_client_ping_seconds)),
+        ]
+        if settings.max_connection_age_seconds:
+            options.append(("grpc.max_connection_age_ms", int(1000 * settings.max_connection_age_seconds)))
+            options.append(("grpc.max_connection_age_grace_ms", int(1000 * settings.drain_seconds)))
+        server = grpc.aio.server(interceptors=[Boundary(self._metrics), *map(_import_interceptor, settings.interceptors)], options=options)
+        servicer = ScoringServicer(settings, self._workers, self._scheduler, self._metrics)
+        scoring_pb2_grpc.add_ScoringServiceServicer_to_server(servicer, server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        reflection.enable_server_reflection((SCORING_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+        return server
+
+    def _listen(self) -> str:
+        """Binds the address and returns it, with the port that was found if it was 0."""
+        settings = self._settings
+        if settings.unix_socket is not None:
+            _free_unix_socket(settings.unix_socket)
+        try:
+            port = self._grpc.add_insecure_port(settings.address)
+        except RuntimeError:
+            raise StartupError(f"cannot listen on {settings.address}: it is taken, or not an address of this machine") from None
+        return settings.address if settings.unix_socket is not None else join_host_port(settings.host, port)
+
+
+async def find_devices(devices: tuple[str, ...]) -> tuple[str, ...]:
+    """The devices that the setting means: ``auto`` is every CUDA device there is, else the CPU.
+
+    Raises:
+        StartupError: there is a CUDA driver, and torch cannot say what it drives.
+    """
+    if devices != ("auto",):
+        return devices
+    if not await asyncio.to_thread(CUDA_DRIVER.exists):
+        return ("cpu",)
+    # asked of a process of its own, since this one stays free of torch
+    question = [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"]
+    answer = await asyncio.to_thread(subprocess.run, question, capture_output=True, text=True)
+    if answer.returncode != 0:
+        raise StartupError(f"devices auto: cannot count the CUDA devices; name them instead. {answer.stderr.strip()[-300:]}")
+    return tuple(f"cuda:{index}" for index in range(int(answer.stdout))) or ("cpu",)
+
+
+def _import_interceptor(reference: str) -> grpc.aio.ServerInterceptor:
+    module, _, attribute = reference.partition(":")
+    try:
+        interceptor = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise StartupError(f"interceptors: cannot import {reference}: {error}") from None
+    if not isinstance(interceptor, grpc.aio.ServerInterceptor):
+        raise StartupError(f"interceptors: {reference} is not a grpc.aio.ServerInterceptor")
+    return interceptor
+
+
+def _free_unix_socket(path: Path) -> None:
+    """Removes the socket of a server that is gone; gRPC would take over that of a living one unnoticed.
+
+    Raises:
+        StartupError: somebody listens there, or it is not a socket.
+    """
+    if not path.exists():
+        return
+    if not path.is_socket():
+        raise StartupError(f"unix_socket {path}: exists and is not a socket")
+    with socket.socket(socket.AF_UNIX) as probing:
+        try:
+            probing.connect(str(path))
+        except ConnectionRefusedError:
+            path.unlink()
+        else:
+            raise StartupError(f"cannot listen on unix_socket {path}: another server does")

@@ -1,0 +1,283 @@
+"""The gRPC servicer: from messages to checked rollouts, through the scheduler, to messages."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from typing import Any, TypeAlias
+
+import grpc
+import structlog
+from numpy.typing import NDArray
+
+from probescore._messages import (
+    MessageError,
+    RequestOptions,
+    groups_from_request,
+    options_from_request,
+    probes_to_proto,
+    result_to_proto,
+    server_info_to_proto,
+    streamed_to_proto,
+)
+from probescore.types import CompletionScores, GroupScores, Limits, RolloutGroup, ScoreResult, ScoringInfo, ServerInfo, Usage, WorkerInfo
+from probescore.v1 import probes_pb2, scoring_pb2, scoring_pb2_grpc
+from probescore_server.errors import InvalidRequest, Mismatch, WorkerUnavailable
+from probescore_server.metrics import Metrics
+from probescore_server.requests import pending_texts, resolve_options, resolve_rollouts
+from probescore_server.rollouts import EngineInfo, Rollout, ScoreOptions
+from probescore_server.scheduler import Call, Delivery, FinishedRollout, Scheduler
+from probescore_server.settings import ServerSettings
+from probescore_server.worker_process import WorkerProcess
+
+logger = structlog.get_logger(__name__)
+
+JOB_METADATA_KEY = "x-probescore-job"
+MAX_RUN_ID_BYTES = 256
+MAX_ABSOLUTE_PRIORITY = 100
+# gRPC for Python slows down with larger messages.
+MAX_STREAMED_BYTES = 1 << 20
+
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A request that passed every check."""
+
+    rollouts: list[list[Rollout]]
+    options: ScoreOptions
+    request: RequestOptions
+
+
+class ScoringServicer(scoring_pb2_grpc.ScoringServiceServicer):
+    """``probescore.v1.ScoringService``. Errors are raised as ``CoreError``; the boundary makes statuses of them."""
+
+    def __init__(self, settings: ServerSettings, workers: Sequence[WorkerProcess], scheduler: Scheduler, metrics: Metrics) -> None:
+        self._settings = settings
+        self._workers = workers
+        self._scheduler = scheduler
+        self._metrics = metrics
+
+    async def Score(self, request: scoring_pb2.ScoreRequest, context: Context) -> scoring_pb2.ScoreResponse:  # noqa: N802
+        """Scores every completion and answers once all are done."""
+        info = self._info()
+        asked = await self._check(request, info)
+        with self._submit(asked, context) as call:
+            deliveries = [self._counted(delivery) async for delivery in call]
+        finished = [one for delivery in deliveries for one in delivery.finished]
+        usage = _usage(call, finished, sum(delivery.compute_seconds for delivery in deliveries))
+        self._log(asked, usage, context)
+        return await asyncio.to_thread(_whole_answer, finished, _scoring_info(info, asked.options, usage))
+
+    async def ScoreStream(  # noqa: N802
+        self, request: scoring_pb2.ScoreStreamRequest, context: Context
+    ) -> AsyncIterator[scoring_pb2.ScoreStreamResponse]:
+        """Scores and answers in pieces, as batches finish."""
+        info = self._info()
+        asked = await self._check(request.request, info)
+        total = Usage()
+        with self._submit(asked, context) as call:
+            async for delivery in call:
+                for finished in _pieces(self._counted(delivery)):
+                    usage = _usage(call, finished, delivery.compute_seconds)
+                    answer = [(one.group, one.completion, one.result.scores) for one in finished]
+                    yield await asyncio.to_thread(streamed_to_proto, answer, _scoring_info(info, asked.options, usage))
+                total = _usage(call, delivery.finished, delivery.compute_seconds, total)
+        self._log(asked, total, context)
+
+    async def GetServerInfo(  # noqa: N802
+        self, request: scoring_pb2.GetServerInfoRequest, context: Context
+    ) -> scoring_pb2.GetServerInfoResponse:
+        """Says what runs here."""
+        info, settings = self._info(), self._settings
+        loaded = [worker.info or info for worker in self._workers]
+        return server_info_to_proto(
+            ServerInfo(
+                server_version=version("probescore"),
+                model=info.model,
+                tokenizer_fingerprint=info.tokenizer_fingerprint,
+                limits=Limits(
+                    max_message_bytes=settings.max_message_bytes,
+                    max_request_tokens=settings.max_request_tokens,
+                    max_rollout_tokens=settings.max_rollout_tokens,
+                    max_queue_tokens=settings.max_queue_tokens,
+                    max_batch_tokens=settings.max_batch_tokens,
+                ),
+                workers=tuple(
+                    WorkerInfo(worker.spec.device, engine.dtype, engine.execution_path, worker.ready, worker.restarts)
+                    for worker, engine in zip(self._workers, loaded, strict=True)
+                ),
+                probes=tuple(f"{probe.name}@{probe.version}" for probe in info.probes),
+            )
+        )
+
+    async def ListProbes(  # noqa: N802
+        self, request: probes_pb2.ListProbesRequest, context: Context
+    ) -> probes_pb2.ListProbesResponse:
+        """Lists the loaded probes with their manifests."""
+        return probes_to_proto(self._info().probes)
+
+    # -------------------------------------------------------------------------------------------------------------- a request
+
+    def _info(self) -> EngineInfo:
+        for worker in self._workers:
+            if worker.info is not None:
+                return worker.info
+        raise WorkerUnavailable("the server is starting", retry_seconds=1.0)
+
+    async def _check(self, request: scoring_pb2.ScoreRequest, info: EngineInfo) -> _Asked:
+        """Checks a request, tokenising what came as text; in threads, since large requests take a while."""
+        started = time.monotonic()
+        asked, groups = await asyncio.to_thread(_read_request, request)
+        _check_fingerprints(asked, info)
+        options = resolve_options(
+            info,
+            probes=asked.probes,
+            reductions=asked.reductions,
+            token_scores=asked.token_scores,
+            scope=asked.scope,
+            return_token_ids=asked.return_token_ids,
+        )
+        options = replace(options, return_token_texts=asked.return_token_texts)
+        texts = pending_texts(groups)
+        encoded = await self._ready_worker().encode(texts) if texts else {}
+        rollouts = await asyncio.to_thread(
+            resolve_rollouts,
+            groups,
+            info,
+            options,
+            encoded=encoded,
+            max_rollout_tokens=self._settings.max_rollout_tokens,
+            max_request_tokens=self._settings.max_request_tokens,
+        )
+        _check_batch_room(rollouts, self._settings.max_batch_tokens)
+        self._metrics.stages.labels("check").observe(time.monotonic() - started)
+        return _Asked(rollouts, options, asked)
+
+    def _ready_worker(self) -> WorkerProcess:
+        return next((worker for worker in self._workers if worker.ready), self._workers[0])
+
+    def _submit(self, asked: _Asked, context: Context) -> Call:
+        remaining = context.time_remaining()
+        deadline = math.inf if remaining is None else self._scheduler.clock() + remaining
+        return self._scheduler.submit(asked.rollouts, job=_job(context), priority=asked.request.priority, deadline=deadline)
+
+    def _counted(self, delivery: Delivery) -> Delivery:
+        for one in delivery.finished:
+            self._metrics.count_usage(one.result.usage)
+        return delivery
+
+    def _log(self, asked: _Asked, usage: Usage, context: Context) -> None:
+        self._metrics.stages.labels("queue").observe(usage.queue_seconds)
+        self._metrics.stages.labels("compute").observe(usage.compute_seconds)
+        logger.info(
+            "scored",
+            job=_job(context),
+            run_id=asked.request.run_id,
+            step=asked.request.step,
+            groups=len(asked.rollouts),
+            completions=sum(map(len, asked.rollouts)),
+            tokens_computed=usage.tokens_computed,
+            queue_seconds=round(usage.queue_seconds, 4),
+            compute_seconds=round(usage.compute_seconds, 4),
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------- reading
+
+
+def _job(context: Context) -> str:
+    """Whose turn in the queue this call takes."""
+    for key, value in context.invocation_metadata() or ():
+        if key == JOB_METADATA_KEY:
+            return str(value)
+    return context.peer()
+
+
+def _read_request(request: scoring_pb2.ScoreRequest) -> tuple[RequestOptions, list[RolloutGroup]]:
+    try:
+        asked = options_from_request(request)
+        groups = groups_from_request(request)
+    except MessageError as error:
+        raise InvalidRequest(error.field, error.problem) from None
+    if abs(asked.priority) > MAX_ABSOLUTE_PRIORITY:
+        raise InvalidRequest("priority", f"{asked.priority} is not between -{MAX_ABSOLUTE_PRIORITY} and {MAX_ABSOLUTE_PRIORITY}")
+    if (size := len(asked.run_id.encode())) > MAX_RUN_ID_BYTES:
+        raise InvalidRequest("run_id", f"has {size} bytes; the limit is {MAX_RUN_ID_BYTES}")
+    return asked, groups
+
+
+def _check_fingerprints(asked: RequestOptions, info: EngineInfo) -> None:
+    pairs = (
+        ("expected_model_fingerprint", info.model.fingerprint, asked.expected_model_fingerprint),
+        ("expected_tokenizer_fingerprint", info.tokenizer_fingerprint, asked.expected_tokenizer_fingerprint),
+    )
+    for field, found, expected in pairs:
+        if expected and expected != found:
+            raise Mismatch(field, found or "none", expected)
+
+
+def _check_batch_room(rollouts: Sequence[Sequence[Rollout]], max_batch_tokens: int) -> None:
+    """A rollout is computed with all its follow-ups in one batch; `max_rollout_tokens` bounds its longest chain only."""
+    for i, group in enumerate(rollouts):
+        for j, rollout in enumerate(group):
+            if rollout.tokens > max_batch_tokens:
+                raise InvalidRequest(
+                    f"groups[{i}].completions[{j}].follow_ups",
+                    f"prompt, completion and all follow-ups are {rollout.tokens} tokens; the limit max_batch_tokens is {max_batch_tokens}",
+                    "TOO_LONG",
+                )
+
+
+# ---------------------------------------------------------------------------------------------------------------------- writing
+
+
+def _usage(call: Call, finished: Iterable[FinishedRollout], compute_seconds: float, before: Usage | None = None) -> Usage:
+    usages = [one.result.usage for one in finished] + ([before] if before else [])
+    return Usage(
+        tokens_computed=sum(usage.tokens_computed for usage in usages),
+        tokens_shared=sum(usage.tokens_shared for usage in usages),
+        tokens_cached=sum(usage.tokens_cached for usage in usages),
+        queue_seconds=call.queue_seconds or 0.0,
+        compute_seconds=compute_seconds + (before.compute_seconds if before else 0.0),
+    )
+
+
+def _scoring_info(info: EngineInfo, options: ScoreOptions, usage: Usage) -> ScoringInfo:
+    return ScoringInfo(info.model.fingerprint, info.tokenizer_fingerprint, info.scored_probes(options), usage)
+
+
+def _whole_answer(finished: Iterable[FinishedRollout], info: ScoringInfo) -> scoring_pb2.ScoreResponse:
+    groups: dict[int, list[CompletionScores]] = {}
+    for one in sorted(finished, key=lambda one: (one.group, one.completion)):
+        groups.setdefault(one.group, []).append(one.result.scores)
+    return result_to_proto(ScoreResult(tuple(GroupScores(tuple(scores)) for scores in groups.values()), info))
+
+
+def _pieces(delivery: Delivery) -> Iterator[list[FinishedRollout]]:
+    """Splits a delivery into messages of at most `MAX_STREAMED_BYTES`; a single completion is never split."""
+    piece: list[FinishedRollout] = []
+    size = 0
+    for one in delivery.finished:
+        bytes_of_one = _bytes_of(one.result.scores)
+        if piece and size + bytes_of_one > MAX_STREAMED_BYTES:
+            yield piece
+            piece, size = [], 0
+        piece.append(one)
+        size += bytes_of_one
+    if piece:
+        yield piece
+
+
+def _bytes_of(scores: CompletionScores) -> int:
+    arrays: list[NDArray[Any] | None] = [scores.prompt_ids, scores.completion_ids]
+    for probe in scores.scores.values():
+        arrays += [probe.reduced, probe.tokens]
+    texts = (*(scores.prompt_texts or ()), *(scores.completion_texts or ()))
+    own = sum(array.nbytes for array in arrays if array is not None) + sum(len(text.encode()) for text in texts)
+    return own + sum(map(_bytes_of, scores.follow_ups))

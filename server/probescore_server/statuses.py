@@ -1,0 +1,70 @@
+"""The one table from the core's errors to gRPC statuses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import grpc
+from google.protobuf.any_pb2 import Any as AnyMessage
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
+from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
+from google.rpc.status_pb2 import Status
+
+from probescore_server.errors import CoreError, DeadlineExpired, InternalFault, InvalidRequest, Mismatch, QueueFull, WorkerUnavailable
+
+DOMAIN = "probescore"
+# Statuses travel as HTTP/2 headers, of which peers accept 8 KiB in all; the text is in there twice in base64, and once percent-encoded.
+MAX_TEXT_BYTES = 1000
+
+CODES: dict[type[CoreError], grpc.StatusCode] = {
+    InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
+    Mismatch: grpc.StatusCode.FAILED_PRECONDITION,
+    QueueFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    WorkerUnavailable: grpc.StatusCode.UNAVAILABLE,
+    DeadlineExpired: grpc.StatusCode.DEADLINE_EXCEEDED,
+    InternalFault: grpc.StatusCode.INTERNAL,
+}
+
+
+@dataclass(frozen=True)
+class RpcStatus:
+    """What ends a call: arguments of ``ServicerContext.abort``."""
+
+    code: grpc.StatusCode
+    details: str
+    trailing_metadata: tuple[tuple[str, str | bytes], ...]
+
+
+def status_of(error: CoreError) -> RpcStatus:
+    """The status of an error: ``google.rpc.Status`` with ``ErrorInfo``, and ``BadRequest`` or ``RetryInfo`` where they apply."""
+    code = CODES[type(error)]
+    text = _shorten(str(error))
+    info = ErrorInfo(reason=error.reason, domain=DOMAIN)
+    details: list[Message] = [info]
+    metadata: list[tuple[str, str | bytes]] = []
+    match error:
+        case InvalidRequest():
+            violation = BadRequest.FieldViolation(field=error.field, description=_shorten(error.problem))
+            details.append(BadRequest(field_violations=[violation]))
+        case Mismatch():
+            info.metadata.update(field=error.field, found=error.found, expected=_shorten(error.expected))
+        case InternalFault():
+            info.metadata.update(incident=error.incident)
+        case QueueFull() | WorkerUnavailable():
+            milliseconds = round(1000 * error.retry_seconds)
+            details.append(RetryInfo(retry_delay=Duration(seconds=milliseconds // 1000, nanos=milliseconds % 1000 * 1_000_000)))
+            metadata.append(("grpc-retry-pushback-ms", str(milliseconds)))
+    status = Status(code=code.value[0], message=text, details=[_pack(detail) for detail in details])
+    return RpcStatus(code, text, (*metadata, ("grpc-status-details-bin", status.SerializeToString())))
+
+
+def _pack(detail: Message) -> AnyMessage:
+    packed = AnyMessage()
+    packed.Pack(detail)
+    return packed
+
+
+def _shorten(text: str) -> str:
+    encoded = text.encode()
+    return text if len(encoded) <= MAX_TEXT_BYTES else encoded[:MAX_TEXT_BYTES].decode(errors="ignore") + "…"

@@ -1,0 +1,108 @@
+"""With the worker stopped in mid-batch: who is refused, and what a caller who leaves gives back."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import grpc
+import pytest
+from calls import SERVING, TIMEOUT, connected, details, eventually, group, health, numbers, request, total
+from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
+from running_server import RunningServer, start_server
+
+CALL_TOKENS = 10
+ROOM = 5
+
+
+@pytest.fixture(scope="module")
+def server(model: Path, probe_file: Path) -> Iterator[RunningServer]:
+    limits = {"max_rollout_tokens": CALL_TOKENS, "max_request_tokens": ROOM * CALL_TOKENS, "max_batch_tokens": CALL_TOKENS}
+    with start_server(model, [probe_file], **limits, max_queue_tokens=ROOM * CALL_TOKENS) as running:
+        yield running
+
+
+@contextmanager
+def stopped_worker(server: RunningServer) -> Iterator[None]:
+    pid = server.worker_pid()
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+def waiting_tokens(server: RunningServer) -> float:
+    return total(server, "probescore_queue_tokens")
+
+
+def in_flight(server: RunningServer) -> float:
+    return total(server, "probescore_rpcs_in_flight")
+
+
+CALL = request(group([1, 5, 6, 7], [8, 9, 10, 11, 12, 13]))
+
+
+def test_over_the_limit_exactly_the_excess_is_refused_at_once_and_health_stays_ok(server: RunningServer) -> None:
+    with connected(server) as stub:
+        expected = numbers(stub.Score(CALL, timeout=TIMEOUT).groups[0].completions[0].scores[0].reduced)
+        with stopped_worker(server):
+            computing = stub.Score.future(CALL, timeout=TIMEOUT)
+            eventually(lambda: in_flight(server) == 1 and waiting_tokens(server) == 0)
+            calls = [stub.Score.future(CALL, timeout=TIMEOUT) for _ in range(ROOM + 3)]
+            eventually(lambda: sum(call.done() for call in calls) == 3)
+            assert health(server) == SERVING
+            assert waiting_tokens(server) == ROOM * CALL_TOKENS
+            for call in [call for call in calls if call.done()]:
+                error = call.exception()
+                assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+                assert details(error, ErrorInfo)[0].reason == "QUEUE_FULL"
+                assert details(error, RetryInfo)[0].retry_delay.ToMilliseconds() > 0
+        answers = [call.result() for call in [computing, *calls] if call.exception() is None]
+    assert len(answers) == 1 + ROOM
+    for answer in answers:
+        assert numbers(answer.groups[0].completions[0].scores[0].reduced) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("leave", ["cancel", "deadline"])
+def test_a_caller_who_leaves_gives_back_the_room_of_what_waits(server: RunningServer, leave: str) -> None:
+    with connected(server) as stub:
+        with stopped_worker(server):
+            computing = stub.Score.future(CALL, timeout=TIMEOUT)
+            eventually(lambda: in_flight(server) == 1)
+            waiting = stub.Score.future(CALL, timeout=TIMEOUT if leave == "cancel" else 0.5)
+            eventually(lambda: waiting_tokens(server) == CALL_TOKENS or waiting.done())
+            if leave == "cancel":
+                waiting.cancel()
+            eventually(lambda: waiting_tokens(server) == 0 and in_flight(server) == 1)
+        assert computing.result().groups
+
+
+def test_work_whose_deadline_passed_is_not_computed_and_neighbours_are(server: RunningServer) -> None:
+    with connected(server) as stub:
+        before = total(server, "probescore_batch_tokens_count")
+        with stopped_worker(server):
+            computing = stub.Score.future(CALL, timeout=TIMEOUT)
+            eventually(lambda: in_flight(server) == 1)
+            expiring = stub.Score.future(CALL, timeout=0.3)
+            patient = stub.Score.future(CALL, timeout=TIMEOUT)
+            assert expiring.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert computing.result().groups
+        assert patient.result().groups
+    assert total(server, "probescore_batch_tokens_count") == before + 2
+
+
+def test_a_caller_who_leaves_in_mid_batch_holds_up_nobody(server: RunningServer) -> None:
+    with connected(server) as stub:
+        with stopped_worker(server):
+            leaving = stub.Score.future(CALL, timeout=TIMEOUT)
+            eventually(lambda: in_flight(server) == 1)
+            leaving.cancel()
+            eventually(lambda: in_flight(server) == 0)
+            staying = stub.Score.future(CALL, timeout=TIMEOUT)
+            eventually(lambda: waiting_tokens(server) == CALL_TOKENS)
+        assert staying.result().groups[0].completions[0].scores
+    assert total(server, "probescore_cancelled_total") >= 1

@@ -1,0 +1,30 @@
+"""What docs/server.md says of the settings is what the settings say of themselves."""
+
+from pathlib import Path
+
+import pytest
+
+from probescore_server.cli.serve import PANELS, _default
+from probescore_server.settings import ServerSettings
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "server.md"
+
+
+def row(name: str) -> str:
+    field = ServerSettings.model_fields[name]
+    return f"| `{name}` | {_default(field)} | {field.description} |"
+
+
+@pytest.mark.parametrize("name", ServerSettings.model_fields)
+def test_a_setting_is_documented_as_it_is(name):
+    assert row(name) in DOCUMENT.read_text().splitlines()
+
+
+def test_every_setting_has_its_place_in_the_help():
+    assert sorted(name for names in PANELS.values() for name in names) == sorted(ServerSettings.model_fields)
+
+
+if __name__ == "__main__":
+    for panel, names in PANELS.items():
+        print(f"\n**{panel}**\n\n| setting | default | what it is |\n|---|---|---|")
+        print("\n".join(map(row, names)))
