@@ -1,0 +1,16 @@
+"""The command line, ``probescore``."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """Runs the command line; says what to install where that is missing."""
+    try:
+        from probescore_server.cli.app import app
+    except ModuleNotFoundError as missing:
+        if missing.name not in ("typer", "rich"):
+            raise
+        sys.exit("probescore: the command line needs more than the client: pip install 'probescore[cli]'")
+    app()

@@ -1,0 +1,5 @@
+"""``python -m probescore_server.cli``."""
+
+from probescore_server.cli import main
+
+main()

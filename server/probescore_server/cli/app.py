@@ -1,0 +1,39 @@
+"""The commands of ``probescore``, gathered."""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import version as installed_version
+from typing import Annotated
+
+import typer
+
+from probescore_server.cli import info, probes, score
+from probescore_server.cli.failures import needs_extra
+
+app = typer.Typer(
+    name="probescore",
+    help="Scores rollouts with probes on a frozen language model.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+score.register(app)
+info.register(app)
+probes.register(app)
+
+try:
+    importlib.import_module("probescore_server.cli.serve").register(app)
+except ModuleNotFoundError as missing:
+    # The command line alone is small; a server brings torch.
+    needs_extra(app, "serve", "Serve a frozen model and its probes over gRPC.", "server", missing)
+
+
+@app.callback()
+def _main(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+) -> None:
+    if version:
+        typer.echo(f"probescore {installed_version('probescore')}")
+        raise typer.Exit

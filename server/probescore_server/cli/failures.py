@@ -1,0 +1,45 @@
+"""Failures as people should see them: one line on stderr and an exit code, never a traceback."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import typer
+
+from probescore.errors import InvalidRequestError, ProbescoreError
+from probescore_server.cli.visible import visible
+from probescore_server.errors import StartupError
+
+FAILED = 1
+"""The work could not be done: no server, a file that is refused, a check that failed."""
+WRONG_INPUT = 2
+"""What was asked for is wrong: an argument, a line of a file, a request that breaks the contract."""
+
+
+@contextmanager
+def one_line_failures() -> Iterator[None]:
+    """Turns every failure that is foreseen into its line and its exit code."""
+    try:
+        yield
+    except (InvalidRequestError, ValueError) as error:
+        _stop(error, WRONG_INPUT)
+    except OSError as error:
+        _stop(f"{error.filename}: {error.strerror}" if error.filename else error, WRONG_INPUT)
+    except (ProbescoreError, StartupError) as error:
+        _stop(error, FAILED)
+    except ModuleNotFoundError as error:
+        _stop(f"needs {error.name}: pip install 'probescore[server]'", FAILED)
+
+
+def needs_extra(app: typer.Typer, command: str, help_text: str, extra: str, missing: ModuleNotFoundError) -> None:
+    """Puts a command in its place that says what to install."""
+
+    @app.command(command, help=help_text, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+    def _needs_extra() -> None:
+        _stop(f"{command} needs {missing.name}: pip install 'probescore[{extra}]'", FAILED)
+
+
+def _stop(message: object, code: int) -> None:
+    typer.echo("probescore: " + visible(" ".join(str(message).split("\n"))), err=True)
+    raise typer.Exit(code) from None

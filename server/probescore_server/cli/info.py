@@ -1,0 +1,58 @@
+"""``probescore info``: what runs at an address."""
+
+from __future__ import annotations
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from probescore import Limits, ModelInfo, WorkerInfo
+from probescore_server.cli.connection import DEFAULT_ADDRESS, Address, Wait, connected
+from probescore_server.cli.failures import one_line_failures
+from probescore_server.cli.probe_tables import facts_table, probes_table, safe
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command ``info``."""
+    app.command("info")(_info)
+
+
+def _info(address: Address = DEFAULT_ADDRESS, wait: Wait = 0) -> None:
+    """Show what runs at an address: model, workers, limits, probes."""
+    with one_line_failures():
+        with connected(address, wait) as client:
+            info, probes = client.get_server_info(), client.list_probes()
+        console = Console(highlight=False)
+        console.print(f"[bold]probescore {info.server_version}[/bold] at {safe(address)}\n", soft_wrap=True)
+        tables = (_model_table(info.model, info.tokenizer_fingerprint), _workers_table(info.workers), _limits_table(info.limits))
+        for table in (*tables, probes_table(probes)):
+            console.print(table, "")
+
+
+def _model_table(model: ModelInfo, tokenizer_fingerprint: str) -> Table:
+    table = facts_table("Model")
+    table.add_row("id", safe(model.id + (f" at {model.revision}" if model.revision else "")))
+    table.add_row("architecture", f"{model.model_type}, hidden size {model.hidden_size:,}, vocabulary {model.vocab_size:,}")
+    table.add_row("blocks", f"{model.num_loaded_layers} of {model.num_hidden_layers} loaded, as deep as a probe reads")
+    table.add_row("positions", f"{model.max_position_embeddings:,}" if model.max_position_embeddings else "unknown")
+    table.add_row("fingerprint", model.fingerprint)
+    table.add_row("tokenizer", tokenizer_fingerprint or "none: only token ids can be scored")
+    return table
+
+
+def _workers_table(workers: tuple[WorkerInfo, ...]) -> Table:
+    table = facts_table("Workers")
+    for worker in workers:
+        state = "[green]ready[/green]" if worker.ready else "[red]not ready[/red]"
+        restarts = f", restarted {worker.restarts} times" if worker.restarts else ""
+        table.add_row(worker.device, f"{state}, {worker.dtype}, {worker.execution_path} path{restarts}")
+    return table
+
+
+def _limits_table(limits: Limits) -> Table:
+    table = facts_table("Limits")
+    table.add_row("one rollout", f"{limits.max_rollout_tokens:,} tokens")
+    table.add_row("one request", f"{limits.max_request_tokens:,} tokens, {limits.max_message_bytes / 2**20:,.0f} MiB")
+    table.add_row("one device batch", f"{limits.max_batch_tokens:,} tokens")
+    table.add_row("queue", f"{limits.max_queue_tokens:,} tokens")
+    return table

@@ -1,0 +1,80 @@
+"""A probe's manifest as tables for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+from probescore_server.cli.probe_tables import facts_table, safe
+
+if TYPE_CHECKING:
+    from probescore_server.probes.manifest import CalibrationRecord, Evaluation, Manifest
+
+
+def manifest_tables(manifest: Manifest) -> Iterator[Table]:
+    """Who the probe is, what it computes, and what is known of how well."""
+    yield _filled(
+        manifest.key,
+        {
+            "description": manifest.description,
+            "author": manifest.author,
+            "license": manifest.license,
+            "model": f"{manifest.model.id} {manifest.model.revision}".strip(),
+            "": f"{manifest.model.num_hidden_layers} blocks, hidden size {manifest.model.hidden_size:,}",
+            "model fingerprint": manifest.model.fingerprint,
+            "tokenizer fingerprint": manifest.tokenizer_fingerprint,
+            "graph digest": manifest.graph_sha256,
+            "manifest digest": manifest.manifest_sha256,
+        },
+    )
+    context = manifest.context
+    yield _filled(
+        "What it computes",
+        {
+            "reads": ", ".join(map(str, manifest.taps)),
+            "depends on": {"pointwise": "each token alone", "causal": "a token and those before it", "rollout": "the whole rollout"}[
+                context.kind
+            ]
+            + (f", {context.window} at most" if context.window else "")
+            + (", the prompt's too" if context.sees_prompt else ""),
+            "gives": f"{manifest.output.unit.value} per {manifest.output.per.value}: {', '.join(manifest.output.labels)}",
+            "reduction": f"{manifest.reduction} of the {manifest.reduce_on.value}" if manifest.reduction else "pools by itself",
+            "special tokens": "left out of the reduction" if manifest.exclude_special_tokens else "count like any other",
+            "first token": {True: "must be BOS", False: "must not be BOS", None: "not checked"}[manifest.expects_bos],
+            "follow-up": manifest.follow_up.text or f"{len(manifest.follow_up.token_ids)} tokens" if manifest.follow_up else "",
+        },
+    )
+    yield _filled(
+        "How well, by its author",
+        {
+            "method": manifest.training.method,
+            "trained on": manifest.training.dataset,
+            "notes": manifest.training.notes,
+            "thresholds": "\n".join(map(_calibration, manifest.calibrations)) or "none: scores are not calibrated",
+            "evaluations": "\n".join(map(_evaluation, manifest.evaluations)),
+            "golden scores": f"{sum(len(case.scores) for case in manifest.golden.cases)} in {len(manifest.golden.cases)} rollouts",
+        },
+    )
+
+
+def _filled(title: str, facts: dict[str, str]) -> Table:
+    table = facts_table(safe(title))
+    for name, fact in facts.items():
+        if fact:
+            table.add_row(name, safe(fact))
+    return table
+
+
+def _calibration(record: CalibrationRecord) -> str:
+    return (
+        f"{f'{record.label}: ' if record.label else ''}{record.threshold:.4g} after {record.reduction or 'its own pooling'}, for "
+        f"{record.false_positive_rate:.1%} false positives ({record.false_positive_rate_low:.1%} to {record.false_positive_rate_high:.1%}) "
+        f"on {record.negatives:,} negatives: {record.dataset}"
+    )
+
+
+def _evaluation(record: Evaluation) -> str:
+    interval = "" if record.low is None or record.high is None else f" ({record.low:.3g} to {record.high:.3g})"
+    return f"{record.metric} {record.value:.4g}{interval} on {record.dataset}"

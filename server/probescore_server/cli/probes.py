@@ -1,0 +1,98 @@
+"""``probescore probes``: list those of a server, inspect and verify probe files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from probescore_server.cli.connection import DEFAULT_ADDRESS, Address, Wait, connected
+from probescore_server.cli.failures import one_line_failures
+from probescore_server.cli.manifest_tables import manifest_tables
+from probescore_server.cli.probe_tables import facts_table, probes_table, safe
+
+ProbeFileArgument = Annotated[Path, typer.Argument(help="A probe file.", show_default=False, metavar="FILE")]
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the commands ``probes list``, ``probes inspect`` and ``probes verify``."""
+    probes = typer.Typer(help="List, inspect and verify probes.", no_args_is_help=True)
+    probes.command("list")(_list)
+    probes.command("inspect")(_inspect)
+    probes.command("verify")(_verify)
+    app.add_typer(probes, name="probes")
+
+
+def _list(address: Address = DEFAULT_ADDRESS, wait: Wait = 0) -> None:
+    """List the probes that a server has loaded."""
+    with one_line_failures():
+        with connected(address, wait) as client:
+            loaded = client.list_probes()
+        Console(highlight=False).print(probes_table(loaded))
+
+
+def _inspect(file: ProbeFileArgument) -> None:
+    """Show who a probe is, after every check that needs no model."""
+    with one_line_failures():
+        from probescore_server.probes.probe_file import read_probe_file
+
+        probe = read_probe_file(file)
+        console = Console(highlight=False)
+        for table in manifest_tables(probe.manifest):
+            console.print(table, "")
+        console.print(
+            f"[green]✓[/green] {len(probe.graph):,} bytes of graph: standard operators, no external data, finite weights, digests match"
+        )
+        console.print("[dim]Not checked without the model: its fingerprint, and the golden scores. See: probescore probes verify[/dim]")
+
+
+def _verify(
+    file: ProbeFileArgument,
+    model: Annotated[str, typer.Option("--model", "-m", help="A directory, or an id on the Hugging Face hub.", show_default=False)],
+    revision: Annotated[str, typer.Option("--revision", help="Branch, tag or commit on the hub.", show_default=False)] = "",
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="float32, bfloat16 or float16: golden scores have a tolerance for each.")
+    ] = "float32",
+    device: Annotated[str, typer.Option("--device", help="cpu or cuda:0.")] = "cpu",
+) -> None:
+    """Check a probe file against its model, as a server does before it serves it."""
+    console = Console(highlight=False)
+    with one_line_failures():
+        from probescore_server.engine import Engine
+
+        with _Steps(console) as steps:
+            engine = Engine.load(model, [file], revision=revision, dtype=dtype, device=device, report=steps.begin)
+        table = facts_table("Agrees with the model")
+        table.add_row("fingerprint", engine.info.model.fingerprint)
+        table.add_row("tokenizer", engine.info.tokenizer_fingerprint)
+        table.add_row("blocks", f"{engine.info.model.num_loaded_layers} of {engine.info.model.num_hidden_layers} needed")
+        console.print(table)
+        console.print(f"[bold green]{safe(engine.info.probes[0].name)}@{safe(engine.info.probes[0].version)} can be served[/bold green]")
+
+
+class _Steps:
+    """Prints each step of a check once it has passed or failed, with a spinner while it runs."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._status = console.status("")
+        self._step = ""
+
+    def begin(self, step: str) -> None:
+        self._end("[green]✓[/green]")
+        self._step = step
+        self._status.update(safe(step))
+
+    def _end(self, mark: str) -> None:
+        if self._step:
+            self._console.print(f"{mark} {safe(self._step)}")
+
+    def __enter__(self) -> _Steps:
+        self._status.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._status.stop()
+        self._end("[green]✓[/green]" if kind is None else "[red]✗[/red]")

@@ -1,0 +1,146 @@
+"""Rollouts as lines of JSON: what ``probescore score FILE`` reads.
+
+One object a line. Keys that are not named here are ignored at the top, where datasets keep columns of their own, and refused inside a
+completion, where a misspelt ``mask`` would change scores.
+
+    {"prompt": PROMPT, "completions": [COMPLETION, …]}      a rollout group
+    {"prompt": PROMPT, "completion": COMPLETION}            a group of one
+
+    PROMPT      "text" | [ids] | [{"role": "user", "content": "…"}, …]
+    COMPLETION  "text" | [ids] | {"text": "…" or "ids": [ids], "mask": [0, 1, …], "spans": {"name": [start, end]},
+                                  "follow_ups": [COMPLETION, …], "id": "…"}
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from probescore.types import Chat, Completion, RolloutGroup, Span, Text
+
+_COMPLETION_KEYS = ("text", "ids", "mask", "spans", "follow_ups", "id")
+
+
+class LineError(ValueError):
+    """A line that is not a rollout; its text names the source, the line, the field and what is wrong."""
+
+
+def read_rollout_lines(lines: Iterable[str], source: str, *, add_special_tokens: bool) -> Iterator[RolloutGroup]:
+    """Reads rollout groups from lines of JSON, passing over empty lines.
+
+    Args:
+        lines: as the module describes them.
+        source: name of the file, for messages.
+        add_special_tokens: whether prompts given as text get the tokenizer's special tokens (BOS).
+
+    Raises:
+        LineError: a line is not a rollout.
+    """
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                yield _group(_parsed(line), add_special_tokens)
+            except LineError as error:
+                raise LineError(f"{source}:{number}: {error}") from None
+
+
+def _parsed(line: str) -> object:
+    try:
+        return json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise LineError(f"not JSON: {error}") from None
+
+
+def _group(content: object, add_special_tokens: bool) -> RolloutGroup:
+    if not isinstance(content, dict):
+        raise LineError(f"expected an object with prompt and completions, got {_shown(content)}")
+    if "prompt" not in content:
+        raise LineError('prompt: missing; write "" for an empty one')
+    if ("completions" in content) == ("completion" in content):
+        raise LineError("completions: give either completions (a list) or completion (one)")
+    completions = content["completions"] if "completions" in content else [content["completion"]]
+    if not isinstance(completions, list) or not completions:
+        raise LineError(f"completions: expected a list of at least one, got {_shown(completions)}")
+    read = [
+        _completion(entry, f"completions[{index}]" if "completions" in content else "completion") for index, entry in enumerate(completions)
+    ]
+    return RolloutGroup(_prompt(content["prompt"], add_special_tokens), read)
+
+
+def _prompt(content: object, add_special_tokens: bool) -> Text | Chat | list[int]:
+    if isinstance(content, str):
+        return Text(content, add_special_tokens)
+    if isinstance(content, list) and content and all(isinstance(message, dict) for message in content):
+        for index, message in enumerate(content):
+            if not all(isinstance(message.get(key), str) for key in ("role", "content")):
+                raise LineError(f"prompt[{index}]: expected role and content as text, got {_shown(message)}")
+        return Chat.of(content)
+    return _ids(content, "prompt", "text, a list of token ids or a list of messages")
+
+
+def _completion(content: object, field: str) -> Completion:
+    if isinstance(content, str):
+        return Completion(content)
+    if not isinstance(content, dict):
+        return Completion(_ids(content, field, "text, a list of token ids or an object"))
+    unknown = [key for key in content if key not in _COMPLETION_KEYS]
+    if unknown:
+        raise LineError(f"{field}: unknown key {unknown[0]!r}; known: {', '.join(_COMPLETION_KEYS)}")
+    if ("text" in content) == ("ids" in content):
+        raise LineError(f"{field}: give either text or ids")
+    name = content.get("id", "")
+    if not isinstance(name, str):
+        raise LineError(f"{field}.id: expected text, got {_shown(name)}")
+    follow_ups = content.get("follow_ups", [])
+    if not isinstance(follow_ups, list):
+        raise LineError(f"{field}.follow_ups: expected a list, got {_shown(follow_ups)}")
+    return Completion(
+        _text(content["text"], f"{field}.text") if "text" in content else _ids(content["ids"], f"{field}.ids", "a list of token ids"),
+        mask=None if content.get("mask") is None else _mask(content["mask"], f"{field}.mask"),
+        spans=_spans(content.get("spans", {}), f"{field}.spans"),
+        follow_ups=tuple(_completion(entry, f"{field}.follow_ups[{index}]") for index, entry in enumerate(follow_ups)),
+        id=name,
+    )
+
+
+def _text(content: object, field: str) -> str:
+    if not isinstance(content, str):
+        raise LineError(f"{field}: expected text, got {_shown(content)}")
+    return content
+
+
+def _ids(content: object, field: str, expected: str) -> list[int]:
+    if not isinstance(content, list):
+        raise LineError(f"{field}: expected {expected}, got {_shown(content)}")
+    for index, entry in enumerate(content):
+        if not _is_natural(entry):
+            raise LineError(f"{field}[{index}]: expected a token id (an integer from 0 to 2147483647), got {_shown(entry)}")
+    return content
+
+
+def _mask(content: object, field: str) -> list[bool]:
+    if not isinstance(content, list):
+        raise LineError(f"{field}: expected a list of 0 and 1, got {_shown(content)}")
+    for index, entry in enumerate(content):
+        if entry not in (0, 1):
+            raise LineError(f"{field}[{index}]: expected 0 or 1, got {_shown(entry)}")
+    return [bool(entry) for entry in content]
+
+
+def _spans(content: object, field: str) -> tuple[Span, ...]:
+    if not isinstance(content, dict):
+        raise LineError(f'{field}: expected an object like {{"name": [start, end]}}, got {_shown(content)}')
+    for name, bounds in content.items():
+        if not (isinstance(bounds, list) and len(bounds) == 2 and all(map(_is_natural, bounds))):
+            raise LineError(f"{field}.{name}: expected [start, end], got {_shown(bounds)}")
+    return tuple(Span(name, start, end) for name, (start, end) in content.items())
+
+
+def _is_natural(content: Any) -> bool:  # noqa: ANN401 - a value of any JSON type
+    return isinstance(content, int) and not isinstance(content, bool) and 0 <= content < 2**31
+
+
+def _shown(content: object) -> str:
+    shown = json.dumps(content, ensure_ascii=False)
+    return shown if len(shown) <= 60 else shown[:57] + "…"

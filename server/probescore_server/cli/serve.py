@@ -1,0 +1,128 @@
+"""``probescore serve``: its flags are the fields of `ServerSettings`."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import structlog
+import typer
+from pydantic.fields import FieldInfo
+
+from probescore_server.errors import StartupError
+from probescore_server.logs import configure_logs
+from probescore_server.server import serve as run_server
+from probescore_server.settings import ENVIRONMENT_PREFIX, ServerSettings, load_settings
+
+logger = structlog.get_logger(__name__)
+
+BAD_SETTINGS = 2
+CANNOT_START = 1
+
+PANELS = {
+    "What is served": ("model", "revision", "probes", "accept_mismatch", "trust_remote_code"),
+    "Compute": ("devices", "dtype", "threads_per_worker", "max_batch_tokens"),
+    "Addresses": ("host", "port", "unix_socket", "metrics_host", "metrics_port"),
+    "Limits": ("max_message_bytes", "max_rollout_tokens", "max_request_tokens", "max_queue_tokens"),
+    "Operation": (
+        "drain_seconds",
+        "worker_restart_seconds",
+        "keepalive_seconds",
+        "min_client_ping_seconds",
+        "max_connection_age_seconds",
+        "interceptors",
+        "log_format",
+        "log_level",
+    ),
+}
+
+HELP = f"""
+Serve a frozen model and its probes over gRPC.
+
+Every setting below can be a flag, an environment variable ({ENVIRONMENT_PREFIX}MAX_BATCH_TOKENS=65536; lists take commas) or a line of the
+YAML file of --config (max_batch_tokens: 65536). The first that is given counts, in this order.
+
+The server listens at once, and is ready when its health service says SERVING: model loaded, every probe's golden vectors recomputed.
+
+[bold]Examples[/bold]
+
+  probescore serve --model ./model --probes ./probes
+
+  probescore serve --model Qwen/Qwen3-0.6B --probes cheating.onnx --devices cuda:0 --dtype bfloat16 --host 0.0.0.0
+
+  PROBESCORE_MODEL=./model probescore serve --config probescore.yaml --unix-socket /run/probescore.sock
+
+[bold]Exit codes[/bold]: 0 after SIGTERM or Ctrl-C, 1 if it cannot start (port taken, model or probe refused), 2 for a wrong setting.
+"""
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command ``serve``."""
+    app.command("serve", help=HELP)(_serve)
+
+
+def _serve(config: Path | None, **flags: Any) -> None:  # noqa: ANN401
+    try:
+        settings = load_settings({name: value for name, value in flags.items() if value is not None}, config)
+    except StartupError as error:
+        typer.echo(f"probescore serve: {error}", err=True)
+        raise typer.Exit(BAD_SETTINGS) from None
+    configure_logs(settings.log_format, settings.log_level)
+    try:
+        asyncio.run(run_server(settings))
+    except StartupError as error:
+        logger.error(f"cannot start: {error}")
+        raise typer.Exit(CANNOT_START) from None
+
+
+def _flags() -> list[inspect.Parameter]:
+    config = typer.Option("--config", help="YAML file with settings.", show_default=False)
+    return [
+        inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[Path | None, config]),
+        *(_flag(name, ServerSettings.model_fields[name], panel) for panel, names in PANELS.items() for name in names),
+    ]
+
+
+def _flag(name: str, field: FieldInfo, panel: str) -> inspect.Parameter:
+    """The flag of a field. Values stay words: the settings class checks them, as it does those of the environment and the file."""
+    flag = "--" + name.replace("_", "-")
+    kind: Any = str
+    metavar: str | None = "TEXT"
+    if field.annotation is bool:
+        kind, metavar = bool, None
+        flag = f"{flag}/--no-{flag[2:]}"
+    elif get_origin(field.annotation) is tuple:
+        kind = list[str]
+    elif get_origin(field.annotation) is Literal:
+        metavar = "|".join(get_args(field.annotation))
+    elif field.annotation in (int, float):
+        metavar = "NUMBER"
+    option = typer.Option(flag, help=_help(name, field), rich_help_panel=panel, show_default=False, metavar=metavar)
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option])
+
+
+def _help(name: str, field: FieldInfo) -> str:
+    examples = f" For example {' or '.join(map(str, field.examples))}." if field.examples else ""
+    return f"{field.description}{examples} [dim]{ENVIRONMENT_PREFIX}{name.upper()}, default: {_default(field)}[/dim]"
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "none, required"
+    match field.get_default():
+        case bool(switch):
+            return "on" if switch else "off"
+        case float(number):
+            return f"{number:g}"
+        case tuple(words):
+            return ",".join(words) or "none"
+        case None | "":
+            return "none"
+        case word:
+            return str(word)
+
+
+# Typer reads a command's options off its signature.
+_serve.__signature__ = inspect.Signature(_flags())  # type: ignore[attr-defined]
