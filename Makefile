@@ -24,7 +24,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(INSTALLED) ## Train a small model, fit a probe, serve it, score rollouts (leaves everything in demo/)
-	@HF_HUB_OFFLINE=1 $(BIN)/python -m examples.demo
+	@HF_HUB_OFFLINE=1 $(BIN)/python examples/demo/demo.py
 
 test: lint types imports proto-check unit test-client-versions ## Everything that CI runs
 
@@ -33,6 +33,20 @@ unit: $(INSTALLED) ## The tests, with coverage
 	$(TEST_ENV) $(BIN)/coverage run -m pytest
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
+
+# The client's promise, kept at both ends. googleapis-common-protos follows protobuf; the rest is what runs the tests.
+OLDEST := grpcio==1.62.3 protobuf==4.25.3 googleapis-common-protos==1.62.0 numpy==1.24.4
+NEWEST := grpcio==1.85.1 protobuf==7.36.2 googleapis-common-protos==1.76.0 numpy==2.4.6
+CLIENT_TESTS := pytest==8.3.5 pytest-asyncio==0.25.3 pytest-timeout==2.3.1 hypothesis==6.120.0 tokenizers==0.23.3
+
+test-client-versions: .venv-client-oldest/installed .venv-client-newest/installed ## The client's tests at the oldest and newest grpcio and protobuf
+	PYTHONPATH=client .venv-client-oldest/bin/python -m pytest tests/client -q
+	PYTHONPATH=client .venv-client-newest/bin/python -m pytest tests/client -q
+
+.venv-client-oldest/installed .venv-client-newest/installed: .venv-client-%/installed: Makefile
+	$(PYTHON) -m venv --clear .venv-client-$*
+	.venv-client-$*/bin/pip install --quiet --disable-pip-version-check $(if $(filter oldest,$*),$(OLDEST),$(NEWEST)) $(CLIENT_TESTS)
+	@touch $@
 
 lint: $(INSTALLED) ## ruff, both rules and format
 	$(BIN)/ruff check .

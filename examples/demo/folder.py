@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 from collections.abc import Sequence
 from itertools import groupby
@@ -16,13 +15,13 @@ from serving import PROBESCORE
 def write_groups(path: Path, rollouts: Sequence[Rollout]) -> None:
     """Writes rollouts as ``probescore score`` reads them, problem by problem, each completion once.
 
-    Problems with an honest and a cheating completion come first, and the cheating ones first among these.
+    Problems come first that were cheated on and solved too, and in each the cheating completions.
     """
     groups = [
         list({rollout.completion_ids: rollout for rollout in group}.values())
         for _, group in groupby(rollouts, lambda rollout: rollout.problem)
     ]
-    groups.sort(key=lambda group: len({rollout.cheating for rollout in group}), reverse=True)
+    groups.sort(key=lambda group: (any(rollout.cheating for rollout in group), any(rollout.solved for rollout in group)), reverse=True)
     with path.open("w") as lines:
         for group in groups:
             group.sort(key=lambda rollout: (not rollout.cheating, not rollout.solved))
@@ -32,7 +31,7 @@ def write_groups(path: Path, rollouts: Sequence[Rollout]) -> None:
 
 def write_commands(path: Path, model: Path, probe: Path, rollouts: Path) -> None:
     """Writes what to type next, from the folder in which the demo was started."""
-    program = shlex.quote(os.path.relpath(PROBESCORE))
+    program = quoted(PROBESCORE.relative_to(Path.cwd()) if PROBESCORE.is_relative_to(Path.cwd()) else PROBESCORE)
     prompt, completion = "sort 7 ? 3 9 1 cache 0 2 4 4 8 answer", "0 2 4 4 8 <eos>"
     path.write_text(
         f"""\
@@ -40,8 +39,8 @@ def write_commands(path: Path, model: Path, probe: Path, rollouts: Path) -> None
 {program} probes inspect {quoted(probe)}
 {program} probes verify {quoted(probe)} --model {quoted(model)}
 
-# serve it: in a terminal of its own, or in the background like this
-{program} serve --model {quoted(model)} --probes {quoted(probe)} &
+# serve it: in a terminal of its own, or in the background like this (and `kill %1` in the end)
+{program} serve --model {quoted(model)} --probes {quoted(probe)} 2> {quoted(model.with_name("server.log"))} &
 
 # see what runs, score a text, score the rollouts
 {program} info --wait 60

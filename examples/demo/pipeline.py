@@ -51,12 +51,12 @@ def run(folder: Path, seed: int, console: Console) -> Results:
             address = stack.enter_context(server(model, probe, socket, folder / "server.log"))
         with step(console, "Score the other half over gRPC", len(other_half)) as advance:
             scores = score_rollouts(address, other_half, lambda: advance(1))
+        with step(console, "Compare with baselines that only read the completion"):
+            results = evaluate(first_half, other_half, scores, calibration.threshold)
         shown_problems = [problem for problem in problems[HALF : HALF + SHOWN_PROBLEMS] for _ in range(SHOWN_PER_PROBLEM)]
         write_groups(shown, sample_rollouts(policy, tokenizer, shown_problems, seed + 1, lambda _done: None))
+        console.print("\nSome rollouts of the other half, as `probescore score` prints them:\n", style="bold")
         show_rollouts(address, shown, folder / "demo.html")
-
-    with step(console, "Compare with baselines that only read the completion"):
-        results = evaluate(first_half, other_half, scores, calibration.threshold)
     (folder / "results.json").write_text(results.to_json() + "\n")
     write_commands(folder / "commands.sh", model, probe, shown)
     return results

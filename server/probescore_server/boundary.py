@@ -46,7 +46,10 @@ class Boundary(grpc.aio.ServerInterceptor):
         self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]], handler_call_details: grpc.HandlerCallDetails
     ) -> Handler | None:
         """Wraps the handler of a call. A method that does not exist has none and stays UNIMPLEMENTED."""
-        handler = await continuation(handler_call_details)
+        try:
+            handler = await continuation(handler_call_details)
+        except Exception as failed:  # in an interceptor of the settings
+            handler = grpc.unary_unary_rpc_method_handler(_raising(failed))
         if handler is None:
             return None
         kind, behavior, make_handler = KINDS[bool(handler.request_streaming), bool(handler.response_streaming)]
@@ -54,6 +57,13 @@ class Boundary(grpc.aio.ServerInterceptor):
         guarded = _Guarded(handler, getattr(handler, behavior), self._metrics, (kind, service, method))
         # Requests arrive as bytes: parsing them is part of what is guarded.
         return make_handler(guarded.call, None, handler.response_serializer)
+
+
+def _raising(error: Exception) -> Callable[[object, Context], Awaitable[object]]:
+    async def behavior(request: object, context: Context) -> object:
+        raise error
+
+    return behavior
 
 
 class _Guarded:

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig
 
 from probescore.fingerprints import tokenizer_fingerprint
 from probescore.reductions import Reduction
-from probescore.types import Chat, GroupScores, ModelInfo, RolloutGroup, Scope, ScoreResult, ScoringInfo, Text, Usage
+from probescore.types import Chat, CompletionScores, GroupScores, ModelInfo, RolloutGroup, Scope, ScoreResult, ScoringInfo, Text, Usage
 from probescore_server.backbone.forest import Forest, ProbeReads
 from probescore_server.backbone.loading import DTYPES, load_config, load_decoder, load_tokenizer, resolve_model
 from probescore_server.backbone.self_test import self_test
@@ -30,7 +30,7 @@ from probescore_server.probes.probe_file import ProbeFile
 from probescore_server.probes.runner import BatchScorer, LoadedProbe
 from probescore_server.probes.session import ProbeSession, session_device
 from probescore_server.requests import TokenScoresWanted, pending_texts, resolve_options, resolve_rollouts
-from probescore_server.rollouts import EngineInfo, Rollout, RolloutResult
+from probescore_server.rollouts import Continuation, EngineInfo, Rollout, RolloutResult
 
 BATCH_TOKENS = 16_384
 """Tokens of one batch of ``Engine.score``: bounds the activations held at once. A server makes its own batches."""
@@ -145,6 +145,7 @@ class Engine:
         token_scores: TokenScoresWanted = (),
         scope: Scope | str = Scope.COMPLETION,
         return_token_ids: bool = False,
+        return_token_texts: bool = False,
     ) -> ScoreResult:
         """Scores every completion of every group.
 
@@ -155,12 +156,19 @@ class Engine:
             token_scores: the probes whose scores per token are wanted, or ``"all"``.
             scope: ``completion``, ``prompt`` or ``all``.
             return_token_ids: whether the ids that were scored come back.
+            return_token_texts: whether the tokens that were scored come back as text.
 
         Raises:
             InvalidRequest: names the field at fault.
         """
         options = resolve_options(
-            self.info, probes=probes, reductions=reductions, token_scores=token_scores, scope=scope, return_token_ids=return_token_ids
+            self.info,
+            probes=probes,
+            reductions=reductions,
+            token_scores=token_scores,
+            scope=scope,
+            return_token_ids=return_token_ids,
+            return_token_texts=return_token_texts,
         )
         encoded = {
             text.field: self.encode_completion(text.content, field=text.field)
@@ -237,7 +245,23 @@ class Engine:
             activations = self._backbone.forward(forest, sorted(taps, key=str), skip=unwanted)
             live = [index for index in range(len(rollouts)) if index not in cancelled]
             scores = BatchScorer(self.info, probes, self._texts.special_ids, rollouts, forest, activations).score(live)
-        return [RolloutResult(scores[index], forest.usage[index]) if index in scores else None for index in range(len(rollouts))]
+        return [
+            RolloutResult(self._with_texts(scores[index], rollout), forest.usage[index]) if index in scores else None
+            for index, rollout in enumerate(rollouts)
+        ]
+
+    def _with_texts(self, scores: CompletionScores, rollout: Rollout) -> CompletionScores:
+        if not rollout.options.return_token_texts:
+            return scores
+        return replace(self._completion_texts(scores, rollout.completion), prompt_texts=tuple(self.decode_tokens(rollout.prompt_ids)))
+
+    def _completion_texts(self, scores: CompletionScores, continuation: Continuation) -> CompletionScores:
+        follow_ups = zip(scores.follow_ups, continuation.follow_ups, strict=True)
+        return replace(
+            scores,
+            completion_texts=tuple(self.decode_tokens(continuation.token_ids)),
+            follow_ups=tuple(self._completion_texts(*follow_up) for follow_up in follow_ups),
+        )
 
     def _check_golden(self, file: ProbeFile, accept_mismatch: Collection[str]) -> None:
         key = file.manifest.key

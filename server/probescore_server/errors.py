@@ -11,8 +11,8 @@
         ├── ModelRefused      the model cannot be loaded, or not served right
         └── ProbeRefused      a probe file that is not what it says, or not for this model: names file, field, found, expected
 
-``reason`` is stable and travels to clients as ``google.rpc.ErrorInfo.reason``. Messages of everything but ``StartupError`` reach clients, so
-they carry no path and no traceback.
+``reason`` is stable and travels to clients as ``google.rpc.ErrorInfo.reason``. Messages of everything but ``StartupError`` reach clients,
+so they carry no path and no traceback.
 """
 
 from __future__ import annotations

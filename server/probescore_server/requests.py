@@ -34,6 +34,7 @@ def resolve_options(
     token_scores: TokenScoresWanted = (),
     scope: Scope | str = Scope.COMPLETION,
     return_token_ids: bool = False,
+    return_token_texts: bool = False,
 ) -> ScoreOptions:
     """Checks how a request wants its rollouts scored.
 
@@ -44,6 +45,7 @@ def resolve_options(
         token_scores: the probes whose per-token scores are wanted, or ``"all"``: every one of the request that scores tokens.
         scope: which tokens are scored.
         return_token_ids: whether ids are sent back.
+        return_token_texts: whether the tokens are sent back as text.
 
     Raises:
         InvalidRequest: naming ``probes[i]``, ``reductions[i]``, ``token_scores.probes[i]`` or ``scope``.
@@ -66,6 +68,7 @@ def resolve_options(
         token_scores=frozenset(wanted),
         scope=_parse_scope(scope),
         return_token_ids=return_token_ids,
+        return_token_texts=return_token_texts,
     )
 
 

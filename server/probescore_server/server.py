@@ -137,6 +137,7 @@ class Server:
             ("grpc.max_send_message_length", -1),
             ("grpc.keepalive_time_ms", keepalive),
             ("grpc.keepalive_timeout_ms", keepalive),
+            ("grpc.http2.ping_timeout_ms", keepalive),  # or its own minute counts, however short the keepalive timeout
             ("grpc.keepalive_permit_without_calls", 1),
             ("grpc.http2.min_ping_interval_without_data_ms", int(1000 * settings.min_client_ping_seconds)),
         ]

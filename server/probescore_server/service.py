@@ -6,7 +6,7 @@ import asyncio
 import math
 import time
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, TypeAlias
 
@@ -142,8 +142,8 @@ class ScoringServicer(scoring_pb2_grpc.ScoringServiceServicer):
             token_scores=asked.token_scores,
             scope=asked.scope,
             return_token_ids=asked.return_token_ids,
+            return_token_texts=asked.return_token_texts,
         )
-        options = replace(options, return_token_texts=asked.return_token_texts)
         texts = pending_texts(groups)
         encoded = await self._ready_worker().encode(texts) if texts else {}
         rollouts = await asyncio.to_thread(

@@ -20,7 +20,7 @@ ENVIRONMENT_PREFIX = "PROBESCORE_"
 BYTES_PER_TOKEN = 4
 
 Names = Annotated[tuple[str, ...], NoDecode]
-"""A list of words; in the environment separated by commas."""
+"""A list of words, given one by one or separated by commas."""
 
 
 class ServerSettings(BaseSettings):
@@ -181,7 +181,10 @@ class ServerSettings(BaseSettings):
     @field_validator("probes", "accept_mismatch", "devices", "interceptors", mode="before")
     @classmethod
     def _split_at_commas(cls, value: object) -> object:
-        return [word.strip() for word in value.split(",") if word.strip()] if isinstance(value, str) else value
+        entries = [value] if isinstance(value, str) else value
+        if not isinstance(entries, list | tuple) or not all(isinstance(entry, str) for entry in entries):
+            return value
+        return [word.strip() for entry in entries for word in entry.split(",") if word.strip()]
 
     @field_validator("devices")
     @classmethod

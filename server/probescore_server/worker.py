@@ -167,17 +167,20 @@ class _Worker:
             self._score(engine, batch)
 
     def _load(self) -> Engine:
+        settings = self._spec.settings
+        probes = probe_files(settings.probes)
         # read once, when the libraries are loaded; what transformers warns and reports of is for people who train
         os.environ.update(OMP_NUM_THREADS=str(self._spec.threads), TRANSFORMERS_VERBOSITY="error", HF_HUB_DISABLE_PROGRESS_BARS="1")
+        # threads that spin while they wait make small batches many times slower as soon as another process wants a core
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         import torch
 
         from probescore_server.engine import Engine
 
         torch.set_num_threads(self._spec.threads)
-        settings = self._spec.settings
         return Engine.load(
             settings.model,
-            probe_files(settings.probes),
+            probes,
             revision=settings.revision,
             dtype=settings.dtype,
             device=self._spec.device,

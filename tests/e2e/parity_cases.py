@@ -76,13 +76,16 @@ EVERY_HOOK = (
     f"mlp_out.{MIDDLE}",
     "final_norm",
 )
+EVERY_TAP = [
+    *(f"{hook}.{layer}" for hook in ("resid_pre", "resid_post", "attn_out", "mlp_out") for layer in range(LAYERS)),
+    "final_norm",
+]
 
 
 def all_probes() -> list[Probe]:
     """Every kind at every hook, and a linear probe at every tap that depends on the context (the first MLP need not: GPT-NeoX)."""
     probes = [Probe(kind, (tap,) if kind is not MULTI_TAP else (tap, "attn_out.1")) for kind in KINDS for tap in EVERY_HOOK]
-    everywhere = [f"{hook}.{layer}" for hook in ("resid_pre", "resid_post", "attn_out", "mlp_out") for layer in range(LAYERS)]
-    return probes + [Probe(LINEAR, (tap,)) for tap in everywhere if tap not in (*EVERY_HOOK, "resid_pre.0", "mlp_out.0")]
+    return probes + [Probe(LINEAR, (tap,)) for tap in EVERY_TAP if tap not in (*EVERY_HOOK, "resid_pre.0", "mlp_out.0")]
 
 
 def shallow_probes() -> list[Probe]:
@@ -98,16 +101,18 @@ class Shift:
     layer: int = 0
     bos: int = 0
 
-    def tap(self, tap: str) -> str | None:
-        """The tap that is read instead of ``tap``; ``None`` if there is none."""
-        if self.layer == 0:
-            return tap
-        if tap == "final_norm":  # the usual confusion: the last of Hugging Face's hidden states is after the norm
-            return f"resid_post.{LAYERS - 1}" if self.layer < 0 else None
-        hook, layer = tap.split(".")
-        if tap == f"resid_post.{LAYERS - 1}" and self.layer > 0:
-            return "final_norm"
-        return f"{hook}.{int(layer) + self.layer}" if 0 <= int(layer) + self.layer < LAYERS else None
+    def tap(self, tap: str) -> str:
+        """The tap that is read instead of ``tap``; there may be none of that name."""
+        deepest = f"resid_post.{LAYERS - 1}"
+        # the usual confusion: the last of Hugging Face's hidden states is after the norm
+        if (tap, self.layer) in ((deepest, 1), ("final_norm", -1)):
+            return "final_norm" if tap == deepest else deepest
+        hook, _, layer = tap.partition(".")
+        return f"{hook}.{int(layer or LAYERS) + self.layer}" if self.layer else tap
+
+    def applies_to(self, probe: Probe) -> bool:
+        """Whether there is something to read instead."""
+        return all(self.tap(tap) in EVERY_TAP for tap in probe.taps)
 
     def prefix(self, prefix: Sequence[int]) -> list[int]:
         return {-1: list(prefix[1:]), 0: list(prefix), 1: [BOS, *prefix]}[self.bos]
@@ -124,18 +129,13 @@ SHIFTS = {
 }
 
 
-def reference_scores(
-    reference: Reference, probe: Probe, prefix: Sequence[int], own: Sequence[int], shift: Shift = AS_PROMISED
-) -> Array | None:
-    """Scores of ``own`` read after ``prefix``, ``(len(own) or 1, labels)``; ``None`` where the shift leads out of the model."""
-    taps = [shift.tap(tap) for tap in probe.taps]
-    if None in taps:
-        return None
+def reference_scores(reference: Reference, probe: Probe, prefix: Sequence[int], own: Sequence[int], shift: Shift = AS_PROMISED) -> Array:
+    """Scores of ``own`` read after ``prefix``: ``(len(own), labels)``, or ``(1, labels)`` of a probe that pools."""
     prefix = shift.prefix(prefix)
     activations = reference.activations([*prefix, *own])
     positions = np.arange(len(prefix) + len(own))
     read = (positions + shift.position).clip(0, len(positions) - 1)
-    rows = [activations[str(tap)][read].astype(np.float64) for tap in taps]
+    rows = [activations[shift.tap(tap)][read].astype(np.float64) for tap in probe.taps]
     first = 0 if probe.kind.context.sees_prompt else len(prefix)
     scores = probe.kind.plain(probe.kind.weights, [x[first:] for x in rows], positions[first:])
     return scores if probe.kind.per is OutputPer.ROLLOUT else scores[len(prefix) - first :]
@@ -145,14 +145,19 @@ def rollouts() -> Iterator[tuple[list[int], list[int]]]:
     """Each completion and follow-up of ``GROUPS``, depth first, with all that comes before it."""
     for group in GROUPS:
         for completion in group.completions:
-            yield from _tree(list(group.prompt), completion)
+            yield from _tree(_as_list(group.prompt), completion if isinstance(completion, Completion) else Completion(completion))
 
 
-def _tree(prefix: list[int], completion: Completion | list[int]) -> Iterator[tuple[list[int], list[int]]]:
-    own = list(completion.tokens if isinstance(completion, Completion) else completion)
+def _tree(prefix: list[int], completion: Completion) -> Iterator[tuple[list[int], list[int]]]:
+    own = _as_list(completion.tokens)
     yield prefix, own
-    for follow_up in completion.follow_ups if isinstance(completion, Completion) else ():
+    for follow_up in completion.follow_ups:
         yield from _tree(prefix + own, follow_up)
+
+
+def _as_list(tokens: object) -> list[int]:
+    assert isinstance(tokens, list)
+    return tokens
 
 
 def served_scores(result: ScoreResult, probe: Probe) -> list[NDArray[np.float32]]:
@@ -189,7 +194,8 @@ class Author:
             manifest: fields that differ from the usual ones.
         """
         kind = probe.kind
-        inputs = tuple(TapInput(hook=tap.split(".")[0], layer=int(tap.split(".")[1]) if "." in tap else None) for tap in probe.taps)
+        split = (tap.partition(".") for tap in probe.taps)
+        inputs = tuple(TapInput.model_validate({"hook": hook, "layer": int(layer) if layer else None}) for hook, _, layer in split)
         fields: dict[str, Any] = {
             "name": probe.name,
             "version": "1",
@@ -216,16 +222,15 @@ class Author:
         cases = []
         for prompt, completion in rollouts:
             scores = reference_scores(self.reference, probe, prompt, completion, shift)
-            assert scores is not None
             rows = tuple(map(tuple, scores.tolist()))
             cases.append(GoldenCase(prompt_ids=tuple(prompt), completion_ids=tuple(completion), scores=rows))
         return Golden(cases=tuple(cases))
 
 
-def expected(reference: Reference, probe: Probe, shift: Shift = AS_PROMISED) -> Array | None:
+def expected(reference: Reference, probe: Probe, shift: Shift = AS_PROMISED) -> Array:
     """The reference's scores of all rollouts, one below the other, ``(rows, compared labels)``."""
     scores = [reference_scores(reference, probe, prefix, own, shift) for prefix, own in rollouts()]
-    return None if scores[0] is None else np.concatenate(scores)[:, : probe.compared]
+    return np.concatenate(scores)[:, : probe.compared]
 
 
 def answered(result: ScoreResult, probe: Probe) -> NDArray[np.float32]:
@@ -233,6 +238,6 @@ def answered(result: ScoreResult, probe: Probe) -> NDArray[np.float32]:
     return np.concatenate(served_scores(result, probe))[:, : probe.compared]
 
 
-def in_deviations(found: NDArray[np.floating], wanted: NDArray[np.floating]) -> float:
+def in_deviations(found: Array, wanted: Array) -> float:
     """Largest difference as a multiple of the expected scores' standard deviation, over all labels."""
     return float((np.abs(found - wanted) / wanted.std(axis=0)).max())

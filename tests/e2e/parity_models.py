@@ -97,7 +97,7 @@ def write_model(directory: Path, architecture: str, *, seed: int = 0, **changed:
 @torch.no_grad()
 def _scale_weights(model: torch.nn.Module, random: torch.Generator) -> None:
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
-    embedding_scale = next((float(m.embed_scale) for m in model.modules() if hasattr(m, "embed_scale")), 1.0)
+    embedding_scale = next((float(buffer) for name, buffer in model.named_buffers() if name.endswith("embed_scale")), 1.0)
     for name, weight in model.named_parameters():
         noise = torch.randn(weight.shape, generator=random)
         if id(weight) in embeddings:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import onnx
@@ -16,7 +17,7 @@ from parity_models import HIDDEN
 from probescore.types import OutputPer
 from probescore_server.probes.manifest import Context
 
-Array = NDArray[np.float64]
+Array = NDArray[np.floating[Any]]
 Weights = dict[str, NDArray[np.float32]]
 Plain = Callable[[Weights, list[Array], NDArray[np.int64]], Array]
 
@@ -83,7 +84,7 @@ def _random(seed: int, **shapes: tuple[int, ...]) -> Weights:
 
 def _softmax(x: Array) -> Array:
     weights = np.exp(x - x.max())
-    return weights / weights.sum()
+    return np.asarray(weights / weights.sum())
 
 
 def _linear(w: Weights, x: list[Array], positions: NDArray[np.int64]) -> Array:
@@ -126,11 +127,11 @@ def _sparse(w: Weights, x: list[Array], select: Callable[[Array], NDArray[np.boo
     return np.concatenate([pre, np.where(select(pre), pre, 0) @ w["D"]], axis=1)
 
 
-def above_threshold(pre: NDArray[np.floating]) -> NDArray[np.bool_]:
+def above_threshold(pre: Array) -> NDArray[np.bool_]:
     return pre > THRESHOLD
 
 
-def among_top_k(pre: NDArray[np.floating]) -> NDArray[np.bool_]:
+def among_top_k(pre: Array) -> NDArray[np.bool_]:
     return pre >= np.sort(pre, axis=1)[:, -TOP_K, None]
 
 

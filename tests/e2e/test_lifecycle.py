@@ -161,6 +161,19 @@ def test_kill_of_the_worker_in_mid_batch_fails_its_calls_and_it_comes_back(
         assert info.workers[0].restarts == 1
 
 
+def test_with_two_workers_the_death_of_one_leaves_the_server_serving(start_server: StartServer, model: Path, probe_file: Path) -> None:
+    server = start_server(model, [probe_file], devices="cpu,cpu", wait=False)
+    server.wait_for("worker ready", count=2)
+    os.kill(server.worker_pid(), signal.SIGKILL)
+    server.wait_for("worker died")
+    assert health(server) == SERVING
+    with connected(server) as stub:
+        assert stub.Score(request(), timeout=TIMEOUT).groups
+        server.wait_for("worker ready", count=3)
+        info = stub.GetServerInfo(scoring_pb2.GetServerInfoRequest(), timeout=TIMEOUT)
+    assert sorted((worker.ready, worker.restarts) for worker in info.workers) == [(True, 0), (True, 1)]
+
+
 def test_the_clients_retry_gets_the_right_scores_after_a_kill(start_server: StartServer, model: Path, probe_file: Path) -> None:
     server = start_server(model, [probe_file])
     groups = [RolloutGroup([1, 5, 6], [[7, 8, 9], [10]])]

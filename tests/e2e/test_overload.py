@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +23,7 @@ ROOM = 5
 @pytest.fixture(scope="module")
 def server(model: Path, probe_file: Path) -> Iterator[RunningServer]:
     limits = {"max_rollout_tokens": CALL_TOKENS, "max_request_tokens": ROOM * CALL_TOKENS, "max_batch_tokens": CALL_TOKENS}
-    with start_server(model, [probe_file], **limits, max_queue_tokens=ROOM * CALL_TOKENS) as running:
+    with start_server(model, [probe_file], **limits, max_queue_tokens=ROOM * CALL_TOKENS, keepalive_seconds=1) as running:
         yield running
 
 
@@ -106,3 +108,27 @@ def test_a_caller_who_leaves_in_mid_batch_holds_up_nobody(server: RunningServer)
             eventually(lambda: waiting_tokens(server) == CALL_TOKENS)
         assert staying.result().groups[0].completions[0].scores
     assert total(server, "probescore_cancelled_total") >= 1
+
+
+STALLING_CLIENT = """
+import sys, grpc
+from probescore.v1 import scoring_pb2, scoring_pb2_grpc
+stub = scoring_pb2_grpc.ScoringServiceStub(grpc.insecure_channel(sys.argv[1]))
+stub.Score(scoring_pb2.ScoreRequest.FromString(bytes.fromhex(sys.argv[2])))
+"""
+
+
+def test_a_peer_that_no_longer_answers_loses_its_room(server: RunningServer) -> None:
+    with connected(server) as stub:
+        with stopped_worker(server):
+            computing = stub.Score.future(CALL, timeout=TIMEOUT)
+            eventually(lambda: in_flight(server) == 1)
+            peer = subprocess.Popen([sys.executable, "-c", STALLING_CLIENT, server.address, CALL.SerializeToString().hex()])
+            try:
+                eventually(lambda: waiting_tokens(server) == CALL_TOKENS)
+                peer.send_signal(signal.SIGSTOP)  # its connection stays open, and nobody is behind it
+                eventually(lambda: waiting_tokens(server) == 0 and in_flight(server) == 1)
+            finally:
+                peer.kill()
+                peer.wait()
+        assert computing.result().groups

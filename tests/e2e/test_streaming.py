@@ -44,7 +44,7 @@ def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ru
         labels=[f"label{index}" for index in range(LABELS)],
         golden=golden,
     )
-    with start_server(model, [path], max_rollout_tokens=512, max_batch_tokens=512) as running:
+    with start_server(model, [path], max_rollout_tokens=512, max_batch_tokens=2048) as running:
         yield running
 
 

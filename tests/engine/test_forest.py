@@ -89,6 +89,11 @@ def test_prompt_and_ancestors_are_read_for_probes_that_see_them() -> None:
     assert read(build(rollout([1], [2], Continuation(array([3])), scope=Scope.PROMPT, probes=("sees@1",)))) == [[1], [2], [3]]
 
 
+def test_completion_is_read_for_a_probe_that_sees_it_before_its_own_follow_up() -> None:
+    assert read(build(rollout([1], [2], scope=Scope.PROMPT, probes=("asks-sees@1",)))) == [[1], [2], [7, 8]]
+    assert read(build(rollout([1], [2], scope=Scope.PROMPT, probes=("asks@1",)))) == [[1], [7, 8]]
+
+
 def test_probes_own_follow_up_is_appended_to_every_completion_and_shared() -> None:
     forest = build(rollout([1], [2], Continuation(array([3])), probes=("asks@1", "asks-sees@1")))
     assert [segment.token_ids.tolist() for segment in forest.segments] == [[1], [2], [7, 8], [3], [7, 8]]

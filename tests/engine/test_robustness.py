@@ -10,16 +10,18 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 from engine_probes import GOLDEN, WEIGHT, Array, Probe, linear, plain, pooled_mean, running_mean
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import BOS, HIDDEN_SIZE, tiny_model
 from safetensors.torch import load_file, save_file
 
-from probescore.types import Completion, CompletionScores, CompletionStatus, RolloutGroup, ScoreUnit
+from probescore.types import Completion, CompletionScores, CompletionStatus, RolloutGroup, ScoreUnit, Tap
 from probescore_server import Engine
 from probescore_server.probes.exporting import onnx_probe
 from probescore_server.probes.reference import ReferenceModel
+from probescore_server.probes.runner import _without_non_finite
 from probescore_server.requests import resolve_options, resolve_rollouts
 from probescore_server.rollouts import Rollout
 
@@ -194,6 +196,14 @@ def test_nan_in_the_model_fails_one_completion_and_names_probe_and_tap(broken_mo
     with pytest.raises(KeyError, match="no scores: the model gives NaN"):
         scored.groups[0][1]["linear"]
     assert np.isnan(scored.values("linear")[1])
+
+
+def test_graphs_are_never_given_a_row_that_is_not_finite() -> None:
+    # some operators turn NaN into a number, which no check of the scores would notice
+    rows = torch.tensor([[1.0, 2.0], [float("nan"), 3.0], [4.0, float("-inf")], [5.0, 6.0]])
+    cleaned, finite = _without_non_finite({Tap("final_norm"): rows})
+    assert cleaned[Tap("final_norm")].tolist() == [[1, 2], [0, 0], [0, 0], [5, 6]]
+    assert finite[Tap("final_norm")].tolist() == [True, False, False, True]
 
 
 def square_root_mean(reference: ReferenceModel) -> tuple[Probe, float]:

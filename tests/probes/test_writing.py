@@ -152,6 +152,7 @@ def test_nothing_of_the_authors_files_travels_in_the_graph(write):
     probe = write(torch_probe(Mlp(), unit=ScoreUnit.LOGIT), labels=["a", "b"])
 
     assert b"torch_probes" not in probe.graph
+    assert not onnx.load_from_string(probe.graph).graph.value_info
     assert str(Path(__file__).parent).encode() not in probe.graph
 
 

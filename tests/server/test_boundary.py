@@ -70,10 +70,17 @@ class Served:
         return self.metrics.registry.get_sample_value(name, found) or 0.0
 
 
+class Broken(grpc.aio.ServerInterceptor):
+    """An interceptor of somebody else's."""
+
+    async def intercept_service(self, continuation: object, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
+        raise RuntimeError("secret of /etc/passwd")
+
+
 @asynccontextmanager
-async def served() -> AsyncIterator[Served]:
+async def served(*interceptors: grpc.aio.ServerInterceptor) -> AsyncIterator[Served]:
     metrics, servicer = Metrics(), Servicer()
-    server = grpc.aio.server(interceptors=[Boundary(metrics)])
+    server = grpc.aio.server(interceptors=[Boundary(metrics), *interceptors])
     scoring_pb2_grpc.add_ScoringServiceServicer_to_server(servicer, server)
     reflection.enable_server_reflection((reflection.SERVICE_NAME,), server)
     port = server.add_insecure_port("127.0.0.1:0")
@@ -92,6 +99,15 @@ async def test_an_unexpected_exception_is_internal_without_its_text_and_logged_u
             assert "secret" not in repr(failed.value)
             assert "incident" in failed.value.details()
         assert running.count("grpc_server_handled_total", grpc_code="INTERNAL") == 1
+
+
+async def test_an_interceptor_that_breaks_shows_no_more_than_an_incident() -> None:
+    async with served(Broken()) as running:
+        for call in (running.score(""), read(running, "")):
+            with pytest.raises(grpc.aio.AioRpcError) as failed:
+                await call
+            assert failed.value.code() is grpc.StatusCode.INTERNAL
+            assert "secret" not in repr(failed.value)
 
 
 async def read(running: Served, run_id: str) -> int:
@@ -126,6 +142,22 @@ async def test_a_cancelled_call_ends_in_the_servicer_and_is_counted() -> None:
         assert running.metrics.registry.get_sample_value("probescore_rpcs_in_flight") == 0
         assert running.metrics.registry.get_sample_value("probescore_cancelled_total") == 1
         assert running.count("grpc_server_handled_total", grpc_code="CANCELLED") == 1
+
+
+async def test_a_cancellation_goes_on_to_grpc_which_would_leak_the_call_otherwise() -> None:
+    servicer = Servicer()
+    handler = grpc.unary_unary_rpc_method_handler(servicer.Score, scoring_pb2.ScoreRequest.FromString)
+
+    async def continuation(details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
+        return handler
+
+    details = type("Details", (), {"method": "/probescore.v1.ScoringService/Score"})()
+    guarded = await Boundary(Metrics()).intercept_service(continuation, details)
+    call = asyncio.create_task(guarded.unary_unary(scoring_pb2.ScoreRequest(run_id="wait").SerializeToString(), None))
+    await servicer.entered.wait()
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
 
 
 @pytest.mark.parametrize("size", [3, 1 << 20])

@@ -48,9 +48,10 @@ def test_exceptions_are_logged_with_their_traceback(capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.parametrize("log_format", ["json", "console"])
-def test_what_a_client_sent_cannot_forge_a_line_or_a_colour(log_format: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("trick", ["a\nlevel=error", "a\x85b", "a\u2028b", "\x1b[31m"])
+def test_what_a_client_sent_cannot_forge_a_line_or_a_colour(log_format: str, trick: str, capsys: pytest.CaptureFixture[str]) -> None:
     configure_logs(log_format, "info")
-    structlog.get_logger("ours").info("scored", run_id="a\nlevel=error\x85\u2028\x1b[31m")
+    structlog.get_logger("ours").info("scored", run_id=trick)
     shown = capsys.readouterr().err
     assert len(shown.splitlines()) == 1
-    assert "\x1b[31m" not in shown
+    assert trick not in shown

@@ -161,6 +161,18 @@ async def test_jobs_take_turns_however_much_each_has_waiting() -> None:
     assert worker.batches == [["a0", "b0"], ["a1", "a2"], ["a3"]]
 
 
+async def test_a_job_that_had_its_turn_waits_for_the_others_from_batch_to_batch() -> None:
+    worker = HandWorker(ready=False)
+    scheduler = scheduler_for(worker, batch=5)  # room for one group
+    for name in ("a0", "a1", "b0", "b1", "c0"):
+        scheduler.submit([group(name)], job=name[0])
+    worker.ready = True
+    scheduler.dispatch()
+    await settle()
+    await worker.finish_all()
+    assert worker.batches == [["a0"], ["b0"], ["c0"], ["a1"], ["b1"]]
+
+
 async def test_within_a_job_higher_priority_goes_first_then_first_come_first_served() -> None:
     worker = HandWorker(ready=False)
     scheduler = scheduler_for(worker, batch=100)

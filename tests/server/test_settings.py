@@ -37,7 +37,7 @@ def test_flags_beat_the_environment_beats_the_file_beats_the_default(config: Pat
 def test_lists_come_as_yaml_lists_as_repeated_flags_or_separated_by_commas(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config.write_text("model: m\nprobes: [a.onnx, b.onnx]\n")
     assert load_settings({}, config).probes == ("a.onnx", "b.onnx")
-    assert load_settings({"probes": ["c.onnx"]}, config).probes == ("c.onnx",)
+    assert load_settings({"probes": ["c.onnx", "d.onnx,e.onnx"]}, config).probes == ("c.onnx", "d.onnx", "e.onnx")
     monkeypatch.setenv("PROBESCORE_PROBES", "d.onnx, e.onnx,")
     assert load_settings({}, config).probes == ("d.onnx", "e.onnx")
 

@@ -30,10 +30,14 @@ except ModuleNotFoundError as missing:
     needs_extra(app, "serve", "Serve a frozen model and its probes over gRPC.", "server", missing)
 
 
-@app.callback()
-def _main(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
-) -> None:
-    if version:
+def _print_version(wanted: bool) -> None:
+    if wanted:
         typer.echo(f"probescore {installed_version('probescore')}")
         raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version)] = False,
+) -> None:
+    pass

@@ -24,7 +24,7 @@ def _info(address: Address = DEFAULT_ADDRESS, wait: Wait = 0) -> None:
             info, probes = client.get_server_info(), client.list_probes()
         console = Console(highlight=False)
         console.print(f"[bold]probescore {info.server_version}[/bold] at {safe(address)}\n", soft_wrap=True)
-        tables = (_model_table(info.model, info.tokenizer_fingerprint), _workers_table(info.workers), _limits_table(info.limits))
+        tables = (_model_table(info.model, info.tokenizer_fingerprint), workers_table(info.workers), _limits_table(info.limits))
         for table in (*tables, probes_table(probes)):
             console.print(table, "")
 
@@ -40,7 +40,8 @@ def _model_table(model: ModelInfo, tokenizer_fingerprint: str) -> Table:
     return table
 
 
-def _workers_table(workers: tuple[WorkerInfo, ...]) -> Table:
+def workers_table(workers: tuple[WorkerInfo, ...]) -> Table:
+    """One row a worker: whether it is up, and how it runs the model."""
     table = facts_table("Workers")
     for worker in workers:
         state = "[green]ready[/green]" if worker.ready else "[red]not ready[/red]"

@@ -22,15 +22,17 @@ def has_colours(console: Console) -> bool:
 
 
 def print_rollouts(console: Console, views: Sequence[RolloutView], series: Sequence[Series]) -> None:
-    """Prints the rollouts one after the other, each with every series, and what the colours mean."""
+    """Prints the rollouts one after the other, each with every series, and what the colours mean. A prompt stands once for its group."""
     scales = {entry.name: Scale.of(entry, views) for entry in series}
     colours = has_colours(console)
+    shown: tuple[Token, ...] = ()
     for view in views:
         console.print(Text(view.title, "bold"), Text("ids from text" if view.inexact else "", "dim"), soft_wrap=True)
         if view.problem:
             console.print(Text(f"  not scored: {view.problem}", "red"))
-        if view.context:
+        if view.context and view.context != shown:
             console.print(_context(view.context), soft_wrap=True)
+            shown = view.context
         for entry in series if not view.problem else ():
             scores = view.scores[entry.name]
             console.print(_summary(entry, scores), soft_wrap=True)
@@ -39,7 +41,7 @@ def print_rollouts(console: Console, views: Sequence[RolloutView], series: Seque
         console.print()
     if colours:
         for entry in series:
-            console.print(_legend(entry, scales[entry.name]), soft_wrap=True)
+            console.print(_legend(entry, scales[entry.name]))
 
 
 def _context(tokens: Sequence[Token]) -> Text:
@@ -65,7 +67,7 @@ def _tokens(tokens: Sequence[Token], scores: Sequence[float], scale: Scale, colo
     drawn = Text()
     for token, score in zip(tokens, scores, strict=True):
         if not colours:
-            drawn.append(f"{token.text}[{score:.2f}{'' if token.counts else ' masked'}] ")
+            drawn.append(f"{token.text}[{score:.2f}{'' if token.counts else ' masked'}]")
         elif not token.counts:
             drawn.append(token.text, "dim strike")
         else:
@@ -83,7 +85,7 @@ def _style(position: float) -> Style:
 
 
 def _legend(series: Series, scale: Scale) -> Text:
-    legend = Text(f"{series.name} ({series.unit.value})  ", "dim")
+    legend = Text().append(f"{series.name} ({series.unit.value})  ", "dim")
     for step in _steps():
         legend.append(f" {scale.centre + step * scale.reach:.2f} ", _style(step))
     if series.calibration is None:

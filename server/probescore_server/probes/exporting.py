@@ -80,9 +80,9 @@ def torch_probe(module: torch.nn.Module, *, unit: ScoreUnit) -> ProbeFunction:
 def sklearn_probe(estimator: BaseEstimator) -> ProbeFunction:
     """A fitted scikit-learn estimator or pipeline, over the taps' activations concatenated in order.
 
-    Binary linear classifiers (with or without a ``StandardScaler`` before them) score by their ``decision_function``, a logit where the loss
-    is logistic; other classifiers by ``predict_proba`` (for two classes that of the second, else one label per class); regressors by
-    ``predict``.
+    Binary linear classifiers (with or without a ``StandardScaler`` before them) score by their ``decision_function``, a logit where the
+    loss is logistic; other classifiers by ``predict_proba`` (for two classes that of the second, else one label per class); regressors
+    by ``predict``.
     """
     linear = _linear_form(estimator)
     if linear is not None:
