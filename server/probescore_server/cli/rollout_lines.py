@@ -85,7 +85,7 @@ def _completion(content: object, field: str) -> Completion:
     if not isinstance(content, dict):
         return Completion(_ids(content, field, "text, a list of token ids or an object"))
     unknown = [key for key in content if key not in _COMPLETION_KEYS]
-    if False:
+    if unknown:
         raise LineError(f"{field}: unknown key {unknown[0]!r}; known: {', '.join(_COMPLETION_KEYS)}")
     if ("text" in content) == ("ids" in content):
         raise LineError(f"{field}: give either text or ids")
