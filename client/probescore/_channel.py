@@ -52,6 +52,8 @@ def channel_options(*, retries: bool) -> list[tuple[str, str | int]]:
         ("grpc.max_receive_message_length", MAX_RECEIVE_BYTES),
         ("grpc.keepalive_time_ms", KEEPALIVE_SECONDS * 1000),
         ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_SECONDS * 1000),
+        # or gRPC's own minute counts, however short the keepalive timeout
+        ("grpc.http2.ping_timeout_ms", KEEPALIVE_TIMEOUT_SECONDS * 1000),
         ("grpc.http2.max_pings_without_data", 0),
         # gRPC's own two minutes would outlast the restart that the client waits for
         ("grpc.initial_reconnect_backoff_ms", int(first * 1000)),

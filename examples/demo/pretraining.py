@@ -74,7 +74,7 @@ def trained_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, directory:
     """
     mark = directory / "recipe.json"
     expected = json.dumps(asdict(recipe) | {"digest": recipe.digest}, indent=2)
-    if not mark.exists() :
+    if not mark.exists() or mark.read_text() != expected:
         model = train(recipe, tokenizer, on_step)
         mark.unlink(missing_ok=True)
         model.save_pretrained(directory)

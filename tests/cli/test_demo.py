@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "demo"))
 
+import task
 from baselines import BASELINES, baseline_scores
 from folder import write_commands, write_groups
 from pretraining import Recipe, corpus_batch, trained_model
@@ -73,6 +74,15 @@ def test_the_two_halves_have_no_prompt_in_common(seed):
     first, other = ({problem.prompt for problem in half} for half in (drawn[:30], drawn[30:]))
     assert len(drawn) == 60
     assert not first & other
+
+
+def test_a_prompt_that_is_drawn_twice_is_taken_once(monkeypatch):
+    source = random.Random(0)
+    one, other = draw_problem(source), draw_problem(source)
+    drawn = iter([one, one, other])
+    monkeypatch.setattr(task, "draw_problem", lambda _: next(drawn))
+
+    assert draw_distinct_problems(source, 2) == [one, other]
 
 
 # --------------------------------------------------------------------------------------------------------- tokenizer and training

@@ -20,7 +20,7 @@ def printed(completion: Completion, scores, texts, *, colours: bool, **console) 
     output = io.StringIO()
     views = rollout_views("group 1", completion, answer(completion, texts, cheating=scores), SERIES)
     print_rollouts(
-        Console(file=output, force_terminal=colours, color_system="truecolor" if colours else None, width=60, highlight=False, **console),
+        Console(file=output, force_terminal=colours, color_system="truecolor" if colours else None, width=120, highlight=False, **console),
         views,
         SERIES,
     )
@@ -89,3 +89,16 @@ def test_a_rollout_that_could_not_be_scored_says_so():
     print_rollouts(Console(file=output, width=60), [type(view)(view.title, (), view.tokens, "NaN", False)], SERIES)
 
     assert "not scored: NaN" in output.getvalue()
+
+
+def test_a_prompt_stands_once_above_its_completions():
+    output = io.StringIO()
+    views = [
+        view
+        for completion in (Completion([5]), Completion([6]))
+        for view in rollout_views("group 1", completion, answer(completion, ["x"], cheating=probe_scores([1.0], [0.0])), SERIES)
+    ]
+
+    print_rollouts(Console(file=output, width=60), views, SERIES)
+
+    assert output.getvalue().count("<p> q") == 1
