@@ -20,7 +20,7 @@ def printed(completion: Completion, scores, texts, *, colours: bool, **console) 
     output = io.StringIO()
     views = rollout_views("group 1", completion, answer(completion, texts, cheating=scores), SERIES)
     print_rollouts(
-        Console(file=output, force_terminal=colours, color_system="truecolor" if colours else None, width=120, highlight=False, **console),
+        Console(file=output, force_terminal=colours, color_system="truecolor" if colours else None, width=160, highlight=False, **console),
         views,
         SERIES,
     )

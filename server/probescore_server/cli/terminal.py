@@ -27,7 +27,7 @@ def print_rollouts(console: Console, views: Sequence[RolloutView], series: Seque
     colours = has_colours(console)
     shown: tuple[Token, ...] = ()
     for view in views:
-        console.print(Text(view.title, "bold"), Text("ids from text" if view.inexact else "", "dim"), soft_wrap=True)
+        console.print(Text().append(view.title, "bold").append("  ids from text" if view.inexact else "", "dim"), soft_wrap=True)
         if view.problem:
             console.print(Text(f"  not scored: {view.problem}", "red"))
         if view.context and view.context != shown:
