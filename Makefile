@@ -66,7 +66,7 @@ mutants: $(INSTALLED) ## Break the code on purpose; each break must be caught by
 	$(TEST_ENV) $(BIN)/python tests/mutations/run.py
 
 bench: $(INSTALLED) ## What scoring costs, beside plain Hugging Face
-	$(BIN)/python -m benchmarks.scoring
+	$(BIN)/python benchmarks/scoring.py
 
 # --------------------------------------------------------------------------------------------------------------------- the contract
 
