@@ -30,7 +30,8 @@ test: lint types imports proto-check unit test-client-versions ## Everything tha
 
 unit: $(INSTALLED) ## The tests, with coverage
 	rm -f .coverage .coverage.*
-	$(TEST_ENV) $(BIN)/coverage run -m pytest
+	$(TEST_ENV) $(BIN)/coverage run -m pytest -n 2 --dist loadfile
+	@find . -maxdepth 1 -name '.coverage.*' -empty -delete # left by processes that a test killed
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
