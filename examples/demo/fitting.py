@@ -17,7 +17,8 @@ TAP = "resid_post.1"
 REDUCTION = "mean"
 LABEL = "cheating"
 FALSE_POSITIVE_RATE = 0.05
-CALIBRATION_SHARE = 0.3
+CALIBRATION_SHARE = 0.25
+WEAK_PENALTY = 10.0  # the inverse of its strength: activations are small numbers and are not standardised
 GOLDEN = 4
 
 
@@ -37,7 +38,7 @@ def write_fitted_probe(
 
     # one rollout a problem, so that this holds back problems
     held_back = np.random.default_rng(seed).random(len(rollouts)) < CALIBRATION_SHARE
-    estimator = LogisticRegression(max_iter=5000).fit(means[~held_back], cheating[~held_back])
+    estimator = LogisticRegression(C=WEAK_PENALTY, max_iter=5000).fit(means[~held_back], cheating[~held_back])
     calibration = calibrate(
         estimator.decision_function(means[held_back & ~cheating]),
         false_positive_rate=FALSE_POSITIVE_RATE,

@@ -20,7 +20,7 @@ from steps import step
 from task import draw_distinct_problems
 from vocabulary import build_tokenizer
 
-HALF = 1600
+HALF = 2400
 SHOWN_PROBLEMS = 25
 SHOWN_PER_PROBLEM = 8
 

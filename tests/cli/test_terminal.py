@@ -74,11 +74,12 @@ def test_a_long_prompt_is_shown_from_its_end():
     scored = answer(completion, ["x"], cheating=probe_scores([1.0], [0.0]))
     (view,) = rollout_views("group 1", completion, scored, SERIES)
     output = io.StringIO()
-    long = type(view)(view.title, view.context * 300, view.tokens, "", True, (), view.scores)
+    long = type(view)(view.title, view.context * 300 + view.tokens, view.tokens, "", True, (), view.scores)
 
     print_rollouts(Console(file=output, width=60), [long], SERIES)
 
-    assert "… 400 tokens … " in output.getvalue()
+    assert "… 401 tokens …  q<p> q" in output.getvalue()
+    assert "<p> qx\n" in output.getvalue()
     assert "ids from text" in output.getvalue()
 
 

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from typing import Annotated
 
 import typer
+from rich.console import Console
+from rich.markup import escape
 
 from probescore import DeadlineExceededError, ProbeClient, UnavailableError
 
@@ -29,7 +31,8 @@ def connected(address: str, wait: float) -> Iterator[ProbeClient]:
     try:
         with ProbeClient(address, restart_budget=wait) as client:
             if wait > 0:
-                client.wait_until_ready(timeout=wait)
+                with Console(stderr=True).status(f"waiting for {escape(address)}"):
+                    client.wait_until_ready(timeout=wait)
             yield client
     except (UnavailableError, DeadlineExceededError) as error:
         raise UnavailableError(f"no server is ready at {address}: {error}") from None
