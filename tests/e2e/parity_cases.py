@@ -43,8 +43,9 @@ GROUPS = [
     RolloutGroup(_PROMPT, [_ids(13)]),
     RolloutGroup([BOS], [_ids(30)]),
     RolloutGroup([*_PROMPT[:10], *_ids(20)], [_ids(12), _ids(33)]),
+    RolloutGroup([BOS, *_ids(2)], [_ids(3), _ids(6)]),
 ]
-"""Shared prompts and prefixes, identical completions, nested follow-ups, and more tokens than any model's window."""
+"""Shared prompts and prefixes, identical completions, nested follow-ups, rollouts within every model's window and far beyond it."""
 
 _GOLDEN = [([BOS, *_ids(9)], _ids(30))]
 _GOLDEN_TO_POOL = [([BOS, *_ids(5)], _ids(10)) for _ in range(8)]

@@ -87,7 +87,9 @@ def write_model(directory: Path, architecture: str, *, seed: int = 0, **changed:
     if architecture == "deepseek_v3":
         del settings["head_dim"]  # it is qk_rope_head_dim there
     config = AutoConfig.for_model(architecture, **settings)
-    model = AutoModelForCausalLM.from_config(config).float()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config).float()
     _scale_weights(model, torch.Generator().manual_seed(seed))
     model.save_pretrained(directory)
     _tokenizer().save_pretrained(directory)
@@ -98,6 +100,8 @@ def write_model(directory: Path, architecture: str, *, seed: int = 0, **changed:
 def _scale_weights(model: torch.nn.Module, random: torch.Generator) -> None:
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
     embedding_scale = next((float(buffer) for name, buffer in model.named_buffers() if name.endswith("embed_scale")), 1.0)
+    # YaRN enlarges queries and keys, and with them the logits
+    yarn = next((float(vars(m)["attention_scaling"]) for m in model.modules() if "attention_scaling" in vars(m)), 1.0)
     for name, weight in model.named_parameters():
         noise = torch.randn(weight.shape, generator=random)
         if id(weight) in embeddings:
@@ -109,7 +113,7 @@ def _scale_weights(model: torch.nn.Module, random: torch.Generator) -> None:
         else:
             looks = any(part in name for part in _LOOKING)
             width = weight.shape[-1] if "conv1d" in name else min(weight.shape[-2:])
-            weight.copy_(noise * (ATTENTION_GAIN if looks else 1.0) / math.sqrt(width))
+            weight.copy_(noise * (ATTENTION_GAIN / yarn if looks else 1.0) / math.sqrt(width))
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:

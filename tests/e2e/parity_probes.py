@@ -214,7 +214,7 @@ _POOLED_BODY = """count = Shape(cu_seqlens) counted = Squeeze(count, axis0) roll
     q = MatMul(x0, Q) late = Cast<to = 1>(positions) late_ = Unsqueeze(late, axis1) bias = Mul(late_, slope) looked = Add(q, bias)
     flat = Transpose<perm = [1, 0]>(looked) never = Constant<value_float = -1e30>()
     masked = Where(mine, flat, never) p = Softmax<axis = 1>(masked) v = MatMul(x0, V) pooled = MatMul(p, v) scores = Add(pooled, b)"""
-_POOLED_WEIGHTS = _random(8, Q=(HIDDEN, 1), V=(HIDDEN, 2), b=(2,)) | {"slope": np.array([0.02], np.float32)}
+_POOLED_WEIGHTS = _random(8, Q=(HIDDEN, 1), V=(HIDDEN, 2), b=(2,)) | {"slope": np.array([0.05], np.float32)}
 
 POOLED = Kind("attention-pooling", _POOLED_WEIGHTS, _POOLED_BODY, _pooled, labels=2, context=Context(kind="rollout"), positions=True)
 POOLED_WITH_PROMPT = Kind(
