@@ -103,7 +103,7 @@ POISON: dict[str, tuple[Request, str]] = {
 def check_discreet(error: grpc.RpcError) -> None:
     """Nothing of the server's inside shows: no path, no traceback, no name of a Python exception."""
     shown = repr(error.details()) + repr([value for _, value in error.trailing_metadata() or ()])
-    assert not re.search(r"Traceback|File \"|\.py\b|/tmp/|/work/|site-packages|Error\(|Exception", shown), shown
+    assert not re.search(r"Traceback|File \"|\.py\b|/tmp/|/home/|/usr/|site-packages|Error\(|Exception", shown), shown
 
 
 def send(stub: scoring_pb2_grpc.ScoringServiceStub, method: str, message: Request) -> object:
