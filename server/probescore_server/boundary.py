@@ -16,9 +16,12 @@ from google.protobuf.message import DecodeError
 
 from probescore_server.errors import CoreError, InternalFault, InvalidRequest
 from probescore_server.metrics import Metrics
-from probescore_server.statuses import status_of
+from probescore_server.statuses import CODES, status_of
 
 logger = structlog.get_logger(__name__)
+
+# Any other error, those meant for the operator among them, is a fault of ours when it ends a call.
+FOR_CLIENTS = tuple(CODES)
 
 # Parsing more than this would hold up the event loop.
 MAX_BYTES_PARSED_ON_LOOP = 65_536
@@ -91,7 +94,7 @@ class _Guarded:
         except grpc.aio.AbortError:
             code = next((known for known in grpc.StatusCode if context.code() in (known, known.value[0])), grpc.StatusCode.UNKNOWN)
             raise
-        except CoreError as error:
+        except FOR_CLIENTS as error:
             code = status_of(error).code
             await self._abort(context, error)
         except Exception:

@@ -12,7 +12,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_g
 
 from probescore.v1 import probes_pb2, scoring_pb2, scoring_pb2_grpc
 from probescore_server.boundary import Boundary
-from probescore_server.errors import QueueFull
+from probescore_server.errors import ModelRefused, QueueFull
 from probescore_server.metrics import Metrics
 
 TIMEOUT = 30.0
@@ -29,6 +29,8 @@ class Servicer(scoring_pb2_grpc.ScoringServiceServicer):
         match request.run_id:
             case "fault":
                 raise RuntimeError("secret of /etc/passwd")
+            case "startup":
+                raise ModelRefused("secret of /etc/passwd")
             case "full":
                 raise QueueFull(1, 2, 0.5)
             case "abort":
@@ -98,6 +100,16 @@ async def test_an_unexpected_exception_is_internal_without_its_text_and_logged_u
             assert failed.value.code() is grpc.StatusCode.INTERNAL
             assert "secret" not in repr(failed.value)
             assert "incident" in failed.value.details()
+        assert running.count("grpc_server_handled_total", grpc_code="INTERNAL") == 1
+
+
+async def test_an_error_for_the_operator_is_internal_without_its_text() -> None:
+    async with served() as running:
+        with pytest.raises(grpc.aio.AioRpcError) as failed:
+            await running.score("startup")
+        assert failed.value.code() is grpc.StatusCode.INTERNAL
+        assert "incident" in failed.value.details()
+        assert "secret" not in failed.value.details()
         assert running.count("grpc_server_handled_total", grpc_code="INTERNAL") == 1
 
 
