@@ -14,13 +14,14 @@ from transformers import PreTrainedConfig
 
 from probescore.fingerprints import tokenizer_fingerprint
 from probescore.reductions import Reduction
-from probescore.types import Chat, CompletionScores, GroupScores, ModelInfo, RolloutGroup, Scope, ScoreResult, ScoringInfo, Text, Usage
+from probescore.types import Chat, CompletionScores, GroupScores, ModelInfo, RolloutGroup, Scope, ScoreResult, ScoringInfo, Text, Transfer, Usage
+from probescore_server.backbone.activations import Backbone
 from probescore_server.backbone.forest import Forest, ProbeReads
+from probescore_server.backbone.kv_cache import KeyValueCache
 from probescore_server.backbone.loading import DTYPES, load_config, load_decoder, load_tokenizer, resolve_model
-from probescore_server.backbone.self_test import self_test
+from probescore_server.backbone.self_test import universal_backbone
 from probescore_server.backbone.taps import TapReader, layers_needed
 from probescore_server.backbone.texts import TextEncoder
-from probescore_server.backbone.universal import UniversalBackbone
 from probescore_server.errors import ModelRefused
 from probescore_server.probes.admission import check_accepted_names, check_fits, is_accepted, probe_info, read_probe_files
 from probescore_server.probes.fingerprints import model_fingerprint
@@ -30,10 +31,15 @@ from probescore_server.probes.probe_file import ProbeFile
 from probescore_server.probes.runner import BatchScorer, LoadedProbe
 from probescore_server.probes.session import ProbeSession, session_device
 from probescore_server.requests import TokenScoresWanted, pending_texts, resolve_options, resolve_rollouts
+from probescore_server.residence import Residence
 from probescore_server.rollouts import Continuation, EngineInfo, Rollout, RolloutResult
 
 BATCH_TOKENS = 16_384
 """Tokens of one batch of ``Engine.score``: bounds the activations held at once. A server makes its own batches."""
+
+
+MAX_KV_CACHE_BYTES = 1 << 30
+"""Of keys and values that an engine keeps, unless it is told otherwise."""
 
 
 def _ignore(_: str) -> None:
@@ -53,11 +59,21 @@ class Engine:
         info: what is loaded.
     """
 
-    def __init__(self, info: EngineInfo, backbone: UniversalBackbone, texts: TextEncoder, probes: Mapping[str, LoadedProbe]) -> None:
+    def __init__(
+        self,
+        info: EngineInfo,
+        backbone: Backbone,
+        texts: TextEncoder,
+        probes: Mapping[str, LoadedProbe],
+        cache: KeyValueCache,
+        residence: Residence,
+    ) -> None:
         self.info = info
         self._backbone = backbone
         self._texts = texts
         self._probes = probes
+        self._cache = cache
+        self._residence = residence
         self._reads = {key: _reads(probe.manifest) for key, probe in probes.items()}
         self._running = threading.Lock()
 
@@ -72,6 +88,7 @@ class Engine:
         device: str = "cpu",
         accept_mismatch: Collection[str] = (),
         trust_remote_code: bool = False,
+        max_kv_cache_bytes: int = MAX_KV_CACHE_BYTES,
         report: Callable[[str], None] = _ignore,
     ) -> Engine:
         """Loads a model as far as the probes need it, and check everything that can be checked before the first request.
@@ -85,6 +102,7 @@ class Engine:
             accept_mismatch: probes (``name`` or ``name@version``) to serve though they were made for another model or tokenizer, or
                 miss their golden scores; every answer then says so. A probe that cannot run on this model is refused in any case.
             trust_remote_code: let the model bring its own Python code, which is then run.
+            max_kv_cache_bytes: of keys and values that are kept for later prompts that begin alike; 0 = none. They are on the device.
             report: called with a line for people as each step begins.
 
         Raises:
@@ -111,8 +129,7 @@ class Engine:
         decoder = load_decoder(directory, num_layers=needed, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
         report("testing the forward pass")
         reader = TapReader(decoder, taps)
-        backbone = UniversalBackbone(decoder, reader)
-        self_test(decoder, reader, backbone)
+        backbone = universal_backbone(decoder, reader)
         loaded = {file.manifest.key: LoadedProbe.of(file.manifest, ProbeSession(file, session_device(decoder.device))) for file in files}
         info = EngineInfo(
             model=replace(described, num_loaded_layers=len(decoder.blocks)),
@@ -127,7 +144,14 @@ class Engine:
                 file.manifest.key: len(file.manifest.follow_up.token_ids) for file in files if file.manifest.follow_up is not None
             },
         )
-        engine = cls(info, backbone, texts, loaded)
+        cache = KeyValueCache(max_kv_cache_bytes)
+        residence = Residence(
+            decoder.device,
+            lambda: [*decoder.model.parameters(), *decoder.model.buffers()],
+            cache,
+            [probe.session for probe in loaded.values() if probe.session.device.type == "cuda"],
+        )
+        engine = cls(info, backbone, texts, loaded, cache, residence)
         for file in files:
             report(f"recomputing the golden scores of {file.manifest.key}")
             engine._check_golden(file, accept_mismatch)
@@ -187,6 +211,7 @@ class Engine:
         usage = Usage(
             tokens_computed=sum(result.usage.tokens_computed for result in results),
             tokens_shared=sum(result.usage.tokens_shared for result in results),
+            tokens_cached=sum(result.usage.tokens_cached for result in results),
             compute_seconds=time.perf_counter() - started,
         )
         scores = iter(result.scores for result in results)
@@ -229,6 +254,23 @@ class Engine:
         """
         return self._score(rollouts, self._probes, is_cancelled)
 
+    def sleep(self) -> Transfer:
+        """Gives the device's memory back until ``wake``, after the batch that computes: weights move to pinned host memory, the key-value
+        cache is dropped. On a CPU the weights stay. Does nothing to an engine that sleeps. Texts are tokenised all the same.
+        """
+        with self._running:
+            return self._residence.sleep()
+
+    def wake(self) -> Transfer:
+        """Takes the device's memory again, with every weight, bit by bit, as it was. Does nothing to an engine that is awake.
+
+        Raises:
+            WorkerUnavailable: the device has no room yet; the engine still sleeps.
+            RuntimeError: the weights did not come back as they were; the engine must not be used any more.
+        """
+        with self._running:
+            return self._residence.wake()
+
     def _score(
         self, rollouts: Sequence[Rollout], probes: Mapping[str, LoadedProbe], is_cancelled: Callable[[int], bool]
     ) -> list[RolloutResult | None]:
@@ -242,11 +284,13 @@ class Engine:
 
         taps = {tap for key in _requested(rollouts) for tap in probes[key].manifest.taps}
         with self._running:
-            activations = self._backbone.forward(forest, sorted(taps, key=str), skip=unwanted)
+            if self._residence.asleep:
+                raise RuntimeError("the engine sleeps: call wake first")
+            activations = self._backbone.forward(forest, sorted(taps, key=str), skip=unwanted, cache=self._cache)
             live = [index for index in range(len(rollouts)) if index not in cancelled]
             scores = BatchScorer(self.info, probes, self._texts.special_ids, rollouts, forest, activations).score(live)
         return [
-            RolloutResult(self._with_texts(scores[index], rollout), forest.usage[index]) if index in scores else None
+            RolloutResult(self._with_texts(scores[index], rollout), forest.usage(index)) if index in scores else None
             for index, rollout in enumerate(rollouts)
         ]
 

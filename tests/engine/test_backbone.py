@@ -17,7 +17,7 @@ from probescore.types import Scope, Tap
 from probescore_server.backbone import self_test as self_test_module
 from probescore_server.backbone.forest import Forest
 from probescore_server.backbone.loading import _find_blocks, load_config, load_decoder
-from probescore_server.backbone.self_test import self_test
+from probescore_server.backbone.self_test import SelfTest
 from probescore_server.backbone.taps import TapReader
 from probescore_server.backbone.universal import UniversalBackbone
 from probescore_server.errors import ModelRefused
@@ -95,7 +95,7 @@ def test_model_whose_cache_forgets_is_refused(tmp_path: Path) -> None:
     decoder = load_decoder(write_model(tmp_path, "mamba", state_size=8), num_layers=2)
     reader = TapReader(decoder, [Tap("resid_post", 1)])
     with pytest.raises(ModelRefused, match="self-test: with shared prompts this mamba model gives other activations than alone"):
-        self_test(decoder, reader, UniversalBackbone(decoder, reader))
+        SelfTest(decoder, reader).check(UniversalBackbone(decoder, reader))
 
 
 def test_model_that_its_own_code_cannot_run_is_refused(tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ def test_model_that_has_a_cache_of_its_own_is_refused(tmp_path: Path) -> None:
     decoder = load_decoder(write_model(tmp_path, "minimax", num_local_experts=2, num_key_value_heads=2, head_dim=8), num_layers=2)
     reader = TapReader(decoder, [Tap("resid_post", 1)])
     with pytest.raises(ModelRefused, match="a minimax model cannot be run with a cache"):
-        self_test(decoder, reader, UniversalBackbone(decoder, reader))
+        SelfTest(decoder, reader).check(UniversalBackbone(decoder, reader))
 
 
 def test_recurrent_model_is_loaded_up_to_its_first_attention_layer(tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_recurrent_model_is_loaded_up_to_its_first_attention_layer(tmp_path: Pat
     decoder = load_decoder(model, num_layers=1)
     assert (len(decoder.blocks), decoder.num_hidden_layers) == (3, 4)
     reader = TapReader(decoder, [Tap("resid_post", 0)])
-    assert self_test(decoder, reader, UniversalBackbone(decoder, reader)) < 1e-3
+    assert SelfTest(decoder, reader).check(UniversalBackbone(decoder, reader)) < 1e-3
 
 
 def test_model_whose_weights_depend_on_the_number_of_blocks_is_cut_after_loading(tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ def test_model_whose_weights_depend_on_the_number_of_blocks_is_cut_after_loading
     decoder = load_decoder(model, num_layers=2)
     assert len(decoder.blocks) == 2
     reader = TapReader(decoder, [Tap("resid_post", 1)])
-    assert self_test(decoder, reader, UniversalBackbone(decoder, reader)) < 1e-3
+    assert SelfTest(decoder, reader).check(UniversalBackbone(decoder, reader)) < 1e-3
 
 
 def test_text_part_of_a_multimodal_model_is_served(tmp_path: Path) -> None:
@@ -164,16 +164,16 @@ def test_model_that_is_no_decoder_is_refused(tmp_path: Path) -> None:
 
 def test_self_test_is_longer_than_the_window(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = load_decoder(tiny_model("mistral", sliding_window=40), num_layers=2)
-    prompt, crossing, *_ = self_test_module._small_forest(decoder).segments
+    prompt, crossing, *_ = self_test_module.small_forest(decoder).segments
     assert len(prompt.token_ids) < 40 < crossing.position + len(crossing.token_ids)
 
 
 def test_self_test_stays_within_the_models_positions_and_its_own_cap(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = load_decoder(tiny_model("mistral", sliding_window=5000), num_layers=2)
-    longest = max(segment.position + len(segment.token_ids) for segment in self_test_module._small_forest(decoder).segments)
+    longest = max(segment.position + len(segment.token_ids) for segment in self_test_module.small_forest(decoder).segments)
     assert longest <= decoder.config.max_position_embeddings
     monkeypatch.setattr(self_test_module, "MAX_TEST_TOKENS", 100)
-    assert max(s.position + len(s.token_ids) for s in self_test_module._small_forest(decoder).segments) <= 100
+    assert max(s.position + len(s.token_ids) for s in self_test_module.small_forest(decoder).segments) <= 100
 
 
 @pytest.mark.parametrize("fault", ["position", "cache"])
@@ -181,14 +181,14 @@ def test_self_test_catches_a_shifted_position_and_a_shared_cache(fault: str, mon
     decoder = load_decoder(tiny_model(), num_layers=2)
     reader = TapReader(decoder, [Tap("resid_post", 1)])
     backbone = UniversalBackbone(decoder, reader)
-    assert self_test(decoder, reader, backbone) < 1e-5
+    assert SelfTest(decoder, reader).check(backbone) < 1e-5
     if fault == "position":
-        run = backbone._run_segment
-        monkeypatch.setattr(backbone, "_run_segment", lambda ids, position, *rest: run(ids, position + (position > 0), *rest))
+        run = backbone.read_tokens
+        monkeypatch.setattr(backbone, "read_tokens", lambda ids, position, *rest: run(ids, position + (position > 0), *rest))
     else:
-        monkeypatch.setattr("probescore_server.backbone.universal.copy.deepcopy", lambda cache: cache)
+        monkeypatch.setattr("probescore_server.backbone.universal._fork", lambda cache: cache)
     with pytest.raises(ModelRefused, match="self-test"):
-        self_test(decoder, reader, backbone)
+        SelfTest(decoder, reader).check(backbone)
 
 
 def test_blocks_in_another_order_are_no_residual_stream() -> None:

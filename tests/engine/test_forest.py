@@ -74,7 +74,18 @@ def test_empty_completion_is_no_segment_and_its_follow_ups_continue_the_prompt()
 
 def test_usage_adds_up_to_every_token_asked_for() -> None:
     forest = build(rollout([1, 2], [3]), rollout([1, 2], [3], Continuation(array([4]))))
-    assert [(usage.tokens_computed, usage.tokens_shared) for usage in forest.usage] == [(3, 0), (1, 3)]
+    assert [(usage.tokens_computed, usage.tokens_shared) for usage in map(forest.usage, range(2))] == [(3, 0), (1, 3)]
+
+
+def test_cached_tokens_are_not_computed_and_count_once() -> None:
+    forest = build(rollout([1, 2], [3]), rollout([1, 2], [4]))
+    forest.segments[0].cached = 2
+    assert [(u.tokens_computed, u.tokens_shared, u.tokens_cached) for u in map(forest.usage, range(2))] == [(1, 0, 2), (1, 2, 0)]
+
+
+def test_ids_up_to_a_segment_spell_its_chain() -> None:
+    forest = build(rollout([1, 2], [3], Continuation(array([4, 5]))))
+    assert [forest.ids_up_to(index).tolist() for index in range(3)] == [[1, 2], [1, 2, 3], [1, 2, 3, 4, 5]]
 
 
 def test_only_what_is_scored_is_read() -> None:
@@ -142,7 +153,8 @@ def test_any_batch_is_laid_out_so_that_each_chain_spells_its_rollout(batch: list
             for segment in place.appended.values():
                 assert ids_of(forest, (segment,)) == [7, 8]
                 assert forest.segments[segment].read
-        assert forest.usage[index].tokens_computed + forest.usage[index].tokens_shared == expected + len(asked.prompt_ids)
+        usage = forest.usage(index)
+        assert usage.tokens_computed + usage.tokens_shared == expected + len(asked.prompt_ids)
 
 
 @given(batches)
@@ -150,7 +162,9 @@ def test_any_forest_has_no_segment_twice_and_parents_first(batch: list[Rollout])
     forest = build(*batch)
     seen = {(segment.parent, segment.token_ids.tobytes()) for segment in forest.segments}
     assert len(seen) == len(forest.segments)
-    assert sum(len(segment.token_ids) for segment in forest.segments) == sum(usage.tokens_computed for usage in forest.usage)
+    assert sum(len(segment.token_ids) for segment in forest.segments) == sum(
+        forest.usage(index).tokens_computed for index in range(len(batch))
+    )
     for index, segment in enumerate(forest.segments):
         assert len(segment.token_ids) > 0
         assert segment.parent is None or segment.parent < index

@@ -125,13 +125,14 @@ def checked(engine: Engine, completions: list[list[int]], prompt: list[int] = PR
 def segments_run(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """The segments that reach the model, as they do."""
     seen: list[list[int]] = []
-    run = engine._backbone._run_segment
+    engine._cache.clear()
+    run = engine._backbone.read_tokens
 
     def record(token_ids: np.ndarray, *rest: object) -> None:
         seen.append(token_ids.tolist())
         run(token_ids, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(engine._backbone, "_run_segment", record)
+    monkeypatch.setattr(engine._backbone, "read_tokens", record)
     return seen
 
 

@@ -39,6 +39,7 @@ class Segment:
         position: of its first token.
         read: whether its activations are wanted.
         rollouts: indices of the rollouts that need it.
+        cached: tokens at its beginning whose keys and values were known already, so that they were not computed; 0 if it is read.
     """
 
     parent: int | None
@@ -46,6 +47,7 @@ class Segment:
     position: int
     read: bool = False
     rollouts: set[int] = field(default_factory=set)
+    cached: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -77,12 +79,12 @@ class Forest:
 
     Attributes:
         placements: of each rollout's completion.
-        usage: of each rollout: tokens computed for it first, and tokens that it shares with an earlier rollout of the batch.
+        steps: of each rollout, the segments that it needs in order, and whether it is the first to need them.
     """
 
     segments: list[Segment] = field(default_factory=list)
     placements: list[Placement] = field(default_factory=list)
-    usage: list[Usage] = field(default_factory=list)
+    steps: list[list[tuple[int, bool]]] = field(default_factory=list)
 
     @classmethod
     def build(cls, rollouts: Sequence[Rollout], probes: Mapping[str, ProbeReads]) -> Forest:
@@ -96,6 +98,27 @@ class Forest:
         for rollout in rollouts:
             builder.add(rollout)
         return builder.forest
+
+    def usage(self, rollout: int) -> Usage:
+        """What a rollout took, once the forest has run: a token counts for the first rollout that needs it; for others it is shared."""
+        computed = shared = cached = 0
+        for index, is_first in self.steps[rollout]:
+            segment = self.segments[index]
+            if is_first:
+                cached += segment.cached
+                computed += len(segment.token_ids) - segment.cached
+            else:
+                shared += len(segment.token_ids)
+        return Usage(tokens_computed=computed, tokens_shared=shared, tokens_cached=cached)
+
+    def ids_up_to(self, index: int) -> NDArray[np.int32]:
+        """``(position + T,)`` int32: the tokens of a segment after those of all its ancestors."""
+        pieces = []
+        following: int | None = index
+        while following is not None:
+            pieces.append(self.segments[following].token_ids)
+            following = self.segments[following].parent
+        return np.concatenate(pieces[::-1])
 
     def children(self) -> list[list[int]]:
         """By segment, the segments that continue it; the last entry (index -1) are the roots."""
@@ -112,19 +135,18 @@ class _Builder:
         self.forest = forest
         self._probes = probes
         self._known: dict[tuple[int | None, bytes], int] = {}
-        self._computed = 0
-        self._shared = 0
+        self._steps: list[tuple[int, bool]] = []
 
     def add(self, rollout: Rollout) -> None:
         index = len(self.forest.placements)
         scope = rollout.options.scope
-        self._computed = self._shared = 0
+        self._steps = []
         context = self._extend((), rollout.prompt_ids, index)
         if scope is not Scope.COMPLETION:
             self._read(context)
         placement = self._place(rollout.completion, context, rollout, index, read=scope is not Scope.PROMPT)
         self.forest.placements.append(placement)
-        self.forest.usage.append(Usage(tokens_computed=self._computed, tokens_shared=self._shared))
+        self.forest.steps.append(self._steps)
 
     def _place(self, continuation: Continuation, context: tuple[int, ...], rollout: Rollout, index: int, *, read: bool) -> Placement:
         chain = self._extend(context, continuation.token_ids, index)
@@ -159,9 +181,7 @@ class _Builder:
             index = self._known[key] = len(segments)
             position = 0 if parent is None else segments[parent].position + len(segments[parent].token_ids)
             segments.append(Segment(parent, token_ids, position))
-            self._computed += len(token_ids)
-        else:
-            self._shared += len(token_ids)
+        self._steps.append((index, not segments[index].rollouts))
         segments[index].rollouts.add(rollout)
         return (*context, index)
 

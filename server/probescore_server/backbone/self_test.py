@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import numpy as np
+import structlog
 import torch
 from numpy.typing import NDArray
 
 from probescore.types import Scope, Tap
+from probescore_server.backbone.activations import Activations, Backbone
+from probescore_server.backbone.attention import CAUSAL_ATTENTION, has_causal_attention, passes_windows
 from probescore_server.backbone.forest import Forest
+from probescore_server.backbone.kv_cache import KeyValueCache
 from probescore_server.backbone.loading import Decoder
+from probescore_server.backbone.prepacking import can_prepack, prepack
 from probescore_server.backbone.taps import TapReader
 from probescore_server.backbone.universal import UniversalBackbone
 from probescore_server.errors import ModelRefused
 from probescore_server.rollouts import Continuation, Rollout, ScoreOptions
+
+logger = structlog.get_logger(__name__)
 
 MAX_TEST_TOKENS = 1536
 """Longest rollout of the test. A window beyond it is not crossed: on a CPU the test would take longer than the load."""
@@ -20,40 +27,95 @@ MAX_TEST_TOKENS = 1536
 ROW_ERROR_BOUND = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 """Relative error of a token's activations that nine in ten must stay below; the rest may be tokens that a router sends elsewhere."""
 
+_TEST_CACHE_BYTES = 1 << 30
 _COMPLETION, _SHORT, _FOLLOW_UP = 24, 7, 9
 
 
-def self_test(decoder: Decoder, reader: TapReader, backbone: UniversalBackbone) -> float:
-    """Runs a small forest, longer than any sliding window, both ways.
+class SelfTest:
+    """A small forest, longer than any sliding window, and what plain forwards of its sequences give at the output of the deepest block.
 
-    Returns:
-        The 90th percentile over tokens of the relative error, at the output of the deepest block.
+    Args:
+        decoder: as loaded, before anything about it is changed for speed.
+        reader: of its taps.
 
     Raises:
-        ModelRefused: it exceeds ``ROW_ERROR_BOUND``, or the model cannot be run through the cache at all.
+        ModelRefused: the model cannot be run.
     """
-    tap = Tap("resid_post", len(decoder.blocks) - 1)
-    forest = _small_forest(decoder)
-    kind = decoder.config.model_type
-    try:
-        read = backbone.forward(forest, [tap])
+
+    def __init__(self, decoder: Decoder, reader: TapReader) -> None:
+        self._decoder = decoder
+        self._tap = Tap("resid_post", len(decoder.blocks) - 1)
+        self._kind = decoder.config.model_type
+        forest = small_forest(decoder)
+        try:
+            expected = [_plain(decoder, reader, self._tap, forest.ids_up_to(index)) for index in range(len(forest.segments))]
+        except Exception as error:  # whatever an architecture raises
+            raise ModelRefused(f"a {self._kind} model cannot be run: {type(error).__name__}: {error}") from error
+        self._expected = [rows[-len(segment.token_ids) :] for rows, segment in zip(expected, forest.segments, strict=True)]
+
+    def row_errors(self, activations: Activations) -> torch.Tensor:
+        """Relative error of each token that was read of the test's forest, ``(N,)`` float32."""
+        rows = activations.rows[self._tap]
         errors = []
-        for index, start in read.starts.items():
-            expected = _plain(decoder, reader, tap, _ids_up_to(forest, index))[-len(forest.segments[index].token_ids) :]
-            found = read.rows[tap][start : start + len(expected)]
-            errors.append((found - expected).norm(dim=1) / expected.norm(dim=1))
-    except Exception as error:  # whatever an architecture raises whose cache is not the public one
-        raise ModelRefused(f"a {kind} model cannot be run with a cache: {type(error).__name__}: {error}") from error
-    worst = float(torch.cat(errors).quantile(0.9))
-    if not worst <= ROW_ERROR_BOUND[decoder.dtype]:
-        raise ModelRefused(
-            f"self-test: with shared prompts this {kind} model gives other activations than alone: relative error {worst:.2g}, "
-            f"allowed {ROW_ERROR_BOUND[decoder.dtype]:g}"
-        )
-    return worst
+        for index, start in activations.starts.items():
+            expected = self._expected[index]
+            errors.append((rows[start : start + len(expected)] - expected).norm(dim=1) / expected.norm(dim=1))
+        return torch.cat(errors)
+
+    def check(self, backbone: Backbone) -> float:
+        """Runs the forest from nothing, and again with its prompt in a cache.
+
+        Returns:
+            The 90th percentile over tokens of the relative error, the larger of both.
+
+        Raises:
+            ModelRefused: it exceeds ``ROW_ERROR_BOUND``, or the model cannot be run through the cache at all.
+        """
+        cache = KeyValueCache(_TEST_CACHE_BYTES)
+        try:
+            runs = [
+                backbone.forward(small_forest(self._decoder, scope), [self._tap], cache=cache) for scope in (Scope.ALL, Scope.COMPLETION)
+            ]
+            worst = max(float(self.row_errors(run).quantile(0.9)) for run in runs)
+        except Exception as error:  # whatever an architecture raises whose cache is not the public one
+            raise ModelRefused(f"a {self._kind} model cannot be run with a cache: {type(error).__name__}: {error}") from error
+        if not worst <= ROW_ERROR_BOUND[self._decoder.dtype]:
+            raise ModelRefused(
+                f"self-test: with shared prompts this {self._kind} model gives other activations than alone: relative error {worst:.2g}, "
+                f"allowed {ROW_ERROR_BOUND[self._decoder.dtype]:g}"
+            )
+        return worst
 
 
-def _small_forest(decoder: Decoder) -> Forest:
+def universal_backbone(decoder: Decoder, reader: TapReader) -> UniversalBackbone:
+    """The universal path, on a CPU with prepacked weights and an attention without masks where the self-test finds them right.
+
+    Raises:
+        ModelRefused: it gives other activations than plain forwards.
+    """
+    test = SelfTest(decoder, reader)
+    undo = prepack(decoder.blocks) if can_prepack(decoder.device, decoder.dtype) else None
+    if decoder.device.type == "cpu" and has_causal_attention():
+        backbone = UniversalBackbone(decoder, reader, CAUSAL_ATTENTION)
+        if _passes(test, backbone) and passes_windows(decoder):
+            return backbone
+    backbone = UniversalBackbone(decoder, reader)
+    if undo is not None and not _passes(test, backbone):
+        undo()
+    test.check(backbone)
+    return backbone
+
+
+def _passes(test: SelfTest, backbone: Backbone) -> bool:
+    try:
+        test.check(backbone)
+    except ModelRefused as refusal:
+        logger.info("a faster way does not fit this model", reason=str(refusal))
+        return False
+    return True
+
+
+def small_forest(decoder: Decoder, scope: Scope = Scope.ALL) -> Forest:
     """A prompt just short of the window, a completion that crosses it, a follow-up beyond it, and a second completion beside."""
     longest = min(MAX_TEST_TOKENS, getattr(decoder.config, "max_position_embeddings", None) or MAX_TEST_TOKENS)
     prompt = min(max(_windows(decoder), default=32), longest - _COMPLETION - _FOLLOW_UP) - 8
@@ -63,7 +125,7 @@ def _small_forest(decoder: Decoder) -> Forest:
         return random.integers(0, decoder.config.vocab_size, max(count, 1), np.int32)
 
     shared = ids(prompt)
-    options = ScoreOptions(probes=(), scope=Scope.ALL)
+    options = ScoreOptions(probes=(), scope=scope)
     crossing = Continuation(ids(_COMPLETION), follow_ups=(Continuation(ids(_FOLLOW_UP)), Continuation(ids(1))))
     return Forest.build([Rollout(shared, crossing, options), Rollout(shared, Continuation(ids(_SHORT)), options)], {})
 
@@ -71,13 +133,6 @@ def _small_forest(decoder: Decoder) -> Forest:
 def _windows(decoder: Decoder) -> list[int]:
     found = (getattr(decoder.config, name, None) for name in ("sliding_window", "attention_chunk_size"))
     return [window for window in found if isinstance(window, int) and window > 0]
-
-
-def _ids_up_to(forest: Forest, index: int) -> NDArray[np.int32]:
-    segment = forest.segments[index]
-    if segment.parent is None:
-        return segment.token_ids
-    return np.concatenate([_ids_up_to(forest, segment.parent), segment.token_ids])
 
 
 @torch.inference_mode()

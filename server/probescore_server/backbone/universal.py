@@ -1,6 +1,6 @@
 """The universal path: a forest through transformers' public cache API, one segment at a time.
 
-Each segment is run once, after a copy of its parent's cache. No padding and no mask of ours, which an architecture could read another way:
+Each segment is run once, after its parent's keys and values. No padding and no mask of ours, which an architecture could read another way:
 whatever transformers can generate with, this can score.
 """
 
@@ -9,85 +9,164 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from probescore.types import Tap
+from probescore_server.backbone.activations import Activations, nothing
+from probescore_server.backbone.attention import attending
 from probescore_server.backbone.forest import Forest
+from probescore_server.backbone.kv_cache import KeyValueCache, KeyValues, length_of
 from probescore_server.backbone.loading import Decoder
 from probescore_server.backbone.taps import TapReader
 
-
-@dataclass(frozen=True, eq=False)
-class Activations:
-    """What was read of a forest.
-
-    Attributes:
-        rows: by tap ``(N, hidden_size)`` float32 on the model's device: the segments that are read, one after the other.
-        starts: by segment, its first row. Rows of a segment that was skipped hold nothing of meaning.
-    """
-
-    rows: Mapping[Tap, torch.Tensor]
-    starts: Mapping[int, int]
+CHUNK_TOKENS = 2048
+"""Tokens of one forward at most: bounds what a long rollout needs at once. More would not be faster."""
 
 
 class UniversalBackbone:
-    """A frozen decoder that runs forests."""
+    """A frozen decoder that runs forests.
+
+    Args:
+        decoder: the model.
+        reader: of its taps.
+        attention: an attention function that transformers knows by this name; ``None`` = the one that it chose.
+
+    Attributes:
+        keeps_key_values: whether the state of a sequence is keys and values of each token alone, so that a cache can keep it.
+    """
 
     name = "universal"
 
-    def __init__(self, decoder: Decoder, reader: TapReader) -> None:
+    def __init__(self, decoder: Decoder, reader: TapReader, attention: str | None = None) -> None:
         self._decoder = decoder
         self._reader = reader
+        self._attention = attention
         self._takes_positions = "position_ids" in inspect.signature(decoder.model.forward).parameters
+        self.keeps_key_values = _keeps_key_values(decoder)
 
     @torch.inference_mode()
-    def forward(self, forest: Forest, taps: Sequence[Tap], *, skip: Callable[[int], bool] = lambda _: False) -> Activations:
-        """Runs every segment once.
+    def forward(
+        self, forest: Forest, taps: Sequence[Tap], *, skip: Callable[[int], bool] = nothing, cache: KeyValueCache | None = None
+    ) -> Activations:
+        """As ``Backbone.forward``. ``skip`` is asked again before each ``CHUNK_TOKENS`` of a segment."""
+        activations = Activations.empty(forest, taps, self._decoder.config.hidden_size, self._decoder.device)
+        with attending(self._decoder, self._attention):
+            _ForestRun(self, forest, activations, skip, cache if self.keeps_key_values else None).run_all()
+        return activations
 
-        Args:
-            forest: what to run.
-            taps: where to read.
-            skip: asked before each segment; a segment that is skipped, and everything after it, is not run.
-        """
-        starts: dict[int, int] = {}
-        total = 0
-        for index, segment in enumerate(forest.segments):
-            if segment.read:
-                starts[index] = total
-                total += len(segment.token_ids)
-        hidden_size = self._decoder.config.hidden_size
-        rows = {tap: torch.empty((total, hidden_size), dtype=torch.float32, device=self._decoder.device) for tap in taps}
-        children = forest.children()
+    def start(self, known: KeyValues) -> DynamicCache:
+        """The state of a sequence after the tokens that these are of."""
+        if not self.keeps_key_values:
+            return DynamicCache(config=self._decoder.config)
+        # Without a config it keeps every token also where a layer sees a window only: what a longer sequence needs is all there.
+        state = DynamicCache()
+        for layer, (keys, values) in enumerate(known):
+            state.update(keys, values, layer)
+        return state
 
-        def run(index: int, cache: DynamicCache) -> None:
-            if skip(index):
-                return
-            segment = forest.segments[index]
-            into = {}
-            if index in starts:
-                into = {tap: tensor[starts[index] : starts[index] + len(segment.token_ids)] for tap, tensor in rows.items()}
-            self._run_segment(segment.token_ids, segment.position, cache, into)
-            run_all(children[index], cache)
-
-        def run_all(indices: list[int], cache: DynamicCache) -> None:
-            for index in indices[:-1]:
-                # recurrent layers update their state in place, so that only a deep copy is safe for every architecture
-                run(index, copy.deepcopy(cache))
-            if indices:
-                run(indices[-1], cache)
-
-        for root in children[-1]:
-            run(root, DynamicCache(config=self._decoder.config))
-        return Activations(rows, starts)
-
-    def _run_segment(self, token_ids: object, position: int, cache: DynamicCache, into: Mapping[Tap, torch.Tensor]) -> None:
-        ids = torch.as_tensor(token_ids, dtype=torch.long, device=self._decoder.device).unsqueeze(0)
+    def read_tokens(self, token_ids: NDArray[np.int32], position: int, state: DynamicCache, into: Mapping[Tap, torch.Tensor]) -> None:
+        """Runs some tokens after those of a state, which grows by them, and copies their activations to the buffers."""
+        ids = torch.from_numpy(token_ids).to(self._decoder.device, torch.long).unsqueeze(0)
         positions = {}
         if self._takes_positions:
             positions = {"position_ids": torch.arange(position, position + ids.shape[1], device=ids.device).unsqueeze(0)}
         with self._reader.reading(into):
-            output = self._decoder.model(input_ids=ids, past_key_values=cache, use_cache=True, **positions)
+            output = self._decoder.model(input_ids=ids, past_key_values=state, use_cache=True, **positions)
         self._reader.read_final_norm(output, into)
+
+
+class _ForestRun:
+    """One forest on its way through a backbone, depth first."""
+
+    def __init__(
+        self,
+        backbone: UniversalBackbone,
+        forest: Forest,
+        activations: Activations,
+        skip: Callable[[int], bool],
+        cache: KeyValueCache | None,
+    ) -> None:
+        self._backbone = backbone
+        self._forest = forest
+        self._activations = activations
+        self._skip = skip
+        self._cache = cache
+        self._children = forest.children()
+
+    def run_all(self) -> None:
+        for root in self._children[-1]:
+            self._run(root, None)
+
+    def _run(self, index: int, state: DynamicCache | None) -> None:
+        """Runs a segment after the state of its parent, which is the segment's own from then on, and then what follows it."""
+        segment = self._forest.segments[index]
+        known = self._known(index)
+        segment.cached = max(0, length_of(known) - segment.position)
+        if segment.cached or state is None:
+            state = self._backbone.start(known)
+        if not self._compute(index, state):
+            return
+        following = self._children[index]
+        for child in following[:-1]:
+            self._run(child, _fork(state))
+        if following:
+            self._run(following[-1], state)
+
+    def _known(self, index: int) -> KeyValues:
+        """Keys and values that need not be computed: only of what is not read, since they do not tell activations."""
+        if self._cache is None or self._forest.segments[index].read:
+            return []
+        return self._cache.longest_prefix(self._forest.ids_up_to(index))
+
+    def _compute(self, index: int, state: DynamicCache) -> bool:
+        """Runs what is not cached of a segment, in chunks; false if it is not wanted any more."""
+        segment = self._forest.segments[index]
+        length = len(segment.token_ids)
+        for start in range(segment.cached, length, CHUNK_TOKENS):
+            if self._skip(index):
+                return False
+            chunk = segment.token_ids[start : start + CHUNK_TOKENS]
+            into: dict[Tap, torch.Tensor] = {}
+            if index in self._activations.starts:
+                first = self._activations.starts[index] + start
+                into = {tap: rows[first : first + len(chunk)] for tap, rows in self._activations.rows.items()}
+            self._backbone.read_tokens(chunk, segment.position + start, state, into)
+        if segment.cached == length:
+            return not self._skip(index)
+        if self._cache is not None:
+            self._cache.put(self._forest.ids_up_to(index), _tail(state, length - segment.cached))
+        return True
+
+
+def _keeps_key_values(decoder: Decoder) -> bool:
+    """Whether every layer of the cache that transformers would make holds keys and values of full or windowed attention."""
+    layers = DynamicCache(config=decoder.config).layers
+    is_chunked = getattr(decoder.config, "attention_chunk_size", None) is not None
+    plain = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+    return plain and not is_chunked and len(layers) == len(decoder.blocks)
+
+
+def _fork(state: DynamicCache) -> DynamicCache:
+    """A state that can go on by itself.
+
+    Plain layers put a longer tensor in the place of theirs, so that both may begin with the same one. Recurrent layers change theirs in
+    place: only a deep copy is safe for every architecture.
+    """
+    forked = copy.copy(state)
+    forked.layers = [
+        copy.copy(layer) if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) else copy.deepcopy(layer) for layer in state.layers
+    ]
+    return forked
+
+
+def _tail(state: DynamicCache, count: int) -> KeyValues:
+    """Keys and values of the last tokens; none where a layer holds none of its own."""
+    layers = [(layer.keys, layer.values) for layer in state.layers if isinstance(layer, DynamicLayer)]
+    if any(keys is None or values is None for keys, values in layers):
+        return []
+    return [(keys[:, :, -count:], values[:, :, -count:]) for keys, values in layers if keys is not None and values is not None]

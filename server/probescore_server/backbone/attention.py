@@ -1,0 +1,148 @@
+"""Attention of new tokens over themselves and over what came before them, without a mask: faster on a CPU than transformers' own.
+
+transformers gives a query that continues a cache a dense mask. Here the keys before the query's first token and those from there on are
+attended to apart, the second part causally, and merged by their log-sum-exps (FlashAttention's way of combining blocks,
+https://arxiv.org/abs/2205.14135). A window that has been passed is a mask over the keys that some block of queries can still see.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, DynamicCache
+from transformers.cache_utils import DynamicSlidingWindowLayer
+
+from probescore_server.backbone.loading import Decoder
+
+CAUSAL_ATTENTION = "probescore_causal"
+"""Name under which transformers knows ``causal_attention``; registered without a mask function, so that no mask is made for it."""
+
+_RECORDING = "probescore_recording"
+
+WINDOW_BLOCK = 256
+"""Queries that share one mask where a sliding window cuts keys off."""
+
+# What models pass on that changes nothing about attention itself.
+_IRRELEVANT = {
+    "cache_position",
+    "is_causal",
+    "output_attentions",
+    "output_hidden_states",
+    "position_embeddings",
+    "position_ids",
+    "return_dict",
+    "use_cache",
+}
+
+
+class UnknownAttention(Exception):
+    """A layer asks for something that ``causal_attention`` does not compute."""
+
+
+@contextmanager
+def attending(decoder: Decoder, implementation: str | None) -> Iterator[None]:
+    """While this is open, a decoder's layers call this attention function; ``None`` = the one that transformers chose."""
+    config, own = decoder.config, decoder.config._attn_implementation
+    config._attn_implementation = implementation or own
+    try:
+        yield
+    finally:
+        config._attn_implementation = own
+
+
+def has_causal_attention() -> bool:
+    """Whether this torch has the kernel, which is not among its public functions."""
+    return hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu")
+
+
+def causal_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    **others: object,
+) -> tuple[torch.Tensor, None]:
+    """An attention function for transformers' ``AttentionInterface``.
+
+    Args:
+        module: the layer; not looked at.
+        query: ``(1, num_attention_heads, T, head_dim)``, of the last T of S tokens.
+        key: ``(1, num_key_value_heads, S, head_dim)``.
+        value: as ``key``.
+        attention_mask: none may be given.
+        scaling: of the products; ``None`` = 1 / √head_dim.
+        dropout: must be 0.
+        sliding_window: how many of the latest tokens a token sees, itself included; ``None`` = all.
+        others: what else the model passes on; only what changes nothing is accepted.
+
+    Returns:
+        ``(1, T, num_attention_heads, head_dim)``, and no weights.
+
+    Raises:
+        UnknownAttention: a mask, or an argument such as sinks or soft-capping.
+    """
+    unknown = sorted(name for name, argument in others.items() if argument is not None and name not in _IRRELEVANT)
+    if attention_mask is not None or dropout or unknown or key.shape != value.shape:
+        raise UnknownAttention(", ".join(unknown) or "a mask, dropout, or values of another shape than the keys")
+    if sliding_window is not None and key.shape[2] > sliding_window:
+        attended = _windowed(query, key, value, scaling, sliding_window)
+    else:
+        attended = _causal(query, key, value, scaling)
+    return attended.transpose(1, 2).contiguous(), None
+
+
+def _causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None) -> torch.Tensor:
+    before = key.shape[2] - query.shape[2]
+    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    own, own_sums = attend(query, key[:, :, before:], value[:, :, before:], 0.0, True, scale=scaling)
+    if before == 0:
+        return own  # type: ignore[no-any-return]
+    earlier, earlier_sums = attend(query, key[:, :, :before], value[:, :, :before], 0.0, False, scale=scaling)
+    share = torch.sigmoid_(own_sums.sub_(earlier_sums)).unsqueeze(-1)
+    return torch.lerp(earlier.float(), own.float(), share).to(query.dtype)
+
+
+def _windowed(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None, window: int) -> torch.Tensor:
+    before = key.shape[2] - query.shape[2]
+    blocks = []
+    for start in range(0, query.shape[2], WINDOW_BLOCK):
+        block = query[:, :, start : start + WINDOW_BLOCK]
+        first, last = before + start, before + start + block.shape[2]
+        oldest = max(0, first - window + 1)
+        ages = torch.arange(first, last, device=query.device)[:, None] - torch.arange(oldest, last, device=query.device)
+        blocks.append(
+            torch.nn.functional.scaled_dot_product_attention(
+                block, key[:, :, oldest:last], value[:, :, oldest:last], (ages >= 0) & (ages < window), scale=scaling, enable_gqa=True
+            )
+        )
+    return torch.cat(blocks, dim=2)
+
+
+AttentionInterface.register(CAUSAL_ATTENTION, causal_attention)
+
+
+@torch.inference_mode()
+def passes_windows(decoder: Decoder) -> bool:
+    """Whether each layer that sees a window of the latest tokens says so to its attention function.
+
+    A short test does not cross a long window, and without a mask only this argument tells of it.
+    """
+    passed: list[int | None] = []
+
+    def record(*inputs: Any, **keywords: Any) -> tuple[torch.Tensor, None]:  # noqa: ANN401
+        passed.append(keywords.get("sliding_window"))
+        return causal_attention(*inputs, **keywords)
+
+    AttentionInterface.register(_RECORDING, record)
+    with attending(decoder, _RECORDING):
+        decoder.model(input_ids=torch.zeros((1, 2), dtype=torch.long, device=decoder.device), use_cache=False)
+    layers = DynamicCache(config=decoder.config).layers
+    windows = [decoder.config.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None for layer in layers]
+    return passed == windows

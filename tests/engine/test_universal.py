@@ -1,0 +1,171 @@
+"""The universal path: chunks, forks, prepacked weights and cached keys and values change how activations are computed, not their values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+from models import VOCAB_SIZE, tiny_model
+
+from probescore.types import Scope, Tap
+from probescore_server.backbone import universal as universal_module
+from probescore_server.backbone.activations import Activations
+from probescore_server.backbone.forest import Forest
+from probescore_server.backbone.kv_cache import KeyValueCache
+from probescore_server.backbone.loading import Decoder, load_decoder
+from probescore_server.backbone.prepacking import can_prepack, prepack
+from probescore_server.backbone.self_test import SelfTest, universal_backbone
+from probescore_server.backbone.taps import TapReader
+from probescore_server.backbone.universal import UniversalBackbone
+from probescore_server.rollouts import Continuation, Rollout, ScoreOptions
+
+TAP = Tap("resid_post", 2)
+ARCHITECTURES = [("llama", None), ("mistral", 8), ("gemma2", 8), ("gpt_neox", None), ("gpt2", None)]
+
+
+def opened(architecture: str = "llama", window: int | None = None) -> tuple[Decoder, TapReader]:
+    decoder = load_decoder(tiny_model(architecture, sliding_window=window), num_layers=3)
+    return decoder, TapReader(decoder, [TAP])
+
+
+def some_ids(count: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(4, VOCAB_SIZE, count, np.int32)
+
+
+def group(prompt: np.ndarray, *completions: np.ndarray, scope: Scope = Scope.COMPLETION) -> Forest:
+    options = ScoreOptions(probes=(), scope=scope)
+    return Forest.build([Rollout(prompt, Continuation(completion), options) for completion in completions], {})
+
+
+def rows(activations: Activations, segment: int, forest: Forest) -> torch.Tensor:
+    start = activations.starts[segment]
+    return activations.rows[TAP][start : start + len(forest.segments[segment].token_ids)]
+
+
+@contextmanager
+def chunks_of(tokens: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    with monkeypatch.context() as patch:
+        patch.setattr(universal_module, "CHUNK_TOKENS", tokens)
+        yield
+
+
+@pytest.mark.parametrize(("architecture", "window"), ARCHITECTURES)
+def test_chunks_give_what_the_whole_gives(architecture: str, window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = universal_backbone(*opened(architecture, window))
+    forest = group(some_ids(21, 0), some_ids(33, 1), scope=Scope.ALL)
+    whole = backbone.forward(forest, [TAP]).rows[TAP]
+    with chunks_of(5, monkeypatch):
+        torch.testing.assert_close(backbone.forward(forest, [TAP]).rows[TAP], whole, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("architecture", "window"), ARCHITECTURES)
+def test_second_epoch_computes_completions_only_and_gives_the_same(architecture: str, window: int | None) -> None:
+    backbone = universal_backbone(*opened(architecture, window))
+    cache = KeyValueCache(1 << 24)
+    prompt = some_ids(30, 0)
+    backbone.forward(group(prompt, some_ids(9, 1)), [TAP], cache=cache)
+    # when the prompt comes again with another completion
+    again = group(prompt, some_ids(12, 2))
+    found = backbone.forward(again, [TAP], cache=cache)
+    assert [segment.cached for segment in again.segments] == [30, 0]
+    assert again.usage(0).tokens_computed == 12
+    # then its scores are what they are without a cache
+    fresh = group(prompt, some_ids(12, 2))
+    torch.testing.assert_close(found.rows[TAP], backbone.forward(fresh, [TAP]).rows[TAP], atol=1e-4, rtol=1e-4)
+
+
+def test_next_turn_computes_only_what_is_new() -> None:
+    backbone = universal_backbone(*opened())
+    cache = KeyValueCache(1 << 24)
+    prompt, answer, question = some_ids(20, 0), some_ids(8, 1), some_ids(5, 2)
+    backbone.forward(group(prompt, answer), [TAP], cache=cache)
+    turn = group(np.concatenate([prompt, answer, question]), some_ids(6, 3))
+    backbone.forward(turn, [TAP], cache=cache)
+    assert turn.usage(0).tokens_computed == 5 + 6
+
+
+def test_turns_of_one_batch_share_what_they_begin_with() -> None:
+    backbone = universal_backbone(*opened())
+    prompt, answer = some_ids(20, 0), some_ids(8, 1)
+    options = ScoreOptions(probes=())
+    turns = [
+        Rollout(prompt, Continuation(answer), options),
+        Rollout(np.concatenate([prompt, answer]), Continuation(some_ids(4, 2)), options),
+    ]
+    forest = Forest.build(turns, {})
+    backbone.forward(forest, [TAP], cache=KeyValueCache(1 << 24))
+    assert [forest.usage(index).tokens_computed for index in range(2)] == [28, 4]
+
+
+def test_what_is_read_is_computed_though_its_keys_and_values_are_known() -> None:
+    backbone = universal_backbone(*opened())
+    cache = KeyValueCache(1 << 24)
+    backbone.forward(group(some_ids(20, 0), some_ids(8, 1)), [TAP], cache=cache)
+    forest = group(some_ids(20, 0), some_ids(8, 1), scope=Scope.ALL)
+    backbone.forward(forest, [TAP], cache=cache)
+    assert forest.usage(0).tokens_computed == 28
+
+
+def test_recurrent_model_bypasses_the_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    decoder, reader = opened()
+    backbone = UniversalBackbone(decoder, reader)
+    backbone.keeps_key_values = False
+    cache = KeyValueCache(1 << 24)
+    backbone.forward(group(some_ids(20, 0), some_ids(8, 1)), [TAP], cache=cache)
+    assert cache.bytes == 0
+
+
+def test_nobody_changes_what_the_cache_holds() -> None:
+    backbone = universal_backbone(*opened("mistral", 8))
+    cache = KeyValueCache(1 << 24)
+    prompt = some_ids(30, 0)
+    backbone.forward(group(prompt, some_ids(9, 1)), [TAP], cache=cache)
+    before = [(keys.clone(), values.clone()) for keys, values in cache.longest_prefix(prompt)]
+    backbone.forward(group(prompt, some_ids(12, 2), some_ids(3, 3)), [TAP], cache=cache)
+    torch.testing.assert_close(cache.longest_prefix(prompt), before, atol=0, rtol=0)
+
+
+# ------------------------------------------------------------------------------------------------------------- prepacked weights
+
+
+@pytest.mark.parametrize("rows", [1, 7, 700])
+def test_prepacked_layers_give_the_same_products(rows: int) -> None:
+    layer = torch.nn.Linear(24, 40)
+    inputs = torch.randn(1, rows, 24)
+    before = layer(inputs)
+    prepack(torch.nn.ModuleList([layer]))
+    torch.testing.assert_close(layer(inputs), before, atol=1e-5, rtol=1e-5)
+
+
+def test_prepacking_is_undone_to_the_last_bit() -> None:
+    layer = torch.nn.Linear(24, 40, bias=False)
+    before = layer.weight.detach().clone()
+    prepack(torch.nn.ModuleList([layer]))()
+    assert torch.equal(layer.weight, before)
+    assert torch.equal(layer(torch.eye(24)), before.T)
+
+
+def test_weight_that_stands_in_two_places_is_left_alone() -> None:
+    first, second = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+    second.weight = first.weight
+    prepack(torch.nn.ModuleList([first, second]))
+    assert second.weight is first.weight
+
+
+def test_only_float32_on_a_cpu_is_prepacked() -> None:
+    assert can_prepack(torch.device("cpu"), torch.float32)
+    assert not can_prepack(torch.device("cpu"), torch.bfloat16)
+    assert not can_prepack(torch.device("meta"), torch.float32)
+
+
+def test_faster_ways_that_do_not_fit_are_undone() -> None:
+    # given a model whose own code multiplies by a weight itself, and caps its attention
+    decoder, reader = opened("gemma2", 8)
+    projection = decoder.blocks[0].mlp.down_proj
+    decoder.blocks[0].mlp.forward = lambda rows: rows[..., :1] * projection.weight.sum()
+    expected = SelfTest(decoder, reader)
+    backbone = universal_backbone(decoder, reader)
+    assert expected.check(backbone) < 1e-5
