@@ -113,6 +113,8 @@ def test_any_history_gives_true_prefixes_within_the_bytes(steps: list[tuple[bool
         count = length_of(found)
         torch.testing.assert_close(found, tail(sequence[:count], count) if count else [])
         assert cache.bytes <= tokens * BYTES_PER_TOKEN
+    held = {tuple(sequence[: i + 1]) for _, sequence in steps for i in range(known(cache, *sequence))}
+    assert cache.bytes == BYTES_PER_TOKEN * len(held)
 
 
 @given(st.lists(sequences, max_size=12), sequences)

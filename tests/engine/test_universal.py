@@ -13,6 +13,7 @@ from models import VOCAB_SIZE, tiny_model
 from probescore.types import Scope, Tap
 from probescore_server.backbone import universal as universal_module
 from probescore_server.backbone.activations import Activations
+from probescore_server.backbone.attention import CAUSAL_ATTENTION
 from probescore_server.backbone.forest import Forest
 from probescore_server.backbone.kv_cache import KeyValueCache
 from probescore_server.backbone.loading import Decoder, load_decoder
@@ -109,7 +110,7 @@ def test_what_is_read_is_computed_though_its_keys_and_values_are_known() -> None
     assert forest.usage(0).tokens_computed == 28
 
 
-def test_recurrent_model_bypasses_the_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_recurrent_model_bypasses_the_cache() -> None:
     decoder, reader = opened()
     backbone = UniversalBackbone(decoder, reader)
     backbone.keeps_key_values = False
@@ -169,3 +170,13 @@ def test_faster_ways_that_do_not_fit_are_undone() -> None:
     expected = SelfTest(decoder, reader)
     backbone = universal_backbone(decoder, reader)
     assert expected.check(backbone) < 1e-5
+
+
+def test_window_that_layers_do_not_pass_on_keeps_their_own_attention() -> None:
+    # given layers that mask by the config's window, longer than any test, and do not tell the attention function
+    decoder, reader = opened("gemma3_text", 600)
+    assert universal_backbone(decoder, reader)._attention == CAUSAL_ATTENTION
+    decoder, reader = opened("gemma3_text", 600)
+    for block in decoder.blocks:
+        block.self_attn.sliding_window = None
+    assert universal_backbone(decoder, reader)._attention is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import partial
 
@@ -10,6 +11,10 @@ from torch import nn
 
 TYPICAL_ROWS = 512
 """Rows of a product that the layout is chosen for; any number may come."""
+
+# oneDNN compiles a product for each number of rows that it meets, and two caches keep them, by default 1,024 each of up to half a megabyte.
+# The layers of a model need few at a time. Both are read when first used.
+_CACHED_PRODUCTS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32", "LRU_CACHE_CAPACITY": "32"}
 
 
 def can_prepack(device: torch.device, dtype: torch.dtype) -> bool:
@@ -27,6 +32,8 @@ def prepack(blocks: nn.ModuleList) -> Callable[[], None]:
     Returns:
         What puts the plain ones back.
     """
+    for variable, capacity in _CACHED_PRODUCTS.items():
+        os.environ.setdefault(variable, capacity)
     shared = _shared_weights(blocks)
     packed = [layer for layer in blocks.modules() if type(layer) is nn.Linear and layer.weight.numel() and id(layer.weight) not in shared]
     for layer in packed:
