@@ -185,10 +185,14 @@ def resolve_rollouts(
     """
     if not groups:
         raise InvalidRequest("groups", "at least one group is needed")
-    limits = {"max_rollout_tokens": max_rollout_tokens, "max_position_embeddings of the model": info.model.max_position_embeddings}
+    limits = {
+        "max_rollout_tokens": max_rollout_tokens,
+        "max_position_embeddings of the model": info.model.max_position_embeddings,
+        "original_max_position_embeddings (beyond it the model's rotary embedding changes)": info.max_unchanged_positions,
+    }
     longest = min(((limit, name) for name, limit in limits.items() if limit), default=None)
-    appended = max((info.max_follow_up_tokens.get(key, 0) for key in options.probes), default=0)
-    request = _Request(info, options, encoded or {}, longest, appended)
+    appended = [info.max_follow_up_tokens.get(key, 0) for key in options.probes]
+    request = _Request(info, options, encoded or {}, longest, max(appended, default=0), sum(appended))
     rollouts = [request.resolve_group(group, f"groups[{index}]") for index, group in enumerate(groups)]
     if max_request_tokens is not None:
         total = sum(len(group[0].prompt_ids) + sum(rollout.completion.tree_tokens for rollout in group) for group in rollouts)
@@ -203,14 +207,16 @@ class _Request:
 
     Attributes:
         longest: the limit on a rollout's tokens, and its name.
-        appended_tokens: of the longest follow-up that a requested probe appends by itself.
+        longest_appended: tokens of the longest follow-up that a requested probe appends by itself.
+        all_appended: tokens of all those follow-ups.
     """
 
     info: EngineInfo
     options: ScoreOptions
     encoded: Mapping[str, NDArray[np.int32]]
     longest: tuple[int, str] | None
-    appended_tokens: int
+    longest_appended: int
+    all_appended: int
 
     def resolve_group(self, group: RolloutGroup, path: str) -> list[Rollout]:
         inexact = isinstance(group.prompt, (str, Text, Chat))
@@ -224,9 +230,9 @@ class _Request:
         for index, asked in enumerate(group.completions):
             place = f"{path}.completions[{index}]"
             completion = self._resolve_continuation(_as_completion(asked), place, depth=0, inexact=inexact)
-            self._check_length(len(prompt_ids) + completion.chain_tokens + self.appended_tokens, place)
+            self._check_length(len(prompt_ids) + completion.chain_tokens + self.longest_appended, place)
             self._check_bos(prompt_ids, completion, f"{path}.prompt")
-            rollouts.append(Rollout(prompt_ids, completion, self.options))
+            rollouts.append(Rollout(prompt_ids, completion, self.options, self.all_appended))
         return rollouts
 
     def _resolve_continuation(self, asked: Completion, path: str, *, depth: int, inexact: bool) -> Continuation:

@@ -40,6 +40,11 @@ class Continuation:
         return len(self.token_ids) + sum(follow_up.tree_tokens for follow_up in self.follow_ups)
 
     @property
+    def tree_size(self) -> int:
+        """This continuation and all that follow it, counted."""
+        return 1 + sum(follow_up.tree_size for follow_up in self.follow_ups)
+
+    @property
     def chain_tokens(self) -> int:
         """Tokens of this continuation and of its longest chain of follow-ups."""
         return len(self.token_ids) + max((follow_up.chain_tokens for follow_up in self.follow_ups), default=0)
@@ -69,16 +74,18 @@ class Rollout:
 
     Attributes:
         prompt_ids: ``(P,)`` int32; rollouts of one group hold the same array.
+        appended_tokens: at most so many do the requested probes append by themselves, to the completion and to each of its follow-ups.
     """
 
     prompt_ids: NDArray[np.int32]
     completion: Continuation
     options: ScoreOptions
+    appended_tokens: int = 0
 
     @property
     def tokens(self) -> int:
-        """Tokens of the prompt, the completion and all its follow-ups: the most that it can cost."""
-        return len(self.prompt_ids) + self.completion.tree_tokens
+        """Tokens of the prompt, the completion, all its follow-ups and what is appended to them: the most that it can cost."""
+        return len(self.prompt_ids) + self.completion.tree_tokens + self.appended_tokens * self.completion.tree_size
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -111,6 +118,7 @@ class EngineInfo:
         bos_token_id: ``None`` if the tokenizer has none.
         probes: sorted by name, then version.
         expects_bos: by ``name@version``: the first id must be BOS (True), must not be (False), or is not checked (None).
+        max_unchanged_positions: tokens of a rollout up to which the model's rotary embedding stays the same; ``None`` = always.
         max_follow_up_tokens: by ``name@version``: length of the follow-up that the probe itself appends.
         device, dtype, execution_path: as in ``WorkerInfo``.
     """
@@ -122,6 +130,7 @@ class EngineInfo:
     device: str
     dtype: str
     execution_path: str
+    max_unchanged_positions: int | None = None
     expects_bos: dict[str, bool | None] = field(default_factory=dict)
     max_follow_up_tokens: dict[str, int] = field(default_factory=dict)
 

@@ -49,7 +49,7 @@ def test_half_precision_stays_half() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"softcap": 30.0}, {"s_aux": torch.zeros(2)}, {"attention_mask": torch.ones(1, 1, 3, 3)}, {"dropout": 0.1}], ids=str
+    "arguments", [{"softcap": 30.0}, {"s_aux": torch.zeros(2)}, {"attention_mask": torch.ones(1, 1, 3, 3)}, {"is_causal": False}], ids=str
 )
 def test_what_is_not_computed_is_refused(arguments: dict[str, object]) -> None:
     query = torch.randn(1, 2, 3, 8)

@@ -199,6 +199,15 @@ def test_nan_in_the_model_fails_one_completion_and_names_probe_and_tap(broken_mo
     assert np.isnan(scored.values("linear")[1])
 
 
+@pytest.mark.parametrize("probe", ["running-mean", "pooled-mean"])
+def test_nan_in_the_model_fails_what_a_graph_of_its_own_reads(broken_model: Path, tmp_path: Path, probe: str) -> None:
+    reference = ReferenceModel.load(broken_model)
+    engine = Engine.load(str(broken_model), [each.write(tmp_path, reference) for each in (running_mean(), pooled_mean())])
+    scored = engine.score([RolloutGroup(PROMPT, [[50, 51], [52, BROKEN]])], probes=[probe]).groups[0]
+    assert [each.status for each in scored] == [CompletionStatus.OK, CompletionStatus.NON_FINITE]
+    assert scored[1].status_message == f"the model gives NaN or an infinity at resid_post.1, which probe {probe}@1 reads"
+
+
 def test_graphs_are_never_given_a_row_that_is_not_finite() -> None:
     # some operators turn NaN into a number, which no check of the scores would notice
     rows = torch.tensor([[1.0, 2.0], [float("nan"), 3.0], [4.0, float("-inf")], [5.0, 6.0]])

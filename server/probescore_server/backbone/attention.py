@@ -7,7 +7,7 @@ https://arxiv.org/abs/2205.14135). A window that has been passed is a mask over 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,21 +25,11 @@ _RECORDING = "probescore_recording"
 WINDOW_BLOCK = 256
 """Queries that share one mask where a sliding window cuts keys off."""
 
-# What models pass on that changes nothing about attention itself.
-_IRRELEVANT = {
-    "cache_position",
-    "is_causal",
-    "output_attentions",
-    "output_hidden_states",
-    "position_embeddings",
-    "position_ids",
-    "return_dict",
-    "use_cache",
-}
+_WITHOUT_EFFECT = frozenset({"dropout", "output_attentions", "output_hidden_states", "position_embeddings", "position_ids", "use_cache"})
 
 
 class UnknownAttention(Exception):
-    """A layer asks for something that ``causal_attention`` does not compute."""
+    """A layer asks for something that an attention function of ours does not compute."""
 
 
 @contextmanager
@@ -51,6 +41,25 @@ def attending(decoder: Decoder, implementation: str | None) -> Iterator[None]:
         yield
     finally:
         config._attn_implementation = own
+
+
+def check_plain(module: torch.nn.Module, attention_mask: torch.Tensor | None, is_causal: bool | None, others: Mapping[str, object]) -> None:
+    """Checks that a layer asks for causal attention and nothing else.
+
+    Args:
+        module: the layer.
+        attention_mask: as transformers gives it.
+        is_causal: as the layer passes it; ``None`` = as its attribute says.
+        others: what it passes beside: soft-capping, position biases, chosen keys. Only what is known to change nothing is accepted.
+
+    Raises:
+        UnknownAttention: it does not; names what it has.
+    """
+    if attention_mask is not None or False in (is_causal, getattr(module, "is_causal", True)):
+        raise UnknownAttention("its attention is not plainly causal")
+    asked = sorted(name for name, value in others.items() if value is not None and name not in _WITHOUT_EFFECT)
+    if asked:
+        raise UnknownAttention(f"its attention has {', '.join(asked)}")
 
 
 def has_causal_attention() -> bool:
@@ -65,32 +74,32 @@ def causal_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
-    dropout: float = 0.0,
     sliding_window: int | None = None,
+    is_causal: bool | None = None,
     **others: object,
 ) -> tuple[torch.Tensor, None]:
     """An attention function for transformers' ``AttentionInterface``.
 
     Args:
-        module: the layer; not looked at.
+        module: the layer.
         query: ``(1, num_attention_heads, T, head_dim)``, of the last T of S tokens.
         key: ``(1, num_key_value_heads, S, head_dim)``.
         value: as ``key``.
         attention_mask: none may be given.
         scaling: of the products; ``None`` = 1 / √head_dim.
-        dropout: must be 0.
         sliding_window: how many of the latest tokens a token sees, itself included; ``None`` = all.
-        others: what else the model passes on; only what changes nothing is accepted.
+        is_causal: must not be false.
+        others: what else the layer passes.
 
     Returns:
         ``(1, T, num_attention_heads, head_dim)``, and no weights.
 
     Raises:
-        UnknownAttention: a mask, or an argument such as sinks or soft-capping.
+        UnknownAttention: the layer asks for more than causal attention, or its values are not as wide as its keys.
     """
-    unknown = sorted(name for name, argument in others.items() if argument is not None and name not in _IRRELEVANT)
-    if attention_mask is not None or dropout or unknown or key.shape != value.shape:
-        raise UnknownAttention(", ".join(unknown) or "a mask, dropout, or values of another shape than the keys")
+    check_plain(module, attention_mask, is_causal, others)
+    if key.shape != value.shape:
+        raise UnknownAttention(f"its keys are {key.shape[-1]} wide and its values {value.shape[-1]}")
     if sliding_window is not None and key.shape[2] > sliding_window:
         attended = _windowed(query, key, value, scaling, sliding_window)
     else:

@@ -14,6 +14,7 @@ from probescore_server.backbone.forest import Forest
 from probescore_server.backbone.kv_cache import KeyValueCache
 from probescore_server.backbone.loading import Decoder
 from probescore_server.backbone.prepacking import can_prepack, prepack
+from probescore_server.backbone.rotary import max_unchanged_positions
 from probescore_server.backbone.taps import TapReader
 from probescore_server.backbone.universal import UniversalBackbone
 from probescore_server.errors import ModelRefused
@@ -117,7 +118,8 @@ def _passes(test: SelfTest, backbone: Backbone) -> bool:
 
 def small_forest(decoder: Decoder, scope: Scope = Scope.ALL) -> Forest:
     """A prompt just short of the window, a completion that crosses it, a follow-up beyond it, and a second completion beside."""
-    longest = min(MAX_TEST_TOKENS, getattr(decoder.config, "max_position_embeddings", None) or MAX_TEST_TOKENS)
+    limits = (MAX_TEST_TOKENS, getattr(decoder.config, "max_position_embeddings", None), max_unchanged_positions(decoder.config))
+    longest = min(limit for limit in limits if limit)
     prompt = min(max(_windows(decoder), default=32), longest - _COMPLETION - _FOLLOW_UP) - 8
     random = np.random.default_rng(0)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -38,6 +39,19 @@ def layers_needed(taps: Sequence[Tap], num_hidden_layers: int) -> int:
     return needed
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class RowMap:
+    """Which tokens of a forward are read, and where to.
+
+    Attributes:
+        source: ``(R,)`` int64, tokens of the forward.
+        target: ``(R,)`` int64, the rows of the buffer that they go to.
+    """
+
+    source: torch.Tensor
+    target: torch.Tensor
+
+
 class TapReader:
     """Copies activations at taps into buffers.
 
@@ -60,26 +74,31 @@ class TapReader:
             self._added[Tap("mlp_out", layer)] = (mlp, scale)
 
     @contextmanager
-    def reading(self, into: Mapping[Tap, torch.Tensor]) -> Iterator[None]:
-        """While this is open, a forward of one sequence writes its activations ``(T, hidden_size)`` to the buffers, as float32."""
+    def reading(self, into: Mapping[Tap, torch.Tensor], rows: RowMap | None = None) -> Iterator[None]:
+        """While this is open, a forward of one sequence writes its activations to the buffers, as float32.
+
+        Args:
+            into: by tap ``(T, hidden_size)``, or with ``rows`` any number of rows.
+            rows: what goes where; ``None`` = all of it, in order.
+        """
         with ExitStack() as hooks:
             for tap, buffer in into.items():
                 if tap.layer is not None:
-                    hooks.callback(self._hook(tap, tap.layer, buffer).remove)
+                    hooks.callback(self._hook(tap, tap.layer, buffer, rows).remove)
             yield
 
-    def read_final_norm(self, output: BaseModelOutput, into: Mapping[Tap, torch.Tensor]) -> None:
+    def read_final_norm(self, output: BaseModelOutput, into: Mapping[Tap, torch.Tensor], rows: RowMap | None = None) -> None:
         """Copies what a forward returned into the buffer of ``final_norm``, if it is wanted."""
         buffer = into.get(Tap("final_norm"))
         if buffer is not None and output.last_hidden_state is not None:
-            buffer.copy_(output.last_hidden_state[0])
+            _store(output.last_hidden_state, buffer, rows)
 
-    def _hook(self, tap: Tap, layer: int, buffer: torch.Tensor) -> torch.utils.hooks.RemovableHandle:
+    def _hook(self, tap: Tap, layer: int, buffer: torch.Tensor, rows: RowMap | None) -> torch.utils.hooks.RemovableHandle:
         # Copied at once, not kept: some architectures go on to change the same tensor in place.
         match tap.hook:
             case "resid_pre" if layer == 0:
                 return self._decoder.blocks[0].register_forward_pre_hook(
-                    lambda _, args, kwargs: _store(_block_input(args, kwargs), buffer), with_kwargs=True
+                    lambda _, args, kwargs: _store(_block_input(args, kwargs), buffer, rows), with_kwargs=True
                 )
             case "resid_pre":
                 module, scale = self._decoder.blocks[layer - 1], 1.0
@@ -87,10 +106,14 @@ class TapReader:
                 module, scale = self._decoder.blocks[layer], 1.0
             case _:
                 module, scale = self._added[tap]
-        return module.register_forward_hook(lambda _, __, output: _store(_first(output), buffer, scale))
+        return module.register_forward_hook(lambda _, __, output: _store(_first(output), buffer, rows, scale))
 
 
-def _store(activation: torch.Tensor, buffer: torch.Tensor, scale: float = 1.0) -> None:
+def _store(activation: torch.Tensor, buffer: torch.Tensor, rows: RowMap | None, scale: float = 1.0) -> None:
+    if rows is not None:
+        selected = activation.reshape(-1, buffer.shape[1]).index_select(0, rows.source)
+        buffer.index_copy_(0, rows.target, selected.to(buffer.dtype) * scale)
+        return
     buffer.copy_(activation.reshape(buffer.shape))
     if scale != 1.0:
         buffer.mul_(scale)

@@ -83,9 +83,9 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 
 def write_model(directory: Path, architecture: str, *, seed: int = 0, **changed: Any) -> Path:
     """Write a whole model (head included, as on the hub) and its tokenizer; return ``directory``."""
-    settings = _COMMON | ARCHITECTURES[architecture] | changed
-    if architecture == "deepseek_v3":
-        del settings["head_dim"]  # it is qk_rope_head_dim there
+    settings = _COMMON | ARCHITECTURES.get(architecture, {}) | changed
+    if architecture in ("deepseek_v3", "falcon"):
+        del settings["head_dim"]  # it is qk_rope_head_dim, or computed, there
     config = AutoConfig.for_model(architecture, **settings)
     with torch.random.fork_rng():
         torch.manual_seed(seed)

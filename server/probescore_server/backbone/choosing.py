@@ -1,0 +1,123 @@
+"""Which execution path serves a model on its device: measured at load, on its real weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import structlog
+import torch
+from torch.nn.attention.varlen import varlen_attn
+
+from probescore.types import Tap
+from probescore_server.backbone.activations import Backbone
+from probescore_server.backbone.loading import Decoder
+from probescore_server.backbone.packability import packed_refusal
+from probescore_server.backbone.packed import PackedBackbone
+from probescore_server.backbone.self_test import SelfTest, small_forest, universal_backbone
+from probescore_server.backbone.taps import TapReader
+from probescore_server.backbone.varlen import Kernel
+
+logger = structlog.get_logger(__name__)
+
+_QUANTILES = torch.tensor([0.5, 0.99])
+_SPREAD_FACTOR = 2.0
+_MIN_CAPABILITY = (8, 0)  # of FlashAttention's kernels
+
+
+def choose_backbone(decoder: Decoder, reader: TapReader, kernel: Kernel | None = None) -> tuple[Backbone, str]:
+    """The packed path on a GPU where it agrees with the universal one, else the universal one.
+
+    Args:
+        decoder: the model.
+        reader: of its taps.
+        kernel: for the packed path; ``None`` = torch's own, where this device and dtype have it.
+
+    Returns:
+        The backbone, and why it is this one, for people. On a GPU a warning is logged if it is not the packed one.
+
+    Raises:
+        ModelRefused: not even the universal path gives what plain forwards give.
+    """
+    universal = universal_backbone(decoder, reader)
+    if kernel is None and decoder.device.type != "cuda":
+        return universal, f"the packed path does not run on {decoder.device.type}"
+    refusal = (_kernel_refusal(decoder) if kernel is None else None) or packed_refusal(decoder)
+    if refusal is None:
+        packed = PackedBackbone(decoder, reader, kernel or varlen_attn)
+        try:
+            refusal = _disagreement(decoder, reader, universal, packed)
+        except Exception as error:  # ModelRefused by the self-test, or whatever a device raises
+            refusal = str(error)
+        if refusal is None:
+            return packed, "the packed path agrees with the universal one"
+    logger.warning("not packed: the universal path is slower on a GPU", model_type=decoder.config.model_type, reason=refusal)
+    return universal, f"not packed: {refusal}"
+
+
+def _kernel_refusal(decoder: Decoder) -> str | None:
+    """Why torch's kernel does not run on this device or in this dtype."""
+    if decoder.dtype not in (torch.float16, torch.bfloat16):
+        return f"the kernel computes in float16 and bfloat16, not in {str(decoder.dtype).removeprefix('torch.')}"
+    capability = torch.cuda.get_device_capability(decoder.device)
+    if capability < _MIN_CAPABILITY:
+        return f"the kernel needs compute capability {_MIN_CAPABILITY[0]}.{_MIN_CAPABILITY[1]}, and this is {capability[0]}.{capability[1]}"
+    return None
+
+
+def _disagreement(decoder: Decoder, reader: TapReader, universal: Backbone, packed: Backbone) -> str | None:
+    """How packed activations differ from universal ones by more than rounding explains, at the median row or at the 99th percentile.
+
+    Twice the spread is allowed between two batchings of the universal path, shared prompts and one sequence at a time; or between it and
+    itself with every block's input rounded once more, if that is more: the kernels of two batchings may happen to give the same bits.
+    """
+    test = SelfTest(decoder, reader)
+    test.check(packed)
+    tap = Tap("resid_post", len(decoder.blocks) - 1)
+
+    def rows(backbone: Backbone) -> torch.Tensor:
+        return backbone.forward(small_forest(decoder), [tap]).rows[tap]
+
+    shared = universal.forward(small_forest(decoder), [tap])
+    expected = shared.rows[tap]
+    with _rounding_once_more(decoder):
+        rounded = rows(universal)
+    batchings = _quantiles(test.row_errors(shared))
+    found = _quantiles(_relative(rows(packed), expected))
+    allowed = _SPREAD_FACTOR * torch.maximum(batchings, _quantiles(_relative(rounded, expected)))
+    if bool((found <= allowed).all()):
+        return None
+    return (
+        f"relative errors of {found[0]:.2g} (median) and {found[1]:.2g} (99th percentile) against the universal path, "
+        f"allowed {allowed[0]:.2g} and {allowed[1]:.2g}"
+    )
+
+
+def _relative(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """Error of each row, ``(N,)``."""
+    errors: torch.Tensor = torch.linalg.vector_norm(found - expected, dim=1) / torch.linalg.vector_norm(expected, dim=1)
+    return errors
+
+
+def _quantiles(errors: torch.Tensor) -> torch.Tensor:
+    """The median and the 99th percentile, ``(2,)``."""
+    return torch.quantile(errors.cpu(), _QUANTILES)
+
+
+@contextmanager
+def _rounding_once_more(decoder: Decoder) -> Iterator[None]:
+    """While this is open, the input of every block is off by up to half a unit of its dtype, at random."""
+    generator = torch.Generator(decoder.device).manual_seed(0)
+    unit = torch.finfo(decoder.dtype).eps
+
+    def disturb(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        hidden_states = args[0] if args else kwargs["hidden_states"]
+        noise = torch.rand(hidden_states.shape, generator=generator, device=hidden_states.device) - 0.5
+        disturbed = (hidden_states * (1 + unit * noise)).to(hidden_states.dtype)
+        return ((disturbed, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": disturbed})
+
+    with ExitStack() as hooks:
+        for block in decoder.blocks:
+            hooks.callback(block.register_forward_pre_hook(disturb, with_kwargs=True).remove)
+        yield

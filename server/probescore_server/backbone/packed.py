@@ -1,0 +1,225 @@
+"""The packed path: a forest as one row of tokens, with a variable-length attention kernel. For CUDA, which small forwards leave idle.
+
+A long forest takes several passes, parents before children; a segment may be cut between two of them. Nothing in here makes the host wait
+for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn.attention.varlen import varlen_attn
+
+from probescore.types import Tap
+from probescore_server.backbone.activations import Activations, nothing
+from probescore_server.backbone.attention import attending
+from probescore_server.backbone.forest import Forest
+from probescore_server.backbone.kv_cache import KeyValueCache, KeyValues, length_of
+from probescore_server.backbone.loading import Decoder
+from probescore_server.backbone.taps import RowMap, TapReader
+from probescore_server.backbone.varlen import PACKED_ATTENTION, Kernel, PackedAttention, PackedPlan
+
+MAX_PASS_TOKENS = 16_384
+"""Tokens of one row: bounds a pass's activations."""
+
+KEYS_PER_TOKEN = 8
+"""Keys that are gathered in a pass, as a multiple of its most tokens: bounds the copies where many segments continue a long one."""
+
+
+class PackedBackbone:
+    """A frozen decoder that runs forests in packed rows.
+
+    Args:
+        decoder: one that ``packed_refusal`` has nothing against.
+        reader: of its taps.
+        kernel: what attends.
+        max_pass_tokens: tokens of one row.
+    """
+
+    name = "packed"
+
+    def __init__(
+        self, decoder: Decoder, reader: TapReader, kernel: Kernel = varlen_attn, *, max_pass_tokens: int = MAX_PASS_TOKENS
+    ) -> None:
+        self._decoder = decoder
+        self._reader = reader
+        self._kernel = kernel
+        self._max_pass_tokens = max_pass_tokens
+
+    @torch.inference_mode()
+    def forward(
+        self, forest: Forest, taps: Sequence[Tap], *, skip: Callable[[int], bool] = nothing, cache: KeyValueCache | None = None
+    ) -> Activations:
+        """Runs every segment once, as ``Backbone`` says; ``skip`` is asked as the pass of a segment is laid out."""
+        activations = Activations.empty(forest, taps, self._decoder.config.hidden_size, self._decoder.device)
+        known = _KnownKeyValues(forest, cache)
+        for parts in _passes(forest, skip, known, self._max_pass_tokens):
+            plan, earlier = _plan(forest, parts, known, activations, self._decoder.device)
+            known.add(parts, self._run(plan, earlier, activations, keep=known.wants(parts)))
+        return activations
+
+    def _run(self, plan: PackedPlan, earlier: Sequence[KeyValues], activations: Activations, *, keep: bool) -> KeyValues:
+        """Runs one row; gives its keys and values if they are kept."""
+        attention = PackedAttention(plan, earlier, self._kernel, keep=keep)
+        rows = RowMap(plan.read_rows, plan.output_rows)
+        with attending(self._decoder, PACKED_ATTENTION), self._reader.reading(activations.rows, rows):
+            output = self._decoder.model(
+                input_ids=plan.token_ids.unsqueeze(0),
+                position_ids=plan.position_ids.unsqueeze(0),
+                use_cache=False,
+                packed_attention=attention,
+            )
+        if attention.layers != len(self._decoder.blocks):
+            raise RuntimeError(f"{attention.layers} of {len(self._decoder.blocks)} blocks attended through the packed path")
+        self._reader.read_final_norm(output, activations.rows, rows)
+        return attention.computed
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Tokens ``start`` to ``end`` of a segment, as one sequence of a row."""
+
+    segment: int
+    start: int
+    end: int
+
+
+class _KnownKeyValues:
+    """The keys and values that later passes of a forest attend to: from the cache, or computed by earlier passes."""
+
+    def __init__(self, forest: Forest, cache: KeyValueCache | None) -> None:
+        self._forest = forest
+        self._cache = cache
+        self._pieces: dict[int, list[KeyValues]] = {}
+        # by segment, the last segment that continues it, or itself
+        self._last_use = list(range(len(forest.segments)))
+        for index in reversed(range(len(forest.segments))):
+            parent = forest.segments[index].parent
+            if parent is not None:
+                self._last_use[parent] = max(self._last_use[parent], self._last_use[index])
+
+    def of(self, segment: int) -> list[KeyValues]:
+        """Of a segment's first tokens, in order."""
+        return self._pieces.get(segment, [])
+
+    def look_up(self, index: int) -> None:
+        """Takes what the cache has of a segment that is not read, if it has all that comes before it."""
+        segment = self._forest.segments[index]
+        segment.cached = 0
+        parent = None if segment.parent is None else self._forest.segments[segment.parent]
+        if self._cache is None or segment.read or (parent is not None and parent.cached < len(parent.token_ids)):
+            return
+        found = self._cache.longest_prefix(self._forest.ids_up_to(index))
+        if length_of(found) > segment.position:
+            segment.cached = length_of(found) - segment.position
+            self._pieces[index] = [[_tokens(layer, segment.position, length_of(found)) for layer in found]]
+
+    def wants(self, parts: Sequence[_Part]) -> bool:
+        """Whether anyone needs what a pass computes, beyond the pass itself."""
+        return self._cache is not None or any(self._is_used_after(part.segment, parts) for part in parts)
+
+    def add(self, parts: Sequence[_Part], computed: KeyValues) -> None:
+        """Keeps of a pass what later ones need, gives all of it to the cache, and lets go of what nobody needs any more."""
+        row = 0
+        for part in parts:
+            segment = self._forest.segments[part.segment]
+            tail = [_tokens(layer, row, row + part.end - part.start) for layer in computed]
+            row += part.end - part.start
+            if self._cache is not None:
+                self._cache.put(self._forest.ids_up_to(part.segment)[: segment.position + part.end], tail)
+            if self._is_used_after(part.segment, parts):
+                # copied, since a part of a tensor keeps the whole row alive
+                self._pieces.setdefault(part.segment, []).append([(keys.clone(), values.clone()) for keys, values in tail])
+        for index in [index for index in self._pieces if not self._is_used_after(index, parts)]:
+            del self._pieces[index]
+
+    def _is_used_after(self, segment: int, parts: Sequence[_Part]) -> bool:
+        last = parts[-1]
+        is_finished = last.end == len(self._forest.segments[last.segment].token_ids)
+        return self._last_use[segment] >= last.segment + is_finished
+
+
+def _passes(forest: Forest, skip: Callable[[int], bool], known: _KnownKeyValues, max_tokens: int) -> Iterator[list[_Part]]:
+    """The parts of each row. What is yielded must have run before the next is asked for."""
+    parts: list[_Part] = []
+    tokens = keys = 0
+    skipped: set[int | None] = set()
+    for index, segment in enumerate(forest.segments):
+        if segment.parent in skipped or skip(index):
+            skipped.add(index)
+            continue
+        known.look_up(index)
+        start = segment.cached
+        while start < len(segment.token_ids):
+            end = min(start + max_tokens - tokens, len(segment.token_ids))
+            if parts and (end == start or keys + segment.position + end > KEYS_PER_TOKEN * max_tokens):
+                yield parts
+                parts, tokens, keys = [], 0, 0
+                continue
+            parts.append(_Part(index, start, end))
+            tokens += end - start
+            keys += segment.position + end
+            start = end
+    if parts:
+        yield parts
+
+
+def _plan(
+    forest: Forest, parts: Sequence[_Part], known: _KnownKeyValues, activations: Activations, device: torch.device
+) -> tuple[PackedPlan, list[KeyValues]]:
+    """A row's plan, and the keys and values before the row that it counts."""
+    chains = [_chain(forest, part.segment) for part in parts]
+    earlier: list[KeyValues] = []
+    rows: dict[int, list[NDArray[np.int64]]] = {}
+    end = 0
+    for index in dict.fromkeys(index for chain in chains for index in chain):
+        rows[index] = []
+        for piece in known.of(index):
+            earlier.append(piece)
+            rows[index].append(np.arange(end, end := end + length_of(piece)))
+    for part in parts:
+        rows[part.segment].append(np.arange(end, end := end + part.end - part.start))
+
+    segments = [forest.segments[part.segment] for part in parts]
+    starts = np.cumsum([0, *(part.end - part.start for part in parts)])
+    keys = [segment.position + part.end for segment, part in zip(segments, parts, strict=True)]
+    read = [(row, part) for row, part in zip(starts[:-1], parts, strict=True) if forest.segments[part.segment].read]
+
+    def staged(pieces: Sequence[NDArray[np.integer]], dtype: type[np.integer] = np.int64) -> torch.Tensor:
+        return _to_device(np.concatenate([np.zeros(0, dtype), *pieces]).astype(dtype), device)
+
+    plan = PackedPlan(
+        token_ids=staged([s.token_ids[part.start : part.end] for s, part in zip(segments, parts, strict=True)]),
+        position_ids=staged([np.arange(s.position + part.start, s.position + part.end) for s, part in zip(segments, parts, strict=True)]),
+        key_rows=staged([piece for chain in chains for index in chain for piece in rows[index]]),
+        cu_seq_q=staged([starts], np.int32),
+        cu_seq_k=staged([np.cumsum([0, *keys])], np.int32),
+        max_q=int(np.diff(starts).max()),
+        max_k=max(keys),
+        read_rows=staged([np.arange(row, row + part.end - part.start) for row, part in read]),
+        output_rows=staged([activations.starts[part.segment] + np.arange(part.start, part.end) for _, part in read]),
+    )
+    return plan, earlier
+
+
+def _chain(forest: Forest, index: int) -> list[int]:
+    """A segment after all its ancestors."""
+    chain = [index]
+    while (parent := forest.segments[chain[-1]].parent) is not None:
+        chain.append(parent)
+    return chain[::-1]
+
+
+def _tokens(layer: tuple[torch.Tensor, torch.Tensor], start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Some tokens' keys and values, of one layer."""
+    keys, values = layer
+    return keys[:, :, start:end], values[:, :, start:end]
+
+
+def _to_device(array: NDArray[np.integer], device: torch.device) -> torch.Tensor:
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
