@@ -113,4 +113,8 @@ def launch(arguments: Sequence[str], **environment: str) -> RunningServer:
 
 def flags_of(settings: dict[str, Any]) -> list[str]:
     """Settings as flags."""
-    return [part for name, value in settings.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    flags = []
+    for name, value in settings.items():
+        flag = name.replace("_", "-")
+        flags += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
+    return flags

@@ -6,6 +6,7 @@ import asyncio
 import os
 import weakref
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, TypeVar, Union, cast
 
@@ -16,25 +17,31 @@ from probescore._client import (
     DEFAULT_TIMEOUT_SECONDS,
     BaseClient,
     Settings,
+    Stub,
     checked_timeout,
     read,
     score_request,
     score_result,
     stream_template,
 )
-from probescore._messages import probes_from_proto, server_info_from_proto
+from probescore._messages import probes_from_proto, server_info_from_proto, transfers_from_proto
 from probescore._options import ScoreOptions
 from probescore._retries import Attempts
 from probescore._status import FailedCall, error_from_call
 from probescore._streaming import Chunk, StreamWindow, async_chunks
 from probescore.errors import ProbescoreError, UnavailableError
-from probescore.types import ProbeInfo, RolloutGroup, ScoreResult, ServerInfo, StreamedCompletion
-from probescore.v1 import probes_pb2, scoring_pb2, scoring_pb2_grpc
+from probescore.types import ProbeInfo, RolloutGroup, ScoreResult, ServerInfo, StreamedCompletion, Transfer
+from probescore.v1 import admin_pb2, probes_pb2, scoring_pb2
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
 
+    from probescore.v1.admin_pb2_grpc import ProbeAdminServiceAsyncStub
     from probescore.v1.scoring_pb2_grpc import ScoringServiceAsyncStub
+
+    class AsyncStub(ScoringServiceAsyncStub, ProbeAdminServiceAsyncStub):
+        """What ``Stub`` is on a channel of grpc.aio."""
+
 
 Request = TypeVar("Request")
 Response = TypeVar("Response")
@@ -78,7 +85,7 @@ class AsyncProbeClient(BaseClient):
     def _begin(self, settings: Settings) -> None:
         super()._begin(settings)
         _clients.add(self)
-        self._channels: dict[asyncio.AbstractEventLoop, tuple[grpc.aio.Channel, ScoringServiceAsyncStub]] = {}
+        self._channels: dict[asyncio.AbstractEventLoop, tuple[grpc.aio.Channel, AsyncStub]] = {}
 
     async def score(self, groups: Sequence[RolloutGroup], *, timeout: float | None = None, **options: Unpack[ScoreOptions]) -> ScoreResult:
         """Scores every completion of every group in one call. ``ScoreOptions`` says what the options are."""
@@ -124,6 +131,35 @@ class AsyncProbeClient(BaseClient):
         """
         return await self._server_info(Attempts(checked_timeout(timeout), restart_budget=timeout))
 
+    async def sleep(self, *, timeout: float | None = None) -> tuple[Transfer, ...]:
+        """Makes the server give its devices' memory back until ``wake``, and returns when it has: what each device moved.
+
+        Calls to score wait meanwhile, within their deadlines. A server that sleeps is left as it is. Needs the server's setting ``admin``,
+        and a client of one server; ``"dns:///…"`` of several reaches any of them.
+        """
+        with self._administration():
+            answer = await self._call(lambda stub: stub.Sleep, admin_pb2.SleepRequest(), self._attempts(timeout))
+        return transfers_from_proto(answer.transfers)
+
+    async def wake(self, *, timeout: float | None = None) -> tuple[Transfer, ...]:
+        """Ends what ``sleep`` began, and returns when the server can score: what each device moved.
+
+        Raises:
+            UnavailableError: a device had no room for the weights for as long as the client may wait.
+        """
+        with self._administration():
+            answer = await self._call(lambda stub: stub.Wake, admin_pb2.WakeRequest(), self._attempts(timeout))
+        return transfers_from_proto(answer.transfers)
+
+    @asynccontextmanager
+    async def awake(self, *, timeout: float | None = None) -> AsyncIterator[None]:
+        """Wakes the server for the length of a ``async with`` block, and puts it to sleep at its end, also after an error."""
+        await self.wake(timeout=timeout)
+        try:
+            yield
+        finally:
+            await self.sleep(timeout=timeout)
+
     async def close(self) -> None:
         """Ends this loop's connection. The client cannot be used afterwards."""
         self._closed = True
@@ -137,7 +173,7 @@ class AsyncProbeClient(BaseClient):
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         await self.close()
 
-    async def _stub(self) -> ScoringServiceAsyncStub:
+    async def _stub(self) -> AsyncStub:
         self._check_open()
         if _forked_while_open:
             raise RuntimeError(
@@ -152,10 +188,10 @@ class AsyncProbeClient(BaseClient):
                 self._channels[loop] = self._open(target)
         return self._channels[loop][1]
 
-    def _open(self, target: str) -> tuple[grpc.aio.Channel, ScoringServiceAsyncStub]:
+    def _open(self, target: str) -> tuple[grpc.aio.Channel, AsyncStub]:
         options, credentials = self._channel_options(), self._settings.credentials
         channel = grpc.aio.secure_channel(target, credentials, options) if credentials else grpc.aio.insecure_channel(target, options)
-        return channel, cast("ScoringServiceAsyncStub", scoring_pb2_grpc.ScoringServiceStub(channel))
+        return channel, cast("AsyncStub", Stub(channel))
 
     def _forget_closed_loops(self) -> None:
         """Lets go of the channels of loops that are over, as ``asyncio.run`` for each batch leaves behind."""
@@ -165,7 +201,7 @@ class AsyncProbeClient(BaseClient):
 
     async def _call(
         self,
-        method: Callable[[ScoringServiceAsyncStub], grpc.aio.UnaryUnaryMultiCallable[Request, Response]],
+        method: Callable[[AsyncStub], grpc.aio.UnaryUnaryMultiCallable[Request, Response]],
         request: Request,
         attempts: Attempts,
     ) -> Response:

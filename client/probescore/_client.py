@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -14,9 +15,11 @@ from probescore._messages import MessageError, options_to_proto, request_to_prot
 from probescore._options import ScoreOptions, request_options
 from probescore._retries import Attempts
 from probescore._status import invalid_request, malformed_answer
-from probescore.errors import UnavailableError
+from probescore.errors import ServerError, UnavailableError
 from probescore.types import RolloutGroup, ScoreResult
 from probescore.v1 import scoring_pb2
+from probescore.v1.admin_pb2_grpc import ProbeAdminServiceStub
+from probescore.v1.scoring_pb2_grpc import ScoringServiceStub
 
 DEFAULT_TIMEOUT_SECONDS = 300.0
 DEFAULT_RESTART_BUDGET_SECONDS = 120.0
@@ -24,6 +27,14 @@ JOB_KEY = "x-probescore-job"
 
 Response = TypeVar("Response")
 Answer = TypeVar("Answer")
+
+
+class Stub(ScoringServiceStub, ProbeAdminServiceStub):
+    """The methods of both services."""
+
+    def __init__(self, channel: grpc.Channel | grpc.aio.Channel) -> None:
+        ScoringServiceStub.__init__(self, channel)
+        ProbeAdminServiceStub.__init__(self, channel)
 
 
 @dataclass(frozen=True)
@@ -89,6 +100,18 @@ class BaseClient:
     def _channel_options(self) -> list[tuple[str, str | int]]:
         authority = self._settings.addresses.authority
         return channel_options(retries=self._settings.restart_budget > 0) + ([("grpc.default_authority", authority)] if authority else [])
+
+    @contextmanager
+    def _administration(self) -> Iterator[None]:
+        """A call that changes a server: of one server, whose settings allow it."""
+        if len(self._settings.addresses.written) > 1:
+            raise ValueError(f"{self} has several servers, and a call goes to one of them: make a client for each")
+        try:
+            yield
+        except ServerError as error:
+            if error.code != grpc.StatusCode.UNIMPLEMENTED.name:
+                raise
+            raise ServerError("the server does not take sleep and wake: its setting admin is off", error.code, "ADMIN_OFF") from None
 
     def _check_open(self) -> None:
         if self._closed:

@@ -17,6 +17,7 @@ from probescore.errors import (
     InvalidRequestError,
     MessageTooLargeError,
     MismatchError,
+    OutOfMemoryError,
     OverloadedError,
     ProbescoreError,
     ServerError,
@@ -24,6 +25,7 @@ from probescore.errors import (
 )
 
 ERROR_DOMAIN = "probescore"
+OUT_OF_MEMORY = "OUT_OF_MEMORY"
 DETAILS_KEY = "grpc-status-details-bin"
 
 _BY_CODE: dict[grpc.StatusCode, type[ProbescoreError]] = {
@@ -58,6 +60,8 @@ def error_from_call(call: FailedCall) -> ProbescoreError:
     if kind is OverloadedError and not ours:
         # gRPC itself refuses a large message with the code of an overload, but without our details
         kind = MessageTooLargeError
+    elif info is not None and ours and info.reason == OUT_OF_MEMORY:
+        kind = OutOfMemoryError
     return kind(
         call.details() or code.name,
         code=code.name,

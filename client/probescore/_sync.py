@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, TypeVar, Union, cast
 
@@ -17,25 +18,24 @@ from probescore._client import (
     DEFAULT_TIMEOUT_SECONDS,
     BaseClient,
     Settings,
+    Stub,
     checked_timeout,
     read,
     score_request,
     score_result,
     stream_template,
 )
-from probescore._messages import probes_from_proto, server_info_from_proto
+from probescore._messages import probes_from_proto, server_info_from_proto, transfers_from_proto
 from probescore._options import ScoreOptions
 from probescore._retries import Attempts
 from probescore._status import FailedCall, error_from_call
 from probescore._streaming import Chunk, StreamWindow, chunks
 from probescore.errors import ProbescoreError, UnavailableError
-from probescore.types import ProbeInfo, RolloutGroup, ScoreResult, ServerInfo, StreamedCompletion
-from probescore.v1 import probes_pb2, scoring_pb2, scoring_pb2_grpc
+from probescore.types import ProbeInfo, RolloutGroup, ScoreResult, ServerInfo, StreamedCompletion, Transfer
+from probescore.v1 import admin_pb2, probes_pb2, scoring_pb2
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
-
-    from probescore.v1.scoring_pb2_grpc import ScoringServiceStub
 
 Request = TypeVar("Request")
 Response = TypeVar("Response")
@@ -65,7 +65,7 @@ class ProbeClient(BaseClient):
 
     def _begin(self, settings: Settings) -> None:
         super()._begin(settings)
-        self._channels: dict[int, tuple[grpc.Channel, ScoringServiceStub]] = {}
+        self._channels: dict[int, tuple[grpc.Channel, Stub]] = {}
 
     def score(self, groups: Sequence[RolloutGroup], *, timeout: float | None = None, **options: Unpack[ScoreOptions]) -> ScoreResult:
         """Scores every completion of every group in one call. ``ScoreOptions`` says what the options are."""
@@ -110,6 +110,35 @@ class ProbeClient(BaseClient):
         """
         return self._server_info(Attempts(checked_timeout(timeout), restart_budget=timeout))
 
+    def sleep(self, *, timeout: float | None = None) -> tuple[Transfer, ...]:
+        """Makes the server give its devices' memory back until ``wake``, and returns when it has: what each device moved.
+
+        Calls to score wait meanwhile, within their deadlines. A server that sleeps is left as it is. Needs the server's setting ``admin``,
+        and a client of one server; ``"dns:///…"`` of several reaches any of them.
+        """
+        with self._administration():
+            answer = self._call(lambda stub: stub.Sleep, admin_pb2.SleepRequest(), self._attempts(timeout))
+        return transfers_from_proto(answer.transfers)
+
+    def wake(self, *, timeout: float | None = None) -> tuple[Transfer, ...]:
+        """Ends what ``sleep`` began, and returns when the server can score: what each device moved.
+
+        Raises:
+            UnavailableError: a device had no room for the weights for as long as the client may wait.
+        """
+        with self._administration():
+            answer = self._call(lambda stub: stub.Wake, admin_pb2.WakeRequest(), self._attempts(timeout))
+        return transfers_from_proto(answer.transfers)
+
+    @contextmanager
+    def awake(self, *, timeout: float | None = None) -> Iterator[None]:
+        """Wakes the server for the length of a ``with`` block, and puts it to sleep at its end, also after an error."""
+        self.wake(timeout=timeout)
+        try:
+            yield
+        finally:
+            self.sleep(timeout=timeout)
+
     def close(self) -> None:
         """Ends the connection. The client cannot be used afterwards."""
         self._closed = True
@@ -123,14 +152,14 @@ class ProbeClient(BaseClient):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self.close()
 
-    def _stub(self) -> ScoringServiceStub:
+    def _stub(self) -> Stub:
         self._check_open()
         pid = os.getpid()
         if pid not in self._channels:
             target, options, credentials = self._target(), self._channel_options(), self._settings.credentials
             channel = grpc.secure_channel(target, credentials, options) if credentials else grpc.insecure_channel(target, options)
             # no lock, which a fork could leave locked: of two threads the first one's channel stays
-            kept, stub = self._channels.setdefault(pid, (channel, scoring_pb2_grpc.ScoringServiceStub(channel)))
+            kept, stub = self._channels.setdefault(pid, (channel, Stub(channel)))
             if kept is not channel:
                 channel.close()
             return stub
@@ -138,7 +167,7 @@ class ProbeClient(BaseClient):
 
     def _call(
         self,
-        method: Callable[[ScoringServiceStub], grpc.UnaryUnaryMultiCallable[Request, Response]],
+        method: Callable[[Stub], grpc.UnaryUnaryMultiCallable[Request, Response]],
         request: Request,
         attempts: Attempts,
     ) -> Response:

@@ -4,12 +4,13 @@
     ├── InvalidRequestError       the request breaks the contract or a limit; ``field`` says where (also a ``ValueError``)
     ├── MismatchError             the server runs another model or tokenizer than the one expected
     ├── MessageTooLargeError      a request or an answer is above the limit of bytes; send fewer rollouts a call
+    ├── OutOfMemoryError          one rollout alone needs more memory than the server's device has; send shorter ones
     ├── AuthenticationError       the server does not know who calls, or does not allow it
     ├── DeadlineExceededError     the call's ``timeout`` passed (also a ``TimeoutError``)
     ├── TransientError            a later try may succeed
     │   ├── OverloadedError       too many tokens wait in the server already
     │   └── UnavailableError      no connection, or a server that is starting, draining or has lost its worker
-    └── ServerError               the server failed, or answered what the contract does not allow
+    └── ServerError               the server failed, does not offer what was asked, or answered what the contract does not allow
 
 The client tries again by itself after a ``TransientError``, for as long as its ``restart_budget`` and the call's deadline allow.
 All of these can be pickled.
@@ -75,6 +76,10 @@ class MessageTooLargeError(ProbescoreError):
     """A request or an answer is above the limit of bytes. Send fewer rollouts a call, or use ``score_stream``."""
 
 
+class OutOfMemoryError(ProbescoreError):
+    """One rollout alone needs more memory than the server's device has. No retry can save it; the message names its tokens."""
+
+
 class AuthenticationError(ProbescoreError):
     """The server does not know who calls, or does not allow it."""
 
@@ -96,4 +101,4 @@ class UnavailableError(TransientError):
 
 
 class ServerError(ProbescoreError):
-    """The server failed, or its answer breaks the contract."""
+    """The server failed, does not offer what was asked, or its answer breaks the contract."""

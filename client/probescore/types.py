@@ -5,6 +5,7 @@ Everything here is frozen, holds numpy arrays rather than lists, and is shared b
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -276,8 +277,8 @@ def score_keys(probes: Sequence[ScoredProbe]) -> tuple[str, ...]:
 
     A probe's key is its name, or ``name@version`` where several versions of one name were applied.
     """
-    names = [probe.name for probe in probes]
-    return tuple(probe.name if names.count(probe.name) == 1 else f"{probe.name}@{probe.version}" for probe in probes)
+    names = Counter(probe.name for probe in probes)
+    return tuple(probe.name if names[probe.name] == 1 else f"{probe.name}@{probe.version}" for probe in probes)
 
 
 # ---------------------------------------------------------------------------------------------------------------- what runs there
@@ -358,13 +359,32 @@ class Limits:
 
 @dataclass(frozen=True)
 class WorkerInfo:
-    """One worker process of the server."""
+    """One worker process of the server. ``asleep``: until it is woken it cannot score, and work waits for it."""
 
     device: str
     dtype: str
     execution_path: str
     ready: bool
     restarts: int
+    asleep: bool = False
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """What ``sleep`` or ``wake`` moved on one device. All numbers are 0 if it was in that state already.
+
+    Attributes:
+        device: ``cpu`` or ``cuda:0``.
+        seconds: how long it took, without the batch that computed before.
+        weight_bytes: of weights, copied between the device and host memory; 0 on a CPU, where they stay.
+        device_bytes: of the device's memory, given back or taken: what torch holds there less or more than before. On a CPU those of
+            the key-value cache.
+    """
+
+    device: str
+    seconds: float = 0.0
+    weight_bytes: int = 0
+    device_bytes: int = 0
 
 
 @dataclass(frozen=True)

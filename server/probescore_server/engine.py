@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -14,22 +15,35 @@ from transformers import PreTrainedConfig
 
 from probescore.fingerprints import tokenizer_fingerprint
 from probescore.reductions import Reduction
-from probescore.types import Chat, CompletionScores, GroupScores, ModelInfo, RolloutGroup, Scope, ScoreResult, ScoringInfo, Text, Transfer, Usage
+from probescore.types import (
+    Chat,
+    CompletionScores,
+    GroupScores,
+    ModelInfo,
+    RolloutGroup,
+    Scope,
+    ScoreResult,
+    ScoringInfo,
+    Text,
+    Transfer,
+    Usage,
+)
 from probescore_server.backbone.activations import Backbone
+from probescore_server.backbone.choosing import choose_backbone
 from probescore_server.backbone.forest import Forest, ProbeReads
 from probescore_server.backbone.kv_cache import KeyValueCache
 from probescore_server.backbone.loading import DTYPES, load_config, load_decoder, load_tokenizer, resolve_model
-from probescore_server.backbone.self_test import universal_backbone
+from probescore_server.backbone.rotary import max_unchanged_positions
 from probescore_server.backbone.taps import TapReader, layers_needed
 from probescore_server.backbone.texts import TextEncoder
 from probescore_server.errors import ModelRefused
 from probescore_server.probes.admission import check_accepted_names, check_fits, is_accepted, probe_info, read_probe_files
 from probescore_server.probes.fingerprints import model_fingerprint
 from probescore_server.probes.golden_check import check_golden, golden_rollouts
+from probescore_server.probes.loading import LoadedProbe, load_probes
 from probescore_server.probes.manifest import Manifest
 from probescore_server.probes.probe_file import ProbeFile
-from probescore_server.probes.runner import BatchScorer, LoadedProbe
-from probescore_server.probes.session import ProbeSession, session_device
+from probescore_server.probes.runner import BatchScorer
 from probescore_server.requests import TokenScoresWanted, pending_texts, resolve_options, resolve_rollouts
 from probescore_server.residence import Residence
 from probescore_server.rollouts import Continuation, EngineInfo, Rollout, RolloutResult
@@ -129,8 +143,9 @@ class Engine:
         decoder = load_decoder(directory, num_layers=needed, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
         report("testing the forward pass")
         reader = TapReader(decoder, taps)
-        backbone = universal_backbone(decoder, reader)
-        loaded = {file.manifest.key: LoadedProbe.of(file.manifest, ProbeSession(file, session_device(decoder.device))) for file in files}
+        backbone, reason = choose_backbone(decoder, reader)
+        report(f"{backbone.name} execution path: {reason}")
+        loaded = load_probes(files, decoder.device)
         info = EngineInfo(
             model=replace(described, num_loaded_layers=len(decoder.blocks)),
             tokenizer_fingerprint=fingerprint,
@@ -139,22 +154,17 @@ class Engine:
             device=str(decoder.device),
             dtype=dtype,
             execution_path=backbone.name,
+            max_unchanged_positions=max_unchanged_positions(decoder.config),
             expects_bos={file.manifest.key: file.manifest.expects_bos for file in files},
             max_follow_up_tokens={
                 file.manifest.key: len(file.manifest.follow_up.token_ids) for file in files if file.manifest.follow_up is not None
             },
         )
         cache = KeyValueCache(max_kv_cache_bytes)
-        residence = Residence(
-            decoder.device,
-            lambda: [*decoder.model.parameters(), *decoder.model.buffers()],
-            cache,
-            [probe.session for probe in loaded.values() if probe.session.device.type == "cuda"],
-        )
-        engine = cls(info, backbone, texts, loaded, cache, residence)
-        for file in files:
-            report(f"recomputing the golden scores of {file.manifest.key}")
-            engine._check_golden(file, accept_mismatch)
+        engine = cls(info, backbone, texts, loaded, cache, Residence.of(decoder, loaded.values(), cache))
+        report("recomputing golden scores")
+        engine._check_golden(files, accept_mismatch)
+        cache.clear()
         report("ready")
         return engine
 
@@ -254,6 +264,11 @@ class Engine:
         """
         return self._score(rollouts, self._probes, is_cancelled)
 
+    def free_memory(self) -> None:
+        """Gives back what is only kept to be faster: the key-value cache, and what allocators hold in reserve."""
+        with self._running:
+            self._residence.free_reserves()
+
     def sleep(self) -> Transfer:
         """Gives the device's memory back until ``wake``, after the batch that computes: weights move to pinned host memory, the key-value
         cache is dropped. On a CPU the weights stay. Does nothing to an engine that sleeps. Texts are tokenised all the same.
@@ -307,22 +322,27 @@ class Engine:
             follow_ups=tuple(self._completion_texts(*follow_up) for follow_up in follow_ups),
         )
 
-    def _check_golden(self, file: ProbeFile, accept_mismatch: Collection[str]) -> None:
-        key = file.manifest.key
-        rollouts = golden_rollouts(file, self.info)
+    def _check_golden(self, files: Sequence[ProbeFile], accept_mismatch: Collection[str]) -> None:
+        """Probes of one author often have the same golden rollouts: all go together, so that each is run once."""
+        by_file = [golden_rollouts(file, self.info) for file in files]
         # golden scores are in the unit of the graph's output, before any sigmoid
-        probe = {key: replace(self._probes[key], as_probability=False)}
-        results = self._score(rollouts, probe, _never)
-        refusal = check_golden(file, [result.scores for result in results if result is not None], self.info.dtype)
-        if refusal is None:
-            return
-        if not is_accepted(file.manifest, accept_mismatch):
-            raise refusal
+        probes = {key: replace(probe, as_probability=False) for key, probe in self._probes.items()}
+        batches = _batches([rollout for rollouts in by_file for rollout in rollouts])
+        found = (result.scores for batch in batches for result in self._score(batch, probes, _never) if result is not None)
+        for file, rollouts in zip(files, by_file, strict=True):
+            refusal = check_golden(file, list(islice(found, len(rollouts))), self.info.dtype)
+            if refusal is None:
+                continue
+            if not is_accepted(file.manifest, accept_mismatch):
+                raise refusal
+            self._note_mismatch(file.manifest, refusal.field)
+
+    def _note_mismatch(self, manifest: Manifest, field: str) -> None:
         self.info = replace(
             self.info,
             probes=tuple(
-                replace(probe, accepted_mismatches=(*probe.accepted_mismatches, refusal.field))
-                if (probe.name, probe.version) == (file.manifest.name, file.manifest.version)
+                replace(probe, accepted_mismatches=(*probe.accepted_mismatches, field))
+                if (probe.name, probe.version) == (manifest.name, manifest.version)
                 else probe
                 for probe in self.info.probes
             ),
@@ -354,17 +374,25 @@ def _requested(rollouts: Sequence[Rollout]) -> set[str]:
 
 
 def _batches(rollouts: Sequence[Rollout]) -> Iterator[list[Rollout]]:
-    """Consecutive rollouts of at most ``BATCH_TOKENS`` tokens, or a single longer one; a prompt counts once in a batch."""
+    """Consecutive rollouts of at most ``BATCH_TOKENS`` tokens, or a single longer one; what a batch has already counts nothing."""
     batch: list[Rollout] = []
+    counted: set[Hashable] = set()
     tokens = 0
     for rollout in rollouts:
-        cost = rollout.completion.tree_tokens
-        if not batch or batch[-1].prompt_ids is not rollout.prompt_ids:
-            cost += len(rollout.prompt_ids)
-        if batch and tokens + cost > BATCH_TOKENS:
+        costs = _costs(rollout)
+        more = sum(cost for name, cost in costs.items() if name not in counted)
+        if batch and tokens + more > BATCH_TOKENS:
             yield batch
-            batch, tokens, cost = [], 0, rollout.tokens
+            batch, counted, tokens, more = [], set(), 0, sum(costs.values())
         batch.append(rollout)
-        tokens += cost
+        counted |= costs.keys()
+        tokens += more
     if batch:
         yield batch
+
+
+def _costs(rollout: Rollout) -> dict[Hashable, int]:
+    """Tokens of the prompt and of the completion with its follow-ups, each under a name that is the same for the same tokens."""
+    prompt, completion = rollout.prompt_ids.tobytes(), rollout.completion
+    own = completion if completion.follow_ups else completion.token_ids.tobytes()
+    return {prompt: len(rollout.prompt_ids), (prompt, own): completion.tree_tokens}

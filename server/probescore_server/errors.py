@@ -5,6 +5,7 @@
     ├── Mismatch              the client expects another model or tokenizer than the one that runs here
     ├── QueueFull             too many tokens wait already; try again later
     ├── WorkerUnavailable     no worker can take or finish this now; try again later
+    ├── OutOfMemory           one rollout alone needs more memory than the device has; no retry can save it
     ├── DeadlineExpired       the caller's deadline passed before the work was done
     ├── InternalFault         a fault of ours; clients see an incident number, the log has the rest
     └── StartupError          the server cannot start as configured
@@ -88,6 +89,19 @@ class WorkerUnavailable(CoreError):
 
     def __str__(self) -> str:
         return self.problem
+
+
+class OutOfMemory(CoreError):
+    """The memory of the device was too short for ``tokens`` at a time; a client hears of it if they are those of a single rollout."""
+
+    reason = "OUT_OF_MEMORY"
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__(tokens)
+        self.tokens = tokens
+
+    def __str__(self) -> str:
+        return f"a rollout of {self.tokens} tokens, with its prompt and follow-ups, does not fit into the memory of the server's device"
 
 
 class DeadlineExpired(CoreError):

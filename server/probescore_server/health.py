@@ -1,4 +1,4 @@
-"""The health service: `NOT_SERVING` until some worker can score, and for good once the server drains."""
+"""The health service: `NOT_SERVING` until some worker can score or sleeps, and for good once the server drains."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Health(health.aio.HealthServicer):
         self._draining = asyncio.Event()
 
     async def set_serving(self, serving: bool) -> None:
-        """Says whether the server can score. Without effect once it drains."""
+        """Says whether the server takes calls that it will answer. Without effect once it drains."""
         for service in SERVICES:
             await self.set(service, HealthCheckResponse.SERVING if serving else HealthCheckResponse.NOT_SERVING)
 

@@ -37,12 +37,26 @@ class Metrics:
         self.queue_tokens = Gauge("probescore_queue_tokens", "Tokens waiting for a worker.", registry=registry)
         self.queue_rollouts = Gauge("probescore_queue_rollouts", "Rollouts waiting for a worker.", registry=registry)
         self.batch_tokens = Histogram("probescore_batch_tokens", "Tokens of a batch.", buckets=TOKENS, registry=registry)
+        self.batch_budget = Gauge(
+            "probescore_batch_budget_tokens", "Tokens that a worker gets at a time.", ("worker", "device"), registry=registry
+        )
+        self.out_of_memory = Counter("probescore_out_of_memory_total", "Batches for which memory was short.", registry=registry)
         self.tokens = Counter("probescore_tokens_total", "Tokens scored, by where they came from.", ("source",), registry=registry)
         self.stages = Histogram("probescore_stage_seconds", "Seconds of a call, by stage.", ("stage",), buckets=SECONDS, registry=registry)
         self.refused = Counter("probescore_refused_total", "Calls that ended in an error, by its reason.", ("reason",), registry=registry)
         self.cancelled = Counter("probescore_cancelled_total", "Calls that their client gave up.", registry=registry)
         self.ready = Gauge("probescore_ready", "Whether some worker can score.", registry=registry)
         self.worker_ready = Gauge("probescore_worker_ready", "Whether a worker can score.", ("worker", "device"), registry=registry)
+        self.worker_asleep = Gauge(
+            "probescore_worker_asleep", "Whether a worker sleeps until it is woken.", ("worker", "device"), registry=registry
+        )
+        self.transfers = Histogram(
+            "probescore_transfer_seconds",
+            "Seconds in which a worker gave its device's memory back (sleep) or took it again (wake).",
+            ("kind",),
+            buckets=SECONDS,
+            registry=registry,
+        )
         self.worker_restarts = Gauge(
             "probescore_worker_restarts", "How often a worker was started again.", ("worker", "device"), registry=registry
         )
@@ -52,13 +66,18 @@ class Metrics:
         self.queue_tokens.set_function(tokens)
         self.queue_rollouts.set_function(rollouts)
 
-    def show_worker(self, worker: str, device: str, *, ready: bool, restarts: int) -> None:
+    def watch_batch_budget(self, worker: str, device: str, tokens: Callable[[], int]) -> None:
+        """Reads the budget of one worker at each scrape; `worker` is its number."""
+        self.batch_budget.labels(worker, device).set_function(tokens)
+
+    def show_worker(self, worker: str, device: str, *, ready: bool, asleep: bool, restarts: int) -> None:
         """The state of one worker; `worker` is its number."""
         self.worker_ready.labels(worker, device).set(ready)
+        self.worker_asleep.labels(worker, device).set(asleep)
         self.worker_restarts.labels(worker, device).set(restarts)
 
     def count_usage(self, usage: Usage) -> None:
-        """Adds the tokens of a rollout that was scored."""
+        """Adds the tokens of rollouts that were scored."""
         self.tokens.labels("computed").inc(usage.tokens_computed)
         self.tokens.labels("shared").inc(usage.tokens_shared)
         self.tokens.labels("cached").inc(usage.tokens_cached)

@@ -6,6 +6,7 @@ Every check of a request's content is here, and each names the field at fault as
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -73,8 +74,9 @@ def resolve_options(
 
 
 def _check_token_scores(wanted: Sequence[str], requested: Sequence[str], by_key: Mapping[str, ProbeInfo]) -> None:
+    known = set(requested)
     for index, key in enumerate(wanted):
-        if key not in requested:
+        if key not in known:
             raise InvalidRequest(f"token_scores.probes[{index}]", f"{key} is not among the probes of this request")
         if by_key[key].output_per is not OutputPer.TOKEN:
             raise InvalidRequest(f"token_scores.probes[{index}]", f"{key} pools by itself and has no scores per token")
@@ -85,9 +87,13 @@ def _key(probe: ProbeInfo) -> str:
 
 
 def _resolve_names(loaded: Sequence[ProbeInfo], names: Sequence[str], path: str) -> tuple[str, ...]:
-    keys: list[str] = []
+    known_as: dict[str, list[str]] = defaultdict(list)
+    for probe in loaded:
+        for name in (probe.name, _key(probe)):
+            known_as[name].append(_key(probe))
+    keys: dict[str, None] = {}
     for index, name in enumerate(names):
-        matches = [_key(probe) for probe in loaded if name in (probe.name, _key(probe))]
+        matches = known_as.get(name)
         if not matches:
             known = ", ".join(_key(probe) for probe in loaded) or "none"
             raise InvalidRequest(f"{path}[{index}]", f"unknown probe {name[:100]!r}; loaded: {known}", "UNKNOWN_PROBE")
@@ -95,7 +101,7 @@ def _resolve_names(loaded: Sequence[ProbeInfo], names: Sequence[str], path: str)
             raise InvalidRequest(f"{path}[{index}]", f"{name!r} is loaded in several versions; name one of {', '.join(matches)}")
         if matches[0] in keys:
             raise InvalidRequest(f"{path}[{index}]", f"{matches[0]} appears twice")
-        keys.append(matches[0])
+        keys[matches[0]] = None
     return tuple(keys)
 
 

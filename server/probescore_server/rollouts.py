@@ -1,20 +1,26 @@
 """What the scheduler, the worker and the engine pass to one another: checked requests as ids, and what is loaded.
 
-Plain frozen data, free of torch and grpc, so that it can cross from the front process to a worker.
+Plain frozen data, free of torch and grpc, so that it can cross from the front process to a worker. What crosses in numbers has no slots:
+pickling a frozen class with slots takes twice as long.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from probescore.reductions import Reduction
-from probescore.types import CompletionScores, ModelInfo, ProbeInfo, Scope, ScoredProbe, Span, Usage
+from probescore.types import CompletionScores, ModelInfo, ProbeInfo, ProbeScores, Scope, ScoredProbe, Span, Usage
+
+# From here on packing pays.
+MANY_PROBES = 16
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Continuation:
     """A completion, or a follow-up to one.
 
@@ -50,7 +56,7 @@ class Continuation:
         return len(self.token_ids) + max((follow_up.chain_tokens for follow_up in self.follow_ups), default=0)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class ScoreOptions:
     """How the rollouts of one request are scored.
 
@@ -68,7 +74,7 @@ class ScoreOptions:
     return_token_texts: bool = False
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Rollout:
     """One prompt with one completion, checked and ready to score.
 
@@ -88,15 +94,65 @@ class Rollout:
         return len(self.prompt_ids) + self.completion.tree_tokens + self.appended_tokens * self.completion.tree_size
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class RolloutResult:
     """The scores of one rollout, and the work that it took in its batch."""
 
     scores: CompletionScores
     usage: Usage
 
+    def __reduce__(self) -> tuple[Callable[..., RolloutResult], tuple[object, Usage]]:
+        """Packs many small arrays, one for each probe, into one: a thousand of them take several milliseconds to pickle."""
+        if len(self.scores.scores) < MANY_PROBES:
+            return RolloutResult, (self.scores, self.usage)
+        return _unpack_result, (_PackedScores.of(self.scores), self.usage)
 
-@dataclass(frozen=True, slots=True, eq=False)
+
+@dataclass(frozen=True, eq=False)
+class _PackedScores:
+    """`CompletionScores` with what was reduced in one array.
+
+    Attributes:
+        rest: all but the scores and the follow-ups.
+        probes: keys of the scores.
+        shapes: of what was reduced, by probe.
+        reduced: ``(sum of their sizes,)`` float32.
+        tokens: of the probes that have any.
+    """
+
+    rest: CompletionScores
+    probes: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    reduced: NDArray[np.float32]
+    tokens: dict[str, NDArray[np.float32]]
+    follow_ups: tuple[_PackedScores, ...]
+
+    @classmethod
+    def of(cls, scores: CompletionScores) -> _PackedScores:
+        arrays = [probe.reduced for probe in scores.scores.values()]
+        return cls(
+            rest=replace(scores, scores={}, follow_ups=()),
+            probes=tuple(scores.scores),
+            shapes=tuple(array.shape for array in arrays),
+            reduced=np.concatenate([array.ravel() for array in arrays]) if arrays else np.zeros(0, np.float32),
+            tokens={key: probe.tokens for key, probe in scores.scores.items() if probe.tokens is not None},
+            follow_ups=tuple(map(cls.of, scores.follow_ups)),
+        )
+
+    def unpack(self) -> CompletionScores:
+        scores, start = {}, 0
+        for key, shape in zip(self.probes, self.shapes, strict=True):
+            end = start + math.prod(shape)
+            scores[key] = ProbeScores(self.reduced[start:end].reshape(shape), self.tokens.get(key))
+            start = end
+        return replace(self.rest, scores=scores, follow_ups=tuple(follow_up.unpack() for follow_up in self.follow_ups))
+
+
+def _unpack_result(packed: _PackedScores, usage: Usage) -> RolloutResult:
+    return RolloutResult(packed.unpack(), usage)
+
+
+@dataclass(frozen=True, eq=False)
 class ScoredBatch:
     """What a worker returns for a batch.
 

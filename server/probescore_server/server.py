@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import importlib
 import os
 import signal
@@ -16,9 +17,10 @@ import structlog
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from probescore.v1 import scoring_pb2_grpc
+from probescore.v1 import admin_pb2_grpc, scoring_pb2_grpc
+from probescore_server.admin import ADMIN_SERVICE, AdminServicer
 from probescore_server.boundary import Boundary
-from probescore_server.errors import StartupError
+from probescore_server.errors import StartupError, WorkerUnavailable
 from probescore_server.health import SCORING_SERVICE, Health
 from probescore_server.metrics import Metrics
 from probescore_server.scheduler import Scheduler
@@ -30,6 +32,8 @@ from probescore_server.worker_process import WorkerProcess
 logger = structlog.get_logger(__name__)
 
 CUDA_DRIVER = Path("/dev/nvidiactl")
+# What those are told who wait when a server stops.
+RETRY_SECONDS = 1.0
 
 
 async def serve(settings: ServerSettings) -> None:
@@ -66,7 +70,11 @@ class Server:
             max_queue_tokens=settings.max_queue_tokens,
             max_batch_tokens=settings.max_batch_tokens,
             on_batch=self._metrics.batch_tokens.observe,
+            on_out_of_memory=self._metrics.out_of_memory.inc,
         )
+        for number, worker in enumerate(self._workers):
+            budget = functools.partial(self._scheduler.batch_budget, worker)
+            self._metrics.watch_batch_budget(str(number), worker.spec.device, budget)
         self._metrics.watch_queue(lambda: self._scheduler.queued_tokens, lambda: self._scheduler.queued_rollouts)
         self._grpc = self._make_grpc_server()
         self._announcing: set[asyncio.Task[None]] = set()
@@ -99,6 +107,9 @@ class Server:
     async def _drain(self, now: asyncio.Event) -> None:
         logger.info("draining", at_most_seconds=self._settings.drain_seconds)
         await self._health.drain()
+        if all(worker.asleep for worker in self._workers):
+            # a server that drains takes no call that could wake it
+            self._scheduler.fail_waiting(WorkerUnavailable("the server stops while it sleeps", RETRY_SECONDS))
         stopping = asyncio.create_task(self._grpc.stop(self._settings.drain_seconds))
         hurrying = asyncio.create_task(now.wait())
         await asyncio.wait([stopping, hurrying], return_when=asyncio.FIRST_COMPLETED)
@@ -109,11 +120,11 @@ class Server:
 
     def _workers_changed(self) -> None:
         """Tells everyone what the workers' state means: health, metrics, and the work that waits."""
-        serving = any(worker.ready for worker in self._workers)
-        self._metrics.ready.set(serving)
+        ready = any(worker.ready for worker in self._workers)
+        self._metrics.ready.set(ready)
         for number, worker in enumerate(self._workers):
-            self._metrics.show_worker(str(number), worker.spec.device, ready=worker.ready, restarts=worker.restarts)
-        if serving:
+            self._metrics.show_worker(str(number), worker.spec.device, ready=worker.ready, asleep=worker.asleep, restarts=worker.restarts)
+        if ready:
             self._scheduler.dispatch()
         elif all(worker.failed_starts for worker in self._workers):
             self._scheduler.fail_waiting(self._workers[0].unavailable())
@@ -122,7 +133,8 @@ class Server:
         announcing.add_done_callback(self._announcing.discard)
 
     async def _announce(self) -> None:
-        serving = any(worker.ready for worker in self._workers)
+        # calls to a server that sleeps are accepted and wait; who restarted it for not answering would take the memory that it gave away
+        serving = any(worker.ready or worker.asleep for worker in self._workers)
         await self._health.set_serving(serving)
         logger.info("serving" if serving else "not serving")
 
@@ -148,7 +160,11 @@ class Server:
         servicer = ScoringServicer(settings, self._workers, self._scheduler, self._metrics)
         scoring_pb2_grpc.add_ScoringServiceServicer_to_server(servicer, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        reflection.enable_server_reflection((SCORING_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+        services = [SCORING_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME]
+        if settings.admin:
+            admin_pb2_grpc.add_ProbeAdminServiceServicer_to_server(AdminServicer(self._workers, self._metrics), server)
+            services.append(ADMIN_SERVICE)
+        reflection.enable_server_reflection(services, server)
         return server
 
     def _listen(self) -> str:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import grpc
 import structlog
@@ -26,11 +26,12 @@ from probescore._messages import (
 )
 from probescore.types import CompletionScores, GroupScores, Limits, RolloutGroup, ScoreResult, ScoringInfo, ServerInfo, Usage, WorkerInfo
 from probescore.v1 import probes_pb2, scoring_pb2, scoring_pb2_grpc
+from probescore_server.calls import Call, Delivery, FinishedRollout
 from probescore_server.errors import InvalidRequest, Mismatch, WorkerUnavailable
 from probescore_server.metrics import Metrics
 from probescore_server.requests import pending_texts, resolve_options, resolve_rollouts
 from probescore_server.rollouts import EngineInfo, Rollout, ScoreOptions
-from probescore_server.scheduler import Call, Delivery, FinishedRollout, Scheduler
+from probescore_server.scheduler import Scheduler
 from probescore_server.settings import ServerSettings
 from probescore_server.worker_process import WorkerProcess
 
@@ -42,6 +43,11 @@ MAX_ABSOLUTE_PRIORITY = 100
 # gRPC for Python slows down with larger messages.
 MAX_STREAMED_BYTES = 1 << 20
 
+# What takes about a millisecond. Switching threads costs a small call more than the work itself.
+MAX_BYTES_CHECKED_ON_LOOP = 4096
+MAX_SCORES_ON_LOOP = 64
+
+Result = TypeVar("Result")
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
@@ -68,11 +74,12 @@ class ScoringServicer(scoring_pb2_grpc.ScoringServiceServicer):
         info = self._info()
         asked = await self._check(request, info)
         with self._submit(asked, context) as call:
-            deliveries = [self._counted(delivery) async for delivery in call]
+            deliveries = [self._counted(call, delivery) async for delivery in call]
         finished = [one for delivery in deliveries for one in delivery.finished]
         usage = _usage(call, finished, sum(delivery.compute_seconds for delivery in deliveries))
         self._log(asked, usage, context)
-        return await asyncio.to_thread(_whole_answer, finished, _scoring_info(info, asked.options, usage))
+        scoring_info = _scoring_info(info, asked.options, usage)
+        return await _unhurried(_whole_answer, finished, scoring_info, small=_is_small(finished, asked))
 
     async def ScoreStream(  # noqa: N802
         self, request: scoring_pb2.ScoreStreamRequest, context: Context
@@ -83,10 +90,11 @@ class ScoringServicer(scoring_pb2_grpc.ScoringServiceServicer):
         total = Usage()
         with self._submit(asked, context) as call:
             async for delivery in call:
-                for finished in _pieces(self._counted(delivery)):
+                for finished in _pieces(self._counted(call, delivery)):
                     usage = _usage(call, finished, delivery.compute_seconds)
                     answer = [(one.group, one.completion, one.result.scores) for one in finished]
-                    yield await asyncio.to_thread(streamed_to_proto, answer, _scoring_info(info, asked.options, usage))
+                    scoring_info = _scoring_info(info, asked.options, usage)
+                    yield await _unhurried(streamed_to_proto, answer, scoring_info, small=_is_small(finished, asked))
                 total = _usage(call, delivery.finished, delivery.compute_seconds, total)
         self._log(asked, total, context)
 
@@ -109,7 +117,7 @@ class ScoringServicer(scoring_pb2_grpc.ScoringServiceServicer):
                     max_batch_tokens=settings.max_batch_tokens,
                 ),
                 workers=tuple(
-                    WorkerInfo(worker.spec.device, engine.dtype, engine.execution_path, worker.ready, worker.restarts)
+                    WorkerInfo(worker.spec.device, engine.dtype, engine.execution_path, worker.ready, worker.restarts, worker.asleep)
                     for worker, engine in zip(self._workers, loaded, strict=True)
                 ),
                 probes=tuple(f"{probe.name}@{probe.version}" for probe in info.probes),
@@ -131,9 +139,10 @@ class ScoringServicer(scoring_pb2_grpc.ScoringServiceServicer):
         raise WorkerUnavailable("the server is starting", retry_seconds=1.0)
 
     async def _check(self, request: scoring_pb2.ScoreRequest, info: EngineInfo) -> _Asked:
-        """Checks a request, tokenising what came as text; in threads, since large requests take a while."""
+        """Checks a request, tokenising what came as text."""
         started = time.monotonic()
-        asked, groups = await asyncio.to_thread(_read_request, request)
+        small = request.ByteSize() <= MAX_BYTES_CHECKED_ON_LOOP
+        asked, groups = await _unhurried(_read_request, request, small=small)
         _check_fingerprints(asked, info)
         options = resolve_options(
             info,
@@ -145,8 +154,8 @@ class ScoringServicer(scoring_pb2_grpc.ScoringServiceServicer):
             return_token_texts=asked.return_token_texts,
         )
         texts = pending_texts(groups)
-        encoded = await self._ready_worker().encode(texts) if texts else {}
-        rollouts = await asyncio.to_thread(
+        encoded = await self._tokenizing_worker().encode(texts) if texts else {}
+        rollouts = await _unhurried(
             resolve_rollouts,
             groups,
             info,
@@ -154,38 +163,33 @@ class ScoringServicer(scoring_pb2_grpc.ScoringServiceServicer):
             encoded=encoded,
             max_rollout_tokens=self._settings.max_rollout_tokens,
             max_request_tokens=self._settings.max_request_tokens,
+            small=small,
         )
-        _check_batch_room(rollouts, self._settings.max_batch_tokens)
         self._metrics.stages.labels("check").observe(time.monotonic() - started)
         return _Asked(rollouts, options, asked)
 
-    def _ready_worker(self) -> WorkerProcess:
-        return next((worker for worker in self._workers if worker.ready), self._workers[0])
+    def _tokenizing_worker(self) -> WorkerProcess:
+        return next((worker for worker in self._workers if worker.up), self._workers[0])
 
     def _submit(self, asked: _Asked, context: Context) -> Call:
         remaining = context.time_remaining()
         deadline = math.inf if remaining is None else self._scheduler.clock() + remaining
         return self._scheduler.submit(asked.rollouts, job=_job(context), priority=asked.request.priority, deadline=deadline)
 
-    def _counted(self, delivery: Delivery) -> Delivery:
-        for one in delivery.finished:
-            self._metrics.count_usage(one.result.usage)
+    def _counted(self, call: Call, delivery: Delivery) -> Delivery:
+        self._metrics.count_usage(_usage(call, delivery.finished, delivery.compute_seconds))
         return delivery
 
     def _log(self, asked: _Asked, usage: Usage, context: Context) -> None:
         self._metrics.stages.labels("queue").observe(usage.queue_seconds)
         self._metrics.stages.labels("compute").observe(usage.compute_seconds)
-        logger.info(
-            "scored",
-            job=_job(context),
-            run_id=asked.request.run_id,
-            step=asked.request.step,
-            groups=len(asked.rollouts),
-            completions=sum(map(len, asked.rollouts)),
-            tokens_computed=usage.tokens_computed,
-            queue_seconds=round(usage.queue_seconds, 4),
-            compute_seconds=round(usage.compute_seconds, 4),
-        )
+        # writing the line takes longer than all the rest here, so the answer goes first
+        asyncio.get_running_loop().call_soon(_log_scored, asked, usage, _job(context))
+
+
+async def _unhurried(work: Callable[..., Result], *args: object, small: bool, **options: object) -> Result:
+    """Does work in a thread, unless it is small: large work would hold up every other call."""
+    return work(*args, **options) if small else await asyncio.to_thread(work, *args, **options)
 
 
 # ---------------------------------------------------------------------------------------------------------------------- reading
@@ -222,19 +226,25 @@ def _check_fingerprints(asked: RequestOptions, info: EngineInfo) -> None:
             raise Mismatch(field, found or "none", expected)
 
 
-def _check_batch_room(rollouts: Sequence[Sequence[Rollout]], max_batch_tokens: int) -> None:
-    """A rollout is computed with all its follow-ups in one batch; `max_rollout_tokens` bounds its longest chain only."""
-    for i, group in enumerate(rollouts):
-        for j, rollout in enumerate(group):
-            if rollout.tokens > max_batch_tokens:
-                raise InvalidRequest(
-                    f"groups[{i}].completions[{j}].follow_ups",
-                    f"prompt, completion and all follow-ups are {rollout.tokens} tokens; the limit max_batch_tokens is {max_batch_tokens}",
-                    "TOO_LONG",
-                )
-
-
 # ---------------------------------------------------------------------------------------------------------------------- writing
+
+
+def _is_small(finished: Sequence[FinishedRollout], asked: _Asked) -> bool:
+    return len(finished) * len(asked.options.probes) <= MAX_SCORES_ON_LOOP
+
+
+def _log_scored(asked: _Asked, usage: Usage, job: str) -> None:
+    logger.info(
+        "scored",
+        job=job,
+        run_id=asked.request.run_id,
+        step=asked.request.step,
+        groups=len(asked.rollouts),
+        completions=sum(map(len, asked.rollouts)),
+        tokens_computed=usage.tokens_computed,
+        queue_seconds=round(usage.queue_seconds, 4),
+        compute_seconds=round(usage.compute_seconds, 4),
+    )
 
 
 def _usage(call: Call, finished: Iterable[FinishedRollout], compute_seconds: float, before: Usage | None = None) -> Usage:

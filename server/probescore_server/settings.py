@@ -76,7 +76,20 @@ class ServerSettings(BaseSettings):
         32_768,
         ge=1,
         le=16_777_216,
-        description="Tokens of one device batch. Lower it if the device runs out of memory; at least max_rollout_tokens.",
+        description="Tokens of one device batch; a longer rollout makes one of its own. Where memory runs out, the server takes less.",
+    )
+    kv_cache_bytes: int = Field(
+        1_073_741_824,
+        ge=0,
+        le=1_099_511_627_776,
+        description="Bytes of keys and values kept on a device for prompts that begin like earlier ones (turns, the next epoch); 0 = none.",
+    )
+
+    device_memory_fraction: float = Field(
+        1.0,
+        ge=0.01,
+        le=1,
+        description="The most of a CUDA device's memory that torch may take in its worker; the rest is for others. Means nothing on a CPU.",
     )
 
     # --------------------------------------------------------------------------------------------------------------- addresses
@@ -169,6 +182,10 @@ class ServerSettings(BaseSettings):
         description="grpc.aio server interceptors around every call, as module:attribute, outermost first: the place for authentication.",
         examples=["mycompany.auth:interceptor"],
     )
+    admin: bool = Field(
+        False,
+        description="Serve ProbeAdminService, with which anyone who may call can put the server to sleep and wake it.",
+    )
     log_format: Literal["auto", "console", "json"] = Field(
         "auto",
         description="auto = console on a terminal, else one JSON object per line. Logs go to stderr.",
@@ -209,7 +226,6 @@ class ServerSettings(BaseSettings):
     @model_validator(mode="after")
     def _limits_fit_together(self) -> Self:
         at_least = (
-            ("max_batch_tokens", "max_rollout_tokens", 1),
             ("max_request_tokens", "max_rollout_tokens", 1),
             ("max_queue_tokens", "max_request_tokens", 1),
             ("max_message_bytes", "max_request_tokens", BYTES_PER_TOKEN),

@@ -11,7 +11,16 @@ from google.protobuf.message import Message
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 
-from probescore_server.errors import CoreError, DeadlineExpired, InternalFault, InvalidRequest, Mismatch, QueueFull, WorkerUnavailable
+from probescore_server.errors import (
+    CoreError,
+    DeadlineExpired,
+    InternalFault,
+    InvalidRequest,
+    Mismatch,
+    OutOfMemory,
+    QueueFull,
+    WorkerUnavailable,
+)
 
 DOMAIN = "probescore"
 # Statuses travel as HTTP/2 headers, of which peers accept 8 KiB in all; the text is in there twice in base64, and once percent-encoded.
@@ -22,6 +31,7 @@ CODES: dict[type[CoreError], grpc.StatusCode] = {
     Mismatch: grpc.StatusCode.FAILED_PRECONDITION,
     QueueFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
     WorkerUnavailable: grpc.StatusCode.UNAVAILABLE,
+    OutOfMemory: grpc.StatusCode.RESOURCE_EXHAUSTED,
     DeadlineExpired: grpc.StatusCode.DEADLINE_EXCEEDED,
     InternalFault: grpc.StatusCode.INTERNAL,
 }
@@ -49,6 +59,8 @@ def status_of(error: CoreError) -> RpcStatus:
             details.append(BadRequest(field_violations=[violation]))
         case Mismatch():
             info.metadata.update(field=error.field, found=error.found, expected=_shorten(error.expected))
+        case OutOfMemory():
+            info.metadata.update(tokens=str(error.tokens))
         case InternalFault():
             info.metadata.update(incident=error.incident)
         case QueueFull() | WorkerUnavailable():

@@ -6,13 +6,14 @@ imports this module too.
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
@@ -21,8 +22,10 @@ import numpy as np
 import structlog
 from numpy.typing import NDArray
 
-from probescore_server.errors import InternalFault, InvalidRequest, StartupError
+from probescore.types import Transfer
+from probescore_server.errors import InternalFault, InvalidRequest, OutOfMemory, StartupError, WorkerUnavailable
 from probescore_server.logs import configure_logs
+from probescore_server.pipe import BlockingEnd
 from probescore_server.requests import PendingText
 from probescore_server.rollouts import EngineInfo, Rollout, ScoredBatch
 from probescore_server.settings import ServerSettings
@@ -31,6 +34,9 @@ if TYPE_CHECKING:
     from probescore_server.engine import Engine
 
 logger = structlog.get_logger(__name__)
+
+# On a CPU torch has no type of its own for it.
+CPU_OUT_OF_MEMORY = "DefaultCPUAllocator: can't allocate memory"
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,7 @@ class WorkerSpec:
 
 @dataclass(frozen=True)
 class ScoreBatch:
-    """Score these rollouts; answered by `BatchScored` or `Failed`. One at a time."""
+    """Score these rollouts, after the batches before; answered by `BatchScored` or `Failed`."""
 
     number: int
     rollouts: Sequence[Rollout]
@@ -55,7 +61,7 @@ class ScoreBatch:
 
 @dataclass(frozen=True)
 class CancelRollout:
-    """Give up a rollout of batch `number`, if that still computes."""
+    """Give up a rollout of batch `number`, if that has not been answered."""
 
     number: int
     index: int
@@ -70,11 +76,25 @@ class EncodeTexts:
 
 
 @dataclass(frozen=True)
+class Sleep:
+    """Give the device's memory back, after the batches before; answered by `Moved` or `Failed`, and then awake as before."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class Wake:
+    """Take the device's memory again; answered by `Moved`, or by `Failed`, and then asleep as before."""
+
+    number: int
+
+
+@dataclass(frozen=True)
 class Stop:
     """End, after the batch that computes."""
 
 
-ToWorker = ScoreBatch | CancelRollout | EncodeTexts | Stop
+ToWorker = ScoreBatch | CancelRollout | EncodeTexts | Sleep | Wake | Stop
 
 # ------------------------------------------------------------------------------------------------------------------ from a worker
 
@@ -117,38 +137,44 @@ class TextsEncoded:
 
 
 @dataclass(frozen=True)
-class Failed:
-    """Answers either; an unexpected exception is in the log under the fault's incident and goes no further."""
+class Moved:
+    """Answers `Sleep` and `Wake`."""
 
     number: int
-    error: InvalidRequest | InternalFault
+    transfer: Transfer
 
 
-FromWorker = Progress | Ready | Refused | BatchScored | TextsEncoded | Failed
+@dataclass(frozen=True)
+class Failed:
+    """Answers any of them; an unexpected exception is in the log under the fault's incident and goes no further."""
+
+    number: int
+    error: InvalidRequest | InternalFault | OutOfMemory | WorkerUnavailable
+
+
+FromWorker = Progress | Ready | Refused | BatchScored | TextsEncoded | Moved | Failed
 
 # --------------------------------------------------------------------------------------------------------------------- the worker
 
 
-def run_worker(connection: Connection, spec: WorkerSpec) -> None:
+def run_worker(connection: socket.socket, spec: WorkerSpec) -> None:
     """The main function of a worker process. It lives until it is told to stop or the front process is gone."""
     # The front process decides when a worker ends: Ctrl-C and a supervisor's SIGTERM reach the whole group, but accepted work is finished.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     configure_logs(spec.settings.log_format, spec.settings.log_level)
-    _Worker(connection, spec).run()
+    _Worker(BlockingEnd(connection), spec).run()
 
 
 class _Worker:
     """Three threads: this one loads and computes, one reads the pipe, one tokenises."""
 
-    def __init__(self, connection: Connection, spec: WorkerSpec) -> None:
-        self._connection = connection
+    def __init__(self, pipe: BlockingEnd, spec: WorkerSpec) -> None:
+        self._pipe = pipe
         self._spec = spec
-        self._sending = threading.Lock()
-        self._batches: SimpleQueue[ScoreBatch | None] = SimpleQueue()
+        self._orders: SimpleQueue[ScoreBatch | Sleep | Wake | None] = SimpleQueue()
         self._texts: SimpleQueue[EncodeTexts] = SimpleQueue()
-        self._newest_batch = 0
-        self._cancelled: set[int] = set()
+        self._cancelled: dict[int, set[int]] = {}  # by number of a batch that has not been answered, the indices given up
 
     def run(self) -> None:
         threading.Thread(target=self._read, daemon=True).start()
@@ -161,10 +187,19 @@ class _Worker:
             logger.exception("loading failed")
             self._send(Refused(f"loading failed: {type(error).__name__}: {error}"))
             return
+        # what was loaded stays: without this every full collection would look through it, for 0.2 seconds
+        gc.collect()
+        gc.freeze()
         threading.Thread(target=self._encode, args=(engine,), daemon=True).start()
         self._send(Ready(engine.info))
-        while (batch := self._batches.get()) is not None:
-            self._score(engine, batch)
+        while (order := self._orders.get()) is not None:
+            match order:
+                case ScoreBatch():
+                    self._score(engine, order)
+                case Sleep():
+                    self._sleep(engine, order)
+                case Wake():
+                    self._wake(engine, order)
 
     def _load(self) -> Engine:
         settings = self._spec.settings
@@ -178,6 +213,8 @@ class _Worker:
         from probescore_server.engine import Engine
 
         torch.set_num_threads(self._spec.threads)
+        if self._spec.device.startswith("cuda"):
+            torch.cuda.set_per_process_memory_fraction(settings.device_memory_fraction, self._spec.device)
         return Engine.load(
             settings.model,
             probes,
@@ -186,40 +223,72 @@ class _Worker:
             device=self._spec.device,
             accept_mismatch=settings.accept_mismatch,
             trust_remote_code=settings.trust_remote_code,
+            max_kv_cache_bytes=settings.kv_cache_bytes,
             report=lambda message: self._send(Progress(message)),
         )
 
     def _send(self, message: FromWorker) -> None:
-        with self._sending:
-            self._connection.send(message)
+        self._pipe.send(message)
 
     def _read(self) -> None:
         while True:
             try:
-                message = self._connection.recv()
+                message = self._pipe.receive()
             except (EOFError, OSError):
                 # The front process is gone; nobody is left to compute for.
                 os._exit(1)
+            except Exception:
+                # a message that is lost would be waited for for ever; the next process starts afresh
+                logger.exception("reading a message failed")
+                os._exit(1)
             match message:
                 case ScoreBatch():
-                    self._newest_batch, self._cancelled = message.number, set()
-                    self._batches.put(message)
-                case CancelRollout() if message.number == self._newest_batch:
-                    self._cancelled.add(message.index)
+                    self._cancelled[message.number] = set()
+                    self._orders.put(message)
+                case CancelRollout():
+                    # of a batch that is answered nobody looks any more
+                    self._cancelled.get(message.number, set()).add(message.index)
                 case EncodeTexts():
                     self._texts.put(message)
+                case Sleep() | Wake():
+                    self._orders.put(message)
                 case Stop():
-                    self._batches.put(None)
+                    self._orders.put(None)
 
     def _score(self, engine: Engine, batch: ScoreBatch) -> None:
-        cancelled = self._cancelled
         started = time.monotonic()
+        failure: OutOfMemory | InternalFault
         try:
-            results = engine.score_rollouts(batch.rollouts, is_cancelled=cancelled.__contains__)
-        except Exception:
-            self._send(Failed(batch.number, _logged_fault("a batch failed", rollouts=len(batch.rollouts))))
-        else:
+            results = engine.score_rollouts(batch.rollouts, is_cancelled=self._cancelled[batch.number].__contains__)
             self._send(BatchScored(batch.number, ScoredBatch(tuple(results), time.monotonic() - started)))
+            return
+        except Exception as error:
+            if _is_out_of_memory(error):
+                failure = OutOfMemory(sum(rollout.tokens for rollout in batch.rollouts))
+                logger.warning("memory is short", problem=str(error), rollouts=len(batch.rollouts))
+            else:
+                failure = _logged_fault("a batch failed", rollouts=len(batch.rollouts))
+        finally:
+            del self._cancelled[batch.number]
+        if isinstance(failure, OutOfMemory):
+            engine.free_memory()  # only now: the exception held what the batch had allocated
+        self._send(Failed(batch.number, failure))
+
+    def _sleep(self, engine: Engine, order: Sleep) -> None:
+        try:
+            self._send(Moved(order.number, engine.sleep()))
+        except Exception:
+            self._send(Failed(order.number, _logged_fault("falling asleep failed")))
+
+    def _wake(self, engine: Engine, order: Wake) -> None:
+        try:
+            self._send(Moved(order.number, engine.wake()))
+        except WorkerUnavailable as error:
+            self._send(Failed(order.number, error))
+        except Exception:
+            # weights that did not come back as they were must not score: the next process reads them from the files
+            logger.exception("waking up failed")
+            os._exit(1)
 
     def _encode(self, engine: Engine) -> None:
         while True:
@@ -247,6 +316,13 @@ def probe_files(paths: Sequence[str]) -> list[Path]:
             raise StartupError(f"probes: no *.onnx in the directory {path}")
         files += found
     return files
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether memory was short, of the device or of this process."""
+    import torch
+
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or CPU_OUT_OF_MEMORY in str(error)
 
 
 def _encode_one(engine: Engine, text: PendingText) -> NDArray[np.int32]:

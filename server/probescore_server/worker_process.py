@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import multiprocessing
-import threading
+import socket
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import structlog
 from numpy.typing import NDArray
 
-from probescore_server.errors import StartupError, WorkerUnavailable
+from probescore.types import Transfer
+from probescore_server.errors import InternalFault, StartupError, WorkerUnavailable
+from probescore_server.pipe import LoopEnd
 from probescore_server.requests import PendingText
 from probescore_server.rollouts import EngineInfo, Rollout, ScoredBatch
 from probescore_server.worker import (
@@ -25,13 +25,16 @@ from probescore_server.worker import (
     EncodeTexts,
     Failed,
     FromWorker,
+    Moved,
     Progress,
     Ready,
     Refused,
     ScoreBatch,
+    Sleep,
     Stop,
     TextsEncoded,
     ToWorker,
+    Wake,
     WorkerSpec,
     run_worker,
 )
@@ -40,6 +43,8 @@ logger = structlog.get_logger(__name__)
 
 # How much longer than `worker_restart_seconds` the pause between attempts to start may get.
 MAX_BACKOFF = 60.0
+# Packing more than this, at some 10 µs each, would hold up the event loop.
+MAX_ROLLOUTS_PACKED_ON_LOOP = 64
 # For the batch that computes when a worker is told to stop; nobody waits for its scores any more.
 STOP_SECONDS = 5.0
 
@@ -64,14 +69,28 @@ class WorkerProcess:
         self.failed_starts = 0
         self._on_change = on_change
         self._numbers = itertools.count(1)
-        self._computing = 0  # number of the newest batch
-        self._life: _Life | None = None  # while it is ready
+        self._life: _Life | None = None  # while it is up
+        self._awake = asyncio.Event()
+        self._awake.set()
+        self._moving = asyncio.Lock()
         self._start_seconds = 0.0
 
     @property
     def ready(self) -> bool:
         """Whether it can score."""
-        return self._life is not None
+        return self.up and not self.asleep
+
+    @property
+    def up(self) -> bool:
+        """Whether there is a process that has loaded what it should, awake or asleep."""
+        return self._life is not None and not self._life.ended.is_set()
+
+    @property
+    def asleep(self) -> bool:
+        """Whether it is to leave its device alone until `wake`. This outlasts its death: a process that dies asleep is not started again
+        before, since loading would take the memory that was given away.
+        """
+        return not self._awake.is_set()
 
     async def run(self) -> None:
         """Starts the worker, and starts it again whenever it dies, until cancelled.
@@ -89,6 +108,7 @@ class WorkerProcess:
             logger.error("worker died", device=self.spec.device, exit_code=life.process.exitcode)
             self._on_change()
             await asyncio.sleep(self._pause_seconds)
+            await self._awake.wait()
             self.restarts += 1
 
     async def _live(self, life: _Life) -> None:
@@ -110,24 +130,29 @@ class WorkerProcess:
         self._on_change()
         await life.ended.wait()
 
-    async def score(self, rollouts: Sequence[Rollout]) -> ScoredBatch:
-        """Scores one batch; one at a time.
+    def new_batch(self) -> int:
+        """A number for `score` and `cancel`."""
+        return next(self._numbers)
+
+    async def score(self, number: int, rollouts: Sequence[Rollout]) -> ScoredBatch:
+        """Scores a batch, after those that it has already. What comes while it sleeps waits.
 
         Raises:
             WorkerUnavailable: it is not up, or died.
+            OutOfMemory: the batch needs more memory than there is.
             InternalFault: the batch failed.
         """
-        self._computing = next(self._numbers)
-        batch: ScoredBatch = await self._ask(ScoreBatch(self._computing, rollouts))
+        await self._awake.wait()
+        batch: ScoredBatch = await self._ask(ScoreBatch(number, rollouts))
         return batch
 
-    def cancel(self, index: int) -> None:
-        """Gives up one rollout of the batch that is computing; its result will be ``None``."""
+    def cancel(self, number: int, index: int) -> None:
+        """Gives up one rollout of a batch that it has; its result will be ``None``. Too late, it does nothing."""
         if self._life is not None:
-            self._life.send(CancelRollout(self._computing, index))
+            self._life.send(CancelRollout(number, index))
 
     async def encode(self, texts: Sequence[PendingText]) -> dict[str, NDArray[np.int32]]:
-        """Tokenises, beside the batch that computes.
+        """Tokenises, beside the batch that computes and while it sleeps; if it died asleep, once it is woken.
 
         Returns:
             Ids ``(T,)`` int32 by `PendingText.field`.
@@ -137,11 +162,64 @@ class WorkerProcess:
             WorkerUnavailable: it is not up, or died.
             InternalFault: something else went wrong.
         """
+        if not self.up:
+            await self._awake.wait()
         ids: dict[str, NDArray[np.int32]] = await self._ask(EncodeTexts(next(self._numbers), texts))
         return ids
 
-    async def _ask(self, message: ScoreBatch | EncodeTexts) -> Any:  # noqa: ANN401
-        if self._life is None:
+    async def sleep(self) -> Transfer:
+        """Makes it give its device's memory back, after the batch that computes. Asking again changes nothing. If the caller does not wait
+        for the end, it sleeps all the same.
+
+        Raises:
+            WorkerUnavailable: it is not up, or died.
+            InternalFault: something went wrong, and it is awake as before.
+        """
+        async with self._moving:
+            if not self.up:
+                if self.asleep:
+                    return Transfer(self.spec.device)
+                raise self.unavailable()
+            self._set_awake(False)
+            try:
+                transfer = await self._ask(Sleep(next(self._numbers)))
+            except InternalFault:
+                self._set_awake(True)
+                raise
+            return self._logged("worker asleep", transfer)
+
+    async def wake(self) -> Transfer:
+        """Makes it take its device's memory again. Asking again changes nothing. If the caller does not wait for the end, it must be asked
+        again.
+
+        Raises:
+            WorkerUnavailable: its device has no room yet; or it is not up, or died, and is now being started again.
+        """
+        async with self._moving:
+            if self.ready:
+                return Transfer(self.spec.device)
+            if not self.up:
+                self._set_awake(True)
+                raise self.unavailable()
+            transfer = await self._ask(Wake(next(self._numbers)))
+            self._set_awake(True)
+            return self._logged("worker awake", transfer)
+
+    def _set_awake(self, awake: bool) -> None:
+        if awake:
+            self._awake.set()
+        else:
+            self._awake.clear()
+        self._on_change()
+
+    def _logged(self, event: str, transfer: Transfer) -> Transfer:
+        gibibytes = {"weights_gib": transfer.weight_bytes, "device_gib": transfer.device_bytes}
+        rounded = {name: round(number / 2**30, 3) for name, number in gibibytes.items()}
+        logger.info(event, device=self.spec.device, seconds=round(transfer.seconds, 3), **rounded)
+        return transfer
+
+    async def _ask(self, message: ScoreBatch | EncodeTexts | Sleep | Wake) -> Any:  # noqa: ANN401
+        if self._life is None or not self.up:
             raise self.unavailable()
         try:
             return await self._life.ask(message)
@@ -164,27 +242,27 @@ def _check_same(before: EngineInfo | None, now: EngineInfo) -> None:
 
 
 class _Life:
-    """One process, from its start to its end. The pipe is read and written by threads, so that the event loop never waits for it."""
+    """One process, from its start to its end."""
 
     def __init__(self, spec: WorkerSpec) -> None:
         context = multiprocessing.get_context("spawn")
-        self._connection, self._theirs = context.Pipe()
+        self._ours, self._theirs = socket.socketpair()
         self.process = context.Process(target=run_worker, args=(self._theirs, spec), name=f"probescore-{spec.device}", daemon=True)
         self.ended = asyncio.Event()
         self._spec = spec
         self._loop = asyncio.get_running_loop()
         self._started: asyncio.Future[EngineInfo] = self._loop.create_future()
         self._answers: dict[int, asyncio.Future[Any]] = {}
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="worker-pipe-writer")
+        self._pipe = LoopEnd(self._receive, self._end)
 
     async def start(self) -> EngineInfo:
         """Raises ``StartupError`` if it refuses to start, or dies first."""
         await asyncio.to_thread(self.process.start)
         self._theirs.close()  # or its death would not close the pipe
-        threading.Thread(target=self._read, name="worker-pipe-reader", daemon=True).start()
+        await self._loop.create_unix_connection(lambda: self._pipe, sock=self._ours)
         return await self._started
 
-    async def ask(self, message: ScoreBatch | EncodeTexts) -> Any:  # noqa: ANN401
+    async def ask(self, message: ScoreBatch | EncodeTexts | Sleep | Wake) -> Any:  # noqa: ANN401
         """The answer to a message; raises what it says, or ``EOFError`` if the process dies first."""
         answer = self._answers[message.number] = self._loop.create_future()
         self.send(message)
@@ -194,8 +272,8 @@ class _Life:
             del self._answers[message.number]
 
     def send(self, message: ToWorker) -> None:
-        """Sends in the background, in order. What a dead process would not get is dropped: the reader notices and answers for it."""
-        self._writer.submit(self._write, message)
+        """Sends in order, without waiting. What a dead process would not get is dropped: `_end` answers for it."""
+        self._pipe.send(message, takes_long=isinstance(message, ScoreBatch) and len(message.rollouts) > MAX_ROLLOUTS_PACKED_ON_LOOP)
 
     async def stop(self) -> None:
         """Ends the process, if it still runs, and waits for its end."""
@@ -204,21 +282,7 @@ class _Life:
             await asyncio.to_thread(self.process.join, STOP_SECONDS)
             self.process.kill()
             await asyncio.to_thread(self.process.join)
-        self._writer.shutdown(wait=False)
-
-    def _write(self, message: ToWorker) -> None:
-        with contextlib.suppress(OSError):
-            self._connection.send(message)
-
-    def _read(self) -> None:
-        with self._connection:
-            while True:
-                try:
-                    message = self._connection.recv()
-                except (EOFError, OSError):
-                    break
-                self._loop.call_soon_threadsafe(self._receive, message)
-        self._loop.call_soon_threadsafe(self._end)
+        self._pipe.close()
 
     def _receive(self, message: FromWorker) -> None:
         match message:
@@ -232,14 +296,16 @@ class _Life:
                 _settle(self._answers.get(message.number), message.batch)
             case TextsEncoded():
                 _settle(self._answers.get(message.number), message.ids)
+            case Moved():
+                _settle(self._answers.get(message.number), message.transfer)
             case Failed():
                 _settle(self._answers.get(message.number), message.error)
 
     def _end(self) -> None:
+        self.ended.set()
         _settle(self._started, StartupError(f"the worker on {self._spec.device} died while it was starting"))
         for answer in self._answers.values():
             _settle(answer, EOFError())
-        self.ended.set()
 
 
 def _settle(future: asyncio.Future[Any] | None, outcome: object) -> None:

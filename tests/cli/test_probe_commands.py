@@ -128,7 +128,7 @@ def test_verify_recomputes_what_the_file_promises(probescore, probe_files, model
     ran = probescore("probes", "verify", probe_files["cheating"], "--model", model)
 
     assert ran.returncode == 0
-    assert "✓ recomputing the golden scores of cheating@1" in ran.stdout
+    assert "✓ recomputing golden scores" in ran.stdout
     assert "cheating@1 can be served" in ran.stdout
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
 from collections.abc import AsyncIterable, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,7 +33,7 @@ from probescore import (
     StreamedCompletion,
 )
 from probescore._messages import groups_from_request, result_to_proto, streamed_to_proto
-from probescore.v1 import probes_pb2, scoring_pb2, scoring_pb2_grpc
+from probescore.v1 import admin_pb2, admin_pb2_grpc, probes_pb2, scoring_pb2, scoring_pb2_grpc
 
 INFO = ScoringInfo(
     model_fingerprint="sha256:model",
@@ -111,18 +112,20 @@ def queue_full(retry_seconds: float = 0.01) -> Refusal:
 
 
 @dataclass
-class Service(scoring_pb2_grpc.ScoringServiceServicer):
+class Service(scoring_pb2_grpc.ScoringServiceServicer, admin_pb2_grpc.ProbeAdminServiceServicer):
     """Answers, or does what the next entry of its script says: raises a Refusal, or calls a function with the request.
 
     Attributes:
         script: what to do on the next calls, in their order; afterwards every call is answered.
         requests: what came.
         metadata: what came with each of them.
+        admin: whether it takes sleep and wake.
     """
 
     script: list[Refusal | Callable[[Any], Any]] = field(default_factory=list)
     requests: list[Any] = field(default_factory=list)
     metadata: list[dict[str, Any]] = field(default_factory=list)
+    admin: bool = True
     lock: Any = field(default_factory=threading.Lock)
 
     def _act(self, request: Any, context: grpc.ServicerContext, otherwise: Callable[[Any], Any]) -> Any:
@@ -149,6 +152,13 @@ class Service(scoring_pb2_grpc.ScoringServiceServicer):
     def ListProbes(self, request: Any, context: Any) -> Any:
         return self._act(request, context, lambda _: probes_pb2.ListProbesResponse())
 
+    def Sleep(self, request: Any, context: Any) -> Any:
+        moved = admin_pb2.Transfer(device="cuda:0", seconds=1.5, weight_bytes=8_000, device_bytes=9_000)
+        return self._act(request, context, lambda _: admin_pb2.SleepResponse(transfers=[moved]))
+
+    def Wake(self, request: Any, context: Any) -> Any:
+        return self._act(request, context, lambda _: admin_pb2.WakeResponse(transfers=[admin_pb2.Transfer(device="cuda:0")]))
+
 
 @contextmanager
 def serving(service: Service, address: str = "127.0.0.1:0", **options: int) -> Iterator[str]:
@@ -157,6 +167,8 @@ def serving(service: Service, address: str = "127.0.0.1:0", **options: int) -> I
         ThreadPoolExecutor(32), options=[("grpc.so_reuseport", 0), *((f"grpc.{key}", value) for key, value in options.items())]
     )
     scoring_pb2_grpc.add_ScoringServiceServicer_to_server(service, server)
+    if service.admin:
+        admin_pb2_grpc.add_ProbeAdminServiceServicer_to_server(service, server)
     port = server.add_insecure_port(address)
     server.start()
     try:
@@ -182,6 +194,15 @@ class BlockingAsyncClient:
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         return lambda *args, **options: self.loop.run_until_complete(getattr(self.client, name)(*args, **options))
+
+    @contextmanager
+    def awake(self, **options: Any) -> Iterator[None]:
+        block = self.client.awake(**options)
+        self.loop.run_until_complete(block.__aenter__())
+        try:
+            yield
+        finally:
+            self.loop.run_until_complete(block.__aexit__(*sys.exc_info()))
 
     def score_stream(self, groups: Iterable[RolloutGroup] | AsyncIterable[RolloutGroup], **options: Any) -> Iterator[StreamedCompletion]:
         stream = self.client.score_stream(groups, **options)

@@ -19,6 +19,7 @@ from probescore import (
     InvalidRequestError,
     MessageTooLargeError,
     MismatchError,
+    OutOfMemoryError,
     OverloadedError,
     ProbeClient,
     ProbescoreError,
@@ -77,6 +78,16 @@ def test_an_overload_says_when_to_come_back(client: Any, service: Service) -> No
 
     assert type(error) is OverloadedError
     assert (error.reason, error.retry_seconds) == ("QUEUE_FULL", 1.5)
+
+
+def test_a_rollout_too_large_for_the_device_is_no_overload_and_is_not_tried_again(client: Any, service: Service) -> None:
+    refusal = Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, "a rollout of 9 tokens does not fit", (error_info("OUT_OF_MEMORY"),))
+
+    error = failure(client, service, refusal)
+
+    assert type(error) is OutOfMemoryError
+    assert not isinstance(error, TransientError)
+    assert len(service.requests) == 1
 
 
 @pytest.mark.parametrize(

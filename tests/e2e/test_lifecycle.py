@@ -232,7 +232,7 @@ def test_a_metrics_port_that_is_taken_is_named(served: RunningServer, model: Pat
     [
         ((), "model: required"),
         (("--model", "m", "--port", "70000"), "port: "),
-        (("--model", "m", "--max-batch-tokens", "8"), "max_batch_tokens (8) must be at least max_rollout_tokens"),
+        (("--model", "m", "--max-request-tokens", "8"), "max_request_tokens (8) must be at least max_rollout_tokens"),
         (("--model", "m", "--config", "no-such.yaml"), "config no-such.yaml"),
     ],
 )

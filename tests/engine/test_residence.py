@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -53,6 +54,17 @@ def test_the_cache_is_given_back_and_the_weights_of_a_cpu_stay(load):
     assert (slept.device, slept.weight_bytes) == ("cpu", 0)
     assert (woken.weight_bytes, woken.device_bytes) == (0, 0)
     assert engine.score(GROUPS).info.usage.tokens_cached == 0
+
+
+def test_nothing_of_the_cache_outlives_it(load):
+    engine = load(linear())
+    engine.score(GROUPS)
+    cached = [weakref.ref(keys) for run in engine._cache._recency for keys, _ in run.key_values]
+    assert cached
+
+    engine.sleep()
+
+    assert [tensor() for tensor in cached] == [None] * len(cached)
 
 
 def test_asking_twice_changes_nothing(engine):

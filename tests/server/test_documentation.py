@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from probescore_server.cli.serve import PANELS, _default
+from probescore_server.cli.serve import PANELS, default_of
 from probescore_server.settings import ServerSettings
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "server.md"
@@ -12,7 +12,7 @@ DOCUMENT = Path(__file__).parents[2] / "docs" / "server.md"
 
 def row(name: str) -> str:
     field = ServerSettings.model_fields[name]
-    return f"| `{name}` | {_default(field)} | {field.description} |"
+    return f"| `{name}` | {default_of(field)} | {field.description} |"
 
 
 @pytest.mark.parametrize("name", ServerSettings.model_fields)

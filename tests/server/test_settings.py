@@ -85,7 +85,6 @@ def test_a_file_that_is_missing_or_not_text_is_refused(config: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "names"),
     [
-        ({"max_batch_tokens": 100}, ("max_batch_tokens (100)", "max_rollout_tokens (32768)")),
         ({"max_request_tokens": 100}, ("max_request_tokens (100)", "max_rollout_tokens (32768)")),
         ({"max_queue_tokens": 100}, ("max_queue_tokens (100)", "max_request_tokens (1048576)")),
         ({"max_message_bytes": 1024}, ("max_message_bytes (1024)", "4 × max_request_tokens (4194304)")),
@@ -126,6 +125,10 @@ def test_every_setting_says_what_it_is_for_and_every_number_has_bounds() -> None
 def test_the_default_server_is_reachable_from_this_machine_only_and_runs_no_code_of_models() -> None:
     settings = ServerSettings(model="m")
     assert (settings.address, settings.metrics_host, settings.trust_remote_code) == ("127.0.0.1:50051", "127.0.0.1", False)
+
+
+def test_by_default_nobody_can_put_the_server_to_sleep() -> None:
+    assert ServerSettings(model="m").admin is False
 
 
 def test_the_server_allows_the_pings_of_our_client() -> None:

@@ -8,7 +8,16 @@ from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 from grpc import StatusCode
 
-from probescore_server.errors import CoreError, DeadlineExpired, InternalFault, InvalidRequest, Mismatch, QueueFull, WorkerUnavailable
+from probescore_server.errors import (
+    CoreError,
+    DeadlineExpired,
+    InternalFault,
+    InvalidRequest,
+    Mismatch,
+    OutOfMemory,
+    QueueFull,
+    WorkerUnavailable,
+)
 from probescore_server.statuses import status_of
 
 ERRORS = [
@@ -17,6 +26,7 @@ ERRORS = [
     (Mismatch("expected_model_fingerprint", "a", "b"), StatusCode.FAILED_PRECONDITION, "MISMATCH"),
     (QueueFull(5, 4, 1.25), StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL"),
     (WorkerUnavailable("down", 0.5), StatusCode.UNAVAILABLE, "WORKER_UNAVAILABLE"),
+    (OutOfMemory(9), StatusCode.RESOURCE_EXHAUSTED, "OUT_OF_MEMORY"),
     (DeadlineExpired("late"), StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXPIRED"),
     (InternalFault("0a1b"), StatusCode.INTERNAL, "INTERNAL"),
 ]
@@ -53,6 +63,13 @@ def test_what_may_succeed_later_says_when_to_retry_to_people_and_to_grpc() -> No
         _, found = parts(error)
         assert found["RetryInfo"].retry_delay.ToMilliseconds() == milliseconds
         assert ("grpc-retry-pushback-ms", str(milliseconds)) in status_of(error).trailing_metadata
+
+
+def test_what_does_not_fit_alone_names_its_tokens_and_does_not_ask_for_a_retry() -> None:
+    _, found = parts(OutOfMemory(123))
+    assert found["ErrorInfo"].metadata["tokens"] == "123"
+    assert "123 tokens" in str(OutOfMemory(123))
+    assert "RetryInfo" not in found
 
 
 def test_a_fault_shows_its_incident_and_nothing_else() -> None:

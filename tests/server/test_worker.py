@@ -6,72 +6,20 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
-from models import BOS, HIDDEN_SIZE, MAX_POSITIONS, VOCAB_SIZE, tiny_model
+from models import BOS, MAX_POSITIONS, VOCAB_SIZE, tiny_model
+from watched_worker import Watched, rollouts_of, running
 
 from probescore.types import Chat, ChatMessage, RolloutGroup, Text
 from probescore_server import Engine
 from probescore_server.errors import InternalFault, InvalidRequest, StartupError, WorkerUnavailable
-from probescore_server.probes.exporting import linear_probe
-from probescore_server.probes.reference import ReferenceModel
-from probescore_server.probes.writing import write_probe
-from probescore_server.requests import PendingText, resolve_options, resolve_rollouts
-from probescore_server.rollouts import EngineInfo, Rollout
-from probescore_server.settings import ServerSettings
-from probescore_server.worker import WorkerSpec, probe_files
-from probescore_server.worker_process import WorkerProcess
-
-
-@pytest.fixture(scope="module")
-def probes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("probes")
-    weight = np.random.default_rng(0).standard_normal(HIDDEN_SIZE)
-    golden = [([BOS, 5, 6], [7, 8, 9]), ([BOS, 9], [17, 18])]
-    reference = ReferenceModel.load(tiny_model())
-    write_probe(
-        directory / "direction.onnx", linear_probe(weight), reference, name="direction", version="1", taps=["resid_post.3"], golden=golden
-    )
-    return directory
-
-
-class Watched:
-    """A worker and a way to wait for its changes."""
-
-    def __init__(self, **settings: object) -> None:
-        self._changed = asyncio.Event()
-        chosen = ServerSettings(**{"log_format": "json", "worker_restart_seconds": 0.0, **settings})
-        self.worker = WorkerProcess(WorkerSpec(chosen, "cpu", threads=1), self._changed.set)
-        self.task = asyncio.create_task(self.worker.run())
-
-    async def until(self, *, ready: bool) -> None:
-        while self.worker.ready is not ready:
-            self._changed.clear()
-            waiting = asyncio.create_task(self._changed.wait())
-            await asyncio.wait([waiting, self.task], return_when=asyncio.FIRST_COMPLETED)
-            waiting.cancel()
-            if self.task.done():
-                self.task.result()
-
-
-@asynccontextmanager
-async def running(**settings: object) -> AsyncIterator[Watched]:
-    watched = Watched(**settings)
-    try:
-        await watched.until(ready=True)
-        yield watched
-    finally:
-        watched.task.cancel()
-        await asyncio.gather(watched.task, return_exceptions=True)
-
-
-def rollouts_of(info: EngineInfo, *groups: RolloutGroup) -> list[Rollout]:
-    return [rollout for group in resolve_rollouts(groups, info, resolve_options(info)) for rollout in group]
+from probescore_server.requests import PendingText
+from probescore_server.rollouts import Rollout
+from probescore_server.worker import probe_files
 
 
 def children() -> set[int]:
@@ -95,7 +43,7 @@ async def test_it_answers_as_the_engine_does_and_ends_when_it_is_told_to(probes:
     async with running(model=str(tiny_model()), probes=[str(probes)]) as watched:
         assert watched.worker.info == engine.info
         batch = rollouts_of(engine.info, *groups)
-        scored = await watched.worker.score(batch)
+        scored = await watched.worker.score(watched.worker.new_batch(), batch)
         expected = engine.score_rollouts(batch)
         for ours, theirs in zip(scored.results, expected, strict=True):
             np.testing.assert_array_equal(ours.scores["direction"].reduced, theirs.scores["direction"].reduced)
@@ -121,17 +69,18 @@ async def test_what_is_cancelled_in_mid_batch_is_not_computed_and_its_neighbours
     async with running(model=str(tiny_model()), probes=[str(probes)]) as watched:
         long = list(np.random.default_rng(0).integers(4, VOCAB_SIZE, (64, MAX_POSITIONS - 1)))
         batch = rollouts_of(watched.worker.info, RolloutGroup([BOS], long))
-        whole = await watched.worker.score(batch)
-        scoring = asyncio.create_task(watched.worker.score(batch))
+        whole = await watched.worker.score(watched.worker.new_batch(), batch)
+        number = watched.worker.new_batch()
+        scoring = asyncio.create_task(watched.worker.score(number, batch))
         await asyncio.sleep(0)
         for index in range(1, len(batch)):
-            watched.worker.cancel(index)
+            watched.worker.cancel(number, index)
         part = await scoring
         assert part.results[-1] is None
         np.testing.assert_allclose(part.results[0].scores["direction"].reduced, whole.results[0].scores["direction"].reduced, rtol=1e-4)
         # a cancel that comes too late does not reach the next batch
-        watched.worker.cancel(0)
-        again = await watched.worker.score(batch[:1])
+        watched.worker.cancel(number, 0)
+        again = await watched.worker.score(watched.worker.new_batch(), batch[:1])
         assert again.results[0] is not None
 
 
@@ -140,21 +89,21 @@ async def test_a_fault_fails_the_batch_with_an_incident_and_nothing_else_of_it(p
         (good,) = rollouts_of(watched.worker.info, RolloutGroup([BOS], [[7]]))
         broken = Rollout(np.array([10**6], np.int32), good.completion, good.options)  # that no check let through
         with pytest.raises(InternalFault) as fault:
-            await watched.worker.score([broken])
+            await watched.worker.score(watched.worker.new_batch(), [broken])
         assert "index" not in str(fault.value)
         with pytest.raises(InternalFault):
             await watched.worker.encode([PendingText("groups[0].prompt", Text(5))])
-        assert (await watched.worker.score([good])).results[0] is not None
+        assert (await watched.worker.score(watched.worker.new_batch(), [good])).results[0] is not None
     assert fault.value.incident in capfd.readouterr().err
 
 
 async def test_death_fails_what_it_had_and_it_comes_back(probes: Path) -> None:
     async with running(model=str(tiny_model()), probes=[str(probes)]) as watched:
         batch = rollouts_of(watched.worker.info, RolloutGroup([BOS], [[7]]))
-        before = await watched.worker.score(batch)
+        before = await watched.worker.score(watched.worker.new_batch(), batch)
         (pid,) = children()
         os.kill(pid, signal.SIGSTOP)
-        scoring = asyncio.create_task(watched.worker.score(batch))
+        scoring = asyncio.create_task(watched.worker.score(watched.worker.new_batch(), batch))
         await asyncio.sleep(0)
         os.kill(pid, signal.SIGKILL)
         with pytest.raises(WorkerUnavailable) as failed:
@@ -162,10 +111,10 @@ async def test_death_fails_what_it_had_and_it_comes_back(probes: Path) -> None:
         assert failed.value.retry_seconds > 0
         await watched.until(ready=False)
         with pytest.raises(WorkerUnavailable):
-            await watched.worker.score(batch)
-        watched.worker.cancel(0)  # of a worker that is not there: nothing to give up
+            await watched.worker.score(watched.worker.new_batch(), batch)
+        watched.worker.cancel(1, 0)  # of a worker that is not there: nothing to give up
         await watched.until(ready=True)
-        after = await watched.worker.score(batch)
+        after = await watched.worker.score(watched.worker.new_batch(), batch)
         np.testing.assert_array_equal(after.results[0].scores["direction"].reduced, before.results[0].scores["direction"].reduced)
         assert watched.worker.restarts == 1
 

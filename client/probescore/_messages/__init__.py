@@ -12,7 +12,14 @@ from probescore._messages.requests import (
     request_to_proto,
 )
 from probescore._messages.responses import result_from_proto, result_to_proto, streamed_from_proto, streamed_to_proto
-from probescore._messages.server_info import probes_from_proto, probes_to_proto, server_info_from_proto, server_info_to_proto
+from probescore._messages.server_info import (
+    probes_from_proto,
+    probes_to_proto,
+    server_info_from_proto,
+    server_info_to_proto,
+    transfers_from_proto,
+    transfers_to_proto,
+)
 from probescore._messages.tensors import MessageError
 
 __all__ = [
@@ -31,4 +38,6 @@ __all__ = [
     "server_info_to_proto",
     "streamed_from_proto",
     "streamed_to_proto",
+    "transfers_from_proto",
+    "transfers_to_proto",
 ]

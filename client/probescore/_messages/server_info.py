@@ -1,12 +1,12 @@
-"""What runs at a server, to and from its messages."""
+"""What runs at a server, and what its administration did, to and from messages."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
 from probescore._messages.enums import OUTPUTS, UNITS, member_of, reduction_from_proto, reduction_to_proto
-from probescore.types import Calibration, Limits, ModelInfo, ProbeInfo, ServerInfo, Tap, WorkerInfo
-from probescore.v1 import probes_pb2, scoring_pb2
+from probescore.types import Calibration, Limits, ModelInfo, ProbeInfo, ServerInfo, Tap, Transfer, WorkerInfo
+from probescore.v1 import admin_pb2, probes_pb2, scoring_pb2
 
 # ---------------------------------------------------------------------------------------------------------------------- writing
 
@@ -42,11 +42,22 @@ def server_info_to_proto(info: ServerInfo) -> scoring_pb2.GetServerInfoResponse:
                 execution_path=worker.execution_path,
                 ready=worker.ready,
                 restarts=worker.restarts,
+                asleep=worker.asleep,
             )
             for worker in info.workers
         ],
         probes=info.probes,
     )
+
+
+def transfers_to_proto(transfers: Iterable[Transfer]) -> list[admin_pb2.Transfer]:
+    """What ``SleepResponse`` and ``WakeResponse`` hold."""
+    return [
+        admin_pb2.Transfer(
+            device=transfer.device, seconds=transfer.seconds, weight_bytes=transfer.weight_bytes, device_bytes=transfer.device_bytes
+        )
+        for transfer in transfers
+    ]
 
 
 def probes_to_proto(probes: Iterable[ProbeInfo]) -> probes_pb2.ListProbesResponse:
@@ -118,11 +129,17 @@ def server_info_from_proto(message: scoring_pb2.GetServerInfoResponse) -> Server
                 execution_path=worker.execution_path,
                 ready=worker.ready,
                 restarts=worker.restarts,
+                asleep=worker.asleep,
             )
             for worker in message.workers
         ),
         probes=tuple(message.probes),
     )
+
+
+def transfers_from_proto(transfers: Iterable[admin_pb2.Transfer]) -> tuple[Transfer, ...]:
+    """What ``SleepResponse`` and ``WakeResponse`` hold."""
+    return tuple(Transfer(entry.device, entry.seconds, entry.weight_bytes, entry.device_bytes) for entry in transfers)
 
 
 def probes_from_proto(message: probes_pb2.ListProbesResponse) -> tuple[ProbeInfo, ...]:

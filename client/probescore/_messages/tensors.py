@@ -60,20 +60,20 @@ def tensor_to_array(tensor: tensor_pb2.Tensor, field: str, dtypes: Collection[te
     Raises:
         MessageError: another type or rank, a negative axis, a shape that does not match the number of bytes, a bool that is not 0 or 1.
     """
-    if tensor.dtype not in dtypes:
+    element, shape, data = tensor.dtype, tuple(tensor.shape), tensor.data
+    if element not in dtypes:
         allowed = " or ".join(tensor_pb2.DataType.Name(dtype) for dtype in dtypes)
-        raise MessageError(field, f"dtype is {_dtype_name(tensor.dtype)}; expected {allowed}")
-    if len(tensor.shape) != rank:
-        raise MessageError(field, f"shape has {len(tensor.shape)} axes; expected {rank}")
-    shape = tuple(tensor.shape)
-    if any(length < 0 for length in shape):
+        raise MessageError(field, f"dtype is {_dtype_name(element)}; expected {allowed}")
+    if len(shape) != rank:
+        raise MessageError(field, f"shape has {len(shape)} axes; expected {rank}")
+    if min(shape, default=0) < 0:
         raise MessageError(field, f"shape {list(shape)} has a negative axis")
-    dtype, data = _LITTLE_ENDIAN[tensor.dtype], tensor.data
+    dtype = _LITTLE_ENDIAN[element]
     # Python's integers: the product of a hostile shape cannot wrap around to the number of bytes
     expected = math.prod(shape) * dtype.itemsize
     if len(data) != expected:
-        raise MessageError(field, f"data has {len(data)} bytes; shape {list(shape)} of {_dtype_name(tensor.dtype)} needs {expected}")
-    if tensor.dtype == BOOL and (np.frombuffer(data, np.uint8) > 1).any():
+        raise MessageError(field, f"data has {len(data)} bytes; shape {list(shape)} of {_dtype_name(element)} needs {expected}")
+    if element == BOOL and (np.frombuffer(data, np.uint8) > 1).any():
         raise MessageError(field, f"data holds a byte of value {max(data)}; a bool is 0 or 1")
     try:
         return np.frombuffer(data, dtype).reshape(shape)

@@ -834,6 +834,7 @@ class WorkerInfo(google.protobuf.message.Message):
     EXECUTION_PATH_FIELD_NUMBER: builtins.int
     READY_FIELD_NUMBER: builtins.int
     RESTARTS_FIELD_NUMBER: builtins.int
+    ASLEEP_FIELD_NUMBER: builtins.int
     device: builtins.str
     """"cpu" or "cuda:0"."""
     dtype: builtins.str
@@ -841,9 +842,11 @@ class WorkerInfo(google.protobuf.message.Message):
     execution_path: builtins.str
     """How it runs the model: "universal"."""
     ready: builtins.bool
-    """Whether it is up."""
+    """Whether it can score."""
     restarts: builtins.int
     """How often it has been restarted since the server started."""
+    asleep: builtins.bool
+    """Whether it sleeps until ProbeAdminService.Wake; then it is not ready."""
     def __init__(
         self,
         *,
@@ -852,7 +855,8 @@ class WorkerInfo(google.protobuf.message.Message):
         execution_path: builtins.str = ...,
         ready: builtins.bool = ...,
         restarts: builtins.int = ...,
+        asleep: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["device", b"device", "dtype", b"dtype", "execution_path", b"execution_path", "ready", b"ready", "restarts", b"restarts"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["asleep", b"asleep", "device", b"device", "dtype", b"dtype", "execution_path", b"execution_path", "ready", b"ready", "restarts", b"restarts"]) -> None: ...
 
 global___WorkerInfo = WorkerInfo

@@ -41,15 +41,19 @@ class KeyValueCache:
     """
 
     def __init__(self, max_bytes: int) -> None:
-        self._max_bytes = max_bytes
-        self.clear()
-
-    def clear(self) -> None:
-        """Forgets everything."""
         self.bytes = 0
+        self._max_bytes = max_bytes
         self._root = _Run(np.zeros(0, np.int32), [], None)
         # Whoever touches a run touches its ancestors after it, so the first is always a leaf.
         self._recency: OrderedDict[_Run, None] = OrderedDict()
+
+    def clear(self) -> None:
+        """Forgets everything."""
+        for run in self._recency:
+            run.key_values, run.parent = [], None  # runs refer to one another: else the memory would wait for a garbage collection
+        self._recency.clear()
+        self._root.continuations.clear()
+        self.bytes = 0
 
     def longest_prefix(self, token_ids: NDArray[np.int32]) -> KeyValues:
         """Keys and values of the longest known beginning of a sequence.

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from probescore_server.cli import info, probes, score
+from probescore_server.cli import info, probes, score, sleep
 from probescore_server.cli.failures import needs_extra
 
 app = typer.Typer(
@@ -22,6 +22,7 @@ app = typer.Typer(
 score.register(app)
 info.register(app)
 probes.register(app)
+sleep.register(app)
 
 try:
     importlib.import_module("probescore_server.cli.serve").register(app)

@@ -44,7 +44,7 @@ def workers_table(workers: tuple[WorkerInfo, ...]) -> Table:
     """One row a worker: whether it is up, and how it runs the model."""
     table = facts_table("Workers")
     for worker in workers:
-        state = "[green]ready[/green]" if worker.ready else "[red]not ready[/red]"
+        state = "[yellow]asleep[/yellow]" if worker.asleep else "[green]ready[/green]" if worker.ready else "[red]not ready[/red]"
         restarts = f", restarted {worker.restarts} times" if worker.restarts else ""
         table.add_row(worker.device, f"{state}, {worker.dtype}, {worker.execution_path} path{restarts}")
     return table

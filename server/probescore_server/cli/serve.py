@@ -23,7 +23,7 @@ CANNOT_START = 1
 
 PANELS = {
     "What is served": ("model", "revision", "probes", "accept_mismatch", "trust_remote_code"),
-    "Compute": ("devices", "dtype", "threads_per_worker", "max_batch_tokens"),
+    "Compute": ("devices", "dtype", "threads_per_worker", "max_batch_tokens", "kv_cache_bytes", "device_memory_fraction"),
     "Addresses": ("host", "port", "unix_socket", "metrics_host", "metrics_port"),
     "Limits": ("max_message_bytes", "max_rollout_tokens", "max_request_tokens", "max_queue_tokens"),
     "Operation": (
@@ -33,6 +33,7 @@ PANELS = {
         "min_client_ping_seconds",
         "max_connection_age_seconds",
         "interceptors",
+        "admin",
         "log_format",
         "log_level",
     ),
@@ -105,10 +106,11 @@ def _flag(name: str, field: FieldInfo, panel: str) -> inspect.Parameter:
 
 def _help(name: str, field: FieldInfo) -> str:
     examples = f" For example {' or '.join(map(str, field.examples))}." if field.examples else ""
-    return f"{field.description}{examples} [dim]{ENVIRONMENT_PREFIX}{name.upper()}, default: {_default(field)}[/dim]"
+    return f"{field.description}{examples} [dim]{ENVIRONMENT_PREFIX}{name.upper()}, default: {default_of(field)}[/dim]"
 
 
-def _default(field: FieldInfo) -> str:
+def default_of(field: FieldInfo) -> str:
+    """The default of a setting, as people read it."""
     if field.is_required():
         return "none, required"
     match field.get_default():

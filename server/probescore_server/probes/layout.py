@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from probescore.types import Scope
 from probescore_server.backbone.forest import Forest, Placement
 from probescore_server.probes.manifest import Manifest
+from probescore_server.rollouts import ScoreOptions
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,6 +36,15 @@ class Reading:
 
     parts: tuple[Part, ...]
     selections: NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Asked:
+    """A completion, or a follow-up to one, whose scores are wanted."""
+
+    placement: Placement
+    options: ScoreOptions
+    is_follow_up: bool
 
 
 def read_completion(
@@ -79,6 +89,35 @@ def read_completion(
     return Reading(tuple(parts), stacked)
 
 
+class Readings:
+    """What each probe reads of each completion of a batch; worked out once for all probes that read alike.
+
+    Args:
+        forest: the batch.
+        special_ids: the tokenizer's special tokens.
+    """
+
+    def __init__(self, forest: Forest, special_ids: NDArray[np.int32]) -> None:
+        self._forest = forest
+        self._special_ids = special_ids
+        self._known: dict[tuple[int, int | None, bool], Reading] = {}
+
+    def of(self, asked: Asked, manifest: Manifest) -> Reading:
+        """What a probe reads of a completion, or of a follow-up."""
+        key = (id(asked.placement), asked.placement.appended.get(manifest.key), manifest.exclude_special_tokens)
+        reading = self._known.get(key)
+        if reading is None:
+            reading = self._known[key] = read_completion(
+                self._forest,
+                asked.placement,
+                manifest,
+                asked.options.scope,
+                is_follow_up=asked.is_follow_up,
+                special_ids=self._special_ids,
+            )
+        return reading
+
+
 class Rows:
     """Where each segment's rows are among the activations of a batch.
 
@@ -100,3 +139,7 @@ class Rows:
         """Indices of the rows of these segments, in order."""
         ranges = [np.arange(self._starts[index], self._starts[index] + len(self._forest.segments[index].token_ids)) for index in segments]
         return np.concatenate([np.zeros(0, np.int64), *ranges])
+
+    def range_of(self, segment: int) -> range:
+        """The rows of one segment."""
+        return range(self._starts[segment], self._starts[segment] + len(self._forest.segments[segment].token_ids))

@@ -26,19 +26,29 @@ class ProbeSession:
         probe: a checked probe file.
         device: where activations will be: a ``session_device``.
 
+    Attributes:
+        device: the same.
+
     Raises:
         ProbeRefused: onnxruntime cannot run the graph.
     """
 
     def __init__(self, probe: ProbeFile, device: torch.device) -> None:
+        self.device = device
         self._manifest = probe.manifest
-        providers: list[str | tuple[str, dict[str, object]]] = ["CPUExecutionProvider"]
-        if device.type == "cuda":
-            providers.insert(0, ("CUDAExecutionProvider", {"device_id": device.index or 0}))
+        self._probe = probe
+        self.open()
+
+    def open(self) -> None:
+        """Makes it ready to run; done by the constructor, and needed again after ``close`` only."""
         try:
-            self._session = ort.InferenceSession(probe.graph, _session_options(), providers=providers)
+            self._session = ort.InferenceSession(self._probe.graph, _session_options(), providers=_providers(self.device))
         except Exception as error:  # onnxruntime's own exceptions share no base class
-            raise ProbeRefused(probe.file, "graph", f"a graph that onnxruntime refuses: {error}", "one that it can run") from None
+            raise ProbeRefused(self._probe.file, "graph", f"a graph that onnxruntime refuses: {error}", "one that it can run") from None
+
+    def close(self) -> None:
+        """Gives its device's memory back, of which onnxruntime keeps weights and its largest batch's for as long as there is a session."""
+        del self._session
 
     def run(
         self, rows: Mapping[Tap, torch.Tensor], cu_seqlens: NDArray[np.int64] | None, positions: NDArray[np.int64] | None
@@ -68,6 +78,17 @@ class ProbeSession:
         self._session.run_with_iobinding(binding)
         scores: NDArray[np.float32] = binding.copy_outputs_to_cpu()[0]
         return scores
+
+
+def _providers(device: torch.device) -> list[str | tuple[str, dict[str, object]]]:
+    if device.type != "cuda":
+        return ["CPUExecutionProvider"]
+    # what onnxruntime allocates does not count towards torch's limit, so that each session is given the same
+    total = torch.cuda.get_device_properties(device).total_memory
+    limit = int(total * torch.cuda.get_per_process_memory_fraction(device))
+    # TF32, onnxruntime's default, has 10 bits of mantissa
+    options: dict[str, object] = {"device_id": device.index or 0, "gpu_mem_limit": limit, "use_tf32": 0}
+    return [("CUDAExecutionProvider", options), "CPUExecutionProvider"]
 
 
 def _session_options() -> ort.SessionOptions:

@@ -1,0 +1,46 @@
+"""The gRPC servicer of `ProbeAdminService`: puts the workers to sleep and wakes them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeAlias
+
+import grpc
+
+from probescore._messages import transfers_to_proto
+from probescore.types import Transfer
+from probescore.v1 import admin_pb2, admin_pb2_grpc
+from probescore_server.metrics import Metrics
+from probescore_server.worker_process import WorkerProcess
+
+ADMIN_SERVICE: str = admin_pb2.DESCRIPTOR.services_by_name["ProbeAdminService"].full_name
+
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+
+
+class AdminServicer(admin_pb2_grpc.ProbeAdminServiceServicer):
+    """``probescore.v1.ProbeAdminService``. Errors are raised as ``CoreError``; the boundary makes statuses of them."""
+
+    def __init__(self, workers: Sequence[WorkerProcess], metrics: Metrics) -> None:
+        self._workers = workers
+        self._metrics = metrics
+
+    async def Sleep(self, request: admin_pb2.SleepRequest, context: Context) -> admin_pb2.SleepResponse:  # noqa: N802
+        """Puts every worker to sleep and answers once all are."""
+        return admin_pb2.SleepResponse(transfers=transfers_to_proto(await self._each("sleep", WorkerProcess.sleep)))
+
+    async def Wake(self, request: admin_pb2.WakeRequest, context: Context) -> admin_pb2.WakeResponse:  # noqa: N802
+        """Wakes every worker and answers once all are awake."""
+        return admin_pb2.WakeResponse(transfers=transfers_to_proto(await self._each("wake", WorkerProcess.wake)))
+
+    async def _each(self, kind: str, move: Callable[[WorkerProcess], Awaitable[Transfer]]) -> list[Transfer]:
+        """Moves every worker, also if one of them fails, and raises the first failure."""
+        outcomes = await asyncio.gather(*(move(worker) for worker in self._workers), return_exceptions=True)
+        transfers = [outcome for outcome in outcomes if isinstance(outcome, Transfer)]
+        for transfer in transfers:
+            self._metrics.transfers.labels(kind).observe(transfer.seconds)
+        for outcome in outcomes:
+            if isinstance(outcome, BaseException):
+                raise outcome
+        return transfers

@@ -1,0 +1,391 @@
+"""From a probe's graph to its layers, where it is certain that it has this form; a graph with anything else in it stays a graph.
+
+The nodes are followed one by one, and of each value is known what it is: an expression over the latest affine map of the rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import onnx
+
+from probescore_server.probes.expressions import COMPARISONS, OPERATORS, Apply, Constant, Expression, Input
+from probescore_server.probes.graph import SCORES, Signature
+from probescore_server.probes.layers import Affine, Array, Network, NotLayers, RowValue, mapped, network_of, selected
+
+
+def read_network(model: onnx.ModelProto, signature: Signature) -> Network | None:
+    """The layers of a checked graph, or ``None`` if it is not certain that it has this form.
+
+    Args:
+        model: passed ``check_graph`` and ``check_signature``.
+        signature: of the same probe.
+    """
+    if len(signature.taps) != 1 or signature.cu_seqlens or signature.positions:
+        return None
+    try:
+        return _Reader(model.graph, str(signature.taps[0]), signature.hidden_size).network(signature.labels)
+    except NotLayers:
+        return None
+
+
+@dataclass(frozen=True, eq=False)
+class _Joined:
+    """Values beside one another, ``(tokens, sum of their widths)``."""
+
+    parts: tuple[RowValue, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class _Shape:
+    """The shape of ``(tokens, width)``."""
+
+    width: int
+
+
+@dataclass(frozen=True, eq=False)
+class _Zeros:
+    """Zeros of ``(tokens, width)``."""
+
+    width: int
+
+
+@dataclass(frozen=True, eq=False)
+class _Places:
+    """Where in each row its largest numbers are, as ``TopK`` gives them."""
+
+    affine: Affine
+    kept: Expression
+
+
+_Value = Any  # an array, or one of the classes above
+
+
+class _Reader:
+    """Follows the nodes of one graph; they are in topological order, as ONNX asks."""
+
+    def __init__(self, graph: onnx.GraphProto, tap: str, hidden_size: int) -> None:
+        self._graph = graph
+        self._values: dict[str, _Value] = {tap: RowValue.of_tap(hidden_size)}
+        for tensor in graph.initializer:
+            self._values[tensor.name] = onnx.numpy_helper.to_array(tensor)
+
+    def network(self, labels: int) -> Network:
+        for node in self._graph.node:
+            read = _NODES.get(node.op_type) or (_elementwise if node.op_type in OPERATORS else None)
+            if read is None:
+                if SCORES in node.output:
+                    raise NotLayers
+                continue  # what depends on it will find that its value is missing
+            attributes = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
+            try:
+                results = read(_Node(node, attributes, [self._values.get(name) for name in node.input]))
+            except NotLayers:
+                if SCORES in node.output:
+                    raise
+                continue
+            self._values.update(zip(node.output, results, strict=False))
+        network = network_of(_rows(self._values.get(SCORES)))
+        if len(network.layers[-1].bias) != labels:
+            raise NotLayers
+        return network
+
+
+@dataclass(frozen=True, eq=False)
+class _Node:
+    proto: onnx.NodeProto
+    attributes: Mapping[str, Any]
+    inputs: list[_Value]
+
+    def rows(self, index: int = 0) -> RowValue:
+        return _rows(self.inputs[index])
+
+    def constant(self, index: int) -> Array:
+        value = self.inputs[index] if index < len(self.inputs) else None
+        if not isinstance(value, np.ndarray):
+            raise NotLayers
+        return value
+
+    def has(self, index: int) -> bool:
+        return index < len(self.proto.input) and self.proto.input[index] != ""
+
+
+def _rows(value: _Value, axes: str = "rows") -> RowValue:
+    if not isinstance(value, RowValue) or value.kept is not None or value.axes != axes:
+        raise NotLayers
+    return value
+
+
+# ----------------------------------------------------------------------------------------------------------------------- the nodes
+
+
+def _elementwise(node: _Node) -> list[_Value]:
+    """An operator of ``OPERATORS`` over one value and constants, or over values that are expressions over the same affine map."""
+    known = [value for value in node.inputs if isinstance(value, RowValue)]
+    if not known or any(value.affine is not known[0].affine or value.axes != known[0].axes for value in known):
+        raise NotLayers
+    first = known[0]
+    if first.axes == "turned" or any(value.kept != first.kept for value in known):
+        raise NotLayers
+    constants = {name: number for value in known for name, number in value.constants.items()}
+    arguments: list[Expression] = []
+    for index, value in enumerate(node.inputs):
+        if isinstance(value, RowValue):
+            arguments.append(value.expression)
+        else:
+            # named for where it is used: columns that were selected since have another part of the same constant
+            name = f"{node.proto.output[0]} {index}"
+            constants[name] = _per_column(node.constant(index), first)
+            arguments.append(Constant(name))
+    for attribute in OPERATORS[node.proto.op_type]:
+        name = f"{node.proto.output[0]} {attribute}"
+        constants[name] = np.array([node.attributes.get(attribute, OPERATORS[node.proto.op_type][attribute])])
+        arguments.append(Constant(name))
+    return [replace(first, expression=Apply(node.proto.op_type, tuple(arguments)), constants=constants)]
+
+
+def _per_column(constant: Array, value: RowValue) -> Array:
+    """A constant that broadcasts over the rows of a value without changing its shape: ``(width,)`` or ``(1,)``."""
+    flat = value.axes == "flat"
+    # the largest numbers of a row are not in the order of its columns
+    width = 1 if flat or value.kept is not None else value.affine.width
+    if constant.dtype != np.float32 or constant.ndim > (1 if flat else 2) or constant.size not in (1, width):
+        raise NotLayers
+    if constant.ndim == 2 and constant.shape[0] != 1:
+        raise NotLayers
+    return constant.reshape(-1)
+
+
+def _constant(node: _Node) -> list[_Value]:
+    (value,) = node.attributes.values()
+    if isinstance(value, onnx.TensorProto):
+        return [onnx.numpy_helper.to_array(value)]
+    if isinstance(value, (int, float)):
+        return [np.array(value, np.float32 if isinstance(value, float) else np.int64)]
+    if isinstance(value, list) and all(isinstance(number, (int, float)) for number in value):
+        return [np.array(value, np.float32 if any(isinstance(number, float) for number in value) else np.int64)]
+    raise NotLayers
+
+
+def _gemm(node: _Node) -> list[_Value]:
+    if node.attributes.get("transA", 0):
+        raise NotLayers
+    weight = node.constant(1) if node.attributes.get("transB", 0) else node.constant(1).T
+    value = node.rows()
+    bias = np.zeros(len(weight), np.float32)
+    if node.has(2):
+        offset = node.constant(2)
+        if offset.ndim > 2 or (offset.ndim == 2 and offset.shape[0] != 1) or offset.size not in (1, len(weight)):
+            raise NotLayers
+        bias = np.broadcast_to(offset.reshape(-1), bias.shape) * node.attributes.get("beta", 1.0)
+    alpha = node.attributes.get("alpha", 1.0)
+    return [mapped(value, weight if alpha == 1 else weight.astype(np.float64) * alpha, bias)]
+
+
+def _matmul(node: _Node) -> list[_Value]:
+    matrix = node.constant(1)
+    if matrix.ndim == 1:
+        return [mapped(node.rows(), matrix[None], np.zeros(1), "flat")]
+    if matrix.ndim != 2:
+        raise NotLayers
+    return [mapped(node.rows(), matrix.T, np.zeros(matrix.shape[1]))]
+
+
+def _linear_regressor(node: _Node) -> list[_Value]:
+    if node.attributes.get("post_transform", b"NONE") != b"NONE":
+        raise NotLayers
+    weight = np.array(node.attributes["coefficients"], np.float32).reshape(node.attributes.get("targets", 1), -1)
+    return [mapped(node.rows(), weight, np.array(node.attributes.get("intercepts", [0.0] * len(weight)), np.float32))]
+
+
+def _linear_classifier(node: _Node) -> list[_Value]:
+    """The scores of each class, where they are computed one by one; the other output, the class, is unknown."""
+    transform = node.attributes.get("post_transform", b"NONE")
+    classes = node.attributes.get("classlabels_ints") or node.attributes.get("classlabels_strings") or []
+    weight = np.array(node.attributes["coefficients"], np.float32).reshape(len(classes) or 1, -1)
+    bias = np.array(node.attributes.get("intercepts", []), np.float32)
+    if transform not in (b"NONE", b"LOGISTIC") or len(classes) < 2 or bias.shape != weight.shape[:1]:
+        raise NotLayers
+    scores = mapped(node.rows(), weight, bias)
+    return [None, replace(scores, expression=Apply("Sigmoid", (Input(),))) if transform == b"LOGISTIC" else scores]
+
+
+def _scaler(node: _Node) -> list[_Value]:
+    value = node.rows()
+    names = [f"{node.proto.output[0]} {attribute}" for attribute in ("offset", "scale")]
+    numbers = [_per_column(np.array(node.attributes[attribute], np.float32), value) for attribute in ("offset", "scale")]
+    expression = Apply("Mul", (Apply("Sub", (value.expression, Constant(names[0]))), Constant(names[1])))
+    return [replace(value, expression=expression, constants={**value.constants, **dict(zip(names, numbers, strict=True))})]
+
+
+def _same(node: _Node) -> list[_Value]:
+    if node.has(1):
+        raise NotLayers  # a Dropout that may be in training mode
+    return [node.inputs[0]]
+
+
+def _cast(node: _Node) -> list[_Value]:
+    value = node.inputs[0]
+    if not isinstance(value, RowValue) or node.attributes["to"] != onnx.TensorProto.FLOAT:
+        raise NotLayers
+    is_bool = isinstance(value.expression, Apply) and value.expression.operator in COMPARISONS
+    return [replace(value, expression=Apply("Cast", (value.expression,))) if is_bool else value]
+
+
+def _top_k(node: _Node) -> list[_Value]:
+    value, k = node.rows(), node.constant(1).reshape(-1)
+    axis, largest = node.attributes.get("axis", -1), node.attributes.get("largest", 1)
+    if axis not in (1, -1) or not largest or k.size != 1 or not 1 <= k[0] <= value.affine.width:
+        raise NotLayers
+    kept = Apply("TopK", (value.expression,), int(k[0]))
+    return [replace(value, kept=kept), _Places(value.affine, kept)]
+
+
+def _scatter(node: _Node) -> list[_Value]:
+    """The largest numbers of each row put back where they were, among zeros."""
+    data, places, updates = node.inputs[:3]
+    if not isinstance(places, _Places) or not isinstance(updates, RowValue) or updates.affine is not places.affine:
+        raise NotLayers
+    if updates.kept != places.kept or node.attributes.get("axis", 0) not in (1, -1) or node.attributes.get("reduction", b"none") != b"none":
+        raise NotLayers
+    if _zeros_width(data) != places.affine.width:
+        raise NotLayers
+    nothing = f"{node.proto.output[0]} nothing"
+    expression = Apply("Where", (places.kept, updates.expression, Constant(nothing)))
+    return [replace(updates, expression=expression, constants={**updates.constants, nothing: np.zeros(1, np.float32)}, kept=None)]
+
+
+def _zeros_width(value: _Value) -> int:
+    """The width of rows that are certainly zeros, or -1."""
+    if isinstance(value, _Zeros):
+        return value.width
+    if isinstance(value, RowValue) and isinstance(value.expression, Apply) and value.expression.operator == "Mul" and value.axes == "rows":
+        factors = [value.constants[str(factor.name)] for factor in value.expression.arguments if isinstance(factor, Constant)]
+        if any(not factor.any() for factor in factors):
+            return value.affine.width
+    return -1
+
+
+def _shape(node: _Node) -> list[_Value]:
+    if node.attributes.get("start", 0) or "end" in node.attributes:
+        raise NotLayers
+    return [_Shape(node.rows().affine.width)]
+
+
+def _expand(node: _Node) -> list[_Value]:
+    shape = node.inputs[1]
+    if not isinstance(shape, _Shape) or node.constant(0).size != 1 or node.constant(0).any():
+        raise NotLayers
+    return [_Zeros(shape.width)]
+
+
+def _constant_of_shape(node: _Node) -> list[_Value]:
+    shape, filling = node.inputs[0], node.attributes.get("value")
+    if not isinstance(shape, _Shape) or (filling is not None and onnx.numpy_helper.to_array(filling).any()):
+        raise NotLayers
+    return [_Zeros(shape.width)]
+
+
+def _gather(node: _Node) -> list[_Value]:
+    value, columns = node.inputs[0], node.constant(1)
+    axis = node.attributes.get("axis", 0)
+    if isinstance(value, RowValue) and value.axes == "turned" and axis == 0 and columns.ndim == 1:
+        return [selected(replace(value, axes="rows"), columns, "turned")]
+    if axis not in (1, -1) or columns.ndim > 1:
+        raise NotLayers
+    axes, columns = ("rows", columns) if columns.ndim == 1 else ("flat", columns.reshape(1))
+    if not isinstance(value, _Joined):
+        return [selected(_rows(value), columns, axes)]
+    ends = np.cumsum([part.affine.width for part in value.parts])
+    part = int(np.searchsorted(ends, columns.min(), side="right"))
+    first = ends[part] - value.parts[part].affine.width if part < len(ends) else 0
+    if columns.min() < 0 or part == len(ends) or columns.max() >= ends[part]:
+        raise NotLayers
+    return [selected(value.parts[part], columns - first, axes)]
+
+
+def _gather_nd(node: _Node) -> list[_Value]:
+    places = node.constant(1)
+    if node.attributes.get("batch_dims", 0) or places.ndim != 2 or places.shape[1] != 1:
+        raise NotLayers
+    return [selected(replace(_rows(node.inputs[0], "turned"), axes="rows"), places[:, 0], "turned")]
+
+
+def _slice(node: _Node) -> list[_Value]:
+    value = node.rows()
+    starts, ends, axes, steps = (node.constant(index) if node.has(index) else np.ones(1, np.int64) for index in (1, 2, 3, 4))
+    if not node.has(3) or any(each.size != 1 for each in (starts, ends, axes, steps)) or axes.item() not in (1, -1):
+        raise NotLayers
+    if steps.item() < 1:
+        raise NotLayers
+    return [selected(value, np.arange(value.affine.width)[starts.item() : ends.item() : steps.item()])]
+
+
+def _concat(node: _Node) -> list[_Value]:
+    if node.attributes["axis"] not in (1, -1):
+        raise NotLayers
+    return [_Joined(tuple(_rows(value) for value in node.inputs))]
+
+
+def _transpose(node: _Node) -> list[_Value]:
+    value = node.inputs[0]
+    if not isinstance(value, RowValue) or value.axes == "flat" or value.kept is not None or node.attributes.get("perm", [1, 0]) != [1, 0]:
+        raise NotLayers
+    return [replace(value, axes="turned" if value.axes == "rows" else "rows")]
+
+
+def _axes(node: _Node) -> list[int]:
+    axes = node.constant(1).reshape(-1).tolist() if node.has(1) else node.attributes.get("axes", [])
+    return [int(axis) for axis in axes]
+
+
+def _squeeze(node: _Node) -> list[_Value]:
+    value = node.rows()
+    if _axes(node) not in ([1], [-1]) or value.affine.width != 1:
+        raise NotLayers
+    return [replace(value, axes="flat")]
+
+
+def _unsqueeze(node: _Node) -> list[_Value]:
+    value = _rows(node.inputs[0], "flat")
+    if _axes(node) not in ([1], [-1]):
+        raise NotLayers
+    return [replace(value, axes="rows")]
+
+
+def _reshape(node: _Node) -> list[_Value]:
+    value, shape = node.inputs[0], node.constant(1).tolist()
+    if not isinstance(value, RowValue) or value.kept is not None or value.affine.width != 1 or value.axes == "turned":
+        raise NotLayers
+    if shape not in ([-1], [-1, 1]) or node.attributes.get("allowzero", 0):
+        raise NotLayers
+    return [replace(value, axes="flat" if shape == [-1] else "rows")]
+
+
+_NODES: dict[str, Callable[[_Node], list[_Value]]] = {
+    "Cast": _cast,
+    "Concat": _concat,
+    "Constant": _constant,
+    "ConstantOfShape": _constant_of_shape,
+    "Dropout": _same,
+    "Expand": _expand,
+    "Gather": _gather,
+    "GatherND": _gather_nd,
+    "Gemm": _gemm,
+    "Identity": _same,
+    "LinearClassifier": _linear_classifier,
+    "LinearRegressor": _linear_regressor,
+    "MatMul": _matmul,
+    "Reshape": _reshape,
+    "Scaler": _scaler,
+    "ScatterElements": _scatter,
+    "Shape": _shape,
+    "Slice": _slice,
+    "Squeeze": _squeeze,
+    "TopK": _top_k,
+    "Transpose": _transpose,
+    "Unsqueeze": _unsqueeze,
+}

@@ -1,0 +1,229 @@
+"""Layers: affine maps, each with an activation after it, and how they come together while a graph is followed.
+
+Linear probes, multilayer perceptrons and features of sparse autoencoders all have this form, in which many of them can be computed at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from probescore_server.probes.expressions import Apply, Constant, Expression, Input, parents_of_input, replaced, takes_whole_rows
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """``activation(weight · x + bias)``.
+
+    Attributes:
+        weight: ``(out, in)`` float32.
+        bias: ``(out,)`` float32.
+        activation: what is done to the result; its constants are numbered.
+        constants: of the activation, ``(out,)`` float32 each.
+    """
+
+    weight: NDArray[np.float32]
+    bias: NDArray[np.float32]
+    activation: Expression
+    constants: tuple[NDArray[np.float32], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Network:
+    """What a graph computes.
+
+    Attributes:
+        layers: at least one; the first reads rows of ``hidden_size``, the last gives the labels.
+        centre, spread: ``(hidden_size,)`` float32: the graph standardises its rows with these; 0 and 1 if it does not.
+    """
+
+    layers: tuple[Layer, ...]
+    centre: NDArray[np.float32]
+    spread: NDArray[np.float32]
+
+
+class NotLayers(Exception):
+    """Something in the graph that is not known for certain."""
+
+
+@dataclass(frozen=True, eq=False)
+class Affine:
+    """The latest affine map: ``weight · x + bias``.
+
+    Attributes:
+        layers: those before it.
+        weight: ``(out, in)``; before the first matrix the diagonal, ``(hidden_size,)``.
+        bias: ``(out,)``.
+        centre, spread: as in ``Network``.
+    """
+
+    layers: tuple[Layer, ...]
+    weight: Array
+    bias: Array
+    centre: Array
+    spread: Array
+
+    @property
+    def width(self) -> int:
+        """Of its result."""
+        return len(self.bias)
+
+
+@dataclass(frozen=True, eq=False)
+class RowValue:
+    """A value of one row for each token: an expression over the latest affine map.
+
+    Attributes:
+        constants: of the expression, by name: ``(width,)`` each.
+        axes: ``rows`` for ``(tokens, width)``, ``flat`` for ``(tokens,)``, ``turned`` for ``(width, tokens)``.
+        kept: if this is about the largest numbers of each row only, as ``TopK`` gives them: the condition for being one of them.
+    """
+
+    affine: Affine
+    expression: Expression
+    constants: Mapping[str, Array]
+    axes: str = "rows"
+    kept: Expression | None = None
+
+    @classmethod
+    def of_tap(cls, hidden_size: int) -> RowValue:
+        """The activations themselves."""
+        zeros, ones = np.zeros(hidden_size), np.ones(hidden_size)
+        return cls(Affine((), ones, zeros, zeros, ones), Input(), {})
+
+
+def network_of(scores: RowValue) -> Network:
+    """The layers that give some scores.
+
+    Raises:
+        NotLayers: there is no matrix among them, or a number that float32 does not have.
+    """
+    scores = _settled(scores)
+    if scores.affine.weight.ndim == 1:
+        raise NotLayers
+    return Network((*scores.affine.layers, _layer(scores)), _float32(scores.affine.centre), _float32(scores.affine.spread))
+
+
+def _settled(value: RowValue) -> RowValue:
+    """With the additions and multiplications by constants that come first taken into the affine map, in float64."""
+    while len(parents := parents_of_input(value.expression)) == 1:
+        (parent,) = parents
+        change = _scale_and_shift(parent, value.constants)
+        if change is None:
+            break
+        scale, shift = change
+        affine = value.affine
+        if not (scale == 1).all():
+            weight = affine.weight.astype(np.float64)
+            affine = replace(affine, weight=weight * scale if weight.ndim == 1 else weight * scale[:, None], bias=affine.bias * scale)
+        affine = replace(affine, bias=affine.bias + shift)
+        value = replace(value, affine=affine, expression=replaced(value.expression, parent, Input()))
+    return value
+
+
+def _scale_and_shift(parent: Apply, constants: Mapping[str, Array]) -> tuple[Array, Array] | None:
+    """What a node adds to and multiplies with its only input that is no constant."""
+    first, *others = parent.arguments
+    if parent.operator == "Neg":
+        return np.array([-1.0]), np.zeros(1)
+    if len(others) != 1 or not any(isinstance(argument, Constant) for argument in parent.arguments):
+        return None
+    (name,) = (argument.name for argument in parent.arguments if isinstance(argument, Constant))
+    number = constants[str(name)].astype(np.float64)
+    one, nothing = np.ones_like(number), np.zeros_like(number)
+    match parent.operator, isinstance(first, Input):
+        case "Add", _:
+            return one, number
+        case "Sub", True:
+            return one, -number
+        case "Sub", False:
+            return -one, number
+        case "Mul", _:
+            return number, nothing
+        case "Div", True if (number != 0).all():
+            return 1 / number, nothing
+    return None
+
+
+def _layer(value: RowValue) -> Layer:
+    names: dict[str, int] = {}
+    activation = _numbered(value.expression, names)
+    constants = tuple(_float32(np.broadcast_to(value.constants[name], value.affine.bias.shape)) for name in names)
+    return Layer(_float32(value.affine.weight), _float32(value.affine.bias), activation, constants)
+
+
+def _numbered(expression: Expression, names: dict[str, int]) -> Expression:
+    """With numbers for the names of constants, so that graphs which differ in their names only have the same expressions."""
+    if isinstance(expression, Constant):
+        return Constant(names.setdefault(str(expression.name), len(names)))
+    if isinstance(expression, Apply):
+        return replace(expression, arguments=tuple(_numbered(argument, names) for argument in expression.arguments))
+    return expression
+
+
+def mapped(value: RowValue, weight: Array, bias: Array, axes: str = "rows") -> RowValue:
+    """``weight · value + bias``: part of the same layer if nothing but an affine map comes before, else of a new one.
+
+    Args:
+        value: with axes ``rows``.
+        weight: ``(out, in)``.
+        bias: ``(out,)``.
+        axes: of the result.
+
+    Raises:
+        NotLayers: the sizes differ, or an activation comes before the first matrix.
+    """
+    value = _settled(value)
+    affine = value.affine
+    if weight.ndim != 2 or weight.shape[1] != affine.width:
+        raise NotLayers
+    if not isinstance(value.expression, Input):
+        if affine.weight.ndim == 1:
+            raise NotLayers  # an activation before the first matrix
+        return RowValue(replace(affine, layers=(*affine.layers, _layer(value)), weight=weight, bias=bias), Input(), {}, axes)
+    bias = bias + weight @ affine.bias if affine.bias.any() else bias
+    if affine.weight.ndim == 2:
+        return RowValue(replace(affine, weight=weight.astype(np.float64) @ affine.weight, bias=bias), Input(), {}, axes)
+    if not affine.weight.all():
+        raise NotLayers
+    centre, spread = -affine.bias / affine.weight, 1 / affine.weight
+    if not (affine.weight == 1).all():
+        weight = weight.astype(np.float64) * affine.weight
+    return RowValue(replace(affine, weight=weight, bias=bias, centre=centre, spread=spread), Input(), {}, axes)
+
+
+def selected(value: RowValue, columns: Array, axes: str = "rows") -> RowValue:
+    """Some columns, in the order given.
+
+    Args:
+        value: with axes ``rows``.
+        columns: ``(C,)``; negative ones count from the last.
+        axes: of the result.
+
+    Raises:
+        NotLayers: there is no such column.
+    """
+    value = _settled(value)
+    width = value.affine.width
+    if columns.ndim != 1 or columns.size == 0 or columns.min() < -width or columns.max() >= width:
+        raise NotLayers
+    if value.affine.weight.ndim == 1 or takes_whole_rows(value.expression):
+        weight = np.zeros((columns.size, width), np.float32)
+        weight[np.arange(columns.size), columns] = 1
+        return mapped(value, weight, np.zeros(columns.size), axes)
+    affine = replace(value.affine, weight=value.affine.weight[columns], bias=value.affine.bias[columns])
+    constants = {name: np.broadcast_to(number, (width,))[columns] for name, number in value.constants.items()}
+    return RowValue(affine, value.expression, constants, axes)
+
+
+def _float32(array: Array) -> NDArray[np.float32]:
+    converted = np.ascontiguousarray(array, np.float32)
+    if not np.isfinite(converted).all():
+        raise NotLayers
+    return converted

@@ -1,0 +1,137 @@
+"""From probe files to probes that are ready to run, as many of them as possible in stacks."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+import structlog
+import torch
+from numpy.typing import NDArray
+
+from probescore.types import OutputPer, ScoreUnit, Tap
+from probescore_server.probes.graph import Signature
+from probescore_server.probes.graph_layers import read_network
+from probescore_server.probes.layers import Network
+from probescore_server.probes.manifest import Manifest
+from probescore_server.probes.probe_file import ProbeFile
+from probescore_server.probes.session import ProbeSession, session_device
+from probescore_server.probes.stacking import Stack, stack_networks
+
+STACKED_TOLERANCE = 1e-5
+"""Largest difference allowed between a stack and a graph's own session, as a multiple of the scores' standard deviation."""
+
+_CHECKED_ROWS = 64
+_CHECKED_SCALES = (1.0, 30.0)
+
+logger = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """One network of a stack."""
+
+    stack: Stack
+    number: int
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedProbe:
+    """A probe that is ready to run.
+
+    Attributes:
+        runs: what computes its scores.
+        as_probability: the sigmoid is applied to them.
+    """
+
+    manifest: Manifest
+    runs: ProbeSession | Member
+    as_probability: bool
+
+    @classmethod
+    def of(cls, manifest: Manifest, runs: ProbeSession | Member) -> LoadedProbe:
+        """As its manifest says that scores are sent."""
+        return cls(manifest, runs, manifest.output.unit is ScoreUnit.LOGIT and manifest.reduce_on is ScoreUnit.PROBABILITY)
+
+    @property
+    def pools(self) -> bool:
+        """Whether it gives one score per rollout."""
+        return self.manifest.output.per is OutputPer.ROLLOUT
+
+
+def load_probes(files: Sequence[ProbeFile], device: torch.device) -> dict[str, LoadedProbe]:
+    """Makes probes ready to run.
+
+    Args:
+        files: checked, each probe once.
+        device: of the model.
+
+    Returns:
+        By ``name@version``, in the order given.
+
+    Raises:
+        ProbeRefused: onnxruntime cannot run a graph.
+    """
+    sessions = {file.manifest.key: ProbeSession(file, session_device(device)) for file in files}
+    networks: dict[Tap, dict[str, Network]] = defaultdict(dict)
+    for file in files:
+        network = read_network(onnx.load_from_string(file.graph), Signature.of(file.manifest))
+        if network is not None:
+            networks[file.manifest.taps[0]][file.manifest.key] = network
+    members: dict[str, Member] = {}
+    for tap, of_tap in networks.items():
+        members |= _stacked(tap, of_tap, sessions, device)
+    return {file.manifest.key: LoadedProbe.of(file.manifest, members.get(file.manifest.key, sessions[file.manifest.key])) for file in files}
+
+
+def _stacked(tap: Tap, networks: Mapping[str, Network], sessions: Mapping[str, ProbeSession], device: torch.device) -> dict[str, Member]:
+    """The stack of those networks of a tap whose scores are in it what their sessions give."""
+    stack = stack_networks([network.layers for network in networks.values()], device)
+    differing = _differing(tap, stack, networks, sessions, device)
+    for key, difference in differing.items():
+        logger.warning("a stacked probe differs from its own graph, which is run instead", probe=key, standard_deviations=difference)
+    kept = [key for key in networks if key not in differing]
+    if differing and kept:
+        stack = stack_networks([networks[key].layers for key in kept], device)
+    return {key: Member(stack, number) for number, key in enumerate(kept)}
+
+
+def _differing(
+    tap: Tap, stack: Stack, networks: Mapping[str, Network], sessions: Mapping[str, ProbeSession], device: torch.device
+) -> dict[str, float]:
+    """By how much the scores of fixed random rows differ, in units of their standard deviation, where it is too much."""
+    differing: dict[str, float] = {}
+    starts = np.cumsum((0, *stack.labels))
+    for scale in _CHECKED_SCALES:
+        normal = np.random.default_rng(0).standard_normal((_CHECKED_ROWS, len(next(iter(networks.values())).centre)))
+        rows = torch.from_numpy((scale * normal).astype(np.float32))
+        together = _scores(stack, rows, device)
+        for number, (key, network) in enumerate(networks.items()):
+            found, own = together[:, starts[number] : starts[number + 1]], rows
+            if network.centre.any() or (network.spread != 1).any():
+                # as far from 0 as the graph expects them, where taking its standardisation into the weights costs digits
+                own = torch.from_numpy((network.centre + network.spread * scale * normal).astype(np.float32))
+                found = _scores(stack.select([number]), own, device)
+            expected = sessions[key].run({tap: own.to(sessions[key].device)}, None, None)
+            difference = _difference(found, expected)
+            if not difference <= STACKED_TOLERANCE:
+                differing[key] = difference
+    return differing
+
+
+def _scores(stack: Stack, rows: torch.Tensor, device: torch.device) -> NDArray[np.float32]:
+    scores = torch.empty((len(rows), sum(stack.labels)), device=device)
+    stack.score(rows.to(device), scores)
+    found: NDArray[np.float32] = scores.cpu().numpy()
+    return found
+
+
+def _difference(found: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
+    """In units of the standard deviation, label by label, beyond one rounding of the scores themselves; NaN if they are not finite."""
+    exact = expected.astype(np.float64)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        beyond = np.abs(found - exact) - np.finfo(np.float32).eps * np.abs(exact)
+        return float(np.where(beyond <= 0, 0, beyond / exact.std(axis=0)).max())

@@ -1,0 +1,206 @@
+"""Probes that run as graphs: each is given every sequence of rows that it must see in a batch, once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from probescore.reductions import Reduction, reduce_scores
+from probescore.types import ProbeScores, Tap
+from probescore_server.backbone.forest import Forest
+from probescore_server.probes.layout import Asked, Part, Reading, Readings, Rows
+from probescore_server.probes.loading import LoadedProbe
+from probescore_server.probes.session import ProbeSession
+
+MAX_ROWS_PER_CALL = 4096
+"""A graph may need memory for rows × features, or for rows × rows; a longer sequence still goes in one piece."""
+
+
+@dataclass(slots=True, eq=False)
+class _Calls:
+    """The sequences of rows that one probe must see in a batch, each once, and later their scores."""
+
+    numbers: dict[object, int] = field(default_factory=dict)
+    sequences: list[NDArray[np.int64]] = field(default_factory=list)
+    scores: list[NDArray[np.float32]] = field(default_factory=list)
+
+
+class SessionScores:
+    """The scores of one probe for a batch.
+
+    Args:
+        probe: whose scores.
+        session: runs its graph.
+        forest, readings, rows: where the completions stand.
+        activations: by tap ``(N, hidden_size)`` float32 on the session's device, without NaN and infinities.
+        finite: by tap ``(N,)``, which rows had none.
+    """
+
+    def __init__(
+        self,
+        probe: LoadedProbe,
+        session: ProbeSession,
+        forest: Forest,
+        readings: Readings,
+        rows: Rows,
+        activations: Mapping[Tap, torch.Tensor],
+        finite: Mapping[Tap, NDArray[np.bool_]],
+    ) -> None:
+        self._probe = probe
+        self._session = session
+        self._forest = forest
+        self._readings = readings
+        self._rows = rows
+        self._activations = activations
+        self._finite = finite
+        self._calls = _Calls()
+
+    def run(self, asked: Sequence[Asked]) -> None:
+        """Runs the graph on all that these completions need."""
+        calls = self._calls
+        for each in asked:
+            for name, rows in self._sequences(self._readings.of(each, self._probe.manifest)):
+                if name not in calls.numbers:
+                    calls.numbers[name] = len(calls.sequences)
+                    calls.sequences.append(rows)
+        calls.scores = list(self._run(calls.sequences))
+
+    def of(self, asked: Asked, reductions: Sequence[Reduction]) -> ProbeScores | str:
+        """The scores of a completion that was run, or what keeps it from being scored."""
+        reading = self._readings.of(asked, self._probe.manifest)
+        key = self._probe.manifest.key
+        return self._non_finite(key, reading) or self._probe_scores(reading, reductions, wants_tokens=key in asked.options.token_scores)
+
+    # ------------------------------------------------------------------------------------------------------------ before the graph
+
+    def _sequences(self, reading: Reading) -> Iterator[tuple[object, NDArray[np.int64]]]:
+        """What the graph must be given for a reading: under a name that is the same for the same rows, the rows in order."""
+        if not self._probe.pools:
+            for part in reading.parts:
+                chain = _chain(self._probe, part)
+                yield chain, self._rows.of(chain)
+            return
+        for selection in reading.selections:
+            if selection.any():
+                yield self._pooled_name(reading, selection), self._pooled_rows(reading, selection)
+
+    def _pooled_rows(self, reading: Reading, selection: NDArray[np.bool_]) -> NDArray[np.int64]:
+        seen = reading.parts[0].before if self._probe.manifest.context.sees_prompt else ()
+        return np.concatenate([self._rows.of(seen), self._rows.of([part.segment for part in reading.parts])[selection]])
+
+    def _pooled_name(self, reading: Reading, selection: NDArray[np.bool_]) -> object:
+        return self._pooled_rows(reading, selection).tobytes()
+
+    # ------------------------------------------------------------------------------------------------------------------- the graph
+
+    def _run(self, sequences: Sequence[NDArray[np.int64]]) -> Iterator[NDArray[np.float32]]:
+        """The scores of each sequence: ``(its rows, labels)``, or ``(1, labels)`` for a probe that pools."""
+        for batch in _batches(sequences):
+            scores = self._call(batch)
+            if len(batch) > 1 and not all(np.isfinite(each).all() for each in scores):
+                # A graph may tell sequences apart by arithmetic, where NaN × 0 is NaN. Alone, none can spoil another.
+                scores = [self._call([sequence])[0] for sequence in batch]
+            yield from (_sigmoid(each) for each in scores) if self._probe.as_probability else scores
+
+    def _call(self, batch: Sequence[NDArray[np.int64]]) -> list[NDArray[np.float32]]:
+        rows = np.concatenate(batch)
+        ends = np.cumsum([len(sequence) for sequence in batch], dtype=np.int64)
+        if self._probe.manifest.context.kind == "pointwise":
+            pieces = [rows[start : start + MAX_ROWS_PER_CALL] for start in range(0, len(rows), MAX_ROWS_PER_CALL)]
+            scores = np.concatenate([self._session.run(self._gather(piece), None, self._rows.positions[piece]) for piece in pieces])
+        else:
+            cu_seqlens = np.concatenate([np.zeros(1, np.int64), ends])
+            scores = self._session.run(self._gather(rows), cu_seqlens, self._rows.positions[rows])
+        return np.split(scores, np.arange(1, len(batch)) if self._probe.pools else ends[:-1])
+
+    def _gather(self, rows: NDArray[np.int64]) -> dict[Tap, torch.Tensor]:
+        first, last = int(rows[0]), int(rows[-1])
+        taps = self._probe.manifest.taps
+        if last - first + 1 == len(rows) and (np.diff(rows) == 1).all():
+            return {tap: self._activations[tap][first : last + 1] for tap in taps}
+        indices = torch.from_numpy(rows)
+        return {tap: self._activations[tap].index_select(0, indices.to(self._activations[tap].device)) for tap in taps}
+
+    # ------------------------------------------------------------------------------------------------------------- after the graph
+
+    def _non_finite(self, key: str, reading: Reading) -> str:
+        """What keeps this reading from being scored; empty if nothing does."""
+        for name, rows in self._sequences(reading):
+            for tap in self._probe.manifest.taps:
+                if not self._finite[tap][rows].all():
+                    return non_finite_tap(tap, key)
+            if not np.isfinite(self._calls.scores[self._calls.numbers[name]]).all():
+                return non_finite_scores(key)
+        return ""
+
+    def _probe_scores(self, reading: Reading, reductions: Sequence[Reduction], *, wants_tokens: bool) -> ProbeScores:
+        calls = self._calls
+        labels = len(self._probe.manifest.output.labels)
+        if self._probe.pools:
+            absent = np.full((1, labels), np.nan, np.float32)
+            pooled = [
+                calls.scores[calls.numbers[self._pooled_name(reading, selection)]] if selection.any() else absent
+                for selection in reading.selections
+            ]
+            return ProbeScores(reduced=np.stack(pooled))
+        tokens = np.concatenate([np.zeros((0, labels), np.float32), *(self._part_scores(part) for part in reading.parts)])
+        return ProbeScores(reduced=reduce_selections(tokens, reading.selections, reductions), tokens=tokens if wants_tokens else None)
+
+    def _part_scores(self, part: Part) -> NDArray[np.float32]:
+        scores = self._calls.scores[self._calls.numbers[_chain(self._probe, part)]]
+        return scores[len(scores) - len(self._forest.segments[part.segment].token_ids) :]
+
+
+def reduce_selections(tokens: NDArray[np.float32], selections: NDArray[np.bool_], reductions: Sequence[Reduction]) -> NDArray[np.float32]:
+    """Every reduction of every selection of tokens.
+
+    Args:
+        tokens: ``(T, labels)``.
+        selections: ``(S, T)``.
+        reductions: R of them.
+
+    Returns:
+        ``(S, R, labels)``.
+    """
+    selected = [tokens if selection.all() else tokens[selection] for selection in selections]
+    reduced = [[reduce_scores(of_selection, reduction) for reduction in reductions] for of_selection in selected]
+    return np.array(reduced, np.float32)
+
+
+def non_finite_tap(tap: Tap, key: str) -> str:
+    """Why a completion has no scores, where the model is at fault."""
+    return f"the model gives NaN or an infinity at {tap}, which probe {key} reads"
+
+
+def non_finite_scores(key: str) -> str:
+    """Why a completion has no scores, where a probe is at fault."""
+    return f"probe {key} gives NaN or an infinity"
+
+
+def _chain(probe: LoadedProbe, part: Part) -> tuple[int, ...]:
+    """The segments that a probe is given, in order, to score a part."""
+    return (*part.before, part.segment) if probe.manifest.context.sees_prompt else (part.segment,)
+
+
+def _batches(sequences: Sequence[NDArray[np.int64]]) -> Iterator[list[NDArray[np.int64]]]:
+    """Whole sequences, as many as fit in one call."""
+    batch: list[NDArray[np.int64]] = []
+    rows = 0
+    for sequence in sequences:
+        if batch and rows + len(sequence) > MAX_ROWS_PER_CALL:
+            yield batch
+            batch, rows = [], 0
+        batch.append(sequence)
+        rows += len(sequence)
+    if batch:
+        yield batch
+
+
+def _sigmoid(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    # of minus the magnitude, so that exp cannot overflow
+    small = np.exp(-np.abs(logits))
+    return np.where(logits >= 0, 1 / (1 + small), small / (1 + small)).astype(np.float32)

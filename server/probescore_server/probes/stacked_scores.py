@@ -1,0 +1,195 @@
+"""Probes that run in stacks: the scores of many as the columns of one matrix, reduced many columns at a time."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from probescore.reductions import Reduction
+from probescore.types import ProbeScores, Tap
+from probescore_server.probes.layout import Asked, Reading, Readings, Rows
+from probescore_server.probes.loading import LoadedProbe, Member
+from probescore_server.probes.session_scores import non_finite_scores, non_finite_tap, reduce_selections
+from probescore_server.probes.stacking import Stack
+
+MAX_SCORES = 1 << 25
+"""Scores of tokens held at once, 128 MiB on the device and again on the host: more probes than that are scored block by block."""
+
+MAX_REDUCED_SCORES = 1 << 22
+"""Scores of tokens that are reduced at once: a reduction takes several copies of them in float64."""
+
+
+@dataclass(frozen=True, eq=False)
+class StackedProbe:
+    """A probe of a stack, and how its scores are reduced."""
+
+    probe: LoadedProbe
+    member: Member
+    reductions: tuple[Reduction, ...]
+
+    @property
+    def follow_up(self) -> tuple[int, ...]:
+        """What it appends; probes that append the same read the same rows."""
+        return () if self.probe.manifest.follow_up is None else self.probe.manifest.follow_up.token_ids
+
+    @property
+    def tap(self) -> Tap:
+        """The only one that it reads."""
+        return self.probe.manifest.taps[0]
+
+    @property
+    def labels(self) -> int:
+        """Columns that it takes."""
+        return len(self.probe.manifest.output.labels)
+
+    @property
+    def treatment(self) -> tuple[object, ...]:
+        """The same for probes whose columns are treated alike."""
+        manifest = self.probe.manifest
+        return self.follow_up, id(self.member.stack), self.tap, manifest.exclude_special_tokens, self.reductions, self.probe.as_probability
+
+
+class StackedScores:
+    """The scores of stacked probes for a batch.
+
+    Args:
+        readings, rows: where the completions stand.
+        activations: by tap ``(N, hidden_size)`` float32 on the model's device, without NaN and infinities.
+        finite: by tap ``(N,)``, which rows had none.
+    """
+
+    def __init__(
+        self, readings: Readings, rows: Rows, activations: Mapping[Tap, torch.Tensor], finite: Mapping[Tap, NDArray[np.bool_]]
+    ) -> None:
+        self._readings = readings
+        self._rows = rows
+        self._activations = activations
+        self._finite = finite
+
+    def of(self, asked: Sequence[Asked], probes: Sequence[StackedProbe]) -> Iterator[tuple[Asked, str, ProbeScores | str]]:
+        """The scores of each completion by each probe's ``name@version``, or what keeps the probe from scoring it."""
+        alike: dict[tuple[object, ...], list[StackedProbe]] = defaultdict(list)
+        for probe in probes:
+            alike[probe.treatment].append(probe)
+        apart: dict[tuple[int, ...], list[StackedProbe]] = defaultdict(list)
+        for group in alike.values():
+            apart[group[0].follow_up] += group
+        for reading_alike in apart.values():
+            excerpt = _Excerpt([self._readings.of(each, reading_alike[0].probe.manifest) for each in asked], self._rows)
+            for block in _blocks(reading_alike, excerpt.count):
+                scores = self._scores(block, excerpt)
+                first = 0
+                for _, columns in groupby(block, key=lambda probe: probe.treatment):
+                    panel = list(columns)
+                    last = first + sum(probe.labels for probe in panel)
+                    yield from self._panel(panel, scores[:, first:last], excerpt, asked)
+                    first = last
+
+    def _scores(self, block: Sequence[StackedProbe], excerpt: _Excerpt) -> NDArray[np.float32]:
+        """``(rows of the excerpt, labels of all probes)``, on the host."""
+        device = self._activations[block[0].tap].device
+        scores = torch.empty((excerpt.count, sum(probe.labels for probe in block)), dtype=torch.float32, device=device)
+        first = 0
+        for _, members in groupby(block, key=lambda probe: probe.treatment[1:3]):
+            of_stack = list(members)
+            stack: Stack = of_stack[0].member.stack.select([probe.member.number for probe in of_stack])
+            last = first + sum(stack.labels)
+            start = 0
+            for rows in excerpt.ranges:
+                stack.score(self._activations[of_stack[0].tap][rows.start : rows.stop], scores[start : start + len(rows), first:last])
+                start += len(rows)
+            first = last
+        first = 0
+        for as_probability, columns in groupby(block, key=lambda probe: probe.probe.as_probability):
+            last = first + sum(probe.labels for probe in columns)
+            if as_probability:
+                scores[:, first:last].sigmoid_()
+            first = last
+        on_host: NDArray[np.float32] = scores.cpu().numpy()
+        return on_host
+
+    def _panel(
+        self, panel: Sequence[StackedProbe], scores: NDArray[np.float32], excerpt: _Excerpt, asked: Sequence[Asked]
+    ) -> Iterator[tuple[Asked, str, ProbeScores | str]]:
+        """Answers for probes that are treated alike, from their columns."""
+        tap, reductions, manifest = panel[0].tap, panel[0].reductions, panel[0].probe.manifest
+        keys = [probe.probe.manifest.key for probe in panel]
+        ends = np.cumsum([probe.labels for probe in panel]).tolist()
+        columns = [slice(end - probe.labels, end) for probe, end in zip(panel, ends, strict=True)]
+        all_finite = bool(self._finite[tap].all() and np.isfinite(scores).all())
+        for each in asked:
+            reading = self._readings.of(each, manifest)
+            tokens = excerpt.tokens(scores, reading)
+            problems = {} if all_finite else self._problems(panel, tokens, columns, reading)
+            reduced = _reduced(tokens, reading.selections, reductions)
+            wanted = each.options.token_scores
+            for key, own in zip(keys, columns, strict=True):
+                if key in problems:
+                    yield each, key, problems[key]
+                else:
+                    yield each, key, ProbeScores(reduced[:, :, own], tokens[:, own].copy() if key in wanted else None)
+
+    def _problems(
+        self, panel: Sequence[StackedProbe], tokens: NDArray[np.float32], columns: Sequence[slice], reading: Reading
+    ) -> dict[str, str]:
+        tap = panel[0].tap
+        keys = [probe.probe.manifest.key for probe in panel]
+        if not self._finite[tap][self._rows.of([part.segment for part in reading.parts])].all():
+            return {key: non_finite_tap(tap, key) for key in keys}
+        good = np.asarray(np.isfinite(tokens).all(axis=0))
+        return {key: non_finite_scores(key) for key, own in zip(keys, columns, strict=True) if not good[own].all()}
+
+
+class _Excerpt:
+    """The rows of a batch that some readings are about, each once, in their order.
+
+    Attributes:
+        ranges: of the batch's rows.
+        count: of rows.
+    """
+
+    def __init__(self, readings: Sequence[Reading], rows: Rows) -> None:
+        self.ranges: list[range] = []
+        self.count = 0
+        self._places: dict[int, range] = {}
+        segments = {part.segment for reading in readings for part in reading.parts}
+        for segment, own in sorted(((segment, rows.range_of(segment)) for segment in segments), key=lambda each: each[1].start):
+            self._places[segment] = range(self.count, self.count + len(own))
+            self.count += len(own)
+            if self.ranges and self.ranges[-1].stop == own.start:
+                own = range(self.ranges.pop().start, own.stop)
+            self.ranges.append(own)
+
+    def tokens(self, scores: NDArray[np.float32], reading: Reading) -> NDArray[np.float32]:
+        """Of the scores of all rows those of one reading, ``(T, labels)``: a view where its rows are beside one another."""
+        places = [self._places[part.segment] for part in reading.parts]
+        if len(places) == 1:
+            return scores[places[0].start : places[0].stop]
+        return np.concatenate([scores[:0], *(scores[place.start : place.stop] for place in places)])
+
+
+def _blocks(probes: Sequence[StackedProbe], rows: int) -> Iterator[list[StackedProbe]]:
+    """As many probes at once as ``MAX_SCORES`` has room for."""
+    block: list[StackedProbe] = []
+    columns = 0
+    for probe in probes:
+        if block and (columns + probe.labels) * rows > MAX_SCORES:
+            yield block
+            block, columns = [], 0
+        block.append(probe)
+        columns += probe.labels
+    if block:
+        yield block
+
+
+def _reduced(tokens: NDArray[np.float32], selections: NDArray[np.bool_], reductions: Sequence[Reduction]) -> NDArray[np.float32]:
+    """``(selections, reductions, labels)``, some columns at a time."""
+    step = max(1, MAX_REDUCED_SCORES // max(1, len(tokens)))
+    pieces = [reduce_selections(tokens[:, first : first + step], selections, reductions) for first in range(0, tokens.shape[1], step)]
+    return pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=2)

@@ -1,0 +1,331 @@
+"""Many networks over the same rows at once: their first layers as one matrix product, their later ones as a batch of products.
+
+Networks that begin with the same layer, as features of one sparse autoencoder do, compute it once. All of it is float32, on one device.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from probescore_server.probes.expressions import Apply, Constant, Expression, takes_whole_rows
+from probescore_server.probes.layers import Layer
+
+MAX_INNER_NUMBERS = 1 << 23
+"""Of results between the layers held at once, 32 MiB: longer inputs are computed in pieces."""
+
+Layers = tuple[Layer, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Stack:
+    """Networks that read the same rows; made by ``stack_networks``.
+
+    Attributes:
+        labels: of each network.
+        parts: what computes them, and the columns of the scores that each part gives.
+        members: of each part, the networks that it computes, in its order.
+    """
+
+    labels: tuple[int, ...]
+    parts: tuple[_Batch | _Shared, ...]
+    members: tuple[tuple[int, ...], ...]
+
+    def select(self, networks: Sequence[int]) -> Stack:
+        """Some of the networks, in the order given."""
+        if list(networks) == list(range(len(self.labels))):
+            return self
+        parts, members = [], []
+        for part, known in zip(self.parts, self.members, strict=True):
+            numbers = {network: number for number, network in enumerate(known)}
+            places = [place for place, network in enumerate(networks) if network in numbers]
+            if places:
+                parts.append(part.select([numbers[networks[place]] for place in places]))
+                members.append(tuple(places))
+        return Stack(tuple(self.labels[network] for network in networks), tuple(parts), tuple(members))
+
+    def score(self, rows: torch.Tensor, into: torch.Tensor) -> None:
+        """Scores rows in pieces of bounded size.
+
+        Args:
+            rows: ``(n, width)`` float32.
+            into: ``(n, sum of labels)`` float32, on the same device: is given the scores, network after network.
+        """
+        step = max(1, MAX_INNER_NUMBERS // self.inner_numbers)
+        with _full_precision():
+            for first in range(0, len(rows), step):
+                into[first : first + step] = self(rows[first : first + step])
+
+    @torch.inference_mode()
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        """``(n, width)`` to ``(n, sum of labels)``."""
+        if len(self.parts) == 1 and list(self.members[0]) == list(range(len(self.labels))):
+            return self.parts[0](rows)
+        scores = rows.new_empty((len(rows), sum(self.labels)))
+        starts = np.cumsum((0, *self.labels))
+        for part, members in zip(self.parts, self.members, strict=True):
+            columns = np.concatenate([np.arange(starts[member], starts[member + 1]) for member in members])
+            scores[:, torch.from_numpy(columns).to(rows.device)] = part(rows)
+        return scores
+
+    @property
+    def inner_numbers(self) -> int:
+        """Results between the layers, for each row."""
+        return sum(part.inner_numbers for part in self.parts)
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """Every tensor that it holds on its device."""
+        for part in self.parts:
+            yield from part.tensors()
+
+
+@dataclass(frozen=True, eq=False)
+class _BatchedLayer:
+    """One layer of P networks: ``weight (P, out, in)``, ``bias (P, out)``, each constant ``(P, out)``."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+    constants: tuple[torch.Tensor, ...]
+    activation: Expression
+
+    @classmethod
+    def of(cls, layers: Sequence[Layer], device: torch.device) -> _BatchedLayer:
+        def stacked(arrays: Sequence[NDArray[np.float32]]) -> torch.Tensor:
+            return torch.from_numpy(np.stack(arrays)).to(device)
+
+        return cls(
+            stacked([layer.weight for layer in layers]),
+            stacked([layer.bias for layer in layers]),
+            tuple(map(stacked, zip(*(layer.constants for layer in layers), strict=True))),
+            layers[0].activation,
+        )
+
+    def select(self, indices: torch.Tensor) -> _BatchedLayer:
+        constants = tuple(constant[indices] for constant in self.constants)
+        return replace(self, weight=self.weight[indices], bias=self.bias[indices], constants=constants)
+
+    def of_rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """The first layer: all networks read ``(n, in)``; gives ``(n, P, out)``."""
+        products = torch.addmm(self.bias.flatten(), rows, self.weight.flatten(0, 1).T)
+        return self._activated(products.view(len(rows), *self.bias.shape))
+
+    def of_each(self, values: torch.Tensor) -> torch.Tensor:
+        """A later layer: each network reads its own; ``(n, P, in)`` to ``(n, P, out)``."""
+        products = torch.baddbmm(self.bias[:, None], values.transpose(0, 1), self.weight.transpose(1, 2))
+        return self._activated(products.transpose(0, 1))
+
+    def _activated(self, values: torch.Tensor) -> torch.Tensor:
+        return evaluate(self.activation, values, self.constants, {})
+
+
+@dataclass(frozen=True, eq=False)
+class _Batch:
+    """Networks of one shape."""
+
+    layers: tuple[_BatchedLayer, ...]
+
+    @classmethod
+    def of(cls, networks: Sequence[Layers], device: torch.device) -> _Batch:
+        return cls(tuple(_BatchedLayer.of(layers, device) for layers in zip(*networks, strict=True)))
+
+    def select(self, networks: Sequence[int]) -> _Batch:
+        indices = torch.tensor(networks, device=self.layers[0].weight.device)
+        return _Batch(tuple(layer.select(indices) for layer in self.layers))
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        values = self.layers[0].of_rows(rows)
+        for layer in self.layers[1:]:
+            values = layer.of_each(values)
+        return values.flatten(1)
+
+    @property
+    def inner_numbers(self) -> int:
+        # the products, what its activation makes of them, and one on the way
+        return 3 * max(layer.bias.numel() for layer in self.layers)
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        for layer in self.layers:
+            yield from (layer.weight, layer.bias, *layer.constants)
+
+
+@dataclass(frozen=True, eq=False)
+class _Shared:
+    """Networks whose first layer is the same."""
+
+    first: _Batch
+    rest: Stack
+
+    def select(self, networks: Sequence[int]) -> _Shared:
+        return replace(self, rest=self.rest.select(networks))
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        return self.rest(self.first(rows))
+
+    @property
+    def inner_numbers(self) -> int:
+        return self.first.inner_numbers + self.rest.inner_numbers
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        yield from self.first.tensors()
+        yield from self.rest.tensors()
+
+
+# ------------------------------------------------------------------------------------------------------------------------ building
+
+
+def stack_networks(networks: Sequence[Layers], device: torch.device) -> Stack:
+    """Stacks networks of the same input width, which keep their order."""
+    parts: list[_Batch | _Shared] = []
+    members: list[tuple[int, ...]] = []
+    alone = []
+    for group in _grouped(networks, _first_layer):
+        if len(group) > 1 and _sharing_pays([networks[member] for member in group]):
+            parts.append(_shared([networks[member] for member in group], device))
+            members.append(tuple(group))
+        else:
+            alone += group
+    alone.sort()
+    pruned = [_pruned(networks[member]) for member in alone]
+    for group in _grouped(pruned, _shape):
+        parts.append(_Batch.of([pruned[number] for number in group], device))
+        members.append(tuple(alone[number] for number in group))
+    return Stack(tuple(len(layers[-1].bias) for layers in networks), tuple(parts), tuple(members))
+
+
+def _grouped(networks: Sequence[Layers], key: Callable[[Layers], object]) -> list[list[int]]:
+    groups: dict[object, list[int]] = defaultdict(list)
+    for number, layers in enumerate(networks):
+        groups[key(layers)].append(number)
+    return [*groups.values()]
+
+
+def _first_layer(layers: Layers) -> object:
+    """The same for networks that begin with the same layer and have another after it."""
+    first = layers[0]
+    if len(layers) == 1:
+        return None
+    digest = hashlib.sha256()
+    for array in (first.weight, first.bias, *first.constants):
+        digest.update(array.data)
+    return first.activation, first.weight.shape, digest.digest()
+
+
+def _shape(layers: Layers) -> object:
+    return tuple((layer.weight.shape, layer.activation) for layer in layers)
+
+
+def _used(layers: Layers) -> NDArray[np.bool_]:
+    """Which results of the first layer the second one reads."""
+    if takes_whole_rows(layers[0].activation):
+        return np.ones(len(layers[0].bias), np.bool_)
+    used = (layers[1].weight != 0).any(axis=0)
+    used[0] |= not used.any()  # a layer has at least one result
+    return np.asarray(used)
+
+
+def _sharing_pays(networks: Sequence[Layers]) -> bool:
+    """Whether all that some network reads of a layer, computed once for all of them, is fewer products than what each reads for itself."""
+    if len(networks[0]) == 1:
+        return False
+    used = [_used(layers) for layers in networks]
+    inputs, outputs = networks[0][0].weight.shape[1], [len(layers[1].bias) for layers in networks]
+    apart = sum(int(mine.sum()) * (inputs + own) for mine, own in zip(used, outputs, strict=True))
+    return bool(np.logical_or.reduce(used).sum() * (inputs + sum(outputs)) < apart)
+
+
+def _shared(networks: Sequence[Layers], device: torch.device) -> _Shared:
+    used = np.logical_or.reduce([_used(layers) for layers in networks])
+    narrowed = [_narrowed(layers, used) for layers in networks]
+    return _Shared(_Batch.of([narrowed[0][:1]], device), stack_networks([layers[1:] for layers in narrowed], device))
+
+
+def _narrowed(layers: Layers, used: NDArray[np.bool_]) -> Layers:
+    """Without results of the first layer that are not used."""
+    if used.all():
+        return layers
+    first, second = layers[0], layers[1]
+    constants = tuple(constant[used] for constant in first.constants)
+    first = replace(first, weight=first.weight[used], bias=first.bias[used], constants=constants)
+    return (first, replace(second, weight=np.ascontiguousarray(second.weight[:, used])), *layers[2:])
+
+
+def _pruned(layers: Layers) -> Layers:
+    """Without results that no later layer reads."""
+    if len(layers) == 1:
+        return layers
+    later = (layers[0], *_pruned(layers[1:]))
+    return _narrowed(later, _used(later))
+
+
+# ----------------------------------------------------------------------------------------------------------------------- computing
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """No TF32 and no bfloat16 inside matrix products, whatever the process has chosen for its own."""
+    chosen = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(chosen)
+
+
+def evaluate(
+    expression: Expression, values: torch.Tensor, constants: Sequence[torch.Tensor], known: dict[Expression, torch.Tensor]
+) -> torch.Tensor:
+    """An activation of ``values (…, width)``.
+
+    Args:
+        expression: over ``values`` as its input.
+        values: results of an affine map.
+        constants: by number; each broadcasts against ``values``.
+        known: what is computed already, by expression; parts that occur twice are computed once.
+    """
+    if isinstance(expression, Apply):
+        if expression not in known:
+            arguments = [evaluate(argument, values, constants, known) for argument in expression.arguments]
+            known[expression] = (
+                _among_largest(arguments[0], expression.k) if expression.operator == "TopK" else _TORCH[expression.operator](*arguments)
+            )
+        return known[expression]
+    return constants[int(expression.name)] if isinstance(expression, Constant) else values
+
+
+def _among_largest(values: torch.Tensor, k: int) -> torch.Tensor:
+    """Which numbers are among the k largest of their row; the first where several are equal, as ONNX has it and ``torch.topk`` does not."""
+    smallest = values.topk(k, dim=-1, sorted=True).values[..., -1:]
+    above, equal = values > smallest, values == smallest
+    room = k - above.sum(dim=-1, keepdim=True, dtype=torch.int32)
+    return above | (equal & (equal.cumsum(dim=-1, dtype=torch.int32) <= room))
+
+
+_TORCH: dict[str, Callable[..., torch.Tensor]] = {
+    "Add": torch.add,
+    "Sub": torch.sub,
+    "Mul": torch.mul,
+    "Div": torch.div,
+    "Pow": torch.pow,
+    "Neg": torch.neg,
+    "Exp": torch.exp,
+    "Erf": torch.erf,
+    "Relu": torch.relu,
+    "Sigmoid": torch.sigmoid,
+    "Tanh": torch.tanh,
+    "Softplus": torch.nn.functional.softplus,
+    "LeakyRelu": lambda x, alpha: torch.where(x < 0, alpha * x, x),
+    "Elu": lambda x, alpha: torch.where(x < 0, alpha * torch.expm1(x), x),
+    "Greater": torch.gt,
+    "GreaterOrEqual": torch.ge,
+    "Less": torch.lt,
+    "LessOrEqual": torch.le,
+    "Where": torch.where,
+    "Cast": lambda condition: condition.to(torch.float32),
+}

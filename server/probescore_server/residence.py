@@ -1,0 +1,109 @@
+"""What an engine holds of its device's memory, given back while it sleeps: between steps a GPU belongs to training."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import torch
+
+from probescore.types import Transfer
+from probescore_server.backbone.kv_cache import KeyValueCache
+from probescore_server.backbone.loading import Decoder
+from probescore_server.backbone.offload import WeightOffload
+from probescore_server.probes.loading import LoadedProbe, Member
+from probescore_server.probes.session import ProbeSession
+
+
+class Residence:
+    """The memory of one engine.
+
+    On a CUDA device the weights move to pinned host memory and the sessions, which hold memory of onnxruntime's, are made anew on waking.
+    What remains is the CUDA context, of some hundred MiB. On a CPU the weights stay where they are.
+
+    Args:
+        device: where the engine runs.
+        weights: gives the tensors that are on the device for as long as the engine is awake.
+        cache: is emptied.
+        sessions: of the probes.
+
+    Attributes:
+        asleep: nothing may compute.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        weights: Callable[[], Iterable[torch.Tensor]],
+        cache: KeyValueCache,
+        sessions: Sequence[ProbeSession],
+    ) -> None:
+        self.asleep = False
+        self._device = device
+        self._weights = weights
+        self._cache = cache
+        self._sessions = sessions
+        self._offload = WeightOffload()
+
+    @classmethod
+    def of(cls, decoder: Decoder, probes: Iterable[LoadedProbe], cache: KeyValueCache) -> Residence:
+        """That of a model and its probes."""
+        runs = [probe.runs for probe in probes]
+        stacks = {run.stack for run in runs if isinstance(run, Member)}
+        sessions = [run for run in runs if isinstance(run, ProbeSession) and run.device.type == "cuda"]
+
+        def weights() -> Iterator[torch.Tensor]:
+            yield from decoder.model.parameters()
+            yield from decoder.model.buffers()
+            for stack in stacks:
+                yield from stack.tensors()
+
+        return cls(decoder.device, weights, cache, sessions)
+
+    def sleep(self) -> Transfer:
+        """Gives the memory back. If this fails, the engine is awake as before."""
+        if self.asleep:
+            return Transfer(str(self._device))
+        started, held = time.perf_counter(), self._held_bytes()
+        if self._device.type == "cuda":
+            self._offload.leave(self._weights())
+        for session in self._sessions:
+            session.close()
+        self.asleep = True
+        self.free_reserves()
+        return Transfer(str(self._device), time.perf_counter() - started, self._offload.bytes, held - self._held_bytes())
+
+    def wake(self) -> Transfer:
+        """Takes the memory again, with everything in it as it was.
+
+        Raises:
+            WorkerUnavailable: the device has no room yet; the engine is asleep as before.
+            RuntimeError: the weights did not come back as they were; the engine must not be used any more.
+        """
+        if not self.asleep:
+            return Transfer(str(self._device))
+        started, held, weight_bytes = time.perf_counter(), self._held_bytes(), self._offload.bytes
+        self._offload.come_back()
+        for session in self._sessions:
+            session.open()
+        self.asleep = False
+        return Transfer(str(self._device), time.perf_counter() - started, weight_bytes, self._held_bytes() - held)
+
+    def free_reserves(self) -> None:
+        """Gives back what is only kept to be faster."""
+        self._cache.clear()
+        gc.collect()  # of an exception's frames
+        _return_free_memory()
+
+    def _held_bytes(self) -> int:
+        return torch.cuda.memory_reserved(self._device) if self._device.type == "cuda" else self._cache.bytes
+
+
+def _return_free_memory() -> None:
+    """To the device and to the system: what allocators keep to hand it out again."""
+    torch.cuda.empty_cache()
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):  # glibc's; without it most of a cache of 0.5 GiB stays with the process
+        libc.malloc_trim(0)

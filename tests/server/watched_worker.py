@@ -1,0 +1,54 @@
+"""A worker process with a real engine, for tests."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from probescore.types import RolloutGroup
+from probescore_server.requests import resolve_options, resolve_rollouts
+from probescore_server.rollouts import EngineInfo, Rollout
+from probescore_server.settings import ServerSettings
+from probescore_server.worker import WorkerSpec
+from probescore_server.worker_process import WorkerProcess
+
+
+class Watched:
+    """A worker and a way to wait for its changes."""
+
+    def __init__(self, **settings: object) -> None:
+        self._changed = asyncio.Event()
+        chosen = ServerSettings(**{"log_format": "json", "worker_restart_seconds": 0.0, **settings})
+        self.worker = WorkerProcess(WorkerSpec(chosen, "cpu", threads=1), self._changed.set)
+        self.task = asyncio.create_task(self.worker.run())
+
+    @property
+    def pid(self) -> int | None:
+        """Of its process; ``None`` while there is none."""
+        return self.worker._life.process.pid if self.worker._life is not None else None
+
+    async def until(self, **state: bool) -> None:
+        """Waits until some of its properties are what they should be: ``until(ready=True)``."""
+        while any(getattr(self.worker, name) is not value for name, value in state.items()):
+            self._changed.clear()
+            waiting = asyncio.create_task(self._changed.wait())
+            await asyncio.wait([waiting, self.task], return_when=asyncio.FIRST_COMPLETED)
+            waiting.cancel()
+            if self.task.done():
+                self.task.result()
+
+
+@asynccontextmanager
+async def running(**settings: object) -> AsyncIterator[Watched]:
+    watched = Watched(**settings)
+    try:
+        await watched.until(ready=True)
+        yield watched
+    finally:
+        watched.task.cancel()
+        await asyncio.gather(watched.task, return_exceptions=True)
+
+
+def rollouts_of(info: EngineInfo, *groups: RolloutGroup) -> list[Rollout]:
+    return [rollout for group in resolve_rollouts(groups, info, resolve_options(info)) for rollout in group]
