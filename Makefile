@@ -12,7 +12,7 @@ BUF_INPUT := proto
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test unit lint format types imports proto proto-check baseline test-client-versions mutants bench clean
+.PHONY: help demo test unit lint format types imports proto proto-check baseline test-client-versions mutants bench bench-full clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 24
@@ -66,8 +66,14 @@ imports: $(INSTALLED) ## The arrows between our layers
 mutants: $(INSTALLED) ## Break the code on purpose; each break must be caught by a test
 	$(TEST_ENV) $(BIN)/python tests/mutations/run.py
 
-bench: $(INSTALLED) ## What scoring costs, beside plain Hugging Face
-	$(BIN)/python benchmarks/scoring.py
+bench: $(INSTALLED) ## What scoring costs, beside plain Hugging Face: build/bench.json, build/bench.png (under 10 minutes)
+	$(BIN)/python -m benchmarks compare
+
+bench-full: $(INSTALLED) ## Every load, every variant, two threads beside one; latency, memory and scaling (hours)
+	$(BIN)/python -m benchmarks compare --full
+	$(BIN)/python -m benchmarks latency
+	$(BIN)/python -m benchmarks memory
+	$(BIN)/python -m benchmarks scaling
 
 # --------------------------------------------------------------------------------------------------------------------- the contract
 

@@ -126,11 +126,15 @@ def test_every_call_is_answered_exactly_once_or_fails_by_a_fault_of_its_own_and_
     asyncio.run(run())
 
 
+MANY_PROMPTS = st.tuples(st.sampled_from([0, 3, 30]), st.integers(1, 6))
+Arrivals = st.lists(st.tuples(st.sampled_from("abc"), MANY_PROMPTS, NAMES), max_size=25)
+
+
 @given(
-    queued=st.lists(st.tuples(st.sampled_from("abcde"), PROMPTS, NAMES), max_size=25),
-    following=st.lists(st.tuples(st.sampled_from("abcde"), PROMPTS, NAMES), max_size=25),
-    late=st.tuples(PROMPTS, NAMES),
-    batch=st.integers(40, 80),
+    queued=Arrivals,
+    following=Arrivals,
+    late=st.tuples(MANY_PROMPTS, NAMES),
+    batch=st.integers(34, 80),  # from the largest group on
 )
 @settings(deadline=None, max_examples=200)
 def test_a_job_waits_for_at_most_one_batch_of_each_other_job_whatever_they_share(

@@ -62,14 +62,14 @@ async def test_a_group_joins_as_a_whole_or_waits_for_its_own_turn() -> None:
 
 async def test_who_joins_has_had_a_turn() -> None:
     worker = HandWorker(ready=False)
-    scheduler = scheduler_for(worker, batch=22)
+    scheduler = scheduler_for(worker, batch=32)
     scheduler.submit([group("a", prompt=9, prompt_id=1)], job="a")
     scheduler.submit([group("b", prompt=9)], job="b")
     scheduler.submit([group("c1", prompt=9, prompt_id=1), group("c2", prompt=9)], job="c")
     scheduler.submit([group("d", prompt=9)], job="d")
     await start(scheduler, worker)
     await worker.finish_all()
-    assert worker.batches == [["a", "c1", "b"], ["d", "c2"]]  # c2 comes after d, though c was before d when c1 joined
+    assert worker.batches == [["a", "c1", "b", "d"], ["c2"]]  # c2 comes after d, though c was before d when c1 joined
 
 
 async def test_a_reader_who_is_behind_does_not_join() -> None:

@@ -22,6 +22,9 @@ CAUSAL_ATTENTION = "probescore_causal"
 
 _RECORDING = "probescore_recording"
 
+QUERY_BLOCK = 64
+"""Queries that are attended for at once: only among themselves is a causal kernel needed, which is slower than one that sees every key."""
+
 WINDOW_BLOCK = 256
 """Queries that share one mask where a sliding window cuts keys off."""
 
@@ -109,6 +112,15 @@ def causal_attention(
 
 def _causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None) -> torch.Tensor:
     before = key.shape[2] - query.shape[2]
+    blocks = []
+    for start in range(0, query.shape[2], QUERY_BLOCK):
+        block, first = query[:, :, start : start + QUERY_BLOCK], before + start
+        last = first + block.shape[2]
+        blocks.append(_merged(block, key[:, :, :last], value[:, :, :last], first, scaling))
+    return torch.cat(blocks, dim=2)
+
+
+def _merged(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, before: int, scaling: float | None) -> torch.Tensor:
     attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     own, own_sums = attend(query, key[:, :, before:], value[:, :, before:], 0.0, True, scale=scaling)
     if before == 0:

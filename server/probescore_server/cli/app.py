@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from probescore_server.cli import info, probes, score, sleep
+from probescore_server.cli import bench, info, probes, score, sleep
 from probescore_server.cli.failures import needs_extra
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ score.register(app)
 info.register(app)
 probes.register(app)
 sleep.register(app)
+bench.register(app)
 
 try:
     importlib.import_module("probescore_server.cli.serve").register(app)

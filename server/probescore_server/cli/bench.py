@@ -1,0 +1,171 @@
+"""``probescore bench``: what a running server does with a load of random token ids."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from typing import Annotated
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from probescore import ProbeClient, RolloutGroup, ServerInfo, Usage
+from probescore_server.cli.connection import DEFAULT_ADDRESS, Address, Wait, connected
+from probescore_server.cli.failures import one_line_failures
+from probescore_server.cli.probe_tables import facts_table
+
+CALL_SECONDS = 3600.0
+"""A deadline that only a server which hangs can miss."""
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command ``bench``."""
+    app.command("bench")(_bench)
+
+
+@dataclass(frozen=True)
+class BenchLoad:
+    """What is sent.
+
+    Attributes:
+        calls: in all, after one call that is not counted.
+        concurrency: calls that are under way at a time, each over a connection of its own.
+        groups, completions: groups of a call, completions of a group.
+        prompt_tokens, completion_tokens: on average; lengths are uniform from half of it to one and a half.
+        first_id: every prompt begins with it; ``None`` = with any.
+    """
+
+    calls: int
+    concurrency: int
+    groups: int
+    completions: int
+    prompt_tokens: int
+    completion_tokens: int
+    seed: int
+    first_id: int | None
+
+    def call(self, number: int, vocab_size: int) -> list[RolloutGroup]:
+        """The rollouts of one call, the same for the same seed and number."""
+        random = np.random.default_rng([self.seed, number + 1])
+
+        def ids(average: int) -> np.ndarray:
+            return random.integers(vocab_size, size=max(1, int(random.integers(average // 2, average + average // 2 + 1))))
+
+        groups = [
+            RolloutGroup(ids(self.prompt_tokens), [ids(self.completion_tokens) for _ in range(self.completions)])
+            for _ in range(self.groups)
+        ]
+        if self.first_id is not None:
+            groups = [RolloutGroup(np.concatenate([[self.first_id], group.prompt]), group.completions) for group in groups]
+        return groups
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    """What came out.
+
+    Attributes:
+        seconds: from the first call's start to the last one's end.
+        latencies: seconds of each call, sorted.
+        usage: of all calls.
+    """
+
+    seconds: float
+    latencies: tuple[float, ...]
+    usage: Usage
+
+    def percentile(self, percent: float) -> float:
+        """Of the latencies, in seconds."""
+        return float(np.percentile(self.latencies, percent))
+
+    @property
+    def tokens(self) -> int:
+        """Computed, shared and cached: what reading each rollout by itself would compute."""
+        return self.usage.tokens_computed + self.usage.tokens_shared + self.usage.tokens_cached
+
+
+def _bench(
+    address: Address = DEFAULT_ADDRESS,
+    wait: Wait = 0,
+    calls: Annotated[int, typer.Option(min=1, help="Calls in all.")] = 16,
+    concurrency: Annotated[int, typer.Option(min=1, max=256, help="Calls under way at a time.")] = 4,
+    groups: Annotated[int, typer.Option(min=1, help="Rollout groups of a call.")] = 1,
+    completions: Annotated[int, typer.Option(min=1, help="Completions of a group.")] = 8,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="On average; from half of it to one and a half.")] = 400,
+    completion_tokens: Annotated[int, typer.Option(min=1, help="On average; from half of it to one and a half.")] = 400,
+    probe: Annotated[list[str] | None, typer.Option(help="Repeat for several; all by default.")] = None,
+    token_scores: Annotated[bool, typer.Option("--token-scores", help="Ask for the scores of every token, too.")] = False,
+    first_id: Annotated[int | None, typer.Option(min=0, help="Begin every prompt with this id, where a probe expects BOS.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the ids and lengths.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")] = False,
+) -> None:
+    """Send random rollouts to a server and show what they take."""
+    load = BenchLoad(calls, concurrency, groups, completions, prompt_tokens, completion_tokens, seed, first_id)
+    with one_line_failures(), ExitStack() as stack:
+        clients = [stack.enter_context(connected(address, wait)) for _ in range(concurrency)]
+        info = clients[0].get_server_info()
+        with Console(stderr=True).status(f"{calls} calls, {concurrency} at a time"):
+            result = run(load, clients, info, probe or (), token_scores=token_scores)
+    if as_json:
+        typer.echo(json.dumps(_numbers(load, result)))
+    else:
+        Console(highlight=False).print(_table(load, result, info))
+
+
+def run(load: BenchLoad, clients: Sequence[ProbeClient], info: ServerInfo, probes: Sequence[str], *, token_scores: bool) -> BenchResult:
+    """Sends a load; client *i* makes every call whose number leaves *i*, one after the other.
+
+    Raises:
+        ProbescoreError: a call failed.
+    """
+    vocab_size = info.model.vocab_size
+
+    def ask(client: ProbeClient, number: int) -> tuple[float, Usage]:
+        rollouts = load.call(number, vocab_size)
+        started = time.perf_counter()
+        answer = client.score(rollouts, probes=probes, token_scores=token_scores, timeout=CALL_SECONDS)
+        return time.perf_counter() - started, answer.info.usage
+
+    def ask_in_turn(index: int) -> list[tuple[float, Usage]]:
+        return [ask(clients[index], number) for number in range(index, load.calls, len(clients))]
+
+    ask(clients[0], -1)
+    with ThreadPoolExecutor(len(clients)) as threads:
+        started = time.perf_counter()
+        answers = [answer for part in threads.map(ask_in_turn, range(len(clients))) for answer in part]
+        seconds = time.perf_counter() - started
+    return BenchResult(seconds, tuple(sorted(latency for latency, _ in answers)), _total(usage for _, usage in answers))
+
+
+def _total(usages: Iterable[Usage]) -> Usage:
+    counted = [asdict(usage) for usage in usages]
+    return Usage(**{name: sum(usage[name] for usage in counted) for name in counted[0]})
+
+
+def _numbers(load: BenchLoad, result: BenchResult) -> dict[str, object]:
+    return {
+        "load": asdict(load),
+        "seconds": result.seconds,
+        "calls_per_second": load.calls / result.seconds,
+        "tokens_per_second": result.tokens / result.seconds,
+        "latency_seconds": {f"p{percent}": result.percentile(percent) for percent in (50, 90, 99)},
+        **asdict(result.usage),
+    }
+
+
+def _table(load: BenchLoad, result: BenchResult, info: ServerInfo) -> Table:
+    usage = result.usage
+    workers = ", ".join(f"{worker.device} ({worker.dtype}, {worker.execution_path})" for worker in info.workers)
+    table = facts_table(f"{load.calls} calls of {load.groups} × {load.completions} rollouts, {load.concurrency} at a time")
+    table.add_row("workers", workers)
+    table.add_row("throughput", f"{load.calls / result.seconds:,.2f} calls/s, {result.tokens / result.seconds:,.0f} tokens/s")
+    table.add_row("latency", ", ".join(f"p{percent} {result.percentile(percent):.3f} s" for percent in (50, 90, 99)))
+    table.add_row("tokens", f"{usage.tokens_computed:,} computed, {usage.tokens_shared:,} shared, {usage.tokens_cached:,} cached")
+    table.add_row("a call", f"{usage.queue_seconds / load.calls:.3f} s queued, {usage.compute_seconds / load.calls:.3f} s in batches")
+    return table

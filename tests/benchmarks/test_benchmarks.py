@@ -1,0 +1,113 @@
+"""The benchmark's own arithmetic: its loads, its floor, its ratios and what it writes. Its numbers are nobody's promise here."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from benchmarks.compare import compare
+from benchmarks.loads import LOADS, Group, Load, Unit
+from benchmarks.model import SHAPES, BenchModel, make_model
+from benchmarks.process import VariantProcess
+from benchmarks.ratios import Spread
+from benchmarks.report import results
+from benchmarks.variants import Job, file_paths, load
+from benchmarks.variants.server import deal_out
+
+VOCAB_SIZE = SHAPES["tiny"].vocab_size
+SMALL = Load("small", groups=2, completions=3, prompt_tokens=(8, 12), completion_tokens=(2, 9))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> BenchModel:
+    return make_model(SHAPES["tiny"], folder=tmp_path_factory.mktemp("bench"))
+
+
+def job(model: BenchModel, variant: str) -> Job:
+    return Job(variant, str(model.directory), file_paths(model.probes), str(model.directions), model.layer, concurrency=2)
+
+
+@pytest.mark.parametrize("name", LOADS)
+def test_repetitions_have_the_same_lengths_and_other_ids(name: str) -> None:
+    first, second = (list(LOADS[name].units(repetition, VOCAB_SIZE)) for repetition in range(2))
+    assert [unit.segment_sizes() for unit in first] == [unit.segment_sizes() for unit in second]
+    assert first[0].calls[0].prompt.tolist() != second[0].calls[0].prompt.tolist()
+
+
+def test_second_epoch_needs_completions_only() -> None:
+    (unit,) = LOADS["second_epoch"].units(0, VOCAB_SIZE)
+    assert sum(unit.segment_sizes()) == unit.completion_tokens == 1600
+
+
+def test_each_turn_of_a_conversation_needs_only_what_is_new() -> None:
+    (unit,) = LOADS["conversation"].units(0, VOCAB_SIZE)
+    last = unit.calls[-1]
+    assert len(unit.calls) == 10
+    assert sum(unit.segment_sizes()) == len(last.prompt) + len(last.completions[0])
+    whole = LOADS["conversation"].compared(unit, VOCAB_SIZE)
+    assert whole is not None
+    assert whole.real_tokens == sum(unit.segment_sizes())
+
+
+def test_a_unit_is_read_as_it_was_saved(tmp_path) -> None:
+    unit = Unit(
+        (Group(np.arange(3), (np.arange(4), np.arange(2))),), earlier=(Group(np.arange(1), (np.arange(5),)),), probes=2, per_token=False
+    )
+    unit.save(tmp_path / "unit.npz")
+    read = Unit.read(tmp_path / "unit.npz")
+    assert (read.probes, read.per_token) == (2, False)
+    for before, after in zip((*unit.calls, *unit.earlier), (*read.calls, *read.earlier), strict=True):
+        assert [ids.tolist() for ids in before.sequences()] == [ids.tolist() for ids in after.sequences()]
+
+
+@given(st.lists(st.tuples(st.floats(0.1, 10), st.floats(0.1, 10)), min_size=1, max_size=5))
+def test_ratios_are_made_within_a_repetition(pairs: list[tuple[float, float]]) -> None:
+    spread = Spread.of_ratios([above for above, _ in pairs], [below for _, below in pairs])
+    assert spread.min == pytest.approx(min(above / below for above, below in pairs))
+    assert spread.min <= spread.median <= spread.max
+
+
+@given(st.integers(1, 20), st.integers(1, 8))
+def test_completions_are_dealt_out_evenly_and_in_order(completions: int, clients: int) -> None:
+    parts = deal_out(Group(np.arange(2), tuple(np.array([index]) for index in range(completions))), clients)
+    assert [int(completion[0]) for part in parts for completion in part.completions] == list(range(completions))
+    sizes = [len(part.completions) for part in parts]
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_the_floor_counts_every_matrix_product_of_the_blocks_that_are_loaded(model: BenchModel) -> None:
+    shape = model.shape
+    (unit, *_) = SMALL.units(0, VOCAB_SIZE)
+    heads = shape.head_dim * (2 * shape.num_attention_heads + 2 * shape.num_key_value_heads)
+    weights = (model.layer + 1) * shape.hidden_size * (heads + 3 * shape.intermediate_size)
+    scored = load(job(model, "floor")).score(unit)
+    assert scored.facts["flops"] == 2 * weights * sum(unit.segment_sizes())
+
+
+def test_variants_agree_and_what_is_written_has_every_field(model: BenchModel) -> None:
+    names = ("a", "b", "engine", "server", "floor")
+    before = torch.get_num_threads()
+    processes: dict[str, VariantProcess] = {}
+    try:
+        for name in names:
+            processes[name] = VariantProcess(job(model, name))
+        comparison = compare(SMALL, processes, vocab_size=VOCAB_SIZE, repeats=2)
+    finally:
+        for process in processes.values():
+            process.close()
+    assert comparison.disagreeing() == []
+    written = json.loads(json.dumps(results([comparison]), allow_nan=False))["small"]
+    assert set(written) == set(names)
+    for name in names:
+        result = written[name]
+        assert set(result["over_a"]) == set(result["over_floor"]) == {"median", "min", "max"}
+        assert all(math.isfinite(result[field]) for field in ("tokens_per_second", "peak_rss_bytes", "max_abs_diff"))
+    assert torch.get_num_threads() == before
+    computed = sum(sum(unit.segment_sizes()) for unit in SMALL.units(0, VOCAB_SIZE))
+    assert written["engine"]["tokens_computed"] == written["floor"]["tokens_computed"] == [computed] * 2
