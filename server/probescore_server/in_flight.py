@@ -72,9 +72,6 @@ class InFlight:
         self._by_key: dict[object, Work] = {}
         self._by_item: dict[Item, Work] = {}
 
-    def __len__(self) -> int:
-        return len(self._by_item)
-
     def begin(self, items: Sequence[Item], now: float) -> Work | None:
         """Work for identical rollouts, unless such is under way already: then they wait for that."""
         key = items[0].key

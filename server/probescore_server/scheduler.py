@@ -167,35 +167,33 @@ class Scheduler:
         works = [work for work in works if work.items]
         if not works:
             return
-        worker, number = batch.worker, batch.worker.new_batch()
+        worker, number, tokens = batch.worker, batch.worker.new_batch(), _tokens(works)
         for index, work in enumerate(works):
             work.place = Place(worker, number, index)
         try:
             scored = await worker.score(number, [work.rollout for work in works])
         except WorkerUnavailable as error:
-            for work in works:
-                work.place = None
             self._lose(batch, works, error)
             return
         except OutOfMemory as error:
             failure: CoreError | None = error
-            self._budgets[worker].failed(_tokens(works))
+            self._budgets[worker].failed(tokens)
             self._on_out_of_memory()
-            logger.warning("a batch did not fit into memory", tokens=_tokens(works), rollouts=len(works), budget=self.batch_budget(worker))
+            logger.warning("a batch did not fit into memory", tokens=tokens, rollouts=len(works), budget=self.batch_budget(worker))
         except InternalFault as error:
             failure = error
         else:
             failure = None
             self._in_flight.deliver(works, scored)
-            self._budgets[worker].fitted(_tokens(works))
-            self._learn_throughput(_tokens(works), scored.compute_seconds)
-        for work in works:
-            work.place = None
+            self._budgets[worker].fitted(tokens)
+            self._learn_throughput(tokens, scored.compute_seconds)
         self._answered(batch)
         if failure is not None:
             await self._split(batch, works, failure)
 
     async def _split(self, batch: _Batch, works: Sequence[Work], failure: CoreError) -> None:
+        for work in works:
+            work.place = None
         if len(works) == 1:
             self._in_flight.fail(works[0], failure)
         else:
@@ -210,6 +208,8 @@ class Scheduler:
 
     def _lose(self, batch: _Batch, works: Sequence[Work], error: WorkerUnavailable) -> None:
         """The worker has died: of what it computed, or of something else before it got to this."""
+        for work in works:
+            work.place = None
         for work in works:
             if batch.started:
                 self._in_flight.fail(work, error)

@@ -234,6 +234,14 @@ def test_follow_up_that_a_probe_appends_counts_too() -> None:
     rollouts(group(), info=info, asked=options(probes=["b@1"]), max_rollout_tokens=7)
 
 
+def test_a_rollout_costs_what_all_its_probes_append_to_it_and_to_each_of_its_follow_ups() -> None:
+    info = replace(INFO, max_follow_up_tokens={"a@1": 10, "b@1": 2})
+    ((plain,),) = rollouts(group(), info=info, asked=options(probes=["a@1", "b@1"]))
+    ((followed,),) = rollouts(group(Completion([5, 6], follow_ups=(Completion([7]),))), info=info, asked=options(probes=["b@1"]))
+    assert plain.tokens == len(plain.prompt_ids) + len(plain.completion.token_ids) + 12
+    assert followed.tokens == len(followed.prompt_ids) + 2 + 2 + 1 + 2
+
+
 def test_positions_of_the_model_are_a_limit_too() -> None:
     rollouts(group([5] * 37))
     refused("groups[0].completions[0]", "41 tokens .* max_position_embeddings of the model is 40", group([5] * 38))
