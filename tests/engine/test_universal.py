@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 from models import VOCAB_SIZE, tiny_model
+from transformers.activations import ACT2FN
 
 from probescore.types import Scope, Tap
 from probescore_server.backbone import universal as universal_module
 from probescore_server.backbone.activations import Activations
 from probescore_server.backbone.attention import CAUSAL_ATTENTION
 from probescore_server.backbone.forest import Forest
+from probescore_server.backbone.gated_mlp import multiply_in_place
 from probescore_server.backbone.kv_cache import KeyValueCache
 from probescore_server.backbone.loading import Decoder, load_decoder
 from probescore_server.backbone.prepacking import can_prepack, prepack
@@ -127,6 +129,52 @@ def test_nobody_changes_what_the_cache_holds() -> None:
     before = [(keys.clone(), values.clone()) for keys, values in cache.longest_prefix(prompt)]
     backbone.forward(group(prompt, some_ids(12, 2), some_ids(3, 3)), [TAP], cache=cache)
     torch.testing.assert_close(cache.longest_prefix(prompt), before, atol=0, rtol=0)
+
+
+# ----------------------------------------------------------------------------------------------------------- what nobody reads
+
+
+@pytest.mark.parametrize(("scope", "computed"), [(Scope.COMPLETION, [9]), (Scope.ALL, [30, 9])])
+def test_of_a_prompt_that_nobody_reads_the_last_block_computes_keys_and_values_only(scope: Scope, computed: list[int]) -> None:
+    decoder, reader = opened()
+    backbone = universal_backbone(decoder, reader)
+    seen: list[int] = []
+    decoder.blocks[-1].mlp.register_forward_hook(lambda _module, inputs, _output: seen.append(inputs[0].shape[1]))
+    backbone.forward(group(some_ids(30, 0), some_ids(9, 1), scope=scope), [TAP])
+    assert seen == computed
+
+
+# ------------------------------------------------------------------------------------------------------------ products in place
+
+
+class Gated(torch.nn.Module):
+    def __init__(self, act_fn: torch.nn.Module, added: float = 0.0) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = torch.nn.Linear(8, 12), torch.nn.Linear(8, 12), torch.nn.Linear(12, 8)
+        self.act_fn = act_fn
+        self.added = added
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(rows)) * (self.up_proj(rows) + self.added))
+
+
+@pytest.mark.parametrize("act_fn", [torch.nn.SiLU(), ACT2FN["silu"], ACT2FN["gelu_pytorch_tanh"], torch.nn.Identity()])
+def test_gated_mlp_gives_the_same_in_place_and_leaves_its_input_alone(act_fn: torch.nn.Module) -> None:
+    module = Gated(act_fn)
+    inputs = torch.randn(1, 5, 8)
+    kept, expected = inputs.clone(), module(inputs)
+    undo = multiply_in_place(torch.nn.ModuleList([module]))
+    assert "forward" in vars(module)
+    torch.testing.assert_close(module(inputs), expected)
+    assert torch.equal(inputs, kept)
+    undo()
+    assert "forward" not in vars(module)
+
+
+def test_mlp_with_the_same_parts_that_computes_something_else_is_left_alone() -> None:
+    module = Gated(torch.nn.SiLU(), added=1.0)
+    multiply_in_place(torch.nn.ModuleList([module]))
+    assert "forward" not in vars(module)
 
 
 # ------------------------------------------------------------------------------------------------------------- prepacked weights

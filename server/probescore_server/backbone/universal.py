@@ -1,7 +1,7 @@
 """The universal path: a forest through transformers' public cache API, one segment at a time.
 
-Each segment is run once, after its parent's keys and values. No padding and no mask of ours, which an architecture could read another way:
-whatever transformers can generate with, this can score.
+Each segment is run once, after its parent's keys and values, and one that nobody reads only until its own are known. No padding and no mask
+of ours, which an architecture could read another way: whatever transformers can generate with, this can score.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -26,6 +27,24 @@ from probescore_server.backbone.taps import TapReader
 
 CHUNK_TOKENS = 2048
 """Tokens of one forward at most: bounds what a long rollout needs at once. More would not be faster."""
+
+
+class _KeysAndValuesKnown(Exception):
+    """All that a sequence's continuations need of it is in its state; nobody reads what the rest of the forward would give."""
+
+
+class _State(DynamicCache):
+    """Keys and values of a sequence, which ends a forward when its last layer has them, if told to."""
+
+    ends_at: int | None = None
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: object, **keywords: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        updated = super().update(key_states, value_states, layer_idx, *args, **keywords)
+        if layer_idx == self.ends_at:
+            raise _KeysAndValuesKnown
+        return updated
 
 
 class UniversalBackbone:
@@ -59,25 +78,26 @@ class UniversalBackbone:
             _ForestRun(self, forest, activations, skip, cache if self.keeps_key_values else None).run_all()
         return activations
 
-    def start(self, known: KeyValues) -> DynamicCache:
+    def start(self, known: KeyValues) -> _State:
         """The state of a sequence after the tokens that these are of."""
         if not self.keeps_key_values:
-            return DynamicCache(config=self._decoder.config)
+            return _State(config=self._decoder.config)
         # Without a config it keeps every token also where a layer sees a window only: what a longer sequence needs is all there.
-        state = DynamicCache()
+        state = _State()
         for layer, (keys, values) in enumerate(known):
             state.update(keys, values, layer)
         return state
 
-    def read_tokens(self, token_ids: NDArray[np.int32], position: int, state: DynamicCache, into: Mapping[Tap, torch.Tensor]) -> None:
+    def read_tokens(self, token_ids: NDArray[np.int32], position: int, state: _State, into: Mapping[Tap, torch.Tensor]) -> None:
         """Runs some tokens after those of a state, which grows by them, and copies their activations to the buffers."""
         ids = torch.from_numpy(token_ids).to(self._decoder.device, torch.long).unsqueeze(0)
         positions = {}
         if self._takes_positions:
             positions = {"position_ids": torch.arange(position, position + ids.shape[1], device=ids.device).unsqueeze(0)}
-        with self._reader.reading(into):
+        state.ends_at = len(self._decoder.blocks) - 1 if self.keeps_key_values and not into else None
+        with self._reader.reading(into), suppress(_KeysAndValuesKnown):
             output = self._decoder.model(input_ids=ids, past_key_values=state, use_cache=True, **positions)
-        self._reader.read_final_norm(output, into)
+            self._reader.read_final_norm(output, into)
 
 
 class _ForestRun:
@@ -102,7 +122,7 @@ class _ForestRun:
         for root in self._children[-1]:
             self._run(root, None)
 
-    def _run(self, index: int, state: DynamicCache | None) -> None:
+    def _run(self, index: int, state: _State | None) -> None:
         """Runs a segment after the state of its parent, which is the segment's own from then on, and then what follows it."""
         segment = self._forest.segments[index]
         known = self._known(index)
@@ -123,7 +143,7 @@ class _ForestRun:
             return []
         return self._cache.longest_prefix(self._forest.ids_up_to(index))
 
-    def _compute(self, index: int, state: DynamicCache) -> bool:
+    def _compute(self, index: int, state: _State) -> bool:
         """Runs what is not cached of a segment, in chunks; false if it is not wanted any more."""
         segment = self._forest.segments[index]
         length = len(segment.token_ids)
@@ -151,7 +171,7 @@ def _keeps_key_values(decoder: Decoder) -> bool:
     return plain and not is_chunked and len(layers) == len(decoder.blocks)
 
 
-def _fork(state: DynamicCache) -> DynamicCache:
+def _fork(state: _State) -> _State:
     """A state that can go on by itself.
 
     Plain layers put a longer tensor in the place of theirs, so that both may begin with the same one. Recurrent layers change theirs in
@@ -164,7 +184,7 @@ def _fork(state: DynamicCache) -> DynamicCache:
     return forked
 
 
-def _tail(state: DynamicCache, count: int) -> KeyValues:
+def _tail(state: _State, count: int) -> KeyValues:
     """Keys and values of the last tokens; none where a layer holds none of its own."""
     layers = [(layer.keys, layer.values) for layer in state.layers if isinstance(layer, DynamicLayer)]
     if any(keys is None or values is None for keys, values in layers):
