@@ -106,7 +106,9 @@ def launch(arguments: Sequence[str], **environment: str) -> RunningServer:
     """Runs ``probescore serve`` with these arguments, and waits for nothing."""
     with tempfile.NamedTemporaryFile(prefix="probescore-server-", suffix=".log", delete=False) as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "probescore_server.cli", "serve", *arguments], stderr=log, env={**os.environ, **environment}
+            [os.environ.get("PROBESCORE_SERVER_PYTHON", sys.executable), "-m", "probescore_server.cli", "serve", *arguments],
+            stderr=log,
+            env={**os.environ, **environment},
         )
     return RunningServer(process, Path(log.name))
 

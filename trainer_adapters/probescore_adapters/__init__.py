@@ -1,1 +1,27 @@
-"""From scores to what RL needs, one thin module per trainer."""
+"""From scores to what RL needs: a reward, a penalty, a screen, a gate or a monitor; one thin module per trainer.
+
+The core knows no trainer and the client only. ``probescore_adapters.trl``, ``.openrlhf``, ``.verl``, ``.verifiers`` and ``.http`` each
+import theirs.
+"""
+
+from probescore_adapters.errors import SignalError, Unscorable
+from probescore_adapters.guard_rails import GuardRails
+from probescore_adapters.outcome import Outcome
+from probescore_adapters.rollouts import Rollout
+from probescore_adapters.scorer import Policy, ProbeScorer, score_rollouts
+from probescore_adapters.signals import MaskKind, Mode, ProbeSignal, Transform
+
+__all__ = [
+    "GuardRails",
+    "MaskKind",
+    "Mode",
+    "Outcome",
+    "Policy",
+    "ProbeScorer",
+    "ProbeSignal",
+    "Rollout",
+    "SignalError",
+    "Transform",
+    "Unscorable",
+    "score_rollouts",
+]

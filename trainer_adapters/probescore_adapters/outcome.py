@@ -1,0 +1,251 @@
+"""From readings to rewards: every signal, the guard rails, and the metrics. Numbers in, numbers out; nothing here waits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Union
+
+import numpy as np
+from numpy.typing import NDArray
+
+from probescore_adapters.errors import SignalError, Unscorable
+from probescore_adapters.guard_rails import RAILS, GuardRails, penalty_margin, screen
+from probescore_adapters.readings import MaskedTokens, Reading, Readings
+from probescore_adapters.signals import BoundSignal, Floats, Mode, ProbeSignal
+
+OnUnscorable = Union[Literal["worst", "raise"], float]
+
+PREFIX = "probescore"
+_OF_A_SIGNAL = ("mean", "p10", "p50", "p90", "flagged", "screened", "reward", "penalty_margin")
+_OF_A_BATCH = ("seconds", "failures", "unscorable", "tokens", "inexact_ids")
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What the signals make of a batch of ``n`` rollouts.
+
+    Attributes:
+        rewards: ``(n,)`` float64: ``task_rewards * factors + terms``, lowered where a breaker kept a flagged rollout.
+        terms: ``(n,)``, what rewards and penalties add up to.
+        factors: ``(n,)``, what gates multiply a task's reward by, if that is above 0.
+        removed: ``(n,)``, not to be trained on.
+        dense: of each rollout ``(T,)``, what each token adds; ``None`` without a dense signal.
+        unscorable: ``(n,)``, not scored by some signal.
+        flagged: ``(n,)`` for each signal, by name.
+        values: ``(n,)`` for each signal, by name: what the probe said; NaN where unscorable.
+        metrics: always with the same keys for the same signals; NaN where there is nothing to say.
+    """
+
+    rewards: Floats
+    terms: Floats
+    factors: Floats
+    removed: NDArray[np.bool_]
+    dense: tuple[Floats, ...] | None
+    unscorable: NDArray[np.bool_]
+    flagged: Mapping[str, NDArray[np.bool_]]
+    values: Mapping[str, Floats]
+    metrics: Mapping[str, float]
+
+
+@dataclass(eq=False)
+class _Sums:
+    terms: Floats
+    factors: Floats
+    flagged_by_screens: NDArray[np.bool_]
+    lowered: NDArray[np.bool_]
+    unscorable: NDArray[np.bool_]
+    dense: list[Floats] | None = None
+    flagged: dict[str, NDArray[np.bool_]] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+def combine(
+    readings: Readings,
+    *,
+    groups: Sequence[Hashable],
+    lengths: Sequence[int | None],
+    task_rewards: Floats | None = None,
+    rails: GuardRails | None = None,
+    on_unscorable: OnUnscorable = "worst",
+) -> Outcome:
+    """Applies every signal to what it read.
+
+    An unscorable rollout gets the least that each signal can give: never more than the same rollout scored properly. It is not removed by a
+    screen, which would spare it, but gets the lowest reward of the batch.
+
+    Args:
+        readings: of ``n`` rollouts.
+        groups: ``n`` keys, equal within a group.
+        lengths: tokens of each completion; ``None`` where unknown.
+        task_rewards: ``(n,)``, what the rollouts are worth without probes; ``None`` where the trainer adds them itself.
+        rails: the guard rails; ``None`` = the default ones.
+        on_unscorable: ``"worst"``, ``"raise"``, or what such a rollout gets instead of all signals' terms.
+
+    Raises:
+        Unscorable: a rollout is, and ``on_unscorable`` is ``"raise"``.
+        SignalError: a signal acts on task rewards, and there are none; or is dense, and a length is unknown.
+        ValueError: ``task_rewards`` is not ``n`` finite numbers.
+    """
+    rails, count = rails or GuardRails(), len(groups)
+    if task_rewards is not None and (task_rewards.shape != (count,) or not np.isfinite(task_rewards).all()):
+        raise ValueError(f"task_rewards must be {count} finite numbers")
+    sums = _Sums(np.zeros(count), np.ones(count), np.zeros(count, np.bool_), np.zeros(count, np.bool_), np.zeros(count, np.bool_))
+    sums.metrics.update(empty_metrics([reading.bound.signal for reading in readings.signals]))
+    for reading in readings.signals:
+        _apply(reading, sums, lengths, task_rewards, rails)
+    if on_unscorable == "raise" and sums.unscorable.any():
+        index = int(np.flatnonzero(sums.unscorable)[0])
+        raise Unscorable(f"rollout {index}: {readings.problems.get(index, 'no token of it counts, or a transform gave no number')}")
+    if on_unscorable not in ("worst", "raise"):
+        sums.terms[sums.unscorable], sums.factors[sums.unscorable], sums.lowered[sums.unscorable] = float(on_unscorable), 1.0, False
+    screened = screen(sums.flagged_by_screens & ~sums.unscorable, groups, rails)
+    _count(sums, screened.acted)
+    for reading in readings.signals:
+        if reading.bound.signal.mode is Mode.SCREEN:
+            key = f"{PREFIX}/{reading.bound.signal.name}/screened"
+            sums.metrics[key] = _mean(sums.flagged[reading.bound.signal.name] & screened.removed)
+    rewards = sums.terms if task_rewards is None else np.where(task_rewards > 0, task_rewards * sums.factors, task_rewards) + sums.terms
+    lowered = sums.lowered | screened.lowered
+    if lowered.any():
+        rewards = np.where(lowered, rewards.min(), rewards)
+    sums.metrics[f"{PREFIX}/unscorable"] = _mean(sums.unscorable)
+    sums.metrics[f"{PREFIX}/failures"] = 0.0
+    sums.metrics[f"{PREFIX}/inexact_ids"] = _mean(readings.inexact_ids)
+    usage = readings.usage
+    sums.metrics[f"{PREFIX}/tokens"] = float(usage.tokens_computed + usage.tokens_shared + usage.tokens_cached)
+    return Outcome(
+        rewards=rewards,
+        terms=sums.terms,
+        factors=sums.factors,
+        removed=screened.removed,
+        dense=None if sums.dense is None else tuple(sums.dense),
+        unscorable=sums.unscorable,
+        flagged=sums.flagged,
+        values={reading.bound.signal.name: reading.values for reading in readings.signals},
+        metrics=sums.metrics,
+    )
+
+
+def substitute(signals: Sequence[ProbeSignal], term: float, lengths: Sequence[int | None], task_rewards: Floats | None) -> Outcome:
+    """What stands in for scores that could not be had: each rollout gets the term that the user named, and nothing else happens to it."""
+    count = len(lengths)
+    terms, nobody = np.full(count, float(term)), np.zeros(count, np.bool_)
+    is_dense = any(signal.mode is Mode.DENSE for signal in signals)
+    return Outcome(
+        rewards=terms if task_rewards is None else task_rewards + terms,
+        terms=terms,
+        factors=np.ones(count),
+        removed=nobody,
+        dense=tuple(np.zeros(length or 0) for length in lengths) if is_dense else None,
+        unscorable=~nobody,
+        flagged={signal.name: nobody for signal in signals},
+        values={signal.name: np.full(count, math.nan) for signal in signals},
+        metrics={**empty_metrics(signals), f"{PREFIX}/failures": 1.0, f"{PREFIX}/unscorable": 1.0},
+    )
+
+
+def empty_metrics(signals: Sequence[ProbeSignal]) -> dict[str, float]:
+    """Every key that metrics have, with nothing to say."""
+    metrics = {f"{PREFIX}/{signal.name}/{key}": math.nan for signal in signals for key in _OF_A_SIGNAL}
+    metrics.update({f"{PREFIX}/{key}": math.nan for key in _OF_A_BATCH})
+    metrics.update({f"{PREFIX}/guard/{rail}": 0.0 for rail in RAILS})
+    return metrics
+
+
+def _apply(reading: Reading, sums: _Sums, lengths: Sequence[int | None], task_rewards: Floats | None, rails: GuardRails) -> None:
+    bound, signal, values = reading.bound, reading.bound.signal, reading.values
+    prefix = f"{PREFIX}/{signal.name}"
+    scored = np.isfinite(values)
+    flagged = np.zeros(len(values), np.bool_)
+    flagged[scored] = bound.flags(values[scored])
+    sums.flagged[signal.name] = flagged
+    sums.metrics.update(_distribution(prefix, values[scored]))
+    if not math.isnan(bound.threshold):
+        sums.metrics[f"{prefix}/flagged"] = _mean(flagged)
+    sums.metrics[f"{prefix}/screened"] = 0.0
+    sums.metrics[f"{prefix}/reward"] = 0.0
+    if signal.mode is Mode.DENSE:
+        _apply_dense(reading, sums, lengths, rails)
+        return
+    transformed = np.full(len(values), math.nan)
+    transformed[scored] = bound.transformed(values[scored])
+    scored &= np.isfinite(transformed)
+    mode = Mode(signal.mode)
+    if mode is not Mode.MONITOR:
+        sums.unscorable |= ~scored
+    if mode in (Mode.REWARD, Mode.PENALTY):
+        terms = _terms(bound, transformed, scored, sums, rails)
+        sums.terms += terms
+        sums.metrics[f"{prefix}/reward"] = _mean(terms)
+        if mode is Mode.PENALTY and task_rewards is not None and rails.check_penalty and not math.isnan(bound.threshold):
+            margin = penalty_margin(flagged, -terms, task_rewards)
+            sums.metrics[f"{prefix}/penalty_margin"] = margin
+            _count(sums, {"penalty_too_small": int(margin <= 0)})
+    elif mode is Mode.GATE:
+        if task_rewards is None:
+            raise SignalError("mode", "a gate multiplies task rewards, and this adapter is not given them", signal.name)
+        factors = np.where(scored, np.clip(1 - signal.weight * np.nan_to_num(transformed), 0.0, 1.0), 0.0)
+        sums.factors *= factors
+        sums.metrics[f"{prefix}/reward"] = _mean(np.where(task_rewards > 0, task_rewards * (factors - 1), 0.0))
+    elif mode is Mode.SCREEN:
+        sums.flagged_by_screens |= flagged
+        sums.lowered |= ~scored
+
+
+def _terms(bound: BoundSignal, transformed: Floats, scored: NDArray[np.bool_], sums: _Sums, rails: GuardRails) -> Floats:
+    """What a signal adds to each number, clipped; the least that it can add where there is none."""
+    weight = -bound.signal.weight if bound.signal.mode is Mode.PENALTY else bound.signal.weight
+    added = weight * np.where(scored, transformed, 0.0)
+    terms = np.clip(added, -rails.clip, rails.clip)
+    _count(sums, {"clipped": int((scored & (terms != added)).sum())})
+    worst = max(min(weight * end for end in bound.bounds), -rails.clip)
+    return np.where(scored, terms, worst)
+
+
+def _apply_dense(reading: Reading, sums: _Sums, lengths: Sequence[int | None], rails: GuardRails) -> None:
+    signal = reading.bound.signal
+    if sums.dense is None:
+        sums.dense = [np.zeros(_known(length, signal)) for length in lengths]
+    means = []
+    for index, tokens in enumerate(reading.tokens or ()):
+        terms = _dense_terms(reading.bound, tokens, len(sums.dense[index]), sums, rails)
+        if terms is None:
+            sums.unscorable[index] = True
+            terms = _terms(reading.bound, np.zeros(len(sums.dense[index])), np.zeros(len(sums.dense[index]), np.bool_), sums, rails)
+        sums.dense[index] += terms
+        means.append(terms.mean() if terms.size else 0.0)
+    sums.metrics[f"{PREFIX}/{signal.name}/reward"] = _mean(np.array(means))
+
+
+def _dense_terms(bound: BoundSignal, tokens: MaskedTokens, length: int, sums: _Sums, rails: GuardRails) -> Floats | None:
+    """What each token adds, 0 where it does not count; ``None`` if nothing of it can be scored."""
+    if len(tokens.scores) != length or not tokens.mask.any():
+        return None
+    transformed = np.full(length, math.nan)
+    transformed[tokens.mask] = bound.transformed(tokens.scores[tokens.mask])
+    scored = np.isfinite(transformed)
+    return _terms(bound, transformed, scored, sums, rails) * tokens.mask if scored[tokens.mask].all() else None
+
+
+def _known(length: int | None, signal: ProbeSignal) -> int:
+    if length is None:
+        raise SignalError("mode", "dense needs the completion's ids, and this adapter has text", signal.name)
+    return length
+
+
+def _distribution(prefix: str, values: Floats) -> dict[str, float]:
+    if not values.size:
+        return {}
+    p10, p50, p90 = np.quantile(values, (0.1, 0.5, 0.9))
+    return {f"{prefix}/mean": float(values.mean()), f"{prefix}/p10": float(p10), f"{prefix}/p50": float(p50), f"{prefix}/p90": float(p90)}
+
+
+def _count(sums: _Sums, acted: Mapping[str, int]) -> None:
+    for rail, times in acted.items():
+        sums.metrics[f"{PREFIX}/guard/{rail}"] += float(times)
+
+
+def _mean(values: NDArray[np.bool_] | Floats) -> float:
+    return float(values.mean()) if values.size else 0.0

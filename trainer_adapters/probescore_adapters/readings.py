@@ -1,0 +1,240 @@
+"""From rollouts to what the probes read of them: calls to the server, without any input or output.
+
+``read`` is a generator: it yields what to ask, and is sent the answers, or thrown the error. So one code serves synchronous trainers and
+event loops.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from probescore import (
+    Chat,
+    CompletionScores,
+    CompletionStatus,
+    InvalidRequestError,
+    OutOfMemoryError,
+    ProbeInfo,
+    ProbeScores,
+    RolloutGroup,
+    ScoreOptions,
+    ServerInfo,
+    StreamedCompletion,
+    StreamWindow,
+    Text,
+    Usage,
+)
+from probescore_adapters.rollouts import Request, Rollout, distinct_masks
+from probescore_adapters.signals import BoundSignal, Floats, Mode
+
+# What no rollout can be blamed for: it would be the same for each.
+_OF_THE_SETUP = {"BOS", "NO_TOKENIZER", "NO_CHAT_TEMPLATE"}
+_PLACE = re.compile(r"groups\[(?P<group>\d+)\]\.(?:prompt(?:\.ids)?|completions\[(?P<completion>\d+)\](?:\.ids)?)")
+
+
+@dataclass(frozen=True)
+class Server:
+    """What runs at the address, as far as signals depend on it."""
+
+    info: ServerInfo
+    probes: tuple[ProbeInfo, ...]
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What to score, as ``score_stream`` takes it; answered with every completion."""
+
+    groups: list[RolloutGroup]
+    window: StreamWindow
+    options: ScoreOptions
+
+
+@dataclass(frozen=True, eq=False)
+class MaskedTokens:
+    """A score for each token of a completion ``(T,)`` float64, and which of them count ``(T,)``. Both are empty if it is unscorable."""
+
+    scores: Floats
+    mask: NDArray[np.bool_]
+
+    @classmethod
+    def nothing(cls) -> MaskedTokens:
+        """Of an unscorable rollout."""
+        return cls(np.zeros(0), np.zeros(0, np.bool_))
+
+    @property
+    def mean(self) -> float:
+        """Of those that count; NaN if none does."""
+        return float(self.scores[self.mask].mean()) if self.mask.any() else math.nan
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one signal reads of a batch.
+
+    Attributes:
+        values: ``(n,)`` float64, NaN where a rollout is unscorable.
+        tokens: of each rollout, for ``dense`` only.
+    """
+
+    bound: BoundSignal
+    values: Floats
+    tokens: tuple[MaskedTokens, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Readings:
+    """What every signal reads of a batch.
+
+    Attributes:
+        signals: in the order of the signals.
+        problems: of rollouts that the server could not score, by index, why.
+        usage: tokens and seconds at the server.
+        inexact_ids: ``(n,)``: whether ids came from text.
+    """
+
+    signals: tuple[Reading, ...]
+    problems: dict[int, str] = field(default_factory=dict)
+    usage: Usage = field(default_factory=Usage)
+    inexact_ids: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_))
+
+
+def read(
+    rollouts: Sequence[Rollout], signals: Sequence[BoundSignal], server: Server, options: ScoreOptions
+) -> Generator[Ask, list[StreamedCompletion], Readings]:
+    """Reads every signal of every rollout.
+
+    A rollout at which the server or its limits take offence is left out and named in ``problems``; the others are asked for again.
+
+    Args:
+        rollouts: any number.
+        signals: bound to the server's probes.
+        server: what runs there.
+        options: of ``score_stream``, beside those that follow from the signals.
+    """
+    run = _Run(rollouts, signals, server, options)
+    yield from run.ask_all()
+    return run.readings()
+
+
+class _Run:
+    """One batch on its way through ``read``."""
+
+    def __init__(self, rollouts: Sequence[Rollout], signals: Sequence[BoundSignal], server: Server, options: ScoreOptions) -> None:
+        self._rollouts = rollouts
+        self._signals = signals
+        self._server = server
+        self._masks = distinct_masks([bound.signal for bound in signals])
+        self._reductions = list(dict.fromkeys(bound.reduction for bound in signals if bound.reduction is not None))
+        self._options: ScoreOptions = {
+            **options,
+            "probes": list(dict.fromkeys(bound.probe for bound in signals)),
+            "reductions": self._reductions,
+            "token_scores": list(dict.fromkeys(bound.probe for bound in signals if bound.signal.mode is Mode.DENSE)),
+            "expected_model_fingerprint": server.info.model.fingerprint,
+        }
+        self._problems: dict[int, str] = {}
+        self._found: dict[tuple[int, int], CompletionScores] = {}
+        self._usages: dict[int, Usage] = {}
+
+    def ask_all(self) -> Generator[Ask, list[StreamedCompletion], None]:
+        self._problems = {index: problem for index in range(len(self._rollouts)) if (problem := self._problem(index))}
+        waiting = [[index for index in range(len(self._rollouts)) if index not in self._problems]]
+        while waiting:
+            indices = waiting.pop()
+            if not indices:
+                continue
+            request = Request.of(self._rollouts, indices, self._masks)
+            try:
+                answers = yield Ask(request.groups, self._window(request), self._options)
+            except InvalidRequestError as error:
+                blamed = _blamed(request, error)
+                if not blamed:
+                    raise
+                self._problems.update(blamed)
+                waiting.append([index for index in indices if index not in blamed])
+            except OutOfMemoryError as error:
+                # it names no rollout: halved until it is alone
+                if len(indices) == 1:
+                    self._problems[indices[0]] = str(error)
+                else:
+                    waiting += [indices[: len(indices) // 2], indices[len(indices) // 2 :]]
+            else:
+                for answer in answers:
+                    self._found[request.sent[answer.group_index][answer.completion_index]] = answer.scores
+                    self._usages[id(answer.info)] = answer.info.usage
+
+    def readings(self) -> Readings:
+        indices = range(len(self._rollouts))
+        for (index, _), scores in self._found.items():
+            if scores.status is not CompletionStatus.OK:
+                self._problems.setdefault(index, scores.status_message or scores.status.value)
+        signals = tuple(self._reading(bound) for bound in self._signals)
+        return Readings(
+            signals,
+            self._problems,
+            Usage(
+                tokens_computed=sum(usage.tokens_computed for usage in self._usages.values()),
+                tokens_shared=sum(usage.tokens_shared for usage in self._usages.values()),
+                tokens_cached=sum(usage.tokens_cached for usage in self._usages.values()),
+            ),
+            np.array([any(self._found[key].inexact_ids for key in [(index, 0)] if key in self._found) for index in indices], np.bool_),
+        )
+
+    def _problem(self, index: int) -> str:
+        """Why a rollout of ids need not be sent: the server would refuse it; "" if it would not."""
+        rollout, model, limits = self._rollouts[index], self._server.info.model, self._server.info.limits
+        parts = [np.asarray(ids) for ids in (rollout.prompt, rollout.completion) if not isinstance(ids, (str, Text, Chat))]
+        for ids in parts:
+            if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
+                raise ValueError(f"rollout {index}: token ids must be a flat list of integers, got {ids.dtype} of shape {ids.shape}")
+            if ids.size and not (ids.min() >= 0 and ids.max() < model.vocab_size):
+                return f"an id is outside of the vocabulary, [0, {model.vocab_size})"
+        tokens = sum(len(ids) for ids in parts)
+        longest = min(limit for limit in (limits.max_rollout_tokens, model.max_position_embeddings or tokens) if limit)
+        return f"{tokens} tokens; the limit is {longest}" if tokens > longest else ""
+
+    def _window(self, request: Request) -> StreamWindow:
+        return StreamWindow(groups_per_call=len(request.groups), tokens_per_call=self._server.info.limits.max_request_tokens)
+
+    def _reading(self, bound: BoundSignal) -> Reading:
+        mask = list(self._masks).index(bound.signal.mask)  # type: ignore[arg-type] # parsed when the signal was made
+        scored = [self._scores(index, mask, bound) for index in range(len(self._rollouts))]
+        if bound.signal.mode is Mode.DENSE:
+            tokens = tuple(self._token_scores(index, scores, bound) for index, scores in enumerate(scored))
+            return Reading(bound, np.array([one.mean for one in tokens], np.float64), tokens)
+        reduction = 0 if bound.reduction is None else self._reductions.index(bound.reduction)
+        values = [None if scores is None else scores.at(0, reduction, bound.label) for scores in scored]
+        return Reading(bound, np.array([np.nan if value is None else value for value in values], np.float64))
+
+    def _scores(self, index: int, mask: int, bound: BoundSignal) -> ProbeScores | None:
+        found = self._found.get((index, mask))
+        if found is None or found.status is not CompletionStatus.OK:
+            return None
+        name = bound.probe.rpartition("@")[0]
+        return found.scores[name] if name in found.scores else found.scores[bound.probe]
+
+    def _token_scores(self, index: int, scores: ProbeScores | None, bound: BoundSignal) -> MaskedTokens:
+        if scores is None or scores.tokens is None:
+            return MaskedTokens.nothing()
+        tokens = scores.tokens[:, bound.label].astype(np.float64)
+        mask = self._rollouts[index].masked(bound.signal.mask, bound.signal.name)  # type: ignore[arg-type] # as above
+        return MaskedTokens(tokens, np.ones(len(tokens), np.bool_) if mask is None else mask)
+
+
+def _blamed(request: Request, error: InvalidRequestError) -> dict[int, str]:
+    """The rollouts at fault, and why; none if it is the request as a whole, or how the adapter is set up."""
+    blamed: dict[int, str] = {}
+    for violation in error.violations:
+        place = _PLACE.fullmatch(violation.field)
+        if place is None or error.reason in _OF_THE_SETUP:
+            return {}
+        sent = request.sent[int(place["group"])]
+        at_fault = sent if place["completion"] is None else [sent[int(place["completion"])]]
+        blamed.update((index, violation.problem) for index, _ in at_fault)
+    return blamed
