@@ -35,7 +35,7 @@ from probescore_adapters.signals import BoundSignal, Floats, Mode
 
 # What no rollout can be blamed for: it would be the same for each.
 _OF_THE_SETUP = {"BOS", "NO_TOKENIZER", "NO_CHAT_TEMPLATE"}
-_PLACE = re.compile(r"groups\[(?P<group>\d+)\]\.(?:prompt(?:\.ids)?|completions\[(?P<completion>\d+)\](?:\.ids)?)")
+_PLACE = re.compile(r"groups\[(?P<group>\d+)\]\.(?:prompt|completions\[(?P<completion>\d+)\])(?:\.(?:ids|text|chat)\b.*)?")
 
 
 @dataclass(frozen=True)

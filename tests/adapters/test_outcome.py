@@ -1,0 +1,221 @@
+"""From readings to rewards: what each mode does, how signals compose, and that breaking the scorer never pays."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from readings_of import combined, reading
+
+from probescore import ScoreUnit
+from probescore_adapters import GuardRails, ProbeSignal, SignalError, Unscorable
+from probescore_adapters.outcome import substitute
+
+PENALTY = ProbeSignal("cheating", threshold=1.0, weight=2.0)
+SCREEN = ProbeSignal("cheating", threshold=1.0, mode="screen")
+GATE = ProbeSignal("cheating", threshold=1.0, mode="gate")
+DENSE = ProbeSignal("cheating", mode="dense", weight=-0.5)
+
+
+def test_reward_is_added_and_penalty_subtracted() -> None:
+    honesty = ProbeSignal("honesty", mode="reward", weight=0.5)
+    outcome = combined(reading(honesty, [1.0, 2.0]), reading(PENALTY, [0.5, 1.0]), tasks=[10.0, 20.0])
+    np.testing.assert_allclose(outcome.terms, [0.5, 1.0 - 2.0])
+    np.testing.assert_allclose(outcome.rewards, [10.5, 19.0])
+
+
+def test_penalty_is_by_threshold_by_progressive_amount_or_both() -> None:
+    def terms(transform: str) -> np.ndarray:
+        return combined(reading(ProbeSignal("cheating", threshold=1.0, transform=transform), [0.0, 1.0, 3.0])).terms
+
+    np.testing.assert_allclose(terms("flag"), [0, -1, -1])
+    np.testing.assert_allclose(terms("excess"), [0, 0, -2])
+    np.testing.assert_allclose(terms("flag_and_excess"), [0, -1, -3])
+
+
+def test_gate_multiplies_what_the_task_pays_and_spares_nobody_a_loss() -> None:
+    outcome = combined(reading(GATE, [0.0, 5.0, 5.0]), tasks=[1.0, 1.0, -1.0])
+    np.testing.assert_allclose(outcome.rewards, [1.0, 0.0, -1.0])
+
+
+def test_gate_without_task_rewards_is_refused() -> None:
+    with pytest.raises(SignalError, match="mode: a gate multiplies task rewards"):
+        combined(reading(GATE, [0.0]))
+
+
+def test_screen_removes_what_is_flagged_and_nothing_else() -> None:
+    outcome = combined(reading(SCREEN, [0.0, 5.0, 0.0, 0.0]), groups=[1, 1, 1, 1], tasks=[1.0, 2.0, 3.0, 4.0])
+    np.testing.assert_array_equal(outcome.removed, [False, True, False, False])
+    np.testing.assert_allclose(outcome.rewards, [1.0, 2.0, 3.0, 4.0])
+    assert outcome.metrics["probescore/cheating/screened"] == 0.25
+
+
+def test_monitor_changes_nothing_whatever_it_reads() -> None:
+    outcome = combined(reading(ProbeSignal("cheating", mode="monitor"), [math.nan, 5.0]), tasks=[1.0, 2.0], on_unscorable="raise")
+    np.testing.assert_allclose(outcome.rewards, [1.0, 2.0])
+    assert outcome.metrics["probescore/cheating/mean"] == 5.0
+
+
+def test_dense_weighs_each_token() -> None:
+    outcome = combined(reading(DENSE, [[1.0, 2.0], [4.0]]), tasks=[1.0, 1.0])
+    assert outcome.dense is not None
+    np.testing.assert_allclose(outcome.dense[0], [-0.5, -1.0])
+    np.testing.assert_allclose(outcome.dense[1], [-2.0])
+    np.testing.assert_allclose(outcome.rewards, [1.0, 1.0])
+
+
+def test_dense_without_the_length_of_a_completion_is_refused() -> None:
+    with pytest.raises(SignalError, match="dense needs the completion's ids"):
+        combined(reading(DENSE, [[1.0]]), lengths=[None])
+
+
+@pytest.mark.parametrize("tasks", [[1.0], [1.0, math.nan]])
+def test_task_rewards_must_be_a_finite_number_each(tasks: list[float]) -> None:
+    with pytest.raises(ValueError, match="task_rewards must be 2 finite numbers"):
+        combined(reading(PENALTY, [0.0, 0.0]), tasks=tasks)
+
+
+# --------------------------------------------------------------------------------------------------------------------- unscorable
+
+SIGNALS = [
+    ProbeSignal("cheating", threshold=1.0),
+    ProbeSignal("cheating", threshold=1.0, transform="excess", weight=3.0),
+    ProbeSignal("cheating", threshold=1.0, transform="flag_and_excess"),
+    ProbeSignal("cheating", transform="sigmoid", mode="penalty"),
+    ProbeSignal("cheating", mode="reward"),
+    ProbeSignal("cheating", mode="reward", weight=-0.5, transform="sigmoid"),
+    ProbeSignal("cheating", mode="reward", weight=2.0, transform=np.tanh),
+    GATE,
+    ProbeSignal("cheating", threshold=1.0, mode="gate", transform="excess", weight=0.5),
+    SCREEN,
+]
+NUMBERS = st.floats(-1e6, 1e6)
+
+
+@settings(max_examples=300)
+@given(st.data())
+def test_broken_rollout_never_gets_a_better_reward_than_the_same_one_scored(data: st.DataObject) -> None:
+    # given some signals and a batch in groups
+    chosen = data.draw(st.lists(st.sampled_from(SIGNALS), min_size=1, max_size=4))
+    signals = [ProbeSignal(f"probe{i}", *_fields(signal)) for i, signal in enumerate(chosen)]
+    count = data.draw(st.integers(1, 8))
+    values = [data.draw(st.lists(st.floats(-20, 20), min_size=count, max_size=count)) for _ in signals]
+    groups = data.draw(st.lists(st.integers(0, 2), min_size=count, max_size=count))
+    tasks = data.draw(st.lists(st.floats(-5, 5), min_size=count, max_size=count))
+    unit = data.draw(st.sampled_from(list(ScoreUnit)))
+    if unit is ScoreUnit.PROBABILITY:
+        values = [[1 / (1 + math.exp(-value)) for value in row] for row in values]
+    scored = combined(*(reading(*pair, unit) for pair in zip(signals, values, strict=True)), groups=groups, tasks=tasks)
+    # when one of its rollouts breaks some of the readings
+    broken = data.draw(st.integers(0, count - 1))
+    for row in data.draw(st.sets(st.integers(0, len(signals) - 1), min_size=1)):
+        values[row][broken] = data.draw(st.sampled_from([math.nan, math.inf, -math.inf]))
+    outcome = combined(*(reading(*pair, unit) for pair in zip(signals, values, strict=True)), groups=groups, tasks=tasks)
+    # then it is not paid for it; a rollout that is removed is not paid at all
+    if not outcome.removed[broken] and not scored.removed[broken]:
+        assert outcome.rewards[broken] <= scored.rewards[broken] + 1e-9
+    # and nobody is removed for being broken
+    if not scored.removed[broken]:
+        assert not outcome.removed[broken] or scored.removed.any()
+
+
+def _fields(signal: ProbeSignal) -> tuple[Any, ...]:
+    return signal.reduction, signal.mask, signal.transform, signal.weight, signal.mode, signal.threshold
+
+
+def test_rollout_that_a_screen_cannot_read_stays_with_the_lowest_reward() -> None:
+    outcome = combined(reading(SCREEN, [0.0, math.nan, 0.0]), groups=[1, 1, 1], tasks=[1.0, 5.0, 2.0])
+    assert not outcome.removed.any()
+    np.testing.assert_allclose(outcome.rewards, [1.0, 1.0, 2.0])
+
+
+def test_dense_rollout_that_cannot_be_read_gets_the_least_for_every_token() -> None:
+    signal = ProbeSignal("cheating", mode="dense", transform="sigmoid", weight=-0.5)
+    outcome = combined(reading(signal, [[], [0.0]]), lengths=[3, 1])
+    assert outcome.dense is not None
+    np.testing.assert_allclose(outcome.dense[0], [-0.5, -0.5, -0.5])
+    np.testing.assert_array_equal(outcome.unscorable, [True, False])
+
+
+def test_unscorable_may_raise_or_get_the_term_that_the_user_named() -> None:
+    with pytest.raises(Unscorable, match="rollout 1"):
+        combined(reading(PENALTY, [0.0, math.nan]), on_unscorable="raise")
+    outcome = combined(reading(PENALTY, [5.0, math.nan]), reading(GATE, [0.0, 0.0]), tasks=[1.0, 1.0], on_unscorable=-7.0)
+    np.testing.assert_allclose(outcome.rewards, [-1.0, -6.0])
+
+
+def test_transform_that_gives_no_number_makes_a_rollout_unscorable() -> None:
+    signal = ProbeSignal("cheating", transform=lambda values: np.where(values > 1, np.nan, values), weight=1.0, threshold=0.0)
+    outcome = combined(reading(signal, [0.5, 2.0]))
+    np.testing.assert_array_equal(outcome.unscorable, [False, True])
+    assert outcome.terms[1] == -GuardRails().clip
+
+
+def test_substitute_is_the_named_term_and_nothing_else() -> None:
+    outcome = substitute([PENALTY, SCREEN, DENSE], -0.25, [2, 1], np.array([1.0, 2.0]))
+    np.testing.assert_allclose(outcome.rewards, [0.75, 1.75])
+    assert not outcome.removed.any()
+    assert outcome.dense is not None
+    assert [one.tolist() for one in outcome.dense] == [[0.0, 0.0], [0.0]]
+    assert outcome.metrics["probescore/failures"] == 1.0
+
+
+# ----------------------------------------------------------------------------------------------------------------------- algebra
+
+ROWS = st.integers(1, 8).flatmap(
+    lambda count: st.tuples(
+        st.lists(st.one_of(NUMBERS, st.just(math.nan)), min_size=count, max_size=count),
+        st.lists(st.integers(0, 2), min_size=count, max_size=count),
+        st.lists(st.floats(-5, 5), min_size=count, max_size=count),
+        st.permutations(range(count)),
+    )
+)
+
+
+@settings(max_examples=200)
+@given(st.lists(st.sampled_from(SIGNALS), min_size=1, max_size=3), ROWS)
+def test_permuting_the_batch_permutes_the_result(chosen: list[ProbeSignal], row: tuple[Any, ...]) -> None:
+    values, groups, tasks, order = row
+    signals = [ProbeSignal(f"probe{i}", *_fields(signal)) for i, signal in enumerate(chosen)]
+
+    def outcome(indices: list[int]) -> Any:
+        permuted = [values[index] for index in indices]
+        return combined(
+            *(reading(signal, permuted) for signal in signals),
+            groups=[groups[index] for index in indices],
+            tasks=[tasks[index] for index in indices],
+        )
+
+    straight, permuted = outcome(list(range(len(values)))), outcome(list(order))
+    np.testing.assert_allclose(permuted.rewards, straight.rewards[list(order)])
+    np.testing.assert_array_equal(permuted.removed, straight.removed[list(order)])
+    np.testing.assert_array_equal(permuted.unscorable, straight.unscorable[list(order)])
+    for key, value in straight.metrics.items():
+        np.testing.assert_allclose(permuted.metrics[key], value, rtol=1e-6, atol=1e-9)
+
+
+@given(st.lists(st.floats(-3, 3), min_size=1, max_size=6), st.floats(0.1, 2), st.floats(0.1, 2))
+def test_terms_of_several_signals_add_up(values: list[float], first: float, second: float) -> None:
+    one = ProbeSignal("one", mode="reward", weight=first)
+    two = ProbeSignal("two", transform="sigmoid", mode="penalty", weight=second)
+    both = combined(reading(one, values), reading(two, values)).terms
+    np.testing.assert_allclose(both, combined(reading(one, values)).terms + combined(reading(two, values)).terms)
+
+
+@given(st.lists(st.floats(-3, 3), min_size=1, max_size=6), st.floats(0.1, 2))
+def test_terms_grow_with_the_weight(values: list[float], weight: float) -> None:
+    single = combined(reading(ProbeSignal("one", mode="reward", weight=1.0), values)).terms
+    np.testing.assert_allclose(combined(reading(ProbeSignal("one", mode="reward", weight=weight), values)).terms, weight * single)
+
+
+@pytest.mark.parametrize("values", [[], [math.nan], [1.0, 2.0]])
+def test_metrics_have_the_same_keys_whatever_happens(values: list[float]) -> None:
+    expected = set(substitute([PENALTY, SCREEN_TOO], 0.0, [], None).metrics)
+    assert set(combined(reading(PENALTY, values), reading(SCREEN_TOO, values), groups=[1] * len(values)).metrics) == expected
+
+
+SCREEN_TOO = ProbeSignal("mood", threshold=1.0, mode="screen")
