@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import transformers
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -89,25 +90,25 @@ def print_comparison(console: Console, comparison: Comparison, title: str) -> No
     load, tokens = comparison.load, comparison.tokens
     unique = median(comparison.records["floor"].tokens_computed) if "floor" in comparison.records else 0
     shared = f", {1 - unique / tokens['real']:.0%} shared" if unique else ""
-    table = Table(
-        title=f"{load.name}: {load.groups} × {load.completions}, {tokens['real']:,} tokens, {1 - tokens['real'] / tokens['padded']:.0%} "
-        f"padding{shared}; {title}",
-        title_justify="left",
+    console.print(
+        f"[bold]{load.name}[/bold]: {load.groups} × {load.completions}, {tokens['real']:,} tokens, "
+        f"{1 - tokens['real'] / tokens['padded']:.0%} padding{shared}; {title}"
     )
-    table.add_column("variant")
-    for heading in ("× over A", "× the floor", "CPU s", "wall s", "tokens/s", "computed", "peak MB", "max |Δ| / std"):
-        table.add_column(heading, justify="right")
+    # 80 columns wide, as terminals are; what the names mean comes below
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("", no_wrap=True)
+    for heading in ("× over A", "× the floor", "CPU s", "wall s", "tokens/s", "MB", "|Δ|/std"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for name, record in comparison.records.items():
         table.add_row(
-            VARIANTS[name].title + (f", batches of {size}" if (size := comparison.chosen[name].get("batch_size", 1)) > 1 else ""),
+            name,
             str(comparison.over(name, "a") or "–"),
             str(comparison.over("floor", name) or "–"),
             f"{median(record.cpu_seconds):.2f}",
             f"{median(record.wall_seconds):.2f}",
             f"{comparison.tokens_per_second(name):,.0f}",
-            f"{median(record.tokens_computed):,.0f}",
             f"{record.peak_bytes / 1e6:,.0f}",
-            f"{record.largest_error:.1e}" if record.errors else "–",
+            f"{record.largest_error:.0e}" if record.errors else "–",
         )
     console.print(table)
     for line in _remarks(comparison):
@@ -117,6 +118,11 @@ def print_comparison(console: Console, comparison: Comparison, title: str) -> No
 
 def _remarks(comparison: Comparison) -> Iterable[str]:
     records = comparison.records
+    for name, record in records.items():
+        size = comparison.chosen[name].get("batch_size", 1)
+        batches = f", batches of {size}" if size > 1 else ""
+        what = VARIANTS[name].title.rpartition(": ")[2]
+        yield f"{name}: {what}{batches}; {median(record.tokens_computed):,.0f} tokens computed"
     for name in ("engine", "server"):
         if name in records and (beside := comparison.beside(name)):
             yield f"{name}: {comparison.load.beside}: {beside}"
