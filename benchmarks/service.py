@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -23,6 +24,8 @@ PROMPT_TOKENS, COMPLETION_TOKENS = 32, 32
 
 def print_latency(console: Console, rounds: int) -> None:
     """One rollout of 64 tokens on a tiny model, with its probe's mean: in process and through a server, in turn."""
+    # as the worker; more would go on spinning for work while the server is measured
+    torch.set_num_threads(1)
     model = make_model(SHAPES["tiny"])
     random = np.random.default_rng(0)
     engine = Engine.load(str(model.directory), model.probes)
