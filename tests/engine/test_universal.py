@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from probescore_server.backbone.prepacking import can_prepack, prepack
 from probescore_server.backbone.self_test import SelfTest, universal_backbone
 from probescore_server.backbone.taps import TapReader
 from probescore_server.backbone.universal import UniversalBackbone
+from probescore_server.errors import ModelRefused
 from probescore_server.rollouts import Continuation, Rollout, ScoreOptions
 
 TAP = Tap("resid_post", 2)
@@ -142,6 +144,29 @@ def test_of_a_prompt_that_nobody_reads_the_last_block_computes_keys_and_values_o
     decoder.blocks[-1].mlp.register_forward_hook(lambda _module, inputs, _output: seen.append(inputs[0].shape[1]))
     backbone.forward(group(some_ids(30, 0), some_ids(9, 1), scope=scope), [TAP])
     assert seen == computed
+
+
+@pytest.mark.parametrize(("architecture", "window"), ARCHITECTURES)
+def test_what_is_read_after_a_prompt_that_nobody_reads_is_what_it_is_after_one_that_is_read(architecture: str, window: int | None) -> None:
+    decoder, reader = opened(architecture, window)
+    backbone = UniversalBackbone(decoder, reader)
+    whole, part = (group(some_ids(30, 0), some_ids(9, 1), scope=scope) for scope in (Scope.ALL, Scope.COMPLETION))
+    expected = rows(backbone.forward(whole, [TAP]), 1, whole)
+    torch.testing.assert_close(rows(backbone.forward(part, [TAP]), 1, part), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_self_test_notices_a_state_that_ends_too_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder, reader = opened()
+    read_tokens = UniversalBackbone.read_tokens
+
+    def forgetful(backbone: UniversalBackbone, token_ids: np.ndarray, position: int, state: Any, into: Any) -> None:
+        read_tokens(backbone, token_ids, position, state, into)
+        if not into:
+            state.layers[-1].keys = torch.zeros_like(state.layers[-1].keys)
+
+    monkeypatch.setattr(UniversalBackbone, "read_tokens", forgetful)
+    with pytest.raises(ModelRefused, match="self-test: with shared prompts"):
+        universal_backbone(decoder, reader)
 
 
 # ------------------------------------------------------------------------------------------------------------ products in place
