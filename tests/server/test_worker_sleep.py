@@ -94,7 +94,7 @@ async def test_a_caller_who_leaves_puts_it_to_sleep_all_the_same_and_can_wake_it
         worker = watched.worker
         for move in (worker.sleep, worker.wake):
             leaving = begun(move())
-            await is_waiting(leaving)
+            await asyncio.sleep(0)  # it has asked, and cannot have its answer yet
             leaving.cancel()
             await asyncio.gather(leaving, return_exceptions=True)
             assert worker.asleep
