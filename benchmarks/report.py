@@ -97,7 +97,7 @@ def print_comparison(console: Console, comparison: Comparison, title: str) -> No
     # 80 columns wide, as terminals are; what the names mean comes below
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("", no_wrap=True)
-    for heading in ("× over A", "× the floor", "CPU s", "wall s", "tokens/s", "MB", "|Δ|/std"):
+    for heading in ("× over A", "× the floor", "CPU s", "wall s", "tok/s", "MB", "Δ/std"):
         table.add_column(heading, justify="right", no_wrap=True)
     for name, record in comparison.records.items():
         table.add_row(
