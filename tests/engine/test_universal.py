@@ -202,6 +202,12 @@ def test_mlp_with_the_same_parts_that_computes_something_else_is_left_alone() ->
     assert "forward" not in vars(module)
 
 
+def test_mlp_that_gives_no_numbers_is_left_alone() -> None:
+    module = Gated(torch.nn.SiLU(), added=float("nan"))
+    multiply_in_place(torch.nn.ModuleList([module]))
+    assert "forward" not in vars(module)
+
+
 # ------------------------------------------------------------------------------------------------------------- prepacked weights
 
 

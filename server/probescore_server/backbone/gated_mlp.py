@@ -47,5 +47,8 @@ def _is_gated(module: nn.Module) -> bool:
         return False
     weight = module.gate_proj.weight
     rows = torch.randn((1, _TEST_ROWS, module.gate_proj.in_features), generator=torch.Generator().manual_seed(0)).to(weight.dtype)
-    expected = module(rows)
-    return bool(torch.allclose(_forward(module, rows), expected, rtol=1e-4, atol=1e-6 * float(expected.abs().max())))
+    try:
+        expected, found = module(rows), _forward(module, rows)
+    except Exception:  # whatever a module raises that is called in another way
+        return False
+    return bool(((found - expected).abs().max() <= 1e-5 * expected.abs().max()).item())  # not for NaN

@@ -81,7 +81,7 @@ class SelfTest:
                 backbone.forward(small_forest(self._decoder, scope), [self._tap], cache=cache)
                 for scope, cache in ((Scope.ALL, None), (Scope.COMPLETION, filling), (Scope.COMPLETION, filling))
             ]
-            worst = max(float(self.row_errors(run).quantile(0.9)) for run in runs)
+            worst = float(torch.stack([self.row_errors(run).quantile(0.9) for run in runs]).max())  # NaN if one is
         except Exception as error:  # whatever an architecture raises whose cache is not the public one
             raise ModelRefused(f"a {self._kind} model cannot be run with a cache: {type(error).__name__}: {error}") from error
         if not worst <= ROW_ERROR_BOUND[self._decoder.dtype]:

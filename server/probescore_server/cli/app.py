@@ -31,6 +31,11 @@ except ModuleNotFoundError as missing:
     # The command line alone is small; a server brings torch.
     needs_extra(app, "serve", "Serve a frozen model and its probes over gRPC.", "server", missing)
 
+try:
+    importlib.import_module("probescore_server.cli.gateway").register(app)
+except ModuleNotFoundError as missing:
+    needs_extra(app, "gateway", "Answer HTTP with probe scores, for OpenRLHF, slime and everybody else.", "http", missing)
+
 
 def _print_version(wanted: bool) -> None:
     if wanted:
