@@ -12,7 +12,8 @@ BUF_INPUT := proto
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test unit lint format types imports proto proto-check baseline test-client-versions mutants bench bench-full clean
+.PHONY: help demo test unit lint format types imports proto proto-check baseline test-client-versions test-trainers test-trainers-newest mutants bench \
+  bench-full clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 24
@@ -48,6 +49,31 @@ test-client-versions: .venv-client-oldest/installed .venv-client-newest/installe
 	$(PYTHON) -m venv --clear .venv-client-$*
 	.venv-client-$*/bin/pip install --quiet --disable-pip-version-check $(if $(filter oldest,$*),$(OLDEST),$(NEWEST)) $(CLIENT_TESTS)
 	@touch $@
+
+# Each trainer in an environment of its own, of exactly the versions that its requirements list: what pip would resolve changes every day, and some
+# trainers ask for packages that have no build for a CPU.
+TRAINERS := $(notdir $(patsubst %/requirements.txt,%,$(wildcard tests/trainers/*/requirements.txt)))
+TRAINER_TESTS = PROBESCORE_SERVER_PYTHON=$(CURDIR)/$(BIN)/python $(TEST_ENV)
+
+test-trainers: $(INSTALLED) $(TRAINERS:%=.venv-trainers/%/installed) ## The adapters inside the real trainers (not part of `make test`: downloads gigabytes)
+	@failed=; for trainer in $(TRAINERS); do echo "== $$trainer"; \
+	  $(TRAINER_TESTS) .venv-trainers/$$trainer/bin/python -m pytest tests/trainers/$$trainer -q || failed="$$failed $$trainer"; done; \
+	if [ -n "$$failed" ]; then echo "failed:$$failed"; exit 1; fi
+
+.venv-trainers/%/installed: tests/trainers/%/requirements.txt
+	$(PYTHON) -m venv --clear .venv-trainers/$*
+	.venv-trainers/$*/bin/pip install --quiet --disable-pip-version-check --no-deps --requirement $<
+	.venv-trainers/$*/bin/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+test-trainers-newest: $(INSTALLED) $(TRAINERS:%=.venv-trainers/%/installed) ## The same with today's newest trainers: reports, and never fails
+	@for trainer in $(TRAINERS); do newest=tests/trainers/$$trainer/newest.txt; [ -f $$newest ] || continue; echo "== $$trainer, newest"; \
+	  rm -rf .venv-trainers-newest && $(PYTHON) -m venv .venv-trainers-newest && \
+	  .venv-trainers-newest/bin/pip install --quiet --disable-pip-version-check --no-deps --requirement tests/trainers/$$trainer/requirements.txt && \
+	  .venv-trainers-newest/bin/pip install --quiet --disable-pip-version-check --no-deps --editable . && \
+	  .venv-trainers-newest/bin/pip install --quiet --disable-pip-version-check --upgrade --no-deps --requirement $$newest && \
+	  .venv-trainers-newest/bin/pip freeze | grep -i -f $$newest && \
+	  $(TRAINER_TESTS) .venv-trainers-newest/bin/python -m pytest tests/trainers/$$trainer -q || echo "$$trainer: its newest version does not pass"; done
 
 lint: $(INSTALLED) ## ruff, both rules and format
 	$(BIN)/ruff check .

@@ -6,6 +6,7 @@ torch nor the server.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -18,8 +19,13 @@ from typing import Any
 import numpy as np
 
 LAYER = 1
-THRESHOLD = 0.25
+THRESHOLD = -0.5
 TOLERANCE = 1e-4  # × the standard deviation of the scores
+
+# as in ``models``, which needs torch
+BOS, EOS, FIRST_WORD, VOCAB_SIZE = 1, 2, 4, 96
+
+Ids = tuple[list[int], list[int]]
 
 
 @dataclass(frozen=True)
@@ -41,12 +47,21 @@ class Probed:
     def probe(self) -> Path:
         return self.folder / "cheating.onnx"
 
-    def scores(self, rollouts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[np.ndarray[Any, Any]]:
+    def scores(self, rollouts: Sequence[Ids]) -> list[np.ndarray[Any, Any]]:
         """A score for each token of each completion, ``(T,)`` float64."""
         asked = json.dumps([[list(map(int, prompt)), list(map(int, completion))] for prompt, completion in rollouts])
         return [np.array(scores) for scores in json.loads(_run("scores", self.folder, asked))]
 
 
+def random_rollouts(count: int, seed: int = 0, prompts: int = 2) -> list[Ids]:
+    """Prompt and completion ids; of `count` rollouts `prompts` are different in the prompt."""
+    random = np.random.default_rng(seed)
+    starts = [[BOS, *random.integers(FIRST_WORD, VOCAB_SIZE, random.integers(3, 9)).tolist()] for _ in range(prompts)]
+    lengths = random.integers(2, 12, count)
+    return [(starts[i % prompts], [*random.integers(FIRST_WORD, VOCAB_SIZE, lengths[i]).tolist(), EOS]) for i in range(count)]
+
+
+@functools.cache
 def _run(command: str, folder: Path, stdin: str = "") -> str:
     python = os.environ.get("PROBESCORE_SERVER_PYTHON", sys.executable)
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "HF_HUB_OFFLINE": "1"}
@@ -59,13 +74,13 @@ def _run(command: str, folder: Path, stdin: str = "") -> str:
 def _make(folder: Path) -> None:
     import shutil
 
-    from models import BOS, HIDDEN_SIZE, VOCAB_SIZE, tiny_model
+    from models import HIDDEN_SIZE, tiny_model
 
     from probescore_server.probes import ReferenceModel, calibrate, linear_probe, write_probe
 
     shutil.copytree(tiny_model(), folder / "model")
     random = np.random.default_rng(0)
-    weight = random.standard_normal(HIDDEN_SIZE)
+    weight = random.standard_normal(HIDDEN_SIZE) / 8
     np.save(folder / "weight.npy", weight)
     calibration = calibrate(random.standard_normal(100), false_positive_rate=0.05, dataset="honest rollouts")
     golden = [([BOS, *random.integers(4, VOCAB_SIZE, 5)], random.integers(4, VOCAB_SIZE, 7)) for _ in range(2)]

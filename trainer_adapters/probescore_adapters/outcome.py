@@ -19,6 +19,7 @@ OnUnscorable = Union[Literal["worst", "raise"], float]
 
 PREFIX = "probescore"
 _OF_A_SIGNAL = ("mean", "p10", "p50", "p90", "flagged", "screened", "reward", "penalty_margin")
+_OF_A_ROLLOUTS_SIGNAL = ("mean", "flagged", "reward")
 _OF_A_BATCH = ("seconds", "failures", "unscorable", "tokens", "inexact_ids")
 
 
@@ -47,6 +48,12 @@ class Outcome:
     flagged: Mapping[str, NDArray[np.bool_]]
     values: Mapping[str, Floats]
     metrics: Mapping[str, float]
+
+    @property
+    def rollout_metrics(self) -> dict[str, float]:
+        """Of the metrics those that say something of one rollout, for trainers that have one at a time scored."""
+        keys = [f"{name}/{key}" for name in self.values for key in _OF_A_ROLLOUTS_SIGNAL]
+        return {f"{PREFIX}/{key}": self.metrics[f"{PREFIX}/{key}"] for key in (*keys, *_OF_A_BATCH, "guard/clipped")}
 
 
 @dataclass(eq=False)

@@ -187,8 +187,10 @@ class _Run:
         )
 
     def _problem(self, index: int) -> str:
-        """Why a rollout of ids need not be sent: the server would refuse it; "" if it would not."""
+        """Why a rollout need not be sent: nobody could score it; "" if that is not known here."""
         rollout, model, limits = self._rollouts[index], self._server.info.model, self._server.info.limits
+        if rollout.problem:
+            return rollout.problem
         parts = [np.asarray(ids) for ids in (rollout.prompt, rollout.completion) if not isinstance(ids, (str, Text, Chat))]
         for ids in parts:
             if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):

@@ -27,12 +27,24 @@ class Rollout:
         completion: ids ``(T,)`` as the policy sampled them, EOS included and no padding; or text.
         mask: ``(T,)`` of 0 and 1: the tokens that the policy sampled, without the output of tools; ``None`` = all.
         group: whose rewards it is compared with (GRPO's group); ``None`` = those with the same prompt.
+        problem: why it is unscorable, where the trainer's side knows that already: it is not sent; "" = nothing is known against it.
     """
 
     prompt: Prompt
     completion: Union[TokenIds, str]
     mask: Union[ArrayLike, None] = None
     group: Union[Hashable, None] = None
+    problem: str = ""
+
+    @classmethod
+    def split(cls, prompt: str, query: str) -> Rollout:
+        """One of text, from a trainer that has prompt and completion joined in ``query``.
+
+        Unscorable if ``query`` does not begin with ``prompt``: where the completion begins would be a guess.
+        """
+        if query.startswith(prompt):
+            return cls(prompt, query[len(prompt) :])
+        return cls(prompt, query, problem="the text does not begin with its prompt, so that nobody knows where the completion does")
 
     @property
     def prompt_key(self) -> Hashable:

@@ -20,7 +20,7 @@ from probescore_adapters.logs import logger
 from probescore_adapters.outcome import PREFIX, OnUnscorable, Outcome, combine, substitute
 from probescore_adapters.readings import Ask, Readings, Server, read
 from probescore_adapters.rollouts import Prompt, Rollout
-from probescore_adapters.signals import BoundSignal, ProbeSignal
+from probescore_adapters.signals import BoundSignal, Mode, ProbeSignal
 
 OnFailure = Union[Literal["raise", "wait"], float]
 
@@ -126,6 +126,17 @@ class ProbeScorer:
     def expecting_tokenizer(self, tokenizer_fingerprint: str) -> ProbeScorer:
         """The same scorer, whose server must have this tokenizer."""
         self._options = {**self._options, "expected_tokenizer_fingerprint": tokenizer_fingerprint}
+        return self
+
+    def without(self, *modes: Mode, because: str) -> ProbeScorer:
+        """The same scorer, for a trainer that cannot do what some modes ask for.
+
+        Raises:
+            SignalError: a signal has one of these modes.
+        """
+        for signal in self.signals:
+            if signal.mode in modes:
+                raise SignalError("mode", f"{Mode(signal.mode).value} cannot be done here: {because}", signal.name)
         return self
 
     def score(self, rollouts: Sequence[Rollout], task_rewards: ArrayLike | None = None, *, step: int | None = None) -> Outcome:

@@ -1,0 +1,149 @@
+"""A ``ProbeScorer`` out of words: environment variables, and the fields that YAML files and keyword arguments carry.
+
+Trainers that load a function by its path give it no arguments; the environment reaches it, and every worker of the run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Union
+
+from probescore_adapters.errors import SignalError
+from probescore_adapters.guard_rails import GuardRails
+from probescore_adapters.scorer import Policy, ProbeScorer
+from probescore_adapters.signals import ProbeSignal
+
+ADDRESS = "PROBESCORE_ADDRESS"
+SIGNALS = "PROBESCORE_SIGNALS"
+RAILS = "PROBESCORE_RAILS"
+RUN_ID = "PROBESCORE_RUN_ID"
+TOKENIZER_FINGERPRINT = "PROBESCORE_TOKENIZER_FINGERPRINT"
+OF_THE_POLICY = {field.name: f"PROBESCORE_{field.name.upper()}" for field in fields(Policy)}
+"""From the fields of ``Policy`` to their variables: ``PROBESCORE_ON_FAILURE`` and so on."""
+
+_NUMBERS = ("weight", "threshold")
+
+
+def scorer_from_environment(environment: Mapping[str, str] = os.environ) -> ProbeScorer:
+    """The scorer that the environment describes.
+
+    ``PROBESCORE_SIGNALS`` is required: a JSON list of objects with the fields of ``ProbeSignal``, one such object, or the path of a JSON
+    file with either. ``PROBESCORE_ADDRESS``: of the server, or several with commas between. ``PROBESCORE_ON_FAILURE``,
+    ``PROBESCORE_ON_UNSCORABLE``, ``PROBESCORE_TIMEOUT``, ``PROBESCORE_WAIT_SECONDS``: the fields of ``Policy``. ``PROBESCORE_RAILS``: a
+    JSON object with fields of ``GuardRails``. ``PROBESCORE_RUN_ID``, ``PROBESCORE_TOKENIZER_FINGERPRINT``: as for ``ProbeScorer``, which
+    also reads ``PROBESCORE_JOB``. An empty variable counts as not set.
+
+    Raises:
+        ValueError: a variable is missing or wrong; names it, the field and what is there. ``SignalError`` for a signal.
+    """
+    given = {variable: value.strip() for variable, value in environment.items() if variable.startswith("PROBESCORE_") and value.strip()}
+    if SIGNALS not in given:
+        raise ValueError(f'{SIGNALS}: required, such as \'[{{"probe": "cheating", "mode": "penalty"}}]\', or the path of a JSON file')
+    options: dict[str, Any] = {"policy": _policy(given)}
+    if RAILS in given:
+        options["rails"] = rails_from(_json(RAILS, given[RAILS]), RAILS)
+    if ADDRESS in given:
+        addresses = [address.strip() for address in given[ADDRESS].split(",") if address.strip()]
+        options["address"] = addresses if len(addresses) > 1 else addresses[0]
+    signals = signals_from(_json(SIGNALS, given[SIGNALS]), SIGNALS)
+    try:
+        return ProbeScorer(signals, run_id=given.get(RUN_ID, ""), tokenizer_fingerprint=given.get(TOKENIZER_FINGERPRINT, ""), **options)
+    except SignalError as error:
+        raise SignalError(f"{SIGNALS}.{error.field}", error.problem) from None
+    except ValueError as error:
+        raise ValueError(f"{ADDRESS}: {error}, got {given.get(ADDRESS)!r}") from None
+
+
+def signals_from(given: Mapping[str, Any] | Sequence[Mapping[str, Any]], where: str = "signals") -> tuple[ProbeSignal, ...]:
+    """Signals from objects with the fields of ``ProbeSignal``, or from one such object.
+
+    Args:
+        given: as JSON, YAML or keyword arguments give them.
+        where: they come from, for messages.
+
+    Raises:
+        SignalError: a field is unknown, missing or wrong; ``field`` says of which signal: ``signals[1].weight``.
+    """
+    entries = [given] if isinstance(given, Mapping) else given
+    if not isinstance(entries, Sequence) or isinstance(entries, str):
+        raise SignalError(where, f"expected a list of objects, got {given!r}")
+    signals = []
+    for index, entry in enumerate(entries):
+        place = f"{where}[{index}]"
+        try:
+            chosen = _known(ProbeSignal, entry)
+            for name, value in chosen.items():
+                if name not in _NUMBERS and not (isinstance(value, str) or callable(value)):
+                    raise SignalError(name, f"expected a string, got {value!r}")
+            signals.append(ProbeSignal(**{"probe": "", **chosen}))
+        except SignalError as error:
+            raise SignalError(f"{place}.{error.field}", error.problem) from None
+        except ValueError as error:
+            raise SignalError(place, str(error)) from None
+    return tuple(signals)
+
+
+def rails_from(given: Mapping[str, Any], where: str = "rails") -> GuardRails:
+    """Guard rails from the fields that are given; the others keep their defaults.
+
+    Raises:
+        ValueError: a field is unknown or wrong; names it.
+    """
+    try:
+        chosen = _known(GuardRails, given)
+        for name, value in chosen.items():
+            is_switch = isinstance(getattr(GuardRails, name), bool)
+            if isinstance(value, bool) != is_switch or not isinstance(value, (int, float)):
+                raise ValueError(f"{name}: expected {'true or false' if is_switch else 'a number'}, got {value!r}")
+        return GuardRails(**chosen)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def _known(kind: type[Union[ProbeSignal, GuardRails]], given: object) -> dict[str, Any]:
+    """The fields that are given and are not null.
+
+    Raises:
+        ValueError: there is no such field.
+    """
+    if not isinstance(given, Mapping):
+        raise ValueError(f"expected an object, got {given!r}")
+    known = [field.name for field in fields(kind)]
+    for name in given:
+        if name not in known:
+            raise ValueError(f"{name}: there is no such field; there are {', '.join(known)}")
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _policy(given: Mapping[str, str]) -> Policy:
+    chosen: dict[str, Any] = {}
+    for field, variable in OF_THE_POLICY.items():
+        if variable in given:
+            try:
+                chosen[field] = float(given[variable])
+            except ValueError:
+                chosen[field] = given[variable]
+    try:
+        return Policy(**chosen)
+    except ValueError as error:
+        # the message begins with the field
+        field, _, problem = str(error).partition(":")
+        raise ValueError(f"{OF_THE_POLICY[field]}:{problem}") from None
+
+
+def _json(variable: str, value: str) -> Any:  # noqa: ANN401
+    text = value
+    if value[0] not in "[{":
+        try:
+            text = Path(value).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else str(error)
+            raise ValueError(f"{variable}: neither JSON nor a file that can be read ({reason}): {value!r}") from None
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{variable}: not JSON: {error}: {text[:200]!r}") from None

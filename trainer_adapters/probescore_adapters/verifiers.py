@@ -1,0 +1,88 @@
+"""verifiers 0.4 and later, from which prime-rl takes its rewards: a reward and a metric of a ``Task``.
+
+verifiers scores one trace at a time, and gives exact ids and which of them the policy sampled. ``probe_reward`` and ``probe_metric`` need
+no code: ``fn = "probescore_adapters.verifiers:probe_reward"``, and the environment says the rest.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+from verifiers.v1.trace import Trace
+
+from probescore_adapters.environment import scorer_from_environment
+from probescore_adapters.outcome import Outcome
+from probescore_adapters.rollouts import Rollout
+from probescore_adapters.scorer import ProbeScorer
+from probescore_adapters.signals import Mode
+
+
+class TraceProbes:
+    """Signals as functions that verifiers takes as a reward or a metric, by name or in a ``Task``.
+
+    ``reward`` records the metrics too: take one of the two. An error is verifiers' ``TaskError``, and the trace is dropped.
+
+    Args:
+        scorer: its modes are ``reward``, ``penalty`` or ``monitor``.
+
+    Raises:
+        SignalError: a signal has another mode: verifiers gives a reward function neither the task's reward nor other traces, and assigns
+            rewards to traces, not tokens.
+    """
+
+    def __init__(self, scorer: ProbeScorer) -> None:
+        self.scorer = scorer.without(
+            Mode.SCREEN, Mode.GATE, Mode.DENSE, because="verifiers has one trace scored at a time, without the task's reward, as a whole"
+        )
+
+    async def reward(self, trace: Trace[Any, Any, Any]) -> float:
+        """What the signals add to a trace: of several branches the least.
+
+        Raises:
+            ProbescoreError, SignalError, Unscorable: as ``ProbeScorer.score``.
+            ValueError: the trace has no token ids.
+        """
+        outcome = await self._outcome(trace)
+        trace.record_metrics(outcome.rollout_metrics)
+        return float(outcome.rewards.min())
+
+    async def metric(self, trace: Trace[Any, Any, Any]) -> dict[str, float]:
+        """Only what there is to log of a trace, always under the same names; raises what ``reward`` raises."""
+        return (await self._outcome(trace)).rollout_metrics
+
+    async def _outcome(self, trace: Trace[Any, Any, Any]) -> Outcome:
+        return await self.scorer.score_async(rollouts_of(trace))
+
+
+async def probe_reward(trace: Trace[Any, Any, Any]) -> float:
+    """``TraceProbes.reward`` of ``scorer_from_environment``."""
+    return await _from_environment().reward(trace)
+
+
+async def probe_metric(trace: Trace[Any, Any, Any]) -> dict[str, float]:
+    """``TraceProbes.metric`` of ``scorer_from_environment``."""
+    return await _from_environment().metric(trace)
+
+
+@functools.cache
+def _from_environment() -> TraceProbes:
+    return TraceProbes(scorer_from_environment())
+
+
+def rollouts_of(trace: Trace[Any, Any, Any]) -> list[Rollout]:
+    """A rollout for each branch that is trained on; its completion begins with the first token that the policy sampled.
+
+    Raises:
+        ValueError: there is none, because the model's server gave no token ids.
+    """
+    rollouts = []
+    for branch in trace.branches:
+        ids, sampled = np.array(branch.token_ids, np.int64), np.array(branch.sampled_mask, bool)
+        if branch.trainable and sampled.any():
+            start = int(sampled.argmax())
+            rollouts.append(Rollout(ids[:start], ids[start:], sampled[start:]))
+    if not rollouts:
+        raise ValueError("the trace has no token ids: probes need a client that keeps them, such as verifiers' renderer client")
+    return rollouts

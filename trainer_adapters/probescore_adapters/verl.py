@@ -1,0 +1,145 @@
+"""verl: ``ProbeRewardManager``, named in ``reward.reward_manager``.
+
+verl asks for one rollout at a time, in the workers of its reward loop, and gives exact ids.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+from omegaconf import DictConfig, OmegaConf
+from verl import DataProto
+from verl.experimental.reward_loop.reward_manager.naive import NaiveRewardManager
+
+from probescore.fingerprints import Tokenizer, tokenizer_fingerprint
+from probescore_adapters.environment import TOKENIZER_FINGERPRINT, rails_from, scorer_from_environment, signals_from
+from probescore_adapters.outcome import Outcome
+from probescore_adapters.rollouts import Rollout
+from probescore_adapters.scorer import Policy, ProbeScorer
+from probescore_adapters.signals import Floats, Mode
+
+RESPONSE_MASK = "probescore_response_mask"
+"""The field of an agent loop's output in which ``verl_agent_loop`` sends the response mask along, which verl does not."""
+
+
+class TokenRewards(float):
+    """The reward of a rollout, and its share of each token.
+
+    A sum to all of verl that knows rewards of rollouts only, so that nothing is lost there.
+
+    Attributes:
+        tokens: ``(T,)`` float64; they add up to it.
+    """
+
+    tokens: Floats
+
+    def __new__(cls, tokens: Floats) -> TokenRewards:
+        """Of rewards ``(T,)``."""
+        rewards = super().__new__(cls, float(tokens.sum()))
+        rewards.tokens = tokens
+        return rewards
+
+    def __reduce__(self) -> tuple[type[TokenRewards], tuple[Floats]]:
+        return TokenRewards, (self.tokens,)
+
+
+class ProbeRewardManager(NaiveRewardManager):
+    """What verl's own ``naive`` manager gives, with the signals of probes.
+
+    ``reward.reward_kwargs.probescore`` has the arguments of ``ProbeScorer``: ``signals``, a list of what ``ProbeSignal`` takes, ``rails``,
+    what ``GuardRails`` takes, and beside them what ``Policy`` takes. Without it the environment counts: ``scorer_from_environment``. The
+    server must have the policy's tokenizer, unless ``tokenizer_fingerprint`` is set: to another's, or to "" for any.
+
+    Raises:
+        SignalError: a signal's mode is ``screen``: of one rollout no breaker could say that too many are removed.
+        TypeError, ValueError: another field is wrong.
+    """
+
+    def __init__(
+        self,
+        config: DictConfig,
+        tokenizer: Tokenizer,
+        compute_score: Callable[..., Any] | None,
+        reward_router_address: str | None = None,
+        reward_model_tokenizer: Tokenizer | None = None,
+    ) -> None:
+        super().__init__(config, tokenizer, compute_score, reward_router_address, reward_model_tokenizer)
+        settings = OmegaConf.create((config.reward.get("reward_kwargs") or {}).get("probescore") or {})
+        self.scorer = _scorer(OmegaConf.to_container(settings, resolve=True), tokenizer_fingerprint(tokenizer))
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """That of the call: verl's managers keep the one they are made in, which is not always it, and cannot be pickled."""
+        return asyncio.get_running_loop()
+
+    @loop.setter
+    def loop(self, made_in: asyncio.AbstractEventLoop) -> None:
+        del made_in
+
+    async def run_single(self, data: DataProto) -> dict[str, Any]:
+        """Scores one rollout.
+
+        Returns:
+            ``reward_score``, a ``TokenRewards`` with a dense signal, and ``reward_extra_info``: what the task's score says, and always the
+            same metrics of the signals, NaN where there is nothing to say.
+
+        Raises:
+            ProbescoreError, SignalError, Unscorable, ValueError: as ``ProbeScorer.score``; and all that the task's score raises.
+        """
+        task = await super().run_single(data)
+        outcome = await self.scorer.score_async([rollout_of(data)], np.array([task["reward_score"]], np.float64))
+        return {"reward_score": _reward(outcome), "reward_extra_info": {**task["reward_extra_info"], **outcome.rollout_metrics}}
+
+    @classmethod
+    def assemble_rm_scores(cls, data: DataProto, scores: Sequence[float]) -> Any:  # noqa: ANN401 - a tensor, without importing torch
+        """A batch's ``rm_scores (n, T)``: a reward at the last token, or rewards of tokens at theirs."""
+        rm_scores = super().assemble_rm_scores(data, [float(score) for score in scores])
+        for row, score in zip(rm_scores, scores, strict=True):
+            if isinstance(score, TokenRewards):
+                row[:] = 0
+                row[: len(score.tokens)] = row.new_tensor(score.tokens)
+        return rm_scores
+
+
+def rollout_of(data: DataProto) -> Rollout:
+    """The last of the rollouts in what ``run_single`` is given, which is the one that verl's own managers score."""
+    item = data[-1:][0]
+    batch, extra = item.batch, item.non_tensor_batch
+    prompts, responses, attends = (batch[name].cpu().numpy() for name in ("prompts", "responses", "attention_mask"))
+    if "prompt_len" in extra:
+        # The outputs of one agent loop are padded to a common length after prompt and response were joined: the mask is of neither.
+        in_prompt = np.arange(len(prompts)) < extra["prompt_len"]
+        in_response = np.arange(len(responses)) < extra["response_len"]
+    else:
+        in_prompt, in_response = np.split(attends.astype(bool), [len(prompts)])
+    mask = batch["response_mask"].cpu().numpy()[in_response] if "response_mask" in batch.keys() else None  # noqa: SIM118 - a TensorDict
+    if mask is None:
+        mask = (extra.get("tool_extra_fields") or {}).get(RESPONSE_MASK)
+    if mask is None and (extra.get("__num_turns__") or 0) > 2:
+        warnings.warn("a rollout of several turns came without its response mask: tool output counts; see verl_agent_loop", stacklevel=2)
+    return Rollout(prompts[in_prompt], responses[in_response], mask)
+
+
+def _scorer(settings: Mapping[str, Any], fingerprint: str) -> ProbeScorer:
+    if settings:
+        rest = {"tokenizer_fingerprint": fingerprint, **settings}
+        policy = Policy(**{field.name: rest.pop(field.name) for field in fields(Policy) if field.name in rest})
+        scorer = ProbeScorer(signals_from(rest.pop("signals", [])), policy=policy, rails=rails_from(rest.pop("rails", {})), **rest)
+    else:
+        scorer = scorer_from_environment({TOKENIZER_FINGERPRINT: fingerprint, **os.environ})
+    return scorer.without(Mode.SCREEN, because="verl has one rollout at a time scored, so that no breaker could keep it from removing all")
+
+
+def _reward(outcome: Outcome) -> float:
+    reward = float(outcome.rewards[0])
+    if outcome.dense is None or not outcome.dense[0].size:
+        return reward
+    tokens = outcome.dense[0].copy()
+    tokens[-1] += reward
+    return TokenRewards(tokens)
