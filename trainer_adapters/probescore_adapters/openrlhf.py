@@ -1,0 +1,134 @@
+"""OpenRLHF: ``AgentExecutor`` with exact ids for ``--train.agent_func_path``, ``RewardFunction`` on text for ``--reward.remote_url``.
+
+Both are configured by the environment (``probescore_adapters.environment``), since OpenRLHF loads them by a file's path and gives them no
+arguments. It has one sample scored at a time, so that a batch cannot be screened, and takes one number for it, so that nothing is dense.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from openrlhf.utils.agent import SingleTurnAgentExecutor
+
+from probescore import tokenizer_fingerprint
+from probescore_adapters.environment import OF_THE_POLICY, TOKENIZER_FINGERPRINT, scorer_from_environment
+from probescore_adapters.outcome import Outcome
+from probescore_adapters.rollouts import Rollout
+from probescore_adapters.signals import Mode
+
+TASK_REWARD = "PROBESCORE_TASK_REWARD"
+"""The task's own reward, as ``module:function``: a ``reward_func(queries, prompts, labels)`` as OpenRLHF takes it, one sample a call."""
+
+HfTokenizer = Any  # of transformers, which is the trainer's
+TaskReward = Callable[[Sequence[str], Sequence[str], Sequence[object]], dict[str, Any]]
+
+
+class AgentExecutor(SingleTurnAgentExecutor):
+    """Generates like OpenRLHF's own, and rewards with probes that read exactly the ids that were generated.
+
+    The server must have the policy's tokenizer, unless ``PROBESCORE_TOKENIZER_FINGERPRINT`` says otherwise.
+
+    Raises:
+        ValueError: a variable is missing or wrong; names it. ``SignalError`` for a signal.
+        ProbescoreError: the server does not answer, and ``PROBESCORE_ON_FAILURE`` is not a number.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._rewards = _Rewards()
+        self._expects_tokenizer = bool(os.environ.get(TOKENIZER_FINGERPRINT, ""))
+
+    async def execute(
+        self,
+        prompt: str,
+        label: object,
+        sampling_params: object,
+        max_length: int,
+        hf_tokenizer: HfTokenizer,
+        llm_engine: object,
+        images: object = None,
+    ) -> dict[str, Any]:
+        """One sample, with ``reward``, ``scores`` and ``extra_logs``.
+
+        Raises:
+            ProbescoreError, SignalError, Unscorable: as ``ProbeScorer.score``; and all that the task's reward raises. It ends the run.
+        """
+        if not self._expects_tokenizer:
+            self._rewards.scorer.expecting_tokenizer(tokenizer_fingerprint(hf_tokenizer))
+            self._expects_tokenizer = True
+        sample: dict[str, Any] = await super().execute(prompt, label, sampling_params, max_length, hf_tokenizer, llm_engine, images=images)
+        ids = list(sample["observation_tokens"])
+        ((start, end),) = sample["action_ranges"]
+        query = hf_tokenizer.decode(ids, skip_special_tokens=False)
+        task = await asyncio.to_thread(self._rewards.of_task, query, prompt, label)
+        outcome = await self._rewards.scorer.score_async([Rollout(ids[:start], ids[start:end])], task)
+        reward = float(outcome.rewards[0])
+        return {**sample, "reward": reward, "scores": reward, "extra_logs": outcome.rollout_metrics}
+
+
+class RewardFunction:
+    """A ``reward_func`` on text, for where no agent can be had; the server tokenises, and answers are counted as ``inexact_ids``.
+
+    A query that does not begin with its prompt is unscorable: where its response begins would be a guess.
+
+    Raises:
+        ValueError: a variable is missing or wrong, or ``PROBESCORE_ON_FAILURE`` is ``"raise"``: OpenRLHF catches what a reward function
+            raises, and goes on without a reward.
+        ProbescoreError: as for ``AgentExecutor``.
+    """
+
+    def __init__(self) -> None:
+        self._rewards = _Rewards()
+        if self._rewards.scorer.policy.on_failure == "raise":
+            raise ValueError(f"{OF_THE_POLICY['on_failure']}: OpenRLHF catches what a reward function raises: name a number, or 'wait'")
+
+    def __call__(self, queries: Sequence[str], prompts: Sequence[str], labels: Sequence[object]) -> dict[str, Any]:
+        """The rewards of ``n`` samples of text.
+
+        Returns:
+            ``rewards`` and ``scores``, ``(n,)``, and ``extra_logs``, of which each is ``(n,)``.
+        """
+        outcomes = [self._outcome(*sample) for sample in zip(queries, prompts, labels)]  # noqa: B905 - Python 3.10
+        rewards = torch.tensor([float(outcome.rewards[0]) for outcome in outcomes])
+        logs = {key: torch.tensor([outcome.rollout_metrics[key] for outcome in outcomes]) for key in outcomes[0].rollout_metrics}
+        return {"rewards": rewards, "scores": rewards, "extra_logs": logs}
+
+    def _outcome(self, query: str, prompt: str, label: object) -> Outcome:
+        task = self._rewards.of_task(query, prompt, label)
+        return self._rewards.scorer.score([Rollout.split(prompt, query)], task)
+
+
+class _Rewards:
+    """What both have: a scorer that goes with the server, and the task's own reward."""
+
+    def __init__(self) -> None:
+        written = os.environ.get(TASK_REWARD, "").strip()
+        self._task_reward = _load(written) if written else None
+        self.scorer = scorer_from_environment().without(
+            Mode.SCREEN, Mode.DENSE, because="OpenRLHF has one sample scored at a time, and takes one number; take penalty or gate"
+        )
+        if self._task_reward is None:
+            self.scorer.without(Mode.GATE, because=f"there is no reward of the task to multiply; {TASK_REWARD} names it")
+        # what does not go together is found while loading, which OpenRLHF lets fail
+        self.scorer.score([], None if self._task_reward is None else [])
+
+    def of_task(self, query: str, prompt: str, label: object) -> list[float] | None:
+        """Of one sample, ``(1,)``; ``None`` if there is no reward but the probes'."""
+        if self._task_reward is None:
+            return None
+        rewards = self._task_reward([query], [prompt], [label])["rewards"]
+        return [float(torch.as_tensor(rewards).flatten()[0])]
+
+
+def _load(written: str) -> TaskReward:
+    module, _, function = written.partition(":")
+    try:
+        loaded: TaskReward = getattr(importlib.import_module(module), function)
+    except (ImportError, ValueError, AttributeError) as error:
+        raise ValueError(f"{TASK_REWARD}: expected module:function that can be imported, got {written!r}: {error}") from error
+    return loaded
