@@ -29,8 +29,9 @@ SERVICE_CONFIG = {
     "loadBalancingConfig": [{"round_robin": {}}],
     "methodConfig": [
         {
-            "name": [{"service": _SERVICE}],
-            # for a lost connection; waiting out a restart is the client's own loop
+            # for a lost connection; waiting out a restart is the client's own loop. Not for streams, which that loop serves alone: grpcio
+            # 1.85 retries one whose connection is reset as it begins without ever ending it, deadline or not
+            "name": [{"service": _SERVICE, "method": method} for method in ("Score", "GetServerInfo", "ListProbes")],
             "retryPolicy": {
                 "maxAttempts": 3,
                 "initialBackoff": "0.1s",

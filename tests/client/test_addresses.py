@@ -77,10 +77,11 @@ def test_a_certificate_is_checked_against_the_name_that_the_user_gave() -> None:
     assert Addresses.of("scoring:1").authority is None
 
 
-def test_the_service_config_is_for_our_service() -> None:
+def test_the_service_config_is_for_the_unary_methods_of_our_service() -> None:
     config = json.loads(str(dict(channel_options(retries=True))["grpc.service_config"]))
 
     assert config == SERVICE_CONFIG
     [method] = config["methodConfig"]
-    assert method["name"] == [{"service": "probescore.v1.ScoringService"}]
-    assert scoring_pb2.DESCRIPTOR.services_by_name["ScoringService"].full_name == "probescore.v1.ScoringService"
+    service = scoring_pb2.DESCRIPTOR.services_by_name["ScoringService"]
+    unary = {known.name for known in service.methods if not known.server_streaming}
+    assert {(name["service"], name["method"]) for name in method["name"]} == {(service.full_name, known) for known in unary}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import signal
@@ -22,7 +23,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from models import tiny_model
 from running_server import RunningServer, launch
 
-from probescore import ProbeClient, RolloutGroup
+from probescore import AsyncProbeClient, DeadlineExceededError, ProbeClient, RolloutGroup, UnavailableError
 from probescore.v1 import probes_pb2, scoring_pb2
 
 StartServer = Callable[..., RunningServer]
@@ -187,6 +188,30 @@ def test_the_clients_retry_gets_the_right_scores_after_a_kill(start_server: Star
         os.kill(server.worker_pid(), signal.SIGKILL)
         calling.join(TIMEOUT)
     np.testing.assert_array_equal(scored[0], expected)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("kind", [ProbeClient, AsyncProbeClient])
+def test_a_stream_that_begins_as_the_server_is_killed_ends_by_its_deadline(
+    kind: type, start_server: StartServer, model: Path, probe_file: Path
+) -> None:
+    server = start_server(model, [probe_file])
+    groups = [RolloutGroup([1, 5, 6], [[7, 8]])]
+
+    async def stream_twice() -> None:
+        async with AsyncProbeClient(server.address, timeout=2.0) as client:
+            assert len([scored async for scored in client.score_stream(groups)]) == 1
+            server.process.kill()
+            _ = [scored async for scored in client.score_stream(groups)]
+
+    def stream_twice_synchronously() -> None:
+        with ProbeClient(server.address, timeout=2.0) as client:
+            assert len(list(client.score_stream(groups))) == 1
+            server.process.kill()
+            list(client.score_stream(groups))
+
+    with pytest.raises((UnavailableError, DeadlineExceededError)):
+        stream_twice_synchronously() if kind is ProbeClient else asyncio.run(stream_twice())
 
 
 def test_files_that_changed_are_not_served_by_a_restarted_worker(

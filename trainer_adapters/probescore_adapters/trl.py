@@ -1,0 +1,268 @@
+"""TRL: ``ProbeReward``, a reward function, and ``ProbeTrainerMixin`` for what a reward function cannot do.
+
+For ``GRPOTrainer`` and ``RLOOTrainer``.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from typing import Any, Union
+
+import numpy as np
+import torch
+from accelerate.utils import broadcast_object_list, gather_object
+
+from probescore import Chat, Text, tokenizer_fingerprint
+from probescore_adapters.logs import logger
+from probescore_adapters.outcome import PREFIX, Outcome
+from probescore_adapters.rollouts import Prompt, Rollout
+from probescore_adapters.scorer import ProbeScorer
+from probescore_adapters.signals import Floats, Mode
+
+LogMetric = Callable[[str, float], None]
+LogExtra = Callable[[str, list[float]], None]
+Message = Mapping[str, str]
+
+
+def _trl_is_at_least(*wanted: int) -> bool:
+    return tuple(int(part) for part in version("trl").split(".")[:2]) >= wanted
+
+
+# until then TRL awaits no reward function, and puts no special tokens in front of a prompt of plain text
+_IS_ASYNC = _trl_is_at_least(0, 27)
+_HAS_MIXIN = _trl_is_at_least(1, 10)
+
+
+async def probe_reward(
+    scorer: ProbeScorer,
+    *,
+    prompts: Sequence[Union[str, Sequence[Message]]],
+    completion_ids: Sequence[Sequence[int]],
+    exact_prompt_ids: Sequence[Sequence[int]] | None = None,
+    trainer_state: Any = None,  # noqa: ANN401 - of transformers, or of the user
+    log_metric: LogMetric | None = None,
+    log_extra: LogExtra | None = None,
+    **_columns: object,
+) -> list[float]:
+    """What ``ProbeReward`` is: the terms of ``n`` rollouts, as TRL asks for them.
+
+    Args:
+        scorer: holds the signals and the address.
+        prompts: ``n``, text or messages; the server tokenises them.
+        completion_ids: ``n``, ``(T,)`` each.
+        exact_prompt_ids: ``n``, ``(P,)`` each, in place of prompts: a column of the data set, or a further field of a ``rollout_func``.
+        trainer_state: has ``global_step``.
+        log_metric: takes a name and a number; without it (TRL < 1) the metrics go to the log of ``probescore_adapters``.
+        log_extra: takes the name of a column and ``n`` numbers.
+
+    Raises:
+        ProbescoreError, SignalError, Unscorable: as ``ProbeScorer.score``.
+    """
+    rollouts = _rollouts(prompts, completion_ids, exact_prompt_ids)
+    outcome = await scorer.score_async(rollouts, step=getattr(trainer_state, "global_step", None))
+    return _reported(outcome, log_metric, log_extra)
+
+
+def synchronous_probe_reward(
+    scorer: ProbeScorer,
+    *,
+    prompts: Sequence[Union[str, Sequence[Message]]],
+    completion_ids: Sequence[Sequence[int]],
+    exact_prompt_ids: Sequence[Sequence[int]] | None = None,
+    trainer_state: Any = None,  # noqa: ANN401 - of transformers, or of the user
+    **_columns: object,
+) -> list[float]:
+    """Does the same for a TRL that awaits nothing."""
+    rollouts = _rollouts(prompts, completion_ids, exact_prompt_ids)
+    return _reported(scorer.score(rollouts, step=getattr(trainer_state, "global_step", None)), None, None)
+
+
+class ProbeReward(functools.partial):  # type: ignore[type-arg] # not a generic type to a subclass at run time
+    """A reward function: ``GRPOTrainer(reward_funcs=[task_reward, ProbeReward(scorer)], …)``.
+
+    An ``async`` one where TRL awaits them, so that it waits beside others. TRL takes a ``partial`` for what is inside it, which not every
+    version does of an object that can be called. It can be pickled. Each rank has its own rollouts scored.
+
+    Args:
+        scorer: its signals have the modes ``reward``, ``penalty`` and ``monitor``.
+
+    Raises:
+        SignalError: a signal has another mode: a reward function neither sees task rewards nor can it remove a rollout.
+    """
+
+    __name__ = "probe_reward"
+
+    def __new__(cls, scorer: ProbeScorer) -> ProbeReward:
+        """Of a scorer."""
+        scorer.without(Mode.SCREEN, Mode.GATE, Mode.DENSE, because="a reward function only adds; use ProbeTrainerMixin")
+        return super().__new__(cls, probe_reward if _IS_ASYNC else synchronous_probe_reward, scorer)
+
+    @property
+    def scorer(self) -> ProbeScorer:
+        """What it was made of."""
+        scorer: ProbeScorer = self.args[0]
+        return scorer
+
+    def __reduce__(self) -> tuple[type[ProbeReward], tuple[ProbeScorer]]:
+        return type(self), (self.scorer,)
+
+
+class ProbeTrainerMixin:
+    """Every mode of a signal, on exact ids: ``class Trainer(ProbeTrainerMixin, GRPOTrainer)``, made with ``probes=scorer``.
+
+    Task rewards are TRL's ``reward_funcs`` with their weights; what the signals change about them is one more, ``probescore``, in TRL's
+    logs. Prompts are scored as they were tokenised for generation, and tokens of tools do not count. A removed rollout takes no part in
+    its group's mean and spread, nor in the loss; one to which no task function gives a reward has no advantage, as without probes. Dense
+    terms are added to the advantages of their tokens as they are.
+
+    Rank 0 has the rollouts of all ranks scored in one call, since guard rails look at whole groups, and tells the others what came of it.
+    The server must have the trainer's tokenizer.
+
+    Args:
+        args: the trainer's.
+        probes: a scorer; RLOO, whose loss is one number a rollout, takes no ``dense`` signal.
+        kwargs: the trainer's; ``reward_funcs`` is not empty.
+
+    Raises:
+        SignalError: a signal's mode is ``dense``, and this is RLOO.
+        ValueError: there are no task rewards.
+        ImportError: this TRL is older than 1.10.
+    """
+
+    def __init__(self, *args: Any, probes: ProbeScorer, **kwargs: Any) -> None:  # noqa: ANN401 - the trainer's
+        if not _HAS_MIXIN:
+            raise ImportError(
+                f"ProbeTrainerMixin needs TRL 1.10 or later, which leaves out rollouts without a reward; this is {version('trl')}"
+            )
+        super().__init__(*args, **kwargs)
+        trainer: Any = self
+        if not trainer.reward_funcs:
+            raise ValueError("reward_funcs: ProbeTrainerMixin acts on task rewards, and there are none; use ProbeReward")
+        if _is_rloo(trainer):
+            probes.without(Mode.DENSE, because="RLOO has one advantage for a whole rollout")
+        self._probes = probes.expecting_tokenizer(tokenizer_fingerprint(trainer._tokenizer))
+        self._outcome: Outcome
+        trainer.reward_funcs.append(_no_reward)
+        trainer.reward_func_names.append(PREFIX)
+        trainer.reward_processing_classes.append(None)
+        trainer.reward_weights = torch.cat([trainer.reward_weights, trainer.reward_weights.new_ones(1)])
+
+    def _generate(self, prompts: list[Any]) -> Any:  # noqa: ANN401 - the trainer's
+        generated = super()._generate(prompts)  # type: ignore[misc] # of the trainer
+        self._prompt_ids = generated[0]
+        # GRPO has a mask of what came from no tool; RLOO knows no tools
+        self._masks = generated[2] if len(generated) > 3 else None
+        return generated
+
+    def _calculate_rewards(
+        self, inputs: list[Any], prompts: list[Any], completions: list[Any], completion_ids_list: list[list[int]]
+    ) -> torch.Tensor:
+        trainer: Any = self
+        rewards: torch.Tensor = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # type: ignore[misc] # of the trainer
+        tasks = (rewards * trainer.reward_weights.to(rewards.device)).nansum(dim=1).cpu().numpy().astype(np.float64)
+        masks = self._masks or [None] * len(completion_ids_list)
+        local = [Rollout(*parts) for parts in zip(self._prompt_ids, completion_ids_list, masks, strict=True)]
+        outcome = self._scored(local, tasks)
+        self._outcome = outcome
+
+        for name, value in outcome.metrics.items():
+            trainer._log_metric(name, value)
+        for name, values in outcome.values.items():
+            trainer._log_completion_extra(f"{PREFIX}/{name}", values[self._of_this_rank(len(local))].tolist())
+        unrewarded = rewards.isnan().all(dim=1)
+        rewards[:, -1] = torch.from_numpy(outcome.rewards - tasks)
+        # TRL leaves a row out in which every reward is missing
+        rewards[unrewarded | torch.from_numpy(outcome.removed).to(rewards.device)] = torch.nan
+        return rewards
+
+    def _generate_and_score_completions(self, inputs: list[Any]) -> dict[str, Any]:
+        trainer: Any = self
+        output: dict[str, Any] = super()._generate_and_score_completions(inputs)  # type: ignore[misc] # of the trainer
+        outcome, here = self._outcome, self._of_this_rank(len(inputs))
+        completion_mask = output["completion_mask"]
+        if outcome.removed.any():
+            kept = torch.from_numpy(~outcome.removed[here]).to(completion_mask)
+            if _is_rloo(trainer):
+                output["completion_mask"] = completion_mask * kept[:, None]
+                output["old_logps"] = output["old_logps"] * kept  # of no token, as the new ones will be
+            else:
+                # the loss leaves these tokens out, and attention does not, so that log-probabilities stay what they were
+                output["tool_mask"] = output.get("tool_mask", torch.ones_like(completion_mask)) * kept[:, None]
+                counted = (completion_mask * output["tool_mask"]).sum()
+                output["num_items_in_batch"] = trainer.accelerator.gather(counted).sum()
+        if outcome.dense is not None:
+            dense = _padded(outcome.dense[here], completion_mask.shape[1])
+            output["advantages"] = output["advantages"][:, None] + dense.to(output["advantages"])
+        return output
+
+    def _of_this_rank(self, count: int) -> slice:
+        """Where the ``count`` rollouts of this rank are among all."""
+        trainer: Any = self
+        start = trainer.accelerator.process_index * count
+        return slice(start, start + count)
+
+    def _scored(self, local: list[Rollout], tasks: Floats) -> Outcome:
+        """The outcome of the rollouts of all ranks, the same on each."""
+        trainer: Any = self
+        size = trainer.num_generations if trainer.model.training else trainer.num_generations_eval
+        everywhere = gather_object(local)
+        answer: list[Outcome | Exception | None] = [None]
+        if trainer.accelerator.is_main_process:
+            rollouts = [Rollout(one.prompt, one.completion, one.mask, index // size) for index, one in enumerate(everywhere)]
+            try:
+                answer = [self._probes.score(rollouts, tasks, step=trainer.state.global_step)]
+            except Exception as error:  # raised below, on every rank: the others wait for this one
+                answer = [error]
+        (result,) = broadcast_object_list(answer)
+        if not isinstance(result, Outcome):
+            raise result
+        return result
+
+
+def _no_reward(prompts: list[Any], **_columns: object) -> list[None]:
+    """Keeps the column that ``ProbeTrainerMixin`` fills when it has the task rewards."""
+    return [None] * len(prompts)
+
+
+def _is_rloo(trainer: object) -> bool:
+    from trl import RLOOTrainer  # a trainer to whom rewards alone matter need not load it
+
+    return isinstance(trainer, RLOOTrainer)
+
+
+def _rollouts(
+    prompts: Sequence[Union[str, Sequence[Message]]],
+    completion_ids: Sequence[Sequence[int]],
+    exact_prompt_ids: Sequence[Sequence[int]] | None,
+) -> list[Rollout]:
+    asked: list[Prompt] = [_as_tokenised(prompt) for prompt in prompts] if exact_prompt_ids is None else list(exact_prompt_ids)
+    return [Rollout(*parts) for parts in zip(asked, completion_ids, strict=True)]
+
+
+def _as_tokenised(prompt: str | Sequence[Message]) -> Text | Chat:
+    """For the server to do with a prompt what TRL does."""
+    return Text(prompt, add_special_tokens=_IS_ASYNC) if isinstance(prompt, str) else Chat.of(prompt)
+
+
+def _reported(outcome: Outcome, log_metric: LogMetric | None, log_extra: LogExtra | None) -> list[float]:
+    """The rewards, when the rest is logged."""
+    if log_metric is None:
+        logger.info("%s", ", ".join(f"{name} {value:g}" for name, value in outcome.metrics.items()))
+    else:
+        for name, value in outcome.metrics.items():
+            log_metric(name, value)
+    if log_extra is not None:
+        for name, values in outcome.values.items():
+            log_extra(f"{PREFIX}/{name}", values.tolist())
+    rewards: list[float] = outcome.rewards.tolist()
+    return rewards
+
+
+def _padded(rows: Sequence[Floats], width: int) -> torch.Tensor:
+    """Rows of any length as ``(n, width)``, with 0 after each."""
+    padded = np.zeros((len(rows), width))
+    for row, values in zip(padded, rows, strict=True):
+        row[: len(values)] = values
+    return torch.from_numpy(padded)
