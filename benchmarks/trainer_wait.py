@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from typing import Any
+from urllib.request import urlopen
 
 import torch
 from datasets import Dataset
@@ -90,21 +91,32 @@ def direct(address: str, probe: str, asked: list[tuple[list[Any], list[list[int]
     return waited, served
 
 
-def main(model: str, address: str, probe: str = "cheating") -> None:
+def handling_seconds(metrics_address: str) -> float:
+    """Of all calls of adapters so far."""
+    with urlopen(f"http://{metrics_address}/metrics", timeout=10) as answer:
+        lines = answer.read().decode().splitlines()
+    sums = [line for line in lines if line.startswith("grpc_server_handling_seconds_sum") and '"ScoreStream"' in line]
+    return sum(float(line.rpartition(" ")[2]) for line in sums)
+
+
+def main(model: str, address: str, metrics_address: str, probe: str = "cheating") -> None:
     source = random.Random(0)  # noqa: S311 - no secret
     words = [" ".join(str(source.randrange(10)) for _ in range(10)) for _ in range(256)]
     prompts = [f"sort {word[:9]} cache {word[10:]} answer" for word in words]
     reward = ProbeReward(ProbeScorer(ProbeSignal(probe, mode="reward"), address))
     without = train(model, [one], prompts).waited
+    before = handling_seconds(metrics_address)
     probed = train(model, [one, reward], prompts)
+    handled = (handling_seconds(metrics_address) - before) / STEPS
     called, served = direct(address, probe, probed.asked)
     extra = statistics.median(probed.waited[WARM_UP:]) - statistics.median(without[WARM_UP:])
     call, server = statistics.median(called[WARM_UP:]), statistics.median(served[WARM_UP:])
     print(f"{ROLLOUTS} rollouts a step, {STEPS - WARM_UP} steps, medians, milliseconds")
     print(f"extra wait of the trainer      {1000 * extra:8.2f}")
     print(f"the same call of the client    {1000 * call:8.2f}")
-    print(f"what the server says it took   {1000 * server:8.2f}")
-    for name, needed in (("client", call), ("server", server)):
+    print(f"queue and batches              {1000 * server:8.2f}")
+    print(f"from call to answer (mean)     {1000 * handled:8.2f}")
+    for name, needed in (("client", call), ("server", handled)):
         allowed = 1.1 * needed + 0.005
         print(f"{name} + 10 % + 5 ms         {1000 * allowed:8.2f}  {'kept' if extra <= allowed else 'exceeded'}")
 
