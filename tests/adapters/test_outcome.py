@@ -118,9 +118,15 @@ def test_broken_rollout_never_gets_a_better_reward_than_the_same_one_scored(data
     # then it is not paid for it; a rollout that is removed is not paid at all
     if not outcome.removed[broken] and not scored.removed[broken]:
         assert outcome.rewards[broken] <= scored.rewards[broken] + 1e-9
-    # and nobody is removed for being broken
-    if not scored.removed[broken]:
-        assert not outcome.removed[broken] or scored.removed.any()
+    # and nobody is removed for being broken, unless too few are left of its group
+    if outcome.removed[broken] and not scored.removed[broken]:
+        assert all(outcome.removed[index] for index in range(count) if groups[index] == groups[broken])
+
+
+def test_what_a_screen_flags_is_screened_though_another_signal_cannot_read_it() -> None:
+    other = ProbeSignal("mood", threshold=1.0)
+    outcome = combined(reading(other, [math.nan, 0.0]), reading(SCREEN, [1.0, 1.0]), groups=[0, 1], tasks=[2.0, 0.0])
+    np.testing.assert_allclose(outcome.rewards, outcome.rewards.min())
 
 
 def _fields(signal: ProbeSignal) -> tuple[Any, ...]:

@@ -107,7 +107,9 @@ def combine(
         raise Unscorable(f"rollout {index}: {readings.problems.get(index, 'no token of it counts, or a transform gave no number')}")
     if on_unscorable not in ("worst", "raise"):
         sums.terms[sums.unscorable], sums.factors[sums.unscorable], sums.lowered[sums.unscorable] = float(on_unscorable), 1.0, False
-    screened = screen(sums.flagged_by_screens & ~sums.unscorable, groups, rails)
+        sums.flagged_by_screens &= ~sums.unscorable
+    # what a screen cannot read is not removed; what it flags is, whatever another signal cannot read of it
+    screened = screen(sums.flagged_by_screens & ~sums.lowered, groups, rails)
     _count(sums, screened.acted)
     for reading in readings.signals:
         if reading.bound.signal.mode is Mode.SCREEN:
