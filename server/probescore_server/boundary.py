@@ -15,7 +15,7 @@ import structlog
 from google.protobuf.message import DecodeError
 
 from probescore_server.errors import CoreError, InternalFault, InvalidRequest
-from probescore_server.metrics import Metrics
+from probescore_server.metrics import Metrics, RpcLabels
 from probescore_server.statuses import CODES, status_of
 
 logger = structlog.get_logger(__name__)
@@ -53,12 +53,15 @@ class Boundary(grpc.aio.ServerInterceptor):
             handler = await continuation(handler_call_details)
         except Exception as failed:  # in an interceptor of the settings
             handler = grpc.unary_unary_rpc_method_handler(_raising(failed))
-        if handler is None:
-            return None
+        return None if handler is None else self.guard(handler_call_details.method, handler)
+
+    def guard(self, path: str, handler: Handler) -> Handler:
+        """The handler of a method, named ``/package.Service/Method``, inside the boundary. It takes requests as bytes: parsing them is part
+        of what is guarded.
+        """
         kind, behavior, make_handler = KINDS[bool(handler.request_streaming), bool(handler.response_streaming)]
-        _, service, method = handler_call_details.method.rsplit("/", 2)
+        _, service, method = path.rsplit("/", 2)
         guarded = _Guarded(handler, getattr(handler, behavior), self._metrics, (kind, service, method))
-        # Requests arrive as bytes: parsing them is part of what is guarded.
         return make_handler(guarded.call, None, handler.response_serializer)
 
 
@@ -72,7 +75,7 @@ def _raising(error: Exception) -> Callable[[object, Context], Awaitable[object]]
 class _Guarded:
     """One method of a servicer, as gRPC may call it."""
 
-    def __init__(self, handler: Handler, behavior: Callable[..., Any], metrics: Metrics, labels: tuple[str, str, str]) -> None:
+    def __init__(self, handler: Handler, behavior: Callable[..., Any], metrics: Metrics, labels: RpcLabels) -> None:
         self._handler = handler
         self._behavior = behavior
         self._metrics = metrics
@@ -81,12 +84,11 @@ class _Guarded:
     async def call(self, raw: Raw, context: Context) -> object:
         """Calls the method with a request or an iterator of requests as bytes; ends the RPC with a status if it fails."""
         metrics, labels = self._metrics, self._labels
-        metrics.started.labels(*labels).inc()
+        metrics.rpc_started(labels)
         started = time.monotonic()
         code = grpc.StatusCode.OK
         try:
-            with metrics.in_flight.track_inprogress():
-                return await self._answer(raw, context)
+            return await self._answer(raw, context)
         except asyncio.CancelledError:
             code = grpc.StatusCode.CANCELLED
             metrics.cancelled.inc()
@@ -103,8 +105,7 @@ class _Guarded:
             logger.exception("a call failed", incident=fault.incident, method=labels[2])
             await self._abort(context, fault)
         finally:
-            metrics.handled.labels(*labels, code.name).inc()
-            metrics.handling.labels(*labels).observe(time.monotonic() - started)
+            metrics.rpc_ended(labels, code.name, time.monotonic() - started)
 
     async def _answer(self, raw: Raw, context: Context) -> object:
         requests = await self._parse(raw) if isinstance(raw, bytes) else self._parse_each(raw)

@@ -46,7 +46,7 @@ from probescore_server.probes.probe_file import ProbeFile
 from probescore_server.probes.runner import BatchScorer
 from probescore_server.requests import TokenScoresWanted, pending_texts, resolve_options, resolve_rollouts
 from probescore_server.residence import Residence
-from probescore_server.rollouts import Continuation, EngineInfo, Rollout, RolloutResult
+from probescore_server.rollouts import Continuation, EngineInfo, Occupancy, Rollout, RolloutResult
 
 BATCH_TOKENS = 16_384
 """Tokens of one batch of ``Engine.score``: bounds the activations held at once. A server makes its own batches."""
@@ -269,6 +269,11 @@ class Engine:
         with self._running:
             self._residence.free_reserves()
 
+    def occupancy(self) -> Occupancy:
+        """What is held of the device, and what the key-value cache has been good for."""
+        with self._running:
+            return self._residence.occupancy()
+
     def sleep(self) -> Transfer:
         """Gives the device's memory back until ``wake``, after the batch that computes: weights move to pinned host memory, the key-value
         cache is dropped. On a CPU the weights stay. Does nothing to an engine that sleeps. Texts are tokenised all the same.
@@ -303,9 +308,12 @@ class Engine:
                 raise RuntimeError("the engine sleeps: call wake first")
             activations = self._backbone.forward(forest, sorted(taps, key=str), skip=unwanted, cache=self._cache)
             live = [index for index in range(len(rollouts)) if index not in cancelled]
-            scores = BatchScorer(self.info, probes, self._texts.special_ids, rollouts, forest, activations).score(live)
+            scorer = BatchScorer(self.info, probes, self._texts.special_ids, rollouts, forest, activations)
+            scores = scorer.score(live)
         return [
-            RolloutResult(self._with_texts(scores[index], rollout), forest.usage(index)) if index in scores else None
+            RolloutResult(self._with_texts(scores[index], rollout), forest.usage(index), scorer.refused_by.get(index, ""))
+            if index in scores
+            else None
             for index, rollout in enumerate(rollouts)
         ]
 

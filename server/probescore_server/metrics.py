@@ -5,17 +5,27 @@ No label takes a value that a client chooses.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from typing import TypeAlias
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, ProcessCollector, start_http_server
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
 
 from probescore.types import Usage
 from probescore_server.errors import StartupError
+from probescore_server.probe_metrics import ProbeMetrics
+from probescore_server.rollouts import Occupancy
 
 SECONDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 TOKENS = tuple(4**power for power in range(3, 13))
+ROLLOUTS = tuple(2**power for power in range(13))
 RPC_LABELS = ("grpc_type", "grpc_service", "grpc_method")
 CODE_LABELS = (*RPC_LABELS, "grpc_code")
+
+RpcLabels: TypeAlias = tuple[str, str, str]
+"""The values of `RPC_LABELS`."""
 
 
 class Metrics:
@@ -25,18 +35,21 @@ class Metrics:
         registry = self.registry = CollectorRegistry()
         ProcessCollector(registry=registry)
 
-        self.started = Counter("grpc_server_started_total", "RPCs started.", RPC_LABELS, registry=registry)
-        self.handled = Counter("grpc_server_handled_total", "RPCs completed.", CODE_LABELS, registry=registry)
+        self._started = Counter("grpc_server_started_total", "RPCs started.", RPC_LABELS, registry=None)
+        self._handled = Counter("grpc_server_handled_total", "RPCs completed.", CODE_LABELS, registry=None)
+        self._in_flight = Gauge("probescore_rpcs_in_flight", "RPCs started and not yet completed.", registry=None)
+        self._rpcs = _AtOneMoment(self._started, self._handled, self._in_flight)
+        registry.register(self._rpcs)
         self.received = Counter("grpc_server_msg_received_total", "Request messages received.", RPC_LABELS, registry=registry)
         self.sent = Counter("grpc_server_msg_sent_total", "Response messages sent.", RPC_LABELS, registry=registry)
-        self.handling = Histogram(
+        self._handling = Histogram(
             "grpc_server_handling_seconds", "Seconds from the start of an RPC to its end.", RPC_LABELS, buckets=SECONDS, registry=registry
         )
-        self.in_flight = Gauge("probescore_rpcs_in_flight", "RPCs started and not yet completed.", registry=registry)
 
         self.queue_tokens = Gauge("probescore_queue_tokens", "Tokens waiting for a worker.", registry=registry)
         self.queue_rollouts = Gauge("probescore_queue_rollouts", "Rollouts waiting for a worker.", registry=registry)
-        self.batch_tokens = Histogram("probescore_batch_tokens", "Tokens of a batch.", buckets=TOKENS, registry=registry)
+        self._batch_tokens = Histogram("probescore_batch_tokens", "Tokens of a batch.", buckets=TOKENS, registry=registry)
+        self._batch_rollouts = Histogram("probescore_batch_rollouts", "Rollouts of a batch.", buckets=ROLLOUTS, registry=registry)
         self.batch_budget = Gauge(
             "probescore_batch_budget_tokens", "Tokens that a worker gets at a time.", ("worker", "device"), registry=registry
         )
@@ -60,6 +73,27 @@ class Metrics:
         self.worker_restarts = Gauge(
             "probescore_worker_restarts", "How often a worker was started again.", ("worker", "device"), registry=registry
         )
+        self._workers = _Workers()
+        registry.register(self._workers)
+        self.probes = ProbeMetrics(registry)
+
+    def rpc_started(self, labels: RpcLabels) -> None:
+        """Counts an RPC that begins."""
+        with self._rpcs.lock:
+            self._started.labels(*labels).inc()
+            self._in_flight.inc()
+
+    def rpc_ended(self, labels: RpcLabels, code: str, seconds: float) -> None:
+        """Counts its end."""
+        with self._rpcs.lock:
+            self._handled.labels(*labels, code).inc()
+            self._in_flight.dec()
+        self._handling.labels(*labels).observe(seconds)
+
+    def count_batch(self, tokens: int, rollouts: int) -> None:
+        """Counts a batch that a worker gets."""
+        self._batch_tokens.observe(tokens)
+        self._batch_rollouts.observe(rollouts)
 
     def watch_queue(self, tokens: Callable[[], int], rollouts: Callable[[], int]) -> None:
         """Reads the length of the queue at each scrape."""
@@ -69,6 +103,10 @@ class Metrics:
     def watch_batch_budget(self, worker: str, device: str, tokens: Callable[[], int]) -> None:
         """Reads the budget of one worker at each scrape; `worker` is its number."""
         self.batch_budget.labels(worker, device).set_function(tokens)
+
+    def watch_worker(self, worker: str, device: str, occupancy: Callable[[], Occupancy]) -> None:
+        """Reads what one worker holds at each scrape; `worker` is its number."""
+        self._workers.watched[worker, device] = occupancy
 
     def show_worker(self, worker: str, device: str, *, ready: bool, asleep: bool, restarts: int) -> None:
         """The state of one worker; `worker` is its number."""
@@ -93,3 +131,39 @@ class Metrics:
         except OSError as error:
             raise StartupError(f"cannot listen on metrics_host {host}, metrics_port {port}: {error.strerror or error}") from None
         return int(server.server_port)
+
+
+class _AtOneMoment(Collector):
+    """Some metrics, read together while nobody changes them, so that they add up."""
+
+    def __init__(self, *metrics: Counter | Gauge) -> None:
+        self.lock = threading.Lock()
+        self._metrics = metrics
+
+    def collect(self) -> list[Metric]:
+        with self.lock:
+            return [family for metric in self._metrics for family in metric.collect()]
+
+
+class _Workers(Collector):
+    """What workers hold. A worker that is started again counts from 0, as Prometheus expects of what restarts."""
+
+    def __init__(self) -> None:
+        self.watched: dict[tuple[str, str], Callable[[], Occupancy]] = {}
+
+    def collect(self) -> list[Metric]:
+        labels = ("worker", "device")
+        device = GaugeMetricFamily("probescore_device_memory_bytes", "Bytes that a worker has taken of its device.", labels=labels)
+        cache = GaugeMetricFamily("probescore_kv_cache_bytes", "Bytes of keys and values that a worker keeps.", labels=labels)
+        lookups = CounterMetricFamily(
+            "probescore_kv_cache_lookups_total",
+            "Sequences looked up in the cache; hit: a beginning of it was there.",
+            labels=(*labels, "result"),
+        )
+        for worker, occupancy in list(self.watched.items()):
+            found = occupancy()
+            device.add_metric(worker, found.device_bytes)
+            cache.add_metric(worker, found.kv_cache_bytes)
+            lookups.add_metric((*worker, "hit"), found.kv_cache_hits)
+            lookups.add_metric((*worker, "miss"), found.kv_cache_misses)
+        return [device, cache, lookups]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 
 import torch
 
@@ -15,6 +17,9 @@ from probescore_server.backbone.loading import Decoder
 from probescore_server.backbone.offload import WeightOffload
 from probescore_server.probes.loading import LoadedProbe, Member
 from probescore_server.probes.session import ProbeSession
+from probescore_server.rollouts import Occupancy
+
+STATM = Path("/proc/self/statm")
 
 
 class Residence:
@@ -97,8 +102,22 @@ class Residence:
         gc.collect()  # of an exception's frames
         _return_free_memory()
 
+    def occupancy(self) -> Occupancy:
+        """What is held now."""
+        cache = self._cache
+        held = self._held_bytes() if self._device.type == "cuda" else _resident_bytes()
+        return Occupancy(held, cache.bytes, cache.hits, cache.misses)
+
     def _held_bytes(self) -> int:
         return torch.cuda.memory_reserved(self._device) if self._device.type == "cuda" else self._cache.bytes
+
+
+def _resident_bytes() -> int:
+    try:
+        pages = int(STATM.read_text().split()[1])
+    except OSError:  # not Linux
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def _return_free_memory() -> None:

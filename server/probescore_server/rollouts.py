@@ -96,16 +96,21 @@ class Rollout:
 
 @dataclass(frozen=True, eq=False)
 class RolloutResult:
-    """The scores of one rollout, and the work that it took in its batch."""
+    """The scores of one rollout, and the work that it took in its batch.
+
+    Attributes:
+        refused_by: the probe, ``name@version``, for which the rollout or a follow-up of it has no scores (``NON_FINITE``); mostly empty.
+    """
 
     scores: CompletionScores
     usage: Usage
+    refused_by: str = ""
 
-    def __reduce__(self) -> tuple[Callable[..., RolloutResult], tuple[object, Usage]]:
+    def __reduce__(self) -> tuple[Callable[..., RolloutResult], tuple[object, Usage, str]]:
         """Packs many small arrays, one for each probe, into one: a thousand of them take several milliseconds to pickle."""
         if len(self.scores.scores) < MANY_PROBES:
-            return RolloutResult, (self.scores, self.usage)
-        return _unpack_result, (_PackedScores.of(self.scores), self.usage)
+            return RolloutResult, (self.scores, self.usage, self.refused_by)
+        return _unpack_result, (_PackedScores.of(self.scores), self.usage, self.refused_by)
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,8 +153,8 @@ class _PackedScores:
         return replace(self.rest, scores=scores, follow_ups=tuple(follow_up.unpack() for follow_up in self.follow_ups))
 
 
-def _unpack_result(packed: _PackedScores, usage: Usage) -> RolloutResult:
-    return RolloutResult(packed.unpack(), usage)
+def _unpack_result(packed: _PackedScores, usage: Usage, refused_by: str) -> RolloutResult:
+    return RolloutResult(packed.unpack(), usage, refused_by)
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,6 +168,22 @@ class ScoredBatch:
 
     results: tuple[RolloutResult | None, ...]
     compute_seconds: float
+
+
+@dataclass(frozen=True)
+class Occupancy:
+    """What an engine holds of its device, and what its key-value cache has been good for since it was loaded.
+
+    Attributes:
+        device_bytes: of a CUDA device, what torch's allocator has taken; on a CPU, the resident memory of the process.
+        kv_cache_bytes: part of it.
+        kv_cache_hits, kv_cache_misses: sequences of which some, or no, beginning was in the cache.
+    """
+
+    device_bytes: int = 0
+    kv_cache_bytes: int = 0
+    kv_cache_hits: int = 0
+    kv_cache_misses: int = 0
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ class Scheduler:
         workers: served in this order.
         max_queue_tokens: tokens that may wait, over all calls.
         max_batch_tokens: tokens of one batch. A single rollout that is larger still makes a batch of its own.
-        on_batch: told of every batch as it reaches a worker: its tokens.
+        on_batch: told of every batch as it reaches a worker: its tokens, its rollouts.
         on_out_of_memory: told of every batch for which memory was short.
         clock: seconds, monotonic; deadlines are on it.
     """
@@ -69,7 +69,7 @@ class Scheduler:
         *,
         max_queue_tokens: int,
         max_batch_tokens: int,
-        on_batch: Callable[[int], None] = lambda tokens: None,
+        on_batch: Callable[[int, int], None] = lambda tokens, rollouts: None,
         on_out_of_memory: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -147,7 +147,7 @@ class Scheduler:
         begun = [self._in_flight.begin(identical, now) for identical in taken]
         works = [work for work in begun if work is not None]
         if works:
-            self._on_batch(tokens)
+            self._on_batch(tokens, len(works))
             batch = _Batch(worker, works, started=not prepare)
             self._batches[worker].append(batch)
             task = asyncio.create_task(self._run(batch))

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import importlib
-import os
 import signal
 import socket
 import subprocess
@@ -20,14 +18,10 @@ from grpc_reflection.v1alpha import reflection
 from probescore.v1 import admin_pb2_grpc, scoring_pb2_grpc
 from probescore_server.admin import ADMIN_SERVICE, AdminServicer
 from probescore_server.boundary import Boundary
+from probescore_server.core import Core
 from probescore_server.errors import StartupError, WorkerUnavailable
 from probescore_server.health import SCORING_SERVICE, Health
-from probescore_server.metrics import Metrics
-from probescore_server.scheduler import Scheduler
-from probescore_server.service import ScoringServicer
 from probescore_server.settings import ServerSettings, join_host_port
-from probescore_server.worker import WorkerSpec
-from probescore_server.worker_process import WorkerProcess
 
 logger = structlog.get_logger(__name__)
 
@@ -61,21 +55,8 @@ class Server:
 
     def __init__(self, settings: ServerSettings, devices: tuple[str, ...]) -> None:
         self._settings = settings
-        self._metrics = Metrics()
         self._health = Health()
-        threads = settings.threads_per_worker or max(1, len(os.sched_getaffinity(0)) // len(devices))
-        self._workers = [WorkerProcess(WorkerSpec(settings, device, threads), self._workers_changed) for device in devices]
-        self._scheduler = Scheduler(
-            self._workers,
-            max_queue_tokens=settings.max_queue_tokens,
-            max_batch_tokens=settings.max_batch_tokens,
-            on_batch=self._metrics.batch_tokens.observe,
-            on_out_of_memory=self._metrics.out_of_memory.inc,
-        )
-        for number, worker in enumerate(self._workers):
-            budget = functools.partial(self._scheduler.batch_budget, worker)
-            self._metrics.watch_batch_budget(str(number), worker.spec.device, budget)
-        self._metrics.watch_queue(lambda: self._scheduler.queued_tokens, lambda: self._scheduler.queued_rollouts)
+        self._core = Core(settings, devices, self._workers_changed)
         self._grpc = self._make_grpc_server()
         self._announcing: set[asyncio.Task[None]] = set()
 
@@ -87,29 +68,28 @@ class Server:
         """
         await self._health.set_serving(False)
         address = self._listen()
-        metrics_port = self._metrics.serve(self._settings.metrics_host, self._settings.metrics_port)
+        metrics_port = self._core.metrics.serve(self._settings.metrics_host, self._settings.metrics_port)
         await self._grpc.start()
         logger.info("listening", address=address, metrics_address=join_host_port(self._settings.metrics_host, metrics_port))
-        workers = [asyncio.create_task(worker.run()) for worker in self._workers]
+        scoring = asyncio.create_task(self._core.run())
         draining = asyncio.create_task(drain.wait())
         try:
-            await asyncio.wait([draining, *workers], return_when=asyncio.FIRST_COMPLETED)
-            for worker in workers:
-                if worker.done():
-                    worker.result()
+            await asyncio.wait([draining, scoring], return_when=asyncio.FIRST_COMPLETED)
+            if scoring.done():
+                scoring.result()
             await self._drain(now)
         finally:
-            for task in (draining, *workers):
+            for task in (draining, scoring):
                 task.cancel()
-            await asyncio.gather(draining, *workers, return_exceptions=True)
+            await asyncio.gather(draining, scoring, return_exceptions=True)
             await self._grpc.stop(None)
 
     async def _drain(self, now: asyncio.Event) -> None:
         logger.info("draining", at_most_seconds=self._settings.drain_seconds)
         await self._health.drain()
-        if all(worker.asleep for worker in self._workers):
+        if all(worker.asleep for worker in self._core.workers):
             # a server that drains takes no call that could wake it
-            self._scheduler.fail_waiting(WorkerUnavailable("the server stops while it sleeps", RETRY_SECONDS))
+            self._core.scheduler.fail_waiting(WorkerUnavailable("the server stops while it sleeps", RETRY_SECONDS))
         stopping = asyncio.create_task(self._grpc.stop(self._settings.drain_seconds))
         hurrying = asyncio.create_task(now.wait())
         await asyncio.wait([stopping, hurrying], return_when=asyncio.FIRST_COMPLETED)
@@ -119,22 +99,12 @@ class Server:
         logger.info("stopped")
 
     def _workers_changed(self) -> None:
-        """Tells everyone what the workers' state means: health, metrics, and the work that waits."""
-        ready = any(worker.ready for worker in self._workers)
-        self._metrics.ready.set(ready)
-        for number, worker in enumerate(self._workers):
-            self._metrics.show_worker(str(number), worker.spec.device, ready=worker.ready, asleep=worker.asleep, restarts=worker.restarts)
-        if ready:
-            self._scheduler.dispatch()
-        elif all(worker.failed_starts for worker in self._workers):
-            self._scheduler.fail_waiting(self._workers[0].unavailable())
         announcing = asyncio.create_task(self._announce())
         self._announcing.add(announcing)
         announcing.add_done_callback(self._announcing.discard)
 
     async def _announce(self) -> None:
-        # calls to a server that sleeps are accepted and wait; who restarted it for not answering would take the memory that it gave away
-        serving = any(worker.ready or worker.asleep for worker in self._workers)
+        serving = self._core.serving
         await self._health.set_serving(serving)
         logger.info("serving" if serving else "not serving")
 
@@ -156,13 +126,14 @@ class Server:
         if settings.max_connection_age_seconds:
             options.append(("grpc.max_connection_age_ms", int(1000 * settings.max_connection_age_seconds)))
             options.append(("grpc.max_connection_age_grace_ms", int(1000 * settings.drain_seconds)))
-        server = grpc.aio.server(interceptors=[Boundary(self._metrics), *map(_import_interceptor, settings.interceptors)], options=options)
-        servicer = ScoringServicer(settings, self._workers, self._scheduler, self._metrics)
-        scoring_pb2_grpc.add_ScoringServiceServicer_to_server(servicer, server)
+        server = grpc.aio.server(
+            interceptors=[Boundary(self._core.metrics), *map(_import_interceptor, settings.interceptors)], options=options
+        )
+        scoring_pb2_grpc.add_ScoringServiceServicer_to_server(self._core.servicer, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         services = [SCORING_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME]
         if settings.admin:
-            admin_pb2_grpc.add_ProbeAdminServiceServicer_to_server(AdminServicer(self._workers, self._metrics), server)
+            admin_pb2_grpc.add_ProbeAdminServiceServicer_to_server(AdminServicer(self._core.workers, self._core.metrics), server)
             services.append(ADMIN_SERVICE)
         reflection.enable_server_reflection(services, server)
         return server

@@ -24,7 +24,18 @@ from probescore._messages import (
     server_info_to_proto,
     streamed_to_proto,
 )
-from probescore.types import CompletionScores, GroupScores, Limits, RolloutGroup, ScoreResult, ScoringInfo, ServerInfo, Usage, WorkerInfo
+from probescore.types import (
+    CompletionScores,
+    GroupScores,
+    Limits,
+    RolloutGroup,
+    ScoredProbe,
+    ScoreResult,
+    ScoringInfo,
+    ServerInfo,
+    Usage,
+    WorkerInfo,
+)
 from probescore.v1 import probes_pb2, scoring_pb2, scoring_pb2_grpc
 from probescore_server.calls import Call, Delivery, FinishedRollout
 from probescore_server.errors import InvalidRequest, Mismatch, WorkerUnavailable
@@ -53,10 +64,11 @@ Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 @dataclass(frozen=True)
 class _Asked:
-    """A request that passed every check."""
+    """A request that passed every check. `probes`: how its answer names them."""
 
     rollouts: list[list[Rollout]]
     options: ScoreOptions
+    probes: tuple[ScoredProbe, ...]
     request: RequestOptions
 
 
@@ -74,11 +86,11 @@ class ScoringServicer(scoring_pb2_grpc.ScoringServiceServicer):
         info = self._info()
         asked = await self._check(request, info)
         with self._submit(asked, context) as call:
-            deliveries = [self._counted(call, delivery) async for delivery in call]
+            deliveries = [self._counted(call, delivery, asked) async for delivery in call]
         finished = [one for delivery in deliveries for one in delivery.finished]
         usage = _usage(call, finished, sum(delivery.compute_seconds for delivery in deliveries))
-        self._log(asked, usage, context)
-        scoring_info = _scoring_info(info, asked.options, usage)
+        scoring_info = _scoring_info(info, asked, usage)
+        self._log(asked, scoring_info, context)
         return await _unhurried(_whole_answer, finished, scoring_info, small=_is_small(finished, asked))
 
     async def ScoreStream(  # noqa: N802
@@ -90,13 +102,13 @@ class ScoringServicer(scoring_pb2_grpc.ScoringServiceServicer):
         total = Usage()
         with self._submit(asked, context) as call:
             async for delivery in call:
-                for finished in _pieces(self._counted(call, delivery)):
+                for finished in _pieces(self._counted(call, delivery, asked)):
                     usage = _usage(call, finished, delivery.compute_seconds)
                     answer = [(one.group, one.completion, one.result.scores) for one in finished]
-                    scoring_info = _scoring_info(info, asked.options, usage)
+                    scoring_info = _scoring_info(info, asked, usage)
                     yield await _unhurried(streamed_to_proto, answer, scoring_info, small=_is_small(finished, asked))
                 total = _usage(call, delivery.finished, delivery.compute_seconds, total)
-        self._log(asked, total, context)
+        self._log(asked, _scoring_info(info, asked, total), context)
 
     async def GetServerInfo(  # noqa: N802
         self, request: scoring_pb2.GetServerInfoRequest, context: Context
@@ -166,7 +178,7 @@ class ScoringServicer(scoring_pb2_grpc.ScoringServiceServicer):
             small=small,
         )
         self._metrics.stages.labels("check").observe(time.monotonic() - started)
-        return _Asked(rollouts, options, asked)
+        return _Asked(rollouts, options, info.scored_probes(options), asked)
 
     def _tokenizing_worker(self) -> WorkerProcess:
         return next((worker for worker in self._workers if worker.up), self._workers[0])
@@ -176,15 +188,19 @@ class ScoringServicer(scoring_pb2_grpc.ScoringServiceServicer):
         deadline = math.inf if remaining is None else self._scheduler.clock() + remaining
         return self._scheduler.submit(asked.rollouts, job=_job(context), priority=asked.request.priority, deadline=deadline)
 
-    def _counted(self, call: Call, delivery: Delivery) -> Delivery:
+    def _counted(self, call: Call, delivery: Delivery, asked: _Asked) -> Delivery:
         self._metrics.count_usage(_usage(call, delivery.finished, delivery.compute_seconds))
+        results = [one.result for one in delivery.finished]
+        # the answer goes first
+        asyncio.get_running_loop().call_soon(self._metrics.probes.count_results, asked.probes, asked.options.scope, results)
         return delivery
 
-    def _log(self, asked: _Asked, usage: Usage, context: Context) -> None:
-        self._metrics.stages.labels("queue").observe(usage.queue_seconds)
-        self._metrics.stages.labels("compute").observe(usage.compute_seconds)
+    def _log(self, asked: _Asked, info: ScoringInfo, context: Context) -> None:
+        self._metrics.stages.labels("queue").observe(info.usage.queue_seconds)
+        self._metrics.stages.labels("compute").observe(info.usage.compute_seconds)
+        self._metrics.probes.count_call(info.probes)
         # writing the line takes longer than all the rest here, so the answer goes first
-        asyncio.get_running_loop().call_soon(_log_scored, asked, usage, _job(context))
+        asyncio.get_running_loop().call_soon(_log_scored, asked, info.usage, _job(context))
 
 
 async def _unhurried(work: Callable[..., Result], *args: object, small: bool, **options: object) -> Result:
@@ -258,8 +274,8 @@ def _usage(call: Call, finished: Iterable[FinishedRollout], compute_seconds: flo
     )
 
 
-def _scoring_info(info: EngineInfo, options: ScoreOptions, usage: Usage) -> ScoringInfo:
-    return ScoringInfo(info.model.fingerprint, info.tokenizer_fingerprint, info.scored_probes(options), usage)
+def _scoring_info(info: EngineInfo, asked: _Asked, usage: Usage) -> ScoringInfo:
+    return ScoringInfo(info.model.fingerprint, info.tokenizer_fingerprint, asked.probes, usage)
 
 
 def _whole_answer(finished: Iterable[FinishedRollout], info: ScoringInfo) -> scoring_pb2.ScoreResponse:

@@ -27,7 +27,7 @@ from probescore_server.errors import InternalFault, InvalidRequest, OutOfMemory,
 from probescore_server.logs import configure_logs
 from probescore_server.pipe import BlockingEnd
 from probescore_server.requests import PendingText
-from probescore_server.rollouts import EngineInfo, Rollout, ScoredBatch
+from probescore_server.rollouts import EngineInfo, Occupancy, Rollout, ScoredBatch
 from probescore_server.settings import ServerSettings
 
 if TYPE_CHECKING:
@@ -111,6 +111,7 @@ class Ready:
     """Loaded, warm and self-tested."""
 
     info: EngineInfo
+    occupancy: Occupancy
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,7 @@ class BatchScored:
 
     number: int
     batch: ScoredBatch
+    occupancy: Occupancy
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,7 @@ class Moved:
 
     number: int
     transfer: Transfer
+    occupancy: Occupancy
 
 
 @dataclass(frozen=True)
@@ -191,7 +194,7 @@ class _Worker:
         gc.collect()
         gc.freeze()
         threading.Thread(target=self._encode, args=(engine,), daemon=True).start()
-        self._send(Ready(engine.info))
+        self._send(Ready(engine.info, engine.occupancy()))
         while (order := self._orders.get()) is not None:
             match order:
                 case ScoreBatch():
@@ -260,7 +263,7 @@ class _Worker:
         failure: OutOfMemory | InternalFault
         try:
             results = engine.score_rollouts(batch.rollouts, is_cancelled=self._cancelled[batch.number].__contains__)
-            self._send(BatchScored(batch.number, ScoredBatch(tuple(results), time.monotonic() - started)))
+            self._send(BatchScored(batch.number, ScoredBatch(tuple(results), time.monotonic() - started), engine.occupancy()))
             return
         except Exception as error:
             if _is_out_of_memory(error):
@@ -276,13 +279,13 @@ class _Worker:
 
     def _sleep(self, engine: Engine, order: Sleep) -> None:
         try:
-            self._send(Moved(order.number, engine.sleep()))
+            self._send(Moved(order.number, engine.sleep(), engine.occupancy()))
         except Exception:
             self._send(Failed(order.number, _logged_fault("falling asleep failed")))
 
     def _wake(self, engine: Engine, order: Wake) -> None:
         try:
-            self._send(Moved(order.number, engine.wake()))
+            self._send(Moved(order.number, engine.wake(), engine.occupancy()))
         except WorkerUnavailable as error:
             self._send(Failed(order.number, error))
         except Exception:

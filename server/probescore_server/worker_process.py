@@ -18,7 +18,7 @@ from probescore.types import Transfer
 from probescore_server.errors import InternalFault, StartupError, WorkerUnavailable
 from probescore_server.pipe import LoopEnd
 from probescore_server.requests import PendingText
-from probescore_server.rollouts import EngineInfo, Rollout, ScoredBatch
+from probescore_server.rollouts import EngineInfo, Occupancy, Rollout, ScoredBatch
 from probescore_server.worker import (
     BatchScored,
     CancelRollout,
@@ -91,6 +91,11 @@ class WorkerProcess:
         before, since loading would take the memory that was given away.
         """
         return not self._awake.is_set()
+
+    @property
+    def occupancy(self) -> Occupancy:
+        """As of the last thing that it answered; nothing while it is down."""
+        return Occupancy() if self._life is None else self._life.occupancy
 
     async def run(self) -> None:
         """Starts the worker, and starts it again whenever it dies, until cancelled.
@@ -253,6 +258,7 @@ class _Life:
         self._loop = asyncio.get_running_loop()
         self._started: asyncio.Future[EngineInfo] = self._loop.create_future()
         self._answers: dict[int, asyncio.Future[Any]] = {}
+        self.occupancy = Occupancy()
         self._pipe = LoopEnd(self._receive, self._end)
 
     async def start(self) -> EngineInfo:
@@ -289,14 +295,17 @@ class _Life:
             case Progress():
                 logger.info(message.message, device=self._spec.device)
             case Ready():
+                self.occupancy = message.occupancy
                 _settle(self._started, message.info)
             case Refused():
                 _settle(self._started, StartupError(message.message))
             case BatchScored():
+                self.occupancy = message.occupancy
                 _settle(self._answers.get(message.number), message.batch)
             case TextsEncoded():
                 _settle(self._answers.get(message.number), message.ids)
             case Moved():
+                self.occupancy = message.occupancy
                 _settle(self._answers.get(message.number), message.transfer)
             case Failed():
                 _settle(self._answers.get(message.number), message.error)

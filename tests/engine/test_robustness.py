@@ -208,6 +208,14 @@ def test_nan_in_the_model_fails_what_a_graph_of_its_own_reads(broken_model: Path
     assert scored[1].status_message == f"the model gives NaN or an infinity at resid_post.1, which probe {probe}@1 reads"
 
 
+def test_a_refused_rollout_names_the_probe_whether_it_or_a_follow_up_of_it_is_broken(broken_model: Path, tmp_path: Path) -> None:
+    engine = Engine.load(str(broken_model), [linear().write(tmp_path, ReferenceModel.load(broken_model))])
+    completions = [Completion([50, 51]), Completion([52, BROKEN]), Completion([53], follow_ups=(Completion([BROKEN]),))]
+    options = resolve_options(engine.info)
+    (rollouts,) = resolve_rollouts([RolloutGroup(PROMPT, completions)], engine.info, options)
+    assert [result.refused_by for result in engine.score_rollouts(rollouts) if result] == ["", "linear@1", "linear@1"]
+
+
 def test_graphs_are_never_given_a_row_that_is_not_finite() -> None:
     # some operators turn NaN into a number, which no check of the scores would notice
     rows = torch.tensor([[1.0, 2.0], [float("nan"), 3.0], [4.0, float("-inf")], [5.0, 6.0]])

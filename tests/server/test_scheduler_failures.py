@@ -221,7 +221,11 @@ async def test_whoever_counts_is_told_of_batches_and_of_short_memory() -> None:
     batches: list[int] = []
     short: list[None] = []
     scheduler = Scheduler(
-        [worker], max_queue_tokens=100, max_batch_tokens=100, on_batch=batches.append, on_out_of_memory=lambda: short.append(None)
+        [worker],
+        max_queue_tokens=100,
+        max_batch_tokens=100,
+        on_batch=lambda tokens, rollouts: batches.append(tokens),
+        on_out_of_memory=lambda: short.append(None),
     )
     scheduler.submit([group("a"), group("b")], job="j")
     worker.ready = True

@@ -38,10 +38,13 @@ class KeyValueCache:
 
     Attributes:
         bytes: of keys and values that are held.
+        hits, misses: sequences that were looked up of which some, or no, beginning was known.
     """
 
     def __init__(self, max_bytes: int) -> None:
         self.bytes = 0
+        self.hits = 0
+        self.misses = 0
         self._max_bytes = max_bytes
         self._root = _Run(np.zeros(0, np.int32), [], None)
         # Whoever touches a run touches its ancestors after it, so the first is always a leaf.
@@ -74,6 +77,10 @@ class KeyValueCache:
             if same < len(run.token_ids):
                 break
         self._touch(run)
+        if pieces:
+            self.hits += 1
+        else:
+            self.misses += 1
         return _concatenate(pieces)
 
     def put(self, token_ids: NDArray[np.int32], tail: KeyValues) -> None:

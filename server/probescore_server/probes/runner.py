@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,6 +50,9 @@ class BatchScorer:
         rollouts: the batch.
         forest: where they stand.
         activations: of the forest, at every tap of the probes that the rollouts ask for.
+
+    Attributes:
+        refused_by: by index of a rollout that was scored and has, it or a follow-up, no scores: for which probe, ``name@version``.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class BatchScorer:
         forest: Forest,
         activations: Activations,
     ) -> None:
+        self.refused_by: dict[int, str] = {}
         self._info = info
         self._probes = probes
         self._rollouts = rollouts
@@ -83,10 +87,13 @@ class BatchScorer:
         answers: _Answers = defaultdict(dict)
         self._run_sessions([*requests.values()], answers)
         self._run_stacks([*requests.values()], answers)
-        return {
-            index: _completion(self._forest.placements[index], self._rollouts[index], request.names, answers, is_follow_up=False)
-            for index, request in roots.items()
-        }
+        scores = {}
+        for index, request in roots.items():
+            placement = self._forest.placements[index]
+            scores[index] = _completion(placement, self._rollouts[index], request.names, answers, is_follow_up=False)
+            if refusing := _refusing(placement, request.names, answers):
+                self.refused_by[index] = refusing
+        return scores
 
     def _request(self, options: ScoreOptions) -> _Request:
         applied = self._info.scored_probes(options)
@@ -146,6 +153,12 @@ def _completion(
         inexact_ids=continuation.inexact_ids,
         follow_ups=tuple(_completion(follow_up, rollout, names, answers, is_follow_up=True) for follow_up in placement.follow_ups),
     )
+
+
+def _refusing(placement: Placement, keys: Iterable[str], answers: _Answers) -> str:
+    """The first probe that cannot score a completion or one of its follow-ups; empty if all can."""
+    own = next((key for key in keys if isinstance(answers[id(placement)][key], str)), "")
+    return own or next(filter(None, (_refusing(follow_up, keys, answers) for follow_up in placement.follow_ups)), "")
 
 
 def _without_non_finite(activations: Mapping[Tap, torch.Tensor]) -> tuple[dict[Tap, torch.Tensor], dict[Tap, NDArray[np.bool_]]]:

@@ -1,0 +1,159 @@
+"""What the loaded probes say, as Prometheus metrics: who they are, how often they are asked, how their scores lie.
+
+A score is shown under the reductions that the probe's own manifest names, its default and those of its calibrations: others are the
+client's to choose, so there is no end to them, and the scores of two reductions do not belong into one distribution.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+from prometheus_client import CollectorRegistry, Counter, Gauge, Metric
+from prometheus_client.registry import Collector
+
+from probescore.types import Calibration, OutputPer, ProbeInfo, Scope, ScoredProbe, score_keys
+from probescore_server.rollouts import EngineInfo, RolloutResult
+
+PROBE = ("probe", "version")
+SCORE = (*PROBE, "reduction", "label")
+# Fit for probabilities, for logits and for values, whose scale is the probe's own.
+SCORES = (
+    *(-256, -64, -32, -16, -8, -4, -3, -2, -1.5, -1, -0.5, 0, 0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5),
+    *(0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1, 1.5, 2, 3, 4, 8, 16, 32, 64, 256),
+)
+# A thousand histograms would make a scrape of several megabytes.
+MAX_DISTRIBUTIONS = 128
+
+
+@dataclass(eq=False)
+class _Distribution:
+    """The scores of one probe under one reduction, for one label.
+
+    Attributes:
+        probe: ``name@version``.
+        labels: the values of `SCORE`.
+        label: its index.
+        threshold: of the calibration; ``None`` = there is none.
+        counts: by bucket of `SCORES`, and then those above the last, int64.
+    """
+
+    probe: str
+    labels: tuple[str, str, str, str]
+    label: int
+    threshold: float | None
+    counts: NDArray[np.int64] = field(default_factory=lambda: np.zeros(len(SCORES) + 1, np.int64))
+    sum: float = 0.0
+
+    def add(self, scores: NDArray[np.float32]) -> None:
+        self.counts += np.bincount(np.searchsorted(SCORES, scores), minlength=len(self.counts))
+        self.sum += float(scores.sum(dtype=np.float64))
+
+
+class ProbeMetrics:
+    """Those of every loaded probe; distributions of the first `MAX_DISTRIBUTIONS` only."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        names = (*PROBE, "graph_sha256", "manifest_sha256", "unit")
+        self._info = Gauge("probescore_probe_info", "1 for a loaded probe.", names, registry=registry)
+        self._threshold = Gauge("probescore_probe_threshold", "Threshold of its calibration.", SCORE, registry=registry)
+        self._calls = Counter("probescore_probe_calls_total", "Calls that it was applied in.", PROBE, registry=registry)
+        self._flagged = Counter("probescore_probe_flagged_total", "Rollouts at or above the threshold.", SCORE, registry=registry)
+        self._refused = Counter("probescore_probe_non_finite_total", "Rollouts refused for NaN or an infinity.", PROBE, registry=registry)
+        self._scores = _Scores()
+        registry.register(self._scores)
+
+    def show_probes(self, info: EngineInfo) -> None:
+        """Makes the series of what is loaded, so that they are there before the first call. Again, it changes nothing."""
+        if self._scores.distributions:
+            return
+        for each in itertools.islice((each for probe in info.probes for each in _distributions(probe)), MAX_DISTRIBUTIONS):
+            self._scores.distributions.setdefault(each.probe, []).append(each)
+            if each.threshold is not None:
+                self._threshold.labels(*each.labels).set(each.threshold)
+                self._flagged.labels(*each.labels)
+        for probe in info.probes:
+            self._info.labels(probe.name, probe.version, probe.graph_sha256, probe.manifest_sha256, probe.unit.value).set(1)
+            self._calls.labels(probe.name, probe.version)
+            self._refused.labels(probe.name, probe.version)
+
+    def count_call(self, applied: Iterable[ScoredProbe]) -> None:
+        """Counts one call for each of its probes."""
+        for probe in applied:
+            self._calls.labels(probe.name, probe.version).inc()
+
+    def count_results(self, applied: Sequence[ScoredProbe], scope: Scope, results: Iterable[RolloutResult]) -> None:
+        """Adds the scores of rollouts of one call.
+
+        Args:
+            applied: its probes.
+            scope: of the call. Only scores of completions belong into one distribution.
+            results: of its rollouts.
+        """
+        scored = []
+        for result in results:
+            if result.refused_by:
+                self._refused.labels(*result.refused_by.rsplit("@", 1)).inc()
+            if result.scores.scores:
+                scored.append(result.scores.scores)
+        if not scored or scope is not Scope.COMPLETION:
+            return
+        for probe, key in zip(applied, score_keys(applied), strict=True):
+            for distribution, reduction in self._shown(probe):
+                numbers = np.array([scores[key].reduced[0, reduction, distribution.label] for scores in scored], np.float32)
+                self._add(distribution, numbers[~np.isnan(numbers)])  # an empty selection has no score
+
+    def _shown(self, probe: ScoredProbe) -> Iterator[tuple[_Distribution, int]]:
+        """Its distributions that a call with these reductions adds to, each with the index of its reduction."""
+        reductions = [str(reduction) for reduction in probe.reductions] or [""]
+        for distribution in self._scores.distributions.get(f"{probe.name}@{probe.version}", ()):
+            reduction = distribution.labels[2]
+            if reduction in reductions:
+                yield distribution, reductions.index(reduction)
+
+    def _add(self, distribution: _Distribution, scores: NDArray[np.float32]) -> None:
+        distribution.add(scores)
+        if distribution.threshold is not None:
+            self._flagged.labels(*distribution.labels).inc(int((scores >= distribution.threshold).sum()))
+
+
+class _Scores(Collector):
+    """The histogram ``probescore_probe_score``, counted with numpy: a call may bring ten thousand scores."""
+
+    def __init__(self) -> None:
+        self.distributions: dict[str, list[_Distribution]] = {}
+
+    def collect(self) -> Iterator[Metric]:
+        name = "probescore_probe_score"
+        family = Metric(name, "Scores of rollouts, in the probe's unit.", "histogram")
+        bounds = [*(str(float(bound)) for bound in SCORES), "+Inf"]
+        for each in [each for own in self.distributions.values() for each in own]:
+            labels = dict(zip(SCORE, each.labels, strict=True))
+            cumulative = each.counts.cumsum().tolist()
+            for bound, count in zip(bounds, cumulative, strict=True):
+                family.add_sample(f"{name}_bucket", {**labels, "le": bound}, count)
+            family.add_sample(f"{name}_count", labels, cumulative[-1])
+            family.add_sample(f"{name}_sum", labels, each.sum)
+        yield family
+
+
+def _distributions(probe: ProbeInfo) -> Iterator[_Distribution]:
+    """By reduction that its manifest names, and by label. Of several calibrations for the same, the first counts."""
+    if probe.output_per is OutputPer.ROLLOUT:
+        reductions = [""]
+    else:
+        own = (probe.default_reduction, *(calibration.reduction for calibration in probe.calibrations))
+        reductions = list(dict.fromkeys(str(each) for each in own if each is not None))
+    for reduction in reductions:
+        for index, label in enumerate(probe.labels):
+            calibrations = (each for each in probe.calibrations if _is_for(each, probe, reduction, label))
+            threshold = next((each.threshold for each in calibrations), None)
+            yield _Distribution(f"{probe.name}@{probe.version}", (probe.name, probe.version, reduction, label), index, threshold)
+
+
+def _is_for(calibration: Calibration, probe: ProbeInfo, reduction: str, label: str) -> bool:
+    of_reduction = "" if probe.output_per is OutputPer.ROLLOUT else str(calibration.reduction or probe.default_reduction)
+    return of_reduction == reduction and (calibration.label or probe.labels[0]) == label
