@@ -12,7 +12,7 @@ BUF_INPUT := proto
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test unit lint format types imports proto proto-check baseline test-client-versions test-trainers test-trainers-newest mutants bench \
+.PHONY: help demo test unit lint format types imports proto proto-check baseline test-client-versions test-trainers test-trainers-newest test-deploy mutants bench \
   bench-full clean
 
 help: ## Show this list
@@ -74,6 +74,27 @@ test-trainers-newest: $(INSTALLED) $(TRAINERS:%=.venv-trainers/%/installed) ## T
 	  .venv-trainers-newest/bin/pip install --quiet --disable-pip-version-check --upgrade --no-deps --requirement $$newest && \
 	  .venv-trainers-newest/bin/pip freeze | grep -i -f $$newest && \
 	  $(TRAINER_TESTS) .venv-trainers-newest/bin/python -m pytest tests/trainers/$$trainer -q || echo "$$trainer: its newest version does not pass"; done
+
+# Real containers, a real Prometheus, a real Ray: what these need beside Python is Debian's, and Grafana's types npm's.
+DEPLOY_PROGRAMS := buildah podman runc mmdebstrap prometheus promtool node npm
+DEPLOY_PACKAGES := buildah podman runc mmdebstrap prometheus nodejs npm
+
+test-deploy: .venv-deploy/installed build/grafana/node_modules/.installed ## Image, compose, Kubernetes, Prometheus, Ray, replicas (not part of `make test`: as root, on Debian)
+	$(TEST_ENV) .venv-deploy/bin/python -m pytest tests/deploy -q
+
+.venv-deploy/installed: tests/deploy/requirements.txt pyproject.toml
+	$(PYTHON) -m venv --clear .venv-deploy
+	.venv-deploy/bin/pip install --quiet --disable-pip-version-check --no-deps --requirement $<
+	.venv-deploy/bin/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+build/grafana/node_modules/.installed: Makefile
+	@missing=; for program in $(DEPLOY_PROGRAMS); do command -v $$program >/dev/null || missing="$$missing $$program"; done; \
+	if [ -n "$$missing" ]; then echo "missing:$$missing; installing Debian's packages"; \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq --yes --no-install-recommends $(DEPLOY_PACKAGES) >/dev/null; fi
+	@mkdir -p build/grafana
+	npm install --silent --ignore-scripts --no-save --prefix build/grafana @grafana/schema@11.6.0 typescript@5.9.3
+	@touch $@
 
 lint: $(INSTALLED) ## ruff, both rules and format
 	$(BIN)/ruff check .

@@ -14,7 +14,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from probescore.types import Usage
-from probescore_server.errors import StartupError
+from probescore_server.errors import DeadlineExpired, InternalFault, OutOfMemory, QueueFull, StartupError, WorkerUnavailable
 from probescore_server.probe_metrics import ProbeMetrics
 from probescore_server.rollouts import Occupancy
 
@@ -57,6 +57,8 @@ class Metrics:
         self.tokens = Counter("probescore_tokens_total", "Tokens scored, by where they came from.", ("source",), registry=registry)
         self.stages = Histogram("probescore_stage_seconds", "Seconds of a call, by stage.", ("stage",), buckets=SECONDS, registry=registry)
         self.refused = Counter("probescore_refused_total", "Calls that ended in an error, by its reason.", ("reason",), registry=registry)
+        for kind in (QueueFull, OutOfMemory, WorkerUnavailable, DeadlineExpired, InternalFault):
+            self.refused.labels(kind.reason)  # a rate is known from the first time on only if there was a 0 before
         self.cancelled = Counter("probescore_cancelled_total", "Calls that their client gave up.", registry=registry)
         self.ready = Gauge("probescore_ready", "Whether some worker can score.", registry=registry)
         self.worker_ready = Gauge("probescore_worker_ready", "Whether a worker can score.", ("worker", "device"), registry=registry)

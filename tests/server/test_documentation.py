@@ -1,13 +1,16 @@
-"""What docs/server.md says of the settings is what the settings say of themselves."""
+"""What docs/server.md says of the settings is what the settings say of themselves; docs/deploy/monitoring.md knows every metric."""
 
+import re
 from pathlib import Path
 
 import pytest
 
 from probescore_server.cli.serve import PANELS, default_of
+from probescore_server.metrics import Metrics
 from probescore_server.settings import ServerSettings
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "server.md"
+DOCS = Path(__file__).parents[2] / "docs"
+DOCUMENT = DOCS / "server.md"
 
 
 def row(name: str) -> str:
@@ -22,6 +25,13 @@ def test_a_setting_is_documented_as_it_is(name):
 
 def test_every_setting_has_its_place_in_the_help():
     assert sorted(name for names in PANELS.values() for name in names) == sorted(ServerSettings.model_fields)
+
+
+def test_every_metric_is_in_the_table_and_nothing_else():
+    shown = {f"{family.name}_total" if family.type == "counter" else family.name for family in Metrics().registry.collect()}
+    rows = [line.split("|")[1] for line in (DOCS / "deploy" / "monitoring.md").read_text().splitlines() if line.startswith("| `")]
+    documented = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    assert {name for name in shown if not name.startswith("process_")} == documented
 
 
 if __name__ == "__main__":

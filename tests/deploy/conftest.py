@@ -1,0 +1,41 @@
+"""What the deployment tests share: a tiny model with a calibrated probe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from models import BOS, HIDDEN_SIZE, VOCAB_SIZE, tiny_model
+
+from probescore_server.probes.exporting import linear_probe
+from probescore_server.probes.manifest import CalibrationRecord
+from probescore_server.probes.reference import ReferenceModel
+from probescore_server.probes.writing import write_probe
+
+
+@pytest.fixture(scope="session")
+def model() -> Path:
+    return tiny_model()
+
+
+@pytest.fixture(scope="session")
+def probe_file(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A linear probe called "direction" on `model`, with a threshold near the middle of its scores."""
+    path = tmp_path_factory.mktemp("probes") / "direction.onnx"
+    random = np.random.default_rng(0)
+    golden = [([BOS, *random.integers(4, VOCAB_SIZE, 5)], random.integers(4, VOCAB_SIZE, 7)) for _ in range(2)]
+    weight = random.standard_normal(HIDDEN_SIZE).astype(np.float32)
+    calibration = CalibrationRecord(
+        threshold=0.0,
+        false_positive_rate=0.5,
+        false_positive_rate_low=0.4,
+        false_positive_rate_high=0.6,
+        negatives=100,
+        dataset="random ids",
+        reduction="mean",
+    )
+    reference = ReferenceModel.load(model)
+    taps = ["resid_post.2"]
+    write_probe(path, linear_probe(weight), reference, name="direction", version="1", taps=taps, golden=golden, calibrations=[calibration])
+    return path
