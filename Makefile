@@ -75,12 +75,13 @@ test-trainers-newest: $(INSTALLED) $(TRAINERS:%=.venv-trainers/%/installed) ## T
 	  .venv-trainers-newest/bin/pip freeze | grep -i -f $$newest && \
 	  $(TRAINER_TESTS) .venv-trainers-newest/bin/python -m pytest tests/trainers/$$trainer -q || echo "$$trainer: its newest version does not pass"; done
 
-# Real containers, a real Prometheus, a real Ray: what these need beside Python is Debian's, and Grafana's types npm's.
-DEPLOY_PROGRAMS := buildah podman runc mmdebstrap prometheus promtool node npm
-DEPLOY_PACKAGES := buildah podman runc mmdebstrap prometheus nodejs npm
+# Real containers, a real Prometheus, a real Ray. What these need beside Python is Debian's (but for kubectl, where Debian's is too old) and npm's.
+DEPLOY_PROGRAMS := buildah podman runc catatonit mmdebstrap prometheus promtool node npm
+DEPLOY_PACKAGES := buildah podman runc catatonit mmdebstrap prometheus nodejs npm
+DEPLOY_SCHEMAS := @grafana/schema@11.6.0 typescript@5.9.3 @kubernetes-models/prometheus-operator@6.0.0
 
-test-deploy: .venv-deploy/installed build/grafana/node_modules/.installed ## Image, compose, Kubernetes, Prometheus, Ray, replicas (not part of `make test`: as root, on Debian)
-	$(TEST_ENV) .venv-deploy/bin/python -m pytest tests/deploy -q
+test-deploy: .venv-deploy/installed build/schemas/installed ## Image, compose, Kubernetes, Prometheus, Ray, soak (not part of `make test`: an hour, as root, on Debian)
+	$(TEST_ENV) .venv-deploy/bin/python -m pytest tests/deploy -q -o timeout=2400
 
 .venv-deploy/installed: tests/deploy/requirements.txt pyproject.toml
 	$(PYTHON) -m venv --clear .venv-deploy
@@ -88,12 +89,13 @@ test-deploy: .venv-deploy/installed build/grafana/node_modules/.installed ## Ima
 	.venv-deploy/bin/pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@touch $@
 
-build/grafana/node_modules/.installed: Makefile
-	@missing=; for program in $(DEPLOY_PROGRAMS); do command -v $$program >/dev/null || missing="$$missing $$program"; done; \
+build/schemas/installed: Makefile
+	@for program in $(DEPLOY_PROGRAMS); do command -v $$program >/dev/null || missing="$$missing $$program"; done; \
 	if [ -n "$$missing" ]; then echo "missing:$$missing; installing Debian's packages"; \
 	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq --yes --no-install-recommends $(DEPLOY_PACKAGES) >/dev/null; fi
-	@mkdir -p build/grafana
-	npm install --silent --ignore-scripts --no-save --prefix build/grafana @grafana/schema@11.6.0 typescript@5.9.3
+	@command -v kubectl >/dev/null || { echo "missing: kubectl, 1.27 or later, as kubernetes.io says"; exit 1; }
+	@mkdir -p build/schemas
+	npm install --silent --ignore-scripts --no-save --prefix build/schemas $(DEPLOY_SCHEMAS)
 	@touch $@
 
 lint: $(INSTALLED) ## ruff, both rules and format

@@ -18,6 +18,8 @@ KEEPALIVE_TIMEOUT_SECONDS = 20
 """After how long without an answer to a ping the connection counts as lost."""
 MIN_PING_SECONDS = 30
 """The least time between pings that a server must allow, or it would end the connection of a client that waits."""
+LOOKUP_SECONDS = 5
+"""How often at most the client looks a name up again, which it does when a connection ends or cannot be made."""
 DEFAULT_ADDRESS = "localhost:50051"
 
 _SERVICE = scoring_pb2.DESCRIPTOR.services_by_name["ScoringService"].full_name
@@ -59,6 +61,8 @@ def channel_options(*, retries: bool) -> list[tuple[str, str | int]]:
         # gRPC's own two minutes would outlast the restart that the client waits for
         ("grpc.initial_reconnect_backoff_ms", int(first * 1000)),
         ("grpc.max_reconnect_backoff_ms", int(longest * 1000)),
+        # within gRPC's own half minute every server that the client knew may have been replaced
+        ("grpc.dns_min_time_between_resolutions_ms", LOOKUP_SECONDS * 1000),
     ]
 
 

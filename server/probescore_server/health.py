@@ -16,7 +16,11 @@ SERVICES = ("", SCORING_SERVICE)
 
 
 class Health(health.aio.HealthServicer):
-    """``grpc.health.v1.Health`` for the server as a whole and for the scoring service."""
+    """``grpc.health.v1.Health`` for the server as a whole, for the scoring service, and for itself.
+
+    Of itself it says `SERVING` from its start until the server drains: what a liveness probe asks for, since whoever restarted a server
+    that loads, or whose worker is started again, would have it begin anew.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -24,6 +28,7 @@ class Health(health.aio.HealthServicer):
 
     async def set_serving(self, serving: bool) -> None:
         """Says whether the server takes calls that it will answer. Without effect once it drains."""
+        await self.set(health.SERVICE_NAME, HealthCheckResponse.SERVING)
         for service in SERVICES:
             await self.set(service, HealthCheckResponse.SERVING if serving else HealthCheckResponse.NOT_SERVING)
 

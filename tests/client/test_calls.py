@@ -174,6 +174,12 @@ def test_an_overload_without_a_hint_is_tried_again_too(client: Any, service: Ser
     assert client.score([group([1, 2])]).values("sum").tolist() == [3]
 
 
+def test_a_call_that_a_stopping_server_cancelled_is_tried_again(client: Any, service: Service) -> None:
+    service.script = [Refusal(grpc.StatusCode.CANCELLED, "CANCELLED")]
+
+    assert client.score([group([1, 2])]).values("sum").tolist() == [3]
+
+
 @pytest.mark.parametrize("refusal", [queue_full(), unavailable()], ids=["queue full", "unavailable"])
 def test_without_a_budget_the_first_failure_is_raised(client_class: Any, address: str, service: Service, refusal: Refusal) -> None:
     service.script = [refusal]

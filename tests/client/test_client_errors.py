@@ -98,6 +98,7 @@ def test_a_rollout_too_large_for_the_device_is_no_overload_and_is_not_tried_agai
         (grpc.StatusCode.PERMISSION_DENIED, AuthenticationError),
         (grpc.StatusCode.DEADLINE_EXCEEDED, DeadlineExceededError),
         (grpc.StatusCode.UNAVAILABLE, UnavailableError),
+        (grpc.StatusCode.CANCELLED, UnavailableError),
         (grpc.StatusCode.INTERNAL, ServerError),
         (grpc.StatusCode.UNKNOWN, ServerError),
         (grpc.StatusCode.UNIMPLEMENTED, ServerError),

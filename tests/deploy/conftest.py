@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -39,3 +40,14 @@ def probe_file(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     taps = ["resid_post.2"]
     write_probe(path, linear_probe(weight), reference, name="direction", version="1", taps=taps, golden=golden, calibrations=[calibration])
     return path
+
+
+@pytest.fixture(scope="session")
+def mounted(model: Path, probe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with ``model`` and ``probes`` that every user may read, as a container's does."""
+    folder = tmp_path_factory.mktemp("mounted")
+    shutil.copytree(model, folder / "model")
+    shutil.copytree(probe_file.parent, folder / "probes")
+    for path in (folder, *folder.rglob("*"), *folder.parents[:2]):
+        path.chmod(path.stat().st_mode | (0o555 if path.is_dir() else 0o444))
+    return folder

@@ -15,7 +15,7 @@ from grafana_foundation_sdk.models.dashboard import Dashboard
 
 ROOT = Path(__file__).parents[2]
 DASHBOARD = ROOT / "docker/grafana/dashboards/probescore.json"
-TYPES = ROOT / "build/grafana"
+TYPES = ROOT / "build/schemas"
 
 
 @pytest.fixture(scope="module")

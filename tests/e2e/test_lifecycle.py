@@ -44,6 +44,16 @@ def test_it_listens_at_once_and_serves_when_a_worker_has_passed_its_tests(start_
     assert health(server) == health(server, SERVICE) == SERVING
 
 
+def test_it_is_alive_while_it_loads_and_while_no_worker_is_left(start_server: StartServer, model: Path, probe_file: Path) -> None:
+    alive = "grpc.health.v1.Health"
+    server = start_server(model, [probe_file], wait=False, worker_restart_seconds=60)
+    assert (health(server), health(server, alive)) == (NOT_SERVING, SERVING)
+    server.wait_for("serving")
+    os.kill(server.worker_pid(), signal.SIGKILL)
+    eventually(lambda: health(server) == NOT_SERVING)
+    assert health(server, alive) == SERVING
+
+
 def test_the_front_process_never_loads_torch(served: RunningServer) -> None:
     with connected(served) as stub:
         stub.Score(request(), timeout=TIMEOUT)

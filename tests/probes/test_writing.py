@@ -67,6 +67,14 @@ def golden_scores(probe) -> list[np.ndarray]:
     return [np.array(case.scores) for case in probe.manifest.golden.cases]
 
 
+def test_a_file_is_as_readable_as_any_other_and_stands_alone(write, tmp_path):
+    write(linear_probe(direction()[0]))
+    other = tmp_path / "other"
+    other.touch()
+    assert (tmp_path / "probe.onnx").stat().st_mode == other.stat().st_mode
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "probe.onnx"]
+
+
 # --------------------------------------------------------------------------------------------------------------------------- weights
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import tempfile
+import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,9 +104,10 @@ def write_probe_file(path: Path | str, graph: onnx.ModelProto, manifest: Manifes
     if len(data) > MAX_FILE_BYTES:
         raise ProbeRefused(str(path), "file size", f"{len(data)} bytes", f"at most {MAX_FILE_BYTES}")
     probe = parse_probe_file(data, str(path))
-    with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as partial:
-        partial.write(data)
-    Path(partial.name).replace(target)
+    # as any file is made: a temporary one of Python's nobody else could read, such as a server that runs as another user
+    partial = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
+    partial.write_bytes(data)
+    partial.replace(target)
     return probe
 
 
