@@ -100,6 +100,7 @@ class Engine:
         revision: str = "",
         dtype: str = "float32",
         device: str = "cpu",
+        device_map: str | None = None,
         accept_mismatch: Collection[str] = (),
         trust_remote_code: bool = False,
         max_kv_cache_bytes: int = MAX_KV_CACHE_BYTES,
@@ -113,6 +114,8 @@ class Engine:
             revision: of a model on the hub; empty = its default branch.
             dtype: ``float32``, ``bfloat16`` or ``float16``.
             device: ``cpu``, ``cuda`` or ``cuda:0``.
+            device_map: ``"auto"`` = over every CUDA device that there is, or on the CPU if there is none, instead of on ``device``. For
+                models larger than one device; needs accelerate.
             accept_mismatch: probes (``name`` or ``name@version``) to serve though they were made for another model or tokenizer, or
                 miss their golden scores; every answer then says so. A probe that cannot run on this model is refused in any case.
             trust_remote_code: let the model bring its own Python code, which is then run.
@@ -140,7 +143,9 @@ class Engine:
 
         needed = layers_needed(taps, described.num_hidden_layers)
         report(f"loading {needed} of {described.num_hidden_layers} blocks in {dtype}")
-        decoder = load_decoder(directory, num_layers=needed, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        decoder = load_decoder(
+            directory, num_layers=needed, dtype=dtype, device=device, device_map=device_map, trust_remote_code=trust_remote_code
+        )
         report("testing the forward pass")
         reader = TapReader(decoder, taps)
         backbone, reason = choose_backbone(decoder, reader)

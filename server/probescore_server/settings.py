@@ -62,6 +62,10 @@ class ServerSettings(BaseSettings):
         min_length=1,
         description="One worker process each: cpu, cuda:0, cuda:1… auto = every CUDA device there is, else cpu.",
     )
+    device_map: Literal["none", "auto"] = Field(
+        "none",
+        description="auto = one worker, the model's blocks spread over every CUDA device: for models larger than one. Needs accelerate.",
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32",
         description="Element type of the model's weights and activations. Probes always get float32.",
@@ -237,6 +241,12 @@ class ServerSettings(BaseSettings):
                     f"{larger} ({getattr(self, larger)}) must be at least {times}{smaller} ({factor * getattr(self, smaller)}), "
                     "or what the one allows could never be served"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _spread_takes_all_devices(self) -> Self:
+        if self.device_map != "none" and (self.devices not in (("auto",), ("cpu",)) or self.device_memory_fraction < 1):
+            raise ValueError("device_map takes every CUDA device, and all of its memory: leave devices and device_memory_fraction alone")
         return self
 
     @property

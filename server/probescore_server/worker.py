@@ -224,6 +224,7 @@ class _Worker:
             revision=settings.revision,
             dtype=settings.dtype,
             device=self._spec.device,
+            device_map=None if settings.device_map == "none" else settings.device_map,
             accept_mismatch=settings.accept_mismatch,
             trust_remote_code=settings.trust_remote_code,
             max_kv_cache_bytes=settings.kv_cache_bytes,

@@ -43,7 +43,8 @@ def choose_backbone(decoder: Decoder, reader: TapReader, kernel: Kernel | None =
     universal = universal_backbone(decoder, reader)
     if kernel is None and decoder.device.type != "cuda":
         return universal, f"the packed path does not run on {decoder.device.type}"
-    refusal = (_kernel_refusal(decoder) if kernel is None else None) or packed_refusal(decoder)
+    refusal = "the model is on several devices" if decoder.is_spread else None
+    refusal = refusal or (_kernel_refusal(decoder) if kernel is None else None) or packed_refusal(decoder)
     if refusal is None:
         packed = PackedBackbone(decoder, reader, kernel or varlen_attn)
         try:

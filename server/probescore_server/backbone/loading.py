@@ -45,8 +45,13 @@ class Decoder:
 
     @property
     def device(self) -> torch.device:
-        """Where it runs."""
+        """Where it runs; if it is spread, where ids go in."""
         return self.model.device
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether its blocks are on several devices."""
+        return len({parameter.device for parameter in self.model.parameters()}) > 1
 
     @property
     def dtype(self) -> torch.dtype:
@@ -119,41 +124,58 @@ def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> PreTr
 
 
 def load_decoder(
-    directory: Path, *, num_layers: int, dtype: str = "float32", device: str = "cpu", trust_remote_code: bool = False
+    directory: Path,
+    *,
+    num_layers: int,
+    dtype: str = "float32",
+    device: str = "cpu",
+    device_map: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Decoder:
     """Loads the first ``num_layers`` blocks of a model, without its head.
 
     A recurrent model keeps its count of positions with its attention layers, so that the first of these is loaded in any case.
 
+    Args:
+        directory: of the model.
+        num_layers: blocks.
+        dtype: of weights and activations.
+        device: where to.
+        device_map: ``"auto"`` = over every CUDA device that there is, instead of to ``device``.
+        trust_remote_code: let the model bring its own Python code.
+
     Raises:
-        ModelRefused: weights are missing or of another shape, the device is not there, or the decoder blocks cannot be told.
+        ModelRefused: weights are missing or of another shape, the device is not there, the devices have no room, or the decoder blocks
+            cannot be told.
     """
     config = load_config(directory, trust_remote_code=trust_remote_code)
     whole = config.get_text_config(decoder=True).num_hidden_layers
     num_layers = loaded = max(num_layers, _first_attention_layer(config) + 1)
     _cut(config, num_layers)
     try:
-        model = _load_model(directory, config, dtype, trust_remote_code)
+        model = _load_model(directory, config, dtype, trust_remote_code, device_map)
     except ModelRefused:
         if num_layers == whole:
             raise
         # Where the shape of a weight depends on the number of blocks (Gemma 4), the model is loaded whole, then cut.
         loaded = whole
-        model = _load_model(directory, load_config(directory, trust_remote_code=trust_remote_code), dtype, trust_remote_code)
+        whole_config = load_config(directory, trust_remote_code=trust_remote_code)
+        model = _load_model(directory, whole_config, dtype, trust_remote_code, device_map)
     decoder = model if model.config.get_text_config(decoder=True) is model.config else model.get_decoder()
     if decoder is None or decoder.config.num_hidden_layers != loaded:
         raise ModelRefused(f"{directory.name}: a {config.model_type} model does not give its text decoder")
     blocks = _find_blocks(decoder, loaded, directory.name)
     del blocks[num_layers:]
     module: torch.nn.Module = decoder.eval().requires_grad_(False)
-    try:
-        module.to(device)
-    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for the device
-        raise ModelRefused(f"device {device!r}: {error}") from None
+    if device_map is None:
+        try:
+            module.to(device)
+        except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for the device
+            raise ModelRefused(f"device {device!r}: {error}") from None
     return Decoder(decoder, blocks, whole)
 
 
-def _load_model(directory: Path, config: PreTrainedConfig, dtype: str, trust_remote_code: bool) -> PreTrainedModel:
+def _load_model(directory: Path, config: PreTrainedConfig, dtype: str, trust_remote_code: bool, device_map: str | None) -> PreTrainedModel:
     try:
         with _quiet_transformers():
             model, loading = AutoModel.from_pretrained(
@@ -163,13 +185,23 @@ def _load_model(directory: Path, config: PreTrainedConfig, dtype: str, trust_rem
                 use_safetensors=True,
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
+                **({} if device_map is None else {"device_map": device_map}),
             )
     except Exception as error:  # a damaged file, a size that differs: transformers and safetensors raise what they like
         raise ModelRefused(f"{directory.name}: cannot be loaded: {error}") from None
     missing = sorted(loading["missing_keys"])
     if missing:
         raise ModelRefused(f"{directory.name}: {len(missing)} weights are missing from its files: {', '.join(missing[:5])}")
+    if device_map is not None:
+        _check_devices_have_room(model, directory.name)
     return model  # type: ignore[no-any-return]
+
+
+def _check_devices_have_room(model: PreTrainedModel, name: str) -> None:
+    """What did not fit is in host memory or in files, and would be copied to a device again for every forward."""
+    left = [parameter for parameter, weight in model.named_parameters() if weight.is_meta]
+    if left:
+        raise ModelRefused(f"{name}: the devices have no room for {len(left)} of its weights, from {left[0]} on")
 
 
 @contextmanager

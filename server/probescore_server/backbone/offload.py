@@ -106,9 +106,9 @@ def _bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
 
 
 def _checksums(contents: Sequence[torch.Tensor]) -> list[int]:
-    """The sum of each content as integers, modulo 2**64; computed where it is."""
+    """The sum of each content as integers, modulo 2**64; computed where it is, and collected where the first is."""
     words = [content.view(torch.int64 if len(content) % 8 == 0 else torch.uint8) for content in contents]
-    return torch.stack([word.sum(dtype=torch.int64) for word in words]).tolist() if words else []
+    return torch.stack([word.sum(dtype=torch.int64).to(words[0].device) for word in words]).tolist() if words else []
 
 
 def _wait_for(contents: Sequence[torch.Tensor]) -> None:

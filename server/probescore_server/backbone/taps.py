@@ -210,6 +210,7 @@ def _sum_error(entered: torch.Tensor, attention: torch.Tensor, mlp: torch.Tensor
 
     Added in the model's own dtype, in the two orders in use, so that the right pair is exact and rounding does not hide a wrong one.
     """
+    entered = entered.to(left.device)  # where a model changes devices, the block before left it on another
     added = (left.float() - entered.float()).norm(dim=-1)
     errors = [
         ((total.float() - left.float()).norm(dim=-1) / added).median() for total in (entered + attention + mlp, attention + mlp + entered)

@@ -23,7 +23,7 @@ CANNOT_START = 1
 
 PANELS = {
     "What is served": ("model", "revision", "probes", "accept_mismatch", "trust_remote_code"),
-    "Compute": ("devices", "dtype", "threads_per_worker", "max_batch_tokens", "kv_cache_bytes", "device_memory_fraction"),
+    "Compute": ("devices", "device_map", "dtype", "threads_per_worker", "max_batch_tokens", "kv_cache_bytes", "device_memory_fraction"),
     "Addresses": ("host", "port", "unix_socket", "metrics_host", "metrics_port"),
     "Limits": ("max_message_bytes", "max_rollout_tokens", "max_request_tokens", "max_queue_tokens"),
     "Operation": (
