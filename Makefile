@@ -77,7 +77,8 @@ test-trainers-newest: $(INSTALLED) $(TRAINERS:%=.venv-trainers/%/installed) ## T
 
 # Real containers, a real Prometheus, a real Ray. What these need beside Python is Debian's (but for kubectl, where Debian's is too old) and npm's.
 DEPLOY_PROGRAMS := buildah podman runc catatonit mmdebstrap prometheus promtool node npm
-DEPLOY_PACKAGES := buildah podman runc catatonit mmdebstrap prometheus nodejs npm
+DEPLOY_PACKAGES := buildah podman runc catatonit golang-github-containernetworking-plugin-dnsname mmdebstrap \
+  prometheus nodejs npm
 DEPLOY_SCHEMAS := @grafana/schema@11.6.0 typescript@5.9.3 @kubernetes-models/prometheus-operator@6.0.0
 
 test-deploy: .venv-deploy/installed build/schemas/installed ## Image, compose, Kubernetes, Prometheus, Ray, soak (not part of `make test`: an hour, as root, on Debian)

@@ -7,10 +7,21 @@ import sys
 
 def main() -> None:
     """Runs the command line; says what to install where that is missing."""
+    if sys.argv[1:2] == ["healthcheck"]:
+        _healthcheck()
     try:
         from probescore_server.cli.app import app
     except ModuleNotFoundError as missing:
         if missing.name not in ("typer", "rich"):
             raise
         sys.exit("probescore: the command line needs more than the client: pip install 'probescore[cli]'")
+    app()
+
+
+def _healthcheck() -> None:
+    # alone, since all commands together take most of a second to import
+    try:
+        from probescore_server.cli.healthcheck import app
+    except ModuleNotFoundError:
+        return  # the whole command line says what is missing
     app()

@@ -25,16 +25,16 @@ probes.register(app)
 sleep.register(app)
 bench.register(app)
 
-try:
-    importlib.import_module("probescore_server.cli.serve").register(app)
-except ModuleNotFoundError as missing:
-    # The command line alone is small; a server brings torch.
-    needs_extra(app, "serve", "Serve a frozen model and its probes over gRPC.", "server", missing)
-
-try:
-    importlib.import_module("probescore_server.cli.gateway").register(app)
-except ModuleNotFoundError as missing:
-    needs_extra(app, "gateway", "Answer HTTP with probe scores, for OpenRLHF, slime and everybody else.", "http", missing)
+# The command line alone is small; a server brings torch.
+for command, extra, summary in (
+    ("serve", "server", "Serve a frozen model and its probes over gRPC."),
+    ("healthcheck", "server", "Exit with 0 if a server is SERVING by grpc.health.v1."),
+    ("gateway", "http", "Answer HTTP with probe scores, for OpenRLHF, slime and everybody else."),
+):
+    try:
+        importlib.import_module(f"probescore_server.cli.{command}").register(app)
+    except ModuleNotFoundError as missing:
+        needs_extra(app, command, summary, extra, missing)
 
 
 def _print_version(wanted: bool) -> None:
