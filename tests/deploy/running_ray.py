@@ -56,7 +56,7 @@ class RunningServe:
 def running_ray() -> Iterator[None]:
     """A Ray of this machine, of this process and its children."""
     os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S="1", OMP_NUM_THREADS="1")
-    ray.init(num_cpus=4, object_store_memory=100 << 20, include_dashboard=False, log_to_driver=False)
+    ray.init(num_cpus=4, object_store_memory=100 << 20, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1")
     try:
         yield
     finally:
