@@ -111,7 +111,6 @@ class Ready:
     """Loaded, warm and self-tested."""
 
     info: EngineInfo
-    occupancy: Occupancy
 
 
 @dataclass(frozen=True)
@@ -127,7 +126,6 @@ class BatchScored:
 
     number: int
     batch: ScoredBatch
-    occupancy: Occupancy
 
 
 @dataclass(frozen=True)
@@ -144,7 +142,6 @@ class Moved:
 
     number: int
     transfer: Transfer
-    occupancy: Occupancy
 
 
 @dataclass(frozen=True)
@@ -155,7 +152,8 @@ class Failed:
     error: InvalidRequest | InternalFault | OutOfMemory | WorkerUnavailable
 
 
-FromWorker = Progress | Ready | Refused | BatchScored | TextsEncoded | Moved | Failed
+FromWorker = Progress | Ready | Refused | BatchScored | TextsEncoded | Moved | Failed | Occupancy
+"""`Occupancy`: as of now, whenever it has changed; no answer waits for it."""
 
 # --------------------------------------------------------------------------------------------------------------------- the worker
 
@@ -194,7 +192,8 @@ class _Worker:
         gc.collect()
         gc.freeze()
         threading.Thread(target=self._encode, args=(engine,), daemon=True).start()
-        self._send(Ready(engine.info, engine.occupancy()))
+        self._send(Ready(engine.info))
+        self._send(engine.occupancy())
         while (order := self._orders.get()) is not None:
             match order:
                 case ScoreBatch():
@@ -203,6 +202,7 @@ class _Worker:
                     self._sleep(engine, order)
                 case Wake():
                     self._wake(engine, order)
+            self._send(engine.occupancy())
 
     def _load(self) -> Engine:
         settings = self._spec.settings
@@ -264,7 +264,7 @@ class _Worker:
         failure: OutOfMemory | InternalFault
         try:
             results = engine.score_rollouts(batch.rollouts, is_cancelled=self._cancelled[batch.number].__contains__)
-            self._send(BatchScored(batch.number, ScoredBatch(tuple(results), time.monotonic() - started), engine.occupancy()))
+            self._send(BatchScored(batch.number, ScoredBatch(tuple(results), time.monotonic() - started)))
             return
         except Exception as error:
             if _is_out_of_memory(error):
@@ -280,13 +280,13 @@ class _Worker:
 
     def _sleep(self, engine: Engine, order: Sleep) -> None:
         try:
-            self._send(Moved(order.number, engine.sleep(), engine.occupancy()))
+            self._send(Moved(order.number, engine.sleep()))
         except Exception:
             self._send(Failed(order.number, _logged_fault("falling asleep failed")))
 
     def _wake(self, engine: Engine, order: Wake) -> None:
         try:
-            self._send(Moved(order.number, engine.wake(), engine.occupancy()))
+            self._send(Moved(order.number, engine.wake()))
         except WorkerUnavailable as error:
             self._send(Failed(order.number, error))
         except Exception:

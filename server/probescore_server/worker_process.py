@@ -295,20 +295,19 @@ class _Life:
             case Progress():
                 logger.info(message.message, device=self._spec.device)
             case Ready():
-                self.occupancy = message.occupancy
                 _settle(self._started, message.info)
             case Refused():
                 _settle(self._started, StartupError(message.message))
             case BatchScored():
-                self.occupancy = message.occupancy
                 _settle(self._answers.get(message.number), message.batch)
             case TextsEncoded():
                 _settle(self._answers.get(message.number), message.ids)
             case Moved():
-                self.occupancy = message.occupancy
                 _settle(self._answers.get(message.number), message.transfer)
             case Failed():
                 _settle(self._answers.get(message.number), message.error)
+            case Occupancy():
+                self.occupancy = message
 
     def _end(self) -> None:
         self.ended.set()
