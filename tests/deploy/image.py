@@ -90,7 +90,7 @@ def base_image() -> str:
     if not image_exists(BASE):
         with tempfile.TemporaryDirectory(prefix="probescore-base-") as folder:
             archive = Path(folder, "base.tar")
-            excluded = [f"--dpkgopt=path-exclude=/usr/share/{folder}/*" for folder in NOT_IN_SLIM]
+            excluded = [f"--dpkgopt=path-exclude=/usr/share/{share}/*" for share in NOT_IN_SLIM]
             run("mmdebstrap", "--quiet", "--variant=minbase", *excluded, "bookworm", archive, seconds=BUILD_SECONDS)
             run("podman", "import", "--quiet", archive, BASE, seconds=BUILD_SECONDS)
     return BASE
