@@ -88,3 +88,9 @@ def test_cpu_is_served_by_the_universal_path_quietly() -> None:
 
 def test_kernel_is_not_tried_in_a_dtype_that_it_does_not_compute_in() -> None:
     assert _kernel_refusal(packable_decoder("llama")) == "the kernel computes in float16 and bfloat16, not in float32"
+
+
+def test_a_model_on_several_devices_is_left_to_the_universal_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Decoder, "is_spread", True)
+    name, reason, warnings = chosen(packable_decoder("llama"), varlen_reference.varlen_attn)
+    assert (name, reason, warnings) == ("universal", "not packed: the model is on several devices", ["the model is on several devices"])
