@@ -26,8 +26,9 @@ GIVEN_UP = 0.3
 """The share of calls whose deadline passes before they can be answered."""
 # Caches and pools fill first.
 WARM_UP = 1 / 3
-# Of what is held. Less than this is noise of the allocators, which hand memory back in large pieces.
+# Of what is held, and in bytes over the whole time once it is warm. Less than either is noise of the allocators, whose pools still fill.
 MAX_GROWTH_PER_HOUR = 0.02
+MAX_GROWTH = 500_000
 
 
 @dataclass
@@ -54,7 +55,9 @@ class Held:
 
     def leaks_memory(self) -> bool:
         """Whether it surely grows by more than the allocators' noise."""
-        return self.growth_per_hour()[1] > MAX_GROWTH_PER_HOUR * float(np.median(self.bytes[self.warm()]))
+        seconds = self.seconds[self.warm()]
+        allowed = max(MAX_GROWTH_PER_HOUR * float(np.median(self.bytes[self.warm()])), 3600 * MAX_GROWTH / (seconds[-1] - seconds[0]))
+        return self.growth_per_hour()[1] > allowed
 
     def leaks_descriptors(self) -> bool:
         """Whether there are more at the end than there ever were while it warmed up and once more as many callers."""
