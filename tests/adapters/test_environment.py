@@ -52,9 +52,10 @@ def test_signals_may_be_in_a_file(tmp_path: Path, written: Any) -> None:
 
 
 def test_scorer_of_the_environment_scores(served: RunningServer) -> None:
+    before = len(served.events("scored"))
     scorer = scorer_from_environment(variables(signals=json.dumps(CHEATING), address=served.address, run_id="run-7"))
     assert not scorer.score([Rollout([1, 5], [6, 7])]).unscorable.any()
-    assert served.events("scored")[-1]["run_id"] == "run-7"
+    assert served.wait_for("scored", count=before + 1)["run_id"] == "run-7"  # logged once the answer is on its way
 
 
 WRONG = {

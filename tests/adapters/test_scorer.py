@@ -78,6 +78,7 @@ def test_signals_share_one_call_and_a_prompt_is_computed_once(served: RunningSer
     rollouts = [Rollout(PROMPTS[0], ids(6), mask=[1, 1, 0, 0, 1, 1]), Rollout(PROMPTS[0], ids(4), mask=[1, 0, 1, 1])]
     before = len(served.events("scored"))
     outcome = scorer(served, *signals).score(rollouts)
+    served.wait_for("scored", count=before + 1)  # logged once the answer is on its way
     calls = served.events("scored")[before:]
     assert len(calls) == 1
     # a completion goes once with its mask and once without, and is computed once
