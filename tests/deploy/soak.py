@@ -26,9 +26,9 @@ GIVEN_UP = 0.3
 """The share of calls whose deadline passes before they can be answered."""
 # Caches and pools fill first.
 WARM_UP = 1 / 3
-# Of what is held, and in bytes over the whole time once it is warm. Less than either is noise of the allocators, whose pools still fill.
+# Of what is held. Less than this is noise of the allocators, which hand memory back in large pieces. For half an hour: in ten minutes pools
+# still fill, and the test may fail for that.
 MAX_GROWTH_PER_HOUR = 0.02
-MAX_GROWTH = 500_000
 
 
 @dataclass
@@ -55,9 +55,7 @@ class Held:
 
     def leaks_memory(self) -> bool:
         """Whether it surely grows by more than the allocators' noise."""
-        seconds = self.seconds[self.warm()]
-        allowed = max(MAX_GROWTH_PER_HOUR * float(np.median(self.bytes[self.warm()])), 3600 * MAX_GROWTH / (seconds[-1] - seconds[0]))
-        return self.growth_per_hour()[1] > allowed
+        return self.growth_per_hour()[1] > MAX_GROWTH_PER_HOUR * float(np.median(self.bytes[self.warm()]))
 
     def leaks_descriptors(self) -> bool:
         """Whether there are more at the end than there ever were while it warmed up and once more as many callers."""
