@@ -14,7 +14,7 @@ import grpc
 import structlog
 from google.protobuf.message import DecodeError
 
-from probescore_server.errors import CoreError, InternalFault, InvalidRequest
+from probescore_server.errors import CoreError, DeadlineExpired, InternalFault, InvalidRequest
 from probescore_server.metrics import Metrics, RpcLabels
 from probescore_server.statuses import CODES, status_of
 
@@ -25,6 +25,10 @@ FOR_CLIENTS = tuple(CODES)
 
 # Parsing more than this would hold up the event loop.
 MAX_BYTES_PARSED_ON_LOOP = 65_536
+
+# gRPC ends a call whose deadline passed itself, on both sides, and cancels its handler. It never frees the status that is sent after that
+# (grpc/grpc#43360), so the boundary sends one only if gRPC's clock has not come round by then.
+SECONDS_FOR_GRPC_TO_END_A_CALL = 1.0
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 Raw: TypeAlias = bytes | AsyncIterable[bytes]
@@ -98,12 +102,16 @@ class _Guarded:
             raise
         except FOR_CLIENTS as error:
             code = status_of(error).code
-            await self._abort(context, error)
+            metrics.refused.labels(error.reason).inc()
+            if isinstance(error, DeadlineExpired):
+                await asyncio.sleep(SECONDS_FOR_GRPC_TO_END_A_CALL)
+            await _abort(context, error)
         except Exception:
             fault = InternalFault.new()
             code = grpc.StatusCode.INTERNAL
             logger.exception("a call failed", incident=fault.incident, method=labels[2])
-            await self._abort(context, fault)
+            metrics.refused.labels(fault.reason).inc()
+            await _abort(context, fault)
         finally:
             metrics.rpc_ended(labels, code.name, time.monotonic() - started)
 
@@ -131,7 +139,7 @@ class _Guarded:
         except DecodeError:
             raise InvalidRequest("request", f"its {len(raw)} bytes are not the message that this method takes") from None
 
-    async def _abort(self, context: Context, error: CoreError) -> NoReturn:
-        status = status_of(error)
-        self._metrics.refused.labels(error.reason).inc()
-        await context.abort(status.code, status.details, status.trailing_metadata)
+
+async def _abort(context: Context, error: CoreError) -> NoReturn:
+    status = status_of(error)
+    await context.abort(status.code, status.details, status.trailing_metadata)

@@ -12,7 +12,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_g
 
 from probescore.v1 import probes_pb2, scoring_pb2, scoring_pb2_grpc
 from probescore_server.boundary import Boundary
-from probescore_server.errors import ModelRefused, QueueFull
+from probescore_server.errors import DeadlineExpired, ModelRefused, QueueFull
 from probescore_server.metrics import Metrics
 
 TIMEOUT = 30.0
@@ -33,6 +33,8 @@ class Servicer(scoring_pb2_grpc.ScoringServiceServicer):
                 raise ModelRefused("secret of /etc/passwd")
             case "full":
                 raise QueueFull(1, 2, 0.5)
+            case "late":
+                raise DeadlineExpired("too late for the device")
             case "abort":
                 await context.abort(grpc.StatusCode.PERMISSION_DENIED, "not you")
             case "wait":
@@ -133,6 +135,25 @@ async def test_our_errors_become_their_status_and_are_counted_by_reason() -> Non
             await running.score("full")
         assert failed.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert running.metrics.registry.get_sample_value("probescore_refused_total", {"reason": "QUEUE_FULL"}) == 1
+
+
+async def test_a_call_whose_deadline_passed_is_ended_by_grpc_which_keeps_what_is_sent_after_that(caplog: pytest.LogCaptureFixture) -> None:
+    async with served() as running:
+        with pytest.raises(grpc.aio.AioRpcError) as failed:
+            await running.stub.Score(scoring_pb2.ScoreRequest(run_id="late"), timeout=0.3)
+        assert failed.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert "too late for the device" not in failed.value.details()
+    assert running.count("grpc_server_handled_total", grpc_code="DEADLINE_EXCEEDED") == 1
+    assert running.metrics.registry.get_sample_value("probescore_refused_total", {"reason": "DEADLINE_EXPIRED"}) == 1
+    assert not caplog.records
+
+
+async def test_a_deadline_that_grpc_does_not_know_of_is_answered() -> None:
+    async with served() as running:
+        with pytest.raises(grpc.aio.AioRpcError) as failed:
+            await running.stub.Score(scoring_pb2.ScoreRequest(run_id="late"))
+        assert failed.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert failed.value.details() == "too late for the device"
 
 
 async def test_a_status_that_a_servicer_or_an_interceptor_chose_stays() -> None:
