@@ -14,7 +14,7 @@ import grpc
 import structlog
 from google.protobuf.message import DecodeError
 
-from probescore_server.errors import CoreError, DeadlineExpired, InternalFault, InvalidRequest
+from probescore_server.errors import CoreError, InternalFault, InvalidRequest
 from probescore_server.metrics import Metrics, RpcLabels
 from probescore_server.statuses import CODES, status_of
 
@@ -26,8 +26,9 @@ FOR_CLIENTS = tuple(CODES)
 # Parsing more than this would hold up the event loop.
 MAX_BYTES_PARSED_ON_LOOP = 65_536
 
-# gRPC ends a call whose deadline passed itself, on both sides, and cancels its handler. It never frees the status that is sent after that
-# (grpc/grpc#43360), so the boundary sends one only if gRPC's clock has not come round by then.
+# gRPC ends a call whose deadline passed itself, on both sides, and cancels its handler. What is sent after the end it never frees
+# (grpc/grpc#43360). So nothing is sent that would come too late: the boundary waits for the end, and sends only if that does not come.
+SECONDS_TOO_LATE = 0.005
 SECONDS_FOR_GRPC_TO_END_A_CALL = 1.0
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
@@ -103,8 +104,6 @@ class _Guarded:
         except FOR_CLIENTS as error:
             code = status_of(error).code
             metrics.refused.labels(error.reason).inc()
-            if isinstance(error, DeadlineExpired):
-                await asyncio.sleep(SECONDS_FOR_GRPC_TO_END_A_CALL)
             await _abort(context, error)
         except Exception:
             fault = InternalFault.new()
@@ -120,9 +119,11 @@ class _Guarded:
         answer = self._behavior(requests, context)
         if not isinstance(answer, AsyncIterator):
             response = await answer
+            await _until_over(context)
             self._metrics.sent.labels(*self._labels).inc()
             return response
         async for response in answer:
+            await _until_over(context)
             await context.write(response)
             self._metrics.sent.labels(*self._labels).inc()
         return None
@@ -140,6 +141,14 @@ class _Guarded:
             raise InvalidRequest("request", f"its {len(raw)} bytes are not the message that this method takes") from None
 
 
+async def _until_over(context: Context) -> None:
+    """Waits for gRPC to end a call, which cancels the caller, if its deadline is as good as passed; returns at once otherwise."""
+    remaining = context.time_remaining()
+    if remaining is not None and remaining < SECONDS_TOO_LATE:
+        await asyncio.sleep(SECONDS_FOR_GRPC_TO_END_A_CALL)
+
+
 async def _abort(context: Context, error: CoreError) -> NoReturn:
+    await _until_over(context)
     status = status_of(error)
     await context.abort(status.code, status.details, status.trailing_metadata)

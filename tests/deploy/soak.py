@@ -28,7 +28,7 @@ GIVEN_UP = 0.3
 WARM_UP = 1 / 3
 # Of what is held. Less than this is noise of the allocators, which hand memory back in large pieces. For half an hour: in ten minutes pools
 # still fill, and the test may fail for that.
-MAX_GROWTH_PER_HOUR = 0.01
+MAX_GROWTH_PER_HOUR = 0.02
 
 
 @dataclass

@@ -35,6 +35,10 @@ class Servicer(scoring_pb2_grpc.ScoringServiceServicer):
                 raise QueueFull(1, 2, 0.5)
             case "late":
                 raise DeadlineExpired("too late for the device")
+            case "late answer" | "late error":
+                await asyncio.sleep(context.time_remaining() - 0.002)
+                if request.run_id == "late error":
+                    raise DeadlineExpired("too late for the device")
             case "abort":
                 await context.abort(grpc.StatusCode.PERMISSION_DENIED, "not you")
             case "wait":
@@ -137,14 +141,15 @@ async def test_our_errors_become_their_status_and_are_counted_by_reason() -> Non
         assert running.metrics.registry.get_sample_value("probescore_refused_total", {"reason": "QUEUE_FULL"}) == 1
 
 
-async def test_a_call_whose_deadline_passed_is_ended_by_grpc_which_keeps_what_is_sent_after_that(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("run_id", ["late answer", "late error"])
+async def test_what_would_come_too_late_is_not_sent_since_grpc_would_keep_it(run_id: str, caplog: pytest.LogCaptureFixture) -> None:
     async with served() as running:
         with pytest.raises(grpc.aio.AioRpcError) as failed:
-            await running.stub.Score(scoring_pb2.ScoreRequest(run_id="late"), timeout=0.3)
+            await running.stub.Score(scoring_pb2.ScoreRequest(run_id=run_id), timeout=0.3)
         assert failed.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-        assert "too late for the device" not in failed.value.details()
-    assert running.count("grpc_server_handled_total", grpc_code="DEADLINE_EXCEEDED") == 1
-    assert running.metrics.registry.get_sample_value("probescore_refused_total", {"reason": "DEADLINE_EXPIRED"}) == 1
+    assert running.count("grpc_server_msg_sent_total") == 0
+    assert running.count("grpc_server_handled_total", grpc_code="OK") == 0
+    assert running.count("grpc_server_handled_total", grpc_code="CANCELLED" if run_id == "late answer" else "DEADLINE_EXCEEDED") == 1
     assert not caplog.records
 
 
