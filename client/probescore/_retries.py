@@ -55,6 +55,9 @@ class Attempts:
         seconds = min(_FIRST_PAUSE_SECONDS * 2**self._failures, _LONGEST_PAUSE_SECONDS) if asked is None else asked
         seconds *= 1 + _JITTER * random.random()  # noqa: S311 - jitter is no secret
         self._failures += 1
+        if error.code == "CANCELLED" and now + seconds >= self._deadline:
+            # whoever is at the other end, a proxy for example, ends a call at its deadline too, and may be a moment earlier
+            raise DeadlineExceededError(f"the call was ended at its deadline: {error}", "DEADLINE_EXCEEDED", error.reason) from error
         if now + seconds >= self._give_up:
             raise error
         return seconds

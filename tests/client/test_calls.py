@@ -180,6 +180,14 @@ def test_a_call_that_a_stopping_server_cancelled_is_tried_again(client: Any, ser
     assert client.score([group([1, 2])]).values("sum").tolist() == [3]
 
 
+def test_a_call_that_a_proxy_cancelled_at_the_deadline_has_missed_its_deadline(client: Any, service: Service) -> None:
+    service.script = [Refusal(grpc.StatusCode.CANCELLED, "")]
+
+    with pytest.raises(DeadlineExceededError) as failed:
+        client.score([group([1, 2])], timeout=0.09)  # no time for another attempt
+    assert failed.value.code == "DEADLINE_EXCEEDED"
+
+
 @pytest.mark.parametrize("refusal", [queue_full(), unavailable()], ids=["queue full", "unavailable"])
 def test_without_a_budget_the_first_failure_is_raised(client_class: Any, address: str, service: Service, refusal: Refusal) -> None:
     service.script = [refusal]
