@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -21,6 +22,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 SECONDS = 180.0
 REPLICA = "ray::ServeReplica:"
+# Above those that Ray's workers take, below those that the kernel gives out: Ray's processes take such before a replica can.
+PORTS = range(20_000, 32_000)
 
 T = TypeVar("T")
 
@@ -99,8 +102,7 @@ def until(holds: Callable[[], T], what: str) -> T:
 def free_ports(count: int) -> list[int]:
     """Free when asked, one after the other."""
     while True:
-        with socket.create_server(("127.0.0.1", 0)) as listening:
-            first = int(listening.getsockname()[1])
+        first = random.randrange(PORTS.start, PORTS.stop - count)
         try:
             for port in range(first, first + count):
                 socket.create_server(("127.0.0.1", port)).close()
