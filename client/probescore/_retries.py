@@ -42,6 +42,7 @@ class Attempts:
 
         Raises:
             ProbescoreError: ``error``, if it is not transient or no attempt could start in time.
+            DeadlineExceededError: the other end cancelled the call as its deadline came.
         """
         if isinstance(error, DeadlineExceededError) and self._last is not None:
             raise DeadlineExceededError(f"{error}; the attempt before had failed: {self._last}", error.code, error.reason)
@@ -55,7 +56,7 @@ class Attempts:
         seconds = min(_FIRST_PAUSE_SECONDS * 2**self._failures, _LONGEST_PAUSE_SECONDS) if asked is None else asked
         seconds *= 1 + _JITTER * random.random()  # noqa: S311 - jitter is no secret
         self._failures += 1
-        if error.code == "CANCELLED" and now + seconds >= self._deadline:
+        if error.code == "CANCELLED" and self._deadline - now < _FIRST_PAUSE_SECONDS:
             # whoever is at the other end, a proxy for example, ends a call at its deadline too, and may be a moment earlier
             raise DeadlineExceededError(f"the call was ended at its deadline: {error}", "DEADLINE_EXCEEDED", error.reason) from error
         if now + seconds >= self._give_up:

@@ -103,14 +103,12 @@ class _Guarded:
             raise
         except FOR_CLIENTS as error:
             code = status_of(error).code
-            metrics.refused.labels(error.reason).inc()
-            await _abort(context, error)
+            await self._abort(context, error)
         except Exception:
             fault = InternalFault.new()
             code = grpc.StatusCode.INTERNAL
             logger.exception("a call failed", incident=fault.incident, method=labels[2])
-            metrics.refused.labels(fault.reason).inc()
-            await _abort(context, fault)
+            await self._abort(context, fault)
         finally:
             metrics.rpc_ended(labels, code.name, time.monotonic() - started)
 
@@ -140,15 +138,15 @@ class _Guarded:
         except DecodeError:
             raise InvalidRequest("request", f"its {len(raw)} bytes are not the message that this method takes") from None
 
+    async def _abort(self, context: Context, error: CoreError) -> NoReturn:
+        status = status_of(error)
+        self._metrics.refused.labels(error.reason).inc()
+        await _until_over(context)
+        await context.abort(status.code, status.details, status.trailing_metadata)
+
 
 async def _until_over(context: Context) -> None:
     """Waits for gRPC to end a call, which cancels the caller, if its deadline is as good as passed; returns at once otherwise."""
     remaining = context.time_remaining()
     if remaining is not None and remaining < SECONDS_TOO_LATE:
         await asyncio.sleep(SECONDS_FOR_GRPC_TO_END_A_CALL)
-
-
-async def _abort(context: Context, error: CoreError) -> NoReturn:
-    await _until_over(context)
-    status = status_of(error)
-    await context.abort(status.code, status.details, status.trailing_metadata)

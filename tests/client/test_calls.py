@@ -10,7 +10,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-from scripted_server import INFO, Refusal, Service, answer, error_info, group, queue_full, serving, unavailable
+from scripted_server import INFO, Refusal, Service, answer, error_info, group, queue_full, retry_info, serving, unavailable
 
 from probescore import (
     Completion,
@@ -186,6 +186,13 @@ def test_a_call_that_a_proxy_cancelled_at_the_deadline_has_missed_its_deadline(c
     with pytest.raises(DeadlineExceededError) as failed:
         client.score([group([1, 2])], timeout=0.09)  # no time for another attempt
     assert failed.value.code == "DEADLINE_EXCEEDED"
+
+
+def test_a_call_that_was_cancelled_long_before_its_deadline_has_not_missed_it(client: Any, service: Service) -> None:
+    service.script = [Refusal(grpc.StatusCode.CANCELLED, "", (error_info("STOPPING"), retry_info(60)))]
+
+    with pytest.raises(UnavailableError):
+        client.score([group([1, 2])], timeout=30)
 
 
 @pytest.mark.parametrize("refusal", [queue_full(), unavailable()], ids=["queue full", "unavailable"])
