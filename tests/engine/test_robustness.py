@@ -163,6 +163,20 @@ def test_everything_cancelled_computes_nothing(engine: Engine, segments_run: lis
     assert segments_run == []
 
 
+# -------------------------------------------------------------------------------------------------------------- read-only arrays
+
+
+def test_ids_as_they_come_off_the_wire_cause_no_warning(engine: Engine, recwarn: pytest.WarningsRecorder) -> None:
+    # given ids that are views of a message's bytes, and a torch that warns every time and not only the first
+    prompt, completion = (np.frombuffer(np.array(ids, np.int32).tobytes(), np.int32) for ids in (PROMPT, [50, 51]))
+    torch.set_warn_always(True)
+    try:
+        engine.score([RolloutGroup(prompt, [completion])])
+    finally:
+        torch.set_warn_always(False)
+    assert [str(warning.message) for warning in recwarn] == []
+
+
 # ---------------------------------------------------------------------------------------------------------------- numeric faults
 
 

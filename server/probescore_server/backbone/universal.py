@@ -90,7 +90,7 @@ class UniversalBackbone:
 
     def read_tokens(self, token_ids: NDArray[np.int32], position: int, state: _State, into: Mapping[Tap, torch.Tensor]) -> None:
         """Runs some tokens after those of a state, which grows by them, and copies their activations to the buffers."""
-        ids = torch.from_numpy(token_ids).to(self._decoder.device, torch.long).unsqueeze(0)
+        ids = torch.from_numpy(token_ids.astype(np.int64)).to(self._decoder.device).unsqueeze(0)
         positions = {}
         if self._takes_positions:
             positions = {"position_ids": torch.arange(position, position + ids.shape[1], device=ids.device).unsqueeze(0)}
