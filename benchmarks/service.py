@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,32 +24,49 @@ PROMPT_TOKENS, COMPLETION_TOKENS = 32, 32
 
 
 def print_latency(console: Console, rounds: int) -> None:
-    """One rollout of 64 tokens on a tiny model, with its probe's mean: in process and through a server, in turn."""
+    """One rollout of 64 tokens on a tiny model, with its probe's mean: in process and through a server, in turn. With all processes on one
+    core, where nothing but the work counts, and on all cores, where they run side by side and wake each other up.
+    """
     # as the worker; more would go on spinning for work while the server is measured
     torch.set_num_threads(1)
     model = make_model(SHAPES["tiny"])
     random = np.random.default_rng(0)
     engine = Engine.load(str(model.directory), model.probes)
+    every = os.sched_getaffinity(0)
     with Serving(model.directory, model.probes) as serving, ProbeClient(serving.address) as client:
         ways: dict[str, Callable[[list[RolloutGroup]], object]] = {"engine": engine.score, "server": client.score}
-        medians: dict[str, list[float]] = {way: [] for way in ways}
+        medians: dict[int, list[dict[str, float]]] = {1: [], len(every): []}
         for _ in track(range(rounds + 1), "rounds", transient=True):  # the first is a warm-up
-            seconds: dict[str, list[float]] = {way: [] for way in ways}
-            for _ in range(ROUND_CALLS):
-                rollouts = [_rollouts(random, model.shape.vocab_size)]
-                for way, score in ways.items():
-                    started = time.perf_counter()
-                    score(rollouts)
-                    seconds[way].append(time.perf_counter() - started)
-            for way, taken in seconds.items():
-                medians[way].append(1000 * float(np.median(taken)))
-    added = [server - engine for server, engine in zip(medians["server"][1:], medians["engine"][1:], strict=True)]
+            for cores in medians:
+                _pin([os.getpid(), *serving.pids()], set(sorted(every)[-cores:]))
+                medians[cores].append(_medians_in_turn(ways, lambda: [_rollouts(random, model.shape.vocab_size)]))
     console.print(
         f"one rollout of {PROMPT_TOKENS + COMPLETION_TOKENS} tokens, tiny model; p50 of {ROUND_CALLS} calls, median of {rounds} rounds"
     )
-    for way, taken in medians.items():
-        console.print(f"  {way}: {Spread.of(taken[1:])} ms")
-    console.print(f"  added by the service: {Spread.of(added)} ms")
+    for cores, (_, *taken) in medians.items():
+        table = {way: Spread.of([each[way] for each in taken]) for way in ways}
+        added = Spread.of([each["server"] - each["engine"] for each in taken])
+        shown = ", ".join(f"{way} {spread}" for way, spread in table.items())
+        console.print(f"  {cores} core{'s' * (cores > 1)}, ms: {shown}, added {added}", soft_wrap=True)
+
+
+def _medians_in_turn(
+    ways: dict[str, Callable[[list[RolloutGroup]], object]], rollouts: Callable[[], list[RolloutGroup]]
+) -> dict[str, float]:
+    """Milliseconds of a call, each way."""
+    taken: dict[str, list[float]] = {way: [] for way in ways}
+    for _ in range(ROUND_CALLS):
+        groups = rollouts()
+        for way, score in ways.items():
+            started = time.perf_counter()
+            score(groups)
+            taken[way].append(time.perf_counter() - started)
+    return {way: 1000 * float(np.median(seconds)) for way, seconds in taken.items()}
+
+
+def _pin(pids: list[int], cores: set[int]) -> None:
+    for task in [task for pid in pids for task in Path(f"/proc/{pid}/task").iterdir()]:
+        os.sched_setaffinity(int(task.name), cores)
 
 
 def print_memory(console: Console, requests: int, kv_cache_bytes: int) -> None:

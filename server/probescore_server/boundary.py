@@ -49,6 +49,7 @@ class Boundary(grpc.aio.ServerInterceptor):
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
+        self._guarded: dict[str, tuple[Handler, Handler]] = {}  # by path, a handler and what it was made into
 
     async def intercept_service(
         self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]], handler_call_details: grpc.HandlerCallDetails
@@ -58,7 +59,15 @@ class Boundary(grpc.aio.ServerInterceptor):
             handler = await continuation(handler_call_details)
         except Exception as failed:  # in an interceptor of the settings
             handler = grpc.unary_unary_rpc_method_handler(_raising(failed))
-        return None if handler is None else self.guard(handler_call_details.method, handler)
+        return None if handler is None else self._guard_once(handler_call_details.method, handler)
+
+    def _guard_once(self, path: str, handler: Handler) -> Handler:
+        """A servicer's methods have one handler each; an interceptor of the settings may make a new one for each call."""
+        known, guarded = self._guarded.get(path, (None, None))
+        if known is not handler or guarded is None:
+            guarded = self.guard(path, handler)
+            self._guarded[path] = handler, guarded
+        return guarded
 
     def guard(self, path: str, handler: Handler) -> Handler:
         """The handler of a method, named ``/package.Service/Method``, inside the boundary. It takes requests as bytes: parsing them is part
@@ -84,19 +93,19 @@ class _Guarded:
         self._handler = handler
         self._behavior = behavior
         self._metrics = metrics
-        self._labels = labels
+        self._counted = metrics.of_method(labels)
+        self._name = labels[-1]
 
     async def call(self, raw: Raw, context: Context) -> object:
         """Calls the method with a request or an iterator of requests as bytes; ends the RPC with a status if it fails."""
-        metrics, labels = self._metrics, self._labels
-        metrics.rpc_started(labels)
+        self._counted.count_start()
         started = time.monotonic()
         code = grpc.StatusCode.OK
         try:
             return await self._answer(raw, context)
         except asyncio.CancelledError:
             code = grpc.StatusCode.CANCELLED
-            metrics.cancelled.inc()
+            self._metrics.cancelled.inc()
             raise
         except grpc.aio.AbortError:
             code = next((known for known in grpc.StatusCode if context.code() in (known, known.value[0])), grpc.StatusCode.UNKNOWN)
@@ -107,10 +116,14 @@ class _Guarded:
         except Exception:
             fault = InternalFault.new()
             code = grpc.StatusCode.INTERNAL
-            logger.exception("a call failed", incident=fault.incident, method=labels[2])
+            logger.exception("a call failed", incident=fault.incident, method=self._name)
             await self._abort(context, fault)
         finally:
-            metrics.rpc_ended(labels, code.name, time.monotonic() - started)
+            seconds = time.monotonic() - started
+            if code is grpc.StatusCode.OK:  # the answer goes first; an error has gone
+                asyncio.get_running_loop().call_soon(self._counted.count_end, code.name, seconds)
+            else:
+                self._counted.count_end(code.name, seconds)
 
     async def _answer(self, raw: Raw, context: Context) -> object:
         requests = await self._parse(raw) if isinstance(raw, bytes) else self._parse_each(raw)
@@ -118,12 +131,12 @@ class _Guarded:
         if not isinstance(answer, AsyncIterator):
             response = await answer
             await _until_over(context)
-            self._metrics.sent.labels(*self._labels).inc()
+            self._counted.sent.inc()
             return response
         async for response in answer:
             await _until_over(context)
             await context.write(response)
-            self._metrics.sent.labels(*self._labels).inc()
+            self._counted.sent.inc()
         return None
 
     async def _parse_each(self, raw: AsyncIterable[bytes]) -> AsyncIterator[object]:
@@ -131,7 +144,7 @@ class _Guarded:
             yield await self._parse(message)
 
     async def _parse(self, raw: bytes) -> object:
-        self._metrics.received.labels(*self._labels).inc()
+        self._counted.received.inc()
         parse = self._handler.request_deserializer or bytes
         try:
             return parse(raw) if len(raw) <= MAX_BYTES_PARSED_ON_LOOP else await asyncio.to_thread(parse, raw)

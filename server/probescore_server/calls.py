@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Protocol
 
 from probescore_server.errors import CoreError
-from probescore_server.rollouts import Continuation, Rollout, RolloutResult, ScoreOptions
+from probescore_server.rollouts import Continuation, Rollout, RolloutResult
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ class Call:
 
 def groups_of(call: Call, rollouts: Sequence[Sequence[Rollout]]) -> list[Group]:
     """The work of a request, given per rollout group. All rollouts of a request have the same options."""
-    options = _options_key(rollouts[0][0].options)
+    options = rollouts[0][0].options.key
     groups = []
     for index, group in enumerate(rollouts):
         prompt = group[0].prompt_ids.tobytes()
@@ -186,8 +186,3 @@ def _content(continuation: Continuation) -> Hashable:
     """Everything of a continuation that its scores depend on; bytes, whose hash is computed once and whose comparison is exact."""
     mask = None if continuation.mask is None else continuation.mask.tobytes()
     return continuation.token_ids.tobytes(), mask, continuation.spans, tuple(map(_content, continuation.follow_ups))
-
-
-def _options_key(options: ScoreOptions) -> str:
-    values = [getattr(options, option.name) for option in fields(options)]
-    return repr([sorted(value) if isinstance(value, frozenset) else value for value in values])

@@ -5,8 +5,10 @@ No label takes a value that a client chooses.
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TypeAlias
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, ProcessCollector, start_http_server
@@ -40,8 +42,8 @@ class Metrics:
         self._in_flight = Gauge("probescore_rpcs_in_flight", "RPCs started and not yet completed.", registry=None)
         self._rpcs = _AtOneMoment(self._started, self._handled, self._in_flight)
         registry.register(self._rpcs)
-        self.received = Counter("grpc_server_msg_received_total", "Request messages received.", RPC_LABELS, registry=registry)
-        self.sent = Counter("grpc_server_msg_sent_total", "Response messages sent.", RPC_LABELS, registry=registry)
+        self._received = Counter("grpc_server_msg_received_total", "Request messages received.", RPC_LABELS, registry=registry)
+        self._sent = Counter("grpc_server_msg_sent_total", "Response messages sent.", RPC_LABELS, registry=registry)
         self._handling = Histogram(
             "grpc_server_handling_seconds", "Seconds from the start of an RPC to its end.", RPC_LABELS, buckets=SECONDS, registry=registry
         )
@@ -54,8 +56,8 @@ class Metrics:
             "probescore_batch_budget_tokens", "Tokens that a worker gets at a time.", ("worker", "device"), registry=registry
         )
         self.out_of_memory = Counter("probescore_out_of_memory_total", "Batches for which memory was short.", registry=registry)
-        self.tokens = Counter("probescore_tokens_total", "Tokens scored, by where they came from.", ("source",), registry=registry)
-        self.stages = Histogram("probescore_stage_seconds", "Seconds of a call, by stage.", ("stage",), buckets=SECONDS, registry=registry)
+        self._tokens = Counter("probescore_tokens_total", "Tokens scored, by where they came from.", ("source",), registry=registry)
+        self._stages = Histogram("probescore_stage_seconds", "Seconds of a call, by stage.", ("stage",), buckets=SECONDS, registry=registry)
         self.refused = Counter("probescore_refused_total", "Calls that ended in an error, by its reason.", ("reason",), registry=registry)
         for kind in (QueueFull, OutOfMemory, WorkerUnavailable, DeadlineExpired, InternalFault):
             self.refused.labels(kind.reason)  # a rate is known from the first time on only if there was a 0 before
@@ -79,18 +81,17 @@ class Metrics:
         registry.register(self._workers)
         self.probes = ProbeMetrics(registry)
 
-    def rpc_started(self, labels: RpcLabels) -> None:
-        """Counts an RPC that begins."""
-        with self._rpcs.lock:
-            self._started.labels(*labels).inc()
-            self._in_flight.inc()
-
-    def rpc_ended(self, labels: RpcLabels, code: str, seconds: float) -> None:
-        """Counts its end."""
-        with self._rpcs.lock:
-            self._handled.labels(*labels, code).inc()
-            self._in_flight.dec()
-        self._handling.labels(*labels).observe(seconds)
+    def of_method(self, labels: RpcLabels) -> MethodMetrics:
+        """What is counted of one method's RPCs."""
+        return MethodMetrics(
+            started=self._started.labels(*labels),
+            in_flight=self._in_flight,
+            ended=functools.partial(self._handled.labels, *labels),
+            at_one_moment=self._rpcs.lock,
+            handling=self._handling.labels(*labels),
+            received=self._received.labels(*labels),
+            sent=self._sent.labels(*labels),
+        )
 
     def count_batch(self, tokens: int, rollouts: int) -> None:
         """Counts a batch that a worker gets."""
@@ -116,11 +117,15 @@ class Metrics:
         self.worker_asleep.labels(worker, device).set(asleep)
         self.worker_restarts.labels(worker, device).set(restarts)
 
+    def count_stage(self, stage: str, seconds: float) -> None:
+        """Adds how long a call was in one stage: check, queue or compute."""
+        self._stages.labels(stage).observe(seconds)
+
     def count_usage(self, usage: Usage) -> None:
         """Adds the tokens of rollouts that were scored."""
-        self.tokens.labels("computed").inc(usage.tokens_computed)
-        self.tokens.labels("shared").inc(usage.tokens_shared)
-        self.tokens.labels("cached").inc(usage.tokens_cached)
+        self._tokens.labels("computed").inc(usage.tokens_computed)
+        self._tokens.labels("shared").inc(usage.tokens_shared)
+        self._tokens.labels("cached").inc(usage.tokens_cached)
 
     def serve(self, host: str, port: int) -> int:
         """Answers scrapes from a thread of its own and returns the port, which is a free one if `port` is 0.
@@ -133,6 +138,39 @@ class Metrics:
         except OSError as error:
             raise StartupError(f"cannot listen on metrics_host {host}, metrics_port {port}: {error.strerror or error}") from None
         return int(server.server_port)
+
+
+@dataclass(frozen=True, eq=False)
+class MethodMetrics:
+    """The metrics of one method. They are looked up once: that takes longer than counting does.
+
+    Attributes:
+        started, in_flight: counted at once, under the lock `at_one_moment`.
+        ended: the counter of those that ended with a code, by its name.
+        handling: seconds.
+        received, sent: messages.
+    """
+
+    started: Counter
+    in_flight: Gauge
+    ended: Callable[[str], Counter]
+    at_one_moment: threading.Lock
+    handling: Histogram
+    received: Counter
+    sent: Counter
+
+    def count_start(self) -> None:
+        """Counts an RPC that begins."""
+        with self.at_one_moment:
+            self.started.inc()
+            self.in_flight.inc()
+
+    def count_end(self, code: str, seconds: float) -> None:
+        """Counts its end."""
+        with self.at_one_moment:
+            self.ended(code).inc()
+            self.in_flight.dec()
+        self.handling.observe(seconds)
 
 
 class _AtOneMoment(Collector):

@@ -276,14 +276,13 @@ class _Request:
             raise InvalidRequest(path, f"token ids must have one axis, got shape {ids.shape}")
         if ids.size == 0:
             return np.zeros(0, np.int32)
-        if not np.issubdtype(ids.dtype, np.integer):
+        if ids.dtype.kind not in "iu":
             raise InvalidRequest(path, f"token ids must be integers below the vocabulary size, got {ids.dtype}")
         return self._check_range(ids, path)
 
     def _check_range(self, ids: NDArray[np.integer[Any]], path: str) -> NDArray[np.int32]:
-        outside = np.flatnonzero((ids < 0) | (ids >= self.info.model.vocab_size))
-        if outside.size:
-            index = int(outside[0])
+        if ids.size and not 0 <= ids.min() <= ids.max() < self.info.model.vocab_size:
+            index = int(np.flatnonzero((ids < 0) | (ids >= self.info.model.vocab_size))[0])
             raise InvalidRequest(path, f"id {ids[index]} at index {index} is not in the vocabulary, [0, {self.info.model.vocab_size})")
         return np.ascontiguousarray(ids, np.int32)
 

@@ -1,23 +1,18 @@
 """What the scheduler, the worker and the engine pass to one another: checked requests as ids, and what is loaded.
 
-Plain frozen data, free of torch and grpc, so that it can cross from the front process to a worker. What crosses in numbers has no slots:
-pickling a frozen class with slots takes twice as long.
+Plain frozen data, free of torch and grpc: the front process has neither the model nor its libraries.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
 from probescore.reductions import Reduction
-from probescore.types import CompletionScores, ModelInfo, ProbeInfo, ProbeScores, Scope, ScoredProbe, Span, Usage
-
-# From here on packing pays.
-MANY_PROBES = 16
+from probescore.types import CompletionScores, ModelInfo, ProbeInfo, Scope, ScoredProbe, Span, Usage
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +68,12 @@ class ScoreOptions:
     return_token_ids: bool = False
     return_token_texts: bool = False
 
+    @cached_property
+    def key(self) -> str:
+        """Equal for two that ask for the same."""
+        values = [getattr(self, option.name) for option in fields(self)]
+        return repr([sorted(value) if isinstance(value, frozenset) else value for value in values])
+
 
 @dataclass(frozen=True, eq=False)
 class Rollout:
@@ -106,56 +107,6 @@ class RolloutResult:
     usage: Usage
     refused_by: str = ""
 
-    def __reduce__(self) -> tuple[Callable[..., RolloutResult], tuple[object, Usage, str]]:
-        """Packs many small arrays, one for each probe, into one: a thousand of them take several milliseconds to pickle."""
-        if len(self.scores.scores) < MANY_PROBES:
-            return RolloutResult, (self.scores, self.usage, self.refused_by)
-        return _unpack_result, (_PackedScores.of(self.scores), self.usage, self.refused_by)
-
-
-@dataclass(frozen=True, eq=False)
-class _PackedScores:
-    """`CompletionScores` with what was reduced in one array.
-
-    Attributes:
-        rest: all but the scores and the follow-ups.
-        probes: keys of the scores.
-        shapes: of what was reduced, by probe.
-        reduced: ``(sum of their sizes,)`` float32.
-        tokens: of the probes that have any.
-    """
-
-    rest: CompletionScores
-    probes: tuple[str, ...]
-    shapes: tuple[tuple[int, ...], ...]
-    reduced: NDArray[np.float32]
-    tokens: dict[str, NDArray[np.float32]]
-    follow_ups: tuple[_PackedScores, ...]
-
-    @classmethod
-    def of(cls, scores: CompletionScores) -> _PackedScores:
-        arrays = [probe.reduced for probe in scores.scores.values()]
-        return cls(
-            rest=replace(scores, scores={}, follow_ups=()),
-            probes=tuple(scores.scores),
-            shapes=tuple(array.shape for array in arrays),
-            reduced=np.concatenate([array.ravel() for array in arrays]) if arrays else np.zeros(0, np.float32),
-            tokens={key: probe.tokens for key, probe in scores.scores.items() if probe.tokens is not None},
-            follow_ups=tuple(map(cls.of, scores.follow_ups)),
-        )
-
-    def unpack(self) -> CompletionScores:
-        scores, start = {}, 0
-        for key, shape in zip(self.probes, self.shapes, strict=True):
-            end = start + math.prod(shape)
-            scores[key] = ProbeScores(self.reduced[start:end].reshape(shape), self.tokens.get(key))
-            start = end
-        return replace(self.rest, scores=scores, follow_ups=tuple(follow_up.unpack() for follow_up in self.follow_ups))
-
-
-def _unpack_result(packed: _PackedScores, usage: Usage, refused_by: str) -> RolloutResult:
-    return RolloutResult(packed.unpack(), usage, refused_by)
-
 
 @dataclass(frozen=True, eq=False)
 class ScoredBatch:
@@ -186,7 +137,7 @@ class Occupancy:
     kv_cache_misses: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class EngineInfo:
     """What an engine has loaded: all that the front process must know to check a request.
 

@@ -147,12 +147,12 @@ class Scheduler:
         begun = [self._in_flight.begin(identical, now) for identical in taken]
         works = [work for work in begun if work is not None]
         if works:
-            self._on_batch(tokens, len(works))
             batch = _Batch(worker, works, started=not prepare)
             self._batches[worker].append(batch)
             task = asyncio.create_task(self._run(batch))
             self._running.add(task)
             task.add_done_callback(self._running.discard)
+            asyncio.get_running_loop().call_soon(self._on_batch, tokens, len(works))  # the batch goes first
 
     async def _run(self, batch: _Batch) -> None:
         try:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import math
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import grpc
 import structlog
@@ -24,11 +25,13 @@ from probescore._messages import (
     server_info_to_proto,
     streamed_to_proto,
 )
+from probescore.reductions import Reduction
 from probescore.types import (
     CompletionScores,
     GroupScores,
     Limits,
     RolloutGroup,
+    Scope,
     ScoredProbe,
     ScoreResult,
     ScoringInfo,
@@ -58,18 +61,22 @@ MAX_STREAMED_BYTES = 1 << 20
 MAX_BYTES_CHECKED_ON_LOOP = 4096
 MAX_SCORES_ON_LOOP = 64
 
+# Half a megabyte each with a thousand probes.
+MAX_KNOWN_OPTIONS = 16
+
 Result = TypeVar("Result")
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
 @dataclass(frozen=True)
 class _Asked:
-    """A request that passed every check. `probes`: how its answer names them."""
+    """A request that passed every check, and how long that took. `probes`: how its answer names them."""
 
     rollouts: list[list[Rollout]]
     options: ScoreOptions
     probes: tuple[ScoredProbe, ...]
     request: RequestOptions
+    seconds: float
 
 
 class ScoringServicer(scoring_pb2_grpc.ScoringServiceServicer):
@@ -90,7 +97,7 @@ class ScoringServicer(scoring_pb2_grpc.ScoringServiceServicer):
         finished = [one for delivery in deliveries for one in delivery.finished]
         usage = _usage(call, finished, sum(delivery.compute_seconds for delivery in deliveries))
         scoring_info = _scoring_info(info, asked, usage)
-        self._log(asked, scoring_info, context)
+        _after_the_answer(self._count_call, asked, usage, call.job)
         return await _unhurried(_whole_answer, finished, scoring_info, small=_is_small(finished, asked))
 
     async def ScoreStream(  # noqa: N802
@@ -108,7 +115,7 @@ class ScoringServicer(scoring_pb2_grpc.ScoringServiceServicer):
                     scoring_info = _scoring_info(info, asked, usage)
                     yield await _unhurried(streamed_to_proto, answer, scoring_info, small=_is_small(finished, asked))
                 total = _usage(call, delivery.finished, delivery.compute_seconds, total)
-        self._log(asked, _scoring_info(info, asked, total), context)
+        _after_the_answer(self._count_call, asked, total, call.job)
 
     async def GetServerInfo(  # noqa: N802
         self, request: scoring_pb2.GetServerInfoRequest, context: Context
@@ -156,14 +163,8 @@ class ScoringServicer(scoring_pb2_grpc.ScoringServiceServicer):
         small = request.ByteSize() <= MAX_BYTES_CHECKED_ON_LOOP
         asked, groups = await _unhurried(_read_request, request, small=small)
         _check_fingerprints(asked, info)
-        options = resolve_options(
-            info,
-            probes=asked.probes,
-            reductions=asked.reductions,
-            token_scores=asked.token_scores,
-            scope=asked.scope,
-            return_token_ids=asked.return_token_ids,
-            return_token_texts=asked.return_token_texts,
+        options, probes = _resolve_options(
+            info, asked.probes, asked.reductions, asked.token_scores, asked.scope, asked.return_token_ids, asked.return_token_texts
         )
         texts = pending_texts(groups)
         encoded = await self._tokenizing_worker().encode(texts) if texts else {}
@@ -177,8 +178,7 @@ class ScoringServicer(scoring_pb2_grpc.ScoringServiceServicer):
             max_request_tokens=self._settings.max_request_tokens,
             small=small,
         )
-        self._metrics.stages.labels("check").observe(time.monotonic() - started)
-        return _Asked(rollouts, options, info.scored_probes(options), asked)
+        return _Asked(rollouts, options, probes, asked, time.monotonic() - started)
 
     def _tokenizing_worker(self) -> WorkerProcess:
         return next((worker for worker in self._workers if worker.up), self._workers[0])
@@ -189,18 +189,24 @@ class ScoringServicer(scoring_pb2_grpc.ScoringServiceServicer):
         return self._scheduler.submit(asked.rollouts, job=_job(context), priority=asked.request.priority, deadline=deadline)
 
     def _counted(self, call: Call, delivery: Delivery, asked: _Asked) -> Delivery:
-        self._metrics.count_usage(_usage(call, delivery.finished, delivery.compute_seconds))
-        results = [one.result for one in delivery.finished]
-        # the answer goes first
-        asyncio.get_running_loop().call_soon(self._metrics.probes.count_results, asked.probes, asked.options.scope, results)
+        _after_the_answer(self._count_delivery, call, delivery, asked)
         return delivery
 
-    def _log(self, asked: _Asked, info: ScoringInfo, context: Context) -> None:
-        self._metrics.stages.labels("queue").observe(info.usage.queue_seconds)
-        self._metrics.stages.labels("compute").observe(info.usage.compute_seconds)
-        self._metrics.probes.count_call(info.probes)
-        # writing the line takes longer than all the rest here, so the answer goes first
-        asyncio.get_running_loop().call_soon(_log_scored, asked, info.usage, _job(context))
+    def _count_delivery(self, call: Call, delivery: Delivery, asked: _Asked) -> None:
+        self._metrics.count_usage(_usage(call, delivery.finished, delivery.compute_seconds))
+        self._metrics.probes.count_results(asked.probes, asked.options.scope, [one.result for one in delivery.finished])
+
+    def _count_call(self, asked: _Asked, usage: Usage, job: str) -> None:
+        self._metrics.count_stage("check", asked.seconds)
+        self._metrics.count_stage("queue", usage.queue_seconds)
+        self._metrics.count_stage("compute", usage.compute_seconds)
+        self._metrics.probes.count_call(asked.probes)
+        _log_scored(asked, usage, job)
+
+
+def _after_the_answer(work: Callable[..., None], *args: object) -> None:
+    """Counting, and writing a line into the log, take as long as building an answer does: it goes first."""
+    asyncio.get_running_loop().call_soon(work, *args)
 
 
 async def _unhurried(work: Callable[..., Result], *args: object, small: bool, **options: object) -> Result:
@@ -230,6 +236,29 @@ def _read_request(request: scoring_pb2.ScoreRequest) -> tuple[RequestOptions, li
     if (size := len(asked.run_id.encode())) > MAX_RUN_ID_BYTES:
         raise InvalidRequest("run_id", f"has {size} bytes; the limit is {MAX_RUN_ID_BYTES}")
     return asked, groups
+
+
+@functools.lru_cache(MAX_KNOWN_OPTIONS)
+def _resolve_options(
+    info: EngineInfo,
+    probes: tuple[str, ...],
+    reductions: tuple[Reduction, ...],
+    token_scores: Literal["all"] | tuple[str, ...],
+    scope: Scope,
+    return_token_ids: bool,
+    return_token_texts: bool,
+) -> tuple[ScoreOptions, tuple[ScoredProbe, ...]]:
+    """What a call asks for, and how its answer names the probes. Most calls ask for what others did before."""
+    options = resolve_options(
+        info,
+        probes=probes,
+        reductions=reductions,
+        token_scores=token_scores,
+        scope=scope,
+        return_token_ids=return_token_ids,
+        return_token_texts=return_token_texts,
+    )
+    return options, info.scored_probes(options)
 
 
 def _check_fingerprints(asked: RequestOptions, info: EngineInfo) -> None:

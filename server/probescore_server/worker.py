@@ -12,10 +12,10 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from probescore.types import Transfer
 from probescore_server.errors import InternalFault, InvalidRequest, OutOfMemory, StartupError, WorkerUnavailable
 from probescore_server.logs import configure_logs
+from probescore_server.packing import Packed, pack_results, pack_rollouts, unpack_results, unpack_rollouts
 from probescore_server.pipe import BlockingEnd
 from probescore_server.requests import PendingText
 from probescore_server.rollouts import EngineInfo, Occupancy, Rollout, ScoredBatch
@@ -37,6 +38,10 @@ logger = structlog.get_logger(__name__)
 
 # On a CPU torch has no type of its own for it.
 CPU_OUT_OF_MEMORY = "DefaultCPUAllocator: can't allocate memory"
+
+# How long after an answer a worker says what it holds, and how often while it is never without work.
+OCCUPANCY_DELAY = 0.005
+OCCUPANCY_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,13 @@ class ScoreBatch:
 
     number: int
     rollouts: Sequence[Rollout]
+
+    def __reduce__(self) -> tuple[Callable[[int, Packed], ScoreBatch], tuple[int, Packed]]:
+        return _score_batch, (self.number, pack_rollouts(self.rollouts))
+
+
+def _score_batch(number: int, rollouts: Packed) -> ScoreBatch:
+    return ScoreBatch(number, unpack_rollouts(rollouts))
 
 
 @dataclass(frozen=True)
@@ -94,6 +106,7 @@ class Stop:
     """End, after the batch that computes."""
 
 
+Order = ScoreBatch | Sleep | Wake
 ToWorker = ScoreBatch | CancelRollout | EncodeTexts | Sleep | Wake | Stop
 
 # ------------------------------------------------------------------------------------------------------------------ from a worker
@@ -127,6 +140,13 @@ class BatchScored:
     number: int
     batch: ScoredBatch
 
+    def __reduce__(self) -> tuple[Callable[[int, Packed, float], BatchScored], tuple[int, Packed, float]]:
+        return _batch_scored, (self.number, pack_results(self.batch.results), self.batch.compute_seconds)
+
+
+def _batch_scored(number: int, results: Packed, compute_seconds: float) -> BatchScored:
+    return BatchScored(number, ScoredBatch(unpack_results(results), compute_seconds))
+
 
 @dataclass(frozen=True)
 class TextsEncoded:
@@ -153,7 +173,7 @@ class Failed:
 
 
 FromWorker = Progress | Ready | Refused | BatchScored | TextsEncoded | Moved | Failed | Occupancy
-"""`Occupancy`: as of now, whenever it has changed; no answer waits for it."""
+"""`Occupancy`: as of now; no answer waits for it."""
 
 # --------------------------------------------------------------------------------------------------------------------- the worker
 
@@ -173,7 +193,8 @@ class _Worker:
     def __init__(self, pipe: BlockingEnd, spec: WorkerSpec) -> None:
         self._pipe = pipe
         self._spec = spec
-        self._orders: SimpleQueue[ScoreBatch | Sleep | Wake | None] = SimpleQueue()
+        self._orders: SimpleQueue[Order | None] = SimpleQueue()
+        self._told_occupancy = 0.0
         self._texts: SimpleQueue[EncodeTexts] = SimpleQueue()
         self._cancelled: dict[int, set[int]] = {}  # by number of a batch that has not been answered, the indices given up
 
@@ -193,8 +214,8 @@ class _Worker:
         gc.freeze()
         threading.Thread(target=self._encode, args=(engine,), daemon=True).start()
         self._send(Ready(engine.info))
-        self._send(engine.occupancy())
-        while (order := self._orders.get()) is not None:
+        self._tell_occupancy(engine)
+        while (order := self._next_order(engine)) is not None:
             match order:
                 case ScoreBatch():
                     self._score(engine, order)
@@ -202,7 +223,23 @@ class _Worker:
                     self._sleep(engine, order)
                 case Wake():
                     self._wake(engine, order)
-            self._send(engine.occupancy())
+
+    def _next_order(self, engine: Engine) -> Order | None:
+        """Waits for one. In pauses, and every second without a pause, it says what the engine holds; the front process is busy with an
+        answer at first.
+        """
+        try:
+            order = self._orders.get(timeout=OCCUPANCY_DELAY)
+        except Empty:
+            self._tell_occupancy(engine)
+            return self._orders.get()
+        if time.monotonic() > self._told_occupancy + OCCUPANCY_SECONDS:
+            self._tell_occupancy(engine)
+        return order
+
+    def _tell_occupancy(self, engine: Engine) -> None:
+        self._told_occupancy = time.monotonic()
+        self._send(engine.occupancy())
 
     def _load(self) -> Engine:
         settings = self._spec.settings

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import pickle
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import replace
 
-import numpy as np
 import pytest
 
-from probescore.types import CompletionScores, CompletionStatus, ProbeScores, Usage
 from probescore_server.pipe import MAX_BYTES_UNPACKED_ON_LOOP, BlockingEnd, LoopEnd
-from probescore_server.rollouts import MANY_PROBES, RolloutResult
 
 LARGE = 3 * MAX_BYTES_UNPACKED_ON_LOOP
 
@@ -79,31 +74,3 @@ async def test_a_worker_learns_that_the_front_is_gone() -> None:
         ends.front.close()
         with pytest.raises(EOFError):
             await asyncio.to_thread(ends.worker.receive)
-
-
-@pytest.mark.parametrize("probes", [0, 1, MANY_PROBES, 100])
-def test_a_result_is_the_same_on_the_other_side_however_many_probes_it_has(probes: int) -> None:
-    random = np.random.default_rng(0)
-    scores = CompletionScores(
-        "id",
-        CompletionStatus.OK,
-        {
-            f"p{number}": ProbeScores(
-                random.random((1 + number % 2, 2, 1 + number % 3)).astype(np.float32),
-                random.random((5, 1)).astype(np.float32) if number % 4 == 0 else None,
-            )
-            for number in range(probes)
-        },
-        completion_ids=np.arange(5, dtype=np.int32),
-    )
-    result = RolloutResult(replace(scores, follow_ups=(scores, replace(scores, scores={}))), Usage(1, 2, 3))
-    arrived = pickle.loads(pickle.dumps(result))
-    assert arrived.usage == result.usage
-    for ours, theirs in zip([arrived.scores, *arrived.scores.follow_ups], [result.scores, *result.scores.follow_ups], strict=True):
-        assert (ours.id, ours.status, list(ours.scores)) == (theirs.id, theirs.status, list(theirs.scores))
-        np.testing.assert_array_equal(ours.completion_ids, theirs.completion_ids)
-        for key, probe in theirs.scores.items():
-            np.testing.assert_array_equal(ours.scores[key].reduced, probe.reduced)
-            assert (ours.scores[key].tokens is None) == (probe.tokens is None)
-            if probe.tokens is not None:
-                np.testing.assert_array_equal(ours.scores[key].tokens, probe.tokens)

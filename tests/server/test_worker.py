@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +42,7 @@ async def test_it_answers_as_the_engine_does_and_ends_when_it_is_told_to(probes:
     groups = [RolloutGroup([BOS, 5], [[7, 8, 9], [10]]), RolloutGroup([BOS], [[]])]
     before = children()
     async with running(model=str(tiny_model()), probes=[str(probes)]) as watched:
-        assert watched.worker.info == engine.info
+        assert asdict(watched.worker.info) == asdict(engine.info)
         batch = rollouts_of(engine.info, *groups)
         scored = await watched.worker.score(watched.worker.new_batch(), batch)
         expected = engine.score_rollouts(batch)

@@ -1,0 +1,163 @@
+"""Rollouts and their results as bytes, numbers and strings in tuples: so they cross the pipe to a worker and back.
+
+Objects of a dozen classes, and small arrays, take three times as long to pickle.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from probescore.types import CompletionScores, CompletionStatus, ProbeScores, Scope, Span, Usage
+from probescore_server.rollouts import Continuation, Rollout, RolloutResult, ScoreOptions
+
+Packed: TypeAlias = tuple[Any, ...]
+
+# --------------------------------------------------------------------------------------------------------------------- rollouts
+
+
+def pack_rollouts(rollouts: Sequence[Rollout]) -> Packed:
+    """Packs a batch; prompts and options that its rollouts share are packed once."""
+    prompts: dict[int, tuple[int, bytes]] = {}
+    options: dict[int, tuple[int, Packed]] = {}
+    packed = []
+    for rollout in rollouts:
+        prompt, asked = id(rollout.prompt_ids), id(rollout.options)
+        if prompt not in prompts:
+            prompts[prompt] = len(prompts), rollout.prompt_ids.tobytes()
+        if asked not in options:
+            options[asked] = len(options), _pack_options(rollout.options)
+        packed.append((prompts[prompt][0], _pack_continuation(rollout.completion), options[asked][0], rollout.appended_tokens))
+    return [ids for _, ids in prompts.values()], [each for _, each in options.values()], packed
+
+
+def unpack_rollouts(packed: Packed) -> list[Rollout]:
+    """The rollouts, with read-only arrays. Those that shared a prompt or options share them again."""
+    packed_prompts, packed_options, packed_rollouts = packed
+    prompts = [np.frombuffer(ids, np.int32) for ids in packed_prompts]
+    options = [_unpack_options(each) for each in packed_options]
+    return [
+        Rollout(prompts[prompt], _unpack_continuation(completion), options[asked], appended_tokens)
+        for prompt, completion, asked, appended_tokens in packed_rollouts
+    ]
+
+
+def _pack_options(options: ScoreOptions) -> Packed:
+    return (
+        options.probes,
+        options.reductions,
+        options.token_scores,
+        options.scope.value,
+        options.return_token_ids,
+        options.return_token_texts,
+    )
+
+
+def _unpack_options(packed: Packed) -> ScoreOptions:
+    probes, reductions, token_scores, scope, return_token_ids, return_token_texts = packed
+    return ScoreOptions(probes, reductions, token_scores, Scope(scope), return_token_ids, return_token_texts)
+
+
+def _pack_continuation(continuation: Continuation) -> Packed:
+    return (
+        continuation.token_ids.tobytes(),
+        _pack_array(continuation.mask),
+        [(span.name, span.start, span.end) for span in continuation.spans],
+        [_pack_continuation(follow_up) for follow_up in continuation.follow_ups],
+        continuation.id,
+        continuation.inexact_ids,
+    )
+
+
+def _unpack_continuation(packed: Packed) -> Continuation:
+    token_ids, mask, spans, follow_ups, echoed, inexact_ids = packed
+    return Continuation(
+        np.frombuffer(token_ids, np.int32),
+        _unpack_array(mask, np.bool_),
+        tuple([Span(*span) for span in spans]),
+        tuple([_unpack_continuation(follow_up) for follow_up in follow_ups]),
+        echoed,
+        inexact_ids,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------- results
+
+
+def pack_results(results: Sequence[RolloutResult | None]) -> Packed:
+    """Packs the results of a batch."""
+    return tuple([None if result is None else _pack_result(result) for result in results])
+
+
+def unpack_results(packed: Packed) -> tuple[RolloutResult | None, ...]:
+    """The results, with read-only arrays."""
+    return tuple([None if result is None else _unpack_result(result) for result in packed])
+
+
+def _pack_result(result: RolloutResult) -> Packed:
+    usage = result.usage
+    tokens = usage.tokens_computed, usage.tokens_shared, usage.tokens_cached
+    return _pack_scores(result.scores), tokens, result.refused_by
+
+
+def _unpack_result(packed: Packed) -> RolloutResult:
+    scores, tokens, refused_by = packed
+    return RolloutResult(_unpack_scores(scores), Usage(*tokens), refused_by)
+
+
+def _pack_scores(scores: CompletionScores) -> Packed:
+    probes = scores.scores
+    reduced = [probe.reduced for probe in probes.values()]
+    return (
+        scores.id,
+        scores.status.value,
+        tuple(probes),
+        [array.shape for array in reduced],
+        b"".join([array.tobytes() for array in reduced]),
+        {key: (probe.tokens.shape, probe.tokens.tobytes()) for key, probe in probes.items() if probe.tokens is not None},
+        scores.status_message,
+        _pack_array(scores.prompt_ids),
+        _pack_array(scores.completion_ids),
+        scores.inexact_ids,
+        [_pack_scores(follow_up) for follow_up in scores.follow_ups],
+        scores.prompt_texts,
+        scores.completion_texts,
+    )
+
+
+def _unpack_scores(packed: Packed) -> CompletionScores:
+    echoed, status, probes, shapes, numbers, tokens, message, prompt_ids, completion_ids, inexact_ids, follow_ups, *texts = packed
+    reduced = np.frombuffer(numbers, np.float32)
+    scores, start = {}, 0
+    for probe, shape in zip(probes, shapes, strict=True):
+        end = start + math.prod(shape)
+        scores[probe] = ProbeScores(reduced[start:end].reshape(shape), _unpack_tokens(tokens[probe]) if probe in tokens else None)
+        start = end
+    return CompletionScores(
+        echoed,
+        CompletionStatus(status),
+        scores,
+        message,
+        _unpack_array(prompt_ids, np.int32),
+        _unpack_array(completion_ids, np.int32),
+        inexact_ids,
+        tuple([_unpack_scores(follow_up) for follow_up in follow_ups]),
+        *texts,
+    )
+
+
+def _unpack_tokens(packed: Packed) -> NDArray[np.float32]:
+    shape, numbers = packed
+    return np.frombuffer(numbers, np.float32).reshape(shape)
+
+
+def _pack_array(array: NDArray[Any] | None) -> bytes | None:
+    return None if array is None else array.tobytes()
+
+
+def _unpack_array(packed: bytes | None, dtype: DTypeLike) -> NDArray[Any] | None:
+    return None if packed is None else np.frombuffer(packed, dtype)

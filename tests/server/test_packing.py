@@ -1,0 +1,112 @@
+"""What crosses the pipe is the same on the other side: batches and what they bring back, through pickle, as the pipe sends them."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from probescore.reductions import Reduction
+from probescore.types import CompletionScores, CompletionStatus, ProbeScores, Scope, Span, Usage
+from probescore_server.rollouts import Continuation, Rollout, RolloutResult, ScoredBatch, ScoreOptions
+from probescore_server.worker import BatchScored, ScoreBatch
+
+NAMES = st.text(max_size=3)
+COUNTS = st.integers(0, 3)
+FLOATS = st.floats(width=32)
+IDS = arrays.arrays(np.int32, COUNTS, elements=st.integers(0, 2**31 - 1))
+SPANS = st.lists(st.builds(Span, NAMES, COUNTS, COUNTS), max_size=2).map(tuple)
+TEXTS = st.none() | st.lists(NAMES, max_size=3).map(tuple)
+
+OPTIONS = st.builds(
+    ScoreOptions,
+    probes=st.lists(NAMES, max_size=3).map(tuple),
+    reductions=st.lists(st.sampled_from(["mean", "topk_mean(8)", "ema_max(0.1)"]).map(Reduction.parse), max_size=2).map(tuple),
+    token_scores=st.frozensets(NAMES, max_size=2),
+    scope=st.sampled_from(Scope),
+    return_token_ids=st.booleans(),
+    return_token_texts=st.booleans(),
+)
+
+
+def continuations(follow_ups: st.SearchStrategy[tuple[Continuation, ...]]) -> st.SearchStrategy[Continuation]:
+    masks = st.none() | arrays.arrays(np.bool_, COUNTS)
+    return st.builds(Continuation, IDS, masks, SPANS, follow_ups, NAMES, st.booleans())
+
+
+def completion_scores(follow_ups: st.SearchStrategy[tuple[CompletionScores, ...]]) -> st.SearchStrategy[CompletionScores]:
+    reduced = arrays.arrays(np.float32, st.tuples(COUNTS, COUNTS, COUNTS), elements=FLOATS)
+    tokens = st.none() | arrays.arrays(np.float32, st.tuples(COUNTS, COUNTS), elements=FLOATS)
+    return st.builds(
+        CompletionScores,
+        id=NAMES,
+        status=st.sampled_from(CompletionStatus),
+        scores=st.dictionaries(NAMES, st.builds(ProbeScores, reduced, tokens), max_size=3),
+        status_message=NAMES,
+        prompt_ids=st.none() | IDS,
+        completion_ids=st.none() | IDS,
+        inexact_ids=st.booleans(),
+        follow_ups=follow_ups,
+        prompt_texts=TEXTS,
+        completion_texts=TEXTS,
+    )
+
+
+def some(strategy: st.SearchStrategy[Any]) -> st.SearchStrategy[tuple[Any, ...]]:
+    return st.lists(strategy, max_size=2).map(tuple)
+
+
+CONTINUATIONS = st.recursive(continuations(st.just(())), lambda inner: continuations(some(inner)), max_leaves=4)
+COMPLETION_SCORES = st.recursive(completion_scores(st.just(())), lambda inner: completion_scores(some(inner)), max_leaves=4)
+RESULTS = st.builds(RolloutResult, COMPLETION_SCORES, st.builds(Usage, COUNTS, COUNTS, COUNTS), NAMES)
+
+
+def assert_same(ours: Any, theirs: Any) -> None:
+    """Types, shapes and bits included."""
+    assert type(ours) is type(theirs)
+    if isinstance(ours, np.ndarray):
+        assert (ours.dtype, ours.shape, ours.tobytes()) == (theirs.dtype, theirs.shape, theirs.tobytes())
+    elif is_dataclass(ours):
+        for field in fields(ours):
+            assert_same(getattr(ours, field.name), getattr(theirs, field.name))
+    elif isinstance(ours, dict):
+        assert list(ours) == list(theirs)
+        assert_same(list(ours.values()), list(theirs.values()))
+    elif isinstance(ours, (list, tuple)):
+        assert len(ours) == len(theirs)
+        for our, their in zip(ours, theirs, strict=True):
+            assert_same(our, their)
+    else:
+        assert ours == theirs
+
+
+@given(st.lists(st.builds(Rollout, IDS, CONTINUATIONS, OPTIONS, COUNTS), max_size=3))
+def test_a_batch_reaches_the_worker_as_it_was_sent(rollouts: list[Rollout]) -> None:
+    assert_same(pickle.loads(pickle.dumps(ScoreBatch(7, rollouts))), ScoreBatch(7, rollouts))
+
+
+@given(st.lists(st.none() | RESULTS, max_size=3).map(tuple))
+def test_results_come_back_as_the_worker_sent_them(results: tuple[RolloutResult | None, ...]) -> None:
+    sent = BatchScored(7, ScoredBatch(results, 0.5))
+    assert_same(pickle.loads(pickle.dumps(sent)), sent)
+
+
+def test_what_rollouts_share_is_sent_once_and_shared_again() -> None:
+    options = ScoreOptions(("p@1",))
+    prompt, completion = np.arange(1000, dtype=np.int32), Continuation(np.arange(3, dtype=np.int32))
+    sent = pickle.dumps(ScoreBatch(1, [Rollout(prompt, completion, options) for _ in range(10)]))
+    assert len(sent) < 2 * prompt.nbytes
+    arrived = pickle.loads(sent).rollouts
+    assert len({id(rollout.prompt_ids) for rollout in arrived}) == len({id(rollout.options) for rollout in arrived}) == 1
+
+
+def test_an_array_that_is_not_contiguous_is_sent_as_it_reads() -> None:
+    reduced = np.arange(12, dtype=np.float32).reshape(3, 4, 1)[:, ::2]
+    scores = CompletionScores("", CompletionStatus.OK, {"p": ProbeScores(reduced)})
+    arrived = pickle.loads(pickle.dumps(BatchScored(1, ScoredBatch((RolloutResult(scores, Usage()),), 0.5))))
+    np.testing.assert_array_equal(arrived.batch.results[0].scores.scores["p"].reduced, reduced)
