@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable
 from typing import Any, NoReturn, TypeAlias
 
 import grpc
 import structlog
+from google.protobuf.descriptor_pool import Default
 from google.protobuf.message import DecodeError
 
 from probescore_server.errors import CoreError, InternalFault, InvalidRequest
@@ -35,6 +36,8 @@ Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 Raw: TypeAlias = bytes | AsyncIterable[bytes]
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
+UNKNOWN = "/unknown/unknown"
+
 # By (request_streaming, response_streaming): Prometheus' name of the kind, the handler's attribute, what makes such a handler.
 KINDS: dict[tuple[bool, bool], tuple[str, str, Callable[..., Handler]]] = {
     (False, False): ("unary", "unary_unary", grpc.unary_unary_rpc_method_handler),
@@ -45,10 +48,17 @@ KINDS: dict[tuple[bool, bool], tuple[str, str, Callable[..., Handler]]] = {
 
 
 class Boundary(grpc.aio.ServerInterceptor):
-    """The outermost interceptor; those of the settings, and the servicers, run inside it."""
+    """The outermost interceptor; those of the settings, and the servicers, run inside it.
 
-    def __init__(self, metrics: Metrics) -> None:
+    Args:
+        metrics: where RPCs are counted.
+        services: full names of those whose methods are counted by name. An interceptor of the settings may answer a call of any other, a
+            token that is wrong for example; its name is the client's invention, and it is counted as ``unknown``.
+    """
+
+    def __init__(self, metrics: Metrics, services: Iterable[str] = ()) -> None:
         self._metrics = metrics
+        self._paths = {f"/{name}/{method.name}" for name in services for method in Default().FindServiceByName(name).methods}
         self._guarded: dict[str, tuple[Handler, Handler]] = {}  # by path, a handler and what it was made into
 
     async def intercept_service(
@@ -59,7 +69,8 @@ class Boundary(grpc.aio.ServerInterceptor):
             handler = await continuation(handler_call_details)
         except Exception as failed:  # in an interceptor of the settings
             handler = grpc.unary_unary_rpc_method_handler(_raising(failed))
-        return None if handler is None else self._guard_once(handler_call_details.method, handler)
+        path = handler_call_details.method if handler_call_details.method in self._paths else UNKNOWN
+        return None if handler is None else self._guard_once(path, handler)
 
     def _guard_once(self, path: str, handler: Handler) -> Handler:
         """A servicer's methods have one handler each; an interceptor of the settings may make a new one for each call."""

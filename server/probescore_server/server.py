@@ -126,15 +126,13 @@ class Server:
         if settings.max_connection_age_seconds:
             options.append(("grpc.max_connection_age_ms", int(1000 * settings.max_connection_age_seconds)))
             options.append(("grpc.max_connection_age_grace_ms", int(1000 * settings.drain_seconds)))
-        server = grpc.aio.server(
-            interceptors=[Boundary(self._core.metrics), *map(_import_interceptor, settings.interceptors)], options=options
-        )
+        services = [SCORING_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME] + [ADMIN_SERVICE] * settings.admin
+        boundary = Boundary(self._core.metrics, services)
+        server = grpc.aio.server(interceptors=[boundary, *map(_import_interceptor, settings.interceptors)], options=options)
         scoring_pb2_grpc.add_ScoringServiceServicer_to_server(self._core.servicer, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        services = [SCORING_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME]
         if settings.admin:
             admin_pb2_grpc.add_ProbeAdminServiceServicer_to_server(AdminServicer(self._core.workers, self._core.metrics), server)
-            services.append(ADMIN_SERVICE)
         reflection.enable_server_reflection(services, server)
         return server
 

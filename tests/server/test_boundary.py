@@ -85,10 +85,21 @@ class Broken(grpc.aio.ServerInterceptor):
         raise RuntimeError("secret of /etc/passwd")
 
 
+class Deny(grpc.aio.ServerInterceptor):
+    """An interceptor that answers itself, whatever is asked for."""
+
+    async def intercept_service(self, continuation: object, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
+        async def deny(request: object, context: grpc.aio.ServicerContext) -> None:
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "who are you?")
+
+        return grpc.unary_unary_rpc_method_handler(deny)
+
+
 @asynccontextmanager
 async def served(*interceptors: grpc.aio.ServerInterceptor) -> AsyncIterator[Served]:
     metrics, servicer = Metrics(), Servicer()
-    server = grpc.aio.server(interceptors=[Boundary(metrics), *interceptors])
+    boundary = Boundary(metrics, ["probescore.v1.ScoringService", reflection.SERVICE_NAME])
+    server = grpc.aio.server(interceptors=[boundary, *interceptors])
     scoring_pb2_grpc.add_ScoringServiceServicer_to_server(servicer, server)
     reflection.enable_server_reflection((reflection.SERVICE_NAME,), server)
     port = server.add_insecure_port("127.0.0.1:0")
@@ -235,3 +246,16 @@ async def test_a_method_that_does_not_exist_is_unimplemented_and_makes_no_label(
             await running.channel.unary_unary("/probescore.v1.ScoringService/Invented")(b"", timeout=TIMEOUT)
         assert failed.value.code() is grpc.StatusCode.UNIMPLEMENTED
         assert running.count("grpc_server_started_total", "Invented") == 0
+
+
+@pytest.mark.parametrize("interceptor", [Deny(), Broken()])
+async def test_a_name_that_a_client_made_up_makes_no_label_though_an_interceptor_answers(interceptor: grpc.aio.ServerInterceptor) -> None:
+    async with served(interceptor) as running:
+        for path in ("/probescore.v1.ScoringService/Invented", "/invented/Invented", "/invented"):
+            with pytest.raises(grpc.aio.AioRpcError) as failed:
+                await running.channel.unary_unary(path)(b"", timeout=TIMEOUT)
+            assert failed.value.code() in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.INTERNAL)
+        named = [sample for family in running.metrics.registry.collect() for sample in family.samples if sample.labels]
+        assert not [sample for sample in named if "nvented" in "".join(sample.labels.values())]
+        unknown = {"grpc_type": "unary", "grpc_service": "unknown", "grpc_method": "unknown"}
+        assert running.metrics.registry.get_sample_value("grpc_server_started_total", unknown) == 3
