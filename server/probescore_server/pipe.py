@@ -16,8 +16,8 @@ from collections.abc import Callable
 from typing import Any, cast
 
 _LENGTH = struct.Struct("!Q")
-# Unpacking more than this would hold up the event loop.
-MAX_BYTES_UNPACKED_ON_LOOP = 65_536
+# Results of 300 rollouts, say. Unpacking more, at some 6 µs each, would hold up the event loop.
+MAX_BYTES_UNPACKED_ON_LOOP = 16_384
 
 
 class BlockingEnd:

@@ -43,7 +43,7 @@ logger = structlog.get_logger(__name__)
 
 # How much longer than `worker_restart_seconds` the pause between attempts to start may get.
 MAX_BACKOFF = 60.0
-# Packing more than this, at some 10 µs each, would hold up the event loop.
+# Packing more than this would hold up the event loop: some µs each, and more with thousands of ids.
 MAX_ROLLOUTS_PACKED_ON_LOOP = 64
 # For the batch that computes when a worker is told to stop; nobody waits for its scores any more.
 STOP_SECONDS = 5.0
