@@ -277,11 +277,8 @@ def score_keys(probes: Sequence[ScoredProbe]) -> tuple[str, ...]:
 
     A probe's key is its name, or ``name@version`` where several versions of one name were applied.
     """
-    names = [probe.name for probe in probes]
-    if len(set(names)) == len(names):
-        return tuple(names)
-    counts = Counter(names)
-    return tuple(probe.name if counts[probe.name] == 1 else f"{probe.name}@{probe.version}" for probe in probes)
+    names = Counter(probe.name for probe in probes)
+    return tuple(probe.name if names[probe.name] == 1 else f"{probe.name}@{probe.version}" for probe in probes)
 
 
 # ---------------------------------------------------------------------------------------------------------------- what runs there
