@@ -28,7 +28,7 @@ def pack_rollouts(rollouts: Sequence[Rollout]) -> Packed:
     for rollout in rollouts:
         prompt, asked = id(rollout.prompt_ids), id(rollout.options)
         if prompt not in prompts:
-            prompts[prompt] = len(prompts), rollout.prompt_ids.tobytes()
+            prompts[prompt] = len(prompts), _bytes_of(rollout.prompt_ids, np.int32)
         if asked not in options:
             options[asked] = len(options), _pack_options(rollout.options)
         packed.append((prompts[prompt][0], _pack_continuation(rollout.completion), options[asked][0], rollout.appended_tokens))
@@ -64,8 +64,8 @@ def _unpack_options(packed: Packed) -> ScoreOptions:
 
 def _pack_continuation(continuation: Continuation) -> Packed:
     return (
-        continuation.token_ids.tobytes(),
-        _pack_array(continuation.mask),
+        _bytes_of(continuation.token_ids, np.int32),
+        _pack_array(continuation.mask, np.bool_),
         [(span.name, span.start, span.end) for span in continuation.spans],
         [_pack_continuation(follow_up) for follow_up in continuation.follow_ups],
         continuation.id,
@@ -117,11 +117,11 @@ def _pack_scores(scores: CompletionScores) -> Packed:
         scores.status.value,
         tuple(probes),
         [array.shape for array in reduced],
-        b"".join([array.tobytes() for array in reduced]),
-        {key: (probe.tokens.shape, probe.tokens.tobytes()) for key, probe in probes.items() if probe.tokens is not None},
+        b"".join([_bytes_of(array, np.float32) for array in reduced]),
+        {key: (probe.tokens.shape, _bytes_of(probe.tokens, np.float32)) for key, probe in probes.items() if probe.tokens is not None},
         scores.status_message,
-        _pack_array(scores.prompt_ids),
-        _pack_array(scores.completion_ids),
+        _pack_array(scores.prompt_ids, np.int32),
+        _pack_array(scores.completion_ids, np.int32),
         scores.inexact_ids,
         [_pack_scores(follow_up) for follow_up in scores.follow_ups],
         scores.prompt_texts,
@@ -155,8 +155,15 @@ def _unpack_tokens(packed: Packed) -> NDArray[np.float32]:
     return np.frombuffer(numbers, np.float32).reshape(shape)
 
 
-def _pack_array(array: NDArray[Any] | None) -> bytes | None:
-    return None if array is None else array.tobytes()
+def _bytes_of(array: NDArray[Any], dtype: DTypeLike) -> bytes:
+    """Raises ``TypeError`` for another type: on the other side its bytes would pass for other numbers."""
+    if array.dtype != dtype:
+        raise TypeError(f"an array of {array.dtype} where {np.dtype(dtype)} is read")
+    return array.tobytes()
+
+
+def _pack_array(array: NDArray[Any] | None, dtype: DTypeLike) -> bytes | None:
+    return None if array is None else _bytes_of(array, dtype)
 
 
 def _unpack_array(packed: bytes | None, dtype: DTypeLike) -> NDArray[Any] | None:

@@ -7,6 +7,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
@@ -110,3 +111,16 @@ def test_an_array_that_is_not_contiguous_is_sent_as_it_reads() -> None:
     scores = CompletionScores("", CompletionStatus.OK, {"p": ProbeScores(reduced)})
     arrived = pickle.loads(pickle.dumps(BatchScored(1, ScoredBatch((RolloutResult(scores, Usage()),), 0.5))))
     np.testing.assert_array_equal(arrived.batch.results[0].scores.scores["p"].reduced, reduced)
+
+
+def test_numbers_of_another_type_are_refused_instead_of_read_as_others() -> None:
+    ids, options = np.arange(2, dtype=np.int32), ScoreOptions(("p@1",))
+    scores = CompletionScores("", CompletionStatus.OK, {"p": ProbeScores(np.zeros((1, 1, 1)))})
+    for message in (
+        ScoreBatch(1, [Rollout(ids.astype(np.int64), Continuation(ids), options)]),
+        ScoreBatch(1, [Rollout(ids, Continuation(ids.astype(np.int64)), options)]),
+        ScoreBatch(1, [Rollout(ids, Continuation(ids, ids), options)]),
+        BatchScored(1, ScoredBatch((RolloutResult(scores, Usage()),), 0.5)),
+    ):
+        with pytest.raises(TypeError, match="is read"):
+            pickle.dumps(message)
