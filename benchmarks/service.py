@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from benchmarks.empty_call import EmptyCall
 from benchmarks.model import SHAPES, make_model
 from benchmarks.ratios import Spread
 from benchmarks.serving import Serving
@@ -25,7 +26,8 @@ PROMPT_TOKENS, COMPLETION_TOKENS = 32, 32
 
 def print_latency(console: Console, rounds: int) -> None:
     """One rollout of 64 tokens on a tiny model, with its probe's mean: in process and through a server, in turn. With all processes on one
-    core, where nothing but the work counts, and on all cores, where they run side by side and wake each other up.
+    core, where nothing but the work counts, and on all cores, where they run side by side and wake each other up. Beside it, what a call
+    costs in which nothing is done.
     """
     # as the worker; more would go on spinning for work while the server is measured
     torch.set_num_threads(1)
@@ -33,35 +35,46 @@ def print_latency(console: Console, rounds: int) -> None:
     random = np.random.default_rng(0)
     engine = Engine.load(str(model.directory), model.probes)
     every = os.sched_getaffinity(0)
-    with Serving(model.directory, model.probes) as serving, ProbeClient(serving.address) as client:
-        ways: dict[str, Callable[[list[RolloutGroup]], object]] = {"engine": engine.score, "server": client.score}
+    with Serving(model.directory, model.probes) as serving, ProbeClient(serving.address) as client, EmptyCall() as empty_call:
         medians: dict[int, list[dict[str, float]]] = {1: [], len(every): []}
         for _ in track(range(rounds + 1), "rounds", transient=True):  # the first is a warm-up
             for cores in medians:
-                _pin([os.getpid(), *serving.pids()], set(sorted(every)[-cores:]))
-                medians[cores].append(_medians_in_turn(ways, lambda: [_rollouts(random, model.shape.vocab_size)]))
+                _pin([os.getpid(), *serving.pids(), *empty_call.pids()], set(sorted(every)[-cores:]))
+                medians[cores].append(
+                    _medians_in_turn(engine.score, client.score, empty_call, lambda: [_rollouts(random, model.shape.vocab_size)])
+                )
     console.print(
         f"one rollout of {PROMPT_TOKENS + COMPLETION_TOKENS} tokens, tiny model; p50 of {ROUND_CALLS} calls, median of {rounds} rounds"
     )
     for cores, (_, *taken) in medians.items():
-        table = {way: Spread.of([each[way] for each in taken]) for way in ways}
+        engine_took, server_took, empty = (Spread.of([each[way] for each in taken]) for way in ("engine", "server", "empty call"))
         added = Spread.of([each["server"] - each["engine"] for each in taken])
-        shown = ", ".join(f"{way} {spread}" for way, spread in table.items())
-        console.print(f"  {cores} core{'s' * (cores > 1)}, ms: {shown}, added {added}", soft_wrap=True)
+        console.print(
+            f"  {cores} core{'s' * (cores > 1)}, ms: engine {engine_took}, server {server_took}, added {added}; an empty call {empty}",
+            soft_wrap=True,
+        )
 
 
 def _medians_in_turn(
-    ways: dict[str, Callable[[list[RolloutGroup]], object]], rollouts: Callable[[], list[RolloutGroup]]
+    engine: Callable[[list[RolloutGroup]], object],
+    server: Callable[[list[RolloutGroup]], object],
+    empty_call: EmptyCall,
+    rollouts: Callable[[], list[RolloutGroup]],
 ) -> dict[str, float]:
-    """Milliseconds of a call, each way."""
-    taken: dict[str, list[float]] = {way: [] for way in ways}
+    """Milliseconds of a call, each way. Every call comes after one of the engine, since code that has not run for a while takes longer."""
+    taken: dict[str, list[float]] = {"engine": [], "server": [], "empty call": []}
     for _ in range(ROUND_CALLS):
-        groups = rollouts()
-        for way, score in ways.items():
-            started = time.perf_counter()
-            score(groups)
-            taken[way].append(time.perf_counter() - started)
+        taken["engine"].append(_seconds(engine, rollouts()))
+        taken["server"].append(_seconds(server, rollouts()))
+        taken["engine"].append(_seconds(engine, rollouts()))
+        taken["empty call"].append(empty_call.seconds(taken["engine"][-1]))
     return {way: 1000 * float(np.median(seconds)) for way, seconds in taken.items()}
+
+
+def _seconds(score: Callable[[list[RolloutGroup]], object], groups: list[RolloutGroup]) -> float:
+    started = time.perf_counter()
+    score(groups)
+    return time.perf_counter() - started
 
 
 def _pin(pids: list[int], cores: set[int]) -> None:

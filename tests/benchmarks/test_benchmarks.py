@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import os
+import re
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 from benchmarks.compare import compare
 from benchmarks.loads import LOADS, Group, Load, Unit
@@ -17,6 +21,7 @@ from benchmarks.model import SHAPES, BenchModel, make_model
 from benchmarks.process import VariantProcess
 from benchmarks.ratios import Spread
 from benchmarks.report import results
+from benchmarks.service import print_latency
 from benchmarks.variants import Job, file_paths, load
 from benchmarks.variants.server import deal_out
 
@@ -111,3 +116,18 @@ def test_variants_agree_and_what_is_written_has_every_field(model: BenchModel) -
     assert torch.get_num_threads() == before
     computed = sum(sum(unit.segment_sizes()) for unit in SMALL.units(0, VOCAB_SIZE))
     assert written["engine"]["tokens_computed"] == written["floor"]["tokens_computed"] == [computed] * 2
+
+
+def test_latency_is_told_on_one_core_and_on_all_beside_an_empty_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.service.ROUND_CALLS", 2)
+    shown = io.StringIO()
+    before, cores = torch.get_num_threads(), os.sched_getaffinity(0)
+    try:
+        print_latency(Console(file=shown), rounds=1)
+    finally:
+        torch.set_num_threads(before)
+    assert os.sched_getaffinity(0) == cores
+    number = r"-?\d+\.\d\d \(-?\d+\.\d\d–-?\d+\.\d\d\)"
+    line = rf"(\d+) cores?, ms: engine {number}, server {number}, added {number}; an empty call {number}"
+    counts = re.findall(line, shown.getvalue())
+    assert [int(count) for count in counts] == sorted({1, len(cores)})

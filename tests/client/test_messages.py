@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tracemalloc
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -246,6 +247,31 @@ def test_server_info_reads_back_as_it_was_written(info: ServerInfo) -> None:
 @given(st.lists(probe_infos, max_size=2))
 def test_probe_infos_read_back_as_they_were_written(probes: list[ProbeInfo]) -> None:
     assert probes_from_proto(probes_to_proto(probes)) == tuple(probes)
+
+
+NAMED = ScoredProbe("cheating", "1", "", "", ScoreUnit.LOGIT, OutputPer.TOKEN, ("cheating",), (Reduction.parse("mean"),))
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        (lambda probe: setattr(probe, "unit", 99), "info.probes[1].unit"),
+        (lambda probe: setattr(probe.reductions[0], "kind", 99), "info.probes[1].reductions[0].kind"),
+    ],
+)
+def test_what_is_wrong_with_a_probes_name_is_told_however_often_it_comes(change: Callable[[Any], None], field: str) -> None:
+    message = result_to_proto(ScoreResult((), ScoringInfo("", "", (NAMED, NAMED))))
+    change(message.info.probes[1])
+    for _ in range(2):
+        with pytest.raises(MessageError) as refused:
+            result_from_proto(message)
+        assert refused.value.field == field
+
+
+def test_whoever_changes_an_answer_changes_no_other() -> None:
+    result = ScoreResult((), ScoringInfo("", "", (NAMED,)))
+    result_to_proto(result).info.probes[0].name = "changed"
+    assert result_to_proto(result).info.probes[0].name == "cheating"
 
 
 def test_scores_of_two_versions_of_one_probe_stay_apart() -> None:

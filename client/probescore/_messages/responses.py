@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 
 from probescore._messages.enums import OUTPUTS, STATUSES, UNITS, member_of, reduction_from_proto, reduction_to_proto
 from probescore._messages.tensors import FLOAT32, INT32, MessageError, array_to_tensor, tensor_to_array
@@ -19,6 +20,9 @@ from probescore.types import (
     score_keys,
 )
 from probescore.v1 import probes_pb2, scoring_pb2
+
+MAX_KNOWN_PROBES = 4096
+"""Most answers name the same probes as those before them, a thousand perhaps: how is remembered, at about 1 kB each."""
 
 # ---------------------------------------------------------------------------------------------------------------------- writing
 
@@ -72,21 +76,7 @@ def _info_to_proto(info: ScoringInfo) -> scoring_pb2.ScoringInfo:
     return scoring_pb2.ScoringInfo(
         model_fingerprint=info.model_fingerprint,
         tokenizer_fingerprint=info.tokenizer_fingerprint,
-        probes=[
-            probes_pb2.ScoredProbe(
-                name=probe.name,
-                version=probe.version,
-                graph_sha256=probe.graph_sha256,
-                manifest_sha256=probe.manifest_sha256,
-                reading=probe.reading,
-                unit=UNITS[probe.unit],
-                output_per=OUTPUTS[probe.output_per],
-                labels=probe.labels,
-                reductions=[reduction_to_proto(reduction) for reduction in probe.reductions],
-                accepted_mismatches=probe.accepted_mismatches,
-            )
-            for probe in info.probes
-        ],
+        probes=[_scored_probe_to_proto(probe) for probe in info.probes],
         usage=scoring_pb2.Usage(
             tokens_computed=info.usage.tokens_computed,
             tokens_shared=info.usage.tokens_shared,
@@ -94,6 +84,23 @@ def _info_to_proto(info: ScoringInfo) -> scoring_pb2.ScoringInfo:
             queue_seconds=info.usage.queue_seconds,
             compute_seconds=info.usage.compute_seconds,
         ),
+    )
+
+
+@lru_cache(MAX_KNOWN_PROBES)
+def _scored_probe_to_proto(probe: ScoredProbe) -> probes_pb2.ScoredProbe:
+    """Not to be changed: the next answer has the same one."""
+    return probes_pb2.ScoredProbe(
+        name=probe.name,
+        version=probe.version,
+        graph_sha256=probe.graph_sha256,
+        manifest_sha256=probe.manifest_sha256,
+        reading=probe.reading,
+        unit=UNITS[probe.unit],
+        output_per=OUTPUTS[probe.output_per],
+        labels=probe.labels,
+        reductions=[reduction_to_proto(reduction) for reduction in probe.reductions],
+        accepted_mismatches=probe.accepted_mismatches,
     )
 
 
@@ -181,7 +188,7 @@ def _info_from_proto(message: scoring_pb2.ScoringInfo) -> ScoringInfo:
     return ScoringInfo(
         model_fingerprint=message.model_fingerprint,
         tokenizer_fingerprint=message.tokenizer_fingerprint,
-        probes=tuple(_scored_probe(probe, f"info.probes[{index}]") for index, probe in enumerate(message.probes)),
+        probes=tuple(_scored_probes(message)),
         usage=Usage(
             tokens_computed=message.usage.tokens_computed,
             tokens_shared=message.usage.tokens_shared,
@@ -192,16 +199,26 @@ def _info_from_proto(message: scoring_pb2.ScoringInfo) -> ScoringInfo:
     )
 
 
-def _scored_probe(message: probes_pb2.ScoredProbe, field: str) -> ScoredProbe:
+def _scored_probes(message: scoring_pb2.ScoringInfo) -> Iterator[ScoredProbe]:
+    for index, probe in enumerate(message.probes):
+        try:
+            yield _scored_probe(probe.SerializeToString())
+        except MessageError as error:
+            raise MessageError(f"info.probes[{index}].{error.field}", error.problem) from None
+
+
+@lru_cache(MAX_KNOWN_PROBES)
+def _scored_probe(packed: bytes) -> ScoredProbe:
+    message = probes_pb2.ScoredProbe.FromString(packed)
     return ScoredProbe(
         name=message.name,
         version=message.version,
         graph_sha256=message.graph_sha256,
         manifest_sha256=message.manifest_sha256,
-        unit=member_of(UNITS, message.unit, f"{field}.unit"),
-        output_per=member_of(OUTPUTS, message.output_per, f"{field}.output_per"),
+        unit=member_of(UNITS, message.unit, "unit"),
+        output_per=member_of(OUTPUTS, message.output_per, "output_per"),
         labels=tuple(message.labels),
-        reductions=tuple(reduction_from_proto(entry, f"{field}.reductions[{index}]") for index, entry in enumerate(message.reductions)),
+        reductions=tuple(reduction_from_proto(entry, f"reductions[{index}]") for index, entry in enumerate(message.reductions)),
         accepted_mismatches=tuple(message.accepted_mismatches),
         reading=message.reading,
     )
