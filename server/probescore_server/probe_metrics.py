@@ -25,6 +25,7 @@ SCORES = (
     *(-256, -64, -32, -16, -8, -4, -3, -2, -1.5, -1, -0.5, 0, 0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5),
     *(0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1, 1.5, 2, 3, 4, 8, 16, 32, 64, 256),
 )
+BOUNDS = np.array(SCORES)
 # A thousand histograms would make a scrape of several megabytes.
 MAX_DISTRIBUTIONS = 128
 
@@ -49,7 +50,7 @@ class _Distribution:
     sum: float = 0.0
 
     def add(self, scores: NDArray[np.float32]) -> None:
-        self.counts += np.bincount(np.searchsorted(SCORES, scores), minlength=len(self.counts))
+        self.counts += np.bincount(BOUNDS.searchsorted(scores), minlength=len(self.counts))
         self.sum += float(scores.sum(dtype=np.float64))
 
 
@@ -63,6 +64,7 @@ class ProbeMetrics:
         self._calls = Counter("probescore_probe_calls_total", "Calls that it was applied in.", PROBE, registry=registry)
         self._flagged = Counter("probescore_probe_flagged_total", "Rollouts at or above the threshold.", SCORE, registry=registry)
         self._refused = Counter("probescore_probe_non_finite_total", "Rollouts refused for NaN or an infinity.", PROBE, registry=registry)
+        self._calls_of: dict[tuple[str, str], Counter] = {}  # looking up a thousand series takes as long as counting in them
         self._scores = _Scores()
         registry.register(self._scores)
 
@@ -77,13 +79,13 @@ class ProbeMetrics:
                 self._flagged.labels(*each.labels)
         for probe in info.probes:
             self._info.labels(probe.name, probe.version, probe.graph_sha256, probe.manifest_sha256, probe.unit.value).set(1)
-            self._calls.labels(probe.name, probe.version)
+            self._calls_of[probe.name, probe.version] = self._calls.labels(probe.name, probe.version)
             self._refused.labels(probe.name, probe.version)
 
     def count_call(self, applied: Iterable[ScoredProbe]) -> None:
         """Counts one call for each of its probes."""
         for probe in applied:
-            self._calls.labels(probe.name, probe.version).inc()
+            self._calls_of[probe.name, probe.version].inc()
 
     def count_results(self, applied: Sequence[ScoredProbe], scope: Scope, results: Iterable[RolloutResult]) -> None:
         """Adds the scores of rollouts of one call.
@@ -108,8 +110,11 @@ class ProbeMetrics:
 
     def _shown(self, probe: ScoredProbe) -> Iterator[tuple[_Distribution, int]]:
         """Its distributions that a call with these reductions adds to, each with the index of its reduction."""
+        distributions = self._scores.distributions.get(f"{probe.name}@{probe.version}")
+        if distributions is None:
+            return
         reductions = [str(reduction) for reduction in probe.reductions] or [""]
-        for distribution in self._scores.distributions.get(f"{probe.name}@{probe.version}", ()):
+        for distribution in distributions:
             reduction = distribution.labels[2]
             if reduction in reductions:
                 yield distribution, reductions.index(reduction)
