@@ -44,7 +44,7 @@ class EmptyCall:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._channel.close()
         self._process.kill()
-        self._process.wait()
+        self._process.communicate()
 
 
 async def _wait(request: bytes, context: object) -> bytes:
