@@ -63,6 +63,7 @@ MAX_SCORES_ON_LOOP = 64
 
 # Half a megabyte each with a thousand probes.
 MAX_KNOWN_OPTIONS = 16
+MAX_KNOWN_REDUCTIONS = 8
 
 Result = TypeVar("Result")
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
@@ -163,7 +164,9 @@ class ScoringServicer(scoring_pb2_grpc.ScoringServiceServicer):
         small = request.ByteSize() <= MAX_BYTES_CHECKED_ON_LOOP
         asked, groups = await _unhurried(_read_request, request, small=small)
         _check_fingerprints(asked, info)
-        options, probes = _resolve_options(
+        # reductions are the client's to choose, as many as it likes: what is remembered must not grow with them
+        resolve = _resolve_options if len(asked.reductions) <= MAX_KNOWN_REDUCTIONS else _resolve_options.__wrapped__
+        options, probes = resolve(
             info, asked.probes, asked.reductions, asked.token_scores, asked.scope, asked.return_token_ids, asked.return_token_texts
         )
         texts = pending_texts(groups)

@@ -50,6 +50,7 @@ from probescore._messages import (
     probes_from_proto,
     probes_to_proto,
     request_to_proto,
+    responses,
     result_from_proto,
     result_to_proto,
     server_info_from_proto,
@@ -272,6 +273,16 @@ def test_whoever_changes_an_answer_changes_no_other() -> None:
     result = ScoreResult((), ScoringInfo("", "", (NAMED,)))
     result_to_proto(result).info.probes[0].name = "changed"
     assert result_to_proto(result).info.probes[0].name == "cheating"
+
+
+def test_a_thousand_reductions_that_a_client_chose_are_not_remembered() -> None:
+    many = dataclasses.replace(NAMED, reductions=NAMED.reductions * 1000)
+    before = responses._known_probe_to_proto.cache_info().currsize
+
+    message = result_to_proto(ScoreResult((), ScoringInfo("", "", (many,))))
+
+    assert len(message.info.probes[0].reductions) == 1000
+    assert responses._known_probe_to_proto.cache_info().currsize == before
 
 
 def test_scores_of_two_versions_of_one_probe_stay_apart() -> None:

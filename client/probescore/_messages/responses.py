@@ -24,6 +24,9 @@ from probescore.v1 import probes_pb2, scoring_pb2
 MAX_KNOWN_PROBES = 4096
 """Most answers name the same probes as those before them, a thousand perhaps: how is remembered, at about 1 kB each."""
 
+MAX_KNOWN_REDUCTIONS = 8
+"""Of a probe whose naming is remembered when it is written."""
+
 # ---------------------------------------------------------------------------------------------------------------------- writing
 
 
@@ -76,7 +79,11 @@ def _info_to_proto(info: ScoringInfo) -> scoring_pb2.ScoringInfo:
     return scoring_pb2.ScoringInfo(
         model_fingerprint=info.model_fingerprint,
         tokenizer_fingerprint=info.tokenizer_fingerprint,
-        probes=[_scored_probe_to_proto(probe) for probe in info.probes],
+        probes=[
+            # reductions are the client's to choose, as many as it likes: what is remembered must not grow with them
+            _known_probe_to_proto(probe) if len(probe.reductions) <= MAX_KNOWN_REDUCTIONS else _scored_probe_to_proto(probe)
+            for probe in info.probes
+        ],
         usage=scoring_pb2.Usage(
             tokens_computed=info.usage.tokens_computed,
             tokens_shared=info.usage.tokens_shared,
@@ -88,8 +95,12 @@ def _info_to_proto(info: ScoringInfo) -> scoring_pb2.ScoringInfo:
 
 
 @lru_cache(MAX_KNOWN_PROBES)
-def _scored_probe_to_proto(probe: ScoredProbe) -> probes_pb2.ScoredProbe:
+def _known_probe_to_proto(probe: ScoredProbe) -> probes_pb2.ScoredProbe:
     """Not to be changed: the next answer has the same one."""
+    return _scored_probe_to_proto(probe)
+
+
+def _scored_probe_to_proto(probe: ScoredProbe) -> probes_pb2.ScoredProbe:
     return probes_pb2.ScoredProbe(
         name=probe.name,
         version=probe.version,
