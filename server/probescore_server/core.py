@@ -7,12 +7,16 @@ import functools
 import os
 from collections.abc import Callable
 
+import structlog
+
 from probescore_server.metrics import Metrics
 from probescore_server.scheduler import Scheduler
 from probescore_server.service import ScoringServicer
 from probescore_server.settings import ServerSettings
 from probescore_server.worker import WorkerSpec
 from probescore_server.worker_process import WorkerProcess
+
+logger = structlog.get_logger(__name__)
 
 
 class Core:
@@ -33,6 +37,7 @@ class Core:
     def __init__(self, settings: ServerSettings, devices: tuple[str, ...], on_change: Callable[[], None]) -> None:
         self.metrics = Metrics()
         self._on_change = on_change
+        self._has_probes = bool(settings.probes)
         if settings.device_map != "none":
             devices = devices[:1]  # one worker, which takes the others too
         threads = settings.threads_per_worker or max(1, len(os.sched_getaffinity(0)) // len(devices))
@@ -64,6 +69,8 @@ class Core:
         Raises:
             StartupError: a worker cannot load what it should serve.
         """
+        if not self._has_probes:
+            logger.warning("no probes", consequence="every request to score is refused", remedy="start with --probes FILE or DIRECTORY")
         running = [asyncio.create_task(worker.run()) for worker in self.workers]
         try:
             await asyncio.gather(*running)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import sys
-from typing import Literal
+from typing import Literal, TextIO
 
 import structlog
 
@@ -23,9 +24,12 @@ def configure_logs(log_format: Literal["auto", "console", "json"], log_level: st
         structlog.stdlib.add_logger_name,
         structlog.processors.TimeStamper(fmt="%H:%M:%S" if readable else "iso", utc=not readable),
     ]
-    # Both escape what a client sent (run_id, job), so that it cannot forge lines or colours.
+    # Both escape what a client, a file name or a manifest says, so that it cannot forge lines or colours.
     rendering: list[structlog.typing.Processor] = (
-        [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), repr_native_str=True)]
+        [
+            _escape_event,
+            structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), repr_native_str=True, exception_formatter=_write_traceback),
+        ]
         if readable
         else [structlog.processors.dict_tracebacks, structlog.processors.JSONRenderer()]
     )
@@ -43,3 +47,21 @@ def configure_logs(log_format: Literal["auto", "console", "json"], log_level: st
         logger_factory=structlog.stdlib.LoggerFactory(),
         cache_logger_on_first_use=True,
     )
+
+
+def _escape_event(logger: object, method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+    """A processor: the renderer quotes all other values, and takes the event as it is."""
+    del logger, method
+    event["event"] = _escaped(str(event["event"]))
+    return event
+
+
+def _write_traceback(stream: TextIO, exc_info: structlog.typing.ExcInfo) -> None:
+    """An exception's text may come from a file or a client, too."""
+    written = io.StringIO()
+    structlog.dev.plain_traceback(written, exc_info)
+    stream.write("\n".join(map(_escaped, written.getvalue().split("\n"))))
+
+
+def _escaped(line: str) -> str:
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in line)

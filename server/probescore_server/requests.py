@@ -54,7 +54,7 @@ def resolve_options(
     by_key = {_key(probe): probe for probe in info.probes}
     keys = _resolve_names(info.probes, probes, "probes") if probes else tuple(by_key)
     if not keys:
-        raise InvalidRequest("probes", "no probe is loaded")
+        raise InvalidRequest("probes", "no probe is loaded: the server was started without any")
     match token_scores:
         case "all":
             wanted = tuple(key for key in keys if by_key[key].output_per is OutputPer.TOKEN)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import re
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import uvicorn
 from malformed_bodies import BODIES, malformed
 from models import BOS, EOS, tiny_tokenizer
 from running_gateway import RunningGateway, start_gateway
@@ -21,6 +24,7 @@ from probescore import Chat
 from probescore_adapters import GuardRails, ProbeScorer, ProbeSignal, Rollout
 from probescore_adapters.http.bodies import LimitedBodies
 from probescore_adapters.http.problems import DESCRIPTIONS
+from probescore_server.cli.gateway import ImpatientProtocol
 
 SIGNALS = json.dumps([{"probe": "cheating", "mode": "reward"}])
 WORST = -1e6
@@ -126,6 +130,18 @@ def test_page_describes_every_route_with_every_status(gateway: RunningGateway) -
     for route in BODIES:
         assert set(paths[route]["post"]["responses"]) == {"200", *map(str, DESCRIPTIONS)}
     assert gateway.get("/docs").status == 200
+
+
+def test_page_loads_nothing_from_elsewhere(gateway: RunningGateway) -> None:
+    """Then no address of anybody else's is on it, and a browser is told to load nothing."""
+    page = gateway.get("/docs")
+    text = page.body.decode()
+    assert not re.search(r"(?i)(src|href|url|import|action)\s*[=(]\s*[\"']?\s*(https?:)?//", text)
+    assert "<script" not in text
+    assert "default-src 'none'" in page.headers["content-security-policy"]
+    assert gateway.get("/redoc").status == 404
+    for route in BODIES:
+        assert f"<code>{route}</code>" in text
 
 
 def test_gateway_says_that_it_is_there(gateway: RunningGateway) -> None:
@@ -252,6 +268,52 @@ async def test_slow_body_is_given_up() -> None:
 
     await LimitedBodies(app, max_bytes=100, seconds=0.05)({"type": "http"}, receive, send)  # type: ignore[arg-type]
     assert sent[0]["status"] == 408
+
+
+SLOW_HEADS = {
+    "body": b"POST /slime HTTP/1.1\r\nHost: x\r\nContent-Length: 500\r\n\r\n",
+    "chunks": b"POST /slime HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n",
+    "head": b"POST /slime HTTP/1.1\r\n",
+    "nothing": b"",
+}
+PIECES = {"body": b"a", "chunks": b"1\r\na\r\n", "head": b"A: b\r\n", "nothing": b""}
+
+
+@pytest.mark.parametrize("slow", SLOW_HEADS)
+def test_connection_of_a_slow_client_ends_when_it_was_said_to(slow: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Given a client that goes on to send, a piece at a time, then its connection ends; the limits are shortened here."""
+    monkeypatch.setattr("probescore_server.cli.gateway.HEAD_SECONDS", 0.5)
+
+    async def app(*_: object) -> None:
+        raise AssertionError("there was no request")
+
+    config = uvicorn.Config(LimitedBodies(app, 10_000, 0.5), port=0, http=ImpatientProtocol, loop="asyncio", lifespan="off")  # type: ignore[arg-type]
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            time.sleep(0.01)
+        (listening,) = server.servers[0].sockets
+        with socket.create_connection(listening.getsockname()) as connection:
+            connection.settimeout(0.1)
+            connection.sendall(SLOW_HEADS[slow])
+            ended, pieces, answer = False, 0, b""
+            while not ended and pieces < 300:
+                pieces += 1
+                try:
+                    connection.sendall(PIECES[slow])
+                    answer += (received := connection.recv(1000))
+                    ended = not received
+                except TimeoutError:
+                    continue
+                except OSError:
+                    ended = True
+    finally:
+        server.should_exit = True
+        thread.join()
+    assert ended
+    assert answer.startswith(b"HTTP/1.1 408 ") == (slow in ("body", "chunks"))
 
 
 @pytest.mark.parametrize(("method", "route", "status"), [("POST", "/score", 404), ("GET", "/slime", 405)])

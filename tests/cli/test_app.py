@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from importlib.metadata import version
@@ -104,3 +105,18 @@ def test_a_message_cannot_command_the_terminal(capsys):
         raise UnavailableError("\x1b[2J")
 
     assert capsys.readouterr().err == "probescore: ⟨1B⟩[2J\n"
+
+
+COMMANDS_OF_A_SERVER = (["score"], ["info"], ["probes", "list"], ["sleep"], ["wake"], ["bench"], ["healthcheck"], ["gateway"])
+
+
+@pytest.mark.parametrize("command", COMMANDS_OF_A_SERVER, ids=" ".join)
+def test_the_address_of_a_server_is_given_in_one_way(command):
+    wide = {**os.environ, "COLUMNS": "250"}
+    help_of = [sys.executable, "-m", "probescore_server.cli", *command, "--help"]
+    ran = subprocess.run(help_of, capture_output=True, text=True, timeout=120, check=False, env=wide)
+
+    assert "--address" in ran.stdout
+    assert "-a" in ran.stdout
+    assert "PROBESCORE_ADDRESS" in ran.stdout
+    assert "ADDRESS" in ran.stdout.replace("PROBESCORE_ADDRESS", "")

@@ -17,17 +17,17 @@ NOBODY = "127.0.0.1:1"
 
 
 def test_a_server_that_serves_is_healthy_and_nothing_is_said(probescore, served: RunningServer):
-    ran = probescore("healthcheck", served.address)
+    ran = probescore("healthcheck", "--address", served.address)
 
     assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", "")
 
 
 def test_a_service_is_asked_for_by_name(probescore, served: RunningServer):
-    assert probescore("healthcheck", served.address, "--service", "probescore.v1.ScoringService").returncode == 0
+    assert probescore("healthcheck", "-a", served.address, "--service", "probescore.v1.ScoringService").returncode == 0
 
 
 def test_a_service_that_there_is_not_is_unhealthy(probescore, served: RunningServer):
-    ran = probescore("healthcheck", served.address, "--service", "probescore.v1.Nobody")
+    ran = probescore("healthcheck", "-a", served.address, "--service", "probescore.v1.Nobody")
 
     assert (ran.returncode, ran.stderr) == (1, f"probescore: {served.address}: NOT_FOUND\n")
 
@@ -36,13 +36,26 @@ def test_a_server_that_still_loads_is_unhealthy(probescore, model: Path):
     with start_server(model, [], wait=False) as loading:
         # the worker takes seconds to import torch, the answer comes at once
         assert find_problem(loading.address, "", 10) == f"{loading.address}: NOT_SERVING"
+        # started without probes, it says so before anybody asks
+        assert loading.wait_for("no probes")["consequence"] == "every request to score is refused"
 
 
 def test_where_nobody_listens_one_line_says_so(probescore):
-    ran = probescore("healthcheck", NOBODY)
+    ran = probescore("healthcheck", "--address", NOBODY)
 
     assert (ran.returncode, ran.stdout, ran.stderr.count("\n")) == (1, "", 1)
     assert ran.stderr.startswith(f"probescore: {NOBODY}: UNAVAILABLE")
+
+
+def test_of_several_servers_all_must_serve(probescore, served: RunningServer):
+    ran = probescore("healthcheck", "--address", f"{served.address},{NOBODY}")
+
+    assert ran.returncode == 1
+    assert ran.stderr.startswith(f"probescore: {NOBODY}: UNAVAILABLE")
+
+
+def test_the_address_may_stand_alone_as_in_older_container_files(probescore, served: RunningServer):
+    assert probescore("healthcheck", served.address, PROBESCORE_ADDRESS=NOBODY).returncode == 0
 
 
 def test_a_proxy_is_not_asked(probescore, served: RunningServer):

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from probescore import Chat, ChatMessage, Completion, RolloutGroup, Span, Text
-from probescore_server.cli.rollout_lines import LineError, read_rollout_lines
+from probescore_server.cli.rollout_lines import UNDECODABLE, LineError, read_rollout_lines
 
 ids = st.lists(st.integers(0, 2**31 - 1), max_size=5)
 texts = st.text(max_size=8)
@@ -137,6 +137,19 @@ def test_spans_and_masks_keep_their_order_and_meaning():
         ({"prompt": "", "completion": {"ids": [1], "spans": {"a": [0]}}}, "completion.spans.a: expected [start, end]"),
         ({"prompt": "", "completion": {"ids": [1], "id": 7}}, "completion.id: expected text, got 7"),
         ({"prompt": "", "completion": {"ids": [1], "follow_ups": "x"}}, "completion.follow_ups: expected a list"),
+        ({"prompt": "", "completion": [1], "mask": [1]}, "mask: belongs into the completion"),
+        ({"prompt": "", "completions": [[1]], "spans": {"a": [0, 1]}}, "spans: belongs into the completion"),
+        ({"prompt": "", "completion": [1], "follow_ups": [[2]]}, "follow_ups: belongs into the completion"),
+        ({"prompt": "", "completion": [1], "mask": None}, "mask: belongs into the completion"),
+        ({"prompt": "", "completion": [1], "label": {"a": 1}}, "label: expected text, a number, true, false or null"),
+        ({"prompt": "", "completion": [1], "label": [1]}, "label: expected text, a number, true, false or null"),
+        ({"prompt": "", "completions": [[1], [2]], "label": [1]}, "label: expected one for each of 2 completions, got 1"),
+        ({"prompt": "", "completions": [[1], [2]], "label": [1, []]}, "label[1]: expected text"),
+        ({"prompt": "", "completion": {"ids": [1], "label": []}}, "completion.label: expected text"),
+        (
+            {"prompt": "", "completion": {"ids": [1], "follow_ups": [{"ids": [1], "label": 1}]}},
+            "completion.follow_ups[0].label: a label is",
+        ),
         ({"prompt": "", "completion": {"ids": [1], "follow_ups": [{"ids": [-1]}]}}, "completion.follow_ups[0].ids[0]: expected a token id"),
     ],
 )
@@ -155,3 +168,18 @@ def test_a_line_that_is_no_rollout_is_refused_with_its_place(line, said):
 def test_no_json_makes_it_fail_otherwise(content):
     with contextlib.suppress(LineError):
         read(content)
+
+
+def test_a_completion_has_its_own_label_or_that_of_its_line():
+    own, listed, none = read(
+        {"prompt": "", "completions": [[1], {"ids": [2], "label": "b"}, {"ids": [3], "label": None}], "label": "a"},
+        {"prompt": "", "completions": [[1], [2]], "label": [True, 0]},
+        {"prompt": "", "completion": [1]},
+    )
+
+    assert (own.labels, listed.labels, none.labels) == (("a", "b", None), (True, 0), (None,))
+
+
+def test_a_line_that_is_no_utf8_is_named():
+    with pytest.raises(LineError, match=r"^rollouts\.jsonl:1: not UTF-8$"):
+        list(read_rollout_lines([b'{"prompt": "\xff"}'.decode(errors=UNDECODABLE)], "rollouts.jsonl", add_special_tokens=True))

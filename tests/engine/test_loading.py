@@ -220,6 +220,17 @@ def test_probe_of_another_model_is_refused(reference: ReferenceModel, tmp_path: 
     refused("model.fingerprint", "found sha256:", tiny_model(seed=1), linear().write(tmp_path, reference))
 
 
+def test_refusal_of_another_model_says_whose_is_whose_and_what_to_do(reference: ReferenceModel, tmp_path: Path) -> None:
+    file, served = linear().write(tmp_path, reference), tiny_model(seed=1)
+    made_for = read_probe_file(file).manifest.model
+    with pytest.raises(ProbeRefused) as caught:
+        Engine.load(str(served), [file])
+    assert caught.value.found == f"{made_for.fingerprint} ({made_for.id}, which linear@1 was made for)"
+    assert caught.value.expected.startswith(f"{ReferenceModel.load(served).reference.fingerprint} ({served.name}, which is served): serve ")
+    assert "write the probe anew" in caught.value.expected
+    assert "--accept-mismatch linear" in caught.value.expected
+
+
 def test_probe_read_one_layer_off_misses_its_golden_scores(reference: ReferenceModel, tmp_path: Path) -> None:
     shifted = linear("linear", tap="resid_post.2").write(tmp_path, reference, version="2")
     right = read_probe_file(linear().write(tmp_path, reference)).manifest

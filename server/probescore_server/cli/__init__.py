@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import sys
 
+from probescore_server.cli.streams import prepare_streams
+
 
 def main() -> None:
     """Runs the command line; says what to install where that is missing."""
+    prepare_streams()
     if sys.argv[1:2] == ["healthcheck"]:
         _healthcheck()
     try:

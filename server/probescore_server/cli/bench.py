@@ -12,13 +12,13 @@ from typing import Annotated
 
 import numpy as np
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from probescore import ProbeClient, RolloutGroup, ServerInfo, Usage
 from probescore_server.cli.connection import DEFAULT_ADDRESS, Address, Wait, connected
+from probescore_server.cli.console import new_console
 from probescore_server.cli.failures import one_line_failures
-from probescore_server.cli.probe_tables import facts_table
+from probescore_server.cli.probe_tables import facts_table, safe
 
 CALL_SECONDS = 3600.0
 """A deadline that only a server which hangs can miss."""
@@ -110,12 +110,12 @@ def _bench(
     with one_line_failures(), ExitStack() as stack:
         clients = [stack.enter_context(connected(address, wait)) for _ in range(concurrency)]
         info = clients[0].get_server_info()
-        with Console(stderr=True).status(f"{calls} calls, {concurrency} at a time"):
+        with new_console(stderr=True).status(f"{calls} calls, {concurrency} at a time"):
             result = run(load, clients, info, probe or (), token_scores=token_scores)
     if as_json:
         typer.echo(json.dumps(_numbers(load, result)))
     else:
-        Console(highlight=False).print(_table(load, result, info))
+        new_console().print(_table(load, result, info))
 
 
 def run(load: BenchLoad, clients: Sequence[ProbeClient], info: ServerInfo, probes: Sequence[str], *, token_scores: bool) -> BenchResult:
@@ -163,7 +163,7 @@ def _table(load: BenchLoad, result: BenchResult, info: ServerInfo) -> Table:
     usage = result.usage
     workers = ", ".join(f"{worker.device} ({worker.dtype}, {worker.execution_path})" for worker in info.workers)
     table = facts_table(f"{load.calls} calls of {load.groups} × {load.completions} rollouts, {load.concurrency} at a time")
-    table.add_row("workers", workers)
+    table.add_row("workers", safe(workers))
     table.add_row("throughput", f"{load.calls / result.seconds:,.2f} calls/s, {result.tokens / result.seconds:,.0f} tokens/s")
     table.add_row("latency", ", ".join(f"p{percent} {result.percentile(percent):.3f} s" for percent in (50, 90, 99)))
     table.add_row("tokens", f"{usage.tokens_computed:,} computed, {usage.tokens_shared:,} shared, {usage.tokens_cached:,} cached")

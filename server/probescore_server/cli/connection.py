@@ -7,18 +7,27 @@ from contextlib import contextmanager
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
 from probescore import DeadlineExceededError, ProbeClient, UnavailableError
+from probescore_server.cli.console import new_console
+
+ADDRESS_HELP = "The server: host:port, dns:///host:port or unix:/path; several host:port with commas."
+"""One way in every command."""
 
 Address = Annotated[
     str,
-    typer.Option("--address", "-a", help="The server: host:port or unix:/path.", envvar="PROBESCORE_ADDRESS", metavar="ADDRESS"),
+    typer.Option("--address", "-a", help=ADDRESS_HELP, envvar="PROBESCORE_ADDRESS", metavar="ADDRESS"),
 ]
 Wait = Annotated[float, typer.Option("--wait", help="Seconds to wait for a server that is not ready yet.", min=0, metavar="SECONDS")]
 
 DEFAULT_ADDRESS = "localhost:50051"
+
+
+def split_addresses(written: str) -> str | list[str]:
+    """What a client takes, from what ``--address`` says."""
+    addresses = [address.strip() for address in written.split(",") if address.strip()]
+    return addresses[0] if len(addresses) == 1 else addresses
 
 
 @contextmanager
@@ -29,9 +38,9 @@ def connected(address: str, wait: float) -> Iterator[ProbeClient]:
         UnavailableError: naming the address.
     """
     try:
-        with ProbeClient(address, restart_budget=wait) as client:
+        with ProbeClient(split_addresses(address), restart_budget=wait) as client:
             if wait > 0:
-                with Console(stderr=True).status(f"waiting for {escape(address)}"):
+                with new_console(stderr=True).status(f"waiting for {escape(address)}"):
                     client.wait_until_ready(timeout=wait)
             yield client
     except (UnavailableError, DeadlineExceededError) as error:

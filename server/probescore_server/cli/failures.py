@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import typer
 
 from probescore.errors import InvalidRequestError, ProbescoreError
-from probescore_server.cli.visible import visible
+from probescore_server.cli.visible import one_line
 from probescore_server.errors import StartupError
 
 FAILED = 1
@@ -22,6 +24,10 @@ def one_line_failures() -> Iterator[None]:
     """Turns every failure that is foreseen into its line and its exit code."""
     try:
         yield
+    except BrokenPipeError:
+        # who read has read enough; Python would complain of the rest when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(FAILED) from None
     except (InvalidRequestError, ValueError) as error:
         _stop(error, WRONG_INPUT)
     except OSError as error:
@@ -40,6 +46,11 @@ def needs_extra(app: typer.Typer, command: str, help_text: str, extra: str, miss
         _stop(f"{command} needs {missing.name}: pip install 'probescore[{extra}]'", FAILED)
 
 
+def say(message: object) -> None:
+    """One line on stderr, in which nothing is obeyed by a terminal."""
+    typer.echo("probescore: " + one_line(message), err=True)
+
+
 def _stop(message: object, code: int) -> None:
-    typer.echo("probescore: " + visible(" ".join(str(message).split("\n"))), err=True)
+    say(message)
     raise typer.Exit(code) from None

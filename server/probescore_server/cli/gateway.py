@@ -11,16 +11,21 @@ from typing import Annotated
 
 import typer
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from probescore import DeadlineExceededError, TransientError
 from probescore_adapters.environment import ADDRESS, OF_THE_POLICY, RAILS, RUN_ID, SIGNALS, scorer_from_environment
 from probescore_adapters.http import create_app
 from probescore_adapters.http.app import MAX_BODY_BYTES
 from probescore_adapters.scorer import ProbeScorer
+from probescore_server.cli.connection import ADDRESS_HELP
 from probescore_server.cli.failures import one_line_failures
+from probescore_server.cli.visible import one_line, spelt_out
 
 DEFAULT_TIMEOUT = "100"
 """Seconds: less than slime (120) and OpenRLHF (180) wait before they ask again."""
+HEAD_SECONDS = 20.0
+"""For the head of a request, from the connection or the answer before."""
 CHECK_SECONDS = 5.0
 DRAIN_SECONDS = 30
 
@@ -44,8 +49,8 @@ Signals are rewards, penalties and monitors. Options can also be environment var
 """
 
 
-def _option(flag: str, variable: str, text: str, metavar: str) -> typer.models.OptionInfo:
-    info: typer.models.OptionInfo = typer.Option(flag, help=f"{text} [dim]{variable}[/dim]", metavar=metavar, show_default=False)
+def _option(flags: str, variable: str, text: str, metavar: str) -> typer.models.OptionInfo:
+    info: typer.models.OptionInfo = typer.Option(*flags.split(), help=f"{text} [dim]{variable}[/dim]", metavar=metavar, show_default=False)
     return info
 
 
@@ -58,7 +63,7 @@ def register(app: typer.Typer) -> None:
 
 
 def _gateway(
-    address: Annotated[Word, _option("--address", ADDRESS, "The server: host:port or unix:/path; several with commas.", "ADDRESS")] = None,
+    address: Annotated[Word, _option("--address -a", ADDRESS, ADDRESS_HELP, "ADDRESS")] = None,
     signals: Annotated[Word, _option("--signals", SIGNALS, "JSON list of signals, or the path of a file with one.", "JSON|FILE")] = None,
     on_failure: Annotated[
         Word, _option("--on-failure", OF_THE_POLICY["on_failure"], "Without scores: raise (503), wait, or the number to answer.", "POLICY")
@@ -92,7 +97,9 @@ def _gateway(
         OF_THE_POLICY["wait_seconds"]: wait_seconds,
     }
     flags = {variable: value for variable, value in given.items() if value is not None}
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(_OneLine("%(levelname)s: %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     with one_line_failures():
         settings = {OF_THE_POLICY["timeout"]: DEFAULT_TIMEOUT, **os.environ, **flags}
         app = create_app(scorer_from_environment(settings), max_body_bytes=max_body_bytes)
@@ -101,8 +108,52 @@ def _gateway(
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, lambda *_: sys.exit(0))
     # one loop everywhere, whatever else is installed
-    config = uvicorn.Config(app, host=host, port=port, loop="asyncio", access_log=False, timeout_graceful_shutdown=DRAIN_SECONDS)
+    config = uvicorn.Config(
+        app, host=host, port=port, loop="asyncio", http=ImpatientProtocol, access_log=False, timeout_graceful_shutdown=DRAIN_SECONDS
+    )
     uvicorn.Server(config).run()
+
+
+class ImpatientProtocol(H11Protocol):
+    """Ends connections whose next request does not begin: uvicorn itself waits for the rest of a head for ever."""
+
+    _late: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """A connection is there; its request should be, soon."""
+        super().connection_made(transport)
+        self._wait_for_head()
+
+    def handle_events(self) -> None:
+        """Something came; if a request began with it, its body is for the application to wait for."""
+        before = self.cycle
+        super().handle_events()
+        if self.cycle is not before and self._late is not None:
+            self._late.cancel()
+
+    def on_response_complete(self) -> None:
+        """An answer is out; another request may follow."""
+        self._wait_for_head()
+        super().on_response_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Nothing more will come."""
+        if self._late is not None:
+            self._late.cancel()
+        super().connection_lost(exc)
+
+    def _wait_for_head(self) -> None:
+        if self._late is not None:
+            self._late.cancel()
+        self._late = self.loop.call_later(HEAD_SECONDS, self.transport.close)
+
+
+class _OneLine(logging.Formatter):
+    """Messages in which nothing is obeyed by a terminal; tracebacks keep their lines."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record as text."""
+        return spelt_out(super().format(record)) if record.exc_info else one_line(super().format(record))
 
 
 async def _check(scorer: ProbeScorer) -> None:

@@ -14,6 +14,8 @@ import typer
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from grpc_health.v1.health_pb2_grpc import HealthStub
 
+from probescore_server.cli.visible import one_line
+
 UNHEALTHY = 1
 
 # Where a server listens that listens everywhere.
@@ -21,13 +23,18 @@ _LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "localhost", "[::]": "localhost"}  # 
 
 Address = Annotated[
     str,
-    typer.Argument(
-        help="The server: host:port or unix:/path. Default: where PROBESCORE_UNIX_SOCKET, PROBESCORE_HOST and PROBESCORE_PORT say that it "
-        "listens, else 127.0.0.1:50051.",
+    typer.Option(
+        "--address",
+        "-a",
+        help="The server: host:port, dns:///host:port or unix:/path; several host:port with commas, which must all serve. Default: where "
+        "PROBESCORE_UNIX_SOCKET, PROBESCORE_HOST and PROBESCORE_PORT say that it listens, else 127.0.0.1:50051.",
+        envvar="PROBESCORE_ADDRESS",
         metavar="ADDRESS",
         show_default=False,
     ),
 ]
+# as it was given before there was one way in all commands; container files have it
+Written = Annotated[str, typer.Argument(hidden=True)]
 Service = Annotated[str, typer.Option("--service", help="A service of the server; empty = the server as a whole.", metavar="NAME")]
 Timeout = Annotated[float, typer.Option("--timeout", help="Seconds until it must have answered.", min=0.001, metavar="SECONDS")]
 
@@ -37,11 +44,12 @@ def register(app: typer.Typer) -> None:
     app.command("healthcheck")(_healthcheck)
 
 
-def _healthcheck(address: Address = "", service: Service = "", timeout: Timeout = 3) -> None:
+def _healthcheck(written: Written = "", address: Address = "", service: Service = "", timeout: Timeout = 3) -> None:
     """Exit with 0 if a server is SERVING by grpc.health.v1, else with 1 and a line that says what it is."""
-    problem = find_problem(address or own_address(os.environ), service, timeout)
+    asked = [one for one in (written or address or own_address(os.environ)).split(",") if one.strip()]
+    problem = next(filter(None, (find_problem(one.strip(), service, timeout) for one in asked)), "")
     if problem:
-        typer.echo(f"probescore: {problem}", err=True)
+        typer.echo(one_line(f"probescore: {problem}"), err=True)
         raise typer.Exit(UNHEALTHY)
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from probescore import Limits, ModelInfo, WorkerInfo
 from probescore_server.cli.connection import DEFAULT_ADDRESS, Address, Wait, connected
+from probescore_server.cli.console import new_console
 from probescore_server.cli.failures import one_line_failures
 from probescore_server.cli.probe_tables import facts_table, probes_table, safe
 
@@ -22,8 +22,8 @@ def _info(address: Address = DEFAULT_ADDRESS, wait: Wait = 0) -> None:
     with one_line_failures():
         with connected(address, wait) as client:
             info, probes = client.get_server_info(), client.list_probes()
-        console = Console(highlight=False)
-        console.print(f"[bold]probescore {info.server_version}[/bold] at {safe(address)}\n", soft_wrap=True)
+        console = new_console()
+        console.print(f"[bold]probescore {safe(info.server_version)}[/bold] at {safe(address)}\n", soft_wrap=True)
         tables = (_model_table(info.model, info.tokenizer_fingerprint), workers_table(info.workers), _limits_table(info.limits))
         for table in (*tables, probes_table(probes)):
             console.print(table, "")
@@ -32,11 +32,11 @@ def _info(address: Address = DEFAULT_ADDRESS, wait: Wait = 0) -> None:
 def _model_table(model: ModelInfo, tokenizer_fingerprint: str) -> Table:
     table = facts_table("Model")
     table.add_row("id", safe(model.id + (f" at {model.revision}" if model.revision else "")))
-    table.add_row("architecture", f"{model.model_type}, hidden size {model.hidden_size:,}, vocabulary {model.vocab_size:,}")
+    table.add_row("architecture", f"{safe(model.model_type)}, hidden size {model.hidden_size:,}, vocabulary {model.vocab_size:,}")
     table.add_row("blocks", f"{model.num_loaded_layers} of {model.num_hidden_layers} loaded, as deep as a probe reads")
     table.add_row("positions", f"{model.max_position_embeddings:,}" if model.max_position_embeddings else "unknown")
-    table.add_row("fingerprint", model.fingerprint)
-    table.add_row("tokenizer", tokenizer_fingerprint or "none: only token ids can be scored")
+    table.add_row("fingerprint", safe(model.fingerprint))
+    table.add_row("tokenizer", safe(tokenizer_fingerprint) or "none: only token ids can be scored")
     return table
 
 
@@ -46,7 +46,7 @@ def workers_table(workers: tuple[WorkerInfo, ...]) -> Table:
     for worker in workers:
         state = "[yellow]asleep[/yellow]" if worker.asleep else "[green]ready[/green]" if worker.ready else "[red]not ready[/red]"
         restarts = f", restarted {worker.restarts} times" if worker.restarts else ""
-        table.add_row(worker.device, f"{state}, {worker.dtype}, {worker.execution_path} path{restarts}")
+        table.add_row(safe(worker.device), f"{state}, {safe(worker.dtype)}, {safe(worker.execution_path)} path{restarts}")
     return table
 
 

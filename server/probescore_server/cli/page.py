@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from probescore import ScoringInfo
+from probescore_server.atomic_write import write_atomically
 from probescore_server.cli.rollout_views import RolloutView, Scale, Series, SeriesScores, Token
 
 _PLACE = "<!--probescore-data-->"
@@ -21,7 +22,7 @@ def write_page(path: Path, views: Sequence[RolloutView], series: Sequence[Series
     """Writes the page.
 
     Args:
-        path: replaced if it exists.
+        path: replaced as a whole if it exists.
         views: one card each, in this order.
         series: what the reader can choose to colour by; the first is chosen.
         info: what produced the scores.
@@ -30,7 +31,7 @@ def write_page(path: Path, views: Sequence[RolloutView], series: Sequence[Series
     Raises:
         OSError: the file cannot be written.
     """
-    path.write_text(page(views, series, info, title=title), encoding="utf-8")
+    write_atomically(path, page(views, series, info, title=title).encode())
 
 
 def page(views: Sequence[RolloutView], series: Sequence[Series], info: ScoringInfo, *, title: str) -> str:
@@ -49,6 +50,7 @@ def _data(views: Sequence[RolloutView], series: Sequence[Series], info: ScoringI
     rollouts = [
         {
             "title": view.title,
+            "label": view.label,
             "problem": view.problem,
             "inexact": view.inexact,
             "context": contexts.index(_indices(view.context, pieces)),

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from probescore_server.cli.connection import DEFAULT_ADDRESS, Address, Wait, connected
+from probescore_server.cli.console import new_console
 from probescore_server.cli.failures import one_line_failures
 from probescore_server.cli.manifest_tables import manifest_tables
 from probescore_server.cli.probe_tables import facts_table, probes_table, safe
@@ -30,7 +31,7 @@ def _list(address: Address = DEFAULT_ADDRESS, wait: Wait = 0) -> None:
     with one_line_failures():
         with connected(address, wait) as client:
             loaded = client.list_probes()
-        Console(highlight=False).print(probes_table(loaded))
+        new_console().print(probes_table(loaded))
 
 
 def _inspect(file: ProbeFileArgument) -> None:
@@ -39,7 +40,7 @@ def _inspect(file: ProbeFileArgument) -> None:
         from probescore_server.probes.probe_file import read_probe_file
 
         probe = read_probe_file(file)
-        console = Console(highlight=False)
+        console = new_console()
         for table in manifest_tables(probe.manifest):
             console.print(table, "")
         console.print(
@@ -58,7 +59,7 @@ def _verify(
     device: Annotated[str, typer.Option("--device", help="cpu or cuda:0.")] = "cpu",
 ) -> None:
     """Check a probe file against its model, as a server does before it serves it."""
-    console = Console(highlight=False)
+    console = new_console()
     with one_line_failures():
         from probescore_server.engine import Engine
 

@@ -1,36 +1,58 @@
 """Rollouts as lines of JSON: what ``probescore score FILE`` reads.
 
-One object a line. Keys that are not named here are ignored at the top, where datasets keep columns of their own, and refused inside a
-completion, where a misspelt ``mask`` would change scores.
+One object a line. ``docs/rollout-lines.md`` describes every field.
 
-    {"prompt": PROMPT, "completions": [COMPLETION, …]}      a rollout group
-    {"prompt": PROMPT, "completion": COMPLETION}            a group of one
+    {"prompt": PROMPT, "completions": [COMPLETION, …], "label": LABEL or [LABEL, …]}    a rollout group
+    {"prompt": PROMPT, "completion": COMPLETION, "label": LABEL}                        a group of one
 
     PROMPT      "text" | [ids] | [{"role": "user", "content": "…"}, …]
     COMPLETION  "text" | [ids] | {"text": "…" or "ids": [ids], "mask": [0, 1, …], "spans": {"name": [start, end]},
-                                  "follow_ups": [COMPLETION, …], "id": "…"}
+                                  "follow_ups": [COMPLETION, …], "id": "…", "label": LABEL}
+    LABEL       text, a number, true, false or null
+
+Keys that are not named here are ignored at the top, where datasets keep columns of their own, and refused inside a completion, where a
+misspelt ``mask`` would change scores. At the top, keys that change scores inside a completion are refused too.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 from probescore.types import Chat, Completion, RolloutGroup, Span, Text
 
-_COMPLETION_KEYS = ("text", "ids", "mask", "spans", "follow_ups", "id")
+UNDECODABLE = "surrogateescape"
+"""How bytes that are no UTF-8 come in a line, so that the line can be named."""
+
+Label: TypeAlias = str | int | float | bool | None
+
+_COMPLETION_KEYS = ("text", "ids", "mask", "spans", "follow_ups", "id", "label")
+_CHANGES_SCORES = ("mask", "spans", "follow_ups")
 
 
 class LineError(ValueError):
     """A line that is not a rollout; its text names the source, the line, the field and what is wrong."""
 
 
-def read_rollout_lines(lines: Iterable[str], source: str, *, add_special_tokens: bool) -> Iterator[RolloutGroup]:
+@dataclass(frozen=True, eq=False)
+class LabelledGroup(RolloutGroup):
+    """A rollout group, and what its line says that each completion is.
+
+    Attributes:
+        labels: one for each completion; ``None`` = not labelled. No server sees them.
+    """
+
+    labels: tuple[Label, ...] = ()
+
+
+def read_rollout_lines(lines: Iterable[str], source: str, *, add_special_tokens: bool) -> Iterator[LabelledGroup]:
     """Reads rollout groups from lines of JSON, passing over empty lines.
 
     Args:
-        lines: as the module describes them.
+        lines: as the module describes them, decoded from UTF-8 with ``UNDECODABLE``.
         source: name of the file, for messages.
         add_special_tokens: whether prompts given as text get the tokenizer's special tokens (BOS).
 
@@ -47,25 +69,56 @@ def read_rollout_lines(lines: Iterable[str], source: str, *, add_special_tokens:
 
 def _parsed(line: str) -> object:
     try:
+        line.encode()
+    except UnicodeEncodeError:
+        raise LineError("not UTF-8") from None
+    try:
         return json.loads(line)
     except (ValueError, RecursionError) as error:
         raise LineError(f"not JSON: {error}") from None
 
 
-def _group(content: object, add_special_tokens: bool) -> RolloutGroup:
+def _group(content: object, add_special_tokens: bool) -> LabelledGroup:
     if not isinstance(content, dict):
         raise LineError(f"expected an object with prompt and completions, got {_shown(content)}")
     if "prompt" not in content:
         raise LineError('prompt: missing; write "" for an empty one')
     if ("completions" in content) == ("completion" in content):
         raise LineError("completions: give either completions (a list) or completion (one)")
+    for key in _CHANGES_SCORES:
+        if key in content:
+            raise LineError(f'{key}: belongs into the completion that it is about: "completion": {{"ids": […], "{key}": …}}')
     completions = content["completions"] if "completions" in content else [content["completion"]]
     if not isinstance(completions, list) or not completions:
         raise LineError(f"completions: expected a list of at least one, got {_shown(completions)}")
     read = [
         _completion(entry, f"completions[{index}]" if "completions" in content else "completion") for index, entry in enumerate(completions)
     ]
-    return RolloutGroup(_prompt(content["prompt"], add_special_tokens), read)
+    return LabelledGroup(_prompt(content["prompt"], add_special_tokens), read, labels=tuple(_labels(content, completions)))
+
+
+def _labels(content: dict[str, Any], completions: list[object]) -> Iterator[Label]:
+    """Of each completion: its own, else the line's."""
+    whole = content.get("label")
+    if isinstance(whole, list) and "completions" in content:
+        if len(whole) != len(completions):
+            raise LineError(f"label: expected one for each of {len(completions)} completions, got {len(whole)}")
+        of_line = [_label(entry, f"label[{index}]") for index, entry in enumerate(whole)]
+    else:
+        of_line = [_label(whole, "label")] * len(completions)
+    for index, completion in enumerate(completions):
+        if isinstance(completion, dict) and "label" in completion:
+            yield _label(completion["label"], f"completions[{index}].label" if "completions" in content else "completion.label")
+        else:
+            yield of_line[index]
+
+
+def _label(content: object, field: str) -> Label:
+    if isinstance(content, float) and not math.isfinite(content):
+        raise LineError(f"{field}: expected a finite number, got {content}")
+    if content is not None and not isinstance(content, str | int | float | bool):
+        raise LineError(f"{field}: expected text, a number, true, false or null, got {_shown(content)}")
+    return content
 
 
 def _prompt(content: object, add_special_tokens: bool) -> Text | Chat | list[int]:
@@ -79,11 +132,13 @@ def _prompt(content: object, add_special_tokens: bool) -> Text | Chat | list[int
     return _ids(content, "prompt", "text, a list of token ids or a list of messages")
 
 
-def _completion(content: object, field: str) -> Completion:
+def _completion(content: object, field: str, *, is_follow_up: bool = False) -> Completion:
     if isinstance(content, str):
         return Completion(content)
     if not isinstance(content, dict):
         return Completion(_ids(content, field, "text, a list of token ids or an object"))
+    if is_follow_up and "label" in content:
+        raise LineError(f"{field}.label: a label is about a completion, not about a follow-up to it")
     unknown = [key for key in content if key not in _COMPLETION_KEYS]
     if unknown:
         raise LineError(f"{field}: unknown key {unknown[0]!r}; known: {', '.join(_COMPLETION_KEYS)}")
@@ -99,7 +154,7 @@ def _completion(content: object, field: str) -> Completion:
         _text(content["text"], f"{field}.text") if "text" in content else _ids(content["ids"], f"{field}.ids", "a list of token ids"),
         mask=None if content.get("mask") is None else _mask(content["mask"], f"{field}.mask"),
         spans=_spans(content.get("spans", {}), f"{field}.spans"),
-        follow_ups=tuple(_completion(entry, f"{field}.follow_ups[{index}]") for index, entry in enumerate(follow_ups)),
+        follow_ups=tuple(_completion(entry, f"{field}.follow_ups[{index}]", is_follow_up=True) for index, entry in enumerate(follow_ups)),
         id=name,
     )
 

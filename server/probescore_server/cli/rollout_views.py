@@ -85,6 +85,7 @@ class RolloutView:
         inexact: some ids came from text.
         spans: relative to ``tokens``.
         scores: by ``Series.name``.
+        label: what the input says that the completion is, in words; empty if it says nothing.
     """
 
     title: str
@@ -94,6 +95,7 @@ class RolloutView:
     inexact: bool
     spans: tuple[Span, ...] = ()
     scores: Mapping[str, SeriesScores] = field(default_factory=dict)
+    label: str = ""
 
 
 def series_of(probes: Sequence[ScoredProbe], loaded: Iterable[ProbeInfo]) -> tuple[Series, ...]:
@@ -123,21 +125,31 @@ def _calibration(calibrations: Sequence[Calibration], probe: ScoredProbe, label:
     return next((found for found in calibrations if found.reduction == first and found.label in ("", label)), None)
 
 
-def rollout_views(title: str, completion: Completion, scored: CompletionScores, series: Sequence[Series]) -> list[RolloutView]:
-    """The view of one completion, followed by those of its follow-ups. ``scored`` must carry ids; texts are shown if they are there."""
+def rollout_views(
+    title: str, completion: Completion, scored: CompletionScores, series: Sequence[Series], label: str = ""
+) -> list[RolloutView]:
+    """The view of one completion, followed by those of its follow-ups.
+
+    Args:
+        title: where the completion stood in the input.
+        completion: as it was sent.
+        scored: what came back; it must carry ids, and texts are shown if they are there.
+        series: what is shown of it.
+        label: what the input says that it is.
+    """
     prompt = _tokens(scored.prompt_ids, scored.prompt_texts, None)
-    return _views(title, prompt, completion, scored, series)
+    return _views(title, prompt, completion, scored, series, visible(label))
 
 
 def _views(
-    title: str, context: tuple[Token, ...], completion: Completion, scored: CompletionScores, series: Sequence[Series]
+    title: str, context: tuple[Token, ...], completion: Completion, scored: CompletionScores, series: Sequence[Series], label: str = ""
 ) -> list[RolloutView]:
     tokens = _tokens(scored.completion_ids, scored.completion_texts, completion.mask)
     named = f"{title} · {visible(scored.id)}" if scored.id else title
     problem = "" if scored.status is CompletionStatus.OK else visible(scored.status_message) or scored.status.value
     scores = {} if problem else {entry.name: _series_scores(entry, completion, scored, len(tokens)) for entry in series}
     spans = tuple(Span(visible(span.name), span.start, span.end) for span in completion.spans)
-    views = [RolloutView(named, context, tokens, problem, scored.inexact_ids, spans, scores)]
+    views = [RolloutView(named, context, tokens, problem, scored.inexact_ids, spans, scores, label)]
     for index, (follow_up, answer) in enumerate(zip(completion.follow_ups, scored.follow_ups, strict=True), 1):
         views += _views(f"{title} · follow-up {index}", context + tokens, follow_up, answer, series)
     return views

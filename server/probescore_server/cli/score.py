@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
+import os
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 import numpy as np
 import typer
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from probescore import Completion, CompletionScores, ProbeClient, ProbeInfo, RolloutGroup, ScoringInfo, StreamedCompletion, Text
-from probescore.types import TokenIds, score_keys
+from probescore import Completion, CompletionScores, CompletionStatus, ProbeInfo, ScoringInfo, StreamedCompletion, Text
+from probescore.types import score_keys
 from probescore_server.cli.connection import DEFAULT_ADDRESS, Address, Wait, connected
-from probescore_server.cli.failures import one_line_failures
+from probescore_server.cli.console import new_console
+from probescore_server.cli.failures import FAILED, one_line_failures, say
+from probescore_server.cli.interruption import interruptible
 from probescore_server.cli.page import write_page
-from probescore_server.cli.rollout_lines import read_rollout_lines
-from probescore_server.cli.rollout_views import RolloutView, Series, rollout_views, series_of
-from probescore_server.cli.terminal import print_rollouts
+from probescore_server.cli.progress import Progress
+from probescore_server.cli.rollout_lines import UNDECODABLE, Label, LabelledGroup, read_rollout_lines
+from probescore_server.cli.rollout_views import RolloutView, rollout_views, series_of
+from probescore_server.cli.terminal import RolloutPrinter
+from probescore_server.cli.visible import visible_json
 
 HELP = """
 Score a text, or rollouts, and show them coloured by score.
@@ -34,7 +38,11 @@ SOURCE is a text (with --prompt before it), the name of a file of rollouts, or -
   PROMPT is "text", \\[token ids], or \\[{"role": "user", "content": "…"}, …]
 
   COMPLETION is "text", \\[token ids], or {"text" or "ids": …, "id": "…", "mask": \\[0, 1, …], "spans": {"name": \\[start, end]},
-  "follow_ups": \\[COMPLETION, …]}
+  "follow_ups": \\[COMPLETION, …], "label": LABEL}
+
+  A "label" beside the prompt, or one in each completion, is carried into --html and --json.
+
+Results are printed in the order of the input as they come; Ctrl-C keeps what has come.
 
 Token ids are taken verbatim. Texts are tokenised by the server, which is good enough to look at, not to train on.
 
@@ -46,17 +54,8 @@ Token ids are taken verbatim. Texts are tokenised by the server, which is good e
 
   probescore score - --json < rollouts.jsonl > scores.jsonl
 
-[bold]Exit codes[/bold]: 0 if everything was scored, 1 if something could not be, 2 for wrong input.
+[bold]Exit codes[/bold]: 0 if everything was scored, 1 if something could not be, 2 for wrong input, 130 after Ctrl-C.
 """
-
-
-@dataclass(frozen=True, eq=False)
-class Answer:
-    """Everything that came back: ``completions`` by group and completion, in the order of the input."""
-
-    info: ScoringInfo
-    completions: dict[tuple[int, int], CompletionScores]
-    loaded: tuple[ProbeInfo, ...]
 
 
 def register(app: typer.Typer) -> None:
@@ -86,84 +85,200 @@ def _score(
 ) -> None:
     with one_line_failures():
         groups = _groups(source, prompt, special_tokens)
-        with connected(address, wait) as client:
-            answer = score_groups(client, groups, probes=probe or (), reductions=reduction or ())
-        if as_json:
-            for line in json_lines(groups, answer):
-                typer.echo(line)
-        views, series = all_views(groups, answer)
+        total = sum(len(group.completions) for group in groups)
+        if not total:
+            raise ValueError("there are no rollouts to score")
         if html is not None:
-            write_page(html, views, series, answer.info, title=f"{len(views)} scored rollouts")
-        if not as_json:
-            console = Console(highlight=False)
-            print_rollouts(console, views[:show], series)
-            if len(views) > show:
-                console.print(f"… and {len(views) - show} more: --show {len(views)}, --html FILE or --json shows them")
-            if html is not None:
-                console.print(f"wrote {html}", soft_wrap=True)
-        unscored = sum(bool(view.problem) for view in views)
-    if unscored:
-        typer.echo(f"probescore: {unscored} of {len(views)} rollouts could not be scored", err=True)
-        raise typer.Exit(1)
+            _check_can_be_written(html)
+        with connected(address, wait) as client, interruptible() as interruption:
+            loaded = client.list_probes()
+            printed: _Output = _Lines() if as_json else _Shown(loaded, show)
+            results = _InOrder(groups, [printed] if html is None else [printed, _Page(html, loaded, total, quiet=as_json)])
+            stream = client.score_stream(
+                groups, probes=probe or (), reductions=reduction or (), token_scores="all", return_token_ids=True, return_token_texts=True
+            )
+            try:
+                with Progress(total) as progress:
+                    for scored in stream:
+                        with interruption.held_back(), progress.aside():
+                            results.add(scored)
+                        progress.advance()
+            except BrokenPipeError:
+                results.outputs.remove(printed)  # nobody reads any more
+                raise
+            finally:
+                # also after Ctrl-C, and where the server went away: what was scored is kept
+                with interruption.held_back():
+                    results.close()
+                if 0 < results.received < total and printed in results.outputs:
+                    say(f"{results.received} of {total} rollouts came back before the end; they are kept")
+    if results.unscored:
+        say(f"{results.unscored} of {results.views} rollouts could not be scored")
+        raise typer.Exit(FAILED)
 
 
-def _groups(source: str, prompt: str, special_tokens: bool) -> list[RolloutGroup]:
+def _groups(source: str, prompt: str, special_tokens: bool) -> list[LabelledGroup]:
     if source == "-":
-        return list(read_rollout_lines(sys.stdin, "standard input", add_special_tokens=special_tokens))
+        # JSON is UTF-8, whatever the terminal speaks
+        lines = io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8", errors=UNDECODABLE)
+        return list(read_rollout_lines(lines, "standard input", add_special_tokens=special_tokens))
     if source.endswith(".jsonl") or Path(source).is_file():
-        with Path(source).open(encoding="utf-8") as lines:
+        with Path(source).open(encoding="utf-8", errors=UNDECODABLE) as lines:
             return list(read_rollout_lines(lines, source, add_special_tokens=special_tokens))
-    return [RolloutGroup(Text(prompt, special_tokens), [Completion(source)])]
+    return [LabelledGroup(Text(prompt, special_tokens), [Completion(source)], labels=(None,))]
 
 
-def score_groups(client: ProbeClient, groups: Sequence[RolloutGroup], *, probes: Sequence[str], reductions: Sequence[str]) -> Answer:
-    """Scores groups with everything that people are shown, with a progress bar where standard error is a terminal.
+def _check_can_be_written(path: Path) -> None:
+    """Before anything is scored; raises ``OSError`` if not."""
+    problem = 0
+    if path.is_dir():
+        problem = errno.EISDIR
+    elif not path.parent.is_dir():
+        problem = errno.ENOENT
+    elif not os.access(path.parent, os.W_OK):
+        problem = errno.EACCES
+    if problem:
+        raise OSError(problem, os.strerror(problem), str(path))
 
-    Raises:
-        ProbescoreError: as the client does.
-        ValueError: there is nothing to score.
+
+class _Scored:
+    """One completion that came back: where it stood in the input, and what the input says of it."""
+
+    def __init__(self, groups: Sequence[LabelledGroup], streamed: StreamedCompletion) -> None:
+        self.group, self.index = streamed.group_index, streamed.completion_index
+        self.of_group = len(groups[self.group].completions)
+        completion = groups[self.group].completions[self.index]
+        self.completion = completion if isinstance(completion, Completion) else Completion(completion)
+        self.label: Label = groups[self.group].labels[self.index]
+        self.scores: CompletionScores = streamed.scores
+        self.info: ScoringInfo = streamed.info
+
+    def shown(self, loaded: Sequence[ProbeInfo]) -> list[RolloutView]:
+        """The completion as people see it, and its follow-ups."""
+        title = f"group {self.group + 1}" + (f", completion {self.index + 1}" if self.of_group > 1 else "")
+        label = "" if self.label is None else self.label if isinstance(self.label, str) else json.dumps(self.label)
+        return rollout_views(title, self.completion, self.scores, series_of(self.info.probes, loaded), label)
+
+
+class _Output(Protocol):
+    """What becomes of results."""
+
+    def add(self, scored: _Scored) -> None:
+        """Takes one; they come in the order of the input."""
+
+    def close(self) -> None:
+        """There are no more."""
+
+
+class _InOrder:
+    """Hands results on in the order of the input, each as soon as all before it are there; at the end also those after a gap.
+
+    Attributes:
+        outputs: who gets them.
+        received: results so far.
+        views: rollouts and follow-ups among those handed on.
+        unscored: of these, how many have no scores.
     """
-    total = sum(len(group.completions) for group in groups)
-    if not total:
-        raise ValueError("there are no rollouts to score")
-    loaded = client.list_probes()
-    received: list[StreamedCompletion] = []
-    with _progress() as progress:
-        task = progress.add_task("scoring", total=total)
-        stream = client.score_stream(
-            groups, probes=probes, reductions=reductions, token_scores="all", return_token_ids=True, return_token_texts=True
-        )
-        for scored in stream:
-            received.append(scored)
-            progress.advance(task)
-    received.sort(key=lambda scored: (scored.group_index, scored.completion_index))
-    return Answer(received[0].info, {(scored.group_index, scored.completion_index): scored.scores for scored in received}, loaded)
+
+    def __init__(self, groups: Sequence[LabelledGroup], outputs: list[_Output]) -> None:
+        self.outputs = outputs
+        self._groups = groups
+        self._places = [(group, index) for group, entry in enumerate(groups) for index in range(len(entry.completions))]
+        self._next = 0
+        self._waiting: dict[tuple[int, int], _Scored] = {}
+        self.received = self.views = self.unscored = 0
+
+    def add(self, streamed: StreamedCompletion) -> None:
+        scored = _Scored(self._groups, streamed)
+        self.received += 1
+        self._waiting[scored.group, scored.index] = scored
+        while self._next < len(self._places) and (ready := self._waiting.pop(self._places[self._next], None)) is not None:
+            self._next += 1
+            self._hand_on(ready)
+
+    def close(self) -> None:
+        for place in sorted(self._waiting):
+            self._hand_on(self._waiting[place])
+        self._waiting.clear()
+        for output in self.outputs:
+            output.close()
+
+    def _hand_on(self, scored: _Scored) -> None:
+        statuses = [answer.status is CompletionStatus.OK for answer in _with_follow_ups(scored.scores)]
+        self.views += len(statuses)
+        self.unscored += statuses.count(False)
+        for output in self.outputs:
+            output.add(scored)
 
 
-def _progress() -> Progress:
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+def _with_follow_ups(scored: CompletionScores) -> list[CompletionScores]:
+    return [scored, *(inner for follow_up in scored.follow_ups for inner in _with_follow_ups(follow_up))]
 
 
-def all_views(groups: Sequence[RolloutGroup], answer: Answer) -> tuple[list[RolloutView], tuple[Series, ...]]:
-    """What the terminal and the page draw."""
-    series = series_of(answer.info.probes, answer.loaded)
-    views = []
-    for (group, index), scored in answer.completions.items():
-        title = f"group {group + 1}" + (f", completion {index + 1}" if len(groups[group].completions) > 1 else "")
-        views += rollout_views(title, _as_completion(groups[group].completions[index]), scored, series)
-    return views, series
+class _Lines:
+    """JSON, one object a line, complete as soon as it is written; an absent number is ``null``."""
+
+    def add(self, scored: _Scored) -> None:
+        content = {"group": scored.group, "completion": scored.index, "label": scored.label} | _as_json(scored.scores, scored.info)
+        # JSON can say every text in every encoding
+        can_say = (sys.stdout.encoding or "").lower().replace("-", "").startswith("utf")
+        typer.echo(visible_json(json.dumps(content, ensure_ascii=not can_say, allow_nan=False)))
+
+    def close(self) -> None:
+        pass
 
 
-def _as_completion(completion: Completion | TokenIds | str) -> Completion:
-    return completion if isinstance(completion, Completion) else Completion(completion)
+class _Shown:
+    """The first rollouts on the terminal, and how many more there are."""
+
+    def __init__(self, loaded: Sequence[ProbeInfo], most: int) -> None:
+        self._loaded = loaded
+        self._most = most
+        self._console = new_console()
+        self._printer: RolloutPrinter | None = None
+        self._views = 0
+
+    def add(self, scored: _Scored) -> None:
+        views = scored.shown(self._loaded)
+        printer = self._printer = self._printer or RolloutPrinter(self._console, series_of(scored.info.probes, self._loaded))
+        for view in views[: max(0, self._most - self._views)]:
+            printer.print(view, scale_of=views)
+        self._views += len(views)
+
+    def close(self) -> None:
+        if self._printer is not None:
+            self._printer.print_legend()
+        if self._views > self._most:
+            more = self._views - self._most
+            self._console.print(f"… and {more} more: --show {self._views}, --html FILE or --json shows them")
 
 
-def json_lines(groups: Sequence[RolloutGroup], answer: Answer) -> Iterator[str]:
-    """One object a completion, in the order of the input; an absent number is ``null``."""
-    for (group, index), scored in answer.completions.items():
-        yield json.dumps({"group": group, "completion": index} | _as_json(scored, answer.info), ensure_ascii=False, allow_nan=False)
+class _Page:
+    """All rollouts on one page, written when there are no more."""
+
+    def __init__(self, path: Path, loaded: Sequence[ProbeInfo], total: int, *, quiet: bool) -> None:
+        self._path = path
+        self._loaded = loaded
+        self._total = total
+        self._quiet = quiet
+        self._completions = 0
+        self._views: list[RolloutView] = []
+        self._info: ScoringInfo | None = None
+
+    def add(self, scored: _Scored) -> None:
+        self._completions += 1
+        self._views += scored.shown(self._loaded)
+        self._info = self._info or scored.info
+
+    def close(self) -> None:
+        if self._info is None:
+            return
+        title = f"{len(self._views)} scored rollouts"
+        if self._completions < self._total:
+            title += f", of {self._completions} completions out of {self._total}"
+        write_page(self._path, self._views, series_of(self._info.probes, self._loaded), self._info, title=title)
+        if not self._quiet:
+            new_console().print(f"wrote {self._path}", soft_wrap=True, markup=False)
 
 
 def _as_json(scored: CompletionScores, info: ScoringInfo) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import structlog
 import typer
 from pydantic.fields import FieldInfo
 
+from probescore_server.cli.visible import one_line
 from probescore_server.errors import StartupError
 from probescore_server.logs import configure_logs
 from probescore_server.server import serve as run_server
@@ -68,7 +69,7 @@ def _serve(config: Path | None, **flags: Any) -> None:  # noqa: ANN401
     try:
         settings = load_settings({name: value for name, value in flags.items() if value is not None}, config)
     except StartupError as error:
-        typer.echo(f"probescore serve: {error}", err=True)
+        typer.echo(one_line(f"probescore serve: {error}"), err=True)
         raise typer.Exit(BAD_SETTINGS) from None
     configure_logs(settings.log_format, settings.log_level)
     try:

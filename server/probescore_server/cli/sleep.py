@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from probescore import Transfer
 from probescore_server.cli.connection import DEFAULT_ADDRESS, Address, Wait, connected
+from probescore_server.cli.console import new_console
 from probescore_server.cli.failures import one_line_failures
 from probescore_server.cli.probe_tables import safe
 
@@ -36,7 +36,7 @@ def _wake(address: Address = DEFAULT_ADDRESS, wait: Wait = 0, timeout: Timeout =
 
 def print_transfers(transfers: Iterable[Transfer], state: str, weights: str, memory: str) -> None:
     """One line a device: what it is now, how long that took, and what moved."""
-    console = Console(highlight=False)
+    console = new_console()
     for transfer in transfers:
         device = f"[bold]{safe(transfer.device)}[/bold]"
         moved = f"{_gibibytes(transfer.weight_bytes)} {weights}, {_gibibytes(transfer.device_bytes)} {memory}"

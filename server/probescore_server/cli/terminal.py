@@ -22,26 +22,57 @@ def has_colours(console: Console) -> bool:
 
 
 def print_rollouts(console: Console, views: Sequence[RolloutView], series: Sequence[Series]) -> None:
-    """Prints the rollouts one after the other, each with every series, and what the colours mean. A prompt stands once for its group."""
-    scales = {entry.name: Scale.of(entry, views) for entry in series}
-    colours = has_colours(console)
-    shown: tuple[Token, ...] = ()
+    """Prints the rollouts one after the other, each with every series, and what the colours mean."""
+    printer = RolloutPrinter(console, series)
     for view in views:
-        console.print(Text().append(view.title, "bold").append("  ids from text" if view.inexact else "", "dim"), soft_wrap=True)
+        printer.print(view, scale_of=views)
+    printer.print_legend()
+
+
+class RolloutPrinter:
+    """Prints rollouts as they come, each with every series; a prompt stands once for its group.
+
+    Args:
+        console: where.
+        series: what is shown of each.
+    """
+
+    def __init__(self, console: Console, series: Sequence[Series]) -> None:
+        self._console = console
+        self._series = series
+        self._colours = has_colours(console)
+        self._scales: dict[str, Scale] = {}
+        self._context: tuple[Token, ...] = ()
+
+    def print(self, view: RolloutView, scale_of: Sequence[RolloutView]) -> None:
+        """Prints one.
+
+        Args:
+            view: the rollout.
+            scale_of: what is there when the first is printed. The scale of colours comes of these and stays, so that a colour means one
+                number throughout.
+        """
+        if not self._scales:
+            self._scales = {entry.name: Scale.of(entry, scale_of) for entry in self._series}
+        console = self._console
+        title = Text().append(view.title, "bold").append(f"  label {view.label}" if view.label else "")
+        console.print(title.append("  ids from text" if view.inexact else "", "dim"), soft_wrap=True)
         if view.problem:
             console.print(Text(f"  not scored: {view.problem}", "red"))
-        if view.context and view.context != shown:
+        if view.context and view.context != self._context:
             console.print(_context(view.context), soft_wrap=True)
-            shown = view.context
-        for entry in series if not view.problem else ():
+            self._context = view.context
+        for entry in self._series if not view.problem else ():
             scores = view.scores[entry.name]
             console.print(_summary(entry, scores), soft_wrap=True)
             if scores.tokens is not None:
-                console.print(_tokens(view.tokens, scores.tokens.tolist(), scales[entry.name], colours), soft_wrap=True)
+                console.print(_tokens(view.tokens, scores.tokens.tolist(), self._scales[entry.name], self._colours), soft_wrap=True)
         console.print()
-    if colours:
-        for entry in series:
-            console.print(_legend(entry, scales[entry.name]))
+
+    def print_legend(self) -> None:
+        """Prints what the colours mean, where there are colours and something was printed."""
+        for entry in self._series if self._colours and self._scales else ():
+            self._console.print(_legend(entry, self._scales[entry.name]))
 
 
 def _context(tokens: Sequence[Token]) -> Text:

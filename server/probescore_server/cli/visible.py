@@ -11,10 +11,30 @@ _SPELT_OUT = frozenset(("Cc", "Cf", "Co", "Cn", "Cs", "Zl", "Zp"))
 
 def visible(text: str) -> str:
     """Spells out control characters, bidirectional overrides and whatever else has no shape; line breaks and tabs are marked and kept."""
-    return "".join(map(_visible_character, text))
+    return "".join(_MARKED.get(character) or _spelt_out(character) for character in text)
 
 
-def _visible_character(character: str) -> str:
-    if character in _MARKED:
-        return _MARKED[character]
+def spelt_out(text: str) -> str:
+    """The same, with line breaks and tabs as they are: for text that is already laid out."""
+    return text if text.isprintable() else "".join(character if character in _MARKED else _spelt_out(character) for character in text)
+
+
+def one_line(message: object) -> str:
+    """A message as a line of its own, whatever was put into it."""
+    return visible(" ".join(str(message).split("\n")))
+
+
+def visible_json(written: str) -> str:
+    """JSON that a terminal shows and does not obey: the same values, in which what has no shape is written as JSON's escapes."""
+    return written if written.isprintable() else "".join(map(_json_character, written))
+
+
+def _spelt_out(character: str) -> str:
     return f"⟨{ord(character):02X}⟩" if unicodedata.category(character) in _SPELT_OUT else character
+
+
+def _json_character(character: str) -> str:
+    if unicodedata.category(character) not in _SPELT_OUT:
+        return character
+    units = character.encode("utf-16-be", "surrogatepass").hex()
+    return "".join(f"\\u{units[at : at + 4]}" for at in range(0, len(units), 4))

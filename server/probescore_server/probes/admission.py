@@ -71,13 +71,30 @@ def check_fits(
     )
     for mismatch in mismatches:
         if mismatch.field not in _ACCEPTABLE or not is_accepted(manifest, accept_mismatch):
-            raise mismatch
+            raise _explained(mismatch, manifest, model)
     if manifest.expects_bos and bos_token_id is None:
         raise ProbeRefused(probe.file, "expects_bos", "true", "false or null: the model's tokenizer has no BOS")
     largest = max(manifest.follow_up.token_ids, default=-1) if manifest.follow_up else -1
     if largest >= model.vocab_size:
         raise ProbeRefused(probe.file, "follow_up.token_ids", str(largest), f"ids below the vocabulary size {model.vocab_size}")
     return tuple(mismatch.field for mismatch in mismatches)
+
+
+def _explained(mismatch: ProbeRefused, manifest: Manifest, model: ModelInfo) -> ProbeRefused:
+    """The refusal with whose each side is, and what can be done."""
+    if mismatch.field.startswith("inputs"):
+        return mismatch
+    made_for, served = (f"{one.id} {one.revision}".strip() for one in (manifest.model, model))
+    of = "the tokenizer of " if mismatch.field == "tokenizer_fingerprint" else ""
+    remedy = f"serve {made_for}, or write the probe anew on the model that is served"
+    if mismatch.field in _ACCEPTABLE:
+        remedy += f", or, if you know that both give the same, accept it with --accept-mismatch {manifest.name}"
+    return ProbeRefused(
+        mismatch.file,
+        mismatch.field,
+        f"{mismatch.found} ({of}{made_for}, which {manifest.key} was made for)",
+        f"{mismatch.expected} ({of}{served}, which is served): {remedy}",
+    )
 
 
 def probe_info(manifest: Manifest, accepted_mismatches: tuple[str, ...]) -> ProbeInfo:

@@ -16,6 +16,7 @@ from probescore_adapters.http import problems
 from probescore_adapters.http.bodies import LimitedBodies
 from probescore_adapters.http.counts import Counted, Counts
 from probescore_adapters.http.messages import Health, OpenRlhfAnswer, OpenRlhfRequest, ScoreAnswer, ScoreRequest, SlimeRequest
+from probescore_adapters.http.page import CONTENT_SECURITY_POLICY, documentation_page
 from probescore_adapters.outcome import Outcome
 from probescore_adapters.rollouts import Rollout
 from probescore_adapters.scorer import ProbeScorer
@@ -54,7 +55,10 @@ def create_app(scorer: ProbeScorer, *, max_body_bytes: int = MAX_BODY_BYTES) -> 
         yield
         await scorer.close_async()
 
-    app = FastAPI(title="probescore gateway", version=version("probescore"), description=DESCRIPTION, lifespan=lifespan)
+    # FastAPI's own pages load their scripts from elsewhere
+    app = FastAPI(
+        title="probescore gateway", version=version("probescore"), description=DESCRIPTION, lifespan=lifespan, docs_url=None, redoc_url=None
+    )
     problems.register(app)
     app.add_middleware(LimitedBodies, max_bytes=max_body_bytes)
     app.add_middleware(Counted, counts=counts)
@@ -100,6 +104,11 @@ def create_app(scorer: ProbeScorer, *, max_body_bytes: int = MAX_BODY_BYTES) -> 
     async def metrics() -> Response:
         """Prometheus metrics."""
         return Response(counts.exposition(), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> Response:
+        headers = {"Content-Security-Policy": CONTENT_SECURITY_POLICY}
+        return Response(documentation_page(app.openapi()), media_type="text/html", headers=headers)
 
     return app
 

@@ -17,7 +17,7 @@ class _GaveUp(Exception):
 
 
 class LimitedBodies:
-    """Hands a request on when its body is there as a whole; answers 413 and 408 itself.
+    """Hands a request on when its body is there as a whole; answers 413 and 408 itself, and ends the connection after a 408.
 
     Args:
         app: gets the others.
@@ -38,7 +38,9 @@ class LimitedBodies:
         try:
             body = await asyncio.wait_for(self._read(receive), self._seconds)
         except asyncio.TimeoutError:
-            await answer(408, "The body did not arrive in time", f"it may take {self._seconds:g} s")(scope, receive, send)
+            # or the server would go on reading what nobody wants, for as long as it comes
+            headers = {"Connection": "close"}
+            await answer(408, "The body did not arrive in time", f"it may take {self._seconds:g} s", headers=headers)(scope, receive, send)
             return
         except _GaveUp:
             return
