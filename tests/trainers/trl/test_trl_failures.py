@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 from running_server import RunningServer
 from sorting_policy import TOLERANCE, SortingPolicy
-from tokenizers import Tokenizer
 from training import BATCH, PlainGRPO, ProbedGRPO, digits_in_order, new_trainer
 from transformers import AutoTokenizer
 
@@ -110,17 +109,16 @@ def test_another_tokenizer_than_the_trainers_is_refused(own_server: RunningServe
         trainer.train()
 
 
-def another_vocabulary(policy: SortingPolicy) -> Any:
+def another_vocabulary(policy: SortingPolicy, folder: Path) -> Any:
     """The policy's tokenizer with its words in another order: the same ids are other words."""
-    path = policy.model / "tokenizer.json"
-    content = json.loads(path.read_text())
-    special = {token["content"] for token in content["added_tokens"]}
-    words = [word for word in content["model"]["vocab"] if word not in special]
-    ids = [content["model"]["vocab"][word] for word in words]
-    content["model"]["vocab"].update(zip(words, ids[1:] + ids[:1], strict=True))
-    other = AutoTokenizer.from_pretrained(policy.model)
-    other._tokenizer = Tokenizer.from_str(json.dumps(content))
-    return other
+    AutoTokenizer.from_pretrained(policy.model).save_pretrained(folder)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    words = [word for word in vocabulary if word not in {token["content"] for token in content["added_tokens"]}]
+    ids = [vocabulary[word] for word in words]
+    vocabulary.update(zip(words, ids[1:] + ids[:1], strict=True))
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    return AutoTokenizer.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("chat", [False, True])
@@ -129,10 +127,9 @@ def test_reward_function_notices_another_vocabulary_by_itself(
     own_server: RunningServer, policy: SortingPolicy, tmp_path: Path, chat: bool, shown: bool
 ) -> None:
     """Given a trainer whose ids mean other words than the server's, then the first step ends it, whether or not the tokenizer is shown."""
-    tokenizer = another_vocabulary(policy)
+    tokenizer = another_vocabulary(policy, tmp_path / "tokenizer")
     reward = ProbeReward(ProbeScorer(REWARD, own_server.address), **({"processing_class": tokenizer} if shown else {}))
-    trainer = new_trainer(PlainGRPO, policy, tmp_path, [digits_in_order, reward], chat=chat, max_steps=1)
-    trainer.processing_class = trainer._tokenizer = tokenizer
+    trainer = new_trainer(PlainGRPO, policy, tmp_path, [digits_in_order, reward], chat=chat, max_steps=1, processing_class=tokenizer)
     with pytest.raises(MismatchError, match="tokenizer"):
         trainer.train()
     assert trainer.state.global_step == 0
