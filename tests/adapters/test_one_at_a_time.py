@@ -28,9 +28,9 @@ def test_the_metrics_of_a_rollout_have_the_same_keys_where_it_is_unscorable() ->
 
 def test_a_mode_that_a_trainer_cannot_do_is_refused() -> None:
     with pytest.raises(SignalError, match="signal 'cheating': mode: screen cannot be done here: so it is"):
-        ProbeScorer(ProbeSignal("cheating", mode="screen")).without(Mode.SCREEN, Mode.DENSE, because="so it is")
+        ProbeScorer(ProbeSignal("cheating", mode="screen")).refuse_modes(Mode.SCREEN, Mode.DENSE, because="so it is")
 
 
 def test_other_modes_are_let_through() -> None:
     scorer = ProbeScorer(PENALTY)
-    assert scorer.without(Mode.SCREEN, because="so it is") is scorer
+    scorer.refuse_modes(Mode.SCREEN, because="so it is")

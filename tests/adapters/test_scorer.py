@@ -160,7 +160,7 @@ def test_mask_of_another_length_is_the_callers_mistake(served: RunningServer) ->
 
 
 def test_ids_that_are_no_integers_are_the_callers_mistake(served: RunningServer) -> None:
-    with pytest.raises(ValueError, match="rollout 0: token ids must be a flat list of integers"):
+    with pytest.raises(ValueError, match=r"rollouts\[0\]\.completion: token ids must be integers, got float64"):
         scorer(served).score([Rollout(PROMPTS[0], [1.5, 2.0])])  # type: ignore[list-item]
 
 

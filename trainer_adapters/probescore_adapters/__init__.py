@@ -4,7 +4,7 @@ The core knows no trainer and the client only. ``probescore_adapters.trl``, ``.o
 import theirs.
 """
 
-from probescore_adapters.errors import SignalError, Unscorable
+from probescore_adapters.errors import ProbeReplaced, SignalError, Unscorable
 from probescore_adapters.guard_rails import GuardRails
 from probescore_adapters.outcome import Outcome
 from probescore_adapters.rollouts import Rollout
@@ -17,6 +17,7 @@ __all__ = [
     "Mode",
     "Outcome",
     "Policy",
+    "ProbeReplaced",
     "ProbeScorer",
     "ProbeSignal",
     "Rollout",

@@ -23,3 +23,10 @@ class SignalError(ValueError):
 
 class Unscorable(ValueError):
     """A rollout cannot be scored, and ``on_unscorable`` is ``"raise"``."""
+
+
+class ProbeReplaced(SignalError):
+    """A probe is no longer the one that a running scorer started with, and ``on_replaced`` is ``"raise"``.
+
+    Its graph, its calibration or its version is another, so that numbers before and after would mean different things.
+    """

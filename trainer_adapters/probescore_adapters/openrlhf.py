@@ -59,7 +59,7 @@ class AgentExecutor(SingleTurnAgentExecutor):
             ProbescoreError, SignalError, Unscorable: as ``ProbeScorer.score``; and all that the task's reward raises. It ends the run.
         """
         if not self._expects_tokenizer:
-            self._rewards.scorer.expecting_tokenizer(tokenizer_fingerprint(hf_tokenizer))
+            self._rewards.scorer.require_tokenizer(tokenizer_fingerprint(hf_tokenizer))
             self._expects_tokenizer = True
         sample: dict[str, Any] = await super().execute(prompt, label, sampling_params, max_length, hf_tokenizer, llm_engine, images=images)
         ids = list(sample["observation_tokens"])
@@ -109,11 +109,12 @@ class _Rewards:
     def __init__(self) -> None:
         written = os.environ.get(TASK_REWARD, "").strip()
         self._task_reward = _load(written) if written else None
-        self.scorer = scorer_from_environment().without(
+        self.scorer = scorer_from_environment()
+        self.scorer.refuse_modes(
             Mode.SCREEN, Mode.DENSE, because="OpenRLHF has one sample scored at a time, and takes one number; take penalty or gate"
         )
         if self._task_reward is None:
-            self.scorer.without(Mode.GATE, because=f"there is no reward of the task to multiply; {TASK_REWARD} names it")
+            self.scorer.refuse_modes(Mode.GATE, because=f"there is no reward of the task to multiply; {TASK_REWARD} names it")
         # what does not go together is found while loading, which OpenRLHF lets fail
         self.scorer.score([], None if self._task_reward is None else [])
 

@@ -30,6 +30,7 @@ from probescore import (
     Text,
     Usage,
 )
+from probescore_adapters.errors import ProbeReplaced
 from probescore_adapters.rollouts import Request, Rollout, distinct_masks
 from probescore_adapters.signals import BoundSignal, Floats, Mode
 
@@ -112,10 +113,13 @@ def read(
     A rollout at which the server or its limits take offence is left out and named in ``problems``; the others are asked for again.
 
     Args:
-        rollouts: any number.
+        rollouts: any number, checked.
         signals: bound to the server's probes.
         server: what runs there.
         options: of ``score_stream``, beside those that follow from the signals.
+
+    Raises:
+        ProbeReplaced: a probe that answered is not the one that its signal is bound to.
     """
     run = _Run(rollouts, signals, server, options)
     yield from run.ask_all()
@@ -165,9 +169,19 @@ class _Run:
                 else:
                     waiting += [indices[: len(indices) // 2], indices[len(indices) // 2 :]]
             else:
+                self._check_pinned(answers)
                 for answer in answers:
                     self._found[request.sent[answer.group_index][answer.completion_index]] = answer.scores
                     self._usages[id(answer.info)] = answer.info.usage
+
+    def _check_pinned(self, answers: Sequence[StreamedCompletion]) -> None:
+        """Whether the probes that answered are those that the signals were bound to; raises ``ProbeReplaced``."""
+        for info in {id(answer.info): answer.info for answer in answers}.values():
+            answered = {f"{probe.name}@{probe.version}": (probe.graph_sha256, probe.manifest_sha256) for probe in info.probes}
+            for bound in self._signals:
+                if bound.probe in answered and answered[bound.probe] != bound.digests:
+                    part = "graph" if answered[bound.probe][0] != bound.digests[0] else "manifest (its calibration, for example)"
+                    raise ProbeReplaced("probe", f"{bound.probe} has another {part} than when the run began", bound.signal.name)
 
     def readings(self) -> Readings:
         indices = range(len(self._rollouts))
@@ -193,8 +207,6 @@ class _Run:
             return rollout.problem
         parts = [np.asarray(ids) for ids in (rollout.prompt, rollout.completion) if not isinstance(ids, (str, Text, Chat))]
         for ids in parts:
-            if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
-                raise ValueError(f"rollout {index}: token ids must be a flat list of integers, got {ids.dtype} of shape {ids.shape}")
             if ids.size and not (ids.min() >= 0 and ids.max() < model.vocab_size):
                 return f"an id is outside of the vocabulary, [0, {model.vocab_size})"
         tokens = sum(len(ids) for ids in parts)

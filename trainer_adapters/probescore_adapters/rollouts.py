@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Union
 
 import numpy as np
@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from probescore import Chat, Completion, RolloutGroup, Text
 from probescore.types import TokenIds
+from probescore_adapters.arrays import as_group_key, as_ids, as_mask
 from probescore_adapters.errors import SignalError
 from probescore_adapters.signals import MaskFunction, MaskKind, ProbeSignal
 
@@ -46,10 +47,49 @@ class Rollout:
             return cls(prompt, query[len(prompt) :])
         return cls(prompt, query, problem="the text does not begin with its prompt, so that nobody knows where the completion does")
 
+    @classmethod
+    def joined(cls, ids: ArrayLike, completion_length: int, mask: Union[ArrayLike, None] = None) -> Rollout:
+        """One from a trainer that has the ids of prompt and completion in one row.
+
+        Args:
+            ids: ``(P + T,)``, without padding.
+            completion_length: ``T``; 0 for a completion without a token, which is unscorable.
+            mask: ``(T,)``, as for a rollout.
+
+        Raises:
+            ValueError: there are fewer ids than that.
+        """
+        row = as_ids(ids, "ids")
+        if not 0 <= completion_length <= len(row):
+            raise ValueError(f"completion_length: {completion_length} is not in [0, {len(row)}], the number of ids")
+        # never counted from the end: a completion of no tokens would be all of them
+        prompt, completion = np.split(row, [len(row) - completion_length])
+        return cls(prompt, completion, mask)
+
+    def checked(self, named: str) -> Rollout:
+        """The same with arrays of numpy, and a group that compares by value.
+
+        Args:
+            named: how its parts are called in errors, with ``{}`` for the part: ``"rollouts[3].{}"``.
+
+        Raises:
+            InvalidRequestError: prompt, completion, mask or group is not what it should be; names it.
+        """
+        prompt = self.prompt if isinstance(self.prompt, (str, Text, Chat)) else as_ids(self.prompt, named.format("prompt"))
+        completion = self.completion if isinstance(self.completion, str) else as_ids(self.completion, named.format("completion"))
+        length = None if isinstance(completion, str) else len(completion)
+        return replace(
+            self,
+            prompt=prompt,
+            completion=completion,
+            mask=None if self.mask is None else as_mask(self.mask, length, named.format("mask")),
+            group=as_group_key(self.group, named.format("group")),
+        )
+
     @property
     def prompt_key(self) -> Hashable:
         """Equal for the same prompt."""
-        return self.prompt if isinstance(self.prompt, (str, Text, Chat)) else np.asarray(self.prompt, np.int64).tobytes()
+        return self.prompt if isinstance(self.prompt, (str, Text, Chat)) else as_ids(self.prompt, "prompt").tobytes()
 
     @property
     def group_key(self) -> Hashable:
@@ -60,20 +100,23 @@ class Rollout:
         """The mask to send for signals with this one; ``None`` = every token.
 
         Raises:
-            SignalError: a mask function does not go with text, or gives another shape than ``(T,)``.
+            SignalError: a mask function does not go with text, or gives something else than ``(T,)`` of 0 and 1.
+            InvalidRequestError: the rollout's own mask is something else.
         """
-        given = None if self.mask is None else np.asarray(self.mask).astype(bool)
+        length = None if isinstance(self.completion, str) else len(self.completion)
+        given = None if self.mask is None else as_mask(self.mask, length, "mask")
         if mask is MaskKind.ALL:
             return None
         if not callable(mask) or isinstance(mask, MaskKind):
             return given
         if isinstance(self.completion, str):
             raise SignalError("mask", "a function of completion_ids needs ids, and this rollout is text", signal)
-        ids = np.asarray(self.completion, np.int64)
-        counted = np.asarray(mask(ids))
-        if counted.shape != ids.shape:
-            raise SignalError("mask", f"it gave the shape {counted.shape} for {ids.shape}", signal)
-        return counted.astype(bool) if given is None else counted.astype(bool) & given
+        ids = as_ids(self.completion, "completion")
+        try:
+            counted = as_mask(mask(ids), len(ids), "what the function gave")
+        except ValueError as error:
+            raise SignalError("mask", str(error), signal) from None
+        return counted if given is None else counted & given
 
 
 def distinct_masks(signals: Sequence[ProbeSignal]) -> dict[Mask, str]:

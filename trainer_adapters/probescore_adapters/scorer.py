@@ -4,25 +4,46 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Generator, Hashable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Union
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from probescore import AsyncProbeClient, ProbeClient, ProbescoreError, ScoreOptions, ServerError, StreamedCompletion, TransientError
+from probescore import (
+    AsyncProbeClient,
+    InvalidRequestError,
+    MismatchError,
+    ProbeClient,
+    ProbescoreError,
+    RolloutGroup,
+    ScoreOptions,
+    ServerError,
+    StreamedCompletion,
+    StreamWindow,
+    TransientError,
+)
 from probescore.errors import DeadlineExceededError
-from probescore_adapters.errors import SignalError
+from probescore_adapters.arrays import as_list, as_rewards
+from probescore_adapters.errors import ProbeReplaced, SignalError
 from probescore_adapters.guard_rails import GuardRails
 from probescore_adapters.job import job_from_environment
 from probescore_adapters.logs import logger
 from probescore_adapters.outcome import PREFIX, OnUnscorable, Outcome, combine, substitute
 from probescore_adapters.readings import Ask, Readings, Server, read
+from probescore_adapters.replacement import describe_replacement
 from probescore_adapters.rollouts import Prompt, Rollout
 from probescore_adapters.signals import BoundSignal, Mode, ProbeSignal
+from probescore_adapters.texts import is_text_of
 
 OnFailure = Union[Literal["raise", "wait"], float]
+OnReplaced = Literal["raise", "follow"]
+
+_COMPARED = 8
+"""Completions whose texts are compared."""
+_MOST_REPLACED = 2
+"""How often a run follows within one batch, so that two replicas with different probes do not keep it for ever."""
 
 _TRANSPORT = (TransientError, DeadlineExceededError, ServerError)
 
@@ -45,6 +66,8 @@ class Policy:
         on_unscorable: of content: a rollout that is too long, or whose scores are NaN. ``"worst"``, ``"raise"``, or the term that it gets.
         timeout: seconds for a call, the client's own retries of a server that is overloaded or restarts included.
         wait_seconds: how long ``"wait"`` waits.
+        on_replaced: of a probe whose graph, calibration or version is another than when the run began. ``"raise"``; or ``"follow"``: the
+            run goes on with what is loaded now and its threshold, and a warning says from when on.
 
     Raises:
         ValueError: a field is none of these.
@@ -54,12 +77,15 @@ class Policy:
     on_unscorable: OnUnscorable = "worst"
     timeout: float = 300.0
     wait_seconds: float = 3600.0
+    on_replaced: OnReplaced = "raise"
 
     def __post_init__(self) -> None:
         for field, words in (("on_failure", ("raise", "wait")), ("on_unscorable", ("worst", "raise"))):
             value = getattr(self, field)
             if value not in words and not _is_number(value):
                 raise ValueError(f"{field}: expected {', '.join(map(repr, words))} or a finite number, got {value!r}")
+        if self.on_replaced not in ("raise", "follow"):
+            raise ValueError(f"on_replaced: expected 'raise' or 'follow', got {self.on_replaced!r}")
         for field in ("timeout", "wait_seconds"):
             if not _is_number(getattr(self, field)) or getattr(self, field) <= 0:
                 raise ValueError(f"{field}: expected seconds above 0, got {getattr(self, field)!r}")
@@ -78,8 +104,9 @@ class ProbeScorer:
     """Scores batches of rollouts with signals that share one call.
 
     It can be made before a server runs, pickled, used after a fork, in Ray's workers, and from several threads and event loops:
-    connections are made when they are first needed. What runs at the address is asked once; another model or another version of a probe is
-    an error from then on, never another reading.
+    connections are made when they are first needed. What runs at the address is asked once, at the first call. From then on another model
+    is an error, and another version, graph or calibration of a probe is what the policy's ``on_replaced`` says: never another reading
+    unnoticed.
 
     Args:
         signals: at least one; names differ.
@@ -122,14 +149,19 @@ class ProbeScorer:
         self._async_client = AsyncProbeClient(address, **options)
         self._options: ScoreOptions = {"run_id": run_id, "expected_tokenizer_fingerprint": tokenizer_fingerprint}
         self._server: Server | None = None
+        self._tokenizers_compared = False
 
-    def expecting_tokenizer(self, tokenizer_fingerprint: str) -> ProbeScorer:
-        """The same scorer, whose server must have this tokenizer."""
+    @property
+    def tokenizer_fingerprint(self) -> str:
+        """Of the tokenizer that the server must have; "" if any will do."""
+        return self._options["expected_tokenizer_fingerprint"]
+
+    def require_tokenizer(self, tokenizer_fingerprint: str) -> None:
+        """From now on the server must have this tokenizer; "" = any will do."""
         self._options = {**self._options, "expected_tokenizer_fingerprint": tokenizer_fingerprint}
-        return self
 
-    def without(self, *modes: Mode, because: str) -> ProbeScorer:
-        """The same scorer, for a trainer that cannot do what some modes ask for.
+    def refuse_modes(self, *modes: Mode, because: str) -> None:
+        """For a trainer that cannot do what some modes ask for.
 
         Raises:
             SignalError: a signal has one of these modes.
@@ -137,23 +169,34 @@ class ProbeScorer:
         for signal in self.signals:
             if signal.mode in modes:
                 raise SignalError("mode", f"{Mode(signal.mode).value} cannot be done here: {because}", signal.name)
-        return self
 
-    def score(self, rollouts: Sequence[Rollout], task_rewards: ArrayLike | None = None, *, step: int | None = None) -> Outcome:
+    def score(
+        self,
+        rollouts: Iterable[Rollout],
+        task_rewards: ArrayLike | None = None,
+        *,
+        step: int | None = None,
+        texts: Sequence[str | None] | None = None,
+    ) -> Outcome:
         """Scores a batch and applies the signals.
 
         Args:
             rollouts: ``n`` of them; those with one prompt share its computation.
             task_rewards: ``(n,)``, what they are worth without probes; ``None`` where the trainer adds them itself.
             step: of the training, for the server's logs.
+            texts: ``n``, what the trainer's tokenizer makes of each completion's ids, without special tokens, where the trainer has that
+                and no tokenizer to compare; ``None`` = not known. Where no tokenizer is required, what the server makes of the same ids
+                is compared with the first texts that come: ids of another vocabulary would be scored as if they meant what they do here.
 
         Raises:
             ProbescoreError: the call failed, and ``on_failure`` is not a number; or another model or tokenizer runs there.
             SignalError: a signal does not go with the loaded probes.
+            ProbeReplaced: a probe is not the one that the run began with, and ``on_replaced`` is ``"raise"``.
             Unscorable: a rollout is, and ``on_unscorable`` is ``"raise"``.
-            ValueError: ids are not integers, or task rewards not finite.
+            InvalidRequestError: ids are not integers, a mask is not 0 and 1, a group has no value to compare, or task rewards are not
+                finite numbers; names which (also a ``ValueError``).
         """
-        steps = self._steps(rollouts, task_rewards, step)
+        steps = self._steps(rollouts, task_rewards, step, texts)
         try:
             asked = next(steps)
             while True:
@@ -166,9 +209,16 @@ class ProbeScorer:
         except StopIteration as done:
             return _outcome(done)
 
-    async def score_async(self, rollouts: Sequence[Rollout], task_rewards: ArrayLike | None = None, *, step: int | None = None) -> Outcome:
+    async def score_async(
+        self,
+        rollouts: Iterable[Rollout],
+        task_rewards: ArrayLike | None = None,
+        *,
+        step: int | None = None,
+        texts: Sequence[str | None] | None = None,
+    ) -> Outcome:
         """Does the same in an event loop."""
-        steps = self._steps(rollouts, task_rewards, step)
+        steps = self._steps(rollouts, task_rewards, step, texts)
         try:
             asked = next(steps)
             while True:
@@ -200,13 +250,16 @@ class ProbeScorer:
             return Server(await self._async_client.get_server_info(), await self._async_client.list_probes())
         return [answer async for answer in self._async_client.score_stream(asked.groups, window=asked.window, **asked.options)]
 
-    def _steps(self, rollouts: Sequence[Rollout], task_rewards: ArrayLike | None, step: int | None) -> Steps:
+    def _steps(
+        self, given: Iterable[Rollout], task_rewards: ArrayLike | None, step: int | None, texts: Sequence[str | None] | None
+    ) -> Steps:
         """What to ask, and what comes of the answers."""
         started = time.perf_counter()
-        tasks = None if task_rewards is None else np.asarray(task_rewards, np.float64)
+        rollouts = [rollout.checked(f"rollouts[{index}].{{}}") for index, rollout in enumerate(given)]
+        tasks = None if task_rewards is None else as_rewards(task_rewards, len(rollouts), "task_rewards")
         lengths = [None if isinstance(rollout.completion, str) else len(rollout.completion) for rollout in rollouts]
         try:
-            readings = yield from self._readings(rollouts, step)
+            readings = yield from self._readings(rollouts, step, texts)
         except _TRANSPORT as error:
             if isinstance(self.policy.on_failure, str):
                 raise
@@ -224,23 +277,78 @@ class ProbeScorer:
             _log(outcome, readings)
         return replace(outcome, metrics={**outcome.metrics, f"{PREFIX}/seconds": time.perf_counter() - started})
 
-    def _readings(self, rollouts: Sequence[Rollout], step: int | None) -> Generator[Union[Ask, AskServer], Any, Readings]:
-        if self._server is None:
-            self._server = yield AskServer()
-        server = self._server
-        bound = [BoundSignal.bind(signal, server.probes) for signal in self.signals]
-        return (yield from read(rollouts, bound, server, {**self._options, "step": step}))
+    def _readings(
+        self, rollouts: Sequence[Rollout], step: int | None, texts: Sequence[str | None] | None
+    ) -> Generator[Union[Ask, AskServer], Any, Readings]:
+        for following in range(_MOST_REPLACED, -1, -1):
+            if self._server is None:
+                self._server = yield AskServer()
+            server = self._server
+            bound = [BoundSignal.bind(signal, server.probes) for signal in self.signals]
+            try:
+                readings = yield from read(rollouts, bound, server, {**self._options, "step": step})
+            except (ProbeReplaced, InvalidRequestError) as error:
+                if not isinstance(error, ProbeReplaced) and not error.field.startswith("probes["):
+                    raise
+                replaced = describe_replacement(bound, (yield AskServer()), error)
+                if self.policy.on_replaced == "raise" or not following:
+                    raise replaced from error
+                logger.warning("%s; the run follows, from step %s on", replaced, step)
+                self._server = None
+            else:
+                yield from self._compare_tokenizers(rollouts, bound, server, readings, texts)
+                return readings
+        raise AssertionError("unreachable")
+
+    def _compare_tokenizers(
+        self,
+        rollouts: Sequence[Rollout],
+        signals: Sequence[BoundSignal],
+        server: Server,
+        readings: Readings,
+        texts: Sequence[str | None] | None,
+    ) -> Generator[Ask, list[StreamedCompletion], None]:
+        """Whether the server reads ids as the trainer does, by what both make of the same ids, once; raises ``MismatchError``."""
+        if self._tokenizers_compared or self.tokenizer_fingerprint or texts is None:
+            return
+        compared = [
+            (rollout, text)
+            for index, (rollout, text) in enumerate(zip(rollouts, texts))  # noqa: B905 - Python 3.10
+            if text and not isinstance(rollout.completion, str) and index not in readings.problems
+        ][:_COMPARED]
+        if not compared:
+            return
+        groups = [RolloutGroup(rollout.prompt, [rollout.completion]) for rollout, _ in compared]
+        options: ScoreOptions = {
+            "probes": [signals[0].probe],
+            "return_token_texts": True,
+            "expected_model_fingerprint": server.info.model.fingerprint,
+        }
+        answers = yield Ask(groups, StreamWindow(len(groups), server.info.limits.max_request_tokens), options)
+        for answer in answers:
+            text = compared[answer.group_index][1]
+            pieces = answer.scores.completion_texts
+            if pieces is not None and not is_text_of(text, pieces):
+                raise MismatchError(
+                    f"the server's tokenizer reads a completion as {''.join(pieces)!r:.80}, and the trainer's as {text!r:.80}: "
+                    "the ids are of another vocabulary. Serve the policy's tokenizer with the model; or, if it is the same one and only "
+                    "writes texts otherwise, give the scorer tokenizer_fingerprint=probescore.tokenizer_fingerprint(tokenizer)",
+                    code="FAILED_PRECONDITION",
+                    reason="TOKENIZER",
+                )
+        self._tokenizers_compared = True
 
 
 def score_rollouts(
     scorer: ProbeScorer,
-    prompts: Sequence[Prompt],
-    completions: Sequence[ArrayLike | str],
+    prompts: Iterable[Prompt],
+    completions: Iterable[ArrayLike | str],
     *,
-    masks: Sequence[ArrayLike] | None = None,
+    masks: Iterable[ArrayLike | None] | None = None,
     task_rewards: ArrayLike | None = None,
-    groups: Sequence[Hashable] | None = None,
+    groups: Iterable[Any] | None = None,
     step: int | None = None,
+    texts: Sequence[str | None] | None = None,
 ) -> Outcome:
     """Scores ``n`` rollouts of a loop of one's own, numpy in and out.
 
@@ -250,25 +358,25 @@ def score_rollouts(
         completions: ``n``, ids ``(T,)`` each, as sampled: EOS included, no padding.
         masks: ``n``, ``(T,)`` of 0 and 1 each: the tokens that the policy sampled; ``None`` = all.
         task_rewards: ``(n,)``, or ``None``.
-        groups: ``n`` keys; ``None`` = by prompt.
+        groups: ``n`` keys, compared by value, in a list, an array or a tensor; ``None`` = by prompt.
         step: of the training.
+        texts: as for ``ProbeScorer.score``.
 
     Raises:
-        ValueError: numbers of prompts, completions, masks or groups differ.
+        ValueError: numbers of prompts, completions, masks or groups differ, or one of them is not what it should be; names it.
     """
-    for name, given in (("completions", completions), ("masks", masks), ("groups", groups)):
-        if given is not None and len(given) != len(prompts):
-            raise ValueError(f"{name}: {len(given)} for {len(prompts)} prompts")
+    rows = {"prompts": as_list(prompts, "prompts"), "completions": as_list(completions, "completions")}
+    count = len(rows["prompts"])
+    for name, given in (("masks", masks), ("groups", groups)):
+        rows[name] = [None] * count if given is None else as_list(given, name)
+    for name, entries in rows.items():
+        if len(entries) != count:
+            raise ValueError(f"{name}: {len(entries)} for {count} prompts")
     rollouts = [
-        Rollout(
-            prompt,
-            completion if isinstance(completion, str) else np.asarray(completion),
-            None if masks is None else masks[index],
-            None if groups is None else groups[index],
-        )
-        for index, (prompt, completion) in enumerate(zip(prompts, completions))  # noqa: B905 - Python 3.10
+        Rollout(*parts).checked(f"{{}}s[{index}]")  # "masks[3]": as the caller named them
+        for index, parts in enumerate(zip(*rows.values()))  # noqa: B905 - Python 3.10
     ]
-    return scorer.score(rollouts, task_rewards, step=step)
+    return scorer.score(rollouts, task_rewards, step=step, texts=texts)
 
 
 def _outcome(done: StopIteration) -> Outcome:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from probescore import Calibration, OutputPer, ProbeInfo, Reduction, ScoreUnit
+from probescore_adapters.arrays import as_numbers
 from probescore_adapters.errors import SignalError
 
 Floats = NDArray[np.float64]
@@ -164,6 +165,7 @@ class BoundSignal:
 
     Attributes:
         probe: ``"name@version"``, so that another version is never read in its place.
+        digests: of its graph and of its manifest, so that neither is another graph or another calibration.
         reduction: the signal's or the probe's own; ``None`` for a probe that pools by itself.
         label: index of the label.
         threshold: the signal's or the calibration's; NaN if there is none.
@@ -172,6 +174,7 @@ class BoundSignal:
 
     signal: ProbeSignal
     probe: str
+    digests: tuple[str, str]
     reduction: Union[Reduction, None]
     label: int
     threshold: float
@@ -201,7 +204,10 @@ class BoundSignal:
         reduction = (
             None if probe.output_per is OutputPer.ROLLOUT else Reduction.parse(signal.reduction or probe.default_reduction or "mean")
         )
-        return cls(signal, _key(probe), reduction, label, math.nan if threshold is None else threshold, _bounds(signal, probe.unit))
+        digests = (probe.graph_sha256, probe.manifest_sha256)
+        return cls(
+            signal, _key(probe), digests, reduction, label, math.nan if threshold is None else threshold, _bounds(signal, probe.unit)
+        )
 
     def flags(self, values: Floats) -> NDArray[np.bool_]:
         """Which numbers are at or above the threshold; none if there is no threshold."""
@@ -216,7 +222,7 @@ class BoundSignal:
         transform = self.signal.transform
         if callable(transform) and not isinstance(transform, Transform):
             try:
-                found = np.asarray(transform(values), np.float64)
+                found = as_numbers(transform(values), "what it gave")
             except (TypeError, ValueError) as error:
                 raise SignalError("transform", f"it failed or gave no numbers: {error}", self.signal.name) from error
             if found.shape != values.shape:

@@ -37,9 +37,11 @@ _HAS_MIXIN = _trl_is_at_least(1, 10)
 
 async def probe_reward(
     scorer: ProbeScorer,
+    /,  # a data set may have a column of that name
     *,
     prompts: Sequence[Union[str, Sequence[Message]]],
     completion_ids: Sequence[Sequence[int]],
+    completions: Sequence[Union[str, Sequence[Message]]] | None = None,
     exact_prompt_ids: Sequence[Sequence[int]] | None = None,
     trainer_state: Any = None,  # noqa: ANN401 - of transformers, or of the user
     log_metric: LogMetric | None = None,
@@ -52,6 +54,7 @@ async def probe_reward(
         scorer: holds the signals and the address.
         prompts: ``n``, text or messages; the server tokenises them.
         completion_ids: ``n``, ``(T,)`` each.
+        completions: ``n``, what TRL's tokenizer makes of the ids; they show if the server has another tokenizer.
         exact_prompt_ids: ``n``, ``(P,)`` each, in place of prompts: a column of the data set, or a further field of a ``rollout_func``.
         trainer_state: has ``global_step``.
         log_metric: takes a name and a number; without it (TRL < 1) the metrics go to the log of ``probescore_adapters``.
@@ -61,22 +64,25 @@ async def probe_reward(
         ProbescoreError, SignalError, Unscorable: as ``ProbeScorer.score``.
     """
     rollouts = _rollouts(prompts, completion_ids, exact_prompt_ids)
-    outcome = await scorer.score_async(rollouts, step=getattr(trainer_state, "global_step", None))
+    outcome = await scorer.score_async(rollouts, step=getattr(trainer_state, "global_step", None), texts=_texts(completions))
     return _reported(outcome, log_metric, log_extra)
 
 
 def synchronous_probe_reward(
     scorer: ProbeScorer,
+    /,
     *,
     prompts: Sequence[Union[str, Sequence[Message]]],
     completion_ids: Sequence[Sequence[int]],
+    completions: Sequence[Union[str, Sequence[Message]]] | None = None,
     exact_prompt_ids: Sequence[Sequence[int]] | None = None,
     trainer_state: Any = None,  # noqa: ANN401 - of transformers, or of the user
     **_columns: object,
 ) -> list[float]:
     """Does the same for a TRL that awaits nothing."""
     rollouts = _rollouts(prompts, completion_ids, exact_prompt_ids)
-    return _reported(scorer.score(rollouts, step=getattr(trainer_state, "global_step", None)), None, None)
+    outcome = scorer.score(rollouts, step=getattr(trainer_state, "global_step", None), texts=_texts(completions))
+    return _reported(outcome, None, None)
 
 
 class ProbeReward(functools.partial):  # type: ignore[type-arg] # not a generic type to a subclass at run time
@@ -85,8 +91,12 @@ class ProbeReward(functools.partial):  # type: ignore[type-arg] # not a generic 
     An ``async`` one where TRL awaits them, so that it waits beside others. TRL takes a ``partial`` for what is inside it, which not every
     version does of an object that can be called. It can be pickled. Each rank has its own rollouts scored.
 
+    The server must have the trainer's tokenizer. With ``processing_class`` it is compared before anything is scored; else by what both
+    make of the first completions' ids, since TRL shows a reward function no tokenizer.
+
     Args:
         scorer: its signals have the modes ``reward``, ``penalty`` and ``monitor``.
+        processing_class: the trainer's tokenizer, or a processor that has one.
 
     Raises:
         SignalError: a signal has another mode: a reward function neither sees task rewards nor can it remove a rollout.
@@ -94,9 +104,11 @@ class ProbeReward(functools.partial):  # type: ignore[type-arg] # not a generic 
 
     __name__ = "probe_reward"
 
-    def __new__(cls, scorer: ProbeScorer) -> ProbeReward:
+    def __new__(cls, scorer: ProbeScorer, processing_class: Any = None) -> ProbeReward:  # noqa: ANN401 - of transformers
         """Of a scorer."""
-        scorer.without(Mode.SCREEN, Mode.GATE, Mode.DENSE, because="a reward function only adds; use ProbeTrainerMixin")
+        scorer.refuse_modes(Mode.SCREEN, Mode.GATE, Mode.DENSE, because="a reward function only adds; use ProbeTrainerMixin")
+        if processing_class is not None:
+            scorer.require_tokenizer(tokenizer_fingerprint(getattr(processing_class, "tokenizer", processing_class)))
         return super().__new__(cls, probe_reward if _IS_ASYNC else synchronous_probe_reward, scorer)
 
     @property
@@ -141,8 +153,9 @@ class ProbeTrainerMixin:
         if not trainer.reward_funcs:
             raise ValueError("reward_funcs: ProbeTrainerMixin acts on task rewards, and there are none; use ProbeReward")
         if _is_rloo(trainer):
-            probes.without(Mode.DENSE, because="RLOO has one advantage for a whole rollout")
-        self._probes = probes.expecting_tokenizer(tokenizer_fingerprint(trainer._tokenizer))
+            probes.refuse_modes(Mode.DENSE, because="RLOO has one advantage for a whole rollout")
+        probes.require_tokenizer(tokenizer_fingerprint(trainer._tokenizer))
+        self._probes = probes
         self._outcome: Outcome
         trainer.reward_funcs.append(_no_reward)
         trainer.reward_func_names.append(PREFIX)
@@ -161,7 +174,7 @@ class ProbeTrainerMixin:
     ) -> torch.Tensor:
         trainer: Any = self
         rewards: torch.Tensor = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # type: ignore[misc] # of the trainer
-        tasks = (rewards * trainer.reward_weights.to(rewards.device)).nansum(dim=1).cpu().numpy().astype(np.float64)
+        tasks = (rewards * trainer.reward_weights.to(rewards.device)).nansum(dim=1).double().cpu().numpy()
         masks = self._masks or [None] * len(completion_ids_list)
         local = [Rollout(*parts) for parts in zip(self._prompt_ids, completion_ids_list, masks, strict=True)]
         outcome = self._scored(local, tasks)
@@ -239,6 +252,20 @@ def _rollouts(
 ) -> list[Rollout]:
     asked: list[Prompt] = [_as_tokenised(prompt) for prompt in prompts] if exact_prompt_ids is None else list(exact_prompt_ids)
     return [Rollout(*parts) for parts in zip(asked, completion_ids, strict=True)]
+
+
+def _texts(completions: Sequence[Union[str, Sequence[Message]]] | None) -> list[str | None] | None:
+    """What the tokenizer made of each completion's ids, where TRL has made nothing else of that since."""
+    return None if completions is None else [_text(completion) for completion in completions]
+
+
+def _text(completion: str | Sequence[Message]) -> str | None:
+    if isinstance(completion, str):
+        return completion
+    # several messages come of tools, and further keys of a parser: these say something else than the ids
+    if len(completion) == 1 and set(completion[0]) == {"role", "content"} and isinstance(completion[0]["content"], str):
+        return completion[0]["content"]
+    return None
 
 
 def _as_tokenised(prompt: str | Sequence[Message]) -> Text | Chat:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import numpy as np
 from verifiers.v1.trace import Trace
 
+from probescore_adapters.arrays import as_ids, as_mask
 from probescore_adapters.environment import scorer_from_environment
 from probescore_adapters.outcome import Outcome
 from probescore_adapters.rollouts import Rollout
@@ -33,9 +33,10 @@ class TraceProbes:
     """
 
     def __init__(self, scorer: ProbeScorer) -> None:
-        self.scorer = scorer.without(
+        scorer.refuse_modes(
             Mode.SCREEN, Mode.GATE, Mode.DENSE, because="verifiers has one trace scored at a time, without the task's reward, as a whole"
         )
+        self.scorer = scorer
 
     async def reward(self, trace: Trace[Any, Any, Any]) -> float:
         """What the signals add to a trace: of several branches the least.
@@ -79,7 +80,8 @@ def rollouts_of(trace: Trace[Any, Any, Any]) -> list[Rollout]:
     """
     rollouts = []
     for branch in trace.branches:
-        ids, sampled = np.array(branch.token_ids, np.int64), np.array(branch.sampled_mask, bool)
+        ids = as_ids(branch.token_ids, "token_ids")
+        sampled = as_mask(branch.sampled_mask, len(ids), "sampled_mask")
         if branch.trainable and sampled.any():
             start = int(sampled.argmax())
             rollouts.append(Rollout(ids[:start], ids[start:], sampled[start:]))

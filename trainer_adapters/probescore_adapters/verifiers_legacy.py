@@ -44,7 +44,8 @@ class ProbeRubric(vf.Rubric):
         parser: vf.Parser | None = None,
     ) -> None:
         super().__init__(funcs=list(funcs), weights=list(weights), parser=parser)
-        self.scorer = _possible(scorer)
+        _refuse_impossible_modes(scorer)
+        self.scorer = scorer
         self.add_reward_func(_read)
 
     async def score_rollout(self, state: State) -> None:
@@ -85,7 +86,8 @@ def reward_function(scorer: ProbeScorer) -> Callable[[State], Coroutine[Any, Any
         SignalError: a signal has another mode.
         ValueError: ``on_failure`` is no number.
     """
-    on_failure = _possible(scorer).policy.on_failure
+    _refuse_impossible_modes(scorer)
+    on_failure = scorer.policy.on_failure
     if isinstance(on_failure, str):
         raise ValueError(
             f"on_failure: a rubric scores 0.0 where a function raises: name a number instead of {on_failure!r}, or use ProbeRubric"
@@ -125,9 +127,9 @@ def rollouts_of(state: State) -> list[Rollout]:
     return [Rollout(*rollout) for rollout in rollouts]
 
 
-def _possible(scorer: ProbeScorer) -> ProbeScorer:
+def _refuse_impossible_modes(scorer: ProbeScorer) -> None:
     because = "a rubric's function gives a rollout a number, without the task's reward"
-    return scorer.without(Mode.SCREEN, Mode.GATE, Mode.DENSE, because=because)
+    scorer.refuse_modes(Mode.SCREEN, Mode.GATE, Mode.DENSE, because=because)
 
 
 def _least(outcome: Outcome) -> float:

@@ -18,6 +18,7 @@ from verl import DataProto
 from verl.experimental.reward_loop.reward_manager.naive import NaiveRewardManager
 
 from probescore.fingerprints import Tokenizer, tokenizer_fingerprint
+from probescore_adapters.arrays import as_mask
 from probescore_adapters.environment import TOKENIZER_FINGERPRINT, rails_from, scorer_from_environment, signals_from
 from probescore_adapters.outcome import Outcome
 from probescore_adapters.rollouts import Rollout
@@ -117,7 +118,7 @@ def rollout_of(data: DataProto) -> Rollout:
         in_prompt = np.arange(len(prompts)) < extra["prompt_len"]
         in_response = np.arange(len(responses)) < extra["response_len"]
     else:
-        in_prompt, in_response = np.split(attends.astype(bool), [len(prompts)])
+        in_prompt, in_response = np.split(as_mask(attends, len(prompts) + len(responses), "attention_mask"), [len(prompts)])
     mask = batch["response_mask"].cpu().numpy()[in_response] if "response_mask" in batch.keys() else None  # noqa: SIM118 - a TensorDict
     if mask is None:
         mask = (extra.get("tool_extra_fields") or {}).get(RESPONSE_MASK)
@@ -133,7 +134,8 @@ def _scorer(settings: Mapping[str, Any], fingerprint: str) -> ProbeScorer:
         scorer = ProbeScorer(signals_from(rest.pop("signals", [])), policy=policy, rails=rails_from(rest.pop("rails", {})), **rest)
     else:
         scorer = scorer_from_environment({TOKENIZER_FINGERPRINT: fingerprint, **os.environ})
-    return scorer.without(Mode.SCREEN, because="verl has one rollout at a time scored, so that no breaker could keep it from removing all")
+    scorer.refuse_modes(Mode.SCREEN, because="verl has one rollout at a time scored, so that no breaker could keep it from removing all")
+    return scorer
 
 
 def _reward(outcome: Outcome) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
@@ -16,6 +17,7 @@ import pytest
 from running_server import RunningServer
 from sorting_policy import TOLERANCE, SortingPolicy
 from training import BATCH, PlainGRPO, ProbedGRPO, digits_in_order, new_trainer
+from transformers import AutoTokenizer
 
 from probescore import DeadlineExceededError, MismatchError, TransientError
 from probescore_adapters import Policy, ProbeScorer, ProbeSignal
@@ -102,6 +104,44 @@ def test_without_a_server_a_number_that_the_user_named_is_given_and_counted(
 
 def test_another_tokenizer_than_the_trainers_is_refused(own_server: RunningServer, policy: SortingPolicy, tmp_path: Path) -> None:
     trainer = new_trainer(ProbedGRPO, policy, tmp_path, [digits_in_order], probes=ProbeScorer(REWARD, own_server.address), max_steps=1)
-    trainer._probes.expecting_tokenizer("sha256:" + "0" * 64)
+    trainer._probes.require_tokenizer("sha256:" + "0" * 64)
     with pytest.raises(MismatchError):
         trainer.train()
+
+
+def another_vocabulary(policy: SortingPolicy, folder: Path) -> Any:
+    """The policy's tokenizer with its words in another order: the same ids are other words."""
+    AutoTokenizer.from_pretrained(policy.model).save_pretrained(folder)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    words = [word for word in vocabulary if word not in {token["content"] for token in content["added_tokens"]}]
+    ids = [vocabulary[word] for word in words]
+    vocabulary.update(zip(words, ids[1:] + ids[:1], strict=True))
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize("shown", [False, True])
+def test_reward_function_notices_another_vocabulary_by_itself(
+    own_server: RunningServer, policy: SortingPolicy, tmp_path: Path, chat: bool, shown: bool
+) -> None:
+    """Given a trainer whose ids mean other words than the server's, then the first step ends it, whether or not the tokenizer is shown."""
+    tokenizer = another_vocabulary(policy, tmp_path / "tokenizer")
+    reward = ProbeReward(ProbeScorer(REWARD, own_server.address), **({"processing_class": tokenizer} if shown else {}))
+    trainer = new_trainer(PlainGRPO, policy, tmp_path, [digits_in_order, reward], chat=chat, max_steps=1, processing_class=tokenizer)
+    with pytest.raises(MismatchError, match="tokenizer"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_reward_function_takes_the_same_vocabulary_and_a_column_of_any_name(
+    own_server: RunningServer, policy: SortingPolicy, tmp_path: Path, chat: bool
+) -> None:
+    """Given a data set with a column ``scorer``, as the reward function calls its own argument."""
+    reward = ProbeReward(ProbeScorer(REWARD, own_server.address), processing_class=AutoTokenizer.from_pretrained(policy.model))
+    trainer = new_trainer(PlainGRPO, policy, tmp_path, [digits_in_order, reward], chat=chat, max_steps=1)
+    trainer.train_dataset = trainer.train_dataset.add_column("scorer", ["a person"] * len(trainer.train_dataset))
+    trainer.train()
+    assert np.isfinite(trainer.column).all()

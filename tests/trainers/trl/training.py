@@ -74,14 +74,14 @@ def digits_in_order(completions: list[Any], **_: Any) -> list[float]:
 
 
 def new_trainer(kind: type, policy: SortingPolicy, folder: Path, rewards: list[Any], *, chat: bool = False, **options: Any) -> Any:
-    """A trainer of 20 steps; `options` are the configuration's, and ``probes`` and ``rollout_func``."""
+    """A trainer of 20 steps; `options` are the configuration's, and ``probes``, ``rollout_func`` and ``processing_class``."""
     sys.path.append(str(DEMO))
     from task import draw_distinct_problems
 
     prompts: list[Any] = [problem.prompt for problem in draw_distinct_problems(random.Random("trl"), 64)]
     if chat:
         prompts = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    own = {name: options.pop(name) for name in ("probes", "rollout_func") if name in options}
+    own = {name: options.pop(name) for name in ("probes", "rollout_func", "processing_class") if name in options}
     configuration = RLOOConfig if issubclass(kind, RLOOTrainer) else GRPOConfig
     settings = {
         "output_dir": str(folder),
@@ -99,12 +99,11 @@ def new_trainer(kind: type, policy: SortingPolicy, folder: Path, rewards: list[A
         "disable_tqdm": True,
         "seed": 0,
     }
-    tokenizer = AutoTokenizer.from_pretrained(policy.model)
+    own.setdefault("processing_class", AutoTokenizer.from_pretrained(policy.model))
     return kind(
         model=AutoModelForCausalLM.from_pretrained(policy.model),
         reward_funcs=rewards,
         args=configuration(**settings | options),
         train_dataset=Dataset.from_dict({"prompt": prompts}),
-        processing_class=tokenizer,
         **own,
     )

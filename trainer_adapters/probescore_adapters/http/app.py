@@ -41,7 +41,7 @@ def create_app(scorer: ProbeScorer, *, max_body_bytes: int = MAX_BODY_BYTES) -> 
     Raises:
         SignalError: a signal has another mode.
     """
-    scorer.without(
+    scorer.refuse_modes(
         Mode.SCREEN,
         Mode.GATE,
         Mode.DENSE,
