@@ -14,8 +14,8 @@ from probescore._channel import DEFAULT_ADDRESS, Addresses, channel_options
 from probescore._messages import MessageError, options_to_proto, request_to_proto, result_from_proto
 from probescore._options import ScoreOptions, request_options
 from probescore._retries import Attempts
-from probescore._status import invalid_request, malformed_answer
-from probescore.errors import ServerError, UnavailableError
+from probescore._status import FailedCall, error_from_call, invalid_request, malformed_answer
+from probescore.errors import ProbescoreError, ServerError, UnavailableError
 from probescore.types import RolloutGroup, ScoreResult
 from probescore.v1 import scoring_pb2
 from probescore.v1.admin_pb2_grpc import ProbeAdminServiceStub
@@ -99,7 +99,12 @@ class BaseClient:
 
     def _channel_options(self) -> list[tuple[str, str | int]]:
         authority = self._settings.addresses.authority
-        return channel_options(retries=self._settings.restart_budget > 0) + ([("grpc.default_authority", authority)] if authority else [])
+        return channel_options(self._settings.restart_budget) + ([("grpc.default_authority", authority)] if authority else [])
+
+    def _error(self, failed: FailedCall) -> ProbescoreError:
+        """Why a call failed; raises RuntimeError where it did because the client was closed meanwhile."""
+        self._check_open()
+        return error_from_call(failed)
 
     @contextmanager
     def _administration(self) -> Iterator[None]:

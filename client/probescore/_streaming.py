@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 from probescore._messages import MessageError, group_to_proto, streamed_from_proto
@@ -140,8 +141,7 @@ class Chunker:
             raise invalid_request(MessageError(f"{name}.completions", "is empty; expected at least one"))
         sizes = [_completion_tokens(completion) for completion in message.completions]
         prompt_tokens = _prompt_tokens(message.prompt)
-        full = len(self._chunk.prompts) == self._window.groups_per_call
-        if full or self._chunk.tokens + prompt_tokens + sum(sizes) > self._window.tokens_per_call:
+        if self._chunk.tokens + prompt_tokens + sum(sizes) > self._window.tokens_per_call:
             yield from self.rest()
         part: dict[Position, scoring_pb2.Completion] = {}
         tokens = prompt_tokens
@@ -153,6 +153,13 @@ class Chunker:
             part[index, position] = completion
             tokens += size
         self._chunk.add(index, message.prompt, part, tokens)
+        if len(self._chunk.prompts) == self._window.groups_per_call:
+            yield from self.rest()
+
+    @property
+    def has_rest(self) -> bool:
+        """Whether a chunk is begun."""
+        return bool(self._chunk.missing)
 
     def rest(self) -> Iterator[Chunk]:
         """Gives the chunk begun, if there is one, and begins another."""
@@ -169,18 +176,66 @@ def chunks(groups: Iterable[RolloutGroup], window: StreamWindow) -> Iterator[Chu
     yield from chunker.rest()
 
 
-async def async_chunks(groups: Iterable[RolloutGroup] | AsyncIterable[RolloutGroup], window: StreamWindow) -> AsyncIterator[Chunk]:
-    """Does the same for a stream that may be asynchronous."""
-    if isinstance(groups, AsyncIterable):
-        chunker = Chunker(window)
-        async for group in groups:
-            for chunk in chunker.add(group):
-                yield chunk
-        for chunk in chunker.rest():
-            yield chunk
-    else:
-        for chunk in chunks(groups, window):
-            yield chunk
+class Intake:
+    """What has been read of a source and what of it is under way: decides when to read, and what to send.
+
+    A call holds as many groups as the window says, unless the source keeps the client waiting: then what has been read is sent, since the
+    source may be waiting for its scores.
+    """
+
+    def __init__(self, window: StreamWindow) -> None:
+        self._window = window
+        self._chunker = Chunker(window)
+        self._ready: deque[Chunk] = deque()
+        self._under_way = 0
+        self._reading = False
+        self._ended = False
+        self.failure: BaseException | None = None
+        """Why the source ended, if it did not by itself; to be raised once all that was read before is answered."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether the source has ended and all that it gave has been answered."""
+        return self._ended and not self._ready and not self._under_way
+
+    @property
+    def waits(self) -> bool:
+        """Whether a call could be sent if the source kept the client waiting."""
+        return self._reading and self._chunker.has_rest and self._under_way < self._window.calls_in_flight
+
+    def wants_group(self) -> bool:
+        """Whether to read another group now; if so, the next of ``took`` and ``ended`` belongs to it."""
+        wants = not (self._reading or self._ended or self._ready) and self._under_way < self._window.calls_in_flight
+        self._reading = self._reading or wants
+        return wants
+
+    def took(self, group: RolloutGroup) -> None:
+        """Takes in what was read. A group that cannot be sent ends the source, with ``failure``."""
+        self._reading = False
+        try:
+            self._ready.extend(self._chunker.add(group))
+        except Exception as error:  # whatever a user's object raises
+            self.ended(error)
+
+    def kept_waiting(self) -> None:
+        """Makes what has been read ready to be sent."""
+        self._ready.extend(self._chunker.rest())
+
+    def ended(self, failure: BaseException | None = None) -> None:
+        """The source gives no more."""
+        self._reading, self._ended, self.failure = False, True, failure
+        self.kept_waiting()
+
+    def next_chunk(self) -> Chunk | None:
+        """What to send now, if anything; then it is under way until ``answered``."""
+        if not self._ready or self._under_way == self._window.calls_in_flight:
+            return None
+        self._under_way += 1
+        return self._ready.popleft()
+
+    def answered(self) -> None:
+        """All answers to one chunk have been handed out."""
+        self._under_way -= 1
 
 
 def _prompt_tokens(prompt: scoring_pb2.Prompt) -> int:

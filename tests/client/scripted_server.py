@@ -89,8 +89,12 @@ class Refusal(Exception):
         raw = self.raw_details
         if packed:
             raw = status_pb2.Status(code=self.code.value[0], message=self.message, details=packed).SerializeToString()
-        if raw is not None:
-            context.set_trailing_metadata((("grpc-status-details-bin", raw),))
+        trailing: list[tuple[str, str | bytes]] = [] if raw is None else [("grpc-status-details-bin", raw)]
+        for detail in self.details:  # as the product's server does, for gRPC's own retries
+            if isinstance(detail, error_details_pb2.RetryInfo):
+                trailing.append(("grpc-retry-pushback-ms", str(detail.retry_delay.ToMilliseconds())))
+        if trailing:
+            context.set_trailing_metadata(tuple(trailing))
         context.abort(self.code, self.message)
 
 
