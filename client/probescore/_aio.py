@@ -196,7 +196,7 @@ class AsyncProbeClient(BaseClient):
         return self._channels[loop][1]
 
     def _open(self, target: str) -> tuple[grpc.aio.Channel, AsyncStub]:
-        options, credentials = self._channel_options(), self._settings.credentials
+        options, credentials = self._channel_options(target), self._settings.credentials
         channel = grpc.aio.secure_channel(target, credentials, options) if credentials else grpc.aio.insecure_channel(target, options)
         return channel, cast("AsyncStub", Stub(channel))
 

@@ -8,6 +8,8 @@ import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from probescore._proxies import Proxy, goes_direct, proxy_of
+
 MAX_RECEIVE_BYTES = 64 * 1024 * 1024
 """Largest answer that the client takes."""
 KEEPALIVE_SECONDS = 60
@@ -26,14 +28,15 @@ _CONNECT_SHARE = 0.05
 _HOST_PORT = re.compile(r"(?:\[(?P<ipv6>[0-9A-Fa-f:.%]+)\]|(?P<host>[^\s:/\[\],]+)):(?P<port>\d{1,5})")
 _SCHEMES = ("dns:", "unix:", "unix-abstract:", "ipv4:", "ipv6:", "xds:")
 
-SERVICE_CONFIG = {"loadBalancingConfig": [{"round_robin": {}}]}
+SERVICE_CONFIG: dict[str, list[dict[str, dict[str, str]]]] = {"loadBalancingConfig": [{"round_robin": {}}]}
 
 
-def channel_options(restart_budget: float) -> list[tuple[str, str | int]]:
+def channel_options(restart_budget: float, target: str) -> list[tuple[str, str | int]]:
     """Options of every channel. What they ask of a server: see ``MIN_PING_SECONDS``.
 
     Args:
         restart_budget: seconds that a call may go on trying; a twentieth of it, or 2 s if that is more, may go into one connection.
+        target: of gRPC, to which the channel leads.
     """
     shortest, enough = _CONNECT_SECONDS
     connect = min(max(restart_budget * _CONNECT_SHARE, shortest), enough) if restart_budget else enough
@@ -48,6 +51,7 @@ def channel_options(restart_budget: float) -> list[tuple[str, str | int]]:
         # or gRPC's own minute counts, however short the keepalive timeout
         ("grpc.http2.ping_timeout_ms", KEEPALIVE_TIMEOUT_SECONDS * 1000),
         ("grpc.http2.max_pings_without_data", 0),
+        ("grpc.enable_http_proxy", int(not goes_direct(target))),
         # in spite of its name how long a connection may take to stand
         ("grpc.min_reconnect_backoff_ms", int(connect * 1000)),
         # gRPC's own two minutes would outlast the restart that the client waits for
@@ -116,3 +120,10 @@ class Addresses:
     def authority(self) -> str | None:
         """The name that a certificate must bear, where the target no longer says it: the first host of a list."""
         return self.written[0] if len(self.written) > 1 else None
+
+    @property
+    def proxy(self) -> Proxy | None:
+        """The proxy of the environment that connections go through, if any."""
+        if len(self.written) > 1:
+            return None
+        return proxy_of(self.target())

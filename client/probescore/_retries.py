@@ -96,7 +96,7 @@ class Attempts:
         if asked is not None and (asked >= in_time or asked > in_budget):
             left, limit = min((in_time, timeout), (in_budget, budget))
             raise _because(error, f"the server asks for a pause of {asked:g} s, and of {limit} {left:.3g} s are left")
-        doubled = 2 ** min(self._failures - 1, _DOUBLINGS)
+        doubled = 1 << min(self._failures - 1, _DOUBLINGS)
         if asked is None:
             seconds = min(_FIRST_PAUSE_SECONDS * doubled, _LONGEST_PAUSE_SECONDS)
         else:  # a server that asks for no pause at all, again and again, is given a little air

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
+from probescore._answers import AnswerCheck
 from probescore._messages import MessageError, group_to_proto, streamed_from_proto
 from probescore._status import invalid_request, malformed_answer
 from probescore.errors import FieldViolation, InvalidRequestError, ProbescoreError
@@ -49,6 +50,7 @@ class Chunk:
     missing: dict[Position, scoring_pb2.Completion] = field(default_factory=dict)
     tokens: int = 0
     _sent: list[list[Position]] = field(default_factory=list)
+    _check: AnswerCheck | None = None
 
     def add(self, group: int, prompt: scoring_pb2.Prompt, completions: dict[Position, scoring_pb2.Completion], tokens: int) -> None:
         """Takes completions of one group in."""
@@ -68,28 +70,35 @@ class Chunk:
                 last = group
             stream.request.groups[-1].completions.append(message)
             self._sent[-1].append((group, completion))
+        self._check = AnswerCheck(stream.request)
         return stream
 
     def accept(self, message: scoring_pb2.ScoreStreamResponse) -> list[StreamedCompletion]:
-        """Takes one message of the answer, with indices as in the stream.
+        """Takes one message of the answer to the last ``request``, with indices as in the stream.
 
         Raises:
-            ServerError: it breaks the contract, answers a completion twice, or one that was not asked for.
+            ServerError: it breaks the contract, answers a completion twice, one that was not asked for, or not as it was asked for.
+            MismatchError: it is of another model or tokenizer than the request expects.
         """
         try:
             answers = streamed_from_proto(message)
+            if answers and self._check is not None:
+                self._check.check_info(answers[0].info)
+            return [self._accepted(answer) for answer in answers]
         except MessageError as error:
             raise malformed_answer(error) from None
-        accepted = []
-        for answer in answers:
-            try:
-                position = self._sent[answer.group_index][answer.completion_index]
-                del self.missing[position]
-            except (IndexError, KeyError):
-                where = f"groups[{answer.group_index}].completions[{answer.completion_index}]"
-                raise malformed_answer(f"{where} was not asked for, or answered before") from None
-            accepted.append(replace(answer, group_index=position[0], completion_index=position[1]))
-        return accepted
+
+    def _accepted(self, answer: StreamedCompletion) -> StreamedCompletion:
+        try:
+            position = self._sent[answer.group_index][answer.completion_index]
+            del self.missing[position]
+        except (IndexError, KeyError):
+            where = f"groups[{answer.group_index}].completions[{answer.completion_index}]"
+            raise malformed_answer(f"{where} was not asked for, or answered before") from None
+        if self._check is not None:
+            field = f"groups[{position[0]}].completions[{position[1]}]"
+            self._check.check_completion(answer.group_index, answer.completion_index, answer.scores, field)
+        return replace(answer, group_index=position[0], completion_index=position[1])
 
     def check_complete(self) -> None:
         """Checks, at the end of a call, that nothing is missing.

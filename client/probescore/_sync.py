@@ -161,7 +161,8 @@ class ProbeClient(BaseClient):
         self._check_open()
         pid = os.getpid()
         if pid not in self._channels:
-            target, options, credentials = self._target(), self._channel_options(), self._settings.credentials
+            target, credentials = self._target(), self._settings.credentials
+            options = self._channel_options(target)
             channel = grpc.secure_channel(target, credentials, options) if credentials else grpc.insecure_channel(target, options)
             # no lock, which a fork could leave locked: of two threads the first one's channel stays
             kept, stub = self._channels.setdefault(pid, (channel, Stub(channel)))

@@ -77,11 +77,11 @@ def test_a_certificate_is_checked_against_the_name_that_the_user_gave() -> None:
 
 
 def test_the_service_config_balances_and_leaves_retries_to_the_loop() -> None:
-    options = dict(channel_options(restart_budget=100))
+    options = dict(channel_options(restart_budget=100, target="dns:///a:1"))
     assert json.loads(str(options["grpc.service_config"])) == SERVICE_CONFIG == {"loadBalancingConfig": [{"round_robin": {}}]}
     assert options["grpc.enable_retries"] == 0
 
 
 @pytest.mark.parametrize(("budget", "seconds"), [(0, 20), (1, 2), (40, 2), (120, 6), (3600, 20)])
 def test_a_connection_may_take_a_twentieth_of_the_budget(budget: float, seconds: int) -> None:
-    assert dict(channel_options(budget))["grpc.min_reconnect_backoff_ms"] == 1000 * seconds
+    assert dict(channel_options(budget, "dns:///a:1"))["grpc.min_reconnect_backoff_ms"] == 1000 * seconds
