@@ -13,6 +13,7 @@ from probescore.errors import DeadlineExceededError, ProbescoreError, TransientE
 Answer = TypeVar("Answer")
 
 logger = logging.getLogger("probescore")
+logger.addHandler(logging.NullHandler())  # a library does not write to the terminal of a program that has not asked for logs
 
 _FIRST_PAUSE_SECONDS = 0.1
 _LONGEST_PAUSE_SECONDS = 5.0
