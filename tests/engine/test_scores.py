@@ -169,6 +169,8 @@ def test_special_tokens_are_left_out_where_the_manifest_says_so(load: Load, refe
         pooled_mean("pooled-words", exclude_special_tokens=True, sees_prompt=True),
         linear("all"),
     )
+    named = engine.score([RolloutGroup([1], [[5]])]).info.probes
+    assert {probe.name for probe in named if probe.exclude_special_tokens} == {"words", "pooled-words"}
     each = plain(reference, PROMPT, ANSWER)
     scored = only(engine, ANSWER, token_scores=["words"])
     close(tokens(scored, "words"), each[4:])
@@ -228,6 +230,8 @@ def test_probe_with_a_follow_up_of_its_own_reads_that_instead(load: Load, refere
         linear("plain"),
     )
     assert engine.info.max_follow_up_tokens == {"honest@1": 3, "pooled-honest@1": 3}
+    named = engine.score([RolloutGroup([1], [[5]])]).info.probes
+    assert {probe.name: probe.follow_up_tokens for probe in named} == {"honest": 3, "pooled-honest": 3, "plain": 0}
     completion = Completion(ANSWER, mask=[0] * 5, spans=(Span("start", 0, 2),), follow_ups=(Completion([70]),))
     scored = only(engine, completion, token_scores=["honest", "plain"])
     each = plain(reference, PROMPT, ANSWER, asked)
