@@ -22,6 +22,7 @@ from probescore.errors import (
     UnavailableError,
 )
 from probescore.fingerprints import tokenizer_fingerprint
+from probescore.padded import rollouts_from_padded
 from probescore.reductions import Reduction, ReductionKind, reduce_scores
 from probescore.types import (
     Calibration,
@@ -125,5 +126,6 @@ __all__ = [
     "Usage",
     "WorkerInfo",
     "reduce_scores",
+    "rollouts_from_padded",
     "tokenizer_fingerprint",
 ]

@@ -26,10 +26,10 @@ from probescore._client import (
 )
 from probescore._messages import probes_from_proto, server_info_from_proto, transfers_from_proto
 from probescore._options import ScoreOptions
-from probescore._retries import Attempts
-from probescore._status import FailedCall, error_from_call
-from probescore._streaming import Chunk, StreamWindow, async_chunks
-from probescore.errors import ProbescoreError, UnavailableError
+from probescore._retries import Attempts, retry_async
+from probescore._sources import LINGER_SECONDS, Ended, Read, async_source_of
+from probescore._status import FailedCall
+from probescore._streaming import Chunk, Intake, StreamWindow
 from probescore.types import ProbeInfo, RolloutGroup, ScoreResult, ServerInfo, StreamedCompletion, Transfer
 from probescore.v1 import admin_pb2, probes_pb2, scoring_pb2
 
@@ -86,6 +86,7 @@ class AsyncProbeClient(BaseClient):
         super()._begin(settings)
         _clients.add(self)
         self._channels: dict[asyncio.AbstractEventLoop, tuple[grpc.aio.Channel, AsyncStub]] = {}
+        self._pauses: set[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = set()
 
     async def score(self, groups: Sequence[RolloutGroup], *, timeout: float | None = None, **options: Unpack[ScoreOptions]) -> ScoreResult:
         """Scores every completion of every group in one call. ``ScoreOptions`` says what the options are."""
@@ -102,10 +103,13 @@ class AsyncProbeClient(BaseClient):
     ) -> AsyncIterator[StreamedCompletion]:
         """Scores any number of groups, several calls at a time, and yields each completion once, as it finishes, in any order.
 
-        After a lost connection only what is still missing is asked for again.
+        After a lost connection only what is still missing is asked for again. What goes wrong in ``groups`` is raised once all that they
+        gave before is answered.
 
         Args:
-            groups: may be endless, and asynchronous; read no further ahead than ``window`` says.
+            groups: may be endless, asynchronous, and may wait for the scores of earlier groups; read no further ahead than ``window`` says.
+                A list or tuple is read in place, an asynchronous iterable in a task of its own, anything else in a thread of its own. A
+                generator is closed when the stream ends.
             timeout: seconds for each of the calls.
             window: how much is under way at a time.
             options: see ``ScoreOptions``.
@@ -161,8 +165,11 @@ class AsyncProbeClient(BaseClient):
             await self.sleep(timeout=timeout)
 
     async def close(self) -> None:
-        """Ends this loop's connection. The client cannot be used afterwards."""
+        """Ends this loop's connection, and pauses between attempts with a ``RuntimeError``. The client cannot be used afterwards."""
         self._closed = True
+        for loop, pause in list(self._pauses):
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(pause.set)
         opened = self._channels.pop(asyncio.get_running_loop(), None)
         if opened is not None:
             await opened[0].close()
@@ -189,7 +196,7 @@ class AsyncProbeClient(BaseClient):
         return self._channels[loop][1]
 
     def _open(self, target: str) -> tuple[grpc.aio.Channel, AsyncStub]:
-        options, credentials = self._channel_options(), self._settings.credentials
+        options, credentials = self._channel_options(target), self._settings.credentials
         channel = grpc.aio.secure_channel(target, credentials, options) if credentials else grpc.aio.insecure_channel(target, options)
         return channel, cast("AsyncStub", Stub(channel))
 
@@ -205,23 +212,34 @@ class AsyncProbeClient(BaseClient):
         request: Request,
         attempts: Attempts,
     ) -> Response:
-        while True:
-            error: ProbescoreError
+        async def attempt(seconds: float) -> Response:
             try:
-                return await method(await self._stub())(request, timeout=attempts.seconds_left(), metadata=self._settings.metadata)
+                return await method(await self._stub())(request, timeout=seconds, metadata=self._settings.metadata)
             except grpc.aio.AioRpcError as failed:
-                error = error_from_call(cast("FailedCall", failed))
-            except UnavailableError as unresolved:
-                error = unresolved
-            await asyncio.sleep(attempts.pause(error))
+                error = self._error(cast("FailedCall", failed))
+            raise error
+
+        return await retry_async(attempt, attempts, self._wait)
+
+    async def _wait(self, seconds: float) -> None:
+        """Waits until the seconds are over or the client is closed."""
+        pause = (asyncio.get_running_loop(), asyncio.Event())
+        self._pauses.add(pause)
+        try:
+            if not self._closed:
+                await asyncio.wait_for(pause[1].wait(), seconds)
+        except asyncio.TimeoutError:
+            pass
+        finally:
+            self._pauses.discard(pause)
 
     async def _server_info(self, attempts: Attempts) -> ServerInfo:
         answer = await self._call(lambda stub: stub.GetServerInfo, scoring_pb2.GetServerInfoRequest(), attempts)
         return read(server_info_from_proto, answer)
 
 
-Arrival = Union[list[StreamedCompletion], Chunk, Exception]
-"""What the call for a chunk hands over: some answers, the chunk itself when it is done, or why it failed."""
+Arrival = Union[list[StreamedCompletion], Chunk, Exception, Read, Ended]
+"""What the call for a chunk hands over: some answers, the chunk itself when it is done, or why it failed; and what the source does."""
 
 
 class _Stream:
@@ -234,49 +252,60 @@ class _Stream:
         self._window = window
 
     async def completions(self, groups: Iterable[RolloutGroup] | AsyncIterable[RolloutGroup]) -> AsyncIterator[StreamedCompletion]:
-        to_send = async_chunks(groups, self._window)
+        intake = Intake(self._window)
         arrivals: asyncio.Queue[Arrival] = asyncio.Queue()
+        source = async_source_of(groups, arrivals.put_nowait)
         tasks: dict[Chunk, asyncio.Task[None]] = {}
         try:
-            while True:
-                while len(tasks) < self._window.calls_in_flight and (chunk := await anext(to_send, None)) is not None:
+            while not intake.finished:
+                while (chunk := intake.next_chunk()) is not None:
                     tasks[chunk] = asyncio.create_task(self._run(chunk, arrivals))
-                if not tasks:
-                    return
-                arrival = await arrivals.get()
-                if isinstance(arrival, Chunk):
+                if intake.wants_group():
+                    source.ask()
+                try:
+                    arrival = await (asyncio.wait_for(arrivals.get(), LINGER_SECONDS) if intake.waits else arrivals.get())
+                except asyncio.TimeoutError:
+                    intake.kept_waiting()
+                    continue
+                if isinstance(arrival, Read):
+                    intake.took(arrival.group)
+                elif isinstance(arrival, Ended):
+                    intake.ended(arrival.error)
+                elif isinstance(arrival, Chunk):
                     del tasks[arrival]
+                    intake.answered()
                 elif isinstance(arrival, Exception):
                     raise arrival
                 else:
                     for completion in arrival:
                         yield completion
+            if intake.failure is not None:
+                raise intake.failure
         finally:
             for task in tasks.values():
                 task.cancel()
             await asyncio.gather(*tasks.values(), return_exceptions=True)
+            await source.stop()
 
     async def _run(self, chunk: Chunk, arrivals: asyncio.Queue[Arrival]) -> None:
         try:
             attempts = self._client._attempts(self._timeout)
-            while chunk.missing:
-                error = await self._attempt(chunk, attempts, arrivals)
-                if error is not None and chunk.missing:
-                    await asyncio.sleep(attempts.pause(error))
+            await retry_async(lambda seconds: self._attempt(chunk, attempts, seconds, arrivals), attempts, self._client._wait)
             arrivals.put_nowait(chunk)
         except Exception as failed:  # whatever it is, the reader must hear of it instead of waiting
             arrivals.put_nowait(failed)
 
-    async def _attempt(self, chunk: Chunk, attempts: Attempts, arrivals: asyncio.Queue[Arrival]) -> ProbescoreError | None:
+    async def _attempt(self, chunk: Chunk, attempts: Attempts, seconds: float, arrivals: asyncio.Queue[Arrival]) -> None:
         try:
             stub, request = await self._client._stub(), chunk.request(self._template)
-            call = stub.ScoreStream(request, timeout=attempts.seconds_left(), metadata=self._client._settings.metadata)
+            call = stub.ScoreStream(request, timeout=seconds, metadata=self._client._settings.metadata)
             async for message in call:
                 arrivals.put_nowait(chunk.accept(message))
                 attempts.progressed()
             chunk.check_complete()
+            return
         except grpc.aio.AioRpcError as failed:
-            return chunk.relocated(error_from_call(cast("FailedCall", failed)))
-        except UnavailableError as unresolved:
-            return unresolved
-        return None
+            if not chunk.missing:
+                return
+            error = chunk.relocated(self._client._error(cast("FailedCall", failed)))
+        raise error

@@ -1,4 +1,4 @@
-"""How a channel is made: addresses, options that the server's match, retries and balancing by service config."""
+"""How a channel is made: addresses, options that the server's match, balancing by service config."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from probescore.v1 import scoring_pb2
+from probescore._proxies import Proxy, goes_direct, proxy_of
 
 MAX_RECEIVE_BYTES = 64 * 1024 * 1024
 """Largest answer that the client takes."""
@@ -22,42 +22,38 @@ LOOKUP_SECONDS = 5
 """How often at most the client looks a name up again, which it does when a connection ends or cannot be made."""
 DEFAULT_ADDRESS = "localhost:50051"
 
-_SERVICE = scoring_pb2.DESCRIPTOR.services_by_name["ScoringService"].full_name
-_RECONNECT_SECONDS = (0.2, 3.0)
+_RECONNECT_SECONDS = (0.2, 1.0)
+_CONNECT_SECONDS = (2.0, 20.0)
+_CONNECT_SHARE = 0.05
 _HOST_PORT = re.compile(r"(?:\[(?P<ipv6>[0-9A-Fa-f:.%]+)\]|(?P<host>[^\s:/\[\],]+)):(?P<port>\d{1,5})")
 _SCHEMES = ("dns:", "unix:", "unix-abstract:", "ipv4:", "ipv6:", "xds:")
 
-SERVICE_CONFIG = {
-    "loadBalancingConfig": [{"round_robin": {}}],
-    "methodConfig": [
-        {
-            # for a lost connection; waiting out a restart is the client's own loop. Not for streams, which that loop serves alone: grpcio
-            # 1.85 retries one whose connection is reset as it begins without ever ending it, deadline or not
-            "name": [{"service": _SERVICE, "method": method} for method in ("Score", "GetServerInfo", "ListProbes")],
-            "retryPolicy": {
-                "maxAttempts": 3,
-                "initialBackoff": "0.1s",
-                "maxBackoff": "1s",
-                "backoffMultiplier": 2,
-                "retryableStatusCodes": ["UNAVAILABLE"],
-            },
-        }
-    ],
-}
+SERVICE_CONFIG: dict[str, list[dict[str, dict[str, str]]]] = {"loadBalancingConfig": [{"round_robin": {}}]}
 
 
-def channel_options(*, retries: bool) -> list[tuple[str, str | int]]:
-    """Options of every channel, with gRPC's own retries or without. What they ask of a server: see ``MIN_PING_SECONDS``."""
+def channel_options(restart_budget: float, target: str) -> list[tuple[str, str | int]]:
+    """Options of every channel. What they ask of a server: see ``MIN_PING_SECONDS``.
+
+    Args:
+        restart_budget: seconds that a call may go on trying; a twentieth of it, or 2 s if that is more, may go into one connection.
+        target: of gRPC, to which the channel leads.
+    """
+    shortest, enough = _CONNECT_SECONDS
+    connect = min(max(restart_budget * _CONNECT_SHARE, shortest), enough) if restart_budget else enough
     first, longest = _RECONNECT_SECONDS
     return [
         ("grpc.service_config", json.dumps(SERVICE_CONFIG)),
-        ("grpc.enable_retries", int(retries)),
+        # the client's loop is the only one: below it another would keep neither its budget nor its log, and wait out any pushback
+        ("grpc.enable_retries", 0),
         ("grpc.max_receive_message_length", MAX_RECEIVE_BYTES),
         ("grpc.keepalive_time_ms", KEEPALIVE_SECONDS * 1000),
         ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_SECONDS * 1000),
         # or gRPC's own minute counts, however short the keepalive timeout
         ("grpc.http2.ping_timeout_ms", KEEPALIVE_TIMEOUT_SECONDS * 1000),
         ("grpc.http2.max_pings_without_data", 0),
+        ("grpc.enable_http_proxy", int(not goes_direct(target))),
+        # in spite of its name how long a connection may take to stand
+        ("grpc.min_reconnect_backoff_ms", int(connect * 1000)),
         # gRPC's own two minutes would outlast the restart that the client waits for
         ("grpc.initial_reconnect_backoff_ms", int(first * 1000)),
         ("grpc.max_reconnect_backoff_ms", int(longest * 1000)),
@@ -124,3 +120,10 @@ class Addresses:
     def authority(self) -> str | None:
         """The name that a certificate must bear, where the target no longer says it: the first host of a list."""
         return self.written[0] if len(self.written) > 1 else None
+
+    @property
+    def proxy(self) -> Proxy | None:
+        """The proxy of the environment that connections go through, if any."""
+        if len(self.written) > 1:
+            return None
+        return proxy_of(self.target())

@@ -10,12 +10,13 @@ from typing import TypeVar
 
 import grpc
 
+from probescore._answers import AnswerCheck
 from probescore._channel import DEFAULT_ADDRESS, Addresses, channel_options
 from probescore._messages import MessageError, options_to_proto, request_to_proto, result_from_proto
 from probescore._options import ScoreOptions, request_options
 from probescore._retries import Attempts
-from probescore._status import invalid_request, malformed_answer
-from probescore.errors import ServerError, UnavailableError
+from probescore._status import FailedCall, error_from_call, invalid_request, malformed_answer
+from probescore.errors import DeadlineExceededError, ProbescoreError, ServerError, UnavailableError
 from probescore.types import RolloutGroup, ScoreResult
 from probescore.v1 import scoring_pb2
 from probescore.v1.admin_pb2_grpc import ProbeAdminServiceStub
@@ -97,9 +98,22 @@ class BaseClient:
             addresses = ", ".join(self._settings.addresses.written)
             raise UnavailableError(f"no such host among {addresses}: {error.strerror}", "UNAVAILABLE") from None
 
-    def _channel_options(self) -> list[tuple[str, str | int]]:
+    def _channel_options(self, target: str) -> list[tuple[str, str | int]]:
         authority = self._settings.addresses.authority
-        return channel_options(retries=self._settings.restart_budget > 0) + ([("grpc.default_authority", authority)] if authority else [])
+        return channel_options(self._settings.restart_budget, target) + ([("grpc.default_authority", authority)] if authority else [])
+
+    def _error(self, failed: FailedCall) -> ProbescoreError:
+        """Why a call failed; raises RuntimeError where it did because the client was closed meanwhile."""
+        self._check_open()
+        error = error_from_call(failed)
+        proxy = self._settings.addresses.proxy
+        if proxy is None or error.reason or not isinstance(error, (UnavailableError, DeadlineExceededError)):
+            return error
+        through = (
+            f"connections to {self._settings.addresses.written[0]} go through the proxy {proxy.location} of the environment variable "
+            f"{proxy.variable}; if they should not, unset it or add the host to no_proxy"
+        )
+        return type(error)(f"{error}; {through}", error.code, error.reason, error.violations, error.retry_seconds)
 
     @contextmanager
     def _administration(self) -> Iterator[None]:
@@ -150,8 +164,12 @@ def read(convert: Callable[[Response], Answer], message: Response) -> Answer:
 
 
 def score_result(message: scoring_pb2.ScoreResponse, request: scoring_pb2.ScoreRequest) -> ScoreResult:
-    """The answer to ``request``; raises ServerError unless it has exactly the request's groups and completions."""
+    """The answer to ``request``.
+
+    Raises:
+        ServerError: it breaks the contract, or is not one to this request.
+        MismatchError: it is of another model or tokenizer than the request expects.
+    """
     result = read(result_from_proto, message)
-    if [len(group) for group in result.groups] != [len(group.completions) for group in request.groups]:
-        raise malformed_answer("its groups and completions are not those of the request")
+    read(AnswerCheck(request).check_result, result)
     return result

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
+from probescore._answers import AnswerCheck
 from probescore._messages import MessageError, group_to_proto, streamed_from_proto
 from probescore._status import invalid_request, malformed_answer
 from probescore.errors import FieldViolation, InvalidRequestError, ProbescoreError
@@ -48,6 +50,7 @@ class Chunk:
     missing: dict[Position, scoring_pb2.Completion] = field(default_factory=dict)
     tokens: int = 0
     _sent: list[list[Position]] = field(default_factory=list)
+    _check: AnswerCheck | None = None
 
     def add(self, group: int, prompt: scoring_pb2.Prompt, completions: dict[Position, scoring_pb2.Completion], tokens: int) -> None:
         """Takes completions of one group in."""
@@ -67,28 +70,35 @@ class Chunk:
                 last = group
             stream.request.groups[-1].completions.append(message)
             self._sent[-1].append((group, completion))
+        self._check = AnswerCheck(stream.request)
         return stream
 
     def accept(self, message: scoring_pb2.ScoreStreamResponse) -> list[StreamedCompletion]:
-        """Takes one message of the answer, with indices as in the stream.
+        """Takes one message of the answer to the last ``request``, with indices as in the stream.
 
         Raises:
-            ServerError: it breaks the contract, answers a completion twice, or one that was not asked for.
+            ServerError: it breaks the contract, answers a completion twice, one that was not asked for, or not as it was asked for.
+            MismatchError: it is of another model or tokenizer than the request expects.
         """
         try:
             answers = streamed_from_proto(message)
+            if answers and self._check is not None:
+                self._check.check_info(answers[0].info)
+            return [self._accepted(answer) for answer in answers]
         except MessageError as error:
             raise malformed_answer(error) from None
-        accepted = []
-        for answer in answers:
-            try:
-                position = self._sent[answer.group_index][answer.completion_index]
-                del self.missing[position]
-            except (IndexError, KeyError):
-                where = f"groups[{answer.group_index}].completions[{answer.completion_index}]"
-                raise malformed_answer(f"{where} was not asked for, or answered before") from None
-            accepted.append(replace(answer, group_index=position[0], completion_index=position[1]))
-        return accepted
+
+    def _accepted(self, answer: StreamedCompletion) -> StreamedCompletion:
+        try:
+            position = self._sent[answer.group_index][answer.completion_index]
+            del self.missing[position]
+        except (IndexError, KeyError):
+            where = f"groups[{answer.group_index}].completions[{answer.completion_index}]"
+            raise malformed_answer(f"{where} was not asked for, or answered before") from None
+        if self._check is not None:
+            field = f"groups[{position[0]}].completions[{position[1]}]"
+            self._check.check_completion(answer.group_index, answer.completion_index, answer.scores, field)
+        return replace(answer, group_index=position[0], completion_index=position[1])
 
     def check_complete(self) -> None:
         """Checks, at the end of a call, that nothing is missing.
@@ -140,8 +150,7 @@ class Chunker:
             raise invalid_request(MessageError(f"{name}.completions", "is empty; expected at least one"))
         sizes = [_completion_tokens(completion) for completion in message.completions]
         prompt_tokens = _prompt_tokens(message.prompt)
-        full = len(self._chunk.prompts) == self._window.groups_per_call
-        if full or self._chunk.tokens + prompt_tokens + sum(sizes) > self._window.tokens_per_call:
+        if self._chunk.tokens + prompt_tokens + sum(sizes) > self._window.tokens_per_call:
             yield from self.rest()
         part: dict[Position, scoring_pb2.Completion] = {}
         tokens = prompt_tokens
@@ -153,6 +162,13 @@ class Chunker:
             part[index, position] = completion
             tokens += size
         self._chunk.add(index, message.prompt, part, tokens)
+        if len(self._chunk.prompts) == self._window.groups_per_call:
+            yield from self.rest()
+
+    @property
+    def has_rest(self) -> bool:
+        """Whether a chunk is begun."""
+        return bool(self._chunk.missing)
 
     def rest(self) -> Iterator[Chunk]:
         """Gives the chunk begun, if there is one, and begins another."""
@@ -169,18 +185,66 @@ def chunks(groups: Iterable[RolloutGroup], window: StreamWindow) -> Iterator[Chu
     yield from chunker.rest()
 
 
-async def async_chunks(groups: Iterable[RolloutGroup] | AsyncIterable[RolloutGroup], window: StreamWindow) -> AsyncIterator[Chunk]:
-    """Does the same for a stream that may be asynchronous."""
-    if isinstance(groups, AsyncIterable):
-        chunker = Chunker(window)
-        async for group in groups:
-            for chunk in chunker.add(group):
-                yield chunk
-        for chunk in chunker.rest():
-            yield chunk
-    else:
-        for chunk in chunks(groups, window):
-            yield chunk
+class Intake:
+    """What has been read of a source and what of it is under way: decides when to read, and what to send.
+
+    A call holds as many groups as the window says, unless the source keeps the client waiting: then what has been read is sent, since the
+    source may be waiting for its scores.
+    """
+
+    def __init__(self, window: StreamWindow) -> None:
+        self._window = window
+        self._chunker = Chunker(window)
+        self._ready: deque[Chunk] = deque()
+        self._under_way = 0
+        self._reading = False
+        self._ended = False
+        self.failure: BaseException | None = None
+        """Why the source ended, if it did not by itself; to be raised once all that was read before is answered."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether the source has ended and all that it gave has been answered."""
+        return self._ended and not self._ready and not self._under_way
+
+    @property
+    def waits(self) -> bool:
+        """Whether a call could be sent if the source kept the client waiting."""
+        return self._reading and self._chunker.has_rest and self._under_way < self._window.calls_in_flight
+
+    def wants_group(self) -> bool:
+        """Whether to read another group now; if so, the next of ``took`` and ``ended`` belongs to it."""
+        wants = not (self._reading or self._ended or self._ready) and self._under_way < self._window.calls_in_flight
+        self._reading = self._reading or wants
+        return wants
+
+    def took(self, group: RolloutGroup) -> None:
+        """Takes in what was read. A group that cannot be sent ends the source, with ``failure``."""
+        self._reading = False
+        try:
+            self._ready.extend(self._chunker.add(group))
+        except Exception as error:  # whatever a user's object raises
+            self.ended(error)
+
+    def kept_waiting(self) -> None:
+        """Makes what has been read ready to be sent."""
+        self._ready.extend(self._chunker.rest())
+
+    def ended(self, failure: BaseException | None = None) -> None:
+        """The source gives no more."""
+        self._reading, self._ended, self.failure = False, True, failure
+        self.kept_waiting()
+
+    def next_chunk(self) -> Chunk | None:
+        """What to send now, if anything; then it is under way until ``answered``."""
+        if not self._ready or self._under_way == self._window.calls_in_flight:
+            return None
+        self._under_way += 1
+        return self._ready.popleft()
+
+    def answered(self) -> None:
+        """All answers to one chunk have been handed out."""
+        self._under_way -= 1
 
 
 def _prompt_tokens(prompt: scoring_pb2.Prompt) -> int:

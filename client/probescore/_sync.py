@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import queue
 import threading
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterable, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from types import TracebackType
@@ -27,10 +26,10 @@ from probescore._client import (
 )
 from probescore._messages import probes_from_proto, server_info_from_proto, transfers_from_proto
 from probescore._options import ScoreOptions
-from probescore._retries import Attempts
-from probescore._status import FailedCall, error_from_call
-from probescore._streaming import Chunk, StreamWindow, chunks
-from probescore.errors import ProbescoreError, UnavailableError
+from probescore._retries import Attempts, retry
+from probescore._sources import LINGER_SECONDS, Ended, Read, source_of
+from probescore._status import FailedCall
+from probescore._streaming import Chunk, Intake, StreamWindow
 from probescore.types import ProbeInfo, RolloutGroup, ScoreResult, ServerInfo, StreamedCompletion, Transfer
 from probescore.v1 import admin_pb2, probes_pb2, scoring_pb2
 
@@ -66,6 +65,7 @@ class ProbeClient(BaseClient):
     def _begin(self, settings: Settings) -> None:
         super()._begin(settings)
         self._channels: dict[int, tuple[grpc.Channel, Stub]] = {}
+        self._pauses: set[threading.Event] = set()
 
     def score(self, groups: Sequence[RolloutGroup], *, timeout: float | None = None, **options: Unpack[ScoreOptions]) -> ScoreResult:
         """Scores every completion of every group in one call. ``ScoreOptions`` says what the options are."""
@@ -74,7 +74,7 @@ class ProbeClient(BaseClient):
 
     def score_stream(
         self,
-        groups: Iterable[RolloutGroup],
+        groups: Iterable[RolloutGroup] | AsyncIterable[RolloutGroup],
         *,
         timeout: float | None = None,
         window: StreamWindow | None = None,
@@ -82,10 +82,13 @@ class ProbeClient(BaseClient):
     ) -> Iterator[StreamedCompletion]:
         """Scores any number of groups, several calls at a time, and yields each completion once, as it finishes, in any order.
 
-        After a lost connection only what is still missing is asked for again.
+        After a lost connection only what is still missing is asked for again. What goes wrong in ``groups`` is raised once all that they
+        gave before is answered.
 
         Args:
-            groups: may be endless; read no further ahead than ``window`` says.
+            groups: may be endless, and may wait for the scores of earlier groups; read no further ahead than ``window`` says. A list or
+                tuple is read in place, anything else in a thread of its own, an asynchronous iterable in an event loop of its own there. A
+                generator is closed when the stream ends.
             timeout: seconds for each of the calls.
             window: how much is under way at a time.
             options: see ``ScoreOptions``.
@@ -140,8 +143,10 @@ class ProbeClient(BaseClient):
             self.sleep(timeout=timeout)
 
     def close(self) -> None:
-        """Ends the connection. The client cannot be used afterwards."""
+        """Ends the connection, and calls under way with a ``RuntimeError``. The client cannot be used afterwards."""
         self._closed = True
+        for pause in list(self._pauses):
+            pause.set()
         opened = self._channels.pop(os.getpid(), None)
         if opened is not None:
             opened[0].close()
@@ -156,7 +161,8 @@ class ProbeClient(BaseClient):
         self._check_open()
         pid = os.getpid()
         if pid not in self._channels:
-            target, options, credentials = self._target(), self._channel_options(), self._settings.credentials
+            target, credentials = self._target(), self._settings.credentials
+            options = self._channel_options(target)
             channel = grpc.secure_channel(target, credentials, options) if credentials else grpc.insecure_channel(target, options)
             # no lock, which a fork could leave locked: of two threads the first one's channel stays
             kept, stub = self._channels.setdefault(pid, (channel, Stub(channel)))
@@ -171,22 +177,34 @@ class ProbeClient(BaseClient):
         request: Request,
         attempts: Attempts,
     ) -> Response:
-        while True:
-            error: ProbescoreError
+        def attempt(seconds: float) -> Response:
             try:
-                return method(self._stub())(request, timeout=attempts.seconds_left(), metadata=self._settings.metadata)
+                return method(self._stub())(request, timeout=seconds, metadata=self._settings.metadata)
             except grpc.RpcError as failed:
-                error = error_from_call(cast("FailedCall", failed))
-            except UnavailableError as unresolved:
-                error = unresolved
-            time.sleep(attempts.pause(error))
+                error = self._error(cast("FailedCall", failed))
+            except ValueError:
+                self._check_open()  # another thread may just have closed the channel
+                raise
+            raise error
+
+        return retry(attempt, attempts, self._wait)
+
+    def _wait(self, seconds: float, pause: threading.Event | None = None) -> None:
+        """Waits until the seconds are over, the client is closed or the event is set."""
+        pause = pause or threading.Event()
+        self._pauses.add(pause)
+        try:
+            if not self._closed:
+                pause.wait(seconds)
+        finally:
+            self._pauses.discard(pause)
 
     def _server_info(self, attempts: Attempts) -> ServerInfo:
         return read(server_info_from_proto, self._call(lambda stub: stub.GetServerInfo, scoring_pb2.GetServerInfoRequest(), attempts))
 
 
-Arrival = Union[list[StreamedCompletion], Chunk, Exception]
-"""What the call for a chunk hands over: some answers, the chunk itself when it is done, or why it failed."""
+Arrival = Union[list[StreamedCompletion], Chunk, Exception, Read, Ended]
+"""What the call for a chunk hands over: some answers, the chunk itself when it is done, or why it failed; and what the source does."""
 
 
 class _Stream:
@@ -200,45 +218,58 @@ class _Stream:
         self._arrivals: queue.SimpleQueue[Arrival] = queue.SimpleQueue()
         self._calls: dict[Chunk, grpc.Call] = {}
         self._stopped = threading.Event()
+        self._pause = threading.Event()
 
-    def completions(self, groups: Iterable[RolloutGroup]) -> Iterator[StreamedCompletion]:
-        to_send = chunks(groups, self._window)
-        under_way = 0
+    def completions(self, groups: Iterable[RolloutGroup] | AsyncIterable[RolloutGroup]) -> Iterator[StreamedCompletion]:
+        intake = Intake(self._window)
+        source = source_of(groups, self._arrivals.put)
         with ThreadPoolExecutor(self._window.calls_in_flight, "probescore-stream") as threads:
             try:
-                while True:
-                    while under_way < self._window.calls_in_flight and (chunk := next(to_send, None)) is not None:
+                while not intake.finished:
+                    while (chunk := intake.next_chunk()) is not None:
                         threads.submit(self._run, chunk)
-                        under_way += 1
-                    if not under_way:
-                        return
-                    arrival = self._arrivals.get()
-                    if isinstance(arrival, Chunk):
-                        under_way -= 1
+                    if intake.wants_group():
+                        source.ask()
+                    try:
+                        arrival = self._arrivals.get(timeout=LINGER_SECONDS if intake.waits else None)
+                    except queue.Empty:
+                        intake.kept_waiting()
+                        continue
+                    if isinstance(arrival, Read):
+                        intake.took(arrival.group)
+                    elif isinstance(arrival, Ended):
+                        intake.ended(arrival.error)
+                    elif isinstance(arrival, Chunk):
+                        intake.answered()
                     elif isinstance(arrival, Exception):
                         raise arrival
                     else:
                         yield from arrival
+                if intake.failure is not None:
+                    raise intake.failure
             finally:
                 self._stopped.set()
+                self._pause.set()
                 for call in list(self._calls.values()):
                     call.cancel()
+                source.stop()
 
     def _run(self, chunk: Chunk) -> None:
         try:
             attempts = self._client._attempts(self._timeout)
-            while chunk.missing and not self._stopped.is_set():
-                error = self._attempt(chunk, attempts)
-                if error is not None and chunk.missing:
-                    self._stopped.wait(attempts.pause(error))
+            retry(
+                lambda seconds: self._attempt(chunk, attempts, seconds), attempts, lambda seconds: self._client._wait(seconds, self._pause)
+            )
             self._arrivals.put(chunk)
         except Exception as failed:  # whatever it is, the reader must hear of it instead of waiting
             self._arrivals.put(failed)
 
-    def _attempt(self, chunk: Chunk, attempts: Attempts) -> ProbescoreError | None:
+    def _attempt(self, chunk: Chunk, attempts: Attempts, seconds: float) -> None:
+        if self._stopped.is_set():
+            return
         try:
             stub, request = self._client._stub(), chunk.request(self._template)
-            call = stub.ScoreStream(request, timeout=attempts.seconds_left(), metadata=self._client._settings.metadata)
+            call = stub.ScoreStream(request, timeout=seconds, metadata=self._client._settings.metadata)
             self._calls[chunk] = call
             if self._stopped.is_set():  # by a reader that could not see the call yet
                 call.cancel()
@@ -246,10 +277,14 @@ class _Stream:
                 self._arrivals.put(chunk.accept(message))
                 attempts.progressed()
             chunk.check_complete()
+            return
         except grpc.RpcError as failed:
-            return chunk.relocated(error_from_call(cast("FailedCall", failed)))
-        except UnavailableError as unresolved:
-            return unresolved
+            if self._stopped.is_set() or not chunk.missing:
+                return
+            error = chunk.relocated(self._client._error(cast("FailedCall", failed)))
+        except ValueError:
+            self._client._check_open()  # another thread may just have closed the channel
+            raise
         finally:
             self._calls.pop(chunk, None)
-        return None
+        raise error

@@ -131,7 +131,13 @@ class RolloutGroup:
 
 @dataclass(frozen=True)
 class ScoredProbe:
-    """A probe as it was applied. ``reductions`` is empty for a probe that pools by itself."""
+    """A probe as it was applied.
+
+    Attributes:
+        reductions: in the order of ``ProbeScores.reduced``; empty for a probe that pools by itself.
+        follow_up_tokens: of the follow-up that the probe itself appends to every completion and reads instead; 0 = it reads the completion.
+        exclude_special_tokens: the tokenizer's special tokens do not count, so that a selection of nothing else is absent.
+    """
 
     name: str
     version: str
@@ -143,6 +149,8 @@ class ScoredProbe:
     reductions: tuple[Reduction, ...]
     accepted_mismatches: tuple[str, ...] = ()
     reading: str = "frozen"
+    follow_up_tokens: int = 0
+    exclude_special_tokens: bool = False
 
 
 @dataclass(frozen=True, eq=False)

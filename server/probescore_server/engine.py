@@ -164,6 +164,7 @@ class Engine:
             max_follow_up_tokens={
                 file.manifest.key: len(file.manifest.follow_up.token_ids) for file in files if file.manifest.follow_up is not None
             },
+            excluding_special_tokens=frozenset(file.manifest.key for file in files if file.manifest.exclude_special_tokens),
         )
         cache = KeyValueCache(max_kv_cache_bytes)
         engine = cls(info, backbone, texts, loaded, cache, Residence.of(decoder, loaded.values(), cache))

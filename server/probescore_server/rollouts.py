@@ -148,6 +148,7 @@ class EngineInfo:
         expects_bos: by ``name@version``: the first id must be BOS (True), must not be (False), or is not checked (None).
         max_unchanged_positions: tokens of a rollout up to which the model's rotary embedding stays the same; ``None`` = always.
         max_follow_up_tokens: by ``name@version``: length of the follow-up that the probe itself appends.
+        excluding_special_tokens: the probes, ``name@version``, for which the tokenizer's special tokens do not count.
         device, dtype, execution_path: as in ``WorkerInfo``.
     """
 
@@ -161,6 +162,7 @@ class EngineInfo:
     max_unchanged_positions: int | None = None
     expects_bos: dict[str, bool | None] = field(default_factory=dict)
     max_follow_up_tokens: dict[str, int] = field(default_factory=dict)
+    excluding_special_tokens: frozenset[str] = frozenset()
 
     def scored_probes(self, options: ScoreOptions) -> tuple[ScoredProbe, ...]:
         """How the probes of a request are named in its answer, in the request's order."""
@@ -180,6 +182,8 @@ class EngineInfo:
                     labels=probe.labels,
                     reductions=(options.reductions or default) if default else (),
                     accepted_mismatches=probe.accepted_mismatches,
+                    follow_up_tokens=self.max_follow_up_tokens.get(key, 0),
+                    exclude_special_tokens=key in self.excluding_special_tokens,
                 )
             )
         return tuple(scored)

@@ -8,7 +8,7 @@ import threading
 from collections.abc import AsyncIterable, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import grpc
@@ -19,6 +19,7 @@ from google.rpc import error_details_pb2, status_pb2
 
 from probescore import (
     AsyncProbeClient,
+    Chat,
     CompletionScores,
     CompletionStatus,
     GroupScores,
@@ -26,49 +27,155 @@ from probescore import (
     ProbeScores,
     Reduction,
     RolloutGroup,
+    Scope,
     ScoredProbe,
     ScoreResult,
     ScoreUnit,
     ScoringInfo,
     StreamedCompletion,
+    Text,
+    reduce_scores,
 )
-from probescore._messages import groups_from_request, result_to_proto, streamed_to_proto
+from probescore._messages import RequestOptions, groups_from_request, options_from_request, result_to_proto, streamed_to_proto
+from probescore.types import score_keys
 from probescore.v1 import admin_pb2, admin_pb2_grpc, probes_pb2, scoring_pb2, scoring_pb2_grpc
 
-INFO = ScoringInfo(
-    model_fingerprint="sha256:model",
-    tokenizer_fingerprint="sha256:tokenizer",
-    probes=(
-        ScoredProbe(
-            name="sum",
-            version="1",
-            graph_sha256="sha256:graph",
-            manifest_sha256="sha256:manifest",
-            unit=ScoreUnit.VALUE,
-            output_per=OutputPer.TOKEN,
-            labels=("sum",),
-            reductions=(Reduction.parse("sum"),),
-        ),
+SUM, PAIR, POOLED, FOLLOWED = PROBES = (
+    ScoredProbe(
+        name="sum",
+        version="1",
+        graph_sha256="sha256:graph",
+        manifest_sha256="sha256:manifest",
+        unit=ScoreUnit.VALUE,
+        output_per=OutputPer.TOKEN,
+        labels=("sum",),
+        reductions=(Reduction.parse("sum"),),
+    ),
+    ScoredProbe(
+        name="pair",
+        version="2",
+        graph_sha256="sha256:graph-of-pair",
+        manifest_sha256="sha256:manifest-of-pair",
+        unit=ScoreUnit.LOGIT,
+        output_per=OutputPer.TOKEN,
+        labels=("first", "second"),
+        reductions=(Reduction.parse("max"),),
+        exclude_special_tokens=True,
+    ),
+    ScoredProbe(
+        name="pooled",
+        version="1",
+        graph_sha256="sha256:graph-of-pooled",
+        manifest_sha256="sha256:manifest-of-pooled",
+        unit=ScoreUnit.PROBABILITY,
+        output_per=OutputPer.ROLLOUT,
+        labels=("pooled",),
+        reductions=(),
+    ),
+    ScoredProbe(
+        name="followed",
+        version="1",
+        graph_sha256="sha256:graph-of-followed",
+        manifest_sha256="sha256:manifest-of-followed",
+        unit=ScoreUnit.VALUE,
+        output_per=OutputPer.TOKEN,
+        labels=("followed",),
+        reductions=(Reduction.parse("mean"),),
+        follow_up_tokens=3,
     ),
 )
+"""What the scripted server has: sums of ids, two labels without special tokens, one that pools, one that appends three tokens itself."""
+
+SPECIAL_ID = 7
+"""The one special token of the scripted server's tokenizer."""
+
+INFO = ScoringInfo(model_fingerprint="sha256:model", tokenizer_fingerprint="sha256:tokenizer", probes=(SUM,))
 
 
-def sum_of_ids(completion: Any) -> CompletionScores:
-    """The score of the scripted probe: the sum of a completion's ids, so that an answer says what it answers."""
-    reduced = np.full((1, 1, 1), np.sum(completion.tokens), np.float32)
-    return CompletionScores(completion.id, CompletionStatus.OK, {"sum": ProbeScores(reduced)})
+def ids_of(tokens: Any) -> Any:
+    """Ids as they are; of a text, the code points of its characters."""
+    if isinstance(tokens, Text):
+        tokens = tokens.text
+    if isinstance(tokens, Chat):
+        tokens = "".join(message.content for message in tokens.messages)
+    return np.array([ord(character) for character in tokens] if isinstance(tokens, str) else tokens, np.int32)
+
+
+def info_of(options: RequestOptions) -> ScoringInfo:
+    """What the answer to a request with these options says of itself."""
+    asked = options.probes or ("sum",)
+    applied = [probe for name in asked for probe in PROBES if name in (probe.name, f"{probe.name}@{probe.version}")]
+    chosen = [
+        replace(probe, reductions=options.reductions) if options.reductions and probe.output_per is OutputPer.TOKEN else probe
+        for probe in applied
+    ]
+    return replace(INFO, probes=tuple(chosen))
+
+
+def scored(
+    completion: Any, group: RolloutGroup, options: RequestOptions, *, follow_up: bool = False, inexact: bool = False
+) -> CompletionScores:
+    """The scores of one completion, worked out in the plainest way: a token's score is its id, the second label's twice that."""
+    ids, prompt = ids_of(completion.tokens), ids_of(group.prompt)
+    inexact = inexact or isinstance(completion.tokens, str)
+    scope = Scope.COMPLETION if follow_up else options.scope
+    before = prompt if scope is not Scope.COMPLETION else prompt[:0]
+    own = ids if scope is not Scope.PROMPT else ids[:0]
+    mask = np.ones(len(own), bool) if completion.mask is None else np.asarray(completion.mask, bool)
+    whole = np.concatenate([np.ones(len(before), bool), mask])
+    selections = [whole]
+    for span in completion.spans:
+        within = np.zeros_like(whole)
+        within[len(before) + span.start : len(before) + span.end] = True
+        selections.append(whole & within)
+    scores = {}
+    info = info_of(options)
+    for key, probe in zip(score_keys(info.probes), info.probes, strict=True):
+        read, chosen = np.concatenate([before, own]), selections
+        if probe.follow_up_tokens:
+            read = np.arange(probe.follow_up_tokens)
+            chosen = [np.ones(len(read), bool), *(np.zeros(len(read), bool) for _ in completion.spans)]
+        if probe.exclude_special_tokens:
+            chosen = [selection & (read != SPECIAL_ID) for selection in chosen]
+        per_token = np.stack([read * (1 + label) for label in range(len(probe.labels))], axis=1).astype(np.float32)
+        reductions = probe.reductions or (Reduction.parse("max"),)
+        reduced = np.stack([np.stack([reduce_scores(per_token[selection], each) for each in reductions]) for selection in chosen])
+        names = (probe.name, f"{probe.name}@{probe.version}")
+        wanted = probe.output_per is OutputPer.TOKEN and (
+            options.token_scores == "all" or any(name in options.token_scores for name in names)
+        )
+        scores[key] = ProbeScores(reduced, per_token if wanted else None)
+    return CompletionScores(
+        completion.id,
+        CompletionStatus.OK,
+        scores,
+        prompt_ids=prompt if options.return_token_ids and not follow_up else None,
+        completion_ids=ids if options.return_token_ids else None,
+        inexact_ids=inexact,
+        follow_ups=tuple(scored(each, group, options, follow_up=True, inexact=inexact) for each in completion.follow_ups),
+        prompt_texts=tuple(map(str, prompt)) if options.return_token_texts and not follow_up else None,
+        completion_texts=tuple(map(str, ids)) if options.return_token_texts else None,
+    )
+
+
+def scored_groups(request: scoring_pb2.ScoreRequest) -> list[tuple[CompletionScores, ...]]:
+    options = options_from_request(request)
+    return [
+        tuple(scored(completion, group, options, inexact=isinstance(group.prompt, (Text, Chat))) for completion in group.completions)
+        for group in groups_from_request(request)
+    ]
 
 
 def answer(request: scoring_pb2.ScoreRequest) -> scoring_pb2.ScoreResponse:
-    groups = tuple(GroupScores(tuple(map(sum_of_ids, group.completions))) for group in groups_from_request(request))
-    return result_to_proto(ScoreResult(groups, INFO))
+    return result_to_proto(ScoreResult(tuple(map(GroupScores, scored_groups(request))), info_of(options_from_request(request))))
 
 
 def answer_in_pieces(request: scoring_pb2.ScoreRequest) -> Iterator[scoring_pb2.ScoreStreamResponse]:
     """One message per completion, the last one first."""
-    for group_index, group in reversed(list(enumerate(groups_from_request(request)))):
-        for completion_index, completion in reversed(list(enumerate(group.completions))):
-            yield streamed_to_proto([(group_index, completion_index, sum_of_ids(completion))], INFO)
+    info = info_of(options_from_request(request))
+    for group_index, group in reversed(list(enumerate(scored_groups(request)))):
+        for completion_index, completion in reversed(list(enumerate(group))):
+            yield streamed_to_proto([(group_index, completion_index, completion)], info)
 
 
 @dataclass(eq=False)
@@ -89,8 +196,12 @@ class Refusal(Exception):
         raw = self.raw_details
         if packed:
             raw = status_pb2.Status(code=self.code.value[0], message=self.message, details=packed).SerializeToString()
-        if raw is not None:
-            context.set_trailing_metadata((("grpc-status-details-bin", raw),))
+        trailing: list[tuple[str, str | bytes]] = [] if raw is None else [("grpc-status-details-bin", raw)]
+        for detail in self.details:  # as the product's server does, for gRPC's own retries
+            if isinstance(detail, error_details_pb2.RetryInfo):
+                trailing.append(("grpc-retry-pushback-ms", str(detail.retry_delay.ToMilliseconds())))
+        if trailing:
+            context.set_trailing_metadata(tuple(trailing))
         context.abort(self.code, self.message)
 
 

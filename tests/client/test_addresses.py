@@ -10,7 +10,6 @@ import pytest
 
 from probescore import ProbeClient
 from probescore._channel import SERVICE_CONFIG, Addresses, channel_options
-from probescore.v1 import scoring_pb2
 
 
 @pytest.mark.parametrize(
@@ -77,11 +76,12 @@ def test_a_certificate_is_checked_against_the_name_that_the_user_gave() -> None:
     assert Addresses.of("scoring:1").authority is None
 
 
-def test_the_service_config_is_for_the_unary_methods_of_our_service() -> None:
-    config = json.loads(str(dict(channel_options(retries=True))["grpc.service_config"]))
+def test_the_service_config_balances_and_leaves_retries_to_the_loop() -> None:
+    options = dict(channel_options(restart_budget=100, target="dns:///a:1"))
+    assert json.loads(str(options["grpc.service_config"])) == SERVICE_CONFIG == {"loadBalancingConfig": [{"round_robin": {}}]}
+    assert options["grpc.enable_retries"] == 0
 
-    assert config == SERVICE_CONFIG
-    [method] = config["methodConfig"]
-    service = scoring_pb2.DESCRIPTOR.services_by_name["ScoringService"]
-    unary = {known.name for known in service.methods if not known.server_streaming}
-    assert {(name["service"], name["method"]) for name in method["name"]} == {(service.full_name, known) for known in unary}
+
+@pytest.mark.parametrize(("budget", "seconds"), [(0, 20), (1, 2), (40, 2), (120, 6), (3600, 20)])
+def test_a_connection_may_take_a_twentieth_of_the_budget(budget: float, seconds: int) -> None:
+    assert dict(channel_options(budget, "dns:///a:1"))["grpc.min_reconnect_backoff_ms"] == 1000 * seconds

@@ -44,12 +44,12 @@ def test_scores_come_back_in_the_order_of_the_request(client: Any) -> None:
 def test_every_option_reaches_the_server(client: Any, service: Service) -> None:
     client.score(
         [RolloutGroup([1], [Completion([2], id="a")])],
-        probes=["sum", "other@2"],
+        probes=["sum", "pair@2"],
         reductions=["mean", Reduction.parse("topk_mean(8)")],
         token_scores=["sum"],
         scope="all",
-        expected_model_fingerprint="sha256:m",
-        expected_tokenizer_fingerprint="sha256:t",
+        expected_model_fingerprint="sha256:model",
+        expected_tokenizer_fingerprint="sha256:tokenizer",
         return_token_ids=True,
         return_token_texts=True,
         priority=-3,
@@ -58,11 +58,11 @@ def test_every_option_reaches_the_server(client: Any, service: Service) -> None:
     )
 
     sent = options_from_request(service.requests[0])
-    assert sent.probes == ("sum", "other@2")
+    assert sent.probes == ("sum", "pair@2")
     assert sent.reductions == (Reduction.parse("mean"), Reduction.parse("topk_mean(8)"))
     assert sent.token_scores == ("sum",)
     assert sent.scope is Scope.ALL
-    assert (sent.expected_model_fingerprint, sent.expected_tokenizer_fingerprint) == ("sha256:m", "sha256:t")
+    assert (sent.expected_model_fingerprint, sent.expected_tokenizer_fingerprint) == ("sha256:model", "sha256:tokenizer")
     assert (sent.return_token_ids, sent.return_token_texts) == (True, True)
     assert (sent.priority, sent.run_id, sent.step) == (-3, "run", 7)
 

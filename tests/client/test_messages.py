@@ -137,6 +137,8 @@ def scored_probes(draw: st.DrawFn) -> tuple[ScoredProbe, ...]:
         labels=st.lists(words).map(tuple),
         reductions=st.lists(reductions(), max_size=2).map(tuple),
         accepted_mismatches=st.lists(words).map(tuple),
+        follow_up_tokens=st.integers(0, 2**32 - 1),
+        exclude_special_tokens=st.booleans(),
     )
     return tuple(
         dataclasses.replace(draw(probe), name=name, version=version)

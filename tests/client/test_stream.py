@@ -31,7 +31,7 @@ from probescore import (
     UnavailableError,
 )
 from probescore._messages import groups_from_request
-from probescore._streaming import chunks
+from probescore._streaming import Chunk, Intake
 from probescore.v1 import scoring_pb2
 
 
@@ -52,6 +52,23 @@ def scores(stream: Any) -> dict[tuple[int, int], float]:
 
 def expected(count: int, completions: int = 3) -> dict[tuple[int, int], float]:
     return {(index, position): 100 * index + position for index in range(count) for position in range(completions)}
+
+
+def chunks(groups: list[RolloutGroup], window: StreamWindow) -> Iterator[Chunk]:
+    """How a source that never waits is cut into calls, when each is answered before the next."""
+    intake, source = Intake(window), iter(groups)
+    while not intake.finished:
+        if intake.wants_group():
+            for entry in source:
+                intake.took(entry)
+                break
+            else:
+                intake.ended()
+        while (chunk := intake.next_chunk()) is not None:
+            yield chunk
+            intake.answered()
+    if intake.failure is not None:
+        raise intake.failure
 
 
 SMALL = StreamWindow(groups_per_call=2, tokens_per_call=1000, calls_in_flight=3)

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -198,6 +199,31 @@ def test_the_clients_retry_gets_the_right_scores_after_a_kill(start_server: Star
         os.kill(server.worker_pid(), signal.SIGKILL)
         calling.join(TIMEOUT)
     np.testing.assert_array_equal(scored[0], expected)
+
+
+def test_a_call_whose_worker_dies_ends_with_its_budget(start_server: StartServer, model: Path, probe_file: Path) -> None:
+    # given a call that computes, with a budget shorter than what the worker takes to start again
+    server = start_server(model, [probe_file], worker_restart_seconds=2.0)
+    ended: list[tuple[float, Exception]] = []
+
+    def call() -> None:
+        try:
+            client.score([RolloutGroup([1, 5, 6], [[7, 8, 9], [10]])])
+        except UnavailableError as error:
+            ended.append((time.monotonic(), error))
+
+    with ProbeClient(server.address, timeout=TIMEOUT, restart_budget=1.0) as client:
+        os.kill(server.worker_pid(), signal.SIGSTOP)
+        calling = threading.Thread(target=call)
+        calling.start()
+        eventually(lambda: total(server, "probescore_rpcs_in_flight") == 1)
+        killed = time.monotonic()
+        os.kill(server.worker_pid(), signal.SIGKILL)
+        calling.join(TIMEOUT)
+
+    [(when, error)] = ended
+    assert "the client's restart_budget of 1 s" in str(error)
+    assert when - killed < 3
 
 
 @pytest.mark.timeout(60)

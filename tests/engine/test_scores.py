@@ -10,7 +10,9 @@ import pytest
 from engine_probes import POSITION_STEP, Array, linear, plain, pooled_mean, positioned, running_mean
 from models import BOS, EOS, tiny_model
 
-from probescore import Reduction, reduce_scores
+from probescore import Reduction, ScoreOptions, reduce_scores
+from probescore._answers import AnswerCheck
+from probescore._client import score_request
 from probescore.types import Chat, Completion, CompletionScores, RolloutGroup, Scope, ScoreUnit, Span, Text
 from probescore_server import Engine
 from probescore_server.probes.manifest import FollowUp
@@ -169,6 +171,8 @@ def test_special_tokens_are_left_out_where_the_manifest_says_so(load: Load, refe
         pooled_mean("pooled-words", exclude_special_tokens=True, sees_prompt=True),
         linear("all"),
     )
+    named = engine.score([RolloutGroup([1], [[5]])]).info.probes
+    assert {probe.name for probe in named if probe.exclude_special_tokens} == {"words", "pooled-words"}
     each = plain(reference, PROMPT, ANSWER)
     scored = only(engine, ANSWER, token_scores=["words"])
     close(tokens(scored, "words"), each[4:])
@@ -228,6 +232,8 @@ def test_probe_with_a_follow_up_of_its_own_reads_that_instead(load: Load, refere
         linear("plain"),
     )
     assert engine.info.max_follow_up_tokens == {"honest@1": 3, "pooled-honest@1": 3}
+    named = engine.score([RolloutGroup([1], [[5]])]).info.probes
+    assert {probe.name: probe.follow_up_tokens for probe in named} == {"honest": 3, "pooled-honest": 3, "plain": 0}
     completion = Completion(ANSWER, mask=[0] * 5, spans=(Span("start", 0, 2),), follow_ups=(Completion([70]),))
     scored = only(engine, completion, token_scores=["honest", "plain"])
     each = plain(reference, PROMPT, ANSWER, asked)
@@ -352,3 +358,44 @@ def test_every_hook_reads_what_plain_hugging_face_has_there(load: Load, referenc
     engine = load(linear(tap=tap))
     scored = only(engine, ANSWER, token_scores="all")
     close(tokens(scored, "linear"), plain(reference, PROMPT, ANSWER, tap=tap)[4:])
+
+
+# ------------------------------------------------------------------------------------------------------------ what a client checks
+
+
+def test_no_answer_of_the_engine_is_refused_by_the_client(load: Load) -> None:
+    engine = load(
+        linear(),
+        running_mean(),
+        pooled_mean("pooled-sees", sees_prompt=True),
+        linear("words", exclude_special_tokens=True),
+        linear("honest", follow_up=FollowUp(token_ids=[60, 61])),
+        pooled_mean("pooled-honest", follow_up=FollowUp(token_ids=[60, 61]), sees_prompt=True),
+    )
+    names = [f"{probe.name}@{probe.version}" for probe in engine.info.probes]
+    random = np.random.default_rng(0)
+
+    def completion(scope: str, depth: int = 0) -> Completion:
+        ids = random.choice([BOS, EOS, 40, 41, 42], int(random.integers(0, 4)))
+        bare = scope == "prompt" and depth == 0
+        mask = None if bare or random.random() < 0.5 else random.integers(0, 2, len(ids))
+        ends = [] if bare else [sorted(random.integers(0, len(ids) + 1, 2).tolist()) for _ in range(random.integers(0, 3))]
+        follow_ups = tuple(completion(scope, depth + 1) for _ in range(random.integers(0, 2))) if depth < 2 else ()
+        return Completion(ids, mask, tuple(Span(str(number), *pair) for number, pair in enumerate(ends)), follow_ups, id=str(depth))
+
+    for _ in range(60):
+        scope = str(random.choice(["completion", "prompt", "all"]))
+        groups = [
+            RolloutGroup(random.choice([BOS, 40, 41], random.integers(0, 3)), [completion(scope) for _ in range(random.integers(1, 3))])
+            for _ in range(2)
+        ]
+        options: ScoreOptions = {
+            "probes": random.permutation(names)[: random.integers(0, len(names) + 1)].tolist(),
+            "reductions": [[], ["max"], ["mean", "last"]][random.integers(0, 3)],
+            "token_scores": "all" if random.random() < 0.5 else [],
+            "scope": scope,
+            "return_token_ids": bool(random.integers(0, 2)),
+            "return_token_texts": bool(random.integers(0, 2)),
+        }
+        request = score_request(groups, options)
+        AnswerCheck(request).check_result(engine.score(groups, **options))  # type: ignore[arg-type]

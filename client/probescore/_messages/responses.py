@@ -112,6 +112,8 @@ def _scored_probe_to_proto(probe: ScoredProbe) -> probes_pb2.ScoredProbe:
         labels=probe.labels,
         reductions=[reduction_to_proto(reduction) for reduction in probe.reductions],
         accepted_mismatches=probe.accepted_mismatches,
+        follow_up_tokens=probe.follow_up_tokens,
+        exclude_special_tokens=probe.exclude_special_tokens,
     )
 
 
@@ -232,4 +234,6 @@ def _scored_probe(packed: bytes) -> ScoredProbe:
         reductions=tuple(reduction_from_proto(entry, f"reductions[{index}]") for index, entry in enumerate(message.reductions)),
         accepted_mismatches=tuple(message.accepted_mismatches),
         reading=message.reading,
+        follow_up_tokens=message.follow_up_tokens,
+        exclude_special_tokens=message.exclude_special_tokens,
     )

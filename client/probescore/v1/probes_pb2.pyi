@@ -191,6 +191,8 @@ class ScoredProbe(google.protobuf.message.Message):
     LABELS_FIELD_NUMBER: builtins.int
     REDUCTIONS_FIELD_NUMBER: builtins.int
     ACCEPTED_MISMATCHES_FIELD_NUMBER: builtins.int
+    FOLLOW_UP_TOKENS_FIELD_NUMBER: builtins.int
+    EXCLUDE_SPECIAL_TOKENS_FIELD_NUMBER: builtins.int
     name: builtins.str
     """Name of the probe."""
     version: builtins.str
@@ -205,6 +207,10 @@ class ScoredProbe(google.protobuf.message.Message):
     """What the numbers are."""
     output_per: global___OutputPer.ValueType
     """Whether it scores tokens or rollouts."""
+    follow_up_tokens: builtins.int
+    """Tokens of the follow-up that the probe itself appends to every completion and reads instead; 0 = it reads the completion."""
+    exclude_special_tokens: builtins.bool
+    """Whether the tokenizer's special tokens do not count in its reductions, so that a selection of nothing else is absent."""
     @property
     def labels(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """Names of the values per token, in order. A probe with a single value has one label."""
@@ -230,8 +236,10 @@ class ScoredProbe(google.protobuf.message.Message):
         labels: collections.abc.Iterable[builtins.str] | None = ...,
         reductions: collections.abc.Iterable[global___Reduction] | None = ...,
         accepted_mismatches: collections.abc.Iterable[builtins.str] | None = ...,
+        follow_up_tokens: builtins.int = ...,
+        exclude_special_tokens: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["accepted_mismatches", b"accepted_mismatches", "graph_sha256", b"graph_sha256", "labels", b"labels", "manifest_sha256", b"manifest_sha256", "name", b"name", "output_per", b"output_per", "reading", b"reading", "reductions", b"reductions", "unit", b"unit", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["accepted_mismatches", b"accepted_mismatches", "exclude_special_tokens", b"exclude_special_tokens", "follow_up_tokens", b"follow_up_tokens", "graph_sha256", b"graph_sha256", "labels", b"labels", "manifest_sha256", b"manifest_sha256", "name", b"name", "output_per", b"output_per", "reading", b"reading", "reductions", b"reductions", "unit", b"unit", "version", b"version"]) -> None: ...
 
 global___ScoredProbe = ScoredProbe
 

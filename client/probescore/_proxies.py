@@ -1,0 +1,93 @@
+"""What gRPC does with the environment's proxies: which of them a target's connections go through, and where none may be."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+_VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy")
+"""In the order in which gRPC looks; the first that is set counts, also if it is empty. Names in capitals are not read."""
+
+_EXCEPTIONS = ("no_grpc_proxy", "no_proxy")
+_TARGET = re.compile(r"(?:dns:(?://[^/]*/)?|ipv4:|ipv6:)?(?P<host>\[[^\]]*\]|[^\[\],]*?)(?::\d+)?")
+_LOOPBACK_NAMES = {"localhost", "localhost.localdomain", "localhost4", "localhost6", "ip6-localhost", "ip6-loopback"}
+
+
+@dataclass(frozen=True)
+class Proxy:
+    """A proxy of the environment: the variable that names it, and where it is, without its password."""
+
+    variable: str
+    location: str
+
+
+def goes_direct(target: str) -> bool:
+    """Whether connections must not go through a proxy: to this machine, where one has no business, or to several addresses, which gRPC
+    would hand to a proxy as if they were one.
+    """
+    if target.startswith(("unix:", "unix-abstract:")):
+        return True
+    host = _host(target)
+    return host is None or _is_loopback(host)
+
+
+def proxy_of(target: str, environment: Mapping[str, str] = os.environ) -> Proxy | None:
+    """The proxy that gRPC takes for a target, if any."""
+    if target.startswith("xds:") or goes_direct(target):
+        return None
+    variable = next((name for name in _VARIABLES if name in environment), None)
+    if variable is None:
+        return None
+    try:
+        proxy = urlsplit(environment[variable])
+        location = f"{proxy.hostname}:{proxy.port or 80}"
+    except ValueError:
+        return None
+    if proxy.scheme != "http" or not proxy.hostname or _is_excepted(_host(target) or "", environment):
+        return None
+    return Proxy(variable, location)
+
+
+def _host(target: str) -> str | None:
+    """The one host of a target; None if it has several."""
+    match = _TARGET.fullmatch(target)
+    return match["host"].strip("[]") if match else None
+
+
+def _is_loopback(host: str) -> bool:
+    name = host.rstrip(".").lower()
+    if name in _LOOPBACK_NAMES or name.endswith(".localhost"):
+        return True
+    try:
+        address = ipaddress.ip_address(name.partition("%")[0])
+    except ValueError:
+        try:
+            address = ipaddress.IPv4Address(socket.inet_aton(name))  # "127.1"
+        except (OSError, UnicodeError):
+            return False
+    mapped = getattr(address, "ipv4_mapped", None) or address
+    return bool(mapped.is_loopback or mapped.is_unspecified)
+
+
+def _is_excepted(host: str, environment: Mapping[str, str]) -> bool:
+    """As gRPC does it: ends of names, and networks."""
+    variable = next((name for name in _EXCEPTIONS if name in environment), None)
+    if variable is None:
+        return False
+    for entry in environment[variable].split(","):
+        end = entry.strip().lower()
+        if end and (host.lower().endswith(end) or _is_within(host, end)):
+            return True
+    return False
+
+
+def _is_within(host: str, network: str) -> bool:
+    try:
+        return ipaddress.ip_address(host) in ipaddress.ip_network(network, strict=False)
+    except ValueError:
+        return False
