@@ -20,16 +20,15 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from probescore.types import ScoreUnit
+from probescore_server.probes.estimators import FEATURES, EstimatorScores, estimator_scores
 from probescore_server.probes.graph import CU_SEQLENS, POSITIONS, SCORES, Signature
+from probescore_server.probes.nodes import ML_OPSET, OPSET
 
 if TYPE_CHECKING:
     from sklearn.base import BaseEstimator
 
 GraphInputs = Mapping[str, NDArray[Any]]
 """What a graph is given, in the order of its inputs: each tap ``(N, hidden_size)`` float32, then ``cu_seqlens``, ``positions``."""
-
-_OPSET = 18
-_ML_OPSET = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,11 +39,17 @@ class ProbeFunction:
         score: the author's own code: ``(N, labels)``, or ``(sequences, labels)`` where it pools; a missing last axis means one label.
         export: makes the graph for a signature.
         unit: of the scores.
+        width: how many numbers of each row it takes, of all taps together; ``None`` = not known before it runs.
+        columns: how many scores it gives; ``None`` = not known before it runs.
+        classes: what each column is about, in the words of its training data; none if it does not say.
     """
 
     score: Callable[[GraphInputs], NDArray[Any]]
     export: Callable[[Signature], onnx.ModelProto]
     unit: ScoreUnit
+    width: int | None = None
+    columns: int | None = None
+    classes: tuple[str, ...] = ()
 
 
 def linear_probe(weight: ArrayLike, bias: ArrayLike = 0.0, *, unit: ScoreUnit = ScoreUnit.LOGIT) -> ProbeFunction:
@@ -84,21 +89,12 @@ def sklearn_probe(estimator: BaseEstimator) -> ProbeFunction:
     loss is logistic; other classifiers by ``predict_proba`` (for two classes that of the second, else one label per class); regressors
     by ``predict``.
     """
-    linear = _linear_form(estimator)
-    if linear is not None:
-        weight, bias, score, unit = linear
-        return ProbeFunction(lambda inputs: score(_concatenated(inputs)), lambda s: _linear_graph(weight, bias, s), unit)
-    if hasattr(estimator, "predict_proba"):
-        binary = len(estimator.classes_) == 2
+    read = estimator_scores(estimator)
 
-        def probabilities(inputs: GraphInputs) -> NDArray[Any]:
-            every: NDArray[Any] = estimator.predict_proba(_concatenated(inputs))
-            return every[:, 1:] if binary else every
+    def export(signature: Signature) -> onnx.ModelProto:
+        return _linear_graph(*read.weights, signature) if read.weights else _estimator_graph(read, signature)
 
-        return ProbeFunction(probabilities, lambda s: _sklearn_graph(estimator, s, binary), ScoreUnit.PROBABILITY)
-    return ProbeFunction(
-        lambda inputs: estimator.predict(_concatenated(inputs)), lambda s: _sklearn_graph(estimator, s, False), ScoreUnit.VALUE
-    )
+    return ProbeFunction(lambda inputs: read.score(_concatenated(inputs)), export, read.unit, read.width, read.columns, read.classes)
 
 
 def onnx_probe(graph: onnx.ModelProto | Path | str, score: Callable[[GraphInputs], NDArray[Any]], *, unit: ScoreUnit) -> ProbeFunction:
@@ -133,12 +129,12 @@ def _linear_graph(weight: NDArray[np.float64], bias: NDArray[np.float64], signat
 
 def _features(signature: Signature) -> tuple[list[onnx.NodeProto], str]:
     names = [str(tap) for tap in signature.taps]
-    return ([], names[0]) if len(names) == 1 else ([onnx.helper.make_node("Concat", names, ["features"], axis=1)], "features")
+    return ([], names[0]) if len(names) == 1 else ([onnx.helper.make_node("Concat", names, [FEATURES], axis=1)], FEATURES)
 
 
 def _model(nodes: list[onnx.NodeProto], signature: Signature, weights: list[onnx.TensorProto]) -> onnx.ModelProto:
     graph = onnx.helper.make_graph(nodes, "probe", signature.inputs, [signature.output], weights)
-    return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", _OPSET)])
+    return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", OPSET)])
 
 
 def _torch_graph(scorer: torch.nn.Module, signature: Signature) -> onnx.ModelProto:
@@ -159,7 +155,7 @@ def _torch_graph(scorer: torch.nn.Module, signature: Signature) -> onnx.ModelPro
             tuple(example),
             input_names=[value.name for value in signature.inputs],
             output_names=[SCORES],
-            opset_version=_OPSET,
+            opset_version=OPSET,
             dynamo=True,
             dynamic_shapes=(tuple(shapes),),
             external_data=False,
@@ -168,54 +164,13 @@ def _torch_graph(scorer: torch.nn.Module, signature: Signature) -> onnx.ModelPro
     return _declared(program.model_proto, signature)
 
 
-def _linear_form(
-    estimator: BaseEstimator,
-) -> tuple[NDArray[np.float64], NDArray[np.float64], Callable[..., NDArray[Any]], ScoreUnit] | None:
-    """Weight, bias, the estimator's own function and its unit, if it is linear after standardisation."""
-    from sklearn.linear_model import LinearRegression, LogisticRegression, Ridge, RidgeClassifier, SGDClassifier
-    from sklearn.pipeline import Pipeline
-    from sklearn.preprocessing import StandardScaler
-    from sklearn.svm import LinearSVC
-
-    steps = [step for _, step in estimator.steps] if isinstance(estimator, Pipeline) else [estimator]
-    last = steps[-1]
-    classifies = isinstance(last, (LogisticRegression, SGDClassifier, RidgeClassifier, LinearSVC)) and len(last.classes_) == 2
-    if not classifies and not isinstance(last, (LinearRegression, Ridge)):
-        return None
-    if not all(type(step) is StandardScaler for step in steps[:-1]):
-        return None
-    weight = np.atleast_2d(np.asarray(last.coef_, np.float64))
-    bias = np.broadcast_to(np.asarray(last.intercept_, np.float64), weight.shape[:1])
-    for scaler in reversed(steps[:-1]):
-        weight = weight / scaler.scale_ if scaler.with_std else weight
-        bias = bias - weight @ scaler.mean_ if scaler.with_mean else bias  # mean_ is there even if it is not subtracted
-    logistic = isinstance(last, LogisticRegression) or (isinstance(last, SGDClassifier) and last.loss == "log_loss")
-    return weight, bias, estimator.decision_function if classifies else estimator.predict, ScoreUnit.LOGIT if logistic else ScoreUnit.VALUE
-
-
-def _sklearn_graph(estimator: BaseEstimator, signature: Signature, second_column: bool) -> onnx.ModelProto:
-    from skl2onnx import to_onnx
-    from skl2onnx.common.data_types import FloatTensorType
-
-    classifies = hasattr(estimator, "predict_proba")
-    converted = to_onnx(
-        estimator,
-        initial_types=[("all_features", FloatTensorType([None, len(signature.taps) * signature.hidden_size]))],
-        options={"zipmap": False} if classifies else None,
-        target_opset={"": _OPSET, "ai.onnx.ml": _ML_OPSET},
-    )
-    scores = converted.graph.output[-1].name
+def _estimator_graph(read: EstimatorScores, signature: Signature) -> onnx.ModelProto:
     nodes, features = _features(signature)
-    nodes.append(onnx.helper.make_node("Identity", [features], ["all_features"]))
-    nodes += converted.graph.node
-    weights = list(converted.graph.initializer)
-    if second_column:
-        weights.append(onnx.numpy_helper.from_array(np.array([1]), "second_class"))
-        nodes.append(onnx.helper.make_node("Gather", [scores, "second_class"], [SCORES], axis=1))
-    else:
-        nodes.append(onnx.helper.make_node("Identity", [scores], [SCORES]))
-    model = _model(nodes, signature, weights)
-    model.opset_import.append(onnx.helper.make_opsetid("ai.onnx.ml", _ML_OPSET))
+    if features != FEATURES:
+        nodes.append(onnx.helper.make_node("Identity", [features], [FEATURES]))
+    nodes += [*read.nodes.nodes, onnx.helper.make_node("Identity", [read.result], [SCORES])]
+    model = _model(nodes, signature, read.nodes.weights)
+    model.opset_import.append(onnx.helper.make_opsetid("ai.onnx.ml", ML_OPSET))
     return model
 
 
