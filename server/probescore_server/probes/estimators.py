@@ -139,7 +139,7 @@ class EstimatorScores:
         unit: of the scores.
         width: how many features it was fitted on.
         columns: of the scores.
-        classes: the class that each column is about, as text; none for a value.
+        classes: those of a classifier, in their order, as text; the last ``columns`` of them are what the columns are about.
         weights: ``(columns, width)`` and ``(columns,)`` in float64 if it is an affine map and nothing else.
         nodes: what computes the scores from ``FEATURES``.
         result: the name of the scores there, ``(N, columns)`` float32.
@@ -181,22 +181,22 @@ def estimator_scores(estimator: BaseEstimator) -> EstimatorScores:
         if hasattr(estimator, "predict_proba") and not decides:
             every = _scoring(estimator, "predict_proba")
             if binary:
-                return _checked(name, lambda rows: every(rows)[:, 1:], ScoreUnit.PROBABILITY, width, classes[1:], reader.second_probability)
+                return _checked(name, lambda rows: every(rows)[:, 1:], ScoreUnit.PROBABILITY, width, classes, reader.second_probability)
             return _checked(name, every, ScoreUnit.PROBABILITY, width, classes, reader.probabilities)
         if not hasattr(estimator, "decision_function"):
             raise ValueError(f"estimator: {name} gives a class and no scores; fit a classifier with predict_proba or decision_function")
         if _name(inner) in _KERNEL_MACHINES and not binary:
             raise ValueError(f"estimator: {name} cannot be written: {_REFUSED['OneVsOneClassifier']}")
         unit = ScoreUnit.LOGIT if linear and binary and hasattr(estimator, "predict_proba") and reader.is_logit() else ScoreUnit.VALUE
-        score, about = _scoring(estimator, "decision_function"), classes[1:] if binary else classes
+        score = _scoring(estimator, "decision_function")
     else:
-        unit, about = ScoreUnit.VALUE, ()
+        unit = ScoreUnit.VALUE
         score = _scoring(estimator, "decision_function" if kind == "outliers" else "predict")
     weights = reader.affine if linear else None
     if weights and not np.abs(weights[0]).max() > 1e-12 * np.abs(weights[1]).max():
         raise ValueError(f"estimator: {name} says the same of every activation: all of its weights are 0; fit it with less regularisation")
     build = reader.predictions if kind == "regressor" else reader.decisions
-    return _checked(name, score, unit, width, about, build, weights)
+    return _checked(name, score, unit, width, classes if kind == "classifier" else (), build, weights)
 
 
 # ------------------------------------------------------------------------------------------------------------ what an estimator is
@@ -688,7 +688,7 @@ def _checked(
         raise ValueError(
             f"estimator: {name} cannot score rows of {width} numbers ({type(error).__name__}); fit it on an array (rows, {width}) of floats"
         ) from None
-    if classes and expected.shape[1] != len(classes):
+    if classes and expected.shape[1] != (1 if len(classes) == 2 else len(classes)):
         raise ValueError(
             f"estimator: {name} gives {expected.shape[1]} scores for its {len(classes)} classes; fit and write one probe for each"
         )
