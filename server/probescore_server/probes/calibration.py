@@ -41,7 +41,7 @@ def calibrate(
     reduction = None if reduction is None else arguments.reduction(reduction, "reduction")
     label = arguments.text(label, "label")
     if not 0 < false_positive_rate < 1:
-        raise ValueError(f"false_positive_rate must be in (0, 1), got {false_positive_rate:g}")
+        raise ValueError(f"false_positive_rate must be in (0, 1), got {false_positive_rate:g}; give one such as 0.01")
     allowed = math.floor(false_positive_rate * len(scores) + 1e-9)
     if allowed < 1:
         needed = math.ceil(1 / false_positive_rate - 1e-9)

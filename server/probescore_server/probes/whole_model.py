@@ -73,10 +73,12 @@ def load_whole_model(
     Of a model that reads pictures too, all of it is loaded, and text alone is run.
 
     Raises:
-        TypeError: ``dtype`` is none.
+        TypeError: ``dtype`` or ``device`` is none.
         ModelRefused: it is no decoder, its files lack weights or hold an adapter, or a file cannot be read.
     """
     precision = _dtype(dtype)
+    if not isinstance(device, (str, torch.device)):
+        raise TypeError(f"device: {device!r:.100}; give one as torch names it, such as 'cpu' or 'cuda:0'")
     name = directory.resolve().name
     if (directory / "adapter_config.json").is_file():
         raise ModelRefused(

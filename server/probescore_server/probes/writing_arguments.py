@@ -35,12 +35,18 @@ def place(path: _Given) -> Path:
     """
     if not isinstance(path, (str, Path)):
         raise TypeError(f"path: {arguments.kind_of(path)} ({arguments.shown(path)}); give the path of the file to write, as text or Path")
-    if not str(path) or Path(path).is_dir():
-        raise ValueError(
-            f"path: {str(path)!r} is {'a directory' if str(path) else 'empty'}; give the path of the file to write, such as 'probe.onnx'"
-        )
-    folder = Path(path).parent
-    if not folder.is_dir():
+    try:
+        is_directory, folder = Path(path).is_dir(), Path(path).parent
+        in_directory = folder.is_dir()
+    except OSError as error:  # a name that is too long
+        why = error.strerror or type(error).__name__
+        raise ValueError(f"path: {arguments.shown(str(path))} cannot be a file ({why}); give a plain, shorter name") from None
+    if "\0" in str(path):
+        raise ValueError(f"path: {str(path)!r} has a NUL in it; give a plain name")
+    if not str(path) or is_directory:
+        what = "a directory" if str(path) else "empty"
+        raise ValueError(f"path: {str(path)!r} is {what}; give the path of the file to write, such as 'probe.onnx'")
+    if not in_directory:
         raise ValueError(f"path: {str(path)!r} lies in {str(folder)!r}, which is no directory; make it first")
     if not os.access(folder, os.W_OK):
         raise ValueError(f"path: {str(path)!r} lies in {str(folder)!r}, where this user cannot write; give another place")
@@ -105,9 +111,10 @@ def read_probe(probe: _Given, taps: Sequence[Tap], reference: ReferenceModel, la
                 f"probe: its code failed ({type(error).__name__}) on a golden rollout: {shapes}; it must take these"
             ) from error
         scores = arguments.real(given, "probe: what its code gives", "scores (tokens, labels)")
-        expected_rows = 1 if context.kind == "rollout" else rows
-        if scores.ndim in (1, 2) and len(scores) == expected_rows:
-            _check_columns(1 if scores.ndim == 1 else scores.shape[1], labels)
+        wanted = "one row in all" if context.kind == "rollout" else "one row for each"
+        if scores.ndim not in (1, 2) or len(scores) != (1 if context.kind == "rollout" else rows):
+            raise ValueError(f"probe: its code gave scores {scores.shape} for {rows} tokens; give {wanted}, (rows, labels)")
+        _check_columns(1 if scores.ndim == 1 else scores.shape[1], labels)
         if not np.isfinite(scores).all():
             raise ValueError(
                 f"probe: its code gave {int((~np.isfinite(scores)).sum())} NaN or infinite scores on a golden rollout; fit it again"
