@@ -15,7 +15,9 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from sklearn.base import BaseEstimator, ClassifierMixin, OutlierMixin
+from skl2onnx import update_registered_converter
+from skl2onnx.common.data_types import FloatTensorType
+from sklearn.base import BaseEstimator, ClassifierMixin, OutlierMixin, RegressorMixin
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.cluster import KMeans
 from sklearn.compose import ColumnTransformer, TransformedTargetRegressor
@@ -52,7 +54,15 @@ from sklearn.multioutput import MultiOutputRegressor
 from sklearn.naive_bayes import GaussianNB
 from sklearn.neural_network import MLPClassifier
 from sklearn.pipeline import FeatureUnion, make_pipeline
-from sklearn.preprocessing import FunctionTransformer, MaxAbsScaler, MinMaxScaler, Normalizer, RobustScaler, StandardScaler
+from sklearn.preprocessing import (
+    FunctionTransformer,
+    MaxAbsScaler,
+    MinMaxScaler,
+    Normalizer,
+    PolynomialFeatures,
+    RobustScaler,
+    StandardScaler,
+)
 from sklearn.random_projection import GaussianRandomProjection
 from sklearn.svm import SVC, SVR, LinearSVC, NuSVC, OneClassSVM
 from sklearn.utils import all_estimators
@@ -406,6 +416,21 @@ WRITTEN: dict[str, tuple[BaseEstimator, str, ScoreUnit, bool]] = {
     ),
     "an identity link": (TweedieRegressor(power=0, alpha=0.1), "value", VALUE, True),
     "features that are not linear": (make_pipeline(Normalizer(), LogisticRegression()), "two", PROBABILITY, False),
+    "rows of one length before support vectors": (make_pipeline(Normalizer(), LinearSVC()), "three", VALUE, False),
+    "rows of one length before discriminants": (
+        make_pipeline(StandardScaler(), Normalizer(), LinearDiscriminantAnalysis()),
+        "two",
+        PROBABILITY,
+        False,
+    ),
+    "rows of one length before a kernel": (make_pipeline(Normalizer(), StandardScaler(), SVC()), "two", VALUE, False),
+    "products of features": (make_pipeline(StandardScaler(), PolynomialFeatures(2), Ridge()), "value", VALUE, False),
+    "calibration behind rows of one length": (
+        CalibratedClassifierCV(make_pipeline(Normalizer(), LinearSVC()), cv=2),
+        "two",
+        PROBABILITY,
+        False,
+    ),
     "a cross-validated strength": (make_pipeline(StandardScaler(), LogisticRegressionCV(Cs=2)), "two", LOGIT, True),
 }
 
@@ -418,6 +443,10 @@ def test_what_holds_other_estimators_is_written_right(kind):
 
 
 REFUSED: dict[str, tuple[BaseEstimator, str]] = {
+    "support vectors of three classes behind rows of one length": (
+        make_pipeline(Normalizer(), SVC(decision_function_shape="ovo")),
+        "fit a OneVsRestClassifier",
+    ),
     "a vote by counting": (VotingClassifier([("a", LogisticRegression()), ("b", GaussianNB())]), r"voting='soft'"),
     "support vectors of three classes": (make_pipeline(StandardScaler(), SVC()), "fit a OneVsRestClassifier"),
     "a kernel of the author's": (SVC(kernel=lambda a, b: a @ b.T), "its kernel is <lambda>; fit one with kernel linear"),
@@ -436,6 +465,33 @@ def test_what_has_no_graph_is_refused_by_name_with_what_to_do(kind):
     with pytest.raises(ValueError, match=reason) as refused:
         sklearn_probe(fit(estimator, target))
     check_says_what_to_do(str(refused.value), type(estimator).__name__)
+
+
+class Largest(RegressorMixin, BaseEstimator):
+    """An author's own, with a converter of the author's own that takes the smallest."""
+
+    def fit(self, x, y):
+        self.n_features_in_ = x.shape[1]
+        return self
+
+    def predict(self, x):
+        return x.max(axis=1)
+
+
+def test_an_estimator_that_is_converted_wrong_is_refused():
+    def shapes(operator):
+        operator.outputs[0].type = FloatTensorType([None, 1])
+
+    def convert(scope, operator, container):
+        container.add_node("ReduceMin", operator.inputs[0].full_name, operator.outputs[0].full_name, op_version=13, axes=[1], keepdims=1)
+
+    update_registered_converter(Largest, "Largest", shapes, convert)
+
+    with pytest.raises(
+        ValueError, match=r"^estimator: Largest cannot be written: .* [\d.]+ standard deviations off on random rows; "
+    ) as refused:
+        sklearn_probe(fit(Largest(), "value"))
+    check_says_what_to_do(str(refused.value), "Largest")
 
 
 class Unusual(LogisticRegression):
@@ -486,6 +542,14 @@ def test_of_two_classes_whatever_they_are_called_the_second_is_scored(classes):
     probe = check_written(estimator, unit=LOGIT, linear=True)
 
     assert (probe.columns, probe.classes) == (1, tuple(map(str, estimator.classes_)))
+
+
+class Renamed(LogisticRegression):
+    """As labs have them: another name, the same scores."""
+
+
+def test_a_subclass_that_scores_as_its_class_does_is_written_as_it():
+    check_written(make_pipeline(StandardScaler(), Renamed()).fit(X, Y["two"]), unit=LOGIT, linear=True)
 
 
 def test_columns_are_in_the_order_of_the_classes():

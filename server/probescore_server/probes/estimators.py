@@ -7,6 +7,7 @@ is compared with the estimator on random rows before it is used; what is not wri
 
 from __future__ import annotations
 
+import inspect
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -33,7 +34,9 @@ FEATURES = "features"
 """What the nodes of an estimator read: activations side by side, ``(N, width)`` float32."""
 
 _TOLERANCE = 1e-4  # of the scores' standard deviation, as golden vectors have it
+_MOST_ROUNDING = 1e-2  # beyond this it is no rounding
 _LARGEST, _LEAST_ROWS = 1e30, 8  # beyond the first, rows say nothing: float32 ends at 3e38
+_METHODS = ("predict", "predict_proba", "decision_function", "transform")
 _STEP = 1024.0  # a power of two, so that multiplying by it rounds nothing; large, so that what is added to everything hides little
 
 # Linear in form by what they are; `_is_linear` has those for which it depends on a setting or on what they are made of.
@@ -169,7 +172,8 @@ def estimator_scores(estimator: BaseEstimator) -> EstimatorScores:
     _check_fitted(estimator)
     name = _described(estimator)
     inner, _ = _opened(estimator)
-    _refuse_by_name(inner, name)
+    last = _last(inner)
+    _refuse_by_name(last, name)
     width = _width(estimator, name)
     reader = _Reader(estimator, width)
     kind = reader.kind(name)
@@ -185,7 +189,7 @@ def estimator_scores(estimator: BaseEstimator) -> EstimatorScores:
             return _checked(name, every, ScoreUnit.PROBABILITY, width, classes, reader.probabilities)
         if not hasattr(estimator, "decision_function"):
             raise ValueError(f"estimator: {name} gives a class and no scores; fit a classifier with predict_proba or decision_function")
-        if _name(inner) in _KERNEL_MACHINES and not binary:
+        if _name(last) in _KERNEL_MACHINES and not binary:
             raise ValueError(f"estimator: {name} cannot be written: {_REFUSED['OneVsOneClassifier']}")
         unit = ScoreUnit.LOGIT if linear and binary and hasattr(estimator, "predict_proba") and reader.is_logit() else ScoreUnit.VALUE
         score = _scoring(estimator, "decision_function")
@@ -203,9 +207,14 @@ def estimator_scores(estimator: BaseEstimator) -> EstimatorScores:
 
 
 def _name(estimator: object) -> str:
-    """Of scikit-learn's own class; a subclass may compute anything, so that it has none."""
+    """Of scikit-learn's class; none for a subclass that scores or transforms in its own way."""
     kind = type(estimator)
-    return kind.__name__ if kind.__module__.split(".")[0] == "sklearn" else ""
+    known = next((base for base in kind.__mro__ if base.__module__.split(".")[0] == "sklearn"), None)
+    if known is None or any(
+        inspect.getattr_static(kind, method, None) is not inspect.getattr_static(known, method, None) for method in _METHODS
+    ):
+        return ""
+    return known.__name__
 
 
 def _described(estimator: object) -> str:
@@ -284,6 +293,11 @@ def _opened(estimator: _Estimator, steps: tuple[_Estimator, ...] = ()) -> tuple[
         acting = (step for _, step in estimator.steps[:-1] if step is not None and not isinstance(step, str))
         return _opened(estimator.steps[-1][1], (*steps, *acting))
     return estimator, steps
+
+
+def _last(estimator: _Estimator) -> _Estimator:
+    """What ends a pipeline whose steps are not all affine."""
+    return _last(_opened(estimator.steps[-1][1])[0]) if _name(estimator) == "Pipeline" else estimator
 
 
 def _is_linear(estimator: _Estimator) -> bool:
@@ -453,6 +467,8 @@ class _Reader:
     def second_probability(self, nodes: Nodes, x: str) -> str:
         """Of two classes, ``(N, 1)``."""
         inner = self.inner
+        if _name(inner) == "Pipeline":
+            return self._after_steps().second_probability(nodes, self._through_steps(nodes, x))
         if _is_linear(inner) and self.is_logit():
             return nodes.apply("Sigmoid", nodes.gemm(x, *self.affine))
         if _name(inner) == "CalibratedClassifierCV":
@@ -471,6 +487,8 @@ class _Reader:
         """Of every class, ``(N, classes)``."""
         inner = self.inner
         match _name(inner):
+            case "Pipeline":
+                return self._after_steps().probabilities(nodes, self._through_steps(nodes, x))
             case _ if _is_linear(inner) and len(inner.classes_) > 2:
                 decisions = nodes.gemm(x, *self.affine)
                 return nodes.softmax(decisions if self.is_softmax() else nodes.log_sigmoid(decisions))
@@ -492,12 +510,14 @@ class _Reader:
                 constant = np.log(inner.class_prior_) - 0.5 * (np.log(2 * np.pi * inner.var_) + inner.theta_**2 / inner.var_).sum(axis=1)
                 squares = nodes.gemm(nodes.apply("Mul", x, x), quadratic, constant, np.float64)
                 return nodes.softmax(nodes.apply("Add", squares, nodes.apply("MatMul", x, nodes.constant(linear.T))))
-        return self._converted(nodes, x, "predict_proba")
+        return self._by_skl2onnx(nodes, x, "predict_proba")
 
     def decisions(self, nodes: Nodes, x: str) -> str:
         """Of a classifier or an outlier detector without probabilities."""
         inner = self.inner
         match _name(inner):
+            case "Pipeline":
+                return self._after_steps().decisions(nodes, self._through_steps(nodes, x))
             case _ if _is_linear(inner):
                 return nodes.gemm(x, *self.affine)
             case name if name in _KERNEL_MACHINES and np.ravel(inner.intercept_).size == 1:
@@ -510,12 +530,14 @@ class _Reader:
                 root = (vectors * np.sqrt(np.maximum(values, 0))).T
                 away = nodes.gemm(self.input(nodes, x), root, -root @ inner.location_, np.float64)
                 return nodes.gemm(nodes.apply("Mul", away, away), -np.ones((1, len(root))), np.array([-inner.offset_]), np.float64)
-        return self._converted(nodes, x, "decision_function")
+        return self._by_skl2onnx(nodes, x, "decision_function")
 
     def predictions(self, nodes: Nodes, x: str) -> str:
         """Of a regressor."""
         inner = self.inner
         match _name(inner):
+            case "Pipeline":
+                return self._after_steps().predictions(nodes, self._through_steps(nodes, x))
             case _ if _is_linear(inner):
                 return nodes.gemm(x, *self.affine)
             case "SVR" | "NuSVR":
@@ -531,7 +553,7 @@ class _Reader:
                 return nodes.weighted_mean(
                     [self.part(member).predictions(nodes, x) for member in inner.estimators_], inner._weights_not_none
                 )
-        return self._converted(nodes, x, "predict")
+        return self._by_skl2onnx(nodes, x, "predict")
 
     def _kernel(self, nodes: Nodes, x: str, support: Rows, dual: Rows, bias: Rows, gamma: float) -> str:
         """``Σ dual · kernel(x, support) + bias``, in float64."""
@@ -604,19 +626,31 @@ class _Reader:
             return nodes.gemm(x, scale * weight, scale * bias + shift)
         return nodes.gemm(reader.decisions(nodes, x), np.array([[scale]]), np.array([shift]))
 
-    def _converted(self, nodes: Nodes, x: str, method: str) -> str:
-        """By skl2onnx."""
+    def _after_steps(self) -> _Reader:
+        """What ends a pipeline whose steps are not all affine."""
+        last = self.inner.steps[-1][1]
+        return _Reader(last, _width(last, _described(self.estimator)))
+
+    def _through_steps(self, nodes: Nodes, x: str) -> str:
+        """The result of the steps of a pipeline that are not all affine, by skl2onnx."""
+        steps = [step for _, step in self.inner.steps[:-1] if step is not None and not isinstance(step, str)]
+        return self._converted(nodes, x, (*self.steps, *steps), "transform")
+
+    def _by_skl2onnx(self, nodes: Nodes, x: str, method: str) -> str:
+        return self._converted(nodes, x, (*self.steps, self.inner), method)
+
+    def _converted(self, nodes: Nodes, x: str, steps: Sequence[_Estimator], method: str) -> str:
+        """What some steps, or steps and an estimator, make of rows, by skl2onnx."""
         from skl2onnx import to_onnx
         from skl2onnx.common.data_types import FloatTensorType
         from sklearn.pipeline import make_pipeline
 
-        estimator = make_pipeline(*self.steps, self.inner) if self.steps else self.inner
         name = _described(self.estimator)
         _refuse_by_name(self.inner, name)
         try:
             with _quietly():
                 model = to_onnx(
-                    estimator,
+                    make_pipeline(*steps) if len(steps) > 1 else steps[0],
                     initial_types=[("x", FloatTensorType([None, self.width]))],
                     options={"zipmap": False} if method == "predict_proba" else None,
                     target_opset={"": OPSET, "ai.onnx.ml": ML_OPSET},
@@ -694,15 +728,17 @@ def _checked(
         )
     nodes = Nodes()
     result = nodes.cast(build(nodes, FEATURES), np.float32)
-    _check_same(nodes, result, rows, expected, name)
+    # what rounding of the rows alone changes, float32 may change too
+    moved = score(rows * (1 + 1e-6 * random.standard_normal(rows.shape)))
+    _check_same(nodes, result, rows, expected, np.abs(moved - expected), name)
     return EstimatorScores(score, unit, width, expected.shape[1], classes, weights, nodes, result)
 
 
-def _check_same(nodes: Nodes, result: str, rows: NDArray[np.float32], expected: Rows, name: str) -> None:
+def _check_same(nodes: Nodes, result: str, rows: NDArray[np.float32], expected: Rows, rounding: Rows, name: str) -> None:
     finite = (np.abs(expected) < _LARGEST).all(axis=1)
     if finite.sum() < _LEAST_ROWS:
         raise ValueError(f"estimator: {name} gives scores that are not finite on {int((~finite).sum())} of {len(rows)} random rows")
-    rows, expected = rows[finite], expected[finite]
+    rows, expected, rounding = rows[finite], expected[finite], rounding[finite]
     try:
         with np.errstate(all="ignore"):
             (found,) = ReferenceEvaluator(nodes.model(FEATURES, rows.shape[1], result)).run(None, {FEATURES: rows})
@@ -712,6 +748,9 @@ def _check_same(nodes: Nodes, result: str, rows: NDArray[np.float32], expected: 
     if found.shape != expected.shape:
         raise ValueError(_no_conversion(name, f"the graph that skl2onnx makes of it gives scores {found.shape}, not {expected.shape}"))
     spread = expected.std(axis=0)
-    off = (np.abs(found - expected).max(axis=0) / np.where(spread > 0, spread, 1 + np.abs(expected[0]))).max()
-    if not off <= _TOLERANCE:
-        raise ValueError(_no_conversion(name, f"the graph that skl2onnx makes of it is {off:.2g} standard deviations off on random rows"))
+    spread = np.where(spread > 0, spread, 1 + np.abs(expected[0]))
+    allowed = _TOLERANCE + np.minimum(np.nan_to_num(rounding / spread, nan=np.inf), _MOST_ROUNDING)
+    off = np.abs(found - expected) / spread
+    if not (off <= allowed).all():
+        worst = float(np.nan_to_num(off, nan=np.inf).max())
+        raise ValueError(_no_conversion(name, f"the graph that skl2onnx makes of it is {worst:.2g} standard deviations off on random rows"))
