@@ -600,6 +600,27 @@ def test_ids_that_are_none_are_refused_in_words(reference, kind):
     check_in_words(refused.value, "rollouts[1] completion_ids")
 
 
+def test_rollouts_are_all_read_before_the_first_is_computed(reference):
+    done: list[int] = []
+    with pytest.raises(ValueError, match=r"^rollouts\[1\] completion_ids: no ids"):
+        reference.completion_activations([GOOD_ROLLOUT, (IDS, [])], TAP, progress=done.append)
+    assert done == []
+
+
+@pytest.mark.parametrize("progress", [3, "yes", True])
+def test_progress_that_is_no_function_is_refused_in_words(reference, progress):
+    with pytest.raises(TypeError) as refused:
+        reference.completion_activations([GOOD_ROLLOUT], TAP, progress=progress)
+    check_in_words(refused.value, "progress")
+
+
+@pytest.mark.parametrize("model", [None, "Qwen/Qwen3-4B", torch.nn.Linear(1, 1)], ids=repr)
+def test_what_is_no_model_is_refused_in_words(reference, model):
+    with pytest.raises(TypeError) as refused:
+        reference_activations(model, IDS, [Tap("resid_post", 1)])
+    check_in_words(refused.value, "model")
+
+
 def test_no_ids_are_refused(reference):
     with pytest.raises(ValueError, match=r"^token_ids: no ids; give at least one"):
         reference.activations([], [TAP])
@@ -737,6 +758,7 @@ def test_weights_that_no_activation_depends_on_may_be_missing_or_too_many(tmp_pa
 LOADING: dict[str, list[Any]] = {
     "model": [None, 3, b"x", ["x"], "", "/no/such/model", "./nothing", "a/b/c", "nobody/nothing-of-this-name", "not an id!", __file__],
     "revision": [None, 3, b"x", "r" * 129],
+    "trust_remote_code": [None, 1, "yes"],
     "model_id": [None, 3, "m" * 257],
     "dtype": [None, 3, "float8", torch.int64, "int32", np.float32, torch.bool],
     "device": ["tpu:99", "nonsense", "cuda:77", 3.5, None],

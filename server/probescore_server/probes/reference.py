@@ -66,6 +66,7 @@ class ReferenceModel:
             ModelRefused: there is no such model, its weights are not in safetensors files or not all there, an adapter lies beside them,
                 it has no tokenizer, or it is no decoder.
         """
+        trust_remote_code = arguments.flag(trust_remote_code, "trust_remote_code")
         directory, commit = find_model(model, revision)
         if commit:
             model_id, revision = model_id or str(model), commit
@@ -108,8 +109,13 @@ class ReferenceModel:
             TypeError, ValueError: what is no rollout, or no tap of this model.
         """
         parsed = arguments.tap(tap, "tap", self.reference.num_hidden_layers)
+        if progress is not None and not callable(progress):
+            raise TypeError(
+                f"progress: {arguments.kind_of(progress)} ({arguments.shown(progress)}); give a function of how many are done, or None"
+            )
+        read = list(arguments.rollouts(rollouts, "rollouts", self.vocabulary))  # all of them before hours go into the first
         activations = []
-        for done, (prompt, completion) in enumerate(arguments.rollouts(rollouts, "rollouts", self.vocabulary), 1):
+        for done, (prompt, completion) in enumerate(read, 1):
             ids = np.concatenate([prompt, completion])
             activations.append(reference_activations(self.model, ids, [parsed])[parsed][len(prompt) :])
             if progress is not None:
@@ -135,6 +141,7 @@ def reference_activations(model: PreTrainedModel, token_ids: TokenIds, taps: Seq
     Raises:
         TypeError, ValueError: what is no id or no tap of this model, or ids that it cannot be run on.
     """
+    arguments.of_kind(model, "model", PreTrainedModel, "give the model of a ReferenceModel, or one from transformers' from_pretrained")
     config = model.config.get_text_config(decoder=True)
     decoder: torch.nn.Module = model.get_decoder()
     # Without the head, whose logits would take more memory than all activations together; with whatever a wrapper does to text.
