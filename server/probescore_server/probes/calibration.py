@@ -9,6 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import brentq
 from scipy.stats import binomtest, mannwhitneyu, norm
 
+from probescore_server.probes import arguments
 from probescore_server.probes.manifest import CalibrationRecord, Evaluation
 
 _CONFIDENCE = 0.95
@@ -30,11 +31,17 @@ def calibrate(
         label: which label, if there are several.
 
     Raises:
-        ValueError: there are too few negatives for one of them to be flagged at this rate, or one is not finite.
+        TypeError: an argument is of another kind.
+        ValueError: there are too few negatives for one of them to be flagged at this rate, one is not finite, or there is no such
+            reduction.
     """
     scores = _finite(negatives, "negatives")
+    false_positive_rate = arguments.number(false_positive_rate, "false_positive_rate", "a number in (0, 1), such as 0.01")
+    dataset = _said(dataset, "dataset")
+    reduction = None if reduction is None else arguments.reduction(reduction, "reduction")
+    label = arguments.text(label, "label")
     if not 0 < false_positive_rate < 1:
-        raise ValueError(f"false_positive_rate must be in (0, 1), got {false_positive_rate:g}")
+        raise ValueError(f"false_positive_rate must be in (0, 1), got {false_positive_rate:g}; give one such as 0.01")
     allowed = math.floor(false_positive_rate * len(scores) + 1e-9)
     if allowed < 1:
         needed = math.ceil(1 / false_positive_rate - 1e-9)
@@ -72,8 +79,12 @@ def evaluate_auroc(positives: ArrayLike, negatives: ArrayLike, *, dataset: str, 
         dataset_sha256: ``sha256:…`` of that data.
 
     Raises:
-        ValueError: there are no positives or no negatives, or a score is not finite.
+        TypeError: an argument is of another kind.
+        ValueError: there are no positives or no negatives, a score is not finite, or ``dataset_sha256`` is none.
     """
+    dataset = _said(dataset, "dataset")
+    if dataset_sha256 is not None:
+        arguments.named(dataset_sha256, "dataset_sha256", r"sha256:[0-9a-f]{64}", "'sha256:' and 64 lower-case hexadecimal digits")
     with_it, without_it = _finite(positives, "positives"), _finite(negatives, "negatives")
     pairs = len(with_it) * len(without_it)
     auroc = float(mannwhitneyu(with_it, without_it, method="asymptotic").statistic) / pairs
@@ -105,10 +116,19 @@ def _newcombe_interval(auroc: float, positives: int, negatives: int) -> tuple[fl
     return low, high
 
 
+def _said(dataset: str, argument: str) -> str:
+    if not arguments.text(dataset, argument).strip():
+        raise ValueError(f"{argument}: {dataset!r}; say which rollouts these scores are of")
+    return dataset
+
+
 def _finite(scores: ArrayLike, name: str) -> NDArray[np.float64]:
-    array = np.asarray(scores, np.float64).ravel()
-    if len(array) == 0:
-        raise ValueError(f"{name}: no scores")
+    array = arguments.real(scores, name, "reduced scores, one for each rollout (n,)")
+    if array.size == 0:
+        raise ValueError(f"{name}: no scores; give one for each rollout (n,)")
+    if array.size != max(array.shape, default=1):
+        raise ValueError(f"{name}: shape {array.shape}; give one score for each rollout (n,)")
+    array = array.ravel()
     if not np.isfinite(array).all():
         raise ValueError(f"{name}: {int((~np.isfinite(array)).sum())} of {len(array)} scores are not finite; leave out what was not scored")
     return array

@@ -20,16 +20,16 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from probescore.types import ScoreUnit
+from probescore_server.probes import arguments
+from probescore_server.probes.estimators import FEATURES, EstimatorScores, estimator_scores
 from probescore_server.probes.graph import CU_SEQLENS, POSITIONS, SCORES, Signature
+from probescore_server.probes.nodes import ML_OPSET, OPSET
 
 if TYPE_CHECKING:
     from sklearn.base import BaseEstimator
 
 GraphInputs = Mapping[str, NDArray[Any]]
 """What a graph is given, in the order of its inputs: each tap ``(N, hidden_size)`` float32, then ``cu_seqlens``, ``positions``."""
-
-_OPSET = 18
-_ML_OPSET = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,11 +40,17 @@ class ProbeFunction:
         score: the author's own code: ``(N, labels)``, or ``(sequences, labels)`` where it pools; a missing last axis means one label.
         export: makes the graph for a signature.
         unit: of the scores.
+        width: how many numbers of each row it takes, of all taps together; ``None`` = not known before it runs.
+        columns: how many scores it gives; ``None`` = not known before it runs.
+        classes: of a classifier, as its training data named them, in order; the last ``columns`` of them are what the columns are about.
     """
 
     score: Callable[[GraphInputs], NDArray[Any]]
     export: Callable[[Signature], onnx.ModelProto]
     unit: ScoreUnit
+    width: int | None = None
+    columns: int | None = None
+    classes: tuple[str, ...] = ()
 
 
 def linear_probe(weight: ArrayLike, bias: ArrayLike = 0.0, *, unit: ScoreUnit = ScoreUnit.LOGIT) -> ProbeFunction:
@@ -55,10 +61,25 @@ def linear_probe(weight: ArrayLike, bias: ArrayLike = 0.0, *, unit: ScoreUnit = 
             ``taps × hidden_size``.
         bias: a number or ``(labels,)``.
         unit: ``LOGIT`` for logistic regression, ``VALUE`` for a direction.
+
+    Raises:
+        TypeError, ValueError: an argument is of another kind or shape, not finite, or beyond float32.
     """
-    matrix = np.atleast_2d(np.asarray(weight, np.float64))
-    offset = np.broadcast_to(np.asarray(bias, np.float64), matrix.shape[:1])
-    return ProbeFunction(lambda inputs: _concatenated(inputs) @ matrix.T + offset, lambda s: _linear_graph(matrix, offset, s), unit)
+    matrix = _weights(weight, "weight", "(width,) or (labels, width)")
+    if matrix.ndim not in (1, 2):
+        raise ValueError(f"weight: shape {matrix.shape}; give (width,) or (labels, width)")
+    matrix = np.atleast_2d(matrix)
+    offset = _weights(bias, "bias", "a number or (labels,)")
+    if offset.ndim > 1 or offset.size not in (1, len(matrix)):
+        raise ValueError(f"bias: shape {offset.shape} for {len(matrix)} rows of weights; give a number or ({len(matrix)},)")
+    offset = np.broadcast_to(offset, matrix.shape[:1])
+    return ProbeFunction(
+        lambda inputs: _concatenated(inputs) @ matrix.T + offset,
+        lambda s: _linear_graph(matrix, offset, s),
+        arguments.unit(unit, "unit"),
+        width=matrix.shape[1],
+        columns=len(matrix),
+    )
 
 
 def torch_probe(module: torch.nn.Module, *, unit: ScoreUnit) -> ProbeFunction:
@@ -66,7 +87,16 @@ def torch_probe(module: torch.nn.Module, *, unit: ScoreUnit) -> ProbeFunction:
 
     The module runs in evaluation mode and float32. It is exported by ``torch.export``, so that Python control flow must not depend on
     values; ``docs/probe-file.md`` shows attention written over ``cu_seqlens``.
+
+    Raises:
+        TypeError: ``module`` is no module, or ``unit`` no unit.
+        ValueError: a weight is not finite.
     """
+    arguments.of_kind(module, "module", torch.nn.Module, "give a torch.nn.Module; a function becomes one as its forward")
+    unit = arguments.unit(unit, "unit")
+    for name, weight in module.state_dict().items():
+        if isinstance(weight, torch.Tensor) and weight.is_floating_point() and not bool(weight.isfinite().all()):
+            raise ValueError(f"module: its weight {name!r} has NaN or infinite numbers; fit it again")
     scorer = _Scores(copy.deepcopy(module).float().cpu()).eval()
 
     def score(inputs: GraphInputs) -> NDArray[Any]:
@@ -80,31 +110,57 @@ def torch_probe(module: torch.nn.Module, *, unit: ScoreUnit) -> ProbeFunction:
 def sklearn_probe(estimator: BaseEstimator) -> ProbeFunction:
     """A fitted scikit-learn estimator or pipeline, over the taps' activations concatenated in order.
 
-    Binary linear classifiers (with or without a ``StandardScaler`` before them) score by their ``decision_function``, a logit where the
-    loss is logistic; other classifiers by ``predict_proba`` (for two classes that of the second, else one label per class); regressors
-    by ``predict``.
+    Linear classifiers of two classes (alone or behind scalers) score by their ``decision_function``, a logit where its sigmoid is their
+    probability; other classifiers by ``predict_proba`` if they have it (for two classes that of the second, else one label per class);
+    regressors by ``predict``. ``docs/probe-file.md`` has a table of all.
+
+    Raises:
+        TypeError: it is no estimator.
+        ValueError: it is not fitted, or cannot be written; names it, the reason and what to do instead.
     """
-    linear = _linear_form(estimator)
-    if linear is not None:
-        weight, bias, score, unit = linear
-        return ProbeFunction(lambda inputs: score(_concatenated(inputs)), lambda s: _linear_graph(weight, bias, s), unit)
-    if hasattr(estimator, "predict_proba"):
-        binary = len(estimator.classes_) == 2
+    read = estimator_scores(estimator)
 
-        def probabilities(inputs: GraphInputs) -> NDArray[Any]:
-            every: NDArray[Any] = estimator.predict_proba(_concatenated(inputs))
-            return every[:, 1:] if binary else every
+    def export(signature: Signature) -> onnx.ModelProto:
+        return _linear_graph(*read.weights, signature) if read.weights else _estimator_graph(read, signature)
 
-        return ProbeFunction(probabilities, lambda s: _sklearn_graph(estimator, s, binary), ScoreUnit.PROBABILITY)
-    return ProbeFunction(
-        lambda inputs: estimator.predict(_concatenated(inputs)), lambda s: _sklearn_graph(estimator, s, False), ScoreUnit.VALUE
-    )
+    return ProbeFunction(lambda inputs: read.score(_concatenated(inputs)), export, read.unit, read.width, read.columns, read.classes)
 
 
 def onnx_probe(graph: onnx.ModelProto | Path | str, score: Callable[[GraphInputs], NDArray[Any]], *, unit: ScoreUnit) -> ProbeFunction:
-    """A graph that is ready, with the code that it was made from."""
-    model = graph if isinstance(graph, onnx.ModelProto) else onnx.load(graph)
+    """A graph that is ready, with the code that it was made from.
+
+    Raises:
+        TypeError: ``graph`` is no model or path, ``score`` no function, or ``unit`` no unit.
+        ValueError: ``graph`` is a path, and no ONNX model is there.
+    """
+    if not callable(score):
+        raise TypeError(f"score: {arguments.kind_of(score)} ({arguments.shown(score)}); give the function that the graph was made from")
+    unit = arguments.unit(unit, "unit")
+    if isinstance(graph, onnx.ModelProto):
+        return ProbeFunction(score, lambda _: graph, unit)
+    if not isinstance(graph, (str, Path)):
+        raise TypeError(
+            f"graph: {arguments.kind_of(graph)} ({arguments.shown(graph)}); give an onnx.ModelProto or the path of an .onnx file"
+        )
+    try:
+        model = onnx.load(graph)
+    except OSError as error:
+        raise ValueError(
+            f"graph: {str(graph)!r} cannot be read ({error.strerror or type(error).__name__}); give the path of an .onnx file"
+        ) from None
+    except Exception:  # of protobuf's, or of the loader of weights beside the file
+        raise ValueError(f"graph: {str(graph)!r} is not an ONNX model with all of its weights inside; save it as one .onnx file") from None
     return ProbeFunction(score, lambda _: model, unit)
+
+
+def _weights(given: ArrayLike, argument: str, shape: str) -> NDArray[np.float64]:
+    array = arguments.numbers(given, argument, f"weights {shape}")
+    largest = np.abs(array).max()
+    if largest > np.finfo(np.float32).max:
+        raise ValueError(
+            f"{argument}: a number as large as {largest:.3g}; a graph computes in float32, which ends at 3.4e38: scale the probe down"
+        )
+    return array
 
 
 class _Scores(torch.nn.Module):
@@ -133,15 +189,15 @@ def _linear_graph(weight: NDArray[np.float64], bias: NDArray[np.float64], signat
 
 def _features(signature: Signature) -> tuple[list[onnx.NodeProto], str]:
     names = [str(tap) for tap in signature.taps]
-    return ([], names[0]) if len(names) == 1 else ([onnx.helper.make_node("Concat", names, ["features"], axis=1)], "features")
+    return ([], names[0]) if len(names) == 1 else ([onnx.helper.make_node("Concat", names, [FEATURES], axis=1)], FEATURES)
 
 
 def _model(nodes: list[onnx.NodeProto], signature: Signature, weights: list[onnx.TensorProto]) -> onnx.ModelProto:
     graph = onnx.helper.make_graph(nodes, "probe", signature.inputs, [signature.output], weights)
-    return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", _OPSET)])
+    return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", OPSET)])
 
 
-def _torch_graph(scorer: torch.nn.Module, signature: Signature) -> onnx.ModelProto:
+def _torch_graph(scorer: _Scores, signature: Signature) -> onnx.ModelProto:
     # Sizes that coincide with nothing else, so that the exporter takes none of them for a constant.
     lengths = (4, 3, 6)
     example = [torch.randn(sum(lengths), signature.hidden_size) for _ in signature.taps]
@@ -153,69 +209,35 @@ def _torch_graph(scorer: torch.nn.Module, signature: Signature) -> onnx.ModelPro
     if signature.positions:
         example.append(torch.arange(sum(lengths)))
         shapes.append({0: rows})
-    with _quietly():
-        program: Any = torch.onnx.export(
-            scorer,
-            tuple(example),
-            input_names=[value.name for value in signature.inputs],
-            output_names=[SCORES],
-            opset_version=_OPSET,
-            dynamo=True,
-            dynamic_shapes=(tuple(shapes),),
-            external_data=False,
-            verbose=False,
-        )
+    try:
+        with _quietly():
+            program: Any = torch.onnx.export(
+                scorer,
+                tuple(example),
+                input_names=[value.name for value in signature.inputs],
+                output_names=[SCORES],
+                opset_version=OPSET,
+                dynamo=True,
+                dynamic_shapes=(tuple(shapes),),
+                external_data=False,
+                verbose=False,
+            )
+    except Exception as error:  # whatever the exporter or the module raises
+        name = type(scorer.module).__name__
+        raise ValueError(
+            f"module: {name} cannot be exported to ONNX ({type(error).__name__}): its forward must not depend on numbers "
+            "by Python's if, for or .item(), and must take any number of tokens; docs/probe-file.md shows how attention is written"
+        ) from error
     return _declared(program.model_proto, signature)
 
 
-def _linear_form(
-    estimator: BaseEstimator,
-) -> tuple[NDArray[np.float64], NDArray[np.float64], Callable[..., NDArray[Any]], ScoreUnit] | None:
-    """Weight, bias, the estimator's own function and its unit, if it is linear after standardisation."""
-    from sklearn.linear_model import LinearRegression, LogisticRegression, Ridge, RidgeClassifier, SGDClassifier
-    from sklearn.pipeline import Pipeline
-    from sklearn.preprocessing import StandardScaler
-    from sklearn.svm import LinearSVC
-
-    steps = [step for _, step in estimator.steps] if isinstance(estimator, Pipeline) else [estimator]
-    last = steps[-1]
-    classifies = isinstance(last, (LogisticRegression, SGDClassifier, RidgeClassifier, LinearSVC)) and len(last.classes_) == 2
-    if not classifies and not isinstance(last, (LinearRegression, Ridge)):
-        return None
-    if not all(type(step) is StandardScaler for step in steps[:-1]):
-        return None
-    weight = np.atleast_2d(np.asarray(last.coef_, np.float64))
-    bias = np.broadcast_to(np.asarray(last.intercept_, np.float64), weight.shape[:1])
-    for scaler in reversed(steps[:-1]):
-        weight = weight / scaler.scale_ if scaler.with_std else weight
-        bias = bias - weight @ scaler.mean_ if scaler.with_mean else bias  # mean_ is there even if it is not subtracted
-    logistic = isinstance(last, LogisticRegression) or (isinstance(last, SGDClassifier) and last.loss == "log_loss")
-    return weight, bias, estimator.decision_function if classifies else estimator.predict, ScoreUnit.LOGIT if logistic else ScoreUnit.VALUE
-
-
-def _sklearn_graph(estimator: BaseEstimator, signature: Signature, second_column: bool) -> onnx.ModelProto:
-    from skl2onnx import to_onnx
-    from skl2onnx.common.data_types import FloatTensorType
-
-    classifies = hasattr(estimator, "predict_proba")
-    converted = to_onnx(
-        estimator,
-        initial_types=[("all_features", FloatTensorType([None, len(signature.taps) * signature.hidden_size]))],
-        options={"zipmap": False} if classifies else None,
-        target_opset={"": _OPSET, "ai.onnx.ml": _ML_OPSET},
-    )
-    scores = converted.graph.output[-1].name
+def _estimator_graph(read: EstimatorScores, signature: Signature) -> onnx.ModelProto:
     nodes, features = _features(signature)
-    nodes.append(onnx.helper.make_node("Identity", [features], ["all_features"]))
-    nodes += converted.graph.node
-    weights = list(converted.graph.initializer)
-    if second_column:
-        weights.append(onnx.numpy_helper.from_array(np.array([1]), "second_class"))
-        nodes.append(onnx.helper.make_node("Gather", [scores, "second_class"], [SCORES], axis=1))
-    else:
-        nodes.append(onnx.helper.make_node("Identity", [scores], [SCORES]))
-    model = _model(nodes, signature, weights)
-    model.opset_import.append(onnx.helper.make_opsetid("ai.onnx.ml", _ML_OPSET))
+    if features != FEATURES:
+        nodes.append(onnx.helper.make_node("Identity", [features], [FEATURES]))
+    nodes += [*read.nodes.nodes, onnx.helper.make_node("Identity", [read.result], [SCORES])]
+    model = _model(nodes, signature, read.nodes.weights)
+    model.opset_import.append(onnx.helper.make_opsetid("ai.onnx.ml", ML_OPSET))
     return model
 
 

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from probescore.reductions import Reduction
 from probescore.types import OutputPer, ScoreUnit, Tap
+from probescore_server.probes.complaints import first_complaint
 
 METADATA_KEY = "probescore.manifest"
 
@@ -24,7 +25,26 @@ Rate = Annotated[float, Field(ge=0, le=1)]
 
 
 class _Part(BaseModel):
+    """Made from Python, a part refuses what does not fit in our words: ``Context: kind: found "causl", expected …``."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    def __init__(self, *unnamed: object, **fields: Any) -> None:  # noqa: ANN401  each of its own type
+        if unnamed:
+            raise TypeError(
+                f"{type(self).__name__}: {unnamed[0]!r:.80} without a name; give fields by name: {', '.join(type(self).model_fields)}"
+            )
+        fields = {
+            name: value.tolist() if hasattr(value, "tolist") else value for name, value in fields.items()
+        }  # numpy's numbers and arrays
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            field, found, expected = first_complaint(error, fields)
+            raise ValueError(f"{type(self).__name__}: {field}: found {found}, expected {expected}") from None
+
+    # A part inside another is validated with it, so that its complaint names the whole path.
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
 
 
 def _canonical_reduction(written: str) -> str:
@@ -66,7 +86,7 @@ class TapInput(_Part):
         hook, dot, layer = str(written).partition(".")
         if dot and not (layer.isascii() and layer.isdecimal()):
             raise ValueError(f"tap {str(written)!r}: the layer {layer!r} is not a number")
-        return cls.model_validate({"hook": hook, "layer": int(layer) if dot else None})
+        return cls(hook=hook, layer=int(layer) if dot else None)  # type: ignore[arg-type]
 
     @property
     def tap(self) -> Tap:

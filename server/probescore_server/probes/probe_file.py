@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from google.protobuf.message import DecodeError
 from pydantic import ValidationError
 
 from probescore_server.errors import ProbeRefused
+from probescore_server.probes.complaints import first_complaint
 from probescore_server.probes.graph import Signature, check_graph, check_signature
 from probescore_server.probes.manifest import METADATA_KEY, Manifest, manifest_digest
 
@@ -184,30 +184,6 @@ def _parse_manifest(model: onnx.ModelProto, file: str) -> Manifest:
 
 
 def _refusal(error: ValidationError, written: str, file: str) -> ProbeRefused:
-    """The first of pydantic's complaints, in our terms."""
-    first = error.errors(include_url=False)[0]
-    expected = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
-    match first["type"]:
-        case "json_invalid":
-            return ProbeRefused(file, "manifest", expected, "JSON")
-        case "missing":
-            return ProbeRefused(file, field, "nothing", "a value")
-        case "extra_forbidden":
-            return ProbeRefused(file, field, _shown(first["input"]), "no such field")
-        case _ if field:
-            return ProbeRefused(file, field, _shown(first["input"]), expected)
-        case _:
-            field, _, expected = expected.partition(": ")
-            return ProbeRefused(file, field, _shown(_looked_up(json.loads(written), field)), expected)
-
-
-def _looked_up(content: object, field: str) -> object:
-    for part in re.findall(r"\w+", field):
-        content = content[int(part)] if isinstance(content, list) else content.get(part) if isinstance(content, dict) else None
-    return content
-
-
-def _shown(value: object) -> str:
-    shown = json.dumps(value, ensure_ascii=False, default=str)
-    return shown if len(shown) <= 100 else shown[:97] + "…"
+    malformed = error.errors(include_url=False)[0]["type"] == "json_invalid"
+    field, found, expected = first_complaint(error, None if malformed else json.loads(written))
+    return ProbeRefused(file, field or "manifest", found, expected)

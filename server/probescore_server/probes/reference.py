@@ -14,14 +14,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from huggingface_hub import snapshot_download
 from numpy.typing import NDArray
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from probescore.fingerprints import tokenizer_fingerprint
 from probescore.types import Tap, TokenIds
+from probescore_server.probes import arguments
 from probescore_server.probes.fingerprints import model_fingerprint
-from probescore_server.probes.manifest import ModelReference, TapInput
+from probescore_server.probes.manifest import ModelReference
+from probescore_server.probes.whole_model import find_model, is_wrapper, load_whole_model
 
 _ATTENTION = re.compile(r"attn|attention")
 _MLP = re.compile(r"mlp|feed_?forward|ffn|moe|^fc2$")
@@ -43,11 +44,13 @@ class ReferenceModel:
         *,
         revision: str = "",
         model_id: str = "",
-        dtype: torch.dtype = torch.float32,
-        device: str = "cpu",
+        dtype: torch.dtype | str = torch.float32,
+        device: str | torch.device = "cpu",
         trust_remote_code: bool = False,
     ) -> ReferenceModel:
         """Loads a model and its tokenizer.
+
+        Of a model that reads pictures too (Qwen2.5-VL, Mistral3, LLaVA, …) the text decoder is read, on rollouts of text.
 
         Args:
             model: a directory, or the id of a model on the hub.
@@ -58,20 +61,21 @@ class ReferenceModel:
             trust_remote_code: let the model bring its own Python code, which is then run.
 
         Raises:
-            ModelRefused: its weights are not in safetensors files.
+            TypeError: an argument is of another kind.
+            ValueError: ``model_id`` or ``revision`` is longer than a manifest takes.
+            ModelRefused: there is no such model, its weights are not in safetensors files or not all there, an adapter lies beside them,
+                it has no tokenizer, or it is no decoder.
         """
-        directory = Path(model)
-        if not directory.is_dir():
-            directory = Path(
-                snapshot_download(str(model), revision=revision or None, ignore_patterns=["*.bin", "*.pt", "*.gguf", "*.onnx"])
-            )
-            model_id, revision = model_id or str(model), directory.name  # the commit
-        loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, trust_remote_code=trust_remote_code)
-        torch.nn.Module.to(loaded, device)
-        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
-        config = loaded.config.get_text_config()
+        trust_remote_code = arguments.flag(trust_remote_code, "trust_remote_code")
+        directory, commit = find_model(model, revision)
+        if commit:
+            model_id, revision = model_id or str(model), commit
+        named = arguments.text(model_id, "model_id", 256) or directory.resolve().name
+        arguments.text(revision, "revision", 128)
+        loaded, tokenizer = load_whole_model(directory, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        config = loaded.config.get_text_config(decoder=True)
         reference = ModelReference(
-            id=model_id or directory.resolve().name,
+            id=named,
             revision=revision,
             fingerprint=model_fingerprint(directory),
             hidden_size=config.hidden_size,
@@ -79,9 +83,14 @@ class ReferenceModel:
         )
         return cls(loaded, tokenizer, reference, tokenizer_fingerprint(tokenizer))
 
+    @property
+    def vocabulary(self) -> arguments.Vocabulary:
+        """The ids that rollouts may have."""
+        return _vocabulary(self.model)
+
     def activations(self, token_ids: TokenIds, taps: Sequence[Tap | str]) -> dict[Tap, NDArray[np.float32]]:
         """``reference_activations`` of this model; a tap may be written as ``"resid_post.6"``."""
-        return reference_activations(self.model, token_ids, [TapInput.parse(tap).tap for tap in taps])
+        return reference_activations(self.model, token_ids, arguments.taps(taps, self.reference.num_hidden_layers))
 
     def completion_activations(
         self, rollouts: Sequence[tuple[TokenIds, TokenIds]], tap: Tap | str, progress: Callable[[int], None] | None = None
@@ -95,11 +104,19 @@ class ReferenceModel:
 
         Returns:
             For each rollout ``(completion tokens, hidden_size)``.
+
+        Raises:
+            TypeError, ValueError: what is no rollout, or no tap of this model.
         """
-        parsed = TapInput.parse(tap).tap
+        parsed = arguments.tap(tap, "tap", self.reference.num_hidden_layers)
+        if progress is not None and not callable(progress):
+            raise TypeError(
+                f"progress: {arguments.kind_of(progress)} ({arguments.shown(progress)}); give a function of how many are done, or None"
+            )
+        read = list(arguments.rollouts(rollouts, "rollouts", self.vocabulary))  # all of them before hours go into the first
         activations = []
-        for done, (prompt, completion) in enumerate(rollouts, 1):
-            ids = np.concatenate([np.asarray(prompt, np.int64), np.asarray(completion, np.int64)])
+        for done, (prompt, completion) in enumerate(read, 1):
+            ids = np.concatenate([prompt, completion])
             activations.append(reference_activations(self.model, ids, [parsed])[parsed][len(prompt) :])
             if progress is not None:
                 progress(done)
@@ -122,19 +139,27 @@ def reference_activations(model: PreTrainedModel, token_ids: TokenIds, taps: Seq
         For each tap ``(T, hidden_size)`` float32.
 
     Raises:
-        ValueError: a tap that this model does not have.
+        TypeError, ValueError: what is no id or no tap of this model, or ids that it cannot be run on.
     """
-    config = model.config.get_text_config()
-    # Without the head, whose logits would take more memory than all activations together.
+    arguments.of_kind(model, "model", PreTrainedModel, "give the model of a ReferenceModel, or one from transformers' from_pretrained")
+    config = model.config.get_text_config(decoder=True)
     decoder: torch.nn.Module = model.get_decoder()
+    # Without the head, whose logits would take more memory than all activations together; with whatever a wrapper does to text.
+    bare = model.base_model if is_wrapper(model.config) else decoder
     blocks = _decoder_blocks(decoder, config.num_hidden_layers)
-    for tap in taps:
-        if tap.layer is not None and tap.layer >= len(blocks):
-            raise ValueError(f"{tap}: the model has {len(blocks)} blocks, counted from 0")
-    ids = torch.as_tensor(np.asarray(token_ids, np.int64)).unsqueeze(0).to(model.device)
+    taps = arguments.taps(taps, len(blocks))
+    checked = arguments.token_ids(token_ids, "token_ids", _vocabulary(model))
+    ids = torch.as_tensor(checked).unsqueeze(0).to(model.device)
     read = {len(blocks) - 1} | {tap.layer for tap in taps if tap.layer is not None and tap.hook in ("attn_out", "mlp_out")}
     with torch.inference_mode(), _recorded(blocks, read) as outputs:
-        hidden: Sequence[torch.Tensor] = decoder(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states
+        try:
+            hidden: Sequence[torch.Tensor] = bare(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states
+        except Exception as error:  # whatever a model raises on what it cannot be run on
+            longest = getattr(config, "max_position_embeddings", None)
+            limit = f"; its config says max_position_embeddings = {longest}" if longest is not None and len(checked) > longest else ""
+            raise ValueError(
+                f"token_ids: {type(model).__name__} cannot read {len(checked)} ids ({type(error).__name__}){limit}; give shorter rollouts"
+            ) from error
     if len(hidden) != len(blocks) + 1:
         raise ValueError(f"{type(model).__name__} gives {len(hidden)} hidden states for {len(blocks)} blocks")
 
@@ -153,6 +178,18 @@ def reference_activations(model: PreTrainedModel, token_ids: TokenIds, taps: Seq
         raise ValueError(f"{tap}: no such tap")
 
     return {tap: activation(tap).float().cpu().numpy() for tap in taps}
+
+
+def _vocabulary(model: PreTrainedModel) -> arguments.Vocabulary:
+    """The ids that a model has an embedding for, and those among them that stand for something else than text."""
+    config = model.config
+    placeholders = {}
+    if is_wrapper(config):
+        for kind in ("image", "video", "audio"):
+            for key in (f"{kind}_token_id", f"{kind}_token_index"):
+                if isinstance(getattr(config, key, None), int):
+                    placeholders[getattr(config, key)] = kind
+    return arguments.Vocabulary(len(model.get_input_embeddings().weight), placeholders)  # type: ignore[arg-type]
 
 
 def _decoder_blocks(decoder: torch.nn.Module, count: int) -> torch.nn.ModuleList:

@@ -8,7 +8,10 @@ from pathlib import Path
 import onnx
 from onnx.inliner import inline_local_functions
 
+from probescore.reductions import Reduction
 from probescore.types import OutputPer, ScoreUnit, Tap, TokenIds
+from probescore_server.probes import arguments
+from probescore_server.probes import writing_arguments as given
 from probescore_server.probes.exporting import ProbeFunction
 from probescore_server.probes.golden import GoldenScorer, check_graph_computes
 from probescore_server.probes.graph import IR_VERSIONS, Signature, check_graph, check_signature, subgraphs
@@ -42,8 +45,8 @@ def write_probe(
     labels: Sequence[str] = ("score",),
     context: Context = _POINTWISE,
     positions: bool = False,
-    reduce_on: ScoreUnit | None = None,
-    reduction: str | None = None,
+    reduce_on: ScoreUnit | str | None = None,
+    reduction: Reduction | str | None = None,
     exclude_special_tokens: bool = False,
     expects_bos: bool | None = None,
     follow_up: FollowUp | None = None,
@@ -83,11 +86,30 @@ def write_probe(
 
     Raises:
         ProbeRefused: a server would refuse the file, or its graph does not compute what the author's code does; nothing is written.
-        ValueError: an argument contradicts another, or a tap does not exist.
+        TypeError: an argument is of another kind; names it, its value and what to give instead.
+        ValueError: an argument is wrong, contradicts another, or names a tap that does not exist; nothing is written.
     """
+    path = given.place(path)
+    given.check_names(name, version, description=description, author=author, license=license)
+    given.check_reference(reference)
+    read = arguments.taps(taps, reference.reference.num_hidden_layers)
+    for index, tap in enumerate(read):
+        if tap in read[:index]:
+            raise ValueError(f"taps[{index}]: {tap} for the second time; give each tap once")
+    labels = given.read_labels(labels)
+    given.check_parts(context, follow_up, training, tolerance, calibrations, evaluations, labels, reference)
+    positions, exclude_special_tokens = (
+        arguments.flag(positions, "positions"),
+        arguments.flag(exclude_special_tokens, "exclude_special_tokens"),
+    )
+    expects_bos = None if expects_bos is None else arguments.flag(expects_bos, "expects_bos")
+    probe = given.read_probe(probe, read, reference, labels, context)
+    reduce_on, reduction = given.read_unit(reduce_on, probe), given.read_reduction(reduction, context)
+    golden = given.read_golden(golden, reference)
+
     pools = context.kind == "rollout"
-    inputs = tuple(TapInput.parse(tap) for tap in taps)
-    scorer = GoldenScorer(probe, reference, tuple(entry.tap for entry in inputs), context, positions, exclude_special_tokens, follow_up)
+    inputs = tuple(TapInput.parse(tap) for tap in read)
+    scorer = GoldenScorer(probe, reference, tuple(read), context, positions, exclude_special_tokens, follow_up)
     rollouts = [scorer.score(prompt, completion) for prompt, completion in golden]
     manifest = Manifest(
         name=name,
@@ -103,8 +125,8 @@ def write_probe(
         positions=positions,
         context=context,
         output=Output(unit=probe.unit, per=OutputPer.ROLLOUT if pools else OutputPer.TOKEN, labels=tuple(labels)),
-        reduce_on=reduce_on or probe.unit,
-        reduction=reduction if pools else reduction or "mean",
+        reduce_on=reduce_on,
+        reduction=reduction,
         exclude_special_tokens=exclude_special_tokens,
         follow_up=follow_up,
         calibrations=tuple(calibrations),
@@ -119,7 +141,10 @@ def write_probe(
     check_signature(graph, Signature.of(manifest), str(path))
     check_graph(graph, str(path))
     check_graph_computes(graph, manifest, rollouts, str(path))
-    return write_probe_file(path, graph, manifest)
+    try:
+        return write_probe_file(path, graph, manifest)
+    except OSError as error:
+        raise ValueError(f"path: {str(path)!r} cannot be written ({error.strerror or type(error).__name__}); give another place") from None
 
 
 def _bare(model: onnx.ModelProto) -> onnx.ModelProto:
