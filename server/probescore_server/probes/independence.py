@@ -116,7 +116,7 @@ def check_author_agrees(run: Run, author: Run, around: Surroundings, longest: in
                 cases.append((inputs, scores))
     if not cases:
         return
-    comparison = _Comparison(run, around, _spread(np.concatenate([scores for _, scores in cases])), tolerance)
+    comparison = _Comparison(run, around, np.concatenate([scores for _, scores in cases]), tolerance)
     for inputs, scores in cases:
         finding = comparison.of_one(inputs, slice(None), scores, "the scores of the author's code")
         if finding.difference > tolerance:
@@ -188,13 +188,14 @@ class _Comparison:
     Attributes:
         run: computes the graph.
         around: says what its taps are, and draws.
-        unit: ``(labels,)``, the standard deviation of scores.
+        usual: scores of activations like golden ones, ``(N, labels)`` float64: their standard deviation is the unit, or how far a score
+            lies from them where that is more.
         tolerance: in these; differences below are none.
     """
 
     run: Run
     around: Surroundings
-    unit: NDArray[np.float64]
+    usual: NDArray[np.float64]
     tolerance: float = ROUNDING
 
     def of_one(self, inputs: GraphInputs, rows: slice, expected: NDArray[Any], promise: str) -> _Finding:
@@ -215,12 +216,13 @@ class _Comparison:
             beyond = _beyond(self.run(inputs)[rows], expected)
         except GraphFailed as failed:
             return _Finding(np.inf, f"{promise}; {failed}", where)
-        over = (beyond > self.tolerance * self.unit).any(axis=1)
+        unit = np.maximum(_spread(self.usual), np.abs(expected.astype(np.float64) - np.median(self.usual, axis=0)))
+        over = (beyond > self.tolerance * unit).any(axis=1)
         # A graph with thresholds jumps where rounding takes a number across one; so it does if its input is rounded otherwise.
         if 0 < over.sum() <= max(1, _EXCUSED * len(over)):
             beyond = np.maximum(beyond - 4 * noise(over), 0)
         with np.errstate(divide="ignore", invalid="ignore"):
-            return _Finding(float(np.where(beyond == 0, 0, beyond / self.unit).max()), promise, where)
+            return _Finding(float(np.where(beyond == 0, 0, beyond / unit).max()), promise, where)
 
     def noise(self, inputs: GraphInputs, rows: slice = slice(None)) -> NDArray[np.float64]:
         """How much scores change if activations are rounded otherwise."""
@@ -269,7 +271,7 @@ class _Trial:
             near += [scores] if scale <= 1 else []
             golden_like += scale == 0
         self.enough = golden_like >= SEQUENCES // 8
-        self._compare = _Comparison(run, around, _spread(np.concatenate(near)) if near else np.zeros(1))
+        self._compare = _Comparison(run, around, np.concatenate(near).astype(np.float64) if near else np.zeros((1, 1)))
 
     # ------------------------------------------------------------------------------------------------------------ what is compared
 
@@ -383,12 +385,11 @@ def _beyond(found: NDArray[np.float32], expected: NDArray[np.float32]) -> NDArra
     return np.nan_to_num(np.maximum(np.abs(found - exact) - 4 * _EPS * np.abs(exact), 0), nan=np.inf, posinf=np.inf)
 
 
-def _spread(scores: NDArray[np.float32]) -> NDArray[np.float64]:
+def _spread(scores: NDArray[np.float64]) -> NDArray[np.float64]:
     """The standard deviation of each label's scores without the outermost, which would make all else seem equal."""
-    exact = scores.astype(np.float64)
-    low, high = np.quantile(exact, (0.05, 0.95), axis=0)
-    inner = np.clip(exact, low, high).std(axis=0)
-    spread: NDArray[np.float64] = np.where(inner > 0, inner, exact.std(axis=0))
+    low, high = np.quantile(scores, (0.05, 0.95), axis=0)
+    inner = np.clip(scores, low, high).std(axis=0)
+    spread: NDArray[np.float64] = np.where(inner > 0, inner, scores.std(axis=0))
     return spread
 
 
