@@ -18,6 +18,7 @@ from probescore.types import RolloutGroup, ScoreUnit
 from probescore_server import Engine
 from probescore_server.errors import ProbeRefused
 from probescore_server.probes.exporting import onnx_probe, torch_probe
+from probescore_server.probes.independence import QUADRATIC_CALL, SEQUENCES
 from probescore_server.probes.manifest import Context
 from probescore_server.probes.reference import ReferenceModel
 
@@ -132,6 +133,24 @@ def test_a_sequence_longer_than_a_call_is_scored_in_pieces_that_each_see_their_w
     assert max(calls) == 30
     for one, other in zip(whole.groups[0], pieces.groups[0], strict=True):
         np.testing.assert_allclose(one["documented"].tokens, other["documented"].tokens, atol=1e-5)  # type: ignore[arg-type]
+
+
+def test_no_call_is_larger_than_what_the_graph_was_tried_with(load: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = load(running_mean())
+    completions = [RANDOM.integers(4, 96, length).tolist() for length in (*[60] * 40, *[2] * 200)]
+    probe = engine._probes["running-mean@1"]
+    calls: list[tuple[int, int]] = []
+    run = probe.runs.run  # type: ignore[union-attr]
+
+    def record(rows: dict[object, Tensor], cu_seqlens: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        calls.append((len(next(iter(rows.values()))), len(cu_seqlens) - 1))
+        return run(rows, cu_seqlens, positions)  # type: ignore[return-value]
+
+    monkeypatch.setattr(probe.runs, "run", record)
+    assert engine.score([RolloutGroup([BOS], completions)]).groups[0]
+    assert probe.rows_per_call == QUADRATIC_CALL
+    assert max(rows for rows, _ in calls) <= QUADRATIC_CALL
+    assert max(sequences for _, sequences in calls) <= SEQUENCES
 
 
 @pytest.mark.parametrize(("shift", "rows"), [(0, 1024), (4, 256), (30, 1)])

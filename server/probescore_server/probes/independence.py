@@ -217,10 +217,10 @@ class _Comparison:
         except GraphFailed as failed:
             return _Finding(np.inf, f"{promise}; {failed}", where)
         unit = np.maximum(_spread(self.usual), np.abs(expected.astype(np.float64) - np.median(self.usual, axis=0)))
-        over = (beyond > self.tolerance * unit).any(axis=1)
+        over: NDArray[np.bool_] = np.any(beyond > self.tolerance * unit, axis=1)
         # A graph with thresholds jumps where rounding takes a number across one; so it does if its input is rounded otherwise.
         if 0 < over.sum() <= max(1, _EXCUSED * len(over)):
-            beyond = np.maximum(beyond - 4 * noise(over), 0)
+            beyond = np.maximum(beyond - np.multiply(4, noise(over)), 0)
         with np.errstate(divide="ignore", invalid="ignore"):
             return _Finding(float(np.where(beyond == 0, 0, beyond / unit).max()), promise, where)
 
