@@ -175,7 +175,7 @@ def check(recipe: Recipe, directory: Path, seen: Counter[str]) -> None:
             assert not wrong.any(), (name, recipe)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
+@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
 @hypothesis.seed(1)
 @given(recipe=recipes())
 def test_whatever_graph_is_accepted_scores_a_rollout_alike_in_any_company(recipe: Recipe, tmp_path: Path) -> None:
@@ -217,7 +217,6 @@ def recipe(
 
 WRONG = {
     **{kind: recipe("matrix", kind) for kind in DISHONEST},
-    **{f"{kind} before a matrix": recipe(kind, "matrix", "tanh") for kind in DISHONEST},
     **{f"beyond row {row}": recipe("beyond a row", size=row) for row in (100, 300, 3000, 10_000)},
     **{f"{kind}, by chance only": recipe(kind, size=40) for kind in DISHONEST if "large" in kind or "content" in kind},
     "more than 900 rows": recipe("if many rows", size=900),
