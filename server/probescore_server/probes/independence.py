@@ -45,7 +45,9 @@ _NEIGHBOURS = "a rollout's scores do not depend on its neighbours"
 _LATER = "a token's score does not depend on later tokens"
 _AGAIN = "the same input has the same scores each time"
 
+# where a sequence may begin in its rollout: as after a short prompt, so that tables of positions are long enough
 _MOST_POSITION = 16
+# share of a call's scores that may jump where rounding takes a number across a threshold
 _EXCUSED = 0.01
 _EPS = float(np.finfo(np.float32).eps)
 _ROUNDED = np.array([1 - 8 * _EPS, 1 + 8 * _EPS], np.float32)
@@ -66,9 +68,8 @@ def rows_tried(run: Run, model: onnx.ModelProto, around: Surroundings, file: str
     Raises:
         ProbeRefused: its scores depend on more than its context says, or change from call to call.
     """
-    linear = not _may_be_quadratic(model)
     allowed = 0
-    for rows in (SMALLEST_CALL, LARGEST_CALL if linear else QUADRATIC_CALL):
+    for rows in (SMALLEST_CALL, QUADRATIC_CALL if _may_be_quadratic(model) else LARGEST_CALL):
         trial = _Trial(run, around, rows, file)
         if not trial.enough:
             if allowed:
@@ -84,7 +85,7 @@ def rows_tried(run: Run, model: onnx.ModelProto, around: Surroundings, file: str
         if any(finding.difference > ROUNDING for finding in findings):
             break
         allowed = rows
-    if linear and (far := trial.far_behind()).difference > WRONG:
+    if allowed == LARGEST_CALL and (far := trial.far_behind()).difference > WRONG:
         raise far.refusal(file)
     return max(allowed, 1)
 
