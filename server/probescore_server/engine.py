@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedConfig
 
@@ -24,6 +25,7 @@ from probescore.types import (
     Scope,
     ScoreResult,
     ScoringInfo,
+    Tap,
     Text,
     Transfer,
     Usage,
@@ -40,7 +42,7 @@ from probescore_server.errors import ModelRefused
 from probescore_server.probes.admission import check_accepted_names, check_fits, is_accepted, probe_info, read_probe_files
 from probescore_server.probes.fingerprints import model_fingerprint
 from probescore_server.probes.golden_check import check_golden, golden_rollouts
-from probescore_server.probes.loading import LoadedProbe, load_probes
+from probescore_server.probes.loading import LoadedProbe, load_probes, needs_trial, tried
 from probescore_server.probes.manifest import Manifest
 from probescore_server.probes.probe_file import ProbeFile
 from probescore_server.probes.runner import BatchScorer
@@ -51,6 +53,9 @@ from probescore_server.rollouts import Continuation, EngineInfo, Occupancy, Roll
 BATCH_TOKENS = 16_384
 """Tokens of one batch of ``Engine.score``: bounds the activations held at once. A server makes its own batches."""
 
+
+_TRIED_CASES = 4
+"""Golden rollouts around whose activations a graph is tried."""
 
 MAX_KV_CACHE_BYTES = 1 << 30
 """Of keys and values that an engine keeps, unless it is told otherwise."""
@@ -85,7 +90,7 @@ class Engine:
         self.info = info
         self._backbone = backbone
         self._texts = texts
-        self._probes = probes
+        self._probes = dict(probes)
         self._cache = cache
         self._residence = residence
         self._reads = {key: _reads(probe.manifest) for key, probe in probes.items()}
@@ -170,6 +175,7 @@ class Engine:
         engine = cls(info, backbone, texts, loaded, cache, Residence.of(decoder, loaded.values(), cache))
         report("recomputing golden scores")
         engine._check_golden(files, accept_mismatch)
+        engine._try_graphs(files)
         cache.clear()
         report("ready")
         return engine
@@ -350,6 +356,23 @@ class Engine:
             if not is_accepted(file.manifest, accept_mismatch):
                 raise refusal
             self._note_mismatch(file.manifest, refusal.field)
+
+    def _try_graphs(self, files: Sequence[ProbeFile]) -> None:
+        """Tries graphs of their own on activations like those of their golden rollouts, far beyond these."""
+        for file in files:
+            key = file.manifest.key
+            if needs_trial(file, self._probes[key]):
+                self._probes[key] = tried(file, self._probes[key], self._golden_activations(file))
+
+    def _golden_activations(self, file: ProbeFile) -> dict[Tap, NDArray[np.float32]]:
+        """Of a few golden rollouts, what the probe reads: finite rows ``(N, hidden_size)``, the same tokens at each tap."""
+        rollouts = next(_batches(golden_rollouts(file, self.info)[:_TRIED_CASES]))
+        with self._running:
+            rows = self._backbone.forward(
+                Forest.build(rollouts, self._reads), file.manifest.taps, skip=lambda _: False, cache=self._cache
+            ).rows
+        finite = torch.stack([torch.isfinite(each).all(dim=1) for each in rows.values()]).all(dim=0)
+        return {tap: each[finite].cpu().numpy() for tap, each in rows.items()}
 
     def _note_mismatch(self, manifest: Manifest, field: str) -> None:
         self.info = replace(

@@ -108,6 +108,10 @@ def _set(model: onnx.ModelProto, **values: int) -> None:
         setattr(model, name, value)
 
 
+def _set_operator(model: onnx.ModelProto, operator: str) -> None:
+    model.graph.node[0].op_type = operator
+
+
 def _external(model: onnx.ModelProto) -> None:
     weight = model.graph.initializer[0]
     weight.data_location = TensorProto.EXTERNAL
@@ -133,6 +137,46 @@ def _local_function(model: onnx.ModelProto) -> None:
 
 def _random(model: onnx.ModelProto) -> None:
     model.graph.node[0].CopyFrom(helper.make_node("RandomNormalLike", ["resid_post.1"], ["x"]))
+
+
+def _random_in_a_loop(model: onnx.ModelProto) -> None:
+    body = helper.make_graph(
+        [helper.make_node("RandomNormalLike", ["so_far"], ["next"]), helper.make_node("Identity", ["go"], ["go_on"])],
+        "body",
+        [
+            helper.make_tensor_value_info("i", TensorProto.INT64, []),
+            helper.make_tensor_value_info("go", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("so_far", TensorProto.FLOAT, None),
+        ],
+        [helper.make_tensor_value_info("go_on", TensorProto.BOOL, []), helper.make_tensor_value_info("next", TensorProto.FLOAT, None)],
+    )
+    model.graph.initializer.append(numpy_helper.from_array(np.array(2), "times"))
+    model.graph.node[0].CopyFrom(helper.make_node("Loop", ["times", "", "resid_post.1"], ["x"], body=body))
+
+
+def _dropout(*inputs: str, given: bool | None = None, computed: bool = False) -> Callable[[onnx.ModelProto], None]:
+    def change(model: onnx.ModelProto) -> None:
+        nodes = [helper.make_node("Dropout", ["resid_post.1", *inputs], ["x"]), model.graph.node[1]]
+        if given is not None:
+            model.graph.initializer.append(numpy_helper.from_array(np.array(given), "training"))
+        if computed:
+            nodes.insert(0, helper.make_node("ReduceMax", ["resid_post.1"], ["largest"], keepdims=0))
+            nodes.insert(1, helper.make_node("Cast", ["largest"], ["training"], to=TensorProto.BOOL))
+        del model.graph.node[:]
+        model.graph.node.extend(nodes)
+        model.graph.initializer.append(numpy_helper.from_array(np.array(0.5, np.float32), "ratio"))
+
+    return change
+
+
+def _normalised(*outputs: str, version: int = 18, **attributes: int) -> Callable[[onnx.ModelProto], None]:
+    def change(model: onnx.ModelProto) -> None:
+        model.opset_import[0].version = version
+        names = ["resid_post.1", *["ones"] * 4]
+        model.graph.node[0].CopyFrom(helper.make_node("BatchNormalization", names, ["x", *outputs], **attributes))
+        model.graph.initializer.append(numpy_helper.from_array(np.ones(HIDDEN, np.float32), "ones"))
+
+    return change
 
 
 def _weights(value: float) -> np.ndarray:
@@ -226,6 +270,14 @@ GRAPHS: dict[str, tuple[Callable[[onnx.ModelProto], object], str, str]] = {
     "local function": (_local_function, "graph functions", "local.Relu2"),
     "training graph": (lambda m: m.training_info.add(), "graph training_info", "training graphs"),
     "random operator": (_random, "graph", "random operator 'RandomNormalLike'"),
+    "random operator in a loop": (_random_in_a_loop, "graph", "random operator 'RandomNormalLike'"),
+    "dropout in training mode": (_dropout("ratio", "training", given=True), "graph", "operator 'Dropout' in training mode"),
+    "dropout that may train": (_dropout("", "training", computed=True), "graph", "operator 'Dropout' in training mode"),
+    "batch statistics": (_normalised("mean", "variance", training_mode=1), "graph", "operator 'BatchNormalization' in training mode"),
+    "batch statistics as they were": (_normalised("m", "v", version=9), "graph", "operator 'BatchNormalization' in training mode"),
+    "operator over text": (lambda m: _set_operator(m, "StringNormalizer"), "graph", "operator 'StringNormalizer'"),
+    "operator over what may be absent": (lambda m: _set_operator(m, "OptionalGetElement"), "graph", "operator 'OptionalGetElement'"),
+    "operator of nobody": (lambda m: _set_operator(m, "Summ"), "graph", "operator 'Summ'"),
     "undefined name": (_undefined_name, "graph", "invalid ONNX"),
     "NaN in a constant": (_nan_in_a_constant_node, "graph weight 'Constant.value_floats'", "1 NaN"),
     "NaN in a sparse constant": (_nan_in_a_sparse_constant, "graph weight 'sparse'", "1 NaN"),
@@ -251,6 +303,11 @@ def test_a_graph_is_refused_for(case, tmp_path):
 
     assert refused.field == field
     assert found in refused.found
+
+
+@pytest.mark.parametrize("change", [_dropout(), _dropout("ratio"), _dropout("ratio", "training", given=False), _normalised()])
+def test_operators_that_could_train_and_do_not_are_read(tmp_path, change):
+    assert read_probe_file(craft(tmp_path / "graph.onnx", changed(change)))
 
 
 @pytest.mark.parametrize(("value", "found"), [(np.nan, "1 NaN"), (np.inf, "1 infinite"), (-np.inf, "1 infinite")])

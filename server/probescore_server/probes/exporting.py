@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,14 +22,11 @@ from numpy.typing import ArrayLike, NDArray
 from probescore.types import ScoreUnit
 from probescore_server.probes import arguments
 from probescore_server.probes.estimators import FEATURES, EstimatorScores, estimator_scores
-from probescore_server.probes.graph import CU_SEQLENS, POSITIONS, SCORES, Signature
+from probescore_server.probes.graph import CU_SEQLENS, POSITIONS, SCORES, GraphInputs, Signature
 from probescore_server.probes.nodes import ML_OPSET, OPSET
 
 if TYPE_CHECKING:
     from sklearn.base import BaseEstimator
-
-GraphInputs = Mapping[str, NDArray[Any]]
-"""What a graph is given, in the order of its inputs: each tap ``(N, hidden_size)`` float32, then ``cu_seqlens``, ``positions``."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,10 +13,12 @@ from onnx.reference import ReferenceEvaluator
 
 from probescore.types import OutputPer, Tap, TokenIds
 from probescore_server.errors import ProbeRefused
-from probescore_server.probes.exporting import GraphInputs, ProbeFunction
-from probescore_server.probes.graph import CU_SEQLENS, POSITIONS
+from probescore_server.probes.exporting import ProbeFunction
+from probescore_server.probes.graph import CU_SEQLENS, POSITIONS, GraphFailed, GraphInputs, Signature, checked_scores
+from probescore_server.probes.independence import Surroundings, check_author_agrees, cut, packed, rows_tried
 from probescore_server.probes.manifest import Context, FollowUp, GoldenCase, Manifest
 from probescore_server.probes.reference import ReferenceModel
+from probescore_server.probes.row_by_row import is_row_by_row
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,11 +89,14 @@ class GoldenScorer:
         return rows
 
 
-def check_graph_computes(model: onnx.ModelProto, manifest: Manifest, rollouts: Sequence[ScoredRollout], file: str) -> None:
+def check_graph_computes(
+    model: onnx.ModelProto, manifest: Manifest, probe: ProbeFunction, rollouts: Sequence[ScoredRollout], file: str
+) -> None:
     """Checks that a graph gives the author's scores, and depends on no more than its manifest's ``context`` says.
 
     The graph runs in onnx's own evaluator. Each rollout is scored alone and packed with the others; of a causal probe also the first half
-    of a rollout, and its last window.
+    of a rollout, and its last window. Then, unless the graph computes row by row for certain, it is tried far beyond the rollouts:
+    ``probescore_server.probes.independence``.
 
     Raises:
         ProbeRefused: it does not.
@@ -117,30 +122,44 @@ def check_graph_computes(model: onnx.ModelProto, manifest: Manifest, rollouts: S
     for rollout in rollouts:
         compare(rollout.inputs, rollout.scores, "the scores of the author's code")
     backwards = list(reversed(rollouts))
-    packed = _packed([rollout.inputs for rollout in backwards])
-    compare(packed, np.concatenate([rollout.scores for rollout in backwards]), "a rollout's scores do not depend on its neighbours")
+    together = packed([rollout.inputs for rollout in backwards])
+    compare(together, np.concatenate([rollout.scores for rollout in backwards]), "a rollout's scores do not depend on its neighbours")
     if manifest.output.per is OutputPer.TOKEN and manifest.context.kind == "causal":
         for rollout in rollouts:
             _check_causal(rollout, manifest.context.window, compare)
+    if not is_row_by_row(model, Signature.of(manifest)):
+        _check_beyond(model, manifest, probe, rollouts, evaluator, file)
+
+
+def _check_beyond(
+    model: onnx.ModelProto,
+    manifest: Manifest,
+    probe: ProbeFunction,
+    rollouts: Sequence[ScoredRollout],
+    evaluator: ReferenceEvaluator,
+    file: str,
+) -> None:
+    labels, pools = len(manifest.output.labels), manifest.output.per is OutputPer.ROLLOUT
+
+    def run(inputs: GraphInputs) -> NDArray[np.float32]:
+        try:
+            with np.errstate(all="ignore"):  # random rows may be more than an operator can bear; what comes of it is compared
+                (scores,) = map(np.asarray, evaluator.run(None, dict(inputs)))
+        except Exception as error:  # whatever numpy raises inside the operators
+            raise GraphFailed(str(error)) from error
+        return checked_scores(scores, len(inputs[CU_SEQLENS]) - 1 if pools else len(inputs[str(manifest.taps[0])]), labels)
+
+    golden = {tap: np.concatenate([rollout.inputs[str(tap)] for rollout in rollouts]) for tap in manifest.taps}
+    around = Surroundings(manifest, golden, np.random.default_rng(0))
+    rows_tried(run, model, around, file)
+    longest = max(len(rollout.inputs[str(manifest.taps[0])]) for rollout in rollouts)
+    check_author_agrees(run, probe.score, around, longest, manifest.golden.tolerance.float32, file)
 
 
 def _check_causal(rollout: ScoredRollout, window: int | None, compare: Callable[..., None]) -> None:
     rows = len(rollout.scores)
     half = (rows + 1) // 2
-    compare(_cut(rollout.inputs, slice(0, half)), rollout.scores[:half], "a token's score does not depend on later tokens")
+    compare(cut(rollout.inputs, slice(0, half)), rollout.scores[:half], "a token's score does not depend on later tokens")
     if window is not None and rows > window:
         promise = f"a token's score depends on context.window = {window} tokens, itself included"
-        compare(_cut(rollout.inputs, slice(rows - window, rows)), rollout.scores[-1:], promise, slice(-1, None))
-
-
-def _cut(inputs: GraphInputs, rows: slice) -> GraphInputs:
-    cut = {name: array[rows] for name, array in inputs.items() if name != CU_SEQLENS}
-    return {name: cut.get(name, np.array([0, rows.stop - rows.start], np.int64)) for name in inputs}
-
-
-def _packed(sequences: Sequence[GraphInputs]) -> GraphInputs:
-    packed = {name: np.concatenate([inputs[name] for inputs in sequences]) for name in sequences[0]}
-    if CU_SEQLENS in packed:
-        lengths = [inputs[CU_SEQLENS][-1] for inputs in sequences]
-        packed[CU_SEQLENS] = np.cumsum([0, *lengths], dtype=np.int64)
-    return packed
+        compare(cut(rollout.inputs, slice(rows - window, rows)), rollout.scores[-1:], promise, slice(-1, None))

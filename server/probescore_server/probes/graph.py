@@ -2,28 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 
 from probescore.types import OutputPer, Tap
 from probescore_server.errors import ProbeRefused
 from probescore_server.probes.manifest import Manifest
+from probescore_server.probes.operators import refused_operator
 
 SCORES = "scores"
 CU_SEQLENS = "cu_seqlens"
 POSITIONS = "positions"
 
+GraphInputs = Mapping[str, NDArray[Any]]
+"""What a graph is given, in the order of its inputs: each tap ``(N, hidden_size)`` float32, then ``cu_seqlens``, ``positions``."""
+
 # What onnxruntime 1.20, the oldest that a server may run, can load: https://onnxruntime.ai/docs/reference/compatibility.html
 OPSETS = {"": range(7, 22), "ai.onnx.ml": range(1, 5)}
 IR_VERSIONS = range(4, 11)
 
-# A score must be the same each time that it is computed.
-_RANDOM_OPERATORS = {"Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}
-
 _FLOATING = {number for name, number in onnx.TensorProto.DataType.items() if "FLOAT" in name or name == "DOUBLE"}
+
+
+class GraphFailed(Exception):
+    """A graph gives no scores for what it was given: an operator fails on it. Its message is for people and may go to clients."""
+
+
+class WrongShape(GraphFailed):
+    """A graph gives another number of scores than it must, so that nobody knows whose they are."""
+
+
+def checked_scores(scores: NDArray[Any], rows: int, labels: int) -> NDArray[Any]:
+    """A graph's scores, if they are ``(rows, labels)``.
+
+    Raises:
+        WrongShape: they are not.
+    """
+    if scores.shape != (rows, labels):
+        raise WrongShape(f"scores of shape {scores.shape} where {(rows, labels)} is due")
+    return scores
 
 
 def check_graph(model: onnx.ModelProto, file: str) -> None:
@@ -141,11 +163,8 @@ def _check_operators(model: onnx.ModelProto, graphs: Sequence[onnx.GraphProto], 
         )
     if model.training_info:
         raise ProbeRefused(file, "graph training_info", "training graphs", "none")
-    for node in (node for graph in graphs for node in graph.node):
-        if node.domain not in ("", "ai.onnx", "ai.onnx.ml"):
-            raise ProbeRefused(file, "graph", f"operator {node.op_type!r} of domain {node.domain!r}", "standard ONNX operators only")
-        if node.op_type in _RANDOM_OPERATORS:
-            raise ProbeRefused(file, "graph", f"random operator {node.op_type!r}", "operators whose result does not change")
+    if (refused := refused_operator(graphs)) is not None:
+        raise ProbeRefused(file, "graph", *refused)
 
 
 def _check_weights(graphs: Sequence[onnx.GraphProto], file: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx
@@ -13,11 +13,14 @@ import torch
 from numpy.typing import NDArray
 
 from probescore.types import OutputPer, ScoreUnit, Tap
-from probescore_server.probes.graph import Signature
+from probescore_server.errors import ProbeRefused
+from probescore_server.probes.graph import CU_SEQLENS, POSITIONS, GraphInputs, Signature
 from probescore_server.probes.graph_layers import read_network
+from probescore_server.probes.independence import LARGEST_CALL, Surroundings, rows_tried
 from probescore_server.probes.layers import Network
 from probescore_server.probes.manifest import Manifest
 from probescore_server.probes.probe_file import ProbeFile
+from probescore_server.probes.row_by_row import is_row_by_row
 from probescore_server.probes.session import ProbeSession, session_device
 from probescore_server.probes.stacking import Stack, stack_networks
 
@@ -45,11 +48,13 @@ class LoadedProbe:
     Attributes:
         runs: what computes its scores.
         as_probability: the sigmoid is applied to them.
+        rows_per_call: a session is given no more rows of several sequences at a time: as many as it was tried with.
     """
 
     manifest: Manifest
     runs: ProbeSession | Member
     as_probability: bool
+    rows_per_call: int = LARGEST_CALL
 
     @classmethod
     def of(cls, manifest: Manifest, runs: ProbeSession | Member) -> LoadedProbe:
@@ -85,6 +90,35 @@ def load_probes(files: Sequence[ProbeFile], device: torch.device) -> dict[str, L
     for tap, of_tap in networks.items():
         members |= _stacked(tap, of_tap, sessions, device)
     return {file.manifest.key: LoadedProbe.of(file.manifest, members.get(file.manifest.key, sessions[file.manifest.key])) for file in files}
+
+
+def needs_trial(file: ProbeFile, probe: LoadedProbe) -> bool:
+    """Whether nothing but trying shows that a probe's scores depend on no more than its manifest says."""
+    return isinstance(probe.runs, ProbeSession) and not is_row_by_row(onnx.load_from_string(file.graph), Signature.of(file.manifest))
+
+
+def tried(file: ProbeFile, probe: LoadedProbe, golden: Mapping[Tap, NDArray[np.float32]]) -> LoadedProbe:
+    """A probe, given no larger calls than those in which it was tried and found right.
+
+    Args:
+        file: of the probe.
+        probe: runs as a session.
+        golden: activations of its golden rollouts by tap, ``(N, hidden_size)``, row by row of the same tokens.
+
+    Raises:
+        ProbeRefused: its scores depend on more than its manifest's ``context`` says.
+    """
+    session = probe.runs
+    assert isinstance(session, ProbeSession)  # noqa: S101
+
+    def run(inputs: GraphInputs) -> NDArray[np.float32]:
+        rows = {tap: torch.from_numpy(np.ascontiguousarray(inputs[str(tap)])).to(session.device) for tap in probe.manifest.taps}
+        return session.run(rows, inputs.get(CU_SEQLENS), inputs.get(POSITIONS))
+
+    if not len(next(iter(golden.values()))):
+        raise ProbeRefused(file.file, "golden.cases", "no finite activations of golden rollouts", "rollouts that this model can read")
+    around = Surroundings(file.manifest, golden, np.random.default_rng(0))
+    return replace(probe, rows_per_call=rows_tried(run, onnx.load_from_string(file.graph), around, file.file))
 
 
 def _stacked(tap: Tap, networks: Mapping[str, Network], sessions: Mapping[str, ProbeSession], device: torch.device) -> dict[str, Member]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 import numpy as np
@@ -9,9 +10,16 @@ import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
 
-from probescore.types import Tap
+from probescore.types import OutputPer, Tap
 from probescore_server.errors import ProbeRefused
+from probescore_server.probes.graph import GraphFailed, checked_scores
 from probescore_server.probes.probe_file import ProbeFile
+
+# Where an operator fails onnxruntime raises a plain RuntimeError. So it does for what is no graph's fault: memory that is short, a device
+# that is broken, a run that was ended.
+_NOT_THE_GRAPHS_FAULT = re.compile(
+    "failed to allocate|bad_alloc|out of memory|(CUDA|CUDNN|CUBLAS) (failure|error)|terminate flag", re.IGNORECASE
+)
 
 
 def session_device(device: torch.device) -> torch.device:
@@ -62,6 +70,9 @@ class ProbeSession:
 
         Returns:
             ``(n, labels)``, or ``(S, labels)`` for a probe that pools by itself.
+
+        Raises:
+            GraphFailed: an operator fails on these rows, or there are more or fewer scores than there must be.
         """
         binding = self._session.io_binding()
         for tap in self._manifest.taps:
@@ -75,9 +86,14 @@ class ProbeSession:
         if tensor.device.type == "cuda":
             # onnxruntime computes on a stream of its own, which does not wait for torch's
             torch.cuda.current_stream(tensor.device).synchronize()
-        self._session.run_with_iobinding(binding)
-        scores: NDArray[np.float32] = binding.copy_outputs_to_cpu()[0]
-        return scores
+        try:
+            self._session.run_with_iobinding(binding)
+        except RuntimeError as error:
+            if _NOT_THE_GRAPHS_FAULT.search(str(error)):
+                raise
+            raise GraphFailed("an operator fails") from error
+        due = len(tensor) if self._manifest.output.per is OutputPer.TOKEN or cu_seqlens is None else len(cu_seqlens) - 1
+        return checked_scores(binding.copy_outputs_to_cpu()[0], due, len(self._manifest.output.labels))
 
 
 def _providers(device: torch.device) -> list[str | tuple[str, dict[str, object]]]:

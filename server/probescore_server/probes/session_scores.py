@@ -12,21 +12,35 @@ from numpy.typing import NDArray
 from probescore.reductions import Reduction, reduce_scores
 from probescore.types import ProbeScores, Tap
 from probescore_server.backbone.forest import Forest
+from probescore_server.probes.graph import GraphFailed
+from probescore_server.probes.independence import LARGEST_CALL, SEQUENCES
 from probescore_server.probes.layout import Asked, Part, Reading, Readings, Rows
 from probescore_server.probes.loading import LoadedProbe
 from probescore_server.probes.session import ProbeSession
 
-MAX_ROWS_PER_CALL = 4096
-"""A graph may need memory for rows × features, or for rows × rows; a longer sequence still goes in one piece."""
+MAX_ROWS_PER_CALL = LARGEST_CALL
+"""A graph may need memory for rows × features, or for rows × rows. A longer sequence goes in pieces where a window says how far a score
+looks back, else in one."""
+
+MAX_SEQUENCES_PER_CALL = SEQUENCES
+"""No more than every graph was tried with."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Piece:
+    """Rows of a sequence that go together; the first ``known`` of them are only looked back at: a piece before has their scores."""
+
+    rows: NDArray[np.int64]
+    known: int
 
 
 @dataclass(slots=True, eq=False)
 class _Calls:
-    """The sequences of rows that one probe must see in a batch, each once, and later their scores."""
+    """The sequences of rows that one probe must see in a batch, each once, and later their scores, or why there are none."""
 
     numbers: dict[object, int] = field(default_factory=dict)
     sequences: list[NDArray[np.int64]] = field(default_factory=list)
-    scores: list[NDArray[np.float32]] = field(default_factory=list)
+    scores: list[NDArray[np.float32] | GraphFailed] = field(default_factory=list)
 
 
 class SessionScores:
@@ -73,7 +87,7 @@ class SessionScores:
         """The scores of a completion that was run, or what keeps it from being scored."""
         reading = self._readings.of(asked, self._probe.manifest)
         key = self._probe.manifest.key
-        return self._non_finite(key, reading) or self._probe_scores(reading, reductions, wants_tokens=key in asked.options.token_scores)
+        return self._problem(key, reading) or self._probe_scores(reading, reductions, wants_tokens=key in asked.options.token_scores)
 
     # ------------------------------------------------------------------------------------------------------------ before the graph
 
@@ -97,24 +111,57 @@ class SessionScores:
 
     # ------------------------------------------------------------------------------------------------------------------- the graph
 
-    def _run(self, sequences: Sequence[NDArray[np.int64]]) -> Iterator[NDArray[np.float32]]:
+    def _run(self, sequences: Sequence[NDArray[np.int64]]) -> Iterator[NDArray[np.float32] | GraphFailed]:
         """The scores of each sequence: ``(its rows, labels)``, or ``(1, labels)`` for a probe that pools."""
-        for batch in _batches(sequences):
+        pieces = [self._pieces(sequence) for sequence in sequences]
+        found = iter(self._together([piece.rows for of_sequence in pieces for piece in of_sequence]))
+        for of_sequence in pieces:
+            scores = [each if isinstance(each, GraphFailed) else each[piece.known :] for piece in of_sequence for each in [next(found)]]
+            failed = next((each for each in scores if isinstance(each, GraphFailed)), None)
+            yield failed or self._as_sent(np.concatenate([each for each in scores if not isinstance(each, GraphFailed)]))
+
+    def _as_sent(self, scores: NDArray[np.float32]) -> NDArray[np.float32]:
+        return _sigmoid(scores) if self._probe.as_probability else scores
+
+    def _pieces(self, sequence: NDArray[np.int64]) -> list[_Piece]:
+        """A sequence as the graph is given it: whole if it must be, or fits into one call."""
+        context, most = self._probe.manifest.context, self._most_rows
+        seen_before = {"pointwise": 0, "causal": context.window and context.window - 1, "rollout": None}[context.kind]
+        if len(sequence) <= most or seen_before is None or 2 * seen_before >= most:
+            return [_Piece(sequence, 0)]
+        starts = range(0, len(sequence) - seen_before, most - seen_before)
+        return [_Piece(sequence[start : start + most], seen_before if start else 0) for start in starts]
+
+    @property
+    def _most_rows(self) -> int:
+        return min(MAX_ROWS_PER_CALL, self._probe.rows_per_call)
+
+    def _together(self, sequences: Sequence[NDArray[np.int64]]) -> list[NDArray[np.float32] | GraphFailed]:
+        """The scores of each sequence from as few calls as may be; what cannot be scored in company is scored alone."""
+        scores: list[NDArray[np.float32] | GraphFailed] = []
+        for batch in _batches(sequences, self._most_rows):
+            scores += self._batch(batch)
+        return scores
+
+    def _batch(self, batch: Sequence[NDArray[np.int64]]) -> list[NDArray[np.float32] | GraphFailed]:
+        try:
             scores = self._call(batch)
-            if len(batch) > 1 and not all(np.isfinite(each).all() for each in scores):
-                # A graph may tell sequences apart by arithmetic, where NaN × 0 is NaN. Alone, none can spoil another.
-                scores = [self._call([sequence])[0] for sequence in batch]
-            yield from (_sigmoid(each) for each in scores) if self._probe.as_probability else scores
+        except GraphFailed as failed:
+            if len(batch) == 1:
+                return [failed]
+        else:
+            # A graph may tell sequences apart by arithmetic, where NaN × 0 is NaN. Alone, none can spoil another.
+            if len(batch) == 1 or all(np.isfinite(each).all() for each in scores):
+                return [*scores]
+        half = len(batch) // 2
+        return self._batch(batch[:half]) + self._batch(batch[half:])
 
     def _call(self, batch: Sequence[NDArray[np.int64]]) -> list[NDArray[np.float32]]:
         rows = np.concatenate(batch)
         ends = np.cumsum([len(sequence) for sequence in batch], dtype=np.int64)
-        if self._probe.manifest.context.kind == "pointwise":
-            pieces = [rows[start : start + MAX_ROWS_PER_CALL] for start in range(0, len(rows), MAX_ROWS_PER_CALL)]
-            scores = np.concatenate([self._session.run(self._gather(piece), None, self._rows.positions[piece]) for piece in pieces])
-        else:
-            cu_seqlens = np.concatenate([np.zeros(1, np.int64), ends])
-            scores = self._session.run(self._gather(rows), cu_seqlens, self._rows.positions[rows])
+        pointwise = self._probe.manifest.context.kind == "pointwise"
+        cu_seqlens = None if pointwise else np.concatenate([np.zeros(1, np.int64), ends])
+        scores = self._session.run(self._gather(rows), cu_seqlens, self._rows.positions[rows])
         return np.split(scores, np.arange(1, len(batch)) if self._probe.pools else ends[:-1])
 
     def _gather(self, rows: NDArray[np.int64]) -> dict[Tap, torch.Tensor]:
@@ -127,31 +174,38 @@ class SessionScores:
 
     # ------------------------------------------------------------------------------------------------------------- after the graph
 
-    def _non_finite(self, key: str, reading: Reading) -> str:
+    def _problem(self, key: str, reading: Reading) -> str:
         """What keeps this reading from being scored; empty if nothing does."""
         for name, rows in self._sequences(reading):
             for tap in self._probe.manifest.taps:
                 if not self._finite[tap][rows].all():
                     return non_finite_tap(tap, key)
-            if not np.isfinite(self._calls.scores[self._calls.numbers[name]]).all():
+            scores = self._calls.scores[self._calls.numbers[name]]
+            if isinstance(scores, GraphFailed):
+                return f"probe {key} cannot score this: {scores}"
+            if not np.isfinite(scores).all():
                 return non_finite_scores(key)
         return ""
 
     def _probe_scores(self, reading: Reading, reductions: Sequence[Reduction], *, wants_tokens: bool) -> ProbeScores:
-        calls = self._calls
         labels = len(self._probe.manifest.output.labels)
         if self._probe.pools:
             absent = np.full((1, labels), np.nan, np.float32)
             pooled = [
-                calls.scores[calls.numbers[self._pooled_name(reading, selection)]] if selection.any() else absent
-                for selection in reading.selections
+                self._scores_of(self._pooled_name(reading, selection)) if selection.any() else absent for selection in reading.selections
             ]
             return ProbeScores(reduced=np.stack(pooled))
         tokens = np.concatenate([np.zeros((0, labels), np.float32), *(self._part_scores(part) for part in reading.parts)])
         return ProbeScores(reduced=reduce_selections(tokens, reading.selections, reductions), tokens=tokens if wants_tokens else None)
 
+    def _scores_of(self, name: object) -> NDArray[np.float32]:
+        scores = self._calls.scores[self._calls.numbers[name]]
+        if isinstance(scores, GraphFailed):
+            raise scores
+        return scores
+
     def _part_scores(self, part: Part) -> NDArray[np.float32]:
-        scores = self._calls.scores[self._calls.numbers[_chain(self._probe, part)]]
+        scores = self._scores_of(_chain(self._probe, part))
         return scores[len(scores) - len(self._forest.segments[part.segment].token_ids) :]
 
 
@@ -186,12 +240,12 @@ def _chain(probe: LoadedProbe, part: Part) -> tuple[int, ...]:
     return (*part.before, part.segment) if probe.manifest.context.sees_prompt else (part.segment,)
 
 
-def _batches(sequences: Sequence[NDArray[np.int64]]) -> Iterator[list[NDArray[np.int64]]]:
+def _batches(sequences: Sequence[NDArray[np.int64]], most_rows: int) -> Iterator[list[NDArray[np.int64]]]:
     """Whole sequences, as many as fit in one call."""
     batch: list[NDArray[np.int64]] = []
     rows = 0
     for sequence in sequences:
-        if batch and rows + len(sequence) > MAX_ROWS_PER_CALL:
+        if batch and (rows + len(sequence) > most_rows or len(batch) == MAX_SEQUENCES_PER_CALL):
             yield batch
             batch, rows = [], 0
         batch.append(sequence)

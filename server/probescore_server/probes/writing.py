@@ -140,7 +140,7 @@ def write_probe(
     check_golden(manifest, str(path))
     check_signature(graph, Signature.of(manifest), str(path))
     check_graph(graph, str(path))
-    check_graph_computes(graph, manifest, rollouts, str(path))
+    check_graph_computes(graph, manifest, probe, rollouts, str(path))
     try:
         return write_probe_file(path, graph, manifest)
     except OSError as error:

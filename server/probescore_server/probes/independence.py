@@ -1,0 +1,405 @@
+"""Whether a graph's scores depend on no more than its manifest's ``context`` says: tried on rows and sequences that no example has.
+
+A graph can be right for the golden rollouts and wrong for everything else: tied to sizes that it was exported with, blind to where a
+fourth sequence begins, given to reading its neighbours. So sequences of random rows are scored alone, and must have the same scores packed,
+permuted, far behind others, cut where the context says that nothing is lost, and a second time. A sequence alone *is* what the probe means;
+what its author's code gives for one is known only where a probe is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import cycle
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from probescore.types import Tap
+from probescore_server.errors import ProbeRefused
+from probescore_server.probes.graph import CU_SEQLENS, POSITIONS, GraphFailed, GraphInputs, WrongShape, subgraphs
+from probescore_server.probes.manifest import Manifest
+
+Run = Callable[[GraphInputs], NDArray[np.float32]]
+"""Computes a graph, ``(rows, labels)`` or ``(sequences, labels)``; raises ``GraphFailed`` where it cannot."""
+
+SEQUENCES = 128
+"""How many sequences go in one call, at most: when a graph is tried, and when it serves."""
+
+SMALLEST_CALL, QUADRATIC_CALL, LARGEST_CALL = 256, 1024, 4096
+"""Rows in one call; a graph whose memory may grow with their square is given ``QUADRATIC_CALL`` of several sequences."""
+
+ROUNDING = 1e-4
+"""What a score may differ by in other company, in standard deviations: what is promised of every score."""
+
+WRONG = 1e-2
+"""From here on a difference is no rounding. In between, as where sums run over all rows of a call, calls are kept smaller instead, at
+last to one sequence."""
+
+_SCALES = (0.0, 0.3, 1.0, 10.0, 0.0, 0.3, 1.0, 100.0)
+"""How far rows lie from golden activations, in the standard deviations of those; 0 = golden activations themselves, in another order."""
+
+_NEIGHBOURS = "a rollout's scores do not depend on its neighbours"
+_LATER = "a token's score does not depend on later tokens"
+_AGAIN = "the same input has the same scores each time"
+
+# where a sequence may begin in its rollout: as after a short prompt, so that tables of positions are long enough
+_MOST_POSITION = 16
+# share of a call's scores that may jump where rounding takes a number across a threshold
+_EXCUSED = 0.01
+_EPS = float(np.finfo(np.float32).eps)
+_ROUNDED = np.array([1 - 8 * _EPS, 1 + 8 * _EPS], np.float32)
+
+
+def rows_tried(run: Run, model: onnx.ModelProto, around: Surroundings, file: str) -> int:
+    """Tries a graph beyond all that it will serve.
+
+    Args:
+        run: computes it.
+        model: the same.
+        around: gives sequences.
+        file: for messages.
+
+    Returns:
+        How many rows of several sequences it may be given at a time; 1 = each sequence by itself.
+
+    Raises:
+        ProbeRefused: its scores depend on more than its context says, or change from call to call.
+    """
+    allowed = 0
+    for rows in (SMALLEST_CALL, QUADRATIC_CALL if _may_be_quadratic(model) else LARGEST_CALL):
+        trial = _Trial(run, around, rows, file)
+        if not trial.enough:
+            if allowed:
+                return allowed
+            raise ProbeRefused(file, "graph", "no finite scores for golden activations in another order", "scores for what is like them")
+        findings = list(trial.findings())
+        # by itself a sequence has its own scores, whatever it loses in company
+        alone_is_right = around.manifest.context.kind != "pointwise"
+        for finding in findings:
+            by_company = finding.promise == _NEIGHBOURS and (alone_is_right or allowed)
+            if finding.difference > (WRONG if by_company else ROUNDING):
+                raise finding.refusal(file)
+        if any(finding.difference > ROUNDING for finding in findings):
+            break
+        allowed = rows
+    if allowed == LARGEST_CALL and (far := trial.far_behind()).difference > WRONG:
+        raise far.refusal(file)
+    return max(allowed, 1)
+
+
+def check_author_agrees(run: Run, author: Run, around: Surroundings, longest: int, tolerance: float, file: str) -> None:
+    """Compares a graph with its author's code on sequences of random rows, one at a time, shorter and longer than every example.
+
+    Args:
+        run: computes the graph.
+        author: the same for one sequence; what it gives no finite scores for, or an error, is not compared.
+        around: gives sequences.
+        longest: rows of the longest example.
+        tolerance: in standard deviations.
+        file: for messages.
+
+    Raises:
+        ProbeRefused: they differ.
+    """
+    cases: list[tuple[GraphInputs, NDArray[np.float64]]] = []
+    for length in (1, 2, 3, 5, 7, longest + 1, 2 * longest, 4 * longest + 1, min(16 * longest, QUADRATIC_CALL)):
+        for scale in (0.0, 0.3, 1.0):
+            inputs = around.sequence(length, scale)
+            try:
+                scores = np.asarray(author(inputs), np.float64)
+            except Exception:  # noqa: S112 (whatever the author's code raises: it need not know such rollouts)
+                continue
+            scores = scores.reshape(len(scores), -1)
+            if np.isfinite(scores).all():
+                cases.append((inputs, scores))
+    if not cases:
+        return
+    comparison = _Comparison(run, around, np.concatenate([scores for _, scores in cases]), tolerance)
+    for inputs, scores in cases:
+        finding = comparison.of_one(inputs, slice(None), scores, "the scores of the author's code")
+        if finding.difference > tolerance:
+            raise finding.refusal(file, tolerance)
+
+
+@dataclass(frozen=True)
+class _Finding:
+    """By how many standard deviations scores differ that should be equal."""
+
+    difference: float
+    promise: str
+    where: str
+
+    def refusal(self, file: str, tolerance: float = ROUNDING) -> ProbeRefused:
+        found = f"scores off by {self.difference:.2g} of their standard deviation {self.where}"
+        return ProbeRefused(file, "graph", found, f"at most {tolerance:g}: {self.promise}")
+
+
+@dataclass(frozen=True, eq=False)
+class Surroundings:
+    """Where random rows come from.
+
+    Attributes:
+        manifest: which inputs the graph takes.
+        golden: activations of golden rollouts by tap, ``(N, hidden_size)``, row by row of the same tokens.
+        random: draws.
+    """
+
+    manifest: Manifest
+    golden: Mapping[Tap, NDArray[np.float32]]
+    random: np.random.Generator
+
+    def sequence(self, length: int, scale: float) -> GraphInputs:
+        """One sequence of rows that lie ``scale`` standard deviations from golden ones."""
+        rows = self.random.integers(len(next(iter(self.golden.values()))), size=length)
+        inputs: dict[str, NDArray[Any]] = {}
+        for tap in self.manifest.taps:
+            golden = self.golden[tap].astype(np.float32)
+            # a little in every direction: a dimension in which golden activations are all alike is one all the same
+            spread = golden.std(axis=0) + np.float32(1e-3) * np.sqrt(np.square(golden).mean())
+            inputs[str(tap)] = golden[rows] + np.float32(scale) * spread * self.random.standard_normal(
+                (length, golden.shape[1]), np.float32
+            )
+        if self.manifest.cu_seqlens:
+            inputs[CU_SEQLENS] = np.array([0, length], np.int64)
+        if self.manifest.positions:
+            inputs[POSITIONS] = self.random.integers(_MOST_POSITION) + np.arange(length)
+        return inputs
+
+
+def packed(sequences: Sequence[GraphInputs]) -> GraphInputs:
+    """What a graph is given for several sequences in one call, from what it is given for each."""
+    together = {name: np.concatenate([inputs[name] for inputs in sequences]) for name in sequences[0]}
+    if CU_SEQLENS in together:
+        together[CU_SEQLENS] = np.cumsum([0, *map(_length, sequences)], dtype=np.int64)
+    return together
+
+
+def cut(inputs: GraphInputs, rows: slice) -> GraphInputs:
+    """Consecutive rows of a sequence as a sequence of their own."""
+    return {name: np.array([0, rows.stop - rows.start], np.int64) if name == CU_SEQLENS else array[rows] for name, array in inputs.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class _Comparison:
+    """Compares a graph's scores with known ones.
+
+    Attributes:
+        run: computes the graph.
+        around: says what its taps are, and draws.
+        usual: scores of activations like golden ones, ``(N, labels)`` float64: their standard deviation is the unit, or how far a score
+            lies from them where that is more.
+        tolerance: in these; differences below are none.
+    """
+
+    run: Run
+    around: Surroundings
+    usual: NDArray[np.float64]
+    tolerance: float = ROUNDING
+
+    def of_one(self, inputs: GraphInputs, rows: slice, expected: NDArray[Any], promise: str) -> _Finding:
+        """Of some scores of one sequence."""
+        return self.of(inputs, rows, expected, lambda _: self.noise(inputs, rows), promise)
+
+    def of(
+        self,
+        inputs: GraphInputs,
+        rows: slice,
+        expected: NDArray[Any],
+        noise: Callable[[NDArray[np.bool_]], NDArray[np.float64]],
+        promise: str,
+    ) -> _Finding:
+        """Of some scores of one call; ``noise`` is asked for rounding's part in those that are too far off."""
+        where = f"in a call of {_length(inputs)} rows in {len(inputs.get(CU_SEQLENS, (0, 0))) - 1} sequences"
+        try:
+            beyond = _beyond(self.run(inputs)[rows], expected)
+        except GraphFailed as failed:
+            return _Finding(np.inf, f"{promise}; {failed}", where)
+        unit = np.maximum(_spread(self.usual), np.abs(expected.astype(np.float64) - np.median(self.usual, axis=0)))
+        over: NDArray[np.bool_] = np.any(beyond > self.tolerance * unit, axis=1)
+        # A graph with thresholds jumps where rounding takes a number across one; so it does if its input is rounded otherwise.
+        if 0 < over.sum() <= max(1, _EXCUSED * len(over)):
+            beyond = np.maximum(beyond - np.multiply(4, noise(over)), 0)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return _Finding(float(np.where(beyond == 0, 0, beyond / unit).max()), promise, where)
+
+    def noise(self, inputs: GraphInputs, rows: slice = slice(None)) -> NDArray[np.float64]:
+        """How much scores change if activations are rounded otherwise."""
+        scores = self.run(inputs)[rows]
+        worst = np.zeros(scores.shape)
+        for _ in range(3):
+            factors = {str(tap): self.around.random.choice(_ROUNDED, inputs[str(tap)].shape) for tap in self.around.manifest.taps}
+            try:
+                found = self.run({name: array * factors[name] if name in factors else array for name, array in inputs.items()})
+            except GraphFailed:
+                continue
+            changed = _beyond(found[rows], scores)
+            worst = np.maximum(worst, np.where(np.isfinite(changed), changed, 0))
+        return worst
+
+
+class _Trial:
+    """Sequences of random rows, and the scores of each alone.
+
+    Args:
+        run, file: as of ``rows_tried``.
+        around: gives the sequences.
+        rows: of all sequences together.
+
+    Attributes:
+        enough: some sequences of golden activations have scores, and not only a few.
+    """
+
+    def __init__(self, run: Run, around: Surroundings, rows: int, file: str) -> None:
+        self._run = run
+        self._around = around
+        self._context = around.manifest.context
+        self._random = around.random
+        self._rows = rows
+        self._sequences: list[GraphInputs] = []
+        self._scores: list[NDArray[np.float32]] = []
+        near: list[NDArray[np.float32]] = []
+        golden_like = 0
+        for length, scale in zip(_lengths(rows, self._random), cycle(_SCALES)):
+            inputs = around.sequence(length, scale)
+            scores = self._alone(inputs, file)
+            if scores is None:
+                continue  # what has no scores by itself has none in company either
+            self._sequences.append(inputs)
+            self._scores.append(scores)
+            near += [scores] if scale <= 1 else []
+            golden_like += scale == 0
+        self.enough = golden_like >= SEQUENCES // 8
+        self._compare = _Comparison(run, around, np.concatenate(near).astype(np.float64) if near else np.zeros((1, 1)))
+
+    # ------------------------------------------------------------------------------------------------------------ what is compared
+
+    def findings(self) -> Iterator[_Finding]:
+        """One for each call whose scores are known from others."""
+        count = len(self._sequences)
+        by_length = np.argsort([-_length(inputs) for inputs in self._sequences], kind="stable")
+        short = by_length[count // 8 :]
+        few = [self._random.choice(short, size, replace=False) for size in (2, 3, 4, 5, 9, 17, 33, 65) if size < len(short)]
+        every = np.arange(count)
+        for order in (*few, every, every[::-1], by_length, self._random.permutation(count), every):
+            yield self._together(order, _NEIGHBOURS)
+        for index in (*by_length[:4], *short[:4]):
+            scores = self._scores[index]
+            yield self._compare.of(self._sequences[index], slice(None), scores, lambda over: np.zeros((len(over), 1)), _AGAIN)
+        if self._context.kind == "pointwise":
+            yield self._shuffled()
+        if self._context.kind == "causal":
+            yield from self._shortened()
+
+    def far_behind(self) -> _Finding:
+        """Of a call that is longer than any that serves."""
+        order = np.arange(len(self._sequences))
+        return self._together(np.concatenate([order, order[::-1], order]), _NEIGHBOURS)
+
+    def _together(self, order: NDArray[np.int64], promise: str) -> _Finding:
+        sequences, scores = [self._sequences[index] for index in order], [self._scores[index] for index in order]
+
+        def noise(over: NDArray[np.bool_]) -> NDArray[np.float64]:
+            of_each = np.split(over, np.cumsum([len(each) for each in scores])[:-1])
+            return np.concatenate(
+                [
+                    self._compare.noise(inputs) if its.any() else np.zeros(known.shape)
+                    for inputs, known, its in zip(sequences, scores, of_each, strict=True)
+                ]
+            )
+
+        return self._compare.of(packed(sequences), slice(None), np.concatenate(scores), noise, promise)
+
+    def _shuffled(self) -> _Finding:
+        """Every row among other rows than in its sequence."""
+        scores = np.concatenate(self._scores)
+        order = self._random.permutation(len(scores))
+        rows = {name: array[order] for name, array in packed(self._sequences).items()}
+        return self._compare.of_one(rows, slice(None), scores[order], _NEIGHBOURS)
+
+    def _shortened(self) -> Iterator[_Finding]:
+        """Sequences without what comes later, or before their window, and with something else in its place."""
+        window = self._context.window or 0
+        lone = self._around.sequence(max(self._rows, min(2 * window, LARGEST_CALL)), 1.0)
+        longest = int(np.argmax([_length(inputs) for inputs in self._sequences]))
+        for inputs, scores in ((lone, self._finite(lone)), (self._sequences[longest], self._scores[longest])):
+            if scores is None:
+                continue
+            length = len(scores)
+            # positions go on as they do in a rollout, whatever takes the place of its tokens
+            other = {**self._around.sequence(length, 10.0), **{name: inputs[name] for name in inputs if name == POSITIONS}}
+            for kept in sorted({1, length // 3 + 1, length - 1} - {0, length}):
+                before, after = slice(0, kept), slice(kept, length)
+                for given in (cut(inputs, before), _joined(cut(inputs, before), cut(other, after))):
+                    yield self._compare.of_one(given, before, scores[before], _LATER)
+            if not 0 < window < length:
+                continue
+            promise = f"a token's score depends on context.window = {window} tokens, itself included"
+            for end in sorted({length, window + 1, int(self._random.integers(window + 1, length + 1))}):
+                before, seen = slice(0, end - window), cut(inputs, slice(end - window, end))
+                for given in (seen, _joined(cut(other, before), seen)):
+                    yield self._compare.of_one(given, slice(-1, None), scores[end - 1 : end], promise)
+
+    def _alone(self, inputs: GraphInputs, file: str) -> NDArray[np.float32] | None:
+        try:
+            return self._finite(inputs)
+        except WrongShape as wrong:
+            raise ProbeRefused(
+                file, "graph", str(wrong), f"a row of scores for each of {_length(inputs)} rows, or for 1 sequence"
+            ) from None
+
+    def _finite(self, inputs: GraphInputs) -> NDArray[np.float32] | None:
+        """The scores of a sequence by itself, if it has any."""
+        try:
+            scores = self._run(inputs)
+        except WrongShape:
+            raise
+        except GraphFailed:
+            return None
+        return scores if np.isfinite(scores).all() else None
+
+
+def _lengths(rows: int, random: np.random.Generator) -> list[int]:
+    """Of ``SEQUENCES`` sequences, ``rows`` rows in all or nearly: a few long ones among many short ones."""
+    long = [rows // 4, rows // 16, rows // 16 + 1]
+    mean = (rows - sum(long)) / (SEQUENCES - len(long))
+    short = random.integers(1, max(int(2 * mean), 2), SEQUENCES - len(long))
+    return [int(length) for length in random.permutation([*long, *short])]
+
+
+def _length(inputs: GraphInputs) -> int:
+    return len(next(iter(inputs.values())))
+
+
+def _joined(first: GraphInputs, second: GraphInputs) -> GraphInputs:
+    """Two parts of one sequence."""
+    return cut(packed([first, second]), slice(0, _length(first) + _length(second)))
+
+
+def _beyond(found: NDArray[np.float32], expected: NDArray[np.float32]) -> NDArray[np.float64]:
+    """How far scores differ beyond a rounding of the scores themselves; infinite where they are not comparable."""
+    if found.shape != expected.shape:
+        return np.full(expected.shape, np.inf)
+    exact = expected.astype(np.float64)
+    return np.nan_to_num(np.maximum(np.abs(found - exact) - 4 * _EPS * np.abs(exact), 0), nan=np.inf, posinf=np.inf)
+
+
+def _spread(scores: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The standard deviation of each label's scores without the outermost, which would make all else seem equal."""
+    low, high = np.quantile(scores, (0.05, 0.95), axis=0)
+    inner = np.clip(scores, low, high).std(axis=0)
+    spread: NDArray[np.float64] = np.where(inner > 0, inner, scores.std(axis=0))
+    return spread
+
+
+def _may_be_quadratic(model: onnx.ModelProto) -> bool:
+    """Whether some value in a graph may have two axes that grow with the rows."""
+    for graph in subgraphs(onnx.shape_inference.infer_shapes(model, data_prop=True).graph):
+        described = (*graph.value_info, *graph.output)
+        shapes = {value.name: value.type.tensor_type.shape for value in described if value.type.tensor_type.HasField("shape")}
+        for name in (name for node in graph.node for name in node.output if name):
+            if name not in shapes or sum(not dim.HasField("dim_value") for dim in shapes[name].dim) > 1:
+                return True
+    return False
