@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from probescore.types import Tap
+from probescore_server.activity import ACTIVITY
 from probescore_server.errors import ProbeRefused
 from probescore_server.probes.probe_file import ProbeFile
 
@@ -63,6 +64,7 @@ class ProbeSession:
         Returns:
             ``(n, labels)``, or ``(S, labels)`` for a probe that pools by itself.
         """
+        ACTIVITY.begin(f"probe {self._manifest.key}", len(rows[self._manifest.taps[0]]))
         binding = self._session.io_binding()
         for tap in self._manifest.taps:
             tensor = rows[tap]
