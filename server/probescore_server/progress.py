@@ -7,6 +7,7 @@ was not there itself.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -16,6 +17,10 @@ REASONS_LOST = ("silent", "overdue", "device", "memory", "crash", "start", "died
 """Why workers are lost: they said nothing, or did not get on; their device failed, the system's memory was short, they crashed; they did
 not start; or somebody ended them.
 """
+
+
+BOOT_SECONDS = 60.0
+"""Until a process says something for the first time, at least: Python starts and reads its modules before, on a busy machine for long."""
 
 
 class Line(Enum):
@@ -85,6 +90,8 @@ class Watch:
         self.step = Step()
         self._patience = patience
         self._heard = self._began = now
+        self._silent_at_first = max(patience.silent_seconds, BOOT_SECONDS)
+        self._said_something = False
         self._starting = True
         self._lines = {line: _Waiting() for line in Line}
 
@@ -93,8 +100,10 @@ class Watch:
         self._starting = False
 
     def heard(self, now: float) -> None:
-        """It has said something."""
-        self._heard = max(self._heard, now)
+        """It has said something; ``-inf`` = not yet."""
+        if math.isfinite(now):
+            self._said_something = True
+            self._heard = max(self._heard, now)
 
     def asked(self, line: Line, number: int, seconds: float, now: float) -> None:
         """It was asked for something that may take so long, once it comes to it."""
@@ -125,8 +134,9 @@ class Watch:
 
     def loss(self, now: float) -> Loss | None:
         """What is wrong with it, if anything is."""
-        if now - self._heard > self._patience.silent_seconds:
-            return Loss("silent", f"it said nothing for {self._patience.silent_seconds:g} s")
+        silent_seconds = self._patience.silent_seconds if self._said_something else self._silent_at_first
+        if now - self._heard > silent_seconds:
+            return Loss("silent", f"it said nothing for {silent_seconds:g} s")
         if self._starting and now - self._began > self._patience.start_seconds:
             return Loss("start", f"it was not ready within {self._patience.start_seconds:g} s (worker_start_seconds)")
         for waiting in self._lines.values():

@@ -264,7 +264,8 @@ class Scheduler:
         self._put_back(works)
 
     def _put_back(self, works: Sequence[Work]) -> None:
-        for work in works:
+        """In the order in which they were taken: each goes before what waits."""
+        for work in reversed(works):
             work.place = None
             self._waiting.put_back(self._in_flight.take_back(work))
 
