@@ -137,11 +137,12 @@ class Watch:
         silent_seconds = self._patience.silent_seconds if self._said_something else self._silent_at_first
         if now - self._heard > silent_seconds:
             return Loss("silent", f"it said nothing for {silent_seconds:g} s")
-        if self._starting and now - self._began > self._patience.start_seconds:
+        # From here on only time counts of which it is known that it was there: one that is silent is no more than that.
+        if self._starting and self._heard - self._began > self._patience.start_seconds:
             return Loss("start", f"it was not ready within {self._patience.start_seconds:g} s (worker_start_seconds)")
         for waiting in self._lines.values():
             number = next(iter(waiting.seconds), 0)
-            if number and now - waiting.since > (seconds := self._seconds_of(number, waiting)):
+            if number and self._heard - waiting.since > (seconds := self._seconds_of(number, waiting)):
                 return Loss("overdue", f"it did not get on for {seconds:g} s", number)
         return None
 

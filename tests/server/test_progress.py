@@ -80,6 +80,13 @@ def test_a_batch_that_is_merely_long_is_left_alone(steps: list[float]) -> None:
     assert watch.loss(now + 20.1).reason == "overdue"
 
 
+def test_one_that_was_stopped_is_silent_and_not_overdue() -> None:
+    watch = ready_watch()
+    watch.asked(Line.DEVICE, 1, 2.0, 0.0)
+    assert watch.loss(10.0) is None
+    assert watch.loss(10.1).reason == "silent"
+
+
 def test_a_step_counts_its_own_tokens_and_only_for_the_batch_that_it_is_of() -> None:
     watch = ready_watch()
     watch.asked(Line.DEVICE, 1, PATIENCE.for_tokens(100_000), 0.0)
