@@ -245,16 +245,16 @@ class Scheduler:
         if not computed:
             self._put_back(works)
         elif isinstance(error, WorkerLost):
-            self._suspect(batch.worker, works, error)
+            self._suspect(batch, works, error)
         else:
             for work in works:
                 self._in_flight.fail(work, error)
 
-    def _suspect(self, worker: Worker, works: Sequence[Work], error: WorkerLost) -> None:
+    def _suspect(self, batch: _Batch, works: Sequence[Work], error: WorkerLost) -> None:
         """Each is tried once more, with nothing beside it; what was alone already and known is refused."""
         tokens = _tokens(works)
         if error.reason_lost == "memory":
-            self._budgets[worker].failed(tokens)
+            self._budgets[batch.worker].failed(tokens)
             self._on_out_of_memory()
         logger.warning("a worker was lost in a batch", tokens=tokens, rollouts=len(works), reason=error.reason_lost, doing=error.doing)
         for work in works:
