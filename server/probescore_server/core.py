@@ -41,7 +41,10 @@ class Core:
         if settings.device_map != "none":
             devices = devices[:1]  # one worker, which takes the others too
         threads = settings.threads_per_worker or max(1, len(os.sched_getaffinity(0)) // len(devices))
-        self.workers = [WorkerProcess(WorkerSpec(settings, device, threads), self._changed) for device in devices]
+        self.workers = [
+            WorkerProcess(WorkerSpec(settings, device, threads), self._changed, self.metrics.watch_losses(str(number), device))
+            for number, device in enumerate(devices)
+        ]
         self.scheduler = Scheduler(
             self.workers,
             max_queue_tokens=settings.max_queue_tokens,

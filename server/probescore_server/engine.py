@@ -30,6 +30,7 @@ from probescore.types import (
     Transfer,
     Usage,
 )
+from probescore_server.activity import ACTIVITY
 from probescore_server.backbone.activations import Backbone
 from probescore_server.backbone.choosing import choose_backbone
 from probescore_server.backbone.forest import Forest, ProbeReads
@@ -308,8 +309,10 @@ class Engine:
     ) -> list[RolloutResult | None]:
         forest = Forest.build(rollouts, self._reads)
         cancelled: set[int] = set()
+        tokens = sum(rollout.tokens for rollout in rollouts)
 
         def unwanted(segment: int) -> bool:
+            ACTIVITY.begin("the model", tokens)
             needed_by = forest.segments[segment].rollouts
             cancelled.update(index for index in needed_by - cancelled if is_cancelled(index))
             return needed_by <= cancelled

@@ -5,6 +5,8 @@
     ├── Mismatch              the client expects another model or tokenizer than the one that runs here
     ├── QueueFull             too many tokens wait already; try again later
     ├── WorkerUnavailable     no worker can take or finish this now; try again later
+    │   └── WorkerLost        a worker was lost with this, and it may be why
+    ├── LostTwice             a worker was lost with this twice, the second time with nothing else; it is not tried a third time
     ├── OutOfMemory           one rollout alone needs more memory than the device has; no retry can save it
     ├── DeadlineExpired       the caller's deadline passed before the work was done
     ├── InternalFault         a fault of ours; clients see an incident number, the log has the rest
@@ -89,6 +91,50 @@ class WorkerUnavailable(CoreError):
 
     def __str__(self) -> str:
         return self.problem
+
+
+class WorkerLost(WorkerUnavailable):
+    """A worker was lost with what it did, and not by somebody's will: what it did may be why.
+
+    Args:
+        reason_lost: one word: ``silent``, ``overdue``, ``device``, ``crash`` or ``memory``.
+        problem: what was wrong with it.
+        retry_seconds: until it may be back.
+        doing: the step that it was at, such as ``probe loop@1``; empty if that is not known.
+        order: number of the batch, or of the texts, that took too long; 0 = it could be any.
+    """
+
+    def __init__(self, reason_lost: str, problem: str, retry_seconds: float, doing: str = "", order: int = 0) -> None:
+        super().__init__(problem, retry_seconds)
+        self.args = (reason_lost, problem, retry_seconds, doing, order)
+        self.reason_lost = reason_lost
+        self.doing = doing
+        self.order = order
+
+    def __str__(self) -> str:
+        return f"the worker was lost and is being restarted: {self.problem}"
+
+
+class LostTwice(CoreError):
+    """A worker was lost with this twice, the second time with nothing else. It is not tried a third time.
+
+    Args:
+        field: path of what did it, as in the proto: ``groups[2].completions[0]``.
+        doing: the step at which it happened, such as ``probe loop@1``; empty if that is not known.
+        problem: what was wrong with the worker.
+    """
+
+    reason = "WORKER_LOST_TWICE"
+
+    def __init__(self, field: str, doing: str, problem: str) -> None:
+        super().__init__(field, doing, problem)
+        self.field = field
+        self.doing = doing
+        self.problem = problem
+
+    def __str__(self) -> str:
+        culprit = f"{self.field} with {self.doing}" if self.doing else self.field
+        return f"{culprit}: a worker was lost with it twice, the second time with nothing else: {self.problem}; it is not tried again"
 
 
 class OutOfMemory(CoreError):

@@ -32,6 +32,7 @@ class Worker(Protocol):
 
         Raises:
             WorkerUnavailable: it died.
+            WorkerLost: it was lost, and this or another batch may be why.
             OutOfMemory: the batch needs more memory than there is.
             InternalFault: the batch failed.
         """

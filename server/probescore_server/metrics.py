@@ -16,8 +16,9 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from probescore.types import Usage
-from probescore_server.errors import DeadlineExpired, InternalFault, OutOfMemory, QueueFull, StartupError, WorkerUnavailable
+from probescore_server.errors import DeadlineExpired, InternalFault, LostTwice, OutOfMemory, QueueFull, StartupError, WorkerUnavailable
 from probescore_server.probe_metrics import ProbeMetrics
+from probescore_server.progress import REASONS_LOST
 from probescore_server.rollouts import Occupancy
 
 SECONDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
@@ -59,7 +60,7 @@ class Metrics:
         self._tokens = Counter("probescore_tokens_total", "Tokens scored, by where they came from.", ("source",), registry=registry)
         self._stages = Histogram("probescore_stage_seconds", "Seconds of a call, by stage.", ("stage",), buckets=SECONDS, registry=registry)
         self.refused = Counter("probescore_refused_total", "Calls that ended in an error, by its reason.", ("reason",), registry=registry)
-        for kind in (QueueFull, OutOfMemory, WorkerUnavailable, DeadlineExpired, InternalFault):
+        for kind in (QueueFull, OutOfMemory, WorkerUnavailable, LostTwice, DeadlineExpired, InternalFault):
             self.refused.labels(kind.reason)  # a rate is known from the first time on only if there was a 0 before
         self.cancelled = Counter("probescore_cancelled_total", "Calls that their client gave up.", registry=registry)
         self.ready = Gauge("probescore_ready", "Whether some worker can score.", registry=registry)
@@ -76,6 +77,9 @@ class Metrics:
         )
         self.worker_restarts = Gauge(
             "probescore_worker_restarts", "How often a worker was started again.", ("worker", "device"), registry=registry
+        )
+        self._worker_losses = Counter(
+            "probescore_worker_losses_total", "How often a worker was lost, by why.", ("worker", "device", "reason"), registry=registry
         )
         self._workers = _Workers()
         registry.register(self._workers)
@@ -110,6 +114,11 @@ class Metrics:
     def watch_worker(self, worker: str, device: str, occupancy: Callable[[], Occupancy]) -> None:
         """Reads what one worker holds at each scrape; `worker` is its number."""
         self._workers.watched[worker, device] = occupancy
+
+    def watch_losses(self, worker: str, device: str) -> Callable[[str], None]:
+        """What counts, by its reason, that one worker was lost; `worker` is its number."""
+        losses = {reason: self._worker_losses.labels(worker, device, reason) for reason in REASONS_LOST}
+        return lambda reason: losses[reason].inc()
 
     def show_worker(self, worker: str, device: str, *, ready: bool, asleep: bool, restarts: int) -> None:
         """The state of one worker; `worker` is its number."""

@@ -7,10 +7,12 @@ threads, and one that takes long to pack is packed in a thread.
 from __future__ import annotations
 
 import asyncio
+import math
 import pickle
 import socket
 import struct
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import Any, cast
@@ -48,11 +50,15 @@ class LoopEnd(asyncio.Protocol):
     Args:
         on_message: called with each message.
         on_end: called once, when the other end is closed and all that came before has been handed over.
+
+    Attributes:
+        heard: when anything came last, be it part of a message; on the monotonic clock.
     """
 
     def __init__(self, on_message: Callable[[Any], None], on_end: Callable[[], None]) -> None:
         self._on_message = on_message
         self._on_end = on_end
+        self.heard = -math.inf
         self._transport: asyncio.WriteTransport | None = None
         self._received = bytearray()
         self._to_pack: deque[object] = deque()
@@ -96,6 +102,7 @@ class LoopEnd(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Called by the loop."""
+        self.heard = time.monotonic()
         self._received += data
         while len(self._received) >= _LENGTH.size:
             end = _LENGTH.size + _LENGTH.unpack_from(self._received)[0]

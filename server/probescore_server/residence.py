@@ -14,7 +14,9 @@ import torch
 from probescore.types import Transfer
 from probescore_server.backbone.kv_cache import KeyValueCache
 from probescore_server.backbone.loading import Decoder
-from probescore_server.backbone.offload import WeightOffload
+from probescore_server.backbone.offload import RETRY_SECONDS, WeightOffload
+from probescore_server.errors import WorkerUnavailable
+from probescore_server.failures import FailureKind, kind_of
 from probescore_server.probes.loading import LoadedProbe, Member
 from probescore_server.probes.session import ProbeSession
 from probescore_server.rollouts import Occupancy
@@ -91,10 +93,26 @@ class Residence:
             return Transfer(str(self._device))
         started, held, weight_bytes = time.perf_counter(), self._held_bytes(), self._offload.bytes
         self._offload.come_back()
-        for session in self._sessions:
-            session.open()
+        self._open_sessions()
         self.asleep = False
         return Transfer(str(self._device), time.perf_counter() - started, weight_bytes, self._held_bytes() - held)
+
+    def _open_sessions(self) -> None:
+        """Opens all, or, where the device has no room for one, none; then the weights leave once more."""
+        opened: list[ProbeSession] = []
+        try:
+            for session in self._sessions:
+                session.open()
+                opened.append(session)
+        except Exception as error:
+            if kind_of(error) is not FailureKind.MEMORY_SHORT:
+                raise
+            for session in opened:
+                session.close()
+            if self._device.type == "cuda":
+                self._offload.leave(self._weights())
+            self.free_reserves()
+            raise WorkerUnavailable("the device has no room for the graphs of the probes", RETRY_SECONDS) from None
 
     def free_reserves(self) -> None:
         """Gives back what is only kept to be faster."""

@@ -11,6 +11,8 @@ There is no timer: a batch is whatever waits when a worker frees, up to a token 
 * A batch that fails is halved until what fails is alone.
 * So is a batch for which memory is short; the worker then gets smaller ones (`batch_budget`). A single rollout that does not fit fails.
 * A worker that dies fails the batch that it computed. One that it had only prepared goes back to where it waited.
+* A worker that is lost, and not by somebody's will (it got stuck, its device failed, it crashed), may have been lost because of what it
+  computed: each rollout of that batch goes back to where it waited, is tried alone, and is refused if it does it again (`suspects`).
 
 Everything runs on one event loop, so nothing here locks.
 """
@@ -26,10 +28,20 @@ from dataclasses import dataclass
 import structlog
 
 from probescore_server.batch_budget import BatchBudget
-from probescore_server.calls import Call, groups_of
-from probescore_server.errors import CoreError, DeadlineExpired, InternalFault, OutOfMemory, QueueFull, WorkerUnavailable
+from probescore_server.calls import Call, Item, groups_of
+from probescore_server.errors import (
+    CoreError,
+    DeadlineExpired,
+    InternalFault,
+    LostTwice,
+    OutOfMemory,
+    QueueFull,
+    WorkerLost,
+    WorkerUnavailable,
+)
 from probescore_server.in_flight import InFlight, Place, Work, Worker
 from probescore_server.rollouts import Rollout
+from probescore_server.suspects import Suspects
 from probescore_server.waiting import WaitingQueue
 
 logger = structlog.get_logger(__name__)
@@ -44,11 +56,17 @@ THROUGHPUT_SMOOTHING = 0.3
 
 @dataclass(eq=False, slots=True)
 class _Batch:
-    """Work that one worker got at once. `started`: it computes, as far as is known."""
+    """Work that one worker got at once.
+
+    Attributes:
+        started: it computes, as far as is known.
+        lost: the worker was; what is left of it waits again.
+    """
 
     worker: Worker
     works: list[Work]
     started: bool
+    lost: bool = False
 
 
 class Scheduler:
@@ -79,6 +97,7 @@ class Scheduler:
         self._on_out_of_memory = on_out_of_memory
         self._waiting = WaitingQueue(max_unread_tokens=max_batch_tokens)
         self._in_flight = InFlight()
+        self._suspects = Suspects()
         self._budgets = {worker: BatchBudget(max_batch_tokens) for worker in workers}
         self._batches: dict[Worker, list[_Batch]] = {worker: [] for worker in workers}  # the one that computes first
         self._running: set[asyncio.Task[None]] = set()
@@ -103,10 +122,14 @@ class Scheduler:
 
         Raises:
             QueueFull: they do not fit beside what waits already.
+            LostTwice: a worker was lost with one of them twice.
         """
         now = self.clock()
         call = Call(self, job, priority, deadline, now)
         admitted = groups_of(call, groups)
+        for item in (item for group in admitted for item in group.items):
+            if (error := self._suspects.lost_twice(item.key, now)) is not None:
+                raise _refusal(item, error)
         if self.queued_tokens + sum(group.tokens for group in admitted) > self._max_queue_tokens:
             raise QueueFull(self.queued_tokens, self._max_queue_tokens, self._retry_seconds())
         for group in admitted:
@@ -156,7 +179,9 @@ class Scheduler:
 
     async def _run(self, batch: _Batch) -> None:
         try:
-            await self._score(batch, batch.works)
+            await self._score(batch, [work for work in batch.works if work.key not in self._suspects])
+            for suspect in [work for work in batch.works if work.key in self._suspects]:
+                await self._score(batch, [suspect])
         finally:
             self._fail_lost([work for work in batch.works if work.items])
             self._batches[batch.worker].remove(batch)
@@ -165,6 +190,9 @@ class Scheduler:
     async def _score(self, batch: _Batch, works: Sequence[Work]) -> None:
         """Scores work of a batch that is still wanted, in parts where it fails as a whole."""
         works = [work for work in works if work.items]
+        if batch.lost:
+            self._put_back(works)
+            return
         if not works:
             return
         worker, number, tokens = batch.worker, batch.worker.new_batch(), _tokens(works)
@@ -173,7 +201,8 @@ class Scheduler:
         try:
             scored = await worker.score(number, [work.rollout for work in works])
         except WorkerUnavailable as error:
-            self._lose(batch, works, error)
+            batch.lost = True
+            self._lose(batch, works, error, number)
             return
         except OutOfMemory as error:
             failure: CoreError | None = error
@@ -185,6 +214,8 @@ class Scheduler:
         else:
             failure = None
             self._in_flight.deliver(works, scored)
+            for work in works:
+                self._suspects.cleared(work.key)
             self._budgets[worker].fitted(tokens)
             self._learn_throughput(tokens, scored.compute_seconds)
         self._answered(batch)
@@ -206,15 +237,37 @@ class Scheduler:
         for other in batches:
             other.started = other is not batch or len(batches) == 1
 
-    def _lose(self, batch: _Batch, works: Sequence[Work], error: WorkerUnavailable) -> None:
-        """The worker has died: of what it computed, or of something else before it got to this."""
+    def _lose(self, batch: _Batch, works: Sequence[Work], error: WorkerUnavailable, number: int) -> None:
+        """The worker is gone: with what it computed, or with something else before it got to this."""
         for work in works:
             work.place = None
-        for work in works:
-            if batch.started:
+        computed = error.order == number if isinstance(error, WorkerLost) and error.order else batch.started
+        if not computed:
+            self._put_back(works)
+        elif isinstance(error, WorkerLost):
+            self._suspect(batch, works, error)
+        else:
+            for work in works:
                 self._in_flight.fail(work, error)
-            else:
-                self._waiting.put_back(self._in_flight.take_back(work))
+
+    def _suspect(self, batch: _Batch, works: Sequence[Work], error: WorkerLost) -> None:
+        """Each is tried once more, with nothing beside it; what was alone already and known is refused."""
+        tokens = _tokens(works)
+        if error.reason_lost == "memory":
+            self._budgets[batch.worker].failed(tokens)
+            self._on_out_of_memory()
+        logger.warning("a worker was lost in a batch", tokens=tokens, rollouts=len(works), reason=error.reason_lost, doing=error.doing)
+        for work in works:
+            if self._suspects.lost(work.key, error, self.clock(), alone=len(works) == 1):
+                for item in list(work.items):
+                    item.call.fail(_refusal(item, error))
+        self._put_back(works)
+
+    def _put_back(self, works: Sequence[Work]) -> None:
+        """In the order in which they were taken: each goes before what waits."""
+        for work in reversed(works):
+            work.place = None
+            self._waiting.put_back(self._in_flight.take_back(work))
 
     def _fail_lost(self, works: Sequence[Work]) -> None:
         """Whatever goes wrong, a call ends: rollouts that a worker neither scored nor refused would keep it waiting for ever."""
@@ -238,6 +291,13 @@ class Scheduler:
         working = max(1, sum(worker.ready for worker in self._batches))
         seconds = self.queued_tokens / (self._tokens_per_second * working)
         return min(max(seconds, MIN_RETRY_SECONDS), MAX_RETRY_SECONDS)
+
+
+def _refusal(item: Item, error: WorkerLost) -> CoreError:
+    """What its call is told of a rollout with which a worker was lost twice."""
+    if error.reason_lost == "memory":
+        return OutOfMemory(item.rollout.tokens)
+    return LostTwice(f"groups[{item.group}].completions[{item.completion}]", error.doing, error.problem)
 
 
 def _tokens(works: Sequence[Work]) -> int:

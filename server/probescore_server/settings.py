@@ -163,6 +163,30 @@ class ServerSettings(BaseSettings):
         le=3600,
         description="Pause before a worker that died is started again; doubled after each failed attempt, up to 60 times.",
     )
+    worker_silent_seconds: float = Field(
+        60.0,
+        ge=1,
+        le=86_400,
+        description="A worker that gives no sign of life for so long is killed and started again, whatever it does.",
+    )
+    worker_start_seconds: float = Field(
+        3600.0,
+        ge=1,
+        le=604_800,
+        description="A worker that is not ready so long after its start is given up; a model from a slow disk or the hub needs more.",
+    )
+    step_seconds: float = Field(
+        60.0,
+        ge=0.1,
+        le=86_400,
+        description="A batch that computes so long without a step (2048 tokens of the model, a call of a probe's graph) is given up.",
+    )
+    step_seconds_per_1000_tokens: float = Field(
+        100.0,
+        ge=0,
+        le=86_400,
+        description="And so much longer for every 1000 tokens that the step is about. Raise it for a model slower than 10 tokens a second.",
+    )
     keepalive_seconds: float = Field(
         30.0,
         ge=1,

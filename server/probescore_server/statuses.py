@@ -16,9 +16,11 @@ from probescore_server.errors import (
     DeadlineExpired,
     InternalFault,
     InvalidRequest,
+    LostTwice,
     Mismatch,
     OutOfMemory,
     QueueFull,
+    WorkerLost,
     WorkerUnavailable,
 )
 
@@ -31,6 +33,8 @@ CODES: dict[type[CoreError], grpc.StatusCode] = {
     Mismatch: grpc.StatusCode.FAILED_PRECONDITION,
     QueueFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
     WorkerUnavailable: grpc.StatusCode.UNAVAILABLE,
+    WorkerLost: grpc.StatusCode.UNAVAILABLE,
+    LostTwice: grpc.StatusCode.INTERNAL,
     OutOfMemory: grpc.StatusCode.RESOURCE_EXHAUSTED,
     DeadlineExpired: grpc.StatusCode.DEADLINE_EXCEEDED,
     InternalFault: grpc.StatusCode.INTERNAL,
@@ -61,6 +65,8 @@ def status_of(error: CoreError) -> RpcStatus:
             info.metadata.update(field=error.field, found=error.found, expected=_shorten(error.expected))
         case OutOfMemory():
             info.metadata.update(tokens=str(error.tokens))
+        case LostTwice():
+            info.metadata.update(field=error.field, doing=error.doing)
         case InternalFault():
             info.metadata.update(incident=error.incident)
         case QueueFull() | WorkerUnavailable():

@@ -23,7 +23,9 @@ import structlog
 from numpy.typing import NDArray
 
 from probescore.types import Transfer
+from probescore_server.activity import ACTIVITY, Step
 from probescore_server.errors import InternalFault, InvalidRequest, OutOfMemory, StartupError, WorkerUnavailable
+from probescore_server.failures import FailureKind, kind_of
 from probescore_server.logs import configure_logs
 from probescore_server.packing import Packed, pack_results, pack_rollouts, unpack_results, unpack_rollouts
 from probescore_server.pipe import BlockingEnd
@@ -36,8 +38,9 @@ if TYPE_CHECKING:
 
 logger = structlog.get_logger(__name__)
 
-# On a CPU torch has no type of its own for it.
-CPU_OUT_OF_MEMORY = "DefaultCPUAllocator: can't allocate memory"
+# Of what a worker may be silent, and at most.
+HEARTBEAT_SHARE = 0.1
+MAX_HEARTBEAT_SECONDS = 1.0
 
 # How long after an answer a worker says what it holds, and how often while it is never without work.
 OCCUPANCY_DELAY = 0.005
@@ -62,6 +65,11 @@ class ScoreBatch:
 
     number: int
     rollouts: Sequence[Rollout]
+
+    @property
+    def tokens(self) -> int:
+        """The most that it can cost."""
+        return sum(rollout.tokens for rollout in self.rollouts)
 
     def __reduce__(self) -> tuple[Callable[[int, Packed], ScoreBatch], tuple[int, Packed]]:
         return _score_batch, (self.number, pack_rollouts(self.rollouts))
@@ -172,7 +180,21 @@ class Failed:
     error: InvalidRequest | InternalFault | OutOfMemory | WorkerUnavailable
 
 
-FromWorker = Progress | Ready | Refused | BatchScored | TextsEncoded | Moved | Failed | Occupancy
+@dataclass(frozen=True)
+class Alive:
+    """A sign of life, and the step that computes or computed last; no answer waits for it."""
+
+    step: Step
+
+
+@dataclass(frozen=True)
+class DeviceLost:
+    """Nothing will compute on the device again in this process, and what it has gets no answer; the log has why under this number."""
+
+    incident: str
+
+
+FromWorker = Progress | Ready | Refused | BatchScored | TextsEncoded | Moved | Failed | Occupancy | Alive | DeviceLost
 """`Occupancy`: as of now; no answer waits for it."""
 
 # --------------------------------------------------------------------------------------------------------------------- the worker
@@ -188,7 +210,7 @@ def run_worker(connection: socket.socket, spec: WorkerSpec) -> None:
 
 
 class _Worker:
-    """Three threads: this one loads and computes, one reads the pipe, one tokenises."""
+    """Four threads: this one loads and computes, one reads the pipe, one tokenises, and one says that the process is there."""
 
     def __init__(self, pipe: BlockingEnd, spec: WorkerSpec) -> None:
         self._pipe = pipe
@@ -200,6 +222,7 @@ class _Worker:
 
     def run(self) -> None:
         threading.Thread(target=self._read, daemon=True).start()
+        threading.Thread(target=self._beat, daemon=True).start()
         try:
             engine = self._load()
         except StartupError as error:
@@ -296,29 +319,52 @@ class _Worker:
                 case Stop():
                     self._orders.put(None)
 
+    def _beat(self) -> None:
+        """Says that the process is there, also while it computes: libraries let other threads run meanwhile."""
+        seconds = min(HEARTBEAT_SHARE * self._spec.settings.worker_silent_seconds, MAX_HEARTBEAT_SECONDS)
+        while True:
+            try:
+                self._send(Alive(ACTIVITY.step))
+            except OSError:
+                return  # the front process is gone; whoever reads the pipe ends this one
+            time.sleep(seconds)
+
+    def _end_if_lost(self, error: Exception) -> None:
+        """Ends the process if its device is lost. The front process tries elsewhere what it has, or here once there is a new one."""
+        if kind_of(error) is FailureKind.DEVICE_LOST:
+            self._send(DeviceLost(_logged_fault("the device is lost").incident))
+            os._exit(1)
+
     def _score(self, engine: Engine, batch: ScoreBatch) -> None:
         started = time.monotonic()
+        ACTIVITY.begin_order(batch.number, batch.tokens)
         failure: OutOfMemory | InternalFault
         try:
             results = engine.score_rollouts(batch.rollouts, is_cancelled=self._cancelled[batch.number].__contains__)
             self._send(BatchScored(batch.number, ScoredBatch(tuple(results), time.monotonic() - started)))
             return
         except Exception as error:
-            if _is_out_of_memory(error):
-                failure = OutOfMemory(sum(rollout.tokens for rollout in batch.rollouts))
+            self._end_if_lost(error)
+            if kind_of(error) is FailureKind.MEMORY_SHORT:
+                failure = OutOfMemory(batch.tokens)
                 logger.warning("memory is short", problem=str(error), rollouts=len(batch.rollouts))
             else:
                 failure = _logged_fault("a batch failed", rollouts=len(batch.rollouts))
         finally:
             del self._cancelled[batch.number]
         if isinstance(failure, OutOfMemory):
-            engine.free_memory()  # only now: the exception held what the batch had allocated
+            try:
+                engine.free_memory()  # only now: the exception held what the batch had allocated
+            except Exception as error:
+                self._end_if_lost(error)
+                _logged_fault("freeing memory failed")
         self._send(Failed(batch.number, failure))
 
     def _sleep(self, engine: Engine, order: Sleep) -> None:
         try:
             self._send(Moved(order.number, engine.sleep()))
-        except Exception:
+        except Exception as error:
+            self._end_if_lost(error)
             self._send(Failed(order.number, _logged_fault("falling asleep failed")))
 
     def _wake(self, engine: Engine, order: Wake) -> None:
@@ -326,7 +372,8 @@ class _Worker:
             self._send(Moved(order.number, engine.wake()))
         except WorkerUnavailable as error:
             self._send(Failed(order.number, error))
-        except Exception:
+        except Exception as error:
+            self._end_if_lost(error)
             # weights that did not come back as they were must not score: the next process reads them from the files
             logger.exception("waking up failed")
             os._exit(1)
@@ -357,13 +404,6 @@ def probe_files(paths: Sequence[str]) -> list[Path]:
             raise StartupError(f"probes: no *.onnx in the directory {path}")
         files += found
     return files
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """Whether memory was short, of the device or of this process."""
-    import torch
-
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or CPU_OUT_OF_MEMORY in str(error)
 
 
 def _encode_one(engine: Engine, text: PendingText) -> NDArray[np.int32]:

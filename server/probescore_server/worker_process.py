@@ -5,23 +5,30 @@ from __future__ import annotations
 import asyncio
 import itertools
 import multiprocessing
+import signal
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import structlog
 from numpy.typing import NDArray
 
-from probescore.types import Transfer
-from probescore_server.errors import InternalFault, StartupError, WorkerUnavailable
+from probescore.types import Chat, Text, Transfer
+from probescore_server.errors import InternalFault, LostTwice, StartupError, WorkerLost, WorkerUnavailable
 from probescore_server.pipe import LoopEnd
+from probescore_server.progress import Line, Loss, Patience, Watch
 from probescore_server.requests import PendingText
 from probescore_server.rollouts import EngineInfo, Occupancy, Rollout, ScoredBatch
+from probescore_server.settings import ServerSettings
 from probescore_server.worker import (
+    Alive,
     BatchScored,
     CancelRollout,
+    DeviceLost,
     EncodeTexts,
     Failed,
     FromWorker,
@@ -47,6 +54,18 @@ MAX_BACKOFF = 60.0
 MAX_ROLLOUTS_PACKED_ON_LOOP = 64
 # For the batch that computes when a worker is told to stop; nobody waits for its scores any more.
 STOP_SECONDS = 5.0
+# For a process that was killed, or whose pipe is closed, to be gone. A driver can hold one for ever: the next one is started beside it.
+DEATH_SECONDS = 5.0
+# For all weights to leave a device or come back, also to and from memory that is swapped out.
+MOVE_SECONDS = 600.0
+# Far below what a slow tokenizer does.
+CHARACTERS_PER_SECOND = 10_000
+# Of the shortest limit: how often it is looked whether a worker gets on.
+WATCH_SHARE = 0.1
+MAX_WATCH_SECONDS = 1.0
+# How a process ends by itself that computes something it should not have been given.
+CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGTRAP, signal.SIGSYS)
+VMSTAT = Path("/proc/vmstat")
 
 
 class WorkerProcess:
@@ -55,6 +74,7 @@ class WorkerProcess:
     Args:
         spec: what to load, where.
         on_change: called whenever `ready` or `failed_starts` changes.
+        on_lost: told why, one of ``progress.REASONS_LOST``, whenever it was lost.
 
     Attributes:
         info: what it has loaded; ``None`` before it was ready for the first time.
@@ -62,12 +82,15 @@ class WorkerProcess:
         failed_starts: attempts to start since it was last ready.
     """
 
-    def __init__(self, spec: WorkerSpec, on_change: Callable[[], None]) -> None:
+    def __init__(self, spec: WorkerSpec, on_change: Callable[[], None], on_lost: Callable[[str], None] = lambda reason: None) -> None:
         self.spec = spec
         self.info: EngineInfo | None = None
         self.restarts = 0
         self.failed_starts = 0
         self._on_change = on_change
+        self._on_lost = on_lost
+        self._stalled_starts = 0  # in a row
+        self._changed = asyncio.Event()  # another one after each change
         self._numbers = itertools.count(1)
         self._life: _Life | None = None  # while it is up
         self._awake = asyncio.Event()
@@ -110,8 +133,11 @@ class WorkerProcess:
             finally:
                 self._life = None
                 await life.stop()
-            logger.error("worker died", device=self.spec.device, exit_code=life.process.exitcode)
-            self._on_change()
+            loss = life.loss or Loss("died", "")
+            why = {"reason": loss.reason, "problem": loss.problem, "doing": loss.doing}
+            logger.error("worker died", device=self.spec.device, exit_code=life.process.exitcode, **why)
+            self._on_lost(loss.reason)
+            self._tell()
             await asyncio.sleep(self._pause_seconds)
             await self._awake.wait()
             self.restarts += 1
@@ -123,16 +149,23 @@ class WorkerProcess:
         try:
             info = await life.start()
             _check_same(self.info, info)
+        except WorkerLost as error:
+            # stopped, or the machine is: nothing that it would refuse. Who waits goes on waiting if it happens once.
+            self._stalled_starts += 1
+            self.failed_starts += self._stalled_starts > 1
+            logger.error("worker stalled while it was starting", device=self.spec.device, problem=str(error), doing=error.doing)
+            return
         except StartupError as error:
             if self.info is None:
                 raise
             self.failed_starts += 1
+            life.blame(Loss("start", str(error)))
             logger.error("worker did not start again", device=self.spec.device, problem=str(error))
             return
-        self.info, self._life, self.failed_starts = info, life, 0
+        self.info, self._life, self.failed_starts, self._stalled_starts = info, life, 0, 0
         self._start_seconds = time.monotonic() - began
         logger.info("worker ready", device=self.spec.device, seconds=round(self._start_seconds, 1), pid=life.process.pid)
-        self._on_change()
+        self._tell()
         await life.ended.wait()
 
     def new_batch(self) -> int:
@@ -144,6 +177,7 @@ class WorkerProcess:
 
         Raises:
             WorkerUnavailable: it is not up, or died.
+            WorkerLost: it was lost, and this or another batch may be why.
             OutOfMemory: the batch needs more memory than there is.
             InternalFault: the batch failed.
         """
@@ -157,7 +191,8 @@ class WorkerProcess:
             self._life.send(CancelRollout(number, index))
 
     async def encode(self, texts: Sequence[PendingText]) -> dict[str, NDArray[np.int32]]:
-        """Tokenises, beside the batch that computes and while it sleeps; if it died asleep, once it is woken.
+        """Tokenises, beside the batch that computes and while it sleeps; if it died asleep, once it is woken. If it is lost meanwhile, it
+        tokenises once it is back.
 
         Returns:
             Ids ``(T,)`` int32 by `PendingText.field`.
@@ -165,12 +200,31 @@ class WorkerProcess:
         Raises:
             InvalidRequest: a text that cannot be tokenised, naming its field.
             WorkerUnavailable: it is not up, or died.
+            LostTwice: it was lost with these twice.
             InternalFault: something else went wrong.
         """
-        if not self.up:
-            await self._awake.wait()
-        ids: dict[str, NDArray[np.int32]] = await self._ask(EncodeTexts(next(self._numbers), texts))
-        return ids
+        times_lost = 0
+        while True:
+            if not self.up:
+                await self._awake.wait()
+            number = next(self._numbers)
+            try:
+                ids: dict[str, NDArray[np.int32]] = await self._ask(EncodeTexts(number, texts))
+            except WorkerLost as error:
+                if error.order in (0, number):
+                    times_lost += 1
+                if times_lost > 1:
+                    raise LostTwice(texts[0].field, "", error.problem) from None
+                await self._until_back()
+            else:
+                return ids
+
+    async def _until_back(self) -> None:
+        """Waits until it is up again; raises ``WorkerUnavailable`` if it does not start."""
+        while not self.up:
+            if self.failed_starts:
+                raise self.unavailable()
+            await self._changed.wait()
 
     async def sleep(self) -> Transfer:
         """Makes it give its device's memory back, after the batch that computes. Asking again changes nothing. If the caller does not wait
@@ -206,7 +260,12 @@ class WorkerProcess:
             if not self.up:
                 self._set_awake(True)
                 raise self.unavailable()
-            transfer = await self._ask(Wake(next(self._numbers)))
+            try:
+                transfer = await self._ask(Wake(next(self._numbers)))
+            except WorkerUnavailable:
+                if not self.up:
+                    self._set_awake(True)  # that is what it was asked for, and it is started again for it
+                raise
             self._set_awake(True)
             return self._logged("worker awake", transfer)
 
@@ -215,6 +274,11 @@ class WorkerProcess:
             self._awake.set()
         else:
             self._awake.clear()
+        self._tell()
+
+    def _tell(self) -> None:
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
         self._on_change()
 
     def _logged(self, event: str, transfer: Transfer) -> Transfer:
@@ -224,12 +288,16 @@ class WorkerProcess:
         return transfer
 
     async def _ask(self, message: ScoreBatch | EncodeTexts | Sleep | Wake) -> Any:  # noqa: ANN401
-        if self._life is None or not self.up:
+        life = self._life
+        if life is None or not self.up:
             raise self.unavailable()
         try:
-            return await self._life.ask(message)
+            return await life.ask(message)
         except EOFError:
-            raise self.unavailable() from None
+            unavailable = self.unavailable()
+            if (loss := life.loss) is None:
+                raise unavailable from None
+            raise WorkerLost(loss.reason, loss.problem, unavailable.retry_seconds, loss.doing, loss.order) from None
 
     def unavailable(self) -> WorkerUnavailable:
         """The error for work that it cannot do before it is up again."""
@@ -247,29 +315,42 @@ def _check_same(before: EngineInfo | None, now: EngineInfo) -> None:
 
 
 class _Life:
-    """One process, from its start to its end."""
+    """One process, from its start to its end.
+
+    Attributes:
+        ended: set once it is gone, or given up.
+        loss: why it is lost, if it was not somebody's will.
+    """
 
     def __init__(self, spec: WorkerSpec) -> None:
         context = multiprocessing.get_context("spawn")
         self._ours, self._theirs = socket.socketpair()
         self.process = context.Process(target=run_worker, args=(self._theirs, spec), name=f"probescore-{spec.device}", daemon=True)
         self.ended = asyncio.Event()
+        self.loss: Loss | None = None
         self._spec = spec
         self._loop = asyncio.get_running_loop()
         self._started: asyncio.Future[EngineInfo] = self._loop.create_future()
         self._answers: dict[int, asyncio.Future[Any]] = {}
         self.occupancy = Occupancy()
-        self._pipe = LoopEnd(self._receive, self._end)
+        self._pipe = LoopEnd(self._receive, self._pipe_closed)
+        self._patience = _patience(spec.settings)
+        self._watch = Watch(self._patience, time.monotonic())
+        self._starting_with = ""
+        self._oom_kills = _oom_kills()
+        self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self) -> EngineInfo:
-        """Raises ``StartupError`` if it refuses to start, or dies first."""
+        """Raises ``StartupError`` if it refuses to start, or dies first, or ``WorkerLost`` if it says nothing any more."""
         await asyncio.to_thread(self.process.start)
         self._theirs.close()  # or its death would not close the pipe
         await self._loop.create_unix_connection(lambda: self._pipe, sock=self._ours)
+        self._do(self._keep_watch())
         return await self._started
 
     async def ask(self, message: ScoreBatch | EncodeTexts | Sleep | Wake) -> Any:  # noqa: ANN401
-        """The answer to a message; raises what it says, or ``EOFError`` if the process dies first."""
+        """The answer to a message; raises what it says, or ``EOFError`` if the process is lost first."""
+        self._watch.asked(*_terms_of(message, self._patience), time.monotonic())
         answer = self._answers[message.number] = self._loop.create_future()
         self.send(message)
         try:
@@ -282,38 +363,147 @@ class _Life:
         self._pipe.send(message, takes_long=isinstance(message, ScoreBatch) and len(message.rollouts) > MAX_ROLLOUTS_PACKED_ON_LOOP)
 
     async def stop(self) -> None:
-        """Ends the process, if it still runs, and waits for its end."""
-        self.send(Stop())
+        """Ends the process, if it still runs, and waits for its end; but not for ever."""
+        for task in self._tasks:
+            task.cancel()
+        if self.loss is None:
+            self.send(Stop())
+            await self._gone_within(STOP_SECONDS)
         if self.process.is_alive():
-            await asyncio.to_thread(self.process.join, STOP_SECONDS)
             self.process.kill()
-            await asyncio.to_thread(self.process.join)
+            if not await self._gone_within(DEATH_SECONDS):
+                logger.error("worker cannot be killed", device=self._spec.device, pid=self.process.pid)
         self._pipe.close()
 
+    async def _gone_within(self, seconds: float) -> bool:
+        if self.process.is_alive():
+            await asyncio.to_thread(self.process.join, seconds)
+        return not self.process.is_alive()
+
+    def blame(self, loss: Loss) -> None:
+        """Says why it is lost, unless that is known."""
+        if self.loss is None:
+            self.loss = replace(loss, doing=self._watch.step.name if self._started.done() else self._starting_with)
+
+    # ---------------------------------------------------------------------------------------------------------- what it says
+
     def _receive(self, message: FromWorker) -> None:
+        now = time.monotonic()
         match message:
             case Progress():
+                self._starting_with = message.message
                 logger.info(message.message, device=self._spec.device)
             case Ready():
+                self._watch.ready()
                 _settle(self._started, message.info)
             case Refused():
                 _settle(self._started, StartupError(message.message))
             case BatchScored():
-                _settle(self._answers.get(message.number), message.batch)
+                self._answer(message.number, message.batch, now)
             case TextsEncoded():
-                _settle(self._answers.get(message.number), message.ids)
+                self._answer(message.number, message.ids, now)
             case Moved():
-                _settle(self._answers.get(message.number), message.transfer)
+                self._answer(message.number, message.transfer, now)
             case Failed():
-                _settle(self._answers.get(message.number), message.error)
+                self._answer(message.number, message.error, now)
             case Occupancy():
                 self.occupancy = message
+            case Alive():
+                self._watch.at(message.step, now)
+            case DeviceLost():
+                self._give_up(Loss("device", f"its device failed; the server's log has it as incident {message.incident}"))
+
+    def _answer(self, number: int, outcome: object, now: float) -> None:
+        self._watch.answered(number, now)
+        _settle(self._answers.get(number), outcome)
+
+    # ------------------------------------------------------------------------------------------------------------ how it ends
+
+    async def _keep_watch(self) -> None:
+        """Gives it up when it says nothing any more, or does not get on."""
+        pause = min(WATCH_SHARE * min(self._patience.silent_seconds, self._patience.step_seconds), MAX_WATCH_SECONDS)
+        while not self.ended.is_set():
+            before = time.monotonic()
+            await asyncio.sleep(pause)
+            now = time.monotonic()
+            if now - before > 2 * pause:  # stopped, or suspended with the whole machine: as the worker may have been
+                self._watch.excuse(now - before)
+            self._watch.heard(self._pipe.heard)
+            if loss := self._watch.loss(now):
+                self._give_up(loss)
+
+    def _give_up(self, loss: Loss) -> None:
+        self.blame(loss)
+        self.process.kill()  # which ends one that is stopped, too
+        self._end()
+
+    def _pipe_closed(self) -> None:
+        self._do(self._find_out())
+
+    async def _find_out(self) -> None:
+        """Its pipe is closed: it is gone, or about to be."""
+        await self._gone_within(DEATH_SECONDS)
+        code = self.process.exitcode
+        if code is not None and -code in CRASHES:
+            self.blame(Loss("crash", f"it ended by {signal.Signals(-code).name}"))
+        elif code == -signal.SIGKILL and _oom_kills() > self._oom_kills:
+            self.blame(Loss("memory", "the system's memory was short, and it was killed for it"))
+        self._end()
 
     def _end(self) -> None:
         self.ended.set()
-        _settle(self._started, StartupError(f"the worker on {self._spec.device} died while it was starting"))
+        _settle(self._started, self._failed_start())
         for answer in self._answers.values():
             _settle(answer, EOFError())
+
+    def _failed_start(self) -> StartupError | WorkerLost:
+        loss, worker = self.loss, f"the worker on {self._spec.device}"
+        if loss is None:
+            return StartupError(f"{worker} died while it was starting")
+        if loss.reason == "silent":
+            return WorkerLost(loss.reason, loss.problem, self._spec.settings.worker_restart_seconds, loss.doing)
+        return StartupError(f"{worker} died while it was starting: {loss.problem}; it was at: {loss.doing or 'its start'}")
+
+    def _do(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def _patience(settings: ServerSettings) -> Patience:
+    return Patience(
+        silent_seconds=settings.worker_silent_seconds,
+        start_seconds=settings.worker_start_seconds,
+        step_seconds=settings.step_seconds,
+        step_seconds_per_1000_tokens=settings.step_seconds_per_1000_tokens,
+    )
+
+
+def _terms_of(message: ScoreBatch | EncodeTexts | Sleep | Wake, patience: Patience) -> tuple[Line, int, float]:
+    """Where what is asked waits, its number, and the seconds that it may take."""
+    match message:
+        case ScoreBatch():
+            return Line.DEVICE, message.number, patience.for_tokens(message.tokens)
+        case EncodeTexts():
+            return Line.TEXTS, message.number, patience.step_seconds + sum(map(_characters, message.texts)) / CHARACTERS_PER_SECOND
+        case _:
+            return Line.DEVICE, message.number, MOVE_SECONDS
+
+
+def _characters(text: PendingText) -> int:
+    content = text.content
+    if isinstance(content, Chat):
+        return sum(len(str(message.content)) for message in content.messages)
+    return len(str(content.text if isinstance(content, Text) else content))
+
+
+def _oom_kills() -> int:
+    """How often the kernel has killed something since memory was short; 0 where it does not say."""
+    try:
+        counters = dict(line.split() for line in VMSTAT.read_text().splitlines())
+    except (OSError, ValueError):
+        return 0
+    return int(counters.get("oom_kill", 0))
 
 
 def _settle(future: asyncio.Future[Any] | None, outcome: object) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from probescore_server.errors import WorkerUnavailable
+from probescore_server.failures import FailureKind, kind_of
 
 PIECE_BYTES = 1 << 26
 """Host memory is taken in pieces: torch rounds pinned memory up to a power of two, which for one large piece could be twice the weights."""
@@ -68,7 +69,9 @@ class WeightOffload:
         try:
             for away in self._away:
                 away.storage.resize_(away.bytes)
-        except torch.OutOfMemoryError:
+        except Exception as error:
+            if kind_of(error) is not FailureKind.MEMORY_SHORT:
+                raise
             _let_go([away.storage for away in self._away])
             torch.cuda.empty_cache()
             problem = f"the device has no room for the {self.bytes / 2**30:.2f} GiB of weights that are in host memory"

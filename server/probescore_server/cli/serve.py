@@ -30,6 +30,10 @@ PANELS = {
     "Operation": (
         "drain_seconds",
         "worker_restart_seconds",
+        "worker_silent_seconds",
+        "worker_start_seconds",
+        "step_seconds",
+        "step_seconds_per_1000_tokens",
         "keepalive_seconds",
         "min_client_ping_seconds",
         "max_connection_age_seconds",

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from probescore.reductions import Reduction
 from probescore.types import CompletionScores, CompletionStatus, ProbeScores, Tap, score_keys
+from probescore_server.activity import ACTIVITY
 from probescore_server.backbone.activations import Activations
 from probescore_server.backbone.forest import Forest, Placement
 from probescore_server.probes.layout import Asked, Readings, Rows
@@ -86,6 +87,7 @@ class BatchScorer:
             request.asked.extend(_asked(self._forest.placements[index], options, is_follow_up=False))
         answers: _Answers = defaultdict(dict)
         self._run_sessions([*requests.values()], answers)
+        ACTIVITY.begin("reductions", sum(rollout.tokens for rollout in self._rollouts))
         self._run_stacks([*requests.values()], answers)
         scores = {}
         for index, request in roots.items():

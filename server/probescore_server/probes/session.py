@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 
 import numpy as np
@@ -11,15 +10,11 @@ import torch
 from numpy.typing import NDArray
 
 from probescore.types import OutputPer, Tap
+from probescore_server.activity import ACTIVITY
 from probescore_server.errors import ProbeRefused
+from probescore_server.failures import FailureKind, kind_of
 from probescore_server.probes.graph import GraphFailed, checked_scores
 from probescore_server.probes.probe_file import ProbeFile
-
-# Where an operator fails onnxruntime raises a plain RuntimeError. So it does for what is no graph's fault: memory that is short, a device
-# that is broken, a run that was ended.
-_NOT_THE_GRAPHS_FAULT = re.compile(
-    "failed to allocate|bad_alloc|out of memory|(CUDA|CUDNN|CUBLAS) (failure|error)|terminate flag", re.IGNORECASE
-)
 
 
 def session_device(device: torch.device) -> torch.device:
@@ -74,6 +69,7 @@ class ProbeSession:
         Raises:
             GraphFailed: an operator fails on these rows, or there are more or fewer scores than there must be.
         """
+        ACTIVITY.begin(f"probe {self._manifest.key}", len(rows[self._manifest.taps[0]]))
         binding = self._session.io_binding()
         for tap in self._manifest.taps:
             tensor = rows[tap]
@@ -89,7 +85,8 @@ class ProbeSession:
         try:
             self._session.run_with_iobinding(binding)
         except RuntimeError as error:
-            if _NOT_THE_GRAPHS_FAULT.search(str(error)):
+            # onnxruntime has no type of its own for it; memory that is short and a device that is lost are no fault of the graph
+            if kind_of(error) is not FailureKind.OTHER or "terminate flag" in str(error):
                 raise
             raise GraphFailed("an operator fails") from error
         due = len(tensor) if self._manifest.output.per is OutputPer.TOKEN or cu_seqlens is None else len(cu_seqlens) - 1

@@ -1,0 +1,53 @@
+"""Workers to which something happens that the machine of a test cannot do by itself, in processes of their own."""
+
+from __future__ import annotations
+
+import os
+import resource
+import socket
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from probescore_server.engine import Engine
+from probescore_server.rollouts import Rollout
+from probescore_server.worker import WorkerSpec, run_worker
+
+LOSES_DEVICE, CRASHES = 74, 75
+"""Token ids that do it, wherever they stand."""
+
+ROOM_BYTES = 1 << 30
+MESSAGE = "CUDA error: an illegal memory access was encountered\nSearch for `cudaErrorIllegalAddress' in https://docs.nvidia.com/cuda/"
+
+
+def run_on_a_device_that_fails(connection: socket.socket, spec: WorkerSpec) -> None:
+    """A worker whose device is lost, as torch says it, or which crashes, when it sees one of those tokens."""
+    scoring = Engine.score_rollouts
+
+    def score_rollouts(self: Engine, rollouts: Sequence[Rollout], **options: Callable[[int], bool]) -> Any:
+        ids = {int(token) for rollout in rollouts for token in rollout.completion.token_ids}
+        if LOSES_DEVICE in ids:
+            raise torch.AcceleratorError(MESSAGE)
+        if CRASHES in ids:
+            os.abort()
+        return scoring(self, rollouts, **options)
+
+    Engine.score_rollouts = score_rollouts  # type: ignore[method-assign, assignment]
+    run_worker(connection, spec)
+
+
+def run_at_its_limit(connection: socket.socket, spec: WorkerSpec) -> None:
+    """A worker that may have `ROOM_BYTES` of memory more than when it began to serve."""
+    loading = Engine.load
+
+    def load(*args: Any, **options: Any) -> Engine:
+        engine = loading(*args, **options)
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        limit = pages * os.sysconf("SC_PAGE_SIZE") + ROOM_BYTES
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        return engine
+
+    Engine.load = load  # type: ignore[method-assign, assignment]
+    run_worker(connection, spec)
