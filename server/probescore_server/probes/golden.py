@@ -13,6 +13,7 @@ from onnx.reference import ReferenceEvaluator
 
 from probescore.types import OutputPer, Tap, TokenIds
 from probescore_server.errors import ProbeRefused
+from probescore_server.probes.deviations import largest_deviation
 from probescore_server.probes.exporting import GraphInputs, ProbeFunction
 from probescore_server.probes.graph import CU_SEQLENS, POSITIONS
 from probescore_server.probes.manifest import Context, FollowUp, GoldenCase, Manifest
@@ -108,7 +109,7 @@ def check_graph_computes(model: onnx.ModelProto, manifest: Manifest, rollouts: S
         found = found[select]
         if found.shape != expected.shape:
             raise ProbeRefused(file, "graph", f"scores of shape {found.shape}", f"{expected.shape}: {promise}")
-        difference = float((np.abs(found - expected) / scale).max())
+        difference = largest_deviation(found, expected, scale)
         if not difference <= tolerance:
             raise ProbeRefused(
                 file, "graph", f"scores off by {difference:.2g} of their standard deviation", f"at most {tolerance:g}: {promise}"

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from probescore.types import Completion, CompletionScores, CompletionStatus, OutputPer, RolloutGroup
 from probescore_server.errors import InvalidRequest, ProbeRefused
+from probescore_server.probes.deviations import largest_deviation
 from probescore_server.probes.probe_file import ProbeFile
 from probescore_server.requests import resolve_options, resolve_rollouts
 from probescore_server.rollouts import EngineInfo, Rollout
@@ -54,7 +55,7 @@ def check_golden(probe: ProbeFile, found: Sequence[CompletionScores], dtype: str
             return ProbeRefused(probe.file, f"golden.cases[{index}].scores", scores.status_message, "finite scores")
     expected = golden.score_rows
     recomputed = np.concatenate([_rows(scores, probe.manifest.name) for scores in found]).astype(np.float64)
-    difference = float((np.abs(recomputed - expected) / expected.std(axis=0)).max())
+    difference = largest_deviation(recomputed, expected, expected.std(axis=0))
     if difference <= allowed:
         return None
     return ProbeRefused(
