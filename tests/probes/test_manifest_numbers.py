@@ -54,6 +54,13 @@ def everything() -> Fields:
             {"prompt_ids": [1], "completion_ids": [9], "scores": [[0.25], [3.0], [-2.0]]},
         ],
         "tolerance": {"float32": 1e-4, "bfloat16": 0.25, "float16": 0.05},
+        "neighbours": [
+            {
+                "inputs": [{"hook": "resid_post", "layer": 1}],
+                "tokens": 1,
+                "differences": [[[0.5], [0.25], [-0.5]], [[1.0], [-1.0], [0.5]]],
+            }
+        ],
     }
     return fields(
         schema_version=1,

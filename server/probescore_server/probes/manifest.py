@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import numpy as np
@@ -25,6 +26,10 @@ Sha256 = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
 MAX_FLOAT32 = 3.4028234663852886e38
 MAX_INT32 = 2**31 - 1
 MAX_COUNT = 2**53 - 1
+
+MAX_NEIGHBOUR_LABELS = 256
+"""Of so many labels, the first, a manifest says what they would be one place off."""
+
 Real = Annotated[float, Field(allow_inf_nan=False, ge=-MAX_FLOAT32, le=MAX_FLOAT32)]
 Rate = Annotated[float, Field(allow_inf_nan=False, ge=0, le=1)]
 TokenId = Annotated[int, Field(ge=0, le=MAX_INT32)]
@@ -87,6 +92,23 @@ class TapInput(_Part):
     def tap(self) -> Tap:
         """The same as the value type that the client knows."""
         return Tap(self.hook, self.layer)
+
+    def moved(self, blocks: int, num_hidden_layers: int) -> TapInput | None:
+        """The tap of the same kind so many blocks later in a model; before the last ``resid_post`` its hook may change, and after it comes
+        ``final_norm``. ``None`` if there is none.
+        """
+        if self.hook in ("attn_out", "mlp_out"):
+            layer = (self.layer or 0) + blocks
+            return TapInput(hook=self.hook, layer=layer) if 0 <= layer < num_hidden_layers else None
+        # the residual stream: 0 enters the first block, num_hidden_layers leaves the last one
+        place = num_hidden_layers + 1 if self.layer is None else self.layer + (self.hook == "resid_post")
+        place += blocks
+        if place == num_hidden_layers + 1:
+            return TapInput(hook="final_norm")
+        if not 0 <= place <= num_hidden_layers:
+            return None
+        before = place == 0 or (self.hook == "resid_pre" and place < num_hidden_layers)
+        return TapInput(hook="resid_pre", layer=place) if before else TapInput(hook="resid_post", layer=place - 1)
 
 
 class Context(_Part):
@@ -181,11 +203,46 @@ class Tolerance(_Part):
     float16: float = Field(0.05, allow_inf_nan=False, gt=0, le=0.5)
 
 
+class Neighbour(_Part):
+    """What the author's code gives for the golden rollouts one place off: scores that a right worker does not give."""
+
+    inputs: tuple[TapInput, ...] = Field(min_length=1, strict=False, description="The taps that were read in place of the manifest's.")
+    tokens: Literal[-1, 0, 1] = Field(0, description="How many tokens later they were read; beyond an end of the rollout, at that end.")
+    differences: tuple[tuple[tuple[Real, ...], ...], ...] = Field(
+        strict=False, description="By golden case, a row for each of its scores: what must be added to them; of the first 256 labels."
+    )
+
+    @property
+    def difference_rows(self) -> NDArray[np.float64]:
+        """The differences of all cases, ``(rows, labels)``."""
+        return np.array([row for case in self.differences for row in case], np.float64)
+
+    def __str__(self) -> str:
+        taps = ", ".join(str(entry.tap) for entry in self.inputs)
+        return taps if self.tokens == 0 else f"{taps} one token {'later' if self.tokens > 0 else 'earlier'}"
+
+
+def neighbouring_places(inputs: Sequence[TapInput], num_hidden_layers: int) -> list[tuple[tuple[TapInput, ...], int]]:
+    """Taps and tokens one place off: every tap one block earlier or later where there is one, all together and each alone; one token
+    earlier or later.
+    """
+    stated = tuple(inputs)
+    places: dict[tuple[tuple[TapInput, ...], int], None] = {}
+    for blocks in (-1, 1):
+        moved = [entry.moved(blocks, num_hidden_layers) or entry for entry in stated]
+        alone = [(*stated[:index], entry, *stated[index + 1 :]) for index, entry in enumerate(moved)]
+        places |= dict.fromkeys((taps, 0) for taps in (tuple(moved), *alone) if taps != stated)
+    return [*places, (stated, -1), (stated, 1)]
+
+
 class Golden(_Part):
     """Golden vectors: made without probescore's engine, recomputed by every worker before it serves the probe."""
 
     cases: tuple[GoldenCase, ...] = Field(min_length=1, strict=False)
     tolerance: Tolerance = Tolerance()
+    neighbours: tuple[Neighbour, ...] = Field(
+        (), strict=False, description="Without them the probe is served only where its tolerance is at most 0.001."
+    )
 
     @property
     def score_rows(self) -> NDArray[np.float64]:
@@ -257,7 +314,19 @@ class Manifest(_Part):
                 raise ValueError(f"golden.cases[{index}].scores: {rows} rows of {len(self.output.labels)} numbers")
             if self.output.unit is ScoreUnit.PROBABILITY and any(not -1e-6 <= score <= 1 + 1e-6 for row in case.scores for score in row):
                 raise ValueError(f"golden.cases[{index}].scores: probabilities, from 0 to 1")
+        self._neighbours_fit()
         return self
+
+    def _neighbours_fit(self) -> None:
+        labels = min(len(self.output.labels), MAX_NEIGHBOUR_LABELS)
+        rows = [len(case.scores) for case in self.golden.cases]
+        places = [(neighbour.inputs, neighbour.tokens) for neighbour in self.golden.neighbours]
+        for index, neighbour in enumerate(self.golden.neighbours):
+            if len(neighbour.inputs) != len(self.inputs) or places.index(places[index]) != index:
+                raise ValueError(f"golden.neighbours[{index}].inputs: as many taps as the manifest's inputs, each place once")
+            differences = neighbour.differences
+            if list(map(len, differences)) != rows or any(len(row) != labels for case in differences for row in case):
+                raise ValueError(f"golden.neighbours[{index}].differences: a row of {labels} numbers for each golden score")
 
     @property
     def key(self) -> str:
@@ -273,5 +342,7 @@ class Manifest(_Part):
 def manifest_digest(manifest: Manifest) -> str:
     """``sha256:…`` over the manifest's canonical JSON without its two digests, so that the graph's digest stands on its own."""
     content = manifest.model_dump(mode="json", exclude={"graph_sha256", "manifest_sha256"})
+    if not manifest.golden.neighbours:
+        del content["golden"]["neighbours"]  # so that files that were written without keep their digest
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return "sha256:" + hashlib.sha256(canonical.encode()).hexdigest()

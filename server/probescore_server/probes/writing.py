@@ -10,7 +10,7 @@ from onnx.inliner import inline_local_functions
 
 from probescore.types import OutputPer, ScoreUnit, Tap, TokenIds
 from probescore_server.probes.exporting import ProbeFunction
-from probescore_server.probes.golden import GoldenScorer, check_graph_computes
+from probescore_server.probes.golden import GoldenScorer, check_graph_computes, neighbours
 from probescore_server.probes.graph import IR_VERSIONS, Signature, check_graph, check_signature, subgraphs
 from probescore_server.probes.manifest import (
     CalibrationRecord,
@@ -87,7 +87,7 @@ def write_probe(
     """
     pools = context.kind == "rollout"
     inputs = tuple(TapInput.parse(tap) for tap in taps)
-    scorer = GoldenScorer(probe, reference, tuple(entry.tap for entry in inputs), context, positions, exclude_special_tokens, follow_up)
+    scorer = GoldenScorer(probe, reference, inputs, context, positions, exclude_special_tokens, follow_up)
     rollouts = [scorer.score(prompt, completion) for prompt, completion in golden]
     manifest = Manifest(
         name=name,
@@ -110,7 +110,9 @@ def write_probe(
         calibrations=tuple(calibrations),
         evaluations=tuple(evaluations),
         training=training or Training(),
-        golden=Golden(cases=tuple(rollout.golden for rollout in rollouts), tolerance=tolerance or Tolerance()),
+        golden=Golden(
+            cases=tuple(rollout.golden for rollout in rollouts), tolerance=tolerance or Tolerance(), neighbours=neighbours(rollouts)
+        ),
         graph_sha256=UNSEALED,
         manifest_sha256=UNSEALED,
     )
