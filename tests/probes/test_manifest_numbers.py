@@ -213,3 +213,13 @@ def test_a_scale_that_is_none_makes_no_comparison_true(scale: float) -> None:
 def test_scores_that_are_not_finite_deviate_without_bound(found: float) -> None:
     assert largest_deviation(np.array([[found], [1.0]]), np.array([[2.0], [1.0]]), np.array([1.0])) == np.inf
     assert largest_deviation(np.array([[2.0], [1.0]]), np.array([[found], [1.0]]), np.array([1.0])) == np.inf
+
+
+@pytest.mark.parametrize("number", ["1e308", "3.5e38", "-1e39"])
+@pytest.mark.parametrize(
+    "path", [("golden", "cases", 0, "scores", 0, 0), ("calibrations", 0, "threshold"), ("evaluations", 0, "value")], ids=named
+)
+def test_what_float32_cannot_hold_is_refused(path: Path_, number: str, tmp_path: Path) -> None:
+    read = read_with(number, path, tmp_path)
+    assert isinstance(read, ProbeRefused)
+    assert read.field == named(path)
