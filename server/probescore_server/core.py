@@ -12,7 +12,7 @@ from probescore_server.scheduler import Scheduler
 from probescore_server.service import ScoringServicer
 from probescore_server.settings import ServerSettings
 from probescore_server.worker import WorkerSpec
-from probescore_server.worker_process import WorkerProcess
+from probescore_server.worker_process import Pinned, WorkerProcess
 
 
 class Core:
@@ -36,7 +36,8 @@ class Core:
         if settings.device_map != "none":
             devices = devices[:1]  # one worker, which takes the others too
         threads = settings.threads_per_worker or max(1, len(os.sched_getaffinity(0)) // len(devices))
-        self.workers = [WorkerProcess(WorkerSpec(settings, device, threads), self._changed) for device in devices]
+        pinned = Pinned()
+        self.workers = [WorkerProcess(WorkerSpec(settings, device, threads), self._changed, pinned) for device in devices]
         self.scheduler = Scheduler(
             self.workers,
             max_queue_tokens=settings.max_queue_tokens,

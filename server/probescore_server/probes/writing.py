@@ -58,7 +58,7 @@ def write_probe(
     """Writes a probe file with golden vectors from plain Hugging Face and the author's own code, and checks the file.
 
     Args:
-        path: where to write; replaced if it exists.
+        path: where to write. What is there must be a probe file of another name or version, or this very one.
         probe: from ``linear_probe``, ``torch_probe``, ``sklearn_probe`` or ``onnx_probe``.
         reference: the model that the probe was fitted on, loaded in float32.
         name: lower-case name; with ``version`` it must never stand for other bytes.
@@ -82,7 +82,8 @@ def write_probe(
         license: for people, by its SPDX name.
 
     Raises:
-        ProbeRefused: a server would refuse the file, or its graph does not compute what the author's code does; nothing is written.
+        ProbeRefused: a server would refuse the file, its graph does not compute what the author's code does, or ``path`` holds something
+            that must not be replaced; nothing is written.
         ValueError: an argument contradicts another, or a tap does not exist.
     """
     pools = context.kind == "rollout"
@@ -121,7 +122,7 @@ def write_probe(
     check_signature(graph, Signature.of(manifest), str(path))
     check_graph(graph, str(path))
     check_graph_computes(graph, manifest, rollouts, str(path))
-    return write_probe_file(path, graph, manifest)
+    return write_probe_file(path, graph, manifest, replace=False)
 
 
 def _bare(model: onnx.ModelProto) -> onnx.ModelProto:
