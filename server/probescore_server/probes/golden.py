@@ -16,6 +16,7 @@ from probescore.types import OutputPer, Tap, TokenIds
 from probescore_server.errors import ProbeRefused, StartupError
 from probescore_server.probes.deviations import largest_deviation
 from probescore_server.probes.exporting import GraphInputs, ProbeFunction
+from probescore_server.probes.float64 import float64_activations
 from probescore_server.probes.graph import CU_SEQLENS, POSITIONS
 from probescore_server.probes.manifest import (
     MAX_FLOAT32,
@@ -71,9 +72,7 @@ class GoldenScorer:
             ValueError: the code gives another number of scores than it was given tokens, or nothing is left to pool.
         """
         prompt_ids, completion_ids = (np.asarray(ids, np.int64) for ids in (prompt, completion))
-        followed = np.asarray(self.follow_up.token_ids if self.follow_up else (), np.int64)
-        ids = np.concatenate([prompt_ids, completion_ids, followed])
-        scored_from = len(prompt_ids) + (len(completion_ids) if self.follow_up else 0)
+        ids, scored_from = self._ids(prompt_ids, completion_ids)
         rows = self._rows(ids, scored_from)
         places = neighbouring_places(self.inputs, self.reference.reference.num_hidden_layers)
         activations = self._activations(ids, places)
@@ -92,6 +91,24 @@ class GoldenScorer:
                     elsewhere = self._scores(self._graph_inputs(activations, rows, place), rows)
                     differences[place] = (elsewhere - scores)[kept]
         return ScoredRollout(golden, inputs, scores, differences)
+
+    def exact_scores(self, golden: GoldenCase) -> NDArray[np.float64]:
+        """What the code gives for a golden rollout on activations that were computed in float64 and rounded once; as ``golden.scores``.
+
+        Raises:
+            Exception: whatever a model or a device raises that has no float64.
+        """
+        ids, scored_from = self._ids(np.asarray(golden.prompt_ids, np.int64), np.asarray(golden.completion_ids, np.int64))
+        rows = self._rows(ids, scored_from)
+        exact = float64_activations(self.reference, ids, [entry.tap for entry in self.inputs])
+        activations = {tap: values.astype(np.float32) for tap, values in exact.items()}
+        scores = self._scores(self._graph_inputs(activations, rows, (self.inputs, 0)), rows)
+        return scores if self.context.kind == "rollout" else scores[rows >= scored_from]
+
+    def _ids(self, prompt: NDArray[np.int64], completion: NDArray[np.int64]) -> tuple[NDArray[np.int64], int]:
+        """All ids of a rollout, with the follow-up's, and where the scored ones begin."""
+        followed = np.asarray(self.follow_up.token_ids if self.follow_up else (), np.int64)
+        return np.concatenate([prompt, completion, followed]), len(prompt) + (len(completion) if self.follow_up else 0)
 
     def _activations(self, ids: NDArray[np.int64], places: Sequence[Place]) -> dict[Tap, NDArray[np.float32]]:
         """At every tap of the probe, and at those of the places that can be read in this model."""
