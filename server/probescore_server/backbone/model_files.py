@@ -107,7 +107,7 @@ def _checksum(weight: torch.Tensor) -> int:
     whole = len(content) - len(content) % 8
     words = [content[:whole].view(torch.int64), content[whole:].to(torch.int64)]
     places = torch.arange(1, 2 * min(_CHUNK_WORDS, max(map(len, words))), 2, device=weight.device)
-    sums = [(chunk * places[: len(chunk)]).sum() for part in words for chunk in part.split(_CHUNK_WORDS)]
+    sums = [(chunk * places[: len(chunk)]).sum() for part in words for chunk in torch.split(part, _CHUNK_WORDS)]
     checksum = len(content)
     for chunk in torch.stack(sums).tolist():
         checksum = (checksum * _MULTIPLIER + chunk) % _MODULUS

@@ -59,10 +59,14 @@ def _in_float64(decoder: torch.nn.Module) -> Iterator[None]:
     def leave(block: torch.nn.Module, _args: object, _output: object) -> None:
         running.pop(block).close()
 
+    def close_all() -> None:  # those of a block that raised
+        for stack in running.values():
+            stack.close()
+
     of_blocks = {id(tensor) for block in inner for tensor in chain(block.parameters(), block.buffers())}
     others = [tensor for tensor in chain(decoder.parameters(), decoder.buffers()) if id(tensor) not in of_blocks]
     with ExitStack() as undone:
-        undone.callback(lambda: [stack.close() for stack in running.values()])
+        undone.callback(close_all)
         for block in inner:
             undone.callback(block.register_forward_pre_hook(enter).remove)
             undone.callback(block.register_forward_hook(leave, prepend=True).remove)
@@ -73,9 +77,8 @@ def _in_float64(decoder: torch.nn.Module) -> Iterator[None]:
 @contextmanager
 def _plain_experts(decoder: torch.nn.Module) -> Iterator[None]:
     """Without the fused products of experts, which have no float64."""
-    configs = {
-        id(module.config): module.config for module in decoder.modules() if isinstance(getattr(module, "config", None), PreTrainedConfig)
-    }
+    found = (getattr(module, "config", None) for module in decoder.modules())
+    configs = {id(config): config for config in found if isinstance(config, PreTrainedConfig)}
     chosen = [(config, config._experts_implementation) for config in configs.values()]
     try:
         for config, _ in chosen:

@@ -26,13 +26,11 @@ from probescore_server.probes.manifest import (
     GoldenCase,
     Manifest,
     Neighbour,
+    Place,
     TapInput,
     neighbouring_places,
 )
 from probescore_server.probes.reference import ReferenceModel
-
-Place = tuple[tuple[TapInput, ...], int]
-"""Where activations are read: the taps, and how many tokens later."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -203,11 +203,14 @@ class Tolerance(_Part):
     float16: float = Field(0.05, allow_inf_nan=False, gt=0, le=0.5)
 
 
+TokenShift = Literal[-1, 0, 1]
+
+
 class Neighbour(_Part):
     """What the author's code gives for the golden rollouts one place off: scores that a right worker does not give."""
 
     inputs: tuple[TapInput, ...] = Field(min_length=1, strict=False, description="The taps that were read in place of the manifest's.")
-    tokens: Literal[-1, 0, 1] = Field(0, description="How many tokens later they were read; beyond an end of the rollout, at that end.")
+    tokens: TokenShift = Field(0, description="How many tokens later they were read; beyond an end of the rollout, at that end.")
     differences: tuple[tuple[tuple[Real, ...], ...], ...] = Field(
         strict=False, description="By golden case, a row for each of its scores: what must be added to them; of the first 256 labels."
     )
@@ -222,12 +225,16 @@ class Neighbour(_Part):
         return taps if self.tokens == 0 else f"{taps} one token {'later' if self.tokens > 0 else 'earlier'}"
 
 
-def neighbouring_places(inputs: Sequence[TapInput], num_hidden_layers: int) -> list[tuple[tuple[TapInput, ...], int]]:
+Place = tuple[tuple[TapInput, ...], TokenShift]
+"""Where activations are read: the taps, and how many tokens later."""
+
+
+def neighbouring_places(inputs: Sequence[TapInput], num_hidden_layers: int) -> list[Place]:
     """Taps and tokens one place off: every tap one block earlier or later where there is one, all together and each alone; one token
     earlier or later.
     """
     stated = tuple(inputs)
-    places: dict[tuple[tuple[TapInput, ...], int], None] = {}
+    places: dict[Place, None] = {}
     for blocks in (-1, 1):
         moved = [entry.moved(blocks, num_hidden_layers) or entry for entry in stated]
         alone = [(*stated[:index], entry, *stated[index + 1 :]) for index, entry in enumerate(moved)]
