@@ -77,6 +77,8 @@ class GoldenScorer:
         inputs = self._graph_inputs(activations, rows, (self.inputs, 0))
         scores = self._scores(inputs, rows)
         kept = slice(None) if self.context.kind == "rollout" else rows >= scored_from
+        if not (np.abs(scores[kept]) <= MAX_FLOAT32).all():
+            raise ValueError(f"the author's code gave a score that is no finite float32 number: {scores[kept].tolist()[:3]} …")
         golden = GoldenCase(
             prompt_ids=tuple(prompt_ids.tolist()),
             completion_ids=tuple(completion_ids.tolist()),
