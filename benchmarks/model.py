@@ -15,7 +15,7 @@ from rich.progress import track
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
 
-from probescore_server.probes import ReferenceModel, linear_probe, write_probe
+from probescore_server.probes import ReferenceModel, Tolerance, linear_probe, write_probe
 
 FOLDER = Path("build/bench")
 
@@ -114,7 +114,16 @@ def _write_probes(directory: Path, layer: int, count: int, files: Path) -> None:
     golden = [_ids(random, vocab_size, (4, 4))]
     for index, direction in enumerate(track(directions, "writing probes", transient=True, disable=count < 100)):
         name = f"direction-{index:04}"
-        write_probe(unfinished / f"{name}.onnx", linear_probe(direction), reference, name=name, version="1", taps=[tap], golden=golden)
+        write_probe(
+            unfinished / f"{name}.onnx",
+            linear_probe(direction),
+            reference,
+            name=name,
+            version="1",
+            taps=[tap],
+            golden=golden,
+            tolerance=Tolerance(),  # or it would be measured for each of them
+        )
     np.save(unfinished / "directions.npy", directions)
     unfinished.rename(files)
 

@@ -46,6 +46,7 @@ def write_fitted_probe(
         reduction=REDUCTION,
         label=LABEL,
     )
+    path.unlink(missing_ok=True)  # of the last run: a version is never written over with other content, and each run makes its own
     write_probe(
         path,
         sklearn_probe(estimator),

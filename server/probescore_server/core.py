@@ -14,7 +14,7 @@ from probescore_server.scheduler import Scheduler
 from probescore_server.service import ScoringServicer
 from probescore_server.settings import ServerSettings
 from probescore_server.worker import WorkerSpec
-from probescore_server.worker_process import WorkerProcess
+from probescore_server.worker_process import Pinned, WorkerProcess
 
 logger = structlog.get_logger(__name__)
 
@@ -41,8 +41,9 @@ class Core:
         if settings.device_map != "none":
             devices = devices[:1]  # one worker, which takes the others too
         threads = settings.threads_per_worker or max(1, len(os.sched_getaffinity(0)) // len(devices))
+        pinned = Pinned()
         self.workers = [
-            WorkerProcess(WorkerSpec(settings, device, threads), self._changed, self.metrics.watch_losses(str(number), device))
+            WorkerProcess(WorkerSpec(settings, device, threads), self._changed, pinned, self.metrics.watch_losses(str(number), device))
             for number, device in enumerate(devices)
         ]
         self.scheduler = Scheduler(

@@ -36,6 +36,7 @@ from probescore_server.backbone.choosing import choose_backbone
 from probescore_server.backbone.forest import Forest, ProbeReads
 from probescore_server.backbone.kv_cache import KeyValueCache
 from probescore_server.backbone.loading import DTYPES, load_config, load_decoder, load_tokenizer, resolve_model
+from probescore_server.backbone.model_files import ModelFiles
 from probescore_server.backbone.rotary import max_unchanged_positions
 from probescore_server.backbone.taps import TapReader, layers_needed
 from probescore_server.backbone.texts import TextEncoder
@@ -138,6 +139,7 @@ class Engine:
         files = read_probe_files(probes)
         check_accepted_names(files, accept_mismatch)
         directory = resolve_model(model, revision=revision, trust_remote_code=trust_remote_code)
+        model_files = ModelFiles.of(directory)
         config = load_config(directory, trust_remote_code=trust_remote_code)
         taps = sorted({tap for file in files for tap in file.manifest.taps}, key=str)
         report("computing the model's fingerprint")
@@ -152,6 +154,8 @@ class Engine:
         decoder = load_decoder(
             directory, num_layers=needed, dtype=dtype, device=device, device_map=device_map, trust_remote_code=trust_remote_code
         )
+        content = model_files.digest(decoder)
+        model_files.check_unchanged()
         report("testing the forward pass")
         reader = TapReader(decoder, taps)
         backbone, reason = choose_backbone(decoder, reader)
@@ -159,6 +163,7 @@ class Engine:
         loaded = load_probes(files, decoder.device)
         info = EngineInfo(
             model=replace(described, num_loaded_layers=len(decoder.blocks)),
+            content=content,
             tokenizer_fingerprint=fingerprint,
             bos_token_id=texts.bos_token_id,
             probes=tuple(probe_info(file.manifest, accepted[file.manifest.key]) for file in files),

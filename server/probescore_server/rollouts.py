@@ -149,6 +149,7 @@ class EngineInfo:
         max_unchanged_positions: tokens of a rollout up to which the model's rotary embedding stays the same; ``None`` = always.
         max_follow_up_tokens: by ``name@version``: length of the follow-up that the probe itself appends.
         excluding_special_tokens: the probes, ``name@version``, for which the tokenizer's special tokens do not count.
+        content: digest of the weights that are loaded and of what the model's other files hold.
         device, dtype, execution_path: as in ``WorkerInfo``.
     """
 
@@ -163,6 +164,7 @@ class EngineInfo:
     expects_bos: dict[str, bool | None] = field(default_factory=dict)
     max_follow_up_tokens: dict[str, int] = field(default_factory=dict)
     excluding_special_tokens: frozenset[str] = frozenset()
+    content: str = ""
 
     def scored_probes(self, options: ScoreOptions) -> tuple[ScoredProbe, ...]:
         """How the probes of a request are named in its answer, in the request's order."""

@@ -68,12 +68,40 @@ CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.
 VMSTAT = Path("/proc/vmstat")
 
 
+class Pinned:
+    """What the workers of one server serve: the bytes that the first of them has loaded.
+
+    Every start reads the files again; what they hold by then must not pass for what the server has announced, nor a second worker score
+    with other weights than the first.
+    """
+
+    def __init__(self) -> None:
+        self._info: EngineInfo | None = None
+
+    def check(self, info: EngineInfo) -> None:
+        """Takes the first, and compares every other one with it.
+
+        Raises:
+            StartupError: the model's files or a probe's hold something else by now; says which.
+        """
+        first = self._info = self._info or info
+        now, before = ({f"{probe.name}@{probe.version}": probe for probe in each.probes} for each in (info, first))
+        changed = [f"probe {key}" for key in sorted(now.keys() | before.keys()) if now.get(key) != before.get(key)]
+        if (info.model, info.content, info.tokenizer_fingerprint) != (first.model, first.content, first.tokenizer_fingerprint):
+            changed = [f"model {first.model.id}", *changed]
+        if changed:
+            raise StartupError(
+                f"the files of the model or of a probe have changed since the server started ({', '.join(changed[:5])}); restart the server"
+            )
+
+
 class WorkerProcess:
     """One worker, through all its restarts. Everything here runs on one event loop.
 
     Args:
         spec: what to load, where.
         on_change: called whenever `ready` or `failed_starts` changes.
+        pinned: shared by the workers of one server.
         on_lost: told why, one of ``progress.REASONS_LOST``, whenever it was lost.
 
     Attributes:
@@ -82,8 +110,15 @@ class WorkerProcess:
         failed_starts: attempts to start since it was last ready.
     """
 
-    def __init__(self, spec: WorkerSpec, on_change: Callable[[], None], on_lost: Callable[[str], None] = lambda reason: None) -> None:
+    def __init__(
+        self,
+        spec: WorkerSpec,
+        on_change: Callable[[], None],
+        pinned: Pinned | None = None,
+        on_lost: Callable[[str], None] = lambda reason: None,
+    ) -> None:
         self.spec = spec
+        self._pinned = pinned or Pinned()
         self.info: EngineInfo | None = None
         self.restarts = 0
         self.failed_starts = 0
@@ -148,7 +183,7 @@ class WorkerProcess:
         logger.info("starting worker", device=self.spec.device, model=self.spec.settings.model)
         try:
             info = await life.start()
-            _check_same(self.info, info)
+            self._pinned.check(info)
         except WorkerLost as error:
             # stopped, or the machine is: nothing that it would refuse. Who waits goes on waiting if it happens once.
             self._stalled_starts += 1
@@ -306,12 +341,6 @@ class WorkerProcess:
     @property
     def _pause_seconds(self) -> float:
         return self.spec.settings.worker_restart_seconds * min(2.0**self.failed_starts, MAX_BACKOFF)
-
-
-def _check_same(before: EngineInfo | None, now: EngineInfo) -> None:
-    """A restart reads the files again; what they hold by now must not pass for what the server has announced."""
-    if before is not None and (before.model, before.probes) != (now.model, now.probes):
-        raise StartupError("the files of the model or of a probe have changed since the server started; restart the server")
 
 
 class _Life:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from probescore.types import Completion, CompletionScores, CompletionStatus, RolloutGroup, ScoreUnit, Tap
 from probescore_server import Engine
-from probescore_server.probes.exporting import onnx_probe
+from probescore_server.probes.exporting import linear_probe, onnx_probe
 from probescore_server.probes.reference import ReferenceModel
 from probescore_server.probes.runner import _without_non_finite
 from probescore_server.requests import resolve_options, resolve_rollouts
@@ -291,3 +291,20 @@ def test_half_precision_scores_close_to_float32(
     assert found.dtype == np.float32
     difference = np.abs(found[:, 0] - plain(reference, PROMPT, [50, 51, 52, 53])[4:])
     assert 0 < difference.max() < within * scale
+
+
+# ------------------------------------------------------------------------------------------------------------- beyond float32
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast")
+@pytest.mark.parametrize("largest", [1e35, 1e36], ids=["stacked", "session"])
+def test_a_reduction_beyond_float32_fails_its_completion_and_no_other(reference: ReferenceModel, tmp_path: Path, largest: float) -> None:
+    weight = largest * np.random.default_rng(0).standard_normal(HIDDEN_SIZE)
+    huge = Probe("huge", linear_probe(weight, 100 * largest, unit=ScoreUnit.VALUE))
+    engine = Engine.load(str(tiny_model()), [probe.write(tmp_path, reference) for probe in (huge, linear())])
+    groups = [RolloutGroup(PROMPT, [[50, 51], [50] * 100])]
+    assert [each.status for each in engine.score(groups, reductions=["mean"]).groups[0]] == [CompletionStatus.OK] * 2
+    short, long = engine.score(groups, reductions=["mean", "sum"]).groups[0]
+    assert (short.status, long.status) == (CompletionStatus.OK, CompletionStatus.NON_FINITE)
+    assert long.status_message == "a reduction of the scores of probe huge@1 is beyond float32"
+    assert engine.score(groups, probes=["linear"], reductions=["sum"]).groups[0][1].status is CompletionStatus.OK

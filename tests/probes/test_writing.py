@@ -394,7 +394,7 @@ def test_a_probe_that_pools_leaves_out_special_tokens_if_it_says_so(write, refer
     said = {"context": Context(kind="rollout"), "golden": ended}
 
     kept = write(torch_probe(module, unit=ScoreUnit.LOGIT), **said)
-    left_out = write(torch_probe(module, unit=ScoreUnit.LOGIT), exclude_special_tokens=True, **said)
+    left_out = write(torch_probe(module, unit=ScoreUnit.LOGIT), version="2", exclude_special_tokens=True, **said)
 
     prompt, completion = ended[0]
     x = torch.from_numpy(reference.activations(prompt + completion, [TAP])[Tap("resid_post", 1)][len(prompt) :])

@@ -11,16 +11,16 @@ from probescore_server.requests import resolve_options, resolve_rollouts
 from probescore_server.rollouts import EngineInfo, Rollout
 from probescore_server.settings import ServerSettings
 from probescore_server.worker import WorkerSpec
-from probescore_server.worker_process import WorkerProcess
+from probescore_server.worker_process import Pinned, WorkerProcess
 
 
 class Watched:
     """A worker and a way to wait for its changes."""
 
-    def __init__(self, **settings: object) -> None:
+    def __init__(self, pinned: Pinned | None = None, **settings: object) -> None:
         self._changed = asyncio.Event()
         chosen = ServerSettings(**{"log_format": "json", "worker_restart_seconds": 0.0, **settings})
-        self.worker = WorkerProcess(WorkerSpec(chosen, "cpu", threads=1), self._changed.set)
+        self.worker = WorkerProcess(WorkerSpec(chosen, "cpu", threads=1), self._changed.set, pinned)
         self.task = asyncio.create_task(self.worker.run())
 
     @property
@@ -38,10 +38,16 @@ class Watched:
             if self.task.done():
                 self.task.result()
 
+    async def until_failed_to_start(self) -> None:
+        """Waits until an attempt to start again has failed."""
+        while not self.worker.failed_starts:
+            self._changed.clear()
+            await self._changed.wait()
+
 
 @asynccontextmanager
-async def running(**settings: object) -> AsyncIterator[Watched]:
-    watched = Watched(**settings)
+async def running(pinned: Pinned | None = None, **settings: object) -> AsyncIterator[Watched]:
+    watched = Watched(pinned, **settings)
     try:
         await watched.until(ready=True)
         yield watched

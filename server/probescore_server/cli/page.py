@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from probescore import ScoringInfo
-from probescore_server.atomic_write import write_atomically
 from probescore_server.cli.rollout_views import RolloutView, Scale, Series, SeriesScores, Token
+from probescore_server.files import write_atomically
 
 _PLACE = "<!--probescore-data-->"
 # Within a script element these could end it, open a comment, or end a line of JavaScript; in JSON they can always be written so.

@@ -20,9 +20,11 @@ from typing import Any, BinaryIO
 from transformers import CONFIG_MAPPING
 
 from probescore_server.errors import ModelRefused
+from probescore_server.files import UnfitFile, read_regular_file
 
 _CHUNKS = 64
 _CHUNK_BYTES = 64
+_MAX_JSON_BYTES = 1 << 28
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 # Names that wrap a decoder: Qwen3ForCausalLM stores `model.layers.0…`, Qwen3Model the same tensor as `layers.0…`.
@@ -168,7 +170,9 @@ def _canonical(value: object) -> object:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(read_regular_file(path, _MAX_JSON_BYTES))
+    except UnfitFile as error:
+        raise ModelRefused(f"{path}: {error}") from None
     except ValueError:
         raise ModelRefused(f"{path}: not JSON") from None
     if not isinstance(content, dict):

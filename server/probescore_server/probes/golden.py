@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +13,24 @@ from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 
 from probescore.types import OutputPer, Tap, TokenIds
-from probescore_server.errors import ProbeRefused
+from probescore_server.errors import ProbeRefused, StartupError
+from probescore_server.probes.deviations import largest_deviation
 from probescore_server.probes.exporting import ProbeFunction
+from probescore_server.probes.float64 import float64_activations
 from probescore_server.probes.graph import CU_SEQLENS, POSITIONS, GraphFailed, GraphInputs, Signature, checked_scores
 from probescore_server.probes.independence import Surroundings, check_author_agrees, cut, packed, rows_tried
-from probescore_server.probes.manifest import Context, FollowUp, GoldenCase, Manifest
+from probescore_server.probes.manifest import (
+    MAX_FLOAT32,
+    MAX_NEIGHBOUR_LABELS,
+    Context,
+    FollowUp,
+    GoldenCase,
+    Manifest,
+    Neighbour,
+    Place,
+    TapInput,
+    neighbouring_places,
+)
 from probescore_server.probes.reference import ReferenceModel
 from probescore_server.probes.row_by_row import is_row_by_row
 
@@ -29,11 +43,14 @@ class ScoredRollout:
         golden: the part that goes into the manifest.
         inputs: by name, of the ``N`` rows that the code was given: those of the prompt too if the probe sees it.
         scores: ``(N, labels)``, or ``(1, labels)`` for a probe that pools.
+        differences: by place, what is added to the scores of ``golden`` where the activations are read there; places that the model does
+            not have are left out.
     """
 
     golden: GoldenCase
     inputs: GraphInputs
     scores: NDArray[np.float64]
+    differences: Mapping[Place, NDArray[np.float64]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,41 +59,90 @@ class GoldenScorer:
 
     probe: ProbeFunction
     reference: ReferenceModel
-    taps: tuple[Tap, ...]
+    inputs: tuple[TapInput, ...]
     context: Context
     positions: bool
     exclude_special_tokens: bool
     follow_up: FollowUp | None
 
     def score(self, prompt: TokenIds, completion: TokenIds) -> ScoredRollout:
-        """Scores one rollout.
+        """Scores one rollout, as it should be read and one place off.
 
         Raises:
             ValueError: the code gives another number of scores than it was given tokens, or nothing is left to pool.
         """
         prompt_ids, completion_ids = (np.asarray(ids, np.int64) for ids in (prompt, completion))
-        followed = np.asarray(self.follow_up.token_ids if self.follow_up else (), np.int64)
-        ids = np.concatenate([prompt_ids, completion_ids, followed])
-        scored_from = len(prompt_ids) + (len(completion_ids) if self.follow_up else 0)
+        ids, scored_from = self._ids(prompt_ids, completion_ids)
         rows = self._rows(ids, scored_from)
-        activations = self.reference.activations(ids, self.taps)
-        inputs: dict[str, NDArray[Any]] = {str(tap): activations[tap][rows] for tap in self.taps}
+        places = neighbouring_places(self.inputs, self.reference.reference.num_hidden_layers)
+        activations = self._activations(ids, places)
+        inputs = self._graph_inputs(activations, rows, (self.inputs, 0))
+        scores = self._scores(inputs, rows)
+        kept = slice(None) if self.context.kind == "rollout" else rows >= scored_from
+        if not (np.abs(scores[kept]) <= MAX_FLOAT32).all():
+            raise ValueError(f"the author's code gave a score that is no finite float32 number: {scores[kept].tolist()[:3]} …")
+        golden = GoldenCase(
+            prompt_ids=tuple(prompt_ids.tolist()),
+            completion_ids=tuple(completion_ids.tolist()),
+            scores=tuple(tuple(row) for row in scores[kept].tolist()),
+        )
+        differences = {}
+        with np.errstate(all="ignore"):  # the code was not made for what it is given here
+            for place in places:
+                if all(entry.tap in activations for entry in place[0]):
+                    elsewhere = self._scores(self._graph_inputs(activations, rows, place), rows)
+                    differences[place] = (elsewhere - scores)[kept]
+        return ScoredRollout(golden, inputs, scores, differences)
+
+    def exact_scores(self, golden: GoldenCase) -> NDArray[np.float64]:
+        """What the code gives for a golden rollout on activations that were computed in float64 and rounded once; as ``golden.scores``.
+
+        Raises:
+            Exception: whatever a model or a device raises that has no float64.
+        """
+        ids, scored_from = self._ids(np.asarray(golden.prompt_ids, np.int64), np.asarray(golden.completion_ids, np.int64))
+        rows = self._rows(ids, scored_from)
+        exact = float64_activations(self.reference, ids, [entry.tap for entry in self.inputs])
+        activations = {tap: values.astype(np.float32) for tap, values in exact.items()}
+        scores = self._scores(self._graph_inputs(activations, rows, (self.inputs, 0)), rows)
+        return scores if self.context.kind == "rollout" else scores[rows >= scored_from]
+
+    def _ids(self, prompt: NDArray[np.int64], completion: NDArray[np.int64]) -> tuple[NDArray[np.int64], int]:
+        """All ids of a rollout, with the follow-up's, and where the scored ones begin."""
+        followed = np.asarray(self.follow_up.token_ids if self.follow_up else (), np.int64)
+        return np.concatenate([prompt, completion, followed]), len(prompt) + (len(completion) if self.follow_up else 0)
+
+    def _activations(self, ids: NDArray[np.int64], places: Sequence[Place]) -> dict[Tap, NDArray[np.float32]]:
+        """At every tap of the probe, and at those of the places that can be read in this model."""
+        stated = [entry.tap for entry in self.inputs]
+        others = {entry.tap for taps, _ in places for entry in taps} - {*stated}
+        try:
+            return self.reference.activations(ids, [*stated, *others])
+        except (ValueError, StartupError):
+            activations = self.reference.activations(ids, stated)
+        for tap in others:  # a block may have no attention or MLP of its own
+            with suppress(ValueError, StartupError):
+                activations |= self.reference.activations(ids, [tap])
+        return activations
+
+    def _graph_inputs(self, activations: Mapping[Tap, NDArray[np.float32]], rows: NDArray[np.int64], place: Place) -> GraphInputs:
+        taps, tokens = place
+        last = len(activations[taps[0].tap]) - 1
+        read = (rows + tokens).clip(0, last)
+        inputs: dict[str, NDArray[Any]] = {
+            str(stated.tap): activations[entry.tap][read] for stated, entry in zip(self.inputs, taps, strict=True)
+        }
         if self.context.kind != "pointwise":
             inputs[CU_SEQLENS] = np.array([0, len(rows)], np.int64)
         if self.positions:
             inputs[POSITIONS] = rows
+        return inputs
+
+    def _scores(self, inputs: GraphInputs, rows: NDArray[np.int64]) -> NDArray[np.float64]:
         scores = np.asarray(self.probe.score(inputs), np.float64)
-        pools = self.context.kind == "rollout"
-        if scores.ndim not in (1, 2) or len(scores) != (1 if pools else len(rows)):
+        if scores.ndim not in (1, 2) or len(scores) != (1 if self.context.kind == "rollout" else len(rows)):
             raise ValueError(f"the author's code gave scores {scores.shape} for {len(rows)} tokens")
-        scores = scores.reshape(len(scores), -1)
-        kept = scores if pools else scores[rows >= scored_from]
-        golden = GoldenCase(
-            prompt_ids=tuple(prompt_ids.tolist()),
-            completion_ids=tuple(completion_ids.tolist()),
-            scores=tuple(tuple(row) for row in kept.tolist()),
-        )
-        return ScoredRollout(golden, inputs, scores)
+        return scores.reshape(len(scores), -1)
 
     def _rows(self, ids: NDArray[np.int64], scored_from: int) -> NDArray[np.int64]:
         """Positions in the rollout whose activations the probe is given."""
@@ -87,6 +153,17 @@ class GoldenScorer:
         if not (rows >= scored_from).any():
             raise ValueError("a golden rollout has no token to score")
         return rows
+
+
+def neighbours(rollouts: Sequence[ScoredRollout]) -> tuple[Neighbour, ...]:
+    """What the author's code gives one place off, for the manifest: of those places where every rollout has finite scores."""
+    found = []
+    for place in rollouts[0].differences if rollouts else ():
+        differences = [rollout.differences[place][:, :MAX_NEIGHBOUR_LABELS] for rollout in rollouts if place in rollout.differences]
+        if len(differences) == len(rollouts) and all((np.abs(rows) <= MAX_FLOAT32).all() for rows in differences):
+            written = tuple(tuple(tuple(float(f"{number:.4g}") for number in row) for row in rows.tolist()) for rows in differences)
+            found.append(Neighbour(inputs=place[0], tokens=place[1], differences=written))
+    return tuple(found)
 
 
 def check_graph_computes(
@@ -113,7 +190,7 @@ def check_graph_computes(
         found = found[select]
         if found.shape != expected.shape:
             raise ProbeRefused(file, "graph", f"scores of shape {found.shape}", f"{expected.shape}: {promise}")
-        difference = float((np.abs(found - expected) / scale).max())
+        difference = largest_deviation(found, expected, scale)
         if not difference <= tolerance:
             raise ProbeRefused(
                 file, "graph", f"scores off by {difference:.2g} of their standard deviation", f"at most {tolerance:g}: {promise}"

@@ -3,15 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from probescore.types import Completion, CompletionScores, CompletionStatus, OutputPer, RolloutGroup
 from probescore_server.errors import InvalidRequest, ProbeRefused
+from probescore_server.probes.deviations import largest_deviation
+from probescore_server.probes.manifest import Golden, Neighbour
 from probescore_server.probes.probe_file import ProbeFile
 from probescore_server.requests import resolve_options, resolve_rollouts
 from probescore_server.rollouts import EngineInfo, Rollout
+
+NEARER = 2.0
+"""So many times as near must recomputed scores be to the golden ones as to those of any neighbouring place."""
+
+SAME_SCORE = 1e-4
+"""Scores that differ by less, in standard deviations, are equal: what plain float32 may differ by."""
+
+OUTLYING = 100.0
+"""Scores that are more than so many times as far apart as at the median are left out of the comparison of two places."""
+
+TELLS_BY_ITSELF = 1e-3
+"""A tolerance up to which it tells a layer or a token from its neighbour, without their scores."""
+
+_OR_FLOAT32 = ", or serve it in float32"
 
 
 def golden_rollouts(probe: ProbeFile, info: EngineInfo) -> list[Rollout]:
@@ -37,7 +54,8 @@ def golden_rollouts(probe: ProbeFile, info: EngineInfo) -> list[Rollout]:
 def check_golden(probe: ProbeFile, found: Sequence[CompletionScores], dtype: str) -> ProbeRefused | None:
     """Compares recomputed scores, in ``output.unit``, with the golden ones.
 
-    The largest difference, in units of the golden scores' standard deviation (label by label), must not exceed ``golden.tolerance``.
+    The largest difference, in units of the golden scores' standard deviation (label by label), must not exceed ``golden.tolerance``; and
+    the golden scores must be nearer than those of every neighbouring place, which a dtype's tolerance may not tell from them.
 
     Args:
         probe: whose golden vectors.
@@ -54,15 +72,85 @@ def check_golden(probe: ProbeFile, found: Sequence[CompletionScores], dtype: str
             return ProbeRefused(probe.file, f"golden.cases[{index}].scores", scores.status_message, "finite scores")
     expected = golden.score_rows
     recomputed = np.concatenate([_rows(scores, probe.manifest.name) for scores in found]).astype(np.float64)
-    difference = float((np.abs(recomputed - expected) / expected.std(axis=0)).max())
+    difference = largest_deviation(recomputed, expected, expected.std(axis=0))
     if difference <= allowed:
-        return None
+        return _check_place(probe, recomputed, dtype)
     return ProbeRefused(
         probe.file,
         "golden",
         f"scores that differ by up to {difference:.3g} × their standard deviation when recomputed in {dtype}",
         f"at most {allowed:g} ×",
     )
+
+
+@dataclass(frozen=True)
+class _Distances:
+    """Of recomputed scores, where a neighbour's differ from the golden ones: root mean squares, in standard deviations.
+
+    Attributes:
+        golden: from the golden scores.
+        wrong: from the neighbour's.
+        apart: between those two.
+    """
+
+    neighbour: Neighbour
+    golden: float
+    wrong: float
+    apart: float
+
+
+def _check_place(probe: ProbeFile, recomputed: NDArray[np.float64], dtype: str) -> ProbeRefused | None:
+    """Whether the scores are those of a neighbouring place, or not clearly those of the right one."""
+    golden = probe.manifest.golden
+    allowed: float = getattr(golden.tolerance, dtype)
+    if not golden.neighbours and allowed > TELLS_BY_ITSELF:
+        return ProbeRefused(
+            probe.file,
+            "golden.neighbours",
+            "none",
+            f"scores one block and one token off, as write_probe stores them: the tolerance of {allowed:g} in {dtype} does not tell them "
+            f"from right ones. Write the file again{_OR_FLOAT32 if dtype != 'float32' else ''}",
+        )
+    measured = [_distances(golden, neighbour, recomputed) for neighbour in golden.neighbours]
+    doubtful = [each for each in measured if each is not None and not NEARER * each.golden <= each.wrong]
+    if not doubtful:
+        return None
+    nearest = min(doubtful, key=lambda each: each.wrong)
+    stated = ", ".join(map(str, probe.manifest.taps))
+    if NEARER * nearest.wrong <= nearest.golden:
+        return ProbeRefused(
+            probe.file,
+            "golden",
+            f"scores recomputed in {dtype} that are those of golden.neighbours at {nearest.neighbour}, to {nearest.wrong:.2g} × their "
+            "standard deviation",
+            f"those of golden.cases, which differ from them by {nearest.golden:.2g} ×; what was read is {stated}",
+        )
+    return ProbeRefused(
+        probe.file,
+        "golden.neighbours",
+        f"scores recomputed in {dtype} that are {nearest.golden:.2g} × their standard deviation from the golden ones and "
+        f"{nearest.wrong:.2g} × from those at {nearest.neighbour}, which are {nearest.apart:.2g} × apart: {dtype} is too coarse to tell "
+        f"whether {stated} is read",
+        f"scores at least {NEARER:g} times as near to the golden ones{_OR_FLOAT32 if dtype != 'float32' else ''}",
+    )
+
+
+def _distances(golden: Golden, neighbour: Neighbour, recomputed: NDArray[np.float64]) -> _Distances | None:
+    """``None`` where no score differs between the two places: then to read in the wrong one gives no wrong score."""
+    between, expected = neighbour.difference_rows, golden.score_rows
+    labels = between.shape[1]
+    scale = expected[:, :labels].std(axis=0)
+    between, off = between / scale, (recomputed - expected)[:, :labels] / scale
+    differing = np.abs(between) > SAME_SCORE
+    if not differing.any():
+        return None
+    # a few scores that are much farther apart would outweigh all others, and hide what those say
+    differing &= np.abs(between) <= OUTLYING * np.median(np.abs(between[differing]))
+    return _Distances(neighbour, *(_root_mean_square(rows[differing]) for rows in (off, off - between, between)))
+
+
+def _root_mean_square(numbers: NDArray[np.float64]) -> float:
+    return float(np.sqrt(np.mean(np.square(numbers))))
 
 
 def _rows(scores: CompletionScores, probe: str) -> NDArray[np.float32]:

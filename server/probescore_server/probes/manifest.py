@@ -7,21 +7,35 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from probescore.reductions import Reduction
+from probescore.reductions import Reduction, ReductionKind
 from probescore.types import OutputPer, ScoreUnit, Tap
 from probescore_server.probes.complaints import first_complaint
 
 METADATA_KEY = "probescore.manifest"
 
 Sha256 = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-Rate = Annotated[float, Field(ge=0, le=1)]
+
+# Every number of a manifest has one of these types: what its type and meaning allow, and nothing with which arithmetic could be switched
+# off. Scores are float32 on their way, and what follows from them is compared in float64, where sums of their squares stay finite.
+MAX_FLOAT32 = 3.4028234663852886e38
+MAX_INT32 = 2**31 - 1
+MAX_COUNT = 2**53 - 1
+
+MAX_NEIGHBOUR_LABELS = 256
+"""Of so many labels, the first, a manifest says what they would be one place off."""
+
+Real = Annotated[float, Field(allow_inf_nan=False, ge=-MAX_FLOAT32, le=MAX_FLOAT32)]
+Rate = Annotated[float, Field(allow_inf_nan=False, ge=0, le=1)]
+TokenId = Annotated[int, Field(ge=0, le=MAX_INT32)]
+Size = Annotated[int, Field(gt=0, le=MAX_INT32)]
+Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 
 
 class _Part(BaseModel):
@@ -49,9 +63,13 @@ class _Part(BaseModel):
 
 def _canonical_reduction(written: str) -> str:
     try:
-        return str(Reduction.parse(written))
+        reduction = Reduction.parse(written)
     except ValueError as error:
         raise ValueError(f"a reduction ({error})") from None
+    largest = MAX_INT32 if reduction.kind in (ReductionKind.TOPK_MEAN, ReductionKind.WINDOW_MAX_MEAN) else MAX_FLOAT32
+    if reduction.parameter is not None and abs(reduction.parameter) > largest:
+        raise ValueError(f"a reduction whose parameter is at most {largest:g}")
+    return str(reduction)
 
 
 class ModelReference(_Part):
@@ -60,15 +78,17 @@ class ModelReference(_Part):
     id: str = Field(min_length=1, max_length=256, description="Name of the model, for people. Not a path.")
     revision: str = Field("", max_length=128, description="Revision on the hub, for people.")
     fingerprint: Sha256 = Field(description="What is checked: tensors and the meaningful part of the config.")
-    hidden_size: int = Field(gt=0)
-    num_hidden_layers: int = Field(gt=0, description="Decoder blocks of the whole model.")
+    hidden_size: Size
+    num_hidden_layers: Size = Field(description="Decoder blocks of the whole model.")
 
 
 class TapInput(_Part):
     """A graph input: activations at a tap, float32, (tokens, hidden_size). Its name is ``hook.layer``, or ``final_norm``."""
 
     hook: Literal["resid_pre", "resid_post", "attn_out", "mlp_out", "final_norm"]
-    layer: int | None = Field(None, ge=0, description="0-based index of the decoder block; null for final_norm.")
+    layer: Annotated[int, Field(ge=0, lt=MAX_INT32)] | None = Field(
+        None, description="0-based index of the decoder block; null for final_norm."
+    )
 
     @model_validator(mode="after")
     def _layer_fits_hook(self) -> TapInput:
@@ -93,6 +113,23 @@ class TapInput(_Part):
         """The same as the value type that the client knows."""
         return Tap(self.hook, self.layer)
 
+    def moved(self, blocks: int, num_hidden_layers: int) -> TapInput | None:
+        """The tap of the same kind so many blocks later in a model; before the last ``resid_post`` its hook may change, and after it comes
+        ``final_norm``. ``None`` if there is none.
+        """
+        if self.hook in ("attn_out", "mlp_out"):
+            layer = (self.layer or 0) + blocks
+            return TapInput(hook=self.hook, layer=layer) if 0 <= layer < num_hidden_layers else None
+        # the residual stream: 0 enters the first block, num_hidden_layers leaves the last one
+        place = num_hidden_layers + 1 if self.layer is None else self.layer + (self.hook == "resid_post")
+        place += blocks
+        if place == num_hidden_layers + 1:
+            return TapInput(hook="final_norm")
+        if not 0 <= place <= num_hidden_layers:
+            return None
+        before = place == 0 or (self.hook == "resid_pre" and place < num_hidden_layers)
+        return TapInput(hook="resid_pre", layer=place) if before else TapInput(hook="resid_post", layer=place - 1)
+
 
 class Context(_Part):
     """What a score depends on beside its own token."""
@@ -101,7 +138,7 @@ class Context(_Part):
         "pointwise",
         description="pointwise: its own token only; causal: also earlier tokens; rollout: the graph pools all tokens into one score.",
     )
-    window: int | None = Field(None, gt=0, description="causal only: how many tokens back, itself included; null = all.")
+    window: Size | None = Field(None, description="causal only: how many tokens back, itself included; null = all.")
     sees_prompt: bool = Field(False, description="causal and rollout: whether the graph is given the prompt's tokens too.")
 
 
@@ -123,18 +160,18 @@ class Output(_Part):
 class FollowUp(_Part):
     """Tokens that the server appends to every completion for this probe; the probe reads these tokens instead of the completion's."""
 
-    token_ids: tuple[Annotated[int, Field(ge=0)], ...] = Field(min_length=1, strict=False)
+    token_ids: tuple[TokenId, ...] = Field(min_length=1, strict=False)
     text: str = Field("", description="The same, for people.")
 
 
 class CalibrationRecord(_Part):
     """A threshold and what it was found on."""
 
-    threshold: Finite = Field(description="In the unit of reduce_on, after the reduction; at or above it a rollout is flagged.")
+    threshold: Real = Field(description="In the unit of reduce_on, after the reduction; at or above it a rollout is flagged.")
     false_positive_rate: Rate
     false_positive_rate_low: Rate = Field(description="Lower end of the 95% interval.")
     false_positive_rate_high: Rate = Field(description="Upper end of the 95% interval.")
-    negatives: int = Field(gt=0, description="How many negative rollouts it was found on.")
+    negatives: Annotated[int, Field(gt=0, le=MAX_COUNT)] = Field(description="How many negative rollouts it was found on.")
     dataset: str
     reduction: str | None = Field(None, description="The reduction it holds for; null for a probe that pools by itself.")
     label: str = ""
@@ -149,13 +186,13 @@ class Evaluation(_Part):
     """A measured quality."""
 
     metric: str
-    value: Finite
-    low: Finite | None = Field(None, description="Lower end of the 95% interval.")
-    high: Finite | None = Field(None, description="Upper end of the 95% interval.")
+    value: Real
+    low: Real | None = Field(None, description="Lower end of the 95% interval.")
+    high: Real | None = Field(None, description="Upper end of the 95% interval.")
     dataset: str
     dataset_sha256: Sha256 | None = None
-    positives: int | None = Field(None, ge=0)
-    negatives: int | None = Field(None, ge=0)
+    positives: Count | None = None
+    negatives: Count | None = None
 
 
 class Training(_Part):
@@ -170,9 +207,9 @@ class Training(_Part):
 class GoldenCase(_Part):
     """One rollout and the scores that the author's own code gave, in ``output.unit``."""
 
-    prompt_ids: tuple[Annotated[int, Field(ge=0)], ...] = Field(strict=False)
-    completion_ids: tuple[Annotated[int, Field(ge=0)], ...] = Field(min_length=1, strict=False)
-    scores: tuple[tuple[Finite, ...], ...] = Field(
+    prompt_ids: tuple[TokenId, ...] = Field(strict=False)
+    completion_ids: tuple[TokenId, ...] = Field(min_length=1, strict=False)
+    scores: tuple[tuple[Real, ...], ...] = Field(
         min_length=1, strict=False, description="(completion tokens, labels), or (1, labels) for a probe that pools by itself."
     )
 
@@ -180,9 +217,49 @@ class GoldenCase(_Part):
 class Tolerance(_Part):
     """Largest difference allowed by dtype of the model, as a multiple of the golden scores' standard deviation (per label)."""
 
-    float32: float = Field(1e-4, gt=0, le=0.1)
-    bfloat16: float = Field(0.25, gt=0, le=1)
-    float16: float = Field(0.05, gt=0, le=1)
+    # Below 1 in any case: scores that are off without bound may become the spread by which they are measured.
+    float32: float = Field(1e-4, allow_inf_nan=False, gt=0, le=0.1)
+    bfloat16: float = Field(0.25, allow_inf_nan=False, gt=0, le=0.5)
+    float16: float = Field(0.05, allow_inf_nan=False, gt=0, le=0.5)
+
+
+TokenShift = Literal[-1, 0, 1]
+
+
+class Neighbour(_Part):
+    """What the author's code gives for the golden rollouts one place off: scores that a right worker does not give."""
+
+    inputs: tuple[TapInput, ...] = Field(min_length=1, strict=False, description="The taps that were read in place of the manifest's.")
+    tokens: TokenShift = Field(0, description="How many tokens later they were read; beyond an end of the rollout, at that end.")
+    differences: tuple[tuple[tuple[Real, ...], ...], ...] = Field(
+        strict=False, description="By golden case, a row for each of its scores: what must be added to them; of the first 256 labels."
+    )
+
+    @property
+    def difference_rows(self) -> NDArray[np.float64]:
+        """The differences of all cases, ``(rows, labels)``."""
+        return np.array([row for case in self.differences for row in case], np.float64)
+
+    def __str__(self) -> str:
+        taps = ", ".join(str(entry.tap) for entry in self.inputs)
+        return taps if self.tokens == 0 else f"{taps} one token {'later' if self.tokens > 0 else 'earlier'}"
+
+
+Place = tuple[tuple[TapInput, ...], TokenShift]
+"""Where activations are read: the taps, and how many tokens later."""
+
+
+def neighbouring_places(inputs: Sequence[TapInput], num_hidden_layers: int) -> list[Place]:
+    """Taps and tokens one place off: every tap one block earlier or later where there is one, all together and each alone; one token
+    earlier or later.
+    """
+    stated = tuple(inputs)
+    places: dict[Place, None] = {}
+    for blocks in (-1, 1):
+        moved = [entry.moved(blocks, num_hidden_layers) or entry for entry in stated]
+        alone = [(*stated[:index], entry, *stated[index + 1 :]) for index, entry in enumerate(moved)]
+        places |= dict.fromkeys((taps, 0) for taps in (tuple(moved), *alone) if taps != stated)
+    return [*places, (stated, -1), (stated, 1)]
 
 
 class Golden(_Part):
@@ -190,6 +267,9 @@ class Golden(_Part):
 
     cases: tuple[GoldenCase, ...] = Field(min_length=1, strict=False)
     tolerance: Tolerance = Tolerance()
+    neighbours: tuple[Neighbour, ...] = Field(
+        (), strict=False, description="Without them the probe is served only where its tolerance is at most 0.001."
+    )
 
     @property
     def score_rows(self) -> NDArray[np.float64]:
@@ -259,7 +339,21 @@ class Manifest(_Part):
             rows = 1 if pools else len(self.follow_up.token_ids if self.follow_up else case.completion_ids)
             if len(case.scores) != rows or any(len(row) != len(self.output.labels) for row in case.scores):
                 raise ValueError(f"golden.cases[{index}].scores: {rows} rows of {len(self.output.labels)} numbers")
+            if self.output.unit is ScoreUnit.PROBABILITY and any(not -1e-6 <= score <= 1 + 1e-6 for row in case.scores for score in row):
+                raise ValueError(f"golden.cases[{index}].scores: probabilities, from 0 to 1")
+        self._neighbours_fit()
         return self
+
+    def _neighbours_fit(self) -> None:
+        labels = min(len(self.output.labels), MAX_NEIGHBOUR_LABELS)
+        rows = [len(case.scores) for case in self.golden.cases]
+        places = [(neighbour.inputs, neighbour.tokens) for neighbour in self.golden.neighbours]
+        for index, neighbour in enumerate(self.golden.neighbours):
+            if len(neighbour.inputs) != len(self.inputs) or places.index(places[index]) != index:
+                raise ValueError(f"golden.neighbours[{index}].inputs: as many taps as the manifest's inputs, each place once")
+            differences = neighbour.differences
+            if list(map(len, differences)) != rows or any(len(row) != labels for case in differences for row in case):
+                raise ValueError(f"golden.neighbours[{index}].differences: a row of {labels} numbers for each golden score")
 
     @property
     def key(self) -> str:
@@ -275,5 +369,7 @@ class Manifest(_Part):
 def manifest_digest(manifest: Manifest) -> str:
     """``sha256:…`` over the manifest's canonical JSON without its two digests, so that the graph's digest stands on its own."""
     content = manifest.model_dump(mode="json", exclude={"graph_sha256", "manifest_sha256"})
+    if not manifest.golden.neighbours:
+        del content["golden"]["neighbours"]  # so that files that were written without keep their digest
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return "sha256:" + hashlib.sha256(canonical.encode()).hexdigest()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import secrets
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from google.protobuf.message import DecodeError
 from pydantic import ValidationError
 
 from probescore_server.errors import ProbeRefused
+from probescore_server.files import UnfitFile, read_regular_file, write_atomically
 from probescore_server.probes.complaints import first_complaint
 from probescore_server.probes.graph import Signature, check_graph, check_signature
 from probescore_server.probes.manifest import METADATA_KEY, Manifest, manifest_digest
@@ -50,12 +51,9 @@ def read_probe_file(path: Path | str, *, max_bytes: int = MAX_FILE_BYTES) -> Pro
     """
     file = str(path)
     try:
-        size = Path(path).stat().st_size
-        if size > max_bytes:
-            raise ProbeRefused(file, "file size", f"{size} bytes", f"at most {max_bytes}")
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise ProbeRefused(file, "file", error.strerror or type(error).__name__, "a readable probe file") from None
+        data = read_regular_file(path, max_bytes)
+    except UnfitFile as error:
+        raise ProbeRefused(file, error.field, error.found, error.expected) from None
     return parse_probe_file(data, file)
 
 
@@ -77,16 +75,17 @@ def parse_probe_file(data: bytes, file: str) -> ProbeFile:
     return ProbeFile(file, manifest, graph)
 
 
-def write_probe_file(path: Path | str, graph: onnx.ModelProto, manifest: Manifest) -> ProbeFile:
+def write_probe_file(path: Path | str, graph: onnx.ModelProto, manifest: Manifest, *, replace: bool = True) -> ProbeFile:
     """Puts a manifest into a graph, seals both with their digests, and writes them once they pass every check of ``read_probe_file``.
 
     Args:
         path: replaced in one step, so that no reader ever sees half a file.
         graph: as ``docs/probe-file.md`` describes it; its ``metadata_props`` are dropped.
         manifest: its two digests are computed here; ``UNSEALED`` may stand in for them.
+        replace: whether whatever is at ``path`` may be replaced. If not, only a probe file of another name or version is.
 
     Raises:
-        ProbeRefused: a reader would refuse the file; nothing is written.
+        ProbeRefused: a reader would refuse the file, or what is at ``path`` must not be replaced; nothing is written.
     """
     model = onnx.ModelProto()
     model.CopyFrom(graph)
@@ -104,11 +103,28 @@ def write_probe_file(path: Path | str, graph: onnx.ModelProto, manifest: Manifes
     if len(data) > MAX_FILE_BYTES:
         raise ProbeRefused(str(path), "file size", f"{len(data)} bytes", f"at most {MAX_FILE_BYTES}")
     probe = parse_probe_file(data, str(path))
-    # as any file is made: a temporary one of Python's nobody else could read, such as a server that runs as another user
-    partial = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
-    partial.write_bytes(data)
-    partial.replace(target)
+    if not replace and os.path.lexists(target) and _keeps(target, probe):
+        return probe
+    write_atomically(target, data)
     return probe
+
+
+def _keeps(path: Path, probe: ProbeFile) -> bool:
+    """Whether a file holds this very probe already.
+
+    Raises:
+        ProbeRefused: it holds other content under the same name and version, or is no probe file.
+    """
+    try:
+        there = read_probe_file(path)
+    except ProbeRefused as refusal:
+        found = f"something else than a probe file ({refusal.field}: {refusal.found})"
+        raise ProbeRefused(str(path), "file", found, "nothing, or a probe file of another name or version, to replace") from None
+    if there.manifest.key != probe.manifest.key:
+        return False
+    if (there.graph, there.manifest) != (probe.graph, probe.manifest):
+        raise ProbeRefused(str(path), "version", f"{there.manifest.key} there with other content", "a new version for new content")
+    return True
 
 
 def check_against_model(

@@ -87,7 +87,10 @@ class SessionScores:
         """The scores of a completion that was run, or what keeps it from being scored."""
         reading = self._readings.of(asked, self._probe.manifest)
         key = self._probe.manifest.key
-        return self._problem(key, reading) or self._probe_scores(reading, reductions, wants_tokens=key in asked.options.token_scores)
+        if problem := self._problem(key, reading):
+            return problem
+        scores = self._probe_scores(reading, reductions, wants_tokens=key in asked.options.token_scores)
+        return overflowing_reduction(key) if np.isinf(scores.reduced).any() else scores
 
     # ------------------------------------------------------------------------------------------------------------ before the graph
 
@@ -233,6 +236,11 @@ def non_finite_tap(tap: Tap, key: str) -> str:
 def non_finite_scores(key: str) -> str:
     """Why a completion has no scores, where a probe is at fault."""
     return f"probe {key} gives NaN or an infinity"
+
+
+def overflowing_reduction(key: str) -> str:
+    """Why a completion has no scores, where they are finite and a reduction of them is not."""
+    return f"a reduction of the scores of probe {key} is beyond float32"
 
 
 def _chain(probe: LoadedProbe, part: Part) -> tuple[int, ...]:

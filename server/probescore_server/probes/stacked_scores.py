@@ -15,7 +15,7 @@ from probescore.reductions import Reduction
 from probescore.types import ProbeScores, Tap
 from probescore_server.probes.layout import Asked, Reading, Readings, Rows
 from probescore_server.probes.loading import LoadedProbe, Member
-from probescore_server.probes.session_scores import non_finite_scores, non_finite_tap, reduce_selections
+from probescore_server.probes.session_scores import non_finite_scores, non_finite_tap, overflowing_reduction, reduce_selections
 from probescore_server.probes.stacking import Stack
 
 MAX_SCORES = 1 << 25
@@ -128,6 +128,9 @@ class StackedScores:
             tokens = excerpt.tokens(scores, reading)
             problems = {} if all_finite else self._problems(panel, tokens, columns, reading)
             reduced = _reduced(tokens, reading.selections, reductions)
+            if np.isinf(reduced).any():
+                overflowing = (key for key, own in zip(keys, columns, strict=True) if np.isinf(reduced[:, :, own]).any())
+                problems = {key: overflowing_reduction(key) for key in overflowing} | problems
             wanted = each.options.token_scores
             for key, own in zip(keys, columns, strict=True):
                 if key in problems:

@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import onnx
+import structlog
 from onnx.inliner import inline_local_functions
 
 from probescore.reductions import Reduction
 from probescore.types import OutputPer, ScoreUnit, Tap, TokenIds
+from probescore_server.errors import ProbeRefused
 from probescore_server.probes import arguments
 from probescore_server.probes import writing_arguments as given
+from probescore_server.probes.deviations import largest_deviation
 from probescore_server.probes.exporting import ProbeFunction
-from probescore_server.probes.golden import GoldenScorer, check_graph_computes
+from probescore_server.probes.golden import GoldenScorer, check_graph_computes, neighbours
 from probescore_server.probes.graph import IR_VERSIONS, Signature, check_graph, check_signature, subgraphs
 from probescore_server.probes.manifest import (
     CalibrationRecord,
@@ -31,6 +35,14 @@ from probescore_server.probes.probe_file import UNSEALED, ProbeFile, check_golde
 from probescore_server.probes.reference import ReferenceModel
 
 _POINTWISE = Context()
+
+TIMES_ROUNDING = 4.0
+"""A server may be 1.5 times as far from float64 as plain Hugging Face in float32, in the other direction; and golden rollouts are few."""
+
+MAX_MEASURED_TOLERANCE = 1e-2
+"""A reference that needs more is not exact enough to check anything by."""
+
+logger = structlog.get_logger(__name__)
 
 
 def write_probe(
@@ -61,7 +73,7 @@ def write_probe(
     """Writes a probe file with golden vectors from plain Hugging Face and the author's own code, and checks the file.
 
     Args:
-        path: where to write; replaced if it exists.
+        path: where to write. What is there must be a probe file of another name or version, or this very one.
         probe: from ``linear_probe``, ``torch_probe``, ``sklearn_probe`` or ``onnx_probe``.
         reference: the model that the probe was fitted on, loaded in float32.
         name: lower-case name; with ``version`` it must never stand for other bytes.
@@ -79,13 +91,15 @@ def write_probe(
         calibrations: thresholds, from ``calibrate``.
         evaluations: qualities, from ``evaluate_auroc``.
         training: where the probe comes from.
-        tolerance: how far a server's scores may be from the golden ones.
+        tolerance: how far a server's scores may be from the golden ones; by default that of ``Tolerance``, and more in float32 where the
+            reference itself is less exact, which is measured in float64.
         description: for people.
         author: for people.
         license: for people, by its SPDX name.
 
     Raises:
-        ProbeRefused: a server would refuse the file, or its graph does not compute what the author's code does; nothing is written.
+        ProbeRefused: a server would refuse the file, its graph does not compute what the author's code does, the reference's own float32 is
+            too far from float64 to check anything by, or ``path`` holds something that must not be replaced; nothing is written.
         TypeError: an argument is of another kind; names it, its value and what to give instead.
         ValueError: an argument is wrong, contradicts another, or names a tap that does not exist; nothing is written.
     """
@@ -109,7 +123,7 @@ def write_probe(
 
     pools = context.kind == "rollout"
     inputs = tuple(TapInput.parse(tap) for tap in read)
-    scorer = GoldenScorer(probe, reference, tuple(read), context, positions, exclude_special_tokens, follow_up)
+    scorer = GoldenScorer(probe, reference, inputs, context, positions, exclude_special_tokens, follow_up)
     rollouts = [scorer.score(prompt, completion) for prompt, completion in golden]
     manifest = Manifest(
         name=name,
@@ -132,7 +146,9 @@ def write_probe(
         calibrations=tuple(calibrations),
         evaluations=tuple(evaluations),
         training=training or Training(),
-        golden=Golden(cases=tuple(rollout.golden for rollout in rollouts), tolerance=tolerance or Tolerance()),
+        golden=Golden(
+            cases=tuple(rollout.golden for rollout in rollouts), tolerance=tolerance or Tolerance(), neighbours=neighbours(rollouts)
+        ),
         graph_sha256=UNSEALED,
         manifest_sha256=UNSEALED,
     )
@@ -141,10 +157,40 @@ def write_probe(
     check_signature(graph, Signature.of(manifest), str(path))
     check_graph(graph, str(path))
     check_graph_computes(graph, manifest, probe, rollouts, str(path))
+    if tolerance is None:
+        measured = manifest.golden.model_copy(update={"tolerance": _measured_tolerance(scorer, manifest.golden, str(path))})
+        manifest = manifest.model_copy(update={"golden": measured})
     try:
-        return write_probe_file(path, graph, manifest)
+        return write_probe_file(path, graph, manifest, replace=False)
     except OSError as error:
         raise ValueError(f"path: {str(path)!r} cannot be written ({error.strerror or type(error).__name__}); give another place") from None
+
+
+def _measured_tolerance(scorer: GoldenScorer, golden: Golden, file: str) -> Tolerance:
+    """The usual one, or in float32 as much as the reference's own rounding takes: a worker may be as far off in the other direction.
+
+    Raises:
+        ProbeRefused: that would be too much.
+    """
+    usual = Tolerance()
+    try:
+        exact = np.concatenate([scorer.exact_scores(case) for case in golden.cases])
+    except Exception as error:  # whatever a model, a kernel or a device raises that has no float64
+        logger.warning("the reference's own rounding was not measured: the model does not run in float64", problem=str(error)[:200])
+        return usual
+    rounding = largest_deviation(golden.score_rows, exact, golden.score_rows.std(axis=0))
+    needed = TIMES_ROUNDING * rounding
+    if needed <= usual.float32:
+        return usual
+    if not needed <= MAX_MEASURED_TOLERANCE:
+        raise ProbeRefused(
+            file,
+            "golden",
+            f"a reference model whose scores are up to {rounding:.2g} × their standard deviation from float64",
+            f"at most {MAX_MEASURED_TOLERANCE / TIMES_ROUNDING:g} ×: load it in float32; or take other golden rollouts, if in one a "
+            "router or a threshold is on the edge; or give a tolerance",
+        )
+    return Tolerance(float32=float(f"{needed:.2g}"))
 
 
 def _bare(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -1,0 +1,114 @@
+"""A model's files: the same while they are loaded, and what was loaded of them in one digest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from probescore_server.backbone.loading import Decoder
+from probescore_server.errors import ModelRefused
+from probescore_server.files import UnfitFile, kind_of, read_regular_file
+
+MAX_SMALL_FILE_BYTES = 1 << 30
+
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+_SMALL = (
+    "config.json", "adapter_config.json", "*.py",
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.tiktoken",
+    "*.jinja", "chat_template*", "additional_chat_templates/*",
+)  # fmt: skip
+
+_Stamp = tuple[int, int, int, int]
+
+# Checksums: words are weighted by their place with odd numbers, so that a change of any single one shows.
+_CHUNK_WORDS = 1 << 22
+_MULTIPLIER = 0x9E3779B97F4A7C15
+_MODULUS = 1 << 64
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """The files of a model that say what it computes and how texts are read, as they were at one moment.
+
+    Attributes:
+        directory: where they are.
+        stamps: by path, which file it was and when it was last written.
+    """
+
+    directory: Path
+    stamps: dict[Path, _Stamp]
+
+    @classmethod
+    def of(cls, directory: Path) -> ModelFiles:
+        """As they are now.
+
+        Raises:
+            ModelRefused: one of them is neither a regular file nor a directory, such as a pipe, which nobody should wait for.
+        """
+        return cls(directory, {path: _stamp(path) for path in _files(directory, _WEIGHTS + _SMALL)})
+
+    def check_unchanged(self) -> None:
+        """Raises ``ModelRefused`` if a file was written, replaced, added or removed since."""
+        now = ModelFiles.of(self.directory)
+        changed = sorted({path.name for path, _ in now.stamps.items() ^ self.stamps.items()})
+        if changed:
+            raise ModelRefused(f"{self.directory.name}: {', '.join(changed[:5])} changed while the model was loaded")
+
+    def digest(self, decoder: Decoder) -> str:
+        """``sha256:…`` over every weight that is loaded and every byte of the small files; the same on every device.
+
+        Args:
+            decoder: as loaded, before anything about it is changed for speed.
+
+        Raises:
+            ModelRefused: a file cannot be read.
+        """
+        content = {
+            "files": {str(path.relative_to(self.directory)): _sha256(path) for path in _files(self.directory, _SMALL)},
+            "weights": {
+                name: (str(weight.dtype), list(weight.shape), _checksum(weight)) for name, weight in decoder.model.state_dict().items()
+            },
+        }
+        return "sha256:" + hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _files(directory: Path, patterns: tuple[str, ...]) -> Iterator[Path]:
+    found = {path for pattern in patterns for path in directory.glob(pattern)}
+    for path in sorted(found):
+        kind = kind_of(path)
+        if kind not in ("", "a directory"):
+            raise ModelRefused(f"{directory.name}: {path.name} is {kind}, not a regular file")
+        if path.is_file():
+            yield path
+
+
+def _stamp(path: Path) -> _Stamp:
+    found = path.stat()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _sha256(path: Path) -> str:
+    try:
+        return hashlib.sha256(read_regular_file(path, MAX_SMALL_FILE_BYTES)).hexdigest()
+    except UnfitFile as error:
+        raise ModelRefused(f"{path.name}: {error}") from None
+
+
+@torch.inference_mode()
+def _checksum(weight: torch.Tensor) -> int:
+    """Of a tensor's bytes in their order, computed where it is."""
+    content = weight.detach().contiguous().view(-1).view(torch.uint8)
+    content = content.clone() if content.storage_offset() % 8 else content
+    whole = len(content) - len(content) % 8
+    words = [content[:whole].view(torch.int64), content[whole:].to(torch.int64)]
+    places = torch.arange(1, 2 * min(_CHUNK_WORDS, max(map(len, words))), 2, device=weight.device)
+    sums = [(chunk * places[: len(chunk)]).sum() for part in words for chunk in torch.split(part, _CHUNK_WORDS)]
+    checksum = len(content)
+    for chunk in torch.stack(sums).tolist():
+        checksum = (checksum * _MULTIPLIER + chunk) % _MODULUS
+    return checksum
