@@ -207,21 +207,20 @@ class _Cut:
         del self.blocks[self._num_layers :]
 
 
-def _load_model(
-    directory: Path, config: PreTrainedConfig, cut: _Cut, dtype: str, trust_remote_code: bool, device_map: str | None
-) -> None:
+def _load_model(directory: Path, config: PreTrainedConfig, cut: _Cut, dtype: str, trust_remote_code: bool, device_map: str | None) -> None:
     try:
         with _quiet_transformers():
             model_class, config = _model_class(config, trust_remote_code)
-            model, loading = changed_when_built(model_class, cut).from_pretrained(
+            loaded: Any = changed_when_built(model_class, cut).from_pretrained(
                 directory,
                 config=config,
                 dtype=DTYPES[dtype],
                 use_safetensors=True,
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
-                **({} if device_map is None else {"device_map": device_map}),
+                device_map=device_map,
             )
+            model, loading = loaded
     except ModelRefused:
         raise
     except Exception as error:  # a damaged file, a size that differs: transformers and safetensors raise what they like
