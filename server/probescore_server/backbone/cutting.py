@@ -18,7 +18,7 @@ _ROUNDINGS = 4
 
 
 def changed_when_built(model_class: type[PreTrainedModel], change: Callable[[PreTrainedModel], None]) -> type[PreTrainedModel]:
-    """The same class, but that each model of it is changed as soon as it is built.
+    """A class whose ``from_pretrained`` gives models of the original one, each changed as soon as it is built.
 
     ``from_pretrained`` builds a model without memory for its weights, and then reads those that it finds in it. The class has the name
     and module of the original, by which transformers knows what belongs to a model.
@@ -33,6 +33,7 @@ def changed_when_built(model_class: type[PreTrainedModel], change: Callable[[Pre
         change(self)
         left = {*self.state_dict(keep_vars=True)}
         self.all_tied_weights_keys = {name: source for name, source in self.all_tied_weights_keys.items() if {name, source} <= left}
+        self.__class__ = model_class
 
     names = {"__module__": model_class.__module__, "__qualname__": model_class.__qualname__, "__doc__": model_class.__doc__}
     return type(model_class.__name__, (model_class,), {**names, "__init__": init})
