@@ -1,7 +1,7 @@
 """Scores on trained weights: as near to float64 as plain Hugging Face in float32 is, over more than 10,000 tokens of real text.
 
-Prose, code and chats, after a BOS, after none and from the middle of a word. Then 200 short sequences after as many first tokens: there the
-activations of this model get massive, what they are depends on which token it is, and plain float32 is more than 1e-4 of a standard deviation off.
+Prose, code and chats, after a BOS, after none and from the middle of a word. Then 200 short sequences after as many first tokens: there
+the activations of this model get massive, and how much depends on the token; plain float32 is more than 1e-4 of a standard deviation off.
 """
 
 from __future__ import annotations
