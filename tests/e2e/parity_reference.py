@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoModel
 
-Array = NDArray[np.float32]
+Array = NDArray[np.floating[Any]]
 
 # The modules whose outputs are added to the residual stream, read from each architecture's source.
 _TERMS = {
@@ -31,13 +31,19 @@ _TERMS = {
 class Reference:
     """A whole model that reads one sequence at a time.
 
+    Args:
+        directory: of the model.
+        dtype: what it computes in.
+
     Attributes:
         layers: number of decoder blocks.
         routing_margin: smallest gap seen between the router logits of the last expert chosen and the first one left out.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self.model = AutoModel.from_pretrained(directory, dtype=torch.float32).eval()
+    def __init__(self, directory: Path, dtype: torch.dtype = torch.float32) -> None:
+        # grouped matrix products, which are what transformers chooses for experts, there are none of in float64
+        experts = {"experts_implementation": "eager"} if dtype == torch.float64 else {}
+        self.model = AutoModel.from_pretrained(directory, dtype=dtype, **experts).eval()
         self.routing_margin = float("inf")
         blocks = self.model.h if hasattr(self.model, "h") else self.model.layers
         self.layers = len(blocks)
@@ -54,7 +60,7 @@ class Reference:
                 module.register_forward_hook(self._watch_router)
 
     def activations(self, token_ids: Sequence[int]) -> dict[str, Array]:
-        """Activations at every tap, each ``(T, hidden_size)`` float32."""
+        """Activations at every tap, each ``(T, hidden_size)``."""
         key = tuple(int(token) for token in token_ids)
         if key not in self._read:
             self._read[key] = self._run(key)

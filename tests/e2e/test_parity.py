@@ -12,7 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
+from parity_bound import BOUND, further_than_plain_float32
 from parity_cases import (
     GROUPS,
     SHIFTS,
@@ -27,7 +29,7 @@ from parity_cases import (
     shallow_probes,
 )
 from parity_models import ARCHITECTURES, LAYERS, write_model
-from parity_probes import FEATURES, JUMP_RELU, KINDS, TOP_K_SAE, Kind, above_threshold, among_top_k
+from parity_probes import FEATURES, JUMP_RELU, KINDS, LINEAR, MLP, TOP_K_SAE, Kind, above_threshold, among_top_k
 from parity_reference import Reference
 from running_server import start_server
 
@@ -35,7 +37,6 @@ from probescore import ProbeClient
 from probescore.types import ScoreResult
 from probescore_server import Engine
 
-BOUND = 1e-4
 MIN_SHIFT = 100
 MIN_ROUTING_MARGIN = 1e-5
 
@@ -70,6 +71,18 @@ def test_scores_equal_plain_hugging_face(scored: Scored, kind: Kind) -> None:
         if probe.kind is kind
     }
     assert {name: difference for name, difference in differences.items() if not difference <= BOUND} == {}
+
+
+def test_scores_are_no_further_from_float64_than_plain_float32_is(scored: Scored) -> None:
+    exact = Reference(scored.author.model, torch.float64)
+    further = {}
+    for probe in all_probes():
+        if probe.kind in (LINEAR, MLP):
+            columns = zip(
+                *(x.T for x in (answered(scored.result, probe), expected(scored.reference, probe), expected(exact, probe))), strict=True
+            )
+            further[probe.name] = [further_than_plain_float32(*column) for column in columns]
+    assert {name: labels for name, labels in further.items() if any(labels)} == {}
 
 
 @pytest.mark.parametrize("shift", SHIFTS.values(), ids=SHIFTS)

@@ -211,21 +211,24 @@ def test_mlp_that_gives_no_numbers_is_left_alone() -> None:
 # ------------------------------------------------------------------------------------------------------------- prepacked weights
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("width", [1, 24, 128, 129, 300, 576])
 @pytest.mark.parametrize("rows", [1, 7, 700])
-def test_prepacked_layers_give_the_same_products(rows: int) -> None:
-    layer = torch.nn.Linear(24, 40)
-    inputs = torch.randn(1, rows, 24)
+def test_prepacked_layers_give_the_same_products(rows: int, width: int, bias: bool) -> None:
+    layer = torch.nn.Linear(width, 40, bias=bias).requires_grad_(False)
+    inputs = torch.randn(1, rows, width)
     before = layer(inputs)
     prepack(torch.nn.ModuleList([layer]))
     torch.testing.assert_close(layer(inputs), before, atol=1e-5, rtol=1e-5)
 
 
-def test_prepacking_is_undone_to_the_last_bit() -> None:
-    layer = torch.nn.Linear(24, 40, bias=False)
+@pytest.mark.parametrize("width", [24, 300])
+def test_prepacking_is_undone_to_the_last_bit(width: int) -> None:
+    layer = torch.nn.Linear(width, 40, bias=False)
     before = layer.weight.detach().clone()
     prepack(torch.nn.ModuleList([layer]))()
     assert torch.equal(layer.weight, before)
-    assert torch.equal(layer(torch.eye(24)), before.T)
+    assert torch.equal(layer(torch.eye(width)), before.T)
 
 
 def test_weight_that_stands_in_two_places_is_left_alone() -> None:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, DynamicCache
+from transformers import AttentionInterface
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from probescore_server.backbone.loading import Decoder
@@ -164,6 +164,5 @@ def passes_windows(decoder: Decoder) -> bool:
     AttentionInterface.register(_RECORDING, record)
     with attending(decoder, _RECORDING):
         decoder.model(input_ids=torch.zeros((1, 2), dtype=torch.long, device=decoder.device), use_cache=False)
-    layers = DynamicCache(config=decoder.config).layers
-    windows = [decoder.config.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None for layer in layers]
+    windows = [decoder.config.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None for layer in decoder.cache_layers]
     return passed == windows

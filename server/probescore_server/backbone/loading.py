@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import copy
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import structlog
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModel, AutoTokenizer, DynamicCache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from probescore_server.backbone.cutting import changed_when_built, computes_as_whole
 from probescore_server.errors import ModelRefused
+
+logger = structlog.get_logger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 _WANTED_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "*.model"]
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
-_PER_LAYER_SETTINGS = ("layer_types", "mlp_layer_types", "no_rope_layers")
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +33,7 @@ class Decoder:
     """A model cut off after some of its blocks.
 
     Attributes:
-        model: called with ids, gives ``last_hidden_state``, which is after the final norm.
+        model: called with ids, gives ``last_hidden_state``, which is after the final norm. Its config is the whole model's.
         blocks: the decoder blocks that are loaded, in order.
         num_hidden_layers: blocks of the whole model; the final norm means something only if all are loaded.
     """
@@ -42,6 +46,11 @@ class Decoder:
     def config(self) -> PreTrainedConfig:
         """Of the text model."""
         return self.model.config
+
+    @property
+    def cache_layers(self) -> list[Any]:
+        """New layers of a cache, as transformers would make them for the blocks that are loaded."""
+        return DynamicCache(config=self.config).layers[: len(self.blocks)]
 
     @property
     def device(self) -> torch.device:
@@ -134,7 +143,8 @@ def load_decoder(
 ) -> Decoder:
     """Loads the first ``num_layers`` blocks of a model, without its head.
 
-    A recurrent model keeps its count of positions with its attention layers, so that the first of these is loaded in any case.
+    A recurrent model keeps its count of positions with its attention layers, so that the first of these is loaded in any case. All blocks
+    are loaded of a model that computes something else without the last ones; a warning is logged then.
 
     Args:
         directory: of the model.
@@ -149,44 +159,70 @@ def load_decoder(
             cannot be told.
     """
     config = load_config(directory, trust_remote_code=trust_remote_code)
-    whole = config.get_text_config(decoder=True).num_hidden_layers
-    num_layers = loaded = max(num_layers, _first_attention_layer(config) + 1)
-    _cut(config, num_layers)
-    try:
-        model = _load_model(directory, config, dtype, trust_remote_code, device_map)
-    except ModelRefused:
-        if num_layers == whole:
-            raise
-        # Where the shape of a weight depends on the number of blocks (Gemma 4), the model is loaded whole, then cut.
-        loaded = whole
-        whole_config = load_config(directory, trust_remote_code=trust_remote_code)
-        model = _load_model(directory, whole_config, dtype, trust_remote_code, device_map)
-    decoder = model if model.config.get_text_config(decoder=True) is model.config else model.get_decoder()
-    if decoder is None or decoder.config.num_hidden_layers != loaded:
-        raise ModelRefused(f"{directory.name}: a {config.model_type} model does not give its text decoder")
-    blocks = _find_blocks(decoder, loaded, directory.name)
-    del blocks[num_layers:]
-    module: torch.nn.Module = decoder.eval().requires_grad_(False)
+    whole: int = config.get_text_config(decoder=True).num_hidden_layers
+    cut = _Cut(directory.name, max(num_layers, _first_attention_layer(config) + 1))
+    _load_model(directory, config, cut, dtype, trust_remote_code, device_map)
+    module: torch.nn.Module = cut.decoder.eval().requires_grad_(False)
     if device_map is None:
         try:
             module.to(device)
         except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for the device
             raise ModelRefused(f"device {device!r}: {error}") from None
-    return Decoder(decoder, blocks, whole)
+    if cut.later and not computes_as_whole(cut.decoder, cut.blocks, cut.later):
+        logger.warning("cut off, this model computes something else: all its blocks are loaded", model_type=config.model_type)
+        del cut, module  # not to hold both
+        others: dict[str, Any] = {"dtype": dtype, "device": device, "device_map": device_map, "trust_remote_code": trust_remote_code}
+        return load_decoder(directory, num_layers=whole, **others)
+    return Decoder(cut.decoder, cut.blocks, whole)
 
 
-def _load_model(directory: Path, config: PreTrainedConfig, dtype: str, trust_remote_code: bool, device_map: str | None) -> PreTrainedModel:
+class _Cut:
+    """Finds the decoder of a model that has been built, and cuts it off.
+
+    Args:
+        name: of the model, for messages.
+        num_layers: blocks that stay.
+
+    Attributes:
+        decoder: the text model.
+        blocks: those of its blocks that stay.
+        later: those that were cut off, which are never given weights.
+    """
+
+    decoder: PreTrainedModel
+    blocks: torch.nn.ModuleList
+    later: Sequence[torch.nn.Module]
+
+    def __init__(self, name: str, num_layers: int) -> None:
+        self._name = name
+        self._num_layers = num_layers
+
+    def __call__(self, model: PreTrainedModel) -> None:
+        config = model.config.get_text_config(decoder=True)
+        decoder = model if config is model.config else model.get_decoder()
+        if decoder is None or decoder.config.num_hidden_layers != config.num_hidden_layers:
+            raise ModelRefused(f"{self._name}: a {model.config.model_type} model does not give its text decoder")
+        self.decoder, self.blocks = decoder, _find_blocks(decoder, config.num_hidden_layers, self._name)
+        self.later = list(self.blocks[self._num_layers :])
+        del self.blocks[self._num_layers :]
+
+
+def _load_model(directory: Path, config: PreTrainedConfig, cut: _Cut, dtype: str, trust_remote_code: bool, device_map: str | None) -> None:
     try:
         with _quiet_transformers():
-            model, loading = AutoModel.from_pretrained(
+            model_class, config = _model_class(config, trust_remote_code)
+            loaded: Any = changed_when_built(model_class, cut).from_pretrained(
                 directory,
                 config=config,
                 dtype=DTYPES[dtype],
                 use_safetensors=True,
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
-                **({} if device_map is None else {"device_map": device_map}),
+                device_map=device_map,
             )
+            model, loading = loaded
+    except ModelRefused:
+        raise
     except Exception as error:  # a damaged file, a size that differs: transformers and safetensors raise what they like
         raise ModelRefused(f"{directory.name}: cannot be loaded: {error}") from None
     missing = sorted(loading["missing_keys"])
@@ -194,7 +230,13 @@ def _load_model(directory: Path, config: PreTrainedConfig, dtype: str, trust_rem
         raise ModelRefused(f"{directory.name}: {len(missing)} weights are missing from its files: {', '.join(missing[:5])}")
     if device_map is not None:
         _check_devices_have_room(model, directory.name)
-    return model  # type: ignore[no-any-return]
+
+
+def _model_class(config: PreTrainedConfig, trust_remote_code: bool) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
+    """The class that transformers chooses for a config, and the part of the config that it is built from."""
+    with torch.device("meta"):
+        model = AutoModel.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
+    return type(model), config if type(model.config) is type(config) else config.get_text_config()
 
 
 def _check_devices_have_room(model: PreTrainedModel, name: str) -> None:
@@ -217,15 +259,6 @@ def _quiet_transformers() -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
         if bars:
             transformers_logging.enable_progress_bar()
-
-
-def _cut(config: PreTrainedConfig, num_layers: int) -> None:
-    text = config.get_text_config(decoder=True)
-    for name in _PER_LAYER_SETTINGS:
-        settings: Any = getattr(text, name, None)
-        if isinstance(settings, list) and name in vars(text):  # else computed from the number of layers
-            setattr(text, name, settings[:num_layers])
-    text.num_hidden_layers = num_layers
 
 
 def _first_attention_layer(config: PreTrainedConfig) -> int:

@@ -81,7 +81,9 @@ class UniversalBackbone:
     def start(self, known: KeyValues) -> _State:
         """The state of a sequence after the tokens that these are of."""
         if not self.keeps_key_values:
-            return _State(config=self._decoder.config)
+            state = _State(config=self._decoder.config)
+            state.layers = self._decoder.cache_layers
+            return state
         # Without a config it keeps every token also where a layer sees a window only: what a longer sequence needs is all there.
         state = _State()
         for layer, (keys, values) in enumerate(known):
@@ -165,7 +167,7 @@ class _ForestRun:
 
 def _keeps_key_values(decoder: Decoder) -> bool:
     """Whether every layer of the cache that transformers would make holds keys and values of full or windowed attention."""
-    layers = DynamicCache(config=decoder.config).layers
+    layers = decoder.cache_layers
     is_chunked = getattr(decoder.config, "attention_chunk_size", None) is not None
     plain = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
     return plain and not is_chunked and len(layers) == len(decoder.blocks)

@@ -1,0 +1,127 @@
+"""Scores on trained weights: as near to float64 as plain Hugging Face in float32 is, over more than 10,000 tokens of real text.
+
+Prose, code and chats, after a BOS, after none and from the middle of a word. Then 200 short sequences after as many first tokens: there
+the activations of this model get massive, and how much depends on the token; plain float32 is more than 1e-4 of a standard deviation off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import cycle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from parity_bound import further_than_plain_float32
+from transformers import AutoModel, AutoTokenizer
+
+from probescore.types import RolloutGroup, Scope, ScoreUnit
+from probescore_server import Engine
+from probescore_server.probes.exporting import linear_probe
+from probescore_server.probes.reference import ReferenceModel
+from probescore_server.probes.writing import write_probe
+
+MIN_TOKENS = 10_000
+TAPS = [
+    *(f"resid_post.{layer}" for layer in (0, 4, 9, 14, 19, 24, 29)),
+    *(f"{hook}.{layer}" for hook in ("attn_out", "mlp_out") for layer in (14, 27)),
+    "final_norm",
+]
+LENGTHS = (4, 30, 120, 300, 700)
+FIRST_TOKENS = 200
+
+Group = tuple[list[int], list[list[int]]]
+
+
+@pytest.fixture(scope="module")
+def groups(trained_model: Path) -> list[Group]:
+    """Prompts with their completions."""
+    return list(_groups(trained_model))
+
+
+def _groups(model: Path) -> Iterator[Group]:
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    root = Path(__file__).parents[2]
+    prose = "\n".join(path.read_text() for path in [root / "README.md", *sorted((root / "docs").glob("*.md"))])
+    code = "\n".join(path.read_text() for path in sorted((root / "server").rglob("*.py")))
+    texts = [tokenizer(text, add_special_tokens=False).input_ids for text in (prose, code)]
+    random = np.random.default_rng(0)
+    total = 0
+    for number, length, form in zip(range(10_000), cycle(LENGTHS), cycle(["bare", "bos", "chat", "one token"])):
+        text = texts[number % 3 == 2]
+        start = int(random.integers(0, len(text) - 3000))
+        prompt, answers = text[start : start + length], [text[start + length : start + 2 * length], text[start + 1500 :][:length]]
+        if form == "chat":
+            messages = [{"role": "user", "content": tokenizer.decode(prompt)}]
+            prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+            answers = [[*answer, tokenizer.eos_token_id] for answer in answers]
+        else:
+            prompt = {"bare": prompt, "bos": [tokenizer.bos_token_id, *prompt], "one token": prompt[:1]}[form]
+        yield list(prompt), answers
+        total += sum(len(prompt) + len(answer) for answer in answers)
+        if total >= MIN_TOKENS:
+            break
+    for _ in range(FIRST_TOKENS):
+        first, *others = random.integers(0, tokenizer.vocab_size, 6).tolist()
+        yield [first], [others]
+
+
+@pytest.fixture(scope="module")
+def directions(trained_model: Path) -> dict[str, NDArray[np.float32]]:
+    width = AutoModel.from_pretrained(trained_model).config.hidden_size
+    random = np.random.default_rng(5)
+    return {tap: (random.standard_normal(width) / np.sqrt(width)).astype(np.float32) for tap in TAPS}
+
+
+def plain_scores(
+    model: Path, groups: list[Group], directions: dict[str, NDArray[np.float32]], dtype: torch.dtype
+) -> dict[str, NDArray[np.float64]]:
+    """Scores of all tokens by plain Hugging Face, one sequence at a time, by tap."""
+    whole = AutoModel.from_pretrained(model, dtype=dtype).eval()
+    seen: dict[str, torch.Tensor] = {}
+    for tap in TAPS:
+        hook, _, layer = tap.partition(".")
+        name = {"resid_post": "layers.{}", "attn_out": "layers.{}.self_attn", "mlp_out": "layers.{}.mlp", "final_norm": "norm"}[hook]
+
+        def keep(_module: object, _inputs: object, output: torch.Tensor | tuple[torch.Tensor, ...], tap: str = tap) -> None:
+            seen[tap] = output if isinstance(output, torch.Tensor) else output[0]
+
+        whole.get_submodule(name.format(layer)).register_forward_hook(keep)
+    scores: dict[str, list[NDArray[np.float64]]] = {tap: [] for tap in TAPS}
+    with torch.inference_mode():
+        for ids in (prompt + answer for prompt, answers in groups for answer in answers):
+            whole(input_ids=torch.tensor([ids]), use_cache=False)
+            for tap in TAPS:
+                scores[tap].append(seen[tap][0].double().numpy() @ directions[tap].astype(np.float64))
+    return {tap: np.concatenate(parts) for tap, parts in scores.items()}
+
+
+def test_scores_of_trained_weights_are_no_further_from_float64_than_plain_float32_is(
+    trained_model: Path, groups: list[Group], directions: dict[str, NDArray[np.float32]], tmp_path: Path
+) -> None:
+    reference = ReferenceModel.load(trained_model)
+    golden = [(prompt, answers[0]) for prompt, answers in groups[1:3]]
+    files = [tmp_path / f"{tap}.onnx" for tap in TAPS]
+    for tap, file in zip(TAPS, files, strict=True):
+        probe = linear_probe(directions[tap], unit=ScoreUnit.VALUE)
+        write_probe(file, probe, reference, name=tap.replace(".", "-"), version="1", taps=[tap], golden=golden)
+    del reference
+
+    engine = Engine.load(str(trained_model), files)
+    results = [engine.score([RolloutGroup(prompt, answers)], token_scores="all", scope=Scope.ALL) for prompt, answers in groups]
+    float64 = plain_scores(trained_model, groups, directions, torch.float64)
+    float32 = plain_scores(trained_model, groups, directions, torch.float32)
+    missed = {}
+    for tap in TAPS:
+        scored = [completion[tap.replace(".", "-")].tokens for result in results for completion in result.groups[0]]
+        found = np.concatenate([tokens[:, 0] for tokens in scored if tokens is not None])
+        assert found.shape == float64[tap].shape
+        assert len(found) >= MIN_TOKENS
+        for scores, name in ((found, "ours"), (float32[tap], "plain float32")):
+            errors = np.abs(scores - float64[tap]) / float64[tap].std()
+            print(f"{tap:14} {name:14} " + "  ".join(f"{np.quantile(errors, share):.1e}" for share in (0.5, 0.99, 1)))
+        if further := further_than_plain_float32(found, float32[tap], float64[tap]):
+            missed[tap] = further
+    assert missed == {}
