@@ -386,6 +386,9 @@ class _Life:
             return await answer
         finally:
             del self._answers[message.number]
+            if isinstance(message, EncodeTexts):
+                # texts that nobody waits for any more may be given up without an answer, for which nobody must be blamed
+                self._watch.answered(message.number, time.monotonic())
 
     def send(self, message: ToWorker) -> None:
         """Sends in order, without waiting. What a dead process would not get is dropped: `_end` answers for it."""
