@@ -46,6 +46,11 @@ class Continuation:
         return 1 + sum(follow_up.tree_size for follow_up in self.follow_ups)
 
     @property
+    def tree_spans(self) -> int:
+        """Spans of this continuation and of all that follow it."""
+        return len(self.spans) + sum(follow_up.tree_spans for follow_up in self.follow_ups)
+
+    @property
     def chain_tokens(self) -> int:
         """Tokens of this continuation and of its longest chain of follow-ups."""
         return len(self.token_ids) + max((follow_up.chain_tokens for follow_up in self.follow_ups), default=0)
@@ -82,17 +87,22 @@ class Rollout:
     Attributes:
         prompt_ids: ``(P,)`` int32; rollouts of one group hold the same array.
         appended_tokens: at most so many do the requested probes append by themselves, to the completion and to each of its follow-ups.
+        reread_tokens: so many do its spans read beyond one reading of each token.
     """
 
     prompt_ids: NDArray[np.int32]
     completion: Continuation
     options: ScoreOptions
     appended_tokens: int = 0
+    reread_tokens: int = 0
 
     @property
     def tokens(self) -> int:
-        """Tokens of the prompt, the completion, all its follow-ups and what is appended to them: the most that it can cost."""
-        return len(self.prompt_ids) + self.completion.tree_tokens + self.appended_tokens * self.completion.tree_size
+        """Tokens of the prompt, the completion, all its follow-ups, what is appended to them and what spans read again: the most that it
+        can cost.
+        """
+        appended = self.appended_tokens * self.completion.tree_size
+        return len(self.prompt_ids) + self.completion.tree_tokens + appended + self.reread_tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,6 +158,7 @@ class EngineInfo:
         expects_bos: by ``name@version``: the first id must be BOS (True), must not be (False), or is not checked (None).
         max_unchanged_positions: tokens of a rollout up to which the model's rotary embedding stays the same; ``None`` = always.
         max_follow_up_tokens: by ``name@version``: length of the follow-up that the probe itself appends.
+        pools_with_prompt: those probes, ``name@version``, that pool by themselves and see the prompt.
         device, dtype, execution_path: as in ``WorkerInfo``.
     """
 
@@ -161,6 +172,7 @@ class EngineInfo:
     max_unchanged_positions: int | None = None
     expects_bos: dict[str, bool | None] = field(default_factory=dict)
     max_follow_up_tokens: dict[str, int] = field(default_factory=dict)
+    pools_with_prompt: frozenset[str] = frozenset()
 
     def scored_probes(self, options: ScoreOptions) -> tuple[ScoredProbe, ...]:
         """How the probes of a request are named in its answer, in the request's order."""

@@ -22,6 +22,7 @@ from probescore_server.rollouts import EngineInfo, Occupancy, Rollout, ScoredBat
 from probescore_server.worker import (
     BatchScored,
     CancelRollout,
+    CancelTexts,
     EncodeTexts,
     Failed,
     FromWorker,
@@ -45,6 +46,9 @@ logger = structlog.get_logger(__name__)
 MAX_BACKOFF = 60.0
 # Packing more than this would hold up the event loop: some µs each, and more with thousands of ids.
 MAX_ROLLOUTS_PACKED_ON_LOOP = 64
+MAX_SPANS_PACKED_ON_LOOP = 1024
+MAX_TEXTS_PACKED_ON_LOOP = 1024
+MAX_TEXT_BYTES_PACKED_ON_LOOP = 65_536
 # For the batch that computes when a worker is told to stop; nobody waits for its scores any more.
 STOP_SECONDS = 5.0
 
@@ -157,7 +161,8 @@ class WorkerProcess:
             self._life.send(CancelRollout(number, index))
 
     async def encode(self, texts: Sequence[PendingText]) -> dict[str, NDArray[np.int32]]:
-        """Tokenises, beside the batch that computes and while it sleeps; if it died asleep, once it is woken.
+        """Tokenises, beside the batch that computes and while it sleeps; if it died asleep, once it is woken. If it is cancelled,
+        what is left of the texts is given up.
 
         Returns:
             Ids ``(T,)`` int32 by `PendingText.field`.
@@ -169,7 +174,13 @@ class WorkerProcess:
         """
         if not self.up:
             await self._awake.wait()
-        ids: dict[str, NDArray[np.int32]] = await self._ask(EncodeTexts(next(self._numbers), texts))
+        number = next(self._numbers)
+        try:
+            ids: dict[str, NDArray[np.int32]] = await self._ask(EncodeTexts(number, texts))
+        except asyncio.CancelledError:
+            if self._life is not None:
+                self._life.send(CancelTexts(number))
+            raise
         return ids
 
     async def sleep(self) -> Transfer:
@@ -279,7 +290,7 @@ class _Life:
 
     def send(self, message: ToWorker) -> None:
         """Sends in order, without waiting. What a dead process would not get is dropped: `_end` answers for it."""
-        self._pipe.send(message, takes_long=isinstance(message, ScoreBatch) and len(message.rollouts) > MAX_ROLLOUTS_PACKED_ON_LOOP)
+        self._pipe.send(message, takes_long=_takes_long(message))
 
     async def stop(self) -> None:
         """Ends the process, if it still runs, and waits for its end."""
@@ -314,6 +325,19 @@ class _Life:
         _settle(self._started, StartupError(f"the worker on {self._spec.device} died while it was starting"))
         for answer in self._answers.values():
             _settle(answer, EOFError())
+
+
+def _takes_long(message: ToWorker) -> bool:
+    """To pack."""
+    match message:
+        case ScoreBatch(rollouts=rollouts):
+            if len(rollouts) > MAX_ROLLOUTS_PACKED_ON_LOOP:
+                return True
+            return sum(rollout.completion.tree_spans for rollout in rollouts) > MAX_SPANS_PACKED_ON_LOOP
+        case EncodeTexts(texts=texts):
+            return len(texts) > MAX_TEXTS_PACKED_ON_LOOP or sum(text.bytes for text in texts) > MAX_TEXT_BYTES_PACKED_ON_LOOP
+        case _:
+            return False
 
 
 def _settle(future: asyncio.Future[Any] | None, outcome: object) -> None:
