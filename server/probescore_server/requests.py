@@ -269,7 +269,7 @@ def resolve_rollouts(
             for group in rollouts
         )
         if total > max_request_tokens:
-            remedy = "send it in several requests"
+            remedy = "send it in several requests, or with fewer or shorter spans"
             raise LimitExceeded("groups", total, "tokens", "max_request_tokens", max_request_tokens, remedy, "TOO_LONG")
     if max_request_values is not None:
         values = sum(cost.values(rollout) for group in rollouts for rollout in group)
