@@ -173,4 +173,5 @@ def _window_sums(x: NDArray[np.float64], w: int) -> NDArray[np.float64]:
     beginnings = blocks.cumsum(axis=1).reshape(-1, labels)[w - 1 : count]
     ends = blocks[:, ::-1].cumsum(axis=1)[:, ::-1].reshape(-1, labels)[: count - w + 1]
     ends[::w] = 0  # a whole block, which its beginning is already
-    return beginnings + ends
+    sums: NDArray[np.float64] = beginnings + ends
+    return sums

@@ -367,7 +367,8 @@ class _Request:
     def _check_length(self, tokens: int, path: str) -> None:
         if self.longest is not None and tokens > self.longest[0]:
             limit, name = self.longest
-            raise InvalidRequest(path, f"{tokens} tokens with its prompt and follow-ups; the limit {name} is {limit}", "TOO_LONG")
+            remedy = "send a shorter one, since nothing is cut"
+            raise LimitExceeded(path, tokens, "tokens with its prompt and follow-ups", name, limit, remedy, "TOO_LONG")
 
     def _check_spans(self, rollout: Rollout, path: str) -> None:
         limit = self.max_span_scores

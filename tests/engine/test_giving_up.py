@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 from models import BOS, tiny_model
 from slow_probe import ENDLESS, SLOW, write_slow_probe
@@ -16,11 +17,11 @@ from probescore.reductions import Reduction
 from probescore.types import Completion, RolloutGroup, Span
 from probescore_server import Engine
 from probescore_server.probes import session_scores
-from probescore_server.probes.wanted import GivenUp, Wanted
+from probescore_server.probes.wanted import GivenUp, GraphWatch, Wanted
 from probescore_server.requests import resolve_options, resolve_rollouts
 from probescore_server.rollouts import Rollout, RolloutResult
 
-SECONDS = 60.0
+SECONDS = 30.0
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +56,30 @@ def test_a_graph_that_nobody_waits_for_ends_and_the_engine_goes_on(engine: Engin
     assert scored_in_time(engine, rollouts(engine, [50, ENDLESS, 51]), lambda _: began.is_set()) == [None]
     (alone,) = rollouts(engine, [50, 51])
     assert np.isfinite(value(engine.score_rollouts([alone])[0]))
+
+
+def ends_as_graphs_do(options: ort.RunOptions, left: set[int]) -> None:
+    time.sleep(0.1)
+    assert not options.terminate
+    left.add(1)
+    end = time.monotonic() + 10
+    while not options.terminate and time.monotonic() < end:
+        time.sleep(0.01)
+    raise RuntimeError("exiting due to terminate flag")
+
+
+def test_a_graph_is_told_to_end_once_nobody_waits_for_it() -> None:
+    left = {0}
+    with GraphWatch(Wanted(left.__contains__)) as watch, pytest.raises(GivenUp), watch.over({0, 1}) as options:
+        ends_as_graphs_do(options, left)
+
+
+def test_what_nobody_waits_for_is_not_begun_and_a_fault_stays_a_fault() -> None:
+    with GraphWatch(Wanted(lambda index: index == 0)) as watch:
+        with pytest.raises(GivenUp), watch.over({0}):
+            raise AssertionError
+        with pytest.raises(ZeroDivisionError), watch.over({0, 1}):
+            raise ZeroDivisionError
 
 
 def test_a_graph_that_somebody_waits_for_goes_on(engine: Engine) -> None:

@@ -124,3 +124,12 @@ def test_spans_that_read_again_take_room_in_a_batch(engine: Engine, path: str) -
     ((rollout,),) = resolve_rollouts([RolloutGroup([1, 70], [completion])], engine.info, resolved)
     assert rollout.tokens == 5 + 27 + (2 if follow_ups else 0)
     assert plain.reread_tokens == 0
+
+
+def test_spans_that_read_again_count_as_tokens_of_the_request(engine: Engine) -> None:
+    spans = tuple(Span(f"s{index}", 0, 3) for index in range(10))
+    groups = [RolloutGroup([1, 70], [Completion([50, 51, 52], spans=spans), [50]])]
+    resolved = resolve_options(engine.info, probes=["linear"])
+    resolve_rollouts(groups, engine.info, resolved, max_request_tokens=2 + 3 + 27 + 1)
+    with pytest.raises(LimitExceeded, match="33 tokens; the limit max_request_tokens is 32"):
+        resolve_rollouts(groups, engine.info, resolved, max_request_tokens=2 + 3 + 27)

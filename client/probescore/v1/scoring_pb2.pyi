@@ -816,7 +816,7 @@ class Limits(google.protobuf.message.Message):
     max_message_bytes: builtins.int
     """Bytes of one request message."""
     max_request_tokens: builtins.int
-    """Tokens of one request, a prompt counted once per group."""
+    """Tokens of one request, a prompt counted once per group, and what the spans of a completion read beyond one reading of each of its tokens."""
     max_rollout_tokens: builtins.int
     """Tokens of one rollout: prompt + completion + its longest chain of follow-ups."""
     max_queue_tokens: builtins.int

@@ -128,7 +128,8 @@ class SessionScores:
                 pieces = [rows[start : start + MAX_ROWS_PER_CALL] for start in range(0, len(rows), MAX_ROWS_PER_CALL)]
                 scores = np.concatenate([self._run_graph(piece, None, needed_by) for piece in pieces])
             else:
-                scores = self._run_graph(rows, np.concatenate([np.zeros(1, np.int64), ends]), needed_by)
+                cu_seqlens = np.concatenate([np.zeros(1, np.int64), ends])
+                scores = self._run_graph(rows, cu_seqlens, needed_by)
         except GivenUp:
             # of the rollouts that would be told of these NaN nobody waits for any
             scores = np.full((len(batch) if self._probe.pools else len(rows), len(self._probe.manifest.output.labels)), np.nan, np.float32)
