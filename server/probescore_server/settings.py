@@ -141,7 +141,7 @@ class ServerSettings(BaseSettings):
         1_048_576,
         ge=1,
         le=268_435_456,
-        description="Tokens of one request, a prompt counted once per group, and what spans read a second time. At least max_rollout_tokens.",
+        description="Tokens of one request, a prompt once per group, and what spans read a second time. At least max_rollout_tokens.",
     )
     max_queue_tokens: int = Field(
         4_194_304,

@@ -107,6 +107,18 @@ def test_a_neighbour_is_answered_before_the_largest_request_of_spans(server: Run
     assert list(answer.groups[0].completions[0].scores[0].reduced.shape) == [1025, 3, 1]
 
 
+def test_a_neighbour_is_answered_before_the_largest_request_of_short_completions(server: RunningServer) -> None:
+    """Six bytes of a message each, and a forward each."""
+    short = [scoring_pb2.Completion(ids=ids(4 + index % 90, 4 + index // 90 % 90)) for index in range(3000)]
+    large = request(scoring_pb2.RolloutGroup(prompt=scoring_pb2.Prompt(ids=ids(BOS)), completions=short), probes=["direction"])
+    with connected(server) as mine, connected(server) as neighbours:
+        big = mine.Score.future(large, timeout=TIMEOUT)
+        eventually(lambda: total(server, "probescore_queue_rollouts") > 0)
+        assert neighbours.Score(request(probes=["direction"]), timeout=TIMEOUT).groups
+        assert not big.done()
+        big.cancel()
+
+
 def test_calls_are_answered_while_the_largest_request_is_read(server: RunningServer) -> None:
     """On the loop, reading it would hold up every other call."""
     large = request(group([BOS], *[[10 + index % 60] * 60 for index in range(16_384)]), probes=["direction"])
