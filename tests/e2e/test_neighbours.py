@@ -112,9 +112,9 @@ def test_a_neighbour_is_answered_before_the_largest_request_of_short_completions
     short = [scoring_pb2.Completion(ids=ids(4 + index % 90, 4 + index // 90 % 90)) for index in range(3000)]
     large = request(scoring_pb2.RolloutGroup(prompt=scoring_pb2.Prompt(ids=ids(BOS)), completions=short), probes=["direction"])
     with connected(server) as mine, connected(server) as neighbours:
-        big = mine.Score.future(large, timeout=TIMEOUT)
+        big = mine.Score.future(large, timeout=3 * TIMEOUT)
         eventually(lambda: total(server, "probescore_queue_rollouts") > 0)
-        assert neighbours.Score(request(probes=["direction"]), timeout=TIMEOUT).groups
+        assert neighbours.Score(request(probes=["direction"]), timeout=3 * TIMEOUT).groups
         assert not big.done()
         big.cancel()
 
