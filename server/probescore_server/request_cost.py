@@ -60,11 +60,13 @@ class RequestCost:
         )
 
     def reread_tokens(self, completion: Continuation, prompt_tokens: int) -> int:
-        """Tokens that spans read beyond one reading of each token: what is scored once costs no more if it is cut into spans."""
-        read = sum(
-            sum(span.end - span.start for span in continuation.spans) + len(continuation.spans) * context * (self.context_scores > 0)
-            for continuation, context in _tree(completion, prompt_tokens)
-        )
+        """Tokens that spans read beyond one reading of each token: what is scored once costs no more if it is cut into spans. A span
+        without tokens costs time too, and counts for one.
+        """
+        read = 0
+        for continuation, context in _tree(completion, prompt_tokens):
+            read += sum(max(1, span.end - span.start) for span in continuation.spans)
+            read += len(continuation.spans) * context if self.context_scores else 0
         return max(0, read - completion.tree_tokens)
 
 

@@ -103,15 +103,15 @@ def test_what_spans_read(engine: Engine) -> None:
     spans = (Span("a", 0, 4), Span("b", 1, 4), Span("c", 2, 2))
     ids = [50, 51, 52, 53]
     once = Completion(ids, spans=spans)
-    assert spans_cost(engine, once, "linear") == (7, 3)
-    assert spans_cost(engine, once, "linear", "labels", reductions=2) == (7 * 2 * 4, 3)
-    assert spans_cost(engine, once, "pooled-mean", reductions=3) == (7 * HIDDEN_SIZE, 3)
-    assert spans_cost(engine, once, "pooled-sees") == ((7 + 3 * 3) * HIDDEN_SIZE, 3 + 3 * 3)
-    assert spans_cost(engine, once, "asks", "asks-pooled") == (0, 3)  # scores none of those tokens
+    assert spans_cost(engine, once, "linear") == (7, 4)  # the empty one counts for one
+    assert spans_cost(engine, once, "linear", "labels", reductions=2) == (7 * 2 * 4, 4)
+    assert spans_cost(engine, once, "pooled-mean", reductions=3) == (7 * HIDDEN_SIZE, 4)
+    assert spans_cost(engine, once, "pooled-sees") == ((7 + 3 * 3) * HIDDEN_SIZE, 4 + 3 * 3)
+    assert spans_cost(engine, once, "asks", "asks-pooled") == (0, 4)  # scores none of those tokens
     assert spans_cost(engine, Completion(ids, spans=spans[:1]), "linear") == (4, 0)  # read once, as without
     nested = Completion(ids, spans=spans, follow_ups=(Completion([9, 9], spans=(Span("d", 0, 2),)),))
-    assert spans_cost(engine, nested, "linear") == (9, 3)
-    assert spans_cost(engine, nested, "pooled-sees") == ((7 + 9 + 2 + 7) * HIDDEN_SIZE, 7 + 9 + 2 + 7 - 6)
+    assert spans_cost(engine, nested, "linear") == (9, 4)
+    assert spans_cost(engine, nested, "pooled-sees") == ((7 + 9 + 2 + 7) * HIDDEN_SIZE, 8 + 9 + 2 + 7 - 6)
 
 
 @pytest.mark.parametrize("path", ["plain", "with a follow-up"])

@@ -203,8 +203,13 @@ def _blocks(probes: Sequence[StackedProbe], rows: int) -> Iterator[list[StackedP
 def _reduced(
     tokens: NDArray[np.float32], selections: NDArray[np.bool_], reductions: Sequence[Reduction], check: Callable[[], None]
 ) -> NDArray[np.float32]:
-    """``(selections, reductions, labels)``, some columns at a time."""
-    step = max(1, MAX_REDUCED_SCORES // max(1, len(tokens)))
-    starts = range(0, tokens.shape[1], step)
-    pieces = [reduce_selections(tokens[:, first : first + step], selections, reductions, check) for first in starts]
-    return pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=2)
+    """``(selections, reductions, labels)``, some columns at a time: more of them the fewer tokens are selected."""
+    reduced = np.empty((len(selections), len(reductions), tokens.shape[1]), np.float32)
+    for row, selection in enumerate(selections):
+        selected = tokens if selection.all() else tokens[selection]
+        whole = np.ones((1, len(selected)), np.bool_)
+        step = max(1, MAX_REDUCED_SCORES // max(1, len(selected)))
+        for first in range(0, tokens.shape[1], step):
+            columns = slice(first, first + step)
+            reduced[row, :, columns] = reduce_selections(selected[:, columns], whole, reductions, check)[0]
+    return reduced
