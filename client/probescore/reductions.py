@@ -133,8 +133,7 @@ def reduce_scores(scores: NDArray[np.float32], reduction: Reduction) -> NDArray[
             reduced = _ema(x, parameter).max(axis=0)
         case ReductionKind.WINDOW_MAX_MEAN:
             w = min(int(parameter), count)
-            windows = np.lib.stride_tricks.sliding_window_view(x, w, axis=0)
-            reduced = windows.mean(axis=-1).max(axis=0)
+            reduced = _window_sums(x, w).max(axis=0) / w
         case ReductionKind.SOFTMAX_MEAN:
             # shifted before the division, so that a tiny temperature cannot overflow
             weights = np.exp((x - x.max(axis=0)) / parameter)
@@ -145,9 +144,34 @@ def reduce_scores(scores: NDArray[np.float32], reduction: Reduction) -> NDArray[
 
 
 def _ema(x: NDArray[np.float64], alpha: float) -> NDArray[np.float64]:
-    """Exponential moving average started at the first value; ``(T, L)`` in and out."""
-    average = np.empty_like(x)
-    average[0] = x[0]
-    for i in range(1, len(x)):
-        average[i] = alpha * x[i] + (1 - alpha) * average[i - 1]
-    return average
+    """Exponential moving average started at the first value; ``(T, L)`` in and out.
+
+    Some √T blocks go side by side, as if each began with 0, in as many steps of Python; then each gets what the one before it left.
+    """
+    count, labels = x.shape
+    length = math.isqrt(count - 1) + 1
+    average = np.zeros((-(-count // length), length, labels))
+    flat = average.reshape(-1, labels)
+    flat[:count] = alpha * x
+    flat[0] = x[0]
+    for step in range(1, length):
+        average[:, step] += (1 - alpha) * average[:, step - 1]
+    decay = (1 - alpha) ** np.arange(1, length + 1)[:, np.newaxis]
+    for block in range(1, len(average)):
+        average[block] += decay * average[block - 1, -1]
+    return flat[:count]
+
+
+def _window_sums(x: NDArray[np.float64], w: int) -> NDArray[np.float64]:
+    """Sums of ``w`` values in a row, ``(T, L)`` to ``(T - w + 1, L)``, at the same cost for every ``w``.
+
+    A window is the end of one block of ``w`` values and the beginning of the next: nothing is subtracted, so that nothing cancels.
+    """
+    count, labels = x.shape
+    blocks = np.zeros((-(-count // w), w, labels))
+    blocks.reshape(-1, labels)[:count] = x
+    beginnings = blocks.cumsum(axis=1).reshape(-1, labels)[w - 1 : count]
+    ends = blocks[:, ::-1].cumsum(axis=1)[:, ::-1].reshape(-1, labels)[: count - w + 1]
+    ends[::w] = 0  # a whole block, which its beginning is already
+    sums: NDArray[np.float64] = beginnings + ends
+    return sums

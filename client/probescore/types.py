@@ -356,13 +356,29 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a request may hold; above any of these it is refused, never cut short."""
+    """What a request may hold; above any of these it is refused, never cut short. The proto says what each counts.
+
+    0 = the server does not say: it is of an earlier version.
+    """
 
     max_message_bytes: int
     max_request_tokens: int
     max_rollout_tokens: int
     max_queue_tokens: int
     max_batch_tokens: int
+    max_request_rollouts: int = 0
+    max_follow_ups: int = 0
+    max_reductions: int = 0
+    max_spans: int = 0
+    max_span_scores: int = 0
+    max_request_values: int = 0
+    max_text_bytes_per_token: int = 0
+    max_chat_messages: int = 0
+    max_chat_seconds: float = 0.0
+    max_calls: int = 0
+    max_in_flight_bytes: int = 0
+    max_connections: int = 0
+    max_calls_per_connection: int = 0
 
 
 @dataclass(frozen=True)

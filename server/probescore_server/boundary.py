@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import nullcontext
 from typing import Any, NoReturn, TypeAlias
 
 import grpc
@@ -18,6 +19,7 @@ from google.protobuf.message import DecodeError
 from probescore_server.errors import CoreError, InternalFault, InvalidRequest
 from probescore_server.metrics import Metrics, RpcLabels
 from probescore_server.statuses import CODES, status_of
+from probescore_server.under_way import UnderWay
 
 logger = structlog.get_logger(__name__)
 
@@ -54,10 +56,16 @@ class Boundary(grpc.aio.ServerInterceptor):
         metrics: where RPCs are counted.
         services: full names of those whose methods are counted by name. An interceptor of the settings may answer a call of any other, a
             token that is wrong for example; its name is the client's invention, and it is counted as ``unknown``.
+        under_way: bounds the calls to the ``bounded`` services; ``None`` = they are not.
+        bounded: full names of those whose calls compute something. Health must answer also where there is no room for more of them.
     """
 
-    def __init__(self, metrics: Metrics, services: Iterable[str] = ()) -> None:
+    def __init__(
+        self, metrics: Metrics, services: Iterable[str] = (), under_way: UnderWay | None = None, bounded: Iterable[str] = ()
+    ) -> None:
         self._metrics = metrics
+        self._under_way = under_way
+        self._bounded = frozenset(bounded)
         self._paths = {f"/{name}/{method.name}" for name in services for method in Default().FindServiceByName(name).methods}
         self._guarded: dict[str, tuple[Handler, Handler]] = {}  # by path, a handler and what it was made into
 
@@ -86,7 +94,8 @@ class Boundary(grpc.aio.ServerInterceptor):
         """
         kind, behavior, make_handler = KINDS[bool(handler.request_streaming), bool(handler.response_streaming)]
         _, service, method = path.rsplit("/", 2)
-        guarded = _Guarded(handler, getattr(handler, behavior), self._metrics, (kind, service, method))
+        under_way = self._under_way if service in self._bounded else None
+        guarded = _Guarded(handler, getattr(handler, behavior), self._metrics, (kind, service, method), under_way)
         return make_handler(guarded.call, None, handler.response_serializer)
 
 
@@ -100,7 +109,10 @@ def _raising(error: Exception) -> Callable[[object, Context], Awaitable[object]]
 class _Guarded:
     """One method of a servicer, as gRPC may call it."""
 
-    def __init__(self, handler: Handler, behavior: Callable[..., Any], metrics: Metrics, labels: RpcLabels) -> None:
+    def __init__(
+        self, handler: Handler, behavior: Callable[..., Any], metrics: Metrics, labels: RpcLabels, under_way: UnderWay | None
+    ) -> None:
+        self._under_way = under_way
         self._handler = handler
         self._behavior = behavior
         self._metrics = metrics
@@ -113,7 +125,8 @@ class _Guarded:
         started = time.monotonic()
         code = grpc.StatusCode.OK
         try:
-            return await self._answer(raw, context)
+            with nullcontext() if self._under_way is None else self._under_way.call(len(raw) if isinstance(raw, bytes) else 0):
+                return await self._answer(raw, context)
         except asyncio.CancelledError:
             code = grpc.StatusCode.CANCELLED
             self._metrics.cancelled.inc()

@@ -13,6 +13,7 @@ from probescore_server.metrics import Metrics
 from probescore_server.scheduler import Scheduler
 from probescore_server.service import ScoringServicer
 from probescore_server.settings import ServerSettings
+from probescore_server.under_way import UnderWay
 from probescore_server.worker import WorkerSpec
 from probescore_server.worker_process import Pinned, WorkerProcess
 
@@ -31,6 +32,7 @@ class Core:
         metrics: of calls, workers and probes; not served by anyone yet.
         workers: in the order of the devices.
         scheduler: before them.
+        under_way: bounds its calls.
         servicer: ``probescore.v1.ScoringService``.
     """
 
@@ -58,6 +60,7 @@ class Core:
             self.metrics.watch_batch_budget(str(number), worker.spec.device, budget)
             self.metrics.watch_worker(str(number), worker.spec.device, functools.partial(getattr, worker, "occupancy"))
         self.metrics.watch_queue(lambda: self.scheduler.queued_tokens, lambda: self.scheduler.queued_rollouts)
+        self.under_way = UnderWay(settings.max_calls, settings.max_in_flight_bytes)
         self.servicer = ScoringServicer(settings, self.workers, self.scheduler, self.metrics)
 
     @property

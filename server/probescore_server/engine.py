@@ -48,7 +48,8 @@ from probescore_server.probes.loading import LoadedProbe, load_probes, needs_tri
 from probescore_server.probes.manifest import Manifest
 from probescore_server.probes.probe_file import ProbeFile
 from probescore_server.probes.runner import BatchScorer
-from probescore_server.requests import TokenScoresWanted, pending_texts, resolve_options, resolve_rollouts
+from probescore_server.probes.wanted import Wanted
+from probescore_server.requests import ChatLimits, TokenScoresWanted, pending_texts, resolve_options, resolve_rollouts
 from probescore_server.residence import Residence
 from probescore_server.rollouts import Continuation, EngineInfo, Occupancy, Rollout, RolloutResult
 
@@ -176,6 +177,9 @@ class Engine:
                 file.manifest.key: len(file.manifest.follow_up.token_ids) for file in files if file.manifest.follow_up is not None
             },
             excluding_special_tokens=frozenset(file.manifest.key for file in files if file.manifest.exclude_special_tokens),
+            pools_with_prompt=frozenset(
+                file.manifest.key for file in files if file.manifest.context.kind == "rollout" and file.manifest.context.sees_prompt
+            ),
         )
         cache = KeyValueCache(max_kv_cache_bytes)
         engine = cls(info, backbone, texts, loaded, cache, Residence.of(decoder, loaded.values(), cache))
@@ -248,13 +252,13 @@ class Engine:
             info=ScoringInfo(self.info.model.fingerprint, self.info.tokenizer_fingerprint, self.info.scored_probes(options), usage),
         )
 
-    def encode_prompt(self, prompt: Text | Chat | str, *, field: str = "prompt") -> NDArray[np.int32]:
-        """Ids ``(P,)`` of a prompt's text, or of a chat as the model's template renders it.
+    def encode_prompt(self, prompt: Text | Chat | str, *, field: str = "prompt", limits: ChatLimits | None = None) -> NDArray[np.int32]:
+        """Ids ``(P,)`` of a prompt's text, or of a chat as the model's template renders it, within ``limits``.
 
         Raises:
-            InvalidRequest: naming ``field``: no tokenizer or chat template, or BOS comes twice.
+            InvalidRequest: naming ``field``: no tokenizer or chat template, a chat beyond the limits, or BOS comes twice.
         """
-        return self._texts.encode_prompt(prompt, field)
+        return self._texts.encode_prompt(prompt, field, limits)
 
     def encode_completion(self, text: str, *, field: str = "completion") -> NDArray[np.int32]:
         """Ids ``(T,)`` of a completion's text, without special tokens.
@@ -313,26 +317,24 @@ class Engine:
         self, rollouts: Sequence[Rollout], probes: Mapping[str, LoadedProbe], is_cancelled: Callable[[int], bool]
     ) -> list[RolloutResult | None]:
         forest = Forest.build(rollouts, self._reads)
-        cancelled: set[int] = set()
+        wanted = Wanted(is_cancelled)
         tokens = sum(rollout.tokens for rollout in rollouts)
 
         def unwanted(segment: int) -> bool:
             ACTIVITY.begin("the model", tokens)
-            needed_by = forest.segments[segment].rollouts
-            cancelled.update(index for index in needed_by - cancelled if is_cancelled(index))
-            return needed_by <= cancelled
+            return not wanted.any(forest.segments[segment].rollouts)
 
         taps = {tap for key in _requested(rollouts) for tap in probes[key].manifest.taps}
         with self._running:
             if self._residence.asleep:
                 raise RuntimeError("the engine sleeps: call wake first")
             activations = self._backbone.forward(forest, sorted(taps, key=str), skip=unwanted, cache=self._cache)
-            live = [index for index in range(len(rollouts)) if index not in cancelled]
-            scorer = BatchScorer(self.info, probes, self._texts.special_ids, rollouts, forest, activations)
+            live = [index for index in range(len(rollouts)) if index not in wanted.cancelled]
+            scorer = BatchScorer(self.info, probes, self._texts.special_ids, rollouts, forest, activations, wanted)
             scores = scorer.score(live)
         return [
             RolloutResult(self._with_texts(scores[index], rollout), forest.usage(index), scorer.refused_by.get(index, ""))
-            if index in scores
+            if index in scores and wanted.any((index,))
             else None
             for index, rollout in enumerate(rollouts)
         ]

@@ -2,8 +2,10 @@
 
     CoreError
     ├── InvalidRequest        a request that no retry can save: names the field, the value and the limit
+    │   └── LimitExceeded     it asks for more than a limit that ``GetServerInfo`` tells
     ├── Mismatch              the client expects another model or tokenizer than the one that runs here
     ├── QueueFull             too many tokens wait already; try again later
+    ├── Busy                  too many calls, or too many bytes of them, are under way; try again later
     ├── WorkerUnavailable     no worker can take or finish this now; try again later
     │   └── WorkerLost        a worker was lost with this, and it may be why
     ├── LostTwice             a worker was lost with this twice, the second time with nothing else; it is not tried a third time
@@ -49,6 +51,28 @@ class InvalidRequest(CoreError):
         return f"{self.field}: {self.problem}"
 
 
+class LimitExceeded(InvalidRequest):
+    """A request that asks for more than a limit that ``GetServerInfo`` tells.
+
+    Args:
+        field: as of ``InvalidRequest``.
+        value: what was asked for, at least.
+        unit: what is counted: ``spans``.
+        limit: the limit's name, as in ``Limits`` and the settings.
+        maximum: its value.
+        remedy: what the caller can do.
+    """
+
+    reason = "LIMIT_EXCEEDED"
+
+    def __init__(self, field: str, value: int, unit: str, limit: str, maximum: int, remedy: str, reason: str = reason) -> None:
+        super().__init__(field, f"{value} {unit}; the limit {limit} is {maximum}: {remedy}", reason)
+        self.args = (field, value, unit, limit, maximum, remedy, reason)  # what a pickle makes it of
+        self.value = value
+        self.limit = limit
+        self.maximum = maximum
+
+
 class Mismatch(CoreError):
     """The client expects another model or tokenizer than the one that runs here."""
 
@@ -77,6 +101,31 @@ class QueueFull(CoreError):
 
     def __str__(self) -> str:
         return f"{self.queued_tokens} tokens are waiting; the limit is {self.max_queue_tokens}"
+
+
+class Busy(CoreError):
+    """Too much is under way in the server; a later try may succeed.
+
+    Args:
+        value: what there would be with this call.
+        unit: what is counted: ``calls``.
+        limit: the limit's name, as in ``Limits`` and the settings.
+        maximum: its value.
+        retry_seconds: when to come back.
+    """
+
+    reason = "BUSY"
+
+    def __init__(self, value: int, unit: str, limit: str, maximum: int, retry_seconds: float) -> None:
+        super().__init__(value, unit, limit, maximum, retry_seconds)
+        self.value = value
+        self.unit = unit
+        self.limit = limit
+        self.maximum = maximum
+        self.retry_seconds = retry_seconds
+
+    def __str__(self) -> str:
+        return f"{self.value} {self.unit} would be under way; the limit {self.limit} is {self.maximum}"
 
 
 class WorkerUnavailable(CoreError):

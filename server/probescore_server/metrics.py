@@ -16,7 +16,16 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from probescore.types import Usage
-from probescore_server.errors import DeadlineExpired, InternalFault, LostTwice, OutOfMemory, QueueFull, StartupError, WorkerUnavailable
+from probescore_server.errors import (
+    Busy,
+    DeadlineExpired,
+    InternalFault,
+    LostTwice,
+    OutOfMemory,
+    QueueFull,
+    StartupError,
+    WorkerUnavailable,
+)
 from probescore_server.probe_metrics import ProbeMetrics
 from probescore_server.progress import REASONS_LOST
 from probescore_server.rollouts import Occupancy
@@ -60,7 +69,7 @@ class Metrics:
         self._tokens = Counter("probescore_tokens_total", "Tokens scored, by where they came from.", ("source",), registry=registry)
         self._stages = Histogram("probescore_stage_seconds", "Seconds of a call, by stage.", ("stage",), buckets=SECONDS, registry=registry)
         self.refused = Counter("probescore_refused_total", "Calls that ended in an error, by its reason.", ("reason",), registry=registry)
-        for kind in (QueueFull, OutOfMemory, WorkerUnavailable, LostTwice, DeadlineExpired, InternalFault):
+        for kind in (QueueFull, Busy, OutOfMemory, WorkerUnavailable, LostTwice, DeadlineExpired, InternalFault):
             self.refused.labels(kind.reason)  # a rate is known from the first time on only if there was a 0 before
         self.cancelled = Counter("probescore_cancelled_total", "Calls that their client gave up.", registry=registry)
         self.ready = Gauge("probescore_ready", "Whether some worker can score.", registry=registry)

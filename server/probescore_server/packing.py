@@ -31,7 +31,8 @@ def pack_rollouts(rollouts: Sequence[Rollout]) -> Packed:
             prompts[prompt] = len(prompts), _bytes_of(rollout.prompt_ids, np.int32)
         if asked not in options:
             options[asked] = len(options), _pack_options(rollout.options)
-        packed.append((prompts[prompt][0], _pack_continuation(rollout.completion), options[asked][0], rollout.appended_tokens))
+        cost = rollout.appended_tokens, rollout.reread_tokens
+        packed.append((prompts[prompt][0], _pack_continuation(rollout.completion), options[asked][0], cost))
     return [ids for _, ids in prompts.values()], [each for _, each in options.values()], packed
 
 
@@ -41,8 +42,8 @@ def unpack_rollouts(packed: Packed) -> list[Rollout]:
     prompts = [np.frombuffer(ids, np.int32) for ids in packed_prompts]
     options = [_unpack_options(each) for each in packed_options]
     return [
-        Rollout(prompts[prompt], _unpack_continuation(completion), options[asked], appended_tokens)
-        for prompt, completion, asked, appended_tokens in packed_rollouts
+        Rollout(prompts[prompt], _unpack_continuation(completion), options[asked], *cost)
+        for prompt, completion, asked, cost in packed_rollouts
     ]
 
 

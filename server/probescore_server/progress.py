@@ -140,12 +140,15 @@ class Watch:
         # From here on only time counts of which it is known that it was there: one that is silent is no more than that.
         if self._starting and self._heard - self._began > self._patience.start_seconds:
             return Loss("start", f"it was not ready within {self._patience.start_seconds:g} s (worker_start_seconds)")
-        for waiting in self._lines.values():
+        for line, waiting in self._lines.items():
             number = next(iter(waiting.seconds), 0)
-            if number and self._heard - waiting.since > (seconds := self._seconds_of(number, waiting)):
+            if number and self._heard - waiting.since > (seconds := self._seconds_of(line, number)):
                 return Loss("overdue", f"it did not get on for {seconds:g} s", number)
         return None
 
-    def _seconds_of(self, number: int, waiting: _Waiting) -> float:
-        """What the first in a line may take: all of it, or, once it is known, its step."""
-        return self._patience.for_tokens(self.step.tokens) if self.step.order == number else waiting.seconds[number]
+    def _seconds_of(self, line: Line, number: int) -> float:
+        """What it may take until the next answer, or step, of a line whose first has this number."""
+        seconds = self._lines[line].seconds
+        if line is Line.TEXTS:
+            return sum(seconds.values())  # they take turns: any may be answered next, when most of all is done
+        return self._patience.for_tokens(self.step.tokens) if self.step.order == number else seconds[number]

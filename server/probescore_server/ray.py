@@ -34,7 +34,7 @@ from probescore.v1 import scoring_pb2
 from probescore_server.boundary import Boundary, Handler
 from probescore_server.core import Core
 from probescore_server.errors import StartupError, WorkerUnavailable
-from probescore_server.health import SERVICES
+from probescore_server.health import SCORING_SERVICE, SERVICES
 from probescore_server.logs import configure_logs
 from probescore_server.server import find_devices
 from probescore_server.settings import ServerSettings, join_host_port, load_settings
@@ -317,7 +317,7 @@ def _guarded_methods(core: Core) -> dict[str, Callable[[bytes, _Call], Awaitable
         status = health_pb2.HealthCheckResponse
         return status(status=status.SERVING if core.serving else status.NOT_SERVING)
 
-    boundary = Boundary(core.metrics)
+    boundary = Boundary(core.metrics, (), core.under_way, [SCORING_SERVICE])
     methods = {}
     for method in _METHODS:
         behavior = check if method.name == "Check" else getattr(core.servicer, method.name)

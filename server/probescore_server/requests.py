@@ -16,7 +16,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from probescore.reductions import Reduction
 from probescore.types import Chat, Completion, OutputPer, ProbeInfo, RolloutGroup, Scope, Span, Text, TokenIds
-from probescore_server.errors import InvalidRequest
+from probescore_server.errors import InvalidRequest, LimitExceeded
+from probescore_server.request_cost import RequestCost
 from probescore_server.rollouts import Continuation, EngineInfo, Rollout, ScoreOptions
 
 MAX_FOLLOW_UP_DEPTH = 8
@@ -134,6 +135,24 @@ class PendingText:
     field: str
     content: str | Text | Chat
 
+    @property
+    def bytes(self) -> int:
+        """Its UTF-8 bytes; of a chat, those of all roles and contents."""
+        match self.content:
+            case str():
+                return utf8_bytes(self.content)
+            case Text():
+                return utf8_bytes(self.content.text)
+            case Chat():
+                return sum(utf8_bytes(message.role) + utf8_bytes(message.content) for message in self.content.messages)
+
+
+def utf8_bytes(text: str) -> int:
+    """How many bytes it takes. What is no text, or half a surrogate pair, is for the tokenizer to refuse."""
+    if not isinstance(text, str):
+        return 0
+    return len(text) if text.isascii() else len(text.encode(errors="surrogatepass"))
+
 
 def pending_texts(groups: Sequence[RolloutGroup]) -> list[PendingText]:
     """Everything in a request that came as text or chat, in the request's order; empty for a request of ids."""
@@ -147,6 +166,45 @@ def pending_texts(groups: Sequence[RolloutGroup]) -> list[PendingText]:
         for j, completion in enumerate(group.completions):
             texts.extend(_continuation_texts(_as_completion(completion), f"groups[{i}].completions[{j}]"))
     return texts
+
+
+@dataclass(frozen=True)
+class ChatLimits:
+    """What rendering a chat may take: how long its text may become, in UTF-8 bytes, and how many seconds."""
+
+    max_bytes: int
+    max_seconds: float
+
+
+def check_texts(
+    texts: Sequence[PendingText], *, max_rollout_tokens: int, max_request_tokens: int, max_text_bytes_per_token: int, max_chat_messages: int
+) -> None:
+    """Refuses texts that are too long to be tokenised for what they could become.
+
+    Raises:
+        LimitExceeded: naming the text, ``groups`` for all together, or ``groups[i].prompt.chat.messages``.
+    """
+    total = 0
+    for text in texts:
+        if isinstance(text.content, Chat) and (count := len(text.content.messages)) > max_chat_messages:
+            field = f"{text.field}.chat.messages"
+            raise LimitExceeded(field, count, "messages", "max_chat_messages", max_chat_messages, "send the prompt as token ids or text")
+        total += (size := text.bytes)
+        check_text_bytes(size, text.field, max_text_bytes_per_token * max_rollout_tokens)
+    if total > (most := max_text_bytes_per_token * max_request_tokens):
+        limit = "max_text_bytes_per_token × max_request_tokens"
+        raise LimitExceeded("groups", total, "bytes of text", limit, most, "send it in several requests, or as token ids", "TOO_LONG")
+
+
+def check_text_bytes(size: int, field: str, most: int) -> None:
+    """Refuses a text, as it came or as a template rendered it, that is too long to be tokenised.
+
+    Raises:
+        LimitExceeded: naming ``field``.
+    """
+    if size > most:
+        limit = "max_text_bytes_per_token × max_rollout_tokens"
+        raise LimitExceeded(field, size, "bytes of text", limit, most, "send a shorter text, or token ids", "TOO_LONG")
 
 
 def _continuation_texts(completion: Completion, path: str) -> Iterator[PendingText]:
@@ -171,6 +229,8 @@ def resolve_rollouts(
     encoded: Mapping[str, NDArray[np.int32]] | None = None,
     max_rollout_tokens: int | None = None,
     max_request_tokens: int | None = None,
+    max_span_scores: int | None = None,
+    max_request_values: int | None = None,
 ) -> list[list[Rollout]]:
     """Checks a request's rollouts against what is loaded and the limits.
 
@@ -181,7 +241,9 @@ def resolve_rollouts(
         encoded: the ids ``(T,)`` of each of ``pending_texts(groups)``, by its ``field``.
         max_rollout_tokens: of prompt + completion + longest chain of follow-ups, the probes' own included; ``None`` = no limit. The
             positions that the model was made for are a limit in any case.
-        max_request_tokens: of all groups together, a prompt counted once per group.
+        max_request_tokens: of all groups together, a prompt counted once per group, and what spans read beyond one reading of each token.
+        max_span_scores: scores that the spans of one completion and its follow-ups read.
+        max_request_values: numbers in the answer.
 
     Returns:
         Per group, per completion.
@@ -198,12 +260,22 @@ def resolve_rollouts(
     }
     longest = min(((limit, name) for name, limit in limits.items() if limit), default=None)
     appended = [info.max_follow_up_tokens.get(key, 0) for key in options.probes]
-    request = _Request(info, options, encoded or {}, longest, max(appended, default=0), sum(appended))
+    cost = RequestCost.of(info, options)
+    request = _Request(info, options, encoded or {}, longest, max(appended, default=0), sum(appended), cost, max_span_scores)
     rollouts = [request.resolve_group(group, f"groups[{index}]") for index, group in enumerate(groups)]
     if max_request_tokens is not None:
-        total = sum(len(group[0].prompt_ids) + sum(rollout.completion.tree_tokens for rollout in group) for group in rollouts)
+        total = sum(
+            len(group[0].prompt_ids) + sum(rollout.completion.tree_tokens + rollout.reread_tokens for rollout in group)
+            for group in rollouts
+        )
         if total > max_request_tokens:
-            raise InvalidRequest("groups", f"{total} tokens; the limit max_request_tokens is {max_request_tokens}", "TOO_LONG")
+            remedy = "send it in several requests, or with fewer or shorter spans"
+            raise LimitExceeded("groups", total, "tokens", "max_request_tokens", max_request_tokens, remedy, "TOO_LONG")
+    if max_request_values is not None:
+        values = sum(cost.values(rollout) for group in rollouts for rollout in group)
+        if values > max_request_values:
+            remedy = "send it in several requests, or ask for fewer probes, reductions, spans or scores per token"
+            raise LimitExceeded("groups", values, "numbers in its answer", "max_request_values", max_request_values, remedy)
     return rollouts
 
 
@@ -215,6 +287,8 @@ class _Request:
         longest: the limit on a rollout's tokens, and its name.
         longest_appended: tokens of the longest follow-up that a requested probe appends by itself.
         all_appended: tokens of all those follow-ups.
+        cost: of the options.
+        max_span_scores: scores that the spans of one completion and its follow-ups may read.
     """
 
     info: EngineInfo
@@ -223,6 +297,8 @@ class _Request:
     longest: tuple[int, str] | None
     longest_appended: int
     all_appended: int
+    cost: RequestCost
+    max_span_scores: int | None
 
     def resolve_group(self, group: RolloutGroup, path: str) -> list[Rollout]:
         inexact = isinstance(group.prompt, (str, Text, Chat))
@@ -238,7 +314,9 @@ class _Request:
             completion = self._resolve_continuation(_as_completion(asked), place, depth=0, inexact=inexact)
             self._check_length(len(prompt_ids) + completion.chain_tokens + self.longest_appended, place)
             self._check_bos(prompt_ids, completion, f"{path}.prompt")
-            rollouts.append(Rollout(prompt_ids, completion, self.options, self.all_appended))
+            reread = self.cost.reread_tokens(completion, len(prompt_ids))
+            rollouts.append(Rollout(prompt_ids, completion, self.options, self.all_appended, reread))
+            self._check_spans(rollouts[-1], place)
         return rollouts
 
     def _resolve_continuation(self, asked: Completion, path: str, *, depth: int, inexact: bool) -> Continuation:
@@ -289,7 +367,14 @@ class _Request:
     def _check_length(self, tokens: int, path: str) -> None:
         if self.longest is not None and tokens > self.longest[0]:
             limit, name = self.longest
-            raise InvalidRequest(path, f"{tokens} tokens with its prompt and follow-ups; the limit {name} is {limit}", "TOO_LONG")
+            remedy = "send a shorter one, since nothing is cut"
+            raise LimitExceeded(path, tokens, "tokens with its prompt and follow-ups", name, limit, remedy, "TOO_LONG")
+
+    def _check_spans(self, rollout: Rollout, path: str) -> None:
+        limit = self.max_span_scores
+        if limit is not None and (read := self.cost.scores_of_spans(rollout)) > limit:
+            remedy = "send fewer or shorter spans, or ask for fewer probes or reductions"
+            raise LimitExceeded(f"{path}.spans", read, "scores are read for its spans", "max_span_scores", limit, remedy)
 
     def _check_bos(self, prompt_ids: NDArray[np.int32], completion: Continuation, path: str) -> None:
         bos = self.info.bos_token_id

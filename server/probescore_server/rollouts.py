@@ -46,6 +46,11 @@ class Continuation:
         return 1 + sum(follow_up.tree_size for follow_up in self.follow_ups)
 
     @property
+    def tree_spans(self) -> int:
+        """Spans of this continuation and of all that follow it."""
+        return len(self.spans) + sum(follow_up.tree_spans for follow_up in self.follow_ups)
+
+    @property
     def chain_tokens(self) -> int:
         """Tokens of this continuation and of its longest chain of follow-ups."""
         return len(self.token_ids) + max((follow_up.chain_tokens for follow_up in self.follow_ups), default=0)
@@ -82,17 +87,22 @@ class Rollout:
     Attributes:
         prompt_ids: ``(P,)`` int32; rollouts of one group hold the same array.
         appended_tokens: at most so many do the requested probes append by themselves, to the completion and to each of its follow-ups.
+        reread_tokens: so many do its spans read beyond one reading of each token.
     """
 
     prompt_ids: NDArray[np.int32]
     completion: Continuation
     options: ScoreOptions
     appended_tokens: int = 0
+    reread_tokens: int = 0
 
     @property
     def tokens(self) -> int:
-        """Tokens of the prompt, the completion, all its follow-ups and what is appended to them: the most that it can cost."""
-        return len(self.prompt_ids) + self.completion.tree_tokens + self.appended_tokens * self.completion.tree_size
+        """Tokens of the prompt, the completion, all its follow-ups, what is appended to them and what spans read again: the most that it
+        can cost.
+        """
+        appended = self.appended_tokens * self.completion.tree_size
+        return len(self.prompt_ids) + self.completion.tree_tokens + appended + self.reread_tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,6 +160,7 @@ class EngineInfo:
         max_follow_up_tokens: by ``name@version``: length of the follow-up that the probe itself appends.
         excluding_special_tokens: the probes, ``name@version``, for which the tokenizer's special tokens do not count.
         content: digest of the weights that are loaded and of what the model's other files hold.
+        pools_with_prompt: those probes, ``name@version``, that pool by themselves and see the prompt.
         device, dtype, execution_path: as in ``WorkerInfo``.
     """
 
@@ -165,6 +176,7 @@ class EngineInfo:
     max_follow_up_tokens: dict[str, int] = field(default_factory=dict)
     excluding_special_tokens: frozenset[str] = frozenset()
     content: str = ""
+    pools_with_prompt: frozenset[str] = frozenset()
 
     def scored_probes(self, options: ScoreOptions) -> tuple[ScoredProbe, ...]:
         """How the probes of a request are named in its answer, in the request's order."""

@@ -117,6 +117,8 @@ class Server:
             ("grpc.so_reuseport", 0),  # or a second server would share the port unnoticed
             ("grpc.max_receive_message_length", settings.max_message_bytes),
             ("grpc.max_send_message_length", -1),
+            ("grpc.max_concurrent_streams", settings.max_calls_per_connection),
+            ("grpc.max_allowed_incoming_connections", settings.max_connections),
             ("grpc.keepalive_time_ms", keepalive),
             ("grpc.keepalive_timeout_ms", keepalive),
             ("grpc.http2.ping_timeout_ms", keepalive),  # or its own minute counts, however short the keepalive timeout
@@ -127,7 +129,7 @@ class Server:
             options.append(("grpc.max_connection_age_ms", int(1000 * settings.max_connection_age_seconds)))
             options.append(("grpc.max_connection_age_grace_ms", int(1000 * settings.drain_seconds)))
         services = [SCORING_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME] + [ADMIN_SERVICE] * settings.admin
-        boundary = Boundary(self._core.metrics, services)
+        boundary = Boundary(self._core.metrics, services, self._core.under_way, [SCORING_SERVICE])
         server = grpc.aio.server(interceptors=[boundary, *map(_import_interceptor, settings.interceptors)], options=options)
         scoring_pb2_grpc.add_ScoringServiceServicer_to_server(self._core.servicer, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)

@@ -6,8 +6,8 @@ import asyncio
 import functools
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from dataclasses import dataclass, fields
 from importlib.metadata import version
 from typing import Any, Literal, TypeAlias, TypeVar
 
@@ -43,7 +43,8 @@ from probescore.v1 import probes_pb2, scoring_pb2, scoring_pb2_grpc
 from probescore_server.calls import Call, Delivery, FinishedRollout
 from probescore_server.errors import InvalidRequest, Mismatch, WorkerUnavailable
 from probescore_server.metrics import Metrics
-from probescore_server.requests import pending_texts, resolve_options, resolve_rollouts
+from probescore_server.request_counts import check_counts
+from probescore_server.requests import PendingText, check_texts, pending_texts, resolve_options, resolve_rollouts
 from probescore_server.rollouts import EngineInfo, Rollout, ScoreOptions
 from probescore_server.scheduler import Scheduler
 from probescore_server.settings import ServerSettings
@@ -60,6 +61,8 @@ MAX_STREAMED_BYTES = 1 << 20
 # What takes about a millisecond. Switching threads costs a small call more than the work itself.
 MAX_BYTES_CHECKED_ON_LOOP = 4096
 MAX_SCORES_ON_LOOP = 64
+MAX_BYTES_WRITTEN_ON_LOOP = 65_536
+MAX_ROLLOUTS_COUNTED_AT_ONCE = 64
 
 # Half a megabyte each with a thousand probes.
 MAX_KNOWN_OPTIONS = 16
@@ -110,7 +113,8 @@ class ScoringServicer(scoring_pb2_grpc.ScoringServiceServicer):
         total = Usage()
         with self._submit(asked, context) as call:
             async for delivery in call:
-                for finished in _pieces(self._counted(call, delivery, asked)):
+                self._counted(call, delivery, asked)
+                for finished in await _unhurried(_pieces, delivery, small=_is_small(delivery.finished, asked)):
                     usage = _usage(call, finished, delivery.compute_seconds)
                     answer = [(one.group, one.completion, one.result.scores) for one in finished]
                     scoring_info = _scoring_info(info, asked, usage)
@@ -129,13 +133,7 @@ class ScoringServicer(scoring_pb2_grpc.ScoringServiceServicer):
                 server_version=version("probescore"),
                 model=info.model,
                 tokenizer_fingerprint=info.tokenizer_fingerprint,
-                limits=Limits(
-                    max_message_bytes=settings.max_message_bytes,
-                    max_request_tokens=settings.max_request_tokens,
-                    max_rollout_tokens=settings.max_rollout_tokens,
-                    max_queue_tokens=settings.max_queue_tokens,
-                    max_batch_tokens=settings.max_batch_tokens,
-                ),
+                limits=Limits(**{limit.name: getattr(settings, limit.name) for limit in fields(Limits)}),
                 workers=tuple(
                     WorkerInfo(worker.spec.device, engine.dtype, engine.execution_path, worker.ready, worker.restarts, worker.asleep)
                     for worker, engine in zip(self._workers, loaded, strict=True)
@@ -162,14 +160,13 @@ class ScoringServicer(scoring_pb2_grpc.ScoringServiceServicer):
         """Checks a request, tokenising what came as text."""
         started = time.monotonic()
         small = request.ByteSize() <= MAX_BYTES_CHECKED_ON_LOOP
-        asked, groups = await _unhurried(_read_request, request, small=small)
+        asked, groups, texts = await _unhurried(_read_request, request, self._settings, len(info.probes), small=small)
         _check_fingerprints(asked, info)
         # reductions are the client's to choose, as many as it likes: what is remembered must not grow with them
         resolve = _resolve_options if len(asked.reductions) <= MAX_KNOWN_REDUCTIONS else _resolve_options.__wrapped__
         options, probes = resolve(
             info, asked.probes, asked.reductions, asked.token_scores, asked.scope, asked.return_token_ids, asked.return_token_texts
         )
-        texts = pending_texts(groups)
         encoded = await self._tokenizing_worker().encode(texts) if texts else {}
         rollouts = await _unhurried(
             resolve_rollouts,
@@ -179,6 +176,8 @@ class ScoringServicer(scoring_pb2_grpc.ScoringServiceServicer):
             encoded=encoded,
             max_rollout_tokens=self._settings.max_rollout_tokens,
             max_request_tokens=self._settings.max_request_tokens,
+            max_span_scores=self._settings.max_span_scores,
+            max_request_values=self._settings.max_request_values,
             small=small,
         )
         return _Asked(rollouts, options, probes, asked, time.monotonic() - started)
@@ -197,7 +196,14 @@ class ScoringServicer(scoring_pb2_grpc.ScoringServiceServicer):
 
     def _count_delivery(self, call: Call, delivery: Delivery, asked: _Asked) -> None:
         self._metrics.count_usage(_usage(call, delivery.finished, delivery.compute_seconds))
-        self._metrics.probes.count_results(asked.probes, asked.options.scope, [one.result for one in delivery.finished])
+        self._count_results(delivery.finished, asked)
+
+    def _count_results(self, finished: Sequence[FinishedRollout], asked: _Asked) -> None:
+        """Some at a time: others have their turn in between."""
+        now, later = finished[:MAX_ROLLOUTS_COUNTED_AT_ONCE], finished[MAX_ROLLOUTS_COUNTED_AT_ONCE:]
+        self._metrics.probes.count_results(asked.probes, asked.options.scope, [one.result for one in now])
+        if later:
+            _after_the_answer(self._count_results, later, asked)
 
     def _count_call(self, asked: _Asked, usage: Usage, job: str) -> None:
         self._metrics.count_stage("check", asked.seconds)
@@ -228,7 +234,10 @@ def _job(context: Context) -> str:
     return context.peer()
 
 
-def _read_request(request: scoring_pb2.ScoreRequest) -> tuple[RequestOptions, list[RolloutGroup]]:
+def _read_request(
+    request: scoring_pb2.ScoreRequest, limits: ServerSettings, loaded_probes: int
+) -> tuple[RequestOptions, list[RolloutGroup], list[PendingText]]:
+    check_counts(request, limits, loaded_probes)
     try:
         asked = options_from_request(request)
         groups = groups_from_request(request)
@@ -238,7 +247,15 @@ def _read_request(request: scoring_pb2.ScoreRequest) -> tuple[RequestOptions, li
         raise InvalidRequest("priority", f"{asked.priority} is not between -{MAX_ABSOLUTE_PRIORITY} and {MAX_ABSOLUTE_PRIORITY}")
     if (size := len(asked.run_id.encode())) > MAX_RUN_ID_BYTES:
         raise InvalidRequest("run_id", f"has {size} bytes; the limit is {MAX_RUN_ID_BYTES}")
-    return asked, groups
+    texts = pending_texts(groups)
+    check_texts(
+        texts,
+        max_rollout_tokens=limits.max_rollout_tokens,
+        max_request_tokens=limits.max_request_tokens,
+        max_text_bytes_per_token=limits.max_text_bytes_per_token,
+        max_chat_messages=limits.max_chat_messages,
+    )
+    return asked, groups, texts
 
 
 @functools.lru_cache(MAX_KNOWN_OPTIONS)
@@ -278,7 +295,9 @@ def _check_fingerprints(asked: RequestOptions, info: EngineInfo) -> None:
 
 
 def _is_small(finished: Sequence[FinishedRollout], asked: _Asked) -> bool:
-    return len(finished) * len(asked.options.probes) <= MAX_SCORES_ON_LOOP
+    if len(finished) * len(asked.options.probes) > MAX_SCORES_ON_LOOP:
+        return False
+    return sum(_bytes_of(one.result.scores) for one in finished) <= MAX_BYTES_WRITTEN_ON_LOOP
 
 
 def _log_scored(asked: _Asked, usage: Usage, job: str) -> None:
@@ -317,19 +336,19 @@ def _whole_answer(finished: Iterable[FinishedRollout], info: ScoringInfo) -> sco
     return result_to_proto(ScoreResult(tuple(GroupScores(tuple(scores)) for scores in groups.values()), info))
 
 
-def _pieces(delivery: Delivery) -> Iterator[list[FinishedRollout]]:
+def _pieces(delivery: Delivery) -> list[list[FinishedRollout]]:
     """Splits a delivery into messages of at most `MAX_STREAMED_BYTES`; a single completion is never split."""
+    pieces: list[list[FinishedRollout]] = []
     piece: list[FinishedRollout] = []
     size = 0
     for one in delivery.finished:
         bytes_of_one = _bytes_of(one.result.scores)
         if piece and size + bytes_of_one > MAX_STREAMED_BYTES:
-            yield piece
+            pieces.append(piece)
             piece, size = [], 0
         piece.append(one)
         size += bytes_of_one
-    if piece:
-        yield piece
+    return [*pieces, piece] if piece else pieces
 
 
 def _bytes_of(scores: CompletionScores) -> int:

@@ -141,13 +141,92 @@ class ServerSettings(BaseSettings):
         1_048_576,
         ge=1,
         le=268_435_456,
-        description="Tokens of one request, a prompt counted once per group. At least max_rollout_tokens.",
+        description="Tokens of one request, a prompt once per group, and what spans read a second time. At least max_rollout_tokens.",
     )
     max_queue_tokens: int = Field(
         4_194_304,
         ge=1,
         le=4_294_967_296,
         description="Tokens that may wait; calls over it are refused at once and told when to retry. At least max_request_tokens.",
+    )
+
+    max_request_rollouts: int = Field(
+        16_384,
+        ge=1,
+        le=1_048_576,
+        description="Completions of one request and all their follow-ups, counted together.",
+    )
+    max_follow_ups: int = Field(
+        64,
+        ge=0,
+        le=65_536,
+        description="Follow-ups of one completion, those that follow them included.",
+    )
+    max_reductions: int = Field(
+        32,
+        ge=1,
+        le=1024,
+        description="Reductions of one request.",
+    )
+    max_spans: int = Field(
+        1024,
+        ge=0,
+        le=1_048_576,
+        description="Spans of one completion, or of one follow-up.",
+    )
+    max_span_scores: int = Field(
+        268_435_456,
+        ge=1,
+        le=1_099_511_627_776,
+        description="Scores that the spans of a completion and its follow-ups read: tokens × labels × reductions, over all probes.",
+    )
+    max_request_values: int = Field(
+        67_108_864,
+        ge=1,
+        le=536_870_912,
+        description="Numbers in the answer to one request, each of 4 bytes: reduced scores, and scores per token where asked for.",
+    )
+    max_text_bytes_per_token: int = Field(
+        16,
+        ge=1,
+        le=1024,
+        description="Bytes of a text or rendered chat per token of max_rollout_tokens; of all in a request, of max_request_tokens.",
+    )
+    max_chat_messages: int = Field(
+        1024,
+        ge=1,
+        le=1_048_576,
+        description="Messages of one chat.",
+    )
+    max_chat_seconds: float = Field(
+        2.0,
+        ge=0.001,
+        le=3600,
+        description="Seconds for which the model's chat template may render one chat.",
+    )
+    max_calls: int = Field(
+        8192,
+        ge=1,
+        le=1_048_576,
+        description="Calls under way; further ones are refused at once and told when to retry.",
+    )
+    max_in_flight_bytes: int = Field(
+        1_073_741_824,
+        ge=1024,
+        le=1_099_511_627_776,
+        description="Bytes of the requests under way, decompressed, likewise; a single larger request is taken while there is no other.",
+    )
+    max_connections: int = Field(
+        4096,
+        ge=1,
+        le=1_048_576,
+        description="Connections; further ones are closed.",
+    )
+    max_calls_per_connection: int = Field(
+        1024,
+        ge=1,
+        le=1_048_576,
+        description="Calls under way on one connection; a client's further ones wait in the client.",
     )
 
     # --------------------------------------------------------------------------------------------------------------- operation

@@ -12,10 +12,12 @@ from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 
 from probescore_server.errors import (
+    Busy,
     CoreError,
     DeadlineExpired,
     InternalFault,
     InvalidRequest,
+    LimitExceeded,
     LostTwice,
     Mismatch,
     OutOfMemory,
@@ -30,8 +32,10 @@ MAX_TEXT_BYTES = 1000
 
 CODES: dict[type[CoreError], grpc.StatusCode] = {
     InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
+    LimitExceeded: grpc.StatusCode.INVALID_ARGUMENT,
     Mismatch: grpc.StatusCode.FAILED_PRECONDITION,
     QueueFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    Busy: grpc.StatusCode.RESOURCE_EXHAUSTED,
     WorkerUnavailable: grpc.StatusCode.UNAVAILABLE,
     WorkerLost: grpc.StatusCode.UNAVAILABLE,
     LostTwice: grpc.StatusCode.INTERNAL,
@@ -57,6 +61,8 @@ def status_of(error: CoreError) -> RpcStatus:
     info = ErrorInfo(reason=error.reason, domain=DOMAIN)
     details: list[Message] = [info]
     metadata: list[tuple[str, str | bytes]] = []
+    if isinstance(error, LimitExceeded | Busy):
+        info.metadata.update(limit=error.limit, value=str(error.value), maximum=str(error.maximum))
     match error:
         case InvalidRequest():
             violation = BadRequest.FieldViolation(field=error.field, description=_shorten(error.problem))
@@ -69,7 +75,7 @@ def status_of(error: CoreError) -> RpcStatus:
             info.metadata.update(field=error.field, doing=error.doing)
         case InternalFault():
             info.metadata.update(incident=error.incident)
-        case QueueFull() | WorkerUnavailable():
+        case QueueFull() | Busy() | WorkerUnavailable():
             milliseconds = round(1000 * error.retry_seconds)
             details.append(RetryInfo(retry_delay=Duration(seconds=milliseconds // 1000, nanos=milliseconds % 1000 * 1_000_000)))
             metadata.append(("grpc-retry-pushback-ms", str(milliseconds)))

@@ -6,6 +6,7 @@
 * Within a job: higher priority first, then first come, first served.
 * Rollouts of one prompt stay together: a group is split only if it is larger than a whole batch, and joins another's turn only as a whole.
   A job whose group does not fit keeps its place: it goes first in the next batch, where all the room is its own.
+* A batch that has `MAX_CONTINUATIONS` takes no more, however short they are: each takes some time of its own.
 * Identical rollouts are taken together, for the tokens of one, and cost nobody a turn.
 * A reader who is a batch behind gets no more than what is on its way until it has caught up.
 """
@@ -18,6 +19,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from probescore_server.calls import Call, Group, Item
+
+MAX_CONTINUATIONS = 1024
+"""Completions and follow-ups, with which a batch takes no further rollout."""
 
 Identical = list[Item]
 """Rollouts of one content, to be computed once; never empty."""
@@ -39,10 +43,15 @@ class _Prompt:
 
 @dataclass(eq=False, slots=True)
 class _Room:
-    """A batch that is being made, and how many tokens still fit in."""
+    """A batch that is being made, how many tokens still fit in, and how many completions and follow-ups it has."""
 
     left: int
     taken: list[Identical] = field(default_factory=list)
+    continuations: int = 0
+
+    def fits(self, tokens: int) -> bool:
+        """Whether there is room for so many tokens; for the first there always is."""
+        return not self.taken or (tokens <= self.left and self.continuations < MAX_CONTINUATIONS)
 
 
 class WaitingQueue:
@@ -165,14 +174,14 @@ class WaitingQueue:
     def _take_turn(self, job: str, room: _Room, joined: Counter[str]) -> bool:
         """Takes the next group of a job, and what else waits for its prompt; returns whether there was one and it fitted."""
         group = self._next_group(job)
-        if group is None or (group.tokens > room.left and room.taken):
+        if group is None or not room.fits(group.tokens):
             return False
         prompt = self._prompts[group.prompt]
         room.left -= prompt.tokens
         self._take(group, room)
         self._end_turn(job)
         for other in sorted(prompt.groups, key=lambda other: other.call.job != job):
-            fits = other in prompt.groups and other.tokens - prompt.tokens <= room.left
+            fits = other in prompt.groups and room.fits(other.tokens - prompt.tokens)
             if other is not group and fits and not self._is_behind(other.call):
                 self._take(other, room)
                 if other.call.job != job:
@@ -190,13 +199,14 @@ class WaitingQueue:
         for item in list(group.items):
             if item not in group.items:
                 continue  # taken with an identical one before it
-            if item.tokens > room.left and room.taken:
+            if not room.fits(item.tokens):
                 break
             twins = [(twin, home) for twin, home in prompt.identical[item.key].items() if not self._is_behind(twin.call)]
             for twin, home in twins:
                 self._remove(twin, home)
             room.taken.append([twin for twin, _ in twins])
             room.left -= item.tokens
+            room.continuations += item.rollout.completion.tree_size
 
     def _end_turn(self, job: str) -> None:
         if job in self._jobs:

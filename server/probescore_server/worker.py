@@ -29,9 +29,10 @@ from probescore_server.failures import FailureKind, kind_of
 from probescore_server.logs import configure_logs
 from probescore_server.packing import Packed, pack_results, pack_rollouts, unpack_results, unpack_rollouts
 from probescore_server.pipe import BlockingEnd
-from probescore_server.requests import PendingText
+from probescore_server.requests import ChatLimits, PendingText
 from probescore_server.rollouts import EngineInfo, Occupancy, Rollout, ScoredBatch
 from probescore_server.settings import ServerSettings
+from probescore_server.text_turns import Lane, TextTurns
 
 if TYPE_CHECKING:
     from probescore_server.engine import Engine
@@ -96,6 +97,13 @@ class EncodeTexts:
 
 
 @dataclass(frozen=True)
+class CancelTexts:
+    """Give up the texts of an `EncodeTexts`: what has not been tokenised will not be, and nothing answers."""
+
+    number: int
+
+
+@dataclass(frozen=True)
 class Sleep:
     """Give the device's memory back, after the batches before; answered by `Moved` or `Failed`, and then awake as before."""
 
@@ -115,7 +123,7 @@ class Stop:
 
 
 Order = ScoreBatch | Sleep | Wake
-ToWorker = ScoreBatch | CancelRollout | EncodeTexts | Sleep | Wake | Stop
+ToWorker = ScoreBatch | CancelRollout | EncodeTexts | CancelTexts | Sleep | Wake | Stop
 
 # ------------------------------------------------------------------------------------------------------------------ from a worker
 
@@ -210,14 +218,16 @@ def run_worker(connection: socket.socket, spec: WorkerSpec) -> None:
 
 
 class _Worker:
-    """Four threads: this one loads and computes, one reads the pipe, one tokenises, and one says that the process is there."""
+    """Its threads: this one loads and computes, one reads the pipe, one for each lane of texts tokenises, one says that the process is
+    there.
+    """
 
     def __init__(self, pipe: BlockingEnd, spec: WorkerSpec) -> None:
         self._pipe = pipe
         self._spec = spec
         self._orders: SimpleQueue[Order | None] = SimpleQueue()
         self._told_occupancy = 0.0
-        self._texts: SimpleQueue[EncodeTexts] = SimpleQueue()
+        self._texts = TextTurns()
         self._cancelled: dict[int, set[int]] = {}  # by number of a batch that has not been answered, the indices given up
 
     def run(self) -> None:
@@ -235,7 +245,8 @@ class _Worker:
         # what was loaded stays: without this every full collection would look through it, for 0.2 seconds
         gc.collect()
         gc.freeze()
-        threading.Thread(target=self._encode, args=(engine,), daemon=True).start()
+        for lane in Lane:
+            threading.Thread(target=self._encode, args=(engine, lane), daemon=True).start()
         self._send(Ready(engine.info))
         self._tell_occupancy(engine)
         while (order := self._next_order(engine)) is not None:
@@ -313,7 +324,9 @@ class _Worker:
                     # of a batch that is answered nobody looks any more
                     self._cancelled.get(message.number, set()).add(message.index)
                 case EncodeTexts():
-                    self._texts.put(message)
+                    self._texts.add(message.number, message.texts)
+                case CancelTexts():
+                    self._texts.drop(message.number)
                 case Sleep() | Wake():
                     self._orders.put(message)
                 case Stop():
@@ -378,17 +391,24 @@ class _Worker:
             logger.exception("waking up failed")
             os._exit(1)
 
-    def _encode(self, engine: Engine) -> None:
+    def _encode(self, engine: Engine, lane: Lane) -> None:
+        settings = self._spec.settings
+        limits = ChatLimits(settings.max_text_bytes_per_token * settings.max_rollout_tokens, settings.max_chat_seconds)
         while True:
-            request = self._texts.get()
+            number, text = self._texts.take(lane)
+            failure: InvalidRequest | InternalFault
             try:
-                ids = {text.field: _encode_one(engine, text) for text in request.texts}
+                ids = _encode_one(engine, text, limits)
             except InvalidRequest as error:
-                self._send(Failed(request.number, error))
+                failure = error
             except Exception:
-                self._send(Failed(request.number, _logged_fault("tokenising failed")))
+                failure = _logged_fault("tokenising failed")
             else:
-                self._send(TextsEncoded(request.number, ids))
+                if (all_ids := self._texts.done(number, text, ids)) is not None:
+                    self._send(TextsEncoded(number, all_ids))
+                continue
+            if self._texts.drop(number):
+                self._send(Failed(number, failure))
 
 
 def probe_files(paths: Sequence[str]) -> list[Path]:
@@ -406,10 +426,10 @@ def probe_files(paths: Sequence[str]) -> list[Path]:
     return files
 
 
-def _encode_one(engine: Engine, text: PendingText) -> NDArray[np.int32]:
+def _encode_one(engine: Engine, text: PendingText, limits: ChatLimits) -> NDArray[np.int32]:
     if isinstance(text.content, str):
         return engine.encode_completion(text.content, field=text.field)
-    return engine.encode_prompt(text.content, field=text.field)
+    return engine.encode_prompt(text.content, field=text.field, limits=limits)
 
 
 def _logged_fault(event: str, **context: int) -> InternalFault:

@@ -28,6 +28,7 @@ from probescore_server.worker import (
     Alive,
     BatchScored,
     CancelRollout,
+    CancelTexts,
     DeviceLost,
     EncodeTexts,
     Failed,
@@ -52,6 +53,9 @@ logger = structlog.get_logger(__name__)
 MAX_BACKOFF = 60.0
 # Packing more than this would hold up the event loop: some µs each, and more with thousands of ids.
 MAX_ROLLOUTS_PACKED_ON_LOOP = 64
+MAX_SPANS_PACKED_ON_LOOP = 1024
+MAX_TEXTS_PACKED_ON_LOOP = 1024
+MAX_TEXT_BYTES_PACKED_ON_LOOP = 65_536
 # For the batch that computes when a worker is told to stop; nobody waits for its scores any more.
 STOP_SECONDS = 5.0
 # For a process that was killed, or whose pipe is closed, to be gone. A driver can hold one for ever: the next one is started beside it.
@@ -227,7 +231,7 @@ class WorkerProcess:
 
     async def encode(self, texts: Sequence[PendingText]) -> dict[str, NDArray[np.int32]]:
         """Tokenises, beside the batch that computes and while it sleeps; if it died asleep, once it is woken. If it is lost meanwhile, it
-        tokenises once it is back.
+        tokenises once it is back. If it is cancelled, what is left of the texts is given up.
 
         Returns:
             Ids ``(T,)`` int32 by `PendingText.field`.
@@ -245,6 +249,10 @@ class WorkerProcess:
             number = next(self._numbers)
             try:
                 ids: dict[str, NDArray[np.int32]] = await self._ask(EncodeTexts(number, texts))
+            except asyncio.CancelledError:
+                if self._life is not None:
+                    self._life.send(CancelTexts(number))
+                raise
             except WorkerLost as error:
                 if error.order in (0, number):
                     times_lost += 1
@@ -392,7 +400,7 @@ class _Life:
 
     def send(self, message: ToWorker) -> None:
         """Sends in order, without waiting. What a dead process would not get is dropped: `_end` answers for it."""
-        self._pipe.send(message, takes_long=isinstance(message, ScoreBatch) and len(message.rollouts) > MAX_ROLLOUTS_PACKED_ON_LOOP)
+        self._pipe.send(message, takes_long=_takes_long(message))
 
     async def stop(self) -> None:
         """Ends the process, if it still runs, and waits for its end; but not for ever."""
@@ -536,6 +544,19 @@ def _oom_kills() -> int:
     except (OSError, ValueError):
         return 0
     return int(counters.get("oom_kill", 0))
+
+
+def _takes_long(message: ToWorker) -> bool:
+    """To pack."""
+    match message:
+        case ScoreBatch(rollouts=rollouts):
+            if len(rollouts) > MAX_ROLLOUTS_PACKED_ON_LOOP:
+                return True
+            return sum(rollout.completion.tree_spans for rollout in rollouts) > MAX_SPANS_PACKED_ON_LOOP
+        case EncodeTexts(texts=texts):
+            return len(texts) > MAX_TEXTS_PACKED_ON_LOOP or sum(text.bytes for text in texts) > MAX_TEXT_BYTES_PACKED_ON_LOOP
+        case _:
+            return False
 
 
 def _settle(future: asyncio.Future[Any] | None, outcome: object) -> None:

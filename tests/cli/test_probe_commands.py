@@ -32,7 +32,8 @@ def test_info_says_what_runs(probescore, client):
     assert ran.returncode == 0
     for fact in (info.model.fingerprint, info.tokenizer_fingerprint, "2 of 4 loaded", "universal path", "cheating@1", "mood@1"):
         assert fact in ran.stdout
-    assert f"{info.limits.max_rollout_tokens:,} tokens" in ran.stdout
+    for limit in dataclasses.asdict(info.limits).values():
+        assert f"{limit:,}" in ran.stdout or f"{limit / 2**20:,.0f} MiB" in ran.stdout or f"{limit:g} s" in ran.stdout, limit
 
 
 def test_probes_list_shows_labels_and_thresholds(probescore, client):

@@ -26,6 +26,7 @@ from probescore_server.probes.probe_file import read_probe_file
 from probescore_server.probes.reference import ReferenceModel
 from probescore_server.probes.runner import BatchScorer
 from probescore_server.probes.session import ProbeSession
+from probescore_server.probes.wanted import Wanted
 from probescore_server.requests import resolve_options, resolve_rollouts
 
 RANDOM = np.random.default_rng(5)
@@ -228,7 +229,8 @@ def test_nan_in_one_stacked_probe_fails_it_and_no_other(reference: ReferenceMode
     # when the second token is one of those
     activations.rows[Tap("resid_post", 1)][1] = 1e4
 
-    found = BatchScorer(engine.info, engine._probes, np.zeros(0, np.int32), batches, forest, activations).score(range(4))
+    wanted = Wanted(lambda _: False)
+    found = BatchScorer(engine.info, engine._probes, np.zeros(0, np.int32), batches, forest, activations, wanted).score(range(4))
 
     ok, bad = CompletionStatus.OK, CompletionStatus.NON_FINITE
     assert [found[index].status for index in range(4)] == [ok, ok, bad, ok]

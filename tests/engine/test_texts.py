@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -12,7 +14,9 @@ from transformers import PreTrainedTokenizerFast
 
 from probescore.types import Chat, ChatMessage, Text
 from probescore_server.backbone.texts import TextEncoder
-from probescore_server.errors import InvalidRequest
+from probescore_server.backbone.time_limit import TookTooLong, time_limit
+from probescore_server.errors import InvalidRequest, LimitExceeded
+from probescore_server.requests import ChatLimits
 
 ENCODER = TextEncoder(tiny_tokenizer())
 USER, ASSISTANT = VOCAB_SIZE - 2, VOCAB_SIZE - 1
@@ -110,3 +114,84 @@ def test_pieces_together_are_the_text(text: str) -> None:
     pieces = encoder.decode_tokens(ids)
     assert len(pieces) == len(ids)
     assert "".join(pieces) == text
+
+
+# ------------------------------------------------------------------------------------------------------------------- what it may take
+
+CHAT = Chat((ChatMessage("user", "w5 w6"),))
+
+
+def with_template(template: str) -> TextEncoder:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    return TextEncoder(tokenizer)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{% for i in range(99999) %}{% for j in range(99999) %}x{% endfor %}{% endfor %}",
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% set x = i * j %}{% endfor %}{% endfor %}",
+    ],
+    ids=["without output", "with output", "with work"],
+)
+def test_a_template_that_takes_too_long_is_ended_and_the_next_is_not(template: str) -> None:
+    encoder = with_template(template)
+    with pytest.raises(InvalidRequest, match=r"max_chat_seconds \(0\.2\)") as refused:
+        encoder.encode_prompt(CHAT, "groups[0].prompt", ChatLimits(max_bytes=1 << 30, max_seconds=0.2))
+    assert (refused.value.field, refused.value.reason) == ("groups[0].prompt", "LIMIT_EXCEEDED")
+    assert ENCODER.encode_prompt(CHAT, "prompt", ChatLimits(max_bytes=100, max_seconds=10)).tolist()
+
+
+@pytest.mark.parametrize("spare", [0, -1])
+def test_a_rendered_chat_may_be_as_long_as_a_text_and_no_longer(spare: int) -> None:
+    encoder = with_template("{{ messages[0]['content'] * 10 }}")
+    limits = ChatLimits(max_bytes=50 + spare, max_seconds=10)
+    if spare == 0:
+        assert len(encoder.encode_prompt(CHAT, "prompt", limits)) > 0
+        return
+    with pytest.raises(LimitExceeded, match="50 bytes of text") as refused:
+        encoder.encode_prompt(CHAT, "prompt", limits)
+    assert refused.value.field == "prompt"
+
+
+def test_what_ends_in_time_is_not_interrupted() -> None:
+    for _ in range(200):
+        with time_limit(0.005):
+            sum(range(100))
+        with pytest.raises(KeyError), time_limit(0.005):
+            raise KeyError
+    deadline = time.monotonic() + 0.05
+    while time.monotonic() < deadline:
+        pass
+
+
+def for_ever() -> None:
+    while True:
+        pass
+
+
+def test_what_takes_too_long_is_interrupted_within_its_block() -> None:
+    for _ in range(20):
+        with pytest.raises(TookTooLong), time_limit(0.01):
+            for_ever()
+
+
+def test_tokens_that_never_make_a_character_cost_no_more_than_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = byte_level()
+    decoded = 0
+    decode = TextEncoder._decode
+
+    def counting(self: TextEncoder, tokens: list[int]) -> str:
+        nonlocal decoded
+        decoded += len(tokens)
+        return decode(self, tokens)
+
+    monkeypatch.setattr(TextEncoder, "_decode", counting)
+    (lone,) = set(encoder.encode_completion("\u0080", "c").tolist()[1:])  # a byte that continues a character
+    count = 3000
+    pieces = encoder.decode_tokens([lone] * count)
+    assert len(pieces) == count
+    assert "".join(pieces) == decode(encoder, [lone] * count)
+    assert decoded < 40 * count

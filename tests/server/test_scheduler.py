@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
-from hand_worker import HandWorker, group, names_of, scheduler_for, settle
+from hand_worker import OPTIONS, HandWorker, group, is_empty, names_of, scheduler_for, settle
 
+from probescore_server import waiting
 from probescore_server.errors import DeadlineExpired, QueueFull, WorkerUnavailable
+from probescore_server.rollouts import Continuation, Rollout
 
 # -------------------------------------------------------------------------------------------------------------------- batching
 
@@ -64,6 +68,42 @@ async def test_a_rollout_larger_than_a_batch_makes_a_batch_of_its_own() -> None:
     scheduler.submit([group("big", "small", prompt=0, tokens=9)], job="j")
     await settle()
     assert worker.batches == [["big"], ["small"]]
+
+
+@pytest.mark.parametrize("shape", ["completions", "without tokens", "prompts", "calls", "follow-ups"])
+async def test_a_batch_is_bounded_however_short_its_rollouts_are(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(waiting, "MAX_CONTINUATIONS", 4)
+    worker = HandWorker(ready=False)
+    scheduler = scheduler_for(worker, batch=10_000)
+    names = [f"a{index}" for index in range(12)]
+    match shape:
+        case "completions":
+            calls = [[group(*names)]]
+        case "without tokens":
+            # unlike one another, or they would be computed once
+            masks = [np.array([index >> bit & 1 for bit in range(4)], np.bool_) for index in range(12)]
+            empty = [Continuation(np.zeros(0, np.int32), mask, id=name) for name, mask in zip(names, masks, strict=True)]
+            calls = [[[Rollout(np.zeros(4, np.int32), each, OPTIONS) for each in empty]]]
+        case "prompts":
+            calls = [[group(name) for name in names]]
+        case "calls":
+            calls = [[group(name, prompt_id=1)] for name in names]
+        case "follow-ups":
+            nothing = Continuation(np.zeros(0, np.int32))
+            forked = [replace(rollout.completion, follow_ups=(nothing,)) for rollout in group(*names)]
+            calls = [[[Rollout(np.zeros(4, np.int32), each, OPTIONS) for each in forked]]]
+    for groups in calls:
+        scheduler.submit(groups, job="large")
+    scheduler.submit([group("small")], job="small")
+    worker.ready = True
+    scheduler.dispatch()
+    await settle()
+    await worker.finish_all()
+    most = 3 if shape == "follow-ups" else 4  # of two continuations each, and "small" of one
+    assert max(map(len, worker.batches)) == most
+    assert sorted(name for batch in worker.batches for name in batch) == sorted([*names, "small"])
+    assert any("small" in batch for batch in worker.batches[:3])
+    assert is_empty(scheduler)
 
 
 async def test_every_free_worker_gets_a_batch_and_a_worker_that_is_down_gets_none() -> None:

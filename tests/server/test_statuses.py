@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 from google.protobuf.message import Message
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
@@ -9,10 +11,12 @@ from google.rpc.status_pb2 import Status
 from grpc import StatusCode
 
 from probescore_server.errors import (
+    Busy,
     CoreError,
     DeadlineExpired,
     InternalFault,
     InvalidRequest,
+    LimitExceeded,
     Mismatch,
     OutOfMemory,
     QueueFull,
@@ -23,8 +27,11 @@ from probescore_server.statuses import status_of
 ERRORS = [
     (InvalidRequest("groups[0]", "is wrong"), StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST"),
     (InvalidRequest("groups[0]", "is long", "TOO_LONG"), StatusCode.INVALID_ARGUMENT, "TOO_LONG"),
+    (LimitExceeded("groups[0]", 5, "spans", "max_spans", 4, "send fewer"), StatusCode.INVALID_ARGUMENT, "LIMIT_EXCEEDED"),
+    (LimitExceeded("groups", 5, "tokens", "max_request_tokens", 4, "send fewer", "TOO_LONG"), StatusCode.INVALID_ARGUMENT, "TOO_LONG"),
     (Mismatch("expected_model_fingerprint", "a", "b"), StatusCode.FAILED_PRECONDITION, "MISMATCH"),
     (QueueFull(5, 4, 1.25), StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL"),
+    (Busy(5, "calls", "max_calls", 4, 1.0), StatusCode.RESOURCE_EXHAUSTED, "BUSY"),
     (WorkerUnavailable("down", 0.5), StatusCode.UNAVAILABLE, "WORKER_UNAVAILABLE"),
     (OutOfMemory(9), StatusCode.RESOURCE_EXHAUSTED, "OUT_OF_MEMORY"),
     (DeadlineExpired("late"), StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXPIRED"),
@@ -84,3 +91,19 @@ def test_long_texts_are_cut_so_that_the_status_fits_into_headers(letter: str) ->
     percent_encoded = 3 * len(status.details.encode())
     assert base64 + percent_encoded < 8 * 1024
     assert status.details.endswith("…")
+
+
+def test_a_request_above_a_limit_names_field_value_limit_and_remedy() -> None:
+    error = LimitExceeded("groups[0].spans", 5, "spans", "max_spans", 4, "send fewer")
+    _, found = parts(error)
+    assert dict(found["ErrorInfo"].metadata) == {"limit": "max_spans", "value": "5", "maximum": "4"}
+    (violation,) = found["BadRequest"].field_violations
+    assert (violation.field, violation.description) == ("groups[0].spans", "5 spans; the limit max_spans is 4: send fewer")
+    crossed = pickle.loads(pickle.dumps(error))  # from a worker
+    assert (str(crossed), crossed.reason, crossed.maximum) == (str(error), "LIMIT_EXCEEDED", 4)
+
+
+def test_a_busy_server_names_its_limit_and_says_when_to_come_back() -> None:
+    _, found = parts(Busy(5, "calls", "max_calls", 4, 1.5))
+    assert dict(found["ErrorInfo"].metadata) == {"limit": "max_calls", "value": "5", "maximum": "4"}
+    assert found["RetryInfo"].retry_delay.ToMilliseconds() == 1500

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import asdict, fields
 
 from probescore._messages.enums import OUTPUTS, UNITS, member_of, reduction_from_proto, reduction_to_proto
 from probescore.types import Calibration, Limits, ModelInfo, ProbeInfo, ServerInfo, Tap, Transfer, WorkerInfo
@@ -28,13 +29,7 @@ def server_info_to_proto(info: ServerInfo) -> scoring_pb2.GetServerInfoResponse:
             max_position_embeddings=model.max_position_embeddings,
         ),
         tokenizer_fingerprint=info.tokenizer_fingerprint,
-        limits=scoring_pb2.Limits(
-            max_message_bytes=limits.max_message_bytes,
-            max_request_tokens=limits.max_request_tokens,
-            max_rollout_tokens=limits.max_rollout_tokens,
-            max_queue_tokens=limits.max_queue_tokens,
-            max_batch_tokens=limits.max_batch_tokens,
-        ),
+        limits=scoring_pb2.Limits(**asdict(limits)),
         workers=[
             scoring_pb2.WorkerInfo(
                 device=worker.device,
@@ -115,13 +110,7 @@ def server_info_from_proto(message: scoring_pb2.GetServerInfoResponse) -> Server
             max_position_embeddings=model.max_position_embeddings,
         ),
         tokenizer_fingerprint=message.tokenizer_fingerprint,
-        limits=Limits(
-            max_message_bytes=limits.max_message_bytes,
-            max_request_tokens=limits.max_request_tokens,
-            max_rollout_tokens=limits.max_rollout_tokens,
-            max_queue_tokens=limits.max_queue_tokens,
-            max_batch_tokens=limits.max_batch_tokens,
-        ),
+        limits=Limits(**{limit.name: getattr(limits, limit.name) for limit in fields(Limits)}),
         workers=tuple(
             WorkerInfo(
                 device=worker.device,

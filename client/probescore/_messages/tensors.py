@@ -60,12 +60,13 @@ def tensor_to_array(tensor: tensor_pb2.Tensor, field: str, dtypes: Collection[te
     Raises:
         MessageError: another type or rank, a negative axis, a shape that does not match the number of bytes, a bool that is not 0 or 1.
     """
-    element, shape, data = tensor.dtype, tuple(tensor.shape), tensor.data
+    element, data = tensor.dtype, tensor.data
     if element not in dtypes:
         allowed = " or ".join(tensor_pb2.DataType.Name(dtype) for dtype in dtypes)
         raise MessageError(field, f"dtype is {_dtype_name(element)}; expected {allowed}")
-    if len(shape) != rank:
-        raise MessageError(field, f"shape has {len(shape)} axes; expected {rank}")
+    if len(tensor.shape) != rank:
+        raise MessageError(field, f"shape has {len(tensor.shape)} axes; expected {rank}")
+    shape = tuple(tensor.shape)
     if min(shape, default=0) < 0:
         raise MessageError(field, f"shape {list(shape)} has a negative axis")
     dtype = _LITTLE_ENDIAN[element]

@@ -800,16 +800,61 @@ class Limits(google.protobuf.message.Message):
     MAX_ROLLOUT_TOKENS_FIELD_NUMBER: builtins.int
     MAX_QUEUE_TOKENS_FIELD_NUMBER: builtins.int
     MAX_BATCH_TOKENS_FIELD_NUMBER: builtins.int
+    MAX_REQUEST_ROLLOUTS_FIELD_NUMBER: builtins.int
+    MAX_FOLLOW_UPS_FIELD_NUMBER: builtins.int
+    MAX_REDUCTIONS_FIELD_NUMBER: builtins.int
+    MAX_SPANS_FIELD_NUMBER: builtins.int
+    MAX_SPAN_SCORES_FIELD_NUMBER: builtins.int
+    MAX_REQUEST_VALUES_FIELD_NUMBER: builtins.int
+    MAX_TEXT_BYTES_PER_TOKEN_FIELD_NUMBER: builtins.int
+    MAX_CHAT_MESSAGES_FIELD_NUMBER: builtins.int
+    MAX_CHAT_SECONDS_FIELD_NUMBER: builtins.int
+    MAX_CALLS_FIELD_NUMBER: builtins.int
+    MAX_IN_FLIGHT_BYTES_FIELD_NUMBER: builtins.int
+    MAX_CONNECTIONS_FIELD_NUMBER: builtins.int
+    MAX_CALLS_PER_CONNECTION_FIELD_NUMBER: builtins.int
     max_message_bytes: builtins.int
     """Bytes of one request message."""
     max_request_tokens: builtins.int
-    """Tokens of one request, a prompt counted once per group."""
+    """Tokens of one request, a prompt counted once per group, and what the spans of a completion read beyond one reading of each of its tokens."""
     max_rollout_tokens: builtins.int
     """Tokens of one rollout: prompt + completion + its longest chain of follow-ups."""
     max_queue_tokens: builtins.int
     """Tokens waiting in the server, over which calls are refused with RESOURCE_EXHAUSTED and RetryInfo."""
     max_batch_tokens: builtins.int
     """Tokens of one device batch."""
+    max_request_rollouts: builtins.int
+    """Completions of one request and all their follow-ups, counted together."""
+    max_follow_ups: builtins.int
+    """Follow-ups of one completion, those that follow them included."""
+    max_reductions: builtins.int
+    """Reductions of one request."""
+    max_spans: builtins.int
+    """Spans of one completion, or of one follow-up."""
+    max_span_scores: builtins.int
+    """Scores that the spans of one completion and its follow-ups read: tokens of each span × labels × reductions, over all probes of the request.
+    A probe that pools by itself reads each token of a span (and of the prompt, if it sees it) as hidden_size scores.
+    """
+    max_request_values: builtins.int
+    """Numbers in the answer to one request: of each probe and label, one per reduction and span (and per reduction for the whole), and one per
+    token if asked for.
+    """
+    max_text_bytes_per_token: builtins.int
+    """UTF-8 bytes of a text, or of a rendered chat, per token that a rollout may have (max_rollout_tokens); of all texts of a request, per token
+    that it may have (max_request_tokens). Longer ones are refused before they are tokenised.
+    """
+    max_chat_messages: builtins.int
+    """Messages of one chat."""
+    max_chat_seconds: builtins.float
+    """Seconds for which the model's chat template may render one chat."""
+    max_calls: builtins.int
+    """Calls under way, over which further ones are refused with RESOURCE_EXHAUSTED and RetryInfo."""
+    max_in_flight_bytes: builtins.int
+    """Bytes of the requests under way, decompressed, likewise; a single larger request is taken while there is no other."""
+    max_connections: builtins.int
+    """Connections to the server; further ones are closed."""
+    max_calls_per_connection: builtins.int
+    """Calls under way on one connection; a client's further ones wait in the client."""
     def __init__(
         self,
         *,
@@ -818,8 +863,21 @@ class Limits(google.protobuf.message.Message):
         max_rollout_tokens: builtins.int = ...,
         max_queue_tokens: builtins.int = ...,
         max_batch_tokens: builtins.int = ...,
+        max_request_rollouts: builtins.int = ...,
+        max_follow_ups: builtins.int = ...,
+        max_reductions: builtins.int = ...,
+        max_spans: builtins.int = ...,
+        max_span_scores: builtins.int = ...,
+        max_request_values: builtins.int = ...,
+        max_text_bytes_per_token: builtins.int = ...,
+        max_chat_messages: builtins.int = ...,
+        max_chat_seconds: builtins.float = ...,
+        max_calls: builtins.int = ...,
+        max_in_flight_bytes: builtins.int = ...,
+        max_connections: builtins.int = ...,
+        max_calls_per_connection: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["max_batch_tokens", b"max_batch_tokens", "max_message_bytes", b"max_message_bytes", "max_queue_tokens", b"max_queue_tokens", "max_request_tokens", b"max_request_tokens", "max_rollout_tokens", b"max_rollout_tokens"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["max_batch_tokens", b"max_batch_tokens", "max_calls", b"max_calls", "max_calls_per_connection", b"max_calls_per_connection", "max_chat_messages", b"max_chat_messages", "max_chat_seconds", b"max_chat_seconds", "max_connections", b"max_connections", "max_follow_ups", b"max_follow_ups", "max_in_flight_bytes", b"max_in_flight_bytes", "max_message_bytes", b"max_message_bytes", "max_queue_tokens", b"max_queue_tokens", "max_reductions", b"max_reductions", "max_request_rollouts", b"max_request_rollouts", "max_request_tokens", b"max_request_tokens", "max_request_values", b"max_request_values", "max_rollout_tokens", b"max_rollout_tokens", "max_span_scores", b"max_span_scores", "max_spans", b"max_spans", "max_text_bytes_per_token", b"max_text_bytes_per_token"]) -> None: ...
 
 global___Limits = Limits
 

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from probescore.types import Chat, Text
+from probescore_server.backbone.time_limit import TookTooLong, time_limit
 from probescore_server.errors import InvalidRequest
+from probescore_server.requests import ChatLimits, check_text_bytes, utf8_bytes
 
 _INCOMPLETE = "\ufffd"  # what a decoder writes for bytes that are not yet a character
 
 
+_MAX_TOKENS_PER_CHARACTER = 8
+"""A character of four bytes has four tokens at most, and some decoders put a space before it. What is longer is no character."""
+
+
 class TextEncoder:
-    """A tokenizer, or the lack of one.
+    """A tokenizer, or the lack of one. It may be called from several threads.
 
     Args:
         tokenizer: ``None`` if the model came without.
@@ -24,17 +32,27 @@ class TextEncoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
         self._tokenizer = tokenizer
         self.bos_token_id: int | None = None if tokenizer is None else tokenizer.bos_token_id
+        # one that is written in Python may keep what it does in itself; those written in Rust do not, once they were called
+        self._turn: AbstractContextManager[object] = nullcontext() if getattr(tokenizer, "is_fast", True) else threading.Lock()
+        if tokenizer is not None:
+            tokenizer("", add_special_tokens=False, verbose=False)
         self.special_ids: NDArray[np.int32] = np.array([] if tokenizer is None else tokenizer.all_special_ids, np.int32)
 
-    def encode_prompt(self, prompt: Text | Chat | str, field: str) -> NDArray[np.int32]:
+    def encode_prompt(self, prompt: Text | Chat | str, field: str, limits: ChatLimits | None = None) -> NDArray[np.int32]:
         """Ids ``(P,)`` of a prompt.
 
+        Args:
+            prompt: text, or a chat.
+            field: its path, for errors.
+            limits: of rendering a chat; ``None`` = none.
+
         Raises:
-            InvalidRequest: naming ``field``: there is no tokenizer or no chat template, the template refuses the messages, BOS comes twice.
+            InvalidRequest: naming ``field``: there is no tokenizer or no chat template, the template refuses the messages or takes too long
+                for them, its text is too long, BOS comes twice.
         """
         match prompt:
             case Chat():
-                ids = self._tokenise(self._render(prompt, field), field, add_special_tokens=False)
+                ids = self._tokenise(self._render(prompt, field, limits), field, add_special_tokens=False)
             case Text():
                 ids = self._tokenise(prompt.text, field, add_special_tokens=prompt.add_special_tokens)
             case str():
@@ -65,7 +83,8 @@ class TextEncoder:
         for index in range(len(tokens)):
             before = self._decode(tokens[start:done])
             text = self._decode(tokens[start : index + 1])
-            if text.endswith(_INCOMPLETE) and index + 1 < len(tokens):
+            waits = text.endswith(_INCOMPLETE) and index - done + 1 < _MAX_TOKENS_PER_CHARACTER
+            if waits and index + 1 < len(tokens):
                 pieces.append("")
             else:
                 pieces.append(text[len(before) :])
@@ -84,15 +103,24 @@ class TextEncoder:
             text.encode()
         except UnicodeEncodeError:
             raise InvalidRequest(field, "not valid Unicode: it holds half of a surrogate pair") from None
-        return np.array(self._tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"], np.int32)
+        with self._turn:
+            return np.array(self._tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"], np.int32)
 
-    def _render(self, chat: Chat, field: str) -> str:
+    def _render(self, chat: Chat, field: str, limits: ChatLimits | None) -> str:
         if self._tokenizer is None or self._tokenizer.chat_template is None:
             raise InvalidRequest(field, "the model came without a chat template; send token ids or text", "NO_CHAT_TEMPLATE")
         if not chat.messages:
             raise InvalidRequest(field, "a chat needs at least one message")
         messages = [{"role": message.role, "content": message.content} for message in chat.messages]
         try:
-            return str(self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+            with nullcontext() if limits is None else time_limit(limits.max_seconds):
+                rendered = str(self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+        except TookTooLong:
+            most = 0 if limits is None else limits.max_seconds
+            problem = f"the model's chat template takes longer than max_chat_seconds ({most:g}) for these messages: send token ids or text"
+            raise InvalidRequest(field, problem, "LIMIT_EXCEEDED") from None
         except Exception as error:  # a template is a program of the model's author: it raises what it likes
             raise InvalidRequest(field, f"the model's chat template refuses the messages: {error}") from None
+        if limits is not None:
+            check_text_bytes(utf8_bytes(rendered), field, limits.max_bytes)
+        return rendered

@@ -52,8 +52,21 @@ def workers_table(workers: tuple[WorkerInfo, ...]) -> Table:
 
 def _limits_table(limits: Limits) -> Table:
     table = facts_table("Limits")
+    told = limits.max_request_rollouts > 0  # a server of an earlier version does not say all
     table.add_row("one rollout", f"{limits.max_rollout_tokens:,} tokens")
+    if told:
+        table.add_row(
+            "", f"{limits.max_follow_ups:,} follow-ups, {limits.max_spans:,} spans each, which read {limits.max_span_scores:,} scores"
+        )
     table.add_row("one request", f"{limits.max_request_tokens:,} tokens, {limits.max_message_bytes / 2**20:,.0f} MiB")
+    if told:
+        table.add_row("", f"{limits.max_request_rollouts:,} completions and follow-ups, {limits.max_reductions:,} reductions")
+        table.add_row("its answer", f"{limits.max_request_values:,} numbers")
+        table.add_row("texts", f"{limits.max_text_bytes_per_token:,} bytes per token that a rollout, or a request, may have")
+        table.add_row("one chat", f"{limits.max_chat_messages:,} messages, rendered within {limits.max_chat_seconds:g} s")
     table.add_row("one device batch", f"{limits.max_batch_tokens:,} tokens")
     table.add_row("queue", f"{limits.max_queue_tokens:,} tokens")
+    if told:
+        table.add_row("calls under way", f"{limits.max_calls:,}, with {limits.max_in_flight_bytes / 2**20:,.0f} MiB of requests")
+        table.add_row("connections", f"{limits.max_connections:,}, each with {limits.max_calls_per_connection:,} calls under way")
     return table

@@ -5,6 +5,7 @@ All of what a score *means* is here and in ``runner``: scopes, masks, spans, fol
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -40,11 +41,12 @@ class Reading:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Asked:
-    """A completion, or a follow-up to one, whose scores are wanted."""
+    """A completion, or a follow-up to one, whose scores are wanted. ``rollout``: its index in the batch."""
 
     placement: Placement
     options: ScoreOptions
     is_follow_up: bool
+    rollout: int
 
 
 def read_completion(
@@ -130,6 +132,8 @@ class Rows:
         self._forest = forest
         self._starts = starts
         count = sum(len(forest.segments[index].token_ids) for index in starts)
+        self._by_start = sorted(starts, key=starts.__getitem__)
+        self._sorted_starts = [starts[index] for index in self._by_start]
         self.positions = np.zeros(count, np.int64)
         for index, start in starts.items():
             segment = forest.segments[index]
@@ -143,3 +147,7 @@ class Rows:
     def range_of(self, segment: int) -> range:
         """The rows of one segment."""
         return range(self._starts[segment], self._starts[segment] + len(self._forest.segments[segment].token_ids))
+
+    def rollouts_at(self, row: int) -> set[int]:
+        """The rollouts, by index in the batch, that need the segment of a row."""
+        return self._forest.segments[self._by_start[bisect.bisect_right(self._sorted_starts, row) - 1]].rollouts

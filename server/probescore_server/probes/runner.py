@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +21,7 @@ from probescore_server.probes.loading import LoadedProbe, Member
 from probescore_server.probes.session import ProbeSession, session_device
 from probescore_server.probes.session_scores import SessionScores
 from probescore_server.probes.stacked_scores import StackedProbe, StackedScores
+from probescore_server.probes.wanted import GivenUp, GraphWatch, Wanted
 from probescore_server.rollouts import EngineInfo, Rollout, ScoreOptions
 
 _Answers = dict[int, dict[str, ProbeScores | str]]
@@ -51,6 +53,7 @@ class BatchScorer:
         rollouts: the batch.
         forest: where they stand.
         activations: of the forest, at every tap of the probes that the rollouts ask for.
+        wanted: who waits for which rollout.
 
     Attributes:
         refused_by: by index of a rollout that was scored and has, it or a follow-up, no scores: for which probe, ``name@version``.
@@ -64,7 +67,9 @@ class BatchScorer:
         rollouts: Sequence[Rollout],
         forest: Forest,
         activations: Activations,
+        wanted: Wanted,
     ) -> None:
+        self._wanted = wanted
         self.refused_by: dict[int, str] = {}
         self._info = info
         self._probes = probes
@@ -75,7 +80,9 @@ class BatchScorer:
         self._activations, self._finite = _without_non_finite(activations.rows)
 
     def score(self, indices: Collection[int]) -> dict[int, CompletionScores]:
-        """The scores of these rollouts, by index; the activations of their segments must all be there."""
+        """The scores of these rollouts, by index; the activations of their segments must all be there. Those that nobody waits for any
+        more are left out.
+        """
         requests: dict[tuple[object, ...], _Request] = {}
         roots = {}
         for index in indices:
@@ -84,13 +91,15 @@ class BatchScorer:
             if request is None:
                 request = requests[options.probes, options.reductions] = self._request(options)
             roots[index] = request
-            request.asked.extend(_asked(self._forest.placements[index], options, is_follow_up=False))
+            request.asked.extend(_asked(self._forest.placements[index], options, index, is_follow_up=False))
         answers: _Answers = defaultdict(dict)
         self._run_sessions([*requests.values()], answers)
         ACTIVITY.begin("reductions", sum(rollout.tokens for rollout in self._rollouts))
         self._run_stacks([*requests.values()], answers)
         scores = {}
         for index, request in roots.items():
+            if index in self._wanted.cancelled:
+                continue
             placement = self._forest.placements[index]
             scores[index] = _completion(placement, self._rollouts[index], request.names, answers, is_follow_up=False)
             if refusing := _refusing(placement, request.names, answers):
@@ -106,16 +115,21 @@ class BatchScorer:
         sessions = {key: run for request in requests for key in request.names if isinstance(run := self._probes[key].runs, ProbeSession)}
         taps = {tap for key in sessions for tap in self._probes[key].manifest.taps}
         activations = {tap: self._activations[tap].to(session_device(self._activations[tap].device)) for tap in taps}
-        for key, session in sessions.items():
-            scores = SessionScores(self._probes[key], session, self._forest, self._readings, self._rows, activations, self._finite)
-            asking = [request for request in requests if key in request.names]
-            scores.run([each for request in asking for each in request.asked])
-            for request in asking:
-                for each in request.asked:
-                    answers[id(each.placement)][key] = scores.of(each, request.reductions[key])
+        if not sessions:
+            return
+        with GraphWatch(self._wanted) as watch:
+            for key, session in sessions.items():
+                rows = self._forest, self._readings, self._rows
+                scores = SessionScores(self._probes[key], session, *rows, activations, self._finite, self._wanted, watch)
+                asking = [request for request in requests if key in request.names]
+                scores.run([each for request in asking for each in request.asked])
+                for request in asking:
+                    for each in request.asked:
+                        with suppress(GivenUp):
+                            answers[id(each.placement)][key] = scores.of(each, request.reductions[key])
 
     def _run_stacks(self, requests: Sequence[_Request], answers: _Answers) -> None:
-        scores = StackedScores(self._readings, self._rows, self._activations, self._finite)
+        scores = StackedScores(self._readings, self._rows, self._activations, self._finite, self._wanted)
         for request in requests:
             stacked = [
                 StackedProbe(self._probes[key], run, reductions)
@@ -126,10 +140,10 @@ class BatchScorer:
                 answers[id(each.placement)][key] = answer
 
 
-def _asked(placement: Placement, options: ScoreOptions, *, is_follow_up: bool) -> Iterator[Asked]:
-    yield Asked(placement, options, is_follow_up)
+def _asked(placement: Placement, options: ScoreOptions, rollout: int, *, is_follow_up: bool) -> Iterator[Asked]:
+    yield Asked(placement, options, is_follow_up, rollout)
     for follow_up in placement.follow_ups:
-        yield from _asked(follow_up, options, is_follow_up=True)
+        yield from _asked(follow_up, options, rollout, is_follow_up=True)
 
 
 def _completion(

@@ -54,7 +54,11 @@ class ProbeSession:
         del self._session
 
     def run(
-        self, rows: Mapping[Tap, torch.Tensor], cu_seqlens: NDArray[np.int64] | None, positions: NDArray[np.int64] | None
+        self,
+        rows: Mapping[Tap, torch.Tensor],
+        cu_seqlens: NDArray[np.int64] | None,
+        positions: NDArray[np.int64] | None,
+        options: ort.RunOptions | None = None,
     ) -> NDArray[np.float32]:
         """Scores some rows.
 
@@ -62,6 +66,7 @@ class ProbeSession:
             rows: by tap ``(n, hidden_size)`` float32, contiguous, on the session's device, n ≥ 1.
             cu_seqlens: ``(S + 1,)``, where each sequence starts; ``None`` for a pointwise probe.
             positions: ``(n,)``, each row's position in its rollout; used if the graph takes it.
+            options: with which another thread can end the run.
 
         Returns:
             ``(n, labels)``, or ``(S, labels)`` for a probe that pools by itself.
@@ -83,7 +88,7 @@ class ProbeSession:
             # onnxruntime computes on a stream of its own, which does not wait for torch's
             torch.cuda.current_stream(tensor.device).synchronize()
         try:
-            self._session.run_with_iobinding(binding)
+            self._session.run_with_iobinding(binding, options)
         except RuntimeError as error:
             # onnxruntime has no type of its own for it; memory that is short and a device that is lost are no fault of the graph
             if kind_of(error) is not FailureKind.OTHER or "terminate flag" in str(error):

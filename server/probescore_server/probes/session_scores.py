@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,6 +17,7 @@ from probescore_server.probes.independence import LARGEST_CALL, SEQUENCES
 from probescore_server.probes.layout import Asked, Part, Reading, Readings, Rows
 from probescore_server.probes.loading import LoadedProbe
 from probescore_server.probes.session import ProbeSession
+from probescore_server.probes.wanted import GivenUp, GraphWatch, Wanted
 
 MAX_ROWS_PER_CALL = LARGEST_CALL
 """A graph may need memory for rows × features, or for rows × rows. A longer sequence goes in pieces where a window says how far a score
@@ -52,6 +53,8 @@ class SessionScores:
         forest, readings, rows: where the completions stand.
         activations: by tap ``(N, hidden_size)`` float32 on the session's device, without NaN and infinities.
         finite: by tap ``(N,)``, which rows had none.
+        wanted: who waits for which rollout.
+        watch: ends the graph once nobody waits for what it computes.
     """
 
     def __init__(
@@ -63,7 +66,11 @@ class SessionScores:
         rows: Rows,
         activations: Mapping[Tap, torch.Tensor],
         finite: Mapping[Tap, NDArray[np.bool_]],
+        wanted: Wanted,
+        watch: GraphWatch,
     ) -> None:
+        self._wanted = wanted
+        self._watch = watch
         self._probe = probe
         self._session = session
         self._forest = forest
@@ -84,12 +91,17 @@ class SessionScores:
         calls.scores = list(self._run(calls.sequences))
 
     def of(self, asked: Asked, reductions: Sequence[Reduction]) -> ProbeScores | str:
-        """The scores of a completion that was run, or what keeps it from being scored."""
+        """The scores of a completion that was run, or what keeps it from being scored.
+
+        Raises:
+            GivenUp: nobody waits for it.
+        """
+        self._wanted.check(asked.rollout)
         reading = self._readings.of(asked, self._probe.manifest)
         key = self._probe.manifest.key
         if problem := self._problem(key, reading):
             return problem
-        scores = self._probe_scores(reading, reductions, wants_tokens=key in asked.options.token_scores)
+        scores = self._probe_scores(asked, reading, reductions)
         return overflowing_reduction(key) if np.isinf(scores.reduced).any() else scores
 
     # ------------------------------------------------------------------------------------------------------------ before the graph
@@ -149,6 +161,9 @@ class SessionScores:
     def _batch(self, batch: Sequence[NDArray[np.int64]]) -> list[NDArray[np.float32] | GraphFailed]:
         try:
             scores = self._call(batch)
+        except GivenUp:
+            # of the rollouts that would be told of this nobody waits for any
+            return [GraphFailed("it was given up")] * len(batch)
         except GraphFailed as failed:
             if len(batch) == 1:
                 return [failed]
@@ -162,10 +177,16 @@ class SessionScores:
     def _call(self, batch: Sequence[NDArray[np.int64]]) -> list[NDArray[np.float32]]:
         rows = np.concatenate(batch)
         ends = np.cumsum([len(sequence) for sequence in batch], dtype=np.int64)
+        # a sequence ends in the segment that it is scored for
+        needed_by = set[int]().union(*(self._rows.rollouts_at(int(sequence[-1])) for sequence in batch))
         pointwise = self._probe.manifest.context.kind == "pointwise"
         cu_seqlens = None if pointwise else np.concatenate([np.zeros(1, np.int64), ends])
-        scores = self._session.run(self._gather(rows), cu_seqlens, self._rows.positions[rows])
+        scores = self._run_graph(rows, cu_seqlens, needed_by)
         return np.split(scores, np.arange(1, len(batch)) if self._probe.pools else ends[:-1])
+
+    def _run_graph(self, rows: NDArray[np.int64], cu_seqlens: NDArray[np.int64] | None, needed_by: set[int]) -> NDArray[np.float32]:
+        with self._watch.over(needed_by) as options:
+            return self._session.run(self._gather(rows), cu_seqlens, self._rows.positions[rows], options)
 
     def _gather(self, rows: NDArray[np.int64]) -> dict[Tap, torch.Tensor]:
         first, last = int(rows[0]), int(rows[-1])
@@ -190,7 +211,7 @@ class SessionScores:
                 return non_finite_scores(key)
         return ""
 
-    def _probe_scores(self, reading: Reading, reductions: Sequence[Reduction], *, wants_tokens: bool) -> ProbeScores:
+    def _probe_scores(self, asked: Asked, reading: Reading, reductions: Sequence[Reduction]) -> ProbeScores:
         labels = len(self._probe.manifest.output.labels)
         if self._probe.pools:
             absent = np.full((1, labels), np.nan, np.float32)
@@ -199,7 +220,8 @@ class SessionScores:
             ]
             return ProbeScores(reduced=np.stack(pooled))
         tokens = np.concatenate([np.zeros((0, labels), np.float32), *(self._part_scores(part) for part in reading.parts)])
-        return ProbeScores(reduced=reduce_selections(tokens, reading.selections, reductions), tokens=tokens if wants_tokens else None)
+        reduced = reduce_selections(tokens, reading.selections, reductions, lambda: self._wanted.check(asked.rollout))
+        return ProbeScores(reduced, tokens if self._probe.manifest.key in asked.options.token_scores else None)
 
     def _scores_of(self, name: object) -> NDArray[np.float32]:
         scores = self._calls.scores[self._calls.numbers[name]]
@@ -212,20 +234,30 @@ class SessionScores:
         return scores[len(scores) - len(self._forest.segments[part.segment].token_ids) :]
 
 
-def reduce_selections(tokens: NDArray[np.float32], selections: NDArray[np.bool_], reductions: Sequence[Reduction]) -> NDArray[np.float32]:
+def reduce_selections(
+    tokens: NDArray[np.float32],
+    selections: NDArray[np.bool_],
+    reductions: Sequence[Reduction],
+    check: Callable[[], None] = lambda: None,
+) -> NDArray[np.float32]:
     """Every reduction of every selection of tokens.
 
     Args:
         tokens: ``(T, labels)``.
         selections: ``(S, T)``.
         reductions: R of them.
+        check: called before each reduction; what it raises ends the work.
 
     Returns:
         ``(S, R, labels)``.
     """
-    selected = [tokens if selection.all() else tokens[selection] for selection in selections]
-    reduced = [[reduce_scores(of_selection, reduction) for reduction in reductions] for of_selection in selected]
-    return np.array(reduced, np.float32)
+    reduced = np.empty((len(selections), len(reductions), tokens.shape[1]), np.float32)
+    for row, selection in enumerate(selections):
+        selected = tokens if selection.all() else tokens[selection]
+        for column, reduction in enumerate(reductions):
+            check()
+            reduced[row, column] = reduce_scores(selected, reduction)
+    return reduced
 
 
 def non_finite_tap(tap: Tap, key: str) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -17,12 +18,13 @@ from probescore_server.probes.layout import Asked, Reading, Readings, Rows
 from probescore_server.probes.loading import LoadedProbe, Member
 from probescore_server.probes.session_scores import non_finite_scores, non_finite_tap, overflowing_reduction, reduce_selections
 from probescore_server.probes.stacking import Stack
+from probescore_server.probes.wanted import GivenUp, Wanted
 
 MAX_SCORES = 1 << 25
 """Scores of tokens held at once, 128 MiB on the device and again on the host: more probes than that are scored block by block."""
 
-MAX_REDUCED_SCORES = 1 << 22
-"""Scores of tokens that are reduced at once: a reduction takes several copies of them in float64."""
+MAX_REDUCED_SCORES = 1 << 17
+"""Scores of tokens that are reduced at once: a reduction takes several copies of them in float64, which fit into a core's cache."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,11 +64,18 @@ class StackedScores:
         readings, rows: where the completions stand.
         activations: by tap ``(N, hidden_size)`` float32 on the model's device, without NaN and infinities.
         finite: by tap ``(N,)``, which rows had none.
+        wanted: who waits for which rollout; those that nobody waits for get no answer.
     """
 
     def __init__(
-        self, readings: Readings, rows: Rows, activations: Mapping[Tap, torch.Tensor], finite: Mapping[Tap, NDArray[np.bool_]]
+        self,
+        readings: Readings,
+        rows: Rows,
+        activations: Mapping[Tap, torch.Tensor],
+        finite: Mapping[Tap, NDArray[np.bool_]],
+        wanted: Wanted,
     ) -> None:
+        self._wanted = wanted
         self._readings = readings
         self._rows = rows
         self._activations = activations
@@ -127,7 +136,10 @@ class StackedScores:
             reading = self._readings.of(each, manifest)
             tokens = excerpt.tokens(scores, reading)
             problems = {} if all_finite else self._problems(panel, tokens, columns, reading)
-            reduced = _reduced(tokens, reading.selections, reductions)
+            try:
+                reduced = _reduced(tokens, reading.selections, reductions, functools.partial(self._wanted.check, each.rollout))
+            except GivenUp:
+                continue
             if np.isinf(reduced).any():
                 overflowing = (key for key, own in zip(keys, columns, strict=True) if np.isinf(reduced[:, :, own]).any())
                 problems = {key: overflowing_reduction(key) for key in overflowing} | problems
@@ -191,8 +203,16 @@ def _blocks(probes: Sequence[StackedProbe], rows: int) -> Iterator[list[StackedP
         yield block
 
 
-def _reduced(tokens: NDArray[np.float32], selections: NDArray[np.bool_], reductions: Sequence[Reduction]) -> NDArray[np.float32]:
-    """``(selections, reductions, labels)``, some columns at a time."""
-    step = max(1, MAX_REDUCED_SCORES // max(1, len(tokens)))
-    pieces = [reduce_selections(tokens[:, first : first + step], selections, reductions) for first in range(0, tokens.shape[1], step)]
-    return pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=2)
+def _reduced(
+    tokens: NDArray[np.float32], selections: NDArray[np.bool_], reductions: Sequence[Reduction], check: Callable[[], None]
+) -> NDArray[np.float32]:
+    """``(selections, reductions, labels)``, some columns at a time: more of them the fewer tokens are selected."""
+    reduced = np.empty((len(selections), len(reductions), tokens.shape[1]), np.float32)
+    for row, selection in enumerate(selections):
+        selected = tokens if selection.all() else tokens[selection]
+        whole = np.ones((1, len(selected)), np.bool_)
+        step = max(1, MAX_REDUCED_SCORES // max(1, len(selected)))
+        for first in range(0, tokens.shape[1], step):
+            columns = slice(first, first + step)
+            reduced[row, :, columns] = reduce_selections(selected[:, columns], whole, reductions, check)[0]
+    return reduced

@@ -1,0 +1,96 @@
+"""What a request costs beside its tokens: numbers in its answer, and scores that are read again for its spans.
+
+Counted from what is asked, before anything is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+from probescore.types import OutputPer, Scope
+from probescore_server.rollouts import Continuation, EngineInfo, Rollout, ScoreOptions
+
+MAX_KNOWN = 16
+"""Most calls ask for what others did before, of a thousand probes perhaps."""
+
+
+@dataclass(frozen=True)
+class RequestCost:
+    """What the options of a request make of its tokens and spans.
+
+    Attributes:
+        scope: which tokens are scored.
+        row_values: numbers in the answer for the whole of a completion, and again for each of its spans: labels × reductions.
+        token_values: numbers in the answer for each token that is scored.
+        appended_values: numbers in the answer for the tokens of the follow-ups that probes append to a completion by themselves.
+        span_scores: scores that are read for each token of a span.
+        context_scores: scores that are read, once for each span, for each token before the completion.
+    """
+
+    scope: Scope
+    row_values: int
+    token_values: int
+    appended_values: int
+    span_scores: int
+    context_scores: int
+
+    @classmethod
+    def of(cls, info: EngineInfo, options: ScoreOptions) -> RequestCost:
+        """The cost of the options of a request."""
+        return _cost(info, options)
+
+    def values(self, rollout: Rollout) -> int:
+        """Numbers in the answer for a rollout, those of its follow-ups included."""
+        prompt = 0 if self.scope is Scope.COMPLETION else len(rollout.prompt_ids)
+        completion = 0 if self.scope is Scope.PROMPT else len(rollout.completion.token_ids)
+        values = 0
+        for continuation, _ in _tree(rollout.completion, 0):
+            own = prompt + completion if continuation is rollout.completion else len(continuation.token_ids)
+            values += (1 + len(continuation.spans)) * self.row_values + own * self.token_values + self.appended_values
+        return values
+
+    def scores_of_spans(self, rollout: Rollout) -> int:
+        """Scores that are read for the spans of a rollout and of its follow-ups."""
+        return sum(
+            sum(span.end - span.start for span in continuation.spans) * self.span_scores
+            + len(continuation.spans) * context * self.context_scores
+            for continuation, context in _tree(rollout.completion, len(rollout.prompt_ids))
+        )
+
+    def reread_tokens(self, completion: Continuation, prompt_tokens: int) -> int:
+        """Tokens that spans read beyond one reading of each token: what is scored once costs no more if it is cut into spans. A span
+        without tokens costs time too, and counts for one.
+        """
+        read = 0
+        for continuation, context in _tree(completion, prompt_tokens):
+            read += sum(max(1, span.end - span.start) for span in continuation.spans)
+            read += len(continuation.spans) * context if self.context_scores else 0
+        return max(0, read - completion.tree_tokens)
+
+
+def _tree(continuation: Continuation, context: int) -> Iterator[tuple[Continuation, int]]:
+    """A continuation and all that follow it, each with the number of tokens before it."""
+    yield continuation, context
+    for follow_up in continuation.follow_ups:
+        yield from _tree(follow_up, context + len(continuation.token_ids))
+
+
+@lru_cache(MAX_KNOWN)
+def _cost(info: EngineInfo, options: ScoreOptions) -> RequestCost:
+    row = token = appended = span = context = 0
+    loaded = {f"{probe.name}@{probe.version}": probe for probe in info.probes}
+    for key in options.probes:
+        labels = len(loaded[key].labels)
+        pools = loaded[key].output_per is OutputPer.ROLLOUT
+        reductions = 1 if pools else len(options.reductions) or 1
+        follow_up = info.max_follow_up_tokens.get(key, 0)
+        row += labels * reductions
+        if key in options.token_scores:
+            token += 0 if follow_up else labels
+            appended += labels * follow_up
+        if not follow_up:  # else it scores none of the tokens that spans are of
+            span += labels * reductions if not pools else info.model.hidden_size
+            context += info.model.hidden_size if key in info.pools_with_prompt else 0
+    return RequestCost(options.scope, row, token, appended, span, context)

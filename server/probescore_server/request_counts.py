@@ -1,0 +1,61 @@
+"""How much a request holds, counted on its message: before anything is made of it, since making it is what costs.
+
+A span takes two bytes of a message and a hundred of Python's memory.
+"""
+
+from __future__ import annotations
+
+from probescore.v1 import scoring_pb2
+from probescore_server.errors import InvalidRequest, LimitExceeded
+from probescore_server.settings import ServerSettings
+
+
+def check_counts(request: scoring_pb2.ScoreRequest, limits: ServerSettings, loaded_probes: int) -> None:
+    """Refuses a request with more parts than the limits allow.
+
+    Args:
+        request: as received.
+        limits: of the server.
+        loaded_probes: a request names each at most once.
+
+    Raises:
+        LimitExceeded: naming ``groups``, ``reductions``, or the completion's ``spans`` or ``follow_ups``.
+        InvalidRequest: naming ``probes`` or ``token_scores.probes``.
+    """
+    for field, names in (("probes", request.probes), ("token_scores.probes", request.token_scores.probes)):
+        if len(names) > loaded_probes:
+            raise InvalidRequest(field, f"{len(names)} names, of {loaded_probes} loaded probes; name each once")
+    if (count := len(request.reductions)) > limits.max_reductions:
+        raise LimitExceeded("reductions", count, "reductions", "max_reductions", limits.max_reductions, "ask in several requests")
+    rollouts = len(request.groups)  # each has a completion, or is refused
+    _check_rollouts(rollouts, limits)
+    rollouts = sum(len(group.completions) for group in request.groups)
+    _check_rollouts(rollouts, limits)
+    for index, group in enumerate(request.groups):
+        for position, completion in enumerate(group.completions):
+            if completion.spans or completion.follow_ups:
+                field = f"groups[{index}].completions[{position}]"
+                if (follow_ups := _check_tree(completion, field, limits)) > limits.max_follow_ups:
+                    remedy = "send the completion several times, each with some of them"
+                    field = f"{field}.follow_ups"
+                    raise LimitExceeded(field, follow_ups, "follow-ups", "max_follow_ups", limits.max_follow_ups, remedy)
+                _check_rollouts(rollouts := rollouts + follow_ups, limits)
+
+
+def _check_rollouts(count: int, limits: ServerSettings) -> None:
+    most = limits.max_request_rollouts
+    if count > most:
+        raise LimitExceeded("groups", count, "completions and follow-ups", "max_request_rollouts", most, "send them in several requests")
+
+
+def _check_tree(completion: scoring_pb2.Completion, field: str, limits: ServerSettings) -> int:
+    """Checks the spans of a completion and of all that follows it; returns how many follow."""
+    if (count := len(completion.spans)) > limits.max_spans:
+        remedy = "send the completion several times, each with some of them"
+        raise LimitExceeded(f"{field}.spans", count, "spans", "max_spans", limits.max_spans, remedy)
+    count = len(completion.follow_ups)
+    if count > limits.max_follow_ups:
+        return count  # too many already
+    return count + sum(
+        _check_tree(follow_up, f"{field}.follow_ups[{index}]", limits) for index, follow_up in enumerate(completion.follow_ups)
+    )
