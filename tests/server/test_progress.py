@@ -126,6 +126,16 @@ def test_texts_that_do_not_come_back_are_noticed_while_batches_do() -> None:
     assert (loss.reason, loss.order) == ("overdue", 1)
 
 
+def test_texts_that_take_turns_are_not_held_against_each_other() -> None:
+    """Given three requests whose texts are tokenised in turns, then the first answer may take as long as all of them."""
+    watch = ready_watch()
+    for number in (1, 2, 3):
+        watch.asked(Line.TEXTS, number, 30, 0.0)
+    lively_until(watch, 89.0)
+    watch.heard(91.0)
+    assert watch.loss(91.0).reason == "overdue"
+
+
 @given(st.floats(0, 1e6))
 def test_time_in_which_nobody_watched_does_not_count(away: float) -> None:
     watch = Watch(PATIENCE, 0.0)
