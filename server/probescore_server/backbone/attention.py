@@ -165,5 +165,6 @@ def passes_windows(decoder: Decoder) -> bool:
     with attending(decoder, _RECORDING):
         decoder.model(input_ids=torch.zeros((1, 2), dtype=torch.long, device=decoder.device), use_cache=False)
     layers = DynamicCache(config=decoder.config).layers
-    windows = [decoder.config.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None for layer in layers]
+    # Chunks are a window to the cache, and not to attention: layers that have them do not pass this.
+    windows = [layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None for layer in layers]
     return passed == windows

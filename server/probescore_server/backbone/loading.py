@@ -15,6 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from probescore_server.backbone.checkpoint import HEAD_NAMES, check_is_whole, tied_embedding
 from probescore_server.errors import ModelRefused
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -72,6 +73,7 @@ def resolve_model(model: str, *, revision: str = "", trust_remote_code: bool = F
         directory = _download(model, revision, [*_WANTED_FILES, *(["*.py"] if trust_remote_code else [])])
     elif revision:
         raise ModelRefused(f"{model}: a revision ({revision}) belongs to a model on the hub, and this is a directory")
+    check_is_whole(directory)
     if not (directory / "config.json").is_file():
         raise ModelRefused(f"{model}: no config.json")
     if not any(directory.glob("*.safetensors")):
@@ -161,7 +163,7 @@ def load_decoder(
         loaded = whole
         whole_config = load_config(directory, trust_remote_code=trust_remote_code)
         model = _load_model(directory, whole_config, dtype, trust_remote_code, device_map)
-    decoder = model if model.config.get_text_config(decoder=True) is model.config else model.get_decoder()
+    decoder = _text_decoder(model)
     if decoder is None or decoder.config.num_hidden_layers != loaded:
         raise ModelRefused(f"{directory.name}: a {config.model_type} model does not give its text decoder")
     blocks = _find_blocks(decoder, loaded, directory.name)
@@ -176,19 +178,27 @@ def load_decoder(
 
 
 def _load_model(directory: Path, config: PreTrainedConfig, dtype: str, trust_remote_code: bool, device_map: str | None) -> PreTrainedModel:
-    try:
-        with _quiet_transformers():
-            model, loading = AutoModel.from_pretrained(
-                directory,
-                config=config,
-                dtype=DTYPES[dtype],
-                use_safetensors=True,
-                trust_remote_code=trust_remote_code,
-                output_loading_info=True,
-                **({} if device_map is None else {"device_map": device_map}),
-            )
-    except Exception as error:  # a damaged file, a size that differs: transformers and safetensors raise what they like
-        raise ModelRefused(f"{directory.name}: cannot be loaded: {error}") from None
+    def load(**options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:  # noqa: ANN401
+        try:
+            with _quiet_transformers():
+                return AutoModel.from_pretrained(  # type: ignore[no-any-return]
+                    directory,
+                    config=config,
+                    dtype=DTYPES[dtype],
+                    use_safetensors=True,
+                    trust_remote_code=trust_remote_code,
+                    output_loading_info=True,
+                    **({} if device_map is None else {"device_map": device_map}),
+                    **options,
+                )
+        except Exception as error:  # a damaged file, a size that differs: transformers and safetensors raise what they like
+            raise ModelRefused(f"{directory.name}: cannot be loaded: {error}") from None
+
+    model, loading = load()
+    tied = tied_embedding(config)
+    if tied is not None and any(tied[1].endswith(name) for name in loading["missing_keys"]):
+        # one tensor for both, stored under the head's name
+        model, loading = load(key_mapping={HEAD_NAMES: tied[1]})
     missing = sorted(loading["missing_keys"])
     if missing:
         raise ModelRefused(f"{directory.name}: {len(missing)} weights are missing from its files: {', '.join(missing[:5])}")
@@ -233,6 +243,15 @@ def _first_attention_layer(config: PreTrainedConfig) -> int:
     kinds = getattr(config.get_text_config(decoder=True), "layer_types", None) or []
     attention = (index for index, kind in enumerate(kinds) if "attention" in kind and "linear" not in kind)
     return next(attention, 0)
+
+
+def _text_decoder(model: PreTrainedModel) -> PreTrainedModel | None:
+    """Below whatever wraps it: encoders of images beside it, and a head (Llama 4's wrapper holds a whole language model)."""
+    decoder: PreTrainedModel | None = model if model.config.get_text_config(decoder=True) is model.config else model.get_decoder()
+    if decoder is None:
+        return None
+    parts = (module for module in decoder.modules() if isinstance(module, PreTrainedModel))
+    return next((module for module in parts if module.get_output_embeddings() is None), None)
 
 
 def _find_blocks(decoder: torch.nn.Module, count: int, model: str) -> torch.nn.ModuleList:

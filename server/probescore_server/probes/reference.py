@@ -79,6 +79,11 @@ class ReferenceModel:
         )
         return cls(loaded, tokenizer, reference, tokenizer_fingerprint(tokenizer))
 
+    @property
+    def special_token_ids(self) -> tuple[int, ...]:
+        """What ``exclude_special_tokens`` leaves out."""
+        return tuple(sorted({int(token) for token in self.tokenizer.all_special_ids if token is not None}))
+
     def activations(self, token_ids: TokenIds, taps: Sequence[Tap | str]) -> dict[Tap, NDArray[np.float32]]:
         """``reference_activations`` of this model; a tap may be written as ``"resid_post.6"``."""
         return reference_activations(self.model, token_ids, [TapInput.parse(tap).tap for tap in taps])
