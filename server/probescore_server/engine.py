@@ -33,6 +33,7 @@ from probescore_server.backbone.choosing import choose_backbone
 from probescore_server.backbone.forest import Forest, ProbeReads
 from probescore_server.backbone.kv_cache import KeyValueCache
 from probescore_server.backbone.loading import DTYPES, load_config, load_decoder, load_tokenizer, resolve_model
+from probescore_server.backbone.placeholders import placeholder_tokens
 from probescore_server.backbone.rotary import max_unchanged_positions
 from probescore_server.backbone.taps import TapReader, layers_needed
 from probescore_server.backbone.texts import TextEncoder
@@ -164,6 +165,7 @@ class Engine:
             max_follow_up_tokens={
                 file.manifest.key: len(file.manifest.follow_up.token_ids) for file in files if file.manifest.follow_up is not None
             },
+            placeholders=placeholder_tokens(config, tokenizer),
         )
         cache = KeyValueCache(max_kv_cache_bytes)
         engine = cls(info, backbone, texts, loaded, cache, Residence.of(decoder, loaded.values(), cache))

@@ -148,6 +148,7 @@ class EngineInfo:
         expects_bos: by ``name@version``: the first id must be BOS (True), must not be (False), or is not checked (None).
         max_unchanged_positions: tokens of a rollout up to which the model's rotary embedding stays the same; ``None`` = always.
         max_follow_up_tokens: by ``name@version``: length of the follow-up that the probe itself appends.
+        placeholders: by id that stands for a picture, audio or video: what the model calls it.
         device, dtype, execution_path: as in ``WorkerInfo``.
     """
 
@@ -161,6 +162,7 @@ class EngineInfo:
     max_unchanged_positions: int | None = None
     expects_bos: dict[str, bool | None] = field(default_factory=dict)
     max_follow_up_tokens: dict[str, int] = field(default_factory=dict)
+    placeholders: dict[int, str] = field(default_factory=dict)
 
     def scored_probes(self, options: ScoreOptions) -> tuple[ScoredProbe, ...]:
         """How the probes of a request are named in its answer, in the request's order."""
