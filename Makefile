@@ -12,7 +12,7 @@ BUF_INPUT := proto
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test unit lint format types imports proto proto-check baseline test-client-versions test-trainers test-trainers-newest test-deploy mutants bench \
+.PHONY: help demo test unit lint format types imports proto proto-check baseline test-client-versions test-trainers test-trainers-newest test-deploy parity mutants bench \
   bench-full clean
 
 help: ## Show this list
@@ -112,6 +112,9 @@ types: $(INSTALLED) ## mypy --strict on our packages
 
 imports: $(INSTALLED) ## The arrows between our layers
 	$(BIN)/lint-imports
+
+parity: $(INSTALLED) ## Every family of models beside plain Hugging Face, and each setting of their configs; writes the table in docs/parity.md
+	$(TEST_ENV) PYTHONPATH=tests:tests/e2e $(BIN)/python tests/e2e/parity_table.py
 
 mutants: $(INSTALLED) ## Break the code on purpose; each break must be caught by a test
 	$(TEST_ENV) $(BIN)/python tests/mutations/run.py

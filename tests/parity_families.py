@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from parity_models import ARCHITECTURES, HIDDEN, LAYERS, WINDOW, scale_weights, write_model, write_tokenizer, written_settings
+from parity_models import ARCHITECTURES, HIDDEN, LAYERS, VOCAB_SIZE, WINDOW, scale_weights, write_model, write_tokenizer, written_settings
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
 
@@ -31,8 +31,8 @@ class Family:
     wrapper: dict[str, Any] | None = None
 
 
-PLACEHOLDER = 100
-"""The id that stands for a piece of a picture in every wrapper here."""
+PLACEHOLDER = VOCAB_SIZE
+"""The id that stands for a piece of a picture in every wrapper here; it and those after it come in no rollout."""
 
 _ALTERNATING = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"] * 2}
 _EXPERTS = {"num_experts": 8, "num_local_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
@@ -78,7 +78,7 @@ _CONVOLUTIONS = {"layer_types": ["conv", "full_attention"] * 2, "conv_L_cache": 
 
 _TOWER = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
 _QWEN_TOWER = {"depth": 1, "hidden_size": 32, "num_heads": 2, "out_hidden_size": HIDDEN, "intermediate_size": 32}
-_QWEN_IDS = {"image_token_id": PLACEHOLDER, "video_token_id": 101, "vision_start_token_id": 102, "vision_end_token_id": 103}
+_QWEN_IDS = {"image_token_id": PLACEHOLDER, "video_token_id": PLACEHOLDER + 1, "vision_start_token_id": PLACEHOLDER + 2}
 _MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
 
 
@@ -207,8 +207,8 @@ _ALL = [
         {**_ALTERNATING, "query_pre_attn_scalar": 16},
         _TOWER,
         image_token_index=PLACEHOLDER,
-        boi_token_index=101,
-        eoi_token_index=102,
+        boi_token_index=PLACEHOLDER + 1,
+        eoi_token_index=PLACEHOLDER + 2,
         mm_tokens_per_image=4,
     ),
     _wrapper(
@@ -217,8 +217,8 @@ _ALL = [
         _GEMMA_4,
         {**_TOWER, "head_dim": 16, "num_key_value_heads": 2},
         image_token_id=PLACEHOLDER,
-        boi_token_id=101,
-        eoi_token_id=102,
+        boi_token_id=PLACEHOLDER + 1,
+        eoi_token_id=PLACEHOLDER + 2,
         audio_config=None,
     ),
     _wrapper("GLM-4V", "glm4v", {"rope_parameters": {**_MROPE, "partial_rotary_factor": 1.0}}, {**_QWEN_TOWER, "image_size": 28}),
@@ -231,8 +231,8 @@ _ALL = [
         {**_LLAMA_4, "attention_chunk_size": WINDOW},
         {**_TOWER, "vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32},
         image_token_index=PLACEHOLDER,
-        boi_token_index=101,
-        eoi_token_index=102,
+        boi_token_index=PLACEHOLDER + 1,
+        eoi_token_index=PLACEHOLDER + 2,
     ),
     _wrapper(
         "Llama 3.2 Vision",
@@ -254,7 +254,7 @@ _ALL = [
         {"model_type": "qwen2"},
         {**_TOWER, "model_type": "siglip_vision_model"},
         image_token_index=PLACEHOLDER,
-        video_token_index=101,
+        video_token_index=PLACEHOLDER + 1,
     ),
     _wrapper("Mistral 3", "mistral3", {"model_type": "mistral"}, {**_TOWER, "model_type": "pixtral"}, image_token_index=PLACEHOLDER),
     _wrapper(
@@ -284,7 +284,8 @@ def write_family(directory: Path, family: Family) -> Path:
     """Writes a whole model of the family, with a tokenizer; returns ``directory``."""
     if family.wrapper is None:
         return write_model(directory, family.architecture, **family.settings)
-    config = CONFIG_MAPPING[family.architecture](text_config=written_settings(family.architecture, family.settings), **family.wrapper)
+    text = written_settings(family.architecture, family.settings) | {"vocab_size": VOCAB_SIZE + 8}
+    config = CONFIG_MAPPING[family.architecture](text_config=text, **family.wrapper)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = AutoModelForImageTextToText.from_config(config).float()

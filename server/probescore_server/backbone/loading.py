@@ -181,7 +181,7 @@ def _load_model(directory: Path, config: PreTrainedConfig, dtype: str, trust_rem
     def load(**options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:  # noqa: ANN401
         try:
             with _quiet_transformers():
-                return AutoModel.from_pretrained(  # type: ignore[no-any-return]
+                return AutoModel.from_pretrained(
                     directory,
                     config=config,
                     dtype=DTYPES[dtype],

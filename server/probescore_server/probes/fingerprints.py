@@ -174,7 +174,7 @@ def _with_embedding(tensors: list[_Tensor], embedding: str) -> list[_Tensor]:
     """With the head under the embedding's name, where a checkpoint stores only that of the two."""
     if any(name == embedding for name, *_ in tensors):
         return tensors
-    return tensors + [(embedding, *stored) for name, *stored in tensors if re.match(HEAD_NAMES, name)]
+    return tensors + [(embedding, dtype, shape, digest) for name, dtype, shape, digest in tensors if re.match(HEAD_NAMES, name)]
 
 
 def _sampled_digest(stream: BinaryIO, start: int, size: int) -> str:
