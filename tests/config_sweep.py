@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoModel
 
 from probescore_server.probes.fingerprints import model_fingerprint
 
-_NOT_A_SETTING = ("architectures", "model_type", "dtype", "torch_dtype", "transformers_version")
+# `tie_word_embeddings` says which of two names an embedding is read from, and the models here store both.
+_NOT_A_SETTING = ("architectures", "model_type", "dtype", "torch_dtype", "transformers_version", "tie_word_embeddings")
 _ROUNDING = 1e-3  # of a change that is only in the order of summation
 _CHOICES = ("gelu", "relu", "silu", "sigmoid", "softmax", "default")
 
@@ -83,7 +84,8 @@ def _activations(model: Path, weights: dict[str, torch.Tensor]) -> list[torch.Te
         loaded = AutoModel.from_config(AutoConfig.from_pretrained(model)).eval()
         loaded.load_state_dict(weights)
         output = loaded(ids, use_cache=False, output_hidden_states=True)
-        return [*output.hidden_states, output.last_hidden_state]
+        last = getattr(output, "last_hidden_state", None)  # Llama 4's wrapper gives logits
+        return [*output.hidden_states, *([] if last is None else [last])]
     except Exception:  # whatever an architecture says of a setting that it cannot have
         return None
 

@@ -165,7 +165,10 @@ def load_decoder(
         model = _load_model(directory, whole_config, dtype, trust_remote_code, device_map)
     decoder = _text_decoder(model)
     if decoder is None or decoder.config.num_hidden_layers != loaded:
-        raise ModelRefused(f"{directory.name}: a {config.model_type} model does not give its text decoder")
+        raise ModelRefused(
+            f"{directory.name}: a {config.model_type} model does not give its text decoder, and cannot be served: docs/parity.md lists the "
+            "families that can"
+        )
     blocks = _find_blocks(decoder, loaded, directory.name)
     del blocks[num_layers:]
     module: torch.nn.Module = decoder.eval().requires_grad_(False)
