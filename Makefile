@@ -128,6 +128,9 @@ imports: $(INSTALLED) ## The arrows between our layers
 sweep: $(INSTALLED) ## Random probe graphs until 500 are accepted: none may score a rollout otherwise in other company (half an hour)
 	$(TEST_ENV) $(BIN)/python -m pytest -m sweep -q
 
+parity: $(INSTALLED) ## Every family of models beside plain Hugging Face, and each setting of their configs; writes the table in docs/parity.md
+	$(TEST_ENV) PYTHONPATH=tests:tests/e2e $(BIN)/python tests/e2e/parity_table.py
+
 mutants: $(INSTALLED) ## Break the code on purpose; each break must be caught by a test
 	$(TEST_ENV) $(BIN)/python tests/mutations/run.py
 

@@ -83,21 +83,33 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 
 def write_model(directory: Path, architecture: str, *, seed: int = 0, **changed: Any) -> Path:
     """Write a whole model (head included, as on the hub) and its tokenizer; return ``directory``."""
-    settings = _COMMON | ARCHITECTURES.get(architecture, {}) | changed
-    if architecture in ("deepseek_v3", "falcon"):
-        del settings["head_dim"]  # it is qk_rope_head_dim, or computed, there
+    settings = written_settings(architecture, ARCHITECTURES.get(architecture, {}) | changed)
     config = AutoConfig.for_model(architecture, **settings)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config).float()
-    _scale_weights(model, torch.Generator().manual_seed(seed))
+    scale_weights(model, torch.Generator().manual_seed(seed))
     model.save_pretrained(directory)
-    _tokenizer().save_pretrained(directory)
+    write_tokenizer(directory)
     return directory
 
 
+def written_settings(architecture: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Those of an architecture, with the ones that all models here have."""
+    settings = _COMMON | settings
+    if architecture in ("deepseek_v2", "deepseek_v3", "falcon", "mamba2", "minicpm3"):
+        settings = {name: value for name, value in settings.items() if name != "head_dim" or value != _COMMON["head_dim"]}
+    return settings  # head_dim is qk_rope_head_dim, or computed, in those
+
+
+def write_tokenizer(directory: Path) -> None:
+    """Writes the tokenizer that all models here share."""
+    _tokenizer().save_pretrained(directory)
+
+
 @torch.no_grad()
-def _scale_weights(model: torch.nn.Module, random: torch.Generator) -> None:
+def scale_weights(model: torch.nn.Module, random: torch.Generator) -> None:
+    """Draws all weights anew, each of the size that keeps what passes through it."""
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
     embedding_scale = next((float(buffer) for name, buffer in model.named_buffers() if name.endswith("embed_scale")), 1.0)
     # YaRN enlarges queries and keys, and with them the logits

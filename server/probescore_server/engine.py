@@ -37,6 +37,7 @@ from probescore_server.backbone.forest import Forest, ProbeReads
 from probescore_server.backbone.kv_cache import KeyValueCache
 from probescore_server.backbone.loading import DTYPES, load_config, load_decoder, load_tokenizer, resolve_model
 from probescore_server.backbone.model_files import ModelFiles
+from probescore_server.backbone.placeholders import placeholder_tokens
 from probescore_server.backbone.rotary import max_unchanged_positions
 from probescore_server.backbone.taps import TapReader, layers_needed
 from probescore_server.backbone.texts import TextEncoder
@@ -180,6 +181,7 @@ class Engine:
             pools_with_prompt=frozenset(
                 file.manifest.key for file in files if file.manifest.context.kind == "rollout" and file.manifest.context.sees_prompt
             ),
+            placeholders=placeholder_tokens(config, tokenizer),
         )
         cache = KeyValueCache(max_kv_cache_bytes)
         engine = cls(info, backbone, texts, loaded, cache, Residence.of(decoder, loaded.values(), cache))

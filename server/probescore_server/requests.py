@@ -362,7 +362,19 @@ class _Request:
         if ids.size and not 0 <= ids.min() <= ids.max() < self.info.model.vocab_size:
             index = int(np.flatnonzero((ids < 0) | (ids >= self.info.model.vocab_size))[0])
             raise InvalidRequest(path, f"id {ids[index]} at index {index} is not in the vocabulary, [0, {self.info.model.vocab_size})")
+        if self.info.placeholders:
+            self._check_is_text(ids, path)
         return np.ascontiguousarray(ids, np.int32)
+
+    def _check_is_text(self, ids: NDArray[np.integer[Any]], path: str) -> None:
+        found = np.flatnonzero(np.isin(ids, list(self.info.placeholders)))
+        if len(found):
+            token = int(ids[found[0]])
+            problem = (
+                f"id {token} at index {found[0]} is {self.info.placeholders[token]}: it stands for a picture, audio or video, which cannot "
+                "be sent yet, and without it the score would not be this rollout's; send rollouts of text alone"
+            )
+            raise InvalidRequest(path, problem, "NOT_TEXT")
 
     def _check_length(self, tokens: int, path: str) -> None:
         if self.longest is not None and tokens > self.longest[0]:

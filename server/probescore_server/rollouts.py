@@ -161,6 +161,7 @@ class EngineInfo:
         excluding_special_tokens: the probes, ``name@version``, for which the tokenizer's special tokens do not count.
         content: digest of the weights that are loaded and of what the model's other files hold.
         pools_with_prompt: those probes, ``name@version``, that pool by themselves and see the prompt.
+        placeholders: by id that stands for a picture, audio or video: what the model calls it.
         device, dtype, execution_path: as in ``WorkerInfo``.
     """
 
@@ -177,6 +178,7 @@ class EngineInfo:
     excluding_special_tokens: frozenset[str] = frozenset()
     content: str = ""
     pools_with_prompt: frozenset[str] = frozenset()
+    placeholders: dict[int, str] = field(default_factory=dict)
 
     def scored_probes(self, options: ScoreOptions) -> tuple[ScoredProbe, ...]:
         """How the probes of a request are named in its answer, in the request's order."""

@@ -180,9 +180,9 @@ def served_scores(result: ScoreResult, probe: Probe) -> list[NDArray[np.float32]
 class Author:
     """Someone with a model who writes probe files for it, with golden vectors from plain Hugging Face."""
 
-    def __init__(self, model: Path) -> None:
+    def __init__(self, model: Path, reference: Reference | None = None) -> None:
         self.model = model
-        self.reference = Reference(model)
+        self.reference = reference or Reference(model)
         self._model = ModelReference(id="tiny", fingerprint=model_fingerprint(model), hidden_size=HIDDEN, num_hidden_layers=LAYERS)
         self._tokenizer = tokenizer_fingerprint(AutoTokenizer.from_pretrained(model))
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import tiny_model
+from parity_families import FAMILIES, write_family
 
 from probescore_server.backbone.attention import UnknownAttention, attending, causal_attention, passes_windows
 from probescore_server.backbone.loading import load_decoder
@@ -87,4 +90,10 @@ def test_window_that_is_not_passed_on_is_noticed() -> None:
     decoder = load_decoder(tiny_model("gemma3_text", sliding_window=400), num_layers=2)
     for block in decoder.blocks:
         block.self_attn.sliding_window = None
+    assert not passes_windows(decoder)
+
+
+def test_chunks_are_no_window_and_need_their_mask(tmp_path: Path) -> None:
+    # longer than any test of a load: nothing but what the layers pass tells that they have chunks
+    decoder = load_decoder(write_family(tmp_path, FAMILIES["Llama 4 (chunks of 8,192)"]), num_layers=2)
     assert not passes_windows(decoder)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from models import HIDDEN_SIZE, tiny_model
+from parity_families import FAMILIES, write_family
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from probescore.types import Scope, Tap
@@ -88,6 +89,34 @@ def test_terms_that_do_not_add_up_are_refused_and_the_rest_is_served(tmp_path: P
     opened(model, 2, [Tap("resid_post", 1)])
     with pytest.raises(ModelRefused, match=r"attn_out\.1, mlp_out\.1: no outputs of attention and MLP in this falcon_h1 model's block"):
         opened(model, 2, [Tap("mlp_out", 1)])
+
+
+@pytest.mark.parametrize(
+    ("family", "tap", "reason"),
+    [
+        ("LFM2", Tap("attn_out", 2), r"block 2 of this lfm2 model has no attention of its own \(its parts: conv, .*"),
+        ("Mamba", Tap("mlp_out", 1), r"block 1 of this mamba model has no MLP of its own \(its parts: norm, mixer\)"),
+        ("Gemma 4 E (inputs to each layer)", Tap("attn_out", 0), "no outputs of attention and MLP in this gemma4_text model's block"),
+        ("OPT-350M (narrow, norms after)", Tap("mlp_out", 3), "no outputs of attention and MLP in this opt model's block"),
+    ],
+)
+def test_a_block_without_separate_terms_is_refused_with_what_to_read_instead(family: str, tap: Tap, reason: str, tmp_path: Path) -> None:
+    decoder = load_decoder(write_family(tmp_path, FAMILIES[family]), num_layers=4)
+    TapReader(decoder, [Tap("resid_pre", tap.layer), Tap("resid_post", tap.layer)])
+    with pytest.raises(ModelRefused, match=rf"{reason}.*; read resid_pre\.{tap.layer} or resid_post\.{tap.layer} instead$"):
+        TapReader(decoder, [tap])
+
+
+def test_a_final_norm_of_another_width_is_refused_with_what_to_read_instead(tmp_path: Path) -> None:
+    decoder = load_decoder(write_family(tmp_path, FAMILIES["OPT-350M (narrow, norms after)"]), num_layers=4)
+    with pytest.raises(ModelRefused, match=r"final_norm: .* opt model gives rows of width 32 .* 64 wide; read resid_post\.3 instead"):
+        TapReader(decoder, [Tap("final_norm")])
+
+
+def test_blocks_that_text_does_not_run_are_refused(tmp_path: Path) -> None:
+    decoder = load_decoder(write_family(tmp_path, FAMILIES["Llama 3.2 Vision"]), num_layers=4)
+    with pytest.raises(ModelRefused, match="does not run its blocks 1, 3 on text alone"):
+        TapReader(decoder, [])
 
 
 def test_model_whose_cache_forgets_is_refused(tmp_path: Path) -> None:

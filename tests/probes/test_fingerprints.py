@@ -8,13 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from config_sweep import unnoticed_settings
 from models import tiny_model
+from parity_families import FAMILIES, write_family
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from probescore_server.backbone.loading import load_decoder, resolve_model
 from probescore_server.errors import ModelRefused
 from probescore_server.probes import model_fingerprint
 
+SWEPT = ["Gemma 3", "Gemma 4", "GPT-OSS", "LFM2", "Falcon-H1", "MiniCPM3"]  # the others: make parity
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
 ARCHITECTURES = ["qwen3", "gpt2", "gpt_neox", "gemma3_text", "opt"]
 
 
@@ -240,3 +245,119 @@ def test_a_missing_config_is_refused(model):
 
     with pytest.raises(ModelRefused, match=r"no config\.json"):
         model_fingerprint(model)
+
+
+# ------------------------------------------------------------------------------------------------- what changes a score, and nothing else
+
+BESIDE = [
+    "v_head.summary.weight",
+    "v_head.weight",
+    "value_head.weight",
+    "reward_head.0.weight",
+    "score.weight",
+    "classifier.dense.weight",
+    "qa_outputs.bias",
+    "mtp.layers.0.self_attn.q_proj.weight",
+    "vision_tower.encoder.layers.0.mlp.fc1.weight",
+    "model.visual.blocks.0.attn.qkv.weight",
+    "model.vision_model.embeddings.patch_embedding.weight",
+    "multi_modal_projector.linear_1.weight",
+    "model.audio_tower.conv1.weight",
+    "model.image_newline",
+]
+
+
+def deepest_activations(directory: Path) -> torch.Tensor:
+    model = AutoModel.from_pretrained(directory).eval()
+    with torch.inference_mode():
+        activations: torch.Tensor = model(torch.arange(4, 90).unsqueeze(0)).last_hidden_state
+    return activations
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_what_stands_beside_the_decoder_does_not_matter(model, name):
+    before = model_fingerprint(model)
+    save_file(tensors_of(model) | {name: torch.ones(3, 5)}, model / "model.safetensors")
+
+    assert model_fingerprint(model) == before
+
+
+def test_scores_change_exactly_where_the_fingerprint_does(model):
+    tensors = tensors_of(model) | {name: torch.ones(3, 5) for name in BESIDE}
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    before, activations = model_fingerprint(model), deepest_activations(model)
+    for name, tensor in tensors.items():
+        save_file(tensors | {name: tensor * 1.5 + 0.1}, model / "model.safetensors", metadata={"format": "pt"})
+        changed = not torch.equal(deepest_activations(model), activations)
+        assert (model_fingerprint(model) != before) == changed, name
+        assert changed == (name.startswith("model.") and name not in BESIDE), name
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "gpt2", "gpt_neox", "gemma3_text", "opt", "bloom"])
+@pytest.mark.parametrize("head", ["lm_head.weight", "embed_out.weight"])
+def test_a_tied_embedding_counts_wherever_it_is_stored(architecture, head, tmp_path):
+    tied = AutoConfig.from_pretrained(tiny_model(architecture), tie_word_embeddings=True)
+    AutoModelForCausalLM.from_config(tied).save_pretrained(tmp_path)
+    before = model_fingerprint(tmp_path)
+    tensors = tensors_of(tmp_path)
+    embedding = next(name for name in tensors if name.endswith(EMBEDDINGS))
+    tensors[head] = tensors.pop(embedding)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+
+    assert model_fingerprint(tmp_path) == before
+    decoder = load_decoder(tmp_path, num_layers=1)
+    assert torch.equal(decoder.model.get_input_embeddings().weight, tensors[head])
+    tensors[head][5] += 1
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert model_fingerprint(tmp_path) != before
+
+
+def test_a_head_alone_is_no_embedding_where_they_are_two_tensors(model):
+    tensors = tensors_of(model)
+    del tensors["model.embed_tokens.weight"]
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+
+    with pytest.raises(ModelRefused, match=r"1 weights are missing from its files: embed_tokens\.weight"):
+        load_decoder(model, num_layers=1)
+
+
+def test_an_adapter_beside_the_base_is_refused_with_what_to_do(model):
+    (model / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "x"}))
+    save_file({"base_model.model.lora_A.weight": torch.ones(2)}, model / "adapter_model.safetensors")
+
+    for refusing in (model_fingerprint, lambda directory: resolve_model(str(directory))):
+        with pytest.raises(ModelRefused, match=r"adapter_config\.json .* merge it into the weights .*merge_and_unload.* or remove"):
+            refusing(model)
+
+
+def test_code_that_a_model_brings_counts(model):
+    rewrite_config(model, model_type="own", auto_map={"AutoConfig": "own.Config"})
+    (model / "own.py").write_text("scale = 1")
+    before = model_fingerprint(model)
+    (model / "own.py").write_text("scale = 2")
+    other_code = model_fingerprint(model)
+    (model / "own.py").write_text("scale = 1")
+    rewrite_config(model, setting_of_its_own=3)
+
+    assert len({before, other_code, model_fingerprint(model)}) == 3
+    rewrite_config(model, setting_of_its_own=None, use_cache=False, hidden_dropout=0.5, eos_token_id=9)
+    assert model_fingerprint(model) == before
+
+
+def test_how_weights_are_quantised_while_loading_counts(model):
+    before = model_fingerprint(model)
+    rewrite_config(model, quantization_config={"quant_method": "quanto", "weights": "int8"})
+
+    assert model_fingerprint(model) != before
+
+
+def test_a_config_that_its_architecture_refuses_is_refused(model):
+    rewrite_config(model, num_hidden_layers="four")
+
+    with pytest.raises(ModelRefused, match="its config cannot be read"):
+        model_fingerprint(model)
+
+
+@pytest.mark.parametrize("architecture", SWEPT)
+def test_every_setting_that_changes_an_activation_changes_the_fingerprint(architecture, tmp_path):
+    assert unnoticed_settings(write_family(tmp_path, FAMILIES[architecture])) == {}

@@ -164,5 +164,6 @@ def passes_windows(decoder: Decoder) -> bool:
     AttentionInterface.register(_RECORDING, record)
     with attending(decoder, _RECORDING):
         decoder.model(input_ids=torch.zeros((1, 2), dtype=torch.long, device=decoder.device), use_cache=False)
-    windows = [decoder.config.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None for layer in decoder.cache_layers]
+    # Chunks are a window to the cache, and not to attention: layers that have them do not pass this.
+    windows = [layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None for layer in decoder.cache_layers]
     return passed == windows

@@ -17,6 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from transformers import AutoConfig, AutoModel, AutoTokenizer, DynamicCache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from probescore_server.backbone.checkpoint import HEAD_NAMES, check_is_whole, tied_embedding
 from probescore_server.backbone.cutting import changed_when_built, computes_as_whole
 from probescore_server.errors import ModelRefused
 
@@ -81,6 +82,7 @@ def resolve_model(model: str, *, revision: str = "", trust_remote_code: bool = F
         directory = _download(model, revision, [*_WANTED_FILES, *(["*.py"] if trust_remote_code else [])])
     elif revision:
         raise ModelRefused(f"{model}: a revision ({revision}) belongs to a model on the hub, and this is a directory")
+    check_is_whole(directory)
     if not (directory / "config.json").is_file():
         raise ModelRefused(f"{model}: no config.json")
     if not any(directory.glob("*.safetensors")):
@@ -199,32 +201,44 @@ class _Cut:
 
     def __call__(self, model: PreTrainedModel) -> None:
         config = model.config.get_text_config(decoder=True)
-        decoder = model if config is model.config else model.get_decoder()
+        decoder = _text_decoder(model)
         if decoder is None or decoder.config.num_hidden_layers != config.num_hidden_layers:
-            raise ModelRefused(f"{self._name}: a {model.config.model_type} model does not give its text decoder")
+            raise ModelRefused(
+                f"{self._name}: a {model.config.model_type} model does not give its text decoder, and cannot be served: docs/parity.md "
+                "lists the families that can"
+            )
         self.decoder, self.blocks = decoder, _find_blocks(decoder, config.num_hidden_layers, self._name)
         self.later = list(self.blocks[self._num_layers :])
         del self.blocks[self._num_layers :]
 
 
 def _load_model(directory: Path, config: PreTrainedConfig, cut: _Cut, dtype: str, trust_remote_code: bool, device_map: str | None) -> None:
-    try:
-        with _quiet_transformers():
-            model_class, config = _model_class(config, trust_remote_code)
-            loaded: Any = changed_when_built(model_class, cut).from_pretrained(
-                directory,
-                config=config,
-                dtype=DTYPES[dtype],
-                use_safetensors=True,
-                trust_remote_code=trust_remote_code,
-                output_loading_info=True,
-                device_map=device_map,
-            )
-            model, loading = loaded
-    except ModelRefused:
-        raise
-    except Exception as error:  # a damaged file, a size that differs: transformers and safetensors raise what they like
-        raise ModelRefused(f"{directory.name}: cannot be loaded: {error}") from None
+    def load(**options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:  # noqa: ANN401
+        try:
+            with _quiet_transformers():
+                model_class, own_config = _model_class(config, trust_remote_code)
+                loaded: Any = changed_when_built(model_class, cut).from_pretrained(
+                    directory,
+                    config=own_config,
+                    dtype=DTYPES[dtype],
+                    use_safetensors=True,
+                    trust_remote_code=trust_remote_code,
+                    output_loading_info=True,
+                    device_map=device_map,
+                    **options,
+                )
+        except ModelRefused:
+            raise
+        except Exception as error:  # a damaged file, a size that differs: transformers and safetensors raise what they like
+            raise ModelRefused(f"{directory.name}: cannot be loaded: {error}") from None
+        model, loading = loaded
+        return model, loading
+
+    model, loading = load()
+    tied = tied_embedding(config)
+    if tied is not None and any(tied[1].endswith(name) for name in loading["missing_keys"]):
+        # one tensor for both, stored under the head's name
+        model, loading = load(key_mapping={HEAD_NAMES: tied[1]})
     missing = sorted(loading["missing_keys"])
     if missing:
         raise ModelRefused(f"{directory.name}: {len(missing)} weights are missing from its files: {', '.join(missing[:5])}")
@@ -266,6 +280,15 @@ def _first_attention_layer(config: PreTrainedConfig) -> int:
     kinds = getattr(config.get_text_config(decoder=True), "layer_types", None) or []
     attention = (index for index, kind in enumerate(kinds) if "attention" in kind and "linear" not in kind)
     return next(attention, 0)
+
+
+def _text_decoder(model: PreTrainedModel) -> PreTrainedModel | None:
+    """Below whatever wraps it: encoders of images beside it, and a head (Llama 4's wrapper holds a whole language model)."""
+    decoder: PreTrainedModel | None = model if model.config.get_text_config(decoder=True) is model.config else model.get_decoder()
+    if decoder is None:
+        return None
+    parts = (module for module in decoder.modules() if isinstance(module, PreTrainedModel))
+    return next((module for module in parts if module.get_output_embeddings() is None), None)
 
 
 def _find_blocks(decoder: torch.nn.Module, count: int, model: str) -> torch.nn.ModuleList:

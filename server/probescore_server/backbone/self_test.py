@@ -32,6 +32,7 @@ ROW_ERROR_BOUND = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-
 """Relative error of a token's activations that nine in ten must stay below; the rest may be tokens that a router sends elsewhere."""
 
 _TEST_CACHE_BYTES = 1 << 30
+_OTHER_FAMILIES = "; so its scores would not be the model's, and it cannot be served: docs/parity.md lists the families that can"
 _COMPLETION, _SHORT, _FOLLOW_UP = 24, 7, 9
 
 
@@ -83,11 +84,12 @@ class SelfTest:
             ]
             worst = float(torch.stack([self.row_errors(run).quantile(0.9) for run in runs]).max())  # NaN if one is
         except Exception as error:  # whatever an architecture raises whose cache is not the public one
-            raise ModelRefused(f"a {self._kind} model cannot be run with a cache: {type(error).__name__}: {error}") from error
+            problem = f"a {self._kind} model cannot be run with a cache: {type(error).__name__}: {error}"
+            raise ModelRefused(problem + _OTHER_FAMILIES) from error
         if not worst <= ROW_ERROR_BOUND[self._decoder.dtype]:
             raise ModelRefused(
                 f"self-test: with shared prompts this {self._kind} model gives other activations than alone: relative error {worst:.2g}, "
-                f"allowed {ROW_ERROR_BOUND[self._decoder.dtype]:g}"
+                f"allowed {ROW_ERROR_BOUND[self._decoder.dtype]:g}{_OTHER_FAMILIES}"
             )
         return worst
 

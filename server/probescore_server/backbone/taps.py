@@ -60,14 +60,17 @@ class TapReader:
         taps: every tap that will be read.
 
     Raises:
-        ModelRefused: a block does not hand its output to the next as it is, or no attention and MLP outputs add up to what it adds.
+        ModelRefused: a block does not hand its output to the next as it is, no attention and MLP outputs add up to what it adds, or
+            what leaves the model is of another width than its blocks.
     """
 
     def __init__(self, decoder: Decoder, taps: Sequence[Tap]) -> None:
         self._decoder = decoder
         self._added: dict[Tap, tuple[nn.Module, float]] = {}
         ids = _random_ids(decoder)
-        _check_residual_stream(decoder, ids)
+        final_norm = _check_residual_stream(decoder, ids)
+        if Tap("final_norm") in taps:
+            _check_final_norm(decoder, final_norm)
         for layer in sorted({tap.layer for tap in taps if tap.hook in ("attn_out", "mlp_out") and tap.layer is not None}):
             attention, mlp, scale = _find_added_terms(decoder, layer, ids)
             self._added[Tap("attn_out", layer)] = (attention, scale)
@@ -133,16 +136,21 @@ def _random_ids(decoder: Decoder) -> torch.Tensor:
     return torch.randint(decoder.config.vocab_size, (1, 16), generator=generator).to(decoder.device)
 
 
-def _run(decoder: Decoder, ids: torch.Tensor) -> None:
+def _run(decoder: Decoder, ids: torch.Tensor) -> BaseModelOutput:
     try:
-        decoder.model(input_ids=ids, use_cache=False)
+        output: BaseModelOutput = decoder.model(input_ids=ids, use_cache=False)
     except Exception as error:  # whatever a model raises that cannot be run by its ids alone
         raise ModelRefused(f"a {decoder.config.model_type} model cannot be run: {type(error).__name__}: {error}") from error
+    return output
 
 
 @torch.inference_mode()
-def _check_residual_stream(decoder: Decoder, ids: torch.Tensor) -> None:
-    """Blocks must be called in order, each with the output of the one before it: else ``resid_post`` is not a residual stream."""
+def _check_residual_stream(decoder: Decoder, ids: torch.Tensor) -> torch.Tensor | None:
+    """Blocks must be called in order, each with the output of the one before it: else ``resid_post`` is not a residual stream.
+
+    Returns:
+        What leaves the model.
+    """
     entered: dict[int, torch.Tensor] = {}
     left: dict[int, torch.Tensor] = {}
     with ExitStack() as hooks:
@@ -156,12 +164,28 @@ def _check_residual_stream(decoder: Decoder, ids: torch.Tensor) -> None:
 
             hooks.callback(block.register_forward_pre_hook(enter, with_kwargs=True).remove)
             hooks.callback(block.register_forward_hook(leave).remove)
-        _run(decoder, ids)
+        output = _run(decoder, ids)
     shape = (1, ids.shape[1], decoder.config.hidden_size)
     layers = range(len(decoder.blocks))
+    if unused := [str(layer) for layer in layers if layer not in left]:
+        raise ModelRefused(
+            f"a {decoder.config.model_type} model does not run its blocks {', '.join(unused)} on text alone, so that a layer's number does "
+            "not mean what it says; serve a model of text alone"
+        )
     chained = len(entered) == len(left) == len(layers) and all(torch.equal(left[layer], entered[layer + 1]) for layer in layers[:-1])
     if not chained or any(tensor.shape != shape for tensor in [*entered.values(), *left.values()]):
         raise ModelRefused(f"a {decoder.config.model_type} model does not pass one residual stream {shape} from block to block")
+    return getattr(output, "last_hidden_state", None)
+
+
+def _check_final_norm(decoder: Decoder, final_norm: torch.Tensor | None) -> None:
+    width, last = decoder.config.hidden_size, decoder.num_hidden_layers - 1
+    if final_norm is None or final_norm.shape[-1] != width:
+        found = "nothing" if final_norm is None else f"rows of width {final_norm.shape[-1]}"
+        raise ModelRefused(
+            f"final_norm: this {decoder.config.model_type} model gives {found} after its last norm, and its residual stream is {width} "
+            f"wide; read resid_post.{last} instead"
+        )
 
 
 @torch.inference_mode()
@@ -198,11 +222,24 @@ def _find_added_terms(decoder: Decoder, layer: int, ids: torch.Tensor) -> tuple[
     error, attention, mlp = min(pairs, default=(float("inf"), "", ""))
     if not error <= _SUM_BOUND[decoder.dtype]:
         raise ModelRefused(
-            f"attn_out.{layer}, mlp_out.{layer}: no outputs of attention and MLP in this {decoder.config.model_type} model's block add up "
-            f"to what it adds to the residual stream (of {len(pairs)} pairs the closest has a relative error of {error:.2g})"
+            f"attn_out.{layer}, mlp_out.{layer}: {_not_added(decoder, layer, outputs, len(pairs), error)}; "
+            f"read resid_pre.{layer} or resid_post.{layer} instead"
         )
     modules = dict(block.named_modules())
     return modules[attention], modules[mlp], scale
+
+
+def _not_added(decoder: Decoder, layer: int, outputs: Mapping[str, torch.Tensor], pairs: int, error: float) -> str:
+    """Why a block has no attention and MLP that can be read apart."""
+    kind = decoder.config.model_type
+    if pairs == 0:
+        parts = ", ".join(name for name, _ in decoder.blocks[layer].named_children())
+        absent = "MLP" if any(_ATTENTION.search(name) for name in outputs) else "attention"
+        return f"block {layer} of this {kind} model has no {absent} of its own (its parts: {parts})"
+    return (
+        f"no outputs of attention and MLP in this {kind} model's block add up to what it adds to the residual stream (of {pairs} pairs the "
+        f"closest has a relative error of {error:.2g})"
+    )
 
 
 def _sum_error(entered: torch.Tensor, attention: torch.Tensor, mlp: torch.Tensor, left: torch.Tensor) -> float:

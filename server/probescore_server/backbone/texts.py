@@ -27,6 +27,10 @@ class TextEncoder:
 
     Args:
         tokenizer: ``None`` if the model came without.
+
+    Attributes:
+        bos_token_id: ``None`` if there is none.
+        special_ids: of BOS, EOS and UNK, those that there are: the special tokens that a tokenizer's fingerprint tells of.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
@@ -36,7 +40,8 @@ class TextEncoder:
         self._turn: AbstractContextManager[object] = nullcontext() if getattr(tokenizer, "is_fast", True) else threading.Lock()
         if tokenizer is not None:
             tokenizer("", add_special_tokens=False, verbose=False)
-        self.special_ids: NDArray[np.int32] = np.array([] if tokenizer is None else tokenizer.all_special_ids, np.int32)
+        named = [] if tokenizer is None else [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id]
+        self.special_ids: NDArray[np.int32] = np.array([token for token in named if token is not None], np.int32)
 
     def encode_prompt(self, prompt: Text | Chat | str, field: str, limits: ChatLimits | None = None) -> NDArray[np.int32]:
         """Ids ``(P,)`` of a prompt.

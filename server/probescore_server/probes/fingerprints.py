@@ -3,9 +3,10 @@
 A fingerprint covers the tensors as they are stored (name, dtype, shape, sampled bytes) and the part of the config that changes what the
 decoder blocks compute. It is read from safetensors files and ``config.json``; the model is not loaded.
 
-The same model in another form keeps its fingerprint: other shards, with or without a head, saved as the bare decoder or inside a wrapper,
-its config written by an older transformers. Other weights, another dtype or another rope base change it. Bytes are sampled, evenly over
-each tensor, so a training step shows and one altered number in a large tensor may not; the golden vectors are the check that remains.
+The same model in another form keeps its fingerprint: other shards, with or without a head of whatever kind, saved as the bare decoder or
+inside a wrapper with encoders of images beside it, its tied embedding stored under the head's name, its config written by an older
+transformers. Other weights, another dtype or another rope base change it. Bytes are sampled, evenly over each tensor, so a training step
+shows and one altered number in a large tensor may not; the golden vectors are the check that remains.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 
+from probescore_server.backbone.checkpoint import HEAD_NAMES, check_is_whole, tied_embedding
 from probescore_server.errors import ModelRefused
 from probescore_server.files import UnfitFile, read_regular_file
 
@@ -29,9 +31,19 @@ _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 # Names that wrap a decoder: Qwen3ForCausalLM stores `model.layers.0…`, Qwen3Model the same tensor as `layers.0…`.
 _WRAPPERS = {"model", "base_model", "language_model", "text_model", "transformer", "decoder", "gpt_neox", "backbone"}
-_HEADS = {"lm_head", "embed_out"}
+# What stands beside the decoder, by the first part of its name: text never passes through it on its way to any tap. Heads are what language
+# models, reward models, classifiers and trainers' value functions add; encoders are of other things than text; `mtp` drafts later tokens.
+# A name that is not known counts: then the same model may get two fingerprints, but never two models one.
+_BESIDE = re.compile(
+    r"((\w+_)?heads?|embed_out|score|classifier|regression_layer|qa_outputs|mtp"
+    r"|(high_res_)?(vision|visual|image|audio|video|speech)(_\w+)?|embed_vision|embed_audio"
+    r"|(multi_modal_|mm_)?projector|connector|aligner|resampler(_model)?|qformer|query_tokens|language_projection)"
+)
 # Constants that old versions of transformers stored and new ones compute.
 _DERIVED = re.compile(r"(^|\.)(rotary_emb\.inv_freq|(attn|attention|self_attention)\.(bias|masked_bias))$")
+
+_Tensor = tuple[str, str, list[int], str]
+"""Name without wrappers, dtype, shape, and digest of sampled bytes."""
 
 # What changes the activations of a decoder block, by transformers' names. A list rather than all keys, since every release of transformers
 # adds keys with defaults, and trainers change those that do not matter here (use_cache, dtype, token ids, dropout).
@@ -54,7 +66,26 @@ _CONFIG_KEYS = (
     "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
     "linear_conv_kernel_dim", "linear_key_head_dim", "linear_value_head_dim", "linear_num_key_heads", "linear_num_value_heads",
 )
+# These change them too, in some architectures. They count where they differ from what the architecture has by default, so that a model
+# which leaves them alone keeps the fingerprint that it had before they were listed.
+_CONFIG_KEYS_IF_CHANGED = (
+    "swiglu_alpha", "moe_norm_min", "norm_eps", "mixer_rms_eps", "scale_emb", "scale_depth", "rotary_dim", "window_size",
+    "attention_layers", "attn_config", "activation", "output_attentions", "router_jitter_noise", "scale_embedding", "rescale_every",
+    "full_attn_alpha_factor", "full_attn_beta_factor", "linear_attn_alpha_factor", "linear_attn_beta_factor",
+    "mlp_alpha_factor", "mlp_beta_factor",
+    "altup_active_idx", "altup_correct_scale", "activation_sparsity_pattern",
+    "key_multiplier", "attention_in_multiplier", "attention_out_multiplier", "mlp_multipliers",
+    "ssm_in_multiplier", "ssm_out_multiplier", "ssm_multipliers", "time_step_limit", "time_step_min", "time_step_max",
+    "mlp_hidden_act", "mamba_hidden_act", "use_mem_rope", "hybrid_layer_ids",
+)
 # fmt: on
+# What changes no activation, of a model that brings its own code, whose other settings may all change some.
+_WITHOUT_EFFECT = re.compile(
+    r"_.*|.*(dropout|pdrop|token_ids?|initializer_\w+|id2label|label2id)"
+    r"|architectures|auto_map|dtype|num_labels|problem_type|torch_dtype|transformers_version|use_cache"
+)
+# How transformers writes the floats that JSON has no number for.
+_FLOATS = {"Infinity": float("inf"), "-Infinity": float("-inf"), "NaN": float("nan")}
 
 
 def model_fingerprint(directory: Path) -> str:
@@ -66,10 +97,22 @@ def model_fingerprint(directory: Path) -> str:
     Raises:
         ModelRefused: a file is missing or damaged, or the weights are in another format than safetensors.
     """
-    tensors = sorted(entry for file in _weight_files(directory) for entry in _tensors(file))
+    check_is_whole(directory)
+    files = _weight_files(directory)
+    written = _read_config(directory)
+    tensors = [entry for file in files for entry in _tensors(file)]
     if not tensors:
         raise ModelRefused(f"{directory}: no tensors in its safetensors files")
-    content = {"config": _meaningful_config(directory), "tensors": tensors}
+    config = _known_config(written, directory.name)
+    tied = None if config is None else tied_embedding(config)
+    if tied is not None:
+        tensors = _with_embedding(tensors, _without_wrappers(tied[1]))
+    content: dict[str, object] = {
+        "config": _meaningful_settings(written, config),
+        "tensors": sorted(entry for entry in tensors if not _stands_beside(entry[0])),
+    }
+    if config is None:
+        content["code"] = [hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(directory.glob("*.py"))]
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return "sha256:" + hashlib.sha256(canonical.encode()).hexdigest()
 
@@ -93,8 +136,8 @@ def _weight_files(directory: Path) -> list[Path]:
     return shards
 
 
-def _tensors(file: Path) -> Iterator[tuple[str, str, list[int], str]]:
-    """Name, dtype, shape and digest of sampled bytes of each tensor in a safetensors file.
+def _tensors(file: Path) -> Iterator[_Tensor]:
+    """Each tensor in a safetensors file that belongs to the decoder, or may be its embedding.
 
     The format: https://huggingface.co/docs/safetensors/index#format
     """
@@ -112,7 +155,7 @@ def _tensors(file: Path) -> Iterator[tuple[str, str, list[int], str]]:
                 if not 0 <= begin <= end <= size - start:
                     raise ModelRefused(f"{file}: truncated: tensor {name!r} ends at byte {start + end} of {size}")
                 bare = _without_wrappers(name)
-                if bare.split(".")[0] not in _HEADS and not _DERIVED.search(bare):
+                if (re.match(HEAD_NAMES, bare) or not _stands_beside(bare)) and not _DERIVED.search(bare):
                     yield bare, str(entry["dtype"]), list(entry["shape"]), _sampled_digest(stream, start + begin, end - begin)
         except (ValueError, TypeError, KeyError, AttributeError):
             raise ModelRefused(f"{file}: its header is not one of a safetensors file") from None
@@ -123,6 +166,17 @@ def _without_wrappers(name: str) -> str:
     while len(parts) > 1 and parts[0] in _WRAPPERS:
         del parts[0]
     return ".".join(parts)
+
+
+def _stands_beside(name: str) -> bool:
+    return _BESIDE.fullmatch(name.split(".")[0]) is not None
+
+
+def _with_embedding(tensors: list[_Tensor], embedding: str) -> list[_Tensor]:
+    """With the head under the embedding's name, where a checkpoint stores only that of the two."""
+    if any(name == embedding for name, *_ in tensors):
+        return tensors
+    return tensors + [(embedding, dtype, shape, digest) for name, dtype, shape, digest in tensors if re.match(HEAD_NAMES, name)]
 
 
 def _sampled_digest(stream: BinaryIO, start: int, size: int) -> str:
@@ -138,27 +192,66 @@ def _sampled_digest(stream: BinaryIO, start: int, size: int) -> str:
     return digest.hexdigest()
 
 
-def _meaningful_config(directory: Path) -> dict[str, object]:
-    """The keys that matter, as the running transformers understands ``config.json``: it brings old spellings and defaults to one form.
-
-    A model that brings its own config class is read as written, so that the fingerprint needs no code of the model's.
-    """
+def _read_config(directory: Path) -> dict[str, Any]:
     path = directory / "config.json"
     if not path.is_file():
         raise ModelRefused(f"{directory}: no config.json")
-    written = _read_json(path)
+    written: dict[str, Any] = _decoded(_read_json(path))
+    return written
+
+
+def _decoded(value: Any) -> Any:  # noqa: ANN401 - whatever JSON holds
+    """With the numbers that transformers writes as ``{"__float__": "Infinity"}``."""
+    if isinstance(value, dict):
+        if set(value) == {"__float__"} and value["__float__"] in _FLOATS:
+            return _FLOATS[value["__float__"]]
+        return {key: _decoded(entry) for key, entry in value.items()}
+    return [_decoded(entry) for entry in value] if isinstance(value, list) else value
+
+
+def _known_config(written: dict[str, Any], name: str) -> PreTrainedConfig | None:
+    """As the running transformers understands it: it brings old spellings and defaults to one form.
+
+    ``None`` for a model that brings its own config class; it is read as written, so that the fingerprint needs no code of the model's.
+    """
     model_type = written.get("model_type")
-    if isinstance(model_type, str) and model_type in CONFIG_MAPPING:
-        config = CONFIG_MAPPING[model_type].from_dict(written).get_text_config(decoder=True)
-        values = {key: getattr(config, key, None) for key in _CONFIG_KEYS}
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        return None
+    try:
+        config: PreTrainedConfig = CONFIG_MAPPING[model_type].from_dict(written)
+    except Exception as error:  # each architecture checks its own settings, and raises what it likes
+        raise ModelRefused(f"{name}: its config cannot be read: {error}") from None
+    return config
+
+
+def _meaningful_settings(written: dict[str, Any], config: PreTrainedConfig | None) -> dict[str, object]:
+    """The settings that matter."""
+    if config is None:
+        values = {key: value for key, value in written.items() if not _WITHOUT_EFFECT.fullmatch(key)}
     else:
-        text = written.get("text_config", written)
-        values = {key: text.get(key) for key in _CONFIG_KEYS}
+        text = config.get_text_config(decoder=True)
+        default = type(text)()
+        values = {key: _setting(text, key) for key in _CONFIG_KEYS}
+        for key in _CONFIG_KEYS_IF_CHANGED:
+            value = _setting(text, key)
+            if _canonical(value) != _canonical(_setting(default, key)):
+                values[key] = value
+        values["quantization_config"] = written.get("quantization_config")
     return {key: _canonical(value) for key, value in values.items() if value is not None}
+
+
+def _setting(config: PreTrainedConfig, key: str) -> object:
+    """A setting, or the settings of all layers where they are not of one kind; ``None`` if there is none."""
+    try:
+        return getattr(config, key, None)
+    except RuntimeError:  # transformers' answer where layers differ
+        return [getattr(layer, key, None) for layer in config.per_layer_config]
 
 
 def _canonical(value: object) -> object:
     """One spelling for what means the same: 10000 and 10000.0, an absent entry and null, rope's old ``type`` beside ``rope_type``."""
+    if isinstance(value, PreTrainedConfig):
+        value = {key: entry for key, entry in value.to_dict().items() if not _WITHOUT_EFFECT.fullmatch(key)}
     if isinstance(value, Mapping):
         return {str(key): _canonical(entry) for key, entry in value.items() if entry is not None and key != "type"}
     if isinstance(value, (list, tuple)):

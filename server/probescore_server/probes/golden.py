@@ -148,7 +148,7 @@ class GoldenScorer:
         """Positions in the rollout whose activations the probe is given."""
         rows = np.arange(0 if self.context.sees_prompt else scored_from, len(ids))
         if self.context.kind == "rollout" and self.exclude_special_tokens:
-            special = np.isin(ids[rows], self.reference.tokenizer.all_special_ids)
+            special = np.isin(ids[rows], self.reference.special_token_ids)
             rows = rows[(rows < scored_from) | ~special]
         if not (rows >= scored_from).any():
             raise ValueError("a golden rollout has no token to score")

@@ -38,6 +38,9 @@ def golden_rollouts(probe: ProbeFile, info: EngineInfo) -> list[Rollout]:
         ProbeRefused: a case could not be requested of this model: an id beyond its vocabulary, a BOS that ``expects_bos`` contradicts.
     """
     manifest = probe.manifest
+    for token in manifest.follow_up.token_ids if manifest.follow_up else ():
+        if token in info.placeholders:
+            raise ProbeRefused(probe.file, "follow_up.token_ids", f"{token}, {info.placeholders[token]}", "ids of text")
     groups = [
         RolloutGroup(np.array(case.prompt_ids, np.int64), [Completion(np.array(case.completion_ids, np.int64))])
         for case in manifest.golden.cases

@@ -60,7 +60,7 @@ def read_completion(
         manifest: of the probe.
         scope: as asked.
         is_follow_up: whether the placement is a follow-up of a request.
-        special_ids: the tokenizer's special tokens.
+        special_ids: what is left out with ``exclude_special_tokens`` where the manifest does not name the ids.
     """
     continuation = placement.continuation
     appended = placement.appended.get(manifest.key)
@@ -87,7 +87,8 @@ def read_completion(
     stacked = np.stack(selections)
     if manifest.exclude_special_tokens and parts:
         token_ids = np.concatenate([forest.segments[part.segment].token_ids for part in parts])
-        stacked &= ~np.isin(token_ids, special_ids)
+        left_out = special_ids if manifest.special_token_ids is None else np.array(manifest.special_token_ids, np.int32)
+        stacked &= ~np.isin(token_ids, left_out)
     return Reading(tuple(parts), stacked)
 
 
@@ -96,17 +97,18 @@ class Readings:
 
     Args:
         forest: the batch.
-        special_ids: the tokenizer's special tokens.
+        special_ids: the ids of BOS, EOS and UNK.
     """
 
     def __init__(self, forest: Forest, special_ids: NDArray[np.int32]) -> None:
         self._forest = forest
         self._special_ids = special_ids
-        self._known: dict[tuple[int, int | None, bool], Reading] = {}
+        self._known: dict[tuple[object, ...], Reading] = {}
 
     def of(self, asked: Asked, manifest: Manifest) -> Reading:
         """What a probe reads of a completion, or of a follow-up."""
-        key = (id(asked.placement), asked.placement.appended.get(manifest.key), manifest.exclude_special_tokens)
+        left_out = (manifest.exclude_special_tokens, manifest.special_token_ids)
+        key = (id(asked.placement), asked.placement.appended.get(manifest.key), *left_out)
         reading = self._known.get(key)
         if reading is None:
             reading = self._known[key] = read_completion(

@@ -300,7 +300,14 @@ class Manifest(_Part):
         "is applied to each score before the reduction.",
     )
     reduction: str | None = Field(None, description="Default reduction; null for a probe that pools by itself.")
-    exclude_special_tokens: bool = Field(False, description="Leave the tokenizer's special tokens out of reductions and pooling.")
+    exclude_special_tokens: bool = Field(False, description="Leave special tokens out of reductions and pooling.")
+    special_token_ids: tuple[Annotated[int, Field(ge=0, lt=2**31)], ...] | None = Field(
+        None,
+        strict=False,
+        max_length=100_000,
+        description="The ids that exclude_special_tokens leaves out, in the order of their numbers; null = BOS, EOS and UNK, which are the "
+        "special tokens that tokenizer_fingerprint tells of.",
+    )
     follow_up: FollowUp | None = None
     calibrations: tuple[CalibrationRecord, ...] = Field((), strict=False)
     evaluations: tuple[Evaluation, ...] = Field((), strict=False)
@@ -330,6 +337,9 @@ class Manifest(_Part):
             raise ValueError("context.window: null unless context.kind is 'causal'")
         if self.reduce_on is not self.output.unit and (self.output.unit, self.reduce_on) != (ScoreUnit.LOGIT, ScoreUnit.PROBABILITY):
             raise ValueError(f"reduce_on: what can be computed from output.unit {self.output.unit.value}")
+        ids = self.special_token_ids
+        if ids is not None and (not self.exclude_special_tokens or list(ids) != sorted(set(ids))):
+            raise ValueError("special_token_ids: null without exclude_special_tokens, else each id once, in the order of their numbers")
         if len({entry.tap for entry in self.inputs}) != len(self.inputs):
             raise ValueError("inputs: each tap once")
         for entry in self.inputs:
@@ -371,5 +381,7 @@ def manifest_digest(manifest: Manifest) -> str:
     content = manifest.model_dump(mode="json", exclude={"graph_sha256", "manifest_sha256"})
     if not manifest.golden.neighbours:
         del content["golden"]["neighbours"]  # so that files that were written without keep their digest
+    if manifest.special_token_ids is None:
+        del content["special_token_ids"]  # so that files that were written without keep their digest
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return "sha256:" + hashlib.sha256(canonical.encode()).hexdigest()

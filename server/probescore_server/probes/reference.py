@@ -88,6 +88,11 @@ class ReferenceModel:
         """The ids that rollouts may have."""
         return _vocabulary(self.model)
 
+    @property
+    def special_token_ids(self) -> tuple[int, ...]:
+        """What ``exclude_special_tokens`` leaves out."""
+        return tuple(sorted({int(token) for token in self.tokenizer.all_special_ids if token is not None}))
+
     def activations(self, token_ids: TokenIds, taps: Sequence[Tap | str]) -> dict[Tap, NDArray[np.float32]]:
         """``reference_activations`` of this model; a tap may be written as ``"resid_post.6"``."""
         return reference_activations(self.model, token_ids, arguments.taps(taps, self.reference.num_hidden_layers))

@@ -49,7 +49,7 @@ class BatchScorer:
     Args:
         info: what is loaded.
         probes: by ``name@version``.
-        special_ids: the tokenizer's special tokens, int32.
+        special_ids: the ids of BOS, EOS and UNK, int32.
         rollouts: the batch.
         forest: where they stand.
         activations: of the forest, at every tap of the probes that the rollouts ask for.

@@ -54,7 +54,8 @@ class StackedProbe:
     def treatment(self) -> tuple[object, ...]:
         """The same for probes whose columns are treated alike."""
         manifest = self.probe.manifest
-        return self.follow_up, id(self.member.stack), self.tap, manifest.exclude_special_tokens, self.reductions, self.probe.as_probability
+        left_out = (manifest.exclude_special_tokens, manifest.special_token_ids)
+        return self.follow_up, id(self.member.stack), self.tap, left_out, self.reductions, self.probe.as_probability
 
 
 class StackedScores:

@@ -85,7 +85,8 @@ def write_probe(
         positions: whether the probe is given each token's position in its rollout.
         reduce_on: unit of what the server sends; the probe's own unit by default.
         reduction: default reduction, ``"mean"`` unless said; none for a probe that pools by itself.
-        exclude_special_tokens: leave special tokens out of reductions and pooling.
+        exclude_special_tokens: leave the special tokens of the reference's tokenizer out of reductions and pooling; the manifest names
+            their ids, so that another tokenizer's padding token changes nothing.
         expects_bos: whether prompts start with BOS; ``None`` = not checked.
         follow_up: tokens that the server appends to a completion; the probe reads those instead.
         calibrations: thresholds, from ``calibrate``.
@@ -142,6 +143,7 @@ def write_probe(
         reduce_on=reduce_on,
         reduction=reduction,
         exclude_special_tokens=exclude_special_tokens,
+        special_token_ids=reference.special_token_ids if exclude_special_tokens else None,
         follow_up=follow_up,
         calibrations=tuple(calibrations),
         evaluations=tuple(evaluations),

@@ -1,0 +1,42 @@
+"""The ids that stand for pictures, audio and video: with nothing in their place the model reads them as words that mean nothing."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+_OTHER_THAN_TEXT = r"image|img|picture|video|frame|vision|visual|audio|speech|sound|media"
+# `image_token_id`, `video_token_index`, `vision_start_token_id`, `boi_token_id` (begin of image), `eoa_token_index` (end of audio)
+_SETTING = re.compile(rf"(\w+_)?(({_OTHER_THAN_TEXT})\w*|[be]o[iav])(_token)?_(id|index|ids)")
+# `<image>`, `<|image_pad|>`, `<start_of_image>`, `[IMG_BREAK]`
+_TOKEN = re.compile(rf"[<\[]\S*({_OTHER_THAN_TEXT})\S*[>\]]", re.IGNORECASE)
+
+
+def placeholder_tokens(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None) -> dict[int, str]:
+    """The name of each id that stands for something other than text.
+
+    From the config, at any depth; of a model that has encoders of other things beside its decoder, from its tokenizer too. The tokenizer
+    alone does not tell: families of models share one, and to a model of text alone such a token is a word.
+
+    Args:
+        config: of the whole model.
+        tokenizer: ``None`` if the model came without.
+    """
+    found = dict(_settings(config.to_dict()))
+    if config.get_text_config(decoder=True) is not config and tokenizer is not None:
+        tokens = {token: text.content for token, text in tokenizer.added_tokens_decoder.items()}
+        tokens |= dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
+        found = {token: text for token, text in tokens.items() if token is not None and _TOKEN.fullmatch(text)} | found
+    return {int(token): name for token, name in sorted(found.items())}
+
+
+def _settings(settings: Mapping[str, Any]) -> Iterator[tuple[int, str]]:
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _settings(value)
+        elif _SETTING.fullmatch(str(name)):
+            values = value if isinstance(value, (list, tuple)) else [value]
+            yield from ((token, name) for token in values if isinstance(token, int) and not isinstance(token, bool) and token >= 0)
