@@ -73,6 +73,8 @@ def status_of(error: CoreError) -> RpcStatus:
             info.metadata.update(tokens=str(error.tokens))
         case LostTwice():
             info.metadata.update(field=error.field, doing=error.doing)
+            # so that a trainer's side can leave out what did it, and have the rest scored
+            details.append(BadRequest(field_violations=[BadRequest.FieldViolation(field=error.field, description=_shorten(str(error)))]))
         case InternalFault():
             info.metadata.update(incident=error.incident)
         case QueueFull() | Busy() | WorkerUnavailable():

@@ -24,6 +24,7 @@ from probescore import (
     ProbeScores,
     RolloutGroup,
     ScoreOptions,
+    ServerError,
     ServerInfo,
     StreamedCompletion,
     StreamWindow,
@@ -34,6 +35,8 @@ from probescore_adapters.errors import ProbeReplaced
 from probescore_adapters.rollouts import Request, Rollout, distinct_masks
 from probescore_adapters.signals import BoundSignal, Floats, Mode
 
+# A rollout with which the server lost a worker twice: no more to be had than one that is too long.
+_LOST_TWICE = "WORKER_LOST_TWICE"
 # What no rollout can be blamed for: it would be the same for each.
 _OF_THE_SETUP = {"BOS", "NO_TOKENIZER", "NO_CHAT_TEMPLATE"}
 _PLACE = re.compile(r"groups\[(?P<group>\d+)\]\.(?:prompt|completions\[(?P<completion>\d+)\])(?:\.(?:ids|text|chat)\b.*)?")
@@ -156,8 +159,8 @@ class _Run:
             request = Request.of(self._rollouts, indices, self._masks)
             try:
                 answers = yield Ask(request.groups, self._window(request), self._options)
-            except InvalidRequestError as error:
-                blamed = _blamed(request, error)
+            except (InvalidRequestError, ServerError) as error:
+                blamed = _blamed(request, error) if isinstance(error, InvalidRequestError) or error.reason == _LOST_TWICE else {}
                 if not blamed:
                     raise
                 self._problems.update(blamed)
@@ -241,7 +244,7 @@ class _Run:
         return MaskedTokens(tokens, np.ones(len(tokens), np.bool_) if mask is None else mask)
 
 
-def _blamed(request: Request, error: InvalidRequestError) -> dict[int, str]:
+def _blamed(request: Request, error: InvalidRequestError | ServerError) -> dict[int, str]:
     """The rollouts at fault, and why; none if it is the request as a whole, or how the adapter is set up."""
     blamed: dict[int, str] = {}
     for violation in error.violations:

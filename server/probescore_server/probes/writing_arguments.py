@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from probescore.types import ScoreUnit, Tap
 from probescore_server.probes import arguments
-from probescore_server.probes.exporting import GraphInputs, ProbeFunction
-from probescore_server.probes.graph import CU_SEQLENS, POSITIONS
+from probescore_server.probes.exporting import ProbeFunction
+from probescore_server.probes.graph import CU_SEQLENS, POSITIONS, GraphInputs
 from probescore_server.probes.manifest import CalibrationRecord, Context, Evaluation, FollowUp, Tolerance, Training
 from probescore_server.probes.reference import ReferenceModel
 
