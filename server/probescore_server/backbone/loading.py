@@ -184,7 +184,7 @@ def _load_model(directory: Path, config: PreTrainedConfig, dtype: str, trust_rem
     def load(**options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:  # noqa: ANN401
         try:
             with _quiet_transformers():
-                return AutoModel.from_pretrained(
+                return AutoModel.from_pretrained(  # type: ignore[no-any-return]
                     directory,
                     config=config,
                     dtype=DTYPES[dtype],
@@ -207,7 +207,7 @@ def _load_model(directory: Path, config: PreTrainedConfig, dtype: str, trust_rem
         raise ModelRefused(f"{directory.name}: {len(missing)} weights are missing from its files: {', '.join(missing[:5])}")
     if device_map is not None:
         _check_devices_have_room(model, directory.name)
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def _check_devices_have_room(model: PreTrainedModel, name: str) -> None:
