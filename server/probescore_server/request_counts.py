@@ -16,14 +16,15 @@ def check_counts(request: scoring_pb2.ScoreRequest, limits: ServerSettings, load
     Args:
         request: as received.
         limits: of the server.
-        loaded_probes: a request names each at most once.
+        loaded_probes: a request names each once, in one of two ways.
 
     Raises:
         LimitExceeded: naming ``groups``, ``reductions``, or the completion's ``spans`` or ``follow_ups``.
         InvalidRequest: naming ``probes`` or ``token_scores.probes``.
     """
     for field, names in (("probes", request.probes), ("token_scores.probes", request.token_scores.probes)):
-        if len(names) > loaded_probes:
+        # each has two, with its version and without; which of fewer is wrong is found where they are looked up
+        if len(names) > 2 * loaded_probes:
             raise InvalidRequest(field, f"{len(names)} names, of {loaded_probes} loaded probes; name each once")
     if (count := len(request.reductions)) > limits.max_reductions:
         raise LimitExceeded("reductions", count, "reductions", "max_reductions", limits.max_reductions, "ask in several requests")

@@ -142,9 +142,9 @@ def test_no_call_is_larger_than_what_the_graph_was_tried_with(load: Callable[...
     calls: list[tuple[int, int]] = []
     run = probe.runs.run  # type: ignore[union-attr]
 
-    def record(rows: dict[object, Tensor], cu_seqlens: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    def record(rows: dict[object, Tensor], cu_seqlens: np.ndarray, *rest: object) -> np.ndarray:
         calls.append((len(next(iter(rows.values()))), len(cu_seqlens) - 1))
-        return run(rows, cu_seqlens, positions)  # type: ignore[return-value]
+        return run(rows, cu_seqlens, *rest)  # type: ignore[return-value]
 
     monkeypatch.setattr(probe.runs, "run", record)
     assert engine.score([RolloutGroup([BOS], completions)]).groups[0]

@@ -141,7 +141,7 @@ def test_rows_of_the_token_beside_are_refused(
     Engine.load(str(small_steps), [file], dtype=dtype)
     made = runner.BatchScorer.__init__
 
-    def beside(self, info, probes, special_ids, rollouts, forest, activations) -> None:  # type: ignore[no-untyped-def]
+    def beside(self, info, probes, special_ids, rollouts, forest, activations, wanted) -> None:  # type: ignore[no-untyped-def]
         rows = {}
         for tap, found in activations.rows.items():
             rows[tap] = found.clone()
@@ -149,7 +149,7 @@ def test_rows_of_the_token_beside_are_refused(
                 stop = start + len(forest.segments[index].token_ids)
                 read = (torch.arange(start, stop) + tokens).clip(start, stop - 1)
                 rows[tap][start:stop] = found[read]
-        made(self, info, probes, special_ids, rollouts, forest, Activations(rows, activations.starts))
+        made(self, info, probes, special_ids, rollouts, forest, Activations(rows, activations.starts), wanted)
 
     monkeypatch.setattr(runner.BatchScorer, "__init__", beside)
     assert refusal(small_steps, file, dtype).field.startswith("golden")

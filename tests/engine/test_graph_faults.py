@@ -20,6 +20,7 @@ from probescore_server.probes.exporting import onnx_probe
 from probescore_server.probes.graph import GraphFailed
 from probescore_server.probes.runner import BatchScorer
 from probescore_server.probes.session import ProbeSession
+from probescore_server.probes.wanted import Wanted
 from probescore_server.requests import resolve_options, resolve_rollouts
 
 TAP = Tap("resid_post", 1)
@@ -101,7 +102,7 @@ def test_a_graph_that_misbehaves_for_some_rollouts_has_no_scores_for_these_and_r
             rows[start + data.draw(st.integers(0, length - 1)), 0] = HUGE
         of_rollout.append(rows[start : start + length].numpy() @ WEIGHT)
 
-    scorer = BatchScorer(engine.info, engine._probes, np.zeros(0, np.int32), rollouts, forest, activations)
+    scorer = BatchScorer(engine.info, engine._probes, np.zeros(0, np.int32), rollouts, forest, activations, Wanted(lambda _: False))
     found = scorer.score(range(len(rollouts)))
 
     for index, is_huge in enumerate(huge):
@@ -122,7 +123,7 @@ def test_shortage_of_memory_is_no_fault_of_a_graph(engine: Engine, monkeypatch: 
         session.run(rows, None, None)
 
     # given an allocation that fails, which cannot be had on purpose
-    def run(_: object, __: object) -> None:
+    def run(*_: object) -> None:
         raise RuntimeError("Error in execution: Failed to allocate memory for requested buffer of size 9")
 
     monkeypatch.setattr(onnxruntime.InferenceSession, "run_with_iobinding", run)

@@ -88,13 +88,14 @@ def test_what_the_author_says_is_not_measured(reference: ReferenceModel, tmp_pat
     assert read_probe_file(file).manifest.golden.tolerance.float32 == 0.003
 
 
-def test_a_reference_too_inexact_to_check_by_is_refused(inexact: Path, tmp_path: Path) -> None:
-    coarse = ReferenceModel.load(inexact, dtype=torch.bfloat16)
-    with pytest.raises(ProbeRefused, match=r"standard deviation from float64, expected at most 0\.0025 ×: load it in float32") as refused:
-        write(tmp_path / "probe.onnx", coarse)
+def test_a_reference_too_inexact_to_check_by_is_refused(reference: ReferenceModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Given less patience with it than there is, since nothing small is as inexact as that."""
+    monkeypatch.setattr("probescore_server.probes.writing.MAX_MEASURED_TOLERANCE", 2e-4)
+    with pytest.raises(ProbeRefused, match=r"standard deviation from float64, expected at most 5e-05 ×: load it in float32") as refused:
+        write(tmp_path / "probe.onnx", reference)
     assert refused.value.field == "golden"
     assert not (tmp_path / "probe.onnx").exists()
-    write(tmp_path / "probe.onnx", coarse, tolerance=Tolerance(float32=0.1))
+    write(tmp_path / "probe.onnx", reference, tolerance=Tolerance(float32=0.1))
 
 
 def test_a_model_without_float64_keeps_the_usual_tolerance_and_says_so(
@@ -152,10 +153,10 @@ def test_nothing_is_computed_in_less_than_float64_and_the_model_is_left_as_it_wa
 
 def test_a_forward_that_fails_leaves_the_model_as_it_was(reference: ReferenceModel) -> None:
     before = {name: tensor.clone() for name, tensor in reference.model.state_dict().items()}
-    with pytest.raises(IndexError):
+    with pytest.raises(ValueError, match="id 1000000"):
         float64_activations(reference, [10**6], TAPS)
     handle = reference.model.get_decoder().layers[2].mlp.register_forward_hook(lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(ValueError, match="ZeroDivisionError"):
         float64_activations(reference, [5, 6], TAPS)
     handle.remove()
     for name, tensor in reference.model.state_dict().items():

@@ -69,6 +69,8 @@ def everything() -> Fields:
         follow_up={"token_ids": [7, 8, 9], "text": "honest?"},
         calibrations=[calibration],
         evaluations=[evaluation],
+        exclude_special_tokens=True,
+        special_token_ids=[0, 2],
         golden=golden,
     )
 

@@ -31,6 +31,7 @@ from probescore_server.probes.manifest import GoldenCase, Manifest
 from probescore_server.probes.probe_file import ProbeFile, read_probe_file
 from probescore_server.probes.runner import BatchScorer
 from probescore_server.probes.session import ProbeSession
+from probescore_server.probes.wanted import Wanted
 from probescore_server.requests import resolve_options, resolve_rollouts
 from probescore_server.rollouts import EngineInfo
 
@@ -96,7 +97,7 @@ def probe_of(recipe: Recipe, directory: Path, golden_lengths: Sequence[int] = GO
         case["scores"] = each.tolist()
     file = read_probe_file(craft(directory / "random.onnx", model, fields(**said, golden={"cases": blank})))
     cases = [GoldenCase.model_validate_json(json.dumps(case)) for case in blank]
-    return Probe(file, author, [ScoredRollout(*each) for each in zip(cases, golden, scores, strict=True)])
+    return Probe(file, author, [ScoredRollout(*each, {}) for each in zip(cases, golden, scores, strict=True)])
 
 
 def golden_inputs(recipe: Recipe, rows: NDArray[np.float32]) -> GraphInputs:
@@ -130,7 +131,9 @@ def served(file: ProbeFile, probe: LoadedProbe, rollouts: Sequence[NDArray[np.fl
     for placement, rows in zip(forest.placements, rollouts, strict=True):
         start = activations.starts[placement.chain[-1]]
         activations.rows[AT][start : start + len(rows)] = torch.from_numpy(rows)
-    found = BatchScorer(info, {manifest.key: probe}, np.zeros(0, np.int32), resolved, forest, activations).score(range(len(resolved)))
+    everyone = Wanted(lambda _: False)
+    scorer = BatchScorer(info, {manifest.key: probe}, np.zeros(0, np.int32), resolved, forest, activations, everyone)
+    found = scorer.score(range(len(resolved)))
     return [
         None if scored.status is not CompletionStatus.OK else scored["cheating"].reduced[0] if wanted == () else scored["cheating"].tokens
         for scored in (found[index] for index in range(len(resolved)))

@@ -79,8 +79,9 @@ class GoldenScorer:
         inputs = self._graph_inputs(activations, rows, (self.inputs, 0))
         scores = self._scores(inputs, rows)
         kept = slice(None) if self.context.kind == "rollout" else rows >= scored_from
-        if not (np.abs(scores[kept]) <= MAX_FLOAT32).all():
-            raise ValueError(f"the author's code gave a score that is no finite float32 number: {scores[kept].tolist()[:3]} …")
+        if unfit := int((~(np.abs(scores[kept]) <= MAX_FLOAT32)).sum()):
+            problem = "NaN or infinite scores, or scores beyond float32"
+            raise ValueError(f"probe: its code gave {unfit} {problem} on a golden rollout; fit it again")
         golden = GoldenCase(
             prompt_ids=tuple(prompt_ids.tolist()),
             completion_ids=tuple(completion_ids.tolist()),
@@ -90,8 +91,9 @@ class GoldenScorer:
         with np.errstate(all="ignore"):  # the code was not made for what it is given here
             for place in places:
                 if all(entry.tap in activations for entry in place[0]):
-                    elsewhere = self._scores(self._graph_inputs(activations, rows, place), rows)
-                    differences[place] = (elsewhere - scores)[kept]
+                    with suppress(ValueError):
+                        elsewhere = self._scores(self._graph_inputs(activations, rows, place), rows)
+                        differences[place] = (elsewhere - scores)[kept]
         return ScoredRollout(golden, inputs, scores, differences)
 
     def exact_scores(self, golden: GoldenCase) -> NDArray[np.float64]:
