@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from probescore._answers import AnswerCheck
@@ -26,14 +26,17 @@ class StreamWindow:
         tokens_per_call: at most as many tokens in one call, a prompt counted once; a group with more is sent in several calls. A text
             counts its characters, since it is not tokenised yet. Keep it at or below the server's ``max_request_tokens``.
         calls_in_flight: at most as many calls whose answers have not all been handed out.
+        completions_per_call: at most as many completions and follow-ups in one call; a group with more is sent in several. Keep it at or
+            below the server's ``max_request_rollouts``.
     """
 
     groups_per_call: int = 16
     tokens_per_call: int = 32_768
     calls_in_flight: int = 4
+    completions_per_call: int = 4096
 
     def __post_init__(self) -> None:
-        for name in ("groups_per_call", "tokens_per_call", "calls_in_flight"):
+        for name in ("groups_per_call", "tokens_per_call", "calls_in_flight", "completions_per_call"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
@@ -49,14 +52,18 @@ class Chunk:
     prompts: dict[int, scoring_pb2.Prompt] = field(default_factory=dict)
     missing: dict[Position, scoring_pb2.Completion] = field(default_factory=dict)
     tokens: int = 0
+    completions: int = 0
     _sent: list[list[Position]] = field(default_factory=list)
     _check: AnswerCheck | None = None
 
-    def add(self, group: int, prompt: scoring_pb2.Prompt, completions: dict[Position, scoring_pb2.Completion], tokens: int) -> None:
-        """Takes completions of one group in."""
+    def add(
+        self, group: int, prompt: scoring_pb2.Prompt, parts: dict[Position, scoring_pb2.Completion], tokens: int, completions: int
+    ) -> None:
+        """Takes completions of one group in; with their follow-ups they count ``completions``."""
         self.prompts[group] = prompt
-        self.missing.update(completions)
+        self.missing.update(parts)
         self.tokens += tokens
+        self.completions += completions
 
     def request(self, template: scoring_pb2.ScoreRequest) -> scoring_pb2.ScoreStreamRequest:
         """Asks for what is still missing, under the template's options."""
@@ -111,11 +118,18 @@ class Chunk:
 
     def relocated(self, error: ProbescoreError) -> ProbescoreError:
         """The same error, naming fields by their place in the stream instead of in the call."""
-        if not isinstance(error, InvalidRequestError) or not error.violations:
+        if not error.violations:
             return error
-        violations = tuple(FieldViolation(_SENT_PATH.sub(self._path, entry.field), entry.problem) for entry in error.violations)
-        message = "; ".join(f"{entry.field}: {entry.problem}" for entry in violations)
-        return InvalidRequestError(message, error.code, error.reason, violations, error.retry_seconds)
+
+        def relocated(text: str) -> str:
+            return _SENT_PATH.sub(self._path, text)
+
+        violations = tuple(FieldViolation(relocated(entry.field), relocated(entry.problem)) for entry in error.violations)
+        if isinstance(error, InvalidRequestError):
+            message = "; ".join(f"{entry.field}: {entry.problem}" for entry in violations)
+        else:
+            message = relocated(error.message)
+        return type(error)(message, error.code, error.reason, violations, error.retry_seconds)
 
     def _path(self, sent: re.Match[str]) -> str:
         group, completion = int(sent["group"]), int(sent["completion"] or 0)
@@ -148,22 +162,26 @@ class Chunker:
             raise invalid_request(error) from None
         if not message.completions:
             raise invalid_request(MessageError(f"{name}.completions", "is empty; expected at least one"))
-        sizes = [_completion_tokens(completion) for completion in message.completions]
+        sizes = [(_completion_tokens(completion), _with_follow_ups(completion)) for completion in message.completions]
         prompt_tokens = _prompt_tokens(message.prompt)
-        if self._chunk.tokens + prompt_tokens + sum(sizes) > self._window.tokens_per_call:
+        if self._is_too_much(self._chunk.tokens + prompt_tokens + sum(size for size, _ in sizes), sum(count for _, count in sizes)):
             yield from self.rest()
         part: dict[Position, scoring_pb2.Completion] = {}
-        tokens = prompt_tokens
-        for position, (completion, size) in enumerate(zip(message.completions, sizes, strict=True)):
-            if part and tokens + size > self._window.tokens_per_call:
-                self._chunk.add(index, message.prompt, part, tokens)
+        tokens, parts = prompt_tokens, 0
+        for position, (completion, (size, count)) in enumerate(zip(message.completions, sizes, strict=True)):
+            if part and self._is_too_much(tokens + size, parts + count):
+                self._chunk.add(index, message.prompt, part, tokens, parts)
                 yield from self.rest()
-                part, tokens = {}, prompt_tokens
+                part, tokens, parts = {}, prompt_tokens, 0
             part[index, position] = completion
-            tokens += size
-        self._chunk.add(index, message.prompt, part, tokens)
+            tokens, parts = tokens + size, parts + count
+        self._chunk.add(index, message.prompt, part, tokens, parts)
         if len(self._chunk.prompts) == self._window.groups_per_call:
             yield from self.rest()
+
+    def _is_too_much(self, tokens: int, completions: int) -> bool:
+        """For one call, beside the completions of the chunk begun."""
+        return tokens > self._window.tokens_per_call or self._chunk.completions + completions > self._window.completions_per_call
 
     @property
     def has_rest(self) -> bool:
@@ -175,14 +193,6 @@ class Chunker:
         if self._chunk.missing:
             chunk, self._chunk = self._chunk, Chunk()
             yield chunk
-
-
-def chunks(groups: Iterable[RolloutGroup], window: StreamWindow) -> Iterator[Chunk]:
-    """Cuts a stream of groups into chunks, reading no further than the chunk that is asked for."""
-    chunker = Chunker(window)
-    for group in groups:
-        yield from chunker.add(group)
-    yield from chunker.rest()
 
 
 class Intake:
@@ -251,6 +261,11 @@ def _prompt_tokens(prompt: scoring_pb2.Prompt) -> int:
     if prompt.WhichOneof("form") == "ids":
         return prompt.ids.shape[0]
     return len(prompt.text.text) + sum(len(message.content) for message in prompt.chat.messages)
+
+
+def _with_follow_ups(completion: scoring_pb2.Completion) -> int:
+    """A completion and all that follows it, counted."""
+    return 1 + sum(map(_with_follow_ups, completion.follow_ups))
 
 
 def _completion_tokens(completion: scoring_pb2.Completion) -> int:

@@ -342,8 +342,8 @@ class Engine:
         ]
 
     def _with_texts(self, scores: CompletionScores, rollout: Rollout) -> CompletionScores:
-        if not rollout.options.return_token_texts:
-            return scores
+        if not rollout.options.return_token_texts or not self.info.tokenizer_fingerprint:
+            return scores  # without a tokenizer there is no text
         return replace(self._completion_texts(scores, rollout.completion), prompt_texts=tuple(self.decode_tokens(rollout.prompt_ids)))
 
     def _completion_texts(self, scores: CompletionScores, continuation: Continuation) -> CompletionScores:

@@ -50,6 +50,12 @@ def test_white_space_special_tokens_and_halves_of_characters_do_not_count(text: 
     assert is_text_of(text, pieces)
 
 
+def test_text_that_repeats_itself_for_long_is_compared_at_once() -> None:
+    """Given what a policy that has come apart writes; sets of places would take minutes."""
+    assert is_text_of("!" * 32_000, ["!"] * 32_000)
+    assert not is_text_of("!" * 32_001, ["!"] * 32_000)
+
+
 def test_words_of_these_tests_are_these_ids() -> None:
     assert [tiny_tokenizer().decode(ids, skip_special_tokens=True) for ids in IDS] == TEXTS
 

@@ -120,3 +120,14 @@ def test_a_reader_that_has_read_enough_is_no_error_of_input(served, tmp_path: Pa
     assert json.loads(ran.stdout)["group"] == 0
     assert ran.stderr == ""
     assert ran.returncode == 1
+
+
+def test_a_page_has_all_that_was_scored_though_the_reader_of_the_rest_has_left(served, tmp_path: Path) -> None:
+    rollouts, page = tmp_path / "rollouts.jsonl", tmp_path / "page.html"
+    rollouts.write_text('{"prompt": "w5", "completion": "w6"}\n' * 200)
+    command = f"set -o pipefail; {' '.join(CLI)} score {rollouts} --json --html {page} | head -n 1"
+    environment = {**os.environ, "PROBESCORE_ADDRESS": served.address}
+    ran = subprocess.run(["bash", "-c", command], env=environment, timeout=120, check=False, capture_output=True, text=True)
+
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert '"200 scored rollouts"' in page.read_text("utf-8")

@@ -24,6 +24,7 @@ from probescore import (
     FieldViolation,
     InvalidRequestError,
     ProbeClient,
+    ProbescoreError,
     RolloutGroup,
     ServerError,
     StreamWindow,
@@ -426,3 +427,25 @@ async def test_a_call_is_over_in_time_however_slow_the_async_reader(address: str
         found += [answer async for answer in stream]
 
     assert scores(found) == expected(5)
+
+
+@pytest.mark.parametrize("kind", [InvalidRequestError, ServerError])
+def test_an_error_of_any_kind_names_its_rollout_by_its_place_in_the_stream(kind: type[ProbescoreError]) -> None:
+    """Given four groups in two calls, and an error of the second call."""
+    _, second = chunks(numbered(4), StreamWindow(groups_per_call=2))
+    second.request(scoring_pb2.ScoreRequest())
+    place = "groups[1].completions[0]"
+    error = second.relocated(kind(f"{place}: lost", "INTERNAL", "WORKER_LOST_TWICE", (FieldViolation(place, f"{place} did it twice"),)))
+
+    assert isinstance(error, kind)
+    assert error.violations == (FieldViolation("groups[3].completions[0]", "groups[3].completions[0] did it twice"),)
+    assert "groups[3].completions[0]" in str(error)
+    assert "groups[1]" not in str(error)
+
+
+def test_a_call_has_no_more_completions_and_follow_ups_than_the_window_says() -> None:
+    asked = [RolloutGroup([1], [Completion([2], follow_ups=(Completion([3]),)) for _ in range(5)]) for _ in range(4)]
+    found = list(chunks(asked, StreamWindow(completions_per_call=6)))
+
+    assert sum(len(chunk.missing) for chunk in found) == 20
+    assert all(2 * len(chunk.missing) <= 6 for chunk in found)

@@ -195,3 +195,15 @@ def test_tokens_that_never_make_a_character_cost_no_more_than_others(monkeypatch
     assert len(pieces) == count
     assert "".join(pieces) == decode(encoder, [lone] * count)
     assert decoded < 40 * count
+
+
+def test_a_block_that_keeps_the_interruption_ends_all_the_same() -> None:
+    """Given code that catches everything, then the limit does not wait for an interruption that has come already."""
+    with time_limit(0.01):
+        end = time.monotonic() + 0.2
+        while time.monotonic() < end:
+            try:
+                for _ in range(1000):
+                    pass
+            except BaseException:  # noqa: S110
+                pass

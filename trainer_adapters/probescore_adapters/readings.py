@@ -145,6 +145,8 @@ class _Run:
             "token_scores": list(dict.fromkeys(bound.probe for bound in signals if bound.signal.mode is Mode.DENSE)),
             "expected_model_fingerprint": server.info.model.fingerprint,
         }
+        labels = {f"{probe.name}@{probe.version}": len(probe.labels) for probe in server.probes}
+        self._dense_labels = sum(labels[probe] for probe in {bound.probe for bound in signals if bound.signal.mode is Mode.DENSE})
         self._problems: dict[int, str] = {}
         self._found: dict[tuple[int, int], CompletionScores] = {}
         self._usages: dict[int, Usage] = {}
@@ -217,7 +219,14 @@ class _Run:
         return f"{tokens} tokens; the limit is {longest}" if tokens > longest else ""
 
     def _window(self, request: Request) -> StreamWindow:
-        return StreamWindow(groups_per_call=len(request.groups), tokens_per_call=self._server.info.limits.max_request_tokens)
+        limits, labels = self._server.info.limits, self._dense_labels
+        # every token's scores are in the answer, and the reduced ones beside them, far fewer
+        most = limits.max_request_values // (2 * labels) if limits.max_request_values and labels else limits.max_request_tokens
+        return StreamWindow(
+            groups_per_call=len(request.groups),
+            tokens_per_call=max(1, min(limits.max_request_tokens, most)),
+            completions_per_call=limits.max_request_rollouts or StreamWindow.completions_per_call,
+        )
 
     def _reading(self, bound: BoundSignal) -> Reading:
         mask = list(self._masks).index(bound.signal.mask)  # type: ignore[arg-type] # parsed when the signal was made

@@ -324,7 +324,11 @@ class ProbeScorer:
             "return_token_texts": True,
             "expected_model_fingerprint": server.info.model.fingerprint,
         }
-        answers = yield Ask(groups, StreamWindow(len(groups), server.info.limits.max_request_tokens), options)
+        try:
+            answers = yield Ask(groups, StreamWindow(len(groups), server.info.limits.max_request_tokens), options)
+        except _TRANSPORT as error:
+            logger.warning("the server's tokenizer could not be compared, and will be with the next batch: %s", error)
+            return
         for answer in answers:
             text = compared[answer.group_index][1]
             pieces = answer.scores.completion_texts

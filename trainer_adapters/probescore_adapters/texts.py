@@ -16,10 +16,22 @@ def is_text_of(text: str, pieces: Sequence[str]) -> bool:
         pieces: by another, one for each token.
     """
     wanted = _compared(text)
-    reached = {0}
+    # Which places can be reached, as bits, and at which a piece stands: sets would grow with the square of a text that repeats itself.
+    reached, standing = 1, {"": 0}
     for piece in map(_compared, pieces):
-        reached |= {place + len(piece) for place in reached if wanted.startswith(piece, place)}
-    return len(wanted) in reached
+        if piece not in standing:
+            standing[piece] = _places(wanted, piece)
+        reached |= (reached & standing[piece]) << len(piece)
+    return bool(reached >> len(wanted) & 1)
+
+
+def _places(text: str, piece: str) -> int:
+    """Where a piece stands in a text, as bits."""
+    places, at = 0, text.find(piece)
+    while at >= 0:
+        places |= 1 << at
+        at = text.find(piece, at + 1)
+    return places
 
 
 def _compared(text: str) -> str:

@@ -64,7 +64,7 @@ async def probe_reward(
         ProbescoreError, SignalError, Unscorable: as ``ProbeScorer.score``.
     """
     rollouts = _rollouts(prompts, completion_ids, exact_prompt_ids)
-    outcome = await scorer.score_async(rollouts, step=getattr(trainer_state, "global_step", None), texts=_texts(completions))
+    outcome = await scorer.score_async(rollouts, step=getattr(trainer_state, "global_step", None), texts=_texts(prompts, completions))
     return _reported(outcome, log_metric, log_extra)
 
 
@@ -81,7 +81,7 @@ def synchronous_probe_reward(
 ) -> list[float]:
     """Does the same for a TRL that awaits nothing."""
     rollouts = _rollouts(prompts, completion_ids, exact_prompt_ids)
-    outcome = scorer.score(rollouts, step=getattr(trainer_state, "global_step", None), texts=_texts(completions))
+    outcome = scorer.score(rollouts, step=getattr(trainer_state, "global_step", None), texts=_texts(prompts, completions))
     return _reported(outcome, None, None)
 
 
@@ -254,9 +254,17 @@ def _rollouts(
     return [Rollout(*parts) for parts in zip(asked, completion_ids, strict=True)]
 
 
-def _texts(completions: Sequence[Union[str, Sequence[Message]]] | None) -> list[str | None] | None:
+def _texts(
+    prompts: Sequence[Union[str, Sequence[Message]]], completions: Sequence[Union[str, Sequence[Message]]] | None
+) -> list[str | None] | None:
     """What the tokenizer made of each completion's ids, where TRL has made nothing else of that since."""
-    return None if completions is None else [_text(completion) for completion in completions]
+    if completions is None:
+        return None
+    # where the prompt ends with the beginning of an answer, TRL puts that in front of the completion's text
+    return [
+        None if not isinstance(prompt, str) and prompt and prompt[-1]["role"] == "assistant" else _text(completion)
+        for prompt, completion in zip(prompts, completions, strict=True)
+    ]
 
 
 def _text(completion: str | Sequence[Message]) -> str | None:

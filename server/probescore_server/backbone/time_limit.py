@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 
-class TookTooLong(Exception):
-    """Raised inside the block that a ``time_limit`` bounds, wherever it is."""
+class TookTooLong(BaseException):
+    """Raised inside the block that a ``time_limit`` bounds, wherever it is. No handler of ordinary errors there keeps it."""
 
 
 @contextmanager
@@ -20,11 +19,13 @@ def time_limit(seconds: float) -> Iterator[None]:
     Only this thread is interrupted, between two instructions of Python: a single long call of a C function is not.
     """
     over = threading.Lock()  # held once the block has ended: then it is too late to raise
-    thread = threading.get_ident()
+    raised = threading.Event()
+    thread = ctypes.c_ulong(threading.get_ident())
 
     def end() -> None:
         if over.acquire(blocking=False):
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(TookTooLong))
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, ctypes.py_object(TookTooLong))
+            raised.set()
 
     timer = threading.Timer(seconds, end)
     timer.daemon = True
@@ -38,5 +39,6 @@ def time_limit(seconds: float) -> Iterator[None]:
     finally:
         timer.cancel()
         if not arrived and not over.acquire(blocking=False):
-            while True:  # it is on its way, and must not arrive later, in what is none of its business
-                time.sleep(0)
+            raised.wait()
+            # where the block kept it, or it has not arrived yet: it must not arrive later, in what is none of its business
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, None)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import typer
 
 from probescore.errors import InvalidRequestError, ProbescoreError
+from probescore_server.cli.streams import leave_stdout
 from probescore_server.cli.visible import one_line
 from probescore_server.errors import StartupError
 
@@ -25,8 +24,7 @@ def one_line_failures() -> Iterator[None]:
     try:
         yield
     except BrokenPipeError:
-        # who read has read enough; Python would complain of the rest when it ends
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        leave_stdout()
         raise typer.Exit(FAILED) from None
     except (InvalidRequestError, ValueError) as error:
         _stop(error, WRONG_INPUT)

@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 
@@ -15,7 +16,17 @@ import numpy as np
 import typer
 from numpy.typing import NDArray
 
-from probescore import Completion, CompletionScores, CompletionStatus, ProbeInfo, ScoringInfo, StreamedCompletion, Text
+from probescore import (
+    Completion,
+    CompletionScores,
+    CompletionStatus,
+    Limits,
+    ProbeInfo,
+    ScoringInfo,
+    StreamedCompletion,
+    StreamWindow,
+    Text,
+)
 from probescore.types import score_keys
 from probescore_server.cli.connection import DEFAULT_ADDRESS, Address, Wait, connected
 from probescore_server.cli.console import new_console
@@ -25,6 +36,7 @@ from probescore_server.cli.page import write_page
 from probescore_server.cli.progress import Progress
 from probescore_server.cli.rollout_lines import UNDECODABLE, Label, LabelledGroup, read_rollout_lines
 from probescore_server.cli.rollout_views import RolloutView, rollout_views, series_of
+from probescore_server.cli.streams import leave_stdout
 from probescore_server.cli.terminal import RolloutPrinter
 from probescore_server.cli.visible import visible_json
 
@@ -93,19 +105,29 @@ def _score(
         with connected(address, wait) as client, interruptible() as interruption:
             loaded = client.list_probes()
             printed: _Output = _Lines() if as_json else _Shown(loaded, show)
-            results = _InOrder(groups, [printed] if html is None else [printed, _Page(html, loaded, total, quiet=as_json)])
+            # the page first: what a reader who leaves does not take is on it
+            results = _InOrder(groups, [printed] if html is None else [_Page(html, loaded, total, quiet=as_json), printed])
             stream = client.score_stream(
-                groups, probes=probe or (), reductions=reduction or (), token_scores="all", return_token_ids=True, return_token_texts=True
+                groups,
+                probes=probe or (),
+                reductions=reduction or (),
+                token_scores="all",
+                return_token_ids=True,
+                return_token_texts=True,
+                window=_window(client.get_server_info().limits, loaded),
             )
             try:
                 with Progress(total) as progress:
                     for scored in stream:
                         with interruption.held_back(), progress.aside():
-                            results.add(scored)
+                            try:
+                                results.add(scored)
+                            except BrokenPipeError:
+                                leave_stdout()  # nobody reads any more
+                                results.outputs.remove(printed)
+                                if html is None:
+                                    raise
                         progress.advance()
-            except BrokenPipeError:
-                results.outputs.remove(printed)  # nobody reads any more
-                raise
             finally:
                 # also after Ctrl-C, and where the server went away: what was scored is kept
                 with interruption.held_back():
@@ -126,6 +148,14 @@ def _groups(source: str, prompt: str, special_tokens: bool) -> list[LabelledGrou
         with Path(source).open(encoding="utf-8", errors=UNDECODABLE) as lines:
             return list(read_rollout_lines(lines, source, add_special_tokens=special_tokens))
     return [LabelledGroup(Text(prompt, special_tokens), [Completion(source)], labels=(None,))]
+
+
+def _window(limits: Limits, loaded: Sequence[ProbeInfo]) -> StreamWindow:
+    """As many tokens in a call as there may be scores for: each has one for each label, and there are far fewer reduced ones."""
+    usual = StreamWindow()
+    labels = sum(len(probe.labels) for probe in loaded)
+    most = limits.max_request_values // (2 * labels) if limits.max_request_values and labels else usual.tokens_per_call
+    return replace(usual, tokens_per_call=max(1, min(usual.tokens_per_call, most)))
 
 
 def _check_can_be_written(path: Path) -> None:

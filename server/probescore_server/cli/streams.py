@@ -41,6 +41,11 @@ def prepare_streams() -> None:
             stream.reconfigure(errors=_ERRORS)
 
 
+def leave_stdout() -> None:
+    """Lets what is still written go nowhere: who read has read enough, and Python would complain of the rest when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _alike(error: UnicodeError) -> tuple[str | bytes, int]:
     if not isinstance(error, UnicodeEncodeError):
         raise error
