@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from probescore.types import RolloutGroup, ScoreUnit
 from probescore_server import Engine
 from probescore_server.errors import ProbeRefused
+from probescore_server.probes import session_scores
 from probescore_server.probes.exporting import onnx_probe, torch_probe
-from probescore_server.probes.independence import QUADRATIC_CALL, SEQUENCES
+from probescore_server.probes.independence import LONGEST_SHARE, QUADRATIC_CALL, SEQUENCES
 from probescore_server.probes.manifest import Context
 from probescore_server.probes.reference import ReferenceModel
 
@@ -151,6 +152,15 @@ def test_no_call_is_larger_than_what_the_graph_was_tried_with(load: Callable[...
     assert probe.rows_per_call == QUADRATIC_CALL
     assert max(rows for rows, _ in calls) <= QUADRATIC_CALL
     assert max(sequences for _, sequences in calls) <= SEQUENCES
+
+
+@pytest.mark.parametrize("place", [0, 3, 8])
+def test_a_sequence_longer_than_any_that_was_tried_in_company_makes_a_call_by_itself(place: int) -> None:
+    short = [np.arange(3)] * 8
+    sequences = [*short[:place], np.arange(QUADRATIC_CALL // LONGEST_SHARE + 1), *short[place:]]
+    batches = list(session_scores._batches(sequences, QUADRATIC_CALL))
+    assert [len(sequence) for batch in batches for sequence in batch] == [len(sequence) for sequence in sequences]
+    assert all(len(batch) == 1 or max(map(len, batch)) <= QUADRATIC_CALL // LONGEST_SHARE for batch in batches)
 
 
 @pytest.mark.parametrize(("shift", "rows"), [(0, 1024), (4, 256), (30, 1)])

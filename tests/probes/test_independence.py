@@ -14,8 +14,8 @@ from random_graphs import TAP, Recipe, graph_of
 
 from probescore.types import Tap
 from probescore_server.errors import ProbeRefused
-from probescore_server.probes.graph import CU_SEQLENS, GraphFailed, GraphInputs
-from probescore_server.probes.independence import LARGEST_CALL, Surroundings, check_author_agrees, rows_tried
+from probescore_server.probes.graph import CU_SEQLENS, POSITIONS, GraphFailed, GraphInputs
+from probescore_server.probes.independence import LARGEST_CALL, Surroundings, check_author_agrees, far_lengths, rows_tried
 from probescore_server.probes.manifest import Manifest
 
 Scores = NDArray[np.float32]
@@ -157,3 +157,35 @@ def test_an_authors_code_that_knows_no_such_rollouts_is_not_asked() -> None:
         return causal_mean(inputs)
 
     check_author_agrees(causal_mean, short_only, around(CAUSAL), 10, 1e-4, "probe.onnx")
+
+
+def test_an_authors_code_must_agree_at_positions_and_lengths_that_no_example_has() -> None:
+    """Given a graph that is right for all that the golden rollouts are like, then far away it is compared all the same."""
+    positions = Recipe("pointwise", None, True, "", ())
+
+    def far(inputs: GraphInputs) -> Scores:
+        return linear(inputs) + (inputs[POSITIONS] > 900)[:, None]
+
+    def long(inputs: GraphInputs) -> Scores:
+        return causal_mean(inputs) + (np.arange(len(inputs[TAP])) >= 10_000)[:, None]
+
+    def clipped(inputs: GraphInputs) -> Scores:
+        return np.clip(linear(inputs), -12, 12)
+
+    for graph, author, recipe in ((far, linear, positions), (long, causal_mean, CAUSAL), (clipped, linear, POINTWISE)):
+        with pytest.raises(ProbeRefused, match="scores of the author's code"):
+            check_author_agrees(graph, author, around(recipe), 10, 1e-4, "probe.onnx", far_lengths(graph_of(CAUSAL)))
+
+
+def test_two_implementations_that_round_otherwise_agree_on_massive_activations() -> None:
+    golden = np.random.default_rng(0).standard_normal((50, HIDDEN)).astype(np.float32)
+    golden[:2, 0] = 5000
+    near = Surroundings(around(POINTWISE).manifest, {Tap("resid_post", 1): golden}, np.random.default_rng(0))
+
+    def in_float64(inputs: GraphInputs) -> Scores:
+        return np.tanh(inputs[TAP].astype(np.float64) @ WEIGHT)
+
+    def in_another_order(inputs: GraphInputs) -> Scores:
+        return np.tanh((inputs[TAP][:, ::-1] * WEIGHT[::-1, 0]).cumsum(1)[:, -1:]).astype(np.float32)
+
+    check_author_agrees(in_another_order, in_float64, near, 10, 1e-4, "probe.onnx")

@@ -18,7 +18,7 @@ from probescore_server.probes.deviations import largest_deviation
 from probescore_server.probes.exporting import ProbeFunction
 from probescore_server.probes.float64 import float64_activations
 from probescore_server.probes.graph import CU_SEQLENS, POSITIONS, GraphFailed, GraphInputs, Signature, checked_scores
-from probescore_server.probes.independence import Surroundings, check_author_agrees, cut, packed, rows_tried
+from probescore_server.probes.independence import Surroundings, check_author_agrees, cut, far_lengths, packed, rows_tried
 from probescore_server.probes.manifest import (
     MAX_FLOAT32,
     MAX_NEIGHBOUR_LABELS,
@@ -206,8 +206,7 @@ def check_graph_computes(
     if manifest.output.per is OutputPer.TOKEN and manifest.context.kind == "causal":
         for rollout in rollouts:
             _check_causal(rollout, manifest.context.window, compare)
-    if not is_row_by_row(model, Signature.of(manifest)):
-        _check_beyond(model, manifest, probe, rollouts, evaluator, file)
+    _check_beyond(model, manifest, probe, rollouts, evaluator, file)
 
 
 def _check_beyond(
@@ -230,9 +229,12 @@ def _check_beyond(
 
     golden = {tap: np.concatenate([rollout.inputs[str(tap)] for rollout in rollouts]) for tap in manifest.taps}
     around = Surroundings(manifest, golden, np.random.default_rng(0))
-    rows_tried(run, model, around, file)
+    proven = is_row_by_row(model, Signature.of(manifest))
+    if not proven:
+        rows_tried(run, model, around, file)
     longest = max(len(rollout.inputs[str(manifest.taps[0])]) for rollout in rollouts)
-    check_author_agrees(run, probe.score, around, longest, manifest.golden.tolerance.float32, file)
+    lengths = () if proven else far_lengths(model)
+    check_author_agrees(run, probe.score, around, longest, manifest.golden.tolerance.float32, file, lengths)
 
 
 def _check_causal(rollout: ScoredRollout, window: int | None, compare: Callable[..., None]) -> None:

@@ -31,6 +31,9 @@ SEQUENCES = 128
 SMALLEST_CALL, QUADRATIC_CALL, LARGEST_CALL = 256, 1024, 4096
 """Rows in one call; a graph whose memory may grow with their square is given ``QUADRATIC_CALL`` of several sequences."""
 
+LONGEST_SHARE = 4
+"""A sequence takes at most one in so many of the rows of a call of several sequences; a longer one makes a call by itself."""
+
 ROUNDING = 1e-4
 """What a score may differ by in other company, in standard deviations: what is promised of every score."""
 
@@ -44,9 +47,14 @@ _SCALES = (0.0, 0.3, 1.0, 10.0, 0.0, 0.3, 1.0, 100.0)
 _NEIGHBOURS = "a rollout's scores do not depend on its neighbours"
 _LATER = "a token's score does not depend on later tokens"
 _AGAIN = "the same input has the same scores each time"
+_WINDOW = "a token's score depends on context.window"
 
 # where a sequence may begin in its rollout: as after a short prompt, so that tables of positions are long enough
 _MOST_POSITION = 16
+# and where it may in a rollout that nobody had in mind
+_FAR_POSITIONS = (1_000, 100_000)
+# rows of sequences on which a graph is compared with its author's code; the longest where memory does not grow with their square
+_AUTHOR_LENGTHS, _AUTHOR_LENGTHS_LINEAR = (1024, 2048), (4096, 16_384)
 # share of a call's scores that may jump where rounding takes a number across a threshold
 _EXCUSED = 0.01
 _EPS = float(np.finfo(np.float32).eps)
@@ -79,7 +87,9 @@ def rows_tried(run: Run, model: onnx.ModelProto, around: Surroundings, file: str
         # by itself a sequence has its own scores, whatever it loses in company
         alone_is_right = around.manifest.context.kind != "pointwise"
         for finding in findings:
+            # and where smaller calls have passed, longer sequences are cut as their window allows it
             by_company = finding.promise == _NEIGHBOURS and (alone_is_right or allowed)
+            by_company = by_company or (allowed and finding.promise.startswith(_WINDOW))
             if finding.difference > (WRONG if by_company else ROUNDING):
                 raise finding.refusal(file)
         if any(finding.difference > ROUNDING for finding in findings):
@@ -90,8 +100,16 @@ def rows_tried(run: Run, model: onnx.ModelProto, around: Surroundings, file: str
     return max(allowed, 1)
 
 
-def check_author_agrees(run: Run, author: Run, around: Surroundings, longest: int, tolerance: float, file: str) -> None:
-    """Compares a graph with its author's code on sequences of random rows, one at a time, shorter and longer than every example.
+def far_lengths(model: onnx.ModelProto) -> tuple[int, ...]:
+    """Rows of a sequence at which a graph that is not proven is compared with its author's code, as far as memory allows it."""
+    return _AUTHOR_LENGTHS if _may_be_quadratic(model) else _AUTHOR_LENGTHS + _AUTHOR_LENGTHS_LINEAR
+
+
+def check_author_agrees(
+    run: Run, author: Run, around: Surroundings, longest: int, tolerance: float, file: str, lengths: Sequence[int] = ()
+) -> None:
+    """Compares a graph with its author's code on sequences of random rows, one at a time, shorter and longer than every example, nearer to
+    golden activations and further from them, and at positions that no example has.
 
     Args:
         run: computes the graph.
@@ -100,24 +118,29 @@ def check_author_agrees(run: Run, author: Run, around: Surroundings, longest: in
         longest: rows of the longest example.
         tolerance: in standard deviations.
         file: for messages.
+        lengths: further rows of a sequence to try, as of ``far_lengths``.
 
     Raises:
         ProbeRefused: they differ.
     """
+    short = (1, 2, 3, 5, 7, longest + 1, 2 * longest, 4 * longest + 1, min(16 * longest, QUADRATIC_CALL))
+    tried = [around.sequence(length, scale) for length in short for scale in (0.0, 0.3, 1.0, 10.0)]
+    tried += [around.sequence(length, 1.0) for length in lengths]
+    if around.manifest.positions:
+        tried += [around.sequence(longest, 1.0, first) for first in _FAR_POSITIONS]
     cases: list[tuple[GraphInputs, NDArray[np.float64]]] = []
-    for length in (1, 2, 3, 5, 7, longest + 1, 2 * longest, 4 * longest + 1, min(16 * longest, QUADRATIC_CALL)):
-        for scale in (0.0, 0.3, 1.0):
-            inputs = around.sequence(length, scale)
-            try:
-                scores = np.asarray(author(inputs), np.float64)
-            except Exception:  # noqa: S112 (whatever the author's code raises: it need not know such rollouts)
-                continue
-            scores = scores.reshape(len(scores), -1)
-            if np.isfinite(scores).all():
-                cases.append((inputs, scores))
+    for inputs in tried:
+        try:
+            scores = np.asarray(author(inputs), np.float64)
+        except Exception:  # noqa: S112 (whatever the author's code raises: it need not know such rollouts)
+            continue
+        scores = scores.reshape(len(scores), -1)
+        if np.isfinite(scores).all():
+            cases.append((inputs, scores))
     if not cases:
         return
-    comparison = _Comparison(run, around, np.concatenate([scores for _, scores in cases]), tolerance)
+    # two implementations round otherwise in every row, and not only where one jumps
+    comparison = _Comparison(run, around, np.concatenate([scores for _, scores in cases]), tolerance, excused=1.0)
     for inputs, scores in cases:
         finding = comparison.of_one(inputs, slice(None), scores, "the scores of the author's code")
         if finding.difference > tolerance:
@@ -151,8 +174,8 @@ class Surroundings:
     golden: Mapping[Tap, NDArray[np.float32]]
     random: np.random.Generator
 
-    def sequence(self, length: int, scale: float) -> GraphInputs:
-        """One sequence of rows that lie ``scale`` standard deviations from golden ones."""
+    def sequence(self, length: int, scale: float, first: int | None = None) -> GraphInputs:
+        """One sequence of rows ``scale`` standard deviations from golden ones; positions go on from ``first``, or from some low one."""
         rows = self.random.integers(len(next(iter(self.golden.values()))), size=length)
         inputs: dict[str, NDArray[Any]] = {}
         for tap in self.manifest.taps:
@@ -165,7 +188,7 @@ class Surroundings:
         if self.manifest.cu_seqlens:
             inputs[CU_SEQLENS] = np.array([0, length], np.int64)
         if self.manifest.positions:
-            inputs[POSITIONS] = self.random.integers(_MOST_POSITION) + np.arange(length)
+            inputs[POSITIONS] = (self.random.integers(_MOST_POSITION) if first is None else first) + np.arange(length)
         return inputs
 
 
@@ -192,12 +215,14 @@ class _Comparison:
         usual: scores of activations like golden ones, ``(N, labels)`` float64: their standard deviation is the unit, or how far a score
             lies from them where that is more.
         tolerance: in these; differences below are none.
+        excused: share of a call's scores that may differ by what rounding does to them.
     """
 
     run: Run
     around: Surroundings
     usual: NDArray[np.float64]
     tolerance: float = ROUNDING
+    excused: float = _EXCUSED
 
     def of_one(self, inputs: GraphInputs, rows: slice, expected: NDArray[Any], promise: str) -> _Finding:
         """Of some scores of one sequence."""
@@ -220,7 +245,7 @@ class _Comparison:
         unit = np.maximum(_spread(self.usual), np.abs(expected.astype(np.float64) - np.median(self.usual, axis=0)))
         over: NDArray[np.bool_] = np.any(beyond > self.tolerance * unit, axis=1)
         # A graph with thresholds jumps where rounding takes a number across one; so it does if its input is rounded otherwise.
-        if 0 < over.sum() <= max(1, _EXCUSED * len(over)):
+        if 0 < over.sum() <= max(1, self.excused * len(over)):
             beyond = np.maximum(beyond - np.multiply(4, noise(over)), 0)
         with np.errstate(divide="ignore", invalid="ignore"):
             return _Finding(float(np.where(beyond == 0, 0, beyond / unit).max()), promise, where)
@@ -322,7 +347,9 @@ class _Trial:
     def _shortened(self) -> Iterator[_Finding]:
         """Sequences without what comes later, or before their window, and with something else in its place."""
         window = self._context.window or 0
-        lone = self._around.sequence(max(self._rows, min(2 * window, LARGEST_CALL)), 1.0)
+        # where memory allows it, longer than any call of several
+        lone_rows = 3 * LARGEST_CALL if self._rows == LARGEST_CALL else max(self._rows, min(2 * window, LARGEST_CALL))
+        lone = self._around.sequence(lone_rows, 1.0)
         longest = int(np.argmax([_length(inputs) for inputs in self._sequences]))
         for inputs, scores in ((lone, self._finite(lone)), (self._sequences[longest], self._scores[longest])):
             if scores is None:
@@ -336,7 +363,7 @@ class _Trial:
                     yield self._compare.of_one(given, before, scores[before], _LATER)
             if not 0 < window < length:
                 continue
-            promise = f"a token's score depends on context.window = {window} tokens, itself included"
+            promise = f"{_WINDOW} = {window} tokens, itself included"
             for end in sorted({length, window + 1, int(self._random.integers(window + 1, length + 1))}):
                 before, seen = slice(0, end - window), cut(inputs, slice(end - window, end))
                 for given in (seen, _joined(cut(other, before), seen)):
@@ -363,7 +390,7 @@ class _Trial:
 
 def _lengths(rows: int, random: np.random.Generator) -> list[int]:
     """Of ``SEQUENCES`` sequences, ``rows`` rows in all or nearly: a few long ones among many short ones."""
-    long = [rows // 4, rows // 16, rows // 16 + 1]
+    long = [rows // LONGEST_SHARE, rows // 16, rows // 16 + 1]
     mean = (rows - sum(long)) / (SEQUENCES - len(long))
     short = random.integers(1, max(int(2 * mean), 2), SEQUENCES - len(long))
     return [int(length) for length in random.permutation([*long, *short])]

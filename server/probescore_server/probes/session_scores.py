@@ -13,7 +13,7 @@ from probescore.reductions import Reduction, reduce_scores
 from probescore.types import ProbeScores, Tap
 from probescore_server.backbone.forest import Forest
 from probescore_server.probes.graph import GraphFailed
-from probescore_server.probes.independence import LARGEST_CALL, SEQUENCES
+from probescore_server.probes.independence import LARGEST_CALL, LONGEST_SHARE, SEQUENCES
 from probescore_server.probes.layout import Asked, Part, Reading, Readings, Rows
 from probescore_server.probes.loading import LoadedProbe
 from probescore_server.probes.session import ProbeSession
@@ -281,13 +281,17 @@ def _chain(probe: LoadedProbe, part: Part) -> tuple[int, ...]:
 
 
 def _batches(sequences: Sequence[NDArray[np.int64]], most_rows: int) -> Iterator[list[NDArray[np.int64]]]:
-    """Whole sequences, as many as fit in one call."""
+    """Whole sequences, as many as fit in one call; a long one by itself."""
     batch: list[NDArray[np.int64]] = []
     rows = 0
     for sequence in sequences:
-        if batch and (rows + len(sequence) > most_rows or len(batch) == MAX_SEQUENCES_PER_CALL):
+        is_long = len(sequence) > most_rows // LONGEST_SHARE
+        if batch and (is_long or rows + len(sequence) > most_rows or len(batch) == MAX_SEQUENCES_PER_CALL):
             yield batch
             batch, rows = [], 0
+        if is_long:
+            yield [sequence]
+            continue
         batch.append(sequence)
         rows += len(sequence)
     if batch:
