@@ -25,6 +25,23 @@ class Step:
     tokens: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class TextInHand:
+    """The text that a lane of texts tokenises now; it cannot be looked into either.
+
+    Attributes:
+        number: another one for each text.
+        order: number of the front process's request that it is of; 0 = there is no text now.
+        bytes: of the text, or of a chat's roles and contents.
+        is_chat: a template renders it first.
+    """
+
+    number: int = 0
+    order: int = 0
+    bytes: int = 0
+    is_chat: bool = False
+
+
 class Activity:
     """The steps of a process, one after the other.
 

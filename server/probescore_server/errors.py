@@ -150,7 +150,7 @@ class WorkerLost(WorkerUnavailable):
         problem: what was wrong with it.
         retry_seconds: until it may be back.
         doing: the step that it was at, such as ``probe loop@1``; empty if that is not known.
-        order: number of the batch, or of the texts, that took too long; 0 = it could be any.
+        order: number of the batch, or of the texts, that took too long or was all that it had; 0 = it could be any.
     """
 
     def __init__(self, reason_lost: str, problem: str, retry_seconds: float, doing: str = "", order: int = 0) -> None:

@@ -1,17 +1,18 @@
 """Whether a worker gets on: what it was asked, what it says, and how long it may take for either.
 
-A worker says every now and then that it is there, from a thread of its own, and at which step it is. It is stuck if it says nothing for too
-long, or if what it does first takes too long without a step. Every time is handed in: whoever watches has the clock, and says so when it
-was not there itself.
+A worker says every now and then that it is there, from a thread of its own, at which step it is and which texts it tokenises. It is stuck
+if it says nothing for too long, if the batch that it has first takes too long without a step, or if one text does. Texts count by what the
+worker says of them, not by what was asked: a request may have any number of them, takes turns with others, and may be given up while one of
+its texts is still tokenised. Every time is handed in: whoever watches has the clock, and says so when it was not there itself.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from enum import Enum
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
-from probescore_server.activity import Step
+from probescore_server.activity import Step, TextInHand
 
 REASONS_LOST = ("silent", "overdue", "device", "memory", "crash", "start", "died")
 """Why workers are lost: they said nothing, or did not get on; their device failed, the system's memory was short, they crashed; they did
@@ -23,11 +24,8 @@ BOOT_SECONDS = 60.0
 """Until a process says something for the first time, at least: Python starts and reads its modules before, on a busy machine for long."""
 
 
-class Line(Enum):
-    """What a worker does one after the other; the two go on beside each other."""
-
-    DEVICE = "batches, sleeping and waking"
-    TEXTS = "texts"
+TEXT_BYTES_PER_SECOND = 10_000
+"""Far below what a slow tokenizer does."""
 
 
 @dataclass(frozen=True)
@@ -38,16 +36,22 @@ class Patience:
         silent_seconds: between two signs of life.
         start_seconds: from its start until it is ready.
         step_seconds, step_seconds_per_1000_tokens: for one step of a batch.
+        chat_seconds: for a template to render one chat.
     """
 
     silent_seconds: float
     start_seconds: float
     step_seconds: float
     step_seconds_per_1000_tokens: float
+    chat_seconds: float
 
     def for_tokens(self, tokens: int) -> float:
         """For a step of so many tokens."""
         return self.step_seconds + self.step_seconds_per_1000_tokens * tokens / 1000
+
+    def for_texts(self, texts: Iterable[TextInHand]) -> float:
+        """For any one of the texts that the lanes have: a tokenizer that is written in Python takes them one after the other."""
+        return self.step_seconds + sum(text.bytes / TEXT_BYTES_PER_SECOND + self.chat_seconds * text.is_chat for text in texts)
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ class Loss:
     Attributes:
         reason: one word; of a worker that is stuck: ``silent``, ``overdue`` or ``start``.
         problem: what it did not do, for how long, or what became of it.
-        order: number of the order that takes too long; 0 = it could be any.
+        order: number of what it was asked for that takes too long, or was all that it had; 0 = it could be any.
         doing: the step that it was at; empty if that is not known.
     """
 
@@ -65,14 +69,6 @@ class Loss:
     problem: str
     order: int = 0
     doing: str = ""
-
-
-@dataclass
-class _Waiting:
-    """Of one line, what was asked and has no answer, with the seconds it may take, and since when nothing of it has got on."""
-
-    seconds: dict[int, float] = field(default_factory=dict)
-    since: float = 0.0
 
 
 class Watch:
@@ -93,7 +89,10 @@ class Watch:
         self._silent_at_first = max(patience.silent_seconds, BOOT_SECONDS)
         self._said_something = False
         self._starting = True
-        self._lines = {line: _Waiting() for line in Line}
+        self._seconds: dict[int, float] = {}  # of what was asked of its device and has no answer, in that order
+        self._since = now  # when something of it got on for the last time
+        self._texts: list[TextInHand] = []  # by lane
+        self._texts_since: list[float] = []
 
     def ready(self) -> None:
         """It has started."""
@@ -105,32 +104,36 @@ class Watch:
             self._said_something = True
             self._heard = max(self._heard, now)
 
-    def asked(self, line: Line, number: int, seconds: float, now: float) -> None:
-        """It was asked for something that may take so long, once it comes to it."""
-        waiting = self._lines[line]
-        if not waiting.seconds:
-            waiting.since = now
-        waiting.seconds[number] = seconds
+    def asked(self, number: int, seconds: float, now: float) -> None:
+        """It was asked for something on its device that may take so long, once it comes to it."""
+        if not self._seconds:
+            self._since = now
+        self._seconds[number] = seconds
 
     def answered(self, number: int, now: float) -> None:
-        """It has answered, or nobody waits for the answer any more and it has one to give."""
-        for waiting in self._lines.values():
-            if waiting.seconds.pop(number, None) is not None:
-                waiting.since = now
+        """It has answered."""
+        if self._seconds.pop(number, None) is not None:
+            self._since = now
 
     def at(self, step: Step, now: float) -> None:
         """It is at this step."""
         if step.number != self.step.number:
             self.step = step
-            if step.order in (waiting := self._lines[Line.DEVICE]).seconds:
-                waiting.since = now
+            if step.order in self._seconds:
+                self._since = now
+
+    def tokenises(self, texts: Sequence[TextInHand], now: float) -> None:
+        """Its lanes have these texts; always in the same order."""
+        known = [*zip(self._texts, self._texts_since, strict=True)] or [(TextInHand(), now)] * len(texts)
+        self._texts_since = [since if text == before else now for text, (before, since) in zip(texts, known, strict=True)]
+        self._texts = list(texts)
 
     def excuse(self, seconds: float) -> None:
         """For so long whoever watches was not there, and cannot say what the worker did."""
         self._heard += seconds
         self._began += seconds
-        for waiting in self._lines.values():
-            waiting.since += seconds
+        self._since += seconds
+        self._texts_since = [since + seconds for since in self._texts_since]
 
     def loss(self, now: float) -> Loss | None:
         """What is wrong with it, if anything is."""
@@ -140,15 +143,14 @@ class Watch:
         # From here on only time counts of which it is known that it was there: one that is silent is no more than that.
         if self._starting and self._heard - self._began > self._patience.start_seconds:
             return Loss("start", f"it was not ready within {self._patience.start_seconds:g} s (worker_start_seconds)")
-        for line, waiting in self._lines.items():
-            number = next(iter(waiting.seconds), 0)
-            if number and self._heard - waiting.since > (seconds := self._seconds_of(line, number)):
-                return Loss("overdue", f"it did not get on for {seconds:g} s", number)
+        first = next(iter(self._seconds), 0)
+        if first and self._heard - self._since > (seconds := self._seconds_of(first)):
+            return Loss("overdue", f"it did not get on for {seconds:g} s", first)
+        for text, since in zip(self._texts, self._texts_since, strict=True):
+            if text.order and self._heard - since > (seconds := self._patience.for_texts(self._texts)):
+                return Loss("overdue", f"it did not get on with a text for {seconds:g} s", text.order)
         return None
 
-    def _seconds_of(self, line: Line, number: int) -> float:
-        """What it may take until the next answer, or step, of a line whose first has this number."""
-        seconds = self._lines[line].seconds
-        if line is Line.TEXTS:
-            return sum(seconds.values())  # they take turns: any may be answered next, when most of all is done
-        return self._patience.for_tokens(self.step.tokens) if self.step.order == number else seconds[number]
+    def _seconds_of(self, number: int) -> float:
+        """What it may take until the next answer, or step, if the first that it has on its device has this number."""
+        return self._patience.for_tokens(self.step.tokens) if self.step.order == number else self._seconds[number]

@@ -178,9 +178,10 @@ class Scheduler:
             asyncio.get_running_loop().call_soon(self._on_batch, tokens, len(works))  # the batch goes first
 
     async def _run(self, batch: _Batch) -> None:
+        suspects = [work for work in batch.works if work.key in self._suspects]  # what is known may change while something computes
         try:
-            await self._score(batch, [work for work in batch.works if work.key not in self._suspects])
-            for suspect in [work for work in batch.works if work.key in self._suspects]:
+            await self._score(batch, [work for work in batch.works if work not in suspects])
+            for suspect in suspects:
                 await self._score(batch, [suspect])
         finally:
             self._fail_lost([work for work in batch.works if work.items])
@@ -214,8 +215,9 @@ class Scheduler:
         else:
             failure = None
             self._in_flight.deliver(works, scored)
-            for work in works:
-                self._suspects.cleared(work.key)
+            for work, result in zip(works, scored.results, strict=True):
+                if result is not None:
+                    self._suspects.cleared(work.key)
             self._budgets[worker].fitted(tokens)
             self._learn_throughput(tokens, scored.compute_seconds)
         self._answered(batch)

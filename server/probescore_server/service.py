@@ -48,6 +48,7 @@ from probescore_server.requests import PendingText, check_texts, pending_texts, 
 from probescore_server.rollouts import EngineInfo, Rollout, ScoreOptions
 from probescore_server.scheduler import Scheduler
 from probescore_server.settings import ServerSettings
+from probescore_server.tokenising import encode
 from probescore_server.worker_process import WorkerProcess
 
 logger = structlog.get_logger(__name__)
@@ -167,7 +168,7 @@ class ScoringServicer(scoring_pb2_grpc.ScoringServiceServicer):
         options, probes = resolve(
             info, asked.probes, asked.reductions, asked.token_scores, asked.scope, asked.return_token_ids, asked.return_token_texts
         )
-        encoded = await self._tokenizing_worker().encode(texts) if texts else {}
+        encoded = await encode(self._workers, texts) if texts else {}
         rollouts = await _unhurried(
             resolve_rollouts,
             groups,
@@ -181,9 +182,6 @@ class ScoringServicer(scoring_pb2_grpc.ScoringServiceServicer):
             small=small,
         )
         return _Asked(rollouts, options, probes, asked, time.monotonic() - started)
-
-    def _tokenizing_worker(self) -> WorkerProcess:
-        return next((worker for worker in self._workers if worker.up), self._workers[0])
 
     def _submit(self, asked: _Asked, context: Context) -> Call:
         remaining = context.time_remaining()

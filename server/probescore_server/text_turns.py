@@ -14,6 +14,8 @@ from enum import Enum
 import numpy as np
 from numpy.typing import NDArray
 
+from probescore.types import Chat
+from probescore_server.activity import TextInHand
 from probescore_server.requests import PendingText
 
 SHORT_BYTES = 16_384
@@ -41,6 +43,7 @@ class TextTurns:
     def __init__(self) -> None:
         self._requests: dict[int, _Request] = {}
         self._lanes: dict[Lane, OrderedDict[int, deque[PendingText]]] = {lane: OrderedDict() for lane in Lane}
+        self._in_hand = dict.fromkeys(Lane, TextInHand())
         self._changed = threading.Condition()
 
     def add(self, number: int, texts: Sequence[PendingText]) -> None:
@@ -55,16 +58,24 @@ class TextTurns:
             self._changed.notify_all()
 
     def take(self, lane: Lane) -> tuple[int, PendingText]:
-        """Waits for a text, and takes it: the next one of the request whose turn it is."""
+        """Waits for a text, and takes it: the next one of the request whose turn it is. Whoever takes has done with the one before."""
         queue = self._lanes[lane]
         with self._changed:
+            before = self._in_hand[lane].number
+            self._in_hand[lane] = TextInHand(before)
             while not queue:
                 self._changed.wait()
             number, waiting = queue.popitem(last=False)
             text = waiting.popleft()
             if waiting:
                 queue[number] = waiting
+            self._in_hand[lane] = TextInHand(before + 1, number, text.bytes, isinstance(text.content, Chat))
         return number, text
+
+    def in_hand(self) -> tuple[TextInHand, ...]:
+        """What each lane has taken, in the order of `Lane`; also of a request that was dropped since."""
+        with self._changed:
+            return tuple(self._in_hand.values())
 
     def done(self, number: int, text: PendingText, ids: NDArray[np.int32]) -> dict[str, NDArray[np.int32]] | None:
         """Notes the ids of a text; returns those of the whole request if that was the last, and ``None`` before, or if it was dropped."""

@@ -23,7 +23,7 @@ import structlog
 from numpy.typing import NDArray
 
 from probescore.types import Transfer
-from probescore_server.activity import ACTIVITY, Step
+from probescore_server.activity import ACTIVITY, Step, TextInHand
 from probescore_server.errors import InternalFault, InvalidRequest, OutOfMemory, StartupError, WorkerUnavailable
 from probescore_server.failures import FailureKind, kind_of
 from probescore_server.logs import configure_logs
@@ -190,9 +190,10 @@ class Failed:
 
 @dataclass(frozen=True)
 class Alive:
-    """A sign of life, and the step that computes or computed last; no answer waits for it."""
+    """A sign of life, with the step that computes or computed last and what each lane of texts tokenises; no answer waits for it."""
 
     step: Step
+    texts: tuple[TextInHand, ...]
 
 
 @dataclass(frozen=True)
@@ -337,7 +338,7 @@ class _Worker:
         seconds = min(HEARTBEAT_SHARE * self._spec.settings.worker_silent_seconds, MAX_HEARTBEAT_SECONDS)
         while True:
             try:
-                self._send(Alive(ACTIVITY.step))
+                self._send(Alive(ACTIVITY.step, self._texts.in_hand()))
             except OSError:
                 return  # the front process is gone; whoever reads the pipe ends this one
             time.sleep(seconds)

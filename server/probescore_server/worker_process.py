@@ -17,10 +17,10 @@ import numpy as np
 import structlog
 from numpy.typing import NDArray
 
-from probescore.types import Chat, Text, Transfer
-from probescore_server.errors import InternalFault, LostTwice, StartupError, WorkerLost, WorkerUnavailable
+from probescore.types import Transfer
+from probescore_server.errors import InternalFault, StartupError, WorkerLost, WorkerUnavailable
 from probescore_server.pipe import LoopEnd
-from probescore_server.progress import Line, Loss, Patience, Watch
+from probescore_server.progress import Loss, Patience, Watch
 from probescore_server.requests import PendingText
 from probescore_server.rollouts import EngineInfo, Occupancy, Rollout, ScoredBatch
 from probescore_server.settings import ServerSettings
@@ -62,8 +62,6 @@ STOP_SECONDS = 5.0
 DEATH_SECONDS = 5.0
 # For all weights to leave a device or come back, also to and from memory that is swapped out.
 MOVE_SECONDS = 600.0
-# Far below what a slow tokenizer does.
-CHARACTERS_PER_SECOND = 10_000
 # Of the shortest limit: how often it is looked whether a worker gets on.
 WATCH_SHARE = 0.1
 MAX_WATCH_SECONDS = 1.0
@@ -230,8 +228,8 @@ class WorkerProcess:
             self._life.send(CancelRollout(number, index))
 
     async def encode(self, texts: Sequence[PendingText]) -> dict[str, NDArray[np.int32]]:
-        """Tokenises, beside the batch that computes and while it sleeps; if it died asleep, once it is woken. If it is lost meanwhile, it
-        tokenises once it is back. If it is cancelled, what is left of the texts is given up.
+        """Tokenises, beside the batch that computes and while it sleeps; if it died asleep, once it is woken. If it is cancelled, what is
+        left of the texts is given up.
 
         Returns:
             Ids ``(T,)`` int32 by `PendingText.field`.
@@ -239,30 +237,24 @@ class WorkerProcess:
         Raises:
             InvalidRequest: a text that cannot be tokenised, naming its field.
             WorkerUnavailable: it is not up, or died.
-            LostTwice: it was lost with these twice.
+            WorkerLost: it was lost; these texts are why if its `order` is not 0.
             InternalFault: something else went wrong.
         """
-        times_lost = 0
-        while True:
-            if not self.up:
-                await self._awake.wait()
-            number = next(self._numbers)
-            try:
-                ids: dict[str, NDArray[np.int32]] = await self._ask(EncodeTexts(number, texts))
-            except asyncio.CancelledError:
-                if self._life is not None:
-                    self._life.send(CancelTexts(number))
-                raise
-            except WorkerLost as error:
-                if error.order in (0, number):
-                    times_lost += 1
-                if times_lost > 1:
-                    raise LostTwice(texts[0].field, "", error.problem) from None
-                await self._until_back()
-            else:
-                return ids
+        if not self.up:
+            await self._awake.wait()
+        number = next(self._numbers)
+        try:
+            ids: dict[str, NDArray[np.int32]] = await self._ask(EncodeTexts(number, texts))
+        except asyncio.CancelledError:
+            if self._life is not None:
+                self._life.send(CancelTexts(number))
+            raise
+        except WorkerLost as error:
+            error.order = number if error.order == number else 0
+            raise
+        return ids
 
-    async def _until_back(self) -> None:
+    async def until_back(self) -> None:
         """Waits until it is up again; raises ``WorkerUnavailable`` if it does not start."""
         while not self.up:
             if self.failed_starts:
@@ -387,16 +379,14 @@ class _Life:
 
     async def ask(self, message: ScoreBatch | EncodeTexts | Sleep | Wake) -> Any:  # noqa: ANN401
         """The answer to a message; raises what it says, or ``EOFError`` if the process is lost first."""
-        self._watch.asked(*_terms_of(message, self._patience), time.monotonic())
+        if not isinstance(message, EncodeTexts):  # the watch knows of texts from the worker
+            self._watch.asked(message.number, _seconds_for(message, self._patience), time.monotonic())
         answer = self._answers[message.number] = self._loop.create_future()
         self.send(message)
         try:
             return await answer
         finally:
             del self._answers[message.number]
-            if isinstance(message, EncodeTexts):
-                # texts that nobody waits for any more may be given up without an answer, for which nobody must be blamed
-                self._watch.answered(message.number, time.monotonic())
 
     def send(self, message: ToWorker) -> None:
         """Sends in order, without waiting. What a dead process would not get is dropped: `_end` answers for it."""
@@ -421,9 +411,10 @@ class _Life:
         return not self.process.is_alive()
 
     def blame(self, loss: Loss) -> None:
-        """Says why it is lost, unless that is known."""
+        """Says why it is lost, unless that is known. What alone is under way is why, as far as is known."""
         if self.loss is None:
-            self.loss = replace(loss, doing=self._watch.step.name if self._started.done() else self._starting_with)
+            order = loss.order or (next(iter(self._answers)) if len(self._answers) == 1 else 0)
+            self.loss = replace(loss, order=order, doing=self._watch.step.name if self._started.done() else self._starting_with)
 
     # ---------------------------------------------------------------------------------------------------------- what it says
 
@@ -450,6 +441,7 @@ class _Life:
                 self.occupancy = message
             case Alive():
                 self._watch.at(message.step, now)
+                self._watch.tokenises(message.texts, now)
             case DeviceLost():
                 self._give_up(Loss("device", f"its device failed; the server's log has it as incident {message.incident}"))
 
@@ -516,25 +508,13 @@ def _patience(settings: ServerSettings) -> Patience:
         start_seconds=settings.worker_start_seconds,
         step_seconds=settings.step_seconds,
         step_seconds_per_1000_tokens=settings.step_seconds_per_1000_tokens,
+        chat_seconds=settings.max_chat_seconds,
     )
 
 
-def _terms_of(message: ScoreBatch | EncodeTexts | Sleep | Wake, patience: Patience) -> tuple[Line, int, float]:
-    """Where what is asked waits, its number, and the seconds that it may take."""
-    match message:
-        case ScoreBatch():
-            return Line.DEVICE, message.number, patience.for_tokens(message.tokens)
-        case EncodeTexts():
-            return Line.TEXTS, message.number, patience.step_seconds + sum(map(_characters, message.texts)) / CHARACTERS_PER_SECOND
-        case _:
-            return Line.DEVICE, message.number, MOVE_SECONDS
-
-
-def _characters(text: PendingText) -> int:
-    content = text.content
-    if isinstance(content, Chat):
-        return sum(len(str(message.content)) for message in content.messages)
-    return len(str(content.text if isinstance(content, Text) else content))
+def _seconds_for(message: ScoreBatch | Sleep | Wake, patience: Patience) -> float:
+    """What it may take, until its first step if it has any."""
+    return patience.for_tokens(message.tokens) if isinstance(message, ScoreBatch) else MOVE_SECONDS
 
 
 def _oom_kills() -> int:

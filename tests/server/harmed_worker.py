@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import resource
 import socket
+import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from probescore.types import Chat, Text
 from probescore_server.engine import Engine
 from probescore_server.rollouts import Rollout
 from probescore_server.worker import WorkerSpec, run_worker
@@ -50,4 +53,25 @@ def run_at_its_limit(connection: socket.socket, spec: WorkerSpec) -> None:
         return engine
 
     Engine.load = load  # type: ignore[method-assign, assignment]
+    run_worker(connection, spec)
+
+
+HANGS, CRASHES_TEXT, SLOW_SECONDS = "hangs", "crashes", 0.3
+"""Words with which tokenising does it, and what any chat takes."""
+
+
+def run_with_a_poor_tokenizer(connection: socket.socket, spec: WorkerSpec) -> None:
+    """A worker whose chats are slow, and which never gets over some texts."""
+    encoding = Engine.encode_prompt
+
+    def encode_prompt(self: Engine, prompt: Text | Chat | str, **options: Any) -> Any:
+        if isinstance(prompt, Chat):
+            time.sleep(SLOW_SECONDS)
+        elif isinstance(prompt, Text) and HANGS in prompt.text:
+            threading.Event().wait()
+        elif isinstance(prompt, Text) and CRASHES_TEXT in prompt.text:
+            os.abort()
+        return encoding(self, prompt, **options)
+
+    Engine.encode_prompt = encode_prompt  # type: ignore[method-assign, assignment]
     run_worker(connection, spec)

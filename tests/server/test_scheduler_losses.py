@@ -103,6 +103,39 @@ async def test_a_caller_who_left_and_comes_back_finds_what_was_learnt() -> None:
         await names_of(again)
 
 
+async def test_a_suspicion_that_is_forgotten_while_its_batch_computes_loses_nothing() -> None:
+    worker, clock = HandWorker(ready=False), [0.0]
+    scheduler = scheduler_for(worker, clock=clock)
+    suspect = scheduler.submit([group("suspect")], job="j")
+    await come_back(worker, scheduler)
+    await worker.die(lost())
+    fresh = scheduler.submit([group("fresh")], job="k")
+    await come_back(worker, scheduler)
+    assert worker.batches[-1] == ["fresh"]
+    clock[0] += REMEMBERED_SECONDS + 1
+    scheduler.submit([group("later")], job="l")  # whoever comes makes old ones be forgotten
+    await worker.finish_all()
+    assert (await names_of(suspect), await names_of(fresh)) == (["suspect"], ["fresh"])
+
+
+async def test_what_was_given_up_before_it_was_scored_is_still_suspected() -> None:
+    worker = HandWorker()
+    scheduler = scheduler_for(worker)
+    bad = group("bad", prompt_id=1)
+    with scheduler.submit([bad], job="j"):
+        await settle()
+        await worker.die(lost())
+        await come_back(worker, scheduler)
+        assert worker.batches == [["bad"], ["bad"]]
+    await worker.finish()
+    assert worker.given_up == ["bad"]
+    again = scheduler.submit([bad], job="j")
+    await settle()
+    await worker.die(lost())
+    with pytest.raises(LostTwice):
+        await asyncio.wait_for(names_of(again), 10)
+
+
 async def test_all_who_wait_for_the_same_are_told_under_their_own_names() -> None:
     worker = Fragile({"bad"}, ready=False)
     scheduler = scheduler_for(worker)

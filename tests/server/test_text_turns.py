@@ -8,6 +8,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from probescore.types import Chat, ChatMessage
+from probescore_server.activity import TextInHand
 from probescore_server.requests import PendingText
 from probescore_server.text_turns import SHORT_BYTES, Lane, TextTurns
 
@@ -53,6 +55,25 @@ def test_what_is_given_up_is_not_taken_and_nobody_is_told_of_it() -> None:
     assert not turns.drop(1)
     assert turns.take(Lane.SHORT)[0] == turns.take(Lane.LONG)[0] == 2
     assert turns.done(1, taken[1], IDS) is None
+
+
+def test_what_each_lane_has_in_hand_is_told_until_it_takes_another_whoever_left() -> None:
+    turns = TextTurns()
+    asked = [*texts(7, "ab", LONG), PendingText("chat", Chat((ChatMessage("user", "é"),)))]
+    turns.add(7, asked)
+    assert turns.in_hand() == (TextInHand(), TextInHand())
+    turns.take(Lane.LONG)
+    turns.take(Lane.SHORT)
+    turns.done(7, asked[0], IDS)
+    turns.drop(7)
+    assert turns.in_hand() == (TextInHand(1, 7, 2), TextInHand(1, 7, len(LONG)))
+    turns.add(8, asked[2:])
+    turns.take(Lane.SHORT)
+    assert turns.in_hand()[0] == TextInHand(2, 8, len("user") + 2, is_chat=True)
+    threading.Thread(target=turns.take, args=(Lane.SHORT,), daemon=True).start()
+    while turns.in_hand()[0].order:
+        pass
+    assert turns.in_hand() == (TextInHand(2), TextInHand(1, 7, len(LONG)))
 
 
 def test_taking_waits_for_a_text() -> None:
