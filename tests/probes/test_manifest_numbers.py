@@ -182,6 +182,15 @@ def test_an_extreme_number_is_refused_by_its_field_or_hides_no_wrong_score(path:
                 assert check_golden(read, answers(read.manifest, wrong), dtype) is not None, (number[:40], dtype)
 
 
+@pytest.mark.parametrize("boolean", ["true", "false"])
+@pytest.mark.parametrize("path", PLACES, ids=named)
+def test_a_boolean_is_no_number(path: Path_, boolean: str, tmp_path: Path) -> None:
+    read = read_with(boolean, path, tmp_path)
+    assert isinstance(read, ProbeRefused)
+    assert read.field == named(path)
+    assert read.found == boolean
+
+
 @pytest.mark.parametrize(
     "written", ["topk_mean(1e400)", "topk_mean(1e300)", "window_max_mean(9e18)", "fraction_above(1e39)", "softmax_mean(1e39)"]
 )

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from probescore.reductions import Reduction, ReductionKind
 from probescore.types import OutputPer, ScoreUnit, Tap
@@ -36,6 +36,16 @@ Rate = Annotated[float, Field(allow_inf_nan=False, ge=0, le=1)]
 TokenId = Annotated[int, Field(ge=0, le=MAX_INT32)]
 Size = Annotated[int, Field(gt=0, le=MAX_INT32)]
 Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
+
+
+def _no_boolean(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError("a number")
+    return value
+
+
+SchemaVersion = Annotated[Literal[1], BeforeValidator(_no_boolean)]  # Python's True equals 1, and a literal is found by equality
+TokenShift = Annotated[Literal[-1, 0, 1], BeforeValidator(_no_boolean)]
 
 
 class _Part(BaseModel):
@@ -223,9 +233,6 @@ class Tolerance(_Part):
     float16: float = Field(0.05, allow_inf_nan=False, gt=0, le=0.5)
 
 
-TokenShift = Literal[-1, 0, 1]
-
-
 class Neighbour(_Part):
     """What the author's code gives for the golden rollouts one place off: scores that a right worker does not give."""
 
@@ -280,7 +287,7 @@ class Golden(_Part):
 class Manifest(_Part):
     """Who a probe is."""
 
-    schema_version: Literal[1] = 1
+    schema_version: SchemaVersion = 1
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")
     version: str = Field(pattern=r"^[0-9A-Za-z][0-9A-Za-z._+-]{0,31}$", description="Immutable: same name and version, same bytes.")
     description: str = ""
