@@ -500,7 +500,7 @@ def test_an_estimator_that_is_converted_wrong_is_refused():
 
     update_registered_converter(Largest, "Largest", shapes, convert)
 
-    with pytest.raises(ValueError, match="^estimator: Largest cannot be written: the graph that skl2onnx makes of it is ") as refused:
+    with pytest.raises(ValueError, match=r"^estimator: Largest cannot be written: the graph that skl2onnx makes of it is ") as refused:
         sklearn_probe(fit(Largest(), "value"))
     assert re.search(r"is [\d.]+ standard deviations off on random rows; ", str(refused.value))
     check_says_what_to_do(str(refused.value), "Largest")
