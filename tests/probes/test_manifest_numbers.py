@@ -61,6 +61,7 @@ def everything() -> Fields:
                 "differences": [[[0.5], [0.25], [-0.5]], [[1.0], [-1.0], [0.5]]],
             }
         ],
+        "left_out": [{"inputs": [{"hook": "resid_post", "layer": 2}], "tokens": 0, "reason": "not_finite"}],
     }
     return fields(
         schema_version=1,
