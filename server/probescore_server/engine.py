@@ -149,7 +149,17 @@ class Engine:
         tokenizer = load_tokenizer(directory, trust_remote_code=trust_remote_code)
         texts = TextEncoder(tokenizer)
         fingerprint = "" if tokenizer is None else tokenizer_fingerprint(tokenizer)
-        accepted = {file.manifest.key: check_fits(file, described, fingerprint, texts.bos_token_id, accept_mismatch) for file in files}
+        accepted = {
+            file.manifest.key: check_fits(
+                file,
+                described,
+                fingerprint,
+                accept_mismatch,
+                bos_token_id=texts.bos_token_id,
+                further_special_ids=texts.further_special_ids,
+            )
+            for file in files
+        }
 
         needed = layers_needed(taps, described.num_hidden_layers)
         report(f"loading {needed} of {described.num_hidden_layers} blocks in {dtype}")

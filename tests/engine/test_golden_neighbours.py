@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from probescore.types import ScoreUnit
 from probescore_server import Engine
 from probescore_server.errors import ProbeRefused
 from probescore_server.probes import FollowUp, Tolerance, linear_probe, onnx_probe, write_probe
-from probescore_server.probes.manifest import TapInput, neighbouring_places
+from probescore_server.probes.manifest import Manifest, Neighbour, TapInput, manifest_digest, neighbouring_places
 from probescore_server.probes.probe_file import ProbeFile, read_probe_file, write_probe_file
 from probescore_server.probes.reference import ReferenceModel
 
@@ -231,7 +232,7 @@ def test_a_tap_without_weight_may_be_read_anywhere(small_steps: Path, author: Re
         Engine.load(str(small_steps), [file], dtype=dtype)
 
 
-def test_places_whose_scores_are_not_finite_are_left_out(author: ReferenceModel, tmp_path: Path) -> None:
+def test_places_whose_scores_are_not_finite_are_left_out(small_steps: Path, author: ReferenceModel, tmp_path: Path) -> None:
     """The author's code was not made for what is there; a worker that read there would have no scores either."""
     model = onnx.parser.parse_model(
         f'<ir_version: 9, opset_import: ["" : 18]> probe (float[n, {HIDDEN_SIZE}] x) => (float[n, 1] scores) '
@@ -249,11 +250,15 @@ def test_places_whose_scores_are_not_finite_are_left_out(author: ReferenceModel,
         tmp_path / "probe.onnx", onnx_probe(model, score, unit=ScoreUnit.VALUE), author, name="p", version="1", taps=["resid_post.11"],
         golden=GOLDEN[:1],
     )  # fmt: skip
-    assert [str(neighbour) for neighbour in probe.manifest.golden.neighbours] == [
+    golden = probe.manifest.golden
+    assert [str(neighbour) for neighbour in golden.neighbours] == [
         "resid_post.10",
         "resid_post.11 one token earlier",
         "resid_post.11 one token later",
     ]
+    assert [(str(entry), entry.reason) for entry in golden.left_out] == [("final_norm", "not_finite")]
+    for dtype in DTYPES:
+        Engine.load(str(small_steps), [tmp_path / "probe.onnx"], dtype=dtype)
 
 
 def test_a_file_that_was_written_without_neighbours_keeps_its_digest() -> None:
@@ -310,3 +315,68 @@ def test_one_difference_however_large_hides_no_neighbour(small_steps: Path, auth
     for layer in (STATED - 1, STATED + 1):
         shutil.copy(file, tmp_path / "edited.onnx")
         assert refusal(small_steps, saying(tmp_path / "edited.onnx", f"resid_post.{layer}"), "bfloat16").field.startswith("golden")
+
+
+# ------------------------------------------------------------------------------------------------------- whatever the neighbours say
+
+
+def with_neighbours(file: Path, change: Callable[[tuple[Neighbour, ...]], tuple[Neighbour, ...]]) -> Path:
+    """The same file after somebody changed its neighbours, and sealed it again."""
+    probe = read_probe_file(file)
+    golden = probe.manifest.golden.model_copy(update={"neighbours": change(probe.manifest.golden.neighbours)})
+    write_probe_file(file, onnx.load_from_string(probe.graph), probe.manifest.model_copy(update={"golden": golden}))
+    return file
+
+
+def differing_by(value: float, neighbour: Neighbour) -> Neighbour:
+    differences = tuple(tuple(tuple(value for _ in row) for row in case) for case in neighbour.differences)
+    return neighbour.model_copy(update={"differences": differences})
+
+
+FAR = TapInput.parse("resid_post.0")
+UNTOLD: dict[str, Callable[[tuple[Neighbour, ...]], tuple[Neighbour, ...]]] = {
+    **{f"only the last, off by {value:g}": lambda every, v=value: (differing_by(v, every[-1]),) for value in (0.0, 50.0, 1e30, 3e38)},
+    **{
+        f"every layer off by {value:g}": lambda every, v=value: (*(differing_by(v, each) for each in every[:-2]), *every[-2:])
+        for value in (0.0, 1e30, 3e38)
+    },
+    "only a place far away": lambda every: (differing_by(100.0, every[0].model_copy(update={"inputs": (FAR,)})),),
+    "a place far away too": lambda every: (*every, differing_by(100.0, every[0].model_copy(update={"inputs": (FAR,)}))),
+    "only the tokens": lambda every: every[-2:],
+    "only the layers": lambda every: every[:-2],
+    "all but one layer": lambda every: every[1:],
+    "none": lambda every: (),
+}
+
+
+@pytest.mark.parametrize("change", UNTOLD)
+def test_neighbours_that_do_not_tell_the_layer_are_refused(small_steps: Path, author: ReferenceModel, tmp_path: Path, change: str) -> None:
+    file = with_neighbours(write(tmp_path / "probe.onnx", author, f"resid_post.{STATED}"), UNTOLD[change])
+    Engine.load(str(small_steps), [file])
+    refused = refusal(small_steps, file, "bfloat16")
+    assert refused.field == "golden.neighbours"
+    assert "Write the file again, or serve it in float32" in refused.expected
+    assert refusal(small_steps, saying(file, f"resid_post.{STATED + 1}"), "bfloat16").field.startswith("golden")
+
+
+def test_a_tap_farther_off_than_its_neighbours_is_refused(small_steps: Path, author: ReferenceModel, tmp_path: Path) -> None:
+    """Though what is read there is neither what the neighbours have nor, in a dtype this coarse, far from what is due."""
+    file = write(tmp_path / "probe.onnx", author, f"resid_post.{STATED}")
+    for layer in (STATED - 3, STATED - 2, STATED + 2, STATED + 3):
+        shutil.copy(file, tmp_path / "edited.onnx")
+        assert refusal(small_steps, saying(tmp_path / "edited.onnx", f"resid_post.{layer}"), "bfloat16").field.startswith("golden")
+
+
+def test_places_that_a_model_does_not_have_are_named(author: ReferenceModel, tmp_path: Path) -> None:
+    """As of a model whose reference says one block more than it has."""
+    longer = replace(author, reference=author.reference.model_copy(update={"num_hidden_layers": LAYERS + 1}))
+    golden = read_probe_file(write(tmp_path / "probe.onnx", longer, "mlp_out.11")).manifest.golden
+    assert [(str(entry), entry.reason) for entry in golden.left_out] == [("mlp_out.12", "no_such_tap")]
+    assert str(golden.neighbours[0]) == "mlp_out.10"
+
+
+def test_a_file_without_places_left_out_keeps_its_digest(author: ReferenceModel, tmp_path: Path) -> None:
+    manifest = read_probe_file(write(tmp_path / "probe.onnx", author, f"resid_post.{STATED}")).manifest
+    content = manifest.model_dump(mode="json")
+    assert content["golden"].pop("left_out") == []
+    assert manifest_digest(Manifest.model_validate_json(json.dumps(content))) == manifest.manifest_sha256

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import onnx
 import pytest
-from engine_probes import linear, plain, pooled_mean
+from engine_probes import Probe, linear, plain, pooled_mean
 from models import EOS, PAD, tiny_model
 
 from probescore.types import RolloutGroup
@@ -56,18 +56,52 @@ def test_another_tokenizer_leaves_out_the_same_ids(change: str, reference: Refer
     assert result.values("pooled-mean")[0] == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.parametrize("change", tokenizers())
-def test_a_file_that_does_not_name_them_leaves_out_what_the_fingerprint_tells_of(
-    change: str, reference: ReferenceModel, tmp_path: Path
-) -> None:
-    file = linear(exclude_special_tokens=True).write(tmp_path, reference)
+def unnamed(file: Path) -> Path:
+    """The file as it was written before manifests named the ids."""
     probe = read_probe_file(file)
     write_probe_file(file, onnx.load_from_string(probe.graph), probe.manifest.model_copy(update={"special_token_ids": None}))
     assert "special_token_ids" not in probe_json(file) or probe_json(file)["special_token_ids"] is None
+    return file
+
+
+@pytest.mark.parametrize(
+    ("change", "further"), [(None, PAD), ("padding is a word", WORD), ("a word is special", WORD), ("a word separates", WORD)]
+)
+@pytest.mark.parametrize("probe", [linear, pooled_mean])
+def test_a_file_that_does_not_name_them_is_refused_where_it_may_have_left_out_others(
+    change: str | None, further: int, probe: Callable[..., Probe], reference: ReferenceModel, tmp_path: Path
+) -> None:
+    file = unnamed(probe(exclude_special_tokens=True).write(tmp_path, reference))
+    model = str(with_tokenizer(tmp_path, change) if change else tiny_model())
+    with pytest.raises(ProbeRefused) as refused:
+        Engine.load(model, [file])
+    name = read_probe_file(file).manifest.name
+    assert refused.value.field == "special_token_ids"
+    assert str(further) in refused.value.expected
+    assert f"Write the file again, or, if BOS, EOS and UNK are what is meant, accept it with --accept-mismatch {name}" in str(refused.value)
+
+    engine = Engine.load(model, [file], accept_mismatch=[name])
+
+    assert engine.info.probes[0].accepted_mismatches == ("special_token_ids",)
+    result = engine.score([RolloutGroup(PROMPT, [ANSWER])])
+    assert result.values(name)[0] == pytest.approx(plain(reference, PROMPT, ANSWER)[4:][:4].mean(), abs=1e-5)
+
+
+@pytest.mark.parametrize("change", ["no padding", "padding is EOS"])
+def test_a_file_that_does_not_name_them_leaves_out_what_the_fingerprint_tells_of(
+    change: str, reference: ReferenceModel, tmp_path: Path
+) -> None:
+    file = unnamed(linear(exclude_special_tokens=True).write(tmp_path, reference))
 
     result = Engine.load(str(with_tokenizer(tmp_path, change)), [file]).score([RolloutGroup(PROMPT, [ANSWER])])
 
     assert result.values("linear")[0] == pytest.approx(plain(reference, PROMPT, ANSWER)[4:][:4].mean(), abs=1e-5)
+
+
+def test_a_file_that_leaves_none_out_need_name_none(reference: ReferenceModel, tmp_path: Path) -> None:
+    file = linear().write(tmp_path, reference)
+    assert read_probe_file(file).manifest.special_token_ids is None
+    assert Engine.load(str(tiny_model()), [file]).info.probes[0].accepted_mismatches == ()
 
 
 def probe_json(file: Path) -> dict[str, object]:

@@ -61,6 +61,7 @@ def everything() -> Fields:
                 "differences": [[[0.5], [0.25], [-0.5]], [[1.0], [-1.0], [0.5]]],
             }
         ],
+        "left_out": [{"inputs": [{"hook": "resid_post", "layer": 2}], "tokens": 0, "reason": "not_finite"}],
     }
     return fields(
         schema_version=1,
@@ -180,6 +181,15 @@ def test_an_extreme_number_is_refused_by_its_field_or_hides_no_wrong_score(path:
         for wrong in (np.array([[7.0], [-3.0], [0.1], [5.0], [-4.0], [1.0]]), np.zeros((6, 1)), np.full((6, 1), 3e38)):
             for dtype in ("float32", "bfloat16", "float16"):
                 assert check_golden(read, answers(read.manifest, wrong), dtype) is not None, (number[:40], dtype)
+
+
+@pytest.mark.parametrize("boolean", ["true", "false"])
+@pytest.mark.parametrize("path", PLACES, ids=named)
+def test_a_boolean_is_no_number(path: Path_, boolean: str, tmp_path: Path) -> None:
+    read = read_with(boolean, path, tmp_path)
+    assert isinstance(read, ProbeRefused)
+    assert read.field == named(path)
+    assert read.found == boolean
 
 
 @pytest.mark.parametrize(

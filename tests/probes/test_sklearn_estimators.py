@@ -91,10 +91,10 @@ Y = {
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(60)]
 
 
-def fit(estimator: BaseEstimator, target: str, x: np.ndarray = X) -> BaseEstimator:
+def fit(estimator: BaseEstimator, target: str, x: np.ndarray = X, dtype: type[np.floating] = np.float64) -> BaseEstimator:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return estimator.fit(x.astype(np.float64), Y[target])
+        return estimator.fit(x.astype(dtype), Y[target])
 
 
 def model_of(probe: ProbeFunction, width: int = WIDTH) -> onnx.ModelProto:
@@ -199,17 +199,17 @@ def cases() -> list[Any]:
     return [pytest.param(name, kind, target, id=f"{name}-{target}") for (name, target), kind in found.items()]
 
 
-def outcome(name: str, kind: type[BaseEstimator], target: str) -> str:
+def outcome(name: str, kind: type[BaseEstimator], target: str, dtype: type[np.floating] = np.float64) -> str:
     """In the words of the documentation's table: its unit and whether it is one ``Gemm``, or that it is refused."""
     estimator = made(name, kind)
     if name in TABLES_OF_LABELS:
         estimator.fit(X, np.stack([Y["two"], Y["two"][::-1]], axis=1))
     elif name in COUNTS:
-        fit(estimator, target, np.abs(X).round())
+        fit(estimator, target, np.abs(X).round(), dtype)
     elif name in ONE_FEATURE:
-        fit(estimator, target, X[:, :1])
+        fit(estimator, target, X[:, :1], dtype)
     else:
-        fit(estimator, target)
+        fit(estimator, target, dtype=dtype)
     try:
         probe = sklearn_probe(estimator)
     except ValueError as error:
@@ -231,6 +231,11 @@ def check_says_what_to_do(message: str, name: str) -> None:
 @pytest.mark.parametrize(("name", "kind", "target"), cases())
 def test_an_estimator_is_written_right_or_refused_by_name(name, kind, target):
     assert outcome(name, kind, target) == documented()[name][target]
+
+
+@pytest.mark.parametrize(("name", "kind", "target"), cases())
+def test_an_estimator_fitted_on_float32_rows_as_activations_are_is_written_alike(name, kind, target):
+    assert outcome(name, kind, target, np.float32) == documented()[name][target]
 
 
 def documented() -> dict[str, dict[str, str]]:
@@ -431,15 +436,23 @@ WRITTEN: dict[str, tuple[BaseEstimator, str, ScoreUnit, bool]] = {
         PROBABILITY,
         False,
     ),
+    "a mixture behind a scaler": (make_pipeline(StandardScaler(), GaussianNB()), "two", PROBABILITY, False),
+    "a mixture among others": (
+        VotingClassifier([("a", LogisticRegression()), ("b", GaussianNB())], voting="soft", weights=[1, 3]),
+        "three",
+        PROBABILITY,
+        False,
+    ),
     "a cross-validated strength": (make_pipeline(StandardScaler(), LogisticRegressionCV(Cs=2)), "two", LOGIT, True),
 }
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("kind", WRITTEN)
-def test_what_holds_other_estimators_is_written_right(kind):
+def test_what_holds_other_estimators_is_written_right(kind, dtype):
     estimator, target, unit, linear = WRITTEN[kind]
 
-    check_written(fit(estimator, target), unit=unit, linear=linear)
+    check_written(fit(estimator, target, dtype=dtype), unit=unit, linear=linear)
 
 
 REFUSED: dict[str, tuple[BaseEstimator, str]] = {
@@ -487,11 +500,23 @@ def test_an_estimator_that_is_converted_wrong_is_refused():
 
     update_registered_converter(Largest, "Largest", shapes, convert)
 
-    with pytest.raises(
-        ValueError, match=r"^estimator: Largest cannot be written: .* [\d.]+ standard deviations off on random rows; "
-    ) as refused:
+    with pytest.raises(ValueError, match=r"^estimator: Largest cannot be written: the graph that skl2onnx makes of it is ") as refused:
         sklearn_probe(fit(Largest(), "value"))
+    assert re.search(r"is [\d.]+ standard deviations off on random rows; ", str(refused.value))
     check_says_what_to_do(str(refused.value), "Largest")
+
+
+class Prejudiced(GaussianNB):
+    """Scores in its own way, by a method that its class keeps to itself."""
+
+    def _joint_log_likelihood(self, X):  # noqa: N803  as its class has it
+        return super()._joint_log_likelihood(X) * [0.5, 1]
+
+
+def test_a_graph_that_differs_is_said_to_be_of_whoever_made_it():
+    with pytest.raises(ValueError, match=r"^estimator: Prejudiced cannot be written: the graph that probescore makes of it is") as refused:
+        sklearn_probe(fit(Prejudiced(), "two"))
+    check_says_what_to_do(str(refused.value), "Prejudiced")
 
 
 class Unusual(LogisticRegression):

@@ -31,6 +31,7 @@ class TextEncoder:
     Attributes:
         bos_token_id: ``None`` if there is none.
         special_ids: of BOS, EOS and UNK, those that there are: the special tokens that a tokenizer's fingerprint tells of.
+        further_special_ids: of all its other special tokens.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
@@ -42,6 +43,8 @@ class TextEncoder:
             tokenizer("", add_special_tokens=False, verbose=False)
         named = [] if tokenizer is None else [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id]
         self.special_ids: NDArray[np.int32] = np.array([token for token in named if token is not None], np.int32)
+        every = [] if tokenizer is None else [int(token) for token in tokenizer.all_special_ids if token is not None]
+        self.further_special_ids: frozenset[int] = frozenset(every) - {*self.special_ids.tolist()}
 
     def encode_prompt(self, prompt: Text | Chat | str, field: str, limits: ChatLimits | None = None) -> NDArray[np.int32]:
         """Ids ``(P,)`` of a prompt.

@@ -11,7 +11,8 @@ from probescore_server.errors import ProbeRefused
 from probescore_server.probes.manifest import Manifest
 from probescore_server.probes.probe_file import ProbeFile, check_against_model, read_probe_file
 
-_ACCEPTABLE = frozenset({"model.fingerprint", "model.num_hidden_layers", "tokenizer_fingerprint"})
+_ACCEPTABLE = frozenset({"model.fingerprint", "model.num_hidden_layers", "tokenizer_fingerprint", "special_token_ids"})
+_SHOWN_IDS = 8
 
 
 def read_probe_files(paths: Sequence[str | Path]) -> list[ProbeFile]:
@@ -51,9 +52,23 @@ def check_accepted_names(probes: Sequence[ProbeFile], accept_mismatch: Collectio
 
 
 def check_fits(
-    probe: ProbeFile, model: ModelInfo, tokenizer_fingerprint: str, bos_token_id: int | None, accept_mismatch: Collection[str]
+    probe: ProbeFile,
+    model: ModelInfo,
+    tokenizer_fingerprint: str,
+    accept_mismatch: Collection[str],
+    *,
+    bos_token_id: int | None,
+    further_special_ids: Collection[int],
 ) -> tuple[str, ...]:
     """Checks a probe against the model.
+
+    Args:
+        probe: to be served.
+        model: that serves it.
+        tokenizer_fingerprint: of the model's tokenizer; empty if it has none.
+        accept_mismatch: names of probes whose mismatches the operator accepts.
+        bos_token_id: of that tokenizer.
+        further_special_ids: of that tokenizer's special tokens other than BOS, EOS and UNK.
 
     Returns:
         Fields that do not fit and that the operator accepts.
@@ -68,7 +83,7 @@ def check_fits(
         hidden_size=model.hidden_size,
         num_hidden_layers=model.num_hidden_layers,
         tokenizer_fingerprint=tokenizer_fingerprint,
-    )
+    ) + _unnamed_special_tokens(probe, further_special_ids)
     for mismatch in mismatches:
         if mismatch.field not in _ACCEPTABLE or not is_accepted(manifest, accept_mismatch):
             raise _explained(mismatch, manifest, model)
@@ -80,9 +95,27 @@ def check_fits(
     return tuple(mismatch.field for mismatch in mismatches)
 
 
+def _unnamed_special_tokens(probe: ProbeFile, further_special_ids: Collection[int]) -> list[ProbeRefused]:
+    """What is wrong with a file from before manifests named the ids: it left out every special token of the tokenizer that served it."""
+    manifest = probe.manifest
+    if not (manifest.exclude_special_tokens and manifest.special_token_ids is None and further_special_ids):
+        return []
+    ids = sorted(further_special_ids)
+    shown = ", ".join(map(str, ids[:_SHOWN_IDS])) + (f" and {len(ids) - _SHOWN_IDS} more" if len(ids) > _SHOWN_IDS else "")
+    return [
+        ProbeRefused(
+            probe.file,
+            "special_token_ids",
+            "null with exclude_special_tokens, which leaves out BOS, EOS and UNK alone",
+            f"the ids that are left out: the tokenizer that is served has further special tokens ({shown}), which older versions left out "
+            f"too. Write the file again, or, if BOS, EOS and UNK are what is meant, accept it with --accept-mismatch {manifest.name}",
+        )
+    ]
+
+
 def _explained(mismatch: ProbeRefused, manifest: Manifest, model: ModelInfo) -> ProbeRefused:
     """The refusal with whose each side is, and what can be done."""
-    if mismatch.field.startswith("inputs"):
+    if mismatch.field.startswith("inputs") or mismatch.field == "special_token_ids":
         return mismatch
     made_for, served = (f"{one.id} {one.revision}".strip() for one in (manifest.model, model))
     of = "the tokenizer of " if mismatch.field == "tokenizer_fingerprint" else ""

@@ -506,8 +506,10 @@ class _Reader:
                 return nodes.normalised(columns)
             case "GaussianNB":
                 x = self.input(nodes, x)
-                quadratic, linear = -0.5 / inner.var_, inner.theta_ / inner.var_
-                constant = np.log(inner.class_prior_) - 0.5 * (np.log(2 * np.pi * inner.var_) + inner.theta_**2 / inner.var_).sum(axis=1)
+                # which have the dtype of the rows that it was fitted on
+                mean, variance, prior = (np.asarray(fitted, np.float64) for fitted in (inner.theta_, inner.var_, inner.class_prior_))
+                quadratic, linear = -0.5 / variance, mean / variance
+                constant = np.log(prior) - 0.5 * (np.log(2 * np.pi * variance) + mean**2 / variance).sum(axis=1)
                 squares = nodes.gemm(nodes.apply("Mul", x, x), quadratic, constant, np.float64)
                 return nodes.softmax(nodes.apply("Add", squares, nodes.apply("MatMul", x, nodes.constant(linear.T))))
         return self._by_skl2onnx(nodes, x, "predict_proba")
@@ -739,18 +741,19 @@ def _check_same(nodes: Nodes, result: str, rows: NDArray[np.float32], expected: 
     if finite.sum() < _LEAST_ROWS:
         raise ValueError(f"estimator: {name} gives scores that are not finite on {int((~finite).sum())} of {len(rows)} random rows")
     rows, expected, rounding = rows[finite], expected[finite], rounding[finite]
+    graph = "the graph that skl2onnx makes of it" if nodes.inlines else "the graph that probescore makes of it"
     try:
         with np.errstate(all="ignore"):
             (found,) = ReferenceEvaluator(nodes.model(FEATURES, rows.shape[1], result)).run(None, {FEATURES: rows})
     except Exception as error:  # whatever numpy raises inside the operators
-        raise ValueError(_no_conversion(name, f"the graph that skl2onnx makes of it does not run ({type(error).__name__})")) from None
+        raise ValueError(_no_conversion(name, f"{graph} does not run ({type(error).__name__})")) from None
     found = np.asarray(found)
     if found.shape != expected.shape:
-        raise ValueError(_no_conversion(name, f"the graph that skl2onnx makes of it gives scores {found.shape}, not {expected.shape}"))
+        raise ValueError(_no_conversion(name, f"{graph} gives scores {found.shape}, not {expected.shape}"))
     spread = expected.std(axis=0)
     spread = np.where(spread > 0, spread, 1 + np.abs(expected[0]))
     allowed = _TOLERANCE + np.minimum(np.nan_to_num(rounding / spread, nan=np.inf), _MOST_ROUNDING)
     off = np.abs(found - expected) / spread
     if not (off <= allowed).all():
         worst = float(np.nan_to_num(off, nan=np.inf).max())
-        raise ValueError(_no_conversion(name, f"the graph that skl2onnx makes of it is {worst:.2g} standard deviations off on random rows"))
+        raise ValueError(_no_conversion(name, f"{graph} is {worst:.2g} standard deviations off on random rows"))

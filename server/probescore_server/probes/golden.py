@@ -25,6 +25,7 @@ from probescore_server.probes.manifest import (
     Context,
     FollowUp,
     GoldenCase,
+    LeftOut,
     Manifest,
     Neighbour,
     Place,
@@ -43,14 +44,14 @@ class ScoredRollout:
         golden: the part that goes into the manifest.
         inputs: by name, of the ``N`` rows that the code was given: those of the prompt too if the probe sees it.
         scores: ``(N, labels)``, or ``(1, labels)`` for a probe that pools.
-        differences: by place, what is added to the scores of ``golden`` where the activations are read there; places that the model does
-            not have are left out.
+        differences: by place, what is added to the scores of ``golden`` where the activations are read there: NaN where the code refuses
+            what is there, and ``None`` where the model has no such tap.
     """
 
     golden: GoldenCase
     inputs: GraphInputs
     scores: NDArray[np.float64]
-    differences: Mapping[Place, NDArray[np.float64]]
+    differences: Mapping[Place, NDArray[np.float64] | None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,13 +88,14 @@ class GoldenScorer:
             completion_ids=tuple(completion_ids.tolist()),
             scores=tuple(tuple(row) for row in scores[kept].tolist()),
         )
-        differences = {}
+        differences: dict[Place, NDArray[np.float64] | None] = dict.fromkeys(places)
         with np.errstate(all="ignore"):  # the code was not made for what it is given here
             for place in places:
                 if all(entry.tap in activations for entry in place[0]):
+                    elsewhere = np.full_like(scores, np.nan)
                     with suppress(ValueError):
                         elsewhere = self._scores(self._graph_inputs(activations, rows, place), rows)
-                        differences[place] = (elsewhere - scores)[kept]
+                    differences[place] = (elsewhere - scores)[kept]
         return ScoredRollout(golden, inputs, scores, differences)
 
     def exact_scores(self, golden: GoldenCase) -> NDArray[np.float64]:
@@ -157,15 +159,20 @@ class GoldenScorer:
         return rows
 
 
-def neighbours(rollouts: Sequence[ScoredRollout]) -> tuple[Neighbour, ...]:
-    """What the author's code gives one place off, for the manifest: of those places where every rollout has finite scores."""
-    found = []
+def neighbours(rollouts: Sequence[ScoredRollout]) -> tuple[tuple[Neighbour, ...], tuple[LeftOut, ...]]:
+    """What the author's code gives one place off, for the manifest: where every rollout has finite scores; and the other places."""
+    found, left_out = [], []
     for place in rollouts[0].differences if rollouts else ():
-        differences = [rollout.differences[place][:, :MAX_NEIGHBOUR_LABELS] for rollout in rollouts if place in rollout.differences]
-        if len(differences) == len(rollouts) and all((np.abs(rows) <= MAX_FLOAT32).all() for rows in differences):
-            written = tuple(tuple(tuple(float(f"{number:.4g}") for number in row) for row in rows.tolist()) for rows in differences)
-            found.append(Neighbour(inputs=place[0], tokens=place[1], differences=written))
-    return tuple(found)
+        taps, tokens = place
+        read = [rows[:, :MAX_NEIGHBOUR_LABELS] for rollout in rollouts if (rows := rollout.differences[place]) is not None]
+        if len(read) < len(rollouts):
+            left_out.append(LeftOut(inputs=taps, tokens=tokens, reason="no_such_tap"))
+        elif not all((np.abs(rows) <= MAX_FLOAT32).all() for rows in read):
+            left_out.append(LeftOut(inputs=taps, tokens=tokens, reason="not_finite"))
+        else:
+            differences = tuple(tuple(tuple(float(f"{number:.4g}") for number in row) for row in rows.tolist()) for rows in read)
+            found.append(Neighbour(inputs=taps, tokens=tokens, differences=differences))
+    return tuple(found), tuple(left_out)
 
 
 def check_graph_computes(

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from probescore.types import Completion, CompletionScores, CompletionStatus, OutputPer, RolloutGroup
 from probescore_server.errors import InvalidRequest, ProbeRefused
 from probescore_server.probes.deviations import largest_deviation
-from probescore_server.probes.manifest import Golden, Neighbour
+from probescore_server.probes.manifest import Golden, LeftOut, Neighbour, neighbouring_places
 from probescore_server.probes.probe_file import ProbeFile
 from probescore_server.requests import resolve_options, resolve_rollouts
 from probescore_server.rollouts import EngineInfo, Rollout
@@ -24,6 +24,9 @@ SAME_SCORE = 1e-4
 
 OUTLYING = 100.0
 """Scores that are more than so many times as far apart as at the median are left out of the comparison of two places."""
+
+BEYOND_SCORES = 1e4
+"""Differences of more than so many times what golden scores are, and spread, are of no scores that this probe gives: they tell nothing."""
 
 TELLS_BY_ITSELF = 1e-3
 """A tolerance up to which it tells a layer or a token from its neighbour, without their scores."""
@@ -106,18 +109,10 @@ def _check_place(probe: ProbeFile, recomputed: NDArray[np.float64], dtype: str) 
     """Whether the scores are those of a neighbouring place, or not clearly those of the right one."""
     golden = probe.manifest.golden
     allowed: float = getattr(golden.tolerance, dtype)
-    if not golden.neighbours and allowed > TELLS_BY_ITSELF:
-        return ProbeRefused(
-            probe.file,
-            "golden.neighbours",
-            "none",
-            f"scores one block and one token off, as write_probe stores them: the tolerance of {allowed:g} in {dtype} does not tell them "
-            f"from right ones. Write the file again{_OR_FLOAT32 if dtype != 'float32' else ''}",
-        )
     measured = [_distances(golden, neighbour, recomputed) for neighbour in golden.neighbours]
     doubtful = [each for each in measured if each is not None and not NEARER * each.golden <= each.wrong]
     if not doubtful:
-        return None
+        return _check_told(probe, measured, dtype) if allowed > TELLS_BY_ITSELF else None
     nearest = min(doubtful, key=lambda each: each.wrong)
     stated = ", ".join(map(str, probe.manifest.taps))
     if NEARER * nearest.wrong <= nearest.golden:
@@ -138,13 +133,47 @@ def _check_place(probe: ProbeFile, recomputed: NDArray[np.float64], dtype: str) 
     )
 
 
+def _check_told(probe: ProbeFile, measured: Sequence[_Distances | None], dtype: str) -> ProbeRefused | None:
+    """Whether the neighbours are those of the manifest's taps, all of them, and a wrong layer would have shown."""
+    manifest, golden = probe.manifest, probe.manifest.golden
+    stated = ", ".join(map(str, manifest.taps))
+    said = {entry.place: entry for entry in (*golden.neighbours, *golden.left_out)}
+    due = {
+        place: LeftOut(inputs=place[0], tokens=place[1], reason="no_such_tap")
+        for place in neighbouring_places(manifest.inputs, manifest.model.num_hidden_layers)
+    }
+    strange = [said[place] for place in said if place not in due]
+    missing = [due[place] for place in due if place not in said]
+    layers = [distances for neighbour, distances in zip(golden.neighbours, measured, strict=True) if neighbour.tokens == 0]
+    if not said:
+        found = "none"
+    elif strange:
+        found = f"scores at {strange[0]}, which is not one block or one token beside {stated}"
+    elif missing:
+        found = f"no scores at {missing[0]}"
+    elif layers and not any(layers):
+        found = f"scores one block off that are the golden ones, or farther from them than {BEYOND_SCORES:g} × their own size"
+    else:
+        return None
+    return ProbeRefused(
+        probe.file,
+        "golden.neighbours",
+        found,
+        f"scores one block and one token off, as write_probe stores them: the tolerance of {getattr(golden.tolerance, dtype):g} in {dtype} "
+        f"does not tell them from right ones. Write the file again{_OR_FLOAT32 if dtype != 'float32' else ''}",
+    )
+
+
 def _distances(golden: Golden, neighbour: Neighbour, recomputed: NDArray[np.float64]) -> _Distances | None:
-    """``None`` where no score differs between the two places: then to read in the wrong one gives no wrong score."""
+    """``None`` where no score differs between the two places, and to read in the wrong one gives no wrong score; or where all differ by
+    more than any scores of this probe would.
+    """
     between, expected = neighbour.difference_rows, golden.score_rows
     labels = between.shape[1]
     scale = expected[:, :labels].std(axis=0)
+    likely = BEYOND_SCORES * (1 + np.abs(expected[:, :labels]).max(axis=0) / scale)
     between, off = between / scale, (recomputed - expected)[:, :labels] / scale
-    differing = np.abs(between) > SAME_SCORE
+    differing = (np.abs(between) > SAME_SCORE) & (np.abs(between) <= likely)
     if not differing.any():
         return None
     # a few scores that are much farther apart would outweigh all others, and hide what those say

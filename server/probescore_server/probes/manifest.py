@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from probescore.reductions import Reduction, ReductionKind
 from probescore.types import OutputPer, ScoreUnit, Tap
@@ -36,6 +36,16 @@ Rate = Annotated[float, Field(allow_inf_nan=False, ge=0, le=1)]
 TokenId = Annotated[int, Field(ge=0, le=MAX_INT32)]
 Size = Annotated[int, Field(gt=0, le=MAX_INT32)]
 Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
+
+
+def _no_boolean(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError("a number")
+    return value
+
+
+SchemaVersion = Annotated[Literal[1], BeforeValidator(_no_boolean)]  # Python's True equals 1, and a literal is found by equality
+TokenShift = Annotated[Literal[-1, 0, 1], BeforeValidator(_no_boolean)]
 
 
 class _Part(BaseModel):
@@ -223,14 +233,25 @@ class Tolerance(_Part):
     float16: float = Field(0.05, allow_inf_nan=False, gt=0, le=0.5)
 
 
-TokenShift = Literal[-1, 0, 1]
-
-
-class Neighbour(_Part):
-    """What the author's code gives for the golden rollouts one place off: scores that a right worker does not give."""
+class _Elsewhere(_Part):
+    """Where the golden rollouts could be read by mistake: one block or one token off."""
 
     inputs: tuple[TapInput, ...] = Field(min_length=1, strict=False, description="The taps that were read in place of the manifest's.")
     tokens: TokenShift = Field(0, description="How many tokens later they were read; beyond an end of the rollout, at that end.")
+
+    @property
+    def place(self) -> Place:
+        """To compare with ``neighbouring_places``."""
+        return self.inputs, self.tokens
+
+    def __str__(self) -> str:
+        taps = ", ".join(str(entry.tap) for entry in self.inputs)
+        return taps if self.tokens == 0 else f"{taps} one token {'later' if self.tokens > 0 else 'earlier'}"
+
+
+class Neighbour(_Elsewhere):
+    """What the author's code gives for the golden rollouts one place off: scores that a right worker does not give."""
+
     differences: tuple[tuple[tuple[Real, ...], ...], ...] = Field(
         strict=False, description="By golden case, a row for each of its scores: what must be added to them; of the first 256 labels."
     )
@@ -240,9 +261,13 @@ class Neighbour(_Part):
         """The differences of all cases, ``(rows, labels)``."""
         return np.array([row for case in self.differences for row in case], np.float64)
 
-    def __str__(self) -> str:
-        taps = ", ".join(str(entry.tap) for entry in self.inputs)
-        return taps if self.tokens == 0 else f"{taps} one token {'later' if self.tokens > 0 else 'earlier'}"
+
+class LeftOut(_Elsewhere):
+    """A place one off for which there are no scores."""
+
+    reason: Literal["no_such_tap", "not_finite"] = Field(
+        description="no_such_tap: the model does not have it; not_finite: the author's code has no finite scores there."
+    )
 
 
 Place = tuple[tuple[TapInput, ...], TokenShift]
@@ -270,6 +295,7 @@ class Golden(_Part):
     neighbours: tuple[Neighbour, ...] = Field(
         (), strict=False, description="Without them the probe is served only where its tolerance is at most 0.001."
     )
+    left_out: tuple[LeftOut, ...] = Field((), strict=False, description="The places one block or one token off that neighbours lacks.")
 
     @property
     def score_rows(self) -> NDArray[np.float64]:
@@ -280,7 +306,7 @@ class Golden(_Part):
 class Manifest(_Part):
     """Who a probe is."""
 
-    schema_version: Literal[1] = 1
+    schema_version: SchemaVersion = 1
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")
     version: str = Field(pattern=r"^[0-9A-Za-z][0-9A-Za-z._+-]{0,31}$", description="Immutable: same name and version, same bytes.")
     description: str = ""
@@ -357,10 +383,13 @@ class Manifest(_Part):
     def _neighbours_fit(self) -> None:
         labels = min(len(self.output.labels), MAX_NEIGHBOUR_LABELS)
         rows = [len(case.scores) for case in self.golden.cases]
-        places = [(neighbour.inputs, neighbour.tokens) for neighbour in self.golden.neighbours]
+        taken: set[Place] = set()
+        for field, elsewhere in (("neighbours", self.golden.neighbours), ("left_out", self.golden.left_out)):
+            for index, entry in enumerate(elsewhere):
+                if len(entry.inputs) != len(self.inputs) or entry.place in taken:
+                    raise ValueError(f"golden.{field}[{index}].inputs: as many taps as the manifest's inputs, each place once")
+                taken.add(entry.place)
         for index, neighbour in enumerate(self.golden.neighbours):
-            if len(neighbour.inputs) != len(self.inputs) or places.index(places[index]) != index:
-                raise ValueError(f"golden.neighbours[{index}].inputs: as many taps as the manifest's inputs, each place once")
             differences = neighbour.differences
             if list(map(len, differences)) != rows or any(len(row) != labels for case in differences for row in case):
                 raise ValueError(f"golden.neighbours[{index}].differences: a row of {labels} numbers for each golden score")
@@ -379,8 +408,9 @@ class Manifest(_Part):
 def manifest_digest(manifest: Manifest) -> str:
     """``sha256:…`` over the manifest's canonical JSON without its two digests, so that the graph's digest stands on its own."""
     content = manifest.model_dump(mode="json", exclude={"graph_sha256", "manifest_sha256"})
-    if not manifest.golden.neighbours:
-        del content["golden"]["neighbours"]  # so that files that were written without keep their digest
+    for field in ("neighbours", "left_out"):
+        if not content["golden"][field]:
+            del content["golden"][field]  # so that files that were written without keep their digest
     if manifest.special_token_ids is None:
         del content["special_token_ids"]  # so that files that were written without keep their digest
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)

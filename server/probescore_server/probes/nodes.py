@@ -18,11 +18,18 @@ _Attribute = Any  # numbers, texts and lists of them
 
 
 class Nodes:
-    """Nodes and weights of a graph in the making. Values are known by their names; each method adds nodes and names their result."""
+    """Nodes and weights of a graph in the making. Values are known by their names; each method adds nodes and names their result.
+
+    Attributes:
+        nodes: in an order in which they can run.
+        weights: that they read.
+        inlines: whether some of the nodes are another model's.
+    """
 
     def __init__(self) -> None:
         self.nodes: list[onnx.NodeProto] = []
         self.weights: list[onnx.TensorProto] = []
+        self.inlines = False
         self._types: dict[str, np.dtype[Any]] = {}
 
     def apply(self, operator: str, *inputs: str, domain: str = "", dtype: DTypeLike | None = None, **attributes: _Attribute) -> str:
@@ -159,6 +166,7 @@ class Nodes:
                 wanted.update(_read_by(node))
         self.nodes.append(helper.make_node("Identity", [self.cast(x, np.float32)], [graph.input[0].name]))
         self.nodes.extend(reversed(kept))
+        self.inlines = True
         self.weights.extend(weight for weight in graph.initializer if weight.name in wanted)
         return result
 

@@ -126,6 +126,7 @@ def write_probe(
     inputs = tuple(TapInput.parse(tap) for tap in read)
     scorer = GoldenScorer(probe, reference, inputs, context, positions, exclude_special_tokens, follow_up)
     rollouts = [scorer.score(prompt, completion) for prompt, completion in golden]
+    beside, left_out = neighbours(rollouts)
     manifest = Manifest(
         name=name,
         version=version,
@@ -149,7 +150,7 @@ def write_probe(
         evaluations=tuple(evaluations),
         training=training or Training(),
         golden=Golden(
-            cases=tuple(rollout.golden for rollout in rollouts), tolerance=tolerance or Tolerance(), neighbours=neighbours(rollouts)
+            cases=tuple(rollout.golden for rollout in rollouts), tolerance=tolerance or Tolerance(), neighbours=beside, left_out=left_out
         ),
         graph_sha256=UNSEALED,
         manifest_sha256=UNSEALED,
