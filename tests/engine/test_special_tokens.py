@@ -11,6 +11,7 @@ import onnx
 import pytest
 from engine_probes import Probe, linear, plain, pooled_mean
 from models import EOS, PAD, tiny_model
+from structlog.testing import capture_logs
 
 from probescore.types import RolloutGroup
 from probescore_server import Engine
@@ -68,22 +69,20 @@ def unnamed(file: Path) -> Path:
     ("change", "further"), [(None, PAD), ("padding is a word", WORD), ("a word is special", WORD), ("a word separates", WORD)]
 )
 @pytest.mark.parametrize("probe", [linear, pooled_mean])
-def test_a_file_that_does_not_name_them_is_refused_where_it_may_have_left_out_others(
+def test_a_file_that_does_not_name_them_says_in_every_answer_that_it_may_have_left_out_others(
     change: str | None, further: int, probe: Callable[..., Probe], reference: ReferenceModel, tmp_path: Path
 ) -> None:
     file = unnamed(probe(exclude_special_tokens=True).write(tmp_path, reference))
     model = str(with_tokenizer(tmp_path, change) if change else tiny_model())
-    with pytest.raises(ProbeRefused) as refused:
-        Engine.load(model, [file])
     name = read_probe_file(file).manifest.name
-    assert refused.value.field == "special_token_ids"
-    assert str(further) in refused.value.expected
-    assert f"Write the file again, or, if BOS, EOS and UNK are what is meant, accept it with --accept-mismatch {name}" in str(refused.value)
+    with capture_logs() as logs:
+        engine = Engine.load(model, [file])
 
-    engine = Engine.load(model, [file], accept_mismatch=[name])
-
-    assert engine.info.probes[0].accepted_mismatches == ("special_token_ids",)
+    (warning,) = [log["problem"] for log in logs if log["event"] == "a probe file does not name its special tokens"]
+    assert str(further) in warning
+    assert "write the file again" in warning
     result = engine.score([RolloutGroup(PROMPT, [ANSWER])])
+    assert result.info.probes[0].accepted_mismatches == engine.info.probes[0].accepted_mismatches == ("special_token_ids",)
     assert result.values(name)[0] == pytest.approx(plain(reference, PROMPT, ANSWER)[4:][:4].mean(), abs=1e-5)
 
 

@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+import structlog
+
 from probescore.reductions import Reduction
 from probescore.types import Calibration, ModelInfo, ProbeInfo
 from probescore_server.errors import ProbeRefused
 from probescore_server.probes.manifest import Manifest
 from probescore_server.probes.probe_file import ProbeFile, check_against_model, read_probe_file
 
-_ACCEPTABLE = frozenset({"model.fingerprint", "model.num_hidden_layers", "tokenizer_fingerprint", "special_token_ids"})
+logger = structlog.get_logger(__name__)
+
+_ACCEPTABLE = frozenset({"model.fingerprint", "model.num_hidden_layers", "tokenizer_fingerprint"})
 _SHOWN_IDS = 8
 
 
@@ -71,7 +75,7 @@ def check_fits(
         further_special_ids: of that tokenizer's special tokens other than BOS, EOS and UNK.
 
     Returns:
-        Fields that do not fit and that the operator accepts.
+        Fields that do not fit and that the operator accepts; and ``special_token_ids`` of a file that may have left out others.
 
     Raises:
         ProbeRefused: the first field that does not fit and is not accepted, or cannot be: a probe of another width cannot run.
@@ -83,7 +87,7 @@ def check_fits(
         hidden_size=model.hidden_size,
         num_hidden_layers=model.num_hidden_layers,
         tokenizer_fingerprint=tokenizer_fingerprint,
-    ) + _unnamed_special_tokens(probe, further_special_ids)
+    )
     for mismatch in mismatches:
         if mismatch.field not in _ACCEPTABLE or not is_accepted(manifest, accept_mismatch):
             raise _explained(mismatch, manifest, model)
@@ -92,30 +96,29 @@ def check_fits(
     largest = max(manifest.follow_up.token_ids, default=-1) if manifest.follow_up else -1
     if largest >= model.vocab_size:
         raise ProbeRefused(probe.file, "follow_up.token_ids", str(largest), f"ids below the vocabulary size {model.vocab_size}")
-    return tuple(mismatch.field for mismatch in mismatches)
+    accepted = [mismatch.field for mismatch in mismatches]
+    if problem := _unnamed_special_tokens(manifest, further_special_ids):
+        # served, since such files mostly mean those three; said in every answer, since some did not
+        logger.warning("a probe file does not name its special tokens", probe=manifest.key, problem=problem)
+        accepted.append("special_token_ids")
+    return tuple(accepted)
 
 
-def _unnamed_special_tokens(probe: ProbeFile, further_special_ids: Collection[int]) -> list[ProbeRefused]:
-    """What is wrong with a file from before manifests named the ids: it left out every special token of the tokenizer that served it."""
-    manifest = probe.manifest
+def _unnamed_special_tokens(manifest: Manifest, further_special_ids: Collection[int]) -> str:
+    """What is in doubt of a file from before manifests named the ids: it left out every special token of the tokenizer that served it."""
     if not (manifest.exclude_special_tokens and manifest.special_token_ids is None and further_special_ids):
-        return []
+        return ""
     ids = sorted(further_special_ids)
     shown = ", ".join(map(str, ids[:_SHOWN_IDS])) + (f" and {len(ids) - _SHOWN_IDS} more" if len(ids) > _SHOWN_IDS else "")
-    return [
-        ProbeRefused(
-            probe.file,
-            "special_token_ids",
-            "null with exclude_special_tokens, which leaves out BOS, EOS and UNK alone",
-            f"the ids that are left out: the tokenizer that is served has further special tokens ({shown}), which older versions left out "
-            f"too. Write the file again, or, if BOS, EOS and UNK are what is meant, accept it with --accept-mismatch {manifest.name}",
-        )
-    ]
+    return (
+        "BOS, EOS and UNK alone are left out; the tokenizer that is served has further special tokens "
+        f"({shown}), which older versions left out too: write the file again"
+    )
 
 
 def _explained(mismatch: ProbeRefused, manifest: Manifest, model: ModelInfo) -> ProbeRefused:
     """The refusal with whose each side is, and what can be done."""
-    if mismatch.field.startswith("inputs") or mismatch.field == "special_token_ids":
+    if mismatch.field.startswith("inputs"):
         return mismatch
     made_for, served = (f"{one.id} {one.revision}".strip() for one in (manifest.model, model))
     of = "the tokenizer of " if mismatch.field == "tokenizer_fingerprint" else ""
