@@ -650,7 +650,7 @@ class _Reader:
         name = _described(self.estimator)
         _refuse_by_name(self.inner, name)
         try:
-            with _quietly():
+            with quietly("skl2onnx"):
                 model = to_onnx(
                     make_pipeline(*steps) if len(steps) > 1 else steps[0],
                     initial_types=[("x", FloatTensorType([None, self.width]))],
@@ -691,8 +691,13 @@ def _calibrator(nodes: Nodes, scores: str, calibrator: _Estimator) -> str:
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
-    logger = logging.getLogger("skl2onnx")
+def quietly(exporter: str) -> Iterator[None]:
+    """Without an exporter's warnings on what it is built from; what a probe's author must know is raised.
+
+    Args:
+        exporter: the name of its logger.
+    """
+    logger = logging.getLogger(exporter)
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:

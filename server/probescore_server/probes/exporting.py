@@ -6,10 +6,7 @@ Golden vectors are computed with the author's code; the graph must then agree wi
 from __future__ import annotations
 
 import copy
-import logging
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from probescore.types import ScoreUnit
 from probescore_server.probes import arguments
-from probescore_server.probes.estimators import FEATURES, EstimatorScores, estimator_scores
+from probescore_server.probes.estimators import FEATURES, EstimatorScores, estimator_scores, quietly
 from probescore_server.probes.graph import CU_SEQLENS, POSITIONS, SCORES, GraphInputs, Signature
 from probescore_server.probes.nodes import ML_OPSET, OPSET
 
@@ -207,7 +204,7 @@ def _torch_graph(scorer: _Scores, signature: Signature) -> onnx.ModelProto:
         example.append(torch.arange(sum(lengths)))
         shapes.append({0: rows})
     try:
-        with _quietly():
+        with quietly("torch.onnx"):
             program: Any = torch.onnx.export(
                 scorer,
                 tuple(example),
@@ -236,20 +233,6 @@ def _estimator_graph(read: EstimatorScores, signature: Signature) -> onnx.ModelP
     model = _model(nodes, signature, read.nodes.weights)
     model.opset_import.append(onnx.helper.make_opsetid("ai.onnx.ml", ML_OPSET))
     return model
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Without the exporter's warnings on what it is built from; what a probe's author must know is raised."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
 
 
 def _declared(model: onnx.ModelProto, signature: Signature) -> onnx.ModelProto:
