@@ -30,9 +30,12 @@ demo: $(INSTALLED) ## Train a small model, fit a probe, serve it, score rollouts
 
 test: lint types imports proto-check unit test-client-versions ## Everything that CI runs
 
+# What hangs outside Python's reach never comes to pytest-timeout's own end: then every thread's place is written, and the run ends as failed.
+UNIT := -n 2 --dist loadfile --max-worker-restart=0 -o faulthandler_timeout=700 -o faulthandler_exit_on_timeout=true
+
 unit: $(INSTALLED) ## The tests, with coverage
 	rm -f .coverage .coverage.*
-	$(TEST_ENV) $(BIN)/coverage run -m pytest -n 2 --dist loadfile
+	$(TEST_ENV) $(BIN)/coverage run -m pytest $(UNIT)
 	@find . -maxdepth 1 -name '.coverage.*' -empty -delete # left by processes that a test killed
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report

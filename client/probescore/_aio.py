@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, TypeVar, Union, cast
 import grpc
 import grpc.aio
 
+from probescore import _forks
 from probescore._client import (
     DEFAULT_TIMEOUT_SECONDS,
     BaseClient,
@@ -51,7 +52,7 @@ _clients: weakref.WeakSet[AsyncProbeClient] = weakref.WeakSet()
 _forked_while_open = False
 
 
-def _before_fork() -> None:
+def _forget_closed_loops() -> None:
     # gRPC's polling thread ends with the last channel; a fork that catches it at work leaves gRPC unusable in the child
     for client in list(_clients):
         client._forget_closed_loops()
@@ -62,8 +63,9 @@ def _after_fork_in_child() -> None:
     _forked_while_open = _forked_while_open or any(client._channels for client in _clients)
 
 
+_forks.before_fork(_forget_closed_loops)
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_before_fork, after_in_child=_after_fork_in_child)
+    os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 class AsyncProbeClient(BaseClient):
@@ -76,8 +78,8 @@ class AsyncProbeClient(BaseClient):
             print(result.values("cheating"))
 
     The client may be made outside a loop and used in several, one after the other or in different threads. It can be pickled, and used
-    after a fork, except one that happens while a loop with an open client is alive: gRPC does not survive that, and calls in the child
-    raise ``RuntimeError``. The arguments are those of ``ProbeClient``.
+    after a fork, except one that happens while a loop with an open client is alive or another thread is in a call of a ``ProbeClient``:
+    gRPC does not survive that, and calls in the child raise ``RuntimeError``. The arguments are those of ``ProbeClient``.
 
     Every method raises ``ProbescoreError``; ``probescore.errors`` has the tree.
     """
@@ -173,6 +175,7 @@ class AsyncProbeClient(BaseClient):
         opened = self._channels.pop(asyncio.get_running_loop(), None)
         if opened is not None:
             await opened[0].close()
+            _forks.channel_ended()
 
     async def __aenter__(self) -> Self:
         return self
@@ -182,6 +185,7 @@ class AsyncProbeClient(BaseClient):
 
     async def _stub(self) -> AsyncStub:
         self._check_open()
+        _forks.check_usable()
         if _forked_while_open:
             raise RuntimeError(
                 "this process was forked while an AsyncProbeClient was open in a living event loop, which gRPC does not survive: "
@@ -203,8 +207,8 @@ class AsyncProbeClient(BaseClient):
     def _forget_closed_loops(self) -> None:
         """Lets go of the channels of loops that are over, as ``asyncio.run`` for each batch leaves behind."""
         for loop in list(self._channels):
-            if loop.is_closed():
-                self._channels.pop(loop, None)
+            if loop.is_closed() and self._channels.pop(loop, None) is not None:
+                _forks.channel_ended()
 
     async def _call(
         self,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, TypeVar, Union, cast
 
 import grpc
 
+from probescore import _forks
 from probescore._client import (
     DEFAULT_TIMEOUT_SECONDS,
     BaseClient,
@@ -49,7 +50,8 @@ class ProbeClient(BaseClient):
             result = client.score([RolloutGroup(prompt_ids, [completion_ids])])
             print(result.values("cheating"))
 
-    Any number of threads may share one client. It can be pickled, and used after a fork.
+    Any number of threads may share one client. It can be pickled, and used after a fork, except one that happens while another thread is in
+    a call: gRPC does not survive that, and calls in the child raise ``RuntimeError``.
 
     Args:
         address: ``"host:port"``, ``"dns:///host:port"``, ``"unix:/path"``, or several ``"host:port"``, taken in turn.
@@ -150,6 +152,7 @@ class ProbeClient(BaseClient):
         opened = self._channels.pop(os.getpid(), None)
         if opened is not None:
             opened[0].close()
+            _forks.channel_ended()
 
     def __enter__(self) -> Self:
         return self
@@ -159,6 +162,7 @@ class ProbeClient(BaseClient):
 
     def _stub(self) -> Stub:
         self._check_open()
+        _forks.check_usable()
         pid = os.getpid()
         if pid not in self._channels:
             target, credentials = self._target(), self._settings.credentials
@@ -179,7 +183,8 @@ class ProbeClient(BaseClient):
     ) -> Response:
         def attempt(seconds: float) -> Response:
             try:
-                return method(self._stub())(request, timeout=seconds, metadata=self._settings.metadata)
+                with _forks.call_under_way():
+                    return method(self._stub())(request, timeout=seconds, metadata=self._settings.metadata)
             except grpc.RpcError as failed:
                 error = self._error(cast("FailedCall", failed))
             except ValueError:
@@ -273,9 +278,10 @@ class _Stream:
             self._calls[chunk] = call
             if self._stopped.is_set():  # by a reader that could not see the call yet
                 call.cancel()
-            for message in call:
-                self._arrivals.put(chunk.accept(message))
-                attempts.progressed()
+            with _forks.call_under_way():
+                for message in call:
+                    self._arrivals.put(chunk.accept(message))
+                    attempts.progressed()
             chunk.check_complete()
             return
         except grpc.RpcError as failed:

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import math
 import multiprocessing
 import os
 import pickle
+import socket
 import threading
+import time
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
 import pytest
 from scripted_server import Service, group, serving
 
-from probescore import AsyncProbeClient, ProbeClient
+from probescore import AsyncProbeClient, ProbeClient, ProbescoreError, _forks
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +99,41 @@ def fork_inside_a_loop(address: str) -> list[Any]:
     return [asyncio.run(fork())]
 
 
+def fork_during_another_threads_call(address: str) -> list[Any]:
+    with socket.socket() as silent, ProbeClient(address, timeout=20) as client:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        waiting = ProbeClient(f"127.0.0.1:{silent.getsockname()[1]}", timeout=60)
+
+        def wait() -> None:
+            with suppress(ProbescoreError, RuntimeError):
+                waiting.list_probes()
+
+        thread = threading.Thread(target=wait)
+        thread.start()
+        while not _forks._under_way:
+            time.sleep(0.01)
+        found = [in_a_fork(lambda: value(client, 1)), in_a_fork(lambda: asyncio.run(async_value(AsyncProbeClient(address), 1)))]
+        waiting.close()
+        thread.join()
+        return [*found, in_a_fork(lambda: value(ProbeClient(address, timeout=20), 2))]
+
+
+def closed_just_before(address: str) -> list[Any]:
+    """Whether gRPC is at work when a fork comes."""
+    found = []
+    client = AsyncProbeClient(address, timeout=20)
+    for number in range(10):
+        asyncio.run(async_value(client, number))
+        _forks._prepare()
+        found.append(_forks._at_work())
+        with ProbeClient(address, timeout=20) as other:
+            value(other, number)
+        _forks._prepare()
+        found.append(_forks._at_work())
+    return found
+
+
 def in_a_fresh_process(work: Callable[[str], list[Any]], address: str) -> list[Any]:
     """Runs where no other test has left a thread of gRPC behind."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
@@ -125,6 +165,40 @@ def test_a_fork_that_grpc_does_not_survive_is_an_error_instead_of_a_hang(address
     [found] = in_a_fresh_process(fork_inside_a_loop, address)
 
     assert found.startswith("RuntimeError('this process was forked while an AsyncProbeClient was open")
+
+
+def test_a_fork_during_another_threads_call_is_an_error_in_the_child_instead_of_a_hang(address: str) -> None:
+    *during, after = in_a_fresh_process(fork_during_another_threads_call, address)
+
+    assert len(during) == 2
+    assert all(found.startswith("RuntimeError('this process was forked while another thread was in a call") for found in during)
+    assert after == "2.0"
+
+
+@pytest.mark.skipif(not _forks._THREADS.exists(), reason="threads cannot be seen here")
+def test_a_fork_finds_grpc_at_rest_after_the_last_channel_has_ended(address: str) -> None:
+    assert in_a_fresh_process(closed_just_before, address) == [False] * 20
+
+
+@pytest.mark.parametrize(("threads", "seconds"), [(lambda: True, 0.5), (lambda: False, 0.0)])
+def test_a_fork_waits_no_longer_than_its_limit_and_only_for_what_has_just_ended(
+    threads: Any, seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 1000.0
+
+    def sleep(step: float) -> None:
+        nonlocal now
+        now += step
+
+    monkeypatch.setattr(_forks, "time", SimpleNamespace(monotonic=lambda: now, sleep=sleep))
+    monkeypatch.setattr(_forks, "_at_work", threads)
+    monkeypatch.setattr(_forks, "_ended_at", -math.inf)
+    _forks._prepare()
+    assert now == 1000.0
+    _forks.channel_ended()
+    _forks._prepare()
+    _forks._prepare()
+    assert now == pytest.approx(1000 + seconds, abs=0.01)
 
 
 @pytest.mark.parametrize("kind", [ProbeClient, AsyncProbeClient])

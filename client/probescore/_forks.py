@@ -1,0 +1,96 @@
+"""What gRPC survives of a fork: only what was at rest.
+
+A fork copies the locks that other threads hold at that moment, and nobody lets go of them in the child: its next call into gRPC would wait
+for ever, or crash, whatever its deadline. gRPC lets its own threads rest before a fork, except while somebody else's thread is inside a
+call, and except while what is left of its last channel is being put away, which it does in threads of its own after the channel is closed.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+REST_SECONDS = 0.5
+"""After a channel has ended a fork waits at most so long for gRPC's threads to end. They take milliseconds, unless another of the process's
+channels keeps them."""
+
+_STEP_SECONDS = 0.001
+_THREADS = Path("/proc/self/task")
+_NAMES = ("event_engine", "lifeguard", "grpc_", "timer_manager", "default-executo", "resolver-execut")  # of at most 15 characters
+
+_under_way: set[object] = set()
+_ended_at = float("-inf")
+_forked_under_way = False
+_before_fork: list[Callable[[], None]] = []
+
+
+@contextmanager
+def call_under_way() -> Iterator[None]:
+    """For as long as a thread waits inside gRPC for the answer to a call."""
+    call = object()
+    _under_way.add(call)
+    try:
+        yield
+    finally:
+        _under_way.discard(call)
+
+
+def channel_ended() -> None:
+    """To be said whenever a channel was closed or let go of."""
+    global _ended_at
+    _ended_at = time.monotonic()
+
+
+def before_fork(do: Callable[[], None]) -> None:
+    """Has ``do`` done before each fork, and the forking thread wait afterwards for what that ended."""
+    _before_fork.append(do)
+
+
+def check_usable() -> None:
+    """Refuses a process in which gRPC would hang.
+
+    Raises:
+        RuntimeError: it was forked while another thread of its parent was in a call.
+    """
+    if _forked_under_way:
+        raise RuntimeError(
+            "this process was forked while another thread was in a call to the scoring server, which gRPC does not survive: "
+            "start the process by spawn, or fork between calls"
+        )
+
+
+def _prepare() -> None:
+    for do in _before_fork:
+        do()
+    if not _under_way:
+        while time.monotonic() < _ended_at + REST_SECONDS and _at_work():
+            time.sleep(_STEP_SECONDS)
+
+
+def _at_work() -> bool:
+    """Whether gRPC has threads. Where they cannot be seen, it is taken to have some."""
+    try:
+        names = [_name(thread) for thread in _THREADS.iterdir()]
+    except OSError:
+        return True
+    return any(name.startswith(_NAMES) for name in names)
+
+
+def _name(thread: Path) -> str:
+    try:
+        return (thread / "comm").read_text()
+    except OSError:  # it has ended meanwhile
+        return ""
+
+
+def _in_child() -> None:
+    global _forked_under_way
+    _forked_under_way = _forked_under_way or bool(_under_way)
+    _under_way.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_prepare, after_in_child=_in_child)
