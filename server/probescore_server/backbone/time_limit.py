@@ -24,7 +24,7 @@ def time_limit(seconds: float) -> Iterator[None]:
 
     def end() -> None:
         if over.acquire(blocking=False):
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, ctypes.py_object(TookTooLong))
+            _raise_in(thread)
             raised.set()
 
     timer = threading.Timer(seconds, end)
@@ -39,6 +39,23 @@ def time_limit(seconds: float) -> Iterator[None]:
     finally:
         timer.cancel()
         if not arrived and not over.acquire(blocking=False):
-            raised.wait()
-            # where the block kept it, or it has not arrived yet: it must not arrive later, in what is none of its business
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, None)
+            _await_interruption(thread, raised)
+
+
+def _raise_in(thread: ctypes.c_ulong) -> None:
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, ctypes.py_object(TookTooLong))
+
+
+def _await_interruption(thread: ctypes.c_ulong, raised: threading.Event) -> None:
+    """Takes an interruption that the block kept, or that has not arrived yet: it must not arrive later, in what is none of its business.
+
+    It cannot be withdrawn: Python 3.11 would go on looking for it, for ever in the next function where a debugger or a coverage tool traces
+    the thread. So it is raised again, in the place of one that has not arrived, and is waited for.
+    """
+    try:
+        raised.wait()
+        _raise_in(thread)
+        while True:
+            pass
+    except TookTooLong:
+        pass
