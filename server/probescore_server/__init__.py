@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from probescore_server.engine import Engine
+    from probescore_server.engine.engine import Engine
 
 __all__ = ["Engine"]
 
@@ -16,7 +16,7 @@ __all__ = ["Engine"]
 def __getattr__(name: str) -> type[Engine]:
     # not imported with the package, since the server's front process does without torch
     if name == "Engine":
-        from probescore_server.engine import Engine
+        from probescore_server.engine.engine import Engine
 
         return Engine
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -31,14 +31,14 @@ from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingP
 from ray.serve.grpc_util import RayServegRPCContext
 
 from probescore.v1 import scoring_pb2
-from probescore_server.boundary import Boundary, Handler
-from probescore_server.core import Core
 from probescore_server.errors import StartupError, WorkerUnavailable
-from probescore_server.health import SCORING_SERVICE, SERVICES
+from probescore_server.front.error_interceptor import Boundary, Handler
+from probescore_server.front.health import SCORING_SERVICE, SERVICES
+from probescore_server.front.scoring_core import Core
+from probescore_server.front.server import find_devices
+from probescore_server.front.status_codes import status_of
 from probescore_server.logs import configure_logs
-from probescore_server.server import find_devices
 from probescore_server.settings import ServerSettings, join_host_port, load_settings
-from probescore_server.statuses import status_of
 
 logger = structlog.get_logger(__name__)
 

@@ -25,7 +25,7 @@ from steady_load import SteadyLoad
 from probescore import DeadlineExceededError, InvalidRequestError, MessageTooLargeError, ProbeClient, RolloutGroup, StreamWindow
 from probescore_server import Engine
 from probescore_server.errors import StartupError
-from probescore_server.health import SCORING_SERVICE
+from probescore_server.front.health import SCORING_SERVICE
 from probescore_server.ray import QueuedTokens, app
 
 PROJECT = Path(__file__).parents[2]

@@ -66,7 +66,7 @@ def test_the_front_process_never_loads_torch(served: RunningServer) -> None:
 
 
 def test_importing_the_front_loads_no_torch() -> None:
-    check = "import sys, probescore_server.server; print({'torch', 'transformers', 'onnxruntime', 'onnx'} & set(sys.modules))"
+    check = "import sys, probescore_server.front.server; print({'torch', 'transformers', 'onnxruntime', 'onnx'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True).stdout.strip() == "set()"
 
 

@@ -18,8 +18,8 @@ from probescore.types import Completion, RolloutGroup, Span
 from probescore_server import Engine
 from probescore_server.probes import session_scores
 from probescore_server.probes.wanted import GivenUp, GraphWatch, Wanted
-from probescore_server.requests import resolve_options, resolve_rollouts
 from probescore_server.rollouts import Rollout, RolloutResult
+from probescore_server.validation import resolve_options, resolve_rollouts
 
 SECONDS = 30.0
 

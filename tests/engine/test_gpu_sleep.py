@@ -9,8 +9,8 @@ from engine_probes import linear, pooled_mean, running_mean
 
 from probescore import RolloutGroup
 from probescore_server.backbone.kv_cache import KeyValueCache
+from probescore_server.engine.device_memory import Residence
 from probescore_server.errors import WorkerUnavailable
-from probescore_server.residence import Residence
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 

@@ -21,7 +21,7 @@ from probescore_server.probes.graph import GraphFailed
 from probescore_server.probes.runner import BatchScorer
 from probescore_server.probes.session import ProbeSession
 from probescore_server.probes.wanted import Wanted
-from probescore_server.requests import resolve_options, resolve_rollouts
+from probescore_server.validation import resolve_options, resolve_rollouts
 
 TAP = Tap("resid_post", 1)
 HUGE = 1e6

@@ -27,7 +27,7 @@ from probescore_server.probes.reference import ReferenceModel
 from probescore_server.probes.runner import BatchScorer
 from probescore_server.probes.session import ProbeSession
 from probescore_server.probes.wanted import Wanted
-from probescore_server.requests import resolve_options, resolve_rollouts
+from probescore_server.validation import resolve_options, resolve_rollouts
 
 RANDOM = np.random.default_rng(5)
 FEATURES, LARGEST = 16, 5

@@ -19,7 +19,7 @@ from probescore_server.probes.manifest import FollowUp
 from probescore_server.probes.reference import ReferenceModel
 from probescore_server.probes.writing import write_probe
 from probescore_server.request_cost import RequestCost
-from probescore_server.requests import resolve_options, resolve_rollouts
+from probescore_server.validation import resolve_options, resolve_rollouts
 
 REDUCTIONS = ("mean", "max", "topk_mean(2)")
 PROBES = ("linear", "labels", "pooled-mean", "pooled-sees", "running-mean", "asks", "asks-pooled")

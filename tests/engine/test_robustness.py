@@ -22,8 +22,8 @@ from probescore_server import Engine
 from probescore_server.probes.exporting import linear_probe, onnx_probe
 from probescore_server.probes.reference import ReferenceModel
 from probescore_server.probes.runner import _without_non_finite
-from probescore_server.requests import resolve_options, resolve_rollouts
 from probescore_server.rollouts import Rollout
+from probescore_server.validation import resolve_options, resolve_rollouts
 
 PROMPT = [BOS, 40, 41, 42]
 BROKEN = 90

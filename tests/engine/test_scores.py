@@ -296,7 +296,7 @@ def test_a_thousand_completions_of_one_prompt_are_each_answered_in_order(engine:
 def test_work_beyond_one_batch_is_split_and_answered_in_order(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     groups = [RolloutGroup([BOS, 10 + i], [[20 + i, 30 + j] for j in range(3)]) for i in range(4)]
     together = engine.score(groups)
-    monkeypatch.setattr("probescore_server.engine.BATCH_TOKENS", 5)
+    monkeypatch.setattr("probescore_server.engine.engine.BATCH_TOKENS", 5)
     apart = engine.score(groups)
     close(apart.values("linear"), together.values("linear"))
     total = together.info.usage.tokens_computed + together.info.usage.tokens_shared

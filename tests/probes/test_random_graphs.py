@@ -32,8 +32,8 @@ from probescore_server.probes.probe_file import ProbeFile, read_probe_file
 from probescore_server.probes.runner import BatchScorer
 from probescore_server.probes.session import ProbeSession
 from probescore_server.probes.wanted import Wanted
-from probescore_server.requests import resolve_options, resolve_rollouts
 from probescore_server.rollouts import EngineInfo
+from probescore_server.validation import resolve_options, resolve_rollouts
 
 CPU = torch.device("cpu")
 AT = Tap("resid_post", 1)

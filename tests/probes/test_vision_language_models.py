@@ -10,7 +10,7 @@ from transformers import AutoModelForImageTextToText
 from vision_language_models import IMAGE, WRAPPERS, tiny_wrapper
 
 from probescore.types import RolloutGroup, Tap
-from probescore_server.engine import Engine
+from probescore_server.engine.engine import Engine
 from probescore_server.errors import ModelRefused
 from probescore_server.probes import ReferenceModel, linear_probe, write_probe
 

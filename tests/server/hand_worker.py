@@ -10,10 +10,10 @@ from collections.abc import Collection, Sequence
 import numpy as np
 
 from probescore.types import CompletionScores, CompletionStatus, Usage
-from probescore_server.calls import Call
 from probescore_server.errors import InternalFault, OutOfMemory
 from probescore_server.rollouts import Continuation, Rollout, RolloutResult, ScoredBatch, ScoreOptions
-from probescore_server.scheduler import Scheduler
+from probescore_server.scheduling.call import Call
+from probescore_server.scheduling.scheduler import Scheduler
 
 OPTIONS = ScoreOptions(probes=("p@1",))
 

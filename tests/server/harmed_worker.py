@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from probescore.types import Chat, Text
-from probescore_server.engine import Engine
+from probescore_server.engine.engine import Engine
 from probescore_server.rollouts import Rollout
-from probescore_server.worker import WorkerSpec, run_worker
+from probescore_server.workers.main import WorkerSpec, run_worker
 
 LOSES_DEVICE, CRASHES = 74, 75
 """Token ids that do it, wherever they stand."""

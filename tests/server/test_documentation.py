@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from probescore_server.cli.serve import PANELS, default_of
-from probescore_server.metrics import Metrics
+from probescore_server.front.metrics import Metrics
 from probescore_server.settings import ServerSettings
 
 DOCS = Path(__file__).parents[2] / "docs"

@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from probescore.types import CompletionScores, CompletionStatus, ProbeScores, Usage
-from probescore_server.calls import Delivery, FinishedRollout
+from probescore_server.front.scoring_service import MAX_STREAMED_BYTES, _bytes_of, _pieces
 from probescore_server.rollouts import RolloutResult
-from probescore_server.service import MAX_STREAMED_BYTES, _bytes_of, _pieces
+from probescore_server.scheduling.call import Delivery, FinishedRollout
 
 FLOATS = MAX_STREAMED_BYTES // 4  # of float32 that fill a message
 

@@ -23,7 +23,7 @@ from probescore.types import (
     ScoreUnit,
     Usage,
 )
-from probescore_server.probe_metrics import MAX_DISTRIBUTIONS, SCORES, ProbeMetrics
+from probescore_server.front.probe_metrics import MAX_DISTRIBUTIONS, SCORES, ProbeMetrics
 from probescore_server.rollouts import EngineInfo, RolloutResult, ScoreOptions
 
 MEAN, MAX = Reduction.parse("mean"), Reduction.parse("max")

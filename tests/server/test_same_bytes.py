@@ -24,7 +24,7 @@ from probescore_server import Engine
 from probescore_server.errors import ModelRefused, ProbeRefused, StartupError
 from probescore_server.files import UnfitFile, read_regular_file
 from probescore_server.probes import ReferenceModel, linear_probe, model_fingerprint, read_probe_file, write_probe
-from probescore_server.worker_process import Pinned
+from probescore_server.workers.handle import Pinned
 
 RANDOM = np.random.default_rng(0)
 GOLDEN = [([BOS, *RANDOM.integers(4, 50, 5)], RANDOM.integers(4, 50, 7)) for _ in range(2)]

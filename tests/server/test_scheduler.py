@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from hand_worker import OPTIONS, HandWorker, group, is_empty, names_of, scheduler_for, settle
 
-from probescore_server import waiting
 from probescore_server.errors import DeadlineExpired, QueueFull, WorkerUnavailable
 from probescore_server.rollouts import Continuation, Rollout
+from probescore_server.scheduling import queue as waiting
 
 # -------------------------------------------------------------------------------------------------------------------- batching
 

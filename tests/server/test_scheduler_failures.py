@@ -7,9 +7,9 @@ import asyncio
 import pytest
 from hand_worker import HandWorker, group, is_empty, names_of, scheduler_for, settle
 
-from probescore_server.batch_budget import GOOD_BATCHES, GROW, BatchBudget
 from probescore_server.errors import InternalFault, OutOfMemory, WorkerUnavailable
-from probescore_server.scheduler import Scheduler
+from probescore_server.scheduling.batch_budget import GOOD_BATCHES, GROW, BatchBudget
+from probescore_server.scheduling.scheduler import Scheduler
 
 
 async def test_a_dead_worker_fails_its_batch_and_what_waits_stays() -> None:

@@ -11,9 +11,9 @@ from hand_worker import HandWorker, group, is_empty, names_of, scheduler_for, se
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from probescore_server.calls import Call
 from probescore_server.errors import InternalFault, OutOfMemory, WorkerUnavailable
 from probescore_server.rollouts import Rollout, ScoredBatch
+from probescore_server.scheduling.call import Call
 
 PROMPTS = st.sampled_from([(0, 1), (3, 2), (9, 3), (30, 4)])  # tokens, id
 NAMES = st.lists(st.sampled_from("abcdef"), min_size=1, max_size=4)

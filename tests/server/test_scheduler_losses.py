@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from probescore_server.errors import LostTwice, OutOfMemory, WorkerLost, WorkerUnavailable
-from probescore_server.scheduler import Scheduler
-from probescore_server.suspects import REMEMBERED_SECONDS
+from probescore_server.scheduling.scheduler import Scheduler
+from probescore_server.scheduling.suspects import REMEMBERED_SECONDS
 
 
 def lost(reason: str = "overdue", order: int = 0) -> WorkerLost:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from probescore_server import server
 from probescore_server.errors import StartupError
-from probescore_server.server import Server, find_devices
+from probescore_server.front import server
+from probescore_server.front.server import Server, find_devices
 from probescore_server.settings import ServerSettings
 
 

@@ -11,10 +11,10 @@ from hand_worker import OPTIONS, HandWorker, group, is_empty, names_of, schedule
 
 from probescore.reductions import Reduction
 from probescore.types import Scope, Span, Usage
-from probescore_server.calls import Call, groups_of
 from probescore_server.errors import InternalFault
 from probescore_server.rollouts import Continuation, Rollout, RolloutResult, ScoreOptions
-from probescore_server.scheduler import Scheduler
+from probescore_server.scheduling.call import Call, groups_of
+from probescore_server.scheduling.scheduler import Scheduler
 
 
 async def start(scheduler: Scheduler, worker: HandWorker) -> None:

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from probescore.types import Chat, ChatMessage
 from probescore_server.activity import TextInHand
-from probescore_server.requests import PendingText
-from probescore_server.text_turns import SHORT_BYTES, Lane, TextTurns
+from probescore_server.validation import PendingText
+from probescore_server.workers.text_turns import SHORT_BYTES, Lane, TextTurns
 
 IDS = np.zeros(1, np.int32)
 LONG = "x" * (SHORT_BYTES + 1)

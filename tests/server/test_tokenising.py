@@ -18,11 +18,11 @@ from models import tiny_model
 from watched_worker import Watched, running
 
 from probescore.types import Chat, ChatMessage, Text
-from probescore_server import worker_process
 from probescore_server.errors import LostTwice, WorkerLost, WorkerUnavailable
-from probescore_server.requests import PendingText
-from probescore_server.text_turns import SHORT_BYTES
-from probescore_server.tokenising import MAX_LOSSES, encode
+from probescore_server.validation import PendingText
+from probescore_server.workers import handle as worker_process
+from probescore_server.workers.text_turns import SHORT_BYTES
+from probescore_server.workers.tokenising import MAX_LOSSES, encode
 
 STEP = 1.0
 # For what is stuck to be noticed, on a busy machine.

@@ -18,9 +18,9 @@ from watched_worker import Watched, rollouts_of, running
 from probescore.types import Chat, ChatMessage, RolloutGroup, Text
 from probescore_server import Engine
 from probescore_server.errors import InternalFault, InvalidRequest, StartupError, WorkerUnavailable
-from probescore_server.requests import PendingText
 from probescore_server.rollouts import Rollout
-from probescore_server.worker import probe_files
+from probescore_server.validation import PendingText
+from probescore_server.workers.main import probe_files
 
 
 def children() -> set[int]:

@@ -19,12 +19,12 @@ from models import BOS, tiny_model
 from watched_worker import Watched, rollouts_of, running
 
 from probescore.types import RolloutGroup
-from probescore_server import worker_process
 from probescore_server.backbone.kv_cache import KeyValueCache
+from probescore_server.engine.device_memory import Residence
 from probescore_server.errors import OutOfMemory, WorkerLost, WorkerUnavailable
-from probescore_server.residence import Residence
 from probescore_server.settings import ServerSettings
-from probescore_server.worker import DeviceLost, Failed, Sleep, Wake, WorkerSpec, _Worker
+from probescore_server.workers import handle as worker_process
+from probescore_server.workers.main import DeviceLost, Failed, Sleep, Wake, WorkerSpec, _Worker
 
 
 async def value_of(watched: Watched, *completion: int) -> float:

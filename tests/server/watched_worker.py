@@ -7,11 +7,11 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from probescore.types import RolloutGroup
-from probescore_server.requests import resolve_options, resolve_rollouts
 from probescore_server.rollouts import EngineInfo, Rollout
 from probescore_server.settings import ServerSettings
-from probescore_server.worker import WorkerSpec
-from probescore_server.worker_process import Pinned, WorkerProcess
+from probescore_server.validation import resolve_options, resolve_rollouts
+from probescore_server.workers.handle import Pinned, WorkerProcess
+from probescore_server.workers.main import WorkerSpec
 
 
 class Watched:

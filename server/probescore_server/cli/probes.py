@@ -61,7 +61,7 @@ def _verify(
     """Check a probe file against its model, as a server does before it serves it."""
     console = new_console()
     with one_line_failures():
-        from probescore_server.engine import Engine
+        from probescore_server.engine.engine import Engine
 
         with _Steps(console) as steps:
             engine = Engine.load(model, [file], revision=revision, dtype=dtype, device=device, report=steps.begin)

@@ -13,8 +13,8 @@ from pydantic.fields import FieldInfo
 
 from probescore_server.cli.visible import one_line
 from probescore_server.errors import StartupError
+from probescore_server.front.server import serve as run_server
 from probescore_server.logs import configure_logs
-from probescore_server.server import serve as run_server
 from probescore_server.settings import ENVIRONMENT_PREFIX, ServerSettings, load_settings
 
 logger = structlog.get_logger(__name__)

@@ -13,8 +13,8 @@ from probescore_server.errors import InvalidRequest, ProbeRefused
 from probescore_server.probes.deviations import largest_deviation
 from probescore_server.probes.manifest import Golden, LeftOut, Neighbour, neighbouring_places
 from probescore_server.probes.probe_file import ProbeFile
-from probescore_server.requests import resolve_options, resolve_rollouts
 from probescore_server.rollouts import EngineInfo, Rollout
+from probescore_server.validation import resolve_options, resolve_rollouts
 
 NEARER = 2.0
 """So many times as near must recomputed scores be to the golden ones as to those of any neighbouring place."""

@@ -27,15 +27,15 @@ from probescore_server.activity import ACTIVITY, Step, TextInHand
 from probescore_server.errors import InternalFault, InvalidRequest, OutOfMemory, StartupError, WorkerUnavailable
 from probescore_server.failures import FailureKind, kind_of
 from probescore_server.logs import configure_logs
-from probescore_server.packing import Packed, pack_results, pack_rollouts, unpack_results, unpack_rollouts
-from probescore_server.pipe import BlockingEnd
-from probescore_server.requests import ChatLimits, PendingText
 from probescore_server.rollouts import EngineInfo, Occupancy, Rollout, ScoredBatch
 from probescore_server.settings import ServerSettings
-from probescore_server.text_turns import Lane, TextTurns
+from probescore_server.validation import ChatLimits, PendingText
+from probescore_server.workers.codec import Packed, pack_results, pack_rollouts, unpack_results, unpack_rollouts
+from probescore_server.workers.text_turns import Lane, TextTurns
+from probescore_server.workers.transport import BlockingEnd
 
 if TYPE_CHECKING:
-    from probescore_server.engine import Engine
+    from probescore_server.engine.engine import Engine
 
 logger = structlog.get_logger(__name__)
 
@@ -285,7 +285,7 @@ class _Worker:
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         import torch
 
-        from probescore_server.engine import Engine
+        from probescore_server.engine.engine import Engine
 
         torch.set_num_threads(self._spec.threads)
         if self._spec.device.startswith("cuda"):

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from probescore_server.errors import LostTwice, WorkerLost
-from probescore_server.requests import PendingText
-from probescore_server.worker_process import WorkerProcess
+from probescore_server.validation import PendingText
+from probescore_server.workers.handle import WorkerProcess
 
 MAX_LOSSES = 3
 """After so many workers that were lost with a request, its caller is told to come back: who is to blame could not be found out."""

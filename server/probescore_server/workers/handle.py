@@ -19,12 +19,11 @@ from numpy.typing import NDArray
 
 from probescore.types import Transfer
 from probescore_server.errors import InternalFault, StartupError, WorkerLost, WorkerUnavailable
-from probescore_server.pipe import LoopEnd
-from probescore_server.progress import Loss, Patience, Watch
-from probescore_server.requests import PendingText
 from probescore_server.rollouts import EngineInfo, Occupancy, Rollout, ScoredBatch
 from probescore_server.settings import ServerSettings
-from probescore_server.worker import (
+from probescore_server.validation import PendingText
+from probescore_server.workers.liveness import Loss, Patience, Watch
+from probescore_server.workers.main import (
     Alive,
     BatchScored,
     CancelRollout,
@@ -46,6 +45,7 @@ from probescore_server.worker import (
     WorkerSpec,
     run_worker,
 )
+from probescore_server.workers.transport import LoopEnd
 
 logger = structlog.get_logger(__name__)
 

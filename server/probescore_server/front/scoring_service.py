@@ -40,16 +40,16 @@ from probescore.types import (
     WorkerInfo,
 )
 from probescore.v1 import probes_pb2, scoring_pb2, scoring_pb2_grpc
-from probescore_server.calls import Call, Delivery, FinishedRollout
 from probescore_server.errors import InvalidRequest, Mismatch, WorkerUnavailable
-from probescore_server.metrics import Metrics
-from probescore_server.request_counts import check_counts
-from probescore_server.requests import PendingText, check_texts, pending_texts, resolve_options, resolve_rollouts
+from probescore_server.front.metrics import Metrics
+from probescore_server.front.request_counts import check_counts
 from probescore_server.rollouts import EngineInfo, Rollout, ScoreOptions
-from probescore_server.scheduler import Scheduler
+from probescore_server.scheduling.call import Call, Delivery, FinishedRollout
+from probescore_server.scheduling.scheduler import Scheduler
 from probescore_server.settings import ServerSettings
-from probescore_server.tokenising import encode
-from probescore_server.worker_process import WorkerProcess
+from probescore_server.validation import PendingText, check_texts, pending_texts, resolve_options, resolve_rollouts
+from probescore_server.workers.handle import WorkerProcess
+from probescore_server.workers.tokenising import encode
 
 logger = structlog.get_logger(__name__)
 

@@ -14,9 +14,9 @@ from models import BOS
 
 from probescore import RolloutGroup, Text
 from probescore_server.backbone.kv_cache import KeyValueCache
+from probescore_server.engine.device_memory import Residence
 from probescore_server.probes.session import ProbeSession
-from probescore_server.requests import resolve_options, resolve_rollouts
-from probescore_server.residence import Residence
+from probescore_server.validation import resolve_options, resolve_rollouts
 
 PROBES = (linear(), running_mean(sees_prompt=True), pooled_mean())
 GROUPS = [RolloutGroup([BOS, 5, 9, 12], [[7, 8, 30], [7, 8, 31, 40, 41]]), RolloutGroup([], [[BOS, 50, 60]])]

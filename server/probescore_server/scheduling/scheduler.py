@@ -3,7 +3,7 @@
 There is no timer: a batch is whatever waits when a worker frees, up to a token budget, so that batches grow by themselves under load.
 
 * Admission counts tokens. A call that does not fit in the queue is refused at once, with an estimate of when to come back.
-* What makes a batch, in which order and how prompts are shared: `waiting`. What is computed once for several calls: `in_flight`.
+* What makes a batch, in which order and how prompts are shared: `queue`. What is computed once for several calls: `deduplication`.
 * While a worker computes one batch it may have the next one prepared, so that sending and unpacking cost no time. A batch is prepared only
   if as much waits as fits into it (a prompt and identical rollouts counted once): waiting longer would not make it larger. It is the same
   batch, by the same turns, as the worker would get a little later; who comes in between waits for it.
@@ -27,8 +27,6 @@ from dataclasses import dataclass
 
 import structlog
 
-from probescore_server.batch_budget import BatchBudget
-from probescore_server.calls import Call, Item, groups_of
 from probescore_server.errors import (
     CoreError,
     DeadlineExpired,
@@ -39,10 +37,12 @@ from probescore_server.errors import (
     WorkerLost,
     WorkerUnavailable,
 )
-from probescore_server.in_flight import InFlight, Place, Work, Worker
 from probescore_server.rollouts import Rollout
-from probescore_server.suspects import Suspects
-from probescore_server.waiting import WaitingQueue
+from probescore_server.scheduling.batch_budget import BatchBudget
+from probescore_server.scheduling.call import Call, Item, groups_of
+from probescore_server.scheduling.deduplication import InFlight, Place, Work, Worker
+from probescore_server.scheduling.queue import WaitingQueue
+from probescore_server.scheduling.suspects import Suspects
 
 logger = structlog.get_logger(__name__)
 

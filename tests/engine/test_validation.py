@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from probescore import Reduction
 from probescore.types import Chat, ChatMessage, Completion, ModelInfo, OutputPer, ProbeInfo, RolloutGroup, Scope, ScoreUnit, Span, Text
 from probescore_server.errors import InvalidRequest
-from probescore_server.requests import PendingText, pending_texts, resolve_options, resolve_rollouts
 from probescore_server.rollouts import EngineInfo, Rollout, ScoreOptions
+from probescore_server.validation import PendingText, pending_texts, resolve_options, resolve_rollouts
 
 VOCAB, BOS, POSITIONS = 100, 1, 40
 
@@ -347,7 +347,7 @@ def test_whatever_comes_is_read_or_refused_by_field(ids: Any, mask: Any) -> None
 
 def test_the_front_process_can_use_it_without_torch() -> None:
     program = (
-        "import sys, probescore_server, probescore_server.requests\n"
+        "import sys, probescore_server, probescore_server.validation\n"
         "assert not {'torch', 'transformers', 'onnxruntime', 'onnx'} & set(sys.modules), sorted(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program], check=True)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from probescore_server.activity import Activity, Step, TextInHand
-from probescore_server.progress import BOOT_SECONDS, TEXT_BYTES_PER_SECOND, Patience, Watch
+from probescore_server.workers.liveness import BOOT_SECONDS, TEXT_BYTES_PER_SECOND, Patience, Watch
 
 PATIENCE = Patience(silent_seconds=10, start_seconds=1000, step_seconds=20, step_seconds_per_1000_tokens=100, chat_seconds=5)
 IDLE = TextInHand()

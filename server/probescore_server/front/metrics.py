@@ -26,9 +26,9 @@ from probescore_server.errors import (
     StartupError,
     WorkerUnavailable,
 )
-from probescore_server.probe_metrics import ProbeMetrics
-from probescore_server.progress import REASONS_LOST
+from probescore_server.front.probe_metrics import ProbeMetrics
 from probescore_server.rollouts import Occupancy
+from probescore_server.workers.liveness import REASONS_LOST
 
 SECONDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 TOKENS = tuple(4**power for power in range(3, 13))

@@ -11,9 +11,9 @@ import pytest
 from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
 
 from probescore.v1 import probes_pb2, scoring_pb2, scoring_pb2_grpc
-from probescore_server.boundary import Boundary
 from probescore_server.errors import DeadlineExpired, ModelRefused, QueueFull
-from probescore_server.metrics import Metrics
+from probescore_server.front.error_interceptor import Boundary
+from probescore_server.front.metrics import Metrics
 
 TIMEOUT = 30.0
 

@@ -17,9 +17,9 @@ from google.protobuf.descriptor_pool import Default
 from google.protobuf.message import DecodeError
 
 from probescore_server.errors import CoreError, InternalFault, InvalidRequest
-from probescore_server.metrics import Metrics, RpcLabels
-from probescore_server.statuses import CODES, status_of
-from probescore_server.under_way import UnderWay
+from probescore_server.front.calls_under_way import UnderWay
+from probescore_server.front.metrics import Metrics, RpcLabels
+from probescore_server.front.status_codes import CODES, status_of
 
 logger = structlog.get_logger(__name__)
 

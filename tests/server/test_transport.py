@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from probescore_server.pipe import MAX_BYTES_UNPACKED_ON_LOOP, BlockingEnd, LoopEnd
+from probescore_server.workers.transport import MAX_BYTES_UNPACKED_ON_LOOP, BlockingEnd, LoopEnd
 
 LARGE = 3 * MAX_BYTES_UNPACKED_ON_LOOP
 

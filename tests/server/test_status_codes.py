@@ -22,7 +22,7 @@ from probescore_server.errors import (
     QueueFull,
     WorkerUnavailable,
 )
-from probescore_server.statuses import status_of
+from probescore_server.front.status_codes import status_of
 
 ERRORS = [
     (InvalidRequest("groups[0]", "is wrong"), StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST"),

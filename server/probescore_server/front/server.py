@@ -16,11 +16,11 @@ from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from probescore.v1 import admin_pb2_grpc, scoring_pb2_grpc
-from probescore_server.admin import ADMIN_SERVICE, AdminServicer
-from probescore_server.boundary import Boundary
-from probescore_server.core import Core
 from probescore_server.errors import StartupError, WorkerUnavailable
-from probescore_server.health import SCORING_SERVICE, Health
+from probescore_server.front.admin_service import ADMIN_SERVICE, AdminServicer
+from probescore_server.front.error_interceptor import Boundary
+from probescore_server.front.health import SCORING_SERVICE, Health
+from probescore_server.front.scoring_core import Core
 from probescore_server.settings import ServerSettings, join_host_port
 
 logger = structlog.get_logger(__name__)

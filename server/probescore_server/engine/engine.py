@@ -41,6 +41,7 @@ from probescore_server.backbone.placeholders import placeholder_tokens
 from probescore_server.backbone.rotary import max_unchanged_positions
 from probescore_server.backbone.taps import TapReader, layers_needed
 from probescore_server.backbone.texts import TextEncoder
+from probescore_server.engine.device_memory import Residence
 from probescore_server.errors import ModelRefused
 from probescore_server.probes.admission import check_accepted_names, check_fits, is_accepted, probe_info, read_probe_files
 from probescore_server.probes.fingerprints import model_fingerprint
@@ -50,9 +51,8 @@ from probescore_server.probes.manifest import Manifest
 from probescore_server.probes.probe_file import ProbeFile
 from probescore_server.probes.runner import BatchScorer
 from probescore_server.probes.wanted import Wanted
-from probescore_server.requests import ChatLimits, TokenScoresWanted, pending_texts, resolve_options, resolve_rollouts
-from probescore_server.residence import Residence
 from probescore_server.rollouts import Continuation, EngineInfo, Occupancy, Rollout, RolloutResult
+from probescore_server.validation import ChatLimits, TokenScoresWanted, pending_texts, resolve_options, resolve_rollouts
 
 BATCH_TOKENS = 16_384
 """Tokens of one batch of ``Engine.score``: bounds the activations held at once. A server makes its own batches."""

@@ -9,13 +9,13 @@ from collections.abc import Callable
 
 import structlog
 
-from probescore_server.metrics import Metrics
-from probescore_server.scheduler import Scheduler
-from probescore_server.service import ScoringServicer
+from probescore_server.front.calls_under_way import UnderWay
+from probescore_server.front.metrics import Metrics
+from probescore_server.front.scoring_service import ScoringServicer
+from probescore_server.scheduling.scheduler import Scheduler
 from probescore_server.settings import ServerSettings
-from probescore_server.under_way import UnderWay
-from probescore_server.worker import WorkerSpec
-from probescore_server.worker_process import Pinned, WorkerProcess
+from probescore_server.workers.handle import Pinned, WorkerProcess
+from probescore_server.workers.main import WorkerSpec
 
 logger = structlog.get_logger(__name__)
 

@@ -11,8 +11,8 @@ import grpc
 from probescore._messages import transfers_to_proto
 from probescore.types import Transfer
 from probescore.v1 import admin_pb2, admin_pb2_grpc
-from probescore_server.metrics import Metrics
-from probescore_server.worker_process import WorkerProcess
+from probescore_server.front.metrics import Metrics
+from probescore_server.workers.handle import WorkerProcess
 
 ADMIN_SERVICE: str = admin_pb2.DESCRIPTOR.services_by_name["ProbeAdminService"].full_name
 

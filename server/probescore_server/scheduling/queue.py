@@ -18,7 +18,7 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from probescore_server.calls import Call, Group, Item
+from probescore_server.scheduling.call import Call, Group, Item
 
 MAX_CONTINUATIONS = 1024
 """Completions and follow-ups, with which a batch takes no further rollout."""

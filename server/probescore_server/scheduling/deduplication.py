@@ -12,9 +12,9 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from probescore.types import CompletionScores, Usage
-from probescore_server.calls import Call, Item
 from probescore_server.errors import CoreError
 from probescore_server.rollouts import Continuation, Rollout, RolloutResult, ScoredBatch
+from probescore_server.scheduling.call import Call, Item
 
 
 class Worker(Protocol):

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from probescore.types import Chat
 from probescore_server.activity import TextInHand
-from probescore_server.requests import PendingText
+from probescore_server.validation import PendingText
 
 SHORT_BYTES = 16_384
 """What takes some ten milliseconds."""

@@ -1,0 +1,1 @@
+"""The engine: a frozen model and its probes on one device."""

@@ -1,0 +1,1 @@
+"""Which waiting rollouts a worker computes next, and whose."""

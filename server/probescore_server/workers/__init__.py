@@ -1,0 +1,1 @@
+"""Worker processes: what runs in one, and the front process's end of it."""
