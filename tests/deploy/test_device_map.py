@@ -15,8 +15,8 @@ from running_server import start_server
 from probescore import ProbeClient, RolloutGroup
 from probescore.types import Tap
 from probescore_server import Engine
-from probescore_server.backbone.choosing import choose_backbone
-from probescore_server.backbone.loading import load_decoder
+from probescore_server.backbone.model_loading import load_decoder
+from probescore_server.backbone.selection import choose_backbone
 from probescore_server.backbone.self_test import small_forest
 from probescore_server.backbone.taps import TapReader
 from probescore_server.errors import ModelRefused, StartupError

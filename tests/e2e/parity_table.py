@@ -28,9 +28,9 @@ from transformers import AutoModel
 
 from probescore.types import Tap
 from probescore_server import Engine
-from probescore_server.backbone.choosing import choose_backbone
-from probescore_server.backbone.loading import Decoder, load_decoder
-from probescore_server.backbone.packability import packed_refusal
+from probescore_server.backbone.model_loading import Decoder, load_decoder
+from probescore_server.backbone.packed.support import packed_refusal
+from probescore_server.backbone.selection import choose_backbone
 from probescore_server.backbone.taps import TapReader
 from probescore_server.errors import ModelRefused
 from probescore_server.probes.reference import reference_activations

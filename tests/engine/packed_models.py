@@ -9,7 +9,7 @@ from typing import Any
 
 from parity_models import write_model
 
-from probescore_server.backbone.loading import Decoder, load_decoder
+from probescore_server.backbone.model_loading import Decoder, load_decoder
 
 PACKABLE: dict[str, dict[str, Any]] = {
     "llama": {},

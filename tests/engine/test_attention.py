@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from models import tiny_model
 from parity_families import FAMILIES, write_family
 
-from probescore_server.backbone.attention import UnknownAttention, attending, causal_attention, passes_windows
-from probescore_server.backbone.loading import load_decoder
+from probescore_server.backbone.model_loading import load_decoder
+from probescore_server.backbone.universal.attention import UnknownAttention, attending, causal_attention, passes_windows
 
 LAYER = torch.nn.Module()
 

@@ -17,10 +17,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from probescore.types import Scope, Tap
 from probescore_server.backbone import self_test as self_test_module
 from probescore_server.backbone.forest import Forest
-from probescore_server.backbone.loading import _find_blocks, load_config, load_decoder
+from probescore_server.backbone.model_loading import _find_blocks, load_config, load_decoder
 from probescore_server.backbone.self_test import SelfTest
 from probescore_server.backbone.taps import TapReader
-from probescore_server.backbone.universal import UniversalBackbone
+from probescore_server.backbone.universal.backbone import UniversalBackbone
 from probescore_server.errors import ModelRefused
 from probescore_server.rollouts import Continuation, Rollout, ScoreOptions
 
@@ -215,7 +215,7 @@ def test_self_test_catches_a_shifted_position_and_a_shared_cache(fault: str, mon
         run = backbone.read_tokens
         monkeypatch.setattr(backbone, "read_tokens", lambda ids, position, *rest: run(ids, position + (position > 0), *rest))
     else:
-        monkeypatch.setattr("probescore_server.backbone.universal._fork", lambda cache: cache)
+        monkeypatch.setattr("probescore_server.backbone.universal.backbone._fork", lambda cache: cache)
     with pytest.raises(ModelRefused, match="self-test"):
         SelfTest(decoder, reader).check(backbone)
 

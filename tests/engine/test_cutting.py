@@ -14,7 +14,7 @@ from parity_models import ARCHITECTURES, LAYERS, write_model
 from transformers import AutoModel
 
 from probescore.types import Tap
-from probescore_server.backbone.loading import DTYPES, Decoder, load_decoder
+from probescore_server.backbone.model_loading import DTYPES, Decoder, load_decoder
 from probescore_server.backbone.self_test import SelfTest, universal_backbone
 from probescore_server.backbone.taps import TapReader
 

@@ -134,7 +134,7 @@ def test_rows_of_the_token_beside_are_refused(
     small_steps: Path, author: ReferenceModel, tmp_path: Path, tokens: int, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Scores that change little from token to token, so that the tolerance alone would let them pass."""
-    from probescore_server.backbone.activations import Activations
+    from probescore_server.backbone.base import Activations
     from probescore_server.probes import runner
 
     file = tmp_path / "probe.onnx"

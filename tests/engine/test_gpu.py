@@ -12,11 +12,11 @@ from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
 from probescore import RolloutGroup
 from probescore.types import Scope, Tap
-from probescore_server.backbone.choosing import choose_backbone
 from probescore_server.backbone.forest import Forest
-from probescore_server.backbone.packed import PackedBackbone
+from probescore_server.backbone.packed.backbone import PackedBackbone
+from probescore_server.backbone.selection import choose_backbone
 from probescore_server.backbone.taps import TapReader
-from probescore_server.backbone.universal import UniversalBackbone
+from probescore_server.backbone.universal.backbone import UniversalBackbone
 from probescore_server.rollouts import Continuation, Rollout, ScoreOptions
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]

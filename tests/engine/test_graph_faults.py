@@ -14,7 +14,7 @@ from models import BOS, HIDDEN_SIZE, tiny_model
 
 from probescore.types import CompletionStatus, RolloutGroup, ScoreUnit, Tap
 from probescore_server import Engine
-from probescore_server.backbone.activations import Activations
+from probescore_server.backbone.base import Activations
 from probescore_server.backbone.forest import Forest, ProbeReads
 from probescore_server.probes.exporting import onnx_probe
 from probescore_server.probes.graph import GraphFailed

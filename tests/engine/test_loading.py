@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from probescore.types import RolloutGroup, Tap
 from probescore_server import Engine
-from probescore_server.backbone.loading import load_decoder
+from probescore_server.backbone.model_loading import load_decoder
 from probescore_server.backbone.taps import layers_needed
 from probescore_server.errors import InvalidRequest, ModelRefused, ProbeRefused
 from probescore_server.probes.manifest import FollowUp, Tolerance

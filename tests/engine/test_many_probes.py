@@ -17,7 +17,7 @@ from models import BOS, EOS, HIDDEN_SIZE, tiny_model
 
 from probescore.types import Completion, CompletionScores, CompletionStatus, RolloutGroup, Scope, ScoreUnit, Span, Tap
 from probescore_server import Engine
-from probescore_server.backbone.activations import Activations
+from probescore_server.backbone.base import Activations
 from probescore_server.backbone.forest import Forest, ProbeReads
 from probescore_server.probes.exporting import linear_probe, onnx_probe
 from probescore_server.probes.loading import LoadedProbe, Member

@@ -18,15 +18,15 @@ from models import VOCAB_SIZE, tiny_model
 from packed_models import PACKABLE, packable_decoder
 
 from probescore.types import Scope, Tap
-from probescore_server.backbone.activations import Activations
-from probescore_server.backbone.attention import UnknownAttention
+from probescore_server.backbone.base import Activations
 from probescore_server.backbone.forest import Forest
 from probescore_server.backbone.kv_cache import KeyValueCache
-from probescore_server.backbone.loading import Decoder, load_decoder
-from probescore_server.backbone.packed import KEYS_PER_TOKEN, PackedBackbone
+from probescore_server.backbone.model_loading import Decoder, load_decoder
+from probescore_server.backbone.packed.attention import PackedPlan
+from probescore_server.backbone.packed.backbone import KEYS_PER_TOKEN, PackedBackbone
 from probescore_server.backbone.taps import TapReader
-from probescore_server.backbone.universal import UniversalBackbone
-from probescore_server.backbone.varlen import PackedPlan
+from probescore_server.backbone.universal.attention import UnknownAttention
+from probescore_server.backbone.universal.backbone import UniversalBackbone
 from probescore_server.rollouts import Continuation, Rollout, ScoreOptions
 
 BOUND = 1e-4

@@ -13,17 +13,17 @@ from models import VOCAB_SIZE, tiny_model
 from transformers.activations import ACT2FN
 
 from probescore.types import Scope, Tap
-from probescore_server.backbone import universal as universal_module
-from probescore_server.backbone.activations import Activations
-from probescore_server.backbone.attention import CAUSAL_ATTENTION
+from probescore_server.backbone.base import Activations
 from probescore_server.backbone.forest import Forest
-from probescore_server.backbone.gated_mlp import multiply_in_place
 from probescore_server.backbone.kv_cache import KeyValueCache
-from probescore_server.backbone.loading import Decoder, load_decoder
-from probescore_server.backbone.prepacking import can_prepack, prepack
+from probescore_server.backbone.model_loading import Decoder, load_decoder
 from probescore_server.backbone.self_test import SelfTest, universal_backbone
 from probescore_server.backbone.taps import TapReader
-from probescore_server.backbone.universal import UniversalBackbone
+from probescore_server.backbone.universal import backbone as universal_module
+from probescore_server.backbone.universal.attention import CAUSAL_ATTENTION
+from probescore_server.backbone.universal.backbone import UniversalBackbone
+from probescore_server.backbone.universal.gated_mlp import multiply_in_place
+from probescore_server.backbone.universal.prepacking import can_prepack, prepack
 from probescore_server.errors import ModelRefused
 from probescore_server.rollouts import Continuation, Rollout, ScoreOptions
 

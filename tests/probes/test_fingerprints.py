@@ -14,7 +14,7 @@ from parity_families import FAMILIES, write_family
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from probescore_server.backbone.loading import load_decoder, resolve_model
+from probescore_server.backbone.model_loading import load_decoder, resolve_model
 from probescore_server.errors import ModelRefused
 from probescore_server.probes import model_fingerprint
 

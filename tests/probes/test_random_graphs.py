@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from random_graphs import DISHONEST, NEEDS_SEQUENCES, OF_SEQUENCE, POSITIONED, ROW_BY_ROW, TAP, WIDTH, Recipe, Step, graph_of, recipes
 
 from probescore.types import Completion, CompletionStatus, ModelInfo, OutputPer, RolloutGroup, ScoreUnit, Tap
-from probescore_server.backbone.activations import Activations
+from probescore_server.backbone.base import Activations
 from probescore_server.backbone.forest import Forest, ProbeReads
 from probescore_server.errors import ProbeRefused
 from probescore_server.probes.admission import probe_info

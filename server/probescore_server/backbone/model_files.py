@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from probescore_server.backbone.loading import Decoder
+from probescore_server.backbone.model_loading import Decoder
 from probescore_server.errors import ModelRefused
 from probescore_server.files import UnfitFile, kind_of, read_regular_file
 

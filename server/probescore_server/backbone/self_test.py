@@ -10,16 +10,16 @@ import torch
 from numpy.typing import NDArray
 
 from probescore.types import Scope, Tap
-from probescore_server.backbone.activations import Activations, Backbone
-from probescore_server.backbone.attention import CAUSAL_ATTENTION, has_causal_attention, passes_windows
+from probescore_server.backbone.base import Activations, Backbone
 from probescore_server.backbone.forest import Forest
-from probescore_server.backbone.gated_mlp import multiply_in_place
 from probescore_server.backbone.kv_cache import KeyValueCache
-from probescore_server.backbone.loading import Decoder
-from probescore_server.backbone.prepacking import can_prepack, prepack
+from probescore_server.backbone.model_loading import Decoder
 from probescore_server.backbone.rotary import max_unchanged_positions
 from probescore_server.backbone.taps import TapReader
-from probescore_server.backbone.universal import UniversalBackbone
+from probescore_server.backbone.universal.attention import CAUSAL_ATTENTION, has_causal_attention, passes_windows
+from probescore_server.backbone.universal.backbone import UniversalBackbone
+from probescore_server.backbone.universal.gated_mlp import multiply_in_place
+from probescore_server.backbone.universal.prepacking import can_prepack, prepack
 from probescore_server.errors import ModelRefused
 from probescore_server.rollouts import Continuation, Rollout, ScoreOptions
 

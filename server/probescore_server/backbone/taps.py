@@ -15,7 +15,7 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
 
 from probescore.types import Tap
-from probescore_server.backbone.loading import Decoder
+from probescore_server.backbone.model_loading import Decoder
 from probescore_server.errors import ModelRefused
 
 _ATTENTION = re.compile(r"(^|[._])(attn|attention|self_attn|self_attention|linear_attn|post_attention\w*|post_self_attn\w*|mixer)($|[._])")

@@ -13,7 +13,7 @@ import torch
 
 from probescore.types import Transfer
 from probescore_server.backbone.kv_cache import KeyValueCache
-from probescore_server.backbone.loading import Decoder
+from probescore_server.backbone.model_loading import Decoder
 from probescore_server.engine.weight_offload import RETRY_SECONDS, WeightOffload
 from probescore_server.errors import WorkerUnavailable
 from probescore_server.failures import FailureKind, kind_of

@@ -31,16 +31,16 @@ from probescore.types import (
     Usage,
 )
 from probescore_server.activity import ACTIVITY
-from probescore_server.backbone.activations import Backbone
-from probescore_server.backbone.choosing import choose_backbone
+from probescore_server.backbone.base import Backbone
 from probescore_server.backbone.forest import Forest, ProbeReads
 from probescore_server.backbone.kv_cache import KeyValueCache
-from probescore_server.backbone.loading import DTYPES, load_config, load_decoder, load_tokenizer, resolve_model
 from probescore_server.backbone.model_files import ModelFiles
+from probescore_server.backbone.model_loading import DTYPES, load_config, load_decoder, load_tokenizer, resolve_model
 from probescore_server.backbone.placeholders import placeholder_tokens
 from probescore_server.backbone.rotary import max_unchanged_positions
+from probescore_server.backbone.selection import choose_backbone
 from probescore_server.backbone.taps import TapReader, layers_needed
-from probescore_server.backbone.texts import TextEncoder
+from probescore_server.backbone.tokenizer import TextEncoder
 from probescore_server.engine.device_memory import Residence
 from probescore_server.errors import ModelRefused
 from probescore_server.probes.admission import check_accepted_names, check_fits, is_accepted, probe_info, read_probe_files

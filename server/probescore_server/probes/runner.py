@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from probescore.reductions import Reduction
 from probescore.types import CompletionScores, CompletionStatus, ProbeScores, Tap, score_keys
 from probescore_server.activity import ACTIVITY
-from probescore_server.backbone.activations import Activations
+from probescore_server.backbone.base import Activations
 from probescore_server.backbone.forest import Forest, Placement
 from probescore_server.probes.layout import Asked, Readings, Rows
 from probescore_server.probes.loading import LoadedProbe, Member

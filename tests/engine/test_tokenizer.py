@@ -15,8 +15,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from probescore.types import Chat, ChatMessage, Text
-from probescore_server.backbone.texts import TextEncoder
 from probescore_server.backbone.time_limit import TookTooLong, time_limit
+from probescore_server.backbone.tokenizer import TextEncoder
 from probescore_server.errors import InvalidRequest, LimitExceeded
 from probescore_server.validation import ChatLimits
 

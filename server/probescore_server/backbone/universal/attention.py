@@ -15,7 +15,7 @@ import torch
 from transformers import AttentionInterface
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from probescore_server.backbone.loading import Decoder
+from probescore_server.backbone.model_loading import Decoder
 
 CAUSAL_ATTENTION = "probescore_causal"
 """Name under which transformers knows ``causal_attention``; registered without a mask function, so that no mask is made for it."""

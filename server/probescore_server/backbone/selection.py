@@ -11,13 +11,13 @@ import torch
 from torch.nn.attention.varlen import varlen_attn
 
 from probescore.types import Tap
-from probescore_server.backbone.activations import Backbone
-from probescore_server.backbone.loading import Decoder
-from probescore_server.backbone.packability import packed_refusal
-from probescore_server.backbone.packed import PackedBackbone
+from probescore_server.backbone.base import Backbone
+from probescore_server.backbone.model_loading import Decoder
+from probescore_server.backbone.packed.attention import Kernel
+from probescore_server.backbone.packed.backbone import PackedBackbone
+from probescore_server.backbone.packed.support import packed_refusal
 from probescore_server.backbone.self_test import SelfTest, small_forest, universal_backbone
 from probescore_server.backbone.taps import TapReader
-from probescore_server.backbone.varlen import Kernel
 
 logger = structlog.get_logger(__name__)
 

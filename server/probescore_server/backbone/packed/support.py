@@ -7,11 +7,11 @@ from collections.abc import Iterator
 
 import torch
 
-from probescore_server.backbone.attention import UnknownAttention, attending
-from probescore_server.backbone.loading import Decoder
+from probescore_server.backbone.model_loading import Decoder
+from probescore_server.backbone.packed.attention import MAX_HEAD_DIM, PACKED_ATTENTION, kernel_head_dim
 from probescore_server.backbone.rotary import changing_rope_types
 from probescore_server.backbone.self_test import ROW_ERROR_BOUND
-from probescore_server.backbone.varlen import MAX_HEAD_DIM, PACKED_ATTENTION, kernel_head_dim
+from probescore_server.backbone.universal.attention import UnknownAttention, attending
 
 _KNOWN_LAYERS = frozenset({"full_attention", "sliding_attention"})
 _REHEARSAL_TOKENS = 32

@@ -15,8 +15,8 @@ from torch.nn import functional
 from torch.nn.attention.varlen import AuxRequest
 from transformers import AttentionInterface
 
-from probescore_server.backbone.attention import UnknownAttention, check_plain
 from probescore_server.backbone.kv_cache import KeyValues
+from probescore_server.backbone.universal.attention import UnknownAttention, check_plain
 
 PACKED_ATTENTION = "probescore_packed"
 """Name under which transformers knows this attention; registered without a mask function, so that no mask is made for it."""

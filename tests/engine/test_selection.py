@@ -12,10 +12,10 @@ import varlen_reference
 from packed_models import open_decoder, packable_decoder
 
 from probescore.types import Tap
-from probescore_server.backbone.choosing import _kernel_refusal, choose_backbone
-from probescore_server.backbone.loading import Decoder
+from probescore_server.backbone.model_loading import Decoder
+from probescore_server.backbone.packed.attention import Kernel
+from probescore_server.backbone.selection import _kernel_refusal, choose_backbone
 from probescore_server.backbone.taps import TapReader
-from probescore_server.backbone.varlen import Kernel
 
 
 def chosen(decoder: Decoder, kernel: Kernel | None) -> tuple[str, str, list[str]]:

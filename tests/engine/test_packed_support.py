@@ -8,7 +8,7 @@ import pytest
 import torch
 from packed_models import PACKABLE, open_decoder, packable_decoder
 
-from probescore_server.backbone.packability import packed_refusal
+from probescore_server.backbone.packed.support import packed_refusal
 
 HYBRID = {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 8}
 CONVOLUTIONS = {"layer_types": ["conv", "full_attention", "conv", "full_attention"]}

@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 from torch.nn.attention.varlen import varlen_attn
 
 from probescore.types import Tap
-from probescore_server.backbone.activations import Activations, nothing
-from probescore_server.backbone.attention import attending
+from probescore_server.backbone.base import Activations, nothing
 from probescore_server.backbone.forest import Forest
 from probescore_server.backbone.kv_cache import KeyValueCache, KeyValues, length_of
-from probescore_server.backbone.loading import Decoder
+from probescore_server.backbone.model_loading import Decoder
+from probescore_server.backbone.packed.attention import PACKED_ATTENTION, Kernel, PackedAttention, PackedPlan
 from probescore_server.backbone.taps import RowMap, TapReader
-from probescore_server.backbone.varlen import PACKED_ATTENTION, Kernel, PackedAttention, PackedPlan
+from probescore_server.backbone.universal.attention import attending
 
 MAX_PASS_TOKENS = 16_384
 """Tokens of one row: bounds a pass's activations."""

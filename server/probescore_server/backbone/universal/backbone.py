@@ -18,12 +18,12 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from probescore.types import Tap
-from probescore_server.backbone.activations import Activations, nothing
-from probescore_server.backbone.attention import attending
+from probescore_server.backbone.base import Activations, nothing
 from probescore_server.backbone.forest import Forest
 from probescore_server.backbone.kv_cache import KeyValueCache, KeyValues, length_of
-from probescore_server.backbone.loading import Decoder
+from probescore_server.backbone.model_loading import Decoder
 from probescore_server.backbone.taps import TapReader
+from probescore_server.backbone.universal.attention import attending
 
 CHUNK_TOKENS = 2048
 """Tokens of one forward at most: bounds what a long rollout needs at once. More would not be faster."""
