@@ -13,7 +13,7 @@ TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test unit lint format types imports proto proto-check baseline test-client-versions test-trainers test-trainers-newest test-deploy \
-  sweep parity parity-trained mutants bench \
+  sweep parity parity-trained mutants schema bench \
   bench-full clean
 
 help: ## Show this list
@@ -133,6 +133,9 @@ sweep: $(INSTALLED) ## Random probe graphs until 500 are accepted: none may scor
 
 parity: $(INSTALLED) ## Every family of models beside plain Hugging Face, and each setting of their configs; writes the table in docs/parity.md
 	$(TEST_ENV) PYTHONPATH=tests:tests/e2e $(BIN)/python tests/e2e/parity_table.py
+
+schema: $(INSTALLED) ## Write the JSON Schema of the manifest into docs
+	$(BIN)/python -c 'from probescore_server.probes.format.manifest import manifest_schema; print(manifest_schema(), end="")' > docs/probe-manifest.schema.json
 
 mutants: $(INSTALLED) ## Break the code on purpose; each break must be caught by a test
 	$(TEST_ENV) $(BIN)/python tests/mutations/run.py

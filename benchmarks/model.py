@@ -15,7 +15,7 @@ from rich.progress import track
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
 
-from probescore_server.probes import ReferenceModel, Tolerance, linear_probe, write_probe
+from probescore_probes import ReferenceModel, Tolerance, linear_probe, write_probe
 
 FOLDER = Path("build/bench")
 

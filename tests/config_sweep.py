@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModel
 
-from probescore_server.probes.fingerprints import model_fingerprint
+from probescore_server.probes.format.fingerprints import model_fingerprint
 
 # `tie_word_embeddings` says which of two names an embedding is read from, and the models here store both.
 _NOT_A_SETTING = ("architectures", "model_type", "dtype", "torch_dtype", "transformers_version", "tie_word_embeddings")

@@ -11,10 +11,10 @@ from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import load_file
 
 from probescore.types import ScoreUnit
-from probescore_server.probes.exporting import onnx_probe
-from probescore_server.probes.probe_file import ProbeFile
-from probescore_server.probes.reference import ReferenceModel
-from probescore_server.probes.writing import write_probe
+from probescore_probes.exporting import onnx_probe
+from probescore_probes.reference import ReferenceModel
+from probescore_probes.writing import write_probe
+from probescore_server.probes.format.probe_file import ProbeFile
 
 ENDLESS, SLOW, HUNGRY = 77, 78, 79
 """Token ids: a graph that sees the first never ends, the second takes `slow_steps`, the third asks for `HUNGRY_BYTES`."""

@@ -12,9 +12,9 @@ from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import load_file
 
 from probescore.types import ScoreUnit
-from probescore_server.probes.exporting import onnx_probe
-from probescore_server.probes.reference import ReferenceModel
-from probescore_server.probes.writing import write_probe
+from probescore_probes.exporting import onnx_probe
+from probescore_probes.reference import ReferenceModel
+from probescore_probes.writing import write_probe
 
 ENDLESS, SLOW = 80, 81
 """Tokens: hours, and some tenths of a second."""

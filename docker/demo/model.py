@@ -13,7 +13,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from probescore_server.probes import CalibrationRecord, ReferenceModel, linear_probe, write_probe
+from probescore_probes import CalibrationRecord, ReferenceModel, linear_probe, write_probe
 
 VOCAB_SIZE = 1000
 HIDDEN_SIZE = 64

@@ -11,7 +11,7 @@ import numpy as np
 from sampling import Rollout
 from sklearn.linear_model import LogisticRegression
 
-from probescore_server.probes import CalibrationRecord, ReferenceModel, Training, calibrate, sklearn_probe, write_probe
+from probescore_probes import CalibrationRecord, ReferenceModel, Training, calibrate, sklearn_probe, write_probe
 
 TAP = "resid_post.1"
 REDUCTION = "mean"

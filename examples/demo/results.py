@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 from sampling import Rollout
 
-from probescore_server.probes import Evaluation, evaluate_auroc
+from probescore_probes import Evaluation, evaluate_auroc
 
 PROBE_AT_LEAST = 0.9
 BASELINE_AT_MOST = 0.7

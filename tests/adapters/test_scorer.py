@@ -21,7 +21,7 @@ from running_server import RunningServer, start_server
 from probescore import Chat, DeadlineExceededError, InvalidRequestError, MismatchError, UnavailableError
 from probescore_adapters import GuardRails, Policy, ProbeScorer, ProbeSignal, Rollout, SignalError, Unscorable, score_rollouts
 from probescore_adapters.job import job_from_environment
-from probescore_server.probes import ReferenceModel
+from probescore_probes import ReferenceModel
 
 RAW = ProbeSignal("cheating", mode="reward")
 random = np.random.default_rng(1)

@@ -14,7 +14,7 @@ from models import BOS, HIDDEN_SIZE, VOCAB_SIZE, tiny_model
 from running_server import RunningServer, start_server
 
 from probescore import ProbeClient
-from probescore_server.probes import ReferenceModel, calibrate, linear_probe, write_probe
+from probescore_probes import ReferenceModel, calibrate, linear_probe, write_probe
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from models import BOS, HIDDEN_SIZE, VOCAB_SIZE, tiny_model
 
-from probescore_server.probes.exporting import linear_probe
-from probescore_server.probes.manifest import CalibrationRecord
-from probescore_server.probes.reference import ReferenceModel
-from probescore_server.probes.writing import write_probe
+from probescore_probes.exporting import linear_probe
+from probescore_probes.reference import ReferenceModel
+from probescore_probes.writing import write_probe
+from probescore_server.probes.format.manifest import CalibrationRecord
 
 
 @pytest.fixture(scope="session")

@@ -15,9 +15,9 @@ from models import BOS, HIDDEN_SIZE, VOCAB_SIZE, tiny_model
 from running_server import RunningServer
 from running_server import start_server as start
 
-from probescore_server.probes.exporting import linear_probe
-from probescore_server.probes.reference import ReferenceModel
-from probescore_server.probes.writing import write_probe
+from probescore_probes.exporting import linear_probe
+from probescore_probes.reference import ReferenceModel
+from probescore_probes.writing import write_probe
 
 StartServer = Callable[..., RunningServer]
 

@@ -16,9 +16,9 @@ from transformers import AutoTokenizer
 
 from probescore import tokenizer_fingerprint
 from probescore.types import Completion, CompletionScores, OutputPer, RolloutGroup, ScoreResult, ScoreUnit
-from probescore_server.probes.fingerprints import model_fingerprint
-from probescore_server.probes.manifest import Golden, GoldenCase, Manifest, ModelReference, Output, TapInput
-from probescore_server.probes.probe_file import UNSEALED, write_probe_file
+from probescore_server.probes.format.fingerprints import model_fingerprint
+from probescore_server.probes.format.manifest import Golden, GoldenCase, Manifest, ModelReference, Output, TapInput
+from probescore_server.probes.format.probe_file import UNSEALED, write_probe_file
 
 _random = np.random.default_rng(7)
 

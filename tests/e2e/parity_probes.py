@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from parity_models import HIDDEN
 
 from probescore.types import OutputPer
-from probescore_server.probes.manifest import Context
+from probescore_server.probes.format.manifest import Context
 
 Array = NDArray[np.floating[Any]]
 Weights = dict[str, NDArray[np.float32]]

@@ -27,13 +27,13 @@ from parity_probes import LINEAR
 from transformers import AutoModel
 
 from probescore.types import Tap
+from probescore_probes.reference import reference_activations
 from probescore_server import Engine
 from probescore_server.backbone.model_loading import Decoder, load_decoder
 from probescore_server.backbone.packed.support import packed_refusal
 from probescore_server.backbone.selection import choose_backbone
 from probescore_server.backbone.taps import TapReader
 from probescore_server.errors import ModelRefused
-from probescore_server.probes.reference import reference_activations
 
 DOCS = Path(__file__).parents[2] / "docs" / "parity.md"
 BOUND = 1e-4

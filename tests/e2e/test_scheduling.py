@@ -19,9 +19,9 @@ from running_server import RunningServer
 
 from probescore import OutOfMemoryError, ProbeClient, RolloutGroup
 from probescore.v1 import scoring_pb2
-from probescore_server.probes.exporting import linear_probe
-from probescore_server.probes.reference import ReferenceModel
-from probescore_server.probes.writing import write_probe
+from probescore_probes.exporting import linear_probe
+from probescore_probes.reference import ReferenceModel
+from probescore_probes.writing import write_probe
 
 StartServer = Callable[..., RunningServer]
 

@@ -24,7 +24,7 @@ from probescore import Completion, RolloutGroup
 from probescore.types import CompletionStatus
 from probescore_server import Engine
 from probescore_server.errors import InvalidRequest, ModelRefused, ProbeRefused, StartupError
-from probescore_server.probes.manifest import METADATA_KEY
+from probescore_server.probes.format.manifest import METADATA_KEY
 
 PROBE = Probe(LINEAR, ("resid_post.1",))
 PROMPT, ANSWER = [BOS, 17, 42, 9], [33, 90, 71, 78, 60, 12]

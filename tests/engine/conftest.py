@@ -8,8 +8,8 @@ import pytest
 from engine_probes import Probe
 from models import tiny_model
 
+from probescore_probes.reference import ReferenceModel
 from probescore_server import Engine
-from probescore_server.probes.reference import ReferenceModel
 
 
 @pytest.fixture(scope="session")

@@ -13,10 +13,10 @@ from models import HIDDEN_SIZE
 from numpy.typing import NDArray
 
 from probescore.types import ScoreUnit
-from probescore_server.probes.exporting import ProbeFunction, linear_probe, onnx_probe
-from probescore_server.probes.manifest import Context
-from probescore_server.probes.reference import ReferenceModel
-from probescore_server.probes.writing import write_probe
+from probescore_probes.exporting import ProbeFunction, linear_probe, onnx_probe
+from probescore_probes.reference import ReferenceModel
+from probescore_probes.writing import write_probe
+from probescore_server.probes.format.manifest import Context
 
 Array = NDArray[np.float64]
 

@@ -15,13 +15,13 @@ from models import BOS, HIDDEN_SIZE, tiny_model
 from torch import Tensor, nn
 
 from probescore.types import RolloutGroup, ScoreUnit
+from probescore_probes.exporting import onnx_probe, torch_probe
+from probescore_probes.reference import ReferenceModel
 from probescore_server import Engine
 from probescore_server.errors import ProbeRefused
-from probescore_server.probes import session_scores
-from probescore_server.probes.exporting import onnx_probe, torch_probe
-from probescore_server.probes.independence import LONGEST_SHARE, QUADRATIC_CALL, SEQUENCES
-from probescore_server.probes.manifest import Context
-from probescore_server.probes.reference import ReferenceModel
+from probescore_server.probes.format.manifest import Context
+from probescore_server.probes.loading.independence import LONGEST_SHARE, QUADRATIC_CALL, SEQUENCES
+from probescore_server.probes.scoring import onnx_scores
 
 ROOT = Path(__file__).resolve().parents[2]
 THREE = (*GOLDEN, ([1, 8], [30, 40, 50]))
@@ -85,7 +85,7 @@ def test_a_graph_that_is_right_for_its_golden_rollouts_only_is_neither_written_n
     with pytest.raises(ProbeRefused, match="do not depend on its neighbours"):
         probe.write(tmp_path, reference)
     # whoever else writes such a file
-    monkeypatch.setattr("probescore_server.probes.writing.check_graph_computes", lambda *_: None)
+    monkeypatch.setattr("probescore_probes.writing.check_graph_computes", lambda *_: None)
     path = probe.write(tmp_path, reference)
     with pytest.raises(ProbeRefused, match="do not depend on its neighbours"):
         Engine.load(str(tiny_model()), [path])
@@ -129,7 +129,7 @@ def test_a_sequence_longer_than_a_call_is_scored_in_pieces_that_each_see_their_w
     session = engine._probes["documented@1"].runs
     run = session.run  # type: ignore[union-attr]
     monkeypatch.setattr(session, "run", lambda rows, *rest: (calls.append(len(next(iter(rows.values())))), run(rows, *rest))[1])
-    monkeypatch.setattr("probescore_server.probes.session_scores.MAX_ROWS_PER_CALL", 30)
+    monkeypatch.setattr("probescore_server.probes.scoring.onnx_scores.MAX_ROWS_PER_CALL", 30)
     pieces = engine.score([RolloutGroup([BOS], completions)], token_scores="all")
     assert max(calls) == 30
     for one, other in zip(whole.groups[0], pieces.groups[0], strict=True):
@@ -158,7 +158,7 @@ def test_no_call_is_larger_than_what_the_graph_was_tried_with(load: Callable[...
 def test_a_sequence_longer_than_any_that_was_tried_in_company_makes_a_call_by_itself(place: int) -> None:
     short = [np.arange(3)] * 8
     sequences = [*short[:place], np.arange(QUADRATIC_CALL // LONGEST_SHARE + 1), *short[place:]]
-    batches = list(session_scores._batches(sequences, QUADRATIC_CALL))
+    batches = list(onnx_scores._batches(sequences, QUADRATIC_CALL))
     assert [len(sequence) for batch in batches for sequence in batch] == [len(sequence) for sequence in sequences]
     assert all(len(batch) == 1 or max(map(len, batch)) <= QUADRATIC_CALL // LONGEST_SHARE for batch in batches)
 

@@ -15,7 +15,7 @@ from models import BOS
 from probescore import RolloutGroup, Text
 from probescore_server.backbone.kv_cache import KeyValueCache
 from probescore_server.engine.device_memory import Residence
-from probescore_server.probes.session import ProbeSession
+from probescore_server.probes.loading.onnx_session import ProbeSession
 from probescore_server.validation import resolve_options, resolve_rollouts
 
 PROBES = (linear(), running_mean(sees_prompt=True), pooled_mean())

@@ -16,8 +16,8 @@ from slow_probe import ENDLESS, SLOW, write_slow_probe
 from probescore.reductions import Reduction
 from probescore.types import Completion, RolloutGroup, Span
 from probescore_server import Engine
-from probescore_server.probes import session_scores
-from probescore_server.probes.wanted import GivenUp, GraphWatch, Wanted
+from probescore_server.probes.scoring import onnx_scores
+from probescore_server.probes.scoring.wanted import GivenUp, GraphWatch, Wanted
 from probescore_server.rollouts import Rollout, RolloutResult
 from probescore_server.validation import resolve_options, resolve_rollouts
 
@@ -91,7 +91,7 @@ def test_a_graph_that_somebody_waits_for_goes_on(engine: Engine) -> None:
 
 
 def test_a_neighbour_of_what_is_given_up_is_scored_as_if_alone(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session_scores, "MAX_ROWS_PER_CALL", 2)  # a call of the graph for each
+    monkeypatch.setattr(onnx_scores, "MAX_ROWS_PER_CALL", 2)  # a call of the graph for each
     batch = rollouts(engine, [50, ENDLESS], [51, 52], [53, ENDLESS])
     expected = value(engine.score_rollouts(batch[1:2])[0])
     end = time.monotonic() + 0.5
@@ -110,7 +110,7 @@ def test_reductions_that_nobody_waits_for_end() -> None:
     wanted = Wanted(is_cancelled)
     tokens, selections = np.zeros((3, 2), np.float32), np.ones((100, 3), np.bool_)
     with pytest.raises(GivenUp):
-        session_scores.reduce_selections(tokens, selections, [Reduction.parse("mean")], lambda: wanted.check(7))
+        onnx_scores.reduce_selections(tokens, selections, [Reduction.parse("mean")], lambda: wanted.check(7))
     assert asked == [7] * 6
 
 
@@ -119,7 +119,7 @@ def test_a_cancel_between_reductions_leaves_that_rollout_out(probe: str, engine:
     if probe == "linear":
         from engine_probes import linear
 
-        from probescore_server.probes.reference import ReferenceModel
+        from probescore_probes.reference import ReferenceModel
 
         engine = Engine.load(str(tiny_model()), [linear().write(tmp_path, ReferenceModel.load(tiny_model()))])
     spans = tuple(Span(f"s{index}", 0, 2) for index in range(50))

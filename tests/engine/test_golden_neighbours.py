@@ -17,12 +17,12 @@ from models import HIDDEN_SIZE, VOCAB_SIZE, tiny_model
 from safetensors.torch import load_file, save_file
 
 from probescore.types import ScoreUnit
+from probescore_probes import FollowUp, Tolerance, linear_probe, onnx_probe, write_probe
+from probescore_probes.reference import ReferenceModel
 from probescore_server import Engine
 from probescore_server.errors import ProbeRefused
-from probescore_server.probes import FollowUp, Tolerance, linear_probe, onnx_probe, write_probe
-from probescore_server.probes.manifest import Manifest, Neighbour, TapInput, manifest_digest, neighbouring_places
-from probescore_server.probes.probe_file import ProbeFile, read_probe_file, write_probe_file
-from probescore_server.probes.reference import ReferenceModel
+from probescore_server.probes.format.manifest import Manifest, Neighbour, TapInput, manifest_digest, neighbouring_places
+from probescore_server.probes.format.probe_file import ProbeFile, read_probe_file, write_probe_file
 
 LAYERS = 12
 STATED = 6
@@ -135,12 +135,12 @@ def test_rows_of_the_token_beside_are_refused(
 ) -> None:
     """Scores that change little from token to token, so that the tolerance alone would let them pass."""
     from probescore_server.backbone.base import Activations
-    from probescore_server.probes import runner
+    from probescore_server.probes.scoring import batch_scorer
 
     file = tmp_path / "probe.onnx"
     running_mean(golden=GOLDEN, tolerance=Tolerance(float32=0.1, bfloat16=0.5, float16=0.5)).write(tmp_path, author).rename(file)
     Engine.load(str(small_steps), [file], dtype=dtype)
-    made = runner.BatchScorer.__init__
+    made = batch_scorer.BatchScorer.__init__
 
     def beside(self, info, probes, special_ids, rollouts, forest, activations, wanted) -> None:  # type: ignore[no-untyped-def]
         rows = {}
@@ -152,7 +152,7 @@ def test_rows_of_the_token_beside_are_refused(
                 rows[tap][start:stop] = found[read]
         made(self, info, probes, special_ids, rollouts, forest, Activations(rows, activations.starts), wanted)
 
-    monkeypatch.setattr(runner.BatchScorer, "__init__", beside)
+    monkeypatch.setattr(batch_scorer.BatchScorer, "__init__", beside)
     assert refusal(small_steps, file, dtype).field.startswith("golden")
 
 
@@ -279,7 +279,7 @@ def test_a_file_that_was_written_without_neighbours_keeps_its_digest() -> None:
 def test_neighbours_that_do_not_fit_the_golden_scores_are_refused(
     author: ReferenceModel, tmp_path: Path, change: dict[str, object], field: str
 ) -> None:
-    from probescore_server.probes.manifest import METADATA_KEY
+    from probescore_server.probes.format.manifest import METADATA_KEY
 
     file = write(tmp_path / "probe.onnx", author, "resid_post.6")
     model = onnx.load(file)

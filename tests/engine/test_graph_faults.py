@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from models import BOS, HIDDEN_SIZE, tiny_model
 
 from probescore.types import CompletionStatus, RolloutGroup, ScoreUnit, Tap
+from probescore_probes.exporting import onnx_probe
 from probescore_server import Engine
 from probescore_server.backbone.base import Activations
 from probescore_server.backbone.forest import Forest, ProbeReads
-from probescore_server.probes.exporting import onnx_probe
-from probescore_server.probes.graph import GraphFailed
-from probescore_server.probes.runner import BatchScorer
-from probescore_server.probes.session import ProbeSession
-from probescore_server.probes.wanted import Wanted
+from probescore_server.probes.format.graph import GraphFailed
+from probescore_server.probes.loading.onnx_session import ProbeSession
+from probescore_server.probes.scoring.batch_scorer import BatchScorer
+from probescore_server.probes.scoring.wanted import Wanted
 from probescore_server.validation import resolve_options, resolve_rollouts
 
 TAP = Tap("resid_post", 1)

@@ -18,13 +18,13 @@ from models import BOS, HIDDEN_SIZE, LAYERS, MAX_POSITIONS, VOCAB_SIZE, tiny_mod
 from safetensors.torch import load_file, save_file
 
 from probescore.types import RolloutGroup, Tap
+from probescore_probes.reference import ReferenceModel
 from probescore_server import Engine
 from probescore_server.backbone.model_loading import load_decoder
 from probescore_server.backbone.taps import layers_needed
 from probescore_server.errors import InvalidRequest, ModelRefused, ProbeRefused
-from probescore_server.probes.manifest import FollowUp, Tolerance
-from probescore_server.probes.probe_file import read_probe_file, write_probe_file
-from probescore_server.probes.reference import ReferenceModel
+from probescore_server.probes.format.manifest import FollowUp, Tolerance
+from probescore_server.probes.format.probe_file import read_probe_file, write_probe_file
 
 Load = Callable[..., Engine]
 

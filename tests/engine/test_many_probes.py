@@ -16,17 +16,17 @@ from hypothesis import strategies as st
 from models import BOS, EOS, HIDDEN_SIZE, tiny_model
 
 from probescore.types import Completion, CompletionScores, CompletionStatus, RolloutGroup, Scope, ScoreUnit, Span, Tap
+from probescore_probes.exporting import linear_probe, onnx_probe
+from probescore_probes.reference import ReferenceModel
 from probescore_server import Engine
 from probescore_server.backbone.base import Activations
 from probescore_server.backbone.forest import Forest, ProbeReads
-from probescore_server.probes.exporting import linear_probe, onnx_probe
-from probescore_server.probes.loading import LoadedProbe, Member
-from probescore_server.probes.manifest import FollowUp
-from probescore_server.probes.probe_file import read_probe_file
-from probescore_server.probes.reference import ReferenceModel
-from probescore_server.probes.runner import BatchScorer
-from probescore_server.probes.session import ProbeSession
-from probescore_server.probes.wanted import Wanted
+from probescore_server.probes.format.manifest import FollowUp
+from probescore_server.probes.format.probe_file import read_probe_file
+from probescore_server.probes.loading.loader import LoadedProbe, Member
+from probescore_server.probes.loading.onnx_session import ProbeSession
+from probescore_server.probes.scoring.batch_scorer import BatchScorer
+from probescore_server.probes.scoring.wanted import Wanted
 from probescore_server.validation import resolve_options, resolve_rollouts
 
 RANDOM = np.random.default_rng(5)
@@ -179,7 +179,7 @@ GROUPS = [RolloutGroup([BOS, 40, 41], [[50, 51, 52, EOS], Completion([53, 54], m
 @pytest.mark.parametrize("scope", Scope)
 def test_what_is_held_at_once_changes_nothing(engines: Engines, monkeypatch: pytest.MonkeyPatch, limit: str, scope: Scope) -> None:
     groups = GROUPS if scope is not Scope.PROMPT else [RolloutGroup([BOS, 40, 41], [[50, 51]])]
-    monkeypatch.setattr(f"probescore_server.probes.stacked_scores.{limit}", 20)
+    monkeypatch.setattr(f"probescore_server.probes.scoring.stacked_scores.{limit}", 20)
     assert_same(engines, groups, scope=scope, token_scores=["two", "four"], reductions=["mean", "max"])
 
 

@@ -15,11 +15,11 @@ from structlog.testing import capture_logs
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from probescore.types import Tap
+from probescore_probes import ReferenceModel, Tolerance, linear_probe, read_probe_file, write_probe, write_probe_file
+from probescore_probes.float64 import float64_activations
 from probescore_server import Engine
 from probescore_server.errors import ProbeRefused
-from probescore_server.probes import ReferenceModel, Tolerance, linear_probe, read_probe_file, write_probe, write_probe_file
-from probescore_server.probes.float64 import float64_activations
-from probescore_server.probes.manifest import TapInput
+from probescore_server.probes.format.manifest import TapInput
 
 RANDOM = np.random.default_rng(0)
 DIRECTION = RANDOM.standard_normal(HIDDEN)
@@ -90,7 +90,7 @@ def test_what_the_author_says_is_not_measured(reference: ReferenceModel, tmp_pat
 
 def test_a_reference_too_inexact_to_check_by_is_refused(reference: ReferenceModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Given less patience with it than there is, since nothing small is as inexact as that."""
-    monkeypatch.setattr("probescore_server.probes.writing.MAX_MEASURED_TOLERANCE", 2e-4)
+    monkeypatch.setattr("probescore_probes.writing.MAX_MEASURED_TOLERANCE", 2e-4)
     with pytest.raises(ProbeRefused, match=r"standard deviation from float64, expected at most 5e-05 ×: load it in float32") as refused:
         write(tmp_path / "probe.onnx", reference)
     assert refused.value.field == "golden"

@@ -15,11 +15,11 @@ from transformers import CONFIG_MAPPING, AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from probescore.types import Completion, RolloutGroup, Text
+from probescore_probes.reference import ReferenceModel
 from probescore_server import Engine
 from probescore_server.backbone.placeholders import placeholder_tokens
 from probescore_server.errors import InvalidRequest, ProbeRefused
-from probescore_server.probes.manifest import FollowUp
-from probescore_server.probes.reference import ReferenceModel
+from probescore_server.probes.format.manifest import FollowUp
 
 OF_TEXT = re.compile(r"_?((forced_)?[be]os|eod|pad|unk|sep|cls|mask|user|decoder_start|begin_suppress)_(token_ids?|token_index)")
 IMAGE, BEGIN, WORD = 40, 41, 42

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from models import HIDDEN_SIZE, tiny_model
 
 from probescore.types import Completion, CompletionScores, RolloutGroup, Scope, Span
+from probescore_probes.exporting import linear_probe
+from probescore_probes.reference import ReferenceModel
+from probescore_probes.writing import write_probe
 from probescore_server import Engine
 from probescore_server.errors import LimitExceeded
-from probescore_server.probes.exporting import linear_probe
-from probescore_server.probes.manifest import FollowUp
-from probescore_server.probes.reference import ReferenceModel
-from probescore_server.probes.writing import write_probe
+from probescore_server.probes.format.manifest import FollowUp
 from probescore_server.request_cost import RequestCost
 from probescore_server.validation import resolve_options, resolve_rollouts
 

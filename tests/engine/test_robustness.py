@@ -18,10 +18,10 @@ from models import BOS, HIDDEN_SIZE, tiny_model
 from safetensors.torch import load_file, save_file
 
 from probescore.types import Completion, CompletionScores, CompletionStatus, RolloutGroup, ScoreUnit, Tap
+from probescore_probes.exporting import linear_probe, onnx_probe
+from probescore_probes.reference import ReferenceModel
 from probescore_server import Engine
-from probescore_server.probes.exporting import linear_probe, onnx_probe
-from probescore_server.probes.reference import ReferenceModel
-from probescore_server.probes.runner import _without_non_finite
+from probescore_server.probes.scoring.batch_scorer import _without_non_finite
 from probescore_server.rollouts import Rollout
 from probescore_server.validation import resolve_options, resolve_rollouts
 

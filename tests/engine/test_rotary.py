@@ -10,10 +10,10 @@ from parity_models import BOS, HIDDEN, write_model
 from transformers import AutoConfig
 
 from probescore import RolloutGroup
+from probescore_probes import ReferenceModel, linear_probe, write_probe
 from probescore_server import Engine
 from probescore_server.backbone.rotary import changing_rope_types, max_unchanged_positions
 from probescore_server.errors import InvalidRequest
-from probescore_server.probes import ReferenceModel, linear_probe, write_probe
 
 LIMIT = 64
 LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}

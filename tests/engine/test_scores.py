@@ -14,9 +14,9 @@ from probescore import Reduction, ScoreOptions, reduce_scores
 from probescore._answers import AnswerCheck
 from probescore._client import score_request
 from probescore.types import Chat, Completion, CompletionScores, RolloutGroup, Scope, ScoreUnit, Span, Text
+from probescore_probes.reference import ReferenceModel
 from probescore_server import Engine
-from probescore_server.probes.manifest import FollowUp
-from probescore_server.probes.reference import ReferenceModel
+from probescore_server.probes.format.manifest import FollowUp
 
 Load = Callable[..., Engine]
 PROMPT, ANSWER = [BOS, 40, 41, 42], [50, 51, 52, 53, EOS]
@@ -307,7 +307,7 @@ def test_work_beyond_one_batch_is_split_and_answered_in_order(engine: Engine, mo
 def test_long_rollouts_are_scored_across_calls_of_the_graph(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     groups = [RolloutGroup(PROMPT, [ANSWER, ANSWER[::-1], ANSWER[:2]])]
     whole = engine.score(groups, token_scores="all")
-    monkeypatch.setattr("probescore_server.probes.session_scores.MAX_ROWS_PER_CALL", 3)
+    monkeypatch.setattr("probescore_server.probes.scoring.onnx_scores.MAX_ROWS_PER_CALL", 3)
     pieces = engine.score(groups, token_scores="all")
     for probe in ("linear", "running-mean", "running-mean-sees", "pooled-mean", "pooled-sees", "positioned"):
         close(pieces.values(probe), whole.values(probe))

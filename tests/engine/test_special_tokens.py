@@ -14,11 +14,11 @@ from models import EOS, PAD, tiny_model
 from structlog.testing import capture_logs
 
 from probescore.types import RolloutGroup
+from probescore_probes.reference import ReferenceModel
 from probescore_server import Engine
 from probescore_server.errors import ProbeRefused
-from probescore_server.probes.manifest import Manifest
-from probescore_server.probes.probe_file import read_probe_file, write_probe_file
-from probescore_server.probes.reference import ReferenceModel
+from probescore_server.probes.format.manifest import Manifest
+from probescore_server.probes.format.probe_file import read_probe_file, write_probe_file
 
 PROMPT, ANSWER = [1, 20, 33, 47], [9, PAD, 60, 31, EOS]
 WORD = 31

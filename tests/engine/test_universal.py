@@ -19,7 +19,7 @@ from probescore_server.backbone.kv_cache import KeyValueCache
 from probescore_server.backbone.model_loading import Decoder, load_decoder
 from probescore_server.backbone.self_test import SelfTest, universal_backbone
 from probescore_server.backbone.taps import TapReader
-from probescore_server.backbone.universal import backbone as universal_module
+from probescore_server.backbone.universal import backbone
 from probescore_server.backbone.universal.attention import CAUSAL_ATTENTION
 from probescore_server.backbone.universal.backbone import UniversalBackbone
 from probescore_server.backbone.universal.gated_mlp import multiply_in_place
@@ -53,7 +53,7 @@ def rows(activations: Activations, segment: int, forest: Forest) -> torch.Tensor
 @contextmanager
 def chunks_of(tokens: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with monkeypatch.context() as patch:
-        patch.setattr(universal_module, "CHUNK_TOKENS", tokens)
+        patch.setattr(backbone, "CHUNK_TOKENS", tokens)
         yield
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 import tomllib
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("client", "server", "trainer_adapters")
+PACKAGES = ("client", "server", "probes", "trainer_adapters")
 TESTS_FAILED = 1  # pytest's exit code; any other than this and 0 means that the tests did not run
 TIMEOUT_SECONDS = 600
 

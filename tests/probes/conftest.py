@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from models import VOCAB_SIZE, tiny_model
 
-from probescore_server.probes import ReferenceModel
+from probescore_probes import ReferenceModel
 
 Rollouts = list[tuple[list[int], list[int]]]
 

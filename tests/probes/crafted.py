@@ -13,8 +13,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from probescore_server.probes.manifest import METADATA_KEY, Manifest, manifest_digest
-from probescore_server.probes.probe_file import graph_digest
+from probescore_server.probes.format.manifest import METADATA_KEY, Manifest, manifest_digest
+from probescore_server.probes.format.probe_file import graph_digest
 
 HIDDEN = 8
 LAYERS = 4

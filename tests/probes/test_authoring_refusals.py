@@ -22,8 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from probescore.reductions import Reduction
 from probescore.types import ScoreUnit, Tap
-from probescore_server.errors import ModelRefused, ProbeRefused
-from probescore_server.probes import (
+from probescore_probes import (
     CalibrationRecord,
     Context,
     Evaluation,
@@ -41,6 +40,7 @@ from probescore_server.probes import (
     torch_probe,
     write_probe,
 )
+from probescore_server.errors import ModelRefused, ProbeRefused
 
 TAP = "resid_post.1"
 WEIGHT = np.random.default_rng(3).standard_normal(HIDDEN_SIZE)

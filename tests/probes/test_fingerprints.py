@@ -14,9 +14,9 @@ from parity_families import FAMILIES, write_family
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from probescore_probes import model_fingerprint
 from probescore_server.backbone.model_loading import load_decoder, resolve_model
 from probescore_server.errors import ModelRefused
-from probescore_server.probes import model_fingerprint
 
 SWEPT = ["Gemma 3", "Gemma 4", "GPT-OSS", "LFM2", "Falcon-H1", "MiniCPM3"]  # the others: make parity
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")

@@ -17,10 +17,10 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import MinMaxScaler, StandardScaler
 
 from probescore.types import ScoreUnit, Tap
-from probescore_server.probes.exporting import linear_probe, sklearn_probe, torch_probe
-from probescore_server.probes.graph import Signature
-from probescore_server.probes.graph_layers import read_network
-from probescore_server.probes.stacking import stack_networks
+from probescore_probes.exporting import linear_probe, sklearn_probe, torch_probe
+from probescore_server.probes.format.graph import Signature
+from probescore_server.probes.stacking.graph_reader import read_network
+from probescore_server.probes.stacking.stack import stack_networks
 
 RANDOM = np.random.default_rng(0)
 ROWS = RANDOM.standard_normal((20, HIDDEN_SIZE)).astype(np.float32)

@@ -17,11 +17,11 @@ from onnx import TensorProto, helper, numpy_helper
 from probescore._messages.server_info import probes_to_proto
 from probescore.types import CompletionScores, CompletionStatus, ProbeScores
 from probescore_server.errors import ProbeRefused
-from probescore_server.probes.admission import probe_info
-from probescore_server.probes.deviations import largest_deviation
-from probescore_server.probes.golden_check import check_golden
-from probescore_server.probes.manifest import METADATA_KEY, Manifest, manifest_digest
-from probescore_server.probes.probe_file import ProbeFile, graph_digest, read_probe_file
+from probescore_server.probes.format.manifest import METADATA_KEY, Manifest, manifest_digest
+from probescore_server.probes.format.probe_file import ProbeFile, graph_digest, read_probe_file
+from probescore_server.probes.loading.compatibility import probe_info
+from probescore_server.probes.loading.deviations import largest_deviation
+from probescore_server.probes.loading.golden_check import check_golden
 
 SEAL = "sha256:" + "0" * 64
 

@@ -15,9 +15,8 @@ from hypothesis import strategies as st
 
 from probescore.types import OutputPer, ScoreUnit, Tap
 from probescore_server.errors import ProbeRefused
-from probescore_server.probes.manifest import Golden, Manifest, TapInput, manifest_digest
-from probescore_server.probes.probe_file import UNSEALED, check_against_model, read_probe_file, write_probe_file
-from probescore_server.probes.schema import manifest_schema
+from probescore_server.probes.format.manifest import Golden, Manifest, TapInput, manifest_digest, manifest_schema
+from probescore_server.probes.format.probe_file import UNSEALED, check_against_model, read_probe_file, write_probe_file
 
 SCHEMA = jsonschema.Draft202012Validator(json.loads(manifest_schema()))
 MODEL = {"fingerprint": FINGERPRINT, "hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "tokenizer_fingerprint": TOKENIZER}
@@ -58,7 +57,7 @@ def test_what_a_reader_would_refuse_is_not_written_and_leaves_the_old_file(tmp_p
 
 
 def test_what_exceeds_the_size_limit_is_not_written(tmp_path, monkeypatch):
-    monkeypatch.setattr("probescore_server.probes.probe_file.MAX_FILE_BYTES", 100)
+    monkeypatch.setattr("probescore_server.probes.format.probe_file.MAX_FILE_BYTES", 100)
 
     with pytest.raises(ProbeRefused, match=r"file size: found .* expected at most 100"):
         write_probe_file(tmp_path / "probe.onnx", linear_graph(), draft())
@@ -177,7 +176,7 @@ def test_the_digest_does_not_depend_on_how_the_json_is_written(tmp_path):
 def test_the_schema_in_docs_is_fresh():
     published = Path(__file__).parents[2] / "docs" / "probe-manifest.schema.json"
 
-    assert published.read_text(encoding="utf-8") == manifest_schema(), "write it again with python -m probescore_server.probes.schema"
+    assert published.read_text(encoding="utf-8") == manifest_schema(), "write it again with make schema"
 
 
 def test_the_scale_of_the_tolerance_is_over_all_golden_rows():

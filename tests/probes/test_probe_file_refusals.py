@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from probescore_server.errors import ProbeRefused
-from probescore_server.probes.manifest import METADATA_KEY
-from probescore_server.probes.probe_file import parse_probe_file, read_probe_file
+from probescore_server.probes.format.manifest import METADATA_KEY
+from probescore_server.probes.format.probe_file import parse_probe_file, read_probe_file
 
 
 def refusal(path) -> ProbeRefused:

@@ -11,10 +11,10 @@ import torch
 from crafted import HIDDEN, craft, fields
 from structlog.testing import capture_logs
 
-from probescore_server.probes import stacking
-from probescore_server.probes.loading import LoadedProbe, Member, load_probes
-from probescore_server.probes.probe_file import read_probe_file
-from probescore_server.probes.session import ProbeSession
+from probescore_server.probes.format.probe_file import read_probe_file
+from probescore_server.probes.loading.loader import LoadedProbe, Member, load_probes
+from probescore_server.probes.loading.onnx_session import ProbeSession
+from probescore_server.probes.stacking import stack
 
 CPU = torch.device("cpu")
 RANDOM = np.random.default_rng(0)
@@ -58,7 +58,7 @@ def test_linear_probes_and_perceptrons_of_a_tap_are_one_stack_and_other_graphs_h
 
 def test_probe_that_a_stack_would_score_otherwise_keeps_its_session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # given an activation that torch would compute in another way
-    monkeypatch.setitem(stacking._TORCH, "Tanh", lambda x: torch.tanh(x) + 1e-3 * x)
+    monkeypatch.setitem(stack._TORCH, "Tanh", lambda x: torch.tanh(x) + 1e-3 * x)
     with capture_logs() as logs:
         loaded = load(tmp_path, ("a", LINEAR), ("b", MLP), ("c", LINEAR))
     assert isinstance(loaded["b@1"].runs, ProbeSession)

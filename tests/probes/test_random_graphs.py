@@ -19,19 +19,19 @@ from numpy.typing import NDArray
 from random_graphs import DISHONEST, NEEDS_SEQUENCES, OF_SEQUENCE, POSITIONED, ROW_BY_ROW, TAP, WIDTH, Recipe, Step, graph_of, recipes
 
 from probescore.types import Completion, CompletionStatus, ModelInfo, OutputPer, RolloutGroup, ScoreUnit, Tap
+from probescore_probes.exporting import ProbeFunction
+from probescore_probes.golden import ScoredRollout, check_graph_computes
 from probescore_server.backbone.base import Activations
 from probescore_server.backbone.forest import Forest, ProbeReads
 from probescore_server.errors import ProbeRefused
-from probescore_server.probes.admission import probe_info
-from probescore_server.probes.exporting import ProbeFunction
-from probescore_server.probes.golden import ScoredRollout, check_graph_computes
-from probescore_server.probes.graph import CU_SEQLENS, POSITIONS, GraphFailed, GraphInputs
-from probescore_server.probes.loading import LoadedProbe, load_probes, needs_trial, tried
-from probescore_server.probes.manifest import GoldenCase, Manifest
-from probescore_server.probes.probe_file import ProbeFile, read_probe_file
-from probescore_server.probes.runner import BatchScorer
-from probescore_server.probes.session import ProbeSession
-from probescore_server.probes.wanted import Wanted
+from probescore_server.probes.format.graph import CU_SEQLENS, POSITIONS, GraphFailed, GraphInputs
+from probescore_server.probes.format.manifest import GoldenCase, Manifest
+from probescore_server.probes.format.probe_file import ProbeFile, read_probe_file
+from probescore_server.probes.loading.compatibility import probe_info
+from probescore_server.probes.loading.loader import LoadedProbe, load_probes, needs_trial, tried
+from probescore_server.probes.loading.onnx_session import ProbeSession
+from probescore_server.probes.scoring.batch_scorer import BatchScorer
+from probescore_server.probes.scoring.wanted import Wanted
 from probescore_server.rollouts import EngineInfo
 from probescore_server.validation import resolve_options, resolve_rollouts
 

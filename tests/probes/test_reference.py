@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from probescore import tokenizer_fingerprint
 from probescore.types import Tap
+from probescore_probes import ReferenceModel, model_fingerprint, reference_activations
 from probescore_server.errors import ModelRefused
-from probescore_server.probes import ReferenceModel, model_fingerprint, reference_activations
 
 IDS = [1, 17, 9, 44, 31, 8, 23]
 HOOKS = ("resid_pre", "attn_out", "mlp_out", "resid_post")

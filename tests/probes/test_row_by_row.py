@@ -16,9 +16,9 @@ from sklearn.preprocessing import Normalizer, StandardScaler
 from torch_probes import Decaying, TopKFeature, TwoTaps, WindowedAttention
 
 from probescore.types import OutputPer, ScoreUnit, Tap
-from probescore_server.probes.exporting import sklearn_probe, torch_probe
-from probescore_server.probes.graph import Signature, check_graph, check_signature
-from probescore_server.probes.row_by_row import is_row_by_row
+from probescore_probes.exporting import sklearn_probe, torch_probe
+from probescore_server.probes.format.graph import Signature, check_graph, check_signature
+from probescore_server.probes.loading.row_by_row import is_row_by_row
 
 RANDOM = np.random.default_rng(0)
 SIGNATURE = Signature((Tap("resid_post", 1),), HIDDEN, 1)

@@ -68,10 +68,10 @@ from sklearn.svm import SVC, SVR, LinearSVC, NuSVC, OneClassSVM
 from sklearn.utils import all_estimators
 
 from probescore.types import ScoreUnit, Tap
-from probescore_server.probes import sklearn_probe
-from probescore_server.probes.exporting import ProbeFunction
-from probescore_server.probes.graph import Signature, check_graph, check_signature
-from probescore_server.probes.graph_layers import read_network
+from probescore_probes import sklearn_probe
+from probescore_probes.exporting import ProbeFunction
+from probescore_server.probes.format.graph import Signature, check_graph, check_signature
+from probescore_server.probes.stacking.graph_reader import read_network
 
 WIDTH, ROWS = 6, 90
 TAP = Tap("resid_post", 1)

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from probescore_server.probes.expressions import Apply, Constant, Expression, Input
-from probescore_server.probes.layers import Layer
-from probescore_server.probes.stacking import Layers, stack_networks
+from probescore_server.probes.stacking.expressions import Apply, Constant, Expression, Input
+from probescore_server.probes.stacking.network import Layer
+from probescore_server.probes.stacking.stack import Layers, stack_networks
 
 WIDTH, FEATURES = 6, 10
 CPU = torch.device("cpu")
@@ -93,7 +93,7 @@ def test_any_selection_of_networks_scores_as_each_alone(networks: list[Layers], 
 def test_long_inputs_are_scored_in_pieces(networks: list[Layers]) -> None:
     whole = scores(networks)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("probescore_server.probes.stacking.MAX_INNER_NUMBERS", 1)
+        patch.setattr("probescore_server.probes.stacking.stack.MAX_INNER_NUMBERS", 1)
         np.testing.assert_allclose(scores(networks), whole, rtol=0, atol=1e-5 * (1 + whole.std()))
 
 

@@ -10,9 +10,9 @@ from transformers import AutoModelForImageTextToText
 from vision_language_models import IMAGE, WRAPPERS, tiny_wrapper
 
 from probescore.types import RolloutGroup, Tap
+from probescore_probes import ReferenceModel, linear_probe, write_probe
 from probescore_server.engine.engine import Engine
 from probescore_server.errors import ModelRefused
-from probescore_server.probes import ReferenceModel, linear_probe, write_probe
 
 IDS = [1, 17, 9, 44, 31, 8, 23]
 OTHERS = [([1, 6, 70, 12], [15, 33, 8, 41, 77]), ([1, 6, 70, 12], [9, 5]), ([1, 60], [50, 51, 52])]

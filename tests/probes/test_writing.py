@@ -23,9 +23,7 @@ from sklearn.svm import LinearSVC
 from torch_probes import AttentionPooling, Decaying, JumpReluFeatures, Mlp, Smoothed, TopKFeature, TwoTaps, WindowedAttention
 
 from probescore.types import ScoreUnit, Tap
-from probescore_server import probes
-from probescore_server.errors import ProbeRefused
-from probescore_server.probes import (
+from probescore_probes import (
     Context,
     FollowUp,
     Tolerance,
@@ -36,6 +34,8 @@ from probescore_server.probes import (
     torch_probe,
     write_probe,
 )
+from probescore_server import probes
+from probescore_server.errors import ProbeRefused
 
 TAP = "resid_post.1"
 
@@ -418,7 +418,7 @@ def test_a_rollout_with_nothing_left_to_pool_is_an_error(write, reference, rollo
 
 def test_reading_imports_neither_torch_nor_transformers_nor_onnxruntime():
     code = (
-        "import sys; import probescore_server.probes.probe_file; from probescore_server.probes import read_probe_file; "
+        "import sys; import probescore_server.probes.format.probe_file; from probescore_probes import read_probe_file; "
         "print([name for name in ('torch', 'transformers', 'onnxruntime', 'sklearn', 'scipy') if name in sys.modules])"
     )
 

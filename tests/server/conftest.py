@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from models import BOS, HIDDEN_SIZE, tiny_model
 
-from probescore_server.probes.exporting import linear_probe
-from probescore_server.probes.reference import ReferenceModel
-from probescore_server.probes.writing import write_probe
+from probescore_probes.exporting import linear_probe
+from probescore_probes.reference import ReferenceModel
+from probescore_probes.writing import write_probe
 
 
 @pytest.fixture(scope="session")

@@ -20,10 +20,10 @@ from safetensors.torch import load_file, save_file
 from structlog.testing import capture_logs
 from watched_worker import running
 
+from probescore_probes import ReferenceModel, linear_probe, model_fingerprint, read_probe_file, write_probe
 from probescore_server import Engine
 from probescore_server.errors import ModelRefused, ProbeRefused, StartupError
 from probescore_server.files import UnfitFile, read_regular_file
-from probescore_server.probes import ReferenceModel, linear_probe, model_fingerprint, read_probe_file, write_probe
 from probescore_server.workers.handle import Pinned
 
 RANDOM = np.random.default_rng(0)

@@ -12,7 +12,7 @@ from hand_worker import OPTIONS, HandWorker, group, is_empty, names_of, schedule
 
 from probescore_server.errors import DeadlineExpired, QueueFull, WorkerUnavailable
 from probescore_server.rollouts import Continuation, Rollout
-from probescore_server.scheduling import queue as waiting
+from probescore_server.scheduling import queue
 
 # -------------------------------------------------------------------------------------------------------------------- batching
 
@@ -72,7 +72,7 @@ async def test_a_rollout_larger_than_a_batch_makes_a_batch_of_its_own() -> None:
 
 @pytest.mark.parametrize("shape", ["completions", "without tokens", "prompts", "calls", "follow-ups"])
 async def test_a_batch_is_bounded_however_short_its_rollouts_are(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(waiting, "MAX_CONTINUATIONS", 4)
+    monkeypatch.setattr(queue, "MAX_CONTINUATIONS", 4)
     worker = HandWorker(ready=False)
     scheduler = scheduler_for(worker, batch=10_000)
     names = [f"a{index}" for index in range(12)]

@@ -20,7 +20,7 @@ from watched_worker import Watched, running
 from probescore.types import Chat, ChatMessage, Text
 from probescore_server.errors import LostTwice, WorkerLost, WorkerUnavailable
 from probescore_server.validation import PendingText
-from probescore_server.workers import handle as worker_process
+from probescore_server.workers import handle
 from probescore_server.workers.text_turns import SHORT_BYTES
 from probescore_server.workers.tokenising import MAX_LOSSES, encode
 
@@ -31,7 +31,7 @@ PATIENCE = 20 * STEP
 
 @pytest.fixture(autouse=True)
 def poor_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker_process, "run_worker", harmed_worker.run_with_a_poor_tokenizer)
+    monkeypatch.setattr(handle, "run_worker", harmed_worker.run_with_a_poor_tokenizer)
 
 
 class Losses:

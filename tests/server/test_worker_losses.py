@@ -23,7 +23,7 @@ from probescore_server.backbone.kv_cache import KeyValueCache
 from probescore_server.engine.device_memory import Residence
 from probescore_server.errors import OutOfMemory, WorkerLost, WorkerUnavailable
 from probescore_server.settings import ServerSettings
-from probescore_server.workers import handle as worker_process
+from probescore_server.workers import handle
 from probescore_server.workers.main import DeviceLost, Failed, Sleep, Wake, WorkerSpec, _Worker
 
 
@@ -36,7 +36,7 @@ async def value_of(watched: Watched, *completion: int) -> float:
 async def test_a_device_that_is_lost_and_a_crash_cost_the_worker_and_what_it_computed_may_be_why(
     probes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker_process, "run_worker", harmed_worker.run_on_a_device_that_fails)
+    monkeypatch.setattr(handle, "run_worker", harmed_worker.run_on_a_device_that_fails)
     reasons: list[str] = []
     async with running(model=str(tiny_model()), probes=[str(probes)]) as watched:
         watched.worker._on_lost = reasons.append
@@ -53,7 +53,7 @@ async def test_a_device_that_is_lost_and_a_crash_cost_the_worker_and_what_it_com
 
 
 async def test_one_at_its_limit_says_that_memory_is_short_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker_process, "run_worker", harmed_worker.run_at_its_limit)
+    monkeypatch.setattr(handle, "run_worker", harmed_worker.run_at_its_limit)
     write_harmful_probe(tmp_path / "loop.onnx", tiny_model())
     async with running(model=str(tiny_model()), probes=[str(tmp_path)]) as watched:
         before = await value_of(watched, 7, 8)
@@ -68,7 +68,7 @@ async def test_one_that_the_kernel_kills_for_memory_is_told_from_one_that_somebo
 ) -> None:
     vmstat = tmp_path / "vmstat"
     vmstat.write_text("nr_free_pages 17\noom_kill 3\n")
-    monkeypatch.setattr(worker_process, "VMSTAT", vmstat)
+    monkeypatch.setattr(handle, "VMSTAT", vmstat)
     async with running(model=str(tiny_model()), probes=[str(probes)]) as watched:
         worker = watched.worker
         batch = rollouts_of(worker.info, RolloutGroup([BOS], [[7]]))

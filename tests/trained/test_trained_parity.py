@@ -20,10 +20,10 @@ from parity_bound import further_than_plain_float32
 from transformers import AutoModel, AutoTokenizer
 
 from probescore.types import RolloutGroup, Scope, ScoreUnit
+from probescore_probes.exporting import linear_probe
+from probescore_probes.reference import ReferenceModel
+from probescore_probes.writing import write_probe
 from probescore_server import Engine
-from probescore_server.probes.exporting import linear_probe
-from probescore_server.probes.reference import ReferenceModel
-from probescore_server.probes.writing import write_probe
 
 MIN_TOKENS = 10_000
 TAPS = [

@@ -76,7 +76,7 @@ def _make(folder: Path) -> None:
 
     from models import HIDDEN_SIZE, tiny_model
 
-    from probescore_server.probes import ReferenceModel, calibrate, linear_probe, write_probe
+    from probescore_probes import ReferenceModel, calibrate, linear_probe, write_probe
 
     shutil.copytree(tiny_model(), folder / "model")
     random = np.random.default_rng(0)

@@ -10,7 +10,7 @@ from rich.table import Table
 from probescore_server.cli.probe_tables import facts_table, safe
 
 if TYPE_CHECKING:
-    from probescore_server.probes.manifest import CalibrationRecord, Evaluation, Manifest
+    from probescore_server.probes.format.manifest import CalibrationRecord, Evaluation, Manifest
 
 
 def manifest_tables(manifest: Manifest) -> Iterator[Table]:

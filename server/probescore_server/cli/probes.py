@@ -37,7 +37,7 @@ def _list(address: Address = DEFAULT_ADDRESS, wait: Wait = 0) -> None:
 def _inspect(file: ProbeFileArgument) -> None:
     """Show who a probe is, after every check that needs no model."""
     with one_line_failures():
-        from probescore_server.probes.probe_file import read_probe_file
+        from probescore_server.probes.format.probe_file import read_probe_file
 
         probe = read_probe_file(file)
         console = new_console()

@@ -17,8 +17,8 @@ from probescore_server.backbone.model_loading import Decoder
 from probescore_server.engine.weight_offload import RETRY_SECONDS, WeightOffload
 from probescore_server.errors import WorkerUnavailable
 from probescore_server.failures import FailureKind, kind_of
-from probescore_server.probes.loading import LoadedProbe, Member
-from probescore_server.probes.session import ProbeSession
+from probescore_server.probes.loading.loader import LoadedProbe, Member
+from probescore_server.probes.loading.onnx_session import ProbeSession
 from probescore_server.rollouts import Occupancy
 
 STATM = Path("/proc/self/statm")

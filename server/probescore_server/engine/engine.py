@@ -43,14 +43,14 @@ from probescore_server.backbone.taps import TapReader, layers_needed
 from probescore_server.backbone.tokenizer import TextEncoder
 from probescore_server.engine.device_memory import Residence
 from probescore_server.errors import ModelRefused
-from probescore_server.probes.admission import check_accepted_names, check_fits, is_accepted, probe_info, read_probe_files
-from probescore_server.probes.fingerprints import model_fingerprint
-from probescore_server.probes.golden_check import check_golden, golden_rollouts
-from probescore_server.probes.loading import LoadedProbe, load_probes, needs_trial, tried
-from probescore_server.probes.manifest import Manifest
-from probescore_server.probes.probe_file import ProbeFile
-from probescore_server.probes.runner import BatchScorer
-from probescore_server.probes.wanted import Wanted
+from probescore_server.probes.format.fingerprints import model_fingerprint
+from probescore_server.probes.format.manifest import Manifest
+from probescore_server.probes.format.probe_file import ProbeFile
+from probescore_server.probes.loading.compatibility import check_accepted_names, check_fits, is_accepted, probe_info, read_probe_files
+from probescore_server.probes.loading.golden_check import check_golden, golden_rollouts
+from probescore_server.probes.loading.loader import LoadedProbe, load_probes, needs_trial, tried
+from probescore_server.probes.scoring.batch_scorer import BatchScorer
+from probescore_server.probes.scoring.wanted import Wanted
 from probescore_server.rollouts import Continuation, EngineInfo, Occupancy, Rollout, RolloutResult
 from probescore_server.validation import ChatLimits, TokenScoresWanted, pending_texts, resolve_options, resolve_rollouts
 

@@ -13,8 +13,8 @@ from probescore.types import OutputPer, Tap
 from probescore_server.activity import ACTIVITY
 from probescore_server.errors import ProbeRefused
 from probescore_server.failures import FailureKind, kind_of
-from probescore_server.probes.graph import GraphFailed, checked_scores
-from probescore_server.probes.probe_file import ProbeFile
+from probescore_server.probes.format.graph import GraphFailed, checked_scores
+from probescore_server.probes.format.probe_file import ProbeFile
 
 
 def session_device(device: torch.device) -> torch.device:

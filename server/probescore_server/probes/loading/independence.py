@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from probescore.types import Tap
 from probescore_server.errors import ProbeRefused
-from probescore_server.probes.graph import CU_SEQLENS, POSITIONS, GraphFailed, GraphInputs, WrongShape, subgraphs
-from probescore_server.probes.manifest import Manifest
+from probescore_server.probes.format.graph import CU_SEQLENS, POSITIONS, GraphFailed, GraphInputs, WrongShape, subgraphs
+from probescore_server.probes.format.manifest import Manifest
 
 Run = Callable[[GraphInputs], NDArray[np.float32]]
 """Computes a graph, ``(rows, labels)`` or ``(sequences, labels)``; raises ``GraphFailed`` where it cannot."""

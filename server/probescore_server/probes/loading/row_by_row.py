@@ -16,8 +16,8 @@ import onnx
 from numpy.typing import NDArray
 
 from probescore.types import OutputPer
-from probescore_server.probes.graph import POSITIONS, SCORES, Signature
-from probescore_server.probes.graph_layers import read_network
+from probescore_server.probes.format.graph import POSITIONS, SCORES, Signature
+from probescore_server.probes.stacking.graph_reader import read_network
 
 
 def is_row_by_row(model: onnx.ModelProto, signature: Signature) -> bool:

@@ -13,13 +13,12 @@ from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 
 from probescore.types import OutputPer, Tap, TokenIds
+from probescore_probes.exporting import ProbeFunction
+from probescore_probes.float64 import float64_activations
+from probescore_probes.reference import ReferenceModel
 from probescore_server.errors import ProbeRefused, StartupError
-from probescore_server.probes.deviations import largest_deviation
-from probescore_server.probes.exporting import ProbeFunction
-from probescore_server.probes.float64 import float64_activations
-from probescore_server.probes.graph import CU_SEQLENS, POSITIONS, GraphFailed, GraphInputs, Signature, checked_scores
-from probescore_server.probes.independence import Surroundings, check_author_agrees, cut, far_lengths, packed, rows_tried
-from probescore_server.probes.manifest import (
+from probescore_server.probes.format.graph import CU_SEQLENS, POSITIONS, GraphFailed, GraphInputs, Signature, checked_scores
+from probescore_server.probes.format.manifest import (
     MAX_FLOAT32,
     MAX_NEIGHBOUR_LABELS,
     Context,
@@ -32,8 +31,9 @@ from probescore_server.probes.manifest import (
     TapInput,
     neighbouring_places,
 )
-from probescore_server.probes.reference import ReferenceModel
-from probescore_server.probes.row_by_row import is_row_by_row
+from probescore_server.probes.loading.deviations import largest_deviation
+from probescore_server.probes.loading.independence import Surroundings, check_author_agrees, cut, far_lengths, packed, rows_tried
+from probescore_server.probes.loading.row_by_row import is_row_by_row
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,7 +182,7 @@ def check_graph_computes(
 
     The graph runs in onnx's own evaluator. Each rollout is scored alone and packed with the others; of a causal probe also the first half
     of a rollout, and its last window. Then, unless the graph computes row by row for certain, it is tried far beyond the rollouts:
-    ``probescore_server.probes.independence``.
+    ``probescore_server.probes.loading.independence``.
 
     Raises:
         ProbeRefused: it does not.

@@ -16,7 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from probescore.reductions import Reduction, ReductionKind
 from probescore.types import OutputPer, ScoreUnit, Tap
-from probescore_server.probes.complaints import first_complaint
+from probescore_server.probes.format.complaints import first_complaint
 
 METADATA_KEY = "probescore.manifest"
 
@@ -415,3 +415,12 @@ def manifest_digest(manifest: Manifest) -> str:
         del content["special_token_ids"]  # so that files that were written without keep their digest
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return "sha256:" + hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def manifest_schema() -> str:
+    """The JSON Schema of the manifest as it is published: JSON with a final newline.
+
+    It states shapes and ranges; that the parts fit together is checked by ``read_probe_file``.
+    """
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **Manifest.model_json_schema()}
+    return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"

@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 from probescore.types import Completion, CompletionScores, CompletionStatus, OutputPer, RolloutGroup
 from probescore_server.errors import InvalidRequest, ProbeRefused
-from probescore_server.probes.deviations import largest_deviation
-from probescore_server.probes.manifest import Golden, LeftOut, Neighbour, neighbouring_places
-from probescore_server.probes.probe_file import ProbeFile
+from probescore_server.probes.format.manifest import Golden, LeftOut, Neighbour, neighbouring_places
+from probescore_server.probes.format.probe_file import ProbeFile
+from probescore_server.probes.loading.deviations import largest_deviation
 from probescore_server.rollouts import EngineInfo, Rollout
 from probescore_server.validation import resolve_options, resolve_rollouts
 

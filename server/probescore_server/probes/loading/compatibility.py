@@ -10,8 +10,8 @@ import structlog
 from probescore.reductions import Reduction
 from probescore.types import Calibration, ModelInfo, ProbeInfo
 from probescore_server.errors import ProbeRefused
-from probescore_server.probes.manifest import Manifest
-from probescore_server.probes.probe_file import ProbeFile, check_against_model, read_probe_file
+from probescore_server.probes.format.manifest import Manifest
+from probescore_server.probes.format.probe_file import ProbeFile, check_against_model, read_probe_file
 
 logger = structlog.get_logger(__name__)
 

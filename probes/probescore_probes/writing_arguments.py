@@ -13,11 +13,11 @@ import torch
 from numpy.typing import NDArray
 
 from probescore.types import ScoreUnit, Tap
-from probescore_server.probes import arguments
-from probescore_server.probes.exporting import ProbeFunction
-from probescore_server.probes.graph import CU_SEQLENS, POSITIONS, GraphInputs
-from probescore_server.probes.manifest import CalibrationRecord, Context, Evaluation, FollowUp, Tolerance, Training
-from probescore_server.probes.reference import ReferenceModel
+from probescore_probes import arguments
+from probescore_probes.exporting import ProbeFunction
+from probescore_probes.reference import ReferenceModel
+from probescore_server.probes.format.graph import CU_SEQLENS, POSITIONS, GraphInputs
+from probescore_server.probes.format.manifest import CalibrationRecord, Context, Evaluation, FollowUp, Tolerance, Training
 
 _Given = Any  # whatever an author hands over
 

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from probescore.types import OutputPer, Tap
 from probescore_server.errors import ProbeRefused
-from probescore_server.probes.manifest import Manifest
-from probescore_server.probes.operators import refused_operator
+from probescore_server.probes.format.manifest import Manifest
+from probescore_server.probes.format.operators import refused_operator
 
 SCORES = "scores"
 CU_SEQLENS = "cu_seqlens"

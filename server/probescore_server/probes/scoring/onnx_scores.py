@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from probescore.reductions import Reduction, reduce_scores
 from probescore.types import ProbeScores, Tap
 from probescore_server.backbone.forest import Forest
-from probescore_server.probes.graph import GraphFailed
-from probescore_server.probes.independence import LARGEST_CALL, LONGEST_SHARE, SEQUENCES
-from probescore_server.probes.layout import Asked, Part, Reading, Readings, Rows
-from probescore_server.probes.loading import LoadedProbe
-from probescore_server.probes.session import ProbeSession
-from probescore_server.probes.wanted import GivenUp, GraphWatch, Wanted
+from probescore_server.probes.format.graph import GraphFailed
+from probescore_server.probes.loading.independence import LARGEST_CALL, LONGEST_SHARE, SEQUENCES
+from probescore_server.probes.loading.loader import LoadedProbe
+from probescore_server.probes.loading.onnx_session import ProbeSession
+from probescore_server.probes.scoring.selections import Asked, Part, Reading, Readings, Rows
+from probescore_server.probes.scoring.wanted import GivenUp, GraphWatch, Wanted
 
 MAX_ROWS_PER_CALL = LARGEST_CALL
 """A graph may need memory for rows × features, or for rows × rows. A longer sequence goes in pieces where a window says how far a score

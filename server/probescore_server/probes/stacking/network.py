@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from probescore_server.probes.expressions import Apply, Constant, Expression, Input, parents_of_input, replaced, takes_whole_rows
+from probescore_server.probes.stacking.expressions import Apply, Constant, Expression, Input, parents_of_input, replaced, takes_whole_rows
 
 Array = NDArray[Any]
 

@@ -12,14 +12,14 @@ from onnx.inliner import inline_local_functions
 
 from probescore.reductions import Reduction
 from probescore.types import OutputPer, ScoreUnit, Tap, TokenIds
+from probescore_probes import arguments
+from probescore_probes import writing_arguments as given
+from probescore_probes.exporting import ProbeFunction
+from probescore_probes.golden import GoldenScorer, check_graph_computes, neighbours
+from probescore_probes.reference import ReferenceModel
 from probescore_server.errors import ProbeRefused
-from probescore_server.probes import arguments
-from probescore_server.probes import writing_arguments as given
-from probescore_server.probes.deviations import largest_deviation
-from probescore_server.probes.exporting import ProbeFunction
-from probescore_server.probes.golden import GoldenScorer, check_graph_computes, neighbours
-from probescore_server.probes.graph import IR_VERSIONS, Signature, check_graph, check_signature, subgraphs
-from probescore_server.probes.manifest import (
+from probescore_server.probes.format.graph import IR_VERSIONS, Signature, check_graph, check_signature, subgraphs
+from probescore_server.probes.format.manifest import (
     CalibrationRecord,
     Context,
     Evaluation,
@@ -31,8 +31,8 @@ from probescore_server.probes.manifest import (
     Tolerance,
     Training,
 )
-from probescore_server.probes.probe_file import UNSEALED, ProbeFile, check_golden, write_probe_file
-from probescore_server.probes.reference import ReferenceModel
+from probescore_server.probes.format.probe_file import UNSEALED, ProbeFile, check_golden, write_probe_file
+from probescore_server.probes.loading.deviations import largest_deviation
 
 _POINTWISE = Context()
 

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedConfig
 
 from probescore.types import Tap, TokenIds
-from probescore_server.probes.reference import ReferenceModel
+from probescore_probes.reference import ReferenceModel
 
 
 def float64_activations(reference: ReferenceModel, token_ids: TokenIds, taps: Sequence[Tap]) -> dict[Tap, NDArray[np.float64]]:

@@ -14,15 +14,15 @@ from numpy.typing import NDArray
 
 from probescore.types import OutputPer, ScoreUnit, Tap
 from probescore_server.errors import ProbeRefused
-from probescore_server.probes.graph import CU_SEQLENS, POSITIONS, GraphInputs, Signature
-from probescore_server.probes.graph_layers import read_network
-from probescore_server.probes.independence import LARGEST_CALL, Surroundings, rows_tried
-from probescore_server.probes.layers import Network
-from probescore_server.probes.manifest import Manifest
-from probescore_server.probes.probe_file import ProbeFile
-from probescore_server.probes.row_by_row import is_row_by_row
-from probescore_server.probes.session import ProbeSession, session_device
-from probescore_server.probes.stacking import Stack, stack_networks
+from probescore_server.probes.format.graph import CU_SEQLENS, POSITIONS, GraphInputs, Signature
+from probescore_server.probes.format.manifest import Manifest
+from probescore_server.probes.format.probe_file import ProbeFile
+from probescore_server.probes.loading.independence import LARGEST_CALL, Surroundings, rows_tried
+from probescore_server.probes.loading.onnx_session import ProbeSession, session_device
+from probescore_server.probes.loading.row_by_row import is_row_by_row
+from probescore_server.probes.stacking.graph_reader import read_network
+from probescore_server.probes.stacking.network import Network
+from probescore_server.probes.stacking.stack import Stack, stack_networks
 
 STACKED_TOLERANCE = 1e-5
 """Largest difference allowed between a stack and a graph's own session, as a multiple of the scores' standard deviation."""

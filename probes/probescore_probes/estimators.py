@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 
 from probescore.types import ScoreUnit
-from probescore_server.probes.nodes import ML_OPSET, OPSET, Nodes
+from probescore_probes.nodes import ML_OPSET, OPSET, Nodes
 
 if TYPE_CHECKING:
     from sklearn.base import BaseEstimator

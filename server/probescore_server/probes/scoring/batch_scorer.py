@@ -16,12 +16,12 @@ from probescore.types import CompletionScores, CompletionStatus, ProbeScores, Ta
 from probescore_server.activity import ACTIVITY
 from probescore_server.backbone.base import Activations
 from probescore_server.backbone.forest import Forest, Placement
-from probescore_server.probes.layout import Asked, Readings, Rows
-from probescore_server.probes.loading import LoadedProbe, Member
-from probescore_server.probes.session import ProbeSession, session_device
-from probescore_server.probes.session_scores import SessionScores
-from probescore_server.probes.stacked_scores import StackedProbe, StackedScores
-from probescore_server.probes.wanted import GivenUp, GraphWatch, Wanted
+from probescore_server.probes.loading.loader import LoadedProbe, Member
+from probescore_server.probes.loading.onnx_session import ProbeSession, session_device
+from probescore_server.probes.scoring.onnx_scores import SessionScores
+from probescore_server.probes.scoring.selections import Asked, Readings, Rows
+from probescore_server.probes.scoring.stacked_scores import StackedProbe, StackedScores
+from probescore_server.probes.scoring.wanted import GivenUp, GraphWatch, Wanted
 from probescore_server.rollouts import EngineInfo, Rollout, ScoreOptions
 
 _Answers = dict[int, dict[str, ProbeScores | str]]

@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 
 from probescore.reductions import Reduction
 from probescore.types import ProbeScores, Tap
-from probescore_server.probes.layout import Asked, Reading, Readings, Rows
-from probescore_server.probes.loading import LoadedProbe, Member
-from probescore_server.probes.session_scores import non_finite_scores, non_finite_tap, overflowing_reduction, reduce_selections
-from probescore_server.probes.stacking import Stack
-from probescore_server.probes.wanted import GivenUp, Wanted
+from probescore_server.probes.loading.loader import LoadedProbe, Member
+from probescore_server.probes.scoring.onnx_scores import non_finite_scores, non_finite_tap, overflowing_reduction, reduce_selections
+from probescore_server.probes.scoring.selections import Asked, Reading, Readings, Rows
+from probescore_server.probes.scoring.wanted import GivenUp, Wanted
+from probescore_server.probes.stacking.stack import Stack
 
 MAX_SCORES = 1 << 25
 """Scores of tokens held at once, 128 MiB on the device and again on the host: more probes than that are scored block by block."""

@@ -1,6 +1,6 @@
 """Which rows of a batch belong to which completion, as one probe sees it.
 
-All of what a score *means* is here and in ``runner``: scopes, masks, spans, follow-ups, special tokens, whether the prompt is seen.
+All of what a score *means* is here and in ``batch_scorer``: scopes, masks, spans, follow-ups, special tokens, whether the prompt is seen.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from probescore.types import Scope
 from probescore_server.backbone.forest import Forest, Placement
-from probescore_server.probes.manifest import Manifest
+from probescore_server.probes.format.manifest import Manifest
 from probescore_server.rollouts import ScoreOptions
 
 

@@ -18,9 +18,9 @@ from pydantic import ValidationError
 
 from probescore_server.errors import ProbeRefused
 from probescore_server.files import UnfitFile, read_regular_file, write_atomically
-from probescore_server.probes.complaints import first_complaint
-from probescore_server.probes.graph import Signature, check_graph, check_signature
-from probescore_server.probes.manifest import METADATA_KEY, Manifest, manifest_digest
+from probescore_server.probes.format.complaints import first_complaint
+from probescore_server.probes.format.graph import Signature, check_graph, check_signature
+from probescore_server.probes.format.manifest import METADATA_KEY, Manifest, manifest_digest
 
 MAX_FILE_BYTES = 256 * 2**20
 """Room for a probe of 64 million float32 weights: an SAE's encoder of 16,384 features on a width of 4,096."""

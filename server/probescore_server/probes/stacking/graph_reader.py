@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import onnx
 
-from probescore_server.probes.expressions import COMPARISONS, OPERATORS, Apply, Constant, Expression, Input
-from probescore_server.probes.graph import SCORES, Signature
-from probescore_server.probes.layers import Affine, Array, Network, NotLayers, RowValue, mapped, network_of, selected
+from probescore_server.probes.format.graph import SCORES, Signature
+from probescore_server.probes.stacking.expressions import COMPARISONS, OPERATORS, Apply, Constant, Expression, Input
+from probescore_server.probes.stacking.network import Affine, Array, Network, NotLayers, RowValue, mapped, network_of, selected
 
 
 def read_network(model: onnx.ModelProto, signature: Signature) -> Network | None:

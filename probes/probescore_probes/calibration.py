@@ -9,8 +9,8 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import brentq
 from scipy.stats import binomtest, mannwhitneyu, norm
 
-from probescore_server.probes import arguments
-from probescore_server.probes.manifest import CalibrationRecord, Evaluation
+from probescore_probes import arguments
+from probescore_server.probes.format.manifest import CalibrationRecord, Evaluation
 
 _CONFIDENCE = 0.95
 

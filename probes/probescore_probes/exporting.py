@@ -17,10 +17,10 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from probescore.types import ScoreUnit
-from probescore_server.probes import arguments
-from probescore_server.probes.estimators import FEATURES, EstimatorScores, estimator_scores, quietly
-from probescore_server.probes.graph import CU_SEQLENS, POSITIONS, SCORES, GraphInputs, Signature
-from probescore_server.probes.nodes import ML_OPSET, OPSET
+from probescore_probes import arguments
+from probescore_probes.estimators import FEATURES, EstimatorScores, estimator_scores, quietly
+from probescore_probes.nodes import ML_OPSET, OPSET
+from probescore_server.probes.format.graph import CU_SEQLENS, POSITIONS, SCORES, GraphInputs, Signature
 
 if TYPE_CHECKING:
     from sklearn.base import BaseEstimator

@@ -19,10 +19,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from probescore.fingerprints import tokenizer_fingerprint
 from probescore.types import Tap, TokenIds
-from probescore_server.probes import arguments
-from probescore_server.probes.fingerprints import model_fingerprint
-from probescore_server.probes.manifest import ModelReference
-from probescore_server.probes.whole_model import find_model, is_wrapper, load_whole_model
+from probescore_probes import arguments
+from probescore_probes.whole_model import find_model, is_wrapper, load_whole_model
+from probescore_server.probes.format.fingerprints import model_fingerprint
+from probescore_server.probes.format.manifest import ModelReference
 
 _ATTENTION = re.compile(r"attn|attention")
 _MLP = re.compile(r"mlp|feed_?forward|ffn|moe|^fc2$")

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from probescore.reductions import Reduction
 from probescore.types import ScoreUnit, Tap
-from probescore_server.probes.manifest import TapInput
+from probescore_server.probes.format.manifest import TapInput
 
 HOOKS: tuple[str, ...] = get_args(TapInput.model_fields["hook"].annotation)
 

@@ -1,0 +1,1 @@
+"""Probe files: what one is, and every check that needs no model."""

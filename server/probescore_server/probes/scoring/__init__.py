@@ -1,0 +1,1 @@
+"""From a batch's activations to the scores of its completions."""
