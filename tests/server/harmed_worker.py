@@ -16,7 +16,8 @@ import torch
 from probescore.types import Chat, Text
 from probescore_server.engine.engine import Engine
 from probescore_server.rollouts import Rollout
-from probescore_server.workers.main import WorkerSpec, run_worker
+from probescore_server.workers.main import run_worker
+from probescore_server.workers.messages import WorkerSpec
 
 LOSES_DEVICE, CRASHES = 74, 75
 """Token ids that do it, wherever they stand."""

@@ -15,7 +15,7 @@ from hypothesis.extra import numpy as arrays
 from probescore.reductions import Reduction
 from probescore.types import CompletionScores, CompletionStatus, ProbeScores, Scope, Span, Usage
 from probescore_server.rollouts import Continuation, Rollout, RolloutResult, ScoredBatch, ScoreOptions
-from probescore_server.workers.main import BatchScored, ScoreBatch
+from probescore_server.workers.messages import BatchScored, ScoreBatch
 
 NAMES = st.text(max_size=3)
 COUNTS = st.integers(0, 3)

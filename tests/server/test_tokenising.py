@@ -11,7 +11,6 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-import harmed_worker
 import pytest
 from harmed_worker import CRASHES_TEXT, HANGS, SLOW_SECONDS
 from models import tiny_model
@@ -31,7 +30,7 @@ PATIENCE = 20 * STEP
 
 @pytest.fixture(autouse=True)
 def poor_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(handle, "run_worker", harmed_worker.run_with_a_poor_tokenizer)
+    monkeypatch.setattr(handle, "MAIN", "harmed_worker:run_with_a_poor_tokenizer")
 
 
 class Losses:

@@ -24,7 +24,8 @@ from probescore_server.engine.device_memory import Residence
 from probescore_server.errors import OutOfMemory, WorkerLost, WorkerUnavailable
 from probescore_server.settings import ServerSettings
 from probescore_server.workers import handle
-from probescore_server.workers.main import DeviceLost, Failed, Sleep, Wake, WorkerSpec, _Worker
+from probescore_server.workers.main import _Worker
+from probescore_server.workers.messages import DeviceLost, Failed, Sleep, Wake, WorkerSpec
 
 
 async def value_of(watched: Watched, *completion: int) -> float:
@@ -36,7 +37,7 @@ async def value_of(watched: Watched, *completion: int) -> float:
 async def test_a_device_that_is_lost_and_a_crash_cost_the_worker_and_what_it_computed_may_be_why(
     probes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(handle, "run_worker", harmed_worker.run_on_a_device_that_fails)
+    monkeypatch.setattr(handle, "MAIN", "harmed_worker:run_on_a_device_that_fails")
     reasons: list[str] = []
     async with running(model=str(tiny_model()), probes=[str(probes)]) as watched:
         watched.worker._on_lost = reasons.append
@@ -53,7 +54,7 @@ async def test_a_device_that_is_lost_and_a_crash_cost_the_worker_and_what_it_com
 
 
 async def test_one_at_its_limit_says_that_memory_is_short_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(handle, "run_worker", harmed_worker.run_at_its_limit)
+    monkeypatch.setattr(handle, "MAIN", "harmed_worker:run_at_its_limit")
     write_harmful_probe(tmp_path / "loop.onnx", tiny_model())
     async with running(model=str(tiny_model()), probes=[str(tmp_path)]) as watched:
         before = await value_of(watched, 7, 8)

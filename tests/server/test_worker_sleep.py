@@ -20,7 +20,8 @@ from probescore.types import RolloutGroup, Text
 from probescore_server.errors import InternalFault, WorkerUnavailable
 from probescore_server.settings import ServerSettings
 from probescore_server.validation import PendingText
-from probescore_server.workers.main import Failed, Sleep, Wake, WorkerSpec, _Worker
+from probescore_server.workers.main import _Worker
+from probescore_server.workers.messages import Failed, Sleep, Wake, WorkerSpec
 
 GROUP = RolloutGroup([BOS, 5], [[7, 8, 9], [10]])
 TEXT = [PendingText("groups[0].prompt", Text("w7 w8", add_special_tokens=True))]

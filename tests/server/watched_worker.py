@@ -11,7 +11,7 @@ from probescore_server.rollouts import EngineInfo, Rollout
 from probescore_server.settings import ServerSettings
 from probescore_server.validation import resolve_options, resolve_rollouts
 from probescore_server.workers.handle import Pinned, WorkerProcess
-from probescore_server.workers.main import WorkerSpec
+from probescore_server.workers.messages import WorkerSpec
 
 
 class Watched:

@@ -15,7 +15,7 @@ from probescore_server.front.scoring_service import ScoringServicer
 from probescore_server.scheduling.scheduler import Scheduler
 from probescore_server.settings import ServerSettings
 from probescore_server.workers.handle import Pinned, WorkerProcess
-from probescore_server.workers.main import WorkerSpec
+from probescore_server.workers.messages import WorkerSpec
 
 logger = structlog.get_logger(__name__)
 

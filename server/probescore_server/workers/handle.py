@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import itertools
 import multiprocessing
 import signal
@@ -23,7 +24,7 @@ from probescore_server.rollouts import EngineInfo, Occupancy, Rollout, ScoredBat
 from probescore_server.settings import ServerSettings
 from probescore_server.validation import PendingText
 from probescore_server.workers.liveness import Loss, Patience, Watch
-from probescore_server.workers.main import (
+from probescore_server.workers.messages import (
     Alive,
     BatchScored,
     CancelRollout,
@@ -43,11 +44,13 @@ from probescore_server.workers.main import (
     ToWorker,
     Wake,
     WorkerSpec,
-    run_worker,
 )
 from probescore_server.workers.transport import LoopEnd
 
 logger = structlog.get_logger(__name__)
+
+# By its name: it is imported where it runs.
+MAIN = "probescore_server.workers.main:run_worker"
 
 # How much longer than `worker_restart_seconds` the pause between attempts to start may get.
 MAX_BACKOFF = 60.0
@@ -343,6 +346,12 @@ class WorkerProcess:
         return self.spec.settings.worker_restart_seconds * min(2.0**self.failed_starts, MAX_BACKOFF)
 
 
+def _run(main: str, connection: socket.socket, spec: WorkerSpec) -> None:
+    """What a worker's process begins with."""
+    module, _, function = main.partition(":")
+    getattr(importlib.import_module(module), function)(connection, spec)
+
+
 class _Life:
     """One process, from its start to its end.
 
@@ -354,7 +363,7 @@ class _Life:
     def __init__(self, spec: WorkerSpec) -> None:
         context = multiprocessing.get_context("spawn")
         self._ours, self._theirs = socket.socketpair()
-        self.process = context.Process(target=run_worker, args=(self._theirs, spec), name=f"probescore-{spec.device}", daemon=True)
+        self.process = context.Process(target=_run, args=(MAIN, self._theirs, spec), name=f"probescore-{spec.device}", daemon=True)
         self.ended = asyncio.Event()
         self.loss: Loss | None = None
         self._spec = spec

@@ -1,8 +1,4 @@
-"""The worker: a process of its own that runs the `Engine` on one device, and what it and the front process say to each other.
-
-Messages are frozen dataclasses over a pipe that only these two processes hold. Torch is imported in the worker only: the front process
-imports this module too.
-"""
+"""The worker: a process of its own that runs the `Engine` on one device. The front process knows this module by its name only."""
 
 from __future__ import annotations
 
@@ -12,8 +8,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING
@@ -22,15 +17,33 @@ import numpy as np
 import structlog
 from numpy.typing import NDArray
 
-from probescore.types import Transfer
-from probescore_server.activity import ACTIVITY, Step, TextInHand
+from probescore_server.activity import ACTIVITY
 from probescore_server.errors import InternalFault, InvalidRequest, OutOfMemory, StartupError, WorkerUnavailable
 from probescore_server.failures import FailureKind, kind_of
 from probescore_server.logs import configure_logs
-from probescore_server.rollouts import EngineInfo, Occupancy, Rollout, ScoredBatch
-from probescore_server.settings import ServerSettings
+from probescore_server.rollouts import ScoredBatch
 from probescore_server.validation import ChatLimits, PendingText
-from probescore_server.workers.codec import Packed, pack_results, pack_rollouts, unpack_results, unpack_rollouts
+from probescore_server.workers.messages import (
+    Alive,
+    BatchScored,
+    CancelRollout,
+    CancelTexts,
+    DeviceLost,
+    EncodeTexts,
+    Failed,
+    FromWorker,
+    Moved,
+    Order,
+    Progress,
+    Ready,
+    Refused,
+    ScoreBatch,
+    Sleep,
+    Stop,
+    TextsEncoded,
+    Wake,
+    WorkerSpec,
+)
 from probescore_server.workers.text_turns import Lane, TextTurns
 from probescore_server.workers.transport import BlockingEnd
 
@@ -46,167 +59,6 @@ MAX_HEARTBEAT_SECONDS = 1.0
 # How long after an answer a worker says what it holds, and how often while it is never without work.
 OCCUPANCY_DELAY = 0.005
 OCCUPANCY_SECONDS = 1.0
-
-
-@dataclass(frozen=True)
-class WorkerSpec:
-    """What a worker loads, and where. `threads` are its CPU threads."""
-
-    settings: ServerSettings
-    device: str
-    threads: int
-
-
-# -------------------------------------------------------------------------------------------------------------------- to a worker
-
-
-@dataclass(frozen=True)
-class ScoreBatch:
-    """Score these rollouts, after the batches before; answered by `BatchScored` or `Failed`."""
-
-    number: int
-    rollouts: Sequence[Rollout]
-
-    @property
-    def tokens(self) -> int:
-        """The most that it can cost."""
-        return sum(rollout.tokens for rollout in self.rollouts)
-
-    def __reduce__(self) -> tuple[Callable[[int, Packed], ScoreBatch], tuple[int, Packed]]:
-        return _score_batch, (self.number, pack_rollouts(self.rollouts))
-
-
-def _score_batch(number: int, rollouts: Packed) -> ScoreBatch:
-    return ScoreBatch(number, unpack_rollouts(rollouts))
-
-
-@dataclass(frozen=True)
-class CancelRollout:
-    """Give up a rollout of batch `number`, if that has not been answered."""
-
-    number: int
-    index: int
-
-
-@dataclass(frozen=True)
-class EncodeTexts:
-    """Tokenise these; answered by `TextsEncoded` or `Failed`, while batches compute."""
-
-    number: int
-    texts: Sequence[PendingText]
-
-
-@dataclass(frozen=True)
-class CancelTexts:
-    """Give up the texts of an `EncodeTexts`: what has not been tokenised will not be, and nothing answers."""
-
-    number: int
-
-
-@dataclass(frozen=True)
-class Sleep:
-    """Give the device's memory back, after the batches before; answered by `Moved` or `Failed`, and then awake as before."""
-
-    number: int
-
-
-@dataclass(frozen=True)
-class Wake:
-    """Take the device's memory again; answered by `Moved`, or by `Failed`, and then asleep as before."""
-
-    number: int
-
-
-@dataclass(frozen=True)
-class Stop:
-    """End, after the batch that computes."""
-
-
-Order = ScoreBatch | Sleep | Wake
-ToWorker = ScoreBatch | CancelRollout | EncodeTexts | CancelTexts | Sleep | Wake | Stop
-
-# ------------------------------------------------------------------------------------------------------------------ from a worker
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What the worker does while it starts, for people."""
-
-    message: str
-
-
-@dataclass(frozen=True)
-class Ready:
-    """Loaded, warm and self-tested."""
-
-    info: EngineInfo
-
-
-@dataclass(frozen=True)
-class Refused:
-    """It cannot start as configured."""
-
-    message: str
-
-
-@dataclass(frozen=True)
-class BatchScored:
-    """Answers `ScoreBatch`."""
-
-    number: int
-    batch: ScoredBatch
-
-    def __reduce__(self) -> tuple[Callable[[int, Packed, float], BatchScored], tuple[int, Packed, float]]:
-        return _batch_scored, (self.number, pack_results(self.batch.results), self.batch.compute_seconds)
-
-
-def _batch_scored(number: int, results: Packed, compute_seconds: float) -> BatchScored:
-    return BatchScored(number, ScoredBatch(unpack_results(results), compute_seconds))
-
-
-@dataclass(frozen=True)
-class TextsEncoded:
-    """Answers `EncodeTexts`: ids ``(T,)`` int32 by `PendingText.field`."""
-
-    number: int
-    ids: dict[str, NDArray[np.int32]]
-
-
-@dataclass(frozen=True)
-class Moved:
-    """Answers `Sleep` and `Wake`."""
-
-    number: int
-    transfer: Transfer
-
-
-@dataclass(frozen=True)
-class Failed:
-    """Answers any of them; an unexpected exception is in the log under the fault's incident and goes no further."""
-
-    number: int
-    error: InvalidRequest | InternalFault | OutOfMemory | WorkerUnavailable
-
-
-@dataclass(frozen=True)
-class Alive:
-    """A sign of life, with the step that computes or computed last and what each lane of texts tokenises; no answer waits for it."""
-
-    step: Step
-    texts: tuple[TextInHand, ...]
-
-
-@dataclass(frozen=True)
-class DeviceLost:
-    """Nothing will compute on the device again in this process, and what it has gets no answer; the log has why under this number."""
-
-    incident: str
-
-
-FromWorker = Progress | Ready | Refused | BatchScored | TextsEncoded | Moved | Failed | Occupancy | Alive | DeviceLost
-"""`Occupancy`: as of now; no answer waits for it."""
-
-# --------------------------------------------------------------------------------------------------------------------- the worker
 
 
 def run_worker(connection: socket.socket, spec: WorkerSpec) -> None:
