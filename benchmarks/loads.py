@@ -17,7 +17,7 @@ _LENGTHS_SEED = 222
 
 
 @dataclass(frozen=True, eq=False)
-class Group:
+class LoadGroup:
     """A prompt ``(P,)`` and its completions, ``(T,)`` each."""
 
     prompt: Ids
@@ -39,8 +39,8 @@ class Unit:
         per_token: whether every token's scores are compared, or each completion's mean.
     """
 
-    calls: tuple[Group, ...]
-    earlier: tuple[Group, ...] = ()
+    calls: tuple[LoadGroup, ...]
+    earlier: tuple[LoadGroup, ...] = ()
     probes: int = 0
     per_token: bool = True
 
@@ -72,7 +72,7 @@ class Unit:
     def shortened(self) -> Unit:
         """The first few tokens of the first completion: to touch everything once."""
         first = self.calls[0]
-        return replace(self, calls=(Group(first.prompt[:4], (first.completions[0][:4],)),), earlier=())
+        return replace(self, calls=(LoadGroup(first.prompt[:4], (first.completions[0][:4],)),), earlier=())
 
     def save(self, path: Path) -> None:
         """Writes it for another process."""
@@ -103,9 +103,9 @@ def _common_prefix(first: Ids, second: Ids) -> int:
     return int(different[0]) if len(different) else shortest
 
 
-def _group(arrays: dict[int, Ids]) -> Group:
+def _group(arrays: dict[int, Ids]) -> LoadGroup:
     prompt, *completions = (arrays[index] for index in sorted(arrays))
-    return Group(prompt, tuple(completions))
+    return LoadGroup(prompt, tuple(completions))
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class Load:
                 case "second_epoch":
                     first = self._group(lengths, random, vocab_size)
                     again = tuple(random.integers(vocab_size, size=len(completion)) for completion in first.completions)
-                    yield Unit((Group(first.prompt, again),), earlier=(first,))
+                    yield Unit((LoadGroup(first.prompt, again),), earlier=(first,))
                 case "rollouts":
                     yield Unit((self._group(lengths, random, vocab_size),), per_token=self.probes == 1)
 
@@ -150,7 +150,7 @@ class Load:
             return None
         random = np.random.default_rng(unit.calls[0].prompt)
         fresh = [
-            Group(
+            LoadGroup(
                 random.integers(vocab_size, size=len(call.prompt)),
                 tuple(random.integers(vocab_size, size=len(completion)) for completion in call.completions),
             )
@@ -159,12 +159,12 @@ class Load:
         if self.kind == "conversation":
             whole = np.concatenate([fresh[-1].prompt, *fresh[-1].completions])
             start = len(unit.calls[0].prompt)
-            return replace(unit, calls=(Group(whole[:start], (whole[start:],)),))
+            return replace(unit, calls=(LoadGroup(whole[:start], (whole[start:],)),))
         return replace(unit, calls=tuple(fresh), probes=1)
 
-    def _group(self, lengths: np.random.Generator, random: np.random.Generator, vocab_size: int) -> Group:
+    def _group(self, lengths: np.random.Generator, random: np.random.Generator, vocab_size: int) -> LoadGroup:
         prompt = int(lengths.integers(self.prompt_tokens[0], self.prompt_tokens[1] + 1))
-        return Group(
+        return LoadGroup(
             random.integers(vocab_size, size=prompt),
             tuple(random.integers(vocab_size, size=length) for length in self._completion_lengths(lengths)),
         )
@@ -175,7 +175,7 @@ class Load:
             asked = int(lengths.integers(self.prompt_tokens[0], self.prompt_tokens[1] + 1))
             prompt = np.concatenate([history, random.integers(vocab_size, size=asked)])
             answer = random.integers(vocab_size, size=length)
-            turns.append(Group(prompt, (answer,)))
+            turns.append(LoadGroup(prompt, (answer,)))
             history = np.concatenate([prompt, answer])
         return Unit(tuple(turns))
 

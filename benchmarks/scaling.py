@@ -12,7 +12,7 @@ from rich.table import Table
 
 from benchmarks.model import SHAPES, make_model
 from probescore_server import Engine
-from probescore_server.rollouts import Continuation, Rollout, ScoreOptions
+from probescore_server.rollouts import CheckedRollout, Continuation, ResolvedOptions
 
 ROLLOUT_TOKENS = 250
 BATCH_TOKENS = (1_000, 3_000, 10_000, 30_000, 100_000)
@@ -23,13 +23,13 @@ def print_scaling(console: Console, shape: str, repeats: int) -> None:
     torch.set_num_threads(1)
     model = make_model(SHAPES[shape])
     engine = Engine.load(str(model.directory), model.probes, max_kv_cache_bytes=0)
-    options = ScoreOptions(probes=tuple(f"{probe.name}@{probe.version}" for probe in engine.info.probes))
+    options = ResolvedOptions(probes=tuple(f"{probe.name}@{probe.version}" for probe in engine.info.probes))
     random = np.random.default_rng(0)
     nothing = np.zeros(0, np.int32)
 
     def seconds(tokens: int) -> float:
         ids = random.integers(model.shape.vocab_size, size=(tokens // ROLLOUT_TOKENS, ROLLOUT_TOKENS), dtype=np.int32)
-        batch = [Rollout(nothing, Continuation(row), options) for row in ids]
+        batch = [CheckedRollout(nothing, Continuation(row), options) for row in ids]
         started = time.process_time()
         engine.score_rollouts(batch)
         return time.process_time() - started

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.loads import Group, Unit
+from benchmarks.loads import LoadGroup, Unit
 from benchmarks.variants import InProcess, Job, Scored
 from probescore import CompletionScores, RolloutGroup
 from probescore_server import Engine
@@ -29,7 +29,7 @@ class InProcessEngine(InProcess):
     def score(self, unit: Unit) -> Scored:
         return self._score(unit.calls, unit)
 
-    def _score(self, calls: Sequence[Group], unit: Unit) -> Scored:
+    def _score(self, calls: Sequence[LoadGroup], unit: Unit) -> Scored:
         probes = self._probes[: unit.probes or None]
         rows, computed, cached = [], 0, 0
         for call in calls:

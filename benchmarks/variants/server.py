@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.loads import Group, Unit
+from benchmarks.loads import LoadGroup, Unit
 from benchmarks.serving import Serving
 from benchmarks.variants import Job, Scored
 from benchmarks.variants.engine import probe_scores
 from probescore import ProbeClient, RolloutGroup, ScoreResult
 
 
-class Server:
+class ServerVariant:
     def __init__(self, job: Job) -> None:
         device = "cuda:0" if job.device == "cuda" else job.device
         self._serving = Serving(
@@ -41,7 +41,7 @@ class Server:
     def score(self, unit: Unit) -> Scored:
         return self._score(unit.calls, unit)
 
-    def _score(self, calls: Sequence[Group], unit: Unit) -> Scored:
+    def _score(self, calls: Sequence[LoadGroup], unit: Unit) -> Scored:
         probes = self._probes[: unit.probes or None]
         token_scores = probes if unit.per_token else []
 
@@ -69,11 +69,11 @@ class Server:
         self._serving.close()
 
 
-def deal_out(group: Group, clients: int) -> list[RolloutGroup]:
+def deal_out(group: LoadGroup, clients: int) -> list[RolloutGroup]:
     """At most ``clients`` parts, equal but for one completion."""
     count = len(group.completions)
     bounds = [count * client // clients for client in range(clients + 1)]
     return [RolloutGroup(group.prompt, group.completions[start:end]) for start, end in itertools.pairwise(bounds) if start < end]
 
 
-load = Server
+load = ServerVariant

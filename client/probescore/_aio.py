@@ -118,7 +118,7 @@ class AsyncProbeClient(BaseClient):
         """
         self._check_open()
         window = window or StreamWindow()
-        return _Stream(self, stream_template(options), timeout, window).completions(groups)
+        return _AsyncStream(self, stream_template(options), timeout, window).completions(groups)
 
     async def get_server_info(self, *, timeout: float | None = None) -> ServerInfo:
         """Says what runs at the address."""
@@ -246,7 +246,7 @@ Arrival = Union[list[StreamedCompletion], Chunk, Exception, Read, Ended]
 """What the call for a chunk hands over: some answers, the chunk itself when it is done, or why it failed; and what the source does."""
 
 
-class _Stream:
+class _AsyncStream:
     """One ``score_stream``: a task for each call, so that its deadline does not depend on how fast the answers are read."""
 
     def __init__(self, client: AsyncProbeClient, template: scoring_pb2.ScoreRequest, timeout: float | None, window: StreamWindow) -> None:

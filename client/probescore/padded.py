@@ -61,7 +61,7 @@ def rollouts_from_padded(
             that is not of these sequences; tokens after an EOS that are no padding; padding that cannot be told from tokens; rows of one
             group with different prompts. ``field`` names the argument.
     """
-    rows = _Rows.of(sequences, prompt_length, eos_token_id, pad_token_id)
+    rows = _PaddedRows.of(sequences, prompt_length, eos_token_id, pad_token_id)
     per_prompt = _index(completions_per_prompt, "completions_per_prompt", 1)
     count, width = rows.ids.shape
     if count % per_prompt:
@@ -86,7 +86,7 @@ def rollouts_from_padded(
 
 
 @dataclass(frozen=True, eq=False)
-class _Rows:
+class _PaddedRows:
     """``sequences`` and what its ids mean. ``eos`` is empty if no token ends a completion."""
 
     ids: NDArray[np.int64]
@@ -97,7 +97,7 @@ class _Rows:
     @classmethod
     def of(
         cls, sequences: ArrayLike, prompt_length: SupportsIndex, eos_token_id: TokenIdOrIds, pad_token_id: SupportsIndex | None
-    ) -> _Rows:
+    ) -> _PaddedRows:
         ids = _array(sequences, "sequences")
         if ids.ndim != 2:
             _refuse("sequences", f"has shape {ids.shape}; two axes are expected, rows and tokens")
@@ -213,7 +213,7 @@ class _Rows:
             _refuse(field, f"leaves no token of the completion of row {int(np.argmax(lengths == 0))}")
 
 
-def _attention_mask(given: ArrayLike, rows: _Rows, per_prompt: int) -> NDArray[np.bool_]:
+def _attention_mask(given: ArrayLike, rows: _PaddedRows, per_prompt: int) -> NDArray[np.bool_]:
     mask = _mask(given, "attention_mask")
     count, width = rows.ids.shape
     if per_prompt > 1 and mask.shape == (count // per_prompt, rows.prompt_length):
@@ -223,7 +223,7 @@ def _attention_mask(given: ArrayLike, rows: _Rows, per_prompt: int) -> NDArray[n
     return mask
 
 
-def _completion_mask(given: ArrayLike, rows: _Rows, lengths: NDArray[np.int64]) -> NDArray[np.bool_]:
+def _completion_mask(given: ArrayLike, rows: _PaddedRows, lengths: NDArray[np.int64]) -> NDArray[np.bool_]:
     mask = _mask(given, "completion_mask")
     expected = (rows.ids.shape[0], rows.ids.shape[1] - rows.prompt_length)
     if mask.shape != expected:

@@ -14,7 +14,7 @@ BATCH = 512
 
 
 @dataclass(frozen=True)
-class Rollout:
+class SampledRollout:
     """One completion with the ids that the policy sampled, EOS included, and what the environment says of it."""
 
     problem: Problem
@@ -35,10 +35,10 @@ def sample_rollouts(
     problems: Sequence[Problem],
     seed: int,
     on_sampled: Callable[[int], None],
-) -> list[Rollout]:
+) -> list[SampledRollout]:
     """One rollout of each problem, in their order. ``on_sampled`` is told how many were added."""
     torch.manual_seed(seed)
-    rollouts: list[Rollout] = []
+    rollouts: list[SampledRollout] = []
     for start in range(0, len(problems), BATCH):
         batch = problems[start : start + BATCH]
         prompts = [tuple(tokenizer(problem.prompt)["input_ids"]) for problem in batch]
@@ -46,7 +46,7 @@ def sample_rollouts(
             batch, prompts, sample(policy, torch.tensor(prompts), tokenizer.eos_token_id), strict=True
         ):
             text = tokenizer.decode(completion_ids, skip_special_tokens=True)
-            rollouts.append(Rollout(problem, prompt_ids, completion_ids, text, problem.is_cheating(text), problem.is_solved(text)))
+            rollouts.append(SampledRollout(problem, prompt_ids, completion_ids, text, problem.is_cheating(text), problem.is_solved(text)))
         on_sampled(len(batch))
     return rollouts
 

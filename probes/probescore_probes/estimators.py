@@ -175,7 +175,7 @@ def estimator_scores(estimator: BaseEstimator) -> EstimatorScores:
     last = _last(inner)
     _refuse_by_name(last, name)
     width = _width(estimator, name)
-    reader = _Reader(estimator, width)
+    reader = _EstimatorWriter(estimator, width)
     kind = reader.kind(name)
     classes = () if isinstance(found := getattr(estimator, "classes_", ()), list) else tuple(str(label) for label in found)
     binary, linear = len(classes) == 2, _is_linear(inner)
@@ -370,7 +370,7 @@ def _scoring(estimator: _Estimator, method: str) -> Function:
 
 
 @dataclass(frozen=True, eq=False)
-class _Reader:
+class _EstimatorWriter:
     """Writes the nodes of an estimator behind affine steps.
 
     Args:
@@ -410,9 +410,9 @@ class _Reader:
             f"estimator: {name} is no classifier, regressor or outlier detector, and has no scores; fit a Pipeline that ends in one"
         )
 
-    def part(self, estimator: _Estimator) -> _Reader:
+    def part(self, estimator: _Estimator) -> _EstimatorWriter:
         """A part of the innermost estimator, behind the same steps."""
-        return _Reader(estimator, self.width, self.steps)
+        return _EstimatorWriter(estimator, self.width, self.steps)
 
     def transformed(self, rows: Rows) -> Rows:
         """What the steps make of rows."""
@@ -621,17 +621,17 @@ class _Reader:
         columns = [scores] if classes == 2 else [nodes.columns(scores, [index]) for index in range(classes)]
         return [_calibrator(nodes, column, calibrator) for column, calibrator in zip(columns, calibrators, strict=True)]
 
-    def _scaled_decision(self, nodes: Nodes, x: str, reader: _Reader, scale: float, shift: float) -> str:
+    def _scaled_decision(self, nodes: Nodes, x: str, reader: _EstimatorWriter, scale: float, shift: float) -> str:
         """``scale · decision + shift`` of two classes; one ``Gemm`` where the decision is linear."""
         if _is_linear(reader.inner):
             weight, bias = reader.affine
             return nodes.gemm(x, scale * weight, scale * bias + shift)
         return nodes.gemm(reader.decisions(nodes, x), np.array([[scale]]), np.array([shift]))
 
-    def _after_steps(self) -> _Reader:
+    def _after_steps(self) -> _EstimatorWriter:
         """What ends a pipeline whose steps are not all affine."""
         last = self.inner.steps[-1][1]
-        return _Reader(last, _width(last, _described(self.estimator)))
+        return _EstimatorWriter(last, _width(last, _described(self.estimator)))
 
     def _through_steps(self, nodes: Nodes, x: str) -> str:
         """The result of the steps of a pipeline that are not all affine, by skl2onnx."""

@@ -91,7 +91,7 @@ def torch_probe(module: torch.nn.Module, *, unit: ScoreUnit) -> ProbeFunction:
     for name, weight in module.state_dict().items():
         if isinstance(weight, torch.Tensor) and weight.is_floating_point() and not bool(weight.isfinite().all()):
             raise ValueError(f"module: its weight {name!r} has NaN or infinite numbers; fit it again")
-    scorer = _Scores(copy.deepcopy(module).float().cpu()).eval()
+    scorer = _ScoresModule(copy.deepcopy(module).float().cpu()).eval()
 
     def score(inputs: GraphInputs) -> NDArray[Any]:
         with torch.inference_mode():
@@ -157,7 +157,7 @@ def _weights(given: ArrayLike, argument: str, shape: str) -> NDArray[np.float64]
     return array
 
 
-class _Scores(torch.nn.Module):
+class _ScoresModule(torch.nn.Module):
     """Gives a module's scores their label axis and float32."""
 
     def __init__(self, module: torch.nn.Module) -> None:
@@ -191,7 +191,7 @@ def _model(nodes: list[onnx.NodeProto], signature: Signature, weights: list[onnx
     return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", OPSET)])
 
 
-def _torch_graph(scorer: _Scores, signature: Signature) -> onnx.ModelProto:
+def _torch_graph(scorer: _ScoresModule, signature: Signature) -> onnx.ModelProto:
     # Sizes that coincide with nothing else, so that the exporter takes none of them for a constant.
     lengths = (4, 3, 6)
     example = [torch.randn(sum(lengths), signature.hidden_size) for _ in signature.taps]

@@ -37,7 +37,7 @@ from probescore_server.probes.loading.row_by_row import is_row_by_row
 
 
 @dataclass(frozen=True, eq=False)
-class ScoredRollout:
+class GoldenRollout:
     """One rollout as the author's code was given it and scored it.
 
     Attributes:
@@ -66,7 +66,7 @@ class GoldenScorer:
     exclude_special_tokens: bool
     follow_up: FollowUp | None
 
-    def score(self, prompt: TokenIds, completion: TokenIds) -> ScoredRollout:
+    def score(self, prompt: TokenIds, completion: TokenIds) -> GoldenRollout:
         """Scores one rollout, as it should be read and one place off.
 
         Raises:
@@ -96,7 +96,7 @@ class GoldenScorer:
                     with suppress(ValueError):
                         elsewhere = self._scores(self._graph_inputs(activations, rows, place), rows)
                     differences[place] = (elsewhere - scores)[kept]
-        return ScoredRollout(golden, inputs, scores, differences)
+        return GoldenRollout(golden, inputs, scores, differences)
 
     def exact_scores(self, golden: GoldenCase) -> NDArray[np.float64]:
         """What the code gives for a golden rollout on activations that were computed in float64 and rounded once; as ``golden.scores``.
@@ -159,7 +159,7 @@ class GoldenScorer:
         return rows
 
 
-def neighbours(rollouts: Sequence[ScoredRollout]) -> tuple[tuple[Neighbour, ...], tuple[LeftOut, ...]]:
+def neighbours(rollouts: Sequence[GoldenRollout]) -> tuple[tuple[Neighbour, ...], tuple[LeftOut, ...]]:
     """What the author's code gives one place off, for the manifest: where every rollout has finite scores; and the other places."""
     found, left_out = [], []
     for place in rollouts[0].differences if rollouts else ():
@@ -176,7 +176,7 @@ def neighbours(rollouts: Sequence[ScoredRollout]) -> tuple[tuple[Neighbour, ...]
 
 
 def check_graph_computes(
-    model: onnx.ModelProto, manifest: Manifest, probe: ProbeFunction, rollouts: Sequence[ScoredRollout], file: str
+    model: onnx.ModelProto, manifest: Manifest, probe: ProbeFunction, rollouts: Sequence[GoldenRollout], file: str
 ) -> None:
     """Checks that a graph gives the author's scores, and depends on no more than its manifest's ``context`` says.
 
@@ -220,7 +220,7 @@ def _check_beyond(
     model: onnx.ModelProto,
     manifest: Manifest,
     probe: ProbeFunction,
-    rollouts: Sequence[ScoredRollout],
+    rollouts: Sequence[GoldenRollout],
     evaluator: ReferenceEvaluator,
     file: str,
 ) -> None:
@@ -244,7 +244,7 @@ def _check_beyond(
     check_author_agrees(run, probe.score, around, longest, manifest.golden.tolerance.float32, file, lengths)
 
 
-def _check_causal(rollout: ScoredRollout, window: int | None, compare: Callable[..., None]) -> None:
+def _check_causal(rollout: GoldenRollout, window: int | None, compare: Callable[..., None]) -> None:
     rows = len(rollout.scores)
     half = (rows + 1) // 2
     compare(cut(rollout.inputs, slice(0, half)), rollout.scores[:half], "a token's score does not depend on later tokens")

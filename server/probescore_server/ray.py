@@ -32,7 +32,7 @@ from ray.serve.grpc_util import RayServegRPCContext
 
 from probescore.v1 import scoring_pb2
 from probescore_server.errors import StartupError, WorkerUnavailable
-from probescore_server.front.error_interceptor import Boundary, Handler
+from probescore_server.front.error_interceptor import ErrorInterceptor, Handler
 from probescore_server.front.health import SCORING_SERVICE, SERVICES
 from probescore_server.front.scoring_core import Core
 from probescore_server.front.server import find_devices
@@ -317,7 +317,7 @@ def _guarded_methods(core: Core) -> dict[str, Callable[[bytes, _Call], Awaitable
         status = health_pb2.HealthCheckResponse
         return status(status=status.SERVING if core.serving else status.NOT_SERVING)
 
-    boundary = Boundary(core.metrics, (), core.under_way, [SCORING_SERVICE])
+    boundary = ErrorInterceptor(core.metrics, (), core.under_way, [SCORING_SERVICE])
     methods = {}
     for method in _METHODS:
         behavior = check if method.name == "Check" else getattr(core.servicer, method.name)

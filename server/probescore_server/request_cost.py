@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from probescore.types import OutputPer, Scope
-from probescore_server.rollouts import Continuation, EngineInfo, Rollout, ScoreOptions
+from probescore_server.rollouts import CheckedRollout, Continuation, EngineInfo, ResolvedOptions
 
 MAX_KNOWN = 16
 """Most calls ask for what others did before, of a thousand probes perhaps."""
@@ -37,11 +37,11 @@ class RequestCost:
     context_scores: int
 
     @classmethod
-    def of(cls, info: EngineInfo, options: ScoreOptions) -> RequestCost:
+    def of(cls, info: EngineInfo, options: ResolvedOptions) -> RequestCost:
         """The cost of the options of a request."""
         return _cost(info, options)
 
-    def values(self, rollout: Rollout) -> int:
+    def values(self, rollout: CheckedRollout) -> int:
         """Numbers in the answer for a rollout, those of its follow-ups included."""
         prompt = 0 if self.scope is Scope.COMPLETION else len(rollout.prompt_ids)
         completion = 0 if self.scope is Scope.PROMPT else len(rollout.completion.token_ids)
@@ -51,7 +51,7 @@ class RequestCost:
             values += (1 + len(continuation.spans)) * self.row_values + own * self.token_values + self.appended_values
         return values
 
-    def scores_of_spans(self, rollout: Rollout) -> int:
+    def scores_of_spans(self, rollout: CheckedRollout) -> int:
         """Scores that are read for the spans of a rollout and of its follow-ups."""
         return sum(
             sum(span.end - span.start for span in continuation.spans) * self.span_scores
@@ -78,7 +78,7 @@ def _tree(continuation: Continuation, context: int) -> Iterator[tuple[Continuati
 
 
 @lru_cache(MAX_KNOWN)
-def _cost(info: EngineInfo, options: ScoreOptions) -> RequestCost:
+def _cost(info: EngineInfo, options: ResolvedOptions) -> RequestCost:
     row = token = appended = span = context = 0
     loaded = {f"{probe.name}@{probe.version}": probe for probe in info.probes}
     for key in options.probes:

@@ -57,7 +57,7 @@ class Continuation:
 
 
 @dataclass(frozen=True, eq=False)
-class ScoreOptions:
+class ResolvedOptions:
     """How the rollouts of one request are scored.
 
     Attributes:
@@ -81,7 +81,7 @@ class ScoreOptions:
 
 
 @dataclass(frozen=True, eq=False)
-class Rollout:
+class CheckedRollout:
     """One prompt with one completion, checked and ready to score.
 
     Attributes:
@@ -92,7 +92,7 @@ class Rollout:
 
     prompt_ids: NDArray[np.int32]
     completion: Continuation
-    options: ScoreOptions
+    options: ResolvedOptions
     appended_tokens: int = 0
     reread_tokens: int = 0
 
@@ -180,7 +180,7 @@ class EngineInfo:
     pools_with_prompt: frozenset[str] = frozenset()
     placeholders: dict[int, str] = field(default_factory=dict)
 
-    def scored_probes(self, options: ScoreOptions) -> tuple[ScoredProbe, ...]:
+    def scored_probes(self, options: ResolvedOptions) -> tuple[ScoredProbe, ...]:
         """How the probes of a request are named in its answer, in the request's order."""
         by_key = {f"{probe.name}@{probe.version}": probe for probe in self.probes}
         scored = []

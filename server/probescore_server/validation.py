@@ -18,7 +18,7 @@ from probescore.reductions import Reduction
 from probescore.types import Chat, Completion, OutputPer, ProbeInfo, RolloutGroup, Scope, Span, Text, TokenIds
 from probescore_server.errors import InvalidRequest, LimitExceeded
 from probescore_server.request_cost import RequestCost
-from probescore_server.rollouts import Continuation, EngineInfo, Rollout, ScoreOptions
+from probescore_server.rollouts import CheckedRollout, Continuation, EngineInfo, ResolvedOptions
 
 MAX_FOLLOW_UP_DEPTH = 8
 MAX_SPAN_NAME_BYTES = 64
@@ -37,7 +37,7 @@ def resolve_options(
     scope: Scope | str = Scope.COMPLETION,
     return_token_ids: bool = False,
     return_token_texts: bool = False,
-) -> ScoreOptions:
+) -> ResolvedOptions:
     """Checks how a request wants its rollouts scored.
 
     Args:
@@ -64,7 +64,7 @@ def resolve_options(
         case _:
             wanted = _resolve_names(info.probes, token_scores, "token_scores.probes")
             _check_token_scores(wanted, keys, by_key)
-    return ScoreOptions(
+    return ResolvedOptions(
         probes=keys,
         reductions=tuple(_parse_reduction(written, index) for index, written in enumerate(reductions)),
         token_scores=frozenset(wanted),
@@ -224,14 +224,14 @@ def _as_completion(completion: Completion | TokenIds | str) -> Completion:
 def resolve_rollouts(
     groups: Sequence[RolloutGroup],
     info: EngineInfo,
-    options: ScoreOptions,
+    options: ResolvedOptions,
     *,
     encoded: Mapping[str, NDArray[np.int32]] | None = None,
     max_rollout_tokens: int | None = None,
     max_request_tokens: int | None = None,
     max_span_scores: int | None = None,
     max_request_values: int | None = None,
-) -> list[list[Rollout]]:
+) -> list[list[CheckedRollout]]:
     """Checks a request's rollouts against what is loaded and the limits.
 
     Args:
@@ -261,7 +261,7 @@ def resolve_rollouts(
     longest = min(((limit, name) for name, limit in limits.items() if limit), default=None)
     appended = [info.max_follow_up_tokens.get(key, 0) for key in options.probes]
     cost = RequestCost.of(info, options)
-    request = _Request(info, options, encoded or {}, longest, max(appended, default=0), sum(appended), cost, max_span_scores)
+    request = _RequestChecks(info, options, encoded or {}, longest, max(appended, default=0), sum(appended), cost, max_span_scores)
     rollouts = [request.resolve_group(group, f"groups[{index}]") for index, group in enumerate(groups)]
     if max_request_tokens is not None:
         total = sum(
@@ -280,7 +280,7 @@ def resolve_rollouts(
 
 
 @dataclass(frozen=True, slots=True)
-class _Request:
+class _RequestChecks:
     """What the checks of one request's rollouts share.
 
     Attributes:
@@ -292,7 +292,7 @@ class _Request:
     """
 
     info: EngineInfo
-    options: ScoreOptions
+    options: ResolvedOptions
     encoded: Mapping[str, NDArray[np.int32]]
     longest: tuple[int, str] | None
     longest_appended: int
@@ -300,7 +300,7 @@ class _Request:
     cost: RequestCost
     max_span_scores: int | None
 
-    def resolve_group(self, group: RolloutGroup, path: str) -> list[Rollout]:
+    def resolve_group(self, group: RolloutGroup, path: str) -> list[CheckedRollout]:
         inexact = isinstance(group.prompt, (str, Text, Chat))
         if isinstance(group.prompt, (str, Text, Chat)):
             prompt_ids = self._check_range(self.encoded[f"{path}.prompt"], f"{path}.prompt")
@@ -315,7 +315,7 @@ class _Request:
             self._check_length(len(prompt_ids) + completion.chain_tokens + self.longest_appended, place)
             self._check_bos(prompt_ids, completion, f"{path}.prompt")
             reread = self.cost.reread_tokens(completion, len(prompt_ids))
-            rollouts.append(Rollout(prompt_ids, completion, self.options, self.all_appended, reread))
+            rollouts.append(CheckedRollout(prompt_ids, completion, self.options, self.all_appended, reread))
             self._check_spans(rollouts[-1], place)
         return rollouts
 
@@ -382,7 +382,7 @@ class _Request:
             remedy = "send a shorter one, since nothing is cut"
             raise LimitExceeded(path, tokens, "tokens with its prompt and follow-ups", name, limit, remedy, "TOO_LONG")
 
-    def _check_spans(self, rollout: Rollout, path: str) -> None:
+    def _check_spans(self, rollout: CheckedRollout, path: str) -> None:
         limit = self.max_span_scores
         if limit is not None and (read := self.cost.scores_of_spans(rollout)) > limit:
             remedy = "send fewer or shorter spans, or ask for fewer probes or reductions"

@@ -9,7 +9,7 @@ import numpy as np
 
 from probescore import Calibration, OutputPer, ProbeInfo, Reduction, ScoreUnit
 from probescore_adapters.outcome import Outcome, combine
-from probescore_adapters.readings import MaskedTokens, Reading, Readings
+from probescore_adapters.readings import BatchSignals, MaskedTokens, SignalValues
 from probescore_adapters.signals import BoundSignal, Mode, ProbeSignal
 
 
@@ -40,23 +40,23 @@ def probe_info(
     )
 
 
-def reading(signal: ProbeSignal, values: Sequence[float] | Sequence[Sequence[float]], unit: ScoreUnit = ScoreUnit.LOGIT) -> Reading:
+def reading(signal: ProbeSignal, values: Sequence[float] | Sequence[Sequence[float]], unit: ScoreUnit = ScoreUnit.LOGIT) -> SignalValues:
     """Of the signal's probe: a number for each rollout; for a dense one the numbers of its tokens, none if it is unscorable."""
     bound = BoundSignal.bind(signal, (probe_info(signal.probe, unit=unit),))
     if signal.mode is not Mode.DENSE:
-        return Reading(bound, np.array(values, np.float64))
+        return SignalValues(bound, np.array(values, np.float64))
     tokens = tuple(MaskedTokens(np.array(one, np.float64), np.ones(len(one), np.bool_)) for one in values)  # type: ignore[arg-type]
-    return Reading(bound, np.array([one.mean for one in tokens]), tokens)
+    return SignalValues(bound, np.array([one.mean for one in tokens]), tokens)
 
 
-def combined(*readings: Reading, groups: Sequence[Any] | None = None, tasks: Sequence[float] | None = None, **options: Any) -> Outcome:
+def combined(*readings: SignalValues, groups: Sequence[Any] | None = None, tasks: Sequence[float] | None = None, **options: Any) -> Outcome:
     count = len(readings[0].values)
     lengths: list[int | None] = [None] * count
     for one in readings:
         if one.tokens is not None:
             lengths = [max(len(tokens.scores), 1) for tokens in one.tokens]
     return combine(
-        Readings(tuple(readings), inexact_ids=np.zeros(count, np.bool_)),
+        BatchSignals(tuple(readings), inexact_ids=np.zeros(count, np.bool_)),
         groups=list(range(count)) if groups is None else groups,
         lengths=options.pop("lengths", lengths),
         task_rewards=None if tasks is None else np.array(tasks, np.float64),

@@ -23,12 +23,12 @@ from probescore import (
     StreamedCompletion,
 )
 from probescore_adapters import ProbeSignal, Rollout
-from probescore_adapters.readings import Ask, Readings, Server, read
+from probescore_adapters.readings import Ask, BatchSignals, ServerFacts, read
 from probescore_adapters.signals import BoundSignal
 
 SIGNAL = BoundSignal.bind(ProbeSignal("cheating", mode="reward"), (probe_info(),))
 MODEL = ModelInfo("model", "", "sha256:m", "llama", 8, 2, 2, 100, 0)
-SERVER = Server(ServerInfo("1", MODEL, "", Limits(10**6, 10**6, 10**6, 10**6, 10**6), (), ("cheating@1",)), (probe_info(),))
+SERVER = ServerFacts(ServerInfo("1", MODEL, "", Limits(10**6, 10**6, 10**6, 10**6, 10**6), (), ("cheating@1",)), (probe_info(),))
 SCORED = ScoredProbe("cheating", "1", "", "", ScoreUnit.LOGIT, OutputPer.TOKEN, ("",), (Reduction.parse("mean"),))
 ROLLOUTS = [Rollout(np.array([5]), np.array([number])) for number in range(4)]
 
@@ -59,7 +59,7 @@ def test_rollout_with_which_a_worker_was_lost_twice_is_unscorable_and_the_rest_i
     asked = steps.throw(lost("WORKER_LOST_TWICE"))
     with pytest.raises(StopIteration) as done:
         steps.send(answers(asked))
-    readings: Readings = done.value.value
+    readings: BatchSignals = done.value.value
     np.testing.assert_array_equal(readings.signals[0].values, [0, np.nan, 2, 3])
     assert readings.problems == {1: "a worker was lost with it twice"}
 

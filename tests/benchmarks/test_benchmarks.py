@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from benchmarks.compare import compare
-from benchmarks.loads import LOADS, Group, Load, Unit
+from benchmarks.loads import LOADS, Load, LoadGroup, Unit
 from benchmarks.model import SHAPES, BenchModel, make_model
 from benchmarks.process import VariantProcess
 from benchmarks.ratios import Spread
@@ -62,7 +62,10 @@ def test_each_turn_of_a_conversation_needs_only_what_is_new() -> None:
 
 def test_a_unit_is_read_as_it_was_saved(tmp_path) -> None:
     unit = Unit(
-        (Group(np.arange(3), (np.arange(4), np.arange(2))),), earlier=(Group(np.arange(1), (np.arange(5),)),), probes=2, per_token=False
+        (LoadGroup(np.arange(3), (np.arange(4), np.arange(2))),),
+        earlier=(LoadGroup(np.arange(1), (np.arange(5),)),),
+        probes=2,
+        per_token=False,
     )
     unit.save(tmp_path / "unit.npz")
     read = Unit.read(tmp_path / "unit.npz")
@@ -80,7 +83,7 @@ def test_ratios_are_made_within_a_repetition(pairs: list[tuple[float, float]]) -
 
 @given(st.integers(1, 20), st.integers(1, 8))
 def test_completions_are_dealt_out_evenly_and_in_order(completions: int, clients: int) -> None:
-    parts = deal_out(Group(np.arange(2), tuple(np.array([index]) for index in range(completions))), clients)
+    parts = deal_out(LoadGroup(np.arange(2), tuple(np.array([index]) for index in range(completions))), clients)
     assert [int(completion[0]) for part in parts for completion in part.completions] == list(range(completions))
     sizes = [len(part.completions) for part in parts]
     assert max(sizes) - min(sizes) <= 1

@@ -22,7 +22,7 @@ from probescore_server.backbone.self_test import SelfTest
 from probescore_server.backbone.taps import TapReader
 from probescore_server.backbone.universal.backbone import UniversalBackbone
 from probescore_server.errors import ModelRefused
-from probescore_server.rollouts import Continuation, Rollout, ScoreOptions
+from probescore_server.rollouts import CheckedRollout, Continuation, ResolvedOptions
 
 HOOKS = [Tap("resid_pre", 0), Tap("resid_pre", 1), Tap("resid_post", 1), Tap("attn_out", 1), Tap("mlp_out", 1)]
 
@@ -50,10 +50,10 @@ def forest() -> Forest:
     def ids(*tokens: int) -> np.ndarray:
         return np.array(tokens, np.int32)
 
-    options = ScoreOptions(probes=(), scope=Scope.ALL)
+    options = ResolvedOptions(probes=(), scope=Scope.ALL)
     prompt = ids(*range(10, 30))
     forked = Continuation(ids(3, 4, 5), follow_ups=(Continuation(ids(6, 7)), Continuation(ids(8))))
-    return Forest.build([Rollout(prompt, forked, options), Rollout(prompt, Continuation(ids(9, 10, 11, 12)), options)], {})
+    return Forest.build([CheckedRollout(prompt, forked, options), CheckedRollout(prompt, Continuation(ids(9, 10, 11, 12)), options)], {})
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from models import BOS
 
 from probescore import RolloutGroup, Text
 from probescore_server.backbone.kv_cache import KeyValueCache
-from probescore_server.engine.device_memory import Residence
+from probescore_server.engine.device_memory import DeviceMemory
 from probescore_server.probes.loading.onnx_session import ProbeSession
 from probescore_server.validation import resolve_options, resolve_rollouts
 
@@ -113,7 +113,7 @@ def test_a_batch_that_computes_ends_first(engine):
 def test_a_session_that_was_closed_scores_as_before_once_it_is_open(engine):
     expected = {probe.name: engine.score(GROUPS).values(probe.name) for probe in PROBES}
     sessions = [probe.runs for probe in engine._probes.values() if isinstance(probe.runs, ProbeSession)]
-    residence = Residence(torch.device("cpu"), list, KeyValueCache(0), sessions)
+    residence = DeviceMemory(torch.device("cpu"), list, KeyValueCache(0), sessions)
 
     residence.sleep()
     closed = [not hasattr(session, "_session") for session in sessions]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from probescore.types import Scope
 from probescore_server.backbone.forest import Forest, Placement, ProbeReads
-from probescore_server.rollouts import Continuation, Rollout, ScoreOptions
+from probescore_server.rollouts import CheckedRollout, Continuation, ResolvedOptions
 
 PROBES = {"plain@1": ProbeReads(), "sees@1": ProbeReads(sees_prompt=True), "asks@1": ProbeReads(follow_up=(7, 8))}
 PROBES["asks-sees@1"] = ProbeReads(sees_prompt=True, follow_up=(7, 8))
@@ -26,11 +26,11 @@ def rollout(
     *follow_ups: Continuation,
     probes: tuple[str, ...] = ("plain@1",),
     scope: Scope = Scope.COMPLETION,
-) -> Rollout:
-    return Rollout(array(prompt), Continuation(array(completion), follow_ups=follow_ups), ScoreOptions(probes, scope=scope))
+) -> CheckedRollout:
+    return CheckedRollout(array(prompt), Continuation(array(completion), follow_ups=follow_ups), ResolvedOptions(probes, scope=scope))
 
 
-def build(*rollouts: Rollout) -> Forest:
+def build(*rollouts: CheckedRollout) -> Forest:
     return Forest.build(rollouts, PROBES)
 
 
@@ -121,11 +121,11 @@ continuations: st.SearchStrategy[Continuation] = st.recursive(
 )
 batches = st.lists(
     st.builds(
-        Rollout,
+        CheckedRollout,
         token_ids.map(array),
         continuations,
         st.builds(
-            ScoreOptions, st.lists(st.sampled_from(sorted(PROBES)), unique=True, min_size=1).map(tuple), scope=st.sampled_from(Scope)
+            ResolvedOptions, st.lists(st.sampled_from(sorted(PROBES)), unique=True, min_size=1).map(tuple), scope=st.sampled_from(Scope)
         ),
     ),
     max_size=5,
@@ -140,7 +140,7 @@ def walk(placement: Placement, before: list[int]) -> Iterator[tuple[Placement, l
 
 
 @given(batches)
-def test_any_batch_is_laid_out_so_that_each_chain_spells_its_rollout(batch: list[Rollout]) -> None:
+def test_any_batch_is_laid_out_so_that_each_chain_spells_its_rollout(batch: list[CheckedRollout]) -> None:
     forest = build(*batch)
     for index, (asked, placement) in enumerate(zip(batch, forest.placements, strict=True)):
         expected = 0
@@ -158,7 +158,7 @@ def test_any_batch_is_laid_out_so_that_each_chain_spells_its_rollout(batch: list
 
 
 @given(batches)
-def test_any_forest_has_no_segment_twice_and_parents_first(batch: list[Rollout]) -> None:
+def test_any_forest_has_no_segment_twice_and_parents_first(batch: list[CheckedRollout]) -> None:
     forest = build(*batch)
     seen = {(segment.parent, segment.token_ids.tobytes()) for segment in forest.segments}
     assert len(seen) == len(forest.segments)

@@ -18,7 +18,7 @@ from probescore.types import Completion, RolloutGroup, Span
 from probescore_server import Engine
 from probescore_server.probes.scoring import onnx_scores
 from probescore_server.probes.scoring.wanted import GivenUp, GraphWatch, Wanted
-from probescore_server.rollouts import Rollout, RolloutResult
+from probescore_server.rollouts import CheckedRollout, RolloutResult
 from probescore_server.validation import resolve_options, resolve_rollouts
 
 SECONDS = 30.0
@@ -29,12 +29,12 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
     return Engine.load(str(tiny_model()), [write_slow_probe(tmp_path_factory.mktemp("slow") / "slow.onnx")])
 
 
-def rollouts(engine: Engine, *completions: list[int] | Completion, **options: object) -> list[Rollout]:
+def rollouts(engine: Engine, *completions: list[int] | Completion, **options: object) -> list[CheckedRollout]:
     resolved = resolve_options(engine.info, **options)  # type: ignore[arg-type]
     return resolve_rollouts([RolloutGroup([BOS, 5], list(completions))], engine.info, resolved)[0]
 
 
-def scored_in_time(engine: Engine, batch: list[Rollout], is_cancelled: Callable[[int], bool]) -> list[RolloutResult | None]:
+def scored_in_time(engine: Engine, batch: list[CheckedRollout], is_cancelled: Callable[[int], bool]) -> list[RolloutResult | None]:
     """The results, from a thread of its own: without the mend it would compute for hours."""
     results: list[RolloutResult | None] = []
     thread = threading.Thread(target=lambda: results.extend(engine.score_rollouts(batch, is_cancelled=is_cancelled)), daemon=True)

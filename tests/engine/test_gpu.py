@@ -17,7 +17,7 @@ from probescore_server.backbone.packed.backbone import PackedBackbone
 from probescore_server.backbone.selection import choose_backbone
 from probescore_server.backbone.taps import TapReader
 from probescore_server.backbone.universal.backbone import UniversalBackbone
-from probescore_server.rollouts import Continuation, Rollout, ScoreOptions
+from probescore_server.rollouts import CheckedRollout, Continuation, ResolvedOptions
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -44,10 +44,10 @@ PACKABLE = ["llama", "mistral", "deepseek_v3", "gpt_oss"]  # unequal heads, a wi
 def a_forest() -> Forest:
     random = np.random.default_rng(0)
     prompts = [random.integers(4, 96, count, np.int32) for count in (50, 7)]
-    options = ScoreOptions(probes=(), scope=Scope.ALL)
+    options = ResolvedOptions(probes=(), scope=Scope.ALL)
     lengths = [(0, 1), (0, 33), (1, 20), (0, 5)]
     return Forest.build(
-        [Rollout(prompts[which], Continuation(random.integers(4, 96, count, np.int32)), options) for which, count in lengths], {}
+        [CheckedRollout(prompts[which], Continuation(random.integers(4, 96, count, np.int32)), options) for which, count in lengths], {}
     )
 
 

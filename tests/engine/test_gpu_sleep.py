@@ -9,7 +9,7 @@ from engine_probes import linear, pooled_mean, running_mean
 
 from probescore import RolloutGroup
 from probescore_server.backbone.kv_cache import KeyValueCache
-from probescore_server.engine.device_memory import Residence
+from probescore_server.engine.device_memory import DeviceMemory
 from probescore_server.errors import WorkerUnavailable
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -41,7 +41,7 @@ def test_it_holds_less_asleep_and_the_same_awake(engine):
 
 def test_large_weights_leave_the_device_for_others():
     weights = torch.arange(64 << 20, dtype=torch.float32, device="cuda")
-    residence = Residence(weights.device, lambda: [weights], KeyValueCache(0), [])
+    residence = DeviceMemory(weights.device, lambda: [weights], KeyValueCache(0), [])
     free_before, _ = torch.cuda.mem_get_info()
 
     slept = residence.sleep()

@@ -23,7 +23,7 @@ from probescore_server.backbone.forest import Forest
 from probescore_server.backbone.model_loading import load_decoder
 from probescore_server.backbone.self_test import universal_backbone
 from probescore_server.backbone.taps import TapReader
-from probescore_server.rollouts import Continuation, Rollout, ScoreOptions
+from probescore_server.rollouts import CheckedRollout, Continuation, ResolvedOptions
 
 Sequences = list[NDArray[np.int32]]
 
@@ -91,8 +91,8 @@ def plain(model: Path, sequences: Sequences, dtype: torch.dtype) -> NDArray[np.f
 def ours(model: Path, sequences: Sequences) -> NDArray[np.float64]:
     decoder = load_decoder(model, num_layers=2)
     backbone = universal_backbone(decoder, TapReader(decoder, [TAP]))
-    options = ScoreOptions(probes=(), scope=Scope.ALL)
-    forests = [Forest.build([Rollout(ids[:50], Continuation(ids[50:]), options)], {}) for ids in sequences]
+    options = ResolvedOptions(probes=(), scope=Scope.ALL)
+    forests = [Forest.build([CheckedRollout(ids[:50], Continuation(ids[50:]), options)], {}) for ids in sequences]
     return torch.cat([backbone.forward(forest, [TAP]).rows[TAP] for forest in forests]).double().numpy()
 
 

@@ -27,7 +27,7 @@ from probescore_server.backbone.packed.backbone import KEYS_PER_TOKEN, PackedBac
 from probescore_server.backbone.taps import TapReader
 from probescore_server.backbone.universal.attention import UnknownAttention
 from probescore_server.backbone.universal.backbone import UniversalBackbone
-from probescore_server.rollouts import Continuation, Rollout, ScoreOptions
+from probescore_server.rollouts import CheckedRollout, Continuation, ResolvedOptions
 
 BOUND = 1e-4
 TAPS = [Tap("resid_pre", 0), Tap("resid_pre", 2), Tap("resid_post", 1), Tap("attn_out", 3), Tap("mlp_out", 3), Tap("final_norm")]
@@ -54,15 +54,15 @@ def some_ids(count: int, seed: int) -> np.ndarray:
 
 def a_forest(scope: Scope = Scope.ALL) -> Forest:
     """Two prompts; of the first, three completions, one of them with two follow-ups. Longer than a window of 8."""
-    options = ScoreOptions(probes=(), scope=scope)
+    options = ResolvedOptions(probes=(), scope=scope)
     forked = Continuation(some_ids(9, 1), follow_ups=(Continuation(some_ids(6, 2)), Continuation(some_ids(1, 3))))
     prompt = some_ids(20, 0)
     return Forest.build(
         [
-            Rollout(prompt, forked, options),
-            Rollout(some_ids(3, 4), Continuation(some_ids(14, 5)), options),
-            Rollout(prompt, Continuation(some_ids(5, 6)), options),
-            Rollout(prompt, Continuation(some_ids(1, 7)), options),
+            CheckedRollout(prompt, forked, options),
+            CheckedRollout(some_ids(3, 4), Continuation(some_ids(14, 5)), options),
+            CheckedRollout(prompt, Continuation(some_ids(5, 6)), options),
+            CheckedRollout(prompt, Continuation(some_ids(1, 7)), options),
         ],
         {},
     )
@@ -132,7 +132,9 @@ _continuations = st.recursive(
 def test_any_forest_in_any_passes(rollouts: list[tuple[int, Continuation, Scope]], tokens: int) -> None:
     decoder, reader = _tiny_mistral()
     tap = Tap("resid_post", 1)
-    forest = Forest.build([Rollout(some_ids(n, n), after, ScoreOptions(probes=(), scope=scope)) for n, after, scope in rollouts], {})
+    forest = Forest.build(
+        [CheckedRollout(some_ids(n, n), after, ResolvedOptions(probes=(), scope=scope)) for n, after, scope in rollouts], {}
+    )
     kernel = Kernel()
     found = PackedBackbone(decoder, reader, kernel, max_pass_tokens=tokens).forward(forest, [tap], cache=KeyValueCache(1 << 20))
     expected = plain(decoder, reader, forest, [tap])
@@ -191,8 +193,8 @@ def opened(decoder: Decoder, **options: Any) -> tuple[PackedBackbone, Kernel, Ta
 
 
 def prompt_and_completion(prompt: np.ndarray, *completions: np.ndarray, scope: Scope = Scope.COMPLETION) -> Forest:
-    options = ScoreOptions(probes=(), scope=scope)
-    return Forest.build([Rollout(prompt, Continuation(completion), options) for completion in completions], {})
+    options = ResolvedOptions(probes=(), scope=scope)
+    return Forest.build([CheckedRollout(prompt, Continuation(completion), options) for completion in completions], {})
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "gpt2", "deepseek_v3"])
@@ -272,8 +274,8 @@ class Recorded(PackedBackbone):
     ],
 )
 def test_keys_and_values_are_kept_where_a_later_pass_needs_them(tokens: int, passes: list[tuple[int, bool]]) -> None:
-    options = ScoreOptions(probes=())
-    forest = Forest.build([Rollout(some_ids(5, seed), Continuation(some_ids(4, seed + 2)), options) for seed in range(2)], {})
+    options = ResolvedOptions(probes=())
+    forest = Forest.build([CheckedRollout(some_ids(5, seed), Continuation(some_ids(4, seed + 2)), options) for seed in range(2)], {})
     decoder = packable_decoder("llama")
     backbone = Recorded(decoder, TapReader(decoder, [DEEPEST]), varlen_reference.varlen_attn, max_pass_tokens=tokens)
     backbone.passes = []

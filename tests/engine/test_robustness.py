@@ -22,7 +22,7 @@ from probescore_probes.exporting import linear_probe, onnx_probe
 from probescore_probes.reference import ReferenceModel
 from probescore_server import Engine
 from probescore_server.probes.scoring.batch_scorer import _without_non_finite
-from probescore_server.rollouts import Rollout
+from probescore_server.rollouts import CheckedRollout
 from probescore_server.validation import resolve_options, resolve_rollouts
 
 PROMPT = [BOS, 40, 41, 42]
@@ -115,7 +115,7 @@ def test_threads_may_share_an_engine(engine: Engine) -> None:
 # ------------------------------------------------------------------------------------------------------------------ cancellation
 
 
-def checked(engine: Engine, completions: list[list[int]], prompt: list[int] = PROMPT, **options: object) -> list[Rollout]:
+def checked(engine: Engine, completions: list[list[int]], prompt: list[int] = PROMPT, **options: object) -> list[CheckedRollout]:
     resolved = resolve_options(engine.info, **options)  # type: ignore[arg-type]
     (rollouts,) = resolve_rollouts([RolloutGroup(prompt, completions)], engine.info, resolved)
     return rollouts

@@ -25,7 +25,7 @@ from probescore_server.backbone.universal.backbone import UniversalBackbone
 from probescore_server.backbone.universal.gated_mlp import multiply_in_place
 from probescore_server.backbone.universal.prepacking import can_prepack, prepack
 from probescore_server.errors import ModelRefused
-from probescore_server.rollouts import Continuation, Rollout, ScoreOptions
+from probescore_server.rollouts import CheckedRollout, Continuation, ResolvedOptions
 
 TAP = Tap("resid_post", 2)
 ARCHITECTURES = [("llama", None), ("mistral", 8), ("gemma2", 8), ("gpt_neox", None), ("gpt2", None)]
@@ -41,8 +41,8 @@ def some_ids(count: int, seed: int) -> np.ndarray:
 
 
 def group(prompt: np.ndarray, *completions: np.ndarray, scope: Scope = Scope.COMPLETION) -> Forest:
-    options = ScoreOptions(probes=(), scope=scope)
-    return Forest.build([Rollout(prompt, Continuation(completion), options) for completion in completions], {})
+    options = ResolvedOptions(probes=(), scope=scope)
+    return Forest.build([CheckedRollout(prompt, Continuation(completion), options) for completion in completions], {})
 
 
 def rows(activations: Activations, segment: int, forest: Forest) -> torch.Tensor:
@@ -95,10 +95,10 @@ def test_next_turn_computes_only_what_is_new() -> None:
 def test_turns_of_one_batch_share_what_they_begin_with() -> None:
     backbone = universal_backbone(*opened())
     prompt, answer = some_ids(20, 0), some_ids(8, 1)
-    options = ScoreOptions(probes=())
+    options = ResolvedOptions(probes=())
     turns = [
-        Rollout(prompt, Continuation(answer), options),
-        Rollout(np.concatenate([prompt, answer]), Continuation(some_ids(4, 2)), options),
+        CheckedRollout(prompt, Continuation(answer), options),
+        CheckedRollout(np.concatenate([prompt, answer]), Continuation(some_ids(4, 2)), options),
     ]
     forest = Forest.build(turns, {})
     backbone.forward(forest, [TAP], cache=KeyValueCache(1 << 24))

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from probescore import Reduction
 from probescore.types import Chat, ChatMessage, Completion, ModelInfo, OutputPer, ProbeInfo, RolloutGroup, Scope, ScoreUnit, Span, Text
 from probescore_server.errors import InvalidRequest
-from probescore_server.rollouts import EngineInfo, Rollout, ScoreOptions
+from probescore_server.rollouts import CheckedRollout, EngineInfo, ResolvedOptions
 from probescore_server.validation import PendingText, pending_texts, resolve_options, resolve_rollouts
 
 VOCAB, BOS, POSITIONS = 100, 1, 40
@@ -50,11 +50,13 @@ INFO = EngineInfo(
 )
 
 
-def options(**asked: Any) -> ScoreOptions:
+def options(**asked: Any) -> ResolvedOptions:
     return resolve_options(INFO, **asked)
 
 
-def rollouts(*groups: RolloutGroup, info: EngineInfo = INFO, asked: ScoreOptions | None = None, **limits: Any) -> list[list[Rollout]]:
+def rollouts(
+    *groups: RolloutGroup, info: EngineInfo = INFO, asked: ResolvedOptions | None = None, **limits: Any
+) -> list[list[CheckedRollout]]:
     return resolve_rollouts(groups, info, asked or options(), **limits)
 
 

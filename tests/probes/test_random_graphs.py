@@ -20,7 +20,7 @@ from random_graphs import DISHONEST, NEEDS_SEQUENCES, OF_SEQUENCE, POSITIONED, R
 
 from probescore.types import Completion, CompletionStatus, ModelInfo, OutputPer, RolloutGroup, ScoreUnit, Tap
 from probescore_probes.exporting import ProbeFunction
-from probescore_probes.golden import ScoredRollout, check_graph_computes
+from probescore_probes.golden import GoldenRollout, check_graph_computes
 from probescore_server.backbone.base import Activations
 from probescore_server.backbone.forest import Forest, ProbeReads
 from probescore_server.errors import ProbeRefused
@@ -60,7 +60,7 @@ class Probe:
 
     file: ProbeFile
     author: ProbeFunction
-    rollouts: list[ScoredRollout]
+    rollouts: list[GoldenRollout]
 
     def write(self) -> None:
         """All that is checked when it is written; raises ``ProbeRefused``."""
@@ -97,7 +97,7 @@ def probe_of(recipe: Recipe, directory: Path, golden_lengths: Sequence[int] = GO
         case["scores"] = each.tolist()
     file = read_probe_file(craft(directory / "random.onnx", model, fields(**said, golden={"cases": blank})))
     cases = [GoldenCase.model_validate_json(json.dumps(case)) for case in blank]
-    return Probe(file, author, [ScoredRollout(*each, {}) for each in zip(cases, golden, scores, strict=True)])
+    return Probe(file, author, [GoldenRollout(*each, {}) for each in zip(cases, golden, scores, strict=True)])
 
 
 def golden_inputs(recipe: Recipe, rows: NDArray[np.float32]) -> GraphInputs:

@@ -11,11 +11,11 @@ import numpy as np
 
 from probescore.types import CompletionScores, CompletionStatus, Usage
 from probescore_server.errors import InternalFault, OutOfMemory
-from probescore_server.rollouts import Continuation, Rollout, RolloutResult, ScoredBatch, ScoreOptions
+from probescore_server.rollouts import CheckedRollout, Continuation, ResolvedOptions, RolloutResult, ScoredBatch
 from probescore_server.scheduling.call import Call
 from probescore_server.scheduling.scheduler import Scheduler
 
-OPTIONS = ScoreOptions(probes=("p@1",))
+OPTIONS = ResolvedOptions(probes=("p@1",))
 
 
 class HandWorker:
@@ -39,13 +39,13 @@ class HandWorker:
         self._memory = memory
         self._numbers = itertools.count(1)
         self._cancelled: dict[int, set[int]] = {}
-        self._rollouts: dict[int, Sequence[Rollout]] = {}
+        self._rollouts: dict[int, Sequence[CheckedRollout]] = {}
         self._ends: dict[int, asyncio.Future[None]] = {}
 
     def new_batch(self) -> int:
         return next(self._numbers)
 
-    async def score(self, number: int, rollouts: Sequence[Rollout]) -> ScoredBatch:
+    async def score(self, number: int, rollouts: Sequence[CheckedRollout]) -> ScoredBatch:
         names = [rollout.completion.id for rollout in rollouts]
         self.batches.append(names)
         self._rollouts[number], self._cancelled[number] = rollouts, set()
@@ -97,13 +97,13 @@ async def settle() -> None:
         await asyncio.sleep(0)
 
 
-def tokens_of(rollouts: Sequence[Rollout]) -> int:
+def tokens_of(rollouts: Sequence[CheckedRollout]) -> int:
     """Of a batch, each prompt once."""
     prompts = {rollout.prompt_ids.tobytes(): len(rollout.prompt_ids) for rollout in rollouts}
     return sum(prompts.values()) + sum(rollout.tokens - len(rollout.prompt_ids) for rollout in rollouts)
 
 
-def result_of(rollout: Rollout) -> RolloutResult:
+def result_of(rollout: CheckedRollout) -> RolloutResult:
     return RolloutResult(scores_of(rollout.completion), Usage(tokens_computed=rollout.tokens))
 
 
@@ -115,11 +115,12 @@ def scores_of(continuation: Continuation) -> CompletionScores:
 _distinct = itertools.count(1)
 
 
-def group(*names: str, prompt: int = 4, tokens: int = 1, prompt_id: int | None = None) -> list[Rollout]:
+def group(*names: str, prompt: int = 4, tokens: int = 1, prompt_id: int | None = None) -> list[CheckedRollout]:
     """Rollouts of one prompt of `prompt` tokens, unlike any other unless `prompt_id` says so; a completion's tokens spell its name."""
     prompt_ids = np.full(prompt, next(_distinct) if prompt_id is None else -prompt_id, np.int32)
     return [
-        Rollout(prompt_ids, Continuation(np.full(tokens, zlib.crc32(name.encode()) >> 1, np.int32), id=name), OPTIONS) for name in names
+        CheckedRollout(prompt_ids, Continuation(np.full(tokens, zlib.crc32(name.encode()) >> 1, np.int32), id=name), OPTIONS)
+        for name in names
     ]
 
 

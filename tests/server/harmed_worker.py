@@ -15,7 +15,7 @@ import torch
 
 from probescore.types import Chat, Text
 from probescore_server.engine.engine import Engine
-from probescore_server.rollouts import Rollout
+from probescore_server.rollouts import CheckedRollout
 from probescore_server.workers.main import run_worker
 from probescore_server.workers.messages import WorkerSpec
 
@@ -30,7 +30,7 @@ def run_on_a_device_that_fails(connection: socket.socket, spec: WorkerSpec) -> N
     """A worker whose device is lost, as torch says it, or which crashes, when it sees one of those tokens."""
     scoring = Engine.score_rollouts
 
-    def score_rollouts(self: Engine, rollouts: Sequence[Rollout], **options: Callable[[int], bool]) -> Any:
+    def score_rollouts(self: Engine, rollouts: Sequence[CheckedRollout], **options: Callable[[int], bool]) -> Any:
         ids = {int(token) for rollout in rollouts for token in rollout.completion.token_ids}
         if LOSES_DEVICE in ids:
             raise torch.AcceleratorError(MESSAGE)

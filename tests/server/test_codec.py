@@ -14,7 +14,7 @@ from hypothesis.extra import numpy as arrays
 
 from probescore.reductions import Reduction
 from probescore.types import CompletionScores, CompletionStatus, ProbeScores, Scope, Span, Usage
-from probescore_server.rollouts import Continuation, Rollout, RolloutResult, ScoredBatch, ScoreOptions
+from probescore_server.rollouts import CheckedRollout, Continuation, ResolvedOptions, RolloutResult, ScoredBatch
 from probescore_server.workers.messages import BatchScored, ScoreBatch
 
 NAMES = st.text(max_size=3)
@@ -25,7 +25,7 @@ SPANS = st.lists(st.builds(Span, NAMES, COUNTS, COUNTS), max_size=2).map(tuple)
 TEXTS = st.none() | st.lists(NAMES, max_size=3).map(tuple)
 
 OPTIONS = st.builds(
-    ScoreOptions,
+    ResolvedOptions,
     probes=st.lists(NAMES, max_size=3).map(tuple),
     reductions=st.lists(st.sampled_from(["mean", "topk_mean(8)", "ema_max(0.1)"]).map(Reduction.parse), max_size=2).map(tuple),
     token_scores=st.frozensets(NAMES, max_size=2),
@@ -86,8 +86,8 @@ def assert_same(ours: Any, theirs: Any) -> None:
         assert ours == theirs
 
 
-@given(st.lists(st.builds(Rollout, IDS, CONTINUATIONS, OPTIONS, COUNTS), max_size=3))
-def test_a_batch_reaches_the_worker_as_it_was_sent(rollouts: list[Rollout]) -> None:
+@given(st.lists(st.builds(CheckedRollout, IDS, CONTINUATIONS, OPTIONS, COUNTS), max_size=3))
+def test_a_batch_reaches_the_worker_as_it_was_sent(rollouts: list[CheckedRollout]) -> None:
     assert_same(pickle.loads(pickle.dumps(ScoreBatch(7, rollouts))), ScoreBatch(7, rollouts))
 
 
@@ -98,9 +98,9 @@ def test_results_come_back_as_the_worker_sent_them(results: tuple[RolloutResult 
 
 
 def test_what_rollouts_share_is_sent_once_and_shared_again() -> None:
-    options = ScoreOptions(("p@1",))
+    options = ResolvedOptions(("p@1",))
     prompt, completion = np.arange(1000, dtype=np.int32), Continuation(np.arange(3, dtype=np.int32))
-    sent = pickle.dumps(ScoreBatch(1, [Rollout(prompt, completion, options) for _ in range(10)]))
+    sent = pickle.dumps(ScoreBatch(1, [CheckedRollout(prompt, completion, options) for _ in range(10)]))
     assert len(sent) < 2 * prompt.nbytes
     arrived = pickle.loads(sent).rollouts
     assert len({id(rollout.prompt_ids) for rollout in arrived}) == len({id(rollout.options) for rollout in arrived}) == 1
@@ -114,12 +114,12 @@ def test_an_array_that_is_not_contiguous_is_sent_as_it_reads() -> None:
 
 
 def test_numbers_of_another_type_are_refused_instead_of_read_as_others() -> None:
-    ids, options = np.arange(2, dtype=np.int32), ScoreOptions(("p@1",))
+    ids, options = np.arange(2, dtype=np.int32), ResolvedOptions(("p@1",))
     scores = CompletionScores("", CompletionStatus.OK, {"p": ProbeScores(np.zeros((1, 1, 1)))})
     for message in (
-        ScoreBatch(1, [Rollout(ids.astype(np.int64), Continuation(ids), options)]),
-        ScoreBatch(1, [Rollout(ids, Continuation(ids.astype(np.int64)), options)]),
-        ScoreBatch(1, [Rollout(ids, Continuation(ids, ids), options)]),
+        ScoreBatch(1, [CheckedRollout(ids.astype(np.int64), Continuation(ids), options)]),
+        ScoreBatch(1, [CheckedRollout(ids, Continuation(ids.astype(np.int64)), options)]),
+        ScoreBatch(1, [CheckedRollout(ids, Continuation(ids, ids), options)]),
         BatchScored(1, ScoredBatch((RolloutResult(scores, Usage()),), 0.5)),
     ):
         with pytest.raises(TypeError, match="is read"):

@@ -12,7 +12,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_g
 
 from probescore.v1 import probes_pb2, scoring_pb2, scoring_pb2_grpc
 from probescore_server.errors import DeadlineExpired, ModelRefused, QueueFull
-from probescore_server.front.error_interceptor import Boundary
+from probescore_server.front.error_interceptor import ErrorInterceptor
 from probescore_server.front.metrics import Metrics
 
 TIMEOUT = 30.0
@@ -98,7 +98,7 @@ class Deny(grpc.aio.ServerInterceptor):
 @asynccontextmanager
 async def served(*interceptors: grpc.aio.ServerInterceptor) -> AsyncIterator[Served]:
     metrics, servicer = Metrics(), Servicer()
-    boundary = Boundary(metrics, ["probescore.v1.ScoringService", reflection.SERVICE_NAME])
+    boundary = ErrorInterceptor(metrics, ["probescore.v1.ScoringService", reflection.SERVICE_NAME])
     server = grpc.aio.server(interceptors=[boundary, *interceptors])
     scoring_pb2_grpc.add_ScoringServiceServicer_to_server(servicer, server)
     reflection.enable_server_reflection((reflection.SERVICE_NAME,), server)
@@ -206,7 +206,7 @@ async def test_a_cancellation_goes_on_to_grpc_which_would_leak_the_call_otherwis
         return handler
 
     details = type("Details", (), {"method": "/probescore.v1.ScoringService/Score"})()
-    guarded = await Boundary(Metrics()).intercept_service(continuation, details)
+    guarded = await ErrorInterceptor(Metrics()).intercept_service(continuation, details)
     call = asyncio.create_task(guarded.unary_unary(scoring_pb2.ScoreRequest(run_id="wait").SerializeToString(), None))
     await servicer.entered.wait()
     call.cancel()

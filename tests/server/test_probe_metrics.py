@@ -24,10 +24,10 @@ from probescore.types import (
     Usage,
 )
 from probescore_server.front.probe_metrics import MAX_DISTRIBUTIONS, SCORES, ProbeMetrics
-from probescore_server.rollouts import EngineInfo, RolloutResult, ScoreOptions
+from probescore_server.rollouts import EngineInfo, ResolvedOptions, RolloutResult
 
 MEAN, MAX = Reduction.parse("mean"), Reduction.parse("max")
-ASKED = ScoreOptions(probes=("cheating@1",))
+ASKED = ResolvedOptions(probes=("cheating@1",))
 LABELS = {"probe": "cheating", "version": "1", "reduction": "mean", "label": "cheats"}
 
 
@@ -72,7 +72,7 @@ class Shown:
         self.info = info
         self.metrics.show_probes(info)
 
-    def count(self, *results: RolloutResult, options: ScoreOptions = ASKED) -> Shown:
+    def count(self, *results: RolloutResult, options: ResolvedOptions = ASKED) -> Shown:
         self.metrics.count_results(self.info.scored_probes(options), options.scope, results)
         return self
 

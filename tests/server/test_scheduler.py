@@ -11,7 +11,7 @@ import pytest
 from hand_worker import OPTIONS, HandWorker, group, is_empty, names_of, scheduler_for, settle
 
 from probescore_server.errors import DeadlineExpired, QueueFull, WorkerUnavailable
-from probescore_server.rollouts import Continuation, Rollout
+from probescore_server.rollouts import CheckedRollout, Continuation
 from probescore_server.scheduling import queue
 
 # -------------------------------------------------------------------------------------------------------------------- batching
@@ -83,7 +83,7 @@ async def test_a_batch_is_bounded_however_short_its_rollouts_are(shape: str, mon
             # unlike one another, or they would be computed once
             masks = [np.array([index >> bit & 1 for bit in range(4)], np.bool_) for index in range(12)]
             empty = [Continuation(np.zeros(0, np.int32), mask, id=name) for name, mask in zip(names, masks, strict=True)]
-            calls = [[[Rollout(np.zeros(4, np.int32), each, OPTIONS) for each in empty]]]
+            calls = [[[CheckedRollout(np.zeros(4, np.int32), each, OPTIONS) for each in empty]]]
         case "prompts":
             calls = [[group(name) for name in names]]
         case "calls":
@@ -91,7 +91,7 @@ async def test_a_batch_is_bounded_however_short_its_rollouts_are(shape: str, mon
         case "follow-ups":
             nothing = Continuation(np.zeros(0, np.int32))
             forked = [replace(rollout.completion, follow_ups=(nothing,)) for rollout in group(*names)]
-            calls = [[[Rollout(np.zeros(4, np.int32), each, OPTIONS) for each in forked]]]
+            calls = [[[CheckedRollout(np.zeros(4, np.int32), each, OPTIONS) for each in forked]]]
     for groups in calls:
         scheduler.submit(groups, job="large")
     scheduler.submit([group("small")], job="small")

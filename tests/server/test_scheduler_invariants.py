@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from probescore_server.errors import InternalFault, OutOfMemory, WorkerUnavailable
-from probescore_server.rollouts import Rollout, ScoredBatch
+from probescore_server.rollouts import CheckedRollout, ScoredBatch
 from probescore_server.scheduling.call import Call
 
 PROMPTS = st.sampled_from([(0, 1), (3, 2), (9, 3), (30, 4)])  # tokens, id
@@ -57,19 +57,19 @@ class WatchedWorker(HandWorker):
     max_tokens = 0
     all: Sequence[WatchedWorker] = ()
 
-    def wanted(self) -> list[Rollout]:
+    def wanted(self) -> list[CheckedRollout]:
         """What it computes and nobody has given up."""
         batches = self._rollouts.items()
         return [rollout for number, batch in batches for index, rollout in enumerate(batch) if index not in self._cancelled[number]]
 
-    async def score(self, number: int, rollouts: Sequence[Rollout]) -> ScoredBatch:
+    async def score(self, number: int, rollouts: Sequence[CheckedRollout]) -> ScoredBatch:
         assert len(rollouts) == 1 or tokens_of(rollouts) <= self.max_tokens
         wanted = [identity(rollout) for rollout in rollouts] + [identity(rollout) for worker in self.all for rollout in worker.wanted()]
         assert max(Counter(wanted).values()) == 1  # nothing identical twice, in any batch of any worker
         return await super().score(number, rollouts)
 
 
-def identity(rollout: Rollout) -> tuple[bytes, bytes]:
+def identity(rollout: CheckedRollout) -> tuple[bytes, bytes]:
     return rollout.prompt_ids.tobytes(), rollout.completion.token_ids.tobytes()
 
 

@@ -12,7 +12,7 @@ from hand_worker import OPTIONS, HandWorker, group, is_empty, names_of, schedule
 from probescore.reductions import Reduction
 from probescore.types import Scope, Span, Usage
 from probescore_server.errors import InternalFault
-from probescore_server.rollouts import Continuation, Rollout, RolloutResult, ScoreOptions
+from probescore_server.rollouts import CheckedRollout, Continuation, ResolvedOptions, RolloutResult
 from probescore_server.scheduling.call import Call, groups_of
 from probescore_server.scheduling.scheduler import Scheduler
 
@@ -203,14 +203,14 @@ CHANGED_OPTIONS = {
 ECHOED = {"id": "a", "inexact_ids": True}
 
 
-def key(completion: Continuation, options: ScoreOptions = OPTIONS, prompt: tuple[int, ...] = (5,)) -> object:
-    (group,) = groups_of(None, [[Rollout(np.array(prompt, np.int32), completion, options)]])
+def key(completion: Continuation, options: ResolvedOptions = OPTIONS, prompt: tuple[int, ...] = (5,)) -> object:
+    (group,) = groups_of(None, [[CheckedRollout(np.array(prompt, np.int32), completion, options)]])
     return next(iter(group.items)).key
 
 
 def test_every_field_that_scores_depend_on_makes_a_difference_and_names_make_none() -> None:
     assert {field.name for field in fields(Continuation)} == {*CHANGED_CONTINUATION, *ECHOED}
-    assert {field.name for field in fields(ScoreOptions)} == {*CHANGED_OPTIONS}
+    assert {field.name for field in fields(ResolvedOptions)} == {*CHANGED_OPTIONS}
     keys = [key(CONTINUATION), key(CONTINUATION, prompt=(5, 1)), key(CONTINUATION, prompt=())]
     keys += [key(replace(CONTINUATION, **{name: value})) for name, value in CHANGED_CONTINUATION.items()]
     keys += [key(replace(CONTINUATION, follow_ups=(replace(CONTINUATION, mask=np.array([False, True])),)))]
@@ -226,7 +226,9 @@ async def test_follow_ups_have_their_own_names_too() -> None:
     worker = HandWorker()
     scheduler = scheduler_for(worker)
     named = [
-        Rollout(np.zeros(2, np.int32), replace(CONTINUATION, id=name, follow_ups=(replace(CONTINUATION, id=name + ".then"),)), OPTIONS)
+        CheckedRollout(
+            np.zeros(2, np.int32), replace(CONTINUATION, id=name, follow_ups=(replace(CONTINUATION, id=name + ".then"),)), OPTIONS
+        )
         for name in "ab"
     ]
     call = scheduler.submit([named], job="j")

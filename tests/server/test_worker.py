@@ -18,7 +18,7 @@ from watched_worker import Watched, rollouts_of, running
 from probescore.types import Chat, ChatMessage, RolloutGroup, Text
 from probescore_server import Engine
 from probescore_server.errors import InternalFault, InvalidRequest, StartupError, WorkerUnavailable
-from probescore_server.rollouts import Rollout
+from probescore_server.rollouts import CheckedRollout
 from probescore_server.validation import PendingText
 from probescore_server.workers.main import probe_files
 
@@ -88,7 +88,7 @@ async def test_what_is_cancelled_in_mid_batch_is_not_computed_and_its_neighbours
 async def test_a_fault_fails_the_batch_with_an_incident_and_nothing_else_of_it(probes: Path, capfd: pytest.CaptureFixture[str]) -> None:
     async with running(model=str(tiny_model()), probes=[str(probes)]) as watched:
         (good,) = rollouts_of(watched.worker.info, RolloutGroup([BOS], [[7]]))
-        broken = Rollout(np.array([10**6], np.int32), good.completion, good.options)  # that no check let through
+        broken = CheckedRollout(np.array([10**6], np.int32), good.completion, good.options)  # that no check let through
         with pytest.raises(InternalFault) as fault:
             await watched.worker.score(watched.worker.new_batch(), [broken])
         assert "index" not in str(fault.value)

@@ -20,7 +20,7 @@ from watched_worker import Watched, rollouts_of, running
 
 from probescore.types import RolloutGroup
 from probescore_server.backbone.kv_cache import KeyValueCache
-from probescore_server.engine.device_memory import Residence
+from probescore_server.engine.device_memory import DeviceMemory
 from probescore_server.errors import OutOfMemory, WorkerLost, WorkerUnavailable
 from probescore_server.settings import ServerSettings
 from probescore_server.workers import handle
@@ -158,7 +158,7 @@ def test_a_device_without_room_for_graphs_leaves_the_engine_asleep_and_it_can_be
     room = [3]
     sessions = [Session(room, error) for _ in range(3)]
     weight = torch.arange(5.0)
-    residence = Residence(torch.device("cpu"), lambda: [weight], KeyValueCache(0), sessions)  # type: ignore[arg-type]
+    residence = DeviceMemory(torch.device("cpu"), lambda: [weight], KeyValueCache(0), sessions)  # type: ignore[arg-type]
     residence.sleep()
     room[0] = 2
     with pytest.raises(raised):

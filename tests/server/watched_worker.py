@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from probescore.types import RolloutGroup
-from probescore_server.rollouts import EngineInfo, Rollout
+from probescore_server.rollouts import CheckedRollout, EngineInfo
 from probescore_server.settings import ServerSettings
 from probescore_server.validation import resolve_options, resolve_rollouts
 from probescore_server.workers.handle import Pinned, WorkerProcess
@@ -56,5 +56,5 @@ async def running(pinned: Pinned | None = None, **settings: object) -> AsyncIter
         await asyncio.gather(watched.task, return_exceptions=True)
 
 
-def rollouts_of(info: EngineInfo, *groups: RolloutGroup) -> list[Rollout]:
+def rollouts_of(info: EngineInfo, *groups: RolloutGroup) -> list[CheckedRollout]:
     return [rollout for group in resolve_rollouts(groups, info, resolve_options(info)) for rollout in group]

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from probescore_adapters.errors import SignalError, Unscorable
 from probescore_adapters.guard_rails import RAILS, GuardRails, penalty_margin, screen
-from probescore_adapters.readings import MaskedTokens, Reading, Readings
+from probescore_adapters.readings import BatchSignals, MaskedTokens, SignalValues
 from probescore_adapters.signals import BoundSignal, Floats, Mode, ProbeSignal
 
 OnUnscorable = Union[Literal["worst", "raise"], float]
@@ -69,7 +69,7 @@ class _Sums:
 
 
 def combine(
-    readings: Readings,
+    readings: BatchSignals,
     *,
     groups: Sequence[Hashable],
     lengths: Sequence[int | None],
@@ -163,7 +163,7 @@ def empty_metrics(signals: Sequence[ProbeSignal]) -> dict[str, float]:
     return metrics
 
 
-def _apply(reading: Reading, sums: _Sums, lengths: Sequence[int | None], task_rewards: Floats | None, rails: GuardRails) -> None:
+def _apply(reading: SignalValues, sums: _Sums, lengths: Sequence[int | None], task_rewards: Floats | None, rails: GuardRails) -> None:
     bound, signal, values = reading.bound, reading.bound.signal, reading.values
     prefix = f"{PREFIX}/{signal.name}"
     scored = np.isfinite(values)
@@ -213,7 +213,7 @@ def _terms(bound: BoundSignal, transformed: Floats, scored: NDArray[np.bool_], s
     return np.where(scored, terms, worst)
 
 
-def _apply_dense(reading: Reading, sums: _Sums, lengths: Sequence[int | None], rails: GuardRails) -> None:
+def _apply_dense(reading: SignalValues, sums: _Sums, lengths: Sequence[int | None], rails: GuardRails) -> None:
     signal = reading.bound.signal
     if sums.dense is None:
         sums.dense = [np.zeros(_known(length, signal)) for length in lengths]

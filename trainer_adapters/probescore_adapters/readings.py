@@ -43,7 +43,7 @@ _PLACE = re.compile(r"groups\[(?P<group>\d+)\]\.(?:prompt|completions\[(?P<compl
 
 
 @dataclass(frozen=True)
-class Server:
+class ServerFacts:
     """What runs at the address, as far as signals depend on it."""
 
     info: ServerInfo
@@ -78,7 +78,7 @@ class MaskedTokens:
 
 
 @dataclass(frozen=True)
-class Reading:
+class SignalValues:
     """What one signal reads of a batch.
 
     Attributes:
@@ -92,7 +92,7 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class Readings:
+class BatchSignals:
     """What every signal reads of a batch.
 
     Attributes:
@@ -102,15 +102,15 @@ class Readings:
         inexact_ids: ``(n,)``: whether ids came from text.
     """
 
-    signals: tuple[Reading, ...]
+    signals: tuple[SignalValues, ...]
     problems: dict[int, str] = field(default_factory=dict)
     usage: Usage = field(default_factory=Usage)
     inexact_ids: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_))
 
 
 def read(
-    rollouts: Sequence[Rollout], signals: Sequence[BoundSignal], server: Server, options: ScoreOptions
-) -> Generator[Ask, list[StreamedCompletion], Readings]:
+    rollouts: Sequence[Rollout], signals: Sequence[BoundSignal], server: ServerFacts, options: ScoreOptions
+) -> Generator[Ask, list[StreamedCompletion], BatchSignals]:
     """Reads every signal of every rollout.
 
     A rollout at which the server or its limits take offence is left out and named in ``problems``; the others are asked for again.
@@ -124,15 +124,15 @@ def read(
     Raises:
         ProbeReplaced: a probe that answered is not the one that its signal is bound to.
     """
-    run = _Run(rollouts, signals, server, options)
+    run = _BatchReader(rollouts, signals, server, options)
     yield from run.ask_all()
     return run.readings()
 
 
-class _Run:
+class _BatchReader:
     """One batch on its way through ``read``."""
 
-    def __init__(self, rollouts: Sequence[Rollout], signals: Sequence[BoundSignal], server: Server, options: ScoreOptions) -> None:
+    def __init__(self, rollouts: Sequence[Rollout], signals: Sequence[BoundSignal], server: ServerFacts, options: ScoreOptions) -> None:
         self._rollouts = rollouts
         self._signals = signals
         self._server = server
@@ -188,13 +188,13 @@ class _Run:
                     part = "graph" if answered[bound.probe][0] != bound.digests[0] else "manifest (its calibration, for example)"
                     raise ProbeReplaced("probe", f"{bound.probe} has another {part} than when the run began", bound.signal.name)
 
-    def readings(self) -> Readings:
+    def readings(self) -> BatchSignals:
         indices = range(len(self._rollouts))
         for (index, _), scores in self._found.items():
             if scores.status is not CompletionStatus.OK:
                 self._problems.setdefault(index, scores.status_message or scores.status.value)
         signals = tuple(self._reading(bound) for bound in self._signals)
-        return Readings(
+        return BatchSignals(
             signals,
             self._problems,
             Usage(
@@ -228,15 +228,15 @@ class _Run:
             completions_per_call=limits.max_request_rollouts or StreamWindow.completions_per_call,
         )
 
-    def _reading(self, bound: BoundSignal) -> Reading:
+    def _reading(self, bound: BoundSignal) -> SignalValues:
         mask = list(self._masks).index(bound.signal.mask)  # type: ignore[arg-type] # parsed when the signal was made
         scored = [self._scores(index, mask, bound) for index in range(len(self._rollouts))]
         if bound.signal.mode is Mode.DENSE:
             tokens = tuple(self._token_scores(index, scores, bound) for index, scores in enumerate(scored))
-            return Reading(bound, np.array([one.mean for one in tokens], np.float64), tokens)
+            return SignalValues(bound, np.array([one.mean for one in tokens], np.float64), tokens)
         reduction = 0 if bound.reduction is None else self._reductions.index(bound.reduction)
         values = [None if scores is None else scores.at(0, reduction, bound.label) for scores in scored]
-        return Reading(bound, np.array([np.nan if value is None else value for value in values], np.float64))
+        return SignalValues(bound, np.array([np.nan if value is None else value for value in values], np.float64))
 
     def _scores(self, index: int, mask: int, bound: BoundSignal) -> ProbeScores | None:
         found = self._found.get((index, mask))

@@ -8,13 +8,13 @@ from dataclasses import replace
 
 from probescore import InvalidRequestError
 from probescore_adapters.errors import ProbeReplaced
-from probescore_adapters.readings import Server
+from probescore_adapters.readings import ServerFacts
 from probescore_adapters.signals import BoundSignal
 
 _REMEDY = "start the run anew, serve what it began with, or let it follow: Policy(on_replaced='follow')"
 
 
-def describe_replacement(signals: Sequence[BoundSignal], now: Server, error: ProbeReplaced | InvalidRequestError) -> ProbeReplaced:
+def describe_replacement(signals: Sequence[BoundSignal], now: ServerFacts, error: ProbeReplaced | InvalidRequestError) -> ProbeReplaced:
     """Says which probe is another, and in what.
 
     Args:

@@ -31,7 +31,7 @@ from probescore_adapters.guard_rails import GuardRails
 from probescore_adapters.job import job_from_environment
 from probescore_adapters.logs import logger
 from probescore_adapters.outcome import PREFIX, OnUnscorable, Outcome, combine, substitute
-from probescore_adapters.readings import Ask, Readings, Server, read
+from probescore_adapters.readings import Ask, BatchSignals, ServerFacts, read
 from probescore_adapters.replacement import describe_replacement
 from probescore_adapters.rollouts import Prompt, Rollout
 from probescore_adapters.signals import BoundSignal, Mode, ProbeSignal
@@ -49,10 +49,10 @@ _TRANSPORT = (TransientError, DeadlineExceededError, ServerError)
 
 
 class AskServer:
-    """What runs there? Answered with ``Server``."""
+    """What runs there? Answered with ``ServerFacts``."""
 
 
-Answer = Union[Server, list[StreamedCompletion]]
+Answer = Union[ServerFacts, list[StreamedCompletion]]
 Steps = Generator[Union[Ask, AskServer], Any, Outcome]
 
 
@@ -148,7 +148,7 @@ class ProbeScorer:
         self._client = ProbeClient(address, **options)
         self._async_client = AsyncProbeClient(address, **options)
         self._options: ScoreOptions = {"run_id": run_id, "expected_tokenizer_fingerprint": tokenizer_fingerprint}
-        self._server: Server | None = None
+        self._server: ServerFacts | None = None
         self._tokenizers_compared = False
 
     @property
@@ -242,12 +242,12 @@ class ProbeScorer:
 
     def _answer(self, asked: Ask | AskServer) -> Answer:
         if isinstance(asked, AskServer):
-            return Server(self._client.get_server_info(), self._client.list_probes())
+            return ServerFacts(self._client.get_server_info(), self._client.list_probes())
         return list(self._client.score_stream(asked.groups, window=asked.window, **asked.options))
 
     async def _answer_async(self, asked: Ask | AskServer) -> Answer:
         if isinstance(asked, AskServer):
-            return Server(await self._async_client.get_server_info(), await self._async_client.list_probes())
+            return ServerFacts(await self._async_client.get_server_info(), await self._async_client.list_probes())
         return [answer async for answer in self._async_client.score_stream(asked.groups, window=asked.window, **asked.options)]
 
     def _steps(
@@ -279,7 +279,7 @@ class ProbeScorer:
 
     def _readings(
         self, rollouts: Sequence[Rollout], step: int | None, texts: Sequence[str | None] | None
-    ) -> Generator[Union[Ask, AskServer], Any, Readings]:
+    ) -> Generator[Union[Ask, AskServer], Any, BatchSignals]:
         for following in range(_MOST_REPLACED, -1, -1):
             if self._server is None:
                 self._server = yield AskServer()
@@ -304,8 +304,8 @@ class ProbeScorer:
         self,
         rollouts: Sequence[Rollout],
         signals: Sequence[BoundSignal],
-        server: Server,
-        readings: Readings,
+        server: ServerFacts,
+        readings: BatchSignals,
         texts: Sequence[str | None] | None,
     ) -> Generator[Ask, list[StreamedCompletion], None]:
         """Whether the server reads ids as the trainer does, by what both make of the same ids, once; raises ``MismatchError``."""
@@ -388,7 +388,7 @@ def _outcome(done: StopIteration) -> Outcome:
     return outcome
 
 
-def _log(outcome: Outcome, readings: Readings) -> None:
+def _log(outcome: Outcome, readings: BatchSignals) -> None:
     """Warns of everything that acted, once for each batch."""
     acted = {key: int(times) for key, times in outcome.metrics.items() if key.startswith(f"{PREFIX}/guard/") and times > 0}
     if acted:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from probescore.types import Scope, Usage
-from probescore_server.rollouts import Continuation, Rollout
+from probescore_server.rollouts import CheckedRollout, Continuation
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +87,7 @@ class Forest:
     steps: list[list[tuple[int, bool]]] = field(default_factory=list)
 
     @classmethod
-    def build(cls, rollouts: Sequence[Rollout], probes: Mapping[str, ProbeReads]) -> Forest:
+    def build(cls, rollouts: Sequence[CheckedRollout], probes: Mapping[str, ProbeReads]) -> Forest:
         """Lays out a batch.
 
         Args:
@@ -137,7 +137,7 @@ class _Builder:
         self._known: dict[tuple[int | None, bytes], int] = {}
         self._steps: list[tuple[int, bool]] = []
 
-    def add(self, rollout: Rollout) -> None:
+    def add(self, rollout: CheckedRollout) -> None:
         index = len(self.forest.placements)
         scope = rollout.options.scope
         self._steps = []
@@ -148,7 +148,7 @@ class _Builder:
         self.forest.placements.append(placement)
         self.forest.steps.append(self._steps)
 
-    def _place(self, continuation: Continuation, context: tuple[int, ...], rollout: Rollout, index: int, *, read: bool) -> Placement:
+    def _place(self, continuation: Continuation, context: tuple[int, ...], rollout: CheckedRollout, index: int, *, read: bool) -> Placement:
         chain = self._extend(context, continuation.token_ids, index)
         own = chain[len(context) :]
         if read:

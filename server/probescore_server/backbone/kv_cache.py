@@ -17,13 +17,13 @@ KeyValues = list[tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass(slots=True, eq=False)
-class _Run:
+class _TokenRun:
     """Some tokens after those of its ancestors; no two continuations of a run begin with the same token."""
 
     token_ids: NDArray[np.int32]
     key_values: KeyValues
-    parent: _Run | None
-    continuations: dict[int, _Run] = field(default_factory=dict)
+    parent: _TokenRun | None
+    continuations: dict[int, _TokenRun] = field(default_factory=dict)
 
     @property
     def bytes(self) -> int:
@@ -46,9 +46,9 @@ class KeyValueCache:
         self.hits = 0
         self.misses = 0
         self._max_bytes = max_bytes
-        self._root = _Run(np.zeros(0, np.int32), [], None)
+        self._root = _TokenRun(np.zeros(0, np.int32), [], None)
         # Whoever touches a run touches its ancestors after it, so the first is always a leaf.
-        self._recency: OrderedDict[_Run, None] = OrderedDict()
+        self._recency: OrderedDict[_TokenRun, None] = OrderedDict()
 
     def clear(self) -> None:
         """Forgets everything."""
@@ -98,7 +98,7 @@ class KeyValueCache:
         while self.bytes > self._max_bytes:
             self._forget(next(iter(self._recency)))
 
-    def _descend(self, token_ids: NDArray[np.int32]) -> tuple[_Run, int]:
+    def _descend(self, token_ids: NDArray[np.int32]) -> tuple[_TokenRun, int]:
         """The run at whose end a sequence leaves what is known, split there if need be, and how many tokens that is."""
         run, done = self._root, 0
         while done < len(token_ids) and (following := run.continuations.get(int(token_ids[done]))) is not None:
@@ -107,28 +107,28 @@ class KeyValueCache:
             done += same
         return run, done
 
-    def _add(self, parent: _Run, token_ids: NDArray[np.int32], key_values: KeyValues) -> _Run:
-        run = parent.continuations[int(token_ids[0])] = _Run(token_ids.copy(), key_values, parent)
+    def _add(self, parent: _TokenRun, token_ids: NDArray[np.int32], key_values: KeyValues) -> _TokenRun:
+        run = parent.continuations[int(token_ids[0])] = _TokenRun(token_ids.copy(), key_values, parent)
         self._recency[run] = None
         self.bytes += run.bytes
         return run
 
-    def _split(self, run: _Run, at: int) -> _Run:
+    def _split(self, run: _TokenRun, at: int) -> _TokenRun:
         """Makes two runs of one and returns the first; copies, since a part of a tensor keeps the whole alive."""
         parent = run.parent or self._root
-        first = _Run(run.token_ids[:at], _copy(_slice(run.key_values, 0, at)), parent, {int(run.token_ids[at]): run})
+        first = _TokenRun(run.token_ids[:at], _copy(_slice(run.key_values, 0, at)), parent, {int(run.token_ids[at]): run})
         parent.continuations[int(run.token_ids[0])] = first
         run.key_values = _copy(_slice(run.key_values, at, len(run.token_ids)))
         run.token_ids, run.parent = run.token_ids[at:], first
         self._recency[first] = None
         return first
 
-    def _touch(self, run: _Run | None) -> None:
+    def _touch(self, run: _TokenRun | None) -> None:
         while run is not None and run is not self._root:
             self._recency.move_to_end(run)
             run = run.parent
 
-    def _forget(self, leaf: _Run) -> None:
+    def _forget(self, leaf: _TokenRun) -> None:
         del self._recency[leaf]
         self.bytes -= leaf.bytes
         if leaf.parent is not None:

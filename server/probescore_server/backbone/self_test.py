@@ -21,7 +21,7 @@ from probescore_server.backbone.universal.backbone import UniversalBackbone
 from probescore_server.backbone.universal.gated_mlp import multiply_in_place
 from probescore_server.backbone.universal.prepacking import can_prepack, prepack
 from probescore_server.errors import ModelRefused
-from probescore_server.rollouts import Continuation, Rollout, ScoreOptions
+from probescore_server.rollouts import CheckedRollout, Continuation, ResolvedOptions
 
 logger = structlog.get_logger(__name__)
 
@@ -101,7 +101,7 @@ def universal_backbone(decoder: Decoder, reader: TapReader) -> UniversalBackbone
         ModelRefused: it gives other activations than plain forwards.
     """
     test = SelfTest(decoder, reader)
-    undo = _quicken(decoder)
+    undo = _speed_up(decoder)
     if decoder.device.type == "cpu" and has_causal_attention():
         backbone = UniversalBackbone(decoder, reader, CAUSAL_ATTENTION)
         if _passes(test, backbone) and passes_windows(decoder):
@@ -113,7 +113,7 @@ def universal_backbone(decoder: Decoder, reader: TapReader) -> UniversalBackbone
     return backbone
 
 
-def _quicken(decoder: Decoder) -> Callable[[], None]:
+def _speed_up(decoder: Decoder) -> Callable[[], None]:
     """Changes how the blocks compute on a CPU, not what; returns what undoes it."""
     undoing: list[Callable[[], None]] = []
     if decoder.device.type == "cpu":
@@ -148,9 +148,9 @@ def small_forest(decoder: Decoder, scope: Scope = Scope.ALL) -> Forest:
         return random.integers(0, decoder.config.vocab_size, max(count, 1), np.int32)
 
     shared = ids(prompt)
-    options = ScoreOptions(probes=(), scope=scope)
+    options = ResolvedOptions(probes=(), scope=scope)
     crossing = Continuation(ids(_COMPLETION), follow_ups=(Continuation(ids(_FOLLOW_UP)), Continuation(ids(1))))
-    return Forest.build([Rollout(shared, crossing, options), Rollout(shared, Continuation(ids(_SHORT)), options)], {})
+    return Forest.build([CheckedRollout(shared, crossing, options), CheckedRollout(shared, Continuation(ids(_SHORT)), options)], {})
 
 
 def _windows(decoder: Decoder) -> list[int]:

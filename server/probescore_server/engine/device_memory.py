@@ -24,7 +24,7 @@ from probescore_server.rollouts import Occupancy
 STATM = Path("/proc/self/statm")
 
 
-class Residence:
+class DeviceMemory:
     """The memory of one engine.
 
     On a CUDA device the weights move to pinned host memory and the sessions, which hold memory of onnxruntime's, are made anew on waking.
@@ -55,7 +55,7 @@ class Residence:
         self._offload = WeightOffload()
 
     @classmethod
-    def of(cls, decoder: Decoder, probes: Iterable[LoadedProbe], cache: KeyValueCache) -> Residence:
+    def of(cls, decoder: Decoder, probes: Iterable[LoadedProbe], cache: KeyValueCache) -> DeviceMemory:
         """That of a model and its probes."""
         runs = [probe.runs for probe in probes]
         stacks = {run.stack for run in runs if isinstance(run, Member)}

@@ -41,7 +41,7 @@ from probescore_server.backbone.rotary import max_unchanged_positions
 from probescore_server.backbone.selection import choose_backbone
 from probescore_server.backbone.taps import TapReader, layers_needed
 from probescore_server.backbone.tokenizer import TextEncoder
-from probescore_server.engine.device_memory import Residence
+from probescore_server.engine.device_memory import DeviceMemory
 from probescore_server.errors import ModelRefused
 from probescore_server.probes.format.fingerprints import model_fingerprint
 from probescore_server.probes.format.manifest import Manifest
@@ -51,7 +51,7 @@ from probescore_server.probes.loading.golden_check import check_golden, golden_r
 from probescore_server.probes.loading.loader import LoadedProbe, load_probes, needs_trial, tried
 from probescore_server.probes.scoring.batch_scorer import BatchScorer
 from probescore_server.probes.scoring.wanted import Wanted
-from probescore_server.rollouts import Continuation, EngineInfo, Occupancy, Rollout, RolloutResult
+from probescore_server.rollouts import CheckedRollout, Continuation, EngineInfo, Occupancy, RolloutResult
 from probescore_server.validation import ChatLimits, TokenScoresWanted, pending_texts, resolve_options, resolve_rollouts
 
 BATCH_TOKENS = 16_384
@@ -89,7 +89,7 @@ class Engine:
         texts: TextEncoder,
         probes: Mapping[str, LoadedProbe],
         cache: KeyValueCache,
-        residence: Residence,
+        residence: DeviceMemory,
     ) -> None:
         self.info = info
         self._backbone = backbone
@@ -194,7 +194,7 @@ class Engine:
             placeholders=placeholder_tokens(config, tokenizer),
         )
         cache = KeyValueCache(max_kv_cache_bytes)
-        engine = cls(info, backbone, texts, loaded, cache, Residence.of(decoder, loaded.values(), cache))
+        engine = cls(info, backbone, texts, loaded, cache, DeviceMemory.of(decoder, loaded.values(), cache))
         report("recomputing golden scores")
         engine._check_golden(files, accept_mismatch)
         engine._try_graphs(files)
@@ -286,7 +286,9 @@ class Engine:
 
     # -------------------------------------------------------------------------------------------------------------------- for workers
 
-    def score_rollouts(self, rollouts: Sequence[Rollout], *, is_cancelled: Callable[[int], bool] = _never) -> list[RolloutResult | None]:
+    def score_rollouts(
+        self, rollouts: Sequence[CheckedRollout], *, is_cancelled: Callable[[int], bool] = _never
+    ) -> list[RolloutResult | None]:
         """Scores one batch of checked rollouts.
 
         Args:
@@ -326,7 +328,7 @@ class Engine:
             return self._residence.wake()
 
     def _score(
-        self, rollouts: Sequence[Rollout], probes: Mapping[str, LoadedProbe], is_cancelled: Callable[[int], bool]
+        self, rollouts: Sequence[CheckedRollout], probes: Mapping[str, LoadedProbe], is_cancelled: Callable[[int], bool]
     ) -> list[RolloutResult | None]:
         forest = Forest.build(rollouts, self._reads)
         wanted = Wanted(is_cancelled)
@@ -351,7 +353,7 @@ class Engine:
             for index, rollout in enumerate(rollouts)
         ]
 
-    def _with_texts(self, scores: CompletionScores, rollout: Rollout) -> CompletionScores:
+    def _with_texts(self, scores: CompletionScores, rollout: CheckedRollout) -> CompletionScores:
         if not rollout.options.return_token_texts or not self.info.tokenizer_fingerprint:
             return scores  # without a tokenizer there is no text
         return replace(self._completion_texts(scores, rollout.completion), prompt_texts=tuple(self.decode_tokens(rollout.prompt_ids)))
@@ -428,13 +430,13 @@ def _reads(manifest: Manifest) -> ProbeReads:
     return ProbeReads(manifest.context.sees_prompt, () if manifest.follow_up is None else manifest.follow_up.token_ids)
 
 
-def _requested(rollouts: Sequence[Rollout]) -> set[str]:
+def _requested(rollouts: Sequence[CheckedRollout]) -> set[str]:
     return {key for rollout in rollouts for key in rollout.options.probes}
 
 
-def _batches(rollouts: Sequence[Rollout]) -> Iterator[list[Rollout]]:
+def _batches(rollouts: Sequence[CheckedRollout]) -> Iterator[list[CheckedRollout]]:
     """Consecutive rollouts of at most ``BATCH_TOKENS`` tokens, or a single longer one; what a batch has already counts nothing."""
-    batch: list[Rollout] = []
+    batch: list[CheckedRollout] = []
     counted: set[Hashable] = set()
     tokens = 0
     for rollout in rollouts:
@@ -450,7 +452,7 @@ def _batches(rollouts: Sequence[Rollout]) -> Iterator[list[Rollout]]:
         yield batch
 
 
-def _costs(rollout: Rollout) -> dict[Hashable, int]:
+def _costs(rollout: CheckedRollout) -> dict[Hashable, int]:
     """Tokens of the prompt and of the completion with its follow-ups, each under a name that is the same for the same tokens."""
     prompt, completion = rollout.prompt_ids.tobytes(), rollout.completion
     own = completion if completion.follow_ups else completion.token_ids.tobytes()

@@ -49,7 +49,7 @@ KINDS: dict[tuple[bool, bool], tuple[str, str, Callable[..., Handler]]] = {
 }
 
 
-class Boundary(grpc.aio.ServerInterceptor):
+class ErrorInterceptor(grpc.aio.ServerInterceptor):
     """The outermost interceptor; those of the settings, and the servicers, run inside it.
 
     Args:

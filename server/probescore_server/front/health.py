@@ -15,7 +15,7 @@ SCORING_SERVICE: str = scoring_pb2.DESCRIPTOR.services_by_name["ScoringService"]
 SERVICES = ("", SCORING_SERVICE)
 
 
-class Health(health.aio.HealthServicer):
+class HealthService(health.aio.HealthServicer):
     """``grpc.health.v1.Health`` for the server as a whole, for the scoring service, and for itself.
 
     Of itself it says `SERVING` from its start until the server drains: what a liveness probe asks for, since whoever restarted a server

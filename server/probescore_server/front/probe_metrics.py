@@ -65,7 +65,7 @@ class ProbeMetrics:
         self._flagged = Counter("probescore_probe_flagged_total", "Rollouts at or above the threshold.", SCORE, registry=registry)
         self._refused = Counter("probescore_probe_non_finite_total", "Rollouts refused for NaN or an infinity.", PROBE, registry=registry)
         self._calls_of: dict[tuple[str, str], Counter] = {}  # looking up a thousand series takes as long as counting in them
-        self._scores = _Scores()
+        self._scores = _ScoreHistogram()
         registry.register(self._scores)
 
     def show_probes(self, info: EngineInfo) -> None:
@@ -125,7 +125,7 @@ class ProbeMetrics:
             self._flagged.labels(*distribution.labels).inc(int((scores >= distribution.threshold).sum()))
 
 
-class _Scores(Collector):
+class _ScoreHistogram(Collector):
     """The histogram ``probescore_probe_score``, counted with numpy: a call may bring ten thousand scores."""
 
     def __init__(self) -> None:

@@ -43,7 +43,7 @@ from probescore.v1 import probes_pb2, scoring_pb2, scoring_pb2_grpc
 from probescore_server.errors import InvalidRequest, Mismatch, WorkerUnavailable
 from probescore_server.front.metrics import Metrics
 from probescore_server.front.request_counts import check_counts
-from probescore_server.rollouts import EngineInfo, Rollout, ScoreOptions
+from probescore_server.rollouts import CheckedRollout, EngineInfo, ResolvedOptions
 from probescore_server.scheduling.call import Call, Delivery, FinishedRollout
 from probescore_server.scheduling.scheduler import Scheduler
 from probescore_server.settings import ServerSettings
@@ -77,8 +77,8 @@ Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 class _Asked:
     """A request that passed every check, and how long that took. `probes`: how its answer names them."""
 
-    rollouts: list[list[Rollout]]
-    options: ScoreOptions
+    rollouts: list[list[CheckedRollout]]
+    options: ResolvedOptions
     probes: tuple[ScoredProbe, ...]
     request: RequestOptions
     seconds: float
@@ -103,7 +103,7 @@ class ScoringServicer(scoring_pb2_grpc.ScoringServiceServicer):
         usage = _usage(call, finished, sum(delivery.compute_seconds for delivery in deliveries))
         scoring_info = _scoring_info(info, asked, usage)
         _after_the_answer(self._count_call, asked, usage, call.job)
-        return await _unhurried(_whole_answer, finished, scoring_info, small=_is_small(finished, asked))
+        return await _off_the_loop(_whole_answer, finished, scoring_info, small=_is_small(finished, asked))
 
     async def ScoreStream(  # noqa: N802
         self, request: scoring_pb2.ScoreStreamRequest, context: Context
@@ -115,11 +115,11 @@ class ScoringServicer(scoring_pb2_grpc.ScoringServiceServicer):
         with self._submit(asked, context) as call:
             async for delivery in call:
                 self._counted(call, delivery, asked)
-                for finished in await _unhurried(_pieces, delivery, small=_is_small(delivery.finished, asked)):
+                for finished in await _off_the_loop(_pieces, delivery, small=_is_small(delivery.finished, asked)):
                     usage = _usage(call, finished, delivery.compute_seconds)
                     answer = [(one.group, one.completion, one.result.scores) for one in finished]
                     scoring_info = _scoring_info(info, asked, usage)
-                    yield await _unhurried(streamed_to_proto, answer, scoring_info, small=_is_small(finished, asked))
+                    yield await _off_the_loop(streamed_to_proto, answer, scoring_info, small=_is_small(finished, asked))
                 total = _usage(call, delivery.finished, delivery.compute_seconds, total)
         _after_the_answer(self._count_call, asked, total, call.job)
 
@@ -161,15 +161,15 @@ class ScoringServicer(scoring_pb2_grpc.ScoringServiceServicer):
         """Checks a request, tokenising what came as text."""
         started = time.monotonic()
         small = request.ByteSize() <= MAX_BYTES_CHECKED_ON_LOOP
-        asked, groups, texts = await _unhurried(_read_request, request, self._settings, len(info.probes), small=small)
+        asked, groups, texts = await _off_the_loop(_read_request, request, self._settings, len(info.probes), small=small)
         _check_fingerprints(asked, info)
         # reductions are the client's to choose, as many as it likes: what is remembered must not grow with them
-        resolve = _resolve_options if len(asked.reductions) <= MAX_KNOWN_REDUCTIONS else _resolve_options.__wrapped__
+        resolve = _known_options if len(asked.reductions) <= MAX_KNOWN_REDUCTIONS else _resolve_options
         options, probes = resolve(
             info, asked.probes, asked.reductions, asked.token_scores, asked.scope, asked.return_token_ids, asked.return_token_texts
         )
         encoded = await encode(self._workers, texts) if texts else {}
-        rollouts = await _unhurried(
+        rollouts = await _off_the_loop(
             resolve_rollouts,
             groups,
             info,
@@ -216,7 +216,7 @@ def _after_the_answer(work: Callable[..., None], *args: object) -> None:
     asyncio.get_running_loop().call_soon(work, *args)
 
 
-async def _unhurried(work: Callable[..., Result], *args: object, small: bool, **options: object) -> Result:
+async def _off_the_loop(work: Callable[..., Result], *args: object, small: bool, **options: object) -> Result:
     """Does work in a thread, unless it is small: large work would hold up every other call."""
     return work(*args, **options) if small else await asyncio.to_thread(work, *args, **options)
 
@@ -256,7 +256,6 @@ def _read_request(
     return asked, groups, texts
 
 
-@functools.lru_cache(MAX_KNOWN_OPTIONS)
 def _resolve_options(
     info: EngineInfo,
     probes: tuple[str, ...],
@@ -265,8 +264,8 @@ def _resolve_options(
     scope: Scope,
     return_token_ids: bool,
     return_token_texts: bool,
-) -> tuple[ScoreOptions, tuple[ScoredProbe, ...]]:
-    """What a call asks for, and how its answer names the probes. Most calls ask for what others did before."""
+) -> tuple[ResolvedOptions, tuple[ScoredProbe, ...]]:
+    """What a call asks for, and how its answer names the probes."""
     options = resolve_options(
         info,
         probes=probes,
@@ -277,6 +276,10 @@ def _resolve_options(
         return_token_texts=return_token_texts,
     )
     return options, info.scored_probes(options)
+
+
+# most calls ask for what others did before
+_known_options = functools.lru_cache(MAX_KNOWN_OPTIONS)(_resolve_options)
 
 
 def _check_fingerprints(asked: RequestOptions, info: EngineInfo) -> None:

@@ -18,8 +18,8 @@ from grpc_reflection.v1alpha import reflection
 from probescore.v1 import admin_pb2_grpc, scoring_pb2_grpc
 from probescore_server.errors import StartupError, WorkerUnavailable
 from probescore_server.front.admin_service import ADMIN_SERVICE, AdminServicer
-from probescore_server.front.error_interceptor import Boundary
-from probescore_server.front.health import SCORING_SERVICE, Health
+from probescore_server.front.error_interceptor import ErrorInterceptor
+from probescore_server.front.health import SCORING_SERVICE, HealthService
 from probescore_server.front.scoring_core import Core
 from probescore_server.settings import ServerSettings, join_host_port
 
@@ -55,7 +55,7 @@ class Server:
 
     def __init__(self, settings: ServerSettings, devices: tuple[str, ...]) -> None:
         self._settings = settings
-        self._health = Health()
+        self._health = HealthService()
         self._core = Core(settings, devices, self._workers_changed)
         self._grpc = self._make_grpc_server()
         self._announcing: set[asyncio.Task[None]] = set()
@@ -129,7 +129,7 @@ class Server:
             options.append(("grpc.max_connection_age_ms", int(1000 * settings.max_connection_age_seconds)))
             options.append(("grpc.max_connection_age_grace_ms", int(1000 * settings.drain_seconds)))
         services = [SCORING_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME] + [ADMIN_SERVICE] * settings.admin
-        boundary = Boundary(self._core.metrics, services, self._core.under_way, [SCORING_SERVICE])
+        boundary = ErrorInterceptor(self._core.metrics, services, self._core.under_way, [SCORING_SERVICE])
         server = grpc.aio.server(interceptors=[boundary, *map(_import_interceptor, settings.interceptors)], options=options)
         scoring_pb2_grpc.add_ScoringServiceServicer_to_server(self._core.servicer, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)

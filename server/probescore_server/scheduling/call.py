@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Protocol
 
 from probescore_server.errors import CoreError
-from probescore_server.rollouts import Continuation, Rollout, RolloutResult
+from probescore_server.rollouts import CheckedRollout, Continuation, RolloutResult
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Item:
     call: Call
     group: int
     completion: int
-    rollout: Rollout
+    rollout: CheckedRollout
     key: tuple[bytes, Hashable]
 
     @property
@@ -168,7 +168,7 @@ class Call:
         self._changed.set()
 
 
-def groups_of(call: Call, rollouts: Sequence[Sequence[Rollout]]) -> list[Group]:
+def groups_of(call: Call, rollouts: Sequence[Sequence[CheckedRollout]]) -> list[Group]:
     """The work of a request, given per rollout group. All rollouts of a request have the same options."""
     options = rollouts[0][0].options.key
     groups = []

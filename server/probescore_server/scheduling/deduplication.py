@@ -13,7 +13,7 @@ from typing import Protocol
 
 from probescore.types import CompletionScores, Usage
 from probescore_server.errors import CoreError
-from probescore_server.rollouts import Continuation, Rollout, RolloutResult, ScoredBatch
+from probescore_server.rollouts import CheckedRollout, Continuation, RolloutResult, ScoredBatch
 from probescore_server.scheduling.call import Call, Item
 
 
@@ -27,7 +27,7 @@ class Worker(Protocol):
     def new_batch(self) -> int:
         """A number for a batch."""
 
-    async def score(self, number: int, rollouts: Sequence[Rollout]) -> ScoredBatch:
+    async def score(self, number: int, rollouts: Sequence[CheckedRollout]) -> ScoredBatch:
         """Scores a batch.
 
         Raises:
@@ -42,7 +42,7 @@ class Worker(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class BatchSlot:
     """Where a rollout computes: ``rollouts[index]`` of a worker's batch."""
 
     worker: Worker
@@ -60,10 +60,10 @@ class Work:
         place: where it computes; ``None`` while it is with no worker.
     """
 
-    rollout: Rollout
+    rollout: CheckedRollout
     key: tuple[bytes, Hashable]
     items: dict[Item, None] = field(default_factory=dict)
-    place: Place | None = None
+    place: BatchSlot | None = None
 
 
 class InFlight:

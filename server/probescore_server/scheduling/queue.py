@@ -23,7 +23,7 @@ from probescore_server.scheduling.call import Call, Group, Item
 MAX_CONTINUATIONS = 1024
 """Completions and follow-ups, with which a batch takes no further rollout."""
 
-Identical = list[Item]
+Duplicates = list[Item]
 """Rollouts of one content, to be computed once; never empty."""
 
 
@@ -42,11 +42,11 @@ class _Prompt:
 
 
 @dataclass(eq=False, slots=True)
-class _Room:
+class _NextBatch:
     """A batch that is being made, how many tokens still fit in, and how many completions and follow-ups it has."""
 
     left: int
-    taken: list[Identical] = field(default_factory=list)
+    taken: list[Duplicates] = field(default_factory=list)
     continuations: int = 0
 
     def fits(self, tokens: int) -> bool:
@@ -156,9 +156,9 @@ class WaitingQueue:
         behind = sum(group.tokens for call in self if self._is_behind(call) for group in call.waiting)
         return self._distinct_tokens - behind >= tokens
 
-    def next_batch(self, max_tokens: int) -> tuple[list[Identical], int]:
+    def next_batch(self, max_tokens: int) -> tuple[list[Duplicates], int]:
         """Takes the next batch, and says how many tokens it has: more than `max_tokens` only if it is a single rollout."""
-        room = _Room(max_tokens)
+        room = _NextBatch(max_tokens)
         turns = deque(self._jobs)
         joined: Counter[str] = Counter()  # turns that were had in advance
         while turns:
@@ -171,7 +171,7 @@ class WaitingQueue:
                 turns.append(job)
         return room.taken, max_tokens - room.left
 
-    def _take_turn(self, job: str, room: _Room, joined: Counter[str]) -> bool:
+    def _take_turn(self, job: str, room: _NextBatch, joined: Counter[str]) -> bool:
         """Takes the next group of a job, and what else waits for its prompt; returns whether there was one and it fitted."""
         group = self._next_group(job)
         if group is None or not room.fits(group.tokens):
@@ -193,7 +193,7 @@ class WaitingQueue:
         call = next((call for call in self._jobs.get(job, ()) if not self._is_behind(call)), None)
         return None if call is None else next(iter(call.waiting))
 
-    def _take(self, group: Group, room: _Room) -> None:
+    def _take(self, group: Group, room: _NextBatch) -> None:
         """Takes the items of a group that fit, with their identical ones elsewhere: all, unless it alone is larger than a batch."""
         prompt = self._prompts[group.prompt]
         for item in list(group.items):

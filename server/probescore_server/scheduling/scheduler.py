@@ -37,10 +37,10 @@ from probescore_server.errors import (
     WorkerLost,
     WorkerUnavailable,
 )
-from probescore_server.rollouts import Rollout
+from probescore_server.rollouts import CheckedRollout
 from probescore_server.scheduling.batch_budget import BatchBudget
 from probescore_server.scheduling.call import Call, Item, groups_of
-from probescore_server.scheduling.deduplication import InFlight, Place, Work, Worker
+from probescore_server.scheduling.deduplication import BatchSlot, InFlight, Work, Worker
 from probescore_server.scheduling.queue import WaitingQueue
 from probescore_server.scheduling.suspects import Suspects
 
@@ -55,7 +55,7 @@ THROUGHPUT_SMOOTHING = 0.3
 
 
 @dataclass(eq=False, slots=True)
-class _Batch:
+class _SentBatch:
     """Work that one worker got at once.
 
     Attributes:
@@ -99,7 +99,7 @@ class Scheduler:
         self._in_flight = InFlight()
         self._suspects = Suspects()
         self._budgets = {worker: BatchBudget(max_batch_tokens) for worker in workers}
-        self._batches: dict[Worker, list[_Batch]] = {worker: [] for worker in workers}  # the one that computes first
+        self._batches: dict[Worker, list[_SentBatch]] = {worker: [] for worker in workers}  # the one that computes first
         self._running: set[asyncio.Task[None]] = set()
         self._tokens_per_second: float | None = None
 
@@ -117,7 +117,7 @@ class Scheduler:
         """Tokens of the next batch of a worker."""
         return self._budgets[worker].tokens
 
-    def submit(self, groups: Sequence[Sequence[Rollout]], *, job: str, priority: int = 0, deadline: float = math.inf) -> Call:
+    def submit(self, groups: Sequence[Sequence[CheckedRollout]], *, job: str, priority: int = 0, deadline: float = math.inf) -> Call:
         """Admits the rollouts of one request, given per group; all have the same options.
 
         Raises:
@@ -170,14 +170,14 @@ class Scheduler:
         begun = [self._in_flight.begin(identical, now) for identical in taken]
         works = [work for work in begun if work is not None]
         if works:
-            batch = _Batch(worker, works, started=not prepare)
+            batch = _SentBatch(worker, works, started=not prepare)
             self._batches[worker].append(batch)
             task = asyncio.create_task(self._run(batch))
             self._running.add(task)
             task.add_done_callback(self._running.discard)
             asyncio.get_running_loop().call_soon(self._on_batch, tokens, len(works))  # the batch goes first
 
-    async def _run(self, batch: _Batch) -> None:
+    async def _run(self, batch: _SentBatch) -> None:
         suspects = [work for work in batch.works if work.key in self._suspects]  # what is known may change while something computes
         try:
             await self._score(batch, [work for work in batch.works if work not in suspects])
@@ -188,7 +188,7 @@ class Scheduler:
             self._batches[batch.worker].remove(batch)
             self.dispatch()
 
-    async def _score(self, batch: _Batch, works: Sequence[Work]) -> None:
+    async def _score(self, batch: _SentBatch, works: Sequence[Work]) -> None:
         """Scores work of a batch that is still wanted, in parts where it fails as a whole."""
         works = [work for work in works if work.items]
         if batch.lost:
@@ -198,7 +198,7 @@ class Scheduler:
             return
         worker, number, tokens = batch.worker, batch.worker.new_batch(), _tokens(works)
         for index, work in enumerate(works):
-            work.place = Place(worker, number, index)
+            work.place = BatchSlot(worker, number, index)
         try:
             scored = await worker.score(number, [work.rollout for work in works])
         except WorkerUnavailable as error:
@@ -224,7 +224,7 @@ class Scheduler:
         if failure is not None:
             await self._split(batch, works, failure)
 
-    async def _split(self, batch: _Batch, works: Sequence[Work], failure: CoreError) -> None:
+    async def _split(self, batch: _SentBatch, works: Sequence[Work], failure: CoreError) -> None:
         for work in works:
             work.place = None
         if len(works) == 1:
@@ -233,13 +233,13 @@ class Scheduler:
             await self._score(batch, works[: len(works) // 2])
             await self._score(batch, works[len(works) // 2 :])
 
-    def _answered(self, batch: _Batch) -> None:
+    def _answered(self, batch: _SentBatch) -> None:
         """What the worker computes now: its other batch if there is one, since what may follow of this one comes after that."""
         batches = self._batches[batch.worker]
         for other in batches:
             other.started = other is not batch or len(batches) == 1
 
-    def _lose(self, batch: _Batch, works: Sequence[Work], error: WorkerUnavailable, number: int) -> None:
+    def _lose(self, batch: _SentBatch, works: Sequence[Work], error: WorkerUnavailable, number: int) -> None:
         """The worker is gone: with what it computed, or with something else before it got to this."""
         for work in works:
             work.place = None
@@ -252,7 +252,7 @@ class Scheduler:
             for work in works:
                 self._in_flight.fail(work, error)
 
-    def _suspect(self, batch: _Batch, works: Sequence[Work], error: WorkerLost) -> None:
+    def _suspect(self, batch: _SentBatch, works: Sequence[Work], error: WorkerLost) -> None:
         """Each is tried once more, with nothing beside it; what was alone already and known is refused."""
         tokens = _tokens(works)
         if error.reason_lost == "memory":

@@ -13,14 +13,14 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from probescore.types import CompletionScores, CompletionStatus, ProbeScores, Scope, Span, Usage
-from probescore_server.rollouts import Continuation, Rollout, RolloutResult, ScoreOptions
+from probescore_server.rollouts import CheckedRollout, Continuation, ResolvedOptions, RolloutResult
 
 Packed: TypeAlias = tuple[Any, ...]
 
 # --------------------------------------------------------------------------------------------------------------------- rollouts
 
 
-def pack_rollouts(rollouts: Sequence[Rollout]) -> Packed:
+def pack_rollouts(rollouts: Sequence[CheckedRollout]) -> Packed:
     """Packs a batch; prompts and options that its rollouts share are packed once."""
     prompts: dict[int, tuple[int, bytes]] = {}
     options: dict[int, tuple[int, Packed]] = {}
@@ -36,18 +36,18 @@ def pack_rollouts(rollouts: Sequence[Rollout]) -> Packed:
     return [ids for _, ids in prompts.values()], [each for _, each in options.values()], packed
 
 
-def unpack_rollouts(packed: Packed) -> list[Rollout]:
+def unpack_rollouts(packed: Packed) -> list[CheckedRollout]:
     """The rollouts, with read-only arrays. Those that shared a prompt or options share them again."""
     packed_prompts, packed_options, packed_rollouts = packed
     prompts = [np.frombuffer(ids, np.int32) for ids in packed_prompts]
     options = [_unpack_options(each) for each in packed_options]
     return [
-        Rollout(prompts[prompt], _unpack_continuation(completion), options[asked], *cost)
+        CheckedRollout(prompts[prompt], _unpack_continuation(completion), options[asked], *cost)
         for prompt, completion, asked, cost in packed_rollouts
     ]
 
 
-def _pack_options(options: ScoreOptions) -> Packed:
+def _pack_options(options: ResolvedOptions) -> Packed:
     return (
         options.probes,
         options.reductions,
@@ -58,9 +58,9 @@ def _pack_options(options: ScoreOptions) -> Packed:
     )
 
 
-def _unpack_options(packed: Packed) -> ScoreOptions:
+def _unpack_options(packed: Packed) -> ResolvedOptions:
     probes, reductions, token_scores, scope, return_token_ids, return_token_texts = packed
-    return ScoreOptions(probes, reductions, token_scores, Scope(scope), return_token_ids, return_token_texts)
+    return ResolvedOptions(probes, reductions, token_scores, Scope(scope), return_token_ids, return_token_texts)
 
 
 def _pack_continuation(continuation: Continuation) -> Packed:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from probescore.types import Transfer
 from probescore_server.errors import InternalFault, StartupError, WorkerLost, WorkerUnavailable
-from probescore_server.rollouts import EngineInfo, Occupancy, Rollout, ScoredBatch
+from probescore_server.rollouts import CheckedRollout, EngineInfo, Occupancy, ScoredBatch
 from probescore_server.settings import ServerSettings
 from probescore_server.validation import PendingText
 from probescore_server.workers.liveness import Loss, Patience, Watch
@@ -33,8 +33,8 @@ from probescore_server.workers.messages import (
     EncodeTexts,
     Failed,
     FromWorker,
+    LoadingProgress,
     Moved,
-    Progress,
     Ready,
     Refused,
     ScoreBatch,
@@ -132,7 +132,7 @@ class WorkerProcess:
         self._stalled_starts = 0  # in a row
         self._changed = asyncio.Event()  # another one after each change
         self._numbers = itertools.count(1)
-        self._life: _Life | None = None  # while it is up
+        self._life: _RunningProcess | None = None  # while it is up
         self._awake = asyncio.Event()
         self._awake.set()
         self._moving = asyncio.Lock()
@@ -167,7 +167,7 @@ class WorkerProcess:
             StartupError: its first start failed.
         """
         while True:
-            life = _Life(self.spec)
+            life = _RunningProcess(self.spec)
             try:
                 await self._live(life)
             finally:
@@ -182,7 +182,7 @@ class WorkerProcess:
             await self._awake.wait()
             self.restarts += 1
 
-    async def _live(self, life: _Life) -> None:
+    async def _live(self, life: _RunningProcess) -> None:
         """From a start to the death that follows."""
         began = time.monotonic()
         logger.info("starting worker", device=self.spec.device, model=self.spec.settings.model)
@@ -212,7 +212,7 @@ class WorkerProcess:
         """A number for `score` and `cancel`."""
         return next(self._numbers)
 
-    async def score(self, number: int, rollouts: Sequence[Rollout]) -> ScoredBatch:
+    async def score(self, number: int, rollouts: Sequence[CheckedRollout]) -> ScoredBatch:
         """Scores a batch, after those that it has already. What comes while it sleeps waits.
 
         Raises:
@@ -352,7 +352,7 @@ def _run(main: str, connection: socket.socket, spec: WorkerSpec) -> None:
     getattr(importlib.import_module(module), function)(connection, spec)
 
 
-class _Life:
+class _RunningProcess:
     """One process, from its start to its end.
 
     Attributes:
@@ -430,7 +430,7 @@ class _Life:
     def _receive(self, message: FromWorker) -> None:
         now = time.monotonic()
         match message:
-            case Progress():
+            case LoadingProgress():
                 self._starting_with = message.message
                 logger.info(message.message, device=self._spec.device)
             case Ready():

@@ -32,9 +32,9 @@ from probescore_server.workers.messages import (
     EncodeTexts,
     Failed,
     FromWorker,
+    LoadingProgress,
     Moved,
     Order,
-    Progress,
     Ready,
     Refused,
     ScoreBatch,
@@ -152,7 +152,7 @@ class _Worker:
             accept_mismatch=settings.accept_mismatch,
             trust_remote_code=settings.trust_remote_code,
             max_kv_cache_bytes=settings.kv_cache_bytes,
-            report=lambda message: self._send(Progress(message)),
+            report=lambda message: self._send(LoadingProgress(message)),
         )
 
     def _send(self, message: FromWorker) -> None:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from probescore.types import Transfer
 from probescore_server.activity import Step, TextInHand
 from probescore_server.errors import InternalFault, InvalidRequest, OutOfMemory, WorkerUnavailable
-from probescore_server.rollouts import EngineInfo, Occupancy, Rollout, ScoredBatch
+from probescore_server.rollouts import CheckedRollout, EngineInfo, Occupancy, ScoredBatch
 from probescore_server.settings import ServerSettings
 from probescore_server.validation import PendingText
 from probescore_server.workers.codec import Packed, pack_results, pack_rollouts, unpack_results, unpack_rollouts
@@ -34,7 +34,7 @@ class ScoreBatch:
     """Score these rollouts, after the batches before; answered by `BatchScored` or `Failed`."""
 
     number: int
-    rollouts: Sequence[Rollout]
+    rollouts: Sequence[CheckedRollout]
 
     @property
     def tokens(self) -> int:
@@ -98,7 +98,7 @@ ToWorker = ScoreBatch | CancelRollout | EncodeTexts | CancelTexts | Sleep | Wake
 
 
 @dataclass(frozen=True)
-class Progress:
+class LoadingProgress:
     """What the worker does while it starts, for people."""
 
     message: str
@@ -172,5 +172,5 @@ class DeviceLost:
     incident: str
 
 
-FromWorker = Progress | Ready | Refused | BatchScored | TextsEncoded | Moved | Failed | Occupancy | Alive | DeviceLost
+FromWorker = LoadingProgress | Ready | Refused | BatchScored | TextsEncoded | Moved | Failed | Occupancy | Alive | DeviceLost
 """`Occupancy`: as of now; no answer waits for it."""

@@ -30,7 +30,7 @@ class Lane(Enum):
 
 
 @dataclass(eq=False, slots=True)
-class _Request:
+class _PendingRequest:
     """`left`: texts that have no ids yet. `ids`: by `PendingText.field`."""
 
     left: int
@@ -41,7 +41,7 @@ class TextTurns:
     """The texts of requests, each request under its number. Any thread may call any method."""
 
     def __init__(self) -> None:
-        self._requests: dict[int, _Request] = {}
+        self._requests: dict[int, _PendingRequest] = {}
         self._lanes: dict[Lane, OrderedDict[int, deque[PendingText]]] = {lane: OrderedDict() for lane in Lane}
         self._in_hand = dict.fromkeys(Lane, TextInHand())
         self._changed = threading.Condition()
@@ -52,7 +52,7 @@ class TextTurns:
         for text in texts:
             by_lane.setdefault(Lane.SHORT if text.bytes <= SHORT_BYTES else Lane.LONG, deque()).append(text)
         with self._changed:
-            self._requests[number] = _Request(len(texts))
+            self._requests[number] = _PendingRequest(len(texts))
             for lane, waiting in by_lane.items():
                 self._lanes[lane][number] = waiting
             self._changed.notify_all()

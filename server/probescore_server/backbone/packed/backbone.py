@@ -80,7 +80,7 @@ class PackedBackbone:
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
+class _SegmentSlice:
     """Tokens ``start`` to ``end`` of a segment, as one sequence of a row."""
 
     segment: int
@@ -118,11 +118,11 @@ class _KnownKeyValues:
             segment.cached = length_of(found) - segment.position
             self._pieces[index] = [[_tokens(layer, segment.position, length_of(found)) for layer in found]]
 
-    def wants(self, parts: Sequence[_Part]) -> bool:
+    def wants(self, parts: Sequence[_SegmentSlice]) -> bool:
         """Whether anyone needs what a pass computes, beyond the pass itself."""
         return self._cache is not None or any(self._is_used_after(part.segment, parts) for part in parts)
 
-    def add(self, parts: Sequence[_Part], computed: KeyValues) -> None:
+    def add(self, parts: Sequence[_SegmentSlice], computed: KeyValues) -> None:
         """Keeps of a pass what later ones need, gives all of it to the cache, and lets go of what nobody needs any more."""
         row = 0
         for part in parts:
@@ -137,15 +137,15 @@ class _KnownKeyValues:
         for index in [index for index in self._pieces if not self._is_used_after(index, parts)]:
             del self._pieces[index]
 
-    def _is_used_after(self, segment: int, parts: Sequence[_Part]) -> bool:
+    def _is_used_after(self, segment: int, parts: Sequence[_SegmentSlice]) -> bool:
         last = parts[-1]
         is_finished = last.end == len(self._forest.segments[last.segment].token_ids)
         return self._last_use[segment] >= last.segment + is_finished
 
 
-def _passes(forest: Forest, skip: Callable[[int], bool], known: _KnownKeyValues, max_tokens: int) -> Iterator[list[_Part]]:
+def _passes(forest: Forest, skip: Callable[[int], bool], known: _KnownKeyValues, max_tokens: int) -> Iterator[list[_SegmentSlice]]:
     """The parts of each row. What is yielded must have run before the next is asked for."""
-    parts: list[_Part] = []
+    parts: list[_SegmentSlice] = []
     tokens = keys = 0
     skipped: set[int | None] = set()
     for index, segment in enumerate(forest.segments):
@@ -160,7 +160,7 @@ def _passes(forest: Forest, skip: Callable[[int], bool], known: _KnownKeyValues,
                 yield parts
                 parts, tokens, keys = [], 0, 0
                 continue
-            parts.append(_Part(index, start, end))
+            parts.append(_SegmentSlice(index, start, end))
             tokens += end - start
             keys += segment.position + end
             start = end
@@ -169,7 +169,7 @@ def _passes(forest: Forest, skip: Callable[[int], bool], known: _KnownKeyValues,
 
 
 def _plan(
-    forest: Forest, parts: Sequence[_Part], known: _KnownKeyValues, activations: Activations, device: torch.device
+    forest: Forest, parts: Sequence[_SegmentSlice], known: _KnownKeyValues, activations: Activations, device: torch.device
 ) -> tuple[PackedPlan, list[KeyValues]]:
     """A row's plan, and the keys and values before the row that it counts."""
     chains = [_chain(forest, part.segment) for part in parts]

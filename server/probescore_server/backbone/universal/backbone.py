@@ -29,7 +29,7 @@ CHUNK_TOKENS = 2048
 """Tokens of one forward at most: bounds what a long rollout needs at once. More would not be faster."""
 
 
-class _KeysAndValuesKnown(Exception):
+class _StopForward(Exception):
     """All that a sequence's continuations need of it is in its state; nobody reads what the rest of the forward would give."""
 
 
@@ -43,7 +43,7 @@ class _State(DynamicCache):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         updated = super().update(key_states, value_states, layer_idx, *args, **keywords)
         if layer_idx == self.ends_at:
-            raise _KeysAndValuesKnown
+            raise _StopForward
         return updated
 
 
@@ -97,7 +97,7 @@ class UniversalBackbone:
         if self._takes_positions:
             positions = {"position_ids": torch.arange(position, position + ids.shape[1], device=ids.device).unsqueeze(0)}
         state.ends_at = len(self._decoder.blocks) - 1 if self.keeps_key_values and not into else None
-        with self._reader.reading(into), suppress(_KeysAndValuesKnown):
+        with self._reader.reading(into), suppress(_StopForward):
             output = self._decoder.model(input_ids=ids, past_key_values=state, use_cache=True, **positions)
             self._reader.read_final_norm(output, into)
 

@@ -48,7 +48,7 @@ SchemaVersion = Annotated[Literal[1], BeforeValidator(_no_boolean)]  # Python's 
 TokenShift = Annotated[Literal[-1, 0, 1], BeforeValidator(_no_boolean)]
 
 
-class _Part(BaseModel):
+class _ManifestPart(BaseModel):
     """Made from Python, a part refuses what does not fit in our words: ``Context: kind: found "causl", expected …``."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -82,7 +82,7 @@ def _canonical_reduction(written: str) -> str:
     return str(reduction)
 
 
-class ModelReference(_Part):
+class ModelReference(_ManifestPart):
     """The model that the probe was made for."""
 
     id: str = Field(min_length=1, max_length=256, description="Name of the model, for people. Not a path.")
@@ -92,7 +92,7 @@ class ModelReference(_Part):
     num_hidden_layers: Size = Field(description="Decoder blocks of the whole model.")
 
 
-class TapInput(_Part):
+class TapInput(_ManifestPart):
     """A graph input: activations at a tap, float32, (tokens, hidden_size). Its name is ``hook.layer``, or ``final_norm``."""
 
     hook: Literal["resid_pre", "resid_post", "attn_out", "mlp_out", "final_norm"]
@@ -141,7 +141,7 @@ class TapInput(_Part):
         return TapInput(hook="resid_pre", layer=place) if before else TapInput(hook="resid_post", layer=place - 1)
 
 
-class Context(_Part):
+class Context(_ManifestPart):
     """What a score depends on beside its own token."""
 
     kind: Literal["pointwise", "causal", "rollout"] = Field(
@@ -152,7 +152,7 @@ class Context(_Part):
     sees_prompt: bool = Field(False, description="causal and rollout: whether the graph is given the prompt's tokens too.")
 
 
-class Output(_Part):
+class Output(_ManifestPart):
     """The graph's output ``scores``: float32, (tokens or rollouts, labels)."""
 
     unit: ScoreUnit = Field(strict=False)
@@ -167,14 +167,14 @@ class Output(_Part):
         return labels
 
 
-class FollowUp(_Part):
+class FollowUp(_ManifestPart):
     """Tokens that the server appends to every completion for this probe; the probe reads these tokens instead of the completion's."""
 
     token_ids: tuple[TokenId, ...] = Field(min_length=1, strict=False)
     text: str = Field("", description="The same, for people.")
 
 
-class CalibrationRecord(_Part):
+class CalibrationRecord(_ManifestPart):
     """A threshold and what it was found on."""
 
     threshold: Real = Field(description="In the unit of reduce_on, after the reduction; at or above it a rollout is flagged.")
@@ -192,7 +192,7 @@ class CalibrationRecord(_Part):
         return None if reduction is None else _canonical_reduction(reduction)
 
 
-class Evaluation(_Part):
+class Evaluation(_ManifestPart):
     """A measured quality."""
 
     metric: str
@@ -205,7 +205,7 @@ class Evaluation(_Part):
     negatives: Count | None = None
 
 
-class Training(_Part):
+class Training(_ManifestPart):
     """Where the probe comes from."""
 
     method: str = ""
@@ -214,7 +214,7 @@ class Training(_Part):
     notes: str = ""
 
 
-class GoldenCase(_Part):
+class GoldenCase(_ManifestPart):
     """One rollout and the scores that the author's own code gave, in ``output.unit``."""
 
     prompt_ids: tuple[TokenId, ...] = Field(strict=False)
@@ -224,7 +224,7 @@ class GoldenCase(_Part):
     )
 
 
-class Tolerance(_Part):
+class Tolerance(_ManifestPart):
     """Largest difference allowed by dtype of the model, as a multiple of the golden scores' standard deviation (per label)."""
 
     # Below 1 in any case: scores that are off without bound may become the spread by which they are measured.
@@ -233,7 +233,7 @@ class Tolerance(_Part):
     float16: float = Field(0.05, allow_inf_nan=False, gt=0, le=0.5)
 
 
-class _Elsewhere(_Part):
+class _Elsewhere(_ManifestPart):
     """Where the golden rollouts could be read by mistake: one block or one token off."""
 
     inputs: tuple[TapInput, ...] = Field(min_length=1, strict=False, description="The taps that were read in place of the manifest's.")
@@ -287,7 +287,7 @@ def neighbouring_places(inputs: Sequence[TapInput], num_hidden_layers: int) -> l
     return [*places, (stated, -1), (stated, 1)]
 
 
-class Golden(_Part):
+class Golden(_ManifestPart):
     """Golden vectors: made without probescore's engine, recomputed by every worker before it serves the probe."""
 
     cases: tuple[GoldenCase, ...] = Field(min_length=1, strict=False)
@@ -303,7 +303,7 @@ class Golden(_Part):
         return np.array([row for case in self.cases for row in case.scores], np.float64)
 
 
-class Manifest(_Part):
+class Manifest(_ManifestPart):
     """Who a probe is."""
 
     schema_version: SchemaVersion = 1

@@ -13,7 +13,7 @@ from probescore_server.errors import InvalidRequest, ProbeRefused
 from probescore_server.probes.format.manifest import Golden, LeftOut, Neighbour, neighbouring_places
 from probescore_server.probes.format.probe_file import ProbeFile
 from probescore_server.probes.loading.deviations import largest_deviation
-from probescore_server.rollouts import EngineInfo, Rollout
+from probescore_server.rollouts import CheckedRollout, EngineInfo
 from probescore_server.validation import resolve_options, resolve_rollouts
 
 NEARER = 2.0
@@ -34,7 +34,7 @@ TELLS_BY_ITSELF = 1e-3
 _OR_FLOAT32 = ", or serve it in float32"
 
 
-def golden_rollouts(probe: ProbeFile, info: EngineInfo) -> list[Rollout]:
+def golden_rollouts(probe: ProbeFile, info: EngineInfo) -> list[CheckedRollout]:
     """The golden cases of a probe as rollouts whose scores per token are wanted.
 
     Raises:

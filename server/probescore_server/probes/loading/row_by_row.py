@@ -27,11 +27,13 @@ def is_row_by_row(model: onnx.ModelProto, signature: Signature) -> bool:
         model: passed ``check_graph`` and ``check_signature``.
         signature: of the same probe.
     """
-    return signature.per is OutputPer.TOKEN and (read_network(model, signature) is not None or _followed(model, signature) == _Rows(0, 2))
+    return signature.per is OutputPer.TOKEN and (
+        read_network(model, signature) is not None or _followed(model, signature) == _RowsAlong(0, 2)
+    )
 
 
 @dataclass(frozen=True)
-class _Rows:
+class _RowsAlong:
     """A value of ``rank`` axes with an entry for each row along ``axis``."""
 
     axis: int
@@ -59,7 +61,7 @@ class _Sizes:
     scalar: bool = False
 
 
-_Value = Union[_Rows, _Same, _Sizes]
+_Value = Union[_RowsAlong, _Same, _Sizes]
 
 
 class _Unknown(Exception):
@@ -67,7 +69,7 @@ class _Unknown(Exception):
 
 
 @dataclass(frozen=True, eq=False)
-class _Node:
+class _ProvenNode:
     proto: onnx.NodeProto
     inputs: list[_Value | None]
     shapes: list[tuple[int | None, ...]]
@@ -80,9 +82,9 @@ class _Node:
     def has(self, index: int) -> bool:
         return index < len(self.proto.input) and self.proto.input[index] != ""
 
-    def rows(self, index: int = 0) -> _Rows:
+    def rows(self, index: int = 0) -> _RowsAlong:
         value = self.inputs[index]
-        if not isinstance(value, _Rows):
+        if not isinstance(value, _RowsAlong):
             raise _Unknown
         return value
 
@@ -116,25 +118,25 @@ def _followed(model: onnx.ModelProto, signature: Signature) -> _Value | None:
         for value in (*inferred.input, *inferred.value_info, *inferred.output)
         if value.type.tensor_type.HasField("shape")
     }
-    values: dict[str, _Value | None] = {str(tap): _Rows(0, 2) for tap in signature.taps}
+    values: dict[str, _Value | None] = {str(tap): _RowsAlong(0, 2) for tap in signature.taps}
     if signature.positions:
-        values[POSITIONS] = _Rows(0, 1)
+        values[POSITIONS] = _RowsAlong(0, 1)
     for tensor in model.graph.initializer:
         values[tensor.name] = _Same(tuple(tensor.dims), onnx.numpy_helper.to_array(tensor))
     for proto in model.graph.node:
-        node = _Node(proto, [values.get(name) for name in proto.input], [shapes.get(name, ()) for name in proto.input], opset)
+        node = _ProvenNode(proto, [values.get(name) for name in proto.input], [shapes.get(name, ()) for name in proto.input], opset)
         try:
             results = _results(node, [shapes.get(name) for name in proto.output])
         except (_Unknown, LookupError, TypeError, ValueError):  # or something of an unusual form, of which nothing is certain either
             continue
         for name, value in zip(proto.output, results, strict=False):
             # where shape inference knows better than what is said below, nothing is certain
-            if not isinstance(value, _Rows) or name not in shapes or len(shapes[name]) == value.rank:
+            if not isinstance(value, _RowsAlong) or name not in shapes or len(shapes[name]) == value.rank:
                 values[name] = value
     return values.get(SCORES)
 
 
-def _results(node: _Node, shapes: list[tuple[int | None, ...] | None]) -> list[_Value]:
+def _results(node: _ProvenNode, shapes: list[tuple[int | None, ...] | None]) -> list[_Value]:
     if any(attribute.HasField("g") or attribute.graphs for attribute in node.proto.attribute):
         raise _Unknown
     if node.proto.op_type == "Constant":
@@ -153,7 +155,7 @@ def _static(shape: tuple[int | None, ...] | None) -> tuple[int, ...]:
     return tuple(size for size in shape if size is not None)
 
 
-def _constant(node: _Node) -> list[_Value]:
+def _constant(node: _ProvenNode) -> list[_Value]:
     (attribute,) = node.proto.attribute
     value = onnx.helper.get_attribute_value(attribute)
     if isinstance(value, onnx.TensorProto):
@@ -166,24 +168,24 @@ def _constant(node: _Node) -> list[_Value]:
 # ----------------------------------------------------------------------------------------------------------------------- the operators
 
 
-def _elementwise(node: _Node) -> list[_Value]:
+def _elementwise(node: _ProvenNode) -> list[_Value]:
     """Numbers at the same place, as broadcasting brings them there."""
     given = [value for name, value in zip(node.proto.input, node.inputs, strict=True) if name]
-    rows = [value for value in given if isinstance(value, _Rows)]
+    rows = [value for value in given if isinstance(value, _RowsAlong)]
     if not rows:
         raise _Unknown
     rank = rows[0].rank
     for value in given:
-        if isinstance(value, _Rows) and value.from_last == rows[0].from_last:
+        if isinstance(value, _RowsAlong) and value.from_last == rows[0].from_last:
             rank = max(rank, value.rank)
         elif isinstance(value, _Same) and (len(value.shape) < -rows[0].from_last or value.shape[rows[0].from_last] == 1):
             rank = max(rank, len(value.shape))
         else:
             raise _Unknown
-    return [_Rows(rank + rows[0].from_last, rank)]
+    return [_RowsAlong(rank + rows[0].from_last, rank)]
 
 
-def _apart(axes: list[int], rows: _Rows) -> set[int]:
+def _apart(axes: list[int], rows: _RowsAlong) -> set[int]:
     """Axes counted from the first; that of the rows must not be among them."""
     counted = {axis % rows.rank for axis in axes}
     if rows.axis in counted:
@@ -191,21 +193,21 @@ def _apart(axes: list[int], rows: _Rows) -> set[int]:
     return counted
 
 
-def _without(axes: set[int], rows: _Rows, keepdims: int) -> _Rows:
-    return rows if keepdims else _Rows(rows.axis - sum(axis < rows.axis for axis in axes), rows.rank - len(axes))
+def _without(axes: set[int], rows: _RowsAlong, keepdims: int) -> _RowsAlong:
+    return rows if keepdims else _RowsAlong(rows.axis - sum(axis < rows.axis for axis in axes), rows.rank - len(axes))
 
 
-def _reduce(node: _Node) -> list[_Value]:
+def _reduce(node: _ProvenNode) -> list[_Value]:
     rows = node.rows()
     return [_without(_apart(node.axes(), rows), rows, node.attribute("keepdims", 1))]
 
 
-def _arg(node: _Node) -> list[_Value]:
+def _arg(node: _ProvenNode) -> list[_Value]:
     rows = node.rows()
     return [_without(_apart([node.attribute("axis", 0)], rows), rows, node.attribute("keepdims", 1))]
 
 
-def _softmax(node: _Node) -> list[_Value]:
+def _softmax(node: _ProvenNode) -> list[_Value]:
     rows = node.rows()
     axis = node.attribute("axis", -1 if node.opset >= 13 else 1) % rows.rank
     if rows.axis == axis or (node.opset < 13 and rows.axis > axis):  # all from the axis on are one
@@ -213,7 +215,7 @@ def _softmax(node: _Node) -> list[_Value]:
     return [rows]
 
 
-def _layer_normalization(node: _Node) -> list[_Value]:
+def _layer_normalization(node: _ProvenNode) -> list[_Value]:
     rows = node.rows()
     axis = node.attribute("axis", -1) % rows.rank
     others = [node.same(index) for index in range(1, len(node.inputs)) if node.has(index)]
@@ -222,48 +224,48 @@ def _layer_normalization(node: _Node) -> list[_Value]:
     return [rows]
 
 
-def _cum_sum(node: _Node) -> list[_Value]:
+def _cum_sum(node: _ProvenNode) -> list[_Value]:
     rows = node.rows()
     _apart(node.numbers(1), rows)
     return [rows]
 
 
-def _matmul(node: _Node) -> list[_Value]:
+def _matmul(node: _ProvenNode) -> list[_Value]:
     left, right = node.inputs
-    if isinstance(left, _Rows) and isinstance(right, _Same) and left.from_last < -1 and len(right.shape) in (1, 2):
-        return [left if len(right.shape) == 2 else _Rows(left.axis, left.rank - 1)]
-    if isinstance(left, _Same) and isinstance(right, _Rows) and len(left.shape) == 2 and right.rank > 1 and right.from_last != -2:
+    if isinstance(left, _RowsAlong) and isinstance(right, _Same) and left.from_last < -1 and len(right.shape) in (1, 2):
+        return [left if len(right.shape) == 2 else _RowsAlong(left.axis, left.rank - 1)]
+    if isinstance(left, _Same) and isinstance(right, _RowsAlong) and len(left.shape) == 2 and right.rank > 1 and right.from_last != -2:
         return [right]
-    if isinstance(left, _Rows) and left == right and left.from_last < -2:
+    if isinstance(left, _RowsAlong) and left == right and left.from_last < -2:
         return [left]
     raise _Unknown
 
 
-def _gemm(node: _Node) -> list[_Value]:
-    if node.rows() != _Rows(0, 2) or node.attribute("transA", 0):
+def _gemm(node: _ProvenNode) -> list[_Value]:
+    if node.rows() != _RowsAlong(0, 2) or node.attribute("transA", 0):
         raise _Unknown
     node.same(1)
-    if node.has(2) and node.inputs[2] != _Rows(0, 2):
+    if node.has(2) and node.inputs[2] != _RowsAlong(0, 2):
         shape = node.same(2).shape
         if len(shape) == 2 and shape[0] != 1:
             raise _Unknown
-    return [_Rows(0, 2)]
+    return [_RowsAlong(0, 2)]
 
 
-def _gather(node: _Node) -> list[_Value]:
+def _gather(node: _ProvenNode) -> list[_Value]:
     data, places = node.inputs[:2]
     axis = node.attribute("axis", 0)
     if isinstance(data, _Sizes) and isinstance(places, _Same):
         chosen = tuple(data.sizes[place] for place in node.numbers(1))
         return [_Sizes(chosen, scalar=places.shape == ())]
-    if isinstance(data, _Same) and isinstance(places, _Rows):
-        return [_Rows(axis % len(data.shape) + places.axis, len(data.shape) + places.rank - 1)]
+    if isinstance(data, _Same) and isinstance(places, _RowsAlong):
+        return [_RowsAlong(axis % len(data.shape) + places.axis, len(data.shape) + places.rank - 1)]
     rows, more = node.rows(), len(node.same(1).shape) - 1
     (axis,) = _apart([axis], rows)
-    return [_Rows(rows.axis + (more if axis < rows.axis else 0), rows.rank + more)]
+    return [_RowsAlong(rows.axis + (more if axis < rows.axis else 0), rows.rank + more)]
 
 
-def _elements(node: _Node) -> list[_Value]:
+def _elements(node: _ProvenNode) -> list[_Value]:
     """Of ``GatherElements`` and ``ScatterElements``: places in the same row."""
     rows = node.rows()
     _apart([node.attribute("axis", 0)], rows)
@@ -272,7 +274,7 @@ def _elements(node: _Node) -> list[_Value]:
     return [rows]
 
 
-def _slice(node: _Node) -> list[_Value]:
+def _slice(node: _ProvenNode) -> list[_Value]:
     given = node.inputs[0]
     if isinstance(given, _Sizes) and node.opset >= 10:
         starts, ends, steps = (node.numbers(index) if node.has(index) else [1] for index in (1, 2, 4))
@@ -284,13 +286,13 @@ def _slice(node: _Node) -> list[_Value]:
     return [rows]
 
 
-def _split(node: _Node) -> list[_Value]:
+def _split(node: _ProvenNode) -> list[_Value]:
     rows = node.rows()
     _apart([node.attribute("axis", 0)], rows)
     return [rows for _ in node.proto.output]
 
 
-def _concat(node: _Node) -> list[_Value]:
+def _concat(node: _ProvenNode) -> list[_Value]:
     if any(isinstance(value, _Sizes) for value in node.inputs):
         parts = [value.sizes if isinstance(value, _Sizes) else tuple(node.numbers(index)) for index, value in enumerate(node.inputs)]
         return [_Sizes(tuple(size for part in parts for size in part))]
@@ -301,29 +303,29 @@ def _concat(node: _Node) -> list[_Value]:
     return [rows]
 
 
-def _transpose(node: _Node) -> list[_Value]:
+def _transpose(node: _ProvenNode) -> list[_Value]:
     rows = node.rows()
     order = list(node.attribute("perm", range(rows.rank)[::-1]))
-    return [_Rows(order.index(rows.axis), rows.rank)]
+    return [_RowsAlong(order.index(rows.axis), rows.rank)]
 
 
-def _unsqueeze(node: _Node) -> list[_Value]:
+def _unsqueeze(node: _ProvenNode) -> list[_Value]:
     if isinstance(node.inputs[0], _Sizes) and node.inputs[0].scalar:
         return [_Sizes(node.inputs[0].sizes)]
     rows, axes = node.rows(), node.axes()
     rank = rows.rank + len(axes)
     added = {axis % rank for axis in axes}
-    return [_Rows([axis for axis in range(rank) if axis not in added][rows.axis], rank)]
+    return [_RowsAlong([axis for axis in range(rank) if axis not in added][rows.axis], rank)]
 
 
-def _squeeze(node: _Node) -> list[_Value]:
+def _squeeze(node: _ProvenNode) -> list[_Value]:
     if isinstance(node.inputs[0], _Sizes) and len(node.inputs[0].sizes) == 1:
         return [_Sizes(node.inputs[0].sizes, scalar=True)]
     rows = node.rows()
     return [_without(_apart(node.axes(), rows), rows, keepdims=0)]
 
 
-def _shape(node: _Node) -> list[_Value]:
+def _shape(node: _ProvenNode) -> list[_Value]:
     rows, shape = node.rows(), node.shapes[0]
     if len(shape) != rows.rank or any(size is None for axis, size in enumerate(shape) if axis != rows.axis):
         raise _Unknown
@@ -331,38 +333,38 @@ def _shape(node: _Node) -> list[_Value]:
     return [_Sizes(sizes[node.attribute("start", 0) : node.attribute("end", rows.rank)])]
 
 
-def _rows_of(sizes: tuple[int | None, ...]) -> _Rows:
+def _rows_of(sizes: tuple[int | None, ...]) -> _RowsAlong:
     if sum(size is None for size in sizes) != 1:
         raise _Unknown
-    return _Rows(sizes.index(None), len(sizes))
+    return _RowsAlong(sizes.index(None), len(sizes))
 
 
-def _constant_of_shape(node: _Node) -> list[_Value]:
+def _constant_of_shape(node: _ProvenNode) -> list[_Value]:
     shape = node.inputs[0]
     if not isinstance(shape, _Sizes) or shape.scalar:
         raise _Unknown
     return [_rows_of(shape.sizes)]
 
 
-def _expand(node: _Node) -> list[_Value]:
+def _expand(node: _ProvenNode) -> list[_Value]:
     given, shape = node.inputs
     if isinstance(shape, _Sizes) and not shape.scalar:
         filled = _rows_of(shape.sizes)
-        if isinstance(given, _Rows) and given.from_last == filled.from_last:
+        if isinstance(given, _RowsAlong) and given.from_last == filled.from_last:
             rank = max(given.rank, filled.rank)
         elif isinstance(given, _Same) and (len(given.shape) < -filled.from_last or given.shape[filled.from_last] == 1):
             rank = max(len(given.shape), filled.rank)
         else:
             raise _Unknown
-        return [_Rows(rank + filled.from_last, rank)]
+        return [_RowsAlong(rank + filled.from_last, rank)]
     rows, sizes = node.rows(), node.numbers(1)
     if len(sizes) >= -rows.from_last and sizes[rows.from_last] != 1:
         raise _Unknown
     rank = max(rows.rank, len(sizes))
-    return [_Rows(rank + rows.from_last, rank)]
+    return [_RowsAlong(rank + rows.from_last, rank)]
 
 
-def _reshape(node: _Node) -> list[_Value]:
+def _reshape(node: _ProvenNode) -> list[_Value]:
     """With the rows first, before and after."""
     given, shape = node.inputs
     if isinstance(given, _Sizes) and isinstance(shape, _Same) and len(given.sizes) == 1 and node.numbers(1) in ([-1], [1]):
@@ -379,30 +381,30 @@ def _reshape(node: _Node) -> list[_Value]:
         sizes[0] == -1 and known and all(size > 0 for size in rest) and math.prod(rest) == math.prod(others)
     ):
         raise _Unknown
-    return [_Rows(0, len(sizes))]
+    return [_RowsAlong(0, len(sizes))]
 
 
-def _flatten(node: _Node) -> list[_Value]:
+def _flatten(node: _ProvenNode) -> list[_Value]:
     if node.rows().axis != 0 or node.attribute("axis", 1) != 1:
         raise _Unknown
-    return [_Rows(0, 2)]
+    return [_RowsAlong(0, 2)]
 
 
-def _top_k(node: _Node) -> list[_Value]:
+def _top_k(node: _ProvenNode) -> list[_Value]:
     rows = node.rows()
     node.same(1)
     _apart([node.attribute("axis", -1)], rows)
     return [rows, rows]
 
 
-def _einsum(node: _Node) -> list[_Value]:
+def _einsum(node: _ProvenNode) -> list[_Value]:
     """Where one letter is that of the rows, in every value that has any and in the result."""
     terms, arrow, result = node.attribute("equation").decode().replace(" ", "").partition("->")
     letters, named = set(), terms.split(",")
     if not arrow or "." in terms or len(named) != len(node.inputs):
         raise _Unknown
     for term, value in zip(named, node.inputs, strict=True):
-        if isinstance(value, _Rows) and len(term) == value.rank and term.count(term[value.axis]) == 1:
+        if isinstance(value, _RowsAlong) and len(term) == value.rank and term.count(term[value.axis]) == 1:
             letters.add(term[value.axis])
         elif not isinstance(value, _Same):
             raise _Unknown
@@ -411,10 +413,10 @@ def _einsum(node: _Node) -> list[_Value]:
     (letter,) = letters
     if any(letter in term for term, value in zip(named, node.inputs, strict=True) if isinstance(value, _Same)):
         raise _Unknown
-    return [_Rows(result.index(letter), len(result))]
+    return [_RowsAlong(result.index(letter), len(result))]
 
 
-def _first(node: _Node) -> list[_Value]:
+def _first(node: _ProvenNode) -> list[_Value]:
     """The first result has the form of the first input; the others are constants."""
     for index in range(1, len(node.inputs)):
         if node.has(index):
@@ -422,21 +424,21 @@ def _first(node: _Node) -> list[_Value]:
     return [node.rows()]
 
 
-def _batch_normalization(node: _Node) -> list[_Value]:
+def _batch_normalization(node: _ProvenNode) -> list[_Value]:
     if node.rows().axis != 0 or node.rows().rank < 2:
         raise _Unknown
     return _first(node)
 
 
-def _table(*ranks: int) -> Callable[[_Node], list[_Value]]:
+def _table(*ranks: int) -> Callable[[_ProvenNode], list[_Value]]:
     """Operators over tables, a row of features each; of the ranks that their results have."""
 
-    def results(node: _Node) -> list[_Value]:
-        if node.rows() != _Rows(0, 2):
+    def results(node: _ProvenNode) -> list[_Value]:
+        if node.rows() != _RowsAlong(0, 2):
             raise _Unknown
         for index in range(1, len(node.inputs)):
             node.same(index)
-        return [_Rows(0, rank) for rank in ranks]
+        return [_RowsAlong(0, rank) for rank in ranks]
 
     return results
 
@@ -450,7 +452,7 @@ _ELEMENTWISE = """
 _REDUCTIONS = """
     ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum ReduceSumSquare
 """
-_OPERATORS: dict[str, Callable[[_Node], list[_Value]]] = {
+_OPERATORS: dict[str, Callable[[_ProvenNode], list[_Value]]] = {
     **dict.fromkeys(_ELEMENTWISE.split(), _elementwise),
     **dict.fromkeys(_REDUCTIONS.split(), _reduce),
     **dict.fromkeys(("ArgMax", "ArgMin"), _arg),

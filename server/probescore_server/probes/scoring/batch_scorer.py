@@ -19,17 +19,17 @@ from probescore_server.backbone.forest import Forest, Placement
 from probescore_server.probes.loading.loader import LoadedProbe, Member
 from probescore_server.probes.loading.onnx_session import ProbeSession, session_device
 from probescore_server.probes.scoring.onnx_scores import SessionScores
-from probescore_server.probes.scoring.selections import Asked, Readings, Rows
+from probescore_server.probes.scoring.selections import ProbeInputs, Rows, ScoreTarget
 from probescore_server.probes.scoring.stacked_scores import StackedProbe, StackedScores
 from probescore_server.probes.scoring.wanted import GivenUp, GraphWatch, Wanted
-from probescore_server.rollouts import EngineInfo, Rollout, ScoreOptions
+from probescore_server.rollouts import CheckedRollout, EngineInfo, ResolvedOptions
 
-_Answers = dict[int, dict[str, ProbeScores | str]]
-"""By ``id`` of a placement and ``name@version``: scores, or what keeps the probe from giving any."""
+_Answers = dict[Placement, dict[str, ProbeScores | str]]
+"""By placement and ``name@version``: scores, or what keeps the probe from giving any."""
 
 
 @dataclass(frozen=True, eq=False)
-class _Request:
+class _AlikeCompletions:
     """Completions that ask for the same.
 
     Attributes:
@@ -40,7 +40,7 @@ class _Request:
 
     reductions: Mapping[str, tuple[Reduction, ...]]
     names: Mapping[str, str]
-    asked: list[Asked]
+    asked: list[ScoreTarget]
 
 
 class BatchScorer:
@@ -64,7 +64,7 @@ class BatchScorer:
         info: EngineInfo,
         probes: Mapping[str, LoadedProbe],
         special_ids: NDArray[np.int32],
-        rollouts: Sequence[Rollout],
+        rollouts: Sequence[CheckedRollout],
         forest: Forest,
         activations: Activations,
         wanted: Wanted,
@@ -76,14 +76,14 @@ class BatchScorer:
         self._rollouts = rollouts
         self._forest = forest
         self._rows = Rows(forest, dict(activations.starts))
-        self._readings = Readings(forest, special_ids)
+        self._probe_inputs = ProbeInputs(forest, special_ids)
         self._activations, self._finite = _without_non_finite(activations.rows)
 
     def score(self, indices: Collection[int]) -> dict[int, CompletionScores]:
         """The scores of these rollouts, by index; the activations of their segments must all be there. Those that nobody waits for any
         more are left out.
         """
-        requests: dict[tuple[object, ...], _Request] = {}
+        requests: dict[tuple[object, ...], _AlikeCompletions] = {}
         roots = {}
         for index in indices:
             options = self._rollouts[index].options
@@ -106,12 +106,12 @@ class BatchScorer:
                 self.refused_by[index] = refusing
         return scores
 
-    def _request(self, options: ScoreOptions) -> _Request:
+    def _request(self, options: ResolvedOptions) -> _AlikeCompletions:
         applied = self._info.scored_probes(options)
         reductions = {key: probe.reductions for key, probe in zip(options.probes, applied, strict=True)}
-        return _Request(reductions, dict(zip(options.probes, score_keys(applied), strict=True)), [])
+        return _AlikeCompletions(reductions, dict(zip(options.probes, score_keys(applied), strict=True)), [])
 
-    def _run_sessions(self, requests: Sequence[_Request], answers: _Answers) -> None:
+    def _run_sessions(self, requests: Sequence[_AlikeCompletions], answers: _Answers) -> None:
         sessions = {key: run for request in requests for key in request.names if isinstance(run := self._probes[key].runs, ProbeSession)}
         taps = {tap for key in sessions for tap in self._probes[key].manifest.taps}
         activations = {tap: self._activations[tap].to(session_device(self._activations[tap].device)) for tap in taps}
@@ -119,17 +119,17 @@ class BatchScorer:
             return
         with GraphWatch(self._wanted) as watch:
             for key, session in sessions.items():
-                rows = self._forest, self._readings, self._rows
+                rows = self._forest, self._probe_inputs, self._rows
                 scores = SessionScores(self._probes[key], session, *rows, activations, self._finite, self._wanted, watch)
                 asking = [request for request in requests if key in request.names]
                 scores.run([each for request in asking for each in request.asked])
                 for request in asking:
                     for each in request.asked:
                         with suppress(GivenUp):
-                            answers[id(each.placement)][key] = scores.of(each, request.reductions[key])
+                            answers[each.placement][key] = scores.of(each, request.reductions[key])
 
-    def _run_stacks(self, requests: Sequence[_Request], answers: _Answers) -> None:
-        scores = StackedScores(self._readings, self._rows, self._activations, self._finite, self._wanted)
+    def _run_stacks(self, requests: Sequence[_AlikeCompletions], answers: _Answers) -> None:
+        scores = StackedScores(self._probe_inputs, self._rows, self._activations, self._finite, self._wanted)
         for request in requests:
             stacked = [
                 StackedProbe(self._probes[key], run, reductions)
@@ -137,19 +137,19 @@ class BatchScorer:
                 if isinstance(run := self._probes[key].runs, Member)
             ]
             for each, key, answer in scores.of(request.asked, stacked):
-                answers[id(each.placement)][key] = answer
+                answers[each.placement][key] = answer
 
 
-def _asked(placement: Placement, options: ScoreOptions, rollout: int, *, is_follow_up: bool) -> Iterator[Asked]:
-    yield Asked(placement, options, is_follow_up, rollout)
+def _asked(placement: Placement, options: ResolvedOptions, rollout: int, *, is_follow_up: bool) -> Iterator[ScoreTarget]:
+    yield ScoreTarget(placement, options, is_follow_up, rollout)
     for follow_up in placement.follow_ups:
         yield from _asked(follow_up, options, rollout, is_follow_up=True)
 
 
 def _completion(
-    placement: Placement, rollout: Rollout, names: Mapping[str, str], answers: _Answers, *, is_follow_up: bool
+    placement: Placement, rollout: CheckedRollout, names: Mapping[str, str], answers: _Answers, *, is_follow_up: bool
 ) -> CompletionScores:
-    own = answers[id(placement)]
+    own = answers[placement]
     scores: dict[str, ProbeScores] = {}
     problem = ""
     for key, name in names.items():
@@ -173,7 +173,7 @@ def _completion(
 
 def _refusing(placement: Placement, keys: Iterable[str], answers: _Answers) -> str:
     """The first probe that cannot score a completion or one of its follow-ups; empty if all can."""
-    own = next((key for key in keys if isinstance(answers[id(placement)][key], str)), "")
+    own = next((key for key in keys if isinstance(answers[placement][key], str)), "")
     return own or next(filter(None, (_refusing(follow_up, keys, answers) for follow_up in placement.follow_ups)), "")
 
 

@@ -16,7 +16,7 @@ from probescore_server.probes.format.graph import GraphFailed
 from probescore_server.probes.loading.independence import LARGEST_CALL, LONGEST_SHARE, SEQUENCES
 from probescore_server.probes.loading.loader import LoadedProbe
 from probescore_server.probes.loading.onnx_session import ProbeSession
-from probescore_server.probes.scoring.selections import Asked, Part, Reading, Readings, Rows
+from probescore_server.probes.scoring.selections import ProbeInput, ProbeInputs, Rows, ScoredSegment, ScoreTarget
 from probescore_server.probes.scoring.wanted import GivenUp, GraphWatch, Wanted
 
 MAX_ROWS_PER_CALL = LARGEST_CALL
@@ -50,7 +50,7 @@ class SessionScores:
     Args:
         probe: whose scores.
         session: runs its graph.
-        forest, readings, rows: where the completions stand.
+        forest, probe_inputs, rows: where the completions stand.
         activations: by tap ``(N, hidden_size)`` float32 on the session's device, without NaN and infinities.
         finite: by tap ``(N,)``, which rows had none.
         wanted: who waits for which rollout.
@@ -62,7 +62,7 @@ class SessionScores:
         probe: LoadedProbe,
         session: ProbeSession,
         forest: Forest,
-        readings: Readings,
+        probe_inputs: ProbeInputs,
         rows: Rows,
         activations: Mapping[Tap, torch.Tensor],
         finite: Mapping[Tap, NDArray[np.bool_]],
@@ -74,55 +74,55 @@ class SessionScores:
         self._probe = probe
         self._session = session
         self._forest = forest
-        self._readings = readings
+        self._probe_inputs = probe_inputs
         self._rows = rows
         self._activations = activations
         self._finite = finite
         self._calls = _Calls()
 
-    def run(self, asked: Sequence[Asked]) -> None:
+    def run(self, asked: Sequence[ScoreTarget]) -> None:
         """Runs the graph on all that these completions need."""
         calls = self._calls
         for each in asked:
-            for name, rows in self._sequences(self._readings.of(each, self._probe.manifest)):
+            for name, rows in self._sequences(self._probe_inputs.of(each, self._probe.manifest)):
                 if name not in calls.numbers:
                     calls.numbers[name] = len(calls.sequences)
                     calls.sequences.append(rows)
         calls.scores = list(self._run(calls.sequences))
 
-    def of(self, asked: Asked, reductions: Sequence[Reduction]) -> ProbeScores | str:
+    def of(self, asked: ScoreTarget, reductions: Sequence[Reduction]) -> ProbeScores | str:
         """The scores of a completion that was run, or what keeps it from being scored.
 
         Raises:
             GivenUp: nobody waits for it.
         """
         self._wanted.check(asked.rollout)
-        reading = self._readings.of(asked, self._probe.manifest)
+        probe_input = self._probe_inputs.of(asked, self._probe.manifest)
         key = self._probe.manifest.key
-        if problem := self._problem(key, reading):
+        if problem := self._problem(key, probe_input):
             return problem
-        scores = self._probe_scores(asked, reading, reductions)
+        scores = self._probe_scores(asked, probe_input, reductions)
         return overflowing_reduction(key) if np.isinf(scores.reduced).any() else scores
 
     # ------------------------------------------------------------------------------------------------------------ before the graph
 
-    def _sequences(self, reading: Reading) -> Iterator[tuple[object, NDArray[np.int64]]]:
-        """What the graph must be given for a reading: under a name that is the same for the same rows, the rows in order."""
+    def _sequences(self, probe_input: ProbeInput) -> Iterator[tuple[object, NDArray[np.int64]]]:
+        """What the graph must be given for a probe's input: under a name that is the same for the same rows, the rows in order."""
         if not self._probe.pools:
-            for part in reading.parts:
-                chain = _chain(self._probe, part)
+            for scored in probe_input.segments:
+                chain = _chain(self._probe, scored)
                 yield chain, self._rows.of(chain)
             return
-        for selection in reading.selections:
+        for selection in probe_input.selections:
             if selection.any():
-                yield self._pooled_name(reading, selection), self._pooled_rows(reading, selection)
+                yield self._pooled_name(probe_input, selection), self._pooled_rows(probe_input, selection)
 
-    def _pooled_rows(self, reading: Reading, selection: NDArray[np.bool_]) -> NDArray[np.int64]:
-        seen = reading.parts[0].before if self._probe.manifest.context.sees_prompt else ()
-        return np.concatenate([self._rows.of(seen), self._rows.of([part.segment for part in reading.parts])[selection]])
+    def _pooled_rows(self, probe_input: ProbeInput, selection: NDArray[np.bool_]) -> NDArray[np.int64]:
+        seen = probe_input.segments[0].before if self._probe.manifest.context.sees_prompt else ()
+        return np.concatenate([self._rows.of(seen), self._rows.of([scored.segment for scored in probe_input.segments])[selection]])
 
-    def _pooled_name(self, reading: Reading, selection: NDArray[np.bool_]) -> object:
-        return self._pooled_rows(reading, selection).tobytes()
+    def _pooled_name(self, probe_input: ProbeInput, selection: NDArray[np.bool_]) -> object:
+        return self._pooled_rows(probe_input, selection).tobytes()
 
     # ------------------------------------------------------------------------------------------------------------------- the graph
 
@@ -198,9 +198,9 @@ class SessionScores:
 
     # ------------------------------------------------------------------------------------------------------------- after the graph
 
-    def _problem(self, key: str, reading: Reading) -> str:
-        """What keeps this reading from being scored; empty if nothing does."""
-        for name, rows in self._sequences(reading):
+    def _problem(self, key: str, probe_input: ProbeInput) -> str:
+        """What keeps this input from being scored; empty if nothing does."""
+        for name, rows in self._sequences(probe_input):
             for tap in self._probe.manifest.taps:
                 if not self._finite[tap][rows].all():
                     return non_finite_tap(tap, key)
@@ -211,16 +211,17 @@ class SessionScores:
                 return non_finite_scores(key)
         return ""
 
-    def _probe_scores(self, asked: Asked, reading: Reading, reductions: Sequence[Reduction]) -> ProbeScores:
+    def _probe_scores(self, asked: ScoreTarget, probe_input: ProbeInput, reductions: Sequence[Reduction]) -> ProbeScores:
         labels = len(self._probe.manifest.output.labels)
         if self._probe.pools:
             absent = np.full((1, labels), np.nan, np.float32)
             pooled = [
-                self._scores_of(self._pooled_name(reading, selection)) if selection.any() else absent for selection in reading.selections
+                self._scores_of(self._pooled_name(probe_input, selection)) if selection.any() else absent
+                for selection in probe_input.selections
             ]
             return ProbeScores(reduced=np.stack(pooled))
-        tokens = np.concatenate([np.zeros((0, labels), np.float32), *(self._part_scores(part) for part in reading.parts)])
-        reduced = reduce_selections(tokens, reading.selections, reductions, lambda: self._wanted.check(asked.rollout))
+        tokens = np.concatenate([np.zeros((0, labels), np.float32), *(self._segment_scores(scored) for scored in probe_input.segments)])
+        reduced = reduce_selections(tokens, probe_input.selections, reductions, lambda: self._wanted.check(asked.rollout))
         return ProbeScores(reduced, tokens if self._probe.manifest.key in asked.options.token_scores else None)
 
     def _scores_of(self, name: object) -> NDArray[np.float32]:
@@ -229,9 +230,9 @@ class SessionScores:
             raise scores
         return scores
 
-    def _part_scores(self, part: Part) -> NDArray[np.float32]:
-        scores = self._scores_of(_chain(self._probe, part))
-        return scores[len(scores) - len(self._forest.segments[part.segment].token_ids) :]
+    def _segment_scores(self, scored: ScoredSegment) -> NDArray[np.float32]:
+        scores = self._scores_of(_chain(self._probe, scored))
+        return scores[len(scores) - len(self._forest.segments[scored.segment].token_ids) :]
 
 
 def reduce_selections(
@@ -275,9 +276,9 @@ def overflowing_reduction(key: str) -> str:
     return f"a reduction of the scores of probe {key} is beyond float32"
 
 
-def _chain(probe: LoadedProbe, part: Part) -> tuple[int, ...]:
-    """The segments that a probe is given, in order, to score a part."""
-    return (*part.before, part.segment) if probe.manifest.context.sees_prompt else (part.segment,)
+def _chain(probe: LoadedProbe, scored: ScoredSegment) -> tuple[int, ...]:
+    """The segments that a probe is given, in order, to score one of them."""
+    return (*scored.before, scored.segment) if probe.manifest.context.sees_prompt else (scored.segment,)
 
 
 def _batches(sequences: Sequence[NDArray[np.int64]], most_rows: int) -> Iterator[list[NDArray[np.int64]]]:

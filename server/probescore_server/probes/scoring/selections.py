@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from probescore.types import Scope
 from probescore_server.backbone.forest import Forest, Placement
 from probescore_server.probes.format.manifest import Manifest
-from probescore_server.rollouts import ScoreOptions
+from probescore_server.rollouts import ResolvedOptions
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Part:
+class ScoredSegment:
     """A segment whose tokens are scored, after the segments that a probe which sees the prompt is given too."""
 
     before: tuple[int, ...]
@@ -27,31 +27,31 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Reading:
+class ProbeInput:
     """What one probe reads of one completion.
 
     Attributes:
-        parts: whose tokens are in scope, in order; ``T`` tokens in all.
+        segments: whose tokens are in scope, in order; ``T`` tokens in all.
         selections: ``(1 + spans, T)`` bool: the tokens that count, for the whole scope and for each span.
     """
 
-    parts: tuple[Part, ...]
+    segments: tuple[ScoredSegment, ...]
     selections: NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Asked:
+class ScoreTarget:
     """A completion, or a follow-up to one, whose scores are wanted. ``rollout``: its index in the batch."""
 
     placement: Placement
-    options: ScoreOptions
+    options: ResolvedOptions
     is_follow_up: bool
     rollout: int
 
 
 def read_completion(
     forest: Forest, placement: Placement, manifest: Manifest, scope: Scope, *, is_follow_up: bool, special_ids: NDArray[np.int32]
-) -> Reading:
+) -> ProbeInput:
     """What a probe reads of a completion.
 
     Args:
@@ -64,20 +64,20 @@ def read_completion(
     """
     continuation = placement.continuation
     appended = placement.appended.get(manifest.key)
-    parts: list[Part] = []
+    segments: list[ScoredSegment] = []
     if appended is not None:
         # the request's mask and spans are about tokens that this probe does not score
-        parts = [Part(placement.chain, appended)]
+        segments = [ScoredSegment(placement.chain, appended)]
         counted = np.ones(len(forest.segments[appended].token_ids), np.bool_)
         selections = [counted, *(np.zeros_like(counted) for _ in continuation.spans)]
     else:
         prompt_tokens = 0
         if scope is not Scope.COMPLETION and not is_follow_up:
-            parts = [Part((), segment) for segment in placement.context]
-            prompt_tokens = sum(len(forest.segments[part.segment].token_ids) for part in parts)
+            segments = [ScoredSegment((), segment) for segment in placement.context]
+            prompt_tokens = sum(len(forest.segments[scored.segment].token_ids) for scored in segments)
         own = np.zeros(0, np.bool_)
         if scope is not Scope.PROMPT or is_follow_up:
-            parts += [Part(placement.context, segment) for segment in placement.chain[len(placement.context) :]]
+            segments += [ScoredSegment(placement.context, segment) for segment in placement.chain[len(placement.context) :]]
             own = np.ones(len(continuation.token_ids), np.bool_) if continuation.mask is None else continuation.mask
         selections = [np.concatenate([np.ones(prompt_tokens, np.bool_), own])]
         for span in continuation.spans:
@@ -85,14 +85,14 @@ def read_completion(
             within[prompt_tokens + span.start : prompt_tokens + span.end] = True
             selections.append(within & selections[0])
     stacked = np.stack(selections)
-    if manifest.exclude_special_tokens and parts:
-        token_ids = np.concatenate([forest.segments[part.segment].token_ids for part in parts])
+    if manifest.exclude_special_tokens and segments:
+        token_ids = np.concatenate([forest.segments[scored.segment].token_ids for scored in segments])
         left_out = special_ids if manifest.special_token_ids is None else np.array(manifest.special_token_ids, np.int32)
         stacked &= ~np.isin(token_ids, left_out)
-    return Reading(tuple(parts), stacked)
+    return ProbeInput(tuple(segments), stacked)
 
 
-class Readings:
+class ProbeInputs:
     """What each probe reads of each completion of a batch; worked out once for all probes that read alike.
 
     Args:
@@ -103,15 +103,15 @@ class Readings:
     def __init__(self, forest: Forest, special_ids: NDArray[np.int32]) -> None:
         self._forest = forest
         self._special_ids = special_ids
-        self._known: dict[tuple[object, ...], Reading] = {}
+        self._known: dict[tuple[object, ...], ProbeInput] = {}
 
-    def of(self, asked: Asked, manifest: Manifest) -> Reading:
+    def of(self, asked: ScoreTarget, manifest: Manifest) -> ProbeInput:
         """What a probe reads of a completion, or of a follow-up."""
         left_out = (manifest.exclude_special_tokens, manifest.special_token_ids)
-        key = (id(asked.placement), asked.placement.appended.get(manifest.key), *left_out)
-        reading = self._known.get(key)
-        if reading is None:
-            reading = self._known[key] = read_completion(
+        key = (asked.placement, asked.placement.appended.get(manifest.key), *left_out)
+        probe_input = self._known.get(key)
+        if probe_input is None:
+            probe_input = self._known[key] = read_completion(
                 self._forest,
                 asked.placement,
                 manifest,
@@ -119,7 +119,7 @@ class Readings:
                 is_follow_up=asked.is_follow_up,
                 special_ids=self._special_ids,
             )
-        return reading
+        return probe_input
 
 
 class Rows:

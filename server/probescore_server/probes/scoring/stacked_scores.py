@@ -16,7 +16,7 @@ from probescore.reductions import Reduction
 from probescore.types import ProbeScores, Tap
 from probescore_server.probes.loading.loader import LoadedProbe, Member
 from probescore_server.probes.scoring.onnx_scores import non_finite_scores, non_finite_tap, overflowing_reduction, reduce_selections
-from probescore_server.probes.scoring.selections import Asked, Reading, Readings, Rows
+from probescore_server.probes.scoring.selections import ProbeInput, ProbeInputs, Rows, ScoreTarget
 from probescore_server.probes.scoring.wanted import GivenUp, Wanted
 from probescore_server.probes.stacking.stack import Stack
 
@@ -55,14 +55,19 @@ class StackedProbe:
         """The same for probes whose columns are treated alike."""
         manifest = self.probe.manifest
         left_out = (manifest.exclude_special_tokens, manifest.special_token_ids)
-        return self.follow_up, id(self.member.stack), self.tap, left_out, self.reductions, self.probe.as_probability
+        return self.follow_up, *self.product, left_out, self.reductions, self.probe.as_probability
+
+    @property
+    def product(self) -> tuple[object, ...]:
+        """The same for probes that one matrix product computes."""
+        return id(self.member.stack), self.tap
 
 
 class StackedScores:
     """The scores of stacked probes for a batch.
 
     Args:
-        readings, rows: where the completions stand.
+        probe_inputs, rows: where the completions stand.
         activations: by tap ``(N, hidden_size)`` float32 on the model's device, without NaN and infinities.
         finite: by tap ``(N,)``, which rows had none.
         wanted: who waits for which rollout; those that nobody waits for get no answer.
@@ -70,19 +75,19 @@ class StackedScores:
 
     def __init__(
         self,
-        readings: Readings,
+        probe_inputs: ProbeInputs,
         rows: Rows,
         activations: Mapping[Tap, torch.Tensor],
         finite: Mapping[Tap, NDArray[np.bool_]],
         wanted: Wanted,
     ) -> None:
         self._wanted = wanted
-        self._readings = readings
+        self._probe_inputs = probe_inputs
         self._rows = rows
         self._activations = activations
         self._finite = finite
 
-    def of(self, asked: Sequence[Asked], probes: Sequence[StackedProbe]) -> Iterator[tuple[Asked, str, ProbeScores | str]]:
+    def of(self, asked: Sequence[ScoreTarget], probes: Sequence[StackedProbe]) -> Iterator[tuple[ScoreTarget, str, ProbeScores | str]]:
         """The scores of each completion by each probe's ``name@version``, or what keeps the probe from scoring it."""
         alike: dict[tuple[object, ...], list[StackedProbe]] = defaultdict(list)
         for probe in probes:
@@ -90,9 +95,9 @@ class StackedScores:
         apart: dict[tuple[int, ...], list[StackedProbe]] = defaultdict(list)
         for group in alike.values():
             apart[group[0].follow_up] += group
-        for reading_alike in apart.values():
-            excerpt = _Excerpt([self._readings.of(each, reading_alike[0].probe.manifest) for each in asked], self._rows)
-            for block in _blocks(reading_alike, excerpt.count):
+        for alike_read in apart.values():
+            excerpt = _Excerpt([self._probe_inputs.of(each, alike_read[0].probe.manifest) for each in asked], self._rows)
+            for block in _blocks(alike_read, excerpt.count):
                 scores = self._scores(block, excerpt)
                 first = 0
                 for _, columns in groupby(block, key=lambda probe: probe.treatment):
@@ -106,7 +111,7 @@ class StackedScores:
         device = self._activations[block[0].tap].device
         scores = torch.empty((excerpt.count, sum(probe.labels for probe in block)), dtype=torch.float32, device=device)
         first = 0
-        for _, members in groupby(block, key=lambda probe: probe.treatment[1:3]):
+        for _, members in groupby(block, key=lambda probe: probe.product):
             of_stack = list(members)
             stack: Stack = of_stack[0].member.stack.select([probe.member.number for probe in of_stack])
             last = first + sum(stack.labels)
@@ -125,8 +130,8 @@ class StackedScores:
         return on_host
 
     def _panel(
-        self, panel: Sequence[StackedProbe], scores: NDArray[np.float32], excerpt: _Excerpt, asked: Sequence[Asked]
-    ) -> Iterator[tuple[Asked, str, ProbeScores | str]]:
+        self, panel: Sequence[StackedProbe], scores: NDArray[np.float32], excerpt: _Excerpt, asked: Sequence[ScoreTarget]
+    ) -> Iterator[tuple[ScoreTarget, str, ProbeScores | str]]:
         """Answers for probes that are treated alike, from their columns."""
         tap, reductions, manifest = panel[0].tap, panel[0].reductions, panel[0].probe.manifest
         keys = [probe.probe.manifest.key for probe in panel]
@@ -134,11 +139,11 @@ class StackedScores:
         columns = [slice(end - probe.labels, end) for probe, end in zip(panel, ends, strict=True)]
         all_finite = bool(self._finite[tap].all() and np.isfinite(scores).all())
         for each in asked:
-            reading = self._readings.of(each, manifest)
-            tokens = excerpt.tokens(scores, reading)
-            problems = {} if all_finite else self._problems(panel, tokens, columns, reading)
+            probe_input = self._probe_inputs.of(each, manifest)
+            tokens = excerpt.tokens(scores, probe_input)
+            problems = {} if all_finite else self._problems(panel, tokens, columns, probe_input)
             try:
-                reduced = _reduced(tokens, reading.selections, reductions, functools.partial(self._wanted.check, each.rollout))
+                reduced = _reduced(tokens, probe_input.selections, reductions, functools.partial(self._wanted.check, each.rollout))
             except GivenUp:
                 continue
             if np.isinf(reduced).any():
@@ -152,29 +157,29 @@ class StackedScores:
                     yield each, key, ProbeScores(reduced[:, :, own], tokens[:, own].copy() if key in wanted else None)
 
     def _problems(
-        self, panel: Sequence[StackedProbe], tokens: NDArray[np.float32], columns: Sequence[slice], reading: Reading
+        self, panel: Sequence[StackedProbe], tokens: NDArray[np.float32], columns: Sequence[slice], probe_input: ProbeInput
     ) -> dict[str, str]:
         tap = panel[0].tap
         keys = [probe.probe.manifest.key for probe in panel]
-        if not self._finite[tap][self._rows.of([part.segment for part in reading.parts])].all():
+        if not self._finite[tap][self._rows.of([scored.segment for scored in probe_input.segments])].all():
             return {key: non_finite_tap(tap, key) for key in keys}
         good = np.asarray(np.isfinite(tokens).all(axis=0))
         return {key: non_finite_scores(key) for key, own in zip(keys, columns, strict=True) if not good[own].all()}
 
 
 class _Excerpt:
-    """The rows of a batch that some readings are about, each once, in their order.
+    """The rows of a batch that some probe inputs are about, each once, in their order.
 
     Attributes:
         ranges: of the batch's rows.
         count: of rows.
     """
 
-    def __init__(self, readings: Sequence[Reading], rows: Rows) -> None:
+    def __init__(self, probe_inputs: Sequence[ProbeInput], rows: Rows) -> None:
         self.ranges: list[range] = []
         self.count = 0
         self._places: dict[int, range] = {}
-        segments = {part.segment for reading in readings for part in reading.parts}
+        segments = {scored.segment for probe_input in probe_inputs for scored in probe_input.segments}
         for segment, own in sorted(((segment, rows.range_of(segment)) for segment in segments), key=lambda each: each[1].start):
             self._places[segment] = range(self.count, self.count + len(own))
             self.count += len(own)
@@ -182,9 +187,9 @@ class _Excerpt:
                 own = range(self.ranges.pop().start, own.stop)
             self.ranges.append(own)
 
-    def tokens(self, scores: NDArray[np.float32], reading: Reading) -> NDArray[np.float32]:
-        """Of the scores of all rows those of one reading, ``(T, labels)``: a view where its rows are beside one another."""
-        places = [self._places[part.segment] for part in reading.parts]
+    def tokens(self, scores: NDArray[np.float32], probe_input: ProbeInput) -> NDArray[np.float32]:
+        """Of the scores of all rows those of one probe input, ``(T, labels)``: a view where its rows are beside one another."""
+        places = [self._places[scored.segment] for scored in probe_input.segments]
         if len(places) == 1:
             return scores[places[0].start : places[0].stop]
         return np.concatenate([scores[:0], *(scores[place.start : place.stop] for place in places)])

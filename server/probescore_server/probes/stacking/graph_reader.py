@@ -27,7 +27,7 @@ def read_network(model: onnx.ModelProto, signature: Signature) -> Network | None
     if len(signature.taps) != 1 or signature.cu_seqlens or signature.positions:
         return None
     try:
-        return _Reader(model.graph, str(signature.taps[0]), signature.hidden_size).network(signature.labels)
+        return _GraphReader(model.graph, str(signature.taps[0]), signature.hidden_size).network(signature.labels)
     except NotLayers:
         return None
 
@@ -64,7 +64,7 @@ class _Places:
 _Value = Any  # an array, or one of the classes above
 
 
-class _Reader:
+class _GraphReader:
     """Follows the nodes of one graph; they are in topological order, as ONNX asks."""
 
     def __init__(self, graph: onnx.GraphProto, tap: str, hidden_size: int) -> None:
@@ -82,7 +82,7 @@ class _Reader:
                 continue  # what depends on it will find that its value is missing
             attributes = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
             try:
-                results = read(_Node(node, attributes, [self._values.get(name) for name in node.input]))
+                results = read(_ReadNode(node, attributes, [self._values.get(name) for name in node.input]))
             except NotLayers:
                 if SCORES in node.output:
                     raise
@@ -95,7 +95,7 @@ class _Reader:
 
 
 @dataclass(frozen=True, eq=False)
-class _Node:
+class _ReadNode:
     proto: onnx.NodeProto
     attributes: Mapping[str, Any]
     inputs: list[_Value]
@@ -122,7 +122,7 @@ def _rows(value: _Value, axes: str = "rows") -> RowValue:
 # ----------------------------------------------------------------------------------------------------------------------- the nodes
 
 
-def _elementwise(node: _Node) -> list[_Value]:
+def _elementwise(node: _ReadNode) -> list[_Value]:
     """An operator of ``OPERATORS`` over one value and constants, or over values that are expressions over the same affine map."""
     known = [value for value in node.inputs if isinstance(value, RowValue)]
     if not known or any(value.affine is not known[0].affine or value.axes != known[0].axes for value in known):
@@ -159,7 +159,7 @@ def _per_column(constant: Array, value: RowValue) -> Array:
     return constant.reshape(-1)
 
 
-def _constant(node: _Node) -> list[_Value]:
+def _constant(node: _ReadNode) -> list[_Value]:
     (value,) = node.attributes.values()
     if isinstance(value, onnx.TensorProto):
         return [onnx.numpy_helper.to_array(value)]
@@ -170,7 +170,7 @@ def _constant(node: _Node) -> list[_Value]:
     raise NotLayers
 
 
-def _gemm(node: _Node) -> list[_Value]:
+def _gemm(node: _ReadNode) -> list[_Value]:
     if node.attributes.get("transA", 0):
         raise NotLayers
     weight = node.constant(1) if node.attributes.get("transB", 0) else node.constant(1).T
@@ -185,7 +185,7 @@ def _gemm(node: _Node) -> list[_Value]:
     return [mapped(value, weight if alpha == 1 else weight.astype(np.float64) * alpha, bias)]
 
 
-def _matmul(node: _Node) -> list[_Value]:
+def _matmul(node: _ReadNode) -> list[_Value]:
     matrix = node.constant(1)
     if matrix.ndim == 1:
         return [mapped(node.rows(), matrix[None], np.zeros(1), "flat")]
@@ -194,14 +194,14 @@ def _matmul(node: _Node) -> list[_Value]:
     return [mapped(node.rows(), matrix.T, np.zeros(matrix.shape[1]))]
 
 
-def _linear_regressor(node: _Node) -> list[_Value]:
+def _linear_regressor(node: _ReadNode) -> list[_Value]:
     if node.attributes.get("post_transform", b"NONE") != b"NONE":
         raise NotLayers
     weight = np.array(node.attributes["coefficients"], np.float32).reshape(node.attributes.get("targets", 1), -1)
     return [mapped(node.rows(), weight, np.array(node.attributes.get("intercepts", [0.0] * len(weight)), np.float32))]
 
 
-def _linear_classifier(node: _Node) -> list[_Value]:
+def _linear_classifier(node: _ReadNode) -> list[_Value]:
     """The scores of each class, where they are computed one by one; the other output, the class, is unknown."""
     transform = node.attributes.get("post_transform", b"NONE")
     classes = node.attributes.get("classlabels_ints") or node.attributes.get("classlabels_strings") or []
@@ -213,7 +213,7 @@ def _linear_classifier(node: _Node) -> list[_Value]:
     return [None, replace(scores, expression=Apply("Sigmoid", (Input(),))) if transform == b"LOGISTIC" else scores]
 
 
-def _scaler(node: _Node) -> list[_Value]:
+def _scaler(node: _ReadNode) -> list[_Value]:
     value = node.rows()
     names = [f"{node.proto.output[0]} {attribute}" for attribute in ("offset", "scale")]
     numbers = [_per_column(np.array(node.attributes[attribute], np.float32), value) for attribute in ("offset", "scale")]
@@ -221,13 +221,13 @@ def _scaler(node: _Node) -> list[_Value]:
     return [replace(value, expression=expression, constants={**value.constants, **dict(zip(names, numbers, strict=True))})]
 
 
-def _same(node: _Node) -> list[_Value]:
+def _same(node: _ReadNode) -> list[_Value]:
     if node.has(1):
         raise NotLayers  # a Dropout that may be in training mode
     return [node.inputs[0]]
 
 
-def _cast(node: _Node) -> list[_Value]:
+def _cast(node: _ReadNode) -> list[_Value]:
     value = node.inputs[0]
     if not isinstance(value, RowValue) or node.attributes["to"] != onnx.TensorProto.FLOAT:
         raise NotLayers
@@ -235,7 +235,7 @@ def _cast(node: _Node) -> list[_Value]:
     return [replace(value, expression=Apply("Cast", (value.expression,))) if is_bool else value]
 
 
-def _top_k(node: _Node) -> list[_Value]:
+def _top_k(node: _ReadNode) -> list[_Value]:
     value, k = node.rows(), node.constant(1).reshape(-1)
     axis, largest = node.attributes.get("axis", -1), node.attributes.get("largest", 1)
     if axis not in (1, -1) or not largest or k.size != 1 or not 1 <= k[0] <= value.affine.width:
@@ -244,7 +244,7 @@ def _top_k(node: _Node) -> list[_Value]:
     return [replace(value, kept=kept), _Places(value.affine, kept)]
 
 
-def _scatter(node: _Node) -> list[_Value]:
+def _scatter(node: _ReadNode) -> list[_Value]:
     """The largest numbers of each row put back where they were, among zeros."""
     data, places, updates = node.inputs[:3]
     if not isinstance(places, _Places) or not isinstance(updates, RowValue) or updates.affine is not places.affine:
@@ -269,27 +269,27 @@ def _zeros_width(value: _Value) -> int:
     return -1
 
 
-def _shape(node: _Node) -> list[_Value]:
+def _shape(node: _ReadNode) -> list[_Value]:
     if node.attributes.get("start", 0) or "end" in node.attributes:
         raise NotLayers
     return [_Shape(node.rows().affine.width)]
 
 
-def _expand(node: _Node) -> list[_Value]:
+def _expand(node: _ReadNode) -> list[_Value]:
     shape = node.inputs[1]
     if not isinstance(shape, _Shape) or node.constant(0).size != 1 or node.constant(0).any():
         raise NotLayers
     return [_Zeros(shape.width)]
 
 
-def _constant_of_shape(node: _Node) -> list[_Value]:
+def _constant_of_shape(node: _ReadNode) -> list[_Value]:
     shape, filling = node.inputs[0], node.attributes.get("value")
     if not isinstance(shape, _Shape) or (filling is not None and onnx.numpy_helper.to_array(filling).any()):
         raise NotLayers
     return [_Zeros(shape.width)]
 
 
-def _gather(node: _Node) -> list[_Value]:
+def _gather(node: _ReadNode) -> list[_Value]:
     value, columns = node.inputs[0], node.constant(1)
     axis = node.attributes.get("axis", 0)
     if isinstance(value, RowValue) and value.axes == "turned" and axis == 0 and columns.ndim == 1:
@@ -307,14 +307,14 @@ def _gather(node: _Node) -> list[_Value]:
     return [selected(value.parts[part], columns - first, axes)]
 
 
-def _gather_nd(node: _Node) -> list[_Value]:
+def _gather_nd(node: _ReadNode) -> list[_Value]:
     places = node.constant(1)
     if node.attributes.get("batch_dims", 0) or places.ndim != 2 or places.shape[1] != 1:
         raise NotLayers
     return [selected(replace(_rows(node.inputs[0], "turned"), axes="rows"), places[:, 0], "turned")]
 
 
-def _slice(node: _Node) -> list[_Value]:
+def _slice(node: _ReadNode) -> list[_Value]:
     value = node.rows()
     starts, ends, axes, steps = (node.constant(index) if node.has(index) else np.ones(1, np.int64) for index in (1, 2, 3, 4))
     if not node.has(3) or any(each.size != 1 for each in (starts, ends, axes, steps)) or axes.item() not in (1, -1):
@@ -324,39 +324,39 @@ def _slice(node: _Node) -> list[_Value]:
     return [selected(value, np.arange(value.affine.width)[starts.item() : ends.item() : steps.item()])]
 
 
-def _concat(node: _Node) -> list[_Value]:
+def _concat(node: _ReadNode) -> list[_Value]:
     if node.attributes["axis"] not in (1, -1):
         raise NotLayers
     return [_Joined(tuple(_rows(value) for value in node.inputs))]
 
 
-def _transpose(node: _Node) -> list[_Value]:
+def _transpose(node: _ReadNode) -> list[_Value]:
     value = node.inputs[0]
     if not isinstance(value, RowValue) or value.axes == "flat" or value.kept is not None or node.attributes.get("perm", [1, 0]) != [1, 0]:
         raise NotLayers
     return [replace(value, axes="turned" if value.axes == "rows" else "rows")]
 
 
-def _axes(node: _Node) -> list[int]:
+def _axes(node: _ReadNode) -> list[int]:
     axes = node.constant(1).reshape(-1).tolist() if node.has(1) else node.attributes.get("axes", [])
     return [int(axis) for axis in axes]
 
 
-def _squeeze(node: _Node) -> list[_Value]:
+def _squeeze(node: _ReadNode) -> list[_Value]:
     value = node.rows()
     if _axes(node) not in ([1], [-1]) or value.affine.width != 1:
         raise NotLayers
     return [replace(value, axes="flat")]
 
 
-def _unsqueeze(node: _Node) -> list[_Value]:
+def _unsqueeze(node: _ReadNode) -> list[_Value]:
     value = _rows(node.inputs[0], "flat")
     if _axes(node) not in ([1], [-1]):
         raise NotLayers
     return [replace(value, axes="rows")]
 
 
-def _reshape(node: _Node) -> list[_Value]:
+def _reshape(node: _ReadNode) -> list[_Value]:
     value, shape = node.inputs[0], node.constant(1).tolist()
     if not isinstance(value, RowValue) or value.kept is not None or value.affine.width != 1 or value.axes == "turned":
         raise NotLayers
@@ -365,7 +365,7 @@ def _reshape(node: _Node) -> list[_Value]:
     return [replace(value, axes="flat" if shape == [-1] else "rows")]
 
 
-_NODES: dict[str, Callable[[_Node], list[_Value]]] = {
+_NODES: dict[str, Callable[[_ReadNode], list[_Value]]] = {
     "Cast": _cast,
     "Concat": _concat,
     "Constant": _constant,

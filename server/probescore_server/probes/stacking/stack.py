@@ -35,7 +35,7 @@ class Stack:
     """
 
     labels: tuple[int, ...]
-    parts: tuple[_Batch | _Shared, ...]
+    parts: tuple[_BatchedNetworks | _Shared, ...]
     members: tuple[tuple[int, ...], ...]
 
     def select(self, networks: Sequence[int]) -> Stack:
@@ -126,18 +126,18 @@ class _BatchedLayer:
 
 
 @dataclass(frozen=True, eq=False)
-class _Batch:
+class _BatchedNetworks:
     """Networks of one shape."""
 
     layers: tuple[_BatchedLayer, ...]
 
     @classmethod
-    def of(cls, networks: Sequence[Layers], device: torch.device) -> _Batch:
+    def of(cls, networks: Sequence[Layers], device: torch.device) -> _BatchedNetworks:
         return cls(tuple(_BatchedLayer.of(layers, device) for layers in zip(*networks, strict=True)))
 
-    def select(self, networks: Sequence[int]) -> _Batch:
+    def select(self, networks: Sequence[int]) -> _BatchedNetworks:
         indices = torch.tensor(networks, device=self.layers[0].weight.device)
-        return _Batch(tuple(layer.select(indices) for layer in self.layers))
+        return _BatchedNetworks(tuple(layer.select(indices) for layer in self.layers))
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         values = self.layers[0].of_rows(rows)
@@ -159,7 +159,7 @@ class _Batch:
 class _Shared:
     """Networks whose first layer is the same."""
 
-    first: _Batch
+    first: _BatchedNetworks
     rest: Stack
 
     def select(self, networks: Sequence[int]) -> _Shared:
@@ -182,7 +182,7 @@ class _Shared:
 
 def stack_networks(networks: Sequence[Layers], device: torch.device) -> Stack:
     """Stacks networks of the same input width, which keep their order."""
-    parts: list[_Batch | _Shared] = []
+    parts: list[_BatchedNetworks | _Shared] = []
     members: list[tuple[int, ...]] = []
     alone = []
     for group in _grouped(networks, _first_layer):
@@ -194,7 +194,7 @@ def stack_networks(networks: Sequence[Layers], device: torch.device) -> Stack:
     alone.sort()
     pruned = [_pruned(networks[member]) for member in alone]
     for group in _grouped(pruned, _shape):
-        parts.append(_Batch.of([pruned[number] for number in group], device))
+        parts.append(_BatchedNetworks.of([pruned[number] for number in group], device))
         members.append(tuple(alone[number] for number in group))
     return Stack(tuple(len(layers[-1].bias) for layers in networks), tuple(parts), tuple(members))
 
@@ -243,7 +243,7 @@ def _sharing_pays(networks: Sequence[Layers]) -> bool:
 def _shared(networks: Sequence[Layers], device: torch.device) -> _Shared:
     used = np.logical_or.reduce([_used(layers) for layers in networks])
     narrowed = [_narrowed(layers, used) for layers in networks]
-    return _Shared(_Batch.of([narrowed[0][:1]], device), stack_networks([layers[1:] for layers in narrowed], device))
+    return _Shared(_BatchedNetworks.of([narrowed[0][:1]], device), stack_networks([layers[1:] for layers in narrowed], device))
 
 
 def _narrowed(layers: Layers, used: NDArray[np.bool_]) -> Layers:
