@@ -23,7 +23,7 @@ def print_scaling(console: Console, shape: str, repeats: int) -> None:
     torch.set_num_threads(1)
     model = make_model(SHAPES[shape])
     engine = Engine.load(str(model.directory), model.probes, max_kv_cache_bytes=0)
-    options = ResolvedOptions(probes=tuple(f"{probe.name}@{probe.version}" for probe in engine.info.probes))
+    options = ResolvedOptions(probes=tuple(probe.key for probe in engine.info.probes))
     random = np.random.default_rng(0)
     nothing = np.zeros(0, np.int32)
 

@@ -25,7 +25,6 @@ from probescore._client import (
     score_result,
     stream_template,
 )
-from probescore._messages import probes_from_proto, server_info_from_proto, transfers_from_proto
 from probescore._options import ScoreOptions
 from probescore._retries import Attempts, retry_async
 from probescore._sources import LINGER_SECONDS, Ended, Read, async_source_of
@@ -33,6 +32,7 @@ from probescore._status import FailedCall
 from probescore._streaming import Chunk, Intake, StreamWindow
 from probescore.types import ProbeInfo, RolloutGroup, ScoreResult, ServerInfo, StreamedCompletion, Transfer
 from probescore.v1 import admin_pb2, probes_pb2, scoring_pb2
+from probescore.wire import probes_from_proto, server_info_from_proto, transfers_from_proto
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack

@@ -13,7 +13,6 @@ from typing import Any, Union
 import numpy as np
 from numpy.typing import NDArray
 
-from probescore._messages import MessageError, options_from_request
 from probescore.errors import FieldViolation, MismatchError
 from probescore.types import (
     CompletionScores,
@@ -28,6 +27,7 @@ from probescore.types import (
     score_keys,
 )
 from probescore.v1 import scoring_pb2, tensor_pb2
+from probescore.wire import MessageError, options_from_request
 
 HasIds = Union[scoring_pb2.Prompt, scoring_pb2.Completion]
 
@@ -92,8 +92,7 @@ class AnswerCheck:
         return _Probes(
             info.probes,
             [
-                probe.output_per is OutputPer.TOKEN
-                and (wanted == "all" or probe.name in wanted or f"{probe.name}@{probe.version}" in wanted)
+                probe.output_per is OutputPer.TOKEN and (wanted == "all" or probe.name in wanted or probe.key in wanted)
                 for probe in info.probes
             ],
             has_tokenizer=bool(info.tokenizer_fingerprint),
@@ -181,7 +180,7 @@ class AnswerCheck:
 
 
 def _check_names(asked: Sequence[str], came: Sequence[ScoredProbe]) -> None:
-    names = [f"{probe.name}@{probe.version}" for probe in came]
+    names = [probe.key for probe in came]
     if asked and len(asked) != len(came):
         raise MessageError(
             "info.probes", f"has {len(came)}, {', '.join(names)[:500]}; {len(asked)} were asked for, {', '.join(asked)[:500]}"

@@ -12,7 +12,6 @@ import grpc
 
 from probescore._answers import AnswerCheck
 from probescore._channel import DEFAULT_ADDRESS, Addresses, channel_options
-from probescore._messages import MessageError, options_to_proto, request_to_proto, result_from_proto
 from probescore._options import ScoreOptions, request_options
 from probescore._retries import Attempts
 from probescore._status import FailedCall, error_from_call, invalid_request, malformed_answer
@@ -21,10 +20,11 @@ from probescore.types import RolloutGroup, ScoreResult
 from probescore.v1 import scoring_pb2
 from probescore.v1.admin_pb2_grpc import ProbeAdminServiceStub
 from probescore.v1.scoring_pb2_grpc import ScoringServiceStub
+from probescore.wire import MessageError, options_to_proto, request_to_proto, result_from_proto
+from probescore.wire.contract import JOB_KEY
 
 DEFAULT_TIMEOUT_SECONDS = 300.0
 DEFAULT_RESTART_BUDGET_SECONDS = 120.0
-JOB_KEY = "x-probescore-job"
 
 Response = TypeVar("Response")
 Answer = TypeVar("Answer")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, TypedDict, Union
 
-from probescore._messages import MessageError, RequestOptions
 from probescore.reductions import Reduction
 from probescore.types import Scope
+from probescore.wire import MessageError, RequestOptions
 
 
 class ScoreOptions(TypedDict, total=False):

@@ -9,7 +9,6 @@ import grpc
 from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2
 
-from probescore._messages import MessageError
 from probescore.errors import (
     AuthenticationError,
     DeadlineExceededError,
@@ -23,8 +22,9 @@ from probescore.errors import (
     ServerError,
     UnavailableError,
 )
+from probescore.wire import MessageError
+from probescore.wire.contract import ERROR_DOMAIN
 
-ERROR_DOMAIN = "probescore"
 OUT_OF_MEMORY = "OUT_OF_MEMORY"
 DETAILS_KEY = "grpc-status-details-bin"
 

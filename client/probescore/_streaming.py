@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from probescore._answers import AnswerCheck
-from probescore._messages import MessageError, group_to_proto, streamed_from_proto
 from probescore._status import invalid_request, malformed_answer
 from probescore.errors import FieldViolation, InvalidRequestError, ProbescoreError
 from probescore.types import RolloutGroup, StreamedCompletion
 from probescore.v1 import scoring_pb2
+from probescore.wire import MessageError, group_to_proto, streamed_from_proto
 
 _SENT_PATH = re.compile(r"groups\[(?P<group>\d+)\](?:\.completions\[(?P<completion>\d+)\])?")
 

@@ -6,8 +6,8 @@ Everything here is frozen, holds numpy arrays rather than lists, and is shared b
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Any, Union
 
@@ -152,6 +152,11 @@ class ScoredProbe:
     follow_up_tokens: int = 0
     exclude_special_tokens: bool = False
 
+    @property
+    def key(self) -> str:
+        """``name@version``, which is one probe's only."""
+        return f"{self.name}@{self.version}"
+
 
 @dataclass(frozen=True, eq=False)
 class ProbeScores:
@@ -220,6 +225,17 @@ class Usage:
     queue_seconds: float = 0.0
     compute_seconds: float = 0.0
 
+    @property
+    def tokens(self) -> int:
+        """Computed, shared and cached: what reading each rollout by itself would compute."""
+        return self.tokens_computed + self.tokens_shared + self.tokens_cached
+
+    @classmethod
+    def total(cls, usages: Iterable[Usage]) -> Usage:
+        """The sum of each of their numbers."""
+        usages = list(usages)
+        return cls(**{each.name: sum(getattr(usage, each.name) for usage in usages) for each in fields(cls)})
+
 
 @dataclass(frozen=True)
 class ScoringInfo:
@@ -286,7 +302,7 @@ def score_keys(probes: Sequence[ScoredProbe]) -> tuple[str, ...]:
     A probe's key is its name, or ``name@version`` where several versions of one name were applied.
     """
     names = Counter(probe.name for probe in probes)
-    return tuple(probe.name if names[probe.name] == 1 else f"{probe.name}@{probe.version}" for probe in probes)
+    return tuple(probe.name if names[probe.name] == 1 else probe.key for probe in probes)
 
 
 # ---------------------------------------------------------------------------------------------------------------- what runs there
@@ -337,6 +353,11 @@ class ProbeInfo:
     calibrations: tuple[Calibration, ...]
     accepted_mismatches: tuple[str, ...]
     manifest_json: str
+
+    @property
+    def key(self) -> str:
+        """``name@version``, which is one probe's only."""
+        return f"{self.name}@{self.version}"
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,7 @@ def _tree(continuation: Continuation, context: int) -> Iterator[tuple[Continuati
 @lru_cache(MAX_KNOWN)
 def _cost(info: EngineInfo, options: ResolvedOptions) -> RequestCost:
     row = token = appended = span = context = 0
-    loaded = {f"{probe.name}@{probe.version}": probe for probe in info.probes}
+    loaded = {probe.key: probe for probe in info.probes}
     for key in options.probes:
         labels = len(loaded[key].labels)
         pools = loaded[key].output_per is OutputPer.ROLLOUT

@@ -182,7 +182,7 @@ class EngineInfo:
 
     def scored_probes(self, options: ResolvedOptions) -> tuple[ScoredProbe, ...]:
         """How the probes of a request are named in its answer, in the request's order."""
-        by_key = {f"{probe.name}@{probe.version}": probe for probe in self.probes}
+        by_key = {probe.key: probe for probe in self.probes}
         scored = []
         for key in options.probes:
             probe = by_key[key]

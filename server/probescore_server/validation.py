@@ -16,11 +16,11 @@ from numpy.typing import ArrayLike, NDArray
 
 from probescore.reductions import Reduction
 from probescore.types import Chat, Completion, OutputPer, ProbeInfo, RolloutGroup, Scope, Span, Text, TokenIds
+from probescore.wire.contract import MAX_FOLLOW_UP_DEPTH
 from probescore_server.errors import InvalidRequest, LimitExceeded
 from probescore_server.request_cost import RequestCost
 from probescore_server.rollouts import CheckedRollout, Continuation, EngineInfo, ResolvedOptions
 
-MAX_FOLLOW_UP_DEPTH = 8
 MAX_SPAN_NAME_BYTES = 64
 
 TokenScoresWanted = Literal["all"] | Sequence[str]
@@ -52,7 +52,7 @@ def resolve_options(
     Raises:
         InvalidRequest: naming ``probes[i]``, ``reductions[i]``, ``token_scores.probes[i]`` or ``scope``.
     """
-    by_key = {_key(probe): probe for probe in info.probes}
+    by_key = {probe.key: probe for probe in info.probes}
     keys = _resolve_names(info.probes, probes, "probes") if probes else tuple(by_key)
     if not keys:
         raise InvalidRequest("probes", "no probe is loaded: the server was started without any")
@@ -83,20 +83,16 @@ def _check_token_scores(wanted: Sequence[str], requested: Sequence[str], by_key:
             raise InvalidRequest(f"token_scores.probes[{index}]", f"{key} pools by itself and has no scores per token")
 
 
-def _key(probe: ProbeInfo) -> str:
-    return f"{probe.name}@{probe.version}"
-
-
 def _resolve_names(loaded: Sequence[ProbeInfo], names: Sequence[str], path: str) -> tuple[str, ...]:
     known_as: dict[str, list[str]] = defaultdict(list)
     for probe in loaded:
-        for name in (probe.name, _key(probe)):
-            known_as[name].append(_key(probe))
+        for name in (probe.name, probe.key):
+            known_as[name].append(probe.key)
     keys: dict[str, None] = {}
     for index, name in enumerate(names):
         matches = known_as.get(name)
         if not matches:
-            known = ", ".join(_key(probe) for probe in loaded) or "none"
+            known = ", ".join(probe.key for probe in loaded) or "none"
             raise InvalidRequest(f"{path}[{index}]", f"unknown probe {name[:100]!r}; loaded: {known}", "UNKNOWN_PROBE")
         if len(matches) > 1:
             raise InvalidRequest(f"{path}[{index}]", f"{name!r} is loaded in several versions; name one of {', '.join(matches)}")

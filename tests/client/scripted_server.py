@@ -36,9 +36,9 @@ from probescore import (
     Text,
     reduce_scores,
 )
-from probescore._messages import RequestOptions, groups_from_request, options_from_request, result_to_proto, streamed_to_proto
 from probescore.types import score_keys
 from probescore.v1 import admin_pb2, admin_pb2_grpc, probes_pb2, scoring_pb2, scoring_pb2_grpc
+from probescore.wire import RequestOptions, groups_from_request, options_from_request, result_to_proto, streamed_to_proto
 
 SUM, PAIR, POOLED, FOLLOWED = PROBES = (
     ScoredProbe(

@@ -68,7 +68,7 @@ def test_they_are_sent_with_the_clients_metadata(client_class, address, service)
 
 
 def test_a_worker_of_an_older_server_is_awake():
-    from probescore._messages import server_info_from_proto
+    from probescore.wire import server_info_from_proto
 
     answer = scoring_pb2.GetServerInfoResponse(workers=[scoring_pb2.WorkerInfo(device="cpu", ready=True)])
     assert server_info_from_proto(answer).workers[0].asleep is False

@@ -37,10 +37,10 @@ from probescore import (
     Text,
 )
 from probescore._client import score_request, score_result
-from probescore._messages import result_to_proto
 from probescore._options import ScoreOptions
 from probescore.types import CompletionScores, ProbeScores
 from probescore.v1 import scoring_pb2
+from probescore.wire import result_to_proto
 
 NAMES = [f"{probe.name}@{probe.version}" for probe in PROBES]
 FOLLOW_UP = Completion([21, 22], id="why", follow_ups=(Completion([23, 24, 25], id="really"),))
@@ -393,7 +393,7 @@ def test_a_thousand_probes_are_checked_in_a_fraction_of_the_time_that_reading_th
     message = result_to_proto(result)
 
     from probescore._answers import AnswerCheck
-    from probescore._messages import result_from_proto
+    from probescore.wire import result_from_proto
 
     def seconds(work: Callable[[], Any]) -> float:
         times = []

@@ -29,8 +29,8 @@ from probescore import (
     TransientError,
     UnavailableError,
 )
-from probescore._messages import options_from_request, result_to_proto
 from probescore._retries import Attempts
+from probescore.wire import options_from_request, result_to_proto
 
 
 def test_scores_come_back_in_the_order_of_the_request(client: Any) -> None:

@@ -41,7 +41,8 @@ from probescore import (
     Usage,
     WorkerInfo,
 )
-from probescore._messages import (
+from probescore.v1 import probes_pb2, scoring_pb2, tensor_pb2
+from probescore.wire import (
     MessageError,
     RequestOptions,
     groups_from_request,
@@ -58,8 +59,7 @@ from probescore._messages import (
     streamed_from_proto,
     streamed_to_proto,
 )
-from probescore._messages.tensors import FLOAT32, tensor_to_array
-from probescore.v1 import probes_pb2, scoring_pb2, tensor_pb2
+from probescore.wire.tensors import FLOAT32, tensor_to_array
 
 
 def plain(value: Any) -> Any:

@@ -31,9 +31,9 @@ from probescore import (
     Text,
     UnavailableError,
 )
-from probescore._messages import groups_from_request
 from probescore._streaming import Chunk, Intake
 from probescore.v1 import scoring_pb2
+from probescore.wire import groups_from_request
 
 
 def numbered(count: int, completions: int = 3) -> list[RolloutGroup]:

@@ -372,7 +372,7 @@ def test_no_answer_of_the_engine_is_refused_by_the_client(load: Load) -> None:
         linear("honest", follow_up=FollowUp(token_ids=[60, 61])),
         pooled_mean("pooled-honest", follow_up=FollowUp(token_ids=[60, 61]), sees_prompt=True),
     )
-    names = [f"{probe.name}@{probe.version}" for probe in engine.info.probes]
+    names = [probe.key for probe in engine.info.probes]
     random = np.random.default_rng(0)
 
     def completion(scope: str, depth: int = 0) -> Completion:

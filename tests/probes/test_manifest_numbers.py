@@ -14,8 +14,8 @@ import pytest
 from crafted import Fields, craft, fields
 from onnx import TensorProto, helper, numpy_helper
 
-from probescore._messages.server_info import probes_to_proto
 from probescore.types import CompletionScores, CompletionStatus, ProbeScores
+from probescore.wire.server_info import probes_to_proto
 from probescore_server.errors import ProbeRefused
 from probescore_server.probes.format.manifest import METADATA_KEY, Manifest, manifest_digest
 from probescore_server.probes.format.probe_file import ProbeFile, graph_digest, read_probe_file

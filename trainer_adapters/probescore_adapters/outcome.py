@@ -123,7 +123,7 @@ def combine(
     sums.metrics[f"{PREFIX}/failures"] = 0.0
     sums.metrics[f"{PREFIX}/inexact_ids"] = _mean(readings.inexact_ids)
     usage = readings.usage
-    sums.metrics[f"{PREFIX}/tokens"] = float(usage.tokens_computed + usage.tokens_shared + usage.tokens_cached)
+    sums.metrics[f"{PREFIX}/tokens"] = float(usage.tokens)
     return Outcome(
         rewards=rewards,
         terms=sums.terms,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -145,7 +145,7 @@ class _BatchReader:
             "token_scores": list(dict.fromkeys(bound.probe for bound in signals if bound.signal.mode is Mode.DENSE)),
             "expected_model_fingerprint": server.info.model.fingerprint,
         }
-        labels = {f"{probe.name}@{probe.version}": len(probe.labels) for probe in server.probes}
+        labels = {probe.key: len(probe.labels) for probe in server.probes}
         self._dense_labels = sum(labels[probe] for probe in {bound.probe for bound in signals if bound.signal.mode is Mode.DENSE})
         self._problems: dict[int, str] = {}
         self._found: dict[tuple[int, int], CompletionScores] = {}
@@ -182,7 +182,7 @@ class _BatchReader:
     def _check_pinned(self, answers: Sequence[StreamedCompletion]) -> None:
         """Whether the probes that answered are those that the signals were bound to; raises ``ProbeReplaced``."""
         for info in {id(answer.info): answer.info for answer in answers}.values():
-            answered = {f"{probe.name}@{probe.version}": (probe.graph_sha256, probe.manifest_sha256) for probe in info.probes}
+            answered = {probe.key: (probe.graph_sha256, probe.manifest_sha256) for probe in info.probes}
             for bound in self._signals:
                 if bound.probe in answered and answered[bound.probe] != bound.digests:
                     part = "graph" if answered[bound.probe][0] != bound.digests[0] else "manifest (its calibration, for example)"
@@ -197,11 +197,7 @@ class _BatchReader:
         return BatchSignals(
             signals,
             self._problems,
-            Usage(
-                tokens_computed=sum(usage.tokens_computed for usage in self._usages.values()),
-                tokens_shared=sum(usage.tokens_shared for usage in self._usages.values()),
-                tokens_cached=sum(usage.tokens_cached for usage in self._usages.values()),
-            ),
+            replace(Usage.total(self._usages.values()), queue_seconds=0.0, compute_seconds=0.0),
             np.array([any(self._found[key].inexact_ids for key in [(index, 0)] if key in self._found) for index in indices], np.bool_),
         )
 

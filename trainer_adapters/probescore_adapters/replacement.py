@@ -22,7 +22,7 @@ def describe_replacement(signals: Sequence[BoundSignal], now: ServerFacts, error
         now: what the server says that it runs.
         error: by which the replacement showed.
     """
-    loaded = {f"{probe.name}@{probe.version}": probe for probe in now.probes}
+    loaded = {probe.key: probe for probe in now.probes}
     for bound in signals:
         found = loaded.get(bound.probe)
         if found is None:

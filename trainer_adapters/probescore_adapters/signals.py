@@ -187,27 +187,25 @@ class BoundSignal:
         Raises:
             SignalError: there is none or more than one, or it has no such label, no threshold, or no scores per token for ``dense``.
         """
-        matching = [probe for probe in probes if signal.probe in (probe.name, _key(probe))]
+        matching = [probe for probe in probes if signal.probe in (probe.name, probe.key)]
         if len(matching) != 1:
-            known = ", ".join(map(_key, matching or probes)) or "none"
+            known = ", ".join(probe.key for probe in matching or probes) or "none"
             found = "several versions are loaded" if matching else "it is not loaded"
             raise SignalError("probe", f"{signal.probe!r}: {found}; the server has {known}", signal.name)
         (probe,) = matching
         if signal.label and signal.label not in probe.labels:
             raise SignalError("label", f"{signal.label!r} is none of {', '.join(probe.labels) or 'none'}", signal.name)
         if signal.mode is Mode.DENSE and probe.output_per is not OutputPer.TOKEN:
-            raise SignalError("mode", f"{_key(probe)} pools by itself and has no scores per token", signal.name)
+            raise SignalError("mode", f"{probe.key} pools by itself and has no scores per token", signal.name)
         threshold = signal.threshold if signal.threshold is not None else _calibrated(signal, probe)
         if threshold is None and signal.needs_threshold:
-            raise SignalError("threshold", f"{_key(probe)} has no calibration for this reduction and label: give one", signal.name)
+            raise SignalError("threshold", f"{probe.key} has no calibration for this reduction and label: give one", signal.name)
         label = probe.labels.index(signal.label) if signal.label else 0
         reduction = (
             None if probe.output_per is OutputPer.ROLLOUT else Reduction.parse(signal.reduction or probe.default_reduction or "mean")
         )
         digests = (probe.graph_sha256, probe.manifest_sha256)
-        return cls(
-            signal, _key(probe), digests, reduction, label, math.nan if threshold is None else threshold, _bounds(signal, probe.unit)
-        )
+        return cls(signal, probe.key, digests, reduction, label, math.nan if threshold is None else threshold, _bounds(signal, probe.unit))
 
     def flags(self, values: Floats) -> NDArray[np.bool_]:
         """Which numbers are at or above the threshold; none if there is no threshold."""
@@ -237,10 +235,6 @@ class BoundSignal:
             return flag
         excess = np.maximum(values - self.threshold, 0.0)
         return excess if transform is Transform.EXCESS else flag + excess
-
-
-def _key(probe: ProbeInfo) -> str:
-    return f"{probe.name}@{probe.version}"
 
 
 def _calibrated(signal: ProbeSignal, probe: ProbeInfo) -> float | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -84,11 +84,6 @@ class BenchResult:
         """Of the latencies, in seconds."""
         return float(np.percentile(self.latencies, percent))
 
-    @property
-    def tokens(self) -> int:
-        """Computed, shared and cached: what reading each rollout by itself would compute."""
-        return self.usage.tokens_computed + self.usage.tokens_shared + self.usage.tokens_cached
-
 
 def _bench(
     address: Address = DEFAULT_ADDRESS,
@@ -140,12 +135,7 @@ def run(load: BenchLoad, clients: Sequence[ProbeClient], info: ServerInfo, probe
         started = time.perf_counter()
         answers = [answer for part in threads.map(ask_in_turn, range(len(clients))) for answer in part]
         seconds = time.perf_counter() - started
-    return BenchResult(seconds, tuple(sorted(latency for latency, _ in answers)), _total(usage for _, usage in answers))
-
-
-def _total(usages: Iterable[Usage]) -> Usage:
-    counted = [asdict(usage) for usage in usages]
-    return Usage(**{name: sum(usage[name] for usage in counted) for name in counted[0]})
+    return BenchResult(seconds, tuple(sorted(latency for latency, _ in answers)), Usage.total(usage for _, usage in answers))
 
 
 def _numbers(load: BenchLoad, result: BenchResult) -> dict[str, object]:
@@ -153,7 +143,7 @@ def _numbers(load: BenchLoad, result: BenchResult) -> dict[str, object]:
         "load": asdict(load),
         "seconds": result.seconds,
         "calls_per_second": load.calls / result.seconds,
-        "tokens_per_second": result.tokens / result.seconds,
+        "tokens_per_second": result.usage.tokens / result.seconds,
         "latency_seconds": {f"p{percent}": result.percentile(percent) for percent in (50, 90, 99)},
         **asdict(result.usage),
     }
@@ -164,7 +154,7 @@ def _table(load: BenchLoad, result: BenchResult, info: ServerInfo) -> Table:
     workers = ", ".join(f"{worker.device} ({worker.dtype}, {worker.execution_path})" for worker in info.workers)
     table = facts_table(f"{load.calls} calls of {load.groups} × {load.completions} rollouts, {load.concurrency} at a time")
     table.add_row("workers", safe(workers))
-    table.add_row("throughput", f"{load.calls / result.seconds:,.2f} calls/s, {result.tokens / result.seconds:,.0f} tokens/s")
+    table.add_row("throughput", f"{load.calls / result.seconds:,.2f} calls/s, {result.usage.tokens / result.seconds:,.0f} tokens/s")
     table.add_row("latency", ", ".join(f"p{percent} {result.percentile(percent):.3f} s" for percent in (50, 90, 99)))
     table.add_row("tokens", f"{usage.tokens_computed:,} computed, {usage.tokens_shared:,} shared, {usage.tokens_cached:,} cached")
     table.add_row("a call", f"{usage.queue_seconds / load.calls:.3f} s queued, {usage.compute_seconds / load.calls:.3f} s in batches")

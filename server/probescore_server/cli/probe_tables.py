@@ -35,7 +35,7 @@ def probes_table(probes: Sequence[ProbeInfo]) -> Table:
         table.add_row("none: the server was started without --probes, and can score nothing")
     for probe in probes:
         table.add_row(
-            "\n".join([safe(f"{probe.name}@{probe.version}"), *_notes(probe)]),
+            "\n".join([safe(probe.key), *_notes(probe)]),
             safe(", ".join(map(str, probe.taps))),
             safe(f"{probe.unit.value} per {probe.output_per.value}" + (f": {', '.join(probe.labels)}" if len(probe.labels) > 1 else "")),
             str(probe.default_reduction or "pools by itself"),

@@ -252,12 +252,7 @@ class Engine:
             for result in self.score_rollouts(batch)
             if result is not None
         ]
-        usage = Usage(
-            tokens_computed=sum(result.usage.tokens_computed for result in results),
-            tokens_shared=sum(result.usage.tokens_shared for result in results),
-            tokens_cached=sum(result.usage.tokens_cached for result in results),
-            compute_seconds=time.perf_counter() - started,
-        )
+        usage = replace(Usage.total(result.usage for result in results), compute_seconds=time.perf_counter() - started)
         scores = iter(result.scores for result in results)
         return ScoreResult(
             groups=tuple(GroupScores(tuple(next(scores) for _ in group)) for group in by_group),

@@ -8,9 +8,9 @@ from typing import Any, TypeAlias
 
 import grpc
 
-from probescore._messages import transfers_to_proto
 from probescore.types import Transfer
 from probescore.v1 import admin_pb2, admin_pb2_grpc
+from probescore.wire import transfers_to_proto
 from probescore_server.front.metrics import Metrics
 from probescore_server.workers.handle import WorkerProcess
 

@@ -110,7 +110,7 @@ class ProbeMetrics:
 
     def _shown(self, probe: ScoredProbe) -> Iterator[tuple[_Distribution, int]]:
         """Its distributions that a call with these reductions adds to, each with the index of its reduction."""
-        distributions = self._scores.distributions.get(f"{probe.name}@{probe.version}")
+        distributions = self._scores.distributions.get(probe.key)
         if distributions is None:
             return
         reductions = [str(reduction) for reduction in probe.reductions] or [""]
@@ -156,7 +156,7 @@ def _distributions(probe: ProbeInfo) -> Iterator[_Distribution]:
         for index, label in enumerate(probe.labels):
             calibrations = (each for each in probe.calibrations if _is_for(each, probe, reduction, label))
             threshold = next((each.threshold for each in calibrations), None)
-            yield _Distribution(f"{probe.name}@{probe.version}", (probe.name, probe.version, reduction, label), index, threshold)
+            yield _Distribution(probe.key, (probe.name, probe.version, reduction, label), index, threshold)
 
 
 def _is_for(calibration: Calibration, probe: ProbeInfo, reduction: str, label: str) -> bool:

@@ -7,7 +7,7 @@ import functools
 import math
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from importlib.metadata import version
 from typing import Any, Literal, TypeAlias, TypeVar
 
@@ -15,16 +15,6 @@ import grpc
 import structlog
 from numpy.typing import NDArray
 
-from probescore._messages import (
-    MessageError,
-    RequestOptions,
-    groups_from_request,
-    options_from_request,
-    probes_to_proto,
-    result_to_proto,
-    server_info_to_proto,
-    streamed_to_proto,
-)
 from probescore.reductions import Reduction
 from probescore.types import (
     CompletionScores,
@@ -40,6 +30,17 @@ from probescore.types import (
     WorkerInfo,
 )
 from probescore.v1 import probes_pb2, scoring_pb2, scoring_pb2_grpc
+from probescore.wire import (
+    MessageError,
+    RequestOptions,
+    groups_from_request,
+    options_from_request,
+    probes_to_proto,
+    result_to_proto,
+    server_info_to_proto,
+    streamed_to_proto,
+)
+from probescore.wire.contract import JOB_KEY
 from probescore_server.errors import InvalidRequest, Mismatch, WorkerUnavailable
 from probescore_server.front.metrics import Metrics
 from probescore_server.front.request_counts import check_counts
@@ -53,7 +54,6 @@ from probescore_server.workers.tokenising import encode
 
 logger = structlog.get_logger(__name__)
 
-JOB_METADATA_KEY = "x-probescore-job"
 MAX_RUN_ID_BYTES = 256
 MAX_ABSOLUTE_PRIORITY = 100
 # gRPC for Python slows down with larger messages.
@@ -139,7 +139,7 @@ class ScoringServicer(scoring_pb2_grpc.ScoringServiceServicer):
                     WorkerInfo(worker.spec.device, engine.dtype, engine.execution_path, worker.ready, worker.restarts, worker.asleep)
                     for worker, engine in zip(self._workers, loaded, strict=True)
                 ),
-                probes=tuple(f"{probe.name}@{probe.version}" for probe in info.probes),
+                probes=tuple(probe.key for probe in info.probes),
             )
         )
 
@@ -227,7 +227,7 @@ async def _off_the_loop(work: Callable[..., Result], *args: object, small: bool,
 def _job(context: Context) -> str:
     """Whose turn in the queue this call takes."""
     for key, value in context.invocation_metadata() or ():
-        if key == JOB_METADATA_KEY:
+        if key == JOB_KEY:
             return str(value)
     return context.peer()
 
@@ -317,10 +317,8 @@ def _log_scored(asked: _Asked, usage: Usage, job: str) -> None:
 
 def _usage(call: Call, finished: Iterable[FinishedRollout], compute_seconds: float, before: Usage | None = None) -> Usage:
     usages = [one.result.usage for one in finished] + ([before] if before else [])
-    return Usage(
-        tokens_computed=sum(usage.tokens_computed for usage in usages),
-        tokens_shared=sum(usage.tokens_shared for usage in usages),
-        tokens_cached=sum(usage.tokens_cached for usage in usages),
+    return replace(
+        Usage.total(usages),
         queue_seconds=call.queue_seconds or 0.0,
         compute_seconds=compute_seconds + (before.compute_seconds if before else 0.0),
     )

@@ -11,6 +11,7 @@ from google.protobuf.message import Message
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 
+from probescore.wire.contract import ERROR_DOMAIN
 from probescore_server.errors import (
     Busy,
     CoreError,
@@ -26,7 +27,6 @@ from probescore_server.errors import (
     WorkerUnavailable,
 )
 
-DOMAIN = "probescore"
 # Statuses travel as HTTP/2 headers, of which peers accept 8 KiB in all; the text is in there twice in base64, and once percent-encoded.
 MAX_TEXT_BYTES = 1000
 
@@ -58,7 +58,7 @@ def status_of(error: CoreError) -> RpcStatus:
     """The status of an error: ``google.rpc.Status`` with ``ErrorInfo``, and ``BadRequest`` or ``RetryInfo`` where they apply."""
     code = CODES[type(error)]
     text = _shorten(str(error))
-    info = ErrorInfo(reason=error.reason, domain=DOMAIN)
+    info = ErrorInfo(reason=error.reason, domain=ERROR_DOMAIN)
     details: list[Message] = [info]
     metadata: list[tuple[str, str | bytes]] = []
     if isinstance(error, LimitExceeded | Busy):

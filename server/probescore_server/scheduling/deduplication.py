@@ -137,7 +137,7 @@ def _own_results(work: Work, result: RolloutResult) -> Iterator[RolloutResult]:
     for item in work.items:
         named = item.rollout is work.rollout
         yield replace(result, scores=result.scores if named else _renamed(result.scores, item.rollout.completion), usage=usage)
-        usage = Usage(tokens_shared=usage.tokens_computed + usage.tokens_shared + usage.tokens_cached)
+        usage = Usage(tokens_shared=usage.tokens)
 
 
 def _renamed(scores: CompletionScores, continuation: Continuation) -> CompletionScores:

@@ -90,7 +90,7 @@ class Pinned:
             StartupError: the model's files or a probe's hold something else by now; says which.
         """
         first = self._info = self._info or info
-        now, before = ({f"{probe.name}@{probe.version}": probe for probe in each.probes} for each in (info, first))
+        now, before = ({probe.key: probe for probe in each.probes} for each in (info, first))
         changed = [f"probe {key}" for key in sorted(now.keys() | before.keys()) if now.get(key) != before.get(key)]
         if (info.model, info.content, info.tokenizer_fingerprint) != (first.model, first.content, first.tokenizer_fingerprint):
             changed = [f"model {first.model.id}", *changed]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import asdict, fields
 
-from probescore._messages.enums import OUTPUTS, UNITS, member_of, reduction_from_proto, reduction_to_proto
 from probescore.types import Calibration, Limits, ModelInfo, ProbeInfo, ServerInfo, Tap, Transfer, WorkerInfo
 from probescore.v1 import admin_pb2, probes_pb2, scoring_pb2
+from probescore.wire.enums import OUTPUTS, UNITS, member_of, reduction_from_proto, reduction_to_proto
 
 # ---------------------------------------------------------------------------------------------------------------------- writing
 

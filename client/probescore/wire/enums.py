@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TypeVar
 
-from probescore._messages.tensors import MessageError
 from probescore.reductions import Reduction, ReductionKind
 from probescore.types import CompletionStatus, OutputPer, Scope, ScoreUnit
 from probescore.v1 import probes_pb2, scoring_pb2
+from probescore.wire.tensors import MessageError
 
 Member = TypeVar("Member")
 

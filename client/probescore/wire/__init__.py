@@ -3,7 +3,7 @@
 Reading refuses whatever breaks the contract with a ``MessageError`` that names the field.
 """
 
-from probescore._messages.requests import (
+from probescore.wire.requests import (
     RequestOptions,
     group_to_proto,
     groups_from_request,
@@ -11,8 +11,8 @@ from probescore._messages.requests import (
     options_to_proto,
     request_to_proto,
 )
-from probescore._messages.responses import result_from_proto, result_to_proto, streamed_from_proto, streamed_to_proto
-from probescore._messages.server_info import (
+from probescore.wire.responses import result_from_proto, result_to_proto, streamed_from_proto, streamed_to_proto
+from probescore.wire.server_info import (
     probes_from_proto,
     probes_to_proto,
     server_info_from_proto,
@@ -20,7 +20,7 @@ from probescore._messages.server_info import (
     transfers_from_proto,
     transfers_to_proto,
 )
-from probescore._messages.tensors import MessageError
+from probescore.wire.tensors import MessageError
 
 __all__ = [
     "MessageError",

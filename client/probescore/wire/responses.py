@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 
-from probescore._messages.enums import OUTPUTS, STATUSES, UNITS, member_of, reduction_from_proto, reduction_to_proto
-from probescore._messages.tensors import FLOAT32, INT32, MessageError, array_to_tensor, tensor_to_array
 from probescore.types import (
     CompletionScores,
     CompletionStatus,
@@ -20,6 +18,8 @@ from probescore.types import (
     score_keys,
 )
 from probescore.v1 import probes_pb2, scoring_pb2
+from probescore.wire.enums import OUTPUTS, STATUSES, UNITS, member_of, reduction_from_proto, reduction_to_proto
+from probescore.wire.tensors import FLOAT32, INT32, MessageError, array_to_tensor, tensor_to_array
 
 MAX_KNOWN_PROBES = 4096
 """Most answers name the same probes as those before them, a thousand perhaps: how is remembered, at about 1 kB each."""

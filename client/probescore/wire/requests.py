@@ -9,15 +9,15 @@ from typing import Any, Literal, Union
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from probescore._messages.enums import SCOPES, member_of, reduction_from_proto, reduction_to_proto
-from probescore._messages.tensors import BOOL, INT32, INT64, UINT32, MessageError, array_to_tensor, tensor_to_array
 from probescore.reductions import Reduction
 from probescore.types import Chat, ChatMessage, Completion, RolloutGroup, Scope, Span, Text, TokenIds
 from probescore.v1 import scoring_pb2, tensor_pb2
+from probescore.wire.contract import MAX_FOLLOW_UP_DEPTH
+from probescore.wire.enums import SCOPES, member_of, reduction_from_proto, reduction_to_proto
+from probescore.wire.tensors import BOOL, INT32, INT64, UINT32, MessageError, array_to_tensor, tensor_to_array
 
 TokenScores = Union[Literal["all"], tuple[str, ...]]
 
-_MAX_FOLLOW_UP_DEPTH = 8
 _INT32_MAX = 2**31 - 1
 _UINT32_MAX = 2**32 - 1
 
@@ -110,8 +110,8 @@ def _prompt_to_proto(prompt: TokenIds | str | Text | Chat, field: str) -> scorin
 
 
 def _completion_to_proto(completion: Completion, field: str, depth: int = 0) -> scoring_pb2.Completion:
-    if depth > _MAX_FOLLOW_UP_DEPTH:
-        raise MessageError(field, f"follow-ups nest more than {_MAX_FOLLOW_UP_DEPTH} deep")
+    if depth > MAX_FOLLOW_UP_DEPTH:
+        raise MessageError(field, f"follow-ups nest more than {MAX_FOLLOW_UP_DEPTH} deep")
     message = scoring_pb2.Completion(
         id=_string(completion.id, f"{field}.id"),
         mask=None if completion.mask is None else _mask_to_tensor(completion.mask, f"{field}.mask"),
