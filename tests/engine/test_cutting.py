@@ -15,7 +15,8 @@ from transformers import AutoModel
 
 from probescore.types import Tap
 from probescore_server.backbone.model_loading import DTYPES, Decoder, load_decoder
-from probescore_server.backbone.self_test import SelfTest, universal_backbone
+from probescore_server.backbone.selection import universal_backbone
+from probescore_server.backbone.self_test import SelfTest
 from probescore_server.backbone.taps import TapReader
 
 _KINDS = ["linear_attention", "full_attention", "linear_attention", "full_attention"]

@@ -41,12 +41,12 @@ def test_it_holds_less_asleep_and_the_same_awake(engine):
 
 def test_large_weights_leave_the_device_for_others():
     weights = torch.arange(64 << 20, dtype=torch.float32, device="cuda")
-    residence = DeviceMemory(weights.device, lambda: [weights], KeyValueCache(0), [])
+    memory = DeviceMemory(weights.device, lambda: [weights], KeyValueCache(0), [])
     free_before, _ = torch.cuda.mem_get_info()
 
-    slept = residence.sleep()
+    slept = memory.sleep()
     free_asleep, _ = torch.cuda.mem_get_info()
-    residence.wake()
+    memory.wake()
 
     assert slept.weight_bytes == 256 << 20
     assert slept.device_bytes >= 256 << 20
@@ -66,7 +66,7 @@ def test_scores_are_bit_by_bit_what_they_were(engine):
 
 def test_the_host_memory_is_pinned_and_used_again(engine):
     engine.sleep()
-    pieces = engine._residence._offload._pieces
+    pieces = engine._memory._offload._pieces
     addresses = [piece.data_ptr() for piece in pieces]
     engine.wake()
     engine.sleep()

@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from probescore.types import Scope, Tap
 from probescore_server.backbone.forest import Forest
 from probescore_server.backbone.model_loading import load_decoder
-from probescore_server.backbone.self_test import universal_backbone
+from probescore_server.backbone.selection import universal_backbone
 from probescore_server.backbone.taps import TapReader
 from probescore_server.rollouts import CheckedRollout, Continuation, ResolvedOptions
 

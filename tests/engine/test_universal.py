@@ -17,7 +17,8 @@ from probescore_server.backbone.base import Activations
 from probescore_server.backbone.forest import Forest
 from probescore_server.backbone.kv_cache import KeyValueCache
 from probescore_server.backbone.model_loading import Decoder, load_decoder
-from probescore_server.backbone.self_test import SelfTest, universal_backbone
+from probescore_server.backbone.selection import universal_backbone
+from probescore_server.backbone.self_test import SelfTest
 from probescore_server.backbone.taps import TapReader
 from probescore_server.backbone.universal import backbone
 from probescore_server.backbone.universal.attention import CAUSAL_ATTENTION
@@ -219,6 +220,19 @@ def test_prepacked_layers_give_the_same_products(rows: int, width: int, bias: bo
     inputs = torch.randn(1, rows, width)
     before = layer(inputs)
     prepack(torch.nn.ModuleList([layer]))
+    torch.testing.assert_close(layer(inputs), before, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(1, 700), (2, 350), (700,)])
+@pytest.mark.parametrize("at_once", [1, 64, 699, 700])
+def test_products_that_are_added_up_for_some_rows_at_a_time_are_the_same(
+    shape: tuple[int, ...], at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = torch.nn.Linear(300, 40).requires_grad_(False)
+    inputs = torch.randn(*shape, 300)
+    before = layer(inputs)
+    prepack(torch.nn.ModuleList([layer]))
+    monkeypatch.setattr("probescore_server.backbone.universal.prepacking.ADDED_BYTES", at_once * 40 * 4)
     torch.testing.assert_close(layer(inputs), before, atol=1e-5, rtol=1e-5)
 
 

@@ -158,15 +158,15 @@ def test_a_device_without_room_for_graphs_leaves_the_engine_asleep_and_it_can_be
     room = [3]
     sessions = [Session(room, error) for _ in range(3)]
     weight = torch.arange(5.0)
-    residence = DeviceMemory(torch.device("cpu"), lambda: [weight], KeyValueCache(0), sessions)  # type: ignore[arg-type]
-    residence.sleep()
+    memory = DeviceMemory(torch.device("cpu"), lambda: [weight], KeyValueCache(0), sessions)  # type: ignore[arg-type]
+    memory.sleep()
     room[0] = 2
     with pytest.raises(raised):
-        residence.wake()
-    assert residence.asleep
+        memory.wake()
+    assert memory.asleep
     if raised is WorkerUnavailable:
         assert [session.is_open for session in sessions] == [False, False, False]
         room[0] = 3
-        residence.wake()
+        memory.wake()
         assert [session.is_open for session in sessions] == [True, True, True]
         np.testing.assert_array_equal(weight.numpy(), np.arange(5.0))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -16,8 +16,13 @@ from probescore_server.backbone.model_loading import Decoder
 from probescore_server.backbone.packed.attention import Kernel
 from probescore_server.backbone.packed.backbone import PackedBackbone
 from probescore_server.backbone.packed.support import packed_refusal
-from probescore_server.backbone.self_test import SelfTest, small_forest, universal_backbone
+from probescore_server.backbone.self_test import SelfTest, small_forest
 from probescore_server.backbone.taps import TapReader
+from probescore_server.backbone.universal.attention import CAUSAL_ATTENTION, has_causal_attention, passes_windows
+from probescore_server.backbone.universal.backbone import UniversalBackbone
+from probescore_server.backbone.universal.gated_mlp import multiply_in_place
+from probescore_server.backbone.universal.prepacking import can_prepack, prepack
+from probescore_server.errors import ModelRefused
 
 logger = structlog.get_logger(__name__)
 
@@ -55,6 +60,49 @@ def choose_backbone(decoder: Decoder, reader: TapReader, kernel: Kernel | None =
             return packed, "the packed path agrees with the universal one"
     logger.warning("not packed: the universal path is slower on a GPU", model_type=decoder.config.model_type, reason=refusal)
     return universal, f"not packed: {refusal}"
+
+
+def universal_backbone(decoder: Decoder, reader: TapReader) -> UniversalBackbone:
+    """The universal path, on a CPU by its fast ways where the self-test finds them right.
+
+    Raises:
+        ModelRefused: it gives other activations than plain forwards.
+    """
+    test = SelfTest(decoder, reader)
+    undo = _speed_up(decoder)
+    if decoder.device.type == "cpu" and has_causal_attention():
+        backbone = UniversalBackbone(decoder, reader, CAUSAL_ATTENTION)
+        if _passes(test, backbone) and passes_windows(decoder):
+            return backbone
+    backbone = UniversalBackbone(decoder, reader)
+    if not _passes(test, backbone):
+        undo()
+    test.check(backbone)
+    return backbone
+
+
+def _speed_up(decoder: Decoder) -> Callable[[], None]:
+    """Changes how the blocks compute on a CPU, not what; returns what undoes it."""
+    undoing: list[Callable[[], None]] = []
+    if decoder.device.type == "cpu":
+        undoing.append(multiply_in_place(decoder.blocks))
+    if can_prepack(decoder.device, decoder.dtype):
+        undoing.append(prepack(decoder.blocks))
+
+    def undo() -> None:
+        for step in reversed(undoing):
+            step()
+
+    return undo
+
+
+def _passes(test: SelfTest, backbone: Backbone) -> bool:
+    try:
+        test.check(backbone)
+    except ModelRefused as refusal:
+        logger.info("a faster way does not fit this model", reason=str(refusal))
+        return False
+    return True
 
 
 def _kernel_refusal(decoder: Decoder) -> str | None:

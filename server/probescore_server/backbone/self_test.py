@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
-import structlog
 import torch
 from numpy.typing import NDArray
 
@@ -16,14 +13,8 @@ from probescore_server.backbone.kv_cache import KeyValueCache
 from probescore_server.backbone.model_loading import Decoder
 from probescore_server.backbone.rotary import max_unchanged_positions
 from probescore_server.backbone.taps import TapReader
-from probescore_server.backbone.universal.attention import CAUSAL_ATTENTION, has_causal_attention, passes_windows
-from probescore_server.backbone.universal.backbone import UniversalBackbone
-from probescore_server.backbone.universal.gated_mlp import multiply_in_place
-from probescore_server.backbone.universal.prepacking import can_prepack, prepack
 from probescore_server.errors import ModelRefused
 from probescore_server.rollouts import CheckedRollout, Continuation, ResolvedOptions
-
-logger = structlog.get_logger(__name__)
 
 MAX_TEST_TOKENS = 1536
 """Longest rollout of the test. A window beyond it is not crossed: on a CPU the test would take longer than the load."""
@@ -92,49 +83,6 @@ class SelfTest:
                 f"allowed {ROW_ERROR_BOUND[self._decoder.dtype]:g}{_OTHER_FAMILIES}"
             )
         return worst
-
-
-def universal_backbone(decoder: Decoder, reader: TapReader) -> UniversalBackbone:
-    """The universal path, on a CPU by its fast ways where the self-test finds them right.
-
-    Raises:
-        ModelRefused: it gives other activations than plain forwards.
-    """
-    test = SelfTest(decoder, reader)
-    undo = _speed_up(decoder)
-    if decoder.device.type == "cpu" and has_causal_attention():
-        backbone = UniversalBackbone(decoder, reader, CAUSAL_ATTENTION)
-        if _passes(test, backbone) and passes_windows(decoder):
-            return backbone
-    backbone = UniversalBackbone(decoder, reader)
-    if not _passes(test, backbone):
-        undo()
-    test.check(backbone)
-    return backbone
-
-
-def _speed_up(decoder: Decoder) -> Callable[[], None]:
-    """Changes how the blocks compute on a CPU, not what; returns what undoes it."""
-    undoing: list[Callable[[], None]] = []
-    if decoder.device.type == "cpu":
-        undoing.append(multiply_in_place(decoder.blocks))
-    if can_prepack(decoder.device, decoder.dtype):
-        undoing.append(prepack(decoder.blocks))
-
-    def undo() -> None:
-        for step in reversed(undoing):
-            step()
-
-    return undo
-
-
-def _passes(test: SelfTest, backbone: Backbone) -> bool:
-    try:
-        test.check(backbone)
-    except ModelRefused as refusal:
-        logger.info("a faster way does not fit this model", reason=str(refusal))
-        return False
-    return True
 
 
 def small_forest(decoder: Decoder, scope: Scope = Scope.ALL) -> Forest:

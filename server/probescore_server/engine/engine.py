@@ -12,15 +12,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import PreTrainedConfig
 
-from probescore.fingerprints import tokenizer_fingerprint
 from probescore.reductions import Reduction
 from probescore.types import (
     Chat,
     CompletionScores,
     GroupScores,
-    ModelInfo,
     RolloutGroup,
     Scope,
     ScoreResult,
@@ -34,21 +31,14 @@ from probescore_server.activity import ACTIVITY
 from probescore_server.backbone.base import Backbone
 from probescore_server.backbone.forest import Forest, ProbeReads
 from probescore_server.backbone.kv_cache import KeyValueCache
-from probescore_server.backbone.model_files import ModelFiles
-from probescore_server.backbone.model_loading import DTYPES, load_config, load_decoder, load_tokenizer, resolve_model
-from probescore_server.backbone.placeholders import placeholder_tokens
-from probescore_server.backbone.rotary import max_unchanged_positions
-from probescore_server.backbone.selection import choose_backbone
-from probescore_server.backbone.taps import TapReader, layers_needed
 from probescore_server.backbone.tokenizer import TextEncoder
 from probescore_server.engine.device_memory import DeviceMemory
-from probescore_server.errors import ModelRefused
-from probescore_server.probes.format.fingerprints import model_fingerprint
+from probescore_server.engine.loading import load_parts
 from probescore_server.probes.format.manifest import Manifest
 from probescore_server.probes.format.probe_file import ProbeFile
-from probescore_server.probes.loading.compatibility import check_accepted_names, check_fits, is_accepted, probe_info, read_probe_files
+from probescore_server.probes.loading.compatibility import is_accepted
 from probescore_server.probes.loading.golden_check import check_golden, golden_rollouts
-from probescore_server.probes.loading.loader import LoadedProbe, load_probes, needs_trial, tried
+from probescore_server.probes.loading.loader import LoadedProbe, needs_trial, tried
 from probescore_server.probes.scoring.batch_scorer import BatchScorer
 from probescore_server.probes.scoring.wanted import Wanted
 from probescore_server.rollouts import CheckedRollout, Continuation, EngineInfo, Occupancy, RolloutResult
@@ -89,14 +79,14 @@ class Engine:
         texts: TextEncoder,
         probes: Mapping[str, LoadedProbe],
         cache: KeyValueCache,
-        residence: DeviceMemory,
+        memory: DeviceMemory,
     ) -> None:
         self.info = info
         self._backbone = backbone
         self._texts = texts
         self._probes = dict(probes)
         self._cache = cache
-        self._residence = residence
+        self._memory = memory
         self._reads = {key: _reads(probe.manifest) for key, probe in probes.items()}
         self._running = threading.Lock()
 
@@ -135,70 +125,23 @@ class Engine:
             ModelRefused: the model cannot be loaded, or is not served right.
             ProbeRefused: a probe file is not what it says it is, or not for this model.
         """
-        if dtype not in DTYPES:
-            raise ModelRefused(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
-        report(f"reading {len(probes)} probe files")
-        files = read_probe_files(probes)
-        check_accepted_names(files, accept_mismatch)
-        directory = resolve_model(model, revision=revision, trust_remote_code=trust_remote_code)
-        model_files = ModelFiles.of(directory)
-        config = load_config(directory, trust_remote_code=trust_remote_code)
-        taps = sorted({tap for file in files for tap in file.manifest.taps}, key=str)
-        report("computing the model's fingerprint")
-        described = _describe(model, directory, revision, config)
-        tokenizer = load_tokenizer(directory, trust_remote_code=trust_remote_code)
-        texts = TextEncoder(tokenizer)
-        fingerprint = "" if tokenizer is None else tokenizer_fingerprint(tokenizer)
-        accepted = {
-            file.manifest.key: check_fits(
-                file,
-                described,
-                fingerprint,
-                accept_mismatch,
-                bos_token_id=texts.bos_token_id,
-                further_special_ids=texts.further_special_ids,
-            )
-            for file in files
-        }
-
-        needed = layers_needed(taps, described.num_hidden_layers)
-        report(f"loading {needed} of {described.num_hidden_layers} blocks in {dtype}")
-        decoder = load_decoder(
-            directory, num_layers=needed, dtype=dtype, device=device, device_map=device_map, trust_remote_code=trust_remote_code
-        )
-        content = model_files.digest(decoder)
-        model_files.check_unchanged()
-        report("testing the forward pass")
-        reader = TapReader(decoder, taps)
-        backbone, reason = choose_backbone(decoder, reader)
-        report(f"{backbone.name} execution path: {reason}")
-        loaded = load_probes(files, decoder.device)
-        info = EngineInfo(
-            model=replace(described, num_loaded_layers=len(decoder.blocks)),
-            content=content,
-            tokenizer_fingerprint=fingerprint,
-            bos_token_id=texts.bos_token_id,
-            probes=tuple(probe_info(file.manifest, accepted[file.manifest.key]) for file in files),
-            device=str(decoder.device),
+        loaded = load_parts(
+            model,
+            probes,
+            revision=revision,
             dtype=dtype,
-            execution_path=backbone.name,
-            max_unchanged_positions=max_unchanged_positions(decoder.config),
-            expects_bos={file.manifest.key: file.manifest.expects_bos for file in files},
-            max_follow_up_tokens={
-                file.manifest.key: len(file.manifest.follow_up.token_ids) for file in files if file.manifest.follow_up is not None
-            },
-            excluding_special_tokens=frozenset(file.manifest.key for file in files if file.manifest.exclude_special_tokens),
-            pools_with_prompt=frozenset(
-                file.manifest.key for file in files if file.manifest.context.kind == "rollout" and file.manifest.context.sees_prompt
-            ),
-            placeholders=placeholder_tokens(config, tokenizer),
+            device=device,
+            device_map=device_map,
+            accept_mismatch=accept_mismatch,
+            trust_remote_code=trust_remote_code,
+            max_kv_cache_bytes=max_kv_cache_bytes,
+            report=report,
         )
-        cache = KeyValueCache(max_kv_cache_bytes)
-        engine = cls(info, backbone, texts, loaded, cache, DeviceMemory.of(decoder, loaded.values(), cache))
+        engine = cls(loaded.info, loaded.backbone, loaded.texts, loaded.probes, loaded.cache, loaded.memory)
         report("recomputing golden scores")
-        engine._check_golden(files, accept_mismatch)
-        engine._try_graphs(files)
-        cache.clear()
+        engine._check_golden(loaded.files, accept_mismatch)
+        engine._try_graphs(loaded.files)
+        loaded.cache.clear()
         report("ready")
         return engine
 
@@ -298,19 +241,19 @@ class Engine:
     def free_memory(self) -> None:
         """Gives back what is only kept to be faster: the key-value cache, and what allocators hold in reserve."""
         with self._running:
-            self._residence.free_reserves()
+            self._memory.free_reserves()
 
     def occupancy(self) -> Occupancy:
         """What is held of the device, and what the key-value cache has been good for."""
         with self._running:
-            return self._residence.occupancy()
+            return self._memory.occupancy()
 
     def sleep(self) -> Transfer:
         """Gives the device's memory back until ``wake``, after the batch that computes: weights move to pinned host memory, the key-value
         cache is dropped. On a CPU the weights stay. Does nothing to an engine that sleeps. Texts are tokenised all the same.
         """
         with self._running:
-            return self._residence.sleep()
+            return self._memory.sleep()
 
     def wake(self) -> Transfer:
         """Takes the device's memory again, with every weight, bit by bit, as it was. Does nothing to an engine that is awake.
@@ -320,7 +263,7 @@ class Engine:
             RuntimeError: the weights did not come back as they were; the engine must not be used any more.
         """
         with self._running:
-            return self._residence.wake()
+            return self._memory.wake()
 
     def _score(
         self, rollouts: Sequence[CheckedRollout], probes: Mapping[str, LoadedProbe], is_cancelled: Callable[[int], bool]
@@ -335,7 +278,7 @@ class Engine:
 
         taps = {tap for key in _requested(rollouts) for tap in probes[key].manifest.taps}
         with self._running:
-            if self._residence.asleep:
+            if self._memory.asleep:
                 raise RuntimeError("the engine sleeps: call wake first")
             activations = self._backbone.forward(forest, sorted(taps, key=str), skip=unwanted, cache=self._cache)
             live = [index for index in range(len(rollouts)) if index not in wanted.cancelled]
@@ -403,22 +346,6 @@ class Engine:
                 for probe in self.info.probes
             ),
         )
-
-
-def _describe(model: str, directory: Path, revision: str, config: PreTrainedConfig) -> ModelInfo:
-    text = config.get_text_config(decoder=True)
-    return ModelInfo(
-        # a path is the operator's business: clients are told its last component only
-        id=directory.resolve().name if Path(model).expanduser().is_dir() else model,
-        revision=revision,
-        fingerprint=model_fingerprint(directory),
-        model_type=config.model_type,
-        hidden_size=text.hidden_size,
-        num_hidden_layers=text.num_hidden_layers,
-        num_loaded_layers=0,
-        vocab_size=text.vocab_size,
-        max_position_embeddings=getattr(text, "max_position_embeddings", None) or 0,
-    )
 
 
 def _reads(manifest: Manifest) -> ProbeReads:

@@ -21,6 +21,10 @@ TYPICAL_ROWS = 512
 ADDED_IN_A_ROW = 128
 """Inputs of a block at most. Plain torch (MKL) takes 192; fewer leave room for chance, and cost as much more time as they are fewer."""
 
+ADDED_BYTES = 8 << 20
+"""Of sums that are added up at a time, for as many rows as that is: more would not stay in the caches, and from 32 MiB on the system's
+allocator would take every block's sums from the kernel anew."""
+
 _BLOCK_MULTIPLE = 16  # floats of a cache line
 
 # oneDNN compiles a product for each number of rows that it meets, and two caches keep them, by default 1,024 each of up to half a megabyte.
@@ -54,7 +58,7 @@ def prepack(blocks: nn.ModuleList) -> Callable[[], None]:
         # In place of the plain weight, which is let go. Who multiplies by it himself fails, as no other operator takes this layout.
         layer.weight = nn.Parameter(parts[layer][0], requires_grad=False)
         # on the instance, so that hooks and checks of the layer's type go on as before
-        layer.forward = partial(_linear, parts[layer], widths, layer.bias)  # type: ignore[method-assign]
+        layer.forward = partial(_linear, parts[layer], widths, layer.out_features, layer.bias)  # type: ignore[method-assign]
 
     def undo() -> None:
         for layer in packed:
@@ -76,7 +80,19 @@ def _widths(inputs: int) -> list[int]:
     return [min(width, inputs - start) for start in range(0, inputs, width)]
 
 
-def _linear(parts: Sequence[torch.Tensor], widths: list[int], bias: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor:
+def _linear(parts: Sequence[torch.Tensor], widths: list[int], outputs: int, bias: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor:
+    at_once = max(1, ADDED_BYTES // (rows.element_size() * outputs))
+    if rows[..., 0].numel() <= at_once:
+        return _sum_of_blocks(parts, widths, bias, rows)
+    products = rows.new_empty(*rows.shape[:-1], outputs)
+    for some_rows, some_products in zip(
+        torch.split(rows.flatten(0, -2), at_once), torch.split(products.flatten(0, -2), at_once), strict=True
+    ):
+        some_products.copy_(_sum_of_blocks(parts, widths, bias, some_rows))
+    return products
+
+
+def _sum_of_blocks(parts: Sequence[torch.Tensor], widths: list[int], bias: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor:
     blocks = torch.split(rows, widths, -1)
     total: torch.Tensor = torch.ops.mkldnn._linear_pointwise(blocks[0], parts[0], bias, "none", [], "")
     for block, part in zip(blocks[1:], parts[1:], strict=True):

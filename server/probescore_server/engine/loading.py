@@ -1,0 +1,143 @@
+"""From a model and probe files to what an engine is made of, with every check that needs no score."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from transformers import PreTrainedConfig
+
+from probescore.fingerprints import tokenizer_fingerprint
+from probescore.types import ModelInfo
+from probescore_server.backbone.base import Backbone
+from probescore_server.backbone.kv_cache import KeyValueCache
+from probescore_server.backbone.model_files import ModelFiles
+from probescore_server.backbone.model_loading import DTYPES, load_config, load_decoder, load_tokenizer, resolve_model
+from probescore_server.backbone.placeholders import placeholder_tokens
+from probescore_server.backbone.rotary import max_unchanged_positions
+from probescore_server.backbone.selection import choose_backbone
+from probescore_server.backbone.taps import TapReader, layers_needed
+from probescore_server.backbone.tokenizer import TextEncoder
+from probescore_server.engine.device_memory import DeviceMemory
+from probescore_server.errors import ModelRefused
+from probescore_server.probes.format.fingerprints import model_fingerprint
+from probescore_server.probes.format.probe_file import ProbeFile
+from probescore_server.probes.loading.compatibility import check_accepted_names, check_fits, probe_info, read_probe_files
+from probescore_server.probes.loading.loader import LoadedProbe, load_probes
+from probescore_server.rollouts import EngineInfo
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedParts:
+    """What an engine is made of.
+
+    Attributes:
+        info: what is loaded.
+        backbone: the model.
+        texts: its tokenizer.
+        probes: by ``name@version``.
+        files: theirs, in the order in which they were given.
+        cache: of keys and values, empty.
+        memory: what is held of the device.
+    """
+
+    info: EngineInfo
+    backbone: Backbone
+    texts: TextEncoder
+    probes: Mapping[str, LoadedProbe]
+    files: Sequence[ProbeFile]
+    cache: KeyValueCache
+    memory: DeviceMemory
+
+
+def load_parts(
+    model: str,
+    probes: Sequence[str | Path],
+    *,
+    revision: str,
+    dtype: str,
+    device: str,
+    device_map: str | None,
+    accept_mismatch: Collection[str],
+    trust_remote_code: bool,
+    max_kv_cache_bytes: int,
+    report: Callable[[str], None],
+) -> LoadedParts:
+    """Loads a model as far as its probes need it. The arguments and errors are those of ``Engine.load``."""
+    if dtype not in DTYPES:
+        raise ModelRefused(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
+    report(f"reading {len(probes)} probe files")
+    files = read_probe_files(probes)
+    check_accepted_names(files, accept_mismatch)
+    directory = resolve_model(model, revision=revision, trust_remote_code=trust_remote_code)
+    model_files = ModelFiles.of(directory)
+    config = load_config(directory, trust_remote_code=trust_remote_code)
+    taps = sorted({tap for file in files for tap in file.manifest.taps}, key=str)
+    report("computing the model's fingerprint")
+    described = _describe(model, directory, revision, config)
+    tokenizer = load_tokenizer(directory, trust_remote_code=trust_remote_code)
+    texts = TextEncoder(tokenizer)
+    fingerprint = "" if tokenizer is None else tokenizer_fingerprint(tokenizer)
+    accepted = {
+        file.manifest.key: check_fits(
+            file,
+            described,
+            fingerprint,
+            accept_mismatch,
+            bos_token_id=texts.bos_token_id,
+            further_special_ids=texts.further_special_ids,
+        )
+        for file in files
+    }
+
+    needed = layers_needed(taps, described.num_hidden_layers)
+    report(f"loading {needed} of {described.num_hidden_layers} blocks in {dtype}")
+    decoder = load_decoder(
+        directory, num_layers=needed, dtype=dtype, device=device, device_map=device_map, trust_remote_code=trust_remote_code
+    )
+    content = model_files.digest(decoder)
+    model_files.check_unchanged()
+    report("testing the forward pass")
+    reader = TapReader(decoder, taps)
+    backbone, reason = choose_backbone(decoder, reader)
+    report(f"{backbone.name} execution path: {reason}")
+    loaded = load_probes(files, decoder.device)
+    info = EngineInfo(
+        model=replace(described, num_loaded_layers=len(decoder.blocks)),
+        content=content,
+        tokenizer_fingerprint=fingerprint,
+        bos_token_id=texts.bos_token_id,
+        probes=tuple(probe_info(file.manifest, accepted[file.manifest.key]) for file in files),
+        device=str(decoder.device),
+        dtype=dtype,
+        execution_path=backbone.name,
+        max_unchanged_positions=max_unchanged_positions(decoder.config),
+        expects_bos={file.manifest.key: file.manifest.expects_bos for file in files},
+        max_follow_up_tokens={
+            file.manifest.key: len(file.manifest.follow_up.token_ids) for file in files if file.manifest.follow_up is not None
+        },
+        excluding_special_tokens=frozenset(file.manifest.key for file in files if file.manifest.exclude_special_tokens),
+        pools_with_prompt=frozenset(
+            file.manifest.key for file in files if file.manifest.context.kind == "rollout" and file.manifest.context.sees_prompt
+        ),
+        placeholders=placeholder_tokens(config, tokenizer),
+    )
+    cache = KeyValueCache(max_kv_cache_bytes)
+    return LoadedParts(info, backbone, texts, loaded, files, cache, DeviceMemory.of(decoder, loaded.values(), cache))
+
+
+def _describe(model: str, directory: Path, revision: str, config: PreTrainedConfig) -> ModelInfo:
+    text = config.get_text_config(decoder=True)
+    return ModelInfo(
+        # a path is the operator's business: clients are told its last component only
+        id=directory.resolve().name if Path(model).expanduser().is_dir() else model,
+        revision=revision,
+        fingerprint=model_fingerprint(directory),
+        model_type=config.model_type,
+        hidden_size=text.hidden_size,
+        num_hidden_layers=text.num_hidden_layers,
+        num_loaded_layers=0,
+        vocab_size=text.vocab_size,
+        max_position_embeddings=getattr(text, "max_position_embeddings", None) or 0,
+    )
