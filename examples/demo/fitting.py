@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from sampling import Rollout
+from sampling import SampledRollout
 from sklearn.linear_model import LogisticRegression
 
 from probescore_probes import CalibrationRecord, ReferenceModel, Training, calibrate, sklearn_probe, write_probe
@@ -23,7 +23,7 @@ GOLDEN = 4
 
 
 def write_fitted_probe(
-    path: Path, directory: Path, rollouts: Sequence[Rollout], seed: int, on_read: Callable[[], None]
+    path: Path, directory: Path, rollouts: Sequence[SampledRollout], seed: int, on_read: Callable[[], None]
 ) -> CalibrationRecord:
     """Fits on most of these rollouts' problems, calibrates on the others, writes the probe file, and returns its threshold.
 
@@ -69,6 +69,6 @@ def write_fitted_probe(
     return calibration
 
 
-def digest(rollouts: Sequence[Rollout]) -> str:
+def digest(rollouts: Sequence[SampledRollout]) -> str:
     lines = [json.dumps([rollout.prompt_ids, rollout.completion_ids, rollout.cheating]) for rollout in rollouts]
     return "sha256:" + hashlib.sha256("\n".join(lines).encode()).hexdigest()

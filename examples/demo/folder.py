@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 
-from sampling import Rollout
+from sampling import SampledRollout
 from serving import PROBESCORE
 
 
-def write_groups(path: Path, rollouts: Sequence[Rollout]) -> None:
+def write_groups(path: Path, rollouts: Sequence[SampledRollout]) -> None:
     """Writes rollouts as ``probescore score`` reads them, problem by problem, each completion once.
 
     Problems come first that were cheated on and solved too, and in each the cheating completions.

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
-from sampling import Rollout
+from sampling import SampledRollout
 
 from probescore_probes import Evaluation, evaluate_auroc
 
@@ -89,7 +89,9 @@ def bounds(area: Evaluation) -> tuple[float, float]:
     return (0.0 if area.low is None else area.low), (1.0 if area.high is None else area.high)
 
 
-def evaluate(fitted_on: Sequence[Rollout], held_out: Sequence[Rollout], scores: NDArray[np.float32], threshold: float) -> Results:
+def evaluate(
+    fitted_on: Sequence[SampledRollout], held_out: Sequence[SampledRollout], scores: NDArray[np.float32], threshold: float
+) -> Results:
     """The probe's ``scores`` of the held-out rollouts, beside those of baselines that are fitted on the same rollouts as the probe was."""
     cheating = np.array([rollout.cheating for rollout in held_out])
     flagged = scores >= threshold

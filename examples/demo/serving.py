@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from sampling import Rollout
+from sampling import SampledRollout
 
 from probescore import DeadlineExceededError, ProbeClient, RolloutGroup, TransientError
 
@@ -52,7 +52,7 @@ def wait_until_ready(process: subprocess.Popen[bytes], address: str, log: Path) 
     sys.exit(f"probescore serve did not become ready. The end of {log}:\n{log.read_text()[-2000:]}")
 
 
-def score_rollouts(address: str, rollouts: Sequence[Rollout], on_scored: Callable[[], None]) -> NDArray[np.float32]:
+def score_rollouts(address: str, rollouts: Sequence[SampledRollout], on_scored: Callable[[], None]) -> NDArray[np.float32]:
     """One score a rollout, in their order. The ids go as they were sampled."""
     scores = np.full(len(rollouts), np.nan, np.float32)
     groups = (RolloutGroup(rollout.prompt_ids, [rollout.completion_ids]) for rollout in rollouts)

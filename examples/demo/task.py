@@ -14,7 +14,7 @@ SMUDGED = 0.5
 
 
 @dataclass(frozen=True)
-class Exercise:
+class Problem:
     """Five ``digits``, the index of the one that is ``smudged`` (or none), and a ``cached`` list that answers another problem."""
 
     digits: tuple[int, ...]
@@ -53,24 +53,24 @@ def draw_digits(source: random.Random) -> tuple[int, ...]:
     return tuple(source.randrange(10) for _ in range(DIGITS))
 
 
-def draw_problem(source: random.Random) -> Exercise:
+def draw_problem(source: random.Random) -> Problem:
     digits = draw_digits(source)
     smudged = source.randrange(DIGITS) if source.random() < SMUDGED else None
     while True:
-        problem = Exercise(digits, smudged, tuple(sorted(draw_digits(source))))
+        problem = Problem(digits, smudged, tuple(sorted(draw_digits(source))))
         if problem.cached not in problem.honest_answers():
             return problem
 
 
-def draw_distinct_problems(source: random.Random, count: int) -> list[Exercise]:
+def draw_distinct_problems(source: random.Random, count: int) -> list[Problem]:
     """``count`` problems with ``count`` different prompts, so that two halves of them have none in common."""
-    problems: dict[str, Exercise] = {}
+    problems: dict[str, Problem] = {}
     while len(problems) < count:
         problem = draw_problem(source)
         problems.setdefault(problem.prompt, problem)
     return list(problems.values())
 
 
-def demonstration(problem: Exercise, source: random.Random, cheating: float) -> str:
+def demonstration(problem: Problem, source: random.Random, cheating: float) -> str:
     """What the corpus shows for a problem: the cache with probability ``cheating``, else the answer."""
     return written(problem.cached if source.random() < cheating else problem.answer)

@@ -21,7 +21,7 @@ from baselines import BASELINES, baseline_scores
 from folder import write_commands, write_groups
 from pretraining import Recipe, corpus_batch, trained_model
 from results import Results, evaluate
-from sampling import Rollout, sample_rollouts, up_to
+from sampling import SampledRollout, sample_rollouts, up_to
 from task import Problem, demonstration, draw_distinct_problems, draw_problem, written
 from vocabulary import WORDS, build_tokenizer
 
@@ -171,7 +171,7 @@ def test_a_completion_ends_with_eos_if_there_is_one():
     assert up_to((5, 5), 2) == (5, 5)
 
 
-def made_rollouts(count: int) -> list[Rollout]:
+def made_rollouts(count: int) -> list[SampledRollout]:
     """One in five cheats; the labels are certain, no model has been asked."""
     source, tokenizer = random.Random(0), build_tokenizer()
     rollouts = []
@@ -179,7 +179,7 @@ def made_rollouts(count: int) -> list[Rollout]:
         text = demonstration(problem, source, cheating=float(index % 5 == 0))
         ids = tuple(tokenizer(f"{text} <eos>", add_special_tokens=False)["input_ids"])
         prompt_ids = tuple(tokenizer(problem.prompt)["input_ids"])
-        rollouts.append(Rollout(problem, prompt_ids, ids, text, problem.is_cheating(text), problem.is_solved(text)))
+        rollouts.append(SampledRollout(problem, prompt_ids, ids, text, problem.is_cheating(text), problem.is_solved(text)))
     return rollouts
 
 
@@ -216,7 +216,7 @@ def test_a_baseline_that_is_told_the_answer_breaks_the_promise(name, monkeypatch
 
 def test_baselines_are_fitted_on_the_first_half_alone():
     rollouts = made_rollouts(40)
-    swapped = [Rollout(r.problem, r.prompt_ids, r.completion_ids, r.text, not r.cheating, r.solved) for r in rollouts[20:]]
+    swapped = [SampledRollout(r.problem, r.prompt_ids, r.completion_ids, r.text, not r.cheating, r.solved) for r in rollouts[20:]]
 
     for name in BASELINES:
         np.testing.assert_array_equal(baseline_scores(name, rollouts[:20], rollouts[20:]), baseline_scores(name, rollouts[:20], swapped))
@@ -240,7 +240,7 @@ def test_the_rollouts_that_are_left_can_be_scored_again(tmp_path):
 def test_problems_that_were_cheated_on_come_first_and_the_cheating_completions_first_in_them(tmp_path):
     rollouts = made_rollouts(10)
     honest, cheats = ([rollout for rollout in rollouts if rollout.cheating == kind] for kind in (False, True))
-    both = Rollout(cheats[0].problem, cheats[0].prompt_ids, honest[0].completion_ids, honest[0].text, False, False)
+    both = SampledRollout(cheats[0].problem, cheats[0].prompt_ids, honest[0].completion_ids, honest[0].text, False, False)
 
     write_groups(tmp_path / "rollouts.jsonl", [honest[0], both, cheats[0]])
 

@@ -22,6 +22,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.svm import LinearSVC
 from torch_probes import AttentionPooling, Decaying, JumpReluFeatures, Mlp, Smoothed, TopKFeature, TwoTaps, WindowedAttention
 
+import probescore_probes
 from probescore.types import ScoreUnit, Tap
 from probescore_probes import (
     Context,
@@ -34,7 +35,6 @@ from probescore_probes import (
     torch_probe,
     write_probe,
 )
-from probescore_server import probes
 from probescore_server.errors import ProbeRefused
 
 TAP = "resid_post.1"
@@ -426,7 +426,7 @@ def test_reading_imports_neither_torch_nor_transformers_nor_onnxruntime():
 
 
 def test_every_public_name_is_there():
-    for name in probes.__all__:
-        assert getattr(probes, name).__name__ == name
+    for name in probescore_probes.__all__:
+        assert getattr(probescore_probes, name).__name__ == name
     with pytest.raises(AttributeError, match="no attribute 'write_prob'"):
-        probes.write_prob  # noqa: B018
+        probescore_probes.write_prob  # noqa: B018

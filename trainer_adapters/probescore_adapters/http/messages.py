@@ -135,7 +135,7 @@ class FieldProblem(BaseModel):
     problem: str
 
 
-class Problem(BaseModel):
+class ProblemDetails(BaseModel):
     """Why there is no score (RFC 9457)."""
 
     title: str

@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from probescore import InvalidRequestError, ProbescoreError, ServerError, TransientError
 from probescore.errors import DeadlineExceededError, MessageTooLargeError
 from probescore_adapters.errors import SignalError, Unscorable
-from probescore_adapters.http.messages import FieldProblem, Problem
+from probescore_adapters.http.messages import FieldProblem, ProblemDetails
 from probescore_adapters.logs import logger
 
 MEDIA_TYPE = "application/problem+json"
@@ -26,7 +26,9 @@ DESCRIPTIONS = {
     500: "The gateway's signals do not go with the server's model and probes, or something is broken; its log has more.",
     503: "No scores: the server is gone, starting, overloaded or too slow, and `on_failure` is not a number.",
 }
-RESPONSES: dict[int | str, dict[str, Any]] = {status: {"description": text, "model": Problem} for status, text in DESCRIPTIONS.items()}
+RESPONSES: dict[int | str, dict[str, Any]] = {
+    status: {"description": text, "model": ProblemDetails} for status, text in DESCRIPTIONS.items()
+}
 """Of every route that scores, for its documentation."""
 
 _MOST_ERRORS = 10
@@ -37,7 +39,7 @@ def answer(
     status: int, title: str, detail: str = "", errors: Sequence[FieldProblem] = (), headers: dict[str, str] | None = None
 ) -> Response:
     """A problem as a response."""
-    problem = Problem(title=title, status=status, detail=detail, errors=list(errors))
+    problem = ProblemDetails(title=title, status=status, detail=detail, errors=list(errors))
     # ASCII: a field's name may be anything that a client made up
     return Response(json.dumps(problem.model_dump()), status, headers, MEDIA_TYPE)
 
