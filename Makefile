@@ -64,9 +64,13 @@ test-trainers: $(INSTALLED) $(TRAINERS:%=.venv-trainers/%/installed) ## The adap
 	  $(TRAINER_TESTS) .venv-trainers/$$trainer/bin/python -m pytest tests/trainers/$$trainer -q || failed="$$failed $$trainer"; done; \
 	if [ -n "$$failed" ]; then echo "failed:$$failed"; exit 1; fi
 
-.venv-trainers/%/installed: tests/trainers/%/requirements.txt
+.PRECIOUS: .venv-trainers/%/required
+.venv-trainers/%/required: tests/trainers/%/requirements.txt
 	$(PYTHON) -m venv --clear .venv-trainers/$*
 	.venv-trainers/$*/bin/pip install --quiet --disable-pip-version-check --no-deps --requirement $<
+	@touch $@
+
+.venv-trainers/%/installed: .venv-trainers/%/required pyproject.toml
 	.venv-trainers/$*/bin/pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@touch $@
 
