@@ -9,9 +9,10 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from probescore_server.workers.transport import MAX_BYTES_UNPACKED_ON_LOOP, BlockingEnd, LoopEnd
+from probescore_server.offloading import MAX_BYTES_UNPICKLED_ON_LOOP
+from probescore_server.workers.transport import BlockingEnd, LoopEnd
 
-LARGE = 3 * MAX_BYTES_UNPACKED_ON_LOOP
+LARGE = 3 * MAX_BYTES_UNPICKLED_ON_LOOP
 
 
 class Ends:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Generator, Iterable, Mapping, Sequence
@@ -29,13 +30,15 @@ from probescore_adapters.arrays import as_list, as_rewards
 from probescore_adapters.errors import ProbeReplaced, SignalError
 from probescore_adapters.guard_rails import GuardRails
 from probescore_adapters.job import job_from_environment
-from probescore_adapters.logs import logger
 from probescore_adapters.outcome import PREFIX, OnUnscorable, Outcome, combine, substitute
 from probescore_adapters.readings import Ask, BatchSignals, ServerFacts, read
 from probescore_adapters.replacement import describe_replacement
 from probescore_adapters.rollouts import Prompt, Rollout
 from probescore_adapters.signals import BoundSignal, Mode, ProbeSignal
 from probescore_adapters.texts import is_text_of
+
+# the standard library's: a trainer's process has its own way of showing logs
+logger = logging.getLogger("probescore_adapters")
 
 OnFailure = Union[Literal["raise", "wait"], float]
 OnReplaced = Literal["raise", "follow"]

@@ -6,6 +6,7 @@ For ``GRPOTrainer`` and ``RLOOTrainer``.
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any, Union
@@ -15,11 +16,13 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object
 
 from probescore import Chat, Text, tokenizer_fingerprint
-from probescore_adapters.logs import logger
 from probescore_adapters.outcome import PREFIX, Outcome
 from probescore_adapters.rollouts import Prompt, Rollout
 from probescore_adapters.scorer import ProbeScorer
 from probescore_adapters.signals import Floats, Mode
+
+# the standard library's: a trainer's process has its own way of showing logs
+logger = logging.getLogger("probescore_adapters")
 
 LogMetric = Callable[[str, float], None]
 LogExtra = Callable[[str, list[float]], None]

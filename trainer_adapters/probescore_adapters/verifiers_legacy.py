@@ -6,16 +6,19 @@ A rubric scores 0.0 where a function of it raises, and 0.0 would mean "did not c
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 import verifiers as vf
 
-from probescore_adapters.logs import logger
 from probescore_adapters.outcome import Outcome
 from probescore_adapters.rollouts import Rollout
 from probescore_adapters.scorer import ProbeScorer
 from probescore_adapters.signals import Mode
+
+# the standard library's: a trainer's process has its own way of showing logs
+logger = logging.getLogger("probescore_adapters")
 
 STATE_KEY = "probescore"
 """Where a state has what the signals add to its reward."""

@@ -20,14 +20,12 @@ from probescore_server.errors import CoreError, InternalFault, InvalidRequest
 from probescore_server.front.calls_under_way import UnderWay
 from probescore_server.front.metrics import Metrics, RpcLabels
 from probescore_server.front.status_codes import CODES, status_of
+from probescore_server.offloading import MAX_BYTES_PARSED_ON_LOOP, off_the_loop
 
 logger = structlog.get_logger(__name__)
 
 # Any other error, those meant for the operator among them, is a fault of ours when it ends a call.
 FOR_CLIENTS = tuple(CODES)
-
-# Parsing more than this would hold up the event loop.
-MAX_BYTES_PARSED_ON_LOOP = 65_536
 
 # gRPC ends a call whose deadline passed itself, on both sides, and cancels its handler. What is sent after the end it never frees
 # (grpc/grpc#43360). So nothing is sent that would come too late: the boundary waits for the end, and sends only if that does not come.
@@ -171,7 +169,7 @@ class _Guarded:
         self._counted.received.inc()
         parse = self._handler.request_deserializer or bytes
         try:
-            return parse(raw) if len(raw) <= MAX_BYTES_PARSED_ON_LOOP else await asyncio.to_thread(parse, raw)
+            return await off_the_loop(parse, raw, small=len(raw) <= MAX_BYTES_PARSED_ON_LOOP)
         except DecodeError:
             raise InvalidRequest("request", f"its {len(raw)} bytes are not the message that this method takes") from None
 

@@ -44,6 +44,13 @@ from probescore.wire.contract import JOB_KEY
 from probescore_server.errors import InvalidRequest, Mismatch, WorkerUnavailable
 from probescore_server.front.metrics import Metrics
 from probescore_server.front.request_counts import check_counts
+from probescore_server.offloading import (
+    MAX_BYTES_CHECKED_ON_LOOP,
+    MAX_BYTES_WRITTEN_ON_LOOP,
+    MAX_ROLLOUTS_COUNTED_AT_ONCE,
+    MAX_SCORES_ON_LOOP,
+    off_the_loop,
+)
 from probescore_server.rollouts import CheckedRollout, EngineInfo, ResolvedOptions
 from probescore_server.scheduling.call import Call, Delivery, FinishedRollout
 from probescore_server.scheduling.scheduler import Scheduler
@@ -58,12 +65,6 @@ MAX_RUN_ID_BYTES = 256
 MAX_ABSOLUTE_PRIORITY = 100
 # gRPC for Python slows down with larger messages.
 MAX_STREAMED_BYTES = 1 << 20
-
-# What takes about a millisecond. Switching threads costs a small call more than the work itself.
-MAX_BYTES_CHECKED_ON_LOOP = 4096
-MAX_SCORES_ON_LOOP = 64
-MAX_BYTES_WRITTEN_ON_LOOP = 65_536
-MAX_ROLLOUTS_COUNTED_AT_ONCE = 64
 
 # Half a megabyte each with a thousand probes.
 MAX_KNOWN_OPTIONS = 16
@@ -103,7 +104,7 @@ class ScoringServicer(scoring_pb2_grpc.ScoringServiceServicer):
         usage = _usage(call, finished, sum(delivery.compute_seconds for delivery in deliveries))
         scoring_info = _scoring_info(info, asked, usage)
         _after_the_answer(self._count_call, asked, usage, call.job)
-        return await _off_the_loop(_whole_answer, finished, scoring_info, small=_is_small(finished, asked))
+        return await off_the_loop(_whole_answer, finished, scoring_info, small=_is_small(finished, asked))
 
     async def ScoreStream(  # noqa: N802
         self, request: scoring_pb2.ScoreStreamRequest, context: Context
@@ -115,11 +116,11 @@ class ScoringServicer(scoring_pb2_grpc.ScoringServiceServicer):
         with self._submit(asked, context) as call:
             async for delivery in call:
                 self._counted(call, delivery, asked)
-                for finished in await _off_the_loop(_pieces, delivery, small=_is_small(delivery.finished, asked)):
+                for finished in await off_the_loop(_pieces, delivery, small=_is_small(delivery.finished, asked)):
                     usage = _usage(call, finished, delivery.compute_seconds)
                     answer = [(one.group, one.completion, one.result.scores) for one in finished]
                     scoring_info = _scoring_info(info, asked, usage)
-                    yield await _off_the_loop(streamed_to_proto, answer, scoring_info, small=_is_small(finished, asked))
+                    yield await off_the_loop(streamed_to_proto, answer, scoring_info, small=_is_small(finished, asked))
                 total = _usage(call, delivery.finished, delivery.compute_seconds, total)
         _after_the_answer(self._count_call, asked, total, call.job)
 
@@ -161,7 +162,7 @@ class ScoringServicer(scoring_pb2_grpc.ScoringServiceServicer):
         """Checks a request, tokenising what came as text."""
         started = time.monotonic()
         small = request.ByteSize() <= MAX_BYTES_CHECKED_ON_LOOP
-        asked, groups, texts = await _off_the_loop(_read_request, request, self._settings, len(info.probes), small=small)
+        asked, groups, texts = await off_the_loop(_read_request, request, self._settings, len(info.probes), small=small)
         _check_fingerprints(asked, info)
         # reductions are the client's to choose, as many as it likes: what is remembered must not grow with them
         resolve = _known_options if len(asked.reductions) <= MAX_KNOWN_REDUCTIONS else _resolve_options
@@ -169,7 +170,7 @@ class ScoringServicer(scoring_pb2_grpc.ScoringServiceServicer):
             info, asked.probes, asked.reductions, asked.token_scores, asked.scope, asked.return_token_ids, asked.return_token_texts
         )
         encoded = await encode(self._workers, texts) if texts else {}
-        rollouts = await _off_the_loop(
+        rollouts = await off_the_loop(
             resolve_rollouts,
             groups,
             info,
@@ -214,11 +215,6 @@ class ScoringServicer(scoring_pb2_grpc.ScoringServiceServicer):
 def _after_the_answer(work: Callable[..., None], *args: object) -> None:
     """Counting, and writing a line into the log, take as long as building an answer does: it goes first."""
     asyncio.get_running_loop().call_soon(work, *args)
-
-
-async def _off_the_loop(work: Callable[..., Result], *args: object, small: bool, **options: object) -> Result:
-    """Does work in a thread, unless it is small: large work would hold up every other call."""
-    return work(*args, **options) if small else await asyncio.to_thread(work, *args, **options)
 
 
 # ---------------------------------------------------------------------------------------------------------------------- reading

@@ -20,6 +20,12 @@ from numpy.typing import NDArray
 
 from probescore.types import Transfer
 from probescore_server.errors import InternalFault, StartupError, WorkerLost, WorkerUnavailable
+from probescore_server.offloading import (
+    MAX_ROLLOUTS_PICKLED_ON_LOOP,
+    MAX_SPANS_PICKLED_ON_LOOP,
+    MAX_TEXT_BYTES_PICKLED_ON_LOOP,
+    MAX_TEXTS_PICKLED_ON_LOOP,
+)
 from probescore_server.rollouts import CheckedRollout, EngineInfo, Occupancy, ScoredBatch
 from probescore_server.settings import ServerSettings
 from probescore_server.validation import PendingText
@@ -54,11 +60,6 @@ MAIN = "probescore_server.workers.main:run_worker"
 
 # How much longer than `worker_restart_seconds` the pause between attempts to start may get.
 MAX_BACKOFF = 60.0
-# Packing more than this would hold up the event loop: some µs each, and more with thousands of ids.
-MAX_ROLLOUTS_PACKED_ON_LOOP = 64
-MAX_SPANS_PACKED_ON_LOOP = 1024
-MAX_TEXTS_PACKED_ON_LOOP = 1024
-MAX_TEXT_BYTES_PACKED_ON_LOOP = 65_536
 # For the batch that computes when a worker is told to stop; nobody waits for its scores any more.
 STOP_SECONDS = 5.0
 # For a process that was killed, or whose pipe is closed, to be gone. A driver can hold one for ever: the next one is started beside it.
@@ -539,11 +540,11 @@ def _takes_long(message: ToWorker) -> bool:
     """To pack."""
     match message:
         case ScoreBatch(rollouts=rollouts):
-            if len(rollouts) > MAX_ROLLOUTS_PACKED_ON_LOOP:
+            if len(rollouts) > MAX_ROLLOUTS_PICKLED_ON_LOOP:
                 return True
-            return sum(rollout.completion.tree_spans for rollout in rollouts) > MAX_SPANS_PACKED_ON_LOOP
+            return sum(rollout.completion.tree_spans for rollout in rollouts) > MAX_SPANS_PICKLED_ON_LOOP
         case EncodeTexts(texts=texts):
-            return len(texts) > MAX_TEXTS_PACKED_ON_LOOP or sum(text.bytes for text in texts) > MAX_TEXT_BYTES_PACKED_ON_LOOP
+            return len(texts) > MAX_TEXTS_PICKLED_ON_LOOP or sum(text.bytes for text in texts) > MAX_TEXT_BYTES_PICKLED_ON_LOOP
         case _:
             return False
 

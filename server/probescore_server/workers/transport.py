@@ -17,9 +17,9 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, cast
 
+from probescore_server.offloading import MAX_BYTES_UNPICKLED_ON_LOOP
+
 _LENGTH = struct.Struct("!Q")
-# Results of 300 rollouts, say. Unpacking more, at some 6 µs each, would hold up the event loop.
-MAX_BYTES_UNPACKED_ON_LOOP = 16_384
 
 
 class BlockingEnd:
@@ -110,7 +110,7 @@ class LoopEnd(asyncio.Protocol):
                 return
             packed = bytes(memoryview(self._received)[_LENGTH.size : end])
             del self._received[:end]
-            if len(packed) > MAX_BYTES_UNPACKED_ON_LOOP:
+            if len(packed) > MAX_BYTES_UNPICKLED_ON_LOOP:
                 self._start(self._unpack_in_thread(packed))
             else:
                 self._on_message(pickle.loads(packed))  # noqa: S301 - only our own process is at the other end

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +16,9 @@ from probescore import InvalidRequestError, ProbescoreError, ServerError, Transi
 from probescore.errors import DeadlineExceededError, MessageTooLargeError
 from probescore_adapters.errors import SignalError, Unscorable
 from probescore_adapters.http.messages import FieldProblem, ProblemDetails
-from probescore_adapters.logs import logger
+
+# the standard library's: a trainer's process has its own way of showing logs
+logger = logging.getLogger("probescore_adapters")
 
 MEDIA_TYPE = "application/problem+json"
 DESCRIPTIONS = {
