@@ -42,7 +42,7 @@ async def both_ends() -> AsyncIterator[Ends]:
         await ends.ended.wait()
 
 
-async def test_messages_arrive_in_order_though_some_take_long_to_pack() -> None:
+async def test_messages_arrive_in_order_though_some_take_long_to_encode() -> None:
     async with both_ends() as ends:
         for number in range(20):
             ends.front.send((number, b"x" * (LARGE if number % 5 == 0 else 1)), takes_long=number % 5 == 0)

@@ -4,7 +4,7 @@ There is no timer: a batch is whatever waits when a worker frees, up to a token 
 
 * Admission counts tokens. A call that does not fit in the queue is refused at once, with an estimate of when to come back.
 * What makes a batch, in which order and how prompts are shared: `queue`. What is computed once for several calls: `deduplication`.
-* While a worker computes one batch it may have the next one prepared, so that sending and unpacking cost no time. A batch is prepared only
+* While a worker computes one batch it may have the next one prepared, so that sending and decoding cost no time. A batch is prepared only
   if as much waits as fits into it (a prompt and identical rollouts counted once): waiting longer would not make it larger. It is the same
   batch, by the same turns, as the worker would get a little later; who comes in between waits for it.
 * Expired and withdrawn work never reaches a worker, and withdrawn work that is already there is cancelled in the middle of its batch.

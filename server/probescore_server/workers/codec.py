@@ -15,39 +15,39 @@ from numpy.typing import DTypeLike, NDArray
 from probescore.types import CompletionScores, CompletionStatus, ProbeScores, Scope, Span, Usage
 from probescore_server.rollouts import CheckedRollout, Continuation, ResolvedOptions, RolloutResult
 
-Packed: TypeAlias = tuple[Any, ...]
+Encoded: TypeAlias = tuple[Any, ...]
 
 # --------------------------------------------------------------------------------------------------------------------- rollouts
 
 
-def pack_rollouts(rollouts: Sequence[CheckedRollout]) -> Packed:
-    """Packs a batch; prompts and options that its rollouts share are packed once."""
+def encode_rollouts(rollouts: Sequence[CheckedRollout]) -> Encoded:
+    """Encodes a batch; prompts and options that its rollouts share are encoded once."""
     prompts: dict[int, tuple[int, bytes]] = {}
-    options: dict[int, tuple[int, Packed]] = {}
-    packed = []
+    options: dict[int, tuple[int, Encoded]] = {}
+    encoded = []
     for rollout in rollouts:
         prompt, asked = id(rollout.prompt_ids), id(rollout.options)
         if prompt not in prompts:
             prompts[prompt] = len(prompts), _bytes_of(rollout.prompt_ids, np.int32)
         if asked not in options:
-            options[asked] = len(options), _pack_options(rollout.options)
+            options[asked] = len(options), _encode_options(rollout.options)
         cost = rollout.appended_tokens, rollout.reread_tokens
-        packed.append((prompts[prompt][0], _pack_continuation(rollout.completion), options[asked][0], cost))
-    return [ids for _, ids in prompts.values()], [each for _, each in options.values()], packed
+        encoded.append((prompts[prompt][0], _encode_continuation(rollout.completion), options[asked][0], cost))
+    return [ids for _, ids in prompts.values()], [each for _, each in options.values()], encoded
 
 
-def unpack_rollouts(packed: Packed) -> list[CheckedRollout]:
+def decode_rollouts(encoded: Encoded) -> list[CheckedRollout]:
     """The rollouts, with read-only arrays. Those that shared a prompt or options share them again."""
-    packed_prompts, packed_options, packed_rollouts = packed
-    prompts = [np.frombuffer(ids, np.int32) for ids in packed_prompts]
-    options = [_unpack_options(each) for each in packed_options]
+    encoded_prompts, encoded_options, encoded_rollouts = encoded
+    prompts = [np.frombuffer(ids, np.int32) for ids in encoded_prompts]
+    options = [_decode_options(each) for each in encoded_options]
     return [
-        CheckedRollout(prompts[prompt], _unpack_continuation(completion), options[asked], *cost)
-        for prompt, completion, asked, cost in packed_rollouts
+        CheckedRollout(prompts[prompt], _decode_continuation(completion), options[asked], *cost)
+        for prompt, completion, asked, cost in encoded_rollouts
     ]
 
 
-def _pack_options(options: ResolvedOptions) -> Packed:
+def _encode_options(options: ResolvedOptions) -> Encoded:
     return (
         options.probes,
         options.reductions,
@@ -58,29 +58,29 @@ def _pack_options(options: ResolvedOptions) -> Packed:
     )
 
 
-def _unpack_options(packed: Packed) -> ResolvedOptions:
-    probes, reductions, token_scores, scope, return_token_ids, return_token_texts = packed
+def _decode_options(encoded: Encoded) -> ResolvedOptions:
+    probes, reductions, token_scores, scope, return_token_ids, return_token_texts = encoded
     return ResolvedOptions(probes, reductions, token_scores, Scope(scope), return_token_ids, return_token_texts)
 
 
-def _pack_continuation(continuation: Continuation) -> Packed:
+def _encode_continuation(continuation: Continuation) -> Encoded:
     return (
         _bytes_of(continuation.token_ids, np.int32),
-        _pack_array(continuation.mask, np.bool_),
+        _encode_array(continuation.mask, np.bool_),
         [(span.name, span.start, span.end) for span in continuation.spans],
-        [_pack_continuation(follow_up) for follow_up in continuation.follow_ups],
+        [_encode_continuation(follow_up) for follow_up in continuation.follow_ups],
         continuation.id,
         continuation.inexact_ids,
     )
 
 
-def _unpack_continuation(packed: Packed) -> Continuation:
-    token_ids, mask, spans, follow_ups, echoed, inexact_ids = packed
+def _decode_continuation(encoded: Encoded) -> Continuation:
+    token_ids, mask, spans, follow_ups, echoed, inexact_ids = encoded
     return Continuation(
         np.frombuffer(token_ids, np.int32),
-        _unpack_array(mask, np.bool_),
+        _decode_array(mask, np.bool_),
         tuple([Span(*span) for span in spans]),
-        tuple([_unpack_continuation(follow_up) for follow_up in follow_ups]),
+        tuple([_decode_continuation(follow_up) for follow_up in follow_ups]),
         echoed,
         inexact_ids,
     )
@@ -89,28 +89,28 @@ def _unpack_continuation(packed: Packed) -> Continuation:
 # ---------------------------------------------------------------------------------------------------------------------- results
 
 
-def pack_results(results: Sequence[RolloutResult | None]) -> Packed:
-    """Packs the results of a batch."""
-    return tuple([None if result is None else _pack_result(result) for result in results])
+def encode_results(results: Sequence[RolloutResult | None]) -> Encoded:
+    """Encodes the results of a batch."""
+    return tuple([None if result is None else _encode_result(result) for result in results])
 
 
-def unpack_results(packed: Packed) -> tuple[RolloutResult | None, ...]:
+def decode_results(encoded: Encoded) -> tuple[RolloutResult | None, ...]:
     """The results, with read-only arrays."""
-    return tuple([None if result is None else _unpack_result(result) for result in packed])
+    return tuple([None if result is None else _decode_result(result) for result in encoded])
 
 
-def _pack_result(result: RolloutResult) -> Packed:
+def _encode_result(result: RolloutResult) -> Encoded:
     usage = result.usage
     tokens = usage.tokens_computed, usage.tokens_shared, usage.tokens_cached
-    return _pack_scores(result.scores), tokens, result.refused_by
+    return _encode_scores(result.scores), tokens, result.refused_by
 
 
-def _unpack_result(packed: Packed) -> RolloutResult:
-    scores, tokens, refused_by = packed
-    return RolloutResult(_unpack_scores(scores), Usage(*tokens), refused_by)
+def _decode_result(encoded: Encoded) -> RolloutResult:
+    scores, tokens, refused_by = encoded
+    return RolloutResult(_decode_scores(scores), Usage(*tokens), refused_by)
 
 
-def _pack_scores(scores: CompletionScores) -> Packed:
+def _encode_scores(scores: CompletionScores) -> Encoded:
     probes = scores.scores
     reduced = [probe.reduced for probe in probes.values()]
     return (
@@ -121,38 +121,38 @@ def _pack_scores(scores: CompletionScores) -> Packed:
         b"".join([_bytes_of(array, np.float32) for array in reduced]),
         {key: (probe.tokens.shape, _bytes_of(probe.tokens, np.float32)) for key, probe in probes.items() if probe.tokens is not None},
         scores.status_message,
-        _pack_array(scores.prompt_ids, np.int32),
-        _pack_array(scores.completion_ids, np.int32),
+        _encode_array(scores.prompt_ids, np.int32),
+        _encode_array(scores.completion_ids, np.int32),
         scores.inexact_ids,
-        [_pack_scores(follow_up) for follow_up in scores.follow_ups],
+        [_encode_scores(follow_up) for follow_up in scores.follow_ups],
         scores.prompt_texts,
         scores.completion_texts,
     )
 
 
-def _unpack_scores(packed: Packed) -> CompletionScores:
-    echoed, status, probes, shapes, numbers, tokens, message, prompt_ids, completion_ids, inexact_ids, follow_ups, *texts = packed
+def _decode_scores(encoded: Encoded) -> CompletionScores:
+    echoed, status, probes, shapes, numbers, tokens, message, prompt_ids, completion_ids, inexact_ids, follow_ups, *texts = encoded
     reduced = np.frombuffer(numbers, np.float32)
     scores, start = {}, 0
     for probe, shape in zip(probes, shapes, strict=True):
         end = start + math.prod(shape)
-        scores[probe] = ProbeScores(reduced[start:end].reshape(shape), _unpack_tokens(tokens[probe]) if probe in tokens else None)
+        scores[probe] = ProbeScores(reduced[start:end].reshape(shape), _decode_tokens(tokens[probe]) if probe in tokens else None)
         start = end
     return CompletionScores(
         echoed,
         CompletionStatus(status),
         scores,
         message,
-        _unpack_array(prompt_ids, np.int32),
-        _unpack_array(completion_ids, np.int32),
+        _decode_array(prompt_ids, np.int32),
+        _decode_array(completion_ids, np.int32),
         inexact_ids,
-        tuple([_unpack_scores(follow_up) for follow_up in follow_ups]),
+        tuple([_decode_scores(follow_up) for follow_up in follow_ups]),
         *texts,
     )
 
 
-def _unpack_tokens(packed: Packed) -> NDArray[np.float32]:
-    shape, numbers = packed
+def _decode_tokens(encoded: Encoded) -> NDArray[np.float32]:
+    shape, numbers = encoded
     return np.frombuffer(numbers, np.float32).reshape(shape)
 
 
@@ -163,9 +163,9 @@ def _bytes_of(array: NDArray[Any], dtype: DTypeLike) -> bytes:
     return array.tobytes()
 
 
-def _pack_array(array: NDArray[Any] | None, dtype: DTypeLike) -> bytes | None:
+def _encode_array(array: NDArray[Any] | None, dtype: DTypeLike) -> bytes | None:
     return None if array is None else _bytes_of(array, dtype)
 
 
-def _unpack_array(packed: bytes | None, dtype: DTypeLike) -> NDArray[Any] | None:
-    return None if packed is None else np.frombuffer(packed, dtype)
+def _decode_array(encoded: bytes | None, dtype: DTypeLike) -> NDArray[Any] | None:
+    return None if encoded is None else np.frombuffer(encoded, dtype)

@@ -537,7 +537,7 @@ def _oom_kills() -> int:
 
 
 def _takes_long(message: ToWorker) -> bool:
-    """To pack."""
+    """To encode."""
     match message:
         case ScoreBatch(rollouts=rollouts):
             if len(rollouts) > MAX_ROLLOUTS_PICKLED_ON_LOOP:

@@ -14,7 +14,7 @@ from probescore_server.errors import InternalFault, InvalidRequest, OutOfMemory,
 from probescore_server.rollouts import CheckedRollout, EngineInfo, Occupancy, ScoredBatch
 from probescore_server.settings import ServerSettings
 from probescore_server.validation import PendingText
-from probescore_server.workers.codec import Packed, pack_results, pack_rollouts, unpack_results, unpack_rollouts
+from probescore_server.workers.codec import Encoded, decode_results, decode_rollouts, encode_results, encode_rollouts
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,12 @@ class ScoreBatch:
         """The most that it can cost."""
         return sum(rollout.tokens for rollout in self.rollouts)
 
-    def __reduce__(self) -> tuple[Callable[[int, Packed], ScoreBatch], tuple[int, Packed]]:
-        return _score_batch, (self.number, pack_rollouts(self.rollouts))
+    def __reduce__(self) -> tuple[Callable[[int, Encoded], ScoreBatch], tuple[int, Encoded]]:
+        return _score_batch, (self.number, encode_rollouts(self.rollouts))
 
 
-def _score_batch(number: int, rollouts: Packed) -> ScoreBatch:
-    return ScoreBatch(number, unpack_rollouts(rollouts))
+def _score_batch(number: int, rollouts: Encoded) -> ScoreBatch:
+    return ScoreBatch(number, decode_rollouts(rollouts))
 
 
 @dataclass(frozen=True)
@@ -125,12 +125,12 @@ class BatchScored:
     number: int
     batch: ScoredBatch
 
-    def __reduce__(self) -> tuple[Callable[[int, Packed, float], BatchScored], tuple[int, Packed, float]]:
-        return _batch_scored, (self.number, pack_results(self.batch.results), self.batch.compute_seconds)
+    def __reduce__(self) -> tuple[Callable[[int, Encoded, float], BatchScored], tuple[int, Encoded, float]]:
+        return _batch_scored, (self.number, encode_results(self.batch.results), self.batch.compute_seconds)
 
 
-def _batch_scored(number: int, results: Packed, compute_seconds: float) -> BatchScored:
-    return BatchScored(number, ScoredBatch(unpack_results(results), compute_seconds))
+def _batch_scored(number: int, results: Encoded, compute_seconds: float) -> BatchScored:
+    return BatchScored(number, ScoredBatch(decode_results(results), compute_seconds))
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """What the front process and a worker send each other: pickles over a socket pair, each after its length.
 
 A worker's threads block on their end. The front's end is on the event loop, without a thread in between: a small message costs no switch of
-threads, and one that takes long to pack is packed in a thread.
+threads, and one that takes long to encode is encoded in a thread.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class BlockingEnd:
 
     def send(self, message: object) -> None:
         """Sends a message whole; raises ``OSError`` if the other end is closed."""
-        packed = _pack(message)
+        encoded = _encode(message)
         with self._sending:
-            self._connection.sendall(packed)
+            self._connection.sendall(encoded)
 
     def receive(self) -> Any:  # noqa: ANN401
         """The next message; raises ``EOFError`` if the other end is closed."""
@@ -61,7 +61,7 @@ class LoopEnd(asyncio.Protocol):
         self.heard = -math.inf
         self._transport: asyncio.WriteTransport | None = None
         self._received = bytearray()
-        self._to_pack: deque[object] = deque()
+        self._to_encode: deque[object] = deque()
         self._tasks: set[asyncio.Task[None]] = set()
 
     # ------------------------------------------------------------------------------------------------------------------- sending
@@ -71,23 +71,23 @@ class LoopEnd(asyncio.Protocol):
 
         Args:
             message: anything that can be pickled.
-            takes_long: to pack.
+            takes_long: to encode.
         """
-        if takes_long or self._to_pack:
-            self._to_pack.append(message)
-            if len(self._to_pack) == 1:
-                self._start(self._pack_in_threads())
+        if takes_long or self._to_encode:
+            self._to_encode.append(message)
+            if len(self._to_encode) == 1:
+                self._start(self._encode_in_threads())
         else:
-            self._write(_pack(message))
+            self._write(_encode(message))
 
-    async def _pack_in_threads(self) -> None:
-        while self._to_pack:
-            self._write(await asyncio.to_thread(_pack, self._to_pack[0]))
-            self._to_pack.popleft()
+    async def _encode_in_threads(self) -> None:
+        while self._to_encode:
+            self._write(await asyncio.to_thread(_encode, self._to_encode[0]))
+            self._to_encode.popleft()
 
-    def _write(self, packed: bytes) -> None:
+    def _write(self, encoded: bytes) -> None:
         if self._transport is not None:
-            self._transport.write(packed)
+            self._transport.write(encoded)
 
     def close(self) -> None:
         """Ends it, at this end."""
@@ -108,15 +108,15 @@ class LoopEnd(asyncio.Protocol):
             end = _LENGTH.size + _LENGTH.unpack_from(self._received)[0]
             if len(self._received) < end:
                 return
-            packed = bytes(memoryview(self._received)[_LENGTH.size : end])
+            encoded = bytes(memoryview(self._received)[_LENGTH.size : end])
             del self._received[:end]
-            if len(packed) > MAX_BYTES_UNPICKLED_ON_LOOP:
-                self._start(self._unpack_in_thread(packed))
+            if len(encoded) > MAX_BYTES_UNPICKLED_ON_LOOP:
+                self._start(self._decode_in_thread(encoded))
             else:
-                self._on_message(pickle.loads(packed))  # noqa: S301 - only our own process is at the other end
+                self._on_message(pickle.loads(encoded))  # noqa: S301 - only our own process is at the other end
 
-    async def _unpack_in_thread(self, packed: bytes) -> None:
-        self._on_message(await asyncio.to_thread(pickle.loads, packed))
+    async def _decode_in_thread(self, encoded: bytes) -> None:
+        self._on_message(await asyncio.to_thread(pickle.loads, encoded))
 
     def connection_lost(self, error: Exception | None) -> None:
         """Called by the loop."""
@@ -133,6 +133,6 @@ class LoopEnd(asyncio.Protocol):
         task.add_done_callback(self._tasks.discard)
 
 
-def _pack(message: object) -> bytes:
-    packed = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
-    return _LENGTH.pack(len(packed)) + packed
+def _encode(message: object) -> bytes:
+    encoded = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
+    return _LENGTH.pack(len(encoded)) + encoded
