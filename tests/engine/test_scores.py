@@ -132,7 +132,9 @@ def test_masked_tokens_are_left_out_of_reductions_and_still_have_scores(engine: 
     scored = only(engine, Completion(ANSWER, mask=[1, 0, 0, 0, 1]), token_scores="all")
     each = plain(reference, PROMPT, ANSWER)[4:]
     close(tokens(scored, "linear"), each)
+    # in a stack, and as a graph of its own
     close(scored["linear"].value, each[[0, 4]].mean())
+    close(scored["running-mean"].value, tokens(scored, "running-mean")[[0, 4]].mean())
 
 
 def test_mask_does_not_change_what_a_causal_probe_reads(engine: Engine) -> None:
