@@ -29,7 +29,7 @@ _before_fork: list[Callable[[], None]] = []
 
 @contextmanager
 def call_under_way() -> Iterator[None]:
-    """For as long as a thread waits inside gRPC for the answer to a call."""
+    """Marks a thread as inside gRPC, from making the channel to the end of the call: a fork meanwhile makes the child unusable."""
     call = object()
     _under_way.add(call)
     try:
@@ -39,7 +39,7 @@ def call_under_way() -> Iterator[None]:
 
 
 def channel_ended() -> None:
-    """To be said whenever a channel was closed or let go of."""
+    """Tells this module that a channel was just closed or let go of, so that the next fork waits for gRPC's threads to end."""
     global _ended_at
     _ended_at = time.monotonic()
 

@@ -273,12 +273,12 @@ class _Stream:
         if self._stopped.is_set():
             return
         try:
-            stub, request = self._client._stub(), chunk.request(self._template)
-            call = stub.ScoreStream(request, timeout=seconds, metadata=self._client._settings.metadata)
-            self._calls[chunk] = call
-            if self._stopped.is_set():  # by a reader that could not see the call yet
-                call.cancel()
             with _forks.call_under_way():
+                stub, request = self._client._stub(), chunk.request(self._template)
+                call = stub.ScoreStream(request, timeout=seconds, metadata=self._client._settings.metadata)
+                self._calls[chunk] = call
+                if self._stopped.is_set():  # by a reader that could not see the call yet
+                    call.cancel()
                 for message in call:
                     self._arrivals.put(chunk.accept(message))
                     attempts.progressed()

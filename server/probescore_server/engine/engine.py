@@ -105,7 +105,7 @@ class Engine:
         max_kv_cache_bytes: int = MAX_KV_CACHE_BYTES,
         report: Callable[[str], None] = _ignore,
     ) -> Engine:
-        """Loads a model as far as the probes need it, and check everything that can be checked before the first request.
+        """Loads a model as far as the probes need it, and checks everything that can be checked before the first request.
 
         Args:
             model: a directory, or the id of a model on the hub.

@@ -537,7 +537,7 @@ def _oom_kills() -> int:
 
 
 def _takes_long(message: ToWorker) -> bool:
-    """To encode."""
+    """Whether to encode a message takes so long that it would hold up the event loop: it has many rollouts, spans or texts."""
     match message:
         case ScoreBatch(rollouts=rollouts):
             if len(rollouts) > MAX_ROLLOUTS_PICKLED_ON_LOOP:
