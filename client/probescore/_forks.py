@@ -18,6 +18,8 @@ REST_SECONDS = 0.5
 channels keeps them."""
 
 _STEP_SECONDS = 0.001
+_QUIET_STEPS = 5
+"""gRPC is at rest when no thread of it is seen so often in a row: one that ends may have started another, still without its name."""
 _THREADS = Path("/proc/self/task")
 _NAMES = ("event_engine", "lifeguard", "grpc_", "timer_manager", "default-executo", "resolver-execut")  # of at most 15 characters
 
@@ -65,9 +67,10 @@ def check_usable() -> None:
 def _prepare() -> None:
     for do in _before_fork:
         do()
-    if not _under_way:
-        while time.monotonic() < _ended_at + REST_SECONDS and _at_work():
-            time.sleep(_STEP_SECONDS)
+    quiet = 0
+    while not _under_way and quiet < _QUIET_STEPS and time.monotonic() < _ended_at + REST_SECONDS:
+        quiet = 0 if _at_work() else quiet + 1
+        time.sleep(_STEP_SECONDS)
 
 
 def _at_work() -> bool:
