@@ -666,8 +666,8 @@ class _EstimatorWriter:
 
 def _no_conversion(name: str, why: str) -> str:
     return (
-        f"estimator: {name} cannot be written: {why}; fit another estimator (docs/probe-file.md lists those that can be written), or make "
-        "the ONNX graph yourself and use onnx_probe"
+        f"estimator: {name} cannot be written: {why}; fit another estimator (docs/reference/probe-file.md lists them), "
+        "or make the ONNX graph yourself and use onnx_probe"
     )
 
 
