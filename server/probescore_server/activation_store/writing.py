@@ -104,12 +104,14 @@ class StorePlan:
         Raises:
             InvalidRequest: names the field at fault.
             LimitExceeded: one completion alone has more activations than ``max_batch_bytes``.
-            StoreRefused: ``dtype`` is none.
+            StoreRefused: ``dtype`` is none, or there are other labels than completions.
         """
         if dtype not in NUMBER_FORMATS:
             raise StoreRefused(f"dtype {dtype!r} is none of {', '.join(NUMBER_FORMATS)}")
         reads = engine.resolve_reads(taps, pool)
         options = ResolvedOptions(probes=(), scope=parse_scope(scope))
+        if labels and [*map(len, labels)] != [len(group.completions) for group in groups]:
+            raise StoreRefused("labels: one is needed for each completion of each group, or none at all")
         placed = [
             (rollout, (group, completion))
             for group, rollouts in enumerate(engine.check_rollouts(groups, options))
@@ -158,6 +160,7 @@ class StorePlan:
                 the dtype.
             OSError: it cannot be written to.
         """
+        check_target(directory)
         directory.mkdir(parents=True, exist_ok=True)
         with _claimed(directory):
             self._begin(directory)
@@ -180,8 +183,6 @@ class StorePlan:
             found = StoreIndex.parse(index.read_bytes(), index)
             if differs := difference(found, self.index):
                 raise StoreRefused(f"{directory}: holds other activations ({differs}); give another directory, or remove it")
-        elif any(directory.iterdir()):
-            raise StoreRefused(f"{directory}: is not empty, and holds no activations; give another directory")
         for partial in directory.glob(f"*{_PARTIAL}"):
             partial.unlink()
         if not index.exists():
@@ -208,6 +209,18 @@ def store_activations(
     """
     plan = StorePlan.make(engine, groups, taps=taps, pool=pool, scope=scope, dtype=dtype, labels=labels, max_batch_bytes=max_batch_bytes)
     plan.write(Path(directory), progress)
+
+
+def check_target(directory: Path) -> None:
+    """Refuses a place where no activations can go, before anything is computed for it.
+
+    Raises:
+        StoreRefused: it is no directory, or one with something else.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise StoreRefused(f"{directory}: is no directory; give another place")
+    if directory.is_dir() and not (directory / INDEX).exists() and any(directory.iterdir()):
+        raise StoreRefused(f"{directory}: is not empty, and holds no activations; give another directory")
 
 
 @contextmanager
@@ -305,8 +318,14 @@ def _claimed(directory: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def free_bytes(directory: Path) -> int:
+    """Where a directory is, or will be."""
+    there = next(place for place in (directory, *directory.absolute().parents) if place.exists())
+    return shutil.disk_usage(there).free
+
+
 def _check_room(directory: Path, needed: int) -> None:
-    free = shutil.disk_usage(directory).free
+    free = free_bytes(directory)
     if needed > free:
         raise StoreRefused(
             f"{directory}: {needed / 1e9:,.2f} GB are to be written, and {free / 1e9:,.2f} GB are free; ask for fewer taps, for pools in "
