@@ -666,7 +666,7 @@ class _EstimatorWriter:
 
 def _no_conversion(name: str, why: str) -> str:
     return (
-        f"estimator: {name} cannot be written: {why}; fit another estimator (docs/reference/probe-file.md lists them), "
+        f"estimator: {name} cannot be written: {why}; fit another estimator (docs/reference/estimators.md lists them), "
         "or make the ONNX graph yourself and use onnx_probe"
     )
 
