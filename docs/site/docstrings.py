@@ -8,10 +8,11 @@ from griffe import AliasResolutionError, Class, Expr, ExprName, Extension, Funct
 
 import probescore
 import probescore_adapters
+import probescore_audit
 import probescore_probes
 import probescore_server
 
-PACKAGES = (probescore, probescore_server, probescore_probes, probescore_adapters)
+PACKAGES = (probescore, probescore_server, probescore_probes, probescore_audit, probescore_adapters)
 
 _PUBLIC = {name: f"{package.__name__}.{name}" for package in reversed(PACKAGES) for name in package.__all__}
 _NAME = re.compile(r"(?<!`)(`{1,2})(\w+)\1(?!`)")

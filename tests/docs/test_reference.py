@@ -9,6 +9,7 @@ import yaml
 
 import probescore
 import probescore_adapters
+import probescore_audit
 import probescore_probes
 import probescore_server
 from probescore_server.cli.serve import PANELS, default_of
@@ -19,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 REFERENCE = DOCS / "reference"
 KINDS = ("tutorials", "how-to", "reference", "explanation", "decisions")
-PACKAGES = (probescore, probescore_server, probescore_probes, probescore_adapters)
+PACKAGES = (probescore, probescore_server, probescore_probes, probescore_audit, probescore_adapters)
 
 
 @pytest.fixture(scope="module")
