@@ -19,16 +19,20 @@ _NAME = re.compile(r"(?<!`)(`{1,2})(\w+)\1(?!`)")
 
 
 class Conventions(Extension):
-    """Four things about the reference of Python.
+    """What the reference of Python shows otherwise than it is written.
 
-    A class that is made by ``__new__`` is shown with those parameters, a default that has a name is shown as what it is, reStructuredText's
-    ``::`` is taken for what Markdown does without, and a docstring that names something public links to it.
+    A class that is made by ``__new__`` is shown with those parameters, an enumeration with its values, and a default that has a name as what it
+    is. reStructuredText's ``::`` is taken for what Markdown does without, and a docstring that names something public links to it.
     """
 
     def on_class(self, *, cls: Class, **_: object) -> None:
-        """Lets ``__new__`` stand for the ``__init__`` that the class does not have."""
+        """Lets ``__new__`` stand for the ``__init__`` that a class does not have, and lists what an enumeration has."""
         if "__new__" in cls.members and "__init__" not in cls.members:
             cls.set_member("__init__", cls.members["__new__"])
+        if cls.docstring is not None and any("Enum" in str(base) for base in cls.bases):
+            values = [member for member in cls.members.values() if member.is_attribute and not member.name.startswith("_")]
+            undocumented = [f"- `{value.name}` = `{value.value}`" for value in values if value.docstring is None]
+            cls.docstring.value += "\n\n" + "\n".join(undocumented)
 
     def on_object(self, *, obj: Object, **_: object) -> None:
         """Leaves out what says that code follows, since Markdown sees that it is set in, and links names."""
