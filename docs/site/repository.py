@@ -19,13 +19,15 @@ from pygments.util import ClassNotFound
 ROOT = Path(__file__).parents[2]
 DOCS = "docs"
 PAGES = "repository"
+READ_BESIDE = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/unsupported/README.md")
+"""Pages outside docs/ whose links are checked though no page may link to them."""
 
 _FENCED_OR_LINK = re.compile(r"^ *(`{3,})[^\n]*\n.*?^ *\1 *$|(?<=\]\()([^)\s#:]+)(?=[)#])", re.MULTILINE | re.DOTALL)
 
 
 def linked_files(files: Files, config: MkDocsConfig) -> Iterator[File]:
     """The pages of all files that a page links to, and of those that these link to in turn."""
-    waiting = set().union(*(_paths_outside(file.content_string, file.src_uri) for file in files.documentation_pages()))
+    waiting = set(READ_BESIDE).union(*(_paths_outside(file.content_string, file.src_uri) for file in files.documentation_pages()))
     seen: set[str] = set()
     while waiting:
         path = waiting.pop()
