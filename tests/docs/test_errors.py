@@ -1,5 +1,6 @@
 """docs/reference/errors.md says of every status what the server sends and the client makes of it."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -28,12 +29,23 @@ from probescore_server.errors import (
 )
 from probescore_server.front.status_codes import CODES, status_of
 
-PAGE = (Path(__file__).parents[2] / "docs/reference/errors.md").read_text()
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs/reference/errors.md").read_text()
+SERVER = ROOT / "server/probescore_server"
+
+
+def reasons_given():
+    """The reasons that the server gives an error where it is raised, instead of the one of its class."""
+    calls = [node for file in SERVER.rglob("*.py") for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)]
+    raised = [call for call in calls if getattr(call.func, "id", "") in ("InvalidRequest", "LimitExceeded")]
+    words = [given.value for call in raised for given in call.args if isinstance(given, ast.Constant)]
+    return {word for word in words if isinstance(word, str) and re.fullmatch(r"[A-Z_]{3,}", word)}
+
 
 ERRORS = [
     InvalidRequest("groups", "none"),
     LimitExceeded("groups", 2, "spans", "max_spans", 1, "send fewer"),
-    LimitExceeded("groups", 2, "tokens", "max_request_tokens", 1, "send fewer", "TOO_LONG"),
+    *(InvalidRequest("groups", "as the reason says", reason) for reason in sorted(reasons_given() - {LimitExceeded.reason})),
     Mismatch("expected_model_fingerprint", "a", "b"),
     QueueFull(2, 1, 0.1),
     Busy(2, "calls", "max_calls", 1, 0.1),
@@ -71,6 +83,10 @@ def yes_or_no(error):
 
 def test_every_error_that_has_a_status_is_tried():
     assert {type(error) for error in ERRORS} == set(CODES)
+
+
+def test_reasons_are_found():
+    assert {"TOO_LONG", "UNKNOWN_PROBE", "NOT_TEXT"} <= reasons_given()
 
 
 def test_each_error_of_the_server_is_in_the_table_and_nothing_else():
