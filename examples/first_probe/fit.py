@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 from sklearn.linear_model import LogisticRegression
 
-from probescore_probes import ReferenceModel, calibrate, evaluate_auroc, sklearn_probe, write_probe
+from probescore_audit import calibrate, evaluate_auroc
+from probescore_probes import ReferenceModel, sklearn_probe, write_probe
 
 LAYER = "resid_post.1"
 
