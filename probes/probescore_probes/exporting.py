@@ -18,7 +18,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from probescore.types import ScoreUnit
 from probescore_probes import arguments
-from probescore_probes.estimators import FEATURES, EstimatorScores, estimator_scores, quietly
+from probescore_probes.estimators.scores import FEATURES, EstimatorScores, estimator_scores
+from probescore_probes.exporter_warnings import quietly
 from probescore_probes.nodes import ML_OPSET, OPSET
 from probescore_server.probes.format.graph import CU_SEQLENS, POSITIONS, SCORES, GraphInputs, Signature
 

@@ -29,6 +29,12 @@ def test_the_value_types_do_not_load_scipy():
     assert "scipy" not in modules_after("from probescore_audit import Auroc, CalibratedThreshold")
 
 
+def test_writing_a_probe_loads_the_value_types_alone():
+    # A serving image has what writes a probe file, and no scipy.
+    loaded = {name for name in modules_after("import probescore_probes.writing") if name.startswith("probescore_audit")}
+    assert loaded == {"probescore_audit", "probescore_audit.arguments", "probescore_audit.estimates"}
+
+
 def test_the_audit_works_where_nothing_heavy_is_installed():
     found = run(f"""
 import sys
