@@ -60,7 +60,7 @@ def _prose(text: str) -> str:
 
 def _code(paragraphs: list[str]) -> str:
     lines = [line.removeprefix("  ") for paragraph in paragraphs for line in paragraph.splitlines()]
-    return "```text\n" + "\n".join(lines) + "\n```"
+    return "```{ .text .wrap }\n" + "\n".join(lines) + "\n```"
 
 
 def _escape(text: str) -> str:
