@@ -1,6 +1,6 @@
 """Every estimator of scikit-learn: its graph gives its own scores in onnxruntime, or it is refused by name with what to do instead.
 
-The table of ``docs/probe-file.md`` is what these tests find.
+The table of ``docs/reference/probe-file.md`` is what these tests find.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ from probescore_server.probes.stacking.graph_reader import read_network
 
 WIDTH, ROWS = 6, 90
 TAP = Tap("resid_post", 1)
-DOCS = Path(__file__).parents[2] / "docs" / "probe-file.md"
+DOCS = Path(__file__).parents[2] / "docs/reference/probe-file.md"
 
 _RANDOM = np.random.default_rng(0)
 X = (_RANDOM.standard_normal((ROWS, WIDTH)) * [1, 3, 0.3, 1, 1, 2] + [0, 5, 0, 0, -2, 0]).astype(np.float32)
