@@ -17,7 +17,6 @@ from probescore_audit.arguments import array_of, described, kind_of, named, of_k
 from probescore_server.probes.format.manifest import TapInput
 
 __all__ = [
-    "HOOKS",
     "Vocabulary",
     "flag",
     "kind_of",

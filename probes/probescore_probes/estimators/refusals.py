@@ -91,6 +91,6 @@ def refuse_by_name(estimator: Estimator, name: str) -> None:
 def no_conversion(name: str, why: str) -> str:
     """The message for an estimator of which no right graph could be made."""
     return (
-        f"estimator: {name} cannot be written: {why}; fit another estimator (docs/reference/estimators.md lists them), or make "
-        "the ONNX graph yourself and use onnx_probe"
+        f"estimator: {name} cannot be written: {why}; fit another estimator (docs/reference/estimators.md lists them), "
+        "or make the ONNX graph yourself and use onnx_probe"
     )
