@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from google.protobuf.descriptor import Descriptor, EnumDescriptor, FieldDescriptor, FileDescriptor, ServiceDescriptor
+from google.protobuf.descriptor import Descriptor, EnumDescriptor, FieldDescriptor, FileDescriptor, OneofDescriptor, ServiceDescriptor
 
 from probescore.v1 import admin_pb2, probes_pb2, scoring_pb2, tensor_pb2
 
@@ -28,7 +28,7 @@ def write() -> str:
 
 def _file(file: FileDescriptor) -> str:
     comments = dict(_comments((ROOT / "proto" / file.name).read_text(), file.package))
-    kinds = [*file.message_types_by_name.values(), *file.enum_types_by_name.values()]
+    kinds: list[Descriptor | EnumDescriptor] = [*file.message_types_by_name.values(), *file.enum_types_by_name.values()]
     in_order = sorted(kinds, key=lambda kind: list(comments).index(kind.full_name))
     sections = [_service(service, comments) for service in file.services_by_name.values()]
     for kind in in_order:
@@ -67,7 +67,10 @@ def _service(service: ServiceDescriptor, comments: dict[str, str]) -> str:
 def _message(message: Descriptor, comments: dict[str, str]) -> Iterator[str]:
     text = f"### {_short(message)}\n\n{comments[message.full_name]}"
     if message.fields:
-        rows = [f"| `{field.name}` = {field.number} | {_kind(field)} | {_cell(_meaning(field, comments))} |" for field in message.fields]
+        rows = [
+            f"| `{field.name}`&nbsp;=&nbsp;{field.number} | {_kind(field)} | {_cell(_meaning(field, comments))} |"
+            for field in message.fields
+        ]
         text += "\n\n| field | type | |\n|---|---|---|\n" + "\n".join(rows)
     yield text
     for nested in message.nested_types:
@@ -80,15 +83,15 @@ def _message(message: Descriptor, comments: dict[str, str]) -> Iterator[str]:
 def _enum(enum: EnumDescriptor, comments: dict[str, str]) -> str:
     scope = enum.full_name.rpartition(".")[0]
     # the values of an enumeration are named beside it, not in it; the source has them inside
-    rows = [f"| `{value.name}` = {value.number} | {_cell(comments[f'{scope}.{enum.name}.{value.name}'])} |" for value in enum.values]
+    rows = [
+        f"| `{value.name}`&nbsp;=&nbsp;{value.number} | {_cell(comments[f'{scope}.{enum.name}.{value.name}'])} |" for value in enum.values
+    ]
     return f"### {_short(enum)}\n\n{comments[enum.full_name]}\n\n| value | |\n|---|---|\n" + "\n".join(rows)
 
 
 def _meaning(field: FieldDescriptor, comments: dict[str, str]) -> str:
-    oneof = field.containing_oneof
-    if oneof is None or len(oneof.fields) == 1:
-        return comments[field.full_name]
-    return f"*One of `{oneof.name}`.* {comments[field.full_name]}"
+    text, choice = comments[field.full_name], _choice(field)
+    return text if choice is None else f"*One of `{choice.name}`.* {text}"
 
 
 def _kind(field: FieldDescriptor) -> str:
@@ -99,7 +102,13 @@ def _kind(field: FieldDescriptor) -> str:
     kind = _link(named) if named is not None else f"`{_TYPES[field.type]}`"
     if field.is_repeated:
         return f"list of {kind}"
-    return f"{kind}, optional" if field.has_presence and named is None and field.containing_oneof is not None else kind
+    return f"{kind}, optional" if field.has_presence and named is None and _choice(field) is None else kind
+
+
+def _choice(field: FieldDescriptor) -> OneofDescriptor | None:
+    """The fields of which at most one is there, this one among them; for protobuf an optional field is such a choice of its own."""
+    oneof = field.containing_oneof
+    return oneof if oneof is not None and len(oneof.fields) > 1 else None
 
 
 def _short(named: Descriptor | EnumDescriptor) -> str:

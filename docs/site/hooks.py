@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 import command_line
 import contract
@@ -12,7 +13,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import Files
 from mkdocs.structure.pages import Page
 
-GENERATORS = {"command line": command_line.write, "settings": settings.write, "contract": contract.write}
+GENERATORS: dict[str, Callable[[], str]] = {"command line": command_line.write, "settings": settings.write, "contract": contract.write}
 
 _PLACE = re.compile(r"^<!-- generated: (.+) -->$", re.MULTILINE)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import posixpath
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
@@ -40,17 +40,16 @@ def linked_files(files: Files, config: MkDocsConfig) -> Iterator[File]:
 def redirect_links(markdown: str, page: str) -> str:
     """The text of a page, in which every link out of docs/ leads to the page of the file instead."""
 
-    def redirect(target: str) -> str:
-        path = _path_of(target, page)
-        return target if path is None else posixpath.relpath(_page_uri(path), posixpath.dirname(page))
+    def redirect(match: re.Match[str]) -> str:
+        path = None if match[1] else _path_of(match[0], page)
+        return match[0] if path is None else posixpath.relpath(_page_uri(path), posixpath.dirname(page))
 
-    return _replace_links(markdown, redirect)
+    return _FENCED_OR_LINK.sub(redirect, markdown)
 
 
 def _paths_outside(markdown: str, page: str) -> set[str]:
-    found: list[str | None] = []
-    _replace_links(markdown, lambda target: found.append(_path_of(target, page)) or target)
-    return {path for path in found if path is not None and not path.startswith(f"{DOCS}/")}
+    targets = (match[0] for match in _FENCED_OR_LINK.finditer(markdown) if not match[1])
+    return {path for target in targets if (path := _path_of(target, page)) is not None and not path.startswith(f"{DOCS}/")}
 
 
 def _path_of(target: str, page: str) -> str | None:
@@ -85,7 +84,3 @@ def _language(name: str) -> str:
         return str(get_lexer_for_filename(name).aliases[0])
     except ClassNotFound:
         return "text"
-
-
-def _replace_links(markdown: str, replace: Callable[[str], str]) -> str:
-    return _FENCED_OR_LINK.sub(lambda match: match[0] if match[1] else replace(match[0]), markdown)

@@ -120,10 +120,10 @@ def test_each_part_of_the_contract_is_shown_with_its_comment(site, generated):
         for message in file.message_types_by_name.values():
             assert f"### {message.name}\n" in text
             for field in message.fields:
-                assert re.search(rf"^\| `{field.name}` = {field.number} \| .+ \| \S.* \|$", text, re.MULTILINE), field.full_name
+                assert re.search(rf"^\| `{field.name}`&nbsp;=&nbsp;{field.number} \| .+ \| \S.* \|$", text, re.MULTILINE), field.full_name
         for enum in file.enum_types_by_name.values():
             for value in enum.values:
-                assert re.search(rf"^\| `{value.name}` = {value.number} \| \S.* \|$", text, re.MULTILINE), value.name
+                assert re.search(rf"^\| `{value.name}`&nbsp;=&nbsp;{value.number} \| \S.* \|$", text, re.MULTILINE), value.name
 
 
 def test_every_file_of_the_contract_is_shown(site):
