@@ -19,9 +19,8 @@ def sorted_digits(completions: list[str], **columns: object) -> list[float]:
 
 def copied_cache(prompts: list[str], completions: list[str], **columns: object) -> list[float]:
     """The truth, which nobody pays for: it is only there to be seen in the log."""
-    return [
-        float(prompt.split("cache ")[1].startswith(completion.strip())) for prompt, completion in zip(prompts, completions, strict=True)
-    ]
+    caches = [prompt.split("cache ")[1].removesuffix(" answer") for prompt in prompts]
+    return [float(completion.strip() == cache) for completion, cache in zip(completions, caches, strict=True)]
 
 
 tokenizer = AutoTokenizer.from_pretrained("demo/model")
