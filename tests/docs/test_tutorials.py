@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tutorial import TUTORIALS, Clone, blocks_of, follow, looks_like
+from tutorial import REPOSITORY, TUTORIALS, Clone, blocks_of, follow, looks_like
 
 from probescore_probes import read_probe_file
 
@@ -58,9 +58,27 @@ def test_the_first_probe(first_probe: dict[str, str], clone: Clone) -> None:
     assert "<html" in (clone.folder / "demo" / "copied.html").read_text()
 
 
-def test_a_page_is_made_of_commands_files_and_what_is_printed() -> None:
-    for page in TUTORIALS.glob("*.md"):
-        assert {block.language for block in blocks_of(page)} == {"bash", "python", "text"}, page.name
+@pytest.mark.parametrize("page", sorted(TUTORIALS.glob("*.md")), ids=lambda page: page.stem)
+def test_a_file_that_a_page_shows_is_the_one_in_the_clone(page: Path) -> None:
+    files = [block for block in blocks_of(page) if block.language == "python"]
+    assert files
+    for file in files:
+        assert (REPOSITORY / file.title).read_text() == file.text, f"{page.name}, line {file.line}: not {file.title}"
+
+
+@pytest.mark.parametrize(
+    ("page", "complaint"),
+    [
+        ("```bash\necho 5 apples\n```\n\n```text\n5 pears\n```\n", "printed\n5 apples"),
+        ("```bash\nfalse\necho 5 apples\n```\n", "line 1: false"),
+        ('```bash title="in a second terminal"\nfalse\n```\n\n```bash\nsleep 1\n```\n\n```text\n```\n', "ended by itself"),
+        ("- a list\n\n  ```bash\n  true\n  ```\n", "a block that is not read"),
+    ],
+)
+def test_a_page_that_is_wrong_is_found_out(page: str, complaint: str, clone: Clone, tmp_path: Path) -> None:
+    (tmp_path / "page.md").write_text(page)
+    with pytest.raises(AssertionError, match=complaint):
+        follow(tmp_path / "page.md", clone)
 
 
 @pytest.mark.parametrize(
