@@ -9,16 +9,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from probescore.reductions import Reduction
-from probescore.types import ScoreUnit, Tap
-from probescore_server.probes.format.manifest import TapInput
-
-HOOKS: tuple[str, ...] = get_args(TapInput.model_fields["hook"].annotation)
+from probescore.types import Hook, ScoreUnit, Tap
 
 _Kind = TypeVar("_Kind")
 _Given = Any  # whatever an author hands over
@@ -274,7 +271,8 @@ def tap(value: _Given, argument: str, num_hidden_layers: int) -> Tap:
         TypeError: it is neither.
         ValueError: there is no such hook, or the model has no such block.
     """
-    hooks = f"{', '.join(f'{hook}.N' for hook in HOOKS[:-1])} or {HOOKS[-1]}"
+    *others, last = (f"{hook}.N" if hook.has_layer else str(hook) for hook in Hook)
+    hooks = f"{', '.join(others)} or {last}"
     if isinstance(value, Tap):
         hook, layer = value.hook, value.layer
     elif isinstance(value, str):
@@ -284,9 +282,9 @@ def tap(value: _Given, argument: str, num_hidden_layers: int) -> Tap:
         layer = int(number) if dot else None
     else:
         raise TypeError(f"{argument}: {kind_of(value)} ({shown(value)}); give {hooks}, as text or as a Tap")
-    if hook not in HOOKS:
+    if hook not in tuple(Hook):
         raise ValueError(f"{argument}: {value!s}: no such tap; give {hooks}")
-    if (layer is None) != (hook == "final_norm"):
+    if (layer is not None) != Hook(hook).has_layer:
         raise ValueError(f"{argument}: {value!s}: {'no layer' if layer is not None else 'a layer'} for hook {hook}; give {hooks}")
     if layer is None:
         return Tap(hook)
