@@ -11,6 +11,7 @@ from typing import Protocol
 
 from probescore_server.errors import CoreError
 from probescore_server.rollouts import CheckedRollout, Continuation, RolloutResult
+from probescore_server.scheduling.ordered_set import OrderedSet
 
 
 @dataclass(frozen=True)
@@ -59,13 +60,13 @@ class Group:
 
     Attributes:
         prompt: bytes of the prompt's ids.
-        items: in order; the values mean nothing.
+        items: in order.
         tokens: the prompt's, counted once, and those of the items.
     """
 
     call: Call
     prompt: bytes
-    items: dict[Item, None]
+    items: OrderedSet[Item]
     tokens: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -78,7 +79,7 @@ class Group:
 
     def remove(self, item: Item) -> int:
         """Removes an item and returns the tokens that are no longer needed: its own, or all if it was the last."""
-        del self.items[item]
+        self.items.remove(item)
         freed = item.tokens if self.items else self.tokens
         self.tokens -= freed
         return freed
@@ -101,7 +102,7 @@ class Call:
 
     Attributes:
         job: whose turns it takes.
-        waiting: what has not reached a worker, in order; the values mean nothing.
+        waiting: what has not reached a worker, in order.
         computing: what a worker has, its own or an identical one.
         unread_tokens: of what was delivered and has not been read.
         queue_seconds: from admission until the first of its rollouts reached a worker; ``None`` before that.
@@ -112,7 +113,7 @@ class Call:
         self.priority = priority
         self.deadline = deadline
         self.admitted = admitted
-        self.waiting: dict[Group, None] = {}
+        self.waiting: OrderedSet[Group] = OrderedSet()
         self.computing: set[Item] = set()
         self.unread_tokens = 0
         self.queue_seconds: float | None = None
@@ -174,10 +175,10 @@ def groups_of(call: Call, rollouts: Sequence[Sequence[CheckedRollout]]) -> list[
     groups = []
     for index, group in enumerate(rollouts):
         prompt = group[0].prompt_ids.tobytes()
-        items = {
-            Item(call, index, completion, rollout, (prompt, (options, _content(rollout.completion)))): None
+        items = OrderedSet(
+            Item(call, index, completion, rollout, (prompt, (options, _content(rollout.completion))))
             for completion, rollout in enumerate(group)
-        }
+        )
         groups.append(Group(call, prompt, items))
     return groups
 

@@ -15,6 +15,7 @@ from probescore.types import CompletionScores, Usage
 from probescore_server.errors import CoreError
 from probescore_server.rollouts import CheckedRollout, Continuation, RolloutResult, ScoredBatch
 from probescore_server.scheduling.call import Call, Item
+from probescore_server.scheduling.ordered_set import OrderedSet
 
 
 class Worker(Protocol):
@@ -56,13 +57,13 @@ class Work:
 
     Attributes:
         rollout: as the first who asked for it gave it.
-        items: who waits for it: the first is told what it cost; the values mean nothing. Empty = nobody any more.
+        items: who waits for it: the first is told what it cost. Empty = nobody any more.
         place: where it computes; ``None`` while it is with no worker.
     """
 
     rollout: CheckedRollout
     key: tuple[bytes, Hashable]
-    items: dict[Item, None] = field(default_factory=dict)
+    items: OrderedSet[Item] = field(default_factory=OrderedSet)
     place: BatchSlot | None = None
 
 
@@ -80,7 +81,7 @@ class InFlight:
         work = known or Work(items[0].rollout, key)
         self._by_key[key] = work
         for item in items:
-            work.items[item] = None
+            work.items.add(item)
             self._by_item[item] = work
             item.call.start(item, now)
         return None if known else work
@@ -93,7 +94,7 @@ class InFlight:
         """A call no longer waits for anything. What nobody waits for any more is cancelled."""
         for item in call.computing:
             work = self._by_item.pop(item)
-            del work.items[item]
+            work.items.remove(item)
             if not work.items:
                 self._forget(work)
                 if work.place is not None:

@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from probescore_server.scheduling.call import Call, Group, Item
+from probescore_server.scheduling.ordered_set import OrderedSet
 
 MAX_CONTINUATIONS = 1024
 """Completions and follow-ups, with which a batch takes no further rollout."""
@@ -32,12 +33,12 @@ class _Prompt:
     """What waits for one prompt.
 
     Attributes:
-        groups: in order of arrival; the values mean nothing.
-        identical: by `Item.key`; the values mean nothing.
+        groups: in order of arrival.
+        identical: by `Item.key`, the group that each of these items waits in.
     """
 
     tokens: int
-    groups: dict[Group, None] = field(default_factory=dict)
+    groups: OrderedSet[Group] = field(default_factory=OrderedSet)
     identical: dict[object, dict[Item, Group]] = field(default_factory=dict)
 
 
@@ -84,20 +85,20 @@ class WaitingQueue:
             call = group.call
             if not call.waiting:
                 bisect.insort(self._jobs.setdefault(call.job, []), call, key=lambda queued: (-queued.priority, queued.admitted))
-            call.waiting[group] = None
+            call.waiting.add(group)
             self._index(group)
 
     def put_back(self, items: Iterable[Item]) -> None:
         """Queues what was taken once more, before everything else of its call, which goes first in its job's next turn."""
-        by_group: dict[tuple[Call, int], dict[Item, None]] = {}
+        by_group: dict[tuple[Call, int], OrderedSet[Item]] = {}
         for item in items:
-            by_group.setdefault((item.call, item.group), {})[item] = None
+            by_group.setdefault((item.call, item.group), OrderedSet()).add(item)
         for (call, _), returned in by_group.items():
             group = Group(call, next(iter(returned)).key[0], returned)
             others = list(call.waiting)
             self.add([group])
             for other in others:
-                call.waiting[other] = call.waiting.pop(other)
+                call.waiting.move_to_end(other)
             self._jobs.move_to_end(call.job, last=False)
 
     def drop(self, call: Call) -> None:
@@ -113,7 +114,7 @@ class WaitingQueue:
         if prompt is None:
             prompt = self._prompts[group.prompt] = _Prompt(group.prompt_tokens)
             self._distinct_tokens += prompt.tokens
-        prompt.groups[group] = None
+        prompt.groups.add(group)
         for item in group.items:
             identical = prompt.identical.setdefault(item.key, {})
             if not identical:
@@ -130,7 +131,8 @@ class WaitingQueue:
         self.tokens -= group.remove(item)
         self.rollouts -= 1
         if not group.items:
-            del prompt.groups[group], group.call.waiting[group]
+            prompt.groups.remove(group)
+            group.call.waiting.remove(group)
             if not group.call.waiting:
                 self._leave(group.call)
         if not prompt.groups:

@@ -116,7 +116,7 @@ class TapInput(_ManifestPart):
         hook, dot, layer = str(written).partition(".")
         if dot and not (layer.isascii() and layer.isdecimal()):
             raise ValueError(f"tap {str(written)!r}: the layer {layer!r} is not a number")
-        return cls(hook=hook, layer=int(layer) if dot else None)  # type: ignore[arg-type]
+        return cls(hook=hook, layer=int(layer) if dot else None)
 
     @property
     def tap(self) -> Tap:
