@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from views import answer, loaded_probe, probe_scores, scored_probe, threshold
 
 from probescore import Completion, CompletionStatus, ProbeScores, ScoreUnit, Span
-from probescore_server.cli.rollout_views import Scale, rollout_views, series_of
+from probescore_server.cli.report.views import Scale, rollout_views, series_of
 
 CHEATING = scored_probe()
 (PLAIN,) = series_of([CHEATING], [])

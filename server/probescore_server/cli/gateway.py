@@ -18,9 +18,9 @@ from probescore_adapters.environment import ADDRESS, OF_THE_POLICY, RAILS, RUN_I
 from probescore_adapters.http import create_app
 from probescore_adapters.http.app import MAX_BODY_BYTES
 from probescore_adapters.scorer import ProbeScorer
-from probescore_server.cli.connection import ADDRESS_HELP
-from probescore_server.cli.failures import one_line_failures
-from probescore_server.cli.visible import one_line, spelt_out
+from probescore_server.cli.common.connection import ADDRESS_HELP
+from probescore_server.cli.common.failures import one_line_failures
+from probescore_server.cli.common.visible import one_line, spelt_out
 
 DEFAULT_TIMEOUT = "100"
 """Seconds: less than slime (120) and OpenRLHF (180) wait before they ask again."""

@@ -28,17 +28,17 @@ from probescore import (
     Text,
 )
 from probescore.types import score_keys
-from probescore_server.cli.connection import DEFAULT_ADDRESS, Address, Wait, connected
-from probescore_server.cli.console import new_console
-from probescore_server.cli.failures import FAILED, one_line_failures, say
-from probescore_server.cli.interruption import interruptible
-from probescore_server.cli.page import write_page
-from probescore_server.cli.progress import Progress
+from probescore_server.cli.common.connection import DEFAULT_ADDRESS, Address, Wait, connected
+from probescore_server.cli.common.console import new_console
+from probescore_server.cli.common.failures import FAILED, one_line_failures, say
+from probescore_server.cli.common.interruption import interruptible
+from probescore_server.cli.common.progress import Progress
+from probescore_server.cli.common.streams import leave_stdout
+from probescore_server.cli.common.visible import visible_json
+from probescore_server.cli.report.page import write_page
+from probescore_server.cli.report.terminal import RolloutPrinter
+from probescore_server.cli.report.views import RolloutView, rollout_views, series_of
 from probescore_server.cli.rollout_lines import UNDECODABLE, Label, LabelledGroup, read_rollout_lines
-from probescore_server.cli.rollout_views import RolloutView, rollout_views, series_of
-from probescore_server.cli.streams import leave_stdout
-from probescore_server.cli.terminal import RolloutPrinter
-from probescore_server.cli.visible import visible_json
 
 HELP = """
 Score a text, or rollouts, and show them coloured by score.

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.style import Style
 from rich.text import Text
 
-from probescore_server.cli.rollout_views import RolloutView, Scale, Series, SeriesScores, Token
+from probescore_server.cli.report.views import RolloutView, Scale, Series, SeriesScores, Token
 
 # One lightness throughout: white text stays readable, and strength shows as saturation on light and on dark terminals alike.
 _NEUTRAL, _BELOW, _ABOVE = (118, 118, 124), (24, 98, 200), (204, 58, 12)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from probescore import ScoringInfo
-from probescore_server.cli.rollout_views import RolloutView, Scale, Series, SeriesScores, Token
+from probescore_server.cli.report.views import RolloutView, Scale, Series, SeriesScores, Token
 from probescore_server.files import write_atomically
 
 _PLACE = "<!--probescore-data-->"

@@ -10,8 +10,8 @@ from types import TracebackType
 
 from rich import progress as bars
 
-from probescore_server.cli.console import new_console
-from probescore_server.cli.failures import say
+from probescore_server.cli.common.console import new_console
+from probescore_server.cli.common.failures import say
 
 LINE_SECONDS = 5.0
 """Between two lines of progress; what ends sooner says nothing."""

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from probescore import Calibration, Completion, CompletionScores, CompletionStatus, ProbeInfo, Reduction, ScoredProbe, ScoreUnit, Span
 from probescore.types import score_keys
-from probescore_server.cli.visible import visible
+from probescore_server.cli.common.visible import visible
 
 _NOTHING_TO_SEE = "·"
 
