@@ -17,7 +17,7 @@ from probescore_probes.exporting import ProbeFunction
 from probescore_probes.float64 import float64_activations
 from probescore_probes.reference import ReferenceModel
 from probescore_server.errors import ProbeRefused, StartupError
-from probescore_server.probes.format.graph import CU_SEQLENS, POSITIONS, GraphFailed, GraphInputs, Signature, checked_scores
+from probescore_server.probes.format.graph import CU_SEQLENS, POSITIONS, GraphFailed, GraphInputs, GraphSignature, checked_scores
 from probescore_server.probes.format.manifest import (
     MAX_FLOAT32,
     MAX_NEIGHBOUR_LABELS,
@@ -32,7 +32,7 @@ from probescore_server.probes.format.manifest import (
     neighbouring_places,
 )
 from probescore_server.probes.loading.deviations import largest_deviation
-from probescore_server.probes.loading.independence import Surroundings, check_author_agrees, cut, far_lengths, packed, rows_tried
+from probescore_server.probes.loading.independence import RandomSequences, check_author_agrees, cut, far_lengths, packed, rows_tried
 from probescore_server.probes.loading.row_by_row import is_row_by_row
 
 
@@ -235,8 +235,8 @@ def _check_beyond(
         return checked_scores(scores, len(inputs[CU_SEQLENS]) - 1 if pools else len(inputs[str(manifest.taps[0])]), labels)
 
     golden = {tap: np.concatenate([rollout.inputs[str(tap)] for rollout in rollouts]) for tap in manifest.taps}
-    around = Surroundings(manifest, golden, np.random.default_rng(0))
-    proven = is_row_by_row(model, Signature.of(manifest))
+    around = RandomSequences(manifest, golden, np.random.default_rng(0))
+    proven = is_row_by_row(model, GraphSignature.of(manifest))
     if not proven:
         rows_tried(run, model, around, file)
     longest = max(len(rollout.inputs[str(manifest.taps[0])]) for rollout in rollouts)

@@ -31,7 +31,7 @@ from probescore_server.probes.loading.compatibility import probe_info
 from probescore_server.probes.loading.loader import LoadedProbe, load_probes, needs_trial, tried
 from probescore_server.probes.loading.onnx_session import ProbeSession
 from probescore_server.probes.scoring.batch_scorer import BatchScorer
-from probescore_server.probes.scoring.wanted import Wanted
+from probescore_server.probes.scoring.cancellation import WantedRollouts
 from probescore_server.rollouts import EngineInfo
 from probescore_server.validation import resolve_options, resolve_rollouts
 
@@ -131,7 +131,7 @@ def served(file: ProbeFile, probe: LoadedProbe, rollouts: Sequence[NDArray[np.fl
     for placement, rows in zip(forest.placements, rollouts, strict=True):
         start = activations.starts[placement.chain[-1]]
         activations.rows[AT][start : start + len(rows)] = torch.from_numpy(rows)
-    everyone = Wanted(lambda _: False)
+    everyone = WantedRollouts(lambda _: False)
     scorer = BatchScorer(info, {manifest.key: probe}, np.zeros(0, np.int32), resolved, forest, activations, everyone)
     found = scorer.score(range(len(resolved)))
     return [

@@ -32,7 +32,7 @@ from probescore_server.cli.common.connection import DEFAULT_ADDRESS, Address, Wa
 from probescore_server.cli.common.console import new_console
 from probescore_server.cli.common.failures import FAILED, one_line_failures, say
 from probescore_server.cli.common.interruption import interruptible
-from probescore_server.cli.common.progress import Progress
+from probescore_server.cli.common.progress import ScoringProgress
 from probescore_server.cli.common.streams import leave_stdout
 from probescore_server.cli.common.visible import visible_json
 from probescore_server.cli.report.page import write_page
@@ -104,9 +104,9 @@ def _score(
             _check_can_be_written(html)
         with connected(address, wait) as client, interruptible() as interruption:
             loaded = client.list_probes()
-            printed: _Output = _Lines() if as_json else _Shown(loaded, show)
+            printed: _ResultWriter = _JsonLinesWriter() if as_json else _TerminalWriter(loaded, show)
             # the page first: what a reader who leaves does not take is on it
-            results = _InOrder(groups, [printed] if html is None else [_Page(html, loaded, total, quiet=as_json), printed])
+            results = _InOrderWriter(groups, [printed] if html is None else [_PageWriter(html, loaded, total, quiet=as_json), printed])
             stream = client.score_stream(
                 groups,
                 probes=probe or (),
@@ -117,7 +117,7 @@ def _score(
                 window=_window(client.get_server_info().limits, loaded),
             )
             try:
-                with Progress(total) as progress:
+                with ScoringProgress(total) as progress:
                     for scored in stream:
                         with interruption.held_back(), progress.aside():
                             try:
@@ -171,7 +171,7 @@ def _check_can_be_written(path: Path) -> None:
         raise OSError(problem, os.strerror(problem), str(path))
 
 
-class _Scored:
+class _ScoredCompletion:
     """One completion that came back: where it stood in the input, and what the input says of it."""
 
     def __init__(self, groups: Sequence[LabelledGroup], streamed: StreamedCompletion) -> None:
@@ -190,17 +190,17 @@ class _Scored:
         return rollout_views(title, self.completion, self.scores, series_of(self.info.probes, loaded), label)
 
 
-class _Output(Protocol):
+class _ResultWriter(Protocol):
     """What becomes of results."""
 
-    def add(self, scored: _Scored) -> None:
+    def add(self, scored: _ScoredCompletion) -> None:
         """Takes one; they come in the order of the input."""
 
     def close(self) -> None:
         """There are no more."""
 
 
-class _InOrder:
+class _InOrderWriter:
     """Hands results on in the order of the input, each as soon as all before it are there; at the end also those after a gap.
 
     Attributes:
@@ -210,16 +210,16 @@ class _InOrder:
         unscored: of these, how many have no scores.
     """
 
-    def __init__(self, groups: Sequence[LabelledGroup], outputs: list[_Output]) -> None:
+    def __init__(self, groups: Sequence[LabelledGroup], outputs: list[_ResultWriter]) -> None:
         self.outputs = outputs
         self._groups = groups
         self._places = [(group, index) for group, entry in enumerate(groups) for index in range(len(entry.completions))]
         self._next = 0
-        self._waiting: dict[tuple[int, int], _Scored] = {}
+        self._waiting: dict[tuple[int, int], _ScoredCompletion] = {}
         self.received = self.views = self.unscored = 0
 
     def add(self, streamed: StreamedCompletion) -> None:
-        scored = _Scored(self._groups, streamed)
+        scored = _ScoredCompletion(self._groups, streamed)
         self.received += 1
         self._waiting[scored.group, scored.index] = scored
         while self._next < len(self._places) and (ready := self._waiting.pop(self._places[self._next], None)) is not None:
@@ -233,7 +233,7 @@ class _InOrder:
         for output in self.outputs:
             output.close()
 
-    def _hand_on(self, scored: _Scored) -> None:
+    def _hand_on(self, scored: _ScoredCompletion) -> None:
         statuses = [answer.status is CompletionStatus.OK for answer in _with_follow_ups(scored.scores)]
         self.views += len(statuses)
         self.unscored += statuses.count(False)
@@ -245,10 +245,10 @@ def _with_follow_ups(scored: CompletionScores) -> list[CompletionScores]:
     return [scored, *(inner for follow_up in scored.follow_ups for inner in _with_follow_ups(follow_up))]
 
 
-class _Lines:
+class _JsonLinesWriter:
     """JSON, one object a line, complete as soon as it is written; an absent number is ``null``."""
 
-    def add(self, scored: _Scored) -> None:
+    def add(self, scored: _ScoredCompletion) -> None:
         content = {"group": scored.group, "completion": scored.index, "label": scored.label} | _as_json(scored.scores, scored.info)
         # JSON can say every text in every encoding
         can_say = (sys.stdout.encoding or "").lower().replace("-", "").startswith("utf")
@@ -258,7 +258,7 @@ class _Lines:
         pass
 
 
-class _Shown:
+class _TerminalWriter:
     """The first rollouts on the terminal, and how many more there are."""
 
     def __init__(self, loaded: Sequence[ProbeInfo], most: int) -> None:
@@ -268,7 +268,7 @@ class _Shown:
         self._printer: RolloutPrinter | None = None
         self._views = 0
 
-    def add(self, scored: _Scored) -> None:
+    def add(self, scored: _ScoredCompletion) -> None:
         views = scored.shown(self._loaded)
         printer = self._printer = self._printer or RolloutPrinter(self._console, series_of(scored.info.probes, self._loaded))
         for view in views[: max(0, self._most - self._views)]:
@@ -283,7 +283,7 @@ class _Shown:
             self._console.print(f"… and {more} more: --show {self._views}, --html FILE or --json shows them")
 
 
-class _Page:
+class _PageWriter:
     """All rollouts on one page, written when there are no more."""
 
     def __init__(self, path: Path, loaded: Sequence[ProbeInfo], total: int, *, quiet: bool) -> None:
@@ -295,7 +295,7 @@ class _Page:
         self._views: list[RolloutView] = []
         self._info: ScoringInfo | None = None
 
-    def add(self, scored: _Scored) -> None:
+    def add(self, scored: _ScoredCompletion) -> None:
         self._completions += 1
         self._views += scored.shown(self._loaded)
         self._info = self._info or scored.info

@@ -40,8 +40,8 @@ from probescore_server.probes.loading.compatibility import is_accepted
 from probescore_server.probes.loading.golden_check import check_golden, golden_rollouts
 from probescore_server.probes.loading.loader import LoadedProbe, needs_trial, tried
 from probescore_server.probes.scoring.batch_scorer import BatchScorer
-from probescore_server.probes.scoring.wanted import Wanted
-from probescore_server.rollouts import CheckedRollout, Continuation, EngineInfo, Occupancy, RolloutResult
+from probescore_server.probes.scoring.cancellation import WantedRollouts
+from probescore_server.rollouts import CheckedRollout, Continuation, EngineInfo, EngineStatistics, RolloutResult
 from probescore_server.validation import ChatLimits, TokenScoresWanted, pending_texts, resolve_options, resolve_rollouts
 
 BATCH_TOKENS = 16_384
@@ -243,10 +243,10 @@ class Engine:
         with self._running:
             self._memory.free_reserves()
 
-    def occupancy(self) -> Occupancy:
+    def statistics(self) -> EngineStatistics:
         """What is held of the device, and what the key-value cache has been good for."""
         with self._running:
-            return self._memory.occupancy()
+            return self._memory.statistics()
 
     def sleep(self) -> Transfer:
         """Gives the device's memory back until ``wake``, after the batch that computes: weights move to pinned host memory, the key-value
@@ -269,7 +269,7 @@ class Engine:
         self, rollouts: Sequence[CheckedRollout], probes: Mapping[str, LoadedProbe], is_cancelled: Callable[[int], bool]
     ) -> list[RolloutResult | None]:
         forest = Forest.build(rollouts, self._reads)
-        wanted = Wanted(is_cancelled)
+        wanted = WantedRollouts(is_cancelled)
         tokens = sum(rollout.tokens for rollout in rollouts)
 
         def unwanted(segment: int) -> bool:

@@ -21,7 +21,7 @@ RETRY_SECONDS = 1.0
 
 
 @dataclass(frozen=True, eq=False)
-class _Away:
+class _OffloadedStorage:
     """A storage that holds nothing now, and what it held."""
 
     storage: torch.UntypedStorage
@@ -39,7 +39,7 @@ class WeightOffload:
     def __init__(self, piece_bytes: int = PIECE_BYTES) -> None:
         self._piece_bytes = piece_bytes
         self._pieces: list[torch.Tensor] = []
-        self._away: list[_Away] = []
+        self._away: list[_OffloadedStorage] = []
 
     @property
     def bytes(self) -> int:
@@ -56,7 +56,7 @@ class WeightOffload:
         for content, copy in self._parts(contents):
             copy.copy_(content, non_blocking=True)
         _wait_for(contents)
-        self._away = [_Away(storage, storage.nbytes(), checksum) for storage, checksum in zip(storages, checksums, strict=True)]
+        self._away = [_OffloadedStorage(storage, storage.nbytes(), checksum) for storage, checksum in zip(storages, checksums, strict=True)]
         _let_go(storages)
 
     def come_back(self) -> None:

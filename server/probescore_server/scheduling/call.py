@@ -33,7 +33,7 @@ class Delivery:
 
 
 @dataclass(eq=False, slots=True)
-class Item:
+class RequestedRollout:
     """A rollout of a call.
 
     Attributes:
@@ -55,7 +55,7 @@ class Item:
 
 
 @dataclass(eq=False, slots=True)
-class Group:
+class WaitingGroup:
     """What still waits of one rollout group.
 
     Attributes:
@@ -66,7 +66,7 @@ class Group:
 
     call: Call
     prompt: bytes
-    items: OrderedSet[Item]
+    items: OrderedSet[RequestedRollout]
     tokens: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -77,7 +77,7 @@ class Group:
         """The same for all of its items, of which there is at least one."""
         return len(next(iter(self.items)).rollout.prompt_ids)
 
-    def remove(self, item: Item) -> int:
+    def remove(self, item: RequestedRollout) -> int:
         """Removes an item and returns the tokens that are no longer needed: its own, or all if it was the last."""
         self.items.remove(item)
         freed = item.tokens if self.items else self.tokens
@@ -85,7 +85,7 @@ class Group:
         return freed
 
 
-class Scheduling(Protocol):
+class CallScheduler(Protocol):
     """What a call asks of the scheduler that admitted it."""
 
     def withdraw(self, call: Call) -> None:
@@ -108,13 +108,13 @@ class Call:
         queue_seconds: from admission until the first of its rollouts reached a worker; ``None`` before that.
     """
 
-    def __init__(self, scheduling: Scheduling, job: str, priority: int, deadline: float, admitted: float) -> None:
+    def __init__(self, scheduling: CallScheduler, job: str, priority: int, deadline: float, admitted: float) -> None:
         self.job = job
         self.priority = priority
         self.deadline = deadline
         self.admitted = admitted
-        self.waiting: OrderedSet[Group] = OrderedSet()
-        self.computing: set[Item] = set()
+        self.waiting: OrderedSet[WaitingGroup] = OrderedSet()
+        self.computing: set[RequestedRollout] = set()
         self.unread_tokens = 0
         self.queue_seconds: float | None = None
         self._scheduling = scheduling
@@ -144,13 +144,13 @@ class Call:
         self._scheduling.dispatch()
         return delivery
 
-    def start(self, item: Item, now: float) -> None:
+    def start(self, item: RequestedRollout, now: float) -> None:
         """A worker has this one, or an identical one."""
         self.computing.add(item)
         if self.queue_seconds is None:
             self.queue_seconds = now - self.admitted
 
-    def deliver(self, results: Sequence[tuple[Item, RolloutResult]], compute_seconds: float) -> None:
+    def deliver(self, results: Sequence[tuple[RequestedRollout, RolloutResult]], compute_seconds: float) -> None:
         """Hands results to the reader."""
         finished = tuple(FinishedRollout(item.group, item.completion, result) for item, result in results)
         tokens = sum(item.rollout.tokens for item, _ in results)
@@ -169,17 +169,17 @@ class Call:
         self._changed.set()
 
 
-def groups_of(call: Call, rollouts: Sequence[Sequence[CheckedRollout]]) -> list[Group]:
+def groups_of(call: Call, rollouts: Sequence[Sequence[CheckedRollout]]) -> list[WaitingGroup]:
     """The work of a request, given per rollout group. All rollouts of a request have the same options."""
     options = rollouts[0][0].options.key
     groups = []
     for index, group in enumerate(rollouts):
         prompt = group[0].prompt_ids.tobytes()
         items = OrderedSet(
-            Item(call, index, completion, rollout, (prompt, (options, _content(rollout.completion))))
+            RequestedRollout(call, index, completion, rollout, (prompt, (options, _content(rollout.completion))))
             for completion, rollout in enumerate(group)
         )
-        groups.append(Group(call, prompt, items))
+        groups.append(WaitingGroup(call, prompt, items))
     return groups
 
 

@@ -17,7 +17,7 @@ LINE_SECONDS = 5.0
 """Between two lines of progress; what ends sooner says nothing."""
 
 
-class Progress:
+class ScoringProgress:
     """Progress in rollouts; a context manager, at whose end the bar is gone.
 
     Args:
@@ -56,7 +56,7 @@ class Progress:
         finally:
             self._bar.start()
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> ScoringProgress:
         self._bar.start()
         return self
 

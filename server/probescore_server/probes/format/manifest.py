@@ -233,7 +233,7 @@ class Tolerance(_ManifestPart):
     float16: float = Field(0.05, allow_inf_nan=False, gt=0, le=0.5)
 
 
-class _Elsewhere(_ManifestPart):
+class _NeighbouringPlace(_ManifestPart):
     """Where the golden rollouts could be read by mistake: one block or one token off."""
 
     inputs: tuple[TapInput, ...] = Field(min_length=1, strict=False, description="The taps that were read in place of the manifest's.")
@@ -249,7 +249,7 @@ class _Elsewhere(_ManifestPart):
         return taps if self.tokens == 0 else f"{taps} one token {'later' if self.tokens > 0 else 'earlier'}"
 
 
-class Neighbour(_Elsewhere):
+class Neighbour(_NeighbouringPlace):
     """What the author's code gives for the golden rollouts one place off: scores that a right worker does not give."""
 
     differences: tuple[tuple[tuple[Real, ...], ...], ...] = Field(
@@ -262,7 +262,7 @@ class Neighbour(_Elsewhere):
         return np.array([row for case in self.differences for row in case], np.float64)
 
 
-class LeftOut(_Elsewhere):
+class LeftOut(_NeighbouringPlace):
     """A place one off for which there are no scores."""
 
     reason: Literal["no_such_tap", "not_finite"] = Field(

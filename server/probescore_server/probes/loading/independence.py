@@ -61,7 +61,7 @@ _EPS = float(np.finfo(np.float32).eps)
 _ROUNDED = np.array([1 - 8 * _EPS, 1 + 8 * _EPS], np.float32)
 
 
-def rows_tried(run: Run, model: onnx.ModelProto, around: Surroundings, file: str) -> int:
+def rows_tried(run: Run, model: onnx.ModelProto, around: RandomSequences, file: str) -> int:
     """Tries a graph beyond all that it will serve.
 
     Args:
@@ -78,7 +78,7 @@ def rows_tried(run: Run, model: onnx.ModelProto, around: Surroundings, file: str
     """
     allowed = 0
     for rows in (SMALLEST_CALL, QUADRATIC_CALL if _may_be_quadratic(model) else LARGEST_CALL):
-        trial = _Trial(run, around, rows, file)
+        trial = _GraphTrial(run, around, rows, file)
         if not trial.enough:
             if allowed:
                 return allowed
@@ -106,7 +106,7 @@ def far_lengths(model: onnx.ModelProto) -> tuple[int, ...]:
 
 
 def check_author_agrees(
-    run: Run, author: Run, around: Surroundings, longest: int, tolerance: float, file: str, lengths: Sequence[int] = ()
+    run: Run, author: Run, around: RandomSequences, longest: int, tolerance: float, file: str, lengths: Sequence[int] = ()
 ) -> None:
     """Compares a graph with its author's code on sequences of random rows, one at a time, shorter and longer than every example, nearer to
     golden activations and further from them, and at positions that no example has.
@@ -140,7 +140,7 @@ def check_author_agrees(
     if not cases:
         return
     # two implementations round otherwise in every row, and not only where one jumps
-    comparison = _Comparison(run, around, np.concatenate([scores for _, scores in cases]), tolerance, excused=1.0)
+    comparison = _ScoreComparison(run, around, np.concatenate([scores for _, scores in cases]), tolerance, excused=1.0)
     for inputs, scores in cases:
         finding = comparison.of_one(inputs, slice(None), scores, "the scores of the author's code")
         if finding.difference > tolerance:
@@ -161,7 +161,7 @@ class _Finding:
 
 
 @dataclass(frozen=True, eq=False)
-class Surroundings:
+class RandomSequences:
     """Where random rows come from.
 
     Attributes:
@@ -206,7 +206,7 @@ def cut(inputs: GraphInputs, rows: slice) -> GraphInputs:
 
 
 @dataclass(frozen=True, eq=False)
-class _Comparison:
+class _ScoreComparison:
     """Compares a graph's scores with known ones.
 
     Attributes:
@@ -219,7 +219,7 @@ class _Comparison:
     """
 
     run: Run
-    around: Surroundings
+    around: RandomSequences
     usual: NDArray[np.float64]
     tolerance: float = ROUNDING
     excused: float = _EXCUSED
@@ -265,7 +265,7 @@ class _Comparison:
         return worst
 
 
-class _Trial:
+class _GraphTrial:
     """Sequences of random rows, and the scores of each alone.
 
     Args:
@@ -277,7 +277,7 @@ class _Trial:
         enough: some sequences of golden activations have scores, and not only a few.
     """
 
-    def __init__(self, run: Run, around: Surroundings, rows: int, file: str) -> None:
+    def __init__(self, run: Run, around: RandomSequences, rows: int, file: str) -> None:
         self._run = run
         self._around = around
         self._context = around.manifest.context
@@ -297,7 +297,7 @@ class _Trial:
             near += [scores] if scale <= 1 else []
             golden_like += scale == 0
         self.enough = golden_like >= SEQUENCES // 8
-        self._compare = _Comparison(run, around, np.concatenate(near).astype(np.float64) if near else np.zeros((1, 1)))
+        self._compare = _ScoreComparison(run, around, np.concatenate(near).astype(np.float64) if near else np.zeros((1, 1)))
 
     # ------------------------------------------------------------------------------------------------------------ what is compared
 

@@ -16,11 +16,11 @@ import onnx
 from numpy.typing import NDArray
 
 from probescore.types import OutputPer
-from probescore_server.probes.format.graph import POSITIONS, SCORES, Signature
+from probescore_server.probes.format.graph import POSITIONS, SCORES, GraphSignature
 from probescore_server.probes.stacking.graph_reader import read_network
 
 
-def is_row_by_row(model: onnx.ModelProto, signature: Signature) -> bool:
+def is_row_by_row(model: onnx.ModelProto, signature: GraphSignature) -> bool:
     """Whether the operators of a graph prove it.
 
     Args:
@@ -28,12 +28,12 @@ def is_row_by_row(model: onnx.ModelProto, signature: Signature) -> bool:
         signature: of the same probe.
     """
     return signature.per is OutputPer.TOKEN and (
-        read_network(model, signature) is not None or _followed(model, signature) == _RowsAlong(0, 2)
+        read_network(model, signature) is not None or _followed(model, signature) == _RowsOnAxis(0, 2)
     )
 
 
 @dataclass(frozen=True)
-class _RowsAlong:
+class _RowsOnAxis:
     """A value of ``rank`` axes with an entry for each row along ``axis``."""
 
     axis: int
@@ -46,7 +46,7 @@ class _RowsAlong:
 
 
 @dataclass(frozen=True, eq=False)
-class _Same:
+class _SameForAllInputs:
     """A value that is the same for every input, and what it is if that is at hand."""
 
     shape: tuple[int, ...]
@@ -54,17 +54,17 @@ class _Same:
 
 
 @dataclass(frozen=True)
-class _Sizes:
+class _ShapeSizes:
     """Some sizes of a shape, ``None`` for the number of rows; as a vector, or a single one as a scalar."""
 
     sizes: tuple[int | None, ...]
     scalar: bool = False
 
 
-_Value = Union[_RowsAlong, _Same, _Sizes]
+_Value = Union[_RowsOnAxis, _SameForAllInputs, _ShapeSizes]
 
 
-class _Unknown(Exception):
+class _NotProven(Exception):
     """Nothing is certain of a result."""
 
 
@@ -82,34 +82,34 @@ class _ProvenNode:
     def has(self, index: int) -> bool:
         return index < len(self.proto.input) and self.proto.input[index] != ""
 
-    def rows(self, index: int = 0) -> _RowsAlong:
+    def rows(self, index: int = 0) -> _RowsOnAxis:
         value = self.inputs[index]
-        if not isinstance(value, _RowsAlong):
-            raise _Unknown
+        if not isinstance(value, _RowsOnAxis):
+            raise _NotProven
         return value
 
-    def same(self, index: int) -> _Same:
+    def same(self, index: int) -> _SameForAllInputs:
         value = self.inputs[index]
-        if not isinstance(value, _Same):
-            raise _Unknown
+        if not isinstance(value, _SameForAllInputs):
+            raise _NotProven
         return value
 
     def numbers(self, index: int) -> list[int]:
         """The integers of a constant."""
         array = self.same(index).array
         if array is None:
-            raise _Unknown
+            raise _NotProven
         return [int(number) for number in array.reshape(-1)]
 
     def axes(self, index: int = 1) -> list[int]:
         """Where an operator works, as an input or, in older versions, an attribute says."""
         axes = self.numbers(index) if self.has(index) else self.attribute("axes")
         if not axes:
-            raise _Unknown
+            raise _NotProven
         return list(axes)
 
 
-def _followed(model: onnx.ModelProto, signature: Signature) -> _Value | None:
+def _followed(model: onnx.ModelProto, signature: GraphSignature) -> _Value | None:
     """What is known of the scores."""
     opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 1)
     inferred = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
@@ -118,40 +118,40 @@ def _followed(model: onnx.ModelProto, signature: Signature) -> _Value | None:
         for value in (*inferred.input, *inferred.value_info, *inferred.output)
         if value.type.tensor_type.HasField("shape")
     }
-    values: dict[str, _Value | None] = {str(tap): _RowsAlong(0, 2) for tap in signature.taps}
+    values: dict[str, _Value | None] = {str(tap): _RowsOnAxis(0, 2) for tap in signature.taps}
     if signature.positions:
-        values[POSITIONS] = _RowsAlong(0, 1)
+        values[POSITIONS] = _RowsOnAxis(0, 1)
     for tensor in model.graph.initializer:
-        values[tensor.name] = _Same(tuple(tensor.dims), onnx.numpy_helper.to_array(tensor))
+        values[tensor.name] = _SameForAllInputs(tuple(tensor.dims), onnx.numpy_helper.to_array(tensor))
     for proto in model.graph.node:
         node = _ProvenNode(proto, [values.get(name) for name in proto.input], [shapes.get(name, ()) for name in proto.input], opset)
         try:
             results = _results(node, [shapes.get(name) for name in proto.output])
-        except (_Unknown, LookupError, TypeError, ValueError):  # or something of an unusual form, of which nothing is certain either
+        except (_NotProven, LookupError, TypeError, ValueError):  # or something of an unusual form, of which nothing is certain either
             continue
         for name, value in zip(proto.output, results, strict=False):
             # where shape inference knows better than what is said below, nothing is certain
-            if not isinstance(value, _RowsAlong) or name not in shapes or len(shapes[name]) == value.rank:
+            if not isinstance(value, _RowsOnAxis) or name not in shapes or len(shapes[name]) == value.rank:
                 values[name] = value
     return values.get(SCORES)
 
 
 def _results(node: _ProvenNode, shapes: list[tuple[int | None, ...] | None]) -> list[_Value]:
     if any(attribute.HasField("g") or attribute.graphs for attribute in node.proto.attribute):
-        raise _Unknown
+        raise _NotProven
     if node.proto.op_type == "Constant":
         return _constant(node)
-    if all(isinstance(value, _Same) for name, value in zip(node.proto.input, node.inputs, strict=True) if name):
-        return [_Same(_static(shape)) for shape in shapes]
+    if all(isinstance(value, _SameForAllInputs) for name, value in zip(node.proto.input, node.inputs, strict=True) if name):
+        return [_SameForAllInputs(_static(shape)) for shape in shapes]
     operator = _OPERATORS.get(node.proto.op_type)
     if operator is None:
-        raise _Unknown
+        raise _NotProven
     return operator(node)
 
 
 def _static(shape: tuple[int | None, ...] | None) -> tuple[int, ...]:
     if shape is None or any(size is None for size in shape):
-        raise _Unknown
+        raise _NotProven
     return tuple(size for size in shape if size is not None)
 
 
@@ -161,8 +161,8 @@ def _constant(node: _ProvenNode) -> list[_Value]:
     if isinstance(value, onnx.TensorProto):
         value = onnx.numpy_helper.to_array(value)
     elif not isinstance(value, (int, float)) and not (isinstance(value, list) and all(isinstance(each, (int, float)) for each in value)):
-        raise _Unknown
-    return [_Same(np.shape(value), np.asarray(value))]
+        raise _NotProven
+    return [_SameForAllInputs(np.shape(value), np.asarray(value))]
 
 
 # ----------------------------------------------------------------------------------------------------------------------- the operators
@@ -171,30 +171,30 @@ def _constant(node: _ProvenNode) -> list[_Value]:
 def _elementwise(node: _ProvenNode) -> list[_Value]:
     """Numbers at the same place, as broadcasting brings them there."""
     given = [value for name, value in zip(node.proto.input, node.inputs, strict=True) if name]
-    rows = [value for value in given if isinstance(value, _RowsAlong)]
+    rows = [value for value in given if isinstance(value, _RowsOnAxis)]
     if not rows:
-        raise _Unknown
+        raise _NotProven
     rank = rows[0].rank
     for value in given:
-        if isinstance(value, _RowsAlong) and value.from_last == rows[0].from_last:
+        if isinstance(value, _RowsOnAxis) and value.from_last == rows[0].from_last:
             rank = max(rank, value.rank)
-        elif isinstance(value, _Same) and (len(value.shape) < -rows[0].from_last or value.shape[rows[0].from_last] == 1):
+        elif isinstance(value, _SameForAllInputs) and (len(value.shape) < -rows[0].from_last or value.shape[rows[0].from_last] == 1):
             rank = max(rank, len(value.shape))
         else:
-            raise _Unknown
-    return [_RowsAlong(rank + rows[0].from_last, rank)]
+            raise _NotProven
+    return [_RowsOnAxis(rank + rows[0].from_last, rank)]
 
 
-def _apart(axes: list[int], rows: _RowsAlong) -> set[int]:
+def _apart(axes: list[int], rows: _RowsOnAxis) -> set[int]:
     """Axes counted from the first; that of the rows must not be among them."""
     counted = {axis % rows.rank for axis in axes}
     if rows.axis in counted:
-        raise _Unknown
+        raise _NotProven
     return counted
 
 
-def _without(axes: set[int], rows: _RowsAlong, keepdims: int) -> _RowsAlong:
-    return rows if keepdims else _RowsAlong(rows.axis - sum(axis < rows.axis for axis in axes), rows.rank - len(axes))
+def _without(axes: set[int], rows: _RowsOnAxis, keepdims: int) -> _RowsOnAxis:
+    return rows if keepdims else _RowsOnAxis(rows.axis - sum(axis < rows.axis for axis in axes), rows.rank - len(axes))
 
 
 def _reduce(node: _ProvenNode) -> list[_Value]:
@@ -211,7 +211,7 @@ def _softmax(node: _ProvenNode) -> list[_Value]:
     rows = node.rows()
     axis = node.attribute("axis", -1 if node.opset >= 13 else 1) % rows.rank
     if rows.axis == axis or (node.opset < 13 and rows.axis > axis):  # all from the axis on are one
-        raise _Unknown
+        raise _NotProven
     return [rows]
 
 
@@ -220,7 +220,7 @@ def _layer_normalization(node: _ProvenNode) -> list[_Value]:
     axis = node.attribute("axis", -1) % rows.rank
     others = [node.same(index) for index in range(1, len(node.inputs)) if node.has(index)]
     if rows.axis >= axis or any(len(value.shape) > rows.rank - axis for value in others):
-        raise _Unknown
+        raise _NotProven
     return [rows]
 
 
@@ -232,37 +232,43 @@ def _cum_sum(node: _ProvenNode) -> list[_Value]:
 
 def _matmul(node: _ProvenNode) -> list[_Value]:
     left, right = node.inputs
-    if isinstance(left, _RowsAlong) and isinstance(right, _Same) and left.from_last < -1 and len(right.shape) in (1, 2):
-        return [left if len(right.shape) == 2 else _RowsAlong(left.axis, left.rank - 1)]
-    if isinstance(left, _Same) and isinstance(right, _RowsAlong) and len(left.shape) == 2 and right.rank > 1 and right.from_last != -2:
+    if isinstance(left, _RowsOnAxis) and isinstance(right, _SameForAllInputs) and left.from_last < -1 and len(right.shape) in (1, 2):
+        return [left if len(right.shape) == 2 else _RowsOnAxis(left.axis, left.rank - 1)]
+    if (
+        isinstance(left, _SameForAllInputs)
+        and isinstance(right, _RowsOnAxis)
+        and len(left.shape) == 2
+        and right.rank > 1
+        and right.from_last != -2
+    ):
         return [right]
-    if isinstance(left, _RowsAlong) and left == right and left.from_last < -2:
+    if isinstance(left, _RowsOnAxis) and left == right and left.from_last < -2:
         return [left]
-    raise _Unknown
+    raise _NotProven
 
 
 def _gemm(node: _ProvenNode) -> list[_Value]:
-    if node.rows() != _RowsAlong(0, 2) or node.attribute("transA", 0):
-        raise _Unknown
+    if node.rows() != _RowsOnAxis(0, 2) or node.attribute("transA", 0):
+        raise _NotProven
     node.same(1)
-    if node.has(2) and node.inputs[2] != _RowsAlong(0, 2):
+    if node.has(2) and node.inputs[2] != _RowsOnAxis(0, 2):
         shape = node.same(2).shape
         if len(shape) == 2 and shape[0] != 1:
-            raise _Unknown
-    return [_RowsAlong(0, 2)]
+            raise _NotProven
+    return [_RowsOnAxis(0, 2)]
 
 
 def _gather(node: _ProvenNode) -> list[_Value]:
     data, places = node.inputs[:2]
     axis = node.attribute("axis", 0)
-    if isinstance(data, _Sizes) and isinstance(places, _Same):
+    if isinstance(data, _ShapeSizes) and isinstance(places, _SameForAllInputs):
         chosen = tuple(data.sizes[place] for place in node.numbers(1))
-        return [_Sizes(chosen, scalar=places.shape == ())]
-    if isinstance(data, _Same) and isinstance(places, _RowsAlong):
-        return [_RowsAlong(axis % len(data.shape) + places.axis, len(data.shape) + places.rank - 1)]
+        return [_ShapeSizes(chosen, scalar=places.shape == ())]
+    if isinstance(data, _SameForAllInputs) and isinstance(places, _RowsOnAxis):
+        return [_RowsOnAxis(axis % len(data.shape) + places.axis, len(data.shape) + places.rank - 1)]
     rows, more = node.rows(), len(node.same(1).shape) - 1
     (axis,) = _apart([axis], rows)
-    return [_RowsAlong(rows.axis + (more if axis < rows.axis else 0), rows.rank + more)]
+    return [_RowsOnAxis(rows.axis + (more if axis < rows.axis else 0), rows.rank + more)]
 
 
 def _elements(node: _ProvenNode) -> list[_Value]:
@@ -270,19 +276,19 @@ def _elements(node: _ProvenNode) -> list[_Value]:
     rows = node.rows()
     _apart([node.attribute("axis", 0)], rows)
     if any(value != rows for value in node.inputs):
-        raise _Unknown
+        raise _NotProven
     return [rows]
 
 
 def _slice(node: _ProvenNode) -> list[_Value]:
     given = node.inputs[0]
-    if isinstance(given, _Sizes) and node.opset >= 10:
+    if isinstance(given, _ShapeSizes) and node.opset >= 10:
         starts, ends, steps = (node.numbers(index) if node.has(index) else [1] for index in (1, 2, 4))
-        return [_Sizes(given.sizes[starts[0] : ends[0] : steps[0]])]
+        return [_ShapeSizes(given.sizes[starts[0] : ends[0] : steps[0]])]
     rows = node.rows()
     _apart(node.axes(3), rows)
-    if not all(isinstance(value, _Same) for name, value in zip(node.proto.input[1:], node.inputs[1:], strict=True) if name):
-        raise _Unknown
+    if not all(isinstance(value, _SameForAllInputs) for name, value in zip(node.proto.input[1:], node.inputs[1:], strict=True) if name):
+        raise _NotProven
     return [rows]
 
 
@@ -293,34 +299,34 @@ def _split(node: _ProvenNode) -> list[_Value]:
 
 
 def _concat(node: _ProvenNode) -> list[_Value]:
-    if any(isinstance(value, _Sizes) for value in node.inputs):
-        parts = [value.sizes if isinstance(value, _Sizes) else tuple(node.numbers(index)) for index, value in enumerate(node.inputs)]
-        return [_Sizes(tuple(size for part in parts for size in part))]
+    if any(isinstance(value, _ShapeSizes) for value in node.inputs):
+        parts = [value.sizes if isinstance(value, _ShapeSizes) else tuple(node.numbers(index)) for index, value in enumerate(node.inputs)]
+        return [_ShapeSizes(tuple(size for part in parts for size in part))]
     rows = node.rows()
     _apart([node.attribute("axis")], rows)
     if any(value != rows for value in node.inputs):
-        raise _Unknown
+        raise _NotProven
     return [rows]
 
 
 def _transpose(node: _ProvenNode) -> list[_Value]:
     rows = node.rows()
     order = list(node.attribute("perm", range(rows.rank)[::-1]))
-    return [_RowsAlong(order.index(rows.axis), rows.rank)]
+    return [_RowsOnAxis(order.index(rows.axis), rows.rank)]
 
 
 def _unsqueeze(node: _ProvenNode) -> list[_Value]:
-    if isinstance(node.inputs[0], _Sizes) and node.inputs[0].scalar:
-        return [_Sizes(node.inputs[0].sizes)]
+    if isinstance(node.inputs[0], _ShapeSizes) and node.inputs[0].scalar:
+        return [_ShapeSizes(node.inputs[0].sizes)]
     rows, axes = node.rows(), node.axes()
     rank = rows.rank + len(axes)
     added = {axis % rank for axis in axes}
-    return [_RowsAlong([axis for axis in range(rank) if axis not in added][rows.axis], rank)]
+    return [_RowsOnAxis([axis for axis in range(rank) if axis not in added][rows.axis], rank)]
 
 
 def _squeeze(node: _ProvenNode) -> list[_Value]:
-    if isinstance(node.inputs[0], _Sizes) and len(node.inputs[0].sizes) == 1:
-        return [_Sizes(node.inputs[0].sizes, scalar=True)]
+    if isinstance(node.inputs[0], _ShapeSizes) and len(node.inputs[0].sizes) == 1:
+        return [_ShapeSizes(node.inputs[0].sizes, scalar=True)]
     rows = node.rows()
     return [_without(_apart(node.axes(), rows), rows, keepdims=0)]
 
@@ -328,66 +334,66 @@ def _squeeze(node: _ProvenNode) -> list[_Value]:
 def _shape(node: _ProvenNode) -> list[_Value]:
     rows, shape = node.rows(), node.shapes[0]
     if len(shape) != rows.rank or any(size is None for axis, size in enumerate(shape) if axis != rows.axis):
-        raise _Unknown
+        raise _NotProven
     sizes = tuple(None if axis == rows.axis else size for axis, size in enumerate(shape))
-    return [_Sizes(sizes[node.attribute("start", 0) : node.attribute("end", rows.rank)])]
+    return [_ShapeSizes(sizes[node.attribute("start", 0) : node.attribute("end", rows.rank)])]
 
 
-def _rows_of(sizes: tuple[int | None, ...]) -> _RowsAlong:
+def _rows_of(sizes: tuple[int | None, ...]) -> _RowsOnAxis:
     if sum(size is None for size in sizes) != 1:
-        raise _Unknown
-    return _RowsAlong(sizes.index(None), len(sizes))
+        raise _NotProven
+    return _RowsOnAxis(sizes.index(None), len(sizes))
 
 
 def _constant_of_shape(node: _ProvenNode) -> list[_Value]:
     shape = node.inputs[0]
-    if not isinstance(shape, _Sizes) or shape.scalar:
-        raise _Unknown
+    if not isinstance(shape, _ShapeSizes) or shape.scalar:
+        raise _NotProven
     return [_rows_of(shape.sizes)]
 
 
 def _expand(node: _ProvenNode) -> list[_Value]:
     given, shape = node.inputs
-    if isinstance(shape, _Sizes) and not shape.scalar:
+    if isinstance(shape, _ShapeSizes) and not shape.scalar:
         filled = _rows_of(shape.sizes)
-        if isinstance(given, _RowsAlong) and given.from_last == filled.from_last:
+        if isinstance(given, _RowsOnAxis) and given.from_last == filled.from_last:
             rank = max(given.rank, filled.rank)
-        elif isinstance(given, _Same) and (len(given.shape) < -filled.from_last or given.shape[filled.from_last] == 1):
+        elif isinstance(given, _SameForAllInputs) and (len(given.shape) < -filled.from_last or given.shape[filled.from_last] == 1):
             rank = max(len(given.shape), filled.rank)
         else:
-            raise _Unknown
-        return [_RowsAlong(rank + filled.from_last, rank)]
+            raise _NotProven
+        return [_RowsOnAxis(rank + filled.from_last, rank)]
     rows, sizes = node.rows(), node.numbers(1)
     if len(sizes) >= -rows.from_last and sizes[rows.from_last] != 1:
-        raise _Unknown
+        raise _NotProven
     rank = max(rows.rank, len(sizes))
-    return [_RowsAlong(rank + rows.from_last, rank)]
+    return [_RowsOnAxis(rank + rows.from_last, rank)]
 
 
 def _reshape(node: _ProvenNode) -> list[_Value]:
     """With the rows first, before and after."""
     given, shape = node.inputs
-    if isinstance(given, _Sizes) and isinstance(shape, _Same) and len(given.sizes) == 1 and node.numbers(1) in ([-1], [1]):
-        return [_Sizes(given.sizes)]
+    if isinstance(given, _ShapeSizes) and isinstance(shape, _SameForAllInputs) and len(given.sizes) == 1 and node.numbers(1) in ([-1], [1]):
+        return [_ShapeSizes(given.sizes)]
     if node.rows().axis != 0 or node.attribute("allowzero", 0):
-        raise _Unknown
-    sizes: list[int | None] = [*shape.sizes] if isinstance(shape, _Sizes) and not shape.scalar else [*node.numbers(1)]
+        raise _NotProven
+    sizes: list[int | None] = [*shape.sizes] if isinstance(shape, _ShapeSizes) and not shape.scalar else [*node.numbers(1)]
     others = [size for size in node.shapes[0][1:] if size is not None]
     known = len(others) == len(node.shapes[0]) - 1 == node.rows().rank - 1
     rest = [size for size in sizes[1:] if size is not None]
     if len(rest) != len(sizes) - 1:
-        raise _Unknown
+        raise _NotProven
     if sizes[0] not in (None, 0) and not (
         sizes[0] == -1 and known and all(size > 0 for size in rest) and math.prod(rest) == math.prod(others)
     ):
-        raise _Unknown
-    return [_RowsAlong(0, len(sizes))]
+        raise _NotProven
+    return [_RowsOnAxis(0, len(sizes))]
 
 
 def _flatten(node: _ProvenNode) -> list[_Value]:
     if node.rows().axis != 0 or node.attribute("axis", 1) != 1:
-        raise _Unknown
-    return [_RowsAlong(0, 2)]
+        raise _NotProven
+    return [_RowsOnAxis(0, 2)]
 
 
 def _top_k(node: _ProvenNode) -> list[_Value]:
@@ -402,18 +408,18 @@ def _einsum(node: _ProvenNode) -> list[_Value]:
     terms, arrow, result = node.attribute("equation").decode().replace(" ", "").partition("->")
     letters, named = set(), terms.split(",")
     if not arrow or "." in terms or len(named) != len(node.inputs):
-        raise _Unknown
+        raise _NotProven
     for term, value in zip(named, node.inputs, strict=True):
-        if isinstance(value, _RowsAlong) and len(term) == value.rank and term.count(term[value.axis]) == 1:
+        if isinstance(value, _RowsOnAxis) and len(term) == value.rank and term.count(term[value.axis]) == 1:
             letters.add(term[value.axis])
-        elif not isinstance(value, _Same):
-            raise _Unknown
+        elif not isinstance(value, _SameForAllInputs):
+            raise _NotProven
     if len(letters) != 1 or result.count(*letters) != 1:
-        raise _Unknown
+        raise _NotProven
     (letter,) = letters
-    if any(letter in term for term, value in zip(named, node.inputs, strict=True) if isinstance(value, _Same)):
-        raise _Unknown
-    return [_RowsAlong(result.index(letter), len(result))]
+    if any(letter in term for term, value in zip(named, node.inputs, strict=True) if isinstance(value, _SameForAllInputs)):
+        raise _NotProven
+    return [_RowsOnAxis(result.index(letter), len(result))]
 
 
 def _first(node: _ProvenNode) -> list[_Value]:
@@ -426,7 +432,7 @@ def _first(node: _ProvenNode) -> list[_Value]:
 
 def _batch_normalization(node: _ProvenNode) -> list[_Value]:
     if node.rows().axis != 0 or node.rows().rank < 2:
-        raise _Unknown
+        raise _NotProven
     return _first(node)
 
 
@@ -434,11 +440,11 @@ def _table(*ranks: int) -> Callable[[_ProvenNode], list[_Value]]:
     """Operators over tables, a row of features each; of the ranks that their results have."""
 
     def results(node: _ProvenNode) -> list[_Value]:
-        if node.rows() != _RowsAlong(0, 2):
-            raise _Unknown
+        if node.rows() != _RowsOnAxis(0, 2):
+            raise _NotProven
         for index in range(1, len(node.inputs)):
             node.same(index)
-        return [_RowsAlong(0, rank) for rank in ranks]
+        return [_RowsOnAxis(0, rank) for rank in ranks]
 
     return results
 
