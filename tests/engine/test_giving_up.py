@@ -19,7 +19,8 @@ from probescore_server import Engine
 from probescore_server.probes.scoring import onnx_scores
 from probescore_server.probes.scoring.cancellation import ComputationCancelled, GraphCanceller, WantedRollouts
 from probescore_server.rollouts import CheckedRollout, RolloutResult
-from probescore_server.validation import resolve_options, resolve_rollouts
+from probescore_server.validation.options import resolve_options
+from probescore_server.validation.rollouts import resolve_rollouts
 
 SECONDS = 30.0
 

@@ -21,7 +21,8 @@ from probescore_server.probes.format.graph import GraphFailed
 from probescore_server.probes.loading.onnx_session import ProbeSession
 from probescore_server.probes.scoring.batch_scorer import BatchScorer
 from probescore_server.probes.scoring.cancellation import WantedRollouts
-from probescore_server.validation import resolve_options, resolve_rollouts
+from probescore_server.validation.options import resolve_options
+from probescore_server.validation.rollouts import resolve_rollouts
 
 TAP = Tap("resid_post", 1)
 HUGE = 1e6

@@ -27,7 +27,8 @@ from probescore_server.probes.loading.loader import LoadedProbe, StackMember
 from probescore_server.probes.loading.onnx_session import ProbeSession
 from probescore_server.probes.scoring.batch_scorer import BatchScorer
 from probescore_server.probes.scoring.cancellation import WantedRollouts
-from probescore_server.validation import resolve_options, resolve_rollouts
+from probescore_server.validation.options import resolve_options
+from probescore_server.validation.rollouts import resolve_rollouts
 
 RANDOM = np.random.default_rng(5)
 FEATURES, LARGEST = 16, 5

@@ -18,7 +18,7 @@ from probescore.types import Chat, ChatMessage, Text
 from probescore_server.backbone.time_limit import TimeLimitExceeded, time_limit
 from probescore_server.backbone.tokenizer import TextEncoder
 from probescore_server.errors import InvalidRequest, LimitExceeded
-from probescore_server.validation import ChatLimits
+from probescore_server.validation.texts import ChatLimits
 
 ENCODER = TextEncoder(tiny_tokenizer())
 USER, ASSISTANT = VOCAB_SIZE - 2, VOCAB_SIZE - 1

@@ -33,7 +33,8 @@ from probescore_server.probes.loading.onnx_session import ProbeSession
 from probescore_server.probes.scoring.batch_scorer import BatchScorer
 from probescore_server.probes.scoring.cancellation import WantedRollouts
 from probescore_server.rollouts import EngineInfo
-from probescore_server.validation import resolve_options, resolve_rollouts
+from probescore_server.validation.options import resolve_options
+from probescore_server.validation.rollouts import resolve_rollouts
 
 CPU = torch.device("cpu")
 AT = Tap("resid_post", 1)

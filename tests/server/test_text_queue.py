@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from probescore.types import Chat, ChatMessage
 from probescore_server.activity import TextBeingTokenised
-from probescore_server.validation import PendingText
+from probescore_server.validation.texts import PendingText
 from probescore_server.workers.text_queue import SHORT_BYTES, TextQueue, TokenisingLane
 
 IDS = np.zeros(1, np.int32)

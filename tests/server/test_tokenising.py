@@ -18,7 +18,7 @@ from watched_worker import Watched, running
 
 from probescore.types import Chat, ChatMessage, Text
 from probescore_server.errors import WorkerLost, WorkerLostTwice, WorkerUnavailable
-from probescore_server.validation import PendingText
+from probescore_server.validation.texts import PendingText
 from probescore_server.workers import process
 from probescore_server.workers.text_queue import SHORT_BYTES
 from probescore_server.workers.tokenising import MAX_LOSSES, encode

@@ -19,7 +19,7 @@ from watched_worker import Watched, rollouts_of, running
 from probescore.types import RolloutGroup, Text
 from probescore_server.errors import InternalFault, WorkerUnavailable
 from probescore_server.settings import ServerSettings
-from probescore_server.validation import PendingText
+from probescore_server.validation.texts import PendingText
 from probescore_server.workers.main import _WorkerRuntime
 from probescore_server.workers.messages import Failed, Sleep, Wake, WorkerSpec
 

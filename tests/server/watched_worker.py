@@ -9,7 +9,8 @@ from contextlib import asynccontextmanager
 from probescore.types import RolloutGroup
 from probescore_server.rollouts import CheckedRollout, EngineInfo
 from probescore_server.settings import ServerSettings
-from probescore_server.validation import resolve_options, resolve_rollouts
+from probescore_server.validation.options import resolve_options
+from probescore_server.validation.rollouts import resolve_rollouts
 from probescore_server.workers.handle import PinnedContent, WorkerHandle
 from probescore_server.workers.messages import WorkerSpec
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from probescore.types import Chat, Text
 from probescore_server.backbone.time_limit import TimeLimitExceeded, time_limit
 from probescore_server.errors import InvalidRequest
-from probescore_server.validation import ChatLimits, check_text_bytes, utf8_bytes
+from probescore_server.validation.texts import ChatLimits, check_text_bytes, utf8_bytes
 
 _INCOMPLETE = "\ufffd"  # what a decoder writes for bytes that are not yet a character
 

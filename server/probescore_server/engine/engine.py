@@ -42,7 +42,9 @@ from probescore_server.probes.loading.loader import LoadedProbe, needs_trial, tr
 from probescore_server.probes.scoring.batch_scorer import BatchScorer
 from probescore_server.probes.scoring.cancellation import WantedRollouts
 from probescore_server.rollouts import CheckedRollout, Continuation, EngineInfo, EngineStatistics, RolloutResult
-from probescore_server.validation import ChatLimits, TokenScoresWanted, pending_texts, resolve_options, resolve_rollouts
+from probescore_server.validation.options import TokenScoresWanted, resolve_options
+from probescore_server.validation.rollouts import resolve_rollouts
+from probescore_server.validation.texts import ChatLimits, pending_texts
 
 BATCH_TOKENS = 16_384
 """Tokens of one batch of ``Engine.score``: bounds the activations held at once. A server makes its own batches."""

@@ -55,7 +55,9 @@ from probescore_server.rollouts import CheckedRollout, EngineInfo, ResolvedOptio
 from probescore_server.scheduling.call import Call, Delivery, FinishedRollout
 from probescore_server.scheduling.scheduler import Scheduler
 from probescore_server.settings import ServerSettings
-from probescore_server.validation import PendingText, check_texts, pending_texts, resolve_options, resolve_rollouts
+from probescore_server.validation.options import resolve_options
+from probescore_server.validation.rollouts import resolve_rollouts
+from probescore_server.validation.texts import PendingText, check_texts, pending_texts
 from probescore_server.workers.handle import WorkerHandle
 from probescore_server.workers.tokenising import encode
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from probescore.types import Transfer
 from probescore_server.errors import InternalFault, StartupError, WorkerLost, WorkerUnavailable
 from probescore_server.rollouts import CheckedRollout, EngineInfo, EngineStatistics, ScoredBatch
-from probescore_server.validation import PendingText
+from probescore_server.validation.texts import PendingText
 from probescore_server.workers.liveness import LossReason
 from probescore_server.workers.messages import (
     CancelRollout,

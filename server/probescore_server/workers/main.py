@@ -22,7 +22,7 @@ from probescore_server.errors import InternalFault, InvalidRequest, OutOfMemory,
 from probescore_server.failures import FailureKind, kind_of
 from probescore_server.logs import configure_logs
 from probescore_server.rollouts import ScoredBatch
-from probescore_server.validation import ChatLimits, PendingText
+from probescore_server.validation.texts import ChatLimits, PendingText
 from probescore_server.workers.messages import (
     BatchScored,
     CancelRollout,

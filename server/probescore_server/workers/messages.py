@@ -13,7 +13,7 @@ from probescore_server.activity import ActivityStep, TextBeingTokenised
 from probescore_server.errors import InternalFault, InvalidRequest, OutOfMemory, WorkerUnavailable
 from probescore_server.rollouts import CheckedRollout, EngineInfo, EngineStatistics, ScoredBatch
 from probescore_server.settings import ServerSettings
-from probescore_server.validation import PendingText
+from probescore_server.validation.texts import PendingText
 from probescore_server.workers.codec import Encoded, decode_results, decode_rollouts, encode_results, encode_rollouts
 
 

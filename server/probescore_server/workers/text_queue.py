@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from probescore.types import Chat
 from probescore_server.activity import TextBeingTokenised
-from probescore_server.validation import PendingText
+from probescore_server.validation.texts import PendingText
 
 SHORT_BYTES = 16_384
 """What takes some ten milliseconds."""

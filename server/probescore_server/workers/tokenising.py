@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from probescore_server.errors import WorkerLost, WorkerLostTwice
-from probescore_server.validation import PendingText
+from probescore_server.validation.texts import PendingText
 from probescore_server.workers.handle import WorkerHandle
 
 MAX_LOSSES = 3

@@ -14,7 +14,8 @@ from probescore_server.probes.format.manifest import Golden, LeftOut, Neighbour,
 from probescore_server.probes.format.probe_file import ProbeFile
 from probescore_server.probes.loading.deviations import largest_deviation
 from probescore_server.rollouts import CheckedRollout, EngineInfo
-from probescore_server.validation import resolve_options, resolve_rollouts
+from probescore_server.validation.options import resolve_options
+from probescore_server.validation.rollouts import resolve_rollouts
 
 NEARER = 2.0
 """So many times as near must recomputed scores be to the golden ones as to those of any neighbouring place."""
