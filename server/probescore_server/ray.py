@@ -56,7 +56,7 @@ _METHODS: tuple[MethodDescriptor, ...] = (
 Write: TypeAlias = Callable[[Message], Awaitable[None]]
 
 
-def _maker(method: MethodDescriptor) -> tuple[Callable[..., Handler], str]:
+def _handler_maker(method: MethodDescriptor) -> tuple[Callable[..., Handler], str]:
     """What makes a handler of a method, and the attribute of it that has the behavior."""
     if method.server_streaming:
         return grpc.unary_stream_rpc_method_handler, "unary_stream"
@@ -156,7 +156,7 @@ def add_to_proxy(_: object, server: Any) -> None:  # noqa: ANN401 - Ray's own su
 
 def _unparsed(method: MethodDescriptor) -> Handler:
     """Requests stay bytes, which the replica parses inside its boundary."""
-    make, _ = _maker(method)
+    make, _ = _handler_maker(method)
     return make(lambda request, context: None)
 
 
@@ -323,7 +323,7 @@ def _guarded_methods(core: ScoringCore) -> dict[str, Callable[[bytes, _RayServic
     methods = {}
     for method in _METHODS:
         behavior = check if method.name == "Check" else getattr(core.servicer, method.name)
-        make, attribute = _maker(method)
+        make, attribute = _handler_maker(method)
         handler = make(behavior, request_deserializer=GetMessageClass(method.input_type).FromString)
         guarded = boundary.guard(f"/{method.containing_service.full_name}/{method.name}", handler)
         methods[method.name] = getattr(guarded, attribute)

@@ -28,7 +28,7 @@ from probescore_server.probes.format.graph import CU_SEQLENS, POSITIONS, GraphFa
 from probescore_server.probes.format.manifest import GoldenCase, Manifest
 from probescore_server.probes.format.probe_file import ProbeFile, read_probe_file
 from probescore_server.probes.loading.compatibility import probe_info
-from probescore_server.probes.loading.loader import LoadedProbe, load_probes, needs_trial, tried
+from probescore_server.probes.loading.loader import LoadedProbe, limited_to_tried_calls, load_probes, needs_trial
 from probescore_server.probes.loading.onnx_session import ProbeSession
 from probescore_server.probes.scoring.batch_scorer import BatchScorer
 from probescore_server.probes.scoring.cancellation import WantedRollouts
@@ -72,7 +72,7 @@ class Probe:
         probe = load_probes([self.file], CPU)[self.file.manifest.key]
         if not needs_trial(self.file, probe):
             return probe
-        return tried(self.file, probe, {AT: np.concatenate([rollout.inputs[TAP] for rollout in self.rollouts])})
+        return limited_to_tried_calls(self.file, probe, {AT: np.concatenate([rollout.inputs[TAP] for rollout in self.rollouts])})
 
 
 def probe_of(recipe: Recipe, directory: Path, golden_lengths: Sequence[int] = GOLDEN_LENGTHS) -> Probe:

@@ -38,7 +38,7 @@ from probescore_server.probes.format.manifest import Manifest
 from probescore_server.probes.format.probe_file import ProbeFile
 from probescore_server.probes.loading.compatibility import is_accepted
 from probescore_server.probes.loading.golden_check import check_golden, golden_rollouts
-from probescore_server.probes.loading.loader import LoadedProbe, needs_trial, tried
+from probescore_server.probes.loading.loader import LoadedProbe, limited_to_tried_calls, needs_trial
 from probescore_server.probes.scoring.batch_scorer import BatchScorer
 from probescore_server.probes.scoring.cancellation import WantedRollouts
 from probescore_server.rollouts import CheckedRollout, Continuation, EngineInfo, EngineStatistics, RolloutResult
@@ -326,7 +326,7 @@ class Engine:
         for file in files:
             key = file.manifest.key
             if needs_trial(file, self._probes[key]):
-                self._probes[key] = tried(file, self._probes[key], self._golden_activations(file))
+                self._probes[key] = limited_to_tried_calls(file, self._probes[key], self._golden_activations(file))
 
     def _golden_activations(self, file: ProbeFile) -> dict[Tap, NDArray[np.float32]]:
         """Of a few golden rollouts, what the probe reads: finite rows ``(N, hidden_size)``, the same tokens at each tap."""

@@ -65,7 +65,7 @@ CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.
 VMSTAT = Path("/proc/vmstat")
 
 
-def _run(main: str, connection: socket.socket, spec: WorkerSpec) -> None:
+def _start_main(main: str, connection: socket.socket, spec: WorkerSpec) -> None:
     """What a worker's process begins with."""
     module, _, function = main.partition(":")
     getattr(importlib.import_module(module), function)(connection, spec)
@@ -82,7 +82,7 @@ class WorkerProcess:
     def __init__(self, spec: WorkerSpec) -> None:
         context = multiprocessing.get_context("spawn")
         self._ours, self._theirs = socket.socketpair()
-        self.process = context.Process(target=_run, args=(MAIN, self._theirs, spec), name=f"probescore-{spec.device}", daemon=True)
+        self.process = context.Process(target=_start_main, args=(MAIN, self._theirs, spec), name=f"probescore-{spec.device}", daemon=True)
         self.ended = asyncio.Event()
         self.loss: LossReason | None = None
         self._spec = spec

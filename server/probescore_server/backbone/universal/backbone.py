@@ -18,7 +18,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from probescore.types import Tap
-from probescore_server.backbone.base import Activations, nothing
+from probescore_server.backbone.base import Activations, skip_nothing
 from probescore_server.backbone.forest import Forest
 from probescore_server.backbone.kv_cache import KeyValueCache, KeyValues, length_of
 from probescore_server.backbone.model_loading import Decoder
@@ -70,7 +70,7 @@ class UniversalBackbone:
 
     @torch.inference_mode()
     def forward(
-        self, forest: Forest, taps: Sequence[Tap], *, skip: Callable[[int], bool] = nothing, cache: KeyValueCache | None = None
+        self, forest: Forest, taps: Sequence[Tap], *, skip: Callable[[int], bool] = skip_nothing, cache: KeyValueCache | None = None
     ) -> Activations:
         """As ``Backbone.forward``. ``skip`` is asked again before each ``CHUNK_TOKENS`` of a segment."""
         activations = Activations.empty(forest, taps, self._decoder.config.hidden_size, self._decoder.device)

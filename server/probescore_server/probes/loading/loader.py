@@ -98,7 +98,7 @@ def needs_trial(file: ProbeFile, probe: LoadedProbe) -> bool:
     return isinstance(probe.runs, ProbeSession) and not is_row_by_row(onnx.load_from_string(file.graph), GraphSignature.of(file.manifest))
 
 
-def tried(file: ProbeFile, probe: LoadedProbe, golden: Mapping[Tap, NDArray[np.float32]]) -> LoadedProbe:
+def limited_to_tried_calls(file: ProbeFile, probe: LoadedProbe, golden: Mapping[Tap, NDArray[np.float32]]) -> LoadedProbe:
     """A probe, given no larger calls than those in which it was tried and found right.
 
     Args:
