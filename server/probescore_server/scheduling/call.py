@@ -108,7 +108,7 @@ class Call:
         queue_seconds: from admission until the first of its rollouts reached a worker; ``None`` before that.
     """
 
-    def __init__(self, scheduling: CallScheduler, job: str, priority: int, deadline: float, admitted: float) -> None:
+    def __init__(self, scheduler: CallScheduler, job: str, priority: int, deadline: float, admitted: float) -> None:
         self.job = job
         self.priority = priority
         self.deadline = deadline
@@ -117,7 +117,7 @@ class Call:
         self.computing: set[RequestedRollout] = set()
         self.unread_tokens = 0
         self.queue_seconds: float | None = None
-        self._scheduling = scheduling
+        self._scheduler = scheduler
         self._deliveries: deque[Delivery] = deque()
         self._failure: CoreError | None = None
         self._changed = asyncio.Event()
@@ -126,7 +126,7 @@ class Call:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._scheduling.withdraw(self)
+        self._scheduler.withdraw(self)
 
     def __aiter__(self) -> Call:
         return self
@@ -141,7 +141,7 @@ class Call:
             await self._changed.wait()
         delivery = self._deliveries.popleft()
         self.unread_tokens -= delivery.tokens
-        self._scheduling.dispatch()
+        self._scheduler.dispatch()
         return delivery
 
     def start(self, item: RequestedRollout, now: float) -> None:
@@ -162,7 +162,7 @@ class Call:
         """Ends it with an error, unless it had failed before."""
         if self._failure is None:
             self._failure = error
-            self._scheduling.withdraw(self)
+            self._scheduler.withdraw(self)
 
     def ended(self) -> None:
         """Nothing waits or computes any more."""

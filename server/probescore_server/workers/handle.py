@@ -68,7 +68,7 @@ class WorkerHandle:
         spec: what to load, where.
         on_change: called whenever `ready` or `failed_starts` changes.
         pinned: shared by the workers of one server.
-        on_lost: told why, one of ``progress.REASONS_LOST``, whenever it was lost.
+        on_lost: told why, one of ``liveness.REASONS_LOST``, whenever it was lost.
 
     Attributes:
         info: what it has loaded; ``None`` before it was ready for the first time.
