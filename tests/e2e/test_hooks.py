@@ -9,7 +9,7 @@ from parity_cases import EVERY_HOOK
 from probescore import Hook, Tap
 from probescore_server.probes.format.manifest import TapInput
 
-SCORES = (Path(__file__).parents[2] / "docs" / "scores.md").read_text()
+SCORES = (Path(__file__).parents[2] / "docs/explanation/scores.md").read_text()
 
 
 @pytest.mark.parametrize("hook", Hook, ids=str)
