@@ -47,6 +47,24 @@ class OutputPer(str, Enum):
     ROLLOUT = "rollout"
 
 
+class Hook(str, Enum):
+    """Where in a model a probe can read."""
+
+    RESID_PRE = "resid_pre"
+    RESID_POST = "resid_post"
+    ATTN_OUT = "attn_out"
+    MLP_OUT = "mlp_out"
+    FINAL_NORM = "final_norm"
+
+    def __str__(self) -> str:
+        return self.value
+
+    @property
+    def has_layer(self) -> bool:
+        """Whether each decoder block has one; else the model has one."""
+        return self is not Hook.FINAL_NORM
+
+
 # ---------------------------------------------------------------------------------------------------------------- what is scored
 
 
@@ -310,7 +328,8 @@ def score_keys(probes: Sequence[ScoredProbe]) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Tap:
-    """Where a probe reads: ``hook`` and the 0-based index of the decoder block (``None`` for ``final_norm``).
+    """Where a probe reads: a ``Hook``, or the name of one that only a newer server knows, and the 0-based index of the decoder block
+    (``None`` for ``final_norm``).
 
     ``str(tap)`` is the name of the graph input that reads it: ``"resid_post.6"``, ``"final_norm"``.
     """

@@ -24,7 +24,7 @@ from probescore import Chat
 from probescore_adapters import GuardRails, ProbeScorer, ProbeSignal, Rollout
 from probescore_adapters.http.bodies import LimitedBodies
 from probescore_adapters.http.problems import DESCRIPTIONS
-from probescore_server.cli.gateway import ImpatientProtocol
+from probescore_server.cli.gateway import HeadTimeoutProtocol
 
 SIGNALS = json.dumps([{"probe": "cheating", "mode": "reward"}])
 WORST = -1e6
@@ -287,7 +287,7 @@ def test_connection_of_a_slow_client_ends_when_it_was_said_to(slow: str, monkeyp
     async def app(*_: object) -> None:
         raise AssertionError("there was no request")
 
-    config = uvicorn.Config(LimitedBodies(app, 10_000, 0.5), port=0, http=ImpatientProtocol, loop="asyncio", lifespan="off")  # type: ignore[arg-type]
+    config = uvicorn.Config(LimitedBodies(app, 10_000, 0.5), port=0, http=HeadTimeoutProtocol, loop="asyncio", lifespan="off")  # type: ignore[arg-type]
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()

@@ -18,9 +18,9 @@ from probescore_adapters.environment import ADDRESS, OF_THE_POLICY, RAILS, RUN_I
 from probescore_adapters.http import create_app
 from probescore_adapters.http.app import MAX_BODY_BYTES
 from probescore_adapters.scorer import ProbeScorer
-from probescore_server.cli.connection import ADDRESS_HELP
-from probescore_server.cli.failures import one_line_failures
-from probescore_server.cli.visible import one_line, spelt_out
+from probescore_server.cli.common.connection import ADDRESS_HELP
+from probescore_server.cli.common.failures import one_line_failures
+from probescore_server.cli.common.visible import one_line, spelt_out
 
 DEFAULT_TIMEOUT = "100"
 """Seconds: less than slime (120) and OpenRLHF (180) wait before they ask again."""
@@ -98,7 +98,7 @@ def _gateway(
     }
     flags = {variable: value for variable, value in given.items() if value is not None}
     handler = logging.StreamHandler()
-    handler.setFormatter(_OneLine("%(levelname)s: %(message)s"))
+    handler.setFormatter(_OneLineFormatter("%(levelname)s: %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     with one_line_failures():
         settings = {OF_THE_POLICY["timeout"]: DEFAULT_TIMEOUT, **os.environ, **flags}
@@ -109,12 +109,12 @@ def _gateway(
         signal.signal(signum, lambda *_: sys.exit(0))
     # one loop everywhere, whatever else is installed
     config = uvicorn.Config(
-        app, host=host, port=port, loop="asyncio", http=ImpatientProtocol, access_log=False, timeout_graceful_shutdown=DRAIN_SECONDS
+        app, host=host, port=port, loop="asyncio", http=HeadTimeoutProtocol, access_log=False, timeout_graceful_shutdown=DRAIN_SECONDS
     )
     uvicorn.Server(config).run()
 
 
-class ImpatientProtocol(H11Protocol):
+class HeadTimeoutProtocol(H11Protocol):
     """Ends connections whose next request does not begin: uvicorn itself waits for the rest of a head for ever."""
 
     _late: asyncio.TimerHandle | None = None
@@ -148,7 +148,7 @@ class ImpatientProtocol(H11Protocol):
         self._late = self.loop.call_later(HEAD_SECONDS, self.transport.close)
 
 
-class _OneLine(logging.Formatter):
+class _OneLineFormatter(logging.Formatter):
     """Messages in which nothing is obeyed by a terminal; tracebacks keep their lines."""
 
     def format(self, record: logging.LogRecord) -> str:

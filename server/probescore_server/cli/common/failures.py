@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import typer
 
 from probescore.errors import InvalidRequestError, ProbescoreError
-from probescore_server.cli.streams import leave_stdout
-from probescore_server.cli.visible import one_line
+from probescore_server.cli.common.streams import leave_stdout
+from probescore_server.cli.common.visible import one_line
 from probescore_server.errors import StartupError
 
 FAILED = 1

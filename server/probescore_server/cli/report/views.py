@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from probescore import Calibration, Completion, CompletionScores, CompletionStatus, ProbeInfo, Reduction, ScoredProbe, ScoreUnit, Span
 from probescore.types import score_keys
-from probescore_server.cli.visible import visible
+from probescore_server.cli.common.visible import visible
 
 _NOTHING_TO_SEE = "·"
 
@@ -46,7 +46,7 @@ class Series:
 
 
 @dataclass(frozen=True)
-class Token:
+class ShownToken:
     """A token as it is shown: ``text`` is visible, ``counts`` says whether the mask lets it count."""
 
     id: int
@@ -89,8 +89,8 @@ class RolloutView:
     """
 
     title: str
-    context: tuple[Token, ...]
-    tokens: tuple[Token, ...]
+    context: tuple[ShownToken, ...]
+    tokens: tuple[ShownToken, ...]
     problem: str
     inexact: bool
     spans: tuple[Span, ...] = ()
@@ -142,7 +142,7 @@ def rollout_views(
 
 
 def _views(
-    title: str, context: tuple[Token, ...], completion: Completion, scored: CompletionScores, series: Sequence[Series], label: str = ""
+    title: str, context: tuple[ShownToken, ...], completion: Completion, scored: CompletionScores, series: Sequence[Series], label: str = ""
 ) -> list[RolloutView]:
     tokens = _tokens(scored.completion_ids, scored.completion_texts, completion.mask)
     named = f"{title} · {visible(scored.id)}" if scored.id else title
@@ -155,12 +155,12 @@ def _views(
     return views
 
 
-def _tokens(ids: NDArray[np.int32] | None, texts: Sequence[str] | None, mask: object) -> tuple[Token, ...]:
+def _tokens(ids: NDArray[np.int32] | None, texts: Sequence[str] | None, mask: object) -> tuple[ShownToken, ...]:
     if ids is None:
         return ()
     counts = np.ones(len(ids), bool) if mask is None else np.asarray(mask, bool)
     pieces = [f"[{token_id}]" for token_id in ids] if texts is None else [visible(text) or _NOTHING_TO_SEE for text in texts]
-    return tuple(Token(int(token_id), piece, bool(count)) for token_id, piece, count in zip(ids, pieces, counts, strict=True))
+    return tuple(ShownToken(int(token_id), piece, bool(count)) for token_id, piece, count in zip(ids, pieces, counts, strict=True))
 
 
 def _series_scores(series: Series, completion: Completion, scored: CompletionScores, tokens: int) -> SeriesScores:
@@ -178,14 +178,14 @@ def _series_scores(series: Series, completion: Completion, scored: CompletionSco
 
 
 @dataclass(frozen=True)
-class Scale:
+class ColourScale:
     """A diverging scale: 0 at ``centre``, ±1 from ``reach`` away from it."""
 
     centre: float
     reach: float
 
     @classmethod
-    def of(cls, series: Series, views: Iterable[RolloutView]) -> Scale:
+    def of(cls, series: Series, views: Iterable[RolloutView]) -> ColourScale:
         """Reaches as far as all but the outermost 2% of the scores shown, so that one outlier does not pale all others."""
         shown = [scores for view in views if (scores := view.scores.get(series.name)) is not None]
         values = np.array([scores.value for scores in shown if scores.value is not None], np.float32)

@@ -1,220 +1,22 @@
-"""From what a client asks to checked rollouts of ids.
-
-Every check of a request's content is here, and each names the field at fault as in the proto. Used by the front process and by
-``Engine.score`` alike, so it imports neither torch nor grpc.
-"""
+"""The rollouts of a request, checked against what is loaded and the limits: ids, masks, spans, follow-ups."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from probescore.reductions import Reduction
-from probescore.types import Chat, Completion, OutputPer, ProbeInfo, RolloutGroup, Scope, Span, Text, TokenIds
+from probescore.types import Chat, Completion, RolloutGroup, Scope, Span, Text, TokenIds
 from probescore.wire.contract import MAX_FOLLOW_UP_DEPTH
 from probescore_server.errors import InvalidRequest, LimitExceeded
 from probescore_server.request_cost import RequestCost
 from probescore_server.rollouts import CheckedRollout, Continuation, EngineInfo, ResolvedOptions
+from probescore_server.validation.texts import as_completion
 
 MAX_SPAN_NAME_BYTES = 64
-
-TokenScoresWanted = Literal["all"] | Sequence[str]
-
-# ---------------------------------------------------------------------------------------------------------------------- options
-
-
-def resolve_options(
-    info: EngineInfo,
-    *,
-    probes: Sequence[str] = (),
-    reductions: Sequence[Reduction | str] = (),
-    token_scores: TokenScoresWanted = (),
-    scope: Scope | str = Scope.COMPLETION,
-    return_token_ids: bool = False,
-    return_token_texts: bool = False,
-) -> ResolvedOptions:
-    """Checks how a request wants its rollouts scored.
-
-    Args:
-        info: what is loaded.
-        probes: ``name`` or ``name@version`` each; empty = every loaded probe.
-        reductions: empty = each probe's default.
-        token_scores: the probes whose per-token scores are wanted, or ``"all"``: every one of the request that scores tokens.
-        scope: which tokens are scored.
-        return_token_ids: whether ids are sent back.
-        return_token_texts: whether the tokens are sent back as text.
-
-    Raises:
-        InvalidRequest: naming ``probes[i]``, ``reductions[i]``, ``token_scores.probes[i]`` or ``scope``.
-    """
-    by_key = {probe.key: probe for probe in info.probes}
-    keys = _resolve_names(info.probes, probes, "probes") if probes else tuple(by_key)
-    if not keys:
-        raise InvalidRequest("probes", "no probe is loaded: the server was started without any")
-    match token_scores:
-        case "all":
-            wanted = tuple(key for key in keys if by_key[key].output_per is OutputPer.TOKEN)
-        case str():
-            raise InvalidRequest("token_scores", f"{token_scores!r} is neither 'all' nor a list of probes")
-        case _:
-            wanted = _resolve_names(info.probes, token_scores, "token_scores.probes")
-            _check_token_scores(wanted, keys, by_key)
-    return ResolvedOptions(
-        probes=keys,
-        reductions=tuple(_parse_reduction(written, index) for index, written in enumerate(reductions)),
-        token_scores=frozenset(wanted),
-        scope=_parse_scope(scope),
-        return_token_ids=return_token_ids,
-        return_token_texts=return_token_texts,
-    )
-
-
-def _check_token_scores(wanted: Sequence[str], requested: Sequence[str], by_key: Mapping[str, ProbeInfo]) -> None:
-    known = set(requested)
-    for index, key in enumerate(wanted):
-        if key not in known:
-            raise InvalidRequest(f"token_scores.probes[{index}]", f"{key} is not among the probes of this request")
-        if by_key[key].output_per is not OutputPer.TOKEN:
-            raise InvalidRequest(f"token_scores.probes[{index}]", f"{key} pools by itself and has no scores per token")
-
-
-def _resolve_names(loaded: Sequence[ProbeInfo], names: Sequence[str], path: str) -> tuple[str, ...]:
-    known_as: dict[str, list[str]] = defaultdict(list)
-    for probe in loaded:
-        for name in (probe.name, probe.key):
-            known_as[name].append(probe.key)
-    keys: dict[str, None] = {}
-    for index, name in enumerate(names):
-        matches = known_as.get(name)
-        if not matches:
-            known = ", ".join(probe.key for probe in loaded) or "none"
-            raise InvalidRequest(f"{path}[{index}]", f"unknown probe {name[:100]!r}; loaded: {known}", "UNKNOWN_PROBE")
-        if len(matches) > 1:
-            raise InvalidRequest(f"{path}[{index}]", f"{name!r} is loaded in several versions; name one of {', '.join(matches)}")
-        if matches[0] in keys:
-            raise InvalidRequest(f"{path}[{index}]", f"{matches[0]} appears twice")
-        keys[matches[0]] = None
-    return tuple(keys)
-
-
-def _parse_reduction(written: Reduction | str, index: int) -> Reduction:
-    try:
-        return Reduction.parse(written)
-    except ValueError as error:
-        raise InvalidRequest(f"reductions[{index}]", str(error)) from None
-
-
-def _parse_scope(scope: Scope | str) -> Scope:
-    try:
-        return Scope(scope)
-    except ValueError:
-        raise InvalidRequest("scope", f"{scope!r} is none of {', '.join(known.value for known in Scope)}") from None
-
-
-# ------------------------------------------------------------------------------------------------------------------------ texts
-
-
-@dataclass(frozen=True, slots=True)
-class PendingText:
-    """Something to tokenise before its request can be checked.
-
-    Attributes:
-        field: where it stands in the request: ``groups[0].prompt``, ``groups[2].completions[0].follow_ups[1]``.
-        content: a ``str`` is a completion's text; a prompt is a ``Text`` or a ``Chat``.
-    """
-
-    field: str
-    content: str | Text | Chat
-
-    @property
-    def bytes(self) -> int:
-        """Its UTF-8 bytes; of a chat, those of all roles and contents."""
-        match self.content:
-            case str():
-                return utf8_bytes(self.content)
-            case Text():
-                return utf8_bytes(self.content.text)
-            case Chat():
-                return sum(utf8_bytes(message.role) + utf8_bytes(message.content) for message in self.content.messages)
-
-
-def utf8_bytes(text: str) -> int:
-    """How many bytes it takes. What is no text, or half a surrogate pair, is for the tokenizer to refuse."""
-    if not isinstance(text, str):
-        return 0
-    return len(text) if text.isascii() else len(text.encode(errors="surrogatepass"))
-
-
-def pending_texts(groups: Sequence[RolloutGroup]) -> list[PendingText]:
-    """Everything in a request that came as text or chat, in the request's order; empty for a request of ids."""
-    texts: list[PendingText] = []
-    for i, group in enumerate(groups):
-        match group.prompt:
-            case str():
-                texts.append(PendingText(f"groups[{i}].prompt", Text(group.prompt)))
-            case Text() | Chat():
-                texts.append(PendingText(f"groups[{i}].prompt", group.prompt))
-        for j, completion in enumerate(group.completions):
-            texts.extend(_continuation_texts(_as_completion(completion), f"groups[{i}].completions[{j}]"))
-    return texts
-
-
-@dataclass(frozen=True)
-class ChatLimits:
-    """What rendering a chat may take: how long its text may become, in UTF-8 bytes, and how many seconds."""
-
-    max_bytes: int
-    max_seconds: float
-
-
-def check_texts(
-    texts: Sequence[PendingText], *, max_rollout_tokens: int, max_request_tokens: int, max_text_bytes_per_token: int, max_chat_messages: int
-) -> None:
-    """Refuses texts that are too long to be tokenised for what they could become.
-
-    Raises:
-        LimitExceeded: naming the text, ``groups`` for all together, or ``groups[i].prompt.chat.messages``.
-    """
-    total = 0
-    for text in texts:
-        if isinstance(text.content, Chat) and (count := len(text.content.messages)) > max_chat_messages:
-            field = f"{text.field}.chat.messages"
-            raise LimitExceeded(field, count, "messages", "max_chat_messages", max_chat_messages, "send the prompt as token ids or text")
-        total += (size := text.bytes)
-        check_text_bytes(size, text.field, max_text_bytes_per_token * max_rollout_tokens)
-    if total > (most := max_text_bytes_per_token * max_request_tokens):
-        limit = "max_text_bytes_per_token × max_request_tokens"
-        raise LimitExceeded("groups", total, "bytes of text", limit, most, "send it in several requests, or as token ids", "TOO_LONG")
-
-
-def check_text_bytes(size: int, field: str, most: int) -> None:
-    """Refuses a text, as it came or as a template rendered it, that is too long to be tokenised.
-
-    Raises:
-        LimitExceeded: naming ``field``.
-    """
-    if size > most:
-        limit = "max_text_bytes_per_token × max_rollout_tokens"
-        raise LimitExceeded(field, size, "bytes of text", limit, most, "send a shorter text, or token ids", "TOO_LONG")
-
-
-def _continuation_texts(completion: Completion, path: str) -> Iterator[PendingText]:
-    if isinstance(completion.tokens, str):
-        yield PendingText(path, completion.tokens)
-    for index, follow_up in enumerate(completion.follow_ups):
-        yield from _continuation_texts(follow_up, f"{path}.follow_ups[{index}]")
-
-
-def _as_completion(completion: Completion | TokenIds | str) -> Completion:
-    return completion if isinstance(completion, Completion) else Completion(completion)
-
-
-# --------------------------------------------------------------------------------------------------------------------- rollouts
 
 
 def resolve_rollouts(
@@ -307,7 +109,7 @@ class _RequestChecks:
         rollouts = []
         for index, asked in enumerate(group.completions):
             place = f"{path}.completions[{index}]"
-            completion = self._resolve_continuation(_as_completion(asked), place, depth=0, inexact=inexact)
+            completion = self._resolve_continuation(as_completion(asked), place, depth=0, inexact=inexact)
             self._check_length(len(prompt_ids) + completion.chain_tokens + self.longest_appended, place)
             self._check_bos(prompt_ids, completion, f"{path}.prompt")
             reread = self.cost.reread_tokens(completion, len(prompt_ids))

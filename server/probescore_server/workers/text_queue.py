@@ -15,14 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from probescore.types import Chat
-from probescore_server.activity import TextInHand
-from probescore_server.validation import PendingText
+from probescore_server.activity import TextBeingTokenised
+from probescore_server.validation.texts import PendingText
 
 SHORT_BYTES = 16_384
 """What takes some ten milliseconds."""
 
 
-class Lane(Enum):
+class TokenisingLane(Enum):
     """Which texts go one after the other."""
 
     SHORT = "short"
@@ -37,43 +37,43 @@ class _PendingRequest:
     ids: dict[str, NDArray[np.int32]] = field(default_factory=dict)
 
 
-class TextTurns:
+class TextQueue:
     """The texts of requests, each request under its number. Any thread may call any method."""
 
     def __init__(self) -> None:
         self._requests: dict[int, _PendingRequest] = {}
-        self._lanes: dict[Lane, OrderedDict[int, deque[PendingText]]] = {lane: OrderedDict() for lane in Lane}
-        self._in_hand = dict.fromkeys(Lane, TextInHand())
+        self._lanes: dict[TokenisingLane, OrderedDict[int, deque[PendingText]]] = {lane: OrderedDict() for lane in TokenisingLane}
+        self._in_hand = dict.fromkeys(TokenisingLane, TextBeingTokenised())
         self._changed = threading.Condition()
 
     def add(self, number: int, texts: Sequence[PendingText]) -> None:
         """Queues the texts of a request, at least one."""
-        by_lane: dict[Lane, deque[PendingText]] = {}
+        by_lane: dict[TokenisingLane, deque[PendingText]] = {}
         for text in texts:
-            by_lane.setdefault(Lane.SHORT if text.bytes <= SHORT_BYTES else Lane.LONG, deque()).append(text)
+            by_lane.setdefault(TokenisingLane.SHORT if text.bytes <= SHORT_BYTES else TokenisingLane.LONG, deque()).append(text)
         with self._changed:
             self._requests[number] = _PendingRequest(len(texts))
             for lane, waiting in by_lane.items():
                 self._lanes[lane][number] = waiting
             self._changed.notify_all()
 
-    def take(self, lane: Lane) -> tuple[int, PendingText]:
+    def take(self, lane: TokenisingLane) -> tuple[int, PendingText]:
         """Waits for a text, and takes it: the next one of the request whose turn it is. Whoever takes has done with the one before."""
         queue = self._lanes[lane]
         with self._changed:
             before = self._in_hand[lane].number
-            self._in_hand[lane] = TextInHand(before)
+            self._in_hand[lane] = TextBeingTokenised(before)
             while not queue:
                 self._changed.wait()
             number, waiting = queue.popitem(last=False)
             text = waiting.popleft()
             if waiting:
                 queue[number] = waiting
-            self._in_hand[lane] = TextInHand(before + 1, number, text.bytes, isinstance(text.content, Chat))
+            self._in_hand[lane] = TextBeingTokenised(before + 1, number, text.bytes, isinstance(text.content, Chat))
         return number, text
 
-    def in_hand(self) -> tuple[TextInHand, ...]:
-        """What each lane has taken, in the order of `Lane`; also of a request that was dropped since."""
+    def in_hand(self) -> tuple[TextBeingTokenised, ...]:
+        """What each lane has taken, in the order of `TokenisingLane`; also of a request that was dropped since."""
         with self._changed:
             return tuple(self._in_hand.values())
 

@@ -10,14 +10,14 @@ from types import TracebackType
 
 from rich import progress as bars
 
-from probescore_server.cli.console import new_console
-from probescore_server.cli.failures import say
+from probescore_server.cli.common.console import new_console
+from probescore_server.cli.common.failures import say
 
 LINE_SECONDS = 5.0
 """Between two lines of progress; what ends sooner says nothing."""
 
 
-class Progress:
+class ScoringProgress:
     """Progress in rollouts; a context manager, at whose end the bar is gone.
 
     Args:
@@ -56,7 +56,7 @@ class Progress:
         finally:
             self._bar.start()
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> ScoringProgress:
         self._bar.start()
         return self
 

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.style import Style
 from rich.text import Text
 
-from probescore_server.cli.rollout_views import RolloutView, Scale, Series, SeriesScores, Token
+from probescore_server.cli.report.views import ColourScale, RolloutView, Series, SeriesScores, ShownToken
 
 # One lightness throughout: white text stays readable, and strength shows as saturation on light and on dark terminals alike.
 _NEUTRAL, _BELOW, _ABOVE = (118, 118, 124), (24, 98, 200), (204, 58, 12)
@@ -41,8 +41,8 @@ class RolloutPrinter:
         self._console = console
         self._series = series
         self._colours = has_colours(console)
-        self._scales: dict[str, Scale] = {}
-        self._context: tuple[Token, ...] = ()
+        self._scales: dict[str, ColourScale] = {}
+        self._context: tuple[ShownToken, ...] = ()
 
     def print(self, view: RolloutView, scale_of: Sequence[RolloutView]) -> None:
         """Prints one.
@@ -53,7 +53,7 @@ class RolloutPrinter:
                 number throughout.
         """
         if not self._scales:
-            self._scales = {entry.name: Scale.of(entry, scale_of) for entry in self._series}
+            self._scales = {entry.name: ColourScale.of(entry, scale_of) for entry in self._series}
         console = self._console
         title = Text().append(view.title, "bold").append(f"  label {view.label}" if view.label else "")
         console.print(title.append("  ids from text" if view.inexact else "", "dim"), soft_wrap=True)
@@ -75,7 +75,7 @@ class RolloutPrinter:
             self._console.print(_legend(entry, self._scales[entry.name]))
 
 
-def _context(tokens: Sequence[Token]) -> Text:
+def _context(tokens: Sequence[ShownToken]) -> Text:
     left_out = len(tokens) - _CONTEXT_TOKENS
     start = f"… {left_out} tokens … " if left_out > 0 else ""
     return Text(start + "".join(token.text for token in tokens[-_CONTEXT_TOKENS:]), "dim")
@@ -94,7 +94,7 @@ def _summary(series: Series, scores: SeriesScores) -> Text:
     return summary
 
 
-def _tokens(tokens: Sequence[Token], scores: Sequence[float], scale: Scale, colours: bool) -> Text:
+def _tokens(tokens: Sequence[ShownToken], scores: Sequence[float], scale: ColourScale, colours: bool) -> Text:
     drawn = Text()
     for token, score in zip(tokens, scores, strict=True):
         if not colours:
@@ -115,7 +115,7 @@ def _style(position: float) -> Style:
     return Style(color="#ffffff", bgcolor=f"rgb({red},{green},{blue})")
 
 
-def _legend(series: Series, scale: Scale) -> Text:
+def _legend(series: Series, scale: ColourScale) -> Text:
     legend = Text().append(f"{series.name} ({series.unit.value})  ", "dim")
     for step in _steps():
         legend.append(f" {scale.centre + step * scale.reach:.2f} ", _style(step))

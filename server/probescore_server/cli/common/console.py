@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 
-from probescore_server.cli.visible import spelt_out
+from probescore_server.cli.common.visible import spelt_out
 
 
 class _SpellingConsole(Console):

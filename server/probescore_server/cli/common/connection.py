@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 
 from probescore import DeadlineExceededError, ProbeClient, UnavailableError
-from probescore_server.cli.console import new_console
+from probescore_server.cli.common.console import new_console
 
 ADDRESS_HELP = "The server: host:port, dns:///host:port or unix:/path; several host:port with commas."
 """One way in every command."""

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from probescore.types import Chat, ChatMessage
-from probescore_server.activity import TextInHand
-from probescore_server.validation import PendingText
-from probescore_server.workers.text_turns import SHORT_BYTES, Lane, TextTurns
+from probescore_server.activity import TextBeingTokenised
+from probescore_server.validation.texts import PendingText
+from probescore_server.workers.text_queue import SHORT_BYTES, TextQueue, TokenisingLane
 
 IDS = np.zeros(1, np.int32)
 LONG = "x" * (SHORT_BYTES + 1)
@@ -22,22 +22,22 @@ def texts(number: int, *contents: str) -> list[PendingText]:
 
 
 def test_requests_take_turns_text_by_text() -> None:
-    turns = TextTurns()
+    turns = TextQueue()
     turns.add(1, texts(1, "a", "b", "c"))
     turns.add(2, texts(2, "d", "e"))
-    assert [turns.take(Lane.SHORT)[1].content for _ in range(5)] == ["a", "d", "b", "e", "c"]
+    assert [turns.take(TokenisingLane.SHORT)[1].content for _ in range(5)] == ["a", "d", "b", "e", "c"]
 
 
 def test_short_texts_have_a_lane_of_their_own() -> None:
-    turns = TextTurns()
+    turns = TextQueue()
     turns.add(1, texts(1, LONG, "short"))
     turns.add(2, texts(2, "also short"))
-    assert [turns.take(Lane.SHORT)[0] for _ in range(2)] == [1, 2]
-    assert turns.take(Lane.LONG)[0] == 1
+    assert [turns.take(TokenisingLane.SHORT)[0] for _ in range(2)] == [1, 2]
+    assert turns.take(TokenisingLane.LONG)[0] == 1
 
 
 def test_a_request_is_done_with_its_last_text() -> None:
-    turns = TextTurns()
+    turns = TextQueue()
     asked = texts(1, "a", LONG)
     turns.add(1, asked)
     assert turns.done(1, asked[1], IDS) is None
@@ -46,40 +46,40 @@ def test_a_request_is_done_with_its_last_text() -> None:
 
 
 def test_what_is_given_up_is_not_taken_and_nobody_is_told_of_it() -> None:
-    turns = TextTurns()
+    turns = TextQueue()
     gone = texts(1, "a", "b", LONG)
     turns.add(1, gone)
     turns.add(2, texts(2, "c", LONG))
-    taken = turns.take(Lane.SHORT)
+    taken = turns.take(TokenisingLane.SHORT)
     assert turns.drop(1)
     assert not turns.drop(1)
-    assert turns.take(Lane.SHORT)[0] == turns.take(Lane.LONG)[0] == 2
+    assert turns.take(TokenisingLane.SHORT)[0] == turns.take(TokenisingLane.LONG)[0] == 2
     assert turns.done(1, taken[1], IDS) is None
 
 
 def test_what_each_lane_has_in_hand_is_told_until_it_takes_another_whoever_left() -> None:
-    turns = TextTurns()
+    turns = TextQueue()
     asked = [*texts(7, "ab", LONG), PendingText("chat", Chat((ChatMessage("user", "é"),)))]
     turns.add(7, asked)
-    assert turns.in_hand() == (TextInHand(), TextInHand())
-    turns.take(Lane.LONG)
-    turns.take(Lane.SHORT)
+    assert turns.in_hand() == (TextBeingTokenised(), TextBeingTokenised())
+    turns.take(TokenisingLane.LONG)
+    turns.take(TokenisingLane.SHORT)
     turns.done(7, asked[0], IDS)
     turns.drop(7)
-    assert turns.in_hand() == (TextInHand(1, 7, 2), TextInHand(1, 7, len(LONG)))
+    assert turns.in_hand() == (TextBeingTokenised(1, 7, 2), TextBeingTokenised(1, 7, len(LONG)))
     turns.add(8, asked[2:])
-    turns.take(Lane.SHORT)
-    assert turns.in_hand()[0] == TextInHand(2, 8, len("user") + 2, is_chat=True)
-    threading.Thread(target=turns.take, args=(Lane.SHORT,), daemon=True).start()
+    turns.take(TokenisingLane.SHORT)
+    assert turns.in_hand()[0] == TextBeingTokenised(2, 8, len("user") + 2, is_chat=True)
+    threading.Thread(target=turns.take, args=(TokenisingLane.SHORT,), daemon=True).start()
     while turns.in_hand()[0].order:
         pass
-    assert turns.in_hand() == (TextInHand(2), TextInHand(1, 7, len(LONG)))
+    assert turns.in_hand() == (TextBeingTokenised(2), TextBeingTokenised(1, 7, len(LONG)))
 
 
 def test_taking_waits_for_a_text() -> None:
-    turns = TextTurns()
+    turns = TextQueue()
     taken: list[int] = []
-    thread = threading.Thread(target=lambda: taken.append(turns.take(Lane.LONG)[0]), daemon=True)
+    thread = threading.Thread(target=lambda: taken.append(turns.take(TokenisingLane.LONG)[0]), daemon=True)
     thread.start()
     turns.add(3, texts(3, "short"))
     turns.add(4, texts(4, LONG))
@@ -89,17 +89,17 @@ def test_taking_waits_for_a_text() -> None:
 
 @given(st.lists(st.lists(st.sampled_from(["x", LONG]), min_size=1, max_size=5), max_size=5), st.data())
 def test_every_request_that_is_wanted_is_answered_once_with_all_of_its_ids(requests: list[list[str]], data: st.DataObject) -> None:
-    turns = TextTurns()
-    left = dict.fromkeys(Lane, 0)
+    turns = TextQueue()
+    left = dict.fromkeys(TokenisingLane, 0)
     for number, contents in enumerate(requests):
         turns.add(number, texts(number, *contents))
         for content in contents:
-            left[Lane.LONG if content == LONG else Lane.SHORT] += 1
+            left[TokenisingLane.LONG if content == LONG else TokenisingLane.SHORT] += 1
     dropped = data.draw(st.sets(st.sampled_from(range(len(requests))))) if requests else set()
     for number in dropped:
         turns.drop(number)
         for content in requests[number]:
-            left[Lane.LONG if content == LONG else Lane.SHORT] -= 1
+            left[TokenisingLane.LONG if content == LONG else TokenisingLane.SHORT] -= 1
     answered = {}
     while any(left.values()):
         lane = data.draw(st.sampled_from([lane for lane, count in left.items() if count]))

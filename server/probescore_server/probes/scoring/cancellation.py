@@ -12,11 +12,11 @@ import onnxruntime as ort
 POLL_SECONDS = 0.02
 
 
-class GivenUp(Exception):
+class ComputationCancelled(Exception):
     """Nobody waits any more for what was being computed."""
 
 
-class Wanted:
+class WantedRollouts:
     """The rollouts of a batch.
 
     Args:
@@ -36,24 +36,24 @@ class Wanted:
         return not self.cancelled.issuperset(rollouts)
 
     def check(self, rollout: int) -> None:
-        """Raises ``GivenUp`` if nobody waits for this one."""
+        """Raises ``ComputationCancelled`` if nobody waits for this one."""
         if not self.any((rollout,)):
-            raise GivenUp
+            raise ComputationCancelled
 
 
-class GraphWatch:
+class GraphCanceller:
     """Ends the graph that runs once nobody waits for it: a context manager, within which a thread looks.
 
     onnxruntime looks between two operators, also within loops: a single one is never interrupted.
     """
 
-    def __init__(self, wanted: Wanted) -> None:
+    def __init__(self, wanted: WantedRollouts) -> None:
         self._wanted = wanted
         self._running: tuple[ort.RunOptions, Collection[int]] | None = None
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._look, daemon=True)
 
-    def __enter__(self) -> GraphWatch:
+    def __enter__(self) -> GraphCanceller:
         self._thread.start()
         return self
 
@@ -66,10 +66,10 @@ class GraphWatch:
         """Options for one run of a graph, which only these rollouts need.
 
         Raises:
-            GivenUp: nobody waits for them, before it ran or while it did.
+            ComputationCancelled: nobody waits for them, before it ran or while it did.
         """
         if not self._wanted.any(rollouts):
-            raise GivenUp
+            raise ComputationCancelled
         options = ort.RunOptions()
         options.log_severity_level = 4  # an end that is asked for is no error
         self._running = options, rollouts
@@ -77,7 +77,7 @@ class GraphWatch:
             yield options
         except Exception:
             if options.terminate:
-                raise GivenUp from None
+                raise ComputationCancelled from None
             raise
         finally:
             self._running = None

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from probescore import ScoringInfo
-from probescore_server.cli.rollout_views import RolloutView, Scale, Series, SeriesScores, Token
+from probescore_server.cli.report.views import ColourScale, RolloutView, Series, SeriesScores, ShownToken
 from probescore_server.files import write_atomically
 
 _PLACE = "<!--probescore-data-->"
@@ -46,7 +46,7 @@ def _embedded(data: dict[str, Any]) -> str:
 
 
 def _data(views: Sequence[RolloutView], series: Sequence[Series], info: ScoringInfo, title: str) -> dict[str, Any]:
-    pieces, contexts = _Table(), _Table()
+    pieces, contexts = _NumberedValues(), _NumberedValues()
     rollouts = [
         {
             "title": view.title,
@@ -64,14 +64,14 @@ def _data(views: Sequence[RolloutView], series: Sequence[Series], info: ScoringI
     return {
         "title": title,
         "model": info.model_fingerprint,
-        "series": [_series(entry, Scale.of(entry, views)) for entry in series],
+        "series": [_series(entry, ColourScale.of(entry, views)) for entry in series],
         "pieces": pieces.entries,
         "contexts": contexts.entries,
         "rollouts": rollouts,
     }
 
 
-class _Table:
+class _NumberedValues:
     """Values that are written once and named by their place: the pieces of a vocabulary, the prompts of groups."""
 
     def __init__(self) -> None:
@@ -85,11 +85,11 @@ class _Table:
         return list(self._places)
 
 
-def _indices(tokens: Sequence[Token], pieces: _Table) -> tuple[int, ...]:
+def _indices(tokens: Sequence[ShownToken], pieces: _NumberedValues) -> tuple[int, ...]:
     return tuple(pieces.index((token.id, token.text)) for token in tokens)
 
 
-def _series(series: Series, scale: Scale) -> dict[str, Any]:
+def _series(series: Series, scale: ColourScale) -> dict[str, Any]:
     calibration = series.calibration
     return {
         "name": series.name,
