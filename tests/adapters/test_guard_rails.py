@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from handmade_values import combined, reading
 from hypothesis import given
 from hypothesis import strategies as st
-from readings_of import combined, reading
 
 from probescore_adapters import GuardRails, Outcome, ProbeSignal
 from probescore_adapters.guard_rails import RAILS, penalty_margin, screen

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from handmade_values import combined, reading
 from hypothesis import given
 from hypothesis import strategies as st
-from readings_of import combined, reading
 
 from probescore_adapters import Mode, ProbeScorer, ProbeSignal, SignalError
 

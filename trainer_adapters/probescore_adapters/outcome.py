@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from probescore_adapters.errors import SignalError, Unscorable
 from probescore_adapters.guard_rails import RAILS, GuardRails, penalty_margin, screen
-from probescore_adapters.readings import BatchSignals, MaskedTokens, SignalValues
+from probescore_adapters.signal_values import BatchSignals, MaskedTokens, SignalValues
 from probescore_adapters.signals import BoundSignal, Floats, Mode, ProbeSignal
 
 OnUnscorable = Union[Literal["worst", "raise"], float]

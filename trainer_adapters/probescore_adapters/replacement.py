@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from probescore import InvalidRequestError
 from probescore_adapters.errors import ProbeReplaced
-from probescore_adapters.readings import ServerFacts
+from probescore_adapters.signal_values import ServerFacts
 from probescore_adapters.signals import BoundSignal
 
 _REMEDY = "start the run anew, serve what it began with, or let it follow: Policy(on_replaced='follow')"

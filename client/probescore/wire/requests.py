@@ -146,12 +146,26 @@ def _array(values: ArrayLike, field: str) -> NDArray[Any]:
     return array
 
 
-def _ids_to_tensor(ids: ArrayLike, field: str) -> tensor_pb2.Tensor:
+def ids_array(ids: ArrayLike, field: str) -> NDArray[Any]:
+    """Reads token ids as an array ``(T,)`` of integers; an empty one may have any dtype.
+
+    Args:
+        ids: The ids, in whatever numpy reads.
+        field: Path of the ids in the request, which errors name.
+
+    Raises:
+        MessageError: They are not integers, or have another number of axes than one.
+    """
     array = _array(ids, field)
+    if array.size and array.dtype.kind not in "iu":
+        raise MessageError(field, f"token ids are integers, got {array.dtype}")
+    return array
+
+
+def _ids_to_tensor(ids: ArrayLike, field: str) -> tensor_pb2.Tensor:
+    array = ids_array(ids, field)
     if array.size == 0:
         return array_to_tensor(array, INT32)
-    if array.dtype.kind not in "iu":
-        raise MessageError(field, f"token ids are integers, got {array.dtype}")
     low, high = int(array.min()), int(array.max())
     if low < -_INT32_MAX or high > 2**63 - 1:
         raise MessageError(field, f"token id {low if low < 0 else high} is out of range")

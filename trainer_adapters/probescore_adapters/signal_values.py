@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from probescore import (
-    Chat,
     CompletionScores,
     CompletionStatus,
     InvalidRequestError,
@@ -28,8 +27,8 @@ from probescore import (
     ServerInfo,
     StreamedCompletion,
     StreamWindow,
-    Text,
     Usage,
+    check_groups,
 )
 from probescore_adapters.errors import ProbeReplaced
 from probescore_adapters.rollouts import Request, Rollout, distinct_masks
@@ -152,7 +151,7 @@ class _BatchReader:
         self._usages: dict[int, Usage] = {}
 
     def ask_all(self) -> Generator[Ask, list[StreamedCompletion], None]:
-        self._problems = {index: problem for index in range(len(self._rollouts)) if (problem := self._problem(index))}
+        self._problems = self._known_problems()
         waiting = [[index for index in range(len(self._rollouts)) if index not in self._problems]]
         while waiting:
             indices = waiting.pop()
@@ -162,7 +161,7 @@ class _BatchReader:
             try:
                 answers = yield Ask(request.groups, self._window(request), self._options)
             except (InvalidRequestError, ServerError) as error:
-                blamed = _blamed(request, error) if isinstance(error, InvalidRequestError) or error.reason == _LOST_TWICE else {}
+                blamed = _blamed(request.sent, error) if isinstance(error, InvalidRequestError) or error.reason == _LOST_TWICE else {}
                 if not blamed:
                     raise
                 self._problems.update(blamed)
@@ -201,18 +200,14 @@ class _BatchReader:
             np.array([any(self._found[key].inexact_ids for key in [(index, 0)] if key in self._found) for index in indices], np.bool_),
         )
 
-    def _problem(self, index: int) -> str:
-        """Why a rollout need not be sent: nobody could score it; "" if that is not known here."""
-        rollout, model, limits = self._rollouts[index], self._server.info.model, self._server.info.limits
-        if rollout.problem:
-            return rollout.problem
-        parts = [np.asarray(ids) for ids in (rollout.prompt, rollout.completion) if not isinstance(ids, (str, Text, Chat))]
-        for ids in parts:
-            if ids.size and not (ids.min() >= 0 and ids.max() < model.vocab_size):
-                return f"an id is outside of the vocabulary, [0, {model.vocab_size})"
-        tokens = sum(len(ids) for ids in parts)
-        longest = min(limit for limit in (limits.max_rollout_tokens, model.max_position_embeddings or tokens) if limit)
-        return f"{tokens} tokens; the limit is {longest}" if tokens > longest else ""
+    def _known_problems(self) -> dict[int, str]:
+        """Why some rollouts need not be sent, by index: the trainer's side knows that they cannot be scored, or the client does."""
+        known = {index: rollout.problem for index, rollout in enumerate(self._rollouts) if rollout.problem}
+        try:
+            check_groups([RolloutGroup(rollout.prompt, [rollout.completion]) for rollout in self._rollouts], self._server.info)
+        except InvalidRequestError as error:
+            return {**_blamed([[(index, 0)] for index in range(len(self._rollouts))], error), **known}
+        return known
 
     def _window(self, request: Request) -> StreamWindow:
         limits, labels = self._server.info.limits, self._dense_labels
@@ -249,14 +244,15 @@ class _BatchReader:
         return MaskedTokens(tokens, np.ones(len(tokens), np.bool_) if mask is None else mask)
 
 
-def _blamed(request: Request, error: InvalidRequestError | ServerError) -> dict[int, str]:
+def _blamed(sent: Sequence[Sequence[tuple[int, int]]], error: InvalidRequestError | ServerError) -> dict[int, str]:
     """The rollouts at fault, and why; none if it is the request as a whole, or how the adapter is set up."""
     blamed: dict[int, str] = {}
     for violation in error.violations:
         place = _PLACE.fullmatch(violation.field)
         if place is None or error.reason in _OF_THE_SETUP:
             return {}
-        sent = request.sent[int(place["group"])]
-        at_fault = sent if place["completion"] is None else [sent[int(place["completion"])]]
-        blamed.update((index, violation.problem) for index, _ in at_fault)
+        group = sent[int(place["group"])]
+        at_fault = group if place["completion"] is None else [group[int(place["completion"])]]
+        for index, _ in at_fault:
+            blamed.setdefault(index, violation.problem)
     return blamed

@@ -9,7 +9,7 @@ import numpy as np
 
 from probescore import Calibration, OutputPer, ProbeInfo, Reduction, ScoreUnit
 from probescore_adapters.outcome import Outcome, combine
-from probescore_adapters.readings import BatchSignals, MaskedTokens, SignalValues
+from probescore_adapters.signal_values import BatchSignals, MaskedTokens, SignalValues
 from probescore_adapters.signals import BoundSignal, Mode, ProbeSignal
 
 

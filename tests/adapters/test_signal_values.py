@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from readings_of import probe_info
+from handmade_values import probe_info
 
 from probescore import (
     CompletionScores,
@@ -23,7 +23,7 @@ from probescore import (
     StreamedCompletion,
 )
 from probescore_adapters import ProbeSignal, Rollout
-from probescore_adapters.readings import Ask, BatchSignals, ServerFacts, read
+from probescore_adapters.signal_values import Ask, BatchSignals, ServerFacts, read
 from probescore_adapters.signals import BoundSignal
 
 SIGNAL = BoundSignal.bind(ProbeSignal("cheating", mode="reward"), (probe_info(),))
@@ -69,3 +69,18 @@ def test_other_failures_of_a_server_are_nobodys_fault() -> None:
     next(steps)
     with pytest.raises(ServerError):
         steps.throw(lost("INTERNAL"))
+
+
+def test_what_the_client_knows_to_be_unscorable_is_not_sent_and_says_why() -> None:
+    broken = [Rollout(np.array([5]), np.array([100])), Rollout(np.array([-1]), np.array([1])), Rollout(np.array([5]), np.zeros(10**6, int))]
+    steps = read([ROLLOUTS[0], *broken, ROLLOUTS[1], Rollout("a", "b", problem="known")], [SIGNAL], SERVER, {})
+    asked = next(steps)
+    assert [completion.tokens.tolist() for group in asked.groups for completion in group.completions] == [[0], [1]]
+    with pytest.raises(StopIteration) as done:
+        steps.send(answers(asked))
+    assert done.value.value.problems == {
+        1: "id 100 at index 0 is not in the vocabulary, [0, 100)",
+        2: "id -1 at index 0 is not in the vocabulary, [0, 100)",
+        3: "1000001 tokens; the limit is 1000000, the server's max_rollout_tokens: send a shorter one, since nothing is cut",
+        5: "known",
+    }
