@@ -17,7 +17,7 @@ from probescore import _forks
 from probescore._client import (
     DEFAULT_TIMEOUT_SECONDS,
     BaseClient,
-    Settings,
+    ClientSettings,
     Stub,
     checked_timeout,
     read,
@@ -27,9 +27,9 @@ from probescore._client import (
 )
 from probescore._options import ScoreOptions
 from probescore._retries import Attempts, retry_async
-from probescore._sources import LINGER_SECONDS, Ended, Read, async_source_of
+from probescore._sources import LINGER_SECONDS, GroupRead, SourceEnded, async_source_of
 from probescore._status import FailedCall
-from probescore._streaming import Chunk, Intake, StreamWindow
+from probescore._streaming import Chunk, StreamSchedule, StreamWindow
 from probescore.types import ProbeInfo, RolloutGroup, ScoreResult, ServerInfo, StreamedCompletion, Transfer
 from probescore.v1 import admin_pb2, probes_pb2, scoring_pb2
 from probescore.wire import probes_from_proto, server_info_from_proto, transfers_from_proto
@@ -84,7 +84,7 @@ class AsyncProbeClient(BaseClient):
     Every method raises ``ProbescoreError``; ``probescore.errors`` has the tree.
     """
 
-    def _begin(self, settings: Settings) -> None:
+    def _begin(self, settings: ClientSettings) -> None:
         super()._begin(settings)
         _clients.add(self)
         self._channels: dict[asyncio.AbstractEventLoop, tuple[grpc.aio.Channel, AsyncStub]] = {}
@@ -242,7 +242,7 @@ class AsyncProbeClient(BaseClient):
         return read(server_info_from_proto, answer)
 
 
-Arrival = Union[list[StreamedCompletion], Chunk, Exception, Read, Ended]
+Arrival = Union[list[StreamedCompletion], Chunk, Exception, GroupRead, SourceEnded]
 """What the call for a chunk hands over: some answers, the chunk itself when it is done, or why it failed; and what the source does."""
 
 
@@ -256,7 +256,7 @@ class _AsyncStream:
         self._window = window
 
     async def completions(self, groups: Iterable[RolloutGroup] | AsyncIterable[RolloutGroup]) -> AsyncIterator[StreamedCompletion]:
-        intake = Intake(self._window)
+        intake = StreamSchedule(self._window)
         arrivals: asyncio.Queue[Arrival] = asyncio.Queue()
         source = async_source_of(groups, arrivals.put_nowait)
         tasks: dict[Chunk, asyncio.Task[None]] = {}
@@ -271,9 +271,9 @@ class _AsyncStream:
                 except asyncio.TimeoutError:
                     intake.kept_waiting()
                     continue
-                if isinstance(arrival, Read):
+                if isinstance(arrival, GroupRead):
                     intake.took(arrival.group)
-                elif isinstance(arrival, Ended):
+                elif isinstance(arrival, SourceEnded):
                     intake.ended(arrival.error)
                 elif isinstance(arrival, Chunk):
                     del tasks[arrival]

@@ -49,7 +49,7 @@ class AnswerCheck:
         self._request = request
         self._options = options_from_request(request)
         self._info: ScoringInfo | None = None
-        self._probes: _Probes | None = None
+        self._probes: _ProbesByShape | None = None
 
     def check_result(self, result: ScoreResult) -> None:
         """Checks the answer to ``Score``."""
@@ -74,7 +74,7 @@ class AnswerCheck:
         elif info != self._info:
             raise MessageError("info", "is another than in the call's first message, of one model and the same probes")
 
-    def _checked_probes(self, info: ScoringInfo) -> _Probes:
+    def _checked_probes(self, info: ScoringInfo) -> _ProbesByShape:
         for field, expected, found in (
             ("model_fingerprint", self._options.expected_model_fingerprint, info.model_fingerprint),
             ("tokenizer_fingerprint", self._options.expected_tokenizer_fingerprint, info.tokenizer_fingerprint),
@@ -89,7 +89,7 @@ class AnswerCheck:
         for index, probe in enumerate(info.probes):
             self._check_probe(probe, f"info.probes[{index}]")
         wanted = self._options.token_scores
-        return _Probes(
+        return _ProbesByShape(
             info.probes,
             [
                 probe.output_per is OutputPer.TOKEN and (wanted == "all" or probe.name in wanted or probe.key in wanted)
@@ -145,9 +145,9 @@ class AnswerCheck:
             self._check_texts(scores.prompt_texts, prompt_tokens, f"{field}.prompt_texts")
         if scores.status is CompletionStatus.OK:
             scope = self._options.scope if prompt is not None else Scope.COMPLETION
-            rows = {Scope.COMPLETION: tokens, Scope.PROMPT: prompt_tokens, Scope.ALL: _sum(prompt_tokens, tokens)}[scope]
+            rows = {Scope.COMPLETION: tokens, Scope.PROMPT: prompt_tokens, Scope.ALL: _known_sum(prompt_tokens, tokens)}[scope]
             found = list(scores.scores.values())
-            probes.check_reduced(found, _selects(asked, scope, prompt_tokens, tokens), field)
+            probes.check_reduced(found, _selection_states(asked, scope, prompt_tokens, tokens), field)
             probes.check_tokens(found, rows, field)
         if len(scores.follow_ups) != len(asked.follow_ups):
             raise MessageError(f"{field}.follow_ups", f"has {len(scores.follow_ups)}; {len(asked.follow_ups)} were asked for")
@@ -194,7 +194,7 @@ def _check_names(asked: Sequence[str], came: Sequence[ScoredProbe]) -> None:
         raise MessageError("info.probes", "has the same probe twice")
 
 
-class _Probes:
+class _ProbesByShape:
     """The probes of an answer, those with equal shapes together: a thousand of them are checked as one array."""
 
     def __init__(self, probes: Sequence[ScoredProbe], wants_tokens: Sequence[bool], *, has_tokenizer: bool) -> None:
@@ -278,11 +278,11 @@ def _sent_ids(sent: HasIds) -> NDArray[Any]:
     return np.frombuffer(sent.ids.data, _IDS[sent.ids.dtype]) if sent.HasField("ids") else np.zeros(0, np.int32)
 
 
-def _selects(asked: scoring_pb2.Completion, scope: Scope, prompt_tokens: int | None, tokens: int | None) -> NDArray[np.int8]:
+def _selection_states(asked: scoring_pb2.Completion, scope: Scope, prompt_tokens: int | None, tokens: int | None) -> NDArray[np.int8]:
     """Whether the scope, then each span, selects a token: 1 yes, 0 no, -1 unknown."""
     mask = np.frombuffer(asked.mask.data, np.bool_) if asked.HasField("mask") else None
-    own = _any(tokens) if mask is None else int(mask.any())
-    of_prompt = _any(prompt_tokens)
+    own = _selects_any(tokens) if mask is None else int(mask.any())
+    of_prompt = _selects_any(prompt_tokens)
     whole = {
         Scope.COMPLETION: own,
         Scope.PROMPT: of_prompt,
@@ -292,9 +292,9 @@ def _selects(asked: scoring_pb2.Completion, scope: Scope, prompt_tokens: int | N
     return np.array([whole[scope], *spans], np.int8)
 
 
-def _any(tokens: int | None) -> int:
+def _selects_any(tokens: int | None) -> int:
     return -1 if tokens is None else int(tokens > 0)
 
 
-def _sum(first: int | None, second: int | None) -> int | None:
+def _known_sum(first: int | None, second: int | None) -> int | None:
     return None if first is None or second is None else first + second

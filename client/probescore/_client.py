@@ -39,7 +39,7 @@ class Stub(ScoringServiceStub, ProbeAdminServiceStub):
 
 
 @dataclass(frozen=True)
-class Settings:
+class ClientSettings:
     """What a client was made with: all that it takes along when it is pickled."""
 
     addresses: Addresses
@@ -69,18 +69,18 @@ class BaseClient:
         if not 0 <= restart_budget < math.inf:
             raise ValueError(f"restart_budget must be a number of seconds, got {restart_budget}")
         pairs = tuple((metadata or {}).items()) + (((JOB_KEY, job),) if job else ())
-        self._begin(Settings(Addresses.of(address), checked_timeout(timeout), restart_budget, pairs, credentials))
+        self._begin(ClientSettings(Addresses.of(address), checked_timeout(timeout), restart_budget, pairs, credentials))
 
-    def _begin(self, settings: Settings) -> None:
+    def _begin(self, settings: ClientSettings) -> None:
         self._settings = settings
         self._closed = False
 
-    def __getstate__(self) -> Settings:
+    def __getstate__(self) -> ClientSettings:
         if self._settings.credentials is not None:
             raise TypeError("a client with credentials cannot be pickled: make it in the process that uses it")
         return self._settings
 
-    def __setstate__(self, settings: Settings) -> None:
+    def __setstate__(self, settings: ClientSettings) -> None:
         self._begin(settings)
 
     def __repr__(self) -> str:

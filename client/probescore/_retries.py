@@ -92,11 +92,11 @@ class Attempts:
         timeout, budget = f"the call's timeout of {self._timeout:g} s", f"the client's restart_budget of {self._budget:g} s"
         if in_time <= _LAST_MOMENT_SECONDS or in_budget <= 0:
             spent = timeout if in_time <= _LAST_MOMENT_SECONDS else budget
-            raise _because(error, f"{self._failures} attempts failed in {now - self._began:.3g} s, and {spent} is spent")
+            raise _with_reason(error, f"{self._failures} attempts failed in {now - self._began:.3g} s, and {spent} is spent")
         asked = error.retry_seconds
         if asked is not None and (asked >= in_time or asked > in_budget):
             left, limit = min((in_time, timeout), (in_budget, budget))
-            raise _because(error, f"the server asks for a pause of {asked:g} s, and of {limit} {left:.3g} s are left")
+            raise _with_reason(error, f"the server asks for a pause of {asked:g} s, and of {limit} {left:.3g} s are left")
         doubled = 1 << min(self._failures - 1, _DOUBLINGS)
         if asked is None:
             seconds = min(_FIRST_PAUSE_SECONDS * doubled, _LONGEST_PAUSE_SECONDS)
@@ -142,5 +142,5 @@ async def retry_async(
         await wait(attempts.pause(error))
 
 
-def _because(error: TransientError, reason: str) -> TransientError:
+def _with_reason(error: TransientError, reason: str) -> TransientError:
     return type(error)(f"{error}; {reason}", error.code, error.reason, error.violations, error.retry_seconds)

@@ -25,27 +25,29 @@ _STOP_READING_SECONDS = 0.1
 
 
 @dataclass(frozen=True, eq=False)
-class Read:
+class GroupRead:
     """A source gave a group."""
 
     group: RolloutGroup
 
 
 @dataclass(frozen=True, eq=False)
-class Ended:
+class SourceEnded:
     """A source gives no more: by itself, or with an error."""
 
     error: BaseException | None = None
 
 
-Deliver = Callable[[Union[Read, Ended]], None]
+Deliver = Callable[[Union[GroupRead, SourceEnded]], None]
 
 
 class Source(Protocol):
     """What is read."""
 
     def ask(self) -> None:
-        """Has one ``Read`` or ``Ended`` delivered, now or later. Not to be called again before it was, nor after an ``Ended``."""
+        """Has one ``GroupRead`` or ``SourceEnded`` delivered, now or later. Not to be called again before it was, nor after a
+        ``SourceEnded``.
+        """
 
     def stop(self) -> None:
         """Ends the reading and closes a generator. Does not wait for one that is at work: it is closed when it gives its next group."""
@@ -55,7 +57,7 @@ def source_of(groups: Iterable[RolloutGroup] | AsyncIterable[RolloutGroup], deli
     """The way to read ``groups`` without an event loop: a list never makes anybody wait, anything else might."""
     if isinstance(groups, (list, tuple)):
         return ListSource(groups, deliver)
-    return ThreadSource(groups if isinstance(groups, Iterable) else _in_a_loop(groups), deliver)
+    return ThreadSource(groups if isinstance(groups, Iterable) else _iterate_in_own_loop(groups), deliver)
 
 
 class ListSource:
@@ -67,7 +69,7 @@ class ListSource:
 
     def ask(self) -> None:
         """See ``Source``."""
-        self._deliver(next(map(Read, self._groups), Ended()))
+        self._deliver(next(map(GroupRead, self._groups), SourceEnded()))
 
     def stop(self) -> None:
         """See ``Source``."""
@@ -102,13 +104,13 @@ class ThreadSource:
         try:
             iterator = iter(self._groups)
             while self._wanted.get():
-                arrival = next(map(Read, iterator), Ended())
+                arrival = next(map(GroupRead, iterator), SourceEnded())
                 self._give(arrival)
-                if isinstance(arrival, Ended):
+                if isinstance(arrival, SourceEnded):
                     return
                 del arrival
         except BaseException as error:  # the reader of the answers must hear of it, whatever it is, instead of waiting
-            self._give(Ended(error))
+            self._give(SourceEnded(error))
         finally:
             # only a thread that does not run a generator can close it: this one
             if isinstance(iterator, Generator):
@@ -117,12 +119,12 @@ class ThreadSource:
                 except Exception:
                     logger.warning("the source of a score_stream failed as it was closed", exc_info=True)
 
-    def _give(self, arrival: Read | Ended) -> None:
+    def _give(self, arrival: GroupRead | SourceEnded) -> None:
         self._reading = False
         self._deliver(arrival)
 
 
-def _in_a_loop(groups: AsyncIterable[RolloutGroup]) -> Iterator[RolloutGroup]:
+def _iterate_in_own_loop(groups: AsyncIterable[RolloutGroup]) -> Iterator[RolloutGroup]:
     """Reads an asynchronous source in an event loop of the thread's own."""
     loop = asyncio.new_event_loop()
     iterator = aiter(groups)
@@ -159,14 +161,16 @@ def async_source_of(groups: Iterable[RolloutGroup] | AsyncIterable[RolloutGroup]
         return TaskSource(groups, deliver)
     loop = asyncio.get_running_loop()
 
-    def deliver_from_thread(arrival: Read | Ended) -> None:
+    def deliver_from_thread(arrival: GroupRead | SourceEnded) -> None:
         with suppress(RuntimeError):  # the loop is over, and so is whoever waited
             loop.call_soon_threadsafe(deliver, arrival)
 
-    return _Unblocking(ListSource(groups, deliver) if isinstance(groups, (list, tuple)) else ThreadSource(groups, deliver_from_thread))
+    return _NonBlockingSource(
+        ListSource(groups, deliver) if isinstance(groups, (list, tuple)) else ThreadSource(groups, deliver_from_thread)
+    )
 
 
-class _Unblocking:
+class _NonBlockingSource:
     def __init__(self, source: Source) -> None:
         self._source = source
         self.ask = source.ask
@@ -204,15 +208,15 @@ class TaskSource:
                 try:
                     group = await anext(iterator)
                 except StopAsyncIteration:
-                    return self._deliver(Ended())
-                self._deliver(Read(group))
+                    return self._deliver(SourceEnded())
+                self._deliver(GroupRead(group))
                 del group
         except asyncio.CancelledError as error:
             if self._stopped:
                 raise
-            self._deliver(Ended(error))
+            self._deliver(SourceEnded(error))
         except Exception as error:  # the reader of the answers must hear of it, whatever it is, instead of waiting
-            self._deliver(Ended(error))
+            self._deliver(SourceEnded(error))
         finally:
             if isinstance(iterator, AsyncGenerator):
                 try:

@@ -195,7 +195,7 @@ class Chunker:
             yield chunk
 
 
-class Intake:
+class StreamSchedule:
     """What has been read of a source and what of it is under way: decides when to read, and what to send.
 
     A call holds as many groups as the window says, unless the source keeps the client waiting: then what has been read is sent, since the

@@ -17,7 +17,7 @@ from probescore import _forks
 from probescore._client import (
     DEFAULT_TIMEOUT_SECONDS,
     BaseClient,
-    Settings,
+    ClientSettings,
     Stub,
     checked_timeout,
     read,
@@ -27,9 +27,9 @@ from probescore._client import (
 )
 from probescore._options import ScoreOptions
 from probescore._retries import Attempts, retry
-from probescore._sources import LINGER_SECONDS, Ended, Read, source_of
+from probescore._sources import LINGER_SECONDS, GroupRead, SourceEnded, source_of
 from probescore._status import FailedCall
-from probescore._streaming import Chunk, Intake, StreamWindow
+from probescore._streaming import Chunk, StreamSchedule, StreamWindow
 from probescore.types import ProbeInfo, RolloutGroup, ScoreResult, ServerInfo, StreamedCompletion, Transfer
 from probescore.v1 import admin_pb2, probes_pb2, scoring_pb2
 from probescore.wire import probes_from_proto, server_info_from_proto, transfers_from_proto
@@ -64,7 +64,7 @@ class ProbeClient(BaseClient):
     Every method raises ``ProbescoreError``; ``probescore.errors`` has the tree.
     """
 
-    def _begin(self, settings: Settings) -> None:
+    def _begin(self, settings: ClientSettings) -> None:
         super()._begin(settings)
         self._channels: dict[int, tuple[grpc.Channel, Stub]] = {}
         self._pauses: set[threading.Event] = set()
@@ -208,7 +208,7 @@ class ProbeClient(BaseClient):
         return read(server_info_from_proto, self._call(lambda stub: stub.GetServerInfo, scoring_pb2.GetServerInfoRequest(), attempts))
 
 
-Arrival = Union[list[StreamedCompletion], Chunk, Exception, Read, Ended]
+Arrival = Union[list[StreamedCompletion], Chunk, Exception, GroupRead, SourceEnded]
 """What the call for a chunk hands over: some answers, the chunk itself when it is done, or why it failed; and what the source does."""
 
 
@@ -226,7 +226,7 @@ class _Stream:
         self._pause = threading.Event()
 
     def completions(self, groups: Iterable[RolloutGroup] | AsyncIterable[RolloutGroup]) -> Iterator[StreamedCompletion]:
-        intake = Intake(self._window)
+        intake = StreamSchedule(self._window)
         source = source_of(groups, self._arrivals.put)
         with ThreadPoolExecutor(self._window.calls_in_flight, "probescore-stream") as threads:
             try:
@@ -240,9 +240,9 @@ class _Stream:
                     except queue.Empty:
                         intake.kept_waiting()
                         continue
-                    if isinstance(arrival, Read):
+                    if isinstance(arrival, GroupRead):
                         intake.took(arrival.group)
-                    elif isinstance(arrival, Ended):
+                    elif isinstance(arrival, SourceEnded):
                         intake.ended(arrival.error)
                     elif isinstance(arrival, Chunk):
                         intake.answered()

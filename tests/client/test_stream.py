@@ -31,7 +31,7 @@ from probescore import (
     Text,
     UnavailableError,
 )
-from probescore._streaming import Chunk, Intake
+from probescore._streaming import Chunk, StreamSchedule
 from probescore.v1 import scoring_pb2
 from probescore.wire import groups_from_request
 
@@ -57,7 +57,7 @@ def expected(count: int, completions: int = 3) -> dict[tuple[int, int], float]:
 
 def chunks(groups: list[RolloutGroup], window: StreamWindow) -> Iterator[Chunk]:
     """How a source that never waits is cut into calls, when each is answered before the next."""
-    intake, source = Intake(window), iter(groups)
+    intake, source = StreamSchedule(window), iter(groups)
     while not intake.finished:
         if intake.wants_group():
             for entry in source:

@@ -22,7 +22,7 @@ SIGNALS = "PROBESCORE_SIGNALS"
 RAILS = "PROBESCORE_RAILS"
 RUN_ID = "PROBESCORE_RUN_ID"
 TOKENIZER_FINGERPRINT = "PROBESCORE_TOKENIZER_FINGERPRINT"
-OF_THE_POLICY = {field.name: f"PROBESCORE_{field.name.upper()}" for field in fields(Policy)}
+POLICY_ENV = {field.name: f"PROBESCORE_{field.name.upper()}" for field in fields(Policy)}
 """From the fields of ``Policy`` to their variables: ``PROBESCORE_ON_FAILURE`` and so on."""
 
 _NUMBERS = ("weight", "threshold")
@@ -121,7 +121,7 @@ def _known(kind: type[Union[ProbeSignal, GuardRails]], given: object) -> dict[st
 
 def _policy(given: Mapping[str, str]) -> Policy:
     chosen: dict[str, Any] = {}
-    for field, variable in OF_THE_POLICY.items():
+    for field, variable in POLICY_ENV.items():
         if variable in given:
             try:
                 chosen[field] = float(given[variable])
@@ -132,7 +132,7 @@ def _policy(given: Mapping[str, str]) -> Policy:
     except ValueError as error:
         # the message begins with the field
         field, _, problem = str(error).partition(":")
-        raise ValueError(f"{OF_THE_POLICY[field]}:{problem}") from None
+        raise ValueError(f"{POLICY_ENV[field]}:{problem}") from None
 
 
 def _json(variable: str, value: str) -> Any:  # noqa: ANN401

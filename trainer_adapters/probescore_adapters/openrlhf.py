@@ -16,7 +16,7 @@ import torch
 from openrlhf.utils.agent import SingleTurnAgentExecutor
 
 from probescore import tokenizer_fingerprint
-from probescore_adapters.environment import OF_THE_POLICY, TOKENIZER_FINGERPRINT, scorer_from_environment
+from probescore_adapters.environment import POLICY_ENV, TOKENIZER_FINGERPRINT, scorer_from_environment
 from probescore_adapters.outcome import Outcome
 from probescore_adapters.rollouts import Rollout
 from probescore_adapters.signals import Mode
@@ -40,7 +40,7 @@ class AgentExecutor(SingleTurnAgentExecutor):
 
     def __init__(self) -> None:
         super().__init__()
-        self._rewards = _Rewards()
+        self._rewards = _RewardSources()
         self._expects_tokenizer = bool(os.environ.get(TOKENIZER_FINGERPRINT, ""))
 
     async def execute(
@@ -83,9 +83,9 @@ class RewardFunction:
     """
 
     def __init__(self) -> None:
-        self._rewards = _Rewards()
+        self._rewards = _RewardSources()
         if self._rewards.scorer.policy.on_failure == "raise":
-            raise ValueError(f"{OF_THE_POLICY['on_failure']}: OpenRLHF catches what a reward function raises: name a number, or 'wait'")
+            raise ValueError(f"{POLICY_ENV['on_failure']}: OpenRLHF catches what a reward function raises: name a number, or 'wait'")
 
     def __call__(self, queries: Sequence[str], prompts: Sequence[str], labels: Sequence[object]) -> dict[str, Any]:
         """The rewards of ``n`` samples of text.
@@ -103,7 +103,7 @@ class RewardFunction:
         return self._rewards.scorer.score([Rollout.split(prompt, query)], task)
 
 
-class _Rewards:
+class _RewardSources:
     """What both have: a scorer that goes with the server, and the task's own reward."""
 
     def __init__(self) -> None:

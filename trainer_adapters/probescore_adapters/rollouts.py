@@ -128,7 +128,7 @@ def distinct_masks(signals: Sequence[ProbeSignal]) -> dict[Mask, str]:
 
 
 @dataclass(frozen=True)
-class Request:
+class GroupedRollouts:
     """Rollouts as groups to score: those with one prompt together, a completion once for each distinct mask.
 
     A completion that is sent several times is computed once by the server.
@@ -142,7 +142,7 @@ class Request:
     sent: list[list[tuple[int, int]]]
 
     @classmethod
-    def of(cls, rollouts: Sequence[Rollout], indices: Sequence[int], masks: dict[Mask, str]) -> Request:
+    def of(cls, rollouts: Sequence[Rollout], indices: Sequence[int], masks: dict[Mask, str]) -> GroupedRollouts:
         """The request for some of the rollouts."""
         members: dict[Hashable, list[int]] = {}
         for index in indices:

@@ -33,7 +33,7 @@ from probescore_adapters.job import job_from_environment
 from probescore_adapters.outcome import PREFIX, OnUnscorable, Outcome, combine, substitute
 from probescore_adapters.replacement import describe_replacement
 from probescore_adapters.rollouts import Prompt, Rollout
-from probescore_adapters.signal_values import Ask, BatchSignals, ServerFacts, read
+from probescore_adapters.signal_values import BatchSignals, ServerFacts, StreamRequest, score_batch
 from probescore_adapters.signals import BoundSignal, Mode, ProbeSignal
 from probescore_adapters.texts import is_text_of
 
@@ -43,20 +43,20 @@ logger = logging.getLogger("probescore_adapters")
 OnFailure = Union[Literal["raise", "wait"], float]
 OnReplaced = Literal["raise", "follow"]
 
-_COMPARED = 8
+_MAX_COMPARED_TEXTS = 8
 """Completions whose texts are compared."""
-_MOST_REPLACED = 2
+_MAX_REPLACEMENTS = 2
 """How often a run follows within one batch, so that two replicas with different probes do not keep it for ever."""
 
 _TRANSPORT = (TransientError, DeadlineExceededError, ServerError)
 
 
-class AskServer:
+class ServerFactsRequest:
     """What runs there? Answered with ``ServerFacts``."""
 
 
 Answer = Union[ServerFacts, list[StreamedCompletion]]
-Steps = Generator[Union[Ask, AskServer], Any, Outcome]
+Steps = Generator[Union[StreamRequest, ServerFactsRequest], Any, Outcome]
 
 
 @dataclass(frozen=True)
@@ -201,14 +201,14 @@ class ProbeScorer:
         """
         steps = self._steps(rollouts, task_rewards, step, texts)
         try:
-            asked = next(steps)
+            request = next(steps)
             while True:
                 try:
-                    answer = self._answer(asked)
+                    answer = self._answer(request)
                 except ProbescoreError as error:
-                    asked = steps.throw(error)
+                    request = steps.throw(error)
                 else:
-                    asked = steps.send(answer)
+                    request = steps.send(answer)
         except StopIteration as done:
             return _outcome(done)
 
@@ -223,14 +223,14 @@ class ProbeScorer:
         """Does the same in an event loop."""
         steps = self._steps(rollouts, task_rewards, step, texts)
         try:
-            asked = next(steps)
+            request = next(steps)
             while True:
                 try:
-                    answer = await self._answer_async(asked)
+                    answer = await self._answer_async(request)
                 except ProbescoreError as error:
-                    asked = steps.throw(error)
+                    request = steps.throw(error)
                 else:
-                    asked = steps.send(answer)
+                    request = steps.send(answer)
         except StopIteration as done:
             return _outcome(done)
 
@@ -243,15 +243,15 @@ class ProbeScorer:
         self._client.close()
         await self._async_client.close()
 
-    def _answer(self, asked: Ask | AskServer) -> Answer:
-        if isinstance(asked, AskServer):
+    def _answer(self, request: StreamRequest | ServerFactsRequest) -> Answer:
+        if isinstance(request, ServerFactsRequest):
             return ServerFacts(self._client.get_server_info(), self._client.list_probes())
-        return list(self._client.score_stream(asked.groups, window=asked.window, **asked.options))
+        return list(self._client.score_stream(request.groups, window=request.window, **request.options))
 
-    async def _answer_async(self, asked: Ask | AskServer) -> Answer:
-        if isinstance(asked, AskServer):
+    async def _answer_async(self, request: StreamRequest | ServerFactsRequest) -> Answer:
+        if isinstance(request, ServerFactsRequest):
             return ServerFacts(await self._async_client.get_server_info(), await self._async_client.list_probes())
-        return [answer async for answer in self._async_client.score_stream(asked.groups, window=asked.window, **asked.options)]
+        return [answer async for answer in self._async_client.score_stream(request.groups, window=request.window, **request.options)]
 
     def _steps(
         self, given: Iterable[Rollout], task_rewards: ArrayLike | None, step: int | None, texts: Sequence[str | None] | None
@@ -262,7 +262,7 @@ class ProbeScorer:
         tasks = None if task_rewards is None else as_rewards(task_rewards, len(rollouts), "task_rewards")
         lengths = [None if isinstance(rollout.completion, str) else len(rollout.completion) for rollout in rollouts]
         try:
-            readings = yield from self._readings(rollouts, step, texts)
+            batch = yield from self._batch(rollouts, step, texts)
         except _TRANSPORT as error:
             if isinstance(self.policy.on_failure, str):
                 raise
@@ -270,37 +270,37 @@ class ProbeScorer:
             outcome = substitute(self.signals, self.policy.on_failure, lengths, tasks)
         else:
             outcome = combine(
-                readings,
+                batch,
                 groups=[rollout.group_key for rollout in rollouts],
                 lengths=lengths,
                 task_rewards=tasks,
                 rails=self.rails,
                 on_unscorable=self.policy.on_unscorable,
             )
-            _log(outcome, readings)
+            _log(outcome, batch)
         return replace(outcome, metrics={**outcome.metrics, f"{PREFIX}/seconds": time.perf_counter() - started})
 
-    def _readings(
+    def _batch(
         self, rollouts: Sequence[Rollout], step: int | None, texts: Sequence[str | None] | None
-    ) -> Generator[Union[Ask, AskServer], Any, BatchSignals]:
-        for following in range(_MOST_REPLACED, -1, -1):
+    ) -> Generator[Union[StreamRequest, ServerFactsRequest], Any, BatchSignals]:
+        for following in range(_MAX_REPLACEMENTS, -1, -1):
             if self._server is None:
-                self._server = yield AskServer()
+                self._server = yield ServerFactsRequest()
             server = self._server
             bound = [BoundSignal.bind(signal, server.probes) for signal in self.signals]
             try:
-                readings = yield from read(rollouts, bound, server, {**self._options, "step": step})
+                batch = yield from score_batch(rollouts, bound, server, {**self._options, "step": step})
             except (ProbeReplaced, InvalidRequestError) as error:
                 if not isinstance(error, ProbeReplaced) and not error.field.startswith("probes["):
                     raise
-                replaced = describe_replacement(bound, (yield AskServer()), error)
+                replaced = describe_replacement(bound, (yield ServerFactsRequest()), error)
                 if self.policy.on_replaced == "raise" or not following:
                     raise replaced from error
                 logger.warning("%s; the run follows, from step %s on", replaced, step)
                 self._server = None
             else:
-                yield from self._compare_tokenizers(rollouts, bound, server, readings, texts)
-                return readings
+                yield from self._compare_tokenizers(rollouts, bound, server, batch, texts)
+                return batch
         raise AssertionError("unreachable")
 
     def _compare_tokenizers(
@@ -308,17 +308,17 @@ class ProbeScorer:
         rollouts: Sequence[Rollout],
         signals: Sequence[BoundSignal],
         server: ServerFacts,
-        readings: BatchSignals,
+        batch: BatchSignals,
         texts: Sequence[str | None] | None,
-    ) -> Generator[Ask, list[StreamedCompletion], None]:
+    ) -> Generator[StreamRequest, list[StreamedCompletion], None]:
         """Whether the server reads ids as the trainer does, by what both make of the same ids, once; raises ``MismatchError``."""
         if self._tokenizers_compared or self.tokenizer_fingerprint or texts is None:
             return
         compared = [
             (rollout, text)
             for index, (rollout, text) in enumerate(zip(rollouts, texts))  # noqa: B905 - Python 3.10
-            if text and not isinstance(rollout.completion, str) and index not in readings.problems
-        ][:_COMPARED]
+            if text and not isinstance(rollout.completion, str) and index not in batch.problems
+        ][:_MAX_COMPARED_TEXTS]
         if not compared:
             return
         groups = [RolloutGroup(rollout.prompt, [rollout.completion]) for rollout, _ in compared]
@@ -328,7 +328,7 @@ class ProbeScorer:
             "expected_model_fingerprint": server.info.model.fingerprint,
         }
         try:
-            answers = yield Ask(groups, StreamWindow(len(groups), server.info.limits.max_request_tokens), options)
+            answers = yield StreamRequest(groups, StreamWindow(len(groups), server.info.limits.max_request_tokens), options)
         except _TRANSPORT as error:
             logger.warning("the server's tokenizer could not be compared, and will be with the next batch: %s", error)
             return
@@ -391,12 +391,12 @@ def _outcome(done: StopIteration) -> Outcome:
     return outcome
 
 
-def _log(outcome: Outcome, readings: BatchSignals) -> None:
+def _log(outcome: Outcome, batch: BatchSignals) -> None:
     """Warns of everything that acted, once for each batch."""
     acted = {key: int(times) for key, times in outcome.metrics.items() if key.startswith(f"{PREFIX}/guard/") and times > 0}
     if acted:
         logger.warning("guard rails acted: %s", ", ".join(f"{key.rpartition('/')[2]} {times}" for key, times in acted.items()))
     if outcome.unscorable.any():
         index = int(np.flatnonzero(outcome.unscorable)[0])
-        problem = readings.problems.get(index, "no token of it counts, or a transform gave no number")
+        problem = batch.problems.get(index, "no token of it counts, or a transform gave no number")
         logger.warning("%d of %d rollouts are unscorable; number %d: %s", outcome.unscorable.sum(), len(outcome.unscorable), index, problem)

@@ -1,7 +1,7 @@
-"""From rollouts to what the probes read of them: calls to the server, without any input or output.
+"""Turns rollouts into what every signal says of them, without any input or output.
 
-``read`` is a generator: it yields what to ask, and is sent the answers, or thrown the error. So one code serves synchronous trainers and
-event loops.
+``score_batch`` is a generator: it yields what is to be sent to the server, and is sent the answers, or thrown the error. So one code serves
+synchronous trainers and event loops.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from probescore import (
     check_groups,
 )
 from probescore_adapters.errors import ProbeReplaced
-from probescore_adapters.rollouts import Request, Rollout, distinct_masks
+from probescore_adapters.rollouts import GroupedRollouts, Rollout, distinct_masks
 from probescore_adapters.signals import BoundSignal, Floats, Mode
 
 # A rollout with which the server lost a worker twice: no more to be had than one that is too long.
 _LOST_TWICE = "WORKER_LOST_TWICE"
 # What no rollout can be blamed for: it would be the same for each.
-_OF_THE_SETUP = {"BOS", "NO_TOKENIZER", "NO_CHAT_TEMPLATE"}
+_SETUP_REASONS = {"BOS", "NO_TOKENIZER", "NO_CHAT_TEMPLATE"}
 _PLACE = re.compile(r"groups\[(?P<group>\d+)\]\.(?:prompt|completions\[(?P<completion>\d+)\])(?:\.(?:ids|text|chat)\b.*)?")
 
 
@@ -50,7 +50,7 @@ class ServerFacts:
 
 
 @dataclass(frozen=True)
-class Ask:
+class StreamRequest:
     """What to score, as ``score_stream`` takes it; answered with every completion."""
 
     groups: list[RolloutGroup]
@@ -107,9 +107,9 @@ class BatchSignals:
     inexact_ids: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_))
 
 
-def read(
+def score_batch(
     rollouts: Sequence[Rollout], signals: Sequence[BoundSignal], server: ServerFacts, options: ScoreOptions
-) -> Generator[Ask, list[StreamedCompletion], BatchSignals]:
+) -> Generator[StreamRequest, list[StreamedCompletion], BatchSignals]:
     """Reads every signal of every rollout.
 
     A rollout at which the server or its limits take offence is left out and named in ``problems``; the others are asked for again.
@@ -123,13 +123,13 @@ def read(
     Raises:
         ProbeReplaced: a probe that answered is not the one that its signal is bound to.
     """
-    run = _BatchReader(rollouts, signals, server, options)
-    yield from run.ask_all()
-    return run.readings()
+    pending = _PendingBatch(rollouts, signals, server, options)
+    yield from pending.request_all()
+    return pending.values()
 
 
-class _BatchReader:
-    """One batch on its way through ``read``."""
+class _PendingBatch:
+    """One batch on its way through ``score_batch``."""
 
     def __init__(self, rollouts: Sequence[Rollout], signals: Sequence[BoundSignal], server: ServerFacts, options: ScoreOptions) -> None:
         self._rollouts = rollouts
@@ -150,16 +150,16 @@ class _BatchReader:
         self._found: dict[tuple[int, int], CompletionScores] = {}
         self._usages: dict[int, Usage] = {}
 
-    def ask_all(self) -> Generator[Ask, list[StreamedCompletion], None]:
+    def request_all(self) -> Generator[StreamRequest, list[StreamedCompletion], None]:
         self._problems = self._known_problems()
         waiting = [[index for index in range(len(self._rollouts)) if index not in self._problems]]
         while waiting:
             indices = waiting.pop()
             if not indices:
                 continue
-            request = Request.of(self._rollouts, indices, self._masks)
+            request = GroupedRollouts.of(self._rollouts, indices, self._masks)
             try:
-                answers = yield Ask(request.groups, self._window(request), self._options)
+                answers = yield StreamRequest(request.groups, self._window(request), self._options)
             except (InvalidRequestError, ServerError) as error:
                 blamed = _blamed(request.sent, error) if isinstance(error, InvalidRequestError) or error.reason == _LOST_TWICE else {}
                 if not blamed:
@@ -187,12 +187,12 @@ class _BatchReader:
                     part = "graph" if answered[bound.probe][0] != bound.digests[0] else "manifest (its calibration, for example)"
                     raise ProbeReplaced("probe", f"{bound.probe} has another {part} than when the run began", bound.signal.name)
 
-    def readings(self) -> BatchSignals:
+    def values(self) -> BatchSignals:
         indices = range(len(self._rollouts))
         for (index, _), scores in self._found.items():
             if scores.status is not CompletionStatus.OK:
                 self._problems.setdefault(index, scores.status_message or scores.status.value)
-        signals = tuple(self._reading(bound) for bound in self._signals)
+        signals = tuple(self._signal_values(bound) for bound in self._signals)
         return BatchSignals(
             signals,
             self._problems,
@@ -209,7 +209,7 @@ class _BatchReader:
             return {**_blamed([[(index, 0)] for index in range(len(self._rollouts))], error), **known}
         return known
 
-    def _window(self, request: Request) -> StreamWindow:
+    def _window(self, request: GroupedRollouts) -> StreamWindow:
         limits, labels = self._server.info.limits, self._dense_labels
         # every token's scores are in the answer, and the reduced ones beside them, far fewer
         most = limits.max_request_values // (2 * labels) if limits.max_request_values and labels else limits.max_request_tokens
@@ -219,7 +219,7 @@ class _BatchReader:
             completions_per_call=limits.max_request_rollouts or StreamWindow.completions_per_call,
         )
 
-    def _reading(self, bound: BoundSignal) -> SignalValues:
+    def _signal_values(self, bound: BoundSignal) -> SignalValues:
         mask = list(self._masks).index(bound.signal.mask)  # type: ignore[arg-type] # parsed when the signal was made
         scored = [self._scores(index, mask, bound) for index in range(len(self._rollouts))]
         if bound.signal.mode is Mode.DENSE:
@@ -249,7 +249,7 @@ def _blamed(sent: Sequence[Sequence[tuple[int, int]]], error: InvalidRequestErro
     blamed: dict[int, str] = {}
     for violation in error.violations:
         place = _PLACE.fullmatch(violation.field)
-        if place is None or error.reason in _OF_THE_SETUP:
+        if place is None or error.reason in _SETUP_REASONS:
             return {}
         group = sent[int(place["group"])]
         at_fault = group if place["completion"] is None else [group[int(place["completion"])]]

@@ -66,7 +66,7 @@ class ProbeRubric(vf.Rubric):
 
     async def _score(self, state: State) -> Outcome:
         outcome = await self.scorer.score_async(rollouts_of(state))
-        state[STATE_KEY] = _least(outcome)
+        state[STATE_KEY] = _lowest_reward(outcome)
         return outcome
 
 
@@ -98,7 +98,7 @@ def reward_function(scorer: ProbeScorer) -> Callable[[State], Coroutine[Any, Any
 
     async def probescore(state: State) -> float:
         try:
-            return _least(await scorer.score_async(rollouts_of(state)))
+            return _lowest_reward(await scorer.score_async(rollouts_of(state)))
         except Exception as error:
             logger.error("no scores: a rollout gets %g instead: %s", on_failure, error)
             return float(on_failure)
@@ -135,5 +135,5 @@ def _refuse_impossible_modes(scorer: ProbeScorer) -> None:
     scorer.refuse_modes(Mode.SCREEN, Mode.GATE, Mode.DENSE, because=because)
 
 
-def _least(outcome: Outcome) -> float:
+def _lowest_reward(outcome: Outcome) -> float:
     return float(outcome.rewards.min())

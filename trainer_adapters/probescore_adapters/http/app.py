@@ -13,9 +13,9 @@ from fastapi import FastAPI, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from probescore_adapters.http import problems
-from probescore_adapters.http.bodies import LimitedBodies
-from probescore_adapters.http.counts import Counted, Counts
+from probescore_adapters.http.bodies import BodyLimitMiddleware
 from probescore_adapters.http.messages import Health, OpenRlhfAnswer, OpenRlhfRequest, ScoreAnswer, ScoreRequest, SlimeRequest
+from probescore_adapters.http.metrics import CountingMiddleware, GatewayMetrics
 from probescore_adapters.http.page import CONTENT_SECURITY_POLICY, documentation_page
 from probescore_adapters.outcome import Outcome
 from probescore_adapters.rollouts import Rollout
@@ -47,7 +47,7 @@ def create_app(scorer: ProbeScorer, *, max_body_bytes: int = MAX_BODY_BYTES) -> 
         Mode.DENSE,
         because="a gateway answers a number for a rollout; take penalty, or monitor and act on `flagged`",
     )
-    counts = Counts()
+    gateway_metrics = GatewayMetrics()
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -60,12 +60,12 @@ def create_app(scorer: ProbeScorer, *, max_body_bytes: int = MAX_BODY_BYTES) -> 
         title="probescore gateway", version=version("probescore"), description=DESCRIPTION, lifespan=lifespan, docs_url=None, redoc_url=None
     )
     problems.register(app)
-    app.add_middleware(LimitedBodies, max_bytes=max_body_bytes)
-    app.add_middleware(Counted, counts=counts)
+    app.add_middleware(BodyLimitMiddleware, max_bytes=max_body_bytes)
+    app.add_middleware(CountingMiddleware, metrics=gateway_metrics)
 
     async def score(rollouts: Sequence[Rollout], step: int | None = None) -> Outcome:
         outcome = await scorer.score_async(rollouts, step=step)
-        counts.count(outcome)
+        gateway_metrics.count(outcome)
         return outcome
 
     @app.post("/openrlhf", responses=problems.RESPONSES, response_model=OpenRlhfAnswer, tags=["trainers"])
@@ -103,7 +103,7 @@ def create_app(scorer: ProbeScorer, *, max_body_bytes: int = MAX_BODY_BYTES) -> 
     @app.get("/metrics", tags=["operation"], response_class=Response)
     async def metrics() -> Response:
         """Prometheus metrics."""
-        return Response(counts.exposition(), media_type=CONTENT_TYPE_LATEST)
+        return Response(gateway_metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/docs", include_in_schema=False)
     async def docs() -> Response:

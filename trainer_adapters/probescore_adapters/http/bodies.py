@@ -12,11 +12,11 @@ BODY_SECONDS = 30.0
 """How long a client may take to send a body."""
 
 
-class _GaveUp(Exception):
+class _ClientDisconnected(Exception):
     """The client went away before its body was there."""
 
 
-class LimitedBodies:
+class BodyLimitMiddleware:
     """Hands a request on when its body is there as a whole; answers 413 and 408 itself, and ends the connection after a 408.
 
     Args:
@@ -42,7 +42,7 @@ class LimitedBodies:
             headers = {"Connection": "close"}
             await answer(408, "The body did not arrive in time", f"it may take {self._seconds:g} s", headers=headers)(scope, receive, send)
             return
-        except _GaveUp:
+        except _ClientDisconnected:
             return
         if body is None:
             await answer(413, "The body is too large", f"the limit is {self._max_bytes} bytes")(scope, receive, send)
@@ -60,7 +60,7 @@ class LimitedBodies:
         while True:
             message = await receive()
             if message["type"] != "http.request":
-                raise _GaveUp
+                raise _ClientDisconnected
             size += len(message.get("body", b""))
             if size <= self._max_bytes:
                 body += message.get("body", b"")

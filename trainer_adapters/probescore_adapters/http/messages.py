@@ -21,7 +21,7 @@ MaskBits = Annotated[list[Annotated[StrictInt, Field(ge=0, le=1)]], Field(fail_f
 Texts = Annotated[list[StrictStr], Field(fail_fast=True, min_length=1, max_length=MAX_ROLLOUTS)]
 
 
-class Exact(BaseModel):
+class StrictModel(BaseModel):
     """An object with no other keys than its own."""
 
     model_config = ConfigDict(extra="forbid")
@@ -36,7 +36,7 @@ class Exact(BaseModel):
         return given
 
 
-class Message(Exact):
+class Message(StrictModel):
     """One message of a chat."""
 
     role: StrictStr
@@ -85,7 +85,7 @@ class SlimeRequest(BaseModel):
         return Rollout(_prompt(self.prompt), self.response)
 
 
-class ScoredRollout(Exact):
+class RolloutToScore(StrictModel):
     """One prompt and one completion of it."""
 
     prompt: Annotated[Union[StrictStr, TokenIds, Messages], Field(description="Token ids, taken verbatim; text; or a chat.")]
@@ -95,7 +95,7 @@ class ScoredRollout(Exact):
     mask: Annotated[MaskBits | None, Field(description="For each token whether it counts; by default all do.")] = None
 
     @model_validator(mode="after")
-    def _one_bit_a_token(self) -> ScoredRollout:
+    def _one_bit_a_token(self) -> RolloutToScore:
         if self.mask is not None and not isinstance(self.completion, str) and len(self.mask) != len(self.completion):
             raise ValueError(f"mask has {len(self.mask)} entries for {len(self.completion)} tokens")
         return self
@@ -105,10 +105,10 @@ class ScoredRollout(Exact):
         return Rollout(_prompt(self.prompt), self.completion, self.mask)
 
 
-class ScoreRequest(Exact):
+class ScoreRequest(StrictModel):
     """Rollouts to score with the signals that the gateway is configured with. Those with one prompt share its computation."""
 
-    rollouts: Annotated[list[ScoredRollout], Field(fail_fast=True, min_length=1, max_length=MAX_ROLLOUTS)]
+    rollouts: Annotated[list[RolloutToScore], Field(fail_fast=True, min_length=1, max_length=MAX_ROLLOUTS)]
     step: Annotated[StrictInt | None, Field(ge=0, le=2**31 - 1, description="Of the training, for the server's logs.")] = None
 
 

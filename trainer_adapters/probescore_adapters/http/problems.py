@@ -34,8 +34,8 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
 }
 """Of every route that scores, for its documentation."""
 
-_MOST_ERRORS = 10
-_LONGEST_FIELD = 200
+_MAX_ERRORS = 10
+_MAX_FIELD_CHARACTERS = 200
 
 
 def answer(
@@ -72,7 +72,7 @@ def register(app: FastAPI) -> None:
         del request
         if any(one["type"] == "json_invalid" for one in error.errors()):
             return answer(400, "The body is not JSON")
-        return answer(422, "The body is not what this route takes", errors=[_field_problem(one) for one in error.errors()[:_MOST_ERRORS]])
+        return answer(422, "The body is not what this route takes", errors=[_field_problem(one) for one in error.errors()[:_MAX_ERRORS]])
 
     @app.exception_handler(HTTPException)
     async def _refused(request: Request, error: HTTPException) -> Response:
@@ -96,4 +96,4 @@ def register(app: FastAPI) -> None:
 
 def _field_problem(error: dict[str, Any]) -> FieldProblem:
     field = ".".join(str(part) for part in error["loc"] if part != "body")
-    return FieldProblem(field=field[:_LONGEST_FIELD], problem=str(error["msg"]).removeprefix("Value error, "))
+    return FieldProblem(field=field[:_MAX_FIELD_CHARACTERS], problem=str(error["msg"]).removeprefix("Value error, "))

@@ -12,7 +12,7 @@ from probescore_adapters.outcome import PREFIX, Outcome
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
 
-class Counts:
+class GatewayMetrics:
     """The metrics of one gateway, in a registry of their own."""
 
     def __init__(self) -> None:
@@ -42,12 +42,12 @@ class Counts:
         return generate_latest(self._registry)
 
 
-class Counted:
+class CountingMiddleware:
     """Counts every answer of an application."""
 
-    def __init__(self, app: ASGIApp, counts: Counts) -> None:
+    def __init__(self, app: ASGIApp, metrics: GatewayMetrics) -> None:
         self._app = app
-        self._counts = counts
+        self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """As ASGI has it."""
@@ -66,5 +66,5 @@ class Counted:
         finally:
             route = getattr(scope.get("route"), "path", "other")
             if statuses:
-                self._counts.requests.labels(route, str(statuses[0])).inc()
-                self._counts.seconds.labels(route).observe(time.perf_counter() - started)
+                self._metrics.requests.labels(route, str(statuses[0])).inc()
+                self._metrics.seconds.labels(route).observe(time.perf_counter() - started)
