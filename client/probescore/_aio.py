@@ -8,7 +8,7 @@ import weakref
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from types import TracebackType
-from typing import TYPE_CHECKING, TypeVar, Union, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import grpc
 import grpc.aio
@@ -27,9 +27,9 @@ from probescore._client import (
 )
 from probescore._options import ScoreOptions
 from probescore._retries import Attempts, retry_async
-from probescore._sources import LINGER_SECONDS, GroupRead, SourceEnded, async_source_of
+from probescore._sources import async_source_of
 from probescore._status import FailedCall
-from probescore._streaming import Chunk, StreamSchedule, StreamWindow
+from probescore._streaming import Arrival, Chunk, StreamSchedule, StreamWindow
 from probescore.types import ProbeInfo, RolloutGroup, ScoreResult, ServerInfo, StreamedCompletion, Transfer
 from probescore.v1 import admin_pb2, probes_pb2, scoring_pb2
 from probescore.wire import probes_from_proto, server_info_from_proto, transfers_from_proto
@@ -242,10 +242,6 @@ class AsyncProbeClient(BaseClient):
         return read(server_info_from_proto, answer)
 
 
-Arrival = Union[list[StreamedCompletion], Chunk, Exception, GroupRead, SourceEnded]
-"""What the call for a chunk hands over: some answers, the chunk itself when it is done, or why it failed; and what the source does."""
-
-
 class _AsyncStream:
     """One ``score_stream``: a task for each call, so that its deadline does not depend on how fast the answers are read."""
 
@@ -256,39 +252,30 @@ class _AsyncStream:
         self._window = window
 
     async def completions(self, groups: Iterable[RolloutGroup] | AsyncIterable[RolloutGroup]) -> AsyncIterator[StreamedCompletion]:
-        intake = StreamSchedule(self._window)
+        schedule = StreamSchedule(self._window)
         arrivals: asyncio.Queue[Arrival] = asyncio.Queue()
         source = async_source_of(groups, arrivals.put_nowait)
-        tasks: dict[Chunk, asyncio.Task[None]] = {}
+        tasks: set[asyncio.Task[None]] = set()
         try:
-            while not intake.finished:
-                while (chunk := intake.next_chunk()) is not None:
-                    tasks[chunk] = asyncio.create_task(self._run(chunk, arrivals))
-                if intake.wants_group():
+            while not schedule.finished:
+                while (chunk := schedule.next_chunk()) is not None:
+                    tasks.add(task := asyncio.create_task(self._run(chunk, arrivals)))
+                    task.add_done_callback(tasks.discard)
+                if schedule.wants_group():
                     source.ask()
                 try:
-                    arrival = await (asyncio.wait_for(arrivals.get(), LINGER_SECONDS) if intake.waits else arrivals.get())
+                    arrival = await asyncio.wait_for(arrivals.get(), schedule.patience)
                 except asyncio.TimeoutError:
-                    intake.kept_waiting()
-                    continue
-                if isinstance(arrival, GroupRead):
-                    intake.took(arrival.group)
-                elif isinstance(arrival, SourceEnded):
-                    intake.ended(arrival.error)
-                elif isinstance(arrival, Chunk):
-                    del tasks[arrival]
-                    intake.answered()
-                elif isinstance(arrival, Exception):
-                    raise arrival
+                    schedule.kept_waiting()
                 else:
-                    for completion in arrival:
+                    for completion in schedule.accept(arrival):
                         yield completion
-            if intake.failure is not None:
-                raise intake.failure
+            if schedule.failure is not None:
+                raise schedule.failure
         finally:
-            for task in tasks.values():
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(*tasks.values(), return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
             await source.stop()
 
     async def _run(self, chunk: Chunk, arrivals: asyncio.Queue[Arrival]) -> None:

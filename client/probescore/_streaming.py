@@ -6,8 +6,10 @@ import re
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from typing import Union
 
 from probescore._answers import AnswerCheck
+from probescore._sources import LINGER_SECONDS, GroupRead, SourceEnded
 from probescore._status import invalid_request, malformed_answer
 from probescore.errors import FieldViolation, InvalidRequestError, ProbescoreError
 from probescore.types import RolloutGroup, StreamedCompletion
@@ -195,11 +197,16 @@ class Chunker:
             yield chunk
 
 
+Arrival = Union[GroupRead, SourceEnded, list[StreamedCompletion], Chunk, Exception]
+"""What reaches the reader of a stream: what its source does; some answers, the chunk itself when its call is done, or why that failed."""
+
+
 class StreamSchedule:
-    """What has been read of a source and what of it is under way: decides when to read, and what to send.
+    """Decides for one ``score_stream`` when to read its source, what to send, and how long to wait.
 
     A call holds as many groups as the window says, unless the source keeps the client waiting: then what has been read is sent, since the
-    source may be waiting for its scores.
+    source may be waiting for its scores. Both clients do what it says: send each ``next_chunk()``, read a group if ``wants_group()``, then
+    wait for an arrival for ``patience`` seconds, and hand out what ``accept()`` makes of it; until ``finished``.
     """
 
     def __init__(self, window: StreamWindow) -> None:
@@ -214,47 +221,63 @@ class StreamSchedule:
 
     @property
     def finished(self) -> bool:
-        """Whether the source has ended and all that it gave has been answered."""
+        """Says whether the source has ended and all that it gave has been answered."""
         return self._ended and not self._ready and not self._under_way
 
     @property
-    def waits(self) -> bool:
-        """Whether a call could be sent if the source kept the client waiting."""
-        return self._reading and self._chunker.has_rest and self._under_way < self._window.calls_in_flight
+    def patience(self) -> float | None:
+        """Seconds to wait for the next arrival before ``kept_waiting()``; ``None`` where nothing could be sent meanwhile."""
+        return LINGER_SECONDS if self._reading and self._chunker.has_rest and self._has_room else None
+
+    @property
+    def _has_room(self) -> bool:
+        return self._under_way < self._window.calls_in_flight
+
+    def next_chunk(self) -> Chunk | None:
+        """Returns what to send now, if anything; it is under way until it arrives."""
+        if not (self._ready and self._has_room):
+            return None
+        self._under_way += 1
+        return self._ready.popleft()
 
     def wants_group(self) -> bool:
-        """Whether to read another group now; if so, the next of ``took`` and ``ended`` belongs to it."""
-        wants = not (self._reading or self._ended or self._ready) and self._under_way < self._window.calls_in_flight
+        """Says whether to read another group now; if so, the next ``GroupRead`` or ``SourceEnded`` belongs to it."""
+        wants = not (self._reading or self._ended or self._ready) and self._has_room
         self._reading = self._reading or wants
         return wants
-
-    def took(self, group: RolloutGroup) -> None:
-        """Takes in what was read. A group that cannot be sent ends the source, with ``failure``."""
-        self._reading = False
-        try:
-            self._ready.extend(self._chunker.add(group))
-        except Exception as error:  # whatever a user's object raises
-            self.ended(error)
 
     def kept_waiting(self) -> None:
         """Makes what has been read ready to be sent."""
         self._ready.extend(self._chunker.rest())
 
-    def ended(self, failure: BaseException | None = None) -> None:
-        """The source gives no more."""
+    def accept(self, arrival: Arrival) -> list[StreamedCompletion]:
+        """Takes in what arrived, and returns the completions in it, to be handed out.
+
+        A group that cannot be sent ends the source, with ``failure``.
+
+        Raises:
+            Exception: A call failed; it is what arrived.
+        """
+        match arrival:
+            case GroupRead(group):
+                self._reading = False
+                try:
+                    self._ready.extend(self._chunker.add(group))
+                except Exception as error:  # whatever a user's object raises
+                    self._end(error)
+            case SourceEnded(error):
+                self._end(error)
+            case Chunk():
+                self._under_way -= 1
+            case Exception():
+                raise arrival
+            case completions:
+                return completions
+        return []
+
+    def _end(self, failure: BaseException | None) -> None:
         self._reading, self._ended, self.failure = False, True, failure
         self.kept_waiting()
-
-    def next_chunk(self) -> Chunk | None:
-        """What to send now, if anything; then it is under way until ``answered``."""
-        if not self._ready or self._under_way == self._window.calls_in_flight:
-            return None
-        self._under_way += 1
-        return self._ready.popleft()
-
-    def answered(self) -> None:
-        """All answers to one chunk have been handed out."""
-        self._under_way -= 1
 
 
 def _prompt_tokens(prompt: scoring_pb2.Prompt) -> int:

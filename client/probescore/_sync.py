@@ -9,7 +9,7 @@ from collections.abc import AsyncIterable, Callable, Iterable, Iterator, Sequenc
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from types import TracebackType
-from typing import TYPE_CHECKING, TypeVar, Union, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import grpc
 
@@ -27,9 +27,9 @@ from probescore._client import (
 )
 from probescore._options import ScoreOptions
 from probescore._retries import Attempts, retry
-from probescore._sources import LINGER_SECONDS, GroupRead, SourceEnded, source_of
+from probescore._sources import source_of
 from probescore._status import FailedCall
-from probescore._streaming import Chunk, StreamSchedule, StreamWindow
+from probescore._streaming import Arrival, Chunk, StreamSchedule, StreamWindow
 from probescore.types import ProbeInfo, RolloutGroup, ScoreResult, ServerInfo, StreamedCompletion, Transfer
 from probescore.v1 import admin_pb2, probes_pb2, scoring_pb2
 from probescore.wire import probes_from_proto, server_info_from_proto, transfers_from_proto
@@ -208,10 +208,6 @@ class ProbeClient(BaseClient):
         return read(server_info_from_proto, self._call(lambda stub: stub.GetServerInfo, scoring_pb2.GetServerInfoRequest(), attempts))
 
 
-Arrival = Union[list[StreamedCompletion], Chunk, Exception, GroupRead, SourceEnded]
-"""What the call for a chunk hands over: some answers, the chunk itself when it is done, or why it failed; and what the source does."""
-
-
 class _Stream:
     """One ``score_stream``: a thread for each call, so that its deadline does not depend on how fast the answers are read."""
 
@@ -226,32 +222,23 @@ class _Stream:
         self._pause = threading.Event()
 
     def completions(self, groups: Iterable[RolloutGroup] | AsyncIterable[RolloutGroup]) -> Iterator[StreamedCompletion]:
-        intake = StreamSchedule(self._window)
+        schedule = StreamSchedule(self._window)
         source = source_of(groups, self._arrivals.put)
         with ThreadPoolExecutor(self._window.calls_in_flight, "probescore-stream") as threads:
             try:
-                while not intake.finished:
-                    while (chunk := intake.next_chunk()) is not None:
+                while not schedule.finished:
+                    while (chunk := schedule.next_chunk()) is not None:
                         threads.submit(self._run, chunk)
-                    if intake.wants_group():
+                    if schedule.wants_group():
                         source.ask()
                     try:
-                        arrival = self._arrivals.get(timeout=LINGER_SECONDS if intake.waits else None)
+                        arrival = self._arrivals.get(timeout=schedule.patience)
                     except queue.Empty:
-                        intake.kept_waiting()
-                        continue
-                    if isinstance(arrival, GroupRead):
-                        intake.took(arrival.group)
-                    elif isinstance(arrival, SourceEnded):
-                        intake.ended(arrival.error)
-                    elif isinstance(arrival, Chunk):
-                        intake.answered()
-                    elif isinstance(arrival, Exception):
-                        raise arrival
+                        schedule.kept_waiting()
                     else:
-                        yield from arrival
-                if intake.failure is not None:
-                    raise intake.failure
+                        yield from schedule.accept(arrival)
+                if schedule.failure is not None:
+                    raise schedule.failure
             finally:
                 self._stopped.set()
                 self._pause.set()
