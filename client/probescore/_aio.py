@@ -1,4 +1,4 @@
-"""``AsyncProbeClient``: for event loops, one or several."""
+"""Holds ``AsyncProbeClient``, the client for programs with one event loop or several."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from probescore.v1.scoring_pb2_grpc import ScoringServiceAsyncStub
 
     class AsyncStub(ScoringServiceAsyncStub, ProbeAdminServiceAsyncStub):
-        """What ``Stub`` is on a channel of grpc.aio."""
+        """Has the methods of both services on a channel of ``grpc.aio``, as ``Stub`` has them on one of ``grpc``."""
 
 
 Request = TypeVar("Request")
@@ -91,7 +91,7 @@ class AsyncProbeClient(BaseClient):
         self._pauses: set[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = set()
 
     async def score(self, groups: Sequence[RolloutGroup], *, timeout: float | None = None, **options: Unpack[ScoreOptions]) -> ScoreResult:
-        """Scores every completion of every group in one call. ``ScoreOptions`` says what the options are."""
+        """Scores every completion of every group in one call, with the options that ``ScoreOptions`` documents."""
         request = score_request(groups, options)
         return score_result(await self._call(lambda stub: stub.Score, request, self._attempts(timeout)), request)
 
@@ -121,11 +121,11 @@ class AsyncProbeClient(BaseClient):
         return _AsyncStream(self, stream_template(options), timeout, window).completions(groups)
 
     async def get_server_info(self, *, timeout: float | None = None) -> ServerInfo:
-        """Says what runs at the address."""
+        """Returns what runs at the address: the model, its fingerprints, limits, workers and probes."""
         return await self._server_info(self._attempts(timeout))
 
     async def list_probes(self, *, timeout: float | None = None) -> tuple[ProbeInfo, ...]:
-        """Lists the loaded probes, sorted by name and version."""
+        """Returns the probes that the server has loaded, sorted by name and version."""
         answer = await self._call(lambda stub: stub.ListProbes, probes_pb2.ListProbesRequest(), self._attempts(timeout))
         return read(probes_from_proto, answer)
 
@@ -138,7 +138,7 @@ class AsyncProbeClient(BaseClient):
         return await self._server_info(Attempts(checked_timeout(timeout), restart_budget=timeout))
 
     async def sleep(self, *, timeout: float | None = None) -> tuple[Transfer, ...]:
-        """Makes the server give its devices' memory back until ``wake``, and returns when it has: what each device moved.
+        """Makes the server give its devices' memory back until ``wake``; returns, when it has, what each device moved.
 
         Calls to score wait meanwhile, within their deadlines. A server that sleeps is left as it is. Needs the server's setting ``admin``,
         and a client of one server; ``"dns:///…"`` of several reaches any of them.
@@ -148,7 +148,7 @@ class AsyncProbeClient(BaseClient):
         return transfers_from_proto(answer.transfers)
 
     async def wake(self, *, timeout: float | None = None) -> tuple[Transfer, ...]:
-        """Ends what ``sleep`` began, and returns when the server can score: what each device moved.
+        """Ends what ``sleep`` began; returns, when the server can score, what each device moved.
 
         Raises:
             UnavailableError: a device had no room for the weights for as long as the client may wait.
@@ -243,7 +243,7 @@ class AsyncProbeClient(BaseClient):
 
 
 class _AsyncStream:
-    """One ``score_stream``: a task for each call, so that its deadline does not depend on how fast the answers are read."""
+    """Runs one ``score_stream``, with a task for each call, so that a call's deadline does not depend on how fast answers are read."""
 
     def __init__(self, client: AsyncProbeClient, template: scoring_pb2.ScoreRequest, timeout: float | None, window: StreamWindow) -> None:
         self._client = client

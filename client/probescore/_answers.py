@@ -1,4 +1,4 @@
-"""Whether an answer is one to the request that was sent: a server that lies, or that mixes requests up, is found out here.
+"""Checks whether an answer is one to the request that was sent, so that a server that lies or mixes requests up is found out.
 
 What a client cannot know is left alone: the finite scores themselves, digests, units, the names of labels, what people read, and the
 account of work done.
@@ -32,11 +32,11 @@ from probescore.wire import MessageError, options_from_request
 HasIds = Union[scoring_pb2.Prompt, scoring_pb2.Completion]
 
 _IDS: dict[int, np.dtype[Any]] = {tensor_pb2.DATA_TYPE_INT32: np.dtype("<i4"), tensor_pb2.DATA_TYPE_INT64: np.dtype("<i8")}
-"""What the client sends ids as."""
+"""Maps the two types in which the client sends token ids to those of numpy."""
 
 
 class AnswerCheck:
-    """Checks all that answers one call.
+    """Checks all messages that answer one call against its request.
 
     Args:
         request: as it was sent.
@@ -52,7 +52,7 @@ class AnswerCheck:
         self._probes: _ProbesByShape | None = None
 
     def check_result(self, result: ScoreResult) -> None:
-        """Checks the answer to ``Score``."""
+        """Checks a whole answer to ``Score`` against the request."""
         asked = [len(group.completions) for group in self._request.groups]
         came = [len(group) for group in result.groups]
         if len(asked) != len(came):
@@ -123,7 +123,7 @@ class AnswerCheck:
     def _check(
         self, asked: scoring_pb2.Completion, scores: CompletionScores, field: str, prompt: scoring_pb2.Prompt | None, *, inexact: bool
     ) -> None:
-        """``prompt`` is None for a follow-up, which scores its own tokens and has no prompt of its own to send back."""
+        """Checks one completion or follow-up; ``prompt`` is ``None`` for a follow-up, which has no prompt of its own to send back."""
         probes = self._probes
         if probes is None:
             raise RuntimeError("check_info comes first")
@@ -155,7 +155,7 @@ class AnswerCheck:
             self._check(follow_up, answer, f"{field}.follow_ups[{index}]", None, inexact=inexact)
 
     def _check_ids(self, sent: HasIds, came: NDArray[np.int32] | None, field: str) -> int | None:
-        """How many ids there are, if that can be known."""
+        """Checks the ids that came back, and returns how many there are, or ``None`` if that cannot be known, as of text."""
         if (came is not None) != self._options.return_token_ids:
             raise MessageError(field, "is missing; it was asked for" if came is None else "is there; it was not asked for")
         form = sent.WhichOneof("form")
@@ -195,7 +195,7 @@ def _check_names(asked: Sequence[str], came: Sequence[ScoredProbe]) -> None:
 
 
 class _ProbesByShape:
-    """The probes of an answer, those with equal shapes together: a thousand of them are checked as one array."""
+    """Holds the probes of an answer, those with equal shapes together, so that a thousand of them are checked as one array."""
 
     def __init__(self, probes: Sequence[ScoredProbe], wants_tokens: Sequence[bool], *, has_tokenizer: bool) -> None:
         self.has_tokenizer = has_tokenizer
@@ -213,7 +213,7 @@ class _ProbesByShape:
         self._shapes: dict[int, list[tuple[int, int, int]]] = {}
 
     def check_reduced(self, scores: Sequence[ProbeScores], selects: NDArray[np.int8], field: str) -> None:
-        """``selects`` says of the scope and of each span whether it selects a token: 1 yes, 0 no, -1 unknown."""
+        """Checks reduced scores; ``selects`` says of the scope and of each span whether it selects a token: 1 yes, 0 no, -1 unknown."""
         rows = len(selects)
         expected = self._shapes.get(rows)
         if expected is None:
@@ -249,7 +249,7 @@ class _ProbesByShape:
                 raise MessageError(f"{field}.scores[{group[probe]}].reduced[{row}]", f"{problem}, of probe {self._keys[group[probe]]}")
 
     def check_tokens(self, scores: Sequence[ProbeScores], rows: int | None, field: str) -> None:
-        """``rows`` is how many tokens are in scope; None = unknown, but the same for all probes."""
+        """Checks per-token scores; ``rows`` is how many tokens are in scope, or ``None`` if unknown, but the same for all probes."""
         arrays = [probe.tokens for probe in scores]
         there = [array is not None for array in arrays]
         if there != self._wants_tokens:
@@ -279,7 +279,7 @@ def _sent_ids(sent: HasIds) -> NDArray[Any]:
 
 
 def _selection_states(asked: scoring_pb2.Completion, scope: Scope, prompt_tokens: int | None, tokens: int | None) -> NDArray[np.int8]:
-    """Whether the scope, then each span, selects a token: 1 yes, 0 no, -1 unknown."""
+    """Returns whether the scope, then each span, selects a token: int8, 1 yes, 0 no, -1 unknown."""
     mask = np.frombuffer(asked.mask.data, np.bool_) if asked.HasField("mask") else None
     own = _selects_any(tokens) if mask is None else int(mask.any())
     of_prompt = _selects_any(prompt_tokens)

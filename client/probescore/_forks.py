@@ -1,4 +1,4 @@
-"""What gRPC survives of a fork: only what was at rest.
+"""Lets a process fork though it uses gRPC, of which only what is at rest survives a fork.
 
 A fork copies the locks that other threads hold at that moment, and nobody lets go of them in the child: its next call into gRPC would wait
 for ever, or crash, whatever its deadline. gRPC lets its own threads rest before a fork, except while somebody else's thread is inside a
@@ -14,12 +14,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 REST_SECONDS = 0.5
-"""After a channel has ended a fork waits at most so long for gRPC's threads to end. They take milliseconds, unless another of the process's
-channels keeps them."""
+"""Is how long at most a fork waits, after a channel has ended, for gRPC's threads to end. They take milliseconds, unless another of the
+process's channels keeps them."""
 
 _STEP_SECONDS = 0.001
 _QUIET_STEPS = 5
-"""gRPC is at rest when no thread of it is seen so often in a row: one that ends may have started another, still without its name."""
+"""Is how often in a row no thread of gRPC must be seen before it counts as at rest: one that ends may have started another, still without
+its name."""
 _THREADS = Path("/proc/self/task")
 _NAMES = ("event_engine", "lifeguard", "grpc_", "timer_manager", "default-executo", "resolver-execut")  # of at most 15 characters
 
@@ -74,7 +75,7 @@ def _prepare() -> None:
 
 
 def _at_work() -> bool:
-    """Whether gRPC has threads. Where they cannot be seen, it is taken to have some."""
+    """Returns whether gRPC has threads. Where they cannot be seen, it is taken to have some."""
     try:
         names = [_name(thread) for thread in _THREADS.iterdir()]
     except OSError:

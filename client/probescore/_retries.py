@@ -1,4 +1,6 @@
-"""The one retry loop, for every kind of call and both clients: when a call is tried again, and when not. The clock is anybody's to give."""
+"""Holds the one retry loop, for every kind of call and both clients, which decides when a call is tried again. The clock is anybody's to
+give.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,7 @@ _SHORTEST_PAUSE_SECONDS = 0.001
 _DOUBLINGS = 10
 _JITTER = 0.25
 _LAST_MOMENT_SECONDS = 0.01
-"""With less than this left of its deadline a call is over: no answer would be in time."""
+"""Is how much must be left of a call's deadline for another attempt: no answer would be in time with less."""
 
 
 def _now() -> float:
@@ -29,7 +31,7 @@ def _now() -> float:
 
 
 class Attempts:
-    """The attempts of one call.
+    """Keeps account of the attempts of one call, and decides whether there is another.
 
     Args:
         timeout: seconds for the call, all attempts and pauses included.
@@ -57,7 +59,7 @@ class Attempts:
         self._last: TransientError | None = None
 
     def seconds_left(self) -> float:
-        """What the next attempt may take."""
+        """Returns how many seconds the next attempt may take."""
         return max(0.0, self._deadline - self._clock())
 
     def progressed(self) -> None:
@@ -66,8 +68,8 @@ class Attempts:
         self._last = None
 
     def pause(self, error: ProbescoreError) -> float:
-        """Seconds to wait before the next attempt: what the server asked for, or else a little more each time; with jitter, so that
-        the ranks of a run do not come back all at once. The last attempt starts when the budget ends.
+        """Returns the seconds to wait before the next attempt: what the server asked for, or else a little more each time; with jitter, so
+        that the ranks of a run do not come back all at once. The last attempt starts when the budget ends.
 
         Raises:
             ProbescoreError: ``error`` if it is not transient; one of its kind that says why there is no further attempt, if the budget is
@@ -133,7 +135,7 @@ def retry(attempt: Callable[[float], Answer], attempts: Attempts, wait: Callable
 async def retry_async(
     attempt: Callable[[float], Awaitable[Answer]], attempts: Attempts, wait: Callable[[float], Awaitable[None]]
 ) -> Answer:
-    """Does the same in an event loop."""
+    """Does what ``retry`` does in an event loop: awaits each ``attempt`` and each ``wait``."""
     while True:
         try:
             return await attempt(attempts.seconds_left())

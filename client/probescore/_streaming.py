@@ -1,4 +1,4 @@
-"""The bookkeeping of ``score_stream``, without any input or output: how groups become calls, and what is still missing from a call."""
+"""Keeps the books of ``score_stream``, without any input or output: how groups become calls, and what is still missing from a call."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SENT_PATH = re.compile(r"groups\[(?P<group>\d+)\](?:\.completions\[(?P<completi
 
 @dataclass(frozen=True)
 class StreamWindow:
-    """How much of an endless stream is under way at a time.
+    """Limits how much of an endless stream is under way at a time.
 
     Attributes:
         groups_per_call: at most as many groups in one call.
@@ -44,12 +44,12 @@ class StreamWindow:
 
 
 Position = tuple[int, int]
-"""Index of a group in the stream, and of a completion in its group."""
+"""Is the index of a group in the stream, and of a completion in its group."""
 
 
 @dataclass(eq=False)
 class Chunk:
-    """The completions of one call, until each has been answered once."""
+    """Holds the completions of one call, until each has been answered once."""
 
     prompts: dict[int, scoring_pb2.Prompt] = field(default_factory=dict)
     missing: dict[Position, scoring_pb2.Completion] = field(default_factory=dict)
@@ -61,14 +61,16 @@ class Chunk:
     def add(
         self, group: int, prompt: scoring_pb2.Prompt, parts: dict[Position, scoring_pb2.Completion], tokens: int, completions: int
     ) -> None:
-        """Takes completions of one group in; with their follow-ups they count ``completions``."""
+        """Takes in completions of one group, which count ``completions`` with their follow-ups and have ``tokens`` tokens with their
+        prompt.
+        """
         self.prompts[group] = prompt
         self.missing.update(parts)
         self.tokens += tokens
         self.completions += completions
 
     def request(self, template: scoring_pb2.ScoreRequest) -> scoring_pb2.ScoreStreamRequest:
-        """Asks for what is still missing, under the template's options."""
+        """Returns a request for what is still missing, under the template's options."""
         stream = scoring_pb2.ScoreStreamRequest(request=template)
         self._sent = []
         last = None
@@ -83,7 +85,7 @@ class Chunk:
         return stream
 
     def accept(self, message: scoring_pb2.ScoreStreamResponse) -> list[StreamedCompletion]:
-        """Takes one message of the answer to the last ``request``, with indices as in the stream.
+        """Takes in one message of the answer to the last ``request``; returns its completions with their indices in the stream.
 
         Raises:
             ServerError: it breaks the contract, answers a completion twice, one that was not asked for, or not as it was asked for.
@@ -119,7 +121,7 @@ class Chunk:
             raise malformed_answer(f"the stream ended without {len(self.missing)} of its completions")
 
     def relocated(self, error: ProbescoreError) -> ProbescoreError:
-        """The same error, naming fields by their place in the stream instead of in the call."""
+        """Returns the same error, naming fields by their place in the stream instead of in the call."""
         if not error.violations:
             return error
 
@@ -150,7 +152,7 @@ class Chunker:
         self._groups = 0
 
     def add(self, group: RolloutGroup) -> Iterator[Chunk]:
-        """Takes the next group of the stream in; gives the chunks that it completes.
+        """Takes in the next group of the stream; yields the chunks that it completes.
 
         Raises:
             InvalidRequestError: the group cannot be sent; its place in the stream is named.
@@ -182,23 +184,24 @@ class Chunker:
             yield from self.rest()
 
     def _is_too_much(self, tokens: int, completions: int) -> bool:
-        """For one call, beside the completions of the chunk begun."""
+        """Returns whether so much is too much for one call, beside the completions of the chunk begun."""
         return tokens > self._window.tokens_per_call or self._chunk.completions + completions > self._window.completions_per_call
 
     @property
     def has_rest(self) -> bool:
-        """Whether a chunk is begun."""
+        """Says whether a chunk is begun."""
         return bool(self._chunk.missing)
 
     def rest(self) -> Iterator[Chunk]:
-        """Gives the chunk begun, if there is one, and begins another."""
+        """Yields the chunk begun, if there is one, and begins another."""
         if self._chunk.missing:
             chunk, self._chunk = self._chunk, Chunk()
             yield chunk
 
 
 Arrival = Union[GroupRead, SourceEnded, list[StreamedCompletion], Chunk, Exception]
-"""What reaches the reader of a stream: what its source does; some answers, the chunk itself when its call is done, or why that failed."""
+"""Is what reaches the reader of a stream: what its source does; some answers, the chunk itself when its call is done, or why that failed.
+"""
 
 
 class StreamSchedule:
@@ -217,7 +220,7 @@ class StreamSchedule:
         self._reading = False
         self._ended = False
         self.failure: BaseException | None = None
-        """Why the source ended, if it did not by itself; to be raised once all that was read before is answered."""
+        """Says why the source ended, if it did not by itself; it is to be raised once all that was read before is answered."""
 
     @property
     def finished(self) -> bool:
@@ -226,7 +229,7 @@ class StreamSchedule:
 
     @property
     def patience(self) -> float | None:
-        """Seconds to wait for the next arrival before ``kept_waiting()``; ``None`` where nothing could be sent meanwhile."""
+        """Returns the seconds to wait for the next arrival before ``kept_waiting()``; ``None`` where nothing could be sent meanwhile."""
         return LINGER_SECONDS if self._reading and self._chunker.has_rest and self._has_room else None
 
     @property
@@ -287,7 +290,7 @@ def _prompt_tokens(prompt: scoring_pb2.Prompt) -> int:
 
 
 def _with_follow_ups(completion: scoring_pb2.Completion) -> int:
-    """A completion and all that follows it, counted."""
+    """Returns how many a completion and all its follow-ups are."""
     return 1 + sum(map(_with_follow_ups, completion.follow_ups))
 
 

@@ -1,4 +1,4 @@
-"""``ProbeClient``: for programs without an event loop, and for any number of threads."""
+"""Holds ``ProbeClient``, the client for programs without an event loop, with any number of threads."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class ProbeClient(BaseClient):
         self._pauses: set[threading.Event] = set()
 
     def score(self, groups: Sequence[RolloutGroup], *, timeout: float | None = None, **options: Unpack[ScoreOptions]) -> ScoreResult:
-        """Scores every completion of every group in one call. ``ScoreOptions`` says what the options are."""
+        """Scores every completion of every group in one call, with the options that ``ScoreOptions`` documents."""
         request = score_request(groups, options)
         return score_result(self._call(lambda stub: stub.Score, request, self._attempts(timeout)), request)
 
@@ -100,11 +100,11 @@ class ProbeClient(BaseClient):
         return _Stream(self, stream_template(options), timeout, window).completions(groups)
 
     def get_server_info(self, *, timeout: float | None = None) -> ServerInfo:
-        """Says what runs at the address."""
+        """Returns what runs at the address: the model, its fingerprints, limits, workers and probes."""
         return self._server_info(self._attempts(timeout))
 
     def list_probes(self, *, timeout: float | None = None) -> tuple[ProbeInfo, ...]:
-        """Lists the loaded probes, sorted by name and version."""
+        """Returns the probes that the server has loaded, sorted by name and version."""
         return read(probes_from_proto, self._call(lambda stub: stub.ListProbes, probes_pb2.ListProbesRequest(), self._attempts(timeout)))
 
     def wait_until_ready(self, timeout: float = DEFAULT_TIMEOUT_SECONDS) -> ServerInfo:
@@ -116,7 +116,7 @@ class ProbeClient(BaseClient):
         return self._server_info(Attempts(checked_timeout(timeout), restart_budget=timeout))
 
     def sleep(self, *, timeout: float | None = None) -> tuple[Transfer, ...]:
-        """Makes the server give its devices' memory back until ``wake``, and returns when it has: what each device moved.
+        """Makes the server give its devices' memory back until ``wake``; returns, when it has, what each device moved.
 
         Calls to score wait meanwhile, within their deadlines. A server that sleeps is left as it is. Needs the server's setting ``admin``,
         and a client of one server; ``"dns:///…"`` of several reaches any of them.
@@ -126,7 +126,7 @@ class ProbeClient(BaseClient):
         return transfers_from_proto(answer.transfers)
 
     def wake(self, *, timeout: float | None = None) -> tuple[Transfer, ...]:
-        """Ends what ``sleep`` began, and returns when the server can score: what each device moved.
+        """Ends what ``sleep`` began; returns, when the server can score, what each device moved.
 
         Raises:
             UnavailableError: a device had no room for the weights for as long as the client may wait.
@@ -209,7 +209,7 @@ class ProbeClient(BaseClient):
 
 
 class _Stream:
-    """One ``score_stream``: a thread for each call, so that its deadline does not depend on how fast the answers are read."""
+    """Runs one ``score_stream``, with a thread for each call, so that a call's deadline does not depend on how fast answers are read."""
 
     def __init__(self, client: ProbeClient, template: scoring_pb2.ScoreRequest, timeout: float | None, window: StreamWindow) -> None:
         self._client = client

@@ -23,11 +23,11 @@ def check_groups(groups: Sequence[RolloutGroup], server: ServerInfo) -> None:
     server knows is left to it: how many tokens a text has, and which follow-ups its probes append by themselves.
 
     Args:
-        groups: The rollout groups that are to be sent.
-        server: What runs at the address, as ``get_server_info()`` returns it.
+        groups: the rollout groups that are to be sent.
+        server: what runs at the address, as ``get_server_info()`` returns it.
 
     Raises:
-        InvalidRequestError: Ids are not integers or not in the vocabulary, or a prompt, its completion and the longest chain of follow-ups
+        InvalidRequestError: ids are not integers or not in the vocabulary, or a prompt, its completion and the longest chain of follow-ups
             have more tokens than the limit. ``violations`` has an entry for each, with its field as in ``groups[2].completions[0].ids``.
     """
     violations = [violation for index, group in enumerate(groups) for violation in _group_violations(group, f"groups[{index}]", server)]

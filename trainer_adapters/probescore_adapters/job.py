@@ -1,4 +1,4 @@
-"""Which job a process belongs to: the ranks of one run take turns at the server as one."""
+"""Finds out which job a process belongs to: the ranks of one run take turns at the server as one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ _UNNAMED = {"", "none"}
 
 
 def job_from_environment(environment: Mapping[str, str] = os.environ) -> str:
-    """A name that is the same on every rank of a run: ``PROBESCORE_JOB``, or what Slurm, Ray or torchrun call it; "" if nobody named it."""
+    """Returns a name that is the same on every rank of a run: ``PROBESCORE_JOB``, or what Slurm, Ray or torchrun call it; "" if nobody
+    named it.
+    """
     if named := environment.get(VARIABLE, ""):
         return named
     for variable in _LAUNCHER_VARIABLES:

@@ -1,4 +1,5 @@
-"""OpenRLHF: ``AgentExecutor`` with exact ids for ``--train.agent_func_path``, ``RewardFunction`` on text for ``--reward.remote_url``.
+"""Adapts OpenRLHF: ``AgentExecutor`` with exact ids for ``--train.agent_func_path``, ``RewardFunction`` on text for
+``--reward.remote_url``.
 
 Both are configured by the environment (``probescore_adapters.environment``), since OpenRLHF loads them by a file's path and gives them no
 arguments. It has one sample scored at a time, so that a batch cannot be screened, and takes one number for it, so that nothing is dense.
@@ -22,7 +23,8 @@ from probescore_adapters.rollouts import Rollout
 from probescore_adapters.signals import Mode
 
 TASK_REWARD = "PROBESCORE_TASK_REWARD"
-"""The task's own reward, as ``module:function``: a ``reward_func(queries, prompts, labels)`` as OpenRLHF takes it, one sample a call."""
+"""Names the environment variable with the task's own reward, as ``module:function``: a ``reward_func(queries, prompts, labels)`` as
+OpenRLHF takes it, one sample a call."""
 
 HfTokenizer = Any  # of transformers, which is the trainer's
 TaskReward = Callable[[Sequence[str], Sequence[str], Sequence[object]], dict[str, Any]]
@@ -53,7 +55,7 @@ class AgentExecutor(SingleTurnAgentExecutor):
         llm_engine: object,
         images: object = None,
     ) -> dict[str, Any]:
-        """One sample, with ``reward``, ``scores`` and ``extra_logs``.
+        """Generates and scores one sample; returns it with ``reward``, ``scores`` and ``extra_logs``.
 
         Raises:
             ProbescoreError, SignalError, Unscorable: as ``ProbeScorer.score``; and all that the task's reward raises. It ends the run.
@@ -72,7 +74,7 @@ class AgentExecutor(SingleTurnAgentExecutor):
 
 
 class RewardFunction:
-    """A ``reward_func`` on text, for where no agent can be had; the server tokenises, and answers are counted as ``inexact_ids``.
+    """Is a ``reward_func`` on text, for where no agent can be had; the server tokenises, and answers are counted as ``inexact_ids``.
 
     A query that does not begin with its prompt is unscorable: where its response begins would be a guess.
 
@@ -88,7 +90,7 @@ class RewardFunction:
             raise ValueError(f"{POLICY_ENV['on_failure']}: OpenRLHF catches what a reward function raises: name a number, or 'wait'")
 
     def __call__(self, queries: Sequence[str], prompts: Sequence[str], labels: Sequence[object]) -> dict[str, Any]:
-        """The rewards of ``n`` samples of text.
+        """Scores ``n`` samples of text.
 
         Returns:
             ``rewards`` and ``scores``, ``(n,)``, and ``extra_logs``, of which each is ``(n,)``.
@@ -104,7 +106,7 @@ class RewardFunction:
 
 
 class _RewardSources:
-    """What both have: a scorer that goes with the server, and the task's own reward."""
+    """Holds what both adapters have: a scorer that goes with the server, and the task's own reward."""
 
     def __init__(self) -> None:
         written = os.environ.get(TASK_REWARD, "").strip()
@@ -119,7 +121,7 @@ class _RewardSources:
         self.scorer.score([], None if self._task_reward is None else [])
 
     def of_task(self, query: str, prompt: str, label: object) -> list[float] | None:
-        """Of one sample, ``(1,)``; ``None`` if there is no reward but the probes'."""
+        """Returns the task's reward of one sample, ``(1,)``, or ``None`` if there is no reward but the probes'."""
         if self._task_reward is None:
             return None
         rewards = self._task_reward([query], [prompt], [label])["rewards"]

@@ -25,7 +25,7 @@ _BATCH_KEYS = ("seconds", "failures", "unscorable", "tokens", "inexact_ids")
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """What the signals make of a batch of ``n`` rollouts.
+    """Holds what the signals make of a batch of ``n`` rollouts.
 
     Attributes:
         rewards: ``(n,)`` float64: ``task_rewards * factors + terms``, lowered where a breaker kept a flagged rollout.
@@ -51,7 +51,7 @@ class Outcome:
 
     @property
     def rollout_metrics(self) -> dict[str, float]:
-        """Of the metrics those that say something of one rollout, for trainers that have one at a time scored."""
+        """Returns the metrics that say something of one rollout, for trainers that have one at a time scored."""
         keys = [f"{name}/{key}" for name in self.values for key in _ROLLOUT_SIGNAL_KEYS]
         return {f"{PREFIX}/{key}": self.metrics[f"{PREFIX}/{key}"] for key in (*keys, *_BATCH_KEYS, "guard/clipped")}
 
@@ -77,7 +77,7 @@ def combine(
     rails: GuardRails | None = None,
     on_unscorable: OnUnscorable = "worst",
 ) -> Outcome:
-    """Applies every signal to what it read.
+    """Applies every signal to its values, and the guard rails to what comes of them.
 
     An unscorable rollout gets the least that each signal can give: never more than the same rollout scored properly. It is not removed by a
     screen, which would spare it, but gets the lowest reward of the batch.
@@ -138,7 +138,9 @@ def combine(
 
 
 def substitute(signals: Sequence[ProbeSignal], term: float, lengths: Sequence[int | None], task_rewards: Floats | None) -> Outcome:
-    """What stands in for scores that could not be had: each rollout gets the term that the user named, and nothing else happens to it."""
+    """Returns what stands in for scores that could not be had: each rollout gets the term that the user named, and nothing else happens to
+    it.
+    """
     count = len(lengths)
     terms, nobody = np.full(count, float(term)), np.zeros(count, np.bool_)
     is_dense = any(signal.mode is Mode.DENSE for signal in signals)
@@ -156,7 +158,7 @@ def substitute(signals: Sequence[ProbeSignal], term: float, lengths: Sequence[in
 
 
 def empty_metrics(signals: Sequence[ProbeSignal]) -> dict[str, float]:
-    """Every key that metrics have, with nothing to say."""
+    """Returns every key that the metrics of these signals have, with nothing to say."""
     metrics = {f"{PREFIX}/{signal.name}/{key}": math.nan for signal in signals for key in _SIGNAL_KEYS}
     metrics.update({f"{PREFIX}/{key}": math.nan for key in _BATCH_KEYS})
     metrics.update({f"{PREFIX}/guard/{rail}": 0.0 for rail in RAILS})
@@ -206,7 +208,7 @@ def _apply(
 
 
 def _terms(bound: BoundSignal, transformed: Floats, scored: NDArray[np.bool_], sums: _OutcomeSums, rails: GuardRails) -> Floats:
-    """What a signal adds to each number, clipped; the least that it can add where there is none."""
+    """Returns what a signal adds to each number, clipped; the least that it can add where there is none."""
     weight = -bound.signal.weight if bound.signal.mode is Mode.PENALTY else bound.signal.weight
     added = weight * np.where(scored, transformed, 0.0)
     terms = np.clip(added, -rails.clip, rails.clip)
@@ -231,7 +233,7 @@ def _apply_dense(signal_values: SignalValues, sums: _OutcomeSums, lengths: Seque
 
 
 def _dense_terms(bound: BoundSignal, tokens: MaskedTokens, length: int, sums: _OutcomeSums, rails: GuardRails) -> Floats | None:
-    """What each token adds, 0 where it does not count; ``None`` if nothing of it can be scored."""
+    """Returns what each token adds, 0 where it does not count; ``None`` if nothing of it can be scored."""
     if len(tokens.scores) != length or not tokens.mask.any():
         return None
     transformed = np.full(length, math.nan)

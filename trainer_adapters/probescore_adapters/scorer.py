@@ -1,4 +1,4 @@
-"""``ProbeScorer``: signals, a server, and what happens when it fails. What every adapter is made of."""
+"""Defines ``ProbeScorer``, of which every adapter is made: signals, a server, and what happens when it fails."""
 
 from __future__ import annotations
 
@@ -44,15 +44,15 @@ OnFailure = Union[Literal["raise", "wait"], float]
 OnReplaced = Literal["raise", "follow"]
 
 _MAX_COMPARED_TEXTS = 8
-"""Completions whose texts are compared."""
+"""Limits the completions whose texts are compared."""
 _MAX_REPLACEMENTS = 2
-"""How often a run follows within one batch, so that two replicas with different probes do not keep it for ever."""
+"""Limits how often a run follows a replaced probe within one batch, so that two replicas with different probes do not keep it for ever."""
 
 _TRANSPORT = (TransientError, DeadlineExceededError, ServerError)
 
 
 class ServerFactsRequest:
-    """What runs there? Answered with ``ServerFacts``."""
+    """Asks what runs at the address; it is answered with ``ServerFacts``."""
 
 
 Answer = Union[ServerFacts, list[StreamedCompletion]]
@@ -61,7 +61,7 @@ Steps = Generator[Union[StreamRequest, ServerFactsRequest], Any, Outcome]
 
 @dataclass(frozen=True)
 class Policy:
-    """What happens when something fails.
+    """Says what a scorer does when something fails.
 
     Attributes:
         on_failure: of transport: no server, an overloaded one, a deadline. ``"raise"``; ``"wait"``, for up to ``wait_seconds``, and then
@@ -95,7 +95,7 @@ class Policy:
 
     @property
     def patience(self) -> float:
-        """Seconds after which a call has failed."""
+        """Returns the seconds after which a call has failed."""
         return self.wait_seconds if self.on_failure == "wait" else self.timeout
 
 
@@ -156,15 +156,15 @@ class ProbeScorer:
 
     @property
     def tokenizer_fingerprint(self) -> str:
-        """Of the tokenizer that the server must have; "" if any will do."""
+        """Returns the fingerprint of the tokenizer that the server must have; "" if any will do."""
         return self._options["expected_tokenizer_fingerprint"]
 
     def require_tokenizer(self, tokenizer_fingerprint: str) -> None:
-        """From now on the server must have this tokenizer; "" = any will do."""
+        """Requires from now on that the server has the tokenizer with this fingerprint; "" means that any will do."""
         self._options = {**self._options, "expected_tokenizer_fingerprint": tokenizer_fingerprint}
 
     def refuse_modes(self, *modes: Mode, because: str) -> None:
-        """For a trainer that cannot do what some modes ask for.
+        """Refuses signals with modes that a trainer cannot do.
 
         Raises:
             SignalError: a signal has one of these modes.
@@ -181,7 +181,7 @@ class ProbeScorer:
         step: int | None = None,
         texts: Sequence[str | None] | None = None,
     ) -> Outcome:
-        """Scores a batch and applies the signals.
+        """Scores a batch of rollouts and applies the signals.
 
         Args:
             rollouts: ``n`` of them; those with one prompt share its computation.
@@ -220,7 +220,7 @@ class ProbeScorer:
         step: int | None = None,
         texts: Sequence[str | None] | None = None,
     ) -> Outcome:
-        """Does the same in an event loop."""
+        """Scores a batch of rollouts from an event loop; arguments, result and errors are those of ``score``."""
         steps = self._steps(rollouts, task_rewards, step, texts)
         try:
             request = next(steps)
@@ -256,7 +256,7 @@ class ProbeScorer:
     def _steps(
         self, given: Iterable[Rollout], task_rewards: ArrayLike | None, step: int | None, texts: Sequence[str | None] | None
     ) -> Steps:
-        """What to ask, and what comes of the answers."""
+        """Yields what to ask a server for one batch, is sent the answers, and returns what comes of them."""
         started = time.perf_counter()
         rollouts = [rollout.checked(f"rollouts[{index}].{{}}") for index, rollout in enumerate(given)]
         tasks = None if task_rewards is None else as_rewards(task_rewards, len(rollouts), "task_rewards")
@@ -311,7 +311,7 @@ class ProbeScorer:
         batch: BatchSignals,
         texts: Sequence[str | None] | None,
     ) -> Generator[StreamRequest, list[StreamedCompletion], None]:
-        """Whether the server reads ids as the trainer does, by what both make of the same ids, once; raises ``MismatchError``."""
+        """Checks, once, whether the server reads ids as the trainer does, by what both make of the same ids; raises ``MismatchError``."""
         if self._tokenizers_compared or self.tokenizer_fingerprint or texts is None:
             return
         compared = [
@@ -357,7 +357,7 @@ def score_rollouts(
     step: int | None = None,
     texts: Sequence[str | None] | None = None,
 ) -> Outcome:
-    """Scores ``n`` rollouts of a loop of one's own, numpy in and out.
+    """Scores ``n`` rollouts of a training loop of one's own, numpy in and out.
 
     Args:
         scorer: holds the signals and the address.

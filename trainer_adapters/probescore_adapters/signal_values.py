@@ -43,7 +43,7 @@ _PLACE = re.compile(r"groups\[(?P<group>\d+)\]\.(?:prompt|completions\[(?P<compl
 
 @dataclass(frozen=True)
 class ServerFacts:
-    """What runs at the address, as far as signals depend on it."""
+    """Says what runs at the address, as far as signals depend on it."""
 
     info: ServerInfo
     probes: tuple[ProbeInfo, ...]
@@ -51,7 +51,7 @@ class ServerFacts:
 
 @dataclass(frozen=True)
 class StreamRequest:
-    """What to score, as ``score_stream`` takes it; answered with every completion."""
+    """Holds what to score, as ``score_stream`` takes it; it is answered with every completion."""
 
     groups: list[RolloutGroup]
     window: StreamWindow
@@ -60,25 +60,27 @@ class StreamRequest:
 
 @dataclass(frozen=True, eq=False)
 class MaskedTokens:
-    """A score for each token of a completion ``(T,)`` float64, and which of them count ``(T,)``. Both are empty if it is unscorable."""
+    """Holds a score for each token of a completion, ``(T,)`` float64, and which of them count, ``(T,)``. Both are empty if it is
+    unscorable.
+    """
 
     scores: Floats
     mask: NDArray[np.bool_]
 
     @classmethod
     def nothing(cls) -> MaskedTokens:
-        """Of an unscorable rollout."""
+        """Returns the empty arrays of an unscorable rollout."""
         return cls(np.zeros(0), np.zeros(0, np.bool_))
 
     @property
     def mean(self) -> float:
-        """Of those that count; NaN if none does."""
+        """Returns the mean score of the tokens that count; NaN if none does."""
         return float(self.scores[self.mask].mean()) if self.mask.any() else math.nan
 
 
 @dataclass(frozen=True)
 class SignalValues:
-    """What one signal reads of a batch.
+    """Holds what the probe of one signal says of a batch of ``n`` rollouts.
 
     Attributes:
         values: ``(n,)`` float64, NaN where a rollout is unscorable.
@@ -92,7 +94,7 @@ class SignalValues:
 
 @dataclass(frozen=True)
 class BatchSignals:
-    """What every signal reads of a batch.
+    """Holds what the probes of all signals say of a batch of ``n`` rollouts.
 
     Attributes:
         signals: in the order of the signals.
@@ -110,7 +112,7 @@ class BatchSignals:
 def score_batch(
     rollouts: Sequence[Rollout], signals: Sequence[BoundSignal], server: ServerFacts, options: ScoreOptions
 ) -> Generator[StreamRequest, list[StreamedCompletion], BatchSignals]:
-    """Reads every signal of every rollout.
+    """Scores rollouts for every signal: yields what to send, is sent the answers, and returns the values.
 
     A rollout at which the server or its limits take offence is left out and named in ``problems``; the others are asked for again.
 
@@ -129,7 +131,7 @@ def score_batch(
 
 
 class _PendingBatch:
-    """One batch on its way through ``score_batch``."""
+    """Holds one batch on its way through ``score_batch``."""
 
     def __init__(self, rollouts: Sequence[Rollout], signals: Sequence[BoundSignal], server: ServerFacts, options: ScoreOptions) -> None:
         self._rollouts = rollouts
@@ -179,7 +181,7 @@ class _PendingBatch:
                     self._usages[id(answer.info)] = answer.info.usage
 
     def _check_pinned(self, answers: Sequence[StreamedCompletion]) -> None:
-        """Whether the probes that answered are those that the signals were bound to; raises ``ProbeReplaced``."""
+        """Checks whether the probes that answered are those that the signals were bound to; raises ``ProbeReplaced``."""
         for info in {id(answer.info): answer.info for answer in answers}.values():
             answered = {probe.key: (probe.graph_sha256, probe.manifest_sha256) for probe in info.probes}
             for bound in self._signals:
@@ -201,7 +203,7 @@ class _PendingBatch:
         )
 
     def _known_problems(self) -> dict[int, str]:
-        """Why some rollouts need not be sent, by index: the trainer's side knows that they cannot be scored, or the client does."""
+        """Returns why some rollouts need not be sent, by index: the trainer's side knows that they cannot be scored, or the client does."""
         known = {index: rollout.problem for index, rollout in enumerate(self._rollouts) if rollout.problem}
         try:
             check_groups([RolloutGroup(rollout.prompt, [rollout.completion]) for rollout in self._rollouts], self._server.info)
@@ -245,7 +247,7 @@ class _PendingBatch:
 
 
 def _blamed(sent: Sequence[Sequence[tuple[int, int]]], error: InvalidRequestError | ServerError) -> dict[int, str]:
-    """The rollouts at fault, and why; none if it is the request as a whole, or how the adapter is set up."""
+    """Returns the rollouts at fault, and why; none if it is the request as a whole, or how the adapter is set up."""
     blamed: dict[int, str] = {}
     for violation in error.violations:
         place = _PLACE.fullmatch(violation.field)

@@ -1,4 +1,4 @@
-"""verifiers before 0.4: ``ProbeRubric``, or a function for a rubric of one's own.
+"""Adapts verifiers before 0.4: ``ProbeRubric``, or a function for a rubric of one's own.
 
 A rubric scores 0.0 where a function of it raises, and 0.0 would mean "did not cheat". ``ProbeRubric`` raises instead; a function cannot.
 """
@@ -21,13 +21,13 @@ from probescore_adapters.signals import Mode
 logger = logging.getLogger("probescore_adapters")
 
 STATE_KEY = "probescore"
-"""Where a state has what the signals add to its reward."""
+"""Is the key under which a state has what the signals add to its reward."""
 
 State = dict[str, Any]
 
 
 class ProbeRubric(vf.Rubric):
-    """A rubric with one more reward function, ``probescore``, and the metrics of its signals.
+    """Is a rubric with one more reward function, ``probescore``, and the metrics of its signals.
 
     Args:
         scorer: its modes are ``reward``, ``penalty`` or ``monitor``.
@@ -52,7 +52,7 @@ class ProbeRubric(vf.Rubric):
         self.add_reward_func(_read)
 
     async def score_rollout(self, state: State) -> None:
-        """Raises what ``ProbeScorer.score`` raises, and ``ValueError`` if the state has no token ids."""
+        """Scores one rollout; raises what ``ProbeScorer.score`` raises, and ``ValueError`` if the state has no token ids."""
         outcome = await self._score(state)
         await super().score_rollout(state)
         state["metrics"].update(outcome.rollout_metrics)
@@ -79,7 +79,7 @@ _read.__name__ = STATE_KEY
 
 
 def reward_function(scorer: ProbeScorer) -> Callable[[State], Coroutine[Any, Any, float]]:
-    """A function for ``vf.Rubric(funcs=[…])``, called ``probescore`` in its metrics.
+    """Returns a function for ``vf.Rubric(funcs=[…])``, called ``probescore`` in its metrics.
 
     Args:
         scorer: its modes are ``reward``, ``penalty`` or ``monitor``. Its policy's ``on_failure`` is a number, which stands in for scores
@@ -107,7 +107,7 @@ def reward_function(scorer: ProbeScorer) -> Callable[[State], Coroutine[Any, Any
 
 
 def rollouts_of(state: State) -> list[Rollout]:
-    """The turns of a state as one rollout, as long as each prompt continues what came before; another begins where one does not.
+    """Returns the turns of a state as one rollout, as long as each prompt continues what came before; another begins where one does not.
 
     Raises:
         ValueError: there is no turn, or one without token ids.

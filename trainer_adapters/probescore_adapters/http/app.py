@@ -1,4 +1,4 @@
-"""The application: three routes that score, and three that do not."""
+"""Makes the gateway's application, of three routes that score and three that do not."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ MAX_BODY_BYTES = 16 * 2**20
 DESCRIPTION = """
 Probe scores over HTTP. Which probes are read, and what they do to the reward, is configured where the gateway is started.
 
-A transport failure answers 503 unless the gateway was given a number to answer instead (`on_failure`); then it answers 200 with that
-number, and counts it. A rollout that cannot be scored gets what `on_unscorable` says, by default the worst reward there is.
+A transport failure answers 503 unless the gateway was given a number to answer instead (``on_failure``); then it answers 200 with that
+number, and counts it. A rollout that cannot be scored gets what ``on_unscorable`` says, by default the worst reward there is.
 """
 
 
 def create_app(scorer: ProbeScorer, *, max_body_bytes: int = MAX_BODY_BYTES) -> FastAPI:
-    """The gateway of a scorer, for any ASGI server.
+    """Returns the gateway of a scorer, an application for any ASGI server.
 
     Args:
         scorer: its signals are rewards, penalties and monitors.
@@ -70,7 +70,7 @@ def create_app(scorer: ProbeScorer, *, max_body_bytes: int = MAX_BODY_BYTES) -> 
 
     @app.post("/openrlhf", responses=problems.RESPONSES, response_model=OpenRlhfAnswer, tags=["trainers"])
     async def openrlhf(request: OpenRlhfRequest) -> Response:
-        """For OpenRLHF's `--reward.remote_url`."""
+        """Scores what OpenRLHF sends to its ``--reward.remote_url``."""
         outcomes = await asyncio.gather(*(score([rollout]) for rollout in request.rollouts()))
         rewards = [float(outcome.rewards[0]) for outcome in outcomes]
         logs = {key: [outcome.rollout_metrics[key] for outcome in outcomes] for key in outcomes[0].rollout_metrics}
@@ -80,7 +80,7 @@ def create_app(scorer: ProbeScorer, *, max_body_bytes: int = MAX_BODY_BYTES) -> 
 
     @app.post("/slime", responses=problems.RESPONSES, tags=["trainers"])
     async def slime(request: SlimeRequest) -> float:
-        """For slime's `--rm-type remote_rm --rm-url`: the reward, a bare number."""
+        """Scores what slime sends with ``--rm-type remote_rm --rm-url``, and answers the reward, a bare number."""
         return float((await score([request.rollout()])).rewards[0])
 
     @app.post("/v1/score", responses=problems.RESPONSES, tags=["everybody else"])
@@ -97,12 +97,12 @@ def create_app(scorer: ProbeScorer, *, max_body_bytes: int = MAX_BODY_BYTES) -> 
 
     @app.get("/healthz", tags=["operation"])
     async def healthz() -> Health:
-        """Whether the gateway answers; says nothing of its server."""
+        """Says that the gateway answers; it says nothing of its server."""
         return Health()
 
     @app.get("/metrics", tags=["operation"], response_class=Response)
     async def metrics() -> Response:
-        """Prometheus metrics."""
+        """Returns the gateway's metrics in Prometheus' text format."""
         return Response(gateway_metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/docs", include_in_schema=False)

@@ -1,4 +1,4 @@
-"""Limits on what a client may send: how large, and how slowly."""
+"""Limits how large a request's body may be, and how slowly it may come."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from probescore_adapters.http.problems import answer
 
 BODY_SECONDS = 30.0
-"""How long a client may take to send a body."""
+"""Is how long a client may take to send a body."""
 
 
 class _ClientDisconnected(Exception):
-    """The client went away before its body was there."""
+    """Says that a client went away before its body was there."""
 
 
 class BodyLimitMiddleware:
@@ -31,7 +31,7 @@ class BodyLimitMiddleware:
         self._seconds = seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """As ASGI has it."""
+        """Serves one connection of ASGI."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -55,7 +55,9 @@ class BodyLimitMiddleware:
         await self._app(scope, receive_body, send)
 
     async def _read(self, receive: Receive) -> bytes | None:
-        """The body; ``None`` if it is too large. It is read to its end even then: many clients only listen when they have said all."""
+        """Returns the body, or ``None`` if it is too large. It is read to its end even then: many clients only listen when they have said
+        all.
+        """
         body, size = bytearray(), 0
         while True:
             message = await receive()

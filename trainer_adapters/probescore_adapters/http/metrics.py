@@ -1,4 +1,4 @@
-"""What the gateway counts, for Prometheus. No label takes a value that a client chooses."""
+"""Counts what the gateway does, for Prometheus. No label takes a value that a client chooses."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120,
 
 
 class GatewayMetrics:
-    """The metrics of one gateway, in a registry of their own."""
+    """Holds the metrics of one gateway, in a registry of their own."""
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
@@ -29,7 +29,7 @@ class GatewayMetrics:
         )
 
     def count(self, outcome: Outcome) -> None:
-        """Counts what became of rollouts."""
+        """Counts the rollouts of one outcome as scored, unscorable or substituted."""
         total, unscorable = len(outcome.unscorable), int(outcome.unscorable.sum())
         if outcome.metrics[f"{PREFIX}/failures"] > 0:
             self._rollouts.labels("substituted").inc(total)
@@ -38,19 +38,19 @@ class GatewayMetrics:
             self._rollouts.labels("unscorable").inc(unscorable)
 
     def exposition(self) -> bytes:
-        """All of it, in Prometheus' text format."""
+        """Returns all metrics in Prometheus' text format."""
         return generate_latest(self._registry)
 
 
 class CountingMiddleware:
-    """Counts every answer of an application."""
+    """Counts every answer of an application, and how long it took."""
 
     def __init__(self, app: ASGIApp, metrics: GatewayMetrics) -> None:
         self._app = app
         self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """As ASGI has it."""
+        """Serves one connection of ASGI."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
