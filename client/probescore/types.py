@@ -54,7 +54,10 @@ class OutputPer(str, Enum):
 class Text:
     """Holds a prompt as text for the server to tokenise; the answer is flagged ``inexact_ids``.
 
-    ``add_special_tokens`` is refused where it would double a BOS that the text starts with.
+    Attributes:
+        text: the prompt's text.
+        add_special_tokens: whether the tokenizer adds its special tokens, such as BOS; refused where that would double a BOS that the text
+            starts with.
     """
 
     text: str
@@ -101,9 +104,9 @@ class Completion:
     Attributes:
         tokens: ids ``(T,)``, taken verbatim, EOS included; or a ``str`` that the server tokenises without special tokens.
         mask: ``(T,)`` of 0 and 1, which tokens count in reductions; ``None`` = all.
-        spans: parts to score apart, under the mask.
+        spans: parts to score apart, under the mask; their names differ.
         follow_ups: continuations, each read as a fork of this completion; they may nest.
-        id: echoed.
+        id: a name of the caller's choice, which comes back with the scores.
     """
 
     tokens: TokenIds | str
@@ -134,8 +137,17 @@ class ScoredProbe:
     """Describes a probe as it was applied to the rollouts of an answer.
 
     Attributes:
+        name: the probe's name.
+        version: its version; a name and a version always mean the same bytes.
+        graph_sha256: digest of its graph, which computes the scores.
+        manifest_sha256: digest of the rest of its manifest, calibrations included.
+        unit: what its numbers are.
+        output_per: whether it scores tokens or rollouts.
+        labels: names of the values per token or rollout, in order; a single value has one label.
         reductions: in the order of ``ProbeScores.reduced``; empty for a probe that pools by itself.
         follow_up_tokens: of the follow-up that the probe itself appends to every completion and reads instead; 0 = it reads the completion.
+        accepted_mismatches: checks that failed and that the server's operator chose to accept, such as ``"tokenizer_fingerprint"``.
+        reading: whose activations it read; ``"frozen"`` are those of the server's own model.
         exclude_special_tokens: the tokenizer's special tokens do not count, so that a selection of nothing else is absent.
     """
 
@@ -187,7 +199,11 @@ class CompletionScores:
     """Holds the scores of one completion.
 
     Attributes:
-        scores: by probe, under the keys of ``score_keys``: its name; empty when ``status`` is not ``OK``.
+        id: the completion's, as it was sent.
+        status: whether it could be scored.
+        scores: by probe, under its name, or ``name@version`` where several versions of one name were applied; empty when ``status`` is
+            not ``OK``.
+        status_message: why it could not be scored; empty otherwise.
         prompt_ids: ``(P,)`` int32, only if asked for (never on a follow-up).
         completion_ids: ``(T,)`` int32, only if asked for.
         inexact_ids: some ids came from text, so that they may differ from those the policy sampled.
@@ -217,7 +233,17 @@ class CompletionScores:
 
 @dataclass(frozen=True)
 class Usage:
-    """Counts the work done for an answer. The three token counts add up to every prompt (once per completion), completion and follow-up."""
+    """Counts the work done for an answer.
+
+    The three token counts add up to every prompt (once per completion), completion and follow-up.
+
+    Attributes:
+        tokens_computed: tokens that ran through the model.
+        tokens_shared: tokens computed once for several completions, counted from the second on.
+        tokens_cached: tokens taken from the key-value cache of earlier work.
+        queue_seconds: from admission until the first of the completions reached the device.
+        compute_seconds: of the device batches in which they took part.
+    """
 
     tokens_computed: int = 0
     tokens_shared: int = 0
@@ -239,7 +265,14 @@ class Usage:
 
 @dataclass(frozen=True)
 class ScoringInfo:
-    """Says what produced the scores of an answer, and what it took."""
+    """Says what produced the scores of an answer, and what it took.
+
+    Attributes:
+        model_fingerprint: of the model that was run, ``"sha256:…"``.
+        tokenizer_fingerprint: of the server's tokenizer, ``"sha256:…"``; empty if it has none.
+        probes: as they were applied.
+        usage: the work done.
+    """
 
     model_fingerprint: str
     tokenizer_fingerprint: str
@@ -324,8 +357,17 @@ class Tap:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Describes a threshold and the data it was found on; at or above it a rollout counts as flagged. The interval of the false-positive
-    rate is the 95% one.
+    """Describes a threshold and the data it was found on; at or above it a rollout counts as flagged.
+
+    Attributes:
+        threshold: in the unit of the probe, after ``reduction``.
+        false_positive_rate: the rate aimed at, in (0, 1).
+        false_positive_rate_low: the lower end of the 95% confidence interval of the rate at this threshold.
+        false_positive_rate_high: the upper end of that interval.
+        negatives: how many negative rollouts it was found on.
+        dataset: which data these are, in words.
+        reduction: the reduction that it holds for; ``None`` for a probe that pools by itself.
+        label: the label that it holds for, where the probe has several.
     """
 
     threshold: float
@@ -340,7 +382,23 @@ class Calibration:
 
 @dataclass(frozen=True)
 class ProbeInfo:
-    """Describes a loaded probe. ``manifest_json`` is its whole manifest without the golden vectors."""
+    """Describes a loaded probe.
+
+    Attributes:
+        name: the probe's name.
+        version: its version; a name and a version always mean the same bytes.
+        description: what it looks for, in its author's words.
+        graph_sha256: digest of its graph, which computes the scores.
+        manifest_sha256: digest of the rest of its manifest, calibrations included.
+        taps: where in the model it reads.
+        unit: what its numbers are.
+        output_per: whether it scores tokens or rollouts.
+        labels: names of the values per token or rollout, in order; a single value has one label.
+        default_reduction: how its scores become one number unless a request says otherwise; ``None`` if it pools by itself.
+        calibrations: its thresholds.
+        accepted_mismatches: checks that failed and that the server's operator chose to accept, such as ``"tokenizer_fingerprint"``.
+        manifest_json: its whole manifest as JSON, without the golden vectors.
+    """
 
     name: str
     version: str
@@ -364,8 +422,18 @@ class ProbeInfo:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """Describes the frozen model of a server. ``num_loaded_layers`` are the blocks that some probe needs; ``max_position_embeddings`` is 0
-    if unknown.
+    """Describes the frozen model of a server.
+
+    Attributes:
+        id: its name as the server was given it; of a path the last component only.
+        revision: its revision; empty for a local model.
+        fingerprint: of its weights and configuration, ``"sha256:…"``.
+        model_type: its architecture, as ``transformers`` calls it.
+        hidden_size: the width of the residual stream.
+        num_hidden_layers: decoder blocks of the whole model.
+        num_loaded_layers: the decoder blocks that are loaded, because some probe needs them.
+        vocab_size: the number of token ids; ids are in ``[0, vocab_size)``.
+        max_position_embeddings: the most positions that the model was made for; 0 if unknown.
     """
 
     id: str
@@ -408,7 +476,16 @@ class Limits:
 
 @dataclass(frozen=True)
 class WorkerInfo:
-    """Describes one worker process of the server. While it is ``asleep`` it cannot score, and work waits for it."""
+    """Describes one worker process of a server.
+
+    Attributes:
+        device: ``cpu`` or ``cuda:0``.
+        dtype: of the model's numbers: ``float32``, ``bfloat16`` or ``float16``.
+        execution_path: how it runs the model: ``universal`` or ``packed``.
+        ready: whether it can score.
+        restarts: how often it has been restarted since the server started.
+        asleep: whether it has given its device's memory back; until it is woken it cannot score, and work waits for it.
+    """
 
     device: str
     dtype: str
@@ -438,7 +515,16 @@ class Transfer:
 
 @dataclass(frozen=True)
 class ServerInfo:
-    """Describes what runs at an address: versions, the model, limits, workers and the ``name@version`` of each probe."""
+    """Describes what runs at an address.
+
+    Attributes:
+        server_version: the version of the server's software.
+        model: the frozen model.
+        tokenizer_fingerprint: of its tokenizer, ``"sha256:…"``; empty if it has none.
+        limits: what a request may hold.
+        workers: one for each device.
+        probes: ``name@version`` of each loaded probe.
+    """
 
     server_version: str
     model: ModelInfo
