@@ -48,7 +48,7 @@ def channel_options(restart_budget: float, target: str) -> list[tuple[str, str |
         ("grpc.max_receive_message_length", MAX_RECEIVE_BYTES),
         ("grpc.keepalive_time_ms", KEEPALIVE_SECONDS * 1000),
         ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_SECONDS * 1000),
-        # or gRPC's own minute counts, however short the keepalive timeout
+        # gRPC's own minute would count otherwise, however short the keepalive timeout
         ("grpc.http2.ping_timeout_ms", KEEPALIVE_TIMEOUT_SECONDS * 1000),
         ("grpc.http2.max_pings_without_data", 0),
         ("grpc.enable_http_proxy", int(not goes_direct(target))),

@@ -22,7 +22,7 @@ _QUIET_STEPS = 5
 """Is how often in a row no thread of gRPC must be seen before it counts as at rest: one that ends may have started another, still without
 its name."""
 _THREADS = Path("/proc/self/task")
-_NAMES = ("event_engine", "lifeguard", "grpc_", "timer_manager", "default-executo", "resolver-execut")  # of at most 15 characters
+_NAMES = ("event_engine", "lifeguard", "grpc_", "timer_manager", "default-executo", "resolver-execut")  # cut at 15 characters
 
 _under_way: set[object] = set()
 _ended_at = float("-inf")

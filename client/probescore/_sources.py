@@ -173,6 +173,8 @@ def async_source_of(groups: Iterable[RolloutGroup] | AsyncIterable[RolloutGroup]
 
 
 class _NonBlockingSource:
+    """Reads a ``Source`` from within an event loop, which it never blocks."""
+
     def __init__(self, source: Source) -> None:
         self._source = source
         self.ask = source.ask

@@ -36,7 +36,7 @@ _BY_CODE: dict[grpc.StatusCode, type[ProbescoreError]] = {
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceededError,
     grpc.StatusCode.RESOURCE_EXHAUSTED: OverloadedError,
     grpc.StatusCode.UNAVAILABLE: UnavailableError,
-    # by a server that stops, of calls that it has not begun (grpc/grpc#41785): a caller who cancels does not wait for the answer
+    # a server that stops cancels calls that it has not begun (grpc/grpc#41785); a caller who cancels does not wait for the answer
     grpc.StatusCode.CANCELLED: UnavailableError,
 }
 

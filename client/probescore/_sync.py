@@ -264,7 +264,7 @@ class _Stream:
                 stub, request = self._client._stub(), chunk.request(self._template)
                 call = stub.ScoreStream(request, timeout=seconds, metadata=self._client._settings.metadata)
                 self._calls[chunk] = call
-                if self._stopped.is_set():  # by a reader that could not see the call yet
+                if self._stopped.is_set():  # the reader could not see the call yet when it stopped
                     call.cancel()
                 for message in call:
                     self._arrivals.put(chunk.accept(message))

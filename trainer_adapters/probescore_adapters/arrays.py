@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from probescore import FieldViolation, InvalidRequestError
 
-# of torch, which numpy cannot hold
+# dtypes of torch that numpy does not have
 _NARROW_FLOATS = ("bfloat16", "float8")
 
 
@@ -163,7 +163,7 @@ def _array(given: Any, field: str) -> NDArray[Any]:  # noqa: ANN401 - of any lib
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise _refused(field, f"is no array of numbers: {error}") from None
     if array.dtype.kind in "OcMmVUS":
-        # which entry, if it is one
+        # if one entry is at fault it is named
         for index, entry in enumerate(array.flat):
             if not isinstance(entry, (bool, int, float, np.bool_, np.integer, np.floating)):
                 raise _refused(f"{field}[{index}]", f"expected a number, got {entry!r:.60}")

@@ -58,6 +58,8 @@ class Outcome:
 
 @dataclass(eq=False)
 class _OutcomeSums:
+    """Collects what each signal adds to the outcome of a batch of ``n`` rollouts; each array is ``(n,)``."""
+
     terms: Floats
     factors: Floats
     flagged_by_screens: NDArray[np.bool_]

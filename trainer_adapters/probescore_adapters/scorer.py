@@ -108,7 +108,7 @@ class ProbeScorer:
 
     It can be made before a server runs, pickled, used after a fork, in Ray's workers, and from several threads and event loops:
     connections are made when they are first needed. What runs at the address is asked once, at the first call. From then on another model
-    is an error, and another version, graph or calibration of a probe is what the policy's ``on_replaced`` says: never another reading
+    is an error, and another version, graph or calibration of a probe is what the policy's ``on_replaced`` says: never another one
     unnoticed.
 
     Args:

@@ -34,16 +34,16 @@ from probescore_adapters.errors import ProbeReplaced
 from probescore_adapters.rollouts import GroupedRollouts, Rollout, distinct_masks
 from probescore_adapters.signals import BoundSignal, Floats, Mode
 
-# A rollout with which the server lost a worker twice: no more to be had than one that is too long.
+# The server lost a worker twice with a rollout: it can be scored no more than one that is too long.
 _LOST_TWICE = "WORKER_LOST_TWICE"
-# What no rollout can be blamed for: it would be the same for each.
+# No rollout can be blamed for these: it would be the same for each.
 _SETUP_REASONS = {"BOS", "NO_TOKENIZER", "NO_CHAT_TEMPLATE"}
 _PLACE = re.compile(r"groups\[(?P<group>\d+)\]\.(?:prompt|completions\[(?P<completion>\d+)\])(?:\.(?:ids|text|chat)\b.*)?")
 
 
 @dataclass(frozen=True)
 class ServerFacts:
-    """Says what runs at the address, as far as signals depend on it."""
+    """Says what runs at the address, as far as signals depend on it: the model with its limits, and the loaded probes."""
 
     info: ServerInfo
     probes: tuple[ProbeInfo, ...]
@@ -68,7 +68,7 @@ class MaskedTokens:
     mask: NDArray[np.bool_]
 
     @classmethod
-    def nothing(cls) -> MaskedTokens:
+    def empty(cls) -> MaskedTokens:
         """Returns the empty arrays of an unscorable rollout."""
         return cls(np.zeros(0), np.zeros(0, np.bool_))
 
@@ -83,6 +83,7 @@ class SignalValues:
     """Holds what the probe of one signal says of a batch of ``n`` rollouts.
 
     Attributes:
+        bound: the signal and its probe.
         values: ``(n,)`` float64, NaN where a rollout is unscorable.
         tokens: of each rollout, for ``dense`` only.
     """
@@ -114,7 +115,7 @@ def score_batch(
 ) -> Generator[StreamRequest, list[StreamedCompletion], BatchSignals]:
     """Scores rollouts for every signal: yields what to send, is sent the answers, and returns the values.
 
-    A rollout at which the server or its limits take offence is left out and named in ``problems``; the others are asked for again.
+    A rollout that the server or its limits refuse is left out and named in ``problems``; the others are sent again.
 
     Args:
         rollouts: any number, checked.
@@ -240,9 +241,9 @@ class _PendingBatch:
 
     def _token_scores(self, index: int, scores: ProbeScores | None, bound: BoundSignal) -> MaskedTokens:
         if scores is None or scores.tokens is None:
-            return MaskedTokens.nothing()
+            return MaskedTokens.empty()
         tokens = scores.tokens[:, bound.label].astype(np.float64)
-        mask = self._rollouts[index].masked(bound.signal.mask, bound.signal.name)  # type: ignore[arg-type] # as above
+        mask = self._rollouts[index].masked(bound.signal.mask, bound.signal.name)  # type: ignore[arg-type] # parsed when the signal was made
         return MaskedTokens(tokens, np.ones(len(tokens), np.bool_) if mask is None else mask)
 
 

@@ -38,7 +38,7 @@ class BodyLimitMiddleware:
         try:
             body = await asyncio.wait_for(self._read(receive), self._seconds)
         except asyncio.TimeoutError:
-            # or the server would go on reading what nobody wants, for as long as it comes
+            # the server would otherwise go on reading what nobody wants, for as long as it comes
             headers = {"Connection": "close"}
             await answer(408, "The body did not arrive in time", f"it may take {self._seconds:g} s", headers=headers)(scope, receive, send)
             return
