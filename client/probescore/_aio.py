@@ -133,7 +133,7 @@ class AsyncProbeClient(BaseClient):
         """Waits until the server is ready to score, and says what runs there.
 
         Raises:
-            TransientError, DeadlineExceededError: it was not within ``timeout`` seconds.
+            TransientError, DeadlineExceededError: the server was not ready within ``timeout`` seconds.
         """
         return await self._server_info(Attempts(checked_timeout(timeout), restart_budget=timeout))
 
@@ -159,7 +159,7 @@ class AsyncProbeClient(BaseClient):
 
     @asynccontextmanager
     async def awake(self, *, timeout: float | None = None) -> AsyncIterator[None]:
-        """Wakes the server for the length of a ``async with`` block, and puts it to sleep at its end, also after an error."""
+        """Wakes the server for the length of an ``async with`` block, and puts it to sleep at its end, also after an error."""
         await self.wake(timeout=timeout)
         try:
             yield
@@ -167,7 +167,9 @@ class AsyncProbeClient(BaseClient):
             await self.sleep(timeout=timeout)
 
     async def close(self) -> None:
-        """Ends this loop's connection, and pauses between attempts with a ``RuntimeError``. The client cannot be used afterwards."""
+        """Ends the connection of this event loop, and pauses between attempts with a ``RuntimeError``. The client cannot be used
+        afterwards.
+        """
         self._closed = True
         for loop, pause in list(self._pauses):
             if not loop.is_closed():
@@ -205,7 +207,7 @@ class AsyncProbeClient(BaseClient):
         return channel, cast("AsyncStub", Stub(channel))
 
     def _forget_closed_loops(self) -> None:
-        """Lets go of the channels of loops that are over, as ``asyncio.run`` for each batch leaves behind."""
+        """Lets go of the channels of event loops that are over, as ``asyncio.run`` for each batch leaves behind."""
         for loop in list(self._channels):
             if loop.is_closed() and self._channels.pop(loop, None) is not None:
                 _forks.channel_ended()

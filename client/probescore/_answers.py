@@ -66,7 +66,7 @@ class AnswerCheck:
                 self.check_completion(index, position, scores, f"groups[{index}].completions[{position}]")
 
     def check_info(self, info: ScoringInfo) -> None:
-        """Checks what an answer says of itself; all messages of one call must say the same. To be called before ``check_completion``."""
+        """Checks what an answer says of itself, before ``check_completion``; all messages of one call must say the same."""
         info = replace(info, usage=Usage())
         if self._info is None:
             self._probes = self._checked_probes(info)
@@ -115,7 +115,7 @@ class AnswerCheck:
             raise MessageError(f"{field}.reductions", f"has {len(probe.reductions)}; the probe's own default was asked for")
 
     def check_completion(self, group: int, completion: int, scores: CompletionScores, field: str) -> None:
-        """Checks the scores of one completion of the request, follow-ups included; ``field`` is its path, for errors."""
+        """Checks the scores of one completion of the request, follow-ups included; ``field`` is its path, which errors name."""
         asked = self._request.groups[group]
         in_text = asked.prompt.WhichOneof("form") in ("text", "chat")
         self._check(asked.completions[completion], scores, field, asked.prompt, inexact=in_text)

@@ -70,7 +70,7 @@ class Addresses:
     are ``["host:port", …]``, taken in turn.
 
     Raises:
-        ValueError: it is none of these.
+        ValueError: an address is none of these.
     """
 
     written: tuple[str, ...]

@@ -91,7 +91,9 @@ class BaseClient:
         return Attempts(seconds, self._settings.restart_budget)
 
     def _target(self) -> str:
-        """Raises UnavailableError for a name that cannot be looked up now, since it may be there after a restart."""
+        """Returns the target to open a channel with; raises ``UnavailableError`` for a name that cannot be looked up now, since it may be
+        there after a restart.
+        """
         try:
             return self._settings.addresses.target()
         except OSError as error:
@@ -167,8 +169,8 @@ def score_result(message: scoring_pb2.ScoreResponse, request: scoring_pb2.ScoreR
     """Returns what a server answered to ``request``, checked against it.
 
     Raises:
-        ServerError: it breaks the contract, or is not one to this request.
-        MismatchError: it is of another model or tokenizer than the request expects.
+        ServerError: the answer breaks the contract, or is not one to this request.
+        MismatchError: the answer is of another model or tokenizer than the request expects.
     """
     result = read(result_from_proto, message)
     read(AnswerCheck(request).check_result, result)

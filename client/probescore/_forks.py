@@ -48,15 +48,15 @@ def channel_ended() -> None:
 
 
 def before_fork(do: Callable[[], None]) -> None:
-    """Has ``do`` done before each fork, and the forking thread wait afterwards for what that ended."""
+    """Has ``do`` called before each fork, and makes the forking thread wait afterwards for the end of what that closed."""
     _before_fork.append(do)
 
 
 def check_usable() -> None:
-    """Refuses a process in which gRPC would hang.
+    """Refuses to use gRPC in a process in which it would hang.
 
     Raises:
-        RuntimeError: it was forked while another thread of its parent was in a call.
+        RuntimeError: this process was forked while another thread of its parent was in a call.
     """
     if _forked_under_way:
         raise RuntimeError(

@@ -63,7 +63,7 @@ class Attempts:
         return max(0.0, self._deadline - self._clock())
 
     def progressed(self) -> None:
-        """Ends a row of failures: the next one has the whole budget again."""
+        """Ends a row of failures, since the server has answered something: the next failure has the whole budget again."""
         self._failures = 0
         self._last = None
 

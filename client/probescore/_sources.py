@@ -45,12 +45,12 @@ class Source(Protocol):
     """Reads groups one at a time, each when it is asked to."""
 
     def ask(self) -> None:
-        """Has one ``GroupRead`` or ``SourceEnded`` delivered, now or later. Not to be called again before it was, nor after a
+        """Has one ``GroupRead`` or ``SourceEnded`` delivered, now or later. It must not be called again before that, nor after a
         ``SourceEnded``.
         """
 
     def stop(self) -> None:
-        """Ends the reading and closes a generator. Does not wait for one that is at work: it is closed when it gives its next group."""
+        """Ends the reading and closes a generator. It does not wait for one at work, which is closed when it gives its next group."""
 
 
 def source_of(groups: Iterable[RolloutGroup] | AsyncIterable[RolloutGroup], deliver: Deliver) -> Source:

@@ -88,8 +88,8 @@ class Chunk:
         """Takes in one message of the answer to the last ``request``; returns its completions with their indices in the stream.
 
         Raises:
-            ServerError: it breaks the contract, answers a completion twice, one that was not asked for, or not as it was asked for.
-            MismatchError: it is of another model or tokenizer than the request expects.
+            ServerError: it breaks the contract, answers a completion twice, or one that was not asked for, or not as asked.
+            MismatchError: the message is of another model or tokenizer than the request expects.
         """
         try:
             answers = streamed_from_proto(message)
@@ -112,10 +112,10 @@ class Chunk:
         return replace(answer, group_index=position[0], completion_index=position[1])
 
     def check_complete(self) -> None:
-        """Checks, at the end of a call, that nothing is missing.
+        """Checks, at the end of a call, that each of its completions was answered.
 
         Raises:
-            ServerError: something is.
+            ServerError: a completion is missing.
         """
         if self.missing:
             raise malformed_answer(f"the stream ended without {len(self.missing)} of its completions")

@@ -111,7 +111,7 @@ class ProbeClient(BaseClient):
         """Waits until the server is ready to score, and says what runs there.
 
         Raises:
-            TransientError, DeadlineExceededError: it was not within ``timeout`` seconds.
+            TransientError, DeadlineExceededError: the server was not ready within ``timeout`` seconds.
         """
         return self._server_info(Attempts(checked_timeout(timeout), restart_budget=timeout))
 

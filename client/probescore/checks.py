@@ -1,4 +1,4 @@
-"""Checks, before anything is sent, that a server can read rollouts: ``check_groups``."""
+"""Checks rollouts against what a server says of itself, before anything is sent."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def tokenizer_fingerprint(
         sorted by id, then token.
 
     Raises:
-        TypeError: it has no ``get_vocab()``.
+        TypeError: the tokenizer has no ``get_vocab()``.
     """
     if not hasattr(tokenizer, "get_vocab"):
         raise TypeError(f"expected a tokenizer with get_vocab(), got {type(tokenizer).__name__}")

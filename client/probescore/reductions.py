@@ -73,7 +73,7 @@ class Reduction:
         """Reads a reduction as it is written: ``"mean"``, ``"topk_mean(8)"`` or ``"ema_max(alpha=0.2)"``.
 
         Raises:
-            ValueError: it is none of the reductions, or its parameter is wrong.
+            ValueError: what is written is none of the reductions, or its parameter is wrong.
         """
         if isinstance(written, Reduction):
             return written
@@ -101,7 +101,7 @@ class Reduction:
 
 
 def reduce_scores(scores: NDArray[np.float32], reduction: Reduction) -> NDArray[np.float32]:
-    """Reduces the scores of the selected tokens, label by label.
+    """Reduces the per-token scores of the selected tokens to one number for each label.
 
     Args:
         scores: ``(T, L)``, the selected tokens in their order.

@@ -330,7 +330,7 @@ class StreamedCompletion:
 
 
 def score_keys(probes: Sequence[ScoredProbe]) -> tuple[str, ...]:
-    """Names the entries of ``CompletionScores.scores``, in the order of ``probes``.
+    """Returns the keys of ``CompletionScores.scores``, in the order of ``probes``.
 
     A probe's key is its name, or ``name@version`` where several versions of one name were applied.
     """

@@ -62,7 +62,7 @@ class Screened:
 
 
 def screen(flagged: NDArray[np.bool_], groups: Sequence[Hashable], rails: GuardRails) -> Screened:
-    """Decides which of the flagged rollouts are removed.
+    """Decides which of the rollouts that a screen flags are removed from training.
 
     The batch's breaker comes first; then in each group either too few are left, or the group's breaker acts, or the flagged are removed.
 

@@ -143,7 +143,7 @@ class GroupedRollouts:
 
     @classmethod
     def of(cls, rollouts: Sequence[Rollout], indices: Sequence[int], masks: dict[Mask, str]) -> GroupedRollouts:
-        """Groups some of the rollouts."""
+        """Groups some of the rollouts of a batch, those at ``indices``."""
         members: dict[Hashable, list[int]] = {}
         for index in indices:
             members.setdefault(rollouts[index].prompt_key, []).append(index)

@@ -1,4 +1,4 @@
-"""Turns rollouts into what every signal says of them, without any input or output.
+"""Turns rollouts into what the probes of all signals say of them, without any input or output.
 
 ``score_batch`` is a generator: it yields what is to be sent to the server, and is sent the answers, or thrown the error. So one code serves
 synchronous trainers and event loops.

@@ -182,7 +182,7 @@ class BoundSignal:
 
     @classmethod
     def bind(cls, signal: ProbeSignal, probes: tuple[ProbeInfo, ...]) -> BoundSignal:
-        """Finds a signal's probe among those loaded.
+        """Finds a signal's probe among those that a server has loaded.
 
         Raises:
             SignalError: there is none or more than one, or it has no such label, no threshold, or no scores per token for ``dense``.

@@ -58,7 +58,7 @@ class ProbeRubric(vf.Rubric):
         state["metrics"].update(outcome.rollout_metrics)
 
     async def score_group(self, states: list[State]) -> None:
-        """Scores the rollouts of a prompt; raises what ``score_rollout`` raises."""
+        """Scores the rollouts of one prompt; raises what ``score_rollout`` raises."""
         outcomes = await asyncio.gather(*map(self._score, states))
         await super().score_group(states)
         for state, outcome in zip(states, outcomes, strict=True):

@@ -84,7 +84,7 @@ class ProbeRewardManager(NaiveRewardManager):
         del made_in
 
     async def run_single(self, data: DataProto) -> dict[str, Any]:
-        """Scores one rollout.
+        """Scores one rollout, by the task's own score and by the signals of probes.
 
         Returns:
             ``reward_score``, a ``TokenRewards`` with a dense signal, and ``reward_extra_info``: what the task's score says, and always the

@@ -23,7 +23,7 @@ def member_of(members: Mapping[Member, int], number: int, field: str) -> Member:
     """Returns the member of an enum that has this number in the contract.
 
     Raises:
-        MessageError: none has; also for a number that only a newer version of the contract knows.
+        MessageError: no member has it; also for a number that only a newer version of the contract knows.
     """
     for member, known in members.items():
         if known == number:

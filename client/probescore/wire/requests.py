@@ -154,7 +154,7 @@ def ids_array(ids: ArrayLike, field: str) -> NDArray[Any]:
         field: path of the ids in the request, which errors name.
 
     Raises:
-        MessageError: they are not integers, or have another number of axes than one.
+        MessageError: the ids are not integers, or have another number of axes than one.
     """
     array = _array(ids, field)
     if array.size and array.dtype.kind not in "iu":

@@ -127,7 +127,7 @@ def result_from_proto(message: scoring_pb2.ScoreResponse) -> ScoreResult:
     """Returns the answer to ``Score`` as a value. Its arrays are read-only views of the message's bytes.
 
     Raises:
-        MessageError: it is not what the contract says.
+        MessageError: the message is not what the contract says.
     """
     info = _info_from_proto(message.info)
     keys = score_keys(info.probes)
@@ -147,7 +147,7 @@ def streamed_from_proto(message: scoring_pb2.ScoreStreamResponse) -> tuple[Strea
     """Returns the completions in one message of the answer to ``ScoreStream``.
 
     Raises:
-        MessageError: it is not what the contract says.
+        MessageError: the message is not what the contract says.
     """
     info = _info_from_proto(message.info)
     keys = score_keys(info.probes)

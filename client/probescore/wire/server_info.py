@@ -135,7 +135,7 @@ def probes_from_proto(message: probes_pb2.ListProbesResponse) -> tuple[ProbeInfo
     """Returns the answer to ``ListProbes`` as values.
 
     Raises:
-        MessageError: it is not what the contract says.
+        MessageError: the message is not what the contract says.
     """
     return tuple(_probe_from_proto(probe, f"probes[{index}]") for index, probe in enumerate(message.probes))
 
