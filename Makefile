@@ -135,11 +135,11 @@ imports: $(INSTALLED) ## The arrows between our layers
 sweep: $(INSTALLED) ## Random probe graphs until 500 are accepted: none may score a rollout otherwise in other company (half an hour)
 	$(TEST_ENV) $(BIN)/python -m pytest -m sweep -q
 
-parity: $(INSTALLED) ## Every family of models beside plain Hugging Face, and each setting of their configs; writes the table in docs/parity.md
+parity: $(INSTALLED) ## Every family of models beside plain Hugging Face, and each setting of their configs; writes the table in docs/reference/parity.md
 	$(TEST_ENV) PYTHONPATH=tests:tests/e2e $(BIN)/python tests/e2e/parity_table.py
 
 schema: $(INSTALLED) ## Write the JSON Schema of the manifest into docs
-	$(BIN)/python -c 'from probescore_server.probes.format.manifest import manifest_schema; print(manifest_schema(), end="")' > docs/probe-manifest.schema.json
+	$(BIN)/python -c 'from probescore_server.probes.format.manifest import manifest_schema; print(manifest_schema(), end="")' > docs/reference/probe-manifest.schema.json
 
 mutants: $(INSTALLED) ## Break the code on purpose; each break must be caught by a test
 	$(TEST_ENV) $(BIN)/python tests/mutations/run.py

@@ -1,6 +1,6 @@
 """Reduces the scores of the selected tokens to one number.
 
-The same code runs in the server and can be run by a user on per-token scores; ``docs/scores.md`` gives the formulas.
+The same code runs in the server and can be run by a user on per-token scores; ``docs/explanation/scores.md`` gives the formulas.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from probescore_server.settings import ENVIRONMENT_PREFIX, ServerSettings, load_
 
 ROOT = Path(__file__).parents[2]
 MANIFESTS = ROOT / "docker/kubernetes"
-PAGE = ROOT / "docs/deploy/kubernetes.md"
+PAGE = ROOT / "docs/how-to/deploy/kubernetes.md"
 OPERATOR_MODELS = ROOT / "build/schemas"
 OVERLAYS = ("cpu", "gpu")
 # The first that knows every field that is used, and the newest that kubernetes-validate knows.

@@ -170,7 +170,7 @@ def promtool(*arguments: str, given: str = "") -> str:
 
 
 def test_every_alert_has_its_section_in_the_runbook() -> None:
-    headings = re.findall(r"^## (.*)$", (ROOT / "docs/deploy/runbook.md").read_text(), re.MULTILINE)
+    headings = re.findall(r"^## (.*)$", (ROOT / "docs/how-to/deploy/runbook.md").read_text(), re.MULTILINE)
     alerts = [name for name, _ in rules() if name.startswith("Probescore")]
     assert [name for name in alerts if name not in headings] == []
 

@@ -30,7 +30,7 @@ from probescore_server.ray import QueuedTokens, app
 
 PROJECT = Path(__file__).parents[2]
 CONFIGURATION = PROJECT / "docker" / "ray" / "serve.yaml"
-PAGE = PROJECT / "docs" / "deploy" / "ray.md"
+PAGE = PROJECT / "docs/how-to/deploy/ray.md"
 PROBE = "direction"
 GROUPS = [RolloutGroup([1, 5, 6, 7], [[8, 9, 10], [11, 12]]), RolloutGroup([1, 20, 21], [[22, 23, 24, 25]])]
 # more than a batch, so that some of it waits
@@ -194,7 +194,7 @@ def test_what_means_nothing_here_is_refused(setting: str, value: object) -> None
 
 
 def test_a_plain_server_inside_a_ray_job(model: Path, probe_file: Path) -> None:
-    """The actor of docs/deploy/ray.md."""
+    """The actor of docs/how-to/deploy/ray.md."""
     written = next(block for block in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL) if "class ProbeServer" in block)
     names: dict[str, Any] = {"__name__": "__main__"}
     exec(written, names)  # noqa: S102 - what the page says is what is tested

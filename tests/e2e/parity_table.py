@@ -1,4 +1,6 @@
-"""The table of families in docs/parity.md: what an engine serves of each, held against plain Hugging Face. ``make parity`` runs this.
+"""The table of families in docs/reference/parity.md: what an engine serves of each, held against plain Hugging Face.
+
+``make parity`` runs this.
 
 Each family is a tiny model with random weights. Served means that an engine loads it with a linear probe at every tap that it does not
 refuse, each with golden scores from plain Hugging Face, and scores all rollouts as plain Hugging Face does.
@@ -35,7 +37,7 @@ from probescore_server.backbone.selection import choose_backbone
 from probescore_server.backbone.taps import TapReader
 from probescore_server.errors import ModelRefused
 
-DOCS = Path(__file__).parents[2] / "docs" / "parity.md"
+DOCS = Path(__file__).parents[2] / "docs/reference/parity.md"
 BOUND = 1e-4
 _STREAM = tuple(Tap(hook, layer) for hook in ("resid_pre", "resid_post") for layer in range(LAYERS))
 _ADDED = tuple(Tap(hook, layer) for layer in range(LAYERS) for hook in ("attn_out", "mlp_out"))
@@ -156,7 +158,7 @@ def _not_packed(decoder: Decoder) -> str:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The part of docs/parity.md that this writes."""
+    """The part of docs/reference/parity.md that this writes."""
     served = [row for row in rows if not row.refusal]
     whole = sum(not row.refused for row in served)
     counts = (
@@ -181,7 +183,7 @@ def _plain(reason: str) -> str:
 
 
 def documented() -> str:
-    """What docs/parity.md has of it."""
+    """What docs/reference/parity.md has of it."""
     return DOCS.read_text(encoding="utf-8").partition(_BEGIN)[2].partition(_END)[0]
 
 
@@ -193,7 +195,7 @@ def _write(text: str) -> None:
 def main() -> int:
     """Runs every family; fails where one is further off than the bound, or has a setting that its fingerprint does not tell of."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("families", nargs="*", help="only these, and docs/parity.md stays as it is")
+    parser.add_argument("families", nargs="*", help="only these, and docs/reference/parity.md stays as it is")
     parser.add_argument("--without-settings", action="store_true", help="do not change each setting of each config")
     arguments = parser.parse_args()
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))

@@ -1,4 +1,4 @@
-"""docs/parity.md has the families that ``make parity`` runs, and says of them what is true."""
+"""docs/reference/parity.md has the families that ``make parity`` runs, and says of them what is true."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_every_refusal_says_what_to_do() -> None:
     reasons = re.findall(r"^- (.+?): (.*)$", documented().partition("### Not packed")[0], re.MULTILINE)
     assert len(reasons) >= 10
     for family, reason in reasons:
-        assert re.search(r"read resid_pre\.\d or resid_post\.\d instead|docs/parity\.md lists|serve a model of text alone", reason), family
+        assert re.search(r"read resid_pre\.\d or resid_post\.\d instead|parity\.md lists|serve a model of text alone", reason), family
 
 
 def test_the_counts_are_of_the_rows() -> None:

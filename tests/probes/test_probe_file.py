@@ -174,7 +174,7 @@ def test_the_digest_does_not_depend_on_how_the_json_is_written(tmp_path):
 
 
 def test_the_schema_in_docs_is_fresh():
-    published = Path(__file__).parents[2] / "docs" / "probe-manifest.schema.json"
+    published = Path(__file__).parents[2] / "docs/reference/probe-manifest.schema.json"
 
     assert published.read_text(encoding="utf-8") == manifest_schema(), "write it again with make schema"
 

@@ -1,4 +1,4 @@
-"""What docs/server.md says of the settings is what the settings say of themselves; docs/deploy/monitoring.md knows every metric."""
+"""What docs/reference/settings.md says of the settings is what the settings say of themselves; metrics.md beside it knows every metric."""
 
 import re
 from pathlib import Path
@@ -9,8 +9,8 @@ from probescore_server.cli.serve import PANELS, default_of
 from probescore_server.front.metrics import Metrics
 from probescore_server.settings import ServerSettings
 
-DOCS = Path(__file__).parents[2] / "docs"
-DOCUMENT = DOCS / "server.md"
+DOCS = Path(__file__).parents[2] / "docs/reference"
+DOCUMENT = DOCS / "settings.md"
 
 
 def row(name: str) -> str:
@@ -29,7 +29,7 @@ def test_every_setting_has_its_place_in_the_help():
 
 def test_every_metric_is_in_the_table_and_nothing_else():
     shown = {f"{family.name}_total" if family.type == "counter" else family.name for family in Metrics().registry.collect()}
-    rows = [line.split("|")[1] for line in (DOCS / "deploy" / "monitoring.md").read_text().splitlines() if line.startswith("| `")]
+    rows = [line.split("|")[1] for line in (DOCS / "metrics.md").read_text().splitlines() if line.startswith("| `")]
     documented = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
     assert {name for name in shown if not name.startswith("process_")} == documented
 

@@ -39,7 +39,7 @@ Group = tuple[list[int], list[list[int]]]
 
 def _prose_and_code(tokenizer: Any) -> list[list[int]]:
     root = Path(__file__).parents[2]
-    prose = "\n".join(path.read_text() for path in [root / "README.md", *sorted((root / "docs").glob("*.md"))])
+    prose = "\n".join(path.read_text() for path in [root / "README.md", *sorted((root / "docs").rglob("*.md"))])
     code = "\n".join(path.read_text() for path in sorted((root / "server").rglob("*.py")))
     return [tokenizer(text, add_special_tokens=False).input_ids for text in (prose, code)]
 

@@ -204,8 +204,8 @@ class _Cut:
         decoder = _text_decoder(model)
         if decoder is None or decoder.config.num_hidden_layers != config.num_hidden_layers:
             raise ModelRefused(
-                f"{self._name}: a {model.config.model_type} model does not give its text decoder, and cannot be served: docs/parity.md "
-                "lists the families that can"
+                f"{self._name}: a {model.config.model_type} model does not give its text decoder, and cannot be served: "
+                "docs/reference/parity.md lists the families that can"
             )
         self.decoder, self.blocks = decoder, _find_blocks(decoder, config.num_hidden_layers, self._name)
         self.later = list(self.blocks[self._num_layers :])

@@ -23,7 +23,7 @@ ROW_ERROR_BOUND = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-
 """Relative error of a token's activations that nine in ten must stay below; the rest may be tokens that a router sends elsewhere."""
 
 _TEST_CACHE_BYTES = 1 << 30
-_OTHER_FAMILIES = "; so its scores would not be the model's, and it cannot be served: docs/parity.md lists the families that can"
+_OTHER_FAMILIES = "; so its scores would not be the model's, and it cannot be served: docs/reference/parity.md lists the families that can"
 _COMPLETION, _SHORT, _FOLLOW_UP = 24, 7, 9
 
 

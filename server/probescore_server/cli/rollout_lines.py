@@ -1,6 +1,6 @@
 """Rollouts as lines of JSON: what ``probescore score FILE`` reads.
 
-One object a line. ``docs/rollout-lines.md`` describes every field.
+One object a line. ``docs/reference/rollout-lines.md`` describes every field.
 
     {"prompt": PROMPT, "completions": [COMPLETION, …], "label": LABEL or [LABEL, …]}    a rollout group
     {"prompt": PROMPT, "completion": COMPLETION, "label": LABEL}                        a group of one

@@ -1,6 +1,6 @@
 """The manifest: who a probe is. It travels inside the probe file, as JSON under ``METADATA_KEY`` of the ONNX ``metadata_props``.
 
-``docs/probe-manifest.schema.json`` is generated from these classes.
+``docs/reference/probe-manifest.schema.json`` is generated from these classes.
 """
 
 from __future__ import annotations

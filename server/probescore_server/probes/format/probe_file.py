@@ -80,7 +80,7 @@ def write_probe_file(path: Path | str, graph: onnx.ModelProto, manifest: Manifes
 
     Args:
         path: replaced in one step, so that no reader ever sees half a file.
-        graph: as ``docs/probe-file.md`` describes it; its ``metadata_props`` are dropped.
+        graph: as ``docs/reference/probe-file.md`` describes it; its ``metadata_props`` are dropped.
         manifest: its two digests are computed here; ``UNSEALED`` may stand in for them.
         replace: whether whatever is at ``path`` may be replaced. If not, only a probe file of another name or version is.
 
