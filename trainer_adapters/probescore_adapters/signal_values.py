@@ -1,7 +1,7 @@
-"""From rollouts to what the probes read of them: calls to the server, without any input or output.
+"""Turns rollouts into what the probes of all signals say of them, without any input or output.
 
-``read`` is a generator: it yields what to ask, and is sent the answers, or thrown the error. So one code serves synchronous trainers and
-event loops.
+``score_batch`` is a generator: it yields what is to be sent to the server, and is sent the answers, or thrown the error. So one code serves
+synchronous trainers and event loops.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from probescore import (
-    Chat,
     CompletionScores,
     CompletionStatus,
     InvalidRequestError,
@@ -28,31 +27,31 @@ from probescore import (
     ServerInfo,
     StreamedCompletion,
     StreamWindow,
-    Text,
     Usage,
+    check_groups,
 )
 from probescore_adapters.errors import ProbeReplaced
-from probescore_adapters.rollouts import Request, Rollout, distinct_masks
+from probescore_adapters.rollouts import GroupedRollouts, Rollout, distinct_masks
 from probescore_adapters.signals import BoundSignal, Floats, Mode
 
-# A rollout with which the server lost a worker twice: no more to be had than one that is too long.
+# The server lost a worker twice with a rollout: it can be scored no more than one that is too long.
 _LOST_TWICE = "WORKER_LOST_TWICE"
-# What no rollout can be blamed for: it would be the same for each.
-_OF_THE_SETUP = {"BOS", "NO_TOKENIZER", "NO_CHAT_TEMPLATE"}
+# No rollout can be blamed for these: it would be the same for each.
+_SETUP_REASONS = {"BOS", "NO_TOKENIZER", "NO_CHAT_TEMPLATE"}
 _PLACE = re.compile(r"groups\[(?P<group>\d+)\]\.(?:prompt|completions\[(?P<completion>\d+)\])(?:\.(?:ids|text|chat)\b.*)?")
 
 
 @dataclass(frozen=True)
 class ServerFacts:
-    """What runs at the address, as far as signals depend on it."""
+    """Says what runs at the address, as far as signals depend on it: the model with its limits, and the loaded probes."""
 
     info: ServerInfo
     probes: tuple[ProbeInfo, ...]
 
 
 @dataclass(frozen=True)
-class Ask:
-    """What to score, as ``score_stream`` takes it; answered with every completion."""
+class StreamRequest:
+    """Holds what to score, as ``score_stream`` takes it; it is answered with every completion."""
 
     groups: list[RolloutGroup]
     window: StreamWindow
@@ -61,27 +60,30 @@ class Ask:
 
 @dataclass(frozen=True, eq=False)
 class MaskedTokens:
-    """A score for each token of a completion ``(T,)`` float64, and which of them count ``(T,)``. Both are empty if it is unscorable."""
+    """Holds a score for each token of a completion, ``(T,)`` float64, and which of them count, ``(T,)``. Both are empty if it is
+    unscorable.
+    """
 
     scores: Floats
     mask: NDArray[np.bool_]
 
     @classmethod
-    def nothing(cls) -> MaskedTokens:
-        """Of an unscorable rollout."""
+    def empty(cls) -> MaskedTokens:
+        """Returns the empty arrays of an unscorable rollout."""
         return cls(np.zeros(0), np.zeros(0, np.bool_))
 
     @property
     def mean(self) -> float:
-        """Of those that count; NaN if none does."""
+        """Returns the mean score of the tokens that count; NaN if none does."""
         return float(self.scores[self.mask].mean()) if self.mask.any() else math.nan
 
 
 @dataclass(frozen=True)
 class SignalValues:
-    """What one signal reads of a batch.
+    """Holds what the probe of one signal says of a batch of ``n`` rollouts.
 
     Attributes:
+        bound: the signal and its probe.
         values: ``(n,)`` float64, NaN where a rollout is unscorable.
         tokens: of each rollout, for ``dense`` only.
     """
@@ -93,7 +95,7 @@ class SignalValues:
 
 @dataclass(frozen=True)
 class BatchSignals:
-    """What every signal reads of a batch.
+    """Holds what the probes of all signals say of a batch of ``n`` rollouts.
 
     Attributes:
         signals: in the order of the signals.
@@ -108,12 +110,12 @@ class BatchSignals:
     inexact_ids: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_))
 
 
-def read(
+def score_batch(
     rollouts: Sequence[Rollout], signals: Sequence[BoundSignal], server: ServerFacts, options: ScoreOptions
-) -> Generator[Ask, list[StreamedCompletion], BatchSignals]:
-    """Reads every signal of every rollout.
+) -> Generator[StreamRequest, list[StreamedCompletion], BatchSignals]:
+    """Scores rollouts for every signal: yields what to send, is sent the answers, and returns the values.
 
-    A rollout at which the server or its limits take offence is left out and named in ``problems``; the others are asked for again.
+    A rollout that the server or its limits refuse is left out and named in ``problems``; the others are sent again.
 
     Args:
         rollouts: any number, checked.
@@ -124,13 +126,13 @@ def read(
     Raises:
         ProbeReplaced: a probe that answered is not the one that its signal is bound to.
     """
-    run = _BatchReader(rollouts, signals, server, options)
-    yield from run.ask_all()
-    return run.readings()
+    pending = _PendingBatch(rollouts, signals, server, options)
+    yield from pending.request_all()
+    return pending.values()
 
 
-class _BatchReader:
-    """One batch on its way through ``read``."""
+class _PendingBatch:
+    """Holds one batch on its way through ``score_batch``."""
 
     def __init__(self, rollouts: Sequence[Rollout], signals: Sequence[BoundSignal], server: ServerFacts, options: ScoreOptions) -> None:
         self._rollouts = rollouts
@@ -151,18 +153,18 @@ class _BatchReader:
         self._found: dict[tuple[int, int], CompletionScores] = {}
         self._usages: dict[int, Usage] = {}
 
-    def ask_all(self) -> Generator[Ask, list[StreamedCompletion], None]:
-        self._problems = {index: problem for index in range(len(self._rollouts)) if (problem := self._problem(index))}
+    def request_all(self) -> Generator[StreamRequest, list[StreamedCompletion], None]:
+        self._problems = self._known_problems()
         waiting = [[index for index in range(len(self._rollouts)) if index not in self._problems]]
         while waiting:
             indices = waiting.pop()
             if not indices:
                 continue
-            request = Request.of(self._rollouts, indices, self._masks)
+            request = GroupedRollouts.of(self._rollouts, indices, self._masks)
             try:
-                answers = yield Ask(request.groups, self._window(request), self._options)
+                answers = yield StreamRequest(request.groups, self._window(request), self._options)
             except (InvalidRequestError, ServerError) as error:
-                blamed = _blamed(request, error) if isinstance(error, InvalidRequestError) or error.reason == _LOST_TWICE else {}
+                blamed = _blamed(request.sent, error) if isinstance(error, InvalidRequestError) or error.reason == _LOST_TWICE else {}
                 if not blamed:
                     raise
                 self._problems.update(blamed)
@@ -180,7 +182,7 @@ class _BatchReader:
                     self._usages[id(answer.info)] = answer.info.usage
 
     def _check_pinned(self, answers: Sequence[StreamedCompletion]) -> None:
-        """Whether the probes that answered are those that the signals were bound to; raises ``ProbeReplaced``."""
+        """Checks whether the probes that answered are those that the signals were bound to; raises ``ProbeReplaced``."""
         for info in {id(answer.info): answer.info for answer in answers}.values():
             answered = {probe.key: (probe.graph_sha256, probe.manifest_sha256) for probe in info.probes}
             for bound in self._signals:
@@ -188,12 +190,12 @@ class _BatchReader:
                     part = "graph" if answered[bound.probe][0] != bound.digests[0] else "manifest (its calibration, for example)"
                     raise ProbeReplaced("probe", f"{bound.probe} has another {part} than when the run began", bound.signal.name)
 
-    def readings(self) -> BatchSignals:
+    def values(self) -> BatchSignals:
         indices = range(len(self._rollouts))
         for (index, _), scores in self._found.items():
             if scores.status is not CompletionStatus.OK:
                 self._problems.setdefault(index, scores.status_message or scores.status.value)
-        signals = tuple(self._reading(bound) for bound in self._signals)
+        signals = tuple(self._signal_values(bound) for bound in self._signals)
         return BatchSignals(
             signals,
             self._problems,
@@ -201,20 +203,16 @@ class _BatchReader:
             np.array([any(self._found[key].inexact_ids for key in [(index, 0)] if key in self._found) for index in indices], np.bool_),
         )
 
-    def _problem(self, index: int) -> str:
-        """Why a rollout need not be sent: nobody could score it; "" if that is not known here."""
-        rollout, model, limits = self._rollouts[index], self._server.info.model, self._server.info.limits
-        if rollout.problem:
-            return rollout.problem
-        parts = [np.asarray(ids) for ids in (rollout.prompt, rollout.completion) if not isinstance(ids, (str, Text, Chat))]
-        for ids in parts:
-            if ids.size and not (ids.min() >= 0 and ids.max() < model.vocab_size):
-                return f"an id is outside of the vocabulary, [0, {model.vocab_size})"
-        tokens = sum(len(ids) for ids in parts)
-        longest = min(limit for limit in (limits.max_rollout_tokens, model.max_position_embeddings or tokens) if limit)
-        return f"{tokens} tokens; the limit is {longest}" if tokens > longest else ""
+    def _known_problems(self) -> dict[int, str]:
+        """Returns why some rollouts need not be sent, by index: the trainer's side knows that they cannot be scored, or the client does."""
+        known = {index: rollout.problem for index, rollout in enumerate(self._rollouts) if rollout.problem}
+        try:
+            check_groups([RolloutGroup(rollout.prompt, [rollout.completion]) for rollout in self._rollouts], self._server.info)
+        except InvalidRequestError as error:
+            return {**_blamed([[(index, 0)] for index in range(len(self._rollouts))], error), **known}
+        return known
 
-    def _window(self, request: Request) -> StreamWindow:
+    def _window(self, request: GroupedRollouts) -> StreamWindow:
         limits, labels = self._server.info.limits, self._dense_labels
         # every token's scores are in the answer, and the reduced ones beside them, far fewer
         most = limits.max_request_values // (2 * labels) if limits.max_request_values and labels else limits.max_request_tokens
@@ -224,7 +222,7 @@ class _BatchReader:
             completions_per_call=limits.max_request_rollouts or StreamWindow.completions_per_call,
         )
 
-    def _reading(self, bound: BoundSignal) -> SignalValues:
+    def _signal_values(self, bound: BoundSignal) -> SignalValues:
         mask = list(self._masks).index(bound.signal.mask)  # type: ignore[arg-type] # parsed when the signal was made
         scored = [self._scores(index, mask, bound) for index in range(len(self._rollouts))]
         if bound.signal.mode is Mode.DENSE:
@@ -243,20 +241,21 @@ class _BatchReader:
 
     def _token_scores(self, index: int, scores: ProbeScores | None, bound: BoundSignal) -> MaskedTokens:
         if scores is None or scores.tokens is None:
-            return MaskedTokens.nothing()
+            return MaskedTokens.empty()
         tokens = scores.tokens[:, bound.label].astype(np.float64)
-        mask = self._rollouts[index].masked(bound.signal.mask, bound.signal.name)  # type: ignore[arg-type] # as above
+        mask = self._rollouts[index].masked(bound.signal.mask, bound.signal.name)  # type: ignore[arg-type] # parsed when the signal was made
         return MaskedTokens(tokens, np.ones(len(tokens), np.bool_) if mask is None else mask)
 
 
-def _blamed(request: Request, error: InvalidRequestError | ServerError) -> dict[int, str]:
-    """The rollouts at fault, and why; none if it is the request as a whole, or how the adapter is set up."""
+def _blamed(sent: Sequence[Sequence[tuple[int, int]]], error: InvalidRequestError | ServerError) -> dict[int, str]:
+    """Returns the rollouts at fault, and why; none if it is the request as a whole, or how the adapter is set up."""
     blamed: dict[int, str] = {}
     for violation in error.violations:
         place = _PLACE.fullmatch(violation.field)
-        if place is None or error.reason in _OF_THE_SETUP:
+        if place is None or error.reason in _SETUP_REASONS:
             return {}
-        sent = request.sent[int(place["group"])]
-        at_fault = sent if place["completion"] is None else [sent[int(place["completion"])]]
-        blamed.update((index, violation.problem) for index, _ in at_fault)
+        group = sent[int(place["group"])]
+        at_fault = group if place["completion"] is None else [group[int(place["completion"])]]
+        for index, _ in at_fault:
+            blamed.setdefault(index, violation.problem)
     return blamed

@@ -1,4 +1,4 @@
-"""What the gateway counts, for Prometheus. No label takes a value that a client chooses."""
+"""Counts what the gateway does, for Prometheus. No label takes a value that a client chooses."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from probescore_adapters.outcome import PREFIX, Outcome
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
 
-class Counts:
-    """The metrics of one gateway, in a registry of their own."""
+class GatewayMetrics:
+    """Holds the metrics of one gateway, in a registry of their own."""
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
@@ -29,7 +29,7 @@ class Counts:
         )
 
     def count(self, outcome: Outcome) -> None:
-        """Counts what became of rollouts."""
+        """Counts the rollouts of one outcome as scored, unscorable or substituted."""
         total, unscorable = len(outcome.unscorable), int(outcome.unscorable.sum())
         if outcome.metrics[f"{PREFIX}/failures"] > 0:
             self._rollouts.labels("substituted").inc(total)
@@ -38,19 +38,19 @@ class Counts:
             self._rollouts.labels("unscorable").inc(unscorable)
 
     def exposition(self) -> bytes:
-        """All of it, in Prometheus' text format."""
+        """Returns all metrics in Prometheus' text format."""
         return generate_latest(self._registry)
 
 
-class Counted:
-    """Counts every answer of an application."""
+class CountingMiddleware:
+    """Counts every answer of an application, and how long it took."""
 
-    def __init__(self, app: ASGIApp, counts: Counts) -> None:
+    def __init__(self, app: ASGIApp, metrics: GatewayMetrics) -> None:
         self._app = app
-        self._counts = counts
+        self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """As ASGI has it."""
+        """Serves one connection of ASGI."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -66,5 +66,5 @@ class Counted:
         finally:
             route = getattr(scope.get("route"), "path", "other")
             if statuses:
-                self._counts.requests.labels(route, str(statuses[0])).inc()
-                self._counts.seconds.labels(route).observe(time.perf_counter() - started)
+                self._metrics.requests.labels(route, str(statuses[0])).inc()
+                self._metrics.seconds.labels(route).observe(time.perf_counter() - started)

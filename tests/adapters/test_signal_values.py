@@ -1,10 +1,10 @@
-"""What becomes of a batch of which the server refuses a part, without a server: ``read`` says what it would ask."""
+"""What becomes of a batch of which the server refuses a part, without a server: ``score_batch`` says what it would ask."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-from readings_of import probe_info
+from handmade_values import probe_info
 
 from probescore import (
     CompletionScores,
@@ -23,7 +23,7 @@ from probescore import (
     StreamedCompletion,
 )
 from probescore_adapters import ProbeSignal, Rollout
-from probescore_adapters.readings import Ask, BatchSignals, ServerFacts, read
+from probescore_adapters.signal_values import BatchSignals, ServerFacts, StreamRequest, score_batch
 from probescore_adapters.signals import BoundSignal
 
 SIGNAL = BoundSignal.bind(ProbeSignal("cheating", mode="reward"), (probe_info(),))
@@ -33,7 +33,7 @@ SCORED = ScoredProbe("cheating", "1", "", "", ScoreUnit.LOGIT, OutputPer.TOKEN, 
 ROLLOUTS = [Rollout(np.array([5]), np.array([number])) for number in range(4)]
 
 
-def answers(asked: Ask) -> list[StreamedCompletion]:
+def answers(asked: StreamRequest) -> list[StreamedCompletion]:
     """What each completion's only id is, as its score."""
     info = ScoringInfo("sha256:m", "", (SCORED,))
     return [
@@ -54,18 +54,33 @@ def lost(reason: str) -> ServerError:
 
 
 def test_rollout_with_which_a_worker_was_lost_twice_is_unscorable_and_the_rest_is_scored() -> None:
-    steps = read(ROLLOUTS, [SIGNAL], SERVER, {})
+    steps = score_batch(ROLLOUTS, [SIGNAL], SERVER, {})
     next(steps)
     asked = steps.throw(lost("WORKER_LOST_TWICE"))
     with pytest.raises(StopIteration) as done:
         steps.send(answers(asked))
-    readings: BatchSignals = done.value.value
-    np.testing.assert_array_equal(readings.signals[0].values, [0, np.nan, 2, 3])
-    assert readings.problems == {1: "a worker was lost with it twice"}
+    batch: BatchSignals = done.value.value
+    np.testing.assert_array_equal(batch.signals[0].values, [0, np.nan, 2, 3])
+    assert batch.problems == {1: "a worker was lost with it twice"}
 
 
 def test_other_failures_of_a_server_are_nobodys_fault() -> None:
-    steps = read(ROLLOUTS, [SIGNAL], SERVER, {})
+    steps = score_batch(ROLLOUTS, [SIGNAL], SERVER, {})
     next(steps)
     with pytest.raises(ServerError):
         steps.throw(lost("INTERNAL"))
+
+
+def test_what_the_client_knows_to_be_unscorable_is_not_sent_and_says_why() -> None:
+    broken = [Rollout(np.array([5]), np.array([100])), Rollout(np.array([-1]), np.array([1])), Rollout(np.array([5]), np.zeros(10**6, int))]
+    steps = score_batch([ROLLOUTS[0], *broken, ROLLOUTS[1], Rollout("a", "b", problem="known")], [SIGNAL], SERVER, {})
+    asked = next(steps)
+    assert [completion.tokens.tolist() for group in asked.groups for completion in group.completions] == [[0], [1]]
+    with pytest.raises(StopIteration) as done:
+        steps.send(answers(asked))
+    assert done.value.value.problems == {
+        1: "id 100 at index 0 is not in the vocabulary, [0, 100)",
+        2: "id -1 at index 0 is not in the vocabulary, [0, 100)",
+        3: "1000001 tokens; the limit is 1000000, the server's max_rollout_tokens: send a shorter one, since nothing is cut",
+        5: "known",
+    }
