@@ -1,0 +1,141 @@
+"""What a probe's numbers are worth: thresholds at a stated false-positive rate, and AUROC, each with its 95% interval."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.optimize import brentq
+from scipy.stats import binomtest, mannwhitneyu, norm
+
+from probescore_audit import arguments
+from probescore_audit.estimates import Auroc, CalibratedThreshold
+
+_CONFIDENCE = 0.95
+_LARGEST = float(np.finfo(np.float32).max)
+
+
+def calibrate(
+    negatives: ArrayLike, *, false_positive_rate: float, dataset: str, reduction: str | None = "mean", label: str = ""
+) -> CalibratedThreshold:
+    """Finds the lowest threshold that flags at most a stated share of negative rollouts.
+
+    The interval is that of Clopper and Pearson (1934, Biometrika 26:404): exact, so that its coverage is at least 95%. It speaks of new
+    rollouts like these; they must not be those that the probe was fitted on.
+
+    Args:
+        negatives: ``(n,)`` reduced scores of rollouts without the behaviour, in the unit of the manifest's ``reduce_on``.
+        false_positive_rate: in (0, 1).
+        dataset: what the negatives are.
+        reduction: what reduced them; ``None`` for a probe that pools by itself.
+        label: which label, if there are several.
+
+    Raises:
+        TypeError: an argument is of another kind.
+        ValueError: there are too few negatives for one of them to be flagged at this rate, one is not finite, the threshold would lie
+            beyond float32, or there is no such reduction.
+    """
+    scores = _finite(negatives, "negatives")
+    false_positive_rate = arguments.number(false_positive_rate, "false_positive_rate", "a number in (0, 1), such as 0.01")
+    dataset = _said(dataset, "dataset")
+    reduction = None if reduction is None else arguments.reduction(reduction, "reduction")
+    label = arguments.text(label, "label")
+    if not 0 < false_positive_rate < 1:
+        raise ValueError(f"false_positive_rate must be in (0, 1), got {false_positive_rate:g}; give one such as 0.01")
+    allowed = math.floor(false_positive_rate * len(scores) + 1e-9)
+    if allowed < 1:
+        needed = math.ceil(1 / false_positive_rate - 1e-9)
+        raise ValueError(
+            f"{len(scores)} negatives cannot support a false-positive rate of {false_positive_rate:g}; it takes at least {needed}"
+        )
+    highest_passed = np.sort(scores)[-1 - allowed]
+    above = scores[scores > highest_passed]
+    # Half-way to the next score, so that rounding moves nobody across; just above where there is no next.
+    threshold = (highest_passed + above.min()) / 2 if len(above) else np.nextafter(np.float32(highest_passed), np.float32(np.inf))
+    if not abs(threshold) <= _LARGEST:
+        raise ValueError(
+            f"negatives: scores up to {np.abs(scores).max():g} take a threshold beyond float32, which ends at {_LARGEST:g} and in which a "
+            "server sends scores; give the scores that it sent"
+        )
+    flagged = int((scores >= threshold).sum())
+    interval = binomtest(flagged, len(scores)).proportion_ci(_CONFIDENCE, method="exact")
+    return CalibratedThreshold(
+        threshold=float(threshold),
+        false_positive_rate=flagged / len(scores),
+        false_positive_rate_low=float(interval.low),
+        false_positive_rate_high=float(interval.high),
+        negatives=len(scores),
+        dataset=dataset,
+        reduction=reduction,
+        label=label,
+    )
+
+
+def evaluate_auroc(positives: ArrayLike, negatives: ArrayLike, *, dataset: str, dataset_sha256: str | None = None) -> Auroc:
+    """Computes the chance that a positive rollout scores above a negative one, ties counting half.
+
+    The interval is method 5 of Newcombe (2006, Statistics in Medicine 25:559): it inverts a normal test whose variance is that of Hanley
+    and McNeil, so that it has a width even where every positive is above every negative.
+
+    Args:
+        positives: ``(p,)`` reduced scores of rollouts with the behaviour.
+        negatives: ``(n,)`` of rollouts without it.
+        dataset: what these rollouts are; not those that the probe was fitted on.
+        dataset_sha256: ``sha256:…`` of that data.
+
+    Raises:
+        TypeError: an argument is of another kind.
+        ValueError: there are no positives or no negatives, a score is not finite, or ``dataset_sha256`` is none.
+    """
+    dataset = _said(dataset, "dataset")
+    if dataset_sha256 is not None:
+        rule = "'sha256:' and 64 lower-case hexadecimal digits"
+        dataset_sha256 = arguments.named(dataset_sha256, "dataset_sha256", r"sha256:[0-9a-f]{64}", rule)
+    with_it, without_it = _finite(positives, "positives"), _finite(negatives, "negatives")
+    pairs = len(with_it) * len(without_it)
+    auroc = float(mannwhitneyu(with_it, without_it, method="asymptotic").statistic) / pairs
+    low, high = _newcombe_interval(auroc, len(with_it), len(without_it))
+    return Auroc(
+        value=auroc,
+        low=low,
+        high=high,
+        dataset=dataset,
+        dataset_sha256=dataset_sha256,
+        positives=len(with_it),
+        negatives=len(without_it),
+    )
+
+
+def _newcombe_interval(auroc: float, positives: int, negatives: int) -> tuple[float, float]:
+    z = float(norm.ppf((1 + _CONFIDENCE) / 2))
+    equal_size = (positives + negatives) / 2 - 1
+
+    def deviation(true: float) -> float:
+        """How far the estimate is from a supposed true value, less z standard errors; zero at the interval's ends."""
+        variance = true * (1 - true) * (1 + equal_size * ((1 - true) / (2 - true) + true / (1 + true))) / (positives * negatives)
+        return abs(auroc - true) - z * math.sqrt(variance)
+
+    # At 0 and 1 the variance vanishes, so that these are zeros of every deviation: the search stays off them.
+    low = 0.0 if auroc == 0 else float(brentq(deviation, 0, min(auroc, 1 - 1e-12)))
+    high = 1.0 if auroc == 1 else float(brentq(deviation, max(auroc, 1e-12), 1))
+    return low, high
+
+
+def _said(dataset: str, argument: str) -> str:
+    said = arguments.text(dataset, argument)
+    if not said.strip():
+        raise ValueError(f"{argument}: {said!r}; say which rollouts these scores are of")
+    return said
+
+
+def _finite(scores: ArrayLike, name: str) -> NDArray[np.float64]:
+    array = arguments.real(scores, name, "reduced scores, one for each rollout (n,)")
+    if array.size == 0:
+        raise ValueError(f"{name}: no scores; give one for each rollout (n,)")
+    if array.size != max(array.shape, default=1):
+        raise ValueError(f"{name}: shape {array.shape}; give one score for each rollout (n,)")
+    array = array.ravel()
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name}: {int((~np.isfinite(array)).sum())} of {len(array)} scores are not finite; leave out what was not scored")
+    return array
