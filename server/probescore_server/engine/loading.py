@@ -12,9 +12,9 @@ from probescore.fingerprints import tokenizer_fingerprint
 from probescore.types import ModelInfo
 from probescore_server.backbone.base import Backbone
 from probescore_server.backbone.kv_cache import KeyValueCache
+from probescore_server.backbone.media_placeholders import placeholder_tokens
 from probescore_server.backbone.model_files import ModelFiles
 from probescore_server.backbone.model_loading import DTYPES, load_config, load_decoder, load_tokenizer, resolve_model
-from probescore_server.backbone.placeholders import placeholder_tokens
 from probescore_server.backbone.rotary import max_unchanged_positions
 from probescore_server.backbone.selection import choose_backbone
 from probescore_server.backbone.taps import TapReader, layers_needed

@@ -17,10 +17,10 @@ from google.protobuf.descriptor_pool import Default
 from google.protobuf.message import DecodeError
 
 from probescore_server.errors import CoreError, InternalFault, InvalidRequest
+from probescore_server.event_loop import MAX_BYTES_PARSED_ON_LOOP, off_the_loop
 from probescore_server.front.calls_under_way import CallsUnderWay
 from probescore_server.front.metrics import Metrics, RpcLabels
 from probescore_server.front.status_codes import CODES, status_of
-from probescore_server.offloading import MAX_BYTES_PARSED_ON_LOOP, off_the_loop
 
 logger = structlog.get_logger(__name__)
 

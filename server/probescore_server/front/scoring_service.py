@@ -42,15 +42,15 @@ from probescore.wire import (
 )
 from probescore.wire.contract import JOB_KEY
 from probescore_server.errors import InvalidRequest, Mismatch, WorkerUnavailable
-from probescore_server.front.metrics import Metrics
-from probescore_server.front.request_counts import check_counts
-from probescore_server.offloading import (
+from probescore_server.event_loop import (
     MAX_BYTES_CHECKED_ON_LOOP,
     MAX_BYTES_WRITTEN_ON_LOOP,
     MAX_ROLLOUTS_COUNTED_AT_ONCE,
     MAX_SCORES_ON_LOOP,
     off_the_loop,
 )
+from probescore_server.front.metrics import Metrics
+from probescore_server.front.request_counts import check_counts
 from probescore_server.rollouts import CheckedRollout, EngineInfo, ResolvedOptions
 from probescore_server.scheduling.call import Call, Delivery, FinishedRollout
 from probescore_server.scheduling.scheduler import Scheduler

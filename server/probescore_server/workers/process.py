@@ -16,7 +16,7 @@ from typing import Any
 import structlog
 
 from probescore_server.errors import StartupError, WorkerLost
-from probescore_server.offloading import (
+from probescore_server.event_loop import (
     MAX_ROLLOUTS_PICKLED_ON_LOOP,
     MAX_SPANS_PICKLED_ON_LOOP,
     MAX_TEXT_BYTES_PICKLED_ON_LOOP,

@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, cast
 
-from probescore_server.offloading import MAX_BYTES_UNPICKLED_ON_LOOP
+from probescore_server.event_loop import MAX_BYTES_UNPICKLED_ON_LOOP
 
 _LENGTH = struct.Struct("!Q")
 
