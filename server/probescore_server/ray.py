@@ -174,6 +174,7 @@ def _unparsed(method: MethodDescriptor) -> Handler:
 
 def _forwarding(routed: Any) -> Handler:  # noqa: ANN401
     """Returns a handler that sends each request with its remaining time to a replica, and corrects the statuses that Ray itself sets."""
+
     async def unary(raw: bytes, context: Any) -> bytes:  # noqa: ANN401
         answer: bytes = await routed.unary_unary(ForwardedRequest(raw, context.time_remaining()), context)
         _explain_ray(context)
