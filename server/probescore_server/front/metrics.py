@@ -1,6 +1,6 @@
-"""Prometheus metrics on a port of their own: `grpc_server_*`, as gRPC dashboards expect them, and ours.
+"""Counts the server's Prometheus metrics, and serves them on a port of their own.
 
-No label takes a value that a client chooses.
+The names are ``grpc_server_*``, as gRPC dashboards expect them, and ``probescore_*``. No label takes a value that a client chooses.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ RPC_LABELS = ("grpc_type", "grpc_service", "grpc_method")
 CODE_LABELS = (*RPC_LABELS, "grpc_code")
 
 RpcLabels: TypeAlias = tuple[str, str, str]
-"""The values of `RPC_LABELS`."""
+"""Is the type of the values of ``RPC_LABELS`` for one RPC: its kind, service and method."""
 
 
 class Metrics:
-    """The metrics of one server, in a registry of their own."""
+    """Holds the Prometheus metrics of one server, in a registry of their own."""
 
     def __init__(self) -> None:
         registry = self.registry = CollectorRegistry()
@@ -70,7 +70,7 @@ class Metrics:
         self._stages = Histogram("probescore_stage_seconds", "Seconds of a call, by stage.", ("stage",), buckets=SECONDS, registry=registry)
         self.refused = Counter("probescore_refused_total", "Calls that ended in an error, by its reason.", ("reason",), registry=registry)
         for kind in (QueueFull, ServerBusy, OutOfMemory, WorkerUnavailable, WorkerLostTwice, DeadlineExpired, InternalFault):
-            self.refused.labels(kind.reason)  # a rate is known from the first time on only if there was a 0 before
+            self.refused.labels(kind.reason)  # Prometheus sees the first increase only if there was a 0 before.
         self.cancelled = Counter("probescore_cancelled_total", "Calls that their client gave up.", registry=registry)
         self.ready = Gauge("probescore_ready", "Whether some worker can score.", registry=registry)
         self.worker_ready = Gauge("probescore_worker_ready", "Whether a worker can score.", ("worker", "device"), registry=registry)
@@ -95,7 +95,7 @@ class Metrics:
         self.probes = ProbeMetrics(registry)
 
     def of_method(self, labels: RpcLabels) -> MethodMetrics:
-        """What is counted of one method's RPCs."""
+        """Returns the metrics of one method's RPCs, given the method's label values."""
         return MethodMetrics(
             started=self._started.labels(*labels),
             in_flight=self._in_flight,
@@ -107,49 +107,49 @@ class Metrics:
         )
 
     def count_batch(self, tokens: int, rollouts: int) -> None:
-        """Counts a batch that a worker gets."""
+        """Counts a batch that is given to a worker, with its number of tokens and of rollouts."""
         self._batch_tokens.observe(tokens)
         self._batch_rollouts.observe(rollouts)
 
     def watch_queue(self, tokens: Callable[[], int], rollouts: Callable[[], int]) -> None:
-        """Reads the length of the queue at each scrape."""
+        """Makes each scrape call these functions for the numbers of tokens and of rollouts in the queue."""
         self.queue_tokens.set_function(tokens)
         self.queue_rollouts.set_function(rollouts)
 
     def watch_batch_budget(self, worker: str, device: str, tokens: Callable[[], int]) -> None:
-        """Reads the budget of one worker at each scrape; `worker` is its number."""
+        """Makes each scrape call ``tokens`` for the most tokens of one worker's next batch; ``worker`` is the worker's number."""
         self.batch_budget.labels(worker, device).set_function(tokens)
 
     def watch_worker(self, worker: str, device: str, statistics: Callable[[], EngineStatistics]) -> None:
-        """Reads what one worker holds at each scrape; `worker` is its number."""
+        """Makes each scrape call ``statistics`` for the memory use and cache hits of one worker; ``worker`` is the worker's number."""
         self._workers.watched[worker, device] = statistics
 
     def watch_losses(self, worker: str, device: str) -> Callable[[str], None]:
-        """What counts, by its reason, that one worker was lost; `worker` is its number."""
+        """Returns a function that counts one loss of a worker process, given the reason; ``worker`` is the worker's number."""
         losses = {reason: self._worker_losses.labels(worker, device, reason) for reason in REASONS_LOST}
         return lambda reason: losses[reason].inc()
 
     def show_worker(self, worker: str, device: str, *, ready: bool, asleep: bool, restarts: int) -> None:
-        """The state of one worker; `worker` is its number."""
+        """Sets the metrics of one worker's state and its number of restarts; ``worker`` is the worker's number."""
         self.worker_ready.labels(worker, device).set(ready)
         self.worker_asleep.labels(worker, device).set(asleep)
         self.worker_restarts.labels(worker, device).set(restarts)
 
     def count_stage(self, stage: str, seconds: float) -> None:
-        """Adds how long a call was in one stage: check, queue or compute."""
+        """Adds the seconds that a call was in one stage: ``check``, ``queue`` or ``compute``."""
         self._stages.labels(stage).observe(seconds)
 
     def count_usage(self, usage: Usage) -> None:
-        """Adds the tokens of rollouts that were scored."""
+        """Adds the tokens of scored rollouts, by whether they were computed, shared with other rollouts or found in the cache."""
         self._tokens.labels("computed").inc(usage.tokens_computed)
         self._tokens.labels("shared").inc(usage.tokens_shared)
         self._tokens.labels("cached").inc(usage.tokens_cached)
 
     def serve(self, host: str, port: int) -> int:
-        """Answers scrapes from a thread of its own and returns the port, which is a free one if `port` is 0.
+        """Starts an HTTP server for scrapes in a thread of its own, and returns its port, which is any free one if ``port`` is 0.
 
         Raises:
-            StartupError: the address cannot be listened on.
+            StartupError: the server cannot listen on the address.
         """
         try:
             server, _ = start_http_server(port, host, self.registry)
@@ -160,13 +160,16 @@ class Metrics:
 
 @dataclass(frozen=True, eq=False)
 class MethodMetrics:
-    """The metrics of one method. They are looked up once: that takes longer than counting does.
+    """Holds the metrics of one gRPC method, looked up once by their labels, since looking up takes longer than counting.
 
     Attributes:
-        started, in_flight: counted at once, under the lock `at_one_moment`.
-        ended: the counter of those that ended with a code, by its name.
-        handling: seconds.
-        received, sent: messages.
+        started: counts the RPCs that began.
+        in_flight: counts the RPCs of all methods that began and have not ended.
+        ended: returns the counter of the RPCs that ended with a status code, given the code's name.
+        at_one_moment: the lock under which ``started``, ``in_flight`` and ``ended`` are changed together.
+        handling: the histogram of the seconds from an RPC's start to its end.
+        received: counts request messages.
+        sent: counts response messages.
     """
 
     started: Counter
@@ -178,13 +181,13 @@ class MethodMetrics:
     sent: Counter
 
     def count_start(self) -> None:
-        """Counts an RPC that begins."""
+        """Counts an RPC that begins, as started and as in flight."""
         with self.at_one_moment:
             self.started.inc()
             self.in_flight.inc()
 
     def count_end(self, code: str, seconds: float) -> None:
-        """Counts its end."""
+        """Counts an RPC that ends with the status code of this name, after so many seconds."""
         with self.at_one_moment:
             self.ended(code).inc()
             self.in_flight.dec()
@@ -192,7 +195,7 @@ class MethodMetrics:
 
 
 class _ConsistentSnapshot(Collector):
-    """Some metrics, read together while nobody changes them, so that they add up."""
+    """Collects some metrics for Prometheus together, under a lock, so that their numbers fit each other."""
 
     def __init__(self, *metrics: Counter | Gauge) -> None:
         self.lock = threading.Lock()
@@ -204,7 +207,7 @@ class _ConsistentSnapshot(Collector):
 
 
 class _WorkerMetrics(Collector):
-    """What workers hold. A worker that is started again counts from 0, as Prometheus expects of what restarts."""
+    """Collects the workers' memory use and cache lookups. A restarted worker counts from 0, as Prometheus expects of a restart."""
 
     def __init__(self) -> None:
         self.watched: dict[tuple[str, str], Callable[[], EngineStatistics]] = {}
