@@ -97,13 +97,16 @@ def app(arguments: Mapping[str, Any]) -> serve.Application:
         raise StartupError(str(error)) from None
     for name in ("interceptors", "admin"):
         if getattr(settings, name):
-            raise StartupError(f"{name}: not under Ray Serve, whose proxy has the port and chooses the replica")
+            raise StartupError(f"{name}: cannot be set under Ray Serve, whose proxy owns the port and chooses the replica")
     serve.start(grpc_options=gRPCOptions(port=settings.port, grpc_servicer_functions=[f"{__name__}:{add_to_proxy.__name__}"]))
     return deployment(settings, scaling).bind(settings)
 
 
 def deployment(settings: ServerSettings, scaling: ReplicaScaling) -> serve.Deployment:
-    """Returns the Ray Serve deployment, in which each replica has the devices of ``settings`` and ``scaling`` bounds how many there are."""
+    """Returns the Ray Serve deployment of the server.
+
+    Each replica has the devices that ``settings`` name, and ``scaling`` bounds the number of replicas.
+    """
     devices = 0 if settings.devices == ("cpu",) else len(settings.devices)
     return serve.deployment(
         Replica,
@@ -124,8 +127,8 @@ def deployment(settings: ServerSettings, scaling: ReplicaScaling) -> serve.Deplo
 class QueuedTokens:
     """Is an autoscaling policy of Ray Serve that wants so many replicas that each has at most ``target`` tokens waiting.
 
-    It removes one replica only when half of ``target`` per replica would do with fewer replicas: a queue is short as soon as there are
-    enough replicas, which alone is no reason to remove one.
+    It removes one replica at a time, and only if the others would have at most half of ``target`` tokens waiting each: a queue is short as
+    soon as there are enough replicas, so that a short queue alone is no reason to remove one.
     """
 
     def __init__(self, target: int) -> None:
@@ -167,7 +170,7 @@ def add_to_proxy(_: object, server: Any) -> None:  # noqa: ANN401 - Ray's own su
 
 
 def _unparsed(method: MethodDescriptor) -> Handler:
-    """Returns a handler of a method that leaves requests as bytes, since the replica parses them, inside its error interceptor."""
+    """Returns a gRPC handler of a method that leaves requests as bytes: the replica parses them, and turns errors into statuses."""
     make, _ = _handler_maker(method)
     return make(lambda request, context: None)
 
@@ -273,7 +276,7 @@ class Replica:
             raise RuntimeError("no worker can score")
 
     def record_autoscaling_stats(self) -> dict[str, int]:
-        """Returns the number of tokens that wait in this replica, which Ray hands to the autoscaling policy ``QueuedTokens``."""
+        """Returns the number of tokens that wait in this replica, by name; Ray calls this and passes it to the policy ``QueuedTokens``."""
         return {QUEUED_TOKENS: self._core.scheduler.queued_tokens}
 
     async def _answer(

@@ -13,7 +13,7 @@ from probescore.types import OutputPer, Scope
 from probescore_server.rollouts import CheckedRollout, Continuation, EngineInfo, ResolvedOptions
 
 MAX_KNOWN = 16
-"""The number of distinct options whose cost is cached: most calls repeat the options of others, possibly of a thousand probes."""
+"""The cost factors of so many distinct options are cached: most calls repeat the options of others, possibly of a thousand probes."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class RequestCost:
         return _cost(info, options)
 
     def values(self, rollout: CheckedRollout) -> int:
-        """Counts the numbers in the answer for one rollout, including those of its follow-ups."""
+        """Counts the numbers, scores of 4 bytes each, that the answer holds for one rollout and its follow-ups."""
         prompt = 0 if self.scope is Scope.COMPLETION else len(rollout.prompt_ids)
         completion = 0 if self.scope is Scope.PROMPT else len(rollout.completion.token_ids)
         values = 0

@@ -1,4 +1,4 @@
-"""Implements the gRPC service ``ProbeAdminService``, which puts worker processes to sleep, to free their devices' memory, and wakes them."""
+"""Implements the gRPC service ``ProbeAdminService``, which puts worker processes to sleep, freeing their device memory, and wakes them."""
 
 from __future__ import annotations
 

@@ -47,48 +47,63 @@ class Metrics:
         registry = self.registry = CollectorRegistry()
         ProcessCollector(registry=registry)
 
-        self._started = Counter("grpc_server_started_total", "RPCs started.", RPC_LABELS, registry=None)
-        self._handled = Counter("grpc_server_handled_total", "RPCs completed.", CODE_LABELS, registry=None)
-        self._in_flight = Gauge("probescore_rpcs_in_flight", "RPCs started and not yet completed.", registry=None)
+        self._started = Counter("grpc_server_started_total", "Counts the RPCs that started.", RPC_LABELS, registry=None)
+        self._handled = Counter("grpc_server_handled_total", "Counts the RPCs that ended, by status code.", CODE_LABELS, registry=None)
+        self._in_flight = Gauge("probescore_rpcs_in_flight", "Counts the RPCs that started and have not ended.", registry=None)
         self._rpcs = _ConsistentSnapshot(self._started, self._handled, self._in_flight)
         registry.register(self._rpcs)
-        self._received = Counter("grpc_server_msg_received_total", "Request messages received.", RPC_LABELS, registry=registry)
-        self._sent = Counter("grpc_server_msg_sent_total", "Response messages sent.", RPC_LABELS, registry=registry)
+        self._received = Counter("grpc_server_msg_received_total", "Counts the request messages received.", RPC_LABELS, registry=registry)
+        self._sent = Counter("grpc_server_msg_sent_total", "Counts the response messages sent.", RPC_LABELS, registry=registry)
         self._handling = Histogram(
-            "grpc_server_handling_seconds", "Seconds from the start of an RPC to its end.", RPC_LABELS, buckets=SECONDS, registry=registry
+            "grpc_server_handling_seconds",
+            "Measures the seconds from the start of an RPC to its end.",
+            RPC_LABELS,
+            buckets=SECONDS,
+            registry=registry,
         )
 
-        self.queue_tokens = Gauge("probescore_queue_tokens", "Tokens waiting for a worker.", registry=registry)
-        self.queue_rollouts = Gauge("probescore_queue_rollouts", "Rollouts waiting for a worker.", registry=registry)
-        self._batch_tokens = Histogram("probescore_batch_tokens", "Tokens of a batch.", buckets=TOKENS, registry=registry)
-        self._batch_rollouts = Histogram("probescore_batch_rollouts", "Rollouts of a batch.", buckets=ROLLOUTS, registry=registry)
-        self.batch_budget = Gauge(
-            "probescore_batch_budget_tokens", "Tokens that a worker gets at a time.", ("worker", "device"), registry=registry
+        self.queue_tokens = Gauge("probescore_queue_tokens", "Counts the tokens that wait for a worker.", registry=registry)
+        self.queue_rollouts = Gauge("probescore_queue_rollouts", "Counts the rollouts that wait for a worker.", registry=registry)
+        self._batch_tokens = Histogram("probescore_batch_tokens", "Counts the tokens of each batch.", buckets=TOKENS, registry=registry)
+        self._batch_rollouts = Histogram(
+            "probescore_batch_rollouts", "Counts the rollouts of each batch.", buckets=ROLLOUTS, registry=registry
         )
-        self.out_of_memory = Counter("probescore_out_of_memory_total", "Batches for which memory was short.", registry=registry)
-        self._tokens = Counter("probescore_tokens_total", "Tokens scored, by where they came from.", ("source",), registry=registry)
-        self._stages = Histogram("probescore_stage_seconds", "Seconds of a call, by stage.", ("stage",), buckets=SECONDS, registry=registry)
-        self.refused = Counter("probescore_refused_total", "Calls that ended in an error, by its reason.", ("reason",), registry=registry)
+        self.batch_budget = Gauge(
+            "probescore_batch_budget_tokens", "Tells the most tokens of a worker's next batch.", ("worker", "device"), registry=registry
+        )
+        self.out_of_memory = Counter("probescore_out_of_memory_total", "Counts the batches for which memory was short.", registry=registry)
+        self._tokens = Counter(
+            "probescore_tokens_total", "Counts the tokens scored: computed, shared or cached.", ("source",), registry=registry
+        )
+        self._stages = Histogram(
+            "probescore_stage_seconds", "Measures the seconds of a call, by stage.", ("stage",), buckets=SECONDS, registry=registry
+        )
+        self.refused = Counter(
+            "probescore_refused_total", "Counts the calls that ended in an error, by its reason.", ("reason",), registry=registry
+        )
         for kind in (QueueFull, ServerBusy, OutOfMemory, WorkerUnavailable, WorkerLostTwice, DeadlineExpired, InternalFault):
             self.refused.labels(kind.reason)  # Prometheus sees the first increase only if there was a 0 before.
-        self.cancelled = Counter("probescore_cancelled_total", "Calls that their client gave up.", registry=registry)
-        self.ready = Gauge("probescore_ready", "Whether some worker can score.", registry=registry)
-        self.worker_ready = Gauge("probescore_worker_ready", "Whether a worker can score.", ("worker", "device"), registry=registry)
+        self.cancelled = Counter("probescore_cancelled_total", "Counts the calls that their client gave up.", registry=registry)
+        self.ready = Gauge("probescore_ready", "Is 1 if some worker can score.", registry=registry)
+        self.worker_ready = Gauge("probescore_worker_ready", "Is 1 if a worker can score.", ("worker", "device"), registry=registry)
         self.worker_asleep = Gauge(
-            "probescore_worker_asleep", "Whether a worker sleeps until it is woken.", ("worker", "device"), registry=registry
+            "probescore_worker_asleep", "Is 1 if a worker sleeps until it is woken.", ("worker", "device"), registry=registry
         )
         self.transfers = Histogram(
             "probescore_transfer_seconds",
-            "Seconds in which a worker gave its device's memory back (sleep) or took it again (wake).",
+            "Measures the seconds in which a worker gave its device's memory back (sleep) or took it again (wake).",
             ("kind",),
             buckets=SECONDS,
             registry=registry,
         )
         self.worker_restarts = Gauge(
-            "probescore_worker_restarts", "How often a worker was started again.", ("worker", "device"), registry=registry
+            "probescore_worker_restarts", "Counts how often a worker was started again.", ("worker", "device"), registry=registry
         )
         self._worker_losses = Counter(
-            "probescore_worker_losses_total", "How often a worker was lost, by why.", ("worker", "device", "reason"), registry=registry
+            "probescore_worker_losses_total",
+            "Counts how often a worker was lost, by reason.",
+            ("worker", "device", "reason"),
+            registry=registry,
         )
         self._workers = _WorkerMetrics()
         registry.register(self._workers)
@@ -130,7 +145,7 @@ class Metrics:
         return lambda reason: losses[reason].inc()
 
     def show_worker(self, worker: str, device: str, *, ready: bool, asleep: bool, restarts: int) -> None:
-        """Sets the metrics of one worker's state and its number of restarts; ``worker`` is the worker's number."""
+        """Sets the metrics that say whether one worker is ready or asleep and how often it was restarted; ``worker`` is its number."""
         self.worker_ready.labels(worker, device).set(ready)
         self.worker_asleep.labels(worker, device).set(asleep)
         self.worker_restarts.labels(worker, device).set(restarts)
@@ -214,11 +229,13 @@ class _WorkerMetrics(Collector):
 
     def collect(self) -> list[Metric]:
         labels = ("worker", "device")
-        device = GaugeMetricFamily("probescore_device_memory_bytes", "Bytes that a worker has taken of its device.", labels=labels)
-        cache = GaugeMetricFamily("probescore_kv_cache_bytes", "Bytes of keys and values that a worker keeps.", labels=labels)
+        device = GaugeMetricFamily(
+            "probescore_device_memory_bytes", "Counts the bytes that a worker has taken of its device.", labels=labels
+        )
+        cache = GaugeMetricFamily("probescore_kv_cache_bytes", "Counts the bytes of cached keys and values of a worker.", labels=labels)
         lookups = CounterMetricFamily(
             "probescore_kv_cache_lookups_total",
-            "Sequences looked up in the cache; hit: a beginning of it was there.",
+            "Counts the sequences looked up in a worker's cache of keys and values; a hit found at least a beginning of the sequence.",
             labels=(*labels, "result"),
         )
         for worker, statistics in list(self.watched.items()):

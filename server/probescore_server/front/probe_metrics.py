@@ -60,11 +60,15 @@ class ProbeMetrics:
 
     def __init__(self, registry: CollectorRegistry) -> None:
         names = (*PROBE, "graph_sha256", "manifest_sha256", "unit")
-        self._info = Gauge("probescore_probe_info", "1 for a loaded probe.", names, registry=registry)
-        self._threshold = Gauge("probescore_probe_threshold", "Threshold of its calibration.", SCORE, registry=registry)
-        self._calls = Counter("probescore_probe_calls_total", "Calls that it was applied in.", PROBE, registry=registry)
-        self._flagged = Counter("probescore_probe_flagged_total", "Rollouts at or above the threshold.", SCORE, registry=registry)
-        self._refused = Counter("probescore_probe_non_finite_total", "Rollouts refused for NaN or an infinity.", PROBE, registry=registry)
+        self._info = Gauge("probescore_probe_info", "Is 1 for each loaded probe.", names, registry=registry)
+        self._threshold = Gauge("probescore_probe_threshold", "Tells the threshold of a probe's calibration.", SCORE, registry=registry)
+        self._calls = Counter("probescore_probe_calls_total", "Counts the calls that a probe was applied in.", PROBE, registry=registry)
+        self._flagged = Counter(
+            "probescore_probe_flagged_total", "Counts the rollouts at or above a probe's threshold.", SCORE, registry=registry
+        )
+        self._refused = Counter(
+            "probescore_probe_non_finite_total", "Counts the rollouts for which a probe gave no finite score.", PROBE, registry=registry
+        )
         self._calls_of: dict[tuple[str, str], Counter] = {}  # Looking up a thousand series takes as long as counting in them.
         self._scores = _ScoreHistogram()
         registry.register(self._scores)
@@ -135,7 +139,7 @@ class _ScoreHistogram(Collector):
 
     def collect(self) -> Iterator[Metric]:
         name = "probescore_probe_score"
-        family = Metric(name, "Scores of rollouts, in the probe's unit.", "histogram")
+        family = Metric(name, "Counts the scores of rollouts, in the probe's unit.", "histogram")
         bounds = [*(str(float(bound)) for bound in SCORES), "+Inf"]
         for each in [each for own in self.distributions.values() for each in own]:
             labels = dict(zip(SCORE, each.labels, strict=True))

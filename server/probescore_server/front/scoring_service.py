@@ -342,7 +342,10 @@ def _whole_answer(finished: Iterable[FinishedRollout], info: ScoringInfo) -> sco
 
 
 def _pieces(delivery: Delivery) -> list[list[FinishedRollout]]:
-    """Splits delivered results into lists for one message each, of about ``MAX_STREAMED_BYTES``; a single completion is never split."""
+    """Splits delivered results into lists for one message each, with at most ``MAX_STREAMED_BYTES`` of arrays and texts.
+
+    A single completion is never split, however large it is.
+    """
     pieces: list[list[FinishedRollout]] = []
     piece: list[FinishedRollout] = []
     size = 0

@@ -1,1 +1,1 @@
-"""Decides which waiting rollouts a worker process computes next, fairly among the jobs that sent them."""
+"""Decides which waiting rollouts a worker process computes next, fairly among the training jobs that sent them."""

@@ -40,10 +40,10 @@ class Delivery:
 
 @dataclass(eq=False, slots=True)
 class RequestedRollout:
-    """Holds one rollout that a call asks to have scored, and its place in the call.
+    """Holds one rollout that a call, which is the work of one request, asks to have scored, and the rollout's place in the call.
 
     Attributes:
-        call: the call.
+        call: the call that the rollout belongs to.
         group: index of the rollout's group in the call.
         completion: index of the rollout in that group.
         rollout: the prompt with one completion and how they are scored.
@@ -65,7 +65,7 @@ class RequestedRollout:
 
 @dataclass(eq=False, slots=True)
 class WaitingGroup:
-    """Holds those rollouts of one group, all with the same prompt, that still wait for a worker.
+    """Holds those rollouts of one group, which all have the same prompt, that still wait for a worker process.
 
     Attributes:
         call: the call that the group belongs to.
@@ -88,7 +88,10 @@ class WaitingGroup:
         return len(next(iter(self.items)).rollout.prompt_ids)
 
     def remove(self, item: RequestedRollout) -> int:
-        """Removes a rollout, and returns the number of tokens that no longer wait: its own, and the prompt's too if it was the last one."""
+        """Removes a rollout from its group, and returns the number of tokens that no longer wait.
+
+        These are the rollout's own, and the prompt's too if the rollout was the last one.
+        """
         self.items.remove(item)
         freed = item.tokens if self.items else self.tokens
         self.tokens -= freed
@@ -99,10 +102,10 @@ class CallScheduler(Protocol):
     """Declares the methods that a call needs of the scheduler that admitted it."""
 
     def withdraw(self, call: Call) -> None:
-        """Ends a call: drops what waits of it and cancels what computes for it alone."""
+        """Ends a call: drops its rollouts that wait and cancels those that are computed for no other call."""
 
     def dispatch(self) -> None:
-        """Gives free workers what they may now compute, since a call's reader has read a delivery."""
+        """Gives free workers new batches; a call asks for it after its results were read, since it may then get further ones."""
 
 
 class Call:
@@ -165,7 +168,7 @@ class Call:
             self.queue_seconds = now - self.admitted
 
     def deliver(self, results: Sequence[tuple[RequestedRollout, RolloutResult]], compute_seconds: float) -> None:
-        """Hands the results of one batch, which took ``compute_seconds``, to whoever iterates over the call."""
+        """Makes results of one batch, which took ``compute_seconds`` to compute, the next item for the code that iterates over the call."""
         finished = tuple(FinishedRollout(item.group, item.completion, result) for item, result in results)
         tokens = sum(item.rollout.tokens for item, _ in results)
         self._deliveries.append(Delivery(finished, compute_seconds, tokens))
@@ -179,7 +182,7 @@ class Call:
             self._scheduler.withdraw(self)
 
     def ended(self) -> None:
-        """Wakes whoever iterates over the call, since nothing of the call waits or computes any more."""
+        """Wakes the code that iterates over the call, since none of the call's rollouts waits or computes any more."""
         self._changed.set()
 
 

@@ -19,7 +19,7 @@ from probescore_server.scheduling.ordered_set import OrderedSet
 
 
 class Worker(Protocol):
-    """Declares what the scheduler needs of a worker, which computes the batches that it gets one after the other."""
+    """Declares the methods that the scheduler needs of a worker, which scores batches of rollouts one after the other in a process."""
 
     @property
     def ready(self) -> bool:
@@ -95,7 +95,7 @@ class ComputationsInFlight:
         return item.key in self._by_key
 
     def withdraw(self, call: Call) -> None:
-        """Removes a call from all computations that it waits for, and cancels those for which no other call waits."""
+        """Removes a call from all computations whose results it waits for, and cancels those that no other call waits for."""
         for item in call.computing:
             computation = self._by_rollout.pop(item)
             computation.items.remove(item)
@@ -122,7 +122,7 @@ class ComputationsInFlight:
             call.deliver(results, scored.compute_seconds)
 
     def fail(self, computation: Computation, error: CoreError) -> None:
-        """Ends, with an error, every call that waits for a computation."""
+        """Ends, with ``error``, every call that waits for the result of a computation."""
         for call in {item.call for item in computation.items}:
             call.fail(error)
 
@@ -142,7 +142,10 @@ class ComputationsInFlight:
 
 
 def _own_results(computation: Computation, result: RolloutResult) -> Iterator[RolloutResult]:
-    """Yields the result for each waiting rollout, with that rollout's own names. The first states the cost, the others shared tokens."""
+    """Yields a copy of a result for each rollout that waits for it, with that rollout's own names.
+
+    The first copy states the tokens that were computed; the others state them as shared.
+    """
     usage = result.usage
     for item in computation.items:
         named = item.rollout is computation.rollout

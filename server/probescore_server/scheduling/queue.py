@@ -88,7 +88,7 @@ class WaitingQueue:
     # ------------------------------------------------------------------------------------------------------------- coming, leaving
 
     def add(self, groups: Iterable[WaitingGroup]) -> None:
-        """Adds groups to the queue, behind the groups of their calls that wait already."""
+        """Adds groups of rollouts to the queue, each behind those groups of its call that wait already."""
         for group in groups:
             call = group.call
             if not call.waiting:
@@ -97,7 +97,7 @@ class WaitingQueue:
             self._index(group)
 
     def put_back(self, items: Iterable[RequestedRollout]) -> None:
-        """Returns rollouts that had been taken to the queue, before everything else of their call, and gives its job the next turn."""
+        """Puts rollouts that had been taken back into the queue, before all others of their call, and gives its job the next turn."""
         by_group: dict[tuple[Call, int], OrderedSet[RequestedRollout]] = {}
         for item in items:
             by_group.setdefault((item.call, item.group), OrderedSet()).add(item)
@@ -110,7 +110,7 @@ class WaitingQueue:
             self._jobs.move_to_end(call.job, last=False)
 
     def drop(self, call: Call) -> None:
-        """Removes all rollouts of a call from the queue."""
+        """Removes all waiting rollouts of a call, that is, of one request, from the queue."""
         for group in list(call.waiting):
             for item in list(group.items):
                 self._remove(item, group)
@@ -160,7 +160,7 @@ class WaitingQueue:
         return [call for call in self if call.deadline <= now]
 
     def holds(self, tokens: int) -> bool:
-        """Tells whether at least so many tokens wait that can be taken now; a prompt and identical rollouts are counted once."""
+        """Tells whether at least ``tokens`` tokens wait that a batch may take now; a prompt and identical rollouts are counted once."""
         if self._distinct_tokens < tokens:
             return False
         behind = sum(group.tokens for call in self if self._is_behind(call) for group in call.waiting)
@@ -185,7 +185,10 @@ class WaitingQueue:
         return room.taken, max_tokens - room.left
 
     def _take_turn(self, job: str, room: _NextBatch, joined: Counter[str]) -> bool:
-        """Takes the next group of a job, and what else waits for its prompt; returns whether the job had a group and it fitted."""
+        """Moves the next group of a job, and other waiting groups with the same prompt, into the batch that is being put together.
+
+        It returns whether the job had a group that may be taken and that fitted.
+        """
         group = self._next_group(job)
         if group is None or not room.fits(group.tokens):
             return False
@@ -207,7 +210,10 @@ class WaitingQueue:
         return None if call is None else next(iter(call.waiting))
 
     def _take(self, group: WaitingGroup, room: _NextBatch) -> None:
-        """Takes the rollouts of a group that fit, and all identical waiting ones; all fit unless the group is larger than a batch."""
+        """Moves those rollouts of a group that fit, and all waiting ones that are identical to them, into the batch.
+
+        All of them fit unless the group alone is larger than a batch.
+        """
         prompt = self._prompts[group.prompt]
         for item in list(group.items):
             if item not in group.items:

@@ -152,13 +152,13 @@ class Scheduler:
         return call
 
     def withdraw(self, call: Call) -> None:
-        """Ends a call: drops what waits of it, and cancels what computes for no other call. A call that has finished stays as it is."""
+        """Ends a call: drops its rollouts that wait and cancels those computed for no other call. A finished call stays as it is."""
         self._waiting.drop(call)
         self._in_flight.withdraw(call)
         call.ended()
 
     def fail_waiting(self, error: CoreError) -> None:
-        """Ends every call that waits with an error; it is for when no worker is left to compute them."""
+        """Ends, with ``error``, every call that has waiting rollouts; it is for when no worker is left to compute them."""
         for call in list(self._waiting):
             call.fail(error)
 
@@ -246,13 +246,18 @@ class Scheduler:
             await self._score(batch, computations[len(computations) // 2 :])
 
     def _answered(self, batch: _SentBatch) -> None:
-        """Marks which batch the worker computes after an answer: its other one if it has one, since the rest of this one comes later."""
+        """Marks which of its batches a worker computes once it has answered (a part of) ``batch``.
+
+        It is the worker's other batch if there is one, since the rest of ``batch`` is sent after that.
+        """
         batches = self._batches[batch.worker]
         for other in batches:
             other.started = other is not batch or len(batches) == 1
 
     def _lose(self, batch: _SentBatch, computations: Sequence[Computation], error: WorkerUnavailable, number: int) -> None:
-        """Treats rollouts whose worker was lost: those that it had computed may be the cause, others return to the queue.
+        """Decides what becomes of rollouts whose worker process ended or was lost before it had scored them.
+
+        Those that it computed fail or, if the loss was not on purpose, are suspected of it; others go back into the queue.
 
         Args:
             batch: the batch that the rollouts belong to.
@@ -272,7 +277,10 @@ class Scheduler:
                 self._in_flight.fail(computation, error)
 
     def _suspect(self, batch: _SentBatch, computations: Sequence[Computation], error: WorkerLost) -> None:
-        """Returns rollouts with which a worker was lost to the queue, to be tried alone; refuses one that was alone the second time."""
+        """Puts rollouts that a worker process computed when it was lost back into the queue, each to be tried alone.
+
+        A rollout that was alone in the batch and was suspected before is refused instead.
+        """
         tokens = _tokens(computations)
         if error.reason_lost == "memory":
             self._budgets[batch.worker].failed(tokens)
@@ -286,7 +294,7 @@ class Scheduler:
         self._put_back(computations)
 
     def _put_back(self, computations: Sequence[Computation]) -> None:
-        """Returns rollouts to the head of the queue, in the order in which they were taken."""
+        """Puts rollouts back at the head of the queue, in the order in which they were taken."""
         for computation in reversed(computations):
             computation.place = None
             self._waiting.put_back(self._in_flight.take_back(computation))
@@ -299,7 +307,7 @@ class Scheduler:
             for computation in computations:
                 self._in_flight.fail(computation, fault)
 
-    # -------------------------------------------------------------------------------------------------------- when to come back
+    # ----------------------------------------------------------------------------------------------------- when to try again
 
     def _learn_throughput(self, tokens: int, seconds: float) -> None:
         measured = tokens / max(seconds, 1e-6)
@@ -316,7 +324,7 @@ class Scheduler:
 
 
 def _refusal(item: RequestedRollout, error: WorkerLost) -> CoreError:
-    """Returns the error that ends the call of a rollout with which a worker was lost twice."""
+    """Returns the error that ends the call of a rollout with which a worker process was lost twice."""
     if error.reason_lost == "memory":
         return OutOfMemory(item.rollout.tokens)
     return WorkerLostTwice(f"groups[{item.group}].completions[{item.completion}]", error.doing, error.problem)

@@ -13,19 +13,27 @@ from probescore_server.errors import WorkerLost
 
 MAX_SUSPECTS = 4096
 REMEMBERED_SECONDS = 600.0
-"""A suspicion is forgotten after so many seconds: the cause may be mended by then, and if not, it costs one restart of a worker."""
+"""The suspicion against a rollout is forgotten after these seconds: the cause may be fixed by then, and if not, it costs one restart."""
 
 
 @dataclass(frozen=True)
 class _Suspicion:
-    """Says when a worker was last lost with a rollout, and, if that was the second time and alone, with which error."""
+    """Says when a worker process was last lost while it computed a rollout.
+
+    Attributes:
+        since: the time in seconds on the scheduler's clock.
+        again: the error, if it was lost with the rollout a second time and with nothing else; else ``None``.
+    """
 
     since: float
     again: WorkerLost | None
 
 
 class Suspects:
-    """Holds the rollouts with which a worker was lost, by their keys. Only the keys' hashes are kept, since keys hold every token."""
+    """Holds the rollouts with which a worker process was lost, by their keys, which are equal for rollouts of the same content.
+
+    Only the keys' hashes are kept, since keys hold every token.
+    """
 
     def __init__(self) -> None:
         self._known: OrderedDict[int, _Suspicion] = OrderedDict()  # The oldest comes first.
@@ -34,7 +42,9 @@ class Suspects:
         return hash(key) in self._known
 
     def lost(self, key: Hashable, error: WorkerLost, now: float, *, alone: bool) -> bool:
-        """Notes that a worker was lost with a rollout, and returns whether the rollout was known already and is now proved to be the cause.
+        """Notes that a worker process was lost while it computed a rollout, and returns whether the rollout is now proved to be the cause.
+
+        It is if a worker was lost with it before, and now with nothing else.
 
         Args:
             key: a value that is equal for rollouts of the same content.
@@ -62,5 +72,5 @@ class Suspects:
         return None if known is None else known.again
 
     def cleared(self, key: Hashable) -> None:
-        """Forgets the suspicion against a rollout, since it has been scored."""
+        """Forgets that a worker process was lost with a rollout, since the rollout has been scored."""
         self._known.pop(hash(key), None)

@@ -149,7 +149,7 @@ class WorkerHandle:
             self.restarts += 1
 
     async def _run_once(self, running: WorkerProcess) -> None:
-        """Starts one worker process and waits until it has ended or could not start."""
+        """Starts one worker process, waits until it is ready, and returns once it has ended or has failed to start."""
         began = time.monotonic()
         logger.info("starting worker", device=self.spec.device, model=self.spec.settings.model)
         try:
@@ -234,7 +234,7 @@ class WorkerHandle:
             await self._changed.wait()
 
     async def sleep(self) -> Transfer:
-        """Makes the worker give its device's memory back after the batches that it has, and returns how much it moved.
+        """Makes the worker give its device's memory back after the batches that it has, and returns the bytes and seconds of it.
 
         Calling it again while the worker sleeps changes nothing. The worker falls asleep even if this coroutine is cancelled.
 
@@ -256,7 +256,7 @@ class WorkerHandle:
             return self._logged("worker asleep", transfer)
 
     async def wake(self) -> Transfer:
-        """Makes the worker take its device's memory again, and returns how much it moved.
+        """Makes the worker take its device's memory again, and returns the bytes and seconds of it.
 
         Calling it again while the worker is awake changes nothing. If this coroutine is cancelled, it must be called again.
 

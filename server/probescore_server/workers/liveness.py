@@ -103,28 +103,28 @@ class LivenessWatch:
         self._texts_since: list[float] = []
 
     def ready(self) -> None:
-        """Notes that the process has started and is ready."""
+        """Notes that the worker process has started and is ready for work."""
         self._starting = False
 
     def heard(self, now: float) -> None:
-        """Notes that the process sent something at the time ``now``; ``-inf`` means that it has sent nothing yet."""
+        """Notes that the worker process sent something at the time ``now``; ``-inf`` means that it has sent nothing yet."""
         if math.isfinite(now):
             self._said_something = True
             self._heard = max(self._heard, now)
 
     def asked(self, number: int, seconds: float, now: float) -> None:
-        """Notes that the process was given an order for its device, a batch for example, which may take ``seconds`` once it begins."""
+        """Notes that the worker process was given an order for its device, such as a batch, which may take ``seconds`` once it begins."""
         if not self._seconds:
             self._since = now
         self._seconds[number] = seconds
 
     def answered(self, number: int, now: float) -> None:
-        """Notes that the process has answered the order of this number."""
+        """Notes that the worker process has answered the order, such as a batch, of this number."""
         if self._seconds.pop(number, None) is not None:
             self._since = now
 
     def at(self, step: ActivityStep, now: float) -> None:
-        """Notes that the process reported this step as the one that it computes."""
+        """Notes that the worker process reported this step as the one that it computes."""
         if step.number != self.step.number:
             self.step = step
             if step.order in self._seconds:
@@ -144,21 +144,21 @@ class LivenessWatch:
         self._texts_since = [since + seconds for since in self._texts_since]
 
     def loss(self, now: float) -> LossReason | None:
-        """Returns why the process must be given up at the time ``now``; ``None`` if it is not stuck."""
+        """Returns the reason if the worker process is stuck at the time ``now`` and must be given up; else ``None``."""
         silent_seconds = self._limits.silent_seconds if self._said_something else self._silent_at_first
         if now - self._heard > silent_seconds:
-            return LossReason("silent", f"it said nothing for {silent_seconds:g} s")
+            return LossReason("silent", f"it sent nothing for {silent_seconds:g} s")
         # From here on only time until its last message counts: a process that is silent is not known to be stuck in any work.
         if self._starting and self._heard - self._began > self._limits.start_seconds:
             return LossReason("start", f"it was not ready within {self._limits.start_seconds:g} s (worker_start_seconds)")
         first = next(iter(self._seconds), 0)
         if first and self._heard - self._since > (seconds := self._seconds_of(first)):
-            return LossReason("overdue", f"it did not get on for {seconds:g} s", first)
+            return LossReason("overdue", f"it made no progress for {seconds:g} s", first)
         for text, since in zip(self._texts, self._texts_since, strict=True):
             if text.order and self._heard - since > (seconds := self._limits.for_texts(self._texts)):
-                return LossReason("overdue", f"it did not get on with a text for {seconds:g} s", text.order)
+                return LossReason("overdue", f"it made no progress with a text for {seconds:g} s", text.order)
         return None
 
     def _seconds_of(self, number: int) -> float:
-        """Returns the most seconds until the next answer or step, if the first unanswered order has this number."""
+        """Returns the most seconds until the worker process's next answer or step, if its first unanswered order has this number."""
         return self._limits.for_tokens(self.step.tokens) if self.step.order == number else self._seconds[number]

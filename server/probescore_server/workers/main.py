@@ -87,7 +87,7 @@ class _WorkerRuntime:
         self._orders: SimpleQueue[Order | None] = SimpleQueue()
         self._statistics_sent = 0.0
         self._texts = TextQueue()
-        self._cancelled: dict[int, set[int]] = {}  # by number of a batch that has not been answered, the indices given up
+        self._cancelled: dict[int, set[int]] = {}  # It holds the indices given up, by batch.
 
     def run(self) -> None:
         threading.Thread(target=self._read, daemon=True).start()

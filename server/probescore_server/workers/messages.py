@@ -1,6 +1,6 @@
 """Defines the messages between the front process and a worker process: frozen dataclasses, pickled over a pipe that only these two hold.
 
-Where a message has a ``number``, it is the order's number, by which the answer is matched to the order.
+An order is a message that is answered. A message's ``number`` is that of the order, by which the answer is matched to it.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class ScoreBatch:
 
     @property
     def tokens(self) -> int:
-        """Counts the most tokens that the batch can cost, the prompt of every rollout included."""
+        """Counts the most tokens that computing the batch can cost, with the prompt of each of its rollouts."""
         return sum(rollout.tokens for rollout in self.rollouts)
 
     def __reduce__(self) -> tuple[Callable[[int, Encoded], ScoreBatch], tuple[int, Encoded]]:
@@ -158,7 +158,7 @@ class TextsEncoded:
 
 @dataclass(frozen=True)
 class MemoryMoved:
-    """Answers the ``Sleep`` or ``Wake`` of this number with how much memory was moved."""
+    """Answers the ``Sleep`` or ``Wake`` of this number with the bytes that were moved and the seconds that it took."""
 
     number: int
     transfer: Transfer
@@ -166,7 +166,10 @@ class MemoryMoved:
 
 @dataclass(frozen=True)
 class Failed:
-    """Answers any order with an error. An unexpected exception is only logged, under the incident number of an ``InternalFault``."""
+    """Answers any order to a worker process with an error.
+
+    Of an unexpected exception only the incident number is sent, as an ``InternalFault``; the worker's log has the details under it.
+    """
 
     number: int
     error: InvalidRequest | InternalFault | OutOfMemory | WorkerUnavailable

@@ -101,7 +101,7 @@ class WorkerProcess:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self) -> EngineInfo:
-        """Starts the process, waits until it is ready, and returns what it has loaded.
+        """Starts the worker process, waits until it is ready, and returns what it has loaded.
 
         Raises:
             StartupError: the process refuses to start, or ends before it is ready.
@@ -114,7 +114,7 @@ class WorkerProcess:
         return await self._started
 
     async def ask(self, message: ScoreBatch | EncodeTexts | Sleep | Wake) -> Any:  # noqa: ANN401
-        """Sends an order to the process and returns the answer; raises the answer if it is an error.
+        """Sends an order, such as a batch, to the worker process and returns its answer; raises the answer if it is an error.
 
         Raises:
             EOFError: the process ended before it answered.
@@ -133,7 +133,7 @@ class WorkerProcess:
         self._pipe.send(message, takes_long=_takes_long(message))
 
     async def stop(self) -> None:
-        """Ends the process if it still runs, first by a message and then by a signal, and waits some seconds for its end."""
+        """Ends the worker process if it still runs, first by a message and then by a signal, and waits some seconds for its end."""
         for task in self._tasks:
             task.cancel()
         if self.loss is None:
@@ -151,7 +151,7 @@ class WorkerProcess:
         return not self.process.is_alive()
 
     def blame(self, loss: LossReason) -> None:
-        """Records why the process is lost, unless that is recorded already. An order that was the only one counts as the cause."""
+        """Records why the worker process is lost, unless that is recorded already. If it had only one order, that counts as the cause."""
         if self.loss is None:
             order = loss.order or (next(iter(self._answers)) if len(self._answers) == 1 else 0)
             self.loss = replace(loss, order=order, doing=self._watch.step.name if self._started.done() else self._starting_with)
@@ -192,7 +192,7 @@ class WorkerProcess:
     # ------------------------------------------------------------------------------------------------------------ how it ends
 
     async def _keep_watch(self) -> None:
-        """Gives the process up when it sends nothing any more, or its work makes no progress."""
+        """Checks at intervals whether the worker process is stuck, and kills it when it sends nothing or its work makes no progress."""
         pause = min(WATCH_SHARE * min(self._time_limits.silent_seconds, self._time_limits.step_seconds), MAX_WATCH_SECONDS)
         while not self.ended.is_set():
             before = time.monotonic()
@@ -213,7 +213,7 @@ class WorkerProcess:
         self._do(self._find_out())
 
     async def _find_out(self) -> None:
-        """Finds out how the process ended, once its pipe is closed, and ends all waiting for it."""
+        """Finds out how the process ended, once its pipe is closed, and makes all calls of ``start`` and ``ask`` that wait raise."""
         await self._gone_within(DEATH_SECONDS)
         code = self.process.exitcode
         if code is not None and -code in CRASHES:
@@ -253,7 +253,7 @@ def _time_limits(settings: ServerSettings) -> WorkerTimeLimits:
 
 
 def _seconds_for(message: ScoreBatch | Sleep | Wake, limits: WorkerTimeLimits) -> float:
-    """Returns the most seconds that an order may take; for a batch, until its first step."""
+    """Returns the most seconds that a worker process may take to answer an order or, for a batch, until the batch's first step."""
     return limits.for_tokens(message.tokens) if isinstance(message, ScoreBatch) else MOVE_SECONDS
 
 

@@ -64,7 +64,9 @@ class TextQueue:
             self._changed.notify_all()
 
     def take(self, lane: TokenisingLane) -> tuple[int, PendingText]:
-        """Waits for a text of a lane, and takes the next one of the request whose turn it is; returns it with the request's number.
+        """Waits for a text in one of the two queues, and takes the next one of the request whose turn it is.
+
+        It returns the request's number and the text.
 
         The caller must have finished the text that it took before from the same lane.
         """
