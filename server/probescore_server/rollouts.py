@@ -42,7 +42,7 @@ class Continuation:
 
     @property
     def tree_size(self) -> int:
-        """Counts this completion or follow-up and all nested follow-ups."""
+        """Returns the number of nested follow-ups plus one, for this completion or follow-up itself."""
         return 1 + sum(follow_up.tree_size for follow_up in self.follow_ups)
 
     @property

@@ -26,7 +26,7 @@ class CallsUnderWay:
 
     @contextmanager
     def call(self, size: int) -> Iterator[None]:
-        """Counts a call, with a request of ``size`` bytes, as under way while its ``with`` block runs.
+        """Is a context manager that counts one call, whose request has ``size`` bytes, as under way while the ``with`` block runs.
 
         Raises:
             ServerBusy: with this call, one of the limits would be exceeded.

@@ -115,7 +115,7 @@ class ProbeMetrics:
                 self._add(distribution, numbers[~np.isnan(numbers)])  # An empty selection of tokens has no score.
 
     def _shown(self, probe: ScoredProbe) -> Iterator[tuple[_ScoreDistribution, int]]:
-        """Yields a probe's distributions that a call adds to, each with the index of its reduction among the call's."""
+        """Yields the distributions to which a probe's scores in a call are added, each with its reduction's index among the call's."""
         distributions = self._scores.distributions.get(probe.key)
         if distributions is None:
             return

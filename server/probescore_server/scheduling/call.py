@@ -168,7 +168,7 @@ class Call:
             self.queue_seconds = now - self.admitted
 
     def deliver(self, results: Sequence[tuple[RequestedRollout, RolloutResult]], compute_seconds: float) -> None:
-        """Makes results of one batch, which took ``compute_seconds`` to compute, the next item for the code that iterates over the call."""
+        """Adds the results of one batch, which took ``compute_seconds`` to compute, for the code that iterates over the call to read."""
         finished = tuple(FinishedRollout(item.group, item.completion, result) for item, result in results)
         tokens = sum(item.rollout.tokens for item, _ in results)
         self._deliveries.append(Delivery(finished, compute_seconds, tokens))

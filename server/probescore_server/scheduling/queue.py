@@ -59,7 +59,7 @@ class _NextBatch:
     continuations: int = 0
 
     def fits(self, tokens: int) -> bool:
-        """Tells whether the batch has room for so many tokens; for its first rollout it always has."""
+        """Tells whether the batch has room for a rollout of so many tokens; for its first rollout it always has."""
         return not self.taken or (tokens <= self.left and self.continuations < MAX_CONTINUATIONS)
 
 

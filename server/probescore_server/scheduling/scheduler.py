@@ -163,7 +163,7 @@ class Scheduler:
             call.fail(error)
 
     def dispatch(self) -> None:
-        """Gives every free worker a batch, and prepares a next one for each; it must be called when a worker becomes ready."""
+        """Gives every free worker a batch of waiting rollouts, and prepares a next one; it must be called when a worker becomes ready."""
         for ahead in range(MAX_BATCHES):
             for worker, batches in self._batches.items():
                 if worker.ready and len(batches) == ahead and self._waiting.rollouts:

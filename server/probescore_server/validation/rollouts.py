@@ -83,7 +83,7 @@ def resolve_rollouts(
 
 @dataclass(frozen=True, slots=True)
 class _RequestChecks:
-    """Checks the rollouts of one request, with what all of its checks share.
+    """Checks the rollouts of one request, and holds what all of these checks need.
 
     Attributes:
         info: the model and probes that are loaded.

@@ -73,7 +73,7 @@ class ChatLimits:
 def check_texts(
     texts: Sequence[PendingText], *, max_rollout_tokens: int, max_request_tokens: int, max_text_bytes_per_token: int, max_chat_messages: int
 ) -> None:
-    """Refuses texts of a request that are so long that they could not become few enough tokens, before they are tokenised.
+    """Refuses texts of a request that are too long, before they are tokenised, by limits on bytes that follow from those on tokens.
 
     Args:
         texts: all texts and chats of the request.

@@ -68,7 +68,7 @@ class TextQueue:
 
         It returns the request's number and the text.
 
-        The caller must have finished the text that it took before from the same lane.
+        The caller must have finished the text that it took before from the same queue.
         """
         queue = self._lanes[lane]
         with self._changed:

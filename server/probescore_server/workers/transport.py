@@ -97,11 +97,11 @@ class EventLoopEnd(asyncio.Protocol):
     # ----------------------------------------------------------------------------------------------------------------- receiving
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Keeps the transport; the event loop calls this once the socket is connected."""
+        """Keeps the transport; the event loop calls this method once the socket is connected."""
         self._transport = cast("asyncio.WriteTransport", transport)
 
     def data_received(self, data: bytes) -> None:
-        """Hands over each message that is complete; the event loop calls this whenever bytes arrive."""
+        """Calls ``on_message`` with each message that is complete; the event loop calls this method whenever bytes arrive."""
         self.heard = time.monotonic()
         self._received += data
         while len(self._received) >= _LENGTH.size:
@@ -119,7 +119,7 @@ class EventLoopEnd(asyncio.Protocol):
         self._on_message(await asyncio.to_thread(pickle.loads, encoded))
 
     def connection_lost(self, error: Exception | None) -> None:
-        """Ends this side once all messages are handed over; the event loop calls this when the socket is closed."""
+        """Calls ``on_end`` once all messages are handed over; the event loop calls this method when the socket is closed."""
         self._transport = None
         self._start(self._end())
 
