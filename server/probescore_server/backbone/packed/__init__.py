@@ -1,1 +1,1 @@
-"""The packed path: a forest as one row of tokens, with a variable-length attention kernel, for CUDA."""
+"""Runs a forest of token segments as one row of tokens with a variable-length attention kernel, on CUDA devices: the packed path."""
