@@ -1,1 +1,1 @@
-"""The universal path: a forest through transformers' public cache API, and what makes it fast on a CPU."""
+"""Runs a forest of token segments through transformers' public cache API, with changes that make it fast on a CPU: the universal path."""
