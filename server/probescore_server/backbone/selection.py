@@ -103,7 +103,7 @@ def _passes(test: SelfTest, backbone: Backbone) -> bool:
     try:
         test.check(backbone)
     except ModelRefused as refusal:
-        logger.info("a faster way does not fit this model", reason=str(refusal))
+        logger.info("a faster execution is not used: it does not give the activations of this model", reason=str(refusal))
         return False
     return True
 
