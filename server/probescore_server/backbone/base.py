@@ -1,4 +1,7 @@
-"""Defines what every execution path of the frozen model takes and returns: it takes a forest of token segments and returns activations."""
+"""Defines what every execution path of the frozen model takes and returns.
+
+A path takes a forest of segments (runs of tokens that several rollouts may share) and returns the activations that probes read.
+"""
 
 from __future__ import annotations
 
@@ -14,17 +17,16 @@ from probescore_server.backbone.kv_cache import KeyValueCache
 
 
 def skip_nothing(_: int) -> bool:
-    """Returns false for every segment index, so that no segment of a forest is skipped."""
+    """Returns false for the index of any segment (run of tokens), so that a forward skips none."""
     return False
 
 
 @dataclass(frozen=True, eq=False)
 class Activations:
-    """Holds the activations that were read while a forest of token segments ran through the model.
+    """Holds the activations that were read while a forest of segments (runs of tokens) went through the model.
 
     Attributes:
-        rows: by tap, activations ``(N, hidden_size)`` float32 on the model's device; the rows of each segment that is read follow one
-            another.
+        rows: by tap, activations ``(N, hidden_size)`` float32 on the model's device, one row per token of each segment that is read.
         starts: by index of a segment that is read, its first row. The rows of a segment that was skipped have no meaning.
     """
 
@@ -33,7 +35,7 @@ class Activations:
 
     @classmethod
     def empty(cls, forest: Forest, taps: Sequence[Tap], hidden_size: int, device: torch.device) -> Activations:
-        """Allocates uninitialised rows for every segment of a forest that is read."""
+        """Allocates uninitialised rows for the activations of every segment (run of tokens) of a forest that is read."""
         starts: dict[int, int] = {}
         total = 0
         for index, segment in enumerate(forest.segments):
@@ -44,7 +46,7 @@ class Activations:
 
 
 class Backbone(Protocol):
-    """Describes a frozen decoder that runs forests of token segments."""
+    """Describes a frozen decoder that computes forests of segments, runs of tokens that several rollouts may share."""
 
     @property
     def name(self) -> str:

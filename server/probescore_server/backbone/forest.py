@@ -1,7 +1,8 @@
-"""Lays out a batch of rollouts as a forest of token segments, so that the model computes each token once.
+"""Lays out a batch of rollouts as a forest of segments, so that the model computes each token once.
 
-A prompt is a root, its completions are its children, and follow-ups are children of completions. Equal tokens after equal tokens are one
-segment, whichever rollouts need them. This module is pure data and imports no torch.
+A segment is a run of tokens that starts a sequence or continues another segment. A prompt is a root, its completions are its children, and
+follow-ups are children of completions. Equal tokens after equal tokens are one segment, whichever rollouts need them. This module is pure
+data and imports no torch.
 """
 
 from __future__ import annotations
@@ -77,11 +78,11 @@ class Placement:
 
 @dataclass(slots=True, eq=False)
 class Forest:
-    """Holds the token segments of a batch, parents before children, and which of them each rollout needs.
+    """Holds the segments (runs of tokens) of a batch of rollouts, parents before children, and which segments each rollout needs.
 
     Attributes:
         segments: the segments.
-        placements: the placement of each rollout's completion.
+        placements: for each rollout, the segments of its completion.
         steps: for each rollout, the indices of the segments that it needs, in order, each with whether this rollout is the first to need
             it.
     """
@@ -92,7 +93,7 @@ class Forest:
 
     @classmethod
     def build(cls, rollouts: Sequence[CheckedRollout], probes: Mapping[str, ProbeReads]) -> Forest:
-        """Lays out a batch of rollouts.
+        """Lays out a batch of rollouts as segments, and marks the segments whose activations are read.
 
         Args:
             rollouts: checked rollouts.
@@ -104,9 +105,9 @@ class Forest:
         return builder.forest
 
     def usage(self, rollout: int) -> Usage:
-        """Returns the tokens that a rollout, given by its index, took once the forest has run.
+        """Returns how many tokens of a rollout, given by its index, were computed, taken from a cache, or shared with other rollouts.
 
-        A token counts as computed or cached for the first rollout that needs it, and as shared for all others.
+        A token counts as computed or cached for the first rollout that needs it, and as shared for all others. The forest must have run.
         """
         computed = shared = cached = 0
         for index, is_first in self.steps[rollout]:
@@ -119,7 +120,7 @@ class Forest:
         return Usage(tokens_computed=computed, tokens_shared=shared, tokens_cached=cached)
 
     def ids_up_to(self, index: int) -> NDArray[np.int32]:
-        """Returns the token ids ``(position + T,)`` int32 of a segment, given by its index, after those of all its ancestors."""
+        """Returns the token ids of a sequence from its start to the end of one segment, given by its index: ``(position + T,)`` int32."""
         pieces = []
         following: int | None = index
         while following is not None:
@@ -128,7 +129,9 @@ class Forest:
         return np.concatenate(pieces[::-1])
 
     def children(self) -> list[list[int]]:
-        """Returns, for each segment, the indices of the segments that continue it; the last entry (index -1) holds the roots."""
+        """Returns, for each segment (run of tokens), the indices of the segments that continue it; the last entry (index -1) holds the
+        roots.
+        """
         children: list[list[int]] = [[] for _ in range(len(self.segments) + 1)]
         for index, segment in enumerate(self.segments):
             children[-1 if segment.parent is None else segment.parent].append(index)
@@ -136,7 +139,7 @@ class Forest:
 
 
 class _Builder:
-    """Adds rollouts to a forest, one after the other."""
+    """Adds rollouts to a forest of token segments, one after the other."""
 
     def __init__(self, forest: Forest, probes: Mapping[str, ProbeReads]) -> None:
         self.forest = forest

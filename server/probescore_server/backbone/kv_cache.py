@@ -18,7 +18,10 @@ KeyValues = list[tuple[torch.Tensor, torch.Tensor]]
 
 @dataclass(slots=True, eq=False)
 class _TokenRun:
-    """Holds some tokens that follow the tokens of their ancestors in the tree. No two continuations of a run begin with the same token."""
+    """Holds a node of the cache's tree: some tokens that follow those of the parent node, and their keys and values.
+
+    No two continuations of a node begin with the same token.
+    """
 
     token_ids: NDArray[np.int32]
     key_values: KeyValues
@@ -101,8 +104,9 @@ class KeyValueCache:
             self._forget(next(iter(self._recency)))
 
     def _descend(self, token_ids: NDArray[np.int32]) -> tuple[_TokenRun, int]:
-        """Returns the run at whose end a sequence leaves the known tokens, and how many tokens that is. A run is split there
-        if necessary.
+        """Returns the node of the tree at whose end a sequence leaves the known tokens, and how many tokens that is.
+
+        A node is split if the sequence leaves it in the middle.
         """
         run, done = self._root, 0
         while done < len(token_ids) and (following := run.continuations.get(int(token_ids[done]))) is not None:
@@ -118,7 +122,7 @@ class KeyValueCache:
         return run
 
     def _split(self, run: _TokenRun, at: int) -> _TokenRun:
-        """Splits a run in two and returns the first. Keys and values are copied, since a view of a tensor keeps the whole
+        """Splits a node of the tree in two and returns the first. Keys and values are copied, since a view of a tensor keeps the whole
         tensor in memory.
         """
         parent = run.parent or self._root

@@ -53,7 +53,7 @@ class ModelFiles:
         return cls(directory, {path: _stamp(path) for path in _files(directory, _WEIGHTS + _SMALL)})
 
     def check_unchanged(self) -> None:
-        """Checks that no file was written, replaced, added or removed since the files were recorded.
+        """Checks that no file of the model was written, replaced, added or removed since the files were recorded.
 
         Raises:
             ModelRefused: a file has changed; the error names up to five of them.
@@ -105,7 +105,7 @@ def _sha256(path: Path) -> str:
 
 @torch.inference_mode()
 def _checksum(weight: torch.Tensor) -> int:
-    """Returns a checksum of a tensor's bytes, which depends on their order. It is computed on the tensor's device."""
+    """Returns an integer checksum of a weight's bytes, which depends on their order. It is computed on the weight's device."""
     content = weight.detach().contiguous().view(-1).view(torch.uint8)
     content = content.clone() if content.storage_offset() % 8 else content
     whole = len(content) - len(content) % 8

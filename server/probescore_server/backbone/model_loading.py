@@ -270,7 +270,8 @@ def _check_devices_have_room(model: PreTrainedModel, name: str) -> None:
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Silences, while it is open, transformers' report that the head and the later blocks were left out, and its progress bars in logs.
+    """Silences, while its context is open, transformers' report that the head and the later blocks were left out, and its progress bars in
+    logs.
 
     They are left out on purpose.
     """

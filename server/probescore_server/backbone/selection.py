@@ -66,7 +66,9 @@ def choose_backbone(decoder: Decoder, reader: TapReader, kernel: Kernel | None =
 
 
 def universal_backbone(decoder: Decoder, reader: TapReader) -> UniversalBackbone:
-    """Returns the universal execution path of a model; on a CPU with the faster kernels for which the self-test passes.
+    """Returns the universal execution path of a model, which runs one segment of tokens at a time through transformers.
+
+    On a CPU it uses the faster kernels for which the self-test passes.
 
     Raises:
         ModelRefused: the path gives other activations than plain forwards.
@@ -85,7 +87,7 @@ def universal_backbone(decoder: Decoder, reader: TapReader) -> UniversalBackbone
 
 
 def _speed_up(decoder: Decoder) -> Callable[[], None]:
-    """Makes the blocks compute the same faster on a CPU, and returns a function that undoes the change."""
+    """Makes a model's blocks compute the same, but faster on a CPU, and returns a function that undoes the change."""
     undoing: list[Callable[[], None]] = []
     if decoder.device.type == "cpu":
         undoing.append(multiply_in_place(decoder.blocks))
@@ -119,7 +121,8 @@ def _kernel_refusal(decoder: Decoder) -> str | None:
 
 
 def _disagreement(decoder: Decoder, reader: TapReader, universal: Backbone, packed: Backbone) -> str | None:
-    """Returns how packed activations differ from universal ones by more than rounding explains; ``None`` if they do not.
+    """Returns, as text, how activations of the packed path differ from those of the universal path by more than rounding; ``None`` if they
+    do not.
 
     The median and the 99th percentile of the rows' relative errors are compared. Allowed is twice the difference between two batchings of
     the universal path (shared prompts and one sequence at a time), or between the universal path and itself with every block's input
@@ -148,7 +151,7 @@ def _disagreement(decoder: Decoder, reader: TapReader, universal: Backbone, pack
 
 
 def _relative(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
-    """Returns the relative error of each row, ``(N,)``."""
+    """Returns the relative error of each row of activations, ``(N,)`` float32."""
     errors: torch.Tensor = torch.linalg.vector_norm(found - expected, dim=1) / torch.linalg.vector_norm(expected, dim=1)
     return errors
 
@@ -160,7 +163,7 @@ def _quantiles(errors: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def _rounding_once_more(decoder: Decoder) -> Iterator[None]:
-    """Perturbs, while it is open, the input of every block at random by up to half a unit of its dtype's precision."""
+    """Perturbs, while its context is open, the input of every block at random by up to half a unit of its dtype's precision."""
     generator = torch.Generator(decoder.device).manual_seed(0)
     unit = torch.finfo(decoder.dtype).eps
 

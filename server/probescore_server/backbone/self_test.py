@@ -1,6 +1,4 @@
-"""Tests, when a model is loaded, that running a forest of shared segments gives the same activations as one plain forward of
-each rollout.
-"""
+"""Tests, when a model is loaded, that tokens shared between rollouts are computed as in one plain forward of each rollout."""
 
 from __future__ import annotations
 
@@ -34,9 +32,9 @@ _COMPLETION, _SHORT, _FOLLOW_UP = 24, 7, 9
 
 
 class SelfTest:
-    """Compares an execution path with plain forwards on a small forest that is longer than any sliding window of up to ``MAX_TEST_TOKENS``.
+    """Compares an execution path of the model with plain forwards on a few short rollouts that share tokens.
 
-    The output of the deepest loaded block is compared.
+    The rollouts are longer than any sliding window of up to ``MAX_TEST_TOKENS`` tokens. The output of the deepest loaded block is compared.
 
     Args:
         decoder: the model as loaded, before anything in it is changed for speed.
@@ -58,7 +56,7 @@ class SelfTest:
         self._expected = [rows[-len(segment.token_ids) :] for rows, segment in zip(expected, forest.segments, strict=True)]
 
     def row_errors(self, activations: Activations) -> torch.Tensor:
-        """Returns the relative error of each token of the test's forest that was read, ``(N,)`` float32."""
+        """Returns the relative error of each token of the test's rollouts that was read, ``(N,)`` float32."""
         rows = activations.rows[self._tap]
         errors = []
         for index, start in activations.starts.items():
@@ -67,7 +65,8 @@ class SelfTest:
         return torch.cat(errors)
 
     def check(self, backbone: Backbone) -> float:
-        """Runs the forest as a whole, then with a prompt that is not read, and once more with that prompt's keys and values in a cache.
+        """Runs the test's rollouts through an execution path as a whole, then without reading their prompt, then with that prompt in a
+        cache.
 
         Returns:
             The 90th percentile over tokens of the relative error, the largest of the three runs.

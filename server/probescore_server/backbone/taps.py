@@ -78,7 +78,7 @@ class TapReader:
 
     @contextmanager
     def reading(self, into: Mapping[Tap, torch.Tensor], rows: RowMap | None = None) -> Iterator[None]:
-        """Copies, while it is open, the activations of each forward of one sequence to buffers, as float32.
+        """Copies activations at taps to buffers, as float32, in each forward of one sequence while its context is open.
 
         Args:
             into: by tap, a buffer ``(T, hidden_size)``; with ``rows`` it may have any number of rows.

@@ -49,10 +49,11 @@ def _raise_in(thread: ctypes.c_ulong) -> None:
 
 
 def _await_interruption(thread: ctypes.c_ulong, raised: threading.Event) -> None:
-    """Waits for an interruption that the block caught or that has not arrived yet, so that it cannot arrive later in unrelated code.
+    """Waits for the exception with which ``time_limit`` interrupts a block, if the block caught it or it has not arrived yet.
 
-    The interruption cannot be withdrawn: Python 3.11 would go on looking for it, for ever in the next function where a debugger or a
-    coverage tool traces the thread. So it is raised again, which replaces one that has not arrived, and is waited for.
+    Otherwise it could arrive later, in unrelated code. It cannot be withdrawn: Python 3.11 would go on looking for it, for ever in the next
+    function where a debugger or a coverage tool traces the thread. So it is raised again, which replaces one that has not arrived, and is
+    waited for.
     """
     try:
         raised.wait()

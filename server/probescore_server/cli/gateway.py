@@ -23,7 +23,9 @@ from probescore_server.cli.common.failures import one_line_failures
 from probescore_server.cli.common.visible import one_line, spelt_out
 
 DEFAULT_TIMEOUT = "100"
-"""Gives the seconds for a request: less than slime (120) and OpenRLHF (180) wait before they ask again."""
+"""Gives the seconds that a request to the gateway may take by default: less than slime (120) and OpenRLHF (180) wait before
+they ask again.
+"""
 HEAD_SECONDS = 20.0
 """Limits the seconds in which a request's head must arrive after the connection is opened or the last response is sent."""
 CHECK_SECONDS = 5.0
@@ -134,13 +136,14 @@ class HeadTimeoutProtocol(H11Protocol):
     _late: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Starts the time limit for the first request of a new connection."""
+        """Starts the time limit for the head of the first HTTP request on a new connection."""
         super().connection_made(transport)
         self._wait_for_head()
 
     def handle_events(self) -> None:
-        """Handles received data, and ends the time limit if a request begins with it: the application waits for the
-        request's body itself.
+        """Handles data that has arrived, and ends the time limit for a request's head if a request begins with the data.
+
+        The application itself waits for the request's body.
         """
         before = self.cycle
         super().handle_events()
@@ -148,12 +151,12 @@ class HeadTimeoutProtocol(H11Protocol):
             self._late.cancel()
 
     def on_response_complete(self) -> None:
-        """Starts the time limit for the next request after a response has been sent."""
+        """Starts the time limit for the head of the next HTTP request after a response has been sent."""
         self._wait_for_head()
         super().on_response_complete()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Ends the time limit when the connection is closed."""
+        """Ends the time limit for the head of the next HTTP request when the connection is closed."""
         if self._late is not None:
             self._late.cancel()
         super().connection_lost(exc)

@@ -25,7 +25,9 @@ from typing import Any, TypeAlias
 from probescore.types import Chat, Completion, RolloutGroup, Span, Text
 
 UNDECODABLE = "surrogateescape"
-"""Names the error handler with which lines must be decoded, so that a line with bytes that are not UTF-8 can be named in an error."""
+"""Names the error handler for decoding the lines of a file. It lets bytes that are not UTF-8 pass, so that the error about them can name
+the line.
+"""
 
 Label: TypeAlias = str | int | float | bool | None
 

@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 
 def safe(text: str) -> str:
-    """Returns text of others with its control characters made visible and rich's markup escaped, so that it can stand between markup."""
+    """Returns text from outside, such as a probe's description, with control characters spelt out and rich's markup escaped."""
     return escape(visible(text))
 
 
 def facts_table(title: str) -> Table:
-    """Returns an empty table of names and values under a title, without lines."""
+    """Returns an empty table for pairs of a name and a value, with a title and without lines."""
     table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
@@ -29,7 +29,7 @@ def facts_table(title: str) -> Table:
 
 
 def probes_table(probes: Sequence[ProbeInfo]) -> Table:
-    """Returns a table with one row for each probe."""
+    """Returns a table with one row for each probe: its name, taps, output, default reduction and thresholds."""
     table = Table(
         title="Probes", title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim"
     )

@@ -107,7 +107,7 @@ class DeviceMemory:
         return Transfer(str(self._device), time.perf_counter() - started, weight_bytes, self._held_bytes() - held)
 
     def _open_sessions(self) -> None:
-        """Opens all sessions. If the device has no room for one of them, closes those that were opened and moves the weights back to host
+        """Opens the probes' onnxruntime sessions. If the device has no room for one, closes the others and moves the weights back to host
         memory.
         """
         opened: list[ProbeSession] = []

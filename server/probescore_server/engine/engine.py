@@ -386,9 +386,9 @@ def _requested(rollouts: Sequence[CheckedRollout]) -> set[str]:
 
 
 def _batches(rollouts: Sequence[CheckedRollout]) -> Iterator[list[CheckedRollout]]:
-    """Yields consecutive rollouts in batches of at most ``BATCH_TOKENS`` tokens each; a longer rollout is a batch by itself.
+    """Yields rollouts, in order, in batches of at most ``BATCH_TOKENS`` tokens each; a longer rollout is a batch by itself.
 
-    Tokens that a batch shares between its rollouts are counted once.
+    Tokens that rollouts of a batch share, such as those of one prompt, are counted once.
     """
     batch: list[CheckedRollout] = []
     counted: set[Hashable] = set()

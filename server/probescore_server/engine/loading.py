@@ -64,7 +64,10 @@ def load_parts(
     max_kv_cache_bytes: int,
     report: Callable[[str], None],
 ) -> LoadedParts:
-    """Loads a model as far as its probes need it, and the probes. Takes the arguments of ``Engine.load`` and raises the same errors."""
+    """Loads a model, only as deep as its probes read, and the probe files into the parts of an engine.
+
+    The arguments are those of ``Engine.load``, and the same errors are raised.
+    """
     if dtype not in DTYPES:
         raise ModelRefused(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
     report(f"reading {len(probes)} probe files")

@@ -15,8 +15,9 @@ from probescore_server.errors import WorkerUnavailable
 from probescore_server.failures import FailureKind, kind_of
 
 PIECE_BYTES = 1 << 26
-"""Gives the bytes of one piece of host memory. Host memory is taken in pieces because torch rounds pinned memory up to a power of two,
-which for one large piece could be twice the weights.
+"""Gives the bytes of one piece of the host memory that holds weights while they are away from their device.
+
+Memory is taken in pieces because torch rounds pinned memory up to a power of two, which for one large piece could be twice the weights.
 """
 
 RETRY_SECONDS = 1.0

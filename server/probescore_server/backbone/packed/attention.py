@@ -1,6 +1,7 @@
-"""Computes attention over one packed row of tokens: gathers keys and values by sequence, then calls a variable-length kernel once.
+"""Computes attention over a packed row: the tokens of several sequences, one after the other, with no padding.
 
-The attention function receives the row's layout as a keyword argument of the model's forward.
+Keys and values are gathered by sequence, then a variable-length kernel is called once per layer. The attention function receives the row's
+layout as a keyword argument of the model's forward.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ class LayerAttention(Protocol):
 
 
 class PackedAttention:
-    """Computes the attention of one forward of a packed row of tokens.
+    """Computes the attention of one forward of a packed row, the tokens of several sequences one after the other.
 
     Args:
         plan: layout of the row.
@@ -129,7 +130,7 @@ class PackedAttention:
         return self._attend(_by_token(query), keys, values, scale, window, sinks)[..., : value.shape[-1]].unsqueeze(0)
 
     def _gather(self, before: list[torch.Tensor], own: torch.Tensor) -> torch.Tensor:
-        """Returns the keys, or values, that the row's sequences attend to, ``(K, num_key_value_heads, D)``."""
+        """Returns the keys, or values, that a packed row's sequences attend to, ``(K, num_key_value_heads, D)``."""
         rows = torch.cat([_by_token(tensor) for tensor in (*before, own)]) if before else _by_token(own)
         return rows.index_select(0, self._plan.key_rows)
 
@@ -165,7 +166,7 @@ def kernel_head_dim(query: torch.Tensor, value: torch.Tensor) -> int:
 
 
 def _by_token(tensor: torch.Tensor) -> torch.Tensor:
-    """Returns a tensor ``(1, heads, T, D)`` as ``(T, heads, D)``."""
+    """Returns queries, keys or values ``(1, heads, T, D)`` ordered by token: ``(T, heads, D)``."""
     return tensor[0].transpose(0, 1)
 
 

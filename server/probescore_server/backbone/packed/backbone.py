@@ -1,7 +1,8 @@
-"""Runs a forest of token segments as one row of tokens, with a variable-length attention kernel: the packed path.
+"""Runs a forest of segments (runs of tokens) as packed rows, with a variable-length attention kernel: the packed path.
 
-It is for CUDA devices, which many small forwards would leave idle. A long forest takes several passes, parents before children, and a
-segment may be divided between two of them. Nothing in this module makes the host wait for the device.
+A packed row holds the tokens of several sequences, one after the other. The path is for CUDA devices, which many small forwards would leave
+idle. A long forest takes several passes, one per row, parents before children, and a segment may be divided between two of them. Nothing in
+this module makes the host wait for the device.
 """
 
 from __future__ import annotations
@@ -24,16 +25,17 @@ from probescore_server.backbone.taps import RowMap, TapReader
 from probescore_server.backbone.universal.attention import attending
 
 MAX_PASS_TOKENS = 16_384
-"""Limits the tokens of one row, and so the memory of a pass's activations."""
+"""Limits the tokens of one packed row, which goes through the model in one pass, and so the memory of the pass's activations."""
 
 KEYS_PER_TOKEN = 8
-"""Limits the keys that are gathered in one pass, as a multiple of the most tokens of a row, and so the copies where many segments continue
-a long one.
+"""Limits the keys that are gathered in one pass of a packed row, as a multiple of the most tokens of a row.
+
+This bounds the copies of keys where many segments continue a long one.
 """
 
 
 class PackedBackbone:
-    """Runs forests of token segments through a frozen decoder, in packed rows.
+    """Runs forests of segments (runs of tokens) through a frozen decoder, many segments at once in one packed row.
 
     Args:
         decoder: a model for which ``packed_refusal`` returns ``None``.
@@ -68,7 +70,7 @@ class PackedBackbone:
         return activations
 
     def _run(self, plan: PackedPlan, earlier: Sequence[KeyValues], activations: Activations, *, keep: bool) -> KeyValues:
-        """Runs one row, and returns its keys and values if they are kept."""
+        """Runs one packed row through the model, and returns the row's keys and values by layer; an empty list if ``keep`` is false."""
         attention = PackedAttention(plan, earlier, self._kernel, keep=keep)
         rows = RowMap(plan.read_rows, plan.output_rows)
         with attending(self._decoder, PACKED_ATTENTION), self._reader.reading(activations.rows, rows):
@@ -86,7 +88,7 @@ class PackedBackbone:
 
 @dataclass(frozen=True, slots=True)
 class _SegmentSlice:
-    """Identifies the tokens ``start`` to ``end`` of a segment, which are one sequence of a row."""
+    """Identifies the tokens from ``start`` to before ``end`` of a segment, which are one sequence of a packed row."""
 
     segment: int
     start: int
@@ -94,7 +96,7 @@ class _SegmentSlice:
 
 
 class _KnownKeyValues:
-    """Holds the keys and values that later passes of a forest attend to; they come from a cache or from earlier passes."""
+    """Holds the keys and values that later passes over a forest of segments attend to; they come from a cache or from earlier passes."""
 
     def __init__(self, forest: Forest, cache: KeyValueCache | None) -> None:
         self._forest = forest
@@ -153,7 +155,7 @@ class _KnownKeyValues:
 
 
 def _passes(forest: Forest, skip: Callable[[int], bool], known: _KnownKeyValues, max_tokens: int) -> Iterator[list[_SegmentSlice]]:
-    """Yields the slices of segments that make up each row. Each row must have run before the next one is requested."""
+    """Yields the slices of segments that make up each packed row. Each row must have run before the next one is requested."""
     parts: list[_SegmentSlice] = []
     tokens = keys = 0
     skipped: set[int | None] = set()
@@ -180,7 +182,7 @@ def _passes(forest: Forest, skip: Callable[[int], bool], known: _KnownKeyValues,
 def _plan(
     forest: Forest, parts: Sequence[_SegmentSlice], known: _KnownKeyValues, activations: Activations, device: torch.device
 ) -> tuple[PackedPlan, list[KeyValues]]:
-    """Returns a row's layout, and the keys and values of earlier tokens in the order in which the layout counts them."""
+    """Returns a packed row's layout, and the keys and values of earlier tokens in the order in which the layout counts them."""
     chains = [_chain(forest, part.segment) for part in parts]
     earlier: list[KeyValues] = []
     rows: dict[int, list[NDArray[np.int64]]] = {}
@@ -216,7 +218,7 @@ def _plan(
 
 
 def _chain(forest: Forest, index: int) -> list[int]:
-    """Returns the indices of a segment and all its ancestors, root first."""
+    """Returns the indices of a segment (run of tokens) and all segments before it in its sequence, root first."""
     chain = [index]
     while (parent := forest.segments[chain[-1]].parent) is not None:
         chain.append(parent)

@@ -1,4 +1,4 @@
-"""Finds out whether a model can run packed, as one row of tokens from several sequences.
+"""Finds out whether a model can run packed: on one row with the tokens of several sequences.
 
 Nothing but causal attention, called in a way that the kernel supports, may let one token of a row affect another.
 """
@@ -21,7 +21,9 @@ _REHEARSAL_TOKENS = 32
 
 
 def packed_refusal(decoder: Decoder) -> str | None:
-    """Returns the reason why a model must not run packed, as one row of tokens; ``None`` if none is known."""
+    """Returns the reason why a model must not run packed, on one row with the tokens of several sequences; ``None`` if no
+    reason is known.
+    """
     return next(_objections(decoder), None)
 
 
@@ -77,7 +79,7 @@ def _layer_types(decoder: Decoder) -> list[str]:
 
 
 class _RecordedForward:
-    """Runs a model once with an attention function that returns zeros and records its arguments.
+    """Runs a model once with an attention function that returns zeros and records the arguments with which layers call it.
 
     Attributes:
         windows: window of each call, in tokens; ``None`` = no window.
@@ -116,7 +118,7 @@ class _RecordedForward:
         window: int | None,
         sinks: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Records the call and returns zeros in the shape of ``LayerAttention``'s result."""
+        """Records the arguments of one layer's attention, and returns zeros in the shape of ``LayerAttention``'s result."""
         self.windows.append(window)
         self.head_dims.append(kernel_head_dim(query, value))
         self.dtypes |= {query.dtype, key.dtype, value.dtype}

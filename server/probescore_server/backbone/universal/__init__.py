@@ -1,1 +1,4 @@
-"""Runs a forest of token segments through transformers' public cache API, with changes that make it fast on a CPU: the universal path."""
+"""Runs segments (runs of tokens) of a batch one at a time through transformers' public cache API: the universal path.
+
+Its changes to attention, gated MLPs and weights make it fast on a CPU.
+"""

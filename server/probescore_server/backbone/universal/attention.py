@@ -24,12 +24,12 @@ CAUSAL_ATTENTION = "probescore_causal"
 _RECORDING = "probescore_recording"
 
 QUERY_BLOCK = 64
-"""Gives the number of queries that are attended for at once. A causal kernel, which is slower than one that sees every key, is needed only
-for the keys of the block itself.
+"""Gives the number of query tokens whose attention is computed at once. Only for keys within such a block is a causal kernel needed, which
+is slower than one that sees every key.
 """
 
 WINDOW_BLOCK = 256
-"""Gives the number of queries that share one mask where a sliding window hides keys."""
+"""Gives the number of query tokens that share one attention mask where a sliding window hides keys."""
 
 _WITHOUT_EFFECT = frozenset({"dropout", "output_attentions", "output_hidden_states", "position_embeddings", "position_ids", "use_cache"})
 
@@ -40,8 +40,9 @@ class UnknownAttention(Exception):
 
 @contextmanager
 def attending(decoder: Decoder, implementation: str | None) -> Iterator[None]:
-    """Makes a decoder's layers call the attention function of this name while it is open; ``None`` = the function that
-    transformers chose.
+    """Makes a decoder's layers call the attention function of a given name while its context is open.
+
+    The name is one that is registered in transformers; ``None`` stands for the function that transformers chose.
     """
     config, own = decoder.config, decoder.config._attn_implementation
     config._attn_implementation = implementation or own

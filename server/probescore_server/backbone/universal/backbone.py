@@ -1,4 +1,4 @@
-"""Runs a forest of token segments through transformers' public cache API, one segment at a time: the universal path.
+"""Runs a forest of segments (runs of tokens) through transformers' public cache API, one segment at a time: the universal path.
 
 Each segment is run once, after the keys and values of its parent; a segment that is not read is run only until its own keys and values are
 known. There is no padding and no mask of this project's, which an architecture could interpret differently: every model with which
@@ -51,7 +51,7 @@ class _SequenceState(DynamicCache):
 
 
 class UniversalBackbone:
-    """Runs forests of token segments through a frozen decoder, by transformers' public cache API.
+    """Runs forests of segments (runs of tokens) through a frozen decoder, by transformers' public cache API.
 
     Args:
         decoder: the model.
@@ -116,7 +116,7 @@ class UniversalBackbone:
 
 
 class _ForestRun:
-    """Runs one forest through a backbone, depth first."""
+    """Runs one forest of segments (runs of tokens) through a backbone, depth first."""
 
     def __init__(
         self,
@@ -138,7 +138,10 @@ class _ForestRun:
             self._run(root, None)
 
     def _run(self, index: int, state: _SequenceState | None) -> None:
-        """Runs a segment and then the segments that continue it. ``state`` is the parent's state; it becomes the segment's own."""
+        """Runs a segment (run of tokens) and then the segments that continue it.
+
+        ``state`` holds the keys and values before the segment, and is extended by the segment's own.
+        """
         segment = self._forest.segments[index]
         known = self._known(index)
         segment.cached = max(0, length_of(known) - segment.position)
@@ -153,7 +156,7 @@ class _ForestRun:
             self._run(following[-1], state)
 
     def _known(self, index: int) -> KeyValues:
-        """Returns the keys and values of a segment that need not be computed.
+        """Returns the keys and values of a sequence up to a segment's end that are in the cache.
 
         There are none for a segment that is read, since keys and values do not determine activations.
         """
@@ -190,7 +193,7 @@ def _keeps_key_values(decoder: Decoder) -> bool:
 
 
 def _fork(state: _SequenceState) -> _SequenceState:
-    """Returns a copy of a state that can be extended independently.
+    """Returns a copy of a sequence's state (its keys and values) that can be extended independently.
 
     Plain layers replace their tensors by longer ones, so that both copies may begin with the same tensor. Recurrent layers change their
     tensors in place: only a deep copy is safe for every architecture.
@@ -203,7 +206,7 @@ def _fork(state: _SequenceState) -> _SequenceState:
 
 
 def _tail(state: _SequenceState, count: int) -> KeyValues:
-    """Returns the keys and values of the last ``count`` tokens of a state; an empty list where some layer has none of its own."""
+    """Returns the keys and values of the last ``count`` tokens of a sequence; an empty list where some layer has none of its own."""
     layers = [(layer.keys, layer.values) for layer in state.layers if isinstance(layer, DynamicLayer)]
     if any(keys is None or values is None for keys, values in layers):
         return []

@@ -16,16 +16,18 @@ import torch
 from torch import nn
 
 TYPICAL_ROWS = 512
-"""Gives the number of input rows for which the layout of weights is chosen; products with any number of rows are possible."""
+"""Gives the number of input rows of a linear layer for which the layout of its weight is chosen; any number of rows can be multiplied."""
 
 ADDED_IN_A_ROW = 128
-"""Limits the inputs of a block whose products are added one after the other. Plain torch (MKL) takes 192; fewer leave a margin, and cost
-proportionally more time.
+"""Limits how many inputs of a linear layer are multiplied and added up one after the other, before the sums of such blocks are added.
+
+Plain torch (MKL) takes 192; fewer leave a margin for rounding errors, and cost proportionally more time.
 """
 
 ADDED_BYTES = 8 << 20
-"""Limits the bytes of sums that are added up at a time, by taking fewer rows at once. More would not stay in the caches, and from 32 MiB on
-the system's allocator would take every block's sums from the kernel anew.
+"""Limits the bytes of a linear layer's sums that are added up at a time, by taking fewer rows at once.
+
+More would not stay in the caches, and from 32 MiB on the system's allocator would take every block's sums from the kernel anew.
 """
 
 _BLOCK_MULTIPLE = 16  # number of floats in a cache line
@@ -77,7 +79,7 @@ def _laid_out(block: torch.Tensor) -> torch.Tensor:
 
 
 def _widths(inputs: int) -> list[int]:
-    """Returns the widths of the blocks in which a row of inputs is taken: as few blocks as possible, about equally wide."""
+    """Returns the widths of the blocks into which a row of a layer's inputs is divided: as few blocks as possible, about equally wide."""
     count = -(-inputs // ADDED_IN_A_ROW)
     width = -(-inputs // (count * _BLOCK_MULTIPLE)) * _BLOCK_MULTIPLE
     return [min(width, inputs - start) for start in range(0, inputs, width)]

@@ -1,4 +1,4 @@
-"""Provides the options and the client that all commands that talk to a server share."""
+"""Provides the options, and the connection to a server, of all commands that talk to one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Provides the consoles of all commands, on which no escape sequence in text of others reaches the terminal."""
+"""Provides the consoles on which all commands print; no escape sequence in text from outside reaches the terminal."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ WRONG_INPUT = 2
 
 @contextmanager
 def one_line_failures() -> Iterator[None]:
-    """Turns every expected failure inside it into one line on standard error and an exit code."""
+    """Turns every expected failure within its context into one line on standard error and an exit code."""
     try:
         yield
     except BrokenPipeError:

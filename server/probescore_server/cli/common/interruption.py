@@ -40,7 +40,9 @@ class Interruption:
 
     @contextmanager
     def held_back(self) -> Iterator[None]:
-        """Marks work that a first signal does not interrupt; ``Interrupted`` is raised after the work instead."""
+        """Marks work, while its context is open, that a first signal does not interrupt; ``Interrupted`` is raised after the
+        work instead.
+        """
         before = self._asked
         self._held_back = True
         try:
@@ -53,7 +55,7 @@ class Interruption:
 
 @contextmanager
 def interruptible() -> Iterator[Interruption]:
-    """Handles SIGINT and SIGTERM while it is open. A command that they end exits with 128 plus the signal's number.
+    """Handles SIGINT and SIGTERM while its context is open. A command that they end exits with 128 plus the signal's number.
 
     This is the exit code that a shell reports for a program that does not handle the signal.
     """

@@ -1,4 +1,4 @@
-"""Makes text of others safe to show: tokens, ids and what a probe file says of itself can contain any character."""
+"""Makes text from outside safe to show: tokens, ids and a probe file's description of itself can contain any character."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ _CONTEXT_TOKENS = 200
 
 
 def has_colours(console: Console) -> bool:
-    """Returns false for pipes, files and terminals without colours, and where NO_COLOR is set."""
+    """Returns whether a console shows colours: false for pipes, files and terminals without colours, and where NO_COLOR is set."""
     return console.color_system is not None and not console.no_color
 
 
@@ -45,7 +45,7 @@ class RolloutPrinter:
         self._context: tuple[ShownToken, ...] = ()
 
     def print(self, view: RolloutView, scale_of: Sequence[RolloutView]) -> None:
-        """Prints one rollout.
+        """Prints one scored rollout.
 
         Args:
             view: the rollout.
@@ -82,7 +82,7 @@ def _context(tokens: Sequence[ShownToken]) -> Text:
 
 
 def _summary(series: Series, scores: SeriesScores) -> Text:
-    """Returns a rollout's reduced scores, span by span, and whether the first one reaches the threshold."""
+    """Returns a line with a rollout's reduced scores, span by span, and whether the first one reaches the probe's threshold."""
     summary = Text(f"{series.name}  ")
     for span, numbers in scores.reduced.items():
         summary.append(f"{span}: " if span else "", "dim")

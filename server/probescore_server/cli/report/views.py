@@ -73,7 +73,7 @@ class SeriesScores:
 
     @property
     def value(self) -> float | None:
-        """Returns the score of the whole scope by the first reduction; ``None`` if there is none."""
+        """Returns a rollout's score over the whole scope, by the first reduction; ``None`` if there is none."""
         return self.reduced[""][0]
 
 
@@ -190,8 +190,9 @@ class ColourScale:
 
     @classmethod
     def of(cls, series: Series, views: Iterable[RolloutView]) -> ColourScale:
-        """Returns the scale of a series that covers all but the outermost 2% of the scores shown, so that one outlier does not pale all
-        others.
+        """Returns the colour scale of one label of a probe. It covers all but the outermost 2% of the scores shown.
+
+        This way one outlier does not pale all other scores.
         """
         shown = [scores for view in views if (scores := view.scores.get(series.name)) is not None]
         values = np.array([scores.value for scores in shown if scores.value is not None], np.float32)

@@ -59,7 +59,9 @@ class ResultWriter(Protocol):
 
 
 class InOrderWriter:
-    """Passes results on in the order of the input, each as soon as all before it have arrived; at the end also the results after a gap.
+    """Passes scored completions on in the order of the input, each as soon as all before it have arrived.
+
+    At the end, completions that still wait for one that did not arrive are passed on too.
 
     Attributes:
         outputs: the writers that receive the results.
@@ -77,7 +79,7 @@ class InOrderWriter:
         self.received = self.views = self.unscored = 0
 
     def add(self, streamed: StreamedCompletion) -> None:
-        """Takes a result; results may arrive in any order."""
+        """Takes a scored completion; completions may arrive in any order."""
         scored = ScoredCompletion(self._groups, streamed)
         self.received += 1
         self._waiting[scored.group, scored.index] = scored
@@ -86,7 +88,7 @@ class InOrderWriter:
             self._hand_on(ready)
 
     def close(self) -> None:
-        """Passes on the results that wait for others that did not arrive, and closes the outputs."""
+        """Passes on the completions that wait for others that did not arrive, and closes the outputs."""
         for place in sorted(self._waiting):
             self._hand_on(self._waiting[place])
         self._waiting.clear()
@@ -165,7 +167,7 @@ class PageWriter:
         self._info = self._info or scored.info
 
     def close(self) -> None:
-        """Writes the page, if any result arrived."""
+        """Writes the HTML page, if any scored completion arrived."""
         if self._info is None:
             return
         title = f"{len(self._views)} scored rollouts"
