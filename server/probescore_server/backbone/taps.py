@@ -123,7 +123,7 @@ def _store(activation: torch.Tensor, buffer: torch.Tensor, rows: RowMap | None, 
 
 
 def _first(output: _ModuleOutput) -> torch.Tensor:
-    """Returns a module's output, or the first element if there are several."""
+    """Returns a module's output, or the first element if the output is a tuple."""
     return output if isinstance(output, torch.Tensor) else output[0]
 
 

@@ -89,4 +89,4 @@ register(app)
 
 @app.callback()
 def _alone() -> None:
-    """Keeps the command's name a part of the command line, as in the application with all commands."""
+    """Keeps ``healthcheck`` a part of the command line: typer would drop the name of an application's only command."""

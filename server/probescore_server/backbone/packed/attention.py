@@ -208,7 +208,7 @@ def _attend(
     is_causal: bool | None = None,
     **others: object,
 ) -> tuple[torch.Tensor, None]:
-    """Computes a layer's attention; transformers calls this function in each layer."""
+    """Computes one layer's attention over a packed row; transformers calls this function in each layer."""
     check_plain(module, attention_mask, is_causal, others)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return packed_attention(query, key, value, scale=scale, window=sliding_window, sinks=s_aux), None
