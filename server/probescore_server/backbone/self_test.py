@@ -17,8 +17,8 @@ from probescore_server.errors import ModelRefused
 from probescore_server.rollouts import CheckedRollout, Continuation, ResolvedOptions
 
 MAX_TEST_TOKENS = 1536
-"""Limits the longest rollout of the test, in tokens. Longer sliding windows are not crossed: on a CPU the test would take longer than the
-load.
+"""Limits the tokens of the longest rollout with which a model is tested at load. Longer sliding windows are not crossed: on a CPU the test
+would take longer than the load.
 """
 
 ROW_ERROR_BOUND = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}

@@ -227,6 +227,10 @@ class Engine:
     def encode_completion(self, text: str, *, field: str = "completion") -> NDArray[np.int32]:
         """Returns the token ids ``(T,)`` int32 of a completion's text, without special tokens.
 
+        Args:
+            text: the text.
+            field: path of the completion in the request, for error messages.
+
         Raises:
             InvalidRequest: there is no tokenizer, or the text is not valid Unicode; the error names ``field``.
         """
