@@ -1,4 +1,4 @@
-"""Reads the arguments of authors into numbers and text, or refuses them with a message.
+"""Converts the arguments that authors of probes pass to numbers and text, or refuses them with a message.
 
 A message names the argument, its value, and what to give instead. A value of another kind raises ``TypeError``, one that is wrong
 ``ValueError``. Everything that holds numbers is taken: lists, tuples, numpy arrays of any integer or floating dtype, and torch tensors on

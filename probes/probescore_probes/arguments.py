@@ -1,4 +1,4 @@
-"""Reads what the authors of probes pass in into arrays and value types, or refuses it with a message.
+"""Converts the arguments that authors of probes pass to arrays and value types, or refuses them with a message.
 
 A message names the argument, its value, and what to give instead. Numbers and text are read as ``probescore_audit.arguments`` reads them;
 this module adds what belongs to a model and its probes: token ids, taps and units.

@@ -45,8 +45,8 @@ class GoldenRollout:
         golden: the part of the rollout that the manifest stores.
         inputs: what the code was given, by input name, for N rows; the prompt's rows are among them if the probe sees the prompt.
         scores: ``(N, labels)``, or ``(1, labels)`` for a probe that pools.
-        differences: for each neighbouring place, what is added to the scores of ``golden`` where the activations are read there; NaN where
-            the code refuses these, and ``None`` where the model has no such tap.
+        differences: for each place one decoder block or one token beside the right one, what is added to the scores of ``golden`` where the
+            activations are read there; NaN where the code refuses these, and ``None`` where the model has no such tap.
     """
 
     golden: GoldenCase
@@ -68,7 +68,7 @@ class GoldenScorer:
     follow_up: FollowUp | None
 
     def score(self, prompt: TokenIds, completion: TokenIds) -> GoldenRollout:
-        """Scores one rollout where the probe reads it, and at every place one block or one token off.
+        """Scores one rollout where the probe reads it, and at every place one decoder block or one token beside that.
 
         Raises:
             ValueError: the code gives scores that are not finite, or another number of scores than tokens, or no token is left to score.
@@ -121,7 +121,7 @@ class GoldenScorer:
         return np.concatenate([prompt, completion, followed]), len(prompt) + (len(completion) if self.follow_up else 0)
 
     def _activations(self, ids: NDArray[np.int64], places: Sequence[Place]) -> dict[Tap, NDArray[np.float32]]:
-        """Computes the activations at every tap of the probe, and at those taps of neighbouring places that this model has."""
+        """Computes the activations of a rollout at every tap of the probe, and at those neighbouring taps that this model has."""
         stated = [entry.tap for entry in self.inputs]
         others = {entry.tap for taps, _ in places for entry in taps} - {*stated}
         try:
@@ -164,9 +164,9 @@ class GoldenScorer:
 
 
 def neighbours(rollouts: Sequence[GoldenRollout]) -> tuple[tuple[Neighbour, ...], tuple[LeftOut, ...]]:
-    """Returns the scores of the author's code one block or one token off, for the manifest, and the places without such scores.
+    """Returns the scores that the author's code gives one decoder block or one token beside the right place, for the manifest.
 
-    Only places where every rollout has finite scores are stored.
+    Only places where every rollout has finite scores are stored; the other places are returned with the reason.
     """
     found, left_out = [], []
     for place in rollouts[0].differences if rollouts else ():

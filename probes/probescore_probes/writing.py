@@ -178,7 +178,7 @@ def write_probe(
 
 
 def _measured_tolerance(scorer: GoldenScorer, golden: Golden, file: str) -> Tolerance:
-    """Returns the usual tolerance, with more room in float32 if the reference model's own rounding needs it.
+    """Returns the default tolerance for golden scores, with more room in float32 if the reference model's own rounding needs it.
 
     A worker process may be as far off as the reference in the other direction.
 

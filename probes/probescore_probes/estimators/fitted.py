@@ -34,12 +34,12 @@ class FittedEstimator:
 
     @property
     def inner(self) -> Estimator:
-        """Holds the estimator inside all pipelines, searches and wrappers."""
+        """Holds the scikit-learn estimator inside all pipelines, searches and wrappers."""
         return self._parts[0]
 
     @property
     def steps(self) -> tuple[Estimator, ...]:
-        """Holds all affine steps in front of the innermost estimator."""
+        """Holds all affine steps in front of the innermost scikit-learn estimator."""
         return self._parts[1]
 
     def kind(self, name: str) -> str:
@@ -60,7 +60,7 @@ class FittedEstimator:
         )
 
     def part(self, estimator: Estimator) -> FittedEstimator:
-        """Returns a part of the innermost estimator, behind the same affine steps."""
+        """Returns a description of a part of the innermost scikit-learn estimator, behind the same affine steps."""
         return FittedEstimator(estimator, self.width, self.steps)
 
     def transformed(self, rows: Rows) -> Rows:
@@ -76,7 +76,7 @@ class FittedEstimator:
         return affine_map(self._behind(method), self.width)
 
     def is_logit(self) -> bool:
-        """Returns whether the second class's probability is the sigmoid of an affine decision."""
+        """Returns whether a classifier's probability of its second class is the sigmoid of an affine decision."""
         weight, _ = self.affine
         if len(weight) != 1 or not weight.any():
             return False
@@ -84,13 +84,15 @@ class FittedEstimator:
         return bool(np.allclose(1 / (1 + np.exp(-decisions[:, 0])), self._behind("predict_proba")(rows)[:, 1], rtol=1e-6, atol=1e-9))
 
     def is_softmax(self) -> bool:
-        """Returns whether the probabilities of several classes are the softmax of affine decisions, and not shares of their sigmoids."""
+        """Returns whether a classifier's probabilities of several classes are the softmax of affine decisions, and not shares of their
+        sigmoids.
+        """
         rows, decisions = self._undecided()
         softmax = np.exp(decisions) / np.exp(decisions).sum(axis=1, keepdims=True)
         return bool(np.allclose(softmax, self._behind("predict_proba")(rows), rtol=1e-6, atol=1e-9))
 
     def _undecided(self) -> tuple[Rows, Rows]:
-        """Returns rows whose decisions lie between -3 and 3, as far as such rows exist, and these decisions."""
+        """Returns rows at which a classifier's decisions lie between -3 and 3, as far as such rows exist, and these decisions."""
         weight, bias = self.affine
         wanted = np.random.default_rng(0).uniform(-3, 3, (16, len(bias)))
         rows = (wanted - bias) @ np.linalg.pinv(weight).T

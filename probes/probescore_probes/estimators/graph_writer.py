@@ -19,7 +19,7 @@ from probescore_probes.nodes import Nodes
 
 
 def second_probability(fitted: FittedEstimator, nodes: Nodes, x: str) -> str:
-    """Adds nodes for the second class's probability of a classifier of two classes, ``(N, 1)``."""
+    """Adds ONNX nodes for the second class's probability of a classifier of two classes, ``(N, 1)``."""
     inner = fitted.inner
     if name_of(inner) == "Pipeline":
         return second_probability(fitted.after_steps(), nodes, _through_steps(fitted, nodes, x))
@@ -39,7 +39,7 @@ def second_probability(fitted: FittedEstimator, nodes: Nodes, x: str) -> str:
 
 
 def probabilities(fitted: FittedEstimator, nodes: Nodes, x: str) -> str:
-    """Adds nodes for the probabilities of every class of a classifier, ``(N, classes)``."""
+    """Adds ONNX nodes for the probabilities of every class of a classifier, ``(N, classes)``."""
     inner = fitted.inner
     match name_of(inner):
         case "Pipeline":
@@ -71,7 +71,7 @@ def probabilities(fitted: FittedEstimator, nodes: Nodes, x: str) -> str:
 
 
 def decisions(fitted: FittedEstimator, nodes: Nodes, x: str) -> str:
-    """Adds nodes for the decisions of a classifier or an outlier detector that has no probabilities."""
+    """Adds ONNX nodes for the decisions of a classifier or an outlier detector that has no probabilities, ``(N, columns)``."""
     inner = fitted.inner
     match name_of(inner):
         case "Pipeline":
@@ -92,7 +92,7 @@ def decisions(fitted: FittedEstimator, nodes: Nodes, x: str) -> str:
 
 
 def predictions(fitted: FittedEstimator, nodes: Nodes, x: str) -> str:
-    """Adds nodes for the predictions of a regressor."""
+    """Adds ONNX nodes for the predictions of a regressor, ``(N, columns)``."""
     inner = fitted.inner
     match name_of(inner):
         case "Pipeline":
@@ -116,13 +116,13 @@ def predictions(fitted: FittedEstimator, nodes: Nodes, x: str) -> str:
 
 
 def _support_vector_scores(fitted: FittedEstimator, nodes: Nodes, x: str) -> str:
-    """Adds nodes for the scores of a support vector machine, ``(N, 1)``."""
+    """Adds ONNX nodes for the scores of a support vector machine, ``(N, 1)``."""
     machine, x = fitted.inner, _after_affine_steps(fitted, nodes, x)
     return kernel_scores(machine, nodes, x, machine.support_vectors_, machine.dual_coef_, machine.intercept_, machine._gamma)
 
 
 def _boosted(fitted: FittedEstimator, nodes: Nodes, x: str) -> str:
-    """Adds nodes for the raw scores of histogram-based gradient boosting, ``(N, 1)`` or ``(N, classes)``."""
+    """Adds ONNX nodes for the raw scores of histogram-based gradient boosting, ``(N, 1)`` or ``(N, classes)``."""
     inner = fitted.inner
     if inner.is_categorical_ is not None and np.any(inner.is_categorical_):
         raise ValueError(f"estimator: {described(fitted.estimator)} was fitted with categorical features, and activations are real numbers")
@@ -131,7 +131,7 @@ def _boosted(fitted: FittedEstimator, nodes: Nodes, x: str) -> str:
 
 
 def _calibrated(fitted: FittedEstimator, nodes: Nodes, x: str, member: Estimator) -> list[str]:
-    """Adds nodes for the calibrators of one member: ``(N, 1)`` for each class, or for the second of two classes alone."""
+    """Adds ONNX nodes for a calibrated classifier's member: ``(N, 1)`` for each class, or for the second of two classes alone."""
     part, calibrators = fitted.part(member.estimator), member.calibrators
     classes, by_decision = len(member.classes), hasattr(member.estimator, "decision_function")
     if len(member.estimator.classes_) != classes:
@@ -158,7 +158,7 @@ def _calibrated(fitted: FittedEstimator, nodes: Nodes, x: str, member: Estimator
 
 
 def _scaled_decision(fitted: FittedEstimator, nodes: Nodes, x: str, scale: float, shift: float) -> str:
-    """Adds nodes for ``scale · decision + shift`` of a classifier of two classes; one ``Gemm`` where the decision is linear."""
+    """Adds ONNX nodes for ``scale · decision + shift`` of a classifier of two classes; one ``Gemm`` where the decision is linear."""
     if is_linear(fitted.inner):
         weight, bias = fitted.affine
         return nodes.gemm(x, scale * weight, scale * bias + shift)
@@ -166,13 +166,13 @@ def _scaled_decision(fitted: FittedEstimator, nodes: Nodes, x: str, scale: float
 
 
 def _through_steps(fitted: FittedEstimator, nodes: Nodes, x: str) -> str:
-    """Adds nodes, made by skl2onnx, for the steps of a pipeline that are not all affine."""
+    """Adds ONNX nodes, made by skl2onnx, for the steps of a pipeline that are not all affine."""
     steps = [step for _, step in fitted.inner.steps[:-1] if step is not None and not isinstance(step, str)]
     return _converted(fitted, nodes, x, (*fitted.steps, *steps), "transform")
 
 
 def _by_skl2onnx(fitted: FittedEstimator, nodes: Nodes, x: str, method: str) -> str:
-    """Adds nodes, made by skl2onnx, for one of the estimator's methods."""
+    """Adds ONNX nodes, made by skl2onnx, for the result of one of the estimator's methods."""
     return _converted(fitted, nodes, x, (*fitted.steps, fitted.inner), method)
 
 
@@ -183,7 +183,7 @@ def _converted(fitted: FittedEstimator, nodes: Nodes, x: str, steps: Sequence[Es
 
 
 def _after_affine_steps(fitted: FittedEstimator, nodes: Nodes, x: str) -> str:
-    """Adds nodes for the affine steps in front of an estimator, ``(N, features)`` float64."""
+    """Adds ONNX nodes for the affine steps in front of an estimator, ``(N, features)`` float64."""
     x = nodes.cast(x, np.float64)
     if not fitted.steps:
         return x
@@ -195,7 +195,7 @@ def _after_affine_steps(fitted: FittedEstimator, nodes: Nodes, x: str) -> str:
 
 
 def _calibrator(nodes: Nodes, scores: str, calibrator: Estimator) -> str:
-    """Adds nodes for a fitted sigmoid or isotonic calibrator, from ``(N, 1)`` to ``(N, 1)`` float64."""
+    """Adds ONNX nodes for a fitted sigmoid or isotonic calibrator, from ``(N, 1)`` to ``(N, 1)`` float64."""
     if hasattr(calibrator, "a_"):
         weight, bias = np.array([[-calibrator.a_]], np.float64), np.array([-calibrator.b_], np.float64)
         return nodes.exact_sigmoid(nodes.gemm(scores, weight, bias, np.float64))

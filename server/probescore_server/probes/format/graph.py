@@ -95,7 +95,7 @@ class GraphSignature:
 
     @property
     def inputs(self) -> list[onnx.ValueInfoProto]:
-        """Lists the declarations of the graph's inputs in their order; a size that changes from call to call is given as a name."""
+        """Lists the declarations of a probe graph's inputs in their order; a size that changes from call to call is given as a name."""
         declare = onnx.helper.make_tensor_value_info
         values = [declare(str(tap), onnx.TensorProto.FLOAT, ("tokens", self.hidden_size)) for tap in self.taps]
         if self.cu_seqlens:
@@ -106,7 +106,7 @@ class GraphSignature:
 
     @property
     def output(self) -> onnx.ValueInfoProto:
-        """Holds the declaration of the graph's only output, ``scores``: float32, ``(tokens, labels)`` or ``(sequences, labels)``."""
+        """Holds the declaration of a probe graph's only output, ``scores``: float32, ``(tokens, labels)`` or ``(sequences, labels)``."""
         rows = "sequences" if self.per is OutputPer.ROLLOUT else "tokens"
         return onnx.helper.make_tensor_value_info(SCORES, onnx.TensorProto.FLOAT, (rows, self.labels))
 

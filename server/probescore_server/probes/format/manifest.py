@@ -30,7 +30,7 @@ MAX_INT32 = 2**31 - 1
 MAX_COUNT = 2**53 - 1
 
 MAX_NEIGHBOUR_LABELS = 256
-"""Limits for how many labels, counted from the first, a manifest stores the scores that a wrong layer or token would give."""
+"""Limits for how many labels, counted from the first, a manifest stores the scores that a wrong decoder block or token would give."""
 
 Real = Annotated[float, Field(allow_inf_nan=False, ge=-MAX_FLOAT32, le=MAX_FLOAT32)]
 Rate = Annotated[float, Field(allow_inf_nan=False, ge=0, le=1)]
@@ -101,7 +101,7 @@ class ModelReference(_ManifestPart):
 class TapInput(_ManifestPart):
     """Describes one input of the probe's graph: activations at a tap, float32, (tokens, hidden_size).
 
-    The input's name is ``hook.layer``, or ``final_norm``.
+    A tap is a hook, a point in a decoder block, and the block's index. The input's name is ``hook.layer``, or ``final_norm``.
     """
 
     hook: Hook = Field(strict=False)
@@ -254,14 +254,14 @@ class Tolerance(_ManifestPart):
 
 
 class _NeighbouringPlace(_ManifestPart):
-    """Describes a place one decoder block or one token off, where a server could read the golden rollouts by mistake."""
+    """Describes a place one decoder block or one token beside the right one, where a server could read activations by mistake."""
 
     inputs: tuple[TapInput, ...] = Field(min_length=1, strict=False, description="The taps that were read in place of the manifest's.")
     tokens: TokenShift = Field(0, description="How many tokens later the taps were read; beyond an end of the rollout, at that end.")
 
     @property
     def place(self) -> Place:
-        """Holds the taps and the token shift as one value, to be compared with those of ``neighbouring_places``."""
+        """Holds a neighbouring place's taps and token shift as one value, to be compared with those of ``neighbouring_places``."""
         return self.inputs, self.tokens
 
     def __str__(self) -> str:
@@ -270,8 +270,9 @@ class _NeighbouringPlace(_ManifestPart):
 
 
 class Neighbour(_NeighbouringPlace):
-    """Holds the scores that the author's code gives for the golden rollouts one block or one token off, which a correct server does not
-    give.
+    """Holds the scores of the golden rollouts where the author's code reads one decoder block or one token beside the right place.
+
+    A server that gives these scores reads the wrong activations.
     """
 
     differences: tuple[tuple[tuple[Real, ...], ...], ...] = Field(
@@ -281,12 +282,12 @@ class Neighbour(_NeighbouringPlace):
 
     @property
     def difference_rows(self) -> NDArray[np.float64]:
-        """Holds the differences of all golden cases as one float64 array, ``(rows, labels)``."""
+        """Holds, for all golden cases, what reading the neighbouring place adds to the scores, as one float64 array, ``(rows, labels)``."""
         return np.array([row for case in self.differences for row in case], np.float64)
 
 
 class LeftOut(_NeighbouringPlace):
-    """Names a place one block or one token off for which the manifest has no scores, and the reason."""
+    """Names a neighbouring place, one decoder block or one token beside the right one, without scores in the manifest, and the reason."""
 
     reason: Literal["no_such_tap", "not_finite"] = Field(
         description="no_such_tap: the model has no such tap; not_finite: the author's code has no finite scores there."
@@ -294,11 +295,11 @@ class LeftOut(_NeighbouringPlace):
 
 
 Place = tuple[tuple[TapInput, ...], TokenShift]
-"""States where activations are read: the taps, and how many tokens later than the token that is scored."""
+"""States where activations are read: the taps, and how many tokens after the token that is scored."""
 
 
 def neighbouring_places(inputs: Sequence[TapInput], num_hidden_layers: int) -> list[Place]:
-    """Lists the places one block or one token off from where a probe reads.
+    """Lists the places that are one decoder block or one token beside those where a probe reads.
 
     Every tap is moved one block earlier or later where the model has such a tap, all taps together and each alone; and the tokens are moved
     one earlier or later.

@@ -26,7 +26,7 @@ MAX_FILE_BYTES = 256 * 2**20
 """Limits the size of a probe file: 64 million float32 weights, as of an SAE's encoder of 16,384 features on a hidden size of 4,096."""
 
 UNSEALED = "sha256:" + "0" * 64
-"""Takes the place of a manifest's two digests until ``write_probe_file`` computes them."""
+"""Stands in the two digest fields of a probe's manifest until ``write_probe_file`` computes them."""
 
 
 @dataclass(frozen=True)

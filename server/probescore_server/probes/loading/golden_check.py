@@ -18,13 +18,16 @@ from probescore_server.validation.options import resolve_options
 from probescore_server.validation.rollouts import resolve_rollouts
 
 NEARER = 2.0
-"""States how many times nearer recomputed scores must be to the golden ones than to those of any neighbouring layer or token."""
+"""States how many times nearer recomputed scores must be to the golden ones than to those of any neighbouring decoder block or token."""
 
 SAME_SCORE = 1e-4
-"""Limits, in standard deviations, by how much equal scores may differ: plain float32 arithmetic may differ by so much."""
+"""States how many standard deviations two scores may differ and still count as equal: plain float32 arithmetic may differ by so much."""
 
 OUTLYING = 100.0
-"""Limits which scores are compared between two places: a score is left out if its distance exceeds the median by this factor."""
+"""Limits which golden scores are compared with those of a neighbouring block or token, so that a few large differences do not decide.
+
+A score is left out if the two differ by more than this many times the median difference.
+"""
 
 BEYOND_SCORES = 1e4
 """Limits how far the scores of a neighbouring place may lie from the golden ones, in multiples of the size and spread of the golden scores.
@@ -33,7 +36,10 @@ Scores farther away than that are not scores that this probe gives, and so prove
 """
 
 TELLS_BY_ITSELF = 1e-3
-"""States the largest tolerance that tells a layer or a token from its neighbour by itself, without the neighbour's scores."""
+"""States the largest tolerance, in standard deviations, that tells a decoder block or a token from its neighbour by itself.
+
+With a larger tolerance, a manifest must also have the scores of the neighbours.
+"""
 
 _OR_FLOAT32 = ", or serve it in float32"
 

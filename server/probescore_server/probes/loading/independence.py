@@ -1,5 +1,4 @@
-"""Tests whether a graph's scores depend on no more than the ``context`` of its manifest states, with rows and sequences that no example
-has.
+"""Tests, on rows and sequences that no example has, whether a graph's scores depend on more than its manifest's ``context`` states.
 
 A graph can be right for the golden rollouts and wrong for everything else: it may be tied to the sizes that it was exported with, ignore
 where a fourth sequence begins, or read neighbouring sequences. Therefore sequences of random rows are scored alone. They must have the same
@@ -24,7 +23,7 @@ from probescore_server.probes.format.graph import CU_SEQLENS, POSITIONS, GraphFa
 from probescore_server.probes.loading.random_sequences import RandomSequences, cut_sequence, join_parts, pack_sequences, sequence_length
 
 Run = Callable[[GraphInputs], NDArray[np.float32]]
-"""Computes a graph on the given inputs and returns its scores, ``(rows, labels)`` or ``(sequences, labels)`` float32.
+"""Computes a probe's graph on the given inputs and returns its scores, ``(rows, labels)`` or ``(sequences, labels)`` float32.
 
 Raises ``GraphFailed`` where the graph cannot compute them.
 """
@@ -33,9 +32,9 @@ SEQUENCES = 128
 """Limits how many sequences a graph is given in one call, both when it is tried and when it serves."""
 
 SMALLEST_CALL, QUADRATIC_CALL, LARGEST_CALL = 256, 1024, 4096
-"""Holds the numbers of rows in one call of a graph.
+"""Holds how many rows a graph is given in one call: in the smallest trial, and in the largest calls of two kinds of graphs.
 
-A graph whose memory may grow with the square of the rows is given at most ``QUADRATIC_CALL`` rows of several sequences.
+``QUADRATIC_CALL`` is for a graph whose memory may grow with the square of the rows, ``LARGEST_CALL`` for any other.
 """
 
 LONGEST_SHARE = 4
@@ -45,7 +44,7 @@ ROUNDING = 1e-4
 """Limits, in standard deviations, how much a score may depend on the other sequences of its call; every served score keeps to it."""
 
 WRONG = 1e-2
-"""States the difference, in standard deviations, from which on it cannot be rounding.
+"""States the smallest difference of scores, in standard deviations, that cannot be explained by rounding.
 
 A difference between ``ROUNDING`` and this one arises where sums run over all rows of a call; then calls are kept smaller, down to one
 sequence.
@@ -159,7 +158,10 @@ def check_author_agrees(
 
 @dataclass(frozen=True)
 class _Finding:
-    """Holds by how many standard deviations scores differ that should be equal, which promise that breaks, and in which call."""
+    """Holds the largest difference between scores that should be equal, in standard deviations.
+
+    It also names the promise that the difference breaks, and the call of the graph in which it was found.
+    """
 
     difference: float
     promise: str
@@ -172,7 +174,7 @@ class _Finding:
 
 @dataclass(frozen=True, eq=False)
 class _ScoreComparison:
-    """Compares a graph's scores with known ones.
+    """Compares the scores that a graph gives with the scores that they should be.
 
     Attributes:
         run: computes the graph.
@@ -190,7 +192,7 @@ class _ScoreComparison:
     excused: float = _EXCUSED
 
     def of_one(self, inputs: GraphInputs, rows: slice, expected: NDArray[Any], promise: str) -> _Finding:
-        """Compares some scores of a call of one sequence with the known ones."""
+        """Compares some of the scores that a graph gives for one sequence with the scores that they should be."""
         return self.of(inputs, rows, expected, lambda _: self.noise(inputs, rows), promise)
 
     def of(
@@ -201,8 +203,9 @@ class _ScoreComparison:
         noise: Callable[[NDArray[np.bool_]], NDArray[np.float64]],
         promise: str,
     ) -> _Finding:
-        """Compares some scores of one call with the known ones; ``noise`` computes how much rounding explains of those that are too far
-        off.
+        """Compares some of the scores that a graph gives in one call with the scores that they should be.
+
+        ``noise`` computes how much rounding explains of those that are too far off.
         """
         where = f"in a call of {sequence_length(inputs)} rows in {len(inputs.get(CU_SEQLENS, (0, 0))) - 1} sequences"
         try:
@@ -270,7 +273,7 @@ class _GraphTrial:
     # ------------------------------------------------------------------------------------------------------------ the comparisons
 
     def findings(self) -> Iterator[_Finding]:
-        """Yields one finding for each call of the graph whose scores are already known from other calls."""
+        """Compares the scores of many calls of the graph with those of each sequence alone, and yields a finding for each call."""
         count = len(self._sequences)
         by_length = np.argsort([-sequence_length(inputs) for inputs in self._sequences], kind="stable")
         short = by_length[count // 8 :]
@@ -306,7 +309,7 @@ class _GraphTrial:
         return self._compare.of(pack_sequences(sequences), slice(None), np.concatenate(scores), noise, promise)
 
     def _shuffled(self) -> _Finding:
-        """Compares the scores of every row among other rows than those of its own sequence."""
+        """Compares the scores of rows that are placed among the rows of other sequences with those that they had in their own sequence."""
         scores = np.concatenate(self._scores)
         order = self._random.permutation(len(scores))
         rows = {name: array[order] for name, array in pack_sequences(self._sequences).items()}
@@ -346,7 +349,7 @@ class _GraphTrial:
             ) from None
 
     def _finite(self, inputs: GraphInputs) -> NDArray[np.float32] | None:
-        """Returns the scores of a sequence by itself, or ``None`` if the graph fails on it or gives scores that are not finite."""
+        """Returns the scores of a sequence alone in a call, or ``None`` if the graph fails on it or gives scores that are not finite."""
         try:
             scores = self._run(inputs)
         except WrongShape:

@@ -29,7 +29,10 @@ def is_row_by_row(model: onnx.ModelProto, signature: GraphSignature) -> bool:
 
 
 def _followed(model: onnx.ModelProto, signature: GraphSignature) -> Value | None:
-    """Follows a graph from its inputs to its output, and returns what is known of its scores; ``None`` if nothing is."""
+    """Follows a graph from its inputs to its output, and returns whether its scores are known to have one entry for each row.
+
+    The result is ``None`` if nothing is known of the scores.
+    """
     opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 1)
     inferred = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
     shapes = {

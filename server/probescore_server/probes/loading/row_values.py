@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class RowsOnAxis:
-    """Describes a value of ``rank`` axes that has an entry for each row along ``axis``, made of that row alone."""
+    """Describes a value in a graph that has an entry for each input row along ``axis``, made of that row alone; it has ``rank`` axes."""
 
     axis: int
     rank: int
@@ -24,7 +24,7 @@ class RowsOnAxis:
 
 @dataclass(frozen=True, eq=False)
 class SameForAllInputs:
-    """Describes a value that is the same for every input of the graph, by its shape, and by its numbers where they are known."""
+    """Describes a value in a graph that is the same for every input, by its shape, and by its numbers where they are known."""
 
     shape: tuple[int, ...]
     array: NDArray[Any] | None = None
@@ -32,7 +32,7 @@ class SameForAllInputs:
 
 @dataclass(frozen=True)
 class ShapeSizes:
-    """Describes a value that holds sizes of a shape, as a vector or as one scalar; ``None`` stands for the number of rows."""
+    """Describes a value in a graph that holds sizes of a shape, as a vector or as one scalar; ``None`` stands for the number of rows."""
 
     sizes: tuple[int | None, ...]
     scalar: bool = False
@@ -42,7 +42,7 @@ Value = Union[RowsOnAxis, SameForAllInputs, ShapeSizes]
 
 
 class NotProven(Exception):
-    """Reports that nothing is certain about the result of an operator."""
+    """Reports that an operator could not be proven to compute row by row."""
 
 
 @dataclass(frozen=True, eq=False)

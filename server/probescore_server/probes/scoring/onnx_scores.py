@@ -148,7 +148,7 @@ class SessionScores:
         return _sigmoid(scores) if self._probe.as_probability else scores
 
     def _pieces(self, sequence: NDArray[np.int64]) -> list[_SequencePiece]:
-        """Cuts a sequence into the pieces that the graph is given: one if it fits into one call or must stay whole, else several."""
+        """Cuts a sequence of activation rows into the pieces that the graph is given: one if it fits into one call or must stay whole."""
         context, most = self._probe.manifest.context, self._most_rows
         seen_before = {"pointwise": 0, "causal": context.window and context.window - 1, "rollout": None}[context.kind]
         if len(sequence) <= most or seen_before is None or 2 * seen_before >= most:
@@ -161,7 +161,7 @@ class SessionScores:
         return min(MAX_ROWS_PER_CALL, self._probe.rows_per_call)
 
     def _together(self, sequences: Sequence[NDArray[np.int64]]) -> list[NDArray[np.float32] | GraphFailed]:
-        """Computes the scores of each sequence in as few calls as possible; a sequence that fails together with others is scored alone."""
+        """Computes a probe's scores of each sequence of rows in few calls; a sequence that fails together with others is scored alone."""
         scores: list[NDArray[np.float32] | GraphFailed] = []
         for batch in _batches(sequences, self._most_rows):
             scores += self._batch(batch)
@@ -286,7 +286,7 @@ def overflowing_reduction(key: str) -> str:
 
 
 def _chain(probe: LoadedProbe, scored: ScoredSegment) -> tuple[int, ...]:
-    """Returns the token segments that a probe is given, in order, to score one of them."""
+    """Returns the token segments that a probe is given, in order, to score the last of them."""
     return (*scored.before, scored.segment) if probe.manifest.context.sees_prompt else (scored.segment,)
 
 

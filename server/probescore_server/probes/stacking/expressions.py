@@ -21,19 +21,22 @@ COMPARISONS = frozenset({"Greater", "GreaterOrEqual", "Less", "LessOrEqual"})
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """Stands for the result of the affine map, ``(…, width)``."""
+    """Stands for the result of the affine map, ``(…, width)``, in the expression of an activation function."""
 
 
 @dataclass(frozen=True, slots=True)
 class Constant:
-    """Stands for a constant with a number for each column, ``(width,)``; it has a number, or a name while a graph is read."""
+    """Stands for a constant, with a number for each column, ``(width,)``, in the expression of an activation function.
+
+    ``name`` is the constant's number, or its name while a graph is read.
+    """
 
     name: int | str
 
 
 @dataclass(frozen=True, slots=True)
 class Apply:
-    """Applies an operator to arguments.
+    """Applies an operator to arguments in the expression of an activation function.
 
     The operator is one of ``OPERATORS``; ``Cast``, from true and false to 1 and 0; or ``TopK``, which is true where a number is among the
     ``k`` largest of its row, the first where several are equal.

@@ -34,28 +34,28 @@ def read_network(model: onnx.ModelProto, signature: GraphSignature) -> Network |
 
 @dataclass(frozen=True, eq=False)
 class _JoinedColumns:
-    """Describes values placed side by side, ``(tokens, sum of their widths)``."""
+    """Describes a value in a graph that is several values placed side by side, ``(tokens, sum of their widths)``."""
 
     parts: tuple[RowValue, ...]
 
 
 @dataclass(frozen=True, eq=False)
 class _Shape:
-    """Describes a value that is the shape of ``(tokens, width)``."""
+    """Describes a value in a graph that is the shape of another one, ``(tokens, width)``."""
 
     width: int
 
 
 @dataclass(frozen=True, eq=False)
 class _Zeros:
-    """Describes a value of zeros, ``(tokens, width)``."""
+    """Describes a value in a graph that is zeros, ``(tokens, width)``."""
 
     width: int
 
 
 @dataclass(frozen=True, eq=False)
 class _LargestPlaces:
-    """Describes a value that holds the places of the largest numbers of each row, as ``TopK`` returns them."""
+    """Describes a value in a graph that holds the places of the largest numbers of each row, as ``TopK`` returns them."""
 
     affine: Affine
     kept: Expression

@@ -73,7 +73,7 @@ class Affine:
 
     @property
     def width(self) -> int:
-        """Holds the width of the map's result."""
+        """Holds the width of the affine map's result."""
         return len(self.bias)
 
 
@@ -97,7 +97,7 @@ class RowValue:
 
     @classmethod
     def of_tap(cls, hidden_size: int) -> RowValue:
-        """Returns the value that stands for the activations themselves."""
+        """Returns the value that stands for the activations at a tap, ``(tokens, hidden_size)``, before anything is computed from them."""
         zeros, ones = np.zeros(hidden_size), np.ones(hidden_size)
         return cls(Affine((), ones, zeros, zeros, ones), Input(), {})
 
@@ -132,9 +132,7 @@ def _settled(value: RowValue) -> RowValue:
 
 
 def _scale_and_shift(parent: Apply, constants: Mapping[str, Array]) -> tuple[Array, Array] | None:
-    """Returns by what an operator multiplies its only input that is not a constant, and what it then adds; ``None`` if it does other
-    things.
-    """
+    """Returns the factor and the summand with which an operator changes its only non-constant input; ``None`` for other operators."""
     first, *others = parent.arguments
     if parent.operator == "Neg":
         return np.array([-1.0]), np.zeros(1)
@@ -174,7 +172,7 @@ def _numbered(expression: Expression, names: dict[str, int]) -> Expression:
 
 
 def mapped(value: RowValue, weight: Array, bias: Array, axes: str = "rows") -> RowValue:
-    """Applies ``weight · value + bias``: within the same layer if only an affine map comes before, else as a new layer.
+    """Applies ``weight · value + bias`` while a graph is read as layers: within the same layer after an affine map, else as a new layer.
 
     Args:
         value: the value to map, with axes ``rows``.
@@ -205,7 +203,7 @@ def mapped(value: RowValue, weight: Array, bias: Array, axes: str = "rows") -> R
 
 
 def selected(value: RowValue, columns: Array, axes: str = "rows") -> RowValue:
-    """Selects some columns of a value, in the order given.
+    """Selects some columns of a value while a graph is read as layers, in the order given.
 
     Args:
         value: the value to select from, with axes ``rows``.

@@ -19,7 +19,7 @@ from probescore_server.probes.stacking.expressions import Apply, Constant, Expre
 from probescore_server.probes.stacking.network import Layer
 
 MAX_INNER_NUMBERS = 1 << 23
-"""Limits how many results between layers are held at once, 32 MiB; longer inputs are computed in pieces."""
+"""Limits how many results between the layers of stacked networks are held at once, 32 MiB; longer inputs are computed in pieces."""
 
 Layers = tuple[Layer, ...]
 
@@ -65,7 +65,7 @@ class Stack:
 
     @torch.inference_mode()
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
-        """Computes the scores ``(n, sum of labels)`` of activations ``(n, width)``."""
+        """Computes the scores of all networks, ``(n, sum of labels)``, from activations ``(n, width)``."""
         if len(self.parts) == 1 and list(self.members[0]) == list(range(len(self.labels))):
             return self.parts[0](rows)
         scores = rows.new_empty((len(rows), sum(self.labels)))
@@ -77,11 +77,11 @@ class Stack:
 
     @property
     def inner_numbers(self) -> int:
-        """Holds how many results between layers are computed for each row."""
+        """Holds how many results between the layers of all networks are computed for each row."""
         return sum(part.inner_numbers for part in self.parts)
 
     def tensors(self) -> Iterator[torch.Tensor]:
-        """Yields every tensor that the stack holds on its device."""
+        """Yields every tensor that the stacked networks hold on their device."""
         for part in self.parts:
             yield from part.tensors()
 
@@ -222,7 +222,7 @@ def _shape(layers: Layers) -> object:
 
 
 def _used(layers: Layers) -> NDArray[np.bool_]:
-    """Returns which results of the first layer the second one reads, ``(out,)`` bool."""
+    """Returns which results of a network's first layer the second one reads, ``(out,)`` bool."""
     if takes_whole_rows(layers[0].activation):
         return np.ones(len(layers[0].bias), np.bool_)
     used = (layers[1].weight != 0).any(axis=0)
@@ -247,7 +247,7 @@ def _shared(networks: Sequence[Layers], device: torch.device) -> _SharedFirstLay
 
 
 def _narrowed(layers: Layers, used: NDArray[np.bool_]) -> Layers:
-    """Removes the results of the first layer that are not used."""
+    """Removes those results of a network's first layer that are not used."""
     if used.all():
         return layers
     first, second = layers[0], layers[1]
@@ -257,7 +257,7 @@ def _narrowed(layers: Layers, used: NDArray[np.bool_]) -> Layers:
 
 
 def _pruned(layers: Layers) -> Layers:
-    """Removes every layer's results that no later layer reads."""
+    """Removes those results of each layer of a network that no later layer reads."""
     if len(layers) == 1:
         return layers
     later = (layers[0], *_pruned(layers[1:]))
