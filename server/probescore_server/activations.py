@@ -96,7 +96,7 @@ def matching_taps(patterns: Sequence[str | Tap] | str | Tap, known: Sequence[Tap
     for index, pattern in enumerate([patterns] if isinstance(patterns, str | Tap) else patterns):
         meant = [tap for tap in known if fnmatch.fnmatchcase(str(tap), str(pattern))]
         if not meant:
-            raise InvalidRequest(f"taps[{index}]", f"{str(pattern)[:100]!r} is none of {whose}: {_shown(known)}", "UNKNOWN_TAP")
+            raise InvalidRequest(f"taps[{index}]", f"{str(pattern)[:100]!r} is none of {whose}: {_shown(known)}")
         found.update(dict.fromkeys(meant))
     if not found:
         raise InvalidRequest("taps", f"at least one is needed; {whose} are {_shown(known)}")
