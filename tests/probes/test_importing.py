@@ -60,7 +60,7 @@ def test_a_served_import_equals_an_independent_formula(case, reference, rollouts
     answers = [group[0]["imported"] for group in engine.score(groups, token_scores=() if pools else "all").groups]
     expected = [np.asarray(case.scores(read_by_hugging_face(*rollout))) for rollout in rollouts]
     if pools or expected[0].ndim == 0 or expected[0].shape[0] != len(rollouts[0][1]):
-        found = np.array([np.asarray(answer.values).reshape(-1) for answer in answers])
+        found = np.array([answer.reduced[0].reshape(-1) for answer in answers])
         wanted = np.array([each.reshape(-1) for each in expected])
     else:
         found = np.concatenate([answer.tokens for answer in answers])

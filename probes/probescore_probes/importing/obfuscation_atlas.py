@@ -159,7 +159,7 @@ class _Pooled(nn.Module):
         """Logits ``(N, 1)``, or ``(S, 1)`` where the aggregator pools heads apart."""
         x = given[0]
         if self.normalise == "l2":
-            x = x / ((x * x).sum(-1, keepdim=True).sqrt() + _L2_EPS)
+            x = _over(x, (x * x).sum(-1, keepdim=True).sqrt(), _L2_EPS)
         elif self.normalise == "unit_norm":
             x = x / self.scale
         query, value = self.scores(x, given[1]) if self.attends else self.scores(x)
@@ -176,7 +176,7 @@ class _Pooled(nn.Module):
             return torch.einsum("shn,nh->sh", share, value)
         share = share.masked_fill(~inside[:, None], 0.0).sum(0).T
         band = seen(value, cu_seqlens, self.window).float()
-        averages = (band @ (share * value)) / (band @ share + _WINDOW_EPS)
+        averages = _over(band @ (share * value), band @ share, _WINDOW_EPS)
         row = torch.arange(value.shape[0])
         sequence = sequence_of(row, cu_seqlens)
         start, end = cu_seqlens[:-1][sequence], cu_seqlens[1:][sequence]
@@ -418,6 +418,11 @@ def _aggregated(query: Array, value: Array, aggregator: str, window: int) -> Any
     shares, values = (np.lib.stride_tricks.sliding_window_view(array, window, axis=0) for array in (share, value))
     averages = (shares / (shares.sum(-1, keepdims=True) + _WINDOW_EPS) * values).sum(-1)
     return averages.max(0).sum()
+
+
+def _over(x: Tensor, y: Tensor, eps: float) -> Tensor:
+    """``x / (y + eps)``, written so that exporters, which leave out what they take for ``+ 0``, keep it."""
+    return (x / eps) / (y / eps + 1)
 
 
 def _largest(value: Tensor, inside: Tensor) -> Tensor:
