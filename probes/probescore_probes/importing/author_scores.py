@@ -108,8 +108,13 @@ def compared(scorer: GoldenScorer, reduction: str | None, given: Sequence[Author
     comparison = _Comparison(scorer, reduction, cases, expected)
     stated = comparison.at("where it was imported to", "", [(scorer.inputs, 0)])[0]
     if stated is not None and stated.off <= AGREES:
-        rival = min(comparison.neighbours(), key=lambda found: found.off, default=None)
-        if rival is not None and rival.off < _CLEARLY * stated.off and rival.off <= AGREES:
+        blocks_off = comparison.neighbours(tokens_too=False)
+        # what is no more than rounding may also be a small mistake, which another reading does not make
+        others = comparison.others() if stated.off > EXACT else ()
+        if any(_CLEARLY * found.off < stated.off for found in (*blocks_off, *others)):
+            raise _refusal(comparison, stated, len(expected), file)
+        rival = min(blocks_off, key=lambda found: found.off, default=None)
+        if rival is not None and rival.off < _CLEARLY * stated.off:
             raise ValueError(
                 f"author_scores: those of {rival.where} agree as well (off by {rival.off:.2g} standard deviations, {stated.off:.2g} as "
                 "imported), so that they do not tell which is right; give more of them, in float32"
@@ -162,9 +167,10 @@ class _Comparison:
         """Read elsewhere, a comparison for each place: of all rollouts for one place, of the first few for many."""
         return self._compare(self._scorer, places, [(where, remedy)] * len(places), self._reduction)
 
-    def neighbours(self) -> list[_Found]:
-        """One block or one token off."""
-        places = neighbouring_places(self._scorer.inputs, self._scorer.reference.reference.num_hidden_layers)
+    def neighbours(self, *, tokens_too: bool = True) -> list[_Found]:
+        """One block off, or one token."""
+        every = neighbouring_places(self._scorer.inputs, self._scorer.reference.reference.num_hidden_layers)
+        places = [place for place in every if tokens_too or not place[1]]
         said = [(_named(place), _remedy(place)) for place in places]
         return [found for found in self._compare(self._scorer, places, said, self._reduction) if found is not None]
 
