@@ -201,7 +201,9 @@ def lie_detector(kind: str) -> Callable[[Path, np.random.Generator], Case]:
     return make
 
 
-def sae(version: int, architecture: str, normalise: str = "none", hook: str = "hook_resid_post", subtract: bool = True, rescale: bool = False):
+def sae(
+    version: int, architecture: str, normalise: str = "none", hook: str = "hook_resid_post", subtract: bool = True, rescale: bool = False
+):
     def make(folder: Path, r: np.random.Generator) -> Case:
         width, features, k = 24, [3, 11], 6
         enc, b_enc, dec, b_dec = normal(r, D, width), normal(r, width), normal(r, width, D), normal(r, D)
@@ -215,12 +217,22 @@ def sae(version: int, architecture: str, normalise: str = "none", hook: str = "h
         common = {"d_in": D, "d_sae": width, "dtype": "float32", "device": "cpu", "apply_b_dec_to_input": subtract}
         common["normalize_activations"] = normalise
         if version == 6:
-            config = common | {"architecture": architecture, "reshape_activations": "none", "metadata": hooked | {"sae_lens_version": "6.1.0"}}
+            config = common | {
+                "architecture": architecture,
+                "reshape_activations": "none",
+                "metadata": hooked | {"sae_lens_version": "6.1.0"},
+            }
             config |= {"k": k, "rescale_acts_by_decoder_norm": rescale} if architecture == "topk" else {}
         else:
             of_topk = {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": k}, "architecture": "standard"}
-            kind = of_topk if architecture == "topk" else {"activation_fn_str": "relu", "activation_fn_kwargs": {}, "architecture": architecture}
-            config = common | kind | hooked | {"hook_layer": 1, "hook_head_index": None, "finetuning_scaling_factor": False, "context_size": 128}
+            kind = (
+                of_topk
+                if architecture == "topk"
+                else {"activation_fn_str": "relu", "activation_fn_kwargs": {}, "architecture": architecture}
+            )
+            config = (
+                common | kind | hooked | {"hook_layer": 1, "hook_head_index": None, "finetuning_scaling_factor": False, "context_size": 128}
+            )
         written(folder / "cfg.json", config)
 
         def scores(read: Read) -> Array:
@@ -303,7 +315,9 @@ def attention_probe(mlp: bool) -> Callable[[Path, np.random.Generator], Case]:
 def mass_mean(folder: Path, r: np.random.Generator) -> Case:
     directions, layers = normal(r, 3, D), [1, 2, 4]
     file = saved(folder / "strict_probe.mmpprobe", {"direction": tensor(directions), "layers": layers})
-    written(folder / "probe_rh_summary_stats.json", {"strict_probe.mmpprobe": {"4": {"strict_threshold": 0.3, "strict_roc_auc_score": 0.9}}})
+    written(
+        folder / "probe_rh_summary_stats.json", {"strict_probe.mmpprobe": {"4": {"strict_threshold": 0.3, "strict_roc_auc_score": 0.9}}}
+    )
     return Case(file, lambda read: read.state(4).mean(0) @ directions[2], {"taps": ["hidden_states[4]"]})
 
 
@@ -323,7 +337,11 @@ def atlas(kind: str, aggregator: str = "mean", normalise: str = "none", layer: i
         state, init, score, heads = ATLAS[kind](r)
         state |= {"input_scale": torch.tensor(scale), "platt_A": torch.tensor(a), "platt_B": torch.tensor(b)}
         saved(folder / f"layer_{layer}" / "model.pt", state)
-        config = {"class_name": kind, "module": "obfuscation_atlas.detectors.probe_archs", "init_args": init | {"normalize_input": normalise}}
+        config = {
+            "class_name": kind,
+            "module": "obfuscation_atlas.detectors.probe_archs",
+            "init_args": init | {"normalize_input": normalise},
+        }
         written(folder / f"layer_{layer}" / "config.json", config)
         a32, b32 = float(np.float32(a)), float(np.float32(b))
 
@@ -481,7 +499,12 @@ def sing_probe(kind: str, activation: str = "gelu", window: int | None = None) -
             config |= {"intermediate_size": 8, "hidden_act": activation, "labels": ["risk", "unsafe"]}
         else:
             state = _layers(r, classifier=(labels, inner)) | {"norm.weight": tensor(1 + 0.2 * normal(r, inner))}
-            for name, shape in (("proj_q", (inner, width)), ("proj_k", (size, width)), ("proj_v", (size, width)), ("o_proj", (inner, inner))):
+            for name, shape in (
+                ("proj_q", (inner, width)),
+                ("proj_k", (size, width)),
+                ("proj_v", (size, width)),
+                ("o_proj", (inner, inner)),
+            ):
                 state[f"{name}.weight"] = tensor(normal(r, *shape) / np.sqrt(shape[1]))
             config |= {"num_attention_heads": heads, "head_dim": size, "sliding_window": window}
         save_file(state, folder / "model.safetensors")

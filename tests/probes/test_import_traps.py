@@ -31,7 +31,6 @@ from foreign_probes import (
     saved,
     sing_probe,
     standardised,
-    tensor,
     written,
 )
 from models import BOS, VOCAB_SIZE, tiny_model
@@ -325,7 +324,9 @@ def test_version_5_normalised_by_true_is_the_average_that_is_not_in_the_file(ref
     assert "expected_average_only_in" in refused(case)
 
 
-@pytest.mark.parametrize(("version", "prepend_bos", "expects"), [(5, True, True), (6, True, True), (6, False, False), (5, None, True), (6, None, None)])
+@pytest.mark.parametrize(
+    ("version", "prepend_bos", "expects"), [(5, True, True), (6, True, True), (6, False, False), (5, None, True), (6, None, None)]
+)
 def test_prepend_bos_is_expects_bos(imported, refused, tmp_path, version, prepend_bos, expects):
     case = make(sae(version, "standard"), tmp_path)
     config = json.loads((tmp_path / "cfg.json").read_text())
@@ -522,7 +523,9 @@ def test_half_precision_agrees_and_says_so(imported, direction, reference):
     noisy = author_scores(reference, GOLDEN, w, "resid_post.1")
     spread = np.std(np.concatenate([one.token_scores for one in noisy]))
     r = np.random.default_rng(0)
-    given = [AuthorScores(o.prompt_ids, o.completion_ids, o.token_scores + 0.02 * spread * r.standard_normal(len(o.token_scores))) for o in noisy]
+    given = [
+        AuthorScores(o.prompt_ids, o.completion_ids, o.token_scores + 0.02 * spread * r.standard_normal(len(o.token_scores))) for o in noisy
+    ]
     assert "as half precision gives" in imported(case, author_scores=given).notes[0]
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -12,7 +10,7 @@ from models import BOS, VOCAB_SIZE, tiny_model
 from transformers import AutoModelForCausalLM
 
 from probescore import Completion, RolloutGroup
-from probescore_probes.importing import NOT_COMPARED, AuthorScores, import_probe
+from probescore_probes.importing import NOT_COMPARED, import_probe
 from probescore_server import Engine
 
 Rollout = tuple[list[int], list[int]]
