@@ -11,7 +11,8 @@ import numpy as np
 from sampling import SampledRollout
 from sklearn.linear_model import LogisticRegression
 
-from probescore_probes import CalibrationRecord, ReferenceModel, Training, calibrate, sklearn_probe, write_probe
+from probescore_audit import CalibratedThreshold, calibrate
+from probescore_probes import ReferenceModel, Training, sklearn_probe, write_probe
 
 TAP = "resid_post.1"
 REDUCTION = "mean"
@@ -24,7 +25,7 @@ GOLDEN = 4
 
 def write_fitted_probe(
     path: Path, directory: Path, rollouts: Sequence[SampledRollout], seed: int, on_read: Callable[[], None]
-) -> CalibrationRecord:
+) -> CalibratedThreshold:
     """Fits on most of these rollouts' problems, calibrates on the others, writes the probe file, and returns its threshold.
 
     The served score of a rollout is the mean of its tokens' logits. A linear probe of the mean activation gives the same number, so that is

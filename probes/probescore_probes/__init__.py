@@ -19,7 +19,6 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from probescore_probes.calibration import calibrate, evaluate_auroc
     from probescore_probes.exporting import ProbeFunction, linear_probe, onnx_probe, sklearn_probe, torch_probe
     from probescore_probes.reference import ReferenceModel, reference_activations
     from probescore_probes.writing import write_probe
@@ -38,9 +37,7 @@ __all__ = [
     "ReferenceModel",
     "Tolerance",
     "Training",
-    "calibrate",
     "check_against_model",
-    "evaluate_auroc",
     "linear_probe",
     "model_fingerprint",
     "onnx_probe",
@@ -53,7 +50,6 @@ __all__ = [
 ]
 
 _MODULES = {
-    "probescore_probes.calibration": ("calibrate", "evaluate_auroc"),
     "probescore_probes.exporting": ("ProbeFunction", "linear_probe", "onnx_probe", "sklearn_probe", "torch_probe"),
     "probescore_probes.reference": ("ReferenceModel", "reference_activations"),
     "probescore_probes.writing": ("write_probe",),

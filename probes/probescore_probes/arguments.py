@@ -1,26 +1,42 @@
-"""What authors hand over, read into arrays and value types, or refused in their words: the argument, its value, what to give instead.
+"""What authors of probes hand over, read into arrays and value types, or refused in words: the argument, its value, what to give instead.
 
-A value of another kind is a ``TypeError``, one that is wrong a ``ValueError``. Whatever holds numbers is taken: lists, tuples, numpy
-arrays of any integer or floating dtype, torch tensors on any device, with gradients or without.
+Numbers and text are read as ``probescore_audit.arguments`` reads them; added here is what is of a model and its probes: ids, taps, units.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, get_args
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from probescore.reductions import Reduction
 from probescore.types import ScoreUnit, Tap
+from probescore_audit.arguments import array_of, described, kind_of, named, of_kind, real, reduction, shown, text
 from probescore_server.probes.format.manifest import TapInput
+
+__all__ = [
+    "Vocabulary",
+    "flag",
+    "kind_of",
+    "named",
+    "numbers",
+    "of_kind",
+    "real",
+    "reduction",
+    "rollouts",
+    "sequence",
+    "shown",
+    "tap",
+    "taps",
+    "text",
+    "token_ids",
+    "unit",
+]
 
 HOOKS: tuple[str, ...] = get_args(TapInput.model_fields["hook"].annotation)
 
-_Kind = TypeVar("_Kind")
 _Given = Any  # whatever an author hands over
 
 
@@ -37,53 +53,9 @@ class Vocabulary:
     placeholders: Mapping[int, str] = field(default_factory=dict)
 
 
-def shown(value: _Given) -> str:
-    """A value as it is put into a message: short, on one line."""
-    if hasattr(value, "shape") and hasattr(value, "dtype"):
-        return f"{type(value).__name__} of shape {tuple(value.shape)} and dtype {value.dtype}"
-    written = value.__name__ if isinstance(value, type) else repr(value)
-    written = " ".join(written.split())
-    return written if len(written) <= 80 else written[:77] + "…"
-
-
-def kind_of(value: _Given) -> str:
-    """``None``, or the name of a type with its article."""
-    if value is None:
-        return "None"
-    name = f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
-    return name if isinstance(value, type) else f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
-
-
-def of_kind(value: _Given, argument: str, kind: type[_Kind], remedy: str) -> _Kind:
-    """A value of one type.
-
-    Raises:
-        TypeError: it is of another.
-    """
-    if not isinstance(value, kind):
-        raise TypeError(f"{argument}: {kind_of(value)} ({shown(value)}); {remedy}")
-    return value
-
-
 def flag(value: _Given, argument: str) -> bool:
     """True or false, numpy's too."""
-    return bool(of_kind(value, argument, (bool, np.bool_), "give True or False"))  # type: ignore[arg-type]
-
-
-def text(value: _Given, argument: str, longest: int | None = None) -> str:
-    """Text of at most so many characters."""
-    written = of_kind(value, argument, str, "give text")
-    if longest is not None and len(written) > longest:
-        raise ValueError(f"{argument}: {len(written)} characters ({shown(written)}); give at most {longest}")
-    return written
-
-
-def named(value: _Given, argument: str, pattern: str, rule: str) -> str:
-    """Text of a pattern that ``rule`` says in words."""
-    written = text(value, argument)
-    if not re.fullmatch(pattern, written):
-        raise ValueError(f"{argument}: {shown(written)}; give {rule}")
-    return written
+    return bool(of_kind(value, argument, (bool, np.bool_), "give True or False"))
 
 
 def unit(value: _Given, argument: str) -> ScoreUnit:
@@ -95,21 +67,6 @@ def unit(value: _Given, argument: str) -> ScoreUnit:
         return ScoreUnit(value)
     except ValueError:
         raise ValueError(f"{argument}: {shown(value)}; give one of {units}") from None
-
-
-def reduction(value: _Given, argument: str) -> str:
-    """A reduction as text; a ``Reduction`` too.
-
-    Raises:
-        TypeError: it is neither.
-        ValueError: there is no such reduction.
-    """
-    if not isinstance(value, (str, Reduction)):
-        raise TypeError(f'{argument}: {kind_of(value)} ({shown(value)}); give a reduction as text, such as "mean" or "topk_mean(8)"')
-    try:
-        return str(Reduction.parse(str(value)))
-    except ValueError as error:
-        raise ValueError(f"{argument}: {shown(value)}: {error}") from None
 
 
 def sequence(value: _Given, argument: str, of: str, example: str) -> list[Any]:
@@ -149,60 +106,6 @@ def numbers(value: _Given, argument: str, what: str) -> NDArray[np.float64]:
     return array
 
 
-def real(value: _Given, argument: str, what: str) -> NDArray[np.float64]:
-    """Real numbers of any shape, in float64; NaN and infinities are left to the caller.
-
-    Raises:
-        TypeError: these are no numbers.
-        ValueError: they do not form one shape.
-    """
-    array = _array(value, argument, what)
-    if array.dtype.kind not in "fiu":
-        raise TypeError(f"{argument}: {_described(value, array)}; give {what} as floating-point numbers")
-    return array.astype(np.float64)
-
-
-def number(value: _Given, argument: str, what: str) -> float:
-    """A single real number; NaN and infinities are left to the caller."""
-    if isinstance(value, (bool, np.bool_)):
-        raise TypeError(f"{argument}: {shown(value)}; give {what}")
-    array = real(value, argument, what)
-    if array.size != 1:
-        raise ValueError(f"{argument}: {array.size} numbers; give {what}")
-    return float(array.reshape(()))
-
-
-def _array(value: _Given, argument: str, what: str) -> NDArray[Any]:
-    """As numpy has it; of objects only if they are numbers."""
-    if value is None or isinstance(value, (str, bytes, Mapping, set, frozenset, Iterator)):
-        raise TypeError(f"{argument}: {kind_of(value)} ({shown(value)}); give {what} as a list or an array")
-    if callable(getattr(value, "detach", None)):  # a torch tensor: of a dtype that numpy may lack, or with gradients, or elsewhere
-        value = value.detach().cpu()
-        value = value.float().numpy() if value.is_floating_point() and value.element_size() < 4 else value.numpy()
-    elif isinstance(value, Sequence) and any(callable(getattr(entry, "detach", None)) for entry in value):
-        value = [_array(entry, argument, what) for entry in value]
-    try:
-        array = np.asarray(value)
-    except (ValueError, TypeError, OverflowError):
-        raise ValueError(f"{argument}: lists of different lengths or depths; give {what} in one shape") from None
-    if array.dtype.kind == "O":
-        if not all(isinstance(entry, (int, float, np.number)) and not isinstance(entry, bool) for entry in array.ravel()):
-            raise TypeError(f"{argument}: {_described(value, array)}; give {what} in one shape, as numbers")
-        try:
-            array = np.array(array.tolist())
-        except (ValueError, OverflowError):
-            array = array.astype(np.float64)
-    return array
-
-
-def _described(value: _Given, array: NDArray[Any]) -> str:
-    if array.dtype.kind == "O":
-        odd = next((entry for entry in array.ravel() if not isinstance(entry, (int, float, np.number)) or isinstance(entry, bool)), None)
-        return f"an entry is {kind_of(odd)} ({shown(odd)})" if array.ndim else f"{kind_of(value)} ({shown(value)})"
-    kinds = {"U": "text", "S": "bytes", "b": "True and False", "c": "complex numbers", "f": "floating-point numbers"}
-    return f"{kinds.get(array.dtype.kind, f'numbers of dtype {array.dtype}')} ({shown(value)})"
-
-
 # ------------------------------------------------------------------------------------------------------------------- tokens and taps
 
 
@@ -220,7 +123,7 @@ def token_ids(value: _Given, argument: str, vocabulary: Vocabulary, *, may_be_em
         )
     if isinstance(value, Mapping) or hasattr(value, "input_ids"):
         raise TypeError(f"{argument}: {kind_of(value)}; give its ids: encoding['input_ids']")
-    array = _array(value, argument, what)
+    array = array_of(value, argument, what)
     if array.ndim != 1:
         shape = f"shape {array.shape}" if array.ndim else shown(value)
         raise ValueError(f"{argument}: {shape}; give the ids of one sequence, (T,){', such as ids[0]' if array.ndim > 1 else ''}")
@@ -229,7 +132,7 @@ def token_ids(value: _Given, argument: str, vocabulary: Vocabulary, *, may_be_em
             return np.zeros(0, np.int64)
         raise ValueError(f"{argument}: no ids; give at least one")
     if array.dtype.kind not in "iu":
-        raise TypeError(f"{argument}: {_described(value, array)}; give {what}, which are whole numbers of an integer dtype")
+        raise TypeError(f"{argument}: {described(value, array)}; give {what}, which are whole numbers of an integer dtype")
     outside = (array < 0) | (array >= vocabulary.size)
     if outside.any():
         index = int(np.argmax(outside))

@@ -18,7 +18,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from probescore.types import ScoreUnit
 from probescore_probes import arguments
-from probescore_probes.estimators import FEATURES, EstimatorScores, estimator_scores, quietly
+from probescore_probes.estimators.scores import FEATURES, EstimatorScores, estimator_scores
+from probescore_probes.exporter_warnings import quietly
 from probescore_probes.nodes import ML_OPSET, OPSET
 from probescore_server.probes.format.graph import CU_SEQLENS, POSITIONS, SCORES, GraphInputs, Signature
 
@@ -80,7 +81,7 @@ def torch_probe(module: torch.nn.Module, *, unit: ScoreUnit) -> ProbeFunction:
     """A module called with the taps' activations in order, then ``cu_seqlens`` and ``positions`` if the probe takes them.
 
     The module runs in evaluation mode and float32. It is exported by ``torch.export``, so that Python control flow must not depend on
-    values; ``docs/reference/probe-file.md`` shows attention written over ``cu_seqlens``.
+    values; ``docs/how-to/write-a-probe-over-tokens.md`` shows attention written over ``cu_seqlens``.
 
     Raises:
         TypeError: ``module`` is no module, or ``unit`` no unit.
@@ -106,7 +107,7 @@ def sklearn_probe(estimator: BaseEstimator) -> ProbeFunction:
 
     Linear classifiers of two classes (alone or behind scalers) score by their ``decision_function``, a logit where its sigmoid is their
     probability; other classifiers by ``predict_proba`` if they have it (for two classes that of the second, else one label per class);
-    regressors by ``predict``. ``docs/reference/probe-file.md`` has a table of all.
+    regressors by ``predict``. ``docs/reference/estimators.md`` has a table of all.
 
     Raises:
         TypeError: it is no estimator.
@@ -220,8 +221,8 @@ def _torch_graph(scorer: _ScoresModule, signature: Signature) -> onnx.ModelProto
         name = type(scorer.module).__name__
         raise ValueError(
             f"module: {name} cannot be exported to ONNX ({type(error).__name__}): its forward must not depend on numbers "
-            "by Python's if, for or .item(), and must take any number of tokens; docs/reference/probe-file.md shows how attention is "
-            "written"
+            "by Python's if, for or .item(), and must take any number of tokens; "
+            "docs/how-to/write-a-probe-over-tokens.md shows how attention is written"
         ) from error
     return _declared(program.model_proto, signature)
 

@@ -12,6 +12,7 @@ from onnx.inliner import inline_local_functions
 
 from probescore.reductions import Reduction
 from probescore.types import OutputPer, ScoreUnit, Tap, TokenIds
+from probescore_audit import Auroc, CalibratedThreshold
 from probescore_probes import arguments
 from probescore_probes import writing_arguments as given
 from probescore_probes.exporting import ProbeFunction
@@ -62,8 +63,8 @@ def write_probe(
     exclude_special_tokens: bool = False,
     expects_bos: bool | None = None,
     follow_up: FollowUp | None = None,
-    calibrations: Sequence[CalibrationRecord] = (),
-    evaluations: Sequence[Evaluation] = (),
+    calibrations: Sequence[CalibratedThreshold | CalibrationRecord] = (),
+    evaluations: Sequence[Auroc | Evaluation] = (),
     training: Training | None = None,
     tolerance: Tolerance | None = None,
     description: str = "",
@@ -89,8 +90,8 @@ def write_probe(
             their ids, so that another tokenizer's padding token changes nothing.
         expects_bos: whether prompts start with BOS; ``None`` = not checked.
         follow_up: tokens that the server appends to a completion; the probe reads those instead.
-        calibrations: thresholds, from ``calibrate``.
-        evaluations: qualities, from ``evaluate_auroc``.
+        calibrations: thresholds from ``probescore_audit.calibrate``, or the manifest's own records, such as those of another probe file.
+        evaluations: qualities from ``probescore_audit.evaluate_auroc``, or the manifest's own records, which may be of any metric.
         training: where the probe comes from.
         tolerance: how far a server's scores may be from the golden ones; by default that of ``Tolerance``, and more in float32 where the
             reference itself is less exact, which is measured in float64.
@@ -112,7 +113,8 @@ def write_probe(
         if tap in read[:index]:
             raise ValueError(f"taps[{index}]: {tap} for the second time; give each tap once")
     labels = given.read_labels(labels)
-    given.check_parts(context, follow_up, training, tolerance, calibrations, evaluations, labels, reference)
+    given.check_parts(context, follow_up, training, tolerance, reference)
+    records, qualities = given.read_calibrations(calibrations, labels), given.read_evaluations(evaluations)
     positions, exclude_special_tokens = (
         arguments.flag(positions, "positions"),
         arguments.flag(exclude_special_tokens, "exclude_special_tokens"),
@@ -146,8 +148,8 @@ def write_probe(
         exclude_special_tokens=exclude_special_tokens,
         special_token_ids=reference.special_token_ids if exclude_special_tokens else None,
         follow_up=follow_up,
-        calibrations=tuple(calibrations),
-        evaluations=tuple(evaluations),
+        calibrations=records,
+        evaluations=qualities,
         training=training or Training(),
         golden=Golden(
             cases=tuple(rollout.golden for rollout in rollouts), tolerance=tolerance or Tolerance(), neighbours=beside, left_out=left_out

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from probescore.types import ScoreUnit, Tap
+from probescore_audit import Auroc, CalibratedThreshold
 from probescore_probes import arguments
 from probescore_probes.exporting import ProbeFunction
 from probescore_probes.reference import ReferenceModel
@@ -20,6 +21,7 @@ from probescore_server.probes.format.graph import CU_SEQLENS, POSITIONS, GraphIn
 from probescore_server.probes.format.manifest import CalibrationRecord, Context, Evaluation, FollowUp, Tolerance, Training
 
 _Given = Any  # whatever an author hands over
+_Record = TypeVar("_Record", CalibrationRecord, Evaluation)
 
 _NAME = r"[a-z0-9][a-z0-9._-]{0,63}"
 _VERSION = r"[0-9A-Za-z][0-9A-Za-z._+-]{0,31}"
@@ -154,9 +156,6 @@ def check_parts(
     follow_up: _Given,
     training: _Given,
     tolerance: _Given,
-    calibrations: _Given,
-    evaluations: _Given,
-    labels: Sequence[str],
     reference: ReferenceModel,
 ) -> None:
     """The parts of a manifest that an author makes: of their own types, and about this probe."""
@@ -170,12 +169,41 @@ def check_parts(
             arguments.of_kind(value, argument, kind, f"give {kind.__name__}(…) or None")
     if follow_up is not None:
         arguments.token_ids(follow_up.token_ids, "follow_up.token_ids", reference.vocabulary)
-    for index, record in enumerate(arguments.sequence(calibrations, "calibrations", "records", "[calibrate(…)]")):
-        arguments.of_kind(record, f"calibrations[{index}]", CalibrationRecord, "give what calibrate(…) returns")
+
+
+def read_calibrations(calibrations: _Given, labels: Sequence[str]) -> tuple[CalibrationRecord, ...]:
+    """Thresholds as the manifest records them, each for one of the labels or for all of them."""
+    records = []
+    for index, given in enumerate(arguments.sequence(calibrations, "calibrations", "records", "[calibrate(…)]")):
+        name = f"calibrations[{index}]"
+        arguments.of_kind(given, name, (CalibratedThreshold, CalibrationRecord), "give what calibrate(…) returns")
+        record = given if isinstance(given, CalibrationRecord) else _recorded(given, name, CalibrationRecord)
         if record.label and record.label not in labels:
-            raise ValueError(f"calibrations[{index}].label: {record.label!r}; give one of the labels {', '.join(map(repr, labels))}")
-    for index, record in enumerate(arguments.sequence(evaluations, "evaluations", "records", "[evaluate_auroc(…)]")):
-        arguments.of_kind(record, f"evaluations[{index}]", Evaluation, "give what evaluate_auroc(…) returns")
+            raise ValueError(f"{name}.label: {record.label!r}; give one of the labels {', '.join(map(repr, labels))}")
+        records.append(record)
+    return tuple(records)
+
+
+def read_evaluations(evaluations: _Given) -> tuple[Evaluation, ...]:
+    """Measured qualities as the manifest records them."""
+    records = []
+    for index, given in enumerate(arguments.sequence(evaluations, "evaluations", "records", "[evaluate_auroc(…)]")):
+        name = f"evaluations[{index}]"
+        arguments.of_kind(given, name, (Auroc, Evaluation), "give what evaluate_auroc(…) returns")
+        records.append(given if isinstance(given, Evaluation) else _recorded(given, name, Evaluation, metric="auroc"))
+    return tuple(records)
+
+
+def _recorded(estimate: Auroc | CalibratedThreshold, argument: str, kind: type[_Record], **known: _Given) -> _Record:
+    """What was estimated as a part of the manifest, whose fields have the same names.
+
+    Raises:
+        ValueError: one of the values is not such as the manifest can hold; names it.
+    """
+    try:
+        return kind(**known, **{field.name: getattr(estimate, field.name) for field in fields(estimate)})
+    except ValueError as error:
+        raise ValueError(f"{argument}: {error}") from None
 
 
 def read_unit(reduce_on: _Given, probe: ProbeFunction) -> ScoreUnit:

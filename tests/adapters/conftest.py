@@ -10,7 +10,8 @@ import pytest
 from models import BOS, HIDDEN_SIZE, VOCAB_SIZE, tiny_model
 from running_server import RunningServer, start_server
 
-from probescore_probes import ReferenceModel, calibrate, linear_probe, write_probe
+from probescore_audit import calibrate
+from probescore_probes import ReferenceModel, linear_probe, write_probe
 
 
 @pytest.fixture(scope="session")

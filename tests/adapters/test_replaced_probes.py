@@ -12,7 +12,8 @@ from models import BOS, HIDDEN_SIZE, VOCAB_SIZE
 from running_server import start_server
 
 from probescore_adapters import Outcome, Policy, ProbeReplaced, ProbeScorer, ProbeSignal, Rollout, SignalError
-from probescore_probes import ReferenceModel, calibrate, linear_probe, write_probe
+from probescore_audit import calibrate
+from probescore_probes import ReferenceModel, linear_probe, write_probe
 
 SIGNAL = ProbeSignal("cheating", mode="penalty")
 ROLLOUTS = [Rollout([BOS, 5, 6], [7, 8, 9]), Rollout([BOS, 5, 6], [10, 11])]

@@ -91,7 +91,7 @@ def test_the_configuration_of_the_builder_stays_with_the_builder() -> None:
 
 def test_it_is_not_larger_than_its_page_says() -> None:
     size = int(run("podman", "image", "inspect", "--format={{.Size}}", server_image()))
-    page = (ROOT / "docs/how-to/deploy/docker.md").read_text()
+    page = (ROOT / "docs/reference/image.md").read_text()
     (stated,) = [line for line in page.splitlines() if line.startswith("| all of it |")]
     assert size / 1e6 <= 1.02 * float(stated.split("|")[2].replace(",", ""))
 

@@ -29,8 +29,9 @@ RANDOM = np.random.default_rng(0)
 
 
 def documented(name: str) -> nn.Module:
-    """A module as ``docs/reference/probe-file.md`` shows it."""
-    (code,) = re.findall(rf"```python\n(class {name}.*?)\n\n\nwrite_probe", (ROOT / "docs/reference/probe-file.md").read_text(), re.DOTALL)
+    """A module as ``docs/how-to/write-a-probe-over-tokens.md`` shows it."""
+    page = (ROOT / "docs/how-to/write-a-probe-over-tokens.md").read_text()
+    (code,) = re.findall(rf"```python\n(class {name}.*?)\n\n\nwrite_probe", page, re.DOTALL)
     namespace = {"torch": torch}
     exec(code, namespace)  # noqa: S102
     torch.manual_seed(0)

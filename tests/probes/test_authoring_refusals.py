@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,14 @@ import pytest
 import torch
 from models import BOS, HIDDEN_SIZE, LAYERS, VOCAB_SIZE, tiny_model
 from onnx import helper
+from refusals import check_in_words, generator
 from safetensors.torch import load_file, save_file
 from sklearn.linear_model import LogisticRegression
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from probescore.reductions import Reduction
 from probescore.types import ScoreUnit, Tap
+from probescore_audit import calibrate, evaluate_auroc
 from probescore_probes import (
     CalibrationRecord,
     Context,
@@ -30,8 +31,6 @@ from probescore_probes import (
     ReferenceModel,
     Tolerance,
     Training,
-    calibrate,
-    evaluate_auroc,
     linear_probe,
     onnx_probe,
     read_probe_file,
@@ -45,26 +44,6 @@ from probescore_server.errors import ModelRefused, ProbeRefused
 TAP = "resid_post.1"
 WEIGHT = np.random.default_rng(3).standard_normal(HIDDEN_SIZE)
 IDS = [1, 17, 9, 44, 31]
-
-# What other libraries say, and what they are called: an author reads of neither.
-FOREIGN = re.compile(
-    r"pydantic|validation error for|errors\.pydantic|broadcast|inhomogeneous|mat1|could not be (converted|read)|invalid literal|dtype='|"
-    r"Traceback|AutoModel|Unrecognized|object has no attribute|unexpected keyword|index out of range|size mismatch for|Dim\(|"
-    r"not subscriptable|\n"
-)
-
-
-def check_in_words(error: BaseException, argument: str) -> None:
-    message = str(error)
-    assert type(error) in (ValueError, TypeError, ProbeRefused, ModelRefused), repr(error)
-    assert argument in message, message
-    assert not FOREIGN.search(message), message
-    assert len(message) < 600, message
-    assert isinstance(error, ProbeRefused) or re.search(r"; |: |, expected ", message), message
-
-
-def generator(values: Any) -> Iterator[Any]:
-    yield from values
 
 
 @pytest.fixture
@@ -279,6 +258,44 @@ def test_writing_refuses_a_wrong_argument_in_words_and_writes_nothing(write, tmp
 
     check_in_words(refused.value, argument)
     assert not (tmp_path / "probe.onnx").exists()
+
+
+def test_estimates_travel_in_the_manifest_as_they_were_computed(write):
+    scores = np.random.default_rng(0).standard_normal(100)
+    threshold = calibrate(scores, false_positive_rate=0.05, dataset="honest", reduction="topk_mean(4)", label="score")
+    auroc = evaluate_auroc(scores + 1, scores, dataset="held out", dataset_sha256="sha256:" + "0" * 64)
+
+    manifest = write(calibrations=[threshold], evaluations=[auroc]).manifest
+
+    assert [record.model_dump() for record in manifest.calibrations] == [asdict(threshold)]
+    assert [record.model_dump() for record in manifest.evaluations] == [{"metric": "auroc"} | asdict(auroc)]
+
+
+def test_records_of_another_probe_file_are_taken_beside_estimates_and_from_whatever_is_gone_through(write, tmp_path):
+    threshold = calibrate(range(100), false_positive_rate=0.05, dataset="honest")
+    auroc = evaluate_auroc([2.0, 1.0], [1.0, 0.0], dataset="held out")
+    first = write(calibrations=[threshold], evaluations=[auroc]).manifest
+
+    second = write(
+        path=tmp_path / "second.onnx",
+        version="2",
+        calibrations=generator([*first.calibrations, threshold]),
+        evaluations=generator([auroc, *first.evaluations, Evaluation(metric="recall", value=0.5, dataset="held out")]),
+    ).manifest
+
+    assert second.calibrations == first.calibrations * 2
+    assert [record.metric for record in second.evaluations] == ["auroc", "auroc", "recall"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("threshold", float("nan")), ("false_positive_rate", 2.0), ("negatives", 0), ("reduction", "topk_mean(3000000000)")],
+)
+def test_an_estimate_that_a_manifest_cannot_hold_is_refused_by_its_place_and_field(write, field, value):
+    threshold = calibrate(range(100), false_positive_rate=0.05, dataset="honest")
+    with pytest.raises(ValueError, match=rf"^calibrations\[1\]: CalibrationRecord: {field}: found .*, expected ") as refused:
+        write(calibrations=[threshold, replace(threshold, **{field: value})])
+    check_in_words(refused.value, field)
 
 
 def test_a_name_in_upper_case_is_answered_with_the_one_to_use(write):
@@ -514,73 +531,6 @@ def test_parts_of_a_manifest_are_refused_in_words_as_they_are_made(field):
     with pytest.raises((ValueError, TypeError)) as refused:
         PARTS[field]()
     check_in_words(refused.value, field)
-
-
-# ------------------------------------------------------------------------------------------------------------------------- calibration
-
-NOT_SCORES: list[Any] = [
-    None,
-    "scores",
-    [],
-    ["a"],
-    [1, None],
-    [1, float("nan")],
-    [np.inf],
-    {},
-    [[1, 2], [3, 4]],
-    [[1], [2, 3]],
-    np.array([True, False]),
-    generator([1.0]),
-]
-SCORES = np.random.default_rng(0).standard_normal(50)
-CALIBRATING: dict[str, list[Any]] = {
-    "negatives": NOT_SCORES,
-    "false_positive_rate": [None, "0.01", 0, 1, -1, 2, float("nan"), True, [0.1, 0.2], 1e-9],
-    "dataset": [None, 3, "", " ", ["d"], b"d"],
-    "reduction": [3, "median", "", "topk_mean(0)", ["mean"]],
-    "label": [None, 3, ["a"], b"a"],
-}
-EVALUATING: dict[str, list[Any]] = {
-    "positives": NOT_SCORES,
-    "negatives": NOT_SCORES,
-    "dataset": [None, 3, "", ["d"]],
-    "dataset_sha256": [3, "", "abc", "sha256:" + "g" * 64, "sha256:" + "A" * 64, b"a"],
-}
-
-
-@pytest.mark.parametrize(
-    ("argument", "index"), [(argument, index) for argument, values in CALIBRATING.items() for index in range(len(values))]
-)
-def test_calibration_refuses_a_wrong_argument_in_words(argument, index):
-    said: dict[str, Any] = {"negatives": SCORES, "false_positive_rate": 0.1, "dataset": "held out"} | {
-        argument: CALIBRATING[argument][index]
-    }
-    with pytest.raises((ValueError, TypeError)) as refused:
-        calibrate(said.pop("negatives"), **said)
-    check_in_words(refused.value, argument.replace("false_positive_rate", "false"))
-
-
-@pytest.mark.parametrize(
-    ("argument", "index"), [(argument, index) for argument, values in EVALUATING.items() for index in range(len(values))]
-)
-def test_evaluation_refuses_a_wrong_argument_in_words(argument, index):
-    said: dict[str, Any] = {"positives": SCORES, "negatives": SCORES, "dataset": "held out"} | {argument: EVALUATING[argument][index]}
-    with pytest.raises((ValueError, TypeError)) as refused:
-        evaluate_auroc(said.pop("positives"), said.pop("negatives"), **said)
-    check_in_words(refused.value, argument)
-
-
-@pytest.mark.parametrize(
-    "form", [list, tuple, torch.tensor, lambda s: s.astype(np.float32), lambda s: s[:, None], lambda s: torch.tensor(s, requires_grad=True)]
-)
-def test_scores_are_taken_in_any_form(form):
-    expected = calibrate(SCORES, false_positive_rate=0.1, dataset="d")
-    found = calibrate(form(SCORES), false_positive_rate=np.float64(0.1), dataset="d", reduction=Reduction.parse("mean"))
-
-    assert found.threshold == pytest.approx(expected.threshold, abs=1e-5)
-    assert evaluate_auroc(form(SCORES + 1), form(SCORES), dataset="d").value == pytest.approx(
-        evaluate_auroc(SCORES + 1, SCORES, dataset="d").value, abs=0.01
-    )
 
 
 # --------------------------------------------------------------------------------------------------------------------- the reference

@@ -1,4 +1,4 @@
-"""What docs/reference/server.md says of the settings is what the settings say of themselves; metrics.md beside it knows every metric."""
+"""What docs/reference/settings.md says of the settings is what the settings say of themselves; metrics.md beside it knows every metric."""
 
 import re
 from pathlib import Path
@@ -10,7 +10,7 @@ from probescore_server.front.metrics import Metrics
 from probescore_server.settings import ServerSettings
 
 DOCS = Path(__file__).parents[2] / "docs/reference"
-DOCUMENT = DOCS / "server.md"
+DOCUMENT = DOCS / "settings.md"
 
 
 def row(name: str) -> str:

@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,8 @@ def _make(folder: Path) -> None:
 
     from models import HIDDEN_SIZE, tiny_model
 
-    from probescore_probes import ReferenceModel, calibrate, linear_probe, write_probe
+    from probescore_audit import calibrate
+    from probescore_probes import ReferenceModel, linear_probe, write_probe
 
     shutil.copytree(tiny_model(), folder / "model")
     random = np.random.default_rng(0)
@@ -92,7 +93,7 @@ def _make(folder: Path) -> None:
         version="1",
         taps=[f"resid_post.{LAYER}"],
         golden=golden,
-        calibrations=[calibration.model_copy(update={"threshold": THRESHOLD})],
+        calibrations=[replace(calibration, threshold=THRESHOLD)],
     )
 
 

@@ -74,7 +74,8 @@ def make(folder: Path) -> None:
     from task import draw_distinct_problems
     from vocabulary import build_tokenizer
 
-    from probescore_probes import ReferenceModel, calibrate, sklearn_probe, write_probe
+    from probescore_audit import calibrate
+    from probescore_probes import ReferenceModel, sklearn_probe, write_probe
 
     tokenizer = build_tokenizer()
     tokenizer.chat_template = CHAT_TEMPLATE

@@ -9,15 +9,16 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import brentq
 from scipy.stats import binomtest, mannwhitneyu, norm
 
-from probescore_probes import arguments
-from probescore_server.probes.format.manifest import CalibrationRecord, Evaluation
+from probescore_audit import arguments
+from probescore_audit.estimates import Auroc, CalibratedThreshold
 
 _CONFIDENCE = 0.95
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 def calibrate(
     negatives: ArrayLike, *, false_positive_rate: float, dataset: str, reduction: str | None = "mean", label: str = ""
-) -> CalibrationRecord:
+) -> CalibratedThreshold:
     """Finds the lowest threshold that flags at most a stated share of negative rollouts.
 
     The interval is that of Clopper and Pearson (1934, Biometrika 26:404): exact, so that its coverage is at least 95%. It speaks of new
@@ -32,8 +33,8 @@ def calibrate(
 
     Raises:
         TypeError: an argument is of another kind.
-        ValueError: there are too few negatives for one of them to be flagged at this rate, one is not finite, or there is no such
-            reduction.
+        ValueError: there are too few negatives for one of them to be flagged at this rate, one is not finite, the threshold would lie
+            beyond float32, or there is no such reduction.
     """
     scores = _finite(negatives, "negatives")
     false_positive_rate = arguments.number(false_positive_rate, "false_positive_rate", "a number in (0, 1), such as 0.01")
@@ -52,9 +53,14 @@ def calibrate(
     above = scores[scores > highest_passed]
     # Half-way to the next score, so that rounding moves nobody across; just above where there is no next.
     threshold = (highest_passed + above.min()) / 2 if len(above) else np.nextafter(np.float32(highest_passed), np.float32(np.inf))
+    if not abs(threshold) <= _LARGEST:
+        raise ValueError(
+            f"negatives: scores up to {np.abs(scores).max():g} take a threshold beyond float32, which ends at {_LARGEST:g} and in which a "
+            "server sends scores; give the scores that it sent"
+        )
     flagged = int((scores >= threshold).sum())
     interval = binomtest(flagged, len(scores)).proportion_ci(_CONFIDENCE, method="exact")
-    return CalibrationRecord(
+    return CalibratedThreshold(
         threshold=float(threshold),
         false_positive_rate=flagged / len(scores),
         false_positive_rate_low=float(interval.low),
@@ -66,7 +72,7 @@ def calibrate(
     )
 
 
-def evaluate_auroc(positives: ArrayLike, negatives: ArrayLike, *, dataset: str, dataset_sha256: str | None = None) -> Evaluation:
+def evaluate_auroc(positives: ArrayLike, negatives: ArrayLike, *, dataset: str, dataset_sha256: str | None = None) -> Auroc:
     """Computes the chance that a positive rollout scores above a negative one, ties counting half.
 
     The interval is method 5 of Newcombe (2006, Statistics in Medicine 25:559): it inverts a normal test whose variance is that of Hanley
@@ -84,13 +90,13 @@ def evaluate_auroc(positives: ArrayLike, negatives: ArrayLike, *, dataset: str, 
     """
     dataset = _said(dataset, "dataset")
     if dataset_sha256 is not None:
-        arguments.named(dataset_sha256, "dataset_sha256", r"sha256:[0-9a-f]{64}", "'sha256:' and 64 lower-case hexadecimal digits")
+        rule = "'sha256:' and 64 lower-case hexadecimal digits"
+        dataset_sha256 = arguments.named(dataset_sha256, "dataset_sha256", r"sha256:[0-9a-f]{64}", rule)
     with_it, without_it = _finite(positives, "positives"), _finite(negatives, "negatives")
     pairs = len(with_it) * len(without_it)
     auroc = float(mannwhitneyu(with_it, without_it, method="asymptotic").statistic) / pairs
     low, high = _newcombe_interval(auroc, len(with_it), len(without_it))
-    return Evaluation(
-        metric="auroc",
+    return Auroc(
         value=auroc,
         low=low,
         high=high,
@@ -117,9 +123,10 @@ def _newcombe_interval(auroc: float, positives: int, negatives: int) -> tuple[fl
 
 
 def _said(dataset: str, argument: str) -> str:
-    if not arguments.text(dataset, argument).strip():
-        raise ValueError(f"{argument}: {dataset!r}; say which rollouts these scores are of")
-    return dataset
+    said = arguments.text(dataset, argument)
+    if not said.strip():
+        raise ValueError(f"{argument}: {said!r}; say which rollouts these scores are of")
+    return said
 
 
 def _finite(scores: ArrayLike, name: str) -> NDArray[np.float64]:

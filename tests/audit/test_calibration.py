@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
-from probescore_probes import calibrate, evaluate_auroc
+from probescore_audit import calibrate, evaluate_auroc
 
 scores = st.lists(st.floats(-100, 100, width=32), min_size=20, max_size=60)
 

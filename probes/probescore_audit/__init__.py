@@ -1,0 +1,34 @@
+"""Judge probes: what the scores of labelled rollouts say about a probe, each number with its 95% interval.
+
+    from probescore_audit import calibrate, evaluate_auroc
+
+    threshold = calibrate(scores[~cheated], false_positive_rate=0.01, dataset="honest rollouts of held-out problems", label="cheating")
+    auroc = evaluate_auroc(scores[cheated], scores[~cheated], dataset="rollouts of held-out problems")
+
+A probe carries them: ``probescore_probes.write_probe(…, calibrations=[threshold], evaluations=[auroc])``.
+
+This package needs numpy and scipy alone, and scipy is imported only when something is computed.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from probescore_audit.calibration import calibrate, evaluate_auroc
+    from probescore_audit.estimates import Auroc, CalibratedThreshold
+
+__all__ = ["Auroc", "CalibratedThreshold", "calibrate", "evaluate_auroc"]
+
+_MODULES = {
+    "probescore_audit.calibration": ("calibrate", "evaluate_auroc"),
+    "probescore_audit.estimates": ("Auroc", "CalibratedThreshold"),
+}
+
+
+def __getattr__(name: str) -> object:
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(importlib.import_module(module), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

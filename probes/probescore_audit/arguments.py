@@ -1,0 +1,143 @@
+"""What an author hands over, read into numbers and text, or refused in words: the argument, its value, what to give instead.
+
+A value of another kind is a ``TypeError``, one that is wrong a ``ValueError``. Whatever holds numbers is taken: lists, tuples, numpy
+arrays of any integer or floating dtype, torch tensors on any device, with gradients or without.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from probescore.reductions import Reduction
+
+_Kind = TypeVar("_Kind")
+_Given = Any  # whatever an author hands over
+
+
+def shown(value: _Given) -> str:
+    """A value as it is put into a message: short, on one line."""
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"{type(value).__name__} of shape {tuple(value.shape)} and dtype {value.dtype}"
+    written = value.__name__ if isinstance(value, type) else repr(value)
+    written = " ".join(written.split())
+    return written if len(written) <= 80 else written[:77] + "…"
+
+
+def kind_of(value: _Given) -> str:
+    """``None``, or the name of a type with its article."""
+    if value is None:
+        return "None"
+    name = f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
+    return name if isinstance(value, type) else f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
+
+
+def of_kind(value: _Given, argument: str, kind: type[_Kind] | tuple[type[_Kind], ...], remedy: str) -> _Kind:
+    """A value of one type, or of one of several.
+
+    Raises:
+        TypeError: it is of another.
+    """
+    if not isinstance(value, kind):
+        raise TypeError(f"{argument}: {kind_of(value)} ({shown(value)}); {remedy}")
+    return value
+
+
+def text(value: _Given, argument: str, longest: int | None = None) -> str:
+    """Text, of at most ``longest`` characters if that is given."""
+    written = str(of_kind(value, argument, str, "give text"))  # numpy's too
+    if longest is not None and len(written) > longest:
+        raise ValueError(f"{argument}: {len(written)} characters ({shown(written)}); give at most {longest}")
+    return written
+
+
+def named(value: _Given, argument: str, pattern: str, rule: str) -> str:
+    """Text of a pattern that ``rule`` says in words."""
+    written = text(value, argument)
+    if not re.fullmatch(pattern, written):
+        raise ValueError(f"{argument}: {shown(written)}; give {rule}")
+    return written
+
+
+def reduction(value: _Given, argument: str) -> str:
+    """A reduction as text; a ``Reduction`` too.
+
+    Raises:
+        TypeError: it is neither.
+        ValueError: there is no such reduction.
+    """
+    if not isinstance(value, (str, Reduction)):
+        raise TypeError(f'{argument}: {kind_of(value)} ({shown(value)}); give a reduction as text, such as "mean" or "topk_mean(8)"')
+    try:
+        return str(Reduction.parse(str(value)))
+    except ValueError as error:
+        raise ValueError(f"{argument}: {shown(value)}: {error}") from None
+
+
+def real(value: _Given, argument: str, what: str) -> NDArray[np.float64]:
+    """Real numbers of any shape, in float64; NaN and infinities are left to the caller.
+
+    Raises:
+        TypeError: these are no numbers.
+        ValueError: they do not form one shape.
+    """
+    array = array_of(value, argument, what)
+    if array.dtype.kind not in "fiu":
+        raise TypeError(f"{argument}: {described(value, array)}; give {what} as floating-point numbers")
+    return array.astype(np.float64)
+
+
+def number(value: _Given, argument: str, what: str) -> float:
+    """A single real number; NaN and infinities are left to the caller."""
+    if isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{argument}: {shown(value)}; give {what}")
+    array = real(value, argument, what)
+    if array.size != 1:
+        raise ValueError(f"{argument}: {array.size} numbers; give {what}")
+    return float(array.reshape(()))
+
+
+def array_of(value: _Given, argument: str, what: str) -> NDArray[Any]:
+    """What holds numbers as a numpy array of whatever dtype; an array of objects is read only if all of them are numbers.
+
+    Raises:
+        TypeError: these are no numbers.
+        ValueError: they do not form one shape.
+    """
+    if value is None or isinstance(value, (str, bytes, Mapping, set, frozenset, Iterator)):
+        raise TypeError(f"{argument}: {kind_of(value)} ({shown(value)}); give {what} as a list or an array")
+    if callable(getattr(value, "detach", None)):  # a torch tensor: of a dtype that numpy may lack, or with gradients, or elsewhere
+        value = value.detach().cpu()
+        value = value.float().numpy() if value.is_floating_point() and value.element_size() < 4 else value.numpy()
+    elif isinstance(value, Sequence) and any(callable(getattr(entry, "detach", None)) for entry in value):
+        value = [array_of(entry, argument, what) for entry in value]
+    try:
+        array = np.asarray(value)
+    except (ValueError, TypeError, OverflowError):
+        raise ValueError(f"{argument}: lists of different lengths or depths; give {what} in one shape") from None
+    if array.dtype.kind == "O":
+        if not all(isinstance(entry, (int, float, np.number)) and not isinstance(entry, bool) for entry in array.ravel()):
+            raise TypeError(f"{argument}: {described(value, array)}; give {what} in one shape, as numbers")
+        try:
+            array = np.array(array.tolist())
+        except (ValueError, OverflowError):
+            array = array.astype(np.float64)
+    return array
+
+
+def described(value: _Given, array: NDArray[Any]) -> str:
+    """What an array that is refused holds, as it is put into a message.
+
+    Args:
+        value: as an author has it.
+        array: the same, from ``array_of``.
+    """
+    if array.dtype.kind == "O":
+        odd = next((entry for entry in array.ravel() if not isinstance(entry, (int, float, np.number)) or isinstance(entry, bool)), None)
+        return f"an entry is {kind_of(odd)} ({shown(odd)})" if array.ndim else f"{kind_of(value)} ({shown(value)})"
+    kinds = {"U": "text", "S": "bytes", "b": "True and False", "c": "complex numbers", "f": "floating-point numbers"}
+    return f"{kinds.get(array.dtype.kind, f'numbers of dtype {array.dtype}')} ({shown(value)})"

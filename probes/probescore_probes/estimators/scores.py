@@ -1,0 +1,133 @@
+"""Which of a fitted estimator's functions is a probe's score, and in which unit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from probescore.types import ScoreUnit
+from probescore_probes.estimators import graph_writer
+from probescore_probes.estimators.comparison import check_same
+from probescore_probes.estimators.fitted import FittedEstimator, last_of, opened
+from probescore_probes.estimators.linear import SCALERS, is_linear
+from probescore_probes.estimators.methods import Function, Rows, scoring
+from probescore_probes.estimators.names import KERNEL_MACHINES, described, name_of
+from probescore_probes.estimators.refusals import REASONS, check_classes, check_fitted, refuse_by_name, width_of
+from probescore_probes.nodes import Nodes
+
+if TYPE_CHECKING:
+    from sklearn.base import BaseEstimator
+
+FEATURES = "features"
+"""What the nodes of an estimator read: activations side by side, ``(N, width)`` float32."""
+
+
+@dataclass(frozen=True, eq=False)
+class EstimatorScores:
+    """What a fitted estimator says of activations.
+
+    Attributes:
+        score: its own code: ``(N, width)`` float64 to ``(N, columns)``.
+        unit: of the scores.
+        width: how many features it was fitted on.
+        columns: of the scores.
+        classes: those of a classifier, in their order, as text; the last ``columns`` of them are what the columns are about.
+        weights: ``(columns, width)`` and ``(columns,)`` in float64 if it is an affine map and nothing else.
+        nodes: what computes the scores from ``FEATURES``.
+        result: the name of the scores there, ``(N, columns)`` float32.
+    """
+
+    score: Function
+    unit: ScoreUnit
+    width: int
+    columns: int
+    classes: tuple[str, ...]
+    weights: tuple[Rows, Rows] | None
+    nodes: Nodes
+    result: str
+
+
+def estimator_scores(estimator: BaseEstimator) -> EstimatorScores:
+    """Reads a fitted estimator.
+
+    Binary classifiers that are linear in form, alone or after scalers, score by ``decision_function``: a logit where its sigmoid is their
+    probability, else a value. Other classifiers score by ``predict_proba`` if they have it (for two classes that of the second, else
+    one column for each), else by ``decision_function``; outlier detectors by ``decision_function``; regressors by ``predict``.
+
+    Raises:
+        TypeError: it is no scikit-learn estimator.
+        ValueError: it is not fitted, has no scores, or no graph computes them; names the estimator, the reason and a remedy.
+    """
+    check_fitted(estimator)
+    name = described(estimator)
+    inner, _ = opened(estimator)
+    last = last_of(inner)
+    refuse_by_name(last, name)
+    width = width_of(estimator, name)
+    fitted = FittedEstimator(estimator, width)
+    kind = fitted.kind(name)
+    classes = () if isinstance(found := getattr(estimator, "classes_", ()), list) else tuple(str(label) for label in found)
+    binary, linear = len(classes) == 2, is_linear(inner)
+    if kind == "classifier":
+        check_classes(estimator, width, classes, name)
+        decides = linear and binary and all(name_of(step) in SCALERS for step in fitted.steps)
+        if hasattr(estimator, "predict_proba") and not decides:
+            every = scoring(estimator, "predict_proba")
+            if binary:
+                return _checked(
+                    name,
+                    lambda rows: every(rows)[:, 1:],
+                    ScoreUnit.PROBABILITY,
+                    width,
+                    classes,
+                    partial(graph_writer.second_probability, fitted),
+                )
+            return _checked(name, every, ScoreUnit.PROBABILITY, width, classes, partial(graph_writer.probabilities, fitted))
+        if not hasattr(estimator, "decision_function"):
+            raise ValueError(f"estimator: {name} gives a class and no scores; fit a classifier with predict_proba or decision_function")
+        if name_of(last) in KERNEL_MACHINES and not binary:
+            raise ValueError(f"estimator: {name} cannot be written: {REASONS['OneVsOneClassifier']}")
+        unit = ScoreUnit.LOGIT if linear and binary and hasattr(estimator, "predict_proba") and fitted.is_logit() else ScoreUnit.VALUE
+        score = scoring(estimator, "decision_function")
+    else:
+        unit = ScoreUnit.VALUE
+        score = scoring(estimator, "decision_function" if kind == "outliers" else "predict")
+    weights = fitted.affine if linear else None
+    if weights and not np.abs(weights[0]).max() > 1e-12 * np.abs(weights[1]).max():
+        raise ValueError(f"estimator: {name} says the same of every activation: all of its weights are 0; fit it with less regularisation")
+    build = partial(graph_writer.predictions if kind == "regressor" else graph_writer.decisions, fitted)
+    return _checked(name, score, unit, width, classes if kind == "classifier" else (), build, weights)
+
+
+def _checked(
+    name: str,
+    score: Function,
+    unit: ScoreUnit,
+    width: int,
+    classes: tuple[str, ...],
+    build: Callable[[Nodes, str], str],
+    weights: tuple[Rows, Rows] | None = None,
+) -> EstimatorScores:
+    """What a fitted estimator says, with nodes that were seen to give its own scores on random rows of several sizes."""
+    random = np.random.default_rng(0)
+    rows = np.concatenate([scale * random.standard_normal((24, width)) for scale in (0.1, 1, 10, 100)]).astype(np.float32)
+    try:
+        expected = score(rows.astype(np.float64))
+    except Exception as error:  # of the estimator's own code, or of whatever functions an author put into it
+        raise ValueError(
+            f"estimator: {name} cannot score rows of {width} numbers ({type(error).__name__}); fit it on an array (rows, {width}) of floats"
+        ) from None
+    if classes and expected.shape[1] != (1 if len(classes) == 2 else len(classes)):
+        raise ValueError(
+            f"estimator: {name} gives {expected.shape[1]} scores for its {len(classes)} classes; fit and write one probe for each"
+        )
+    nodes = Nodes()
+    result = nodes.cast(build(nodes, FEATURES), np.float32)
+    # what rounding of the rows alone changes, float32 may change too
+    moved = score(rows * (1 + 1e-6 * random.standard_normal(rows.shape)))
+    check_same(nodes, FEATURES, result, rows, expected, np.abs(moved - expected), name)
+    return EstimatorScores(score, unit, width, expected.shape[1], classes, weights, nodes, result)
