@@ -8,7 +8,7 @@ from __future__ import annotations
 from probescore.types import ScoreUnit, Tap
 from probescore_probes import arguments
 from probescore_probes.importing.imported import Asked, Imported, linear, named
-from probescore_probes.importing.source import Source, taken
+from probescore_probes.importing.source import Source, taken, whole_number
 
 _CONFIG, _HEAD = "probe_config.json", "probe_head.bin"
 _ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
@@ -48,15 +48,3 @@ def read_hallucination_probe(source: Source, asked: Asked) -> Imported:
         reduce_on=ScoreUnit.PROBABILITY,
         notes=("Its author flags tokens at 0.5, which is no calibration",),
     )
-
-
-def whole_number(config: dict[str, object], key: str, where: str) -> int:
-    """A whole number of a configuration.
-
-    Raises:
-        ValueError: it is not there, or is none.
-    """
-    value = config.get(key)
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"{where}: {key}: {arguments.shown(value) if key in config else 'missing'}; it should be a whole number")
-    return value

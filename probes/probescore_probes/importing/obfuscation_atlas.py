@@ -24,11 +24,10 @@ from torch import Tensor, nn
 
 from probescore.types import ScoreUnit
 from probescore_probes import arguments
-from probescore_probes.importing.hallucination_probes import whole_number
 from probescore_probes.importing.imported import Array, Asked, Imported, formula, named, side_by_side
 from probescore_probes.importing.places import hidden_state
 from probescore_probes.importing.sequences import attended, attention, causal, members, seen, sequence_of, softmax
-from probescore_probes.importing.source import Source, taken
+from probescore_probes.importing.source import Source, taken, whole_number
 from probescore_server.probes.format.graph import CU_SEQLENS, GraphInputs
 from probescore_server.probes.format.manifest import Context
 

@@ -17,10 +17,9 @@ from torch import Tensor, nn
 from probescore.types import ScoreUnit
 from probescore_probes import arguments
 from probescore_probes.exporting import torch_probe
-from probescore_probes.importing.hallucination_probes import whole_number
 from probescore_probes.importing.imported import Array, Asked, Imported, named
 from probescore_probes.importing.places import read_place
-from probescore_probes.importing.source import Source, taken
+from probescore_probes.importing.source import Source, taken, whole_number
 
 _CONFIG, _WEIGHTS = "cfg.json", "sae_weights.safetensors"
 _ARCHITECTURES = ("standard", "jumprelu", "topk")

@@ -18,10 +18,9 @@ from torch import Tensor, nn
 
 from probescore.types import ScoreUnit, Tap
 from probescore_probes import arguments
-from probescore_probes.importing.hallucination_probes import whole_number
 from probescore_probes.importing.imported import Array, Asked, Imported, each_sequence, formula, named
 from probescore_probes.importing.sequences import attended, attention, causal, seen
-from probescore_probes.importing.source import Source, taken
+from probescore_probes.importing.source import Source, taken, whole_number
 from probescore_server.probes.format.graph import CU_SEQLENS, GraphInputs
 from probescore_server.probes.format.manifest import Context
 

@@ -167,6 +167,18 @@ def taken(found: Mapping[str, NDArray[np.float64]], name: str, where: str, *shap
     return array
 
 
+def whole_number(config: dict[str, object], key: str, where: str) -> int:
+    """A whole number of a configuration.
+
+    Raises:
+        ValueError: it is not there, or is none.
+    """
+    value = config.get(key)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{where}: {key}: {arguments.shown(value) if key in config else 'missing'}; it should be a whole number")
+    return value
+
+
 def _stand_in(*given: object) -> object:
     """Takes the place of whatever a file names beside tensors: does nothing, and is what it was made of last."""
     return given[-1] if given else None

@@ -1,4 +1,4 @@
-"""``probescore probes``: list those of a server, inspect and verify probe files."""
+"""``probescore probes``: list those of a server, inspect, verify and import probe files."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from probescore_server.cli import importing
 from probescore_server.cli.connection import DEFAULT_ADDRESS, Address, Wait, connected
 from probescore_server.cli.console import new_console
 from probescore_server.cli.failures import one_line_failures
@@ -18,11 +19,12 @@ ProbeFileArgument = Annotated[Path, typer.Argument(help="A probe file.", show_de
 
 
 def register(app: typer.Typer) -> None:
-    """Adds the commands ``probes list``, ``probes inspect`` and ``probes verify``."""
-    probes = typer.Typer(help="List, inspect and verify probes.", no_args_is_help=True)
+    """Adds the commands ``probes list``, ``probes inspect``, ``probes verify`` and ``probes import``."""
+    probes = typer.Typer(help="List, inspect, verify and import probes.", no_args_is_help=True)
     probes.command("list")(_list)
     probes.command("inspect")(_inspect)
     probes.command("verify")(_verify)
+    importing.register(probes)
     app.add_typer(probes, name="probes")
 
 
