@@ -30,6 +30,13 @@ class AttentionPool(nn.Module):
     their products would be too large for float32.
     """
 
+    q_weight: Tensor
+    v_weight: Tensor
+    v_bias: Tensor
+    position_weight: Tensor
+    o_weight: Tensor
+    o_bias: Tensor
+
     def __init__(self, weights: Mapping[str, Array], heads: int) -> None:
         super().__init__()
         for name, array in weights.items():
@@ -44,7 +51,7 @@ class AttentionPool(nn.Module):
         logits = x @ self.q_weight.T + (positions - start)[:, None] * self.position_weight
         inside = members(x, cu_seqlens)
         share = logits.T[None].masked_fill(~inside[:, None], float("-inf")).softmax(-1)
-        values = (x @ self.v_weight.T + self.v_bias).unflatten(-1, (self.heads, -1))
+        values = (x @ self.v_weight.T + self.v_bias).reshape(-1, self.heads, self.v_weight.shape[0] // self.heads)
         pooled = torch.einsum("shn,nho->so", share, values)
         return pooled.relu() @ self.o_weight.T + self.o_bias if self.mlp else pooled
 

@@ -16,7 +16,7 @@ from probescore_probes.importing.imported import Asked, Imported, named
 from probescore_probes.importing.source import Source
 from probescore_server.probes.format.graph import SCORES, GraphInputs, Signature
 
-_FLOATS = {TensorProto.FLOAT: np.float32, TensorProto.DOUBLE: np.float64}
+_FLOATS: dict[int, Any] = {TensorProto.FLOAT: np.float32, TensorProto.DOUBLE: np.float64}
 _GIVES_PROBABILITIES = ("Sigmoid", "Softmax")
 _MANIFEST = "probescore.manifest"
 _PREFIX = "imported_"
@@ -58,14 +58,14 @@ class _AsItCame:
 
     def __init__(self, model: onnx.ModelProto, inputs: list[onnx.ValueInfoProto], output: str) -> None:
         self._model, self._output = model, output
-        self._inputs = {value.name: _FLOATS[value.type.tensor_type.elem_type] for value in inputs}
-        self._evaluator = ReferenceEvaluator(model)
+        self._inputs: dict[str, Any] = {value.name: _FLOATS[value.type.tensor_type.elem_type] for value in inputs}
+        self._evaluator: Any = ReferenceEvaluator(model)
 
     def columns(self, width: int, where: str) -> int:
         """How many scores it gives for a row of ``width`` numbers from each input."""
         example = {name: np.random.default_rng(0).standard_normal((3, width)).astype(dtype) for name, dtype in self._inputs.items()}
         try:
-            (scores,) = self._evaluator.run([self._output], example)
+            scores: Any = self._evaluator.run([self._output], example)[0]
         except Exception as error:  # whatever numpy raises inside the operators
             raise ValueError(
                 f"{where}: does not run on rows of {width} numbers ({type(error).__name__}); give the model and taps that it was made for, "
@@ -80,8 +80,8 @@ class _AsItCame:
         rows = list(inputs.values())
         given = rows if len(rows) == len(self._inputs) else [np.concatenate(rows, axis=1)]
         named_rows = {name: array.astype(dtype) for (name, dtype), array in zip(self._inputs.items(), given, strict=True)}
-        scores: NDArray[Any] = self._evaluator.run([self._output], named_rows)[0]
-        return scores.reshape(len(scores), -1)
+        scores: Any = self._evaluator.run([self._output], named_rows)[0]
+        return np.asarray(scores).reshape(len(scores), -1)
 
     def export(self, signature: Signature) -> onnx.ModelProto:
         """The graph between a probe file's names."""

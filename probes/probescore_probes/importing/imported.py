@@ -101,7 +101,7 @@ class Asked:
         if len(self.taps) != 1:
             raise ValueError(f"tap: {len(self.taps) or 'none'} given; the file has {what} for {known}: give one of these")
         entry = hidden_state_of(self.taps[0], self.num_hidden_layers)
-        if entry not in layers:
+        if entry is None or entry not in layers:
             as_entry = "" if entry is None else f", which is hidden_states[{entry}]"
             raise ValueError(f"tap: {self.taps[0]}{as_entry}; the file has {what} for {known}: give one of these")
         return list(layers).index(entry), self.taps[0]

@@ -41,9 +41,9 @@ def read_lie_detector(source: Source, asked: Asked) -> Imported:
     found = tensors(content["state_dict"], source.name)
     hyperparams = content.get("hyperparams")
     layer = hyperparams.get("layer") if isinstance(hyperparams, Mapping) else None
-    notes = [f"Its author's threshold of {float(found['threshold'].ravel()[0]):.6g} is not taken over: calibrate it here"] * (
-        "threshold" in found
-    )
+    notes = []
+    if "threshold" in found:
+        notes.append(f"Its author's threshold of {float(found['threshold'].ravel()[0]):.6g} is not taken over: calibrate it here")
     if source.stand_ins:
         notes.append(f"Read with stand-ins for {', '.join(source.stand_ins)}, which hold no weights")
     width = _width(found, source.name)
@@ -67,8 +67,8 @@ def _width(found: Mapping[str, Array], where: str) -> int:
     if "direction" in found:
         return len(taken(found, "direction", where, None))
     if "linear.weight" in found:
-        return taken(found, "linear.weight", where, 1, None).shape[1]
-    return taken(found, "net.0.weight", where, None, None).shape[1]
+        return int(taken(found, "linear.weight", where, 1, None).shape[1])
+    return int(taken(found, "net.0.weight", where, None, None).shape[1])
 
 
 def _which_layer(layer: object, asked: Asked) -> str:

@@ -78,6 +78,8 @@ class _Layers(nn.Module):
 class _Quadratic(nn.Module):
     """xᵀMx + wᵀx + b."""
 
+    matrix: Tensor
+
     def __init__(self, matrix: Array, layer: tuple[Array, Array]) -> None:
         super().__init__()
         self.register_buffer("matrix", torch.from_numpy(matrix).float())
@@ -96,7 +98,7 @@ class _Attention(nn.Module):
         self.qkv, self.out, self.heads, self.window = _linear(qkv), _linear(out), heads, window
 
     def forward(self, x: Tensor, cu_seqlens: Tensor) -> Heads:
-        query, key, value = self.qkv(x).unflatten(1, (3, self.heads, -1)).unbind(1)
+        query, key, value = _threefold(self.qkv(x), self.heads)
         score = self.out(attention(query, key, value, seen(x, cu_seqlens, self.window)))
         return score, score
 
@@ -121,6 +123,7 @@ class _Transformer(nn.Module):
 
     def forward(self, x: Tensor, cu_seqlens: Tensor) -> Heads:
         mask = seen(x, cu_seqlens, None)
+        block: Any
         for block in self.blocks:
             if self.norm_first:
                 x = x + self._attended(block, block["norm1"](x), mask)
@@ -132,7 +135,7 @@ class _Transformer(nn.Module):
         return score, score
 
     def _attended(self, block: Any, x: Tensor, mask: Tensor) -> Tensor:  # noqa: ANN401
-        query, key, value = block["qkv"](x).unflatten(1, (3, self.heads, -1)).unbind(1)
+        query, key, value = _threefold(block["qkv"](x), self.heads)
         mixed: Tensor = block["out"](attention(query, key, value, mask))
         return mixed
 
@@ -161,6 +164,8 @@ class _Pooled(nn.Module):
             x = _over(x, (x * x).sum(-1, keepdim=True).sqrt(), _L2_EPS)
         elif self.normalise == "unit_norm":
             x = x / self.scale
+        query: Tensor
+        value: Tensor
         query, value = self.scores(x, given[1]) if self.attends else self.scores(x)
         if self.aggregator in _PER_TOKEN:
             return self.a * value.sum(-1, keepdim=True) + self.b
@@ -316,7 +321,7 @@ def _layered(layers: list[tuple[Array, Array]], query: Any = None, value: Any = 
 
 def _gdm(found: Weights, width: int) -> _Kind:
     indices = sorted(int(key.split(".")[1]) for key in found if re.fullmatch(r"mlp\.\d+\.weight", key))
-    layers = []
+    layers: list[tuple[Array, Array]] = []
     for index in indices:
         layers.append(_layer(found, f"mlp.{index}", len(layers[-1][0]) if layers else width))
     if not layers:
@@ -419,6 +424,11 @@ def _aggregated(query: Array, value: Array, aggregator: str, window: int) -> Any
     return averages.max(0).sum()
 
 
+def _threefold(rows: Tensor, heads: int) -> tuple[Tensor, ...]:
+    """Queries, keys and values ``(N, heads, size)`` that a projection gives side by side."""
+    return rows.reshape(-1, 3, heads, rows.shape[1] // (3 * heads)).unbind(1)
+
+
 def _over(x: Tensor, y: Tensor, eps: float) -> Tensor:
     """``x / (y + eps)``, written so that exporters, which leave out what they take for ``+ 0``, keep it."""
     return (x / eps) / (y / eps + 1)
@@ -450,7 +460,8 @@ def _norm(layer: tuple[Array, Array]) -> nn.LayerNorm:
 
 
 def _layer_norm(x: Array, layer: tuple[Array, Array]) -> Array:
-    return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + _NORM_EPS) * layer[0] + layer[1]
+    normalised: Array = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + _NORM_EPS)
+    return normalised * layer[0] + layer[1]
 
 
 def _gelu(x: Array) -> Array:

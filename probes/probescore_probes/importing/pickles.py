@@ -56,7 +56,7 @@ def pickled_names(source: Source) -> list[str]:
                 elif operation.name == "MEMOIZE":
                     memo[len(memo)] = strings[-1] if strings else ""
                 elif operation.name in ("BINGET", "LONG_BINGET"):
-                    strings.append(memo.get(int(argument), ""))
+                    strings.append(memo.get(int(argument or 0), ""))
                 elif isinstance(argument, str):
                     strings.append(argument)
     except Exception:  # joblib puts the bytes of arrays between operations, which are none

@@ -34,6 +34,9 @@ _NOT_FOLDED = {
 class Features(nn.Module):
     """Some features of a sparse autoencoder, from activations ``(N, d_in)`` to ``(N, features)``."""
 
+    threshold: Tensor | None
+    features: Tensor
+
     def __init__(
         self, w_enc: Array, b_enc: Array, b_dec: Array, threshold: Array | None, top: int | None, features: list[int], normalise: str
     ) -> None:
@@ -45,7 +48,7 @@ class Features(nn.Module):
         )
         self.normalise, self.top = normalise, top
         self.register_buffer("threshold", None if threshold is None else torch.from_numpy(threshold[every]).float())
-        self.register_buffer("features", torch.tensor(features) if top is not None else None)
+        self.register_buffer("features", torch.tensor(features))
 
     def forward(self, x: Tensor) -> Tensor:
         """Activations of the features."""

@@ -9,6 +9,7 @@ attn   sigmoid(classifier · norm(o_proj · causal attention(q, k, v) + q)), one
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -27,11 +28,16 @@ from probescore_server.probes.format.manifest import Context
 _CONFIG = "config.json"
 _EPS = 1e-6
 _KINDS = ("sing_probe_mlp", "sing_probe_attn")
-_ACTIVATIONS = {"gelu": nn.functional.gelu, "relu": nn.functional.relu}
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": nn.functional.gelu, "relu": nn.functional.relu}
 
 
 class SingMlp(nn.Module):
     """Two layers over normalised rows."""
+
+    fc1_weight: Tensor
+    fc1_bias: Tensor
+    fc2_weight: Tensor
+    fc2_bias: Tensor
 
     def __init__(self, weights: dict[str, Array], activation: str) -> None:
         super().__init__()
@@ -40,12 +46,20 @@ class SingMlp(nn.Module):
 
     def forward(self, *taps: Tensor) -> Tensor:
         """Logits ``(N, labels)``."""
-        hidden = self.activation(_normalised(taps) @ self.fc1_weight.T + self.fc1_bias)
+        hidden: Tensor = self.activation(_normalised(taps) @ self.fc1_weight.T + self.fc1_bias)
         return hidden @ self.fc2_weight.T + self.fc2_bias
 
 
 class SingAttention(nn.Module):
     """Causal attention with one key and one value head over normalised rows."""
+
+    proj_q_weight: Tensor
+    proj_k_weight: Tensor
+    proj_v_weight: Tensor
+    o_proj_weight: Tensor
+    norm_weight: Tensor
+    classifier_weight: Tensor
+    classifier_bias: Tensor
 
     def __init__(self, weights: dict[str, Array], heads: int, window: int | None) -> None:
         super().__init__()
@@ -58,7 +72,7 @@ class SingAttention(nn.Module):
         x = _normalised(taps)
         query = x @ self.proj_q_weight.T
         key, value = ((x @ weight.T)[:, None].expand(-1, self.heads, -1) for weight in (self.proj_k_weight, self.proj_v_weight))
-        mixed = attention(query.unflatten(1, (self.heads, -1)), key, value, seen(x, cu_seqlens, self.window))
+        mixed = attention(query.reshape(-1, self.heads, query.shape[1] // self.heads), key, value, seen(x, cu_seqlens, self.window))
         hidden = mixed @ self.o_proj_weight.T + query
         hidden = hidden * torch.rsqrt((hidden * hidden).mean(-1, keepdim=True) + _EPS) * self.norm_weight
         return hidden @ self.classifier_weight.T + self.classifier_bias

@@ -66,9 +66,12 @@ def _import(
     """Import a probe that another library wrote, and compare it with its author's scores."""
     console = new_console()
     with one_line_failures(extra="probes"):
+        from transformers.utils import logging
+
         from probescore_probes import ReferenceModel
         from probescore_probes.importing import import_probe
 
+        logging.disable_progress_bar()  # of every file of weights
         with console.status(""):
             reference = ReferenceModel.load(model, revision=revision, device=device)
             try:
