@@ -57,8 +57,6 @@ class Case:
     file: Path
     scores: Callable[[Read], Array]
     told: dict[str, Any] = field(default_factory=dict)
-    sent: Callable[[Array], Array] = lambda scores: scores
-    """From the author's scores to the unit that is sent."""
 
 
 def sigmoid(x: Array) -> Array:
