@@ -510,9 +510,7 @@ def test_half_precision_agrees_and_says_so(imported, direction, reference):
     case, w = direction
     exact = author_scores(reference, GOLDEN, w, "resid_post.1")
     noise = 0.02 * np.std(np.concatenate([one.token_scores for one in exact])) * np.random.default_rng(0).standard_normal((3, 12))
-    given = [
-        AuthorScores(o.prompt_ids, o.completion_ids, o.token_scores + 0.02 * spread * r.standard_normal(len(o.token_scores))) for o in noisy
-    ]
+    given = [AuthorScores(one.prompt_ids, one.completion_ids, one.token_scores + off) for one, off in zip(exact, noise, strict=True)]
     assert "as half precision gives" in imported(case, author_scores=given).notes[0]
 
 

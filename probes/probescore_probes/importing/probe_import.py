@@ -123,11 +123,15 @@ def import_probe(
         None if reduction is None else arguments.text(reduction, "reduction"),
         None if unit is None else arguments.unit(unit, "unit"),
         tuple(arguments.text(label, "label") for label in arguments.sequence(labels, "labels", "names", '["cheating"]')),
-        heads,
-        tuple(arguments.sequence(features, "features", "indices", "[7]")),
+        None if heads is None else arguments.of_kind(heads, "heads", int, "give a whole number"),
+        tuple(
+            arguments.of_kind(feature, "feature", int, "give its index")
+            for feature in arguments.sequence(features, "features", "indices", "[7]")
+        ),
         arguments.flag(sees_prompt, "sees_prompt"),
         arguments.flag(trust_pickle, "trust_pickle"),
     )
+    author_scores = arguments.sequence(author_scores, "author_scores", "scores", "[AuthorScores(prompt_ids, completion_ids, score=0.5)]")
     source = Source(file)
     known = format_of(source, format)
     found = _with_what_was_said(known.read(source, asked), asked, [note for place in places for note in place.notes], reference)
