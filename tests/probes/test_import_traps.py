@@ -38,9 +38,10 @@ from onnx import TensorProto, helper
 from safetensors.torch import load_file, save_file
 from sklearn.linear_model import LogisticRegression
 
-from probescore.types import OutputPer, ScoreUnit, Tap
+from probescore.types import ScoreUnit, Tap
 from probescore_probes import read_probe_file
 from probescore_probes.importing import FORMATS, NOT_COMPARED, AuthorScores, import_probe
+from probescore_probes.importing.imported import Asked
 from probescore_probes.importing.places import read_place
 from probescore_probes.importing.registry import format_of
 from probescore_probes.importing.source import Source
@@ -74,6 +75,14 @@ def refused(imported, tmp_path):
         return message
 
     return refused
+
+
+def read(case, **told):
+    """As an import reads a file, before anything is computed."""
+    said = case.told | told
+    taps = tuple(read_place(tap, "tap", N).tap for tap in said.pop("taps", ()))
+    features = tuple(said.pop("features", ()))
+    return format_of(Source(case.file), said.pop("format", None)).read(Source(case.file), Asked(D, N, taps, features=features, **said))
 
 
 def make(kind, tmp_path: Path):
@@ -131,9 +140,8 @@ def test_a_name_of_transformer_lens_is_noted_since_its_models_are_changed(import
     assert any("centres" in note and "BOS" in note for note in made.notes)
 
 
-def test_the_last_hidden_state_is_not_the_last_blocks_output(imported, tmp_path):
-    made = imported(make(hidden_states_direction(N), tmp_path))
-    assert made.probe.manifest.taps == (Tap("final_norm"),)
+def test_the_last_hidden_state_is_not_the_last_blocks_output(tmp_path):
+    assert read(make(hidden_states_direction(N), tmp_path)).taps == (Tap("final_norm"),)
 
 
 def test_a_row_for_each_layer_is_no_row_for_each_label(refused, tmp_path):
@@ -203,7 +211,7 @@ def test_a_layer_without_a_convention_is_asked_for_with_both_readings(refused, t
 
 
 def test_a_pickled_enum_is_read_by_a_stand_in_and_a_threshold_is_a_note(imported, tmp_path):
-    made = imported(make(lie_detector("mlp"), tmp_path))
+    made = imported(make(lie_detector("lr"), tmp_path))
     assert any("ProbeArchitecture" in note for note in made.notes)
     assert any("threshold of 1.25" in note and "calibrate" in note for note in made.notes)
     assert made.probe.manifest.calibrations == ()
@@ -275,6 +283,10 @@ def test_flattened_layers_are_asked_for_each(refused, tmp_path):
     assert "resid_post.N" in refused(case, taps=["resid_pre.1", "resid_post.2"])
 
 
+def test_texts_that_the_tokenizer_makes_nothing_of_are_no_golden_rollouts(refused, tmp_path):
+    assert "give a few real rollouts" in refused(make(plain_direction, tmp_path), golden=None)
+
+
 # ------------------------------------------------------------------------------------------------------------------------------ SAELens
 
 SAE_REFUSALS = {
@@ -317,7 +329,7 @@ def test_version_5_normalised_by_true_is_the_average_that_is_not_in_the_file(ref
 @pytest.mark.parametrize(
     ("version", "prepend_bos", "expects"), [(5, True, True), (6, True, True), (6, False, False), (5, None, True), (6, None, None)]
 )
-def test_prepend_bos_is_expects_bos(imported, refused, tmp_path, version, prepend_bos, expects):
+def test_prepend_bos_is_expects_bos(refused, tmp_path, version, prepend_bos, expects):
     case = make(sae(version, "standard"), tmp_path)
     config = json.loads((tmp_path / "cfg.json").read_text())
     place = config["metadata"] if version == 6 else config
@@ -327,8 +339,7 @@ def test_prepend_bos_is_expects_bos(imported, refused, tmp_path, version, prepen
     without = [(prompt[1:], completion) for prompt, completion in GOLDEN]
     if expects:
         assert "does not begin with BOS" in refused(case, golden=without)
-    made = imported(case, golden=without if expects is False else GOLDEN)
-    assert made.probe.manifest.expects_bos is expects
+    assert read(case).expects_bos is expects
 
 
 def test_features_are_asked_for_and_must_fire(refused, tmp_path):
@@ -369,18 +380,16 @@ def test_platts_line_must_survive_the_aggregator(refused, tmp_path):
     assert "platt_A" in refused(case, reduction="max")
 
 
-def test_the_last_layer_of_the_atlas_is_after_the_final_norm(imported, tmp_path):
-    made = imported(make(atlas("LinearProbe", layer=N - 1), tmp_path))
-    assert made.probe.manifest.taps == (Tap("final_norm"),)
+def test_the_last_layer_of_the_atlas_is_after_the_final_norm(tmp_path):
+    assert read(make(atlas("LinearProbe", layer=N - 1), tmp_path)).taps == (Tap("final_norm"),)
 
 
-def test_sing_probe_reads_what_enters_a_block_and_identity_holds_nothing(imported, refused, tmp_path):
+def test_sing_probe_reads_what_enters_a_block_and_identity_holds_nothing(refused, tmp_path):
     case = make(sing_probe("mlp"), tmp_path)
-    made = imported(case)
-    assert [str(tap) for tap in made.probe.manifest.taps] == ["resid_pre.1", "resid_pre.3"]
-    assert made.probe.manifest.output.labels == ("risk", "unsafe")
-    assert made.probe.manifest.reduce_on is ScoreUnit.PROBABILITY
-    (tmp_path / "imported.onnx").unlink()
+    found = read(case)
+    assert [str(tap) for tap in found.taps] == ["resid_pre.1", "resid_pre.3"]
+    assert found.labels == ("risk", "unsafe")
+    assert found.reduce_on is ScoreUnit.PROBABILITY
     written(tmp_path / "config.json", json.loads((tmp_path / "config.json").read_text()) | {"model_type": "sing_probe_identity"})
     assert "holds no weights" in refused(case)
 
@@ -397,12 +406,12 @@ def test_thresholds_beside_a_probe_are_a_note_and_no_calibration(imported, tmp_p
     assert made.probe.manifest.calibrations == ()
 
 
-def test_an_attention_probe_pools_by_itself(imported, refused, tmp_path):
+def test_an_attention_probe_pools_by_itself(refused, tmp_path):
     case = make(attention_probe(False), tmp_path)
     assert "pools by itself" in refused(case, reduction="mean")
-    made = imported(case)
-    assert made.probe.manifest.output.per is OutputPer.ROLLOUT
-    assert any("use_tanh" in note for note in made.notes)
+    found = read(case)
+    assert found.context.kind == "rollout"
+    assert any("use_tanh" in note for note in found.notes)
 
 
 # -------------------------------------------------------------------------------------------------------------------------------- ONNX
