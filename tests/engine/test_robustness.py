@@ -23,7 +23,8 @@ from probescore_probes.reference import ReferenceModel
 from probescore_server import Engine
 from probescore_server.probes.scoring.batch_scorer import _without_non_finite
 from probescore_server.rollouts import CheckedRollout
-from probescore_server.validation import resolve_options, resolve_rollouts
+from probescore_server.validation.options import resolve_options
+from probescore_server.validation.rollouts import resolve_rollouts
 
 PROMPT = [BOS, 40, 41, 42]
 BROKEN = 90

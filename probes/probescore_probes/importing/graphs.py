@@ -14,7 +14,7 @@ from probescore.types import ScoreUnit
 from probescore_probes.exporting import ProbeFunction
 from probescore_probes.importing.imported import Asked, Imported, named
 from probescore_probes.importing.source import Source
-from probescore_server.probes.format.graph import SCORES, GraphInputs, Signature
+from probescore_server.probes.format.graph import SCORES, GraphInputs, GraphSignature
 
 _FLOATS: dict[int, Any] = {TensorProto.FLOAT: np.float32, TensorProto.DOUBLE: np.float64}
 _GIVES_PROBABILITIES = ("Sigmoid", "Softmax")
@@ -83,7 +83,7 @@ class _AsItCame:
         scores: Any = self._evaluator.run([self._output], named_rows)[0]
         return np.asarray(scores).reshape(len(scores), -1)
 
-    def export(self, signature: Signature) -> onnx.ModelProto:
+    def export(self, signature: GraphSignature) -> onnx.ModelProto:
         """The graph between a probe file's names."""
         inner = compose.add_prefix(self._model, _PREFIX)
         names = [str(tap) for tap in signature.taps]

@@ -10,7 +10,7 @@ import structlog
 import torch
 from torch.nn.attention.varlen import varlen_attn
 
-from probescore.types import Tap
+from probescore.types import Hook, Tap
 from probescore_server.backbone.base import Backbone
 from probescore_server.backbone.model_loading import Decoder
 from probescore_server.backbone.packed.attention import Kernel
@@ -123,7 +123,7 @@ def _disagreement(decoder: Decoder, reader: TapReader, universal: Backbone, pack
     """
     test = SelfTest(decoder, reader)
     test.check(packed)
-    tap = Tap("resid_post", len(decoder.blocks) - 1)
+    tap = Tap(Hook.RESID_POST, len(decoder.blocks) - 1)
 
     def rows(backbone: Backbone) -> torch.Tensor:
         return backbone.forward(small_forest(decoder), [tap]).rows[tap]

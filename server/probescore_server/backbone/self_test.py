@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from probescore.types import Scope, Tap
+from probescore.types import Hook, Scope, Tap
 from probescore_server.backbone.base import Activations, Backbone
 from probescore_server.backbone.forest import Forest
 from probescore_server.backbone.kv_cache import KeyValueCache
@@ -40,7 +40,7 @@ class SelfTest:
 
     def __init__(self, decoder: Decoder, reader: TapReader) -> None:
         self._decoder = decoder
-        self._tap = Tap("resid_post", len(decoder.blocks) - 1)
+        self._tap = Tap(Hook.RESID_POST, len(decoder.blocks) - 1)
         self._kind = decoder.config.model_type
         forest = small_forest(decoder)
         try:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from probescore.types import Chat, Completion, RolloutGroup, Text
-from probescore_server.cli.console import new_console
-from probescore_server.cli.failures import one_line_failures
-from probescore_server.cli.probe_tables import facts_table, safe
+from probescore_server.cli.common.console import new_console
+from probescore_server.cli.common.failures import one_line_failures
 from probescore_server.cli.rollout_lines import UNDECODABLE, read_rollout_lines
+from probescore_server.cli.tables import facts_table, safe
 
 if TYPE_CHECKING:
     from probescore_probes import ReferenceModel

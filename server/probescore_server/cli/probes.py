@@ -9,11 +9,10 @@ import typer
 from rich.console import Console
 
 from probescore_server.cli import importing
-from probescore_server.cli.connection import DEFAULT_ADDRESS, Address, Wait, connected
-from probescore_server.cli.console import new_console
-from probescore_server.cli.failures import one_line_failures
-from probescore_server.cli.manifest_tables import manifest_tables
-from probescore_server.cli.probe_tables import facts_table, probes_table, safe
+from probescore_server.cli.common.connection import DEFAULT_ADDRESS, Address, Wait, connected
+from probescore_server.cli.common.console import new_console
+from probescore_server.cli.common.failures import one_line_failures
+from probescore_server.cli.tables import facts_table, manifest_tables, probes_table, safe
 
 ProbeFileArgument = Annotated[Path, typer.Argument(help="A probe file.", show_default=False, metavar="FILE")]
 
@@ -65,7 +64,7 @@ def _verify(
     with one_line_failures():
         from probescore_server.engine.engine import Engine
 
-        with _Steps(console) as steps:
+        with _CheckSteps(console) as steps:
             engine = Engine.load(model, [file], revision=revision, dtype=dtype, device=device, report=steps.begin)
         table = facts_table("Agrees with the model")
         table.add_row("fingerprint", engine.info.model.fingerprint)
@@ -75,7 +74,7 @@ def _verify(
         console.print(f"[bold green]{safe(engine.info.probes[0].name)}@{safe(engine.info.probes[0].version)} can be served[/bold green]")
 
 
-class _Steps:
+class _CheckSteps:
     """Prints each step of a check once it has passed or failed, with a spinner while it runs."""
 
     def __init__(self, console: Console) -> None:
@@ -92,7 +91,7 @@ class _Steps:
         if self._step:
             self._console.print(f"{mark} {safe(self._step)}")
 
-    def __enter__(self) -> _Steps:
+    def __enter__(self) -> _CheckSteps:
         self._status.start()
         return self
 

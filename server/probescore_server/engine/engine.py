@@ -38,11 +38,13 @@ from probescore_server.probes.format.manifest import Manifest
 from probescore_server.probes.format.probe_file import ProbeFile
 from probescore_server.probes.loading.compatibility import is_accepted
 from probescore_server.probes.loading.golden_check import check_golden, golden_rollouts
-from probescore_server.probes.loading.loader import LoadedProbe, needs_trial, tried
+from probescore_server.probes.loading.loader import LoadedProbe, limited_to_tried_calls, needs_trial
 from probescore_server.probes.scoring.batch_scorer import BatchScorer
-from probescore_server.probes.scoring.wanted import Wanted
-from probescore_server.rollouts import CheckedRollout, Continuation, EngineInfo, Occupancy, RolloutResult
-from probescore_server.validation import ChatLimits, TokenScoresWanted, pending_texts, resolve_options, resolve_rollouts
+from probescore_server.probes.scoring.cancellation import WantedRollouts
+from probescore_server.rollouts import CheckedRollout, Continuation, EngineInfo, EngineStatistics, RolloutResult
+from probescore_server.validation.options import TokenScoresWanted, resolve_options
+from probescore_server.validation.rollouts import resolve_rollouts
+from probescore_server.validation.texts import ChatLimits, pending_texts
 
 BATCH_TOKENS = 16_384
 """Tokens of one batch of ``Engine.score``: bounds the activations held at once. A server makes its own batches."""
@@ -243,10 +245,10 @@ class Engine:
         with self._running:
             self._memory.free_reserves()
 
-    def occupancy(self) -> Occupancy:
+    def statistics(self) -> EngineStatistics:
         """What is held of the device, and what the key-value cache has been good for."""
         with self._running:
-            return self._memory.occupancy()
+            return self._memory.statistics()
 
     def sleep(self) -> Transfer:
         """Gives the device's memory back until ``wake``, after the batch that computes: weights move to pinned host memory, the key-value
@@ -269,7 +271,7 @@ class Engine:
         self, rollouts: Sequence[CheckedRollout], probes: Mapping[str, LoadedProbe], is_cancelled: Callable[[int], bool]
     ) -> list[RolloutResult | None]:
         forest = Forest.build(rollouts, self._reads)
-        wanted = Wanted(is_cancelled)
+        wanted = WantedRollouts(is_cancelled)
         tokens = sum(rollout.tokens for rollout in rollouts)
 
         def unwanted(segment: int) -> bool:
@@ -324,7 +326,7 @@ class Engine:
         for file in files:
             key = file.manifest.key
             if needs_trial(file, self._probes[key]):
-                self._probes[key] = tried(file, self._probes[key], self._golden_activations(file))
+                self._probes[key] = limited_to_tried_calls(file, self._probes[key], self._golden_activations(file))
 
     def _golden_activations(self, file: ProbeFile) -> dict[Tap, NDArray[np.float32]]:
         """Of a few golden rollouts, what the probe reads: finite rows ``(N, hidden_size)``, the same tokens at each tap."""

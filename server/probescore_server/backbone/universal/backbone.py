@@ -18,7 +18,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from probescore.types import Tap
-from probescore_server.backbone.base import Activations, nothing
+from probescore_server.backbone.base import Activations, skip_nothing
 from probescore_server.backbone.forest import Forest
 from probescore_server.backbone.kv_cache import KeyValueCache, KeyValues, length_of
 from probescore_server.backbone.model_loading import Decoder
@@ -33,7 +33,7 @@ class _StopForward(Exception):
     """All that a sequence's continuations need of it is in its state; nobody reads what the rest of the forward would give."""
 
 
-class _State(DynamicCache):
+class _SequenceState(DynamicCache):
     """Keys and values of a sequence, which ends a forward when its last layer has them, if told to."""
 
     ends_at: int | None = None
@@ -70,7 +70,7 @@ class UniversalBackbone:
 
     @torch.inference_mode()
     def forward(
-        self, forest: Forest, taps: Sequence[Tap], *, skip: Callable[[int], bool] = nothing, cache: KeyValueCache | None = None
+        self, forest: Forest, taps: Sequence[Tap], *, skip: Callable[[int], bool] = skip_nothing, cache: KeyValueCache | None = None
     ) -> Activations:
         """As ``Backbone.forward``. ``skip`` is asked again before each ``CHUNK_TOKENS`` of a segment."""
         activations = Activations.empty(forest, taps, self._decoder.config.hidden_size, self._decoder.device)
@@ -78,19 +78,19 @@ class UniversalBackbone:
             _ForestRun(self, forest, activations, skip, cache if self.keeps_key_values else None).run_all()
         return activations
 
-    def start(self, known: KeyValues) -> _State:
+    def start(self, known: KeyValues) -> _SequenceState:
         """The state of a sequence after the tokens that these are of."""
         if not self.keeps_key_values:
-            state = _State(config=self._decoder.config)
+            state = _SequenceState(config=self._decoder.config)
             state.layers = self._decoder.cache_layers
             return state
         # Without a config it keeps every token also where a layer sees a window only: what a longer sequence needs is all there.
-        state = _State()
+        state = _SequenceState()
         for layer, (keys, values) in enumerate(known):
             state.update(keys, values, layer)
         return state
 
-    def read_tokens(self, token_ids: NDArray[np.int32], position: int, state: _State, into: Mapping[Tap, torch.Tensor]) -> None:
+    def read_tokens(self, token_ids: NDArray[np.int32], position: int, state: _SequenceState, into: Mapping[Tap, torch.Tensor]) -> None:
         """Runs some tokens after those of a state, which grows by them, and copies their activations to the buffers."""
         ids = torch.from_numpy(token_ids.astype(np.int64)).to(self._decoder.device).unsqueeze(0)
         positions = {}
@@ -124,7 +124,7 @@ class _ForestRun:
         for root in self._children[-1]:
             self._run(root, None)
 
-    def _run(self, index: int, state: _State | None) -> None:
+    def _run(self, index: int, state: _SequenceState | None) -> None:
         """Runs a segment after the state of its parent, which is the segment's own from then on, and then what follows it."""
         segment = self._forest.segments[index]
         known = self._known(index)
@@ -145,7 +145,7 @@ class _ForestRun:
             return []
         return self._cache.longest_prefix(self._forest.ids_up_to(index))
 
-    def _compute(self, index: int, state: _State) -> bool:
+    def _compute(self, index: int, state: _SequenceState) -> bool:
         """Runs what is not cached of a segment, in chunks; false if it is not wanted any more."""
         segment = self._forest.segments[index]
         length = len(segment.token_ids)
@@ -173,7 +173,7 @@ def _keeps_key_values(decoder: Decoder) -> bool:
     return plain and not is_chunked and len(layers) == len(decoder.blocks)
 
 
-def _fork(state: _State) -> _State:
+def _fork(state: _SequenceState) -> _SequenceState:
     """A state that can go on by itself.
 
     Plain layers put a longer tensor in the place of theirs, so that both may begin with the same one. Recurrent layers change theirs in
@@ -186,7 +186,7 @@ def _fork(state: _State) -> _State:
     return forked
 
 
-def _tail(state: _State, count: int) -> KeyValues:
+def _tail(state: _SequenceState, count: int) -> KeyValues:
     """Keys and values of the last tokens; none where a layer holds none of its own."""
     layers = [(layer.keys, layer.values) for layer in state.layers if isinstance(layer, DynamicLayer)]
     if any(keys is None or values is None for keys, values in layers):
