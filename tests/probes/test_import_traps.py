@@ -82,7 +82,7 @@ def read(case, **told):
     said = case.told | told
     taps = tuple(read_place(tap, "tap", N).tap for tap in said.pop("taps", ()))
     features = tuple(said.pop("features", ()))
-    return format_of(Source(case.file), said.pop("format", None)).read(Source(case.file), Asked(D, N, taps, features=features, **said))
+    return format_of(Source(case.file), said.pop("format", None)).read(Source(case.file), Asked(D, N, taps=taps, features=features, **said))
 
 
 def make(kind, tmp_path: Path):
@@ -340,6 +340,32 @@ def test_prepend_bos_is_expects_bos(refused, tmp_path, version, prepend_bos, exp
     if expects:
         assert "does not begin with BOS" in refused(case, golden=without)
     assert read(case).expects_bos is expects
+
+
+def test_centred_weights_are_centred_rows_of_models_with_layer_norms(tmp_path):
+    """As SAELens loads GPT-2 for some of its releases."""
+    case = make(sae(6, "standard"), tmp_path)
+    x = normal(np.random.default_rng(8), 5, D).astype(np.float32)
+    plain = read(case).function.score({"resid_post.1": x})
+    config = json.loads((tmp_path / "cfg.json").read_text())
+    config["metadata"]["model_from_pretrained_kwargs"] = {"center_writing_weights": True}
+    written(tmp_path / "cfg.json", config)
+
+    found = {norms: read(case, layer_norms=norms) for norms in (True, False)}
+
+    centred = read(case, layer_norms=True).function.score({"resid_post.1": x})
+    by_hand = read(make(sae(6, "standard"), tmp_path)).function.score({"resid_post.1": x - x.mean(-1, keepdims=True)})
+    assert np.allclose(centred, by_hand, atol=1e-5)
+    assert not np.allclose(centred, plain, atol=1e-2)
+    assert np.array_equal(found[False].function.score({"resid_post.1": x}), plain)
+    assert any("taken out" in note for note in found[True].notes)
+    assert any("does nothing" in note for note in found[False].notes)
+
+
+@pytest.mark.parametrize(("kind", "nonlinear"), [(lie_detector("mlp"), True), (lie_detector("lr"), False), (onnx_graph, True)])
+def test_what_may_have_been_fitted_on_means_is_noted_where_it_matters(tmp_path, kind, nonlinear):
+    notes = read(make(kind, tmp_path)).notes
+    assert any("mean activation" in note for note in notes) is nonlinear
 
 
 def test_features_are_asked_for_and_must_fire(refused, tmp_path):

@@ -7,7 +7,7 @@ from typing import Any
 
 from probescore_probes import arguments
 from probescore_probes.exporting import sklearn_probe
-from probescore_probes.importing.imported import Asked, Imported, named
+from probescore_probes.importing.imported import NONLINEAR, Asked, Imported, is_affine, named
 from probescore_probes.importing.pickles import unpickled
 from probescore_probes.importing.source import Source
 
@@ -41,13 +41,14 @@ def estimator_probe(estimator: Any, asked: Asked, source: Source, warned: tuple[
     if function.width is None:
         raise ValueError(f"{source.name}: {type(estimator).__name__} does not say how many features it was fitted on; fit it again")
     columns = function.columns or 1
+    notes = warned if is_affine(function, function.width) else (*warned, NONLINEAR)
     classes = function.classes[-columns:] if columns > 1 else ()
     return Imported(
         function,
         asked.taps_for(function.width),
         f"{type(estimator).__name__} of scikit-learn",
         named(asked, columns, classes),
-        notes=warned,
+        notes=notes,
     )
 
 

@@ -12,7 +12,7 @@ from onnx.reference import ReferenceEvaluator
 
 from probescore.types import ScoreUnit
 from probescore_probes.exporting import ProbeFunction
-from probescore_probes.importing.imported import Asked, Imported, named
+from probescore_probes.importing.imported import NONLINEAR, Asked, Imported, is_affine, named
 from probescore_probes.importing.source import Source
 from probescore_server.probes.format.graph import SCORES, GraphInputs, GraphSignature
 
@@ -48,8 +48,12 @@ def read_graph(source: Source, asked: Asked) -> Imported:
     columns = read.columns(asked.hidden_size * len(asked.taps) // len(inputs), source.name)
     last = next((node.op_type for node in model.graph.node if outputs[0].name in node.output), "")
     unit = asked.unit or (ScoreUnit.PROBABILITY if last in _GIVES_PROBABILITIES else ScoreUnit.VALUE)
-    notes = () if asked.unit else (f"Its unit is not in the file: taken for a {unit.value}, since it ends in {last or 'no operator'}",)
+    notes: tuple[str, ...] = (
+        () if asked.unit else (f"Its unit is not in the file: taken for a {unit.value}, since it ends in {last or 'no operator'}",)
+    )
     function = ProbeFunction(read.score, read.export, unit, asked.hidden_size * len(asked.taps), columns)
+    if len(inputs) > 1 or not is_affine(function, asked.hidden_size * len(asked.taps)):
+        notes += (NONLINEAR,)
     return Imported(function, asked.taps, "an ONNX graph", named(asked, columns), notes=notes)
 
 

@@ -20,6 +20,12 @@ Array = NDArray[np.float64]
 
 POINTWISE = Context()
 
+NONLINEAR = (
+    "It is not linear, and its file does not say what it was fitted on: the score of a rollout's mean activation, if its author computes "
+    "that, is another number than the mean of the scores of its tokens, which is served"
+)
+"""What must be known of a probe that is no ``weight · x + bias``."""
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -28,6 +34,7 @@ class Asked:
     Attributes:
         hidden_size: of the model.
         num_hidden_layers: of the model.
+        layer_norms: whether the model's norms take the mean of their rows out; root mean square norms do not.
         taps: where to read, in order; empty = not said.
         reduction: from scores of tokens to one of a rollout, or how the author pools; ``None`` = not said.
         unit: of the scores; ``None`` = not said.
@@ -40,6 +47,7 @@ class Asked:
 
     hidden_size: int
     num_hidden_layers: int
+    layer_norms: bool = False
     taps: tuple[Tap, ...] = ()
     reduction: str | None = None
     unit: ScoreUnit | None = None
@@ -165,6 +173,17 @@ def linear(weight: Array, bias: Array, *, unit: ScoreUnit, mean: Array | None = 
     scale = np.ones(weight.shape[1]) if std is None else std
     folded = linear_probe(weight / scale, bias - (weight / scale) @ centre, unit=unit)
     return replace(folded, score=lambda inputs: ((side_by_side(inputs) - centre) / scale) @ weight.T + bias)
+
+
+def is_affine(function: ProbeFunction, width: int) -> bool:
+    """Whether a function of single rows is ``weight · x + bias``, so that the mean of its scores is the score of the mean row."""
+    x, y = np.random.default_rng(0).standard_normal((2, 8, width))
+
+    def scores(rows: Array) -> Array:
+        return np.asarray(function.score({"rows": rows.astype(np.float32).astype(np.float64)}), np.float64).reshape(len(rows), -1)
+
+    apart, together = (scores(x) + scores(y)) / 2, scores((x + y) / 2)
+    return bool(np.abs(apart - together).max() <= 1e-4 * max(float(apart.std()), 1e-12))
 
 
 def formula(score: Callable[[GraphInputs], Array], module: torch.nn.Module, *, unit: ScoreUnit, width: int, columns: int) -> ProbeFunction:

@@ -17,7 +17,7 @@ import torch
 
 from probescore.types import ScoreUnit, Tap
 from probescore_probes import arguments
-from probescore_probes.importing.imported import Array, Asked, Imported, formula, linear, named, side_by_side
+from probescore_probes.importing.imported import NONLINEAR, Array, Asked, Imported, formula, linear, named, side_by_side
 from probescore_probes.importing.source import Source, taken, tensors
 from probescore_probes.importing.standardised import check_std
 
@@ -60,6 +60,7 @@ def read_lie_detector(source: Source, asked: Asked) -> Imported:
             function, method = linear(weight, bias, unit=ScoreUnit.LOGIT, mean=mean, std=std), "logistic regression"
         else:
             function, method = _perceptron(found, mean, std, source.name), "multilayer perceptron"
+            notes.append(NONLINEAR)
     return Imported(function, taps, f"{method} of lie_detectors", named(asked, 1), notes=tuple(notes))
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from probescore.types import ScoreUnit, Tap, TokenIds
@@ -119,6 +120,7 @@ def import_probe(
     asked = Asked(
         model.hidden_size,
         model.num_hidden_layers,
+        any(isinstance(module, torch.nn.LayerNorm) for module in reference.model.modules()),
         tuple(place.tap for place in places),
         None if reduction is None else arguments.text(reduction, "reduction"),
         None if unit is None else arguments.unit(unit, "unit"),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 
@@ -70,7 +71,7 @@ def _logistic(source: Source, asked: Asked) -> Imported:
         raise ValueError(f"{source.name}: no layer in it was fitted; fit it again")
     layers = sorted(fitted)
     row, tap = asked.entry_of(layers, "classifiers")
-    one = Asked(asked.hidden_size, asked.num_hidden_layers, (tap,), labels=asked.labels)
+    one = replace(asked, taps=(tap,))
     found = estimator_probe(fitted[layers[row]], one, source, warned)
     method = f"logistic regression for hidden_states[{layers[row]}]"
     return Imported(found.function, found.taps, method, found.labels, reduction="mean", notes=(*found.notes, *_thresholds(source)))

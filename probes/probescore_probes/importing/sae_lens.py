@@ -38,7 +38,15 @@ class Features(nn.Module):
     features: Tensor
 
     def __init__(
-        self, w_enc: Array, b_enc: Array, b_dec: Array, threshold: Array | None, top: int | None, features: list[int], normalise: str
+        self,
+        w_enc: Array,
+        b_enc: Array,
+        b_dec: Array,
+        threshold: Array | None,
+        top: int | None,
+        features: list[int],
+        normalise: str,
+        centre: bool,
     ) -> None:
         super().__init__()
         every = np.arange(w_enc.shape[1]) if top is not None else np.array(features)  # only the largest of all can be told from the others
@@ -46,12 +54,14 @@ class Features(nn.Module):
         self.encoder.load_state_dict(
             {"weight": torch.from_numpy(w_enc[:, every].T.copy()), "bias": torch.from_numpy((b_enc - b_dec @ w_enc)[every])}
         )
-        self.normalise, self.top = normalise, top
+        self.normalise, self.top, self.centre = normalise, top, centre
         self.register_buffer("threshold", None if threshold is None else torch.from_numpy(threshold[every]).float())
         self.register_buffer("features", torch.tensor(features))
 
     def forward(self, x: Tensor) -> Tensor:
         """Activations of the features."""
+        if self.centre:
+            x = x - x.mean(-1, keepdim=True)
         if self.normalise == "layer_norm":
             x = x - x.mean(-1, keepdim=True)
             x = x / ((x * x).sum(-1, keepdim=True) / (x.shape[-1] - 1)).sqrt().add(_LAYER_NORM_EPS)
@@ -88,6 +98,7 @@ def read_sae(source: Source, asked: Asked) -> Imported:
     if d_in != asked.hidden_size:
         raise ValueError(f"{_CONFIG}: d_in: {d_in}; the model's hidden size is {asked.hidden_size}: give the model that it was trained on")
     features = _features(asked, d_sae)
+    centre, notes = _centred(config, asked)
     found = source.member(_WEIGHTS).tensors
     top = whole_number(config, "k", _CONFIG) if architecture == "topk" else None
     w_enc, b_enc = taken(found, "W_enc", _WEIGHTS, d_in, d_sae), taken(found, "b_enc", _WEIGHTS, d_sae)
@@ -102,8 +113,8 @@ def read_sae(source: Source, asked: Asked) -> Imported:
         top,
         features,
         config["normalize_activations"],
+        centre,
     )
-    notes = list(place.notes)
     if config.get("model_name"):
         notes.append(f"It was trained on {config['model_name']}, by its own name of it")
     if config.get("dtype") not in (None, "float32", "torch.float32"):
@@ -135,6 +146,23 @@ def _settings(config: dict[str, Any]) -> dict[str, Any]:
     prepends = settings.get("prepend_bos", True if before_6 else None)
     settings["prepend_bos"] = None if prepends is None else bool(prepends)
     return settings
+
+
+def _centred(config: dict[str, Any], asked: Asked) -> tuple[bool, list[str]]:
+    """Whether TransformerLens centred what the model writes: with layer norms, that takes the mean out of each row and "
+    "changes nothing else."""
+    kwargs = config.get("model_from_pretrained_kwargs")
+    if not isinstance(kwargs, dict):
+        return False, [
+            "cfg.json does not say how the model was loaded: SAELens' list of releases loads some of GPT-2's with "
+            "center_writing_weights; if "
+            "this is one, put that into model_from_pretrained_kwargs of cfg.json"
+        ]
+    if not kwargs.get("center_writing_weights"):
+        return False, []
+    if not asked.layer_norms:
+        return False, ["center_writing_weights does nothing to a model without layer norms"]
+    return True, ["Its model was loaded with center_writing_weights: the mean of each row is taken out in the graph"]
 
 
 def _check_plain(config: dict[str, Any]) -> None:
