@@ -150,7 +150,8 @@ def _settings(config: dict[str, Any]) -> dict[str, Any]:
 
 def _centred(config: dict[str, Any], asked: Asked) -> tuple[bool, list[str]]:
     """Whether TransformerLens centred what the model writes: with layer norms, that takes the mean out of each row and "
-    "changes nothing else."""
+    "changes nothing else.
+    """
     kwargs = config.get("model_from_pretrained_kwargs")
     if not isinstance(kwargs, dict):
         return False, [
