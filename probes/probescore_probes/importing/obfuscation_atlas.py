@@ -12,7 +12,7 @@
 from __future__ import annotations
 
 import re
-from itertools import pairwise
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -21,12 +21,11 @@ from torch import Tensor, nn
 
 from probescore.types import ScoreUnit
 from probescore_probes import arguments
-from probescore_probes.importing.atlas_kinds import WEIGHTS, Kind, kind_of
-from probescore_probes.importing.imported import Array, Asked, Imported, formula, named, side_by_side
+from probescore_probes.importing.atlas_kinds import WEIGHTS, Kind, Weights, kind_of
+from probescore_probes.importing.imported import Array, Asked, Imported, each_sequence, formula, named, side_by_side
 from probescore_probes.importing.places import hidden_state
 from probescore_probes.importing.sequences import members, seen, sequence_of, softmax
 from probescore_probes.importing.source import Source
-from probescore_server.probes.format.graph import CU_SEQLENS, GraphInputs
 from probescore_server.probes.format.manifest import Context
 
 _CONFIG = "config.json"
@@ -94,52 +93,57 @@ def read_obfuscation_atlas(source: Source, asked: Asked) -> Imported:
     every = source.member(WEIGHTS).tensors
     wrapped = {name.removeprefix("probe."): array for name, array in every.items() if name.startswith("probe.")}
     found = wrapped or every
-    width = asked.hidden_size
     kind = kind_of(str(config.get("class_name")), found, init, asked)
-    platt = tuple(float(every.get(name, np.array(default)).ravel()[0]) for name, default in (("platt_A", 1.0), ("platt_B", 0.0)))
-    _check_platt(aggregator, platt[0], platt[1])
-    normalise = init.get("normalize_input", "none")
-    if normalise not in ("none", "l2", "unit_norm"):
-        raise ValueError(f"{_CONFIG}: normalize_input: {arguments.shown(normalise)}; only none, l2 and unit_norm are known")
-    scale = float(found.get("input_scale", np.array(1.0)).ravel()[0])
+    a, b = _platt(every, aggregator)
+    normalise = _normalisation(init, found)
     pools = aggregator in _POOLING
-    module = _Pooled(kind, (normalise, scale), aggregator, window, (platt[0], platt[1]))
+    module = _Pooled(kind, normalise, aggregator, window, (a, b))
 
-    def score(inputs: GraphInputs) -> Array:
-        bounds = inputs[CU_SEQLENS].tolist() if CU_SEQLENS in inputs else [0, len(next(iter(inputs.values())))]
-        x = side_by_side(inputs)
-        if normalise == "l2":
-            x = x / (np.linalg.norm(x, axis=-1, keepdims=True) + _L2_EPS)
-        elif normalise == "unit_norm":
-            x = x / scale
-        logits = []
-        for start, end in pairwise(bounds):
-            query, value = kind.of_one(x[start:end])
-            one = _aggregated(query, value, aggregator, window)[None] if pools else value.sum(-1)
-            logits.append(platt[0] * one + platt[1])
-        return np.concatenate(logits)[:, None]
+    def of_one(x: Array) -> Array:
+        query, value = kind.of_one(_normalised(x, normalise))
+        return a * (_aggregated(query, value, aggregator, window) if pools else value.sum(-1, keepdims=True)) + b
 
-    if pools:
-        context = Context(kind="rollout", sees_prompt=asked.sees_prompt)
-    elif kind.attends:
-        context = Context(kind="causal", window=kind.window, sees_prompt=asked.sees_prompt)
-    else:
-        context = Context()
-    reads_more = (f"Its file does not say whether it attends to the prompt: it {'does' if asked.sees_prompt else 'does not'} here",)
+    in_sequences = each_sequence(of_one)
+    sees = (f"Its file does not say whether it reads the prompt: it {'does' if asked.sees_prompt else 'does not'} here",)
     return Imported(
-        formula(score, module, unit=ScoreUnit.LOGIT, width=width, columns=1),
+        formula(
+            in_sequences if pools or kind.attends else lambda inputs: of_one(side_by_side(inputs)),
+            module,
+            unit=ScoreUnit.LOGIT,
+            width=asked.hidden_size,
+            columns=1,
+        ),
         _taps(source, asked),
-        f"{config['class_name']} of the Obfuscation Atlas, aggregated by "
-        f"{aggregator}{f'({window})' if aggregator == 'rolling_attention' else ''}",
+        f"{config['class_name']} of the Obfuscation Atlas, aggregated by {aggregator}{f'({window})' if window else ''}",
         named(asked, 1),
-        context=context,
+        context=_context(kind, pools, asked),
         reduction=None if pools else aggregator,
         notes=(
             "Its aggregator is not in its file: it was given to the import",
-            *(reads_more if kind.attends or pools else ()),
-            f"Platt's line of its author is in the logit: {platt[0]:.6g} · logit + {platt[1]:.6g}",
+            *(sees if kind.attends or pools else ()),
+            f"Platt's line of its author is in the logit: {a:.6g} · logit + {b:.6g}",
         ),
     )
+
+
+def _context(kind: Kind, pools: bool, asked: Asked) -> Context:
+    if pools:
+        return Context(kind="rollout", sees_prompt=asked.sees_prompt)
+    return Context(kind="causal", window=kind.window, sees_prompt=asked.sees_prompt) if kind.attends else Context()
+
+
+def _normalisation(init: Mapping[str, Any], found: Weights) -> tuple[str, float]:
+    """What is done to rows, and the scale that ``unit_norm`` divides them by."""
+    normalise = init.get("normalize_input", "none")
+    if normalise not in ("none", "l2", "unit_norm"):
+        raise ValueError(f"{_CONFIG}: normalize_input: {arguments.shown(normalise)}; only none, l2 and unit_norm are known")
+    return str(normalise), float(found.get("input_scale", np.array(1.0)).ravel()[0])
+
+
+def _normalised(x: Array, normalise: tuple[str, float]) -> Array:
+    if normalise[0] == "l2":
+        return np.asarray(x / (np.linalg.norm(x, axis=-1, keepdims=True) + _L2_EPS))
+    return x / normalise[1] if normalise[0] == "unit_norm" else x
 
 
 def _taps(source: Source, asked: Asked) -> tuple[Any, ...]:
@@ -163,22 +167,26 @@ def _aggregator(asked: Asked) -> tuple[str, int]:
     )
 
 
-def _check_platt(aggregator: str, a: float, b: float) -> None:
+def _platt(found: Weights, aggregator: str) -> tuple[float, float]:
+    """``a`` and ``b`` of ``a · logit + b``, which must mean the same before the aggregator as after it."""
+    a, b = (float(found.get(name, np.array(default)).ravel()[0]) for name, default in (("platt_A", 1.0), ("platt_B", 0.0)))
     if aggregator == "sum" and b:
         raise ValueError(f"platt_B: {b:g} is added once to a sum over tokens; a sum can be imported only where it is 0")
     if aggregator == "max" and a <= 0:
         raise ValueError(f"platt_A: {a:g} turns the largest logit into the smallest; give a probe whose scores rise with what it looks for")
+    return a, b
 
 
-def _aggregated(query: Array, value: Array, aggregator: str, window: int) -> Any:  # noqa: ANN401  a number
+def _aggregated(query: Array, value: Array, aggregator: str, window: int) -> Array:
+    """One number ``(1, 1)`` of a sequence."""
     if aggregator == "multimax":
-        return value.max(0).sum()
+        return value.max(0).sum(keepdims=True)[None]
     share = softmax(query, 0)
     if aggregator == "attention" or len(value) < window:
-        return (share * value).sum()
+        return (share * value).sum(keepdims=True)
     shares, values = (np.lib.stride_tricks.sliding_window_view(array, window, axis=0) for array in (share, value))
     averages = (shares / (shares.sum(-1, keepdims=True) + _WINDOW_EPS) * values).sum(-1)
-    return averages.max(0).sum()
+    return np.asarray(averages.max(0).sum(keepdims=True)[None])
 
 
 def _over(x: Tensor, y: Tensor, eps: float) -> Tensor:
