@@ -192,6 +192,12 @@ def test_an_adapter_beside_a_probe_is_refused_by_name(refused, tmp_path):
     assert "changes the model; not served yet" in message
 
 
+@pytest.mark.parametrize("name", ["probe_head.bin", "probe_config.json"])
+def test_a_file_of_several_stands_for_its_folder(tmp_path, name):
+    case = make(hallucination_probe, tmp_path)
+    assert read(type(case)(tmp_path / name, case.scores)).taps == (Tap("resid_post", 2),)
+
+
 @pytest.mark.parametrize(("change", "said"), [({"hidden_size": 4096}, "hidden_size: 4096"), ({"layer_idx": N}, "counted from 0")])
 def test_a_probe_of_another_model_is_refused(refused, tmp_path, change, said):
     case = make(hallucination_probe, tmp_path)
@@ -256,6 +262,7 @@ def test_warnings_of_an_estimators_version_are_notes(imported, tmp_path):
     case = make(plain_direction, tmp_path)
     made = imported(type(case)(file, case.scores), taps=["resid_post.1"], trust_pickle=True)
     assert any("Trying to unpickle" in note for note in made.notes)
+    assert any("whose code was run: sklearn." in note for note in made.notes)
 
 
 def test_skops_is_read_without_trust(imported, tmp_path):

@@ -5,13 +5,17 @@ from __future__ import annotations
 import pickletools
 import warnings
 
+import structlog
+
 from probescore_probes.importing.source import Source
 
 _SHOWN = 6
 
+logger = structlog.get_logger(__name__)
+
 
 def unpickled(source: Source, trusted: bool, instead: str) -> tuple[object, tuple[str, ...]]:
-    """What a pickle holds, and what its libraries warn of.
+    """What a pickle holds, and notes: that its code ran, and what its libraries warn of.
 
     Args:
         source: the file; what ``joblib`` or ``dill`` wrote too.
@@ -21,8 +25,8 @@ def unpickled(source: Source, trusted: bool, instead: str) -> tuple[object, tupl
     Raises:
         ValueError: it is not trusted, or cannot be opened.
     """
+    names = pickled_names(source)
     if not trusted:
-        names = pickled_names(source)
         runs = f": it names {', '.join(names[:_SHOWN])}{' and others' if len(names) > _SHOWN else ''}" if names else ""
         raise ValueError(
             f"{source.name}: a Python pickle, which runs code as it is opened{runs}; {instead}, or, if you trust whoever made it, give "
@@ -30,6 +34,7 @@ def unpickled(source: Source, trusted: bool, instead: str) -> tuple[object, tupl
         )
     import joblib  # comes with scikit-learn
 
+    logger.warning("a pickle is opened, and its code run", file=source.name, names=names)
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -38,7 +43,8 @@ def unpickled(source: Source, trusted: bool, instead: str) -> tuple[object, tupl
         raise ValueError(f"{source.name}: its pickle needs {error.name}, which is not installed here; install it, or {instead}") from None
     except Exception as error:  # whatever the pickle's own code raises
         raise ValueError(f"{source.name}: cannot be opened ({type(error).__name__}); {instead}") from error
-    return content, tuple(" ".join(str(warning.message).split()) for warning in caught)
+    ran = f"Read from a pickle, whose code was run: {', '.join(names[:_SHOWN]) or 'compressed'}"
+    return content, (ran, *(" ".join(str(warning.message).split()) for warning in caught))
 
 
 def pickled_names(source: Source) -> list[str]:
