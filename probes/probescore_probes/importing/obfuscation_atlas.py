@@ -180,10 +180,10 @@ def _platt(found: Weights, aggregator: str) -> tuple[float, float]:
 def _aggregated(query: Array, value: Array, aggregator: str, window: int) -> Array:
     """One number ``(1, 1)`` of a sequence."""
     if aggregator == "multimax":
-        return value.max(0).sum(keepdims=True)[None]
+        return np.asarray(value.max(0).sum(keepdims=True)[None])
     share = softmax(query, 0)
     if aggregator == "attention" or len(value) < window:
-        return (share * value).sum(keepdims=True)
+        return np.asarray((share * value).sum(keepdims=True))
     shares, values = (np.lib.stride_tricks.sliding_window_view(array, window, axis=0) for array in (share, value))
     averages = (shares / (shares.sum(-1, keepdims=True) + _WINDOW_EPS) * values).sum(-1)
     return np.asarray(averages.max(0).sum(keepdims=True)[None])
