@@ -31,8 +31,8 @@ from probescore_server.probes.format.manifest import (
     TapInput,
     neighbouring_places,
 )
+from probescore_server.probes.loading.context_check import check_author_agrees, far_lengths, rows_tried
 from probescore_server.probes.loading.deviations import largest_deviation
-from probescore_server.probes.loading.independence import check_author_agrees, far_lengths, rows_tried
 from probescore_server.probes.loading.random_sequences import RandomSequences, cut_sequence, pack_sequences
 from probescore_server.probes.loading.row_by_row import is_row_by_row
 
@@ -202,7 +202,7 @@ def check_graph_computes(
 
     The graph runs in onnx's own evaluator. Each rollout is scored alone and packed with the others; of a causal probe also the first half
     of a rollout, and its last window. Then, unless the graph computes row by row for certain, it is tried far beyond the rollouts:
-    ``probescore_server.probes.loading.independence``.
+    ``probescore_server.probes.loading.context_check``.
 
     Raises:
         ProbeRefused: it does not.

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from probescore.fingerprints import tokenizer_fingerprint
 from probescore.types import Hook, Tap, TokenIds
 from probescore_probes import arguments
-from probescore_probes.whole_model import find_model, is_wrapper, load_whole_model
+from probescore_probes.model_loading import find_model, is_wrapper, load_whole_model
 from probescore_server.probes.format.fingerprints import model_fingerprint
 from probescore_server.probes.format.manifest import ModelReference
 

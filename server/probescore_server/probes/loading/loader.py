@@ -17,12 +17,12 @@ from probescore_server.errors import ProbeRefused
 from probescore_server.probes.format.graph import CU_SEQLENS, POSITIONS, GraphInputs, GraphSignature
 from probescore_server.probes.format.manifest import Manifest
 from probescore_server.probes.format.probe_file import ProbeFile
-from probescore_server.probes.loading.independence import LARGEST_CALL, rows_tried
+from probescore_server.probes.loading.context_check import LARGEST_CALL, rows_tried
 from probescore_server.probes.loading.onnx_session import ProbeSession, session_device
 from probescore_server.probes.loading.random_sequences import RandomSequences
 from probescore_server.probes.loading.row_by_row import is_row_by_row
 from probescore_server.probes.stacking.graph_reader import read_network
-from probescore_server.probes.stacking.network import Network
+from probescore_server.probes.stacking.layered_network import Network
 from probescore_server.probes.stacking.stack import Stack, stack_networks
 
 STACKED_TOLERANCE = 1e-5

@@ -13,7 +13,7 @@ from probescore.reductions import Reduction, reduce_scores
 from probescore.types import ProbeScores, Tap
 from probescore_server.backbone.forest import Forest
 from probescore_server.probes.format.graph import GraphFailed
-from probescore_server.probes.loading.independence import LARGEST_CALL, LONGEST_SHARE, SEQUENCES
+from probescore_server.probes.loading.context_check import LARGEST_CALL, LONGEST_SHARE, SEQUENCES
 from probescore_server.probes.loading.loader import LoadedProbe
 from probescore_server.probes.loading.onnx_session import ProbeSession
 from probescore_server.probes.scoring.cancellation import ComputationCancelled, GraphCanceller, WantedRollouts

@@ -14,7 +14,7 @@ import onnx
 
 from probescore_server.probes.format.graph import SCORES, GraphSignature
 from probescore_server.probes.stacking.expressions import COMPARISONS, OPERATORS, Apply, Constant, Expression, Input
-from probescore_server.probes.stacking.network import Affine, Array, Network, NotANetwork, RowValue, mapped, network_of, selected
+from probescore_server.probes.stacking.layered_network import Affine, Array, Network, NotANetwork, RowValue, mapped, network_of, selected
 
 
 def read_network(model: onnx.ModelProto, signature: GraphSignature) -> Network | None:

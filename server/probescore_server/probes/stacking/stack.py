@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from probescore_server.probes.stacking.expressions import Apply, Constant, Expression, takes_whole_rows
-from probescore_server.probes.stacking.network import Layer
+from probescore_server.probes.stacking.layered_network import Layer
 
 MAX_INNER_NUMBERS = 1 << 23
 """Of results between the layers held at once, 32 MiB: longer inputs are computed in pieces."""
