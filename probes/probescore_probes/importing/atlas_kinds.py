@@ -26,7 +26,7 @@ Heads = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Kind:
-    """One class of the Atlas.
+    """One class of probes of the Atlas, with its weights.
 
     Attributes:
         scores: a module from normalised rows and, if it attends, ``cu_seqlens`` to ``(q, v)``.
@@ -41,7 +41,7 @@ class Kind:
 
 
 class _Layers(nn.Module):
-    """Linear layers with ReLUs between them, then queries and values."""
+    """Scores by linear layers with ReLUs between them, then queries and values."""
 
     def __init__(self, layers: list[tuple[Array, Array]], query: tuple[Array, Array] | None, value: tuple[Array, Array] | None) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class _Layers(nn.Module):
 
 
 class _Quadratic(nn.Module):
-    """xᵀMx + wᵀx + b."""
+    """Scores of the form xᵀMx + wᵀx + b."""
 
     matrix: Tensor
 
@@ -74,7 +74,7 @@ class _Quadratic(nn.Module):
 
 
 class _Attention(nn.Module):
-    """Causal attention within a window."""
+    """Scores by causal attention, of the last tokens or of all."""
 
     def __init__(self, qkv: tuple[Array, Array], out: tuple[Array, Array], heads: int, window: int | None) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class _Attention(nn.Module):
 
 
 class _Transformer(nn.Module):
-    """Layers of a causal transformer encoder, as torch has them."""
+    """Scores by layers of a causal transformer encoder, as torch has them."""
 
     def __init__(self, found: Weights, layers: int, heads: int, activation: str, norm_first: bool) -> None:
         super().__init__()
@@ -131,7 +131,7 @@ _BLOCK = {"out": "self_attn.out_proj", "first": "linear1", "second": "linear2"}
 
 
 def kind_of(name: str, found: Weights, init: dict[str, Any], asked: Asked) -> Kind:
-    """The kind that a class of the Atlas is.
+    """Reads the weights of a probe of one class.
 
     Args:
         name: of the class.
@@ -274,7 +274,7 @@ def _heads(asked: Asked) -> int:
 
 
 def _threefold(rows: Tensor, heads: int) -> tuple[Tensor, ...]:
-    """Queries, keys and values ``(N, heads, size)`` that a projection gives side by side."""
+    """Splits what a projection gives into queries, keys and values, ``(N, heads, size)`` each."""
     return rows.reshape(-1, 3, heads, rows.shape[1] // (3 * heads)).unbind(1)
 
 

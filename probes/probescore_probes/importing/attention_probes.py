@@ -24,7 +24,7 @@ _NAMES = {"q.weight", "v.weight", "v.bias", "position_weight"}
 
 
 class AttentionPool(nn.Module):
-    """Softmax pooling of several heads, with a weight on positions.
+    """Pools a rollout by the softmax attention of several heads, with a weight on positions.
 
     A shift of all positions changes nothing under a softmax, so they are counted from the first row that is read: far into a long rollout
     their products would be too large for float32.
@@ -44,7 +44,7 @@ class AttentionPool(nn.Module):
         self.heads, self.mlp = heads, "o.weight" in weights
 
     def forward(self, *given: Tensor) -> Tensor:
-        """Scores ``(S, labels)`` of taps ``(N, width)``, ``cu_seqlens`` and positions ``(N,)``."""
+        """Computes scores ``(S, labels)`` of taps ``(N, width)``, ``cu_seqlens`` and positions ``(N,)``."""
         *taps, cu_seqlens, positions = given
         x = torch.cat(taps, dim=1)
         start = positions[cu_seqlens[:-1]][sequence_of(torch.arange(x.shape[0]), cu_seqlens)]
@@ -57,14 +57,14 @@ class AttentionPool(nn.Module):
 
 
 def is_attention_probe(source: Source) -> bool:
-    """Whether a file has its tensors and no others."""
+    """Tells whether a file has the tensors of an attention probe and no others."""
     if source.kind not in ("torch", "safetensors") or not isinstance(source.content, Mapping):
         return False
     return set(map(str, source.content)) in (_NAMES, _NAMES | {"o.weight", "o.bias"})
 
 
 def read_attention_probe(source: Source, asked: Asked) -> Imported:
-    """A probe that pools a rollout into one score for each class.
+    """Reads a probe that pools a rollout into one score for each class.
 
     Raises:
         ValueError: weights have shapes that do not fit together.

@@ -54,7 +54,7 @@ class AuthorScores:
 
 @dataclass(frozen=True, eq=False)
 class _Case:
-    """One of them, read: its expected rows ``(T, labels)`` or ``(1, labels)``."""
+    """A rollout with its author's scores, read: the expected rows ``(T, labels)`` or ``(1, labels)``."""
 
     prompt: NDArray[np.int64]
     completion: NDArray[np.int64]
@@ -64,7 +64,7 @@ class _Case:
 
 @dataclass(frozen=True)
 class _Found:
-    """How far scores that were read in one way are from the author's.
+    """How far the scores of one way of reading are from the author's.
 
     Attributes:
         off: root mean square of the differences, in standard deviations of the author's scores.
@@ -164,18 +164,18 @@ class _Comparison:
         self._cases, self._expected = cases, expected
 
     def at(self, where: str, remedy: str, places: Sequence[Place]) -> list[_Found | None]:
-        """Read elsewhere, a comparison for each place: of all rollouts for one place, of the first few for many."""
+        """Compares the scores of each place with the author's: on all rollouts for one place, on the first few for many."""
         return self._compare(self._scorer, places, [(where, remedy)] * len(places), self._reduction)
 
     def neighbours(self, *, tokens_too: bool = True) -> list[_Found]:
-        """One block off, or one token."""
+        """Compares the scores one block off, and one token off if that is wanted."""
         every = neighbouring_places(self._scorer.inputs, self._scorer.reference.reference.num_hidden_layers)
         places = [place for place in every if tokens_too or not place[1]]
         said = [(_named(place), _remedy(place)) for place in places]
         return [found for found in self._compare(self._scorer, places, said, self._reduction) if found is not None]
 
     def others(self) -> Iterator[_Found]:
-        """Other hooks, BOS or none, centred activations, and other ways to one score of a rollout."""
+        """Compares other hooks, BOS or none, centred activations, and other ways to one score of a rollout."""
         scorer = self._scorer
         hooks = _other_hooks(scorer.inputs, scorer.reference.reference.num_hidden_layers)
         yield from self._found(scorer, hooks, [(_named(place), _remedy(place)) for place in hooks])
@@ -236,7 +236,7 @@ def _nearest(
     where: str,
     remedy: str,
 ) -> _Found | None:
-    """The nearest in any unit that the author may have used."""
+    """Compares scores with the author's in each unit that he may have used, and keeps the nearest."""
     units: dict[str, tuple[bool, bool]] = {f"a {unit.value}": (False, False)}
     if unit is ScoreUnit.LOGIT:
         units |= {"a probability": (True, False), "the probability of a reduced logit": (False, True)}
@@ -297,7 +297,7 @@ def _other_hooks(inputs: tuple[TapInput, ...], num_hidden_layers: int) -> list[P
 
 
 def _on(scorer: GoldenScorer, change: Any) -> GoldenScorer:  # noqa: ANN401  a function of arrays
-    """The same probe on changed activations."""
+    """Makes a scorer that gives the same probe changed activations."""
     probe = scorer.probe
 
     def score(inputs: GraphInputs) -> NDArray[Any]:

@@ -21,7 +21,7 @@ _FILES = ("npy", "npz", "safetensors", "torch")
 
 
 def is_direction(source: Source) -> bool:
-    """Whether a file holds one tensor, or a weight and perhaps a bias."""
+    """Tells whether a file holds one tensor, or a weight and perhaps a bias."""
     if source.kind not in _FILES or (isinstance(source.content, Mapping) and any(isinstance(v, Mapping) for v in source.content.values())):
         return False
     names = set(unprefixed(source.tensors))
@@ -29,7 +29,7 @@ def is_direction(source: Source) -> bool:
 
 
 def read_direction(source: Source, asked: Asked) -> Imported:
-    """A direction, or a matrix with a row for each label.
+    """Reads a direction, or a matrix with a row for each label.
 
     Raises:
         ValueError: shapes that do not fit, or rows of which nobody can say what they are.
@@ -47,12 +47,12 @@ def read_direction(source: Source, asked: Asked) -> Imported:
 
 
 def is_hidden_states_direction(source: Source) -> bool:
-    """Never by itself: rows may be labels."""
+    """Recognises no file by itself, since its rows may be labels."""
     return False
 
 
 def read_hidden_states_direction(source: Source, asked: Asked) -> Imported:
-    """One row of directions for all entries of ``hidden_states``, entry 0 first.
+    """Reads one row of the directions for all entries of ``hidden_states``, entry 0 first.
 
     Raises:
         ValueError: there are more or fewer rows than entries, or no entry was asked for.
@@ -74,14 +74,14 @@ def read_hidden_states_direction(source: Source, asked: Asked) -> Imported:
 
 
 def unprefixed(found: Mapping[str, Array]) -> dict[str, Array]:
-    """Tensors without what all of their names begin with: ``linear.weight`` of a module that holds one layer."""
+    """Returns tensors without what all of their names begin with: ``linear.weight`` of a module that holds one layer."""
     prefixes = {name.rpartition(".")[0] for name in found}
     prefix = f"{prefixes.pop()}." if len(prefixes) == 1 else ""
     return {name.removeprefix(prefix): array for name, array in found.items()}
 
 
 def weight_and_bias(found: Mapping[str, Array], where: str) -> tuple[Array, Array | None]:
-    """The weight, under any of its usual names, and the bias if there is one.
+    """Finds the weight, under any of its usual names, and the bias if there is one.
 
     Raises:
         ValueError: there is no weight, or several.
@@ -94,7 +94,7 @@ def weight_and_bias(found: Mapping[str, Array], where: str) -> tuple[Array, Arra
 
 
 def rows_of(weight: Array, asked: Asked, where: str) -> Array:
-    """Weights as ``(labels, width)``.
+    """Returns weights as ``(labels, width)``.
 
     Raises:
         ValueError: they have more axes.

@@ -15,12 +15,12 @@ _SKOPS = "save the estimator with skops.io.dump, which runs nothing"
 
 
 def is_estimator(source: Source) -> bool:
-    """Whether a file is a pickle of something, or of skops."""
+    """Tells whether a file is a pickle, or was written by skops."""
     return source.kind == "skops" or (source.kind == "pickle" and source.path.suffix != ".lgprobe")
 
 
 def read_estimator(source: Source, asked: Asked) -> Imported:
-    """A fitted estimator or pipeline.
+    """Reads a fitted estimator or pipeline.
 
     Raises:
         ValueError: it would run code and is not trusted, it is no estimator, or it cannot be written as a graph.
@@ -32,7 +32,7 @@ def read_estimator(source: Source, asked: Asked) -> Imported:
 
 
 def estimator_probe(estimator: Any, asked: Asked, source: Source, warned: tuple[str, ...] = ()) -> Imported:  # noqa: ANN401
-    """The probe of a fitted estimator.
+    """Makes the probe of a fitted estimator.
 
     Raises:
         ValueError: it cannot be written as a graph, or fits no taps.

@@ -23,12 +23,12 @@ _PREFIX = "imported_"
 
 
 def is_graph(source: Source) -> bool:
-    """Whether a file is called ``.onnx``."""
+    """Tells whether a file's name ends in ``.onnx``."""
     return source.kind == "onnx"
 
 
 def read_graph(source: Source, asked: Asked) -> Imported:
-    """A graph with one input, or one for each tap, and one output of floats. The graph itself, as it came, is the author's code.
+    """Reads a graph with one input, or one for each tap, and one output of floats. As it came, it is the author's code.
 
     Raises:
         ValueError: it is no ONNX model, a probe file already, has other inputs or outputs, or does not run on activations of the model.
@@ -58,7 +58,7 @@ def read_graph(source: Source, asked: Asked) -> Imported:
 
 
 class _AsItCame:
-    """A graph under its own names."""
+    """A graph that runs under its own names, and is exported under those of a probe file."""
 
     def __init__(self, model: onnx.ModelProto, inputs: list[onnx.ValueInfoProto], output: str) -> None:
         self._model, self._output = model, output
@@ -66,7 +66,7 @@ class _AsItCame:
         self._evaluator: Any = ReferenceEvaluator(model)
 
     def columns(self, width: int, where: str) -> int:
-        """How many scores it gives for a row of ``width`` numbers from each input."""
+        """Counts the scores that the graph gives for a row of ``width`` numbers from each input."""
         example = {name: np.random.default_rng(0).standard_normal((3, width)).astype(dtype) for name, dtype in self._inputs.items()}
         try:
             scores: Any = self._evaluator.run([self._output], example)[0]
@@ -80,7 +80,7 @@ class _AsItCame:
         return 1 if scores.ndim == 1 else int(scores.shape[1])
 
     def score(self, inputs: GraphInputs) -> NDArray[Any]:
-        """Its own scores, ``(N, labels)``."""
+        """Computes the graph's own scores, ``(N, labels)``."""
         rows = list(inputs.values())
         given = rows if len(rows) == len(self._inputs) else [np.concatenate(rows, axis=1)]
         named_rows = {name: array.astype(dtype) for (name, dtype), array in zip(self._inputs.items(), given, strict=True)}
@@ -88,7 +88,7 @@ class _AsItCame:
         return np.asarray(scores).reshape(len(scores), -1)
 
     def export(self, signature: GraphSignature) -> onnx.ModelProto:
-        """The graph between a probe file's names."""
+        """Makes the graph with the inputs and the output of a signature."""
         inner = compose.add_prefix(self._model, _PREFIX)
         names = [str(tap) for tap in signature.taps]
         nodes = []

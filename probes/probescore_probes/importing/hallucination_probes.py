@@ -15,12 +15,12 @@ _ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.
 
 
 def is_hallucination_probe(source: Source) -> bool:
-    """Whether both of its files are there."""
+    """Tells whether both files of such a probe are there."""
     return source.holds(_CONFIG, _HEAD)
 
 
 def read_hallucination_probe(source: Source, asked: Asked) -> Imported:
-    """A linear head over the output of a block; scores are probabilities of tokens.
+    """Reads a linear head over the output of a block; scores are probabilities of tokens.
 
     Raises:
         ValueError: an adapter lies beside it, the layer is none of the model's, or weights have another shape.

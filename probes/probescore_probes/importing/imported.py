@@ -58,7 +58,7 @@ class Asked:
     trust_pickle: bool = False
 
     def taps_for(self, width: int, remedy: str = "") -> tuple[Tap, ...]:
-        """The taps that were asked for, for rows of so many numbers.
+        """Returns the taps that were asked for, checked against how many numbers a row of weights has.
 
         Raises:
             ValueError: none was, or another number of them.
@@ -84,7 +84,7 @@ class Asked:
         return self.taps
 
     def tap_or(self, stated: Sequence[Tap], where: str) -> tuple[Tap, ...]:
-        """The taps that a file states, which may be said again but not otherwise.
+        """Returns the taps that a file states; the importer may name the same ones, and no others.
 
         Raises:
             ValueError: others were asked for.
@@ -98,7 +98,7 @@ class Asked:
         return tuple(stated)
 
     def entry_of(self, layers: Sequence[int], what: str) -> tuple[int, Tap]:
-        """Which of the entries of ``hidden_states`` that a file has probes for is asked for: its index in ``layers``, and the tap.
+        """Finds which of a file's probes for entries of ``hidden_states`` is asked for: its index in ``layers``, and the tap.
 
         Raises:
             ValueError: none was and there are several, or one that the file does not have.
@@ -117,7 +117,7 @@ class Asked:
 
 @dataclass(frozen=True, eq=False)
 class Imported:
-    """A probe of another library, read.
+    """A probe of another library, as it was read.
 
     Attributes:
         function: its formula, and the graph for it.
@@ -145,7 +145,7 @@ class Imported:
 
 
 def named(asked: Asked, columns: int, stated: Sequence[str] = ()) -> tuple[str, ...]:
-    """Names of a probe's columns: those asked for, else those of its file, else numbers.
+    """Names the columns of a probe: by those asked for, else those of its file, else numbers.
 
     Raises:
         ValueError: more or fewer were asked for than there are columns.
@@ -160,7 +160,7 @@ def named(asked: Asked, columns: int, stated: Sequence[str] = ()) -> tuple[str, 
 
 
 def linear(weight: Array, bias: Array, *, unit: ScoreUnit, mean: Array | None = None, std: Array | None = None) -> ProbeFunction:
-    """``weight · (x - mean) / std + bias`` as its author computes it, with a graph into which the standardisation is folded.
+    """Makes a probe of ``weight · (x - mean) / std + bias``, as its author computes it. The graph has the standardisation folded in.
 
     Args:
         weight: ``(labels, width)``.
@@ -176,7 +176,7 @@ def linear(weight: Array, bias: Array, *, unit: ScoreUnit, mean: Array | None = 
 
 
 def is_affine(function: ProbeFunction, width: int) -> bool:
-    """Whether a function of single rows is ``weight · x + bias``, so that the mean of its scores is the score of the mean row."""
+    """Tells whether a function of single rows is ``weight · x + bias``, so that the mean of its scores is the score of the mean row."""
     x, y = np.random.default_rng(0).standard_normal((2, 8, width))
 
     def scores(rows: Array) -> Array:
@@ -187,18 +187,18 @@ def is_affine(function: ProbeFunction, width: int) -> bool:
 
 
 def formula(score: Callable[[GraphInputs], Array], module: torch.nn.Module, *, unit: ScoreUnit, width: int, columns: int) -> ProbeFunction:
-    """A probe whose own code is a formula in numpy, and whose graph is exported from a module that must agree with it."""
+    """Makes a probe whose own code is a formula in numpy, and whose graph is exported from a module that must agree with it."""
     return replace(torch_probe(module, unit=unit), score=score, width=width, columns=columns)
 
 
 def side_by_side(inputs: GraphInputs) -> Array:
-    """The activations of all taps ``(N, taps × hidden_size)``, float64."""
+    """Returns the activations of all taps ``(N, taps × hidden_size)``, float64."""
     taps = [array for name, array in inputs.items() if name not in (CU_SEQLENS, POSITIONS)]
     return np.concatenate(taps, axis=1).astype(np.float64)
 
 
 def each_sequence(of_one: Callable[[Array], Array], rows: Callable[[GraphInputs], Array] = side_by_side) -> Callable[[GraphInputs], Array]:
-    """The formula of one sequence ``(T, width)``, which gives ``(T, labels)`` or, if it pools, ``(1, labels)``, for several in a row."""
+    """Makes of the formula for one sequence, ``(T, width)`` to ``(T, labels)`` or, pooled, ``(1, labels)``, that for several in a row."""
 
     def score(inputs: GraphInputs) -> Array:
         every = rows(inputs)

@@ -23,14 +23,14 @@ from probescore_probes.importing.standardised import check_std
 
 
 def is_lie_detector(source: Source) -> bool:
-    """Whether a torch file has weights and how they were fitted."""
+    """Tells whether a torch file holds weights and how they were fitted."""
     if source.kind != "torch" or not isinstance(source.content, Mapping):
         return False
     return isinstance(source.content.get("state_dict"), Mapping) and isinstance(source.content.get("hyperparams"), Mapping)
 
 
 def read_lie_detector(source: Source, asked: Asked) -> Imported:
-    """A difference of means, a logistic regression, or a perceptron with one hidden layer.
+    """Reads a difference of means, a logistic regression, or a perceptron with one hidden layer.
 
     Raises:
         ValueError: no tap was given, since the file does not say how its layers are counted; or weights have another shape.

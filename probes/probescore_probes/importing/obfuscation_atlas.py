@@ -36,7 +36,7 @@ _AGGREGATORS = "mean, max, sum, last, multimax, attention or rolling_attention(1
 
 
 class _Pooled(nn.Module):
-    """Normalised rows, scores of heads, an aggregator, and Platt's line."""
+    """A probe with its aggregator: normalised rows, scores of heads, one logit, and Platt's line."""
 
     def __init__(self, kind: Kind, normalise: tuple[str, float], aggregator: str, window: int, platt: tuple[float, float]) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class _Pooled(nn.Module):
         self.a, self.b = platt
 
     def forward(self, *given: Tensor) -> Tensor:
-        """Logits ``(N, 1)``, or ``(S, 1)`` where the aggregator pools heads apart."""
+        """Computes logits ``(N, 1)``, or ``(S, 1)`` where the aggregator pools heads apart."""
         x = given[0]
         if self.normalise == "l2":
             x = _over(x, (x * x).sum(-1, keepdim=True).sqrt(), _L2_EPS)
@@ -77,12 +77,12 @@ class _Pooled(nn.Module):
 
 
 def is_obfuscation_atlas(source: Source) -> bool:
-    """Whether a configuration names a class, and weights lie beside it."""
+    """Tells whether a configuration names a class, and weights lie beside it."""
     return source.holds(_CONFIG, WEIGHTS) and {"class_name", "init_args"} <= set(source.config(_CONFIG))
 
 
 def read_obfuscation_atlas(source: Source, asked: Asked) -> Imported:
-    """A probe with its aggregator, as one logit.
+    """Reads a probe with its aggregator, as one logit.
 
     Raises:
         ValueError: the aggregator, or the heads of an attention probe, were not said; its class is not known; or weights have other shapes.
@@ -133,7 +133,7 @@ def _context(kind: Kind, pools: bool, asked: Asked) -> Context:
 
 
 def _normalisation(init: Mapping[str, Any], found: Weights) -> tuple[str, float]:
-    """What is done to rows, and the scale that ``unit_norm`` divides them by."""
+    """Returns what is done to rows, and the scale that ``unit_norm`` divides them by."""
     normalise = init.get("normalize_input", "none")
     if normalise not in ("none", "l2", "unit_norm"):
         raise ValueError(f"{_CONFIG}: normalize_input: {arguments.shown(normalise)}; only none, l2 and unit_norm are known")
@@ -168,7 +168,7 @@ def _aggregator(asked: Asked) -> tuple[str, int]:
 
 
 def _platt(found: Weights, aggregator: str) -> tuple[float, float]:
-    """``a`` and ``b`` of ``a · logit + b``, which must mean the same before the aggregator as after it."""
+    """Returns ``a`` and ``b`` of ``a · logit + b``, which must mean the same before the aggregator as after it."""
     a, b = (float(found.get(name, np.array(default)).ravel()[0]) for name, default in (("platt_A", 1.0), ("platt_B", 0.0)))
     if aggregator == "sum" and b:
         raise ValueError(f"platt_B: {b:g} is added once to a sum over tokens; a sum can be imported only where it is 0")
@@ -178,7 +178,7 @@ def _platt(found: Weights, aggregator: str) -> tuple[float, float]:
 
 
 def _aggregated(query: Array, value: Array, aggregator: str, window: int) -> Array:
-    """One number ``(1, 1)`` of a sequence."""
+    """Aggregates the heads of one sequence to ``(1, 1)``."""
     if aggregator == "multimax":
         return np.asarray(value.max(0).sum(keepdims=True)[None])
     share = softmax(query, 0)
@@ -190,7 +190,7 @@ def _aggregated(query: Array, value: Array, aggregator: str, window: int) -> Arr
 
 
 def _over(x: Tensor, y: Tensor, eps: float) -> Tensor:
-    """``x / (y + eps)``, written so that exporters, which leave out what they take for ``+ 0``, keep it."""
+    """Computes ``x / (y + eps)``, written so that exporters, which leave out what they take for ``+ 0``, keep it."""
     return (x / eps) / (y / eps + 1)
 
 

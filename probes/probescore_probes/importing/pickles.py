@@ -15,7 +15,7 @@ logger = structlog.get_logger(__name__)
 
 
 def unpickled(source: Source, trusted: bool, instead: str) -> tuple[object, tuple[str, ...]]:
-    """What a pickle holds, and notes: that its code ran, and what its libraries warn of.
+    """Opens a pickle, and returns what it holds with notes: that its code ran, and what its libraries warn of.
 
     Args:
         source: the file; what ``joblib`` or ``dill`` wrote too.
@@ -48,7 +48,7 @@ def unpickled(source: Source, trusted: bool, instead: str) -> tuple[object, tupl
 
 
 def pickled_names(source: Source) -> list[str]:
-    """What an uncompressed pickle would import, as far as it can be read without being run."""
+    """Lists what an uncompressed pickle would import, as far as it can be read without being run."""
     names: list[str] = []
     strings: list[str] = []
     memo: dict[int, str] = {}

@@ -57,7 +57,7 @@ class Place:
 
 
 def read_place(written: str | Tap, argument: str, num_hidden_layers: int) -> Place:
-    """The tap that a name stands for: one of ours, or one of another library's.
+    """Finds the tap that a name stands for: one of ours, or one of another library's.
 
     Args:
         written: ``"resid_post.6"``, or a name as the module describes them.
@@ -107,7 +107,7 @@ def read_place(written: str | Tap, argument: str, num_hidden_layers: int) -> Pla
 
 
 def hidden_state(index: int, argument: str, num_hidden_layers: int) -> Tap:
-    """The tap of an entry of Hugging Face's ``hidden_states``, which has one more than the model has blocks.
+    """Finds the tap of an entry of Hugging Face's ``hidden_states``, which has one more than the model has blocks.
 
     Entry 0 enters block 0, entry k leaves block k - 1, and the last is not the last block's output but comes after the final norm.
 
@@ -131,7 +131,7 @@ def hidden_state(index: int, argument: str, num_hidden_layers: int) -> Tap:
 
 
 def hidden_state_of(tap: Tap, num_hidden_layers: int) -> int | None:
-    """The entry of Hugging Face's ``hidden_states`` that a tap reads; ``None`` if it is in none of them."""
+    """Finds the entry of Hugging Face's ``hidden_states`` that a tap reads; ``None`` if it is in none of them."""
     for entry in range(num_hidden_layers + 1):
         found = hidden_state(entry, "tap", num_hidden_layers)
         if found == tap or (tap.hook == "resid_pre" and tap.layer and found == Tap("resid_post", tap.layer - 1)):

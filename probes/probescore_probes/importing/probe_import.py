@@ -169,7 +169,7 @@ def import_probe(
 
 
 def _with_what_was_said(found: Imported, asked: Asked, notes: Sequence[str], reference: ReferenceModel) -> Imported:
-    """With the reduction that holds, and with notes on what nobody knows."""
+    """Completes a probe with the reduction that holds, and with notes on what nobody knows."""
     said = [*found.notes, *notes]
     reduction, expects_bos = found.reduction, found.expects_bos
     if found.context.kind != "rollout":
@@ -183,7 +183,7 @@ def _with_what_was_said(found: Imported, asked: Asked, notes: Sequence[str], ref
 
 
 def _golden(golden: Any, author_scores: Sequence[AuthorScores], reference: ReferenceModel, found: Imported) -> list[Rollout]:  # noqa: ANN401
-    """Those that were given, those of the author, or texts of this module."""
+    """Chooses golden rollouts: those that were given, those of the author, or texts of this module."""
     bos = reference.tokenizer.bos_token_id
     if len(golden):
         rollouts, argument = given.read_golden(golden, reference), "golden"
@@ -215,7 +215,7 @@ def _texts(reference: ReferenceModel, bos: int | None) -> list[Rollout]:
 
 
 def _check_fires(scorer: GoldenScorer, rollouts: Sequence[Rollout], labels: Sequence[str]) -> None:
-    """Golden scores that do not vary check nothing, which a sparse feature meets on most texts."""
+    """Refuses golden rollouts on which a column of scores does not vary, as a sparse feature's on most texts: they check nothing."""
     rows = [scorer.scores_at(prompt, completion, [(scorer.inputs, 0)])[0] for prompt, completion in rollouts]
     scores = np.concatenate([row for row in rows if row is not None])
     for label, column in zip(labels, scores.T, strict=False):

@@ -53,7 +53,7 @@ FORMATS = (
 
 
 def format_of(source: Source, name: str | None) -> Format:
-    """The format of a file: the one that is asked for, or the one that it shows by what is in it.
+    """Finds the format of a file: the one that is asked for, or the one that it shows by what is in it.
 
     Raises:
         ValueError: there is no such format, or the file shows none.

@@ -26,14 +26,14 @@ _INSTEAD = "save coef_ and intercept_ of the layer that you use as weight and bi
 
 
 def is_rl_rewardhacking(source: Source) -> bool:
-    """Whether a file is of one of the two kinds."""
+    """Tells whether a file is of one of the two kinds."""
     if source.path.suffix == ".lgprobe" and source.kind == "pickle":
         return True
     return source.kind == "torch" and isinstance(source.content, Mapping) and {"direction", "layers"} <= set(source.content)
 
 
 def read_rl_rewardhacking(source: Source, asked: Asked) -> Imported:
-    """The probe of one layer.
+    """Reads the probe of one layer.
 
     Raises:
         ValueError: no layer was asked for, or one that the file has no probe for; or a pickle is not trusted.
@@ -78,7 +78,7 @@ def _logistic(source: Source, asked: Asked) -> Imported:
 
 
 def _thresholds(source: Source) -> tuple[str, ...]:
-    """That thresholds lie beside the file, if they do."""
+    """Notes that thresholds lie beside the file, if they do."""
     path = source.folder / _STATISTICS
     try:
         statistics = json.loads(path.read_text(encoding="utf-8"))

@@ -59,7 +59,7 @@ class Features(nn.Module):
         self.register_buffer("features", torch.tensor(features))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Activations of the features."""
+        """Computes the activations of the features."""
         if self.centre:
             x = x - x.mean(-1, keepdim=True)
         if self.normalise == "layer_norm":
@@ -75,12 +75,12 @@ class Features(nn.Module):
 
 
 def is_sae(source: Source) -> bool:
-    """Whether both of its files are there."""
+    """Tells whether both files of an autoencoder are there."""
     return source.holds(_CONFIG, _WEIGHTS)
 
 
 def read_sae(source: Source, asked: Asked) -> Imported:
-    """Some of the features, a column each.
+    """Reads some of the features, a column each.
 
     Raises:
         ValueError: no feature was asked for; its kind, its hook or its normalisation cannot be served; or weights have another shape.
@@ -130,7 +130,7 @@ def read_sae(source: Source, asked: Asked) -> Imported:
 
 
 def _settings(config: dict[str, Any]) -> dict[str, Any]:
-    """In one mapping under today's names, with the defaults that its version had."""
+    """Puts a configuration into one mapping, under today's names, with the defaults that its version had."""
     metadata = config.get("metadata") or {}
     if not isinstance(metadata, dict):
         raise ValueError(f"{_CONFIG}: metadata: {arguments.kind_of(metadata)}; it should be an object")
@@ -149,8 +149,9 @@ def _settings(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _centred(config: dict[str, Any], asked: Asked) -> tuple[bool, list[str]]:
-    """Whether TransformerLens centred what the model writes: with layer norms, that takes the mean out of each row and "
-    "changes nothing else.
+    """Tells whether TransformerLens centred what the model writes, with a note.
+
+    With layer norms, that takes the mean out of each row and changes nothing else.
     """
     kwargs = config.get("model_from_pretrained_kwargs")
     if not isinstance(kwargs, dict):

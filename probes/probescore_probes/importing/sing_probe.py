@@ -32,7 +32,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": nn.functional.gel
 
 
 class SingMlp(nn.Module):
-    """Two layers over normalised rows."""
+    """A head of two layers over normalised rows."""
 
     fc1_weight: Tensor
     fc1_bias: Tensor
@@ -45,13 +45,13 @@ class SingMlp(nn.Module):
         self.activation = _ACTIVATIONS[activation]
 
     def forward(self, *taps: Tensor) -> Tensor:
-        """Logits ``(N, labels)``."""
+        """Computes logits ``(N, labels)``."""
         hidden: Tensor = self.activation(_normalised(taps) @ self.fc1_weight.T + self.fc1_bias)
         return hidden @ self.fc2_weight.T + self.fc2_bias
 
 
 class SingAttention(nn.Module):
-    """Causal attention with one key and one value head over normalised rows."""
+    """A head of causal attention with one key and one value head over normalised rows."""
 
     proj_q_weight: Tensor
     proj_k_weight: Tensor
@@ -67,7 +67,7 @@ class SingAttention(nn.Module):
         self.heads, self.window = heads, window
 
     def forward(self, *given: Tensor) -> Tensor:
-        """Logits ``(N, labels)``."""
+        """Computes logits ``(N, labels)``."""
         *taps, cu_seqlens = given
         x = _normalised(taps)
         query = x @ self.proj_q_weight.T
@@ -79,12 +79,12 @@ class SingAttention(nn.Module):
 
 
 def is_sing_probe(source: Source) -> bool:
-    """Whether a folder's configuration says that it is one."""
+    """Tells whether a folder's configuration says that it is one."""
     return source.kind == "folder" and source.holds(_CONFIG) and str(source.config(_CONFIG).get("model_type")).startswith("sing_probe")
 
 
 def read_sing_probe(source: Source, asked: Asked) -> Imported:
-    """A head of either kind; what is sent are probabilities.
+    """Reads a head of either kind; what is sent are probabilities.
 
     Raises:
         ValueError: another kind; no labels; layers that the model does not have; or weights of other shapes.

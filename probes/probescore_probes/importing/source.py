@@ -47,23 +47,23 @@ class Source:
 
     @property
     def name(self) -> str:
-        """Its name, for messages."""
+        """The name of the file or folder, for messages."""
         return self.path.name or str(self.path)
 
     def holds(self, *names: str) -> bool:
-        """Whether it is a folder with these files, or one of these files beside the others."""
+        """Tells whether the source is a folder with these files, or one of these files beside the others."""
         return (self.kind == "folder" or self.path.name in names) and all((self.folder / name).is_file() for name in names)
 
     def beside(self, *names: str) -> list[str]:
-        """Those of some files that lie in the folder."""
+        """Returns those of some files that lie in the folder."""
         return [name for name in names if (self.folder / name).is_file()]
 
     def member(self, name: str) -> Source:
-        """A file of the folder."""
+        """Opens a file of the folder."""
         return Source(self.folder / name)
 
     def config(self, name: str) -> dict[str, Any]:
-        """A JSON object in the folder.
+        """Reads a JSON object in the folder.
 
         Raises:
             ValueError: it is none.
@@ -90,7 +90,7 @@ class Source:
 
     @cached_property
     def content(self) -> Any:  # noqa: ANN401  what torch or numpy makes of it
-        """What is in the file: an array, or whatever torch holds, tensors with the names of their mappings.
+        """The content of the file: an array, or whatever torch holds, tensors with the names of their mappings.
 
         Raises:
             ValueError: it is no such file, it is damaged, or it needs code to be run.
@@ -122,7 +122,7 @@ class Source:
 
     @cached_property
     def tensors(self) -> dict[str, NDArray[np.float64]]:
-        """Its tensors by name, float64; the one array of a file without names is ``""``.
+        """The file's tensors by name, float64; the one array of a file without names is ``""``.
 
         Raises:
             ValueError: it holds none, or numbers that are not finite.
@@ -131,7 +131,7 @@ class Source:
 
 
 def tensors(content: object, where: str) -> dict[str, NDArray[np.float64]]:
-    """The tensors of a mapping by name, or a single one as ``""``, in float64; whatever else the mapping holds is left out.
+    """Returns the tensors of a mapping by name, or a single one as ``""``, in float64; whatever else the mapping holds is left out.
 
     Raises:
         ValueError: there is none, or one holds numbers that are not finite.
@@ -147,7 +147,7 @@ def tensors(content: object, where: str) -> dict[str, NDArray[np.float64]]:
 
 
 def taken(found: Mapping[str, NDArray[np.float64]], name: str, where: str, *shape: int | None) -> NDArray[np.float64]:
-    """A tensor of a certain shape.
+    """Returns a tensor that must have a certain shape.
 
     Args:
         found: tensors by name.
@@ -168,7 +168,7 @@ def taken(found: Mapping[str, NDArray[np.float64]], name: str, where: str, *shap
 
 
 def whole_number(config: dict[str, object], key: str, where: str) -> int:
-    """A whole number of a configuration.
+    """Returns a whole number of a configuration.
 
     Raises:
         ValueError: it is not there, or is none.

@@ -18,12 +18,12 @@ _VLLM_LENS_SMALLEST_STD = 1e-8
 
 
 def is_standardised(source: Source) -> bool:
-    """Whether a file has a weight, a mean and a standard deviation."""
+    """Tells whether a file has a weight, a mean and a standard deviation."""
     return source.kind in ("torch", "safetensors", "npz") and {"weight", "mean", "std"} <= {*_names(source)}
 
 
 def read_standardised(source: Source, asked: Asked) -> Imported:
-    """A linear probe over standardised activations.
+    """Reads a linear probe over standardised activations.
 
     Raises:
         ValueError: shapes that do not fit, or a standard deviation that is not above 0.
@@ -32,7 +32,7 @@ def read_standardised(source: Source, asked: Asked) -> Imported:
 
 
 def read_vllm_lens(source: Source, asked: Asked) -> Imported:
-    """The same over the flattened outputs of several blocks, by a mean over the tokens of a pass.
+    """Reads a linear probe over the flattened outputs of several blocks, by a mean over the tokens of a pass.
 
     Raises:
         ValueError: as ``read_standardised``; or a tap is not the output of a block.
