@@ -239,6 +239,24 @@ def test_no_code_of_a_torch_file_is_run(refused, tmp_path, format):
     assert not (tmp_path / "ran").exists()
 
 
+def test_a_whole_module_is_refused_with_what_to_save(refused, tmp_path):
+    case = make(plain_direction, tmp_path)
+    file = saved(tmp_path / "module.pt", torch.nn.Linear(D, 1))
+    message = refused(type(case)(file, case.scores, case.told))
+    assert "torch.nn.modules.linear.Linear" in message
+    assert "state_dict()" in message
+
+
+@pytest.mark.parametrize("name", ["d.pt", "d.npy", "d.npz", "d.safetensors", "d.onnx"])
+def test_a_damaged_file_is_refused(refused, tmp_path, name):
+    case = make(plain_direction, tmp_path)
+    whole = {"d.pt": CASES["weight, bias, mean, std"], "d.npz": CASES["column in npz, entry of hidden_states"], "d.onnx": onnx_graph}
+    whole |= {"d.npy": plain_direction, "d.safetensors": CASES["matrix in safetensors, nnsight's name"]}
+    content = make(whole[name], tmp_path).file.read_bytes()
+    (tmp_path / name).write_bytes(content[: len(content) // 2])
+    refused(type(case)(tmp_path / name, case.scores, case.told))
+
+
 @pytest.mark.parametrize("suffix", [".pkl", ".joblib", ".lgprobe"])
 def test_a_pickle_is_opened_only_if_it_is_trusted_and_says_what_it_names(refused, tmp_path, suffix):
     case = make(plain_direction, tmp_path)

@@ -61,9 +61,8 @@ def read_hidden_states_direction(source: Source, asked: Asked) -> Imported:
     entries = asked.num_hidden_layers + 1
     if weight.shape != (entries, asked.hidden_size):
         raise ValueError(
-            f"{source.name}: shape {weight.shape}; hf-directions is ({entries}, {asked.hidden_size}) for this model, a row for "
-            "each entry of "
-            "hidden_states, the embeddings first"
+            f"{source.name}: shape {weight.shape}; hf-directions is ({entries}, {asked.hidden_size}) for this model, a row for each "
+            "entry of hidden_states, the embeddings first"
         )
     index, tap = asked.entry_of(range(entries), "directions")
     offset = np.zeros(1) if bias is None else np.broadcast_to(bias.ravel(), entries)[index : index + 1]
@@ -117,6 +116,6 @@ def _check_rows(weight: Array, asked: Asked, where: str) -> None:
     if rows in (blocks, blocks + 1) and rows > 1 and not asked.labels:
         raise ValueError(
             f"{where}: {rows} rows, and the model has {blocks} blocks: a row for each layer, or for each label? Give format "
-            "hf-directions if "
-            f"they are for hidden_states[0] to hidden_states[{blocks}], {rows} labels if they are labels, or save the one row to import"
+            f"hf-directions if they are for hidden_states[0] to hidden_states[{blocks}], {rows} labels if they are labels, or save the "
+            "one row to import"
         )

@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, compose, helper, numpy_helper
+from onnx.inliner import inline_local_functions
 from onnx.reference import ReferenceEvaluator
 
 from probescore.types import ScoreUnit
@@ -36,6 +37,7 @@ def read_graph(source: Source, asked: Asked) -> Imported:
     try:
         model = onnx.load(source.path, load_external_data=False)
         onnx.checker.check_model(model)
+        model = inline_local_functions(model)
     except Exception as error:  # of protobuf's, or of the checker
         raise ValueError(f"{source.name}: no valid ONNX model with its weights inside ({type(error).__name__}); export it again") from None
     if any(entry.key == _MANIFEST for entry in model.metadata_props):
@@ -103,7 +105,7 @@ class _AsItCame:
         nodes.append(helper.make_node("Reshape", ["as_float", "shape_of_scores"], [SCORES]))
         weights = [*inner.graph.initializer, shape]
         graph = helper.make_graph(nodes, "probe", signature.inputs, [signature.output], weights)
-        return helper.make_model(graph, opset_imports=list(self._model.opset_import), functions=list(inner.functions))
+        return helper.make_model(graph, opset_imports=list(self._model.opset_import))
 
 
 def _check_ends(
@@ -115,9 +117,8 @@ def _check_ends(
     if others or len(inputs) not in (1, len(asked.taps)):
         listed = ", ".join(value.name for value in inputs) or "none"
         raise ValueError(
-            f"{where}: inputs {listed} for {len(asked.taps)} taps{f', of which {others[0]} takes no floats' if others else ''}; "
-            "export it with "
-            "one input of activations (N, width), or one for each tap"
+            f"{where}: inputs {listed} for {len(asked.taps)} taps{f', of which {others[0]} takes no floats' if others else ''}; export "
+            "it with one input of activations (N, width), or one for each tap"
         )
     if len(outputs) != 1:
         listed = ", ".join(value.name for value in model.graph.output)

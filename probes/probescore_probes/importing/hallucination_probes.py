@@ -27,9 +27,8 @@ def read_hallucination_probe(source: Source, asked: Asked) -> Imported:
     """
     if adapter := source.beside(*_ADAPTERS):
         raise ValueError(
-            f"{adapter[0]}: an adapter of this probe's own, which changes the model; not served yet: only probes that read the "
-            "frozen model "
-            "as it is can be imported"
+            f"{adapter[0]}: an adapter of this probe's own, which changes the model; not served yet: only probes that read the frozen "
+            "model as it is can be imported"
         )
     config = source.config(_CONFIG)
     layer, width = whole_number(config, "layer_idx", _CONFIG), whole_number(config, "hidden_size", _CONFIG)

@@ -66,9 +66,8 @@ class Asked:
         needed, rest = divmod(width, self.hidden_size)
         if rest or not needed:
             raise ValueError(
-                f"weights: for rows of {width} numbers, and the model's hidden size is {self.hidden_size}; give the model that the "
-                "probe was "
-                "fitted on"
+                f"weights: for rows of {width} numbers, and the model's hidden size is {self.hidden_size}; give the model that the probe "
+                "was fitted on"
             )
         if not self.taps:
             what = "which tap it reads" if needed == 1 else f"which {needed} taps it reads, in order"
@@ -77,9 +76,8 @@ class Asked:
             )
         if len(self.taps) != needed:
             raise ValueError(
-                f"tap: {len(self.taps)} given ({', '.join(map(str, self.taps))}), and the weights are for {needed} × "
-                f"{self.hidden_size} numbers; "
-                f"give {needed}"
+                f"tap: {len(self.taps)} given ({', '.join(map(str, self.taps))}), and the weights are for {needed} × {self.hidden_size} "
+                f"numbers; give {needed}"
             )
         return self.taps
 
@@ -91,9 +89,8 @@ class Asked:
         """
         if self.taps and self.taps != tuple(stated):
             raise ValueError(
-                f"tap: {', '.join(map(str, self.taps))}; {where} says {', '.join(map(str, stated))}: leave it out, or correct the "
-                "file if it "
-                "is wrong"
+                f"tap: {', '.join(map(str, self.taps))}; {where} says {', '.join(map(str, stated))}: leave it out, or correct the file "
+                "if it is wrong"
             )
         return tuple(stated)
 

@@ -221,7 +221,6 @@ def _check_fires(scorer: GoldenScorer, rollouts: Sequence[Rollout], labels: Sequ
     for label, column in zip(labels, scores.T, strict=False):
         if len(column) > 1 and (column == column[0]).all():
             raise ValueError(
-                f"golden: {label} is {column[0]:g} on all {len(column)} of the golden scores, which then check nothing; give "
-                "rollouts on which "
-                "it fires (golden, --golden)"
+                f"golden: {label} is {column[0]:g} on all {len(column)} of the golden scores, which then check nothing; give rollouts on "
+                "which it fires (golden, --golden)"
             )

@@ -48,8 +48,7 @@ def _mass_mean(source: Source, asked: Asked) -> Imported:
     if directions.shape != (len(layers), asked.hidden_size):
         raise ValueError(
             f"{source.name}: direction: shape {directions.shape} for {len(layers)} layers and the model's hidden size "
-            f"{asked.hidden_size}; give "
-            "the model that it was fitted on"
+            f"{asked.hidden_size}; give the model that it was fitted on"
         )
     row, tap = asked.entry_of(layers, "directions")
     return Imported(

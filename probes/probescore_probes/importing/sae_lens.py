@@ -157,8 +157,7 @@ def _centred(config: dict[str, Any], asked: Asked) -> tuple[bool, list[str]]:
     if not isinstance(kwargs, dict):
         return False, [
             "cfg.json does not say how the model was loaded: SAELens' list of releases loads some of GPT-2's with "
-            "center_writing_weights; if "
-            "this is one, put that into model_from_pretrained_kwargs of cfg.json"
+            "center_writing_weights; if this is one, put that into model_from_pretrained_kwargs of cfg.json"
         ]
     if not kwargs.get("center_writing_weights"):
         return False, []
