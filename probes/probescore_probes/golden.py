@@ -100,9 +100,10 @@ class GoldenScorer:
         return GoldenRollout(golden, inputs, scores, differences)
 
     def scores_at(self, prompt: TokenIds, completion: TokenIds, places: Sequence[Place]) -> list[NDArray[np.float64] | None]:
-        """What the code gives for a rollout where it reads each of some places, in one pass of the model; as ``golden.scores``.
+        """Scores one rollout where the probe reads it at each of several places, in one pass of the model.
 
-        ``None`` where the model has no such tap, or the code refuses what is there.
+        Returns:
+            For each place scores of the shape of ``golden.scores``; ``None`` where the model has no such tap, or the code refuses it.
         """
         ids, scored_from = self._ids(np.asarray(prompt, np.int64), np.asarray(completion, np.int64))
         rows = self._rows(ids, scored_from)

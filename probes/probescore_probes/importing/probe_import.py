@@ -217,6 +217,8 @@ def _texts(reference: ReferenceModel, bos: int | None) -> list[Rollout]:
 def _check_fires(scorer: GoldenScorer, rollouts: Sequence[Rollout], labels: Sequence[str]) -> None:
     """Refuses golden rollouts on which a column of scores does not vary, as a sparse feature's on most texts: they check nothing."""
     rows = [scorer.scores_at(prompt, completion, [(scorer.inputs, 0)])[0] for prompt, completion in rollouts]
+    if any(row is None for row in rows):
+        return  # writing says what is wrong with the code's scores
     scores = np.concatenate([row for row in rows if row is not None])
     for label, column in zip(labels, scores.T, strict=False):
         if len(column) > 1 and (column == column[0]).all():
