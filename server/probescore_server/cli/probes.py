@@ -1,4 +1,4 @@
-"""Implements ``probescore probes``, which lists the probes of a server, and inspects and verifies probe files."""
+"""Implements ``probescore probes``, which lists the probes of a server, and inspects, verifies and imports probe files."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from probescore_server.cli import importing
 from probescore_server.cli.common.connection import DEFAULT_ADDRESS, Address, Wait, connected
 from probescore_server.cli.common.console import new_console
 from probescore_server.cli.common.failures import one_line_failures
@@ -17,11 +18,12 @@ ProbeFileArgument = Annotated[Path, typer.Argument(help="The path of a probe fil
 
 
 def register(app: typer.Typer) -> None:
-    """Adds the commands ``probes list``, ``probes inspect`` and ``probes verify`` to the command line."""
-    probes = typer.Typer(help="List, inspect and verify probes.", no_args_is_help=True)
+    """Adds the commands ``probes list``, ``probes inspect``, ``probes verify`` and ``probes import`` to the command line."""
+    probes = typer.Typer(help="List, inspect, verify and import probes.", no_args_is_help=True)
     probes.command("list")(_list)
     probes.command("inspect")(_inspect)
     probes.command("verify")(_verify)
+    importing.register(probes)
     app.add_typer(probes, name="probes")
 
 
