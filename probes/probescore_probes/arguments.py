@@ -44,7 +44,7 @@ class Vocabulary:
 
     Attributes:
         size: number of ids; every id is at least 0 and below this number.
-        placeholders: dictionary keyed by id, for ids that stand for an input other than text: which it is, such as a picture.
+        placeholders: dictionary keyed by id, for ids that stand for an input other than text: the kind of input, such as ``image``.
     """
 
     size: int

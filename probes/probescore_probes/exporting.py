@@ -111,7 +111,9 @@ def torch_probe(module: torch.nn.Module, *, unit: ScoreUnit) -> ProbeFunction:
 
 
 def sklearn_probe(estimator: BaseEstimator) -> ProbeFunction:
-    """Makes a probe from a fitted scikit-learn estimator or pipeline, which reads the activations of all taps concatenated in order.
+    """Makes a probe from a fitted scikit-learn estimator or pipeline.
+
+    The estimator reads the activations of all taps (points in the language model), concatenated in order.
 
     Linear classifiers of two classes (alone or behind scalers) score by their ``decision_function``, which is a logit if its sigmoid is the
     classifier's probability. Other classifiers score by ``predict_proba`` if they have this method: by the probability of the second of two
@@ -191,7 +193,10 @@ def _concatenated(inputs: GraphInputs) -> NDArray[np.float64]:
 
 
 def _linear_graph(weight: NDArray[np.float64], bias: NDArray[np.float64], signature: GraphSignature) -> onnx.ModelProto:
-    """Builds a graph of one ``Gemm``, a form that the engine can compute together with other probes of the same tap."""
+    """Builds a graph of one ``Gemm``.
+
+    The engine can compute a graph of this form together with other probes that read the same tap, which is a point in the language model.
+    """
     nodes, features = _features(signature)
     nodes.append(onnx.helper.make_node("Gemm", [features, "weight", "bias"], [SCORES], transB=1))
     weights = [onnx.numpy_helper.from_array(array.astype(np.float32), name) for array, name in ((weight, "weight"), (bias, "bias"))]

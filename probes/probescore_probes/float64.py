@@ -79,7 +79,7 @@ def _in_float64(decoder: torch.nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _plain_experts(decoder: torch.nn.Module) -> Iterator[None]:
-    """Switches off the fused products of mixture-of-experts layers within the context, since they do not exist in float64."""
+    """Switches off the fused products of mixture-of-experts layers within the context, since the fused products do not exist in float64."""
     found = (getattr(module, "config", None) for module in decoder.modules())
     configs = {id(config): config for config in found if isinstance(config, PreTrainedConfig)}
     chosen = [(config, config._experts_implementation) for config in configs.values()]

@@ -127,7 +127,10 @@ class GoldenScorer:
         return np.concatenate([prompt, completion, followed]), len(prompt) + (len(completion) if self.follow_up else 0)
 
     def _activations(self, ids: NDArray[np.int64], places: Sequence[Place]) -> dict[Tap, NDArray[np.float32]]:
-        """Computes the activations of a rollout at every tap of the probe, and at those neighbouring taps that exist in the model."""
+        """Computes the activations of a rollout at every tap of the probe, and at the taps one decoder block beside.
+
+        A tap is a point in the language model; neighbouring taps that do not exist in the model are left out.
+        """
         stated = [entry.tap for entry in self.inputs]
         others = {entry.tap for taps, _ in places for entry in taps} - {*stated}
         try:

@@ -88,7 +88,7 @@ def check_reference(reference: _Given) -> None:
 
 
 def read_probe(probe: _Given, taps: Sequence[Tap], reference: ReferenceModel, labels: Sequence[str], context: Context) -> ProbeFunction:
-    """Returns the probe after a check that it fits the taps and labels.
+    """Returns the probe after a check that its input width fits the taps (points in the model) and its scores fit the labels.
 
     The returned probe also checks the number of scores whenever it scores a golden rollout.
 
@@ -243,10 +243,10 @@ def _recorded(estimate: Auroc | CalibratedThreshold, argument: str, kind: type[_
 
 
 def read_unit(reduce_on: _Given, probe: ProbeFunction) -> ScoreUnit:
-    """Returns the unit of the scores that a server sends for a probe: the probe's own unit, or probabilities if the probe gives logits.
+    """Returns the unit of the scores that a server sends for a probe: the given unit, or the probe's own unit if none is given.
 
     Raises:
-        ValueError: scores in this unit cannot be computed from the probe's scores.
+        ValueError: scores in the given unit cannot be computed from the probe's scores. Only probabilities can, from logits.
     """
     if reduce_on is None:
         return probe.unit

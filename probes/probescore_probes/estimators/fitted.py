@@ -107,7 +107,7 @@ class FittedEstimator:
         return lambda rows: score(self.transformed(rows))
 
     def after_steps(self) -> FittedEstimator:
-        """Returns the last estimator of a pipeline whose steps are not all affine, without any steps."""
+        """Returns the last estimator of a pipeline whose steps are not all affine, without the steps before it."""
         last = self.inner.steps[-1][1]
         return FittedEstimator(last, width_of(last, described(self.estimator)))
 
@@ -136,5 +136,5 @@ def opened(estimator: Estimator, steps: tuple[Estimator, ...] = ()) -> tuple[Est
 
 
 def last_of(estimator: Estimator) -> Estimator:
-    """Returns the estimator at the end of nested pipelines, or the estimator itself if it is no pipeline."""
+    """Returns the estimator at the end of nested pipelines, or the given estimator if it is not a pipeline."""
     return last_of(opened(estimator.steps[-1][1])[0]) if name_of(estimator) == "Pipeline" else estimator

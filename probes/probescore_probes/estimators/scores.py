@@ -54,10 +54,10 @@ class EstimatorScores:
 def estimator_scores(estimator: BaseEstimator) -> EstimatorScores:
     """Finds the scores of a fitted scikit-learn estimator, and builds the ONNX nodes that compute these scores.
 
-    Binary classifiers that are linear in form, alone or after scalers, score by ``decision_function``: whose unit is a logit if its sigmoid
-    is the classifier's probability, and a plain value otherwise. Other classifiers score by ``predict_proba`` if they have this method: by
-    the probability of the second of two classes, or with one column for each of several classes. Classifiers without ``predict_proba`` and
-    outlier detectors score by ``decision_function``, and regressors by ``predict``.
+    Binary classifiers that are linear in form, alone or after scalers, score by ``decision_function``. The unit of these scores is a logit
+    if its sigmoid is the classifier's probability, and a plain value otherwise. Other classifiers score by ``predict_proba`` if they have
+    this method: by the probability of the second of two classes, or with one column for each of several classes. Classifiers without
+    ``predict_proba`` and outlier detectors score by ``decision_function``, and regressors by ``predict``.
 
     Raises:
         TypeError: the value is not a scikit-learn estimator.

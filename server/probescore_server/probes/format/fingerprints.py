@@ -182,8 +182,10 @@ def _with_embedding(tensors: list[_Tensor], embedding: str) -> list[_Tensor]:
 
 
 def _sampled_digest(stream: BinaryIO, start: int, size: int) -> str:
-    """Returns a digest of a tensor's bytes: all of them if the tensor is small, else evenly spaced chunks that include the first and the
-    last.
+    """Returns a digest of a tensor's bytes.
+
+    The digest covers all bytes of a small tensor. Of a large tensor, it covers evenly spaced chunks that include the first and the last
+    bytes.
     """
     digest = hashlib.sha256()
     if size <= _CHUNKS * _CHUNK_BYTES:
@@ -216,8 +218,8 @@ def _decoded(value: Any) -> Any:  # noqa: ANN401 - whatever JSON holds
 def _known_config(written: dict[str, Any], name: str) -> PreTrainedConfig | None:
     """Reads a config with the installed transformers, which brings old spellings and defaults to one form.
 
-    Returns ``None`` for a model that brings its own config class. Such a config is used as it is written, so that a fingerprint never needs
-    the model's own code.
+    Returns ``None`` for a model that brings its own config class. The config of such a model is used as it is written, so that a
+    fingerprint never needs the model's own code.
     """
     model_type = written.get("model_type")
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:

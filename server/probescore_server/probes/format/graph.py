@@ -37,7 +37,7 @@ class GraphFailed(Exception):
 
 
 class WrongShape(GraphFailed):
-    """Exception raised when a probe's graph gives too few or too many scores, so that they cannot be matched to tokens or rollouts."""
+    """Exception raised when a probe's graph gives too few or too many scores to be matched to tokens or rollouts."""
 
 
 def checked_scores(scores: NDArray[Any], rows: int, labels: int) -> NDArray[Any]:
@@ -72,7 +72,10 @@ def check_graph(model: onnx.ModelProto, file: str) -> None:
 
 @dataclass(frozen=True)
 class GraphSignature:
-    """Value object with the signature of a probe's graph: its taps, hidden size, labels and optional inputs."""
+    """Value object with the signature of a probe's graph: its taps, hidden size, labels and optional inputs.
+
+    A tap is a point in the language model where the probe reads activations.
+    """
 
     taps: tuple[Tap, ...]
     hidden_size: int
@@ -95,7 +98,10 @@ class GraphSignature:
 
     @property
     def inputs(self) -> list[onnx.ValueInfoProto]:
-        """Returns the declarations of a probe graph's inputs, in order; a size that differs between runs of the graph is a name."""
+        """Returns the declarations of a probe graph's inputs, in order.
+
+        A size that differs between runs of the graph, such as the number of tokens, is given as a name in place of a number.
+        """
         declare = onnx.helper.make_tensor_value_info
         values = [declare(str(tap), onnx.TensorProto.FLOAT, ("tokens", self.hidden_size)) for tap in self.taps]
         if self.cu_seqlens:

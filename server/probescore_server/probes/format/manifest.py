@@ -118,7 +118,7 @@ class TapInput(_ManifestPart):
 
     @classmethod
     def parse(cls, written: str | Tap) -> TapInput:
-        """Reads a tap as ``str(tap)`` writes it, such as ``"resid_post.6"`` or ``"final_norm"``.
+        """Reads a tap, a point in a language model, from text such as ``"resid_post.6"`` or ``"final_norm"``.
 
         Raises:
             ValueError: there is no such hook, or its layer is missing or not a number.
@@ -134,7 +134,7 @@ class TapInput(_ManifestPart):
         return Tap(self.hook.value, self.layer)
 
     def moved(self, blocks: int, num_hidden_layers: int) -> TapInput | None:
-        """Returns the tap that lies ``blocks`` decoder blocks later in the model, or ``None`` if the model has no such tap.
+        """Returns the tap (point in the model) that lies ``blocks`` decoder blocks later, or ``None`` if the model has no such tap.
 
         ``blocks`` may be negative. A moved tap of the residual stream may have another hook. The tap after the last block's ``resid_post``
         is ``final_norm``.
@@ -154,7 +154,7 @@ class TapInput(_ManifestPart):
 
 
 class Context(_ManifestPart):
-    """Statement of the tokens on which a probe's score depends besides the token that is scored."""
+    """Part of a probe's manifest that states on which tokens a score depends besides the token that is scored."""
 
     kind: Literal["pointwise", "causal", "rollout"] = Field(
         "pointwise",
@@ -265,7 +265,7 @@ class _NeighbouringPlace(_ManifestPart):
 
     @property
     def place(self) -> Place:
-        """Returns a neighbouring place's taps and token shift as one value, which can be compared with those of ``neighbouring_places``."""
+        """Returns the taps and the token shift of the place as one value, which can be compared with those of ``neighbouring_places``."""
         return self.inputs, self.tokens
 
     def __str__(self) -> str:
@@ -309,8 +309,8 @@ Place = tuple[tuple[TapInput, ...], TokenShift]
 def neighbouring_places(inputs: Sequence[TapInput], num_hidden_layers: int) -> list[Place]:
     """Returns the places one decoder block or one token beside the place where a probe reads activations.
 
-    In some of these places the taps are moved one block earlier or later, all together or one alone, where the model has such taps. In the
-    others the taps stay, and the tokens are moved one earlier or later.
+    In some of the places, the taps (points in the model) are moved one block earlier or later, all taps together or one tap alone, if the
+    model has the moved taps. In the other places, the taps stay, and the tokens are moved one earlier or later.
     """
     stated = tuple(inputs)
     places: dict[Place, None] = {}
@@ -322,7 +322,10 @@ def neighbouring_places(inputs: Sequence[TapInput], num_hidden_layers: int) -> l
 
 
 class Golden(_ManifestPart):
-    """Golden vectors of a probe: scores made without probescore, which every worker process recomputes before it serves the probe."""
+    """Golden vectors of a probe: rollouts with scores that were made without probescore.
+
+    Every worker process recomputes the scores before it serves the probe.
+    """
 
     cases: tuple[GoldenCase, ...] = Field(min_length=1, strict=False)
     tolerance: Tolerance = Tolerance()
@@ -343,7 +346,10 @@ class Golden(_ManifestPart):
 
 
 class Manifest(_ManifestPart):
-    """Complete description of a probe: its name and version, its language model, its inputs and output, and its golden vectors."""
+    """Complete description of a probe: its name and version, its language model, its inputs and output, and its golden vectors.
+
+    Golden vectors are rollouts with scores that a server must reproduce before it serves the probe.
+    """
 
     schema_version: SchemaVersion = 1
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")
@@ -442,7 +448,7 @@ class Manifest(_ManifestPart):
 
     @property
     def taps(self) -> tuple[Tap, ...]:
-        """Returns the taps that the probe reads, in the order of the inputs of its graph."""
+        """Returns the taps (points in the language model) that the probe reads, in the order of the inputs of its graph."""
         return tuple(entry.tap for entry in self.inputs)
 
 

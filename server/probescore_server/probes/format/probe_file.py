@@ -49,7 +49,7 @@ def read_probe_file(path: Path | str, *, max_bytes: int = MAX_FILE_BYTES) -> Pro
     """Reads a probe file and makes every check that needs no language model.
 
     Raises:
-        ProbeRefused: the file fails a check; the error names the file, the field, what was found and what was expected.
+        ProbeRefused: the file fails a check; the error names the file, the field, the value found and the value expected.
     """
     file = str(path)
     try:
@@ -63,7 +63,7 @@ def parse_probe_file(data: bytes, file: str) -> ProbeFile:
     """Parses and checks the bytes of a probe file as ``read_probe_file`` does; ``file`` is the name that messages use.
 
     Raises:
-        ProbeRefused: the bytes fail a check; the error names the file, the field, what was found and what was expected.
+        ProbeRefused: the bytes fail a check; the error names the file, the field, the value found and the value expected.
     """
     model = _parse_onnx(data, file)
     manifest = _parse_manifest(model, file)

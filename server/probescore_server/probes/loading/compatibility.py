@@ -43,12 +43,17 @@ def read_probe_files(paths: Sequence[str | Path]) -> list[ProbeFile]:
 
 
 def is_accepted(manifest: Manifest, accept_mismatch: Collection[str]) -> bool:
-    """Returns whether the operator's list of accepted mismatches names this probe, as ``name`` or as ``name@version``."""
+    """Returns whether a probe is to be served even if it was made for another model.
+
+    ``accept_mismatch`` is the operator's list of such probes, each given as ``name`` or as ``name@version``.
+    """
     return manifest.name in accept_mismatch or manifest.key in accept_mismatch
 
 
 def check_accepted_names(probes: Sequence[ProbeFile], accept_mismatch: Collection[str]) -> None:
-    """Checks that every name in the operator's list of accepted mismatches belongs to a probe, since any other name is a typing mistake.
+    """Checks that every name in ``accept_mismatch`` belongs to a probe, since any other name is a typing mistake.
+
+    ``accept_mismatch`` is the operator's list of the probes to be served even if they were made for another model.
 
     Raises:
         ProbeRefused: a name in the list belongs to no probe.
@@ -103,7 +108,7 @@ def check_fits(
         raise ProbeRefused(probe.file, "follow_up.token_ids", str(largest), f"ids below the vocabulary size {model.vocab_size}")
     accepted = [mismatch.field for mismatch in mismatches]
     if problem := _unnamed_special_tokens(manifest, further_special_ids):
-        # The probe is served, since such files mostly mean those three tokens; every answer says so, since some files meant others.
+        # The probe is served, since most such files mean BOS, EOS and UNK; every response reports it, since some files meant other tokens.
         logger.warning("a probe file does not name its special tokens", probe=manifest.key, problem=problem)
         accepted.append("special_token_ids")
     return tuple(accepted)

@@ -62,7 +62,7 @@ _WINDOW = "a token's score depends on context.window"
 _FAR_POSITIONS = (1_000, 100_000)
 # lengths of sequences on which a graph is compared with its author's code; the longest only where memory does not grow with their square
 _AUTHOR_LENGTHS, _AUTHOR_LENGTHS_LINEAR = (1024, 2048), (4096, 16_384)
-# the share of a call's scores that may jump where rounding takes a number across a threshold
+# the share of a run's scores that may jump where rounding takes a number across a threshold
 _EXCUSED = 0.01
 _EPS = float(np.finfo(np.float32).eps)
 _ROUNDED = np.array([1 - 8 * _EPS, 1 + 8 * _EPS], np.float32)
@@ -91,10 +91,10 @@ def rows_tried(run: Run, model: onnx.ModelProto, around: RandomSequences, file: 
                 return allowed
             raise ProbeRefused(file, "graph", "no finite scores for golden activations in another order", "scores for what is like them")
         findings = list(trial.findings())
-        # a sequence by itself has the right scores, even where a call of several sequences gives others
+        # a sequence by itself has the right scores, even where a run on several sequences gives other scores
         alone_is_right = around.manifest.context.kind != "pointwise"
         for finding in findings:
-            # where smaller calls have passed, a longer sequence is cut into pieces that its window allows
+            # where smaller runs have passed, a longer sequence is cut into pieces that its window allows
             by_company = finding.promise == _NEIGHBOURS and (alone_is_right or allowed)
             by_company = by_company or (allowed and finding.promise.startswith(_WINDOW))
             if finding.difference > (WRONG if by_company else ROUNDING):
@@ -206,7 +206,7 @@ class _ScoreComparison:
     ) -> _Finding:
         """Compares some of the scores of one run of a graph with the expected scores.
 
-        ``noise`` computes, for those scores that differ too much, how large a difference rounding explains.
+        ``noise`` is a function that returns, for the scores that differ too much, the largest difference that rounding explains.
         """
         where = f"in a call of {sequence_length(inputs)} rows in {len(inputs.get(CU_SEQLENS, (0, 0))) - 1} sequences"
         try:
@@ -291,7 +291,7 @@ class _GraphTrial:
             yield from self._shortened()
 
     def far_behind(self) -> _Finding:
-        """Compares the scores of a sequence alone with those in a run that is longer than any that the graph serves."""
+        """Compares the scores of a sequence alone with its scores in a run that is longer than any that the graph serves."""
         order = np.arange(len(self._sequences))
         return self._together(np.concatenate([order, order[::-1], order]), _NEIGHBOURS)
 
@@ -319,7 +319,7 @@ class _GraphTrial:
     def _shortened(self) -> Iterator[_Finding]:
         """Compares scores of sequences whose later rows, or rows before the probe's window, are removed or replaced."""
         window = self._context.window or 0
-        # where memory allows it, this sequence is longer than any call of several sequences
+        # where memory allows it, this sequence is longer than any run on several sequences
         lone_rows = 3 * LARGEST_CALL if self._rows == LARGEST_CALL else max(self._rows, min(2 * window, LARGEST_CALL))
         lone = self._around.sequence(lone_rows, 1.0)
         longest = int(np.argmax([sequence_length(inputs) for inputs in self._sequences]))

@@ -123,7 +123,10 @@ class _Distances:
 
 
 def _check_place(probe: ProbeFile, recomputed: NDArray[np.float64], dtype: str) -> ProbeRefused | None:
-    """Returns a refusal if recomputed scores are those of a neighbouring place, or are not clearly those of the right place."""
+    """Returns a refusal if recomputed scores are those of a neighbouring place, or are not clearly those of the right place.
+
+    A neighbouring place is one decoder block or one token beside the place where the probe reads activations.
+    """
     golden = probe.manifest.golden
     allowed: float = getattr(golden.tolerance, dtype)
     measured = [_distances(golden, neighbour, recomputed) for neighbour in golden.neighbours]
@@ -151,7 +154,11 @@ def _check_place(probe: ProbeFile, recomputed: NDArray[np.float64], dtype: str) 
 
 
 def _check_neighbours_suffice(probe: ProbeFile, measured: Sequence[_Distances | None], dtype: str) -> ProbeRefused | None:
-    """Returns a refusal if a manifest's stored neighbours are not exactly those of its taps, or could not reveal a wrong layer."""
+    """Returns a refusal if a manifest's scores of neighbouring places cannot reveal that a server reads the wrong place.
+
+    A neighbouring place is one decoder block or one token beside the place where the probe reads activations. The manifest must have
+    exactly the neighbouring places of its own taps (points in the model).
+    """
     manifest, golden = probe.manifest, probe.manifest.golden
     stated = ", ".join(map(str, manifest.taps))
     said = {entry.place: entry for entry in (*golden.neighbours, *golden.left_out)}
@@ -185,7 +192,8 @@ def _distances(golden: Golden, neighbour: Neighbour, recomputed: NDArray[np.floa
     """Computes the distances of recomputed scores from the golden scores and from the scores of a neighbouring place.
 
     Returns ``None`` if the two places have the same scores, so that reading the wrong place gives no wrong score. Also returns ``None`` if
-    the scores of the two places differ by more than any scores of this probe would.
+    the scores of the two places differ by more than any scores of this probe would. A neighbouring place is one decoder block or one token
+    beside the place where the probe reads activations.
     """
     between, expected = neighbour.difference_rows, golden.score_rows
     labels = between.shape[1]
@@ -195,7 +203,7 @@ def _distances(golden: Golden, neighbour: Neighbour, recomputed: NDArray[np.floa
     differing = (np.abs(between) > SAME_SCORE) & (np.abs(between) <= likely)
     if not differing.any():
         return None
-    # a few scores that are much farther apart would outweigh all others, and hide what the others show
+    # a few scores that are much farther apart would outweigh all other scores and hide their differences
     differing &= np.abs(between) <= OUTLYING * np.median(np.abs(between[differing]))
     return _Distances(neighbour, *(_root_mean_square(rows[differing]) for rows in (off, off - between, between)))
 

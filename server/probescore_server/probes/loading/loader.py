@@ -130,9 +130,10 @@ def limited_to_tried_calls(file: ProbeFile, probe: LoadedProbe, golden: Mapping[
 def _stacked(
     tap: Tap, networks: Mapping[str, Network], sessions: Mapping[str, ProbeSession], device: torch.device
 ) -> dict[str, StackMember]:
-    """Stacks those networks of a tap whose scores in the stack equal the scores of their own sessions.
+    """Puts probes that read one tap into a stack, if their scores in the stack equal those of their own onnxruntime sessions.
 
-    Returns the stacked networks, a dictionary keyed by ``name@version``.
+    A tap is a point in the language model, and a stack computes several probes in one pass. Returns the stacked probes, a dictionary keyed
+    by ``name@version``.
     """
     stack = stack_networks([network.layers for network in networks.values()], device)
     differing = _differing(tap, stack, networks, sessions, device)
@@ -147,7 +148,7 @@ def _stacked(
 def _differing(
     tap: Tap, stack: Stack, networks: Mapping[str, Network], sessions: Mapping[str, ProbeSession], device: torch.device
 ) -> dict[str, float]:
-    """Finds the probes whose scores in a stack differ too much from those of their own sessions on fixed random rows.
+    """Finds the probes whose scores in a stack differ too much from those of their own onnxruntime sessions, on fixed random rows.
 
     Returns the differences, in standard deviations of the scores, a dictionary keyed by ``name@version``.
     """

@@ -99,7 +99,7 @@ class ProbeSession:
         try:
             self._session.run_with_iobinding(binding, options)
         except RuntimeError as error:
-            # onnxruntime has no exception type of its own; lack of memory and a lost device are no fault of the graph
+            # onnxruntime has no exception type of its own; lack of memory and a failed device are no fault of the graph
             if kind_of(error) is not FailureKind.OTHER or "terminate flag" in str(error):
                 raise
             raise GraphFailed("an operator fails") from error

@@ -30,7 +30,7 @@ def is_row_by_row(model: onnx.ModelProto, signature: GraphSignature) -> bool:
 
 
 def _followed(model: onnx.ModelProto, signature: GraphSignature) -> Value | None:
-    """Follows a graph from its inputs to its output, and returns what is known of the scores, such as the axis along which rows lie.
+    """Follows a graph from its inputs to its output, and returns the known state of its scores, such as the axis along which rows lie.
 
     Returns ``None`` if nothing is known of the scores.
     """

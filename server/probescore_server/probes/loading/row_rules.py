@@ -1,6 +1,6 @@
 """Defines, for each ONNX operator, the rule that proves that the operator computes row by row.
 
-``OPERATORS`` maps an operator's name to its rule: a function from what is known of the inputs to what is known of the results.
+``OPERATORS`` maps an operator's name to its rule: a function from the known states of the inputs to those of the results.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def _elementwise(node: ProvenNode) -> list[Value]:
 
 
 def _apart(axes: list[int], rows: RowsOnAxis) -> set[int]:
-    """Returns axes counted from the first; raises ``NotProven`` if the axis along which the rows lie is among them."""
+    """Returns axes counted from the first; raises ``NotProven`` if the axis along which the rows lie is among the axes."""
     counted = {axis % rows.rank for axis in axes}
     if rows.axis in counted:
         raise NotProven

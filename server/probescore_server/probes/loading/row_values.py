@@ -1,4 +1,4 @@
-"""Defines what can be known of a value inside a graph while the graph is followed to prove that it computes row by row."""
+"""Defines the known states of a graph's values while the graph is followed to prove that it computes row by row."""
 
 from __future__ import annotations
 

@@ -179,7 +179,10 @@ def _completion(
 
 
 def _refusing(placement: Placement, keys: Iterable[str], answers: _Answers) -> str:
-    """Returns the name of the first probe that cannot score a completion or one of its follow-ups; empty if every probe can."""
+    """Returns the name of the first probe that cannot score a completion or one of its follow-ups; empty if every probe can.
+
+    A follow-up is a list of token ids appended to a finished completion.
+    """
     own = next((key for key in keys if isinstance(answers[placement][key], str)), "")
     return own or next(filter(None, (_refusing(follow_up, keys, answers) for follow_up in placement.follow_ups)), "")
 

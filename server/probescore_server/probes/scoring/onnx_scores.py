@@ -175,7 +175,7 @@ class SessionScores:
         try:
             scores = self._call(batch)
         except ComputationCancelled:
-            # no client sees this failure, since none waits for these rollouts any more
+            # no client sees this failure, since no client waits for these rollouts any more
             return [GraphFailed("it was given up")] * len(batch)
         except GraphFailed as failed:
             if len(batch) == 1:
@@ -212,7 +212,7 @@ class SessionScores:
     # ------------------------------------------------------------------------------------------------------------- after the graph
 
     def _problem(self, key: str, probe_input: ProbeInput) -> str:
-        """Returns the reason why a completion cannot be scored, as a message for clients, or an empty text if it can."""
+        """Returns the reason why a completion cannot be scored, as a message for clients; empty if the completion can be scored."""
         for name, rows in self._sequences(probe_input):
             for tap in self._probe.manifest.taps:
                 if not self._finite[tap][rows].all():

@@ -1,7 +1,8 @@
 """Determines which rows of a batch's activations each probe reads for each completion.
 
-This module and ``batch_scorer`` define what a score means: they apply scopes, masks, spans, follow-ups and special tokens, and whether a
-probe sees the prompt. A follow-up is a list of token ids appended to a finished completion and scored as a fork of the completion.
+This module and ``batch_scorer`` define the meaning of a score: they apply scopes, masks, spans, follow-ups, the exclusion of special
+tokens, and the choice whether a probe sees the prompt. A follow-up is a list of token ids appended to a finished completion and scored as a
+fork of the completion.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ from probescore_server.rollouts import ResolvedOptions
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ScoredSegment:
-    """Token segment to score, with the segments before it, which a probe that sees the prompt is given too."""
+    """Token segment to score, with the segments before it.
+
+    A token segment is a run of tokens that several rollouts may share. A probe that sees the prompt is also given the segments before.
+    """
 
     before: tuple[int, ...]
     segment: int
@@ -111,7 +115,10 @@ class ProbeInputs:
         self._known: dict[tuple[object, ...], ProbeInput] = {}
 
     def of(self, asked: ScoreTarget, manifest: Manifest) -> ProbeInput:
-        """Returns the tokens that a probe, given by its manifest, reads of a completion or of a follow-up."""
+        """Returns the tokens that a probe, given by its manifest, reads of a completion or of a follow-up.
+
+        A follow-up is a list of token ids appended to a finished completion and scored as a fork of the completion.
+        """
         left_out = (manifest.exclude_special_tokens, manifest.special_token_ids)
         key = (asked.placement, asked.placement.appended.get(manifest.key), *left_out)
         probe_input = self._known.get(key)

@@ -32,7 +32,10 @@ MAX_REDUCED_SCORES = 1 << 17
 
 @dataclass(frozen=True, eq=False)
 class StackedProbe:
-    """Value object with a probe that runs in a stack, its number in the stack, and the reductions of its scores."""
+    """Value object with a probe that runs in a stack, its number in the stack, and the reductions of its scores.
+
+    A stack is a set of probes that are computed together.
+    """
 
     probe: LoadedProbe
     member: StackMember
@@ -45,7 +48,7 @@ class StackedProbe:
 
     @property
     def tap(self) -> Tap:
-        """Returns the only tap that the probe reads."""
+        """Returns the only tap (point in the language model) that the probe reads."""
         return self.probe.manifest.taps[0]
 
     @property
@@ -93,7 +96,7 @@ class StackedScores:
         self._finite = finite
 
     def of(self, asked: Sequence[ScoreTarget], probes: Sequence[StackedProbe]) -> Iterator[tuple[ScoreTarget, str, ProbeScores | str]]:
-        """Yields each completion with a probe's ``name@version`` and either the probe's scores or a message with the reason for none."""
+        """Yields each completion with a probe's ``name@version`` and either the probe's scores or the reason why there are none."""
         alike: dict[tuple[object, ...], list[StackedProbe]] = defaultdict(list)
         for probe in probes:
             alike[probe.treatment].append(probe)
@@ -201,7 +204,7 @@ class _SelectedRows:
 
 
 def _blocks(probes: Sequence[StackedProbe], rows: int) -> Iterator[list[StackedProbe]]:
-    """Groups probes into blocks, each with at most ``MAX_SCORES`` token scores."""
+    """Groups probes into blocks, each with at most ``MAX_SCORES`` token scores, so that the scores fit into memory."""
     block: list[StackedProbe] = []
     columns = 0
     for probe in probes:

@@ -1,4 +1,7 @@
-"""Defines activation functions as expressions over the result of an affine map, computed number by number or row by row."""
+"""Defines the activation functions of networks as expressions over the result of an affine map.
+
+An expression is computed number by number or row by row.
+"""
 
 from __future__ import annotations
 

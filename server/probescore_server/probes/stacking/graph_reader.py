@@ -65,7 +65,7 @@ _Value = Any  # an array, or one of the classes above
 
 
 class _GraphReader:
-    """Reader that follows the nodes of one graph from its tap to its scores; the nodes are in topological order, as ONNX requires."""
+    """Reader that follows the nodes of one graph from its input to its scores; the nodes are in topological order, as ONNX requires."""
 
     def __init__(self, graph: onnx.GraphProto, tap: str, hidden_size: int) -> None:
         self._graph = graph
@@ -136,7 +136,7 @@ def _elementwise(node: _ReadNode) -> list[_Value]:
         if isinstance(value, RowValue):
             arguments.append(value.expression)
         else:
-            # The name is that of its use, since columns that were selected later have another part of the same constant.
+            # A constant is named for its use here, since columns selected later read another part of the same constant.
             name = f"{node.proto.output[0]} {index}"
             constants[name] = _per_column(node.constant(index), first)
             arguments.append(Constant(name))

@@ -97,7 +97,7 @@ class RowValue:
 
     @classmethod
     def of_tap(cls, hidden_size: int) -> RowValue:
-        """Returns the value that stands for the activations at a tap, ``(tokens, hidden_size)``, before anything is computed from them."""
+        """Returns the value that stands for the activations at a tap (point in the language model), ``(tokens, hidden_size)``."""
         zeros, ones = np.zeros(hidden_size), np.ones(hidden_size)
         return cls(Affine((), ones, zeros, zeros, ones), Input(), {})
 
