@@ -237,7 +237,7 @@ class _ScoreComparison:
 
 
 class _GraphTrial:
-    """Trial of a graph on sequences of random rows: the scores of each sequence alone are compared with those of larger runs.
+    """Trial of a graph on sequences of random rows: scores of each sequence alone are compared with its scores in larger runs.
 
     Args:
         run: function that runs the graph.

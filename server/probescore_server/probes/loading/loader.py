@@ -1,4 +1,7 @@
-"""Makes checked probe files ready to run, and combines as many probes as possible into stacks, each computed in one pass."""
+"""Makes checked probe files ready to run.
+
+As many probes as possible are combined into stacks, sets of probes that are computed together.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +51,8 @@ class LoadedProbe:
 
     Attributes:
         manifest: the probe's manifest.
-        runs: the onnxruntime session of the probe's own graph, or the network of a stack, that computes the probe's scores.
+        runs: the onnxruntime session of the probe's own graph, or the network in a stack (a set of probes computed together), that computes
+            the probe's scores.
         as_probability: whether the sigmoid is applied to the scores.
         rows_per_call: the most rows of several sequences that the session is given in one run, as many as the graph was tested with.
     """

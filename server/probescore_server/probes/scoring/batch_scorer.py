@@ -57,7 +57,7 @@ class BatchScorer:
         forest: the batch's token segments, runs of tokens arranged in trees so that shared prefixes are computed once, with each rollout's
             place among the segments.
         activations: activations of the segments at every tap (a point in the language model) of the requested probes.
-        wanted: knows for which rollouts a client still waits.
+        wanted: record of the rollouts for which a client still waits.
 
     Attributes:
         refused_by: dictionary keyed by a rollout's index in the batch, for rollouts that could not be scored: the ``name@version`` of the

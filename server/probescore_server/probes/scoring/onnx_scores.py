@@ -59,12 +59,12 @@ class SessionScores:
         forest: the batch's token segments, runs of tokens arranged in trees so that shared prefixes are computed once.
         probe_inputs: source of the tokens that the probe reads of each completion.
         rows: map from token segments to rows of the activations.
-        activations: dictionary keyed by tap of activations, ``(N, hidden_size)`` float32 on the session's device, without NaN and
-            infinities.
-        finite: dictionary keyed by tap of ``(N,)`` bool: true for rows of activations that had neither NaN nor infinity before such rows
-            were set to zero.
-        wanted: knows for which rollouts a client still waits.
-        watch: ends a run of the graph once no client waits for its scores.
+        activations: dictionary keyed by tap (point in the language model): activations, ``(N, hidden_size)`` float32 on the session's
+            device, without NaN and infinities.
+        finite: dictionary keyed by tap: ``(N,)`` bool, true for rows of activations that had neither NaN nor infinity before such rows were
+            set to zero.
+        wanted: record of the rollouts for which a client still waits.
+        watch: context manager that ends a run of the graph once no client waits for its scores.
     """
 
     def __init__(

@@ -1,6 +1,6 @@
-"""Scores completions with probes that run in stacks.
+"""Scores completions with probes that run in stacks, sets of probes that are computed together.
 
-The scores of many probes are columns of one matrix, of which many are reduced at once.
+The scores of many probes are columns of one matrix, and many columns are reduced at once.
 """
 
 from __future__ import annotations
@@ -75,10 +75,11 @@ class StackedScores:
     Args:
         probe_inputs: source of the tokens that each probe reads of each completion.
         rows: map from token segments to rows of the activations.
-        activations: dictionary keyed by tap of activations, ``(N, hidden_size)`` float32 on the model's device, without NaN and infinities.
-        finite: dictionary keyed by tap of ``(N,)`` bool: true for rows of activations that had neither NaN nor infinity before such rows
-            were set to zero.
-        wanted: knows for which rollouts a client still waits; other rollouts get no scores.
+        activations: dictionary keyed by tap (point in the language model): activations, ``(N, hidden_size)`` float32 on the model's device,
+            without NaN and infinities.
+        finite: dictionary keyed by tap: ``(N,)`` bool, true for rows of activations that had neither NaN nor infinity before such rows were
+            set to zero.
+        wanted: record of the rollouts for which a client still waits; other rollouts get no scores.
     """
 
     def __init__(

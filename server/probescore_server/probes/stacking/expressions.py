@@ -24,7 +24,7 @@ COMPARISONS = frozenset({"Greater", "GreaterOrEqual", "Less", "LessOrEqual"})
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """Expression that stands for the result of the affine map, ``(…, width)``, to which an activation function is applied."""
+    """Expression that stands for the result of a layer's affine map, ``(…, width)``, the input of the layer's activation function."""
 
 
 @dataclass(frozen=True, slots=True)
