@@ -1,6 +1,7 @@
-"""Decides which work runs on the event loop and which in a thread: work of more than about a millisecond would delay every other call.
+"""Decides which work runs on the front process's event loop and which in a thread.
 
-Switching threads costs more than a small call's work itself, so that each kind of work has a limit up to which it stays on the loop.
+Work of more than about a millisecond on the loop would delay every other RPC. Switching threads costs more time than a small piece of work
+itself, so each kind of work has a size up to which it stays on the loop.
 """
 
 from __future__ import annotations
@@ -31,5 +32,7 @@ MAX_BYTES_UNPICKLED_ON_LOOP = 16_384
 
 
 async def off_the_loop(work: Callable[..., Result], *args: object, small: bool, **options: object) -> Result:
-    """Calls ``work`` with the given arguments and returns its result: on the event loop itself if ``small``, else in a thread."""
+    """Calls ``work`` with the given arguments and returns its result. The call runs on the event loop itself if ``small`` is true, else in
+    a thread.
+    """
     return work(*args, **options) if small else await asyncio.to_thread(work, *args, **options)
