@@ -9,7 +9,7 @@ Member = TypeVar("Member", bound=Hashable)
 
 
 class OrderedSet(Generic[Member]):
-    """Is a set whose iteration yields the members in the order in which they were added."""
+    """Set whose iteration yields the members in the order in which they were added."""
 
     __slots__ = ("_members",)
 
