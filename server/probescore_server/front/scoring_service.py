@@ -225,8 +225,8 @@ class ScoringServicer(scoring_pb2_grpc.ScoringServiceServicer):
 
 
 def _after_the_answer(work: Callable[..., None], *args: object) -> None:
-    """Schedules ``work`` to run on the event loop after the response is sent, since metrics and logs take as long as building the
-    response.
+    """Schedules ``work`` to run soon on the event loop, so that the response is sent first. Metrics and logs, for which this is used, take
+    as long as building the response.
     """
     asyncio.get_running_loop().call_soon(work, *args)
 

@@ -1,8 +1,7 @@
 """Remembers rollouts that a worker process was computing when it died. Each such rollout is tried once more alone, and refused if a worker
 dies again.
 
-Rollouts are identified by their content, not by the request: a client that sends the same rollout again is refused, or waits for the trial,
-as before.
+Rollouts are identified by their content, not by their request, so the suspicion remains if a client sends the same rollout again.
 """
 
 from __future__ import annotations

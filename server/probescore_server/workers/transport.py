@@ -1,7 +1,7 @@
 """Transports messages between the front process and a worker process, as pickles over a socket pair, each preceded by its length.
 
-The worker's threads block on their end. The front process's end is on the event loop, without a thread in between: a small message costs no
-switch of threads, and a message that takes long to encode is encoded in a thread.
+The worker's threads block on their end of the socket pair. The front process's end is on the event loop: a small message needs no switch of
+threads, and a message that takes long to encode is encoded in a thread.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _LENGTH = struct.Struct("!Q")
 
 
 class BlockingEnd:
-    """Is the worker process's end of the socket pair: any number of threads may send messages, and one thread receives."""
+    """Worker process's end of the socket pair. Any number of threads may send messages, and one thread receives them."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
@@ -45,14 +45,14 @@ class BlockingEnd:
 
 
 class EventLoopEnd(asyncio.Protocol):
-    """Is the front process's end of the socket pair to a worker process, on the event loop.
+    """Front process's end of the socket pair to a worker process, on the event loop.
 
     Args:
-        on_message: called with each message that arrives.
-        on_end: called once, when the other end is closed and ``on_message`` was called with everything before.
+        on_message: function that is called with each message that arrives.
+        on_end: function that is called once, when the other end is closed and ``on_message`` was called with all earlier messages.
 
     Attributes:
-        heard: when any bytes last arrived, in seconds on the monotonic clock; ``-inf`` before the first.
+        heard: the time at which bytes last arrived, in seconds on the monotonic clock; ``-inf`` before the first bytes.
     """
 
     def __init__(self, on_message: Callable[[Any], None], on_end: Callable[[], None]) -> None:
