@@ -45,7 +45,7 @@ class TextBeingTokenised:
 
 
 class Activity:
-    """Holds the current step of a process's work, and numbers the steps as they begin.
+    """Record of the step that a worker process computes now. It numbers the steps as they begin.
 
     Attributes:
         step: the step that is being computed now or, if none is, the last one.

@@ -104,7 +104,7 @@ class QueueFull(CoreError):
 
     Args:
         queued_tokens: the number of tokens that wait.
-        max_queue_tokens: the most tokens that may wait, as in the settings.
+        max_queue_tokens: the largest number of tokens that may wait, as in the settings.
         retry_seconds: seconds after which the caller should try again.
     """
 
@@ -165,7 +165,8 @@ class WorkerUnavailable(CoreError):
 
 
 class WorkerLost(WorkerUnavailable):
-    """Exception raised when a worker process crashed, or was killed because it was stuck, so that the work that it had may be the cause.
+    """Exception raised when a worker process died unintentionally (it crashed, its device failed, or it was killed because it was stuck),
+    so that the work that it had may be the cause.
 
     Args:
         reason_lost: one word for how the worker process died: ``silent``, ``overdue``, ``device``, ``crash`` or ``memory``.
@@ -247,7 +248,7 @@ class InternalFault(CoreError):
 
     @classmethod
     def new(cls) -> InternalFault:
-        """Returns an ``InternalFault`` with a new random incident number, which the caller logs with the details of what happened."""
+        """Returns an ``InternalFault`` with a new random incident number, under which the caller must log the details of the failure."""
         return cls(secrets.token_hex(6))
 
     def __str__(self) -> str:

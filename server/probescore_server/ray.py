@@ -81,10 +81,11 @@ class ReplicaScaling(BaseModel, extra="forbid", frozen=True):
 
 
 def app(arguments: Mapping[str, Any]) -> serve.Application:
-    """Builds the Ray Serve application, and starts Ray Serve with its gRPC proxy unless it runs already.
+    """Builds the Ray Serve application, and starts Ray Serve with its gRPC proxy unless they run already.
 
     Args:
-        arguments: the settings of ``probescore serve``, and ``min_replicas``, ``max_replicas`` and ``target_queued_tokens``, by name.
+        arguments: a dictionary, keyed by name, of the settings of ``probescore serve`` and of ``min_replicas``, ``max_replicas`` and
+            ``target_queued_tokens``.
 
     Raises:
         StartupError: an argument is unknown or out of its bounds, or has no meaning under Ray Serve.
@@ -105,7 +106,7 @@ def app(arguments: Mapping[str, Any]) -> serve.Application:
 def deployment(settings: ServerSettings, scaling: ReplicaScaling) -> serve.Deployment:
     """Returns the Ray Serve deployment of the server.
 
-    Each replica has the devices that ``settings`` name, and ``scaling`` bounds the number of replicas.
+    Each replica uses the devices that ``settings`` names, and ``scaling`` limits the number of replicas.
     """
     devices = 0 if settings.devices == ("cpu",) else len(settings.devices)
     return serve.deployment(
@@ -160,7 +161,9 @@ class ForwardedRequest(NamedTuple):
 
 
 def add_to_proxy(_: object, server: Any) -> None:  # noqa: ANN401 - Ray's own subclass of grpc.aio.Server
-    """Adds the scoring and health services to the gRPC server of Ray's proxy, as one of the proxy's ``grpc_servicer_functions``."""
+    """Adds the scoring and health services to the gRPC server of Ray's proxy. Ray calls this function, which is listed in the proxy's
+    ``grpc_servicer_functions``.
+    """
     for service in {method.containing_service.full_name for method in _METHODS}:
         methods = [method for method in _METHODS if method.containing_service.full_name == service]
         handlers: Any = grpc.method_handlers_generic_handler(service, {method.name: _unparsed(method) for method in methods})
@@ -273,7 +276,9 @@ class Replica:
         return await self._answer("Check", request, grpc_context)
 
     def check_health(self) -> None:
-        """Raises ``RuntimeError`` if no worker of this replica serves; Ray calls this, and replaces a replica that raises several times."""
+        """Raises ``RuntimeError`` if no worker of this replica serves. Ray calls this method at intervals, and replaces a replica whose
+        health check fails several times.
+        """
         if not self._core.serving:
             raise RuntimeError("no worker can score")
 

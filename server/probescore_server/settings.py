@@ -1,4 +1,4 @@
-"""Declares the server's settings: every policy of ``probescore serve``, with its default, bounds and description.
+"""Declares the server's settings, which are the options of ``probescore serve``, each with its default, bounds and description.
 
 A flag takes precedence over the environment variable ``PROBESCORE_*``, which takes precedence over the YAML file of ``--config``, which
 takes precedence over the default.

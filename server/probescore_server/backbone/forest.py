@@ -74,7 +74,9 @@ class Placement:
 
     @property
     def chain(self) -> tuple[int, ...]:
-        """Returns the indices of the segments before this completion or follow-up and of its own segment, root first."""
+        """Returns the indices of the segments (runs of tokens) that lead to this completion or follow-up, root first, and of its own
+        segment, last.
+        """
         return self.context if self.segment is None else (*self.context, self.segment)
 
 
@@ -133,8 +135,8 @@ class Forest:
         return np.concatenate(pieces[::-1])
 
     def children(self) -> list[list[int]]:
-        """Returns, for each segment (run of tokens), the indices of the segments that continue it; the last entry (index -1) holds the
-        roots.
+        """Returns, for each segment (run of tokens), the list of the indices of the segments that continue the segment. A last list (index
+        -1) contains the roots.
         """
         children: list[list[int]] = [[] for _ in range(len(self.segments) + 1)]
         for index, segment in enumerate(self.segments):

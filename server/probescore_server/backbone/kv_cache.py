@@ -57,7 +57,7 @@ class KeyValueCache:
         self._recency: OrderedDict[_TokenRun, None] = OrderedDict()
 
     def clear(self) -> None:
-        """Drops all keys and values."""
+        """Removes all keys and values from the cache."""
         for run in self._recency:
             run.key_values, run.parent = [], None  # runs refer to one another: without this the memory would wait for a garbage collection
         self._recency.clear()

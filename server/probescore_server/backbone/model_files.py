@@ -1,4 +1,4 @@
-"""Checks that a model's files do not change while they are loaded, and computes one digest of everything that was loaded from them."""
+"""Checks that a model's files do not change while they are loaded, and computes one digest of all loaded content."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class ModelFiles:
         """Checks that no file of the model was written, replaced, added or removed since the files were recorded.
 
         Raises:
-            ModelRefused: a file has changed; the error names up to five of them.
+            ModelRefused: files have changed; the error names up to five of them.
         """
         now = ModelFiles.of(self.directory)
         changed = sorted({path.name for path, _ in now.stamps.items() ^ self.stamps.items()})

@@ -49,7 +49,7 @@ class Decoder:
 
     @property
     def config(self) -> PreTrainedConfig:
-        """Returns the config of the text model."""
+        """Returns the config of the text decoder, without the parts for images and other content."""
         return self.model.config
 
     @property
@@ -128,7 +128,7 @@ def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> PreTr
     """Returns the tokenizer in a model's directory; ``None`` if there is none.
 
     Raises:
-        ModelRefused: there is a tokenizer, and it cannot be read.
+        ModelRefused: the tokenizer's files exist but cannot be read.
     """
     if not any((directory / name).is_file() for name in _TOKENIZER_FILES):
         return None

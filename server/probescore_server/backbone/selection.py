@@ -153,7 +153,7 @@ def _disagreement(decoder: Decoder, reader: TapReader, universal: Backbone, pack
 
 
 def _relative(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
-    """Returns the relative error of each row of activations, ``(N,)`` float32."""
+    """Returns the relative error of each row of activations ``found`` against the same row of ``expected``, ``(N,)`` float32."""
     errors: torch.Tensor = torch.linalg.vector_norm(found - expected, dim=1) / torch.linalg.vector_norm(expected, dim=1)
     return errors
 

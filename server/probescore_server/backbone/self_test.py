@@ -122,7 +122,7 @@ def _windows(decoder: Decoder) -> list[int]:
 
 @torch.inference_mode()
 def _plain(decoder: Decoder, reader: TapReader, tap: Tap, token_ids: NDArray[np.int32]) -> torch.Tensor:
-    """Runs one sequence without a cache and returns its activations ``(T, hidden_size)`` float32 at a tap."""
+    """Runs one sequence through the model without a cache, and returns the activations ``(T, hidden_size)`` float32 at a tap."""
     ids = torch.from_numpy(token_ids).long().unsqueeze(0).to(decoder.device)
     buffer = torch.empty((len(token_ids), decoder.config.hidden_size), dtype=torch.float32, device=decoder.device)
     with reader.reading({tap: buffer}):

@@ -1,6 +1,6 @@
 """Defines the engine: a frozen language model with its probes on one device.
 
-Each worker process of the server runs one engine, and a program can run one in-process without any server.
+Each worker process of the server runs one engine, and a program can run an engine in its own process without any server.
 """
 
 from __future__ import annotations
@@ -241,7 +241,7 @@ class Engine:
         return self._texts.encode_completion(text, field)
 
     def decode_tokens(self, ids: Sequence[int] | NDArray[np.int32]) -> list[str]:
-        """Returns the text of each token id; joined, the texts are the text of the whole sequence."""
+        """Returns the text of each token id, for people; joined, the texts are the text of the whole sequence."""
         return self._texts.decode_tokens(ids)
 
     # -------------------------------------------------------------------------------------------------------------------- for workers

@@ -119,7 +119,9 @@ def _bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
 
 
 def _checksums(contents: Sequence[torch.Tensor]) -> list[int]:
-    """Returns the sum of each content's bytes, read as integers, modulo 2**64. Each is computed on its own device."""
+    """Returns a checksum of each content: the sum of its bytes, read as integers, modulo 2**64. The sum is computed on the content's own
+    device.
+    """
     words = [content.view(torch.int64 if len(content) % 8 == 0 else torch.uint8) for content in contents]
     return torch.stack([word.sum(dtype=torch.int64).to(words[0].device) for word in words]).tolist() if words else []
 

@@ -110,7 +110,7 @@ class Metrics:
         self.probes = ProbeMetrics(registry)
 
     def of_method(self, labels: RpcLabels) -> MethodMetrics:
-        """Returns the metrics of one method's RPCs, given the method's label values."""
+        """Returns the metrics of one gRPC method, given the values of the metrics' labels for the method."""
         return MethodMetrics(
             started=self._started.labels(*labels),
             in_flight=self._in_flight,
@@ -122,7 +122,7 @@ class Metrics:
         )
 
     def count_batch(self, tokens: int, rollouts: int) -> None:
-        """Counts a batch that is given to a worker, with its number of tokens and of rollouts."""
+        """Counts a batch that is sent to a worker process, together with the batch's number of tokens and number of rollouts."""
         self._batch_tokens.observe(tokens)
         self._batch_rollouts.observe(rollouts)
 

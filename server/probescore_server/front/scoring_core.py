@@ -77,7 +77,7 @@ class ScoringCore:
         return any(worker.ready or worker.asleep for worker in self.workers)
 
     async def run(self) -> None:
-        """Runs all worker processes until this coroutine is cancelled.
+        """Runs the worker processes of all devices until this coroutine is cancelled.
 
         Raises:
             StartupError: a worker cannot load the model or a probe.

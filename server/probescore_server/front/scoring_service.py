@@ -277,7 +277,7 @@ def _resolve_options(
     return_token_ids: bool,
     return_token_texts: bool,
 ) -> tuple[ResolvedOptions, tuple[ScoredProbe, ...]]:
-    """Returns an RPC's checked options, and a description of each probe whose scores the response contains."""
+    """Returns the checked options of an RPC, and a description of each probe whose scores the response contains."""
     options = resolve_options(
         info,
         probes=probes,
@@ -348,9 +348,10 @@ def _whole_answer(finished: Iterable[FinishedRollout], info: ScoringInfo) -> sco
 
 
 def _pieces(delivery: Delivery) -> list[list[FinishedRollout]]:
-    """Splits delivered results into lists for one message each, with at most ``MAX_STREAMED_BYTES`` of arrays and texts.
+    """Splits the results of a delivery into lists. The results of one list fit into one streamed message, with at most
+    ``MAX_STREAMED_BYTES`` of arrays and texts.
 
-    A single completion is never split, however large it is.
+    The result of a single completion is never split, however large it is.
     """
     pieces: list[list[FinishedRollout]] = []
     piece: list[FinishedRollout] = []

@@ -42,7 +42,9 @@ class Worker(Protocol):
         """
 
     def cancel(self, number: int, index: int) -> None:
-        """Cancels the rollout with the given index in the worker's batch with the given number, which may be computed now."""
+        """Cancels the rollout with the given index in the worker's batch with the given number. The worker may be computing the rollout
+        already.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +61,7 @@ class Computation:
     """Record of one rollout that a worker process computes, or soon will, once for all calls (requests) that wait for the result.
 
     Attributes:
-        rollout: the rollout, as the first call that asked for it gave it.
+        rollout: the rollout, as given by the first of the calls that need its scores.
         key: a value that is equal for identical rollouts.
         items: the identical rollouts that wait for the result, one or more from each waiting call. The response to the first one reports
             the computed tokens. Empty = no call waits any more.

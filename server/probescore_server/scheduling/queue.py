@@ -115,7 +115,7 @@ class WaitingQueue:
             self._jobs.move_to_end(call.job, last=False)
 
     def drop(self, call: Call) -> None:
-        """Removes all waiting rollouts of a call, that is, of one request, from the queue."""
+        """Removes all waiting rollouts of a call (the work of one request) from the queue."""
         for group in list(call.waiting):
             for item in list(group.items):
                 self._remove(item, group)
@@ -178,7 +178,7 @@ class WaitingQueue:
     def next_batch(self, max_tokens: int) -> tuple[list[Duplicates], int]:
         """Removes the rollouts of the next batch from the queue, and returns them with the batch's number of tokens.
 
-        The batch has more than ``max_tokens`` tokens only if it is a single rollout.
+        The batch has more than ``max_tokens`` tokens only if it consists of a single rollout.
         """
         room = _NextBatch(max_tokens)
         turns = deque(self._jobs)

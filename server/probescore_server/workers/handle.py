@@ -153,7 +153,7 @@ class WorkerHandle:
             self.restarts += 1
 
     async def _run_once(self, running: WorkerProcess) -> None:
-        """Starts one worker process, waits until it is ready, and returns once it has ended or has failed to start."""
+        """Starts one worker process, waits until it is ready, and returns once the process has ended or failed to start."""
         began = time.monotonic()
         logger.info("starting worker", device=self.spec.device, model=self.spec.settings.model)
         try:

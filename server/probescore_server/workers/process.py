@@ -1,4 +1,6 @@
-"""Controls one worker process from the front process: starts it, exchanges messages, ends it if it is stuck, and finds out how it ended."""
+"""Controls one worker process from the front process: starts it, exchanges messages, kills it if it is stuck, and finds out how it
+ended.
+"""
 
 from __future__ import annotations
 
@@ -129,7 +131,7 @@ class WorkerProcess:
             del self._answers[message.number]
 
     def send(self, message: ToWorker) -> None:
-        """Sends a message without waiting; messages keep their order. If the process has ended, the message is dropped."""
+        """Sends a message to the worker process without waiting. Messages keep their order, and are dropped if the process has ended."""
         self._pipe.send(message, takes_long=_takes_long(message))
 
     async def stop(self) -> None:

@@ -31,13 +31,13 @@ class BlockingEnd:
         self._sending = threading.Lock()
 
     def send(self, message: object) -> None:
-        """Sends a whole message; raises ``OSError`` if the other end is closed."""
+        """Sends a whole message; raises ``OSError`` if the other end of the socket pair is closed."""
         encoded = _encode(message)
         with self._sending:
             self._connection.sendall(encoded)
 
     def receive(self) -> Any:  # noqa: ANN401
-        """Waits for the next message and returns it; raises ``EOFError`` if the other end is closed."""
+        """Waits for the next message and returns the message; raises ``EOFError`` if the other end of the socket pair is closed."""
         header = self._reader.read(_LENGTH.size)
         if len(header) < _LENGTH.size:
             raise EOFError
@@ -67,7 +67,7 @@ class EventLoopEnd(asyncio.Protocol):
     # ------------------------------------------------------------------------------------------------------------------- sending
 
     def send(self, message: object, *, takes_long: bool) -> None:
-        """Sends a message without waiting; messages keep their order. If the other process has ended, the message is dropped.
+        """Sends a message to the worker process without waiting. Messages keep their order, and are dropped if the process has ended.
 
         Args:
             message: any object that can be pickled.
@@ -97,11 +97,11 @@ class EventLoopEnd(asyncio.Protocol):
     # ----------------------------------------------------------------------------------------------------------------- receiving
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Keeps the transport; the event loop calls this method once the socket is connected."""
+        """Stores asyncio's transport of the socket; the event loop calls this method once the socket is connected."""
         self._transport = cast("asyncio.WriteTransport", transport)
 
     def data_received(self, data: bytes) -> None:
-        """Calls ``on_message`` with each message that is complete; the event loop calls this method whenever bytes arrive."""
+        """Calls ``on_message`` with each message that has arrived completely; the event loop calls this method whenever bytes arrive."""
         self.heard = time.monotonic()
         self._received += data
         while len(self._received) >= _LENGTH.size:
@@ -119,7 +119,7 @@ class EventLoopEnd(asyncio.Protocol):
         self._on_message(await asyncio.to_thread(pickle.loads, encoded))
 
     def connection_lost(self, error: Exception | None) -> None:
-        """Calls ``on_end`` once all messages are handed over; the event loop calls this method when the socket is closed."""
+        """Calls ``on_end`` once ``on_message`` has received all messages; the event loop calls this method when the socket is closed."""
         self._transport = None
         self._start(self._end())
 

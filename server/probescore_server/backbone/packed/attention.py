@@ -75,7 +75,7 @@ class LayerAttention(Protocol):
         window: int | None,
         sinks: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Computes the attention of the next layer.
+        """Computes the attention of the model's next layer over T tokens.
 
         Args:
             query: ``(1, num_attention_heads, T, D)``.
@@ -125,7 +125,7 @@ class PackedAttention:
         window: int | None,
         sinks: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Computes the attention of the next layer, with the arguments and the result of ``LayerAttention``."""
+        """Computes the attention of the model's next layer, with the arguments and the result of ``LayerAttention``."""
         if self._keep:
             self.computed.append((key, value))
         before = [key_values[self.layers] for key_values in self._earlier]
@@ -162,7 +162,8 @@ class PackedAttention:
 
 
 def kernel_head_dim(query: torch.Tensor, value: torch.Tensor) -> int:
-    """Returns the width to which heads are padded with zeros for the kernel: one width for queries, keys and values, and a multiple of 8.
+    """Returns the width to which attention heads are padded with zeros for the kernel. The kernel needs the same width for queries, keys
+    and values, and a multiple of 8.
 
     The padding changes neither the logits nor the sums of values.
     """
@@ -183,7 +184,9 @@ def _widened(tensor: torch.Tensor, width: int) -> torch.Tensor:
 
 
 def _repeat_heads(tensor: torch.Tensor, heads: int) -> torch.Tensor:
-    """Returns ``(K, num_key_value_heads, D)`` as ``(K, heads, D)``, each head repeated for every query head that shares it."""
+    """Returns keys or values ``(K, num_key_value_heads, D)`` as ``(K, heads, D)``, each head repeated for every query head that shares the
+    head.
+    """
     return tensor.unsqueeze(2).expand(-1, -1, heads // tensor.shape[1], -1).flatten(1, 2)
 
 

@@ -142,9 +142,9 @@ class _ForestRun:
             self._run(root, None)
 
     def _run(self, index: int, state: _SequenceState | None) -> None:
-        """Runs a segment (run of tokens) and then the segments that continue it.
+        """Runs a segment (run of tokens) and then the segments that continue the segment.
 
-        ``state`` holds the keys and values before the segment, and is extended by the segment's own.
+        ``state`` contains the keys and values of the tokens before the segment, and is extended by those of the segment's own tokens.
         """
         segment = self._forest.segments[index]
         known = self._known(index)
@@ -210,7 +210,9 @@ def _fork(state: _SequenceState) -> _SequenceState:
 
 
 def _tail(state: _SequenceState, count: int) -> KeyValues:
-    """Returns the keys and values of the last ``count`` tokens of a sequence; an empty list where some layer has none of its own."""
+    """Returns the keys and values of the last ``count`` tokens of a sequence. The list is empty if some layer has no keys and values of its
+    own.
+    """
     layers = [(layer.keys, layer.values) for layer in state.layers if isinstance(layer, DynamicLayer)]
     if any(keys is None or values is None for keys, values in layers):
         return []
