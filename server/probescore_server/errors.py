@@ -272,7 +272,8 @@ class ProbeRefused(StartupError):
 
     Args:
         file: the name of the file, as the operator gave it.
-        field: the part that was checked: a field of the manifest such as ``model.fingerprint``, or ``file``, ``graph`` or ``golden``.
+        field: the part that was checked: a field of the manifest such as ``model.fingerprint``, or ``file``, ``graph`` (the ONNX graph) or
+            ``golden`` (the scores of the file's examples).
         found: the value that was found.
         expected: the value that was expected.
     """

@@ -190,7 +190,7 @@ def _forwarding(routed: Any) -> Handler:  # noqa: ANN401
 
     async def stream(raw: bytes, context: Any) -> AsyncIterator[bytes]:  # noqa: ANN401
         async for answer in routed.unary_stream(ForwardedRequest(raw, context.time_remaining()), context):
-            if answer:  # An empty answer only carries the status.
+            if answer:  # An empty response only carries the status.
                 yield answer
         _explain_ray(context)
 
@@ -208,7 +208,7 @@ def _explain_ray(context: Any) -> None:  # noqa: ANN401
     """Replaces the status of an RPC that Ray itself, not a replica, ended by the status UNAVAILABLE, after which clients retry."""
     trailing = tuple(context.trailing_metadata() or ())
     code = next((known for known in _RAYS_OWN if context.code() in (known, known.value[0])), None)
-    # A replica's own statuses have details, except for NOT_FOUND of a health check, and every answer of a replica has some metadata.
+    # A replica's own statuses have details, except for NOT_FOUND of a health check, and every response of a replica has some metadata.
     a_replicas = any(key == "grpc-status-details-bin" for key, _ in trailing) or (code is grpc.StatusCode.NOT_FOUND and trailing)
     if code is None or a_replicas:
         return

@@ -1,4 +1,5 @@
-"""Computes the costs of a request other than its tokens: the numbers in its response, and the scores that are read again for its spans.
+"""Computes the costs of a request other than its tokens: the numbers in its response, and the scores that are read again for its spans
+(token ranges).
 
 The costs are computed from the request alone, before any token is scored, so that a request that is too costly can be refused.
 """
@@ -20,7 +21,8 @@ thousand probes.
 
 @dataclass(frozen=True)
 class RequestCost:
-    """Value object with the factors, determined by a request's options, that turn the tokens and spans of its rollouts into costs.
+    """Value object with the factors, determined by a request's options, that turn the tokens and spans (token ranges) of its rollouts into
+    costs.
 
     Attributes:
         scope: which tokens are scored: the prompt's, the completion's or both.
@@ -57,7 +59,9 @@ class RequestCost:
         return values
 
     def scores_of_spans(self, rollout: CheckedRollout) -> int:
-        """Returns the number of token scores that are read to reduce the spans (token ranges) of one rollout and of its follow-ups."""
+        """Returns the number of token scores that are read to reduce the spans (token ranges) of one rollout and of its follow-ups (texts
+        that continue the completion).
+        """
         return sum(
             sum(span.end - span.start for span in continuation.spans) * self.span_scores
             + len(continuation.spans) * context * self.context_scores
@@ -65,8 +69,8 @@ class RequestCost:
         )
 
     def reread_tokens(self, completion: Continuation, prompt_tokens: int) -> int:
-        """Returns the number of extra token reads that the spans (token ranges) of a completion and its follow-ups cause, beyond one read
-        of each token.
+        """Returns the number of extra token reads that the spans (token ranges) of a completion and of its follow-ups (texts that continue
+        it) cause, beyond one read of each token.
 
         Spans that together cover each token once cause none. A span without tokens takes time too, and counts as one token.
 
@@ -82,8 +86,8 @@ class RequestCost:
 
 
 def _tree(continuation: Continuation, context: int) -> Iterator[tuple[Continuation, int]]:
-    """Yields pairs of a completion, or a follow-up at any depth below the completion, and the number of tokens before it in its
-    sequence.
+    """Yields pairs for a completion and for each follow-up (text that continues it, at any depth): the completion or follow-up, and the
+    number of tokens before it in its sequence.
     """
     yield continuation, context
     for follow_up in continuation.follow_ups:

@@ -90,11 +90,11 @@ class CheckedRollout:
 
     Attributes:
         prompt_ids: the prompt's token ids, ``(P,)`` int32; the rollouts of one group (a prompt with several completions) share one array.
-        completion: the completion with its follow-ups.
+        completion: the completion with its follow-ups (texts that continue the completion).
         options: how the rollout is scored.
         appended_tokens: the largest number of tokens that the requested probes themselves append to the completion, and to each of its
             follow-ups.
-        reread_tokens: the number of extra token reads that the rollout's spans cause, beyond one read of each token.
+        reread_tokens: the number of extra token reads that the rollout's spans (token ranges) cause, beyond one read of each token.
     """
 
     prompt_ids: NDArray[np.int32]
@@ -107,8 +107,8 @@ class CheckedRollout:
     def tokens(self) -> int:
         """Returns the largest number of tokens that this rollout can cost.
 
-        The number includes the tokens of the prompt, of the completion and of all follow-ups, the tokens that probes append, and the tokens
-        that spans (token ranges) read again.
+        The number includes the tokens of the prompt, of the completion and of all follow-ups (texts that continue the completion), the
+        tokens that probes append, and the tokens that spans (token ranges) read again.
         """
         appended = self.appended_tokens * self.completion.tree_size
         return len(self.prompt_ids) + self.completion.tree_tokens + appended + self.reread_tokens
@@ -119,7 +119,7 @@ class RolloutResult:
     """Value object with the scores of one rollout, and the number of tokens that were computed for the rollout.
 
     Attributes:
-        scores: the scores of the completion and its follow-ups.
+        scores: the scores of the completion and of its follow-ups (texts that continue the completion).
         usage: the numbers of tokens that were computed, shared with other rollouts, and found in the key-value cache.
         refused_by: the key ``name@version`` of a probe that computed NaN or an infinity, so that the rollout or a follow-up has no scores;
             empty if there is no such probe.

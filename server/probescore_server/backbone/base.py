@@ -27,8 +27,8 @@ class Activations:
     model.
 
     Attributes:
-        rows: a dictionary, keyed by tap, of activations ``(N, hidden_size)`` float32 on the model's device, with one row for each token of
-            the segments whose activations probes need.
+        rows: a dictionary, keyed by tap (place in the model), of activations ``(N, hidden_size)`` float32 on the model's device, with one
+            row for each token of the segments whose activations probes need.
         starts: a dictionary, keyed by the index of each such segment, of the segment's first row. The rows of a skipped segment have no
             meaning.
     """

@@ -86,7 +86,7 @@ class Forest:
 
     Attributes:
         segments: the segments.
-        placements: for each rollout, the placement of its completion and follow-ups.
+        placements: for each rollout, the placement of its completion and follow-ups (texts that continue the completion).
         steps: for each rollout, pairs in order: the index of a segment that the rollout needs, and whether the rollout is the first that
             needs the segment.
     """
@@ -110,7 +110,7 @@ class Forest:
 
     def usage(self, rollout: int) -> Usage:
         """Returns how many tokens of the rollout with a given index were computed, taken from the key-value cache, or shared with other
-        rollouts.
+        rollouts in the forest (the batch's token segments).
 
         A token counts as computed or cached for the first rollout that needs the token, and as shared for all other rollouts. The model
         must have run the forest before.
@@ -126,7 +126,9 @@ class Forest:
         return Usage(tokens_computed=computed, tokens_shared=shared, tokens_cached=cached)
 
     def ids_up_to(self, index: int) -> NDArray[np.int32]:
-        """Returns the token ids of a sequence from its start to the end of the segment with the given index: ``(position + T,)`` int32."""
+        """Returns the token ids of a sequence from its start to the end of the segment (run of tokens) with the given index: ``(position +
+        T,)`` int32.
+        """
         pieces = []
         following: int | None = index
         while following is not None:
@@ -145,7 +147,7 @@ class Forest:
 
 
 class _Builder:
-    """Builder of a forest of token segments, to which rollouts are added one after the other."""
+    """Builder of a forest (segments of tokens arranged in trees), to which rollouts are added one after the other."""
 
     def __init__(self, forest: Forest, probes: Mapping[str, ProbeReads]) -> None:
         self.forest = forest
@@ -186,8 +188,8 @@ class _Builder:
         )
 
     def _extend(self, context: tuple[int, ...], token_ids: NDArray[np.int32], rollout: int) -> tuple[int, ...]:
-        """Returns a chain of segment indices, extended by a segment with the given tokens. Without tokens, the chain is returned
-        unchanged.
+        """Returns a chain of indices of segments (runs of tokens), extended by a segment with the given tokens. Without tokens, the chain
+        is returned unchanged.
         """
         if len(token_ids) == 0:
             return context

@@ -40,7 +40,7 @@ def choose_backbone(decoder: Decoder, reader: TapReader, kernel: Kernel | None =
 
     Args:
         decoder: the model.
-        reader: reader of the model's activations at the taps.
+        reader: reader of the model's activations at the taps (places in the model).
         kernel: attention kernel for the packed backbone; ``None`` = torch's own kernel, if there is one for this device and dtype.
 
     Returns:

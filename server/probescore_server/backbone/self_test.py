@@ -41,7 +41,7 @@ class SelfTest:
 
     Args:
         decoder: the model as loaded, before anything in it is changed for speed.
-        reader: reader of the model's activations at the taps.
+        reader: reader of the model's activations at the taps (places in the model).
 
     Raises:
         ModelRefused: the model cannot be run.
@@ -122,7 +122,9 @@ def _windows(decoder: Decoder) -> list[int]:
 
 @torch.inference_mode()
 def _plain(decoder: Decoder, reader: TapReader, tap: Tap, token_ids: NDArray[np.int32]) -> torch.Tensor:
-    """Runs one sequence through the model without a cache, and returns the activations ``(T, hidden_size)`` float32 at a tap."""
+    """Runs one sequence through the model without a cache, and returns the activations ``(T, hidden_size)`` float32 at a tap (a place in
+    the model).
+    """
     ids = torch.from_numpy(token_ids).long().unsqueeze(0).to(decoder.device)
     buffer = torch.empty((len(token_ids), decoder.config.hidden_size), dtype=torch.float32, device=decoder.device)
     with reader.reading({tap: buffer}):

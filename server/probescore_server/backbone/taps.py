@@ -29,7 +29,9 @@ _SUM_BOUND = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
 def layers_needed(taps: Sequence[Tap], num_hidden_layers: int) -> int:
-    """Returns how many blocks of a model must be loaded to read the given taps; at least one."""
+    """Returns the number of blocks of a model that must be loaded to read activations at the given taps (places in the model); at least
+    one.
+    """
     needed = 1
     for tap in taps:
         if tap.layer is None:
@@ -80,7 +82,8 @@ class TapReader:
 
     @contextmanager
     def reading(self, into: Mapping[Tap, torch.Tensor], rows: RowMap | None = None) -> Iterator[None]:
-        """Context manager during which each forward pass of one sequence copies activations at taps to buffers, as float32.
+        """Context manager during which each forward pass of one sequence copies activations at taps (places in the model) to buffers, as
+        float32.
 
         Args:
             into: a dictionary, keyed by tap, of buffers ``(T, hidden_size)``; with ``rows`` a buffer may have any number of rows.

@@ -52,12 +52,12 @@ def _raise_in(thread: ctypes.c_ulong) -> None:
 
 
 def _await_interruption(thread: ctypes.c_ulong, raised: threading.Event) -> None:
-    """Waits until the exception with which ``time_limit`` interrupts a block has been raised, if it is still pending or the block caught
-    it.
+    """Waits for the exception with which ``time_limit`` interrupts a block. It is for a block that has ended while the exception is still
+    pending, or that has caught the exception.
 
-    A pending exception could otherwise be raised later, in unrelated code. It cannot be withdrawn: Python 3.11 would then look for the
-    exception for ever, in the next function that a debugger or a coverage tool traces. So the exception is requested again, which replaces
-    a pending one, and awaited.
+    Python could otherwise raise a pending exception later, in unrelated code. A pending exception cannot be withdrawn: Python 3.11 would
+    then look for the exception for ever, in the next function that a debugger or a coverage tool traces. So the exception is requested
+    again, which replaces a pending one, and awaited.
     """
     try:
         raised.wait()

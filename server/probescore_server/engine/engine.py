@@ -124,8 +124,9 @@ class Engine:
             device: ``cpu``, ``cuda`` or ``cuda:0``.
             device_map: ``"auto"`` = spread the model over every CUDA device that there is, or load it on the CPU if there is none, instead
                 of on ``device``. For models larger than one device; needs accelerate.
-            accept_mismatch: probes (``name`` or ``name@version``) to serve although they were made for another model or tokenizer, or miss
-                their golden scores; every response then says so. A probe that cannot run on this model is refused in any case.
+            accept_mismatch: probes (``name`` or ``name@version``) to serve although they were made for another model or tokenizer, or do
+                not reproduce the scores of the examples in their files (golden scores); every response then says so. A probe that cannot
+                run on this model is refused in any case.
             trust_remote_code: whether the model may bring its own Python code, which is then run.
             max_kv_cache_bytes: bytes of keys and values to keep on the device for later prompts with the same beginning; 0 = none.
             report: function that is called with a line of text for people as each step of loading begins.
@@ -356,7 +357,7 @@ class Engine:
 
     def _try_graphs(self, files: Sequence[ProbeFile]) -> None:
         """Tests each probe's ONNX graph that may depend on its input's size, on random activations similar to those of the probe's golden
-        rollouts and at far larger sizes.
+        rollouts (examples in its file) and at far larger sizes.
         """
         for file in files:
             key = file.manifest.key
@@ -364,8 +365,8 @@ class Engine:
                 self._probes[key] = limited_to_tried_calls(file, self._probes[key], self._golden_activations(file))
 
     def _golden_activations(self, file: ProbeFile) -> dict[Tap, NDArray[np.float32]]:
-        """Returns the activations of a few of a probe's golden rollouts (examples in its file): a dictionary, keyed by tap, of finite rows
-        ``(N, hidden_size)`` float32. Row n belongs to the same token at every tap.
+        """Returns the activations of a few of a probe's golden rollouts (examples in its file): a dictionary, keyed by tap (place in the
+        model), of finite rows ``(N, hidden_size)`` float32. Row n belongs to the same token at every tap.
         """
         rollouts = next(_batches(golden_rollouts(file, self.info)[:_TRIED_CASES]))
         with self._running:
@@ -417,8 +418,8 @@ def _batches(rollouts: Sequence[CheckedRollout]) -> Iterator[list[CheckedRollout
 
 
 def _costs(rollout: CheckedRollout) -> dict[Hashable, int]:
-    """Returns a dictionary of the numbers of tokens of a rollout's prompt and of its completion with follow-ups. Equal token sequences have
-    equal keys, so that shared tokens can be counted once.
+    """Returns a dictionary of the numbers of tokens of a rollout's prompt and of its completion with follow-ups (texts that continue the
+    completion). Equal token sequences have equal keys, so that shared tokens can be counted once.
     """
     prompt, completion = rollout.prompt_ids.tobytes(), rollout.completion
     own = completion if completion.follow_ups else completion.token_ids.tobytes()

@@ -159,7 +159,7 @@ class _GuardedMethod:
             await self._abort(context, fault)
         finally:
             seconds = time.monotonic() - started
-            if code is grpc.StatusCode.OK:  # The answer is sent before it is counted; an error has been sent already.
+            if code is grpc.StatusCode.OK:  # The response is sent before it is counted; an error has been sent already.
                 asyncio.get_running_loop().call_soon(self._counted.count_end, code.name, seconds)
             else:
                 self._counted.count_end(code.name, seconds)

@@ -1,6 +1,6 @@
 """Limits the number of parts of a request, which are counted on the request's protobuf message before Python objects are made.
 
-The objects cost far more than the message: a span takes two bytes of a message, but a hundred bytes as a Python object.
+The objects cost far more than the message: a span (token range) takes two bytes of a message, but a hundred bytes as a Python object.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from probescore_server.settings import ServerSettings
 
 
 def check_counts(request: scoring_pb2.ScoreRequest, limits: ServerSettings, loaded_probes: int) -> None:
-    """Refuses a request message with more completions, follow-ups, spans, reductions or probe names than the limits allow.
+    """Refuses a request message with more completions, follow-ups (texts that continue a completion), spans (token ranges), reductions or
+    probe names than the limits allow.
 
     Args:
         request: the message as received.
@@ -51,8 +52,8 @@ def _check_rollouts(count: int, limits: ServerSettings) -> None:
 
 
 def _check_tree(completion: scoring_pb2.Completion, field: str, limits: ServerSettings) -> int:
-    """Checks the number of spans of a completion, and of all follow-ups that continue the completion at any depth. It returns the number of
-    these follow-ups.
+    """Checks the number of spans (token ranges) of a completion, and of all follow-ups that continue the completion at any depth. It
+    returns the number of these follow-ups.
     """
     if (count := len(completion.spans)) > limits.max_spans:
         remedy = "send the completion several times, each with some of them"

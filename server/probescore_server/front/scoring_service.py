@@ -176,7 +176,7 @@ class ScoringServicer(scoring_pb2_grpc.ScoringServiceServicer):
         small = request.ByteSize() <= MAX_BYTES_CHECKED_ON_LOOP
         asked, groups, texts = await off_the_loop(_read_request, request, self._settings, len(info.probes), small=small)
         _check_fingerprints(asked, info)
-        # Clients choose reductions freely: the memory of what is cached must not grow with their number.
+        # Clients choose reductions freely: the memory of the cache must not grow with their number.
         resolve = _known_options if len(asked.reductions) <= MAX_KNOWN_REDUCTIONS else _resolve_options
         options, probes = resolve(
             info, asked.probes, asked.reductions, asked.token_scores, asked.scope, asked.return_token_ids, asked.return_token_texts

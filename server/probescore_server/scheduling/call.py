@@ -209,7 +209,7 @@ def groups_of(call: Call, rollouts: Sequence[Sequence[CheckedRollout]]) -> list[
 
 
 def _content(continuation: Continuation) -> Hashable:
-    """Returns everything in a completion or follow-up that determines its scores, as hashable values.
+    """Returns everything that determines the scores of a completion or follow-up (text that continues a completion), as hashable values.
 
     Arrays become bytes, whose hash is computed once and whose comparison is exact.
     """

@@ -8,8 +8,8 @@
 * Within a job, calls of higher priority go first, and then earlier calls.
 * Rollouts of one prompt stay together: a group is split only if it is larger than a whole batch, and joins another job's turn only as a
   whole. A job whose group does not fit keeps its place: its group is the first of the next batch, whose whole token budget is then free.
-* A batch that has ``MAX_CONTINUATIONS`` completions and follow-ups takes no more, however short they are, since each takes a fixed amount
-  of time besides that for its tokens.
+* A batch that has ``MAX_CONTINUATIONS`` completions and follow-ups (texts that continue a completion) takes no more, however short they
+  are, since each takes a fixed amount of time besides that for its tokens.
 * Identical rollouts are taken together, count with the tokens of one, and use up no job's turn.
 * If a whole batch of a call's results is delivered but unread, no more of the call's rollouts are computed until these results are read.
 """
@@ -25,7 +25,7 @@ from probescore_server.scheduling.call import Call, RequestedRollout, WaitingGro
 from probescore_server.scheduling.ordered_set import OrderedSet
 
 MAX_CONTINUATIONS = 1024
-"""Number of completions and follow-ups in a batch from which on the batch takes no further rollout."""
+"""Number of completions and follow-ups (texts that continue a completion) in a batch from which on the batch takes no further rollout."""
 
 Duplicates = list[RequestedRollout]
 """Type of a list of identical rollouts, which are computed once; the list is never empty."""

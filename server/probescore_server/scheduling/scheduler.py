@@ -197,7 +197,7 @@ class Scheduler:
             asyncio.get_running_loop().call_soon(self._on_batch, tokens, len(computations))  # The batch is sent before it is counted.
 
     async def _run(self, batch: _SentBatch) -> None:
-        # The suspects are noted now, since what is known of rollouts may change while something computes.
+        # The suspects are noted now, since the suspicions may change while a rollout is computed.
         suspects = [computation for computation in batch.computations if computation.key in self._suspects]
         try:
             await self._score(batch, [computation for computation in batch.computations if computation not in suspects])

@@ -45,7 +45,7 @@ def resolve_rollouts(
             probes append. The number of positions for which the model was made is a limit in any case.
         max_request_tokens: the largest number of tokens of all groups, with a prompt counted once per group and the extra token reads that
             spans cause included.
-        max_span_scores: the largest number of token scores that the spans of one completion and its follow-ups may read.
+        max_span_scores: the largest number of token scores that the spans (token ranges) of one completion and its follow-ups may read.
         max_request_values: the largest number of numbers in the response.
 
     Returns:

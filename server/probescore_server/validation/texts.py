@@ -44,8 +44,8 @@ def utf8_bytes(text: str) -> int:
 
 
 def pending_texts(groups: Sequence[RolloutGroup]) -> list[PendingText]:
-    """Returns each prompt, completion and follow-up of a request that is given as text or chat instead of token ids, in the request's
-    order.
+    """Returns each prompt, completion and follow-up (text that continues a completion) of a request that is given as text or chat instead
+    of token ids, in the request's order.
     """
     texts: list[PendingText] = []
     for i, group in enumerate(groups):

@@ -59,7 +59,7 @@ logger = structlog.get_logger(__name__)
 HEARTBEAT_SHARE = 0.1
 MAX_HEARTBEAT_SECONDS = 1.0
 
-# A worker reports its memory use this many seconds after an answer, and this often while it is never without work.
+# A worker reports its memory use this many seconds after a response, and this often while it is never without work.
 OCCUPANCY_DELAY = 0.005
 STATISTICS_SECONDS = 1.0
 
@@ -174,10 +174,10 @@ class _WorkerRuntime:
             try:
                 message = self._pipe.receive()
             except (EOFError, OSError):
-                # The front process is gone; nobody is left to compute for.
+                # The front process has ended, so no result is needed any more.
                 os._exit(1)
             except Exception:
-                # The front process would wait for ever for the answer to a message that is lost; the next process starts afresh.
+                # The front process would wait for ever for the response to an unreadable message; the next process starts afresh.
                 logger.exception("reading a message failed")
                 os._exit(1)
             match message:
@@ -185,7 +185,7 @@ class _WorkerRuntime:
                     self._cancelled[message.number] = set()
                     self._orders.put(message)
                 case CancelRollout():
-                    # There is no entry for a batch that has been answered.
+                    # There is no entry for a batch whose results have been sent.
                     self._cancelled.get(message.number, set()).add(message.index)
                 case EncodeTexts():
                     self._texts.add(message.number, message.texts)
@@ -203,7 +203,7 @@ class _WorkerRuntime:
             try:
                 self._send(Heartbeat(ACTIVITY.step, self._texts.in_hand()))
             except OSError:
-                return  # The front process is gone; the thread that reads the pipe ends this process.
+                return  # The front process has ended; the thread that reads the pipe ends this process.
             time.sleep(seconds)
 
     def _end_if_lost(self, error: Exception) -> None:

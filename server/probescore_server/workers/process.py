@@ -277,7 +277,9 @@ def _oom_kills() -> int:
 
 
 def _takes_long(message: ToWorker) -> bool:
-    """Returns whether a message has so many rollouts, spans or texts that encoding the message would block the event loop too long."""
+    """Returns whether a message has so many rollouts, spans (token ranges) or texts that encoding the message would block the event loop
+    too long.
+    """
     match message:
         case ScoreBatch(rollouts=rollouts):
             if len(rollouts) > MAX_ROLLOUTS_PICKLED_ON_LOOP:

@@ -31,7 +31,7 @@ MAX_PASS_TOKENS = 16_384
 KEYS_PER_TOKEN = 8
 """Limits the keys that are gathered for one packed row, as a multiple of the maximum of tokens of a row.
 
-This bounds the memory of the copies of keys when many segments continue one long segment.
+This bounds the memory of the copies of keys when many segments (runs of tokens) continue one long segment.
 """
 
 
@@ -40,7 +40,7 @@ class PackedBackbone:
 
     Args:
         decoder: the model; ``packed_refusal`` must return ``None`` for it.
-        reader: reader of the model's taps.
+        reader: reader of the model's activations at taps (places in the model).
         kernel: variable-length attention kernel.
         max_pass_tokens: the largest number of tokens of one row.
     """
@@ -101,7 +101,9 @@ class _SegmentSlice:
 
 
 class _KnownKeyValues:
-    """Store of the keys and values that later passes over a forest of segments attend to. They come from a cache or from earlier passes."""
+    """Store of the keys and values that later passes over a forest of segments (runs of tokens) attend to. They come from a cache or from
+    earlier passes.
+    """
 
     def __init__(self, forest: Forest, cache: KeyValueCache | None) -> None:
         self._forest = forest
@@ -115,7 +117,7 @@ class _KnownKeyValues:
                 self._last_use[parent] = max(self._last_use[parent], self._last_use[index])
 
     def of(self, segment: int) -> list[KeyValues]:
-        """Returns the stored keys and values of a segment's first tokens, as a list of consecutive pieces."""
+        """Returns the stored keys and values of the first tokens of a segment (run of tokens), as a list of consecutive pieces."""
         return self._pieces.get(segment, [])
 
     def look_up(self, index: int) -> None:

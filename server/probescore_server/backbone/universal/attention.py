@@ -1,5 +1,5 @@
-"""Computes attention of new tokens to themselves and to the tokens before them, faster on a CPU than transformers does, since no mask is
-needed.
+"""Computes attention of new tokens to themselves and to the tokens before them, faster on a CPU than transformers does, mostly without a
+mask.
 
 transformers builds a dense mask for queries that continue a cache. Here two groups of keys are attended to separately: the keys before the
 first query's token, without a mask, and the remaining keys, causally. The two results are merged by their log-sum-exps (FlashAttention's

@@ -58,7 +58,7 @@ class UniversalBackbone:
 
     Args:
         decoder: the model.
-        reader: reader of the model's taps.
+        reader: reader of the model's activations at taps (places in the model).
         attention: name of an attention function that is registered in transformers; ``None`` = the one that transformers chose.
 
     Attributes:
@@ -160,7 +160,7 @@ class _ForestRun:
             self._run(following[-1], state)
 
     def _known(self, index: int) -> KeyValues:
-        """Returns the cached keys and values of a sequence up to the end of the segment with the given index.
+        """Returns the cached keys and values of a sequence up to the end of the segment (run of tokens) with the given index.
 
         The list is empty for a segment whose activations probes need, since keys and values do not determine activations.
         """
@@ -169,7 +169,9 @@ class _ForestRun:
         return self._cache.longest_prefix(self._forest.ids_up_to(index))
 
     def _compute(self, index: int, state: _SequenceState) -> bool:
-        """Runs, in chunks, the tokens of a segment that are not cached. It returns false if the segment was skipped on the way."""
+        """Runs, in chunks, those tokens of a segment (run of tokens) that are not cached. It returns false if the segment was skipped on
+        the way.
+        """
         segment = self._forest.segments[index]
         length = len(segment.token_ids)
         for start in range(segment.cached, length, CHUNK_TOKENS):
