@@ -1,6 +1,6 @@
 """Serves a frozen language model and its probes over gRPC, to score reinforcement-learning rollouts.
 
-``from probescore_server import Engine`` gives the same scoring inside one's own process, without a server.
+``from probescore_server import Engine`` scores rollouts in the same way inside a program's own process, without a server.
 """
 
 from __future__ import annotations

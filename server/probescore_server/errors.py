@@ -1,23 +1,23 @@
-"""Defines the errors with which the server's core refuses or fails a request, or refuses to start.
+"""Defines the exceptions that the server's core (the code without gRPC) raises when it refuses or fails a request, or cannot start.
 
     CoreError
-    ├── InvalidRequest        the request is invalid and no retry can succeed; names the field, the value and the limit
-    │   └── LimitExceeded     the request asks for more than a limit that ``GetServerInfo`` tells
+    ├── InvalidRequest        the request is invalid and no retry can succeed; the message names the field, the value and the limit
+    │   └── LimitExceeded     the request exceeds a limit that ``GetServerInfo`` returns
     ├── Mismatch              the client expects another model or tokenizer than the one that this server runs
     ├── QueueFull             too many tokens wait already; a later try may succeed
-    ├── ServerBusy            too many calls, or too many bytes of their requests, are under way; a later try may succeed
+    ├── ServerBusy            the server works on too many RPCs, or bytes of requests; a later try may succeed
     ├── WorkerUnavailable     no worker process can take or finish the work now; a later try may succeed
-    │   └── WorkerLost        a worker process was lost, and the work that it had may be the cause
-    ├── WorkerLostTwice       worker processes were lost with the same rollout or text twice, the second time with nothing else
+    │   └── WorkerLost        a worker process crashed or got stuck; its work may be the cause
+    ├── WorkerLostTwice       two worker processes died computing the same rollout or text, the second nothing else
     ├── OutOfMemory           one rollout alone needs more memory than the device has; no retry can succeed
     ├── DeadlineExpired       the caller's deadline passed before the work was done
     ├── InternalFault         the server has a bug; clients see an incident number, and the log has the details
     └── StartupError          the server cannot start as configured
         ├── ModelRefused      the model cannot be loaded, or would not be served correctly
-        └── ProbeRefused      a probe file is damaged or was made for another model; names file, field, found, expected
+        └── ProbeRefused      a probe file is damaged or was made for another model
 
-Each error's ``reason`` is stable and travels to clients as ``google.rpc.ErrorInfo.reason``. The messages of all errors but
-``StartupError`` reach clients, so that they carry no path and no traceback.
+Each error's ``reason`` is stable and travels to clients as ``google.rpc.ErrorInfo.reason``. The messages of all errors but ``StartupError``
+reach clients, and therefore contain no path and no traceback.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import secrets
 
 
 class CoreError(Exception):
-    """Is the base class of all errors with which the server's core refuses or fails something.
+    """Base class of all exceptions that the server's core raises when it refuses or fails a request, or cannot start.
 
     The class attribute ``reason`` is a stable word in upper case, such as ``QUEUE_FULL``, which clients receive.
     """
@@ -35,7 +35,7 @@ class CoreError(Exception):
 
 
 class InvalidRequest(CoreError):
-    """Says that a request is invalid, so that the same request can never succeed.
+    """Exception raised when a request is invalid, so that the same request can never succeed.
 
     Args:
         field: path in the request message of the field at fault, such as ``groups[2].completions[0].mask``.
@@ -56,15 +56,15 @@ class InvalidRequest(CoreError):
 
 
 class LimitExceeded(InvalidRequest):
-    """Says that a request asks for more than one of the server's limits, which the RPC ``GetServerInfo`` tells, allows.
+    """Exception raised when a request exceeds one of the server's limits, which clients can read with the RPC ``GetServerInfo``.
 
     Args:
         field: path in the request message of the field at fault, such as ``groups[0].completions[1].spans``.
-        value: the amount that was asked for; the true amount may be larger where counting stopped early.
-        unit: what is counted, such as ``spans``.
+        value: the amount that the request asks for; the true amount may be larger, since counting may stop above the limit.
+        unit: the unit of ``value``, such as ``spans``.
         limit: the limit's name, as in the server's settings.
         maximum: the limit's value.
-        remedy: what the caller can do instead.
+        remedy: the action that the caller can take instead.
         reason: a stable word in upper case, which clients receive.
     """
 
@@ -79,11 +79,11 @@ class LimitExceeded(InvalidRequest):
 
 
 class Mismatch(CoreError):
-    """Says that the client expects another model or tokenizer than the one that this server runs.
+    """Exception raised when the client expects another model or tokenizer than the one that this server runs.
 
     Args:
         field: the field of the request that states the expectation, such as ``expected_model_fingerprint``.
-        found: the fingerprint of what the server runs.
+        found: the fingerprint of the model or tokenizer that the server runs.
         expected: the fingerprint that the client expects.
     """
 
@@ -100,11 +100,11 @@ class Mismatch(CoreError):
 
 
 class QueueFull(CoreError):
-    """Says that too many tokens wait in the server's queue already to take a call; a later try may succeed.
+    """Exception raised when so many tokens wait in the server's queue that an RPC's rollouts do not fit in; a later try may succeed.
 
     Args:
         queued_tokens: the number of tokens that wait.
-        max_queue_tokens: the most tokens that may wait, as in the settings.
+        max_queue_tokens: the largest number of tokens that may wait, as in the settings.
         retry_seconds: seconds after which the caller should try again.
     """
 
@@ -121,11 +121,11 @@ class QueueFull(CoreError):
 
 
 class ServerBusy(CoreError):
-    """Says that too many calls, or too many bytes of their requests, are under way in the server; a later try may succeed.
+    """Exception raised when the server works on too many RPCs, or on too many bytes of requests, at once; a later try may succeed.
 
     Args:
-        value: the number of calls, or of bytes, that would be under way with this call.
-        unit: what is counted, such as ``calls``.
+        value: the number of RPCs, or of bytes of their requests, that the server would be working on if it accepted this RPC.
+        unit: the unit of ``value``, such as ``calls``.
         limit: the limit's name, as in the server's settings.
         maximum: the limit's value.
         retry_seconds: seconds after which the caller should try again.
@@ -146,10 +146,10 @@ class ServerBusy(CoreError):
 
 
 class WorkerUnavailable(CoreError):
-    """Says that no worker process can take or finish the work now; a later try may succeed.
+    """Exception raised when no worker process can take or finish the work now; a later try may succeed.
 
     Args:
-        problem: why no worker process can.
+        problem: the reason why no worker process can do the work, as a text for people.
         retry_seconds: seconds after which the caller should try again.
     """
 
@@ -165,15 +165,16 @@ class WorkerUnavailable(CoreError):
 
 
 class WorkerLost(WorkerUnavailable):
-    """Says that a worker process was lost although nobody ended it on purpose, so that the work that it had may be the cause.
+    """Exception raised when a worker process died unintentionally (it crashed, its device failed, or it was killed because it was stuck),
+    so that the work that it had may be the cause.
 
     Args:
-        reason_lost: one word for the cause: ``silent``, ``overdue``, ``device``, ``crash`` or ``memory``.
-        problem: what was wrong with the worker process.
+        reason_lost: one word for how the worker process died: ``silent``, ``overdue``, ``device``, ``crash`` or ``memory``.
+        problem: the fault of the worker process, as a text for people.
         retry_seconds: seconds after which the worker may be running again.
-        doing: the step that the worker computed, such as ``probe loop@1``; empty if that is not known.
-        order: the number of the batch, or of the request's texts, that took too long or was the only work; 0 = any of its work may be
-            the cause.
+        doing: the step that the worker computed, such as ``probe loop@1``; empty if the step is not known.
+        order: the number of the batch, or of the texts of one request, that took too long or was the worker's only work; 0 = any of the
+            worker's work may be the cause.
     """
 
     def __init__(self, reason_lost: str, problem: str, retry_seconds: float, doing: str = "", order: int = 0) -> None:
@@ -188,14 +189,14 @@ class WorkerLost(WorkerUnavailable):
 
 
 class WorkerLostTwice(CoreError):
-    """Says that a worker process was lost twice while it worked on the same rollout or text, the second time on nothing else.
+    """Exception raised when two worker processes in turn died while working on the same rollout or text, the second on nothing else.
 
     That rollout or text is then refused instead of being tried a third time.
 
     Args:
         field: path in the request message of the rollout or text, such as ``groups[2].completions[0]``.
-        doing: the step at which the worker was lost, such as ``probe loop@1``; empty if that is not known.
-        problem: what was wrong with the worker process.
+        doing: the step at which the worker died, such as ``probe loop@1``; empty if the step is not known.
+        problem: the fault of the worker process, as a text for people.
     """
 
     reason = "WORKER_LOST_TWICE"
@@ -212,7 +213,7 @@ class WorkerLostTwice(CoreError):
 
 
 class OutOfMemory(CoreError):
-    """Says that the device's memory was too short to compute ``tokens`` tokens at a time.
+    """Exception raised when the device has too little memory to compute ``tokens`` tokens at a time.
 
     A client receives this error only if a single rollout does not fit; larger batches are split by the server.
     """
@@ -228,15 +229,15 @@ class OutOfMemory(CoreError):
 
 
 class DeadlineExpired(CoreError):
-    """Says that the deadline of the caller's RPC passed before its work was done."""
+    """Exception raised when the deadline of the caller's RPC passed before its work was done."""
 
     reason = "DEADLINE_EXPIRED"
 
 
 class InternalFault(CoreError):
-    """Says that the server failed because of a bug.
+    """Exception raised when the server failed because of a bug.
 
-    ``incident`` is the number, in hexadecimal digits, under which the server's log has the details; clients receive nothing else.
+    ``incident`` is a number, in hexadecimal digits, under which the server's log has the details. Clients receive only this number.
     """
 
     reason = "INTERNAL"
@@ -247,7 +248,7 @@ class InternalFault(CoreError):
 
     @classmethod
     def new(cls) -> InternalFault:
-        """Returns an ``InternalFault`` with a new random incident number, which the caller logs with the details of what happened."""
+        """Returns an ``InternalFault`` with a new random incident number, under which the caller must log the details of the failure."""
         return cls(secrets.token_hex(6))
 
     def __str__(self) -> str:
@@ -255,23 +256,24 @@ class InternalFault(CoreError):
 
 
 class StartupError(CoreError):
-    """Says that the server cannot start as configured. The message is for the operator and may name paths."""
+    """Exception raised when the server cannot start as configured. The message is for the operator and may name paths."""
 
     reason = "STARTUP"
 
 
 class ModelRefused(StartupError):
-    """Says that the language model cannot be loaded, or that the server would not serve it correctly."""
+    """Exception raised when the language model cannot be loaded, or when the server would not compute it correctly."""
 
     reason = "MODEL_REFUSED"
 
 
 class ProbeRefused(StartupError):
-    """Says that a probe file is refused: its content contradicts its manifest, or it was made for another model.
+    """Exception raised when a probe file is refused, because its content contradicts its manifest or it was made for another model.
 
     Args:
         file: the name of the file, as the operator gave it.
-        field: what was checked: a field of the manifest such as ``model.fingerprint``, or ``file``, ``graph`` or ``golden``.
+        field: the part that was checked: a field of the manifest such as ``model.fingerprint``, or ``file``, ``graph`` (the ONNX graph) or
+            ``golden`` (the scores of the file's examples).
         found: the value that was found.
         expected: the value that was expected.
     """

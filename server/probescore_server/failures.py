@@ -1,7 +1,7 @@
-"""Tells from an exception whether memory was too short, the device is lost, or neither.
+"""Classifies an exception by its text: too little memory, a failed device, or another cause.
 
-torch, cuBLAS, cuDNN, Triton, onnxruntime, numpy and Python each report these events in their own way, most of them in a text only, and the
-same event has different exception types in different versions. So the text decides, and this module needs none of those libraries.
+torch, cuBLAS, cuDNN, Triton, onnxruntime, numpy and Python each report these events in their own way, most of them only in the message, and
+the exception type of the same event differs between versions. So the message decides, and this module needs none of those libraries.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from enum import Enum
 
 
 class FailureKind(Enum):
-    """Names the three kinds of failure of a computation that the server treats differently."""
+    """Enumeration of the three kinds of failure of a computation that the server treats differently."""
 
     MEMORY_SHORT = "memory short"
-    """Memory was too short: the same work in smaller pieces may fit."""
+    """There was too little memory. The same work in smaller pieces may fit."""
     DEVICE_LOST = "device lost"
     """This process can never compute on its device again, since a CUDA context does not survive such an error."""
     OTHER = "other"
-    """The failure says nothing of the machine: the work itself, or the server's code, is at fault."""
+    """The failure does not come from the machine. The work itself, or the server's code, is at fault."""
 
 
 # These are errors after which every further call of the process fails, also one that asks for memory.
@@ -50,7 +50,7 @@ _DEVICE = re.compile(
 def kind_of(error: BaseException) -> FailureKind:
     """Returns the kind of failure that an exception, or any exception that caused it, reports.
 
-    A lost device counts before short memory if the chain of exceptions reports both.
+    If the chain of exceptions reports both a lost device and too little memory, the lost device counts.
     """
     kinds = {_own_kind(each) for each in _chain(error)}
     return next((kind for kind in (FailureKind.DEVICE_LOST, FailureKind.MEMORY_SHORT) if kind in kinds), FailureKind.OTHER)

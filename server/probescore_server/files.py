@@ -1,6 +1,6 @@
-"""Reads and writes files as a whole or not at all.
+"""Reads and writes complete files, never parts of them.
 
-A file is read only if it is a regular file, of bounded size, that does not change while it is read. A file is written under another name in
+A file is read only if it is a regular file of bounded size that does not change while it is read. A file is written under another name in
 the same directory and then renamed.
 """
 
@@ -22,12 +22,12 @@ _KINDS = {
 
 
 class UnreadableFile(Exception):
-    """Says that a file cannot be read as a whole.
+    """Exception raised when a path is not a regular file, or the file cannot be opened, is too large, or changes while it is read.
 
     Args:
-        field: what was checked: ``file`` or ``file size``.
-        found: what was found.
-        expected: what was expected.
+        field: the property that was checked: ``file`` or ``file size``.
+        found: a description of the file or its size as found.
+        expected: a description of the file or size that was expected.
     """
 
     def __init__(self, field: str, found: str, expected: str) -> None:
@@ -67,7 +67,9 @@ def read_regular_file(path: Path | str, max_bytes: int) -> bytes:
 
 
 def kind_of(path: Path | str) -> str:
-    """Names what a path is if it is not a regular file, such as ``a directory``; returns an empty string if it is one or does not exist."""
+    """Returns a name such as ``a directory`` for a path that is not a regular file, and an empty string for a regular file or a missing
+    path.
+    """
     try:
         mode = Path(path).stat().st_mode
     except OSError:

@@ -1,4 +1,6 @@
-"""Writes structured logs to stderr: lines for people on a terminal, else one JSON object per line. Logs of libraries are included."""
+"""Writes structured logs to stderr: readable lines if stderr is a terminal, else one JSON object per line. Logs of libraries are
+included.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,7 @@ def configure_logs(log_format: Literal["auto", "console", "json"], log_level: st
 
 
 def _escape_event(logger: object, method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
-    """Escapes the event's text as a structlog processor, since the console renderer quotes all other values but not the event."""
+    """Structlog processor that escapes the event's text, since the console renderer quotes all values except the event."""
     del logger, method
     event["event"] = _escaped(str(event["event"]))
     return event

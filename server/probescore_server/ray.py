@@ -4,9 +4,9 @@
 
     serve run probescore_server.ray:app model=./model probes=./probes max_replicas=8
 
-A call goes from the proxy (``add_to_proxy``), which owns the port, to a replica (``Replica``), which has the same core as a plain server.
-Ray passes on only a copy of a call's context, without its deadline, and answers for a replica that died with INTERNAL: the code that runs
-in the proxy corrects both.
+An RPC goes from Ray's proxy (``add_to_proxy``), which owns the port, to a replica (``Replica``), which has the same core as a plain server.
+Ray passes to the replica only a copy of an RPC's context, without the deadline. If a replica dies, Ray ends the RPC with the status
+INTERNAL. The code of this module that runs in the proxy corrects both.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ Write: TypeAlias = Callable[[Message], Awaitable[None]]
 
 
 def _handler_maker(method: MethodDescriptor) -> tuple[Callable[..., Handler], str]:
-    """Returns gRPC's constructor for the handler of a method, and the name of the handler's attribute that holds the function it calls."""
+    """Returns gRPC's constructor for the handler of a method, and the name of the handler's attribute that holds the handling function."""
     if method.server_streaming:
         return grpc.unary_stream_rpc_method_handler, "unary_stream"
     return grpc.unary_unary_rpc_method_handler, "unary_unary"
@@ -67,7 +67,7 @@ def _handler_maker(method: MethodDescriptor) -> tuple[Callable[..., Handler], st
 
 
 class ReplicaScaling(BaseModel, extra="forbid", frozen=True):
-    """Holds the application's arguments that say how many replicas Ray Serve runs.
+    """Value object with those arguments of the Ray Serve application that determine the number of replicas.
 
     Attributes:
         min_replicas: the fewest replicas.
@@ -81,10 +81,11 @@ class ReplicaScaling(BaseModel, extra="forbid", frozen=True):
 
 
 def app(arguments: Mapping[str, Any]) -> serve.Application:
-    """Builds the Ray Serve application, and starts Ray Serve with its gRPC proxy unless it runs already.
+    """Builds the Ray Serve application, and starts Ray Serve with its gRPC proxy unless they run already.
 
     Args:
-        arguments: the settings of ``probescore serve``, and ``min_replicas``, ``max_replicas`` and ``target_queued_tokens``, by name.
+        arguments: a dictionary, keyed by name, of the settings of ``probescore serve`` and of ``min_replicas``, ``max_replicas`` and
+            ``target_queued_tokens``.
 
     Raises:
         StartupError: an argument is unknown or out of its bounds, or has no meaning under Ray Serve.
@@ -105,7 +106,7 @@ def app(arguments: Mapping[str, Any]) -> serve.Application:
 def deployment(settings: ServerSettings, scaling: ReplicaScaling) -> serve.Deployment:
     """Returns the Ray Serve deployment of the server.
 
-    Each replica has the devices that ``settings`` name, and ``scaling`` bounds the number of replicas.
+    Each replica uses the devices that ``settings`` names, and ``scaling`` limits the number of replicas.
     """
     devices = 0 if settings.devices == ("cpu",) else len(settings.devices)
     return serve.deployment(
@@ -125,17 +126,17 @@ def deployment(settings: ServerSettings, scaling: ReplicaScaling) -> serve.Deplo
 
 
 class QueuedTokens:
-    """Is an autoscaling policy of Ray Serve that wants so many replicas that each has at most ``target`` tokens waiting.
+    """Ray Serve autoscaling policy that asks for so many replicas that each has at most ``target`` tokens waiting.
 
-    It removes one replica at a time, and only if the others would have at most half of ``target`` tokens waiting each: a queue is short as
-    soon as there are enough replicas, so that a short queue alone is no reason to remove one.
+    The policy removes one replica at a time, and only if each of the other replicas would then have at most half of ``target`` tokens
+    waiting. The queue becomes short as soon as there are enough replicas, so a short queue alone is no reason to remove a replica.
     """
 
     def __init__(self, target: int) -> None:
         self._target = target
 
     def __call__(self, context: AutoscalingContext) -> tuple[float, dict[str, Any]]:
-        """Returns the number of replicas that are wanted, and an empty state; Ray applies its own bounds and delays."""
+        """Returns the wanted number of replicas and an empty state; Ray applies its own bounds and delays to the number."""
         queued = sum(context.aggregated_metrics.get(QUEUED_TOKENS, {}).values())
         now = context.target_num_replicas
         wanted = math.ceil(queued / self._target)
@@ -148,11 +149,11 @@ class QueuedTokens:
 
 
 class ForwardedRequest(NamedTuple):
-    """Holds a request on its way from Ray's proxy to a replica.
+    """Message that carries an RPC's request from Ray's proxy to a replica.
 
     Attributes:
         raw: the request message as bytes.
-        seconds_left: the seconds until the call's deadline; ``None`` = there is no deadline.
+        seconds_left: the seconds until the RPC's deadline; ``None`` = there is no deadline.
     """
 
     raw: bytes
@@ -160,7 +161,9 @@ class ForwardedRequest(NamedTuple):
 
 
 def add_to_proxy(_: object, server: Any) -> None:  # noqa: ANN401 - Ray's own subclass of grpc.aio.Server
-    """Adds the scoring and health services to the gRPC server of Ray's proxy, as one of the proxy's ``grpc_servicer_functions``."""
+    """Adds the scoring and health services to the gRPC server of Ray's proxy. Ray calls this function, which is listed in the proxy's
+    ``grpc_servicer_functions``.
+    """
     for service in {method.containing_service.full_name for method in _METHODS}:
         methods = [method for method in _METHODS if method.containing_service.full_name == service]
         handlers: Any = grpc.method_handlers_generic_handler(service, {method.name: _unparsed(method) for method in methods})
@@ -170,7 +173,9 @@ def add_to_proxy(_: object, server: Any) -> None:  # noqa: ANN401 - Ray's own su
 
 
 def _unparsed(method: MethodDescriptor) -> Handler:
-    """Returns a gRPC handler of a method that leaves requests as bytes: the replica parses them, and turns errors into statuses."""
+    """Returns a gRPC handler of a method that leaves requests as bytes, since the replica parses requests and turns errors into
+    statuses.
+    """
     make, _ = _handler_maker(method)
     return make(lambda request, context: None)
 
@@ -185,7 +190,7 @@ def _forwarding(routed: Any) -> Handler:  # noqa: ANN401
 
     async def stream(raw: bytes, context: Any) -> AsyncIterator[bytes]:  # noqa: ANN401
         async for answer in routed.unary_stream(ForwardedRequest(raw, context.time_remaining()), context):
-            if answer:  # An empty answer only carries the status.
+            if answer:  # An empty response only carries the status.
                 yield answer
         _explain_ray(context)
 
@@ -200,10 +205,10 @@ _RAYS_OWN = {
 
 
 def _explain_ray(context: Any) -> None:  # noqa: ANN401
-    """Replaces a status with which Ray itself, not a replica, ended a call by UNAVAILABLE, which clients retry."""
+    """Replaces the status of an RPC that Ray itself, not a replica, ended by the status UNAVAILABLE, after which clients retry."""
     trailing = tuple(context.trailing_metadata() or ())
     code = next((known for known in _RAYS_OWN if context.code() in (known, known.value[0])), None)
-    # A replica's own statuses have details, except for NOT_FOUND of a health check, and every answer of a replica has some metadata.
+    # A replica's own statuses have details, except for NOT_FOUND of a health check, and every response of a replica has some metadata.
     a_replicas = any(key == "grpc-status-details-bin" for key, _ in trailing) or (code is grpc.StatusCode.NOT_FOUND and trailing)
     if code is None or a_replicas:
         return
@@ -217,10 +222,10 @@ def _explain_ray(context: Any) -> None:  # noqa: ANN401
 
 
 class Replica:
-    """Runs workers and their scheduler as one replica of the Ray Serve application, without a port of its own.
+    """Ray Serve replica with worker processes and their scheduler, but without a gRPC port of its own.
 
-    Ray calls its methods by the names that the proxy knows. The constructor returns once the replica's workers have changed state for the
-    first time, in general when one can score.
+    Ray calls the methods by the names of the RPCs. The constructor returns once the replica's workers have changed state for the first
+    time, which usually means that one can score.
 
     Raises:
         StartupError: the replica cannot load its model or probes.
@@ -242,7 +247,7 @@ class Replica:
             self._running.result()
 
     async def Score(self, request: ForwardedRequest, grpc_context: RayServegRPCContext) -> Message:  # noqa: N802
-        """Scores every completion of a request and answers once all are scored."""
+        """Scores every completion of a request and responds once all are scored."""
         return await self._answer("Score", request, grpc_context)
 
     async def ScoreStream(self, request: ForwardedRequest, grpc_context: RayServegRPCContext) -> AsyncIterator[Message]:  # noqa: N802
@@ -263,26 +268,32 @@ class Replica:
         return await self._answer("GetServerInfo", request, grpc_context)
 
     async def ListProbes(self, request: ForwardedRequest, grpc_context: RayServegRPCContext) -> Message:  # noqa: N802
-        """Lists the loaded probes with their manifests, as the RPC ``ListProbes`` answers."""
+        """Returns the loaded probes with their manifests, as the response to the RPC ``ListProbes``."""
         return await self._answer("ListProbes", request, grpc_context)
 
     async def Check(self, request: ForwardedRequest, grpc_context: RayServegRPCContext) -> Message:  # noqa: N802
-        """Answers the RPC ``grpc.health.v1.Health/Check`` with whether this replica serves."""
+        """Responds to the RPC ``grpc.health.v1.Health/Check`` with whether this replica serves."""
         return await self._answer("Check", request, grpc_context)
 
     def check_health(self) -> None:
-        """Raises ``RuntimeError`` if no worker of this replica serves; Ray calls this, and replaces a replica that raises several times."""
+        """Raises ``RuntimeError`` if no worker of this replica serves. Ray calls this method at intervals, and replaces a replica whose
+        health check fails several times.
+        """
         if not self._core.serving:
             raise RuntimeError("no worker can score")
 
     def record_autoscaling_stats(self) -> dict[str, int]:
-        """Returns the number of tokens that wait in this replica, by name; Ray calls this and passes it to the policy ``QueuedTokens``."""
+        """Returns a dictionary with the number of tokens that wait in this replica; Ray passes the dictionary to the policy
+        ``QueuedTokens``.
+        """
         return {QUEUED_TOKENS: self._core.scheduler.queued_tokens}
 
     async def _answer(
         self, method: str, request: ForwardedRequest, grpc_context: RayServegRPCContext, write: Write | None = None
     ) -> Message:
-        """Returns the answer to a call; an empty message if ``grpc_context`` has got a status instead, or at the end of a stream."""
+        """Returns the response to an RPC. The response is an empty message if the RPC was ended with a status, and at the end of a
+        stream.
+        """
         call = _RayServicerContext(request, grpc_context, write)
         try:
             if (size := len(request.raw)) > self._max_message_bytes:
@@ -297,7 +308,7 @@ class Replica:
 
 
 class _RayServicerContext:
-    """Offers those methods of a ``grpc.aio.ServicerContext`` that the servicer and the error interceptor use, on Ray's own context."""
+    """Adapter that offers, on top of Ray's context of an RPC, the methods of ``grpc.aio.ServicerContext`` that the server's code uses."""
 
     def __init__(self, request: ForwardedRequest, context: RayServegRPCContext, write: Write | None) -> None:
         self._context = context
@@ -331,7 +342,7 @@ class _RayServicerContext:
 
 
 def _guarded_methods(core: ScoringCore) -> dict[str, Callable[[bytes, _RayServicerContext], Awaitable[Message | None]]]:
-    """Returns, by the method's name, the function that answers a request given as bytes, with its errors made into statuses."""
+    """Returns a dictionary, keyed by the method's name, of functions that handle a request given as bytes and turn errors into statuses."""
 
     async def check(request: health_pb2.HealthCheckRequest, context: _RayServicerContext) -> health_pb2.HealthCheckResponse:
         if request.service not in SERVICES:
@@ -351,9 +362,10 @@ def _guarded_methods(core: ScoringCore) -> dict[str, Callable[[bytes, _RayServic
 
 
 def _serve_metrics(core: ScoringCore, settings: ServerSettings, local_rank: int) -> int:
-    """Serves a replica's metrics and returns the port.
+    """Starts an HTTP server for a replica's metrics and returns its port.
 
-    The port is ``metrics_port`` plus the replica's number on its machine; any free one if that is taken, or if ``metrics_port`` is 0.
+    The port is ``metrics_port`` plus the replica's number on its machine. Any free port is used if that port is taken or ``metrics_port``
+    is 0.
     """
     if settings.metrics_port:
         with contextlib.suppress(StartupError):

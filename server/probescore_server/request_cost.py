@@ -1,6 +1,7 @@
-"""Computes what a request costs beside its tokens: the numbers in its answer, and the scores that are read again for its spans.
+"""Computes the costs of a request other than its tokens: the numbers in its response, and the scores that are read again for its spans
+(token ranges).
 
-The cost is counted from the request alone, before anything is computed, so that a request that is too costly can be refused.
+The costs are computed from the request alone, before any token is scored, so that a request that is too costly can be refused.
 """
 
 from __future__ import annotations
@@ -13,18 +14,22 @@ from probescore.types import OutputPer, Scope
 from probescore_server.rollouts import CheckedRollout, Continuation, EngineInfo, ResolvedOptions
 
 MAX_KNOWN = 16
-"""The cost factors of so many distinct options are cached: most calls repeat the options of others, possibly of a thousand probes."""
+"""Limits the number of distinct options whose cost factors are cached. Most requests repeat the options of other requests, which may name a
+thousand probes.
+"""
 
 
 @dataclass(frozen=True)
 class RequestCost:
-    """Holds the factors that turn the tokens and spans of a request's rollouts into their cost, as the request's options determine them.
+    """Value object with the factors, determined by a request's options, that turn the tokens and spans (token ranges) of its rollouts into
+    costs.
 
     Attributes:
         scope: which tokens are scored: the prompt's, the completion's or both.
-        row_values: numbers in the answer for a whole completion, and again for each of its spans: labels × reductions, over all probes.
-        token_values: numbers in the answer for each token that is scored.
-        appended_values: numbers in the answer for the tokens of the follow-ups that probes append to a completion by themselves.
+        row_values: numbers in the response for a whole completion, and again for each of its spans: labels × reductions, summed over all
+            probes.
+        token_values: numbers in the response for each token that is scored.
+        appended_values: numbers in the response for the follow-ups (further token ids) that probes themselves append to a completion.
         span_scores: scores that are read for each token of a span.
         context_scores: scores that are read, once for each span, for each token before the completion.
     """
@@ -38,11 +43,13 @@ class RequestCost:
 
     @classmethod
     def of(cls, info: EngineInfo, options: ResolvedOptions) -> RequestCost:
-        """Returns the cost factors for a request with these options on an engine that has loaded what ``info`` says."""
+        """Returns the cost factors for a request with the given options, on an engine with the model and probes that ``info`` describes."""
         return _cost(info, options)
 
     def values(self, rollout: CheckedRollout) -> int:
-        """Counts the numbers, scores of 4 bytes each, that the answer holds for one rollout and its follow-ups."""
+        """Returns the number of scores, of 4 bytes each, in the response for one rollout and its follow-ups (texts that continue the
+        completion).
+        """
         prompt = 0 if self.scope is Scope.COMPLETION else len(rollout.prompt_ids)
         completion = 0 if self.scope is Scope.PROMPT else len(rollout.completion.token_ids)
         values = 0
@@ -52,7 +59,9 @@ class RequestCost:
         return values
 
     def scores_of_spans(self, rollout: CheckedRollout) -> int:
-        """Counts the scores that are read to reduce the spans of one rollout and of its follow-ups."""
+        """Returns the number of token scores that are read to reduce the spans (token ranges) of one rollout and of its follow-ups (texts
+        that continue the completion).
+        """
         return sum(
             sum(span.end - span.start for span in continuation.spans) * self.span_scores
             + len(continuation.spans) * context * self.context_scores
@@ -60,9 +69,10 @@ class RequestCost:
         )
 
     def reread_tokens(self, completion: Continuation, prompt_tokens: int) -> int:
-        """Counts the tokens that the spans of a completion and its follow-ups read beyond reading each token once.
+        """Returns the number of extra token reads that the spans (token ranges) of a completion and of its follow-ups (texts that continue
+        it) cause, beyond one read of each token.
 
-        Spans that together cover each token once add nothing. A span without tokens costs time too, and counts as one token.
+        Spans that together cover each token once cause none. A span without tokens takes time too, and counts as one token.
 
         Args:
             completion: the completion with its follow-ups and spans.
@@ -76,7 +86,9 @@ class RequestCost:
 
 
 def _tree(continuation: Continuation, context: int) -> Iterator[tuple[Continuation, int]]:
-    """Yields a completion and each of its nested follow-ups, each with the number of tokens before it."""
+    """Yields pairs for a completion and for each follow-up (text that continues it, at any depth): the completion or follow-up, and the
+    number of tokens before it in its sequence.
+    """
     yield continuation, context
     for follow_up in continuation.follow_ups:
         yield from _tree(follow_up, context + len(continuation.token_ids))

@@ -1,6 +1,7 @@
-"""Defines what the scheduler, the worker and the engine pass to one another: checked rollouts as token ids, and what is loaded.
+"""Defines the value objects that the scheduler, the worker and the engine exchange: checked rollouts, results, and a description of the
+loaded model.
 
-The classes are plain frozen data, free of torch and grpc: the front process has neither the model nor its libraries.
+The module imports neither torch nor grpc, since the front process has neither the model nor its libraries.
 """
 
 from __future__ import annotations
@@ -17,15 +18,15 @@ from probescore.types import CompletionScores, ModelInfo, ProbeInfo, Scope, Scor
 
 @dataclass(frozen=True, eq=False)
 class Continuation:
-    """Holds a completion, or a follow-up that continues one, as checked token ids.
+    """Value object with the checked token ids of a completion, or of a follow-up (a text that continues a completion or another follow-up).
 
     Attributes:
         token_ids: the token ids, ``(T,)`` int32, each in ``[0, vocab_size)``.
-        mask: which tokens count in reductions, ``(T,)`` bool, or ``None`` = all.
+        mask: true for each token that counts in reductions, ``(T,)`` bool; ``None`` = all tokens count.
         spans: named ranges of tokens to reduce separately, within ``[0, T]``.
-        follow_ups: texts that each continue this one, independently of each other.
-        id: the client's own name, returned in the answer.
-        inexact_ids: whether these ids, or any before them, were tokenised by the server from text.
+        follow_ups: the follow-ups that continue this completion or follow-up, independently of each other.
+        id: the client's own name for the completion or follow-up, returned in the response.
+        inexact_ids: whether the server tokenised ``token_ids``, or any ids before them in the sequence, from text.
     """
 
     token_ids: NDArray[np.int32]
@@ -37,36 +38,36 @@ class Continuation:
 
     @property
     def tree_tokens(self) -> int:
-        """Counts the tokens of this completion or follow-up and of all nested follow-ups."""
+        """Counts the tokens of this completion or follow-up and of all follow-ups that continue it, at any depth."""
         return len(self.token_ids) + sum(follow_up.tree_tokens for follow_up in self.follow_ups)
 
     @property
     def tree_size(self) -> int:
-        """Returns the number of nested follow-ups plus one, for this completion or follow-up itself."""
+        """Returns one, for this completion or follow-up itself, plus the number of all follow-ups that continue it, at any depth."""
         return 1 + sum(follow_up.tree_size for follow_up in self.follow_ups)
 
     @property
     def tree_spans(self) -> int:
-        """Counts the spans of this completion or follow-up and of all nested follow-ups."""
+        """Counts the spans (named token ranges) of this completion or follow-up and of all follow-ups that continue it, at any depth."""
         return len(self.spans) + sum(follow_up.tree_spans for follow_up in self.follow_ups)
 
     @property
     def chain_tokens(self) -> int:
-        """Counts the tokens of this completion or follow-up together with its longest chain of follow-ups."""
+        """Counts the tokens of this completion or follow-up and of the longest chain of follow-ups, each continuing the one before."""
         return len(self.token_ids) + max((follow_up.chain_tokens for follow_up in self.follow_ups), default=0)
 
 
 @dataclass(frozen=True, eq=False)
 class ResolvedOptions:
-    """Holds how the rollouts of one request are scored, checked against the loaded probes.
+    """Value object with the scoring options of one request, checked against the loaded probes.
 
     Attributes:
         probes: keys ``name@version`` of the loaded probes to apply, without duplicates.
-        reductions: how scores per token become one score; empty = each probe's default.
-        token_scores: the keys among ``probes`` whose scores per token are wanted.
-        scope: which tokens are scored: the prompt's, the completion's or both.
-        return_token_ids: whether the answer holds the token ids.
-        return_token_texts: whether the answer holds the text of each token.
+        reductions: the reductions from the scores of the tokens to one score; empty = each probe's default.
+        token_scores: those keys of ``probes`` whose scores per token the client requested.
+        scope: the tokens to score: the prompt's, the completion's or both.
+        return_token_ids: whether the response contains the token ids.
+        return_token_texts: whether the response contains the text of each token.
     """
 
     probes: tuple[str, ...]
@@ -78,21 +79,22 @@ class ResolvedOptions:
 
     @cached_property
     def key(self) -> str:
-        """Returns a string that is equal for two objects if and only if they ask for the same scoring."""
+        """Returns a string that is equal for two ``ResolvedOptions`` if and only if both request the same scoring."""
         values = [getattr(self, option.name) for option in fields(self)]
         return repr([sorted(value) if isinstance(value, frozenset) else value for value in values])
 
 
 @dataclass(frozen=True, eq=False)
 class CheckedRollout:
-    """Holds one prompt with one completion, checked and ready to be scored.
+    """Value object with one prompt and one completion, checked and ready to be scored.
 
     Attributes:
-        prompt_ids: the prompt's token ids, ``(P,)`` int32; rollouts of one group hold the same array.
-        completion: the completion with its follow-ups.
+        prompt_ids: the prompt's token ids, ``(P,)`` int32; the rollouts of one group (a prompt with several completions) share one array.
+        completion: the completion with its follow-ups (texts that continue the completion).
         options: how the rollout is scored.
-        appended_tokens: the most tokens that the requested probes append by themselves to the completion, and to each of its follow-ups.
-        reread_tokens: the number of tokens that the rollout's spans read beyond reading each token once.
+        appended_tokens: the largest number of tokens that the requested probes themselves append to the completion, and to each of its
+            follow-ups.
+        reread_tokens: the number of extra token reads that the rollout's spans (token ranges) cause, beyond one read of each token.
     """
 
     prompt_ids: NDArray[np.int32]
@@ -103,9 +105,10 @@ class CheckedRollout:
 
     @property
     def tokens(self) -> int:
-        """Counts the most tokens that this rollout can cost.
+        """Returns the largest number of tokens that this rollout can cost.
 
-        These are the tokens of its prompt, its completion and all follow-ups, those that probes append and those that spans read again.
+        The number includes the tokens of the prompt, of the completion and of all follow-ups (texts that continue the completion), the
+        tokens that probes append, and the tokens that spans (token ranges) read again.
         """
         appended = self.appended_tokens * self.completion.tree_size
         return len(self.prompt_ids) + self.completion.tree_tokens + appended + self.reread_tokens
@@ -113,13 +116,13 @@ class CheckedRollout:
 
 @dataclass(frozen=True, eq=False)
 class RolloutResult:
-    """Holds the scores of one rollout, and the work that the rollout took in its batch.
+    """Value object with the scores of one rollout, and the number of tokens that were computed for the rollout.
 
     Attributes:
-        scores: the scores of the completion and its follow-ups.
-        usage: the tokens that were computed, shared with other rollouts or found in the cache.
-        refused_by: the probe, ``name@version``, that gave NaN or an infinity, for which the rollout or a follow-up has no scores; empty
-            if no probe did.
+        scores: the scores of the completion and of its follow-ups (texts that continue the completion).
+        usage: the numbers of tokens that were computed, shared with other rollouts, and found in the key-value cache.
+        refused_by: the key ``name@version`` of a probe that computed NaN or an infinity, so that the rollout or a follow-up has no scores;
+            empty if there is no such probe.
     """
 
     scores: CompletionScores
@@ -129,7 +132,7 @@ class RolloutResult:
 
 @dataclass(frozen=True, eq=False)
 class ScoredBatch:
-    """Holds the results that a worker process returns for a batch of rollouts.
+    """Value object with the results that a worker process returns for a batch of rollouts.
 
     Attributes:
         results: one result per rollout, in order; ``None`` for a rollout that was cancelled.
@@ -142,7 +145,7 @@ class ScoredBatch:
 
 @dataclass(frozen=True)
 class EngineStatistics:
-    """Holds how much memory a loaded engine uses, and how often its key-value cache was hit since the engine was loaded.
+    """Value object with the memory use of a loaded engine, and the hits and misses of its key-value cache since the engine was loaded.
 
     Attributes:
         device_bytes: on a CUDA device, the bytes that torch's allocator has taken; on a CPU, the resident memory of the process.
@@ -159,7 +162,8 @@ class EngineStatistics:
 
 @dataclass(frozen=True, eq=False)
 class EngineInfo:
-    """Describes the model, the tokenizer and the probes that an engine has loaded: all that is needed to check a request.
+    """Value object that describes the model, the tokenizer and the probes that an engine has loaded. It is all that is needed to check a
+    request.
 
     Attributes:
         model: the model's identity, fingerprint and sizes.
@@ -168,15 +172,20 @@ class EngineInfo:
         probes: the loaded probes, sorted by name, then version.
         device: the device that computes, such as ``cpu`` or ``cuda:0``.
         dtype: the element type of the model's weights, such as ``float32``.
-        execution_path: how the model is run, such as ``packed`` or ``universal``.
-        max_unchanged_positions: tokens of a rollout up to which the model's rotary embedding stays the same; ``None`` = always.
-        expects_bos: by probe ``name@version``: the first id must be BOS (True), must not be BOS (False), or is not checked (None).
-        max_follow_up_tokens: by probe ``name@version``: number of tokens of the follow-up that the probe itself appends.
-        excluding_special_tokens: the probes ``name@version`` for which the tokenizer's special tokens do not count.
+        execution_path: the name of the code that runs the model: ``packed`` (many sequences in one row) or ``universal`` (one sequence at a
+            time).
+        max_unchanged_positions: the rollout length in tokens up to which the model's rotary embedding does not change; ``None`` = it never
+            changes.
+        expects_bos: a dictionary keyed by probe ``name@version``: the first token id must be BOS (True), must not be BOS (False), or is not
+            checked (None).
+        max_follow_up_tokens: a dictionary keyed by probe ``name@version``: the number of token ids that the probe itself appends to a
+            completion.
+        excluding_special_tokens: the keys ``name@version`` of the probes whose reductions leave out the tokenizer's special tokens.
         content: a digest of the loaded weights and of the content of the model's other files.
-        pools_with_prompt: the probes ``name@version`` that reduce a rollout to one score by themselves and see the prompt.
+        pools_with_prompt: the keys ``name@version`` of the probes that reduce a rollout to one score by themselves and read the prompt's
+            activations.
         taps: every tap that can be read.
-        placeholders: by token id that stands for a picture, audio or video: the model's name for that token.
+        placeholders: a dictionary keyed by each token id that stands for a picture, audio or video: the model's name for that token.
     """
 
     model: ModelInfo
@@ -196,7 +205,7 @@ class EngineInfo:
     taps: tuple[Tap, ...] = ()
 
     def scored_probes(self, options: ResolvedOptions) -> tuple[ScoredProbe, ...]:
-        """Returns the description of each probe of a request that its answer holds, in the request's order."""
+        """Returns a description of each probe of a request, in the request's order, as the response contains it."""
         by_key = {probe.key: probe for probe in self.probes}
         scored = []
         for key in options.probes:

@@ -1,4 +1,4 @@
-"""Declares the server's settings: every policy of ``probescore serve``, with its default, bounds and description.
+"""Declares the server's settings, which are the options of ``probescore serve``, each with its default, bounds and description.
 
 A flag takes precedence over the environment variable ``PROBESCORE_*``, which takes precedence over the YAML file of ``--config``, which
 takes precedence over the default.
@@ -21,11 +21,11 @@ ENVIRONMENT_PREFIX = "PROBESCORE_"
 BYTES_PER_TOKEN = 4
 
 Names = Annotated[tuple[str, ...], NoDecode]
-"""Is the type of a setting that is a list of words, given one by one or separated by commas."""
+"""Type of a setting that is a list of words, given one by one or separated by commas."""
 
 
 class ServerSettings(BaseSettings):
-    """Holds the settings of a server. An object is frozen; ``load_settings`` reads one from the flags, the environment and a file.
+    """Value object with the settings of a server. ``load_settings`` makes one from the flags, the environment and a YAML file.
 
     Raises:
         pydantic.ValidationError: a value is out of its bounds, or two values contradict each other.
@@ -378,10 +378,11 @@ class ServerSettings(BaseSettings):
 
 
 def load_settings(flags: Mapping[str, Any], config: Path | None = None) -> ServerSettings:
-    """Returns the server's settings, read from flags, then the environment, then a YAML file; the first that has a setting counts.
+    """Returns the server's settings, read from flags, then the environment, then a YAML file; the first of these sources that has a setting
+    counts.
 
     Args:
-        flags: values by setting, as given on the command line.
+        flags: a dictionary, keyed by setting, of the values given on the command line.
         config: path of a YAML file with a mapping from setting to value; ``None`` = no file.
 
     Raises:

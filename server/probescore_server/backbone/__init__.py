@@ -1,1 +1,1 @@
-"""Loads the frozen language model and runs it, reading the activations that probes need."""
+"""Loads the frozen language model, runs it on batches of rollouts, and copies out the activations that probes need."""

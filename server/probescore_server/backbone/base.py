@@ -1,6 +1,6 @@
-"""Defines what every execution path of the frozen model takes and returns.
+"""Defines the interface of the code that runs the frozen model, and the activations that it returns.
 
-A path takes a forest of segments (runs of tokens that several rollouts may share) and returns the activations that probes read.
+The input is a forest of segments: runs of tokens arranged in trees, so that a prefix that several rollouts share is computed once.
 """
 
 from __future__ import annotations
@@ -17,17 +17,20 @@ from probescore_server.backbone.kv_cache import KeyValueCache
 
 
 def skip_nothing(_: int) -> bool:
-    """Returns false for the index of any segment (run of tokens), so that a forward skips none."""
+    """Returns false for the index of any segment (a run of tokens), so that no segment is skipped."""
     return False
 
 
 @dataclass(frozen=True, eq=False)
 class Activations:
-    """Holds the activations that were read while a forest of segments (runs of tokens) went through the model.
+    """Value object with the activations that were copied while a forest of segments (runs of tokens, arranged in trees) went through the
+    model.
 
     Attributes:
-        rows: by tap, activations ``(N, hidden_size)`` float32 on the model's device, one row per token of each segment that is read.
-        starts: by index of a segment that is read, its first row. The rows of a segment that was skipped have no meaning.
+        rows: a dictionary, keyed by tap (place in the model), of activations ``(N, hidden_size)`` float32 on the model's device, with one
+            row for each token of the segments whose activations probes need.
+        starts: a dictionary, keyed by the index of each such segment, of the segment's first row. The rows of a skipped segment have no
+            meaning.
     """
 
     rows: Mapping[Tap, torch.Tensor]
@@ -35,7 +38,7 @@ class Activations:
 
     @classmethod
     def empty(cls, forest: Forest, taps: Sequence[Tap], hidden_size: int, device: torch.device) -> Activations:
-        """Allocates uninitialised rows for the activations of every segment (run of tokens) of a forest that is read."""
+        """Allocates uninitialised rows for the tokens of those segments (runs of tokens) of a forest whose activations probes need."""
         starts: dict[int, int] = {}
         total = 0
         for index, segment in enumerate(forest.segments):
@@ -46,21 +49,23 @@ class Activations:
 
 
 class Backbone(Protocol):
-    """Describes a frozen decoder that computes forests of segments, runs of tokens that several rollouts may share."""
+    """Interface (Protocol) of a frozen decoder that computes forests of segments: runs of tokens arranged in trees, so that shared prefixes
+    are computed once.
+    """
 
     @property
     def name(self) -> str:
-        """Returns the name of the execution path, as servers announce it: ``universal`` or ``packed``."""
+        """Returns the name of this way of running the model, as the server announces it: ``universal`` or ``packed``."""
 
     def forward(
         self, forest: Forest, taps: Sequence[Tap], *, skip: Callable[[int], bool] = skip_nothing, cache: KeyValueCache | None = None
     ) -> Activations:
-        """Runs every segment of a forest once and returns the activations of those that are read.
+        """Runs every segment (run of tokens) of a forest once, and returns the activations of the segments that are marked as read.
 
         Args:
-            forest: the forest to run; the field ``cached`` of its segments is set.
-            taps: the taps to read.
-            skip: function that says whether the segment with a given index can be skipped, called before the segment is run. A skipped
-                segment and everything after it are not run.
-            cache: keys and values of earlier forests; those that are computed are added to it.
+            forest: the forest to run; this method sets the field ``cached`` of its segments.
+            taps: the taps (places in the model) at which activations are read.
+            skip: function that returns true if the segment with a given index can be skipped, called before the segment is run. A skipped
+                segment and the segments that continue it are not run.
+            cache: a cache of keys and values of earlier forests, to which newly computed keys and values are added.
         """

@@ -1,4 +1,6 @@
-"""Checks a checkpoint's directory before any weight is read: whether it is complete, and under which names its embedding is stored."""
+"""Checks a checkpoint's directory before any weight is read: whether the weights are complete, and under which names the embedding is
+stored.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +11,15 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TE
 from probescore_server.errors import ModelRefused
 
 HEAD_NAMES = r"^(.+\.)?(lm_head|embed_out)\.weight$"
-"""Matches the names under which checkpoints store the head of a language model."""
+"""Regular expression for the names under which checkpoints store the head of a language model."""
 
 _ADAPTER = "adapter_config.json"
 
 
 def check_is_whole(directory: Path) -> None:
-    """Checks that what the weights in a directory compute does not depend on an adapter beside them.
+    """Refuses a model directory with an adapter (such as LoRA weights) beside the weights.
 
-    Transformers adds an adapter to the weights where peft is installed, and leaves it out silently where peft is not installed.
+    Transformers adds an adapter to the weights if peft is installed, and leaves the adapter out silently if peft is not installed.
 
     Raises:
         ModelRefused: there is an adapter in the directory.
@@ -31,12 +33,12 @@ def check_is_whole(directory: Path) -> None:
 
 
 def tied_embedding(config: PreTrainedConfig) -> tuple[str, str] | None:
-    """Returns the names of the head's and the embedding's weight in a model that uses one tensor for both, of which a checkpoint may store
-    either.
+    """Returns the parameter names of the head and of the embedding, for a model in which both are one tensor. A checkpoint may store the
+    tensor under either name.
 
     Returns:
-        A pair such as ``("lm_head.weight", "model.embed_tokens.weight")``; ``None`` if there are two tensors, or the architecture does not
-        tell.
+        A pair such as ``("lm_head.weight", "model.embed_tokens.weight")``; ``None`` if the model has two tensors, or the config does not
+        say.
     """
     if not any(getattr(part, "tie_word_embeddings", False) for part in (config, config.get_text_config(decoder=True))):
         return None

@@ -1,8 +1,7 @@
-"""Builds a model whole and then cuts it off after some of its blocks, before any weight is read.
+"""Builds a whole model without weights and then removes its last blocks, before any weight is read.
 
-The number of blocks in a model's config determines more than how many there are: residual scales, which layers share keys and values,
-shapes of embeddings and patterns of layers follow from it. So the config stays that of the whole model, and the list of blocks that the
-model's own code has made is shortened.
+Residual scales, the layers that share keys and values, shapes of embeddings and patterns of layers also follow from the number of blocks in
+a model's config. So the config stays that of the whole model, and the list of blocks that the model's own code has made is shortened.
 """
 
 from __future__ import annotations
@@ -19,14 +18,14 @@ _ROUNDINGS = 4
 
 
 def changed_when_built(model_class: type[PreTrainedModel], change: Callable[[PreTrainedModel], None]) -> type[PreTrainedModel]:
-    """Returns a subclass whose ``from_pretrained`` gives models of the original class, each changed as soon as it is built.
+    """Returns a subclass whose ``from_pretrained`` returns models of the original class, each changed as soon as it is built.
 
-    ``from_pretrained`` builds a model without memory for its weights, and then reads the weights that it finds in the model. The subclass
-    has the name and module of the original, from which transformers knows what belongs to a model.
+    ``from_pretrained`` builds a model without memory for its weights, and then reads only the weights of the modules that the model still
+    has. The subclass has the name and module of the original class, by which transformers recognises the code and config of a model.
 
     Args:
-        model_class: the class that ``AutoModel`` chooses.
-        change: function that changes a model; weights that it removes are not read.
+        model_class: the class that transformers' ``AutoModel`` chooses.
+        change: function that changes a model in place; weights of modules that the function removes are not read.
     """
 
     def init(self: PreTrainedModel, *inputs: Any, **keywords: Any) -> None:  # noqa: ANN401
@@ -42,14 +41,15 @@ def changed_when_built(model_class: type[PreTrainedModel], change: Callable[[Pre
 
 @torch.inference_mode()
 def computes_as_whole(model: PreTrainedModel, blocks: nn.ModuleList, later: Sequence[nn.Module]) -> bool:
-    """Returns whether the last remaining block of a model that was cut off gives the same output as it does in the whole model.
+    """Returns whether the last remaining block of a shortened model gives the same output as in the whole model.
 
-    For the whole model, the blocks that were cut off are put in their place again, without weights, since the forward ends before them.
+    For the comparison, the removed blocks are put back temporarily. They need no weights, since the forward pass is stopped before it
+    reaches them.
 
     Args:
         model: the decoder.
-        blocks: the model's list of blocks, cut off; its content is the same afterwards.
-        later: the blocks that were cut off.
+        blocks: the model's shortened list of blocks; its content is the same afterwards.
+        later: the removed blocks.
     """
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (1, _TEST_TOKENS), generator=generator).to(model.device)
@@ -70,13 +70,14 @@ def computes_as_whole(model: PreTrainedModel, blocks: nn.ModuleList, later: Sequ
 
 
 class _BlockReached(Exception):
-    """Ends a forward of a model: the block whose output is wanted has been run."""
+    """Exception that stops a forward pass of a model once a given block has been run."""
 
 
 def _output(block: nn.Module, model: PreTrainedModel, ids: torch.Tensor, *, ends: bool) -> torch.Tensor | None:
-    """Returns a block's output ``(1, T, hidden_size)`` float32 in a forward of the model; ``None`` if the forward fails before the block.
+    """Returns a block's output ``(1, T, hidden_size)`` float32 in a forward pass of the model; ``None`` if the forward pass fails before
+    the block.
 
-    The forward ends after the block if ``ends`` is true, and goes on otherwise.
+    If ``ends`` is true, the forward pass is stopped after the block; otherwise it continues.
     """
     seen: list[torch.Tensor] = []
 

@@ -1,8 +1,9 @@
-"""Lays out a batch of rollouts as a forest of segments, so that the model computes each token once.
+"""Lays out a batch of rollouts as a forest of segments (runs of tokens arranged in trees), so that the model computes each shared token
+once.
 
-A segment is a run of tokens that starts a sequence or continues another segment. A prompt is a root, its completions are its children, and
-follow-ups are children of completions. Equal tokens after equal tokens are one segment, whichever rollouts need them. This module is pure
-data and imports no torch.
+A segment either starts a sequence or continues another segment. A prompt is a root, its completions are its children, and follow-ups (texts
+that continue a completion) are children of completions. Equal tokens after equal tokens become one segment, even if they come from
+different rollouts. This module is pure data and imports no torch.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ from probescore_server.rollouts import CheckedRollout, Continuation
 
 @dataclass(frozen=True, slots=True)
 class ProbeReads:
-    """Says what one probe reads beside the completion itself.
+    """Value object that says which tokens one probe reads in addition to, or instead of, the completion.
 
     Attributes:
-        sees_prompt: whether the probe is also given the activations of the prompt and, for a follow-up, of all that precedes it.
-        follow_up: token ids that are appended to every completion for this probe and read instead of the completion; empty = none.
+        sees_prompt: whether the probe also receives the activations of the prompt and, for a follow-up, of all tokens before the follow-up.
+        follow_up: token ids that are appended to every completion for this probe; the probe then reads their activations instead of the
+            completion's; empty = none.
     """
 
     sees_prompt: bool = False
@@ -32,16 +34,16 @@ class ProbeReads:
 
 @dataclass(slots=True, eq=False)
 class Segment:
-    """Holds a run of tokens that starts a sequence or continues another segment.
+    """Node of a forest: a run of tokens that starts a sequence or continues another segment.
 
     Attributes:
-        parent: index of the segment that this one continues; ``None`` = it starts at position 0.
+        parent: index of the segment that this segment continues; ``None`` = this segment starts a sequence, at position 0.
         token_ids: ``(T,)`` int32, ``T ≥ 1``.
         position: position of the first token in its sequence.
-        read: whether the segment's activations are wanted.
+        read: whether probes need the activations of the segment's tokens.
         rollouts: indices of the rollouts that need the segment.
-        cached: number of tokens at the segment's beginning whose keys and values came from a cache instead of being computed; 0 if it is
-            read.
+        cached: number of tokens at the segment's beginning whose keys and values came from a cache instead of being computed; 0 if the
+            segment is read.
     """
 
     parent: int | None
@@ -54,14 +56,14 @@ class Segment:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Placement:
-    """Says which segments of the forest hold a completion or follow-up, and what precedes it.
+    """Node that says which segments (runs of tokens in a forest) hold one completion or follow-up and the tokens before it.
 
     Attributes:
         continuation: the completion or follow-up.
-        context: indices of the segments before it, root first.
-        segment: index of its own segment, or ``None`` if it has no tokens.
-        appended: by probe, the index of the segment with the follow-up that the probe itself appends.
-        follow_ups: placements of its own follow-ups, in order.
+        context: indices of the segments before the completion or follow-up, root first.
+        segment: index of the segment with the tokens of the completion or follow-up; ``None`` if there are no tokens.
+        appended: a dictionary, keyed by probe, of the index of the segment with the token ids that the probe itself appends.
+        follow_ups: placements of the follow-ups that continue this completion or follow-up, in order.
     """
 
     continuation: Continuation
@@ -72,19 +74,21 @@ class Placement:
 
     @property
     def chain(self) -> tuple[int, ...]:
-        """Returns the indices of the segments before this completion or follow-up and of its own segment, root first."""
+        """Returns the indices of the segments (runs of tokens) that lead to this completion or follow-up, root first, and of its own
+        segment, last.
+        """
         return self.context if self.segment is None else (*self.context, self.segment)
 
 
 @dataclass(slots=True, eq=False)
 class Forest:
-    """Holds the segments (runs of tokens) of a batch of rollouts, parents before children, and which segments each rollout needs.
+    """Data structure with the segments (runs of tokens arranged in trees) of a batch of rollouts. Parents come before children.
 
     Attributes:
         segments: the segments.
-        placements: for each rollout, the segments of its completion.
-        steps: for each rollout, the indices of the segments that it needs, in order, each with whether this rollout is the first to need
-            it.
+        placements: for each rollout, the placement of its completion and follow-ups (texts that continue the completion).
+        steps: for each rollout, pairs in order: the index of a segment that the rollout needs, and whether the rollout is the first that
+            needs the segment.
     """
 
     segments: list[Segment] = field(default_factory=list)
@@ -93,11 +97,11 @@ class Forest:
 
     @classmethod
     def build(cls, rollouts: Sequence[CheckedRollout], probes: Mapping[str, ProbeReads]) -> Forest:
-        """Lays out a batch of rollouts as segments, and marks the segments whose activations are read.
+        """Lays out a batch of rollouts as segments (runs of tokens), and marks the segments whose activations probes need.
 
         Args:
             rollouts: checked rollouts.
-            probes: what each probe reads, by ``name@version``; at least for the probes that the rollouts ask for.
+            probes: a dictionary, keyed by ``name@version``, with at least the probes that the rollouts' options name.
         """
         builder = _Builder(cls(), probes)
         for rollout in rollouts:
@@ -105,9 +109,11 @@ class Forest:
         return builder.forest
 
     def usage(self, rollout: int) -> Usage:
-        """Returns how many tokens of a rollout, given by its index, were computed, taken from a cache, or shared with other rollouts.
+        """Returns how many tokens of the rollout with a given index were computed, taken from the key-value cache, or shared with other
+        rollouts in the forest (the batch's token segments).
 
-        A token counts as computed or cached for the first rollout that needs it, and as shared for all others. The forest must have run.
+        A token counts as computed or cached for the first rollout that needs the token, and as shared for all other rollouts. The model
+        must have run the forest before.
         """
         computed = shared = cached = 0
         for index, is_first in self.steps[rollout]:
@@ -120,7 +126,9 @@ class Forest:
         return Usage(tokens_computed=computed, tokens_shared=shared, tokens_cached=cached)
 
     def ids_up_to(self, index: int) -> NDArray[np.int32]:
-        """Returns the token ids of a sequence from its start to the end of one segment, given by its index: ``(position + T,)`` int32."""
+        """Returns the token ids of a sequence from its start to the end of the segment (run of tokens) with the given index: ``(position +
+        T,)`` int32.
+        """
         pieces = []
         following: int | None = index
         while following is not None:
@@ -129,8 +137,8 @@ class Forest:
         return np.concatenate(pieces[::-1])
 
     def children(self) -> list[list[int]]:
-        """Returns, for each segment (run of tokens), the indices of the segments that continue it; the last entry (index -1) holds the
-        roots.
+        """Returns, for each segment (run of tokens), the list of the indices of the segments that continue the segment. A last list (index
+        -1) contains the roots.
         """
         children: list[list[int]] = [[] for _ in range(len(self.segments) + 1)]
         for index, segment in enumerate(self.segments):
@@ -139,7 +147,7 @@ class Forest:
 
 
 class _Builder:
-    """Adds rollouts to a forest of token segments, one after the other."""
+    """Builder of a forest (segments of tokens arranged in trees), to which rollouts are added one after the other."""
 
     def __init__(self, forest: Forest, probes: Mapping[str, ProbeReads]) -> None:
         self.forest = forest
@@ -180,7 +188,9 @@ class _Builder:
         )
 
     def _extend(self, context: tuple[int, ...], token_ids: NDArray[np.int32], rollout: int) -> tuple[int, ...]:
-        """Returns a chain of segments, extended by one with the given tokens; the chain is returned as it is if there are no tokens."""
+        """Returns a chain of indices of segments (runs of tokens), extended by a segment with the given tokens. Without tokens, the chain
+        is returned unchanged.
+        """
         if len(token_ids) == 0:
             return context
         segments = self.forest.segments

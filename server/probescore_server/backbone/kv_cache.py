@@ -1,6 +1,6 @@
-"""Keeps keys and values of token sequences that were computed before, in a radix tree over token ids.
+"""Caches attention keys and values of token sequences, in a radix tree over token ids.
 
-The cache is bounded in bytes and drops what was least recently used. Since the model is frozen, its content never becomes stale.
+The cache is bounded in bytes and drops the least recently used entries. Since the model is frozen, its entries never become stale.
 """
 
 from __future__ import annotations
@@ -13,14 +13,16 @@ import torch
 from numpy.typing import NDArray
 
 KeyValues = list[tuple[torch.Tensor, torch.Tensor]]
-"""Holds, for each layer, keys and values of T tokens, ``(1, num_key_value_heads, T, head_dim)`` each, after rotary embedding."""
+"""Type of a list with, for each layer, keys and values of T tokens after rotary embedding, each ``(1, num_key_value_heads, T,
+head_dim)``.
+"""
 
 
 @dataclass(slots=True, eq=False)
 class _TokenRun:
-    """Holds a node of the cache's tree: some tokens that follow those of the parent node, and their keys and values.
+    """Node of the cache's tree: some tokens that follow the tokens of the parent node, with their keys and values.
 
-    No two continuations of a node begin with the same token.
+    The children of a node all begin with different tokens.
     """
 
     token_ids: NDArray[np.int32]
@@ -34,15 +36,15 @@ class _TokenRun:
 
 
 class KeyValueCache:
-    """Keeps keys and values of token sequences, so that they need not be computed again. A cache is not safe to share between threads.
+    """Cache of keys and values of token sequences, so that they need not be computed again. Threads must not share a cache.
 
     Args:
-        max_bytes: most bytes of keys and values to keep; 0 keeps nothing.
+        max_bytes: maximum of bytes of keys and values to keep; 0 = nothing is kept.
 
     Attributes:
-        bytes: bytes of keys and values that are held now.
-        hits: number of look-ups of sequences of which some beginning was known.
-        misses: number of look-ups of sequences of which no beginning was known.
+        bytes: bytes of keys and values in the cache now.
+        hits: number of look-ups that found keys and values of at least the first token.
+        misses: number of look-ups that found nothing.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -55,7 +57,7 @@ class KeyValueCache:
         self._recency: OrderedDict[_TokenRun, None] = OrderedDict()
 
     def clear(self) -> None:
-        """Drops all keys and values."""
+        """Removes all keys and values from the cache."""
         for run in self._recency:
             run.key_values, run.parent = [], None  # runs refer to one another: without this the memory would wait for a garbage collection
         self._recency.clear()
@@ -63,7 +65,7 @@ class KeyValueCache:
         self.bytes = 0
 
     def longest_prefix(self, token_ids: NDArray[np.int32]) -> KeyValues:
-        """Returns keys and values of the longest known beginning of a token sequence.
+        """Returns the cached keys and values of the longest cached beginning of a token sequence.
 
         Args:
             token_ids: ``(T,)`` int32, the sequence.
@@ -99,12 +101,12 @@ class KeyValueCache:
         return done
 
     def put(self, token_ids: NDArray[np.int32], tail: KeyValues) -> None:
-        """Keeps keys and values of the end of a token sequence. Nothing happens if those of the tokens before it are not, or no longer,
-        kept.
+        """Adds keys and values of the last tokens of a sequence to the cache. Nothing is added if the keys and values of the tokens before
+        these are not, or no longer, in the cache.
 
         Args:
             token_ids: ``(T,)`` int32, the whole sequence.
-            tail: keys and values of its last tokens; those that are kept are copied.
+            tail: keys and values of the sequence's last tokens; the cache stores copies.
         """
         start = len(token_ids) - length_of(tail)
         run, done = self._descend(token_ids)
@@ -115,9 +117,9 @@ class KeyValueCache:
             self._forget(next(iter(self._recency)))
 
     def _descend(self, token_ids: NDArray[np.int32]) -> tuple[_TokenRun, int]:
-        """Returns the node of the tree at whose end a sequence leaves the known tokens, and how many tokens that is.
+        """Returns the tree's node at the end of the longest cached beginning of a sequence, and the number of tokens of that beginning.
 
-        A node is split if the sequence leaves it in the middle.
+        If the beginning ends inside a node, the node is split there.
         """
         run, done = self._root, 0
         while done < len(token_ids) and (following := run.continuations.get(int(token_ids[done]))) is not None:
@@ -133,8 +135,8 @@ class KeyValueCache:
         return run
 
     def _split(self, run: _TokenRun, at: int) -> _TokenRun:
-        """Splits a node of the tree in two and returns the first. Keys and values are copied, since a view of a tensor keeps the whole
-        tensor in memory.
+        """Splits a node of the tree in two after ``at`` tokens and returns the first. Keys and values are copied, since a view would keep
+        the whole original tensor in memory.
         """
         parent = run.parent or self._root
         first = _TokenRun(run.token_ids[:at], _copy(_slice(run.key_values, 0, at)), parent, {int(run.token_ids[at]): run})
@@ -157,7 +159,7 @@ class KeyValueCache:
 
 
 def length_of(key_values: KeyValues) -> int:
-    """Returns how many tokens the given keys and values belong to."""
+    """Returns the number of tokens of the given keys and values."""
     return key_values[0][0].shape[2] if key_values else 0
 
 

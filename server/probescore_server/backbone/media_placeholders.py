@@ -1,6 +1,6 @@
 """Finds the token ids that stand for pictures, audio and video, which must not be scored as text.
 
-Without such content in its place, the model reads a placeholder as a word that means nothing.
+Without a picture, audio or video in its place, such a token means nothing to the model.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ _TOKEN = re.compile(rf"[<\[]\S*({_OTHER_THAN_TEXT})\S*[>\]]", re.IGNORECASE)
 
 
 def placeholder_tokens(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None) -> dict[int, str]:
-    """Returns, by token id, the name of each placeholder: a token that stands for something other than text.
+    """Returns a dictionary from token id to name of each placeholder token, which stands for a picture, audio or video instead of text.
 
-    Names are taken from the config, at any depth, and, if the model has encoders for other content beside its decoder, from the tokenizer
-    too. The tokenizer alone does not tell: families of models share one tokenizer, and for a model of text alone such a token is a word.
+    Names are taken from the config, at any depth. If the model has encoders for such content beside its decoder, the tokenizer's names are
+    used too. The tokenizer alone is not enough: families of models share one tokenizer, and for a text-only model a token of this kind is
+    an ordinary word.
 
     Args:
         config: config of the whole model.
-        tokenizer: the model's tokenizer; ``None`` if it has none.
+        tokenizer: the model's tokenizer; ``None`` if there is none.
     """
     found = dict(_settings(config.to_dict()))
     if config.get_text_config(decoder=True) is not config and tokenizer is not None:

@@ -1,4 +1,4 @@
-"""Checks that a model's files do not change while they are loaded, and computes one digest of everything that was loaded from them."""
+"""Checks that a model's files do not change while they are loaded, and computes one digest of all loaded content."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ _MODULUS = 1 << 64
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """Records the files of a model that determine its computation and its tokenisation, as they were at one moment.
+    """Value object with the state, at one moment, of the files that determine a model's computation and tokenisation.
 
     Attributes:
         directory: the model's directory.
-        stamps: by path, the file's device, inode, size in bytes and time of last change in nanoseconds.
+        stamps: a dictionary, keyed by path, of the file's device number, inode, size in bytes and time of last change in nanoseconds.
     """
 
     directory: Path
@@ -45,10 +45,11 @@ class ModelFiles:
 
     @classmethod
     def of(cls, directory: Path) -> ModelFiles:
-        """Records the files of a directory as they are now.
+        """Returns the current state of the files of a model's directory.
 
         Raises:
-            ModelRefused: one of them is neither a regular file nor a directory, such as a pipe, which could block a read for ever.
+            ModelRefused: an entry of the directory is neither a regular file nor a directory. A pipe, for example, could block a read for
+                ever.
         """
         return cls(directory, {path: _stamp(path) for path in _files(directory, _WEIGHTS + _SMALL)})
 
@@ -56,7 +57,7 @@ class ModelFiles:
         """Checks that no file of the model was written, replaced, added or removed since the files were recorded.
 
         Raises:
-            ModelRefused: a file has changed; the error names up to five of them.
+            ModelRefused: files have changed; the error names up to five of them.
         """
         now = ModelFiles.of(self.directory)
         changed = sorted({path.name for path, _ in now.stamps.items() ^ self.stamps.items()})
@@ -64,7 +65,8 @@ class ModelFiles:
             raise ModelRefused(f"{self.directory.name}: {', '.join(changed[:5])} changed while the model was loaded")
 
     def digest(self, decoder: Decoder) -> str:
-        """Returns ``sha256:…`` over every weight that is loaded and every byte of the small files; it is the same on every device.
+        """Returns a digest ``sha256:…`` of every loaded weight and of every byte of the model's other files; it is the same on every
+        device.
 
         Args:
             decoder: the model as loaded, before anything in it is changed for speed.
@@ -105,7 +107,9 @@ def _sha256(path: Path) -> str:
 
 @torch.inference_mode()
 def _checksum(weight: torch.Tensor) -> int:
-    """Returns an integer checksum of a weight's bytes, which depends on their order. It is computed on the weight's device."""
+    """Returns an integer checksum of a weight's bytes that also depends on the bytes' order. The checksum is computed on the weight's
+    device.
+    """
     content = weight.detach().contiguous().view(-1).view(torch.uint8)
     content = content.clone() if content.storage_offset() % 8 else content
     whole = len(content) - len(content) % 8

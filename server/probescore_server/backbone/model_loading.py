@@ -1,5 +1,6 @@
-"""Loads the part of a language model that probes need, from a path or an id on the hub: no head, and no block beyond the deepest that is
-read.
+"""Loads the part of a language model that probes need, from a directory or a model id on the Hugging Face hub.
+
+The head and all blocks after the deepest block that a probe reads are left out.
 """
 
 from __future__ import annotations
@@ -33,11 +34,11 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"
 
 @dataclass(frozen=True, eq=False)
 class Decoder:
-    """Holds a language model's decoder, cut off after some of its blocks.
+    """Value object with a language model's decoder, of which some of the last blocks may have been removed.
 
     Attributes:
-        model: the decoder; called with token ids, it returns ``last_hidden_state``, the output of the final norm. Its config is that of the
-            whole model.
+        model: the decoder. Called with token ids, the decoder returns ``last_hidden_state``, the output of the final norm. Its config is
+            that of the whole model.
         blocks: the decoder blocks that are loaded, in order.
         num_hidden_layers: number of blocks of the whole model; the final norm's output is meaningful only if all of them are loaded.
     """
@@ -48,17 +49,17 @@ class Decoder:
 
     @property
     def config(self) -> PreTrainedConfig:
-        """Returns the config of the text model."""
+        """Returns the config of the text decoder, without the parts for images and other content."""
         return self.model.config
 
     @property
     def cache_layers(self) -> list[Any]:
-        """Returns new, empty layers of a key-value cache, as transformers makes them for the blocks that are loaded."""
+        """Returns new, empty layers of a key-value cache, of the classes that transformers chooses for the loaded blocks."""
         return DynamicCache(config=self.config).layers[: len(self.blocks)]
 
     @property
     def device(self) -> torch.device:
-        """Returns the device that the model runs on; for a model on several devices, the one that takes the token ids."""
+        """Returns the device that the model runs on. For a model on several devices, this is the device that receives the token ids."""
         return self.model.device
 
     @property
@@ -73,11 +74,11 @@ class Decoder:
 
 
 def resolve_model(model: str, *, revision: str = "", trust_remote_code: bool = False) -> Path:
-    """Returns the directory that holds a model: the given one if it is a directory, else a snapshot that is downloaded from the hub.
+    """Returns the directory of a model. For an id on the Hugging Face hub, a snapshot is downloaded first.
 
     Raises:
-        ModelRefused: there is no such directory or model, the hub cannot be reached, a revision is given for a directory, an adapter lies
-            beside the weights, or there are no config or no safetensors weights.
+        ModelRefused: the directory or model does not exist, the hub cannot be reached, a revision is given for a directory, an adapter lies
+            beside the weights, or the config or the safetensors weights are missing.
     """
     directory = Path(model).expanduser()
     if not directory.is_dir():
@@ -127,7 +128,7 @@ def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> PreTr
     """Returns the tokenizer in a model's directory; ``None`` if there is none.
 
     Raises:
-        ModelRefused: there is a tokenizer, and it cannot be read.
+        ModelRefused: the tokenizer's files exist but cannot be read.
     """
     if not any((directory / name).is_file() for name in _TOKENIZER_FILES):
         return None
@@ -149,12 +150,12 @@ def load_decoder(
 ) -> Decoder:
     """Loads the first ``num_layers`` blocks of a model, without its head.
 
-    In recurrent models the first attention layer counts the positions, so blocks are loaded up to that one in any case. If a model computes
-    something else when its last blocks are missing, all blocks are loaded and a warning is logged.
+    In recurrent models the first attention layer counts the positions, so all blocks up to that layer are loaded in any case. If the
+    remaining blocks would compute something else without the removed blocks, all blocks are loaded and a warning is logged.
 
     Args:
         directory: the model's directory.
-        num_layers: number of blocks.
+        num_layers: number of blocks that are needed.
         dtype: dtype of weights and activations: ``float32``, ``bfloat16`` or ``float16``.
         device: device to load the model on.
         device_map: ``"auto"`` = spread the model over every CUDA device that there is, instead of loading it on ``device``.
@@ -183,7 +184,7 @@ def load_decoder(
 
 
 class _DecoderCutter:
-    """Finds the text decoder of a model that has been built, and cuts it off after some of its blocks.
+    """Callable that finds the text decoder inside a newly built model and removes the last blocks of that decoder.
 
     Args:
         name: name of the model, for messages.
@@ -192,7 +193,7 @@ class _DecoderCutter:
     Attributes:
         decoder: the text decoder.
         blocks: the blocks that remain.
-        later: the blocks that were cut off, which are never given weights.
+        later: the removed blocks, whose weights are never loaded.
     """
 
     decoder: PreTrainedModel
@@ -260,8 +261,8 @@ def _model_class(config: PreTrainedConfig, trust_remote_code: bool) -> tuple[typ
 
 
 def _check_devices_have_room(model: PreTrainedModel, name: str) -> None:
-    """Refuses a model of which some weights did not fit on the devices: those would be copied from host memory or files in
-    every forward.
+    """Refuses a model if some of its weights did not fit on the devices, since these weights would be copied from host memory or files in
+    every forward pass.
     """
     left = [parameter for parameter, weight in model.named_parameters() if weight.is_meta]
     if left:
@@ -270,10 +271,9 @@ def _check_devices_have_room(model: PreTrainedModel, name: str) -> None:
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Silences, while its context is open, transformers' report that the head and the later blocks were left out, and its progress bars in
-    logs.
+    """Context manager that silences transformers' progress bars, and its report of weights that were not loaded.
 
-    They are left out on purpose.
+    The head and the last blocks are left out on purpose.
     """
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
@@ -290,7 +290,7 @@ def _quiet_transformers() -> Iterator[None]:
 def _first_attention_layer(config: PreTrainedConfig) -> int:
     """Returns the index of the first attention layer in a model that begins with recurrent layers; 0 for other models.
 
-    It is also 0 where no layer is of a kind that counts positions.
+    The index is also 0 if the model has no layer of a kind that counts positions.
     """
     kinds = getattr(config.get_text_config(decoder=True), "layer_types", None) or []
     attention = (index for index, kind in enumerate(kinds) if "attention" in kind and "linear" not in kind)
@@ -298,9 +298,9 @@ def _first_attention_layer(config: PreTrainedConfig) -> int:
 
 
 def _text_decoder(model: PreTrainedModel) -> PreTrainedModel | None:
-    """Returns the text decoder inside a model, or ``None``: without encoders of images beside it and without a head.
+    """Returns the text decoder inside a model, without the head and without image encoders; ``None`` if there is no such decoder.
 
-    Llama 4's wrapper, for example, holds a whole language model with its head.
+    Llama 4's wrapper class, for example, contains a whole language model with its head.
     """
     decoder: PreTrainedModel | None = model if model.config.get_text_config(decoder=True) is model.config else model.get_decoder()
     if decoder is None:
@@ -310,7 +310,9 @@ def _text_decoder(model: PreTrainedModel) -> PreTrainedModel | None:
 
 
 def _find_blocks(decoder: torch.nn.Module, count: int, model: str) -> torch.nn.ModuleList:
-    """Returns a decoder's list of blocks: the outermost ``ModuleList`` of the right length. Lists of experts lie inside blocks."""
+    """Returns a decoder's list of blocks: the outermost ``ModuleList`` with ``count`` elements. Lists of experts, which lie inside blocks,
+    are not outermost.
+    """
     lists = [(name, module) for name, module in decoder.named_modules() if isinstance(module, torch.nn.ModuleList) and len(module) == count]
     depth = min((name.count(".") for name, _ in lists), default=0)
     outermost = [(name, module) for name, module in lists if name.count(".") == depth]

@@ -1,4 +1,6 @@
-"""Finds rotary embeddings that change with the length of the sequence, so that a prefix is computed otherwise than on its own."""
+"""Finds rotary embeddings that change with the length of the sequence, so that a prefix of a long sequence is computed otherwise than the
+prefix alone.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +12,17 @@ _FIXED = frozenset({"default", "linear", "yarn", "llama3", "proportional"})
 
 
 def changing_rope_types(config: PreTrainedConfig) -> list[str]:
-    """Returns the types of a text model's rotary embeddings that are not known to be the same at every length, sorted."""
+    """Returns the sorted names of those types of a text model's rotary embeddings that are not known to be the same at every sequence
+    length.
+    """
     return sorted({str(parameters["rope_type"]) for parameters in _embeddings(config)} - _FIXED)
 
 
 def max_unchanged_positions(config: PreTrainedConfig) -> int | None:
     """Returns the length in tokens up to which a model's rotary embeddings do not change; ``None`` = they never change.
 
-    Beyond it transformers rotates every position of a forward by other angles (``longrope``, ``dynamic``), so that keys computed before, of
-    a shared prompt or an earlier chunk, are no longer those of the whole sequence.
+    In longer sequences transformers rotates every position of a forward pass by other angles (``longrope``, ``dynamic``). Keys that were
+    computed before, for a shared prompt or an earlier chunk, would then not fit the rest of the sequence.
     """
     limits = [
         parameters.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
@@ -30,7 +34,7 @@ def max_unchanged_positions(config: PreTrainedConfig) -> int | None:
 
 
 def _embeddings(config: PreTrainedConfig) -> list[dict[str, Any]]:
-    """Returns the parameters of each rotary embedding: one for all layers, or one for each type of layer."""
+    """Returns the parameters of each rotary embedding of a model: one set for all layers, or one set for each type of layer."""
     parameters = getattr(config, "rope_parameters", None)
     if not isinstance(parameters, dict):
         return []

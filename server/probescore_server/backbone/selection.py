@@ -1,4 +1,4 @@
-"""Chooses the execution path that runs a model on its device, by measurements on the model's real weights when it is loaded."""
+"""Chooses, when a model is loaded, the code that runs the model on its device, by measurements on the model's real weights."""
 
 from __future__ import annotations
 
@@ -32,21 +32,22 @@ _MIN_CAPABILITY = (8, 0)  # required by FlashAttention's kernels
 
 
 def choose_backbone(decoder: Decoder, reader: TapReader, kernel: Kernel | None = None) -> tuple[Backbone, str]:
-    """Returns the packed execution path on a GPU where it agrees with the universal one, and the universal path otherwise.
+    """Returns the packed backbone on a GPU if its activations agree with those of the universal backbone, and the universal backbone
+    otherwise.
 
-    The universal path runs one segment of tokens at a time through transformers; the packed path runs all in one row and is faster on a
-    GPU.
+    The universal backbone runs one segment (run of tokens) at a time through transformers. The packed backbone runs many segments in one
+    row and is faster on a GPU.
 
     Args:
         decoder: the model.
-        reader: reader of its taps.
-        kernel: attention kernel for the packed path; ``None`` = torch's own, where this device and dtype have it.
+        reader: reader of the model's activations at the taps (places in the model).
+        kernel: attention kernel for the packed backbone; ``None`` = torch's own kernel, if there is one for this device and dtype.
 
     Returns:
-        The backbone, and the reason for the choice, for people. On a GPU a warning is logged if the packed path is not chosen.
+        The backbone, and the reason for the choice as a text for people. On a GPU a warning is logged if the packed backbone is not chosen.
 
     Raises:
-        ModelRefused: not even the universal path gives the activations that plain forwards give.
+        ModelRefused: even the universal backbone gives other activations than plain forward passes of the model.
     """
     universal = universal_backbone(decoder, reader)
     if kernel is None and decoder.device.type != "cuda":
@@ -66,12 +67,12 @@ def choose_backbone(decoder: Decoder, reader: TapReader, kernel: Kernel | None =
 
 
 def universal_backbone(decoder: Decoder, reader: TapReader) -> UniversalBackbone:
-    """Returns the universal execution path of a model, which runs one segment of tokens at a time through transformers.
+    """Returns the universal backbone of a model, which runs one segment (run of tokens) at a time through transformers.
 
-    On a CPU it uses the faster kernels for which the self-test passes.
+    On a CPU the backbone uses those faster kernels for which the self-test passes.
 
     Raises:
-        ModelRefused: the path gives other activations than plain forwards.
+        ModelRefused: the backbone gives other activations than plain forward passes of the model.
     """
     test = SelfTest(decoder, reader)
     undo = _speed_up(decoder)
@@ -90,7 +91,7 @@ def universal_backbone(decoder: Decoder, reader: TapReader) -> UniversalBackbone
 
 
 def _speed_up(decoder: Decoder) -> Callable[[], None]:
-    """Makes a model's blocks compute the same, but faster on a CPU, and returns a function that undoes the change."""
+    """Replaces parts of a model's blocks by faster code for CPUs with the same results, and returns a function that undoes the change."""
     undoing: list[Callable[[], None]] = []
     if decoder.device.type == "cpu":
         undoing.append(multiply_in_place(decoder.blocks))
@@ -124,12 +125,13 @@ def _kernel_refusal(decoder: Decoder) -> str | None:
 
 
 def _disagreement(decoder: Decoder, reader: TapReader, universal: Backbone, packed: Backbone) -> str | None:
-    """Returns, as text, how activations of the packed path differ from those of the universal path by more than rounding; ``None`` if they
-    do not.
+    """Returns a text that says how activations of the packed backbone differ from those of the universal one by more than rounding;
+    ``None`` if they do not.
 
-    The median and the 99th percentile of the rows' relative errors are compared. Allowed is twice the difference between two batchings of
-    the universal path (shared prompts and one sequence at a time), or between the universal path and itself with every block's input
-    rounded once more, whichever is larger: the kernels of two batchings may happen to give the same bits.
+    The median and the 99th percentile of the rows' relative errors are compared with a bound. The bound is twice the larger of two
+    differences: between two batchings on the universal backbone (shared prompts, and one sequence at a time), and between the universal
+    backbone and itself with every block's input rounded once more. The first difference alone is not enough, since the kernels of two
+    batchings may happen to give the same bits.
     """
     test = SelfTest(decoder, reader)
     test.check(packed)
@@ -154,7 +156,7 @@ def _disagreement(decoder: Decoder, reader: TapReader, universal: Backbone, pack
 
 
 def _relative(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
-    """Returns the relative error of each row of activations, ``(N,)`` float32."""
+    """Returns the relative error of each row of activations ``found`` against the same row of ``expected``, ``(N,)`` float32."""
     errors: torch.Tensor = torch.linalg.vector_norm(found - expected, dim=1) / torch.linalg.vector_norm(expected, dim=1)
     return errors
 
@@ -166,7 +168,7 @@ def _quantiles(errors: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def _rounding_once_more(decoder: Decoder) -> Iterator[None]:
-    """Perturbs, while its context is open, the input of every block at random by up to half a unit of its dtype's precision."""
+    """Context manager that changes the input of every block at random, by up to half a unit of its dtype's precision."""
     generator = torch.Generator(decoder.device).manual_seed(0)
     unit = torch.finfo(decoder.dtype).eps
 

@@ -1,4 +1,6 @@
-"""Tests, when a model is loaded, that tokens shared between rollouts are computed as in one plain forward of each rollout."""
+"""Tests a loaded model: activations must be the same whether rollouts share computed tokens or each rollout has a plain forward pass of its
+own.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +21,13 @@ from probescore_server.errors import ModelRefused
 from probescore_server.rollouts import CheckedRollout, Continuation, ResolvedOptions
 
 MAX_TEST_TOKENS = 1536
-"""Limits the tokens of the longest rollout with which a model is tested at load. Longer sliding windows are not crossed: on a CPU the test
-would take longer than the load.
+"""Limits the tokens of the longest rollout in the test of a loaded model. The test does not reach beyond longer sliding windows, since on a
+CPU it would then take longer than the load.
 """
 
 ROW_ERROR_BOUND = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
-"""Gives, by dtype, the relative error of a token's activations that nine in ten tokens must stay below; a router may send the others
-elsewhere.
+"""Dictionary, keyed by dtype, of the bound on the relative error of a token's activations. Nine in ten tokens must stay below the bound;
+the rest may differ more, for example because the router of a mixture of experts chose other experts for them.
 """
 
 _TEST_CACHE_BYTES = 1 << 30
@@ -34,13 +36,14 @@ _COMPLETION, _SHORT, _FOLLOW_UP = 24, 7, 9
 
 
 class SelfTest:
-    """Compares an execution path of the model with plain forwards on a few short rollouts that share tokens.
+    """Test that compares the activations of a backbone (code that runs the model) with plain forward passes, on a few short rollouts that
+    share tokens.
 
     The rollouts are longer than any sliding window of up to ``MAX_TEST_TOKENS`` tokens. The output of the deepest loaded block is compared.
 
     Args:
         decoder: the model as loaded, before anything in it is changed for speed.
-        reader: reader of its taps.
+        reader: reader of the model's activations at the taps (places in the model).
 
     Raises:
         ModelRefused: the model cannot be run.
@@ -63,7 +66,7 @@ class SelfTest:
             raise ModelRefused(f"a {self._kind} model cannot be run: {type(error).__name__}: {error}") from error
 
     def row_errors(self, activations: Activations) -> torch.Tensor:
-        """Returns the relative error of each token of the test's rollouts that was read, ``(N,)`` float32."""
+        """Returns the relative error of the activations of each token that the test reads, ``(N,)`` float32."""
         return self._row_errors(activations, self._expected)
 
     def _row_errors(self, activations: Activations, expected: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -92,8 +95,8 @@ class SelfTest:
             raise ModelRefused(f"self-test: short sequences run together are other than alone: relative error {worst:.2g}")
 
     def check(self, backbone: Backbone) -> float:
-        """Runs the test's rollouts through an execution path as a whole, then without reading their prompt, then with that prompt in a
-        cache.
+        """Runs the test's rollouts through a backbone three times: with all activations, then without those of the prompt, then with the
+        prompt's keys and values from a cache.
 
         Returns:
             The 90th percentile over tokens of the relative error, the largest of the three runs.
@@ -120,10 +123,10 @@ class SelfTest:
 
 
 def small_forest(decoder: Decoder, scope: Scope = Scope.ALL) -> Forest:
-    """Returns a forest of two rollouts with one prompt, for tests of a model.
+    """Returns a forest (token segments arranged in trees) of two rollouts with one prompt, for tests of a model.
 
-    The prompt is just shorter than the sliding window, the first completion crosses the window, a follow-up of it lies beyond the window,
-    and the second completion is short.
+    The prompt is just shorter than the model's sliding window. The first completion crosses the window's length, a follow-up that continues
+    this completion lies beyond it, and the second completion is short.
     """
     limits = (MAX_TEST_TOKENS, getattr(decoder.config, "max_position_embeddings", None), max_unchanged_positions(decoder.config))
     longest = min(limit for limit in limits if limit)
@@ -156,7 +159,9 @@ def _windows(decoder: Decoder) -> list[int]:
 
 @torch.inference_mode()
 def _plain(decoder: Decoder, reader: TapReader, tap: Tap, token_ids: NDArray[np.int32]) -> torch.Tensor:
-    """Runs one sequence without a cache and returns its activations ``(T, hidden_size)`` float32 at a tap."""
+    """Runs one sequence through the model without a cache, and returns the activations ``(T, hidden_size)`` float32 at a tap (a place in
+    the model).
+    """
     ids = torch.from_numpy(token_ids).long().unsqueeze(0).to(decoder.device)
     buffer = torch.empty((len(token_ids), decoder.config.hidden_size), dtype=torch.float32, device=decoder.device)
     with reader.reading({tap: buffer}):

@@ -1,6 +1,8 @@
-"""Reads activations at taps of a decoder's blocks while it runs, and finds the modules whose outputs attention and MLP add.
+"""Copies activations at taps (places in a decoder's blocks) while the decoder runs, and finds the modules whose outputs attention and MLP
+add.
 
-Module hooks are used instead of ``output_hidden_states``, whose last entry is something else for a model that was cut off.
+Module hooks are used instead of ``output_hidden_states``, whose last entry is not the last block's output if the model's last blocks were
+removed.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ _SUM_BOUND = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
 def layers_needed(taps: Sequence[Tap], num_hidden_layers: int) -> int:
-    """Returns how many blocks of a model must be loaded to read the given taps; at least one."""
+    """Returns the number of blocks of a model that must be loaded to read activations at the given taps (places in the model); at least
+    one.
+    """
     needed = 1
     for tap in taps:
         if tap.layer is None:
@@ -41,11 +45,11 @@ def layers_needed(taps: Sequence[Tap], num_hidden_layers: int) -> int:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RowMap:
-    """Says which tokens of a forward are read, and to which rows of a buffer their activations are copied.
+    """Value object that maps tokens of a forward pass to the rows of a buffer to which their activations are copied.
 
     Attributes:
-        source: ``(R,)`` int64, indices of tokens in the forward.
-        target: ``(R,)`` int64, the rows of the buffer that they are copied to.
+        source: ``(R,)`` int64, indices of tokens in the forward pass.
+        target: ``(R,)`` int64, the row of the buffer for each of these tokens.
     """
 
     source: torch.Tensor
@@ -53,15 +57,15 @@ class RowMap:
 
 
 class TapReader:
-    """Copies activations at taps into buffers while a decoder runs.
+    """Reader that copies activations at taps (places in a decoder's blocks) into buffers while the decoder runs.
 
     Args:
         decoder: the model.
         taps: every tap that will be read.
 
     Raises:
-        ModelRefused: a block does not pass its output unchanged to the next block, no outputs of attention and MLP add up to what a block
-            adds, or the final norm's output is not as wide as the blocks'.
+        ModelRefused: a block does not pass its output unchanged to the next block, no outputs of attention and MLP add up to the difference
+            between a block's output and input, or the final norm's output has another width than the blocks' outputs.
     """
 
     def __init__(self, decoder: Decoder, taps: Sequence[Tap]) -> None:
@@ -78,11 +82,12 @@ class TapReader:
 
     @contextmanager
     def reading(self, into: Mapping[Tap, torch.Tensor], rows: RowMap | None = None) -> Iterator[None]:
-        """Copies activations at taps to buffers, as float32, in each forward of one sequence while its context is open.
+        """Context manager during which each forward pass of one sequence copies activations at taps (places in the model) to buffers, as
+        float32.
 
         Args:
-            into: by tap, a buffer ``(T, hidden_size)``; with ``rows`` it may have any number of rows.
-            rows: which tokens go to which rows; ``None`` = all tokens, in order.
+            into: a dictionary, keyed by tap, of buffers ``(T, hidden_size)``; with ``rows`` a buffer may have any number of rows.
+            rows: the map from tokens to rows of the buffers; ``None`` = all tokens, in order.
         """
         with ExitStack() as hooks:
             for tap, buffer in into.items():
@@ -91,7 +96,9 @@ class TapReader:
             yield
 
     def read_final_norm(self, output: BaseModelOutput, into: Mapping[Tap, torch.Tensor], rows: RowMap | None = None) -> None:
-        """Copies the final norm's output, which a forward returned, into the buffer for the tap ``final_norm``, if there is one."""
+        """Copies the final norm's output, which a forward pass returned, into the buffer for the tap ``final_norm``, if ``into`` has such a
+        buffer.
+        """
         buffer = into.get(Tap(Hook.FINAL_NORM))
         if buffer is not None and output.last_hidden_state is not None:
             _store(output.last_hidden_state, buffer, rows)
@@ -146,13 +153,12 @@ def _run(decoder: Decoder, ids: torch.Tensor) -> BaseModelOutput:
 
 @torch.inference_mode()
 def _check_residual_stream(decoder: Decoder, ids: torch.Tensor) -> torch.Tensor | None:
-    """Checks that the blocks are called in order, each with the output of the one before it, and returns the final norm's output or
-    ``None``.
+    """Checks that the blocks are run in order, each on the output of the block before, and returns the final norm's output or ``None``.
 
-    Otherwise ``resid_post`` would not be a residual stream.
+    Otherwise the tap ``resid_post`` (a block's output) would not be the residual stream.
 
     Raises:
-        ModelRefused: a block is not run, or is given something else than the output of the block before it.
+        ModelRefused: a block is not run, or its input is not the output of the block before it.
     """
     entered: dict[int, torch.Tensor] = {}
     left: dict[int, torch.Tensor] = {}
@@ -193,16 +199,17 @@ def _check_final_norm(decoder: Decoder, final_norm: torch.Tensor | None) -> None
 
 @torch.inference_mode()
 def _find_added_terms(decoder: Decoder, layer: int, ids: torch.Tensor) -> tuple[nn.Module, nn.Module, float]:
-    """Finds the two modules of a block whose outputs are what attention and MLP add to the residual stream.
+    """Finds the two modules of a block whose outputs are the terms that attention and MLP add to the residual stream.
 
-    Which modules these are depends on where an architecture puts its norms (Gemma 2 has one after each) and its additions (BLOOM adds
-    inside the modules). So of all pairs of modules with fitting names, the pair is chosen whose outputs add up to what the block adds.
+    The modules depend on where an architecture puts its norms (Gemma 2 has one after each) and its additions (BLOOM adds inside the
+    modules). So all pairs of modules with fitting names are tried, and the pair is chosen whose outputs add up to the difference between
+    the block's output and input.
 
     Returns:
         The module of attention, the module of the MLP, and the factor by which their outputs are multiplied before they are added.
 
     Raises:
-        ModelRefused: no pair of outputs adds up to what the block adds.
+        ModelRefused: no pair of outputs adds up to the difference between the block's output and input.
     """
     block = decoder.blocks[layer]
     outputs: dict[str, torch.Tensor] = {}
@@ -252,10 +259,10 @@ def _not_added(decoder: Decoder, layer: int, outputs: Mapping[str, torch.Tensor]
 
 
 def _sum_error(entered: torch.Tensor, attention: torch.Tensor, mlp: torch.Tensor, left: torch.Tensor) -> float:
-    """Returns how far ``entered + attention + mlp`` is from ``left``, relative to what the block adds; the median over tokens.
+    """Returns how far ``entered + attention + mlp`` is from ``left``, relative to ``left - entered``; the median over tokens.
 
-    The sum is computed in the model's own dtype, in both orders that models use, so that the right pair is exact and rounding does not hide
-    a wrong one.
+    The sum is computed in the model's own dtype and in both orders that models use, so that the right pair of modules is exact and rounding
+    does not hide a wrong pair.
     """
     entered = entered.to(left.device)  # in a model on several devices, the block before this one may be on another device
     added = (left.float() - entered.float()).norm(dim=-1)

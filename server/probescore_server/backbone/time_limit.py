@@ -1,4 +1,7 @@
-"""Ends Python code that takes too long. A chat template is a program by the model's author that runs on a client's messages."""
+"""Interrupts Python code that takes too long.
+
+This is needed for chat templates: such a template is a program by the model's author that runs on a client's messages.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +12,16 @@ from contextlib import contextmanager
 
 
 class TimeLimitExceeded(BaseException):
-    """Raised inside a block that ``time_limit`` bounds, wherever it is when the time is over. Handlers of ordinary errors there do not
-    catch it.
+    """Exception raised inside a block bounded by ``time_limit``, at any instruction, once the time is over. ``except Exception`` in the
+    block does not catch it.
     """
 
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Ends a block of pure Python code by raising ``TimeLimitExceeded`` in it once ``seconds`` have passed.
+    """Context manager that ends a block of pure Python code by raising ``TimeLimitExceeded`` in the block once ``seconds`` have passed.
 
-    Only the calling thread is interrupted, between two instructions of Python: a single long call of a C function is not interrupted.
+    Only the calling thread is interrupted, between two instructions of Python. A single long call of a C function is not interrupted.
     """
     over = threading.Lock()  # taken once the block has ended: then it is too late to raise
     raised = threading.Event()
@@ -49,11 +52,12 @@ def _raise_in(thread: ctypes.c_ulong) -> None:
 
 
 def _await_interruption(thread: ctypes.c_ulong, raised: threading.Event) -> None:
-    """Waits for the exception with which ``time_limit`` interrupts a block, if the block caught it or it has not arrived yet.
+    """Waits for the exception with which ``time_limit`` interrupts a block. It is for a block that has ended while the exception is still
+    pending, or that has caught the exception.
 
-    Otherwise it could arrive later, in unrelated code. It cannot be withdrawn: Python 3.11 would go on looking for it, for ever in the next
-    function where a debugger or a coverage tool traces the thread. So it is raised again, which replaces one that has not arrived, and is
-    waited for.
+    Python could otherwise raise a pending exception later, in unrelated code. A pending exception cannot be withdrawn: Python 3.11 would
+    then look for the exception for ever, in the next function that a debugger or a coverage tool traces. So the exception is requested
+    again, which replaces a pending one, and awaited.
     """
     try:
         raised.wait()

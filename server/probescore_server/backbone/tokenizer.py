@@ -1,4 +1,8 @@
-"""Converts text to token ids and back. A prompt and its completion are tokenised separately, and BOS is never added unasked."""
+"""Converts text to token ids and back.
+
+A prompt and its completion are tokenised separately. A BOS token (the token that begins a sequence) is added only if a prompt asks for
+special tokens or by its chat template.
+"""
 
 from __future__ import annotations
 
@@ -19,20 +23,20 @@ _INCOMPLETE = "\ufffd"  # a decoder writes this for bytes that are not yet a cha
 
 
 _MAX_TOKENS_PER_CHARACTER = 8
-"""Limits the tokens of one character. A character of four bytes has at most four tokens, and some decoders put a space before it; a longer
-run of incomplete tokens is not a character.
+"""Limits the number of tokens that are decoded together as one character. A character of four bytes has at most four tokens, and some
+decoders put a space before it. A longer run of incomplete tokens is not a character.
 """
 
 
 class TextEncoder:
-    """Wraps a model's tokenizer, or its absence. It may be called from several threads.
+    """Wrapper of a model's tokenizer, also for a model without one. Several threads may use a wrapper at the same time.
 
     Args:
         tokenizer: the tokenizer; ``None`` if the model has none.
 
     Attributes:
-        bos_token_id: id of the token that begins a sequence; ``None`` if there is none.
-        special_ids: ids of BOS, EOS and UNK, as far as they exist: the special tokens that the tokenizer's fingerprint covers.
+        bos_token_id: id of the token that begins a sequence; ``None`` if there is no such token.
+        special_ids: ids of those of the tokens BOS, EOS and UNK that exist; the tokenizer's fingerprint covers these special tokens.
         further_special_ids: ids of all other special tokens.
     """
 
@@ -86,7 +90,8 @@ class TextEncoder:
     def decode_tokens(self, ids: Sequence[int] | NDArray[np.int32]) -> list[str]:
         """Returns the text of each token, for people; joined, the texts are the text of the whole sequence.
 
-        A character that consists of several tokens is in the text of the last of them. Without a tokenizer the texts show the ids.
+        A character that consists of several tokens belongs to the text of the last of these tokens. Without a tokenizer the texts are the
+        ids as numbers.
         """
         tokens = [int(token) for token in ids]
         if self._tokenizer is None:

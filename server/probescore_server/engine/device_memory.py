@@ -1,6 +1,7 @@
-"""Gives back the device memory that an engine (a frozen model with its probes) holds while the engine sleeps, and takes it again.
+"""Frees the device memory that an engine (a frozen model with its probes) uses while the engine sleeps, and takes the memory again on
+waking.
 
-Between two steps of scoring, a GPU that is shared with training belongs to training.
+A GPU that is shared with training is thus free for training between two steps of scoring.
 """
 
 from __future__ import annotations
@@ -28,20 +29,20 @@ STATM = Path("/proc/self/statm")
 
 
 class DeviceMemory:
-    """Manages the device memory of one engine: weights, key-value cache and onnxruntime sessions.
+    """Owner of the device memory of one engine (a frozen model with its probes): weights, key-value cache and onnxruntime sessions.
 
-    When the engine goes to sleep on a CUDA device, its weights move to pinned host memory, and the probes' sessions, which hold memory of
-    onnxruntime's, are closed and created anew on waking. Only the CUDA context, of some hundred MiB, stays on the device. On a CPU the
-    weights stay where they are.
+    When the engine goes to sleep on a CUDA device, its weights move to pinned host memory, and the probes' onnxruntime sessions, which use
+    device memory of their own, are closed and created anew on waking. Only the CUDA context, of some hundred MiB, stays on the device. On a
+    CPU the weights stay where they are.
 
     Args:
         device: the device that the engine runs on.
-        weights: function that yields the tensors that are on the device for as long as the engine is awake.
+        weights: function that yields the tensors that are on the device while the engine is awake.
         cache: the engine's key-value cache, which is emptied when memory is given back.
         sessions: onnxruntime sessions of the probes that hold device memory.
 
     Attributes:
-        asleep: true while the memory is given back; nothing may be computed then.
+        asleep: true while the engine sleeps and its memory is free; nothing may be computed then.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class DeviceMemory:
 
     @classmethod
     def of(cls, decoder: Decoder, probes: Iterable[LoadedProbe], cache: KeyValueCache) -> DeviceMemory:
-        """Returns the device memory of a model, its probes and its key-value cache."""
+        """Returns a ``DeviceMemory`` for a model, its probes and its key-value cache."""
         runs = [probe.runs for probe in probes]
         stacks = {run.stack for run in runs if isinstance(run, StackMember)}
         sessions = [run for run in runs if isinstance(run, ProbeSession) and run.device.type == "cuda"]
@@ -74,9 +75,9 @@ class DeviceMemory:
         return cls(decoder.device, weights, cache, sessions)
 
     def sleep(self) -> Transfer:
-        """Gives the memory back and returns the device, the seconds taken, the bytes of weights moved and the bytes of device memory freed.
+        """Frees the memory. It returns the device, the seconds taken, the bytes of weights moved and the bytes of device memory freed.
 
-        Does nothing if the engine is asleep already. If this fails, the engine is awake as before.
+        Nothing happens if the engine is asleep already. If an error is raised, the engine is awake as before.
         """
         if self.asleep:
             return Transfer(str(self._device))
@@ -90,13 +91,13 @@ class DeviceMemory:
         return Transfer(str(self._device), time.perf_counter() - started, self._offload.bytes, held - self._held_bytes())
 
     def wake(self) -> Transfer:
-        """Takes the memory again, with its contents as they were, and returns the device, the seconds and the bytes moved and taken.
+        """Takes the memory again, with its contents as they were. It returns the device, the seconds taken, and the bytes moved and taken.
 
-        Does nothing if the engine is awake already.
+        Nothing happens if the engine is awake already.
 
         Raises:
-            WorkerUnavailable: the device has no room yet; the engine is asleep as before.
-            RuntimeError: the weights that came back differ from those that left; the engine must not be used any more.
+            WorkerUnavailable: the device has too little free memory; the engine is asleep as before.
+            RuntimeError: the weights moved back to the device differ from the original ones; the engine must not be used any more.
         """
         if not self.asleep:
             return Transfer(str(self._device))
@@ -107,8 +108,8 @@ class DeviceMemory:
         return Transfer(str(self._device), time.perf_counter() - started, weight_bytes, self._held_bytes() - held)
 
     def _open_sessions(self) -> None:
-        """Opens the probes' onnxruntime sessions. If the device has no room for one, closes the others and moves the weights back to host
-        memory.
+        """Opens the probes' onnxruntime sessions. If the device has too little memory for a session, the opened sessions are closed and the
+        weights moved back to host memory.
         """
         opened: list[ProbeSession] = []
         try:
@@ -126,14 +127,14 @@ class DeviceMemory:
             raise WorkerUnavailable("the device has no room for the graphs of the probes", RETRY_SECONDS) from None
 
     def free_reserves(self) -> None:
-        """Gives back the memory that only makes later work faster: the key-value cache and the reserves of the allocators."""
+        """Frees the memory that only makes later work faster: the key-value cache and the unused memory that allocators keep."""
         self._cache.clear()
         gc.collect()  # the frames of a caught exception may still refer to tensors
         _return_free_memory()
 
     def statistics(self) -> EngineStatistics:
-        """Returns the bytes that the engine holds now (on a CPU, the resident memory of the process) and its key-value cache's bytes, hits
-        and misses.
+        """Returns the bytes of memory that the engine uses now (on a CPU, the process's resident memory), and its key-value cache's bytes,
+        hits and misses.
         """
         cache = self._cache
         held = self._held_bytes() if self._device.type == "cuda" else _resident_bytes()
@@ -152,7 +153,7 @@ def _resident_bytes() -> int:
 
 
 def _return_free_memory() -> None:
-    """Returns the memory that allocators keep for reuse to the device and to the operating system."""
+    """Makes memory allocators return the unused memory that they keep to the device and to the operating system."""
     torch.cuda.empty_cache()
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):  # only glibc has it; without it most of a cache of 0.5 GiB stays with the process

@@ -1,6 +1,6 @@
 """Defines the engine: a frozen language model with its probes on one device.
 
-Each worker process of the server runs one engine, and a program can run one in-process without any server.
+Each worker process of the server runs one engine, and a program can run an engine in its own process without any server.
 """
 
 from __future__ import annotations
@@ -55,16 +55,20 @@ from probescore_server.validation.rollouts import resolve_rollouts
 from probescore_server.validation.texts import ChatLimits, pending_texts
 
 BATCH_TOKENS = 16_384
-"""Limits the tokens of one batch of ``Engine.score``, and so the activations held at once. A server forms batches of its own."""
+"""Limits the tokens of one batch of ``Engine.score``, which bounds the activations in memory. A server forms batches by its own
+settings.
+"""
 
 
 _FLOAT32_BYTES = 4
 
 _TRIED_CASES = 4
-"""Limits how many golden rollouts of a probe file provide the activations around which the probe's graph is tried."""
+"""Limits the number of golden rollouts (examples in a probe file) whose activations serve as the centre of random test inputs for the
+probe's graph.
+"""
 
 MAX_KV_CACHE_BYTES = 1 << 30
-"""Limits the bytes of keys and values that an engine keeps, unless ``Engine.load`` is told otherwise."""
+"""Default limit on the bytes of keys and values that an engine caches; an argument of ``Engine.load`` overrides it."""
 
 
 def _ignore(_: str) -> None:
@@ -76,9 +80,9 @@ def _never(_: int) -> bool:
 
 
 class Engine:
-    """Scores rollouts with probes on a frozen language model. Engines are made by ``Engine.load``.
+    """Engine that scores rollouts with probes on a frozen language model. Engines are made by ``Engine.load``.
 
-    An engine may be called from several threads; its batches run one after the other.
+    Several threads may use an engine; its batches run one after the other.
 
     Attributes:
         info: description of the loaded model, its tokenizer and its probes.
@@ -118,7 +122,7 @@ class Engine:
         max_kv_cache_bytes: int = MAX_KV_CACHE_BYTES,
         report: Callable[[str], None] = _ignore,
     ) -> Engine:
-        """Loads a model as far as probes and taps need it, and checks everything that can be checked before the first request.
+        """Loads a model, as deep as probes and named taps need, and makes all checks that are possible before the first request.
 
         Args:
             model: a directory, or the id of a model on the Hugging Face hub.
@@ -130,11 +134,12 @@ class Engine:
             device: ``cpu``, ``cuda`` or ``cuda:0``.
             device_map: ``"auto"`` = spread the model over every CUDA device that there is, or load it on the CPU if there is none, instead
                 of on ``device``. For models larger than one device; needs accelerate.
-            accept_mismatch: probes (``name`` or ``name@version``) to serve although they were made for another model or tokenizer, or miss
-                their golden scores; every answer then says so. A probe that cannot run on this model is refused in any case.
+            accept_mismatch: probes (``name`` or ``name@version``) to serve although they were made for another model or tokenizer, or do
+                not reproduce the scores of the examples in their files (golden scores); every response then says so. A probe that cannot
+                run on this model is refused in any case.
             trust_remote_code: whether the model may bring its own Python code, which is then run.
             max_kv_cache_bytes: bytes of keys and values to keep on the device for later prompts with the same beginning; 0 = none.
-            report: function that is called with a line for people as each step begins.
+            report: function that is called with a line of text for people as each step of loading begins.
 
         Raises:
             ModelRefused: the model cannot be loaded, or its activations cannot be computed correctly.
@@ -181,13 +186,13 @@ class Engine:
             groups: rollout groups, each a prompt and its completions, as token ids or as text.
             probes: probes to score with, each as ``name`` or ``name@version``; empty = every loaded probe.
             reductions: reductions from the scores of the tokens to one number each, such as ``mean``; empty = each probe's default.
-            token_scores: the probes whose scores per token are wanted, or ``"all"``.
+            token_scores: the probes whose scores per token are returned too, or ``"all"``.
             scope: which tokens are scored: ``completion``, ``prompt`` or ``all``.
             return_token_ids: whether the result contains the token ids that were scored.
             return_token_texts: whether the result contains the text of each token that was scored.
 
         Returns:
-            The scores by group and completion, in the order given, and which model and probes produced them.
+            The scores by group and completion, in the order given, and the identity of the model and probes that produced the scores.
 
         Raises:
             InvalidRequest: an argument is wrong; the error names the field.
@@ -308,7 +313,7 @@ class Engine:
         return self._texts.encode_completion(text, field)
 
     def decode_tokens(self, ids: Sequence[int] | NDArray[np.int32]) -> list[str]:
-        """Returns the text of each token id; joined, the texts are the text of the whole sequence."""
+        """Returns the text of each token id, for people; joined, the texts are the text of the whole sequence."""
         return self._texts.decode_tokens(ids)
 
     # -------------------------------------------------------------------------------------------------------------------- for workers
@@ -320,8 +325,8 @@ class Engine:
 
         Args:
             rollouts: rollouts that ``resolve_rollouts`` has checked; rollouts of different requests may be mixed.
-            is_cancelled: function that says whether the rollout with a given index is no longer wanted. It is called before each piece of
-                work, and work that only cancelled rollouts need is not done.
+            is_cancelled: function that returns true if the rollout with a given index is cancelled. The function is called before each
+                piece of work; work that only cancelled rollouts need is not done.
 
         Returns:
             One result for each rollout; ``None`` for a rollout that was cancelled.
@@ -359,36 +364,36 @@ class Engine:
         return self._read(rollouts, places, reads, max_batch_bytes // row_bytes, is_cancelled)
 
     def free_memory(self) -> None:
-        """Gives back the memory that only makes later batches faster: the key-value cache and the reserves of the allocators."""
+        """Frees the memory that only makes later batches faster: the key-value cache and the unused memory that allocators keep."""
         with self._running:
             self._memory.free_reserves()
 
     def statistics(self) -> EngineStatistics:
-        """Returns the bytes of device memory that the engine holds now, and the bytes, hits and misses of its key-value cache."""
+        """Returns the bytes of device memory that the engine uses now, and the bytes, hits and misses of its key-value cache."""
         with self._running:
             return self._memory.statistics()
 
     def sleep(self) -> Transfer:
-        """Gives the device's memory back until ``wake`` is called, once the batch that is being computed has ended.
+        """Frees the engine's device memory until ``wake`` is called, once the batch that is being computed has ended.
 
         The weights move to pinned host memory and the key-value cache is dropped; on a CPU the weights stay. A sleeping engine can still
-        tokenise texts. Calling this on a sleeping engine does nothing.
+        tokenise texts. Nothing happens if the engine sleeps already.
 
         Returns:
-            The device, the seconds that this took, and the bytes that moved and that were given back.
+            The device, the seconds taken, the bytes of weights moved and the bytes of device memory freed.
         """
         with self._running:
             return self._memory.sleep()
 
     def wake(self) -> Transfer:
-        """Takes the device's memory again, with every weight bit by bit as it was. Calling this on an engine that is awake does nothing.
+        """Takes the engine's device memory again, with every weight bit by bit as before. Nothing happens if the engine is awake already.
 
         Returns:
-            The device, the seconds that this took, and the bytes that moved and that were taken.
+            The device, the seconds taken, the bytes of weights moved and the bytes of device memory taken.
 
         Raises:
-            WorkerUnavailable: the device has no room yet; the engine still sleeps.
-            RuntimeError: the weights that came back differ from those that left; the engine must not be used any more.
+            WorkerUnavailable: the device has too little free memory; the engine still sleeps.
+            RuntimeError: the weights moved back to the device differ from the original ones; the engine must not be used any more.
         """
         with self._running:
             return self._memory.wake()
@@ -474,10 +479,10 @@ class Engine:
         )
 
     def _check_golden(self, files: Sequence[ProbeFile], accept_mismatch: Collection[str]) -> None:
-        """Compares each probe's scores of its golden rollouts (examples in its file) with the scores in the file, and refuses or notes a
-        mismatch.
+        """Compares each probe's scores of its golden rollouts (examples in its file) with the expected scores in the file. A mismatch is
+        refused, or noted if ``accept_mismatch`` names the probe.
 
-        Probes of one author often have the same golden rollouts: the rollouts of all files are scored together, so that each is run once.
+        Probes of one author often have the same golden rollouts, so the rollouts of all files are scored together and each is run once.
         """
         by_file = [golden_rollouts(file, self.info) for file in files]
         # golden scores are in the unit of the graph's output, before any sigmoid
@@ -493,15 +498,17 @@ class Engine:
             self._note_mismatch(file.manifest, refusal.field)
 
     def _try_graphs(self, files: Sequence[ProbeFile]) -> None:
-        """Tries each probe graph that needs it on random activations like those of its golden rollouts, at sizes far beyond these."""
+        """Tests each probe's ONNX graph that may depend on its input's size, on random activations similar to those of the probe's golden
+        rollouts (examples in its file) and at far larger sizes.
+        """
         for file in files:
             key = file.manifest.key
             if needs_trial(file, self._probes[key]):
                 self._probes[key] = limited_to_tried_calls(file, self._probes[key], self._golden_activations(file))
 
     def _golden_activations(self, file: ProbeFile) -> dict[Tap, NDArray[np.float32]]:
-        """Returns what a probe reads of a few of its golden rollouts: by tap, finite rows ``(N, hidden_size)`` float32 of
-        the same tokens.
+        """Returns the activations of a few of a probe's golden rollouts (examples in its file): a dictionary, keyed by tap (place in the
+        model), of finite rows ``(N, hidden_size)`` float32. Row n belongs to the same token at every tap.
         """
         rollouts = next(batches(golden_rollouts(file, self.info)[:_TRIED_CASES], BATCH_TOKENS))
         with self._running:

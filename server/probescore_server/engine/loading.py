@@ -1,4 +1,4 @@
-"""Loads a model and probe files into the parts of an engine, with every check that needs no score."""
+"""Loads a model and probe files into the parts of an engine, and makes all checks that do not need scores."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ from probescore_server.rollouts import EngineInfo
 
 @dataclass(frozen=True, eq=False)
 class LoadedParts:
-    """Holds the parts that an engine (a frozen model with its probes on one device) is made of.
+    """Value object with the parts of an engine (a frozen model with its probes on one device).
 
     Attributes:
         info: description of the loaded model, its tokenizer and its probes.
         backbone: the model, cut after the deepest block that a probe reads.
         texts: the model's tokenizer.
-        probes: the loaded probes by ``name@version``.
+        probes: a dictionary, keyed by ``name@version``, of the loaded probes.
         files: the probe files, in the order in which they were given.
         cache: an empty cache for keys and values.
-        memory: the memory that all of these hold on the device.
+        memory: the owner of the device memory of all these parts.
     """
 
     info: EngineInfo

@@ -1,7 +1,7 @@
-"""Moves weights from their device to host memory, and back, unchanged bit by bit.
+"""Moves weights from their device to host memory and back, unchanged bit by bit.
 
-Storages move, not tensors: parameters, buffers and everything else that refers to them remain the same objects, so that tied weights stay
-tied. Anything that depends on addresses instead, such as a captured CUDA graph, must be thrown away.
+Storages are moved, not tensors: parameters, buffers and all other references remain the same objects, so that tied weights stay tied.
+Objects that depend on memory addresses instead, such as captured CUDA graphs, must be discarded.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from probescore_server.errors import WorkerUnavailable
 from probescore_server.failures import FailureKind, kind_of
 
 PIECE_BYTES = 1 << 26
-"""Gives the bytes of one piece of the host memory that holds weights while they are away from their device.
+"""Number of bytes of one piece of the host memory that holds weights while the device's memory is free.
 
-Memory is taken in pieces because torch rounds pinned memory up to a power of two, which for one large piece could be twice the weights.
+Memory is allocated in pieces because torch rounds pinned memory up to a power of two; one large piece could take twice the size of the
+weights.
 """
 
 RETRY_SECONDS = 1.0
@@ -25,7 +26,9 @@ RETRY_SECONDS = 1.0
 
 @dataclass(frozen=True, eq=False)
 class _OffloadedStorage:
-    """Holds an emptied torch storage, with the number of bytes and the checksum of the content that was moved out of it."""
+    """Value object with an emptied torch storage, and the number of bytes and the checksum of the content that was moved out of the
+    storage.
+    """
 
     storage: torch.UntypedStorage
     bytes: int
@@ -33,10 +36,10 @@ class _OffloadedStorage:
 
 
 class WeightOffload:
-    """Moves the memory of tensors between their device and host memory, which is pinned if the device is a CUDA device.
+    """Mover of tensors' contents between their device and host memory. The host memory is pinned if the device is a CUDA device.
 
     Args:
-        piece_bytes: size of one piece of host memory in bytes, a power of two. Host memory is taken once, and kept for the next move.
+        piece_bytes: size of one piece of host memory in bytes, a power of two. Host memory is allocated once, and kept for the next move.
     """
 
     def __init__(self, piece_bytes: int = PIECE_BYTES) -> None:
@@ -50,8 +53,8 @@ class WeightOffload:
         return sum(away.bytes for away in self._offloaded)
 
     def leave(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Moves the memory of the given tensors to the host. Nothing may read the tensors until ``come_back``. If this fails, nothing has
-        moved.
+        """Moves the contents of the given tensors to host memory. The tensors must not be read until ``come_back`` has been called. If an
+        error is raised, all contents are still on the device.
         """
         by_address = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors if tensor.nbytes}
         storages = list(by_address.values())
@@ -70,8 +73,8 @@ class WeightOffload:
         """Moves all weights from host memory back to their device.
 
         Raises:
-            WorkerUnavailable: the device has no room. All weights are still in host memory, and a later try may succeed.
-            RuntimeError: the content that came back differs from the content that left. The weights must not be used.
+            WorkerUnavailable: the device has too little free memory. All weights are still in host memory, and a later try may succeed.
+            RuntimeError: the content moved back to the device differs from the original content. The weights must not be used.
         """
         try:
             for away in self._offloaded:
@@ -98,9 +101,7 @@ class WeightOffload:
             missing -= len(self._pieces[-1])
 
     def _parts(self, contents: Sequence[torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yields the contents in parts, one after the other, each with a view of the host memory of the same size that it is copied to or
-        from.
-        """
+        """Yields each content in consecutive parts, and with each part a view of the host memory of the same size."""
         pieces = iter(self._pieces)
         room = torch.empty(0, dtype=torch.uint8)
         for content in contents:
@@ -118,7 +119,9 @@ def _bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
 
 
 def _checksums(contents: Sequence[torch.Tensor]) -> list[int]:
-    """Returns the sum of each content's bytes, read as integers, modulo 2**64. Each is computed on its own device."""
+    """Returns a checksum of each content: the sum of its bytes, read as integers, modulo 2**64. The sum is computed on the content's own
+    device.
+    """
     words = [content.view(torch.int64 if len(content) % 8 == 0 else torch.uint8) for content in contents]
     return torch.stack([word.sum(dtype=torch.int64).to(words[0].device) for word in words]).tolist() if words else []
 

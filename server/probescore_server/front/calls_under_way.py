@@ -1,4 +1,4 @@
-"""Bounds the calls that are under way in a server, and the bytes of their requests, over all clients together."""
+"""Limits the number of RPCs that a server works on at the same time, and the bytes of their requests, over all clients together."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ RETRY_SECONDS = 1.0
 
 
 class CallsUnderWay:
-    """Counts the calls that are under way in one server, and refuses further ones above two limits. All of it runs on one event loop.
+    """Counter of the RPCs that a server works on now, which refuses further RPCs above two limits. All methods must run on one event loop.
 
     Args:
-        max_calls: the most calls that may be under way.
-        max_bytes: the most bytes of the requests under way; a single larger request is taken while there is no other.
+        max_calls: the largest number of RPCs at the same time.
+        max_bytes: the largest sum of the bytes of these RPCs' requests; a single larger request is accepted if there is no other RPC.
     """
 
     def __init__(self, max_calls: int, max_bytes: int) -> None:
@@ -26,10 +26,10 @@ class CallsUnderWay:
 
     @contextmanager
     def call(self, size: int) -> Iterator[None]:
-        """Is a context manager that counts one call, whose request has ``size`` bytes, as under way while the ``with`` block runs.
+        """Context manager that counts one RPC, whose request has ``size`` bytes, while the ``with`` block runs.
 
         Raises:
-            ServerBusy: with this call, one of the limits would be exceeded.
+            ServerBusy: with this RPC, one of the limits would be exceeded.
         """
         if self._calls >= self._max_calls:
             raise ServerBusy(self._calls + 1, "calls", "max_calls", self._max_calls, RETRY_SECONDS)

@@ -1,6 +1,7 @@
-"""Surrounds every RPC: parses its request, turns its errors into gRPC statuses, and counts it in the metrics.
+"""Wraps every RPC: parses the request, turns errors into gRPC statuses, and counts the RPC in the metrics.
 
-Without this, gRPC would answer any exception, also for a request that cannot be parsed, with UNKNOWN or INTERNAL and the exception's text.
+Without this, gRPC would end the RPC on any exception, also for a request that cannot be parsed, with the status UNKNOWN or INTERNAL and the
+exception's text.
 """
 
 from __future__ import annotations
@@ -49,17 +50,18 @@ KINDS: dict[tuple[bool, bool], tuple[str, str, Callable[..., Handler]]] = {
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
-    """Is the outermost gRPC interceptor, which parses requests, turns errors into statuses, and counts and bounds calls.
+    """Outermost gRPC interceptor, which parses requests, turns errors into statuses, and counts and limits RPCs.
 
-    The interceptors that the settings name, and the servicers, run inside it.
+    The interceptors that the settings name, and the servicers, run inside this one.
 
     Args:
         metrics: the metrics in which RPCs are counted.
-        services: full names of the services whose methods are counted by name. An interceptor of the settings may answer a call to any
-            other method, for example to refuse a wrong token; the client chose that name freely, so it is counted as ``unknown``.
-        under_way: bounds the calls to the ``bounded`` services; ``None`` = they are not bounded.
-        bounded: full names of the services whose calls compute something. The health service must not be among them, since it must answer
-            also where no further call is taken.
+        services: full names of the services whose methods are counted by name. An interceptor that the settings name may respond to an RPC
+            of any other method, for example to refuse a wrong token. Since a client may choose such a method's name freely, the RPC is
+            counted as ``unknown``.
+        under_way: the counter that limits the RPCs of the services in ``bounded``; ``None`` = no limit.
+        bounded: full names of the services whose RPCs compute something. The health service must not be one of them, since it must respond
+            even while no further RPC is accepted.
     """
 
     def __init__(
@@ -74,7 +76,9 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
     async def intercept_service(
         self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]], handler_call_details: grpc.HandlerCallDetails
     ) -> Handler | None:
-        """Returns the handler of a call, wrapped; ``None`` for a method that does not exist, which gRPC answers with UNIMPLEMENTED."""
+        """Returns the wrapped handler of an RPC; ``None`` for a method that does not exist, which gRPC ends with the status
+        UNIMPLEMENTED.
+        """
         try:
             handler = await continuation(handler_call_details)
         except Exception as failed:  # It was raised in an interceptor of the settings.
@@ -83,7 +87,9 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         return None if handler is None else self._guard_once(path, handler)
 
     def _guard_once(self, path: str, handler: Handler) -> Handler:
-        """Returns a handler wrapped, from a cache by path unless an interceptor of the settings made a new handler for this call."""
+        """Returns the wrapped handler of a method. The wrapper is cached by the method's path, and made anew only if an interceptor of the
+        settings returned a new handler for this RPC.
+        """
         known, guarded = self._guarded.get(path, (None, None))
         if known is not handler or guarded is None:
             guarded = self.guard(path, handler)
@@ -91,9 +97,9 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         return guarded
 
     def guard(self, path: str, handler: Handler) -> Handler:
-        """Wraps the handler of a method so that its errors become statuses and its calls are counted and bounded.
+        """Wraps the handler of a method so that errors become statuses and RPCs are counted and limited.
 
-        The wrapped handler takes requests as bytes, since parsing them is part of what may fail.
+        The wrapped handler receives requests as bytes, since parsing a request may fail too.
 
         Args:
             path: the method's path, ``/package.Service/Method``.
@@ -107,7 +113,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
 
 
 def _raising(error: Exception) -> Callable[[object, Context], Awaitable[object]]:
-    """Returns a function that answers any call by raising ``error``."""
+    """Returns a handler function that raises ``error`` in every RPC."""
 
     async def behavior(request: object, context: Context) -> object:
         raise error
@@ -116,7 +122,7 @@ def _raising(error: Exception) -> Callable[[object, Context], Awaitable[object]]
 
 
 class _GuardedMethod:
-    """Wraps one method of a servicer: parses its requests, turns its errors into statuses, and counts and bounds its calls."""
+    """Wrapper of one method of a servicer, which parses requests, turns errors into statuses, and counts and limits the method's RPCs."""
 
     def __init__(
         self, handler: Handler, behavior: Callable[..., Any], metrics: Metrics, labels: RpcLabels, under_way: CallsUnderWay | None
@@ -129,7 +135,7 @@ class _GuardedMethod:
         self._name = labels[-1]
 
     async def call(self, raw: Raw, context: Context) -> object:
-        """Calls the method with one request, or an iterator of requests, as bytes; ends the RPC with a status if the method fails."""
+        """Runs the method with one request, or an iterator of requests, given as bytes. If the method fails, the RPC ends with a status."""
         self._counted.count_start()
         started = time.monotonic()
         code = grpc.StatusCode.OK
@@ -153,7 +159,7 @@ class _GuardedMethod:
             await self._abort(context, fault)
         finally:
             seconds = time.monotonic() - started
-            if code is grpc.StatusCode.OK:  # The answer is sent before it is counted; an error has been sent already.
+            if code is grpc.StatusCode.OK:  # The response is sent before it is counted; an error has been sent already.
                 asyncio.get_running_loop().call_soon(self._counted.count_end, code.name, seconds)
             else:
                 self._counted.count_end(code.name, seconds)
@@ -192,7 +198,9 @@ class _GuardedMethod:
 
 
 async def _until_over(context: Context) -> None:
-    """Waits for gRPC to end a call, which cancels the caller, if the call's deadline is almost or fully past; else returns at once."""
+    """Waits until gRPC ends an RPC whose deadline has passed or passes within moments, which cancels the calling task; otherwise returns at
+    once.
+    """
     remaining = context.time_remaining()
     if remaining is not None and remaining < SECONDS_TOO_LATE:
         await asyncio.sleep(SECONDS_FOR_GRPC_TO_END_A_CALL)

@@ -1,6 +1,7 @@
 """Implements the gRPC health service.
 
-It reports ``NOT_SERVING`` while no worker can score or sleeps, and for good once the server drains, that is, finishes its calls and stops.
+The service reports ``NOT_SERVING`` while no worker process can score, while the workers sleep, and from the moment the server drains
+(finishes its RPCs and stops).
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ SERVICES = ("", SCORING_SERVICE)
 
 
 class HealthService(health.aio.HealthServicer):
-    """Implements ``grpc.health.v1.Health`` for the server as a whole, for the scoring service, and for the health service itself.
+    """Servicer of ``grpc.health.v1.Health``, which reports the status of the server as a whole, of the scoring service, and of the health
+    service itself.
 
-    Of itself the health service reports ``SERVING`` from its start until the server drains. This is for the liveness probe of an
-    orchestrator: a server that still loads its model, or whose worker is being restarted, must not be restarted, since it would begin anew.
+    The status of the health service itself is ``SERVING`` from its start until the server drains (finishes its RPCs and stops). That status
+    is meant for the liveness probe of an orchestrator: a server that still loads its model, or whose worker process is being restarted,
+    must not be restarted, since it would begin anew.
     """
 
     def __init__(self) -> None:
@@ -30,18 +33,20 @@ class HealthService(health.aio.HealthServicer):
         self._draining = asyncio.Event()
 
     async def set_serving(self, serving: bool) -> None:
-        """Sets whether the server and the scoring service are reported as serving. It has no effect once the server drains."""
+        """Sets whether the server and the scoring service are reported as serving. The function call has no effect once the server drains,
+        that is, finishes its RPCs and stops.
+        """
         await self.set(health.SERVICE_NAME, HealthCheckResponse.SERVING)
         for service in SERVICES:
             await self.set(service, HealthCheckResponse.SERVING if serving else HealthCheckResponse.NOT_SERVING)
 
     async def drain(self) -> None:
-        """Reports ``NOT_SERVING`` for good and ends all ``Watch`` calls, which would otherwise keep the server from stopping."""
+        """Reports ``NOT_SERVING`` from now on and ends all ``Watch`` RPCs, which would otherwise keep the server from stopping."""
         await self.enter_graceful_shutdown()
         self._draining.set()
 
     async def Watch(self, request: HealthCheckRequest, context: grpc.aio.ServicerContext[Any, Any]) -> None:  # noqa: N802
-        """Answers the RPC ``Watch``: sends the health status of a service, and each change of it, until the server drains."""
+        """Handles the RPC ``Watch``: sends the health status of a service, and each change of the status, until the server drains."""
         watching = asyncio.create_task(super().Watch(request, context))
         draining = asyncio.create_task(self._draining.wait())
         try:

@@ -1,6 +1,6 @@
-"""Counts the server's Prometheus metrics, and serves them on a port of their own.
+"""Counts the server's Prometheus metrics, and serves them over HTTP on a separate port.
 
-The names are ``grpc_server_*``, as gRPC dashboards expect them, and ``probescore_*``. No label takes a value that a client chooses.
+The metrics are named ``grpc_server_*``, as gRPC dashboards expect, and ``probescore_*``. No label has a value that a client chooses.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ RPC_LABELS = ("grpc_type", "grpc_service", "grpc_method")
 CODE_LABELS = (*RPC_LABELS, "grpc_code")
 
 RpcLabels: TypeAlias = tuple[str, str, str]
-"""Is the type of the values of ``RPC_LABELS`` for one RPC: its kind, service and method."""
+"""Type of the values of ``RPC_LABELS`` for one RPC: its kind (such as ``unary``), service and method."""
 
 
 class Metrics:
-    """Holds the Prometheus metrics of one server, in a registry of their own."""
+    """Collection of the Prometheus metrics of one server, in a separate registry."""
 
     def __init__(self) -> None:
         registry = self.registry = CollectorRegistry()
@@ -110,7 +110,7 @@ class Metrics:
         self.probes = ProbeMetrics(registry)
 
     def of_method(self, labels: RpcLabels) -> MethodMetrics:
-        """Returns the metrics of one method's RPCs, given the method's label values."""
+        """Returns the metrics of one gRPC method, given the values of the metrics' labels for the method."""
         return MethodMetrics(
             started=self._started.labels(*labels),
             in_flight=self._in_flight,
@@ -122,46 +122,57 @@ class Metrics:
         )
 
     def count_batch(self, tokens: int, rollouts: int) -> None:
-        """Counts a batch that is given to a worker, with its number of tokens and of rollouts."""
+        """Counts a batch that is sent to a worker process, together with the batch's number of tokens and number of rollouts."""
         self._batch_tokens.observe(tokens)
         self._batch_rollouts.observe(rollouts)
 
     def watch_queue(self, tokens: Callable[[], int], rollouts: Callable[[], int]) -> None:
-        """Makes each scrape call these functions for the numbers of tokens and of rollouts in the queue."""
+        """Registers functions that each scrape of the metrics calls for the numbers of tokens and of rollouts in the queue."""
         self.queue_tokens.set_function(tokens)
         self.queue_rollouts.set_function(rollouts)
 
     def watch_batch_budget(self, worker: str, device: str, tokens: Callable[[], int]) -> None:
-        """Makes each scrape call ``tokens`` for the most tokens of one worker's next batch; ``worker`` is the worker's number."""
+        """Registers a function that each scrape calls for the largest number of tokens that one worker's next batch may have; ``worker`` is
+        the worker's number.
+        """
         self.batch_budget.labels(worker, device).set_function(tokens)
 
     def watch_worker(self, worker: str, device: str, statistics: Callable[[], EngineStatistics]) -> None:
-        """Makes each scrape call ``statistics`` for the memory use and cache hits of one worker; ``worker`` is the worker's number."""
+        """Registers a function that each scrape calls for the memory use and cache hits of one worker; ``worker`` is the worker's
+        number.
+        """
         self._workers.watched[worker, device] = statistics
 
     def watch_losses(self, worker: str, device: str) -> Callable[[str], None]:
-        """Returns a function that counts one loss of a worker process, given the reason; ``worker`` is the worker's number."""
+        """Returns a function that counts one crash or other death of a worker process, given the reason; ``worker`` is the worker's
+        number.
+        """
         losses = {reason: self._worker_losses.labels(worker, device, reason) for reason in REASONS_LOST}
         return lambda reason: losses[reason].inc()
 
     def show_worker(self, worker: str, device: str, *, ready: bool, asleep: bool, restarts: int) -> None:
-        """Sets the metrics that say whether one worker is ready or asleep and how often it was restarted; ``worker`` is its number."""
+        """Sets the metrics of one worker: whether it is ready, whether it is asleep, and how often it was restarted; ``worker`` is the
+        worker's number.
+        """
         self.worker_ready.labels(worker, device).set(ready)
         self.worker_asleep.labels(worker, device).set(asleep)
         self.worker_restarts.labels(worker, device).set(restarts)
 
     def count_stage(self, stage: str, seconds: float) -> None:
-        """Adds the seconds that a call was in one stage: ``check``, ``queue`` or ``compute``."""
+        """Adds the seconds that an RPC spent in one stage: ``check``, ``queue`` or ``compute``."""
         self._stages.labels(stage).observe(seconds)
 
     def count_usage(self, usage: Usage) -> None:
-        """Adds the tokens of scored rollouts, by whether they were computed, shared with other rollouts or found in the cache."""
+        """Adds the tokens of scored rollouts, separately for tokens that were computed, shared with other rollouts, or found in the
+        key-value cache.
+        """
         self._tokens.labels("computed").inc(usage.tokens_computed)
         self._tokens.labels("shared").inc(usage.tokens_shared)
         self._tokens.labels("cached").inc(usage.tokens_cached)
 
     def serve(self, host: str, port: int) -> int:
-        """Starts an HTTP server for scrapes in a thread of its own, and returns its port, which is any free one if ``port`` is 0.
+        """Starts an HTTP server for Prometheus scrapes in a separate thread, and returns its port. If ``port`` is 0, any free port is
+        chosen.
 
         Raises:
             StartupError: the server cannot listen on the address.
@@ -175,16 +186,17 @@ class Metrics:
 
 @dataclass(frozen=True, eq=False)
 class MethodMetrics:
-    """Holds the metrics of one gRPC method, looked up once by their labels, since looking up takes longer than counting.
+    """Value object with the metrics of one gRPC method. They are looked up by their labels only once, since a lookup takes longer than
+    counting.
 
     Attributes:
-        started: counts the RPCs that began.
-        in_flight: counts the RPCs of all methods that began and have not ended.
-        ended: returns the counter of the RPCs that ended with a status code, given the code's name.
+        started: counter of the RPCs of this method that began.
+        in_flight: gauge of the RPCs of all methods that began and have not ended.
+        ended: function that returns the counter of the RPCs that ended with a status code, given the code's name.
         at_one_moment: the lock under which ``started``, ``in_flight`` and ``ended`` are changed together.
         handling: the histogram of the seconds from an RPC's start to its end.
-        received: counts request messages.
-        sent: counts response messages.
+        received: counter of the method's request messages.
+        sent: counter of the method's response messages.
     """
 
     started: Counter
@@ -196,13 +208,13 @@ class MethodMetrics:
     sent: Counter
 
     def count_start(self) -> None:
-        """Counts an RPC that begins, as started and as in flight."""
+        """Counts an RPC that begins: the number of started RPCs and the number of RPCs in flight grow by one."""
         with self.at_one_moment:
             self.started.inc()
             self.in_flight.inc()
 
     def count_end(self, code: str, seconds: float) -> None:
-        """Counts an RPC that ends with the status code of this name, after so many seconds."""
+        """Counts an RPC that ends with the status code of the given name, after the given number of seconds."""
         with self.at_one_moment:
             self.ended(code).inc()
             self.in_flight.dec()
@@ -210,7 +222,7 @@ class MethodMetrics:
 
 
 class _ConsistentSnapshot(Collector):
-    """Collects some metrics for Prometheus together, under a lock, so that their numbers fit each other."""
+    """Prometheus collector that reads some metrics together, under a lock, so that their values are of the same moment."""
 
     def __init__(self, *metrics: Counter | Gauge) -> None:
         self.lock = threading.Lock()
@@ -222,7 +234,9 @@ class _ConsistentSnapshot(Collector):
 
 
 class _WorkerMetrics(Collector):
-    """Collects the workers' memory use and cache lookups. A restarted worker counts from 0, as Prometheus expects of a restart."""
+    """Prometheus collector of the worker processes' memory use and cache lookups. A restarted worker counts from 0 again, which Prometheus
+    treats as a counter reset.
+    """
 
     def __init__(self) -> None:
         self.watched: dict[tuple[str, str], Callable[[], EngineStatistics]] = {}

@@ -1,7 +1,7 @@
 """Counts Prometheus metrics of the loaded probes: their identity, how often they are applied, and the distribution of their scores.
 
-Only scores under the reductions that a probe's manifest names, its default and those of its calibrations, are counted. Clients may choose
-any others, without bound, and the scores of two reductions do not belong in one distribution.
+Scores are counted only if their reduction (such as ``mean``) is named in the probe's manifest, as the default or in a calibration. Clients
+may choose any number of other reductions, and the scores of two reductions must not be mixed in one distribution.
 """
 
 from __future__ import annotations
@@ -32,14 +32,15 @@ MAX_DISTRIBUTIONS = 128
 
 @dataclass(eq=False)
 class _ScoreDistribution:
-    """Counts the scores of one probe under one reduction and for one label, as a histogram.
+    """Histogram of the scores of one probe under one reduction (such as ``mean``) and for one of the probe's labels.
 
     Attributes:
         probe: the probe's key, ``name@version``.
         labels: the values of the metric's labels: probe, version, reduction, label.
         label: the index of the label among the probe's labels.
         threshold: the threshold of the probe's calibration; ``None`` = there is no calibration.
-        counts: the number of scores in each bucket, ``(B + 1,)`` int64 for the ``B`` upper bounds of ``SCORES`` and what is above the last.
+        counts: the number of scores in each bucket, ``(B + 1,)`` int64: one bucket for each of the ``B`` upper bounds in ``SCORES``, and
+            one for scores above the last bound.
         sum: the sum of all scores.
     """
 
@@ -56,7 +57,7 @@ class _ScoreDistribution:
 
 
 class ProbeMetrics:
-    """Holds the Prometheus metrics of every loaded probe, with the score distributions of the first ``MAX_DISTRIBUTIONS`` only."""
+    """Collection of the Prometheus metrics of every loaded probe. Only the first ``MAX_DISTRIBUTIONS`` score distributions are kept."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         names = (*PROBE, "graph_sha256", "manifest_sha256", "unit")
@@ -74,7 +75,9 @@ class ProbeMetrics:
         registry.register(self._scores)
 
     def show_probes(self, info: EngineInfo) -> None:
-        """Creates the series of all loaded probes, so that they exist before the first call. Further calls change nothing."""
+        """Creates the time series of all loaded probes, so that they exist before the first RPC. Calling this function again changes
+        nothing.
+        """
         if self._scores.distributions:
             return
         for each in itertools.islice((each for probe in info.probes for each in _distributions(probe)), MAX_DISTRIBUTIONS):
@@ -88,17 +91,18 @@ class ProbeMetrics:
             self._refused.labels(probe.name, probe.version)
 
     def count_call(self, applied: Iterable[ScoredProbe]) -> None:
-        """Counts one call for each of the probes that were applied in it."""
+        """Counts one RPC for each probe that was applied in the RPC."""
         for probe in applied:
             self._calls_of[probe.name, probe.version].inc()
 
     def count_results(self, applied: Sequence[ScoredProbe], scope: Scope, results: Iterable[RolloutResult]) -> None:
-        """Adds the scores of some rollouts of one call to the distributions, and counts those that a probe refused.
+        """Adds the scores of some rollouts of one RPC to the distributions, and counts the rollouts for which a probe computed NaN or an
+        infinity.
 
         Args:
-            applied: the probes that the call applied.
-            scope: which tokens the call scored. Scores are added only if it scored completions, since others do not belong in one
-                distribution with them.
+            applied: the probes that were applied in the RPC.
+            scope: the tokens that were scored. Scores are added only if completions alone were scored, since scores over prompts must not
+                be mixed with them in one distribution.
             results: the results of the rollouts.
         """
         scored = []
@@ -115,7 +119,9 @@ class ProbeMetrics:
                 self._add(distribution, numbers[~np.isnan(numbers)])  # An empty selection of tokens has no score.
 
     def _shown(self, probe: ScoredProbe) -> Iterator[tuple[_ScoreDistribution, int]]:
-        """Yields the distributions to which a probe's scores in a call are added, each with its reduction's index among the call's."""
+        """Yields pairs of a distribution to which a probe's scores in an RPC are added, and the index of the distribution's reduction among
+        the RPC's reductions.
+        """
         distributions = self._scores.distributions.get(probe.key)
         if distributions is None:
             return
@@ -132,7 +138,9 @@ class ProbeMetrics:
 
 
 class _ScoreHistogram(Collector):
-    """Collects the histogram ``probescore_probe_score``, which is counted with numpy since a call may bring ten thousand scores."""
+    """Prometheus collector of the histogram ``probescore_probe_score``. Its scores are counted with numpy, since one RPC may bring ten
+    thousand scores.
+    """
 
     def __init__(self) -> None:
         self.distributions: dict[str, list[_ScoreDistribution]] = {}

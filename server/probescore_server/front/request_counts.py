@@ -1,6 +1,6 @@
-"""Limits how many parts a request may have, counted on its protobuf message before Python objects are made of it.
+"""Limits the number of parts of a request, which are counted on the request's protobuf message before Python objects are made.
 
-Making the objects is what costs: a span takes two bytes of a message and a hundred of Python's memory.
+The objects cost far more than the message: a span (token range) takes two bytes of a message, but a hundred bytes as a Python object.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from probescore_server.settings import ServerSettings
 
 
 def check_counts(request: scoring_pb2.ScoreRequest, limits: ServerSettings, loaded_probes: int) -> None:
-    """Refuses a request message with more completions, follow-ups, spans, reductions or probe names than the limits allow.
+    """Refuses a request message with more completions, follow-ups (texts that continue a completion), spans (token ranges), reductions or
+    probe names than the limits allow.
 
     Args:
         request: the message as received.
@@ -19,8 +20,9 @@ def check_counts(request: scoring_pb2.ScoreRequest, limits: ServerSettings, load
         loaded_probes: the number of loaded probes; a request names each at most once.
 
     Raises:
-        LimitExceeded: there are too many of something; names ``groups``, ``reductions``, or a completion's ``spans`` or ``follow_ups``.
-        InvalidRequest: there are too many names of probes; names ``probes`` or ``token_scores.probes``.
+        LimitExceeded: there are too many parts of one kind; the error names ``groups``, ``reductions``, or a completion's ``spans`` or
+            ``follow_ups``.
+        InvalidRequest: there are too many probe names; the error names ``probes`` or ``token_scores.probes``.
     """
     for field, names in (("probes", request.probes), ("token_scores.probes", request.token_scores.probes)):
         # Each probe has two names, with its version and without. A wrong one among fewer names is found where they are looked up.
@@ -50,7 +52,9 @@ def _check_rollouts(count: int, limits: ServerSettings) -> None:
 
 
 def _check_tree(completion: scoring_pb2.Completion, field: str, limits: ServerSettings) -> int:
-    """Checks the number of spans of a completion and of each nested follow-up; returns the number of all nested follow-ups."""
+    """Checks the number of spans (token ranges) of a completion, and of all follow-ups that continue the completion at any depth. It
+    returns the number of these follow-ups.
+    """
     if (count := len(completion.spans)) > limits.max_spans:
         remedy = "send the completion several times, each with some of them"
         raise LimitExceeded(f"{field}.spans", count, "spans", "max_spans", limits.max_spans, remedy)

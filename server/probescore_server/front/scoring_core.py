@@ -1,6 +1,6 @@
-"""Connects all that scores requests, whoever owns the gRPC port: the workers, their scheduler, the servicer and the metrics.
+"""Connects the parts of the server that score requests: worker processes, scheduler, servicer and metrics.
 
-It never imports torch.
+Both the plain server and the Ray Serve application, which differ in how they listen for RPCs, use this module. It never imports torch.
 """
 
 from __future__ import annotations
@@ -24,19 +24,20 @@ logger = structlog.get_logger(__name__)
 
 
 class ScoringCore:
-    """Scores requests on some devices, with one worker process for each. All of it runs on one event loop.
+    """Core of a server, which scores requests on some devices, with one worker process for each device. All methods must run on one event
+    loop.
 
     Args:
         settings: the server's settings.
         devices: the devices, such as ``cuda:0``.
-        on_change: called whenever a worker becomes ready, ends, falls asleep or wakes up.
+        on_change: function that is called whenever a worker becomes ready, ends, falls asleep or wakes up.
 
     Attributes:
-        metrics: the metrics of calls, workers and probes; whoever owns the core must serve them on a port.
+        metrics: the metrics of RPCs, workers and probes; the owner of the core must serve them over HTTP.
         workers: the handles of the workers, in the order of the devices.
-        scheduler: the scheduler that gives the workers their batches.
-        under_way: bounds the calls that are under way.
-        servicer: the implementation of ``probescore.v1.ScoringService``.
+        scheduler: the scheduler, which sends batches to the workers.
+        under_way: the counter that limits the RPCs at the same time.
+        servicer: the servicer of ``probescore.v1.ScoringService``.
     """
 
     def __init__(self, settings: ServerSettings, devices: tuple[str, ...], on_change: Callable[[], None]) -> None:
@@ -68,15 +69,15 @@ class ScoringCore:
 
     @property
     def serving(self) -> bool:
-        """Tells whether calls are accepted: some worker is ready or asleep.
+        """Returns whether RPCs are accepted, which is so if some worker is ready or asleep.
 
-        Calls wait while all workers sleep. The server still counts as serving, since an orchestrator that restarted it would take the
-        memory that it gave back.
+        While all workers sleep, RPCs wait. The server still counts as serving then: an orchestrator that restarted the server would take
+        the device memory that sleeping has freed.
         """
         return any(worker.ready or worker.asleep for worker in self.workers)
 
     async def run(self) -> None:
-        """Runs all worker processes until this coroutine is cancelled.
+        """Runs the worker processes of all devices until this coroutine is cancelled.
 
         Raises:
             StartupError: a worker cannot load the model or a probe.
@@ -92,7 +93,7 @@ class ScoringCore:
             await asyncio.gather(*running, return_exceptions=True)
 
     def _changed(self) -> None:
-        """Passes a change of the workers' state on to the metrics, to the calls that wait, and to whoever owns the port."""
+        """Notifies the metrics, the waiting RPCs and the owner of the core that the state of a worker has changed."""
         ready = any(worker.ready for worker in self.workers)
         self.metrics.ready.set(ready)
         for number, worker in enumerate(self.workers):

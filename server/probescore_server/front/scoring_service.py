@@ -1,4 +1,4 @@
-"""Implements the gRPC service ``ScoringService``: checks requests, has the scheduler compute their rollouts, and builds the answers."""
+"""Implements the gRPC service ``ScoringService``: checks requests, has the scheduler compute their rollouts, and builds the responses."""
 
 from __future__ import annotations
 
@@ -78,12 +78,12 @@ Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 @dataclass(frozen=True)
 class _CheckedRequest:
-    """Holds a request to score that passed every check.
+    """Value object with a scoring request that has passed every check.
 
     Attributes:
         rollouts: the rollouts, by group and then by completion.
         options: how the rollouts are scored.
-        probes: the description of each probe that the answer holds.
+        probes: a description of each probe whose scores the response contains.
         request: the other fields of the request, such as its priority.
         seconds: the seconds that checking took.
     """
@@ -96,7 +96,9 @@ class _CheckedRequest:
 
 
 class ScoringServicer(scoring_pb2_grpc.ScoringServiceServicer):
-    """Implements ``probescore.v1.ScoringService``. It raises errors as ``CoreError``, which ``ErrorInterceptor`` turns into statuses."""
+    """Servicer of ``probescore.v1.ScoringService``. Its methods raise errors as ``CoreError``, which ``ErrorInterceptor`` turns into gRPC
+    statuses.
+    """
 
     def __init__(self, settings: ServerSettings, workers: Sequence[WorkerHandle], scheduler: Scheduler, metrics: Metrics) -> None:
         self._settings = settings
@@ -105,7 +107,7 @@ class ScoringServicer(scoring_pb2_grpc.ScoringServiceServicer):
         self._metrics = metrics
 
     async def Score(self, request: scoring_pb2.ScoreRequest, context: Context) -> scoring_pb2.ScoreResponse:  # noqa: N802
-        """Scores every completion of a request, and answers once all are scored."""
+        """Scores every completion of a request, and responds once all are scored."""
         info = self._info()
         asked = await self._check(request, info)
         with self._submit(asked, context) as call:
@@ -157,7 +159,7 @@ class ScoringServicer(scoring_pb2_grpc.ScoringServiceServicer):
     async def ListProbes(  # noqa: N802
         self, request: probes_pb2.ListProbesRequest, context: Context
     ) -> probes_pb2.ListProbesResponse:
-        """Lists the loaded probes with their manifests, as the RPC ``ListProbes`` answers."""
+        """Returns the loaded probes with their manifests, as the response to the RPC ``ListProbes``."""
         return probes_to_proto(self._info().probes)
 
     # -------------------------------------------------------------------------------------------------------------- a request
@@ -169,12 +171,12 @@ class ScoringServicer(scoring_pb2_grpc.ScoringServiceServicer):
         raise WorkerUnavailable("the server is starting", retry_seconds=1.0)
 
     async def _check(self, request: scoring_pb2.ScoreRequest, info: EngineInfo) -> _CheckedRequest:
-        """Checks a request, in which texts are tokenised first, and returns its rollouts, ready to be scored."""
+        """Checks a request, after its texts have been tokenised, and returns its rollouts, ready to be scored."""
         started = time.monotonic()
         small = request.ByteSize() <= MAX_BYTES_CHECKED_ON_LOOP
         asked, groups, texts = await off_the_loop(_read_request, request, self._settings, len(info.probes), small=small)
         _check_fingerprints(asked, info)
-        # Clients choose reductions freely: the memory of what is cached must not grow with their number.
+        # Clients choose reductions freely: the memory of the cache must not grow with their number.
         resolve = _known_options if len(asked.reductions) <= MAX_KNOWN_REDUCTIONS else _resolve_options
         options, probes = resolve(
             info, asked.probes, asked.reductions, asked.token_scores, asked.scope, asked.return_token_ids, asked.return_token_texts
@@ -208,7 +210,7 @@ class ScoringServicer(scoring_pb2_grpc.ScoringServiceServicer):
         self._count_results(delivery.finished, asked)
 
     def _count_results(self, finished: Sequence[FinishedRollout], asked: _CheckedRequest) -> None:
-        """Counts results in the probes' metrics some at a time, so that other work on the event loop runs in between."""
+        """Counts results in the probes' metrics in small portions, so that other work on the event loop can run in between."""
         now, later = finished[:MAX_ROLLOUTS_COUNTED_AT_ONCE], finished[MAX_ROLLOUTS_COUNTED_AT_ONCE:]
         self._metrics.probes.count_results(asked.probes, asked.options.scope, [one.result for one in now])
         if later:
@@ -223,7 +225,9 @@ class ScoringServicer(scoring_pb2_grpc.ScoringServiceServicer):
 
 
 def _after_the_answer(work: Callable[..., None], *args: object) -> None:
-    """Calls ``work`` soon on the event loop: metrics and logs take as long as building an answer, so that the answer goes first."""
+    """Schedules ``work`` to run soon on the event loop, so that the response is sent first. Metrics and logs, for which this is used, take
+    as long as building the response.
+    """
     asyncio.get_running_loop().call_soon(work, *args)
 
 
@@ -231,7 +235,9 @@ def _after_the_answer(work: Callable[..., None], *args: object) -> None:
 
 
 def _job(context: Context) -> str:
-    """Returns the name of the job whose turns in the queue a call takes: from the call's metadata, else the client's address."""
+    """Returns the name of the training job that sent an RPC, by which the queue gives jobs turns. The name is from the RPC's metadata or,
+    if absent, the client's address.
+    """
     for key, value in context.invocation_metadata() or ():
         if key == JOB_KEY:
             return str(value)
@@ -271,7 +277,7 @@ def _resolve_options(
     return_token_ids: bool,
     return_token_texts: bool,
 ) -> tuple[ResolvedOptions, tuple[ScoredProbe, ...]]:
-    """Returns a call's checked options, and the description of each of its probes that the answer holds."""
+    """Returns the checked options of an RPC, and a description of each probe whose scores the response contains."""
     options = resolve_options(
         info,
         probes=probes,
@@ -342,9 +348,10 @@ def _whole_answer(finished: Iterable[FinishedRollout], info: ScoringInfo) -> sco
 
 
 def _pieces(delivery: Delivery) -> list[list[FinishedRollout]]:
-    """Splits delivered results into lists for one message each, with at most ``MAX_STREAMED_BYTES`` of arrays and texts.
+    """Splits the results of a delivery into lists. The results of one list fit into one streamed message, with at most
+    ``MAX_STREAMED_BYTES`` of arrays and texts.
 
-    A single completion is never split, however large it is.
+    The result of a single completion is never split, however large it is.
     """
     pieces: list[list[FinishedRollout]] = []
     piece: list[FinishedRollout] = []

@@ -1,4 +1,4 @@
-"""Runs the gRPC server of the front process, with its port, health and metrics and the workers behind them. It never imports torch."""
+"""Runs the gRPC server of the front process, with its port, health service, metrics and worker processes. It never imports torch."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ RETRY_SECONDS = 1.0
 
 
 async def serve(settings: ServerSettings) -> None:
-    """Runs a server until SIGTERM or SIGINT, and then until the accepted calls are finished; a second signal ends it at once.
+    """Runs a server until SIGTERM or SIGINT, and then until the accepted RPCs are finished. A second signal ends the server at once.
 
     Raises:
         StartupError: an address is taken, an interceptor cannot be imported, or a worker cannot load the model or a probe.
@@ -43,7 +43,7 @@ async def serve(settings: ServerSettings) -> None:
 
 
 class Server:
-    """Is a gRPC server with its port, its services and its workers.
+    """gRPC server with its port, its services and its worker processes.
 
     Args:
         settings: the server's settings.
@@ -61,7 +61,7 @@ class Server:
         self._announcing: set[asyncio.Task[None]] = set()
 
     async def run(self, drain: asyncio.Event, now: asyncio.Event) -> None:
-        """Serves until ``drain`` is set, then finishes the accepted calls until they are done or ``now`` is set.
+        """Serves until ``drain`` is set, then finishes the accepted RPCs until they are done or ``now`` is set.
 
         Raises:
             StartupError: an address is taken, or a worker cannot load the model or a probe.
@@ -139,7 +139,7 @@ class Server:
         return server
 
     def _listen(self) -> str:
-        """Binds the server's address and returns it, with the actual port if the settings say 0."""
+        """Binds the server's address and returns the address, with the actual port if the settings say 0."""
         settings = self._settings
         if settings.unix_socket is not None:
             _free_unix_socket(settings.unix_socket)
@@ -151,7 +151,8 @@ class Server:
 
 
 async def find_devices(devices: tuple[str, ...]) -> tuple[str, ...]:
-    """Returns the devices that the setting ``devices`` means: ``auto`` becomes every CUDA device of the machine, or the CPU if none.
+    """Returns the devices that the setting ``devices`` names. ``auto`` stands for every CUDA device of the machine, or for the CPU if there
+    is none.
 
     Raises:
         StartupError: the machine has a CUDA driver, but torch cannot count its devices.
@@ -180,10 +181,11 @@ def _import_interceptor(reference: str) -> grpc.aio.ServerInterceptor:
 
 
 def _free_unix_socket(path: Path) -> None:
-    """Removes the Unix socket at a path if no server listens on it; gRPC would take over that of a running server unnoticed.
+    """Removes the Unix socket at a path if no server listens on the socket. Without this check, gRPC would silently take over the socket of
+    a running server.
 
     Raises:
-        StartupError: another server listens on it, or the path is not a socket.
+        StartupError: another server listens on the socket, or the path is not a socket.
     """
     if not path.exists():
         return

@@ -1,4 +1,4 @@
-"""Maps the core's errors to gRPC statuses; no other module does."""
+"""Maps the exceptions of the server's core to gRPC statuses; no other module does so."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ CODES: dict[type[CoreError], grpc.StatusCode] = {
 
 @dataclass(frozen=True)
 class RpcStatus:
-    """Holds the status that ends a call, as the arguments of ``grpc.aio.ServicerContext.abort``."""
+    """Value object with the status that ends an RPC, as the arguments of ``grpc.aio.ServicerContext.abort``."""
 
     code: grpc.StatusCode
     details: str
@@ -55,9 +55,9 @@ class RpcStatus:
 
 
 def status_of(error: CoreError) -> RpcStatus:
-    """Returns the gRPC status of an error, with ``ErrorInfo``, and with ``BadRequest`` or ``RetryInfo`` where they apply.
+    """Returns the gRPC status of an error, with the details ``ErrorInfo`` and, where they apply, ``BadRequest`` or ``RetryInfo``.
 
-    Its trailing metadata hold these details as a serialised ``google.rpc.Status``.
+    The status's trailing metadata contain these details as a serialised ``google.rpc.Status``.
     """
     code = CODES[type(error)]
     text = _shorten(str(error))

@@ -1,4 +1,4 @@
-"""Computes how many tokens a worker gets in one batch: as many as the setting says, or fewer once its device ran out of memory."""
+"""Computes how many tokens a worker process gets in one batch: as many as the setting says, or fewer after its device ran out of memory."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ MAX_GOOD_BATCHES = 4096
 
 
 class BatchBudget:
-    """Holds the most tokens that the next batch of one worker may have.
+    """Counter of the largest number of tokens that the next batch of one worker process may have.
 
-    A batch that does not fit into the device's memory lowers the budget to three quarters of that batch's tokens. The budget grows by a
-    quarter, up to the setting, after enough batches in a row that used at least half of it and fitted. A smaller batch that fits says
-    nothing of memory.
+    A batch that does not fit into the device's memory lowers the budget to three quarters of that batch's tokens. After enough batches in a
+    row that fitted and had at least half as many tokens as the budget, the budget grows by a quarter, up to the setting. Smaller batches
+    that fit do not count, since they prove nothing about memory.
 
     Attributes:
-        tokens: the most tokens of the next batch.
+        tokens: the largest number of tokens of the next batch.
     """
 
     def __init__(self, max_tokens: int) -> None:
@@ -28,13 +28,13 @@ class BatchBudget:
         self._good = 0
 
     def failed(self, tokens: int) -> None:
-        """Lowers the budget, since a batch of so many tokens did not fit into the device's memory."""
+        """Lowers the budget, since a batch of ``tokens`` tokens did not fit into the device's memory."""
         self.tokens = max(1, min(self.tokens, int(tokens * SHRINK)))
         self._needed = min(2 * self._needed, MAX_GOOD_BATCHES)
         self._good = 0
 
     def fitted(self, tokens: int) -> None:
-        """Notes that a batch of so many tokens fitted into the device's memory, and raises the budget after enough of them."""
+        """Records that a batch of ``tokens`` tokens fitted into the device's memory, and raises the budget after enough such batches."""
         if self.tokens == self._max_tokens or 2 * tokens < self.tokens:
             return
         self._good += 1

@@ -1,4 +1,4 @@
-"""Defines a call, the work of one request to score rollouts, as the scheduler and the code that answers the request share it."""
+"""Defines a call: the work of one request to score rollouts, shared by the scheduler and the code that responds to the request."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from probescore_server.scheduling.ordered_set import OrderedSet
 
 @dataclass(frozen=True)
 class FinishedRollout:
-    """Holds the result of one rollout, and the rollout's place in its request, ``groups[group].completions[completion]``."""
+    """Value object with the result of one rollout, and the rollout's place in its request, ``groups[group].completions[completion]``."""
 
     group: int
     completion: int
@@ -25,7 +25,7 @@ class FinishedRollout:
 
 @dataclass(frozen=True)
 class Delivery:
-    """Holds the results of those rollouts of one call that were scored in the same batch.
+    """Value object with the results of those rollouts of one call (the work of one request) that were scored in the same batch.
 
     Attributes:
         finished: the results.
@@ -40,15 +40,15 @@ class Delivery:
 
 @dataclass(eq=False, slots=True)
 class RequestedRollout:
-    """Holds one rollout that a call, which is the work of one request, asks to have scored, and the rollout's place in the call.
+    """Value object with one rollout that a call (the work of one request) needs scored, and the rollout's place in the call.
 
     Attributes:
         call: the call that the rollout belongs to.
         group: index of the rollout's group in the call.
         completion: index of the rollout in that group.
-        rollout: the prompt with one completion and how they are scored.
-        key: a value that is equal for two rollouts if and only if their scores must be the same. It holds the token ids, masks, spans and
-            options, but no names that are only returned.
+        rollout: the prompt with one completion and the scoring options.
+        key: a value that is equal for two rollouts if and only if their scores must be the same. The value contains the token ids, masks,
+            spans and options, but no names that are only returned to the client.
     """
 
     call: Call
@@ -59,13 +59,13 @@ class RequestedRollout:
 
     @property
     def tokens(self) -> int:
-        """Counts the rollout's tokens without those of its prompt, which the rollouts of a group share."""
+        """Counts the rollout's tokens without those of its prompt, which all rollouts of a group have in common."""
         return self.rollout.tokens - len(self.rollout.prompt_ids)
 
 
 @dataclass(eq=False, slots=True)
 class WaitingGroup:
-    """Holds those rollouts of one group, which all have the same prompt, that still wait for a worker process.
+    """Collection of those rollouts with the same prompt, from one group of a request, that still wait for a worker process.
 
     Attributes:
         call: the call that the group belongs to.
@@ -84,13 +84,13 @@ class WaitingGroup:
 
     @property
     def prompt_tokens(self) -> int:
-        """Counts the tokens of the group's prompt. At least one rollout of the group must wait."""
+        """Counts the tokens of the prompt that the waiting rollouts have in common. At least one rollout must wait."""
         return len(next(iter(self.items)).rollout.prompt_ids)
 
     def remove(self, item: RequestedRollout) -> int:
-        """Removes a rollout from its group, and returns the number of tokens that no longer wait.
+        """Removes a rollout from the rollouts that wait, and returns the number of tokens by which the waiting tokens decrease.
 
-        These are the rollout's own, and the prompt's too if the rollout was the last one.
+        These are the rollout's tokens without its prompt, plus the prompt's tokens if no other rollout with the prompt waits in this group.
         """
         self.items.remove(item)
         freed = item.tokens if self.items else self.tokens
@@ -99,30 +99,35 @@ class WaitingGroup:
 
 
 class CallScheduler(Protocol):
-    """Declares the methods that a call needs of the scheduler that admitted it."""
+    """Interface (Protocol) of the scheduler, with the methods that a call (the work of one request) uses."""
 
     def withdraw(self, call: Call) -> None:
-        """Ends a call: drops its rollouts that wait and cancels those that are computed for no other call."""
+        """Ends a call (the work of one request): drops its waiting rollouts, and cancels the rollouts that are computed for no other
+        call.
+        """
 
     def dispatch(self) -> None:
-        """Gives free workers new batches; a call asks for it after its results were read, since it may then get further ones."""
+        """Gives free worker processes new batches. A call requests this after its results were read, since its remaining rollouts may then
+        be computed.
+        """
 
 
 class Call:
-    """Is the work of one request: an async iterator over ``Delivery`` objects, which hold the results as batches finish.
+    """Work of one request: an async iterator over ``Delivery`` objects, which contain the results as batches finish.
 
-    It is also a context manager, which on leaving withdraws what is unfinished. If an error ended the call early, iterating yields what
-    finished before and then raises that ``CoreError``.
+    A call is also a context manager, which on exit withdraws all unfinished rollouts. If an error ended the call early, the iterator yields
+    the results that finished before, and then raises the error, a ``CoreError``.
 
     Attributes:
         job: name of the training job that sent the request; jobs take turns in the queue.
         priority: rollouts of the same job with a higher number go first.
-        deadline: when the work must be done, in seconds on the scheduler's clock; infinity = there is no deadline.
-        admitted: when the scheduler took the call, on the same clock.
-        waiting: the rollouts, by group and in order, that have not reached a worker.
-        computing: the rollouts that a worker computes, or for which a worker computes an identical one of another call.
-        unread_tokens: number of tokens of the rollouts that were delivered and have not been read.
-        queue_seconds: seconds from admission until the first of the rollouts reached a worker; ``None`` before that.
+        deadline: the time by which the work must be done, in seconds on the scheduler's clock; infinity = there is no deadline.
+        admitted: the time at which the scheduler accepted the call, in seconds on the same clock.
+        waiting: the rollouts, by group and in order, that have not been given to a worker process.
+        computing: the rollouts that a worker process computes now, or that wait for an identical rollout of another call that is computed
+            now.
+        unread_tokens: number of tokens of the rollouts whose results were delivered but not yet read.
+        queue_seconds: seconds from acceptance until the first of the rollouts was given to a worker process; ``None`` before.
     """
 
     def __init__(self, scheduler: CallScheduler, job: str, priority: int, deadline: float, admitted: float) -> None:
@@ -162,13 +167,13 @@ class Call:
         return delivery
 
     def start(self, item: RequestedRollout, now: float) -> None:
-        """Notes that a worker computes this rollout, or an identical one of another call, from the time ``now`` on."""
+        """Records that from the time ``now`` on a worker process computes this rollout, or an identical rollout of another call."""
         self.computing.add(item)
         if self.queue_seconds is None:
             self.queue_seconds = now - self.admitted
 
     def deliver(self, results: Sequence[tuple[RequestedRollout, RolloutResult]], compute_seconds: float) -> None:
-        """Adds the results of one batch, which took ``compute_seconds`` to compute, for the code that iterates over the call to read."""
+        """Adds the results of one batch, which took ``compute_seconds`` to compute, to the results that iterating over the call yields."""
         finished = tuple(FinishedRollout(item.group, item.completion, result) for item, result in results)
         tokens = sum(item.rollout.tokens for item, _ in results)
         self._deliveries.append(Delivery(finished, compute_seconds, tokens))
@@ -176,18 +181,21 @@ class Call:
         self._changed.set()
 
     def fail(self, error: CoreError) -> None:
-        """Ends the call with an error, which iterating raises, unless the call had failed before."""
+        """Ends the call with an error, which the iterator then raises. Nothing happens if the call has failed already."""
         if self._failure is None:
             self._failure = error
             self._scheduler.withdraw(self)
 
     def ended(self) -> None:
-        """Wakes the code that iterates over the call, since none of the call's rollouts waits or computes any more."""
+        """Wakes the code that iterates over the call, since no rollout of the call waits or is computed any more."""
         self._changed.set()
 
 
 def groups_of(call: Call, rollouts: Sequence[Sequence[CheckedRollout]]) -> list[WaitingGroup]:
-    """Returns the waiting groups of a new call, made from its checked rollouts, which are given per group and all have the same options."""
+    """Returns the groups of waiting rollouts of a new call (the work of one request).
+
+    The checked rollouts are given per group, and all have the same options.
+    """
     options = rollouts[0][0].options.key
     groups = []
     for index, group in enumerate(rollouts):
@@ -201,7 +209,7 @@ def groups_of(call: Call, rollouts: Sequence[Sequence[CheckedRollout]]) -> list[
 
 
 def _content(continuation: Continuation) -> Hashable:
-    """Returns everything of a completion or follow-up that its scores depend on, as hashable values.
+    """Returns everything that determines the scores of a completion or follow-up (text that continues a completion), as hashable values.
 
     Arrays become bytes, whose hash is computed once and whose comparison is exact.
     """

@@ -1,8 +1,9 @@
-"""Tracks which rollouts the workers compute and which calls wait for them, so that identical rollouts of any calls are computed once.
+"""Tracks which rollouts the worker processes compute and which calls (each the work of one request) wait for the results, so that identical
+rollouts are computed once.
 
-Two rollouts are identical if their prompt, their completion with all its follow-ups, masks and spans, and their options are equal; names
-that are only returned do not count. Each rollout keeps its own call, and with it the call's deadline: a computation goes on while any call
-waits for it. If it fails, it fails for all of these calls, since the same work would fail again.
+Two rollouts are identical if their prompts, their completions with all follow-ups, masks and spans, and their options are equal; names that
+are only returned do not count. Each rollout keeps its own call, with the call's deadline: a computation continues while any call waits for
+its result. If the computation fails, all of these calls fail, since the same work would fail again.
 """
 
 from __future__ import annotations
@@ -19,32 +20,36 @@ from probescore_server.scheduling.ordered_set import OrderedSet
 
 
 class Worker(Protocol):
-    """Declares the methods that the scheduler needs of a worker, which scores batches of rollouts one after the other in a process."""
+    """Interface (Protocol) of a worker as the scheduler uses it. A worker scores batches of rollouts one after the other in a separate
+    process.
+    """
 
     @property
     def ready(self) -> bool:
-        """Tells whether the worker can take a batch now."""
+        """Returns whether the worker can take a batch now."""
 
     def new_batch(self) -> int:
-        """Returns a number that no earlier batch of the worker has."""
+        """Returns a batch number that this worker has not used before."""
 
     async def score(self, number: int, rollouts: Sequence[CheckedRollout]) -> ScoredBatch:
-        """Scores a batch of rollouts, which gets the given number.
+        """Scores a batch of rollouts under the given batch number.
 
         Raises:
             WorkerUnavailable: the worker process ended.
-            WorkerLost: the worker process was lost, and this or another batch may be the cause.
+            WorkerLost: the worker process crashed or was stuck, and this or another batch may be the cause.
             OutOfMemory: the batch needs more memory than the device has.
             InternalFault: the batch failed for any other reason.
         """
 
     def cancel(self, number: int, index: int) -> None:
-        """Cancels the rollout of this index in the batch of this number, which the worker has and may be computing."""
+        """Cancels the rollout with the given index in the worker's batch with the given number. The worker may be computing the rollout
+        already.
+        """
 
 
 @dataclass(frozen=True, slots=True)
 class BatchSlot:
-    """Says where a rollout is computed: it is ``rollouts[index]`` of the batch of number ``batch`` of a worker."""
+    """Value object for the place at which a rollout is computed: ``rollouts[index]`` of a worker's batch with the number ``batch``."""
 
     worker: Worker
     batch: int
@@ -53,13 +58,14 @@ class BatchSlot:
 
 @dataclass(eq=False, slots=True)
 class Computation:
-    """Holds a rollout that a worker computes or is about to get, once for all calls that wait for it.
+    """Record of one rollout that a worker process computes, or soon will, once for all calls (requests) that wait for the result.
 
     Attributes:
-        rollout: the rollout, as the first call that asked for it gave it.
+        rollout: the rollout, as given by the first of the calls that need its scores.
         key: a value that is equal for identical rollouts.
-        items: the rollouts of calls that wait for the result. The first one's answer states the cost. Empty = no call waits any more.
-        place: the worker's batch that the rollout is in; ``None`` while it is in none.
+        items: the identical rollouts that wait for the result, one or more from each waiting call. The response to the first one reports
+            the computed tokens. Empty = no call waits any more.
+        place: the place of the rollout in a worker's batch; ``None`` while the rollout is in no batch.
     """
 
     rollout: CheckedRollout
@@ -69,16 +75,16 @@ class Computation:
 
 
 class ComputationsInFlight:
-    """Holds the computations that are under way on all workers, and finds them by what they compute."""
+    """Index of the computations of rollouts on all worker processes, keyed by the rollouts' content."""
 
     def __init__(self) -> None:
         self._by_key: dict[object, Computation] = {}
         self._by_rollout: dict[RequestedRollout, Computation] = {}
 
     def begin(self, items: Sequence[RequestedRollout], now: float) -> Computation | None:
-        """Starts one computation for rollouts that are all identical, at the time ``now``, and returns it.
+        """Starts one computation, at the time ``now``, for rollouts that are all identical, and returns the computation.
 
-        If an identical rollout is computed already, these wait for its result instead, and ``None`` is returned.
+        If an identical rollout is being computed already, the given rollouts wait for that result instead, and ``None`` is returned.
         """
         key = items[0].key
         known = self._by_key.get(key)
@@ -91,11 +97,13 @@ class ComputationsInFlight:
         return None if known else computation
 
     def has(self, item: RequestedRollout) -> bool:
-        """Tells whether an identical rollout is being computed."""
+        """Returns whether a rollout identical to the given one is being computed."""
         return item.key in self._by_key
 
     def withdraw(self, call: Call) -> None:
-        """Removes a call from all computations whose results it waits for, and cancels those that no other call waits for."""
+        """Removes a call (the work of one request) from all computations for which it waits, and cancels the computations for which no
+        other call waits.
+        """
         for item in call.computing:
             computation = self._by_rollout.pop(item)
             computation.items.remove(item)
@@ -106,11 +114,11 @@ class ComputationsInFlight:
         call.computing.clear()
 
     def deliver(self, computations: Iterable[Computation], scored: ScoredBatch) -> None:
-        """Gives each waiting call the results of a scored batch. Cancelled rollouts have no result.
+        """Gives each waiting call (the work of one request) its results of a scored batch. Cancelled rollouts have no result.
 
         Args:
             computations: the batch's computations.
-            scored: their results, in the same order.
+            scored: the results of these computations, in the same order.
         """
         by_call: dict[Call, list[tuple[RequestedRollout, RolloutResult]]] = {}
         for computation, result in zip(computations, scored.results, strict=True):
@@ -122,12 +130,12 @@ class ComputationsInFlight:
             call.deliver(results, scored.compute_seconds)
 
     def fail(self, computation: Computation, error: CoreError) -> None:
-        """Ends, with ``error``, every call that waits for the result of a computation."""
+        """Ends with ``error`` every call (the work of one request) that waits for the result of a computation."""
         for call in {item.call for item in computation.items}:
             call.fail(error)
 
     def take_back(self, computation: Computation) -> list[RequestedRollout]:
-        """Removes a computation, and returns the rollouts of calls that waited for it, in the order in which they came."""
+        """Removes a computation, and returns the rollouts that waited for its result, in the order in which they were added."""
         self._forget(computation)
         items = list(computation.items)
         computation.items.clear()
@@ -142,9 +150,9 @@ class ComputationsInFlight:
 
 
 def _own_results(computation: Computation, result: RolloutResult) -> Iterator[RolloutResult]:
-    """Yields a copy of a result for each rollout that waits for it, with that rollout's own names.
+    """Yields a copy of a result for each identical rollout that waits for the result, with that rollout's own names.
 
-    The first copy states the tokens that were computed; the others state them as shared.
+    The first copy reports the tokens as computed, and the other copies report them as shared.
     """
     usage = result.usage
     for item in computation.items:

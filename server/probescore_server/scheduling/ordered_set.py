@@ -9,7 +9,7 @@ Member = TypeVar("Member", bound=Hashable)
 
 
 class OrderedSet(Generic[Member]):
-    """Is a set whose iteration yields the members in the order in which they were added."""
+    """Set whose iteration yields the members in the order in which they were added."""
 
     __slots__ = ("_members",)
 
@@ -26,18 +26,18 @@ class OrderedSet(Generic[Member]):
         return len(self._members)
 
     def add(self, member: Member) -> None:
-        """Adds a member at the end; a member that is in the set already keeps its place."""
+        """Adds a member at the end of the set's order; a member that is in the set already keeps its place."""
         self._members[member] = None
 
     def remove(self, member: Member) -> None:
-        """Removes a member; raises ``KeyError`` if it is not in the set."""
+        """Removes a member from the set; raises ``KeyError`` if the member is not in the set."""
         del self._members[member]
 
     def move_to_end(self, member: Member) -> None:
-        """Moves a member of the set to the end; raises ``KeyError`` if it is not in the set."""
+        """Moves a member to the end of the set's order; raises ``KeyError`` if the member is not in the set."""
         self.remove(member)
         self.add(member)
 
     def clear(self) -> None:
-        """Removes all members."""
+        """Removes all members from the set."""
         self._members.clear()

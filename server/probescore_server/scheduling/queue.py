@@ -1,15 +1,17 @@
-"""Holds the calls that wait for a worker, and chooses which of their rollouts make the next batch.
+"""Queues the calls (each the work of one request) that wait for a worker process, and chooses the rollouts of the next batch.
 
-* Jobs take turns. A turn is one prompt: the next group of the job whose turn it is, and then whatever else waits for the same prompt, first
-  in this job's other calls, then in those of other jobs, group by group while there is room. The prompt is computed, and counted, once.
-* A job whose group joins another job's turn has had its own turn. So a job waits for at most one turn of each job before it, whatever
-  joins those turns.
-* Within a job, calls of higher priority go first, and then those that came first.
+* Training jobs take turns. A turn is one prompt: the next group (rollouts of one request with one prompt) of the job whose turn it is, and
+  then all other waiting groups with the same prompt, first from this job's other calls, then from those of other jobs, while there is room.
+  The prompt is computed, and counted, once.
+* A job whose group joins another job's turn has thereby used its own turn. So a job waits for at most one turn of each job before it,
+  however many groups join those turns.
+* Within a job, calls of higher priority go first, and then earlier calls.
 * Rollouts of one prompt stay together: a group is split only if it is larger than a whole batch, and joins another job's turn only as a
-  whole. A job whose group does not fit keeps its place: it goes first in the next batch, where the whole budget is free for it.
-* A batch that has ``MAX_CONTINUATIONS`` completions and follow-ups takes no more, however short they are: each takes some time of its own.
-* Identical rollouts are taken together, for the tokens of one, and cost no job a turn.
-* A call whose reader has a whole batch of delivered results unread gets nothing new computed until its reader has caught up.
+  whole. A job whose group does not fit keeps its place: its group is the first of the next batch, whose whole token budget is then free.
+* A batch that has ``MAX_CONTINUATIONS`` completions and follow-ups (texts that continue a completion) takes no more, however short they
+  are, since each takes a fixed amount of time besides that for its tokens.
+* Identical rollouts are taken together, count with the tokens of one, and use up no job's turn.
+* If a whole batch of a call's results is delivered but unread, no more of the call's rollouts are computed until these results are read.
 """
 
 from __future__ import annotations
@@ -23,20 +25,21 @@ from probescore_server.scheduling.call import Call, RequestedRollout, WaitingGro
 from probescore_server.scheduling.ordered_set import OrderedSet
 
 MAX_CONTINUATIONS = 1024
-"""A batch that has at least this many completions and follow-ups takes no further rollout."""
+"""Number of completions and follow-ups (texts that continue a completion) in a batch from which on the batch takes no further rollout."""
 
 Duplicates = list[RequestedRollout]
-"""Is the type of a list of identical rollouts, which are computed once; it is never empty."""
+"""Type of a list of identical rollouts, which are computed once; the list is never empty."""
 
 
 @dataclass(eq=False, slots=True)
 class _WaitingPrompt:
-    """Holds the waiting rollouts of all calls that have the same prompt.
+    """Record of the waiting rollouts of all calls (requests) that have the same prompt.
 
     Attributes:
         tokens: the number of tokens of the prompt.
         groups: the waiting groups with this prompt, in order of arrival.
-        identical: by ``RequestedRollout.key``: the identical rollouts that wait, each with the group that it waits in.
+        identical: a dictionary, keyed by ``RequestedRollout.key``, of the identical rollouts that wait, each with the group that the
+            rollout belongs to.
     """
 
     tokens: int
@@ -46,12 +49,12 @@ class _WaitingPrompt:
 
 @dataclass(eq=False, slots=True)
 class _NextBatch:
-    """Holds a batch that is being put together.
+    """Batch of rollouts that is being put together.
 
     Attributes:
-        left: the number of tokens that still fit.
-        taken: the rollouts that were taken, identical ones together.
-        continuations: the number of completions and follow-ups that were taken.
+        left: the number of tokens for which the batch still has room.
+        taken: the rollouts in the batch, as lists of identical rollouts.
+        continuations: the number of completions and follow-ups in the batch.
     """
 
     left: int
@@ -59,15 +62,15 @@ class _NextBatch:
     continuations: int = 0
 
     def fits(self, tokens: int) -> bool:
-        """Tells whether the batch has room for a rollout of so many tokens; for its first rollout it always has."""
+        """Returns whether the batch has room for a rollout of ``tokens`` tokens. An empty batch has room for any rollout."""
         return not self.taken or (tokens <= self.left and self.continuations < MAX_CONTINUATIONS)
 
 
 class WaitingQueue:
-    """Holds the calls that have rollouts waiting for a worker, and makes batches of them.
+    """Queue of the calls (each the work of one request) with rollouts that wait for a worker process. The queue forms the batches.
 
     Args:
-        max_unread_tokens: a call with so many tokens of delivered but unread results gets nothing more computed for now.
+        max_unread_tokens: the number of tokens of delivered but unread results from which on no more rollouts of a call are computed.
 
     Attributes:
         tokens: the number of tokens that wait, a prompt counted once per group.
@@ -88,7 +91,7 @@ class WaitingQueue:
     # ------------------------------------------------------------------------------------------------------------- coming, leaving
 
     def add(self, groups: Iterable[WaitingGroup]) -> None:
-        """Adds groups of rollouts to the queue, each behind those groups of its call that wait already."""
+        """Adds groups of rollouts to the queue, each behind the groups of the same call that wait already."""
         for group in groups:
             call = group.call
             if not call.waiting:
@@ -97,7 +100,9 @@ class WaitingQueue:
             self._index(group)
 
     def put_back(self, items: Iterable[RequestedRollout]) -> None:
-        """Puts rollouts that had been taken back into the queue, before all others of their call, and gives its job the next turn."""
+        """Puts rollouts that had been taken out of the queue back, before all other rollouts of their call, and gives their job the next
+        turn.
+        """
         by_group: dict[tuple[Call, int], OrderedSet[RequestedRollout]] = {}
         for item in items:
             by_group.setdefault((item.call, item.group), OrderedSet()).add(item)
@@ -110,7 +115,7 @@ class WaitingQueue:
             self._jobs.move_to_end(call.job, last=False)
 
     def drop(self, call: Call) -> None:
-        """Removes all waiting rollouts of a call, that is, of one request, from the queue."""
+        """Removes all waiting rollouts of a call (the work of one request) from the queue."""
         for group in list(call.waiting):
             for item in list(group.items):
                 self._remove(item, group)
@@ -156,11 +161,15 @@ class WaitingQueue:
     # --------------------------------------------------------------------------------------------------------------- the next batch
 
     def expired(self, now: float) -> list[Call]:
-        """Returns the waiting calls whose deadline is not after ``now``, in seconds on the scheduler's clock."""
+        """Returns the waiting calls (each the work of one request) whose deadline is not after ``now``, in seconds on the scheduler's
+        clock.
+        """
         return [call for call in self if call.deadline <= now]
 
     def holds(self, tokens: int) -> bool:
-        """Tells whether at least ``tokens`` tokens wait that a batch may take now; a prompt and identical rollouts are counted once."""
+        """Returns whether the queue has at least ``tokens`` tokens that a batch may take now. A prompt, and identical rollouts, are counted
+        once.
+        """
         if self._distinct_tokens < tokens:
             return False
         behind = sum(group.tokens for call in self if self._is_behind(call) for group in call.waiting)
@@ -169,7 +178,7 @@ class WaitingQueue:
     def next_batch(self, max_tokens: int) -> tuple[list[Duplicates], int]:
         """Removes the rollouts of the next batch from the queue, and returns them with the batch's number of tokens.
 
-        The batch has more than ``max_tokens`` tokens only if it is a single rollout.
+        The batch has more than ``max_tokens`` tokens only if it consists of a single rollout.
         """
         room = _NextBatch(max_tokens)
         turns = deque(self._jobs)
@@ -185,7 +194,8 @@ class WaitingQueue:
         return room.taken, max_tokens - room.left
 
     def _take_turn(self, job: str, room: _NextBatch, joined: Counter[str]) -> bool:
-        """Moves the next group of a job, and other waiting groups with the same prompt, into the batch that is being put together.
+        """Moves the next group of rollouts of a job, and other waiting groups with the same prompt, into the batch that is being put
+        together.
 
         It returns whether the job had a group that may be taken and that fitted.
         """
@@ -210,9 +220,9 @@ class WaitingQueue:
         return None if call is None else next(iter(call.waiting))
 
     def _take(self, group: WaitingGroup, room: _NextBatch) -> None:
-        """Moves those rollouts of a group that fit, and all waiting ones that are identical to them, into the batch.
+        """Moves those rollouts of a group that fit into the batch, together with all waiting rollouts that are identical to them.
 
-        All of them fit unless the group alone is larger than a batch.
+        The whole group fits unless the group alone is larger than a batch.
         """
         prompt = self._prompts[group.prompt]
         for item in list(group.items):

@@ -1,22 +1,25 @@
-"""Implements the scheduling policy: which calls are admitted, and when each worker gets which batch.
+"""Implements the scheduling policy: which calls (each the work of one request) are accepted, and when each worker process gets which batch.
 
-There is no timer: a batch is whatever waits when a worker becomes free, up to a token budget, so that batches grow under load.
+There is no timer: when a worker becomes free, all waiting rollouts, up to a token budget, become its next batch. So batches grow under
+load.
 
-* Admission counts tokens. A call that does not fit into the queue is refused at once, with an estimate of when to try again.
+* The queue is limited in tokens. A call that does not fit into the queue is refused at once, with an estimate of when to try again.
 * The module ``queue`` chooses the rollouts of a batch, their order and how prompts are shared. The module ``deduplication`` computes
   identical rollouts of several calls once.
-* While a worker computes one batch it may have the next one prepared, so that sending and decoding cost no time. A batch is prepared only
-  if as much waits as fits into it (a prompt and identical rollouts counted once): waiting longer would not make it larger. It is the same
-  batch, by the same turns, as the worker would get a little later; calls that arrive in between wait for it.
-* Expired and withdrawn work never reaches a worker, and withdrawn work that a worker has already is cancelled in the middle of its batch.
+* While a worker computes one batch, the next batch may already be sent to the worker, so that sending and decoding cost no extra time. A
+  batch is sent ahead only if enough tokens wait to fill it (a prompt and identical rollouts counted once), since waiting longer would not
+  make it larger. Its rollouts are those that the worker would get a little later anyway; calls that arrive in between wait for the batch.
+* Rollouts of expired and withdrawn calls are never sent to a worker. If a worker has them already, withdrawn rollouts are cancelled in the
+  middle of their batch.
 * A batch that fails is halved until the rollout that fails is alone.
-* A batch for which memory is short is halved too, and the worker then gets smaller ones (``batch_budget``). A single rollout that does not
-  fit fails.
-* If a worker process is ended on purpose, the batch that it computed fails, and one that it had only prepared returns to the queue.
-* If a worker process is lost in any other way (it got stuck, its device failed, it crashed), what it computed may be the cause: each
-  rollout of that batch returns to the queue, is tried alone, and is refused if a worker is lost with it again (``suspects``).
+* A batch that does not fit into memory is halved too, and the worker then gets smaller batches (``batch_budget``). A single rollout that
+  does not fit fails.
+* If a worker process is ended on purpose, the batch that it was computing fails, and a batch that was only sent ahead returns to the queue.
+* If a worker process dies in any other way (it crashed, its device failed, or it was killed because it was stuck), a rollout that it was
+  computing may be the cause. Each rollout of that batch returns to the queue, is tried alone, and is refused if a worker dies with the
+  rollout again (``suspects``).
 
-Everything runs on one event loop, so nothing here locks.
+All code of this module runs on one event loop and needs no locks.
 """
 
 from __future__ import annotations
@@ -58,13 +61,13 @@ THROUGHPUT_SMOOTHING = 0.3
 
 @dataclass(eq=False, slots=True)
 class _SentBatch:
-    """Holds a batch that one worker got.
+    """Record of a batch that was sent to one worker process.
 
     Attributes:
         worker: the worker.
-        computations: the batch's rollouts, each once for all calls that wait for it.
-        started: whether the worker computes the batch now, as far as is known.
-        lost: whether the worker was lost, so that what is unfinished waits again.
+        computations: the batch's rollouts, each with all calls that wait for its result.
+        started: whether the worker computes the batch now, as far as the scheduler knows.
+        lost: whether the worker died, so that the unfinished rollouts are in the queue again.
     """
 
     worker: Worker
@@ -74,15 +77,16 @@ class _SentBatch:
 
 
 class Scheduler:
-    """Admits calls to the queue and hands batches of their rollouts to workers. All of it runs on one event loop.
+    """Scheduler that accepts calls (each the work of one request) into a queue and sends batches of their rollouts to worker processes. All
+    methods must run on one event loop.
 
     Args:
-        workers: the workers, which are given batches in this order.
-        max_queue_tokens: the most tokens that may wait, over all calls.
-        max_batch_tokens: the most tokens of one batch. A single rollout that is larger is a batch of its own.
-        on_batch: called for every batch that goes to a worker, with its number of tokens and its number of rollouts.
-        on_out_of_memory: called for every batch for which memory was short.
-        clock: returns the time in seconds on a monotonic clock, on which deadlines are given.
+        workers: the workers; if several are free, they get batches in this order.
+        max_queue_tokens: the largest number of tokens that may wait, over all calls.
+        max_batch_tokens: the largest number of tokens of one batch. A single larger rollout is a batch of its own.
+        on_batch: function that is called for every batch sent to a worker, with the batch's number of tokens and number of rollouts.
+        on_out_of_memory: function that is called for every batch that did not fit into a device's memory.
+        clock: function that returns the time in seconds on a monotonic clock, on which deadlines are given.
     """
 
     def __init__(
@@ -109,7 +113,7 @@ class Scheduler:
 
     @property
     def queued_tokens(self) -> int:
-        """Counts the tokens that wait for a worker, a prompt once per group."""
+        """Counts the tokens that wait for a worker. The prompt of a group of rollouts is counted once."""
         return self._waiting.tokens
 
     @property
@@ -118,22 +122,22 @@ class Scheduler:
         return self._waiting.rollouts
 
     def batch_budget(self, worker: Worker) -> int:
-        """Returns the most tokens that the next batch of a worker may have."""
+        """Returns the largest number of tokens that the next batch of a worker may have."""
         return self._budgets[worker].tokens
 
     def submit(self, groups: Sequence[Sequence[CheckedRollout]], *, job: str, priority: int = 0, deadline: float = math.inf) -> Call:
-        """Admits the rollouts of one request to the queue, and returns the call that yields their results.
+        """Adds the rollouts of one request to the queue, and returns a ``Call``, which yields their results.
 
         Args:
             groups: the checked rollouts, per group; all have the same options.
             job: name of the training job that sent the request; jobs take turns.
             priority: rollouts of the same job with a higher number go first.
-            deadline: when the work must be done, in seconds on the scheduler's clock.
+            deadline: the time by which the work must be done, in seconds on the scheduler's clock.
 
         Raises:
-            QueueFull: the rollouts do not fit into the queue beside what waits already.
-            WorkerLostTwice: a worker process was lost twice with one of the rollouts.
-            OutOfMemory: a worker process was twice killed, with one of the rollouts, because the system's memory was short.
+            QueueFull: the rollouts do not fit into the queue beside those that wait already.
+            WorkerLostTwice: one of the rollouts has caused the death of two worker processes.
+            OutOfMemory: two worker processes that computed one of the rollouts were killed because the system's memory was short.
         """
         now = self.clock()
         call = Call(self, job, priority, deadline, now)
@@ -152,18 +156,22 @@ class Scheduler:
         return call
 
     def withdraw(self, call: Call) -> None:
-        """Ends a call: drops its rollouts that wait and cancels those computed for no other call. A finished call stays as it is."""
+        """Ends a call (the work of one request): drops its waiting rollouts, and cancels the rollouts that are computed for no other call.
+        A finished call stays as it is.
+        """
         self._waiting.drop(call)
         self._in_flight.withdraw(call)
         call.ended()
 
     def fail_waiting(self, error: CoreError) -> None:
-        """Ends, with ``error``, every call that has waiting rollouts; it is for when no worker is left to compute them."""
+        """Ends with ``error`` every call that has waiting rollouts. It is used when no worker is left to compute them."""
         for call in list(self._waiting):
             call.fail(error)
 
     def dispatch(self) -> None:
-        """Gives every free worker a batch of waiting rollouts, and prepares a next one; it must be called when a worker becomes ready."""
+        """Sends every free worker a batch of waiting rollouts, and sends busy workers a next batch ahead if enough tokens wait. It must be
+        called when a worker becomes ready.
+        """
         for ahead in range(MAX_BATCHES):
             for worker, batches in self._batches.items():
                 if worker.ready and len(batches) == ahead and self._waiting.rollouts:
@@ -189,7 +197,7 @@ class Scheduler:
             asyncio.get_running_loop().call_soon(self._on_batch, tokens, len(computations))  # The batch is sent before it is counted.
 
     async def _run(self, batch: _SentBatch) -> None:
-        # The suspects are noted now, since what is known of rollouts may change while something computes.
+        # The suspects are noted now, since the suspicions may change while a rollout is computed.
         suspects = [computation for computation in batch.computations if computation.key in self._suspects]
         try:
             await self._score(batch, [computation for computation in batch.computations if computation not in suspects])
@@ -201,7 +209,7 @@ class Scheduler:
             self.dispatch()
 
     async def _score(self, batch: _SentBatch, computations: Sequence[Computation]) -> None:
-        """Scores those rollouts of a batch that calls still wait for, in halves where they fail together."""
+        """Scores those rollouts of a batch for which calls still wait. If the rollouts fail together, they are tried in halves."""
         computations = [computation for computation in computations if computation.items]
         if batch.lost:
             self._put_back(computations)
@@ -246,24 +254,25 @@ class Scheduler:
             await self._score(batch, computations[len(computations) // 2 :])
 
     def _answered(self, batch: _SentBatch) -> None:
-        """Marks which of its batches a worker computes once it has answered (a part of) ``batch``.
+        """Records which of its two batches a worker computes, after the worker has responded to ``batch`` or to a part of it.
 
-        It is the worker's other batch if there is one, since the rest of ``batch`` is sent after that.
+        The worker then computes its other batch, if there is one, since the rest of ``batch`` is sent later.
         """
         batches = self._batches[batch.worker]
         for other in batches:
             other.started = other is not batch or len(batches) == 1
 
     def _lose(self, batch: _SentBatch, computations: Sequence[Computation], error: WorkerUnavailable, number: int) -> None:
-        """Decides what becomes of rollouts whose worker process ended or was lost before it had scored them.
+        """Handles rollouts whose worker process ended or died before it had scored them.
 
-        Those that it computed fail or, if the loss was not on purpose, are suspected of it; others go back into the queue.
+        Rollouts that the worker was computing fail if the worker was ended on purpose, and are otherwise suspected of being the cause. All
+        others go back into the queue.
 
         Args:
             batch: the batch that the rollouts belong to.
             computations: the rollouts.
-            error: how the worker was lost.
-            number: the number under which the worker had these rollouts.
+            error: the error that says how the worker died.
+            number: the number of the worker's batch with these rollouts.
         """
         for computation in computations:
             computation.place = None
@@ -277,9 +286,9 @@ class Scheduler:
                 self._in_flight.fail(computation, error)
 
     def _suspect(self, batch: _SentBatch, computations: Sequence[Computation], error: WorkerLost) -> None:
-        """Puts rollouts that a worker process computed when it was lost back into the queue, each to be tried alone.
+        """Puts rollouts that a worker process was computing when it died back into the queue, each to be tried alone.
 
-        A rollout that was alone in the batch and was suspected before is refused instead.
+        A rollout that was alone in the batch, and was suspected of an earlier death too, is refused instead.
         """
         tokens = _tokens(computations)
         if error.reason_lost == "memory":
@@ -294,13 +303,15 @@ class Scheduler:
         self._put_back(computations)
 
     def _put_back(self, computations: Sequence[Computation]) -> None:
-        """Puts rollouts back at the head of the queue, in the order in which they were taken."""
+        """Puts rollouts back at the head of the queue, in their earlier order."""
         for computation in reversed(computations):
             computation.place = None
             self._waiting.put_back(self._in_flight.take_back(computation))
 
     def _fail_lost(self, computations: Sequence[Computation]) -> None:
-        """Ends, with an internal fault, the calls of rollouts that a worker neither scored nor refused, since they would wait for ever."""
+        """Ends with an internal fault the calls whose rollouts a worker neither scored nor refused, since these calls would otherwise wait
+        for ever.
+        """
         if computations:
             fault = InternalFault.new()
             logger.error("rollouts got lost in a batch", incident=fault.incident, rollouts=len(computations))
@@ -315,7 +326,9 @@ class Scheduler:
         self._tokens_per_second = measured if known is None else known + THROUGHPUT_SMOOTHING * (measured - known)
 
     def _retry_seconds(self) -> float:
-        """Estimates the seconds that a worker takes for its share of what waits; before the first batch the estimate is one second."""
+        """Estimates the seconds that a worker needs for its share of the waiting tokens. Before the first batch the estimate is one
+        second.
+        """
         if not self._tokens_per_second:
             return 1.0
         working = max(1, sum(worker.ready for worker in self._batches))
@@ -324,13 +337,13 @@ class Scheduler:
 
 
 def _refusal(item: RequestedRollout, error: WorkerLost) -> CoreError:
-    """Returns the error that ends the call of a rollout with which a worker process was lost twice."""
+    """Returns the error that ends the call of a rollout that two worker processes died computing."""
     if error.reason_lost == "memory":
         return OutOfMemory(item.rollout.tokens)
     return WorkerLostTwice(f"groups[{item.group}].completions[{item.completion}]", error.doing, error.problem)
 
 
 def _tokens(computations: Sequence[Computation]) -> int:
-    """Counts the tokens of rollouts that are computed together, each distinct prompt once."""
+    """Counts the tokens of rollouts that are computed together, with each distinct prompt counted once."""
     prompts = {computation.key[0]: len(computation.rollout.prompt_ids) for computation in computations}
     return sum(prompts.values()) + sum(computation.rollout.tokens - len(computation.rollout.prompt_ids) for computation in computations)

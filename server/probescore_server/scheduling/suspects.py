@@ -1,6 +1,7 @@
-"""Remembers the rollouts with which a worker process was lost: each is tried once more alone, and is refused if it happens again.
+"""Remembers rollouts that a worker process was computing when it died. Each such rollout is tried once more alone, and refused if a worker
+dies again.
 
-The rollouts are known by their content, not by the call: a caller that sends the same rollout again finds it still suspected.
+Rollouts are identified by their content, not by their request, so the suspicion remains if a client sends the same rollout again.
 """
 
 from __future__ import annotations
@@ -13,16 +14,18 @@ from probescore_server.errors import WorkerLost
 
 MAX_SUSPECTS = 4096
 REMEMBERED_SECONDS = 600.0
-"""The suspicion against a rollout is forgotten after these seconds: the cause may be fixed by then, and if not, it costs one restart."""
+"""Seconds after which the suspicion against a rollout is forgotten. The cause may be fixed by then; if it is not, forgetting costs one
+restart of a worker process.
+"""
 
 
 @dataclass(frozen=True)
 class _Suspicion:
-    """Says when a worker process was last lost while it computed a rollout.
+    """Value object with the last death of a worker process that was computing a rollout.
 
     Attributes:
-        since: the time in seconds on the scheduler's clock.
-        again: the error, if it was lost with the rollout a second time and with nothing else; else ``None``.
+        since: the time of that death in seconds on the scheduler's clock.
+        again: the error of the second death, if a second worker process died while computing nothing but the rollout; else ``None``.
     """
 
     since: float
@@ -30,9 +33,9 @@ class _Suspicion:
 
 
 class Suspects:
-    """Holds the rollouts with which a worker process was lost, by their keys, which are equal for rollouts of the same content.
+    """Record of the rollouts that a worker process was computing when it died, keyed by content.
 
-    Only the keys' hashes are kept, since keys hold every token.
+    Only hashes of the rollouts' keys are stored, since a key contains every token.
     """
 
     def __init__(self) -> None:
@@ -42,15 +45,15 @@ class Suspects:
         return hash(key) in self._known
 
     def lost(self, key: Hashable, error: WorkerLost, now: float, *, alone: bool) -> bool:
-        """Notes that a worker process was lost while it computed a rollout, and returns whether the rollout is now proved to be the cause.
+        """Records that a worker process died while computing a rollout, and returns whether this proves the rollout to be the cause.
 
-        It is if a worker was lost with it before, and now with nothing else.
+        The rollout is the cause if a worker died with the rollout before, and now died while computing nothing else.
 
         Args:
             key: a value that is equal for rollouts of the same content.
-            error: how the worker was lost.
+            error: the error that says how the worker died.
             now: the time in seconds on the scheduler's clock.
-            alone: whether the worker computed nothing else.
+            alone: whether the worker was computing nothing but the rollout.
         """
         again = alone and key in self
         self._known[hash(key)] = _Suspicion(now, error if again else None)
@@ -60,7 +63,8 @@ class Suspects:
         return again
 
     def lost_twice(self, key: Hashable, now: float) -> WorkerLost | None:
-        """Returns the error of a worker's second loss with a rollout, which must then not be tried; ``None`` if there was no second loss.
+        """Returns the error of the second death of a worker process with a rollout, which must then not be tried again; ``None`` if there
+        was no second death.
 
         Args:
             key: a value that is equal for rollouts of the same content.
@@ -72,5 +76,5 @@ class Suspects:
         return None if known is None else known.again
 
     def cleared(self, key: Hashable) -> None:
-        """Forgets that a worker process was lost with a rollout, since the rollout has been scored."""
+        """Removes the suspicion against a rollout, since the rollout has been scored."""
         self._known.pop(hash(key), None)

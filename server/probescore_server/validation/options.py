@@ -1,4 +1,4 @@
-"""Checks the options of a request, which are the probes, reductions and scope that it names, against the loaded probes."""
+"""Checks the options of a request (the probes, reductions and scope that the request names) against the loaded probes."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ def resolve_options(
     return_token_ids: bool = False,
     return_token_texts: bool = False,
 ) -> ResolvedOptions:
-    """Checks the options of a request and returns them with each probe's name resolved to the loaded probe's ``name@version``.
+    """Checks the options of a request and returns them, with each probe's name replaced by the loaded probe's key ``name@version``.
 
     Args:
         info: the model and probes that are loaded.
         probes: the probes to apply, each as ``name`` or ``name@version``; empty = every loaded probe.
-        reductions: how scores per token become one score; empty = each probe's default.
-        token_scores: the probes whose scores per token are wanted, or ``"all"`` = every probe of the request that scores tokens.
-        scope: which tokens are scored: ``completion``, ``prompt`` or both.
-        return_token_ids: whether the answer is to hold the token ids.
-        return_token_texts: whether the answer is to hold the text of each token.
+        reductions: the reductions from the scores of the tokens to one score, such as ``mean``; empty = each probe's default.
+        token_scores: the probes whose scores per token are returned too, or ``"all"`` = every probe of the request that scores tokens.
+        scope: the tokens to score: ``completion``, ``prompt`` or ``all``.
+        return_token_ids: whether the response contains the token ids.
+        return_token_texts: whether the response contains the text of each token.
 
     Raises:
-        InvalidRequest: an option is invalid; names ``probes[i]``, ``reductions[i]``, ``token_scores.probes[i]`` or ``scope``.
+        InvalidRequest: an option is invalid; the error names ``probes[i]``, ``reductions[i]``, ``token_scores.probes[i]`` or ``scope``.
     """
     by_key = {probe.key: probe for probe in info.probes}
     keys = _resolve_names(info.probes, probes, "probes") if probes else tuple(by_key)

@@ -1,4 +1,6 @@
-"""Checks the rollouts of a request, with their token ids, masks, spans and follow-ups, against the loaded model and the limits."""
+"""Checks the rollouts of a request, with their token ids, masks, spans (token ranges) and follow-ups (texts that continue a completion),
+against the loaded model and the limits.
+"""
 
 from __future__ import annotations
 
@@ -32,26 +34,27 @@ def resolve_rollouts(
 ) -> list[list[CheckedRollout]]:
     """Checks a request's rollouts against the loaded model and the limits, and returns them as token ids that are ready to be scored.
 
-    Each limit is off if it is ``None``.
+    A limit that is ``None`` is not applied.
 
     Args:
         groups: the rollout groups as the client sent them, each a prompt with its completions.
         info: the model and probes that are loaded.
         options: the request's options, as ``resolve_options`` returns them.
-        encoded: for each text of ``pending_texts(groups)``, by its ``field``: the token ids, ``(T,)`` int32.
-        max_rollout_tokens: the most tokens of prompt + completion + longest chain of follow-ups, those that probes append included. The
-            number of positions that the model was made for is a limit in any case.
-        max_request_tokens: the most tokens of all groups, a prompt counted once per group, with what spans read beyond reading each
-            token once.
-        max_span_scores: the most scores that the spans of one completion and its follow-ups may read.
-        max_request_values: the most numbers in the answer.
+        encoded: a dictionary, keyed by the ``field`` of each text of ``pending_texts(groups)``, of the text's token ids, ``(T,)`` int32.
+        max_rollout_tokens: the largest number of tokens of prompt + completion + longest chain of follow-ups, including the follow-ups that
+            probes append. The number of positions for which the model was made is a limit in any case.
+        max_request_tokens: the largest number of tokens of all groups, with a prompt counted once per group and the extra token reads that
+            spans cause included.
+        max_span_scores: the largest number of token scores that the spans (token ranges) of one completion and its follow-ups may read.
+        max_request_values: the largest number of numbers in the response.
 
     Returns:
         The checked rollouts, by group and then by completion, in the request's order.
 
     Raises:
-        InvalidRequest: a field is invalid; names its path in the request message, such as ``groups[2].completions[0].mask``.
-        LimitExceeded: a limit is exceeded; names the path likewise.
+        InvalidRequest: a field is invalid; the error names the field's path in the request message, such as
+            ``groups[2].completions[0].mask``.
+        LimitExceeded: a limit is exceeded; the error names the field's path likewise.
     """
     if not groups:
         raise InvalidRequest("groups", "at least one group is needed")
@@ -83,17 +86,18 @@ def resolve_rollouts(
 
 @dataclass(frozen=True, slots=True)
 class _RequestChecks:
-    """Checks the rollouts of one request, and holds what all of these checks need.
+    """Checker of the rollouts of one request, with the data that all checks need.
 
     Attributes:
         info: the model and probes that are loaded.
         options: the request's options.
-        encoded: by field of a text: its token ids, ``(T,)`` int32.
+        encoded: a dictionary, keyed by the field of each text, of the text's token ids, ``(T,)`` int32.
         longest: the limit on a rollout's tokens and the limit's name; ``None`` = no limit.
-        longest_appended: tokens of the longest follow-up that a requested probe appends by itself.
-        all_appended: tokens of all follow-ups that requested probes append by themselves.
+        longest_appended: the largest number of token ids that one requested probe itself appends to a completion.
+        all_appended: the number of token ids that all requested probes together append to a completion.
         cost: the cost factors of the request's options.
-        max_span_scores: the most scores that the spans of one completion and its follow-ups may read; ``None`` = no limit.
+        max_span_scores: the largest number of token scores that the spans of one completion and its follow-ups may read; ``None`` = no
+            limit.
     """
 
     info: EngineInfo

@@ -1,4 +1,4 @@
-"""Finds the texts and chats of a request, which must be tokenised before its rollouts can be checked, and limits their length."""
+"""Finds the texts and chats of a request, and limits their length. They must be tokenised before the request's rollouts can be checked."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from probescore_server.errors import LimitExceeded
 
 @dataclass(frozen=True, slots=True)
 class PendingText:
-    """Holds a text or chat of a request that must be tokenised before the request can be checked.
+    """Value object with a text or chat of a request that must be tokenised before the request can be checked.
 
     Attributes:
-        field: its path in the request, such as ``groups[0].prompt`` or ``groups[2].completions[0].follow_ups[1]``.
+        field: the path of the text or chat in the request, such as ``groups[0].prompt`` or ``groups[2].completions[0].follow_ups[1]``.
         content: a ``str`` for the text of a completion or follow-up; a ``Text`` or a ``Chat`` for a prompt.
     """
 
@@ -23,7 +23,7 @@ class PendingText:
 
     @property
     def bytes(self) -> int:
-        """Counts the UTF-8 bytes of the text or, of a chat, those of the roles and contents of all messages."""
+        """Counts the UTF-8 bytes of the text or, for a chat, of the roles and contents of all messages."""
         match self.content:
             case str():
                 return utf8_bytes(self.content)
@@ -34,9 +34,9 @@ class PendingText:
 
 
 def utf8_bytes(text: str) -> int:
-    """Counts the bytes of a text in UTF-8; returns 0 for what is not a string.
+    """Counts the bytes of a text in UTF-8; returns 0 for a value that is not a string.
 
-    An unpaired surrogate is counted, not refused: the tokenizer refuses it later, as it does what is not a string.
+    An unpaired surrogate is counted, not refused. The tokenizer later refuses both such a text and a value that is not a string.
     """
     if not isinstance(text, str):
         return 0
@@ -44,7 +44,9 @@ def utf8_bytes(text: str) -> int:
 
 
 def pending_texts(groups: Sequence[RolloutGroup]) -> list[PendingText]:
-    """Returns each prompt, completion and follow-up of a request that came as text or chat instead of token ids, in the request's order."""
+    """Returns each prompt, completion and follow-up (text that continues a completion) of a request that is given as text or chat instead
+    of token ids, in the request's order.
+    """
     texts: list[PendingText] = []
     for i, group in enumerate(groups):
         match group.prompt:
@@ -59,11 +61,11 @@ def pending_texts(groups: Sequence[RolloutGroup]) -> list[PendingText]:
 
 @dataclass(frozen=True)
 class ChatLimits:
-    """Limits the rendering of one chat by the model's chat template.
+    """Value object with the limits on rendering one chat by the model's chat template.
 
     Attributes:
-        max_bytes: the most UTF-8 bytes that the rendered text may have.
-        max_seconds: the most seconds that rendering may take.
+        max_bytes: the largest number of UTF-8 bytes of the rendered text.
+        max_seconds: the largest number of seconds that rendering may take.
     """
 
     max_bytes: int
@@ -73,17 +75,19 @@ class ChatLimits:
 def check_texts(
     texts: Sequence[PendingText], *, max_rollout_tokens: int, max_request_tokens: int, max_text_bytes_per_token: int, max_chat_messages: int
 ) -> None:
-    """Refuses texts of a request that are too long, before they are tokenised, by limits on bytes that follow from those on tokens.
+    """Refuses texts of a request that are too long, before they are tokenised. The limits are in bytes, computed from the limits on tokens.
 
     Args:
         texts: all texts and chats of the request.
-        max_rollout_tokens: the most tokens of one rollout.
-        max_request_tokens: the most tokens of the request.
-        max_text_bytes_per_token: the most UTF-8 bytes per token: of one text for ``max_rollout_tokens``, of all for ``max_request_tokens``.
-        max_chat_messages: the most messages of one chat.
+        max_rollout_tokens: the largest number of tokens of one rollout.
+        max_request_tokens: the largest number of tokens of the request.
+        max_text_bytes_per_token: the factor from a limit on tokens to a limit on UTF-8 bytes. One text is limited by
+            ``max_rollout_tokens``, all texts together by ``max_request_tokens``.
+        max_chat_messages: the largest number of messages of one chat.
 
     Raises:
-        LimitExceeded: names the path of the text, ``groups`` for all texts together, or ``groups[i].prompt.chat.messages``.
+        LimitExceeded: a text or chat is too long; the error names the text's path, ``groups`` for all texts together, or
+            ``groups[i].prompt.chat.messages``.
     """
     total = 0
     for text in texts:
@@ -98,15 +102,15 @@ def check_texts(
 
 
 def check_text_bytes(size: int, field: str, most: int) -> None:
-    """Refuses a text, as the client sent it or as a chat template rendered it, that is too long to be tokenised.
+    """Refuses a text that is too long to be tokenised. The text is one that the client sent or that a chat template rendered.
 
     Args:
         size: UTF-8 bytes of the text.
         field: path of the text in the request.
-        most: the most UTF-8 bytes that are allowed.
+        most: the largest number of UTF-8 bytes that is allowed.
 
     Raises:
-        LimitExceeded: ``size`` is larger than ``most``; names ``field``.
+        LimitExceeded: ``size`` is larger than ``most``; the error names ``field``.
     """
     if size > most:
         limit = "max_text_bytes_per_token × max_rollout_tokens"
@@ -121,5 +125,5 @@ def _continuation_texts(completion: Completion, path: str) -> Iterator[PendingTe
 
 
 def as_completion(completion: Completion | TokenIds | str) -> Completion:
-    """Returns a ``Completion``, made from token ids or text if only those were given."""
+    """Returns a ``Completion``, which is made here if only token ids or a text are given."""
     return completion if isinstance(completion, Completion) else Completion(completion)

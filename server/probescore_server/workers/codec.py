@@ -1,6 +1,7 @@
-"""Encodes rollouts and their results as tuples of bytes, numbers and strings, to be pickled for the pipe to a worker process and back.
+"""Encodes rollouts and their results as tuples of bytes, numbers and strings, which are then pickled and sent between the front process and
+a worker process.
 
-Pickling the objects of a dozen classes, and their small arrays, themselves would take three times as long.
+Pickling the objects themselves, of a dozen classes and with many small arrays, would take three times as long.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ Encoded: TypeAlias = tuple[Any, ...]
 
 
 def encode_rollouts(rollouts: Sequence[CheckedRollout]) -> Encoded:
-    """Encodes the rollouts of a batch as tuples of plain values; prompts and options that rollouts share are encoded once."""
+    """Encodes the rollouts of a batch as tuples of plain values. Prompts and options that several rollouts share are encoded once."""
     prompts: dict[int, tuple[int, bytes]] = {}
     options: dict[int, tuple[int, Encoded]] = {}
     encoded = []
@@ -37,7 +38,9 @@ def encode_rollouts(rollouts: Sequence[CheckedRollout]) -> Encoded:
 
 
 def decode_rollouts(encoded: Encoded) -> list[CheckedRollout]:
-    """Decodes what ``encode_rollouts`` returned. Arrays are read-only, and rollouts that shared a prompt or options share them again."""
+    """Decodes rollouts that ``encode_rollouts`` encoded. Arrays are read-only, and rollouts that shared a prompt or options share them
+    again.
+    """
     encoded_prompts, encoded_options, encoded_rollouts = encoded
     prompts = [np.frombuffer(ids, np.int32) for ids in encoded_prompts]
     options = [_decode_options(each) for each in encoded_options]
@@ -90,12 +93,12 @@ def _decode_continuation(encoded: Encoded) -> Continuation:
 
 
 def encode_results(results: Sequence[RolloutResult | None]) -> Encoded:
-    """Encodes the results of a batch of rollouts as tuples of plain values; ``None``, for a cancelled rollout, stays ``None``."""
+    """Encodes the results of a batch of rollouts as tuples of plain values. ``None``, the result of a cancelled rollout, stays ``None``."""
     return tuple([None if result is None else _encode_result(result) for result in results])
 
 
 def decode_results(encoded: Encoded) -> tuple[RolloutResult | None, ...]:
-    """Decodes what ``encode_results`` returned. Arrays are read-only."""
+    """Decodes results that ``encode_results`` encoded. Arrays are read-only."""
     return tuple([None if result is None else _decode_result(result) for result in encoded])
 
 
@@ -157,7 +160,9 @@ def _decode_tokens(encoded: Encoded) -> NDArray[np.float32]:
 
 
 def _bytes_of(array: NDArray[Any], dtype: DTypeLike) -> bytes:
-    """Returns an array's bytes; raises ``TypeError`` if its dtype is another, since its bytes would be decoded as other numbers."""
+    """Returns an array's bytes; raises ``TypeError`` if the array has another dtype than ``dtype``, since its bytes would be decoded as
+    wrong numbers.
+    """
     if array.dtype != dtype:
         raise TypeError(f"an array of {array.dtype} where {np.dtype(dtype)} is read")
     return array.tobytes()

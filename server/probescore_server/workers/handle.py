@@ -1,4 +1,6 @@
-"""Defines the front process's handle of a worker, which sends batches and texts to the worker process and restarts it when it ends."""
+"""Defines the front process's handle of a worker, which sends batches and texts to the worker process and restarts the process when it
+ends.
+"""
 
 from __future__ import annotations
 
@@ -35,20 +37,22 @@ MAX_BACKOFF = 60.0
 
 
 class PinnedContent:
-    """Remembers what the first worker of a server has loaded, and refuses a later worker that has loaded anything else.
+    """Record of the model and probes that the first worker process of a server has loaded, against which every later worker process is
+    checked.
 
-    Every start of a worker process reads the files again. If these have changed, the worker must not score under the fingerprints that the
-    server has announced, nor with other weights than the server's other workers.
+    Every start of a worker process reads the files again. If the files have changed, the worker must not score under the fingerprints that
+    the server has announced, nor with other weights than the server's other workers.
     """
 
     def __init__(self) -> None:
         self._info: EngineInfo | None = None
 
     def check(self, info: EngineInfo) -> None:
-        """Keeps the first description of what a worker has loaded, and compares every later one with it.
+        """Stores the description of the model and probes that the first worker process has loaded, and compares every later worker's
+        description with it.
 
         Raises:
-            StartupError: the content of the model's files or of a probe's has changed; names the model or the probes.
+            StartupError: the content of the model's or a probe's files has changed; the error names the model or the probes.
         """
         first = self._info = self._info or info
         now, before = ({probe.key: probe for probe in each.probes} for each in (info, first))
@@ -62,19 +66,19 @@ class PinnedContent:
 
 
 class WorkerHandle:
-    """Is the front process's handle of one worker: it starts the worker process, restarts it whenever it ends, and sends work to it.
+    """Front process's handle of one worker: it starts the worker process, restarts the process whenever it ends, and sends work to it.
 
-    All of it runs on one event loop.
+    All methods must run on one event loop.
 
     Args:
-        spec: what the worker loads, and on which device.
-        on_change: called whenever ``ready``, ``asleep`` or ``failed_starts`` changes.
-        pinned: what all workers of the server must have loaded; shared by these workers.
-        on_lost: called with the reason, one of ``liveness.REASONS_LOST``, whenever the worker process was lost.
+        spec: the model and probes that the worker loads, and its device.
+        on_change: function that is called whenever ``ready``, ``asleep`` or ``failed_starts`` changes.
+        pinned: the record, shared by all workers of the server, of the content that each of them must have loaded.
+        on_lost: function that is called whenever the worker process died, with the reason, one of ``liveness.REASONS_LOST``.
 
     Attributes:
-        spec: what the worker loads, and on which device.
-        info: what the worker has loaded; ``None`` before the worker was ready for the first time.
+        spec: the model and probes that the worker loads, and its device.
+        info: a description of the loaded model and probes; ``None`` before the worker was ready for the first time.
         restarts: how often the worker process was started again.
         failed_starts: number of attempts to start that failed since the worker was last ready.
     """
@@ -104,26 +108,26 @@ class WorkerHandle:
 
     @property
     def ready(self) -> bool:
-        """Tells whether the worker can score now: its process has loaded everything and is awake."""
+        """Returns whether the worker can score now: its process has loaded the model and probes and is awake."""
         return self.up and not self.asleep
 
     @property
     def up(self) -> bool:
-        """Tells whether the worker's process runs and has loaded everything, awake or asleep."""
+        """Returns whether the worker's process runs and has loaded the model and probes, awake or asleep."""
         return self._running is not None and not self._running.ended.is_set()
 
     @property
     def asleep(self) -> bool:
-        """Tells whether the worker leaves its device's memory free until ``wake`` is called.
+        """Returns whether the worker leaves its device's memory free until ``wake`` is called.
 
-        The worker stays asleep if its process ends: the process is not started again before ``wake``, since loading would take the memory
-        that was given back.
+        The worker stays asleep if its process ends. The process is then not started again before ``wake``, since loading would take the
+        memory that sleeping has freed.
         """
         return not self._awake.is_set()
 
     @property
     def statistics(self) -> EngineStatistics:
-        """Returns the worker's memory use and cache hits as it last reported them; all are 0 while the worker is down."""
+        """Returns the worker's memory use and cache hits, as last reported by the worker process; all are 0 while the worker is down."""
         return EngineStatistics() if self._running is None else self._running.statistics
 
     async def run(self) -> None:
@@ -149,7 +153,7 @@ class WorkerHandle:
             self.restarts += 1
 
     async def _run_once(self, running: WorkerProcess) -> None:
-        """Starts one worker process, waits until it is ready, and returns once it has ended or has failed to start."""
+        """Starts one worker process, waits until it is ready, and returns once the process has ended or failed to start."""
         began = time.monotonic()
         logger.info("starting worker", device=self.spec.device, model=self.spec.settings.model)
         try:
@@ -180,11 +184,11 @@ class WorkerHandle:
         return next(self._numbers)
 
     async def score(self, number: int, rollouts: Sequence[CheckedRollout]) -> ScoredBatch:
-        """Scores a batch of rollouts after the batches that the worker has already. While the worker sleeps, the batch waits.
+        """Scores a batch of rollouts after the batches that were sent to the worker before. While the worker sleeps, the batch waits.
 
         Raises:
             WorkerUnavailable: the worker is not up, or its process ended.
-            WorkerLost: the worker's process was lost, and this or another batch may be the cause.
+            WorkerLost: the worker process crashed or was stuck, and this or another batch may be the cause.
             OutOfMemory: the batch needs more memory than the device has.
             InternalFault: the batch failed for any other reason.
         """
@@ -193,24 +197,26 @@ class WorkerHandle:
         return batch
 
     def cancel(self, number: int, index: int) -> None:
-        """Cancels one rollout of a batch, whose result will be ``None``. It has no effect once the batch is answered."""
+        """Cancels one rollout of a batch, whose result will be ``None``. The function call has no effect once the batch's results have
+        arrived.
+        """
         if self._running is not None:
             self._running.send(CancelRollout(number, index))
 
     async def encode(self, texts: Sequence[PendingText]) -> dict[str, NDArray[np.int32]]:
         """Tokenises texts in the worker process, while batches compute and also while the worker sleeps.
 
-        If the worker's process ended while asleep, this waits until the worker is woken. If this coroutine is cancelled, the remaining
-        texts are given up.
+        If the worker process ended while asleep, this coroutine waits until the worker is woken. If the coroutine is cancelled, the
+        remaining texts are not tokenised.
 
         Returns:
-            The token ids of each text, ``(T,)`` int32, by ``PendingText.field``.
+            A dictionary, keyed by ``PendingText.field``, of the token ids of each text, ``(T,)`` int32.
 
         Raises:
-            InvalidRequest: a text cannot be tokenised; names its field.
+            InvalidRequest: a text cannot be tokenised; the error names the text's field.
             WorkerUnavailable: the worker is not up, or its process ended.
-            WorkerLost: the worker's process was lost; these texts are the cause if the error's ``order`` is not 0.
-            InternalFault: something else went wrong.
+            WorkerLost: the worker process crashed or was stuck; these texts are the cause if the error's ``order`` is not 0.
+            InternalFault: tokenising failed for any other reason.
         """
         if not self.up:
             await self._awake.wait()
@@ -227,14 +233,15 @@ class WorkerHandle:
         return ids
 
     async def until_back(self) -> None:
-        """Waits until the worker is up again; raises ``WorkerUnavailable`` if it cannot start."""
+        """Waits until the worker process runs again with the model loaded; raises ``WorkerUnavailable`` if the process cannot start."""
         while not self.up:
             if self.failed_starts:
                 raise self.unavailable()
             await self._changed.wait()
 
     async def sleep(self) -> Transfer:
-        """Makes the worker give its device's memory back after the batches that it has, and returns the bytes and seconds of it.
+        """Makes the worker free its device's memory after the batches that it has, and returns the bytes moved and freed and the seconds
+        taken.
 
         Calling it again while the worker sleeps changes nothing. The worker falls asleep even if this coroutine is cancelled.
 
@@ -256,7 +263,7 @@ class WorkerHandle:
             return self._logged("worker asleep", transfer)
 
     async def wake(self) -> Transfer:
-        """Makes the worker take its device's memory again, and returns the bytes and seconds of it.
+        """Makes the worker take its device's memory again, and returns the bytes moved and taken and the seconds needed.
 
         Calling it again while the worker is awake changes nothing. If this coroutine is cancelled, it must be called again.
 
@@ -310,7 +317,9 @@ class WorkerHandle:
             raise WorkerLost(loss.reason, loss.problem, unavailable.retry_seconds, loss.doing, loss.order) from None
 
     def unavailable(self) -> WorkerUnavailable:
-        """Returns the error for work that cannot be done before the worker is up again, with the seconds after which to try again."""
+        """Returns the error for work that cannot be done until the worker is up again. The error says after how many seconds to try
+        again.
+        """
         return WorkerUnavailable("the worker is down and being restarted", self._pause_seconds + self._start_seconds)
 
     @property

@@ -1,10 +1,11 @@
 """Detects worker processes that are stuck, from the work that each was given, the messages that it sends and its time limits.
 
-A worker process sends a heartbeat at intervals, from a thread of its own, which says at which step it is and which texts it tokenises. It
-is stuck if it sends nothing for too long, if its first unanswered batch takes too long without a new step, or if one text takes too long.
-Texts count by what the heartbeats say, not by what was requested: a request may have any number of texts, which take turns with those of
-others, and may be given up while one of its texts is still tokenised. Every method is given the time: the caller has the clock, and reports
-when it was not running itself.
+A worker process sends a heartbeat at intervals, from a separate thread. The heartbeat names the step that the worker computes and the texts
+that the worker tokenises. The worker counts as stuck if it sends nothing for too long, if its first unfinished batch takes too long without
+a new step, or if one text takes too long. The texts are taken from the heartbeats, not from the requests: a request may have any number of
+texts, which are tokenised in turn with those of other requests, and a request may be given up while one of its texts is still being
+tokenised. Every method receives the time as an argument: the caller has the clock, and reports periods in which the caller itself was not
+running.
 """
 
 from __future__ import annotations
@@ -16,30 +17,32 @@ from dataclasses import dataclass
 from probescore_server.activity import ActivityStep, TextBeingTokenised
 
 REASONS_LOST = ("silent", "overdue", "device", "memory", "crash", "start", "died")
-"""Names the reasons for which worker processes are lost: ``silent``, it sent nothing; ``overdue``, its work made no progress; ``device``,
-its device failed; ``memory``, the system killed it for lack of memory; ``crash``, it crashed; ``start``, it did not start; ``died``,
-somebody ended it.
+"""Reasons for the death of a worker process: ``silent``, it sent nothing and was killed; ``overdue``, its work made no progress and it was
+killed; ``device``, its device failed; ``memory``, the system killed it for lack of memory; ``crash``, it crashed; ``start``, it did not
+start; ``died``, somebody ended it.
 """
 
 
 BOOT_SECONDS = 60.0
-"""A new process may take at least so many seconds until its first message, since Python starts and imports slowly on a busy machine."""
+"""Number of seconds that a new process may take at least until its first message, since Python starts and imports slowly on a busy
+machine.
+"""
 
 
 TEXT_BYTES_PER_SECOND = 10_000
-"""A tokenizer is assumed to be at least this fast, in UTF-8 bytes per second, which even a slow tokenizer far exceeds."""
+"""Assumed minimum speed of a tokenizer in UTF-8 bytes per second, which even a slow tokenizer far exceeds."""
 
 
 @dataclass(frozen=True)
 class WorkerTimeLimits:
-    """Holds how many seconds a worker process may take for what it does.
+    """Value object with the time limits of a worker process.
 
     Attributes:
-        silent_seconds: the most seconds between two messages.
-        start_seconds: the most seconds from its start until it is ready.
-        step_seconds: the most seconds of one step of a batch, beside those for its tokens.
-        step_seconds_per_1000_tokens: the seconds that a step may take for every 1000 of its tokens.
-        chat_seconds: the most seconds of a chat template to render one chat.
+        silent_seconds: the largest number of seconds between two messages.
+        start_seconds: the largest number of seconds from the process's start until it is ready.
+        step_seconds: the largest number of seconds of one step of a batch, not counting the seconds for its tokens.
+        step_seconds_per_1000_tokens: the additional seconds that a step may take for every 1000 of its tokens.
+        chat_seconds: the largest number of seconds that a chat template may take to render one chat.
     """
 
     silent_seconds: float
@@ -49,26 +52,27 @@ class WorkerTimeLimits:
     chat_seconds: float
 
     def for_tokens(self, tokens: int) -> float:
-        """Returns the most seconds that a step of so many tokens may take."""
+        """Returns the largest number of seconds that a step of ``tokens`` tokens may take."""
         return self.step_seconds + self.step_seconds_per_1000_tokens * tokens / 1000
 
     def for_texts(self, texts: Iterable[TextBeingTokenised]) -> float:
-        """Returns the most seconds that any one of the texts which are tokenised at the same time may take.
+        """Returns the largest number of seconds that any one of several texts may take which are tokenised at the same time.
 
-        It is the time for all of them: threads run a tokenizer that is written in Python one after the other.
+        This is the sum of the times for all of these texts, since threads run a tokenizer that is written in Python one after the other.
         """
         return self.step_seconds + sum(text.bytes / TEXT_BYTES_PER_SECOND + self.chat_seconds * text.is_chat for text in texts)
 
 
 @dataclass(frozen=True)
 class LossReason:
-    """Says why a worker process is lost.
+    """Value object that says why a worker process died.
 
     Attributes:
-        reason: one word, of ``REASONS_LOST``; for a process that is stuck: ``silent``, ``overdue`` or ``start``.
-        problem: what the process did not do and for how long, or how it ended, as a text for people.
-        order: number of the batch or of the request's texts that took too long or was the only work; 0 = any of its work may be the cause.
-        doing: name of the step that the process was at; empty if that is not known.
+        reason: one of the words in ``REASONS_LOST``; for a process that was stuck: ``silent``, ``overdue`` or ``start``.
+        problem: a text for people that says what the process failed to do and for how long, or how the process ended.
+        order: number of the batch, or of the texts of one request, that took too long or was the process's only work; 0 = any of the
+            process's work may be the cause.
+        doing: name of the step that the process was computing; empty if the step is not known.
     """
 
     reason: str
@@ -78,13 +82,13 @@ class LossReason:
 
 
 class LivenessWatch:
-    """Decides whether one worker process is stuck, from what its caller reports of it from its start on.
+    """Detector that decides whether one worker process is stuck, from the events that the caller reports from the process's start on.
 
     All times are in seconds on one monotonic clock.
 
     Args:
-        limits: how long the process may take for what it does.
-        now: when the process was started.
+        limits: the time limits of the process.
+        now: the time at which the process was started.
 
     Attributes:
         step: the step that the process reported last.
@@ -103,48 +107,52 @@ class LivenessWatch:
         self._texts_since: list[float] = []
 
     def ready(self) -> None:
-        """Notes that the worker process has started and is ready for work."""
+        """Records that the worker process has started and is ready for work."""
         self._starting = False
 
     def heard(self, now: float) -> None:
-        """Notes that the worker process sent something at the time ``now``; ``-inf`` means that it has sent nothing yet."""
+        """Records that the worker process sent a message at the time ``now``; ``-inf`` means that the process has sent nothing yet."""
         if math.isfinite(now):
             self._said_something = True
             self._heard = max(self._heard, now)
 
     def asked(self, number: int, seconds: float, now: float) -> None:
-        """Notes that the worker process was given an order for its device, such as a batch, which may take ``seconds`` once it begins."""
+        """Records that the worker process was given an order for its device, such as a batch, which may take ``seconds`` seconds once the
+        process begins it.
+        """
         if not self._seconds:
             self._since = now
         self._seconds[number] = seconds
 
     def answered(self, number: int, now: float) -> None:
-        """Notes that the worker process has answered the order, such as a batch, of this number."""
+        """Records that the worker process has responded to the order, such as a batch, with the given number."""
         if self._seconds.pop(number, None) is not None:
             self._since = now
 
     def at(self, step: ActivityStep, now: float) -> None:
-        """Notes that the worker process reported this step as the one that it computes."""
+        """Records the step that the worker process has reported as being computed."""
         if step.number != self.step.number:
             self.step = step
             if step.order in self._seconds:
                 self._since = now
 
     def tokenises(self, texts: Sequence[TextBeingTokenised], now: float) -> None:
-        """Notes the texts that the process's tokenising threads work on, one for each thread, always in the same order of threads."""
+        """Records the texts that the process's threads are tokenising, one text for each thread, always in the same order of threads."""
         known = [*zip(self._texts, self._texts_since, strict=True)] or [(TextBeingTokenised(), now)] * len(texts)
         self._texts_since = [since if text == before else now for text, (before, since) in zip(texts, known, strict=True)]
         self._texts = list(texts)
 
     def excuse(self, seconds: float) -> None:
-        """Extends every running limit by so many seconds, in which the caller itself did not run and cannot say what the process did."""
+        """Extends every running limit by ``seconds`` seconds, during which the caller itself did not run and could not observe the
+        process.
+        """
         self._heard += seconds
         self._began += seconds
         self._since += seconds
         self._texts_since = [since + seconds for since in self._texts_since]
 
     def loss(self, now: float) -> LossReason | None:
-        """Returns the reason if the worker process is stuck at the time ``now`` and must be given up; else ``None``."""
+        """Returns the reason why the worker process counts as stuck at the time ``now`` and must be killed; ``None`` if it is not stuck."""
         silent_seconds = self._limits.silent_seconds if self._said_something else self._silent_at_first
         if now - self._heard > silent_seconds:
             return LossReason("silent", f"it sent nothing for {silent_seconds:g} s")
@@ -160,5 +168,7 @@ class LivenessWatch:
         return None
 
     def _seconds_of(self, number: int) -> float:
-        """Returns the most seconds until the worker process's next answer or step, if its first unanswered order has this number."""
+        """Returns the largest number of seconds until the worker process's next response or step, if its first unfinished order has the
+        given number.
+        """
         return self._limits.for_tokens(self.step.tokens) if self.step.order == number else self._seconds[number]

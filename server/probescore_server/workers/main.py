@@ -1,6 +1,6 @@
-"""Is the main module of a worker process, which runs the engine (the language model and its probes) on one device.
+"""Main module of a worker process, which runs the engine (the language model and its probes) on one device.
 
-The front process does not import this module but starts it by its name, so that it stays free of torch.
+The front process does not import this module, but starts it by its name. So the front process never imports torch.
 """
 
 from __future__ import annotations
@@ -59,17 +59,17 @@ logger = structlog.get_logger(__name__)
 HEARTBEAT_SHARE = 0.1
 MAX_HEARTBEAT_SECONDS = 1.0
 
-# A worker reports its memory use this many seconds after an answer, and this often while it is never without work.
+# A worker reports its memory use this many seconds after a response, and this often while it is never without work.
 OCCUPANCY_DELAY = 0.005
 STATISTICS_SECONDS = 1.0
 
 
 def run_worker(connection: socket.socket, spec: WorkerSpec) -> None:
-    """Runs a worker process: loads the model and probes and computes orders until it is told to stop or the front process is gone.
+    """Runs a worker process: loads the model and probes, and executes orders until it is told to stop or the front process has ended.
 
     Args:
         connection: the worker's end of the socket pair to the front process.
-        spec: what the worker loads, and on which device.
+        spec: the model and probes that the worker loads, and its device.
     """
     # The front process decides when a worker ends: Ctrl-C and a supervisor's SIGTERM reach the whole group, but accepted work is finished.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -79,7 +79,9 @@ def run_worker(connection: socket.socket, spec: WorkerSpec) -> None:
 
 
 class _WorkerRuntime:
-    """Runs the threads of a worker process: the main one loads and computes, one reads the pipe, two tokenise, one sends heartbeats."""
+    """Set of threads of a worker process: the main thread loads and computes, one thread reads messages, two tokenise, and one sends
+    heartbeats.
+    """
 
     def __init__(self, pipe: BlockingEnd, spec: WorkerSpec) -> None:
         self._pipe = pipe
@@ -118,10 +120,11 @@ class _WorkerRuntime:
                     self._wake(engine, order)
 
     def _next_order(self, engine: Engine) -> Order | None:
-        """Waits for the next order and returns it; ``None`` means that the worker must stop.
+        """Waits for the next order (a message from the front process that needs a response) and returns it; ``None`` means that the worker
+        must stop.
 
-        While there is no order, and every second otherwise, it sends the engine's statistics: shortly after an answer, not with it, since
-        the front process is busy with the answer at first.
+        It also sends the engine's statistics, whenever no order waits, and every second otherwise. They are sent shortly after a response
+        and not together with it, since the front process is busy with the response at first.
         """
         try:
             order = self._orders.get(timeout=OCCUPANCY_DELAY)
@@ -171,10 +174,10 @@ class _WorkerRuntime:
             try:
                 message = self._pipe.receive()
             except (EOFError, OSError):
-                # The front process is gone; nobody is left to compute for.
+                # The front process has ended, so no result is needed any more.
                 os._exit(1)
             except Exception:
-                # The front process would wait for ever for the answer to a message that is lost; the next process starts afresh.
+                # The front process would wait for ever for the response to an unreadable message; the next process starts afresh.
                 logger.exception("reading a message failed")
                 os._exit(1)
             match message:
@@ -182,7 +185,7 @@ class _WorkerRuntime:
                     self._cancelled[message.number] = set()
                     self._orders.put(message)
                 case CancelRollout():
-                    # There is no entry for a batch that has been answered.
+                    # There is no entry for a batch whose results have been sent.
                     self._cancelled.get(message.number, set()).add(message.index)
                 case EncodeTexts():
                     self._texts.add(message.number, message.texts)
@@ -194,17 +197,17 @@ class _WorkerRuntime:
                     self._orders.put(None)
 
     def _beat(self) -> None:
-        """Sends heartbeats for ever, also while the main thread computes, since libraries let other threads run meanwhile."""
+        """Sends heartbeats for ever. This works even while the main thread computes, since libraries let other threads run meanwhile."""
         seconds = min(HEARTBEAT_SHARE * self._spec.settings.worker_silent_seconds, MAX_HEARTBEAT_SECONDS)
         while True:
             try:
                 self._send(Heartbeat(ACTIVITY.step, self._texts.in_hand()))
             except OSError:
-                return  # The front process is gone; the thread that reads the pipe ends this process.
+                return  # The front process has ended; the thread that reads the pipe ends this process.
             time.sleep(seconds)
 
     def _end_if_lost(self, error: Exception) -> None:
-        """Ends the process if an error says that its device is lost. The front process then gives the work to another worker process."""
+        """Ends the process if an error says that its device has failed. The front process then gives the work to another worker process."""
         if kind_of(error) is FailureKind.DEVICE_LOST:
             self._send(DeviceLost(_logged_fault("the device is lost").incident))
             os._exit(1)
@@ -273,10 +276,11 @@ class _WorkerRuntime:
 
 
 def probe_files(paths: Sequence[str]) -> list[Path]:
-    """Returns the probe files that paths name: a file as it is given, and every ``*.onnx`` file of a directory, sorted by name.
+    """Returns the probe files for a list of paths: a path to a file stands for that file, and a directory for all its ``*.onnx`` files,
+    sorted by name.
 
     Raises:
-        StartupError: a directory has no such file.
+        StartupError: a directory has no ``*.onnx`` file.
     """
     files: list[Path] = []
     for path in map(Path, paths):

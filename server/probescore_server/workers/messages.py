@@ -1,6 +1,7 @@
-"""Defines the messages between the front process and a worker process: frozen dataclasses, pickled over a pipe that only these two hold.
+"""Defines the messages between the front process and a worker process: frozen dataclasses, pickled and sent over a socket pair that only
+these two processes have.
 
-An order is a message that is answered. A message's ``number`` is that of the order, by which the answer is matched to it.
+An order is a message that gets a response. The ``number`` of the response is that of its order.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from probescore_server.workers.codec import Encoded, decode_results, decode_roll
 
 @dataclass(frozen=True)
 class WorkerSpec:
-    """Says what a worker process loads, and where it computes.
+    """Value object that says which model and probes a worker process loads, and on which device it computes.
 
     Attributes:
         settings: the server's settings, which name the model and probes.
@@ -40,14 +41,16 @@ class WorkerSpec:
 
 @dataclass(frozen=True)
 class ScoreBatch:
-    """Orders a worker process to score a batch of rollouts after its earlier batches; the answer is ``BatchScored`` or ``Failed``."""
+    """Message from the front process that orders a worker process to score a batch of rollouts after its earlier batches. The response is
+    ``BatchScored`` or ``Failed``.
+    """
 
     number: int
     rollouts: Sequence[CheckedRollout]
 
     @property
     def tokens(self) -> int:
-        """Counts the most tokens that computing the batch can cost, with the prompt of each of its rollouts."""
+        """Returns the largest number of tokens that computing the batch can cost, with the prompt of each of its rollouts counted."""
         return sum(rollout.tokens for rollout in self.rollouts)
 
     def __reduce__(self) -> tuple[Callable[[int, Encoded], ScoreBatch], tuple[int, Encoded]]:
@@ -60,7 +63,9 @@ def _score_batch(number: int, rollouts: Encoded) -> ScoreBatch:
 
 @dataclass(frozen=True)
 class CancelRollout:
-    """Tells a worker process to give up the rollout ``index`` of the batch ``number``; it has no effect once the batch is answered."""
+    """Message from the front process that tells a worker process to cancel the rollout ``index`` of the batch ``number``. It has no effect
+    once the batch's results are sent.
+    """
 
     number: int
     index: int
@@ -68,7 +73,9 @@ class CancelRollout:
 
 @dataclass(frozen=True)
 class EncodeTexts:
-    """Orders a worker process to tokenise texts, while batches compute; the answer is ``TextsEncoded`` or ``Failed``."""
+    """Message from the front process that orders a worker process to tokenise texts while batches compute. The response is ``TextsEncoded``
+    or ``Failed``.
+    """
 
     number: int
     texts: Sequence[PendingText]
@@ -76,16 +83,18 @@ class EncodeTexts:
 
 @dataclass(frozen=True)
 class CancelTexts:
-    """Tells a worker process to give up the texts of the ``EncodeTexts`` of this number, which then gets no answer."""
+    """Message from the front process that tells a worker process to drop the texts of the ``EncodeTexts`` with the same number, which then
+    gets no response.
+    """
 
     number: int
 
 
 @dataclass(frozen=True)
 class Sleep:
-    """Orders a worker process to give its device's memory back after its earlier batches.
+    """Message from the front process that orders a worker process to free its device's memory after its earlier batches.
 
-    The answer is ``MemoryMoved``, or ``Failed`` if the worker is awake as before.
+    The response is ``MemoryMoved``, or ``Failed`` if the worker is awake as before.
     """
 
     number: int
@@ -93,9 +102,9 @@ class Sleep:
 
 @dataclass(frozen=True)
 class Wake:
-    """Orders a worker process to take its device's memory again.
+    """Message from the front process that orders a worker process to take its device's memory again.
 
-    The answer is ``MemoryMoved``, or ``Failed`` if the worker is asleep as before.
+    The response is ``MemoryMoved``, or ``Failed`` if the worker is asleep as before.
     """
 
     number: int
@@ -103,7 +112,7 @@ class Wake:
 
 @dataclass(frozen=True)
 class Stop:
-    """Tells a worker process to end after the orders that it has."""
+    """Message from the front process that tells a worker process to end after the orders that it has."""
 
 
 Order = ScoreBatch | Sleep | Wake
@@ -114,28 +123,28 @@ ToWorker = ScoreBatch | CancelRollout | EncodeTexts | CancelTexts | Sleep | Wake
 
 @dataclass(frozen=True)
 class LoadingProgress:
-    """Says, in a text for people, what a worker process does while it starts."""
+    """Message from a worker process with a text for people about the loading step that it has begun."""
 
     message: str
 
 
 @dataclass(frozen=True)
 class Ready:
-    """Says that a worker process has loaded and tested the model and the probes that ``info`` describes, and can score."""
+    """Message from a worker process that it has loaded and tested the model and probes that ``info`` describes, and can score."""
 
     info: EngineInfo
 
 
 @dataclass(frozen=True)
 class Refused:
-    """Says, in a text for people, why a worker process cannot start as configured."""
+    """Message from a worker process with the reason, as a text for people, why it cannot start as configured."""
 
     message: str
 
 
 @dataclass(frozen=True)
 class BatchScored:
-    """Answers the ``ScoreBatch`` of this number with the results of its rollouts."""
+    """Response of a worker process to the ``ScoreBatch`` with the same number, with the results of its rollouts."""
 
     number: int
     batch: ScoredBatch
@@ -150,7 +159,9 @@ def _batch_scored(number: int, results: Encoded, compute_seconds: float) -> Batc
 
 @dataclass(frozen=True)
 class TextsEncoded:
-    """Answers the ``EncodeTexts`` of this number with the token ids of each text, ``(T,)`` int32, by ``PendingText.field``."""
+    """Response of a worker process to the ``EncodeTexts`` with the same number: a dictionary, keyed by ``PendingText.field``, of each
+    text's token ids, ``(T,)`` int32.
+    """
 
     number: int
     ids: dict[str, NDArray[np.int32]]
@@ -158,7 +169,9 @@ class TextsEncoded:
 
 @dataclass(frozen=True)
 class MemoryMoved:
-    """Answers the ``Sleep`` or ``Wake`` of this number with the bytes that were moved and the seconds that it took."""
+    """Response of a worker process to the ``Sleep`` or ``Wake`` with the same number, with the bytes of memory moved and the seconds
+    taken.
+    """
 
     number: int
     transfer: Transfer
@@ -166,9 +179,9 @@ class MemoryMoved:
 
 @dataclass(frozen=True)
 class Failed:
-    """Answers any order to a worker process with an error.
+    """Response of a worker process with an error, to any order of the front process.
 
-    Of an unexpected exception only the incident number is sent, as an ``InternalFault``; the worker's log has the details under it.
+    Of an unexpected exception only an incident number is sent, as an ``InternalFault``; the worker's log has the details under this number.
     """
 
     number: int
@@ -177,11 +190,11 @@ class Failed:
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """Says, at intervals, that a worker process runs; it answers no order.
+    """Message that a worker process sends at intervals to show that it runs; it is not a response to an order.
 
     Attributes:
-        step: the step that computes now, or computed last.
-        texts: the text that each tokenising thread works on.
+        step: the step that is being computed now or, if none is, the last one.
+        texts: the text that each tokenising thread works on now.
     """
 
     step: ActivityStep
@@ -190,9 +203,9 @@ class Heartbeat:
 
 @dataclass(frozen=True)
 class DeviceLost:
-    """Says that a worker process can never compute on its device again and answers none of its orders.
+    """Message from a worker process that its device has failed for good, so that it will respond to none of its orders.
 
-    ``incident`` is the number under which the log has the cause.
+    ``incident`` is the number under which the worker's log has the cause.
     """
 
     incident: str
@@ -201,4 +214,6 @@ class DeviceLost:
 FromWorker = (
     LoadingProgress | Ready | Refused | BatchScored | TextsEncoded | MemoryMoved | Failed | EngineStatistics | Heartbeat | DeviceLost
 )
-"""Is the type of the messages that a worker process sends. Of these, ``EngineStatistics`` is sent at intervals and answers no order."""
+"""Type of the messages that a worker process sends. ``EngineStatistics`` and ``Heartbeat`` are sent at intervals and are not responses to
+orders.
+"""

@@ -1,4 +1,6 @@
-"""Controls one worker process from the front process: starts it, exchanges messages, ends it if it is stuck, and finds out how it ended."""
+"""Controls one worker process from the front process: starts it, exchanges messages, kills it if it is stuck, and finds out how it
+ended.
+"""
 
 from __future__ import annotations
 
@@ -67,18 +69,18 @@ VMSTAT = Path("/proc/vmstat")
 
 
 def _start_main(main: str, connection: socket.socket, spec: WorkerSpec) -> None:
-    """Imports the function that ``main`` names as ``module:function``, and calls it in the new worker process."""
+    """Imports the function that ``main`` names as ``module:function``, and calls the function in the new worker process."""
     module, _, function = main.partition(":")
     getattr(importlib.import_module(module), function)(connection, spec)
 
 
 class WorkerProcess:
-    """Is one worker process, from its start to its end, as the front process controls it on its event loop.
+    """Controller of one worker process, from the process's start to its end. It belongs to the front process and runs on its event loop.
 
     Attributes:
         process: the operating system's process.
         ended: an event that is set once the process has ended or was given up.
-        loss: why the process was lost; ``None`` while it runs, or if it was ended on purpose.
+        loss: the reason why the process died; ``None`` while it runs, or if it was ended on purpose.
         statistics: the memory use and cache hits that the process last reported.
     """
 
@@ -101,11 +103,11 @@ class WorkerProcess:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self) -> EngineInfo:
-        """Starts the worker process, waits until it is ready, and returns what it has loaded.
+        """Starts the worker process, waits until it is ready, and returns a description of the loaded model and probes.
 
         Raises:
             StartupError: the process refuses to start, or ends before it is ready.
-            WorkerLost: the process sends nothing any more.
+            WorkerLost: the process stopped sending messages while it started.
         """
         await asyncio.to_thread(self.process.start)
         self._theirs.close()  # Otherwise the end of the process would not close the pipe.
@@ -114,10 +116,10 @@ class WorkerProcess:
         return await self._started
 
     async def ask(self, message: ScoreBatch | EncodeTexts | Sleep | Wake) -> Any:  # noqa: ANN401
-        """Sends an order, such as a batch, to the worker process and returns its answer; raises the answer if it is an error.
+        """Sends an order, such as a batch, to the worker process and returns the response. A response that is an error is raised.
 
         Raises:
-            EOFError: the process ended before it answered.
+            EOFError: the process ended before it responded.
         """
         if not isinstance(message, EncodeTexts):  # The watch knows of texts from the worker's heartbeats.
             self._watch.asked(message.number, _seconds_for(message, self._time_limits), time.monotonic())
@@ -129,7 +131,7 @@ class WorkerProcess:
             del self._answers[message.number]
 
     def send(self, message: ToWorker) -> None:
-        """Sends a message without waiting; messages keep their order. If the process has ended, the message is dropped."""
+        """Sends a message to the worker process without waiting. Messages keep their order, and are dropped if the process has ended."""
         self._pipe.send(message, takes_long=_takes_long(message))
 
     async def stop(self) -> None:
@@ -151,7 +153,9 @@ class WorkerProcess:
         return not self.process.is_alive()
 
     def blame(self, loss: LossReason) -> None:
-        """Records why the worker process is lost, unless that is recorded already. If it had only one order, that counts as the cause."""
+        """Records why the worker process died, unless a reason is recorded already. If the process had only one order, that order counts as
+        the cause.
+        """
         if self.loss is None:
             order = loss.order or (next(iter(self._answers)) if len(self._answers) == 1 else 0)
             self.loss = replace(loss, order=order, doing=self._watch.step.name if self._started.done() else self._starting_with)
@@ -192,7 +196,9 @@ class WorkerProcess:
     # ------------------------------------------------------------------------------------------------------------ how it ends
 
     async def _keep_watch(self) -> None:
-        """Checks at intervals whether the worker process is stuck, and kills it when it sends nothing or its work makes no progress."""
+        """Checks at intervals whether the worker process is stuck, and kills the process if it sends nothing or its work makes no
+        progress.
+        """
         pause = min(WATCH_SHARE * min(self._time_limits.silent_seconds, self._time_limits.step_seconds), MAX_WATCH_SECONDS)
         while not self.ended.is_set():
             before = time.monotonic()
@@ -213,7 +219,9 @@ class WorkerProcess:
         self._do(self._find_out())
 
     async def _find_out(self) -> None:
-        """Finds out how the process ended, once its pipe is closed, and makes all calls of ``start`` and ``ask`` that wait raise."""
+        """Finds out how the process ended, once its socket is closed, and makes all waiting calls of ``start`` and ``ask`` raise an
+        error.
+        """
         await self._gone_within(DEATH_SECONDS)
         code = self.process.exitcode
         if code is not None and -code in CRASHES:
@@ -253,12 +261,14 @@ def _time_limits(settings: ServerSettings) -> WorkerTimeLimits:
 
 
 def _seconds_for(message: ScoreBatch | Sleep | Wake, limits: WorkerTimeLimits) -> float:
-    """Returns the most seconds that a worker process may take to answer an order or, for a batch, until the batch's first step."""
+    """Returns the largest number of seconds that a worker process may take to respond to an order or, for a batch, to begin the batch's
+    first step.
+    """
     return limits.for_tokens(message.tokens) if isinstance(message, ScoreBatch) else MOVE_SECONDS
 
 
 def _oom_kills() -> int:
-    """Returns how often the kernel has killed a process because memory was short; 0 where the kernel does not say."""
+    """Returns how many processes the kernel has killed so far for lack of memory; 0 if the kernel does not report this."""
     try:
         counters = dict(line.split() for line in VMSTAT.read_text().splitlines())
     except (OSError, ValueError):
@@ -267,7 +277,9 @@ def _oom_kills() -> int:
 
 
 def _takes_long(message: ToWorker) -> bool:
-    """Tells whether a message has so many rollouts, spans or texts that encoding it would hold up the event loop."""
+    """Returns whether a message has so many rollouts, spans (token ranges) or texts that encoding the message would block the event loop
+    too long.
+    """
     match message:
         case ScoreBatch(rollouts=rollouts):
             if len(rollouts) > MAX_ROLLOUTS_PICKLED_ON_LOOP:

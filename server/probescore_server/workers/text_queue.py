@@ -1,7 +1,7 @@
 """Queues the texts that wait to be tokenised in a worker process.
 
-Requests take turns, text by text, so that no request waits for all texts of another one. A single text cannot be split, since its ids could
-change. Short texts have a lane of their own, that is, a queue with one thread, so that they never wait behind a long one.
+Requests take turns, text by text, so that no request waits for all texts of another one. A single text cannot be split, since its token ids
+could change. Short texts have a separate lane, that is, a queue with one thread, so that they never wait behind a long text.
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ from probescore_server.activity import TextBeingTokenised
 from probescore_server.validation.texts import PendingText
 
 SHORT_BYTES = 16_384
-"""A text of at most this many UTF-8 bytes, which takes some ten milliseconds to tokenise, counts as short."""
+"""Largest number of UTF-8 bytes of a short text. Tokenising a text of this size takes some ten milliseconds."""
 
 
 class TokenisingLane(Enum):
-    """Names the two queues of texts, of which each has one thread that tokenises its texts one after the other."""
+    """Enumeration of the two queues of texts (short and long). Each queue has one thread, which tokenises the queue's texts one after the
+    other.
+    """
 
     SHORT = "short"
     LONG = "long"
@@ -32,11 +34,11 @@ class TokenisingLane(Enum):
 
 @dataclass(eq=False, slots=True)
 class _PendingRequest:
-    """Holds what is tokenised of one request's texts.
+    """Record of one request some of whose texts are not tokenised yet, with the token ids of its other texts.
 
     Attributes:
         left: number of texts that have no token ids yet.
-        ids: token ids of the other texts, ``(T,)`` int32, by ``PendingText.field``.
+        ids: a dictionary, keyed by ``PendingText.field``, of the token ids ``(T,)`` int32 of the texts that are tokenised already.
     """
 
     left: int
@@ -44,7 +46,7 @@ class _PendingRequest:
 
 
 class TextQueue:
-    """Holds the texts of requests, each request under its number, until they are tokenised. Any thread may call any method."""
+    """Queue of the texts of requests that must be tokenised, each request under its number. Any thread may call any method."""
 
     def __init__(self) -> None:
         self._requests: dict[int, _PendingRequest] = {}
@@ -53,7 +55,7 @@ class TextQueue:
         self._changed = threading.Condition()
 
     def add(self, number: int, texts: Sequence[PendingText]) -> None:
-        """Adds the texts of a request, at least one, under the request's number."""
+        """Adds the texts of a request, at least one text, under the request's number."""
         by_lane: dict[TokenisingLane, deque[PendingText]] = {}
         for text in texts:
             by_lane.setdefault(TokenisingLane.SHORT if text.bytes <= SHORT_BYTES else TokenisingLane.LONG, deque()).append(text)
@@ -64,9 +66,8 @@ class TextQueue:
             self._changed.notify_all()
 
     def take(self, lane: TokenisingLane) -> tuple[int, PendingText]:
-        """Waits for a text in one of the two queues, and takes the next one of the request whose turn it is.
-
-        It returns the request's number and the text.
+        """Waits for a text in one of the two queues, takes the next text of the request whose turn it is, and returns the request's number
+        and the text.
 
         The caller must have finished the text that it took before from the same queue.
         """
@@ -84,15 +85,18 @@ class TextQueue:
         return number, text
 
     def in_hand(self) -> tuple[TextBeingTokenised, ...]:
-        """Returns the text that is being tokenised in each lane, in the order of ``TokenisingLane``, also if its request was dropped."""
+        """Returns the text that is being tokenised in each lane, in the order of ``TokenisingLane``, even if the text's request was
+        dropped.
+        """
         with self._changed:
             return tuple(self._in_hand.values())
 
     def done(self, number: int, text: PendingText, ids: NDArray[np.int32]) -> dict[str, NDArray[np.int32]] | None:
-        """Notes the token ids of a text, and returns those of the whole request if it was the request's last text.
+        """Stores the token ids of a text. If this was the request's last text, the token ids of all texts of the request are returned.
 
         Returns:
-            Token ids, ``(T,)`` int32, by ``PendingText.field``; ``None`` if texts are left, or if the request was dropped.
+            A dictionary, keyed by ``PendingText.field``, of token ids ``(T,)`` int32; ``None`` if texts are left, or if the request was
+            dropped.
         """
         with self._changed:
             request = self._requests.get(number)
@@ -103,7 +107,9 @@ class TextQueue:
             return None if request.left else self._requests.pop(number).ids
 
     def drop(self, number: int) -> bool:
-        """Removes a request that failed or that nobody waits for; returns whether it was still in the queue or being tokenised."""
+        """Removes a request that failed or whose result is not needed any more. It returns whether the request still had texts in the queue
+        or being tokenised.
+        """
         with self._changed:
             for queue in self._lanes.values():
                 queue.pop(number, None)

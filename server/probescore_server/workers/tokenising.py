@@ -1,4 +1,4 @@
-"""Tokenises the texts of requests in worker processes, and tries again if a worker process is lost meanwhile."""
+"""Tokenises the texts of requests in worker processes, and tries again if a worker process dies meanwhile."""
 
 from __future__ import annotations
 
@@ -13,23 +13,28 @@ from probescore_server.validation.texts import PendingText
 from probescore_server.workers.handle import WorkerHandle
 
 MAX_LOSSES = 3
-"""After so many worker processes were lost with a request, its caller is told to try again later, since the cause could not be found."""
+"""Number of deaths of worker processes, while they tokenise the texts of one request, after which the client is told to try again later.
+The cause could then not be found.
+"""
 
 
 async def encode(workers: Sequence[WorkerHandle], texts: Sequence[PendingText]) -> dict[str, NDArray[np.int32]]:
-    """Tokenises the texts of one request on the first worker that is up. If that worker is lost, the texts are tried on another one.
+    """Tokenises the texts of one request on the first worker that is up. If that worker process dies, the texts are tried on another
+    worker.
 
-    If no other worker is up, this waits until the lost one is back. A loss that another request may have caused does not count against
-    these texts. If they are the cause, each text is tried by itself, and one with which a worker is lost again is refused.
+    If no other worker is up, the coroutine waits until the dead one is restarted. A death that another request may have caused does not
+    count against these texts. If these texts are the cause, each text is tried alone, and a text with which a worker process dies again is
+    refused.
 
     Returns:
-        The token ids of each text, ``(T,)`` int32, by ``PendingText.field``.
+        A dictionary, keyed by ``PendingText.field``, of the token ids of each text, ``(T,)`` int32.
 
     Raises:
-        InvalidRequest: a text cannot be tokenised; names its field.
-        WorkerUnavailable: no worker is up, or it ended; or ``MAX_LOSSES`` workers were lost, each time perhaps for another cause.
-        WorkerLostTwice: a worker was lost with the texts, and another one with the text that the error names.
-        InternalFault: something else went wrong.
+        InvalidRequest: a text cannot be tokenised; the error names the text's field.
+        WorkerUnavailable: no worker is up, the worker process ended, or ``MAX_LOSSES`` worker processes died, each perhaps for another
+            cause.
+        WorkerLostTwice: a worker process died with the texts, and another one with the text that the error names.
+        InternalFault: tokenising failed for any other reason.
     """
     ids: dict[str, NDArray[np.int32]] = {}
     left: deque[Sequence[PendingText]] = deque([texts])

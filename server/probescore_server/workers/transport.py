@@ -1,7 +1,7 @@
 """Transports messages between the front process and a worker process, as pickles over a socket pair, each preceded by its length.
 
-The worker's threads block on their end. The front process's end is on the event loop, without a thread in between: a small message costs no
-switch of threads, and a message that takes long to encode is encoded in a thread.
+The worker's threads block on their end of the socket pair. The front process's end is on the event loop: a small message needs no switch of
+threads, and a message that takes long to encode is encoded in a thread.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _LENGTH = struct.Struct("!Q")
 
 
 class BlockingEnd:
-    """Is the worker process's end of the socket pair: any number of threads may send messages, and one thread receives."""
+    """Worker process's end of the socket pair. Any number of threads may send messages, and one thread receives them."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
@@ -31,13 +31,13 @@ class BlockingEnd:
         self._sending = threading.Lock()
 
     def send(self, message: object) -> None:
-        """Sends a whole message; raises ``OSError`` if the other end is closed."""
+        """Sends a whole message; raises ``OSError`` if the other end of the socket pair is closed."""
         encoded = _encode(message)
         with self._sending:
             self._connection.sendall(encoded)
 
     def receive(self) -> Any:  # noqa: ANN401
-        """Waits for the next message and returns it; raises ``EOFError`` if the other end is closed."""
+        """Waits for the next message and returns the message; raises ``EOFError`` if the other end of the socket pair is closed."""
         header = self._reader.read(_LENGTH.size)
         if len(header) < _LENGTH.size:
             raise EOFError
@@ -45,14 +45,14 @@ class BlockingEnd:
 
 
 class EventLoopEnd(asyncio.Protocol):
-    """Is the front process's end of the socket pair to a worker process, on the event loop.
+    """Front process's end of the socket pair to a worker process, on the event loop.
 
     Args:
-        on_message: called with each message that arrives.
-        on_end: called once, when the other end is closed and ``on_message`` was called with everything before.
+        on_message: function that is called with each message that arrives.
+        on_end: function that is called once, when the other end is closed and ``on_message`` was called with all earlier messages.
 
     Attributes:
-        heard: when any bytes last arrived, in seconds on the monotonic clock; ``-inf`` before the first.
+        heard: the time at which bytes last arrived, in seconds on the monotonic clock; ``-inf`` before the first bytes.
     """
 
     def __init__(self, on_message: Callable[[Any], None], on_end: Callable[[], None]) -> None:
@@ -67,7 +67,7 @@ class EventLoopEnd(asyncio.Protocol):
     # ------------------------------------------------------------------------------------------------------------------- sending
 
     def send(self, message: object, *, takes_long: bool) -> None:
-        """Sends a message without waiting; messages keep their order. If the other process has ended, the message is dropped.
+        """Sends a message to the worker process without waiting. Messages keep their order, and are dropped if the process has ended.
 
         Args:
             message: any object that can be pickled.
@@ -97,11 +97,11 @@ class EventLoopEnd(asyncio.Protocol):
     # ----------------------------------------------------------------------------------------------------------------- receiving
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Keeps the transport; the event loop calls this method once the socket is connected."""
+        """Stores asyncio's transport of the socket; the event loop calls this method once the socket is connected."""
         self._transport = cast("asyncio.WriteTransport", transport)
 
     def data_received(self, data: bytes) -> None:
-        """Calls ``on_message`` with each message that is complete; the event loop calls this method whenever bytes arrive."""
+        """Calls ``on_message`` with each message that has arrived completely; the event loop calls this method whenever bytes arrive."""
         self.heard = time.monotonic()
         self._received += data
         while len(self._received) >= _LENGTH.size:
@@ -119,7 +119,7 @@ class EventLoopEnd(asyncio.Protocol):
         self._on_message(await asyncio.to_thread(pickle.loads, encoded))
 
     def connection_lost(self, error: Exception | None) -> None:
-        """Calls ``on_end`` once all messages are handed over; the event loop calls this method when the socket is closed."""
+        """Calls ``on_end`` once ``on_message`` has received all messages; the event loop calls this method when the socket is closed."""
         self._transport = None
         self._start(self._end())
 

@@ -1,3 +1,3 @@
-"""Runs many segments (runs of tokens) of a batch at once, as one row with a variable-length attention kernel on CUDA devices: the packed
-path.
+"""Runs many segments (runs of tokens) of a batch at once, as one row without padding, with a variable-length attention kernel on CUDA
+devices: the packed backbone.
 """

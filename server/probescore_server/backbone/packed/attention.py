@@ -1,7 +1,7 @@
 """Computes attention over a packed row: the tokens of several sequences, one after the other, with no padding.
 
-Keys and values are gathered by sequence, then a variable-length kernel is called once per layer. The attention function receives the row's
-layout as a keyword argument of the model's forward.
+Keys and values are gathered by sequence, then a variable-length attention kernel is run once per layer. The attention function receives the
+row's layout as a keyword argument of the model's forward pass.
 """
 
 from __future__ import annotations
@@ -20,32 +20,35 @@ from probescore_server.backbone.kv_cache import KeyValues
 from probescore_server.backbone.universal.attention import UnknownAttention, check_plain
 
 PACKED_ATTENTION = "probescore_packed"
-"""Names this attention function in transformers. It is registered without a mask function, so that no mask is made for it."""
+"""Name under which this attention function is registered in transformers. There is no mask function of this name, so transformers builds no
+mask.
+"""
 
 MAX_HEAD_DIM = 256
-"""Gives the widest attention head that FlashAttention's kernels take."""
+"""Width of the widest attention heads that FlashAttention's kernels take."""
 
 Kernel = Callable[..., Any]
-"""Stands for ``torch.nn.attention.varlen.varlen_attn``, or any function that takes the same arguments."""
+"""Type of ``torch.nn.attention.varlen.varlen_attn`` and of any function that takes the same arguments."""
 
 _HEAD_DIM_MULTIPLE = 8
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PackedPlan:
-    """Describes one packed row of T tokens, and which keys each of its S sequences attends to.
+    """Value object with the layout of one packed row of T tokens, and the keys to which each of its S sequences attends.
 
     Attributes:
         token_ids: ``(T,)`` int64, the ids of the sequences, one sequence after the other.
-        position_ids: ``(T,)`` int64, each token's position in its sequence, its ancestors included.
-        key_rows: ``(K,)`` int64, the keys of each sequence in order of position, as indices into all earlier keys followed by the row's
-            own.
-        cu_seq_q: ``(S + 1,)`` int32, where each sequence begins in the row, and the row's end.
-        cu_seq_k: ``(S + 1,)`` int32, where each sequence's keys begin in ``key_rows``, and the end.
+        position_ids: ``(T,)`` int64, each token's position in its whole sequence, counted from the sequence's first token even if that
+            token is in an earlier row.
+        key_rows: ``(K,)`` int64, the keys of each sequence in order of position, as indices into the concatenation of all earlier keys and
+            the row's own keys.
+        cu_seq_q: ``(S + 1,)`` int32, the index in the row at which each sequence begins, and the row's end.
+        cu_seq_k: ``(S + 1,)`` int32, the index in ``key_rows`` at which each sequence's keys begin, and the end.
         max_q: number of tokens of the longest sequence in the row.
         max_k: largest number of keys of one sequence.
         read_rows: ``(R,)`` int64, indices of the row's tokens whose activations are read.
-        output_rows: ``(R,)`` int64, the rows of the activations that they are copied to.
+        output_rows: ``(R,)`` int64, the rows of the activation buffers that these tokens' activations are copied to.
     """
 
     token_ids: torch.Tensor
@@ -60,7 +63,7 @@ class PackedPlan:
 
 
 class LayerAttention(Protocol):
-    """Describes a function that computes the attention of a model's layers, one layer after the other."""
+    """Interface (Protocol) of a function that computes the attention of a model's layers; each function call is for the next layer."""
 
     def __call__(
         self,
@@ -72,15 +75,16 @@ class LayerAttention(Protocol):
         window: int | None,
         sinks: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Computes the attention of the next layer.
+        """Computes the attention of the model's next layer over T tokens.
 
         Args:
             query: ``(1, num_attention_heads, T, D)``.
             key: ``(1, num_key_value_heads, T, D)``.
             value: ``(1, num_key_value_heads, T, D_v)``.
-            scale: factor of the logits.
-            window: most keys that a query attends to, its own included; ``None`` = all keys up to its own.
-            sinks: ``(num_attention_heads,)``, for each head the logit of one more key that has no value; ``None`` = there is no such key.
+            scale: factor by which the attention logits are multiplied.
+            window: the largest number of keys that a query attends to, its own key included; ``None`` = all keys up to its own.
+            sinks: ``(num_attention_heads,)``, for each head, the logit of an additional key without a value (attention sink); ``None`` = no
+                sinks.
 
         Returns:
             The attended values ``(1, T, num_attention_heads, D_v)``.
@@ -88,17 +92,18 @@ class LayerAttention(Protocol):
 
 
 class PackedAttention:
-    """Computes the attention of one forward of a packed row, the tokens of several sequences one after the other.
+    """Callable that computes the attention of all layers in one forward pass of a packed row (the tokens of several sequences, one after
+    the other).
 
     Args:
-        plan: layout of the row.
-        earlier: keys and values of tokens before the row, in the order in which ``plan.key_rows`` counts them.
+        plan: the layout of the row.
+        earlier: keys and values of tokens before the row, in the order to which the indices ``plan.key_rows`` refer.
         kernel: variable-length attention kernel.
-        keep: whether the row's own keys and values are wanted afterwards.
+        keep: whether to keep the row's own keys and values for later rows or a cache.
 
     Attributes:
         layers: number of layers whose attention has been computed.
-        computed: the row's own keys and values by layer, if they are kept.
+        computed: the row's own keys and values, one pair for each layer, if ``keep`` is true.
     """
 
     def __init__(self, plan: PackedPlan, earlier: Sequence[KeyValues], kernel: Kernel, *, keep: bool) -> None:
@@ -120,7 +125,7 @@ class PackedAttention:
         window: int | None,
         sinks: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Computes the attention of the next layer, with the arguments and the result of ``LayerAttention``."""
+        """Computes the attention of the model's next layer, with the arguments and the result of ``LayerAttention``."""
         if self._keep:
             self.computed.append((key, value))
         before = [key_values[self.layers] for key_values in self._earlier]
@@ -130,7 +135,7 @@ class PackedAttention:
         return self._attend(_by_token(query), keys, values, scale, window, sinks)[..., : value.shape[-1]].unsqueeze(0)
 
     def _gather(self, before: list[torch.Tensor], own: torch.Tensor) -> torch.Tensor:
-        """Returns the keys, or values, that a packed row's sequences attend to, ``(K, num_key_value_heads, D)``."""
+        """Returns the keys (or values) to which a packed row's sequences attend, ``(K, num_key_value_heads, D)``."""
         rows = torch.cat([_by_token(tensor) for tensor in (*before, own)]) if before else _by_token(own)
         return rows.index_select(0, self._plan.key_rows)
 
@@ -157,7 +162,8 @@ class PackedAttention:
 
 
 def kernel_head_dim(query: torch.Tensor, value: torch.Tensor) -> int:
-    """Returns the width to which heads are padded with zeros for the kernel: one width for queries, keys and values, and a multiple of 8.
+    """Returns the width to which attention heads are padded with zeros for the kernel. The kernel needs the same width for queries, keys
+    and values, and a multiple of 8.
 
     The padding changes neither the logits nor the sums of values.
     """
@@ -171,19 +177,22 @@ def _by_token(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _widened(tensor: torch.Tensor, width: int) -> torch.Tensor:
-    """Returns a tensor with each head padded with zeros to a width, or the tensor itself if it is as wide: padding by
-    nothing would copy.
+    """Returns a tensor with each head padded with zeros to a width. A tensor of that width is returned itself, since padding by nothing
+    would copy it.
     """
     return tensor if tensor.shape[-1] == width else functional.pad(tensor, (0, width - tensor.shape[-1]))
 
 
 def _repeat_heads(tensor: torch.Tensor, heads: int) -> torch.Tensor:
-    """Returns ``(K, num_key_value_heads, D)`` as ``(K, heads, D)``, each head repeated for every query head that shares it."""
+    """Returns keys or values ``(K, num_key_value_heads, D)`` as ``(K, heads, D)``, each head repeated for every query head that shares the
+    head.
+    """
     return tensor.unsqueeze(2).expand(-1, -1, heads // tensor.shape[1], -1).flatten(1, 2)
 
 
 def _with_sinks(output: torch.Tensor, log_sum_exp: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
-    """Returns attention as if each head's softmax had one logit more, the sink, whose share is ``1 - sigmoid(log_sum_exp - sink)``.
+    """Returns attention as if each head's softmax had one more logit, the sink. The softmax share of all other keys together is
+    ``sigmoid(log_sum_exp - sink)``.
 
     Raises:
         UnknownAttention: the kernel's ``log_sum_exp`` has another shape than ``(heads, T)``.

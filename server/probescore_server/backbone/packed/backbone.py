@@ -1,8 +1,9 @@
-"""Runs a forest of segments (runs of tokens) as packed rows, with a variable-length attention kernel: the packed path.
+"""Runs a forest of segments (runs of tokens arranged in trees) as packed rows, with a variable-length attention kernel: the packed
+backbone.
 
-A packed row holds the tokens of several sequences, one after the other. The path is for CUDA devices, which many small forwards would leave
-idle. A long forest takes several passes, one per row, parents before children, and a segment may be divided between two of them. Nothing in
-this module makes the host wait for the device.
+A packed row holds the tokens of several sequences, one after the other. This is for CUDA devices, which many small forward passes would
+leave idle. A long forest takes several passes, one per row, parents before children, and a segment may be divided between two rows. No code
+in this module makes the host wait for the device.
 """
 
 from __future__ import annotations
@@ -25,23 +26,23 @@ from probescore_server.backbone.taps import RowMap, TapReader
 from probescore_server.backbone.universal.attention import attending
 
 MAX_PASS_TOKENS = 16_384
-"""Limits the tokens of one packed row, which goes through the model in one pass, and so the memory of the pass's activations."""
+"""Limits the tokens of one packed row, which goes through the model in one pass. The limit bounds the memory of the pass's activations."""
 
 KEYS_PER_TOKEN = 8
-"""Limits the keys that are gathered in one pass of a packed row, as a multiple of the most tokens of a row.
+"""Limits the keys that are gathered for one packed row, as a multiple of the maximum of tokens of a row.
 
-This bounds the copies of keys where many segments continue a long one.
+This bounds the memory of the copies of keys when many segments (runs of tokens) continue one long segment.
 """
 
 
 class PackedBackbone:
-    """Runs forests of segments (runs of tokens) through a frozen decoder, many segments at once in one packed row.
+    """Backbone that runs forests of segments (runs of tokens) through a frozen decoder, many segments at once in one packed row.
 
     Args:
-        decoder: a model for which ``packed_refusal`` returns ``None``.
-        reader: reader of the model's taps.
+        decoder: the model; ``packed_refusal`` must return ``None`` for it.
+        reader: reader of the model's activations at taps (places in the model).
         kernel: variable-length attention kernel.
-        max_pass_tokens: most tokens of one row.
+        max_pass_tokens: the largest number of tokens of one row.
     """
 
     name = "packed"
@@ -58,7 +59,7 @@ class PackedBackbone:
     def forward(
         self, forest: Forest, taps: Sequence[Tap], *, skip: Callable[[int], bool] = skip_nothing, cache: KeyValueCache | None = None
     ) -> Activations:
-        """Runs every segment of a forest once, with the arguments and the result of ``Backbone.forward``.
+        """Runs every segment (run of tokens) of a forest once, with the arguments and the result of ``Backbone.forward``.
 
         ``skip`` is called for a segment when the row that the segment belongs to is laid out.
         """
@@ -70,7 +71,9 @@ class PackedBackbone:
         return activations
 
     def _run(self, plan: PackedPlan, earlier: Sequence[KeyValues], activations: Activations, *, keep: bool) -> KeyValues:
-        """Runs one packed row through the model, and returns the row's keys and values by layer; an empty list if ``keep`` is false."""
+        """Runs one packed row through the model. It returns the row's keys and values, one pair for each layer, or an empty list if
+        ``keep`` is false.
+        """
         attention = PackedAttention(plan, earlier, self._kernel, keep=keep)
         rows = RowMap(plan.read_rows, plan.output_rows)
         with attending(self._decoder, PACKED_ATTENTION), self._reader.reading(activations.rows, rows):
@@ -88,7 +91,9 @@ class PackedBackbone:
 
 @dataclass(frozen=True, slots=True)
 class _SegmentSlice:
-    """Identifies the tokens from ``start`` to before ``end`` of a segment, which are one sequence of a packed row."""
+    """Value object for the tokens from ``start`` to before ``end`` of a segment (a run of tokens), which form one sequence of a packed
+    row.
+    """
 
     segment: int
     start: int
@@ -96,7 +101,9 @@ class _SegmentSlice:
 
 
 class _KnownKeyValues:
-    """Holds the keys and values that later passes over a forest of segments attend to; they come from a cache or from earlier passes."""
+    """Store of the keys and values that later passes over a forest of segments (runs of tokens) attend to. They come from a cache or from
+    earlier passes.
+    """
 
     def __init__(self, forest: Forest, cache: KeyValueCache | None) -> None:
         self._forest = forest
@@ -110,12 +117,12 @@ class _KnownKeyValues:
                 self._last_use[parent] = max(self._last_use[parent], self._last_use[index])
 
     def of(self, segment: int) -> list[KeyValues]:
-        """Returns the keys and values of a segment's first tokens, in order, as pieces."""
+        """Returns the stored keys and values of the first tokens of a segment (run of tokens), as a list of consecutive pieces."""
         return self._pieces.get(segment, [])
 
     def look_up(self, index: int) -> None:
-        """Takes from the cache the keys and values of a segment that is not read, if those of all tokens before the segment are in the
-        cache too.
+        """Takes the keys and values of a segment (run of tokens) from the cache, if the segment's activations are not needed and the cache
+        also has the keys and values of all tokens before the segment.
         """
         segment = self._forest.segments[index]
         segment.cached = 0
@@ -132,7 +139,7 @@ class _KnownKeyValues:
         return self._cache is not None or any(self._is_used_after(part.segment, parts) for part in parts)
 
     def add(self, parts: Sequence[_SegmentSlice], computed: KeyValues) -> None:
-        """Keeps the keys and values of a pass that later passes need, adds all of them to the cache, and drops those that are no longer
+        """Adds the keys and values of a pass to the cache, stores those that later passes need, and drops stored ones that are no longer
         needed.
         """
         row = 0
@@ -155,7 +162,9 @@ class _KnownKeyValues:
 
 
 def _passes(forest: Forest, skip: Callable[[int], bool], known: _KnownKeyValues, max_tokens: int) -> Iterator[list[_SegmentSlice]]:
-    """Yields the slices of segments that make up each packed row. Each row must have run before the next one is requested."""
+    """Yields, for each packed row, the list of slices of segments (runs of tokens) that make up the row. Each row must have run before the
+    next one is requested.
+    """
     parts: list[_SegmentSlice] = []
     tokens = keys = 0
     skipped: set[int | None] = set()
@@ -182,7 +191,7 @@ def _passes(forest: Forest, skip: Callable[[int], bool], known: _KnownKeyValues,
 def _plan(
     forest: Forest, parts: Sequence[_SegmentSlice], known: _KnownKeyValues, activations: Activations, device: torch.device
 ) -> tuple[PackedPlan, list[KeyValues]]:
-    """Returns a packed row's layout, and the keys and values of earlier tokens in the order in which the layout counts them."""
+    """Returns a packed row's layout, and the keys and values of earlier tokens in the order to which the layout's indices refer."""
     chains = [_chain(forest, part.segment) for part in parts]
     earlier: list[KeyValues] = []
     rows: dict[int, list[NDArray[np.int64]]] = {}
@@ -218,7 +227,7 @@ def _plan(
 
 
 def _chain(forest: Forest, index: int) -> list[int]:
-    """Returns the indices of a segment (run of tokens) and all segments before it in its sequence, root first."""
+    """Returns the indices of a segment (run of tokens) and of all segments before the segment in its sequence, root first."""
     chain = [index]
     while (parent := forest.segments[chain[-1]].parent) is not None:
         chain.append(parent)
@@ -226,7 +235,7 @@ def _chain(forest: Forest, index: int) -> list[int]:
 
 
 def _tokens(layer: tuple[torch.Tensor, torch.Tensor], start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns one layer's keys and values of the tokens from ``start`` to ``end``."""
+    """Returns one layer's keys and values of the tokens from index ``start`` to before ``end``."""
     keys, values = layer
     return keys[:, :, start:end], values[:, :, start:end]
 

@@ -1,6 +1,6 @@
-"""Finds out whether a model can run packed: on one row with the tokens of several sequences.
+"""Checks whether a model can run on packed rows, each with the tokens of several sequences.
 
-Nothing but causal attention, called in a way that the kernel supports, may let one token of a row affect another.
+This is so only if one token of a row affects another token through causal attention alone, and if the kernel supports that attention.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ _REHEARSAL_TOKENS = 32
 
 
 def packed_refusal(decoder: Decoder) -> str | None:
-    """Returns the reason why a model must not run packed, on one row with the tokens of several sequences; ``None`` if no
-    reason is known.
+    """Returns the reason why a model cannot run on packed rows, each with the tokens of several sequences; ``None`` if no reason is
+    known.
     """
     return next(_objections(decoder), None)
 
@@ -70,7 +70,9 @@ def _attention_objections(decoder: Decoder, rehearsal: _RecordedForward) -> Iter
 
 
 def _layer_types(decoder: Decoder) -> list[str]:
-    """Returns the attention type of each loaded block. A model without such a list has a window in every block or in none."""
+    """Returns the attention type of each loaded block. If the config has no list of types, all blocks have the same type, with or without a
+    sliding window.
+    """
     config, count = decoder.config, len(decoder.blocks)
     kinds: list[str] | None = getattr(config, "layer_types", None)
     if kinds is not None:
@@ -79,11 +81,11 @@ def _layer_types(decoder: Decoder) -> list[str]:
 
 
 class _RecordedForward:
-    """Runs a model once with an attention function that returns zeros and records the arguments with which layers call it.
+    """Test forward pass of a model, with an attention function that returns zeros and records the arguments with which layers call it.
 
     Attributes:
-        windows: window of each call, in tokens; ``None`` = no window.
-        head_dims: head width of each call, as the kernel would get it.
+        windows: sliding window in tokens, for each attention call; ``None`` = no window.
+        head_dims: head width, padded as for the kernel, for each attention call.
         dtypes: dtypes of queries, keys and values.
         seen: ``(T, …)`` float32, each token's queries, keys, values and last activations, in order of position.
     """
@@ -97,7 +99,7 @@ class _RecordedForward:
 
     @torch.inference_mode()
     def run(self, decoder: Decoder, *, backwards: bool) -> None:
-        """Runs a row of random tokens at their positions; with ``backwards``, the last token comes first."""
+        """Runs the model on a row of random tokens. If ``backwards`` is true, the tokens and their positions are given in reverse order."""
         generator = torch.Generator().manual_seed(0)
         positions = torch.arange(_REHEARSAL_TOKENS, device=decoder.device).unsqueeze(0)
         ids = torch.randint(decoder.config.vocab_size, positions.shape, generator=generator).to(decoder.device)

@@ -1,4 +1,4 @@
-"""Runs segments (runs of tokens) of a batch one at a time through transformers' public cache API: the universal path.
+"""Runs segments (runs of tokens) of a batch one at a time through transformers' public cache API: the universal backbone.
 
-Its changes to attention, gated MLPs and weights make it fast on a CPU.
+Replaced attention, gated MLPs and weight layouts make it fast on a CPU.
 """

@@ -1,9 +1,10 @@
-"""Computes attention of new tokens to themselves and to the tokens before them, without a mask, faster on a CPU than transformers does.
+"""Computes attention of new tokens to themselves and to the tokens before them, faster on a CPU than transformers does, mostly without a
+mask.
 
-transformers gives a query that continues a cache a dense mask. Here the keys before the query's first token and those from there on are
-attended to separately, the latter causally, and merged by their log-sum-exps (FlashAttention's way of combining blocks,
-https://arxiv.org/abs/2205.14135). Where the sequence is longer than a sliding window, a mask covers the keys that some block of queries can
-still see.
+transformers builds a dense mask for queries that continue a cache. Here two groups of keys are attended to separately: the keys before the
+first query's token, without a mask, and the remaining keys, causally. The two results are merged by their log-sum-exps (FlashAttention's
+way of combining blocks, https://arxiv.org/abs/2205.14135). If the sequence is longer than a sliding window, blocks of queries are computed
+with a mask over those keys that the block can still see.
 """
 
 from __future__ import annotations
@@ -19,30 +20,32 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 from probescore_server.backbone.model_loading import Decoder
 
 CAUSAL_ATTENTION = "probescore_causal"
-"""Names ``causal_attention`` in transformers. It is registered without a mask function, so that no mask is made for it."""
+"""Name under which ``causal_attention`` is registered in transformers. There is no mask function of this name, so transformers builds no
+mask.
+"""
 
 _RECORDING = "probescore_recording"
 
 QUERY_BLOCK = 64
-"""Gives the number of query tokens whose attention is computed at once. Only for keys within such a block is a causal kernel needed, which
-is slower than one that sees every key.
+"""Number of query tokens whose attention is computed at once. Only keys within such a block need a causal kernel, which is slower than a
+kernel that uses every key.
 """
 
 WINDOW_BLOCK = 256
-"""Gives the number of query tokens that share one attention mask where a sliding window hides keys."""
+"""Number of query tokens that share one attention mask in layers in which a sliding window hides keys."""
 
 _WITHOUT_EFFECT = frozenset({"dropout", "output_attentions", "output_hidden_states", "position_embeddings", "position_ids", "use_cache"})
 
 
 class UnknownAttention(Exception):
-    """Raised when a layer requires something that this project's attention functions do not compute."""
+    """Exception raised when a layer requires a kind of attention that this project's attention functions do not compute."""
 
 
 @contextmanager
 def attending(decoder: Decoder, implementation: str | None) -> Iterator[None]:
-    """Makes a decoder's layers call the attention function of a given name while its context is open.
+    """Context manager during which a decoder's layers call the attention function with the given name.
 
-    The name is one that is registered in transformers; ``None`` stands for the function that transformers chose.
+    The name must be registered in transformers; ``None`` stands for the function that transformers chose.
     """
     config, own = decoder.config, decoder.config._attn_implementation
     config._attn_implementation = implementation or own
@@ -59,11 +62,11 @@ def check_plain(module: torch.nn.Module, attention_mask: torch.Tensor | None, is
         module: the layer.
         attention_mask: the mask that transformers gives.
         is_causal: the value that the layer passes; ``None`` = the layer's attribute decides.
-        others: further arguments of the layer, such as soft-capping, position biases or chosen keys. Only those that are known to have no
-            effect are accepted.
+        others: further arguments of the layer, such as soft-capping, position biases or chosen keys. Only arguments that are known to have
+            no effect are accepted.
 
     Raises:
-        UnknownAttention: the layer asks for more or for something else; the error names it.
+        UnknownAttention: the layer asks for anything else; the error names the argument.
     """
     if attention_mask is not None or False in (is_causal, getattr(module, "is_causal", True)):
         raise UnknownAttention("its attention is not plainly causal")
@@ -73,7 +76,9 @@ def check_plain(module: torch.nn.Module, attention_mask: torch.Tensor | None, is
 
 
 def has_causal_attention() -> bool:
-    """Returns whether the installed torch has the attention kernel for CPUs, which is not among its public functions."""
+    """Returns whether the installed torch has the attention kernel for CPUs that this module uses, since the kernel is not one of torch's
+    public functions.
+    """
     return hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu")
 
 
@@ -97,7 +102,7 @@ def causal_attention(
         value: values, shaped as ``key``.
         attention_mask: must be ``None``.
         scaling: factor of the products; ``None`` = 1 / √head_dim.
-        sliding_window: number of latest tokens that a token sees, itself included; ``None`` = all.
+        sliding_window: number of latest tokens that a token attends to, itself included; ``None`` = all.
         is_causal: must not be false.
         others: further arguments that the layer passes.
 
@@ -160,7 +165,8 @@ AttentionInterface.register(CAUSAL_ATTENTION, causal_attention)
 def passes_windows(decoder: Decoder) -> bool:
     """Returns whether each layer with a sliding window passes the window's size to its attention function.
 
-    A short test does not exceed a long window, and without a mask only this argument tells of the window.
+    A short test sequence does not exceed a long window. Since there is no mask, the attention function can learn of the window only from
+    this argument.
     """
     passed: list[int | None] = []
 

@@ -1,9 +1,9 @@
-"""Runs a forest of segments (runs of tokens) through transformers' public cache API, short sequences together: the
-universal path.
+"""Runs a forest of segments (runs of tokens arranged in trees) through transformers' cache API, short sequences together: the universal
+backbone.
 
-Each segment is run once, after the keys and values of its parent; a segment that is not read is run only until its own keys and values are
-known. There is no mask of this project's, which an architecture could interpret differently, and padding stands only behind what is
-read: every model with which transformers can generate can be scored.
+Each segment is run once, after the keys and values of its parent. For a segment whose activations no probe needs, the forward pass ends as
+soon as its keys and values are computed. This project adds no masks, which an architecture could interpret differently, and
+padding only behind what is read, so every model with which transformers can generate can be scored.
 """
 
 from __future__ import annotations
@@ -30,17 +30,19 @@ from probescore_server.backbone.universal.attention import attending
 from probescore_server.backbone.universal.rows import Row, shared_beginnings, short_row, together
 
 CHUNK_TOKENS = 2048
-"""Limits the tokens of one forward, and so the memory that a long rollout needs at once. A larger limit would not be faster."""
+"""Limits the tokens of one forward pass. The limit bounds the memory that a long rollout needs at once; a larger limit would not be
+faster.
+"""
 
 
 class _StopForward(Exception):
-    """Ends a forward early: the keys and values that later tokens need are complete, and the rest of the forward's output would not be
-    read.
+    """Exception that ends a forward pass early, once the keys and values that later tokens need are computed and no further output is
+    needed.
     """
 
 
 class _SequenceState(DynamicCache):
-    """Holds the keys and values of a sequence, and can end a forward as soon as a given layer's are complete."""
+    """Key-value cache of one sequence, which can end a forward pass as soon as the keys and values of a given layer are computed."""
 
     ends_at: int | None = None
 
@@ -54,18 +56,19 @@ class _SequenceState(DynamicCache):
 
 
 class UniversalBackbone:
-    """Runs forests of segments (runs of tokens) through a frozen decoder, by transformers' public cache API.
+    """Backbone that runs forests of segments (runs of tokens) through a frozen decoder with transformers' public cache API.
 
     Args:
         decoder: the model.
-        reader: reader of the model's taps.
+        reader: reader of the model's activations at taps (places in the model).
         attention: name of an attention function that is registered in transformers; ``None`` = the one that transformers chose.
         runs_together: whether short sequences are run as the rows of one forward.
 
     Attributes:
         runs_together: as given.
         device: device that token ids are moved to.
-        keeps_key_values: whether the state of a sequence consists of keys and values of each token alone, so that a cache can keep it.
+        keeps_key_values: whether the model's state after a sequence consists only of keys and values of each token, so that
+            ``KeyValueCache`` can store the state.
     """
 
     name = "universal"
@@ -83,7 +86,7 @@ class UniversalBackbone:
     def forward(
         self, forest: Forest, taps: Sequence[Tap], *, skip: Callable[[int], bool] = skip_nothing, cache: KeyValueCache | None = None
     ) -> Activations:
-        """Runs every segment of a forest once, with the arguments and the result of ``Backbone.forward``.
+        """Runs every segment (run of tokens) of a forest once, with the arguments and the result of ``Backbone.forward``.
 
         ``skip`` is called again before each ``CHUNK_TOKENS`` tokens of a segment.
         """
@@ -93,7 +96,7 @@ class UniversalBackbone:
         return activations
 
     def start(self, known: KeyValues) -> _SequenceState:
-        """Returns the state of a sequence after the tokens whose keys and values are given."""
+        """Returns the state of a sequence (its key-value cache) after the tokens with the given keys and values."""
         if not self.keeps_key_values:
             state = _SequenceState(config=self._decoder.config)
             state.layers = self._decoder.cache_layers
@@ -105,13 +108,13 @@ class UniversalBackbone:
         return state
 
     def read_tokens(self, token_ids: NDArray[np.int32], position: int, state: _SequenceState, into: Mapping[Tap, torch.Tensor]) -> None:
-        """Runs tokens after those of a state, extends the state by them, and copies their activations to buffers.
+        """Runs further tokens of a sequence, extends the sequence's state by these tokens, and copies their activations to buffers.
 
         Args:
             token_ids: ``(T,)`` int32, the tokens.
             position: position of the first token in its sequence.
-            state: state of the sequence before these tokens; it is changed.
-            into: by tap, a buffer ``(T, hidden_size)`` float32; empty = no activations are wanted.
+            state: state of the sequence before these tokens, which is extended in place.
+            into: a dictionary, keyed by tap, of buffers ``(T, hidden_size)`` float32; empty = no activations are copied.
         """
         self.read_rows(token_ids[None], position, state, into)
 
@@ -144,7 +147,7 @@ class UniversalBackbone:
 
 
 class _ForestRun:
-    """Runs one forest of segments (runs of tokens) through a backbone, depth first."""
+    """Run of one forest of segments (runs of tokens arranged in trees) through a backbone, depth first."""
 
     def __init__(
         self,
@@ -177,9 +180,9 @@ class _ForestRun:
             self._run(alone[-1], state)
 
     def _run(self, index: int, state: _SequenceState | None) -> None:
-        """Runs a segment (run of tokens) and then the segments that continue it.
+        """Runs a segment (run of tokens) and then the segments that continue the segment.
 
-        ``state`` holds the keys and values before the segment, and is extended by the segment's own.
+        ``state`` contains the keys and values of the tokens before the segment, and is extended by those of the segment's own tokens.
         """
         segment = self._forest.segments[index]
         known = self._known(index)
@@ -244,16 +247,18 @@ class _ForestRun:
         return found == len(first.token_ids) or min(max(found, shared), len(first.token_ids)) > row.tokens / 2
 
     def _known(self, index: int) -> KeyValues:
-        """Returns the keys and values of a sequence up to a segment's end that are in the cache.
+        """Returns the cached keys and values of a sequence up to the end of the segment (run of tokens) with the given index.
 
-        There are none for a segment that is read, since keys and values do not determine activations.
+        The list is empty for a segment whose activations probes need, since keys and values do not determine activations.
         """
         if self._cache is None or self._forest.segments[index].read:
             return []
         return self._cache.longest_prefix(self._forest.ids_up_to(index))
 
     def _compute(self, index: int, state: _SequenceState) -> bool:
-        """Runs, in chunks, the tokens of a segment that are not cached; returns false if the segment is no longer wanted."""
+        """Runs, in chunks, those tokens of a segment (run of tokens) that are not cached. It returns false if the segment was skipped on
+        the way.
+        """
         segment = self._forest.segments[index]
         length = len(segment.token_ids)
         for start in range(segment.cached, length, CHUNK_TOKENS):
@@ -279,7 +284,7 @@ class _ForestRun:
 
 
 def _keeps_key_values(decoder: Decoder) -> bool:
-    """Returns whether every layer of the cache that transformers would make holds keys and values of full or windowed attention."""
+    """Returns whether every layer of the cache that transformers makes for a model stores keys and values of full or windowed attention."""
     layers = decoder.cache_layers
     is_chunked = getattr(decoder.config, "attention_chunk_size", None) is not None
     plain = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
@@ -309,7 +314,9 @@ def _repeated(state: _SequenceState, count: int) -> _SequenceState:
 
 
 def _tail(state: _SequenceState, count: int) -> KeyValues:
-    """Returns the keys and values of the last ``count`` tokens of a sequence; an empty list where some layer has none of its own."""
+    """Returns the keys and values of the last ``count`` tokens of a sequence. The list is empty if some layer has no keys and values of its
+    own.
+    """
     layers = [(layer.keys, layer.values) for layer in state.layers if isinstance(layer, DynamicLayer)]
     if any(keys is None or values is None for keys, values in layers):
         return []

@@ -1,4 +1,6 @@
-"""Makes gated MLPs reuse the tensors that they have just computed: on a CPU, a new tensor for each step costs more than the step."""
+"""Makes gated MLPs write results into tensors that they have just computed, since on a CPU a new tensor for each step costs more than the
+step.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +18,10 @@ _PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 
 @torch.inference_mode()
 def multiply_in_place(blocks: nn.ModuleList) -> Callable[[], None]:
-    """Makes every ``down_proj(act_fn(gate_proj(x)) * up_proj(x))`` of the given blocks multiply in place.
+    """Makes every ``down_proj(act_fn(gate_proj(x)) * up_proj(x))`` in the given blocks multiply in place.
 
-    The names of a module's parts do not tell what the module computes, so each module's outputs are compared with those of the change
-    first.
+    The names of a module's parts do not prove that the module computes this formula, so a module is changed only if its outputs stay the
+    same.
 
     Returns:
         A function that undoes the change.

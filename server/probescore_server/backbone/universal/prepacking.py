@@ -1,9 +1,9 @@
 """Stores the weights of linear layers in the blocked layout of oneDNN, once at load: on a CPU, products with them are faster.
 
 oneDNN adds up the products of a row and a column one after the other, so that rounding errors grow with the root of their number: at a
-width of 576 they are one and a half times those of the matrix product that plain torch calls, at 2,048 more than twice. In trained models
-these become errors of scores, where a few tokens have activations a thousand times as large as the others' ("massive activations"). So the
-inputs are taken in blocks, and the sums of the blocks are added up.
+width of 576 the errors are one and a half times those of the matrix product that plain torch uses, at 2,048 more than twice. In trained
+models, in which a few tokens have activations a thousand times as large as other tokens ("massive activations"), such errors change scores.
+So the inputs are divided into blocks, and the sums of the blocks are added up.
 """
 
 from __future__ import annotations
@@ -16,18 +16,20 @@ import torch
 from torch import nn
 
 TYPICAL_ROWS = 512
-"""Gives the number of input rows of a linear layer for which the layout of its weight is chosen; any number of rows can be multiplied."""
+"""Number of input rows of a linear layer for which the layout of its weight is optimised; any number of rows can be multiplied."""
 
 ADDED_IN_A_ROW = 128
-"""Limits how many inputs of a linear layer are multiplied and added up one after the other, before the sums of such blocks are added.
+"""Limits the number of inputs of a linear layer that are multiplied and added up one after the other; the sums of such blocks are then
+added.
 
 Plain torch (MKL) takes 192; fewer leave a margin for rounding errors, and cost proportionally more time.
 """
 
 ADDED_BYTES = 8 << 20
-"""Limits the bytes of a linear layer's sums that are added up at a time, by taking fewer rows at once.
+"""Limits the bytes of a linear layer's partial sums that are added up at a time. To stay below the limit, fewer rows are computed at once.
 
-More would not stay in the caches, and from 32 MiB on the system's allocator would take every block's sums from the kernel anew.
+More bytes would not stay in the CPU's caches, and from 32 MiB on the system's allocator would request new memory from the kernel for every
+block's sums.
 """
 
 _BLOCK_MULTIPLE = 16  # number of floats in a cache line
@@ -38,7 +40,9 @@ _CACHED_PRODUCTS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32", "LRU_CACHE_CAPACITY
 
 
 def can_prepack(device: torch.device, dtype: torch.dtype) -> bool:
-    """Returns whether the installed torch can prepack weights of this device and dtype; its operators for this are not public."""
+    """Returns whether the installed torch can store weights of the given device and dtype in oneDNN's layout; torch's operators for this
+    are not public.
+    """
     if device.type != "cpu" or dtype != torch.float32:
         return False
     has_operators = hasattr(torch.ops.mkldnn, "_reorder_linear_weight") and hasattr(torch.ops.mkldnn, "_linear_pointwise")
@@ -47,7 +51,7 @@ def can_prepack(device: torch.device, dtype: torch.dtype) -> bool:
 
 @torch.inference_mode()
 def prepack(blocks: nn.ModuleList) -> Callable[[], None]:
-    """Replaces the weight of every linear layer in the given blocks by one in oneDNN's blocked layout.
+    """Replaces the weight of every linear layer in the given blocks by a copy in oneDNN's blocked layout, which is faster on a CPU.
 
     Returns:
         A function that restores the plain weights.
@@ -79,7 +83,9 @@ def _laid_out(block: torch.Tensor) -> torch.Tensor:
 
 
 def _widths(inputs: int) -> list[int]:
-    """Returns the widths of the blocks into which a row of a layer's inputs is divided: as few blocks as possible, about equally wide."""
+    """Returns the widths of the blocks into which a linear layer's input row is divided: as few blocks as possible, of about equal
+    width.
+    """
     count = -(-inputs // ADDED_IN_A_ROW)
     width = -(-inputs // (count * _BLOCK_MULTIPLE)) * _BLOCK_MULTIPLE
     return [min(width, inputs - start) for start in range(0, inputs, width)]
@@ -106,7 +112,7 @@ def _sum_of_blocks(parts: Sequence[torch.Tensor], widths: list[int], bias: torch
 
 
 def _shared_weights(blocks: nn.ModuleList) -> set[int]:
-    """Returns the ``id`` of each weight that several layers share; prepacking would give each layer a copy of its own."""
+    """Returns the set of ``id(weight)`` of each weight that several layers share; prepacking would give each layer its own copy."""
     seen: set[int] = set()
     shared: set[int] = set()
     for module in blocks.modules():
