@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from probescore_server.cli.connection import DEFAULT_ADDRESS, Address, Wait, connected
 from probescore_server.cli.console import new_console
 from probescore_server.cli.failures import one_line_failures
 from probescore_server.cli.manifest_tables import manifest_tables
 from probescore_server.cli.probe_tables import facts_table, probes_table, safe
+from probescore_server.cli.steps import Steps
 
 ProbeFileArgument = Annotated[Path, typer.Argument(help="A probe file.", show_default=False, metavar="FILE")]
 
@@ -63,7 +63,7 @@ def _verify(
     with one_line_failures():
         from probescore_server.engine.engine import Engine
 
-        with _Steps(console) as steps:
+        with Steps(console) as steps:
             engine = Engine.load(model, [file], revision=revision, dtype=dtype, device=device, report=steps.begin)
         table = facts_table("Agrees with the model")
         table.add_row("fingerprint", engine.info.model.fingerprint)
@@ -71,29 +71,3 @@ def _verify(
         table.add_row("blocks", f"{engine.info.model.num_loaded_layers} of {engine.info.model.num_hidden_layers} needed")
         console.print(table)
         console.print(f"[bold green]{safe(engine.info.probes[0].name)}@{safe(engine.info.probes[0].version)} can be served[/bold green]")
-
-
-class _Steps:
-    """Prints each step of a check once it has passed or failed, with a spinner while it runs."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._status = console.status("")
-        self._step = ""
-
-    def begin(self, step: str) -> None:
-        self._end("[green]✓[/green]")
-        self._step = step
-        self._status.update(safe(step))
-
-    def _end(self, mark: str) -> None:
-        if self._step:
-            self._console.print(f"{mark} {safe(self._step)}")
-
-    def __enter__(self) -> _Steps:
-        self._status.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._status.stop()
-        self._end("[green]✓[/green]" if kind is None else "[red]✗[/red]")

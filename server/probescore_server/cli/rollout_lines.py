@@ -1,4 +1,4 @@
-"""Rollouts as lines of JSON: what ``probescore score FILE`` reads.
+"""Rollouts as lines of JSON: what ``probescore score FILE`` and ``probescore activations FILE`` read.
 
 One object a line. ``docs/reference/rollout-lines.md`` describes every field.
 
@@ -16,10 +16,13 @@ misspelt ``mask`` would change scores. At the top, keys that change scores insid
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeAlias
 
 from probescore.types import Chat, Completion, RolloutGroup, Span, Text
@@ -46,6 +49,21 @@ class LabelledGroup(RolloutGroup):
     """
 
     labels: tuple[Label, ...] = ()
+
+
+def read_rollout_file(name: str, *, add_special_tokens: bool) -> list[LabelledGroup]:
+    """Every rollout group of a file; ``-`` is standard input.
+
+    Raises:
+        LineError: a line is not a rollout.
+        OSError: the file cannot be read.
+    """
+    if name == "-":
+        # JSON is UTF-8, whatever the terminal speaks
+        lines = io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8", errors=UNDECODABLE)
+        return list(read_rollout_lines(lines, "standard input", add_special_tokens=add_special_tokens))
+    with Path(name).open(encoding="utf-8", errors=UNDECODABLE) as lines:
+        return list(read_rollout_lines(lines, name, add_special_tokens=add_special_tokens))
 
 
 def read_rollout_lines(lines: Iterable[str], source: str, *, add_special_tokens: bool) -> Iterator[LabelledGroup]:

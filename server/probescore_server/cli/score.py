@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import io
 import json
 import os
 import sys
@@ -34,7 +33,7 @@ from probescore_server.cli.failures import FAILED, one_line_failures, say
 from probescore_server.cli.interruption import interruptible
 from probescore_server.cli.page import write_page
 from probescore_server.cli.progress import Progress
-from probescore_server.cli.rollout_lines import UNDECODABLE, Label, LabelledGroup, read_rollout_lines
+from probescore_server.cli.rollout_lines import Label, LabelledGroup, read_rollout_file
 from probescore_server.cli.rollout_views import RolloutView, rollout_views, series_of
 from probescore_server.cli.streams import leave_stdout
 from probescore_server.cli.terminal import RolloutPrinter
@@ -140,13 +139,8 @@ def _score(
 
 
 def _groups(source: str, prompt: str, special_tokens: bool) -> list[LabelledGroup]:
-    if source == "-":
-        # JSON is UTF-8, whatever the terminal speaks
-        lines = io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8", errors=UNDECODABLE)
-        return list(read_rollout_lines(lines, "standard input", add_special_tokens=special_tokens))
-    if source.endswith(".jsonl") or Path(source).is_file():
-        with Path(source).open(encoding="utf-8", errors=UNDECODABLE) as lines:
-            return list(read_rollout_lines(lines, source, add_special_tokens=special_tokens))
+    if source == "-" or source.endswith(".jsonl") or Path(source).is_file():
+        return read_rollout_file(source, add_special_tokens=special_tokens)
     return [LabelledGroup(Text(prompt, special_tokens), [Completion(source)], labels=(None,))]
 
 
