@@ -110,7 +110,7 @@ def select(features: Features, labels: Labels, *, kind: str = LOGISTIC, seed: in
     ]
     if not parts:  # few groups, dealt out unluckily
         raise ValueError("cross-validation: no way to divide the groups so that each side has both classes; give more groups")
-    strengths = STRENGTHS if kind == LOGISTIC else STRENGTHS[:1]
+    strengths = STRENGTHS if kind == LOGISTIC else STRENGTHS[1:2]
     curve = []
     for (tap, pool), rows in features.items():
         found = np.empty((len(parts), len(strengths)))

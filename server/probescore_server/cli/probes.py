@@ -1,4 +1,4 @@
-"""``probescore probes``: list those of a server, inspect and verify probe files."""
+"""``probescore probes``: fit, list, inspect and verify probes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from probescore_server.cli import fitting
 from probescore_server.cli.connection import DEFAULT_ADDRESS, Address, Wait, connected
 from probescore_server.cli.console import new_console
 from probescore_server.cli.failures import one_line_failures
@@ -18,8 +19,9 @@ ProbeFileArgument = Annotated[Path, typer.Argument(help="A probe file.", show_de
 
 
 def register(app: typer.Typer) -> None:
-    """Adds the commands ``probes list``, ``probes inspect`` and ``probes verify``."""
-    probes = typer.Typer(help="List, inspect and verify probes.", no_args_is_help=True)
+    """Adds the commands under ``probes``."""
+    probes = typer.Typer(help="Fit, list, inspect and verify probes.", no_args_is_help=True, rich_markup_mode="rich")
+    fitting.register(probes)
     probes.command("list")(_list)
     probes.command("inspect")(_inspect)
     probes.command("verify")(_verify)
