@@ -12,7 +12,7 @@ BUF_INPUT := proto
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test unit lint format types imports proto proto-check baseline test-client-versions test-trainers test-trainers-newest test-deploy \
+.PHONY: help demo test unit lint format types imports docs proto proto-check baseline test-client-versions test-trainers test-trainers-newest test-deploy \
   sweep parity parity-trained mutants schema bench \
   bench-full clean
 
@@ -28,7 +28,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED) ## Train a small model, fit a probe, serve it, score rollouts (leaves everything in demo/)
 	@HF_HUB_OFFLINE=1 $(BIN)/python examples/demo/demo.py
 
-test: lint types imports proto-check unit test-client-versions ## Everything that CI runs
+test: lint types imports docs proto-check unit test-client-versions ## Everything that CI runs
 
 # What hangs outside Python's reach never comes to pytest-timeout's own end: then every thread's place is written, and the run ends as failed.
 UNIT := -n 2 --dist loadfile --max-worker-restart=0 -o faulthandler_timeout=700 -o faulthandler_exit_on_timeout=true
@@ -131,6 +131,10 @@ types: $(INSTALLED) ## mypy --strict on our packages
 
 imports: $(INSTALLED) ## The arrows between our layers
 	$(BIN)/lint-imports
+
+# The variable silences a notice about the future of MkDocs.
+docs: $(INSTALLED) ## The documentation's site, into build/site; broken links and references fail
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 sweep: $(INSTALLED) ## Random probe graphs until 500 are accepted: none may score a rollout otherwise in other company (half an hour)
 	$(TEST_ENV) $(BIN)/python -m pytest -m sweep -q

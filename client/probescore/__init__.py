@@ -32,6 +32,7 @@ from probescore.types import (
     CompletionScores,
     CompletionStatus,
     GroupScores,
+    Hook,
     Limits,
     ModelInfo,
     OutputPer,
@@ -58,13 +59,15 @@ if TYPE_CHECKING:
     from probescore._options import ScoreOptions
     from probescore._streaming import StreamWindow
     from probescore._sync import ProbeClient
+    from probescore.checks import check_groups
 
-# What needs gRPC is imported when it is first used: the server's workers and the adapters use the values without it.
+# What needs gRPC or protobuf is imported when it is first used: the server's workers and the adapters use the values without it.
 _LAZY = {
     "AsyncProbeClient": "probescore._aio",
     "ProbeClient": "probescore._sync",
     "ScoreOptions": "probescore._options",
     "StreamWindow": "probescore._streaming",
+    "check_groups": "probescore.checks",
 }
 
 
@@ -92,6 +95,7 @@ __all__ = [
     "DeadlineExceededError",
     "FieldViolation",
     "GroupScores",
+    "Hook",
     "InvalidRequestError",
     "Limits",
     "MessageTooLargeError",
@@ -125,6 +129,7 @@ __all__ = [
     "UnavailableError",
     "Usage",
     "WorkerInfo",
+    "check_groups",
     "reduce_scores",
     "rollouts_from_padded",
     "tokenizer_fingerprint",

@@ -1,4 +1,4 @@
-"""``AsyncProbeClient``: for event loops, one or several."""
+"""Holds ``AsyncProbeClient``, the client for programs with one event loop or several."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import weakref
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from types import TracebackType
-from typing import TYPE_CHECKING, TypeVar, Union, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import grpc
 import grpc.aio
@@ -17,7 +17,7 @@ from probescore import _forks
 from probescore._client import (
     DEFAULT_TIMEOUT_SECONDS,
     BaseClient,
-    Settings,
+    ClientSettings,
     Stub,
     checked_timeout,
     read,
@@ -27,9 +27,9 @@ from probescore._client import (
 )
 from probescore._options import ScoreOptions
 from probescore._retries import Attempts, retry_async
-from probescore._sources import LINGER_SECONDS, Ended, Read, async_source_of
+from probescore._sources import async_source_of
 from probescore._status import FailedCall
-from probescore._streaming import Chunk, Intake, StreamWindow
+from probescore._streaming import Arrival, Chunk, StreamSchedule, StreamWindow
 from probescore.types import ProbeInfo, RolloutGroup, ScoreResult, ServerInfo, StreamedCompletion, Transfer
 from probescore.v1 import admin_pb2, probes_pb2, scoring_pb2
 from probescore.wire import probes_from_proto, server_info_from_proto, transfers_from_proto
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from probescore.v1.scoring_pb2_grpc import ScoringServiceAsyncStub
 
     class AsyncStub(ScoringServiceAsyncStub, ProbeAdminServiceAsyncStub):
-        """What ``Stub`` is on a channel of grpc.aio."""
+        """Has the methods of both services on a channel of ``grpc.aio``, as ``Stub`` has them on one of ``grpc``."""
 
 
 Request = TypeVar("Request")
@@ -84,14 +84,14 @@ class AsyncProbeClient(BaseClient):
     Every method raises ``ProbescoreError``; ``probescore.errors`` has the tree.
     """
 
-    def _begin(self, settings: Settings) -> None:
+    def _begin(self, settings: ClientSettings) -> None:
         super()._begin(settings)
         _clients.add(self)
         self._channels: dict[asyncio.AbstractEventLoop, tuple[grpc.aio.Channel, AsyncStub]] = {}
         self._pauses: set[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = set()
 
     async def score(self, groups: Sequence[RolloutGroup], *, timeout: float | None = None, **options: Unpack[ScoreOptions]) -> ScoreResult:
-        """Scores every completion of every group in one call. ``ScoreOptions`` says what the options are."""
+        """Scores every completion of every group in one call, with the options that ``ScoreOptions`` documents."""
         request = score_request(groups, options)
         return score_result(await self._call(lambda stub: stub.Score, request, self._attempts(timeout)), request)
 
@@ -121,11 +121,11 @@ class AsyncProbeClient(BaseClient):
         return _AsyncStream(self, stream_template(options), timeout, window).completions(groups)
 
     async def get_server_info(self, *, timeout: float | None = None) -> ServerInfo:
-        """Says what runs at the address."""
+        """Returns what runs at the address: the model, its fingerprints, limits, workers and probes."""
         return await self._server_info(self._attempts(timeout))
 
     async def list_probes(self, *, timeout: float | None = None) -> tuple[ProbeInfo, ...]:
-        """Lists the loaded probes, sorted by name and version."""
+        """Returns the probes that the server has loaded, sorted by name and version."""
         answer = await self._call(lambda stub: stub.ListProbes, probes_pb2.ListProbesRequest(), self._attempts(timeout))
         return read(probes_from_proto, answer)
 
@@ -133,12 +133,12 @@ class AsyncProbeClient(BaseClient):
         """Waits until the server is ready to score, and says what runs there.
 
         Raises:
-            TransientError, DeadlineExceededError: it was not within ``timeout`` seconds.
+            TransientError, DeadlineExceededError: the server was not ready within ``timeout`` seconds.
         """
         return await self._server_info(Attempts(checked_timeout(timeout), restart_budget=timeout))
 
     async def sleep(self, *, timeout: float | None = None) -> tuple[Transfer, ...]:
-        """Makes the server give its devices' memory back until ``wake``, and returns when it has: what each device moved.
+        """Makes the server give its devices' memory back until ``wake``; returns, when it has, what each device moved.
 
         Calls to score wait meanwhile, within their deadlines. A server that sleeps is left as it is. Needs the server's setting ``admin``,
         and a client of one server; ``"dns:///…"`` of several reaches any of them.
@@ -148,7 +148,7 @@ class AsyncProbeClient(BaseClient):
         return transfers_from_proto(answer.transfers)
 
     async def wake(self, *, timeout: float | None = None) -> tuple[Transfer, ...]:
-        """Ends what ``sleep`` began, and returns when the server can score: what each device moved.
+        """Ends what ``sleep`` began; returns, when the server can score, what each device moved.
 
         Raises:
             UnavailableError: a device had no room for the weights for as long as the client may wait.
@@ -159,7 +159,7 @@ class AsyncProbeClient(BaseClient):
 
     @asynccontextmanager
     async def awake(self, *, timeout: float | None = None) -> AsyncIterator[None]:
-        """Wakes the server for the length of a ``async with`` block, and puts it to sleep at its end, also after an error."""
+        """Wakes the server for the length of an ``async with`` block, and puts it to sleep at its end, also after an error."""
         await self.wake(timeout=timeout)
         try:
             yield
@@ -167,7 +167,9 @@ class AsyncProbeClient(BaseClient):
             await self.sleep(timeout=timeout)
 
     async def close(self) -> None:
-        """Ends this loop's connection, and pauses between attempts with a ``RuntimeError``. The client cannot be used afterwards."""
+        """Ends the connection of this event loop, and pauses between attempts with a ``RuntimeError``. The client cannot be used
+        afterwards.
+        """
         self._closed = True
         for loop, pause in list(self._pauses):
             if not loop.is_closed():
@@ -205,7 +207,7 @@ class AsyncProbeClient(BaseClient):
         return channel, cast("AsyncStub", Stub(channel))
 
     def _forget_closed_loops(self) -> None:
-        """Lets go of the channels of loops that are over, as ``asyncio.run`` for each batch leaves behind."""
+        """Lets go of the channels of event loops that are over, as ``asyncio.run`` for each batch leaves behind."""
         for loop in list(self._channels):
             if loop.is_closed() and self._channels.pop(loop, None) is not None:
                 _forks.channel_ended()
@@ -242,12 +244,8 @@ class AsyncProbeClient(BaseClient):
         return read(server_info_from_proto, answer)
 
 
-Arrival = Union[list[StreamedCompletion], Chunk, Exception, Read, Ended]
-"""What the call for a chunk hands over: some answers, the chunk itself when it is done, or why it failed; and what the source does."""
-
-
 class _AsyncStream:
-    """One ``score_stream``: a task for each call, so that its deadline does not depend on how fast the answers are read."""
+    """Runs one ``score_stream``, with a task for each call, so that a call's deadline does not depend on how fast answers are read."""
 
     def __init__(self, client: AsyncProbeClient, template: scoring_pb2.ScoreRequest, timeout: float | None, window: StreamWindow) -> None:
         self._client = client
@@ -256,39 +254,30 @@ class _AsyncStream:
         self._window = window
 
     async def completions(self, groups: Iterable[RolloutGroup] | AsyncIterable[RolloutGroup]) -> AsyncIterator[StreamedCompletion]:
-        intake = Intake(self._window)
+        schedule = StreamSchedule(self._window)
         arrivals: asyncio.Queue[Arrival] = asyncio.Queue()
         source = async_source_of(groups, arrivals.put_nowait)
-        tasks: dict[Chunk, asyncio.Task[None]] = {}
+        tasks: set[asyncio.Task[None]] = set()
         try:
-            while not intake.finished:
-                while (chunk := intake.next_chunk()) is not None:
-                    tasks[chunk] = asyncio.create_task(self._run(chunk, arrivals))
-                if intake.wants_group():
+            while not schedule.finished:
+                while (chunk := schedule.next_chunk()) is not None:
+                    tasks.add(task := asyncio.create_task(self._run(chunk, arrivals)))
+                    task.add_done_callback(tasks.discard)
+                if schedule.wants_group():
                     source.ask()
                 try:
-                    arrival = await (asyncio.wait_for(arrivals.get(), LINGER_SECONDS) if intake.waits else arrivals.get())
+                    arrival = await asyncio.wait_for(arrivals.get(), schedule.patience)
                 except asyncio.TimeoutError:
-                    intake.kept_waiting()
-                    continue
-                if isinstance(arrival, Read):
-                    intake.took(arrival.group)
-                elif isinstance(arrival, Ended):
-                    intake.ended(arrival.error)
-                elif isinstance(arrival, Chunk):
-                    del tasks[arrival]
-                    intake.answered()
-                elif isinstance(arrival, Exception):
-                    raise arrival
+                    schedule.kept_waiting()
                 else:
-                    for completion in arrival:
+                    for completion in schedule.accept(arrival):
                         yield completion
-            if intake.failure is not None:
-                raise intake.failure
+            if schedule.failure is not None:
+                raise schedule.failure
         finally:
-            for task in tasks.values():
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(*tasks.values(), return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
             await source.stop()
 
     async def _run(self, chunk: Chunk, arrivals: asyncio.Queue[Arrival]) -> None:

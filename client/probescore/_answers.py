@@ -1,4 +1,4 @@
-"""Whether an answer is one to the request that was sent: a server that lies, or that mixes requests up, is found out here.
+"""Checks whether an answer is one to the request that was sent, so that a server that lies or mixes requests up is found out.
 
 What a client cannot know is left alone: the finite scores themselves, digests, units, the names of labels, what people read, and the
 account of work done.
@@ -32,11 +32,11 @@ from probescore.wire import MessageError, options_from_request
 HasIds = Union[scoring_pb2.Prompt, scoring_pb2.Completion]
 
 _IDS: dict[int, np.dtype[Any]] = {tensor_pb2.DATA_TYPE_INT32: np.dtype("<i4"), tensor_pb2.DATA_TYPE_INT64: np.dtype("<i8")}
-"""What the client sends ids as."""
+"""Maps the two types in which the client sends token ids to those of numpy."""
 
 
 class AnswerCheck:
-    """Checks all that answers one call.
+    """Checks all messages that answer one call against its request.
 
     Args:
         request: as it was sent.
@@ -49,10 +49,10 @@ class AnswerCheck:
         self._request = request
         self._options = options_from_request(request)
         self._info: ScoringInfo | None = None
-        self._probes: _Probes | None = None
+        self._probes: _ProbesByShape | None = None
 
     def check_result(self, result: ScoreResult) -> None:
-        """Checks the answer to ``Score``."""
+        """Checks a whole answer to ``Score`` against the request."""
         asked = [len(group.completions) for group in self._request.groups]
         came = [len(group) for group in result.groups]
         if len(asked) != len(came):
@@ -66,7 +66,7 @@ class AnswerCheck:
                 self.check_completion(index, position, scores, f"groups[{index}].completions[{position}]")
 
     def check_info(self, info: ScoringInfo) -> None:
-        """Checks what an answer says of itself; all messages of one call must say the same. To be called before ``check_completion``."""
+        """Checks what an answer says of itself, before ``check_completion``; all messages of one call must say the same."""
         info = replace(info, usage=Usage())
         if self._info is None:
             self._probes = self._checked_probes(info)
@@ -74,7 +74,7 @@ class AnswerCheck:
         elif info != self._info:
             raise MessageError("info", "is another than in the call's first message, of one model and the same probes")
 
-    def _checked_probes(self, info: ScoringInfo) -> _Probes:
+    def _checked_probes(self, info: ScoringInfo) -> _ProbesByShape:
         for field, expected, found in (
             ("model_fingerprint", self._options.expected_model_fingerprint, info.model_fingerprint),
             ("tokenizer_fingerprint", self._options.expected_tokenizer_fingerprint, info.tokenizer_fingerprint),
@@ -89,7 +89,7 @@ class AnswerCheck:
         for index, probe in enumerate(info.probes):
             self._check_probe(probe, f"info.probes[{index}]")
         wanted = self._options.token_scores
-        return _Probes(
+        return _ProbesByShape(
             info.probes,
             [
                 probe.output_per is OutputPer.TOKEN and (wanted == "all" or probe.name in wanted or probe.key in wanted)
@@ -115,7 +115,7 @@ class AnswerCheck:
             raise MessageError(f"{field}.reductions", f"has {len(probe.reductions)}; the probe's own default was asked for")
 
     def check_completion(self, group: int, completion: int, scores: CompletionScores, field: str) -> None:
-        """Checks the scores of one completion of the request, follow-ups included; ``field`` is its path, for errors."""
+        """Checks the scores of one completion of the request, follow-ups included; ``field`` is its path, which errors name."""
         asked = self._request.groups[group]
         in_text = asked.prompt.WhichOneof("form") in ("text", "chat")
         self._check(asked.completions[completion], scores, field, asked.prompt, inexact=in_text)
@@ -123,7 +123,7 @@ class AnswerCheck:
     def _check(
         self, asked: scoring_pb2.Completion, scores: CompletionScores, field: str, prompt: scoring_pb2.Prompt | None, *, inexact: bool
     ) -> None:
-        """``prompt`` is None for a follow-up, which scores its own tokens and has no prompt of its own to send back."""
+        """Checks one completion or follow-up; ``prompt`` is ``None`` for a follow-up, which has no prompt of its own to send back."""
         probes = self._probes
         if probes is None:
             raise RuntimeError("check_info comes first")
@@ -145,9 +145,9 @@ class AnswerCheck:
             self._check_texts(scores.prompt_texts, prompt_tokens, f"{field}.prompt_texts")
         if scores.status is CompletionStatus.OK:
             scope = self._options.scope if prompt is not None else Scope.COMPLETION
-            rows = {Scope.COMPLETION: tokens, Scope.PROMPT: prompt_tokens, Scope.ALL: _sum(prompt_tokens, tokens)}[scope]
+            rows = {Scope.COMPLETION: tokens, Scope.PROMPT: prompt_tokens, Scope.ALL: _known_sum(prompt_tokens, tokens)}[scope]
             found = list(scores.scores.values())
-            probes.check_reduced(found, _selects(asked, scope, prompt_tokens, tokens), field)
+            probes.check_reduced(found, _selection_states(asked, scope, prompt_tokens, tokens), field)
             probes.check_tokens(found, rows, field)
         if len(scores.follow_ups) != len(asked.follow_ups):
             raise MessageError(f"{field}.follow_ups", f"has {len(scores.follow_ups)}; {len(asked.follow_ups)} were asked for")
@@ -155,7 +155,7 @@ class AnswerCheck:
             self._check(follow_up, answer, f"{field}.follow_ups[{index}]", None, inexact=inexact)
 
     def _check_ids(self, sent: HasIds, came: NDArray[np.int32] | None, field: str) -> int | None:
-        """How many ids there are, if that can be known."""
+        """Checks the ids that came back, and returns how many there are, or ``None`` if that cannot be known, as of text."""
         if (came is not None) != self._options.return_token_ids:
             raise MessageError(field, "is missing; it was asked for" if came is None else "is there; it was not asked for")
         form = sent.WhichOneof("form")
@@ -194,8 +194,8 @@ def _check_names(asked: Sequence[str], came: Sequence[ScoredProbe]) -> None:
         raise MessageError("info.probes", "has the same probe twice")
 
 
-class _Probes:
-    """The probes of an answer, those with equal shapes together: a thousand of them are checked as one array."""
+class _ProbesByShape:
+    """Holds the probes of an answer, those with equal shapes together, so that a thousand of them are checked as one array."""
 
     def __init__(self, probes: Sequence[ScoredProbe], wants_tokens: Sequence[bool], *, has_tokenizer: bool) -> None:
         self.has_tokenizer = has_tokenizer
@@ -213,7 +213,7 @@ class _Probes:
         self._shapes: dict[int, list[tuple[int, int, int]]] = {}
 
     def check_reduced(self, scores: Sequence[ProbeScores], selects: NDArray[np.int8], field: str) -> None:
-        """``selects`` says of the scope and of each span whether it selects a token: 1 yes, 0 no, -1 unknown."""
+        """Checks reduced scores; ``selects`` says of the scope and of each span whether it selects a token: 1 yes, 0 no, -1 unknown."""
         rows = len(selects)
         expected = self._shapes.get(rows)
         if expected is None:
@@ -249,7 +249,7 @@ class _Probes:
                 raise MessageError(f"{field}.scores[{group[probe]}].reduced[{row}]", f"{problem}, of probe {self._keys[group[probe]]}")
 
     def check_tokens(self, scores: Sequence[ProbeScores], rows: int | None, field: str) -> None:
-        """``rows`` is how many tokens are in scope; None = unknown, but the same for all probes."""
+        """Checks per-token scores; ``rows`` is how many tokens are in scope, or ``None`` if unknown, but the same for all probes."""
         arrays = [probe.tokens for probe in scores]
         there = [array is not None for array in arrays]
         if there != self._wants_tokens:
@@ -278,11 +278,11 @@ def _sent_ids(sent: HasIds) -> NDArray[Any]:
     return np.frombuffer(sent.ids.data, _IDS[sent.ids.dtype]) if sent.HasField("ids") else np.zeros(0, np.int32)
 
 
-def _selects(asked: scoring_pb2.Completion, scope: Scope, prompt_tokens: int | None, tokens: int | None) -> NDArray[np.int8]:
-    """Whether the scope, then each span, selects a token: 1 yes, 0 no, -1 unknown."""
+def _selection_states(asked: scoring_pb2.Completion, scope: Scope, prompt_tokens: int | None, tokens: int | None) -> NDArray[np.int8]:
+    """Returns whether the scope, then each span, selects a token: int8, 1 yes, 0 no, -1 unknown."""
     mask = np.frombuffer(asked.mask.data, np.bool_) if asked.HasField("mask") else None
-    own = _any(tokens) if mask is None else int(mask.any())
-    of_prompt = _any(prompt_tokens)
+    own = _selects_any(tokens) if mask is None else int(mask.any())
+    of_prompt = _selects_any(prompt_tokens)
     whole = {
         Scope.COMPLETION: own,
         Scope.PROMPT: of_prompt,
@@ -292,9 +292,9 @@ def _selects(asked: scoring_pb2.Completion, scope: Scope, prompt_tokens: int | N
     return np.array([whole[scope], *spans], np.int8)
 
 
-def _any(tokens: int | None) -> int:
+def _selects_any(tokens: int | None) -> int:
     return -1 if tokens is None else int(tokens > 0)
 
 
-def _sum(first: int | None, second: int | None) -> int | None:
+def _known_sum(first: int | None, second: int | None) -> int | None:
     return None if first is None or second is None else first + second

@@ -1,4 +1,4 @@
-"""How a channel is made: addresses, options that the server's match, balancing by service config."""
+"""Makes gRPC channels: reads addresses, sets options that go with the server's, and has connections balanced."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from dataclasses import dataclass
 from probescore._proxies import Proxy, goes_direct, proxy_of
 
 MAX_RECEIVE_BYTES = 64 * 1024 * 1024
-"""Largest answer that the client takes."""
+"""Limits an answer that the client takes to so many bytes."""
 KEEPALIVE_SECONDS = 60
-"""How often the client pings a server that has said nothing while a call is open."""
+"""Sets how often the client pings a server that has said nothing while a call is open."""
 KEEPALIVE_TIMEOUT_SECONDS = 20
-"""After how long without an answer to a ping the connection counts as lost."""
+"""Sets after how long without an answer to a ping the connection counts as lost."""
 MIN_PING_SECONDS = 30
-"""The least time between pings that a server must allow, or it would end the connection of a client that waits."""
+"""Is the least time between pings that a server must allow, or it would end the connection of a client that waits."""
 LOOKUP_SECONDS = 5
-"""How often at most the client looks a name up again, which it does when a connection ends or cannot be made."""
+"""Is the least time between two look-ups of a name, which the client does when a connection ends or cannot be made."""
 DEFAULT_ADDRESS = "localhost:50051"
 
 _RECONNECT_SECONDS = (0.2, 1.0)
@@ -32,7 +32,7 @@ SERVICE_CONFIG: dict[str, list[dict[str, dict[str, str]]]] = {"loadBalancingConf
 
 
 def channel_options(restart_budget: float, target: str) -> list[tuple[str, str | int]]:
-    """Options of every channel. What they ask of a server: see ``MIN_PING_SECONDS``.
+    """Returns gRPC's options for every channel of a client. What they ask of a server is ``MIN_PING_SECONDS``.
 
     Args:
         restart_budget: seconds that a call may go on trying; a twentieth of it, or 2 s if that is more, may go into one connection.
@@ -48,7 +48,7 @@ def channel_options(restart_budget: float, target: str) -> list[tuple[str, str |
         ("grpc.max_receive_message_length", MAX_RECEIVE_BYTES),
         ("grpc.keepalive_time_ms", KEEPALIVE_SECONDS * 1000),
         ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_SECONDS * 1000),
-        # or gRPC's own minute counts, however short the keepalive timeout
+        # gRPC's own minute would count otherwise, however short the keepalive timeout
         ("grpc.http2.ping_timeout_ms", KEEPALIVE_TIMEOUT_SECONDS * 1000),
         ("grpc.http2.max_pings_without_data", 0),
         ("grpc.enable_http_proxy", int(not goes_direct(target))),
@@ -64,20 +64,20 @@ def channel_options(restart_budget: float, target: str) -> list[tuple[str, str |
 
 @dataclass(frozen=True)
 class Addresses:
-    """Where servers are.
+    """Holds the addresses of the servers that a client was given.
 
     One address is ``"host:port"``, ``"dns:///host:port"`` (round robin over all that the name resolves to) or ``"unix:/path"``; several
     are ``["host:port", …]``, taken in turn.
 
     Raises:
-        ValueError: it is none of these.
+        ValueError: an address is none of these.
     """
 
     written: tuple[str, ...]
 
     @classmethod
     def of(cls, addresses: str | Sequence[str]) -> Addresses:
-        """From what a user gives."""
+        """Makes addresses of what a user gives: one string, or several."""
         return cls((addresses,) if isinstance(addresses, str) else tuple(addresses))
 
     def __post_init__(self) -> None:
@@ -94,7 +94,7 @@ class Addresses:
                 raise ValueError(f"address {address!r}: port {match['port']} is not between 1 and 65535")
 
     def target(self) -> str:
-        """The gRPC target. Host names in a list are looked up here.
+        """Returns the target to open a gRPC channel with. Host names in a list are looked up here.
 
         Raises:
             OSError: a host name in a list has no address.
@@ -118,12 +118,12 @@ class Addresses:
 
     @property
     def authority(self) -> str | None:
-        """The name that a certificate must bear, where the target no longer says it: the first host of a list."""
+        """Returns the name that a certificate must bear, where the target no longer says it: the first host of a list; else ``None``."""
         return self.written[0] if len(self.written) > 1 else None
 
     @property
     def proxy(self) -> Proxy | None:
-        """The proxy of the environment that connections go through, if any."""
+        """Returns the proxy that connections go through because of the environment, or ``None``."""
         if len(self.written) > 1:
             return None
         return proxy_of(self.target())

@@ -1,4 +1,4 @@
-"""What the two clients share: settings, requests to be sent and answers to be read. Nothing here waits."""
+"""Holds what the two clients share: settings, requests to be sent and answers to be read. Nothing here waits."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Answer = TypeVar("Answer")
 
 
 class Stub(ScoringServiceStub, ProbeAdminServiceStub):
-    """The methods of both services."""
+    """Has the methods of both services, for scoring and for administration, on a channel of ``grpc``."""
 
     def __init__(self, channel: grpc.Channel | grpc.aio.Channel) -> None:
         ScoringServiceStub.__init__(self, channel)
@@ -39,8 +39,8 @@ class Stub(ScoringServiceStub, ProbeAdminServiceStub):
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What a client was made with: all that it takes along when it is pickled."""
+class ClientSettings:
+    """Holds what a client was made with, which is all that it takes along when it is pickled."""
 
     addresses: Addresses
     timeout: float
@@ -50,7 +50,7 @@ class Settings:
 
 
 class BaseClient:
-    """What the two clients have in common.
+    """Is what the synchronous and the asynchronous client have in common.
 
     Channels are made when they are first needed and belong to a process (and a loop): a client can be made anywhere, pickled, and used
     after a fork.
@@ -69,18 +69,18 @@ class BaseClient:
         if not 0 <= restart_budget < math.inf:
             raise ValueError(f"restart_budget must be a number of seconds, got {restart_budget}")
         pairs = tuple((metadata or {}).items()) + (((JOB_KEY, job),) if job else ())
-        self._begin(Settings(Addresses.of(address), checked_timeout(timeout), restart_budget, pairs, credentials))
+        self._begin(ClientSettings(Addresses.of(address), checked_timeout(timeout), restart_budget, pairs, credentials))
 
-    def _begin(self, settings: Settings) -> None:
+    def _begin(self, settings: ClientSettings) -> None:
         self._settings = settings
         self._closed = False
 
-    def __getstate__(self) -> Settings:
+    def __getstate__(self) -> ClientSettings:
         if self._settings.credentials is not None:
             raise TypeError("a client with credentials cannot be pickled: make it in the process that uses it")
         return self._settings
 
-    def __setstate__(self, settings: Settings) -> None:
+    def __setstate__(self, settings: ClientSettings) -> None:
         self._begin(settings)
 
     def __repr__(self) -> str:
@@ -91,7 +91,9 @@ class BaseClient:
         return Attempts(seconds, self._settings.restart_budget)
 
     def _target(self) -> str:
-        """Raises UnavailableError for a name that cannot be looked up now, since it may be there after a restart."""
+        """Returns the target to open a channel with; raises ``UnavailableError`` for a name that cannot be looked up now, since it may be
+        there after a restart.
+        """
         try:
             return self._settings.addresses.target()
         except OSError as error:
@@ -103,7 +105,7 @@ class BaseClient:
         return channel_options(self._settings.restart_budget, target) + ([("grpc.default_authority", authority)] if authority else [])
 
     def _error(self, failed: FailedCall) -> ProbescoreError:
-        """Why a call failed; raises RuntimeError where it did because the client was closed meanwhile."""
+        """Returns why a call failed, as an exception; raises ``RuntimeError`` where it did because the client was closed meanwhile."""
         self._check_open()
         error = error_from_call(failed)
         proxy = self._settings.addresses.proxy
@@ -117,7 +119,7 @@ class BaseClient:
 
     @contextmanager
     def _administration(self) -> Iterator[None]:
-        """A call that changes a server: of one server, whose settings allow it."""
+        """Surrounds a call that changes a server: refuses a client of several servers, and says which setting allows such calls."""
         if len(self._settings.addresses.written) > 1:
             raise ValueError(f"{self} has several servers, and a call goes to one of them: make a client for each")
         try:
@@ -133,14 +135,14 @@ class BaseClient:
 
 
 def checked_timeout(timeout: float) -> float:
-    """Refuses what would leave a call without a deadline."""
+    """Returns a timeout in seconds, and raises ``ValueError`` for one that would leave a call without a deadline."""
     if not 0 < timeout < math.inf:
         raise ValueError(f"timeout must be a number of seconds above 0, got {timeout}: every call has a deadline")
     return timeout
 
 
 def score_request(groups: Sequence[RolloutGroup], options: ScoreOptions) -> scoring_pb2.ScoreRequest:
-    """The request of ``score``; raises InvalidRequestError."""
+    """Returns the request message of ``score``; raises ``InvalidRequestError`` for a value that cannot be sent."""
     try:
         return request_to_proto(groups, request_options(**options))
     except MessageError as error:
@@ -148,7 +150,7 @@ def score_request(groups: Sequence[RolloutGroup], options: ScoreOptions) -> scor
 
 
 def stream_template(options: ScoreOptions) -> scoring_pb2.ScoreRequest:
-    """What the requests of ``score_stream`` have in common; raises InvalidRequestError."""
+    """Returns what all requests of a ``score_stream`` have in common; raises ``InvalidRequestError`` for a value that cannot be sent."""
     try:
         return options_to_proto(request_options(**options))
     except MessageError as error:
@@ -156,7 +158,7 @@ def stream_template(options: ScoreOptions) -> scoring_pb2.ScoreRequest:
 
 
 def read(convert: Callable[[Response], Answer], message: Response) -> Answer:
-    """An answer's message as a value; raises ServerError where it breaks the contract."""
+    """Returns an answer's message as a value; raises ``ServerError`` where it breaks the contract."""
     try:
         return convert(message)
     except MessageError as error:
@@ -164,11 +166,11 @@ def read(convert: Callable[[Response], Answer], message: Response) -> Answer:
 
 
 def score_result(message: scoring_pb2.ScoreResponse, request: scoring_pb2.ScoreRequest) -> ScoreResult:
-    """The answer to ``request``.
+    """Returns what a server answered to ``request``, checked against it.
 
     Raises:
-        ServerError: it breaks the contract, or is not one to this request.
-        MismatchError: it is of another model or tokenizer than the request expects.
+        ServerError: the answer breaks the contract, or is not one to this request.
+        MismatchError: the answer is of another model or tokenizer than the request expects.
     """
     result = read(result_from_proto, message)
     read(AnswerCheck(request).check_result, result)

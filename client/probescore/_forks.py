@@ -1,4 +1,4 @@
-"""What gRPC survives of a fork: only what was at rest.
+"""Lets a process fork though it uses gRPC, of which only what is at rest survives a fork.
 
 A fork copies the locks that other threads hold at that moment, and nobody lets go of them in the child: its next call into gRPC would wait
 for ever, or crash, whatever its deadline. gRPC lets its own threads rest before a fork, except while somebody else's thread is inside a
@@ -14,14 +14,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 REST_SECONDS = 0.5
-"""After a channel has ended a fork waits at most so long for gRPC's threads to end. They take milliseconds, unless another of the process's
-channels keeps them."""
+"""Is how long at most a fork waits, after a channel has ended, for gRPC's threads to end. They take milliseconds, unless another of the
+process's channels keeps them."""
 
 _STEP_SECONDS = 0.001
 _QUIET_STEPS = 5
-"""gRPC is at rest when no thread of it is seen so often in a row: one that ends may have started another, still without its name."""
+"""Is how often in a row no thread of gRPC must be seen before it counts as at rest: one that ends may have started another, still without
+its name."""
 _THREADS = Path("/proc/self/task")
-_NAMES = ("event_engine", "lifeguard", "grpc_", "timer_manager", "default-executo", "resolver-execut")  # of at most 15 characters
+_NAMES = ("event_engine", "lifeguard", "grpc_", "timer_manager", "default-executo", "resolver-execut")  # cut at 15 characters
 
 _under_way: set[object] = set()
 _ended_at = float("-inf")
@@ -47,15 +48,15 @@ def channel_ended() -> None:
 
 
 def before_fork(do: Callable[[], None]) -> None:
-    """Has ``do`` done before each fork, and the forking thread wait afterwards for what that ended."""
+    """Has ``do`` called before each fork, and makes the forking thread wait afterwards for the end of what that closed."""
     _before_fork.append(do)
 
 
 def check_usable() -> None:
-    """Refuses a process in which gRPC would hang.
+    """Refuses to use gRPC in a process in which it would hang.
 
     Raises:
-        RuntimeError: it was forked while another thread of its parent was in a call.
+        RuntimeError: this process was forked while another thread of its parent was in a call.
     """
     if _forked_under_way:
         raise RuntimeError(
@@ -74,7 +75,7 @@ def _prepare() -> None:
 
 
 def _at_work() -> bool:
-    """Whether gRPC has threads. Where they cannot be seen, it is taken to have some."""
+    """Returns whether gRPC has threads. Where they cannot be seen, it is taken to have some."""
     try:
         names = [_name(thread) for thread in _THREADS.iterdir()]
     except OSError:

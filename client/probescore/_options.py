@@ -1,4 +1,4 @@
-"""The keyword arguments of ``score`` and ``score_stream``, and what they mean on the wire."""
+"""Reads the keyword arguments of ``score`` and ``score_stream``, and turns them into what a request says."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from probescore.wire import MessageError, RequestOptions
 
 
 class ScoreOptions(TypedDict, total=False):
-    """Keyword arguments of ``score`` and ``score_stream``. All are optional.
+    """Describes the keyword arguments of ``score`` and ``score_stream``, which say how rollouts are scored. All are optional.
 
     Attributes:
         probes: which to apply, each ``"name"`` or ``"name@version"``; default: all that the server has loaded.

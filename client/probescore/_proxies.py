@@ -1,4 +1,4 @@
-"""What gRPC does with the environment's proxies: which of them a target's connections go through, and where none may be."""
+"""Finds out what gRPC does with the proxies of the environment: which one a connection goes through, and where none may be."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 _VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy")
-"""In the order in which gRPC looks; the first that is set counts, also if it is empty. Names in capitals are not read."""
+"""Names the variables in the order in which gRPC looks; the first that is set counts, also if it is empty. Names in capitals are not read.
+"""
 
 _EXCEPTIONS = ("no_grpc_proxy", "no_proxy")
 _TARGET = re.compile(r"(?:dns:(?://[^/]*/)?|ipv4:|ipv6:)?(?P<host>\[[^\]]*\]|[^\[\],]*?)(?::\d+)?")
@@ -20,15 +21,15 @@ _LOOPBACK_NAMES = {"localhost", "localhost.localdomain", "localhost4", "localhos
 
 @dataclass(frozen=True)
 class Proxy:
-    """A proxy of the environment: the variable that names it, and where it is, without its password."""
+    """Describes a proxy that the environment names: by which variable, and where it is, without its password."""
 
     variable: str
     location: str
 
 
 def goes_direct(target: str) -> bool:
-    """Whether connections must not go through a proxy: to this machine, where one has no business, or to several addresses, which gRPC
-    would hand to a proxy as if they were one.
+    """Returns whether connections must not go through a proxy: those to this machine, where one has no business, and those to several
+    addresses, which gRPC would hand a proxy as if they were one name.
     """
     if target.startswith(("unix:", "unix-abstract:")):
         return True
@@ -37,7 +38,7 @@ def goes_direct(target: str) -> bool:
 
 
 def proxy_of(target: str, environment: Mapping[str, str] = os.environ) -> Proxy | None:
-    """The proxy that gRPC takes for a target, if any."""
+    """Returns the proxy that gRPC takes for a target, or ``None``."""
     if target.startswith("xds:") or goes_direct(target):
         return None
     variable = next((name for name in _VARIABLES if name in environment), None)
@@ -54,7 +55,7 @@ def proxy_of(target: str, environment: Mapping[str, str] = os.environ) -> Proxy 
 
 
 def _host(target: str) -> str | None:
-    """The one host of a target; None if it has several."""
+    """Returns the one host of a target, or ``None`` if it has several."""
     match = _TARGET.fullmatch(target)
     return match["host"].strip("[]") if match else None
 
@@ -75,7 +76,7 @@ def _is_loopback(host: str) -> bool:
 
 
 def _is_excepted(host: str, environment: Mapping[str, str]) -> bool:
-    """As gRPC does it: ends of names, and networks."""
+    """Returns whether a host needs no proxy, as gRPC decides it: by ends of names, and by networks."""
     variable = next((name for name in _EXCEPTIONS if name in environment), None)
     if variable is None:
         return False

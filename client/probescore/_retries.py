@@ -1,4 +1,6 @@
-"""The one retry loop, for every kind of call and both clients: when a call is tried again, and when not. The clock is anybody's to give."""
+"""Holds the one retry loop, for every kind of call and both clients, which decides when a call is tried again. The clock is anybody's to
+give.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,7 @@ _SHORTEST_PAUSE_SECONDS = 0.001
 _DOUBLINGS = 10
 _JITTER = 0.25
 _LAST_MOMENT_SECONDS = 0.01
-"""With less than this left of its deadline a call is over: no answer would be in time."""
+"""Is how much must be left of a call's deadline for another attempt: no answer would be in time with less."""
 
 
 def _now() -> float:
@@ -29,7 +31,7 @@ def _now() -> float:
 
 
 class Attempts:
-    """The attempts of one call.
+    """Keeps account of the attempts of one call, and decides whether there is another.
 
     Args:
         timeout: seconds for the call, all attempts and pauses included.
@@ -57,17 +59,17 @@ class Attempts:
         self._last: TransientError | None = None
 
     def seconds_left(self) -> float:
-        """What the next attempt may take."""
+        """Returns how many seconds the next attempt may take."""
         return max(0.0, self._deadline - self._clock())
 
     def progressed(self) -> None:
-        """Ends a row of failures: the next one has the whole budget again."""
+        """Ends a row of failures, since the server has answered something: the next failure has the whole budget again."""
         self._failures = 0
         self._last = None
 
     def pause(self, error: ProbescoreError) -> float:
-        """Seconds to wait before the next attempt: what the server asked for, or else a little more each time; with jitter, so that
-        the ranks of a run do not come back all at once. The last attempt starts when the budget ends.
+        """Returns the seconds to wait before the next attempt: what the server asked for, or else a little more each time; with jitter, so
+        that the ranks of a run do not come back all at once. The last attempt starts when the budget ends.
 
         Raises:
             ProbescoreError: ``error`` if it is not transient; one of its kind that says why there is no further attempt, if the budget is
@@ -92,11 +94,11 @@ class Attempts:
         timeout, budget = f"the call's timeout of {self._timeout:g} s", f"the client's restart_budget of {self._budget:g} s"
         if in_time <= _LAST_MOMENT_SECONDS or in_budget <= 0:
             spent = timeout if in_time <= _LAST_MOMENT_SECONDS else budget
-            raise _because(error, f"{self._failures} attempts failed in {now - self._began:.3g} s, and {spent} is spent")
+            raise _with_reason(error, f"{self._failures} attempts failed in {now - self._began:.3g} s, and {spent} is spent")
         asked = error.retry_seconds
         if asked is not None and (asked >= in_time or asked > in_budget):
             left, limit = min((in_time, timeout), (in_budget, budget))
-            raise _because(error, f"the server asks for a pause of {asked:g} s, and of {limit} {left:.3g} s are left")
+            raise _with_reason(error, f"the server asks for a pause of {asked:g} s, and of {limit} {left:.3g} s are left")
         doubled = 1 << min(self._failures - 1, _DOUBLINGS)
         if asked is None:
             seconds = min(_FIRST_PAUSE_SECONDS * doubled, _LONGEST_PAUSE_SECONDS)
@@ -133,7 +135,7 @@ def retry(attempt: Callable[[float], Answer], attempts: Attempts, wait: Callable
 async def retry_async(
     attempt: Callable[[float], Awaitable[Answer]], attempts: Attempts, wait: Callable[[float], Awaitable[None]]
 ) -> Answer:
-    """Does the same in an event loop."""
+    """Does what ``retry`` does in an event loop: awaits each ``attempt`` and each ``wait``."""
     while True:
         try:
             return await attempt(attempts.seconds_left())
@@ -142,5 +144,5 @@ async def retry_async(
         await wait(attempts.pause(error))
 
 
-def _because(error: TransientError, reason: str) -> TransientError:
+def _with_reason(error: TransientError, reason: str) -> TransientError:
     return type(error)(f"{error}; {reason}", error.code, error.reason, error.violations, error.retry_seconds)

@@ -1,4 +1,4 @@
-"""From a failed call to the exception that says why: ``google.rpc.Status`` and its details."""
+"""Makes of a failed call the exception that says why, from its ``google.rpc.Status`` and the details in it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _BY_CODE: dict[grpc.StatusCode, type[ProbescoreError]] = {
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceededError,
     grpc.StatusCode.RESOURCE_EXHAUSTED: OverloadedError,
     grpc.StatusCode.UNAVAILABLE: UnavailableError,
-    # by a server that stops, of calls that it has not begun (grpc/grpc#41785): a caller who cancels does not wait for the answer
+    # a server that stops cancels calls that it has not begun (grpc/grpc#41785); a caller who cancels does not wait for the answer
     grpc.StatusCode.CANCELLED: UnavailableError,
 }
 
@@ -44,7 +44,7 @@ Detail = TypeVar("Detail", bound=Message)
 
 
 class FailedCall(Protocol):
-    """What the errors of grpc and of grpc.aio have in common."""
+    """Describes what the errors of ``grpc`` and of ``grpc.aio`` have in common."""
 
     def code(self) -> grpc.StatusCode: ...
     def details(self) -> str | None: ...
@@ -52,7 +52,7 @@ class FailedCall(Protocol):
 
 
 def error_from_call(call: FailedCall) -> ProbescoreError:
-    """The exception for a call that ended with a status other than OK."""
+    """Returns the exception for a call that ended with a status other than OK."""
     code, status = call.code(), _status_details(call)
     info = _detail(status, error_details_pb2.ErrorInfo())
     request = _detail(status, error_details_pb2.BadRequest())
@@ -83,13 +83,13 @@ def _violations(request: error_details_pb2.BadRequest | None, info: error_detail
 
 
 def invalid_request(error: MessageError) -> InvalidRequestError:
-    """The exception for a value that was refused here, before it was sent; it looks as if the server had refused it."""
+    """Returns the exception for a value that was refused here, before it was sent; it looks as if the server had refused it."""
     violation = FieldViolation(error.field, error.problem)
     return InvalidRequestError(str(error), "INVALID_ARGUMENT", "INVALID_REQUEST", (violation,))
 
 
 def malformed_answer(problem: object) -> ServerError:
-    """The exception for an answer that breaks the contract."""
+    """Returns the exception for an answer that breaks the contract."""
     return ServerError(f"the server's answer breaks the contract: {problem}", "INTERNAL", "MALFORMED_ANSWER")
 
 

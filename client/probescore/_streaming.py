@@ -1,4 +1,4 @@
-"""The bookkeeping of ``score_stream``, without any input or output: how groups become calls, and what is still missing from a call."""
+"""Keeps the books of ``score_stream``, without any input or output: how groups become calls, and what is still missing from a call."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import re
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from typing import Union
 
 from probescore._answers import AnswerCheck
+from probescore._sources import LINGER_SECONDS, GroupRead, SourceEnded
 from probescore._status import invalid_request, malformed_answer
 from probescore.errors import FieldViolation, InvalidRequestError, ProbescoreError
 from probescore.types import RolloutGroup, StreamedCompletion
@@ -19,7 +21,7 @@ _SENT_PATH = re.compile(r"groups\[(?P<group>\d+)\](?:\.completions\[(?P<completi
 
 @dataclass(frozen=True)
 class StreamWindow:
-    """How much of an endless stream is under way at a time.
+    """Limits how much of an endless stream is under way at a time.
 
     Attributes:
         groups_per_call: at most as many groups in one call.
@@ -42,12 +44,12 @@ class StreamWindow:
 
 
 Position = tuple[int, int]
-"""Index of a group in the stream, and of a completion in its group."""
+"""Is the index of a group in the stream, and of a completion in its group."""
 
 
 @dataclass(eq=False)
 class Chunk:
-    """The completions of one call, until each has been answered once."""
+    """Holds the completions of one call, until each has been answered once."""
 
     prompts: dict[int, scoring_pb2.Prompt] = field(default_factory=dict)
     missing: dict[Position, scoring_pb2.Completion] = field(default_factory=dict)
@@ -59,14 +61,16 @@ class Chunk:
     def add(
         self, group: int, prompt: scoring_pb2.Prompt, parts: dict[Position, scoring_pb2.Completion], tokens: int, completions: int
     ) -> None:
-        """Takes completions of one group in; with their follow-ups they count ``completions``."""
+        """Takes in completions of one group, which count ``completions`` with their follow-ups and have ``tokens`` tokens with their
+        prompt.
+        """
         self.prompts[group] = prompt
         self.missing.update(parts)
         self.tokens += tokens
         self.completions += completions
 
     def request(self, template: scoring_pb2.ScoreRequest) -> scoring_pb2.ScoreStreamRequest:
-        """Asks for what is still missing, under the template's options."""
+        """Returns a request for what is still missing, under the template's options."""
         stream = scoring_pb2.ScoreStreamRequest(request=template)
         self._sent = []
         last = None
@@ -81,11 +85,11 @@ class Chunk:
         return stream
 
     def accept(self, message: scoring_pb2.ScoreStreamResponse) -> list[StreamedCompletion]:
-        """Takes one message of the answer to the last ``request``, with indices as in the stream.
+        """Takes in one message of the answer to the last ``request``; returns its completions with their indices in the stream.
 
         Raises:
-            ServerError: it breaks the contract, answers a completion twice, one that was not asked for, or not as it was asked for.
-            MismatchError: it is of another model or tokenizer than the request expects.
+            ServerError: it breaks the contract, answers a completion twice, or one that was not asked for, or not as asked.
+            MismatchError: the message is of another model or tokenizer than the request expects.
         """
         try:
             answers = streamed_from_proto(message)
@@ -108,16 +112,16 @@ class Chunk:
         return replace(answer, group_index=position[0], completion_index=position[1])
 
     def check_complete(self) -> None:
-        """Checks, at the end of a call, that nothing is missing.
+        """Checks, at the end of a call, that each of its completions was answered.
 
         Raises:
-            ServerError: something is.
+            ServerError: a completion is missing.
         """
         if self.missing:
             raise malformed_answer(f"the stream ended without {len(self.missing)} of its completions")
 
     def relocated(self, error: ProbescoreError) -> ProbescoreError:
-        """The same error, naming fields by their place in the stream instead of in the call."""
+        """Returns the same error, naming fields by their place in the stream instead of in the call."""
         if not error.violations:
             return error
 
@@ -148,7 +152,7 @@ class Chunker:
         self._groups = 0
 
     def add(self, group: RolloutGroup) -> Iterator[Chunk]:
-        """Takes the next group of the stream in; gives the chunks that it completes.
+        """Takes in the next group of the stream; yields the chunks that it completes.
 
         Raises:
             InvalidRequestError: the group cannot be sent; its place in the stream is named.
@@ -180,26 +184,32 @@ class Chunker:
             yield from self.rest()
 
     def _is_too_much(self, tokens: int, completions: int) -> bool:
-        """For one call, beside the completions of the chunk begun."""
+        """Returns whether so much is too much for one call, beside the completions of the chunk begun."""
         return tokens > self._window.tokens_per_call or self._chunk.completions + completions > self._window.completions_per_call
 
     @property
     def has_rest(self) -> bool:
-        """Whether a chunk is begun."""
+        """Says whether a chunk is begun."""
         return bool(self._chunk.missing)
 
     def rest(self) -> Iterator[Chunk]:
-        """Gives the chunk begun, if there is one, and begins another."""
+        """Yields the chunk begun, if there is one, and begins another."""
         if self._chunk.missing:
             chunk, self._chunk = self._chunk, Chunk()
             yield chunk
 
 
-class Intake:
-    """What has been read of a source and what of it is under way: decides when to read, and what to send.
+Arrival = Union[GroupRead, SourceEnded, list[StreamedCompletion], Chunk, Exception]
+"""Is what reaches the reader of a stream: what its source does; some answers, the chunk itself when its call is done, or why that failed.
+"""
+
+
+class StreamSchedule:
+    """Decides for one ``score_stream`` when to read its source, what to send, and how long to wait.
 
     A call holds as many groups as the window says, unless the source keeps the client waiting: then what has been read is sent, since the
-    source may be waiting for its scores.
+    source may be waiting for its scores. Both clients do what it says: send each ``next_chunk()``, read a group if ``wants_group()``, then
+    wait for an arrival for ``patience`` seconds, and hand out what ``accept()`` makes of it; until ``finished``.
     """
 
     def __init__(self, window: StreamWindow) -> None:
@@ -210,51 +220,67 @@ class Intake:
         self._reading = False
         self._ended = False
         self.failure: BaseException | None = None
-        """Why the source ended, if it did not by itself; to be raised once all that was read before is answered."""
+        """Says why the source ended, if it did not by itself; it is to be raised once all that was read before is answered."""
 
     @property
     def finished(self) -> bool:
-        """Whether the source has ended and all that it gave has been answered."""
+        """Says whether the source has ended and all that it gave has been answered."""
         return self._ended and not self._ready and not self._under_way
 
     @property
-    def waits(self) -> bool:
-        """Whether a call could be sent if the source kept the client waiting."""
-        return self._reading and self._chunker.has_rest and self._under_way < self._window.calls_in_flight
+    def patience(self) -> float | None:
+        """Returns the seconds to wait for the next arrival before ``kept_waiting()``; ``None`` where nothing could be sent meanwhile."""
+        return LINGER_SECONDS if self._reading and self._chunker.has_rest and self._has_room else None
+
+    @property
+    def _has_room(self) -> bool:
+        return self._under_way < self._window.calls_in_flight
+
+    def next_chunk(self) -> Chunk | None:
+        """Returns what to send now, if anything; it is under way until it arrives."""
+        if not (self._ready and self._has_room):
+            return None
+        self._under_way += 1
+        return self._ready.popleft()
 
     def wants_group(self) -> bool:
-        """Whether to read another group now; if so, the next of ``took`` and ``ended`` belongs to it."""
-        wants = not (self._reading or self._ended or self._ready) and self._under_way < self._window.calls_in_flight
+        """Says whether to read another group now; if so, the next ``GroupRead`` or ``SourceEnded`` belongs to it."""
+        wants = not (self._reading or self._ended or self._ready) and self._has_room
         self._reading = self._reading or wants
         return wants
-
-    def took(self, group: RolloutGroup) -> None:
-        """Takes in what was read. A group that cannot be sent ends the source, with ``failure``."""
-        self._reading = False
-        try:
-            self._ready.extend(self._chunker.add(group))
-        except Exception as error:  # whatever a user's object raises
-            self.ended(error)
 
     def kept_waiting(self) -> None:
         """Makes what has been read ready to be sent."""
         self._ready.extend(self._chunker.rest())
 
-    def ended(self, failure: BaseException | None = None) -> None:
-        """The source gives no more."""
+    def accept(self, arrival: Arrival) -> list[StreamedCompletion]:
+        """Takes in what arrived, and returns the completions in it, to be handed out.
+
+        A group that cannot be sent ends the source, with ``failure``.
+
+        Raises:
+            Exception: A call failed; it is what arrived.
+        """
+        match arrival:
+            case GroupRead(group):
+                self._reading = False
+                try:
+                    self._ready.extend(self._chunker.add(group))
+                except Exception as error:  # whatever a user's object raises
+                    self._end(error)
+            case SourceEnded(error):
+                self._end(error)
+            case Chunk():
+                self._under_way -= 1
+            case Exception():
+                raise arrival
+            case completions:
+                return completions
+        return []
+
+    def _end(self, failure: BaseException | None) -> None:
         self._reading, self._ended, self.failure = False, True, failure
         self.kept_waiting()
-
-    def next_chunk(self) -> Chunk | None:
-        """What to send now, if anything; then it is under way until ``answered``."""
-        if not self._ready or self._under_way == self._window.calls_in_flight:
-            return None
-        self._under_way += 1
-        return self._ready.popleft()
-
-    def answered(self) -> None:
-        """All answers to one chunk have been handed out."""
-        self._under_way -= 1
 
 
 def _prompt_tokens(prompt: scoring_pb2.Prompt) -> int:
@@ -264,7 +290,7 @@ def _prompt_tokens(prompt: scoring_pb2.Prompt) -> int:
 
 
 def _with_follow_ups(completion: scoring_pb2.Completion) -> int:
-    """A completion and all that follows it, counted."""
+    """Returns how many a completion and all its follow-ups are."""
     return 1 + sum(map(_with_follow_ups, completion.follow_ups))
 
 

@@ -1,4 +1,4 @@
-"""``ProbeClient``: for programs without an event loop, and for any number of threads."""
+"""Holds ``ProbeClient``, the client for programs without an event loop, with any number of threads."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import AsyncIterable, Callable, Iterable, Iterator, Sequenc
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from types import TracebackType
-from typing import TYPE_CHECKING, TypeVar, Union, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import grpc
 
@@ -17,7 +17,7 @@ from probescore import _forks
 from probescore._client import (
     DEFAULT_TIMEOUT_SECONDS,
     BaseClient,
-    Settings,
+    ClientSettings,
     Stub,
     checked_timeout,
     read,
@@ -27,9 +27,9 @@ from probescore._client import (
 )
 from probescore._options import ScoreOptions
 from probescore._retries import Attempts, retry
-from probescore._sources import LINGER_SECONDS, Ended, Read, source_of
+from probescore._sources import source_of
 from probescore._status import FailedCall
-from probescore._streaming import Chunk, Intake, StreamWindow
+from probescore._streaming import Arrival, Chunk, StreamSchedule, StreamWindow
 from probescore.types import ProbeInfo, RolloutGroup, ScoreResult, ServerInfo, StreamedCompletion, Transfer
 from probescore.v1 import admin_pb2, probes_pb2, scoring_pb2
 from probescore.wire import probes_from_proto, server_info_from_proto, transfers_from_proto
@@ -64,13 +64,13 @@ class ProbeClient(BaseClient):
     Every method raises ``ProbescoreError``; ``probescore.errors`` has the tree.
     """
 
-    def _begin(self, settings: Settings) -> None:
+    def _begin(self, settings: ClientSettings) -> None:
         super()._begin(settings)
         self._channels: dict[int, tuple[grpc.Channel, Stub]] = {}
         self._pauses: set[threading.Event] = set()
 
     def score(self, groups: Sequence[RolloutGroup], *, timeout: float | None = None, **options: Unpack[ScoreOptions]) -> ScoreResult:
-        """Scores every completion of every group in one call. ``ScoreOptions`` says what the options are."""
+        """Scores every completion of every group in one call, with the options that ``ScoreOptions`` documents."""
         request = score_request(groups, options)
         return score_result(self._call(lambda stub: stub.Score, request, self._attempts(timeout)), request)
 
@@ -100,23 +100,23 @@ class ProbeClient(BaseClient):
         return _Stream(self, stream_template(options), timeout, window).completions(groups)
 
     def get_server_info(self, *, timeout: float | None = None) -> ServerInfo:
-        """Says what runs at the address."""
+        """Returns what runs at the address: the model, its fingerprints, limits, workers and probes."""
         return self._server_info(self._attempts(timeout))
 
     def list_probes(self, *, timeout: float | None = None) -> tuple[ProbeInfo, ...]:
-        """Lists the loaded probes, sorted by name and version."""
+        """Returns the probes that the server has loaded, sorted by name and version."""
         return read(probes_from_proto, self._call(lambda stub: stub.ListProbes, probes_pb2.ListProbesRequest(), self._attempts(timeout)))
 
     def wait_until_ready(self, timeout: float = DEFAULT_TIMEOUT_SECONDS) -> ServerInfo:
         """Waits until the server is ready to score, and says what runs there.
 
         Raises:
-            TransientError, DeadlineExceededError: it was not within ``timeout`` seconds.
+            TransientError, DeadlineExceededError: the server was not ready within ``timeout`` seconds.
         """
         return self._server_info(Attempts(checked_timeout(timeout), restart_budget=timeout))
 
     def sleep(self, *, timeout: float | None = None) -> tuple[Transfer, ...]:
-        """Makes the server give its devices' memory back until ``wake``, and returns when it has: what each device moved.
+        """Makes the server give its devices' memory back until ``wake``; returns, when it has, what each device moved.
 
         Calls to score wait meanwhile, within their deadlines. A server that sleeps is left as it is. Needs the server's setting ``admin``,
         and a client of one server; ``"dns:///…"`` of several reaches any of them.
@@ -126,7 +126,7 @@ class ProbeClient(BaseClient):
         return transfers_from_proto(answer.transfers)
 
     def wake(self, *, timeout: float | None = None) -> tuple[Transfer, ...]:
-        """Ends what ``sleep`` began, and returns when the server can score: what each device moved.
+        """Ends what ``sleep`` began; returns, when the server can score, what each device moved.
 
         Raises:
             UnavailableError: a device had no room for the weights for as long as the client may wait.
@@ -208,12 +208,8 @@ class ProbeClient(BaseClient):
         return read(server_info_from_proto, self._call(lambda stub: stub.GetServerInfo, scoring_pb2.GetServerInfoRequest(), attempts))
 
 
-Arrival = Union[list[StreamedCompletion], Chunk, Exception, Read, Ended]
-"""What the call for a chunk hands over: some answers, the chunk itself when it is done, or why it failed; and what the source does."""
-
-
 class _Stream:
-    """One ``score_stream``: a thread for each call, so that its deadline does not depend on how fast the answers are read."""
+    """Runs one ``score_stream``, with a thread for each call, so that a call's deadline does not depend on how fast answers are read."""
 
     def __init__(self, client: ProbeClient, template: scoring_pb2.ScoreRequest, timeout: float | None, window: StreamWindow) -> None:
         self._client = client
@@ -226,32 +222,23 @@ class _Stream:
         self._pause = threading.Event()
 
     def completions(self, groups: Iterable[RolloutGroup] | AsyncIterable[RolloutGroup]) -> Iterator[StreamedCompletion]:
-        intake = Intake(self._window)
+        schedule = StreamSchedule(self._window)
         source = source_of(groups, self._arrivals.put)
         with ThreadPoolExecutor(self._window.calls_in_flight, "probescore-stream") as threads:
             try:
-                while not intake.finished:
-                    while (chunk := intake.next_chunk()) is not None:
+                while not schedule.finished:
+                    while (chunk := schedule.next_chunk()) is not None:
                         threads.submit(self._run, chunk)
-                    if intake.wants_group():
+                    if schedule.wants_group():
                         source.ask()
                     try:
-                        arrival = self._arrivals.get(timeout=LINGER_SECONDS if intake.waits else None)
+                        arrival = self._arrivals.get(timeout=schedule.patience)
                     except queue.Empty:
-                        intake.kept_waiting()
-                        continue
-                    if isinstance(arrival, Read):
-                        intake.took(arrival.group)
-                    elif isinstance(arrival, Ended):
-                        intake.ended(arrival.error)
-                    elif isinstance(arrival, Chunk):
-                        intake.answered()
-                    elif isinstance(arrival, Exception):
-                        raise arrival
+                        schedule.kept_waiting()
                     else:
-                        yield from arrival
-                if intake.failure is not None:
-                    raise intake.failure
+                        yield from schedule.accept(arrival)
+                if schedule.failure is not None:
+                    raise schedule.failure
             finally:
                 self._stopped.set()
                 self._pause.set()
@@ -277,7 +264,7 @@ class _Stream:
                 stub, request = self._client._stub(), chunk.request(self._template)
                 call = stub.ScoreStream(request, timeout=seconds, metadata=self._client._settings.metadata)
                 self._calls[chunk] = call
-                if self._stopped.is_set():  # by a reader that could not see the call yet
+                if self._stopped.is_set():  # the reader could not see the call yet when it stopped
                     call.cancel()
                 for message in call:
                     self._arrivals.put(chunk.accept(message))

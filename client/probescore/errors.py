@@ -1,4 +1,4 @@
-"""What a call can raise.
+"""Defines what a call can raise.
 
     ProbescoreError
     ├── InvalidRequestError       the request breaks the contract or a limit; ``field`` says where (also a ``ValueError``)
@@ -23,14 +23,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class FieldViolation:
-    """One thing that is wrong with a request: ``field`` is its path, ``groups[2].completions[0].mask``."""
+    """Describes one thing that is wrong with a request: ``field`` is its path, such as ``groups[2].completions[0].mask``, ``problem`` says
+    what.
+    """
 
     field: str
     problem: str
 
 
 class ProbescoreError(Exception):
-    """Root of the client's errors.
+    """Is the root of all errors that a client's call raises.
 
     Attributes:
         message: for people.
@@ -57,7 +59,7 @@ class ProbescoreError(Exception):
 
     @property
     def field(self) -> str:
-        """Path of the first field at fault; empty if none was named."""
+        """Returns the path of the first field at fault; empty if none was named."""
         return self.violations[0].field if self.violations else ""
 
     def __str__(self) -> str:
@@ -65,40 +67,40 @@ class ProbescoreError(Exception):
 
 
 class InvalidRequestError(ProbescoreError, ValueError):
-    """The request breaks the contract or a limit, so that no retry can save it."""
+    """Says that a request breaks the contract or a limit, so that no retry can save it; ``violations`` names the fields at fault."""
 
 
 class MismatchError(ProbescoreError):
-    """The server runs another model or tokenizer than the one the request expects."""
+    """Says that the server runs another model or tokenizer than the one the request expects."""
 
 
 class MessageTooLargeError(ProbescoreError):
-    """A request or an answer is above the limit of bytes. Send fewer rollouts a call, or use ``score_stream``."""
+    """Says that a request or an answer is above the limit of bytes. Fewer rollouts a call, or ``score_stream``, help."""
 
 
 class OutOfMemoryError(ProbescoreError):
-    """One rollout alone needs more memory than the server's device has. No retry can save it; the message names its tokens."""
+    """Says that one rollout alone needs more memory than the server's device has. No retry can save it; the message names its tokens."""
 
 
 class AuthenticationError(ProbescoreError):
-    """The server does not know who calls, or does not allow it."""
+    """Says that the server does not know who calls, or does not allow it."""
 
 
 class DeadlineExceededError(ProbescoreError, TimeoutError):
-    """The call's ``timeout`` passed before the answer came."""
+    """Says that the call's ``timeout`` passed before the answer came."""
 
 
 class TransientError(ProbescoreError):
-    """A later try may succeed."""
+    """Says that a call failed for a reason that may pass, so that a later try may succeed."""
 
 
 class OverloadedError(TransientError):
-    """Too many tokens wait in the server already."""
+    """Says that the server has too much to do already: a later try may succeed."""
 
 
 class UnavailableError(TransientError):
-    """There is no connection, or the server is starting, draining or has lost its worker."""
+    """Says that there is no connection, or that the server is starting, draining or has lost its worker: a later try may succeed."""
 
 
 class ServerError(ProbescoreError):
-    """The server failed, does not offer what was asked, or its answer breaks the contract."""
+    """Says that the server failed, does not offer what was asked, or gave an answer that breaks the contract."""

@@ -1,4 +1,4 @@
-"""Fingerprints: whether a trainer's tokenizer is the one that a server runs, before anything is sent."""
+"""Computes fingerprints of tokenizers, which show whether a trainer's is the one that a server runs before anything is sent."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ from typing import Protocol
 
 
 class Tokenizer(Protocol):
-    """What a tokenizer of ``transformers`` and a ``tokenizers.Tokenizer`` have in common."""
+    """Describes what a tokenizer of ``transformers`` and a ``tokenizers.Tokenizer`` have in common."""
 
     def get_vocab(self) -> dict[str, int]:
-        """Every token and its id, added tokens included."""
+        """Returns every token and its id, added tokens included."""
         ...
 
 
 def tokenizer_fingerprint(
     tokenizer: Tokenizer, *, bos_token: str | None = None, eos_token: str | None = None, unk_token: str | None = None
 ) -> str:
-    """Fingerprints what decides which id means what: the vocabulary with its added tokens, and which tokens are BOS, EOS and UNK.
+    """Computes a fingerprint of what decides which id means what: the vocabulary with its added tokens, and which tokens are BOS, EOS and
+    UNK.
 
     The padding token is left out, since trainers set it to one that exists already; so are the chat template and the settings of
     padding and truncation. A token that was added to the vocabulary does count.
@@ -34,7 +35,7 @@ def tokenizer_fingerprint(
         sorted by id, then token.
 
     Raises:
-        TypeError: it has no ``get_vocab()``.
+        TypeError: the tokenizer has no ``get_vocab()``.
     """
     if not hasattr(tokenizer, "get_vocab"):
         raise TypeError(f"expected a tokenizer with get_vocab(), got {type(tokenizer).__name__}")

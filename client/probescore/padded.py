@@ -1,4 +1,4 @@
-"""``rollouts_from_padded``: from the tensors of ``generate()`` to rollouts of exactly the tokens that were read and sampled."""
+"""Turns the tensors of ``generate()`` into rollouts of exactly the tokens that were read and sampled."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def rollouts_from_padded(
     completion_mask: ArrayLike | None = None,
     completions_per_prompt: SupportsIndex = 1,
 ) -> list[RolloutGroup]:
-    """Takes the padding out of what ``generate()`` gave, and cuts each completion after its first EOS, which stays.
+    """Takes the padding out of what ``generate()`` returned, and cuts each completion after its first EOS, which stays.
 
     ::
 
@@ -87,7 +87,7 @@ def rollouts_from_padded(
 
 @dataclass(frozen=True, eq=False)
 class _PaddedRows:
-    """``sequences`` and what its ids mean. ``eos`` is empty if no token ends a completion."""
+    """Holds padded sequences, and what their ids mean. ``eos`` is empty if no token ends a completion."""
 
     ids: NDArray[np.int64]
     prompt_length: int
@@ -117,7 +117,7 @@ class _PaddedRows:
         return ids
 
     def prompt_bounds(self, mask: NDArray[np.bool_] | None) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Where each row's prompt begins and ends."""
+        """Returns where each row's prompt begins and ends, two arrays ``(B,)``."""
         prompts = self.ids[:, : self.prompt_length]
         field = "attention_mask"
         if mask is None:
@@ -150,7 +150,7 @@ class _PaddedRows:
         return mask
 
     def masked_lengths(self, mask: NDArray[np.bool_]) -> NDArray[np.int64]:
-        """The tokens of each completion, as a mask over them says it; it must agree with the first EOS."""
+        """Returns the number of tokens of each completion ``(B,)``, as a mask over them says it; it must agree with the first EOS."""
         lengths = mask.sum(axis=1)
         holes = (mask[:, 1:] & ~mask[:, :-1]).any(axis=1) | ((lengths > 0) & ~mask[:, 0])
         if holes.any():
@@ -167,7 +167,7 @@ class _PaddedRows:
         return np.asarray(lengths, np.int64)
 
     def lengths(self) -> NDArray[np.int64]:
-        """The tokens of each completion, up to its first EOS or the padding at its end."""
+        """Returns the number of tokens of each completion ``(B,)``, up to its first EOS or the padding at its end."""
         completions = self.ids[:, self.prompt_length :]
         first, width = self._first_eos(), completions.shape[1]
         lengths = np.minimum(first + 1, width)
@@ -190,7 +190,7 @@ class _PaddedRows:
         return lengths
 
     def _filler(self, completions: NDArray[np.int64], lengths: NDArray[np.int64]) -> int | None:
-        """The id that fills completions up after their EOS."""
+        """Returns the id that fills completions up after their EOS, or ``None`` if nothing does."""
         after = np.arange(completions.shape[1]) >= lengths[:, None]
         others = after & ~np.isin(completions, self.eos)
         found = np.unique(completions[others])
@@ -204,7 +204,7 @@ class _PaddedRows:
         return filler
 
     def _first_eos(self) -> NDArray[np.int64]:
-        """Index of each completion's first EOS; its width where it has none."""
+        """Returns the index of each completion's first EOS ``(B,)``; its width where it has none."""
         ends = np.isin(self.ids[:, self.prompt_length :], self.eos)
         return np.asarray(np.where(ends.any(axis=1), ends.argmax(axis=1), ends.shape[1]), np.int64)
 
@@ -279,7 +279,7 @@ def _eos_ids(given: TokenIdOrIds) -> NDArray[np.int64]:
 
 
 def _index(given: SupportsIndex, field: str, least: int) -> int:
-    """Raises TypeError for what is no number, if several would do."""
+    """Returns an integer; raises ``TypeError`` for what is no number, where several would do, and refuses anything else."""
     if isinstance(given, (bool, np.bool_)):
         _refuse(field, f"is {given}; an integer is expected")
     try:

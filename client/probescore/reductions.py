@@ -1,4 +1,4 @@
-"""Reductions: from the scores of the selected tokens to one number.
+"""Reduces the scores of the selected tokens to one number.
 
 The same code runs in the server and can be run by a user on per-token scores; ``docs/explanation/scores.md`` gives the formulas.
 """
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 
 class ReductionKind(str, Enum):
-    """Name of a reduction; the value is what a user writes."""
+    """Names a way to reduce the scores of the selected tokens to one number; the value is what a user writes."""
 
     MEAN = "mean"
     MAX = "max"
@@ -41,7 +41,8 @@ _WRITTEN = re.compile(r"\s*(?P<kind>[a-z_]+)\s*(?:\(\s*(?:(?P<name>[a-z]+)\s*=)?
 
 @dataclass(frozen=True)
 class Reduction:
-    """A reduction and its parameter, e.g. ``Reduction(ReductionKind.TOPK_MEAN, 8)`` or ``Reduction.parse("topk_mean(8)")``.
+    """Describes how the scores of the selected tokens become one number, such as their mean, or that of the 8 highest:
+    ``Reduction(ReductionKind.TOPK_MEAN, 8)`` or ``Reduction.parse("topk_mean(8)")``.
 
     Raises:
         ValueError: a parameter that the kind needs is missing, one that it does not take is given, or it is out of range.
@@ -69,10 +70,10 @@ class Reduction:
 
     @classmethod
     def parse(cls, written: str | Reduction) -> Reduction:
-        """Reads ``"mean"``, ``"topk_mean(8)"`` or ``"ema_max(alpha=0.2)"``.
+        """Reads a reduction as it is written: ``"mean"``, ``"topk_mean(8)"`` or ``"ema_max(alpha=0.2)"``.
 
         Raises:
-            ValueError: it is none of the reductions, or its parameter is wrong.
+            ValueError: what is written is none of the reductions, or its parameter is wrong.
         """
         if isinstance(written, Reduction):
             return written
@@ -100,7 +101,7 @@ class Reduction:
 
 
 def reduce_scores(scores: NDArray[np.float32], reduction: Reduction) -> NDArray[np.float32]:
-    """Reduces the scores of the selected tokens, label by label.
+    """Reduces the per-token scores of the selected tokens to one number for each label.
 
     Args:
         scores: ``(T, L)``, the selected tokens in their order.
@@ -144,7 +145,7 @@ def reduce_scores(scores: NDArray[np.float32], reduction: Reduction) -> NDArray[
 
 
 def _ema(x: NDArray[np.float64], alpha: float) -> NDArray[np.float64]:
-    """Exponential moving average started at the first value; ``(T, L)`` in and out.
+    """Computes the exponential moving average started at the first value; ``(T, L)`` in and out.
 
     Some √T blocks go side by side, as if each began with 0, in as many steps of Python; then each gets what the one before it left.
     """
@@ -163,7 +164,7 @@ def _ema(x: NDArray[np.float64], alpha: float) -> NDArray[np.float64]:
 
 
 def _window_sums(x: NDArray[np.float64], w: int) -> NDArray[np.float64]:
-    """Sums of ``w`` values in a row, ``(T, L)`` to ``(T - w + 1, L)``, at the same cost for every ``w``.
+    """Computes the sums of ``w`` values in a row, ``(T, L)`` to ``(T - w + 1, L)``, at the same cost for every ``w``.
 
     A window is the end of one block of ``w`` values and the beginning of the next: nothing is subtracted, so that nothing cancels.
     """

@@ -1,4 +1,4 @@
-"""Value types: what is scored, and what comes back.
+"""Defines the values of the client: what is scored, and what comes back.
 
 Everything here is frozen, holds numpy arrays rather than lists, and is shared by the client, the in-process ``Engine`` and the server.
 """
@@ -18,7 +18,7 @@ from probescore.reductions import Reduction
 
 
 class Scope(str, Enum):
-    """Which tokens are scored."""
+    """Says which tokens of a rollout are scored: those of the completion, of the prompt, or all."""
 
     COMPLETION = "completion"
     PROMPT = "prompt"
@@ -26,14 +26,14 @@ class Scope(str, Enum):
 
 
 class CompletionStatus(str, Enum):
-    """Whether a completion could be scored."""
+    """Says whether a completion could be scored: ``NON_FINITE`` means that a probe gave no finite number."""
 
     OK = "ok"
     NON_FINITE = "non_finite"
 
 
 class ScoreUnit(str, Enum):
-    """What a probe's numbers are."""
+    """Says what a probe's numbers are: logits, probabilities, or other values."""
 
     LOGIT = "logit"
     PROBABILITY = "probability"
@@ -41,10 +41,28 @@ class ScoreUnit(str, Enum):
 
 
 class OutputPer(str, Enum):
-    """What a probe scores: each token, or the rollout as a whole."""
+    """Says what a probe scores: each token, or the rollout as a whole."""
 
     TOKEN = "token"
     ROLLOUT = "rollout"
+
+
+class Hook(str, Enum):
+    """Where in a model a probe can read."""
+
+    RESID_PRE = "resid_pre"
+    RESID_POST = "resid_post"
+    ATTN_OUT = "attn_out"
+    MLP_OUT = "mlp_out"
+    FINAL_NORM = "final_norm"
+
+    def __str__(self) -> str:
+        return self.value
+
+    @property
+    def has_layer(self) -> bool:
+        """Whether each decoder block has one; else the model has one."""
+        return self is not Hook.FINAL_NORM
 
 
 # ---------------------------------------------------------------------------------------------------------------- what is scored
@@ -52,9 +70,12 @@ class OutputPer(str, Enum):
 
 @dataclass(frozen=True)
 class Text:
-    """Text for the server to tokenise; the answer is flagged ``inexact_ids``.
+    """Holds a prompt as text for the server to tokenise; the answer is flagged ``inexact_ids``.
 
-    ``add_special_tokens`` is refused where it would double a BOS that the text starts with.
+    Attributes:
+        text: the prompt's text.
+        add_special_tokens: whether the tokenizer adds its special tokens, such as BOS; refused where that would double a BOS that the text
+            starts with.
     """
 
     text: str
@@ -63,7 +84,7 @@ class Text:
 
 @dataclass(frozen=True)
 class ChatMessage:
-    """One message of a conversation; ``role`` is what the model's chat template calls it."""
+    """Holds one message of a conversation; ``role`` is what the model's chat template calls its author."""
 
     role: str
     content: str
@@ -71,19 +92,19 @@ class ChatMessage:
 
 @dataclass(frozen=True)
 class Chat:
-    """A conversation up to, and without, the completion; the server renders it with the model's chat template."""
+    """Holds a conversation up to, and without, the completion; the server renders it with the model's chat template."""
 
     messages: tuple[ChatMessage, ...]
 
     @classmethod
     def of(cls, messages: Sequence[Mapping[str, str]]) -> Chat:
-        """From the usual list of ``{"role": …, "content": …}``."""
+        """Makes a conversation of the usual list of ``{"role": …, "content": …}``."""
         return cls(tuple(ChatMessage(message["role"], message["content"]) for message in messages))
 
 
 @dataclass(frozen=True)
 class Span:
-    """A named half-open range ``[start, end)`` of tokens, relative to its completion, scored apart."""
+    """Names a half-open range ``[start, end)`` of tokens, relative to its completion, which is scored apart."""
 
     name: str
     start: int
@@ -91,19 +112,19 @@ class Span:
 
 
 TokenIds = Union[NDArray[np.integer[Any]], Sequence[int]]
-"""Token ids, ``(T,)``, taken verbatim."""
+"""Are token ids, ``(T,)`` integers, taken verbatim."""
 
 
 @dataclass(frozen=True, eq=False)
 class Completion:
-    """Tokens whose scores are wanted, given their prompt.
+    """Holds tokens whose scores are wanted, given a prompt.
 
     Attributes:
         tokens: ids ``(T,)``, taken verbatim, EOS included; or a ``str`` that the server tokenises without special tokens.
         mask: ``(T,)`` of 0 and 1, which tokens count in reductions; ``None`` = all.
-        spans: parts to score apart, under the mask.
+        spans: parts to score apart, under the mask; their names differ.
         follow_ups: continuations, each read as a fork of this completion; they may nest.
-        id: echoed.
+        id: a name of the caller's choice, which comes back with the scores.
     """
 
     tokens: TokenIds | str
@@ -115,7 +136,7 @@ class Completion:
 
 @dataclass(frozen=True, eq=False)
 class RolloutGroup:
-    """One prompt and its completions; the prompt is computed once for all of them.
+    """Holds one prompt and its completions; the server computes the prompt once for all of them.
 
     Attributes:
         prompt: ids ``(P,)``, taken verbatim (no BOS is added), a ``str``, a ``Text`` or a ``Chat``.
@@ -131,11 +152,20 @@ class RolloutGroup:
 
 @dataclass(frozen=True)
 class ScoredProbe:
-    """A probe as it was applied.
+    """Describes a probe as it was applied to the rollouts of an answer.
 
     Attributes:
+        name: the probe's name.
+        version: its version; a name and a version always mean the same bytes.
+        graph_sha256: digest of its graph, which computes the scores.
+        manifest_sha256: digest of the rest of its manifest, calibrations included.
+        unit: what its numbers are.
+        output_per: whether it scores tokens or rollouts.
+        labels: names of the values per token or rollout, in order; a single value has one label.
         reductions: in the order of ``ProbeScores.reduced``; empty for a probe that pools by itself.
         follow_up_tokens: of the follow-up that the probe itself appends to every completion and reads instead; 0 = it reads the completion.
+        accepted_mismatches: checks that failed and that the server's operator chose to accept, such as ``"tokenizer_fingerprint"``.
+        reading: whose activations it read; ``"frozen"`` are those of the server's own model.
         exclude_special_tokens: the tokenizer's special tokens do not count, so that a selection of nothing else is absent.
     """
 
@@ -154,13 +184,13 @@ class ScoredProbe:
 
     @property
     def key(self) -> str:
-        """``name@version``, which is one probe's only."""
+        """Returns ``name@version``, which is one probe's only."""
         return f"{self.name}@{self.version}"
 
 
 @dataclass(frozen=True, eq=False)
 class ProbeScores:
-    """What one probe says of one completion.
+    """Holds what one probe says of one completion.
 
     Attributes:
         reduced: ``(1 + spans, reductions, labels)`` float32 in the probe's unit. Row 0 is the whole scope under the mask, then the spans
@@ -173,21 +203,25 @@ class ProbeScores:
 
     @property
     def value(self) -> float | None:
-        """The whole scope, first reduction, first label; ``None`` if nothing was selected."""
+        """Returns the number of the whole scope, first reduction, first label; ``None`` if nothing was selected."""
         return self.at()
 
     def at(self, span: int = 0, reduction: int = 0, label: int = 0) -> float | None:
-        """One reduced number by its three indices, or ``None`` if that selection was empty."""
+        """Returns one reduced number by its three indices, or ``None`` if that selection was empty."""
         number = float(self.reduced[span, reduction, label])
         return None if np.isnan(number) else number
 
 
 @dataclass(frozen=True, eq=False)
 class CompletionScores:
-    """The scores of one completion.
+    """Holds the scores of one completion.
 
     Attributes:
-        scores: by probe, under the keys of ``score_keys``: its name; empty when ``status`` is not ``OK``.
+        id: the completion's, as it was sent.
+        status: whether it could be scored.
+        scores: by probe, under its name, or ``name@version`` where several versions of one name were applied; empty when ``status`` is
+            not ``OK``.
+        status_message: why it could not be scored; empty otherwise.
         prompt_ids: ``(P,)`` int32, only if asked for (never on a follow-up).
         completion_ids: ``(T,)`` int32, only if asked for.
         inexact_ids: some ids came from text, so that they may differ from those the policy sampled.
@@ -217,7 +251,17 @@ class CompletionScores:
 
 @dataclass(frozen=True)
 class Usage:
-    """Work done for an answer. The three token counts add up to every prompt (once per completion), completion and follow-up."""
+    """Counts the work done for an answer.
+
+    The three token counts add up to every prompt (once per completion), completion and follow-up.
+
+    Attributes:
+        tokens_computed: tokens that ran through the model.
+        tokens_shared: tokens computed once for several completions, counted from the second on.
+        tokens_cached: tokens taken from the key-value cache of earlier work.
+        queue_seconds: from admission until the first of the completions reached the device.
+        compute_seconds: of the device batches in which they took part.
+    """
 
     tokens_computed: int = 0
     tokens_shared: int = 0
@@ -227,19 +271,26 @@ class Usage:
 
     @property
     def tokens(self) -> int:
-        """Computed, shared and cached: what reading each rollout by itself would compute."""
+        """Returns how many tokens reading each rollout by itself would compute: computed, shared and cached."""
         return self.tokens_computed + self.tokens_shared + self.tokens_cached
 
     @classmethod
     def total(cls, usages: Iterable[Usage]) -> Usage:
-        """The sum of each of their numbers."""
+        """Returns the sum of several usages, number by number."""
         usages = list(usages)
         return cls(**{each.name: sum(getattr(usage, each.name) for usage in usages) for each in fields(cls)})
 
 
 @dataclass(frozen=True)
 class ScoringInfo:
-    """What produced the scores of an answer, and what it took."""
+    """Says what produced the scores of an answer, and what it took.
+
+    Attributes:
+        model_fingerprint: of the model that was run, ``"sha256:…"``.
+        tokenizer_fingerprint: of the server's tokenizer, ``"sha256:…"``; empty if it has none.
+        probes: as they were applied.
+        usage: the work done.
+    """
 
     model_fingerprint: str
     tokenizer_fingerprint: str
@@ -249,7 +300,7 @@ class ScoringInfo:
 
 @dataclass(frozen=True, eq=False)
 class GroupScores:
-    """The scores of one group, in the order of its completions."""
+    """Holds the scores of one group, in the order of its completions."""
 
     completions: tuple[CompletionScores, ...]
 
@@ -265,13 +316,13 @@ class GroupScores:
 
 @dataclass(frozen=True, eq=False)
 class ScoreResult:
-    """The answer to ``score``."""
+    """Holds the answer to ``score``: the scores of each group, in the request's order, and what produced them."""
 
     groups: tuple[GroupScores, ...]
     info: ScoringInfo
 
     def values(self, probe: str, *, reduction: int = 0, label: int = 0) -> NDArray[np.float32]:
-        """One number per completion, group after group, ``(completions,)`` float32.
+        """Returns one number per completion, group after group, ``(completions,)`` float32 in the probe's unit.
 
         NaN where the selection was empty or the completion could not be scored (see ``CompletionScores.status``): it never reads as 0.
         """
@@ -285,7 +336,7 @@ class ScoreResult:
 
 @dataclass(frozen=True, eq=False)
 class StreamedCompletion:
-    """One answer of ``score_stream``: the scores of completion ``completion_index`` of the group that came ``group_index``-th.
+    """Holds one answer of ``score_stream``: the scores of completion ``completion_index`` of the group that came ``group_index``-th.
 
     ``info.usage`` is that of all completions that finished in the same message.
     """
@@ -297,7 +348,7 @@ class StreamedCompletion:
 
 
 def score_keys(probes: Sequence[ScoredProbe]) -> tuple[str, ...]:
-    """Names the entries of ``CompletionScores.scores``, in the order of ``probes``.
+    """Returns the keys of ``CompletionScores.scores``, in the order of ``probes``.
 
     A probe's key is its name, or ``name@version`` where several versions of one name were applied.
     """
@@ -310,7 +361,10 @@ def score_keys(probes: Sequence[ScoredProbe]) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Tap:
-    """Where a probe reads: ``hook`` and the 0-based index of the decoder block (``None`` for ``final_norm``).
+    """Says where in the model a probe reads: at which hook, and in which decoder block.
+
+    ``hook`` is a ``Hook``, or the name of one that only a newer server knows; ``layer`` is the 0-based index of the decoder block (``None``
+    for ``final_norm``).
 
     ``str(tap)`` is the name of the graph input that reads it: ``"resid_post.6"``, ``"final_norm"``.
     """
@@ -324,7 +378,18 @@ class Tap:
 
 @dataclass(frozen=True)
 class Calibration:
-    """A threshold and what it was found on; at or above it a rollout counts as flagged. The interval is the 95% one."""
+    """Describes a threshold and the data it was found on; at or above it a rollout counts as flagged.
+
+    Attributes:
+        threshold: in the unit of the probe, after ``reduction``.
+        false_positive_rate: the rate aimed at, in (0, 1).
+        false_positive_rate_low: the lower end of the 95% confidence interval of the rate at this threshold.
+        false_positive_rate_high: the upper end of that interval.
+        negatives: how many negative rollouts it was found on.
+        dataset: which data these are, in words.
+        reduction: the reduction that it holds for; ``None`` for a probe that pools by itself.
+        label: the label that it holds for, where the probe has several.
+    """
 
     threshold: float
     false_positive_rate: float
@@ -338,7 +403,23 @@ class Calibration:
 
 @dataclass(frozen=True)
 class ProbeInfo:
-    """A loaded probe. ``manifest_json`` is its whole manifest without the golden vectors."""
+    """Describes a loaded probe.
+
+    Attributes:
+        name: the probe's name.
+        version: its version; a name and a version always mean the same bytes.
+        description: what it looks for, in its author's words.
+        graph_sha256: digest of its graph, which computes the scores.
+        manifest_sha256: digest of the rest of its manifest, calibrations included.
+        taps: where in the model it reads.
+        unit: what its numbers are.
+        output_per: whether it scores tokens or rollouts.
+        labels: names of the values per token or rollout, in order; a single value has one label.
+        default_reduction: how its scores become one number unless a request says otherwise; ``None`` if it pools by itself.
+        calibrations: its thresholds.
+        accepted_mismatches: checks that failed and that the server's operator chose to accept, such as ``"tokenizer_fingerprint"``.
+        manifest_json: its whole manifest as JSON, without the golden vectors.
+    """
 
     name: str
     version: str
@@ -356,13 +437,25 @@ class ProbeInfo:
 
     @property
     def key(self) -> str:
-        """``name@version``, which is one probe's only."""
+        """Returns ``name@version``, which is one probe's only."""
         return f"{self.name}@{self.version}"
 
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """The frozen model. ``num_loaded_layers`` are the blocks that some probe needs; ``max_position_embeddings`` is 0 if unknown."""
+    """Describes the frozen model of a server.
+
+    Attributes:
+        id: its name as the server was given it; of a path the last component only.
+        revision: its revision; empty for a local model.
+        fingerprint: of its weights and configuration, ``"sha256:…"``.
+        model_type: its architecture, as ``transformers`` calls it.
+        hidden_size: the width of the residual stream.
+        num_hidden_layers: decoder blocks of the whole model.
+        num_loaded_layers: the decoder blocks that are loaded, because some probe needs them.
+        vocab_size: the number of token ids; ids are in ``[0, vocab_size)``.
+        max_position_embeddings: the most positions that the model was made for; 0 if unknown.
+    """
 
     id: str
     revision: str
@@ -377,7 +470,7 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a request may hold; above any of these it is refused, never cut short. The proto says what each counts.
+    """Holds what a request may hold at most; above any of these it is refused, never cut short. The proto says what each counts.
 
     0 = the server does not say: it is of an earlier version.
     """
@@ -404,7 +497,16 @@ class Limits:
 
 @dataclass(frozen=True)
 class WorkerInfo:
-    """One worker process of the server. ``asleep``: until it is woken it cannot score, and work waits for it."""
+    """Describes one worker process of a server.
+
+    Attributes:
+        device: ``cpu`` or ``cuda:0``.
+        dtype: of the model's numbers: ``float32``, ``bfloat16`` or ``float16``.
+        execution_path: how it runs the model: ``universal`` or ``packed``.
+        ready: whether it can score.
+        restarts: how often it has been restarted since the server started.
+        asleep: whether it has given its device's memory back; until it is woken it cannot score, and work waits for it.
+    """
 
     device: str
     dtype: str
@@ -416,7 +518,7 @@ class WorkerInfo:
 
 @dataclass(frozen=True)
 class Transfer:
-    """What ``sleep`` or ``wake`` moved on one device. All numbers are 0 if it was in that state already.
+    """Says what ``sleep`` or ``wake`` moved on one device. All numbers are 0 if it was in that state already.
 
     Attributes:
         device: ``cpu`` or ``cuda:0``.
@@ -434,7 +536,16 @@ class Transfer:
 
 @dataclass(frozen=True)
 class ServerInfo:
-    """What runs at an address."""
+    """Describes what runs at an address.
+
+    Attributes:
+        server_version: the version of the server's software.
+        model: the frozen model.
+        tokenizer_fingerprint: of its tokenizer, ``"sha256:…"``; empty if it has none.
+        limits: what a request may hold.
+        workers: one for each device.
+        probes: ``name@version`` of each loaded probe.
+    """
 
     server_version: str
     model: ModelInfo

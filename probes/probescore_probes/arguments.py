@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from probescore.types import ScoreUnit, Tap
+from probescore.types import Hook, ScoreUnit, Tap
 from probescore_audit.arguments import array_of, described, kind_of, named, of_kind, real, reduction, shown, text
-from probescore_server.probes.format.manifest import TapInput
 
 __all__ = [
     "Vocabulary",
@@ -34,8 +33,6 @@ __all__ = [
     "token_ids",
     "unit",
 ]
-
-HOOKS: tuple[str, ...] = get_args(TapInput.model_fields["hook"].annotation)
 
 _Given = Any  # whatever an author hands over
 
@@ -177,7 +174,8 @@ def tap(value: _Given, argument: str, num_hidden_layers: int) -> Tap:
         TypeError: it is neither.
         ValueError: there is no such hook, or the model has no such block.
     """
-    hooks = f"{', '.join(f'{hook}.N' for hook in HOOKS[:-1])} or {HOOKS[-1]}"
+    *others, last = (f"{hook}.N" if hook.has_layer else str(hook) for hook in Hook)
+    hooks = f"{', '.join(others)} or {last}"
     if isinstance(value, Tap):
         hook, layer = value.hook, value.layer
     elif isinstance(value, str):
@@ -187,9 +185,9 @@ def tap(value: _Given, argument: str, num_hidden_layers: int) -> Tap:
         layer = int(number) if dot else None
     else:
         raise TypeError(f"{argument}: {kind_of(value)} ({shown(value)}); give {hooks}, as text or as a Tap")
-    if hook not in HOOKS:
+    if hook not in tuple(Hook):
         raise ValueError(f"{argument}: {value!s}: no such tap; give {hooks}")
-    if (layer is None) != (hook == "final_norm"):
+    if (layer is not None) != Hook(hook).has_layer:
         raise ValueError(f"{argument}: {value!s}: {'no layer' if layer is not None else 'a layer'} for hook {hook}; give {hooks}")
     if layer is None:
         return Tap(hook)

@@ -21,7 +21,7 @@ from probescore_probes import arguments
 from probescore_probes.estimators.scores import FEATURES, EstimatorScores, estimator_scores
 from probescore_probes.exporter_warnings import quietly
 from probescore_probes.nodes import ML_OPSET, OPSET
-from probescore_server.probes.format.graph import CU_SEQLENS, POSITIONS, SCORES, GraphInputs, Signature
+from probescore_server.probes.format.graph import CU_SEQLENS, POSITIONS, SCORES, GraphInputs, GraphSignature
 
 if TYPE_CHECKING:
     from sklearn.base import BaseEstimator
@@ -41,7 +41,7 @@ class ProbeFunction:
     """
 
     score: Callable[[GraphInputs], NDArray[Any]]
-    export: Callable[[Signature], onnx.ModelProto]
+    export: Callable[[GraphSignature], onnx.ModelProto]
     unit: ScoreUnit
     width: int | None = None
     columns: int | None = None
@@ -115,7 +115,7 @@ def sklearn_probe(estimator: BaseEstimator) -> ProbeFunction:
     """
     read = estimator_scores(estimator)
 
-    def export(signature: Signature) -> onnx.ModelProto:
+    def export(signature: GraphSignature) -> onnx.ModelProto:
         return _linear_graph(*read.weights, signature) if read.weights else _estimator_graph(read, signature)
 
     return ProbeFunction(lambda inputs: read.score(_concatenated(inputs)), export, read.unit, read.width, read.columns, read.classes)
@@ -174,7 +174,7 @@ def _concatenated(inputs: GraphInputs) -> NDArray[np.float64]:
     return np.concatenate([array for name, array in inputs.items() if name not in (CU_SEQLENS, POSITIONS)], axis=1).astype(np.float64)
 
 
-def _linear_graph(weight: NDArray[np.float64], bias: NDArray[np.float64], signature: Signature) -> onnx.ModelProto:
+def _linear_graph(weight: NDArray[np.float64], bias: NDArray[np.float64], signature: GraphSignature) -> onnx.ModelProto:
     """One ``Gemm``, the form that the engine can stack with other probes of the same tap."""
     nodes, features = _features(signature)
     nodes.append(onnx.helper.make_node("Gemm", [features, "weight", "bias"], [SCORES], transB=1))
@@ -182,17 +182,17 @@ def _linear_graph(weight: NDArray[np.float64], bias: NDArray[np.float64], signat
     return _model(nodes, signature, weights)
 
 
-def _features(signature: Signature) -> tuple[list[onnx.NodeProto], str]:
+def _features(signature: GraphSignature) -> tuple[list[onnx.NodeProto], str]:
     names = [str(tap) for tap in signature.taps]
     return ([], names[0]) if len(names) == 1 else ([onnx.helper.make_node("Concat", names, [FEATURES], axis=1)], FEATURES)
 
 
-def _model(nodes: list[onnx.NodeProto], signature: Signature, weights: list[onnx.TensorProto]) -> onnx.ModelProto:
+def _model(nodes: list[onnx.NodeProto], signature: GraphSignature, weights: list[onnx.TensorProto]) -> onnx.ModelProto:
     graph = onnx.helper.make_graph(nodes, "probe", signature.inputs, [signature.output], weights)
     return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", OPSET)])
 
 
-def _torch_graph(scorer: _ScoresModule, signature: Signature) -> onnx.ModelProto:
+def _torch_graph(scorer: _ScoresModule, signature: GraphSignature) -> onnx.ModelProto:
     # Sizes that coincide with nothing else, so that the exporter takes none of them for a constant.
     lengths = (4, 3, 6)
     example = [torch.randn(sum(lengths), signature.hidden_size) for _ in signature.taps]
@@ -227,7 +227,7 @@ def _torch_graph(scorer: _ScoresModule, signature: Signature) -> onnx.ModelProto
     return _declared(program.model_proto, signature)
 
 
-def _estimator_graph(read: EstimatorScores, signature: Signature) -> onnx.ModelProto:
+def _estimator_graph(read: EstimatorScores, signature: GraphSignature) -> onnx.ModelProto:
     nodes, features = _features(signature)
     if features != FEATURES:
         nodes.append(onnx.helper.make_node("Identity", [features], [FEATURES]))
@@ -237,7 +237,7 @@ def _estimator_graph(read: EstimatorScores, signature: Signature) -> onnx.ModelP
     return model
 
 
-def _declared(model: onnx.ModelProto, signature: Signature) -> onnx.ModelProto:
+def _declared(model: onnx.ModelProto, signature: GraphSignature) -> onnx.ModelProto:
     """With inputs and output declared as the signature has them; the exporter writes sizes like ``s0 - 1``."""
     declared = onnx.ModelProto()
     declared.CopyFrom(model)

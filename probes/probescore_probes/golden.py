@@ -17,7 +17,7 @@ from probescore_probes.exporting import ProbeFunction
 from probescore_probes.float64 import float64_activations
 from probescore_probes.reference import ReferenceModel
 from probescore_server.errors import ProbeRefused, StartupError
-from probescore_server.probes.format.graph import CU_SEQLENS, POSITIONS, GraphFailed, GraphInputs, Signature, checked_scores
+from probescore_server.probes.format.graph import CU_SEQLENS, POSITIONS, GraphFailed, GraphInputs, GraphSignature, checked_scores
 from probescore_server.probes.format.manifest import (
     MAX_FLOAT32,
     MAX_NEIGHBOUR_LABELS,
@@ -32,7 +32,8 @@ from probescore_server.probes.format.manifest import (
     neighbouring_places,
 )
 from probescore_server.probes.loading.deviations import largest_deviation
-from probescore_server.probes.loading.independence import Surroundings, check_author_agrees, cut, far_lengths, packed, rows_tried
+from probescore_server.probes.loading.independence import check_author_agrees, far_lengths, rows_tried
+from probescore_server.probes.loading.random_sequences import RandomSequences, cut_sequence, pack_sequences
 from probescore_server.probes.loading.row_by_row import is_row_by_row
 
 
@@ -208,7 +209,7 @@ def check_graph_computes(
     for rollout in rollouts:
         compare(rollout.inputs, rollout.scores, "the scores of the author's code")
     backwards = list(reversed(rollouts))
-    together = packed([rollout.inputs for rollout in backwards])
+    together = pack_sequences([rollout.inputs for rollout in backwards])
     compare(together, np.concatenate([rollout.scores for rollout in backwards]), "a rollout's scores do not depend on its neighbours")
     if manifest.output.per is OutputPer.TOKEN and manifest.context.kind == "causal":
         for rollout in rollouts:
@@ -235,8 +236,8 @@ def _check_beyond(
         return checked_scores(scores, len(inputs[CU_SEQLENS]) - 1 if pools else len(inputs[str(manifest.taps[0])]), labels)
 
     golden = {tap: np.concatenate([rollout.inputs[str(tap)] for rollout in rollouts]) for tap in manifest.taps}
-    around = Surroundings(manifest, golden, np.random.default_rng(0))
-    proven = is_row_by_row(model, Signature.of(manifest))
+    around = RandomSequences(manifest, golden, np.random.default_rng(0))
+    proven = is_row_by_row(model, GraphSignature.of(manifest))
     if not proven:
         rows_tried(run, model, around, file)
     longest = max(len(rollout.inputs[str(manifest.taps[0])]) for rollout in rollouts)
@@ -247,7 +248,7 @@ def _check_beyond(
 def _check_causal(rollout: GoldenRollout, window: int | None, compare: Callable[..., None]) -> None:
     rows = len(rollout.scores)
     half = (rows + 1) // 2
-    compare(cut(rollout.inputs, slice(0, half)), rollout.scores[:half], "a token's score does not depend on later tokens")
+    compare(cut_sequence(rollout.inputs, slice(0, half)), rollout.scores[:half], "a token's score does not depend on later tokens")
     if window is not None and rows > window:
         promise = f"a token's score depends on context.window = {window} tokens, itself included"
-        compare(cut(rollout.inputs, slice(rows - window, rows)), rollout.scores[-1:], promise, slice(-1, None))
+        compare(cut_sequence(rollout.inputs, slice(rows - window, rows)), rollout.scores[-1:], promise, slice(-1, None))

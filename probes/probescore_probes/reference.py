@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from probescore.fingerprints import tokenizer_fingerprint
-from probescore.types import Tap, TokenIds
+from probescore.types import Hook, Tap, TokenIds
 from probescore_probes import arguments
 from probescore_probes.whole_model import find_model, is_wrapper, load_whole_model
 from probescore_server.probes.format.fingerprints import model_fingerprint
@@ -155,7 +155,7 @@ def reference_activations(model: PreTrainedModel, token_ids: TokenIds, taps: Seq
     taps = arguments.taps(taps, len(blocks))
     checked = arguments.token_ids(token_ids, "token_ids", _vocabulary(model))
     ids = torch.as_tensor(checked).unsqueeze(0).to(model.device)
-    read = {len(blocks) - 1} | {tap.layer for tap in taps if tap.layer is not None and tap.hook in ("attn_out", "mlp_out")}
+    read = {len(blocks) - 1} | {tap.layer for tap in taps if tap.layer is not None and tap.hook in (Hook.ATTN_OUT, Hook.MLP_OUT)}
     with torch.inference_mode(), _recorded(blocks, read) as outputs:
         try:
             hidden: Sequence[torch.Tensor] = bare(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states
@@ -170,16 +170,16 @@ def reference_activations(model: PreTrainedModel, token_ids: TokenIds, taps: Seq
 
     def activation(tap: Tap) -> torch.Tensor:
         match tap.hook, tap.layer:
-            case "final_norm", _:
+            case Hook.FINAL_NORM, _:
                 return hidden[-1][0]
-            case "resid_pre", int(layer):
+            case Hook.RESID_PRE, int(layer):
                 return hidden[layer][0]
-            case "resid_post", int(layer):
+            case Hook.RESID_POST, int(layer):
                 return outputs[layer][""] if layer == len(blocks) - 1 else hidden[layer + 1][0]
-            case (("attn_out" | "mlp_out"), int(layer)):
+            case ((Hook.ATTN_OUT | Hook.MLP_OUT), int(layer)):
                 scale = getattr(config, "residual_multiplier", 1.0)
                 attention, mlp = _added_terms(tap, hidden[layer][0], outputs[layer], scale)
-                return attention if tap.hook == "attn_out" else mlp
+                return attention if tap.hook == Hook.ATTN_OUT else mlp
         raise ValueError(f"{tap}: no such tap")
 
     return {tap: activation(tap).float().cpu().numpy() for tap in taps}

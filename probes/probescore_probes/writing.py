@@ -19,7 +19,7 @@ from probescore_probes.exporting import ProbeFunction
 from probescore_probes.golden import GoldenScorer, check_graph_computes, neighbours
 from probescore_probes.reference import ReferenceModel
 from probescore_server.errors import ProbeRefused
-from probescore_server.probes.format.graph import IR_VERSIONS, Signature, check_graph, check_signature, subgraphs
+from probescore_server.probes.format.graph import IR_VERSIONS, GraphSignature, check_graph, check_signature, subgraphs
 from probescore_server.probes.format.manifest import (
     CalibrationRecord,
     Context,
@@ -157,9 +157,9 @@ def write_probe(
         graph_sha256=UNSEALED,
         manifest_sha256=UNSEALED,
     )
-    graph = _bare(probe.export(Signature.of(manifest)))
+    graph = _bare(probe.export(GraphSignature.of(manifest)))
     check_golden(manifest, str(path))
-    check_signature(graph, Signature.of(manifest), str(path))
+    check_signature(graph, GraphSignature.of(manifest), str(path))
     check_graph(graph, str(path))
     check_graph_computes(graph, manifest, probe, rollouts, str(path))
     if tolerance is None:

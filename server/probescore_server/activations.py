@@ -13,13 +13,11 @@ from enum import Enum
 import numpy as np
 from numpy.typing import NDArray
 
-from probescore.types import CompletionStatus, Tap
+from probescore.types import CompletionStatus, Hook, Tap
 from probescore_server.errors import InvalidRequest
 
 MAX_BATCH_BYTES = 1 << 30
 """Of activations, float32 on the model's device, that a batch holds at once."""
-
-LAYER_HOOKS = ("resid_pre", "resid_post", "attn_out", "mlp_out")
 
 
 class Pool(str, Enum):
@@ -80,7 +78,7 @@ class CompletionActivations:
 
 def all_taps(num_hidden_layers: int) -> tuple[Tap, ...]:
     """Every tap of a model, hook by hook."""
-    return (*(Tap(hook, layer) for hook in LAYER_HOOKS for layer in range(num_hidden_layers)), Tap("final_norm"))
+    return tuple(Tap(hook, layer) for hook in Hook for layer in (range(num_hidden_layers) if hook.has_layer else [None]))
 
 
 def matching_taps(patterns: Sequence[str | Tap] | str | Tap, known: Sequence[Tap], *, whose: str) -> tuple[Tap, ...]:

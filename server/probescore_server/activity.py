@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class ActivityStep:
     """A piece of work that cannot be looked into while it lasts.
 
     Attributes:
@@ -26,7 +26,7 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
-class TextInHand:
+class TextBeingTokenised:
     """The text that a lane of texts tokenises now; it cannot be looked into either.
 
     Attributes:
@@ -50,11 +50,11 @@ class Activity:
     """
 
     def __init__(self) -> None:
-        self.step = Step()
+        self.step = ActivityStep()
 
     def begin_order(self, order: int, tokens: int) -> None:
         """What follows belongs to this order."""
-        self.step = Step(self.step.number + 1, order, "", tokens)
+        self.step = ActivityStep(self.step.number + 1, order, "", tokens)
 
     def begin(self, name: str, tokens: int) -> None:
         """A step begins; the one before is done."""

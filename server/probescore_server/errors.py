@@ -5,10 +5,10 @@
     │   └── LimitExceeded     it asks for more than a limit that ``GetServerInfo`` tells
     ├── Mismatch              the client expects another model or tokenizer than the one that runs here
     ├── QueueFull             too many tokens wait already; try again later
-    ├── Busy                  too many calls, or too many bytes of them, are under way; try again later
+    ├── ServerBusy            too many calls, or too many bytes of them, are under way; try again later
     ├── WorkerUnavailable     no worker can take or finish this now; try again later
     │   └── WorkerLost        a worker was lost with this, and it may be why
-    ├── LostTwice             a worker was lost with this twice, the second time with nothing else; it is not tried a third time
+    ├── WorkerLostTwice       a worker was lost with this twice, the second time with nothing else; it is not tried a third time
     ├── OutOfMemory           one rollout alone needs more memory than the device has; no retry can save it
     ├── DeadlineExpired       the caller's deadline passed before the work was done
     ├── InternalFault         a fault of ours; clients see an incident number, the log has the rest
@@ -103,7 +103,7 @@ class QueueFull(CoreError):
         return f"{self.queued_tokens} tokens are waiting; the limit is {self.max_queue_tokens}"
 
 
-class Busy(CoreError):
+class ServerBusy(CoreError):
     """Too much is under way in the server; a later try may succeed.
 
     Args:
@@ -164,7 +164,7 @@ class WorkerLost(WorkerUnavailable):
         return f"the worker was lost and is being restarted: {self.problem}"
 
 
-class LostTwice(CoreError):
+class WorkerLostTwice(CoreError):
     """A worker was lost with this twice, the second time with nothing else. It is not tried a third time.
 
     Args:

@@ -19,7 +19,7 @@ _KINDS = {
 }
 
 
-class UnfitFile(Exception):
+class UnreadableFile(Exception):
     """A file that cannot be read as a whole.
 
     Args:
@@ -39,19 +39,19 @@ def read_regular_file(path: Path | str, max_bytes: int) -> bytes:
     """The content of a regular file, or of what a link to one leads to. Nothing else is waited for: a pipe is refused at once.
 
     Raises:
-        UnfitFile: it is something else, cannot be opened, is larger, or changes while it is read.
+        UnreadableFile: it is something else, cannot be opened, is larger, or changes while it is read.
     """
     try:
         # a pipe would be waited for until somebody writes to it
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
-        raise UnfitFile("file", kind_of(path) or error.strerror or type(error).__name__, "a readable regular file") from None
+        raise UnreadableFile("file", kind_of(path) or error.strerror or type(error).__name__, "a readable regular file") from None
     try:
         before = os.fstat(descriptor)
         if not stat.S_ISREG(before.st_mode):
-            raise UnfitFile("file", _KINDS.get(stat.S_IFMT(before.st_mode), "something else"), "a regular file")
+            raise UnreadableFile("file", _KINDS.get(stat.S_IFMT(before.st_mode), "something else"), "a regular file")
         if before.st_size > max_bytes:
-            raise UnfitFile("file size", f"{before.st_size} bytes", f"at most {max_bytes}")
+            raise UnreadableFile("file size", f"{before.st_size} bytes", f"at most {max_bytes}")
         content = bytearray()
         # one byte more than there should be, and no further, however fast it grows
         while piece := os.read(descriptor, min(_PIECE_BYTES, before.st_size + 1 - len(content))):
@@ -60,7 +60,7 @@ def read_regular_file(path: Path | str, max_bytes: int) -> bytes:
     finally:
         os.close(descriptor)
     if len(content) != before.st_size or (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-        raise UnfitFile("file", "a file that changes while it is read", "one that is written before it is given")
+        raise UnreadableFile("file", "a file that changes while it is read", "one that is written before it is given")
     return bytes(content)
 
 

@@ -34,7 +34,7 @@ from probescore.v1 import scoring_pb2
 from probescore_server.errors import StartupError, WorkerUnavailable
 from probescore_server.front.error_interceptor import ErrorInterceptor, Handler
 from probescore_server.front.health import SCORING_SERVICE, SERVICES
-from probescore_server.front.scoring_core import Core
+from probescore_server.front.scoring_core import ScoringCore
 from probescore_server.front.server import find_devices
 from probescore_server.front.status_codes import status_of
 from probescore_server.logs import configure_logs
@@ -56,7 +56,7 @@ _METHODS: tuple[MethodDescriptor, ...] = (
 Write: TypeAlias = Callable[[Message], Awaitable[None]]
 
 
-def _maker(method: MethodDescriptor) -> tuple[Callable[..., Handler], str]:
+def _handler_maker(method: MethodDescriptor) -> tuple[Callable[..., Handler], str]:
     """What makes a handler of a method, and the attribute of it that has the behavior."""
     if method.server_streaming:
         return grpc.unary_stream_rpc_method_handler, "unary_stream"
@@ -66,7 +66,7 @@ def _maker(method: MethodDescriptor) -> tuple[Callable[..., Handler], str]:
 # ------------------------------------------------------------------------------------------------------------------ the application
 
 
-class Scaling(BaseModel, extra="forbid", frozen=True):
+class ReplicaScaling(BaseModel, extra="forbid", frozen=True):
     """How many replicas there are: arguments of the application beside the settings of a server."""
 
     min_replicas: int = Field(1, ge=1)
@@ -78,15 +78,15 @@ def app(arguments: Mapping[str, Any]) -> serve.Application:
     """Builds the application, and starts Ray Serve with its gRPC proxy unless it runs already.
 
     Args:
-        arguments: settings of a server, as of ``probescore serve``, and `Scaling`.
+        arguments: settings of a server, as of ``probescore serve``, and `ReplicaScaling`.
 
     Raises:
         StartupError: an argument is unknown or out of its bounds, or means nothing here.
     """
-    flags = {name: value for name, value in arguments.items() if name not in Scaling.model_fields}
+    flags = {name: value for name, value in arguments.items() if name not in ReplicaScaling.model_fields}
     settings = load_settings(flags)
     try:
-        scaling = Scaling(**{name: value for name, value in arguments.items() if name in Scaling.model_fields})
+        scaling = ReplicaScaling(**{name: value for name, value in arguments.items() if name in ReplicaScaling.model_fields})
     except ValidationError as error:
         raise StartupError(str(error)) from None
     for name in ("interceptors", "admin"):
@@ -96,7 +96,7 @@ def app(arguments: Mapping[str, Any]) -> serve.Application:
     return deployment(settings, scaling).bind(settings)
 
 
-def deployment(settings: ServerSettings, scaling: Scaling) -> serve.Deployment:
+def deployment(settings: ServerSettings, scaling: ReplicaScaling) -> serve.Deployment:
     """One replica per device, or per list of devices, as many as `scaling` says."""
     devices = 0 if settings.devices == ("cpu",) else len(settings.devices)
     return serve.deployment(
@@ -137,7 +137,7 @@ class QueuedTokens:
 # --------------------------------------------------------------------------------------------------------------------- in the proxy
 
 
-class Forwarded(NamedTuple):
+class ForwardedRequest(NamedTuple):
     """A request on its way from the proxy to a replica: its bytes, and the seconds until its deadline."""
 
     raw: bytes
@@ -156,18 +156,18 @@ def add_to_proxy(_: object, server: Any) -> None:  # noqa: ANN401 - Ray's own su
 
 def _unparsed(method: MethodDescriptor) -> Handler:
     """Requests stay bytes, which the replica parses inside its boundary."""
-    make, _ = _maker(method)
+    make, _ = _handler_maker(method)
     return make(lambda request, context: None)
 
 
 def _forwarding(routed: Any) -> Handler:  # noqa: ANN401
     async def unary(raw: bytes, context: Any) -> bytes:  # noqa: ANN401
-        answer: bytes = await routed.unary_unary(Forwarded(raw, context.time_remaining()), context)
+        answer: bytes = await routed.unary_unary(ForwardedRequest(raw, context.time_remaining()), context)
         _explain_ray(context)
         return answer
 
     async def stream(raw: bytes, context: Any) -> AsyncIterator[bytes]:  # noqa: ANN401
-        async for answer in routed.unary_stream(Forwarded(raw, context.time_remaining()), context):
+        async for answer in routed.unary_stream(ForwardedRequest(raw, context.time_remaining()), context):
             if answer:  # an empty one only brings the status
                 yield answer
         _explain_ray(context)
@@ -211,7 +211,7 @@ class Replica:
         assigned = serve.get_replica_context()
         self._max_message_bytes = settings.max_message_bytes
         self._changed = asyncio.Event()
-        self._core = Core(settings, await find_devices(settings.devices), self._changed.set)
+        self._core = ScoringCore(settings, await find_devices(settings.devices), self._changed.set)
         self._methods = _guarded_methods(self._core)
         port = _serve_metrics(self._core, settings, assigned.rank.local_rank)
         logger.info("metrics", address=join_host_port(settings.metrics_host, port), replica=assigned.replica_tag)
@@ -221,11 +221,11 @@ class Replica:
         if self._running.done():
             self._running.result()
 
-    async def Score(self, request: Forwarded, grpc_context: RayServegRPCContext) -> Message:  # noqa: N802
+    async def Score(self, request: ForwardedRequest, grpc_context: RayServegRPCContext) -> Message:  # noqa: N802
         """Scores every completion and answers once all are done."""
         return await self._answer("Score", request, grpc_context)
 
-    async def ScoreStream(self, request: Forwarded, grpc_context: RayServegRPCContext) -> AsyncIterator[Message]:  # noqa: N802
+    async def ScoreStream(self, request: ForwardedRequest, grpc_context: RayServegRPCContext) -> AsyncIterator[Message]:  # noqa: N802
         """Scores and answers in pieces, as batches finish."""
         written: asyncio.Queue[Message | None] = asyncio.Queue()
         answering = asyncio.create_task(self._answer("ScoreStream", request, grpc_context, written.put))
@@ -238,15 +238,15 @@ class Replica:
             answering.cancel()
             await asyncio.gather(answering, return_exceptions=True)
 
-    async def GetServerInfo(self, request: Forwarded, grpc_context: RayServegRPCContext) -> Message:  # noqa: N802
+    async def GetServerInfo(self, request: ForwardedRequest, grpc_context: RayServegRPCContext) -> Message:  # noqa: N802
         """Says what runs in this replica."""
         return await self._answer("GetServerInfo", request, grpc_context)
 
-    async def ListProbes(self, request: Forwarded, grpc_context: RayServegRPCContext) -> Message:  # noqa: N802
+    async def ListProbes(self, request: ForwardedRequest, grpc_context: RayServegRPCContext) -> Message:  # noqa: N802
         """Lists the loaded probes with their manifests."""
         return await self._answer("ListProbes", request, grpc_context)
 
-    async def Check(self, request: Forwarded, grpc_context: RayServegRPCContext) -> Message:  # noqa: N802
+    async def Check(self, request: ForwardedRequest, grpc_context: RayServegRPCContext) -> Message:  # noqa: N802
         """Of ``grpc.health.v1.Health``: whether this replica serves."""
         return await self._answer("Check", request, grpc_context)
 
@@ -259,9 +259,11 @@ class Replica:
         """Asked by Ray, for `QueuedTokens`."""
         return {QUEUED_TOKENS: self._core.scheduler.queued_tokens}
 
-    async def _answer(self, method: str, request: Forwarded, grpc_context: RayServegRPCContext, write: Write | None = None) -> Message:
+    async def _answer(
+        self, method: str, request: ForwardedRequest, grpc_context: RayServegRPCContext, write: Write | None = None
+    ) -> Message:
         """The answer to a call, empty if `grpc_context` says why there is none, or at the end of a stream."""
-        call = _Call(request, grpc_context, write)
+        call = _RayServicerContext(request, grpc_context, write)
         try:
             if (size := len(request.raw)) > self._max_message_bytes:
                 # as gRPC itself says it
@@ -274,10 +276,10 @@ class Replica:
         return answer or Empty()
 
 
-class _Call:
+class _RayServicerContext:
     """What a servicer and the boundary use of a ``grpc.aio.ServicerContext``."""
 
-    def __init__(self, request: Forwarded, context: RayServegRPCContext, write: Write | None) -> None:
+    def __init__(self, request: ForwardedRequest, context: RayServegRPCContext, write: Write | None) -> None:
         self._context = context
         self._deadline = None if request.seconds_left is None else time.monotonic() + request.seconds_left
         self._write = write
@@ -308,10 +310,10 @@ class _Call:
         raise grpc.aio.AbortError
 
 
-def _guarded_methods(core: Core) -> dict[str, Callable[[bytes, _Call], Awaitable[Message | None]]]:
+def _guarded_methods(core: ScoringCore) -> dict[str, Callable[[bytes, _RayServicerContext], Awaitable[Message | None]]]:
     """By name, what answers a request given as bytes."""
 
-    async def check(request: health_pb2.HealthCheckRequest, context: _Call) -> health_pb2.HealthCheckResponse:
+    async def check(request: health_pb2.HealthCheckRequest, context: _RayServicerContext) -> health_pb2.HealthCheckResponse:
         if request.service not in SERVICES:
             await context.abort(grpc.StatusCode.NOT_FOUND)
         status = health_pb2.HealthCheckResponse
@@ -321,14 +323,14 @@ def _guarded_methods(core: Core) -> dict[str, Callable[[bytes, _Call], Awaitable
     methods = {}
     for method in _METHODS:
         behavior = check if method.name == "Check" else getattr(core.servicer, method.name)
-        make, attribute = _maker(method)
+        make, attribute = _handler_maker(method)
         handler = make(behavior, request_deserializer=GetMessageClass(method.input_type).FromString)
         guarded = boundary.guard(f"/{method.containing_service.full_name}/{method.name}", handler)
         methods[method.name] = getattr(guarded, attribute)
     return methods
 
 
-def _serve_metrics(core: Core, settings: ServerSettings, local_rank: int) -> int:
+def _serve_metrics(core: ScoringCore, settings: ServerSettings, local_rank: int) -> int:
     """Serves them on ``metrics_port`` plus the replica's number on its machine; on any free port if that is taken, or if it is 0."""
     if settings.metrics_port:
         with contextlib.suppress(StartupError):

@@ -132,7 +132,7 @@ class ScoredBatch:
 
 
 @dataclass(frozen=True)
-class Occupancy:
+class EngineStatistics:
     """What an engine holds of its device, and what its key-value cache has been good for since it was loaded.
 
     Attributes:

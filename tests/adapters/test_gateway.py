@@ -22,9 +22,9 @@ from running_server import RunningServer, start_server
 
 from probescore import Chat
 from probescore_adapters import GuardRails, ProbeScorer, ProbeSignal, Rollout
-from probescore_adapters.http.bodies import LimitedBodies
+from probescore_adapters.http.bodies import BodyLimitMiddleware
 from probescore_adapters.http.problems import DESCRIPTIONS
-from probescore_server.cli.gateway import ImpatientProtocol
+from probescore_server.cli.gateway import HeadTimeoutProtocol
 
 SIGNALS = json.dumps([{"probe": "cheating", "mode": "reward"}])
 WORST = -1e6
@@ -266,7 +266,7 @@ async def test_slow_body_is_given_up() -> None:
     async def app(*_: object) -> None:
         raise AssertionError("there was no body")
 
-    await LimitedBodies(app, max_bytes=100, seconds=0.05)({"type": "http"}, receive, send)  # type: ignore[arg-type]
+    await BodyLimitMiddleware(app, max_bytes=100, seconds=0.05)({"type": "http"}, receive, send)  # type: ignore[arg-type]
     assert sent[0]["status"] == 408
 
 
@@ -287,7 +287,7 @@ def test_connection_of_a_slow_client_ends_when_it_was_said_to(slow: str, monkeyp
     async def app(*_: object) -> None:
         raise AssertionError("there was no request")
 
-    config = uvicorn.Config(LimitedBodies(app, 10_000, 0.5), port=0, http=ImpatientProtocol, loop="asyncio", lifespan="off")  # type: ignore[arg-type]
+    config = uvicorn.Config(BodyLimitMiddleware(app, 10_000, 0.5), port=0, http=HeadTimeoutProtocol, loop="asyncio", lifespan="off")  # type: ignore[arg-type]
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from handmade_values import combined, signal_values
 from hypothesis import given
 from hypothesis import strategies as st
-from readings_of import combined, reading
 
 from probescore_adapters import GuardRails, Outcome, ProbeSignal
 from probescore_adapters.guard_rails import RAILS, penalty_margin, screen
@@ -46,24 +46,24 @@ CASES: list[tuple[str, ProbeSignal, list[float], list[int], list[float], dict[st
 def test_rail_acts_on_its_case_and_no_other(
     signal: ProbeSignal, values: list[float], groups: list[int], tasks: list[float], expected: dict[str, float]
 ) -> None:
-    assert acted(combined(reading(signal, values), groups=groups, tasks=tasks)) == expected
+    assert acted(combined(signal_values(signal, values), groups=groups, tasks=tasks)) == expected
 
 
 def test_breaker_keeps_everyone_and_leaves_the_flagged_the_lowest_reward() -> None:
-    outcome = combined(reading(SCREEN, flagged(1, 1, 1, 0)), groups=[1, 1, 1, 1], tasks=[5.0, 4.0, 3.0, 1.0])
+    outcome = combined(signal_values(SCREEN, flagged(1, 1, 1, 0)), groups=[1, 1, 1, 1], tasks=[5.0, 4.0, 3.0, 1.0])
     assert not outcome.removed.any()
     np.testing.assert_allclose(outcome.rewards, [1.0, 1.0, 1.0, 1.0])
 
 
 def test_degenerate_group_goes_whole_and_the_others_stay() -> None:
-    outcome = combined(reading(SCREEN, flagged(1, 0, 0, 0)), groups=[1, 1, 2, 2], tasks=[1.0] * 4)
+    outcome = combined(signal_values(SCREEN, flagged(1, 0, 0, 0)), groups=[1, 1, 2, 2], tasks=[1.0] * 4)
     np.testing.assert_array_equal(outcome.removed, [True, True, False, False])
 
 
 def test_breaker_of_a_group_leaves_other_groups_alone() -> None:
     flags = [*[1] * 4, 0, 0, 1, *[0] * 5]
     outcome = combined(
-        reading(SCREEN, flagged(*flags)),
+        signal_values(SCREEN, flagged(*flags)),
         groups=[1] * 6 + [2] * 6,
         tasks=list(range(12)),
         rails=GuardRails(max_screened_share_of_group=0.5),
@@ -74,7 +74,7 @@ def test_breaker_of_a_group_leaves_other_groups_alone() -> None:
 
 def test_rails_can_be_taken_down() -> None:
     rails = GuardRails(max_screened_share=1.0, drop_degenerate_groups=False, max_screened_share_of_group=1.0)
-    outcome = combined(reading(SCREEN, flagged(1, 1)), groups=[1, 1], tasks=[1.0, 2.0], rails=rails)
+    outcome = combined(signal_values(SCREEN, flagged(1, 1)), groups=[1, 1], tasks=[1.0, 2.0], rails=rails)
     assert outcome.removed.all()
     assert acted(outcome) == {}
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from handmade_values import combined, signal_values
 from hypothesis import given
 from hypothesis import strategies as st
-from readings_of import combined, reading
 
 from probescore_adapters import Mode, ProbeScorer, ProbeSignal, SignalError
 
@@ -14,15 +14,15 @@ PENALTY = ProbeSignal("cheating", threshold=1.0, weight=2.0)
 
 @given(st.lists(st.floats(-5, 5), min_size=1, max_size=8))
 def test_means_over_rollouts_are_the_metrics_of_the_batch(values: list[float]) -> None:
-    batch = combined(reading(PENALTY, values)).metrics
-    alone = [combined(reading(PENALTY, [value])).rollout_metrics for value in values]
+    batch = combined(signal_values(PENALTY, values)).metrics
+    alone = [combined(signal_values(PENALTY, [value])).rollout_metrics for value in values]
     for key in ("cheating/mean", "cheating/flagged", "cheating/reward", "unscorable", "failures"):
         mean = sum(one[f"probescore/{key}"] for one in alone) / len(values)
         assert mean == pytest.approx(batch[f"probescore/{key}"], abs=1e-9)
 
 
 def test_the_metrics_of_a_rollout_have_the_same_keys_where_it_is_unscorable() -> None:
-    scored, unscorable = (combined(reading(PENALTY, [value])).rollout_metrics for value in (0.0, float("nan")))
+    scored, unscorable = (combined(signal_values(PENALTY, [value])).rollout_metrics for value in (0.0, float("nan")))
     assert list(scored) == list(unscorable)
 
 

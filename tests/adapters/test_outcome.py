@@ -1,4 +1,4 @@
-"""From readings to rewards: what each mode does, how signals compose, and that breaking the scorer never pays."""
+"""From what probes say to rewards: what each mode does, how signals compose, and that breaking the scorer never pays."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from handmade_values import combined, signal_values
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from readings_of import combined, reading
 
 from probescore import ScoreUnit
 from probescore_adapters import GuardRails, ProbeSignal, SignalError, Unscorable
@@ -23,14 +23,14 @@ DENSE = ProbeSignal("cheating", mode="dense", weight=-0.5)
 
 def test_reward_is_added_and_penalty_subtracted() -> None:
     honesty = ProbeSignal("honesty", mode="reward", weight=0.5)
-    outcome = combined(reading(honesty, [1.0, 2.0]), reading(PENALTY, [0.5, 1.0]), tasks=[10.0, 20.0])
+    outcome = combined(signal_values(honesty, [1.0, 2.0]), signal_values(PENALTY, [0.5, 1.0]), tasks=[10.0, 20.0])
     np.testing.assert_allclose(outcome.terms, [0.5, 1.0 - 2.0])
     np.testing.assert_allclose(outcome.rewards, [10.5, 19.0])
 
 
 def test_penalty_is_by_threshold_by_progressive_amount_or_both() -> None:
     def terms(transform: str) -> np.ndarray:
-        return combined(reading(ProbeSignal("cheating", threshold=1.0, transform=transform), [0.0, 1.0, 3.0])).terms
+        return combined(signal_values(ProbeSignal("cheating", threshold=1.0, transform=transform), [0.0, 1.0, 3.0])).terms
 
     np.testing.assert_allclose(terms("flag"), [0, -1, -1])
     np.testing.assert_allclose(terms("excess"), [0, 0, -2])
@@ -38,30 +38,30 @@ def test_penalty_is_by_threshold_by_progressive_amount_or_both() -> None:
 
 
 def test_gate_multiplies_what_the_task_pays_and_spares_nobody_a_loss() -> None:
-    outcome = combined(reading(GATE, [0.0, 5.0, 5.0]), tasks=[1.0, 1.0, -1.0])
+    outcome = combined(signal_values(GATE, [0.0, 5.0, 5.0]), tasks=[1.0, 1.0, -1.0])
     np.testing.assert_allclose(outcome.rewards, [1.0, 0.0, -1.0])
 
 
 def test_gate_without_task_rewards_is_refused() -> None:
     with pytest.raises(SignalError, match="mode: a gate multiplies task rewards"):
-        combined(reading(GATE, [0.0]))
+        combined(signal_values(GATE, [0.0]))
 
 
 def test_screen_removes_what_is_flagged_and_nothing_else() -> None:
-    outcome = combined(reading(SCREEN, [0.0, 5.0, 0.0, 0.0]), groups=[1, 1, 1, 1], tasks=[1.0, 2.0, 3.0, 4.0])
+    outcome = combined(signal_values(SCREEN, [0.0, 5.0, 0.0, 0.0]), groups=[1, 1, 1, 1], tasks=[1.0, 2.0, 3.0, 4.0])
     np.testing.assert_array_equal(outcome.removed, [False, True, False, False])
     np.testing.assert_allclose(outcome.rewards, [1.0, 2.0, 3.0, 4.0])
     assert outcome.metrics["probescore/cheating/screened"] == 0.25
 
 
 def test_monitor_changes_nothing_whatever_it_reads() -> None:
-    outcome = combined(reading(ProbeSignal("cheating", mode="monitor"), [math.nan, 5.0]), tasks=[1.0, 2.0], on_unscorable="raise")
+    outcome = combined(signal_values(ProbeSignal("cheating", mode="monitor"), [math.nan, 5.0]), tasks=[1.0, 2.0], on_unscorable="raise")
     np.testing.assert_allclose(outcome.rewards, [1.0, 2.0])
     assert outcome.metrics["probescore/cheating/mean"] == 5.0
 
 
 def test_dense_weighs_each_token() -> None:
-    outcome = combined(reading(DENSE, [[1.0, 2.0], [4.0]]), tasks=[1.0, 1.0])
+    outcome = combined(signal_values(DENSE, [[1.0, 2.0], [4.0]]), tasks=[1.0, 1.0])
     assert outcome.dense is not None
     np.testing.assert_allclose(outcome.dense[0], [-0.5, -1.0])
     np.testing.assert_allclose(outcome.dense[1], [-2.0])
@@ -70,13 +70,13 @@ def test_dense_weighs_each_token() -> None:
 
 def test_dense_without_the_length_of_a_completion_is_refused() -> None:
     with pytest.raises(SignalError, match="dense needs the completion's ids"):
-        combined(reading(DENSE, [[1.0]]), lengths=[None])
+        combined(signal_values(DENSE, [[1.0]]), lengths=[None])
 
 
 @pytest.mark.parametrize("tasks", [[1.0], [1.0, math.nan]])
 def test_task_rewards_must_be_a_finite_number_each(tasks: list[float]) -> None:
     with pytest.raises(ValueError, match="task_rewards must be 2 finite numbers"):
-        combined(reading(PENALTY, [0.0, 0.0]), tasks=tasks)
+        combined(signal_values(PENALTY, [0.0, 0.0]), tasks=tasks)
 
 
 # --------------------------------------------------------------------------------------------------------------------- unscorable
@@ -109,12 +109,12 @@ def test_broken_rollout_never_gets_a_better_reward_than_the_same_one_scored(data
     unit = data.draw(st.sampled_from(list(ScoreUnit)))
     if unit is ScoreUnit.PROBABILITY:
         values = [[1 / (1 + math.exp(-value)) for value in row] for row in values]
-    scored = combined(*(reading(*pair, unit) for pair in zip(signals, values, strict=True)), groups=groups, tasks=tasks)
-    # when one of its rollouts breaks some of the readings
+    scored = combined(*(signal_values(*pair, unit) for pair in zip(signals, values, strict=True)), groups=groups, tasks=tasks)
+    # when one of its rollouts cannot be read by some signals
     broken = data.draw(st.integers(0, count - 1))
     for row in data.draw(st.sets(st.integers(0, len(signals) - 1), min_size=1)):
         values[row][broken] = data.draw(st.sampled_from([math.nan, math.inf, -math.inf]))
-    outcome = combined(*(reading(*pair, unit) for pair in zip(signals, values, strict=True)), groups=groups, tasks=tasks)
+    outcome = combined(*(signal_values(*pair, unit) for pair in zip(signals, values, strict=True)), groups=groups, tasks=tasks)
     # then it is not paid for it; a rollout that is removed is not paid at all
     if not outcome.removed[broken] and not scored.removed[broken]:
         assert outcome.rewards[broken] <= scored.rewards[broken] + 1e-9
@@ -125,7 +125,7 @@ def test_broken_rollout_never_gets_a_better_reward_than_the_same_one_scored(data
 
 def test_what_a_screen_flags_is_screened_though_another_signal_cannot_read_it() -> None:
     other = ProbeSignal("mood", threshold=1.0)
-    outcome = combined(reading(other, [math.nan, 0.0]), reading(SCREEN, [1.0, 1.0]), groups=[0, 1], tasks=[2.0, 0.0])
+    outcome = combined(signal_values(other, [math.nan, 0.0]), signal_values(SCREEN, [1.0, 1.0]), groups=[0, 1], tasks=[2.0, 0.0])
     np.testing.assert_allclose(outcome.rewards, outcome.rewards.min())
 
 
@@ -134,14 +134,14 @@ def _fields(signal: ProbeSignal) -> tuple[Any, ...]:
 
 
 def test_rollout_that_a_screen_cannot_read_stays_with_the_lowest_reward() -> None:
-    outcome = combined(reading(SCREEN, [0.0, math.nan, 0.0]), groups=[1, 1, 1], tasks=[1.0, 5.0, 2.0])
+    outcome = combined(signal_values(SCREEN, [0.0, math.nan, 0.0]), groups=[1, 1, 1], tasks=[1.0, 5.0, 2.0])
     assert not outcome.removed.any()
     np.testing.assert_allclose(outcome.rewards, [1.0, 1.0, 2.0])
 
 
 def test_dense_rollout_that_cannot_be_read_gets_the_least_for_every_token() -> None:
     signal = ProbeSignal("cheating", mode="dense", transform="sigmoid", weight=-0.5)
-    outcome = combined(reading(signal, [[], [0.0]]), lengths=[3, 1])
+    outcome = combined(signal_values(signal, [[], [0.0]]), lengths=[3, 1])
     assert outcome.dense is not None
     np.testing.assert_allclose(outcome.dense[0], [-0.5, -0.5, -0.5])
     np.testing.assert_array_equal(outcome.unscorable, [True, False])
@@ -149,14 +149,14 @@ def test_dense_rollout_that_cannot_be_read_gets_the_least_for_every_token() -> N
 
 def test_unscorable_may_raise_or_get_the_term_that_the_user_named() -> None:
     with pytest.raises(Unscorable, match="rollout 1"):
-        combined(reading(PENALTY, [0.0, math.nan]), on_unscorable="raise")
-    outcome = combined(reading(PENALTY, [5.0, math.nan]), reading(GATE, [0.0, 0.0]), tasks=[1.0, 1.0], on_unscorable=-7.0)
+        combined(signal_values(PENALTY, [0.0, math.nan]), on_unscorable="raise")
+    outcome = combined(signal_values(PENALTY, [5.0, math.nan]), signal_values(GATE, [0.0, 0.0]), tasks=[1.0, 1.0], on_unscorable=-7.0)
     np.testing.assert_allclose(outcome.rewards, [-1.0, -6.0])
 
 
 def test_transform_that_gives_no_number_makes_a_rollout_unscorable() -> None:
     signal = ProbeSignal("cheating", transform=lambda values: np.where(values > 1, np.nan, values), weight=1.0, threshold=0.0)
-    outcome = combined(reading(signal, [0.5, 2.0]))
+    outcome = combined(signal_values(signal, [0.5, 2.0]))
     np.testing.assert_array_equal(outcome.unscorable, [False, True])
     assert outcome.terms[1] == -GuardRails().clip
 
@@ -191,7 +191,7 @@ def test_permuting_the_batch_permutes_the_result(chosen: list[ProbeSignal], row:
     def outcome(indices: list[int]) -> Any:
         permuted = [values[index] for index in indices]
         return combined(
-            *(reading(signal, permuted) for signal in signals),
+            *(signal_values(signal, permuted) for signal in signals),
             groups=[groups[index] for index in indices],
             tasks=[tasks[index] for index in indices],
         )
@@ -208,20 +208,20 @@ def test_permuting_the_batch_permutes_the_result(chosen: list[ProbeSignal], row:
 def test_terms_of_several_signals_add_up(values: list[float], first: float, second: float) -> None:
     one = ProbeSignal("one", mode="reward", weight=first)
     two = ProbeSignal("two", transform="sigmoid", mode="penalty", weight=second)
-    both = combined(reading(one, values), reading(two, values)).terms
-    np.testing.assert_allclose(both, combined(reading(one, values)).terms + combined(reading(two, values)).terms)
+    both = combined(signal_values(one, values), signal_values(two, values)).terms
+    np.testing.assert_allclose(both, combined(signal_values(one, values)).terms + combined(signal_values(two, values)).terms)
 
 
 @given(st.lists(st.floats(-3, 3), min_size=1, max_size=6), st.floats(0.1, 2))
 def test_terms_grow_with_the_weight(values: list[float], weight: float) -> None:
-    single = combined(reading(ProbeSignal("one", mode="reward", weight=1.0), values)).terms
-    np.testing.assert_allclose(combined(reading(ProbeSignal("one", mode="reward", weight=weight), values)).terms, weight * single)
+    single = combined(signal_values(ProbeSignal("one", mode="reward", weight=1.0), values)).terms
+    np.testing.assert_allclose(combined(signal_values(ProbeSignal("one", mode="reward", weight=weight), values)).terms, weight * single)
 
 
 @pytest.mark.parametrize("values", [[], [math.nan], [1.0, 2.0]])
 def test_metrics_have_the_same_keys_whatever_happens(values: list[float]) -> None:
     expected = set(substitute([PENALTY, SCREEN_TOO], 0.0, [], None).metrics)
-    assert set(combined(reading(PENALTY, values), reading(SCREEN_TOO, values), groups=[1] * len(values)).metrics) == expected
+    assert set(combined(signal_values(PENALTY, values), signal_values(SCREEN_TOO, values), groups=[1] * len(values)).metrics) == expected
 
 
 SCREEN_TOO = ProbeSignal("mood", threshold=1.0, mode="screen")

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from handmade_values import probe_info
 from hypothesis import given
 from hypothesis import strategies as st
-from readings_of import probe_info
 
 from probescore import OutputPer
 from probescore_adapters import ProbeSignal, SignalError

@@ -11,7 +11,7 @@ import pytest
 import typer
 
 from probescore import InvalidRequestError, UnavailableError
-from probescore_server.cli.failures import one_line_failures
+from probescore_server.cli.common.failures import one_line_failures
 from probescore_server.errors import ModelRefused, ProbeRefused
 
 HIDE = """

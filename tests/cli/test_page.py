@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from views import INFO, answer, loaded_probe, probe_scores, scored_probe, threshold
 
 from probescore import Completion, ProbeScores, ScoreUnit, Span
-from probescore_server.cli.page import page, write_page
-from probescore_server.cli.rollout_views import RolloutView, rollout_views, series_of
+from probescore_server.cli.report.page import page, write_page
+from probescore_server.cli.report.views import RolloutView, rollout_views, series_of
 
 CHEATING, MOOD = scored_probe(), scored_probe("mood", unit=ScoreUnit.PROBABILITY)
 SERIES = series_of([CHEATING, MOOD], [loaded_probe(CHEATING, threshold(2.0))])

@@ -14,8 +14,7 @@ from views import loaded_probe, scored_probe, threshold
 from probescore import OutputPer, WorkerInfo
 from probescore_probes import read_probe_file
 from probescore_server.cli.info import workers_table
-from probescore_server.cli.manifest_tables import manifest_tables
-from probescore_server.cli.probe_tables import probes_table
+from probescore_server.cli.tables import manifest_tables, probes_table
 from probescore_server.probes.format.manifest import Context, Evaluation, FollowUp
 
 

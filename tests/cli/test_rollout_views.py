@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from views import answer, loaded_probe, probe_scores, scored_probe, threshold
 
 from probescore import Completion, CompletionStatus, ProbeScores, ScoreUnit, Span
-from probescore_server.cli.rollout_views import Scale, rollout_views, series_of
+from probescore_server.cli.report.views import ColourScale, rollout_views, series_of
 
 CHEATING = scored_probe()
 (PLAIN,) = series_of([CHEATING], [])
@@ -154,7 +154,7 @@ def test_without_a_threshold_nothing_is_flagged():
 @given(st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=30), st.floats(-100, 100))
 def test_the_scale_is_monotonic_and_bounded_with_its_centre_at_the_threshold(scores, centre):
     (series,) = series_of([CHEATING], [loaded_probe(CHEATING, threshold(centre))])
-    scale = Scale.of(series, [view(Completion(list(range(len(scores)))), probe_scores([scores[0]], scores), series=series)])
+    scale = ColourScale.of(series, [view(Completion(list(range(len(scores)))), probe_scores([scores[0]], scores), series=series)])
 
     positions = [scale.position(score) for score in sorted(scores)]
 
@@ -166,10 +166,10 @@ def test_the_scale_is_monotonic_and_bounded_with_its_centre_at_the_threshold(sco
 def test_one_outlier_does_not_pale_the_others():
     scores = [1.0] * 99 + [1000.0]
 
-    scale = Scale.of(PLAIN, [view(Completion(list(range(100))), probe_scores([1.0], scores))])
+    scale = ColourScale.of(PLAIN, [view(Completion(list(range(100))), probe_scores([1.0], scores))])
 
     assert scale.position(1.0) > 0.9
 
 
 def test_nothing_to_scale_is_still_a_scale():
-    assert Scale.of(PLAIN, []).position(np.nan) == 0
+    assert ColourScale.of(PLAIN, []).position(np.nan) == 0

@@ -13,9 +13,9 @@ import pytest
 from rich.table import Table
 from rich.text import Text
 
-from probescore_server.cli.console import new_console
-from probescore_server.cli.streams import LOOKALIKES
-from probescore_server.cli.visible import one_line, spelt_out, visible_json
+from probescore_server.cli.common.console import new_console
+from probescore_server.cli.common.streams import LOOKALIKES
+from probescore_server.cli.common.visible import one_line, spelt_out, visible_json
 
 HOSTILE = ["\x1b[31mred", "\x1b]0;title\x07", "\x9b31m", "a\rb", "\x7f", "\u202eright to left", "\u2028", "\ud800"]
 CLI = [sys.executable, "-m", "probescore_server.cli"]

@@ -9,8 +9,8 @@ from rich.console import Console
 from views import answer, loaded_probe, probe_scores, scored_probe, threshold
 
 from probescore import Completion
-from probescore_server.cli.rollout_views import rollout_views, series_of
-from probescore_server.cli.terminal import print_rollouts
+from probescore_server.cli.report.terminal import print_rollouts
+from probescore_server.cli.report.views import rollout_views, series_of
 
 PROBE = scored_probe()
 SERIES = series_of([PROBE], [loaded_probe(PROBE, threshold(2.0))])

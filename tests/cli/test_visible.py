@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from probescore_server.cli.visible import visible
+from probescore_server.cli.common.visible import visible
 
 
 @given(st.text())

@@ -31,7 +31,8 @@ from probescore import (
     Text,
     UnavailableError,
 )
-from probescore._streaming import Chunk, Intake
+from probescore._sources import GroupRead, SourceEnded
+from probescore._streaming import Chunk, StreamSchedule
 from probescore.v1 import scoring_pb2
 from probescore.wire import groups_from_request
 
@@ -57,19 +58,15 @@ def expected(count: int, completions: int = 3) -> dict[tuple[int, int], float]:
 
 def chunks(groups: list[RolloutGroup], window: StreamWindow) -> Iterator[Chunk]:
     """How a source that never waits is cut into calls, when each is answered before the next."""
-    intake, source = Intake(window), iter(groups)
-    while not intake.finished:
-        if intake.wants_group():
-            for entry in source:
-                intake.took(entry)
-                break
-            else:
-                intake.ended()
-        while (chunk := intake.next_chunk()) is not None:
+    schedule, source = StreamSchedule(window), iter(groups)
+    while not schedule.finished:
+        if schedule.wants_group():
+            schedule.accept(next(map(GroupRead, source), SourceEnded()))
+        while (chunk := schedule.next_chunk()) is not None:
             yield chunk
-            intake.answered()
-    if intake.failure is not None:
-        raise intake.failure
+            schedule.accept(chunk)
+    if schedule.failure is not None:
+        raise schedule.failure
 
 
 SMALL = StreamWindow(groups_per_call=2, tokens_per_call=1000, calls_in_flight=3)

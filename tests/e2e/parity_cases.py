@@ -15,7 +15,7 @@ from parity_reference import Reference
 from transformers import AutoTokenizer
 
 from probescore import tokenizer_fingerprint
-from probescore.types import Completion, CompletionScores, OutputPer, RolloutGroup, ScoreResult, ScoreUnit
+from probescore.types import Completion, CompletionScores, Hook, OutputPer, RolloutGroup, ScoreResult, ScoreUnit
 from probescore_server.probes.format.fingerprints import model_fingerprint
 from probescore_server.probes.format.manifest import Golden, GoldenCase, Manifest, ModelReference, Output, TapInput
 from probescore_server.probes.format.probe_file import UNSEALED, write_probe_file
@@ -78,8 +78,8 @@ EVERY_HOOK = (
     "final_norm",
 )
 EVERY_TAP = [
-    *(f"{hook}.{layer}" for hook in ("resid_pre", "resid_post", "attn_out", "mlp_out") for layer in range(LAYERS)),
-    "final_norm",
+    *(f"{hook}.{layer}" for hook in Hook if hook.has_layer for layer in range(LAYERS)),
+    *(str(hook) for hook in Hook if not hook.has_layer),
 ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -375,3 +376,15 @@ def test_what_is_no_index_is_refused(tmp_path: Path, content: str) -> None:
         StoredActivations(tmp_path)
     with pytest.raises(StoreRefused, match="no activations here"):
         StoredActivations(tmp_path / "nowhere")
+
+
+def test_what_the_documentation_shows_runs(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[2] / "docs/how-to/activations.md").read_text()
+    reading, asking = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    store_activations(engine, some_groups(2), tmp_path / "activations", taps=TAPS)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").symlink_to(tiny_model())
+    exec(reading, names := {})  # noqa: S102
+    assert names["features"].shape == names["answers"].shape == (10, HIDDEN_SIZE)
+    exec(asking, names := {})  # noqa: S102
+    assert names["found"].completion_index == 1

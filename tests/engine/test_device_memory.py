@@ -16,7 +16,8 @@ from probescore import RolloutGroup, Text
 from probescore_server.backbone.kv_cache import KeyValueCache
 from probescore_server.engine.device_memory import DeviceMemory
 from probescore_server.probes.loading.onnx_session import ProbeSession
-from probescore_server.validation import resolve_options, resolve_rollouts
+from probescore_server.validation.options import resolve_options
+from probescore_server.validation.rollouts import resolve_rollouts
 
 PROBES = (linear(), running_mean(sees_prompt=True), pooled_mean())
 GROUPS = [RolloutGroup([BOS, 5, 9, 12], [[7, 8, 30], [7, 8, 31, 40, 41]]), RolloutGroup([], [[BOS, 50, 60]])]

@@ -17,9 +17,10 @@ from probescore.reductions import Reduction
 from probescore.types import Completion, RolloutGroup, Span
 from probescore_server import Engine
 from probescore_server.probes.scoring import onnx_scores
-from probescore_server.probes.scoring.wanted import GivenUp, GraphWatch, Wanted
+from probescore_server.probes.scoring.cancellation import ComputationCancelled, GraphCanceller, WantedRollouts
 from probescore_server.rollouts import CheckedRollout, RolloutResult
-from probescore_server.validation import resolve_options, resolve_rollouts
+from probescore_server.validation.options import resolve_options
+from probescore_server.validation.rollouts import resolve_rollouts
 
 SECONDS = 30.0
 
@@ -70,13 +71,13 @@ def ends_as_graphs_do(options: ort.RunOptions, left: set[int]) -> None:
 
 def test_a_graph_is_told_to_end_once_nobody_waits_for_it() -> None:
     left = {0}
-    with GraphWatch(Wanted(left.__contains__)) as watch, pytest.raises(GivenUp), watch.over({0, 1}) as options:
+    with GraphCanceller(WantedRollouts(left.__contains__)) as watch, pytest.raises(ComputationCancelled), watch.over({0, 1}) as options:
         ends_as_graphs_do(options, left)
 
 
 def test_what_nobody_waits_for_is_not_begun_and_a_fault_stays_a_fault() -> None:
-    with GraphWatch(Wanted(lambda index: index == 0)) as watch:
-        with pytest.raises(GivenUp), watch.over({0}):
+    with GraphCanceller(WantedRollouts(lambda index: index == 0)) as watch:
+        with pytest.raises(ComputationCancelled), watch.over({0}):
             raise AssertionError
         with pytest.raises(ZeroDivisionError), watch.over({0, 1}):
             raise ZeroDivisionError
@@ -107,9 +108,9 @@ def test_reductions_that_nobody_waits_for_end() -> None:
         asked.append(index)
         return len(asked) > 5
 
-    wanted = Wanted(is_cancelled)
+    wanted = WantedRollouts(is_cancelled)
     tokens, selections = np.zeros((3, 2), np.float32), np.ones((100, 3), np.bool_)
-    with pytest.raises(GivenUp):
+    with pytest.raises(ComputationCancelled):
         onnx_scores.reduce_selections(tokens, selections, [Reduction.parse("mean")], lambda: wanted.check(7))
     assert asked == [7] * 6
 

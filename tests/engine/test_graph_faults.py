@@ -20,8 +20,9 @@ from probescore_server.backbone.forest import Forest, ProbeReads
 from probescore_server.probes.format.graph import GraphFailed
 from probescore_server.probes.loading.onnx_session import ProbeSession
 from probescore_server.probes.scoring.batch_scorer import BatchScorer
-from probescore_server.probes.scoring.wanted import Wanted
-from probescore_server.validation import resolve_options, resolve_rollouts
+from probescore_server.probes.scoring.cancellation import WantedRollouts
+from probescore_server.validation.options import resolve_options
+from probescore_server.validation.rollouts import resolve_rollouts
 
 TAP = Tap("resid_post", 1)
 HUGE = 1e6
@@ -102,7 +103,7 @@ def test_a_graph_that_misbehaves_for_some_rollouts_has_no_scores_for_these_and_r
             rows[start + data.draw(st.integers(0, length - 1)), 0] = HUGE
         of_rollout.append(rows[start : start + length].numpy() @ WEIGHT)
 
-    scorer = BatchScorer(engine.info, engine._probes, np.zeros(0, np.int32), rollouts, forest, activations, Wanted(lambda _: False))
+    scorer = BatchScorer(engine.info, engine._probes, np.zeros(0, np.int32), rollouts, forest, activations, WantedRollouts(lambda _: False))
     found = scorer.score(range(len(rollouts)))
 
     for index, is_huge in enumerate(huge):

@@ -23,11 +23,12 @@ from probescore_server.backbone.base import Activations
 from probescore_server.backbone.forest import Forest, ProbeReads
 from probescore_server.probes.format.manifest import FollowUp
 from probescore_server.probes.format.probe_file import read_probe_file
-from probescore_server.probes.loading.loader import LoadedProbe, Member
+from probescore_server.probes.loading.loader import LoadedProbe, StackMember
 from probescore_server.probes.loading.onnx_session import ProbeSession
 from probescore_server.probes.scoring.batch_scorer import BatchScorer
-from probescore_server.probes.scoring.wanted import Wanted
-from probescore_server.validation import resolve_options, resolve_rollouts
+from probescore_server.probes.scoring.cancellation import WantedRollouts
+from probescore_server.validation.options import resolve_options
+from probescore_server.validation.rollouts import resolve_rollouts
 
 RANDOM = np.random.default_rng(5)
 FEATURES, LARGEST = 16, 5
@@ -112,7 +113,7 @@ def engines(reference: ReferenceModel, tmp_path_factory: pytest.TempPathFactory)
 
 
 def test_all_but_contextual_probes_are_stacked(engines: Engines) -> None:
-    in_sessions = {key for key, probe in engines.stacked._probes.items() if not isinstance(probe.runs, Member)}
+    in_sessions = {key for key, probe in engines.stacked._probes.items() if not isinstance(probe.runs, StackMember)}
     assert in_sessions == {"running-mean@1", "pooled-mean@1"}
 
 
@@ -217,7 +218,7 @@ def test_nan_in_one_stacked_probe_fails_it_and_no_other(reference: ReferenceMode
     huge = Probe("huge", linear_probe(np.full(HIDDEN_SIZE, 1e35), unit=ScoreUnit.VALUE), ("resid_post.1",))
     directory = tmp_path_factory.mktemp("probes")
     engine = Engine.load(str(tiny_model()), [probe.write(directory, reference) for probe in (huge, linear())])
-    assert all(isinstance(probe.runs, Member) for probe in engine._probes.values())
+    assert all(isinstance(probe.runs, StackMember) for probe in engine._probes.values())
     batches = []
     for probes in (["linear"], ["linear", "huge"]):
         options = resolve_options(engine.info, probes=probes)
@@ -229,7 +230,7 @@ def test_nan_in_one_stacked_probe_fails_it_and_no_other(reference: ReferenceMode
     # when the second token is one of those
     activations.rows[Tap("resid_post", 1)][1] = 1e4
 
-    wanted = Wanted(lambda _: False)
+    wanted = WantedRollouts(lambda _: False)
     found = BatchScorer(engine.info, engine._probes, np.zeros(0, np.int32), batches, forest, activations, wanted).score(range(4))
 
     ok, bad = CompletionStatus.OK, CompletionStatus.NON_FINITE

@@ -19,7 +19,8 @@ from probescore_server import Engine
 from probescore_server.errors import LimitExceeded
 from probescore_server.probes.format.manifest import FollowUp
 from probescore_server.request_cost import RequestCost
-from probescore_server.validation import resolve_options, resolve_rollouts
+from probescore_server.validation.options import resolve_options
+from probescore_server.validation.rollouts import resolve_rollouts
 
 REDUCTIONS = ("mean", "max", "topk_mean(2)")
 PROBES = ("linear", "labels", "pooled-mean", "pooled-sees", "running-mean", "asks", "asks-pooled")

@@ -15,10 +15,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from probescore.types import Chat, ChatMessage, Text
-from probescore_server.backbone.time_limit import TookTooLong, time_limit
+from probescore_server.backbone.time_limit import TimeLimitExceeded, time_limit
 from probescore_server.backbone.tokenizer import TextEncoder
 from probescore_server.errors import InvalidRequest, LimitExceeded
-from probescore_server.validation import ChatLimits
+from probescore_server.validation.texts import ChatLimits
 
 ENCODER = TextEncoder(tiny_tokenizer())
 USER, ASSISTANT = VOCAB_SIZE - 2, VOCAB_SIZE - 1
@@ -176,7 +176,7 @@ def for_ever() -> None:
 
 def test_what_takes_too_long_is_interrupted_within_its_block() -> None:
     for _ in range(20):
-        with pytest.raises(TookTooLong), time_limit(0.01):
+        with pytest.raises(TimeLimitExceeded), time_limit(0.01):
             for_ever()
 
 
@@ -201,7 +201,7 @@ def test_tokens_that_never_make_a_character_cost_no_more_than_others(monkeypatch
 
 KEEPS_INTERRUPTIONS = """
 import sys, time
-from probescore_server.backbone.time_limit import TookTooLong, time_limit
+from probescore_server.backbone.time_limit import TimeLimitExceeded, time_limit
 
 if "traced" in sys.argv:
     sys.settrace(lambda *_: None)
@@ -215,7 +215,7 @@ for _ in range(20):
                         pass
                 except BaseException:
                     pass
-    except TookTooLong:  # now and then it comes outside of the inner block
+    except TimeLimitExceeded:  # now and then it comes outside of the inner block
         pass
     for _ in range(1000):
         sorted("nothing arrives any more", key=lambda letter: letter)

@@ -16,7 +16,9 @@ from probescore import Reduction
 from probescore.types import Chat, ChatMessage, Completion, ModelInfo, OutputPer, ProbeInfo, RolloutGroup, Scope, ScoreUnit, Span, Text
 from probescore_server.errors import InvalidRequest
 from probescore_server.rollouts import CheckedRollout, EngineInfo, ResolvedOptions
-from probescore_server.validation import PendingText, pending_texts, resolve_options, resolve_rollouts
+from probescore_server.validation.options import resolve_options
+from probescore_server.validation.rollouts import resolve_rollouts
+from probescore_server.validation.texts import PendingText, pending_texts
 
 VOCAB, BOS, POSITIONS = 100, 1, 40
 
@@ -349,7 +351,7 @@ def test_whatever_comes_is_read_or_refused_by_field(ids: Any, mask: Any) -> None
 
 def test_the_front_process_can_use_it_without_torch() -> None:
     program = (
-        "import sys, probescore_server, probescore_server.validation\n"
+        "import sys, probescore_server, probescore_server.validation.rollouts, probescore_server.validation.options\n"
         "assert not {'torch', 'transformers', 'onnxruntime', 'onnx'} & set(sys.modules), sorted(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program], check=True)

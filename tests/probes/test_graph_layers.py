@@ -18,7 +18,7 @@ from sklearn.preprocessing import MinMaxScaler, StandardScaler
 
 from probescore.types import ScoreUnit, Tap
 from probescore_probes.exporting import linear_probe, sklearn_probe, torch_probe
-from probescore_server.probes.format.graph import Signature
+from probescore_server.probes.format.graph import GraphSignature
 from probescore_server.probes.stacking.graph_reader import read_network
 from probescore_server.probes.stacking.stack import stack_networks
 
@@ -43,7 +43,7 @@ WEIGHTS = {
 }
 
 
-def graph(body: str) -> tuple[onnx.ModelProto, Signature]:
+def graph(body: str) -> tuple[onnx.ModelProto, GraphSignature]:
     """A graph over ``x`` in ONNX text; its labels are what it says."""
     labels = 2 if "[2]" in body else 1
     text = f'<ir_version: 9, opset_import: ["" : 18]> probe (float[tokens, {HIDDEN_SIZE}] x) => (float[tokens, {labels}] scores) '
@@ -53,7 +53,7 @@ def graph(body: str) -> tuple[onnx.ModelProto, Signature]:
         onnx.numpy_helper.from_array(array.astype(np.float32), name) for name, array in WEIGHTS.items() if name in used
     )
     onnx.checker.check_model(model, full_check=True)
-    return model, Signature((Tap("final_norm"),), HIDDEN_SIZE, labels)
+    return model, GraphSignature((Tap("final_norm"),), HIDDEN_SIZE, labels)
 
 
 def renamed(model: onnx.ModelProto, name: str) -> onnx.ModelProto:
@@ -63,7 +63,7 @@ def renamed(model: onnx.ModelProto, name: str) -> onnx.ModelProto:
     return model
 
 
-def assert_layers_score_as_the_graph(model: onnx.ModelProto, signature: Signature) -> None:
+def assert_layers_score_as_the_graph(model: onnx.ModelProto, signature: GraphSignature) -> None:
     model = renamed(model, str(signature.taps[0]))
     model.ir_version = 9
     network = read_network(model, signature)
@@ -146,7 +146,7 @@ MODULES = {
 @pytest.mark.parametrize("name", MODULES)
 def test_what_torch_exports_is_read(name: str) -> None:
     module, labels = MODULES[name]
-    signature = Signature((Tap("resid_post", 1),), HIDDEN_SIZE, labels)
+    signature = GraphSignature((Tap("resid_post", 1),), HIDDEN_SIZE, labels)
     assert_layers_score_as_the_graph(torch_probe(module, unit=ScoreUnit.VALUE).export(signature), signature)
 
 
@@ -163,7 +163,7 @@ ESTIMATORS = {
 @pytest.mark.parametrize("name", ESTIMATORS)
 @pytest.mark.filterwarnings("ignore")
 def test_what_scikit_learn_is_converted_to_is_read(name: str) -> None:
-    signature = Signature((Tap("resid_post", 1),), HIDDEN_SIZE, 1)
+    signature = GraphSignature((Tap("resid_post", 1),), HIDDEN_SIZE, 1)
     assert_layers_score_as_the_graph(sklearn_probe(ESTIMATORS[name].fit(ROWS, FLAGS)).export(signature), signature)
 
 
@@ -220,8 +220,8 @@ def test_graphs_that_are_not_certainly_layers_stay_graphs(name: str) -> None:
 
 @pytest.mark.parametrize("changes", [{"taps": (Tap("final_norm"), Tap("resid_pre", 1))}, {"positions": True}, {"cu_seqlens": True}])
 def test_graphs_that_read_more_than_one_row_of_one_tap_stay_graphs(changes: dict[str, object]) -> None:
-    signature = Signature(**({"taps": (Tap("final_norm"),), "hidden_size": HIDDEN_SIZE, "labels": 1} | changes))  # type: ignore[arg-type]
-    plain = Signature((Tap("final_norm"),), HIDDEN_SIZE, 1)
+    signature = GraphSignature(**({"taps": (Tap("final_norm"),), "hidden_size": HIDDEN_SIZE, "labels": 1} | changes))  # type: ignore[arg-type]
+    plain = GraphSignature((Tap("final_norm"),), HIDDEN_SIZE, 1)
     assert read_network(linear_probe(np.ones(HIDDEN_SIZE)).export(plain), signature) is None
 
 

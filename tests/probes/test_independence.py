@@ -16,7 +16,8 @@ from probescore.types import Tap
 from probescore_server.errors import ProbeRefused
 from probescore_server.probes.format.graph import CU_SEQLENS, POSITIONS, GraphFailed, GraphInputs
 from probescore_server.probes.format.manifest import Manifest
-from probescore_server.probes.loading.independence import LARGEST_CALL, Surroundings, check_author_agrees, far_lengths, rows_tried
+from probescore_server.probes.loading.independence import LARGEST_CALL, check_author_agrees, far_lengths, rows_tried
+from probescore_server.probes.loading.random_sequences import RandomSequences
 
 Scores = NDArray[np.float32]
 WEIGHT = np.random.default_rng(0).standard_normal((HIDDEN, 1)).astype(np.float32)
@@ -25,10 +26,10 @@ CAUSAL = Recipe("causal", None, False, "", ())
 DIGEST = "sha256:" + "0" * 64
 
 
-def around(recipe: Recipe) -> Surroundings:
+def around(recipe: Recipe) -> RandomSequences:
     manifest = Manifest.model_validate_json(json.dumps(fields(**recipe.manifest, graph_sha256=DIGEST, manifest_sha256=DIGEST)))
     golden = {Tap("resid_post", 1): np.random.default_rng(1).standard_normal((20, HIDDEN)).astype(np.float32) + 1}
-    return Surroundings(manifest, golden, np.random.default_rng(0))
+    return RandomSequences(manifest, golden, np.random.default_rng(0))
 
 
 def tried(run: Callable[[GraphInputs], Scores], recipe: Recipe = POINTWISE) -> int:
@@ -182,7 +183,7 @@ def test_two_implementations_that_round_otherwise_agree_on_massive_activations()
     golden[::2, :2] += 3000
     weight = WEIGHT.copy()
     weight[:2] = [[1], [-1]]  # what is massive cancels, but for what it was rounded by
-    near = Surroundings(around(POINTWISE).manifest, {Tap("resid_post", 1): golden}, np.random.default_rng(0))
+    near = RandomSequences(around(POINTWISE).manifest, {Tap("resid_post", 1): golden}, np.random.default_rng(0))
 
     def in_float64(inputs: GraphInputs) -> Scores:
         return np.tanh(inputs[TAP].astype(np.float64) @ weight)

@@ -13,7 +13,7 @@ from crafted import FINGERPRINT, HIDDEN, LAYERS, TOKENIZER, craft, fields, linea
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from probescore.types import OutputPer, ScoreUnit, Tap
+from probescore.types import Hook, OutputPer, ScoreUnit, Tap
 from probescore_server.errors import ProbeRefused
 from probescore_server.probes.format.manifest import Golden, Manifest, TapInput, manifest_digest, manifest_schema
 from probescore_server.probes.format.probe_file import UNSEALED, check_against_model, read_probe_file, write_probe_file
@@ -111,8 +111,8 @@ def test_a_layer_beyond_the_models_blocks_is_a_mismatch_of_its_own(tmp_path):
 finite = st.floats(allow_nan=False, allow_infinity=False, width=32)
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 taps = st.builds(
-    lambda hook, layer: {"hook": hook, "layer": None if hook == "final_norm" else layer},
-    st.sampled_from(["resid_pre", "resid_post", "attn_out", "mlp_out", "final_norm"]),
+    lambda hook, layer: {"hook": hook.value, "layer": layer if hook.has_layer else None},
+    st.sampled_from(list(Hook)),
     st.integers(0, LAYERS - 1),
 )
 

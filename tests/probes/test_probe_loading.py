@@ -12,7 +12,7 @@ from crafted import HIDDEN, craft, fields
 from structlog.testing import capture_logs
 
 from probescore_server.probes.format.probe_file import read_probe_file
-from probescore_server.probes.loading.loader import LoadedProbe, Member, load_probes
+from probescore_server.probes.loading.loader import LoadedProbe, StackMember, load_probes
 from probescore_server.probes.loading.onnx_session import ProbeSession
 from probescore_server.probes.stacking import stack
 
@@ -51,7 +51,7 @@ def test_linear_probes_and_perceptrons_of_a_tap_are_one_stack_and_other_graphs_h
     loaded = load(tmp_path, ("a", LINEAR), ("b", MIXING), ("c", MLP), ("d", LINEAR))
     assert list(loaded) == ["a@1", "b@1", "c@1", "d@1"]
     assert isinstance(loaded["b@1"].runs, ProbeSession)
-    members = [run for key in ("a@1", "c@1", "d@1") if isinstance(run := loaded[key].runs, Member)]
+    members = [run for key in ("a@1", "c@1", "d@1") if isinstance(run := loaded[key].runs, StackMember)]
     assert [member.number for member in members] == [0, 1, 2]
     assert len({id(member.stack) for member in members}) == 1
 
@@ -65,10 +65,10 @@ def test_probe_that_a_stack_would_score_otherwise_keeps_its_session(tmp_path: Pa
     assert [(log["log_level"], log["probe"]) for log in logs] == [("warning", "b@1")]
     # then the others are stacked without it
     runs = [loaded[key].runs for key in ("a@1", "c@1")]
-    assert [run.number for run in runs if isinstance(run, Member)] == [0, 1]
+    assert [run.number for run in runs if isinstance(run, StackMember)] == [0, 1]
 
 
-@pytest.mark.parametrize(("mean", "run"), [(100.0, Member), (1e6, ProbeSession)])
+@pytest.mark.parametrize(("mean", "run"), [(100.0, StackMember), (1e6, ProbeSession)])
 def test_standardisation_is_taken_into_the_weights_only_where_no_digits_are_lost(tmp_path: Path, mean: float, run: type) -> None:
     body = "c = Sub(x, mean) s = Div(c, std) scores = MatMul(s, w)"
     loaded = load(tmp_path, ("a", body), mean=np.full(HIDDEN, mean), std=np.full(HIDDEN, 30.0))
@@ -83,7 +83,7 @@ def test_a_probe_whose_scores_overflow_on_plain_rows_keeps_its_session(tmp_path:
 def test_a_large_bias_costs_no_stack(tmp_path: Path) -> None:
     # its scores have few digits after the point in either way
     loaded = load(tmp_path, ("a", "y = MatMul(x, w) scores = Add(y, b)"), b=np.array([2000.0]))
-    assert isinstance(loaded["a@1"].runs, Member)
+    assert isinstance(loaded["a@1"].runs, StackMember)
 
 
 def test_no_probes_load(tmp_path: Path) -> None:

@@ -28,12 +28,13 @@ from probescore_server.probes.format.graph import CU_SEQLENS, POSITIONS, GraphFa
 from probescore_server.probes.format.manifest import GoldenCase, Manifest
 from probescore_server.probes.format.probe_file import ProbeFile, read_probe_file
 from probescore_server.probes.loading.compatibility import probe_info
-from probescore_server.probes.loading.loader import LoadedProbe, load_probes, needs_trial, tried
+from probescore_server.probes.loading.loader import LoadedProbe, limited_to_tried_calls, load_probes, needs_trial
 from probescore_server.probes.loading.onnx_session import ProbeSession
 from probescore_server.probes.scoring.batch_scorer import BatchScorer
-from probescore_server.probes.scoring.wanted import Wanted
+from probescore_server.probes.scoring.cancellation import WantedRollouts
 from probescore_server.rollouts import EngineInfo
-from probescore_server.validation import resolve_options, resolve_rollouts
+from probescore_server.validation.options import resolve_options
+from probescore_server.validation.rollouts import resolve_rollouts
 
 CPU = torch.device("cpu")
 AT = Tap("resid_post", 1)
@@ -71,7 +72,7 @@ class Probe:
         probe = load_probes([self.file], CPU)[self.file.manifest.key]
         if not needs_trial(self.file, probe):
             return probe
-        return tried(self.file, probe, {AT: np.concatenate([rollout.inputs[TAP] for rollout in self.rollouts])})
+        return limited_to_tried_calls(self.file, probe, {AT: np.concatenate([rollout.inputs[TAP] for rollout in self.rollouts])})
 
 
 def probe_of(recipe: Recipe, directory: Path, golden_lengths: Sequence[int] = GOLDEN_LENGTHS) -> Probe:
@@ -131,7 +132,7 @@ def served(file: ProbeFile, probe: LoadedProbe, rollouts: Sequence[NDArray[np.fl
     for placement, rows in zip(forest.placements, rollouts, strict=True):
         start = activations.starts[placement.chain[-1]]
         activations.rows[AT][start : start + len(rows)] = torch.from_numpy(rows)
-    everyone = Wanted(lambda _: False)
+    everyone = WantedRollouts(lambda _: False)
     scorer = BatchScorer(info, {manifest.key: probe}, np.zeros(0, np.int32), resolved, forest, activations, everyone)
     found = scorer.score(range(len(resolved)))
     return [

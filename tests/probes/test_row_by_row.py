@@ -17,11 +17,11 @@ from torch_probes import Decaying, TopKFeature, TwoTaps, WindowedAttention
 
 from probescore.types import OutputPer, ScoreUnit, Tap
 from probescore_probes.exporting import sklearn_probe, torch_probe
-from probescore_server.probes.format.graph import Signature, check_graph, check_signature
+from probescore_server.probes.format.graph import GraphSignature, check_graph, check_signature
 from probescore_server.probes.loading.row_by_row import is_row_by_row
 
 RANDOM = np.random.default_rng(0)
-SIGNATURE = Signature((Tap("resid_post", 1),), HIDDEN, 1)
+SIGNATURE = GraphSignature((Tap("resid_post", 1),), HIDDEN, 1)
 WEIGHTS = {
     "w": RANDOM.standard_normal((HIDDEN, 1)), "W": RANDOM.standard_normal((HIDDEN, 4)), "v": RANDOM.standard_normal((4, 1)),
     "V": RANDOM.standard_normal((1, HIDDEN)), "ones": np.ones(HIDDEN), "T": RANDOM.standard_normal((9, 4)),
@@ -44,7 +44,7 @@ def proved(body: str, *, positions: bool = False) -> bool:
     model.graph.input[0].name = TAP
     for node in model.graph.node:
         node.input[:] = [TAP if name == "x" else name for name in node.input]
-    signature = Signature(SIGNATURE.taps, HIDDEN, 1, positions=positions)
+    signature = GraphSignature(SIGNATURE.taps, HIDDEN, 1, positions=positions)
     check_signature(model, signature, "probe.onnx")
     check_graph(model, "probe.onnx")
     return is_row_by_row(model, signature)
@@ -120,14 +120,14 @@ def test_positions_are_each_tokens_own() -> None:
 def test_steps_of_random_graphs_are_proved_if_they_are_honest(kind: str) -> None:
     context = "causal" if kind in NEEDS_SEQUENCES else "pointwise"
     recipe = Recipe(context, None, False, "", (Step(kind, 3, 0), Step("softmax", 0, 0)))
-    signature = Signature(SIGNATURE.taps, HIDDEN, 1, cu_seqlens=recipe.contextual)
+    signature = GraphSignature(SIGNATURE.taps, HIDDEN, 1, cu_seqlens=recipe.contextual)
     assert is_row_by_row(graph_of(recipe), signature) == (kind in ROW_BY_ROW)
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
 @given(recipe=recipes())
 def test_no_random_graph_is_proved_with_a_step_that_is_not_row_by_row(recipe: Recipe) -> None:
-    signature = Signature(
+    signature = GraphSignature(
         (Tap("resid_post", 1),),
         8,
         1,
@@ -143,18 +143,18 @@ def test_no_random_graph_is_proved_with_a_step_that_is_not_row_by_row(recipe: Re
 @pytest.mark.parametrize(
     ("module", "signature"),
     [
-        (TopKFeature, Signature(SIGNATURE.taps, HIDDEN_SIZE, 1)),
-        (Decaying, Signature(SIGNATURE.taps, HIDDEN_SIZE, 1, positions=True)),
-        (WindowedAttention, Signature(SIGNATURE.taps, HIDDEN_SIZE, 1, cu_seqlens=True)),
+        (TopKFeature, GraphSignature(SIGNATURE.taps, HIDDEN_SIZE, 1)),
+        (Decaying, GraphSignature(SIGNATURE.taps, HIDDEN_SIZE, 1, positions=True)),
+        (WindowedAttention, GraphSignature(SIGNATURE.taps, HIDDEN_SIZE, 1, cu_seqlens=True)),
     ],
 )
-def test_what_torch_exports_is_proved_if_it_sees_one_token(module: type[torch.nn.Module], signature: Signature) -> None:
+def test_what_torch_exports_is_proved_if_it_sees_one_token(module: type[torch.nn.Module], signature: GraphSignature) -> None:
     exported = torch_probe(module(), unit=ScoreUnit.VALUE).export(signature)
     assert is_row_by_row(exported, signature) != signature.cu_seqlens
 
 
 def test_several_taps_are_proved() -> None:
-    signature = Signature((Tap("resid_pre", 1), Tap("final_norm")), HIDDEN_SIZE, 1)
+    signature = GraphSignature((Tap("resid_pre", 1), Tap("final_norm")), HIDDEN_SIZE, 1)
     assert is_row_by_row(torch_probe(TwoTaps(), unit=ScoreUnit.VALUE).export(signature), signature)
 
 

@@ -70,7 +70,7 @@ from sklearn.utils import all_estimators
 from probescore.types import ScoreUnit, Tap
 from probescore_probes import sklearn_probe
 from probescore_probes.exporting import ProbeFunction
-from probescore_server.probes.format.graph import Signature, check_graph, check_signature
+from probescore_server.probes.format.graph import GraphSignature, check_graph, check_signature
 from probescore_server.probes.stacking.graph_reader import read_network
 
 WIDTH, ROWS = 6, 90
@@ -98,7 +98,7 @@ def fit(estimator: BaseEstimator, target: str, x: np.ndarray = X, dtype: type[np
 
 
 def model_of(probe: ProbeFunction, width: int = WIDTH) -> onnx.ModelProto:
-    signature = Signature((TAP,), width, probe.columns)
+    signature = GraphSignature((TAP,), width, probe.columns)
     model = probe.export(signature)
     model.ir_version = 10
     check_signature(model, signature, "estimator")
@@ -598,7 +598,7 @@ def test_what_is_linear_or_a_network_can_be_stacked_with_other_probes(kind):
     estimator, target, _, _ = WRITTEN[kind]
     probe = sklearn_probe(fit(estimator, target))
 
-    assert read_network(model_of(probe), Signature((TAP,), WIDTH, probe.columns)) is not None
+    assert read_network(model_of(probe), GraphSignature((TAP,), WIDTH, probe.columns)) is not None
 
 
 def test_an_estimator_fitted_on_named_columns_takes_them_in_order_without_warnings():

@@ -137,5 +137,5 @@ def is_empty(scheduler: Scheduler) -> bool:
     """Whether nothing of any call is left in it."""
     waiting, in_flight = scheduler._waiting, scheduler._in_flight
     left = [waiting._jobs, waiting._prompts, waiting.tokens, waiting.rollouts, waiting._distinct_tokens]
-    left += [in_flight._by_key, in_flight._by_item, *scheduler._batches.values(), scheduler._running]
+    left += [in_flight._by_key, in_flight._by_rollout, *scheduler._batches.values(), scheduler._running]
     return not any(left)

@@ -23,8 +23,8 @@ from watched_worker import running
 from probescore_probes import ReferenceModel, linear_probe, model_fingerprint, read_probe_file, write_probe
 from probescore_server import Engine
 from probescore_server.errors import ModelRefused, ProbeRefused, StartupError
-from probescore_server.files import UnfitFile, read_regular_file
-from probescore_server.workers.handle import Pinned
+from probescore_server.files import UnreadableFile, read_regular_file
+from probescore_server.workers.handle import PinnedContent
 
 RANDOM = np.random.default_rng(0)
 GOLDEN = [([BOS, *RANDOM.integers(4, 50, 5)], RANDOM.integers(4, 50, 7)) for _ in range(2)]
@@ -82,7 +82,7 @@ CHANGES: dict[str, Callable[[Path], None]] = {"one weight": one_weight, "chat te
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_another_worker_that_reads_other_model_files_is_refused(model: Path, probe: Path, change: str) -> None:
-    pinned = Pinned()
+    pinned = PinnedContent()
     pinned.check(Engine.load(str(model), [probe]).info)
     pinned.check(Engine.load(str(model), [probe]).info)
     CHANGES[change](model)
@@ -91,7 +91,7 @@ def test_another_worker_that_reads_other_model_files_is_refused(model: Path, pro
 
 
 def test_the_same_bytes_are_the_same_though_they_were_written_again(model: Path, probe: Path) -> None:
-    pinned = Pinned()
+    pinned = PinnedContent()
     pinned.check(Engine.load(str(model), [probe]).info)
     again = Path(shutil.copytree(model, model.with_name("again")))
     shutil.rmtree(model)
@@ -103,7 +103,7 @@ def test_the_same_bytes_are_the_same_though_they_were_written_again(model: Path,
 async def test_no_worker_of_a_server_starts_with_other_bytes_the_first_time_or_again(
     model: Path, probe: Path, reference: ReferenceModel
 ) -> None:
-    pinned = Pinned()
+    pinned = PinnedContent()
     said = "the files of the model or of a probe have changed since the server started (model model, probe probe@1); restart the server"
     with capture_logs() as logs:
         async with running(pinned=pinned, model=str(model), probes=[str(probe)], worker_restart_seconds=0.01) as watched:
@@ -204,7 +204,7 @@ def test_a_file_that_grows_while_it_is_read_is_refused(tmp_path: Path) -> None:
     growing.start()
     try:
         time.sleep(0.05)
-        with pytest.raises(UnfitFile, match="changes while it is read"):
+        with pytest.raises(UnreadableFile, match="changes while it is read"):
             read_regular_file(path, 1 << 40)
     finally:
         ended.set()

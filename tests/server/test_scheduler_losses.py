@@ -9,7 +9,7 @@ from hand_worker import HandWorker, group, is_empty, names_of, scheduler_for, se
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from probescore_server.errors import LostTwice, OutOfMemory, WorkerLost, WorkerUnavailable
+from probescore_server.errors import OutOfMemory, WorkerLost, WorkerLostTwice, WorkerUnavailable
 from probescore_server.scheduling.scheduler import Scheduler
 from probescore_server.scheduling.suspects import REMEMBERED_SECONDS
 
@@ -63,7 +63,7 @@ async def test_one_that_does_it_again_is_refused_by_its_name_and_the_rest_is_sco
     bad = scheduler.submit([group("innocent"), group("fine", "bad")], job="k")
     await come_back(worker, scheduler)
     await worker.finish_all()
-    with pytest.raises(LostTwice) as refused:
+    with pytest.raises(WorkerLostTwice) as refused:
         await names_of(bad)
     assert (refused.value.field, refused.value.doing) == ("groups[1].completions[1]", "probe loop@1")
     assert "groups[1].completions[1] with probe loop@1" in str(refused.value)
@@ -79,10 +79,10 @@ async def test_it_is_refused_at_once_when_it_comes_back_until_it_is_forgotten() 
     first = scheduler.submit([bad], job="j")
     await settle()
     await worker.finish_all()
-    with pytest.raises(LostTwice):
+    with pytest.raises(WorkerLostTwice):
         await names_of(first)
     assert worker.batches == [["bad"], ["bad"]]
-    with pytest.raises(LostTwice, match=r"groups\[1\]\.completions\[0\]"):
+    with pytest.raises(WorkerLostTwice, match=r"groups\[1\]\.completions\[0\]"):
         scheduler.submit([group("good"), bad], job="j")
     assert is_empty(scheduler)
     clock[0] += REMEMBERED_SECONDS + 1
@@ -99,7 +99,7 @@ async def test_a_caller_who_left_and_comes_back_finds_what_was_learnt() -> None:
         await settle()
     again = scheduler.submit([bad], job="j")
     await worker.finish_all()
-    with pytest.raises(LostTwice):
+    with pytest.raises(WorkerLostTwice):
         await names_of(again)
 
 
@@ -132,7 +132,7 @@ async def test_what_was_given_up_before_it_was_scored_is_still_suspected() -> No
     again = scheduler.submit([bad], job="j")
     await settle()
     await worker.die(lost())
-    with pytest.raises(LostTwice):
+    with pytest.raises(WorkerLostTwice):
         await asyncio.wait_for(names_of(again), 10)
 
 
@@ -144,7 +144,7 @@ async def test_all_who_wait_for_the_same_are_told_under_their_own_names() -> Non
     await come_back(worker, scheduler)
     await worker.finish_all()
     for call, field in ((first, "groups[0].completions[0]"), (second, "groups[1].completions[0]")):
-        with pytest.raises(LostTwice) as refused:
+        with pytest.raises(WorkerLostTwice) as refused:
             await names_of(call)
         assert refused.value.field == field
 
@@ -223,7 +223,7 @@ def test_whatever_is_lost_exactly_the_calls_that_do_it_are_refused(sizes: list[i
         outcomes = await asyncio.wait_for(asyncio.gather(*reading, return_exceptions=True), 10)
         for names, outcome in zip(named, outcomes, strict=True):
             if poison.intersection(names):
-                assert isinstance(outcome, LostTwice)
+                assert isinstance(outcome, WorkerLostTwice)
             else:
                 assert outcome == names or sorted(outcome) == sorted(names)
         for hand in hands:

@@ -11,7 +11,6 @@ from google.rpc.status_pb2 import Status
 from grpc import StatusCode
 
 from probescore_server.errors import (
-    Busy,
     CoreError,
     DeadlineExpired,
     InternalFault,
@@ -20,6 +19,7 @@ from probescore_server.errors import (
     Mismatch,
     OutOfMemory,
     QueueFull,
+    ServerBusy,
     WorkerUnavailable,
 )
 from probescore_server.front.status_codes import status_of
@@ -31,7 +31,7 @@ ERRORS = [
     (LimitExceeded("groups", 5, "tokens", "max_request_tokens", 4, "send fewer", "TOO_LONG"), StatusCode.INVALID_ARGUMENT, "TOO_LONG"),
     (Mismatch("expected_model_fingerprint", "a", "b"), StatusCode.FAILED_PRECONDITION, "MISMATCH"),
     (QueueFull(5, 4, 1.25), StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL"),
-    (Busy(5, "calls", "max_calls", 4, 1.0), StatusCode.RESOURCE_EXHAUSTED, "BUSY"),
+    (ServerBusy(5, "calls", "max_calls", 4, 1.0), StatusCode.RESOURCE_EXHAUSTED, "BUSY"),
     (WorkerUnavailable("down", 0.5), StatusCode.UNAVAILABLE, "WORKER_UNAVAILABLE"),
     (OutOfMemory(9), StatusCode.RESOURCE_EXHAUSTED, "OUT_OF_MEMORY"),
     (DeadlineExpired("late"), StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXPIRED"),
@@ -104,6 +104,6 @@ def test_a_request_above_a_limit_names_field_value_limit_and_remedy() -> None:
 
 
 def test_a_busy_server_names_its_limit_and_says_when_to_come_back() -> None:
-    _, found = parts(Busy(5, "calls", "max_calls", 4, 1.5))
+    _, found = parts(ServerBusy(5, "calls", "max_calls", 4, 1.5))
     assert dict(found["ErrorInfo"].metadata) == {"limit": "max_calls", "value": "5", "maximum": "4"}
     assert found["RetryInfo"].retry_delay.ToMilliseconds() == 1500

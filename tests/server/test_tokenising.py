@@ -17,10 +17,10 @@ from models import tiny_model
 from watched_worker import Watched, running
 
 from probescore.types import Chat, ChatMessage, Text
-from probescore_server.errors import LostTwice, WorkerLost, WorkerUnavailable
-from probescore_server.validation import PendingText
-from probescore_server.workers import handle
-from probescore_server.workers.text_turns import SHORT_BYTES
+from probescore_server.errors import WorkerLost, WorkerLostTwice, WorkerUnavailable
+from probescore_server.validation.texts import PendingText
+from probescore_server.workers import process
+from probescore_server.workers.text_queue import SHORT_BYTES
 from probescore_server.workers.tokenising import MAX_LOSSES, encode
 
 STEP = 1.0
@@ -30,7 +30,7 @@ PATIENCE = 20 * STEP
 
 @pytest.fixture(autouse=True)
 def poor_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(handle, "MAIN", "harmed_worker:run_with_a_poor_tokenizer")
+    monkeypatch.setattr(process, "MAIN", "harmed_worker:run_with_a_poor_tokenizer")
 
 
 class Losses:
@@ -86,7 +86,7 @@ async def test_a_lane_that_is_stuck_is_noticed_while_the_other_gets_on_and_calle
 @pytest.mark.parametrize(("bad", "reason"), [(HANGS, "overdue"), (CRASHES_TEXT, "crash")])
 async def test_the_text_that_does_it_is_refused_by_its_name_and_no_other(probes: Path, bad: str, reason: str) -> None:
     async with working(probes) as (watched, losses):
-        with pytest.raises(LostTwice) as refused:
+        with pytest.raises(WorkerLostTwice) as refused:
             await encode([watched.worker], prompts("w5", "w6", bad, "w7"))
         assert refused.value.field == "groups[2].prompt"
         assert [await losses.next() for _ in range(2)] == [reason, reason]
@@ -98,7 +98,7 @@ async def test_a_neighbour_that_loses_workers_is_not_held_against_a_request(prob
         bad = asyncio.create_task(encode([watched.worker], prompts(HANGS)))
         await asyncio.sleep(0)
         good = asyncio.create_task(encode([watched.worker], prompts("w5", "w6")))
-        with pytest.raises(LostTwice):
+        with pytest.raises(WorkerLostTwice):
             await bad
         assert set(await good) == {"groups[0].prompt", "groups[1].prompt"}
         assert losses.reasons.qsize() == 2

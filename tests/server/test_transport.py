@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from probescore_server.offloading import MAX_BYTES_UNPICKLED_ON_LOOP
-from probescore_server.workers.transport import BlockingEnd, LoopEnd
+from probescore_server.workers.transport import BlockingEnd, EventLoopEnd
 
 LARGE = 3 * MAX_BYTES_UNPICKLED_ON_LOOP
 
@@ -23,7 +23,7 @@ class Ends:
         self.ours, self.worker = ours, BlockingEnd(self._theirs)
         self.received: list[object] = []
         self.ended = asyncio.Event()
-        self.front = LoopEnd(self.received.append, self.ended.set)
+        self.front = EventLoopEnd(self.received.append, self.ended.set)
 
     def close_worker(self) -> None:
         self.worker._reader.close()

@@ -19,7 +19,7 @@ from probescore.types import Chat, ChatMessage, RolloutGroup, Text
 from probescore_server import Engine
 from probescore_server.errors import InternalFault, InvalidRequest, StartupError, WorkerUnavailable
 from probescore_server.rollouts import CheckedRollout
-from probescore_server.validation import PendingText
+from probescore_server.validation.texts import PendingText
 from probescore_server.workers.main import probe_files
 
 

@@ -23,8 +23,8 @@ from probescore_server.backbone.kv_cache import KeyValueCache
 from probescore_server.engine.device_memory import DeviceMemory
 from probescore_server.errors import OutOfMemory, WorkerLost, WorkerUnavailable
 from probescore_server.settings import ServerSettings
-from probescore_server.workers import handle
-from probescore_server.workers.main import _Worker
+from probescore_server.workers import process
+from probescore_server.workers.main import _WorkerRuntime
 from probescore_server.workers.messages import DeviceLost, Failed, Sleep, Wake, WorkerSpec
 
 
@@ -37,7 +37,7 @@ async def value_of(watched: Watched, *completion: int) -> float:
 async def test_a_device_that_is_lost_and_a_crash_cost_the_worker_and_what_it_computed_may_be_why(
     probes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(handle, "MAIN", "harmed_worker:run_on_a_device_that_fails")
+    monkeypatch.setattr(process, "MAIN", "harmed_worker:run_on_a_device_that_fails")
     reasons: list[str] = []
     async with running(model=str(tiny_model()), probes=[str(probes)]) as watched:
         watched.worker._on_lost = reasons.append
@@ -54,7 +54,7 @@ async def test_a_device_that_is_lost_and_a_crash_cost_the_worker_and_what_it_com
 
 
 async def test_one_at_its_limit_says_that_memory_is_short_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(handle, "MAIN", "harmed_worker:run_at_its_limit")
+    monkeypatch.setattr(process, "MAIN", "harmed_worker:run_at_its_limit")
     write_harmful_probe(tmp_path / "loop.onnx", tiny_model())
     async with running(model=str(tiny_model()), probes=[str(tmp_path)]) as watched:
         before = await value_of(watched, 7, 8)
@@ -69,7 +69,7 @@ async def test_one_that_the_kernel_kills_for_memory_is_told_from_one_that_somebo
 ) -> None:
     vmstat = tmp_path / "vmstat"
     vmstat.write_text("nr_free_pages 17\noom_kill 3\n")
-    monkeypatch.setattr(handle, "VMSTAT", vmstat)
+    monkeypatch.setattr(process, "VMSTAT", vmstat)
     async with running(model=str(tiny_model()), probes=[str(probes)]) as watched:
         worker = watched.worker
         batch = rollouts_of(worker.info, RolloutGroup([BOS], [[7]]))
@@ -103,7 +103,7 @@ class Unmovable:
 
 
 def move_on_a_lost_device(connection: Connection, order: Sleep | Wake) -> None:
-    worker = _Worker(connection, WorkerSpec(ServerSettings(model="m"), "cpu", threads=1))
+    worker = _WorkerRuntime(connection, WorkerSpec(ServerSettings(model="m"), "cpu", threads=1))
     engine = Unmovable(torch.AcceleratorError(harmed_worker.MESSAGE))
     worker._sleep(engine, order) if isinstance(order, Sleep) else worker._wake(engine, order)
 
@@ -120,7 +120,7 @@ def test_a_device_that_is_lost_in_a_move_ends_the_process(order: Sleep | Wake) -
 
 def test_short_memory_in_a_move_leaves_it_as_it_was() -> None:
     ours, theirs = multiprocessing.Pipe()
-    worker = _Worker(theirs, WorkerSpec(ServerSettings(model="m"), "cpu", threads=1))
+    worker = _WorkerRuntime(theirs, WorkerSpec(ServerSettings(model="m"), "cpu", threads=1))
     worker._sleep(Unmovable(torch.AcceleratorError("CUDA error: out of memory")), Sleep(5))
     assert isinstance(ours.recv(), Failed)
 

@@ -19,8 +19,8 @@ from watched_worker import Watched, rollouts_of, running
 from probescore.types import RolloutGroup, Text
 from probescore_server.errors import InternalFault, WorkerUnavailable
 from probescore_server.settings import ServerSettings
-from probescore_server.validation import PendingText
-from probescore_server.workers.main import _Worker
+from probescore_server.validation.texts import PendingText
+from probescore_server.workers.main import _WorkerRuntime
 from probescore_server.workers.messages import Failed, Sleep, Wake, WorkerSpec
 
 GROUP = RolloutGroup([BOS, 5], [[7, 8, 9], [10]])
@@ -143,7 +143,7 @@ async def test_one_that_sleeps_ends_when_it_is_told_to(probes: Path) -> None:
     watched = Watched(model=str(tiny_model()), probes=[str(probes)])
     await watched.until(ready=True)
     await watched.worker.sleep()
-    process = watched.worker._life.process
+    process = watched.worker._running.process
     watched.task.cancel()
     await asyncio.gather(watched.task, return_exceptions=True)
     assert process.exitcode == 0
@@ -164,8 +164,8 @@ class Unmovable:
     wake = sleep
 
 
-def worker_on(connection: Connection) -> _Worker:
-    return _Worker(connection, WorkerSpec(ServerSettings(model="m"), "cpu", threads=1))
+def worker_on(connection: Connection) -> _WorkerRuntime:
+    return _WorkerRuntime(connection, WorkerSpec(ServerSettings(model="m"), "cpu", threads=1))
 
 
 def test_a_device_without_room_is_said_to_be_without_room() -> None:

@@ -9,24 +9,25 @@ from contextlib import asynccontextmanager
 from probescore.types import RolloutGroup
 from probescore_server.rollouts import CheckedRollout, EngineInfo
 from probescore_server.settings import ServerSettings
-from probescore_server.validation import resolve_options, resolve_rollouts
-from probescore_server.workers.handle import Pinned, WorkerProcess
+from probescore_server.validation.options import resolve_options
+from probescore_server.validation.rollouts import resolve_rollouts
+from probescore_server.workers.handle import PinnedContent, WorkerHandle
 from probescore_server.workers.messages import WorkerSpec
 
 
 class Watched:
     """A worker and a way to wait for its changes."""
 
-    def __init__(self, pinned: Pinned | None = None, **settings: object) -> None:
+    def __init__(self, pinned: PinnedContent | None = None, **settings: object) -> None:
         self._changed = asyncio.Event()
         chosen = ServerSettings(**{"log_format": "json", "worker_restart_seconds": 0.0, **settings})
-        self.worker = WorkerProcess(WorkerSpec(chosen, "cpu", threads=1), self._changed.set, pinned)
+        self.worker = WorkerHandle(WorkerSpec(chosen, "cpu", threads=1), self._changed.set, pinned)
         self.task = asyncio.create_task(self.worker.run())
 
     @property
     def pid(self) -> int | None:
         """Of its process; ``None`` while there is none."""
-        return self.worker._life.process.pid if self.worker._life is not None else None
+        return self.worker._running.process.pid if self.worker._running is not None else None
 
     async def until(self, **state: bool) -> None:
         """Waits until some of its properties are what they should be: ``until(ready=True)``."""
@@ -46,7 +47,7 @@ class Watched:
 
 
 @asynccontextmanager
-async def running(pinned: Pinned | None = None, **settings: object) -> AsyncIterator[Watched]:
+async def running(pinned: PinnedContent | None = None, **settings: object) -> AsyncIterator[Watched]:
     watched = Watched(pinned, **settings)
     try:
         await watched.until(ready=True)

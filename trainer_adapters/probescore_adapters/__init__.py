@@ -1,4 +1,4 @@
-"""From scores to what RL needs: a reward, a penalty, a screen, a gate or a monitor; one thin module per trainer.
+"""Turns scores into what RL needs: a reward, a penalty, a screen, a gate or a monitor. There is one thin module per trainer.
 
 The core knows no trainer and the client only. ``probescore_adapters.trl``, ``.openrlhf``, ``.verl``, ``.verifiers`` and ``.http`` each
 import theirs.

@@ -1,4 +1,4 @@
-"""What a trainer hands over, as plain numpy: token ids, masks, rewards and the keys of groups.
+"""Reads what a trainer hands over as plain numpy: token ids, masks, rewards and the keys of groups.
 
 Trainers hold these in lists, numpy, torch, JAX, pandas or pyarrow, with gradients, on devices, in bfloat16. Numbers are read as they are
 meant, or refused with the name of their field: what says more than its numbers (a masked entry, a missing value, a sparse layout, a shard)
@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 
 from probescore import FieldViolation, InvalidRequestError
 
-# of torch, which numpy cannot hold
+# dtypes of torch that numpy does not have
 _NARROW_FLOATS = ("bfloat16", "float8")
 
 
 def as_ids(given: object, field: str) -> NDArray[np.int64]:
-    """Token ids ``(T,)`` int64; ``T`` may be 0.
+    """Reads token ids as ``(T,)`` int64, of whatever library; ``T`` may be 0.
 
     Raises:
         InvalidRequestError: it is no flat sequence of integers; names ``field``.
@@ -38,7 +38,7 @@ def as_ids(given: object, field: str) -> NDArray[np.int64]:
 
 
 def as_mask(given: object, length: int | None, field: str) -> NDArray[np.bool_]:
-    """A mask ``(T,)`` of booleans.
+    """Reads a mask as ``(T,)`` booleans, of whatever library.
 
     Args:
         given: 0 and 1, as booleans, integers or floating-point numbers.
@@ -60,7 +60,7 @@ def as_mask(given: object, length: int | None, field: str) -> NDArray[np.bool_]:
 
 
 def as_rewards(given: object, count: int, field: str) -> NDArray[np.float64]:
-    """Rewards ``(n,)`` float64.
+    """Reads rewards as ``(n,)`` float64, of whatever library.
 
     Raises:
         InvalidRequestError: they are not ``count`` finite numbers; names the first that is none.
@@ -78,7 +78,7 @@ def as_rewards(given: object, count: int, field: str) -> NDArray[np.float64]:
 
 
 def as_numbers(given: object, field: str) -> NDArray[np.float64]:
-    """Numbers of any shape as float64; NaN and infinities stay.
+    """Reads numbers of any shape as float64, of whatever library; NaN and infinities stay.
 
     Raises:
         InvalidRequestError: it holds something else.
@@ -90,7 +90,7 @@ def as_numbers(given: object, field: str) -> NDArray[np.float64]:
 
 
 def as_list(given: Iterable[Any] | None, field: str) -> list[Any]:
-    """The rows of a batch, whatever holds them; a generator is read to its end.
+    """Returns the rows of a batch as a list, whatever holds them; a generator is read to its end.
 
     Raises:
         InvalidRequestError: it is one thing, and no batch of them.
@@ -104,7 +104,7 @@ def as_list(given: Iterable[Any] | None, field: str) -> list[Any]:
 
 
 def as_group_key(given: object, field: str) -> Hashable | None:
-    """A key that is equal to another if their values are, whatever holds them; ``None`` stays ``None``.
+    """Returns a key that is equal to another if their values are, whatever holds them; ``None`` stays ``None``.
 
     Raises:
         InvalidRequestError: it has no value to compare: NaN, or an object that is equal to itself only.
@@ -139,7 +139,7 @@ def _flat(given: object, field: str, what: str) -> NDArray[Any]:
 
 
 def _array(given: Any, field: str) -> NDArray[Any]:  # noqa: ANN401 - of any library
-    """As numpy, of any shape; of an empty sequence the dtype says nothing."""
+    """Reads numbers of any shape as numpy; of an empty sequence the dtype says nothing."""
     if isinstance(given, np.ma.MaskedArray):
         if np.ma.getmaskarray(given).any():
             raise _refused(field, "has masked entries, which have no number")
@@ -163,7 +163,7 @@ def _array(given: Any, field: str) -> NDArray[Any]:  # noqa: ANN401 - of any lib
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise _refused(field, f"is no array of numbers: {error}") from None
     if array.dtype.kind in "OcMmVUS":
-        # which entry, if it is one
+        # if one entry is at fault it is named
         for index, entry in enumerate(array.flat):
             if not isinstance(entry, (bool, int, float, np.bool_, np.integer, np.floating)):
                 raise _refused(f"{field}[{index}]", f"expected a number, got {entry!r:.60}")

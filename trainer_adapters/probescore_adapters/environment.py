@@ -1,4 +1,4 @@
-"""A ``ProbeScorer`` out of words: environment variables, and the fields that YAML files and keyword arguments carry.
+"""Makes a ``ProbeScorer`` of words: environment variables, and the fields that YAML files and keyword arguments carry.
 
 Trainers that load a function by its path give it no arguments; the environment reaches it, and every worker of the run.
 """
@@ -22,14 +22,14 @@ SIGNALS = "PROBESCORE_SIGNALS"
 RAILS = "PROBESCORE_RAILS"
 RUN_ID = "PROBESCORE_RUN_ID"
 TOKENIZER_FINGERPRINT = "PROBESCORE_TOKENIZER_FINGERPRINT"
-OF_THE_POLICY = {field.name: f"PROBESCORE_{field.name.upper()}" for field in fields(Policy)}
-"""From the fields of ``Policy`` to their variables: ``PROBESCORE_ON_FAILURE`` and so on."""
+POLICY_ENV = {field.name: f"PROBESCORE_{field.name.upper()}" for field in fields(Policy)}
+"""Maps the fields of ``Policy`` to their environment variables: ``PROBESCORE_ON_FAILURE`` and so on."""
 
 _NUMBERS = ("weight", "threshold")
 
 
 def scorer_from_environment(environment: Mapping[str, str] = os.environ) -> ProbeScorer:
-    """The scorer that the environment describes.
+    """Returns the scorer that environment variables describe.
 
     ``PROBESCORE_SIGNALS`` is required: a JSON list of objects with the fields of ``ProbeSignal``, one such object, or the path of a JSON
     file with either. ``PROBESCORE_ADDRESS``: of the server, or several with commas between. ``PROBESCORE_ON_FAILURE``,
@@ -59,7 +59,7 @@ def scorer_from_environment(environment: Mapping[str, str] = os.environ) -> Prob
 
 
 def signals_from(given: Mapping[str, Any] | Sequence[Mapping[str, Any]], where: str = "signals") -> tuple[ProbeSignal, ...]:
-    """Signals from objects with the fields of ``ProbeSignal``, or from one such object.
+    """Returns signals made of objects with the fields of ``ProbeSignal``, or of one such object.
 
     Args:
         given: as JSON, YAML or keyword arguments give them.
@@ -88,7 +88,7 @@ def signals_from(given: Mapping[str, Any] | Sequence[Mapping[str, Any]], where: 
 
 
 def rails_from(given: Mapping[str, Any], where: str = "rails") -> GuardRails:
-    """Guard rails from the fields that are given; the others keep their defaults.
+    """Returns guard rails made of the fields that are given; the others keep their defaults.
 
     Raises:
         ValueError: a field is unknown or wrong; names it.
@@ -105,7 +105,7 @@ def rails_from(given: Mapping[str, Any], where: str = "rails") -> GuardRails:
 
 
 def _known(kind: type[Union[ProbeSignal, GuardRails]], given: object) -> dict[str, Any]:
-    """The fields that are given and are not null.
+    """Returns the fields of a class that are given and are not null.
 
     Raises:
         ValueError: there is no such field.
@@ -121,7 +121,7 @@ def _known(kind: type[Union[ProbeSignal, GuardRails]], given: object) -> dict[st
 
 def _policy(given: Mapping[str, str]) -> Policy:
     chosen: dict[str, Any] = {}
-    for field, variable in OF_THE_POLICY.items():
+    for field, variable in POLICY_ENV.items():
         if variable in given:
             try:
                 chosen[field] = float(given[variable])
@@ -132,7 +132,7 @@ def _policy(given: Mapping[str, str]) -> Policy:
     except ValueError as error:
         # the message begins with the field
         field, _, problem = str(error).partition(":")
-        raise ValueError(f"{OF_THE_POLICY[field]}:{problem}") from None
+        raise ValueError(f"{POLICY_ENV[field]}:{problem}") from None
 
 
 def _json(variable: str, value: str) -> Any:  # noqa: ANN401

@@ -1,10 +1,10 @@
-"""What the adapters raise beside the client's errors."""
+"""Defines what the adapters raise beside the client's errors."""
 
 from __future__ import annotations
 
 
 class SignalError(ValueError):
-    """A ``ProbeSignal`` that cannot mean anything, or not with the probes that are loaded.
+    """Says that a ``ProbeSignal`` cannot mean anything, or does not go with the probes that are loaded.
 
     Attributes:
         field: of ``ProbeSignal``.
@@ -22,11 +22,12 @@ class SignalError(ValueError):
 
 
 class Unscorable(ValueError):
-    """A rollout cannot be scored, and ``on_unscorable`` is ``"raise"``."""
+    """Says that a rollout cannot be scored; it is raised where the policy's ``on_unscorable`` is ``"raise"``."""
 
 
 class ProbeReplaced(SignalError):
-    """A probe is no longer the one that a running scorer started with, and ``on_replaced`` is ``"raise"``.
+    """Says that a probe is no longer the one that a running scorer started with; it is raised where the policy's ``on_replaced`` is
+    ``"raise"``.
 
     Its graph, its calibration or its version is another, so that numbers before and after would mean different things.
     """

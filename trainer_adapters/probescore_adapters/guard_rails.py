@@ -1,4 +1,4 @@
-"""Guard rails: what keeps a screen or a penalty from doing harm. On by default, counted when they act."""
+"""Keeps a screen or a penalty from doing harm, by guard rails that are on by default and counted when they act."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from probescore_adapters.signals import Floats
 
 RAILS = ("clipped", "screening_breaker", "group_breaker", "degenerate_group", "penalty_too_small")
-"""Names under which they are counted."""
+"""Are the names under which it is counted that a guard rail acted."""
 
 
 @dataclass(frozen=True)
 class GuardRails:
-    """Limits beyond which a signal is kept from acting as it would.
+    """Sets the limits beyond which a signal is kept from acting on rewards as it would.
 
     Attributes:
         clip: what a signal adds or subtracts is at most this, per rollout (``dense``: per token).
@@ -48,7 +48,7 @@ class GuardRails:
 
 @dataclass(frozen=True, eq=False)
 class Screened:
-    """What becomes of the rollouts that a screen flags.
+    """Says what becomes of the ``n`` rollouts of a batch, some of which a screen flags.
 
     Attributes:
         removed: ``(n,)``, not trained on.
@@ -62,7 +62,7 @@ class Screened:
 
 
 def screen(flagged: NDArray[np.bool_], groups: Sequence[Hashable], rails: GuardRails) -> Screened:
-    """Decides which of the flagged rollouts are removed.
+    """Decides which of the rollouts that a screen flags are removed from training.
 
     The batch's breaker comes first; then in each group either too few are left, or the group's breaker acts, or the flagged are removed.
 
@@ -93,7 +93,7 @@ def screen(flagged: NDArray[np.bool_], groups: Sequence[Hashable], rails: GuardR
 
 
 def penalty_margin(flagged: NDArray[np.bool_], penalties: Floats, task_rewards: Floats) -> float:
-    """By how much the mean penalty of the flagged exceeds what they gain: their mean task reward above that of the rest.
+    """Returns by how much the mean penalty of the flagged rollouts exceeds what they gain: their mean task reward above that of the rest.
 
     NaN if none is flagged, or all are: then there is nothing to compare.
 

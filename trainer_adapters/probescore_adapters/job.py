@@ -1,4 +1,4 @@
-"""Which job a process belongs to: the ranks of one run take turns at the server as one."""
+"""Finds out which job a process belongs to: the ranks of one run take turns at the server as one."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ import os
 from collections.abc import Mapping
 
 VARIABLE = "PROBESCORE_JOB"
-_OF_LAUNCHERS = ("SLURM_JOB_ID", "RAY_JOB_ID", "TORCHELASTIC_RUN_ID")
-_WITHOUT_A_NAME = {"", "none"}
+_LAUNCHER_VARIABLES = ("SLURM_JOB_ID", "RAY_JOB_ID", "TORCHELASTIC_RUN_ID")
+_UNNAMED = {"", "none"}
 
 
 def job_from_environment(environment: Mapping[str, str] = os.environ) -> str:
-    """A name that is the same on every rank of a run: ``PROBESCORE_JOB``, or what Slurm, Ray or torchrun call it; "" if nobody named it."""
+    """Returns a name that is the same on every rank of a run: ``PROBESCORE_JOB``, or what Slurm, Ray or torchrun call it; "" if nobody
+    named it.
+    """
     if named := environment.get(VARIABLE, ""):
         return named
-    for variable in _OF_LAUNCHERS:
-        if (value := environment.get(variable, "")) not in _WITHOUT_A_NAME:
+    for variable in _LAUNCHER_VARIABLES:
+        if (value := environment.get(variable, "")) not in _UNNAMED:
             return f"{variable.partition('_')[0].lower()}-{value}"
     address, port = environment.get("MASTER_ADDR", ""), environment.get("MASTER_PORT", "")
     return f"torch-{address}-{port}" if address and port else ""

@@ -1,4 +1,5 @@
-"""OpenRLHF: ``AgentExecutor`` with exact ids for ``--train.agent_func_path``, ``RewardFunction`` on text for ``--reward.remote_url``.
+"""Adapts OpenRLHF: ``AgentExecutor`` with exact ids for ``--train.agent_func_path``, ``RewardFunction`` on text for
+``--reward.remote_url``.
 
 Both are configured by the environment (``probescore_adapters.environment``), since OpenRLHF loads them by a file's path and gives them no
 arguments. It has one sample scored at a time, so that a batch cannot be screened, and takes one number for it, so that nothing is dense.
@@ -16,13 +17,14 @@ import torch
 from openrlhf.utils.agent import SingleTurnAgentExecutor
 
 from probescore import tokenizer_fingerprint
-from probescore_adapters.environment import OF_THE_POLICY, TOKENIZER_FINGERPRINT, scorer_from_environment
+from probescore_adapters.environment import POLICY_ENV, TOKENIZER_FINGERPRINT, scorer_from_environment
 from probescore_adapters.outcome import Outcome
 from probescore_adapters.rollouts import Rollout
 from probescore_adapters.signals import Mode
 
 TASK_REWARD = "PROBESCORE_TASK_REWARD"
-"""The task's own reward, as ``module:function``: a ``reward_func(queries, prompts, labels)`` as OpenRLHF takes it, one sample a call."""
+"""Names the environment variable with the task's own reward, as ``module:function``: a ``reward_func(queries, prompts, labels)`` as
+OpenRLHF takes it, one sample a call."""
 
 HfTokenizer = Any  # of transformers, which is the trainer's
 TaskReward = Callable[[Sequence[str], Sequence[str], Sequence[object]], dict[str, Any]]
@@ -40,7 +42,7 @@ class AgentExecutor(SingleTurnAgentExecutor):
 
     def __init__(self) -> None:
         super().__init__()
-        self._rewards = _Rewards()
+        self._rewards = _RewardSources()
         self._expects_tokenizer = bool(os.environ.get(TOKENIZER_FINGERPRINT, ""))
 
     async def execute(
@@ -53,7 +55,7 @@ class AgentExecutor(SingleTurnAgentExecutor):
         llm_engine: object,
         images: object = None,
     ) -> dict[str, Any]:
-        """One sample, with ``reward``, ``scores`` and ``extra_logs``.
+        """Generates and scores one sample; returns it with ``reward``, ``scores`` and ``extra_logs``.
 
         Raises:
             ProbescoreError, SignalError, Unscorable: as ``ProbeScorer.score``; and all that the task's reward raises. It ends the run.
@@ -72,7 +74,7 @@ class AgentExecutor(SingleTurnAgentExecutor):
 
 
 class RewardFunction:
-    """A ``reward_func`` on text, for where no agent can be had; the server tokenises, and answers are counted as ``inexact_ids``.
+    """Is a ``reward_func`` on text, for where no agent can be had; the server tokenises, and answers are counted as ``inexact_ids``.
 
     A query that does not begin with its prompt is unscorable: where its response begins would be a guess.
 
@@ -83,12 +85,12 @@ class RewardFunction:
     """
 
     def __init__(self) -> None:
-        self._rewards = _Rewards()
+        self._rewards = _RewardSources()
         if self._rewards.scorer.policy.on_failure == "raise":
-            raise ValueError(f"{OF_THE_POLICY['on_failure']}: OpenRLHF catches what a reward function raises: name a number, or 'wait'")
+            raise ValueError(f"{POLICY_ENV['on_failure']}: OpenRLHF catches what a reward function raises: name a number, or 'wait'")
 
     def __call__(self, queries: Sequence[str], prompts: Sequence[str], labels: Sequence[object]) -> dict[str, Any]:
-        """The rewards of ``n`` samples of text.
+        """Scores ``n`` samples of text.
 
         Returns:
             ``rewards`` and ``scores``, ``(n,)``, and ``extra_logs``, of which each is ``(n,)``.
@@ -103,8 +105,8 @@ class RewardFunction:
         return self._rewards.scorer.score([Rollout.split(prompt, query)], task)
 
 
-class _Rewards:
-    """What both have: a scorer that goes with the server, and the task's own reward."""
+class _RewardSources:
+    """Holds what both adapters have: a scorer that goes with the server, and the task's own reward."""
 
     def __init__(self) -> None:
         written = os.environ.get(TASK_REWARD, "").strip()
@@ -119,7 +121,7 @@ class _Rewards:
         self.scorer.score([], None if self._task_reward is None else [])
 
     def of_task(self, query: str, prompt: str, label: object) -> list[float] | None:
-        """Of one sample, ``(1,)``; ``None`` if there is no reward but the probes'."""
+        """Returns the task's reward of one sample, ``(1,)``, or ``None`` if there is no reward but the probes'."""
         if self._task_reward is None:
             return None
         rewards = self._task_reward([query], [prompt], [label])["rewards"]

@@ -1,4 +1,4 @@
-"""From readings to rewards: every signal, the guard rails, and the metrics. Numbers in, numbers out; nothing here waits."""
+"""Turns what probes say into rewards: every signal, the guard rails, and the metrics. Numbers in, numbers out; nothing here waits."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from numpy.typing import NDArray
 
 from probescore_adapters.errors import SignalError, Unscorable
 from probescore_adapters.guard_rails import RAILS, GuardRails, penalty_margin, screen
-from probescore_adapters.readings import BatchSignals, MaskedTokens, SignalValues
+from probescore_adapters.signal_values import BatchSignals, MaskedTokens, SignalValues
 from probescore_adapters.signals import BoundSignal, Floats, Mode, ProbeSignal
 
 OnUnscorable = Union[Literal["worst", "raise"], float]
 
 PREFIX = "probescore"
-_OF_A_SIGNAL = ("mean", "p10", "p50", "p90", "flagged", "screened", "reward", "penalty_margin")
-_OF_A_ROLLOUTS_SIGNAL = ("mean", "flagged", "reward")
-_OF_A_BATCH = ("seconds", "failures", "unscorable", "tokens", "inexact_ids")
+_SIGNAL_KEYS = ("mean", "p10", "p50", "p90", "flagged", "screened", "reward", "penalty_margin")
+_ROLLOUT_SIGNAL_KEYS = ("mean", "flagged", "reward")
+_BATCH_KEYS = ("seconds", "failures", "unscorable", "tokens", "inexact_ids")
 
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """What the signals make of a batch of ``n`` rollouts.
+    """Holds what the signals make of a batch of ``n`` rollouts.
 
     Attributes:
         rewards: ``(n,)`` float64: ``task_rewards * factors + terms``, lowered where a breaker kept a flagged rollout.
@@ -51,13 +51,15 @@ class Outcome:
 
     @property
     def rollout_metrics(self) -> dict[str, float]:
-        """Of the metrics those that say something of one rollout, for trainers that have one at a time scored."""
-        keys = [f"{name}/{key}" for name in self.values for key in _OF_A_ROLLOUTS_SIGNAL]
-        return {f"{PREFIX}/{key}": self.metrics[f"{PREFIX}/{key}"] for key in (*keys, *_OF_A_BATCH, "guard/clipped")}
+        """Returns the metrics that say something of one rollout, for trainers that have one at a time scored."""
+        keys = [f"{name}/{key}" for name in self.values for key in _ROLLOUT_SIGNAL_KEYS]
+        return {f"{PREFIX}/{key}": self.metrics[f"{PREFIX}/{key}"] for key in (*keys, *_BATCH_KEYS, "guard/clipped")}
 
 
 @dataclass(eq=False)
-class _Sums:
+class _OutcomeSums:
+    """Collects what each signal adds to the outcome of a batch of ``n`` rollouts; each array is ``(n,)``."""
+
     terms: Floats
     factors: Floats
     flagged_by_screens: NDArray[np.bool_]
@@ -69,7 +71,7 @@ class _Sums:
 
 
 def combine(
-    readings: BatchSignals,
+    batch: BatchSignals,
     *,
     groups: Sequence[Hashable],
     lengths: Sequence[int | None],
@@ -77,13 +79,13 @@ def combine(
     rails: GuardRails | None = None,
     on_unscorable: OnUnscorable = "worst",
 ) -> Outcome:
-    """Applies every signal to what it read.
+    """Applies every signal to its values, and the guard rails to what comes of them.
 
     An unscorable rollout gets the least that each signal can give: never more than the same rollout scored properly. It is not removed by a
     screen, which would spare it, but gets the lowest reward of the batch.
 
     Args:
-        readings: of ``n`` rollouts.
+        batch: of ``n`` rollouts.
         groups: ``n`` keys, equal within a group.
         lengths: tokens of each completion; ``None`` where unknown.
         task_rewards: ``(n,)``, what the rollouts are worth without probes; ``None`` where the trainer adds them itself.
@@ -98,31 +100,31 @@ def combine(
     rails, count = rails or GuardRails(), len(groups)
     if task_rewards is not None and (task_rewards.shape != (count,) or not np.isfinite(task_rewards).all()):
         raise ValueError(f"task_rewards must be {count} finite numbers")
-    sums = _Sums(np.zeros(count), np.ones(count), np.zeros(count, np.bool_), np.zeros(count, np.bool_), np.zeros(count, np.bool_))
-    sums.metrics.update(empty_metrics([reading.bound.signal for reading in readings.signals]))
-    for reading in readings.signals:
-        _apply(reading, sums, lengths, task_rewards, rails)
+    sums = _OutcomeSums(np.zeros(count), np.ones(count), np.zeros(count, np.bool_), np.zeros(count, np.bool_), np.zeros(count, np.bool_))
+    sums.metrics.update(empty_metrics([signal_values.bound.signal for signal_values in batch.signals]))
+    for signal_values in batch.signals:
+        _apply(signal_values, sums, lengths, task_rewards, rails)
     if on_unscorable == "raise" and sums.unscorable.any():
         index = int(np.flatnonzero(sums.unscorable)[0])
-        raise Unscorable(f"rollout {index}: {readings.problems.get(index, 'no token of it counts, or a transform gave no number')}")
+        raise Unscorable(f"rollout {index}: {batch.problems.get(index, 'no token of it counts, or a transform gave no number')}")
     if on_unscorable not in ("worst", "raise"):
         sums.terms[sums.unscorable], sums.factors[sums.unscorable], sums.lowered[sums.unscorable] = float(on_unscorable), 1.0, False
         sums.flagged_by_screens &= ~sums.unscorable
     # what a screen cannot read is not removed; what it flags is, whatever another signal cannot read of it
     screened = screen(sums.flagged_by_screens & ~sums.lowered, groups, rails)
     _count(sums, screened.acted)
-    for reading in readings.signals:
-        if reading.bound.signal.mode is Mode.SCREEN:
-            key = f"{PREFIX}/{reading.bound.signal.name}/screened"
-            sums.metrics[key] = _mean(sums.flagged[reading.bound.signal.name] & screened.removed)
+    for signal_values in batch.signals:
+        if signal_values.bound.signal.mode is Mode.SCREEN:
+            key = f"{PREFIX}/{signal_values.bound.signal.name}/screened"
+            sums.metrics[key] = _mean(sums.flagged[signal_values.bound.signal.name] & screened.removed)
     rewards = sums.terms if task_rewards is None else np.where(task_rewards > 0, task_rewards * sums.factors, task_rewards) + sums.terms
     lowered = sums.lowered | screened.lowered
     if lowered.any():
         rewards = np.where(lowered, rewards.min(), rewards)
     sums.metrics[f"{PREFIX}/unscorable"] = _mean(sums.unscorable)
     sums.metrics[f"{PREFIX}/failures"] = 0.0
-    sums.metrics[f"{PREFIX}/inexact_ids"] = _mean(readings.inexact_ids)
-    usage = readings.usage
+    sums.metrics[f"{PREFIX}/inexact_ids"] = _mean(batch.inexact_ids)
+    usage = batch.usage
     sums.metrics[f"{PREFIX}/tokens"] = float(usage.tokens)
     return Outcome(
         rewards=rewards,
@@ -132,13 +134,15 @@ def combine(
         dense=None if sums.dense is None else tuple(sums.dense),
         unscorable=sums.unscorable,
         flagged=sums.flagged,
-        values={reading.bound.signal.name: reading.values for reading in readings.signals},
+        values={signal_values.bound.signal.name: signal_values.values for signal_values in batch.signals},
         metrics=sums.metrics,
     )
 
 
 def substitute(signals: Sequence[ProbeSignal], term: float, lengths: Sequence[int | None], task_rewards: Floats | None) -> Outcome:
-    """What stands in for scores that could not be had: each rollout gets the term that the user named, and nothing else happens to it."""
+    """Returns what stands in for scores that could not be had: each rollout gets the term that the user named, and nothing else happens to
+    it.
+    """
     count = len(lengths)
     terms, nobody = np.full(count, float(term)), np.zeros(count, np.bool_)
     is_dense = any(signal.mode is Mode.DENSE for signal in signals)
@@ -156,15 +160,17 @@ def substitute(signals: Sequence[ProbeSignal], term: float, lengths: Sequence[in
 
 
 def empty_metrics(signals: Sequence[ProbeSignal]) -> dict[str, float]:
-    """Every key that metrics have, with nothing to say."""
-    metrics = {f"{PREFIX}/{signal.name}/{key}": math.nan for signal in signals for key in _OF_A_SIGNAL}
-    metrics.update({f"{PREFIX}/{key}": math.nan for key in _OF_A_BATCH})
+    """Returns every key that the metrics of these signals have, with nothing to say."""
+    metrics = {f"{PREFIX}/{signal.name}/{key}": math.nan for signal in signals for key in _SIGNAL_KEYS}
+    metrics.update({f"{PREFIX}/{key}": math.nan for key in _BATCH_KEYS})
     metrics.update({f"{PREFIX}/guard/{rail}": 0.0 for rail in RAILS})
     return metrics
 
 
-def _apply(reading: SignalValues, sums: _Sums, lengths: Sequence[int | None], task_rewards: Floats | None, rails: GuardRails) -> None:
-    bound, signal, values = reading.bound, reading.bound.signal, reading.values
+def _apply(
+    signal_values: SignalValues, sums: _OutcomeSums, lengths: Sequence[int | None], task_rewards: Floats | None, rails: GuardRails
+) -> None:
+    bound, signal, values = signal_values.bound, signal_values.bound.signal, signal_values.values
     prefix = f"{PREFIX}/{signal.name}"
     scored = np.isfinite(values)
     flagged = np.zeros(len(values), np.bool_)
@@ -176,7 +182,7 @@ def _apply(reading: SignalValues, sums: _Sums, lengths: Sequence[int | None], ta
     sums.metrics[f"{prefix}/screened"] = 0.0
     sums.metrics[f"{prefix}/reward"] = 0.0
     if signal.mode is Mode.DENSE:
-        _apply_dense(reading, sums, lengths, rails)
+        _apply_dense(signal_values, sums, lengths, rails)
         return
     transformed = np.full(len(values), math.nan)
     transformed[scored] = bound.transformed(values[scored])
@@ -203,8 +209,8 @@ def _apply(reading: SignalValues, sums: _Sums, lengths: Sequence[int | None], ta
         sums.lowered |= ~scored
 
 
-def _terms(bound: BoundSignal, transformed: Floats, scored: NDArray[np.bool_], sums: _Sums, rails: GuardRails) -> Floats:
-    """What a signal adds to each number, clipped; the least that it can add where there is none."""
+def _terms(bound: BoundSignal, transformed: Floats, scored: NDArray[np.bool_], sums: _OutcomeSums, rails: GuardRails) -> Floats:
+    """Returns what a signal adds to each number, clipped; the least that it can add where there is none."""
     weight = -bound.signal.weight if bound.signal.mode is Mode.PENALTY else bound.signal.weight
     added = weight * np.where(scored, transformed, 0.0)
     terms = np.clip(added, -rails.clip, rails.clip)
@@ -213,23 +219,23 @@ def _terms(bound: BoundSignal, transformed: Floats, scored: NDArray[np.bool_], s
     return np.where(scored, terms, worst)
 
 
-def _apply_dense(reading: SignalValues, sums: _Sums, lengths: Sequence[int | None], rails: GuardRails) -> None:
-    signal = reading.bound.signal
+def _apply_dense(signal_values: SignalValues, sums: _OutcomeSums, lengths: Sequence[int | None], rails: GuardRails) -> None:
+    signal = signal_values.bound.signal
     if sums.dense is None:
         sums.dense = [np.zeros(_known(length, signal)) for length in lengths]
     means = []
-    for index, tokens in enumerate(reading.tokens or ()):
-        terms = _dense_terms(reading.bound, tokens, len(sums.dense[index]), sums, rails)
+    for index, tokens in enumerate(signal_values.tokens or ()):
+        terms = _dense_terms(signal_values.bound, tokens, len(sums.dense[index]), sums, rails)
         if terms is None:
             sums.unscorable[index] = True
-            terms = _terms(reading.bound, np.zeros(len(sums.dense[index])), np.zeros(len(sums.dense[index]), np.bool_), sums, rails)
+            terms = _terms(signal_values.bound, np.zeros(len(sums.dense[index])), np.zeros(len(sums.dense[index]), np.bool_), sums, rails)
         sums.dense[index] += terms
         means.append(terms.mean() if terms.size else 0.0)
     sums.metrics[f"{PREFIX}/{signal.name}/reward"] = _mean(np.array(means))
 
 
-def _dense_terms(bound: BoundSignal, tokens: MaskedTokens, length: int, sums: _Sums, rails: GuardRails) -> Floats | None:
-    """What each token adds, 0 where it does not count; ``None`` if nothing of it can be scored."""
+def _dense_terms(bound: BoundSignal, tokens: MaskedTokens, length: int, sums: _OutcomeSums, rails: GuardRails) -> Floats | None:
+    """Returns what each token adds, 0 where it does not count; ``None`` if nothing of it can be scored."""
     if len(tokens.scores) != length or not tokens.mask.any():
         return None
     transformed = np.full(length, math.nan)
@@ -251,7 +257,7 @@ def _distribution(prefix: str, values: Floats) -> dict[str, float]:
     return {f"{prefix}/mean": float(values.mean()), f"{prefix}/p10": float(p10), f"{prefix}/p50": float(p50), f"{prefix}/p90": float(p90)}
 
 
-def _count(sums: _Sums, acted: Mapping[str, int]) -> None:
+def _count(sums: _OutcomeSums, acted: Mapping[str, int]) -> None:
     for rail, times in acted.items():
         sums.metrics[f"{PREFIX}/guard/{rail}"] += float(times)
 

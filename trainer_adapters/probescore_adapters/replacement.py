@@ -1,4 +1,4 @@
-"""What became of the probes that a running scorer started with, in words."""
+"""Says in words what became of the probes that a running scorer started with."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from dataclasses import replace
 
 from probescore import InvalidRequestError
 from probescore_adapters.errors import ProbeReplaced
-from probescore_adapters.readings import ServerFacts
+from probescore_adapters.signal_values import ServerFacts
 from probescore_adapters.signals import BoundSignal
 
 _REMEDY = "start the run anew, serve what it began with, or let it follow: Policy(on_replaced='follow')"
 
 
 def describe_replacement(signals: Sequence[BoundSignal], now: ServerFacts, error: ProbeReplaced | InvalidRequestError) -> ProbeReplaced:
-    """Says which probe is another, and in what.
+    """Returns the error that says which probe is another than when the run began, and in what.
 
     Args:
         signals: bound to what the run began with.

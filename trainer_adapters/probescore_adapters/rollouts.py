@@ -1,4 +1,4 @@
-"""``Rollout``: what a trainer has of one sample, and how several become a request."""
+"""Defines ``Rollout``, what a trainer has of one sample, and groups several for a request."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Mask = Union[MaskKind, MaskFunction]
 
 @dataclass(frozen=True, eq=False)
 class Rollout:
-    """One prompt and one completion of it.
+    """Holds one prompt and one completion of it, as a trainer has them.
 
     Attributes:
         prompt: ids ``(P,)``, taken verbatim; or text or a chat, which the server tokenises.
@@ -39,7 +39,7 @@ class Rollout:
 
     @classmethod
     def split(cls, prompt: str, query: str) -> Rollout:
-        """One of text, from a trainer that has prompt and completion joined in ``query``.
+        """Makes a rollout of text, for a trainer that has prompt and completion joined in ``query``.
 
         Unscorable if ``query`` does not begin with ``prompt``: where the completion begins would be a guess.
         """
@@ -49,7 +49,7 @@ class Rollout:
 
     @classmethod
     def joined(cls, ids: ArrayLike, completion_length: int, mask: Union[ArrayLike, None] = None) -> Rollout:
-        """One from a trainer that has the ids of prompt and completion in one row.
+        """Makes a rollout of ids, for a trainer that has those of prompt and completion in one row.
 
         Args:
             ids: ``(P + T,)``, without padding.
@@ -67,7 +67,7 @@ class Rollout:
         return cls(prompt, completion, mask)
 
     def checked(self, named: str) -> Rollout:
-        """The same with arrays of numpy, and a group that compares by value.
+        """Returns the same rollout with arrays of numpy, and a group that compares by value.
 
         Args:
             named: how its parts are called in errors, with ``{}`` for the part: ``"rollouts[3].{}"``.
@@ -88,16 +88,16 @@ class Rollout:
 
     @property
     def prompt_key(self) -> Hashable:
-        """Equal for the same prompt."""
+        """Returns a key that is equal for the same prompt."""
         return self.prompt if isinstance(self.prompt, (str, Text, Chat)) else as_ids(self.prompt, "prompt").tobytes()
 
     @property
     def group_key(self) -> Hashable:
-        """Equal within a group."""
+        """Returns a key that is equal within a group."""
         return self.prompt_key if self.group is None else ("group", self.group)
 
     def masked(self, mask: Mask, signal: str) -> NDArray[np.bool_] | None:
-        """The mask to send for signals with this one; ``None`` = every token.
+        """Returns the mask ``(T,)`` to send for signals that have ``mask``; ``None`` means every token.
 
         Raises:
             SignalError: a mask function does not go with text, or gives something else than ``(T,)`` of 0 and 1.
@@ -120,7 +120,7 @@ class Rollout:
 
 
 def distinct_masks(signals: Sequence[ProbeSignal]) -> dict[Mask, str]:
-    """Each mask that some signal has, with the name of one that has it."""
+    """Returns each mask that some signal has, with the name of one that has it."""
     found: dict[Mask, str] = {}
     for signal in signals:
         found.setdefault(signal.mask, signal.name)  # type: ignore[arg-type] # parsed when the signal was made
@@ -128,8 +128,8 @@ def distinct_masks(signals: Sequence[ProbeSignal]) -> dict[Mask, str]:
 
 
 @dataclass(frozen=True)
-class Request:
-    """Rollouts as groups to score: those with one prompt together, a completion once for each distinct mask.
+class GroupedRollouts:
+    """Holds rollouts as groups to score: those with one prompt together, a completion once for each distinct mask.
 
     A completion that is sent several times is computed once by the server.
 
@@ -142,8 +142,8 @@ class Request:
     sent: list[list[tuple[int, int]]]
 
     @classmethod
-    def of(cls, rollouts: Sequence[Rollout], indices: Sequence[int], masks: dict[Mask, str]) -> Request:
-        """The request for some of the rollouts."""
+    def of(cls, rollouts: Sequence[Rollout], indices: Sequence[int], masks: dict[Mask, str]) -> GroupedRollouts:
+        """Groups some of the rollouts of a batch, those at ``indices``."""
         members: dict[Hashable, list[int]] = {}
         for index in indices:
             members.setdefault(rollouts[index].prompt_key, []).append(index)

@@ -1,4 +1,4 @@
-"""``ProbeScorer``: signals, a server, and what happens when it fails. What every adapter is made of."""
+"""Defines ``ProbeScorer``, of which every adapter is made: signals, a server, and what happens when it fails."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ from probescore_adapters.errors import ProbeReplaced, SignalError
 from probescore_adapters.guard_rails import GuardRails
 from probescore_adapters.job import job_from_environment
 from probescore_adapters.outcome import PREFIX, OnUnscorable, Outcome, combine, substitute
-from probescore_adapters.readings import Ask, BatchSignals, ServerFacts, read
 from probescore_adapters.replacement import describe_replacement
 from probescore_adapters.rollouts import Prompt, Rollout
+from probescore_adapters.signal_values import BatchSignals, ServerFacts, StreamRequest, score_batch
 from probescore_adapters.signals import BoundSignal, Mode, ProbeSignal
 from probescore_adapters.texts import is_text_of
 
@@ -43,25 +43,25 @@ logger = logging.getLogger("probescore_adapters")
 OnFailure = Union[Literal["raise", "wait"], float]
 OnReplaced = Literal["raise", "follow"]
 
-_COMPARED = 8
-"""Completions whose texts are compared."""
-_MOST_REPLACED = 2
-"""How often a run follows within one batch, so that two replicas with different probes do not keep it for ever."""
+_MAX_COMPARED_TEXTS = 8
+"""Limits the completions whose texts are compared."""
+_MAX_REPLACEMENTS = 2
+"""Limits how often a run follows a replaced probe within one batch, so that two replicas with different probes do not keep it for ever."""
 
 _TRANSPORT = (TransientError, DeadlineExceededError, ServerError)
 
 
-class AskServer:
-    """What runs there? Answered with ``ServerFacts``."""
+class ServerFactsRequest:
+    """Asks what runs at the address; it is answered with ``ServerFacts``."""
 
 
 Answer = Union[ServerFacts, list[StreamedCompletion]]
-Steps = Generator[Union[Ask, AskServer], Any, Outcome]
+Steps = Generator[Union[StreamRequest, ServerFactsRequest], Any, Outcome]
 
 
 @dataclass(frozen=True)
 class Policy:
-    """What happens when something fails.
+    """Says what a scorer does when something fails.
 
     Attributes:
         on_failure: of transport: no server, an overloaded one, a deadline. ``"raise"``; ``"wait"``, for up to ``wait_seconds``, and then
@@ -95,7 +95,7 @@ class Policy:
 
     @property
     def patience(self) -> float:
-        """Seconds after which a call has failed."""
+        """Returns the seconds after which a call has failed."""
         return self.wait_seconds if self.on_failure == "wait" else self.timeout
 
 
@@ -108,7 +108,7 @@ class ProbeScorer:
 
     It can be made before a server runs, pickled, used after a fork, in Ray's workers, and from several threads and event loops:
     connections are made when they are first needed. What runs at the address is asked once, at the first call. From then on another model
-    is an error, and another version, graph or calibration of a probe is what the policy's ``on_replaced`` says: never another reading
+    is an error, and another version, graph or calibration of a probe is what the policy's ``on_replaced`` says: never another one
     unnoticed.
 
     Args:
@@ -156,15 +156,15 @@ class ProbeScorer:
 
     @property
     def tokenizer_fingerprint(self) -> str:
-        """Of the tokenizer that the server must have; "" if any will do."""
+        """Returns the fingerprint of the tokenizer that the server must have; "" if any will do."""
         return self._options["expected_tokenizer_fingerprint"]
 
     def require_tokenizer(self, tokenizer_fingerprint: str) -> None:
-        """From now on the server must have this tokenizer; "" = any will do."""
+        """Requires from now on that the server has the tokenizer with this fingerprint; "" means that any will do."""
         self._options = {**self._options, "expected_tokenizer_fingerprint": tokenizer_fingerprint}
 
     def refuse_modes(self, *modes: Mode, because: str) -> None:
-        """For a trainer that cannot do what some modes ask for.
+        """Refuses signals with modes that a trainer cannot do.
 
         Raises:
             SignalError: a signal has one of these modes.
@@ -181,7 +181,7 @@ class ProbeScorer:
         step: int | None = None,
         texts: Sequence[str | None] | None = None,
     ) -> Outcome:
-        """Scores a batch and applies the signals.
+        """Scores a batch of rollouts and applies the signals.
 
         Args:
             rollouts: ``n`` of them; those with one prompt share its computation.
@@ -201,14 +201,14 @@ class ProbeScorer:
         """
         steps = self._steps(rollouts, task_rewards, step, texts)
         try:
-            asked = next(steps)
+            request = next(steps)
             while True:
                 try:
-                    answer = self._answer(asked)
+                    answer = self._answer(request)
                 except ProbescoreError as error:
-                    asked = steps.throw(error)
+                    request = steps.throw(error)
                 else:
-                    asked = steps.send(answer)
+                    request = steps.send(answer)
         except StopIteration as done:
             return _outcome(done)
 
@@ -220,17 +220,17 @@ class ProbeScorer:
         step: int | None = None,
         texts: Sequence[str | None] | None = None,
     ) -> Outcome:
-        """Does the same in an event loop."""
+        """Scores a batch of rollouts from an event loop; arguments, result and errors are those of ``score``."""
         steps = self._steps(rollouts, task_rewards, step, texts)
         try:
-            asked = next(steps)
+            request = next(steps)
             while True:
                 try:
-                    answer = await self._answer_async(asked)
+                    answer = await self._answer_async(request)
                 except ProbescoreError as error:
-                    asked = steps.throw(error)
+                    request = steps.throw(error)
                 else:
-                    asked = steps.send(answer)
+                    request = steps.send(answer)
         except StopIteration as done:
             return _outcome(done)
 
@@ -243,26 +243,26 @@ class ProbeScorer:
         self._client.close()
         await self._async_client.close()
 
-    def _answer(self, asked: Ask | AskServer) -> Answer:
-        if isinstance(asked, AskServer):
+    def _answer(self, request: StreamRequest | ServerFactsRequest) -> Answer:
+        if isinstance(request, ServerFactsRequest):
             return ServerFacts(self._client.get_server_info(), self._client.list_probes())
-        return list(self._client.score_stream(asked.groups, window=asked.window, **asked.options))
+        return list(self._client.score_stream(request.groups, window=request.window, **request.options))
 
-    async def _answer_async(self, asked: Ask | AskServer) -> Answer:
-        if isinstance(asked, AskServer):
+    async def _answer_async(self, request: StreamRequest | ServerFactsRequest) -> Answer:
+        if isinstance(request, ServerFactsRequest):
             return ServerFacts(await self._async_client.get_server_info(), await self._async_client.list_probes())
-        return [answer async for answer in self._async_client.score_stream(asked.groups, window=asked.window, **asked.options)]
+        return [answer async for answer in self._async_client.score_stream(request.groups, window=request.window, **request.options)]
 
     def _steps(
         self, given: Iterable[Rollout], task_rewards: ArrayLike | None, step: int | None, texts: Sequence[str | None] | None
     ) -> Steps:
-        """What to ask, and what comes of the answers."""
+        """Yields what to ask a server for one batch, is sent the answers, and returns what comes of them."""
         started = time.perf_counter()
         rollouts = [rollout.checked(f"rollouts[{index}].{{}}") for index, rollout in enumerate(given)]
         tasks = None if task_rewards is None else as_rewards(task_rewards, len(rollouts), "task_rewards")
         lengths = [None if isinstance(rollout.completion, str) else len(rollout.completion) for rollout in rollouts]
         try:
-            readings = yield from self._readings(rollouts, step, texts)
+            batch = yield from self._batch(rollouts, step, texts)
         except _TRANSPORT as error:
             if isinstance(self.policy.on_failure, str):
                 raise
@@ -270,37 +270,37 @@ class ProbeScorer:
             outcome = substitute(self.signals, self.policy.on_failure, lengths, tasks)
         else:
             outcome = combine(
-                readings,
+                batch,
                 groups=[rollout.group_key for rollout in rollouts],
                 lengths=lengths,
                 task_rewards=tasks,
                 rails=self.rails,
                 on_unscorable=self.policy.on_unscorable,
             )
-            _log(outcome, readings)
+            _log(outcome, batch)
         return replace(outcome, metrics={**outcome.metrics, f"{PREFIX}/seconds": time.perf_counter() - started})
 
-    def _readings(
+    def _batch(
         self, rollouts: Sequence[Rollout], step: int | None, texts: Sequence[str | None] | None
-    ) -> Generator[Union[Ask, AskServer], Any, BatchSignals]:
-        for following in range(_MOST_REPLACED, -1, -1):
+    ) -> Generator[Union[StreamRequest, ServerFactsRequest], Any, BatchSignals]:
+        for following in range(_MAX_REPLACEMENTS, -1, -1):
             if self._server is None:
-                self._server = yield AskServer()
+                self._server = yield ServerFactsRequest()
             server = self._server
             bound = [BoundSignal.bind(signal, server.probes) for signal in self.signals]
             try:
-                readings = yield from read(rollouts, bound, server, {**self._options, "step": step})
+                batch = yield from score_batch(rollouts, bound, server, {**self._options, "step": step})
             except (ProbeReplaced, InvalidRequestError) as error:
                 if not isinstance(error, ProbeReplaced) and not error.field.startswith("probes["):
                     raise
-                replaced = describe_replacement(bound, (yield AskServer()), error)
+                replaced = describe_replacement(bound, (yield ServerFactsRequest()), error)
                 if self.policy.on_replaced == "raise" or not following:
                     raise replaced from error
                 logger.warning("%s; the run follows, from step %s on", replaced, step)
                 self._server = None
             else:
-                yield from self._compare_tokenizers(rollouts, bound, server, readings, texts)
-                return readings
+                yield from self._compare_tokenizers(rollouts, bound, server, batch, texts)
+                return batch
         raise AssertionError("unreachable")
 
     def _compare_tokenizers(
@@ -308,17 +308,17 @@ class ProbeScorer:
         rollouts: Sequence[Rollout],
         signals: Sequence[BoundSignal],
         server: ServerFacts,
-        readings: BatchSignals,
+        batch: BatchSignals,
         texts: Sequence[str | None] | None,
-    ) -> Generator[Ask, list[StreamedCompletion], None]:
-        """Whether the server reads ids as the trainer does, by what both make of the same ids, once; raises ``MismatchError``."""
+    ) -> Generator[StreamRequest, list[StreamedCompletion], None]:
+        """Checks, once, whether the server reads ids as the trainer does, by what both make of the same ids; raises ``MismatchError``."""
         if self._tokenizers_compared or self.tokenizer_fingerprint or texts is None:
             return
         compared = [
             (rollout, text)
             for index, (rollout, text) in enumerate(zip(rollouts, texts))  # noqa: B905 - Python 3.10
-            if text and not isinstance(rollout.completion, str) and index not in readings.problems
-        ][:_COMPARED]
+            if text and not isinstance(rollout.completion, str) and index not in batch.problems
+        ][:_MAX_COMPARED_TEXTS]
         if not compared:
             return
         groups = [RolloutGroup(rollout.prompt, [rollout.completion]) for rollout, _ in compared]
@@ -328,7 +328,7 @@ class ProbeScorer:
             "expected_model_fingerprint": server.info.model.fingerprint,
         }
         try:
-            answers = yield Ask(groups, StreamWindow(len(groups), server.info.limits.max_request_tokens), options)
+            answers = yield StreamRequest(groups, StreamWindow(len(groups), server.info.limits.max_request_tokens), options)
         except _TRANSPORT as error:
             logger.warning("the server's tokenizer could not be compared, and will be with the next batch: %s", error)
             return
@@ -357,7 +357,7 @@ def score_rollouts(
     step: int | None = None,
     texts: Sequence[str | None] | None = None,
 ) -> Outcome:
-    """Scores ``n`` rollouts of a loop of one's own, numpy in and out.
+    """Scores ``n`` rollouts of a training loop of one's own, numpy in and out.
 
     Args:
         scorer: holds the signals and the address.
@@ -391,12 +391,12 @@ def _outcome(done: StopIteration) -> Outcome:
     return outcome
 
 
-def _log(outcome: Outcome, readings: BatchSignals) -> None:
+def _log(outcome: Outcome, batch: BatchSignals) -> None:
     """Warns of everything that acted, once for each batch."""
     acted = {key: int(times) for key, times in outcome.metrics.items() if key.startswith(f"{PREFIX}/guard/") and times > 0}
     if acted:
         logger.warning("guard rails acted: %s", ", ".join(f"{key.rpartition('/')[2]} {times}" for key, times in acted.items()))
     if outcome.unscorable.any():
         index = int(np.flatnonzero(outcome.unscorable)[0])
-        problem = readings.problems.get(index, "no token of it counts, or a transform gave no number")
+        problem = batch.problems.get(index, "no token of it counts, or a transform gave no number")
         logger.warning("%d of %d rollouts are unscorable; number %d: %s", outcome.unscorable.sum(), len(outcome.unscorable), index, problem)

@@ -1,4 +1,4 @@
-"""``ProbeSignal``: what a probe's reading is to a reward."""
+"""Defines ``ProbeSignal``, which says what a probe's scores do to a reward."""
 
 from __future__ import annotations
 
@@ -21,44 +21,44 @@ MaskFunction = Callable[[NDArray[np.int64]], ArrayLike]
 
 
 class Mode(str, Enum):
-    """How a signal acts on the reward of a rollout."""
+    """Says how a signal acts on the reward of a rollout."""
 
     REWARD = "reward"
-    """added to it"""
+    """Adds the signal's term to the reward."""
     PENALTY = "penalty"
-    """subtracted from it"""
+    """Subtracts the signal's term from the reward."""
     SCREEN = "screen"
-    """a flagged rollout is removed from training"""
+    """Removes a flagged rollout from training."""
     GATE = "gate"
-    """the task's reward is multiplied, by 0 if flagged"""
+    """Multiplies the task's reward by less than 1, with weight 1 by 0, if the rollout is flagged."""
     MONITOR = "monitor"
-    """only logged"""
+    """Changes nothing: the numbers are only logged."""
     DENSE = "dense"
-    """added per token"""
+    """Adds a term to each token."""
 
 
 class Transform(str, Enum):
-    """From a probe's number to what is weighted."""
+    """Names the function from a probe's number to what is weighted."""
 
     IDENTITY = "identity"
-    """the number itself"""
+    """Is the number itself."""
     SIGMOID = "sigmoid"
-    """1 / (1 + exp(-number))"""
+    """Is ``1 / (1 + exp(-number))``."""
     FLAG = "flag"
-    """1 at or above the threshold, else 0"""
+    """Is 1 at or above the threshold, else 0."""
     EXCESS = "excess"
-    """how far above the threshold, else 0"""
+    """Is how far the number is above the threshold, else 0."""
     FLAG_AND_EXCESS = "flag_and_excess"
-    """the sum of the two"""
+    """Is the sum of ``FLAG`` and ``EXCESS``."""
 
 
 class MaskKind(str, Enum):
-    """Which tokens of a completion count."""
+    """Says which tokens of a completion count."""
 
     GIVEN = "given"
-    """those of the mask that the trainer has, such as without the output of tools; all where it has none"""
+    """Counts the tokens of the mask that the trainer has, such as without the output of tools; all where it has none."""
     ALL = "all"
-    """every token"""
+    """Counts every token."""
 
 
 _DEFAULT_TRANSFORMS = {
@@ -74,7 +74,7 @@ _THRESHOLDED = (Transform.FLAG, Transform.EXCESS, Transform.FLAG_AND_EXCESS)
 
 @dataclass(frozen=True)
 class ProbeSignal:
-    """One reading of one probe, and what it does.
+    """Says which number of which probe counts, and what it does to a reward.
 
     Attributes:
         probe: ``"name"``, or ``"name@version"``.
@@ -144,7 +144,7 @@ class ProbeSignal:
 
     @property
     def needs_threshold(self) -> bool:
-        """Whether it means nothing without one."""
+        """Says whether the signal means nothing without a threshold."""
         return self.transform in _THRESHOLDED
 
 
@@ -161,7 +161,7 @@ def _is_finite(value: object) -> bool:
 
 @dataclass(frozen=True)
 class BoundSignal:
-    """A signal and the loaded probe that it reads.
+    """Holds a signal and the loaded probe whose scores it takes.
 
     Attributes:
         probe: ``"name@version"``, so that another version is never read in its place.
@@ -182,7 +182,7 @@ class BoundSignal:
 
     @classmethod
     def bind(cls, signal: ProbeSignal, probes: tuple[ProbeInfo, ...]) -> BoundSignal:
-        """Finds a signal's probe among those loaded.
+        """Finds a signal's probe among those that a server has loaded.
 
         Raises:
             SignalError: there is none or more than one, or it has no such label, no threshold, or no scores per token for ``dense``.
@@ -208,11 +208,11 @@ class BoundSignal:
         return cls(signal, probe.key, digests, reduction, label, math.nan if threshold is None else threshold, _bounds(signal, probe.unit))
 
     def flags(self, values: Floats) -> NDArray[np.bool_]:
-        """Which numbers are at or above the threshold; none if there is no threshold."""
+        """Returns which numbers are at or above the threshold; none if there is no threshold."""
         return values >= self.threshold
 
     def transformed(self, values: Floats) -> Floats:
-        """The transform of each number.
+        """Returns the transform of each number, in the same shape.
 
         Raises:
             SignalError: a function that the user gave returned another shape.

@@ -1,4 +1,4 @@
-"""Whether two tokenizers read the same ids alike, by the texts that they make of them."""
+"""Compares whether two tokenizers read the same ids alike, by the texts that they make of them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def is_text_of(text: str, pieces: Sequence[str]) -> bool:
-    """Whether a text is what some tokens say, one after the other, special tokens left out.
+    """Returns whether a text is what some tokens say, one after the other, special tokens left out.
 
     Which tokens are special is not known here, so that any may be left out whole; but all of the text must be there. White space does not
     count, which tokenizers clean up, nor does what was no character.
@@ -26,7 +26,7 @@ def is_text_of(text: str, pieces: Sequence[str]) -> bool:
 
 
 def _places(text: str, piece: str) -> int:
-    """Where a piece stands in a text, as bits."""
+    """Returns where a piece stands in a text, as bits."""
     places, at = 0, text.find(piece)
     while at >= 0:
         places |= 1 << at

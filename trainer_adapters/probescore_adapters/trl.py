@@ -1,4 +1,4 @@
-"""TRL: ``ProbeReward``, a reward function, and ``ProbeTrainerMixin`` for what a reward function cannot do.
+"""Adapts TRL: ``ProbeReward`` is a reward function, ``ProbeTrainerMixin`` does what a reward function cannot.
 
 For ``GRPOTrainer`` and ``RLOOTrainer``.
 """
@@ -51,7 +51,7 @@ async def probe_reward(
     log_extra: LogExtra | None = None,
     **_columns: object,
 ) -> list[float]:
-    """What ``ProbeReward`` is: the terms of ``n`` rollouts, as TRL asks for them.
+    """Returns the terms of ``n`` rollouts, as TRL asks a reward function for them; ``ProbeReward`` is this function with its scorer.
 
     Args:
         scorer: holds the signals and the address.
@@ -82,14 +82,14 @@ def synchronous_probe_reward(
     trainer_state: Any = None,  # noqa: ANN401 - of transformers, or of the user
     **_columns: object,
 ) -> list[float]:
-    """Does the same for a TRL that awaits nothing."""
+    """Returns the terms of ``n`` rollouts, for a TRL that awaits no reward function; arguments and errors are those of ``probe_reward``."""
     rollouts = _rollouts(prompts, completion_ids, exact_prompt_ids)
     outcome = scorer.score(rollouts, step=getattr(trainer_state, "global_step", None), texts=_texts(prompts, completions))
     return _reported(outcome, None, None)
 
 
 class ProbeReward(functools.partial):  # type: ignore[type-arg] # not a generic type to a subclass at run time
-    """A reward function: ``GRPOTrainer(reward_funcs=[task_reward, ProbeReward(scorer)], …)``.
+    """Is a reward function: ``GRPOTrainer(reward_funcs=[task_reward, ProbeReward(scorer)], …)``.
 
     An ``async`` one where TRL awaits them, so that it waits beside others. TRL takes a ``partial`` for what is inside it, which not every
     version does of an object that can be called. It can be pickled. Each rank has its own rollouts scored.
@@ -108,7 +108,7 @@ class ProbeReward(functools.partial):  # type: ignore[type-arg] # not a generic 
     __name__ = "probe_reward"
 
     def __new__(cls, scorer: ProbeScorer, processing_class: Any = None) -> ProbeReward:  # noqa: ANN401 - of transformers
-        """Of a scorer."""
+        """Makes the reward function of a scorer."""
         scorer.refuse_modes(Mode.SCREEN, Mode.GATE, Mode.DENSE, because="a reward function only adds; use ProbeTrainerMixin")
         if processing_class is not None:
             scorer.require_tokenizer(tokenizer_fingerprint(getattr(processing_class, "tokenizer", processing_class)))
@@ -116,7 +116,7 @@ class ProbeReward(functools.partial):  # type: ignore[type-arg] # not a generic 
 
     @property
     def scorer(self) -> ProbeScorer:
-        """What it was made of."""
+        """Returns the scorer that the function was made of."""
         scorer: ProbeScorer = self.args[0]
         return scorer
 
@@ -125,7 +125,7 @@ class ProbeReward(functools.partial):  # type: ignore[type-arg] # not a generic 
 
 
 class ProbeTrainerMixin:
-    """Every mode of a signal, on exact ids: ``class Trainer(ProbeTrainerMixin, GRPOTrainer)``, made with ``probes=scorer``.
+    """Gives a trainer every mode of a signal, on exact ids: ``class Trainer(ProbeTrainerMixin, GRPOTrainer)``, made with ``probes=scorer``.
 
     Task rewards are TRL's ``reward_funcs`` with their weights; what the signals change about them is one more, ``probescore``, in TRL's
     logs. Prompts are scored as they were tokenised for generation, and tokens of tools do not count. A removed rollout takes no part in
@@ -214,13 +214,13 @@ class ProbeTrainerMixin:
         return output
 
     def _of_this_rank(self, count: int) -> slice:
-        """Where the ``count`` rollouts of this rank are among all."""
+        """Returns where the ``count`` rollouts of this rank are among all."""
         trainer: Any = self
         start = trainer.accelerator.process_index * count
         return slice(start, start + count)
 
     def _scored(self, local: list[Rollout], tasks: Floats) -> Outcome:
-        """The outcome of the rollouts of all ranks, the same on each."""
+        """Returns the outcome of the rollouts of all ranks, the same on each."""
         trainer: Any = self
         size = trainer.num_generations if trainer.model.training else trainer.num_generations_eval
         everywhere = gather_object(local)
@@ -260,7 +260,7 @@ def _rollouts(
 def _texts(
     prompts: Sequence[Union[str, Sequence[Message]]], completions: Sequence[Union[str, Sequence[Message]]] | None
 ) -> list[str | None] | None:
-    """What the tokenizer made of each completion's ids, where TRL has made nothing else of that since."""
+    """Returns what the tokenizer made of each completion's ids, where TRL has made nothing else of that since."""
     if completions is None:
         return None
     # where the prompt ends with the beginning of an answer, TRL puts that in front of the completion's text
@@ -280,12 +280,12 @@ def _text(completion: str | Sequence[Message]) -> str | None:
 
 
 def _as_tokenised(prompt: str | Sequence[Message]) -> Text | Chat:
-    """For the server to do with a prompt what TRL does."""
+    """Returns a prompt for the server to do with it what TRL does."""
     return Text(prompt, add_special_tokens=_IS_ASYNC) if isinstance(prompt, str) else Chat.of(prompt)
 
 
 def _reported(outcome: Outcome, log_metric: LogMetric | None, log_extra: LogExtra | None) -> list[float]:
-    """The rewards, when the rest is logged."""
+    """Logs what there is beside the rewards, and returns these."""
     if log_metric is None:
         logger.info("%s", ", ".join(f"{name} {value:g}" for name, value in outcome.metrics.items()))
     else:
@@ -299,7 +299,7 @@ def _reported(outcome: Outcome, log_metric: LogMetric | None, log_extra: LogExtr
 
 
 def _padded(rows: Sequence[Floats], width: int) -> torch.Tensor:
-    """Rows of any length as ``(n, width)``, with 0 after each."""
+    """Returns rows of any length as ``(n, width)``, with 0 after each."""
     padded = np.zeros((len(rows), width))
     for row, values in zip(padded, rows, strict=True):
         row[: len(values)] = values

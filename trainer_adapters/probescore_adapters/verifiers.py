@@ -1,4 +1,4 @@
-"""verifiers 0.4 and later, from which prime-rl takes its rewards: a reward and a metric of a ``Task``.
+"""Adapts verifiers 0.4 and later, from which prime-rl takes its rewards: a reward and a metric of a ``Task``.
 
 verifiers scores one trace at a time, and gives exact ids and which of them the policy sampled. ``probe_reward`` and ``probe_metric`` need
 no code: ``fn = "probescore_adapters.verifiers:probe_reward"``, and the environment says the rest.
@@ -20,7 +20,7 @@ from probescore_adapters.signals import Mode
 
 
 class TraceProbes:
-    """Signals as functions that verifiers takes as a reward or a metric, by name or in a ``Task``.
+    """Offers signals as functions that verifiers takes as a reward or a metric, by name or in a ``Task``.
 
     ``reward`` records the metrics too: take one of the two. An error is verifiers' ``TaskError``, and the trace is dropped.
 
@@ -39,7 +39,7 @@ class TraceProbes:
         self.scorer = scorer
 
     async def reward(self, trace: Trace[Any, Any, Any]) -> float:
-        """What the signals add to a trace: of several branches the least.
+        """Returns what the signals add to a trace: of several branches the least.
 
         Raises:
             ProbescoreError, SignalError, Unscorable: as ``ProbeScorer.score``.
@@ -50,7 +50,7 @@ class TraceProbes:
         return float(outcome.rewards.min())
 
     async def metric(self, trace: Trace[Any, Any, Any]) -> dict[str, float]:
-        """Only what there is to log of a trace, always under the same names; raises what ``reward`` raises."""
+        """Returns what there is to log of a trace, always under the same names; raises what ``reward`` raises."""
         return (await self._outcome(trace)).rollout_metrics
 
     async def _outcome(self, trace: Trace[Any, Any, Any]) -> Outcome:
@@ -58,12 +58,12 @@ class TraceProbes:
 
 
 async def probe_reward(trace: Trace[Any, Any, Any]) -> float:
-    """``TraceProbes.reward`` of ``scorer_from_environment``."""
+    """Returns what the signals of the environment add to a trace: ``TraceProbes.reward`` of ``scorer_from_environment``."""
     return await _from_environment().reward(trace)
 
 
 async def probe_metric(trace: Trace[Any, Any, Any]) -> dict[str, float]:
-    """``TraceProbes.metric`` of ``scorer_from_environment``."""
+    """Returns what there is to log of a trace: ``TraceProbes.metric`` of ``scorer_from_environment``."""
     return await _from_environment().metric(trace)
 
 
@@ -73,7 +73,7 @@ def _from_environment() -> TraceProbes:
 
 
 def rollouts_of(trace: Trace[Any, Any, Any]) -> list[Rollout]:
-    """A rollout for each branch that is trained on; its completion begins with the first token that the policy sampled.
+    """Returns a rollout for each branch that is trained on; its completion begins with the first token that the policy sampled.
 
     Raises:
         ValueError: there is none, because the model's server gave no token ids.

@@ -1,4 +1,4 @@
-"""verifiers before 0.4: ``ProbeRubric``, or a function for a rubric of one's own.
+"""Adapts verifiers before 0.4: ``ProbeRubric``, or a function for a rubric of one's own.
 
 A rubric scores 0.0 where a function of it raises, and 0.0 would mean "did not cheat". ``ProbeRubric`` raises instead; a function cannot.
 """
@@ -21,13 +21,13 @@ from probescore_adapters.signals import Mode
 logger = logging.getLogger("probescore_adapters")
 
 STATE_KEY = "probescore"
-"""Where a state has what the signals add to its reward."""
+"""Is the key under which a state has what the signals add to its reward."""
 
 State = dict[str, Any]
 
 
 class ProbeRubric(vf.Rubric):
-    """A rubric with one more reward function, ``probescore``, and the metrics of its signals.
+    """Is a rubric with one more reward function, ``probescore``, and the metrics of its signals.
 
     Args:
         scorer: its modes are ``reward``, ``penalty`` or ``monitor``.
@@ -52,13 +52,13 @@ class ProbeRubric(vf.Rubric):
         self.add_reward_func(_read)
 
     async def score_rollout(self, state: State) -> None:
-        """Raises what ``ProbeScorer.score`` raises, and ``ValueError`` if the state has no token ids."""
+        """Scores one rollout; raises what ``ProbeScorer.score`` raises, and ``ValueError`` if the state has no token ids."""
         outcome = await self._score(state)
         await super().score_rollout(state)
         state["metrics"].update(outcome.rollout_metrics)
 
     async def score_group(self, states: list[State]) -> None:
-        """Scores the rollouts of a prompt; raises what ``score_rollout`` raises."""
+        """Scores the rollouts of one prompt; raises what ``score_rollout`` raises."""
         outcomes = await asyncio.gather(*map(self._score, states))
         await super().score_group(states)
         for state, outcome in zip(states, outcomes, strict=True):
@@ -66,7 +66,7 @@ class ProbeRubric(vf.Rubric):
 
     async def _score(self, state: State) -> Outcome:
         outcome = await self.scorer.score_async(rollouts_of(state))
-        state[STATE_KEY] = _least(outcome)
+        state[STATE_KEY] = _lowest_reward(outcome)
         return outcome
 
 
@@ -79,7 +79,7 @@ _read.__name__ = STATE_KEY
 
 
 def reward_function(scorer: ProbeScorer) -> Callable[[State], Coroutine[Any, Any, float]]:
-    """A function for ``vf.Rubric(funcs=[…])``, called ``probescore`` in its metrics.
+    """Returns a function for ``vf.Rubric(funcs=[…])``, called ``probescore`` in its metrics.
 
     Args:
         scorer: its modes are ``reward``, ``penalty`` or ``monitor``. Its policy's ``on_failure`` is a number, which stands in for scores
@@ -98,7 +98,7 @@ def reward_function(scorer: ProbeScorer) -> Callable[[State], Coroutine[Any, Any
 
     async def probescore(state: State) -> float:
         try:
-            return _least(await scorer.score_async(rollouts_of(state)))
+            return _lowest_reward(await scorer.score_async(rollouts_of(state)))
         except Exception as error:
             logger.error("no scores: a rollout gets %g instead: %s", on_failure, error)
             return float(on_failure)
@@ -107,7 +107,7 @@ def reward_function(scorer: ProbeScorer) -> Callable[[State], Coroutine[Any, Any
 
 
 def rollouts_of(state: State) -> list[Rollout]:
-    """The turns of a state as one rollout, as long as each prompt continues what came before; another begins where one does not.
+    """Returns the turns of a state as one rollout, as long as each prompt continues what came before; another begins where one does not.
 
     Raises:
         ValueError: there is no turn, or one without token ids.
@@ -135,5 +135,5 @@ def _refuse_impossible_modes(scorer: ProbeScorer) -> None:
     scorer.refuse_modes(Mode.SCREEN, Mode.GATE, Mode.DENSE, because=because)
 
 
-def _least(outcome: Outcome) -> float:
+def _lowest_reward(outcome: Outcome) -> float:
     return float(outcome.rewards.min())

@@ -1,4 +1,4 @@
-"""verl: ``ProbeRewardManager``, named in ``reward.reward_manager``.
+"""Adapts verl: ``ProbeRewardManager`` is named in its ``reward.reward_manager``.
 
 verl asks for one rollout at a time, in the workers of its reward loop, and gives exact ids.
 """
@@ -26,11 +26,11 @@ from probescore_adapters.scorer import Policy, ProbeScorer
 from probescore_adapters.signals import Floats, Mode
 
 RESPONSE_MASK = "probescore_response_mask"
-"""The field of an agent loop's output in which ``verl_agent_loop`` sends the response mask along, which verl does not."""
+"""Is the field of an agent loop's output in which ``verl_agent_loop`` sends the response mask along, which verl does not."""
 
 
 class TokenRewards(float):
-    """The reward of a rollout, and its share of each token.
+    """Is the reward of a rollout, a number, and holds each token's share of it.
 
     A sum to all of verl that knows rewards of rollouts only, so that nothing is lost there.
 
@@ -41,7 +41,7 @@ class TokenRewards(float):
     tokens: Floats
 
     def __new__(cls, tokens: Floats) -> TokenRewards:
-        """Of rewards ``(T,)``."""
+        """Makes the sum of rewards ``(T,)`` of tokens."""
         rewards = super().__new__(cls, float(tokens.sum()))
         rewards.tokens = tokens
         return rewards
@@ -51,7 +51,7 @@ class TokenRewards(float):
 
 
 class ProbeRewardManager(NaiveRewardManager):
-    """What verl's own ``naive`` manager gives, with the signals of probes.
+    """Gives what verl's own ``naive`` manager gives, with the signals of probes.
 
     ``reward.reward_kwargs.probescore`` has the arguments of ``ProbeScorer``: ``signals``, a list of what ``ProbeSignal`` takes, ``rails``,
     what ``GuardRails`` takes, and beside them what ``Policy`` takes. Without it the environment counts: ``scorer_from_environment``. The
@@ -76,7 +76,7 @@ class ProbeRewardManager(NaiveRewardManager):
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop:
-        """That of the call: verl's managers keep the one they are made in, which is not always it, and cannot be pickled."""
+        """Returns the event loop of the call: verl's managers keep the one they are made in, which is not always it."""
         return asyncio.get_running_loop()
 
     @loop.setter
@@ -84,7 +84,7 @@ class ProbeRewardManager(NaiveRewardManager):
         del made_in
 
     async def run_single(self, data: DataProto) -> dict[str, Any]:
-        """Scores one rollout.
+        """Scores one rollout, by the task's own score and by the signals of probes.
 
         Returns:
             ``reward_score``, a ``TokenRewards`` with a dense signal, and ``reward_extra_info``: what the task's score says, and always the
@@ -99,7 +99,7 @@ class ProbeRewardManager(NaiveRewardManager):
 
     @classmethod
     def assemble_rm_scores(cls, data: DataProto, scores: Sequence[float]) -> Any:  # noqa: ANN401 - a tensor, without importing torch
-        """A batch's ``rm_scores (n, T)``: a reward at the last token, or rewards of tokens at theirs."""
+        """Returns a batch's ``rm_scores``, ``(n, T)``: a reward at the last token, or rewards of tokens at theirs."""
         rm_scores = super().assemble_rm_scores(data, [float(score) for score in scores])
         for row, score in zip(rm_scores, scores, strict=True):
             if isinstance(score, TokenRewards):
@@ -109,7 +109,7 @@ class ProbeRewardManager(NaiveRewardManager):
 
 
 def rollout_of(data: DataProto) -> Rollout:
-    """The last of the rollouts in what ``run_single`` is given, which is the one that verl's own managers score."""
+    """Returns the last of the rollouts in what ``run_single`` is given, which is the one that verl's own managers score."""
     item = data[-1:][0]
     batch, extra = item.batch, item.non_tensor_batch
     prompts, responses, attends = (batch[name].cpu().numpy() for name in ("prompts", "responses", "attention_mask"))

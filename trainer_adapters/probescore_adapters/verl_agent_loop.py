@@ -1,4 +1,4 @@
-"""verl's agent loops, with rewards of tokens: what ``ProbeRewardManager`` gives for a dense signal reaches the tokens.
+"""Adapts verl's agent loops, so that what ``ProbeRewardManager`` gives for a dense signal reaches the tokens.
 
 Name one of them in the file of ``actor_rollout_ref.rollout.agent.agent_loop_config_path``, under a name of your own::
 
@@ -18,17 +18,17 @@ from probescore_adapters.verl import RESPONSE_MASK, TokenRewards
 
 
 class TokenRewardOutput(AgentLoopOutput):
-    """An agent loop's output that gives each token its reward, and tells the reward manager which tokens the policy sampled."""
+    """Is an agent loop's output that gives each token its reward, and tells the reward manager which tokens the policy sampled."""
 
     @classmethod
     def of(cls, output: AgentLoopOutput) -> TokenRewardOutput:
-        """The same output. Of several that an agent loop returns take the last: verl scores that one only."""
+        """Returns the same output, able to do so. Of several that an agent loop returns take the last: verl scores that one only."""
         carrying: TokenRewardOutput = cls.model_construct(output.model_fields_set, **dict(output))
         carrying.extra_fields = {**output.extra_fields, RESPONSE_MASK: output.response_mask}
         return carrying
 
     def as_dict(self) -> dict[str, Any]:
-        """What verl keeps of it; ``rm_scores`` is ``(T,)``."""
+        """Returns what verl keeps of the output; ``rm_scores`` is ``(T,)``."""
         output: dict[str, Any] = super().as_dict()
         output["extra_fields"].pop(RESPONSE_MASK, None)
         if isinstance(self.reward_score, TokenRewards):
@@ -37,16 +37,16 @@ class TokenRewardOutput(AgentLoopOutput):
 
 
 class ProbeAgentLoop(SingleTurnAgentLoop):
-    """verl's ``single_turn_agent``."""
+    """Is verl's ``single_turn_agent``, with rewards of tokens."""
 
     async def run(self, sampling_params: dict[str, Any], **kwargs: object) -> TokenRewardOutput:
-        """One answer."""
+        """Generates one answer."""
         return TokenRewardOutput.of(await super().run(sampling_params, **kwargs))
 
 
 class ProbeToolAgentLoop(ToolAgentLoop):
-    """verl's ``tool_agent``."""
+    """Is verl's ``tool_agent``, with rewards of tokens."""
 
     async def run(self, sampling_params: dict[str, Any], **kwargs: object) -> TokenRewardOutput:
-        """A conversation with tools."""
+        """Generates a conversation with tools."""
         return TokenRewardOutput.of(await super().run(sampling_params, **kwargs))

@@ -160,7 +160,7 @@ class Tap(google.protobuf.message.Message):
     HOOK_FIELD_NUMBER: builtins.int
     LAYER_FIELD_NUMBER: builtins.int
     hook: builtins.str
-    """"resid_pre", "resid_post", "attn_out", "mlp_out" or "final_norm"."""
+    """What is read of the model or of a block, such as "resid_post"; docs/explanation/scores.md lists them."""
     layer: builtins.int
     """0-based index of the decoder block; absent for final_norm."""
     def __init__(

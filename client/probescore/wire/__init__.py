@@ -1,4 +1,4 @@
-"""Value types to and from the contract's messages: pure functions, used by the client and by the server.
+"""Converts values to and from the messages of the contract, by pure functions that the client and the server share.
 
 Reading refuses whatever breaks the contract with a ``MessageError`` that names the field.
 """

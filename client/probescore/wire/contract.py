@@ -1,12 +1,12 @@
-"""What the contract fixes beside its messages."""
+"""Holds what the contract fixes beside its messages."""
 
 from __future__ import annotations
 
 JOB_KEY = "x-probescore-job"
-"""The metadata entry of a call that names its training run."""
+"""Is the key of a call's metadata that names its training run."""
 
 ERROR_DOMAIN = "probescore"
-"""Of the ``ErrorInfo`` of a status that the server made."""
+"""Is the domain in the ``ErrorInfo`` of a status that a probescore server made."""
 
 MAX_FOLLOW_UP_DEPTH = 8
-"""How deep follow-ups may nest."""
+"""Limits how deep follow-ups may nest."""

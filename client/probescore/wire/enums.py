@@ -1,4 +1,4 @@
-"""The contract's enums and reductions, to and from their value types."""
+"""Converts the contract's enums and reductions to and from their value types."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ STATUSES = {status: scoring_pb2.CompletionStatus.Value(f"COMPLETION_STATUS_{stat
 
 
 def member_of(members: Mapping[Member, int], number: int, field: str) -> Member:
-    """The member that has this number on the wire.
+    """Returns the member of an enum that has this number in the contract.
 
     Raises:
-        MessageError: none has; also for a number that only a newer version of the contract knows.
+        MessageError: no member has it; also for a number that only a newer version of the contract knows.
     """
     for member, known in members.items():
         if known == number:
@@ -32,12 +32,12 @@ def member_of(members: Mapping[Member, int], number: int, field: str) -> Member:
 
 
 def reduction_to_proto(reduction: Reduction) -> probes_pb2.Reduction:
-    """A reduction as a message."""
+    """Returns a reduction as a message."""
     return probes_pb2.Reduction(kind=KINDS[reduction.kind], parameter=reduction.parameter)
 
 
 def reduction_from_proto(message: probes_pb2.Reduction, field: str) -> Reduction:
-    """A message as a reduction.
+    """Returns a message as a reduction; ``field`` is its path, for errors.
 
     Raises:
         MessageError: an unknown kind, or a parameter that is missing, not wanted or out of range.

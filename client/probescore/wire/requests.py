@@ -1,4 +1,4 @@
-"""Requests: rollout groups and options to and from ``ScoreRequest``."""
+"""Converts requests, which are rollout groups and options, to and from ``ScoreRequest``."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _UINT32_MAX = 2**32 - 1
 
 @dataclass(frozen=True)
 class RequestOptions:
-    """Everything in a ``ScoreRequest`` beside its groups; the proto says what each field means."""
+    """Holds everything in a ``ScoreRequest`` beside its groups; the proto says what each field means."""
 
     probes: tuple[str, ...] = ()
     reductions: tuple[Reduction, ...] = ()
@@ -43,7 +43,7 @@ class RequestOptions:
 
 
 def request_to_proto(groups: Sequence[RolloutGroup], options: RequestOptions) -> scoring_pb2.ScoreRequest:
-    """A whole request.
+    """Returns rollout groups and options as a whole request.
 
     Raises:
         MessageError: a value that the contract cannot carry, named by its field.
@@ -54,7 +54,7 @@ def request_to_proto(groups: Sequence[RolloutGroup], options: RequestOptions) ->
 
 
 def options_to_proto(options: RequestOptions) -> scoring_pb2.ScoreRequest:
-    """A request without groups.
+    """Returns options as a request without groups.
 
     Raises:
         MessageError: text that is not text, or an integer that its field cannot hold.
@@ -79,7 +79,7 @@ def options_to_proto(options: RequestOptions) -> scoring_pb2.ScoreRequest:
 
 
 def group_to_proto(group: RolloutGroup, field: str) -> scoring_pb2.RolloutGroup:
-    """One group; ``field`` is its path, for errors.
+    """Returns one rollout group as a message; ``field`` is its path, for errors.
 
     Raises:
         MessageError: ids that are not integers in one dimension, a mask that is not 0 and 1, text that is not text, a span out of range.
@@ -146,12 +146,26 @@ def _array(values: ArrayLike, field: str) -> NDArray[Any]:
     return array
 
 
-def _ids_to_tensor(ids: ArrayLike, field: str) -> tensor_pb2.Tensor:
+def ids_array(ids: ArrayLike, field: str) -> NDArray[Any]:
+    """Reads token ids as an array ``(T,)`` of integers; an empty one may have any dtype.
+
+    Args:
+        ids: the ids, in whatever numpy reads.
+        field: path of the ids in the request, which errors name.
+
+    Raises:
+        MessageError: the ids are not integers, or have another number of axes than one.
+    """
     array = _array(ids, field)
+    if array.size and array.dtype.kind not in "iu":
+        raise MessageError(field, f"token ids are integers, got {array.dtype}")
+    return array
+
+
+def _ids_to_tensor(ids: ArrayLike, field: str) -> tensor_pb2.Tensor:
+    array = ids_array(ids, field)
     if array.size == 0:
         return array_to_tensor(array, INT32)
-    if array.dtype.kind not in "iu":
-        raise MessageError(field, f"token ids are integers, got {array.dtype}")
     low, high = int(array.min()), int(array.max())
     if low < -_INT32_MAX or high > 2**63 - 1:
         raise MessageError(field, f"token id {low if low < 0 else high} is out of range")
@@ -189,7 +203,7 @@ def _integer(value: object, field: str, low: int, high: int) -> int:
 
 
 def options_from_request(request: scoring_pb2.ScoreRequest) -> RequestOptions:
-    """The options of a request.
+    """Returns the options of a request.
 
     Raises:
         MessageError: an unknown scope or reduction, or token scores asked for both ways.
@@ -213,8 +227,8 @@ def options_from_request(request: scoring_pb2.ScoreRequest) -> RequestOptions:
 
 
 def groups_from_request(request: scoring_pb2.ScoreRequest) -> list[RolloutGroup]:
-    """The groups of a request. Ids keep the type they came in (int32, int64 or uint32); whether they mean anything to the model, and
-    whether mask and spans fit their completion, is for the server to say.
+    """Returns the groups of a request. Ids keep the type they came in (int32, int64 or uint32); whether they mean anything to the model,
+    and whether mask and spans fit their completion, is for the server to say.
 
     Raises:
         MessageError: a tensor that is not what the contract says.

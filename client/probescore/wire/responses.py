@@ -1,4 +1,4 @@
-"""Answers: scores and what runs at a server, to and from their messages."""
+"""Converts answers, which hold scores and what produced them, to and from their messages."""
 
 from __future__ import annotations
 
@@ -22,16 +22,17 @@ from probescore.wire.enums import OUTPUTS, STATUSES, UNITS, member_of, reduction
 from probescore.wire.tensors import FLOAT32, INT32, MessageError, array_to_tensor, tensor_to_array
 
 MAX_KNOWN_PROBES = 4096
-"""Most answers name the same probes as those before them, a thousand perhaps: how is remembered, at about 1 kB each."""
+"""Limits how many probes' descriptions are remembered, at about 1 kB each: most answers name the same probes as those before them, a
+thousand perhaps."""
 
 MAX_KNOWN_REDUCTIONS = 8
-"""Of a probe whose naming is remembered when it is written."""
+"""Limits the reductions of a probe whose description is remembered when it is written."""
 
 # ---------------------------------------------------------------------------------------------------------------------- writing
 
 
 def result_to_proto(result: ScoreResult) -> scoring_pb2.ScoreResponse:
-    """The answer to ``Score``."""
+    """Returns the scores of a whole request as the answer to ``Score``."""
     keys = score_keys(result.info.probes)
     return scoring_pb2.ScoreResponse(
         groups=[scoring_pb2.GroupScores(completions=[_completion_to_proto(scored, keys) for scored in group]) for group in result.groups],
@@ -40,7 +41,9 @@ def result_to_proto(result: ScoreResult) -> scoring_pb2.ScoreResponse:
 
 
 def streamed_to_proto(completions: Iterable[tuple[int, int, CompletionScores]], info: ScoringInfo) -> scoring_pb2.ScoreStreamResponse:
-    """One message of the answer to ``ScoreStream``: (group index, completion index, scores) of completions that finished together."""
+    """Returns completions that finished together, each as (group index, completion index, scores), as one message of the answer to
+    ``ScoreStream``.
+    """
     keys = score_keys(info.probes)
     return scoring_pb2.ScoreStreamResponse(
         completions=[
@@ -96,7 +99,7 @@ def _info_to_proto(info: ScoringInfo) -> scoring_pb2.ScoringInfo:
 
 @lru_cache(MAX_KNOWN_PROBES)
 def _known_probe_to_proto(probe: ScoredProbe) -> probes_pb2.ScoredProbe:
-    """Not to be changed: the next answer has the same one."""
+    """Returns a probe's description as a message, which must not be changed: the next answer has the same one."""
     return _scored_probe_to_proto(probe)
 
 
@@ -121,10 +124,10 @@ def _scored_probe_to_proto(probe: ScoredProbe) -> probes_pb2.ScoredProbe:
 
 
 def result_from_proto(message: scoring_pb2.ScoreResponse) -> ScoreResult:
-    """The answer to ``Score``. Its arrays are read-only views of the message's bytes.
+    """Returns the answer to ``Score`` as a value. Its arrays are read-only views of the message's bytes.
 
     Raises:
-        MessageError: it is not what the contract says.
+        MessageError: the message is not what the contract says.
     """
     info = _info_from_proto(message.info)
     keys = score_keys(info.probes)
@@ -141,10 +144,10 @@ def result_from_proto(message: scoring_pb2.ScoreResponse) -> ScoreResult:
 
 
 def streamed_from_proto(message: scoring_pb2.ScoreStreamResponse) -> tuple[StreamedCompletion, ...]:
-    """The completions in one message of the answer to ``ScoreStream``.
+    """Returns the completions in one message of the answer to ``ScoreStream``.
 
     Raises:
-        MessageError: it is not what the contract says.
+        MessageError: the message is not what the contract says.
     """
     info = _info_from_proto(message.info)
     keys = score_keys(info.probes)

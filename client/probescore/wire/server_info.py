@@ -1,4 +1,4 @@
-"""What runs at a server, and what its administration did, to and from messages."""
+"""Converts what runs at a server, and what its administration did, to and from messages."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from probescore.wire.enums import OUTPUTS, UNITS, member_of, reduction_from_prot
 
 
 def server_info_to_proto(info: ServerInfo) -> scoring_pb2.GetServerInfoResponse:
-    """The answer to ``GetServerInfo``."""
+    """Returns what runs at a server as the answer to ``GetServerInfo``."""
     model, limits = info.model, info.limits
     return scoring_pb2.GetServerInfoResponse(
         server_version=info.server_version,
@@ -46,7 +46,7 @@ def server_info_to_proto(info: ServerInfo) -> scoring_pb2.GetServerInfoResponse:
 
 
 def transfers_to_proto(transfers: Iterable[Transfer]) -> list[admin_pb2.Transfer]:
-    """What ``SleepResponse`` and ``WakeResponse`` hold."""
+    """Returns what each device moved as the messages that ``SleepResponse`` and ``WakeResponse`` hold."""
     return [
         admin_pb2.Transfer(
             device=transfer.device, seconds=transfer.seconds, weight_bytes=transfer.weight_bytes, device_bytes=transfer.device_bytes
@@ -56,7 +56,7 @@ def transfers_to_proto(transfers: Iterable[Transfer]) -> list[admin_pb2.Transfer
 
 
 def probes_to_proto(probes: Iterable[ProbeInfo]) -> probes_pb2.ListProbesResponse:
-    """The answer to ``ListProbes``."""
+    """Returns the loaded probes as the answer to ``ListProbes``."""
     return probes_pb2.ListProbesResponse(probes=[_probe_to_proto(probe) for probe in probes])
 
 
@@ -94,7 +94,7 @@ def _probe_to_proto(probe: ProbeInfo) -> probes_pb2.ProbeInfo:
 
 
 def server_info_from_proto(message: scoring_pb2.GetServerInfoResponse) -> ServerInfo:
-    """The answer to ``GetServerInfo``."""
+    """Returns the answer to ``GetServerInfo`` as a value."""
     model, limits = message.model, message.limits
     return ServerInfo(
         server_version=message.server_version,
@@ -127,15 +127,15 @@ def server_info_from_proto(message: scoring_pb2.GetServerInfoResponse) -> Server
 
 
 def transfers_from_proto(transfers: Iterable[admin_pb2.Transfer]) -> tuple[Transfer, ...]:
-    """What ``SleepResponse`` and ``WakeResponse`` hold."""
+    """Returns what each device moved, from the messages that ``SleepResponse`` and ``WakeResponse`` hold."""
     return tuple(Transfer(entry.device, entry.seconds, entry.weight_bytes, entry.device_bytes) for entry in transfers)
 
 
 def probes_from_proto(message: probes_pb2.ListProbesResponse) -> tuple[ProbeInfo, ...]:
-    """The answer to ``ListProbes``.
+    """Returns the answer to ``ListProbes`` as values.
 
     Raises:
-        MessageError: it is not what the contract says.
+        MessageError: the message is not what the contract says.
     """
     return tuple(_probe_from_proto(probe, f"probes[{index}]") for index, probe in enumerate(message.probes))
 

@@ -1,4 +1,4 @@
-"""Arrays on the wire: ``Tensor`` messages to and from numpy, and the error of a message that is not what the contract says."""
+"""Converts arrays to and from ``Tensor`` messages, and defines the error of a message that is not what the contract says."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _LITTLE_ENDIAN: dict[tensor_pb2.DataType.ValueType, np.dtype[Any]] = {
 
 
 class MessageError(ValueError):
-    """A message, or a value to be put into one, that breaks the contract.
+    """Says that a message, or a value to be put into one, breaks the contract.
 
     Args:
         field: path of the field at fault, as in the proto: ``groups[2].completions[0].mask``.
@@ -44,12 +44,12 @@ class MessageError(ValueError):
 
 
 def array_to_tensor(array: NDArray[Any], dtype: tensor_pb2.DataType.ValueType) -> tensor_pb2.Tensor:
-    """Any array as a ``Tensor`` of the given type; the caller has made sure that its values fit."""
+    """Returns any array as a ``Tensor`` of the given type; the caller has made sure that its values fit."""
     return tensor_pb2.Tensor(dtype=dtype, shape=array.shape, data=array.astype(_LITTLE_ENDIAN[dtype], copy=False).tobytes())
 
 
 def tensor_to_array(tensor: tensor_pb2.Tensor, field: str, dtypes: Collection[tensor_pb2.DataType.ValueType], rank: int) -> NDArray[Any]:
-    """A ``Tensor`` as a read-only array over its bytes; nothing is allocated before its shape is known to match them.
+    """Returns a ``Tensor`` as a read-only array over its bytes; nothing is allocated before its shape is known to match them.
 
     Args:
         tensor: as received.

@@ -46,7 +46,7 @@ class NumberFormat:
         if self.name == "float16":
             with np.errstate(over="ignore"):
                 encoded: NDArray[np.generic] = numbers.astype(np.float16)
-            infinite = np.isinf(encoded)  # type: ignore[type-var]
+            infinite = np.isinf(encoded)
         else:
             bits = np.ascontiguousarray(numbers).view(np.uint32)
             half = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)

@@ -35,7 +35,7 @@ from probescore_server.activations import MAX_BATCH_BYTES, ActivationReads, Comp
 from probescore_server.engine.engine import Engine
 from probescore_server.files import write_atomically
 from probescore_server.rollouts import CheckedRollout, Continuation, ResolvedOptions
-from probescore_server.validation import parse_scope
+from probescore_server.validation.options import parse_scope
 
 SHARD_BYTES = 1 << 29
 """Of activations in a shard at most, unless one rollout alone has more."""
@@ -117,7 +117,8 @@ class StorePlan:
             for group, rollouts in enumerate(engine.check_rollouts(groups, options))
             for completion, rollout in enumerate(rollouts)
         ]
-        engine.read_rollouts(*zip(*placed, strict=True), reads, max_batch_bytes=max_batch_bytes)  # refuses at the call, and begins nothing
+        rollouts, places = [rollout for rollout, _ in placed], [place for _, place in placed]
+        engine.read_rollouts(rollouts, places, reads, max_batch_bytes=max_batch_bytes)  # refuses at the call, and begins nothing
         info = engine.info
         index = StoreIndex(
             model=ModelRead(
@@ -137,7 +138,7 @@ class StorePlan:
             tokens=reads.tokens,
             scope=options.scope.value,
             dtype=dtype,
-            data_sha256=_digest([rollout for rollout, _ in placed]),
+            data_sha256=_digest(rollouts),
             shards=(),
         )
         stored = [[*_stored_rollouts(rollout, place, labels[place[0]][place[1]] if labels else None)] for rollout, place in placed]

@@ -13,7 +13,7 @@ from probescore_server.backbone.forest import Forest
 from probescore_server.backbone.kv_cache import KeyValueCache
 
 
-def nothing(_: int) -> bool:
+def skip_nothing(_: int) -> bool:
     """Skips nothing."""
     return False
 
@@ -50,7 +50,7 @@ class Backbone(Protocol):
         """The execution path, as servers announce it."""
 
     def forward(
-        self, forest: Forest, taps: Sequence[Tap], *, skip: Callable[[int], bool] = nothing, cache: KeyValueCache | None = None
+        self, forest: Forest, taps: Sequence[Tap], *, skip: Callable[[int], bool] = skip_nothing, cache: KeyValueCache | None = None
     ) -> Activations:
         """Runs every segment once.
 

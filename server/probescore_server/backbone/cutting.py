@@ -68,7 +68,7 @@ def computes_as_whole(model: PreTrainedModel, blocks: nn.ModuleList, later: Sequ
     return model.device.type != "cpu" and bool(errors.median() <= _ROUNDINGS * torch.finfo(model.dtype).eps)
 
 
-class _Enough(Exception):
+class _BlockReached(Exception):
     """The block that was waited for has been run."""
 
 
@@ -79,12 +79,12 @@ def _output(block: nn.Module, model: PreTrainedModel, ids: torch.Tensor, *, ends
     def keep(_block: nn.Module, _args: object, output: torch.Tensor | Sequence[torch.Tensor]) -> None:
         seen.append((output if isinstance(output, torch.Tensor) else output[0]).float().clone())
         if ends:
-            raise _Enough
+            raise _BlockReached
 
     hook = block.register_forward_hook(keep)
     try:
         model(input_ids=ids, use_cache=False)
-    except _Enough:
+    except _BlockReached:
         pass
     except Exception:  # whatever an architecture raises
         return None

@@ -12,7 +12,7 @@ import torch
 
 from probescore_server.backbone.model_loading import Decoder
 from probescore_server.errors import ModelRefused
-from probescore_server.files import UnfitFile, kind_of, read_regular_file
+from probescore_server.files import UnreadableFile, kind_of, read_regular_file
 
 MAX_SMALL_FILE_BYTES = 1 << 30
 
@@ -95,7 +95,7 @@ def _stamp(path: Path) -> _Stamp:
 def _sha256(path: Path) -> str:
     try:
         return hashlib.sha256(read_regular_file(path, MAX_SMALL_FILE_BYTES)).hexdigest()
-    except UnfitFile as error:
+    except UnreadableFile as error:
         raise ModelRefused(f"{path.name}: {error}") from None
 
 

@@ -162,7 +162,7 @@ def load_decoder(
     """
     config = load_config(directory, trust_remote_code=trust_remote_code)
     whole: int = config.get_text_config(decoder=True).num_hidden_layers
-    cut = _Cut(directory.name, max(num_layers, _first_attention_layer(config) + 1))
+    cut = _DecoderCutter(directory.name, max(num_layers, _first_attention_layer(config) + 1))
     _load_model(directory, config, cut, dtype, trust_remote_code, device_map)
     module: torch.nn.Module = cut.decoder.eval().requires_grad_(False)
     if device_map is None:
@@ -178,7 +178,7 @@ def load_decoder(
     return Decoder(cut.decoder, cut.blocks, whole)
 
 
-class _Cut:
+class _DecoderCutter:
     """Finds the decoder of a model that has been built, and cuts it off.
 
     Args:
@@ -212,7 +212,9 @@ class _Cut:
         del self.blocks[self._num_layers :]
 
 
-def _load_model(directory: Path, config: PreTrainedConfig, cut: _Cut, dtype: str, trust_remote_code: bool, device_map: str | None) -> None:
+def _load_model(
+    directory: Path, config: PreTrainedConfig, cut: _DecoderCutter, dtype: str, trust_remote_code: bool, device_map: str | None
+) -> None:
     def load(**options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:  # noqa: ANN401
         try:
             with _quiet_transformers():

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
 
-from probescore.types import Tap
+from probescore.types import Hook, Tap
 from probescore_server.backbone.model_loading import Decoder
 from probescore_server.errors import ModelRefused
 
@@ -32,7 +32,7 @@ def layers_needed(taps: Sequence[Tap], num_hidden_layers: int) -> int:
     for tap in taps:
         if tap.layer is None:
             needed = num_hidden_layers
-        elif tap.hook == "resid_pre":
+        elif tap.hook == Hook.RESID_PRE:
             needed = max(needed, tap.layer)
         else:
             needed = max(needed, tap.layer + 1)
@@ -69,12 +69,12 @@ class TapReader:
         self._added: dict[Tap, tuple[nn.Module, float]] = {}
         ids = _random_ids(decoder)
         final_norm = _check_residual_stream(decoder, ids)
-        if Tap("final_norm") in taps:
+        if Tap(Hook.FINAL_NORM) in taps:
             _check_final_norm(decoder, final_norm)
-        for layer in sorted({tap.layer for tap in taps if tap.hook in ("attn_out", "mlp_out") and tap.layer is not None}):
+        for layer in sorted({tap.layer for tap in taps if tap.hook in (Hook.ATTN_OUT, Hook.MLP_OUT) and tap.layer is not None}):
             attention, mlp, scale = _find_added_terms(decoder, layer, ids)
-            self._added[Tap("attn_out", layer)] = (attention, scale)
-            self._added[Tap("mlp_out", layer)] = (mlp, scale)
+            self._added[Tap(Hook.ATTN_OUT, layer)] = (attention, scale)
+            self._added[Tap(Hook.MLP_OUT, layer)] = (mlp, scale)
 
     @contextmanager
     def reading(self, into: Mapping[Tap, torch.Tensor], rows: RowMap | None = None) -> Iterator[None]:
@@ -92,20 +92,20 @@ class TapReader:
 
     def read_final_norm(self, output: BaseModelOutput, into: Mapping[Tap, torch.Tensor], rows: RowMap | None = None) -> None:
         """Copies what a forward returned into the buffer of ``final_norm``, if it is wanted."""
-        buffer = into.get(Tap("final_norm"))
+        buffer = into.get(Tap(Hook.FINAL_NORM))
         if buffer is not None and output.last_hidden_state is not None:
             _store(output.last_hidden_state, buffer, rows)
 
     def _hook(self, tap: Tap, layer: int, buffer: torch.Tensor, rows: RowMap | None) -> torch.utils.hooks.RemovableHandle:
         # Copied at once, not kept: some architectures go on to change the same tensor in place.
         match tap.hook:
-            case "resid_pre" if layer == 0:
+            case Hook.RESID_PRE if layer == 0:
                 return self._decoder.blocks[0].register_forward_pre_hook(
                     lambda _, args, kwargs: _store(_block_input(args, kwargs), buffer, rows), with_kwargs=True
                 )
-            case "resid_pre":
+            case Hook.RESID_PRE:
                 module, scale = self._decoder.blocks[layer - 1], 1.0
-            case "resid_post":
+            case Hook.RESID_POST:
                 module, scale = self._decoder.blocks[layer], 1.0
             case _:
                 module, scale = self._added[tap]

@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
-class TookTooLong(BaseException):
+class TimeLimitExceeded(BaseException):
     """Raised inside the block that a ``time_limit`` bounds, wherever it is. No handler of ordinary errors there keeps it."""
 
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Ends a block of pure Python by raising ``TookTooLong`` in it.
+    """Ends a block of pure Python by raising ``TimeLimitExceeded`` in it.
 
     Only this thread is interrupted, between two instructions of Python: a single long call of a C function is not.
     """
@@ -33,7 +33,7 @@ def time_limit(seconds: float) -> Iterator[None]:
     arrived = False
     try:
         yield
-    except TookTooLong:
+    except TimeLimitExceeded:
         arrived = True
         raise
     finally:
@@ -43,7 +43,7 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 
 def _raise_in(thread: ctypes.c_ulong) -> None:
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, ctypes.py_object(TookTooLong))
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, ctypes.py_object(TimeLimitExceeded))
 
 
 def _await_interruption(thread: ctypes.c_ulong, raised: threading.Event) -> None:
@@ -57,5 +57,5 @@ def _await_interruption(thread: ctypes.c_ulong, raised: threading.Event) -> None
         _raise_in(thread)
         while True:
             pass
-    except TookTooLong:
+    except TimeLimitExceeded:
         pass

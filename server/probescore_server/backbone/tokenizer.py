@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from probescore.types import Chat, Text
-from probescore_server.backbone.time_limit import TookTooLong, time_limit
+from probescore_server.backbone.time_limit import TimeLimitExceeded, time_limit
 from probescore_server.errors import InvalidRequest
-from probescore_server.validation import ChatLimits, check_text_bytes, utf8_bytes
+from probescore_server.validation.texts import ChatLimits, check_text_bytes, utf8_bytes
 
 _INCOMPLETE = "\ufffd"  # what a decoder writes for bytes that are not yet a character
 
@@ -123,7 +123,7 @@ class TextEncoder:
         try:
             with nullcontext() if limits is None else time_limit(limits.max_seconds):
                 rendered = str(self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
-        except TookTooLong:
+        except TimeLimitExceeded:
             most = 0 if limits is None else limits.max_seconds
             problem = f"the model's chat template takes longer than max_chat_seconds ({most:g}) for these messages: send token ids or text"
             raise InvalidRequest(field, problem, "LIMIT_EXCEEDED") from None

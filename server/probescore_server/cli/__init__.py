@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from probescore_server.cli.streams import prepare_streams
+from probescore_server.cli.common.streams import prepare_streams
 
 
 def main() -> None:

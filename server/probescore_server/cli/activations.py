@@ -9,12 +9,12 @@ import typer
 
 from probescore.types import Scope
 from probescore_server.activations import MAX_BATCH_BYTES
-from probescore_server.cli.console import new_console
-from probescore_server.cli.failures import one_line_failures, say
-from probescore_server.cli.interruption import Interrupted, interruptible
-from probescore_server.cli.progress import Progress
+from probescore_server.cli.common.console import new_console
+from probescore_server.cli.common.failures import one_line_failures, say
+from probescore_server.cli.common.interruption import Interrupted, interruptible
+from probescore_server.cli.common.progress import RolloutProgress
 from probescore_server.cli.rollout_lines import read_rollout_file
-from probescore_server.cli.steps import Steps
+from probescore_server.cli.steps import CheckSteps
 
 HELP = """
 Read activations of rollouts and write them to a directory, to fit probes on or to look at.
@@ -80,7 +80,7 @@ def _activations(
         check_target(output)
         patterns = _listed(",".join(taps))
         console = new_console()
-        with Steps(console) as steps:
+        with CheckSteps(console) as steps:
             engine = Engine.load(
                 model,
                 taps=patterns,
@@ -103,7 +103,7 @@ def _activations(
         planned = f"{plan.completions:,} completions at {len(plan.index.taps)} taps: {_size(plan.bytes)} in {len(plan.index.shards)} files"
         console.print(f"{planned}; {_size(free_bytes(output))} are free")
         done = 0
-        with interruptible(), Progress(plan.completions, "reading", "read") as progress:
+        with interruptible(), RolloutProgress(plan.completions, "reading", "read") as progress:
 
             def advance(finished: int, _total: int) -> None:
                 nonlocal done

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from probescore_server.cli import activations, bench, info, probes, score, sleep
-from probescore_server.cli.failures import needs_extra
+from probescore_server.cli.common.failures import needs_extra
 
 app = typer.Typer(
     name="probescore",

@@ -15,10 +15,10 @@ import typer
 from rich.table import Table
 
 from probescore import ProbeClient, RolloutGroup, ServerInfo, Usage
-from probescore_server.cli.connection import DEFAULT_ADDRESS, Address, Wait, connected
-from probescore_server.cli.console import new_console
-from probescore_server.cli.failures import one_line_failures
-from probescore_server.cli.probe_tables import facts_table, safe
+from probescore_server.cli.common.connection import DEFAULT_ADDRESS, Address, Wait, connected
+from probescore_server.cli.common.console import new_console
+from probescore_server.cli.common.failures import one_line_failures
+from probescore_server.cli.tables import facts_table, safe
 
 CALL_SECONDS = 3600.0
 """A deadline that only a server which hangs can miss."""

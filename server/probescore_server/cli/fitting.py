@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from probescore_server.cli.console import new_console
-from probescore_server.cli.failures import FAILED, one_line_failures, say
+from probescore_server.cli.common.console import new_console
+from probescore_server.cli.common.failures import FAILED, one_line_failures, say
 from probescore_server.cli.labelled_lines import read_labelled_file
-from probescore_server.cli.probe_tables import safe
-from probescore_server.cli.steps import Steps
+from probescore_server.cli.steps import CheckSteps
+from probescore_server.cli.tables import safe
 
 if TYPE_CHECKING:
     from probescore_probes.fitting.labelled_rollouts import LabelledRollout
@@ -100,7 +100,7 @@ def _fit(
         if report is not None:
             check_writable(report)
         console = new_console()
-        with Steps(console) as steps:
+        with CheckSteps(console) as steps:
             result = fit_probe(rollouts, model, output, options, out_of_distribution=outside, report=steps.begin)
         if report is not None:
             write_report(report, result)

@@ -14,13 +14,13 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from probescore import DeadlineExceededError, TransientError
-from probescore_adapters.environment import ADDRESS, OF_THE_POLICY, RAILS, RUN_ID, SIGNALS, scorer_from_environment
+from probescore_adapters.environment import ADDRESS, POLICY_ENV, RAILS, RUN_ID, SIGNALS, scorer_from_environment
 from probescore_adapters.http import create_app
 from probescore_adapters.http.app import MAX_BODY_BYTES
 from probescore_adapters.scorer import ProbeScorer
-from probescore_server.cli.connection import ADDRESS_HELP
-from probescore_server.cli.failures import one_line_failures
-from probescore_server.cli.visible import one_line, spelt_out
+from probescore_server.cli.common.connection import ADDRESS_HELP
+from probescore_server.cli.common.failures import one_line_failures
+from probescore_server.cli.common.visible import one_line, spelt_out
 
 DEFAULT_TIMEOUT = "100"
 """Seconds: less than slime (120) and OpenRLHF (180) wait before they ask again."""
@@ -66,17 +66,17 @@ def _gateway(
     address: Annotated[Word, _option("--address -a", ADDRESS, ADDRESS_HELP, "ADDRESS")] = None,
     signals: Annotated[Word, _option("--signals", SIGNALS, "JSON list of signals, or the path of a file with one.", "JSON|FILE")] = None,
     on_failure: Annotated[
-        Word, _option("--on-failure", OF_THE_POLICY["on_failure"], "Without scores: raise (503), wait, or the number to answer.", "POLICY")
+        Word, _option("--on-failure", POLICY_ENV["on_failure"], "Without scores: raise (503), wait, or the number to answer.", "POLICY")
     ] = None,
     on_unscorable: Annotated[
         Word,
-        _option("--on-unscorable", OF_THE_POLICY["on_unscorable"], "A rollout nobody can score: worst, raise (422), a number.", "POLICY"),
+        _option("--on-unscorable", POLICY_ENV["on_unscorable"], "A rollout nobody can score: worst, raise (422), a number.", "POLICY"),
     ] = None,
     timeout: Annotated[
-        Word, _option("--timeout", OF_THE_POLICY["timeout"], f"Seconds for a request; {DEFAULT_TIMEOUT} unless given.", "SECONDS")
+        Word, _option("--timeout", POLICY_ENV["timeout"], f"Seconds for a request; {DEFAULT_TIMEOUT} unless given.", "SECONDS")
     ] = None,
     wait_seconds: Annotated[
-        Word, _option("--wait-seconds", OF_THE_POLICY["wait_seconds"], "How long --on-failure wait waits.", "SECONDS")
+        Word, _option("--wait-seconds", POLICY_ENV["wait_seconds"], "How long --on-failure wait waits.", "SECONDS")
     ] = None,
     rails: Annotated[Word, _option("--rails", RAILS, "JSON object with guard rails.", "JSON|FILE")] = None,
     run_id: Annotated[Word, _option("--run-id", RUN_ID, "Names the run in the server's logs.", "NAME")] = None,
@@ -91,17 +91,17 @@ def _gateway(
         SIGNALS: signals,
         RAILS: rails,
         RUN_ID: run_id,
-        OF_THE_POLICY["on_failure"]: on_failure,
-        OF_THE_POLICY["on_unscorable"]: on_unscorable,
-        OF_THE_POLICY["timeout"]: timeout,
-        OF_THE_POLICY["wait_seconds"]: wait_seconds,
+        POLICY_ENV["on_failure"]: on_failure,
+        POLICY_ENV["on_unscorable"]: on_unscorable,
+        POLICY_ENV["timeout"]: timeout,
+        POLICY_ENV["wait_seconds"]: wait_seconds,
     }
     flags = {variable: value for variable, value in given.items() if value is not None}
     handler = logging.StreamHandler()
-    handler.setFormatter(_OneLine("%(levelname)s: %(message)s"))
+    handler.setFormatter(_OneLineFormatter("%(levelname)s: %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     with one_line_failures():
-        settings = {OF_THE_POLICY["timeout"]: DEFAULT_TIMEOUT, **os.environ, **flags}
+        settings = {POLICY_ENV["timeout"]: DEFAULT_TIMEOUT, **os.environ, **flags}
         app = create_app(scorer_from_environment(settings), max_body_bytes=max_body_bytes)
         asyncio.run(_check(scorer_from_environment(settings)))
     # uvicorn drains on a signal, and then raises it again for whoever was there before
@@ -109,12 +109,12 @@ def _gateway(
         signal.signal(signum, lambda *_: sys.exit(0))
     # one loop everywhere, whatever else is installed
     config = uvicorn.Config(
-        app, host=host, port=port, loop="asyncio", http=ImpatientProtocol, access_log=False, timeout_graceful_shutdown=DRAIN_SECONDS
+        app, host=host, port=port, loop="asyncio", http=HeadTimeoutProtocol, access_log=False, timeout_graceful_shutdown=DRAIN_SECONDS
     )
     uvicorn.Server(config).run()
 
 
-class ImpatientProtocol(H11Protocol):
+class HeadTimeoutProtocol(H11Protocol):
     """Ends connections whose next request does not begin: uvicorn itself waits for the rest of a head for ever."""
 
     _late: asyncio.TimerHandle | None = None
@@ -148,7 +148,7 @@ class ImpatientProtocol(H11Protocol):
         self._late = self.loop.call_later(HEAD_SECONDS, self.transport.close)
 
 
-class _OneLine(logging.Formatter):
+class _OneLineFormatter(logging.Formatter):
     """Messages in which nothing is obeyed by a terminal; tracebacks keep their lines."""
 
     def format(self, record: logging.LogRecord) -> str:

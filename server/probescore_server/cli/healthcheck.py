@@ -14,7 +14,7 @@ import typer
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from grpc_health.v1.health_pb2_grpc import HealthStub
 
-from probescore_server.cli.visible import one_line
+from probescore_server.cli.common.visible import one_line
 
 UNHEALTHY = 1
 

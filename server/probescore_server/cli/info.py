@@ -6,10 +6,10 @@ import typer
 from rich.table import Table
 
 from probescore import Limits, ModelInfo, WorkerInfo
-from probescore_server.cli.connection import DEFAULT_ADDRESS, Address, Wait, connected
-from probescore_server.cli.console import new_console
-from probescore_server.cli.failures import one_line_failures
-from probescore_server.cli.probe_tables import facts_table, probes_table, safe
+from probescore_server.cli.common.connection import DEFAULT_ADDRESS, Address, Wait, connected
+from probescore_server.cli.common.console import new_console
+from probescore_server.cli.common.failures import one_line_failures
+from probescore_server.cli.tables import facts_table, probes_table, safe
 
 
 def register(app: typer.Typer) -> None:

@@ -8,12 +8,11 @@ from typing import Annotated
 import typer
 
 from probescore_server.cli import fitting
-from probescore_server.cli.connection import DEFAULT_ADDRESS, Address, Wait, connected
-from probescore_server.cli.console import new_console
-from probescore_server.cli.failures import one_line_failures
-from probescore_server.cli.manifest_tables import manifest_tables
-from probescore_server.cli.probe_tables import facts_table, probes_table, safe
-from probescore_server.cli.steps import Steps
+from probescore_server.cli.common.connection import DEFAULT_ADDRESS, Address, Wait, connected
+from probescore_server.cli.common.console import new_console
+from probescore_server.cli.common.failures import one_line_failures
+from probescore_server.cli.steps import CheckSteps
+from probescore_server.cli.tables import facts_table, manifest_tables, probes_table, safe
 
 ProbeFileArgument = Annotated[Path, typer.Argument(help="A probe file.", show_default=False, metavar="FILE")]
 
@@ -65,7 +64,7 @@ def _verify(
     with one_line_failures():
         from probescore_server.engine.engine import Engine
 
-        with Steps(console) as steps:
+        with CheckSteps(console) as steps:
             engine = Engine.load(model, [file], revision=revision, dtype=dtype, device=device, report=steps.begin)
         table = facts_table("Agrees with the model")
         table.add_row("fingerprint", engine.info.model.fingerprint)

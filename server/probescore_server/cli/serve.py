@@ -11,7 +11,7 @@ import structlog
 import typer
 from pydantic.fields import FieldInfo
 
-from probescore_server.cli.visible import one_line
+from probescore_server.cli.common.visible import one_line
 from probescore_server.errors import StartupError
 from probescore_server.front.server import serve as run_server
 from probescore_server.logs import configure_logs

@@ -8,10 +8,10 @@ from typing import Annotated
 import typer
 
 from probescore import Transfer
-from probescore_server.cli.connection import DEFAULT_ADDRESS, Address, Wait, connected
-from probescore_server.cli.console import new_console
-from probescore_server.cli.failures import one_line_failures
-from probescore_server.cli.probe_tables import safe
+from probescore_server.cli.common.connection import DEFAULT_ADDRESS, Address, Wait, connected
+from probescore_server.cli.common.console import new_console
+from probescore_server.cli.common.failures import one_line_failures
+from probescore_server.cli.tables import safe
 
 Timeout = Annotated[float, typer.Option("--timeout", help="Seconds until it must have happened.", min=0.001, metavar="SECONDS")]
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from probescore_server.cli.probe_tables import safe
+from probescore_server.cli.tables import safe
 
 
-class Steps:
+class CheckSteps:
     """Prints each step of a check once it has passed or failed, with a spinner while it runs."""
 
     def __init__(self, console: Console) -> None:
@@ -25,7 +25,7 @@ class Steps:
         if self._step:
             self._console.print(f"{mark} {safe(self._step)}")
 
-    def __enter__(self) -> Steps:
+    def __enter__(self) -> CheckSteps:
         self._status.start()
         return self
 

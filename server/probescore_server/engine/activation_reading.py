@@ -13,7 +13,7 @@ from probescore.types import CompletionStatus, Scope, Tap
 from probescore_server.activations import ActivationReads, CompletionActivations, Pool
 from probescore_server.backbone.base import Activations
 from probescore_server.backbone.forest import Forest, Placement
-from probescore_server.probes.scoring.selections import Rows, selected_tokens
+from probescore_server.probes.scoring.selections import SegmentRows, selected_tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +58,7 @@ class BatchActivations:
     ) -> None:
         self._forest = forest
         self._scope = scope
-        self._rows = Rows(forest, dict(activations.starts))
+        self._rows = SegmentRows(forest, dict(activations.starts))
         self._reads = reads
         self._selections = 0
         self._views = {index: self._view(forest.placements[index], is_follow_up=False) for index in live}

@@ -17,9 +17,9 @@ from probescore_server.backbone.model_loading import Decoder
 from probescore_server.engine.weight_offload import RETRY_SECONDS, WeightOffload
 from probescore_server.errors import WorkerUnavailable
 from probescore_server.failures import FailureKind, kind_of
-from probescore_server.probes.loading.loader import LoadedProbe, Member
+from probescore_server.probes.loading.loader import LoadedProbe, StackMember
 from probescore_server.probes.loading.onnx_session import ProbeSession
-from probescore_server.rollouts import Occupancy
+from probescore_server.rollouts import EngineStatistics
 
 STATM = Path("/proc/self/statm")
 
@@ -58,7 +58,7 @@ class DeviceMemory:
     def of(cls, decoder: Decoder, probes: Iterable[LoadedProbe], cache: KeyValueCache) -> DeviceMemory:
         """That of a model and its probes."""
         runs = [probe.runs for probe in probes]
-        stacks = {run.stack for run in runs if isinstance(run, Member)}
+        stacks = {run.stack for run in runs if isinstance(run, StackMember)}
         sessions = [run for run in runs if isinstance(run, ProbeSession) and run.device.type == "cuda"]
 
         def weights() -> Iterator[torch.Tensor]:
@@ -120,11 +120,11 @@ class DeviceMemory:
         gc.collect()  # of an exception's frames
         _return_free_memory()
 
-    def occupancy(self) -> Occupancy:
+    def statistics(self) -> EngineStatistics:
         """What is held now."""
         cache = self._cache
         held = self._held_bytes() if self._device.type == "cuda" else _resident_bytes()
-        return Occupancy(held, cache.bytes, cache.hits, cache.misses)
+        return EngineStatistics(held, cache.bytes, cache.hits, cache.misses)
 
     def _held_bytes(self) -> int:
         return torch.cuda.memory_reserved(self._device) if self._device.type == "cuda" else self._cache.bytes

@@ -43,11 +43,13 @@ from probescore_server.probes.format.manifest import Manifest
 from probescore_server.probes.format.probe_file import ProbeFile
 from probescore_server.probes.loading.compatibility import is_accepted
 from probescore_server.probes.loading.golden_check import check_golden, golden_rollouts
-from probescore_server.probes.loading.loader import LoadedProbe, needs_trial, tried
+from probescore_server.probes.loading.loader import LoadedProbe, limited_to_tried_calls, needs_trial
 from probescore_server.probes.scoring.batch_scorer import BatchScorer
-from probescore_server.probes.scoring.wanted import Wanted
-from probescore_server.rollouts import CheckedRollout, Continuation, EngineInfo, Occupancy, ResolvedOptions, RolloutResult
-from probescore_server.validation import ChatLimits, TokenScoresWanted, parse_scope, pending_texts, resolve_options, resolve_rollouts
+from probescore_server.probes.scoring.cancellation import WantedRollouts
+from probescore_server.rollouts import CheckedRollout, Continuation, EngineInfo, EngineStatistics, ResolvedOptions, RolloutResult
+from probescore_server.validation.options import TokenScoresWanted, parse_scope, resolve_options
+from probescore_server.validation.rollouts import resolve_rollouts
+from probescore_server.validation.texts import ChatLimits, pending_texts
 
 BATCH_TOKENS = 16_384
 """Tokens of one batch of ``Engine.score``: bounds the activations held at once. A server makes its own batches."""
@@ -343,10 +345,10 @@ class Engine:
         with self._running:
             self._memory.free_reserves()
 
-    def occupancy(self) -> Occupancy:
+    def statistics(self) -> EngineStatistics:
         """What is held of the device, and what the key-value cache has been good for."""
         with self._running:
-            return self._memory.occupancy()
+            return self._memory.statistics()
 
     def sleep(self) -> Transfer:
         """Gives the device's memory back until ``wake``, after the batch that computes: weights move to pinned host memory, the key-value
@@ -369,7 +371,7 @@ class Engine:
         self, rollouts: Sequence[CheckedRollout], probes: Mapping[str, LoadedProbe], is_cancelled: Callable[[int], bool]
     ) -> list[RolloutResult | None]:
         forest = Forest.build(rollouts, self._reads)
-        wanted = Wanted(is_cancelled)
+        wanted = WantedRollouts(is_cancelled)
         taps = {tap for key in _requested(rollouts) for tap in probes[key].manifest.taps}
         with self._run(rollouts, forest, sorted(taps, key=str), wanted) as (activations, live):
             scorer = BatchScorer(self.info, probes, self._texts.special_ids, rollouts, forest, activations, wanted)
@@ -396,7 +398,7 @@ class Engine:
             # only a rollout that is alone may need more rows than there is room for: then some taps at a time
             fitting = max(1, max_rows // max(1, read_tokens(batch[0]))) if len(batch) == 1 else len(reads.taps)
             taps = [reads.taps[start : start + fitting] for start in range(0, len(reads.taps), fitting)]
-            wanted = Wanted(lambda index, first=done: is_cancelled(first + index))
+            wanted = WantedRollouts(_shifted(is_cancelled, done))
             parts = [self._read_batch(batch, some, reads, wanted) for some in taps]
             for index in range(len(batch)):
                 if wanted.any((index,)):
@@ -405,7 +407,7 @@ class Engine:
             del parts  # else there would be two batches' activations while the next is read
 
     def _read_batch(
-        self, rollouts: Sequence[CheckedRollout], taps: Sequence[Tap], reads: ActivationReads, wanted: Wanted
+        self, rollouts: Sequence[CheckedRollout], taps: Sequence[Tap], reads: ActivationReads, wanted: WantedRollouts
     ) -> BatchActivations:
         forest = Forest.build(rollouts, {})
         with self._run(rollouts, forest, taps, wanted) as (activations, live):
@@ -413,7 +415,7 @@ class Engine:
 
     @contextmanager
     def _run(
-        self, rollouts: Sequence[CheckedRollout], forest: Forest, taps: Sequence[Tap], wanted: Wanted
+        self, rollouts: Sequence[CheckedRollout], forest: Forest, taps: Sequence[Tap], wanted: WantedRollouts
     ) -> Iterator[tuple[Activations, list[int]]]:
         """Runs a batch's forest. While this is open no other batch runs.
 
@@ -465,7 +467,7 @@ class Engine:
         for file in files:
             key = file.manifest.key
             if needs_trial(file, self._probes[key]):
-                self._probes[key] = tried(file, self._probes[key], self._golden_activations(file))
+                self._probes[key] = limited_to_tried_calls(file, self._probes[key], self._golden_activations(file))
 
     def _golden_activations(self, file: ProbeFile) -> dict[Tap, NDArray[np.float32]]:
         """Of a few golden rollouts, what the probe reads: finite rows ``(N, hidden_size)``, the same tokens at each tap."""
@@ -491,6 +493,10 @@ class Engine:
 
 def _reads(manifest: Manifest) -> ProbeReads:
     return ProbeReads(manifest.context.sees_prompt, () if manifest.follow_up is None else manifest.follow_up.token_ids)
+
+
+def _shifted(is_cancelled: Callable[[int], bool], by: int) -> Callable[[int], bool]:
+    return lambda index: is_cancelled(by + index)
 
 
 def _requested(rollouts: Sequence[CheckedRollout]) -> set[str]:

@@ -21,7 +21,7 @@ RETRY_SECONDS = 1.0
 
 
 @dataclass(frozen=True, eq=False)
-class _Away:
+class _OffloadedStorage:
     """A storage that holds nothing now, and what it held."""
 
     storage: torch.UntypedStorage
@@ -39,12 +39,12 @@ class WeightOffload:
     def __init__(self, piece_bytes: int = PIECE_BYTES) -> None:
         self._piece_bytes = piece_bytes
         self._pieces: list[torch.Tensor] = []
-        self._away: list[_Away] = []
+        self._offloaded: list[_OffloadedStorage] = []
 
     @property
     def bytes(self) -> int:
         """How many are away."""
-        return sum(away.bytes for away in self._away)
+        return sum(away.bytes for away in self._offloaded)
 
     def leave(self, tensors: Iterable[torch.Tensor]) -> None:
         """Moves the tensors' memory to the host. Until it is back nothing may read them. If this fails, nothing has moved."""
@@ -56,8 +56,10 @@ class WeightOffload:
         for content, copy in self._parts(contents):
             copy.copy_(content, non_blocking=True)
         _wait_for(contents)
-        self._away = [_Away(storage, storage.nbytes(), checksum) for storage, checksum in zip(storages, checksums, strict=True)]
-        _let_go(storages)
+        self._offloaded = [
+            _OffloadedStorage(storage, storage.nbytes(), checksum) for storage, checksum in zip(storages, checksums, strict=True)
+        ]
+        _release(storages)
 
     def come_back(self) -> None:
         """Moves everything back.
@@ -67,21 +69,21 @@ class WeightOffload:
             RuntimeError: what came back is not what left. The weights must not be used.
         """
         try:
-            for away in self._away:
+            for away in self._offloaded:
                 away.storage.resize_(away.bytes)
         except Exception as error:
             if kind_of(error) is not FailureKind.MEMORY_SHORT:
                 raise
-            _let_go([away.storage for away in self._away])
+            _release([away.storage for away in self._offloaded])
             torch.cuda.empty_cache()
             problem = f"the device has no room for the {self.bytes / 2**30:.2f} GiB of weights that are in host memory"
             raise WorkerUnavailable(problem, RETRY_SECONDS) from None
-        contents = [_bytes_of(away.storage) for away in self._away]
+        contents = [_bytes_of(away.storage) for away in self._offloaded]
         for content, copy in self._parts(contents):
             content.copy_(copy, non_blocking=True)
-        if _checksums(contents) != [away.checksum for away in self._away]:
+        if _checksums(contents) != [away.checksum for away in self._offloaded]:
             raise RuntimeError("the weights that came back from host memory are not those that left")
-        self._away = []
+        self._offloaded = []
 
     def _take_host_memory(self, contents: Sequence[torch.Tensor]) -> None:
         missing = sum(map(len, contents)) - sum(map(len, self._pieces))
@@ -119,6 +121,6 @@ def _wait_for(contents: Sequence[torch.Tensor]) -> None:
         torch.cuda.synchronize(device)
 
 
-def _let_go(storages: Iterable[torch.UntypedStorage]) -> None:
+def _release(storages: Iterable[torch.UntypedStorage]) -> None:
     for storage in storages:
         storage.resize_(0)

@@ -12,7 +12,7 @@ from probescore.types import Transfer
 from probescore.v1 import admin_pb2, admin_pb2_grpc
 from probescore.wire import transfers_to_proto
 from probescore_server.front.metrics import Metrics
-from probescore_server.workers.handle import WorkerProcess
+from probescore_server.workers.handle import WorkerHandle
 
 ADMIN_SERVICE: str = admin_pb2.DESCRIPTOR.services_by_name["ProbeAdminService"].full_name
 
@@ -22,19 +22,19 @@ Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 class AdminServicer(admin_pb2_grpc.ProbeAdminServiceServicer):
     """``probescore.v1.ProbeAdminService``. Errors are raised as ``CoreError``; the boundary makes statuses of them."""
 
-    def __init__(self, workers: Sequence[WorkerProcess], metrics: Metrics) -> None:
+    def __init__(self, workers: Sequence[WorkerHandle], metrics: Metrics) -> None:
         self._workers = workers
         self._metrics = metrics
 
     async def Sleep(self, request: admin_pb2.SleepRequest, context: Context) -> admin_pb2.SleepResponse:  # noqa: N802
         """Puts every worker to sleep and answers once all are."""
-        return admin_pb2.SleepResponse(transfers=transfers_to_proto(await self._each("sleep", WorkerProcess.sleep)))
+        return admin_pb2.SleepResponse(transfers=transfers_to_proto(await self._each("sleep", WorkerHandle.sleep)))
 
     async def Wake(self, request: admin_pb2.WakeRequest, context: Context) -> admin_pb2.WakeResponse:  # noqa: N802
         """Wakes every worker and answers once all are awake."""
-        return admin_pb2.WakeResponse(transfers=transfers_to_proto(await self._each("wake", WorkerProcess.wake)))
+        return admin_pb2.WakeResponse(transfers=transfers_to_proto(await self._each("wake", WorkerHandle.wake)))
 
-    async def _each(self, kind: str, move: Callable[[WorkerProcess], Awaitable[Transfer]]) -> list[Transfer]:
+    async def _each(self, kind: str, move: Callable[[WorkerHandle], Awaitable[Transfer]]) -> list[Transfer]:
         """Moves every worker, also if one of them fails, and raises the first failure."""
         outcomes = await asyncio.gather(*(move(worker) for worker in self._workers), return_exceptions=True)
         transfers = [outcome for outcome in outcomes if isinstance(outcome, Transfer)]

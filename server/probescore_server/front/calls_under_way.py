@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from probescore_server.errors import Busy
+from probescore_server.errors import ServerBusy
 
 RETRY_SECONDS = 1.0
 
 
-class UnderWay:
+class CallsUnderWay:
     """The calls of one server that compute something. Everything here runs on one event loop.
 
     Args:
@@ -29,12 +29,12 @@ class UnderWay:
         """Holds room for a call with a request of so many bytes.
 
         Raises:
-            Busy: there is none.
+            ServerBusy: there is none.
         """
         if self._calls >= self._max_calls:
-            raise Busy(self._calls + 1, "calls", "max_calls", self._max_calls, RETRY_SECONDS)
+            raise ServerBusy(self._calls + 1, "calls", "max_calls", self._max_calls, RETRY_SECONDS)
         if self._calls and self._bytes + size > self._max_bytes:
-            raise Busy(self._bytes + size, "bytes of requests", "max_in_flight_bytes", self._max_bytes, RETRY_SECONDS)
+            raise ServerBusy(self._bytes + size, "bytes of requests", "max_in_flight_bytes", self._max_bytes, RETRY_SECONDS)
         self._calls += 1
         self._bytes += size
         try:

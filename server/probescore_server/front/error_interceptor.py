@@ -17,7 +17,7 @@ from google.protobuf.descriptor_pool import Default
 from google.protobuf.message import DecodeError
 
 from probescore_server.errors import CoreError, InternalFault, InvalidRequest
-from probescore_server.front.calls_under_way import UnderWay
+from probescore_server.front.calls_under_way import CallsUnderWay
 from probescore_server.front.metrics import Metrics, RpcLabels
 from probescore_server.front.status_codes import CODES, status_of
 from probescore_server.offloading import MAX_BYTES_PARSED_ON_LOOP, off_the_loop
@@ -59,7 +59,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
     """
 
     def __init__(
-        self, metrics: Metrics, services: Iterable[str] = (), under_way: UnderWay | None = None, bounded: Iterable[str] = ()
+        self, metrics: Metrics, services: Iterable[str] = (), under_way: CallsUnderWay | None = None, bounded: Iterable[str] = ()
     ) -> None:
         self._metrics = metrics
         self._under_way = under_way
@@ -93,7 +93,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         kind, behavior, make_handler = KINDS[bool(handler.request_streaming), bool(handler.response_streaming)]
         _, service, method = path.rsplit("/", 2)
         under_way = self._under_way if service in self._bounded else None
-        guarded = _Guarded(handler, getattr(handler, behavior), self._metrics, (kind, service, method), under_way)
+        guarded = _GuardedMethod(handler, getattr(handler, behavior), self._metrics, (kind, service, method), under_way)
         return make_handler(guarded.call, None, handler.response_serializer)
 
 
@@ -104,11 +104,11 @@ def _raising(error: Exception) -> Callable[[object, Context], Awaitable[object]]
     return behavior
 
 
-class _Guarded:
+class _GuardedMethod:
     """One method of a servicer, as gRPC may call it."""
 
     def __init__(
-        self, handler: Handler, behavior: Callable[..., Any], metrics: Metrics, labels: RpcLabels, under_way: UnderWay | None
+        self, handler: Handler, behavior: Callable[..., Any], metrics: Metrics, labels: RpcLabels, under_way: CallsUnderWay | None
     ) -> None:
         self._under_way = under_way
         self._handler = handler

@@ -17,17 +17,17 @@ from prometheus_client.registry import Collector
 
 from probescore.types import Usage
 from probescore_server.errors import (
-    Busy,
     DeadlineExpired,
     InternalFault,
-    LostTwice,
     OutOfMemory,
     QueueFull,
+    ServerBusy,
     StartupError,
+    WorkerLostTwice,
     WorkerUnavailable,
 )
 from probescore_server.front.probe_metrics import ProbeMetrics
-from probescore_server.rollouts import Occupancy
+from probescore_server.rollouts import EngineStatistics
 from probescore_server.workers.liveness import REASONS_LOST
 
 SECONDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
@@ -50,7 +50,7 @@ class Metrics:
         self._started = Counter("grpc_server_started_total", "RPCs started.", RPC_LABELS, registry=None)
         self._handled = Counter("grpc_server_handled_total", "RPCs completed.", CODE_LABELS, registry=None)
         self._in_flight = Gauge("probescore_rpcs_in_flight", "RPCs started and not yet completed.", registry=None)
-        self._rpcs = _AtOneMoment(self._started, self._handled, self._in_flight)
+        self._rpcs = _ConsistentSnapshot(self._started, self._handled, self._in_flight)
         registry.register(self._rpcs)
         self._received = Counter("grpc_server_msg_received_total", "Request messages received.", RPC_LABELS, registry=registry)
         self._sent = Counter("grpc_server_msg_sent_total", "Response messages sent.", RPC_LABELS, registry=registry)
@@ -69,7 +69,7 @@ class Metrics:
         self._tokens = Counter("probescore_tokens_total", "Tokens scored, by where they came from.", ("source",), registry=registry)
         self._stages = Histogram("probescore_stage_seconds", "Seconds of a call, by stage.", ("stage",), buckets=SECONDS, registry=registry)
         self.refused = Counter("probescore_refused_total", "Calls that ended in an error, by its reason.", ("reason",), registry=registry)
-        for kind in (QueueFull, Busy, OutOfMemory, WorkerUnavailable, LostTwice, DeadlineExpired, InternalFault):
+        for kind in (QueueFull, ServerBusy, OutOfMemory, WorkerUnavailable, WorkerLostTwice, DeadlineExpired, InternalFault):
             self.refused.labels(kind.reason)  # a rate is known from the first time on only if there was a 0 before
         self.cancelled = Counter("probescore_cancelled_total", "Calls that their client gave up.", registry=registry)
         self.ready = Gauge("probescore_ready", "Whether some worker can score.", registry=registry)
@@ -90,7 +90,7 @@ class Metrics:
         self._worker_losses = Counter(
             "probescore_worker_losses_total", "How often a worker was lost, by why.", ("worker", "device", "reason"), registry=registry
         )
-        self._workers = _Workers()
+        self._workers = _WorkerMetrics()
         registry.register(self._workers)
         self.probes = ProbeMetrics(registry)
 
@@ -120,9 +120,9 @@ class Metrics:
         """Reads the budget of one worker at each scrape; `worker` is its number."""
         self.batch_budget.labels(worker, device).set_function(tokens)
 
-    def watch_worker(self, worker: str, device: str, occupancy: Callable[[], Occupancy]) -> None:
+    def watch_worker(self, worker: str, device: str, statistics: Callable[[], EngineStatistics]) -> None:
         """Reads what one worker holds at each scrape; `worker` is its number."""
-        self._workers.watched[worker, device] = occupancy
+        self._workers.watched[worker, device] = statistics
 
     def watch_losses(self, worker: str, device: str) -> Callable[[str], None]:
         """What counts, by its reason, that one worker was lost; `worker` is its number."""
@@ -191,7 +191,7 @@ class MethodMetrics:
         self.handling.observe(seconds)
 
 
-class _AtOneMoment(Collector):
+class _ConsistentSnapshot(Collector):
     """Some metrics, read together while nobody changes them, so that they add up."""
 
     def __init__(self, *metrics: Counter | Gauge) -> None:
@@ -203,11 +203,11 @@ class _AtOneMoment(Collector):
             return [family for metric in self._metrics for family in metric.collect()]
 
 
-class _Workers(Collector):
+class _WorkerMetrics(Collector):
     """What workers hold. A worker that is started again counts from 0, as Prometheus expects of what restarts."""
 
     def __init__(self) -> None:
-        self.watched: dict[tuple[str, str], Callable[[], Occupancy]] = {}
+        self.watched: dict[tuple[str, str], Callable[[], EngineStatistics]] = {}
 
     def collect(self) -> list[Metric]:
         labels = ("worker", "device")
@@ -218,8 +218,8 @@ class _Workers(Collector):
             "Sequences looked up in the cache; hit: a beginning of it was there.",
             labels=(*labels, "result"),
         )
-        for worker, occupancy in list(self.watched.items()):
-            found = occupancy()
+        for worker, statistics in list(self.watched.items()):
+            found = statistics()
             device.add_metric(worker, found.device_bytes)
             cache.add_metric(worker, found.kv_cache_bytes)
             lookups.add_metric((*worker, "hit"), found.kv_cache_hits)

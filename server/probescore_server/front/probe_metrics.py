@@ -31,7 +31,7 @@ MAX_DISTRIBUTIONS = 128
 
 
 @dataclass(eq=False)
-class _Distribution:
+class _ScoreDistribution:
     """The scores of one probe under one reduction, for one label.
 
     Attributes:
@@ -108,7 +108,7 @@ class ProbeMetrics:
                 numbers = np.array([scores[key].reduced[0, reduction, distribution.label] for scores in scored], np.float32)
                 self._add(distribution, numbers[~np.isnan(numbers)])  # an empty selection has no score
 
-    def _shown(self, probe: ScoredProbe) -> Iterator[tuple[_Distribution, int]]:
+    def _shown(self, probe: ScoredProbe) -> Iterator[tuple[_ScoreDistribution, int]]:
         """Its distributions that a call with these reductions adds to, each with the index of its reduction."""
         distributions = self._scores.distributions.get(probe.key)
         if distributions is None:
@@ -119,7 +119,7 @@ class ProbeMetrics:
             if reduction in reductions:
                 yield distribution, reductions.index(reduction)
 
-    def _add(self, distribution: _Distribution, scores: NDArray[np.float32]) -> None:
+    def _add(self, distribution: _ScoreDistribution, scores: NDArray[np.float32]) -> None:
         distribution.add(scores)
         if distribution.threshold is not None:
             self._flagged.labels(*distribution.labels).inc(int((scores >= distribution.threshold).sum()))
@@ -129,7 +129,7 @@ class _ScoreHistogram(Collector):
     """The histogram ``probescore_probe_score``, counted with numpy: a call may bring ten thousand scores."""
 
     def __init__(self) -> None:
-        self.distributions: dict[str, list[_Distribution]] = {}
+        self.distributions: dict[str, list[_ScoreDistribution]] = {}
 
     def collect(self) -> Iterator[Metric]:
         name = "probescore_probe_score"
@@ -145,7 +145,7 @@ class _ScoreHistogram(Collector):
         yield family
 
 
-def _distributions(probe: ProbeInfo) -> Iterator[_Distribution]:
+def _distributions(probe: ProbeInfo) -> Iterator[_ScoreDistribution]:
     """By reduction that its manifest names, and by label. Of several calibrations for the same, the first counts."""
     if probe.output_per is OutputPer.ROLLOUT:
         reductions = [""]
@@ -156,7 +156,7 @@ def _distributions(probe: ProbeInfo) -> Iterator[_Distribution]:
         for index, label in enumerate(probe.labels):
             calibrations = (each for each in probe.calibrations if _is_for(each, probe, reduction, label))
             threshold = next((each.threshold for each in calibrations), None)
-            yield _Distribution(probe.key, (probe.name, probe.version, reduction, label), index, threshold)
+            yield _ScoreDistribution(probe.key, (probe.name, probe.version, reduction, label), index, threshold)
 
 
 def _is_for(calibration: Calibration, probe: ProbeInfo, reduction: str, label: str) -> bool:

@@ -9,18 +9,18 @@ from collections.abc import Callable
 
 import structlog
 
-from probescore_server.front.calls_under_way import UnderWay
+from probescore_server.front.calls_under_way import CallsUnderWay
 from probescore_server.front.metrics import Metrics
 from probescore_server.front.scoring_service import ScoringServicer
 from probescore_server.scheduling.scheduler import Scheduler
 from probescore_server.settings import ServerSettings
-from probescore_server.workers.handle import Pinned, WorkerProcess
+from probescore_server.workers.handle import PinnedContent, WorkerHandle
 from probescore_server.workers.messages import WorkerSpec
 
 logger = structlog.get_logger(__name__)
 
 
-class Core:
+class ScoringCore:
     """Scores on some devices. Everything here runs on one event loop.
 
     Args:
@@ -43,9 +43,9 @@ class Core:
         if settings.device_map != "none":
             devices = devices[:1]  # one worker, which takes the others too
         threads = settings.threads_per_worker or max(1, len(os.sched_getaffinity(0)) // len(devices))
-        pinned = Pinned()
+        pinned = PinnedContent()
         self.workers = [
-            WorkerProcess(WorkerSpec(settings, device, threads), self._changed, pinned, self.metrics.watch_losses(str(number), device))
+            WorkerHandle(WorkerSpec(settings, device, threads), self._changed, pinned, self.metrics.watch_losses(str(number), device))
             for number, device in enumerate(devices)
         ]
         self.scheduler = Scheduler(
@@ -58,9 +58,9 @@ class Core:
         for number, worker in enumerate(self.workers):
             budget = functools.partial(self.scheduler.batch_budget, worker)
             self.metrics.watch_batch_budget(str(number), worker.spec.device, budget)
-            self.metrics.watch_worker(str(number), worker.spec.device, functools.partial(getattr, worker, "occupancy"))
+            self.metrics.watch_worker(str(number), worker.spec.device, functools.partial(getattr, worker, "statistics"))
         self.metrics.watch_queue(lambda: self.scheduler.queued_tokens, lambda: self.scheduler.queued_rollouts)
-        self.under_way = UnderWay(settings.max_calls, settings.max_in_flight_bytes)
+        self.under_way = CallsUnderWay(settings.max_calls, settings.max_in_flight_bytes)
         self.servicer = ScoringServicer(settings, self.workers, self.scheduler, self.metrics)
 
     @property

@@ -55,8 +55,10 @@ from probescore_server.rollouts import CheckedRollout, EngineInfo, ResolvedOptio
 from probescore_server.scheduling.call import Call, Delivery, FinishedRollout
 from probescore_server.scheduling.scheduler import Scheduler
 from probescore_server.settings import ServerSettings
-from probescore_server.validation import PendingText, check_texts, pending_texts, resolve_options, resolve_rollouts
-from probescore_server.workers.handle import WorkerProcess
+from probescore_server.validation.options import resolve_options
+from probescore_server.validation.rollouts import resolve_rollouts
+from probescore_server.validation.texts import PendingText, check_texts, pending_texts
+from probescore_server.workers.handle import WorkerHandle
 from probescore_server.workers.tokenising import encode
 
 logger = structlog.get_logger(__name__)
@@ -75,7 +77,7 @@ Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
 @dataclass(frozen=True)
-class _Asked:
+class _CheckedRequest:
     """A request that passed every check, and how long that took. `probes`: how its answer names them."""
 
     rollouts: list[list[CheckedRollout]]
@@ -88,7 +90,7 @@ class _Asked:
 class ScoringServicer(scoring_pb2_grpc.ScoringServiceServicer):
     """``probescore.v1.ScoringService``. Errors are raised as ``CoreError``; the boundary makes statuses of them."""
 
-    def __init__(self, settings: ServerSettings, workers: Sequence[WorkerProcess], scheduler: Scheduler, metrics: Metrics) -> None:
+    def __init__(self, settings: ServerSettings, workers: Sequence[WorkerHandle], scheduler: Scheduler, metrics: Metrics) -> None:
         self._settings = settings
         self._workers = workers
         self._scheduler = scheduler
@@ -158,7 +160,7 @@ class ScoringServicer(scoring_pb2_grpc.ScoringServiceServicer):
                 return worker.info
         raise WorkerUnavailable("the server is starting", retry_seconds=1.0)
 
-    async def _check(self, request: scoring_pb2.ScoreRequest, info: EngineInfo) -> _Asked:
+    async def _check(self, request: scoring_pb2.ScoreRequest, info: EngineInfo) -> _CheckedRequest:
         """Checks a request, tokenising what came as text."""
         started = time.monotonic()
         small = request.ByteSize() <= MAX_BYTES_CHECKED_ON_LOOP
@@ -182,29 +184,29 @@ class ScoringServicer(scoring_pb2_grpc.ScoringServiceServicer):
             max_request_values=self._settings.max_request_values,
             small=small,
         )
-        return _Asked(rollouts, options, probes, asked, time.monotonic() - started)
+        return _CheckedRequest(rollouts, options, probes, asked, time.monotonic() - started)
 
-    def _submit(self, asked: _Asked, context: Context) -> Call:
+    def _submit(self, asked: _CheckedRequest, context: Context) -> Call:
         remaining = context.time_remaining()
         deadline = math.inf if remaining is None else self._scheduler.clock() + remaining
         return self._scheduler.submit(asked.rollouts, job=_job(context), priority=asked.request.priority, deadline=deadline)
 
-    def _counted(self, call: Call, delivery: Delivery, asked: _Asked) -> Delivery:
+    def _counted(self, call: Call, delivery: Delivery, asked: _CheckedRequest) -> Delivery:
         _after_the_answer(self._count_delivery, call, delivery, asked)
         return delivery
 
-    def _count_delivery(self, call: Call, delivery: Delivery, asked: _Asked) -> None:
+    def _count_delivery(self, call: Call, delivery: Delivery, asked: _CheckedRequest) -> None:
         self._metrics.count_usage(_usage(call, delivery.finished, delivery.compute_seconds))
         self._count_results(delivery.finished, asked)
 
-    def _count_results(self, finished: Sequence[FinishedRollout], asked: _Asked) -> None:
+    def _count_results(self, finished: Sequence[FinishedRollout], asked: _CheckedRequest) -> None:
         """Some at a time: others have their turn in between."""
         now, later = finished[:MAX_ROLLOUTS_COUNTED_AT_ONCE], finished[MAX_ROLLOUTS_COUNTED_AT_ONCE:]
         self._metrics.probes.count_results(asked.probes, asked.options.scope, [one.result for one in now])
         if later:
             _after_the_answer(self._count_results, later, asked)
 
-    def _count_call(self, asked: _Asked, usage: Usage, job: str) -> None:
+    def _count_call(self, asked: _CheckedRequest, usage: Usage, job: str) -> None:
         self._metrics.count_stage("check", asked.seconds)
         self._metrics.count_stage("queue", usage.queue_seconds)
         self._metrics.count_stage("compute", usage.compute_seconds)
@@ -291,13 +293,13 @@ def _check_fingerprints(asked: RequestOptions, info: EngineInfo) -> None:
 # ---------------------------------------------------------------------------------------------------------------------- writing
 
 
-def _is_small(finished: Sequence[FinishedRollout], asked: _Asked) -> bool:
+def _is_small(finished: Sequence[FinishedRollout], asked: _CheckedRequest) -> bool:
     if len(finished) * len(asked.options.probes) > MAX_SCORES_ON_LOOP:
         return False
     return sum(_bytes_of(one.result.scores) for one in finished) <= MAX_BYTES_WRITTEN_ON_LOOP
 
 
-def _log_scored(asked: _Asked, usage: Usage, job: str) -> None:
+def _log_scored(asked: _CheckedRequest, usage: Usage, job: str) -> None:
     logger.info(
         "scored",
         job=job,
@@ -320,7 +322,7 @@ def _usage(call: Call, finished: Iterable[FinishedRollout], compute_seconds: flo
     )
 
 
-def _scoring_info(info: EngineInfo, asked: _Asked, usage: Usage) -> ScoringInfo:
+def _scoring_info(info: EngineInfo, asked: _CheckedRequest, usage: Usage) -> ScoringInfo:
     return ScoringInfo(info.model.fingerprint, info.tokenizer_fingerprint, asked.probes, usage)
 
 

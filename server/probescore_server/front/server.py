@@ -20,7 +20,7 @@ from probescore_server.errors import StartupError, WorkerUnavailable
 from probescore_server.front.admin_service import ADMIN_SERVICE, AdminServicer
 from probescore_server.front.error_interceptor import ErrorInterceptor
 from probescore_server.front.health import SCORING_SERVICE, HealthService
-from probescore_server.front.scoring_core import Core
+from probescore_server.front.scoring_core import ScoringCore
 from probescore_server.settings import ServerSettings, join_host_port
 
 logger = structlog.get_logger(__name__)
@@ -56,7 +56,7 @@ class Server:
     def __init__(self, settings: ServerSettings, devices: tuple[str, ...]) -> None:
         self._settings = settings
         self._health = HealthService()
-        self._core = Core(settings, devices, self._workers_changed)
+        self._core = ScoringCore(settings, devices, self._workers_changed)
         self._grpc = self._make_grpc_server()
         self._announcing: set[asyncio.Task[None]] = set()
 

@@ -13,17 +13,17 @@ from google.rpc.status_pb2 import Status
 
 from probescore.wire.contract import ERROR_DOMAIN
 from probescore_server.errors import (
-    Busy,
     CoreError,
     DeadlineExpired,
     InternalFault,
     InvalidRequest,
     LimitExceeded,
-    LostTwice,
     Mismatch,
     OutOfMemory,
     QueueFull,
+    ServerBusy,
     WorkerLost,
+    WorkerLostTwice,
     WorkerUnavailable,
 )
 
@@ -35,10 +35,10 @@ CODES: dict[type[CoreError], grpc.StatusCode] = {
     LimitExceeded: grpc.StatusCode.INVALID_ARGUMENT,
     Mismatch: grpc.StatusCode.FAILED_PRECONDITION,
     QueueFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
-    Busy: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    ServerBusy: grpc.StatusCode.RESOURCE_EXHAUSTED,
     WorkerUnavailable: grpc.StatusCode.UNAVAILABLE,
     WorkerLost: grpc.StatusCode.UNAVAILABLE,
-    LostTwice: grpc.StatusCode.INTERNAL,
+    WorkerLostTwice: grpc.StatusCode.INTERNAL,
     OutOfMemory: grpc.StatusCode.RESOURCE_EXHAUSTED,
     DeadlineExpired: grpc.StatusCode.DEADLINE_EXCEEDED,
     InternalFault: grpc.StatusCode.INTERNAL,
@@ -61,7 +61,7 @@ def status_of(error: CoreError) -> RpcStatus:
     info = ErrorInfo(reason=error.reason, domain=ERROR_DOMAIN)
     details: list[Message] = [info]
     metadata: list[tuple[str, str | bytes]] = []
-    if isinstance(error, LimitExceeded | Busy):
+    if isinstance(error, LimitExceeded | ServerBusy):
         info.metadata.update(limit=error.limit, value=str(error.value), maximum=str(error.maximum))
     match error:
         case InvalidRequest():
@@ -71,13 +71,13 @@ def status_of(error: CoreError) -> RpcStatus:
             info.metadata.update(field=error.field, found=error.found, expected=_shorten(error.expected))
         case OutOfMemory():
             info.metadata.update(tokens=str(error.tokens))
-        case LostTwice():
+        case WorkerLostTwice():
             info.metadata.update(field=error.field, doing=error.doing)
             # so that a trainer's side can leave out what did it, and have the rest scored
             details.append(BadRequest(field_violations=[BadRequest.FieldViolation(field=error.field, description=_shorten(str(error)))]))
         case InternalFault():
             info.metadata.update(incident=error.incident)
-        case QueueFull() | Busy() | WorkerUnavailable():
+        case QueueFull() | ServerBusy() | WorkerUnavailable():
             milliseconds = round(1000 * error.retry_seconds)
             details.append(RetryInfo(retry_delay=Duration(seconds=milliseconds // 1000, nanos=milliseconds % 1000 * 1_000_000)))
             metadata.append(("grpc-retry-pushback-ms", str(milliseconds)))

@@ -11,6 +11,7 @@ from typing import Protocol
 
 from probescore_server.errors import CoreError
 from probescore_server.rollouts import CheckedRollout, Continuation, RolloutResult
+from probescore_server.scheduling.ordered_set import OrderedSet
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Delivery:
 
 
 @dataclass(eq=False, slots=True)
-class Item:
+class RequestedRollout:
     """A rollout of a call.
 
     Attributes:
@@ -54,18 +55,18 @@ class Item:
 
 
 @dataclass(eq=False, slots=True)
-class Group:
+class WaitingGroup:
     """What still waits of one rollout group.
 
     Attributes:
         prompt: bytes of the prompt's ids.
-        items: in order; the values mean nothing.
+        items: in order.
         tokens: the prompt's, counted once, and those of the items.
     """
 
     call: Call
     prompt: bytes
-    items: dict[Item, None]
+    items: OrderedSet[RequestedRollout]
     tokens: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -76,15 +77,15 @@ class Group:
         """The same for all of its items, of which there is at least one."""
         return len(next(iter(self.items)).rollout.prompt_ids)
 
-    def remove(self, item: Item) -> int:
+    def remove(self, item: RequestedRollout) -> int:
         """Removes an item and returns the tokens that are no longer needed: its own, or all if it was the last."""
-        del self.items[item]
+        self.items.remove(item)
         freed = item.tokens if self.items else self.tokens
         self.tokens -= freed
         return freed
 
 
-class Scheduling(Protocol):
+class CallScheduler(Protocol):
     """What a call asks of the scheduler that admitted it."""
 
     def withdraw(self, call: Call) -> None:
@@ -101,22 +102,22 @@ class Call:
 
     Attributes:
         job: whose turns it takes.
-        waiting: what has not reached a worker, in order; the values mean nothing.
+        waiting: what has not reached a worker, in order.
         computing: what a worker has, its own or an identical one.
         unread_tokens: of what was delivered and has not been read.
         queue_seconds: from admission until the first of its rollouts reached a worker; ``None`` before that.
     """
 
-    def __init__(self, scheduling: Scheduling, job: str, priority: int, deadline: float, admitted: float) -> None:
+    def __init__(self, scheduler: CallScheduler, job: str, priority: int, deadline: float, admitted: float) -> None:
         self.job = job
         self.priority = priority
         self.deadline = deadline
         self.admitted = admitted
-        self.waiting: dict[Group, None] = {}
-        self.computing: set[Item] = set()
+        self.waiting: OrderedSet[WaitingGroup] = OrderedSet()
+        self.computing: set[RequestedRollout] = set()
         self.unread_tokens = 0
         self.queue_seconds: float | None = None
-        self._scheduling = scheduling
+        self._scheduler = scheduler
         self._deliveries: deque[Delivery] = deque()
         self._failure: CoreError | None = None
         self._changed = asyncio.Event()
@@ -125,7 +126,7 @@ class Call:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._scheduling.withdraw(self)
+        self._scheduler.withdraw(self)
 
     def __aiter__(self) -> Call:
         return self
@@ -140,16 +141,16 @@ class Call:
             await self._changed.wait()
         delivery = self._deliveries.popleft()
         self.unread_tokens -= delivery.tokens
-        self._scheduling.dispatch()
+        self._scheduler.dispatch()
         return delivery
 
-    def start(self, item: Item, now: float) -> None:
+    def start(self, item: RequestedRollout, now: float) -> None:
         """A worker has this one, or an identical one."""
         self.computing.add(item)
         if self.queue_seconds is None:
             self.queue_seconds = now - self.admitted
 
-    def deliver(self, results: Sequence[tuple[Item, RolloutResult]], compute_seconds: float) -> None:
+    def deliver(self, results: Sequence[tuple[RequestedRollout, RolloutResult]], compute_seconds: float) -> None:
         """Hands results to the reader."""
         finished = tuple(FinishedRollout(item.group, item.completion, result) for item, result in results)
         tokens = sum(item.rollout.tokens for item, _ in results)
@@ -161,24 +162,24 @@ class Call:
         """Ends it with an error, unless it had failed before."""
         if self._failure is None:
             self._failure = error
-            self._scheduling.withdraw(self)
+            self._scheduler.withdraw(self)
 
     def ended(self) -> None:
         """Nothing waits or computes any more."""
         self._changed.set()
 
 
-def groups_of(call: Call, rollouts: Sequence[Sequence[CheckedRollout]]) -> list[Group]:
+def groups_of(call: Call, rollouts: Sequence[Sequence[CheckedRollout]]) -> list[WaitingGroup]:
     """The work of a request, given per rollout group. All rollouts of a request have the same options."""
     options = rollouts[0][0].options.key
     groups = []
     for index, group in enumerate(rollouts):
         prompt = group[0].prompt_ids.tobytes()
-        items = {
-            Item(call, index, completion, rollout, (prompt, (options, _content(rollout.completion)))): None
+        items = OrderedSet(
+            RequestedRollout(call, index, completion, rollout, (prompt, (options, _content(rollout.completion))))
             for completion, rollout in enumerate(group)
-        }
-        groups.append(Group(call, prompt, items))
+        )
+        groups.append(WaitingGroup(call, prompt, items))
     return groups
 
 

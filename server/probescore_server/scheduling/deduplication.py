@@ -14,7 +14,8 @@ from typing import Protocol
 from probescore.types import CompletionScores, Usage
 from probescore_server.errors import CoreError
 from probescore_server.rollouts import CheckedRollout, Continuation, RolloutResult, ScoredBatch
-from probescore_server.scheduling.call import Call, Item
+from probescore_server.scheduling.call import Call, RequestedRollout
+from probescore_server.scheduling.ordered_set import OrderedSet
 
 
 class Worker(Protocol):
@@ -51,91 +52,91 @@ class BatchSlot:
 
 
 @dataclass(eq=False, slots=True)
-class Work:
+class Computation:
     """A rollout that a worker has or is about to get.
 
     Attributes:
         rollout: as the first who asked for it gave it.
-        items: who waits for it: the first is told what it cost; the values mean nothing. Empty = nobody any more.
+        items: who waits for it: the first is told what it cost. Empty = nobody any more.
         place: where it computes; ``None`` while it is with no worker.
     """
 
     rollout: CheckedRollout
     key: tuple[bytes, Hashable]
-    items: dict[Item, None] = field(default_factory=dict)
+    items: OrderedSet[RequestedRollout] = field(default_factory=OrderedSet)
     place: BatchSlot | None = None
 
 
-class InFlight:
+class ComputationsInFlight:
     """The work that is under way, by what it computes."""
 
     def __init__(self) -> None:
-        self._by_key: dict[object, Work] = {}
-        self._by_item: dict[Item, Work] = {}
+        self._by_key: dict[object, Computation] = {}
+        self._by_rollout: dict[RequestedRollout, Computation] = {}
 
-    def begin(self, items: Sequence[Item], now: float) -> Work | None:
+    def begin(self, items: Sequence[RequestedRollout], now: float) -> Computation | None:
         """Work for identical rollouts, unless such is under way already: then they wait for that."""
         key = items[0].key
         known = self._by_key.get(key)
-        work = known or Work(items[0].rollout, key)
-        self._by_key[key] = work
+        computation = known or Computation(items[0].rollout, key)
+        self._by_key[key] = computation
         for item in items:
-            work.items[item] = None
-            self._by_item[item] = work
+            computation.items.add(item)
+            self._by_rollout[item] = computation
             item.call.start(item, now)
-        return None if known else work
+        return None if known else computation
 
-    def has(self, item: Item) -> bool:
+    def has(self, item: RequestedRollout) -> bool:
         """Whether such work is under way."""
         return item.key in self._by_key
 
     def withdraw(self, call: Call) -> None:
         """A call no longer waits for anything. What nobody waits for any more is cancelled."""
         for item in call.computing:
-            work = self._by_item.pop(item)
-            del work.items[item]
-            if not work.items:
-                self._forget(work)
-                if work.place is not None:
-                    work.place.worker.cancel(work.place.batch, work.place.index)
+            computation = self._by_rollout.pop(item)
+            computation.items.remove(item)
+            if not computation.items:
+                self._forget(computation)
+                if computation.place is not None:
+                    computation.place.worker.cancel(computation.place.batch, computation.place.index)
         call.computing.clear()
 
-    def deliver(self, works: Iterable[Work], scored: ScoredBatch) -> None:
+    def deliver(self, computations: Iterable[Computation], scored: ScoredBatch) -> None:
         """Gives each call its results; what was cancelled has none."""
-        by_call: dict[Call, list[tuple[Item, RolloutResult]]] = {}
-        for work, result in zip(works, scored.results, strict=True):
+        by_call: dict[Call, list[tuple[RequestedRollout, RolloutResult]]] = {}
+        for computation, result in zip(computations, scored.results, strict=True):
             if result is not None:
-                for item, own in zip(work.items, _own_results(work, result), strict=True):
+                for item, own in zip(computation.items, _own_results(computation, result), strict=True):
                     by_call.setdefault(item.call, []).append((item, own))
-                self.take_back(work)
+                self.take_back(computation)
         for call, results in by_call.items():
             call.deliver(results, scored.compute_seconds)
 
-    def fail(self, work: Work, error: CoreError) -> None:
+    def fail(self, computation: Computation, error: CoreError) -> None:
         """Ends every call that waits for it."""
-        for call in {item.call for item in work.items}:
+        for call in {item.call for item in computation.items}:
             call.fail(error)
 
-    def take_back(self, work: Work) -> list[Item]:
+    def take_back(self, computation: Computation) -> list[RequestedRollout]:
         """Ends work; returns who waited for it."""
-        self._forget(work)
-        items = list(work.items)
-        work.items.clear()
+        self._forget(computation)
+        items = list(computation.items)
+        computation.items.clear()
         for item in items:
-            del self._by_item[item]
+            del self._by_rollout[item]
             item.call.computing.discard(item)
         return items
 
-    def _forget(self, work: Work) -> None:
-        if self._by_key.get(work.key) is work:
-            del self._by_key[work.key]
+    def _forget(self, computation: Computation) -> None:
+        if self._by_key.get(computation.key) is computation:
+            del self._by_key[computation.key]
 
 
-def _own_results(work: Work, result: RolloutResult) -> Iterator[RolloutResult]:
+def _own_results(computation: Computation, result: RolloutResult) -> Iterator[RolloutResult]:
     """By who waits for it, the result under their own names: the first pays for it, the others share."""
     usage = result.usage
-    for item in work.items:
-        named = item.rollout is work.rollout
+    for item in computation.items:
+        named = item.rollout is computation.rollout
         yield replace(result, scores=result.scores if named else _renamed(result.scores, item.rollout.completion), usage=usage)
         usage = Usage(tokens_shared=usage.tokens)
 

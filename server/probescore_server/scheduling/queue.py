@@ -18,27 +18,28 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from probescore_server.scheduling.call import Call, Group, Item
+from probescore_server.scheduling.call import Call, RequestedRollout, WaitingGroup
+from probescore_server.scheduling.ordered_set import OrderedSet
 
 MAX_CONTINUATIONS = 1024
 """Completions and follow-ups, with which a batch takes no further rollout."""
 
-Duplicates = list[Item]
+Duplicates = list[RequestedRollout]
 """Rollouts of one content, to be computed once; never empty."""
 
 
 @dataclass(eq=False, slots=True)
-class _Prompt:
+class _WaitingPrompt:
     """What waits for one prompt.
 
     Attributes:
-        groups: in order of arrival; the values mean nothing.
-        identical: by `Item.key`; the values mean nothing.
+        groups: in order of arrival.
+        identical: by `RequestedRollout.key`, the group that each of these items waits in.
     """
 
     tokens: int
-    groups: dict[Group, None] = field(default_factory=dict)
-    identical: dict[object, dict[Item, Group]] = field(default_factory=dict)
+    groups: OrderedSet[WaitingGroup] = field(default_factory=OrderedSet)
+    identical: dict[object, dict[RequestedRollout, WaitingGroup]] = field(default_factory=dict)
 
 
 @dataclass(eq=False, slots=True)
@@ -70,7 +71,7 @@ class WaitingQueue:
         self.rollouts = 0
         self._max_unread_tokens = max_unread_tokens
         self._jobs: OrderedDict[str, list[Call]] = OrderedDict()  # the next turn first
-        self._prompts: dict[bytes, _Prompt] = {}
+        self._prompts: dict[bytes, _WaitingPrompt] = {}
         self._distinct_tokens = 0  # a prompt once, and identical rollouts once
 
     def __iter__(self) -> Iterator[Call]:
@@ -78,26 +79,26 @@ class WaitingQueue:
 
     # ------------------------------------------------------------------------------------------------------------- coming, leaving
 
-    def add(self, groups: Iterable[Group]) -> None:
+    def add(self, groups: Iterable[WaitingGroup]) -> None:
         """Queues groups behind those of their calls that wait already."""
         for group in groups:
             call = group.call
             if not call.waiting:
                 bisect.insort(self._jobs.setdefault(call.job, []), call, key=lambda queued: (-queued.priority, queued.admitted))
-            call.waiting[group] = None
+            call.waiting.add(group)
             self._index(group)
 
-    def put_back(self, items: Iterable[Item]) -> None:
+    def put_back(self, items: Iterable[RequestedRollout]) -> None:
         """Queues what was taken once more, before everything else of its call, which goes first in its job's next turn."""
-        by_group: dict[tuple[Call, int], dict[Item, None]] = {}
+        by_group: dict[tuple[Call, int], OrderedSet[RequestedRollout]] = {}
         for item in items:
-            by_group.setdefault((item.call, item.group), {})[item] = None
+            by_group.setdefault((item.call, item.group), OrderedSet()).add(item)
         for (call, _), returned in by_group.items():
-            group = Group(call, next(iter(returned)).key[0], returned)
+            group = WaitingGroup(call, next(iter(returned)).key[0], returned)
             others = list(call.waiting)
             self.add([group])
             for other in others:
-                call.waiting[other] = call.waiting.pop(other)
+                call.waiting.move_to_end(other)
             self._jobs.move_to_end(call.job, last=False)
 
     def drop(self, call: Call) -> None:
@@ -106,21 +107,21 @@ class WaitingQueue:
             for item in list(group.items):
                 self._remove(item, group)
 
-    def _index(self, group: Group) -> None:
+    def _index(self, group: WaitingGroup) -> None:
         self.tokens += group.tokens
         self.rollouts += len(group.items)
         prompt = self._prompts.get(group.prompt)
         if prompt is None:
-            prompt = self._prompts[group.prompt] = _Prompt(group.prompt_tokens)
+            prompt = self._prompts[group.prompt] = _WaitingPrompt(group.prompt_tokens)
             self._distinct_tokens += prompt.tokens
-        prompt.groups[group] = None
+        prompt.groups.add(group)
         for item in group.items:
             identical = prompt.identical.setdefault(item.key, {})
             if not identical:
                 self._distinct_tokens += item.tokens
             identical[item] = group
 
-    def _remove(self, item: Item, group: Group) -> None:
+    def _remove(self, item: RequestedRollout, group: WaitingGroup) -> None:
         prompt = self._prompts[group.prompt]
         identical = prompt.identical[item.key]
         del identical[item]
@@ -130,7 +131,8 @@ class WaitingQueue:
         self.tokens -= group.remove(item)
         self.rollouts -= 1
         if not group.items:
-            del prompt.groups[group], group.call.waiting[group]
+            prompt.groups.remove(group)
+            group.call.waiting.remove(group)
             if not group.call.waiting:
                 self._leave(group.call)
         if not prompt.groups:
@@ -189,11 +191,11 @@ class WaitingQueue:
                     self._end_turn(other.call.job)
         return True
 
-    def _next_group(self, job: str) -> Group | None:
+    def _next_group(self, job: str) -> WaitingGroup | None:
         call = next((call for call in self._jobs.get(job, ()) if not self._is_behind(call)), None)
         return None if call is None else next(iter(call.waiting))
 
-    def _take(self, group: Group, room: _NextBatch) -> None:
+    def _take(self, group: WaitingGroup, room: _NextBatch) -> None:
         """Takes the items of a group that fit, with their identical ones elsewhere: all, unless it alone is larger than a batch."""
         prompt = self._prompts[group.prompt]
         for item in list(group.items):

@@ -31,16 +31,16 @@ from probescore_server.errors import (
     CoreError,
     DeadlineExpired,
     InternalFault,
-    LostTwice,
     OutOfMemory,
     QueueFull,
     WorkerLost,
+    WorkerLostTwice,
     WorkerUnavailable,
 )
 from probescore_server.rollouts import CheckedRollout
 from probescore_server.scheduling.batch_budget import BatchBudget
-from probescore_server.scheduling.call import Call, Item, groups_of
-from probescore_server.scheduling.deduplication import BatchSlot, InFlight, Work, Worker
+from probescore_server.scheduling.call import Call, RequestedRollout, groups_of
+from probescore_server.scheduling.deduplication import BatchSlot, Computation, ComputationsInFlight, Worker
 from probescore_server.scheduling.queue import WaitingQueue
 from probescore_server.scheduling.suspects import Suspects
 
@@ -64,7 +64,7 @@ class _SentBatch:
     """
 
     worker: Worker
-    works: list[Work]
+    computations: list[Computation]
     started: bool
     lost: bool = False
 
@@ -96,7 +96,7 @@ class Scheduler:
         self._on_batch = on_batch
         self._on_out_of_memory = on_out_of_memory
         self._waiting = WaitingQueue(max_unread_tokens=max_batch_tokens)
-        self._in_flight = InFlight()
+        self._in_flight = ComputationsInFlight()
         self._suspects = Suspects()
         self._budgets = {worker: BatchBudget(max_batch_tokens) for worker in workers}
         self._batches: dict[Worker, list[_SentBatch]] = {worker: [] for worker in workers}  # the one that computes first
@@ -122,7 +122,7 @@ class Scheduler:
 
         Raises:
             QueueFull: they do not fit beside what waits already.
-            LostTwice: a worker was lost with one of them twice.
+            WorkerLostTwice: a worker was lost with one of them twice.
         """
         now = self.clock()
         call = Call(self, job, priority, deadline, now)
@@ -168,70 +168,71 @@ class Scheduler:
             return
         taken, tokens = self._waiting.next_batch(budget)
         begun = [self._in_flight.begin(identical, now) for identical in taken]
-        works = [work for work in begun if work is not None]
-        if works:
-            batch = _SentBatch(worker, works, started=not prepare)
+        computations = [computation for computation in begun if computation is not None]
+        if computations:
+            batch = _SentBatch(worker, computations, started=not prepare)
             self._batches[worker].append(batch)
             task = asyncio.create_task(self._run(batch))
             self._running.add(task)
             task.add_done_callback(self._running.discard)
-            asyncio.get_running_loop().call_soon(self._on_batch, tokens, len(works))  # the batch goes first
+            asyncio.get_running_loop().call_soon(self._on_batch, tokens, len(computations))  # the batch goes first
 
     async def _run(self, batch: _SentBatch) -> None:
-        suspects = [work for work in batch.works if work.key in self._suspects]  # what is known may change while something computes
+        # noted now: what is known may change while something computes
+        suspects = [computation for computation in batch.computations if computation.key in self._suspects]
         try:
-            await self._score(batch, [work for work in batch.works if work not in suspects])
+            await self._score(batch, [computation for computation in batch.computations if computation not in suspects])
             for suspect in suspects:
                 await self._score(batch, [suspect])
         finally:
-            self._fail_lost([work for work in batch.works if work.items])
+            self._fail_lost([computation for computation in batch.computations if computation.items])
             self._batches[batch.worker].remove(batch)
             self.dispatch()
 
-    async def _score(self, batch: _SentBatch, works: Sequence[Work]) -> None:
+    async def _score(self, batch: _SentBatch, computations: Sequence[Computation]) -> None:
         """Scores work of a batch that is still wanted, in parts where it fails as a whole."""
-        works = [work for work in works if work.items]
+        computations = [computation for computation in computations if computation.items]
         if batch.lost:
-            self._put_back(works)
+            self._put_back(computations)
             return
-        if not works:
+        if not computations:
             return
-        worker, number, tokens = batch.worker, batch.worker.new_batch(), _tokens(works)
-        for index, work in enumerate(works):
-            work.place = BatchSlot(worker, number, index)
+        worker, number, tokens = batch.worker, batch.worker.new_batch(), _tokens(computations)
+        for index, computation in enumerate(computations):
+            computation.place = BatchSlot(worker, number, index)
         try:
-            scored = await worker.score(number, [work.rollout for work in works])
+            scored = await worker.score(number, [computation.rollout for computation in computations])
         except WorkerUnavailable as error:
             batch.lost = True
-            self._lose(batch, works, error, number)
+            self._lose(batch, computations, error, number)
             return
         except OutOfMemory as error:
             failure: CoreError | None = error
             self._budgets[worker].failed(tokens)
             self._on_out_of_memory()
-            logger.warning("a batch did not fit into memory", tokens=tokens, rollouts=len(works), budget=self.batch_budget(worker))
+            logger.warning("a batch did not fit into memory", tokens=tokens, rollouts=len(computations), budget=self.batch_budget(worker))
         except InternalFault as error:
             failure = error
         else:
             failure = None
-            self._in_flight.deliver(works, scored)
-            for work, result in zip(works, scored.results, strict=True):
+            self._in_flight.deliver(computations, scored)
+            for computation, result in zip(computations, scored.results, strict=True):
                 if result is not None:
-                    self._suspects.cleared(work.key)
+                    self._suspects.cleared(computation.key)
             self._budgets[worker].fitted(tokens)
             self._learn_throughput(tokens, scored.compute_seconds)
         self._answered(batch)
         if failure is not None:
-            await self._split(batch, works, failure)
+            await self._split(batch, computations, failure)
 
-    async def _split(self, batch: _SentBatch, works: Sequence[Work], failure: CoreError) -> None:
-        for work in works:
-            work.place = None
-        if len(works) == 1:
-            self._in_flight.fail(works[0], failure)
+    async def _split(self, batch: _SentBatch, computations: Sequence[Computation], failure: CoreError) -> None:
+        for computation in computations:
+            computation.place = None
+        if len(computations) == 1:
+            self._in_flight.fail(computations[0], failure)
         else:
-            await self._score(batch, works[: len(works) // 2])
-            await self._score(batch, works[len(works) // 2 :])
+            await self._score(batch, computations[: len(computations) // 2])
+            await self._score(batch, computations[len(computations) // 2 :])
 
     def _answered(self, batch: _SentBatch) -> None:
         """What the worker computes now: its other batch if there is one, since what may follow of this one comes after that."""
@@ -239,45 +240,46 @@ class Scheduler:
         for other in batches:
             other.started = other is not batch or len(batches) == 1
 
-    def _lose(self, batch: _SentBatch, works: Sequence[Work], error: WorkerUnavailable, number: int) -> None:
+    def _lose(self, batch: _SentBatch, computations: Sequence[Computation], error: WorkerUnavailable, number: int) -> None:
         """The worker is gone: with what it computed, or with something else before it got to this."""
-        for work in works:
-            work.place = None
+        for computation in computations:
+            computation.place = None
         computed = error.order == number if isinstance(error, WorkerLost) and error.order else batch.started
         if not computed:
-            self._put_back(works)
+            self._put_back(computations)
         elif isinstance(error, WorkerLost):
-            self._suspect(batch, works, error)
+            self._suspect(batch, computations, error)
         else:
-            for work in works:
-                self._in_flight.fail(work, error)
+            for computation in computations:
+                self._in_flight.fail(computation, error)
 
-    def _suspect(self, batch: _SentBatch, works: Sequence[Work], error: WorkerLost) -> None:
+    def _suspect(self, batch: _SentBatch, computations: Sequence[Computation], error: WorkerLost) -> None:
         """Each is tried once more, with nothing beside it; what was alone already and known is refused."""
-        tokens = _tokens(works)
+        tokens = _tokens(computations)
         if error.reason_lost == "memory":
             self._budgets[batch.worker].failed(tokens)
             self._on_out_of_memory()
-        logger.warning("a worker was lost in a batch", tokens=tokens, rollouts=len(works), reason=error.reason_lost, doing=error.doing)
-        for work in works:
-            if self._suspects.lost(work.key, error, self.clock(), alone=len(works) == 1):
-                for item in list(work.items):
+        why = {"reason": error.reason_lost, "doing": error.doing}
+        logger.warning("a worker was lost in a batch", tokens=tokens, rollouts=len(computations), **why)
+        for computation in computations:
+            if self._suspects.lost(computation.key, error, self.clock(), alone=len(computations) == 1):
+                for item in list(computation.items):
                     item.call.fail(_refusal(item, error))
-        self._put_back(works)
+        self._put_back(computations)
 
-    def _put_back(self, works: Sequence[Work]) -> None:
+    def _put_back(self, computations: Sequence[Computation]) -> None:
         """In the order in which they were taken: each goes before what waits."""
-        for work in reversed(works):
-            work.place = None
-            self._waiting.put_back(self._in_flight.take_back(work))
+        for computation in reversed(computations):
+            computation.place = None
+            self._waiting.put_back(self._in_flight.take_back(computation))
 
-    def _fail_lost(self, works: Sequence[Work]) -> None:
+    def _fail_lost(self, computations: Sequence[Computation]) -> None:
         """Whatever goes wrong, a call ends: rollouts that a worker neither scored nor refused would keep it waiting for ever."""
-        if works:
+        if computations:
             fault = InternalFault.new()
-            logger.error("rollouts got lost in a batch", incident=fault.incident, rollouts=len(works))
-            for work in works:
-                self._in_flight.fail(work, fault)
+            logger.error("rollouts got lost in a batch", incident=fault.incident, rollouts=len(computations))
+            for computation in computations:
+                self._in_flight.fail(computation, fault)
 
     # -------------------------------------------------------------------------------------------------------- when to come back
 
@@ -295,14 +297,14 @@ class Scheduler:
         return min(max(seconds, MIN_RETRY_SECONDS), MAX_RETRY_SECONDS)
 
 
-def _refusal(item: Item, error: WorkerLost) -> CoreError:
+def _refusal(item: RequestedRollout, error: WorkerLost) -> CoreError:
     """What its call is told of a rollout with which a worker was lost twice."""
     if error.reason_lost == "memory":
         return OutOfMemory(item.rollout.tokens)
-    return LostTwice(f"groups[{item.group}].completions[{item.completion}]", error.doing, error.problem)
+    return WorkerLostTwice(f"groups[{item.group}].completions[{item.completion}]", error.doing, error.problem)
 
 
-def _tokens(works: Sequence[Work]) -> int:
+def _tokens(computations: Sequence[Computation]) -> int:
     """Tokens of work, each prompt once."""
-    prompts = {work.key[0]: len(work.rollout.prompt_ids) for work in works}
-    return sum(prompts.values()) + sum(work.rollout.tokens - len(work.rollout.prompt_ids) for work in works)
+    prompts = {computation.key[0]: len(computation.rollout.prompt_ids) for computation in computations}
+    return sum(prompts.values()) + sum(computation.rollout.tokens - len(computation.rollout.prompt_ids) for computation in computations)

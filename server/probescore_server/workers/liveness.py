@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from probescore_server.activity import Step, TextInHand
+from probescore_server.activity import ActivityStep, TextBeingTokenised
 
 REASONS_LOST = ("silent", "overdue", "device", "memory", "crash", "start", "died")
 """Why workers are lost: they said nothing, or did not get on; their device failed, the system's memory was short, they crashed; they did
@@ -29,7 +29,7 @@ TEXT_BYTES_PER_SECOND = 10_000
 
 
 @dataclass(frozen=True)
-class Patience:
+class WorkerTimeLimits:
     """How long a worker may take, in seconds.
 
     Attributes:
@@ -49,13 +49,13 @@ class Patience:
         """For a step of so many tokens."""
         return self.step_seconds + self.step_seconds_per_1000_tokens * tokens / 1000
 
-    def for_texts(self, texts: Iterable[TextInHand]) -> float:
+    def for_texts(self, texts: Iterable[TextBeingTokenised]) -> float:
         """For any one of the texts that the lanes have: a tokenizer that is written in Python takes them one after the other."""
         return self.step_seconds + sum(text.bytes / TEXT_BYTES_PER_SECOND + self.chat_seconds * text.is_chat for text in texts)
 
 
 @dataclass(frozen=True)
-class Loss:
+class LossReason:
     """Why a worker is lost.
 
     Attributes:
@@ -71,27 +71,27 @@ class Loss:
     doing: str = ""
 
 
-class Watch:
+class LivenessWatch:
     """Watches one worker process from its start on.
 
     Args:
-        patience: what it may take.
+        limits: what it may take.
         now: when it was started.
 
     Attributes:
         step: the one that it told last.
     """
 
-    def __init__(self, patience: Patience, now: float) -> None:
-        self.step = Step()
-        self._patience = patience
+    def __init__(self, limits: WorkerTimeLimits, now: float) -> None:
+        self.step = ActivityStep()
+        self._limits = limits
         self._heard = self._began = now
-        self._silent_at_first = max(patience.silent_seconds, BOOT_SECONDS)
+        self._silent_at_first = max(limits.silent_seconds, BOOT_SECONDS)
         self._said_something = False
         self._starting = True
         self._seconds: dict[int, float] = {}  # of what was asked of its device and has no answer, in that order
         self._since = now  # when something of it got on for the last time
-        self._texts: list[TextInHand] = []  # by lane
+        self._texts: list[TextBeingTokenised] = []  # by lane
         self._texts_since: list[float] = []
 
     def ready(self) -> None:
@@ -115,16 +115,16 @@ class Watch:
         if self._seconds.pop(number, None) is not None:
             self._since = now
 
-    def at(self, step: Step, now: float) -> None:
+    def at(self, step: ActivityStep, now: float) -> None:
         """It is at this step."""
         if step.number != self.step.number:
             self.step = step
             if step.order in self._seconds:
                 self._since = now
 
-    def tokenises(self, texts: Sequence[TextInHand], now: float) -> None:
+    def tokenises(self, texts: Sequence[TextBeingTokenised], now: float) -> None:
         """Its lanes have these texts; always in the same order."""
-        known = [*zip(self._texts, self._texts_since, strict=True)] or [(TextInHand(), now)] * len(texts)
+        known = [*zip(self._texts, self._texts_since, strict=True)] or [(TextBeingTokenised(), now)] * len(texts)
         self._texts_since = [since if text == before else now for text, (before, since) in zip(texts, known, strict=True)]
         self._texts = list(texts)
 
@@ -135,22 +135,22 @@ class Watch:
         self._since += seconds
         self._texts_since = [since + seconds for since in self._texts_since]
 
-    def loss(self, now: float) -> Loss | None:
+    def loss(self, now: float) -> LossReason | None:
         """What is wrong with it, if anything is."""
-        silent_seconds = self._patience.silent_seconds if self._said_something else self._silent_at_first
+        silent_seconds = self._limits.silent_seconds if self._said_something else self._silent_at_first
         if now - self._heard > silent_seconds:
-            return Loss("silent", f"it said nothing for {silent_seconds:g} s")
+            return LossReason("silent", f"it said nothing for {silent_seconds:g} s")
         # From here on only time counts of which it is known that it was there: one that is silent is no more than that.
-        if self._starting and self._heard - self._began > self._patience.start_seconds:
-            return Loss("start", f"it was not ready within {self._patience.start_seconds:g} s (worker_start_seconds)")
+        if self._starting and self._heard - self._began > self._limits.start_seconds:
+            return LossReason("start", f"it was not ready within {self._limits.start_seconds:g} s (worker_start_seconds)")
         first = next(iter(self._seconds), 0)
         if first and self._heard - self._since > (seconds := self._seconds_of(first)):
-            return Loss("overdue", f"it did not get on for {seconds:g} s", first)
+            return LossReason("overdue", f"it did not get on for {seconds:g} s", first)
         for text, since in zip(self._texts, self._texts_since, strict=True):
-            if text.order and self._heard - since > (seconds := self._patience.for_texts(self._texts)):
-                return Loss("overdue", f"it did not get on with a text for {seconds:g} s", text.order)
+            if text.order and self._heard - since > (seconds := self._limits.for_texts(self._texts)):
+                return LossReason("overdue", f"it did not get on with a text for {seconds:g} s", text.order)
         return None
 
     def _seconds_of(self, number: int) -> float:
         """What it may take until the next answer, or step, if the first that it has on its device has this number."""
-        return self._patience.for_tokens(self.step.tokens) if self.step.order == number else self._seconds[number]
+        return self._limits.for_tokens(self.step.tokens) if self.step.order == number else self._seconds[number]

@@ -22,9 +22,8 @@ from probescore_server.errors import InternalFault, InvalidRequest, OutOfMemory,
 from probescore_server.failures import FailureKind, kind_of
 from probescore_server.logs import configure_logs
 from probescore_server.rollouts import ScoredBatch
-from probescore_server.validation import ChatLimits, PendingText
+from probescore_server.validation.texts import ChatLimits, PendingText
 from probescore_server.workers.messages import (
-    Alive,
     BatchScored,
     CancelRollout,
     CancelTexts,
@@ -32,8 +31,9 @@ from probescore_server.workers.messages import (
     EncodeTexts,
     Failed,
     FromWorker,
+    Heartbeat,
     LoadingProgress,
-    Moved,
+    MemoryMoved,
     Order,
     Ready,
     Refused,
@@ -44,7 +44,7 @@ from probescore_server.workers.messages import (
     Wake,
     WorkerSpec,
 )
-from probescore_server.workers.text_turns import Lane, TextTurns
+from probescore_server.workers.text_queue import TextQueue, TokenisingLane
 from probescore_server.workers.transport import BlockingEnd
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ MAX_HEARTBEAT_SECONDS = 1.0
 
 # How long after an answer a worker says what it holds, and how often while it is never without work.
 OCCUPANCY_DELAY = 0.005
-OCCUPANCY_SECONDS = 1.0
+STATISTICS_SECONDS = 1.0
 
 
 def run_worker(connection: socket.socket, spec: WorkerSpec) -> None:
@@ -67,10 +67,10 @@ def run_worker(connection: socket.socket, spec: WorkerSpec) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     configure_logs(spec.settings.log_format, spec.settings.log_level)
-    _Worker(BlockingEnd(connection), spec).run()
+    _WorkerRuntime(BlockingEnd(connection), spec).run()
 
 
-class _Worker:
+class _WorkerRuntime:
     """Its threads: this one loads and computes, one reads the pipe, one for each lane of texts tokenises, one says that the process is
     there.
     """
@@ -79,8 +79,8 @@ class _Worker:
         self._pipe = pipe
         self._spec = spec
         self._orders: SimpleQueue[Order | None] = SimpleQueue()
-        self._told_occupancy = 0.0
-        self._texts = TextTurns()
+        self._statistics_sent = 0.0
+        self._texts = TextQueue()
         self._cancelled: dict[int, set[int]] = {}  # by number of a batch that has not been answered, the indices given up
 
     def run(self) -> None:
@@ -98,10 +98,10 @@ class _Worker:
         # what was loaded stays: without this every full collection would look through it, for 0.2 seconds
         gc.collect()
         gc.freeze()
-        for lane in Lane:
+        for lane in TokenisingLane:
             threading.Thread(target=self._encode, args=(engine, lane), daemon=True).start()
         self._send(Ready(engine.info))
-        self._tell_occupancy(engine)
+        self._send_statistics(engine)
         while (order := self._next_order(engine)) is not None:
             match order:
                 case ScoreBatch():
@@ -118,15 +118,15 @@ class _Worker:
         try:
             order = self._orders.get(timeout=OCCUPANCY_DELAY)
         except Empty:
-            self._tell_occupancy(engine)
+            self._send_statistics(engine)
             return self._orders.get()
-        if time.monotonic() > self._told_occupancy + OCCUPANCY_SECONDS:
-            self._tell_occupancy(engine)
+        if time.monotonic() > self._statistics_sent + STATISTICS_SECONDS:
+            self._send_statistics(engine)
         return order
 
-    def _tell_occupancy(self, engine: Engine) -> None:
-        self._told_occupancy = time.monotonic()
-        self._send(engine.occupancy())
+    def _send_statistics(self, engine: Engine) -> None:
+        self._statistics_sent = time.monotonic()
+        self._send(engine.statistics())
 
     def _load(self) -> Engine:
         settings = self._spec.settings
@@ -190,7 +190,7 @@ class _Worker:
         seconds = min(HEARTBEAT_SHARE * self._spec.settings.worker_silent_seconds, MAX_HEARTBEAT_SECONDS)
         while True:
             try:
-                self._send(Alive(ACTIVITY.step, self._texts.in_hand()))
+                self._send(Heartbeat(ACTIVITY.step, self._texts.in_hand()))
             except OSError:
                 return  # the front process is gone; whoever reads the pipe ends this one
             time.sleep(seconds)
@@ -228,14 +228,14 @@ class _Worker:
 
     def _sleep(self, engine: Engine, order: Sleep) -> None:
         try:
-            self._send(Moved(order.number, engine.sleep()))
+            self._send(MemoryMoved(order.number, engine.sleep()))
         except Exception as error:
             self._end_if_lost(error)
             self._send(Failed(order.number, _logged_fault("falling asleep failed")))
 
     def _wake(self, engine: Engine, order: Wake) -> None:
         try:
-            self._send(Moved(order.number, engine.wake()))
+            self._send(MemoryMoved(order.number, engine.wake()))
         except WorkerUnavailable as error:
             self._send(Failed(order.number, error))
         except Exception as error:
@@ -244,7 +244,7 @@ class _Worker:
             logger.exception("waking up failed")
             os._exit(1)
 
-    def _encode(self, engine: Engine, lane: Lane) -> None:
+    def _encode(self, engine: Engine, lane: TokenisingLane) -> None:
         settings = self._spec.settings
         limits = ChatLimits(settings.max_text_bytes_per_token * settings.max_rollout_tokens, settings.max_chat_seconds)
         while True:

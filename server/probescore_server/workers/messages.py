@@ -9,11 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from probescore.types import Transfer
-from probescore_server.activity import Step, TextInHand
+from probescore_server.activity import ActivityStep, TextBeingTokenised
 from probescore_server.errors import InternalFault, InvalidRequest, OutOfMemory, WorkerUnavailable
-from probescore_server.rollouts import CheckedRollout, EngineInfo, Occupancy, ScoredBatch
+from probescore_server.rollouts import CheckedRollout, EngineInfo, EngineStatistics, ScoredBatch
 from probescore_server.settings import ServerSettings
-from probescore_server.validation import PendingText
+from probescore_server.validation.texts import PendingText
 from probescore_server.workers.codec import Encoded, decode_results, decode_rollouts, encode_results, encode_rollouts
 
 
@@ -74,14 +74,14 @@ class CancelTexts:
 
 @dataclass(frozen=True)
 class Sleep:
-    """Give the device's memory back, after the batches before; answered by `Moved` or `Failed`, and then awake as before."""
+    """Give the device's memory back, after the batches before; answered by `MemoryMoved` or `Failed`, and then awake as before."""
 
     number: int
 
 
 @dataclass(frozen=True)
 class Wake:
-    """Take the device's memory again; answered by `Moved`, or by `Failed`, and then asleep as before."""
+    """Take the device's memory again; answered by `MemoryMoved`, or by `Failed`, and then asleep as before."""
 
     number: int
 
@@ -142,7 +142,7 @@ class TextsEncoded:
 
 
 @dataclass(frozen=True)
-class Moved:
+class MemoryMoved:
     """Answers `Sleep` and `Wake`."""
 
     number: int
@@ -158,11 +158,11 @@ class Failed:
 
 
 @dataclass(frozen=True)
-class Alive:
+class Heartbeat:
     """A sign of life, with the step that computes or computed last and what each lane of texts tokenises; no answer waits for it."""
 
-    step: Step
-    texts: tuple[TextInHand, ...]
+    step: ActivityStep
+    texts: tuple[TextBeingTokenised, ...]
 
 
 @dataclass(frozen=True)
@@ -172,5 +172,7 @@ class DeviceLost:
     incident: str
 
 
-FromWorker = LoadingProgress | Ready | Refused | BatchScored | TextsEncoded | Moved | Failed | Occupancy | Alive | DeviceLost
-"""`Occupancy`: as of now; no answer waits for it."""
+FromWorker = (
+    LoadingProgress | Ready | Refused | BatchScored | TextsEncoded | MemoryMoved | Failed | EngineStatistics | Heartbeat | DeviceLost
+)
+"""`EngineStatistics`: as of now; no answer waits for it."""

@@ -44,7 +44,7 @@ class BlockingEnd:
         return pickle.loads(self._reader.read(_LENGTH.unpack(header)[0]))  # noqa: S301 - only our own process is at the other end
 
 
-class LoopEnd(asyncio.Protocol):
+class EventLoopEnd(asyncio.Protocol):
     """The front's end.
 
     Args:

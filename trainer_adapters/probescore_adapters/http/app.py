@@ -1,4 +1,4 @@
-"""The application: three routes that score, and three that do not."""
+"""Makes the gateway's application, of three routes that score and three that do not."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from fastapi import FastAPI, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from probescore_adapters.http import problems
-from probescore_adapters.http.bodies import LimitedBodies
-from probescore_adapters.http.counts import Counted, Counts
+from probescore_adapters.http.bodies import BodyLimitMiddleware
 from probescore_adapters.http.messages import Health, OpenRlhfAnswer, OpenRlhfRequest, ScoreAnswer, ScoreRequest, SlimeRequest
+from probescore_adapters.http.metrics import CountingMiddleware, GatewayMetrics
 from probescore_adapters.http.page import CONTENT_SECURITY_POLICY, documentation_page
 from probescore_adapters.outcome import Outcome
 from probescore_adapters.rollouts import Rollout
@@ -26,13 +26,13 @@ MAX_BODY_BYTES = 16 * 2**20
 DESCRIPTION = """
 Probe scores over HTTP. Which probes are read, and what they do to the reward, is configured where the gateway is started.
 
-A transport failure answers 503 unless the gateway was given a number to answer instead (`on_failure`); then it answers 200 with that
-number, and counts it. A rollout that cannot be scored gets what `on_unscorable` says, by default the worst reward there is.
+A transport failure answers 503 unless the gateway was given a number to answer instead (``on_failure``); then it answers 200 with that
+number, and counts it. A rollout that cannot be scored gets what ``on_unscorable`` says, by default the worst reward there is.
 """
 
 
 def create_app(scorer: ProbeScorer, *, max_body_bytes: int = MAX_BODY_BYTES) -> FastAPI:
-    """The gateway of a scorer, for any ASGI server.
+    """Returns the gateway of a scorer, an application for any ASGI server.
 
     Args:
         scorer: its signals are rewards, penalties and monitors.
@@ -47,7 +47,7 @@ def create_app(scorer: ProbeScorer, *, max_body_bytes: int = MAX_BODY_BYTES) -> 
         Mode.DENSE,
         because="a gateway answers a number for a rollout; take penalty, or monitor and act on `flagged`",
     )
-    counts = Counts()
+    gateway_metrics = GatewayMetrics()
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -60,17 +60,17 @@ def create_app(scorer: ProbeScorer, *, max_body_bytes: int = MAX_BODY_BYTES) -> 
         title="probescore gateway", version=version("probescore"), description=DESCRIPTION, lifespan=lifespan, docs_url=None, redoc_url=None
     )
     problems.register(app)
-    app.add_middleware(LimitedBodies, max_bytes=max_body_bytes)
-    app.add_middleware(Counted, counts=counts)
+    app.add_middleware(BodyLimitMiddleware, max_bytes=max_body_bytes)
+    app.add_middleware(CountingMiddleware, metrics=gateway_metrics)
 
     async def score(rollouts: Sequence[Rollout], step: int | None = None) -> Outcome:
         outcome = await scorer.score_async(rollouts, step=step)
-        counts.count(outcome)
+        gateway_metrics.count(outcome)
         return outcome
 
     @app.post("/openrlhf", responses=problems.RESPONSES, response_model=OpenRlhfAnswer, tags=["trainers"])
     async def openrlhf(request: OpenRlhfRequest) -> Response:
-        """For OpenRLHF's `--reward.remote_url`."""
+        """Scores what OpenRLHF sends to its ``--reward.remote_url``."""
         outcomes = await asyncio.gather(*(score([rollout]) for rollout in request.rollouts()))
         rewards = [float(outcome.rewards[0]) for outcome in outcomes]
         logs = {key: [outcome.rollout_metrics[key] for outcome in outcomes] for key in outcomes[0].rollout_metrics}
@@ -80,7 +80,7 @@ def create_app(scorer: ProbeScorer, *, max_body_bytes: int = MAX_BODY_BYTES) -> 
 
     @app.post("/slime", responses=problems.RESPONSES, tags=["trainers"])
     async def slime(request: SlimeRequest) -> float:
-        """For slime's `--rm-type remote_rm --rm-url`: the reward, a bare number."""
+        """Scores what slime sends with ``--rm-type remote_rm --rm-url``, and answers the reward, a bare number."""
         return float((await score([request.rollout()])).rewards[0])
 
     @app.post("/v1/score", responses=problems.RESPONSES, tags=["everybody else"])
@@ -97,13 +97,13 @@ def create_app(scorer: ProbeScorer, *, max_body_bytes: int = MAX_BODY_BYTES) -> 
 
     @app.get("/healthz", tags=["operation"])
     async def healthz() -> Health:
-        """Whether the gateway answers; says nothing of its server."""
+        """Says that the gateway answers; it says nothing of its server."""
         return Health()
 
     @app.get("/metrics", tags=["operation"], response_class=Response)
     async def metrics() -> Response:
-        """Prometheus metrics."""
-        return Response(counts.exposition(), media_type=CONTENT_TYPE_LATEST)
+        """Returns the gateway's metrics in Prometheus' text format."""
+        return Response(gateway_metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/docs", include_in_schema=False)
     async def docs() -> Response:

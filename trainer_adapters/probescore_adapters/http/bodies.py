@@ -1,4 +1,4 @@
-"""Limits on what a client may send: how large, and how slowly."""
+"""Limits how large a request's body may be, and how slowly it may come."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from probescore_adapters.http.problems import answer
 
 BODY_SECONDS = 30.0
-"""How long a client may take to send a body."""
+"""Is how long a client may take to send a body."""
 
 
-class _GaveUp(Exception):
-    """The client went away before its body was there."""
+class _ClientDisconnected(Exception):
+    """Says that a client went away before its body was there."""
 
 
-class LimitedBodies:
+class BodyLimitMiddleware:
     """Hands a request on when its body is there as a whole; answers 413 and 408 itself, and ends the connection after a 408.
 
     Args:
@@ -31,18 +31,18 @@ class LimitedBodies:
         self._seconds = seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """As ASGI has it."""
+        """Serves one connection of ASGI."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         try:
             body = await asyncio.wait_for(self._read(receive), self._seconds)
         except asyncio.TimeoutError:
-            # or the server would go on reading what nobody wants, for as long as it comes
+            # the server would otherwise go on reading what nobody wants, for as long as it comes
             headers = {"Connection": "close"}
             await answer(408, "The body did not arrive in time", f"it may take {self._seconds:g} s", headers=headers)(scope, receive, send)
             return
-        except _GaveUp:
+        except _ClientDisconnected:
             return
         if body is None:
             await answer(413, "The body is too large", f"the limit is {self._max_bytes} bytes")(scope, receive, send)
@@ -55,12 +55,14 @@ class LimitedBodies:
         await self._app(scope, receive_body, send)
 
     async def _read(self, receive: Receive) -> bytes | None:
-        """The body; ``None`` if it is too large. It is read to its end even then: many clients only listen when they have said all."""
+        """Returns the body, or ``None`` if it is too large. It is read to its end even then: many clients only listen when they have said
+        all.
+        """
         body, size = bytearray(), 0
         while True:
             message = await receive()
             if message["type"] != "http.request":
-                raise _GaveUp
+                raise _ClientDisconnected
             size += len(message.get("body", b""))
             if size <= self._max_bytes:
                 body += message.get("body", b"")

@@ -1,4 +1,4 @@
-"""What comes in and what goes out, as JSON; the OpenAPI page is made of it.
+"""Defines what comes in and what goes out as JSON; the OpenAPI page is made of it.
 
 What a trainer sends may have more keys than are read here; what a person writes may not, so that a mistyped one is noticed.
 """
@@ -13,7 +13,7 @@ from probescore import Chat
 from probescore_adapters.rollouts import Prompt, Rollout
 
 MAX_ROLLOUTS = 4096
-"""Of one request."""
+"""Limits the rollouts of one request."""
 
 # each list stops at its first fault: millions of them would be described one by one
 TokenIds = Annotated[list[Annotated[StrictInt, Field(ge=0, le=2**31 - 1)]], Field(fail_fast=True)]
@@ -21,8 +21,8 @@ MaskBits = Annotated[list[Annotated[StrictInt, Field(ge=0, le=1)]], Field(fail_f
 Texts = Annotated[list[StrictStr], Field(fail_fast=True, min_length=1, max_length=MAX_ROLLOUTS)]
 
 
-class Exact(BaseModel):
-    """An object with no other keys than its own."""
+class StrictModel(BaseModel):
+    """Accepts an object with no other keys than its own."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -36,8 +36,8 @@ class Exact(BaseModel):
         return given
 
 
-class Message(Exact):
-    """One message of a chat."""
+class Message(StrictModel):
+    """Holds one message of a chat."""
 
     role: StrictStr
     content: StrictStr
@@ -47,7 +47,7 @@ Messages = Annotated[list[Message], Field(fail_fast=True, min_length=1)]
 
 
 class OpenRlhfRequest(BaseModel):
-    """What OpenRLHF posts to `--reward.remote_url`; it sends one sample at a time. `labels` are not read."""
+    """Describes what OpenRLHF posts to ``--reward.remote_url``; it sends one sample at a time. ``labels`` are not read."""
 
     query: Annotated[Texts, Field(description="Prompt and response, decoded with special tokens.")]
     prompts: Annotated[Texts, Field(description="One for each query, which must begin with it.")]
@@ -59,12 +59,14 @@ class OpenRlhfRequest(BaseModel):
         return self
 
     def rollouts(self) -> list[Rollout]:
-        """As text. A query that does not begin with its prompt is unscorable: where its response begins would be a guess."""
+        """Returns the samples as rollouts of text. A query that does not begin with its prompt is unscorable: where its response begins
+        would be a guess.
+        """
         return [Rollout.split(prompt, query) for prompt, query in zip(self.prompts, self.query)]  # noqa: B905 - Python 3.10
 
 
 class OpenRlhfAnswer(BaseModel):
-    """What OpenRLHF reads: a number for each query."""
+    """Describes what OpenRLHF reads, a number for each query."""
 
     rewards: list[float]
     scores: list[float]
@@ -75,18 +77,18 @@ class OpenRlhfAnswer(BaseModel):
 
 
 class SlimeRequest(BaseModel):
-    """What slime posts to `--rm-url`. `label` is not read."""
+    """Describes what slime posts to ``--rm-url``. ``label`` is not read."""
 
     prompt: Union[StrictStr, Messages]
     response: StrictStr
 
     def rollout(self) -> Rollout:
-        """As text."""
+        """Returns the sample as a rollout of text."""
         return Rollout(_prompt(self.prompt), self.response)
 
 
-class ScoredRollout(Exact):
-    """One prompt and one completion of it."""
+class RolloutToScore(StrictModel):
+    """Holds one prompt and one completion of it."""
 
     prompt: Annotated[Union[StrictStr, TokenIds, Messages], Field(description="Token ids, taken verbatim; text; or a chat.")]
     completion: Annotated[
@@ -95,48 +97,48 @@ class ScoredRollout(Exact):
     mask: Annotated[MaskBits | None, Field(description="For each token whether it counts; by default all do.")] = None
 
     @model_validator(mode="after")
-    def _one_bit_a_token(self) -> ScoredRollout:
+    def _one_bit_a_token(self) -> RolloutToScore:
         if self.mask is not None and not isinstance(self.completion, str) and len(self.mask) != len(self.completion):
             raise ValueError(f"mask has {len(self.mask)} entries for {len(self.completion)} tokens")
         return self
 
     def rollout(self) -> Rollout:
-        """As the scorer takes it."""
+        """Returns it as the rollout that a ``ProbeScorer`` takes."""
         return Rollout(_prompt(self.prompt), self.completion, self.mask)
 
 
-class ScoreRequest(Exact):
-    """Rollouts to score with the signals that the gateway is configured with. Those with one prompt share its computation."""
+class ScoreRequest(StrictModel):
+    """Holds rollouts to score with the signals that the gateway is configured with. Those with one prompt share its computation."""
 
-    rollouts: Annotated[list[ScoredRollout], Field(fail_fast=True, min_length=1, max_length=MAX_ROLLOUTS)]
+    rollouts: Annotated[list[RolloutToScore], Field(fail_fast=True, min_length=1, max_length=MAX_ROLLOUTS)]
     step: Annotated[StrictInt | None, Field(ge=0, le=2**31 - 1, description="Of the training, for the server's logs.")] = None
 
 
 class ScoreAnswer(BaseModel):
-    """What the signals make of the rollouts, in their order."""
+    """Says what the signals make of the rollouts, in their order."""
 
     rewards: Annotated[list[float], Field(description="What rewards and penalties add up to.")]
     values: Annotated[dict[str, list[float | None]], Field(description="What the probe said, for each signal; null where unscorable.")]
     flagged: Annotated[dict[str, list[bool]], Field(description="At or above the signal's threshold.")]
-    unscorable: Annotated[list[bool], Field(description="Not scored by some signal: `rewards` has what the policies say instead.")]
+    unscorable: Annotated[list[bool], Field(description="Not scored by some signal: ``rewards`` has what the policies say instead.")]
     metrics: Annotated[dict[str, float | None], Field(description="Of the batch; null where there is nothing to say.")]
 
 
 class Health(BaseModel):
-    """The gateway answers; whether its server does is another question."""
+    """Says that the gateway answers; whether its server does is another question."""
 
     status: Literal["ok"] = "ok"
 
 
 class FieldProblem(BaseModel):
-    """One thing that is wrong with a body."""
+    """Describes one thing that is wrong with a body."""
 
     field: Annotated[str, Field(examples=["rollouts.0.mask"])]
     problem: str
 
 
 class ProblemDetails(BaseModel):
-    """Why there is no score (RFC 9457)."""
+    """Says why there is no score (RFC 9457)."""
 
     title: str
     status: int

@@ -1,14 +1,15 @@
-"""The gateway's documentation as one HTML page, made of its OpenAPI description; nothing on it is loaded from anywhere."""
+"""Renders the gateway's documentation as one HTML page, made of its OpenAPI description; nothing on it is loaded from anywhere."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
 CONTENT_SECURITY_POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
-"""Of the page: a browser refuses to load anything for it."""
+"""Is the policy that the page is sent with, by which a browser refuses to load anything for it."""
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #777; }
@@ -32,7 +33,7 @@ _EXAMPLES: Mapping[str, Any] = {
 
 
 def documentation_page(openapi: Mapping[str, Any]) -> str:
-    """The page of an application.
+    """Returns the documentation of an application as HTML.
 
     Args:
         openapi: what FastAPI says of it.
@@ -71,7 +72,7 @@ def _operation(path: str, method: str, operation: Mapping[str, Any], schemas: Ma
 
 
 def _fields(title: str, schema: Mapping[str, Any], schemas: Mapping[str, Any], seen: tuple[str, ...] = ()) -> Iterator[str]:
-    """A table of the fields of an object, followed by those of the objects in it."""
+    """Yields a table of the fields of an object, followed by those of the objects in it."""
     name, content = _resolved(schema, schemas)
     properties = content.get("properties", {})
     if not properties or name in seen:
@@ -117,11 +118,11 @@ def _type(schema: Mapping[str, Any], schemas: Mapping[str, Any]) -> str:
 
 
 def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    """Of cells that are HTML already."""
+    """Returns a table of cells that are HTML already."""
     cells = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
     return f"<table><tr>{''.join(f'<th>{column}</th>' for column in head)}</tr>{cells}</table>"
 
 
 def _prose(text: str) -> str:
-    """Text with `code` in backticks."""
-    return "".join(f"<code>{escape(part)}</code>" if index % 2 else escape(part) for index, part in enumerate(text.split("`")))
+    """Returns text as HTML, with what stands in backticks as code."""
+    return "".join(f"<code>{escape(part)}</code>" if index % 2 else escape(part) for index, part in enumerate(re.split("`+", text)))

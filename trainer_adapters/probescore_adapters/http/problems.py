@@ -1,4 +1,4 @@
-"""Every answer that is not a score: a status, and JSON that says why (RFC 9457), without anything of the gateway's inside."""
+"""Makes every answer that is not a score: a status, and JSON that says why (RFC 9457), without anything of the gateway's inside."""
 
 from __future__ import annotations
 
@@ -25,30 +25,30 @@ DESCRIPTIONS = {
     400: "The body is not JSON: invalid, not UTF-8, nested too deeply, or with a number of thousands of digits.",
     408: "The body did not arrive in time.",
     413: "The body, or what becomes of it, is too large.",
-    422: "The body is JSON, but not what this route takes; or a rollout cannot be scored, and `on_unscorable` is `raise`.",
+    422: "The body is JSON, but not what this route takes; or a rollout cannot be scored, and ``on_unscorable`` is ``raise``.",
     500: "The gateway's signals do not go with the server's model and probes, or something is broken; its log has more.",
-    503: "No scores: the server is gone, starting, overloaded or too slow, and `on_failure` is not a number.",
+    503: "No scores: the server is gone, starting, overloaded or too slow, and ``on_failure`` is not a number.",
 }
 RESPONSES: dict[int | str, dict[str, Any]] = {
     status: {"description": text, "model": ProblemDetails} for status, text in DESCRIPTIONS.items()
 }
-"""Of every route that scores, for its documentation."""
+"""Documents the answers, beside scores, of every route that scores."""
 
-_MOST_ERRORS = 10
-_LONGEST_FIELD = 200
+_MAX_ERRORS = 10
+_MAX_FIELD_CHARACTERS = 200
 
 
 def answer(
     status: int, title: str, detail: str = "", errors: Sequence[FieldProblem] = (), headers: dict[str, str] | None = None
 ) -> Response:
-    """A problem as a response."""
+    """Returns a problem as a response."""
     problem = ProblemDetails(title=title, status=status, detail=detail, errors=list(errors))
     # ASCII: a field's name may be anything that a client made up
     return Response(json.dumps(problem.model_dump()), status, headers, MEDIA_TYPE)
 
 
 def answer_to(error: ProbescoreError | SignalError | Unscorable) -> Response:
-    """The problem that an error of the scorer is."""
+    """Returns the response to an error of the scorer."""
     if isinstance(error, MessageTooLargeError):
         return answer(413, "More than the server takes in one call", "send fewer rollouts")
     if isinstance(error, Unscorable):
@@ -65,14 +65,14 @@ def answer_to(error: ProbescoreError | SignalError | Unscorable) -> Response:
 
 
 def register(app: FastAPI) -> None:
-    """Has an application answer with problems only."""
+    """Makes an application answer every failure with a problem as JSON."""
 
     @app.exception_handler(RequestValidationError)
     async def _invalid(request: Request, error: RequestValidationError) -> Response:
         del request
         if any(one["type"] == "json_invalid" for one in error.errors()):
             return answer(400, "The body is not JSON")
-        return answer(422, "The body is not what this route takes", errors=[_field_problem(one) for one in error.errors()[:_MOST_ERRORS]])
+        return answer(422, "The body is not what this route takes", errors=[_field_problem(one) for one in error.errors()[:_MAX_ERRORS]])
 
     @app.exception_handler(HTTPException)
     async def _refused(request: Request, error: HTTPException) -> Response:
@@ -96,4 +96,4 @@ def register(app: FastAPI) -> None:
 
 def _field_problem(error: dict[str, Any]) -> FieldProblem:
     field = ".".join(str(part) for part in error["loc"] if part != "body")
-    return FieldProblem(field=field[:_LONGEST_FIELD], problem=str(error["msg"]).removeprefix("Value error, "))
+    return FieldProblem(field=field[:_MAX_FIELD_CHARACTERS], problem=str(error["msg"]).removeprefix("Value error, "))

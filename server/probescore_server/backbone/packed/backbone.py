@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch.nn.attention.varlen import varlen_attn
 
 from probescore.types import Tap
-from probescore_server.backbone.base import Activations, nothing
+from probescore_server.backbone.base import Activations, skip_nothing
 from probescore_server.backbone.forest import Forest
 from probescore_server.backbone.kv_cache import KeyValueCache, KeyValues, length_of
 from probescore_server.backbone.model_loading import Decoder
@@ -52,7 +52,7 @@ class PackedBackbone:
 
     @torch.inference_mode()
     def forward(
-        self, forest: Forest, taps: Sequence[Tap], *, skip: Callable[[int], bool] = nothing, cache: KeyValueCache | None = None
+        self, forest: Forest, taps: Sequence[Tap], *, skip: Callable[[int], bool] = skip_nothing, cache: KeyValueCache | None = None
     ) -> Activations:
         """Runs every segment once, as ``Backbone`` says; ``skip`` is asked as the pass of a segment is laid out."""
         activations = Activations.empty(forest, taps, self._decoder.config.hidden_size, self._decoder.device)

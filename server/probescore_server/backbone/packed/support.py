@@ -36,7 +36,7 @@ def _objections(decoder: Decoder) -> Iterator[str]:
         yield "it takes no positions"
         return
     try:
-        forwards, backwards = _Rehearsal(), _Rehearsal()
+        forwards, backwards = _RecordedForward(), _RecordedForward()
         forwards.run(decoder, backwards=False)
         backwards.run(decoder, backwards=True)
     except UnknownAttention as objection:
@@ -51,7 +51,7 @@ def _objections(decoder: Decoder) -> Iterator[str]:
         yield "its tokens depend on their neighbours also without attention"
 
 
-def _attention_objections(decoder: Decoder, rehearsal: _Rehearsal) -> Iterator[str]:
+def _attention_objections(decoder: Decoder, rehearsal: _RecordedForward) -> Iterator[str]:
     if len(rehearsal.windows) != len(decoder.blocks):
         yield f"{len(decoder.blocks)} blocks call transformers' attention interface {len(rehearsal.windows)} times"
         return
@@ -73,7 +73,7 @@ def _layer_types(decoder: Decoder) -> list[str]:
     return ["full_attention" if getattr(config, "sliding_window", None) is None else "sliding_attention"] * count
 
 
-class _Rehearsal:
+class _RecordedForward:
     """One forward with an attention that gives zeros and writes down what it was asked for.
 
     Attributes:

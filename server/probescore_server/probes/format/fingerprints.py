@@ -22,7 +22,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from probescore_server.backbone.checkpoint import HEAD_NAMES, check_is_whole, tied_embedding
 from probescore_server.errors import ModelRefused
-from probescore_server.files import UnfitFile, read_regular_file
+from probescore_server.files import UnreadableFile, read_regular_file
 
 _CHUNKS = 64
 _CHUNK_BYTES = 64
@@ -264,7 +264,7 @@ def _canonical(value: object) -> object:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(read_regular_file(path, _MAX_JSON_BYTES))
-    except UnfitFile as error:
+    except UnreadableFile as error:
         raise ModelRefused(f"{path}: {error}") from None
     except ValueError:
         raise ModelRefused(f"{path}: not JSON") from None

@@ -68,7 +68,7 @@ def check_graph(model: onnx.ModelProto, file: str) -> None:
 
 
 @dataclass(frozen=True)
-class Signature:
+class GraphSignature:
     """What a probe's graph takes and gives."""
 
     taps: tuple[Tap, ...]
@@ -79,7 +79,7 @@ class Signature:
     per: OutputPer = OutputPer.TOKEN
 
     @classmethod
-    def of(cls, manifest: Manifest) -> Signature:
+    def of(cls, manifest: Manifest) -> GraphSignature:
         """What a manifest says of its graph."""
         return cls(
             taps=manifest.taps,
@@ -108,7 +108,7 @@ class Signature:
         return onnx.helper.make_tensor_value_info(SCORES, onnx.TensorProto.FLOAT, (rows, self.labels))
 
 
-def check_signature(model: onnx.ModelProto, signature: Signature, file: str) -> None:
+def check_signature(model: onnx.ModelProto, signature: GraphSignature, file: str) -> None:
     """Checks names, order, dtypes, ranks and sizes of a graph's inputs and output.
 
     Raises:

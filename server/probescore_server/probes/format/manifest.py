@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from probescore.reductions import Reduction, ReductionKind
-from probescore.types import OutputPer, ScoreUnit, Tap
+from probescore.types import Hook, OutputPer, ScoreUnit, Tap
 from probescore_server.probes.format.complaints import first_complaint
 
 METADATA_KEY = "probescore.manifest"
@@ -95,15 +95,15 @@ class ModelReference(_ManifestPart):
 class TapInput(_ManifestPart):
     """A graph input: activations at a tap, float32, (tokens, hidden_size). Its name is ``hook.layer``, or ``final_norm``."""
 
-    hook: Literal["resid_pre", "resid_post", "attn_out", "mlp_out", "final_norm"]
+    hook: Hook = Field(strict=False)
     layer: Annotated[int, Field(ge=0, lt=MAX_INT32)] | None = Field(
         None, description="0-based index of the decoder block; null for final_norm."
     )
 
     @model_validator(mode="after")
     def _layer_fits_hook(self) -> TapInput:
-        if (self.layer is None) != (self.hook == "final_norm"):
-            raise ValueError(f"{'no layer' if self.hook == 'final_norm' else 'a layer'} for hook {self.hook}")
+        if (self.layer is not None) != self.hook.has_layer:
+            raise ValueError(f"{'a layer' if self.hook.has_layer else 'no layer'} for hook {self.hook}")
         return self
 
     @classmethod
@@ -116,29 +116,29 @@ class TapInput(_ManifestPart):
         hook, dot, layer = str(written).partition(".")
         if dot and not (layer.isascii() and layer.isdecimal()):
             raise ValueError(f"tap {str(written)!r}: the layer {layer!r} is not a number")
-        return cls(hook=hook, layer=int(layer) if dot else None)  # type: ignore[arg-type]
+        return cls(hook=hook, layer=int(layer) if dot else None)
 
     @property
     def tap(self) -> Tap:
         """The same as the value type that the client knows."""
-        return Tap(self.hook, self.layer)
+        return Tap(self.hook.value, self.layer)
 
     def moved(self, blocks: int, num_hidden_layers: int) -> TapInput | None:
         """The tap of the same kind so many blocks later in a model; before the last ``resid_post`` its hook may change, and after it comes
         ``final_norm``. ``None`` if there is none.
         """
-        if self.hook in ("attn_out", "mlp_out"):
+        if self.hook in (Hook.ATTN_OUT, Hook.MLP_OUT):
             layer = (self.layer or 0) + blocks
             return TapInput(hook=self.hook, layer=layer) if 0 <= layer < num_hidden_layers else None
         # the residual stream: 0 enters the first block, num_hidden_layers leaves the last one
-        place = num_hidden_layers + 1 if self.layer is None else self.layer + (self.hook == "resid_post")
+        place = num_hidden_layers + 1 if self.layer is None else self.layer + (self.hook is Hook.RESID_POST)
         place += blocks
         if place == num_hidden_layers + 1:
-            return TapInput(hook="final_norm")
+            return TapInput(hook=Hook.FINAL_NORM)
         if not 0 <= place <= num_hidden_layers:
             return None
-        before = place == 0 or (self.hook == "resid_pre" and place < num_hidden_layers)
-        return TapInput(hook="resid_pre", layer=place) if before else TapInput(hook="resid_post", layer=place - 1)
+        before = place == 0 or (self.hook is Hook.RESID_PRE and place < num_hidden_layers)
+        return TapInput(hook=Hook.RESID_PRE, layer=place) if before else TapInput(hook=Hook.RESID_POST, layer=place - 1)
 
 
 class Context(_ManifestPart):
@@ -233,7 +233,7 @@ class Tolerance(_ManifestPart):
     float16: float = Field(0.05, allow_inf_nan=False, gt=0, le=0.5)
 
 
-class _Elsewhere(_ManifestPart):
+class _NeighbouringPlace(_ManifestPart):
     """Where the golden rollouts could be read by mistake: one block or one token off."""
 
     inputs: tuple[TapInput, ...] = Field(min_length=1, strict=False, description="The taps that were read in place of the manifest's.")
@@ -249,7 +249,7 @@ class _Elsewhere(_ManifestPart):
         return taps if self.tokens == 0 else f"{taps} one token {'later' if self.tokens > 0 else 'earlier'}"
 
 
-class Neighbour(_Elsewhere):
+class Neighbour(_NeighbouringPlace):
     """What the author's code gives for the golden rollouts one place off: scores that a right worker does not give."""
 
     differences: tuple[tuple[tuple[Real, ...], ...], ...] = Field(
@@ -262,7 +262,7 @@ class Neighbour(_Elsewhere):
         return np.array([row for case in self.differences for row in case], np.float64)
 
 
-class LeftOut(_Elsewhere):
+class LeftOut(_NeighbouringPlace):
     """A place one off for which there are no scores."""
 
     reason: Literal["no_such_tap", "not_finite"] = Field(

@@ -17,9 +17,9 @@ from google.protobuf.message import DecodeError
 from pydantic import ValidationError
 
 from probescore_server.errors import ProbeRefused
-from probescore_server.files import UnfitFile, read_regular_file, write_atomically
+from probescore_server.files import UnreadableFile, read_regular_file, write_atomically
 from probescore_server.probes.format.complaints import first_complaint
-from probescore_server.probes.format.graph import Signature, check_graph, check_signature
+from probescore_server.probes.format.graph import GraphSignature, check_graph, check_signature
 from probescore_server.probes.format.manifest import METADATA_KEY, Manifest, manifest_digest
 
 MAX_FILE_BYTES = 256 * 2**20
@@ -52,7 +52,7 @@ def read_probe_file(path: Path | str, *, max_bytes: int = MAX_FILE_BYTES) -> Pro
     file = str(path)
     try:
         data = read_regular_file(path, max_bytes)
-    except UnfitFile as error:
+    except UnreadableFile as error:
         raise ProbeRefused(file, error.field, error.found, error.expected) from None
     return parse_probe_file(data, file)
 
@@ -69,7 +69,7 @@ def parse_probe_file(data: bytes, file: str) -> ProbeFile:
     ):
         if found != expected:
             raise ProbeRefused(file, field, found, f"{expected}, which is that of the file's content: it was changed after it was written")
-    check_signature(model, Signature.of(manifest), file)
+    check_signature(model, GraphSignature.of(manifest), file)
     check_graph(model, file)
     check_golden(manifest, file)
     return ProbeFile(file, manifest, graph)

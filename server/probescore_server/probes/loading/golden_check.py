@@ -14,7 +14,8 @@ from probescore_server.probes.format.manifest import Golden, LeftOut, Neighbour,
 from probescore_server.probes.format.probe_file import ProbeFile
 from probescore_server.probes.loading.deviations import largest_deviation
 from probescore_server.rollouts import CheckedRollout, EngineInfo
-from probescore_server.validation import resolve_options, resolve_rollouts
+from probescore_server.validation.options import resolve_options
+from probescore_server.validation.rollouts import resolve_rollouts
 
 NEARER = 2.0
 """So many times as near must recomputed scores be to the golden ones as to those of any neighbouring place."""
@@ -112,7 +113,7 @@ def _check_place(probe: ProbeFile, recomputed: NDArray[np.float64], dtype: str) 
     measured = [_distances(golden, neighbour, recomputed) for neighbour in golden.neighbours]
     doubtful = [each for each in measured if each is not None and not NEARER * each.golden <= each.wrong]
     if not doubtful:
-        return _check_told(probe, measured, dtype) if allowed > TELLS_BY_ITSELF else None
+        return _check_neighbours_suffice(probe, measured, dtype) if allowed > TELLS_BY_ITSELF else None
     nearest = min(doubtful, key=lambda each: each.wrong)
     stated = ", ".join(map(str, probe.manifest.taps))
     if NEARER * nearest.wrong <= nearest.golden:
@@ -133,7 +134,7 @@ def _check_place(probe: ProbeFile, recomputed: NDArray[np.float64], dtype: str) 
     )
 
 
-def _check_told(probe: ProbeFile, measured: Sequence[_Distances | None], dtype: str) -> ProbeRefused | None:
+def _check_neighbours_suffice(probe: ProbeFile, measured: Sequence[_Distances | None], dtype: str) -> ProbeRefused | None:
     """Whether the neighbours are those of the manifest's taps, all of them, and a wrong layer would have shown."""
     manifest, golden = probe.manifest, probe.manifest.golden
     stated = ", ".join(map(str, manifest.taps))

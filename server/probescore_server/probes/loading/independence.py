@@ -8,7 +8,7 @@ what its author's code gives for one is known only where a probe is written.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from typing import Any
@@ -17,10 +17,9 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from probescore.types import Tap
 from probescore_server.errors import ProbeRefused
 from probescore_server.probes.format.graph import CU_SEQLENS, POSITIONS, GraphFailed, GraphInputs, WrongShape, subgraphs
-from probescore_server.probes.format.manifest import Manifest
+from probescore_server.probes.loading.random_sequences import RandomSequences, cut_sequence, join_parts, pack_sequences, sequence_length
 
 Run = Callable[[GraphInputs], NDArray[np.float32]]
 """Computes a graph, ``(rows, labels)`` or ``(sequences, labels)``; raises ``GraphFailed`` where it cannot."""
@@ -49,9 +48,7 @@ _LATER = "a token's score does not depend on later tokens"
 _AGAIN = "the same input has the same scores each time"
 _WINDOW = "a token's score depends on context.window"
 
-# where a sequence may begin in its rollout: as after a short prompt, so that tables of positions are long enough
-_MOST_POSITION = 16
-# and where it may in a rollout that nobody had in mind
+# where a sequence may begin in a rollout that nobody had in mind
 _FAR_POSITIONS = (1_000, 100_000)
 # rows of sequences on which a graph is compared with its author's code; the longest where memory does not grow with their square
 _AUTHOR_LENGTHS, _AUTHOR_LENGTHS_LINEAR = (1024, 2048), (4096, 16_384)
@@ -61,7 +58,7 @@ _EPS = float(np.finfo(np.float32).eps)
 _ROUNDED = np.array([1 - 8 * _EPS, 1 + 8 * _EPS], np.float32)
 
 
-def rows_tried(run: Run, model: onnx.ModelProto, around: Surroundings, file: str) -> int:
+def rows_tried(run: Run, model: onnx.ModelProto, around: RandomSequences, file: str) -> int:
     """Tries a graph beyond all that it will serve.
 
     Args:
@@ -78,7 +75,7 @@ def rows_tried(run: Run, model: onnx.ModelProto, around: Surroundings, file: str
     """
     allowed = 0
     for rows in (SMALLEST_CALL, QUADRATIC_CALL if _may_be_quadratic(model) else LARGEST_CALL):
-        trial = _Trial(run, around, rows, file)
+        trial = _GraphTrial(run, around, rows, file)
         if not trial.enough:
             if allowed:
                 return allowed
@@ -106,7 +103,7 @@ def far_lengths(model: onnx.ModelProto) -> tuple[int, ...]:
 
 
 def check_author_agrees(
-    run: Run, author: Run, around: Surroundings, longest: int, tolerance: float, file: str, lengths: Sequence[int] = ()
+    run: Run, author: Run, around: RandomSequences, longest: int, tolerance: float, file: str, lengths: Sequence[int] = ()
 ) -> None:
     """Compares a graph with its author's code on sequences of random rows, one at a time, shorter and longer than every example, nearer to
     golden activations and further from them, and at positions that no example has.
@@ -140,7 +137,7 @@ def check_author_agrees(
     if not cases:
         return
     # two implementations round otherwise in every row, and not only where one jumps
-    comparison = _Comparison(run, around, np.concatenate([scores for _, scores in cases]), tolerance, excused=1.0)
+    comparison = _ScoreComparison(run, around, np.concatenate([scores for _, scores in cases]), tolerance, excused=1.0)
     for inputs, scores in cases:
         finding = comparison.of_one(inputs, slice(None), scores, "the scores of the author's code")
         if finding.difference > tolerance:
@@ -161,52 +158,7 @@ class _Finding:
 
 
 @dataclass(frozen=True, eq=False)
-class Surroundings:
-    """Where random rows come from.
-
-    Attributes:
-        manifest: which inputs the graph takes.
-        golden: activations of golden rollouts by tap, ``(N, hidden_size)``, row by row of the same tokens.
-        random: draws.
-    """
-
-    manifest: Manifest
-    golden: Mapping[Tap, NDArray[np.float32]]
-    random: np.random.Generator
-
-    def sequence(self, length: int, scale: float, first: int | None = None) -> GraphInputs:
-        """One sequence of rows ``scale`` standard deviations from golden ones; positions go on from ``first``, or from some low one."""
-        rows = self.random.integers(len(next(iter(self.golden.values()))), size=length)
-        inputs: dict[str, NDArray[Any]] = {}
-        for tap in self.manifest.taps:
-            golden = self.golden[tap].astype(np.float32)
-            # a little in every direction: a dimension in which golden activations are all alike is one all the same
-            spread = golden.std(axis=0) + np.float32(1e-3) * np.sqrt(np.square(golden).mean())
-            inputs[str(tap)] = golden[rows] + np.float32(scale) * spread * self.random.standard_normal(
-                (length, golden.shape[1]), np.float32
-            )
-        if self.manifest.cu_seqlens:
-            inputs[CU_SEQLENS] = np.array([0, length], np.int64)
-        if self.manifest.positions:
-            inputs[POSITIONS] = (self.random.integers(_MOST_POSITION) if first is None else first) + np.arange(length)
-        return inputs
-
-
-def packed(sequences: Sequence[GraphInputs]) -> GraphInputs:
-    """What a graph is given for several sequences in one call, from what it is given for each."""
-    together = {name: np.concatenate([inputs[name] for inputs in sequences]) for name in sequences[0]}
-    if CU_SEQLENS in together:
-        together[CU_SEQLENS] = np.cumsum([0, *map(_length, sequences)], dtype=np.int64)
-    return together
-
-
-def cut(inputs: GraphInputs, rows: slice) -> GraphInputs:
-    """Consecutive rows of a sequence as a sequence of their own."""
-    return {name: np.array([0, rows.stop - rows.start], np.int64) if name == CU_SEQLENS else array[rows] for name, array in inputs.items()}
-
-
-@dataclass(frozen=True, eq=False)
-class _Comparison:
+class _ScoreComparison:
     """Compares a graph's scores with known ones.
 
     Attributes:
@@ -219,7 +171,7 @@ class _Comparison:
     """
 
     run: Run
-    around: Surroundings
+    around: RandomSequences
     usual: NDArray[np.float64]
     tolerance: float = ROUNDING
     excused: float = _EXCUSED
@@ -237,7 +189,7 @@ class _Comparison:
         promise: str,
     ) -> _Finding:
         """Of some scores of one call; ``noise`` is asked for rounding's part in those that are too far off."""
-        where = f"in a call of {_length(inputs)} rows in {len(inputs.get(CU_SEQLENS, (0, 0))) - 1} sequences"
+        where = f"in a call of {sequence_length(inputs)} rows in {len(inputs.get(CU_SEQLENS, (0, 0))) - 1} sequences"
         try:
             beyond = _beyond(self.run(inputs)[rows], expected)
         except GraphFailed as failed:
@@ -265,7 +217,7 @@ class _Comparison:
         return worst
 
 
-class _Trial:
+class _GraphTrial:
     """Sequences of random rows, and the scores of each alone.
 
     Args:
@@ -277,7 +229,7 @@ class _Trial:
         enough: some sequences of golden activations have scores, and not only a few.
     """
 
-    def __init__(self, run: Run, around: Surroundings, rows: int, file: str) -> None:
+    def __init__(self, run: Run, around: RandomSequences, rows: int, file: str) -> None:
         self._run = run
         self._around = around
         self._context = around.manifest.context
@@ -297,14 +249,14 @@ class _Trial:
             near += [scores] if scale <= 1 else []
             golden_like += scale == 0
         self.enough = golden_like >= SEQUENCES // 8
-        self._compare = _Comparison(run, around, np.concatenate(near).astype(np.float64) if near else np.zeros((1, 1)))
+        self._compare = _ScoreComparison(run, around, np.concatenate(near).astype(np.float64) if near else np.zeros((1, 1)))
 
     # ------------------------------------------------------------------------------------------------------------ what is compared
 
     def findings(self) -> Iterator[_Finding]:
         """One for each call whose scores are known from others."""
         count = len(self._sequences)
-        by_length = np.argsort([-_length(inputs) for inputs in self._sequences], kind="stable")
+        by_length = np.argsort([-sequence_length(inputs) for inputs in self._sequences], kind="stable")
         short = by_length[count // 8 :]
         few = [self._random.choice(short, size, replace=False) for size in (2, 3, 4, 5, 9, 17, 33, 65) if size < len(short)]
         every = np.arange(count)
@@ -335,13 +287,13 @@ class _Trial:
                 ]
             )
 
-        return self._compare.of(packed(sequences), slice(None), np.concatenate(scores), noise, promise)
+        return self._compare.of(pack_sequences(sequences), slice(None), np.concatenate(scores), noise, promise)
 
     def _shuffled(self) -> _Finding:
         """Every row among other rows than in its sequence."""
         scores = np.concatenate(self._scores)
         order = self._random.permutation(len(scores))
-        rows = {name: array[order] for name, array in packed(self._sequences).items()}
+        rows = {name: array[order] for name, array in pack_sequences(self._sequences).items()}
         return self._compare.of_one(rows, slice(None), scores[order], _NEIGHBOURS)
 
     def _shortened(self) -> Iterator[_Finding]:
@@ -350,7 +302,7 @@ class _Trial:
         # where memory allows it, longer than any call of several
         lone_rows = 3 * LARGEST_CALL if self._rows == LARGEST_CALL else max(self._rows, min(2 * window, LARGEST_CALL))
         lone = self._around.sequence(lone_rows, 1.0)
-        longest = int(np.argmax([_length(inputs) for inputs in self._sequences]))
+        longest = int(np.argmax([sequence_length(inputs) for inputs in self._sequences]))
         for inputs, scores in ((lone, self._finite(lone)), (self._sequences[longest], self._scores[longest])):
             if scores is None:
                 continue
@@ -359,14 +311,14 @@ class _Trial:
             other = {**self._around.sequence(length, 10.0), **{name: inputs[name] for name in inputs if name == POSITIONS}}
             for kept in sorted({1, length // 3 + 1, length - 1} - {0, length}):
                 before, after = slice(0, kept), slice(kept, length)
-                for given in (cut(inputs, before), _joined(cut(inputs, before), cut(other, after))):
+                for given in (cut_sequence(inputs, before), join_parts(cut_sequence(inputs, before), cut_sequence(other, after))):
                     yield self._compare.of_one(given, before, scores[before], _LATER)
             if not 0 < window < length:
                 continue
             promise = f"{_WINDOW} = {window} tokens, itself included"
             for end in sorted({length, window + 1, int(self._random.integers(window + 1, length + 1))}):
-                before, seen = slice(0, end - window), cut(inputs, slice(end - window, end))
-                for given in (seen, _joined(cut(other, before), seen)):
+                before, seen = slice(0, end - window), cut_sequence(inputs, slice(end - window, end))
+                for given in (seen, join_parts(cut_sequence(other, before), seen)):
                     yield self._compare.of_one(given, slice(-1, None), scores[end - 1 : end], promise)
 
     def _alone(self, inputs: GraphInputs, file: str) -> NDArray[np.float32] | None:
@@ -374,7 +326,7 @@ class _Trial:
             return self._finite(inputs)
         except WrongShape as wrong:
             raise ProbeRefused(
-                file, "graph", str(wrong), f"a row of scores for each of {_length(inputs)} rows, or for 1 sequence"
+                file, "graph", str(wrong), f"a row of scores for each of {sequence_length(inputs)} rows, or for 1 sequence"
             ) from None
 
     def _finite(self, inputs: GraphInputs) -> NDArray[np.float32] | None:
@@ -394,15 +346,6 @@ def _lengths(rows: int, random: np.random.Generator) -> list[int]:
     mean = (rows - sum(long)) / (SEQUENCES - len(long))
     short = random.integers(1, max(int(2 * mean), 2), SEQUENCES - len(long))
     return [int(length) for length in random.permutation([*long, *short])]
-
-
-def _length(inputs: GraphInputs) -> int:
-    return len(next(iter(inputs.values())))
-
-
-def _joined(first: GraphInputs, second: GraphInputs) -> GraphInputs:
-    """Two parts of one sequence."""
-    return cut(packed([first, second]), slice(0, _length(first) + _length(second)))
 
 
 def _beyond(found: NDArray[np.float32], expected: NDArray[np.float32]) -> NDArray[np.float64]:

@@ -14,11 +14,12 @@ from numpy.typing import NDArray
 
 from probescore.types import OutputPer, ScoreUnit, Tap
 from probescore_server.errors import ProbeRefused
-from probescore_server.probes.format.graph import CU_SEQLENS, POSITIONS, GraphInputs, Signature
+from probescore_server.probes.format.graph import CU_SEQLENS, POSITIONS, GraphInputs, GraphSignature
 from probescore_server.probes.format.manifest import Manifest
 from probescore_server.probes.format.probe_file import ProbeFile
-from probescore_server.probes.loading.independence import LARGEST_CALL, Surroundings, rows_tried
+from probescore_server.probes.loading.independence import LARGEST_CALL, rows_tried
 from probescore_server.probes.loading.onnx_session import ProbeSession, session_device
+from probescore_server.probes.loading.random_sequences import RandomSequences
 from probescore_server.probes.loading.row_by_row import is_row_by_row
 from probescore_server.probes.stacking.graph_reader import read_network
 from probescore_server.probes.stacking.network import Network
@@ -34,7 +35,7 @@ logger = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
-class Member:
+class StackMember:
     """One network of a stack."""
 
     stack: Stack
@@ -52,12 +53,12 @@ class LoadedProbe:
     """
 
     manifest: Manifest
-    runs: ProbeSession | Member
+    runs: ProbeSession | StackMember
     as_probability: bool
     rows_per_call: int = LARGEST_CALL
 
     @classmethod
-    def of(cls, manifest: Manifest, runs: ProbeSession | Member) -> LoadedProbe:
+    def of(cls, manifest: Manifest, runs: ProbeSession | StackMember) -> LoadedProbe:
         """As its manifest says that scores are sent."""
         return cls(manifest, runs, manifest.output.unit is ScoreUnit.LOGIT and manifest.reduce_on is ScoreUnit.PROBABILITY)
 
@@ -83,10 +84,10 @@ def load_probes(files: Sequence[ProbeFile], device: torch.device) -> dict[str, L
     sessions = {file.manifest.key: ProbeSession(file, session_device(device)) for file in files}
     networks: dict[Tap, dict[str, Network]] = defaultdict(dict)
     for file in files:
-        network = read_network(onnx.load_from_string(file.graph), Signature.of(file.manifest))
+        network = read_network(onnx.load_from_string(file.graph), GraphSignature.of(file.manifest))
         if network is not None:
             networks[file.manifest.taps[0]][file.manifest.key] = network
-    members: dict[str, Member] = {}
+    members: dict[str, StackMember] = {}
     for tap, of_tap in networks.items():
         members |= _stacked(tap, of_tap, sessions, device)
     return {file.manifest.key: LoadedProbe.of(file.manifest, members.get(file.manifest.key, sessions[file.manifest.key])) for file in files}
@@ -94,10 +95,10 @@ def load_probes(files: Sequence[ProbeFile], device: torch.device) -> dict[str, L
 
 def needs_trial(file: ProbeFile, probe: LoadedProbe) -> bool:
     """Whether nothing but trying shows that a probe's scores depend on no more than its manifest says."""
-    return isinstance(probe.runs, ProbeSession) and not is_row_by_row(onnx.load_from_string(file.graph), Signature.of(file.manifest))
+    return isinstance(probe.runs, ProbeSession) and not is_row_by_row(onnx.load_from_string(file.graph), GraphSignature.of(file.manifest))
 
 
-def tried(file: ProbeFile, probe: LoadedProbe, golden: Mapping[Tap, NDArray[np.float32]]) -> LoadedProbe:
+def limited_to_tried_calls(file: ProbeFile, probe: LoadedProbe, golden: Mapping[Tap, NDArray[np.float32]]) -> LoadedProbe:
     """A probe, given no larger calls than those in which it was tried and found right.
 
     Args:
@@ -117,11 +118,13 @@ def tried(file: ProbeFile, probe: LoadedProbe, golden: Mapping[Tap, NDArray[np.f
 
     if not len(next(iter(golden.values()))):
         raise ProbeRefused(file.file, "golden.cases", "no finite activations of golden rollouts", "rollouts that this model can read")
-    around = Surroundings(file.manifest, golden, np.random.default_rng(0))
+    around = RandomSequences(file.manifest, golden, np.random.default_rng(0))
     return replace(probe, rows_per_call=rows_tried(run, onnx.load_from_string(file.graph), around, file.file))
 
 
-def _stacked(tap: Tap, networks: Mapping[str, Network], sessions: Mapping[str, ProbeSession], device: torch.device) -> dict[str, Member]:
+def _stacked(
+    tap: Tap, networks: Mapping[str, Network], sessions: Mapping[str, ProbeSession], device: torch.device
+) -> dict[str, StackMember]:
     """The stack of those networks of a tap whose scores are in it what their sessions give."""
     stack = stack_networks([network.layers for network in networks.values()], device)
     differing = _differing(tap, stack, networks, sessions, device)
@@ -130,7 +133,7 @@ def _stacked(tap: Tap, networks: Mapping[str, Network], sessions: Mapping[str, P
     kept = [key for key in networks if key not in differing]
     if differing and kept:
         stack = stack_networks([networks[key].layers for key in kept], device)
-    return {key: Member(stack, number) for number, key in enumerate(kept)}
+    return {key: StackMember(stack, number) for number, key in enumerate(kept)}
 
 
 def _differing(

@@ -16,12 +16,12 @@ from probescore.types import CompletionScores, CompletionStatus, ProbeScores, Ta
 from probescore_server.activity import ACTIVITY
 from probescore_server.backbone.base import Activations
 from probescore_server.backbone.forest import Forest, Placement
-from probescore_server.probes.loading.loader import LoadedProbe, Member
+from probescore_server.probes.loading.loader import LoadedProbe, StackMember
 from probescore_server.probes.loading.onnx_session import ProbeSession, session_device
+from probescore_server.probes.scoring.cancellation import ComputationCancelled, GraphCanceller, WantedRollouts
 from probescore_server.probes.scoring.onnx_scores import SessionScores
-from probescore_server.probes.scoring.selections import ProbeInputs, Rows, ScoreTarget
+from probescore_server.probes.scoring.selections import ProbeInputs, ScoreTarget, SegmentRows
 from probescore_server.probes.scoring.stacked_scores import StackedProbe, StackedScores
-from probescore_server.probes.scoring.wanted import GivenUp, GraphWatch, Wanted
 from probescore_server.rollouts import CheckedRollout, EngineInfo, ResolvedOptions
 
 _Answers = dict[Placement, dict[str, ProbeScores | str]]
@@ -67,7 +67,7 @@ class BatchScorer:
         rollouts: Sequence[CheckedRollout],
         forest: Forest,
         activations: Activations,
-        wanted: Wanted,
+        wanted: WantedRollouts,
     ) -> None:
         self._wanted = wanted
         self.refused_by: dict[int, str] = {}
@@ -75,7 +75,7 @@ class BatchScorer:
         self._probes = probes
         self._rollouts = rollouts
         self._forest = forest
-        self._rows = Rows(forest, dict(activations.starts))
+        self._rows = SegmentRows(forest, dict(activations.starts))
         self._probe_inputs = ProbeInputs(forest, special_ids)
         self._activations, self._finite = _without_non_finite(activations.rows)
 
@@ -117,7 +117,7 @@ class BatchScorer:
         activations = {tap: self._activations[tap].to(session_device(self._activations[tap].device)) for tap in taps}
         if not sessions:
             return
-        with GraphWatch(self._wanted) as watch:
+        with GraphCanceller(self._wanted) as watch:
             for key, session in sessions.items():
                 rows = self._forest, self._probe_inputs, self._rows
                 scores = SessionScores(self._probes[key], session, *rows, activations, self._finite, self._wanted, watch)
@@ -125,7 +125,7 @@ class BatchScorer:
                 scores.run([each for request in asking for each in request.asked])
                 for request in asking:
                     for each in request.asked:
-                        with suppress(GivenUp):
+                        with suppress(ComputationCancelled):
                             answers[each.placement][key] = scores.of(each, request.reductions[key])
 
     def _run_stacks(self, requests: Sequence[_AlikeCompletions], answers: _Answers) -> None:
@@ -134,7 +134,7 @@ class BatchScorer:
             stacked = [
                 StackedProbe(self._probes[key], run, reductions)
                 for key, reductions in request.reductions.items()
-                if isinstance(run := self._probes[key].runs, Member)
+                if isinstance(run := self._probes[key].runs, StackMember)
             ]
             for each, key, answer in scores.of(request.asked, stacked):
                 answers[each.placement][key] = answer

@@ -16,8 +16,8 @@ from probescore_server.probes.format.graph import GraphFailed
 from probescore_server.probes.loading.independence import LARGEST_CALL, LONGEST_SHARE, SEQUENCES
 from probescore_server.probes.loading.loader import LoadedProbe
 from probescore_server.probes.loading.onnx_session import ProbeSession
-from probescore_server.probes.scoring.selections import ProbeInput, ProbeInputs, Rows, ScoredSegment, ScoreTarget
-from probescore_server.probes.scoring.wanted import GivenUp, GraphWatch, Wanted
+from probescore_server.probes.scoring.cancellation import ComputationCancelled, GraphCanceller, WantedRollouts
+from probescore_server.probes.scoring.selections import ProbeInput, ProbeInputs, ScoredSegment, ScoreTarget, SegmentRows
 
 MAX_ROWS_PER_CALL = LARGEST_CALL
 """A graph may need memory for rows × features, or for rows × rows. A longer sequence goes in pieces where a window says how far a score
@@ -28,7 +28,7 @@ MAX_SEQUENCES_PER_CALL = SEQUENCES
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Piece:
+class _SequencePiece:
     """Rows of a sequence that go together; the first ``known`` of them are only looked back at: a piece before has their scores."""
 
     rows: NDArray[np.int64]
@@ -36,7 +36,7 @@ class _Piece:
 
 
 @dataclass(slots=True, eq=False)
-class _Calls:
+class _ProbeSequences:
     """The sequences of rows that one probe must see in a batch, each once, and later their scores, or why there are none."""
 
     numbers: dict[object, int] = field(default_factory=dict)
@@ -63,11 +63,11 @@ class SessionScores:
         session: ProbeSession,
         forest: Forest,
         probe_inputs: ProbeInputs,
-        rows: Rows,
+        rows: SegmentRows,
         activations: Mapping[Tap, torch.Tensor],
         finite: Mapping[Tap, NDArray[np.bool_]],
-        wanted: Wanted,
-        watch: GraphWatch,
+        wanted: WantedRollouts,
+        watch: GraphCanceller,
     ) -> None:
         self._wanted = wanted
         self._watch = watch
@@ -78,7 +78,7 @@ class SessionScores:
         self._rows = rows
         self._activations = activations
         self._finite = finite
-        self._calls = _Calls()
+        self._calls = _ProbeSequences()
 
     def run(self, asked: Sequence[ScoreTarget]) -> None:
         """Runs the graph on all that these completions need."""
@@ -94,7 +94,7 @@ class SessionScores:
         """The scores of a completion that was run, or what keeps it from being scored.
 
         Raises:
-            GivenUp: nobody waits for it.
+            ComputationCancelled: nobody waits for it.
         """
         self._wanted.check(asked.rollout)
         probe_input = self._probe_inputs.of(asked, self._probe.manifest)
@@ -138,14 +138,14 @@ class SessionScores:
     def _as_sent(self, scores: NDArray[np.float32]) -> NDArray[np.float32]:
         return _sigmoid(scores) if self._probe.as_probability else scores
 
-    def _pieces(self, sequence: NDArray[np.int64]) -> list[_Piece]:
+    def _pieces(self, sequence: NDArray[np.int64]) -> list[_SequencePiece]:
         """A sequence as the graph is given it: whole if it must be, or fits into one call."""
         context, most = self._probe.manifest.context, self._most_rows
         seen_before = {"pointwise": 0, "causal": context.window and context.window - 1, "rollout": None}[context.kind]
         if len(sequence) <= most or seen_before is None or 2 * seen_before >= most:
-            return [_Piece(sequence, 0)]
+            return [_SequencePiece(sequence, 0)]
         starts = range(0, len(sequence) - seen_before, most - seen_before)
-        return [_Piece(sequence[start : start + most], seen_before if start else 0) for start in starts]
+        return [_SequencePiece(sequence[start : start + most], seen_before if start else 0) for start in starts]
 
     @property
     def _most_rows(self) -> int:
@@ -161,7 +161,7 @@ class SessionScores:
     def _batch(self, batch: Sequence[NDArray[np.int64]]) -> list[NDArray[np.float32] | GraphFailed]:
         try:
             scores = self._call(batch)
-        except GivenUp:
+        except ComputationCancelled:
             # of the rollouts that would be told of this nobody waits for any
             return [GraphFailed("it was given up")] * len(batch)
         except GraphFailed as failed:

@@ -137,7 +137,7 @@ class ProbeInputs:
         return probe_input
 
 
-class Rows:
+class SegmentRows:
     """Where each segment's rows are among the activations of a batch.
 
     Args:

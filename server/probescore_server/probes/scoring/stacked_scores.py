@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 from probescore.reductions import Reduction
 from probescore.types import ProbeScores, Tap
-from probescore_server.probes.loading.loader import LoadedProbe, Member
+from probescore_server.probes.loading.loader import LoadedProbe, StackMember
+from probescore_server.probes.scoring.cancellation import ComputationCancelled, WantedRollouts
 from probescore_server.probes.scoring.onnx_scores import non_finite_scores, non_finite_tap, overflowing_reduction, reduce_selections
-from probescore_server.probes.scoring.selections import ProbeInput, ProbeInputs, Rows, ScoreTarget
-from probescore_server.probes.scoring.wanted import GivenUp, Wanted
+from probescore_server.probes.scoring.selections import ProbeInput, ProbeInputs, ScoreTarget, SegmentRows
 from probescore_server.probes.stacking.stack import Stack
 
 MAX_SCORES = 1 << 25
@@ -32,7 +32,7 @@ class StackedProbe:
     """A probe of a stack, and how its scores are reduced."""
 
     probe: LoadedProbe
-    member: Member
+    member: StackMember
     reductions: tuple[Reduction, ...]
 
     @property
@@ -76,10 +76,10 @@ class StackedScores:
     def __init__(
         self,
         probe_inputs: ProbeInputs,
-        rows: Rows,
+        rows: SegmentRows,
         activations: Mapping[Tap, torch.Tensor],
         finite: Mapping[Tap, NDArray[np.bool_]],
-        wanted: Wanted,
+        wanted: WantedRollouts,
     ) -> None:
         self._wanted = wanted
         self._probe_inputs = probe_inputs
@@ -96,7 +96,7 @@ class StackedScores:
         for group in alike.values():
             apart[group[0].follow_up] += group
         for alike_read in apart.values():
-            excerpt = _Excerpt([self._probe_inputs.of(each, alike_read[0].probe.manifest) for each in asked], self._rows)
+            excerpt = _SelectedRows([self._probe_inputs.of(each, alike_read[0].probe.manifest) for each in asked], self._rows)
             for block in _blocks(alike_read, excerpt.count):
                 scores = self._scores(block, excerpt)
                 first = 0
@@ -106,7 +106,7 @@ class StackedScores:
                     yield from self._panel(panel, scores[:, first:last], excerpt, asked)
                     first = last
 
-    def _scores(self, block: Sequence[StackedProbe], excerpt: _Excerpt) -> NDArray[np.float32]:
+    def _scores(self, block: Sequence[StackedProbe], excerpt: _SelectedRows) -> NDArray[np.float32]:
         """``(rows of the excerpt, labels of all probes)``, on the host."""
         device = self._activations[block[0].tap].device
         scores = torch.empty((excerpt.count, sum(probe.labels for probe in block)), dtype=torch.float32, device=device)
@@ -130,7 +130,7 @@ class StackedScores:
         return on_host
 
     def _panel(
-        self, panel: Sequence[StackedProbe], scores: NDArray[np.float32], excerpt: _Excerpt, asked: Sequence[ScoreTarget]
+        self, panel: Sequence[StackedProbe], scores: NDArray[np.float32], excerpt: _SelectedRows, asked: Sequence[ScoreTarget]
     ) -> Iterator[tuple[ScoreTarget, str, ProbeScores | str]]:
         """Answers for probes that are treated alike, from their columns."""
         tap, reductions, manifest = panel[0].tap, panel[0].reductions, panel[0].probe.manifest
@@ -144,7 +144,7 @@ class StackedScores:
             problems = {} if all_finite else self._problems(panel, tokens, columns, probe_input)
             try:
                 reduced = _reduced(tokens, probe_input.selections, reductions, functools.partial(self._wanted.check, each.rollout))
-            except GivenUp:
+            except ComputationCancelled:
                 continue
             if np.isinf(reduced).any():
                 overflowing = (key for key, own in zip(keys, columns, strict=True) if np.isinf(reduced[:, :, own]).any())
@@ -167,7 +167,7 @@ class StackedScores:
         return {key: non_finite_scores(key) for key, own in zip(keys, columns, strict=True) if not good[own].all()}
 
 
-class _Excerpt:
+class _SelectedRows:
     """The rows of a batch that some probe inputs are about, each once, in their order.
 
     Attributes:
@@ -175,7 +175,7 @@ class _Excerpt:
         count: of rows.
     """
 
-    def __init__(self, probe_inputs: Sequence[ProbeInput], rows: Rows) -> None:
+    def __init__(self, probe_inputs: Sequence[ProbeInput], rows: SegmentRows) -> None:
         self.ranges: list[range] = []
         self.count = 0
         self._places: dict[int, range] = {}

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import onnx
 
-from probescore_server.probes.format.graph import SCORES, Signature
+from probescore_server.probes.format.graph import SCORES, GraphSignature
 from probescore_server.probes.stacking.expressions import COMPARISONS, OPERATORS, Apply, Constant, Expression, Input
-from probescore_server.probes.stacking.network import Affine, Array, Network, NotLayers, RowValue, mapped, network_of, selected
+from probescore_server.probes.stacking.network import Affine, Array, Network, NotANetwork, RowValue, mapped, network_of, selected
 
 
-def read_network(model: onnx.ModelProto, signature: Signature) -> Network | None:
+def read_network(model: onnx.ModelProto, signature: GraphSignature) -> Network | None:
     """The layers of a checked graph, or ``None`` if it is not certain that it has this form.
 
     Args:
@@ -28,12 +28,12 @@ def read_network(model: onnx.ModelProto, signature: Signature) -> Network | None
         return None
     try:
         return _GraphReader(model.graph, str(signature.taps[0]), signature.hidden_size).network(signature.labels)
-    except NotLayers:
+    except NotANetwork:
         return None
 
 
 @dataclass(frozen=True, eq=False)
-class _Joined:
+class _JoinedColumns:
     """Values beside one another, ``(tokens, sum of their widths)``."""
 
     parts: tuple[RowValue, ...]
@@ -54,7 +54,7 @@ class _Zeros:
 
 
 @dataclass(frozen=True, eq=False)
-class _Places:
+class _LargestPlaces:
     """Where in each row its largest numbers are, as ``TopK`` gives them."""
 
     affine: Affine
@@ -78,19 +78,19 @@ class _GraphReader:
             read = _NODES.get(node.op_type) or (_elementwise if node.op_type in OPERATORS else None)
             if read is None:
                 if SCORES in node.output:
-                    raise NotLayers
+                    raise NotANetwork
                 continue  # what depends on it will find that its value is missing
             attributes = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
             try:
                 results = read(_ReadNode(node, attributes, [self._values.get(name) for name in node.input]))
-            except NotLayers:
+            except NotANetwork:
                 if SCORES in node.output:
                     raise
                 continue
             self._values.update(zip(node.output, results, strict=False))
         network = network_of(_rows(self._values.get(SCORES)))
         if len(network.layers[-1].bias) != labels:
-            raise NotLayers
+            raise NotANetwork
         return network
 
 
@@ -106,7 +106,7 @@ class _ReadNode:
     def constant(self, index: int) -> Array:
         value = self.inputs[index] if index < len(self.inputs) else None
         if not isinstance(value, np.ndarray):
-            raise NotLayers
+            raise NotANetwork
         return value
 
     def has(self, index: int) -> bool:
@@ -115,7 +115,7 @@ class _ReadNode:
 
 def _rows(value: _Value, axes: str = "rows") -> RowValue:
     if not isinstance(value, RowValue) or value.kept is not None or value.axes != axes:
-        raise NotLayers
+        raise NotANetwork
     return value
 
 
@@ -126,10 +126,10 @@ def _elementwise(node: _ReadNode) -> list[_Value]:
     """An operator of ``OPERATORS`` over one value and constants, or over values that are expressions over the same affine map."""
     known = [value for value in node.inputs if isinstance(value, RowValue)]
     if not known or any(value.affine is not known[0].affine or value.axes != known[0].axes for value in known):
-        raise NotLayers
+        raise NotANetwork
     first = known[0]
     if first.axes == "turned" or any(value.kept != first.kept for value in known):
-        raise NotLayers
+        raise NotANetwork
     constants = {name: number for value in known for name, number in value.constants.items()}
     arguments: list[Expression] = []
     for index, value in enumerate(node.inputs):
@@ -153,9 +153,9 @@ def _per_column(constant: Array, value: RowValue) -> Array:
     # the largest numbers of a row are not in the order of its columns
     width = 1 if flat or value.kept is not None else value.affine.width
     if constant.dtype != np.float32 or constant.ndim > (1 if flat else 2) or constant.size not in (1, width):
-        raise NotLayers
+        raise NotANetwork
     if constant.ndim == 2 and constant.shape[0] != 1:
-        raise NotLayers
+        raise NotANetwork
     return constant.reshape(-1)
 
 
@@ -167,19 +167,19 @@ def _constant(node: _ReadNode) -> list[_Value]:
         return [np.array(value, np.float32 if isinstance(value, float) else np.int64)]
     if isinstance(value, list) and all(isinstance(number, (int, float)) for number in value):
         return [np.array(value, np.float32 if any(isinstance(number, float) for number in value) else np.int64)]
-    raise NotLayers
+    raise NotANetwork
 
 
 def _gemm(node: _ReadNode) -> list[_Value]:
     if node.attributes.get("transA", 0):
-        raise NotLayers
+        raise NotANetwork
     weight = node.constant(1) if node.attributes.get("transB", 0) else node.constant(1).T
     value = node.rows()
     bias = np.zeros(len(weight), np.float32)
     if node.has(2):
         offset = node.constant(2)
         if offset.ndim > 2 or (offset.ndim == 2 and offset.shape[0] != 1) or offset.size not in (1, len(weight)):
-            raise NotLayers
+            raise NotANetwork
         bias = np.broadcast_to(offset.reshape(-1), bias.shape) * node.attributes.get("beta", 1.0)
     alpha = node.attributes.get("alpha", 1.0)
     return [mapped(value, weight if alpha == 1 else weight.astype(np.float64) * alpha, bias)]
@@ -190,13 +190,13 @@ def _matmul(node: _ReadNode) -> list[_Value]:
     if matrix.ndim == 1:
         return [mapped(node.rows(), matrix[None], np.zeros(1), "flat")]
     if matrix.ndim != 2:
-        raise NotLayers
+        raise NotANetwork
     return [mapped(node.rows(), matrix.T, np.zeros(matrix.shape[1]))]
 
 
 def _linear_regressor(node: _ReadNode) -> list[_Value]:
     if node.attributes.get("post_transform", b"NONE") != b"NONE":
-        raise NotLayers
+        raise NotANetwork
     weight = np.array(node.attributes["coefficients"], np.float32).reshape(node.attributes.get("targets", 1), -1)
     return [mapped(node.rows(), weight, np.array(node.attributes.get("intercepts", [0.0] * len(weight)), np.float32))]
 
@@ -208,7 +208,7 @@ def _linear_classifier(node: _ReadNode) -> list[_Value]:
     weight = np.array(node.attributes["coefficients"], np.float32).reshape(len(classes) or 1, -1)
     bias = np.array(node.attributes.get("intercepts", []), np.float32)
     if transform not in (b"NONE", b"LOGISTIC") or len(classes) < 2 or bias.shape != weight.shape[:1]:
-        raise NotLayers
+        raise NotANetwork
     scores = mapped(node.rows(), weight, bias)
     return [None, replace(scores, expression=Apply("Sigmoid", (Input(),))) if transform == b"LOGISTIC" else scores]
 
@@ -223,14 +223,14 @@ def _scaler(node: _ReadNode) -> list[_Value]:
 
 def _same(node: _ReadNode) -> list[_Value]:
     if node.has(1):
-        raise NotLayers  # a Dropout that may be in training mode
+        raise NotANetwork  # a Dropout that may be in training mode
     return [node.inputs[0]]
 
 
 def _cast(node: _ReadNode) -> list[_Value]:
     value = node.inputs[0]
     if not isinstance(value, RowValue) or node.attributes["to"] != onnx.TensorProto.FLOAT:
-        raise NotLayers
+        raise NotANetwork
     is_bool = isinstance(value.expression, Apply) and value.expression.operator in COMPARISONS
     return [replace(value, expression=Apply("Cast", (value.expression,))) if is_bool else value]
 
@@ -239,20 +239,20 @@ def _top_k(node: _ReadNode) -> list[_Value]:
     value, k = node.rows(), node.constant(1).reshape(-1)
     axis, largest = node.attributes.get("axis", -1), node.attributes.get("largest", 1)
     if axis not in (1, -1) or not largest or k.size != 1 or not 1 <= k[0] <= value.affine.width:
-        raise NotLayers
+        raise NotANetwork
     kept = Apply("TopK", (value.expression,), int(k[0]))
-    return [replace(value, kept=kept), _Places(value.affine, kept)]
+    return [replace(value, kept=kept), _LargestPlaces(value.affine, kept)]
 
 
 def _scatter(node: _ReadNode) -> list[_Value]:
     """The largest numbers of each row put back where they were, among zeros."""
     data, places, updates = node.inputs[:3]
-    if not isinstance(places, _Places) or not isinstance(updates, RowValue) or updates.affine is not places.affine:
-        raise NotLayers
+    if not isinstance(places, _LargestPlaces) or not isinstance(updates, RowValue) or updates.affine is not places.affine:
+        raise NotANetwork
     if updates.kept != places.kept or node.attributes.get("axis", 0) not in (1, -1) or node.attributes.get("reduction", b"none") != b"none":
-        raise NotLayers
+        raise NotANetwork
     if _zeros_width(data) != places.affine.width:
-        raise NotLayers
+        raise NotANetwork
     nothing = f"{node.proto.output[0]} nothing"
     expression = Apply("Where", (places.kept, updates.expression, Constant(nothing)))
     return [replace(updates, expression=expression, constants={**updates.constants, nothing: np.zeros(1, np.float32)}, kept=None)]
@@ -271,21 +271,21 @@ def _zeros_width(value: _Value) -> int:
 
 def _shape(node: _ReadNode) -> list[_Value]:
     if node.attributes.get("start", 0) or "end" in node.attributes:
-        raise NotLayers
+        raise NotANetwork
     return [_Shape(node.rows().affine.width)]
 
 
 def _expand(node: _ReadNode) -> list[_Value]:
     shape = node.inputs[1]
     if not isinstance(shape, _Shape) or node.constant(0).size != 1 or node.constant(0).any():
-        raise NotLayers
+        raise NotANetwork
     return [_Zeros(shape.width)]
 
 
 def _constant_of_shape(node: _ReadNode) -> list[_Value]:
     shape, filling = node.inputs[0], node.attributes.get("value")
     if not isinstance(shape, _Shape) or (filling is not None and onnx.numpy_helper.to_array(filling).any()):
-        raise NotLayers
+        raise NotANetwork
     return [_Zeros(shape.width)]
 
 
@@ -295,22 +295,22 @@ def _gather(node: _ReadNode) -> list[_Value]:
     if isinstance(value, RowValue) and value.axes == "turned" and axis == 0 and columns.ndim == 1:
         return [selected(replace(value, axes="rows"), columns, "turned")]
     if axis not in (1, -1) or columns.ndim > 1:
-        raise NotLayers
+        raise NotANetwork
     axes, columns = ("rows", columns) if columns.ndim == 1 else ("flat", columns.reshape(1))
-    if not isinstance(value, _Joined):
+    if not isinstance(value, _JoinedColumns):
         return [selected(_rows(value), columns, axes)]
     ends = np.cumsum([part.affine.width for part in value.parts])
     part = int(np.searchsorted(ends, columns.min(), side="right"))
     first = ends[part] - value.parts[part].affine.width if part < len(ends) else 0
     if columns.min() < 0 or part == len(ends) or columns.max() >= ends[part]:
-        raise NotLayers
+        raise NotANetwork
     return [selected(value.parts[part], columns - first, axes)]
 
 
 def _gather_nd(node: _ReadNode) -> list[_Value]:
     places = node.constant(1)
     if node.attributes.get("batch_dims", 0) or places.ndim != 2 or places.shape[1] != 1:
-        raise NotLayers
+        raise NotANetwork
     return [selected(replace(_rows(node.inputs[0], "turned"), axes="rows"), places[:, 0], "turned")]
 
 
@@ -318,22 +318,22 @@ def _slice(node: _ReadNode) -> list[_Value]:
     value = node.rows()
     starts, ends, axes, steps = (node.constant(index) if node.has(index) else np.ones(1, np.int64) for index in (1, 2, 3, 4))
     if not node.has(3) or any(each.size != 1 for each in (starts, ends, axes, steps)) or axes.item() not in (1, -1):
-        raise NotLayers
+        raise NotANetwork
     if steps.item() < 1:
-        raise NotLayers
+        raise NotANetwork
     return [selected(value, np.arange(value.affine.width)[starts.item() : ends.item() : steps.item()])]
 
 
 def _concat(node: _ReadNode) -> list[_Value]:
     if node.attributes["axis"] not in (1, -1):
-        raise NotLayers
-    return [_Joined(tuple(_rows(value) for value in node.inputs))]
+        raise NotANetwork
+    return [_JoinedColumns(tuple(_rows(value) for value in node.inputs))]
 
 
 def _transpose(node: _ReadNode) -> list[_Value]:
     value = node.inputs[0]
     if not isinstance(value, RowValue) or value.axes == "flat" or value.kept is not None or node.attributes.get("perm", [1, 0]) != [1, 0]:
-        raise NotLayers
+        raise NotANetwork
     return [replace(value, axes="turned" if value.axes == "rows" else "rows")]
 
 
@@ -345,23 +345,23 @@ def _axes(node: _ReadNode) -> list[int]:
 def _squeeze(node: _ReadNode) -> list[_Value]:
     value = node.rows()
     if _axes(node) not in ([1], [-1]) or value.affine.width != 1:
-        raise NotLayers
+        raise NotANetwork
     return [replace(value, axes="flat")]
 
 
 def _unsqueeze(node: _ReadNode) -> list[_Value]:
     value = _rows(node.inputs[0], "flat")
     if _axes(node) not in ([1], [-1]):
-        raise NotLayers
+        raise NotANetwork
     return [replace(value, axes="rows")]
 
 
 def _reshape(node: _ReadNode) -> list[_Value]:
     value, shape = node.inputs[0], node.constant(1).tolist()
     if not isinstance(value, RowValue) or value.kept is not None or value.affine.width != 1 or value.axes == "turned":
-        raise NotLayers
+        raise NotANetwork
     if shape not in ([-1], [-1, 1]) or node.attributes.get("allowzero", 0):
-        raise NotLayers
+        raise NotANetwork
     return [replace(value, axes="flat" if shape == [-1] else "rows")]
 
 

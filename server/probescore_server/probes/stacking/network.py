@@ -48,7 +48,7 @@ class Network:
     spread: NDArray[np.float32]
 
 
-class NotLayers(Exception):
+class NotANetwork(Exception):
     """Something in the graph that is not known for certain."""
 
 
@@ -102,11 +102,11 @@ def network_of(scores: RowValue) -> Network:
     """The layers that give some scores.
 
     Raises:
-        NotLayers: there is no matrix among them, or a number that float32 does not have.
+        NotANetwork: there is no matrix among them, or a number that float32 does not have.
     """
     scores = _settled(scores)
     if scores.affine.weight.ndim == 1:
-        raise NotLayers
+        raise NotANetwork
     return Network((*scores.affine.layers, _layer(scores)), _float32(scores.affine.centre), _float32(scores.affine.spread))
 
 
@@ -177,21 +177,21 @@ def mapped(value: RowValue, weight: Array, bias: Array, axes: str = "rows") -> R
         axes: of the result.
 
     Raises:
-        NotLayers: the sizes differ, or an activation comes before the first matrix.
+        NotANetwork: the sizes differ, or an activation comes before the first matrix.
     """
     value = _settled(value)
     affine = value.affine
     if weight.ndim != 2 or weight.shape[1] != affine.width:
-        raise NotLayers
+        raise NotANetwork
     if not isinstance(value.expression, Input):
         if affine.weight.ndim == 1:
-            raise NotLayers  # an activation before the first matrix
+            raise NotANetwork  # an activation before the first matrix
         return RowValue(replace(affine, layers=(*affine.layers, _layer(value)), weight=weight, bias=bias), Input(), {}, axes)
     bias = bias + weight @ affine.bias if affine.bias.any() else bias
     if affine.weight.ndim == 2:
         return RowValue(replace(affine, weight=weight.astype(np.float64) @ affine.weight, bias=bias), Input(), {}, axes)
     if not affine.weight.all():
-        raise NotLayers
+        raise NotANetwork
     centre, spread = -affine.bias / affine.weight, 1 / affine.weight
     if not (affine.weight == 1).all():
         weight = weight.astype(np.float64) * affine.weight
@@ -207,12 +207,12 @@ def selected(value: RowValue, columns: Array, axes: str = "rows") -> RowValue:
         axes: of the result.
 
     Raises:
-        NotLayers: there is no such column.
+        NotANetwork: there is no such column.
     """
     value = _settled(value)
     width = value.affine.width
     if columns.ndim != 1 or columns.size == 0 or columns.min() < -width or columns.max() >= width:
-        raise NotLayers
+        raise NotANetwork
     if value.affine.weight.ndim == 1 or takes_whole_rows(value.expression):
         weight = np.zeros((columns.size, width), np.float32)
         weight[np.arange(columns.size), columns] = 1
@@ -225,5 +225,5 @@ def selected(value: RowValue, columns: Array, axes: str = "rows") -> RowValue:
 def _float32(array: Array) -> NDArray[np.float32]:
     converted = np.ascontiguousarray(array, np.float32)
     if not np.isfinite(converted).all():
-        raise NotLayers
+        raise NotANetwork
     return converted

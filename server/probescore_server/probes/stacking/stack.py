@@ -35,7 +35,7 @@ class Stack:
     """
 
     labels: tuple[int, ...]
-    parts: tuple[_BatchedNetworks | _Shared, ...]
+    parts: tuple[_BatchedNetworks | _SharedFirstLayer, ...]
     members: tuple[tuple[int, ...], ...]
 
     def select(self, networks: Sequence[int]) -> Stack:
@@ -156,13 +156,13 @@ class _BatchedNetworks:
 
 
 @dataclass(frozen=True, eq=False)
-class _Shared:
+class _SharedFirstLayer:
     """Networks whose first layer is the same."""
 
     first: _BatchedNetworks
     rest: Stack
 
-    def select(self, networks: Sequence[int]) -> _Shared:
+    def select(self, networks: Sequence[int]) -> _SharedFirstLayer:
         return replace(self, rest=self.rest.select(networks))
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
@@ -182,7 +182,7 @@ class _Shared:
 
 def stack_networks(networks: Sequence[Layers], device: torch.device) -> Stack:
     """Stacks networks of the same input width, which keep their order."""
-    parts: list[_BatchedNetworks | _Shared] = []
+    parts: list[_BatchedNetworks | _SharedFirstLayer] = []
     members: list[tuple[int, ...]] = []
     alone = []
     for group in _grouped(networks, _first_layer):
@@ -240,10 +240,10 @@ def _sharing_pays(networks: Sequence[Layers]) -> bool:
     return bool(np.logical_or.reduce(used).sum() * (inputs + sum(outputs)) < apart)
 
 
-def _shared(networks: Sequence[Layers], device: torch.device) -> _Shared:
+def _shared(networks: Sequence[Layers], device: torch.device) -> _SharedFirstLayer:
     used = np.logical_or.reduce([_used(layers) for layers in networks])
     narrowed = [_narrowed(layers, used) for layers in networks]
-    return _Shared(_BatchedNetworks.of([narrowed[0][:1]], device), stack_networks([layers[1:] for layers in narrowed], device))
+    return _SharedFirstLayer(_BatchedNetworks.of([narrowed[0][:1]], device), stack_networks([layers[1:] for layers in narrowed], device))
 
 
 def _narrowed(layers: Layers, used: NDArray[np.bool_]) -> Layers:

@@ -1,0 +1,47 @@
+"""The options and the client that all commands share which talk to a server."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from probescore import DeadlineExceededError, ProbeClient, UnavailableError
+from probescore_server.cli.common.console import new_console
+
+ADDRESS_HELP = "The server: host:port, dns:///host:port or unix:/path; several host:port with commas."
+"""One way in every command."""
+
+Address = Annotated[
+    str,
+    typer.Option("--address", "-a", help=ADDRESS_HELP, envvar="PROBESCORE_ADDRESS", metavar="ADDRESS"),
+]
+Wait = Annotated[float, typer.Option("--wait", help="Seconds to wait for a server that is not ready yet.", min=0, metavar="SECONDS")]
+
+DEFAULT_ADDRESS = "localhost:50051"
+
+
+def split_addresses(written: str) -> str | list[str]:
+    """What a client takes, from what ``--address`` says."""
+    addresses = [address.strip() for address in written.split(",") if address.strip()]
+    return addresses[0] if len(addresses) == 1 else addresses
+
+
+@contextmanager
+def connected(address: str, wait: float) -> Iterator[ProbeClient]:
+    """A client of a server that has ``wait`` seconds to become ready; after that every failure is final.
+
+    Raises:
+        UnavailableError: naming the address.
+    """
+    try:
+        with ProbeClient(split_addresses(address), restart_budget=wait) as client:
+            if wait > 0:
+                with new_console(stderr=True).status(f"waiting for {escape(address)}"):
+                    client.wait_until_ready(timeout=wait)
+            yield client
+    except (UnavailableError, DeadlineExceededError) as error:
+        raise UnavailableError(f"no server is ready at {address}: {error}") from None

@@ -1,0 +1,67 @@
+"""How far a long command is, on stderr: a bar on a terminal, else a line now and then."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+
+from rich import progress as bars
+
+from probescore_server.cli.common.console import new_console
+from probescore_server.cli.common.failures import say
+
+LINE_SECONDS = 5.0
+"""Between two lines of progress; what ends sooner says nothing."""
+
+
+class RolloutProgress:
+    """Progress in rollouts; a context manager, at whose end the bar is gone.
+
+    Args:
+        total: rollouts there are.
+        doing: what is done with them.
+        done: the same, of those with which it has been.
+    """
+
+    def __init__(self, total: int, doing: str = "scoring", done: str = "scored") -> None:
+        self._total = total
+        self._what = done
+        self._done = 0
+        self._told = time.monotonic()
+        console = new_console(stderr=True)
+        columns = (bars.TextColumn("{task.description}"), bars.BarColumn(), bars.MofNCompleteColumn(), bars.TimeRemainingColumn())
+        # what is printed meanwhile is a result: it belongs on stdout, not above the bar
+        self._bar = bars.Progress(
+            *columns, console=console, transient=True, disable=not console.is_terminal, redirect_stdout=False, redirect_stderr=False
+        )
+        self._task = self._bar.add_task(doing, total=total)
+
+    def advance(self, count: int = 1) -> None:
+        """So many more are done."""
+        self._done += count
+        self._bar.advance(self._task, count)
+        if self._bar.disable and time.monotonic() >= self._told + LINE_SECONDS:
+            self._told = time.monotonic()
+            say(f"{self._what} {self._done} of {self._total} rollouts")
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Results are printed here, on the terminal that has the bar."""
+        if self._bar.disable or not sys.stdout.isatty():
+            yield
+            return
+        self._bar.stop()
+        try:
+            yield
+        finally:
+            self._bar.start()
+
+    def __enter__(self) -> RolloutProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._bar.stop()

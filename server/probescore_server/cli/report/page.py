@@ -1,0 +1,122 @@
+"""Scored rollouts as one HTML page that needs nothing else: no network, no fonts, no scripts but its own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from probescore import ScoringInfo
+from probescore_server.cli.report.views import ColourScale, RolloutView, Series, SeriesScores, ShownToken
+from probescore_server.files import write_atomically
+
+_PLACE = "<!--probescore-data-->"
+# Within a script element these could end it, open a comment, or end a line of JavaScript; in JSON they can always be written so.
+_ESCAPES = str.maketrans({"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"})
+_DIGITS = 5
+
+
+def write_page(path: Path, views: Sequence[RolloutView], series: Sequence[Series], info: ScoringInfo, *, title: str) -> None:
+    """Writes the page.
+
+    Args:
+        path: replaced as a whole if it exists.
+        views: one card each, in this order.
+        series: what the reader can choose to colour by; the first is chosen.
+        info: what produced the scores.
+        title: heading of the page.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    write_atomically(path, page(views, series, info, title=title).encode())
+
+
+def page(views: Sequence[RolloutView], series: Sequence[Series], info: ScoringInfo, *, title: str) -> str:
+    """The page's HTML. All that comes from rollouts is data in it, never markup."""
+    template = files(__package__).joinpath("page.html").read_text(encoding="utf-8")
+    return template.replace(_PLACE, _embedded(_data(views, series, info, title)))
+
+
+def _embedded(data: dict[str, Any]) -> str:
+    written = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return written.translate(_ESCAPES)
+
+
+def _data(views: Sequence[RolloutView], series: Sequence[Series], info: ScoringInfo, title: str) -> dict[str, Any]:
+    pieces, contexts = _NumberedValues(), _NumberedValues()
+    rollouts = [
+        {
+            "title": view.title,
+            "label": view.label,
+            "problem": view.problem,
+            "inexact": view.inexact,
+            "context": contexts.index(_indices(view.context, pieces)),
+            "tokens": _indices(view.tokens, pieces),
+            "masked": [index for index, token in enumerate(view.tokens) if not token.counts],
+            "spans": [[span.name, span.start, span.end] for span in view.spans],
+            "scores": [_scores(view.scores[entry.name]) for entry in series] if not view.problem else [],
+        }
+        for view in views
+    ]
+    return {
+        "title": title,
+        "model": info.model_fingerprint,
+        "series": [_series(entry, ColourScale.of(entry, views)) for entry in series],
+        "pieces": pieces.entries,
+        "contexts": contexts.entries,
+        "rollouts": rollouts,
+    }
+
+
+class _NumberedValues:
+    """Values that are written once and named by their place: the pieces of a vocabulary, the prompts of groups."""
+
+    def __init__(self) -> None:
+        self._places: dict[Any, int] = {}
+
+    def index(self, value: tuple[Any, ...]) -> int:
+        return self._places.setdefault(value, len(self._places))
+
+    @property
+    def entries(self) -> list[Any]:
+        return list(self._places)
+
+
+def _indices(tokens: Sequence[ShownToken], pieces: _NumberedValues) -> tuple[int, ...]:
+    return tuple(pieces.index((token.id, token.text)) for token in tokens)
+
+
+def _series(series: Series, scale: ColourScale) -> dict[str, Any]:
+    calibration = series.calibration
+    return {
+        "name": series.name,
+        "unit": series.unit.value,
+        "reductions": series.reductions,
+        "centre": _rounded(scale.centre),
+        "reach": _rounded(scale.reach),
+        "threshold": None
+        if calibration is None
+        else {
+            "value": calibration.threshold,
+            "rate": calibration.false_positive_rate,
+            "low": calibration.false_positive_rate_low,
+            "high": calibration.false_positive_rate_high,
+            "negatives": calibration.negatives,
+        },
+    }
+
+
+def _scores(scores: SeriesScores) -> dict[str, Any]:
+    return {
+        "reduced": {name: [None if number is None else _rounded(number) for number in numbers] for name, numbers in scores.reduced.items()},
+        "tokens": None if scores.tokens is None else [_rounded(score) for score in scores.tokens.tolist()],
+        "flagged": scores.flagged,
+    }
+
+
+def _rounded(number: float) -> float:
+    """As many digits as a reader can use; they are most of the page's size."""
+    return float(f"{number:.{_DIGITS}g}")

@@ -1,0 +1,208 @@
+"""What becomes of scored completions: lines of JSON, rollouts on the terminal, a page; in the order of the input."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import typer
+from numpy.typing import NDArray
+
+from probescore import (
+    Completion,
+    CompletionScores,
+    CompletionStatus,
+    ProbeInfo,
+    ScoringInfo,
+    StreamedCompletion,
+)
+from probescore.types import score_keys
+from probescore_server.cli.common.console import new_console
+from probescore_server.cli.common.visible import visible_json
+from probescore_server.cli.report.page import write_page
+from probescore_server.cli.report.terminal import RolloutPrinter
+from probescore_server.cli.report.views import RolloutView, rollout_views, series_of
+from probescore_server.cli.rollout_lines import Label, LabelledGroup
+
+
+class ScoredCompletion:
+    """One completion that came back: where it stood in the input, and what the input says of it."""
+
+    def __init__(self, groups: Sequence[LabelledGroup], streamed: StreamedCompletion) -> None:
+        self.group, self.index = streamed.group_index, streamed.completion_index
+        self.of_group = len(groups[self.group].completions)
+        completion = groups[self.group].completions[self.index]
+        self.completion = completion if isinstance(completion, Completion) else Completion(completion)
+        self.label: Label = groups[self.group].labels[self.index]
+        self.scores: CompletionScores = streamed.scores
+        self.info: ScoringInfo = streamed.info
+
+    def shown(self, loaded: Sequence[ProbeInfo]) -> list[RolloutView]:
+        """The completion as people see it, and its follow-ups."""
+        title = f"group {self.group + 1}" + (f", completion {self.index + 1}" if self.of_group > 1 else "")
+        label = "" if self.label is None else self.label if isinstance(self.label, str) else json.dumps(self.label)
+        return rollout_views(title, self.completion, self.scores, series_of(self.info.probes, loaded), label)
+
+
+class ResultWriter(Protocol):
+    """What becomes of results."""
+
+    def add(self, scored: ScoredCompletion) -> None:
+        """Takes one; they come in the order of the input."""
+
+    def close(self) -> None:
+        """There are no more."""
+
+
+class InOrderWriter:
+    """Hands results on in the order of the input, each as soon as all before it are there; at the end also those after a gap.
+
+    Attributes:
+        outputs: who gets them.
+        received: results so far.
+        views: rollouts and follow-ups among those handed on.
+        unscored: of these, how many have no scores.
+    """
+
+    def __init__(self, groups: Sequence[LabelledGroup], outputs: list[ResultWriter]) -> None:
+        self.outputs = outputs
+        self._groups = groups
+        self._places = [(group, index) for group, entry in enumerate(groups) for index in range(len(entry.completions))]
+        self._next = 0
+        self._waiting: dict[tuple[int, int], ScoredCompletion] = {}
+        self.received = self.views = self.unscored = 0
+
+    def add(self, streamed: StreamedCompletion) -> None:
+        """Takes a result, in whatever order they come."""
+        scored = ScoredCompletion(self._groups, streamed)
+        self.received += 1
+        self._waiting[scored.group, scored.index] = scored
+        while self._next < len(self._places) and (ready := self._waiting.pop(self._places[self._next], None)) is not None:
+            self._next += 1
+            self._hand_on(ready)
+
+    def close(self) -> None:
+        """Hands on what waits for results that did not come, and closes the outputs."""
+        for place in sorted(self._waiting):
+            self._hand_on(self._waiting[place])
+        self._waiting.clear()
+        for output in self.outputs:
+            output.close()
+
+    def _hand_on(self, scored: ScoredCompletion) -> None:
+        statuses = [answer.status is CompletionStatus.OK for answer in _with_follow_ups(scored.scores)]
+        self.views += len(statuses)
+        self.unscored += statuses.count(False)
+        for output in self.outputs:
+            output.add(scored)
+
+
+def _with_follow_ups(scored: CompletionScores) -> list[CompletionScores]:
+    return [scored, *(inner for follow_up in scored.follow_ups for inner in _with_follow_ups(follow_up))]
+
+
+class JsonLinesWriter:
+    """JSON, one object a line, complete as soon as it is written; an absent number is ``null``."""
+
+    def add(self, scored: ScoredCompletion) -> None:
+        """Prints one."""
+        content = {"group": scored.group, "completion": scored.index, "label": scored.label} | _as_json(scored.scores, scored.info)
+        # JSON can say every text in every encoding
+        can_say = (sys.stdout.encoding or "").lower().replace("-", "").startswith("utf")
+        typer.echo(visible_json(json.dumps(content, ensure_ascii=not can_say, allow_nan=False)))
+
+    def close(self) -> None:
+        """Nothing is left to print."""
+
+
+class TerminalWriter:
+    """The first rollouts on the terminal, and how many more there are."""
+
+    def __init__(self, loaded: Sequence[ProbeInfo], most: int) -> None:
+        self._loaded = loaded
+        self._most = most
+        self._console = new_console()
+        self._printer: RolloutPrinter | None = None
+        self._views = 0
+
+    def add(self, scored: ScoredCompletion) -> None:
+        """Prints one, if there were not enough before."""
+        views = scored.shown(self._loaded)
+        printer = self._printer = self._printer or RolloutPrinter(self._console, series_of(scored.info.probes, self._loaded))
+        for view in views[: max(0, self._most - self._views)]:
+            printer.print(view, scale_of=views)
+        self._views += len(views)
+
+    def close(self) -> None:
+        """Prints the legend, and how many were not printed."""
+        if self._printer is not None:
+            self._printer.print_legend()
+        if self._views > self._most:
+            more = self._views - self._most
+            self._console.print(f"… and {more} more: --show {self._views}, --html FILE or --json shows them")
+
+
+class PageWriter:
+    """All rollouts on one page, written when there are no more."""
+
+    def __init__(self, path: Path, loaded: Sequence[ProbeInfo], total: int, *, quiet: bool) -> None:
+        self._path = path
+        self._loaded = loaded
+        self._total = total
+        self._quiet = quiet
+        self._completions = 0
+        self._views: list[RolloutView] = []
+        self._info: ScoringInfo | None = None
+
+    def add(self, scored: ScoredCompletion) -> None:
+        """Keeps one for the page."""
+        self._completions += 1
+        self._views += scored.shown(self._loaded)
+        self._info = self._info or scored.info
+
+    def close(self) -> None:
+        """Writes the page, if anything came."""
+        if self._info is None:
+            return
+        title = f"{len(self._views)} scored rollouts"
+        if self._completions < self._total:
+            title += f", of {self._completions} completions out of {self._total}"
+        write_page(self._path, self._views, series_of(self._info.probes, self._loaded), self._info, title=title)
+        if not self._quiet:
+            new_console().print(f"wrote {self._path}", soft_wrap=True, markup=False)
+
+
+def _as_json(scored: CompletionScores, info: ScoringInfo) -> dict[str, Any]:
+    applied = dict(zip(score_keys(info.probes), info.probes, strict=True))
+    return {
+        "id": scored.id,
+        "status": scored.status.value,
+        "status_message": scored.status_message,
+        "inexact_ids": scored.inexact_ids,
+        "prompt_ids": None if scored.prompt_ids is None else scored.prompt_ids.tolist(),
+        "completion_ids": None if scored.completion_ids is None else scored.completion_ids.tolist(),
+        "completion_texts": scored.completion_texts,
+        "scores": {
+            key: {
+                "version": applied[key].version,
+                "unit": applied[key].unit.value,
+                "labels": applied[key].labels,
+                "reductions": [str(reduction) for reduction in applied[key].reductions],
+                "reduced": _numbers(scores.reduced),
+                "tokens": None if scores.tokens is None else _numbers(scores.tokens),
+            }
+            for key, scores in scored.scores.items()
+        },
+        "follow_ups": [_as_json(follow_up, info) for follow_up in scored.follow_ups],
+    }
+
+
+def _numbers(scores: NDArray[np.float32]) -> Any:  # noqa: ANN401 - nested lists, or one number
+    """Nested lists with ``None`` for NaN, which JSON does not have, and no more digits than float32 has."""
+    if scores.ndim:
+        return [_numbers(row) for row in scores]
+    return None if np.isnan(scores) else float(str(scores))

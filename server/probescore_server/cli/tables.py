@@ -1,0 +1,127 @@
+"""Probes as tables for people: those of a server, and the manifest of one file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from rich.markup import escape
+from rich.table import Table
+
+from probescore import Calibration, ProbeInfo
+from probescore_server.cli.common.visible import visible
+
+if TYPE_CHECKING:
+    from probescore_server.probes.format.manifest import CalibrationRecord, Evaluation, Manifest
+
+
+def safe(text: str) -> str:
+    """Text that others wrote, ready to stand between rich's markup."""
+    return escape(visible(text))
+
+
+def facts_table(title: str) -> Table:
+    """Names and values under a title, without lines."""
+    table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    return table
+
+
+def probes_table(probes: Sequence[ProbeInfo]) -> Table:
+    """One row a probe."""
+    table = Table(
+        title="Probes", title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim"
+    )
+    for column in ("probe", "reads", "gives", "reduction", "threshold"):
+        table.add_column(column, overflow="fold")
+    if not probes:
+        table.add_row("none: the server was started without --probes, and can score nothing")
+    for probe in probes:
+        table.add_row(
+            "\n".join([safe(probe.key), *_notes(probe)]),
+            safe(", ".join(map(str, probe.taps))),
+            safe(f"{probe.unit.value} per {probe.output_per.value}" + (f": {', '.join(probe.labels)}" if len(probe.labels) > 1 else "")),
+            str(probe.default_reduction or "pools by itself"),
+            "\n".join(map(_threshold, probe.calibrations)) or "none",
+        )
+    return table
+
+
+def _notes(probe: ProbeInfo) -> Iterator[str]:
+    if probe.description:
+        yield f"[dim]{safe(probe.description)}[/dim]"
+    for name in probe.accepted_mismatches:
+        yield f"[red]served though {safe(name)} does not match[/red]"
+
+
+def _threshold(calibration: Calibration) -> str:
+    label = f"{calibration.label}: " if calibration.label else ""
+    return safe(f"{label}{calibration.threshold:.4g} at {calibration.false_positive_rate:.1%} false positives")
+
+
+def manifest_tables(manifest: Manifest) -> Iterator[Table]:
+    """Who the probe is, what it computes, and what is known of how well."""
+    yield _filled(
+        manifest.key,
+        {
+            "description": manifest.description,
+            "author": manifest.author,
+            "license": manifest.license,
+            "model": f"{manifest.model.id} {manifest.model.revision}".strip(),
+            "": f"{manifest.model.num_hidden_layers} blocks, hidden size {manifest.model.hidden_size:,}",
+            "model fingerprint": manifest.model.fingerprint,
+            "tokenizer fingerprint": manifest.tokenizer_fingerprint,
+            "graph digest": manifest.graph_sha256,
+            "manifest digest": manifest.manifest_sha256,
+        },
+    )
+    context = manifest.context
+    yield _filled(
+        "What it computes",
+        {
+            "reads": ", ".join(map(str, manifest.taps)),
+            "depends on": {"pointwise": "each token alone", "causal": "a token and those before it", "rollout": "the whole rollout"}[
+                context.kind
+            ]
+            + (f", {context.window} at most" if context.window else "")
+            + (", the prompt's too" if context.sees_prompt else ""),
+            "gives": f"{manifest.output.unit.value} per {manifest.output.per.value}: {', '.join(manifest.output.labels)}",
+            "reduction": f"{manifest.reduction} of the {manifest.reduce_on.value}" if manifest.reduction else "pools by itself",
+            "special tokens": "left out of the reduction" if manifest.exclude_special_tokens else "count like any other",
+            "first token": {True: "must be BOS", False: "must not be BOS", None: "not checked"}[manifest.expects_bos],
+            "follow-up": manifest.follow_up.text or f"{len(manifest.follow_up.token_ids)} tokens" if manifest.follow_up else "",
+        },
+    )
+    yield _filled(
+        "How well, by its author",
+        {
+            "method": manifest.training.method,
+            "trained on": manifest.training.dataset,
+            "notes": manifest.training.notes,
+            "thresholds": "\n".join(map(_calibration, manifest.calibrations)) or "none: scores are not calibrated",
+            "evaluations": "\n".join(map(_evaluation, manifest.evaluations)),
+            "golden scores": f"{sum(len(case.scores) for case in manifest.golden.cases)} in {len(manifest.golden.cases)} rollouts",
+        },
+    )
+
+
+def _filled(title: str, facts: dict[str, str]) -> Table:
+    table = facts_table(safe(title))
+    for name, fact in facts.items():
+        if fact:
+            table.add_row(name, safe(fact))
+    return table
+
+
+def _calibration(record: CalibrationRecord) -> str:
+    return (
+        f"{f'{record.label}: ' if record.label else ''}{record.threshold:.4g} after {record.reduction or 'its own pooling'}, for "
+        f"{record.false_positive_rate:.1%} false positives ({record.false_positive_rate_low:.1%} to {record.false_positive_rate_high:.1%}) "
+        f"on {record.negatives:,} negatives: {record.dataset}"
+    )
+
+
+def _evaluation(record: Evaluation) -> str:
+    interval = "" if record.low is None or record.high is None else f" ({record.low:.3g} to {record.high:.3g})"
+    return f"{record.metric} {record.value:.4g}{interval} on {record.dataset}"

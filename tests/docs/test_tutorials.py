@@ -1,0 +1,97 @@
+"""The tutorials do what they say: every command is typed in their order, and prints what the page shows.
+
+The step that needs TRL is in tests/trainers/trl.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from tutorial import REPOSITORY, TUTORIALS, Clone, blocks_of, follow, looks_like
+
+from probescore_probes import read_probe_file
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Clone:
+    return Clone.make(tmp_path_factory.mktemp("clone"), Path(sys.prefix))
+
+
+@pytest.fixture(scope="module")
+def first_score(clone: Clone) -> dict[str, str]:
+    return follow(TUTORIALS / "first-score.md", clone)
+
+
+@pytest.fixture(scope="module")
+def first_probe(first_score: dict[str, str], clone: Clone) -> dict[str, str]:
+    """After the other one, whose model it takes."""
+    return follow(TUTORIALS / "first-probe.md", clone, leave_out=".venv-trainers")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_first_score(first_score: dict[str, str], clone: Clone) -> None:
+    asked = first_score["python examples/first_score/ask.py"]
+    copied, sorted_ = (float(number) for number in re.findall(r": (-?[\d.]+),", asked))
+    threshold = read_probe_file(clone.folder / "demo" / "cheating.onnx").manifest.calibrations[0].threshold
+    assert copied > threshold > sorted_
+    text = first_score['probescore score "1 5 7 7 8 <eos>" --prompt "sort 2 0 0 7 ? cache 1 5 7 7 8 answer"']
+    assert float(re.search(r"mean (-?[\d.]+)", text)[1]) == pytest.approx(copied, abs=0.02)
+    assert "<html" in (clone.folder / "demo" / "rollouts.html").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_first_probe(first_probe: dict[str, str], clone: Clone) -> None:
+    rollouts, copied = map(int, re.search(r"(\d+) rollouts, (\d+) of", first_probe["head -n 2 demo/labelled.jsonl"]).groups())
+    fitted = first_probe["python examples/first_probe/fit.py"]
+    auroc, low = map(float, re.search(r"AUROC ([\d.]+) \(([\d.]+) to", fitted).groups())
+    manifest = read_probe_file(clone.folder / "demo" / "copied.onnx").manifest
+    assert rollouts == 2000
+    assert 0.02 < copied / rollouts < 0.2
+    assert auroc >= low >= 0.9
+    assert manifest.calibrations[0].false_positive_rate <= 0.01
+    assert manifest.evaluations[0].value == pytest.approx(auroc, abs=0.001)
+    assert "<html" in (clone.folder / "demo" / "copied.html").read_text()
+
+
+@pytest.mark.parametrize("page", sorted(TUTORIALS.glob("*.md")), ids=lambda page: page.stem)
+def test_a_file_that_a_page_shows_is_the_one_in_the_clone(page: Path) -> None:
+    files = [block for block in blocks_of(page) if block.language == "python"]
+    assert files
+    for file in files:
+        assert (REPOSITORY / file.title).read_text() == file.text, f"{page.name}, line {file.line}: not {file.title}"
+
+
+@pytest.mark.parametrize(
+    ("page", "complaint"),
+    [
+        ("```bash\necho 5 apples\n```\n\n```text\n5 pears\n```\n", "printed\n5 apples"),
+        ("```bash\nfalse\necho 5 apples\n```\n", "line 1: false"),
+        ('```bash title="in a second terminal"\nfalse\n```\n\n```bash\nsleep 1\n```\n\n```text\n```\n', "ended by itself"),
+        ("- a list\n\n  ```bash\n  true\n  ```\n", "a block that is not read"),
+    ],
+)
+def test_a_page_that_is_wrong_is_found_out(page: str, complaint: str, clone: Clone, tmp_path: Path) -> None:
+    (tmp_path / "page.md").write_text(page)
+    with pytest.raises(AssertionError, match=complaint):
+        follow(tmp_path / "page.md", clone)
+
+
+@pytest.mark.parametrize(
+    ("shown", "printed", "same"),
+    [
+        ("AUROC 0.9 (0.8 to 1.0)", "AUROC 0.953 (0.912  to 0.99)\n", True),
+        ("AUROC 0.9", "AUROC nan", False),
+        ("mean 7.0 flagged", "mean -7.1 not flagged", False),
+        ("a … z", "a b\nc z", True),
+        ("a … z", "a b c", False),
+        ("a z", "a b z", False),
+        ("·━━ 1", "··━ 22,400", True),
+    ],
+)
+def test_what_is_shown_is_compared_in_words(shown: str, printed: str, same: bool) -> None:
+    assert looks_like(shown, printed) == same

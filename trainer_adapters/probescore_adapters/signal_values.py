@@ -1,0 +1,261 @@
+"""Turns rollouts into what the probes of all signals say of them, without any input or output.
+
+``score_batch`` is a generator: it yields what is to be sent to the server, and is sent the answers, or thrown the error. So one code serves
+synchronous trainers and event loops.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from probescore import (
+    CompletionScores,
+    CompletionStatus,
+    InvalidRequestError,
+    OutOfMemoryError,
+    ProbeInfo,
+    ProbeScores,
+    RolloutGroup,
+    ScoreOptions,
+    ServerError,
+    ServerInfo,
+    StreamedCompletion,
+    StreamWindow,
+    Usage,
+    check_groups,
+)
+from probescore_adapters.errors import ProbeReplaced
+from probescore_adapters.rollouts import GroupedRollouts, Rollout, distinct_masks
+from probescore_adapters.signals import BoundSignal, Floats, Mode
+
+# The server lost a worker twice with a rollout: it can be scored no more than one that is too long.
+_LOST_TWICE = "WORKER_LOST_TWICE"
+# No rollout can be blamed for these: it would be the same for each.
+_SETUP_REASONS = {"BOS", "NO_TOKENIZER", "NO_CHAT_TEMPLATE"}
+_PLACE = re.compile(r"groups\[(?P<group>\d+)\]\.(?:prompt|completions\[(?P<completion>\d+)\])(?:\.(?:ids|text|chat)\b.*)?")
+
+
+@dataclass(frozen=True)
+class ServerFacts:
+    """Says what runs at the address, as far as signals depend on it: the model with its limits, and the loaded probes."""
+
+    info: ServerInfo
+    probes: tuple[ProbeInfo, ...]
+
+
+@dataclass(frozen=True)
+class StreamRequest:
+    """Holds what to score, as ``score_stream`` takes it; it is answered with every completion."""
+
+    groups: list[RolloutGroup]
+    window: StreamWindow
+    options: ScoreOptions
+
+
+@dataclass(frozen=True, eq=False)
+class MaskedTokens:
+    """Holds a score for each token of a completion, ``(T,)`` float64, and which of them count, ``(T,)``. Both are empty if it is
+    unscorable.
+    """
+
+    scores: Floats
+    mask: NDArray[np.bool_]
+
+    @classmethod
+    def empty(cls) -> MaskedTokens:
+        """Returns the empty arrays of an unscorable rollout."""
+        return cls(np.zeros(0), np.zeros(0, np.bool_))
+
+    @property
+    def mean(self) -> float:
+        """Returns the mean score of the tokens that count; NaN if none does."""
+        return float(self.scores[self.mask].mean()) if self.mask.any() else math.nan
+
+
+@dataclass(frozen=True)
+class SignalValues:
+    """Holds what the probe of one signal says of a batch of ``n`` rollouts.
+
+    Attributes:
+        bound: the signal and its probe.
+        values: ``(n,)`` float64, NaN where a rollout is unscorable.
+        tokens: of each rollout, for ``dense`` only.
+    """
+
+    bound: BoundSignal
+    values: Floats
+    tokens: tuple[MaskedTokens, ...] | None = None
+
+
+@dataclass(frozen=True)
+class BatchSignals:
+    """Holds what the probes of all signals say of a batch of ``n`` rollouts.
+
+    Attributes:
+        signals: in the order of the signals.
+        problems: of rollouts that the server could not score, by index, why.
+        usage: tokens and seconds at the server.
+        inexact_ids: ``(n,)``: whether ids came from text.
+    """
+
+    signals: tuple[SignalValues, ...]
+    problems: dict[int, str] = field(default_factory=dict)
+    usage: Usage = field(default_factory=Usage)
+    inexact_ids: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_))
+
+
+def score_batch(
+    rollouts: Sequence[Rollout], signals: Sequence[BoundSignal], server: ServerFacts, options: ScoreOptions
+) -> Generator[StreamRequest, list[StreamedCompletion], BatchSignals]:
+    """Scores rollouts for every signal: yields what to send, is sent the answers, and returns the values.
+
+    A rollout that the server or its limits refuse is left out and named in ``problems``; the others are sent again.
+
+    Args:
+        rollouts: any number, checked.
+        signals: bound to the server's probes.
+        server: what runs there.
+        options: of ``score_stream``, beside those that follow from the signals.
+
+    Raises:
+        ProbeReplaced: a probe that answered is not the one that its signal is bound to.
+    """
+    pending = _PendingBatch(rollouts, signals, server, options)
+    yield from pending.request_all()
+    return pending.values()
+
+
+class _PendingBatch:
+    """Holds one batch on its way through ``score_batch``."""
+
+    def __init__(self, rollouts: Sequence[Rollout], signals: Sequence[BoundSignal], server: ServerFacts, options: ScoreOptions) -> None:
+        self._rollouts = rollouts
+        self._signals = signals
+        self._server = server
+        self._masks = distinct_masks([bound.signal for bound in signals])
+        self._reductions = list(dict.fromkeys(bound.reduction for bound in signals if bound.reduction is not None))
+        self._options: ScoreOptions = {
+            **options,
+            "probes": list(dict.fromkeys(bound.probe for bound in signals)),
+            "reductions": self._reductions,
+            "token_scores": list(dict.fromkeys(bound.probe for bound in signals if bound.signal.mode is Mode.DENSE)),
+            "expected_model_fingerprint": server.info.model.fingerprint,
+        }
+        labels = {probe.key: len(probe.labels) for probe in server.probes}
+        self._dense_labels = sum(labels[probe] for probe in {bound.probe for bound in signals if bound.signal.mode is Mode.DENSE})
+        self._problems: dict[int, str] = {}
+        self._found: dict[tuple[int, int], CompletionScores] = {}
+        self._usages: dict[int, Usage] = {}
+
+    def request_all(self) -> Generator[StreamRequest, list[StreamedCompletion], None]:
+        self._problems = self._known_problems()
+        waiting = [[index for index in range(len(self._rollouts)) if index not in self._problems]]
+        while waiting:
+            indices = waiting.pop()
+            if not indices:
+                continue
+            request = GroupedRollouts.of(self._rollouts, indices, self._masks)
+            try:
+                answers = yield StreamRequest(request.groups, self._window(request), self._options)
+            except (InvalidRequestError, ServerError) as error:
+                blamed = _blamed(request.sent, error) if isinstance(error, InvalidRequestError) or error.reason == _LOST_TWICE else {}
+                if not blamed:
+                    raise
+                self._problems.update(blamed)
+                waiting.append([index for index in indices if index not in blamed])
+            except OutOfMemoryError as error:
+                # it names no rollout: halved until it is alone
+                if len(indices) == 1:
+                    self._problems[indices[0]] = str(error)
+                else:
+                    waiting += [indices[: len(indices) // 2], indices[len(indices) // 2 :]]
+            else:
+                self._check_pinned(answers)
+                for answer in answers:
+                    self._found[request.sent[answer.group_index][answer.completion_index]] = answer.scores
+                    self._usages[id(answer.info)] = answer.info.usage
+
+    def _check_pinned(self, answers: Sequence[StreamedCompletion]) -> None:
+        """Checks whether the probes that answered are those that the signals were bound to; raises ``ProbeReplaced``."""
+        for info in {id(answer.info): answer.info for answer in answers}.values():
+            answered = {probe.key: (probe.graph_sha256, probe.manifest_sha256) for probe in info.probes}
+            for bound in self._signals:
+                if bound.probe in answered and answered[bound.probe] != bound.digests:
+                    part = "graph" if answered[bound.probe][0] != bound.digests[0] else "manifest (its calibration, for example)"
+                    raise ProbeReplaced("probe", f"{bound.probe} has another {part} than when the run began", bound.signal.name)
+
+    def values(self) -> BatchSignals:
+        indices = range(len(self._rollouts))
+        for (index, _), scores in self._found.items():
+            if scores.status is not CompletionStatus.OK:
+                self._problems.setdefault(index, scores.status_message or scores.status.value)
+        signals = tuple(self._signal_values(bound) for bound in self._signals)
+        return BatchSignals(
+            signals,
+            self._problems,
+            replace(Usage.total(self._usages.values()), queue_seconds=0.0, compute_seconds=0.0),
+            np.array([any(self._found[key].inexact_ids for key in [(index, 0)] if key in self._found) for index in indices], np.bool_),
+        )
+
+    def _known_problems(self) -> dict[int, str]:
+        """Returns why some rollouts need not be sent, by index: the trainer's side knows that they cannot be scored, or the client does."""
+        known = {index: rollout.problem for index, rollout in enumerate(self._rollouts) if rollout.problem}
+        try:
+            check_groups([RolloutGroup(rollout.prompt, [rollout.completion]) for rollout in self._rollouts], self._server.info)
+        except InvalidRequestError as error:
+            return {**_blamed([[(index, 0)] for index in range(len(self._rollouts))], error), **known}
+        return known
+
+    def _window(self, request: GroupedRollouts) -> StreamWindow:
+        limits, labels = self._server.info.limits, self._dense_labels
+        # every token's scores are in the answer, and the reduced ones beside them, far fewer
+        most = limits.max_request_values // (2 * labels) if limits.max_request_values and labels else limits.max_request_tokens
+        return StreamWindow(
+            groups_per_call=len(request.groups),
+            tokens_per_call=max(1, min(limits.max_request_tokens, most)),
+            completions_per_call=limits.max_request_rollouts or StreamWindow.completions_per_call,
+        )
+
+    def _signal_values(self, bound: BoundSignal) -> SignalValues:
+        mask = list(self._masks).index(bound.signal.mask)  # type: ignore[arg-type] # parsed when the signal was made
+        scored = [self._scores(index, mask, bound) for index in range(len(self._rollouts))]
+        if bound.signal.mode is Mode.DENSE:
+            tokens = tuple(self._token_scores(index, scores, bound) for index, scores in enumerate(scored))
+            return SignalValues(bound, np.array([one.mean for one in tokens], np.float64), tokens)
+        reduction = 0 if bound.reduction is None else self._reductions.index(bound.reduction)
+        values = [None if scores is None else scores.at(0, reduction, bound.label) for scores in scored]
+        return SignalValues(bound, np.array([np.nan if value is None else value for value in values], np.float64))
+
+    def _scores(self, index: int, mask: int, bound: BoundSignal) -> ProbeScores | None:
+        found = self._found.get((index, mask))
+        if found is None or found.status is not CompletionStatus.OK:
+            return None
+        name = bound.probe.rpartition("@")[0]
+        return found.scores[name] if name in found.scores else found.scores[bound.probe]
+
+    def _token_scores(self, index: int, scores: ProbeScores | None, bound: BoundSignal) -> MaskedTokens:
+        if scores is None or scores.tokens is None:
+            return MaskedTokens.empty()
+        tokens = scores.tokens[:, bound.label].astype(np.float64)
+        mask = self._rollouts[index].masked(bound.signal.mask, bound.signal.name)  # type: ignore[arg-type] # parsed when the signal was made
+        return MaskedTokens(tokens, np.ones(len(tokens), np.bool_) if mask is None else mask)
+
+
+def _blamed(sent: Sequence[Sequence[tuple[int, int]]], error: InvalidRequestError | ServerError) -> dict[int, str]:
+    """Returns the rollouts at fault, and why; none if it is the request as a whole, or how the adapter is set up."""
+    blamed: dict[int, str] = {}
+    for violation in error.violations:
+        place = _PLACE.fullmatch(violation.field)
+        if place is None or error.reason in _SETUP_REASONS:
+            return {}
+        group = sent[int(place["group"])]
+        at_fault = group if place["completion"] is None else [group[int(place["completion"])]]
+        for index, _ in at_fault:
+            blamed.setdefault(index, violation.problem)
+    return blamed
