@@ -34,7 +34,13 @@ def readable(count: int, seed: int = 0, *, tap: str = "resid_post.1") -> list[Li
     order = np.argsort(side)
     kept = [(index, False) for index in order[: count // 2]] + [(index, True) for index in order[-(count - count // 2) :]]
     return [
-        {"prompt": rollouts[index][0], "completion": rollouts[index][1], "label": label, "group": f"problem {place}", "slice": "ab"[place % 2]}
+        {
+            "prompt": rollouts[index][0],
+            "completion": rollouts[index][1],
+            "label": label,
+            "group": f"problem {place}",
+            "slice": "ab"[place % 2],
+        }
         for place, (index, label) in enumerate(sorted(kept))
     ]
 
@@ -49,7 +55,12 @@ def told_by_length(count: int, seed: int = 0) -> list[Line]:
     """Positives are longer, and otherwise alike."""
     random = np.random.default_rng(seed)
     return [
-        {"prompt": [BOS, *random_ids(random, 5)], "completion": random_ids(random, 12 if index % 2 else 5), "label": index % 2, "group": index}
+        {
+            "prompt": [BOS, *random_ids(random, 5)],
+            "completion": random_ids(random, 12 if index % 2 else 5),
+            "label": index % 2,
+            "group": index,
+        }
         for index in range(count)
     ]
 

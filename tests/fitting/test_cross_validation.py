@@ -64,7 +64,9 @@ def test_rollouts_of_one_group_are_never_on_both_sides():
     random = np.random.default_rng(0)
     groups = np.repeat(np.arange(30), 8)
     labels = Labels(groups % 2 == 0, groups, np.ones(len(groups)))
-    features = {("resid_post.0", "mean"): (random.standard_normal((30, 64))[groups] + 0.05 * random.standard_normal((240, 64))).astype(np.float32)}
+    features = {
+        ("resid_post.0", "mean"): (random.standard_normal((30, 64))[groups] + 0.05 * random.standard_normal((240, 64))).astype(np.float32)
+    }
     assert nested(features, labels).estimate.contains(0.5)
     alone = Labels(labels.positive, np.arange(len(groups)), labels.weights)
     assert nested(features, alone).estimate.low > 0.9
@@ -87,7 +89,9 @@ def test_a_weight_counts_as_so_many_copies():
     rows, weights = features["resid_post.1", "mean"], np.tile([1.0, 1.0, 3.0], 20)
     times = weights.astype(int)
     weighted = fit_logistic(rows, labels.positive, weights, (0.1,), tolerance=1e-8)[0]
-    copied = fit_logistic(np.repeat(rows, times, axis=0), np.repeat(labels.positive, times), np.ones(times.sum()), (0.1,), tolerance=1e-8)[0]
+    copied = fit_logistic(np.repeat(rows, times, axis=0), np.repeat(labels.positive, times), np.ones(times.sum()), (0.1,), tolerance=1e-8)[
+        0
+    ]
     np.testing.assert_allclose(weighted.weight, copied.weight, atol=1e-5)
 
 

@@ -16,7 +16,9 @@ def example(prompt, completion, positive, *, group=None, split=None, slice=""):
 
 def examples(count, completions_of_prompt=2, groups=False):
     return [
-        example([5, index // completions_of_prompt], [7, index], index % 2 == 0, group=str(index // completions_of_prompt) if groups else None)
+        example(
+            [5, index // completions_of_prompt], [7, index], index % 2 == 0, group=str(index // completions_of_prompt) if groups else None
+        )
         for index in range(count)
     ]
 
@@ -35,7 +37,13 @@ def test_a_split_keeps_groups_whole_and_takes_every_example_once(seed, groups):
 
 
 def test_equal_prompts_and_equal_completions_tie_rollouts_together():
-    data = [example([1], [10], True), example([1], [11], False), example([2], [11], True), example([3], [12], False), example([], [13], True)]
+    data = [
+        example([1], [10], True),
+        example([1], [11], False),
+        example([2], [11], True),
+        example([3], [12], False),
+        example([], [13], True),
+    ]
     data += [example([], [14], False)]
     groups, named = groups_of(data)
     assert not named

@@ -100,7 +100,9 @@ def read_activations(
     return ActivationTable(tuple(taps), tuple(pools), pooled, surprise, predicted, sink, head.problem)
 
 
-def read_tokens(engine: Engine, examples: Sequence[Example], tap: str, progress: Progress = lambda _done: None) -> list[NDArray[np.float32]]:
+def read_tokens(
+    engine: Engine, examples: Sequence[Example], tap: str, progress: Progress = lambda _done: None
+) -> list[NDArray[np.float32]]:
     """Of each example the activations of the tokens that its label is about, at one tap: ``(tokens, hidden_size)`` each."""
     rows = []
     for index, found in enumerate(engine.activations([_whole(example) for example in examples], [tap], pool="tokens")):
@@ -112,9 +114,7 @@ def read_tokens(engine: Engine, examples: Sequence[Example], tap: str, progress:
 def _whole(example: Example) -> RolloutGroup:
     """With one span over what the label is about: a scope of everything would pool the prompt too."""
     start, end = example.passage or (0, len(example.completion_ids))
-    return RolloutGroup(
-        example.prompt_ids, [Completion(example.completion_ids, mask=example.mask, spans=(Span(PASSAGE, start, end),))]
-    )
+    return RolloutGroup(example.prompt_ids, [Completion(example.completion_ids, mask=example.mask, spans=(Span(PASSAGE, start, end),))])
 
 
 class _Head:

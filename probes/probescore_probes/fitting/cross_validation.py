@@ -217,7 +217,13 @@ def held_out_auroc(scores: NDArray[np.float64], labels: Labels, seed: int = 0) -
 
 
 def learning_curve(
-    rows: NDArray[np.float32], labels: Labels, candidate: Candidate, kind: str, *, shares: Sequence[float] = (0.1, 0.2, 0.4, 0.7, 1.0), seed: int = 0
+    rows: NDArray[np.float32],
+    labels: Labels,
+    candidate: Candidate,
+    kind: str,
+    *,
+    shares: Sequence[float] = (0.1, 0.2, 0.4, 0.7, 1.0),
+    seed: int = 0,
 ) -> list[tuple[int, Estimate]]:
     """AUROC on held-out groups by how many groups it was fitted on: ``[(groups, estimate), …]``."""
     random = np.random.default_rng(seed)

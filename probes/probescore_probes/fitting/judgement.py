@@ -92,7 +92,7 @@ class Evidence:
 
 
 @dataclass(frozen=True)
-class Warning:  # noqa: A001 - the word for it
+class Warning:
     """What a reader must know before trusting the probe.
 
     Attributes:
@@ -140,7 +140,9 @@ def verdict_of(evidence: Evidence, warnings: tuple[Warning, ...]) -> Verdict:
     if warnings:
         one = len(warnings) == 1
         return Verdict(
-            "doubtful", f"AUROC {test} on test rollouts, as served; {len(warnings)} warning{'' if one else 's'} say{'s' if one else ''} where not to trust it."
+            "doubtful",
+            f"AUROC {test} on test rollouts, as served; {len(warnings)} warning{'' if one else 's'} say{'s' if one else ''} where not to "
+            "trust it.",
         )
     return Verdict("sound", f"AUROC {test} on test rollouts, as served; no warning applies to these data.")
 
@@ -165,11 +167,13 @@ def _text_leaks(evidence: Evidence) -> Iterator[Warning]:
     for name, found in evidence.text.items():
         if abs(found.value - 0.5) > LEAK:
             if found.value > 0.5:
-                advice = "the words give the label away; balance them, so that each text stands on both sides"
+                advice = "The words give the label away; balance them, so that each text stands on both sides."
             else:
-                advice = "an inverted leak: each text stands once on either side, and what was fitted on tells what was held out; let pairs that "
-                advice += "swap their texts be one group"
-            yield Warning(1, "Text gives the label away", f"{name}: AUROC {shown(found)} without any activations. {advice[0].upper()}{advice[1:]}.")
+                advice = (
+                    "An inverted leak: each text stands once on either side, and what was fitted on tells what was held out; let pairs "
+                    "that swap their texts be one group."
+                )
+            yield Warning(1, "Text gives the label away", f"{name}: AUROC {shown(found)} without any activations. {advice}")
 
 
 def _no_better_than_a_rival(evidence: Evidence) -> Iterator[Warning]:
@@ -178,7 +182,8 @@ def _no_better_than_a_rival(evidence: Evidence) -> Iterator[Warning]:
             yield Warning(
                 2,
                 f"No better than {name}",
-                f"{name}: AUROC {shown(found)}; the probe {shown(evidence.test)}: the intervals overlap. Use what is simpler, or more data.",
+                f"{name}: AUROC {shown(found)}; the probe {shown(evidence.test)}: the intervals overlap. Use "
+                "what is simpler, or more data.",
             )
 
 
@@ -207,8 +212,8 @@ def _too_little_data(evidence: Evidence) -> Iterator[Warning]:
         yield Warning(
             4,
             "Too few negatives for the threshold",
-            f"{evidence.calibration_negatives} negatives to calibrate on; a false-positive rate of {evidence.false_positive_rate:g} takes at "
-            f"least {needed:.0f}. The file has no threshold.",
+            f"{evidence.calibration_negatives} negatives to calibrate on; a false-positive rate of {evidence.false_positive_rate:g} "
+            f"takes at least {needed:.0f}. The file has no threshold.",
         )
 
 
@@ -228,8 +233,8 @@ def _slices_flagged_more(evidence: Evidence) -> Iterator[Warning]:
             yield Warning(
                 6,
                 f"False alarms on {name}",
-                f"the threshold flags {_percent(found.false_positives)} of its {found.negatives} negatives, against {_percent(pooled)} of all "
-                "test negatives. Use a threshold of its own.",
+                f"the threshold flags {_percent(found.false_positives)} of its {found.negatives} negatives, against {_percent(pooled)} of "
+                "all test negatives. Use a threshold of its own.",
             )
 
 
@@ -249,8 +254,8 @@ def _attention_sink(evidence: Evidence) -> Iterator[Warning]:
         yield Warning(
             8,
             "Position 0 is read",
-            f"in {evidence.sink_share:.0%} of examples, with {evidence.sink:,.0f} × the median norm: an attention sink, which hides the rest. "
-            "Give a prompt or BOS, or mask the first token.",
+            f"in {evidence.sink_share:.0%} of examples, with {evidence.sink:,.0f} × the median norm: an attention sink, which hides the "
+            "rest. Give a prompt or BOS, or mask the first token.",
         )
 
 
@@ -282,9 +287,10 @@ def _moved_by_changes(evidence: Evidence) -> Iterator[Warning]:
         flags = rate.value > TIMES_POOLED * usual_rate.value and rate.low > usual_rate.value
         misses = found.recall.value < usual.recall.value / 2
         if lost > LOST_AUROC or flags or misses:
-            rates = "" if np.isnan(rate.value) else (
-                f" False alarms {rate.value:.1%} (before {usual_rate.value:.1%}), recall {found.recall.value:.0%} (before {usual.recall.value:.0%})."
-            )
+            rates = ""
+            if not np.isnan(rate.value):
+                rates = f" False alarms {rate.value:.1%} (before {usual_rate.value:.1%}), "
+                rates += f"recall {found.recall.value:.0%} (before {usual.recall.value:.0%})."
             yield Warning(
                 10,
                 f"Moved by {found.name}",
@@ -298,8 +304,8 @@ def _model_does_not_know(evidence: Evidence) -> Iterator[Warning]:
         yield Warning(
             11,
             "The model hardly tells the two apart",
-            f"by its own log-probabilities it tells {evidence.paired_accuracy:.0%} of {evidence.pairs} pairs of one prompt apart: what it does "
-            "not know no probe can read.",
+            f"by its own log-probabilities it tells {evidence.paired_accuracy:.0%} of {evidence.pairs} pairs of one prompt apart: what it "
+            "does not know no probe can read.",
         )
 
 
@@ -314,7 +320,9 @@ def _selection_looks_wrong(evidence: Evidence) -> Iterator[Warning]:
         )
     if evidence.layers > 2 and evidence.layer in (0, evidence.layers - 1):
         which = "first" if evidence.layer == 0 else "last"
-        yield Warning(12, "Layer at the edge", f"the chosen tap is the {which} of {evidence.layers} that were swept. Sweep further, or doubt it.")
+        yield Warning(
+            12, "Layer at the edge", f"the chosen tap is the {which} of {evidence.layers} that were swept. Sweep further, or doubt it."
+        )
     if abs(evidence.shuffled.value - 0.5) > SHUFFLED and not evidence.shuffled.contains(0.5):
         yield Warning(
             12, "Shuffled labels are not at chance", f"AUROC {shown(evidence.shuffled)} with shuffled labels: groups or folds leak."

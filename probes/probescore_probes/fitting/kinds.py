@@ -79,7 +79,9 @@ def fit_kind(kind: str, table: ActivationTable, labels: Labels, fitted: Indices,
         module = fit_mlp(means[fitted], some.positive, some.weights, seed)
         return Fit(
             lambda indices: score_mlp(module, means[indices]),
-            lambda: FittedProbe(kind, (candidate.tap,), None, mlp_function(module), "MLP with one hidden layer on the mean, pooled in its graph"),
+            lambda: FittedProbe(
+                kind, (candidate.tap,), None, mlp_function(module), "MLP with one hidden layer on the mean, pooled in its graph"
+            ),
         )
     places = np.unique(np.linspace(0, len(table.taps) - 1, min(SIGMOID_TAPS, len(table.taps))).round().astype(int))
     taps = tuple(table.taps[place] for place in places)
@@ -87,5 +89,7 @@ def fit_kind(kind: str, table: ActivationTable, labels: Labels, fitted: Indices,
     probes = [fit_linear(LOGISTIC, rows[fitted], some.positive, some.weights, candidate.strength) for rows in read]
     return Fit(
         lambda indices: score_sigmoids(probes, [rows[indices] for rows in read]),
-        lambda: FittedProbe(kind, taps, None, sigmoids_function(probes), f"mean of the sigmoids of {len(taps)} taps, C = {candidate.strength:g}"),
+        lambda: FittedProbe(
+            kind, taps, None, sigmoids_function(probes), f"mean of the sigmoids of {len(taps)} taps, C = {candidate.strength:g}"
+        ),
     )

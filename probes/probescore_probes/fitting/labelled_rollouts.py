@@ -173,9 +173,7 @@ def _form(prompt: Text | Chat | Sequence[int]) -> str:
     return "chat" if isinstance(prompt, Chat) else "ids"
 
 
-def _labelled_parts(
-    rollout: LabelledRollout, ids: NDArray[np.int32], engine: Engine
-) -> Iterator[tuple[tuple[int, int] | None, bool]]:
+def _labelled_parts(rollout: LabelledRollout, ids: NDArray[np.int32], engine: Engine) -> Iterator[tuple[tuple[int, int] | None, bool]]:
     if rollout.positive is not None:
         yield None, rollout.positive
     content = rollout.completion.tokens

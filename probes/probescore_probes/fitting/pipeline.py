@@ -155,9 +155,7 @@ def fit_probe(
     """
     _check(options, output)
     report("loading the whole model")
-    reference = ReferenceModel.load(
-        model, revision=options.revision, device=options.device, trust_remote_code=options.trust_remote_code
-    )
+    reference = ReferenceModel.load(model, revision=options.revision, device=options.device, trust_remote_code=options.trust_remote_code)
     engine = Engine.load(
         str(model),
         taps=[*options.taps, FINAL_NORM],
@@ -172,9 +170,7 @@ def fit_probe(
     if not examples:
         raise ValueError("there are no labelled examples in the data")
     parts = split(examples, options.seed)
-    labels = Labels(
-        np.array([example.positive for example in examples]), parts.groups, np.array([example.weight for example in examples])
-    )
+    labels = Labels(np.array([example.positive for example in examples]), parts.groups, np.array([example.weight for example in examples]))
     taps = _taps(engine, options.taps)
     pools = pools_of(options.kind, options.pools)
     report(f"reading {len(examples)} examples at {len(taps)} taps")
@@ -198,7 +194,8 @@ def fit_probe(
             draft,
             probe,
             reference,
-            [examples[index] for index in parts[CALIBRATION] if examples[index].passage is None] or [examples[i] for i in parts[CALIBRATION]],
+            [examples[index] for index in parts[CALIBRATION] if examples[index].passage is None]
+            or [examples[i] for i in parts[CALIBRATION]],
             name=options.name,
             version=options.version,
             label=options.label,
@@ -212,7 +209,9 @@ def fit_probe(
             description=options.description,
         )
         report(f"serving the file in {options.dtype}")
-        served = serve(model, draft, dtype=options.dtype, device=options.device, revision=options.revision, trust_remote_code=options.trust_remote_code)
+        served = serve(
+            model, draft, dtype=options.dtype, device=options.device, revision=options.revision, trust_remote_code=options.trust_remote_code
+        )
         scores = served_scores(served, examples)
         agreed = agreement(fit.score(np.arange(len(examples))), scores, options.dtype, read_probe_file(draft))
         thresholds = _thresholds(examples, scores, parts, options, probe.reduction)
@@ -243,7 +242,13 @@ def fit_probe(
         evidence=evidence,
         warnings=found,
         verdict=verdict_of(evidence, found),
-        data={**facts(examples), "groups": evidence.groups, "groups_named": parts.named, "splits_given": parts.given, "splits": _counts(parts, labels)},
+        data={
+            **facts(examples),
+            "groups": evidence.groups,
+            "groups_named": parts.named,
+            "splits_given": parts.given,
+            "splits": _counts(parts, labels),
+        },
         selection=selection,
         nested=judged,
         curves={options.kind if options.kind in LINEAR_KINDS else LOGISTIC: selection.curve, DIFFERENCE_OF_MEANS: fitting.other_curve()},
@@ -328,7 +333,11 @@ class _Fitting:
         options, labels, parts, candidate = self._options, self._labels, self._parts, selection.chosen
         inside = np.sort(np.concatenate([parts[TRAIN], parts[CALIBRATION], parts[TEST]]))
         some = labels.of(inside)
-        text = {"bag of words of completions": bag_of_words([examples[i].completion_ids[examples[i].selected] for i in inside], some, options.seed)}
+        text = {
+            "bag of words of completions": bag_of_words(
+                [examples[i].completion_ids[examples[i].selected] for i in inside], some, options.seed
+            )
+        }
         if any(len(examples[i].prompt_ids) for i in inside):
             text["bag of words of prompts"] = bag_of_words([examples[i].prompt_ids for i in inside], some, options.seed)
         lengths = np.array([float(example.selected.sum()) for example in examples])
@@ -344,7 +353,9 @@ class _Fitting:
         }
         rows = self._table.pooled[candidate.tap, candidate.pool]
         rivals["best of 20 random directions"] = random_directions(rows, labels, parts[TRAIN], parts[TEST], options.seed)
-        shuffled = shuffled_labels(self._train.pooled[candidate.tap, candidate.pool], self._train_labels, candidate, self._choosing, options.seed)
+        shuffled = shuffled_labels(
+            self._train.pooled[candidate.tap, candidate.pool], self._train_labels, candidate, self._choosing, options.seed
+        )
         accuracy, pairs = paired_accuracy(self._table.surprise[inside], [examples[i] for i in inside])
         sink = self._table.sink[candidate.tap][inside]
         read = np.isfinite(sink)
@@ -398,7 +409,8 @@ def _check(options: FitOptions, output: Path) -> None:
         there = read_probe_file(output).manifest  # anything else is refused
         if (there.name, there.version) == (options.name, options.version):
             raise ValueError(
-                f"output: {str(output)!r} holds {there.key} already, and a version never changes; give another --probe-version, or delete the file"
+                f"output: {str(output)!r} holds {there.key} already, and a version never changes; give another version (--probe-version), "
+                "or delete the file"
             )
 
 
@@ -424,7 +436,14 @@ def _adds_bos(reference: ReferenceModel) -> bool:
 def _digest(examples: Sequence[Example]) -> str:
     digest = hashlib.sha256()
     for example in examples:
-        line = [example.prompt_ids.tolist(), example.completion_ids.tolist(), example.selected.tolist(), bool(example.positive), example.split, example.slice]
+        line = [
+            example.prompt_ids.tolist(),
+            example.completion_ids.tolist(),
+            example.selected.tolist(),
+            bool(example.positive),
+            example.split,
+            example.slice,
+        ]
         digest.update(json.dumps(line).encode() + b"\n")
     return f"sha256:{digest.hexdigest()}"
 
@@ -511,7 +530,12 @@ def _conditions(
     found = conditions(engine, some, groups, threshold, scores[tested])
     if options.other_dtype and options.other_dtype != options.dtype:
         other = serve(
-            model, file, dtype=options.other_dtype, device=options.device, revision=options.revision, trust_remote_code=options.trust_remote_code
+            model,
+            file,
+            dtype=options.other_dtype,
+            device=options.device,
+            revision=options.revision,
+            trust_remote_code=options.trust_remote_code,
         )
         found.append(measure(f"served in {options.other_dtype}", served_scores(other, some), some, groups, threshold, scores[tested]))
     return tuple(found)

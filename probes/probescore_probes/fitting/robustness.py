@@ -1,4 +1,4 @@
-"""What becomes of the probe where its rollouts look otherwise than those that it was fitted on: the same test rollouts, changed and served."""
+"""What becomes of the probe where rollouts look otherwise than those that it was fitted on: test rollouts, changed and served again."""
 
 from __future__ import annotations
 
@@ -46,13 +46,19 @@ _UNKNOWN = Estimate(float("nan"), float("nan"), float("nan"))
 
 
 def measure(
-    name: str, scores: NDArray[np.float64], examples: Sequence[Example], groups: NDArray[np.int64], threshold: float | None, usual: NDArray[np.float64]
+    name: str,
+    scores: NDArray[np.float64],
+    examples: Sequence[Example],
+    groups: NDArray[np.int64],
+    threshold: float | None,
+    usual: NDArray[np.float64],
 ) -> Condition:
     """Judges served scores of changed rollouts."""
     positive = np.array([example.positive for example in examples])
     known = ~np.isnan(scores)
     rates = [
-        _UNKNOWN if threshold is None else grouped_rate(scores[known & kind] >= threshold, groups[known & kind]) for kind in (~positive, positive)
+        _UNKNOWN if threshold is None else grouped_rate(scores[known & kind] >= threshold, groups[known & kind])
+        for kind in (~positive, positive)
     ]
     spread = float(np.nanstd(usual)) or 1.0
     return Condition(
@@ -71,7 +77,8 @@ def changed_rollouts(engine: Engine, examples: Sequence[Example]) -> dict[str, l
         filler = engine.encode_completion(FILLER * count, field="filler")
         name = f"{count} neutral sentence{'s' if count > 1 else ''} appended"
         changed[name] = [
-            replaced_ids(example, example.prompt_ids, np.concatenate([example.completion_ids, filler]).astype(np.int32)) for example in examples
+            replaced_ids(example, example.prompt_ids, np.concatenate([example.completion_ids, filler]).astype(np.int32))
+            for example in examples
         ]
     bos = engine.info.bos_token_id
     if bos is not None:

@@ -100,8 +100,8 @@ def groups_of(examples: Sequence[Example]) -> tuple[Indices, bool]:
     largest = int(np.bincount(groups).max())
     if len(examples) > 1 and largest > LARGEST_GROUP * len(examples):
         raise ValueError(
-            f"group: {largest} of {len(examples)} examples are tied together by equal prompts and equal completions, which leaves nothing to "
-            'test on; say what belongs together by "group" in each line, such as the id of the problem'
+            f"group: {largest} of {len(examples)} examples are tied together by equal prompts and equal completions, which leaves nothing "
+            'to test on; say what belongs together by "group" in each line, such as the id of the problem'
         )
     return groups, False
 

@@ -128,7 +128,9 @@ def _say(result: FitResult, output: Path, report: Path | None) -> None:
         console.print(f"[yellow]![/yellow] [bold]{safe(warning.title)}[/bold] ({warning.number}): {safe(warning.text)}")
     agreed = result.agreement
     console.print(f"max |fitted − served| = {agreed.largest:.2g} σ over {agreed.rollouts} rollouts in {result.options.dtype}")
-    console.print(f"wrote {output}" + ("" if report is None else f", {report} and {report.with_suffix('.json')}"), soft_wrap=True, markup=False)
+    console.print(
+        f"wrote {output}" + ("" if report is None else f", {report} and {report.with_suffix('.json')}"), soft_wrap=True, markup=False
+    )
 
 
 def _listed(written: str) -> tuple[str, ...]:

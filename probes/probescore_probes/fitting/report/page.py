@@ -31,16 +31,16 @@ def _figures(result: FitResult) -> dict[str, Markup]:
     """SVG by name; each escapes its own texts."""
     evidence = result.evidence
     chosen = next(
-        point
-        for point in result.selection.curve
-        if (point.tap, point.pool) == (result.selection.chosen.tap, result.selection.chosen.pool)
+        point for point in result.selection.curve if (point.tap, point.pool) == (result.selection.chosen.tap, result.selection.chosen.pool)
     )
     threshold = result.thresholds[""].threshold if "" in result.thresholds else None
     probe = "the probe, as served"
     drawn = {
         "layers": figures.layers(result.curves, chosen),
         "kinds": figures.estimates(result.kinds, "kinds", [result.options.kind]),
-        "baselines": figures.estimates({probe: evidence.test, **evidence.rivals, **evidence.text, "shuffled labels": evidence.shuffled}, "baselines", [probe]),
+        "baselines": figures.estimates(
+            {probe: evidence.test, **evidence.rivals, **evidence.text, "shuffled labels": evidence.shuffled}, "baselines", [probe]
+        ),
         "roc": figures.roc(result.roc, result.options.false_positive_rate, int((~result.test_positive).sum())),
         "histogram": figures.histogram(result.test_scores, result.test_positive, threshold),
         "learning": figures.learning(result.learning) if result.learning else "",

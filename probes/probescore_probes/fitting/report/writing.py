@@ -30,4 +30,6 @@ def write_report(path: Path, result: FitResult) -> None:
         OSError: a file cannot be written.
     """
     write_atomically(path, page(result).encode())
-    write_atomically(path.with_suffix(".json"), (json.dumps(numbers_of(result), indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
+    write_atomically(
+        path.with_suffix(".json"), (json.dumps(numbers_of(result), indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    )
