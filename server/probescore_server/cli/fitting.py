@@ -75,7 +75,7 @@ def _fit(
     ] = True,
     seed: Annotated[int, typer.Option("--seed", help="Of splits, folds and intervals.")] = 0,
 ) -> None:
-    with one_line_failures():
+    with one_line_failures("server,probes"):
         from probescore_probes.fitting.pipeline import FitOptions, fit_probe
         from probescore_probes.fitting.report import check_writable, write_report
 
