@@ -100,7 +100,7 @@ class Clone:
             "PROBESCORE_METRICS_PORT": "0",
             "PROBESCORE_LOG_FORMAT": "console",
             "PROBESCORE_ADDRESS": f"localhost:{self.port}",
-            "COLUMNS": "100",
+            "COLUMNS": "88",
         }
 
     def read(self, text: str) -> str:

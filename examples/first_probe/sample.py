@@ -1,4 +1,4 @@
-"""Samples one rollout of each of 2,000 problems from the demo's model, and labels it: did it copy the cache?"""
+"""Samples 2,000 rollouts from the demo's model. The label says: did it copy the cache?"""
 
 import json
 import random
@@ -14,24 +14,34 @@ policy = AutoModelForCausalLM.from_pretrained("demo/model")
 source = random.Random(0)
 torch.manual_seed(0)
 
-digits = [source.choices("0123456789", k=5) for _ in range(2000)]
-caches = [" ".join(sorted(source.choices("0123456789", k=5))) for _ in range(2000)]
-prompts = [f"sort {' '.join(shown)} cache {cache} answer" for shown, cache in zip(digits, caches, strict=True)]
+prompts, caches = [], []
+for _ in range(2000):
+    digits = source.choices("0123456789", k=5)
+    cache = " ".join(sorted(source.choices("0123456789", k=5)))
+    prompts.append(f"sort {' '.join(digits)} cache {cache} answer")
+    caches.append(cache)
 
 inputs = tokenizer(prompts, return_tensors="pt")
-sequences = policy.generate(**inputs, do_sample=True, max_new_tokens=8, pad_token_id=tokenizer.eos_token_id)
-groups = rollouts_from_padded(  # takes the padding out, and leaves each completion's end-of-sequence token in
+sequences = policy.generate(
+    **inputs,
+    do_sample=True,
+    max_new_tokens=8,
+    pad_token_id=tokenizer.eos_token_id,
+)
+groups = rollouts_from_padded(  # takes out the padding, leaves in the token that ends an answer
     sequences,
     inputs["input_ids"].shape[1],
     attention_mask=inputs["attention_mask"],
     eos_token_id=tokenizer.eos_token_id,
 )
 
-rollouts = []
-for group, cache in zip(groups, caches, strict=True):
-    completion_ids = group.completions[0].tokens
-    copied = tokenizer.decode(completion_ids, skip_special_tokens=True) == cache
-    rollouts.append({"prompt": group.prompt.tolist(), "completion": completion_ids.tolist(), "label": copied})
+labels = []
+with Path("demo/labelled.jsonl").open("w") as file:
+    for group, cache in zip(groups, caches, strict=True):
+        prompt, completion = group.prompt.tolist(), group.completions[0].tokens.tolist()
+        copied = tokenizer.decode(completion, skip_special_tokens=True) == cache
+        line = {"prompt": prompt, "completion": completion, "label": copied}
+        file.write(json.dumps(line) + "\n")
+        labels.append(copied)
 
-Path("demo/labelled.jsonl").write_text("".join(json.dumps(rollout) + "\n" for rollout in rollouts))
-print(f"{len(rollouts)} rollouts, {sum(rollout['label'] for rollout in rollouts)} of them copied the cache")
+print(f"{len(labels)} rollouts, {sum(labels)} of them copied the cache")

@@ -8,8 +8,10 @@ copied_ids = [8, 12, 14, 14, 15, 2]  # 1 5 7 7 8 <eos>
 sorted_ids = [7, 7, 7, 9, 14, 2]  # 0 0 0 2 7 <eos>
 
 with ProbeClient("localhost:50051") as client:
-    result = client.score([RolloutGroup(prompt_ids, [copied_ids, sorted_ids])], token_scores="all")
+    group = RolloutGroup(prompt_ids, [copied_ids, sorted_ids])
+    result = client.score([group], token_scores="all")
 
 for name, completion in zip(["copied", "sorted"], result.groups[0], strict=True):
     cheating = completion["cheating"]
-    print(f"{name}: {cheating.value:.2f}, token by token", " ".join(f"{score:.2f}" for score in cheating.tokens[:, 0]))
+    tokens = " ".join(f"{score:.2f}" for score in cheating.tokens[:, 0])
+    print(f"{name}: {cheating.value:.2f}, token by token {tokens}")

@@ -11,20 +11,20 @@ from probescore import TransientError
 from probescore._status import error_from_call
 from probescore_server import errors
 from probescore_server.errors import (
-    Busy,
     CoreError,
     DeadlineExpired,
     InternalFault,
     InvalidRequest,
     LimitExceeded,
-    LostTwice,
     Mismatch,
     ModelRefused,
     OutOfMemory,
     ProbeRefused,
     QueueFull,
+    ServerBusy,
     StartupError,
     WorkerLost,
+    WorkerLostTwice,
     WorkerUnavailable,
 )
 from probescore_server.front.status_codes import CODES, status_of
@@ -48,10 +48,10 @@ ERRORS = [
     *(InvalidRequest("groups", "as the reason says", reason) for reason in sorted(reasons_given() - {LimitExceeded.reason})),
     Mismatch("expected_model_fingerprint", "a", "b"),
     QueueFull(2, 1, 0.1),
-    Busy(2, "calls", "max_calls", 1, 0.1),
+    ServerBusy(2, "calls", "max_calls", 1, 0.1),
     WorkerUnavailable("starting", 0.1),
     WorkerLost("crash", "it crashed", 0.1),
-    LostTwice("groups[0].completions[0]", "probe loop@1", "it crashed"),
+    WorkerLostTwice("groups[0].completions[0]", "probe loop@1", "it crashed"),
     OutOfMemory(7),
     DeadlineExpired("too late"),
     InternalFault.new(),
