@@ -82,7 +82,7 @@ def test_what_is_wrong_names_its_line_and_field(line, says):
 
 @pytest.mark.parametrize("line", ["[1]", "3", '"a"', '{"prompt": [1], "completions": 3}', '{"prompt": [1]}', "{"])
 def test_what_is_no_rollout_is_refused_as_elsewhere(line):
-    with pytest.raises(LineError, match="^data.jsonl:1: "):
+    with pytest.raises(LineError, match=r"^data.jsonl:1: "):
         list(read_labelled_lines([line], "data.jsonl", positive=None, add_special_tokens=False))
 
 
