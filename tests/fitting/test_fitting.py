@@ -75,6 +75,7 @@ def test_a_prompt_without_the_bos_that_was_fitted_is_refused_and_said_so(fitted)
     refused = [condition for condition in fitted[0].evidence.conditions if condition.refused]
     assert [condition.name for condition in refused] == ["BOS put in front, or taken away"]
     assert "must start with BOS" in refused[0].refused
+    assert refused[0].auroc.value < fitted[0].evidence.test.value  # what it would say if the file did not refuse
 
 
 def test_the_other_dtype_moves_little(fitted):
@@ -167,7 +168,7 @@ def test_every_kind_is_served_as_it_was_fitted(kind, tmp_path):
     assert any(warning.number == 4 and "12 negatives" in warning.text for warning in result.warnings)
 
 
-def test_what_is_fitted_on_the_last_token_is_served_so_under_masks(tmp_path):
+def test_what_is_fitted_on_the_last_token_is_served_so_under_masks_in_bfloat16(tmp_path):
     lines = readable(120)
     rollouts = [
         LabelledRollout(
@@ -179,9 +180,9 @@ def test_what_is_fitted_on_the_last_token_is_served_so_under_masks(tmp_path):
         )
         for index, line in enumerate(lines)
     ]
-    result = fit_probe(rollouts, tiny_model(), tmp_path / "made.onnx", options(pools=("last",)))
+    result = fit_probe(rollouts, tiny_model(), tmp_path / "made.onnx", options(pools=("last",), dtype="bfloat16"))
     assert read_probe_file(tmp_path / "made.onnx").manifest.reduction == "last"
-    assert result.agreement.largest <= BOUND["float32"]
+    assert result.agreement.largest <= BOUND["bfloat16"]
 
 
 def test_another_function_than_was_fitted_is_refused(fitted):

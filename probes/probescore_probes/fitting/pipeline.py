@@ -35,7 +35,17 @@ from probescore_probes.fitting.kinds import KINDS, fit_kind, pools_of
 from probescore_probes.fitting.labelled_rollouts import CALIBRATION, OOD, TEST, TRAIN, Example, LabelledRollout, facts, tokenised
 from probescore_probes.fitting.linear_kinds import DIFFERENCE_OF_MEANS, LINEAR_KINDS, LOGISTIC
 from probescore_probes.fitting.robustness import MOST, Condition, conditions, measure
-from probescore_probes.fitting.serving import Agreement, add_judgement, agreement, as_probability, serve, served_scores, token_scores, write
+from probescore_probes.fitting.serving import (
+    Agreement,
+    add_judgement,
+    agreement,
+    as_probability,
+    serve,
+    served_scores,
+    token_scores,
+    write,
+    write_without_bos_check,
+)
 from probescore_probes.fitting.splits import Split, shared_texts, split
 from probescore_probes.reference import ReferenceModel
 from probescore_server.engine.engine import Engine
@@ -527,7 +537,18 @@ def _conditions(
     if len(tested) > MOST:
         tested = np.sort(np.random.default_rng(options.seed).permutation(tested)[:MOST])
     some, groups = [examples[index] for index in tested], parts.groups[tested]
-    found = conditions(engine, some, groups, threshold, scores[tested])
+    unchecked = file.with_name("unchecked.onnx")
+    write_without_bos_check(file, unchecked)
+    of_unchecked = serve(
+        model,
+        unchecked,
+        dtype=options.dtype,
+        device=options.device,
+        revision=options.revision,
+        trust_remote_code=options.trust_remote_code,
+    )
+    found = conditions(engine, of_unchecked, some, groups, threshold, scores[tested])
+    del of_unchecked
     if options.other_dtype and options.other_dtype != options.dtype:
         other = serve(
             model,
