@@ -153,13 +153,13 @@ def test_a_report_goes_where_it_can_be_written(tmp_path):
         check_writable(tmp_path / "none" / "report.html")
 
 
-@pytest.mark.parametrize("kind", ["difference-of-means", "lda", "mlp", "mean-of-sigmoids"])
+@pytest.mark.parametrize("kind", ["difference-of-means", "lda", "mlp", "mean-of-sigmoids", "attention", "rolling-max"])
 def test_every_kind_is_served_as_it_was_fitted(kind, tmp_path):
     result = fit_probe(labelled(readable(120)), tiny_model(), tmp_path / "made.onnx", options(kind=kind, false_positive_rate=0.01))
     assert result.agreement.largest <= BOUND["float32"]
     assert result.evidence.test.value > 0.7
     manifest = read_probe_file(tmp_path / "made.onnx").manifest
-    pools = kind in ("mlp", "mean-of-sigmoids")
+    pools = kind not in ("difference-of-means", "lda")
     assert manifest.context.kind == ("rollout" if pools else "pointwise")
     assert manifest.reduction == (None if pools else result.selection.chosen.pool)
     # too few negatives for such a threshold: there is none, and it is said
