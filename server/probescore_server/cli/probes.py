@@ -1,4 +1,4 @@
-"""``probescore probes``: fit, list, inspect and verify probes."""
+"""Implements ``probescore probes``, which fits probes, lists those of a server, and inspects and verifies probe files."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from probescore_server.cli.common.failures import one_line_failures
 from probescore_server.cli.steps import CheckSteps
 from probescore_server.cli.tables import facts_table, manifest_tables, probes_table, safe
 
-ProbeFileArgument = Annotated[Path, typer.Argument(help="A probe file.", show_default=False, metavar="FILE")]
+ProbeFileArgument = Annotated[Path, typer.Argument(help="The path of a probe file.", show_default=False, metavar="FILE")]
 
 
 def register(app: typer.Typer) -> None:
-    """Adds the commands under ``probes``."""
+    """Adds the commands ``probes fit``, ``probes list``, ``probes inspect`` and ``probes verify`` to the command line."""
     probes = typer.Typer(help="Fit, list, inspect and verify probes.", no_args_is_help=True, rich_markup_mode="rich")
     fitting.register(probes)
     probes.command("list")(_list)
@@ -36,7 +36,7 @@ def _list(address: Address = DEFAULT_ADDRESS, wait: Wait = 0) -> None:
 
 
 def _inspect(file: ProbeFileArgument) -> None:
-    """Show who a probe is, after every check that needs no model."""
+    """Show the manifest of a probe file, after every check that needs no model."""
     with one_line_failures():
         from probescore_server.probes.format.probe_file import read_probe_file
 
@@ -52,14 +52,16 @@ def _inspect(file: ProbeFileArgument) -> None:
 
 def _verify(
     file: ProbeFileArgument,
-    model: Annotated[str, typer.Option("--model", "-m", help="A directory, or an id on the Hugging Face hub.", show_default=False)],
-    revision: Annotated[str, typer.Option("--revision", help="Branch, tag or commit on the hub.", show_default=False)] = "",
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="The model: a directory, or an id on the Hugging Face hub.", show_default=False)
+    ],
+    revision: Annotated[str, typer.Option("--revision", help="The branch, tag or commit of a model on the hub.", show_default=False)] = "",
     dtype: Annotated[
-        str, typer.Option("--dtype", help="float32, bfloat16 or float16: golden scores have a tolerance for each.")
+        str, typer.Option("--dtype", help="The dtype: float32, bfloat16 or float16. Golden scores have a tolerance for each.")
     ] = "float32",
-    device: Annotated[str, typer.Option("--device", help="cpu or cuda:0.")] = "cpu",
+    device: Annotated[str, typer.Option("--device", help="The device, such as cpu or cuda:0.")] = "cpu",
 ) -> None:
-    """Check a probe file against its model, as a server does before it serves it."""
+    """Check a probe file against its model, as a server does before it serves the probe."""
     console = new_console()
     with one_line_failures():
         from probescore_server.engine.engine import Engine
