@@ -99,6 +99,26 @@ class GoldenScorer:
                     differences[place] = (elsewhere - scores)[kept]
         return GoldenRollout(golden, inputs, scores, differences)
 
+    def scores_at(self, prompt: TokenIds, completion: TokenIds, places: Sequence[Place]) -> list[NDArray[np.float64] | None]:
+        """Scores one rollout where the probe reads it at each of several places, in one pass of the model.
+
+        Returns:
+            For each place scores of the shape of ``golden.scores``; ``None`` where the model has no such tap, or the code refuses it.
+        """
+        ids, scored_from = self._ids(np.asarray(prompt, np.int64), np.asarray(completion, np.int64))
+        rows = self._rows(ids, scored_from)
+        activations = self._activations(ids, places)
+        found: list[NDArray[np.float64] | None] = []
+        with np.errstate(all="ignore"):  # the code was not made for what it is given elsewhere
+            for place in places:
+                scores = None
+                if all(entry.tap in activations for entry in place[0]):
+                    with suppress(ValueError):
+                        scores = self._scores(self._graph_inputs(activations, rows, place), rows)
+                kept = scores if scores is None or self.context.kind == "rollout" else scores[rows >= scored_from]
+                found.append(kept)
+        return found
+
     def exact_scores(self, golden: GoldenCase) -> NDArray[np.float64]:
         """Computes the author's scores of a golden rollout on activations that were computed in float64 and rounded once to float32.
 
