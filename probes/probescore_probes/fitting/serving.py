@@ -24,7 +24,11 @@ from probescore_server.probes.format.probe_file import ProbeFile, read_probe_fil
 GOLDEN = 4
 _LONGEST_GOLDEN = 512
 BOUND = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.05}
-"""Largest |fitted − served| of a rollout, over the standard deviation of the fitted scores."""
+"""Of |fitted − served| of a rollout, over the standard deviation of the fitted scores."""
+TIMES_BOUND = {"float32": 1.0, "bfloat16": 5.0, "float16": 5.0}
+"""So far beyond the bound may single rollouts be: the mean of a few tokens has their rounding in half precision. Another function than was
+fitted moves most rollouts, not a few.
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,13 +61,15 @@ class Agreement:
 
     Attributes:
         largest, median: of |fitted − served| over the standard deviation of the fitted scores.
-        bound: what the largest may be.
+        bound: what the median may be, and in float32 the largest.
+        beyond: rollouts that are further apart than the bound.
         rollouts: that were compared.
     """
 
     largest: float
     median: float
     bound: float
+    beyond: int
     rollouts: int
 
 
@@ -139,13 +145,13 @@ def agreement(fitted: NDArray[np.float64], served: NDArray[np.float64], dtype: s
     spread = float(fitted.std()) or 1.0
     apart = np.abs(fitted - served) / spread
     bound = max(BOUND[dtype], file.manifest.golden.tolerance.float32 if dtype == "float32" else 0.0)
-    found = Agreement(float(apart.max()), float(np.median(apart)), bound, len(apart))
-    if not found.largest <= bound:
+    found = Agreement(float(apart.max()), float(np.median(apart)), bound, int((apart > bound).sum()), len(apart))
+    if not (found.median <= bound and found.largest <= TIMES_BOUND[dtype] * bound):
         raise ProbeRefused(
             str(file.manifest.key),
             "reduction",
-            f"served scores up to {found.largest:.3g} × the standard deviation of the fitted ones from these",
-            f"at most {bound:g} × in {dtype}; the file serves another function than was fitted",
+            f"served scores up to {found.largest:.3g} (median {found.median:.3g}) × the standard deviation of the fitted ones from these",
+            f"at most {TIMES_BOUND[dtype] * bound:g} (median {bound:g}) × in {dtype}; the file serves another function than was fitted",
         )
     return found
 
