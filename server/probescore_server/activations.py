@@ -17,7 +17,7 @@ from probescore.types import CompletionStatus, Hook, Tap
 from probescore_server.errors import InvalidRequest
 
 MAX_BATCH_BYTES = 1 << 30
-"""Of activations, float32 on the model's device, that a batch holds at once."""
+"""Limits the bytes of activations, float32 on the model's device, that a batch holds at once."""
 
 
 class Pool(str, Enum):
@@ -31,7 +31,7 @@ class Pool(str, Enum):
 
 @dataclass(frozen=True)
 class ActivationReads:
-    """What is wanted of every completion.
+    """The activations that are wanted of every completion.
 
     Attributes:
         taps: without duplicates, in the order asked.
@@ -46,7 +46,7 @@ class ActivationReads:
 
 @dataclass(frozen=True, eq=False)
 class CompletionActivations:
-    """What was read of one completion, or of a follow-up to one.
+    """The activations of one completion, or of a follow-up to one.
 
     Attributes:
         group_index, completion_index: where the completion stands in what was asked.
@@ -77,12 +77,12 @@ class CompletionActivations:
 
 
 def all_taps(num_hidden_layers: int) -> tuple[Tap, ...]:
-    """Every tap of a model, hook by hook."""
+    """Returns every tap of a model with this number of blocks, hook by hook."""
     return tuple(Tap(hook, layer) for hook in Hook for layer in (range(num_hidden_layers) if hook.has_layer else [None]))
 
 
 def matching_taps(patterns: Sequence[str | Tap] | str | Tap, known: Sequence[Tap], *, whose: str) -> tuple[Tap, ...]:
-    """The taps that are meant, in the order of the patterns, then in that of ``known``.
+    """Returns the taps that names or patterns mean, in the order of the patterns, then in that of ``known``.
 
     Args:
         patterns: each a tap, its name, or a pattern of names as a shell has them: ``resid_post.*``, ``*.6``, ``*``.
@@ -96,7 +96,7 @@ def matching_taps(patterns: Sequence[str | Tap] | str | Tap, known: Sequence[Tap
     for index, pattern in enumerate([patterns] if isinstance(patterns, str | Tap) else patterns):
         meant = [tap for tap in known if fnmatch.fnmatchcase(str(tap), str(pattern))]
         if not meant:
-            raise InvalidRequest(f"taps[{index}]", f"{str(pattern)[:100]!r} is none of {whose}: {_shown(known)}", "UNKNOWN_TAP")
+            raise InvalidRequest(f"taps[{index}]", f"{str(pattern)[:100]!r} is none of {whose}: {_shown(known)}")
         found.update(dict.fromkeys(meant))
     if not found:
         raise InvalidRequest("taps", f"at least one is needed; {whose} are {_shown(known)}")
@@ -104,7 +104,7 @@ def matching_taps(patterns: Sequence[str | Tap] | str | Tap, known: Sequence[Tap
 
 
 def resolve_pools(asked: Sequence[str] | str) -> tuple[Pool, ...]:
-    """What should become of tokens, without duplicates.
+    """Returns the pools that were asked for, without duplicates.
 
     Args:
         asked: names of pools; a text is one name.

@@ -79,6 +79,7 @@ def test_any_forest_gives_what_it_gives_one_by_one(architecture: str, window: in
                     assert errors <= 1e-4, (seed, scope, tap)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, MAX_ROW_TOKENS), max_size=60))
 def test_every_row_runs_once_within_the_bounds(lengths: list[int]) -> None:
     rows = [Row((index,), length) for index, length in enumerate(lengths)]

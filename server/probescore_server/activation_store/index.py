@@ -63,13 +63,13 @@ class StoredRollout:
 
     @property
     def rows(self) -> int:
-        """How many a pool has of it."""
+        """Number of rows that a pool of one tap has of this rollout: the whole scope, then each span."""
         return 1 + len(self.spans)
 
 
 @dataclass(frozen=True)
 class ModelRead:
-    """The model, and how it was run.
+    """The model whose activations were read, and how it was run.
 
     Attributes:
         id, revision, fingerprint, tokenizer_fingerprint, hidden_size, num_hidden_layers: as a server announces them.
@@ -108,13 +108,13 @@ class TensorPlace:
 
     @property
     def row_bytes(self) -> int:
-        """Of one entry of its first axis."""
+        """Number of bytes of one entry along the first axis of the tensor."""
         return int(np.prod(self.shape[1:], dtype=np.int64)) * self.item.itemsize
 
 
 @dataclass(frozen=True, eq=False)
 class Shard:
-    """One file's share.
+    """The share of the rollouts that one file holds.
 
     Attributes:
         name: of the file.
@@ -126,18 +126,18 @@ class Shard:
 
     @cached_property
     def first_tokens(self) -> tuple[int, ...]:
-        """Of each rollout, the row of its first token; then the number of tokens."""
+        """Row of the first token of each rollout among the tokens of the shard, followed by the number of tokens of the shard."""
         return tuple(accumulate((rollout.tokens for rollout in self.rollouts), initial=0))
 
     @cached_property
     def first_rows(self) -> tuple[int, ...]:
-        """Of each rollout, its first row among those of a pool; then the number of rows."""
+        """Row of each rollout's whole scope among the rows of a pool, followed by the number of rows of a pool."""
         return tuple(accumulate((rollout.rows for rollout in self.rollouts), initial=0))
 
 
 @dataclass(frozen=True, eq=False)
 class StoreIndex:
-    """What a directory holds once every shard is there.
+    """The description of what a directory holds once all of its shards are there.
 
     Attributes:
         model: that was read.
@@ -161,12 +161,12 @@ class StoreIndex:
 
     @property
     def number_format(self) -> NumberFormat:
-        """Of the activations."""
+        """Number format that the activations are stored in."""
         return NUMBER_FORMATS[self.dtype]
 
     @cached_property
     def content(self) -> bytes:
-        """Of the file."""
+        """Content of the index file."""
         content = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
@@ -182,7 +182,7 @@ class StoreIndex:
 
     @classmethod
     def parse(cls, content: bytes, path: Path) -> StoreIndex:
-        """What ``content`` was made of.
+        """Returns the index that a file describes.
 
         Raises:
             StoreRefused: it is no index, or one of another version.
@@ -211,20 +211,20 @@ class StoreIndex:
             raise StoreRefused(f"{path}: no index of activations ({type(error).__name__}: {error})") from None
 
     def layout(self, shard: Shard) -> dict[str, TensorPlace]:
-        """Where each tensor of a shard lies."""
+        """Returns the place of each tensor in the file of a shard, by name."""
         return self._laid_out(shard)[1]
 
     def header(self, shard: Shard) -> bytes:
-        """What a shard's file begins with; it is of this index and no other."""
+        """Returns the bytes that the file of a shard begins with: a safetensors header that names the digest of this index."""
         return self._laid_out(shard)[0]
 
     def file_bytes(self, shard: Shard) -> int:
-        """Of a shard's file."""
+        """Returns the size of the file of a shard, in bytes."""
         last = [*self.layout(shard).values()][-1]
         return last.start + last.shape[0] * last.row_bytes
 
     def is_whole(self, directory: Path, shard: Shard) -> bool:
-        """Whether a file is there that can be this shard, and no other's."""
+        """Returns whether the file of a shard is in a directory, as large as it must be, with the header of this index."""
         header = self.header(shard)
         try:
             with (directory / shard.name).open("rb") as file:
@@ -266,12 +266,12 @@ class StoreIndex:
 
 
 def pooled_name(tap: str, pool: str) -> str:
-    """Under which a shard has a pool of a tap."""
+    """Returns the name of the tensor that holds a pool of a tap."""
     return f"{tap}/{pool}"
 
 
 def difference(found: StoreIndex, expected: StoreIndex) -> str:
-    """What is not the same in two indices, and how, for people; empty if nothing is."""
+    """Returns a sentence on the first difference between two indices; empty if there is none."""
     for name in [each.name for each in fields(ModelRead)]:
         theirs, ours = getattr(found.model, name), getattr(expected.model, name)
         if theirs != ours:

@@ -36,7 +36,7 @@ class NumberFormat:
     largest: float
 
     def encode(self, numbers: NDArray[np.float32]) -> NDArray[np.generic]:
-        """Rounds to the nearest, ties to even; NaN stays NaN.
+        """Rounds numbers to the nearest of the format, ties to even; NaN stays NaN.
 
         Raises:
             Overflow: a finite number would become infinite.
@@ -57,7 +57,7 @@ class NumberFormat:
         return encoded
 
     def decode(self, stored: NDArray[np.generic]) -> NDArray[np.float32]:
-        """As float32, exactly."""
+        """Returns stored numbers as float32, exactly."""
         if self.name == "bfloat16":
             return (stored.astype(np.uint32) << 16).view(np.float32)
         return stored.astype(np.float32)

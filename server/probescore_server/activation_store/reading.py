@@ -1,4 +1,4 @@
-"""A directory of activations, read where it lies: files are mapped, and only what is asked for is loaded."""
+"""Reads a directory of activations where it lies: files are mapped, and only what is asked for is loaded."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class RolloutActivations:
     _place: int
 
     def tokens(self, tap: str) -> NDArray[np.float32]:
-        """Every token's activations ``(T, width)`` float32.
+        """Returns the activations of every token in scope, ``(T, width)`` float32.
 
         Raises:
             KeyError: they are not stored.
@@ -40,7 +40,7 @@ class RolloutActivations:
         return self._shard.numbers(tap, first[self._place], first[self._place + 1])
 
     def pooled(self, tap: str, pool: str) -> NDArray[np.float32]:
-        """A pool of the whole scope under the mask, then of each span, ``(1 + spans, width)`` float32; NaN where nothing counted.
+        """Returns a pool of the whole scope under the mask, then of each span, ``(1 + spans, width)`` float32; NaN where nothing counted.
 
         Raises:
             KeyError: it is not stored.
@@ -87,7 +87,7 @@ class StoredActivations:
                 yield RolloutActivations(rollout, finite, ids.astype(np.int32), mask.astype(np.bool_), shard, place)
 
     def matrix(self, tap: str, pool: str, *, span: str = "") -> NDArray[np.float32]:
-        """One row per rollout, ``(n, width)`` float32.
+        """Returns a pool of every rollout as one matrix, ``(rollouts, width)`` float32.
 
         Args:
             tap: its name.
@@ -132,7 +132,7 @@ class _MappedShard:
         self._bytes = np.memmap(self._path, np.uint8, "r")
 
     def tensor(self, name: str) -> NDArray[np.generic]:
-        """As it is stored, mapped; raises ``KeyError`` if there is none."""
+        """Returns a tensor as it is stored, mapped; raises ``KeyError`` if the shard has no such tensor."""
         if name not in self._places:
             known = ", ".join(name for name in self._places if name not in ("token_ids", "mask", "finite"))
             raise KeyError(f"{name} is not stored; there are {known}")
@@ -141,5 +141,5 @@ class _MappedShard:
         return self._bytes[place.start : place.start + size].view(place.item).reshape(place.shape)
 
     def numbers(self, name: str, first: int, end: int) -> NDArray[np.float32]:
-        """Some rows of activations, loaded."""
+        """Loads rows ``first`` to ``end`` of a tensor of activations as float32."""
         return self._index.number_format.decode(self.tensor(name)[first:end])

@@ -1,4 +1,4 @@
-"""From an engine to a directory of activations, shard by shard.
+"""Writes activations from an engine to a directory, shard by shard.
 
 The index is written first and says everything but the numbers; a shard is written beside its place and renamed when it is whole. So a run
 that was killed goes on where it stopped, and since each shard begins with nothing in the key-value cache, it ends with the same bytes.
@@ -38,10 +38,10 @@ from probescore_server.rollouts import CheckedRollout, Continuation, ResolvedOpt
 from probescore_server.validation.options import parse_scope
 
 SHARD_BYTES = 1 << 29
-"""Of activations in a shard at most, unless one rollout alone has more."""
+"""Limits the bytes of activations in a shard; a rollout that has more is a shard by itself."""
 
 SHARD_TOKENS = 1 << 16
-"""That are computed for a shard at most, unless one rollout alone has more: what a killed run may lose."""
+"""Limits the tokens that are computed for a shard, and so what a killed run may lose; a longer rollout is a shard by itself."""
 
 _PARTIAL = ".partial"
 
@@ -52,12 +52,12 @@ def _ignore(_done: int, _total: int) -> None:
 
 @dataclass(frozen=True, eq=False)
 class StorePlan:
-    """What will be written, known before anything is computed; made by ``StorePlan.make``.
+    """The plan of what will be written, known before anything is computed; made by ``StorePlan.make``.
 
     Attributes:
-        index: of the directory.
-        engine: that will read.
-        reads: what it reads.
+        index: index of the directory.
+        engine: engine that will read the activations.
+        reads: taps and pools that it will read.
         rollouts: by shard, its rollouts and where they stand in the data.
     """
 
@@ -68,12 +68,12 @@ class StorePlan:
 
     @property
     def bytes(self) -> int:
-        """Of all files."""
+        """Size of all files together, in bytes."""
         return len(self.index.content) + sum(map(self.index.file_bytes, self.index.shards))
 
     @property
     def completions(self) -> int:
-        """How many are read."""
+        """Number of completions that are read."""
         return sum(map(len, self.rollouts))
 
     @classmethod
@@ -320,7 +320,7 @@ def _claimed(directory: Path) -> Iterator[None]:
 
 
 def free_bytes(directory: Path) -> int:
-    """Where a directory is, or will be."""
+    """Returns the number of free bytes on the disk on which a directory is, or will be."""
     there = next(place for place in (directory, *directory.absolute().parents) if place.exists())
     return shutil.disk_usage(there).free
 
@@ -351,7 +351,7 @@ def _stored_rollouts(rollout: CheckedRollout, place: tuple[int, int], label: Lab
 def _shares(
     index: StoreIndex, placed: Sequence[tuple[CheckedRollout, tuple[int, int]]], stored: Sequence[Sequence[StoredRollout]]
 ) -> Iterator[list[int]]:
-    """Which rollouts go into each shard."""
+    """Yields the numbers of the rollouts of each shard."""
     row_bytes = index.model.hidden_size * index.number_format.item.itemsize * len(index.taps)
     share: list[int] = []
     bytes_, tokens, prompt = 0, 0, b""
@@ -369,7 +369,7 @@ def _shares(
 
 
 def _digest(rollouts: Sequence[CheckedRollout]) -> str:
-    """Over every id and mask, and how they hang together."""
+    """Returns the SHA-256 of all token ids and masks, and of which follows which."""
     digest = hashlib.sha256()
 
     def add(array: NDArray[np.generic]) -> None:

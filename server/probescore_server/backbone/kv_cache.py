@@ -88,7 +88,7 @@ class KeyValueCache:
         return _concatenate(pieces)
 
     def known_tokens(self, token_ids: NDArray[np.int32]) -> int:
-        """How many tokens of a sequence's beginning are known; nothing is counted and nothing becomes more recent."""
+        """Returns how many tokens at the beginning of a sequence are known; it counts no hit, and nothing becomes more recent."""
         run, done = self._root, 0
         while done < len(token_ids) and (following := run.continuations.get(int(token_ids[done]))) is not None:
             same = common_beginning(following.token_ids, token_ids[done:])

@@ -1,4 +1,4 @@
-"""From a batch's activations to what is wanted of its completions, as arrays on the host."""
+"""Takes what is wanted of a batch's completions from its activations, as arrays on the host."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class _View:
 
 
 class BatchActivations:
-    """What is wanted of the completions of one batch, on the host.
+    """The activations that are wanted of the completions of one batch, on the host.
 
     Args:
         forest: the batch.
@@ -75,7 +75,7 @@ class BatchActivations:
                 self._tokens[str(tap)] = rows.cpu().numpy()
 
     def of(self, rollout: int, group_index: int, completion_index: int) -> CompletionActivations:
-        """What was read of a rollout; arrays of its own, so that the batch's are not kept alive."""
+        """Returns what was read of a rollout, in arrays of its own, so that those of the batch are not kept alive."""
         return self._of(self._views[rollout], group_index, completion_index)
 
     def _of(self, view: _View, group_index: int, completion_index: int) -> CompletionActivations:
@@ -126,7 +126,7 @@ class BatchActivations:
 
 
 def joined(parts: Sequence[CompletionActivations]) -> CompletionActivations:
-    """One completion, of which some taps were read at a time."""
+    """Joins what was read of one completion at some taps after others."""
     first, *others = parts
     if not others:
         return first

@@ -9,12 +9,14 @@ from probescore_server.rollouts import CheckedRollout, Continuation
 
 
 def batches(rollouts: Sequence[CheckedRollout], max_tokens: int, max_read_tokens: int | None = None) -> Iterator[list[CheckedRollout]]:
-    """Consecutive rollouts within both bounds, or a single one beyond them; what a batch has already counts nothing.
+    """Yields consecutive rollouts in batches within two bounds, or a single rollout that is beyond them.
+
+    Tokens that rollouts of a batch share, such as those of one prompt, are counted once.
 
     Args:
-        rollouts: in order.
-        max_tokens: of a batch.
-        max_read_tokens: of those that are in scope; ``None`` = as many as there are.
+        rollouts: rollouts, in the order in which they are batched.
+        max_tokens: limit on the tokens of a batch.
+        max_read_tokens: limit on the tokens of a batch that are in scope; ``None`` = as many as there are.
     """
     batch: list[CheckedRollout] = []
     counted: set[Hashable] = set()
@@ -35,7 +37,7 @@ def batches(rollouts: Sequence[CheckedRollout], max_tokens: int, max_read_tokens
 
 
 def read_tokens(rollout: CheckedRollout) -> int:
-    """Tokens of a rollout, and of its follow-ups, that are in scope."""
+    """Returns how many tokens of a rollout, and of its follow-ups, are in scope."""
     return sum(read for _, read in _costs(rollout).values())
 
 

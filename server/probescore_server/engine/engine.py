@@ -255,7 +255,7 @@ class Engine:
         return self.read_rollouts(rollouts, places, reads, max_batch_bytes=max_batch_bytes, is_cancelled=is_cancelled)
 
     def resolve_reads(self, taps: Sequence[str | Tap] | str, pool: Sequence[str] | str) -> ActivationReads:
-        """What is wanted of completions, checked. The arguments are those of ``activations``.
+        """Checks which activations are wanted. The arguments are those of ``activations``.
 
         Raises:
             InvalidRequest: naming ``taps[i]`` or ``pool``.
@@ -268,7 +268,7 @@ class Engine:
         )
 
     def check_rollouts(self, groups: Sequence[RolloutGroup], options: ResolvedOptions) -> list[list[CheckedRollout]]:
-        """The rollouts of groups as ids, per group, per completion; texts are tokenised.
+        """Checks groups of rollouts and tokenises their texts; returns the rollouts per group, per completion.
 
         Raises:
             InvalidRequest: names the field at fault.

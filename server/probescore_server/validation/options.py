@@ -96,7 +96,7 @@ def _parse_reduction(written: Reduction | str, index: int) -> Reduction:
 
 
 def parse_scope(scope: Scope | str) -> Scope:
-    """A scope by its name.
+    """Returns the scope of a name.
 
     Raises:
         InvalidRequest: naming ``scope``.

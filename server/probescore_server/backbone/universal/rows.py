@@ -16,16 +16,16 @@ from probescore_server.backbone.forest import Forest
 from probescore_server.backbone.kv_cache import common_beginning
 
 MAX_ROW_TOKENS = 128
-"""Of a sequence that is run with others: a longer one fills a forward by itself."""
+"""Limits the tokens of a sequence that is run with others: a longer one fills a forward by itself."""
 
 MAX_FORWARD_TOKENS = 512
-"""Of all rows of a forward, padding included. More would not be faster."""
+"""Limits the tokens of all rows of a forward, padding included. More would not be faster."""
 
 FEW_TOKENS = 128
-"""Up to so many, padding costs less than another forward."""
+"""Tokens of a forward up to which padding costs less than another forward."""
 
 MAX_PADDING = 1 / 8
-"""Of a forward's tokens, once there are more."""
+"""Limits the share of padding in the tokens of a forward, once they are more than ``FEW_TOKENS``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class Row:
 
 
 def short_row(forest: Forest, children: Sequence[Sequence[int]], first: int) -> Row | None:
-    """The row that begins with a segment; ``None`` if it branches, is read on the way, or is long."""
+    """Returns the row that begins with a segment; ``None`` if it branches, is read on the way, or is long."""
     segments, tokens = [first], len(forest.segments[first].token_ids)
     while tokens <= MAX_ROW_TOKENS:
         match children[segments[-1]]:
@@ -58,7 +58,7 @@ def short_row(forest: Forest, children: Sequence[Sequence[int]], first: int) -> 
 
 
 def together(rows: Sequence[Row]) -> Iterator[list[Row]]:
-    """Rows of about the same length, as many as fit into a forward."""
+    """Yields the rows of each forward: rows of about the same length, as many as fit."""
     batch: list[Row] = []
     for row in sorted(rows, key=lambda row: row.tokens):
         size = row.tokens * (len(batch) + 1)
@@ -72,7 +72,7 @@ def together(rows: Sequence[Row]) -> Iterator[list[Row]]:
 
 
 def shared_beginnings(forest: Forest, rows: Sequence[Row]) -> list[int]:
-    """For each row, with how many tokens another one begins as it does."""
+    """Returns for each row how many tokens it has in common with another row at the beginning."""
     ids = [np.concatenate([forest.segments[index].token_ids for index in row.segments]) for row in rows]
     order = sorted(range(len(rows)), key=lambda number: ids[number].astype(">i4").tobytes())
     shared = [0] * len(rows)
