@@ -1,4 +1,4 @@
-"""Implements ``probescore probes``, which lists the probes of a server, and inspects, verifies and imports probe files."""
+"""Implements ``probescore probes``: fits probes, lists those of a server, and inspects, verifies and imports probe files."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from probescore_server.cli import importing
+from probescore_server.cli import fitting, importing
 from probescore_server.cli.common.connection import DEFAULT_ADDRESS, Address, Wait, connected
 from probescore_server.cli.common.console import new_console
 from probescore_server.cli.common.failures import one_line_failures
@@ -18,8 +18,9 @@ ProbeFileArgument = Annotated[Path, typer.Argument(help="The path of a probe fil
 
 
 def register(app: typer.Typer) -> None:
-    """Adds the commands ``probes list``, ``probes inspect``, ``probes verify`` and ``probes import`` to the command line."""
-    probes = typer.Typer(help="List, inspect, verify and import probes.", no_args_is_help=True)
+    """Adds the commands ``probes fit``, ``list``, ``inspect``, ``verify`` and ``import`` to the command line."""
+    probes = typer.Typer(help="Fit, list, inspect, verify and import probes.", no_args_is_help=True, rich_markup_mode="rich")
+    fitting.register(probes)
     probes.command("list")(_list)
     probes.command("inspect")(_inspect)
     probes.command("verify")(_verify)

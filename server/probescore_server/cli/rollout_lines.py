@@ -82,12 +82,17 @@ def read_rollout_lines(lines: Iterable[str], source: str, *, add_special_tokens:
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
-                yield _group(_parsed(line), add_special_tokens)
+                yield rollout_group(parsed_line(line), add_special_tokens)
             except LineError as error:
                 raise LineError(f"{source}:{number}: {error}") from None
 
 
-def _parsed(line: str) -> object:
+def parsed_line(line: str) -> object:
+    """The JSON value of one line.
+
+    Raises:
+        LineError: it is not JSON in UTF-8.
+    """
     try:
         line.encode()
     except UnicodeEncodeError:
@@ -98,7 +103,12 @@ def _parsed(line: str) -> object:
         raise LineError(f"not JSON: {error}") from None
 
 
-def _group(content: object, add_special_tokens: bool) -> LabelledGroup:
+def rollout_group(content: object, add_special_tokens: bool) -> LabelledGroup:
+    """The rollout group that a line's value is.
+
+    Raises:
+        LineError: it is none; names the field.
+    """
     if not isinstance(content, dict):
         raise LineError(f"expected an object with prompt and completions, got {_shown(content)}")
     if "prompt" not in content:
