@@ -18,12 +18,25 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from probescore_audit.calibration import calibrate, evaluate_auroc
     from probescore_audit.estimates import Auroc, CalibratedThreshold
+    from probescore_audit.grouped import Estimate, auroc, calibration_error, grouped_auroc, grouped_rate, roc_curve
 
-__all__ = ["Auroc", "CalibratedThreshold", "calibrate", "evaluate_auroc"]
+__all__ = [
+    "Auroc",
+    "CalibratedThreshold",
+    "Estimate",
+    "auroc",
+    "calibrate",
+    "calibration_error",
+    "evaluate_auroc",
+    "grouped_auroc",
+    "grouped_rate",
+    "roc_curve",
+]
 
 _MODULES = {
     "probescore_audit.calibration": ("calibrate", "evaluate_auroc"),
     "probescore_audit.estimates": ("Auroc", "CalibratedThreshold"),
+    "probescore_audit.grouped": ("Estimate", "auroc", "calibration_error", "grouped_auroc", "grouped_rate", "roc_curve"),
 }
 
 

@@ -95,7 +95,7 @@ def evaluate_auroc(positives: ArrayLike, negatives: ArrayLike, *, dataset: str, 
     with_it, without_it = _finite(positives, "positives"), _finite(negatives, "negatives")
     pairs = len(with_it) * len(without_it)
     auroc = float(mannwhitneyu(with_it, without_it, method="asymptotic").statistic) / pairs
-    low, high = _newcombe_interval(auroc, len(with_it), len(without_it))
+    low, high = newcombe_interval(auroc, len(with_it), len(without_it))
     return Auroc(
         value=auroc,
         low=low,
@@ -107,7 +107,8 @@ def evaluate_auroc(positives: ArrayLike, negatives: ArrayLike, *, dataset: str, 
     )
 
 
-def _newcombe_interval(auroc: float, positives: int, negatives: int) -> tuple[float, float]:
+def newcombe_interval(auroc: float, positives: int, negatives: int) -> tuple[float, float]:
+    """The 95% interval of an AUROC from so many independent positives and negatives, by Newcombe's method 5 (``evaluate_auroc``)."""
     z = float(norm.ppf((1 + _CONFIDENCE) / 2))
     equal_size = (positives + negatives) / 2 - 1
 

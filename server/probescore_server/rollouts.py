@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from probescore.reductions import Reduction
-from probescore.types import CompletionScores, ModelInfo, ProbeInfo, Scope, ScoredProbe, Span, Usage
+from probescore.types import CompletionScores, ModelInfo, ProbeInfo, Scope, ScoredProbe, Span, Tap, Usage
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,6 +161,7 @@ class EngineInfo:
         excluding_special_tokens: the probes, ``name@version``, for which the tokenizer's special tokens do not count.
         content: digest of the weights that are loaded and of what the model's other files hold.
         pools_with_prompt: those probes, ``name@version``, that pool by themselves and see the prompt.
+        taps: every one that can be read.
         placeholders: by id that stands for a picture, audio or video: what the model calls it.
         device, dtype, execution_path: as in ``WorkerInfo``.
     """
@@ -179,6 +180,7 @@ class EngineInfo:
     content: str = ""
     pools_with_prompt: frozenset[str] = frozenset()
     placeholders: dict[int, str] = field(default_factory=dict)
+    taps: tuple[Tap, ...] = ()
 
     def scored_probes(self, options: ResolvedOptions) -> tuple[ScoredProbe, ...]:
         """How the probes of a request are named in its answer, in the request's order."""

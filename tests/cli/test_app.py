@@ -65,7 +65,7 @@ def test_it_knows_its_version(probescore):
     assert probescore("--version").stdout == f"probescore {version('probescore')}\n"
 
 
-@pytest.mark.parametrize("command", ["score", "info", "probes", "serve"])
+@pytest.mark.parametrize("command", ["score", "info", "probes", "serve", "activations"])
 def test_every_command_is_in_the_help(probescore, command):
     assert command in probescore("--help").stdout
 

@@ -21,6 +21,7 @@ from probescore.types import Completion, CompletionScores, CompletionStatus, Rol
 from probescore_probes.exporting import linear_probe, onnx_probe
 from probescore_probes.reference import ReferenceModel
 from probescore_server import Engine
+from probescore_server.backbone.universal.rows import MAX_ROW_TOKENS
 from probescore_server.probes.scoring.batch_scorer import _without_non_finite
 from probescore_server.rollouts import CheckedRollout
 from probescore_server.validation.options import resolve_options
@@ -123,43 +124,44 @@ def checked(engine: Engine, completions: list[list[int]], prompt: list[int] = PR
 
 
 @pytest.fixture
-def segments_run(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
-    """The segments that reach the model, as they do."""
-    seen: list[list[int]] = []
+def segments_run(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[list[list[int]]]:
+    """The segments that reach the model: of each forward, the rows."""
+    seen: list[list[list[int]]] = []
     engine._cache.clear()
-    run = engine._backbone.read_tokens
+    run = engine._backbone.read_rows
 
     def record(token_ids: np.ndarray, *rest: object) -> None:
         seen.append(token_ids.tolist())
         run(token_ids, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(engine._backbone, "read_tokens", record)
+    monkeypatch.setattr(engine._backbone, "read_rows", record)
     return seen
 
 
-def test_cancelled_rollout_is_not_computed_and_its_neighbours_are(engine: Engine, segments_run: list[list[int]]) -> None:
+def test_cancelled_rollout_is_not_computed_and_its_neighbours_are(engine: Engine, segments_run: list[list[list[int]]]) -> None:
     rollouts = checked(engine, [[50], [51], [52]])
     results = engine.score_rollouts(rollouts, is_cancelled=lambda index: index == 1)
     assert [result is None for result in results] == [False, True, False]
-    assert segments_run == [PROMPT, [50], [52]]
+    assert segments_run == [[PROMPT], [[50], [52]]]
 
 
-def test_shared_work_goes_on_while_anyone_wants_it(engine: Engine, segments_run: list[list[int]]) -> None:
+def test_shared_work_goes_on_while_anyone_wants_it(engine: Engine, segments_run: list[list[list[int]]]) -> None:
     results = engine.score_rollouts(checked(engine, [[50], [50]]), is_cancelled=lambda index: index == 0)
     assert [result is None for result in results] == [True, False]
-    assert segments_run == [PROMPT, [50]]
+    assert segments_run == [[PROMPT], [[50]]]
 
 
-def test_cancellation_takes_effect_between_segments(engine: Engine, segments_run: list[list[int]]) -> None:
-    # given a batch whose caller gives up while its second segment runs
-    results = engine.score_rollouts(checked(engine, [[50], [51], [52]]), is_cancelled=lambda _: len(segments_run) >= 2)
+def test_cancellation_takes_effect_between_segments(engine: Engine, segments_run: list[list[list[int]]]) -> None:
+    # given a batch whose caller gives up while its second segment runs, each too long to be run with others
+    long = [[token] * (MAX_ROW_TOKENS + 1) for token in (50, 51, 52)]
+    results = engine.score_rollouts(checked(engine, long), is_cancelled=lambda _: len(segments_run) >= 2)
     # then nothing more is computed, and what was is not answered
-    assert segments_run == [PROMPT, [50]]
+    assert segments_run == [[PROMPT], [long[0]]]
     assert results[1] is None
     assert results[2] is None
 
 
-def test_everything_cancelled_computes_nothing(engine: Engine, segments_run: list[list[int]]) -> None:
+def test_everything_cancelled_computes_nothing(engine: Engine, segments_run: list[list[list[int]]]) -> None:
     assert engine.score_rollouts(checked(engine, [[50], [51]]), is_cancelled=lambda _: True) == [None, None]
     assert segments_run == []
 
@@ -212,6 +214,18 @@ def test_nan_in_the_model_fails_one_completion_and_names_probe_and_tap(broken_mo
     with pytest.raises(KeyError, match="no scores: the model gives NaN"):
         scored.groups[0][1]["linear"]
     assert np.isnan(scored.values("linear")[1])
+
+
+def test_nan_in_a_rollout_does_not_reach_what_begins_as_it_does(broken_model: Path, tmp_path: Path) -> None:
+    reference = ReferenceModel.load(broken_model)
+    engine = Engine.load(str(broken_model), [linear().write(tmp_path, reference)])
+    for completions in ([[52, BROKEN, 53]], [[52, BROKEN, 53], [53], [54, 55]]):
+        for prompt in (PROMPT, [*PROMPT, 60]):
+            engine.score([RolloutGroup(prompt, completions)])
+            engine.score([RolloutGroup([*prompt, *completions[0]], [[56]]), RolloutGroup([*prompt, 57], [completions[0]])])
+            whole = engine.score([RolloutGroup(prompt, [[50]]), RolloutGroup([*prompt, 52], [[53]]), RolloutGroup([*prompt, 57], [[53]])])
+            assert [each.status for group in whole.groups for each in group] == [CompletionStatus.OK] * 3
+            assert whole.values("linear")[1] == pytest.approx(plain(reference, [*prompt, 52], [53])[-1], abs=1e-5)
 
 
 @pytest.mark.parametrize("probe", ["running-mean", "pooled-mean"])

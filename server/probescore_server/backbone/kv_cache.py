@@ -71,7 +71,7 @@ class KeyValueCache:
         run, done = self._root, 0
         while done < len(token_ids) and (following := run.continuations.get(int(token_ids[done]))) is not None:
             run = following
-            same = _common(run.token_ids, token_ids[done:])
+            same = common_beginning(run.token_ids, token_ids[done:])
             pieces.append(_slice(run.key_values, 0, same))
             done += same
             if same < len(run.token_ids):
@@ -82,6 +82,17 @@ class KeyValueCache:
         else:
             self.misses += 1
         return _concatenate(pieces)
+
+    def known_tokens(self, token_ids: NDArray[np.int32]) -> int:
+        """How many tokens of a sequence's beginning are known; nothing is counted and nothing becomes more recent."""
+        run, done = self._root, 0
+        while done < len(token_ids) and (following := run.continuations.get(int(token_ids[done]))) is not None:
+            same = common_beginning(following.token_ids, token_ids[done:])
+            done += same
+            if same < len(following.token_ids):
+                break
+            run = following
+        return done
 
     def put(self, token_ids: NDArray[np.int32], tail: KeyValues) -> None:
         """Remembers the end of a sequence. Nothing happens if what comes before it is not known, or has been forgotten.
@@ -102,7 +113,7 @@ class KeyValueCache:
         """The run at whose end a sequence leaves what is known, split there if need be, and how many tokens that is."""
         run, done = self._root, 0
         while done < len(token_ids) and (following := run.continuations.get(int(token_ids[done]))) is not None:
-            same = _common(following.token_ids, token_ids[done:])
+            same = common_beginning(following.token_ids, token_ids[done:])
             run = following if same == len(following.token_ids) else self._split(following, same)
             done += same
         return run, done
@@ -140,7 +151,7 @@ def length_of(key_values: KeyValues) -> int:
     return key_values[0][0].shape[2] if key_values else 0
 
 
-def _common(a: NDArray[np.int32], b: NDArray[np.int32]) -> int:
+def common_beginning(a: NDArray[np.int32], b: NDArray[np.int32]) -> int:
     """How many tokens two sequences begin with alike."""
     shorter = min(len(a), len(b))
     different = np.flatnonzero(a[:shorter] != b[:shorter])

@@ -70,15 +70,18 @@ def universal_backbone(decoder: Decoder, reader: TapReader) -> UniversalBackbone
     """
     test = SelfTest(decoder, reader)
     undo = _speed_up(decoder)
+    attention: str | None = None
     if decoder.device.type == "cpu" and has_causal_attention():
-        backbone = UniversalBackbone(decoder, reader, CAUSAL_ATTENTION)
-        if _passes(test, backbone) and passes_windows(decoder):
-            return backbone
-    backbone = UniversalBackbone(decoder, reader)
-    if not _passes(test, backbone):
-        undo()
-    test.check(backbone)
-    return backbone
+        fast = UniversalBackbone(decoder, reader, CAUSAL_ATTENTION)
+        if _passes(test.check, fast) and passes_windows(decoder):
+            attention = CAUSAL_ATTENTION
+    backbone = UniversalBackbone(decoder, reader, attention)
+    if attention is None:
+        if not _passes(test.check, backbone):
+            undo()
+        test.check(backbone)
+    together = UniversalBackbone(decoder, reader, attention, runs_together=True)
+    return together if _passes(test.check_short, together) else backbone
 
 
 def _speed_up(decoder: Decoder) -> Callable[[], None]:
@@ -96,9 +99,9 @@ def _speed_up(decoder: Decoder) -> Callable[[], None]:
     return undo
 
 
-def _passes(test: SelfTest, backbone: Backbone) -> bool:
+def _passes(check: Callable[[Backbone], object], backbone: Backbone) -> bool:
     try:
-        test.check(backbone)
+        check(backbone)
     except ModelRefused as refusal:
         logger.info("a faster way does not fit this model", reason=str(refusal))
         return False

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -42,21 +44,46 @@ class SelfTest:
         self._decoder = decoder
         self._tap = Tap(Hook.RESID_POST, len(decoder.blocks) - 1)
         self._kind = decoder.config.model_type
-        forest = small_forest(decoder)
+        forests = (small_forest(decoder), short_forest(decoder))
         try:
-            expected = [_plain(decoder, reader, self._tap, forest.ids_up_to(index)) for index in range(len(forest.segments))]
+            self._expected, self._expected_of_short = (
+                [
+                    _plain(decoder, reader, self._tap, forest.ids_up_to(index))[-len(segment.token_ids) :]
+                    for index, segment in enumerate(forest.segments)
+                ]
+                for forest in forests
+            )
         except Exception as error:  # whatever an architecture raises
             raise ModelRefused(f"a {self._kind} model cannot be run: {type(error).__name__}: {error}") from error
-        self._expected = [rows[-len(segment.token_ids) :] for rows, segment in zip(expected, forest.segments, strict=True)]
 
     def row_errors(self, activations: Activations) -> torch.Tensor:
         """Relative error of each token that was read of the test's forest, ``(N,)`` float32."""
+        return self._row_errors(activations, self._expected)
+
+    def _row_errors(self, activations: Activations, expected: Sequence[torch.Tensor]) -> torch.Tensor:
         rows = activations.rows[self._tap]
         errors = []
         for index, start in activations.starts.items():
-            expected = self._expected[index]
-            errors.append((rows[start : start + len(expected)] - expected).norm(dim=1) / expected.norm(dim=1))
+            own = expected[index]
+            errors.append((rows[start : start + len(own)] - own).norm(dim=1) / own.norm(dim=1))
         return torch.cat(errors)
+
+    def check_short(self, backbone: Backbone) -> None:
+        """Runs short sequences, of which many may be run together, each as long as another or not.
+
+        Raises:
+            ModelRefused: 90 in 100 tokens are not within ``ROW_ERROR_BOUND``, or the model cannot be run so.
+        """
+        try:
+            errors = [
+                self._row_errors(backbone.forward(short_forest(self._decoder, scope), [self._tap], cache=cache), self._expected_of_short)
+                for scope, cache in ((Scope.ALL, None), (Scope.COMPLETION, KeyValueCache(_TEST_CACHE_BYTES)))
+            ]
+            worst = float(torch.stack([own.quantile(0.9) for own in errors]).max())
+        except Exception as error:  # whatever an architecture raises that takes one sequence at a time only
+            raise ModelRefused(f"a {self._kind} model cannot be run on several sequences: {type(error).__name__}: {error}") from error
+        if not worst <= ROW_ERROR_BOUND[self._decoder.dtype]:
+            raise ModelRefused(f"self-test: short sequences run together are other than alone: relative error {worst:.2g}")
 
     def check(self, backbone: Backbone) -> float:
         """Runs the forest as a whole, then with a prompt that nobody reads, and again with that in a cache.
@@ -99,6 +126,16 @@ def small_forest(decoder: Decoder, scope: Scope = Scope.ALL) -> Forest:
     options = ResolvedOptions(probes=(), scope=scope)
     crossing = Continuation(ids(_COMPLETION), follow_ups=(Continuation(ids(_FOLLOW_UP)), Continuation(ids(1))))
     return Forest.build([CheckedRollout(shared, crossing, options), CheckedRollout(shared, Continuation(ids(_SHORT)), options)], {})
+
+
+def short_forest(decoder: Decoder, scope: Scope = Scope.ALL) -> Forest:
+    """Short rollouts of unlike lengths, some of the same prompt."""
+    random = np.random.default_rng(1)
+    shared, *prompts = (random.integers(0, decoder.config.vocab_size, length, np.int32) for length in (5, 1, 0, 4, 9))
+    completions = [random.integers(0, decoder.config.vocab_size, length, np.int32) for length in (3, 12, 5, 4, 7, 6, 2)]
+    options = ResolvedOptions(probes=(), scope=scope)
+    together = zip([shared, shared, shared, *prompts], completions, strict=True)
+    return Forest.build([CheckedRollout(prompt, Continuation(completion), options) for prompt, completion in together], {})
 
 
 def _windows(decoder: Decoder) -> list[int]:

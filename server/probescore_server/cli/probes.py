@@ -1,4 +1,4 @@
-"""``probescore probes``: list those of a server, inspect and verify probe files."""
+"""``probescore probes``: fit, list, inspect and verify probes."""
 
 from __future__ import annotations
 
@@ -6,19 +6,21 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from probescore_server.cli import fitting
 from probescore_server.cli.common.connection import DEFAULT_ADDRESS, Address, Wait, connected
 from probescore_server.cli.common.console import new_console
 from probescore_server.cli.common.failures import one_line_failures
+from probescore_server.cli.steps import CheckSteps
 from probescore_server.cli.tables import facts_table, manifest_tables, probes_table, safe
 
 ProbeFileArgument = Annotated[Path, typer.Argument(help="A probe file.", show_default=False, metavar="FILE")]
 
 
 def register(app: typer.Typer) -> None:
-    """Adds the commands ``probes list``, ``probes inspect`` and ``probes verify``."""
-    probes = typer.Typer(help="List, inspect and verify probes.", no_args_is_help=True)
+    """Adds the commands under ``probes``."""
+    probes = typer.Typer(help="Fit, list, inspect and verify probes.", no_args_is_help=True, rich_markup_mode="rich")
+    fitting.register(probes)
     probes.command("list")(_list)
     probes.command("inspect")(_inspect)
     probes.command("verify")(_verify)
@@ -62,7 +64,7 @@ def _verify(
     with one_line_failures():
         from probescore_server.engine.engine import Engine
 
-        with _CheckSteps(console) as steps:
+        with CheckSteps(console) as steps:
             engine = Engine.load(model, [file], revision=revision, dtype=dtype, device=device, report=steps.begin)
         table = facts_table("Agrees with the model")
         table.add_row("fingerprint", engine.info.model.fingerprint)
@@ -70,29 +72,3 @@ def _verify(
         table.add_row("blocks", f"{engine.info.model.num_loaded_layers} of {engine.info.model.num_hidden_layers} needed")
         console.print(table)
         console.print(f"[bold green]{safe(engine.info.probes[0].name)}@{safe(engine.info.probes[0].version)} can be served[/bold green]")
-
-
-class _CheckSteps:
-    """Prints each step of a check once it has passed or failed, with a spinner while it runs."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._status = console.status("")
-        self._step = ""
-
-    def begin(self, step: str) -> None:
-        self._end("[green]✓[/green]")
-        self._step = step
-        self._status.update(safe(step))
-
-    def _end(self, mark: str) -> None:
-        if self._step:
-            self._console.print(f"{mark} {safe(self._step)}")
-
-    def __enter__(self) -> _CheckSteps:
-        self._status.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._status.stop()
-        self._end("[green]✓[/green]" if kind is None else "[red]✗[/red]")

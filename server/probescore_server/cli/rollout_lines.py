@@ -1,4 +1,4 @@
-"""Rollouts as lines of JSON: what ``probescore score FILE`` reads.
+"""Rollouts as lines of JSON: what ``probescore score FILE`` and ``probescore activations FILE`` read.
 
 One object a line. ``docs/reference/rollout-lines.md`` describes every field.
 
@@ -16,10 +16,13 @@ misspelt ``mask`` would change scores. At the top, keys that change scores insid
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeAlias
 
 from probescore.types import Chat, Completion, RolloutGroup, Span, Text
@@ -48,6 +51,21 @@ class LabelledGroup(RolloutGroup):
     labels: tuple[Label, ...] = ()
 
 
+def read_rollout_file(name: str, *, add_special_tokens: bool) -> list[LabelledGroup]:
+    """Every rollout group of a file; ``-`` is standard input.
+
+    Raises:
+        LineError: a line is not a rollout.
+        OSError: the file cannot be read.
+    """
+    if name == "-":
+        # JSON is UTF-8, whatever the terminal speaks
+        lines = io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8", errors=UNDECODABLE)
+        return list(read_rollout_lines(lines, "standard input", add_special_tokens=add_special_tokens))
+    with Path(name).open(encoding="utf-8", errors=UNDECODABLE) as lines:
+        return list(read_rollout_lines(lines, name, add_special_tokens=add_special_tokens))
+
+
 def read_rollout_lines(lines: Iterable[str], source: str, *, add_special_tokens: bool) -> Iterator[LabelledGroup]:
     """Reads rollout groups from lines of JSON, passing over empty lines.
 
@@ -62,12 +80,17 @@ def read_rollout_lines(lines: Iterable[str], source: str, *, add_special_tokens:
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
-                yield _group(_parsed(line), add_special_tokens)
+                yield rollout_group(parsed_line(line), add_special_tokens)
             except LineError as error:
                 raise LineError(f"{source}:{number}: {error}") from None
 
 
-def _parsed(line: str) -> object:
+def parsed_line(line: str) -> object:
+    """The JSON value of one line.
+
+    Raises:
+        LineError: it is not JSON in UTF-8.
+    """
     try:
         line.encode()
     except UnicodeEncodeError:
@@ -78,7 +101,12 @@ def _parsed(line: str) -> object:
         raise LineError(f"not JSON: {error}") from None
 
 
-def _group(content: object, add_special_tokens: bool) -> LabelledGroup:
+def rollout_group(content: object, add_special_tokens: bool) -> LabelledGroup:
+    """The rollout group that a line's value is.
+
+    Raises:
+        LineError: it is none; names the field.
+    """
     if not isinstance(content, dict):
         raise LineError(f"expected an object with prompt and completions, got {_shown(content)}")
     if "prompt" not in content:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import errno
-import io
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,10 +21,10 @@ from probescore import (
 from probescore_server.cli.common.connection import DEFAULT_ADDRESS, Address, Wait, connected
 from probescore_server.cli.common.failures import FAILED, one_line_failures, say
 from probescore_server.cli.common.interruption import interruptible
-from probescore_server.cli.common.progress import ScoringProgress
+from probescore_server.cli.common.progress import RolloutProgress
 from probescore_server.cli.common.streams import leave_stdout
 from probescore_server.cli.report.writers import InOrderWriter, JsonLinesWriter, PageWriter, ResultWriter, TerminalWriter
-from probescore_server.cli.rollout_lines import UNDECODABLE, LabelledGroup, read_rollout_lines
+from probescore_server.cli.rollout_lines import LabelledGroup, read_rollout_file
 
 HELP = """
 Score a text, or rollouts, and show them coloured by score.
@@ -105,7 +103,7 @@ def _score(
                 window=_window(client.get_server_info().limits, loaded),
             )
             try:
-                with ScoringProgress(total) as progress:
+                with RolloutProgress(total) as progress:
                     for scored in stream:
                         with interruption.held_back(), progress.aside():
                             try:
@@ -128,13 +126,8 @@ def _score(
 
 
 def _groups(source: str, prompt: str, special_tokens: bool) -> list[LabelledGroup]:
-    if source == "-":
-        # JSON is UTF-8, whatever the terminal speaks
-        lines = io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8", errors=UNDECODABLE)
-        return list(read_rollout_lines(lines, "standard input", add_special_tokens=special_tokens))
-    if source.endswith(".jsonl") or Path(source).is_file():
-        with Path(source).open(encoding="utf-8", errors=UNDECODABLE) as lines:
-            return list(read_rollout_lines(lines, source, add_special_tokens=special_tokens))
+    if source == "-" or source.endswith(".jsonl") or Path(source).is_file():
+        return read_rollout_file(source, add_special_tokens=special_tokens)
     return [LabelledGroup(Text(prompt, special_tokens), [Completion(source)], labels=(None,))]
 
 

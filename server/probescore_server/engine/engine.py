@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -27,13 +28,17 @@ from probescore.types import (
     Transfer,
     Usage,
 )
+from probescore_server.activations import MAX_BATCH_BYTES, ActivationReads, CompletionActivations, Pool, matching_taps, resolve_pools
 from probescore_server.activity import ACTIVITY
-from probescore_server.backbone.base import Backbone
+from probescore_server.backbone.base import Activations, Backbone
 from probescore_server.backbone.forest import Forest, ProbeReads
 from probescore_server.backbone.kv_cache import KeyValueCache
 from probescore_server.backbone.tokenizer import TextEncoder
+from probescore_server.engine.activation_reading import BatchActivations, joined
+from probescore_server.engine.batches import batches, read_tokens
 from probescore_server.engine.device_memory import DeviceMemory
 from probescore_server.engine.loading import load_parts
+from probescore_server.errors import LimitExceeded
 from probescore_server.probes.format.manifest import Manifest
 from probescore_server.probes.format.probe_file import ProbeFile
 from probescore_server.probes.loading.compatibility import is_accepted
@@ -41,14 +46,16 @@ from probescore_server.probes.loading.golden_check import check_golden, golden_r
 from probescore_server.probes.loading.loader import LoadedProbe, limited_to_tried_calls, needs_trial
 from probescore_server.probes.scoring.batch_scorer import BatchScorer
 from probescore_server.probes.scoring.cancellation import WantedRollouts
-from probescore_server.rollouts import CheckedRollout, Continuation, EngineInfo, EngineStatistics, RolloutResult
-from probescore_server.validation.options import TokenScoresWanted, resolve_options
+from probescore_server.rollouts import CheckedRollout, Continuation, EngineInfo, EngineStatistics, ResolvedOptions, RolloutResult
+from probescore_server.validation.options import TokenScoresWanted, parse_scope, resolve_options
 from probescore_server.validation.rollouts import resolve_rollouts
 from probescore_server.validation.texts import ChatLimits, pending_texts
 
 BATCH_TOKENS = 16_384
 """Tokens of one batch of ``Engine.score``: bounds the activations held at once. A server makes its own batches."""
 
+
+_FLOAT32_BYTES = 4
 
 _TRIED_CASES = 4
 """Golden rollouts around whose activations a graph is tried."""
@@ -98,6 +105,7 @@ class Engine:
         model: str,
         probes: Sequence[str | Path] = (),
         *,
+        taps: Sequence[str | Tap] | str = (),
         revision: str = "",
         dtype: str = "float32",
         device: str = "cpu",
@@ -107,11 +115,12 @@ class Engine:
         max_kv_cache_bytes: int = MAX_KV_CACHE_BYTES,
         report: Callable[[str], None] = _ignore,
     ) -> Engine:
-        """Loads a model as far as the probes need it, and checks everything that can be checked before the first request.
+        """Loads a model as far as probes and taps need it, and checks everything that can be checked before the first request.
 
         Args:
             model: a directory, or the id of a model on the hub.
             probes: probe files.
+            taps: where ``activations`` may read, beside where the probes do: names, or patterns of names such as ``resid_post.*``.
             revision: of a model on the hub; empty = its default branch.
             dtype: ``float32``, ``bfloat16`` or ``float16``.
             device: ``cpu``, ``cuda`` or ``cuda:0``.
@@ -126,10 +135,12 @@ class Engine:
         Raises:
             ModelRefused: the model cannot be loaded, or is not served right.
             ProbeRefused: a probe file is not what it says it is, or not for this model.
+            InvalidRequest: naming ``taps[i]``: the model has no such tap.
         """
         loaded = load_parts(
             model,
             probes,
+            taps=taps,
             revision=revision,
             dtype=dtype,
             device=device,
@@ -183,17 +194,11 @@ class Engine:
             return_token_ids=return_token_ids,
             return_token_texts=return_token_texts,
         )
-        encoded = {
-            text.field: self.encode_completion(text.content, field=text.field)
-            if isinstance(text.content, str)
-            else self.encode_prompt(text.content, field=text.field)
-            for text in pending_texts(groups)
-        }
-        by_group = resolve_rollouts(groups, self.info, options, encoded=encoded)
+        by_group = self.check_rollouts(groups, options)
         started = time.perf_counter()
         results = [
             result
-            for batch in _batches([rollout for group in by_group for rollout in group])
+            for batch in batches([rollout for group in by_group for rollout in group], BATCH_TOKENS)
             for result in self.score_rollouts(batch)
             if result is not None
         ]
@@ -203,6 +208,71 @@ class Engine:
             groups=tuple(GroupScores(tuple(next(scores) for _ in group)) for group in by_group),
             info=ScoringInfo(self.info.model.fingerprint, self.info.tokenizer_fingerprint, self.info.scored_probes(options), usage),
         )
+
+    def activations(
+        self,
+        groups: Sequence[RolloutGroup],
+        taps: Sequence[str | Tap] | str,
+        *,
+        pool: Sequence[str] | str = Pool.TOKENS,
+        scope: Scope | str = Scope.COMPLETION,
+        max_batch_bytes: int = MAX_BATCH_BYTES,
+        is_cancelled: Callable[[int], bool] = _never,
+    ) -> Iterator[CompletionActivations]:
+        """Reads activations of every completion of every group: all taps in one pass, each token once.
+
+        Everything is checked at the call; what is computed is computed as the results are asked for, a batch at a time, and whoever asks no
+        more ends it. It begins with an empty key-value cache, so that the same call on the same machine gives the same bits.
+
+        Args:
+            groups: what to read.
+            taps: names of taps, or patterns of names such as ``resid_post.*``, among those that the engine was loaded for.
+            pool: what becomes of the tokens that count: ``mean``, ``last`` or ``max`` of each feature, in the whole scope and in each span;
+                ``tokens`` for every token's activations; or several of these.
+            scope: ``completion``, ``prompt`` or ``all``.
+            max_batch_bytes: of activations that a batch holds at once, in float32 on the model's device.
+            is_cancelled: asked for a completion's index, counted over all groups, before each piece of work that it needs; one that nobody
+                wants any more is not computed, and left out.
+
+        Returns:
+            One result per completion, in order.
+
+        Raises:
+            InvalidRequest: names the field at fault.
+            LimitExceeded: one completion alone has more activations than ``max_batch_bytes``.
+        """
+        reads = self.resolve_reads(taps, pool)
+        by_group = self.check_rollouts(groups, ResolvedOptions(probes=(), scope=parse_scope(scope)))
+        rollouts = [rollout for group in by_group for rollout in group]
+        places = [(index, place) for index, group in enumerate(by_group) for place in range(len(group))]
+        return self.read_rollouts(rollouts, places, reads, max_batch_bytes=max_batch_bytes, is_cancelled=is_cancelled)
+
+    def resolve_reads(self, taps: Sequence[str | Tap] | str, pool: Sequence[str] | str) -> ActivationReads:
+        """What is wanted of completions, checked. The arguments are those of ``activations``.
+
+        Raises:
+            InvalidRequest: naming ``taps[i]`` or ``pool``.
+        """
+        pools = resolve_pools(pool)
+        return ActivationReads(
+            taps=matching_taps(taps, self.info.taps, whose="the taps that this engine was loaded for (Engine.load(…, taps=[…]))"),
+            pools=tuple(each for each in pools if each is not Pool.TOKENS),
+            tokens=Pool.TOKENS in pools,
+        )
+
+    def check_rollouts(self, groups: Sequence[RolloutGroup], options: ResolvedOptions) -> list[list[CheckedRollout]]:
+        """The rollouts of groups as ids, per group, per completion; texts are tokenised.
+
+        Raises:
+            InvalidRequest: names the field at fault.
+        """
+        encoded = {
+            text.field: self.encode_completion(text.content, field=text.field)
+            if isinstance(text.content, str)
+            else self.encode_prompt(text.content, field=text.field)
+            for text in pending_texts(groups)
+        }
+        return resolve_rollouts(groups, self.info, options, encoded=encoded)
 
     def encode_prompt(self, prompt: Text | Chat | str, *, field: str = "prompt", limits: ChatLimits | None = None) -> NDArray[np.int32]:
         """Ids ``(P,)`` of a prompt's text, or of a chat as the model's template renders it, within ``limits``.
@@ -240,6 +310,36 @@ class Engine:
         """
         return self._score(rollouts, self._probes, is_cancelled)
 
+    def read_rollouts(
+        self,
+        rollouts: Sequence[CheckedRollout],
+        places: Sequence[tuple[int, int]],
+        reads: ActivationReads,
+        *,
+        max_batch_bytes: int = MAX_BATCH_BYTES,
+        is_cancelled: Callable[[int], bool] = _never,
+    ) -> Iterator[CompletionActivations]:
+        """Reads activations of checked rollouts, as ``activations`` says.
+
+        Args:
+            rollouts: from ``check_rollouts``, all of one scope.
+            places: of each, what its result says of group and completion.
+            reads: from ``resolve_reads``.
+            max_batch_bytes: as of ``activations``.
+            is_cancelled: as of ``activations``.
+
+        Raises:
+            LimitExceeded: naming ``groups[i].completions[j]``: it alone has more activations than ``max_batch_bytes``.
+        """
+        row_bytes = self.info.model.hidden_size * _FLOAT32_BYTES
+        at_least = len(reads.taps) if reads.tokens else 1
+        for rollout, (group, completion) in zip(rollouts, places, strict=True):
+            if (most := read_tokens(rollout) * at_least * row_bytes) > max_batch_bytes:
+                field = f"groups[{group}].completions[{completion}]"
+                remedy = "allow more, ask for fewer taps, or for pools in place of tokens"
+                raise LimitExceeded(field, most, "bytes of activations", "max_batch_bytes", max_batch_bytes, remedy, "TOO_LONG")
+        return self._read(rollouts, places, reads, max_batch_bytes // row_bytes, is_cancelled)
+
     def free_memory(self) -> None:
         """Gives back what is only kept to be faster: the key-value cache, and what allocators hold in reserve."""
         with self._running:
@@ -272,18 +372,8 @@ class Engine:
     ) -> list[RolloutResult | None]:
         forest = Forest.build(rollouts, self._reads)
         wanted = WantedRollouts(is_cancelled)
-        tokens = sum(rollout.tokens for rollout in rollouts)
-
-        def unwanted(segment: int) -> bool:
-            ACTIVITY.begin("the model", tokens)
-            return not wanted.any(forest.segments[segment].rollouts)
-
         taps = {tap for key in _requested(rollouts) for tap in probes[key].manifest.taps}
-        with self._running:
-            if self._memory.asleep:
-                raise RuntimeError("the engine sleeps: call wake first")
-            activations = self._backbone.forward(forest, sorted(taps, key=str), skip=unwanted, cache=self._cache)
-            live = [index for index in range(len(rollouts)) if index not in wanted.cancelled]
+        with self._run(rollouts, forest, sorted(taps, key=str), wanted) as (activations, live):
             scorer = BatchScorer(self.info, probes, self._texts.special_ids, rollouts, forest, activations, wanted)
             scores = scorer.score(live)
         return [
@@ -292,6 +382,57 @@ class Engine:
             else None
             for index, rollout in enumerate(rollouts)
         ]
+
+    def _read(
+        self,
+        rollouts: Sequence[CheckedRollout],
+        places: Sequence[tuple[int, int]],
+        reads: ActivationReads,
+        max_rows: int,
+        is_cancelled: Callable[[int], bool],
+    ) -> Iterator[CompletionActivations]:
+        with self._running:
+            self._cache.clear()
+        done = 0
+        for batch in batches(rollouts, BATCH_TOKENS, max(1, max_rows // len(reads.taps))):
+            # only a rollout that is alone may need more rows than there is room for: then some taps at a time
+            fitting = max(1, max_rows // max(1, read_tokens(batch[0]))) if len(batch) == 1 else len(reads.taps)
+            taps = [reads.taps[start : start + fitting] for start in range(0, len(reads.taps), fitting)]
+            wanted = WantedRollouts(_shifted(is_cancelled, done))
+            parts = [self._read_batch(batch, some, reads, wanted) for some in taps]
+            for index in range(len(batch)):
+                if wanted.any((index,)):
+                    yield joined([part.of(index, *places[done + index]) for part in parts])
+            done += len(batch)
+            del parts  # else there would be two batches' activations while the next is read
+
+    def _read_batch(
+        self, rollouts: Sequence[CheckedRollout], taps: Sequence[Tap], reads: ActivationReads, wanted: WantedRollouts
+    ) -> BatchActivations:
+        forest = Forest.build(rollouts, {})
+        with self._run(rollouts, forest, taps, wanted) as (activations, live):
+            return BatchActivations(forest, activations, rollouts[0].options.scope, taps, reads, live)
+
+    @contextmanager
+    def _run(
+        self, rollouts: Sequence[CheckedRollout], forest: Forest, taps: Sequence[Tap], wanted: WantedRollouts
+    ) -> Iterator[tuple[Activations, list[int]]]:
+        """Runs a batch's forest. While this is open no other batch runs.
+
+        Returns:
+            The activations, and the indices of the rollouts whose activations are all there.
+        """
+        tokens = sum(rollout.tokens for rollout in rollouts)
+
+        def unwanted(segment: int) -> bool:
+            ACTIVITY.begin("the model", tokens)
+            return not wanted.any(forest.segments[segment].rollouts)
+
+        with self._running:
+            if self._memory.asleep:
+                raise RuntimeError("the engine sleeps: call wake first")
+            activations = self._backbone.forward(forest, taps, skip=unwanted, cache=self._cache)
+            yield activations, [index for index in range(len(rollouts)) if index not in wanted.cancelled]
 
     def _with_texts(self, scores: CompletionScores, rollout: CheckedRollout) -> CompletionScores:
         if not rollout.options.return_token_texts or not self.info.tokenizer_fingerprint:
@@ -311,8 +452,8 @@ class Engine:
         by_file = [golden_rollouts(file, self.info) for file in files]
         # golden scores are in the unit of the graph's output, before any sigmoid
         probes = {key: replace(probe, as_probability=False) for key, probe in self._probes.items()}
-        batches = _batches([rollout for rollouts in by_file for rollout in rollouts])
-        found = (result.scores for batch in batches for result in self._score(batch, probes, _never) if result is not None)
+        together = batches([rollout for rollouts in by_file for rollout in rollouts], BATCH_TOKENS)
+        found = (result.scores for batch in together for result in self._score(batch, probes, _never) if result is not None)
         for file, rollouts in zip(files, by_file, strict=True):
             refusal = check_golden(file, list(islice(found, len(rollouts))), self.info.dtype)
             if refusal is None:
@@ -330,7 +471,7 @@ class Engine:
 
     def _golden_activations(self, file: ProbeFile) -> dict[Tap, NDArray[np.float32]]:
         """Of a few golden rollouts, what the probe reads: finite rows ``(N, hidden_size)``, the same tokens at each tap."""
-        rollouts = next(_batches(golden_rollouts(file, self.info)[:_TRIED_CASES]))
+        rollouts = next(batches(golden_rollouts(file, self.info)[:_TRIED_CASES], BATCH_TOKENS))
         with self._running:
             rows = self._backbone.forward(
                 Forest.build(rollouts, self._reads), file.manifest.taps, skip=lambda _: False, cache=self._cache
@@ -354,30 +495,9 @@ def _reads(manifest: Manifest) -> ProbeReads:
     return ProbeReads(manifest.context.sees_prompt, () if manifest.follow_up is None else manifest.follow_up.token_ids)
 
 
+def _shifted(is_cancelled: Callable[[int], bool], by: int) -> Callable[[int], bool]:
+    return lambda index: is_cancelled(by + index)
+
+
 def _requested(rollouts: Sequence[CheckedRollout]) -> set[str]:
     return {key for rollout in rollouts for key in rollout.options.probes}
-
-
-def _batches(rollouts: Sequence[CheckedRollout]) -> Iterator[list[CheckedRollout]]:
-    """Consecutive rollouts of at most ``BATCH_TOKENS`` tokens, or a single longer one; what a batch has already counts nothing."""
-    batch: list[CheckedRollout] = []
-    counted: set[Hashable] = set()
-    tokens = 0
-    for rollout in rollouts:
-        costs = _costs(rollout)
-        more = sum(cost for name, cost in costs.items() if name not in counted)
-        if batch and tokens + more > BATCH_TOKENS:
-            yield batch
-            batch, counted, tokens, more = [], set(), 0, sum(costs.values())
-        batch.append(rollout)
-        counted |= costs.keys()
-        tokens += more
-    if batch:
-        yield batch
-
-
-def _costs(rollout: CheckedRollout) -> dict[Hashable, int]:
-    """Tokens of the prompt and of the completion with its follow-ups, each under a name that is the same for the same tokens."""
-    prompt, completion = rollout.prompt_ids.tobytes(), rollout.completion
-    own = completion if completion.follow_ups else completion.token_ids.tobytes()
-    return {prompt: len(rollout.prompt_ids), (prompt, own): completion.tree_tokens}

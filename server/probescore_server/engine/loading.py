@@ -9,7 +9,8 @@ from pathlib import Path
 from transformers import PreTrainedConfig
 
 from probescore.fingerprints import tokenizer_fingerprint
-from probescore.types import ModelInfo
+from probescore.types import ModelInfo, Tap
+from probescore_server.activations import all_taps, matching_taps
 from probescore_server.backbone.base import Backbone
 from probescore_server.backbone.kv_cache import KeyValueCache
 from probescore_server.backbone.model_files import ModelFiles
@@ -55,6 +56,7 @@ def load_parts(
     model: str,
     probes: Sequence[str | Path],
     *,
+    taps: Sequence[str | Tap] | str,
     revision: str,
     dtype: str,
     device: str,
@@ -64,7 +66,7 @@ def load_parts(
     max_kv_cache_bytes: int,
     report: Callable[[str], None],
 ) -> LoadedParts:
-    """Loads a model as far as its probes need it. The arguments and errors are those of ``Engine.load``."""
+    """Loads a model as far as its probes and the named taps need it. The arguments and errors are those of ``Engine.load``."""
     if dtype not in DTYPES:
         raise ModelRefused(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
     report(f"reading {len(probes)} probe files")
@@ -73,7 +75,9 @@ def load_parts(
     directory = resolve_model(model, revision=revision, trust_remote_code=trust_remote_code)
     model_files = ModelFiles.of(directory)
     config = load_config(directory, trust_remote_code=trust_remote_code)
-    taps = sorted({tap for file in files for tap in file.manifest.taps}, key=str)
+    num_hidden_layers = config.get_text_config(decoder=True).num_hidden_layers
+    named = matching_taps(taps, all_taps(num_hidden_layers), whose="the taps of this model") if taps else ()
+    read = sorted({*named, *(tap for file in files for tap in file.manifest.taps)}, key=str)
     report("computing the model's fingerprint")
     described = _describe(model, directory, revision, config)
     tokenizer = load_tokenizer(directory, trust_remote_code=trust_remote_code)
@@ -91,7 +95,7 @@ def load_parts(
         for file in files
     }
 
-    needed = layers_needed(taps, described.num_hidden_layers)
+    needed = layers_needed(read, described.num_hidden_layers)
     report(f"loading {needed} of {described.num_hidden_layers} blocks in {dtype}")
     decoder = load_decoder(
         directory, num_layers=needed, dtype=dtype, device=device, device_map=device_map, trust_remote_code=trust_remote_code
@@ -99,7 +103,7 @@ def load_parts(
     content = model_files.digest(decoder)
     model_files.check_unchanged()
     report("testing the forward pass")
-    reader = TapReader(decoder, taps)
+    reader = TapReader(decoder, read)
     backbone, reason = choose_backbone(decoder, reader)
     report(f"{backbone.name} execution path: {reason}")
     loaded = load_probes(files, decoder.device)
@@ -122,6 +126,7 @@ def load_parts(
             file.manifest.key for file in files if file.manifest.context.kind == "rollout" and file.manifest.context.sees_prompt
         ),
         placeholders=placeholder_tokens(config, tokenizer),
+        taps=tuple(tap for tap in all_taps(num_hidden_layers) if tap in set(read)),
     )
     cache = KeyValueCache(max_kv_cache_bytes)
     return LoadedParts(info, backbone, texts, loaded, files, cache, DeviceMemory.of(decoder, loaded.values(), cache))

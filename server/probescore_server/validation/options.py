@@ -54,7 +54,7 @@ def resolve_options(
         probes=keys,
         reductions=tuple(_parse_reduction(written, index) for index, written in enumerate(reductions)),
         token_scores=frozenset(wanted),
-        scope=_parse_scope(scope),
+        scope=parse_scope(scope),
         return_token_ids=return_token_ids,
         return_token_texts=return_token_texts,
     )
@@ -95,7 +95,12 @@ def _parse_reduction(written: Reduction | str, index: int) -> Reduction:
         raise InvalidRequest(f"reductions[{index}]", str(error)) from None
 
 
-def _parse_scope(scope: Scope | str) -> Scope:
+def parse_scope(scope: Scope | str) -> Scope:
+    """A scope by its name.
+
+    Raises:
+        InvalidRequest: naming ``scope``.
+    """
     try:
         return Scope(scope)
     except ValueError:

@@ -1,15 +1,16 @@
-"""The universal path: a forest through transformers' public cache API, one segment at a time.
+"""The universal path: a forest through transformers' public cache API, one segment at a time, short sequences together.
 
-Each segment is run once, after its parent's keys and values, and one that nobody reads only until its own are known. No padding and no mask
-of ours, which an architecture could read another way: whatever transformers can generate with, this can score.
+Each segment is run once, after its parent's keys and values, and one that nobody reads only until its own are known. No mask of ours, which
+an architecture could read another way: whatever transformers can generate with, this can score. Padding is behind what is read only.
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from itertools import takewhile
 
 import numpy as np
 import torch
@@ -22,8 +23,9 @@ from probescore_server.backbone.base import Activations, skip_nothing
 from probescore_server.backbone.forest import Forest
 from probescore_server.backbone.kv_cache import KeyValueCache, KeyValues, length_of
 from probescore_server.backbone.model_loading import Decoder
-from probescore_server.backbone.taps import TapReader
+from probescore_server.backbone.taps import RowMap, TapReader
 from probescore_server.backbone.universal.attention import attending
+from probescore_server.backbone.universal.rows import Row, shared_beginnings, short_row, together
 
 CHUNK_TOKENS = 2048
 """Tokens of one forward at most: bounds what a long rollout needs at once. More would not be faster."""
@@ -54,17 +56,22 @@ class UniversalBackbone:
         decoder: the model.
         reader: of its taps.
         attention: an attention function that transformers knows by this name; ``None`` = the one that it chose.
+        runs_together: whether short sequences are the rows of one forward.
 
     Attributes:
+        runs_together: as given.
+        device: where ids go in.
         keeps_key_values: whether the state of a sequence is keys and values of each token alone, so that a cache can keep it.
     """
 
     name = "universal"
 
-    def __init__(self, decoder: Decoder, reader: TapReader, attention: str | None = None) -> None:
+    def __init__(self, decoder: Decoder, reader: TapReader, attention: str | None = None, *, runs_together: bool = False) -> None:
+        self.runs_together = runs_together
         self._decoder = decoder
         self._reader = reader
         self._attention = attention
+        self.device = decoder.device
         self._takes_positions = "position_ids" in inspect.signature(decoder.model.forward).parameters
         self.keeps_key_values = _keeps_key_values(decoder)
 
@@ -92,14 +99,26 @@ class UniversalBackbone:
 
     def read_tokens(self, token_ids: NDArray[np.int32], position: int, state: _SequenceState, into: Mapping[Tap, torch.Tensor]) -> None:
         """Runs some tokens after those of a state, which grows by them, and copies their activations to the buffers."""
-        ids = torch.from_numpy(token_ids.astype(np.int64)).to(self._decoder.device).unsqueeze(0)
+        self.read_rows(token_ids[None], position, state, into)
+
+    def read_rows(
+        self,
+        token_ids: NDArray[np.int32],
+        position: int,
+        state: _SequenceState,
+        into: Mapping[Tap, torch.Tensor],
+        rows: RowMap | None = None,
+    ) -> None:
+        """The same for some sequences ``(rows, T)``, each after a state of its own; ``rows`` tells what is copied of them."""
+        ids = torch.from_numpy(token_ids.astype(np.int64)).to(self._decoder.device)
         positions = {}
         if self._takes_positions:
-            positions = {"position_ids": torch.arange(position, position + ids.shape[1], device=ids.device).unsqueeze(0)}
+            numbers = torch.arange(position, position + ids.shape[1], device=ids.device)
+            positions = {"position_ids": numbers.expand(ids.shape)}
         state.ends_at = len(self._decoder.blocks) - 1 if self.keeps_key_values and not into else None
-        with self._reader.reading(into), suppress(_StopForward):
+        with self._reader.reading(into, rows), suppress(_StopForward):
             output = self._decoder.model(input_ids=ids, past_key_values=state, use_cache=True, **positions)
-            self._reader.read_final_norm(output, into)
+            self._reader.read_final_norm(output, into, rows)
 
 
 class _ForestRun:
@@ -121,8 +140,19 @@ class _ForestRun:
         self._children = forest.children()
 
     def run_all(self) -> None:
-        for root in self._children[-1]:
-            self._run(root, None)
+        self._run_siblings(self._children[-1], None)
+
+    def _run_siblings(self, siblings: Sequence[int], state: _SequenceState | None) -> None:
+        """Runs segments that continue the same one, and what follows them; the state is used up."""
+        done: set[int] = set()
+        for rows in self._together(siblings, state):
+            self._run_rows(rows, state)
+            done |= {row.segments[0] for row in rows}
+        alone = [index for index in siblings if index not in done]
+        for child in alone[:-1]:
+            self._run(child, None if state is None else _fork(state))
+        if alone:
+            self._run(alone[-1], state)
 
     def _run(self, index: int, state: _SequenceState | None) -> None:
         """Runs a segment after the state of its parent, which is the segment's own from then on, and then what follows it."""
@@ -131,13 +161,62 @@ class _ForestRun:
         segment.cached = max(0, length_of(known) - segment.position)
         if segment.cached or state is None:
             state = self._backbone.start(known)
-        if not self._compute(index, state):
+        if self._compute(index, state):
+            self._run_siblings(self._children[index], state)
+
+    def _together(self, siblings: Sequence[int], state: _SequenceState | None) -> Iterator[list[Row]]:
+        """The rows of each forward that short sequences share."""
+        if not self._backbone.runs_together or (state is not None and not self._backbone.keeps_key_values):
+            return  # a state that is more than keys and values cannot be told to be several
+        rows = [row for index in siblings if (row := short_row(self._forest, self._children, index)) is not None]
+        if self._cache is not None:
+            known = zip(rows, shared_beginnings(self._forest, rows), strict=True)
+            rows = [row for row, shared in known if not self._is_in_cache(row, shared)]
+        for batch in together(rows):
+            if len(batch) > 1:
+                yield batch
+
+    def _run_rows(self, rows: Sequence[Row], state: _SequenceState | None) -> None:
+        """Runs sequences that continue the same segment, as far as each is wanted."""
+        segments = self._forest.segments
+        wanted = [list(takewhile(lambda index: not self._skip(index), row.segments)) for row in rows]
+        wanted = [row for row in wanted if row]
+        if not wanted:
             return
-        following = self._children[index]
-        for child in following[:-1]:
-            self._run(child, _fork(state))
-        if following:
-            self._run(following[-1], state)
+        sequences = [np.concatenate([segments[index].token_ids for index in row]) for row in wanted]
+        width = max(map(len, sequences))
+        # padded with a token of its own: any other might stand for something else than text
+        token_ids = np.stack([np.pad(ids, (0, width - len(ids)), mode="edge") for ids in sequences])
+        source, target = [], []
+        for number, row in enumerate(wanted):
+            place = number * width
+            for index in row:
+                length = len(segments[index].token_ids)
+                segments[index].cached = 0
+                if index in self._activations.starts:
+                    source.append(np.arange(place, place + length))
+                    target.append(self._activations.starts[index] + np.arange(length))
+                place += length
+        into: Mapping[Tap, torch.Tensor] = {}
+        row_map = None
+        if source:
+            into = self._activations.rows
+            row_map = RowMap(*(torch.from_numpy(np.concatenate(places)).to(self._backbone.device) for places in (source, target)))
+        states = self._backbone.start([]) if state is None else _repeated(state, len(wanted))
+        self._backbone.read_rows(token_ids, segments[wanted[0][0]].position, states, into, row_map)
+        for number, (row, ids) in enumerate(zip(wanted, sequences, strict=True)):
+            own, length = slice(number, number + 1), len(ids)
+            self._remember(row[-1], [(keys[own, :, :length], values[own, :, :length]) for keys, values in _tail(states, width)])
+
+    def _is_in_cache(self, row: Row, shared: int) -> bool:
+        """Whether so much of a row need not be computed that it is run alone: it is in the cache, or will be after another row has run that
+        begins with the same ``shared`` tokens.
+        """
+        first = self._forest.segments[row.segments[0]]
+        if self._cache is None or first.read:
+            return False
+        found = self._cache.known_tokens(self._forest.ids_up_to(row.segments[0])) - first.position
+        return found == len(first.token_ids) or min(max(found, shared), len(first.token_ids)) > row.tokens / 2
 
     def _known(self, index: int) -> KeyValues:
         """Keys and values that need not be computed: only of what is not read, since they do not tell activations."""
@@ -160,9 +239,15 @@ class _ForestRun:
             self._backbone.read_tokens(chunk, segment.position + start, state, into)
         if segment.cached == length:
             return not self._skip(index)
-        if self._cache is not None:
-            self._cache.put(self._forest.ids_up_to(index), _tail(state, length - segment.cached))
+        self._remember(index, _tail(state, length - segment.cached))
         return True
+
+    def _remember(self, index: int, tail: KeyValues) -> None:
+        """Gives the cache what was computed up to the end of a segment, but nothing that a fault in it has reached: what begins alike would
+        be hit, too. Whatever is not finite at some layer is not at the last one.
+        """
+        if self._cache is not None and tail and bool(torch.isfinite(tail[-1][0]).all()):
+            self._cache.put(self._forest.ids_up_to(index), tail)
 
 
 def _keeps_key_values(decoder: Decoder) -> bool:
@@ -184,6 +269,15 @@ def _fork(state: _SequenceState) -> _SequenceState:
         copy.copy(layer) if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) else copy.deepcopy(layer) for layer in state.layers
     ]
     return forked
+
+
+def _repeated(state: _SequenceState, count: int) -> _SequenceState:
+    """States of as many sequences that go on from this one; it may be used further."""
+    repeated = _fork(state)
+    for layer in repeated.layers:
+        if isinstance(layer, DynamicLayer) and layer.keys is not None and layer.values is not None:
+            layer.keys, layer.values = (held.expand(count, -1, -1, -1) for held in (layer.keys, layer.values))
+    return repeated
 
 
 def _tail(state: _SequenceState, count: int) -> KeyValues:

@@ -10,7 +10,7 @@ import typer
 from probescore.errors import InvalidRequestError, ProbescoreError
 from probescore_server.cli.common.streams import leave_stdout
 from probescore_server.cli.common.visible import one_line
-from probescore_server.errors import StartupError
+from probescore_server.errors import InvalidRequest, StartupError
 
 FAILED = 1
 """The work could not be done: no server, a file that is refused, a check that failed."""
@@ -26,7 +26,7 @@ def one_line_failures() -> Iterator[None]:
     except BrokenPipeError:
         leave_stdout()
         raise typer.Exit(FAILED) from None
-    except (InvalidRequestError, ValueError) as error:
+    except (InvalidRequestError, InvalidRequest, ValueError) as error:
         _stop(error, WRONG_INPUT)
     except OSError as error:
         _stop(f"{error.filename}: {error.strerror}" if error.filename else error, WRONG_INPUT)

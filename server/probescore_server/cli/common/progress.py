@@ -17,15 +17,18 @@ LINE_SECONDS = 5.0
 """Between two lines of progress; what ends sooner says nothing."""
 
 
-class ScoringProgress:
+class RolloutProgress:
     """Progress in rollouts; a context manager, at whose end the bar is gone.
 
     Args:
         total: rollouts there are.
+        doing: what is done with them.
+        done: the same, of those with which it has been.
     """
 
-    def __init__(self, total: int) -> None:
+    def __init__(self, total: int, doing: str = "scoring", done: str = "scored") -> None:
         self._total = total
+        self._what = done
         self._done = 0
         self._told = time.monotonic()
         console = new_console(stderr=True)
@@ -34,15 +37,15 @@ class ScoringProgress:
         self._bar = bars.Progress(
             *columns, console=console, transient=True, disable=not console.is_terminal, redirect_stdout=False, redirect_stderr=False
         )
-        self._task = self._bar.add_task("scoring", total=total)
+        self._task = self._bar.add_task(doing, total=total)
 
-    def advance(self) -> None:
-        """One more is done."""
-        self._done += 1
-        self._bar.advance(self._task)
+    def advance(self, count: int = 1) -> None:
+        """So many more are done."""
+        self._done += count
+        self._bar.advance(self._task, count)
         if self._bar.disable and time.monotonic() >= self._told + LINE_SECONDS:
             self._told = time.monotonic()
-            say(f"scored {self._done} of {self._total} rollouts")
+            say(f"{self._what} {self._done} of {self._total} rollouts")
 
     @contextmanager
     def aside(self) -> Iterator[None]:
@@ -56,7 +59,7 @@ class ScoringProgress:
         finally:
             self._bar.start()
 
-    def __enter__(self) -> ScoringProgress:
+    def __enter__(self) -> RolloutProgress:
         self._bar.start()
         return self
 

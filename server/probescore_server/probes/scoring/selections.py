@@ -71,25 +71,40 @@ def read_completion(
         counted = np.ones(len(forest.segments[appended].token_ids), np.bool_)
         selections = [counted, *(np.zeros_like(counted) for _ in continuation.spans)]
     else:
-        prompt_tokens = 0
-        if scope is not Scope.COMPLETION and not is_follow_up:
-            segments = [ScoredSegment((), segment) for segment in placement.context]
-            prompt_tokens = sum(len(forest.segments[scored.segment].token_ids) for scored in segments)
-        own = np.zeros(0, np.bool_)
-        if scope is not Scope.PROMPT or is_follow_up:
-            segments += [ScoredSegment(placement.context, segment) for segment in placement.chain[len(placement.context) :]]
-            own = np.ones(len(continuation.token_ids), np.bool_) if continuation.mask is None else continuation.mask
-        selections = [np.concatenate([np.ones(prompt_tokens, np.bool_), own])]
-        for span in continuation.spans:
-            within = np.zeros_like(selections[0])
-            within[prompt_tokens + span.start : prompt_tokens + span.end] = True
-            selections.append(within & selections[0])
+        chosen, selected = selected_tokens(forest, placement, scope, is_follow_up=is_follow_up)
+        segments = [ScoredSegment(placement.context if segment == placement.segment else (), segment) for segment in chosen]
+        selections = [*selected]
     stacked = np.stack(selections)
     if manifest.exclude_special_tokens and segments:
         token_ids = np.concatenate([forest.segments[scored.segment].token_ids for scored in segments])
         left_out = special_ids if manifest.special_token_ids is None else np.array(manifest.special_token_ids, np.int32)
         stacked &= ~np.isin(token_ids, left_out)
     return ProbeInput(tuple(segments), stacked)
+
+
+def selected_tokens(forest: Forest, placement: Placement, scope: Scope, *, is_follow_up: bool) -> tuple[tuple[int, ...], NDArray[np.bool_]]:
+    """What a scope, a mask and spans select of a completion, or of a follow-up, which is about its own tokens whatever the scope.
+
+    Returns:
+        The segments in scope, in order, ``T`` tokens in all; and ``(1 + spans, T)`` bool, the tokens that count, for the whole scope and
+        for each span.
+    """
+    continuation = placement.continuation
+    segments: tuple[int, ...] = ()
+    prompt_tokens = 0
+    if scope is not Scope.COMPLETION and not is_follow_up:
+        segments = placement.context
+        prompt_tokens = sum(len(forest.segments[segment].token_ids) for segment in segments)
+    own = np.zeros(0, np.bool_)
+    if scope is not Scope.PROMPT or is_follow_up:
+        segments += placement.chain[len(placement.context) :]
+        own = np.ones(len(continuation.token_ids), np.bool_) if continuation.mask is None else continuation.mask
+    selections = [np.concatenate([np.ones(prompt_tokens, np.bool_), own])]
+    for span in continuation.spans:
+        within = np.zeros_like(selections[0])
+        within[prompt_tokens + span.start : prompt_tokens + span.end] = True
+        selections.append(within & selections[0])
+    return segments, np.stack(selections)
 
 
 class ProbeInputs:

@@ -1,0 +1,160 @@
+"""What scores of labelled rollouts are worth where rollouts come in groups: rollouts of one problem are no independent draws.
+
+Intervals are of 95%: percentiles of a bootstrap that draws whole groups, widened to the exact or Newcombe interval of as many independent
+rollouts as there are groups, since a bootstrap of few groups is too narrow, and of separated classes has no width at all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.stats import binomtest
+
+from probescore_audit.calibration import newcombe_interval
+
+RESAMPLES = 1000
+_CONFIDENCE = 0.95
+_TAILS = [2.5, 97.5]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its 95% interval; NaN where there was nothing to estimate it from."""
+
+    value: float
+    low: float
+    high: float
+
+    def overlaps(self, other: Estimate) -> bool:
+        """Whether the two intervals have a number in common."""
+        return self.low <= other.high and other.low <= self.high
+
+    def contains(self, value: float) -> bool:
+        """Whether a number lies in the interval."""
+        return self.low <= value <= self.high
+
+    @property
+    def reversed(self) -> Estimate:
+        """Of an AUROC: that of the negated scores."""
+        return Estimate(1 - self.value, 1 - self.high, 1 - self.low)
+
+
+@dataclass(frozen=True)
+class CalibrationBin:
+    """Rollouts whose probability lies in one tenth of [0, 1].
+
+    Attributes:
+        mean: of their probabilities.
+        share: of them that are positive.
+        rollouts: how many.
+    """
+
+    mean: float
+    share: float
+    rollouts: int
+
+
+def auroc(scores: ArrayLike, positive: ArrayLike, weights: ArrayLike | None = None) -> float:
+    """The chance that a positive rollout scores above a negative one, ties counting half; NaN without both.
+
+    Args:
+        scores: ``(n,)``.
+        positive: ``(n,)`` bool.
+        weights: ``(n,)``, how often each counts; once by default.
+    """
+    values = np.asarray(scores, np.float64)
+    counted = np.ones(len(values)) if weights is None else np.asarray(weights, np.float64)
+    return float(_aurocs(values, np.asarray(positive, bool), counted[None])[0])
+
+
+def grouped_auroc(
+    scores: ArrayLike, positive: ArrayLike, groups: ArrayLike, *, weights: ArrayLike | None = None, seed: int = 0
+) -> Estimate:
+    """``auroc`` with an interval that draws whole groups.
+
+    Args:
+        scores: ``(n,)``.
+        positive: ``(n,)`` bool.
+        groups: ``(n,)``, equal for rollouts that belong together.
+        weights: ``(n,)``, how often each counts.
+        seed: of the bootstrap.
+    """
+    values, with_it, group = np.asarray(scores, np.float64), np.asarray(positive, bool), _numbered(groups)
+    counted = np.ones(len(values)) if weights is None else np.asarray(weights, np.float64)
+    value = auroc(values, with_it, counted)
+    if np.isnan(value):
+        return Estimate(value, value, value)
+    positives, negatives = (len(np.unique(group[kind])) for kind in (with_it, ~with_it))
+    low, high = newcombe_interval(value, positives, negatives)
+    drawn = _drawn_groups(group, seed)[:, group] * counted
+    resampled = _aurocs(values, with_it, drawn)
+    resampled = resampled[~np.isnan(resampled)]
+    if len(resampled):
+        bootstrap_low, bootstrap_high = np.percentile(resampled, _TAILS)
+        low, high = min(low, float(bootstrap_low)), max(high, float(bootstrap_high))
+    return Estimate(value, low, high)
+
+
+def grouped_rate(flagged: ArrayLike, groups: ArrayLike, *, seed: int = 0) -> Estimate:
+    """The share of rollouts that are flagged, with an interval that draws whole groups.
+
+    Args:
+        flagged: ``(n,)`` bool.
+        groups: ``(n,)``.
+        seed: of the bootstrap.
+    """
+    flags, group = np.asarray(flagged, np.float64), _numbered(groups)
+    if not len(flags):
+        return Estimate(np.nan, np.nan, np.nan)
+    value, independent = float(flags.mean()), int(group.max()) + 1
+    exact = binomtest(round(value * independent), independent).proportion_ci(_CONFIDENCE, method="exact")
+    drawn = _drawn_groups(group, seed)[:, group]
+    resampled = (drawn @ flags) / drawn.sum(axis=1)
+    low, high = np.percentile(resampled, _TAILS)
+    return Estimate(value, min(float(exact.low), float(low), value), max(float(exact.high), float(high), value))
+
+
+def roc_curve(scores: ArrayLike, positive: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """False- and true-positive rates at every threshold, from none flagged to all: two of ``(thresholds,)``."""
+    values, with_it = np.asarray(scores, np.float64), np.asarray(positive, bool)
+    order = np.argsort(-values, kind="stable")
+    last = np.append(np.diff(values[order]) != 0, True)
+    true, false = np.cumsum(with_it[order])[last], np.cumsum(~with_it[order])[last]
+    return np.append(0, false / max(1, int((~with_it).sum()))), np.append(0, true / max(1, int(with_it.sum())))
+
+
+def calibration_error(probabilities: ArrayLike, positive: ArrayLike) -> tuple[float, tuple[CalibrationBin, ...]]:
+    """The expected calibration error over tenths of [0, 1], and those tenths that hold rollouts."""
+    chances, with_it = np.asarray(probabilities, np.float64), np.asarray(positive, bool)
+    tenth = np.minimum((chances * 10).astype(int), 9)
+    bins = tuple(
+        CalibrationBin(float(chances[tenth == index].mean()), float(with_it[tenth == index].mean()), int((tenth == index).sum()))
+        for index in np.unique(tenth)
+    )
+    return sum(each.rollouts * abs(each.mean - each.share) for each in bins) / max(1, len(chances)), bins
+
+
+def _aurocs(scores: NDArray[np.float64], positive: NDArray[np.bool_], weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    """One for each row of ``weights`` ``(resamples, n)``; NaN where a row leaves no positives or no negatives."""
+    order = np.argsort(scores, kind="stable")
+    ranked, with_it, counted = scores[order], positive[order], weights[:, order]
+    starts = np.flatnonzero(np.append(True, np.diff(ranked) != 0)) if len(ranked) else np.zeros(0, int)
+    if not len(starts):
+        return np.full(len(weights), np.nan)
+    negatives, positives = (np.add.reduceat(np.where(kind, counted, 0.0), starts, axis=1) for kind in (~with_it, with_it))
+    below = np.cumsum(negatives, axis=1) - negatives / 2
+    pairs = negatives.sum(axis=1) * positives.sum(axis=1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(pairs > 0, (below * positives).sum(axis=1) / pairs, np.nan)
+
+
+def _numbered(groups: ArrayLike) -> NDArray[np.int64]:
+    return np.unique(np.asarray(groups), return_inverse=True)[1].astype(np.int64)
+
+
+def _drawn_groups(group: NDArray[np.int64], seed: int) -> NDArray[np.float64]:
+    """How often each group is drawn, ``(RESAMPLES, groups)``."""
+    count = int(group.max()) + 1
+    return np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), RESAMPLES).astype(np.float64)

@@ -1,0 +1,195 @@
+"""Everything that fitting reads from the model, in one pass over the data: pooled activations at all taps, and the model's own opinion."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from probescore.types import Completion, CompletionStatus, RolloutGroup, Scope, Span
+from probescore_probes.fitting.labelled_rollouts import PASSAGE, Example
+from probescore_probes.reference import ReferenceModel
+from probescore_server.engine.engine import Engine
+
+FINAL_NORM = "final_norm"
+_HEAD_ROWS = 256
+"""Positions whose next token is looked up in one product with the unembedding."""
+_AGREES = 1e-2
+"""In nats: closer than this to transformers' own logits, or the model's head is not what it seems."""
+
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True, eq=False)
+class ActivationTable:
+    """What was read of each example.
+
+    Attributes:
+        taps: names, in the order of the model's blocks.
+        pools: ``mean`` and ``last``.
+        pooled: by tap and pool ``(n, hidden_size)`` float32, over the tokens that the label is about.
+        surprise: ``(n,)`` −log P of those tokens by the model itself, in nats, summed; NaN where it is not known.
+        predicted: ``(n,)`` how many tokens ``surprise`` is the sum of.
+        sink: by tap ``(n,)``, the norm at position 0 over the median norm of the rollout; NaN where position 0 is not read.
+        surprise_problem: why there is no ``surprise``; empty if there is.
+    """
+
+    taps: tuple[str, ...]
+    pools: tuple[str, ...]
+    pooled: dict[tuple[str, str], NDArray[np.float32]]
+    surprise: NDArray[np.float64]
+    predicted: NDArray[np.int64]
+    sink: dict[str, NDArray[np.float64]]
+    surprise_problem: str = ""
+
+    def of(self, indices: NDArray[np.int64]) -> ActivationTable:
+        """Of some of the examples."""
+        return replace(
+            self,
+            pooled={key: rows[indices] for key, rows in self.pooled.items()},
+            surprise=self.surprise[indices],
+            predicted=self.predicted[indices],
+            sink={tap: values[indices] for tap, values in self.sink.items()},
+        )
+
+
+def read_activations(
+    engine: Engine,
+    reference: ReferenceModel,
+    examples: Sequence[Example],
+    taps: Sequence[str],
+    pools: Sequence[str],
+    progress: Progress = lambda _done: None,
+) -> ActivationTable:
+    """Reads every example once, at all taps.
+
+    Args:
+        engine: loaded with these taps and ``final_norm``.
+        reference: the same model, whose head is used.
+        examples: what to read.
+        taps: names of taps.
+        pools: ``mean``, ``last``.
+        progress: called after each example with how many are done.
+
+    Raises:
+        ValueError: names the line for which the model gives NaN or an infinity.
+    """
+    width = reference.reference.hidden_size
+    count = len(examples)
+    pooled = {(tap, pool): np.empty((count, width), np.float32) for tap in taps for pool in pools}
+    sink = {tap: np.full(count, np.nan) for tap in taps}
+    head = _Head(reference, count)
+    read = engine.activations(
+        [_whole(example) for example in examples], list(dict.fromkeys([*taps, FINAL_NORM])), pool=[*pools, "tokens"], scope=Scope.ALL
+    )
+    for index, (example, found) in enumerate(zip(examples, read, strict=True)):
+        if found.status is not CompletionStatus.OK:
+            raise ValueError(f"{example.where}: {found.status_message}; leave this rollout out")
+        for tap in taps:
+            for column, pool in enumerate(pools):
+                pooled[tap, pool][index] = found.pooled[tap][1, column]
+            if not len(example.prompt_ids) and example.selected[0] and len(example.completion_ids) > 1:
+                norms = np.linalg.norm(found.tokens[tap].astype(np.float64), axis=1)
+                sink[tap][index] = norms[0] / max(float(np.median(norms[1:])), 1e-30)
+        head.add(index, example, found.tokens[FINAL_NORM])
+        progress(index + 1)
+    surprise, predicted = head.finished()
+    return ActivationTable(tuple(taps), tuple(pools), pooled, surprise, predicted, sink, head.problem)
+
+
+def read_tokens(
+    engine: Engine, examples: Sequence[Example], tap: str, progress: Progress = lambda _done: None
+) -> list[NDArray[np.float32]]:
+    """Of each example the activations of the tokens that its label is about, at one tap: ``(tokens, hidden_size)`` each."""
+    rows = []
+    for index, found in enumerate(engine.activations([_whole(example) for example in examples], [tap], pool="tokens")):
+        rows.append(found.tokens[tap][examples[index].selected])
+        progress(index + 1)
+    return rows
+
+
+def _whole(example: Example) -> RolloutGroup:
+    """With one span over what the label is about: a scope of everything would pool the prompt too."""
+    start, end = example.passage or (0, len(example.completion_ids))
+    return RolloutGroup(example.prompt_ids, [Completion(example.completion_ids, mask=example.mask, spans=(Span(PASSAGE, start, end),))])
+
+
+class _Head:
+    """Looks up what the model itself expected of the tokens that labels are about, many positions at a time."""
+
+    def __init__(self, reference: ReferenceModel, count: int) -> None:
+        self._reference = reference
+        self._surprise = np.zeros(count)
+        self._predicted = np.zeros(count, np.int64)
+        self._waiting: list[tuple[int, NDArray[np.float32], NDArray[np.int64]]] = []
+        self._rows = 0
+        self.problem = ""
+        embedding = reference.model.get_output_embeddings()
+        if embedding is None:
+            self.problem = "the model has no language-model head"
+        else:
+            self._weight: torch.Tensor = embedding.weight.detach()
+            self._bias: torch.Tensor | None = getattr(embedding, "bias", None)
+
+    def add(self, index: int, example: Example, hidden: NDArray[np.float32]) -> None:
+        """Takes an example's ``final_norm``, ``(prompt + completion, hidden_size)``."""
+        if self.problem:
+            return
+        positions = len(example.prompt_ids) + np.flatnonzero(example.selected)
+        positions = positions[positions > 0]  # nothing came before the first token
+        ids = np.concatenate([example.prompt_ids, example.completion_ids]).astype(np.int64)
+        if index == 0:
+            self._check(ids, hidden)
+        self._waiting.append((index, hidden[positions - 1], ids[positions]))
+        self._rows += len(positions)
+        if self._rows >= _HEAD_ROWS:
+            self._look_up()
+
+    def finished(self) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        """−log P of each example's tokens, and of how many."""
+        if not self.problem:
+            self._look_up()
+        unknown = np.full(len(self._surprise), np.nan)
+        return (unknown if self.problem else np.where(self._predicted > 0, self._surprise, np.nan)), self._predicted
+
+    def _look_up(self) -> None:
+        if not self._waiting or self.problem:
+            self._waiting, self._rows = [], 0
+            return
+        expected = self._log_probabilities(
+            np.concatenate([rows for _, rows, _ in self._waiting]), np.concatenate([targets for _, _, targets in self._waiting])
+        )
+        start = 0
+        for index, _, targets in self._waiting:
+            end = start + len(targets)
+            self._surprise[index], self._predicted[index] = -expected[start:end].sum(), len(targets)
+            start = end
+        self._waiting, self._rows = [], 0
+
+    def _log_probabilities(self, hidden: NDArray[np.float32], targets: NDArray[np.int64]) -> NDArray[np.float64]:
+        with torch.inference_mode():
+            rows = torch.from_numpy(hidden).to(self._weight.device, self._weight.dtype)
+            logits = torch.nn.functional.linear(rows, self._weight, self._bias).float()
+            config = self._reference.model.config.get_text_config(decoder=True)
+            logits = logits * (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+            cap = getattr(config, "final_logit_softcapping", None)
+            if cap:
+                logits = torch.tanh(logits / cap) * cap
+            of_targets = logits.log_softmax(dim=-1).gather(1, torch.from_numpy(targets).to(logits.device)[:, None])[:, 0]
+        return of_targets.double().cpu().numpy()
+
+    def _check(self, ids: NDArray[np.int64], hidden: NDArray[np.float32]) -> None:
+        """Compares with transformers' own logits, since some models do more between norm and logits than is known here."""
+        if len(ids) < 2:
+            return
+        with torch.inference_mode():
+            logits = self._reference.model(input_ids=torch.from_numpy(ids)[None].to(self._weight.device), use_cache=False).logits[0, :-1]
+            theirs = logits.float().log_softmax(-1).gather(1, torch.from_numpy(ids[1:]).to(logits.device)[:, None])[:, 0].double().cpu()
+        ours = self._log_probabilities(hidden[:-1], ids[1:])
+        difference = float(np.abs(ours - theirs.numpy()).mean())
+        scale = 1.0 + float(theirs.abs().mean())
+        if not difference <= 5 * _AGREES * scale:
+            self.problem = f"this model's head is not a plain unembedding: log-probabilities differ by {difference:.2g} nats"

@@ -1,0 +1,230 @@
+"""Labelled rollouts: what a probe is fitted on, before and after their texts are ids.
+
+An *example* is what one label is about: a whole completion under its mask, or a passage of one.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate, groupby
+
+import numpy as np
+from numpy.typing import NDArray
+
+from probescore.types import Chat, Completion, RolloutGroup, Span, Text
+from probescore_server.engine.engine import Engine
+
+TRAIN, CALIBRATION, TEST, OOD = SPLITS = ("train", "calibration", "test", "ood")
+PASSAGE = "passage"
+"""What the span of an example is called in requests."""
+
+
+@dataclass(frozen=True)
+class Passage:
+    """Part of a completion with a label of its own: characters of a text, or tokens of ids, from ``start`` to before ``end``."""
+
+    start: int
+    end: int
+    positive: bool
+
+
+@dataclass(frozen=True, eq=False)
+class LabelledRollout:
+    """One prompt with one completion, as a line of data has it.
+
+    Attributes:
+        prompt: a text, a chat or ids.
+        completion: with its mask; its spans and follow-ups are not read.
+        positive: what the whole completion is; ``None`` = only its passages are labelled.
+        where: the line and field, for messages.
+        group: rollouts of one group never stand on both sides of a split; ``None`` = derived.
+        split: one of ``SPLITS``; ``None`` = drawn.
+        slice: a part of the data that is judged apart.
+        weight: how often it counts in fitting and judging.
+        passages: labelled parts.
+        token_labels: of a completion of ids, one for each token, ``None`` = not labelled.
+    """
+
+    prompt: Text | Chat | Sequence[int]
+    completion: Completion
+    positive: bool | None
+    where: str
+    group: str | None = None
+    split: str | None = None
+    slice: str = ""
+    weight: float = 1.0
+    passages: tuple[Passage, ...] = ()
+    token_labels: tuple[bool | None, ...] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """What one label is about, as ids.
+
+    Attributes:
+        prompt_ids, completion_ids: ``(P,)`` and ``(T,)`` int32.
+        mask: ``(T,)`` bool, or ``None`` = every token counts.
+        passage: ``(start, end)`` in tokens of the completion; ``None`` = all of it.
+        form: how the prompt was given: ``text``, ``text with special tokens``, ``chat`` or ``ids``.
+        text: the completion as text if it was given so, and the prompt if that was text; for robustness tests of prompt forms.
+    """
+
+    prompt_ids: NDArray[np.int32]
+    completion_ids: NDArray[np.int32]
+    mask: NDArray[np.bool_] | None
+    passage: tuple[int, int] | None
+    positive: bool
+    where: str
+    group: str | None
+    split: str | None
+    slice: str
+    weight: float
+    form: str
+    prompt_text: str | None = None
+    inexact: bool = field(default=False)
+
+    @property
+    def selected(self) -> NDArray[np.bool_]:
+        """``(T,)`` the tokens that the label is about."""
+        kept = np.ones(len(self.completion_ids), bool) if self.mask is None else self.mask.copy()
+        if self.passage is not None:
+            kept[: self.passage[0]] = False
+            kept[self.passage[1] :] = False
+        return kept
+
+    def rollout(self) -> RolloutGroup:
+        """The request that scores it; the passage is its one span."""
+        spans = () if self.passage is None else (Span(PASSAGE, *self.passage),)
+        return RolloutGroup(self.prompt_ids, [Completion(self.completion_ids, mask=self.mask, spans=spans)])
+
+
+def tokenised(rollouts: Sequence[LabelledRollout], engine: Engine) -> list[Example]:
+    """The examples of rollouts, texts as an engine tokenises them.
+
+    Raises:
+        ValueError: names the line: there is nothing to read in an example, a passage lies outside its completion, or labels and tokens
+            differ in number.
+    """
+    prompts: dict[tuple[object, ...], NDArray[np.int32]] = {}
+    examples = []
+    for rollout in rollouts:
+        prompt_ids = _prompt_ids(rollout, engine, prompts)
+        content = rollout.completion.tokens
+        is_text = isinstance(content, str)
+        ids = engine.encode_completion(content, field=f"{rollout.where}: completion") if is_text else np.asarray(content, np.int32)
+        if not len(ids):
+            raise ValueError(f"{rollout.where}: the completion has no tokens; leave the rollout out, or give a completion")
+        mask = None if rollout.completion.mask is None else np.asarray(rollout.completion.mask, bool)
+        if mask is not None and len(mask) != len(ids):
+            raise ValueError(f"{rollout.where}: mask: {len(mask)} entries for {len(ids)} tokens; give one for each")
+        for passage, positive in _labelled_parts(rollout, ids, engine):
+            example = Example(
+                prompt_ids=prompt_ids,
+                completion_ids=ids,
+                mask=mask,
+                passage=passage,
+                positive=positive,
+                where=rollout.where,
+                group=rollout.group,
+                split=rollout.split,
+                slice=rollout.slice,
+                weight=rollout.weight,
+                form=_form(rollout.prompt),
+                prompt_text=rollout.prompt.text if isinstance(rollout.prompt, Text) else None,
+                inexact=is_text or isinstance(rollout.prompt, Text | Chat),
+            )
+            if not example.selected.any():
+                part = "the completion" if passage is None else f"tokens {passage[0]} to {passage[1]} of the completion"
+                raise ValueError(f"{rollout.where}: no token of {part} counts under its mask; leave it out, or change the mask")
+            examples.append(example)
+    return examples
+
+
+def facts(examples: Sequence[Example]) -> dict[str, object]:
+    """What a report says of the data."""
+    lengths = np.array([example.selected.sum() for example in examples])
+    return {
+        "examples": len(examples),
+        "positives": sum(example.positive for example in examples),
+        "negatives": sum(not example.positive for example in examples),
+        "slices": dict(Counter(example.slice for example in examples if example.slice)),
+        "prompt_forms": dict(Counter(example.form for example in examples)),
+        "tokens_median": float(np.median(lengths)),
+        "tokens_largest": int(lengths.max()),
+        "prompt_tokens_median": float(np.median([len(example.prompt_ids) for example in examples])),
+    }
+
+
+def _prompt_ids(rollout: LabelledRollout, engine: Engine, known: dict[tuple[object, ...], NDArray[np.int32]]) -> NDArray[np.int32]:
+    prompt = rollout.prompt
+    if not isinstance(prompt, Text | Chat):
+        return np.asarray(prompt, np.int32)
+    key = (repr(prompt),)
+    if key not in known:
+        known[key] = engine.encode_prompt(prompt, field=f"{rollout.where}: prompt")
+    return known[key]
+
+
+def _form(prompt: Text | Chat | Sequence[int]) -> str:
+    if isinstance(prompt, Text):
+        return "text with special tokens" if prompt.add_special_tokens else "text"
+    return "chat" if isinstance(prompt, Chat) else "ids"
+
+
+def _labelled_parts(rollout: LabelledRollout, ids: NDArray[np.int32], engine: Engine) -> Iterator[tuple[tuple[int, int] | None, bool]]:
+    if rollout.positive is not None:
+        yield None, rollout.positive
+    content = rollout.completion.tokens
+    to_tokens: Callable[[Passage], tuple[int, int]] = _tokens_of_characters(content, ids, engine) if isinstance(content, str) else _bounds
+    size = len(content)
+    for passage in rollout.passages:
+        if not 0 <= passage.start < passage.end <= size:
+            unit = "characters" if isinstance(content, str) else "tokens"
+            raise ValueError(
+                f"{rollout.where}: span [{passage.start}, {passage.end}] of a completion of {size} {unit}; give 0 ≤ start < end ≤ {size}"
+            )
+        yield to_tokens(passage), passage.positive
+    if rollout.token_labels is not None:
+        if len(rollout.token_labels) != len(ids):
+            raise ValueError(f"{rollout.where}: token_labels: {len(rollout.token_labels)} for {len(ids)} tokens; give one for each")
+        start = 0
+        for label, run in groupby(rollout.token_labels):
+            end = start + len(list(run))
+            if label is not None:
+                yield (start, end), label
+            start = end
+
+
+def _bounds(passage: Passage) -> tuple[int, int]:
+    return passage.start, passage.end
+
+
+def _tokens_of_characters(text: str, ids: NDArray[np.int32], engine: Engine) -> Callable[[Passage], tuple[int, int]]:
+    """Which tokens have a character of a passage in them."""
+    ends = list(accumulate(len(piece) for piece in engine.decode_tokens(ids)))
+    starts = [0, *ends[:-1]]
+    # Some tokenizers write a space that the text has not.
+    ahead = (ends[-1] if ends else 0) - len(text)
+
+    def tokens(passage: Passage) -> tuple[int, int]:
+        within = [
+            index
+            for index, (start, end) in enumerate(zip(starts, ends, strict=True))
+            if start - ahead < passage.end and end - ahead > passage.start
+        ]
+        return (within[0], within[-1] + 1) if within else (0, 0)
+
+    return tokens
+
+
+def counts_by(examples: Sequence[Example], splits: Mapping[str, NDArray[np.int64]]) -> dict[str, dict[str, int]]:
+    """Positives, negatives and groups of each split."""
+    return {
+        name: {
+            "positives": sum(examples[index].positive for index in indices),
+            "negatives": sum(not examples[index].positive for index in indices),
+        }
+        for name, indices in splits.items()
+    }

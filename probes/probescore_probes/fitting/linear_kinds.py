@@ -1,0 +1,107 @@
+"""Linear probes of pooled activations: logistic regression, difference of means, linear discriminant analysis.
+
+Their scalers are folded into the weights, so that the mean of a completion's token scores, or the score of its last token, is the score
+that was fitted.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+
+from probescore.types import ScoreUnit
+
+LOGISTIC, DIFFERENCE_OF_MEANS, LDA = LINEAR_KINDS = ("logistic", "difference-of-means", "lda")
+STRENGTHS = (1e-3, 1e-2, 1e-1)
+"""Inverse penalties of logistic regression on standardised activations."""
+
+Rows = NDArray[np.floating]
+_MOST_STEPS = 2000
+
+
+@dataclass(frozen=True, eq=False)
+class Linear:
+    """``score = rows · weight + bias`` on activations as the model has them.
+
+    Attributes:
+        weight: ``(width,)`` float64.
+        unit: ``LOGIT``, or ``VALUE`` for a difference of means.
+    """
+
+    weight: NDArray[np.float64]
+    bias: float
+    unit: ScoreUnit
+
+    def score(self, rows: Rows) -> NDArray[np.float64]:
+        """``(n,)`` of rows ``(n, width)``."""
+        return np.asarray(rows, np.float64) @ self.weight + self.bias
+
+
+@dataclass(frozen=True, eq=False)
+class Scaler:
+    """Means and standard deviations of features, ``(width,)`` each."""
+
+    mean: NDArray[np.float64]
+    deviation: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, rows: Rows, weights: NDArray[np.float64]) -> Scaler:
+        """Weighted; a feature that never changes is left as it is."""
+        exact = np.asarray(rows, np.float64)
+        mean = np.average(exact, axis=0, weights=weights)
+        deviation = np.sqrt(np.average((exact - mean) ** 2, axis=0, weights=weights))
+        return cls(mean, np.where(deviation > 1e-12 * (1 + np.abs(mean)), deviation, 1.0))
+
+    def scaled(self, rows: Rows) -> NDArray[np.float64]:
+        """Standardised."""
+        return (np.asarray(rows, np.float64) - self.mean) / self.deviation
+
+    def folded(self, weight: NDArray[np.float64], bias: float, unit: ScoreUnit) -> Linear:
+        """The same probe on activations as they are."""
+        raw = weight / self.deviation
+        return Linear(raw, float(bias - raw @ self.mean), unit)
+
+
+def fit_linear(kind: str, rows: Rows, positive: NDArray[np.bool_], weights: NDArray[np.float64], strength: float = 1e-2) -> Linear:
+    """Fits one of ``LINEAR_KINDS``.
+
+    Args:
+        kind: which.
+        rows: ``(n, width)``.
+        positive: ``(n,)``, with both classes.
+        weights: ``(n,)``, how often each counts; LDA counts each once.
+        strength: of logistic regression, the inverse of its penalty.
+    """
+    if kind == DIFFERENCE_OF_MEANS:
+        exact = np.asarray(rows, np.float64)
+        above, below = (np.average(exact[side], axis=0, weights=weights[side]) for side in (positive, ~positive))
+        direction = above - below
+        return Linear(direction, float(-direction @ (above + below) / 2), ScoreUnit.VALUE)
+    if kind == LDA:
+        scaler = Scaler.of(rows, np.ones(len(rows)))
+        estimator = LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto").fit(scaler.scaled(rows), positive)
+        return scaler.folded(estimator.coef_[0], float(estimator.intercept_[0]), ScoreUnit.LOGIT)
+    return fit_logistic(rows, positive, weights, (strength,))[0]
+
+
+def fit_logistic(
+    rows: Rows, positive: NDArray[np.bool_], weights: NDArray[np.float64], strengths: tuple[float, ...], *, tolerance: float = 1e-4
+) -> list[Linear]:
+    """Logistic regression at several strengths, the weakest first: each begins where the last ended."""
+    scaler = Scaler.of(rows, weights)
+    scaled = scaler.scaled(rows)
+    fitted = []
+    estimator = LogisticRegression(C=strengths[0], max_iter=_MOST_STEPS, tol=tolerance, warm_start=True)
+    for strength in strengths:
+        estimator.set_params(C=strength)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            estimator.fit(scaled, positive, sample_weight=weights)
+        fitted.append(scaler.folded(estimator.coef_[0], float(estimator.intercept_[0]), ScoreUnit.LOGIT))
+    return fitted

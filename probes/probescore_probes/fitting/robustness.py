@@ -1,0 +1,116 @@
+"""What becomes of the probe where rollouts look otherwise than those that it was fitted on: test rollouts, changed and served again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from probescore.types import Chat
+from probescore_audit import Estimate, grouped_auroc, grouped_rate
+from probescore_probes.fitting.labelled_rollouts import Example
+from probescore_probes.fitting.serving import replaced_ids, served_scores
+from probescore_server.engine.engine import Engine
+from probescore_server.errors import InvalidRequest
+
+FILLER = " The weather was mild that day, and people went about their business."
+FILLERS = (1, 4)
+"""So many neutral sentences are appended."""
+MOST = 400
+"""Test rollouts that are changed and served again."""
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One change and what the served probe says then.
+
+    Attributes:
+        name: what was changed.
+        auroc: with its interval.
+        false_positives, recall: at the threshold, with intervals; NaN without one.
+        shift: of the mean score, over the standard deviation of the unchanged scores.
+        refused: why a server refuses these rollouts for this probe; empty if it scores them.
+    """
+
+    name: str
+    auroc: Estimate
+    false_positives: Estimate
+    recall: Estimate
+    shift: float
+    refused: str = ""
+
+
+_UNKNOWN = Estimate(float("nan"), float("nan"), float("nan"))
+
+
+def measure(
+    name: str,
+    scores: NDArray[np.float64],
+    examples: Sequence[Example],
+    groups: NDArray[np.int64],
+    threshold: float | None,
+    usual: NDArray[np.float64],
+) -> Condition:
+    """Judges served scores of changed rollouts."""
+    positive = np.array([example.positive for example in examples])
+    known = ~np.isnan(scores)
+    rates = [
+        _UNKNOWN if threshold is None else grouped_rate(scores[known & kind] >= threshold, groups[known & kind])
+        for kind in (~positive, positive)
+    ]
+    spread = float(np.nanstd(usual)) or 1.0
+    return Condition(
+        name,
+        grouped_auroc(scores[known], positive[known], groups[known]),
+        rates[0],
+        rates[1],
+        float(np.nanmean(scores) - np.nanmean(usual)) / spread,
+    )
+
+
+def changed_rollouts(engine: Engine, examples: Sequence[Example]) -> dict[str, list[Example]]:
+    """By what was changed: text appended, BOS put in front or taken away, a chat template around the prompt, no prompt at all."""
+    changed: dict[str, list[Example]] = {}
+    for count in FILLERS:
+        filler = engine.encode_completion(FILLER * count, field="filler")
+        name = f"{count} neutral sentence{'s' if count > 1 else ''} appended"
+        changed[name] = [
+            replaced_ids(example, example.prompt_ids, np.concatenate([example.completion_ids, filler]).astype(np.int32))
+            for example in examples
+        ]
+    bos = engine.info.bos_token_id
+    if bos is not None:
+        changed["BOS put in front, or taken away"] = [replaced_ids(example, _toggled(example.prompt_ids, bos)) for example in examples]
+    if any(len(example.prompt_ids) for example in examples):
+        keep = [] if bos is None or not any(len(e.prompt_ids) and e.prompt_ids[0] == bos for e in examples) else [bos]
+        changed["no prompt"] = [replaced_ids(example, np.array(keep, np.int32)) for example in examples]
+    texts = [example.prompt_text for example in examples]
+    if all(texts):
+        try:
+            prompts = [engine.encode_prompt(Chat.of([{"role": "user", "content": text or ""}])) for text in texts]
+        except InvalidRequest:  # there is no template, or it does not take this
+            prompts = []
+        if prompts:
+            changed["chat template around the prompt"] = [replaced_ids(*pair) for pair in zip(examples, prompts, strict=True)]
+    return changed
+
+
+def conditions(
+    engine: Engine, examples: Sequence[Example], groups: NDArray[np.int64], threshold: float | None, usual: NDArray[np.float64]
+) -> list[Condition]:
+    """The unchanged rollouts, then each change, all served by the same engine."""
+    found = [measure("as they are", usual, examples, groups, threshold, usual)]
+    for name, changed in changed_rollouts(engine, examples).items():
+        try:
+            scores = served_scores(engine, changed)
+        except (InvalidRequest, ValueError) as error:  # such as a prompt without the BOS that the probe expects
+            found.append(Condition(name, _UNKNOWN, _UNKNOWN, _UNKNOWN, float("nan"), str(error)))
+            continue
+        found.append(measure(name, scores, examples, groups, threshold, usual))
+    return found
+
+
+def _toggled(prompt: NDArray[np.int32], bos: int) -> NDArray[np.int32]:
+    return prompt[1:] if len(prompt) and prompt[0] == bos else np.concatenate([np.array([bos], np.int32), prompt])

@@ -1,0 +1,225 @@
+"""From a fitted probe to its file, and back: every number that is reported is what an engine says that was given the file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from probescore.types import CompletionStatus, ScoreUnit
+from probescore_audit import CalibratedThreshold, Estimate
+from probescore_probes.exporting import ProbeFunction
+from probescore_probes.fitting.labelled_rollouts import Example
+from probescore_probes.reference import ReferenceModel
+from probescore_probes.writing import write_probe
+from probescore_server.engine.engine import Engine
+from probescore_server.errors import ProbeRefused
+from probescore_server.probes.format.manifest import CalibrationRecord, Context, Evaluation, Training
+from probescore_server.probes.format.probe_file import ProbeFile, read_probe_file, write_probe_file
+
+GOLDEN = 4
+_LONGEST_GOLDEN = 512
+BOUND = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.05}
+"""Largest |fitted − served| of a rollout, over the standard deviation of the fitted scores."""
+
+
+@dataclass(frozen=True, eq=False)
+class FittedProbe:
+    """A probe that was fitted, and what its file must say so that it is served as it was fitted.
+
+    Attributes:
+        kind: name.
+        taps: names, in the order that the function takes them.
+        reduction: pinned; ``None`` for a probe that pools by itself.
+        function: the code and its graph.
+        method: for people.
+    """
+
+    kind: str
+    taps: tuple[str, ...]
+    reduction: str | None
+    function: ProbeFunction
+    method: str
+
+    @property
+    def context(self) -> Context:
+        """Pointwise where a reduction is pinned."""
+        return Context(kind="rollout") if self.reduction is None else Context()
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far what is served is from what was fitted.
+
+    Attributes:
+        largest, median: of |fitted − served| over the standard deviation of the fitted scores.
+        bound: what the largest may be.
+        rollouts: that were compared.
+    """
+
+    largest: float
+    median: float
+    bound: float
+    rollouts: int
+
+
+def write(
+    path: Path,
+    probe: FittedProbe,
+    reference: ReferenceModel,
+    golden: Sequence[Example],
+    *,
+    name: str,
+    version: str,
+    label: str,
+    expects_bos: bool | None,
+    training: Training,
+    description: str = "",
+) -> ProbeFile:
+    """Writes the file without thresholds, with golden vectors of held-out rollouts. Errors are those of ``write_probe``."""
+    return write_probe(
+        path,
+        probe.function,
+        reference,
+        name=name,
+        version=version,
+        taps=probe.taps,
+        golden=_golden(golden),
+        labels=[label],
+        context=probe.context,
+        reduction=probe.reduction,
+        expects_bos=expects_bos,
+        training=training,
+        description=description,
+    )
+
+
+def serve(model: str | Path, file: Path, *, dtype: str, device: str, revision: str = "", trust_remote_code: bool = False) -> Engine:
+    """An engine with this one probe."""
+    return Engine.load(str(model), [file], dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code)
+
+
+def served_scores(engine: Engine, examples: Sequence[Example]) -> NDArray[np.float64]:
+    """What an engine with one probe says of each example, ``(n,)``.
+
+    Raises:
+        ValueError: names the line that could not be scored.
+    """
+    key = engine.info.probes[0].name
+    found = np.empty(len(examples))
+    result = engine.score([example.rollout() for example in examples])
+    for index, (example, group) in enumerate(zip(examples, result.groups, strict=True)):
+        scored = group.completions[0]
+        if scored.status is not CompletionStatus.OK:
+            raise ValueError(f"{example.where}: cannot be served: {scored.status_message}")
+        value = scored.scores[key].at(0 if example.passage is None else 1, 0, 0)
+        found[index] = np.nan if value is None else value
+    return found
+
+
+def token_scores(engine: Engine, example: Example) -> tuple[list[str], NDArray[np.float32] | None]:
+    """The tokens of an example's completion as text, and their scores ``(T,)`` where the probe scores tokens."""
+    result = engine.score([example.rollout()], token_scores="all", return_token_texts=True)
+    scored = result.groups[0].completions[0]
+    of_probe = scored.scores[engine.info.probes[0].name].tokens
+    per_token = None if of_probe is None or len(of_probe) != len(example.completion_ids) else of_probe[:, 0]
+    return list(scored.completion_texts or ()), per_token
+
+
+def agreement(fitted: NDArray[np.float64], served: NDArray[np.float64], dtype: str, file: ProbeFile) -> Agreement:
+    """Compares the two.
+
+    Raises:
+        ProbeRefused: they are further apart than the bound of ``dtype``: another function would be served than was fitted.
+    """
+    spread = float(fitted.std()) or 1.0
+    apart = np.abs(fitted - served) / spread
+    bound = max(BOUND[dtype], file.manifest.golden.tolerance.float32 if dtype == "float32" else 0.0)
+    found = Agreement(float(apart.max()), float(np.median(apart)), bound, len(apart))
+    if not found.largest <= bound:
+        raise ProbeRefused(
+            str(file.manifest.key),
+            "reduction",
+            f"served scores up to {found.largest:.3g} × the standard deviation of the fitted ones from these",
+            f"at most {bound:g} × in {dtype}; the file serves another function than was fitted",
+        )
+    return found
+
+
+def add_judgement(
+    draft: Path,
+    thresholds: Sequence[CalibratedThreshold],
+    quality: Estimate,
+    *,
+    dataset: str,
+    dataset_sha256: str,
+    counts: tuple[int, int],
+    target: Path,
+) -> ProbeFile:
+    """Writes a draft with thresholds and test quality to its place; the graph and its golden vectors stay byte for byte.
+
+    Raises:
+        ProbeRefused: what is there must not be replaced.
+    """
+    file = read_probe_file(draft)
+    positives, negatives = counts
+    manifest = file.manifest.model_copy(
+        update={
+            "calibrations": tuple(
+                CalibrationRecord(
+                    threshold=each.threshold,
+                    false_positive_rate=each.false_positive_rate,
+                    false_positive_rate_low=each.false_positive_rate_low,
+                    false_positive_rate_high=each.false_positive_rate_high,
+                    negatives=each.negatives,
+                    dataset=each.dataset,
+                    reduction=each.reduction,
+                    label=each.label,
+                )
+                for each in thresholds
+            ),
+            "evaluations": (
+                Evaluation(
+                    metric="auroc",
+                    value=quality.value,
+                    low=quality.low,
+                    high=quality.high,
+                    dataset=dataset,
+                    dataset_sha256=dataset_sha256,
+                    positives=positives,
+                    negatives=negatives,
+                ),
+            ),
+        }
+    )
+    return write_probe_file(target, onnx.load_model_from_string(file.graph), manifest, replace=False)
+
+
+def as_probability(scores: NDArray[np.float64], unit: ScoreUnit) -> NDArray[np.float64] | None:
+    """Scores as probabilities, or ``None`` where they stand for none."""
+    if unit is ScoreUnit.PROBABILITY:
+        return scores
+    return 1 / (1 + np.exp(-scores)) if unit is ScoreUnit.LOGIT else None
+
+
+def _golden(examples: Sequence[Example]) -> list[tuple[NDArray[np.int32], NDArray[np.int32]]]:
+    """A few short rollouts, of both classes."""
+    short = sorted(examples, key=lambda example: len(example.prompt_ids) + len(example.completion_ids))
+    short = [example for example in short if len(example.prompt_ids) + len(example.completion_ids) <= _LONGEST_GOLDEN] or short[:GOLDEN]
+    middle = short[len(short) // 4 :] or short
+    kinds = [[example for example in middle if example.positive is kind] for kind in (True, False)]
+    chosen = [example for pair in zip(*kinds, strict=False) for example in pair][:GOLDEN] or middle[:GOLDEN]
+    return [(example.prompt_ids, example.completion_ids) for example in chosen]
+
+
+def replaced_ids(example: Example, prompt_ids: NDArray[np.int32], completion_ids: NDArray[np.int32] | None = None) -> Example:
+    """The same example with other ids before it, or with more after it, which count too."""
+    ids = example.completion_ids if completion_ids is None else completion_ids
+    mask = example.mask
+    if mask is not None and len(mask) < len(ids):
+        mask = np.concatenate([mask, np.ones(len(ids) - len(mask), bool)])
+    return replace(example, prompt_ids=prompt_ids, completion_ids=ids, mask=mask)

@@ -1,0 +1,163 @@
+"""Which rollouts belong together, and on which side of a split each group stands.
+
+Rollouts of one problem resemble each other beyond their label; one on each side would make a probe look better than it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from probescore_probes.fitting.labelled_rollouts import CALIBRATION, OOD, SPLITS, TEST, TRAIN, Example
+
+SHARES = {TRAIN: 0.6, CALIBRATION: 0.2, TEST: 0.2}
+LARGEST_GROUP = 0.5
+"""More of the data than this in one group leaves nothing to test on."""
+
+Indices = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Examples by what they are for.
+
+    Attributes:
+        groups: ``(n,)`` number of each example's group.
+        named: whether the data named the groups; else they are derived.
+        given: whether the data named the splits.
+        parts: indices by name of the split; every one of ``SPLITS``, ``ood`` may be empty.
+    """
+
+    groups: Indices
+    named: bool
+    given: bool
+    parts: dict[str, Indices]
+
+    def __getitem__(self, name: str) -> Indices:
+        return self.parts[name]
+
+    def count_groups(self, name: str) -> int:
+        """How many groups a split has."""
+        return len(np.unique(self.groups[self.parts[name]]))
+
+
+def split(examples: Sequence[Example], seed: int) -> Split:
+    """Groups examples and divides the groups 60/20/20, or as the data says.
+
+    Raises:
+        ValueError: some examples name a group or a split and others do not, one group is most of the data, a group stands on two sides,
+            or a side lacks a class.
+    """
+    groups, named = groups_of(examples)
+    outside = np.array([example.split == OOD for example in examples])
+    given = [example.split is not None for example in examples if example.split != OOD]
+    if any(given) and not all(given):
+        missing = next(example.where for example in examples if example.split is None)
+        raise ValueError(f"{missing}: no split, where other lines have one; give every line one of {', '.join(SPLITS)}, or none")
+    if any(given):
+        parts = {name: np.flatnonzero([example.split == name for example in examples]) for name in SPLITS}
+        _check_sides(examples, groups, parts)
+    else:
+        parts = _drawn(groups, outside, np.array([example.positive for example in examples]), seed)
+    for name in SHARES:
+        for kind, word in ((True, "positive"), (False, "negative")):
+            if not any(examples[index].positive is kind for index in parts[name]):
+                raise ValueError(f"{name}: no {word} example among {len(parts[name])}; give more data, or a split that has both")
+    return Split(groups, named, any(given), parts)
+
+
+def groups_of(examples: Sequence[Example]) -> tuple[Indices, bool]:
+    """The number of each example's group, and whether the data named it.
+
+    Unnamed ones are the connected components over equal prompts and equal completions of a slice.
+
+    Raises:
+        ValueError: only some are named, or the components are too large to divide.
+    """
+    names = [example.group for example in examples]
+    if any(name is not None for name in names):
+        if None in names:
+            raise ValueError(f"{examples[names.index(None)].where}: no group, where other lines have one; give every line one, or none")
+        return np.unique(np.array(names), return_inverse=True)[1].astype(np.int64), True
+    parent = list(range(len(examples)))
+
+    def root(index: int) -> int:
+        while parent[index] != index:
+            parent[index] = parent[parent[index]]
+            index = parent[index]
+        return index
+
+    first: dict[tuple[object, ...], int] = {}
+    for index, example in enumerate(examples):
+        for key in (("prompt", example.prompt_ids.tobytes()), ("completion", example.completion_ids.tobytes())):
+            if key[0] == "prompt" and not len(example.prompt_ids):
+                continue  # an empty prompt makes no two rollouts alike
+            parent[root(index)] = root(first.setdefault((example.slice, *key), index))
+    groups = np.unique([root(index) for index in range(len(examples))], return_inverse=True)[1].astype(np.int64)
+    largest = int(np.bincount(groups).max())
+    if len(examples) > 1 and largest > LARGEST_GROUP * len(examples):
+        raise ValueError(
+            f"group: {largest} of {len(examples)} examples are tied together by equal prompts and equal completions, which leaves nothing "
+            'to test on; say what belongs together by "group" in each line, such as the id of the problem'
+        )
+    return groups, False
+
+
+def shared_texts(examples: Sequence[Example], parts: dict[str, Indices]) -> tuple[int, int]:
+    """How many prompts, and how many completions, stand both in what is fitted on and in what is tested on."""
+    sides = [{index for name in names for index in parts[name]} for names in ((TRAIN,), (CALIBRATION, TEST))]
+    prompts = [{examples[index].prompt_ids.tobytes() for index in side if len(examples[index].prompt_ids)} for side in sides]
+    completions = [{examples[index].completion_ids.tobytes() for index in side} for side in sides]
+    return len(prompts[0] & prompts[1]), len(completions[0] & completions[1])
+
+
+def folds(groups: Indices, positive: NDArray[np.bool_], count: int, seed: int) -> Iterator[tuple[Indices, Indices]]:
+    """Divides examples by whole groups ``count`` times into what is fitted on and what is held out; each is held out once.
+
+    Groups are dealt out by how many positives and negatives they have, the large ones first, so that every fold has both classes as far
+    as the groups allow.
+    """
+    dealt = _dealt(groups, positive, np.full(count, 1 / count), seed)
+    for fold in range(count):
+        held_out = np.flatnonzero(dealt == fold)
+        if len(held_out):
+            yield np.flatnonzero(dealt != fold), held_out
+
+
+def _drawn(groups: Indices, outside: NDArray[np.bool_], positive: NDArray[np.bool_], seed: int) -> dict[str, Indices]:
+    inside = np.flatnonzero(~outside)
+    dealt = _dealt(groups[inside], positive[inside], np.array(list(SHARES.values())), seed)
+    parts = {name: inside[dealt == number] for number, name in enumerate(SHARES)}
+    return {**parts, OOD: np.flatnonzero(outside)}
+
+
+def _dealt(groups: Indices, positive: NDArray[np.bool_], shares: NDArray[np.float64], seed: int) -> Indices:
+    """By example, to which of ``len(shares)`` parts its group goes: the part that lacks most of what the group has."""
+    numbers, member = np.unique(groups, return_inverse=True)
+    sizes = np.stack([np.bincount(member, weights=kind, minlength=len(numbers)) for kind in (positive, ~positive)], axis=1)
+    order = np.random.default_rng(seed).permutation(len(numbers))
+    order = order[np.argsort(-sizes[order].sum(axis=1), kind="stable")]
+    totals = np.maximum(sizes.sum(axis=0), 1)
+    wanted = shares[:, None] * totals
+    part_of = np.zeros(len(numbers), np.int64)
+    have = np.zeros_like(wanted)
+    for group in order:
+        lacking = ((wanted - have) / wanted) @ (sizes[group] / totals)
+        part_of[group] = int(np.argmax(lacking))
+        have[part_of[group]] += sizes[group]
+    return part_of[member]
+
+
+def _check_sides(examples: Sequence[Example], groups: Indices, parts: dict[str, Indices]) -> None:
+    side: dict[int, tuple[str, int]] = {}
+    for name in SHARES:
+        for index in parts[name]:
+            other, first = side.setdefault(int(groups[index]), (name, int(index)))
+            if other != name and examples[index].group is not None:
+                raise ValueError(
+                    f"{examples[index].where}: group {examples[index].group!r} is in {name}, and in {other} at {examples[first].where}; "
+                    "a group must stand on one side"
+                )

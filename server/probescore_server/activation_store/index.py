@@ -1,0 +1,316 @@
+"""What a directory of activations holds, known before anything is computed: the index, and the layout of each shard.
+
+``index.json`` says what was asked of which model, and which rollouts are in which shard. A shard is a safetensors file with, for its
+rollouts one after the other:
+
+    token_ids             (tokens,) int32           the tokens in scope
+    mask                  (tokens,) bool            which of them count
+    finite                (rollouts,) bool          whether the model gave numbers at every tap; else its rows are NaN
+    resid_post.6          (tokens, width)           if every token's activations were asked for
+    resid_post.6/mean     (rows, width)             for each pool: of each rollout the whole scope under the mask, then its spans
+
+A follow-up is a rollout of its own, after the completion that it follows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from probescore.types import Span
+from probescore_server.activation_store.number_formats import NUMBER_FORMATS, NumberFormat
+
+INDEX = "index.json"
+FORMAT = "probescore-activations"
+FORMAT_VERSION = 1
+
+Label: TypeAlias = str | int | float | bool | None
+
+
+class StoreRefused(ValueError):
+    """Activations cannot be stored, or read, as asked; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class StoredRollout:
+    """A completion, or a follow-up to one.
+
+    Attributes:
+        group, completion: where it stood in the data, from 0.
+        follow_up: from the completion, which follow-up of which; empty for the completion itself.
+        id: as the data has it.
+        label: what the data says that it is.
+        tokens: how many are in scope.
+        spans: within ``[0, tokens]``.
+    """
+
+    group: int
+    completion: int
+    follow_up: tuple[int, ...]
+    id: str
+    label: Label
+    tokens: int
+    spans: tuple[Span, ...] = ()
+
+    @property
+    def rows(self) -> int:
+        """How many a pool has of it."""
+        return 1 + len(self.spans)
+
+
+@dataclass(frozen=True)
+class ModelRead:
+    """The model, and how it was run.
+
+    Attributes:
+        id, revision, fingerprint, tokenizer_fingerprint, hidden_size, num_hidden_layers: as a server announces them.
+        dtype: what it computed in.
+        device: kind of device.
+        execution_path: as a server announces it.
+        max_batch_bytes: of activations of a batch; which rollouts run together changes the last bits.
+    """
+
+    id: str
+    revision: str
+    fingerprint: str
+    tokenizer_fingerprint: str
+    hidden_size: int
+    num_hidden_layers: int
+    dtype: str
+    device: str
+    execution_path: str
+    max_batch_bytes: int
+
+
+@dataclass(frozen=True)
+class TensorPlace:
+    """Where a tensor lies in a shard's file.
+
+    Attributes:
+        code: its format, as safetensors calls it.
+        item: the same, as numpy holds it.
+        start: of its first byte in the file.
+    """
+
+    code: str
+    item: np.dtype[np.generic]
+    shape: tuple[int, ...]
+    start: int
+
+    @property
+    def row_bytes(self) -> int:
+        """Of one entry of its first axis."""
+        return int(np.prod(self.shape[1:], dtype=np.int64)) * self.item.itemsize
+
+
+@dataclass(frozen=True, eq=False)
+class Shard:
+    """One file's share.
+
+    Attributes:
+        name: of the file.
+        rollouts: in order.
+    """
+
+    name: str
+    rollouts: tuple[StoredRollout, ...]
+
+    @cached_property
+    def first_tokens(self) -> tuple[int, ...]:
+        """Of each rollout, the row of its first token; then the number of tokens."""
+        return tuple(accumulate((rollout.tokens for rollout in self.rollouts), initial=0))
+
+    @cached_property
+    def first_rows(self) -> tuple[int, ...]:
+        """Of each rollout, its first row among those of a pool; then the number of rows."""
+        return tuple(accumulate((rollout.rows for rollout in self.rollouts), initial=0))
+
+
+@dataclass(frozen=True, eq=False)
+class StoreIndex:
+    """What a directory holds once every shard is there.
+
+    Attributes:
+        model: that was read.
+        taps: names of taps.
+        pools: of ``mean``, ``last`` and ``max``.
+        tokens: whether every token's activations are there.
+        scope: ``completion``, ``prompt`` or ``all``.
+        dtype: what activations are stored in.
+        data_sha256: over every id and mask.
+        shards: in order.
+    """
+
+    model: ModelRead
+    taps: tuple[str, ...]
+    pools: tuple[str, ...]
+    tokens: bool
+    scope: str
+    dtype: str
+    data_sha256: str
+    shards: tuple[Shard, ...]
+
+    @property
+    def number_format(self) -> NumberFormat:
+        """Of the activations."""
+        return NUMBER_FORMATS[self.dtype]
+
+    @cached_property
+    def content(self) -> bytes:
+        """Of the file."""
+        content = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            **{each.name: getattr(self, each.name) for each in fields(self)},
+            "model": asdict(self.model),
+            "shards": [{"name": shard.name, "rollouts": [_as_json(rollout) for rollout in shard.rollouts]} for shard in self.shards],
+        }
+        return json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode() + b"\n"
+
+    @cached_property
+    def _digest(self) -> str:
+        return hashlib.sha256(self.content).hexdigest()
+
+    @classmethod
+    def parse(cls, content: bytes, path: Path) -> StoreIndex:
+        """What ``content`` was made of.
+
+        Raises:
+            StoreRefused: it is no index, or one of another version.
+        """
+        try:
+            parsed = json.loads(content)
+            if parsed["format"] != FORMAT:
+                raise KeyError(FORMAT)
+            if parsed["format_version"] != FORMAT_VERSION:
+                raise StoreRefused(
+                    f"{path}: format_version {parsed['format_version']!r} is not {FORMAT_VERSION}, the one that is read here"
+                )
+            return cls(
+                model=ModelRead(**parsed["model"]),
+                taps=tuple(parsed["taps"]),
+                pools=tuple(parsed["pools"]),
+                tokens=parsed["tokens"],
+                scope=parsed["scope"],
+                dtype=NUMBER_FORMATS[parsed["dtype"]].name,
+                data_sha256=parsed["data_sha256"],
+                shards=tuple(Shard(shard["name"], tuple(map(_from_json, shard["rollouts"]))) for shard in parsed["shards"]),
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if isinstance(error, StoreRefused):
+                raise
+            raise StoreRefused(f"{path}: no index of activations ({type(error).__name__}: {error})") from None
+
+    def layout(self, shard: Shard) -> dict[str, TensorPlace]:
+        """Where each tensor of a shard lies."""
+        return self._laid_out(shard)[1]
+
+    def header(self, shard: Shard) -> bytes:
+        """What a shard's file begins with; it is of this index and no other."""
+        return self._laid_out(shard)[0]
+
+    def file_bytes(self, shard: Shard) -> int:
+        """Of a shard's file."""
+        last = [*self.layout(shard).values()][-1]
+        return last.start + last.shape[0] * last.row_bytes
+
+    def is_whole(self, directory: Path, shard: Shard) -> bool:
+        """Whether a file is there that can be this shard, and no other's."""
+        header = self.header(shard)
+        try:
+            with (directory / shard.name).open("rb") as file:
+                return file.read(len(header)) == header and os.fstat(file.fileno()).st_size == self.file_bytes(shard)
+        except FileNotFoundError:
+            return False
+
+    def _laid_out(self, shard: Shard) -> tuple[bytes, dict[str, TensorPlace]]:
+        entries: dict[str, Any] = {"__metadata__": {"format": FORMAT, "index_sha256": self._digest}}
+        end = 0
+        tensors = [*self._tensors(shard)]
+        for name, code, item, shape in tensors:
+            start, end = end, end + int(np.prod(shape, dtype=np.int64)) * item.itemsize
+            entries[name] = {"dtype": code, "shape": shape, "data_offsets": [start, end]}
+        described = json.dumps(entries, separators=(",", ":")).encode()
+        described += b" " * (-len(described) % 8)
+        header = len(described).to_bytes(8, "little") + described
+        return header, {
+            name: TensorPlace(code, item, shape, len(header) + entries[name]["data_offsets"][0]) for name, code, item, shape in tensors
+        }
+
+    def _tensors(self, shard: Shard) -> Iterator[tuple[str, str, np.dtype[np.generic], tuple[int, ...]]]:
+        """Name, format and shape, the widest formats first, so that each tensor begins at a multiple of its own."""
+        tokens, rows = shard.first_tokens[-1], shard.first_rows[-1]
+        ids = ("token_ids", "I32", np.dtype("<i4"), (tokens,))
+        number_format, width = self.number_format, self.model.hidden_size
+        ids_first = number_format.item.itemsize < ids[2].itemsize
+        if ids_first:
+            yield ids
+        for tap in self.taps:
+            if self.tokens:
+                yield tap, number_format.code, number_format.item, (tokens, width)
+            for pool in self.pools:
+                yield pooled_name(tap, pool), number_format.code, number_format.item, (rows, width)
+        if not ids_first:
+            yield ids
+        yield "mask", "BOOL", np.dtype(np.bool_), (tokens,)
+        yield "finite", "BOOL", np.dtype(np.bool_), (len(shard.rollouts),)
+
+
+def pooled_name(tap: str, pool: str) -> str:
+    """Under which a shard has a pool of a tap."""
+    return f"{tap}/{pool}"
+
+
+def difference(found: StoreIndex, expected: StoreIndex) -> str:
+    """What is not the same in two indices, and how, for people; empty if nothing is."""
+    for name in [each.name for each in fields(ModelRead)]:
+        theirs, ours = getattr(found.model, name), getattr(expected.model, name)
+        if theirs != ours:
+            return f"model.{name}: {_shown(theirs)} there and {_shown(ours)} here"
+    for name in ("taps", "pools", "tokens", "scope", "dtype"):
+        if getattr(found, name) != getattr(expected, name):
+            return f"{name}: {_shown(getattr(found, name))} there and {_shown(getattr(expected, name))} here"
+    if found.data_sha256 != expected.data_sha256:
+        return "the rollouts are others"
+    return "" if found.content == expected.content else "ids, labels, spans or the cut into shards are others"
+
+
+def _shown(value: object) -> str:
+    shown = ", ".join(map(str, value)) if isinstance(value, tuple) else repr(value)
+    return shown if len(shown) <= 100 else shown[:97] + "…"
+
+
+def _as_json(rollout: StoredRollout) -> dict[str, Any]:
+    """What is as usual is left out: there may be a million of them."""
+    content: dict[str, Any] = {"group": rollout.group, "completion": rollout.completion, "tokens": rollout.tokens}
+    if rollout.follow_up:
+        content["follow_up"] = rollout.follow_up
+    if rollout.id:
+        content["id"] = rollout.id
+    if rollout.label is not None:
+        content["label"] = rollout.label
+    if rollout.spans:
+        content["spans"] = [(span.name, span.start, span.end) for span in rollout.spans]
+    return content
+
+
+def _from_json(content: Mapping[str, Any]) -> StoredRollout:
+    spans: Sequence[tuple[str, int, int]] = content.get("spans", ())
+    return StoredRollout(
+        group=content["group"],
+        completion=content["completion"],
+        follow_up=tuple(content.get("follow_up", ())),
+        id=content.get("id", ""),
+        label=content.get("label"),
+        tokens=content["tokens"],
+        spans=tuple(Span(*span) for span in spans),
+    )

@@ -1,0 +1,75 @@
+"""Numbers as they are stored: float32, or half of it, with every overflow refused."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+_QUIET_NAN = np.uint16(0x7FC0)
+
+
+class Overflow(Exception):
+    """A finite number is too large for a format. ``index``: of the first such number; ``value``: it."""
+
+    def __init__(self, index: tuple[int, ...], value: float) -> None:
+        super().__init__(index, value)
+        self.index = index
+        self.value = value
+
+
+@dataclass(frozen=True)
+class NumberFormat:
+    """A format that activations are stored in.
+
+    Attributes:
+        name: as people write it.
+        code: what safetensors calls it.
+        item: what holds one in memory; numpy has no bfloat16, so its bits are held as integers.
+        largest: finite number.
+    """
+
+    name: str
+    code: str
+    item: np.dtype[np.generic]
+    largest: float
+
+    def encode(self, numbers: NDArray[np.float32]) -> NDArray[np.generic]:
+        """Rounds to the nearest, ties to even; NaN stays NaN.
+
+        Raises:
+            Overflow: a finite number would become infinite.
+        """
+        if self.name == "float32":
+            return numbers
+        if self.name == "float16":
+            with np.errstate(over="ignore"):
+                encoded: NDArray[np.generic] = numbers.astype(np.float16)
+            infinite = np.isinf(encoded)
+        else:
+            bits = np.ascontiguousarray(numbers).view(np.uint32)
+            half = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+            encoded = np.where(np.isnan(numbers), _QUIET_NAN, half)
+            infinite = (half & 0x7FFF) == 0x7F80
+        overflown = np.argwhere(infinite & np.isfinite(numbers))
+        if len(overflown):
+            index = tuple(int(axis) for axis in overflown[0])
+            raise Overflow(index, float(numbers[index]))
+        return encoded
+
+    def decode(self, stored: NDArray[np.generic]) -> NDArray[np.float32]:
+        """As float32, exactly."""
+        if self.name == "bfloat16":
+            return (stored.astype(np.uint32) << 16).view(np.float32)
+        return stored.astype(np.float32)
+
+
+NUMBER_FORMATS = {
+    number_format.name: number_format
+    for number_format in (
+        NumberFormat("float32", "F32", np.dtype("<f4"), float(np.finfo(np.float32).max)),
+        NumberFormat("bfloat16", "BF16", np.dtype("<u2"), float(np.uint32(0x7F7F0000).view(np.float32))),
+        NumberFormat("float16", "F16", np.dtype("<f2"), float(np.finfo(np.float16).max)),
+    )
+}

@@ -1,0 +1,389 @@
+"""From an engine to a directory of activations, shard by shard.
+
+The index is written first and says everything but the numbers; a shard is written beside its place and renamed when it is whole. So a run
+that was killed goes on where it stopped, and since each shard begins with nothing in the key-value cache, it ends with the same bytes.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from probescore.types import CompletionStatus, RolloutGroup, Scope, Span, Tap
+from probescore_server.activation_store.index import (
+    INDEX,
+    Label,
+    ModelRead,
+    Shard,
+    StoredRollout,
+    StoreIndex,
+    StoreRefused,
+    difference,
+    pooled_name,
+)
+from probescore_server.activation_store.number_formats import NUMBER_FORMATS, Overflow
+from probescore_server.activations import MAX_BATCH_BYTES, ActivationReads, CompletionActivations
+from probescore_server.engine.engine import Engine
+from probescore_server.files import write_atomically
+from probescore_server.rollouts import CheckedRollout, Continuation, ResolvedOptions
+from probescore_server.validation.options import parse_scope
+
+SHARD_BYTES = 1 << 29
+"""Of activations in a shard at most, unless one rollout alone has more."""
+
+SHARD_TOKENS = 1 << 16
+"""That are computed for a shard at most, unless one rollout alone has more: what a killed run may lose."""
+
+_PARTIAL = ".partial"
+
+
+def _ignore(_done: int, _total: int) -> None:
+    pass
+
+
+@dataclass(frozen=True, eq=False)
+class StorePlan:
+    """What will be written, known before anything is computed; made by ``StorePlan.make``.
+
+    Attributes:
+        index: of the directory.
+        engine: that will read.
+        reads: what it reads.
+        rollouts: by shard, its rollouts and where they stand in the data.
+    """
+
+    index: StoreIndex
+    engine: Engine
+    reads: ActivationReads
+    rollouts: tuple[tuple[tuple[CheckedRollout, tuple[int, int]], ...], ...]
+
+    @property
+    def bytes(self) -> int:
+        """Of all files."""
+        return len(self.index.content) + sum(map(self.index.file_bytes, self.index.shards))
+
+    @property
+    def completions(self) -> int:
+        """How many are read."""
+        return sum(map(len, self.rollouts))
+
+    @classmethod
+    def make(
+        cls,
+        engine: Engine,
+        groups: Sequence[RolloutGroup],
+        *,
+        taps: Sequence[str | Tap] | str,
+        pool: Sequence[str] | str = ("mean", "last"),
+        scope: Scope | str = Scope.COMPLETION,
+        dtype: str = "float32",
+        labels: Sequence[Sequence[Label]] = (),
+        max_batch_bytes: int = MAX_BATCH_BYTES,
+    ) -> StorePlan:
+        """Checks what is asked for, and cuts it into shards.
+
+        Args:
+            engine: loaded for these taps.
+            groups: what to read.
+            taps: as ``Engine.activations`` takes them.
+            pool: as ``Engine.activations`` takes it.
+            scope: ``completion``, ``prompt`` or ``all``.
+            dtype: that activations are stored in: ``float32``, ``bfloat16`` or ``float16``.
+            labels: by group, what each of its completions is; empty = not labelled.
+            max_batch_bytes: of activations that are held at once, in float32 on the model's device.
+
+        Raises:
+            InvalidRequest: names the field at fault.
+            LimitExceeded: one completion alone has more activations than ``max_batch_bytes``.
+            StoreRefused: ``dtype`` is none, or there are other labels than completions.
+        """
+        if dtype not in NUMBER_FORMATS:
+            raise StoreRefused(f"dtype {dtype!r} is none of {', '.join(NUMBER_FORMATS)}")
+        reads = engine.resolve_reads(taps, pool)
+        options = ResolvedOptions(probes=(), scope=parse_scope(scope))
+        if labels and [*map(len, labels)] != [len(group.completions) for group in groups]:
+            raise StoreRefused("labels: one is needed for each completion of each group, or none at all")
+        placed = [
+            (rollout, (group, completion))
+            for group, rollouts in enumerate(engine.check_rollouts(groups, options))
+            for completion, rollout in enumerate(rollouts)
+        ]
+        rollouts, places = [rollout for rollout, _ in placed], [place for _, place in placed]
+        engine.read_rollouts(rollouts, places, reads, max_batch_bytes=max_batch_bytes)  # refuses at the call, and begins nothing
+        info = engine.info
+        index = StoreIndex(
+            model=ModelRead(
+                id=info.model.id,
+                revision=info.model.revision,
+                fingerprint=info.model.fingerprint,
+                tokenizer_fingerprint=info.tokenizer_fingerprint,
+                hidden_size=info.model.hidden_size,
+                num_hidden_layers=info.model.num_hidden_layers,
+                dtype=info.dtype,
+                device=info.device.partition(":")[0],
+                execution_path=info.execution_path,
+                max_batch_bytes=max_batch_bytes,
+            ),
+            taps=tuple(map(str, reads.taps)),
+            pools=tuple(pool.value for pool in reads.pools),
+            tokens=reads.tokens,
+            scope=options.scope.value,
+            dtype=dtype,
+            data_sha256=_digest(rollouts),
+            shards=(),
+        )
+        stored = [[*_stored_rollouts(rollout, place, labels[place[0]][place[1]] if labels else None)] for rollout, place in placed]
+        shares = [*_shares(index, placed, stored)]
+        shards = tuple(
+            Shard(f"activations-{number:05}.safetensors", tuple(view for place in share for view in stored[place]))
+            for number, share in enumerate(shares)
+        )
+        return cls(replace(index, shards=shards), engine, reads, tuple(tuple(placed[place] for place in share) for share in shares))
+
+    def write(self, directory: Path, progress: Callable[[int, int], None] = _ignore) -> None:
+        """Writes the shards that are not there yet.
+
+        Args:
+            directory: made if it does not exist; else empty, or with what an earlier run of the same has written.
+            progress: called with the number of completions that are done, and of all, at the beginning and after each.
+
+        Raises:
+            StoreRefused: the directory holds something else, another run writes to it, there is no room, or a number is too large for
+                the dtype.
+            OSError: it cannot be written to.
+        """
+        check_target(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        with _claimed(directory):
+            self._begin(directory)
+            missing = [number for number, shard in enumerate(self.index.shards) if not self.index.is_whole(directory, shard)]
+            _check_room(directory, sum(self.index.file_bytes(self.index.shards[number]) for number in missing))
+            done = self.completions - sum(len(self.rollouts[number]) for number in missing)
+            progress(done, self.completions)
+            for number in missing:
+                shard = self.index.shards[number]
+                rollouts, places = zip(*self.rollouts[number], strict=True)
+                with _shard_file(directory / shard.name, self.index, shard) as file:
+                    for found in self.engine.read_rollouts(rollouts, places, self.reads, max_batch_bytes=self.index.model.max_batch_bytes):
+                        file.add(found)
+                        done += 1
+                        progress(done, self.completions)
+
+    def _begin(self, directory: Path) -> None:
+        index = directory / INDEX
+        if index.exists():
+            found = StoreIndex.parse(index.read_bytes(), index)
+            if differs := difference(found, self.index):
+                raise StoreRefused(f"{directory}: holds other activations ({differs}); give another directory, or remove it")
+        for partial in directory.glob(f"*{_PARTIAL}"):
+            partial.unlink()
+        if not index.exists():
+            _check_room(directory, self.bytes)
+            write_atomically(index, self.index.content)
+
+
+def store_activations(
+    engine: Engine,
+    groups: Sequence[RolloutGroup],
+    directory: Path | str,
+    *,
+    taps: Sequence[str | Tap] | str,
+    pool: Sequence[str] | str = ("mean", "last"),
+    scope: Scope | str = Scope.COMPLETION,
+    dtype: str = "float32",
+    labels: Sequence[Sequence[Label]] = (),
+    max_batch_bytes: int = MAX_BATCH_BYTES,
+    progress: Callable[[int, int], None] = _ignore,
+) -> None:
+    """Reads activations and writes them to a directory, which ``StoredActivations`` reads; goes on where an earlier run stopped.
+
+    The arguments and errors are those of ``StorePlan.make`` and ``StorePlan.write``.
+    """
+    plan = StorePlan.make(engine, groups, taps=taps, pool=pool, scope=scope, dtype=dtype, labels=labels, max_batch_bytes=max_batch_bytes)
+    plan.write(Path(directory), progress)
+
+
+def check_target(directory: Path) -> None:
+    """Refuses a place where no activations can go, before anything is computed for it.
+
+    Raises:
+        StoreRefused: it is no directory, or one with something else.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise StoreRefused(f"{directory}: is no directory; give another place")
+    if directory.is_dir() and not (directory / INDEX).exists() and any(directory.iterdir()):
+        raise StoreRefused(f"{directory}: is not empty, and holds no activations; give another directory")
+
+
+@contextmanager
+def _shard_file(path: Path, index: StoreIndex, shard: Shard) -> Iterator[_ShardFile]:
+    """A shard to write, which stands in its place afterwards, or not at all."""
+    partial = path.with_name(path.name + _PARTIAL)
+    try:
+        with partial.open("xb") as file:
+            # taken as a whole, so that a disk that others fill meanwhile ends this here and not in the middle
+            os.posix_fallocate(file.fileno(), 0, index.file_bytes(shard))
+            shard_file = _ShardFile(file.fileno(), index, shard)
+            yield shard_file
+            os.fsync(file.fileno())
+        partial.replace(path)
+        _sync(path.parent)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _sync(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class _ShardFile:
+    """Writes a shard's rollouts, one after the other."""
+
+    def __init__(self, descriptor: int, index: StoreIndex, shard: Shard) -> None:
+        self._descriptor = descriptor
+        self._index = index
+        self._shard = shard
+        self._places = index.layout(shard)
+        self._next = 0
+        self._write(0, index.header(shard))
+
+    def add(self, found: CompletionActivations) -> None:
+        """Writes the next completion, and its follow-ups."""
+        view = self._next
+        self._next += 1
+        token, row = self._shard.first_tokens[view], self._shard.first_rows[view]
+        is_finite = found.status is CompletionStatus.OK
+        self._put("token_ids", token, found.token_ids)
+        self._put("mask", token, found.selections[0])
+        self._put("finite", view, np.array([is_finite]))
+        for tap in self._index.taps:
+            if self._index.tokens:
+                self._put_numbers(tap, token, found.tokens[tap] if is_finite else self._nothing(len(found.token_ids)), found)
+            for column, pool in enumerate(self._index.pools):
+                rows = found.pooled[tap][:, column] if is_finite else self._nothing(len(found.selections))
+                self._put_numbers(pooled_name(tap, pool), row, rows, found)
+        for follow_up in found.follow_ups:
+            self.add(follow_up)
+
+    def _nothing(self, rows: int) -> NDArray[np.float32]:
+        return np.full((rows, self._index.model.hidden_size), np.nan, np.float32)
+
+    def _put_numbers(self, name: str, first: int, rows: NDArray[np.float32], found: CompletionActivations) -> None:
+        try:
+            self._put(name, first, self._index.number_format.encode(rows))
+        except Overflow as overflow:
+            number_format = self._index.number_format
+            raise StoreRefused(
+                f"{name}: {overflow.value:,.6g} in row {overflow.index[0]} of groups[{found.group_index}].completions"
+                f"[{found.completion_index}] is beyond {number_format.name}, whose largest number is {number_format.largest:,.6g}; store "
+                f"{'bfloat16 or ' if number_format.name == 'float16' else ''}float32 in another directory"
+            ) from None
+
+    def _put(self, name: str, first: int, rows: NDArray[np.generic]) -> None:
+        place = self._places[name]
+        self._write(place.start + first * place.row_bytes, np.ascontiguousarray(rows, place.item).tobytes())
+
+    def _write(self, start: int, content: bytes) -> None:
+        view = memoryview(content)
+        while view:
+            written = os.pwrite(self._descriptor, view, start)
+            view, start = view[written:], start + written
+
+
+@contextmanager
+def _claimed(directory: Path) -> Iterator[None]:
+    """While this is open no other run writes to the directory."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StoreRefused(f"{directory}: another run is writing to it; wait for its end, or give another directory") from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def free_bytes(directory: Path) -> int:
+    """Where a directory is, or will be."""
+    there = next(place for place in (directory, *directory.absolute().parents) if place.exists())
+    return shutil.disk_usage(there).free
+
+
+def _check_room(directory: Path, needed: int) -> None:
+    free = free_bytes(directory)
+    if needed > free:
+        raise StoreRefused(
+            f"{directory}: {needed / 1e9:,.2f} GB are to be written, and {free / 1e9:,.2f} GB are free; ask for fewer taps, for pools in "
+            "place of tokens, or for bfloat16"
+        )
+
+
+def _stored_rollouts(rollout: CheckedRollout, place: tuple[int, int], label: Label) -> Iterator[StoredRollout]:
+    scope = rollout.options.scope
+
+    def tree(continuation: Continuation, path: tuple[int, ...]) -> Iterator[StoredRollout]:
+        before = len(rollout.prompt_ids) if scope is not Scope.COMPLETION and not path else 0
+        own = 0 if scope is Scope.PROMPT and not path else len(continuation.token_ids)
+        spans = tuple(Span(span.name, before + span.start, before + span.end) for span in continuation.spans)
+        yield StoredRollout(*place, path, continuation.id, label, before + own, spans)
+        for index, follow_up in enumerate(continuation.follow_ups):
+            yield from tree(follow_up, (*path, index))
+
+    return tree(rollout.completion, ())
+
+
+def _shares(
+    index: StoreIndex, placed: Sequence[tuple[CheckedRollout, tuple[int, int]]], stored: Sequence[Sequence[StoredRollout]]
+) -> Iterator[list[int]]:
+    """Which rollouts go into each shard."""
+    row_bytes = index.model.hidden_size * index.number_format.item.itemsize * len(index.taps)
+    share: list[int] = []
+    bytes_, tokens, prompt = 0, 0, b""
+    for number, ((rollout, _), views) in enumerate(zip(placed, stored, strict=True)):
+        size = row_bytes * sum(view.tokens * index.tokens + view.rows * len(index.pools) for view in views)
+        own = rollout.prompt_ids.tobytes()
+        cost = rollout.completion.tree_tokens + (len(rollout.prompt_ids) if own != prompt or not share else 0)
+        if share and (bytes_ + size > SHARD_BYTES or tokens + cost > SHARD_TOKENS):
+            yield share
+            share, bytes_, tokens = [], 0, 0
+            cost = rollout.completion.tree_tokens + len(rollout.prompt_ids)
+        share.append(number)
+        bytes_, tokens, prompt = bytes_ + size, tokens + cost, own
+    yield share
+
+
+def _digest(rollouts: Sequence[CheckedRollout]) -> str:
+    """Over every id and mask, and how they hang together."""
+    digest = hashlib.sha256()
+
+    def add(array: NDArray[np.generic]) -> None:
+        digest.update(len(array).to_bytes(8, "little") + array.tobytes())
+
+    def tree(continuation: Continuation) -> None:
+        add(continuation.token_ids)
+        mask = np.ones(len(continuation.token_ids), np.bool_) if continuation.mask is None else continuation.mask
+        add(mask)
+        digest.update(len(continuation.follow_ups).to_bytes(8, "little"))
+        for follow_up in continuation.follow_ups:
+            tree(follow_up)
+
+    for rollout in rollouts:
+        add(rollout.prompt_ids)
+        tree(rollout.completion)
+    return digest.hexdigest()

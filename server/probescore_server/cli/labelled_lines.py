@@ -1,0 +1,143 @@
+"""Labelled rollouts as lines of JSON: what ``probescore probes fit DATA`` reads.
+
+A line is one that ``probescore score`` reads, with a ``label`` for each completion; beside the prompt it may have ``group``, ``split``,
+``slice`` and ``weight``, and a completion ``span_labels`` (``[[start, end, label], …]``, in characters of a text, in tokens of ids) and
+``token_labels`` (one for each of its ids, ``null`` = none).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from probescore.types import Chat, Completion, Text
+from probescore_server.cli.rollout_lines import UNDECODABLE, Label, LineError, parsed_line, rollout_group
+
+if TYPE_CHECKING:
+    from probescore_probes.fitting.labelled_rollouts import LabelledRollout, Passage
+
+_SPLITS = ("train", "calibration", "test", "ood")
+_OF_LINE = ("group", "split", "slice", "weight")
+_OF_COMPLETION = ("span_labels", "token_labels")
+
+
+def read_labelled_file(name: str, *, positive: str | None, add_special_tokens: bool) -> list[LabelledRollout]:
+    """Every labelled rollout of a file; completions without a label are left out.
+
+    Args:
+        name: of the file.
+        positive: the label, as text, that stands for the behaviour; ``None`` = labels are true and false, or 1 and 0.
+        add_special_tokens: whether prompts given as text get the tokenizer's special tokens (BOS).
+
+    Raises:
+        LineError: a line is not a labelled rollout; names the file, the line and the field.
+        OSError: the file cannot be read.
+    """
+    with Path(name).open(encoding="utf-8", errors=UNDECODABLE) as lines:
+        return list(read_labelled_lines(lines, name, positive=positive, add_special_tokens=add_special_tokens))
+
+
+def read_labelled_lines(lines: Iterable[str], source: str, *, positive: str | None, add_special_tokens: bool) -> Iterator[LabelledRollout]:
+    """The labelled rollouts of lines; as ``read_labelled_file``."""
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                yield from _rollouts(parsed_line(line), f"{source}:{number}", positive, add_special_tokens)
+            except LineError as error:
+                raise LineError(f"{source}:{number}: {error}") from None
+
+
+def _rollouts(content: object, where: str, positive: str | None, add_special_tokens: bool) -> Iterator[LabelledRollout]:
+    from probescore_probes.fitting.labelled_rollouts import LabelledRollout
+
+    plain, own = _without_labels(content)
+    group = rollout_group(plain, add_special_tokens)
+    assert isinstance(content, dict)  # noqa: S101 - else rollout_group had refused it
+    of_line = _of_line(content)
+    several = "completions" in content
+    for index, (completion, label) in enumerate(zip(group.completions, group.labels, strict=True)):
+        assert isinstance(completion, Completion)  # noqa: S101 - as rollout_group makes them
+        field = f"completions[{index}]" if several else "completion"
+        if completion.follow_ups:
+            raise LineError(f"{field}.follow_ups: a probe is not fitted on follow-ups; put what should be read into the completion")
+        is_text = isinstance(completion.tokens, str)
+        passages = _span_labels(own[index].get("span_labels", []), f"{field}.span_labels", positive)
+        token_labels = own[index].get("token_labels")
+        if token_labels is not None:
+            if is_text or not isinstance(token_labels, list):
+                raise LineError(f"{field}.token_labels: expected a list beside ids, one label for each; a text takes span_labels")
+            token_labels = tuple(
+                None if entry is None else _is_positive(entry, f"{field}.token_labels[{place}]", positive)
+                for place, entry in enumerate(token_labels)
+            )
+        whole = None if label is None else _is_positive(label, f"{field}.label" if several else "label", positive)
+        if whole is None and not passages and token_labels is None:
+            continue
+        prompt = group.prompt if isinstance(group.prompt, Text | Chat) else [int(token) for token in group.prompt]
+        yield LabelledRollout(
+            prompt, completion, whole, f"{where} {field}" if several else where, passages=passages, token_labels=token_labels, **of_line
+        )
+
+
+def _without_labels(content: object) -> tuple[object, list[dict[str, Any]]]:
+    """A line as ``probescore score`` reads it, and what each completion has beyond that."""
+    if not isinstance(content, dict):
+        return content, []
+    completions = content.get("completions", [content["completion"]] if "completion" in content else [])
+    if not isinstance(completions, list):
+        return content, []
+    own = [{key: entry[key] for key in _OF_COMPLETION if key in entry} if isinstance(entry, dict) else {} for entry in completions]
+    plain = [
+        {key: value for key, value in entry.items() if key not in _OF_COMPLETION} if isinstance(entry, dict) else entry
+        for entry in completions
+    ]
+    kept = {key: value for key, value in content.items() if key not in _OF_LINE}
+    return {**kept, "completions": plain} if "completions" in content else {**kept, **({"completion": plain[0]} if plain else {})}, own
+
+
+def _of_line(content: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    if content.get("group") is not None:
+        if isinstance(content["group"], bool) or not isinstance(content["group"], str | int):
+            raise LineError(f"group: expected text or a whole number, got {content['group']!r:.60}")
+        found["group"] = str(content["group"])
+    if content.get("split") is not None:
+        if content["split"] not in _SPLITS:
+            raise LineError(f"split: expected one of {', '.join(_SPLITS)}, got {content['split']!r:.60}")
+        found["split"] = content["split"]
+    if content.get("slice") is not None:
+        if not isinstance(content["slice"], str):
+            raise LineError(f"slice: expected text, got {content['slice']!r:.60}")
+        found["slice"] = content["slice"]
+    if content.get("weight") is not None:
+        weight = content["weight"]
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
+            raise LineError(f"weight: expected a number above 0, got {weight!r:.60}")
+        found["weight"] = float(weight)
+    return found
+
+
+def _span_labels(content: object, field: str, positive: str | None) -> tuple[Passage, ...]:
+    from probescore_probes.fitting.labelled_rollouts import Passage
+
+    if not isinstance(content, list):
+        raise LineError(f"{field}: expected a list of [start, end, label], got {content!r:.60}")
+    passages = []
+    for index, entry in enumerate(content):
+        bounds = entry[:2] if isinstance(entry, list) and len(entry) == 3 else []
+        if len(bounds) != 2 or not all(isinstance(bound, int) and not isinstance(bound, bool) for bound in bounds):
+            raise LineError(f"{field}[{index}]: expected [start, end, label], got {entry!r:.60}")
+        passages.append(Passage(bounds[0], bounds[1], _is_positive(entry[2], f"{field}[{index}]", positive)))
+    return tuple(passages)
+
+
+def _is_positive(label: Label, field: str, positive: str | None) -> bool:
+    if positive is not None:
+        return (str(label).lower() if isinstance(label, bool) else str(label)) == positive
+    if isinstance(label, bool):
+        return label
+    if isinstance(label, int | float) and label in (0, 1):
+        return bool(label)
+    raise LineError(f"{field}: expected true or false, or 1 or 0, got {label!r:.60}; or say which label is the behaviour: --positive LABEL")

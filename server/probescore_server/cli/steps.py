@@ -1,0 +1,34 @@
+"""The steps of loading a model, as people see them."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+from probescore_server.cli.tables import safe
+
+
+class CheckSteps:
+    """Prints each step of a check once it has passed or failed, with a spinner while it runs."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._status = console.status("")
+        self._step = ""
+
+    def begin(self, step: str) -> None:
+        """The step before is done."""
+        self._end("[green]✓[/green]")
+        self._step = step
+        self._status.update(safe(step))
+
+    def _end(self, mark: str) -> None:
+        if self._step:
+            self._console.print(f"{mark} {safe(self._step)}")
+
+    def __enter__(self) -> CheckSteps:
+        self._status.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._status.stop()
+        self._end("[green]✓[/green]" if kind is None else "[red]✗[/red]")

@@ -1,0 +1,156 @@
+"""From a batch's activations to what is wanted of its completions, as arrays on the host."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from probescore.types import CompletionStatus, Scope, Tap
+from probescore_server.activations import ActivationReads, CompletionActivations, Pool
+from probescore_server.backbone.base import Activations
+from probescore_server.backbone.forest import Forest, Placement
+from probescore_server.probes.scoring.selections import SegmentRows, selected_tokens
+
+
+@dataclass(frozen=True, eq=False)
+class _View:
+    """A completion or a follow-up, and where it stands in the batch.
+
+    Attributes:
+        rows: ``(T,)`` int64, those of its tokens in scope.
+        selections: ``(1 + spans, T)`` bool.
+        first: index of its first selection among those of the batch.
+        follow_ups: of it.
+    """
+
+    placement: Placement
+    token_ids: NDArray[np.int32]
+    rows: NDArray[np.int64]
+    selections: NDArray[np.bool_]
+    first: int
+    follow_ups: tuple[_View, ...]
+
+
+class BatchActivations:
+    """What is wanted of the completions of one batch, on the host.
+
+    Args:
+        forest: the batch.
+        activations: of the forest, at these taps.
+        scope: of every rollout.
+        taps: those that were read.
+        reads: what is wanted.
+        live: indices of the rollouts whose activations are all there.
+    """
+
+    def __init__(
+        self,
+        forest: Forest,
+        activations: Activations,
+        scope: Scope,
+        taps: Sequence[Tap],
+        reads: ActivationReads,
+        live: Sequence[int],
+    ) -> None:
+        self._forest = forest
+        self._scope = scope
+        self._rows = SegmentRows(forest, dict(activations.starts))
+        self._reads = reads
+        self._selections = 0
+        self._views = {index: self._view(forest.placements[index], is_follow_up=False) for index in live}
+        self._finite: dict[str, NDArray[np.bool_]] = {}
+        self._pooled: dict[str, NDArray[np.float32]] = {}
+        self._tokens: dict[str, NDArray[np.float32]] = {}
+        for tap in taps:
+            rows = activations.rows[tap]
+            self._finite[str(tap)] = torch.isfinite(rows).all(dim=1).cpu().numpy()
+            if reads.pools:
+                self._pooled[str(tap)] = self._pool(rows)
+            if reads.tokens:
+                self._tokens[str(tap)] = rows.cpu().numpy()
+
+    def of(self, rollout: int, group_index: int, completion_index: int) -> CompletionActivations:
+        """What was read of a rollout; arrays of its own, so that the batch's are not kept alive."""
+        return self._of(self._views[rollout], group_index, completion_index)
+
+    def _of(self, view: _View, group_index: int, completion_index: int) -> CompletionActivations:
+        continuation = view.placement.continuation
+        broken = next((tap for tap, finite in self._finite.items() if not finite[view.rows].all()), None)
+        within = slice(view.first, view.first + len(view.selections))
+        return CompletionActivations(
+            group_index=group_index,
+            completion_index=completion_index,
+            id=continuation.id,
+            status=CompletionStatus.OK if broken is None else CompletionStatus.NON_FINITE,
+            token_ids=view.token_ids,
+            selections=view.selections,
+            spans=tuple(span.name for span in continuation.spans),
+            tokens={tap: rows[view.rows] for tap, rows in self._tokens.items()} if broken is None else {},
+            pooled={tap: rows[within].copy() for tap, rows in self._pooled.items()} if broken is None else {},
+            status_message="" if broken is None else f"the model gives NaN or an infinity at {broken}",
+            inexact_ids=continuation.inexact_ids,
+            follow_ups=tuple(self._of(follow_up, group_index, completion_index) for follow_up in view.follow_ups),
+        )
+
+    def _view(self, placement: Placement, *, is_follow_up: bool) -> _View:
+        segments, selections = selected_tokens(self._forest, placement, self._scope, is_follow_up=is_follow_up)
+        ids = [np.zeros(0, np.int32), *(self._forest.segments[segment].token_ids for segment in segments)]
+        first, self._selections = self._selections, self._selections + len(selections)
+        follow_ups = tuple(self._view(follow_up, is_follow_up=True) for follow_up in placement.follow_ups)
+        return _View(placement, np.concatenate(ids), self._rows.of(segments), selections, first, follow_ups)
+
+    def _pool(self, rows: torch.Tensor) -> NDArray[np.float32]:
+        """``(selections of the batch, pools, hidden_size)``."""
+        pooled = torch.full((self._selections, len(self._reads.pools), rows.shape[1]), torch.nan, dtype=torch.float32, device=rows.device)
+        for view in self._every_view():
+            for offset, selection in enumerate(view.selections):
+                indices = view.rows[selection]
+                if len(indices) == 0:
+                    continue
+                selected = _rows_at(rows, indices)
+                for column, pool in enumerate(self._reads.pools):
+                    pooled[view.first + offset, column] = _pooled(selected, pool)
+        return pooled.cpu().numpy()
+
+    def _every_view(self) -> Iterator[_View]:
+        waiting = [*self._views.values()]
+        while waiting:
+            view = waiting.pop()
+            yield view
+            waiting.extend(view.follow_ups)
+
+
+def joined(parts: Sequence[CompletionActivations]) -> CompletionActivations:
+    """One completion, of which some taps were read at a time."""
+    first, *others = parts
+    if not others:
+        return first
+    broken = next((part for part in parts if part.status is not CompletionStatus.OK), first)
+    is_whole = broken.status is CompletionStatus.OK
+    return replace(
+        broken,
+        tokens={tap: rows for part in parts for tap, rows in part.tokens.items()} if is_whole else {},
+        pooled={tap: rows for part in parts for tap, rows in part.pooled.items()} if is_whole else {},
+        follow_ups=tuple(joined(follow_ups) for follow_ups in zip(*(part.follow_ups for part in parts), strict=True)),
+    )
+
+
+def _rows_at(rows: torch.Tensor, indices: NDArray[np.int64]) -> torch.Tensor:
+    if indices[-1] - indices[0] + 1 == len(indices):
+        return rows[int(indices[0]) : int(indices[-1]) + 1]  # a run of rows is not copied
+    return rows[torch.from_numpy(indices).to(rows.device)]
+
+
+def _pooled(selected: torch.Tensor, pool: Pool) -> torch.Tensor:
+    """One row ``(hidden_size,)`` of one or more. Means are added up in float64, so that their order leaves no trace."""
+    match pool:
+        case Pool.LAST:
+            return selected[-1]
+        case Pool.MAX:
+            return selected.amax(dim=0)
+        case _:
+            return selected.double().mean(dim=0).float()

@@ -1,0 +1,56 @@
+"""Rollouts that are run together: bounded in tokens, and in the tokens whose activations are held."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Sequence
+
+from probescore.types import Scope
+from probescore_server.rollouts import CheckedRollout, Continuation
+
+
+def batches(rollouts: Sequence[CheckedRollout], max_tokens: int, max_read_tokens: int | None = None) -> Iterator[list[CheckedRollout]]:
+    """Consecutive rollouts within both bounds, or a single one beyond them; what a batch has already counts nothing.
+
+    Args:
+        rollouts: in order.
+        max_tokens: of a batch.
+        max_read_tokens: of those that are in scope; ``None`` = as many as there are.
+    """
+    batch: list[CheckedRollout] = []
+    counted: set[Hashable] = set()
+    tokens = read = 0
+    for rollout in rollouts:
+        costs = _costs(rollout)
+        more = [cost for name, cost in costs.items() if name not in counted]
+        more_tokens, more_read = (sum(numbers) for numbers in zip(*more, strict=True)) if more else (0, 0)
+        if batch and (tokens + more_tokens > max_tokens or (max_read_tokens is not None and read + more_read > max_read_tokens)):
+            yield batch
+            batch, counted, tokens, read = [], set(), 0, 0
+            more_tokens, more_read = (sum(numbers) for numbers in zip(*costs.values(), strict=True))
+        batch.append(rollout)
+        counted |= costs.keys()
+        tokens, read = tokens + more_tokens, read + more_read
+    if batch:
+        yield batch
+
+
+def read_tokens(rollout: CheckedRollout) -> int:
+    """Tokens of a rollout, and of its follow-ups, that are in scope."""
+    return sum(read for _, read in _costs(rollout).values())
+
+
+def _costs(rollout: CheckedRollout) -> dict[Hashable, tuple[int, int]]:
+    """Tokens, and how many of them are in scope, of the prompt and of the completion with its follow-ups, each under a name that is the
+    same for the same tokens.
+    """
+    prompt, completion, scope = rollout.prompt_ids.tobytes(), rollout.completion, rollout.options.scope
+    own: Hashable = completion if completion.follow_ups else completion.token_ids.tobytes()
+    prompt_tokens = len(rollout.prompt_ids)
+    return {
+        prompt: (prompt_tokens, 0 if scope is Scope.COMPLETION else prompt_tokens),
+        (prompt, own): (completion.tree_tokens, _read(completion, scope)),
+    }
+
+
+def _read(completion: Continuation, scope: Scope) -> int:
+    return completion.tree_tokens - (len(completion.token_ids) if scope is Scope.PROMPT else 0)
