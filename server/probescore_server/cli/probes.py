@@ -1,4 +1,4 @@
-"""``probescore probes``: fit, list, inspect and verify probes."""
+"""``probescore probes``: fit, judge, calibrate, compare, list, inspect and verify probes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from probescore_server.cli import fitting
+from probescore_server.cli import calibrating, comparing, differences, evaluating, fitting
 from probescore_server.cli.common.connection import DEFAULT_ADDRESS, Address, Wait, connected
 from probescore_server.cli.common.console import new_console
 from probescore_server.cli.common.failures import one_line_failures
@@ -19,8 +19,11 @@ ProbeFileArgument = Annotated[Path, typer.Argument(help="A probe file.", show_de
 
 def register(app: typer.Typer) -> None:
     """Adds the commands under ``probes``."""
-    probes = typer.Typer(help="Fit, list, inspect and verify probes.", no_args_is_help=True, rich_markup_mode="rich")
-    fitting.register(probes)
+    probes = typer.Typer(
+        help="Fit, judge, calibrate, compare, list, inspect and verify probes.", no_args_is_help=True, rich_markup_mode="rich"
+    )
+    for command in (fitting, evaluating, calibrating, comparing, differences):
+        command.register(probes)
     probes.command("list")(_list)
     probes.command("inspect")(_inspect)
     probes.command("verify")(_verify)
