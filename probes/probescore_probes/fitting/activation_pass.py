@@ -35,6 +35,7 @@ class ActivationTable:
         predicted: ``(n,)`` how many tokens ``surprise`` is the sum of.
         sink: by tap ``(n,)``, the norm at position 0 over the median norm of the rollout; NaN where position 0 is not read.
         surprise_problem: why there is no ``surprise``; empty if there is.
+        tokens: of each example, all of those tokens ``(tokens, hidden_size)`` at the one tap that was chosen; ``None`` = not read.
     """
 
     taps: tuple[str, ...]
@@ -44,6 +45,7 @@ class ActivationTable:
     predicted: NDArray[np.int64]
     sink: dict[str, NDArray[np.float64]]
     surprise_problem: str = ""
+    tokens: tuple[NDArray[np.float32], ...] | None = None
 
     def of(self, indices: NDArray[np.int64]) -> ActivationTable:
         """Of some of the examples."""
@@ -53,6 +55,7 @@ class ActivationTable:
             surprise=self.surprise[indices],
             predicted=self.predicted[indices],
             sink={tap: values[indices] for tap, values in self.sink.items()},
+            tokens=None if self.tokens is None else tuple(self.tokens[index] for index in indices),
         )
 
 

@@ -126,12 +126,15 @@ def warnings_of(evidence: Evidence) -> tuple[Warning, ...]:
 def verdict_of(evidence: Evidence, warnings: tuple[Warning, ...]) -> Verdict:
     """What the numbers say of the probe, the worst first."""
     test = shown(evidence.test)
-    if evidence.test.low <= 0.5:
-        return Verdict("useless", f"Useless: on test rollouts the served probe has AUROC {test}, which chance alone can give.")
-    leak = next((name for name, found in evidence.text.items() if abs(found.value - 0.5) > LEAK), None)
     length = evidence.rivals.get("length")
-    if length is not None and length.high >= evidence.test.low and length.low > 0.5:
-        return Verdict("doubtful", f"Length alone tells these rollouts apart: AUROC {shown(length)}, the probe {test}.")
+    by_length = length is not None and length.high >= evidence.test.low and length.low > 0.5
+    told = f"Length alone tells these rollouts apart: AUROC {shown(length)}, the probe {test}." if length is not None and by_length else ""
+    if evidence.test.low <= 0.5:
+        sentence = f"Useless: on test rollouts the served probe has AUROC {test}, which chance alone can give."
+        return Verdict("useless", f"{sentence} {told}".strip())
+    if told:
+        return Verdict("doubtful", told)
+    leak = next((name for name, found in evidence.text.items() if abs(found.value - 0.5) > LEAK), None)
     rival = next((name for name, found in evidence.rivals.items() if found.high >= evidence.test.low), None)
     if rival is not None:
         return Verdict("doubtful", f"Not shown to be better than {rival}: AUROC {shown(evidence.rivals[rival])}, the probe {test}.")

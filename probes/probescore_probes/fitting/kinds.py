@@ -23,8 +23,9 @@ from probescore_probes.fitting.pooling_kinds import (
     sigmoids_function,
 )
 from probescore_probes.fitting.serving import FittedProbe
+from probescore_probes.fitting.token_kinds import ATTENTION, TOKEN_KINDS, WINDOW, fit_tokens, score_tokens, tokens_function
 
-KINDS = (*LINEAR_KINDS, *POOLING_KINDS)
+KINDS = (*LINEAR_KINDS, *POOLING_KINDS, *TOKEN_KINDS)
 
 Indices = NDArray[np.int64]
 Score = Callable[[Indices], NDArray[np.float64]]
@@ -45,7 +46,7 @@ class Fit:
 
 def pools_of(kind: str, pools: tuple[str, ...]) -> tuple[str, ...]:
     """The poolings that a kind can be fitted on: what pools inside its graph takes means."""
-    return ("mean",) if kind in POOLING_KINDS else pools
+    return pools if kind in LINEAR_KINDS else ("mean",)
 
 
 def fit_kind(kind: str, table: ActivationTable, labels: Labels, fitted: Indices, candidate: Candidate, seed: int = 0) -> Fit:
@@ -53,10 +54,10 @@ def fit_kind(kind: str, table: ActivationTable, labels: Labels, fitted: Indices,
 
     Args:
         kind: one of ``KINDS``.
-        table: of all examples.
+        table: of all examples, with their tokens for a kind that is fitted on these.
         labels: of all examples.
         fitted: indices of those that are fitted on.
-        candidate: where it reads; a mean of sigmoids reads taps over the whole sweep.
+        candidate: where it reads, which for tokens is where they were read; a mean of sigmoids reads taps over the whole sweep.
         seed: of a network's first weights.
     """
     some = labels.of(fitted)
@@ -82,6 +83,14 @@ def fit_kind(kind: str, table: ActivationTable, labels: Labels, fitted: Indices,
             lambda: FittedProbe(
                 kind, (candidate.tap,), None, mlp_function(module), "MLP with one hidden layer on the mean, pooled in its graph"
             ),
+        )
+    if kind in TOKEN_KINDS:
+        tokens = table.tokens or ()
+        network = fit_tokens(kind, [tokens[index] for index in fitted], some.positive, some.weights, seed)
+        method = "attention over tokens" if kind == ATTENTION else f"maximum of attention-weighted means over {WINDOW} tokens"
+        return Fit(
+            lambda indices: score_tokens(network, [tokens[index] for index in indices]),
+            lambda: FittedProbe(kind, (candidate.tap,), None, tokens_function(network), f"{method}, pooled in its graph"),
         )
     places = np.unique(np.linspace(0, len(table.taps) - 1, min(SIGMOID_TAPS, len(table.taps))).round().astype(int))
     taps = tuple(table.taps[place] for place in places)

@@ -113,7 +113,10 @@ def tokenised(rollouts: Sequence[LabelledRollout], engine: Engine) -> list[Examp
         prompt_ids = _prompt_ids(rollout, engine, prompts)
         content = rollout.completion.tokens
         is_text = isinstance(content, str)
-        ids = engine.encode_completion(content, field=f"{rollout.where}: completion") if is_text else np.asarray(content, np.int32)
+        if isinstance(content, str):
+            ids = engine.encode_completion(content, field=f"{rollout.where}: completion")
+        else:
+            ids = np.asarray(content, np.int32)
         if not len(ids):
             raise ValueError(f"{rollout.where}: the completion has no tokens; leave the rollout out, or give a completion")
         mask = None if rollout.completion.mask is None else np.asarray(rollout.completion.mask, bool)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from probescore_audit import CalibratedThreshold, Estimate, calibrate, calibration_error, grouped_auroc, grouped_rate, roc_curve
 from probescore_audit.grouped import CalibrationBin
-from probescore_probes.fitting.activation_pass import FINAL_NORM, ActivationTable, read_activations
+from probescore_probes.fitting.activation_pass import FINAL_NORM, ActivationTable, read_activations, read_tokens
 from probescore_probes.fitting.baselines import bag_of_words, oriented, paired_accuracy, random_directions, shuffled_labels
 from probescore_probes.fitting.cross_validation import (
     Candidate,
@@ -35,8 +35,19 @@ from probescore_probes.fitting.kinds import KINDS, fit_kind, pools_of
 from probescore_probes.fitting.labelled_rollouts import CALIBRATION, OOD, TEST, TRAIN, Example, LabelledRollout, facts, tokenised
 from probescore_probes.fitting.linear_kinds import DIFFERENCE_OF_MEANS, LINEAR_KINDS, LOGISTIC
 from probescore_probes.fitting.robustness import MOST, Condition, conditions, measure
-from probescore_probes.fitting.serving import Agreement, add_judgement, agreement, as_probability, serve, served_scores, token_scores, write
+from probescore_probes.fitting.serving import (
+    Agreement,
+    add_judgement,
+    agreement,
+    as_probability,
+    serve,
+    served_scores,
+    token_scores,
+    write,
+    write_without_bos_check,
+)
 from probescore_probes.fitting.splits import Split, shared_texts, split
+from probescore_probes.fitting.token_kinds import TOKEN_KINDS, check_bytes
 from probescore_probes.reference import ReferenceModel
 from probescore_server.engine.engine import Engine
 from probescore_server.probes.format.manifest import Training
@@ -100,7 +111,8 @@ class FitResult:
     Attributes:
         file: as it was written.
         curves: AUROC by tap and pooling, for the kind that chose and for the difference of means.
-        kinds: AUROC over held-out groups of each kind, at the chosen tap.
+        kinds: AUROC over held-out groups of each kind, at the chosen tap; of those fitted on tokens, only if one of them is asked for.
+        nested: for a kind that is fitted on tokens, with the tap that all of them chose.
         thresholds: pooled, and by slice where there are enough negatives; empty where there are too few.
         roc: false- and true-positive rates on test rollouts.
         test_scores, test_positive: ``(tests,)``.
@@ -175,12 +187,17 @@ def fit_probe(
     pools = pools_of(options.kind, options.pools)
     report(f"reading {len(examples)} examples at {len(taps)} taps")
     table = read_activations(engine, reference, examples, taps, tuple(dict.fromkeys([*pools, "mean"])))
-    del engine
-
     fitting = _Fitting(options, table, labels, parts, pools)
     report(f"choosing among {len(taps)} taps × {len(pools)} poolings, nested cross-validation")
-    selection, judged = fitting.selection(), fitting.nested()
+    selection = fitting.selection()
     candidate = selection.chosen
+    if options.kind in TOKEN_KINDS:
+        report(f"reading every token at {candidate.tap}")
+        check_bytes(int(sum(example.selected.sum() for example in examples)), reference.reference.hidden_size)
+        table = replace(table, tokens=tuple(read_tokens(engine, examples, candidate.tap)))
+        fitting = _Fitting(options, table, labels, parts, pools)
+    del engine
+    judged = fitting.nested()
     report(f"fitting {options.kind} at {candidate.tap}")
     fit = fit_kind(options.kind, table, labels, parts[TRAIN], candidate, options.seed)
 
@@ -304,6 +321,8 @@ class _Fitting:
     def kinds(self, candidate: Candidate) -> dict[str, Estimate]:
         found = {}
         for kind in KINDS:
+            if kind in TOKEN_KINDS and self._table.tokens is None:
+                continue
             at = candidate if kind in LINEAR_KINDS else replace(candidate, pool="mean")
 
             def fit(fitted: Indices, kind: str = kind, at: Candidate = at) -> Callable[[Indices], NDArray[np.float64]]:
@@ -527,7 +546,18 @@ def _conditions(
     if len(tested) > MOST:
         tested = np.sort(np.random.default_rng(options.seed).permutation(tested)[:MOST])
     some, groups = [examples[index] for index in tested], parts.groups[tested]
-    found = conditions(engine, some, groups, threshold, scores[tested])
+    unchecked = file.with_name("unchecked.onnx")
+    write_without_bos_check(file, unchecked)
+    of_unchecked = serve(
+        model,
+        unchecked,
+        dtype=options.dtype,
+        device=options.device,
+        revision=options.revision,
+        trust_remote_code=options.trust_remote_code,
+    )
+    found = conditions(engine, of_unchecked, some, groups, threshold, scores[tested])
+    del of_unchecked
     if options.other_dtype and options.other_dtype != options.dtype:
         other = serve(
             model,

@@ -96,7 +96,9 @@ def score_mlp(module: MeanMlp, rows: NDArray[np.float32]) -> NDArray[np.float64]
 def score_sigmoids(probes: Sequence[Linear], rows: Sequence[NDArray[np.float32]]) -> NDArray[np.float64]:
     """Probabilities ``(n,)`` of means ``(n, width)`` at each tap."""
     with np.errstate(over="ignore"):
-        return np.mean([1 / (1 + np.exp(-probe.score(means))) for probe, means in zip(probes, rows, strict=True)], axis=0)
+        chances = np.stack([1 / (1 + np.exp(-probe.score(means))) for probe, means in zip(probes, rows, strict=True)])
+    mean: NDArray[np.float64] = chances.mean(axis=0)
+    return mean
 
 
 def mlp_function(module: MeanMlp) -> ProbeFunction:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,7 +31,8 @@ class Condition:
         auroc: with its interval.
         false_positives, recall: at the threshold, with intervals; NaN without one.
         shift: of the mean score, over the standard deviation of the unchanged scores.
-        refused: why a server refuses these rollouts for this probe; empty if it scores them.
+        refused: why a server refuses these rollouts for this probe; empty if it scores them. The numbers are then what it would say if its
+            file did not check for BOS, or NaN if it is refused for something else.
     """
 
     name: str
@@ -98,17 +99,36 @@ def changed_rollouts(engine: Engine, examples: Sequence[Example]) -> dict[str, l
 
 
 def conditions(
-    engine: Engine, examples: Sequence[Example], groups: NDArray[np.int64], threshold: float | None, usual: NDArray[np.float64]
+    engine: Engine,
+    unchecked: Engine,
+    examples: Sequence[Example],
+    groups: NDArray[np.int64],
+    threshold: float | None,
+    usual: NDArray[np.float64],
 ) -> list[Condition]:
-    """The unchanged rollouts, then each change, all served by the same engine."""
+    """The unchanged rollouts, then each change.
+
+    Args:
+        engine: serves the file.
+        unchecked: serves the same probe without its check for BOS.
+        examples: test rollouts.
+        groups: of them.
+        threshold: of the file.
+        usual: served scores of the unchanged rollouts.
+    """
     found = [measure("as they are", usual, examples, groups, threshold, usual)]
     for name, changed in changed_rollouts(engine, examples).items():
+        refused = ""
         try:
             scores = served_scores(engine, changed)
         except (InvalidRequest, ValueError) as error:  # such as a prompt without the BOS that the probe expects
-            found.append(Condition(name, _UNKNOWN, _UNKNOWN, _UNKNOWN, float("nan"), str(error)))
-            continue
-        found.append(measure(name, scores, examples, groups, threshold, usual))
+            refused = str(error)
+            try:
+                scores = served_scores(unchecked, changed)
+            except (InvalidRequest, ValueError):
+                found.append(Condition(name, _UNKNOWN, _UNKNOWN, _UNKNOWN, float("nan"), refused))
+                continue
+        found.append(replace(measure(name, scores, examples, groups, threshold, usual), refused=refused))
     return found
 
 

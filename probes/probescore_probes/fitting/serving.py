@@ -199,6 +199,12 @@ def add_judgement(
     return write_probe_file(target, onnx.load_model_from_string(file.graph), manifest, replace=False)
 
 
+def write_without_bos_check(draft: Path, target: Path) -> None:
+    """A copy of a draft that scores prompts with BOS and without: to measure what the file refuses."""
+    file = read_probe_file(draft)
+    write_probe_file(target, onnx.load_model_from_string(file.graph), file.manifest.model_copy(update={"expects_bos": None}))
+
+
 def as_probability(scores: NDArray[np.float64], unit: ScoreUnit) -> NDArray[np.float64] | None:
     """Scores as probabilities, or ``None`` where they stand for none."""
     if unit is ScoreUnit.PROBABILITY:

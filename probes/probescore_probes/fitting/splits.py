@@ -64,7 +64,7 @@ def split(examples: Sequence[Example], seed: int) -> Split:
         parts = _drawn(groups, outside, np.array([example.positive for example in examples]), seed)
     for name in SHARES:
         for kind, word in ((True, "positive"), (False, "negative")):
-            if not any(examples[index].positive is kind for index in parts[name]):
+            if not any(examples[int(index)].positive is kind for index in parts[name]):
                 raise ValueError(f"{name}: no {word} example among {len(parts[name])}; give more data, or a split that has both")
     return Split(groups, named, any(given), parts)
 

@@ -50,7 +50,9 @@ def _fit(
         Path | None, typer.Option("--report", help="An HTML page of everything; its numbers go into a .json beside it.", metavar="FILE")
     ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 if there is any warning.")] = False,
-    kind: Annotated[str, typer.Option("--kind", help="logistic, difference-of-means, lda, mlp or mean-of-sigmoids.")] = "logistic",
+    kind: Annotated[
+        str, typer.Option("--kind", help="logistic, difference-of-means, lda, mlp, mean-of-sigmoids, attention or rolling-max.")
+    ] = "logistic",
     taps: Annotated[str, typer.Option("--taps", help="Names or patterns, with commas.", metavar="TAPS")] = "resid_post.*",
     pool: Annotated[str, typer.Option("--pool", help="Of mean and last, with commas.", metavar="POOLS")] = "mean,last",
     fpr: Annotated[float, typer.Option("--fpr", help="False-positive rate of the threshold.")] = 0.05,
@@ -75,7 +77,7 @@ def _fit(
     ] = True,
     seed: Annotated[int, typer.Option("--seed", help="Of splits, folds and intervals.")] = 0,
 ) -> None:
-    with one_line_failures():
+    with one_line_failures("server,probes"):
         from probescore_probes.fitting.pipeline import FitOptions, fit_probe
         from probescore_probes.fitting.report import check_writable, write_report
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -28,7 +29,7 @@ _COLOURS = {
     _FOURTH: "var(--fourth)",
 }
 _SERIES = (_POSITIVE, _NEGATIVE, _THIRD, _FOURTH)
-_STYLE = {
+_STYLE: Any = {  # matplotlib types its settings by name
     "svg.fonttype": "none",
     "svg.hashsalt": "probescore",
     "font.size": 9,

@@ -19,8 +19,12 @@ WRONG_INPUT = 2
 
 
 @contextmanager
-def one_line_failures() -> Iterator[None]:
-    """Turns every failure that is foreseen into its line and its exit code."""
+def one_line_failures(extra: str = "server") -> Iterator[None]:
+    """Turns every failure that is foreseen into its line and its exit code.
+
+    Args:
+        extra: of this distribution, which brings what a command imports.
+    """
     try:
         yield
     except BrokenPipeError:
@@ -33,7 +37,7 @@ def one_line_failures() -> Iterator[None]:
     except (ProbescoreError, StartupError) as error:
         _stop(error, FAILED)
     except ModuleNotFoundError as error:
-        _stop(f"needs {error.name}: pip install 'probescore[server]'", FAILED)
+        _stop(f"needs {error.name}: pip install 'probescore[{extra}]'", FAILED)
 
 
 def needs_extra(app: typer.Typer, command: str, help_text: str, extra: str, missing: ModuleNotFoundError) -> None:
