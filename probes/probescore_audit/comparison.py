@@ -1,4 +1,4 @@
-"""Two probes on the same rollouts: which one tells them apart better, and where they disagree."""
+"""Compares two probes by their scores of the same rollouts: which tells the classes apart better, and where the two disagree."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from probescore_audit.grouped import Estimate, grouped_auroc, resampled_aurocs
 
 @dataclass(frozen=True)
 class FlagAgreement:
-    """What two probes flag among rollouts of one class, each at its own threshold.
+    """Counts the rollouts of one class that two probes flag, each probe at its own threshold.
 
     Attributes:
         both: how many rollouts both flag.
@@ -30,18 +30,18 @@ class FlagAgreement:
 
     @property
     def rollouts(self) -> int:
-        """How many rollouts were compared."""
+        """Returns how many rollouts were compared."""
         return self.both + self.only_first + self.only_second + self.neither
 
     @property
     def agreed(self) -> float:
-        """The share of rollouts on which the two agree; NaN without rollouts."""
+        """Returns the share of rollouts that both probes flag or neither does; NaN without rollouts."""
         return (self.both + self.neither) / self.rollouts if self.rollouts else math.nan
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two probes on the same rollouts.
+    """Holds what the scores of two probes for the same rollouts say about the two.
 
     Attributes:
         first: AUROC of the first probe.
@@ -125,7 +125,7 @@ def _difference(one: Estimate, other: Estimate, correlation: float) -> Estimate:
 
 
 def _correlated(left: NDArray[np.float64], right: NDArray[np.float64], positive: NDArray[np.bool_], groups: ArrayLike, seed: int) -> float:
-    """The correlation of the two AUROCs over the same draws; 0, which leaves the interval wide, where one does not vary."""
+    """Returns the correlation of two AUROCs over the same draws of groups; 0, which leaves the interval wide, where one does not vary."""
     drawn = [resampled_aurocs(values, positive, groups, seed=seed) for values in (left, right)]
     there = ~np.isnan(drawn[0])
     found = _correlation(drawn[0][there], drawn[1][there])

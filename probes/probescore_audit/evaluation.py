@@ -1,4 +1,4 @@
-"""How well a probe does on labelled rollouts, all together and by slice: AUROC, and what each of its thresholds flags.
+"""Judges a probe by its scores of labelled rollouts, all together and by slice: AUROC, and what each of its thresholds flags.
 
 Intervals are of 95%. Where rollouts come in groups they are those of ``grouped``, which draw whole groups; where each stands alone they
 are Newcombe's of an AUROC and Clopper and Pearson's of a share.
@@ -21,7 +21,7 @@ _UNKNOWN = Estimate(float("nan"), float("nan"), float("nan"))
 
 @dataclass(frozen=True)
 class FlaggedShares:
-    """What a threshold flags.
+    """Holds the shares of rollouts that a threshold flags, each with its 95% interval.
 
     Attributes:
         threshold: a rollout whose score is at or above it is flagged.
@@ -36,7 +36,7 @@ class FlaggedShares:
 
 @dataclass(frozen=True)
 class Quality:
-    """How well a probe does on rollouts of one kind.
+    """Holds how well a probe does on all rollouts, or on those of one slice.
 
     Attributes:
         slice: the name of the part of the data; empty for all of it.
@@ -64,7 +64,7 @@ def evaluate(
     thresholds: Sequence[float] = (),
     seed: int = 0,
 ) -> tuple[Quality, ...]:
-    """Judges all rollouts together, then each slice by itself in the order of its name.
+    """Judges a probe on all rollouts together, then on each slice by itself in the order of the slices' names.
 
     Args:
         scores: ``(n,)`` reduced scores, in the unit of the thresholds.

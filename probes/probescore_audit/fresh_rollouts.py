@@ -1,7 +1,8 @@
-"""Thresholds whose interval speaks of fresh rollouts, where rollouts come in groups: those of one prompt are no independent draws.
+"""Calibrates thresholds with an interval that holds for fresh rollouts, also where rollouts come in groups.
 
-Flags of one group resemble each other, so that ``n`` rollouts say as much as ``n / d`` independent ones. ``d``, the design effect (Kish
-1965), is the variance of the share of flagged rollouts over whole groups, divided by that of as many independent rollouts.
+Rollouts of one prompt are no independent draws: the flags of one group resemble each other, so that ``n`` rollouts say as much as ``n / d``
+independent ones. ``d``, the design effect (Kish 1965), is the variance of the share of flagged rollouts over whole groups, divided by that
+of as many independent rollouts.
 """
 
 from __future__ import annotations
@@ -68,11 +69,13 @@ def calibrate_for_fresh(
 
 
 def design_effect(flagged: NDArray[np.bool_], group: NDArray[np.int64]) -> float:
-    """How many rollouts say as much as one independent rollout would; 1 where none or all are flagged.
+    """Estimates how many rollouts say as much about a share of flagged rollouts as one independent rollout would.
+
+    It is 1 where no rollout is flagged, or each.
 
     Args:
-        flagged: ``(n,)``.
-        group: ``(n,)`` numbers from 0, each taken.
+        flagged: ``(n,)`` bool, whether each rollout is flagged.
+        group: ``(n,)`` number of each rollout's group, from 0, none left out.
     """
     total, rate = len(flagged), float(flagged.mean())
     if not 0 < rate < 1:

@@ -99,7 +99,7 @@ def grouped_auroc(
 def resampled_aurocs(
     scores: ArrayLike, positive: ArrayLike, groups: ArrayLike, *, weights: ArrayLike | None = None, seed: int = 0
 ) -> NDArray[np.float64]:
-    """``auroc`` of each of ``RESAMPLES`` draws of whole groups, NaN where a draw lacks a class.
+    """Computes ``auroc`` for each of ``RESAMPLES`` draws of whole groups; NaN where a draw lacks a class.
 
     The same groups and seed give the same draws, so that two probes can be compared draw by draw.
 

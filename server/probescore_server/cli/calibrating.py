@@ -1,4 +1,4 @@
-"""``probescore probes calibrate``: a threshold from held-out negatives as they are served, in a new version of the file."""
+"""Implements ``probescore probes calibrate``, which finds a threshold on held-out negatives and writes a new version of the file."""
 
 from __future__ import annotations
 
@@ -53,21 +53,23 @@ the data name, or the rollouts of one prompt.
 
 
 def register(probes: typer.Typer) -> None:
-    """Adds the command ``probes calibrate``."""
+    """Adds the command ``probes calibrate`` to the commands under ``probes``."""
     probes.command("calibrate", help=HELP)(_calibrate)
 
 
 def _calibrate(
     probe: Annotated[str, typer.Argument(help="A probe file.", show_default=False)],
     data: Data,
-    model: Annotated[str, typer.Option("--model", "-m", help="A directory, or an id on the Hugging Face hub.", show_default=False)],
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="The model: a directory, or an id on the Hugging Face hub.", show_default=False)
+    ],
     false_positive_rate: Annotated[
         float,
-        typer.Option("--false-positive-rate", help="What share of rollouts without the behaviour may be flagged.", show_default=False),
+        typer.Option("--false-positive-rate", help="The share of rollouts without the behaviour that may be flagged.", show_default=False),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The new version's file.", show_default=False, metavar="FILE")],
     version: Annotated[str, typer.Option("--version", help="The new version's name.", show_default=False)],
-    dataset: Annotated[str, typer.Option("--dataset", help="What the negatives are; the name of the file by default.")] = "",
+    dataset: Annotated[str, typer.Option("--dataset", help="What the negatives are, in words; the name of the file by default.")] = "",
     positive: Positive = None,
     reduction: ReductionName = None,
     label: Column = "",
@@ -121,7 +123,7 @@ def _calibrate(
 
 
 def _check_version(before: str, version: str) -> None:
-    """Before anything is scored."""
+    """Refuses the version of the file itself, before anything is scored."""
     if version == before:
         raise ValueError(f"--version: {version!r} is that of the file itself; give another: a version never stands for other bytes")
 

@@ -1,4 +1,4 @@
-"""``probescore probes compare``: two probes on the same labelled rollouts, as they are served."""
+"""Implements ``probescore probes compare``, which compares two probes on the same labelled rollouts, as they are served."""
 
 from __future__ import annotations
 
@@ -60,18 +60,20 @@ rollouts are listed whose ranks differ most.
 
 
 def register(probes: typer.Typer) -> None:
-    """Adds the command ``probes compare``."""
+    """Adds the command ``probes compare`` to the commands under ``probes``."""
     probes.command("compare", help=HELP)(_compare)
 
 
 def _compare(
     first: Annotated[str, typer.Argument(help="A probe file, or a loaded probe.", show_default=False)],
-    second: Annotated[str, typer.Argument(help="Another.", show_default=False)],
+    second: Annotated[str, typer.Argument(help="Another probe file, or loaded probe.", show_default=False)],
     data: Data,
     model: Model = "",
     server: Server = "",
-    as_json: Annotated[Path | None, typer.Option("--json", help="Write every number.", show_default=False, metavar="FILE")] = None,
-    show: Annotated[int, typer.Option("--show", help="How many rollouts to list.", min=0, metavar="N")] = 10,
+    as_json: Annotated[
+        Path | None, typer.Option("--json", help="A file for every number, as JSON.", show_default=False, metavar="FILE")
+    ] = None,
+    show: Annotated[int, typer.Option("--show", help="The number of rollouts to list.", min=0, metavar="N")] = 10,
     positive: Positive = None,
     reduction: ReductionName = None,
     label: Column = "",

@@ -1,4 +1,4 @@
-"""``probescore probes diff``: what two probe files say differently, and whether they compute the same."""
+"""Implements ``probescore probes diff``, which shows what two probe files say differently, and whether their graphs are equal."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ _MISSING = object()
 
 
 def register(probes: typer.Typer) -> None:
-    """Adds the command ``probes diff``."""
+    """Adds the command ``probes diff`` to the commands under ``probes``."""
     probes.command("diff", help=HELP)(_diff)
 
 
 def _diff(
     first: Annotated[str, typer.Argument(help="A probe file.", show_default=False)],
-    second: Annotated[str, typer.Argument(help="Another.", show_default=False)],
+    second: Annotated[str, typer.Argument(help="Another probe file.", show_default=False)],
 ) -> None:
     with one_line_failures():
         from probescore_server.probes.format.probe_file import read_probe_file
@@ -57,7 +57,7 @@ def _diff(
 
 
 def field_differences(left: Any, right: Any, field: str = "") -> Iterator[tuple[str, Any, Any]]:  # noqa: ANN401 - values of any JSON type
-    """Path, and both values, of each innermost field that differs between two values of JSON; lists of numbers are one value."""
+    """Yields the path and both values of each innermost field in which two JSON values differ; a list of numbers counts as one value."""
     if isinstance(left, dict) and isinstance(right, dict):
         for name in [*left, *(name for name in right if name not in left)]:
             yield from field_differences(left.get(name, _MISSING), right.get(name, _MISSING), f"{field}.{name}" if field else name)

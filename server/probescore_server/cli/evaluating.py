@@ -1,4 +1,4 @@
-"""``probescore probes evaluate``: how well probes do on labelled rollouts, as they are served."""
+"""Implements ``probescore probes evaluate``, which says how well probes do on labelled rollouts, as they are served."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ prompt.
 
 
 def register(probes: typer.Typer) -> None:
-    """Adds the command ``probes evaluate``."""
+    """Adds the command ``probes evaluate`` to the commands under ``probes``."""
     probes.command("evaluate", help=HELP)(_evaluate)
 
 
@@ -72,12 +72,16 @@ def _evaluate(
     data: Data,
     model: Model = "",
     server: Server = "",
-    as_json: Annotated[Path | None, typer.Option("--json", help="Write every number.", show_default=False, metavar="FILE")] = None,
+    as_json: Annotated[
+        Path | None, typer.Option("--json", help="A file for every number, as JSON.", show_default=False, metavar="FILE")
+    ] = None,
     write: Annotated[
         Path | None,
-        typer.Option("--write", help="A new version of the probe's file, with this evaluation in it.", show_default=False, metavar="FILE"),
+        typer.Option(
+            "--write", help="A file for a new version of the probe that holds this evaluation.", show_default=False, metavar="FILE"
+        ),
     ] = None,
-    version: Annotated[str, typer.Option("--version", help="Of what --write writes.", show_default=False)] = "",
+    version: Annotated[str, typer.Option("--version", help="The version of what --write writes.", show_default=False)] = "",
     positive: Positive = None,
     reduction: ReductionName = None,
     label: Column = "",
@@ -138,7 +142,7 @@ def _check_write(probes: list[str], model: str, write: Path | None, version: str
 
 
 def quality_table(judged: Judged, qualities: tuple[Quality, ...], dtype: str) -> Table:
-    """One row for all rollouts and one a slice; two columns more for each threshold."""
+    """Returns a table of a probe's quality: a row for all rollouts and one for each slice, and two columns for each threshold."""
     how = f"{judged.reduction or 'its own pooling'}{f', {judged.label}' if len(judged.probe.labels) > 1 else ''}, {dtype}"
     table = Table(
         title=safe(f"{judged.probe.key} ({how})"),
@@ -164,17 +168,17 @@ def quality_table(judged: Judged, qualities: tuple[Quality, ...], dtype: str) ->
 
 
 def number(estimate: Estimate) -> str:
-    """``0.939 (0.924 to 0.951)``."""
+    """Writes a number with its interval, such as ``0.939 (0.924 to 0.951)``."""
     return "unknown" if math.isnan(estimate.value) else f"{estimate.value:.3f} ({estimate.low:.3f} to {estimate.high:.3f})"
 
 
 def share(estimate: Estimate) -> str:
-    """``1.2% (0.4% to 2.3%)``."""
+    """Writes a share with its interval, such as ``1.2% (0.4% to 2.3%)``."""
     return "unknown" if math.isnan(estimate.value) else f"{estimate.value:.1%} ({estimate.low:.1%} to {estimate.high:.1%})"
 
 
 def json_estimate(estimate: Estimate) -> dict[str, float | None]:
-    """A number and its interval as JSON has them; ``null`` where there was nothing to estimate it from."""
+    """Returns a number and its interval as JSON has them, each ``null`` where there was nothing to estimate it from."""
     return {name: None if math.isnan(value) else value for name, value in vars(estimate).items()}
 
 

@@ -1,4 +1,4 @@
-"""Labelled rollouts and what probes say of them as they are served: by an engine in this process, or by a running server."""
+"""Scores labelled rollouts with probes as they are served: by an engine in this process, or by a running server."""
 
 from __future__ import annotations
 
@@ -24,33 +24,48 @@ if TYPE_CHECKING:
 
 Data = Annotated[str, typer.Argument(help="A file of labelled rollouts.", show_default=False)]
 Model = Annotated[
-    str, typer.Option("--model", "-m", help="A directory, or an id on the Hugging Face hub: files are served here.", show_default=False)
+    str,
+    typer.Option(
+        "--model",
+        "-m",
+        help="The model that serves probe files in this process: a directory, or an id on the Hugging Face hub.",
+        show_default=False,
+    ),
 ]
 Server = Annotated[
     str,
-    typer.Option("--server", "-a", help="A running server, in place of a model: probes are names.", show_default=False, metavar="ADDRESS"),
+    typer.Option(
+        "--server",
+        "-a",
+        help="The address of a running server, in place of a model: probes are then names.",
+        show_default=False,
+        metavar="ADDRESS",
+    ),
 ]
-Revision = Annotated[str, typer.Option("--revision", help="Branch, tag or commit on the hub.", show_default=False)]
-Dtype = Annotated[str, typer.Option("--dtype", help="What it is served in: float32, bfloat16 or float16.")]
-Device = Annotated[str, typer.Option("--device", help="cpu or cuda:0.")]
+Revision = Annotated[str, typer.Option("--revision", help="The branch, tag or commit of a model on the hub.", show_default=False)]
+Dtype = Annotated[str, typer.Option("--dtype", help="The dtype of the model: float32, bfloat16 or float16.")]
+Device = Annotated[str, typer.Option("--device", help="The device, such as cpu or cuda:0.")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that the model brings.")]
 Positive = Annotated[
     str | None, typer.Option("--positive", help="The label that stands for the behaviour.", show_default=False, metavar="LABEL")
 ]
 ReductionName = Annotated[
-    str | None, typer.Option("--reduction", "-r", help="mean, max, topk_mean(8)…; each probe's own by default.", show_default=False)
+    str | None,
+    typer.Option(
+        "--reduction", "-r", help="The reduction, such as mean, max or topk_mean(8); each probe's own by default.", show_default=False
+    ),
 ]
-Column = Annotated[str, typer.Option("--label", help="Of a probe with several labels, which one is judged.", show_default=False)]
+Column = Annotated[str, typer.Option("--label", help="The label that is judged, of a probe with several.", show_default=False)]
 SpecialTokens = Annotated[
     bool,
     typer.Option("--special-tokens/--no-special-tokens", help="Whether prompts that are texts get the tokenizer's special tokens (BOS)."),
 ]
-Seed = Annotated[int, typer.Option("--seed", help="Of the intervals.")]
+Seed = Annotated[int, typer.Option("--seed", help="The seed of the intervals' random draws.")]
 
 
 @dataclass(frozen=True, eq=False)
 class Judged:
-    """One probe, and its score of every rollout.
+    """Holds a probe and its score of every rollout.
 
     Attributes:
         probe: as it is served.
@@ -66,18 +81,18 @@ class Judged:
 
     @property
     def thresholds(self) -> tuple[Calibration, ...]:
-        """Those of the probe's thresholds that hold for these scores."""
+        """Returns those of the probe's thresholds that hold for the reduction and label of these scores."""
         return tuple(each for each in self.probe.calibrations if each.reduction == self.reduction and each.label in ("", self.label))
 
 
 @dataclass(frozen=True, eq=False)
 class JudgedRollouts:
-    """Labelled rollouts with the scores of probes.
+    """Holds labelled rollouts with their scores by several probes.
 
     Attributes:
         probes: one for each probe that was asked for, in that order.
         positive: ``(n,)`` bool.
-        groups: ``(n,)`` number of each rollout's group: that which the data name, else rollouts of one prompt.
+        groups: ``(n,)`` number of each rollout's group: the one that the data name, else that of all rollouts of its prompt.
         slices: the name of each one's slice, empty for none.
         where: the line of each.
         dtype: of the model that scored.
@@ -94,10 +109,10 @@ class JudgedRollouts:
 
 
 def read_held_out(data: str, splits: Sequence[str], *, positive: str | None, special_tokens: bool) -> list[LabelledRollout]:
-    """The rollouts of a file that name no split, or one of these; how many others are left out is said.
+    """Reads the rollouts of a file that name no split, or one of ``splits``, and says on stderr how many others are left out.
 
     Raises:
-        ValueError: there are none; or only some name their group.
+        ValueError: the file has no such rollouts, or only some of them name their group.
     """
     every = read_labelled_file(data, positive=positive, add_special_tokens=special_tokens)
     kept = [rollout for rollout in every if rollout.split is None or rollout.split in splits]
@@ -112,7 +127,7 @@ def read_held_out(data: str, splits: Sequence[str], *, positive: str | None, spe
 
 
 def data_digest(data: str) -> str:
-    """``sha256:…`` of a file."""
+    """Returns the digest of a file's bytes as ``sha256:…``."""
     return "sha256:" + hashlib.sha256(Path(data).read_bytes()).hexdigest()
 
 
@@ -200,7 +215,7 @@ def judged_by_server(
 
 
 def check_source(model: str, server: str) -> None:
-    """Raises ``ValueError`` unless exactly one of the two says what scores."""
+    """Raises ``ValueError`` unless exactly one of ``--model`` and ``--server`` is given, as commands need that can use either."""
     if bool(model) == bool(server):
         raise ValueError("give either --model, to serve probe files in this process, or --server, to ask a server for its probes")
 
@@ -258,7 +273,7 @@ def _differing(keys: list[str]) -> list[str]:
 
 
 def _groups(names: Sequence[str | None], prompts: Sequence[bytes]) -> NDArray[np.int64]:
-    """By name where there are names, else by prompt, numbered as they come; an empty prompt makes no two rollouts alike."""
+    """Numbers groups as they come: by name where there are names, else by prompt, where rollouts with an empty prompt stand alone."""
     numbers: dict[str | bytes | int, int] = {}
     keys = [name if name is not None else prompts[index] or index for index, name in enumerate(names)]
     return np.array([numbers.setdefault(key, len(numbers)) for key in keys], np.int64)

@@ -175,20 +175,20 @@ class FollowUp(_ManifestPart):
 
 
 class CalibrationConditions(_ManifestPart):
-    """What the negatives were like that a threshold was found on; it is not known to hold for others."""
+    """Describes the negative rollouts that a threshold was found on; the threshold is not known to hold for others."""
 
     groups: Annotated[int, Field(gt=0, le=MAX_COUNT)] = Field(
         description="Of the negatives. The 95% interval is then that of as many fresh rollouts in as many other groups."
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(description="Of the model that scored them.")
     shortest_prompt: Count = Field(description="In tokens.")
-    longest_prompt: Count
+    longest_prompt: Count = Field(description="In tokens.")
     shortest_completion: Count = Field(description="In tokens that count under the mask.")
-    longest_completion: Count
+    longest_completion: Count = Field(description="In tokens that count under the mask.")
     prompt_forms: tuple[Literal["ids", "text", "text with special tokens", "chat"], ...] = Field(
         min_length=1, strict=False, description="How prompts were given, each form once."
     )
-    dataset_sha256: Sha256 | None = None
+    dataset_sha256: Sha256 | None = Field(None, description="Digest of the file that held the negatives.")
 
 
 class CalibrationRecord(_ManifestPart):

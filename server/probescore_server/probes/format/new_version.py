@@ -1,4 +1,4 @@
-"""A new version of a probe file in which only what is known of the probe changes: its graph and golden vectors stay byte for byte."""
+"""Writes new versions of probe files in which only thresholds and measured qualities change, and the graph stays byte for byte."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def write_new_version(
     calibrations: Sequence[CalibrationRecord] | None = None,
     evaluations: Sequence[Evaluation] | None = None,
 ) -> ProbeFile:
-    """Writes a probe under another version, with other thresholds or measured qualities.
+    """Writes a probe file's graph and golden vectors under another version, with other thresholds or measured qualities.
 
     Args:
         path: where to write; what is there must be a probe file of another name or version, or this very one.
