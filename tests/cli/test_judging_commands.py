@@ -298,7 +298,18 @@ def test_served_probes_are_compared_by_name(probescore, served, data, tmp_path):
     assert (ran.returncode, "nothing: no such probe at the server; it has cheating@1, mood@1" in ran.stderr) == (2, True)
 
 
-# ------------------------------------------------------------------------------------------------------------------------------ diff
+# --------------------------------------------------------------------------------------------------------------------- list and diff
+
+
+def test_list_shows_the_probe_files_of_a_folder_and_names_those_that_are_refused(probe_files, tmp_path):
+    ran = run("list", probe_files["cheating"].parent)
+    assert (ran.exit_code, "cheating@1" in ran.output, "mood@1" in ran.output) == (0, True, True)
+    assert (run("list", tmp_path).exit_code, run("list", tmp_path / "missing").exit_code) == (2, 2)
+
+    (tmp_path / "good.onnx").write_bytes(probe_files["mood"].read_bytes())
+    (tmp_path / "bad.onnx").write_bytes(b"")
+    ran = run("list", tmp_path)
+    assert (ran.exit_code, "mood@1" in ran.output, "bad.onnx" in ran.output, "an empty file" in ran.output) == (1, True, True, True)
 
 
 def test_diff_tells_graphs_from_manifests(model, probe_files, other_probe, data, tmp_path):

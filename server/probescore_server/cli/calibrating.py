@@ -118,8 +118,14 @@ def _calibrate(
         record = _record(found, conditions)
         kept = [each for each in before.manifest.calibrations if (each.reduction, each.label) != (record.reduction, record.label)]
         written = write_new_version(output, before, version=version, calibrations=(record, *kept))
-        new_console().print(_table(found, conditions, qualities))
-        new_console().print(f"wrote {written.manifest.key} to {output}", soft_wrap=True, markup=False)
+        console = new_console()
+        console.print(_table(found, qualities))
+        console.print(
+            f"expected of {found.negatives:,} fresh rollouts without the behaviour, in {conditions.groups:,} other groups: "
+            f"{found.false_positive_rate_low:.2%} to {found.false_positive_rate_high:.2%} flagged",
+            soft_wrap=True,
+        )
+        console.print(f"wrote {written.manifest.key} to {output}", soft_wrap=True, markup=False)
 
 
 def _check_version(before: str, version: str) -> None:
@@ -152,7 +158,7 @@ def _record(found: CalibratedThreshold, conditions: CalibrationConditions) -> Ca
     return CalibrationRecord(**vars(found), conditions=conditions)
 
 
-def _table(found: CalibratedThreshold, conditions: CalibrationConditions, qualities: tuple[Quality, ...]) -> Table:
+def _table(found: CalibratedThreshold, qualities: tuple[Quality, ...]) -> Table:
     table = Table(
         title=f"flagged at or above {found.threshold:.4g}",
         title_justify="left",
@@ -161,9 +167,6 @@ def _table(found: CalibratedThreshold, conditions: CalibrationConditions, qualit
         pad_edge=False,
         padding=(0, 2, 0, 0),
         header_style="dim",
-        caption=f"expected of {found.negatives:,} fresh rollouts without the behaviour, in {conditions.groups:,} other groups: "
-        f"{found.false_positive_rate_low:.2%} to {found.false_positive_rate_high:.2%}",
-        caption_justify="left",
     )
     for column in ("rollouts", "negative", "flagged", "positive", "recall"):
         table.add_column(column)

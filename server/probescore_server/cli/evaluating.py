@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 
 from probescore_server.cli.common.console import new_console
-from probescore_server.cli.common.failures import one_line_failures
+from probescore_server.cli.common.failures import one_line_failures, say
 from probescore_server.cli.judged_rollouts import (
     Column,
     Data,
@@ -128,6 +128,8 @@ def _evaluate(
         }
         for each in judged.probes:
             new_console().print(quality_table(each, found[each.probe.key], judged.dtype))
+            if not each.thresholds:
+                say(f"{each.probe.key} has no threshold for these scores; probescore probes calibrate finds one")
         if as_json is not None:
             write_atomically(as_json, (json.dumps(_numbers(judged, found, data), indent=2) + "\n").encode())
         if write is not None:
@@ -162,8 +164,6 @@ def quality_table(judged: Judged, qualities: tuple[Quality, ...], dtype: str) ->
         shares = [share(each) for flagged in quality.thresholds for each in (flagged.recall, flagged.false_positives)]
         counts = (f"{count:,}" for count in (quality.positives, quality.negatives, quality.groups))
         table.add_row(safe(quality.slice) or "all", *counts, number(quality.auroc), *shares)
-    if not judged.thresholds:
-        table.caption = "no threshold for these scores: see probescore probes calibrate"
     return table
 
 

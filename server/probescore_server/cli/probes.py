@@ -10,7 +10,7 @@ import typer
 from probescore_server.cli import calibrating, comparing, differences, evaluating, fitting
 from probescore_server.cli.common.connection import DEFAULT_ADDRESS, Address, Wait, connected
 from probescore_server.cli.common.console import new_console
-from probescore_server.cli.common.failures import one_line_failures
+from probescore_server.cli.common.failures import FAILED, one_line_failures, say
 from probescore_server.cli.steps import CheckSteps
 from probescore_server.cli.tables import facts_table, manifest_tables, probes_table, safe
 
@@ -30,12 +30,45 @@ def register(app: typer.Typer) -> None:
     app.add_typer(probes, name="probes")
 
 
-def _list(address: Address = DEFAULT_ADDRESS, wait: Wait = 0) -> None:
-    """List the probes that a server has loaded."""
+def _list(
+    folder: Annotated[
+        Path | None,
+        typer.Argument(help="A folder of probe files, which are checked as far as that needs no model.", show_default=False, metavar="DIR"),
+    ] = None,
+    address: Address = DEFAULT_ADDRESS,
+    wait: Wait = 0,
+) -> None:
+    """List the probes that a server has loaded, or those in a folder."""
     with one_line_failures():
+        if folder is not None:
+            _list_folder(folder)
+            return
         with connected(address, wait) as client:
             loaded = client.list_probes()
         new_console().print(probes_table(loaded))
+
+
+def _list_folder(folder: Path) -> None:
+    """Shows the probe files of a folder by name, and says which are refused; exits with 1 if any is."""
+    from probescore_server.errors import ProbeRefused
+    from probescore_server.probes.format.probe_file import read_probe_file
+    from probescore_server.probes.loading.compatibility import probe_info
+
+    found, refused = [], []
+    files = sorted(entry for entry in folder.iterdir() if entry.suffix == ".onnx")
+    if not files:
+        raise ValueError(f"{folder}: there are no probe files (*.onnx) in it")
+    for file in files:
+        try:
+            found.append(probe_info(read_probe_file(file).manifest, ()))
+        except ProbeRefused as refusal:
+            refused.append(refusal)
+    if found:
+        new_console().print(probes_table(found))
+    for refusal in refused:
+        say(refusal)
+    if refused:
+        raise typer.Exit(FAILED)
 
 
 def _inspect(file: ProbeFileArgument) -> None:
