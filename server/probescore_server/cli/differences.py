@@ -43,16 +43,16 @@ def _diff(
             console.print("[green]=[/green] the graphs are equal, byte for byte")
         else:
             console.print(f"[yellow]≠[/yellow] the graphs differ: {len(one.graph):,} and {len(other.graph):,} bytes")
-        contents = [probe.manifest.model_dump(mode="json", exclude={"graph_sha256", "manifest_sha256"}) for probe in (one, other)]
-        differing = list(field_differences(*contents))
+        left, right = (probe.manifest.model_dump(mode="json", exclude={"graph_sha256", "manifest_sha256"}) for probe in (one, other))
+        differing = list(field_differences(left, right))
         if not differing:
             console.print("[green]=[/green] the manifests are equal")
             return
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
         for column in ("field", safe(first), safe(second)):
             table.add_column(column, overflow="fold")
-        for field, left, right in differing:
-            table.add_row(safe(field), safe(_shown(left)), safe(_shown(right)))
+        for field, before, after in differing:
+            table.add_row(safe(field), safe(_shown(before)), safe(_shown(after)))
         console.print(table)
 
 
@@ -63,8 +63,8 @@ def field_differences(left: Any, right: Any, field: str = "") -> Iterator[tuple[
             yield from field_differences(left.get(name, _MISSING), right.get(name, _MISSING), f"{field}.{name}" if field else name)
     elif isinstance(left, list) and isinstance(right, list) and any(isinstance(entry, dict) for entry in (*left, *right)):
         for index in range(max(len(left), len(right))):
-            pair = [values[index] if index < len(values) else _MISSING for values in (left, right)]
-            yield from field_differences(*pair, f"{field}[{index}]")
+            before, after = (values[index] if index < len(values) else _MISSING for values in (left, right))
+            yield from field_differences(before, after, f"{field}[{index}]")
     elif left != right:
         yield field, left, right
 

@@ -61,8 +61,8 @@ def _list_folder(folder: Path) -> None:
     for file in files:
         try:
             found.append(probe_info(read_probe_file(file).manifest, ()))
-        except ProbeRefused as refusal:
-            refused.append(refusal)
+        except ProbeRefused as error:
+            refused.append(error)
     if found:
         new_console().print(probes_table(found))
     for refusal in refused:
