@@ -25,6 +25,7 @@ from benchmarks.service import print_latency, print_memory
 from benchmarks.variants import VARIANTS, Job, file_paths
 
 PLOT = Path("build/bench.png")
+DEFAULT_LOADS = ("reference", "statements", "chat_rows")
 DEFAULT_VARIANTS = ("a", "b", "engine", "server", "floor")
 
 app = typer.Typer(help=__doc__, pretty_exceptions_enable=False, add_completion=False)
@@ -64,7 +65,7 @@ def compare_command(
         "probes": probes,
     }
     given = {name: value for name, value in changes.items() if value is not None}
-    loads = [replace(LOADS[name], **given) for name in load or (LOADS if full else ("reference",))]
+    loads = [replace(LOADS[name], **given) for name in load or (LOADS if full else DEFAULT_LOADS)]
     options = {"shape": shape, "layer": layer, "dtype": dtype, "device": device, "concurrency": concurrency}
     missing: dict[str, str] = {}
     comparisons = [_compare(one, names, repeats, threads, options, missing) for one in loads]

@@ -37,12 +37,19 @@ class Unit:
         earlier: scored before, untimed, by variants that remember what they have seen.
         probes: how many of the loaded probes are asked for; 0 = all.
         per_token: whether every token's scores are compared, or each completion's mean.
+        at_once: all calls are known at the same time, so that whoever can reads them together.
     """
 
     calls: tuple[LoadGroup, ...]
     earlier: tuple[LoadGroup, ...] = ()
     probes: int = 0
     per_token: bool = True
+    at_once: bool = False
+
+    @property
+    def rounds(self) -> tuple[tuple[LoadGroup, ...], ...]:
+        """The calls that are known together, one round after the other."""
+        return (self.calls,) if self.at_once else tuple((call,) for call in self.calls)
 
     @property
     def completion_tokens(self) -> int:
@@ -56,15 +63,18 @@ class Unit:
 
     @property
     def padded_tokens(self) -> int:
-        """What each call takes as one padded batch."""
-        return sum(len(call.completions) * (len(call.prompt) + max(map(len, call.completions))) for call in self.calls)
+        """What each round takes as one padded batch."""
+        lengths = [[len(ids) for call in calls for ids in call.sequences()] for calls in self.rounds]
+        return sum(len(each) * max(each) for each in lengths)
 
     def segment_sizes(self) -> list[int]:
-        """Tokens of each piece that is new when everything before it is known: what is left of each prompt, and each completion."""
+        """Tokens of each piece that is new when everything before it is known: what is left of each prompt, and each completion. Of calls
+        that are known at once nothing is before another.
+        """
         known = [ids for group in self.earlier for ids in group.sequences()]
         sizes = []
         for call in self.calls:
-            shared = max((_common_prefix(call.prompt, ids) for ids in known), default=0)
+            shared = 0 if self.at_once else max((_common_prefix(call.prompt, ids) for ids in known), default=0)
             sizes += [len(call.prompt) - shared, *map(len, call.completions)]
             known += call.sequences()
         return [size for size in sizes if size]
@@ -82,7 +92,7 @@ class Unit:
             for call, group in enumerate(groups)
             for index, ids in enumerate((group.prompt, *group.completions))
         }
-        np.savez(path, options=np.array([self.probes, self.per_token]), **arrays)  # type: ignore[arg-type] # its stubs' allow_pickle
+        np.savez(path, options=np.array([self.probes, self.per_token, self.at_once]), **arrays)  # type: ignore[arg-type] # its stubs' allow_pickle
 
     @classmethod
     def read(cls, path: Path) -> Unit:
@@ -94,7 +104,7 @@ class Unit:
                 part, call, index = key.split(".")
                 groups[part].setdefault(int(call), {})[int(index)] = arrays[key]
         calls, earlier = (tuple(_group(found[call]) for call in sorted(found)) for found in groups.values())
-        return cls(calls, earlier, int(arrays["options"][0]), bool(arrays["options"][1]))
+        return cls(calls, earlier, int(arrays["options"][0]), bool(arrays["options"][1]), bool(arrays["options"][2]))
 
 
 def _common_prefix(first: Ids, second: Ids) -> int:
@@ -114,15 +124,16 @@ class Load:
 
     Attributes:
         kind: ``rollouts``: groups of completions. ``second_epoch``: the same, after other completions of the same prompts.
-            ``conversation``: each group is a conversation, read a turn at a time; a turn is a prompt and a completion.
-        groups: units of a repetition.
+            ``conversation``: each group is a conversation, read a turn at a time; a turn is a prompt and a completion. ``data_set``: groups
+            that are all known at once.
+        groups: units of a repetition; of a data set, groups of its one unit.
         completions: of a group; or the turns of a conversation.
         probes: how many are scored.
         beside: what ``Load.beside`` makes.
     """
 
     name: str
-    kind: Literal["rollouts", "second_epoch", "conversation"] = "rollouts"
+    kind: Literal["rollouts", "second_epoch", "conversation", "data_set"] = "rollouts"
     groups: int = 1
     completions: int = 8
     prompt_tokens: tuple[int, int] = (350, 450)
@@ -133,6 +144,9 @@ class Load:
     def units(self, repetition: int, vocab_size: int) -> Iterator[Unit]:
         """The units of a repetition, new ids in each: nothing is remembered from one to the next."""
         lengths, random = np.random.default_rng(_LENGTHS_SEED), np.random.default_rng([0, repetition + 1])
+        if self.kind == "data_set":
+            yield Unit(tuple(self._group(lengths, random, vocab_size) for _ in range(self.groups)), at_once=True)
+            return
         for _ in range(self.groups):
             match self.kind:
                 case "conversation":
@@ -193,6 +207,8 @@ LOADS = {
         Load("prompt_heavy", completions=16, prompt_tokens=(1000, 1000), completion_tokens=(100, 100)),
         Load("second_epoch", "second_epoch", completions=16, prompt_tokens=(1000, 1000), completion_tokens=(100, 100)),
         Load("conversation", "conversation", 1, 10, (50, 150), (50, 300), beside="turn by turn over read once"),
+        Load("statements", "data_set", 48, 1, (2, 4), (8, 14)),
+        Load("chat_rows", "data_set", 24, 1, (40, 120), (20, 80)),
         Load("many_probes", probes=1024, beside="1,024 probes over one"),
     )
 }

@@ -24,18 +24,18 @@ class InProcessEngine(InProcess):
         return {"execution_path": self._engine.info.execution_path}
 
     def remember(self, unit: Unit) -> None:
-        self._score(unit.earlier, unit)
+        self._score([(group,) for group in unit.earlier], unit)
 
     def score(self, unit: Unit) -> Scored:
-        return self._score(unit.calls, unit)
+        return self._score(unit.rounds, unit)
 
-    def _score(self, calls: Sequence[LoadGroup], unit: Unit) -> Scored:
+    def _score(self, rounds: Sequence[Sequence[LoadGroup]], unit: Unit) -> Scored:
         probes = self._probes[: unit.probes or None]
         rows, computed, cached = [], 0, 0
-        for call in calls:
-            group = RolloutGroup(call.prompt, call.completions)
-            answer = self._engine.score([group], probes=probes, token_scores="all" if unit.per_token else ())
-            rows += [probe_scores(scored, probes, per_token=unit.per_token) for scored in answer.groups[0]]
+        for known in rounds:
+            groups = [RolloutGroup(call.prompt, call.completions) for call in known]
+            answer = self._engine.score(groups, probes=probes, token_scores="all" if unit.per_token else ())
+            rows += [probe_scores(scored, probes, per_token=unit.per_token) for group in answer.groups for scored in group]
             computed += answer.info.usage.tokens_computed
             cached += answer.info.usage.tokens_cached
         return Scored(np.concatenate(rows), {"tokens_computed": computed, "tokens_cached": cached})

@@ -1,6 +1,7 @@
 """The floor: the matrix products of the blocks that are loaded, on the tokens that must be computed, in the sizes in which they come.
 
-A size is a prompt's, a completion's; on a GPU everything is one row. No norm, no attention, no embedding, no Python beyond this loop.
+A size is a prompt's, a completion's; on a GPU, and where everything is known at once, all is one row. No norm, no attention, no embedding,
+no Python beyond this loop.
 """
 
 import torch
@@ -24,7 +25,7 @@ class Floor(InProcess):
 
     @torch.inference_mode()
     def score(self, unit: Unit) -> Scored:
-        sizes = [sum(unit.segment_sizes())] if self.packed else unit.segment_sizes()
+        sizes = [sum(unit.segment_sizes())] if self.packed or unit.at_once else unit.segment_sizes()
         for size in sizes:
             for linear in self.linears:
                 linear(self.input(size, linear))

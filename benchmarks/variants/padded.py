@@ -18,11 +18,11 @@ Forward = Callable[[torch.Tensor, "torch.Tensor | None"], torch.Tensor]
 
 
 class Padded(InProcess):
-    """Scores rollouts in padded batches, each call's completions by themselves.
+    """Scores rollouts in padded batches, of all that are known together.
 
     Args:
         batch_sizes: of which the quickest is found in the warm-up.
-        by_length: whether a call's rollouts are sorted first, so that those of one length come together.
+        by_length: whether rollouts are sorted first, so that those of one length come together.
     """
 
     def __init__(self, job: Job, forward: Forward, *, batch_sizes: tuple[int, ...] = (4, 8, 16), by_length: bool = False) -> None:
@@ -33,8 +33,8 @@ class Padded(InProcess):
         self._by_length = by_length
 
     def warm_up(self, unit: Unit) -> dict[str, Any]:
-        most = max(len(call.completions) for call in unit.calls)
-        # a batch holds no more than a call does
+        most = max(sum(len(call.completions) for call in calls) for calls in unit.rounds)
+        # a batch holds no more than is known
         sizes = sorted({min(size, most) for size in self._batch_sizes})
         seconds = {size: self._seconds(unit, size) for size in sizes} if len(sizes) > 1 else {sizes[0]: 0.0}
         self._batch_size = min(seconds, key=seconds.__getitem__)
@@ -50,15 +50,16 @@ class Padded(InProcess):
     def score(self, unit: Unit) -> Scored:
         directions = self._directions[: unit.probes or None]
         rows = []
-        for call in unit.calls:
-            sequences = [torch.from_numpy(np.concatenate([call.prompt, completion])) for completion in call.completions]
+        for calls in unit.rounds:
+            sequences = [torch.from_numpy(sequence) for call in calls for sequence in call.sequences()]
+            prompts = [len(call.prompt) for call in calls for _ in call.completions]
             order = sorted(range(len(sequences)), key=lambda index: len(sequences[index])) if self._by_length else range(len(sequences))
             scores = {}
             for start in range(0, len(sequences), self._batch_size):
                 batch = order[start : start + self._batch_size]
                 activations = self._activations([sequences[index] for index in batch])
                 for index, row in zip(batch, activations, strict=True):
-                    tokens = row[len(call.prompt) : len(sequences[index])].float() @ directions.T
+                    tokens = row[prompts[index] : len(sequences[index])].float() @ directions.T
                     scores[index] = (tokens if unit.per_token else tokens.mean(0, keepdim=True)).cpu().numpy()
             rows += [scores[index] for index in range(len(sequences))]
         return Scored(np.concatenate(rows), {"tokens_computed": unit.padded_tokens})

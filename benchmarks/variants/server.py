@@ -1,7 +1,7 @@
 """Ours, through a server: a front and a worker process, a real socket, and clients that are not counted.
 
-A call's completions are dealt out as the ranks of a trainer hold them: consecutive, in equal parts, each with the prompt. Every client
-sends its part at once.
+The completions that are known together are dealt out as the ranks of a trainer hold them: consecutive, in equal parts, each with its
+prompt. Every client sends its part at once.
 """
 
 from __future__ import annotations
@@ -36,22 +36,22 @@ class ServerVariant:
         return {"execution_path": self._info.workers[0].execution_path}
 
     def remember(self, unit: Unit) -> None:
-        self._score(unit.earlier, unit)
+        self._score([(group,) for group in unit.earlier], unit)
 
     def score(self, unit: Unit) -> Scored:
-        return self._score(unit.calls, unit)
+        return self._score(unit.rounds, unit)
 
-    def _score(self, calls: Sequence[LoadGroup], unit: Unit) -> Scored:
+    def _score(self, rounds: Sequence[Sequence[LoadGroup]], unit: Unit) -> Scored:
         probes = self._probes[: unit.probes or None]
         token_scores = probes if unit.per_token else []
 
-        def ask(client: ProbeClient, part: RolloutGroup) -> ScoreResult:
-            return client.score([part], probes=probes, token_scores=token_scores, timeout=3600)
+        def ask(client: ProbeClient, part: list[RolloutGroup]) -> ScoreResult:
+            return client.score(part, probes=probes, token_scores=token_scores, timeout=3600)
 
         rows, computed, cached = [], 0, 0
-        for call in calls:
-            for answer in self._threads.map(ask, self._clients, deal_out(call, len(self._clients))):
-                rows += [probe_scores(scored, probes, per_token=unit.per_token) for scored in answer.groups[0]]
+        for known in rounds:
+            for answer in self._threads.map(ask, self._clients, deal_out(known, len(self._clients))):
+                rows += [probe_scores(scored, probes, per_token=unit.per_token) for group in answer.groups for scored in group]
                 computed += answer.info.usage.tokens_computed
                 cached += answer.info.usage.tokens_cached
         return Scored(np.concatenate(rows), {"tokens_computed": computed, "tokens_cached": cached})
@@ -69,11 +69,18 @@ class ServerVariant:
         self._serving.close()
 
 
-def deal_out(group: LoadGroup, clients: int) -> list[RolloutGroup]:
+def deal_out(groups: Sequence[LoadGroup], clients: int) -> list[list[RolloutGroup]]:
     """At most ``clients`` parts, equal but for one completion."""
-    count = len(group.completions)
-    bounds = [count * client // clients for client in range(clients + 1)]
-    return [RolloutGroup(group.prompt, group.completions[start:end]) for start, end in itertools.pairwise(bounds) if start < end]
+    held = [(number, completion) for number, group in enumerate(groups) for completion in group.completions]
+    bounds = [len(held) * client // clients for client in range(clients + 1)]
+    parts = [held[start:end] for start, end in itertools.pairwise(bounds) if start < end]
+    return [
+        [
+            RolloutGroup(groups[number].prompt, [completion for _, completion in completions])
+            for number, completions in itertools.groupby(part, key=lambda each: each[0])
+        ]
+        for part in parts
+    ]
 
 
 load = ServerVariant

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypeVar, cast
 import grpc
 import grpc.aio
 
-from probescore import _forks
+from probescore import _process_forks
 from probescore._client import (
     DEFAULT_TIMEOUT_SECONDS,
     BaseClient,
@@ -25,9 +25,9 @@ from probescore._client import (
     score_result,
     stream_template,
 )
+from probescore._group_sources import async_source_of
 from probescore._options import ScoreOptions
 from probescore._retries import Attempts, retry_async
-from probescore._sources import async_source_of
 from probescore._status import FailedCall
 from probescore._streaming import Arrival, Chunk, StreamSchedule, StreamWindow
 from probescore.types import ProbeInfo, RolloutGroup, ScoreResult, ServerInfo, StreamedCompletion, Transfer
@@ -63,7 +63,7 @@ def _after_fork_in_child() -> None:
     _forked_while_open = _forked_while_open or any(client._channels for client in _clients)
 
 
-_forks.before_fork(_forget_closed_loops)
+_process_forks.before_fork(_forget_closed_loops)
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork_in_child)
 
@@ -177,7 +177,7 @@ class AsyncProbeClient(BaseClient):
         opened = self._channels.pop(asyncio.get_running_loop(), None)
         if opened is not None:
             await opened[0].close()
-            _forks.channel_ended()
+            _process_forks.channel_ended()
 
     async def __aenter__(self) -> Self:
         return self
@@ -187,7 +187,7 @@ class AsyncProbeClient(BaseClient):
 
     async def _stub(self) -> AsyncStub:
         self._check_open()
-        _forks.check_usable()
+        _process_forks.check_usable()
         if _forked_while_open:
             raise RuntimeError(
                 "this process was forked while an AsyncProbeClient was open in a living event loop, which gRPC does not survive: "
@@ -210,7 +210,7 @@ class AsyncProbeClient(BaseClient):
         """Lets go of the channels of event loops that are over, as ``asyncio.run`` for each batch leaves behind."""
         for loop in list(self._channels):
             if loop.is_closed() and self._channels.pop(loop, None) is not None:
-                _forks.channel_ended()
+                _process_forks.channel_ended()
 
     async def _call(
         self,

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Union
 
 from probescore._answers import AnswerCheck
-from probescore._sources import LINGER_SECONDS, GroupRead, SourceEnded
+from probescore._group_sources import LINGER_SECONDS, GroupRead, SourceEnded
 from probescore._status import invalid_request, malformed_answer
 from probescore.errors import FieldViolation, InvalidRequestError, ProbescoreError
 from probescore.types import RolloutGroup, StreamedCompletion

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypeVar, cast
 
 import grpc
 
-from probescore import _forks
+from probescore import _process_forks
 from probescore._client import (
     DEFAULT_TIMEOUT_SECONDS,
     BaseClient,
@@ -25,9 +25,9 @@ from probescore._client import (
     score_result,
     stream_template,
 )
+from probescore._group_sources import source_of
 from probescore._options import ScoreOptions
 from probescore._retries import Attempts, retry
-from probescore._sources import source_of
 from probescore._status import FailedCall
 from probescore._streaming import Arrival, Chunk, StreamSchedule, StreamWindow
 from probescore.types import ProbeInfo, RolloutGroup, ScoreResult, ServerInfo, StreamedCompletion, Transfer
@@ -152,7 +152,7 @@ class ProbeClient(BaseClient):
         opened = self._channels.pop(os.getpid(), None)
         if opened is not None:
             opened[0].close()
-            _forks.channel_ended()
+            _process_forks.channel_ended()
 
     def __enter__(self) -> Self:
         return self
@@ -162,7 +162,7 @@ class ProbeClient(BaseClient):
 
     def _stub(self) -> Stub:
         self._check_open()
-        _forks.check_usable()
+        _process_forks.check_usable()
         pid = os.getpid()
         if pid not in self._channels:
             target, credentials = self._target(), self._settings.credentials
@@ -183,7 +183,7 @@ class ProbeClient(BaseClient):
     ) -> Response:
         def attempt(seconds: float) -> Response:
             try:
-                with _forks.call_under_way():
+                with _process_forks.call_under_way():
                     return method(self._stub())(request, timeout=seconds, metadata=self._settings.metadata)
             except grpc.RpcError as failed:
                 error = self._error(cast("FailedCall", failed))
@@ -260,7 +260,7 @@ class _Stream:
         if self._stopped.is_set():
             return
         try:
-            with _forks.call_under_way():
+            with _process_forks.call_under_way():
                 stub, request = self._client._stub(), chunk.request(self._template)
                 call = stub.ScoreStream(request, timeout=seconds, metadata=self._client._settings.metadata)
                 self._calls[chunk] = call

@@ -1,13 +1,13 @@
-"""Judge probes: what the scores of labelled rollouts say about a probe, each number with its 95% interval.
+"""Measures the quality of a probe from its scores of labelled rollouts; each number comes with its 95% interval.
 
     from probescore_audit import calibrate, evaluate_auroc
 
     threshold = calibrate(scores[~cheated], false_positive_rate=0.01, dataset="honest rollouts of held-out problems", label="cheating")
     auroc = evaluate_auroc(scores[cheated], scores[~cheated], dataset="rollouts of held-out problems")
 
-A probe carries them: ``probescore_probes.write_probe(…, calibrations=[threshold], evaluations=[auroc])``.
+A probe file stores these numbers: ``probescore_probes.write_probe(…, calibrations=[threshold], evaluations=[auroc])``.
 
-This package needs numpy and scipy alone, and scipy is imported only when something is computed.
+This package needs only numpy and scipy, and scipy is imported only when something is computed.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""What an author hands over, read into numbers and text, or refused in words: the argument, its value, what to give instead.
+"""Converts the arguments that authors of probes pass to numbers and text, or refuses them with a message.
 
-A value of another kind is a ``TypeError``, one that is wrong a ``ValueError``. Whatever holds numbers is taken: lists, tuples, numpy
-arrays of any integer or floating dtype, torch tensors on any device, with gradients or without.
+A message names the argument, its value, and what to give instead. A value of another kind raises ``TypeError``, one that is wrong
+``ValueError``. Everything that holds numbers is taken: lists, tuples, numpy arrays of any integer or floating dtype, and torch tensors on
+any device, with gradients or without.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _Given = Any  # whatever an author hands over
 
 
 def shown(value: _Given) -> str:
-    """A value as it is put into a message: short, on one line."""
+    """Returns a value as messages show it: short, on one line."""
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         return f"{type(value).__name__} of shape {tuple(value.shape)} and dtype {value.dtype}"
     written = value.__name__ if isinstance(value, type) else repr(value)
@@ -29,7 +30,7 @@ def shown(value: _Given) -> str:
 
 
 def kind_of(value: _Given) -> str:
-    """``None``, or the name of a type with its article."""
+    """Returns ``None`` as text, or the name of a value's type with its article, such as ``a list``."""
     if value is None:
         return "None"
     name = f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
@@ -37,10 +38,10 @@ def kind_of(value: _Given) -> str:
 
 
 def of_kind(value: _Given, argument: str, kind: type[_Kind] | tuple[type[_Kind], ...], remedy: str) -> _Kind:
-    """A value of one type, or of one of several.
+    """Returns a value if it is of one type, or of one of several.
 
     Raises:
-        TypeError: it is of another.
+        TypeError: the value is of another type.
     """
     if not isinstance(value, kind):
         raise TypeError(f"{argument}: {kind_of(value)} ({shown(value)}); {remedy}")
@@ -48,7 +49,12 @@ def of_kind(value: _Given, argument: str, kind: type[_Kind] | tuple[type[_Kind],
 
 
 def text(value: _Given, argument: str, longest: int | None = None) -> str:
-    """Text, of at most ``longest`` characters if that is given."""
+    """Returns a text argument, of at most ``longest`` characters if that is given.
+
+    Raises:
+        TypeError: the value is not text.
+        ValueError: the text is too long.
+    """
     written = str(of_kind(value, argument, str, "give text"))  # numpy's too
     if longest is not None and len(written) > longest:
         raise ValueError(f"{argument}: {len(written)} characters ({shown(written)}); give at most {longest}")
@@ -56,7 +62,12 @@ def text(value: _Given, argument: str, longest: int | None = None) -> str:
 
 
 def named(value: _Given, argument: str, pattern: str, rule: str) -> str:
-    """Text of a pattern that ``rule`` says in words."""
+    """Returns a text that matches a pattern; ``rule`` describes the pattern in words, for the message.
+
+    Raises:
+        TypeError: the value is not text.
+        ValueError: the text does not match the pattern.
+    """
     written = text(value, argument)
     if not re.fullmatch(pattern, written):
         raise ValueError(f"{argument}: {shown(written)}; give {rule}")
@@ -64,10 +75,10 @@ def named(value: _Given, argument: str, pattern: str, rule: str) -> str:
 
 
 def reduction(value: _Given, argument: str) -> str:
-    """A reduction as text; a ``Reduction`` too.
+    """Returns a reduction as text, given as text or as a ``Reduction``.
 
     Raises:
-        TypeError: it is neither.
+        TypeError: the value is neither.
         ValueError: there is no such reduction.
     """
     if not isinstance(value, (str, Reduction)):
@@ -79,11 +90,11 @@ def reduction(value: _Given, argument: str) -> str:
 
 
 def real(value: _Given, argument: str, what: str) -> NDArray[np.float64]:
-    """Real numbers of any shape, in float64; NaN and infinities are left to the caller.
+    """Reads real numbers of any shape into a float64 array; NaN and infinities are left to the caller.
 
     Raises:
-        TypeError: these are no numbers.
-        ValueError: they do not form one shape.
+        TypeError: the value does not hold real numbers.
+        ValueError: the numbers do not form one shape.
     """
     array = array_of(value, argument, what)
     if array.dtype.kind not in "fiu":
@@ -92,7 +103,12 @@ def real(value: _Given, argument: str, what: str) -> NDArray[np.float64]:
 
 
 def number(value: _Given, argument: str, what: str) -> float:
-    """A single real number; NaN and infinities are left to the caller."""
+    """Reads a single real number; NaN and infinities are left to the caller.
+
+    Raises:
+        TypeError: the value is not a real number.
+        ValueError: there are several numbers, or none.
+    """
     if isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{argument}: {shown(value)}; give {what}")
     array = real(value, argument, what)
@@ -102,15 +118,17 @@ def number(value: _Given, argument: str, what: str) -> float:
 
 
 def array_of(value: _Given, argument: str, what: str) -> NDArray[Any]:
-    """What holds numbers as a numpy array of whatever dtype; an array of objects is read only if all of them are numbers.
+    """Converts a value that holds numbers to a numpy array of its own dtype; an array of objects is read only if all of them are numbers.
 
     Raises:
-        TypeError: these are no numbers.
-        ValueError: they do not form one shape.
+        TypeError: the value does not hold numbers.
+        ValueError: the numbers do not form one shape.
     """
     if value is None or isinstance(value, (str, bytes, Mapping, set, frozenset, Iterator)):
         raise TypeError(f"{argument}: {kind_of(value)} ({shown(value)}); give {what} as a list or an array")
-    if callable(getattr(value, "detach", None)):  # a torch tensor: of a dtype that numpy may lack, or with gradients, or elsewhere
+    if callable(
+        getattr(value, "detach", None)
+    ):  # a torch tensor, which may have a dtype that numpy lacks, or gradients, or lie on another device
         value = value.detach().cpu()
         value = value.float().numpy() if value.is_floating_point() and value.element_size() < 4 else value.numpy()
     elif isinstance(value, Sequence) and any(callable(getattr(entry, "detach", None)) for entry in value):
@@ -130,11 +148,11 @@ def array_of(value: _Given, argument: str, what: str) -> NDArray[Any]:
 
 
 def described(value: _Given, array: NDArray[Any]) -> str:
-    """What an array that is refused holds, as it is put into a message.
+    """Describes what a refused array holds, for a message.
 
     Args:
-        value: as an author has it.
-        array: the same, from ``array_of``.
+        value: the value, as an author gives it.
+        array: the same value as an array, from ``array_of``.
     """
     if array.dtype.kind == "O":
         odd = next((entry for entry in array.ravel() if not isinstance(entry, (int, float, np.number)) or isinstance(entry, bool)), None)

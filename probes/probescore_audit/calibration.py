@@ -1,4 +1,7 @@
-"""What a probe's numbers are worth: thresholds at a stated false-positive rate, and AUROC, each with its 95% interval."""
+"""Measures how well a probe's scores tell rollouts apart, by thresholds at a stated false-positive rate and by AUROC.
+
+Each number comes with its 95% interval.
+"""
 
 from __future__ import annotations
 
@@ -19,17 +22,17 @@ _LARGEST = float(np.finfo(np.float32).max)
 def calibrate(
     negatives: ArrayLike, *, false_positive_rate: float, dataset: str, reduction: str | None = "mean", label: str = ""
 ) -> CalibratedThreshold:
-    """Finds the lowest threshold that flags at most a stated share of negative rollouts.
+    """Finds the lowest threshold that flags at most a stated share of negative rollouts, those without the behaviour.
 
-    The interval is that of Clopper and Pearson (1934, Biometrika 26:404): exact, so that its coverage is at least 95%. It speaks of new
+    The interval is that of Clopper and Pearson (1934, Biometrika 26:404): exact, so that its coverage is at least 95%. It holds for new
     rollouts like these; they must not be those that the probe was fitted on.
 
     Args:
-        negatives: ``(n,)`` reduced scores of rollouts without the behaviour, in the unit of the manifest's ``reduce_on``.
-        false_positive_rate: in (0, 1).
+        negatives: reduced scores of negative rollouts, ``(n,)``, in the unit of the manifest's ``reduce_on``.
+        false_positive_rate: largest share of the negatives that may be flagged, in (0, 1).
         dataset: what the negatives are.
-        reduction: what reduced them; ``None`` for a probe that pools by itself.
-        label: which label, if there are several.
+        reduction: the reduction that made the scores; ``None`` for a probe that pools by itself.
+        label: label of the scores, if the probe has several.
 
     Raises:
         TypeError: an argument is of another kind.
@@ -51,7 +54,7 @@ def calibrate(
         )
     highest_passed = np.sort(scores)[-1 - allowed]
     above = scores[scores > highest_passed]
-    # Half-way to the next score, so that rounding moves nobody across; just above where there is no next.
+    # The threshold lies half-way to the next score, so that rounding moves no rollout across; just above the score where there is no next.
     threshold = (highest_passed + above.min()) / 2 if len(above) else np.nextafter(np.float32(highest_passed), np.float32(np.inf))
     if not abs(threshold) <= _LARGEST:
         raise ValueError(
@@ -73,20 +76,20 @@ def calibrate(
 
 
 def evaluate_auroc(positives: ArrayLike, negatives: ArrayLike, *, dataset: str, dataset_sha256: str | None = None) -> Auroc:
-    """Computes the chance that a positive rollout scores above a negative one, ties counting half.
+    """Computes the chance that a positive rollout, one with the behaviour, scores above a negative one; ties count half.
 
     The interval is method 5 of Newcombe (2006, Statistics in Medicine 25:559): it inverts a normal test whose variance is that of Hanley
     and McNeil, so that it has a width even where every positive is above every negative.
 
     Args:
-        positives: ``(p,)`` reduced scores of rollouts with the behaviour.
-        negatives: ``(n,)`` of rollouts without it.
+        positives: reduced scores of rollouts with the behaviour, ``(p,)``.
+        negatives: reduced scores of rollouts without it, ``(n,)``.
         dataset: what these rollouts are; not those that the probe was fitted on.
         dataset_sha256: ``sha256:…`` of that data.
 
     Raises:
         TypeError: an argument is of another kind.
-        ValueError: there are no positives or no negatives, a score is not finite, or ``dataset_sha256`` is none.
+        ValueError: there are no positives or no negatives, a score is not finite, or ``dataset_sha256`` is not such a digest.
     """
     dataset = _said(dataset, "dataset")
     if dataset_sha256 is not None:
@@ -113,11 +116,11 @@ def newcombe_interval(auroc: float, positives: int, negatives: int) -> tuple[flo
     equal_size = (positives + negatives) / 2 - 1
 
     def deviation(true: float) -> float:
-        """How far the estimate is from a supposed true value, less z standard errors; zero at the interval's ends."""
+        """Returns how far the estimated AUROC is from a supposed true value, less z standard errors; it is zero at the interval's ends."""
         variance = true * (1 - true) * (1 + equal_size * ((1 - true) / (2 - true) + true / (1 + true))) / (positives * negatives)
         return abs(auroc - true) - z * math.sqrt(variance)
 
-    # At 0 and 1 the variance vanishes, so that these are zeros of every deviation: the search stays off them.
+    # At 0 and 1 the variance vanishes, so that these are zeros of every deviation, and the search excludes them.
     low = 0.0 if auroc == 0 else float(brentq(deviation, 0, min(auroc, 1 - 1e-12)))
     high = 1.0 if auroc == 1 else float(brentq(deviation, max(auroc, 1e-12), 1))
     return low, high

@@ -1,4 +1,4 @@
-"""Numbers that were estimated from labelled rollouts, each with its interval and with what it was estimated on."""
+"""Holds numbers that were estimated from labelled rollouts, each with its 95% interval and with the data that it was estimated on."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class CalibratedThreshold:
-    """A threshold on reduced scores, and the share of negative rollouts that it flags.
+    """Holds a threshold on a probe's reduced scores, and the share of negative rollouts, those without the behaviour, that it flags.
 
     Attributes:
-        threshold: a rollout whose reduced score is at or above it is flagged; in the unit of the scores that it was found on.
-        false_positive_rate: the share of the negatives that it flags, in [0, 1].
+        threshold: a rollout whose reduced score is at or above this is flagged; in the unit of the scores that the threshold was found on.
+        false_positive_rate: share of the negatives that are flagged, in [0, 1].
         false_positive_rate_low: lower end of that share's 95% interval.
         false_positive_rate_high: upper end of that share's 95% interval.
-        negatives: how many negative rollouts it was found on.
+        negatives: how many negative rollouts the threshold was found on.
         dataset: what these rollouts are.
         reduction: the reduction that made one score of each rollout; ``None`` for a probe that pools by itself.
-        label: the label whose scores these are; empty where a probe has one.
+        label: label of the scores; empty where a probe has one label.
     """
 
     threshold: float
@@ -32,14 +32,14 @@ class CalibratedThreshold:
 
 @dataclass(frozen=True, kw_only=True)
 class Auroc:
-    """The area under the ROC curve: the chance that a positive rollout scores above a negative one.
+    """Holds the area under the ROC curve, the chance that a positive rollout scores above a negative one.
 
     Attributes:
-        value: the estimate, in [0, 1]; 0.5 is what chance gives.
+        value: the estimate, in [0, 1]; 0.5 is that of a random score.
         low: lower end of the 95% interval.
         high: upper end of the 95% interval.
-        positives: how many positive rollouts it was measured on.
-        negatives: how many negative rollouts it was measured on.
+        positives: how many positive rollouts the area was measured on.
+        negatives: how many negative rollouts the area was measured on.
         dataset: what these rollouts are.
         dataset_sha256: ``sha256:…`` of that data, if it was given.
     """

@@ -1,4 +1,4 @@
-"""Make probes: from a fitted classifier to a checked probe file.
+"""Makes probe files: turns a classifier that was fitted on a language model's activations into a checked file for the server.
 
     from sklearn.linear_model import LogisticRegression
     from probescore_probes import ReferenceModel, sklearn_probe, write_probe
@@ -10,7 +10,7 @@
         "cheating.onnx", sklearn_probe(probe), model, name="cheating", version="1", taps=["resid_post.18"], golden=rollouts[:4]
     )
 
-Reading needs neither torch nor transformers, so what writes is imported only when it is asked for.
+To read probe files needs neither torch nor transformers, so that the functions which write them are imported only when they are used.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""What authors of probes hand over, read into arrays and value types, or refused in words: the argument, its value, what to give instead.
+"""Converts the arguments that authors of probes pass to arrays and value types, or refuses them with a message.
 
-Numbers and text are read as ``probescore_audit.arguments`` reads them; added here is what is of a model and its probes: ids, taps, units.
+A message names the argument, its value, and what to give instead. Numbers and text are read as ``probescore_audit.arguments`` reads them;
+this module adds what belongs to a model and its probes: token ids, taps and units.
 """
 
 from __future__ import annotations
@@ -39,11 +40,11 @@ _Given = Any  # whatever an author hands over
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The ids that a model can read.
+    """Describes the token ids that a model can read.
 
     Attributes:
-        size: they are below this.
-        placeholders: those that stand for a picture or a sound, and for which.
+        size: every id is at least 0 and below this number.
+        placeholders: ids that stand for a picture, a video or a sound, each with which of these.
     """
 
     size: int
@@ -51,12 +52,21 @@ class Vocabulary:
 
 
 def flag(value: _Given, argument: str) -> bool:
-    """True or false, numpy's too."""
+    """Returns a boolean argument, also numpy's, as ``bool``.
+
+    Raises:
+        TypeError: the value is not a boolean.
+    """
     return bool(of_kind(value, argument, (bool, np.bool_), "give True or False"))
 
 
 def unit(value: _Given, argument: str) -> ScoreUnit:
-    """A unit, as itself or as text."""
+    """Returns a unit of scores, given as a ``ScoreUnit`` or as its text.
+
+    Raises:
+        TypeError: the value is neither.
+        ValueError: there is no such unit.
+    """
     units = ", ".join(f"ScoreUnit.{each.name}" for each in ScoreUnit)
     if not isinstance(value, str):
         raise TypeError(f"{argument}: {kind_of(value)} ({shown(value)}); give one of {units}")
@@ -67,10 +77,10 @@ def unit(value: _Given, argument: str) -> ScoreUnit:
 
 
 def sequence(value: _Given, argument: str, of: str, example: str) -> list[Any]:
-    """The members of a list, a tuple or whatever else is gone through, but not of a text or a mapping.
+    """Returns the members of a list, a tuple or any other iterable except text and mappings.
 
     Raises:
-        TypeError: it is none of these.
+        TypeError: the value is not such an iterable.
     """
     if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
         raise TypeError(f"{argument}: {kind_of(value)} ({shown(value)}); give a list of {of}, such as {example}")
@@ -81,16 +91,16 @@ def sequence(value: _Given, argument: str, of: str, example: str) -> list[Any]:
 
 
 def numbers(value: _Given, argument: str, what: str) -> NDArray[np.float64]:
-    """Real, finite numbers of any shape, in float64.
+    """Reads real, finite numbers of any shape into a float64 array.
 
     Args:
-        value: as an author has it.
-        argument: its name.
+        value: the value, as an author gives it.
+        argument: name of the argument, for messages.
         what: what the numbers are, for messages.
 
     Raises:
-        TypeError: these are no numbers.
-        ValueError: they do not form one shape, or one is NaN or infinite.
+        TypeError: the value does not hold numbers.
+        ValueError: the numbers do not form one shape, there are none, or one is NaN or infinite.
     """
     array = real(value, argument, what)
     if array.size == 0:
@@ -107,11 +117,11 @@ def numbers(value: _Given, argument: str, what: str) -> NDArray[np.float64]:
 
 
 def token_ids(value: _Given, argument: str, vocabulary: Vocabulary, *, may_be_empty: bool = False) -> NDArray[np.int64]:
-    """Ids of one sequence, ``(T,)``.
+    """Reads the token ids of one sequence, ``(T,)`` int64.
 
     Raises:
-        TypeError: these are no ids.
-        ValueError: they are of several sequences, none, or none of the model's.
+        TypeError: the value does not hold token ids.
+        ValueError: the ids are of several sequences, there are none where some are needed, or an id is not one of the model's text tokens.
     """
     what = "token ids"
     if isinstance(value, (str, bytes)):
@@ -145,11 +155,11 @@ def token_ids(value: _Given, argument: str, vocabulary: Vocabulary, *, may_be_em
 
 
 def rollouts(value: _Given, argument: str, vocabulary: Vocabulary) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    """``(prompt_ids, completion_ids)`` of each, one after another.
+    """Yields ``(prompt_ids, completion_ids)`` of each rollout, one after another, both int64.
 
     Raises:
-        TypeError: one is no pair of ids.
-        ValueError: ids are none of the model's, or a completion is empty.
+        TypeError: a rollout is not a pair of token ids.
+        ValueError: an id is not one of the model's text tokens, or a completion is empty.
     """
     example = "[(prompt_ids, completion_ids), …]"
     if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
@@ -168,10 +178,10 @@ def rollouts(value: _Given, argument: str, vocabulary: Vocabulary) -> Iterator[t
 
 
 def tap(value: _Given, argument: str, num_hidden_layers: int) -> Tap:
-    """Where to read, as a ``Tap`` or as ``str(tap)`` writes it.
+    """Reads a tap, given as a ``Tap`` or as ``str(tap)`` writes it, such as ``"resid_post.6"``.
 
     Raises:
-        TypeError: it is neither.
+        TypeError: the value is neither.
         ValueError: there is no such hook, or the model has no such block.
     """
     *others, last = (f"{hook}.N" if hook.has_layer else str(hook) for hook in Hook)
@@ -201,7 +211,12 @@ def tap(value: _Given, argument: str, num_hidden_layers: int) -> Tap:
 
 
 def taps(value: _Given, num_hidden_layers: int) -> list[Tap]:
-    """Several of them; at least one."""
+    """Reads a list of at least one tap.
+
+    Raises:
+        TypeError: the value is not a list of taps.
+        ValueError: the list is empty, there is no such hook, or the model has no such block.
+    """
     if isinstance(value, Tap):
         raise TypeError(f"taps: a Tap ({value}); give a list of taps, such as [{value}]")
     found = sequence(value, "taps", "taps", f'["{value if isinstance(value, str) else "resid_post.6"}"]')

@@ -1,4 +1,4 @@
-"""What exporters warn of that is of no use to an author."""
+"""Silences warnings of ONNX exporters that are of no use to the author of a probe."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from contextlib import contextmanager
 
 @contextmanager
 def quietly(exporter: str) -> Iterator[None]:
-    """Without an exporter's warnings on what it is built from; what a probe's author must know is raised.
+    """Silences an exporter's warnings within the context; what a probe's author must know is raised as an error.
 
     Args:
-        exporter: the name of its logger.
+        exporter: name of the exporter's logger.
     """
     logger = logging.getLogger(exporter)
     level = logger.level

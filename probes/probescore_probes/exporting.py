@@ -1,6 +1,6 @@
-"""Probes before they are files: the author's own code, and the ONNX graph that a server runs instead of it.
+"""Describes probes before they are files: the author's own code, and the ONNX graph that a server runs instead of it.
 
-Golden vectors are computed with the author's code; the graph must then agree with it.
+Golden vectors are computed with the author's code; the graph must then give the same scores.
 """
 
 from __future__ import annotations
@@ -29,15 +29,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class ProbeFunction:
-    """A probe as its author has it.
+    """Holds a probe as its author made it; ``linear_probe``, ``torch_probe``, ``sklearn_probe`` and ``onnx_probe`` return one.
 
     Attributes:
-        score: the author's own code: ``(N, labels)``, or ``(sequences, labels)`` where it pools; a missing last axis means one label.
-        export: makes the graph for a signature.
-        unit: of the scores.
-        width: how many numbers of each row it takes, of all taps together; ``None`` = not known before it runs.
-        columns: how many scores it gives; ``None`` = not known before it runs.
-        classes: of a classifier, as its training data named them, in order; the last ``columns`` of them are what the columns are about.
+        score: the author's own code; from the graph's inputs it gives ``(N, labels)``, or ``(sequences, labels)`` where it pools; a missing
+            last axis means one label.
+        export: makes the ONNX graph for a signature.
+        unit: unit of the scores.
+        width: how many numbers each row has that the probe takes, of all taps together; ``None`` = not known before it runs.
+        columns: how many scores the probe gives for each row; ``None`` = not known before it runs.
+        classes: classes of a classifier as its training data names them, in order; the columns are about the last ``columns`` of them.
     """
 
     score: Callable[[GraphInputs], NDArray[Any]]
@@ -49,7 +50,7 @@ class ProbeFunction:
 
 
 def linear_probe(weight: ArrayLike, bias: ArrayLike = 0.0, *, unit: ScoreUnit = ScoreUnit.LOGIT) -> ProbeFunction:
-    """``score = weight · activation + bias``.
+    """Makes a linear probe, ``score = weight · activation + bias``.
 
     Args:
         weight: ``(width,)`` or ``(labels, width)``; for several taps their activations are concatenated in order, so that ``width`` is
@@ -58,7 +59,8 @@ def linear_probe(weight: ArrayLike, bias: ArrayLike = 0.0, *, unit: ScoreUnit = 
         unit: ``LOGIT`` for logistic regression, ``VALUE`` for a direction.
 
     Raises:
-        TypeError, ValueError: an argument is of another kind or shape, not finite, or beyond float32.
+        TypeError: an argument is of another kind.
+        ValueError: an argument is of another shape, not finite, or beyond float32.
     """
     matrix = _weights(weight, "weight", "(width,) or (labels, width)")
     if matrix.ndim not in (1, 2):
@@ -78,13 +80,19 @@ def linear_probe(weight: ArrayLike, bias: ArrayLike = 0.0, *, unit: ScoreUnit = 
 
 
 def torch_probe(module: torch.nn.Module, *, unit: ScoreUnit) -> ProbeFunction:
-    """A module called with the taps' activations in order, then ``cu_seqlens`` and ``positions`` if the probe takes them.
+    """Makes a probe of a torch module that reads the taps' activations.
 
-    The module runs in evaluation mode and float32. It is exported by ``torch.export``, so that Python control flow must not depend on
-    values; ``docs/how-to/write-a-probe-over-tokens.md`` shows attention written over ``cu_seqlens``.
+    The module is called with the activations of each tap in order, then ``cu_seqlens`` and ``positions`` if the probe takes them. It runs
+    in evaluation mode and float32. It is exported by ``torch.export``, so that Python control flow must not depend on values;
+    ``docs/how-to/write-a-probe-over-tokens.md`` shows attention written over ``cu_seqlens``.
+
+    Args:
+        module: from activations ``(N, hidden_size)`` float32 of each tap to scores ``(N, labels)``, or ``(sequences, labels)`` where it
+            pools; a missing last axis means one label.
+        unit: unit of the scores.
 
     Raises:
-        TypeError: ``module`` is no module, or ``unit`` no unit.
+        TypeError: ``module`` is not a torch module, or ``unit`` is not a unit.
         ValueError: a weight is not finite.
     """
     arguments.of_kind(module, "module", torch.nn.Module, "give a torch.nn.Module; a function becomes one as its forward")
@@ -103,15 +111,15 @@ def torch_probe(module: torch.nn.Module, *, unit: ScoreUnit) -> ProbeFunction:
 
 
 def sklearn_probe(estimator: BaseEstimator) -> ProbeFunction:
-    """A fitted scikit-learn estimator or pipeline, over the taps' activations concatenated in order.
+    """Makes a probe of a fitted scikit-learn estimator or pipeline, which reads the taps' activations concatenated in order.
 
     Linear classifiers of two classes (alone or behind scalers) score by their ``decision_function``, a logit where its sigmoid is their
     probability; other classifiers by ``predict_proba`` if they have it (for two classes that of the second, else one label per class);
     regressors by ``predict``. ``docs/reference/estimators.md`` has a table of all.
 
     Raises:
-        TypeError: it is no estimator.
-        ValueError: it is not fitted, or cannot be written; names it, the reason and what to do instead.
+        TypeError: the value is not a scikit-learn estimator.
+        ValueError: the estimator is not fitted, or cannot be written; the error names it, the reason and what to do instead.
     """
     read = estimator_scores(estimator)
 
@@ -122,10 +130,15 @@ def sklearn_probe(estimator: BaseEstimator) -> ProbeFunction:
 
 
 def onnx_probe(graph: onnx.ModelProto | Path | str, score: Callable[[GraphInputs], NDArray[Any]], *, unit: ScoreUnit) -> ProbeFunction:
-    """A graph that is ready, with the code that it was made from.
+    """Makes a probe of a finished ONNX graph and the code that the graph was made from.
+
+    Args:
+        graph: the ONNX model, or the path of its file.
+        score: the author's own code; from the graph's inputs it gives ``(N, labels)``, or ``(sequences, labels)`` where it pools.
+        unit: unit of the scores.
 
     Raises:
-        TypeError: ``graph`` is no model or path, ``score`` no function, or ``unit`` no unit.
+        TypeError: ``graph`` is not a model or path, ``score`` is not a function, or ``unit`` is not a unit.
         ValueError: ``graph`` is a path, and no ONNX model is there.
     """
     if not callable(score):
@@ -143,7 +156,7 @@ def onnx_probe(graph: onnx.ModelProto | Path | str, score: Callable[[GraphInputs
         raise ValueError(
             f"graph: {str(graph)!r} cannot be read ({error.strerror or type(error).__name__}); give the path of an .onnx file"
         ) from None
-    except Exception:  # of protobuf's, or of the loader of weights beside the file
+    except Exception:  # raised by protobuf, or by the loader of weights beside the file
         raise ValueError(f"graph: {str(graph)!r} is not an ONNX model with all of its weights inside; save it as one .onnx file") from None
     return ProbeFunction(score, lambda _: model, unit)
 
@@ -159,7 +172,7 @@ def _weights(given: ArrayLike, argument: str, shape: str) -> NDArray[np.float64]
 
 
 class _ScoresModule(torch.nn.Module):
-    """Gives a module's scores their label axis and float32."""
+    """Wraps a torch module so that its scores are float32 and have an axis of labels."""
 
     def __init__(self, module: torch.nn.Module) -> None:
         super().__init__()
@@ -175,7 +188,7 @@ def _concatenated(inputs: GraphInputs) -> NDArray[np.float64]:
 
 
 def _linear_graph(weight: NDArray[np.float64], bias: NDArray[np.float64], signature: GraphSignature) -> onnx.ModelProto:
-    """One ``Gemm``, the form that the engine can stack with other probes of the same tap."""
+    """Builds a graph of one ``Gemm``, the form that the engine can stack with other probes of the same tap."""
     nodes, features = _features(signature)
     nodes.append(onnx.helper.make_node("Gemm", [features, "weight", "bias"], [SCORES], transB=1))
     weights = [onnx.numpy_helper.from_array(array.astype(np.float32), name) for array, name in ((weight, "weight"), (bias, "bias"))]
@@ -193,7 +206,7 @@ def _model(nodes: list[onnx.NodeProto], signature: GraphSignature, weights: list
 
 
 def _torch_graph(scorer: _ScoresModule, signature: GraphSignature) -> onnx.ModelProto:
-    # Sizes that coincide with nothing else, so that the exporter takes none of them for a constant.
+    # These sizes equal no other size, so that the exporter takes none of them for a constant.
     lengths = (4, 3, 6)
     example = [torch.randn(sum(lengths), signature.hidden_size) for _ in signature.taps]
     rows = torch.export.Dim("tokens")
@@ -238,7 +251,7 @@ def _estimator_graph(read: EstimatorScores, signature: GraphSignature) -> onnx.M
 
 
 def _declared(model: onnx.ModelProto, signature: GraphSignature) -> onnx.ModelProto:
-    """With inputs and output declared as the signature has them; the exporter writes sizes like ``s0 - 1``."""
+    """Replaces a model's declarations of inputs and output by those of the signature; the exporter writes sizes like ``s0 - 1``."""
     declared = onnx.ModelProto()
     declared.CopyFrom(model)
     del declared.graph.input[:], declared.graph.output[:]

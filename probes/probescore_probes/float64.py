@@ -1,7 +1,7 @@
-"""A reference model run in float64, to see how far its float32 is from what it should compute.
+"""Runs a reference model in float64, to measure how far its float32 activations are from exact ones.
 
-Weights go to float64 block by block, so that a model of 4 billion parameters needs the room of its embeddings and one block more than
-it has, not that of all its weights twice. Where transformers asks for float32 by name (norms, softmax, rotary embeddings, linear
+Weights are widened to float64 block by block, so that a model of 4 billion parameters needs the memory of its embeddings and one block more
+than it has, not that of all its weights twice. Where transformers asks for float32 by name (norms, softmax, rotary embeddings, linear
 attention), it gets float64 too.
 """
 
@@ -23,10 +23,14 @@ from probescore_probes.reference import ReferenceModel
 
 
 def float64_activations(reference: ReferenceModel, token_ids: TokenIds, taps: Sequence[Tap]) -> dict[Tap, NDArray[np.float64]]:
-    """As ``ReferenceModel.activations``, computed in float64. The model is left as it was.
+    """Computes activations of one sequence at some taps as ``ReferenceModel.activations`` does, but in float64; the model is left
+    unchanged.
+
+    Returns:
+        For each tap ``(T, hidden_size)`` float64.
 
     Raises:
-        Exception: whatever a model or a device raises that has no float64.
+        Exception: any error that a model or a device without float64 raises.
     """
     decoder: torch.nn.Module = reference.model.get_decoder()
     with _plain_experts(decoder), _in_float64(decoder), _NoFloat32():
@@ -35,7 +39,7 @@ def float64_activations(reference: ReferenceModel, token_ids: TokenIds, taps: Se
 
 
 class _NoFloat32(TorchFunctionMode):
-    """Whoever asks torch for float32 gets float64."""
+    """Replaces float32 by float64 in every call of torch within the context."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
         if func is torch.Tensor.float:
@@ -47,7 +51,7 @@ class _NoFloat32(TorchFunctionMode):
 
 @contextmanager
 def _in_float64(decoder: torch.nn.Module) -> Iterator[None]:
-    """All but the blocks is in float64 at once, and each block while it runs."""
+    """Widens a decoder to float64 within the context: all but its blocks at once, and each block while it runs."""
     blocks = [module for module in decoder.modules() if isinstance(module, torch.nn.ModuleList)]
     inner = [block for block in max(blocks, key=_size, default=torch.nn.ModuleList()) if list(block.parameters())]
     running: dict[torch.nn.Module, ExitStack] = {}
@@ -76,7 +80,7 @@ def _in_float64(decoder: torch.nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _plain_experts(decoder: torch.nn.Module) -> Iterator[None]:
-    """Without the fused products of experts, which have no float64."""
+    """Switches off the fused products of mixture-of-experts layers within the context, since they do not exist in float64."""
     found = (getattr(module, "config", None) for module in decoder.modules())
     configs = {id(config): config for config in found if isinstance(config, PreTrainedConfig)}
     chosen = [(config, config._experts_implementation) for config in configs.values()]
@@ -95,7 +99,7 @@ def _size(module: torch.nn.Module) -> int:
 
 @contextmanager
 def _widened(tensors: Sequence[torch.Tensor]) -> Iterator[None]:
-    """Parameters and buffers in float64 for a while; then they hold again what they held, bit by bit."""
+    """Widens parameters and buffers to float64 within the context; afterwards they hold again exactly what they held."""
     narrow = [(tensor, tensor.data) for tensor in tensors if tensor.is_floating_point()]
     try:
         for tensor, data in narrow:

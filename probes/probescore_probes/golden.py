@@ -1,4 +1,4 @@
-"""Golden vectors: rollouts scored by plain Hugging Face and the author's code; and the check that a graph computes the same."""
+"""Makes golden vectors, rollouts scored by plain Hugging Face and the author's code, and checks that a graph computes the same scores."""
 
 from __future__ import annotations
 
@@ -31,22 +31,22 @@ from probescore_server.probes.format.manifest import (
     TapInput,
     neighbouring_places,
 )
+from probescore_server.probes.loading.context_check import check_author_agrees, far_lengths, rows_tried
 from probescore_server.probes.loading.deviations import largest_deviation
-from probescore_server.probes.loading.independence import check_author_agrees, far_lengths, rows_tried
 from probescore_server.probes.loading.random_sequences import RandomSequences, cut_sequence, pack_sequences
 from probescore_server.probes.loading.row_by_row import is_row_by_row
 
 
 @dataclass(frozen=True, eq=False)
 class GoldenRollout:
-    """One rollout as the author's code was given it and scored it.
+    """Holds one golden rollout with the inputs and the scores of the author's code.
 
     Attributes:
-        golden: the part that goes into the manifest.
-        inputs: by name, of the ``N`` rows that the code was given: those of the prompt too if the probe sees it.
+        golden: the part of the rollout that the manifest stores.
+        inputs: what the code was given, by input name, for N rows; the prompt's rows are among them if the probe sees the prompt.
         scores: ``(N, labels)``, or ``(1, labels)`` for a probe that pools.
-        differences: by place, what is added to the scores of ``golden`` where the activations are read there: NaN where the code refuses
-            what is there, and ``None`` where the model has no such tap.
+        differences: for each place one decoder block or one token beside the right one, what is added to the scores of ``golden`` where the
+            activations are read there; NaN where the code refuses these, and ``None`` where the model has no such tap.
     """
 
     golden: GoldenCase
@@ -57,7 +57,7 @@ class GoldenRollout:
 
 @dataclass(frozen=True, eq=False)
 class GoldenScorer:
-    """Scores rollouts with the author's code on the reference's activations, in the context that the manifest promises."""
+    """Scores rollouts with the author's code on the reference model's activations, in the context that the manifest states."""
 
     probe: ProbeFunction
     reference: ReferenceModel
@@ -68,10 +68,10 @@ class GoldenScorer:
     follow_up: FollowUp | None
 
     def score(self, prompt: TokenIds, completion: TokenIds) -> GoldenRollout:
-        """Scores one rollout, as it should be read and one place off.
+        """Scores one rollout where the probe reads it, and at every place one decoder block or one token beside that.
 
         Raises:
-            ValueError: the code gives another number of scores than it was given tokens, or nothing is left to pool.
+            ValueError: the code gives scores that are not finite, or another number of scores than tokens, or no token is left to score.
         """
         prompt_ids, completion_ids = (np.asarray(ids, np.int64) for ids in (prompt, completion))
         ids, scored_from = self._ids(prompt_ids, completion_ids)
@@ -90,7 +90,7 @@ class GoldenScorer:
             scores=tuple(tuple(row) for row in scores[kept].tolist()),
         )
         differences: dict[Place, NDArray[np.float64] | None] = dict.fromkeys(places)
-        with np.errstate(all="ignore"):  # the code was not made for what it is given here
+        with np.errstate(all="ignore"):  # the code was not made for these activations
             for place in places:
                 if all(entry.tap in activations for entry in place[0]):
                     elsewhere = np.full_like(scores, np.nan)
@@ -99,11 +99,34 @@ class GoldenScorer:
                     differences[place] = (elsewhere - scores)[kept]
         return GoldenRollout(golden, inputs, scores, differences)
 
+    def scores_at(self, prompt: TokenIds, completion: TokenIds, places: Sequence[Place]) -> list[NDArray[np.float64] | None]:
+        """Scores one rollout where the probe reads it at each of several places, in one pass of the model.
+
+        Returns:
+            For each place scores of the shape of ``golden.scores``; ``None`` where the model has no such tap, or the code refuses it.
+        """
+        ids, scored_from = self._ids(np.asarray(prompt, np.int64), np.asarray(completion, np.int64))
+        rows = self._rows(ids, scored_from)
+        activations = self._activations(ids, places)
+        found: list[NDArray[np.float64] | None] = []
+        with np.errstate(all="ignore"):  # the code was not made for what it is given elsewhere
+            for place in places:
+                scores = None
+                if all(entry.tap in activations for entry in place[0]):
+                    with suppress(ValueError):
+                        scores = self._scores(self._graph_inputs(activations, rows, place), rows)
+                kept = scores if scores is None or self.context.kind == "rollout" else scores[rows >= scored_from]
+                found.append(kept)
+        return found
+
     def exact_scores(self, golden: GoldenCase) -> NDArray[np.float64]:
-        """What the code gives for a golden rollout on activations that were computed in float64 and rounded once; as ``golden.scores``.
+        """Computes the author's scores of a golden rollout on activations that were computed in float64 and rounded once to float32.
+
+        Returns:
+            Scores of the same shape as ``golden.scores``.
 
         Raises:
-            Exception: whatever a model or a device raises that has no float64.
+            Exception: any error that a model or a device without float64 raises.
         """
         ids, scored_from = self._ids(np.asarray(golden.prompt_ids, np.int64), np.asarray(golden.completion_ids, np.int64))
         rows = self._rows(ids, scored_from)
@@ -113,12 +136,12 @@ class GoldenScorer:
         return scores if self.context.kind == "rollout" else scores[rows >= scored_from]
 
     def _ids(self, prompt: NDArray[np.int64], completion: NDArray[np.int64]) -> tuple[NDArray[np.int64], int]:
-        """All ids of a rollout, with the follow-up's, and where the scored ones begin."""
+        """Returns all token ids of a rollout, with those of the follow-up, and the index at which the scored ones begin."""
         followed = np.asarray(self.follow_up.token_ids if self.follow_up else (), np.int64)
         return np.concatenate([prompt, completion, followed]), len(prompt) + (len(completion) if self.follow_up else 0)
 
     def _activations(self, ids: NDArray[np.int64], places: Sequence[Place]) -> dict[Tap, NDArray[np.float32]]:
-        """At every tap of the probe, and at those of the places that can be read in this model."""
+        """Computes the activations of a rollout at every tap of the probe, and at those neighbouring taps that this model has."""
         stated = [entry.tap for entry in self.inputs]
         others = {entry.tap for taps, _ in places for entry in taps} - {*stated}
         try:
@@ -150,7 +173,7 @@ class GoldenScorer:
         return scores.reshape(len(scores), -1)
 
     def _rows(self, ids: NDArray[np.int64], scored_from: int) -> NDArray[np.int64]:
-        """Positions in the rollout whose activations the probe is given."""
+        """Returns the positions in a rollout whose activations the probe is given."""
         rows = np.arange(0 if self.context.sees_prompt else scored_from, len(ids))
         if self.context.kind == "rollout" and self.exclude_special_tokens:
             special = np.isin(ids[rows], self.reference.special_token_ids)
@@ -161,7 +184,10 @@ class GoldenScorer:
 
 
 def neighbours(rollouts: Sequence[GoldenRollout]) -> tuple[tuple[Neighbour, ...], tuple[LeftOut, ...]]:
-    """What the author's code gives one place off, for the manifest: where every rollout has finite scores; and the other places."""
+    """Returns the scores that the author's code gives one decoder block or one token beside the right place, for the manifest.
+
+    Only places where every rollout has finite scores are stored; the other places are returned with the reason.
+    """
     found, left_out = [], []
     for place in rollouts[0].differences if rollouts else ():
         taps, tokens = place
@@ -179,14 +205,14 @@ def neighbours(rollouts: Sequence[GoldenRollout]) -> tuple[tuple[Neighbour, ...]
 def check_graph_computes(
     model: onnx.ModelProto, manifest: Manifest, probe: ProbeFunction, rollouts: Sequence[GoldenRollout], file: str
 ) -> None:
-    """Checks that a graph gives the author's scores, and depends on no more than its manifest's ``context`` says.
+    """Checks that a graph gives the author's scores, and that these depend on no more than the ``context`` of its manifest states.
 
-    The graph runs in onnx's own evaluator. Each rollout is scored alone and packed with the others; of a causal probe also the first half
-    of a rollout, and its last window. Then, unless the graph computes row by row for certain, it is tried far beyond the rollouts:
-    ``probescore_server.probes.loading.independence``.
+    The graph runs in onnx's own evaluator. Each rollout is scored alone and packed with the others; for a causal probe, so are the first
+    half of a rollout and its last window. Then, unless the graph certainly computes row by row, it is tried far beyond the rollouts by
+    ``probescore_server.probes.loading.context_check``.
 
     Raises:
-        ProbeRefused: it does not.
+        ProbeRefused: the graph gives other scores, or they depend on more than the context states.
     """
     scale = manifest.golden.score_rows.std(axis=0)
     tolerance = manifest.golden.tolerance.float32
@@ -229,7 +255,7 @@ def _check_beyond(
 
     def run(inputs: GraphInputs) -> NDArray[np.float32]:
         try:
-            with np.errstate(all="ignore"):  # random rows may be more than an operator can bear; what comes of it is compared
+            with np.errstate(all="ignore"):  # random rows may overflow in an operator; the result is compared in any case
                 (scores,) = map(np.asarray, evaluator.run(None, dict(inputs)))
         except Exception as error:  # whatever numpy raises inside the operators
             raise GraphFailed(str(error)) from error

@@ -1,4 +1,4 @@
-"""ONNX nodes as they are added one by one, each named by a number."""
+"""Builds ONNX graphs node by node, each node named by a number."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ _Attribute = Any  # numbers, texts and lists of them
 
 
 class Nodes:
-    """Nodes and weights of a graph in the making. Values are known by their names; each method adds nodes and names their result.
+    """Collects the nodes and weights of an ONNX graph while it is built.
+
+    Values are known by their names; each method adds nodes and returns the name of their result.
 
     Attributes:
-        nodes: in an order in which they can run.
-        weights: that they read.
-        inlines: whether some of the nodes are another model's.
+        nodes: the nodes, in an order in which they can run.
+        weights: the weights that the nodes read.
+        inlines: whether some of the nodes come from another model.
     """
 
     def __init__(self) -> None:
@@ -33,61 +35,64 @@ class Nodes:
         self._types: dict[str, np.dtype[Any]] = {}
 
     def apply(self, operator: str, *inputs: str, domain: str = "", dtype: DTypeLike | None = None, **attributes: _Attribute) -> str:
-        """One operator with one result, of the dtype of its first input unless said."""
+        """Adds an operator with one result to the graph; the result has the dtype of the first input unless another is given."""
         name = f"value_{len(self.nodes)}"
         self.nodes.append(helper.make_node(operator, list(inputs), [name], domain=domain or None, **attributes))
         self._types[name] = np.dtype(dtype) if dtype is not None else self._type(inputs[0])
         return name
 
     def constant(self, array: Array) -> str:
-        """A weight."""
+        """Adds an array to the graph as a weight and returns its name."""
         name = f"weight_{len(self.weights)}"
         self.weights.append(numpy_helper.from_array(np.ascontiguousarray(array).reshape(np.shape(array)), name))
         self._types[name] = np.asarray(array).dtype
         return name
 
     def number(self, value: float) -> str:
-        """A single number, float64."""
+        """Adds a single number to the graph as a float64 weight and returns its name."""
         return self.constant(np.array(value, np.float64))
 
     def cast(self, x: str, dtype: DTypeLike) -> str:
-        """In another dtype; as it is where it has it."""
+        """Adds a conversion of a value to another dtype; a value that has the dtype already is returned as it is."""
         if self._type(x) == np.dtype(dtype):
             return x
         return self.apply("Cast", x, to=helper.np_dtype_to_tensor_dtype(np.dtype(dtype)), dtype=dtype)
 
     def gemm(self, x: str, weight: Array, bias: Array, dtype: DTypeLike = np.float32) -> str:
-        """``weight · x + bias`` of weights ``(out, in)`` in float64, computed in ``dtype``."""
+        """Adds nodes for ``weight · x + bias``, computed in ``dtype``, with a weight ``(out, in)`` and a bias ``(out,)`` in float64."""
         x = self.cast(x, dtype)
         return self.apply("Gemm", x, self.constant(weight.astype(dtype)), self.constant(bias.astype(dtype)), transB=1)
 
     def softmax(self, x: str) -> str:
-        """Over each row."""
+        """Adds a node for the softmax over each row of a value."""
         return self.apply("Softmax", x, axis=1)
 
     def exact_sigmoid(self, x: str) -> str:
-        """In float64, and small where ``x`` is far below 0: runtimes cut the operator off near 1e-8, which shows in shares of a sum."""
+        """Adds nodes for a sigmoid in float64 that stays exact where ``x`` is far below 0.
+
+        Runtimes cut their own operator off near 1e-8, which would show in shares of a sum.
+        """
         one = self.constant(np.array(1.0))
         return self.apply("Div", one, self.apply("Add", one, self.apply("Exp", self.apply("Neg", self.cast(x, np.float64)))))
 
     def log_sigmoid(self, x: str) -> str:
-        """``log(sigmoid(x))``, without underflow where x is far below 0."""
+        """Adds nodes for ``log(sigmoid(x))``, without underflow where ``x`` is far below 0."""
         return self.apply("Neg", self.apply("Softplus", self.apply("Neg", x)))
 
     def columns(self, x: str, columns: Sequence[int]) -> str:
-        """Some columns."""
+        """Adds a node that selects some columns of a value by their indices."""
         return self.apply("Gather", x, self.constant(np.array(columns, np.int64)), axis=1)
 
     def concat(self, columns: Sequence[str]) -> str:
-        """Side by side, in float32."""
+        """Adds nodes that put values side by side as columns, in float32."""
         return self.apply("Concat", *[self.cast(column, np.float32) for column in columns], axis=1)
 
     def mean(self, values: Sequence[str]) -> str:
-        """Of values of one shape, in float32."""
+        """Adds nodes for the mean of values of one shape, in float32."""
         return self.weighted_mean(values, None)
 
     def weighted_mean(self, values: Sequence[str], weights: Sequence[float] | None) -> str:
-        """As ``numpy.average`` has it, in float32."""
+        """Adds nodes for the weighted mean of values of one shape as ``numpy.average`` defines it, in float32."""
         share = np.full(len(values), 1 / len(values)) if weights is None else np.asarray(weights, np.float64) / np.sum(weights)
         parts = [
             self.apply("Mul", self.cast(value, np.float32), self.constant(np.array(part, np.float32)))
@@ -96,7 +101,7 @@ class Nodes:
         return parts[0] if len(parts) == 1 else self.apply("Sum", *parts)
 
     def normalised(self, columns: Sequence[str]) -> str:
-        """Columns ``(N, 1)`` side by side, divided by their sum, in float64; all alike where that is 0."""
+        """Adds nodes that put columns ``(N, 1)`` side by side and divide them by their sum, in float64; a sum of 0 gives equal shares."""
         every = self.apply("Concat", *[self.cast(column, np.float64) for column in columns], axis=1)
         total = self.apply("ReduceSum", every, self.constant(np.array([1])), keepdims=1)
         nothing = self.apply("Equal", total, self.constant(np.array(0.0)), dtype=np.bool_)
@@ -105,22 +110,24 @@ class Nodes:
         return self.apply("Where", nothing, even, self.apply("Div", every, safe), dtype=np.float64)
 
     def interpolated(self, x: str, at: Array, values: Array) -> str:
-        """The line through points ``(at, values)``, level before the first and after the last: ``(N, 1)`` to ``(N, 1)``."""
+        """Adds nodes that interpolate between points ``(at, values)``, constant before the first and after the last: ``(N, 1)`` to ``(N,
+        1)``.
+        """
         at, values = np.asarray(at, np.float64), np.asarray(values, np.float64)
         if len(at) == 1:
             level = self.constant(values.astype(np.float32)[None])
             return self.apply("Add", self.apply("Mul", x, self.constant(np.zeros((1, 1), np.float32))), level)
-        # a part of each step by how far x has come through it
+        # each step between two points counts by the share of it that x has passed
         through = self.apply("Div", self.apply("Sub", self.cast(x, np.float64), self.constant(at[:-1])), self.constant(np.diff(at)))
         bounded = self.apply("Clip", through, self.constant(np.array(0.0)), self.constant(np.array(1.0)))
         return self.gemm(bounded, np.diff(values)[None], values[:1], np.float64)
 
     def trees(self, x: str, trees: Sequence[tuple[int, Array]], base: Array) -> str:
-        """``base`` plus a number from each tree.
+        """Adds a node for an ensemble of regression trees, whose result is ``base`` plus a number from each tree.
 
         Args:
-            x: ``(N, width)`` float32.
-            trees: which column each adds to, and its nodes as scikit-learn's histogram-based boosting has them.
+            x: name of the value to read, ``(N, width)`` float32.
+            trees: for each tree the column that it adds to, and its nodes as scikit-learn's histogram-based boosting stores them.
             base: ``(columns,)``.
         """
         parts: dict[str, list[Any]] = {}
@@ -155,7 +162,7 @@ class Nodes:
         )
 
     def inline(self, model: onnx.ModelProto, x: str) -> str:
-        """Those nodes of a model of one input that its last output needs, as a part of these."""
+        """Adds those nodes of another ONNX model, of one input, that its last output needs, and returns the name of that output."""
         prefix = f"part_{len(self.nodes)}_"
         graph = compose.add_prefix(model, prefix).graph
         result: str = graph.output[-1].name
@@ -171,14 +178,14 @@ class Nodes:
         return result
 
     def model(self, at: str, width: int, result: str) -> onnx.ModelProto:
-        """These nodes as a model from rows ``(N, width)`` float32."""
+        """Returns the nodes as an ONNX model, from rows ``(N, width)`` float32 under the name ``at`` to the value named ``result``."""
         inputs = [helper.make_tensor_value_info(at, onnx.TensorProto.FLOAT, ["n", width])]
         outputs = [helper.make_tensor_value_info(result, onnx.TensorProto.FLOAT, ["n", None])]
         opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid("ai.onnx.ml", ML_OPSET)]
         return helper.make_model(helper.make_graph(self.nodes, "probe", inputs, outputs, self.weights), opset_imports=opsets)
 
     def _type(self, name: str) -> np.dtype[Any]:
-        return self._types.get(name, np.dtype(np.float32))  # what comes from outside is float32, as activations are
+        return self._types.get(name, np.dtype(np.float32))  # a value that no node computed is float32, as activations are
 
 
 def _read_by(node: onnx.NodeProto) -> set[str]:
@@ -187,6 +194,6 @@ def _read_by(node: onnx.NodeProto) -> set[str]:
 
 
 def _float32_below(threshold: float) -> float:
-    """The largest float32 that is not above a threshold: for float32 numbers ``x <= threshold`` means the same of both."""
+    """Returns the largest float32 that is not above a threshold; ``x <= threshold`` is the same with both for float32 ``x``."""
     nearest = np.float32(np.clip(threshold, -np.finfo(np.float32).max, np.finfo(np.float32).max))
     return float(np.nextafter(nearest, np.float32(-np.inf)) if nearest > threshold else nearest)

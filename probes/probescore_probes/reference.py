@@ -1,7 +1,7 @@
-"""The reference: activations from plain Hugging Face transformers, one sequence at a time, without padding, cache or early exit.
+"""Computes reference activations with plain Hugging Face transformers, one sequence at a time, without padding, cache or early exit.
 
-Authors fit probes on these and compute golden vectors from them. Nothing here is shared with the engine, which is what makes the golden
-vectors a check of it.
+Authors fit probes on these activations and compute golden vectors from them. Nothing here is shared with the server's engine, so that the
+golden vectors are an independent check of the engine.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from probescore.fingerprints import tokenizer_fingerprint
 from probescore.types import Hook, Tap, TokenIds
 from probescore_probes import arguments
-from probescore_probes.whole_model import find_model, is_wrapper, load_whole_model
+from probescore_probes.model_loading import find_model, is_wrapper, load_whole_model
 from probescore_server.probes.format.fingerprints import model_fingerprint
 from probescore_server.probes.format.manifest import ModelReference
 
@@ -30,7 +30,7 @@ _MLP = re.compile(r"mlp|feed_?forward|ffn|moe|^fc2$")
 
 @dataclass(frozen=True, eq=False)
 class ReferenceModel:
-    """A whole model as transformers loads it, and what a manifest says of it."""
+    """Holds a whole language model as transformers loads it, its tokenizer, and what a probe's manifest states of both."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -48,23 +48,23 @@ class ReferenceModel:
         device: str | torch.device = "cpu",
         trust_remote_code: bool = False,
     ) -> ReferenceModel:
-        """Loads a model and its tokenizer.
+        """Loads a language model and its tokenizer.
 
-        Of a model that reads pictures too (Qwen2.5-VL, Mistral3, LLaVA, …) the text decoder is read, on rollouts of text.
+        Of a model that also reads pictures (Qwen2.5-VL, Mistral3, LLaVA, …) the text decoder is read, on rollouts of text.
 
         Args:
             model: a directory, or the id of a model on the hub.
-            revision: of a model on the hub; empty = its main branch.
+            revision: branch, tag or commit of a model on the hub; empty = its main branch.
             model_id: how the manifest names the model; empty = the hub id, or the directory's name.
-            dtype: golden vectors are made in float32; fitting may use less.
-            device: as torch names it.
-            trust_remote_code: let the model bring its own Python code, which is then run.
+            dtype: dtype of the weights; golden vectors are made in float32, fitting may use less.
+            device: device to load to, as torch names it.
+            trust_remote_code: whether the model may bring its own Python code, which is then run.
 
         Raises:
             TypeError: an argument is of another kind.
             ValueError: ``model_id`` or ``revision`` is longer than a manifest takes.
-            ModelRefused: there is no such model, its weights are not in safetensors files or not all there, an adapter lies beside them,
-                it has no tokenizer, or it is no decoder.
+            ModelRefused: there is no such model, its weights are not in safetensors files or not all there, an adapter lies beside them, it
+                has no tokenizer, or it is no decoder.
         """
         trust_remote_code = arguments.flag(trust_remote_code, "trust_remote_code")
         directory, commit = find_model(model, revision)
@@ -85,40 +85,54 @@ class ReferenceModel:
 
     @property
     def vocabulary(self) -> arguments.Vocabulary:
-        """The ids that rollouts may have."""
+        """Describes the token ids that rollouts of this model may have."""
         return _vocabulary(self.model)
 
     @property
     def special_token_ids(self) -> tuple[int, ...]:
-        """What ``exclude_special_tokens`` leaves out."""
+        """Lists the ids of the tokenizer's special tokens, in order, which a probe with ``exclude_special_tokens`` leaves out."""
         return tuple(sorted({int(token) for token in self.tokenizer.all_special_ids if token is not None}))
 
     def activations(self, token_ids: TokenIds, taps: Sequence[Tap | str]) -> dict[Tap, NDArray[np.float32]]:
-        """``reference_activations`` of this model; a tap may be written as ``"resid_post.6"``."""
+        """Computes the activations of one sequence at some taps, as ``reference_activations`` does; a tap may be written as
+        ``"resid_post.6"``.
+
+        Args:
+            token_ids: ``(T,)``, taken verbatim.
+            taps: where to read.
+
+        Returns:
+            For each tap ``(T, hidden_size)`` float32.
+
+        Raises:
+            TypeError: an argument does not hold token ids or taps.
+            ValueError: the model has no such id or tap, or cannot be run on the ids.
+        """
         return reference_activations(self.model, token_ids, arguments.taps(taps, self.reference.num_hidden_layers))
 
     def completion_activations(
         self, rollouts: Sequence[tuple[TokenIds, TokenIds]], tap: Tap | str, progress: Callable[[int], None] | None = None
     ) -> list[NDArray[np.float32]]:
-        """What a probe is fitted on: for each ``(prompt_ids, completion_ids)`` the activations of the completion's tokens.
+        """Computes the activations on which a probe is fitted: for each rollout those of the completion's tokens.
 
         Args:
-            rollouts: the ids, as they were sampled.
+            rollouts: ``(prompt_ids, completion_ids)`` of each, as they were sampled.
             tap: where to read.
             progress: called after each rollout with how many are done.
 
         Returns:
-            For each rollout ``(completion tokens, hidden_size)``.
+            For each rollout ``(completion tokens, hidden_size)`` float32.
 
         Raises:
-            TypeError, ValueError: what is no rollout, or no tap of this model.
+            TypeError: an argument does not hold rollouts, a tap or a function.
+            ValueError: the model has no such id or tap, or cannot be run on the ids.
         """
         parsed = arguments.tap(tap, "tap", self.reference.num_hidden_layers)
         if progress is not None and not callable(progress):
             raise TypeError(
                 f"progress: {arguments.kind_of(progress)} ({arguments.shown(progress)}); give a function of how many are done, or None"
             )
-        read = list(arguments.rollouts(rollouts, "rollouts", self.vocabulary))  # all of them before hours go into the first
+        read = list(arguments.rollouts(rollouts, "rollouts", self.vocabulary))  # all rollouts are checked before hours of computing
         activations = []
         for done, (prompt, completion) in enumerate(read, 1):
             ids = np.concatenate([prompt, completion])
@@ -129,14 +143,14 @@ class ReferenceModel:
 
 
 def reference_activations(model: PreTrainedModel, token_ids: TokenIds, taps: Sequence[Tap]) -> dict[Tap, NDArray[np.float32]]:
-    """Runs one sequence through a whole model and reads it at the taps.
+    """Runs one sequence through a whole model and returns its activations at some taps.
 
-    Residual streams come from ``output_hidden_states``, where entry ``i`` enters block ``i`` and the last entry is after the final norm;
-    what leaves the last block is in none of them and is read from the block itself. The terms that attention and MLP add are the outputs
-    of the two modules of the block that, added to its input, give its output.
+    Residual streams come from ``output_hidden_states``, where entry ``i`` enters block ``i`` and the last entry is after the final norm.
+    The output of the last block is in none of these entries and is read from the block itself. The terms that attention and MLP add are the
+    outputs of the two modules of the block that, added to its input, give its output.
 
     Args:
-        model: with or without a head.
+        model: a transformers model, with or without a head.
         token_ids: ``(T,)``, taken verbatim.
         taps: where to read.
 
@@ -144,12 +158,13 @@ def reference_activations(model: PreTrainedModel, token_ids: TokenIds, taps: Seq
         For each tap ``(T, hidden_size)`` float32.
 
     Raises:
-        TypeError, ValueError: what is no id or no tap of this model, or ids that it cannot be run on.
+        TypeError: an argument is not a model, token ids or taps.
+        ValueError: the model has no such id or tap, or cannot be run on the ids.
     """
     arguments.of_kind(model, "model", PreTrainedModel, "give the model of a ReferenceModel, or one from transformers' from_pretrained")
     config = model.config.get_text_config(decoder=True)
     decoder: torch.nn.Module = model.get_decoder()
-    # Without the head, whose logits would take more memory than all activations together; with whatever a wrapper does to text.
+    # The model runs without the head, whose logits would take more memory than all activations, but with all that a wrapper does to text.
     bare = model.base_model if is_wrapper(model.config) else decoder
     blocks = _decoder_blocks(decoder, config.num_hidden_layers)
     taps = arguments.taps(taps, len(blocks))
@@ -186,7 +201,7 @@ def reference_activations(model: PreTrainedModel, token_ids: TokenIds, taps: Seq
 
 
 def _vocabulary(model: PreTrainedModel) -> arguments.Vocabulary:
-    """The ids that a model has an embedding for, and those among them that stand for something else than text."""
+    """Returns the ids that a model has an embedding for, and which of them stand for something other than text."""
     config = model.config
     placeholders = {}
     if is_wrapper(config):
@@ -206,7 +221,10 @@ def _decoder_blocks(decoder: torch.nn.Module, count: int) -> torch.nn.ModuleList
 
 @contextmanager
 def _recorded(blocks: torch.nn.ModuleList, layers: set[int]) -> Iterator[dict[int, dict[str, torch.Tensor]]]:
-    """By layer, the outputs of the block (named ``""``) and of the modules inside it, ``(T, …)``."""
+    """Records, within the context, the outputs of some blocks and of the modules inside them while the model runs.
+
+    Yields for each layer the outputs by module name, ``(T, …)``; the block's own name is empty.
+    """
     outputs: dict[int, dict[str, torch.Tensor]] = {layer: {} for layer in layers}
     handles = []
     for layer in layers:
@@ -215,7 +233,7 @@ def _recorded(blocks: torch.nn.ModuleList, layers: set[int]) -> Iterator[dict[in
             def record(_module: torch.nn.Module, _args: object, output: object, layer: int = layer, name: str = name) -> None:
                 first = output[0] if isinstance(output, tuple) else output
                 if isinstance(first, torch.Tensor):
-                    # Copied, since some architectures go on to change the same tensor in place.
+                    # The output is copied, since some architectures change the same tensor in place later.
                     outputs[layer][name] = first.reshape(-1, first.shape[-1]).clone()
 
             handles.append(module.register_forward_hook(record))
@@ -227,10 +245,13 @@ def _recorded(blocks: torch.nn.ModuleList, layers: set[int]) -> Iterator[dict[in
 
 
 def _added_terms(tap: Tap, entering: torch.Tensor, outputs: dict[str, torch.Tensor], scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """The outputs of an attention-like and an MLP-like module that together make the block's change of the residual stream.
+    """Returns the outputs of an attention-like and an MLP-like module that together make a block's change of the residual stream.
 
     Which modules these are depends on where the architecture puts its norms (Gemma 2 has one after each of them) and its additions (BLOOM
-    adds inside its attention), so the sum decides.
+    adds inside its attention), so that the sum decides.
+
+    Raises:
+        ValueError: no two outputs add up to the block's change.
     """
     change = (outputs[""] - entering).double()
     sized = {name: scale * output for name, output in outputs.items() if name and output.shape == entering.shape}

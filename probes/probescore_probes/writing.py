@@ -1,4 +1,4 @@
-"""From a fitted probe to a checked probe file, in one call."""
+"""Writes a fitted probe as a checked probe file, in one call."""
 
 from __future__ import annotations
 
@@ -38,10 +38,13 @@ from probescore_server.probes.loading.deviations import largest_deviation
 _POINTWISE = Context()
 
 TIMES_ROUNDING = 4.0
-"""A server may be 1.5 times as far from float64 as plain Hugging Face in float32, in the other direction; and golden rollouts are few."""
+"""Multiplies the rounding error that was measured in the reference's scores, which gives the tolerance for a server's scores.
+
+A server may be 1.5 times as far from float64 as plain Hugging Face in float32, in the other direction; and golden rollouts are few.
+"""
 
 MAX_MEASURED_TOLERANCE = 1e-2
-"""A reference that needs more is not exact enough to check anything by."""
+"""Limits the measured tolerance, in standard deviations; a reference model that needs more is not exact enough to check anything by."""
 
 logger = structlog.get_logger(__name__)
 
@@ -74,35 +77,38 @@ def write_probe(
     """Writes a probe file with golden vectors from plain Hugging Face and the author's own code, and checks the file.
 
     Args:
-        path: where to write. What is there must be a probe file of another name or version, or this very one.
-        probe: from ``linear_probe``, ``torch_probe``, ``sklearn_probe`` or ``onnx_probe``.
+        path: where to write; a file that is already there must be a probe file of another name or version, or this very one.
+        probe: the probe, from ``linear_probe``, ``torch_probe``, ``sklearn_probe`` or ``onnx_probe``.
         reference: the model that the probe was fitted on, loaded in float32.
-        name: lower-case name; with ``version`` it must never stand for other bytes.
-        version: as the author counts.
-        taps: where the probe reads, in the order that it takes them.
+        name: lower-case name of the probe; with ``version`` it must never stand for other bytes.
+        version: version of the probe, as the author counts.
+        taps: where the probe reads, in the order in which it takes them.
         golden: a few rollouts as ``(prompt_ids, completion_ids)``, together scored with at least two different numbers.
         labels: names of the score's columns.
         context: what a score depends on beside its own token; a probe that is not pointwise is given ``cu_seqlens``.
         positions: whether the probe is given each token's position in its rollout.
         reduce_on: unit of what the server sends; the probe's own unit by default.
-        reduction: default reduction, ``"mean"`` unless said; none for a probe that pools by itself.
-        exclude_special_tokens: leave the special tokens of the reference's tokenizer out of reductions and pooling; the manifest names
-            their ids, so that another tokenizer's padding token changes nothing.
+        reduction: default reduction, ``"mean"`` unless given; none for a probe that pools by itself.
+        exclude_special_tokens: whether the special tokens of the reference's tokenizer are left out of reductions and pooling; the manifest
+            names their ids, so that another tokenizer's padding token changes nothing.
         expects_bos: whether prompts start with BOS; ``None`` = not checked.
         follow_up: tokens that the server appends to a completion; the probe reads those instead.
         calibrations: thresholds from ``probescore_audit.calibrate``, or the manifest's own records, such as those of another probe file.
         evaluations: qualities from ``probescore_audit.evaluate_auroc``, or the manifest's own records, which may be of any metric.
-        training: where the probe comes from.
+        training: how and from which data the probe was trained.
         tolerance: how far a server's scores may be from the golden ones; by default that of ``Tolerance``, and more in float32 where the
             reference itself is less exact, which is measured in float64.
-        description: for people.
-        author: for people.
-        license: for people, by its SPDX name.
+        description: what the probe detects, for people.
+        author: the probe's author, for people.
+        license: the probe's licence, for people, by its SPDX name.
+
+    Returns:
+        The probe file as it was written and checked.
 
     Raises:
         ProbeRefused: a server would refuse the file, its graph does not compute what the author's code does, the reference's own float32 is
             too far from float64 to check anything by, or ``path`` holds something that must not be replaced; nothing is written.
-        TypeError: an argument is of another kind; names it, its value and what to give instead.
+        TypeError: an argument is of another kind; the error names it, its value and what to give instead.
         ValueError: an argument is wrong, contradicts another, or names a tap that does not exist; nothing is written.
     """
     path = given.place(path)
@@ -172,10 +178,12 @@ def write_probe(
 
 
 def _measured_tolerance(scorer: GoldenScorer, golden: Golden, file: str) -> Tolerance:
-    """The usual one, or in float32 as much as the reference's own rounding takes: a worker may be as far off in the other direction.
+    """Returns the default tolerance for golden scores, with more room in float32 if the reference model's own rounding needs it.
+
+    A worker process may be as far off as the reference in the other direction.
 
     Raises:
-        ProbeRefused: that would be too much.
+        ProbeRefused: the reference's rounding would need a larger tolerance than ``MAX_MEASURED_TOLERANCE``.
     """
     usual = Tolerance()
     try:
@@ -199,9 +207,10 @@ def _measured_tolerance(scorer: GoldenScorer, golden: Golden, file: str) -> Tole
 
 
 def _bare(model: onnx.ModelProto) -> onnx.ModelProto:
-    """As a server takes it: functions inlined, an IR version that every server reads, no stack traces of the author's files.
+    """Returns a graph in the form that a server takes: functions inlined, an IR version that every server reads, and no doc strings or
+    metadata.
 
-    Exporters leave those, with paths, in doc strings and metadata.
+    Exporters leave stack traces with paths of the author's files in these.
     """
     bare = inline_local_functions(model)
     bare.ir_version = min(bare.ir_version, IR_VERSIONS[-1])

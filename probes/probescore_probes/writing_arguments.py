@@ -1,4 +1,4 @@
-"""The arguments of ``write_probe``, checked before anything is computed: each by itself, then where two contradict each other."""
+"""Checks the arguments of ``write_probe`` before anything is computed: each by itself, then where two contradict each other."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ _EXACT = (torch.float32, torch.float64)
 
 
 def place(path: _Given) -> Path:
-    """Where a file can be written.
+    """Returns the path of a file that can be written.
 
     Raises:
-        TypeError: it is no path.
-        ValueError: it is a directory, lies in none, or in one that nothing can be written to.
+        TypeError: the value is not a path.
+        ValueError: the path is a directory, lies in none, or in one that this user cannot write to.
     """
     if not isinstance(path, (str, Path)):
         raise TypeError(f"path: {arguments.kind_of(path)} ({arguments.shown(path)}); give the path of the file to write, as text or Path")
     try:
         is_directory, folder = Path(path).is_dir(), Path(path).parent
         in_directory = folder.is_dir()
-    except OSError as error:  # a name that is too long
+    except OSError as error:  # the name is too long
         why = error.strerror or type(error).__name__
         raise ValueError(f"path: {arguments.shown(str(path))} cannot be a file ({why}); give a plain, shorter name") from None
     if "\0" in str(path):
@@ -56,7 +56,12 @@ def place(path: _Given) -> Path:
 
 
 def check_names(name: _Given, version: _Given, **texts: _Given) -> None:
-    """The name, the version, and texts for people."""
+    """Checks the name and the version of a probe, and its texts for people.
+
+    Raises:
+        TypeError: one of them is not text.
+        ValueError: the name or the version has other characters than a manifest takes.
+    """
     lowered = name.lower() if isinstance(name, str) else ""
     such_as = f", such as {lowered!r}" if lowered != name and _matches(_NAME, lowered) else ""
     arguments.named(name, "name", _NAME, f"1 to 64 of a-z, 0-9, '.', '_' and '-', a letter or digit first{such_as}")
@@ -68,7 +73,12 @@ def check_names(name: _Given, version: _Given, **texts: _Given) -> None:
 
 
 def check_reference(reference: _Given) -> None:
-    """A model whose scores are exact enough to be golden."""
+    """Checks that a value is a reference model that is exact enough for golden scores.
+
+    Raises:
+        TypeError: the value is not a ``ReferenceModel``.
+        ValueError: the model is not in float32 or float64.
+    """
     arguments.of_kind(reference, "reference", ReferenceModel, "give ReferenceModel.load(…) of the model that the probe was fitted on")
     if reference.model.dtype not in _EXACT:
         raise ValueError(
@@ -78,11 +88,11 @@ def check_reference(reference: _Given) -> None:
 
 
 def read_probe(probe: _Given, taps: Sequence[Tap], reference: ReferenceModel, labels: Sequence[str], context: Context) -> ProbeFunction:
-    """A probe whose sizes fit, and whose code is watched while it scores golden rollouts.
+    """Returns a probe that fits the taps and labels, and whose code is checked whenever it scores a golden rollout.
 
     Raises:
-        TypeError: it is none.
-        ValueError: it takes rows of another width, or gives another number of scores than there are labels.
+        TypeError: the value is not a ``ProbeFunction``.
+        ValueError: the probe takes rows of another width, or gives another number of scores than there are labels.
     """
     makers = {torch.nn.Module: "torch_probe(module, unit=…)", np.ndarray: "linear_probe(weight)", torch.Tensor: "linear_probe(weight)"}
     if not isinstance(probe, ProbeFunction):
@@ -107,7 +117,7 @@ def read_probe(probe: _Given, taps: Sequence[Tap], reference: ReferenceModel, la
         rows = next(len(array) for name, array in inputs.items() if name not in (CU_SEQLENS, POSITIONS))
         try:
             given = probe.score(inputs)
-        except Exception as error:  # of the author's code
+        except Exception as error:  # raised by the author's code
             shapes = ", ".join(f"{name} {array.shape}" for name, array in inputs.items())
             raise ValueError(
                 f"probe: its code failed ({type(error).__name__}) on a golden rollout: {shapes}; it must take these"
@@ -132,7 +142,12 @@ def _check_columns(columns: int, labels: Sequence[str]) -> None:
 
 
 def read_labels(labels: _Given) -> tuple[str, ...]:
-    """Names of the score's columns."""
+    """Returns the names of the score's columns.
+
+    Raises:
+        TypeError: the value is not a list of texts.
+        ValueError: there are no names, or two are the same.
+    """
     named = arguments.sequence(labels, "labels", "names", f'["{labels}"]' if isinstance(labels, str) else '["cheating"]')
     if not named:
         raise ValueError('labels: none; give a name for each column of scores, such as ["cheating"]')
@@ -144,7 +159,12 @@ def read_labels(labels: _Given) -> tuple[str, ...]:
 
 
 def read_golden(golden: _Given, reference: ReferenceModel) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    """At least one rollout."""
+    """Returns the golden rollouts, at least one, as ``(prompt_ids, completion_ids)``.
+
+    Raises:
+        TypeError: a rollout is not a pair of token ids.
+        ValueError: there are no rollouts, an id is not one of the model's text tokens, or a completion is empty.
+    """
     read = list(arguments.rollouts(golden, "golden", reference.vocabulary))
     if not read:
         raise ValueError("golden: no rollouts; give a few real ones of ten to fifty tokens, [(prompt_ids, completion_ids), …]")
@@ -158,7 +178,12 @@ def check_parts(
     tolerance: _Given,
     reference: ReferenceModel,
 ) -> None:
-    """The parts of a manifest that an author makes: of their own types, and about this probe."""
+    """Checks that the parts of a manifest which an author makes have their own types and fit the reference model.
+
+    Raises:
+        TypeError: a part is of another type.
+        ValueError: an id of the follow-up is not one of the model's text tokens.
+    """
     arguments.of_kind(context, "context", Context, 'give Context(kind="pointwise" | "causal" | "rollout", …)')
     for value, argument, kind in (
         (follow_up, "follow_up", FollowUp),
@@ -172,7 +197,12 @@ def check_parts(
 
 
 def read_calibrations(calibrations: _Given, labels: Sequence[str]) -> tuple[CalibrationRecord, ...]:
-    """Thresholds as the manifest records them, each for one of the labels or for all of them."""
+    """Returns thresholds as the manifest records them, each for one of the labels or for all of them.
+
+    Raises:
+        TypeError: an entry is not a threshold.
+        ValueError: a threshold's label is not one of the labels.
+    """
     records = []
     for index, given in enumerate(arguments.sequence(calibrations, "calibrations", "records", "[calibrate(…)]")):
         name = f"calibrations[{index}]"
@@ -185,7 +215,11 @@ def read_calibrations(calibrations: _Given, labels: Sequence[str]) -> tuple[Cali
 
 
 def read_evaluations(evaluations: _Given) -> tuple[Evaluation, ...]:
-    """Measured qualities as the manifest records them."""
+    """Returns measured qualities as the manifest records them.
+
+    Raises:
+        TypeError: an entry is not a measured quality.
+    """
     records = []
     for index, given in enumerate(arguments.sequence(evaluations, "evaluations", "records", "[evaluate_auroc(…)]")):
         name = f"evaluations[{index}]"
@@ -195,10 +229,10 @@ def read_evaluations(evaluations: _Given) -> tuple[Evaluation, ...]:
 
 
 def _recorded(estimate: Auroc | CalibratedThreshold, argument: str, kind: type[_Record], **known: _Given) -> _Record:
-    """What was estimated as a part of the manifest, whose fields have the same names.
+    """Returns an estimate as a part of the manifest whose fields have the same names.
 
     Raises:
-        ValueError: one of the values is not such as the manifest can hold; names it.
+        ValueError: the manifest cannot hold one of the values; the error names it.
     """
     try:
         return kind(**known, **{field.name: getattr(estimate, field.name) for field in fields(estimate)})
@@ -207,7 +241,11 @@ def _recorded(estimate: Auroc | CalibratedThreshold, argument: str, kind: type[_
 
 
 def read_unit(reduce_on: _Given, probe: ProbeFunction) -> ScoreUnit:
-    """The unit of what a server sends: the probe's own, or probabilities of its logits."""
+    """Returns the unit of what a server sends for a probe: the probe's own, or probabilities of its logits.
+
+    Raises:
+        ValueError: the unit cannot be computed from that of the probe.
+    """
     if reduce_on is None:
         return probe.unit
     unit = arguments.unit(reduce_on, "reduce_on")
@@ -217,7 +255,11 @@ def read_unit(reduce_on: _Given, probe: ProbeFunction) -> ScoreUnit:
 
 
 def read_reduction(reduction: _Given, context: Context) -> str | None:
-    """The default reduction; none for a probe that pools by itself."""
+    """Returns a probe's default reduction as text; ``None`` for a probe that pools by itself.
+
+    Raises:
+        ValueError: there is no such reduction, or one is given for a probe that pools by itself.
+    """
     if context.kind == "rollout":
         if reduction is not None:
             raise ValueError(f"reduction: {arguments.shown(reduction)} for a probe that pools by itself; leave it out")

@@ -1,6 +1,6 @@
-"""A frozen model and its probes, served over gRPC.
+"""Serves a frozen language model and its probes over gRPC, to score reinforcement-learning rollouts.
 
-``Engine`` is the same in-process: ``from probescore_server import Engine``.
+``from probescore_server import Engine`` gives the same scoring inside one's own process, without a server.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ __all__ = ["Engine"]
 
 
 def __getattr__(name: str) -> type[Engine]:
-    # not imported with the package, since the server's front process does without torch
+    # The engine is not imported with the package, since the server's front process does without torch.
     if name == "Engine":
         from probescore_server.engine.engine import Engine
 

@@ -1,6 +1,6 @@
-"""What this process computes now, step by step, for whoever watches that it gets on.
+"""Records which step of work a worker process computes now, so that a watcher can tell a slow worker from a stuck one.
 
-There is one for the whole process, as there is one device: threads that compute take turns.
+There is one record for the whole process, as there is one device: threads that compute take turns.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True, slots=True)
 class ActivityStep:
-    """A piece of work that cannot be looked into while it lasts.
+    """Describes one step of a worker process's work, such as one call of a probe's graph, which reports no progress while it runs.
 
     Attributes:
-        number: another one for each step.
-        order: number of what the front process asked for; 0 = nothing yet.
-        name: for people: ``probe loop@1``.
-        tokens: or rows, for which its time may grow.
+        number: a number that differs for each step.
+        order: the number of the batch or other order of the front process that the step belongs to; 0 before the first order.
+        name: the step's name for people, such as ``probe loop@1``.
+        tokens: the number of tokens, or of rows, of the step, with which the time that it may take grows.
     """
 
     number: int = 0
@@ -27,13 +27,13 @@ class ActivityStep:
 
 @dataclass(frozen=True, slots=True)
 class TextBeingTokenised:
-    """The text that a lane of texts tokenises now; it cannot be looked into either.
+    """Describes the text that one tokenising thread of a worker process works on now, which reports no progress until it is done.
 
     Attributes:
-        number: another one for each text.
-        order: number of the front process's request that it is of; 0 = there is no text now.
-        bytes: of the text, or of a chat's roles and contents.
-        is_chat: a template renders it first.
+        number: a number that differs for each text.
+        order: the number of the front process's request that the text belongs to; 0 = the thread has no text now.
+        bytes: the size in UTF-8 bytes of the text, or of a chat's roles and contents.
+        is_chat: whether the text is a chat, which a template renders before it is tokenised.
     """
 
     number: int = 0
@@ -43,21 +43,21 @@ class TextBeingTokenised:
 
 
 class Activity:
-    """The steps of a process, one after the other.
+    """Holds the current step of a process's work, and numbers the steps as they begin.
 
     Attributes:
-        step: the one that computes, or computed last.
+        step: the step that computes now, or that computed last.
     """
 
     def __init__(self) -> None:
         self.step = ActivityStep()
 
     def begin_order(self, order: int, tokens: int) -> None:
-        """What follows belongs to this order."""
+        """Records that the process starts on the order of this number, a batch for example, of so many tokens."""
         self.step = ActivityStep(self.step.number + 1, order, "", tokens)
 
     def begin(self, name: str, tokens: int) -> None:
-        """A step begins; the one before is done."""
+        """Records that a step of this name and of so many tokens begins, and that the step before it is done."""
         self.step = replace(self.step, number=self.step.number + 1, name=name, tokens=tokens)
 
 

@@ -1,23 +1,23 @@
-"""The core's errors.
+"""Defines the errors with which the server's core refuses or fails a request, or refuses to start.
 
     CoreError
-    ├── InvalidRequest        a request that no retry can save: names the field, the value and the limit
-    │   └── LimitExceeded     it asks for more than a limit that ``GetServerInfo`` tells
-    ├── Mismatch              the client expects another model or tokenizer than the one that runs here
-    ├── QueueFull             too many tokens wait already; try again later
-    ├── ServerBusy            too many calls, or too many bytes of them, are under way; try again later
-    ├── WorkerUnavailable     no worker can take or finish this now; try again later
-    │   └── WorkerLost        a worker was lost with this, and it may be why
-    ├── WorkerLostTwice       a worker was lost with this twice, the second time with nothing else; it is not tried a third time
-    ├── OutOfMemory           one rollout alone needs more memory than the device has; no retry can save it
+    ├── InvalidRequest        the request is invalid and no retry can succeed; names the field, the value and the limit
+    │   └── LimitExceeded     the request asks for more than a limit that ``GetServerInfo`` tells
+    ├── Mismatch              the client expects another model or tokenizer than the one that this server runs
+    ├── QueueFull             too many tokens wait already; a later try may succeed
+    ├── ServerBusy            too many calls, or too many bytes of their requests, are under way; a later try may succeed
+    ├── WorkerUnavailable     no worker process can take or finish the work now; a later try may succeed
+    │   └── WorkerLost        a worker process was lost, and the work that it had may be the cause
+    ├── WorkerLostTwice       worker processes were lost with the same rollout or text twice, the second time with nothing else
+    ├── OutOfMemory           one rollout alone needs more memory than the device has; no retry can succeed
     ├── DeadlineExpired       the caller's deadline passed before the work was done
-    ├── InternalFault         a fault of ours; clients see an incident number, the log has the rest
+    ├── InternalFault         the server has a bug; clients see an incident number, and the log has the details
     └── StartupError          the server cannot start as configured
-        ├── ModelRefused      the model cannot be loaded, or not served right
-        └── ProbeRefused      a probe file that is not what it says, or not for this model: names file, field, found, expected
+        ├── ModelRefused      the model cannot be loaded, or would not be served correctly
+        └── ProbeRefused      a probe file is damaged or was made for another model; names file, field, found, expected
 
-``reason`` is stable and travels to clients as ``google.rpc.ErrorInfo.reason``. Messages of everything but ``StartupError`` reach clients,
-so they carry no path and no traceback.
+Each error's ``reason`` is stable and travels to clients as ``google.rpc.ErrorInfo.reason``. The messages of all errors but
+``StartupError`` reach clients, so that they carry no path and no traceback.
 """
 
 from __future__ import annotations
@@ -26,17 +26,21 @@ import secrets
 
 
 class CoreError(Exception):
-    """Root of the core's errors."""
+    """Is the base class of all errors with which the server's core refuses or fails something.
+
+    The class attribute ``reason`` is a stable word in upper case, such as ``QUEUE_FULL``, which clients receive.
+    """
 
     reason = "INTERNAL"
 
 
 class InvalidRequest(CoreError):
-    """A request that no retry can save.
+    """Says that a request is invalid, so that the same request can never succeed.
 
     Args:
-        field: path of the field at fault, as in the proto: ``groups[2].completions[0].mask``.
-        problem: what is wrong with it, with the value and the limit.
+        field: path in the request message of the field at fault, such as ``groups[2].completions[0].mask``.
+        problem: what is wrong with the field, with its value and the limit.
+        reason: a stable word in upper case, which clients receive.
     """
 
     reason = "INVALID_REQUEST"
@@ -52,29 +56,36 @@ class InvalidRequest(CoreError):
 
 
 class LimitExceeded(InvalidRequest):
-    """A request that asks for more than a limit that ``GetServerInfo`` tells.
+    """Says that a request asks for more than one of the server's limits, which the RPC ``GetServerInfo`` tells, allows.
 
     Args:
-        field: as of ``InvalidRequest``.
-        value: what was asked for, at least.
-        unit: what is counted: ``spans``.
-        limit: the limit's name, as in ``Limits`` and the settings.
-        maximum: its value.
-        remedy: what the caller can do.
+        field: path in the request message of the field at fault, such as ``groups[0].completions[1].spans``.
+        value: the amount that was asked for; the true amount may be larger where counting stopped early.
+        unit: what is counted, such as ``spans``.
+        limit: the limit's name, as in the server's settings.
+        maximum: the limit's value.
+        remedy: what the caller can do instead.
+        reason: a stable word in upper case, which clients receive.
     """
 
     reason = "LIMIT_EXCEEDED"
 
     def __init__(self, field: str, value: int, unit: str, limit: str, maximum: int, remedy: str, reason: str = reason) -> None:
         super().__init__(field, f"{value} {unit}; the limit {limit} is {maximum}: {remedy}", reason)
-        self.args = (field, value, unit, limit, maximum, remedy, reason)  # what a pickle makes it of
+        self.args = (field, value, unit, limit, maximum, remedy, reason)  # A pickle calls the class with these.
         self.value = value
         self.limit = limit
         self.maximum = maximum
 
 
 class Mismatch(CoreError):
-    """The client expects another model or tokenizer than the one that runs here."""
+    """Says that the client expects another model or tokenizer than the one that this server runs.
+
+    Args:
+        field: the field of the request that states the expectation, such as ``expected_model_fingerprint``.
+        found: the fingerprint of what the server runs.
+        expected: the fingerprint that the client expects.
+    """
 
     reason = "MISMATCH"
 
@@ -89,7 +100,13 @@ class Mismatch(CoreError):
 
 
 class QueueFull(CoreError):
-    """Too many tokens wait already; a later try may succeed."""
+    """Says that too many tokens wait in the server's queue already to take a call; a later try may succeed.
+
+    Args:
+        queued_tokens: the number of tokens that wait.
+        max_queue_tokens: the most tokens that may wait, as in the settings.
+        retry_seconds: seconds after which the caller should try again.
+    """
 
     reason = "QUEUE_FULL"
 
@@ -104,14 +121,14 @@ class QueueFull(CoreError):
 
 
 class ServerBusy(CoreError):
-    """Too much is under way in the server; a later try may succeed.
+    """Says that too many calls, or too many bytes of their requests, are under way in the server; a later try may succeed.
 
     Args:
-        value: what there would be with this call.
-        unit: what is counted: ``calls``.
-        limit: the limit's name, as in ``Limits`` and the settings.
-        maximum: its value.
-        retry_seconds: when to come back.
+        value: the number of calls, or of bytes, that would be under way with this call.
+        unit: what is counted, such as ``calls``.
+        limit: the limit's name, as in the server's settings.
+        maximum: the limit's value.
+        retry_seconds: seconds after which the caller should try again.
     """
 
     reason = "BUSY"
@@ -129,7 +146,12 @@ class ServerBusy(CoreError):
 
 
 class WorkerUnavailable(CoreError):
-    """No worker can take or finish this now; a later try may succeed."""
+    """Says that no worker process can take or finish the work now; a later try may succeed.
+
+    Args:
+        problem: why no worker process can.
+        retry_seconds: seconds after which the caller should try again.
+    """
 
     reason = "WORKER_UNAVAILABLE"
 
@@ -143,14 +165,15 @@ class WorkerUnavailable(CoreError):
 
 
 class WorkerLost(WorkerUnavailable):
-    """A worker was lost with what it did, and not by somebody's will: what it did may be why.
+    """Says that a worker process was lost although nobody ended it on purpose, so that the work that it had may be the cause.
 
     Args:
-        reason_lost: one word: ``silent``, ``overdue``, ``device``, ``crash`` or ``memory``.
-        problem: what was wrong with it.
-        retry_seconds: until it may be back.
-        doing: the step that it was at, such as ``probe loop@1``; empty if that is not known.
-        order: number of the batch, or of the texts, that took too long or was all that it had; 0 = it could be any.
+        reason_lost: one word for the cause: ``silent``, ``overdue``, ``device``, ``crash`` or ``memory``.
+        problem: what was wrong with the worker process.
+        retry_seconds: seconds after which the worker may be running again.
+        doing: the step that the worker computed, such as ``probe loop@1``; empty if that is not known.
+        order: the number of the batch, or of the request's texts, that took too long or was the only work; 0 = any of its work may be
+            the cause.
     """
 
     def __init__(self, reason_lost: str, problem: str, retry_seconds: float, doing: str = "", order: int = 0) -> None:
@@ -165,12 +188,14 @@ class WorkerLost(WorkerUnavailable):
 
 
 class WorkerLostTwice(CoreError):
-    """A worker was lost with this twice, the second time with nothing else. It is not tried a third time.
+    """Says that a worker process was lost twice while it worked on the same rollout or text, the second time on nothing else.
+
+    That rollout or text is then refused instead of being tried a third time.
 
     Args:
-        field: path of what did it, as in the proto: ``groups[2].completions[0]``.
-        doing: the step at which it happened, such as ``probe loop@1``; empty if that is not known.
-        problem: what was wrong with the worker.
+        field: path in the request message of the rollout or text, such as ``groups[2].completions[0]``.
+        doing: the step at which the worker was lost, such as ``probe loop@1``; empty if that is not known.
+        problem: what was wrong with the worker process.
     """
 
     reason = "WORKER_LOST_TWICE"
@@ -187,7 +212,10 @@ class WorkerLostTwice(CoreError):
 
 
 class OutOfMemory(CoreError):
-    """The memory of the device was too short for ``tokens`` at a time; a client hears of it if they are those of a single rollout."""
+    """Says that the device's memory was too short to compute ``tokens`` tokens at a time.
+
+    A client receives this error only if a single rollout does not fit; larger batches are split by the server.
+    """
 
     reason = "OUT_OF_MEMORY"
 
@@ -200,13 +228,16 @@ class OutOfMemory(CoreError):
 
 
 class DeadlineExpired(CoreError):
-    """The caller's deadline passed before the work was done."""
+    """Says that the deadline of the caller's RPC passed before its work was done."""
 
     reason = "DEADLINE_EXPIRED"
 
 
 class InternalFault(CoreError):
-    """A fault of ours. ``incident`` is the number under which the log has what happened; nothing else of it reaches a client."""
+    """Says that the server failed because of a bug.
+
+    ``incident`` is the number, in hexadecimal digits, under which the server's log has the details; clients receive nothing else.
+    """
 
     reason = "INTERNAL"
 
@@ -216,7 +247,7 @@ class InternalFault(CoreError):
 
     @classmethod
     def new(cls) -> InternalFault:
-        """With an incident number of its own, to be logged beside what happened."""
+        """Returns an ``InternalFault`` with a new random incident number, which the caller logs with the details of what happened."""
         return cls(secrets.token_hex(6))
 
     def __str__(self) -> str:
@@ -224,25 +255,25 @@ class InternalFault(CoreError):
 
 
 class StartupError(CoreError):
-    """The server cannot start as configured. Its message is for the operator and may name paths."""
+    """Says that the server cannot start as configured. The message is for the operator and may name paths."""
 
     reason = "STARTUP"
 
 
 class ModelRefused(StartupError):
-    """The model cannot be loaded, or cannot be served right."""
+    """Says that the language model cannot be loaded, or that the server would not serve it correctly."""
 
     reason = "MODEL_REFUSED"
 
 
 class ProbeRefused(StartupError):
-    """A probe file that is not what it says it is, or not for this model.
+    """Says that a probe file is refused: its content contradicts its manifest, or it was made for another model.
 
     Args:
-        file: name of the file, as the operator gave it.
-        field: what was checked: a field of the manifest (``model.fingerprint``), or ``file``, ``graph``, ``golden``.
-        found: what is there.
-        expected: what should be.
+        file: the name of the file, as the operator gave it.
+        field: what was checked: a field of the manifest such as ``model.fingerprint``, or ``file``, ``graph`` or ``golden``.
+        found: the value that was found.
+        expected: the value that was expected.
     """
 
     reason = "PROBE_REFUSED"

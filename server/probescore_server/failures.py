@@ -1,7 +1,7 @@
-"""What an exception says of the machine: memory was short, the device is lost, or neither.
+"""Tells from an exception whether memory was too short, the device is lost, or neither.
 
-torch, cuBLAS, cuDNN, Triton, onnxruntime, numpy and Python each say it their own way, most of them in a text only, and the same event has
-another type in another version. So the text decides, and this module needs none of those libraries.
+torch, cuBLAS, cuDNN, Triton, onnxruntime, numpy and Python each report these events in their own way, most of them in a text only, and the
+same event has different exception types in different versions. So the text decides, and this module needs none of those libraries.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from enum import Enum
 
 
 class FailureKind(Enum):
-    """What follows from a failure."""
+    """Names the three kinds of failure of a computation that the server treats differently."""
 
     MEMORY_SHORT = "memory short"
-    """Less work at a time may fit."""
+    """Memory was too short: the same work in smaller pieces may fit."""
     DEVICE_LOST = "device lost"
-    """Nothing of this process will compute on the device again: a CUDA context does not outlive such an error."""
+    """This process can never compute on its device again, since a CUDA context does not survive such an error."""
     OTHER = "other"
-    """A fault of the work, or of ours."""
+    """The failure says nothing of the machine: the work itself, or the server's code, is at fault."""
 
 
-# Errors after which every further call of the process fails, also one that asks for memory.
+# These are errors after which every further call of the process fails, also one that asks for memory.
 _LOST = re.compile(
     r"illegal memory access|illegal instruction|illegal address|misaligned address|invalid program counter|invalid address space"
     r"|device-side assert triggered|unspecified launch (failure|error)|launch (timed out|failed)|uncorrectable|\bECC error"
@@ -37,7 +37,7 @@ _MEMORY = re.compile(
     r"|smaller than requested bytes|bad_alloc|bad allocation",
     re.IGNORECASE,
 )
-# What is left of errors that only a device has.
+# These are the other errors that only a device raises.
 _DEVICE = re.compile(
     r"\b(CUDA|HIP) (unknown |driver |runtime )?error\b|\bcuda runtime error\b|\bCUDA_ERROR_|\bcudaError[A-Z]|Triton Error \[(CUDA|HIP)\]"
     r"|\b(CUDA|HIP|CUBLAS|CUDNN|CUFFT|CUSPARSE|CUSOLVER|ROCBLAS|MIOPEN) failure\b"
@@ -48,7 +48,10 @@ _DEVICE = re.compile(
 
 
 def kind_of(error: BaseException) -> FailureKind:
-    """What an exception, or whatever it was raised for, says of the machine."""
+    """Returns the kind of failure that an exception, or any exception that caused it, reports.
+
+    A lost device counts before short memory if the chain of exceptions reports both.
+    """
     kinds = {_own_kind(each) for each in _chain(error)}
     return next((kind for kind in (FailureKind.DEVICE_LOST, FailureKind.MEMORY_SHORT) if kind in kinds), FailureKind.OTHER)
 
@@ -66,7 +69,7 @@ def _own_kind(error: BaseException) -> FailureKind:
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """An exception and those that it was raised for, also where it hides them."""
+    """Yields an exception and then each exception that caused it, also those hidden by ``raise … from None``."""
     seen: set[int] = set()
     following: BaseException | None = error
     while following is not None and id(following) not in seen:

@@ -1,5 +1,7 @@
-"""Files as a whole or not at all: read where they are regular, bounded and the same from the first byte to the last; written beside their
-place, then renamed.
+"""Reads and writes files as a whole or not at all.
+
+A file is read only if it is a regular file, of bounded size, that does not change while it is read. A file is written under another name in
+the same directory and then renamed.
 """
 
 from __future__ import annotations
@@ -20,12 +22,12 @@ _KINDS = {
 
 
 class UnreadableFile(Exception):
-    """A file that cannot be read as a whole.
+    """Says that a file cannot be read as a whole.
 
     Args:
         field: what was checked: ``file`` or ``file size``.
-        found: what is there.
-        expected: what should be.
+        found: what was found.
+        expected: what was expected.
     """
 
     def __init__(self, field: str, found: str, expected: str) -> None:
@@ -36,13 +38,13 @@ class UnreadableFile(Exception):
 
 
 def read_regular_file(path: Path | str, max_bytes: int) -> bytes:
-    """The content of a regular file, or of what a link to one leads to. Nothing else is waited for: a pipe is refused at once.
+    """Returns the content of a regular file, at a path that may be a symbolic link. A pipe is refused at once instead of being waited for.
 
     Raises:
-        UnreadableFile: it is something else, cannot be opened, is larger, or changes while it is read.
+        UnreadableFile: the path is not a regular file, cannot be opened, is larger than ``max_bytes``, or changes while it is read.
     """
     try:
-        # a pipe would be waited for until somebody writes to it
+        # Without O_NONBLOCK, opening a pipe would wait until somebody writes to it.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         raise UnreadableFile("file", kind_of(path) or error.strerror or type(error).__name__, "a readable regular file") from None
@@ -53,7 +55,7 @@ def read_regular_file(path: Path | str, max_bytes: int) -> bytes:
         if before.st_size > max_bytes:
             raise UnreadableFile("file size", f"{before.st_size} bytes", f"at most {max_bytes}")
         content = bytearray()
-        # one byte more than there should be, and no further, however fast it grows
+        # At most one byte more than there should be is read, however fast the file grows.
         while piece := os.read(descriptor, min(_PIECE_BYTES, before.st_size + 1 - len(content))):
             content += piece
         after = os.fstat(descriptor)
@@ -65,7 +67,7 @@ def read_regular_file(path: Path | str, max_bytes: int) -> bytes:
 
 
 def kind_of(path: Path | str) -> str:
-    """What stands at a path in place of a regular file; empty if it is one, or nothing is there."""
+    """Names what a path is if it is not a regular file, such as ``a directory``; returns an empty string if it is one or does not exist."""
     try:
         mode = Path(path).stat().st_mode
     except OSError:
@@ -74,20 +76,20 @@ def kind_of(path: Path | str) -> str:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file; whoever reads it meanwhile sees what was there before.
+    """Writes a file so that a concurrent reader sees either the whole old content or the whole new content.
 
     Args:
-        path: replaced if it exists. What is no regular file (a pipe, ``/dev/stdout``) is written to as it is.
-        content: all of it.
+        path: the file, replaced if it exists. A path that exists and is no regular file (a pipe, ``/dev/stdout``) is written to directly.
+        content: the whole new content.
 
     Raises:
-        OSError: it cannot be written; nothing is left beside it. Its ``filename`` is the path.
+        OSError: the file cannot be written; no partial file is left. The error's ``filename`` is the path.
     """
     if path.exists() and not path.is_file() and not path.is_dir():
         path.write_bytes(content)
         return
-    target = path.resolve()  # a link stays one, and what it leads to is replaced
-    # as any file is made: a temporary one of Python's nobody else could read, such as a server that runs as another user
+    target = path.resolve()  # A symbolic link stays one, and the file that it leads to is replaced.
+    # Not a temporary file of Python's: nobody else could read it, such as a server that runs as another user.
     partial = target.with_name(f".{target.name[:200]}.{secrets.token_hex(8)}")
     try:
         partial.write_bytes(content)

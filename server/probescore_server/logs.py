@@ -1,4 +1,4 @@
-"""Structured logs on stderr: for people on a terminal, else one JSON object per line. Logs of libraries take the same way."""
+"""Writes structured logs to stderr: lines for people on a terminal, else one JSON object per line. Logs of libraries are included."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import structlog
 
 
 def configure_logs(log_format: Literal["auto", "console", "json"], log_level: str) -> None:
-    """Routes structlog and the standard library's logging to stderr.
+    """Routes the logs of structlog and of the standard library's ``logging`` to stderr.
 
     Args:
-        log_format: ``auto`` = ``console`` if stderr is a terminal, else ``json``.
-        log_level: least severe messages to write, as in the settings.
+        log_format: ``console``, ``json``, or ``auto`` = ``console`` if stderr is a terminal, else ``json``.
+        log_level: the least severe level that is written: ``debug``, ``info``, ``warning`` or ``error``.
     """
     readable = log_format == "console" or (log_format == "auto" and sys.stderr.isatty())
     shared: list[structlog.typing.Processor] = [
@@ -24,7 +24,7 @@ def configure_logs(log_format: Literal["auto", "console", "json"], log_level: st
         structlog.stdlib.add_logger_name,
         structlog.processors.TimeStamper(fmt="%H:%M:%S" if readable else "iso", utc=not readable),
     ]
-    # Both escape what a client, a file name or a manifest says, so that it cannot forge lines or colours.
+    # Both renderings escape texts of clients, file names and manifests, so that those cannot forge lines or colours.
     rendering: list[structlog.typing.Processor] = (
         [
             _escape_event,
@@ -50,14 +50,14 @@ def configure_logs(log_format: Literal["auto", "console", "json"], log_level: st
 
 
 def _escape_event(logger: object, method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
-    """A processor: the renderer quotes all other values, and takes the event as it is."""
+    """Escapes the event's text as a structlog processor, since the console renderer quotes all other values but not the event."""
     del logger, method
     event["event"] = _escaped(str(event["event"]))
     return event
 
 
 def _write_traceback(stream: TextIO, exc_info: structlog.typing.ExcInfo) -> None:
-    """An exception's text may come from a file or a client, too."""
+    """Writes a traceback with its unprintable characters escaped, since an exception's text, too, may come from a file or a client."""
     written = io.StringIO()
     structlog.dev.plain_traceback(written, exc_info)
     stream.write("\n".join(map(_escaped, written.getvalue().split("\n"))))

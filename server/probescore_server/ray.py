@@ -1,12 +1,12 @@
-"""Ray Serve: the same contract over Ray's gRPC proxy, a replica per GPU.
+"""Serves the same gRPC services under Ray Serve, behind Ray's gRPC proxy and with one replica per GPU.
 
 ::
 
     serve run probescore_server.ray:app model=./model probes=./probes max_replicas=8
 
-A call goes from the proxy (`add_to_proxy`), which has the port, to a replica (`Replica`), which has the same core as a plain server. Ray
-hands on only a copy of a call's context, without its deadline, and answers for a replica that died with INTERNAL: both are put right in
-the proxy.
+A call goes from the proxy (``add_to_proxy``), which owns the port, to a replica (``Replica``), which has the same core as a plain server.
+Ray passes on only a copy of a call's context, without its deadline, and answers for a replica that died with INTERNAL: the code that runs
+in the proxy corrects both.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ logger = structlog.get_logger(__name__)
 
 DEPLOYMENT = "probescore"
 QUEUED_TOKENS = "queued_tokens"
-# The scheduler admits by tokens; Ray's own limit, by calls, must never be what counts.
+# The scheduler admits by tokens; Ray's own limit, which is on calls, must never be the one that is reached.
 MAX_CALLS = 100_000
 RETRY_SECONDS = 0.5
 
@@ -57,7 +57,7 @@ Write: TypeAlias = Callable[[Message], Awaitable[None]]
 
 
 def _handler_maker(method: MethodDescriptor) -> tuple[Callable[..., Handler], str]:
-    """What makes a handler of a method, and the attribute of it that has the behavior."""
+    """Returns gRPC's constructor for the handler of a method, and the name of the handler's attribute that holds the function it calls."""
     if method.server_streaming:
         return grpc.unary_stream_rpc_method_handler, "unary_stream"
     return grpc.unary_unary_rpc_method_handler, "unary_unary"
@@ -67,7 +67,13 @@ def _handler_maker(method: MethodDescriptor) -> tuple[Callable[..., Handler], st
 
 
 class ReplicaScaling(BaseModel, extra="forbid", frozen=True):
-    """How many replicas there are: arguments of the application beside the settings of a server."""
+    """Holds the application's arguments that say how many replicas Ray Serve runs.
+
+    Attributes:
+        min_replicas: the fewest replicas.
+        max_replicas: the most replicas.
+        target_queued_tokens: the number of waiting tokens per replica above which replicas are added.
+    """
 
     min_replicas: int = Field(1, ge=1)
     max_replicas: int = Field(1, ge=1)
@@ -75,13 +81,13 @@ class ReplicaScaling(BaseModel, extra="forbid", frozen=True):
 
 
 def app(arguments: Mapping[str, Any]) -> serve.Application:
-    """Builds the application, and starts Ray Serve with its gRPC proxy unless it runs already.
+    """Builds the Ray Serve application, and starts Ray Serve with its gRPC proxy unless it runs already.
 
     Args:
-        arguments: settings of a server, as of ``probescore serve``, and `ReplicaScaling`.
+        arguments: the settings of ``probescore serve``, and ``min_replicas``, ``max_replicas`` and ``target_queued_tokens``, by name.
 
     Raises:
-        StartupError: an argument is unknown or out of its bounds, or means nothing here.
+        StartupError: an argument is unknown or out of its bounds, or has no meaning under Ray Serve.
     """
     flags = {name: value for name, value in arguments.items() if name not in ReplicaScaling.model_fields}
     settings = load_settings(flags)
@@ -91,13 +97,16 @@ def app(arguments: Mapping[str, Any]) -> serve.Application:
         raise StartupError(str(error)) from None
     for name in ("interceptors", "admin"):
         if getattr(settings, name):
-            raise StartupError(f"{name}: not under Ray Serve, whose proxy has the port and chooses the replica")
+            raise StartupError(f"{name}: cannot be set under Ray Serve, whose proxy owns the port and chooses the replica")
     serve.start(grpc_options=gRPCOptions(port=settings.port, grpc_servicer_functions=[f"{__name__}:{add_to_proxy.__name__}"]))
     return deployment(settings, scaling).bind(settings)
 
 
 def deployment(settings: ServerSettings, scaling: ReplicaScaling) -> serve.Deployment:
-    """One replica per device, or per list of devices, as many as `scaling` says."""
+    """Returns the Ray Serve deployment of the server.
+
+    Each replica has the devices that ``settings`` name, and ``scaling`` bounds the number of replicas.
+    """
     devices = 0 if settings.devices == ("cpu",) else len(settings.devices)
     return serve.deployment(
         Replica,
@@ -116,16 +125,17 @@ def deployment(settings: ServerSettings, scaling: ReplicaScaling) -> serve.Deplo
 
 
 class QueuedTokens:
-    """Ray Serve's autoscaling policy: so many replicas that each has at most `target` tokens waiting.
+    """Is an autoscaling policy of Ray Serve that wants so many replicas that each has at most ``target`` tokens waiting.
 
-    One replica less is enough only when half of that would be: a queue is short as soon as there are enough replicas.
+    It removes one replica at a time, and only if the others would have at most half of ``target`` tokens waiting each: a queue is short as
+    soon as there are enough replicas, so that a short queue alone is no reason to remove one.
     """
 
     def __init__(self, target: int) -> None:
         self._target = target
 
     def __call__(self, context: AutoscalingContext) -> tuple[float, dict[str, Any]]:
-        """Replicas that are wanted; Ray applies its bounds and delays."""
+        """Returns the number of replicas that are wanted, and an empty state; Ray applies its own bounds and delays."""
         queued = sum(context.aggregated_metrics.get(QUEUED_TOKENS, {}).values())
         now = context.target_num_replicas
         wanted = math.ceil(queued / self._target)
@@ -138,29 +148,36 @@ class QueuedTokens:
 
 
 class ForwardedRequest(NamedTuple):
-    """A request on its way from the proxy to a replica: its bytes, and the seconds until its deadline."""
+    """Holds a request on its way from Ray's proxy to a replica.
+
+    Attributes:
+        raw: the request message as bytes.
+        seconds_left: the seconds until the call's deadline; ``None`` = there is no deadline.
+    """
 
     raw: bytes
     seconds_left: float | None
 
 
 def add_to_proxy(_: object, server: Any) -> None:  # noqa: ANN401 - Ray's own subclass of grpc.aio.Server
-    """Adds the services to Ray's gRPC proxy: one of its ``grpc_servicer_functions``."""
+    """Adds the scoring and health services to the gRPC server of Ray's proxy, as one of the proxy's ``grpc_servicer_functions``."""
     for service in {method.containing_service.full_name for method in _METHODS}:
         methods = [method for method in _METHODS if method.containing_service.full_name == service]
         handlers: Any = grpc.method_handlers_generic_handler(service, {method.name: _unparsed(method) for method in methods})
-        # Ray replaces the behavior of each handler by one that calls a method of that name of a replica
+        # Ray replaces the behavior of each handler by one that calls a method of that name of a replica.
         server.add_generic_rpc_handlers((handlers,))
         handlers._method_handlers = {path: _forwarding(handler) for path, handler in handlers._method_handlers.items()}
 
 
 def _unparsed(method: MethodDescriptor) -> Handler:
-    """Requests stay bytes, which the replica parses inside its boundary."""
+    """Returns a gRPC handler of a method that leaves requests as bytes: the replica parses them, and turns errors into statuses."""
     make, _ = _handler_maker(method)
     return make(lambda request, context: None)
 
 
 def _forwarding(routed: Any) -> Handler:  # noqa: ANN401
+    """Returns a handler that sends each request with its remaining time to a replica, and corrects the statuses that Ray itself sets."""
+
     async def unary(raw: bytes, context: Any) -> bytes:  # noqa: ANN401
         answer: bytes = await routed.unary_unary(ForwardedRequest(raw, context.time_remaining()), context)
         _explain_ray(context)
@@ -168,7 +185,7 @@ def _forwarding(routed: Any) -> Handler:  # noqa: ANN401
 
     async def stream(raw: bytes, context: Any) -> AsyncIterator[bytes]:  # noqa: ANN401
         async for answer in routed.unary_stream(ForwardedRequest(raw, context.time_remaining()), context):
-            if answer:  # an empty one only brings the status
+            if answer:  # An empty answer only carries the status.
                 yield answer
         _explain_ray(context)
 
@@ -183,10 +200,10 @@ _RAYS_OWN = {
 
 
 def _explain_ray(context: Any) -> None:  # noqa: ANN401
-    """Makes UNAVAILABLE, which clients retry, of what Ray itself ends a call with."""
+    """Replaces a status with which Ray itself, not a replica, ended a call by UNAVAILABLE, which clients retry."""
     trailing = tuple(context.trailing_metadata() or ())
     code = next((known for known in _RAYS_OWN if context.code() in (known, known.value[0])), None)
-    # a replica's own have details, except for NOT_FOUND of a health check, and every answer of one has some metadata
+    # A replica's own statuses have details, except for NOT_FOUND of a health check, and every answer of a replica has some metadata.
     a_replicas = any(key == "grpc-status-details-bin" for key, _ in trailing) or (code is grpc.StatusCode.NOT_FOUND and trailing)
     if code is None or a_replicas:
         return
@@ -200,10 +217,13 @@ def _explain_ray(context: Any) -> None:  # noqa: ANN401
 
 
 class Replica:
-    """One replica: a core without a port. Ray calls its methods by the names that the proxy knows.
+    """Runs workers and their scheduler as one replica of the Ray Serve application, without a port of its own.
+
+    Ray calls its methods by the names that the proxy knows. The constructor returns once the replica's workers have changed state for the
+    first time, in general when one can score.
 
     Raises:
-        StartupError: it cannot load what it should serve.
+        StartupError: the replica cannot load its model or probes.
     """
 
     async def __init__(self, settings: ServerSettings) -> None:  # type: ignore[misc] # Ray awaits it
@@ -222,11 +242,11 @@ class Replica:
             self._running.result()
 
     async def Score(self, request: ForwardedRequest, grpc_context: RayServegRPCContext) -> Message:  # noqa: N802
-        """Scores every completion and answers once all are done."""
+        """Scores every completion of a request and answers once all are scored."""
         return await self._answer("Score", request, grpc_context)
 
     async def ScoreStream(self, request: ForwardedRequest, grpc_context: RayServegRPCContext) -> AsyncIterator[Message]:  # noqa: N802
-        """Scores and answers in pieces, as batches finish."""
+        """Scores every completion of a request and yields the scores in pieces, as batches finish."""
         written: asyncio.Queue[Message | None] = asyncio.Queue()
         answering = asyncio.create_task(self._answer("ScoreStream", request, grpc_context, written.put))
         answering.add_done_callback(lambda _: written.put_nowait(None))
@@ -239,34 +259,34 @@ class Replica:
             await asyncio.gather(answering, return_exceptions=True)
 
     async def GetServerInfo(self, request: ForwardedRequest, grpc_context: RayServegRPCContext) -> Message:  # noqa: N802
-        """Says what runs in this replica."""
+        """Returns the model, probes, limits and workers of this replica."""
         return await self._answer("GetServerInfo", request, grpc_context)
 
     async def ListProbes(self, request: ForwardedRequest, grpc_context: RayServegRPCContext) -> Message:  # noqa: N802
-        """Lists the loaded probes with their manifests."""
+        """Lists the loaded probes with their manifests, as the RPC ``ListProbes`` answers."""
         return await self._answer("ListProbes", request, grpc_context)
 
     async def Check(self, request: ForwardedRequest, grpc_context: RayServegRPCContext) -> Message:  # noqa: N802
-        """Of ``grpc.health.v1.Health``: whether this replica serves."""
+        """Answers the RPC ``grpc.health.v1.Health/Check`` with whether this replica serves."""
         return await self._answer("Check", request, grpc_context)
 
     def check_health(self) -> None:
-        """Asked by Ray, which replaces a replica that raises several times in a row."""
+        """Raises ``RuntimeError`` if no worker of this replica serves; Ray calls this, and replaces a replica that raises several times."""
         if not self._core.serving:
             raise RuntimeError("no worker can score")
 
     def record_autoscaling_stats(self) -> dict[str, int]:
-        """Asked by Ray, for `QueuedTokens`."""
+        """Returns the number of tokens that wait in this replica, by name; Ray calls this and passes it to the policy ``QueuedTokens``."""
         return {QUEUED_TOKENS: self._core.scheduler.queued_tokens}
 
     async def _answer(
         self, method: str, request: ForwardedRequest, grpc_context: RayServegRPCContext, write: Write | None = None
     ) -> Message:
-        """The answer to a call, empty if `grpc_context` says why there is none, or at the end of a stream."""
+        """Returns the answer to a call; an empty message if ``grpc_context`` has got a status instead, or at the end of a stream."""
         call = _RayServicerContext(request, grpc_context, write)
         try:
             if (size := len(request.raw)) > self._max_message_bytes:
-                # as gRPC itself says it
+                # The message is the one that gRPC itself sends.
                 await call.abort(
                     grpc.StatusCode.RESOURCE_EXHAUSTED, f"Received message larger than max ({size} vs. {self._max_message_bytes})"
                 )
@@ -277,7 +297,7 @@ class Replica:
 
 
 class _RayServicerContext:
-    """What a servicer and the boundary use of a ``grpc.aio.ServicerContext``."""
+    """Offers those methods of a ``grpc.aio.ServicerContext`` that the servicer and the error interceptor use, on Ray's own context."""
 
     def __init__(self, request: ForwardedRequest, context: RayServegRPCContext, write: Write | None) -> None:
         self._context = context
@@ -311,7 +331,7 @@ class _RayServicerContext:
 
 
 def _guarded_methods(core: ScoringCore) -> dict[str, Callable[[bytes, _RayServicerContext], Awaitable[Message | None]]]:
-    """By name, what answers a request given as bytes."""
+    """Returns, by the method's name, the function that answers a request given as bytes, with its errors made into statuses."""
 
     async def check(request: health_pb2.HealthCheckRequest, context: _RayServicerContext) -> health_pb2.HealthCheckResponse:
         if request.service not in SERVICES:
@@ -331,7 +351,10 @@ def _guarded_methods(core: ScoringCore) -> dict[str, Callable[[bytes, _RayServic
 
 
 def _serve_metrics(core: ScoringCore, settings: ServerSettings, local_rank: int) -> int:
-    """Serves them on ``metrics_port`` plus the replica's number on its machine; on any free port if that is taken, or if it is 0."""
+    """Serves a replica's metrics and returns the port.
+
+    The port is ``metrics_port`` plus the replica's number on its machine; any free one if that is taken, or if ``metrics_port`` is 0.
+    """
     if settings.metrics_port:
         with contextlib.suppress(StartupError):
             return core.metrics.serve(settings.metrics_host, settings.metrics_port + local_rank)

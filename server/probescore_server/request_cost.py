@@ -1,6 +1,6 @@
-"""What a request costs beside its tokens: numbers in its answer, and scores that are read again for its spans.
+"""Computes what a request costs beside its tokens: the numbers in its answer, and the scores that are read again for its spans.
 
-Counted from what is asked, before anything is computed.
+The cost is counted from the request alone, before anything is computed, so that a request that is too costly can be refused.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from probescore.types import OutputPer, Scope
 from probescore_server.rollouts import CheckedRollout, Continuation, EngineInfo, ResolvedOptions
 
 MAX_KNOWN = 16
-"""Most calls ask for what others did before, of a thousand probes perhaps."""
+"""The cost factors of so many distinct options are cached: most calls repeat the options of others, possibly of a thousand probes."""
 
 
 @dataclass(frozen=True)
 class RequestCost:
-    """What the options of a request make of its tokens and spans.
+    """Holds the factors that turn the tokens and spans of a request's rollouts into their cost, as the request's options determine them.
 
     Attributes:
-        scope: which tokens are scored.
-        row_values: numbers in the answer for the whole of a completion, and again for each of its spans: labels × reductions.
+        scope: which tokens are scored: the prompt's, the completion's or both.
+        row_values: numbers in the answer for a whole completion, and again for each of its spans: labels × reductions, over all probes.
         token_values: numbers in the answer for each token that is scored.
         appended_values: numbers in the answer for the tokens of the follow-ups that probes append to a completion by themselves.
         span_scores: scores that are read for each token of a span.
@@ -38,11 +38,11 @@ class RequestCost:
 
     @classmethod
     def of(cls, info: EngineInfo, options: ResolvedOptions) -> RequestCost:
-        """The cost of the options of a request."""
+        """Returns the cost factors for a request with these options on an engine that has loaded what ``info`` says."""
         return _cost(info, options)
 
     def values(self, rollout: CheckedRollout) -> int:
-        """Numbers in the answer for a rollout, those of its follow-ups included."""
+        """Counts the numbers, scores of 4 bytes each, that the answer holds for one rollout and its follow-ups."""
         prompt = 0 if self.scope is Scope.COMPLETION else len(rollout.prompt_ids)
         completion = 0 if self.scope is Scope.PROMPT else len(rollout.completion.token_ids)
         values = 0
@@ -52,7 +52,7 @@ class RequestCost:
         return values
 
     def scores_of_spans(self, rollout: CheckedRollout) -> int:
-        """Scores that are read for the spans of a rollout and of its follow-ups."""
+        """Counts the scores that are read to reduce the spans of one rollout and of its follow-ups."""
         return sum(
             sum(span.end - span.start for span in continuation.spans) * self.span_scores
             + len(continuation.spans) * context * self.context_scores
@@ -60,8 +60,13 @@ class RequestCost:
         )
 
     def reread_tokens(self, completion: Continuation, prompt_tokens: int) -> int:
-        """Tokens that spans read beyond one reading of each token: what is scored once costs no more if it is cut into spans. A span
-        without tokens costs time too, and counts for one.
+        """Counts the tokens that the spans of a completion and its follow-ups read beyond reading each token once.
+
+        Spans that together cover each token once add nothing. A span without tokens costs time too, and counts as one token.
+
+        Args:
+            completion: the completion with its follow-ups and spans.
+            prompt_tokens: number of tokens of the prompt before the completion.
         """
         read = 0
         for continuation, context in _tree(completion, prompt_tokens):
@@ -71,7 +76,7 @@ class RequestCost:
 
 
 def _tree(continuation: Continuation, context: int) -> Iterator[tuple[Continuation, int]]:
-    """A continuation and all that follow it, each with the number of tokens before it."""
+    """Yields a completion and each of its nested follow-ups, each with the number of tokens before it."""
     yield continuation, context
     for follow_up in continuation.follow_ups:
         yield from _tree(follow_up, context + len(continuation.token_ids))
@@ -90,7 +95,7 @@ def _cost(info: EngineInfo, options: ResolvedOptions) -> RequestCost:
         if key in options.token_scores:
             token += 0 if follow_up else labels
             appended += labels * follow_up
-        if not follow_up:  # else it scores none of the tokens that spans are of
+        if not follow_up:  # A probe with a follow-up of its own scores none of the tokens that spans cover.
             span += labels * reductions if not pools else info.model.hidden_size
             context += info.model.hidden_size if key in info.pools_with_prompt else 0
     return RequestCost(options.scope, row, token, appended, span, context)

@@ -1,6 +1,6 @@
-"""What the scheduler, the worker and the engine pass to one another: checked requests as ids, and what is loaded.
+"""Defines what the scheduler, the worker and the engine pass to one another: checked rollouts as token ids, and what is loaded.
 
-Plain frozen data, free of torch and grpc: the front process has neither the model nor its libraries.
+The classes are plain frozen data, free of torch and grpc: the front process has neither the model nor its libraries.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from probescore.types import CompletionScores, ModelInfo, ProbeInfo, Scope, Scor
 
 @dataclass(frozen=True, eq=False)
 class Continuation:
-    """A completion, or a follow-up to one.
+    """Holds a completion, or a follow-up that continues one, as checked token ids.
 
     Attributes:
-        token_ids: ``(T,)`` int32, each in ``[0, vocab_size)``.
-        mask: ``(T,)`` bool, or ``None`` = all True.
-        spans: within ``[0, T]``.
-        follow_ups: forks that continue this one.
-        id: echoed.
-        inexact_ids: the ids, or those before them, came from text.
+        token_ids: the token ids, ``(T,)`` int32, each in ``[0, vocab_size)``.
+        mask: which tokens count in reductions, ``(T,)`` bool, or ``None`` = all.
+        spans: named ranges of tokens to reduce separately, within ``[0, T]``.
+        follow_ups: texts that each continue this one, independently of each other.
+        id: the client's own name, returned in the answer.
+        inexact_ids: whether these ids, or any before them, were tokenised by the server from text.
     """
 
     token_ids: NDArray[np.int32]
@@ -37,33 +37,36 @@ class Continuation:
 
     @property
     def tree_tokens(self) -> int:
-        """Tokens of this continuation and of everything that follows it."""
+        """Counts the tokens of this completion or follow-up and of all nested follow-ups."""
         return len(self.token_ids) + sum(follow_up.tree_tokens for follow_up in self.follow_ups)
 
     @property
     def tree_size(self) -> int:
-        """This continuation and all that follow it, counted."""
+        """Returns the number of nested follow-ups plus one, for this completion or follow-up itself."""
         return 1 + sum(follow_up.tree_size for follow_up in self.follow_ups)
 
     @property
     def tree_spans(self) -> int:
-        """Spans of this continuation and of all that follow it."""
+        """Counts the spans of this completion or follow-up and of all nested follow-ups."""
         return len(self.spans) + sum(follow_up.tree_spans for follow_up in self.follow_ups)
 
     @property
     def chain_tokens(self) -> int:
-        """Tokens of this continuation and of its longest chain of follow-ups."""
+        """Counts the tokens of this completion or follow-up together with its longest chain of follow-ups."""
         return len(self.token_ids) + max((follow_up.chain_tokens for follow_up in self.follow_ups), default=0)
 
 
 @dataclass(frozen=True, eq=False)
 class ResolvedOptions:
-    """How the rollouts of one request are scored.
+    """Holds how the rollouts of one request are scored, checked against the loaded probes.
 
     Attributes:
-        probes: ``name@version`` of loaded probes, without duplicates.
-        reductions: empty = each probe's default.
-        token_scores: those of ``probes`` whose per-token scores are wanted.
+        probes: keys ``name@version`` of the loaded probes to apply, without duplicates.
+        reductions: how scores per token become one score; empty = each probe's default.
+        token_scores: the keys among ``probes`` whose scores per token are wanted.
+        scope: which tokens are scored: the prompt's, the completion's or both.
+        return_token_ids: whether the answer holds the token ids.
+        return_token_texts: whether the answer holds the text of each token.
     """
 
     probes: tuple[str, ...]
@@ -75,19 +78,21 @@ class ResolvedOptions:
 
     @cached_property
     def key(self) -> str:
-        """Equal for two that ask for the same."""
+        """Returns a string that is equal for two objects if and only if they ask for the same scoring."""
         values = [getattr(self, option.name) for option in fields(self)]
         return repr([sorted(value) if isinstance(value, frozenset) else value for value in values])
 
 
 @dataclass(frozen=True, eq=False)
 class CheckedRollout:
-    """One prompt with one completion, checked and ready to score.
+    """Holds one prompt with one completion, checked and ready to be scored.
 
     Attributes:
-        prompt_ids: ``(P,)`` int32; rollouts of one group hold the same array.
-        appended_tokens: at most so many do the requested probes append by themselves, to the completion and to each of its follow-ups.
-        reread_tokens: so many do its spans read beyond one reading of each token.
+        prompt_ids: the prompt's token ids, ``(P,)`` int32; rollouts of one group hold the same array.
+        completion: the completion with its follow-ups.
+        options: how the rollout is scored.
+        appended_tokens: the most tokens that the requested probes append by themselves to the completion, and to each of its follow-ups.
+        reread_tokens: the number of tokens that the rollout's spans read beyond reading each token once.
     """
 
     prompt_ids: NDArray[np.int32]
@@ -98,8 +103,9 @@ class CheckedRollout:
 
     @property
     def tokens(self) -> int:
-        """Tokens of the prompt, the completion, all its follow-ups, what is appended to them and what spans read again: the most that it
-        can cost.
+        """Counts the most tokens that this rollout can cost.
+
+        These are the tokens of its prompt, its completion and all follow-ups, those that probes append and those that spans read again.
         """
         appended = self.appended_tokens * self.completion.tree_size
         return len(self.prompt_ids) + self.completion.tree_tokens + appended + self.reread_tokens
@@ -107,10 +113,13 @@ class CheckedRollout:
 
 @dataclass(frozen=True, eq=False)
 class RolloutResult:
-    """The scores of one rollout, and the work that it took in its batch.
+    """Holds the scores of one rollout, and the work that the rollout took in its batch.
 
     Attributes:
-        refused_by: the probe, ``name@version``, for which the rollout or a follow-up of it has no scores (``NON_FINITE``); mostly empty.
+        scores: the scores of the completion and its follow-ups.
+        usage: the tokens that were computed, shared with other rollouts or found in the cache.
+        refused_by: the probe, ``name@version``, that gave NaN or an infinity, for which the rollout or a follow-up has no scores; empty
+            if no probe did.
     """
 
     scores: CompletionScores
@@ -120,11 +129,11 @@ class RolloutResult:
 
 @dataclass(frozen=True, eq=False)
 class ScoredBatch:
-    """What a worker returns for a batch.
+    """Holds the results that a worker process returns for a batch of rollouts.
 
     Attributes:
-        results: one per rollout, in order; ``None`` where it was cancelled.
-        compute_seconds: how long the batch computed.
+        results: one result per rollout, in order; ``None`` for a rollout that was cancelled.
+        compute_seconds: the seconds that the batch took to compute.
     """
 
     results: tuple[RolloutResult | None, ...]
@@ -133,12 +142,13 @@ class ScoredBatch:
 
 @dataclass(frozen=True)
 class EngineStatistics:
-    """What an engine holds of its device, and what its key-value cache has been good for since it was loaded.
+    """Holds how much memory a loaded engine uses, and how often its key-value cache was hit since the engine was loaded.
 
     Attributes:
-        device_bytes: of a CUDA device, what torch's allocator has taken; on a CPU, the resident memory of the process.
-        kv_cache_bytes: part of it.
-        kv_cache_hits, kv_cache_misses: sequences of which some, or no, beginning was in the cache.
+        device_bytes: on a CUDA device, the bytes that torch's allocator has taken; on a CPU, the resident memory of the process.
+        kv_cache_bytes: the part of ``device_bytes`` that holds cached keys and values.
+        kv_cache_hits: number of sequences of which at least a beginning was in the cache.
+        kv_cache_misses: number of sequences of which nothing was in the cache.
     """
 
     device_bytes: int = 0
@@ -149,21 +159,24 @@ class EngineStatistics:
 
 @dataclass(frozen=True, eq=False)
 class EngineInfo:
-    """What an engine has loaded: all that the front process must know to check a request.
+    """Describes the model, the tokenizer and the probes that an engine has loaded: all that is needed to check a request.
 
     Attributes:
-        tokenizer_fingerprint: empty if there is no tokenizer.
-        bos_token_id: ``None`` if the tokenizer has none.
-        probes: sorted by name, then version.
-        expects_bos: by ``name@version``: the first id must be BOS (True), must not be (False), or is not checked (None).
+        model: the model's identity, fingerprint and sizes.
+        tokenizer_fingerprint: the tokenizer's fingerprint; empty if there is no tokenizer.
+        bos_token_id: the id of the token that begins a sequence (BOS); ``None`` if the tokenizer has none.
+        probes: the loaded probes, sorted by name, then version.
+        device: the device that computes, such as ``cpu`` or ``cuda:0``.
+        dtype: the element type of the model's weights, such as ``float32``.
+        execution_path: how the model is run, such as ``packed`` or ``universal``.
         max_unchanged_positions: tokens of a rollout up to which the model's rotary embedding stays the same; ``None`` = always.
-        max_follow_up_tokens: by ``name@version``: length of the follow-up that the probe itself appends.
-        excluding_special_tokens: the probes, ``name@version``, for which the tokenizer's special tokens do not count.
-        content: digest of the weights that are loaded and of what the model's other files hold.
-        pools_with_prompt: those probes, ``name@version``, that pool by themselves and see the prompt.
-        taps: every one that can be read.
-        placeholders: by id that stands for a picture, audio or video: what the model calls it.
-        device, dtype, execution_path: as in ``WorkerInfo``.
+        expects_bos: by probe ``name@version``: the first id must be BOS (True), must not be BOS (False), or is not checked (None).
+        max_follow_up_tokens: by probe ``name@version``: number of tokens of the follow-up that the probe itself appends.
+        excluding_special_tokens: the probes ``name@version`` for which the tokenizer's special tokens do not count.
+        content: a digest of the loaded weights and of the content of the model's other files.
+        pools_with_prompt: the probes ``name@version`` that reduce a rollout to one score by themselves and see the prompt.
+        taps: every tap that can be read.
+        placeholders: by token id that stands for a picture, audio or video: the model's name for that token.
     """
 
     model: ModelInfo
@@ -183,7 +196,7 @@ class EngineInfo:
     taps: tuple[Tap, ...] = ()
 
     def scored_probes(self, options: ResolvedOptions) -> tuple[ScoredProbe, ...]:
-        """How the probes of a request are named in its answer, in the request's order."""
+        """Returns the description of each probe of a request that its answer holds, in the request's order."""
         by_key = {probe.key: probe for probe in self.probes}
         scored = []
         for key in options.probes:

@@ -1,6 +1,7 @@
-"""The server's settings: every policy of `probescore serve`, declared once.
+"""Declares the server's settings: every policy of ``probescore serve``, with its default, bounds and description.
 
-Precedence: flags, then environment (``PROBESCORE_*``), then the YAML file of ``--config``, then the defaults below.
+A flag takes precedence over the environment variable ``PROBESCORE_*``, which takes precedence over the YAML file of ``--config``, which
+takes precedence over the default.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ ENVIRONMENT_PREFIX = "PROBESCORE_"
 BYTES_PER_TOKEN = 4
 
 Names = Annotated[tuple[str, ...], NoDecode]
-"""A list of words, given one by one or separated by commas."""
+"""Is the type of a setting that is a list of words, given one by one or separated by commas."""
 
 
 class ServerSettings(BaseSettings):
-    """Settings of a server. Frozen; `load_settings` reads them from all their sources.
+    """Holds the settings of a server. An object is frozen; ``load_settings`` reads one from the flags, the environment and a file.
 
     Raises:
-        pydantic.ValidationError: a value is out of its bounds, or two contradict each other.
+        pydantic.ValidationError: a value is out of its bounds, or two values contradict each other.
     """
 
     model_config = SettingsConfigDict(env_prefix=ENVIRONMENT_PREFIX, extra="forbid", frozen=True, env_ignore_empty=True)
@@ -35,93 +36,97 @@ class ServerSettings(BaseSettings):
     # ----------------------------------------------------------------------------------------------------------- what is served
     model: str = Field(
         min_length=1,
-        description="The frozen model: a directory, or an id on the Hugging Face hub.",
+        description="The frozen model is loaded from this directory, or from this id on the Hugging Face hub.",
         examples=["./model", "Qwen/Qwen3-0.6B"],
     )
     revision: str = Field(
         "",
-        description="Branch, tag or commit on the hub; empty = its default branch. Not for a directory.",
+        description="The model is taken from this branch, tag or commit on the hub; empty = the default branch. It is not for a directory.",
     )
     probes: Names = Field(
         (),
-        description="Probe files, or directories of them (every *.onnx inside). Repeat the flag for several.",
+        description="These probe files are served, and every *.onnx file in these directories. Repeat the flag for several.",
         examples=["./probes", "cheating.onnx"],
     )
     accept_mismatch: Names = Field(
         (),
-        description="Probes, by name, to serve even if made for another revision of the model or tokenizer. Every answer then says so.",
+        description="Probes of these names are served even if made for another revision of the model or tokenizer. "
+        "Every answer then says so.",
     )
     trust_remote_code: bool = Field(
         False,
-        description="Run Python code that comes with the model. Leave it off unless you have read that code.",
+        description="The server runs Python code that comes with the model. Leave it off unless you have read that code.",
     )
 
     # ------------------------------------------------------------------------------------------------------------------ compute
     devices: Names = Field(
         ("auto",),
         min_length=1,
-        description="One worker process each: cpu, cuda:0, cuda:1… auto = every CUDA device there is, else cpu.",
+        description="Each device gets a worker process: cpu, cuda:0, cuda:1… auto = every CUDA device of the machine, else cpu.",
     )
     device_map: Literal["none", "auto"] = Field(
         "none",
-        description="auto = one worker, the model's blocks spread over every CUDA device: for models larger than one. Needs accelerate.",
+        description="auto = one worker spreads the model's blocks over every CUDA device, for models larger than one. It needs accelerate.",
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32",
-        description="Element type of the model's weights and activations. Probes always get float32.",
+        description="The model's weights and activations have this element type. Probes always get float32.",
     )
     threads_per_worker: int = Field(
         0,
         ge=0,
         le=1024,
-        description="CPU threads of one worker; 0 = the machine's cores divided among the workers.",
+        description="A worker uses this many CPU threads; 0 = the machine's cores divided among the workers.",
     )
     max_batch_tokens: int = Field(
         32_768,
         ge=1,
         le=16_777_216,
-        description="Tokens of one device batch; a longer rollout makes one of its own. Where memory runs out, the server takes less.",
+        description="A batch has at most this many tokens; a longer rollout is a batch of its own. "
+        "Where memory runs out, batches get smaller.",
     )
     kv_cache_bytes: int = Field(
         1_073_741_824,
         ge=0,
         le=1_099_511_627_776,
-        description="Bytes of keys and values kept on a device for prompts that begin like earlier ones (turns, the next epoch); 0 = none.",
+        description="A device keeps up to these bytes of keys and values for prompts that begin like earlier ones (turns, "
+        "epochs); 0 = none.",
     )
 
     device_memory_fraction: float = Field(
         1.0,
         ge=0.01,
         le=1,
-        description="The most of a CUDA device's memory that torch may take in its worker; the rest is for others. Means nothing on a CPU.",
+        description="A worker may take at most this share of its CUDA device's memory; the rest is for others. It has no effect on a CPU.",
     )
 
     # --------------------------------------------------------------------------------------------------------------- addresses
     host: str = Field(
         "127.0.0.1",
         min_length=1,
-        description="Address to listen on. The default is reachable from this machine only; 0.0.0.0 or [::] = from everywhere.",
+        description="The server listens on this address. The default is reachable from this machine only; "
+        "0.0.0.0 or [::] = from everywhere.",
     )
     port: int = Field(
         50051,
         ge=0,
         le=65535,
-        description="TCP port; 0 = any free one (the log says which).",
+        description="The server listens on this TCP port; 0 = any free one (the log says which).",
     )
     unix_socket: Path | None = Field(
         None,
-        description="Listen on this Unix socket instead of TCP.",
+        description="The server listens on this Unix socket instead of TCP.",
     )
     metrics_host: str = Field(
         "127.0.0.1",
         min_length=1,
-        description="Address of the Prometheus metrics.",
+        description="The Prometheus metrics are served on this address.",
     )
     metrics_port: int = Field(
         9464,
         ge=0,
         le=65535,
-        description="TCP port of the Prometheus metrics; 0 = any free one (the log says which).",
+        description="The Prometheus metrics are served on this TCP port; 0 = any free one (the log says which).",
     )
 
     # ------------------------------------------------------------------------------------------------------------------- limits
@@ -129,104 +134,111 @@ class ServerSettings(BaseSettings):
         33_554_432,
         ge=1024,
         le=2_147_483_647,
-        description="Bytes of one request message. At least 4 per token of max_request_tokens.",
+        description="A request message has at most this many bytes. It must be at least 4 per token of max_request_tokens.",
     )
     max_rollout_tokens: int = Field(
         32_768,
         ge=1,
         le=16_777_216,
-        description="Tokens of one rollout: prompt, completion and its longest chain of follow-ups. Longer ones are refused, never cut.",
+        description="A rollout (prompt, completion, longest chain of follow-ups) has at most this many tokens. "
+        "Longer ones are refused, never cut.",
     )
     max_request_tokens: int = Field(
         1_048_576,
         ge=1,
         le=268_435_456,
-        description="Tokens of one request, a prompt once per group, and what spans read a second time. At least max_rollout_tokens.",
+        description="A request has at most this many tokens, each group's prompt once, with those that spans read again. "
+        "It must be at least max_rollout_tokens.",
     )
     max_queue_tokens: int = Field(
         4_194_304,
         ge=1,
         le=4_294_967_296,
-        description="Tokens that may wait; calls over it are refused at once and told when to retry. At least max_request_tokens.",
+        description="At most this many tokens wait; further calls are refused at once and told when to retry. "
+        "It must be at least max_request_tokens.",
     )
 
     max_request_rollouts: int = Field(
         16_384,
         ge=1,
         le=1_048_576,
-        description="Completions of one request and all their follow-ups, counted together.",
+        description="A request has at most this many completions and follow-ups, counted together.",
     )
     max_follow_ups: int = Field(
         64,
         ge=0,
         le=65_536,
-        description="Follow-ups of one completion, those that follow them included.",
+        description="A completion has at most this many follow-ups, nested ones included.",
     )
     max_reductions: int = Field(
         32,
         ge=1,
         le=1024,
-        description="Reductions of one request.",
+        description="A request has at most this many reductions.",
     )
     max_spans: int = Field(
         1024,
         ge=0,
         le=1_048_576,
-        description="Spans of one completion, or of one follow-up.",
+        description="A completion, or a follow-up, has at most this many spans.",
     )
     max_span_scores: int = Field(
         268_435_456,
         ge=1,
         le=1_099_511_627_776,
-        description="Scores that the spans of a completion and its follow-ups read: tokens × labels × reductions, over all probes.",
+        description="Spans of a completion and its follow-ups read at most this many scores: tokens × labels × reductions, "
+        "over all probes.",
     )
     max_request_values: int = Field(
         67_108_864,
         ge=1,
         le=536_870_912,
-        description="Numbers in the answer to one request, each of 4 bytes: reduced scores, and scores per token where asked for.",
+        description="An answer holds at most this many numbers, each of 4 bytes: reduced scores, and scores per token where asked for.",
     )
     max_text_bytes_per_token: int = Field(
         16,
         ge=1,
         le=1024,
-        description="Bytes of a text or rendered chat per token of max_rollout_tokens; of all in a request, of max_request_tokens.",
+        description="A text or rendered chat has at most this many bytes per token of max_rollout_tokens; "
+        "all texts of a request have at most this many per token of max_request_tokens.",
     )
     max_chat_messages: int = Field(
         1024,
         ge=1,
         le=1_048_576,
-        description="Messages of one chat.",
+        description="A chat has at most this many messages.",
     )
     max_chat_seconds: float = Field(
         2.0,
         ge=0.001,
         le=3600,
-        description="Seconds for which the model's chat template may render one chat.",
+        description="The model's chat template may take this many seconds to render one chat.",
     )
     max_calls: int = Field(
         8192,
         ge=1,
         le=1_048_576,
-        description="Calls under way; further ones are refused at once and told when to retry.",
+        description="At most this many calls are under way; further ones are refused at once and told when to retry.",
     )
     max_in_flight_bytes: int = Field(
         1_073_741_824,
         ge=1024,
         le=1_099_511_627_776,
-        description="Bytes of the requests under way, decompressed, likewise; a single larger request is taken while there is no other.",
+        description="Requests under way have at most this many bytes, decompressed; "
+        "further ones are refused at once and told when to retry. "
+        "A single larger request is taken while there is no other.",
     )
     max_connections: int = Field(
         4096,
         ge=1,
         le=1_048_576,
-        description="Connections; further ones are closed.",
+        description="At most this many connections are open; further ones are closed.",
     )
     max_calls_per_connection: int = Field(
         1024,
         ge=1,
         le=1_048_576,
-        description="Calls under way on one connection; a client's further ones wait in the client.",
+        description="At most this many calls are under way on one connection; further ones wait in the client.",
     )
 
     # --------------------------------------------------------------------------------------------------------------- operation
@@ -234,72 +246,79 @@ class ServerSettings(BaseSettings):
         30.0,
         ge=0,
         le=86_400,
-        description="After SIGTERM or Ctrl-C: how long accepted calls may take to finish. A second Ctrl-C ends at once.",
+        description="After SIGTERM or Ctrl-C, accepted calls may take this many seconds to finish. "
+        "A second Ctrl-C ends the server at once.",
     )
     worker_restart_seconds: float = Field(
         1.0,
         ge=0,
         le=3600,
-        description="Pause before a worker that died is started again; doubled after each failed attempt, up to 60 times.",
+        description="A worker that died is started again after this many seconds, doubled after each failed attempt, "
+        "up to 60 times as many.",
     )
     worker_silent_seconds: float = Field(
         60.0,
         ge=1,
         le=86_400,
-        description="A worker that gives no sign of life for so long is killed and started again, whatever it does.",
+        description="A worker that sends nothing for this many seconds is killed and started again, whatever it does.",
     )
     worker_start_seconds: float = Field(
         3600.0,
         ge=1,
         le=604_800,
-        description="A worker that is not ready so long after its start is given up; a model from a slow disk or the hub needs more.",
+        description="A worker that is not ready this many seconds after its start is given up; "
+        "a model from a slow disk or the hub needs more.",
     )
     step_seconds: float = Field(
         60.0,
         ge=0.1,
         le=86_400,
-        description="A batch that computes so long without a step (2048 tokens of the model, a call of a probe's graph) is given up.",
+        description="A batch that completes no step (2048 tokens of the model, "
+        "a call of a probe's graph) in this many seconds is given up.",
     )
     step_seconds_per_1000_tokens: float = Field(
         100.0,
         ge=0,
         le=86_400,
-        description="And so much longer for every 1000 tokens that the step is about. Raise it for a model slower than 10 tokens a second.",
+        description="A step may take this many seconds more for every 1000 of its tokens. "
+        "Raise it for a model slower than 10 tokens a second.",
     )
     keepalive_seconds: float = Field(
         30.0,
         ge=1,
         le=7200,
-        description="A silent connection is pinged after so long, and closed if it does not answer within as long again.",
+        description="A silent connection is pinged after this many seconds, and closed if it does not answer within as many again.",
     )
     min_client_ping_seconds: float = Field(
         10.0,
         ge=0.1,
         le=7200,
-        description="Clients that ping more often than this are disconnected.",
+        description="Clients that ping more often than every this many seconds are disconnected.",
     )
     max_connection_age_seconds: float = Field(
         0.0,
         ge=0,
         le=604_800,
-        description="Connections older than this are closed gently, so that clients find new replicas behind a DNS name; 0 = never.",
+        description="A connection older than this many seconds is closed, with drain_seconds for its calls to finish, "
+        "so that clients find new replicas behind a DNS name; 0 = never.",
     )
     interceptors: Names = Field(
         (),
-        description="grpc.aio server interceptors around every call, as module:attribute, outermost first: the place for authentication.",
+        description="These grpc.aio server interceptors surround every call, as module:attribute, outermost first; "
+        "use them to authenticate.",
         examples=["mycompany.auth:interceptor"],
     )
     admin: bool = Field(
         False,
-        description="Serve ProbeAdminService, with which anyone who may call can put the server to sleep and wake it.",
+        description="The server offers ProbeAdminService, with which anyone who may call can put it to sleep and wake it.",
     )
     log_format: Literal["auto", "console", "json"] = Field(
         "auto",
-        description="auto = console on a terminal, else one JSON object per line. Logs go to stderr.",
+        description="Logs go to stderr in this format; auto = console on a terminal, else json, which is one JSON object per line.",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info",
-        description="Least severe messages to log.",
+        description="Messages of this level and of more severe ones are logged.",
     )
 
     @field_validator("probes", "accept_mismatch", "devices", "interceptors", mode="before")
@@ -354,19 +373,19 @@ class ServerSettings(BaseSettings):
 
     @property
     def address(self) -> str:
-        """What gRPC listens on: ``127.0.0.1:50051``, ``[::1]:50051`` or ``unix:/run/probescore.sock``."""
+        """Returns the address that gRPC listens on, such as ``127.0.0.1:50051``, ``[::1]:50051`` or ``unix:/run/probescore.sock``."""
         return f"unix:{self.unix_socket}" if self.unix_socket is not None else join_host_port(self.host, self.port)
 
 
 def load_settings(flags: Mapping[str, Any], config: Path | None = None) -> ServerSettings:
-    """Reads the settings from all their sources.
+    """Returns the server's settings, read from flags, then the environment, then a YAML file; the first that has a setting counts.
 
     Args:
-        flags: what was given on the command line, by setting.
-        config: a YAML file: a mapping from setting to value.
+        flags: values by setting, as given on the command line.
+        config: path of a YAML file with a mapping from setting to value; ``None`` = no file.
 
     Raises:
-        StartupError: the file cannot be read, or a setting is unknown, out of its bounds or in contradiction to another: names it.
+        StartupError: the file cannot be read, or a setting, which the message names, is unknown, out of its bounds or contradicts another.
     """
     from_file = {} if config is None else _read_yaml(config)
 
@@ -379,7 +398,7 @@ def load_settings(flags: Mapping[str, Any], config: Path | None = None) -> Serve
 
 
 def join_host_port(host: str, port: int) -> str:
-    """``host:port``, with the brackets that an IPv6 address needs."""
+    """Returns ``host:port``, with the brackets around the host that an IPv6 address needs."""
     try:
         is_bare_v6 = ipaddress.ip_address(host).version == 6
     except ValueError:

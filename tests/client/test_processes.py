@@ -23,7 +23,7 @@ import grpc
 import pytest
 from scripted_server import Service, group, serving
 
-from probescore import AsyncProbeClient, ProbeClient, ProbescoreError, _forks
+from probescore import AsyncProbeClient, ProbeClient, ProbescoreError, _process_forks
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,7 @@ def fork_during_another_threads_call(kind: str, address: str) -> list[Any]:
 
         thread = threading.Thread(target=wait)
         thread.start()
-        while not _forks._under_way:
+        while not _process_forks._under_way:
             time.sleep(0.01)
         found = [in_a_fork(lambda: value(client, 1)), in_a_fork(lambda: asyncio.run(async_value(AsyncProbeClient(address), 1)))]
         waiting.close()
@@ -122,17 +122,17 @@ def fork_during_another_threads_call(kind: str, address: str) -> list[Any]:
 
 def closed_just_before(address: str) -> list[Any]:
     """Whether gRPC is at work when a fork comes, however slow the machine is."""
-    _forks.REST_SECONDS = 60.0
+    _process_forks.REST_SECONDS = 60.0
     found = []
     client = AsyncProbeClient(address, timeout=20)
     for number in range(10):
         asyncio.run(async_value(client, number))
-        _forks._prepare()
-        found.append(_forks._at_work())
+        _process_forks._prepare()
+        found.append(_process_forks._at_work())
         with ProbeClient(address, timeout=20) as other:
             value(other, number)
-        _forks._prepare()
-        found.append(_forks._at_work())
+        _process_forks._prepare()
+        found.append(_process_forks._at_work())
     return found
 
 
@@ -180,7 +180,7 @@ def test_a_fork_during_another_threads_call_is_an_error_in_the_child_instead_of_
     assert all(one.startswith("RuntimeError('this process was forked while another thread was in a call") for one in found)
 
 
-@pytest.mark.skipif(not _forks._THREADS.exists(), reason="threads cannot be seen here")
+@pytest.mark.skipif(not _process_forks._THREADS.exists(), reason="threads cannot be seen here")
 def test_a_fork_finds_grpc_at_rest_after_the_last_channel_has_ended(address: str) -> None:
     assert in_a_fresh_process(closed_just_before, address) == [False] * 20
 
@@ -195,23 +195,23 @@ def test_a_fork_waits_no_longer_than_its_limit_and_only_for_what_has_just_ended(
         nonlocal now
         now += step
 
-    monkeypatch.setattr(_forks, "time", SimpleNamespace(monotonic=lambda: now, sleep=sleep))
-    monkeypatch.setattr(_forks, "_at_work", threads)
-    monkeypatch.setattr(_forks, "_ended_at", -math.inf)
-    _forks._prepare()
+    monkeypatch.setattr(_process_forks, "time", SimpleNamespace(monotonic=lambda: now, sleep=sleep))
+    monkeypatch.setattr(_process_forks, "_at_work", threads)
+    monkeypatch.setattr(_process_forks, "_ended_at", -math.inf)
+    _process_forks._prepare()
     assert now == 1000.0
-    _forks.channel_ended()
-    _forks._prepare()
-    _forks._prepare()
+    _process_forks.channel_ended()
+    _process_forks._prepare()
+    _process_forks._prepare()
     assert now == pytest.approx(1000 + seconds, abs=0.002)
 
 
 def test_a_moment_without_threads_of_grpc_is_not_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = [True, False, True, False, False, False, False, True, *[False] * 9]
-    monkeypatch.setattr(_forks, "_at_work", lambda: seen.pop(0))
-    _forks.channel_ended()
+    monkeypatch.setattr(_process_forks, "_at_work", lambda: seen.pop(0))
+    _process_forks.channel_ended()
 
-    _forks._prepare()
+    _process_forks._prepare()
 
     assert seen == [False] * 4
 

@@ -31,7 +31,7 @@ from probescore import (
     Text,
     UnavailableError,
 )
-from probescore._sources import GroupRead, SourceEnded
+from probescore._group_sources import GroupRead, SourceEnded
 from probescore._streaming import Chunk, StreamSchedule
 from probescore.v1 import scoring_pb2
 from probescore.wire import groups_from_request

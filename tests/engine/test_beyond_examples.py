@@ -20,7 +20,7 @@ from probescore_probes.reference import ReferenceModel
 from probescore_server import Engine
 from probescore_server.errors import ProbeRefused
 from probescore_server.probes.format.manifest import Context
-from probescore_server.probes.loading.independence import LONGEST_SHARE, QUADRATIC_CALL, SEQUENCES
+from probescore_server.probes.loading.context_check import LONGEST_SHARE, QUADRATIC_CALL, SEQUENCES
 from probescore_server.probes.scoring import onnx_scores
 
 ROOT = Path(__file__).resolve().parents[2]

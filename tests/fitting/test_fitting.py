@@ -13,6 +13,7 @@ from models import tiny_model
 
 from probescore.types import Completion, Text
 from probescore_probes import read_probe_file
+from probescore_probes.fitting import cross_validation, pooling_kinds, token_kinds
 from probescore_probes.fitting.labelled_rollouts import LabelledRollout, Passage, tokenised
 from probescore_probes.fitting.pipeline import FitOptions, fit_probe
 from probescore_probes.fitting.report import check_writable, write_report
@@ -37,6 +38,16 @@ def labelled(lines):
 
 def options(name="made", **changes):
     return FitOptions(name=name, **{"taps": ("resid_post.0", "resid_post.1", "resid_post.2"), "other_dtype": "", **changes})
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_steps():
+    """Enough of them for data as plain as these."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(token_kinds, "_STEPS", 100)
+        patch.setattr(pooling_kinds, "_STEPS", 60)
+        patch.setattr(cross_validation, "REPEATS", 1)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +208,7 @@ def test_another_function_than_was_fitted_is_refused(fitted):
 
 
 def test_labels_that_nothing_tells_are_called_useless(tmp_path):
-    result = fit_probe(labelled(meaningless(160)), tiny_model(), tmp_path / "made.onnx", options())
+    result = fit_probe(labelled(meaningless(200)), tiny_model(), tmp_path / "made.onnx", options())
     assert result.evidence.test.contains(0.5)
     assert result.evidence.nested.contains(0.5)
     assert result.verdict.grade == "useless"

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from probescore_server.probes.stacking.expressions import Apply, Constant, Expression, Input
-from probescore_server.probes.stacking.network import Layer
+from probescore_server.probes.stacking.layered_network import Layer
 from probescore_server.probes.stacking.stack import Layers, stack_networks
 
 WIDTH, FEATURES = 6, 10

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from probescore_server.offloading import MAX_BYTES_UNPICKLED_ON_LOOP
+from probescore_server.event_loop import MAX_BYTES_UNPICKLED_ON_LOOP
 from probescore_server.workers.transport import BlockingEnd, EventLoopEnd
 
 LARGE = 3 * MAX_BYTES_UNPICKLED_ON_LOOP

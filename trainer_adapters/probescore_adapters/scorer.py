@@ -31,7 +31,7 @@ from probescore_adapters.errors import ProbeReplaced, SignalError
 from probescore_adapters.guard_rails import GuardRails
 from probescore_adapters.job import job_from_environment
 from probescore_adapters.outcome import PREFIX, OnUnscorable, Outcome, combine, substitute
-from probescore_adapters.replacement import describe_replacement
+from probescore_adapters.probe_changes import describe_replacement
 from probescore_adapters.rollouts import Prompt, Rollout
 from probescore_adapters.signal_values import BatchSignals, ServerFacts, StreamRequest, score_batch
 from probescore_adapters.signals import BoundSignal, Mode, ProbeSignal

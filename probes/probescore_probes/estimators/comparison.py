@@ -1,4 +1,4 @@
-"""A graph is used only if it gives an estimator's own scores on random rows."""
+"""Compares an estimator's ONNX graph with the estimator's own code on random rows; only a graph that gives the same scores is used."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from probescore_probes.estimators.refusals import no_conversion
 from probescore_probes.nodes import Nodes
 
 _TOLERANCE = 1e-4  # of the scores' standard deviation, as golden vectors have it
-_MOST_ROUNDING = 1e-2  # beyond this it is no rounding
-_LARGEST, _LEAST_ROWS = 1e30, 8  # beyond the first, rows say nothing: float32 ends at 3e38
+_MOST_ROUNDING = 1e-2  # a larger difference is no rounding
+_LARGEST, _LEAST_ROWS = 1e30, 8  # rows with larger scores are not compared: float32 ends at 3e38
 
 
 def check_same(nodes: Nodes, x: str, result: str, rows: NDArray[np.float32], expected: Rows, rounding: Rows, name: str) -> None:
-    """Refuses nodes that compute something else than an estimator does.
+    """Refuses ONNX nodes that do not compute the scores of an estimator's own code.
 
     Args:
-        nodes: that compute the scores.
-        x: the name of what they read, ``(N, width)`` float32.
-        result: the name of the scores.
-        rows: random ones, ``(N, width)``.
-        expected: the estimator's own scores of them, ``(N, columns)``.
-        rounding: how far these move where rows are rounded, ``(N, columns)``.
-        name: of the estimator, for messages.
+        nodes: the nodes that compute the scores.
+        x: name of the value that the nodes read, ``(N, width)`` float32.
+        result: name of the value that holds the scores.
+        rows: random rows, ``(N, width)``.
+        expected: the estimator's own scores of these rows, ``(N, columns)``.
+        rounding: how far these scores move where the rows are rounded, ``(N, columns)``.
+        name: name of the estimator, for messages.
 
     Raises:
-        ValueError: the scores are not finite, the nodes do not run, or what they give is of another shape or too far off.
+        ValueError: the estimator's scores are not finite, or the nodes do not run, or give scores of another shape or too far off.
     """
     finite = (np.abs(expected) < _LARGEST).all(axis=1)
     if finite.sum() < _LEAST_ROWS:

@@ -1,4 +1,4 @@
-"""Estimators as skl2onnx converts them."""
+"""Converts scikit-learn estimators to ONNX nodes with skl2onnx."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from probescore_probes.nodes import ML_OPSET, OPSET, Nodes
 
 
 def converted(steps: Sequence[Estimator], method: str, nodes: Nodes, x: str, width: int, name: str) -> str:
-    """What some steps, or steps and an estimator, make of rows.
+    """Converts fitted steps, the last of which may be an estimator, to ONNX nodes, and returns the name of their result.
 
     Args:
-        steps: one after another, all fitted.
-        method: of the last of them.
-        nodes: to which are added.
-        x: the name of what they read, ``(N, width)``.
-        width: of the rows that enter the first step.
-        name: of the whole estimator, for messages.
+        steps: transformers and estimators that apply one after another, all fitted.
+        method: method of the last step whose result is computed.
+        nodes: receives the new nodes.
+        x: name of the value that they read, ``(N, width)``.
+        width: how many numbers each row has that enters the first step.
+        name: name of the whole estimator, for messages.
 
     Raises:
-        ValueError: skl2onnx cannot convert them, or makes operators of them that are not standard ONNX.
+        ValueError: skl2onnx cannot convert the steps, or makes operators of them that are not standard ONNX.
     """
     from skl2onnx import to_onnx
     from skl2onnx.common.data_types import FloatTensorType

@@ -1,4 +1,4 @@
-"""A fitted estimator taken apart: the affine steps in front, and what is at the end of pipelines, searches and wrappers."""
+"""Takes a fitted scikit-learn estimator apart: the affine steps in front, and the estimator inside pipelines, searches and wrappers."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from probescore_probes.estimators.refusals import width_of
 
 @dataclass(frozen=True, eq=False)
 class FittedEstimator:
-    """A fitted estimator behind affine steps.
+    """Describes a fitted estimator behind affine steps.
 
     Args:
-        estimator: as it was given, or a part of what was given.
-        width: of the rows that enter the first step.
-        before: the affine steps in front of it.
+        estimator: the estimator, or a part of one.
+        width: how many numbers each row has that enters the first step.
+        before: the affine steps in front of the estimator.
     """
 
     estimator: Any
@@ -34,16 +34,20 @@ class FittedEstimator:
 
     @property
     def inner(self) -> Estimator:
-        """The estimator at the end of its pipelines, searches and wrappers."""
+        """Holds the scikit-learn estimator inside all pipelines, searches and wrappers."""
         return self._parts[0]
 
     @property
     def steps(self) -> tuple[Estimator, ...]:
-        """The affine steps in front of that."""
+        """Holds all affine steps in front of the innermost scikit-learn estimator."""
         return self._parts[1]
 
     def kind(self, name: str) -> str:
-        """``classifier``, ``regressor`` or ``outliers``."""
+        """Returns which kind of estimator this is: ``classifier``, ``regressor`` or ``outliers``.
+
+        Raises:
+            ValueError: the estimator is none of these and has no scores.
+        """
         from sklearn.base import is_classifier, is_outlier_detector, is_regressor
 
         for kind, holds in (("classifier", is_classifier), ("regressor", is_regressor), ("outliers", is_outlier_detector)):
@@ -56,23 +60,23 @@ class FittedEstimator:
         )
 
     def part(self, estimator: Estimator) -> FittedEstimator:
-        """A part of the innermost estimator, behind the same steps."""
+        """Returns a description of a part of the innermost scikit-learn estimator, behind the same affine steps."""
         return FittedEstimator(estimator, self.width, self.steps)
 
     def transformed(self, rows: Rows) -> Rows:
-        """What the steps make of rows."""
+        """Returns rows as the affine steps transform them, float64."""
         for step in self.steps:
             rows = np.asarray(called(step, "transform", rows), np.float64)
         return rows
 
     @cached_property
     def affine(self) -> tuple[Rows, Rows]:
-        """Weight ``(columns, width)`` and bias ``(columns,)`` of what ``is_linear`` says is an affine map."""
+        """Holds the weight ``(columns, width)`` and bias ``(columns,)`` of an estimator that ``is_linear`` finds to be an affine map."""
         method = "decision_function" if hasattr(self.inner, "decision_function") else "predict"
         return affine_map(self._behind(method), self.width)
 
     def is_logit(self) -> bool:
-        """Whether the sigmoid of an affine decision is the second class's probability."""
+        """Returns whether a classifier's probability of its second class is the sigmoid of an affine decision."""
         weight, _ = self.affine
         if len(weight) != 1 or not weight.any():
             return False
@@ -80,13 +84,15 @@ class FittedEstimator:
         return bool(np.allclose(1 / (1 + np.exp(-decisions[:, 0])), self._behind("predict_proba")(rows)[:, 1], rtol=1e-6, atol=1e-9))
 
     def is_softmax(self) -> bool:
-        """Whether the probabilities of several classes are the softmax of affine decisions, not the shares of their sigmoids."""
+        """Returns whether a classifier's probabilities of several classes are the softmax of affine decisions, and not shares of their
+        sigmoids.
+        """
         rows, decisions = self._undecided()
         softmax = np.exp(decisions) / np.exp(decisions).sum(axis=1, keepdims=True)
         return bool(np.allclose(softmax, self._behind("predict_proba")(rows), rtol=1e-6, atol=1e-9))
 
     def _undecided(self) -> tuple[Rows, Rows]:
-        """Rows whose decisions are between -3 and 3, as far as there are such, and these decisions."""
+        """Returns rows at which a classifier's decisions lie between -3 and 3, as far as such rows exist, and these decisions."""
         weight, bias = self.affine
         wanted = np.random.default_rng(0).uniform(-3, 3, (16, len(bias)))
         rows = (wanted - bias) @ np.linalg.pinv(weight).T
@@ -97,13 +103,17 @@ class FittedEstimator:
         return lambda rows: score(self.transformed(rows))
 
     def after_steps(self) -> FittedEstimator:
-        """What ends a pipeline whose steps are not all affine."""
+        """Returns the last estimator of a pipeline whose steps are not all affine, without any steps."""
         last = self.inner.steps[-1][1]
         return FittedEstimator(last, width_of(last, described(self.estimator)))
 
 
 def opened(estimator: Estimator, steps: tuple[Estimator, ...] = ()) -> tuple[Estimator, tuple[Estimator, ...]]:
-    """The estimator at the end of pipelines, searches and wrappers, and the affine steps in front of it."""
+    """Returns the estimator inside pipelines, searches and wrappers, and the affine steps in front of it.
+
+    Raises:
+        ValueError: a search was fitted without keeping its best estimator.
+    """
     name = name_of(estimator)
     if name in SEARCHES:
         if not hasattr(estimator, "best_estimator_"):
@@ -122,5 +132,5 @@ def opened(estimator: Estimator, steps: tuple[Estimator, ...] = ()) -> tuple[Est
 
 
 def last_of(estimator: Estimator) -> Estimator:
-    """What ends a pipeline whose steps are not all affine."""
+    """Returns the estimator at the end of nested pipelines, or the estimator itself if it is no pipeline."""
     return last_of(opened(estimator.steps[-1][1])[0]) if name_of(estimator) == "Pipeline" else estimator

@@ -1,6 +1,6 @@
-"""The ONNX nodes that compute a fitted estimator's scores: written here where skl2onnx cannot, converted by it where it can.
+"""Builds the ONNX nodes that compute a fitted estimator's scores: written here where skl2onnx cannot, converted by it where it can.
 
-Each function adds nodes that read ``x``, ``(N, width)``, and names their result, in float32 or float64.
+Each function adds nodes that read the value named ``x``, ``(N, width)``, and returns the name of their result, float32 or float64.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from probescore_probes.nodes import Nodes
 
 
 def second_probability(fitted: FittedEstimator, nodes: Nodes, x: str) -> str:
-    """Of two classes, ``(N, 1)``."""
+    """Adds ONNX nodes for the second class's probability of a classifier of two classes, ``(N, 1)``."""
     inner = fitted.inner
     if name_of(inner) == "Pipeline":
         return second_probability(fitted.after_steps(), nodes, _through_steps(fitted, nodes, x))
@@ -39,7 +39,7 @@ def second_probability(fitted: FittedEstimator, nodes: Nodes, x: str) -> str:
 
 
 def probabilities(fitted: FittedEstimator, nodes: Nodes, x: str) -> str:
-    """Of every class, ``(N, classes)``."""
+    """Adds ONNX nodes for the probabilities of every class of a classifier, ``(N, classes)``."""
     inner = fitted.inner
     match name_of(inner):
         case "Pipeline":
@@ -61,7 +61,7 @@ def probabilities(fitted: FittedEstimator, nodes: Nodes, x: str) -> str:
             return nodes.normalised(columns)
         case "GaussianNB":
             x = _after_affine_steps(fitted, nodes, x)
-            # which have the dtype of the rows that it was fitted on
+            # these parameters have the dtype of the rows that the estimator was fitted on
             mean, variance, prior = (np.asarray(parameter, np.float64) for parameter in (inner.theta_, inner.var_, inner.class_prior_))
             quadratic, linear = -0.5 / variance, mean / variance
             constant = np.log(prior) - 0.5 * (np.log(2 * np.pi * variance) + mean**2 / variance).sum(axis=1)
@@ -71,7 +71,7 @@ def probabilities(fitted: FittedEstimator, nodes: Nodes, x: str) -> str:
 
 
 def decisions(fitted: FittedEstimator, nodes: Nodes, x: str) -> str:
-    """Of a classifier or an outlier detector without probabilities."""
+    """Adds ONNX nodes for the decisions of a classifier or an outlier detector that has no probabilities, ``(N, columns)``."""
     inner = fitted.inner
     match name_of(inner):
         case "Pipeline":
@@ -83,7 +83,7 @@ def decisions(fitted: FittedEstimator, nodes: Nodes, x: str) -> str:
         case "OneVsRestClassifier":
             return nodes.concat([decisions(fitted.part(member), nodes, x) for member in inner.estimators_])
         case "EllipticEnvelope":
-            # the squared distance through a square root of the inverse covariance, so that nothing large cancels
+            # the squared distance is computed through a square root of the inverse covariance, so that no large numbers cancel
             values, vectors = np.linalg.eigh(inner.precision_)
             root = (vectors * np.sqrt(np.maximum(values, 0))).T
             away = nodes.gemm(_after_affine_steps(fitted, nodes, x), root, -root @ inner.location_, np.float64)
@@ -92,7 +92,7 @@ def decisions(fitted: FittedEstimator, nodes: Nodes, x: str) -> str:
 
 
 def predictions(fitted: FittedEstimator, nodes: Nodes, x: str) -> str:
-    """Of a regressor."""
+    """Adds ONNX nodes for the predictions of a regressor, ``(N, columns)``."""
     inner = fitted.inner
     match name_of(inner):
         case "Pipeline":
@@ -116,13 +116,13 @@ def predictions(fitted: FittedEstimator, nodes: Nodes, x: str) -> str:
 
 
 def _support_vector_scores(fitted: FittedEstimator, nodes: Nodes, x: str) -> str:
-    """Of a support vector machine, ``(N, 1)``."""
+    """Adds ONNX nodes for the scores of a support vector machine, ``(N, 1)``."""
     machine, x = fitted.inner, _after_affine_steps(fitted, nodes, x)
     return kernel_scores(machine, nodes, x, machine.support_vectors_, machine.dual_coef_, machine.intercept_, machine._gamma)
 
 
 def _boosted(fitted: FittedEstimator, nodes: Nodes, x: str) -> str:
-    """The raw scores of histogram-based gradient boosting, ``(N, 1)`` or ``(N, classes)``."""
+    """Adds ONNX nodes for the raw scores of histogram-based gradient boosting, ``(N, 1)`` or ``(N, classes)``."""
     inner = fitted.inner
     if inner.is_categorical_ is not None and np.any(inner.is_categorical_):
         raise ValueError(f"estimator: {described(fitted.estimator)} was fitted with categorical features, and activations are real numbers")
@@ -131,7 +131,7 @@ def _boosted(fitted: FittedEstimator, nodes: Nodes, x: str) -> str:
 
 
 def _calibrated(fitted: FittedEstimator, nodes: Nodes, x: str, member: Estimator) -> list[str]:
-    """What the calibrators of one member say: ``(N, 1)`` for each class, or for the second of two alone."""
+    """Adds ONNX nodes for a calibrated classifier's member: ``(N, 1)`` for each class, or for the second of two classes alone."""
     part, calibrators = fitted.part(member.estimator), member.calibrators
     classes, by_decision = len(member.classes), hasattr(member.estimator, "decision_function")
     if len(member.estimator.classes_) != classes:
@@ -144,7 +144,7 @@ def _calibrated(fitted: FittedEstimator, nodes: Nodes, x: str, member: Estimator
                 f"estimator: {described(fitted.estimator)} with method='temperature' can be written for two classes with decisions; "
                 "use method='sigmoid'"
             )
-        # of the decision d it makes the logits (-d, d)
+        # scikit-learn turns the decision d into the logits (-d, d)
         return [nodes.apply("Sigmoid", _scaled_decision(part, nodes, x, 2 * calibrators[0].beta_, 0.0))]
     if by_decision and member.method == "sigmoid" and classes == 2:
         return [nodes.apply("Sigmoid", _scaled_decision(part, nodes, x, -calibrators[0].a_, -calibrators[0].b_))]
@@ -152,13 +152,13 @@ def _calibrated(fitted: FittedEstimator, nodes: Nodes, x: str, member: Estimator
         scores = nodes.gemm(x, *part.affine, np.float64) if is_linear(part.inner) else decisions(part, nodes, x)
     else:
         scores = second_probability(part, nodes, x) if classes == 2 else probabilities(part, nodes, x)
-    scores = nodes.cast(scores, np.float64)  # far from the training data all classes are near 0, and their shares are what counts
+    scores = nodes.cast(scores, np.float64)  # far from the training data all classes are near 0, and only their shares count
     columns = [scores] if classes == 2 else [nodes.columns(scores, [index]) for index in range(classes)]
     return [_calibrator(nodes, column, calibrator) for column, calibrator in zip(columns, calibrators, strict=True)]
 
 
 def _scaled_decision(fitted: FittedEstimator, nodes: Nodes, x: str, scale: float, shift: float) -> str:
-    """``scale · decision + shift`` of two classes; one ``Gemm`` where the decision is linear."""
+    """Adds ONNX nodes for ``scale · decision + shift`` of a classifier of two classes; one ``Gemm`` where the decision is linear."""
     if is_linear(fitted.inner):
         weight, bias = fitted.affine
         return nodes.gemm(x, scale * weight, scale * bias + shift)
@@ -166,13 +166,13 @@ def _scaled_decision(fitted: FittedEstimator, nodes: Nodes, x: str, scale: float
 
 
 def _through_steps(fitted: FittedEstimator, nodes: Nodes, x: str) -> str:
-    """The result of the steps of a pipeline that are not all affine, by skl2onnx."""
+    """Adds ONNX nodes, made by skl2onnx, for the steps of a pipeline that are not all affine."""
     steps = [step for _, step in fitted.inner.steps[:-1] if step is not None and not isinstance(step, str)]
     return _converted(fitted, nodes, x, (*fitted.steps, *steps), "transform")
 
 
 def _by_skl2onnx(fitted: FittedEstimator, nodes: Nodes, x: str, method: str) -> str:
-    """What one of the estimator's methods says, by skl2onnx."""
+    """Adds ONNX nodes, made by skl2onnx, for the result of one of the estimator's methods."""
     return _converted(fitted, nodes, x, (*fitted.steps, fitted.inner), method)
 
 
@@ -183,7 +183,7 @@ def _converted(fitted: FittedEstimator, nodes: Nodes, x: str, steps: Sequence[Es
 
 
 def _after_affine_steps(fitted: FittedEstimator, nodes: Nodes, x: str) -> str:
-    """The result of the affine steps, ``(N, features)`` float64."""
+    """Adds ONNX nodes for the affine steps in front of an estimator, ``(N, features)`` float64."""
     x = nodes.cast(x, np.float64)
     if not fitted.steps:
         return x
@@ -195,7 +195,7 @@ def _after_affine_steps(fitted: FittedEstimator, nodes: Nodes, x: str) -> str:
 
 
 def _calibrator(nodes: Nodes, scores: str, calibrator: Estimator) -> str:
-    """A fitted sigmoid or isotonic calibrator, ``(N, 1)`` float64 to the same."""
+    """Adds ONNX nodes for a fitted sigmoid or isotonic calibrator, from ``(N, 1)`` to ``(N, 1)`` float64."""
     if hasattr(calibrator, "a_"):
         weight, bias = np.array([[-calibrator.a_]], np.float64), np.array([-calibrator.b_], np.float64)
         return nodes.exact_sigmoid(nodes.gemm(scores, weight, bias, np.float64))

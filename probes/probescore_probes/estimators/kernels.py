@@ -1,4 +1,4 @@
-"""The ONNX nodes of kernel machines: support vector machines and kernel ridge regression."""
+"""Builds the ONNX nodes of kernel machines: support vector machines and kernel ridge regression."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from probescore_probes.nodes import Nodes
 
 
 def kernel_scores(machine: Estimator, nodes: Nodes, x: str, support: Rows, dual: Rows, bias: Rows, gamma: float) -> str:
-    """``Σ dual · kernel(x, support) + bias``, ``(N, columns)`` float64, of ``x`` ``(N, features)`` float64.
+    """Adds nodes for ``Σ dual · kernel(x, support) + bias``, ``(N, columns)`` float64, and returns the name of their result.
 
     Args:
-        machine: which kernel it is, and that kernel's degree and constant.
-        nodes: to which are added.
-        x: the name of what they read.
-        support: ``(vectors, features)``.
-        dual: ``(columns, vectors)``.
+        machine: the fitted estimator, which names the kernel and its degree and constant.
+        nodes: receives the new nodes.
+        x: name of the value that they read, ``(N, features)`` float64.
+        support: the support vectors, ``(vectors, features)``.
+        dual: the dual coefficients, ``(columns, vectors)``.
         bias: ``(columns,)``.
-        gamma: what products and distances are multiplied by.
+        gamma: factor of the products or distances.
     """
     support = np.asarray(support, np.float64)
     products = nodes.apply("MatMul", x, nodes.constant(support.T.copy()))

@@ -1,6 +1,6 @@
-"""Which estimators are an affine map of their input, and the weight and bias of such a map.
+"""Finds which scikit-learn estimators are an affine map of their input, and the weight and bias of such a map.
 
-The map is told by what it does to zero and to each unit vector, in float64, so that scalers, projections and selections fold into it.
+The map is measured by what it does to zero and to each unit vector, in float64, so that scalers, projections and selections fold into it.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import numpy as np
 from probescore_probes.estimators.methods import Function, Rows
 from probescore_probes.estimators.names import DELEGATES, KERNEL_MACHINES, SEARCHES, Estimator, name_of
 
-STEP = 1024.0  # a power of two, so that multiplying by it rounds nothing; large, so that what is added to everything hides little
+STEP = 1024.0  # a power of two, so that multiplying by it rounds nothing; large, so that a large bias hides little
 
-# Linear in form by what they are; `is_linear` has those for which it depends on a setting or on what they are made of.
+# Classes that are always linear in form; `is_linear` handles those for which it depends on a setting or on their parts.
 _LINEAR = frozenset(
     {
         "ARDRegression",
@@ -89,7 +89,7 @@ _LINEAR_STEPS = SCALERS | frozenset(
 
 
 def is_linear(estimator: Estimator) -> bool:
-    """Whether its ``decision_function``, or else its ``predict``, is an affine map of its input, by the kind that it is."""
+    """Returns whether an estimator's ``decision_function``, or else its ``predict``, is an affine map of its input, judged by its class."""
     name = name_of(estimator)
     if name in DELEGATES:
         return is_linear(getattr(estimator, DELEGATES[name]))
@@ -118,12 +118,12 @@ def is_linear(estimator: Estimator) -> bool:
 
 
 def linear_steps(steps: Sequence[tuple[str, Any]]) -> bool:
-    """Whether all steps of a pipeline, or all parts of a union, are affine maps."""
+    """Returns whether all steps of a pipeline, or all parts of a union, are affine maps."""
     return all(_linear_step(step) for _, step in steps)
 
 
 def _linear_step(step: Estimator) -> bool:
-    """Whether its ``transform`` is an affine map."""
+    """Returns whether a transformer's ``transform`` is an affine map of its input."""
     match name_of(step):
         case "MinMaxScaler" | "MaxAbsScaler":
             return not getattr(step, "clip", False)
@@ -143,7 +143,7 @@ def _linear_step(step: Estimator) -> bool:
 
 
 def affine_map(function: Function, width: int) -> tuple[Rows, Rows]:
-    """Weight and bias of a function that is an affine map of its rows."""
+    """Measures the weight ``(columns, width)`` and bias ``(columns,)``, float64, of a function that is an affine map of its rows."""
     bias = np.asarray(function(np.zeros((1, width))), np.float64)[0]
     columns = []
     for start in range(0, width, 256):

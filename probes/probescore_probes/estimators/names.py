@@ -1,4 +1,4 @@
-"""What estimators are called, and which of scikit-learn's belong together."""
+"""Names scikit-learn estimators, and lists which of them belong together."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DELEGATES = {"FixedThresholdClassifier": "estimator_", "TunedThresholdClassifier
 
 
 def name_of(estimator: object) -> str:
-    """Of scikit-learn's class; none for a subclass that scores or transforms in its own way."""
+    """Returns the name of an estimator's scikit-learn class; empty for a subclass that scores or transforms in its own way."""
     kind = type(estimator)
     known = next((base for base in kind.__mro__ if base.__module__.split(".")[0] == "sklearn"), None)
     if known is None or any(
@@ -27,7 +27,7 @@ def name_of(estimator: object) -> str:
 
 
 def described(estimator: object) -> str:
-    """How an author would name it: ``Pipeline(StandardScaler, SVC)``."""
+    """Returns an estimator's name as its author would write it, such as ``Pipeline(StandardScaler, SVC)``."""
     parts = [part for _, part in getattr(estimator, "steps", ())]
     if not parts:
         inner = getattr(estimator, "estimator", None)

@@ -1,4 +1,4 @@
-"""Why an estimator cannot be a probe, in the words of its author's problem."""
+"""Refuses estimators that cannot be probes, with messages that give the reason and what to fit instead."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ REASONS = {
 
 
 def check_fitted(estimator: object) -> None:
-    """Refuses what is no estimator of scikit-learn, or was not fitted.
+    """Refuses a value that is not a fitted scikit-learn estimator.
 
     Raises:
-        TypeError: it is no such estimator.
-        ValueError: it is not fitted, or cannot be.
+        TypeError: the value is not an estimator of scikit-learn.
+        ValueError: the estimator is not fitted, or cannot be fitted.
     """
     from sklearn.base import BaseEstimator
     from sklearn.exceptions import NotFittedError
@@ -52,7 +52,11 @@ def check_fitted(estimator: object) -> None:
 
 
 def width_of(estimator: object, name: str) -> int:
-    """How many features it was fitted on; a pipeline says it through the first of its steps that knows."""
+    """Returns how many features an estimator was fitted on; for a pipeline, the first of its steps that knows tells it.
+
+    Raises:
+        ValueError: the estimator does not tell how many features it was fitted on.
+    """
     parts = [estimator, *(step for _, step in getattr(estimator, "steps", ()))]
     width = next((part.n_features_in_ for part in parts if hasattr(part, "n_features_in_")), None)
     if width is None:
@@ -61,10 +65,10 @@ def width_of(estimator: object, name: str) -> int:
 
 
 def check_classes(estimator: Estimator, width: int, classes: tuple[str, ...], name: str) -> None:
-    """Refuses a classifier that was not fitted on one label of several for each row.
+    """Refuses a classifier that was not fitted on one of several classes for each row.
 
     Raises:
-        ValueError: it was fitted on one class only, or on several labels for each row.
+        ValueError: the classifier was fitted on one class only, or on several labels for each row.
     """
     if len(classes) == 1:
         raise ValueError(
@@ -78,7 +82,7 @@ def refuse_by_name(estimator: Estimator, name: str) -> None:
     """Refuses an estimator of a kind that cannot be a probe.
 
     Raises:
-        ValueError: it is of such a kind; says why, and what to fit instead.
+        ValueError: the estimator is of such a kind; the error gives the reason and what to fit instead.
     """
     if name_of(estimator) in KERNEL_MACHINES and estimator.kernel not in ("linear", "rbf", "poly", "polynomial", "sigmoid"):
         shown = repr(estimator.kernel) if isinstance(estimator.kernel, str) else getattr(estimator.kernel, "__name__", "of another kind")
@@ -89,7 +93,7 @@ def refuse_by_name(estimator: Estimator, name: str) -> None:
 
 
 def no_conversion(name: str, why: str) -> str:
-    """The message for an estimator of which no right graph could be made."""
+    """Returns the error message for an estimator for which no correct graph could be made."""
     return (
         f"estimator: {name} cannot be written: {why}; fit another estimator (docs/reference/estimators.md lists them), "
         "or make the ONNX graph yourself and use onnx_probe"

@@ -1,4 +1,4 @@
-"""Which of a fitted estimator's functions is a probe's score, and in which unit."""
+"""Finds which of a fitted estimator's functions gives a probe's scores, and in which unit."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ if TYPE_CHECKING:
     from sklearn.base import BaseEstimator
 
 FEATURES = "features"
-"""What the nodes of an estimator read: activations side by side, ``(N, width)`` float32."""
+"""Names the value that an estimator's nodes read: the activations of all taps side by side, ``(N, width)`` float32."""
 
 
 @dataclass(frozen=True, eq=False)
 class EstimatorScores:
-    """What a fitted estimator says of activations.
+    """Holds a fitted estimator's scoring function and the ONNX nodes that compute the same scores.
 
     Attributes:
-        score: its own code: ``(N, width)`` float64 to ``(N, columns)``.
-        unit: of the scores.
-        width: how many features it was fitted on.
-        columns: of the scores.
-        classes: those of a classifier, in their order, as text; the last ``columns`` of them are what the columns are about.
-        weights: ``(columns, width)`` and ``(columns,)`` in float64 if it is an affine map and nothing else.
-        nodes: what computes the scores from ``FEATURES``.
-        result: the name of the scores there, ``(N, columns)`` float32.
+        score: the estimator's own code, from ``(N, width)`` float64 to ``(N, columns)``.
+        unit: unit of the scores.
+        width: how many features the estimator was fitted on.
+        columns: how many scores each row gets.
+        classes: classes of a classifier as text, in their order; the columns are about the last ``columns`` of them.
+        weights: weight ``(columns, width)`` and bias ``(columns,)``, float64, if the estimator is an affine map and nothing else.
+        nodes: the nodes that compute the scores from ``FEATURES``.
+        result: name of the value in ``nodes`` that holds the scores, ``(N, columns)`` float32.
     """
 
     score: Function
@@ -52,15 +52,15 @@ class EstimatorScores:
 
 
 def estimator_scores(estimator: BaseEstimator) -> EstimatorScores:
-    """Reads a fitted estimator.
+    """Finds the scores of a fitted scikit-learn estimator, and builds the nodes that compute them.
 
     Binary classifiers that are linear in form, alone or after scalers, score by ``decision_function``: a logit where its sigmoid is their
-    probability, else a value. Other classifiers score by ``predict_proba`` if they have it (for two classes that of the second, else
-    one column for each), else by ``decision_function``; outlier detectors by ``decision_function``; regressors by ``predict``.
+    probability, else a value. Other classifiers score by ``predict_proba`` if they have it (for two classes that of the second, else one
+    column for each), else by ``decision_function``; outlier detectors by ``decision_function``; regressors by ``predict``.
 
     Raises:
-        TypeError: it is no scikit-learn estimator.
-        ValueError: it is not fitted, has no scores, or no graph computes them; names the estimator, the reason and a remedy.
+        TypeError: the value is not a scikit-learn estimator.
+        ValueError: the estimator is not fitted, has no scores, or no graph computes them; the error names it, the reason and a remedy.
     """
     check_fitted(estimator)
     name = described(estimator)
@@ -112,12 +112,16 @@ def _checked(
     build: Callable[[Nodes, str], str],
     weights: tuple[Rows, Rows] | None = None,
 ) -> EstimatorScores:
-    """What a fitted estimator says, with nodes that were seen to give its own scores on random rows of several sizes."""
+    """Returns a fitted estimator's scores and nodes once the nodes gave the estimator's own scores on random rows of several sizes.
+
+    Raises:
+        ValueError: the estimator's own code fails, or the nodes give other scores.
+    """
     random = np.random.default_rng(0)
     rows = np.concatenate([scale * random.standard_normal((24, width)) for scale in (0.1, 1, 10, 100)]).astype(np.float32)
     try:
         expected = score(rows.astype(np.float64))
-    except Exception as error:  # of the estimator's own code, or of whatever functions an author put into it
+    except Exception as error:  # raised by the estimator's own code, or by functions that an author put into it
         raise ValueError(
             f"estimator: {name} cannot score rows of {width} numbers ({type(error).__name__}); fit it on an array (rows, {width}) of floats"
         ) from None
@@ -127,7 +131,7 @@ def _checked(
         )
     nodes = Nodes()
     result = nodes.cast(build(nodes, FEATURES), np.float32)
-    # what rounding of the rows alone changes, float32 may change too
+    # a change that rounding of the rows alone causes may be caused by float32 too
     moved = score(rows * (1 + 1e-6 * random.standard_normal(rows.shape)))
     check_same(nodes, FEATURES, result, rows, expected, np.abs(moved - expected), name)
     return EstimatorScores(score, unit, width, expected.shape[1], classes, weights, nodes, result)

@@ -43,16 +43,14 @@ class NumberFormat:
         """
         if self.name == "float32":
             return numbers
-        if self.name == "float16":
-            with np.errstate(over="ignore"):
-                encoded: NDArray[np.generic] = numbers.astype(np.float16)
-            infinite = np.isinf(encoded)
-        else:
-            bits = np.ascontiguousarray(numbers).view(np.uint32)
-            half = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-            encoded = np.where(np.isnan(numbers), _QUIET_NAN, half)
-            infinite = (half & 0x7FFF) == 0x7F80
-        overflown = np.argwhere(infinite & np.isfinite(numbers))
+        encoded = _bfloat16(numbers) if self.name == "bfloat16" else _float16(numbers)
+        largest = max(numbers.max(initial=0), -numbers.min(initial=0))
+        if largest <= self.largest:
+            return encoded
+        # something is too large, infinite, NaN, or not much beyond the largest number
+        if self.name == "bfloat16":
+            encoded[np.isnan(numbers)] = _QUIET_NAN
+        overflown = np.argwhere(np.isinf(self.decode(encoded)) & np.isfinite(numbers))
         if len(overflown):
             index = tuple(int(axis) for axis in overflown[0])
             raise Overflow(index, float(numbers[index]))
@@ -63,6 +61,22 @@ class NumberFormat:
         if self.name == "bfloat16":
             return (stored.astype(np.uint32) << 16).view(np.float32)
         return stored.astype(np.float32)
+
+
+def _float16(numbers: NDArray[np.float32]) -> NDArray[np.generic]:
+    with np.errstate(over="ignore"):
+        return numbers.astype(np.float16)
+
+
+def _bfloat16(numbers: NDArray[np.float32]) -> NDArray[np.generic]:
+    """The upper halves of the bits, after half a unit has been added, or a little less where they are even; wrong for NaN."""
+    bits = np.ascontiguousarray(numbers).view(np.uint32)
+    rounded = bits >> 16
+    rounded &= 1
+    rounded += 0x7FFF
+    rounded += bits
+    rounded >>= 16
+    return rounded.astype(np.uint16)
 
 
 NUMBER_FORMATS = {

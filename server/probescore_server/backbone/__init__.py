@@ -1,1 +1,1 @@
-"""The frozen model: loading, reading, running."""
+"""Loads the frozen language model and runs it, reading the activations that probes need."""

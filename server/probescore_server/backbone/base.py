@@ -1,4 +1,7 @@
-"""What every execution path takes and gives: a forest in, activations at taps out."""
+"""Defines what every execution path of the frozen model takes and returns.
+
+A path takes a forest of segments (runs of tokens that several rollouts may share) and returns the activations that probes read.
+"""
 
 from __future__ import annotations
 
@@ -14,17 +17,17 @@ from probescore_server.backbone.kv_cache import KeyValueCache
 
 
 def skip_nothing(_: int) -> bool:
-    """Skips nothing."""
+    """Returns false for the index of any segment (run of tokens), so that a forward skips none."""
     return False
 
 
 @dataclass(frozen=True, eq=False)
 class Activations:
-    """What was read of a forest.
+    """Holds the activations that were read while a forest of segments (runs of tokens) went through the model.
 
     Attributes:
-        rows: by tap ``(N, hidden_size)`` float32 on the model's device: the segments that are read, one after the other.
-        starts: by segment, its first row. Rows of a segment that was skipped hold nothing of meaning.
+        rows: by tap, activations ``(N, hidden_size)`` float32 on the model's device, one row per token of each segment that is read.
+        starts: by index of a segment that is read, its first row. The rows of a segment that was skipped have no meaning.
     """
 
     rows: Mapping[Tap, torch.Tensor]
@@ -32,7 +35,7 @@ class Activations:
 
     @classmethod
     def empty(cls, forest: Forest, taps: Sequence[Tap], hidden_size: int, device: torch.device) -> Activations:
-        """Room for every segment of the forest that is read."""
+        """Allocates uninitialised rows for the activations of every segment (run of tokens) of a forest that is read."""
         starts: dict[int, int] = {}
         total = 0
         for index, segment in enumerate(forest.segments):
@@ -43,20 +46,21 @@ class Activations:
 
 
 class Backbone(Protocol):
-    """A frozen decoder that runs forests."""
+    """Describes a frozen decoder that computes forests of segments, runs of tokens that several rollouts may share."""
 
     @property
     def name(self) -> str:
-        """The execution path, as servers announce it."""
+        """Returns the name of the execution path, as servers announce it: ``universal`` or ``packed``."""
 
     def forward(
         self, forest: Forest, taps: Sequence[Tap], *, skip: Callable[[int], bool] = skip_nothing, cache: KeyValueCache | None = None
     ) -> Activations:
-        """Runs every segment once.
+        """Runs every segment of a forest once and returns the activations of those that are read.
 
         Args:
-            forest: what to run; ``cached`` of its segments is set.
-            taps: where to read.
-            skip: asked before a segment is run; a segment that is skipped, and everything after it, is not run.
-            cache: keys and values of earlier forests; what is computed is added to it.
+            forest: the forest to run; the field ``cached`` of its segments is set.
+            taps: the taps to read.
+            skip: function that says whether the segment with a given index can be skipped, called before the segment is run. A skipped
+                segment and everything after it are not run.
+            cache: keys and values of earlier forests; those that are computed are added to it.
         """

@@ -1,4 +1,4 @@
-"""What a checkpoint's directory says of itself before any weight is read: whether it is whole, and where its embedding stands."""
+"""Checks a checkpoint's directory before any weight is read: whether it is complete, and under which names its embedding is stored."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TE
 from probescore_server.errors import ModelRefused
 
 HEAD_NAMES = r"^(.+\.)?(lm_head|embed_out)\.weight$"
-"""The names under which checkpoints store the head of a language model."""
+"""Matches the names under which checkpoints store the head of a language model."""
 
 _ADAPTER = "adapter_config.json"
 
 
 def check_is_whole(directory: Path) -> None:
-    """Checks that what a directory's weights compute does not depend on an adapter beside them.
+    """Checks that what the weights in a directory compute does not depend on an adapter beside them.
 
-    Transformers adds one to the weights where peft is installed and leaves it out silently where it is not.
+    Transformers adds an adapter to the weights where peft is installed, and leaves it out silently where peft is not installed.
 
     Raises:
-        ModelRefused: there is an adapter.
+        ModelRefused: there is an adapter in the directory.
     """
     if (directory / _ADAPTER).is_file():
         raise ModelRefused(
@@ -31,10 +31,12 @@ def check_is_whole(directory: Path) -> None:
 
 
 def tied_embedding(config: PreTrainedConfig) -> tuple[str, str] | None:
-    """The names of head and embedding of a model that has one tensor for both, of which a checkpoint may store either.
+    """Returns the names of the head's and the embedding's weight in a model that uses one tensor for both, of which a checkpoint may store
+    either.
 
     Returns:
-        As ``("lm_head.weight", "model.embed_tokens.weight")``; ``None`` if they are two tensors, or the architecture does not tell.
+        A pair such as ``("lm_head.weight", "model.embed_tokens.weight")``; ``None`` if there are two tensors, or the architecture does not
+        tell.
     """
     if not any(getattr(part, "tie_word_embeddings", False) for part in (config, config.get_text_config(decoder=True))):
         return None

@@ -1,7 +1,8 @@
-"""A model that is built whole and then cut off after some of its blocks, before any weight is read.
+"""Builds a model whole and then cuts it off after some of its blocks, before any weight is read.
 
-The number of blocks says more than how many there are: residual scales, which layers share keys and values, shapes of embeddings and
-patterns of layers follow from it. So the config stays the whole model's, and what is shortened is the list that its own code has made.
+The number of blocks in a model's config determines more than how many there are: residual scales, which layers share keys and values,
+shapes of embeddings and patterns of layers follow from it. So the config stays that of the whole model, and the list of blocks that the
+model's own code has made is shortened.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ _ROUNDINGS = 4
 
 
 def changed_when_built(model_class: type[PreTrainedModel], change: Callable[[PreTrainedModel], None]) -> type[PreTrainedModel]:
-    """A class whose ``from_pretrained`` gives models of the original one, each changed as soon as it is built.
+    """Returns a subclass whose ``from_pretrained`` gives models of the original class, each changed as soon as it is built.
 
-    ``from_pretrained`` builds a model without memory for its weights, and then reads those that it finds in it. The class has the name
-    and module of the original, by which transformers knows what belongs to a model.
+    ``from_pretrained`` builds a model without memory for its weights, and then reads the weights that it finds in the model. The subclass
+    has the name and module of the original, from which transformers knows what belongs to a model.
 
     Args:
-        model_class: as ``AutoModel`` chooses it.
-        change: what is done to a model; what it takes away is not read.
+        model_class: the class that ``AutoModel`` chooses.
+        change: function that changes a model; weights that it removes are not read.
     """
 
     def init(self: PreTrainedModel, *inputs: Any, **keywords: Any) -> None:  # noqa: ANN401
@@ -41,14 +42,14 @@ def changed_when_built(model_class: type[PreTrainedModel], change: Callable[[Pre
 
 @torch.inference_mode()
 def computes_as_whole(model: PreTrainedModel, blocks: nn.ModuleList, later: Sequence[nn.Module]) -> bool:
-    """Whether the last of these blocks gives what it gives as a part of the whole model.
+    """Returns whether the last remaining block of a model that was cut off gives the same output as it does in the whole model.
 
-    The whole model is the same one with the blocks that were cut off in their place again, without weights, since nobody comes that far.
+    For the whole model, the blocks that were cut off are put in their place again, without weights, since the forward ends before them.
 
     Args:
         model: the decoder.
-        blocks: of the model, cut off.
-        later: those that were cut off.
+        blocks: the model's list of blocks, cut off; its content is the same afterwards.
+        later: the blocks that were cut off.
     """
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (1, _TEST_TOKENS), generator=generator).to(model.device)
@@ -63,17 +64,20 @@ def computes_as_whole(model: PreTrainedModel, blocks: nn.ModuleList, later: Sequ
         return found is expected  # a model that cannot be run at all is not refused for being cut
     if torch.allclose(found, expected, rtol=0, atol=0, equal_nan=True):
         return True
-    # the kernels of other devices may add in another order each time
+    # the kernels of devices other than a CPU may add in another order each time
     errors = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
     return model.device.type != "cpu" and bool(errors.median() <= _ROUNDINGS * torch.finfo(model.dtype).eps)
 
 
 class _BlockReached(Exception):
-    """The block that was waited for has been run."""
+    """Ends a forward of a model: the block whose output is wanted has been run."""
 
 
 def _output(block: nn.Module, model: PreTrainedModel, ids: torch.Tensor, *, ends: bool) -> torch.Tensor | None:
-    """What a block gives in a forward, which ends there or goes on, ``(1, T, hidden_size)`` float32; ``None`` if it fails before that."""
+    """Returns a block's output ``(1, T, hidden_size)`` float32 in a forward of the model; ``None`` if the forward fails before the block.
+
+    The forward ends after the block if ``ends`` is true, and goes on otherwise.
+    """
     seen: list[torch.Tensor] = []
 
     def keep(_block: nn.Module, _args: object, output: torch.Tensor | Sequence[torch.Tensor]) -> None:
@@ -86,7 +90,7 @@ def _output(block: nn.Module, model: PreTrainedModel, ids: torch.Tensor, *, ends
         model(input_ids=ids, use_cache=False)
     except _BlockReached:
         pass
-    except Exception:  # whatever an architecture raises
+    except Exception:  # an architecture may raise anything
         return None
     finally:
         hook.remove()

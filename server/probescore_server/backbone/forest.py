@@ -1,7 +1,8 @@
-"""The forest of segments: what one batch runs through the backbone, each token once.
+"""Lays out a batch of rollouts as a forest of segments, so that the model computes each token once.
 
-A prompt is a root, its completions are its children, follow-ups are children of completions. The same tokens after the same tokens are one
-segment, whoever asks for them. Pure data, no torch.
+A segment is a run of tokens that starts a sequence or continues another segment. A prompt is a root, its completions are its children, and
+follow-ups are children of completions. Equal tokens after equal tokens are one segment, whichever rollouts need them. This module is pure
+data and imports no torch.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from probescore_server.rollouts import CheckedRollout, Continuation
 
 @dataclass(frozen=True, slots=True)
 class ProbeReads:
-    """What one probe reads beside the completion itself.
+    """Says what one probe reads beside the completion itself.
 
     Attributes:
-        sees_prompt: the prompt's rows, and those of a follow-up's ancestors, are given to it too.
-        follow_up: ids that are appended to every completion for it, and read instead; empty = none.
+        sees_prompt: whether the probe is also given the activations of the prompt and, for a follow-up, of all that precedes it.
+        follow_up: token ids that are appended to every completion for this probe and read instead of the completion; empty = none.
     """
 
     sees_prompt: bool = False
@@ -31,15 +32,16 @@ class ProbeReads:
 
 @dataclass(slots=True, eq=False)
 class Segment:
-    """A run of tokens that continues another.
+    """Holds a run of tokens that starts a sequence or continues another segment.
 
     Attributes:
-        parent: index of the segment that it continues; ``None`` = it starts at position 0.
+        parent: index of the segment that this one continues; ``None`` = it starts at position 0.
         token_ids: ``(T,)`` int32, ``T ≥ 1``.
-        position: of its first token.
-        read: whether its activations are wanted.
-        rollouts: indices of the rollouts that need it.
-        cached: tokens at its beginning whose keys and values were known already, so that they were not computed; 0 if it is read.
+        position: position of the first token in its sequence.
+        read: whether the segment's activations are wanted.
+        rollouts: indices of the rollouts that need the segment.
+        cached: number of tokens at the segment's beginning whose keys and values came from a cache instead of being computed; 0 if it is
+            read.
     """
 
     parent: int | None
@@ -52,13 +54,14 @@ class Segment:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Placement:
-    """Where a continuation stands in the forest.
+    """Says which segments of the forest hold a completion or follow-up, and what precedes it.
 
     Attributes:
-        context: the segments before it, root first.
-        segment: its own, or ``None`` if it has no tokens.
-        appended: by probe, the segment of the follow-up that the probe itself appends.
-        follow_ups: its own follow-ups, in order.
+        continuation: the completion or follow-up.
+        context: indices of the segments before it, root first.
+        segment: index of its own segment, or ``None`` if it has no tokens.
+        appended: by probe, the index of the segment with the follow-up that the probe itself appends.
+        follow_ups: placements of its own follow-ups, in order.
     """
 
     continuation: Continuation
@@ -69,17 +72,19 @@ class Placement:
 
     @property
     def chain(self) -> tuple[int, ...]:
-        """Every segment up to and with its own."""
+        """Returns the indices of the segments before this completion or follow-up and of its own segment, root first."""
         return self.context if self.segment is None else (*self.context, self.segment)
 
 
 @dataclass(slots=True, eq=False)
 class Forest:
-    """Segments, parents before children, and where each rollout of the batch stands in them.
+    """Holds the segments (runs of tokens) of a batch of rollouts, parents before children, and which segments each rollout needs.
 
     Attributes:
-        placements: of each rollout's completion.
-        steps: of each rollout, the segments that it needs in order, and whether it is the first to need them.
+        segments: the segments.
+        placements: for each rollout, the segments of its completion.
+        steps: for each rollout, the indices of the segments that it needs, in order, each with whether this rollout is the first to need
+            it.
     """
 
     segments: list[Segment] = field(default_factory=list)
@@ -88,11 +93,11 @@ class Forest:
 
     @classmethod
     def build(cls, rollouts: Sequence[CheckedRollout], probes: Mapping[str, ProbeReads]) -> Forest:
-        """Lays out a batch.
+        """Lays out a batch of rollouts as segments, and marks the segments whose activations are read.
 
         Args:
-            rollouts: checked.
-            probes: by ``name@version``, at least those that the rollouts ask for.
+            rollouts: checked rollouts.
+            probes: what each probe reads, by ``name@version``; at least for the probes that the rollouts ask for.
         """
         builder = _Builder(cls(), probes)
         for rollout in rollouts:
@@ -100,7 +105,10 @@ class Forest:
         return builder.forest
 
     def usage(self, rollout: int) -> Usage:
-        """What a rollout took, once the forest has run: a token counts for the first rollout that needs it; for others it is shared."""
+        """Returns how many tokens of a rollout, given by its index, were computed, taken from a cache, or shared with other rollouts.
+
+        A token counts as computed or cached for the first rollout that needs it, and as shared for all others. The forest must have run.
+        """
         computed = shared = cached = 0
         for index, is_first in self.steps[rollout]:
             segment = self.segments[index]
@@ -112,7 +120,7 @@ class Forest:
         return Usage(tokens_computed=computed, tokens_shared=shared, tokens_cached=cached)
 
     def ids_up_to(self, index: int) -> NDArray[np.int32]:
-        """``(position + T,)`` int32: the tokens of a segment after those of all its ancestors."""
+        """Returns the token ids of a sequence from its start to the end of one segment, given by its index: ``(position + T,)`` int32."""
         pieces = []
         following: int | None = index
         while following is not None:
@@ -121,7 +129,9 @@ class Forest:
         return np.concatenate(pieces[::-1])
 
     def children(self) -> list[list[int]]:
-        """By segment, the segments that continue it; the last entry (index -1) are the roots."""
+        """Returns, for each segment (run of tokens), the indices of the segments that continue it; the last entry (index -1) holds the
+        roots.
+        """
         children: list[list[int]] = [[] for _ in range(len(self.segments) + 1)]
         for index, segment in enumerate(self.segments):
             children[-1 if segment.parent is None else segment.parent].append(index)
@@ -129,7 +139,7 @@ class Forest:
 
 
 class _Builder:
-    """Adds one rollout after the other to a forest."""
+    """Adds rollouts to a forest of token segments, one after the other."""
 
     def __init__(self, forest: Forest, probes: Mapping[str, ProbeReads]) -> None:
         self.forest = forest
@@ -170,7 +180,7 @@ class _Builder:
         )
 
     def _extend(self, context: tuple[int, ...], token_ids: NDArray[np.int32], rollout: int) -> tuple[int, ...]:
-        """The chain of segments with one more; the same chain if there are no tokens."""
+        """Returns a chain of segments, extended by one with the given tokens; the chain is returned as it is if there are no tokens."""
         if len(token_ids) == 0:
             return context
         segments = self.forest.segments

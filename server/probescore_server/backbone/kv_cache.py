@@ -1,6 +1,6 @@
-"""Keys and values of token runs that were computed before: a radix tree over token ids, bounded in bytes, least recently used first out.
+"""Keeps keys and values of token sequences that were computed before, in a radix tree over token ids.
 
-The backbone is frozen, so nothing in here ever goes stale.
+The cache is bounded in bytes and drops what was least recently used. Since the model is frozen, its content never becomes stale.
 """
 
 from __future__ import annotations
@@ -13,12 +13,15 @@ import torch
 from numpy.typing import NDArray
 
 KeyValues = list[tuple[torch.Tensor, torch.Tensor]]
-"""By layer: keys and values ``(1, num_key_value_heads, T, head_dim)`` each, after rotary embedding."""
+"""Holds, for each layer, keys and values of T tokens, ``(1, num_key_value_heads, T, head_dim)`` each, after rotary embedding."""
 
 
 @dataclass(slots=True, eq=False)
 class _TokenRun:
-    """Some tokens after those of its ancestors; no two continuations of a run begin with the same token."""
+    """Holds a node of the cache's tree: some tokens that follow those of the parent node, and their keys and values.
+
+    No two continuations of a node begin with the same token.
+    """
 
     token_ids: NDArray[np.int32]
     key_values: KeyValues
@@ -31,14 +34,15 @@ class _TokenRun:
 
 
 class KeyValueCache:
-    """What is known of token sequences, so that it need not be computed again. Not safe to share between threads.
+    """Keeps keys and values of token sequences, so that they need not be computed again. A cache is not safe to share between threads.
 
     Args:
-        max_bytes: of keys and values; 0 keeps nothing.
+        max_bytes: most bytes of keys and values to keep; 0 keeps nothing.
 
     Attributes:
-        bytes: of keys and values that are held.
-        hits, misses: sequences that were looked up of which some, or no, beginning was known.
+        bytes: bytes of keys and values that are held now.
+        hits: number of look-ups of sequences of which some beginning was known.
+        misses: number of look-ups of sequences of which no beginning was known.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -47,25 +51,25 @@ class KeyValueCache:
         self.misses = 0
         self._max_bytes = max_bytes
         self._root = _TokenRun(np.zeros(0, np.int32), [], None)
-        # Whoever touches a run touches its ancestors after it, so the first is always a leaf.
+        # A run's ancestors are moved to the end after the run itself, so the first is always a leaf.
         self._recency: OrderedDict[_TokenRun, None] = OrderedDict()
 
     def clear(self) -> None:
-        """Forgets everything."""
+        """Drops all keys and values."""
         for run in self._recency:
-            run.key_values, run.parent = [], None  # runs refer to one another: else the memory would wait for a garbage collection
+            run.key_values, run.parent = [], None  # runs refer to one another: without this the memory would wait for a garbage collection
         self._recency.clear()
         self._root.continuations.clear()
         self.bytes = 0
 
     def longest_prefix(self, token_ids: NDArray[np.int32]) -> KeyValues:
-        """Keys and values of the longest known beginning of a sequence.
+        """Returns keys and values of the longest known beginning of a token sequence.
 
         Args:
-            token_ids: ``(T,)`` int32.
+            token_ids: ``(T,)`` int32, the sequence.
 
         Returns:
-            Of the first n tokens, 0 < n ≤ T; empty if not even the first token is known. To be read only.
+            Keys and values of the first n tokens, 0 < n ≤ T, which must not be changed; an empty list if not even the first token is known.
         """
         pieces: list[KeyValues] = []
         run, done = self._root, 0
@@ -95,11 +99,12 @@ class KeyValueCache:
         return done
 
     def put(self, token_ids: NDArray[np.int32], tail: KeyValues) -> None:
-        """Remembers the end of a sequence. Nothing happens if what comes before it is not known, or has been forgotten.
+        """Keeps keys and values of the end of a token sequence. Nothing happens if those of the tokens before it are not, or no longer,
+        kept.
 
         Args:
             token_ids: ``(T,)`` int32, the whole sequence.
-            tail: keys and values of its last tokens; what is kept is copied.
+            tail: keys and values of its last tokens; those that are kept are copied.
         """
         start = len(token_ids) - length_of(tail)
         run, done = self._descend(token_ids)
@@ -110,7 +115,10 @@ class KeyValueCache:
             self._forget(next(iter(self._recency)))
 
     def _descend(self, token_ids: NDArray[np.int32]) -> tuple[_TokenRun, int]:
-        """The run at whose end a sequence leaves what is known, split there if need be, and how many tokens that is."""
+        """Returns the node of the tree at whose end a sequence leaves the known tokens, and how many tokens that is.
+
+        A node is split if the sequence leaves it in the middle.
+        """
         run, done = self._root, 0
         while done < len(token_ids) and (following := run.continuations.get(int(token_ids[done]))) is not None:
             same = common_beginning(following.token_ids, token_ids[done:])
@@ -125,7 +133,9 @@ class KeyValueCache:
         return run
 
     def _split(self, run: _TokenRun, at: int) -> _TokenRun:
-        """Makes two runs of one and returns the first; copies, since a part of a tensor keeps the whole alive."""
+        """Splits a node of the tree in two and returns the first. Keys and values are copied, since a view of a tensor keeps the whole
+        tensor in memory.
+        """
         parent = run.parent or self._root
         first = _TokenRun(run.token_ids[:at], _copy(_slice(run.key_values, 0, at)), parent, {int(run.token_ids[at]): run})
         parent.continuations[int(run.token_ids[0])] = first
@@ -147,12 +157,12 @@ class KeyValueCache:
 
 
 def length_of(key_values: KeyValues) -> int:
-    """How many tokens these are of."""
+    """Returns how many tokens the given keys and values belong to."""
     return key_values[0][0].shape[2] if key_values else 0
 
 
 def common_beginning(a: NDArray[np.int32], b: NDArray[np.int32]) -> int:
-    """How many tokens two sequences begin with alike."""
+    """Returns the number of tokens that two sequences have in common at their beginning."""
     shorter = min(len(a), len(b))
     different = np.flatnonzero(a[:shorter] != b[:shorter])
     return int(different[0]) if len(different) else shorter

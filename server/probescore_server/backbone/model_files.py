@@ -1,4 +1,4 @@
-"""A model's files: the same while they are loaded, and what was loaded of them in one digest."""
+"""Checks that a model's files do not change while they are loaded, and computes one digest of everything that was loaded from them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _SMALL = (
 
 _Stamp = tuple[int, int, int, int]
 
-# Checksums: words are weighted by their place with odd numbers, so that a change of any single one shows.
+# For checksums: words are weighted by odd numbers that depend on their place, so that a change of any single word changes the sum.
 _CHUNK_WORDS = 1 << 22
 _MULTIPLIER = 0x9E3779B97F4A7C15
 _MODULUS = 1 << 64
@@ -33,11 +33,11 @@ _MODULUS = 1 << 64
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """The files of a model that say what it computes and how texts are read, as they were at one moment.
+    """Records the files of a model that determine its computation and its tokenisation, as they were at one moment.
 
     Attributes:
-        directory: where they are.
-        stamps: by path, which file it was and when it was last written.
+        directory: the model's directory.
+        stamps: by path, the file's device, inode, size in bytes and time of last change in nanoseconds.
     """
 
     directory: Path
@@ -45,25 +45,29 @@ class ModelFiles:
 
     @classmethod
     def of(cls, directory: Path) -> ModelFiles:
-        """As they are now.
+        """Records the files of a directory as they are now.
 
         Raises:
-            ModelRefused: one of them is neither a regular file nor a directory, such as a pipe, which nobody should wait for.
+            ModelRefused: one of them is neither a regular file nor a directory, such as a pipe, which could block a read for ever.
         """
         return cls(directory, {path: _stamp(path) for path in _files(directory, _WEIGHTS + _SMALL)})
 
     def check_unchanged(self) -> None:
-        """Raises ``ModelRefused`` if a file was written, replaced, added or removed since."""
+        """Checks that no file of the model was written, replaced, added or removed since the files were recorded.
+
+        Raises:
+            ModelRefused: a file has changed; the error names up to five of them.
+        """
         now = ModelFiles.of(self.directory)
         changed = sorted({path.name for path, _ in now.stamps.items() ^ self.stamps.items()})
         if changed:
             raise ModelRefused(f"{self.directory.name}: {', '.join(changed[:5])} changed while the model was loaded")
 
     def digest(self, decoder: Decoder) -> str:
-        """``sha256:…`` over every weight that is loaded and every byte of the small files; the same on every device.
+        """Returns ``sha256:…`` over every weight that is loaded and every byte of the small files; it is the same on every device.
 
         Args:
-            decoder: as loaded, before anything about it is changed for speed.
+            decoder: the model as loaded, before anything in it is changed for speed.
 
         Raises:
             ModelRefused: a file cannot be read.
@@ -101,7 +105,7 @@ def _sha256(path: Path) -> str:
 
 @torch.inference_mode()
 def _checksum(weight: torch.Tensor) -> int:
-    """Of a tensor's bytes in their order, computed where it is."""
+    """Returns an integer checksum of a weight's bytes, which depends on their order. It is computed on the weight's device."""
     content = weight.detach().contiguous().view(-1).view(torch.uint8)
     content = content.clone() if content.storage_offset() % 8 else content
     whole = len(content) - len(content) % 8

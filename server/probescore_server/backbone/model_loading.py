@@ -1,4 +1,6 @@
-"""From a path or a hub id to the decoder that probes need: no head, and no block beyond the deepest that is read."""
+"""Loads the part of a language model that probes need, from a path or an id on the hub: no head, and no block beyond the deepest that is
+read.
+"""
 
 from __future__ import annotations
 
@@ -31,12 +33,13 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"
 
 @dataclass(frozen=True, eq=False)
 class Decoder:
-    """A model cut off after some of its blocks.
+    """Holds a language model's decoder, cut off after some of its blocks.
 
     Attributes:
-        model: called with ids, gives ``last_hidden_state``, which is after the final norm. Its config is the whole model's.
+        model: the decoder; called with token ids, it returns ``last_hidden_state``, the output of the final norm. Its config is that of the
+            whole model.
         blocks: the decoder blocks that are loaded, in order.
-        num_hidden_layers: blocks of the whole model; the final norm means something only if all are loaded.
+        num_hidden_layers: number of blocks of the whole model; the final norm's output is meaningful only if all of them are loaded.
     """
 
     model: PreTrainedModel
@@ -45,35 +48,36 @@ class Decoder:
 
     @property
     def config(self) -> PreTrainedConfig:
-        """Of the text model."""
+        """Returns the config of the text model."""
         return self.model.config
 
     @property
     def cache_layers(self) -> list[Any]:
-        """New layers of a cache, as transformers would make them for the blocks that are loaded."""
+        """Returns new, empty layers of a key-value cache, as transformers makes them for the blocks that are loaded."""
         return DynamicCache(config=self.config).layers[: len(self.blocks)]
 
     @property
     def device(self) -> torch.device:
-        """Where it runs; if it is spread, where ids go in."""
+        """Returns the device that the model runs on; for a model on several devices, the one that takes the token ids."""
         return self.model.device
 
     @property
     def is_spread(self) -> bool:
-        """Whether its blocks are on several devices."""
+        """Returns whether the model's parameters are on several devices."""
         return len({parameter.device for parameter in self.model.parameters()}) > 1
 
     @property
     def dtype(self) -> torch.dtype:
-        """What it computes in."""
+        """Returns the dtype of the model's weights and activations."""
         return self.model.dtype
 
 
 def resolve_model(model: str, *, revision: str = "", trust_remote_code: bool = False) -> Path:
-    """The directory that holds a model: itself if it is one, else a snapshot from the hub.
+    """Returns the directory that holds a model: the given one if it is a directory, else a snapshot that is downloaded from the hub.
 
     Raises:
-        ModelRefused: no such directory or model, the hub cannot be reached, or there are no safetensors weights.
+        ModelRefused: there is no such directory or model, the hub cannot be reached, a revision is given for a directory, an adapter lies
+            beside the weights, or there are no config or no safetensors weights.
     """
     directory = Path(model).expanduser()
     if not directory.is_dir():
@@ -101,10 +105,10 @@ def _download(model: str, revision: str, patterns: list[str]) -> Path:
 
 
 def load_config(directory: Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """The whole model's config.
+    """Returns the config of the whole model in a directory.
 
     Raises:
-        ModelRefused: transformers does not know the architecture, or it has no decoder blocks.
+        ModelRefused: transformers does not know the architecture, or the model is not a decoder.
     """
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
@@ -120,16 +124,16 @@ def load_config(directory: Path, *, trust_remote_code: bool = False) -> PreTrain
 
 
 def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase | None:
-    """The model's tokenizer; ``None`` if it comes without one.
+    """Returns the tokenizer in a model's directory; ``None`` if there is none.
 
     Raises:
-        ModelRefused: there is one, and it cannot be read.
+        ModelRefused: there is a tokenizer, and it cannot be read.
     """
     if not any((directory / name).is_file() for name in _TOKENIZER_FILES):
         return None
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    except Exception as error:  # whatever a tokenizer's own reader raises
+    except Exception as error:  # a tokenizer's own reader may raise anything
         raise ModelRefused(f"{directory.name}: its tokenizer cannot be read: {error}") from None
     return tokenizer
 
@@ -145,20 +149,20 @@ def load_decoder(
 ) -> Decoder:
     """Loads the first ``num_layers`` blocks of a model, without its head.
 
-    A recurrent model keeps its count of positions with its attention layers, so that the first of these is loaded in any case. All blocks
-    are loaded of a model that computes something else without the last ones; a warning is logged then.
+    In recurrent models the first attention layer counts the positions, so blocks are loaded up to that one in any case. If a model computes
+    something else when its last blocks are missing, all blocks are loaded and a warning is logged.
 
     Args:
-        directory: of the model.
-        num_layers: blocks.
-        dtype: of weights and activations.
-        device: where to.
-        device_map: ``"auto"`` = over every CUDA device that there is, instead of to ``device``.
-        trust_remote_code: let the model bring its own Python code.
+        directory: the model's directory.
+        num_layers: number of blocks.
+        dtype: dtype of weights and activations: ``float32``, ``bfloat16`` or ``float16``.
+        device: device to load the model on.
+        device_map: ``"auto"`` = spread the model over every CUDA device that there is, instead of loading it on ``device``.
+        trust_remote_code: whether the model may bring its own Python code.
 
     Raises:
-        ModelRefused: weights are missing or of another shape, the device is not there, the devices have no room, or the decoder blocks
-            cannot be told.
+        ModelRefused: weights are missing or of another shape, the device does not exist, the devices have no room, or the decoder blocks
+            cannot be identified.
     """
     config = load_config(directory, trust_remote_code=trust_remote_code)
     whole: int = config.get_text_config(decoder=True).num_hidden_layers
@@ -168,27 +172,27 @@ def load_decoder(
     if device_map is None:
         try:
             module.to(device)
-        except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for the device
+        except (RuntimeError, AssertionError) as error:  # torch raises AssertionError if it was not built for the device
             raise ModelRefused(f"device {device!r}: {error}") from None
     if cut.later and not computes_as_whole(cut.decoder, cut.blocks, cut.later):
         logger.warning("cut off, this model computes something else: all its blocks are loaded", model_type=config.model_type)
-        del cut, module  # not to hold both
+        del cut, module  # so that the two models are not in memory at the same time
         others: dict[str, Any] = {"dtype": dtype, "device": device, "device_map": device_map, "trust_remote_code": trust_remote_code}
         return load_decoder(directory, num_layers=whole, **others)
     return Decoder(cut.decoder, cut.blocks, whole)
 
 
 class _DecoderCutter:
-    """Finds the decoder of a model that has been built, and cuts it off.
+    """Finds the text decoder of a model that has been built, and cuts it off after some of its blocks.
 
     Args:
-        name: of the model, for messages.
-        num_layers: blocks that stay.
+        name: name of the model, for messages.
+        num_layers: number of blocks that remain.
 
     Attributes:
-        decoder: the text model.
-        blocks: those of its blocks that stay.
-        later: those that were cut off, which are never given weights.
+        decoder: the text decoder.
+        blocks: the blocks that remain.
+        later: the blocks that were cut off, which are never given weights.
     """
 
     decoder: PreTrainedModel
@@ -231,7 +235,7 @@ def _load_model(
                 )
         except ModelRefused:
             raise
-        except Exception as error:  # a damaged file, a size that differs: transformers and safetensors raise what they like
+        except Exception as error:  # for a damaged file or another size, transformers and safetensors may raise anything
             raise ModelRefused(f"{directory.name}: cannot be loaded: {error}") from None
         model, loading = loaded
         return model, loading
@@ -239,7 +243,7 @@ def _load_model(
     model, loading = load()
     tied = tied_embedding(config)
     if tied is not None and any(tied[1].endswith(name) for name in loading["missing_keys"]):
-        # one tensor for both, stored under the head's name
+        # head and embedding are one tensor, stored under the head's name
         model, loading = load(key_mapping={HEAD_NAMES: tied[1]})
     missing = sorted(loading["missing_keys"])
     if missing:
@@ -249,14 +253,16 @@ def _load_model(
 
 
 def _model_class(config: PreTrainedConfig, trust_remote_code: bool) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
-    """The class that transformers chooses for a config, and the part of the config that it is built from."""
+    """Returns the class that transformers chooses for a config, and the part of the config that the class is built from."""
     with torch.device("meta"):
         model = AutoModel.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
     return type(model), config if type(model.config) is type(config) else config.get_text_config()
 
 
 def _check_devices_have_room(model: PreTrainedModel, name: str) -> None:
-    """What did not fit is in host memory or in files, and would be copied to a device again for every forward."""
+    """Refuses a model of which some weights did not fit on the devices: those would be copied from host memory or files in
+    every forward.
+    """
     left = [parameter for parameter, weight in model.named_parameters() if weight.is_meta]
     if left:
         raise ModelRefused(f"{name}: the devices have no room for {len(left)} of its weights, from {left[0]} on")
@@ -264,7 +270,11 @@ def _check_devices_have_room(model: PreTrainedModel, name: str) -> None:
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Without the report that the head and the later blocks were left out, which is meant, and without bars in logs."""
+    """Silences, while its context is open, transformers' report that the head and the later blocks were left out, and its progress bars in
+    logs.
+
+    They are left out on purpose.
+    """
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     if not sys.stderr.isatty():
@@ -278,14 +288,20 @@ def _quiet_transformers() -> Iterator[None]:
 
 
 def _first_attention_layer(config: PreTrainedConfig) -> int:
-    """Of a model that begins with recurrent layers; 0 for others, and where no layer is of a kind that counts positions."""
+    """Returns the index of the first attention layer in a model that begins with recurrent layers; 0 for other models.
+
+    It is also 0 where no layer is of a kind that counts positions.
+    """
     kinds = getattr(config.get_text_config(decoder=True), "layer_types", None) or []
     attention = (index for index, kind in enumerate(kinds) if "attention" in kind and "linear" not in kind)
     return next(attention, 0)
 
 
 def _text_decoder(model: PreTrainedModel) -> PreTrainedModel | None:
-    """Below whatever wraps it: encoders of images beside it, and a head (Llama 4's wrapper holds a whole language model)."""
+    """Returns the text decoder inside a model, or ``None``: without encoders of images beside it and without a head.
+
+    Llama 4's wrapper, for example, holds a whole language model with its head.
+    """
     decoder: PreTrainedModel | None = model if model.config.get_text_config(decoder=True) is model.config else model.get_decoder()
     if decoder is None:
         return None
@@ -294,7 +310,7 @@ def _text_decoder(model: PreTrainedModel) -> PreTrainedModel | None:
 
 
 def _find_blocks(decoder: torch.nn.Module, count: int, model: str) -> torch.nn.ModuleList:
-    """The list of blocks is the outermost ``ModuleList`` of the right length; lists of experts lie inside blocks."""
+    """Returns a decoder's list of blocks: the outermost ``ModuleList`` of the right length. Lists of experts lie inside blocks."""
     lists = [(name, module) for name, module in decoder.named_modules() if isinstance(module, torch.nn.ModuleList) and len(module) == count]
     depth = min((name.count(".") for name, _ in lists), default=0)
     outermost = [(name, module) for name, module in lists if name.count(".") == depth]

@@ -1,4 +1,4 @@
-"""Rotary embeddings that change with the length of what is run: there, the beginning of a sequence is not what it is alone."""
+"""Finds rotary embeddings that change with the length of the sequence, so that a prefix is computed otherwise than on its own."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ _FIXED = frozenset({"default", "linear", "yarn", "llama3", "proportional"})
 
 
 def changing_rope_types(config: PreTrainedConfig) -> list[str]:
-    """Those of a text model's rotary embeddings that are not known to be the same at every length, sorted."""
+    """Returns the types of a text model's rotary embeddings that are not known to be the same at every length, sorted."""
     return sorted({str(parameters["rope_type"]) for parameters in _embeddings(config)} - _FIXED)
 
 
 def max_unchanged_positions(config: PreTrainedConfig) -> int | None:
-    """Tokens up to which nothing changes; ``None`` = there is no such limit.
+    """Returns the length in tokens up to which a model's rotary embeddings do not change; ``None`` = they never change.
 
-    Beyond it transformers turns every position of a forward by other angles (``longrope``, ``dynamic``), so that keys computed before, of
+    Beyond it transformers rotates every position of a forward by other angles (``longrope``, ``dynamic``), so that keys computed before, of
     a shared prompt or an earlier chunk, are no longer those of the whole sequence.
     """
     limits = [
@@ -30,7 +30,7 @@ def max_unchanged_positions(config: PreTrainedConfig) -> int | None:
 
 
 def _embeddings(config: PreTrainedConfig) -> list[dict[str, Any]]:
-    """The parameters of one embedding for all layers, or of one for each type of layer."""
+    """Returns the parameters of each rotary embedding: one for all layers, or one for each type of layer."""
     parameters = getattr(config, "rope_parameters", None)
     if not isinstance(parameters, dict):
         return []

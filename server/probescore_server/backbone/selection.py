@@ -1,4 +1,4 @@
-"""Which execution path serves a model on its device: measured at load, on its real weights."""
+"""Chooses the execution path that runs a model on its device, by measurements on the model's real weights when it is loaded."""
 
 from __future__ import annotations
 
@@ -28,22 +28,25 @@ logger = structlog.get_logger(__name__)
 
 _QUANTILES = torch.tensor([0.5, 0.99])
 _SPREAD_FACTOR = 2.0
-_MIN_CAPABILITY = (8, 0)  # of FlashAttention's kernels
+_MIN_CAPABILITY = (8, 0)  # required by FlashAttention's kernels
 
 
 def choose_backbone(decoder: Decoder, reader: TapReader, kernel: Kernel | None = None) -> tuple[Backbone, str]:
-    """The packed path on a GPU where it agrees with the universal one, else the universal one.
+    """Returns the packed execution path on a GPU where it agrees with the universal one, and the universal path otherwise.
+
+    The universal path runs one segment of tokens at a time through transformers; the packed path runs all in one row and is faster on a
+    GPU.
 
     Args:
         decoder: the model.
-        reader: of its taps.
-        kernel: for the packed path; ``None`` = torch's own, where this device and dtype have it.
+        reader: reader of its taps.
+        kernel: attention kernel for the packed path; ``None`` = torch's own, where this device and dtype have it.
 
     Returns:
-        The backbone, and why it is this one, for people. On a GPU a warning is logged if it is not the packed one.
+        The backbone, and the reason for the choice, for people. On a GPU a warning is logged if the packed path is not chosen.
 
     Raises:
-        ModelRefused: not even the universal path gives what plain forwards give.
+        ModelRefused: not even the universal path gives the activations that plain forwards give.
     """
     universal = universal_backbone(decoder, reader)
     if kernel is None and decoder.device.type != "cuda":
@@ -54,7 +57,7 @@ def choose_backbone(decoder: Decoder, reader: TapReader, kernel: Kernel | None =
         packed = PackedBackbone(decoder, reader, kernel or varlen_attn)
         try:
             refusal = _disagreement(decoder, reader, universal, packed)
-        except Exception as error:  # ModelRefused by the self-test, or whatever a device raises
+        except Exception as error:  # the self-test raises ModelRefused, and a device may raise anything
             refusal = str(error)
         if refusal is None:
             return packed, "the packed path agrees with the universal one"
@@ -63,10 +66,12 @@ def choose_backbone(decoder: Decoder, reader: TapReader, kernel: Kernel | None =
 
 
 def universal_backbone(decoder: Decoder, reader: TapReader) -> UniversalBackbone:
-    """The universal path, on a CPU by its fast ways where the self-test finds them right.
+    """Returns the universal execution path of a model, which runs one segment of tokens at a time through transformers.
+
+    On a CPU it uses the faster kernels for which the self-test passes.
 
     Raises:
-        ModelRefused: it gives other activations than plain forwards.
+        ModelRefused: the path gives other activations than plain forwards.
     """
     test = SelfTest(decoder, reader)
     undo = _speed_up(decoder)
@@ -85,7 +90,7 @@ def universal_backbone(decoder: Decoder, reader: TapReader) -> UniversalBackbone
 
 
 def _speed_up(decoder: Decoder) -> Callable[[], None]:
-    """Changes how the blocks compute on a CPU, not what; returns what undoes it."""
+    """Makes a model's blocks compute the same, but faster on a CPU, and returns a function that undoes the change."""
     undoing: list[Callable[[], None]] = []
     if decoder.device.type == "cpu":
         undoing.append(multiply_in_place(decoder.blocks))
@@ -103,13 +108,13 @@ def _passes(check: Callable[[Backbone], object], backbone: Backbone) -> bool:
     try:
         check(backbone)
     except ModelRefused as refusal:
-        logger.info("a faster way does not fit this model", reason=str(refusal))
+        logger.info("a faster execution is not used: it does not give the activations of this model", reason=str(refusal))
         return False
     return True
 
 
 def _kernel_refusal(decoder: Decoder) -> str | None:
-    """Why torch's kernel does not run on this device or in this dtype."""
+    """Returns the reason why torch's attention kernel cannot run on the model's device or in its dtype; ``None`` if it can."""
     if decoder.dtype not in (torch.float16, torch.bfloat16):
         return f"the kernel computes in float16 and bfloat16, not in {str(decoder.dtype).removeprefix('torch.')}"
     capability = torch.cuda.get_device_capability(decoder.device)
@@ -119,10 +124,12 @@ def _kernel_refusal(decoder: Decoder) -> str | None:
 
 
 def _disagreement(decoder: Decoder, reader: TapReader, universal: Backbone, packed: Backbone) -> str | None:
-    """How packed activations differ from universal ones by more than rounding explains, at the median row or at the 99th percentile.
+    """Returns, as text, how activations of the packed path differ from those of the universal path by more than rounding; ``None`` if they
+    do not.
 
-    Twice the spread is allowed between two batchings of the universal path, shared prompts and one sequence at a time; or between it and
-    itself with every block's input rounded once more, if that is more: the kernels of two batchings may happen to give the same bits.
+    The median and the 99th percentile of the rows' relative errors are compared. Allowed is twice the difference between two batchings of
+    the universal path (shared prompts and one sequence at a time), or between the universal path and itself with every block's input
+    rounded once more, whichever is larger: the kernels of two batchings may happen to give the same bits.
     """
     test = SelfTest(decoder, reader)
     test.check(packed)
@@ -147,19 +154,19 @@ def _disagreement(decoder: Decoder, reader: TapReader, universal: Backbone, pack
 
 
 def _relative(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
-    """Error of each row, ``(N,)``."""
+    """Returns the relative error of each row of activations, ``(N,)`` float32."""
     errors: torch.Tensor = torch.linalg.vector_norm(found - expected, dim=1) / torch.linalg.vector_norm(expected, dim=1)
     return errors
 
 
 def _quantiles(errors: torch.Tensor) -> torch.Tensor:
-    """The median and the 99th percentile, ``(2,)``."""
+    """Returns the median and the 99th percentile of errors, ``(2,)`` on the CPU."""
     return torch.quantile(errors.cpu(), _QUANTILES)
 
 
 @contextmanager
 def _rounding_once_more(decoder: Decoder) -> Iterator[None]:
-    """While this is open, the input of every block is off by up to half a unit of its dtype, at random."""
+    """Perturbs, while its context is open, the input of every block at random by up to half a unit of its dtype's precision."""
     generator = torch.Generator(decoder.device).manual_seed(0)
     unit = torch.finfo(decoder.dtype).eps
 

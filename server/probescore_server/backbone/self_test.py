@@ -1,4 +1,4 @@
-"""At load: does running a forest give what one plain forward of each rollout gives, on these weights?"""
+"""Tests, when a model is loaded, that tokens shared between rollouts are computed as in one plain forward of each rollout."""
 
 from __future__ import annotations
 
@@ -19,10 +19,14 @@ from probescore_server.errors import ModelRefused
 from probescore_server.rollouts import CheckedRollout, Continuation, ResolvedOptions
 
 MAX_TEST_TOKENS = 1536
-"""Longest rollout of the test. A window beyond it is not crossed: on a CPU the test would take longer than the load."""
+"""Limits the tokens of the longest rollout with which a model is tested at load. Longer sliding windows are not crossed: on a CPU the test
+would take longer than the load.
+"""
 
 ROW_ERROR_BOUND = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
-"""Relative error of a token's activations that nine in ten must stay below; the rest may be tokens that a router sends elsewhere."""
+"""Gives, by dtype, the relative error of a token's activations that nine in ten tokens must stay below; a router may send the others
+elsewhere.
+"""
 
 _TEST_CACHE_BYTES = 1 << 30
 _OTHER_FAMILIES = "; so its scores would not be the model's, and it cannot be served: docs/reference/parity.md lists the families that can"
@@ -30,11 +34,13 @@ _COMPLETION, _SHORT, _FOLLOW_UP = 24, 7, 9
 
 
 class SelfTest:
-    """A small forest, longer than any sliding window, and what plain forwards of its sequences give at the output of the deepest block.
+    """Compares an execution path of the model with plain forwards on a few short rollouts that share tokens.
+
+    The rollouts are longer than any sliding window of up to ``MAX_TEST_TOKENS`` tokens. The output of the deepest loaded block is compared.
 
     Args:
-        decoder: as loaded, before anything about it is changed for speed.
-        reader: of its taps.
+        decoder: the model as loaded, before anything in it is changed for speed.
+        reader: reader of its taps.
 
     Raises:
         ModelRefused: the model cannot be run.
@@ -53,11 +59,11 @@ class SelfTest:
                 ]
                 for forest in forests
             )
-        except Exception as error:  # whatever an architecture raises
+        except Exception as error:  # an architecture may raise anything
             raise ModelRefused(f"a {self._kind} model cannot be run: {type(error).__name__}: {error}") from error
 
     def row_errors(self, activations: Activations) -> torch.Tensor:
-        """Relative error of each token that was read of the test's forest, ``(N,)`` float32."""
+        """Returns the relative error of each token of the test's rollouts that was read, ``(N,)`` float32."""
         return self._row_errors(activations, self._expected)
 
     def _row_errors(self, activations: Activations, expected: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -86,13 +92,14 @@ class SelfTest:
             raise ModelRefused(f"self-test: short sequences run together are other than alone: relative error {worst:.2g}")
 
     def check(self, backbone: Backbone) -> float:
-        """Runs the forest as a whole, then with a prompt that nobody reads, and again with that in a cache.
+        """Runs the test's rollouts through an execution path as a whole, then without reading their prompt, then with that prompt in a
+        cache.
 
         Returns:
-            The 90th percentile over tokens of the relative error, the largest of the three.
+            The 90th percentile over tokens of the relative error, the largest of the three runs.
 
         Raises:
-            ModelRefused: it exceeds ``ROW_ERROR_BOUND``, or the model cannot be run through the cache at all.
+            ModelRefused: the error exceeds ``ROW_ERROR_BOUND``, or the model cannot be run with a cache at all.
         """
         filling = KeyValueCache(_TEST_CACHE_BYTES)
         try:
@@ -100,8 +107,8 @@ class SelfTest:
                 backbone.forward(small_forest(self._decoder, scope), [self._tap], cache=cache)
                 for scope, cache in ((Scope.ALL, None), (Scope.COMPLETION, filling), (Scope.COMPLETION, filling))
             ]
-            worst = float(torch.stack([self.row_errors(run).quantile(0.9) for run in runs]).max())  # NaN if one is
-        except Exception as error:  # whatever an architecture raises whose cache is not the public one
+            worst = float(torch.stack([self.row_errors(run).quantile(0.9) for run in runs]).max())  # the maximum is NaN if one value is
+        except Exception as error:  # an architecture whose cache is not the public one may raise anything
             problem = f"a {self._kind} model cannot be run with a cache: {type(error).__name__}: {error}"
             raise ModelRefused(problem + _OTHER_FAMILIES) from error
         if not worst <= ROW_ERROR_BOUND[self._decoder.dtype]:
@@ -113,7 +120,11 @@ class SelfTest:
 
 
 def small_forest(decoder: Decoder, scope: Scope = Scope.ALL) -> Forest:
-    """A prompt just short of the window, a completion that crosses it, a follow-up beyond it, and a second completion beside."""
+    """Returns a forest of two rollouts with one prompt, for tests of a model.
+
+    The prompt is just shorter than the sliding window, the first completion crosses the window, a follow-up of it lies beyond the window,
+    and the second completion is short.
+    """
     limits = (MAX_TEST_TOKENS, getattr(decoder.config, "max_position_embeddings", None), max_unchanged_positions(decoder.config))
     longest = min(limit for limit in limits if limit)
     prompt = min(max(_windows(decoder), default=32), longest - _COMPLETION - _FOLLOW_UP) - 8
@@ -145,7 +156,7 @@ def _windows(decoder: Decoder) -> list[int]:
 
 @torch.inference_mode()
 def _plain(decoder: Decoder, reader: TapReader, tap: Tap, token_ids: NDArray[np.int32]) -> torch.Tensor:
-    """One sequence, without a cache; ``(T, hidden_size)`` float32."""
+    """Runs one sequence without a cache and returns its activations ``(T, hidden_size)`` float32 at a tap."""
     ids = torch.from_numpy(token_ids).long().unsqueeze(0).to(decoder.device)
     buffer = torch.empty((len(token_ids), decoder.config.hidden_size), dtype=torch.float32, device=decoder.device)
     with reader.reading({tap: buffer}):

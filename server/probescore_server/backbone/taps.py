@@ -1,6 +1,6 @@
-"""Taps: reads activations of a decoder's blocks while it runs, and finds the modules whose outputs attention and MLP add.
+"""Reads activations at taps of a decoder's blocks while it runs, and finds the modules whose outputs attention and MLP add.
 
-Hooks, not ``output_hidden_states``: of a model that was cut off, the last entry there is something else.
+Module hooks are used instead of ``output_hidden_states``, whose last entry is something else for a model that was cut off.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _SUM_BOUND = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
 def layers_needed(taps: Sequence[Tap], num_hidden_layers: int) -> int:
-    """How many blocks must be loaded to read these taps; at least one."""
+    """Returns how many blocks of a model must be loaded to read the given taps; at least one."""
     needed = 1
     for tap in taps:
         if tap.layer is None:
@@ -41,11 +41,11 @@ def layers_needed(taps: Sequence[Tap], num_hidden_layers: int) -> int:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RowMap:
-    """Which tokens of a forward are read, and where to.
+    """Says which tokens of a forward are read, and to which rows of a buffer their activations are copied.
 
     Attributes:
-        source: ``(R,)`` int64, tokens of the forward.
-        target: ``(R,)`` int64, the rows of the buffer that they go to.
+        source: ``(R,)`` int64, indices of tokens in the forward.
+        target: ``(R,)`` int64, the rows of the buffer that they are copied to.
     """
 
     source: torch.Tensor
@@ -53,15 +53,15 @@ class RowMap:
 
 
 class TapReader:
-    """Copies activations at taps into buffers.
+    """Copies activations at taps into buffers while a decoder runs.
 
     Args:
-        decoder: what is read.
+        decoder: the model.
         taps: every tap that will be read.
 
     Raises:
-        ModelRefused: a block does not hand its output to the next as it is, no attention and MLP outputs add up to what it adds, or
-            what leaves the model is of another width than its blocks.
+        ModelRefused: a block does not pass its output unchanged to the next block, no outputs of attention and MLP add up to what a block
+            adds, or the final norm's output is not as wide as the blocks'.
     """
 
     def __init__(self, decoder: Decoder, taps: Sequence[Tap]) -> None:
@@ -78,11 +78,11 @@ class TapReader:
 
     @contextmanager
     def reading(self, into: Mapping[Tap, torch.Tensor], rows: RowMap | None = None) -> Iterator[None]:
-        """While this is open, a forward of one sequence writes its activations to the buffers, as float32.
+        """Copies activations at taps to buffers, as float32, in each forward of one sequence while its context is open.
 
         Args:
-            into: by tap ``(T, hidden_size)``, or with ``rows`` any number of rows.
-            rows: what goes where; ``None`` = all of it, in order.
+            into: by tap, a buffer ``(T, hidden_size)``; with ``rows`` it may have any number of rows.
+            rows: which tokens go to which rows; ``None`` = all tokens, in order.
         """
         with ExitStack() as hooks:
             for tap, buffer in into.items():
@@ -91,13 +91,13 @@ class TapReader:
             yield
 
     def read_final_norm(self, output: BaseModelOutput, into: Mapping[Tap, torch.Tensor], rows: RowMap | None = None) -> None:
-        """Copies what a forward returned into the buffer of ``final_norm``, if it is wanted."""
+        """Copies the final norm's output, which a forward returned, into the buffer for the tap ``final_norm``, if there is one."""
         buffer = into.get(Tap(Hook.FINAL_NORM))
         if buffer is not None and output.last_hidden_state is not None:
             _store(output.last_hidden_state, buffer, rows)
 
     def _hook(self, tap: Tap, layer: int, buffer: torch.Tensor, rows: RowMap | None) -> torch.utils.hooks.RemovableHandle:
-        # Copied at once, not kept: some architectures go on to change the same tensor in place.
+        # The activation is copied at once: some architectures later change the same tensor in place.
         match tap.hook:
             case Hook.RESID_PRE if layer == 0:
                 return self._decoder.blocks[0].register_forward_pre_hook(
@@ -123,7 +123,7 @@ def _store(activation: torch.Tensor, buffer: torch.Tensor, rows: RowMap | None, 
 
 
 def _first(output: _ModuleOutput) -> torch.Tensor:
-    """What a module returns, or the first of several things."""
+    """Returns a module's output, or the first element if the output is a tuple."""
     return output if isinstance(output, torch.Tensor) else output[0]
 
 
@@ -139,17 +139,20 @@ def _random_ids(decoder: Decoder) -> torch.Tensor:
 def _run(decoder: Decoder, ids: torch.Tensor) -> BaseModelOutput:
     try:
         output: BaseModelOutput = decoder.model(input_ids=ids, use_cache=False)
-    except Exception as error:  # whatever a model raises that cannot be run by its ids alone
+    except Exception as error:  # a model that cannot be run with ids alone may raise anything
         raise ModelRefused(f"a {decoder.config.model_type} model cannot be run: {type(error).__name__}: {error}") from error
     return output
 
 
 @torch.inference_mode()
 def _check_residual_stream(decoder: Decoder, ids: torch.Tensor) -> torch.Tensor | None:
-    """Blocks must be called in order, each with the output of the one before it: else ``resid_post`` is not a residual stream.
+    """Checks that the blocks are called in order, each with the output of the one before it, and returns the final norm's output or
+    ``None``.
 
-    Returns:
-        What leaves the model.
+    Otherwise ``resid_post`` would not be a residual stream.
+
+    Raises:
+        ModelRefused: a block is not run, or is given something else than the output of the block before it.
     """
     entered: dict[int, torch.Tensor] = {}
     left: dict[int, torch.Tensor] = {}
@@ -190,10 +193,16 @@ def _check_final_norm(decoder: Decoder, final_norm: torch.Tensor | None) -> None
 
 @torch.inference_mode()
 def _find_added_terms(decoder: Decoder, layer: int, ids: torch.Tensor) -> tuple[nn.Module, nn.Module, float]:
-    """The modules of a block whose outputs are what attention and MLP add to the residual stream.
+    """Finds the two modules of a block whose outputs are what attention and MLP add to the residual stream.
 
-    Which they are depends on where an architecture puts its norms (Gemma 2 has one after each) and its additions (BLOOM adds inside the
-    modules), so the sum decides, among modules of fitting names.
+    Which modules these are depends on where an architecture puts its norms (Gemma 2 has one after each) and its additions (BLOOM adds
+    inside the modules). So of all pairs of modules with fitting names, the pair is chosen whose outputs add up to what the block adds.
+
+    Returns:
+        The module of attention, the module of the MLP, and the factor by which their outputs are multiplied before they are added.
+
+    Raises:
+        ModelRefused: no pair of outputs adds up to what the block adds.
     """
     block = decoder.blocks[layer]
     outputs: dict[str, torch.Tensor] = {}
@@ -205,7 +214,7 @@ def _find_added_terms(decoder: Decoder, layer: int, ids: torch.Tensor) -> tuple[
 
             def record(_module: nn.Module, _args: object, output: _ModuleOutput, name: str = name) -> None:
                 first = _first(output) if isinstance(output, (torch.Tensor, tuple)) else None
-                # some experts give (tokens, hidden_size), without the batch's axis
+                # some experts return (tokens, hidden_size), without the batch's axis
                 if isinstance(first, torch.Tensor) and first.numel() == entered[0].numel():
                     outputs[name] = first.reshape(entered[0].shape).clone()
 
@@ -230,7 +239,7 @@ def _find_added_terms(decoder: Decoder, layer: int, ids: torch.Tensor) -> tuple[
 
 
 def _not_added(decoder: Decoder, layer: int, outputs: Mapping[str, torch.Tensor], pairs: int, error: float) -> str:
-    """Why a block has no attention and MLP that can be read apart."""
+    """Returns the reason why attention's and the MLP's outputs in a block cannot be read separately."""
     kind = decoder.config.model_type
     if pairs == 0:
         parts = ", ".join(name for name, _ in decoder.blocks[layer].named_children())
@@ -243,11 +252,12 @@ def _not_added(decoder: Decoder, layer: int, outputs: Mapping[str, torch.Tensor]
 
 
 def _sum_error(entered: torch.Tensor, attention: torch.Tensor, mlp: torch.Tensor, left: torch.Tensor) -> float:
-    """How far ``entered + attention + mlp`` is from ``left``, relative to what the block adds; the median over tokens.
+    """Returns how far ``entered + attention + mlp`` is from ``left``, relative to what the block adds; the median over tokens.
 
-    Added in the model's own dtype, in the two orders in use, so that the right pair is exact and rounding does not hide a wrong one.
+    The sum is computed in the model's own dtype, in both orders that models use, so that the right pair is exact and rounding does not hide
+    a wrong one.
     """
-    entered = entered.to(left.device)  # where a model changes devices, the block before left it on another
+    entered = entered.to(left.device)  # in a model on several devices, the block before this one may be on another device
     added = (left.float() - entered.float()).norm(dim=-1)
     errors = [
         ((total.float() - left.float()).norm(dim=-1) / added).median() for total in (entered + attention + mlp, attention + mlp + entered)

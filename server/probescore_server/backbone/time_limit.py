@@ -1,4 +1,4 @@
-"""Ends Python code that takes too long: a chat template is a program of the model's author, run on a client's messages."""
+"""Ends Python code that takes too long. A chat template is a program by the model's author that runs on a client's messages."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ from contextlib import contextmanager
 
 
 class TimeLimitExceeded(BaseException):
-    """Raised inside the block that a ``time_limit`` bounds, wherever it is. No handler of ordinary errors there keeps it."""
+    """Raised inside a block that ``time_limit`` bounds, wherever it is when the time is over. Handlers of ordinary errors there do not
+    catch it.
+    """
 
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Ends a block of pure Python by raising ``TimeLimitExceeded`` in it.
+    """Ends a block of pure Python code by raising ``TimeLimitExceeded`` in it once ``seconds`` have passed.
 
-    Only this thread is interrupted, between two instructions of Python: a single long call of a C function is not.
+    Only the calling thread is interrupted, between two instructions of Python: a single long call of a C function is not interrupted.
     """
-    over = threading.Lock()  # held once the block has ended: then it is too late to raise
+    over = threading.Lock()  # taken once the block has ended: then it is too late to raise
     raised = threading.Event()
     thread = ctypes.c_ulong(threading.get_ident())
 
@@ -47,10 +49,11 @@ def _raise_in(thread: ctypes.c_ulong) -> None:
 
 
 def _await_interruption(thread: ctypes.c_ulong, raised: threading.Event) -> None:
-    """Takes an interruption that the block kept, or that has not arrived yet: it must not arrive later, in what is none of its business.
+    """Waits for the exception with which ``time_limit`` interrupts a block, if the block caught it or it has not arrived yet.
 
-    It cannot be withdrawn: Python 3.11 would go on looking for it, for ever in the next function where a debugger or a coverage tool traces
-    the thread. So it is raised again, in the place of one that has not arrived, and is waited for.
+    Otherwise it could arrive later, in unrelated code. It cannot be withdrawn: Python 3.11 would go on looking for it, for ever in the next
+    function where a debugger or a coverage tool traces the thread. So it is raised again, which replaces one that has not arrived, and is
+    waited for.
     """
     try:
         raised.wait()

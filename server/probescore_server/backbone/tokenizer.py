@@ -1,4 +1,4 @@
-"""Text to ids and ids to text. A prompt and its completion are tokenised apart, and no BOS is ever added unasked."""
+"""Converts text to token ids and back. A prompt and its completion are tokenised separately, and BOS is never added unasked."""
 
 from __future__ import annotations
 
@@ -15,29 +15,31 @@ from probescore_server.backbone.time_limit import TimeLimitExceeded, time_limit
 from probescore_server.errors import InvalidRequest
 from probescore_server.validation.texts import ChatLimits, check_text_bytes, utf8_bytes
 
-_INCOMPLETE = "\ufffd"  # what a decoder writes for bytes that are not yet a character
+_INCOMPLETE = "\ufffd"  # a decoder writes this for bytes that are not yet a character
 
 
 _MAX_TOKENS_PER_CHARACTER = 8
-"""A character of four bytes has four tokens at most, and some decoders put a space before it. What is longer is no character."""
+"""Limits the tokens of one character. A character of four bytes has at most four tokens, and some decoders put a space before it; a longer
+run of incomplete tokens is not a character.
+"""
 
 
 class TextEncoder:
-    """A tokenizer, or the lack of one. It may be called from several threads.
+    """Wraps a model's tokenizer, or its absence. It may be called from several threads.
 
     Args:
-        tokenizer: ``None`` if the model came without.
+        tokenizer: the tokenizer; ``None`` if the model has none.
 
     Attributes:
-        bos_token_id: ``None`` if there is none.
-        special_ids: of BOS, EOS and UNK, those that there are: the special tokens that a tokenizer's fingerprint tells of.
-        further_special_ids: of all its other special tokens.
+        bos_token_id: id of the token that begins a sequence; ``None`` if there is none.
+        special_ids: ids of BOS, EOS and UNK, as far as they exist: the special tokens that the tokenizer's fingerprint covers.
+        further_special_ids: ids of all other special tokens.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
         self._tokenizer = tokenizer
         self.bos_token_id: int | None = None if tokenizer is None else tokenizer.bos_token_id
-        # one that is written in Python may keep what it does in itself; those written in Rust do not, once they were called
+        # A tokenizer written in Python may keep state of a call in itself; those written in Rust do not, once they were called.
         self._turn: AbstractContextManager[object] = nullcontext() if getattr(tokenizer, "is_fast", True) else threading.Lock()
         if tokenizer is not None:
             tokenizer("", add_special_tokens=False, verbose=False)
@@ -47,16 +49,16 @@ class TextEncoder:
         self.further_special_ids: frozenset[int] = frozenset(every) - {*self.special_ids.tolist()}
 
     def encode_prompt(self, prompt: Text | Chat | str, field: str, limits: ChatLimits | None = None) -> NDArray[np.int32]:
-        """Ids ``(P,)`` of a prompt.
+        """Returns the token ids ``(P,)`` int32 of a prompt.
 
         Args:
-            prompt: text, or a chat.
-            field: its path, for errors.
-            limits: of rendering a chat; ``None`` = none.
+            prompt: a text, or a chat, which the model's chat template renders.
+            field: path of the prompt in the request, for error messages.
+            limits: limits on the rendering of a chat; ``None`` = no limits.
 
         Raises:
-            InvalidRequest: naming ``field``: there is no tokenizer or no chat template, the template refuses the messages or takes too long
-                for them, its text is too long, BOS comes twice.
+            InvalidRequest: there is no tokenizer or no chat template, the template refuses the messages or takes too long for them, the
+                rendered text is too long, or the ids begin with BOS twice; the error names ``field``.
         """
         match prompt:
             case Chat():
@@ -70,17 +72,21 @@ class TextEncoder:
         return ids
 
     def encode_completion(self, text: str, field: str) -> NDArray[np.int32]:
-        """Ids ``(T,)`` of a completion, without special tokens and never through a template.
+        """Returns the token ids ``(T,)`` int32 of a completion's text, without special tokens and without a chat template.
+
+        Args:
+            text: the text.
+            field: path of the completion in the request, for error messages.
 
         Raises:
-            InvalidRequest: naming ``field``: there is no tokenizer.
+            InvalidRequest: there is no tokenizer, or the text is not valid Unicode; the error names ``field``.
         """
         return self._tokenise(text, field, add_special_tokens=False)
 
     def decode_tokens(self, ids: Sequence[int] | NDArray[np.int32]) -> list[str]:
-        """The text of each token, for people; together they are the text of all.
+        """Returns the text of each token, for people; joined, the texts are the text of the whole sequence.
 
-        A character that is spread over several tokens stands with the last of them. Without a tokenizer: the ids.
+        A character that consists of several tokens is in the text of the last of them. Without a tokenizer the texts show the ids.
         """
         tokens = [int(token) for token in ids]
         if self._tokenizer is None:
@@ -127,7 +133,7 @@ class TextEncoder:
             most = 0 if limits is None else limits.max_seconds
             problem = f"the model's chat template takes longer than max_chat_seconds ({most:g}) for these messages: send token ids or text"
             raise InvalidRequest(field, problem, "LIMIT_EXCEEDED") from None
-        except Exception as error:  # a template is a program of the model's author: it raises what it likes
+        except Exception as error:  # a template is a program of the model's author and may raise anything
             raise InvalidRequest(field, f"the model's chat template refuses the messages: {error}") from None
         if limits is not None:
             check_text_bytes(utf8_bytes(rendered), field, limits.max_bytes)

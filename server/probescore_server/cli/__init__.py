@@ -1,4 +1,4 @@
-"""The command line, ``probescore``."""
+"""Implements the command line ``probescore``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from probescore_server.cli.common.streams import prepare_streams
 
 
 def main() -> None:
-    """Runs the command line; says what to install where that is missing."""
+    """Runs the command line, or says what to install if a package that the command line needs is missing."""
     prepare_streams()
     if sys.argv[1:2] == ["healthcheck"]:
         _healthcheck()
@@ -22,9 +22,9 @@ def main() -> None:
 
 
 def _healthcheck() -> None:
-    # alone, since all commands together take most of a second to import
+    # imported alone, since all commands together take most of a second to import
     try:
         from probescore_server.cli.healthcheck import app
     except ModuleNotFoundError:
-        return  # the whole command line says what is missing
+        return  # main then loads the whole command line, which says what is missing
     app()

@@ -1,4 +1,4 @@
-"""The commands of ``probescore``, gathered."""
+"""Collects the commands of ``probescore`` in one application."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ activations.register(app)
 sleep.register(app)
 bench.register(app)
 
-# The command line alone is small; a server brings torch.
+# These commands need packages that the command line alone does not: a server brings torch.
 for command, extra, summary in (
     ("serve", "server", "Serve a frozen model and its probes over gRPC."),
     ("healthcheck", "server", "Exit with 0 if a server is SERVING by grpc.health.v1."),
-    ("gateway", "http", "Answer HTTP with probe scores, for OpenRLHF, slime and everybody else."),
+    ("gateway", "http", "Answer HTTP requests with probe scores, for OpenRLHF, slime and others."),
 ):
     try:
         importlib.import_module(f"probescore_server.cli.{command}").register(app)

@@ -1,4 +1,4 @@
-"""``probescore bench``: what a running server does with a load of random token ids."""
+"""Implements ``probescore bench``, which measures a running server with a load of random token ids."""
 
 from __future__ import annotations
 
@@ -21,24 +21,27 @@ from probescore_server.cli.common.failures import one_line_failures
 from probescore_server.cli.tables import facts_table, safe
 
 CALL_SECONDS = 3600.0
-"""A deadline that only a server which hangs can miss."""
+"""Gives the deadline of a call in seconds; it is so long that only a server that hangs misses it."""
 
 
 def register(app: typer.Typer) -> None:
-    """Adds the command ``bench``."""
+    """Adds the command ``bench`` to the command line."""
     app.command("bench")(_bench)
 
 
 @dataclass(frozen=True)
 class BenchLoad:
-    """What is sent.
+    """Describes the load that ``probescore bench`` sends to a server.
 
     Attributes:
-        calls: in all, after one call that is not counted.
-        concurrency: calls that are under way at a time, each over a connection of its own.
-        groups, completions: groups of a call, completions of a group.
-        prompt_tokens, completion_tokens: on average; lengths are uniform from half of it to one and a half.
-        first_id: every prompt begins with it; ``None`` = with any.
+        calls: number of calls in all, after one call that is not counted.
+        concurrency: number of calls that are under way at a time, each over a connection of its own.
+        groups: number of rollout groups in a call.
+        completions: number of completions in a group.
+        prompt_tokens: average length of a prompt in tokens; lengths are uniform from half of it to one and a half times it.
+        completion_tokens: average length of a completion in tokens, with lengths distributed in the same way.
+        seed: seed of the random ids and lengths.
+        first_id: token id with which every prompt begins; ``None`` = a random one.
     """
 
     calls: int
@@ -51,7 +54,7 @@ class BenchLoad:
     first_id: int | None
 
     def call(self, number: int, vocab_size: int) -> list[RolloutGroup]:
-        """The rollouts of one call, the same for the same seed and number."""
+        """Returns the rollout groups of the call with a given number; they are the same for the same seed and number."""
         random = np.random.default_rng([self.seed, number + 1])
 
         def ids(average: int) -> np.ndarray:
@@ -68,12 +71,12 @@ class BenchLoad:
 
 @dataclass(frozen=True)
 class BenchResult:
-    """What came out.
+    """Holds what ``probescore bench`` has measured.
 
     Attributes:
-        seconds: from the first call's start to the last one's end.
-        latencies: seconds of each call, sorted.
-        usage: of all calls.
+        seconds: seconds from the start of the first call to the end of the last one.
+        latencies: seconds that each call took, sorted.
+        usage: total usage of all calls.
     """
 
     seconds: float
@@ -81,26 +84,28 @@ class BenchResult:
     usage: Usage
 
     def percentile(self, percent: float) -> float:
-        """Of the latencies, in seconds."""
+        """Returns a percentile, given as a number from 0 to 100, of the calls' latencies in seconds."""
         return float(np.percentile(self.latencies, percent))
 
 
 def _bench(
     address: Address = DEFAULT_ADDRESS,
     wait: Wait = 0,
-    calls: Annotated[int, typer.Option(min=1, help="Calls in all.")] = 16,
-    concurrency: Annotated[int, typer.Option(min=1, max=256, help="Calls under way at a time.")] = 4,
-    groups: Annotated[int, typer.Option(min=1, help="Rollout groups of a call.")] = 1,
-    completions: Annotated[int, typer.Option(min=1, help="Completions of a group.")] = 8,
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="On average; from half of it to one and a half.")] = 400,
-    completion_tokens: Annotated[int, typer.Option(min=1, help="On average; from half of it to one and a half.")] = 400,
-    probe: Annotated[list[str] | None, typer.Option(help="Repeat for several; all by default.")] = None,
-    token_scores: Annotated[bool, typer.Option("--token-scores", help="Ask for the scores of every token, too.")] = False,
+    calls: Annotated[int, typer.Option(min=1, help="Number of calls to make.")] = 16,
+    concurrency: Annotated[int, typer.Option(min=1, max=256, help="Number of calls that are under way at a time.")] = 4,
+    groups: Annotated[int, typer.Option(min=1, help="Number of rollout groups in a call.")] = 1,
+    completions: Annotated[int, typer.Option(min=1, help="Number of completions in a group.")] = 8,
+    prompt_tokens: Annotated[
+        int, typer.Option(min=1, help="Average tokens of a prompt; lengths are from half of it to 1.5 times it.")
+    ] = 400,
+    completion_tokens: Annotated[int, typer.Option(min=1, help="Average tokens of a completion; lengths vary likewise.")] = 400,
+    probe: Annotated[list[str] | None, typer.Option(help="A probe to score with; repeat for several. The default is all.")] = None,
+    token_scores: Annotated[bool, typer.Option("--token-scores", help="Also ask for the scores of every token.")] = False,
     first_id: Annotated[int | None, typer.Option(min=0, help="Begin every prompt with this id, where a probe expects BOS.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the ids and lengths.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the random ids and lengths.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
 ) -> None:
-    """Send random rollouts to a server and show what they take."""
+    """Send random rollouts to a server, and show the time and the tokens that they take."""
     load = BenchLoad(calls, concurrency, groups, completions, prompt_tokens, completion_tokens, seed, first_id)
     with one_line_failures(), ExitStack() as stack:
         clients = [stack.enter_context(connected(address, wait)) for _ in range(concurrency)]
@@ -114,7 +119,7 @@ def _bench(
 
 
 def run(load: BenchLoad, clients: Sequence[ProbeClient], info: ServerInfo, probes: Sequence[str], *, token_scores: bool) -> BenchResult:
-    """Sends a load; client *i* makes every call whose number leaves *i*, one after the other.
+    """Sends a load to a server; client *i* makes, one after the other, the calls whose number modulo the number of clients is *i*.
 
     Raises:
         ProbescoreError: a call failed.

@@ -1,4 +1,4 @@
-"""``probescore gateway``: HTTP for trainers that post their rollouts, and for everybody else."""
+"""Implements ``probescore gateway``, which answers scoring requests over HTTP, from trainers that post their rollouts and from others."""
 
 from __future__ import annotations
 
@@ -23,21 +23,23 @@ from probescore_server.cli.common.failures import one_line_failures
 from probescore_server.cli.common.visible import one_line, spelt_out
 
 DEFAULT_TIMEOUT = "100"
-"""Seconds: less than slime (120) and OpenRLHF (180) wait before they ask again."""
+"""Gives the seconds that a request to the gateway may take by default: less than slime (120) and OpenRLHF (180) wait before
+they ask again.
+"""
 HEAD_SECONDS = 20.0
-"""For the head of a request, from the connection or the answer before."""
+"""Limits the seconds in which a request's head must arrive after the connection is opened or the last response is sent."""
 CHECK_SECONDS = 5.0
 DRAIN_SECONDS = 30
 
 logger = logging.getLogger(__name__)
 
 HELP = f"""
-Answer OpenRLHF's and slime's remote-reward requests, and JSON, with probe scores.
+Answer remote-reward requests of OpenRLHF and slime, and JSON requests, with probe scores.
 
-OpenRLHF: --reward.remote_url http://HOST:PORT/openrlhf. slime: --rm-type remote_rm --rm-url http://HOST:PORT/slime. Everybody else: POST
-/v1/score; /docs describes it. Also GET /healthz, and /metrics for Prometheus.
+OpenRLHF: --reward.remote_url http://HOST:PORT/openrlhf. slime: --rm-type remote_rm --rm-url http://HOST:PORT/slime. All others: POST
+/v1/score, which /docs describes. Also GET /healthz, and /metrics for Prometheus.
 
-Signals are rewards, penalties and monitors. Options can also be environment variables, which their help names.
+A signal makes a probe's score a reward or a penalty, or monitors it. An environment variable, named below, can replace each option.
 
 [bold]Examples[/bold]
 
@@ -45,7 +47,7 @@ Signals are rewards, penalties and monitors. Options can also be environment var
 
   {SIGNALS}=signals.json probescore gateway --host 0.0.0.0 --port 8080
 
-[bold]Exit codes[/bold]: 0 after SIGTERM or Ctrl-C, 1 if the server refuses it, 2 for a wrong setting, 3 if it cannot listen.
+[bold]Exit codes[/bold]: 0 after SIGTERM or Ctrl-C, 1 if the server refuses the signals, 2 for a wrong setting, 3 if it cannot listen.
 """
 
 
@@ -58,32 +60,44 @@ Word = str | None
 
 
 def register(app: typer.Typer) -> None:
-    """Adds the command ``gateway``."""
+    """Adds the command ``gateway`` to the command line."""
     app.command("gateway", help=HELP)(_gateway)
 
 
 def _gateway(
     address: Annotated[Word, _option("--address -a", ADDRESS, ADDRESS_HELP, "ADDRESS")] = None,
-    signals: Annotated[Word, _option("--signals", SIGNALS, "JSON list of signals, or the path of a file with one.", "JSON|FILE")] = None,
+    signals: Annotated[Word, _option("--signals", SIGNALS, "A JSON list of signals, or the path of a file with one.", "JSON|FILE")] = None,
     on_failure: Annotated[
-        Word, _option("--on-failure", POLICY_ENV["on_failure"], "Without scores: raise (503), wait, or the number to answer.", "POLICY")
+        Word,
+        _option(
+            "--on-failure", POLICY_ENV["on_failure"], "What to answer when there are no scores: raise (503), wait, or a number.", "POLICY"
+        ),
     ] = None,
     on_unscorable: Annotated[
         Word,
-        _option("--on-unscorable", POLICY_ENV["on_unscorable"], "A rollout nobody can score: worst, raise (422), a number.", "POLICY"),
+        _option(
+            "--on-unscorable",
+            POLICY_ENV["on_unscorable"],
+            "What a rollout that cannot be scored gets: worst, raise (422) or a number.",
+            "POLICY",
+        ),
     ] = None,
     timeout: Annotated[
-        Word, _option("--timeout", POLICY_ENV["timeout"], f"Seconds for a request; {DEFAULT_TIMEOUT} unless given.", "SECONDS")
+        Word, _option("--timeout", POLICY_ENV["timeout"], f"Seconds that a request may take; {DEFAULT_TIMEOUT} by default.", "SECONDS")
     ] = None,
     wait_seconds: Annotated[
-        Word, _option("--wait-seconds", POLICY_ENV["wait_seconds"], "How long --on-failure wait waits.", "SECONDS")
+        Word, _option("--wait-seconds", POLICY_ENV["wait_seconds"], "Seconds that --on-failure wait waits.", "SECONDS")
     ] = None,
-    rails: Annotated[Word, _option("--rails", RAILS, "JSON object with guard rails.", "JSON|FILE")] = None,
-    run_id: Annotated[Word, _option("--run-id", RUN_ID, "Names the run in the server's logs.", "NAME")] = None,
-    host: Annotated[str, typer.Option(help="Address to listen on.", envvar="PROBESCORE_GATEWAY_HOST")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="TCP port; 0 = any free one.", min=0, max=65535, envvar="PROBESCORE_GATEWAY_PORT")] = 8080,
+    rails: Annotated[
+        Word, _option("--rails", RAILS, "A JSON object with guard rails, or the path of a file with one.", "JSON|FILE")
+    ] = None,
+    run_id: Annotated[Word, _option("--run-id", RUN_ID, "The name of the run in the server's logs.", "NAME")] = None,
+    host: Annotated[str, typer.Option(help="The address to listen on.", envvar="PROBESCORE_GATEWAY_HOST")] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(help="The TCP port to listen on; 0 = any free one.", min=0, max=65535, envvar="PROBESCORE_GATEWAY_PORT")
+    ] = 8080,
     max_body_bytes: Annotated[
-        int, typer.Option(help="Bytes of a request's body.", min=1, envvar="PROBESCORE_GATEWAY_MAX_BODY_BYTES")
+        int, typer.Option(help="The most bytes of a request's body.", min=1, envvar="PROBESCORE_GATEWAY_MAX_BODY_BYTES")
     ] = MAX_BODY_BYTES,
 ) -> None:
     given = {
@@ -104,10 +118,10 @@ def _gateway(
         settings = {POLICY_ENV["timeout"]: DEFAULT_TIMEOUT, **os.environ, **flags}
         app = create_app(scorer_from_environment(settings), max_body_bytes=max_body_bytes)
         asyncio.run(_check(scorer_from_environment(settings)))
-    # uvicorn drains on a signal, and then raises it again for whoever was there before
+    # on a signal uvicorn finishes its requests, and then raises the signal again for the handler that was there before
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, lambda *_: sys.exit(0))
-    # one loop everywhere, whatever else is installed
+    # the same event loop everywhere, whatever else is installed
     config = uvicorn.Config(
         app, host=host, port=port, loop="asyncio", http=HeadTimeoutProtocol, access_log=False, timeout_graceful_shutdown=DRAIN_SECONDS
     )
@@ -115,29 +129,34 @@ def _gateway(
 
 
 class HeadTimeoutProtocol(H11Protocol):
-    """Ends connections whose next request does not begin: uvicorn itself waits for the rest of a head for ever."""
+    """Closes HTTP connections whose next request does not begin in time: uvicorn itself would wait for the rest of a request's head for
+    ever.
+    """
 
     _late: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """A connection is there; its request should be, soon."""
+        """Starts the time limit for the head of the first HTTP request on a new connection."""
         super().connection_made(transport)
         self._wait_for_head()
 
     def handle_events(self) -> None:
-        """Something came; if a request began with it, its body is for the application to wait for."""
+        """Handles data that has arrived, and ends the time limit for a request's head if a request begins with the data.
+
+        The application itself waits for the request's body.
+        """
         before = self.cycle
         super().handle_events()
         if self.cycle is not before and self._late is not None:
             self._late.cancel()
 
     def on_response_complete(self) -> None:
-        """An answer is out; another request may follow."""
+        """Starts the time limit for the head of the next HTTP request after a response has been sent."""
         self._wait_for_head()
         super().on_response_complete()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Nothing more will come."""
+        """Ends the time limit for the head of the next HTTP request when the connection is closed."""
         if self._late is not None:
             self._late.cancel()
         super().connection_lost(exc)
@@ -149,18 +168,19 @@ class HeadTimeoutProtocol(H11Protocol):
 
 
 class _OneLineFormatter(logging.Formatter):
-    """Messages in which nothing is obeyed by a terminal; tracebacks keep their lines."""
+    """Formats log records so that a terminal obeys no control character in them. Records with a traceback keep their lines."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The record as text."""
+        """Returns a log record as text."""
         return spelt_out(super().format(record)) if record.exc_info else one_line(super().format(record))
 
 
 async def _check(scorer: ProbeScorer) -> None:
-    """Whether the signals go with the server, if it is there already.
+    """Checks that the configured signals fit the server, if a server answers already.
 
     Raises:
-        SignalError, ProbescoreError: they do not.
+        SignalError: a signal does not fit the probes of the server.
+        ProbescoreError: the server refuses the request.
     """
     try:
         await asyncio.wait_for(scorer.score_async([]), CHECK_SECONDS)

@@ -1,6 +1,6 @@
-"""``probescore healthcheck``: whether a server serves, as an exit code, for containers without curl and without grpcurl.
+"""Implements ``probescore healthcheck``, which tells by its exit code whether a server serves, for containers without curl and grpcurl.
 
-It is asked every few seconds for as long as a container lives, so that this module imports as little as it can, and can run alone.
+The command runs every few seconds while a container runs, so this module imports as little as possible and can run alone.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from probescore_server.cli.common.visible import one_line
 
 UNHEALTHY = 1
 
-# Where a server listens that listens everywhere.
+# Local addresses of a server that listens on all interfaces.
 _LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "localhost", "[::]": "localhost"}  # noqa: S104
 
 Address = Annotated[
@@ -26,26 +26,26 @@ Address = Annotated[
     typer.Option(
         "--address",
         "-a",
-        help="The server: host:port, dns:///host:port or unix:/path; several host:port with commas, which must all serve. Default: where "
-        "PROBESCORE_UNIX_SOCKET, PROBESCORE_HOST and PROBESCORE_PORT say that it listens, else 127.0.0.1:50051.",
+        help="The server: host:port, dns:///host:port or unix:/path; several host:port with commas, which must all serve. The default "
+        "is where PROBESCORE_UNIX_SOCKET, PROBESCORE_HOST and PROBESCORE_PORT make a server listen, else 127.0.0.1:50051.",
         envvar="PROBESCORE_ADDRESS",
         metavar="ADDRESS",
         show_default=False,
     ),
 ]
-# as it was given before there was one way in all commands; container files have it
+# the address as an argument is an earlier form of --address, which container files may contain
 Written = Annotated[str, typer.Argument(hidden=True)]
-Service = Annotated[str, typer.Option("--service", help="A service of the server; empty = the server as a whole.", metavar="NAME")]
-Timeout = Annotated[float, typer.Option("--timeout", help="Seconds until it must have answered.", min=0.001, metavar="SECONDS")]
+Service = Annotated[str, typer.Option("--service", help="The gRPC service to check; empty = the server as a whole.", metavar="NAME")]
+Timeout = Annotated[float, typer.Option("--timeout", help="Seconds in which the server must answer.", min=0.001, metavar="SECONDS")]
 
 
 def register(app: typer.Typer) -> None:
-    """Adds the command ``healthcheck``."""
+    """Adds the command ``healthcheck`` to the command line."""
     app.command("healthcheck")(_healthcheck)
 
 
 def _healthcheck(written: Written = "", address: Address = "", service: Service = "", timeout: Timeout = 3) -> None:
-    """Exit with 0 if a server is SERVING by grpc.health.v1, else with 1 and a line that says what it is."""
+    """Exit with 0 if a server is SERVING by grpc.health.v1, else with 1 and a line that states its status."""
     asked = [one for one in (written or address or own_address(os.environ)).split(",") if one.strip()]
     problem = next(filter(None, (find_problem(one.strip(), service, timeout) for one in asked)), "")
     if problem:
@@ -54,7 +54,7 @@ def _healthcheck(written: Written = "", address: Address = "", service: Service 
 
 
 def own_address(environment: Mapping[str, str]) -> str:
-    """What a client connects to that shares the environment of a server; the defaults are those of `ServerSettings`."""
+    """Returns the address at which a client reaches a server with the same environment; the defaults are those of ``ServerSettings``."""
     if path := environment.get("PROBESCORE_UNIX_SOCKET"):
         return f"unix:{path}"
     host = environment.get("PROBESCORE_HOST") or "127.0.0.1"
@@ -64,17 +64,17 @@ def own_address(environment: Mapping[str, str]) -> str:
 
 
 def find_problem(address: str, service: str, timeout: float) -> str:
-    """Why the server at an address is not healthy, in one line; empty if it is.
+    """Returns in one line why the server at an address is not healthy; empty if it is healthy.
 
     Args:
-        address: as gRPC takes it: ``127.0.0.1:50051``, ``unix:/run/probescore.sock``.
-        service: full name; empty = the server as a whole.
-        timeout: seconds.
+        address: address in gRPC's form, such as ``127.0.0.1:50051`` or ``unix:/run/probescore.sock``.
+        service: full name of a gRPC service; empty = the server as a whole.
+        timeout: seconds in which the server must answer.
     """
-    # a proxy that the environment names is for what is far away
+    # a proxy that the environment names is for remote addresses
     with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
         try:
-            check = HealthStub(channel).Check  # type: ignore[attr-defined]  # its stubs leave it out
+            check = HealthStub(channel).Check  # type: ignore[attr-defined]  # the stubs of the package leave it out
             answer = check(HealthCheckRequest(service=service), timeout=timeout)
         except grpc.RpcError as error:
             return " ".join(f"{address}: {error.code().name} {error.details() or ''}".split())
@@ -89,4 +89,4 @@ register(app)
 
 @app.callback()
 def _alone() -> None:
-    """Keeps the command's name a part of the command line, as where it is one of many."""
+    """Keeps ``healthcheck`` a part of the command line: typer would drop the name of an application's only command."""

@@ -1,4 +1,4 @@
-"""``probescore info``: what runs at an address."""
+"""Implements ``probescore info``, which shows what runs at an address."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from probescore_server.cli.tables import facts_table, probes_table, safe
 
 
 def register(app: typer.Typer) -> None:
-    """Adds the command ``info``."""
+    """Adds the command ``info`` to the command line."""
     app.command("info")(_info)
 
 
 def _info(address: Address = DEFAULT_ADDRESS, wait: Wait = 0) -> None:
-    """Show what runs at an address: model, workers, limits, probes."""
+    """Show the model, workers, limits and probes of the server at an address."""
     with one_line_failures():
         with connected(address, wait) as client:
             info, probes = client.get_server_info(), client.list_probes()
@@ -41,7 +41,7 @@ def _model_table(model: ModelInfo, tokenizer_fingerprint: str) -> Table:
 
 
 def workers_table(workers: tuple[WorkerInfo, ...]) -> Table:
-    """One row a worker: whether it is up, and how it runs the model."""
+    """Returns a table with one row for each worker: whether the worker is ready, and how it runs the model."""
     table = facts_table("Workers")
     for worker in workers:
         state = "[yellow]asleep[/yellow]" if worker.asleep else "[green]ready[/green]" if worker.ready else "[red]not ready[/red]"
@@ -52,7 +52,7 @@ def workers_table(workers: tuple[WorkerInfo, ...]) -> Table:
 
 def _limits_table(limits: Limits) -> Table:
     table = facts_table("Limits")
-    told = limits.max_request_rollouts > 0  # a server of an earlier version does not say all
+    told = limits.max_request_rollouts > 0  # a server of an earlier version does not report all limits
     table.add_row("one rollout", f"{limits.max_rollout_tokens:,} tokens")
     if told:
         table.add_row(

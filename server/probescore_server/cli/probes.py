@@ -1,4 +1,4 @@
-"""``probescore probes``: fit, judge, calibrate, compare, list, inspect and verify probes."""
+"""Implements ``probescore probes``: fits, judges and imports probes, lists those of a server or folder, inspects and verifies files."""
 
 from __future__ import annotations
 
@@ -7,26 +7,27 @@ from typing import Annotated
 
 import typer
 
-from probescore_server.cli import calibrating, comparing, differences, evaluating, fitting
+from probescore_server.cli import calibrating, comparing, differences, evaluating, fitting, importing
 from probescore_server.cli.common.connection import DEFAULT_ADDRESS, Address, Wait, connected
 from probescore_server.cli.common.console import new_console
 from probescore_server.cli.common.failures import FAILED, one_line_failures, say
 from probescore_server.cli.steps import CheckSteps
 from probescore_server.cli.tables import facts_table, manifest_tables, probes_table, safe
 
-ProbeFileArgument = Annotated[Path, typer.Argument(help="A probe file.", show_default=False, metavar="FILE")]
+ProbeFileArgument = Annotated[Path, typer.Argument(help="The path of a probe file.", show_default=False, metavar="FILE")]
 
 
 def register(app: typer.Typer) -> None:
-    """Adds the commands under ``probes``."""
+    """Adds the commands under ``probes`` to the command line."""
     probes = typer.Typer(
-        help="Fit, judge, calibrate, compare, list, inspect and verify probes.", no_args_is_help=True, rich_markup_mode="rich"
+        help="Fit, judge, calibrate, compare, list, inspect, verify and import probes.", no_args_is_help=True, rich_markup_mode="rich"
     )
     for command in (fitting, evaluating, calibrating, comparing, differences):
         command.register(probes)
     probes.command("list")(_list)
     probes.command("inspect")(_inspect)
     probes.command("verify")(_verify)
+    importing.register(probes)
     app.add_typer(probes, name="probes")
 
 
@@ -72,7 +73,7 @@ def _list_folder(folder: Path) -> None:
 
 
 def _inspect(file: ProbeFileArgument) -> None:
-    """Show who a probe is, after every check that needs no model."""
+    """Show the manifest of a probe file, after every check that needs no model."""
     with one_line_failures():
         from probescore_server.probes.format.probe_file import read_probe_file
 
@@ -88,14 +89,16 @@ def _inspect(file: ProbeFileArgument) -> None:
 
 def _verify(
     file: ProbeFileArgument,
-    model: Annotated[str, typer.Option("--model", "-m", help="A directory, or an id on the Hugging Face hub.", show_default=False)],
-    revision: Annotated[str, typer.Option("--revision", help="Branch, tag or commit on the hub.", show_default=False)] = "",
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="The model: a directory, or an id on the Hugging Face hub.", show_default=False)
+    ],
+    revision: Annotated[str, typer.Option("--revision", help="The branch, tag or commit of a model on the hub.", show_default=False)] = "",
     dtype: Annotated[
-        str, typer.Option("--dtype", help="float32, bfloat16 or float16: golden scores have a tolerance for each.")
+        str, typer.Option("--dtype", help="The dtype: float32, bfloat16 or float16. Golden scores have a tolerance for each.")
     ] = "float32",
-    device: Annotated[str, typer.Option("--device", help="cpu or cuda:0.")] = "cpu",
+    device: Annotated[str, typer.Option("--device", help="The device, such as cpu or cuda:0.")] = "cpu",
 ) -> None:
-    """Check a probe file against its model, as a server does before it serves it."""
+    """Check a probe file against its model, as a server does before it serves the probe."""
     console = new_console()
     with one_line_failures():
         from probescore_server.engine.engine import Engine

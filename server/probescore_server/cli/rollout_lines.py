@@ -1,6 +1,6 @@
-"""Rollouts as lines of JSON: what ``probescore score FILE`` and ``probescore activations FILE`` read.
+"""Reads rollouts from lines of JSON, the input of ``probescore score FILE`` and ``probescore activations FILE``.
 
-One object a line. ``docs/reference/rollout-lines.md`` describes every field.
+Each line is one JSON object. ``docs/reference/rollout-lines.md`` describes every field.
 
     {"prompt": PROMPT, "completions": [COMPLETION, …], "label": LABEL or [LABEL, …]}    a rollout group
     {"prompt": PROMPT, "completion": COMPLETION, "label": LABEL}                        a group of one
@@ -10,8 +10,8 @@ One object a line. ``docs/reference/rollout-lines.md`` describes every field.
                                   "follow_ups": [COMPLETION, …], "id": "…", "label": LABEL}
     LABEL       text, a number, true, false or null
 
-Keys that are not named here are ignored at the top, where datasets keep columns of their own, and refused inside a completion, where a
-misspelt ``mask`` would change scores. At the top, keys that change scores inside a completion are refused too.
+Unknown keys are ignored at the top, where datasets keep columns of their own, and refused inside a completion, where a misspelt ``mask``
+would change scores. Keys that change scores inside a completion are refused at the top.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ from typing import Any, TypeAlias
 from probescore.types import Chat, Completion, RolloutGroup, Span, Text
 
 UNDECODABLE = "surrogateescape"
-"""How bytes that are no UTF-8 come in a line, so that the line can be named."""
+"""Names the error handler for decoding the lines of a file. It lets bytes that are not UTF-8 pass, so that the error about them can name
+the line.
+"""
 
 Label: TypeAlias = str | int | float | bool | None
 
@@ -37,15 +39,15 @@ _CHANGES_SCORES = ("mask", "spans", "follow_ups")
 
 
 class LineError(ValueError):
-    """A line that is not a rollout; its text names the source, the line, the field and what is wrong."""
+    """Raised for a line that is not a rollout; the message names the source, the line, the field and the fault."""
 
 
 @dataclass(frozen=True, eq=False)
 class LabelledGroup(RolloutGroup):
-    """A rollout group, and what its line says that each completion is.
+    """Holds a rollout group with the labels that its line of input gives to the completions.
 
     Attributes:
-        labels: one for each completion; ``None`` = not labelled. No server sees them.
+        labels: one label for each completion; ``None`` = not labelled. Labels are not sent to a server.
     """
 
     labels: tuple[Label, ...] = ()
@@ -67,10 +69,10 @@ def read_rollout_file(name: str, *, add_special_tokens: bool) -> list[LabelledGr
 
 
 def read_rollout_lines(lines: Iterable[str], source: str, *, add_special_tokens: bool) -> Iterator[LabelledGroup]:
-    """Reads rollout groups from lines of JSON, passing over empty lines.
+    """Reads rollout groups from lines of JSON, and skips empty lines.
 
     Args:
-        lines: as the module describes them, decoded from UTF-8 with ``UNDECODABLE``.
+        lines: lines in the format that this module describes, decoded from UTF-8 with the error handler ``UNDECODABLE``.
         source: name of the file, for messages.
         add_special_tokens: whether prompts given as text get the tokenizer's special tokens (BOS).
 
@@ -126,7 +128,7 @@ def rollout_group(content: object, add_special_tokens: bool) -> LabelledGroup:
 
 
 def _labels(content: dict[str, Any], completions: list[object]) -> Iterator[Label]:
-    """Of each completion: its own, else the line's."""
+    """Yields the label of each completion: its own if it has one, else the line's."""
     whole = content.get("label")
     if isinstance(whole, list) and "completions" in content:
         if len(whole) != len(completions):

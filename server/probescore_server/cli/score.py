@@ -1,4 +1,4 @@
-"""``probescore score``: from a text or a file of rollouts to coloured tokens, a page, or lines of JSON."""
+"""Implements ``probescore score``, which scores a text or a file of rollouts and shows coloured tokens, a page, or lines of JSON."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from probescore_server.cli.rollout_lines import LabelledGroup, read_rollout_file
 HELP = """
 Score a text, or rollouts, and show them coloured by score.
 
-SOURCE is a text (with --prompt before it), the name of a file of rollouts, or - for such lines on standard input. One JSON object a line:
+SOURCE is a text (with --prompt before it), a file of rollouts, or - for rollouts on standard input. Each line is one JSON object:
 
   {"prompt": PROMPT, "completions": \\[COMPLETION, …]}  or  {"prompt": PROMPT, "completion": COMPLETION}
 
@@ -40,7 +40,7 @@ SOURCE is a text (with --prompt before it), the name of a file of rollouts, or -
 
   A "label" beside the prompt, or one in each completion, is carried into --html and --json.
 
-Results are printed in the order of the input as they come; Ctrl-C keeps what has come.
+Results are printed in the order of the input as they arrive; after Ctrl-C, those that have arrived are kept.
 
 Token ids are taken verbatim. Texts are tokenised by the server, which is good enough to look at, not to train on.
 
@@ -57,22 +57,32 @@ Token ids are taken verbatim. Texts are tokenised by the server, which is good e
 
 
 def register(app: typer.Typer) -> None:
-    """Adds the command ``score``."""
+    """Adds the command ``score`` to the command line."""
     app.command("score", help=HELP)(_score)
 
 
 def _score(
-    source: Annotated[str, typer.Argument(help="A text, a file of rollouts, or -.", show_default=False)],
+    source: Annotated[str, typer.Argument(help="A text, the name of a file of rollouts, or - for standard input.", show_default=False)],
     address: Address = DEFAULT_ADDRESS,
-    prompt: Annotated[str, typer.Option("--prompt", help="What stands before the text.", show_default=False)] = "",
-    probe: Annotated[list[str] | None, typer.Option("--probe", "-p", help="Repeat for several; all by default.", metavar="NAME")] = None,
+    prompt: Annotated[str, typer.Option("--prompt", help="The prompt before the text.", show_default=False)] = "",
+    probe: Annotated[
+        list[str] | None,
+        typer.Option("--probe", "-p", help="A probe to score with; repeat for several. The default is all.", metavar="NAME"),
+    ] = None,
     reduction: Annotated[
         list[str] | None,
-        typer.Option("--reduction", "-r", help="mean, max, topk_mean(8)… Repeat for several; each probe's own by default.", metavar="NAME"),
+        typer.Option(
+            "--reduction",
+            "-r",
+            help="A reduction: mean, max, topk_mean(8)… Repeat for several. The default is each probe's own.",
+            metavar="NAME",
+        ),
     ] = None,
-    html: Annotated[Path | None, typer.Option("--html", help="Write a page that needs nothing else.", metavar="FILE")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a completion, with all scores, and nothing else.")] = False,
-    show: Annotated[int, typer.Option("--show", help="How many rollouts to print at most.", min=0, metavar="N")] = 10,
+    html: Annotated[Path | None, typer.Option("--html", help="Write all rollouts to one self-contained HTML page.", metavar="FILE")] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object for each completion, with all scores, and nothing else.")
+    ] = False,
+    show: Annotated[int, typer.Option("--show", help="The most rollouts to print.", min=0, metavar="N")] = 10,
     special_tokens: Annotated[
         bool,
         typer.Option(
@@ -91,7 +101,7 @@ def _score(
         with connected(address, wait) as client, interruptible() as interruption:
             loaded = client.list_probes()
             printed: ResultWriter = JsonLinesWriter() if as_json else TerminalWriter(loaded, show)
-            # the page first: what a reader who leaves does not take is on it
+            # the page comes first: if standard output is closed early, all results are still on the page
             results = InOrderWriter(groups, [printed] if html is None else [PageWriter(html, loaded, total, quiet=as_json), printed])
             stream = client.score_stream(
                 groups,
@@ -109,13 +119,13 @@ def _score(
                             try:
                                 results.add(scored)
                             except BrokenPipeError:
-                                leave_stdout()  # nobody reads any more
+                                leave_stdout()  # the reader of standard output has left
                                 results.outputs.remove(printed)
                                 if html is None:
                                     raise
                         progress.advance()
             finally:
-                # also after Ctrl-C, and where the server went away: what was scored is kept
+                # also after Ctrl-C or if the server went away: what was scored is kept
                 with interruption.held_back():
                     results.close()
                 if 0 < results.received < total and printed in results.outputs:
@@ -132,7 +142,10 @@ def _groups(source: str, prompt: str, special_tokens: bool) -> list[LabelledGrou
 
 
 def _window(limits: Limits, loaded: Sequence[ProbeInfo]) -> StreamWindow:
-    """As many tokens in a call as there may be scores for: each has one for each label, and there are far fewer reduced ones."""
+    """Returns the limits on the tokens in flight, with so few tokens in a call that the answer stays within the server's limit on numbers.
+
+    Each token has one score for each label of each probe, and there are far fewer reduced scores.
+    """
     usual = StreamWindow()
     labels = sum(len(probe.labels) for probe in loaded)
     most = limits.max_request_values // (2 * labels) if limits.max_request_values and labels else usual.tokens_per_call
@@ -140,7 +153,7 @@ def _window(limits: Limits, loaded: Sequence[ProbeInfo]) -> StreamWindow:
 
 
 def _check_can_be_written(path: Path) -> None:
-    """Before anything is scored; raises ``OSError`` if not."""
+    """Checks, before anything is scored, that a file can be written; raises ``OSError`` if it cannot."""
     problem = 0
     if path.is_dir():
         problem = errno.EISDIR

@@ -1,4 +1,4 @@
-"""``probescore serve``: its flags are the fields of `ServerSettings`."""
+"""Implements ``probescore serve``, whose flags are the fields of ``ServerSettings``."""
 
 from __future__ import annotations
 
@@ -66,9 +66,9 @@ HELP = f"""
 Serve a frozen model and its probes over gRPC.
 
 Every setting below can be a flag, an environment variable ({ENVIRONMENT_PREFIX}MAX_BATCH_TOKENS=65536; lists take commas) or a line of the
-YAML file of --config (max_batch_tokens: 65536). The first that is given counts, in this order.
+YAML file of --config (max_batch_tokens: 65536). A flag overrides a variable, and a variable overrides the file.
 
-The server listens at once, and is ready when its health service says SERVING: model loaded, every probe's golden vectors recomputed.
+The server listens at once. Its health service says SERVING once the model is loaded and every probe's golden scores are recomputed.
 
 [bold]Examples[/bold]
 
@@ -83,7 +83,7 @@ The server listens at once, and is ready when its health service says SERVING: m
 
 
 def register(app: typer.Typer) -> None:
-    """Adds the command ``serve``."""
+    """Adds the command ``serve`` to the command line."""
     app.command("serve", help=HELP)(_serve)
 
 
@@ -102,7 +102,7 @@ def _serve(config: Path | None, **flags: Any) -> None:  # noqa: ANN401
 
 
 def _flags() -> list[inspect.Parameter]:
-    config = typer.Option("--config", help="YAML file with settings.", show_default=False)
+    config = typer.Option("--config", help="The path of a YAML file with settings.", show_default=False)
     return [
         inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[Path | None, config]),
         *(_flag(name, ServerSettings.model_fields[name], panel) for panel, names in PANELS.items() for name in names),
@@ -110,7 +110,10 @@ def _flags() -> list[inspect.Parameter]:
 
 
 def _flag(name: str, field: FieldInfo, panel: str) -> inspect.Parameter:
-    """The flag of a field. Values stay words: the settings class checks them, as it does those of the environment and the file."""
+    """Returns the command-line option for a field of the settings.
+
+    Values remain strings: the settings class checks them, as it checks those of the environment and the file.
+    """
     flag = "--" + name.replace("_", "-")
     kind: Any = str
     metavar: str | None = "TEXT"
@@ -133,7 +136,7 @@ def _help(name: str, field: FieldInfo) -> str:
 
 
 def default_of(field: FieldInfo) -> str:
-    """The default of a setting, as people read it."""
+    """Returns the default of a setting as text for people."""
     if field.is_required():
         return "none, required"
     match field.get_default():

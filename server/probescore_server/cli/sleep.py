@@ -1,4 +1,4 @@
-"""``probescore sleep`` and ``probescore wake``: a device that is shared with training, by hand."""
+"""Implements ``probescore sleep`` and ``probescore wake``, for sharing a server's devices with training by hand."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from probescore_server.cli.common.console import new_console
 from probescore_server.cli.common.failures import one_line_failures
 from probescore_server.cli.tables import safe
 
-Timeout = Annotated[float, typer.Option("--timeout", help="Seconds until it must have happened.", min=0.001, metavar="SECONDS")]
+Timeout = Annotated[float, typer.Option("--timeout", help="Seconds in which the server must finish.", min=0.001, metavar="SECONDS")]
 
 
 def register(app: typer.Typer) -> None:
-    """Adds the commands ``sleep`` and ``wake``."""
+    """Adds the commands ``sleep`` and ``wake`` to the command line."""
     app.command("sleep")(_sleep)
     app.command("wake")(_wake)
 
 
 def _sleep(address: Address = DEFAULT_ADDRESS, wait: Wait = 0, timeout: Timeout = 300) -> None:
-    """Make a server give its devices' memory back until it is woken; calls wait meanwhile. It must run with --admin."""
+    """Make a server give back its devices' memory until it is woken. Calls wait meanwhile. The server must run with --admin."""
     with one_line_failures(), connected(address, wait) as client:
         print_transfers(client.sleep(timeout=timeout), "asleep", "of weights to host memory", "given back")
 
 
 def _wake(address: Address = DEFAULT_ADDRESS, wait: Wait = 0, timeout: Timeout = 300) -> None:
-    """Wake a server that sleeps; returns when it can score again. It must run with --admin."""
+    """Wake a server that sleeps, and return when it can score again. The server must run with --admin."""
     with one_line_failures(), connected(address, wait) as client:
         print_transfers(client.wake(timeout=timeout), "awake", "of weights from host memory", "taken")
 
 
 def print_transfers(transfers: Iterable[Transfer], state: str, weights: str, memory: str) -> None:
-    """One line a device: what it is now, how long that took, and what moved."""
+    """Prints one line for each device: its state, the seconds until it was reached, and the memory that moved."""
     console = new_console()
     for transfer in transfers:
         device = f"[bold]{safe(transfer.device)}[/bold]"

@@ -1,4 +1,4 @@
-"""Probes as tables for people: those of a server, and the manifest of one file."""
+"""Lays out probes as tables for people: the probes of a server, and the manifest of one probe file."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 
 def safe(text: str) -> str:
-    """Text that others wrote, ready to stand between rich's markup."""
+    """Returns text from outside, such as a probe's description, with control characters spelt out and rich's markup escaped."""
     return escape(visible(text))
 
 
 def facts_table(title: str) -> Table:
-    """Names and values under a title, without lines."""
+    """Returns an empty table for pairs of a name and a value, with a title and without lines."""
     table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
@@ -29,7 +29,7 @@ def facts_table(title: str) -> Table:
 
 
 def probes_table(probes: Sequence[ProbeInfo]) -> Table:
-    """One row a probe."""
+    """Returns a table with one row for each probe: its name, taps, output, default reduction and thresholds."""
     table = Table(
         title="Probes", title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim"
     )
@@ -61,7 +61,7 @@ def _threshold(calibration: Calibration) -> str:
 
 
 def manifest_tables(manifest: Manifest) -> Iterator[Table]:
-    """Who the probe is, what it computes, and what is known of how well."""
+    """Yields tables of a probe's manifest: identity, computation, and what is known of its quality."""
     yield _filled(
         manifest.key,
         {

@@ -1,1 +1,1 @@
-"""The engine: a frozen model and its probes on one device."""
+"""Loads a frozen language model with its probes on one device, and scores rollouts with them."""

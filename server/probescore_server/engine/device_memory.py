@@ -1,4 +1,7 @@
-"""What an engine holds of its device's memory, given back while it sleeps: between steps a GPU belongs to training."""
+"""Gives back the device memory that an engine (a frozen model with its probes) holds while the engine sleeps, and takes it again.
+
+Between two steps of scoring, a GPU that is shared with training belongs to training.
+"""
 
 from __future__ import annotations
 
@@ -25,19 +28,20 @@ STATM = Path("/proc/self/statm")
 
 
 class DeviceMemory:
-    """The memory of one engine.
+    """Manages the device memory of one engine: weights, key-value cache and onnxruntime sessions.
 
-    On a CUDA device the weights move to pinned host memory and the sessions, which hold memory of onnxruntime's, are made anew on waking.
-    What remains is the CUDA context, of some hundred MiB. On a CPU the weights stay where they are.
+    When the engine goes to sleep on a CUDA device, its weights move to pinned host memory, and the probes' sessions, which hold memory of
+    onnxruntime's, are closed and created anew on waking. Only the CUDA context, of some hundred MiB, stays on the device. On a CPU the
+    weights stay where they are.
 
     Args:
-        device: where the engine runs.
-        weights: gives the tensors that are on the device for as long as the engine is awake.
-        cache: is emptied.
-        sessions: of the probes.
+        device: the device that the engine runs on.
+        weights: function that yields the tensors that are on the device for as long as the engine is awake.
+        cache: the engine's key-value cache, which is emptied when memory is given back.
+        sessions: onnxruntime sessions of the probes that hold device memory.
 
     Attributes:
-        asleep: nothing may compute.
+        asleep: true while the memory is given back; nothing may be computed then.
     """
 
     def __init__(
@@ -56,7 +60,7 @@ class DeviceMemory:
 
     @classmethod
     def of(cls, decoder: Decoder, probes: Iterable[LoadedProbe], cache: KeyValueCache) -> DeviceMemory:
-        """That of a model and its probes."""
+        """Returns the device memory of a model, its probes and its key-value cache."""
         runs = [probe.runs for probe in probes]
         stacks = {run.stack for run in runs if isinstance(run, StackMember)}
         sessions = [run for run in runs if isinstance(run, ProbeSession) and run.device.type == "cuda"]
@@ -70,7 +74,10 @@ class DeviceMemory:
         return cls(decoder.device, weights, cache, sessions)
 
     def sleep(self) -> Transfer:
-        """Gives the memory back. If this fails, the engine is awake as before."""
+        """Gives the memory back and returns the device, the seconds taken, the bytes of weights moved and the bytes of device memory freed.
+
+        Does nothing if the engine is asleep already. If this fails, the engine is awake as before.
+        """
         if self.asleep:
             return Transfer(str(self._device))
         started, held = time.perf_counter(), self._held_bytes()
@@ -83,11 +90,13 @@ class DeviceMemory:
         return Transfer(str(self._device), time.perf_counter() - started, self._offload.bytes, held - self._held_bytes())
 
     def wake(self) -> Transfer:
-        """Takes the memory again, with everything in it as it was.
+        """Takes the memory again, with its contents as they were, and returns the device, the seconds and the bytes moved and taken.
+
+        Does nothing if the engine is awake already.
 
         Raises:
             WorkerUnavailable: the device has no room yet; the engine is asleep as before.
-            RuntimeError: the weights did not come back as they were; the engine must not be used any more.
+            RuntimeError: the weights that came back differ from those that left; the engine must not be used any more.
         """
         if not self.asleep:
             return Transfer(str(self._device))
@@ -98,7 +107,9 @@ class DeviceMemory:
         return Transfer(str(self._device), time.perf_counter() - started, weight_bytes, self._held_bytes() - held)
 
     def _open_sessions(self) -> None:
-        """Opens all, or, where the device has no room for one, none; then the weights leave once more."""
+        """Opens the probes' onnxruntime sessions. If the device has no room for one, closes the others and moves the weights back to host
+        memory.
+        """
         opened: list[ProbeSession] = []
         try:
             for session in self._sessions:
@@ -115,13 +126,15 @@ class DeviceMemory:
             raise WorkerUnavailable("the device has no room for the graphs of the probes", RETRY_SECONDS) from None
 
     def free_reserves(self) -> None:
-        """Gives back what is only kept to be faster."""
+        """Gives back the memory that only makes later work faster: the key-value cache and the reserves of the allocators."""
         self._cache.clear()
-        gc.collect()  # of an exception's frames
+        gc.collect()  # the frames of a caught exception may still refer to tensors
         _return_free_memory()
 
     def statistics(self) -> EngineStatistics:
-        """What is held now."""
+        """Returns the bytes that the engine holds now (on a CPU, the resident memory of the process) and its key-value cache's bytes, hits
+        and misses.
+        """
         cache = self._cache
         held = self._held_bytes() if self._device.type == "cuda" else _resident_bytes()
         return EngineStatistics(held, cache.bytes, cache.hits, cache.misses)
@@ -139,8 +152,8 @@ def _resident_bytes() -> int:
 
 
 def _return_free_memory() -> None:
-    """To the device and to the system: what allocators keep to hand it out again."""
+    """Returns the memory that allocators keep for reuse to the device and to the operating system."""
     torch.cuda.empty_cache()
     libc = ctypes.CDLL(None)
-    if hasattr(libc, "malloc_trim"):  # glibc's; without it most of a cache of 0.5 GiB stays with the process
+    if hasattr(libc, "malloc_trim"):  # only glibc has it; without it most of a cache of 0.5 GiB stays with the process
         libc.malloc_trim(0)

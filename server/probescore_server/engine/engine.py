@@ -1,4 +1,7 @@
-"""The engine: a frozen model and its probes on one device. What the server's worker runs, and what anyone can run in-process."""
+"""Defines the engine: a frozen language model with its probes on one device.
+
+Each worker process of the server runs one engine, and a program can run one in-process without any server.
+"""
 
 from __future__ import annotations
 
@@ -52,16 +55,16 @@ from probescore_server.validation.rollouts import resolve_rollouts
 from probescore_server.validation.texts import ChatLimits, pending_texts
 
 BATCH_TOKENS = 16_384
-"""Tokens of one batch of ``Engine.score``: bounds the activations held at once. A server makes its own batches."""
+"""Limits the tokens of one batch of ``Engine.score``, and so the activations held at once. A server forms batches of its own."""
 
 
 _FLOAT32_BYTES = 4
 
 _TRIED_CASES = 4
-"""Golden rollouts around whose activations a graph is tried."""
+"""Limits how many golden rollouts of a probe file provide the activations around which the probe's graph is tried."""
 
 MAX_KV_CACHE_BYTES = 1 << 30
-"""Of keys and values that an engine keeps, unless it is told otherwise."""
+"""Limits the bytes of keys and values that an engine keeps, unless ``Engine.load`` is told otherwise."""
 
 
 def _ignore(_: str) -> None:
@@ -73,12 +76,12 @@ def _never(_: int) -> bool:
 
 
 class Engine:
-    """A frozen model with its probes; made by ``Engine.load``.
+    """Scores rollouts with probes on a frozen language model. Engines are made by ``Engine.load``.
 
-    It may be called from several threads; batches run one after the other.
+    An engine may be called from several threads; its batches run one after the other.
 
     Attributes:
-        info: what is loaded.
+        info: description of the loaded model, its tokenizer and its probes.
     """
 
     def __init__(
@@ -118,24 +121,25 @@ class Engine:
         """Loads a model as far as probes and taps need it, and checks everything that can be checked before the first request.
 
         Args:
-            model: a directory, or the id of a model on the hub.
-            probes: probe files.
-            taps: where ``activations`` may read, beside where the probes do: names, or patterns of names such as ``resid_post.*``.
-            revision: of a model on the hub; empty = its default branch.
-            dtype: ``float32``, ``bfloat16`` or ``float16``.
+            model: a directory, or the id of a model on the Hugging Face hub.
+            probes: paths of probe files.
+            taps: where ``activations`` may read, in addition to where the probes read: names of taps, or patterns of names such as
+                ``resid_post.*``.
+            revision: branch, tag or commit of a model on the hub; empty = its default branch.
+            dtype: dtype of weights and activations: ``float32``, ``bfloat16`` or ``float16``.
             device: ``cpu``, ``cuda`` or ``cuda:0``.
-            device_map: ``"auto"`` = over every CUDA device that there is, or on the CPU if there is none, instead of on ``device``. For
-                models larger than one device; needs accelerate.
-            accept_mismatch: probes (``name`` or ``name@version``) to serve though they were made for another model or tokenizer, or
-                miss their golden scores; every answer then says so. A probe that cannot run on this model is refused in any case.
-            trust_remote_code: let the model bring its own Python code, which is then run.
-            max_kv_cache_bytes: of keys and values that are kept for later prompts that begin alike; 0 = none. They are on the device.
-            report: called with a line for people as each step begins.
+            device_map: ``"auto"`` = spread the model over every CUDA device that there is, or load it on the CPU if there is none, instead
+                of on ``device``. For models larger than one device; needs accelerate.
+            accept_mismatch: probes (``name`` or ``name@version``) to serve although they were made for another model or tokenizer, or miss
+                their golden scores; every answer then says so. A probe that cannot run on this model is refused in any case.
+            trust_remote_code: whether the model may bring its own Python code, which is then run.
+            max_kv_cache_bytes: bytes of keys and values to keep on the device for later prompts with the same beginning; 0 = none.
+            report: function that is called with a line for people as each step begins.
 
         Raises:
-            ModelRefused: the model cannot be loaded, or is not served right.
-            ProbeRefused: a probe file is not what it says it is, or not for this model.
-            InvalidRequest: naming ``taps[i]``: the model has no such tap.
+            ModelRefused: the model cannot be loaded, or its activations cannot be computed correctly.
+            ProbeRefused: a probe file is not valid, was not made for this model, or gives other scores than its golden ones.
+            InvalidRequest: an entry of ``taps`` matches no tap of the model.
         """
         loaded = load_parts(
             model,
@@ -171,19 +175,22 @@ class Engine:
         return_token_ids: bool = False,
         return_token_texts: bool = False,
     ) -> ScoreResult:
-        """Scores every completion of every group.
+        """Scores every completion of every rollout group.
 
         Args:
-            groups: what to score.
-            probes: ``name`` or ``name@version`` each; empty = every loaded probe.
-            reductions: from the scores of tokens to one number each; empty = each probe's default.
+            groups: rollout groups, each a prompt and its completions, as token ids or as text.
+            probes: probes to score with, each as ``name`` or ``name@version``; empty = every loaded probe.
+            reductions: reductions from the scores of the tokens to one number each, such as ``mean``; empty = each probe's default.
             token_scores: the probes whose scores per token are wanted, or ``"all"``.
-            scope: ``completion``, ``prompt`` or ``all``.
-            return_token_ids: whether the ids that were scored come back.
-            return_token_texts: whether the tokens that were scored come back as text.
+            scope: which tokens are scored: ``completion``, ``prompt`` or ``all``.
+            return_token_ids: whether the result contains the token ids that were scored.
+            return_token_texts: whether the result contains the text of each token that was scored.
+
+        Returns:
+            The scores by group and completion, in the order given, and which model and probes produced them.
 
         Raises:
-            InvalidRequest: names the field at fault.
+            InvalidRequest: an argument is wrong; the error names the field.
         """
         options = resolve_options(
             self.info,
@@ -275,23 +282,33 @@ class Engine:
         return resolve_rollouts(groups, self.info, options, encoded=encoded)
 
     def encode_prompt(self, prompt: Text | Chat | str, *, field: str = "prompt", limits: ChatLimits | None = None) -> NDArray[np.int32]:
-        """Ids ``(P,)`` of a prompt's text, or of a chat as the model's template renders it, within ``limits``.
+        """Returns the token ids ``(P,)`` int32 of a prompt that is a text, or a chat, which the model's chat template renders.
+
+        Args:
+            prompt: the text or chat.
+            field: path of the prompt in the request, for error messages.
+            limits: limits on the chat's rendering; ``None`` = no limits.
 
         Raises:
-            InvalidRequest: naming ``field``: no tokenizer or chat template, a chat beyond the limits, or BOS comes twice.
+            InvalidRequest: there is no tokenizer or chat template, the chat exceeds its limits or is refused by the template, or the ids
+                begin with BOS twice; the error names ``field``.
         """
         return self._texts.encode_prompt(prompt, field, limits)
 
     def encode_completion(self, text: str, *, field: str = "completion") -> NDArray[np.int32]:
-        """Ids ``(T,)`` of a completion's text, without special tokens.
+        """Returns the token ids ``(T,)`` int32 of a completion's text, without special tokens.
+
+        Args:
+            text: the text.
+            field: path of the completion in the request, for error messages.
 
         Raises:
-            InvalidRequest: naming ``field``: no tokenizer.
+            InvalidRequest: there is no tokenizer, or the text is not valid Unicode; the error names ``field``.
         """
         return self._texts.encode_completion(text, field)
 
     def decode_tokens(self, ids: Sequence[int] | NDArray[np.int32]) -> list[str]:
-        """The text of each token; together they are the text of all."""
+        """Returns the text of each token id; joined, the texts are the text of the whole sequence."""
         return self._texts.decode_tokens(ids)
 
     # -------------------------------------------------------------------------------------------------------------------- for workers
@@ -302,11 +319,12 @@ class Engine:
         """Scores one batch of checked rollouts.
 
         Args:
-            rollouts: from ``resolve_rollouts``; requests may be mixed.
-            is_cancelled: asked for a rollout's index before each piece of work that it needs; what no one wants any more is not computed.
+            rollouts: rollouts that ``resolve_rollouts`` has checked; rollouts of different requests may be mixed.
+            is_cancelled: function that says whether the rollout with a given index is no longer wanted. It is called before each piece of
+                work, and work that only cancelled rollouts need is not done.
 
         Returns:
-            By rollout; ``None`` where it was cancelled.
+            One result for each rollout; ``None`` for a rollout that was cancelled.
         """
         return self._score(rollouts, self._probes, is_cancelled)
 
@@ -341,28 +359,36 @@ class Engine:
         return self._read(rollouts, places, reads, max_batch_bytes // row_bytes, is_cancelled)
 
     def free_memory(self) -> None:
-        """Gives back what is only kept to be faster: the key-value cache, and what allocators hold in reserve."""
+        """Gives back the memory that only makes later batches faster: the key-value cache and the reserves of the allocators."""
         with self._running:
             self._memory.free_reserves()
 
     def statistics(self) -> EngineStatistics:
-        """What is held of the device, and what the key-value cache has been good for."""
+        """Returns the bytes of device memory that the engine holds now, and the bytes, hits and misses of its key-value cache."""
         with self._running:
             return self._memory.statistics()
 
     def sleep(self) -> Transfer:
-        """Gives the device's memory back until ``wake``, after the batch that computes: weights move to pinned host memory, the key-value
-        cache is dropped. On a CPU the weights stay. Does nothing to an engine that sleeps. Texts are tokenised all the same.
+        """Gives the device's memory back until ``wake`` is called, once the batch that is being computed has ended.
+
+        The weights move to pinned host memory and the key-value cache is dropped; on a CPU the weights stay. A sleeping engine can still
+        tokenise texts. Calling this on a sleeping engine does nothing.
+
+        Returns:
+            The device, the seconds that this took, and the bytes that moved and that were given back.
         """
         with self._running:
             return self._memory.sleep()
 
     def wake(self) -> Transfer:
-        """Takes the device's memory again, with every weight, bit by bit, as it was. Does nothing to an engine that is awake.
+        """Takes the device's memory again, with every weight bit by bit as it was. Calling this on an engine that is awake does nothing.
+
+        Returns:
+            The device, the seconds that this took, and the bytes that moved and that were taken.
 
         Raises:
             WorkerUnavailable: the device has no room yet; the engine still sleeps.
-            RuntimeError: the weights did not come back as they were; the engine must not be used any more.
+            RuntimeError: the weights that came back differ from those that left; the engine must not be used any more.
         """
         with self._running:
             return self._memory.wake()
@@ -448,7 +474,11 @@ class Engine:
         )
 
     def _check_golden(self, files: Sequence[ProbeFile], accept_mismatch: Collection[str]) -> None:
-        """Probes of one author often have the same golden rollouts: all go together, so that each is run once."""
+        """Compares each probe's scores of its golden rollouts (examples in its file) with the scores in the file, and refuses or notes a
+        mismatch.
+
+        Probes of one author often have the same golden rollouts: the rollouts of all files are scored together, so that each is run once.
+        """
         by_file = [golden_rollouts(file, self.info) for file in files]
         # golden scores are in the unit of the graph's output, before any sigmoid
         probes = {key: replace(probe, as_probability=False) for key, probe in self._probes.items()}
@@ -463,14 +493,16 @@ class Engine:
             self._note_mismatch(file.manifest, refusal.field)
 
     def _try_graphs(self, files: Sequence[ProbeFile]) -> None:
-        """Tries graphs of their own on activations like those of their golden rollouts, far beyond these."""
+        """Tries each probe graph that needs it on random activations like those of its golden rollouts, at sizes far beyond these."""
         for file in files:
             key = file.manifest.key
             if needs_trial(file, self._probes[key]):
                 self._probes[key] = limited_to_tried_calls(file, self._probes[key], self._golden_activations(file))
 
     def _golden_activations(self, file: ProbeFile) -> dict[Tap, NDArray[np.float32]]:
-        """Of a few golden rollouts, what the probe reads: finite rows ``(N, hidden_size)``, the same tokens at each tap."""
+        """Returns what a probe reads of a few of its golden rollouts: by tap, finite rows ``(N, hidden_size)`` float32 of
+        the same tokens.
+        """
         rollouts = next(batches(golden_rollouts(file, self.info)[:_TRIED_CASES], BATCH_TOKENS))
         with self._running:
             rows = self._backbone.forward(

@@ -1,4 +1,4 @@
-"""From a model and probe files to what an engine is made of, with every check that needs no score."""
+"""Loads a model and probe files into the parts of an engine, with every check that needs no score."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from probescore.types import ModelInfo, Tap
 from probescore_server.activations import all_taps, matching_taps
 from probescore_server.backbone.base import Backbone
 from probescore_server.backbone.kv_cache import KeyValueCache
+from probescore_server.backbone.media_placeholders import placeholder_tokens
 from probescore_server.backbone.model_files import ModelFiles
 from probescore_server.backbone.model_loading import DTYPES, load_config, load_decoder, load_tokenizer, resolve_model
-from probescore_server.backbone.placeholders import placeholder_tokens
 from probescore_server.backbone.rotary import max_unchanged_positions
 from probescore_server.backbone.selection import choose_backbone
 from probescore_server.backbone.taps import TapReader, layers_needed
@@ -31,16 +31,16 @@ from probescore_server.rollouts import EngineInfo
 
 @dataclass(frozen=True, eq=False)
 class LoadedParts:
-    """What an engine is made of.
+    """Holds the parts that an engine (a frozen model with its probes on one device) is made of.
 
     Attributes:
-        info: what is loaded.
-        backbone: the model.
-        texts: its tokenizer.
-        probes: by ``name@version``.
-        files: theirs, in the order in which they were given.
-        cache: of keys and values, empty.
-        memory: what is held of the device.
+        info: description of the loaded model, its tokenizer and its probes.
+        backbone: the model, cut after the deepest block that a probe reads.
+        texts: the model's tokenizer.
+        probes: the loaded probes by ``name@version``.
+        files: the probe files, in the order in which they were given.
+        cache: an empty cache for keys and values.
+        memory: the memory that all of these hold on the device.
     """
 
     info: EngineInfo
@@ -66,7 +66,10 @@ def load_parts(
     max_kv_cache_bytes: int,
     report: Callable[[str], None],
 ) -> LoadedParts:
-    """Loads a model as far as its probes and the named taps need it. The arguments and errors are those of ``Engine.load``."""
+    """Loads a model, only as deep as its probes and the named taps are, and the probe files into the parts of an engine.
+
+    The arguments are those of ``Engine.load``, and the same errors are raised.
+    """
     if dtype not in DTYPES:
         raise ModelRefused(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
     report(f"reading {len(probes)} probe files")
@@ -135,7 +138,7 @@ def load_parts(
 def _describe(model: str, directory: Path, revision: str, config: PreTrainedConfig) -> ModelInfo:
     text = config.get_text_config(decoder=True)
     return ModelInfo(
-        # a path is the operator's business: clients are told its last component only
+        # a path concerns the operator alone: clients are told only its last component
         id=directory.resolve().name if Path(model).expanduser().is_dir() else model,
         revision=revision,
         fingerprint=model_fingerprint(directory),

@@ -1,7 +1,7 @@
-"""Weights that leave their device for host memory, and come back bit by bit as they were.
+"""Moves weights from their device to host memory, and back, unchanged bit by bit.
 
-Storages move, not tensors: parameters, buffers and everything else that refers to them stay the objects that they are, so that tied
-weights stay tied. What knows addresses instead, such as a captured CUDA graph, must be thrown away.
+Storages move, not tensors: parameters, buffers and everything else that refers to them remain the same objects, so that tied weights stay
+tied. Anything that depends on addresses instead, such as a captured CUDA graph, must be thrown away.
 """
 
 from __future__ import annotations
@@ -15,14 +15,17 @@ from probescore_server.errors import WorkerUnavailable
 from probescore_server.failures import FailureKind, kind_of
 
 PIECE_BYTES = 1 << 26
-"""Host memory is taken in pieces: torch rounds pinned memory up to a power of two, which for one large piece could be twice the weights."""
+"""Gives the bytes of one piece of the host memory that holds weights while they are away from their device.
+
+Memory is taken in pieces because torch rounds pinned memory up to a power of two, which for one large piece could be twice the weights.
+"""
 
 RETRY_SECONDS = 1.0
 
 
 @dataclass(frozen=True, eq=False)
 class _OffloadedStorage:
-    """A storage that holds nothing now, and what it held."""
+    """Holds an emptied torch storage, with the number of bytes and the checksum of the content that was moved out of it."""
 
     storage: torch.UntypedStorage
     bytes: int
@@ -33,7 +36,7 @@ class WeightOffload:
     """Moves the memory of tensors between their device and host memory, which is pinned if the device is a CUDA device.
 
     Args:
-        piece_bytes: of host memory; a power of two. It is taken once, and kept for the next time.
+        piece_bytes: size of one piece of host memory in bytes, a power of two. Host memory is taken once, and kept for the next move.
     """
 
     def __init__(self, piece_bytes: int = PIECE_BYTES) -> None:
@@ -43,11 +46,13 @@ class WeightOffload:
 
     @property
     def bytes(self) -> int:
-        """How many are away."""
+        """Returns how many bytes of weights are in host memory now."""
         return sum(away.bytes for away in self._offloaded)
 
     def leave(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Moves the tensors' memory to the host. Until it is back nothing may read them. If this fails, nothing has moved."""
+        """Moves the memory of the given tensors to the host. Nothing may read the tensors until ``come_back``. If this fails, nothing has
+        moved.
+        """
         by_address = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors if tensor.nbytes}
         storages = list(by_address.values())
         contents = [_bytes_of(storage) for storage in storages]
@@ -62,11 +67,11 @@ class WeightOffload:
         _release(storages)
 
     def come_back(self) -> None:
-        """Moves everything back.
+        """Moves all weights from host memory back to their device.
 
         Raises:
-            WorkerUnavailable: the device has no room. Everything is still away, and a later try may succeed.
-            RuntimeError: what came back is not what left. The weights must not be used.
+            WorkerUnavailable: the device has no room. All weights are still in host memory, and a later try may succeed.
+            RuntimeError: the content that came back differs from the content that left. The weights must not be used.
         """
         try:
             for away in self._offloaded:
@@ -93,7 +98,9 @@ class WeightOffload:
             missing -= len(self._pieces[-1])
 
     def _parts(self, contents: Sequence[torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Parts of the contents, one after the other, each with the host memory for it."""
+        """Yields the contents in parts, one after the other, each with a view of the host memory of the same size that it is copied to or
+        from.
+        """
         pieces = iter(self._pieces)
         room = torch.empty(0, dtype=torch.uint8)
         for content in contents:
@@ -106,12 +113,12 @@ class WeightOffload:
 
 
 def _bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
-    """A storage's content ``(bytes,)`` uint8, not copied."""
+    """Returns a storage's content as a tensor ``(bytes,)`` uint8 that shares the storage's memory."""
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
 
 def _checksums(contents: Sequence[torch.Tensor]) -> list[int]:
-    """The sum of each content as integers, modulo 2**64; computed where it is, and collected where the first is."""
+    """Returns the sum of each content's bytes, read as integers, modulo 2**64. Each is computed on its own device."""
     words = [content.view(torch.int64 if len(content) % 8 == 0 else torch.uint8) for content in contents]
     return torch.stack([word.sum(dtype=torch.int64).to(words[0].device) for word in words]).tolist() if words else []
 

@@ -1,1 +1,1 @@
-"""The front process: the port, what crosses it, and what is said of it. It never imports torch."""
+"""Runs the server's front process, which owns the gRPC port, health and metrics, and never imports torch."""

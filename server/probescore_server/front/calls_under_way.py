@@ -1,4 +1,4 @@
-"""What is under way in a server, calls and the bytes of their requests: bounded, whoever sends them."""
+"""Bounds the calls that are under way in a server, and the bytes of their requests, over all clients together."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ RETRY_SECONDS = 1.0
 
 
 class CallsUnderWay:
-    """The calls of one server that compute something. Everything here runs on one event loop.
+    """Counts the calls that are under way in one server, and refuses further ones above two limits. All of it runs on one event loop.
 
     Args:
-        max_calls: further ones are refused.
-        max_bytes: of their requests, likewise; a larger request is taken while there is no other.
+        max_calls: the most calls that may be under way.
+        max_bytes: the most bytes of the requests under way; a single larger request is taken while there is no other.
     """
 
     def __init__(self, max_calls: int, max_bytes: int) -> None:
@@ -26,10 +26,10 @@ class CallsUnderWay:
 
     @contextmanager
     def call(self, size: int) -> Iterator[None]:
-        """Holds room for a call with a request of so many bytes.
+        """Is a context manager that counts one call, whose request has ``size`` bytes, as under way while the ``with`` block runs.
 
         Raises:
-            ServerBusy: there is none.
+            ServerBusy: with this call, one of the limits would be exceeded.
         """
         if self._calls >= self._max_calls:
             raise ServerBusy(self._calls + 1, "calls", "max_calls", self._max_calls, RETRY_SECONDS)

@@ -1,6 +1,6 @@
-"""The boundary that every RPC crosses: its request is parsed here, its errors become statuses, and it is counted.
+"""Surrounds every RPC: parses its request, turns its errors into gRPC statuses, and counts it in the metrics.
 
-Left to itself, gRPC answers any exception, a request that does not parse among them, with UNKNOWN or INTERNAL and the exception's text.
+Without this, gRPC would answer any exception, also for a request that cannot be parsed, with UNKNOWN or INTERNAL and the exception's text.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from google.protobuf.descriptor_pool import Default
 from google.protobuf.message import DecodeError
 
 from probescore_server.errors import CoreError, InternalFault, InvalidRequest
+from probescore_server.event_loop import MAX_BYTES_PARSED_ON_LOOP, off_the_loop
 from probescore_server.front.calls_under_way import CallsUnderWay
 from probescore_server.front.metrics import Metrics, RpcLabels
 from probescore_server.front.status_codes import CODES, status_of
-from probescore_server.offloading import MAX_BYTES_PARSED_ON_LOOP, off_the_loop
 
 logger = structlog.get_logger(__name__)
 
-# Any other error, those meant for the operator among them, is a fault of ours when it ends a call.
+# Any other error, including those meant for the operator, is a fault of the server when it ends a call.
 FOR_CLIENTS = tuple(CODES)
 
-# gRPC ends a call whose deadline passed itself, on both sides, and cancels its handler. What is sent after the end it never frees
-# (grpc/grpc#43360). So nothing is sent that would come too late: the boundary waits for the end, and sends only if that does not come.
+# gRPC itself ends a call whose deadline has passed, on both sides, and cancels its handler. It never frees what is sent after that end
+# (grpc/grpc#43360). So nothing is sent that would come too late: the interceptor waits for the end, and sends only if it does not come.
 SECONDS_TOO_LATE = 0.005
 SECONDS_FOR_GRPC_TO_END_A_CALL = 1.0
 
@@ -38,7 +38,8 @@ Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
 UNKNOWN = "/unknown/unknown"
 
-# By (request_streaming, response_streaming): Prometheus' name of the kind, the handler's attribute, what makes such a handler.
+# It holds, by (request_streaming, response_streaming): the name of the RPC's kind in metrics, the attribute of a handler that holds its
+# function, and gRPC's constructor of such a handler.
 KINDS: dict[tuple[bool, bool], tuple[str, str, Callable[..., Handler]]] = {
     (False, False): ("unary", "unary_unary", grpc.unary_unary_rpc_method_handler),
     (False, True): ("server_stream", "unary_stream", grpc.unary_stream_rpc_method_handler),
@@ -48,14 +49,17 @@ KINDS: dict[tuple[bool, bool], tuple[str, str, Callable[..., Handler]]] = {
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
-    """The outermost interceptor; those of the settings, and the servicers, run inside it.
+    """Is the outermost gRPC interceptor, which parses requests, turns errors into statuses, and counts and bounds calls.
+
+    The interceptors that the settings name, and the servicers, run inside it.
 
     Args:
-        metrics: where RPCs are counted.
-        services: full names of those whose methods are counted by name. An interceptor of the settings may answer a call of any other, a
-            token that is wrong for example; its name is the client's invention, and it is counted as ``unknown``.
-        under_way: bounds the calls to the ``bounded`` services; ``None`` = they are not.
-        bounded: full names of those whose calls compute something. Health must answer also where there is no room for more of them.
+        metrics: the metrics in which RPCs are counted.
+        services: full names of the services whose methods are counted by name. An interceptor of the settings may answer a call to any
+            other method, for example to refuse a wrong token; the client chose that name freely, so it is counted as ``unknown``.
+        under_way: bounds the calls to the ``bounded`` services; ``None`` = they are not bounded.
+        bounded: full names of the services whose calls compute something. The health service must not be among them, since it must answer
+            also where no further call is taken.
     """
 
     def __init__(
@@ -65,21 +69,21 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         self._under_way = under_way
         self._bounded = frozenset(bounded)
         self._paths = {f"/{name}/{method.name}" for name in services for method in Default().FindServiceByName(name).methods}
-        self._guarded: dict[str, tuple[Handler, Handler]] = {}  # by path, a handler and what it was made into
+        self._guarded: dict[str, tuple[Handler, Handler]] = {}  # It holds, by path, a handler and its wrapped form.
 
     async def intercept_service(
         self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]], handler_call_details: grpc.HandlerCallDetails
     ) -> Handler | None:
-        """Wraps the handler of a call. A method that does not exist has none and stays UNIMPLEMENTED."""
+        """Returns the handler of a call, wrapped; ``None`` for a method that does not exist, which gRPC answers with UNIMPLEMENTED."""
         try:
             handler = await continuation(handler_call_details)
-        except Exception as failed:  # in an interceptor of the settings
+        except Exception as failed:  # It was raised in an interceptor of the settings.
             handler = grpc.unary_unary_rpc_method_handler(_raising(failed))
         path = handler_call_details.method if handler_call_details.method in self._paths else UNKNOWN
         return None if handler is None else self._guard_once(path, handler)
 
     def _guard_once(self, path: str, handler: Handler) -> Handler:
-        """A servicer's methods have one handler each; an interceptor of the settings may make a new one for each call."""
+        """Returns a handler wrapped, from a cache by path unless an interceptor of the settings made a new handler for this call."""
         known, guarded = self._guarded.get(path, (None, None))
         if known is not handler or guarded is None:
             guarded = self.guard(path, handler)
@@ -87,8 +91,13 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         return guarded
 
     def guard(self, path: str, handler: Handler) -> Handler:
-        """The handler of a method, named ``/package.Service/Method``, inside the boundary. It takes requests as bytes: parsing them is part
-        of what is guarded.
+        """Wraps the handler of a method so that its errors become statuses and its calls are counted and bounded.
+
+        The wrapped handler takes requests as bytes, since parsing them is part of what may fail.
+
+        Args:
+            path: the method's path, ``/package.Service/Method``.
+            handler: the handler to wrap.
         """
         kind, behavior, make_handler = KINDS[bool(handler.request_streaming), bool(handler.response_streaming)]
         _, service, method = path.rsplit("/", 2)
@@ -98,6 +107,8 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
 
 
 def _raising(error: Exception) -> Callable[[object, Context], Awaitable[object]]:
+    """Returns a function that answers any call by raising ``error``."""
+
     async def behavior(request: object, context: Context) -> object:
         raise error
 
@@ -105,7 +116,7 @@ def _raising(error: Exception) -> Callable[[object, Context], Awaitable[object]]
 
 
 class _GuardedMethod:
-    """One method of a servicer, as gRPC may call it."""
+    """Wraps one method of a servicer: parses its requests, turns its errors into statuses, and counts and bounds its calls."""
 
     def __init__(
         self, handler: Handler, behavior: Callable[..., Any], metrics: Metrics, labels: RpcLabels, under_way: CallsUnderWay | None
@@ -118,7 +129,7 @@ class _GuardedMethod:
         self._name = labels[-1]
 
     async def call(self, raw: Raw, context: Context) -> object:
-        """Calls the method with a request or an iterator of requests as bytes; ends the RPC with a status if it fails."""
+        """Calls the method with one request, or an iterator of requests, as bytes; ends the RPC with a status if the method fails."""
         self._counted.count_start()
         started = time.monotonic()
         code = grpc.StatusCode.OK
@@ -142,7 +153,7 @@ class _GuardedMethod:
             await self._abort(context, fault)
         finally:
             seconds = time.monotonic() - started
-            if code is grpc.StatusCode.OK:  # the answer goes first; an error has gone
+            if code is grpc.StatusCode.OK:  # The answer is sent before it is counted; an error has been sent already.
                 asyncio.get_running_loop().call_soon(self._counted.count_end, code.name, seconds)
             else:
                 self._counted.count_end(code.name, seconds)
@@ -181,7 +192,7 @@ class _GuardedMethod:
 
 
 async def _until_over(context: Context) -> None:
-    """Waits for gRPC to end a call, which cancels the caller, if its deadline is as good as passed; returns at once otherwise."""
+    """Waits for gRPC to end a call, which cancels the caller, if the call's deadline is almost or fully past; else returns at once."""
     remaining = context.time_remaining()
     if remaining is not None and remaining < SECONDS_TOO_LATE:
         await asyncio.sleep(SECONDS_FOR_GRPC_TO_END_A_CALL)

@@ -1,4 +1,7 @@
-"""The health service: `NOT_SERVING` until some worker can score or sleeps, and for good once the server drains."""
+"""Implements the gRPC health service.
+
+It reports ``NOT_SERVING`` while no worker can score or sleeps, and for good once the server drains, that is, finishes its calls and stops.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +19,10 @@ SERVICES = ("", SCORING_SERVICE)
 
 
 class HealthService(health.aio.HealthServicer):
-    """``grpc.health.v1.Health`` for the server as a whole, for the scoring service, and for itself.
+    """Implements ``grpc.health.v1.Health`` for the server as a whole, for the scoring service, and for the health service itself.
 
-    Of itself it says `SERVING` from its start until the server drains: what a liveness probe asks for, since whoever restarted a server
-    that loads, or whose worker is started again, would have it begin anew.
+    Of itself the health service reports ``SERVING`` from its start until the server drains. This is for the liveness probe of an
+    orchestrator: a server that still loads its model, or whose worker is being restarted, must not be restarted, since it would begin anew.
     """
 
     def __init__(self) -> None:
@@ -27,18 +30,18 @@ class HealthService(health.aio.HealthServicer):
         self._draining = asyncio.Event()
 
     async def set_serving(self, serving: bool) -> None:
-        """Says whether the server takes calls that it will answer. Without effect once it drains."""
+        """Sets whether the server and the scoring service are reported as serving. It has no effect once the server drains."""
         await self.set(health.SERVICE_NAME, HealthCheckResponse.SERVING)
         for service in SERVICES:
             await self.set(service, HealthCheckResponse.SERVING if serving else HealthCheckResponse.NOT_SERVING)
 
     async def drain(self) -> None:
-        """Says `NOT_SERVING` for good and ends the watches, which would otherwise keep the server from stopping."""
+        """Reports ``NOT_SERVING`` for good and ends all ``Watch`` calls, which would otherwise keep the server from stopping."""
         await self.enter_graceful_shutdown()
         self._draining.set()
 
     async def Watch(self, request: HealthCheckRequest, context: grpc.aio.ServicerContext[Any, Any]) -> None:  # noqa: N802
-        """Sends the status and each change of it, until the server drains."""
+        """Answers the RPC ``Watch``: sends the health status of a service, and each change of it, until the server drains."""
         watching = asyncio.create_task(super().Watch(request, context))
         draining = asyncio.create_task(self._draining.wait())
         try:

@@ -1,6 +1,6 @@
-"""Prometheus metrics on a port of their own: `grpc_server_*`, as gRPC dashboards expect them, and ours.
+"""Counts the server's Prometheus metrics, and serves them on a port of their own.
 
-No label takes a value that a client chooses.
+The names are ``grpc_server_*``, as gRPC dashboards expect them, and ``probescore_*``. No label takes a value that a client chooses.
 """
 
 from __future__ import annotations
@@ -37,65 +37,80 @@ RPC_LABELS = ("grpc_type", "grpc_service", "grpc_method")
 CODE_LABELS = (*RPC_LABELS, "grpc_code")
 
 RpcLabels: TypeAlias = tuple[str, str, str]
-"""The values of `RPC_LABELS`."""
+"""Is the type of the values of ``RPC_LABELS`` for one RPC: its kind, service and method."""
 
 
 class Metrics:
-    """The metrics of one server, in a registry of their own."""
+    """Holds the Prometheus metrics of one server, in a registry of their own."""
 
     def __init__(self) -> None:
         registry = self.registry = CollectorRegistry()
         ProcessCollector(registry=registry)
 
-        self._started = Counter("grpc_server_started_total", "RPCs started.", RPC_LABELS, registry=None)
-        self._handled = Counter("grpc_server_handled_total", "RPCs completed.", CODE_LABELS, registry=None)
-        self._in_flight = Gauge("probescore_rpcs_in_flight", "RPCs started and not yet completed.", registry=None)
+        self._started = Counter("grpc_server_started_total", "Counts the RPCs that started.", RPC_LABELS, registry=None)
+        self._handled = Counter("grpc_server_handled_total", "Counts the RPCs that ended, by status code.", CODE_LABELS, registry=None)
+        self._in_flight = Gauge("probescore_rpcs_in_flight", "Counts the RPCs that started and have not ended.", registry=None)
         self._rpcs = _ConsistentSnapshot(self._started, self._handled, self._in_flight)
         registry.register(self._rpcs)
-        self._received = Counter("grpc_server_msg_received_total", "Request messages received.", RPC_LABELS, registry=registry)
-        self._sent = Counter("grpc_server_msg_sent_total", "Response messages sent.", RPC_LABELS, registry=registry)
+        self._received = Counter("grpc_server_msg_received_total", "Counts the request messages received.", RPC_LABELS, registry=registry)
+        self._sent = Counter("grpc_server_msg_sent_total", "Counts the response messages sent.", RPC_LABELS, registry=registry)
         self._handling = Histogram(
-            "grpc_server_handling_seconds", "Seconds from the start of an RPC to its end.", RPC_LABELS, buckets=SECONDS, registry=registry
+            "grpc_server_handling_seconds",
+            "Measures the seconds from the start of an RPC to its end.",
+            RPC_LABELS,
+            buckets=SECONDS,
+            registry=registry,
         )
 
-        self.queue_tokens = Gauge("probescore_queue_tokens", "Tokens waiting for a worker.", registry=registry)
-        self.queue_rollouts = Gauge("probescore_queue_rollouts", "Rollouts waiting for a worker.", registry=registry)
-        self._batch_tokens = Histogram("probescore_batch_tokens", "Tokens of a batch.", buckets=TOKENS, registry=registry)
-        self._batch_rollouts = Histogram("probescore_batch_rollouts", "Rollouts of a batch.", buckets=ROLLOUTS, registry=registry)
-        self.batch_budget = Gauge(
-            "probescore_batch_budget_tokens", "Tokens that a worker gets at a time.", ("worker", "device"), registry=registry
+        self.queue_tokens = Gauge("probescore_queue_tokens", "Counts the tokens that wait for a worker.", registry=registry)
+        self.queue_rollouts = Gauge("probescore_queue_rollouts", "Counts the rollouts that wait for a worker.", registry=registry)
+        self._batch_tokens = Histogram("probescore_batch_tokens", "Counts the tokens of each batch.", buckets=TOKENS, registry=registry)
+        self._batch_rollouts = Histogram(
+            "probescore_batch_rollouts", "Counts the rollouts of each batch.", buckets=ROLLOUTS, registry=registry
         )
-        self.out_of_memory = Counter("probescore_out_of_memory_total", "Batches for which memory was short.", registry=registry)
-        self._tokens = Counter("probescore_tokens_total", "Tokens scored, by where they came from.", ("source",), registry=registry)
-        self._stages = Histogram("probescore_stage_seconds", "Seconds of a call, by stage.", ("stage",), buckets=SECONDS, registry=registry)
-        self.refused = Counter("probescore_refused_total", "Calls that ended in an error, by its reason.", ("reason",), registry=registry)
+        self.batch_budget = Gauge(
+            "probescore_batch_budget_tokens", "Tells the most tokens of a worker's next batch.", ("worker", "device"), registry=registry
+        )
+        self.out_of_memory = Counter("probescore_out_of_memory_total", "Counts the batches for which memory was short.", registry=registry)
+        self._tokens = Counter(
+            "probescore_tokens_total", "Counts the tokens scored: computed, shared or cached.", ("source",), registry=registry
+        )
+        self._stages = Histogram(
+            "probescore_stage_seconds", "Measures the seconds of a call, by stage.", ("stage",), buckets=SECONDS, registry=registry
+        )
+        self.refused = Counter(
+            "probescore_refused_total", "Counts the calls that ended in an error, by its reason.", ("reason",), registry=registry
+        )
         for kind in (QueueFull, ServerBusy, OutOfMemory, WorkerUnavailable, WorkerLostTwice, DeadlineExpired, InternalFault):
-            self.refused.labels(kind.reason)  # a rate is known from the first time on only if there was a 0 before
-        self.cancelled = Counter("probescore_cancelled_total", "Calls that their client gave up.", registry=registry)
-        self.ready = Gauge("probescore_ready", "Whether some worker can score.", registry=registry)
-        self.worker_ready = Gauge("probescore_worker_ready", "Whether a worker can score.", ("worker", "device"), registry=registry)
+            self.refused.labels(kind.reason)  # Prometheus sees the first increase only if there was a 0 before.
+        self.cancelled = Counter("probescore_cancelled_total", "Counts the calls that their client gave up.", registry=registry)
+        self.ready = Gauge("probescore_ready", "Is 1 if some worker can score.", registry=registry)
+        self.worker_ready = Gauge("probescore_worker_ready", "Is 1 if a worker can score.", ("worker", "device"), registry=registry)
         self.worker_asleep = Gauge(
-            "probescore_worker_asleep", "Whether a worker sleeps until it is woken.", ("worker", "device"), registry=registry
+            "probescore_worker_asleep", "Is 1 if a worker sleeps until it is woken.", ("worker", "device"), registry=registry
         )
         self.transfers = Histogram(
             "probescore_transfer_seconds",
-            "Seconds in which a worker gave its device's memory back (sleep) or took it again (wake).",
+            "Measures the seconds in which a worker gave its device's memory back (sleep) or took it again (wake).",
             ("kind",),
             buckets=SECONDS,
             registry=registry,
         )
         self.worker_restarts = Gauge(
-            "probescore_worker_restarts", "How often a worker was started again.", ("worker", "device"), registry=registry
+            "probescore_worker_restarts", "Counts how often a worker was started again.", ("worker", "device"), registry=registry
         )
         self._worker_losses = Counter(
-            "probescore_worker_losses_total", "How often a worker was lost, by why.", ("worker", "device", "reason"), registry=registry
+            "probescore_worker_losses_total",
+            "Counts how often a worker was lost, by reason.",
+            ("worker", "device", "reason"),
+            registry=registry,
         )
         self._workers = _WorkerMetrics()
         registry.register(self._workers)
         self.probes = ProbeMetrics(registry)
 
     def of_method(self, labels: RpcLabels) -> MethodMetrics:
-        """What is counted of one method's RPCs."""
+        """Returns the metrics of one method's RPCs, given the method's label values."""
         return MethodMetrics(
             started=self._started.labels(*labels),
             in_flight=self._in_flight,
@@ -107,49 +122,49 @@ class Metrics:
         )
 
     def count_batch(self, tokens: int, rollouts: int) -> None:
-        """Counts a batch that a worker gets."""
+        """Counts a batch that is given to a worker, with its number of tokens and of rollouts."""
         self._batch_tokens.observe(tokens)
         self._batch_rollouts.observe(rollouts)
 
     def watch_queue(self, tokens: Callable[[], int], rollouts: Callable[[], int]) -> None:
-        """Reads the length of the queue at each scrape."""
+        """Makes each scrape call these functions for the numbers of tokens and of rollouts in the queue."""
         self.queue_tokens.set_function(tokens)
         self.queue_rollouts.set_function(rollouts)
 
     def watch_batch_budget(self, worker: str, device: str, tokens: Callable[[], int]) -> None:
-        """Reads the budget of one worker at each scrape; `worker` is its number."""
+        """Makes each scrape call ``tokens`` for the most tokens of one worker's next batch; ``worker`` is the worker's number."""
         self.batch_budget.labels(worker, device).set_function(tokens)
 
     def watch_worker(self, worker: str, device: str, statistics: Callable[[], EngineStatistics]) -> None:
-        """Reads what one worker holds at each scrape; `worker` is its number."""
+        """Makes each scrape call ``statistics`` for the memory use and cache hits of one worker; ``worker`` is the worker's number."""
         self._workers.watched[worker, device] = statistics
 
     def watch_losses(self, worker: str, device: str) -> Callable[[str], None]:
-        """What counts, by its reason, that one worker was lost; `worker` is its number."""
+        """Returns a function that counts one loss of a worker process, given the reason; ``worker`` is the worker's number."""
         losses = {reason: self._worker_losses.labels(worker, device, reason) for reason in REASONS_LOST}
         return lambda reason: losses[reason].inc()
 
     def show_worker(self, worker: str, device: str, *, ready: bool, asleep: bool, restarts: int) -> None:
-        """The state of one worker; `worker` is its number."""
+        """Sets the metrics that say whether one worker is ready or asleep and how often it was restarted; ``worker`` is its number."""
         self.worker_ready.labels(worker, device).set(ready)
         self.worker_asleep.labels(worker, device).set(asleep)
         self.worker_restarts.labels(worker, device).set(restarts)
 
     def count_stage(self, stage: str, seconds: float) -> None:
-        """Adds how long a call was in one stage: check, queue or compute."""
+        """Adds the seconds that a call was in one stage: ``check``, ``queue`` or ``compute``."""
         self._stages.labels(stage).observe(seconds)
 
     def count_usage(self, usage: Usage) -> None:
-        """Adds the tokens of rollouts that were scored."""
+        """Adds the tokens of scored rollouts, by whether they were computed, shared with other rollouts or found in the cache."""
         self._tokens.labels("computed").inc(usage.tokens_computed)
         self._tokens.labels("shared").inc(usage.tokens_shared)
         self._tokens.labels("cached").inc(usage.tokens_cached)
 
     def serve(self, host: str, port: int) -> int:
-        """Answers scrapes from a thread of its own and returns the port, which is a free one if `port` is 0.
+        """Starts an HTTP server for scrapes in a thread of its own, and returns its port, which is any free one if ``port`` is 0.
 
         Raises:
-            StartupError: the address cannot be listened on.
+            StartupError: the server cannot listen on the address.
         """
         try:
             server, _ = start_http_server(port, host, self.registry)
@@ -160,13 +175,16 @@ class Metrics:
 
 @dataclass(frozen=True, eq=False)
 class MethodMetrics:
-    """The metrics of one method. They are looked up once: that takes longer than counting does.
+    """Holds the metrics of one gRPC method, looked up once by their labels, since looking up takes longer than counting.
 
     Attributes:
-        started, in_flight: counted at once, under the lock `at_one_moment`.
-        ended: the counter of those that ended with a code, by its name.
-        handling: seconds.
-        received, sent: messages.
+        started: counts the RPCs that began.
+        in_flight: counts the RPCs of all methods that began and have not ended.
+        ended: returns the counter of the RPCs that ended with a status code, given the code's name.
+        at_one_moment: the lock under which ``started``, ``in_flight`` and ``ended`` are changed together.
+        handling: the histogram of the seconds from an RPC's start to its end.
+        received: counts request messages.
+        sent: counts response messages.
     """
 
     started: Counter
@@ -178,13 +196,13 @@ class MethodMetrics:
     sent: Counter
 
     def count_start(self) -> None:
-        """Counts an RPC that begins."""
+        """Counts an RPC that begins, as started and as in flight."""
         with self.at_one_moment:
             self.started.inc()
             self.in_flight.inc()
 
     def count_end(self, code: str, seconds: float) -> None:
-        """Counts its end."""
+        """Counts an RPC that ends with the status code of this name, after so many seconds."""
         with self.at_one_moment:
             self.ended(code).inc()
             self.in_flight.dec()
@@ -192,7 +210,7 @@ class MethodMetrics:
 
 
 class _ConsistentSnapshot(Collector):
-    """Some metrics, read together while nobody changes them, so that they add up."""
+    """Collects some metrics for Prometheus together, under a lock, so that their numbers fit each other."""
 
     def __init__(self, *metrics: Counter | Gauge) -> None:
         self.lock = threading.Lock()
@@ -204,18 +222,20 @@ class _ConsistentSnapshot(Collector):
 
 
 class _WorkerMetrics(Collector):
-    """What workers hold. A worker that is started again counts from 0, as Prometheus expects of what restarts."""
+    """Collects the workers' memory use and cache lookups. A restarted worker counts from 0, as Prometheus expects of a restart."""
 
     def __init__(self) -> None:
         self.watched: dict[tuple[str, str], Callable[[], EngineStatistics]] = {}
 
     def collect(self) -> list[Metric]:
         labels = ("worker", "device")
-        device = GaugeMetricFamily("probescore_device_memory_bytes", "Bytes that a worker has taken of its device.", labels=labels)
-        cache = GaugeMetricFamily("probescore_kv_cache_bytes", "Bytes of keys and values that a worker keeps.", labels=labels)
+        device = GaugeMetricFamily(
+            "probescore_device_memory_bytes", "Counts the bytes that a worker has taken of its device.", labels=labels
+        )
+        cache = GaugeMetricFamily("probescore_kv_cache_bytes", "Counts the bytes of cached keys and values of a worker.", labels=labels)
         lookups = CounterMetricFamily(
             "probescore_kv_cache_lookups_total",
-            "Sequences looked up in the cache; hit: a beginning of it was there.",
+            "Counts the sequences looked up in a worker's cache of keys and values; a hit found at least a beginning of the sequence.",
             labels=(*labels, "result"),
         )
         for worker, statistics in list(self.watched.items()):

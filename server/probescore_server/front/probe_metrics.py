@@ -1,7 +1,7 @@
-"""What the loaded probes say, as Prometheus metrics: who they are, how often they are asked, how their scores lie.
+"""Counts Prometheus metrics of the loaded probes: their identity, how often they are applied, and the distribution of their scores.
 
-A score is shown under the reductions that the probe's own manifest names, its default and those of its calibrations: others are the
-client's to choose, so there is no end to them, and the scores of two reductions do not belong into one distribution.
+Only scores under the reductions that a probe's manifest names, its default and those of its calibrations, are counted. Clients may choose
+any others, without bound, and the scores of two reductions do not belong in one distribution.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from probescore_server.rollouts import EngineInfo, RolloutResult
 
 PROBE = ("probe", "version")
 SCORE = (*PROBE, "reduction", "label")
-# Fit for probabilities, for logits and for values, whose scale is the probe's own.
+# These bucket bounds suit probabilities, logits, and values on a scale of the probe's own.
 SCORES = (
     *(-256, -64, -32, -16, -8, -4, -3, -2, -1.5, -1, -0.5, 0, 0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5),
     *(0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1, 1.5, 2, 3, 4, 8, 16, 32, 64, 256),
@@ -32,14 +32,15 @@ MAX_DISTRIBUTIONS = 128
 
 @dataclass(eq=False)
 class _ScoreDistribution:
-    """The scores of one probe under one reduction, for one label.
+    """Counts the scores of one probe under one reduction and for one label, as a histogram.
 
     Attributes:
-        probe: ``name@version``.
-        labels: the values of `SCORE`.
-        label: its index.
-        threshold: of the calibration; ``None`` = there is none.
-        counts: by bucket of `SCORES`, and then those above the last, int64.
+        probe: the probe's key, ``name@version``.
+        labels: the values of the metric's labels: probe, version, reduction, label.
+        label: the index of the label among the probe's labels.
+        threshold: the threshold of the probe's calibration; ``None`` = there is no calibration.
+        counts: the number of scores in each bucket, ``(B + 1,)`` int64 for the ``B`` upper bounds of ``SCORES`` and what is above the last.
+        sum: the sum of all scores.
     """
 
     probe: str
@@ -55,21 +56,25 @@ class _ScoreDistribution:
 
 
 class ProbeMetrics:
-    """Those of every loaded probe; distributions of the first `MAX_DISTRIBUTIONS` only."""
+    """Holds the Prometheus metrics of every loaded probe, with the score distributions of the first ``MAX_DISTRIBUTIONS`` only."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         names = (*PROBE, "graph_sha256", "manifest_sha256", "unit")
-        self._info = Gauge("probescore_probe_info", "1 for a loaded probe.", names, registry=registry)
-        self._threshold = Gauge("probescore_probe_threshold", "Threshold of its calibration.", SCORE, registry=registry)
-        self._calls = Counter("probescore_probe_calls_total", "Calls that it was applied in.", PROBE, registry=registry)
-        self._flagged = Counter("probescore_probe_flagged_total", "Rollouts at or above the threshold.", SCORE, registry=registry)
-        self._refused = Counter("probescore_probe_non_finite_total", "Rollouts refused for NaN or an infinity.", PROBE, registry=registry)
-        self._calls_of: dict[tuple[str, str], Counter] = {}  # looking up a thousand series takes as long as counting in them
+        self._info = Gauge("probescore_probe_info", "Is 1 for each loaded probe.", names, registry=registry)
+        self._threshold = Gauge("probescore_probe_threshold", "Tells the threshold of a probe's calibration.", SCORE, registry=registry)
+        self._calls = Counter("probescore_probe_calls_total", "Counts the calls that a probe was applied in.", PROBE, registry=registry)
+        self._flagged = Counter(
+            "probescore_probe_flagged_total", "Counts the rollouts at or above a probe's threshold.", SCORE, registry=registry
+        )
+        self._refused = Counter(
+            "probescore_probe_non_finite_total", "Counts the rollouts for which a probe gave no finite score.", PROBE, registry=registry
+        )
+        self._calls_of: dict[tuple[str, str], Counter] = {}  # Looking up a thousand series takes as long as counting in them.
         self._scores = _ScoreHistogram()
         registry.register(self._scores)
 
     def show_probes(self, info: EngineInfo) -> None:
-        """Makes the series of what is loaded, so that they are there before the first call. Again, it changes nothing."""
+        """Creates the series of all loaded probes, so that they exist before the first call. Further calls change nothing."""
         if self._scores.distributions:
             return
         for each in itertools.islice((each for probe in info.probes for each in _distributions(probe)), MAX_DISTRIBUTIONS):
@@ -83,17 +88,18 @@ class ProbeMetrics:
             self._refused.labels(probe.name, probe.version)
 
     def count_call(self, applied: Iterable[ScoredProbe]) -> None:
-        """Counts one call for each of its probes."""
+        """Counts one call for each of the probes that were applied in it."""
         for probe in applied:
             self._calls_of[probe.name, probe.version].inc()
 
     def count_results(self, applied: Sequence[ScoredProbe], scope: Scope, results: Iterable[RolloutResult]) -> None:
-        """Adds the scores of rollouts of one call.
+        """Adds the scores of some rollouts of one call to the distributions, and counts those that a probe refused.
 
         Args:
-            applied: its probes.
-            scope: of the call. Only scores of completions belong into one distribution.
-            results: of its rollouts.
+            applied: the probes that the call applied.
+            scope: which tokens the call scored. Scores are added only if it scored completions, since others do not belong in one
+                distribution with them.
+            results: the results of the rollouts.
         """
         scored = []
         for result in results:
@@ -106,10 +112,10 @@ class ProbeMetrics:
         for probe, key in zip(applied, score_keys(applied), strict=True):
             for distribution, reduction in self._shown(probe):
                 numbers = np.array([scores[key].reduced[0, reduction, distribution.label] for scores in scored], np.float32)
-                self._add(distribution, numbers[~np.isnan(numbers)])  # an empty selection has no score
+                self._add(distribution, numbers[~np.isnan(numbers)])  # An empty selection of tokens has no score.
 
     def _shown(self, probe: ScoredProbe) -> Iterator[tuple[_ScoreDistribution, int]]:
-        """Its distributions that a call with these reductions adds to, each with the index of its reduction."""
+        """Yields the distributions to which a probe's scores in a call are added, each with its reduction's index among the call's."""
         distributions = self._scores.distributions.get(probe.key)
         if distributions is None:
             return
@@ -126,14 +132,14 @@ class ProbeMetrics:
 
 
 class _ScoreHistogram(Collector):
-    """The histogram ``probescore_probe_score``, counted with numpy: a call may bring ten thousand scores."""
+    """Collects the histogram ``probescore_probe_score``, which is counted with numpy since a call may bring ten thousand scores."""
 
     def __init__(self) -> None:
         self.distributions: dict[str, list[_ScoreDistribution]] = {}
 
     def collect(self) -> Iterator[Metric]:
         name = "probescore_probe_score"
-        family = Metric(name, "Scores of rollouts, in the probe's unit.", "histogram")
+        family = Metric(name, "Counts the scores of rollouts, in the probe's unit.", "histogram")
         bounds = [*(str(float(bound)) for bound in SCORES), "+Inf"]
         for each in [each for own in self.distributions.values() for each in own]:
             labels = dict(zip(SCORE, each.labels, strict=True))
@@ -146,7 +152,10 @@ class _ScoreHistogram(Collector):
 
 
 def _distributions(probe: ProbeInfo) -> Iterator[_ScoreDistribution]:
-    """By reduction that its manifest names, and by label. Of several calibrations for the same, the first counts."""
+    """Yields an empty distribution of a probe's scores for each reduction that its manifest names and for each label.
+
+    Of several calibrations for the same reduction and label, the first gives the threshold.
+    """
     if probe.output_per is OutputPer.ROLLOUT:
         reductions = [""]
     else:

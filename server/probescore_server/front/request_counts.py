@@ -1,6 +1,6 @@
-"""How much a request holds, counted on its message: before anything is made of it, since making it is what costs.
+"""Limits how many parts a request may have, counted on its protobuf message before Python objects are made of it.
 
-A span takes two bytes of a message and a hundred of Python's memory.
+Making the objects is what costs: a span takes two bytes of a message and a hundred of Python's memory.
 """
 
 from __future__ import annotations
@@ -11,24 +11,24 @@ from probescore_server.settings import ServerSettings
 
 
 def check_counts(request: scoring_pb2.ScoreRequest, limits: ServerSettings, loaded_probes: int) -> None:
-    """Refuses a request with more parts than the limits allow.
+    """Refuses a request message with more completions, follow-ups, spans, reductions or probe names than the limits allow.
 
     Args:
-        request: as received.
-        limits: of the server.
-        loaded_probes: a request names each once, in one of two ways.
+        request: the message as received.
+        limits: the server's settings.
+        loaded_probes: the number of loaded probes; a request names each at most once.
 
     Raises:
-        LimitExceeded: naming ``groups``, ``reductions``, or the completion's ``spans`` or ``follow_ups``.
-        InvalidRequest: naming ``probes`` or ``token_scores.probes``.
+        LimitExceeded: there are too many of something; names ``groups``, ``reductions``, or a completion's ``spans`` or ``follow_ups``.
+        InvalidRequest: there are too many names of probes; names ``probes`` or ``token_scores.probes``.
     """
     for field, names in (("probes", request.probes), ("token_scores.probes", request.token_scores.probes)):
-        # each has two, with its version and without; which of fewer is wrong is found where they are looked up
+        # Each probe has two names, with its version and without. A wrong one among fewer names is found where they are looked up.
         if len(names) > 2 * loaded_probes:
             raise InvalidRequest(field, f"{len(names)} names, of {loaded_probes} loaded probes; name each once")
     if (count := len(request.reductions)) > limits.max_reductions:
         raise LimitExceeded("reductions", count, "reductions", "max_reductions", limits.max_reductions, "ask in several requests")
-    rollouts = len(request.groups)  # each has a completion, or is refused
+    rollouts = len(request.groups)  # Each group has at least one completion, or is refused later.
     _check_rollouts(rollouts, limits)
     rollouts = sum(len(group.completions) for group in request.groups)
     _check_rollouts(rollouts, limits)
@@ -50,13 +50,13 @@ def _check_rollouts(count: int, limits: ServerSettings) -> None:
 
 
 def _check_tree(completion: scoring_pb2.Completion, field: str, limits: ServerSettings) -> int:
-    """Checks the spans of a completion and of all that follows it; returns how many follow."""
+    """Checks the number of spans of a completion and of each nested follow-up; returns the number of all nested follow-ups."""
     if (count := len(completion.spans)) > limits.max_spans:
         remedy = "send the completion several times, each with some of them"
         raise LimitExceeded(f"{field}.spans", count, "spans", "max_spans", limits.max_spans, remedy)
     count = len(completion.follow_ups)
     if count > limits.max_follow_ups:
-        return count  # too many already
+        return count  # These are too many already.
     return count + sum(
         _check_tree(follow_up, f"{field}.follow_ups[{index}]", limits) for index, follow_up in enumerate(completion.follow_ups)
     )

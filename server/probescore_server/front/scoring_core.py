@@ -1,4 +1,7 @@
-"""What scores, whoever owns the port: workers, the scheduler before them, the servicer and its metrics. It never imports torch."""
+"""Connects all that scores requests, whoever owns the gRPC port: the workers, their scheduler, the servicer and the metrics.
+
+It never imports torch.
+"""
 
 from __future__ import annotations
 
@@ -21,19 +24,19 @@ logger = structlog.get_logger(__name__)
 
 
 class ScoringCore:
-    """Scores on some devices. Everything here runs on one event loop.
+    """Scores requests on some devices, with one worker process for each. All of it runs on one event loop.
 
     Args:
-        settings: as read.
-        devices: one worker each.
-        on_change: called whenever a worker becomes ready, dies, falls asleep or wakes up.
+        settings: the server's settings.
+        devices: the devices, such as ``cuda:0``.
+        on_change: called whenever a worker becomes ready, ends, falls asleep or wakes up.
 
     Attributes:
-        metrics: of calls, workers and probes; not served by anyone yet.
-        workers: in the order of the devices.
-        scheduler: before them.
-        under_way: bounds its calls.
-        servicer: ``probescore.v1.ScoringService``.
+        metrics: the metrics of calls, workers and probes; whoever owns the core must serve them on a port.
+        workers: the handles of the workers, in the order of the devices.
+        scheduler: the scheduler that gives the workers their batches.
+        under_way: bounds the calls that are under way.
+        servicer: the implementation of ``probescore.v1.ScoringService``.
     """
 
     def __init__(self, settings: ServerSettings, devices: tuple[str, ...], on_change: Callable[[], None]) -> None:
@@ -41,7 +44,7 @@ class ScoringCore:
         self._on_change = on_change
         self._has_probes = bool(settings.probes)
         if settings.device_map != "none":
-            devices = devices[:1]  # one worker, which takes the others too
+            devices = devices[:1]  # The one worker takes the other devices too.
         threads = settings.threads_per_worker or max(1, len(os.sched_getaffinity(0)) // len(devices))
         pinned = PinnedContent()
         self.workers = [
@@ -65,16 +68,18 @@ class ScoringCore:
 
     @property
     def serving(self) -> bool:
-        """Whether calls will be answered. Those to workers that sleep are accepted and wait: who restarted a server for not answering would
-        take the memory that it gave away.
+        """Tells whether calls are accepted: some worker is ready or asleep.
+
+        Calls wait while all workers sleep. The server still counts as serving, since an orchestrator that restarted it would take the
+        memory that it gave back.
         """
         return any(worker.ready or worker.asleep for worker in self.workers)
 
     async def run(self) -> None:
-        """Runs the workers until cancelled.
+        """Runs all worker processes until this coroutine is cancelled.
 
         Raises:
-            StartupError: a worker cannot load what it should serve.
+            StartupError: a worker cannot load the model or a probe.
         """
         if not self._has_probes:
             logger.warning("no probes", consequence="every request to score is refused", remedy="start with --probes FILE or DIRECTORY")
@@ -87,7 +92,7 @@ class ScoringCore:
             await asyncio.gather(*running, return_exceptions=True)
 
     def _changed(self) -> None:
-        """Tells everyone what the workers' state means: metrics, the work that waits, and whoever owns the port."""
+        """Passes a change of the workers' state on to the metrics, to the calls that wait, and to whoever owns the port."""
         ready = any(worker.ready for worker in self.workers)
         self.metrics.ready.set(ready)
         for number, worker in enumerate(self.workers):

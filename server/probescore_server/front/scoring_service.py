@@ -1,4 +1,4 @@
-"""The gRPC servicer: from messages to checked rollouts, through the scheduler, to messages."""
+"""Implements the gRPC service ``ScoringService``: checks requests, has the scheduler compute their rollouts, and builds the answers."""
 
 from __future__ import annotations
 
@@ -42,15 +42,15 @@ from probescore.wire import (
 )
 from probescore.wire.contract import JOB_KEY
 from probescore_server.errors import InvalidRequest, Mismatch, WorkerUnavailable
-from probescore_server.front.metrics import Metrics
-from probescore_server.front.request_counts import check_counts
-from probescore_server.offloading import (
+from probescore_server.event_loop import (
     MAX_BYTES_CHECKED_ON_LOOP,
     MAX_BYTES_WRITTEN_ON_LOOP,
     MAX_ROLLOUTS_COUNTED_AT_ONCE,
     MAX_SCORES_ON_LOOP,
     off_the_loop,
 )
+from probescore_server.front.metrics import Metrics
+from probescore_server.front.request_counts import check_counts
 from probescore_server.rollouts import CheckedRollout, EngineInfo, ResolvedOptions
 from probescore_server.scheduling.call import Call, Delivery, FinishedRollout
 from probescore_server.scheduling.scheduler import Scheduler
@@ -68,7 +68,7 @@ MAX_ABSOLUTE_PRIORITY = 100
 # gRPC for Python slows down with larger messages.
 MAX_STREAMED_BYTES = 1 << 20
 
-# Half a megabyte each with a thousand probes.
+# Checked options take half a megabyte each with a thousand probes, so that only a few are cached.
 MAX_KNOWN_OPTIONS = 16
 MAX_KNOWN_REDUCTIONS = 8
 
@@ -78,7 +78,15 @@ Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 @dataclass(frozen=True)
 class _CheckedRequest:
-    """A request that passed every check, and how long that took. `probes`: how its answer names them."""
+    """Holds a request to score that passed every check.
+
+    Attributes:
+        rollouts: the rollouts, by group and then by completion.
+        options: how the rollouts are scored.
+        probes: the description of each probe that the answer holds.
+        request: the other fields of the request, such as its priority.
+        seconds: the seconds that checking took.
+    """
 
     rollouts: list[list[CheckedRollout]]
     options: ResolvedOptions
@@ -88,7 +96,7 @@ class _CheckedRequest:
 
 
 class ScoringServicer(scoring_pb2_grpc.ScoringServiceServicer):
-    """``probescore.v1.ScoringService``. Errors are raised as ``CoreError``; the boundary makes statuses of them."""
+    """Implements ``probescore.v1.ScoringService``. It raises errors as ``CoreError``, which ``ErrorInterceptor`` turns into statuses."""
 
     def __init__(self, settings: ServerSettings, workers: Sequence[WorkerHandle], scheduler: Scheduler, metrics: Metrics) -> None:
         self._settings = settings
@@ -97,7 +105,7 @@ class ScoringServicer(scoring_pb2_grpc.ScoringServiceServicer):
         self._metrics = metrics
 
     async def Score(self, request: scoring_pb2.ScoreRequest, context: Context) -> scoring_pb2.ScoreResponse:  # noqa: N802
-        """Scores every completion and answers once all are done."""
+        """Scores every completion of a request, and answers once all are scored."""
         info = self._info()
         asked = await self._check(request, info)
         with self._submit(asked, context) as call:
@@ -111,7 +119,7 @@ class ScoringServicer(scoring_pb2_grpc.ScoringServiceServicer):
     async def ScoreStream(  # noqa: N802
         self, request: scoring_pb2.ScoreStreamRequest, context: Context
     ) -> AsyncIterator[scoring_pb2.ScoreStreamResponse]:
-        """Scores and answers in pieces, as batches finish."""
+        """Scores every completion of a request, and yields the scores in pieces, as batches finish."""
         info = self._info()
         asked = await self._check(request.request, info)
         total = Usage()
@@ -129,7 +137,7 @@ class ScoringServicer(scoring_pb2_grpc.ScoringServiceServicer):
     async def GetServerInfo(  # noqa: N802
         self, request: scoring_pb2.GetServerInfoRequest, context: Context
     ) -> scoring_pb2.GetServerInfoResponse:
-        """Says what runs here."""
+        """Returns the server's version, model, limits, workers and names of loaded probes."""
         info, settings = self._info(), self._settings
         loaded = [worker.info or info for worker in self._workers]
         return server_info_to_proto(
@@ -149,7 +157,7 @@ class ScoringServicer(scoring_pb2_grpc.ScoringServiceServicer):
     async def ListProbes(  # noqa: N802
         self, request: probes_pb2.ListProbesRequest, context: Context
     ) -> probes_pb2.ListProbesResponse:
-        """Lists the loaded probes with their manifests."""
+        """Lists the loaded probes with their manifests, as the RPC ``ListProbes`` answers."""
         return probes_to_proto(self._info().probes)
 
     # -------------------------------------------------------------------------------------------------------------- a request
@@ -161,12 +169,12 @@ class ScoringServicer(scoring_pb2_grpc.ScoringServiceServicer):
         raise WorkerUnavailable("the server is starting", retry_seconds=1.0)
 
     async def _check(self, request: scoring_pb2.ScoreRequest, info: EngineInfo) -> _CheckedRequest:
-        """Checks a request, tokenising what came as text."""
+        """Checks a request, in which texts are tokenised first, and returns its rollouts, ready to be scored."""
         started = time.monotonic()
         small = request.ByteSize() <= MAX_BYTES_CHECKED_ON_LOOP
         asked, groups, texts = await off_the_loop(_read_request, request, self._settings, len(info.probes), small=small)
         _check_fingerprints(asked, info)
-        # reductions are the client's to choose, as many as it likes: what is remembered must not grow with them
+        # Clients choose reductions freely: the memory of what is cached must not grow with their number.
         resolve = _known_options if len(asked.reductions) <= MAX_KNOWN_REDUCTIONS else _resolve_options
         options, probes = resolve(
             info, asked.probes, asked.reductions, asked.token_scores, asked.scope, asked.return_token_ids, asked.return_token_texts
@@ -200,7 +208,7 @@ class ScoringServicer(scoring_pb2_grpc.ScoringServiceServicer):
         self._count_results(delivery.finished, asked)
 
     def _count_results(self, finished: Sequence[FinishedRollout], asked: _CheckedRequest) -> None:
-        """Some at a time: others have their turn in between."""
+        """Counts results in the probes' metrics some at a time, so that other work on the event loop runs in between."""
         now, later = finished[:MAX_ROLLOUTS_COUNTED_AT_ONCE], finished[MAX_ROLLOUTS_COUNTED_AT_ONCE:]
         self._metrics.probes.count_results(asked.probes, asked.options.scope, [one.result for one in now])
         if later:
@@ -215,7 +223,7 @@ class ScoringServicer(scoring_pb2_grpc.ScoringServiceServicer):
 
 
 def _after_the_answer(work: Callable[..., None], *args: object) -> None:
-    """Counting, and writing a line into the log, take as long as building an answer does: it goes first."""
+    """Calls ``work`` soon on the event loop: metrics and logs take as long as building an answer, so that the answer goes first."""
     asyncio.get_running_loop().call_soon(work, *args)
 
 
@@ -223,7 +231,7 @@ def _after_the_answer(work: Callable[..., None], *args: object) -> None:
 
 
 def _job(context: Context) -> str:
-    """Whose turn in the queue this call takes."""
+    """Returns the name of the job whose turns in the queue a call takes: from the call's metadata, else the client's address."""
     for key, value in context.invocation_metadata() or ():
         if key == JOB_KEY:
             return str(value)
@@ -263,7 +271,7 @@ def _resolve_options(
     return_token_ids: bool,
     return_token_texts: bool,
 ) -> tuple[ResolvedOptions, tuple[ScoredProbe, ...]]:
-    """What a call asks for, and how its answer names the probes."""
+    """Returns a call's checked options, and the description of each of its probes that the answer holds."""
     options = resolve_options(
         info,
         probes=probes,
@@ -276,7 +284,7 @@ def _resolve_options(
     return options, info.scored_probes(options)
 
 
-# most calls ask for what others did before
+# Most calls repeat the options of earlier ones.
 _known_options = functools.lru_cache(MAX_KNOWN_OPTIONS)(_resolve_options)
 
 
@@ -334,7 +342,10 @@ def _whole_answer(finished: Iterable[FinishedRollout], info: ScoringInfo) -> sco
 
 
 def _pieces(delivery: Delivery) -> list[list[FinishedRollout]]:
-    """Splits a delivery into messages of at most `MAX_STREAMED_BYTES`; a single completion is never split."""
+    """Splits delivered results into lists for one message each, with at most ``MAX_STREAMED_BYTES`` of arrays and texts.
+
+    A single completion is never split, however large it is.
+    """
     pieces: list[list[FinishedRollout]] = []
     piece: list[FinishedRollout] = []
     size = 0

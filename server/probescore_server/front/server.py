@@ -1,4 +1,4 @@
-"""The front process: the port, health and metrics, and the workers behind them. It never imports torch."""
+"""Runs the gRPC server of the front process, with its port, health and metrics and the workers behind them. It never imports torch."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from probescore_server.settings import ServerSettings, join_host_port
 logger = structlog.get_logger(__name__)
 
 CUDA_DRIVER = Path("/dev/nvidiactl")
-# What those are told who wait when a server stops.
+# Calls that wait when a server stops are told to retry after these seconds.
 RETRY_SECONDS = 1.0
 
 
 async def serve(settings: ServerSettings) -> None:
-    """Serves until SIGTERM or SIGINT, then finishes what was accepted; a second signal ends at once.
+    """Runs a server until SIGTERM or SIGINT, and then until the accepted calls are finished; a second signal ends it at once.
 
     Raises:
-        StartupError: an address is taken, an interceptor cannot be imported, or a worker cannot load what it should serve.
+        StartupError: an address is taken, an interceptor cannot be imported, or a worker cannot load the model or a probe.
     """
     drain, now = asyncio.Event(), asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -43,14 +43,14 @@ async def serve(settings: ServerSettings) -> None:
 
 
 class Server:
-    """Everything behind one port.
+    """Is a gRPC server with its port, its services and its workers.
 
     Args:
-        settings: as read.
-        devices: one worker each.
+        settings: the server's settings.
+        devices: the devices, such as ``cuda:0``, each of which gets a worker process.
 
     Raises:
-        StartupError: an interceptor cannot be imported.
+        StartupError: an interceptor that the settings name cannot be imported.
     """
 
     def __init__(self, settings: ServerSettings, devices: tuple[str, ...]) -> None:
@@ -61,10 +61,10 @@ class Server:
         self._announcing: set[asyncio.Task[None]] = set()
 
     async def run(self, drain: asyncio.Event, now: asyncio.Event) -> None:
-        """Serves until `drain` is set, then finishes what was accepted, at most until `now` is set.
+        """Serves until ``drain`` is set, then finishes the accepted calls until they are done or ``now`` is set.
 
         Raises:
-            StartupError: an address is taken, or a worker cannot load what it should serve.
+            StartupError: an address is taken, or a worker cannot load the model or a probe.
         """
         await self._health.set_serving(False)
         address = self._listen()
@@ -88,7 +88,7 @@ class Server:
         logger.info("draining", at_most_seconds=self._settings.drain_seconds)
         await self._health.drain()
         if all(worker.asleep for worker in self._core.workers):
-            # a server that drains takes no call that could wake it
+            # A server that drains takes no call that could wake it.
             self._core.scheduler.fail_waiting(WorkerUnavailable("the server stops while it sleeps", RETRY_SECONDS))
         stopping = asyncio.create_task(self._grpc.stop(self._settings.drain_seconds))
         hurrying = asyncio.create_task(now.wait())
@@ -114,14 +114,14 @@ class Server:
         settings = self._settings
         keepalive = int(1000 * settings.keepalive_seconds)
         options: list[tuple[str, int]] = [
-            ("grpc.so_reuseport", 0),  # or a second server would share the port unnoticed
+            ("grpc.so_reuseport", 0),  # Otherwise a second server would share the port unnoticed.
             ("grpc.max_receive_message_length", settings.max_message_bytes),
             ("grpc.max_send_message_length", -1),
             ("grpc.max_concurrent_streams", settings.max_calls_per_connection),
             ("grpc.max_allowed_incoming_connections", settings.max_connections),
             ("grpc.keepalive_time_ms", keepalive),
             ("grpc.keepalive_timeout_ms", keepalive),
-            ("grpc.http2.ping_timeout_ms", keepalive),  # or its own minute counts, however short the keepalive timeout
+            ("grpc.http2.ping_timeout_ms", keepalive),  # Otherwise gRPC's own minute counts.
             ("grpc.keepalive_permit_without_calls", 1),
             ("grpc.http2.min_ping_interval_without_data_ms", int(1000 * settings.min_client_ping_seconds)),
         ]
@@ -139,7 +139,7 @@ class Server:
         return server
 
     def _listen(self) -> str:
-        """Binds the address and returns it, with the port that was found if it was 0."""
+        """Binds the server's address and returns it, with the actual port if the settings say 0."""
         settings = self._settings
         if settings.unix_socket is not None:
             _free_unix_socket(settings.unix_socket)
@@ -151,16 +151,16 @@ class Server:
 
 
 async def find_devices(devices: tuple[str, ...]) -> tuple[str, ...]:
-    """The devices that the setting means: ``auto`` is every CUDA device there is, else the CPU.
+    """Returns the devices that the setting ``devices`` means: ``auto`` becomes every CUDA device of the machine, or the CPU if none.
 
     Raises:
-        StartupError: there is a CUDA driver, and torch cannot say what it drives.
+        StartupError: the machine has a CUDA driver, but torch cannot count its devices.
     """
     if devices != ("auto",):
         return devices
     if not await asyncio.to_thread(CUDA_DRIVER.exists):
         return ("cpu",)
-    # asked of a process of its own, since this one stays free of torch
+    # A process of its own counts them, since this one stays free of torch.
     question = [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"]
     answer = await asyncio.to_thread(subprocess.run, question, capture_output=True, text=True)
     if answer.returncode != 0:
@@ -180,10 +180,10 @@ def _import_interceptor(reference: str) -> grpc.aio.ServerInterceptor:
 
 
 def _free_unix_socket(path: Path) -> None:
-    """Removes the socket of a server that is gone; gRPC would take over that of a living one unnoticed.
+    """Removes the Unix socket at a path if no server listens on it; gRPC would take over that of a running server unnoticed.
 
     Raises:
-        StartupError: somebody listens there, or it is not a socket.
+        StartupError: another server listens on it, or the path is not a socket.
     """
     if not path.exists():
         return

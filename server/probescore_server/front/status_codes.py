@@ -1,4 +1,4 @@
-"""The one table from the core's errors to gRPC statuses."""
+"""Maps the core's errors to gRPC statuses; no other module does."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from probescore_server.errors import (
     WorkerUnavailable,
 )
 
-# Statuses travel as HTTP/2 headers, of which peers accept 8 KiB in all; the text is in there twice in base64, and once percent-encoded.
+# Statuses travel as HTTP/2 headers, of which peers accept 8 KiB in all. These hold the text twice in base64 and once percent-encoded.
 MAX_TEXT_BYTES = 1000
 
 CODES: dict[type[CoreError], grpc.StatusCode] = {
@@ -47,7 +47,7 @@ CODES: dict[type[CoreError], grpc.StatusCode] = {
 
 @dataclass(frozen=True)
 class RpcStatus:
-    """What ends a call: arguments of ``ServicerContext.abort``."""
+    """Holds the status that ends a call, as the arguments of ``grpc.aio.ServicerContext.abort``."""
 
     code: grpc.StatusCode
     details: str
@@ -55,7 +55,10 @@ class RpcStatus:
 
 
 def status_of(error: CoreError) -> RpcStatus:
-    """The status of an error: ``google.rpc.Status`` with ``ErrorInfo``, and ``BadRequest`` or ``RetryInfo`` where they apply."""
+    """Returns the gRPC status of an error, with ``ErrorInfo``, and with ``BadRequest`` or ``RetryInfo`` where they apply.
+
+    Its trailing metadata hold these details as a serialised ``google.rpc.Status``.
+    """
     code = CODES[type(error)]
     text = _shorten(str(error))
     info = ErrorInfo(reason=error.reason, domain=ERROR_DOMAIN)
@@ -73,7 +76,7 @@ def status_of(error: CoreError) -> RpcStatus:
             info.metadata.update(tokens=str(error.tokens))
         case WorkerLostTwice():
             info.metadata.update(field=error.field, doing=error.doing)
-            # so that a trainer's side can leave out what did it, and have the rest scored
+            # The field is named so that a client can leave out the rollout at fault and have the rest scored.
             details.append(BadRequest(field_violations=[BadRequest.FieldViolation(field=error.field, description=_shorten(str(error)))]))
         case InternalFault():
             info.metadata.update(incident=error.incident)

@@ -1,1 +1,1 @@
-"""Which waiting rollouts a worker computes next, and whose."""
+"""Decides which waiting rollouts a worker process computes next, fairly among the training jobs that sent them."""

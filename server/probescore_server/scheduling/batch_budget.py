@@ -1,23 +1,24 @@
-"""How many tokens a worker gets at a time: the setting, or less once its device ran out of memory."""
+"""Computes how many tokens a worker gets in one batch: as many as the setting says, or fewer once its device ran out of memory."""
 
 from __future__ import annotations
 
-# Of the batch that did not fit.
+# The budget becomes this share of a batch that did not fit.
 SHRINK = 3 / 4
 GROW = 5 / 4
-# Batches at the budget's size that must fit in a row before it grows; twice as many after each failure, so that failures get rare.
+# So many batches near the budget's size must fit in a row before it grows; twice as many after each failure, so that failures get rare.
 GOOD_BATCHES = 16
 MAX_GOOD_BATCHES = 4096
 
 
 class BatchBudget:
-    """The budget of one worker.
+    """Holds the most tokens that the next batch of one worker may have.
 
-    A batch that does not fit lowers it to three quarters of that batch. It grows by a quarter, up to the setting, after enough batches in
-    a row that used at least half of it and fitted. Nothing smaller says anything of memory.
+    A batch that does not fit into the device's memory lowers the budget to three quarters of that batch's tokens. The budget grows by a
+    quarter, up to the setting, after enough batches in a row that used at least half of it and fitted. A smaller batch that fits says
+    nothing of memory.
 
     Attributes:
-        tokens: of the next batch.
+        tokens: the most tokens of the next batch.
     """
 
     def __init__(self, max_tokens: int) -> None:
@@ -27,13 +28,13 @@ class BatchBudget:
         self._good = 0
 
     def failed(self, tokens: int) -> None:
-        """A batch of so many tokens did not fit."""
+        """Lowers the budget, since a batch of so many tokens did not fit into the device's memory."""
         self.tokens = max(1, min(self.tokens, int(tokens * SHRINK)))
         self._needed = min(2 * self._needed, MAX_GOOD_BATCHES)
         self._good = 0
 
     def fitted(self, tokens: int) -> None:
-        """A batch of so many tokens fitted."""
+        """Notes that a batch of so many tokens fitted into the device's memory, and raises the budget after enough of them."""
         if self.tokens == self._max_tokens or 2 * tokens < self.tokens:
             return
         self._good += 1

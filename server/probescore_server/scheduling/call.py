@@ -1,4 +1,4 @@
-"""A call: the work of one request, as the scheduler and whoever answers the request see it."""
+"""Defines a call, the work of one request to score rollouts, as the scheduler and the code that answers the request share it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from probescore_server.scheduling.ordered_set import OrderedSet
 
 @dataclass(frozen=True)
 class FinishedRollout:
-    """A result and where its rollout stood in the call: ``groups[group].completions[completion]``."""
+    """Holds the result of one rollout, and the rollout's place in its request, ``groups[group].completions[completion]``."""
 
     group: int
     completion: int
@@ -25,7 +25,13 @@ class FinishedRollout:
 
 @dataclass(frozen=True)
 class Delivery:
-    """The rollouts of one call that finished in one batch."""
+    """Holds the results of those rollouts of one call that were scored in the same batch.
+
+    Attributes:
+        finished: the results.
+        compute_seconds: the seconds that the whole batch took to compute.
+        tokens: the number of tokens of these rollouts, those of their prompts counted once for each rollout.
+    """
 
     finished: tuple[FinishedRollout, ...]
     compute_seconds: float
@@ -34,12 +40,15 @@ class Delivery:
 
 @dataclass(eq=False, slots=True)
 class RequestedRollout:
-    """A rollout of a call.
+    """Holds one rollout that a call, which is the work of one request, asks to have scored, and the rollout's place in the call.
 
     Attributes:
-        group: index of its rollout group in the call.
-        completion: its index in that group.
-        key: equal for two rollouts if and only if their scores are the same: all that is read and asked for, but no names.
+        call: the call that the rollout belongs to.
+        group: index of the rollout's group in the call.
+        completion: index of the rollout in that group.
+        rollout: the prompt with one completion and how they are scored.
+        key: a value that is equal for two rollouts if and only if their scores must be the same. It holds the token ids, masks, spans and
+            options, but no names that are only returned.
     """
 
     call: Call
@@ -50,18 +59,19 @@ class RequestedRollout:
 
     @property
     def tokens(self) -> int:
-        """Without the prompt."""
+        """Counts the rollout's tokens without those of its prompt, which the rollouts of a group share."""
         return self.rollout.tokens - len(self.rollout.prompt_ids)
 
 
 @dataclass(eq=False, slots=True)
 class WaitingGroup:
-    """What still waits of one rollout group.
+    """Holds those rollouts of one group, which all have the same prompt, that still wait for a worker process.
 
     Attributes:
-        prompt: bytes of the prompt's ids.
-        items: in order.
-        tokens: the prompt's, counted once, and those of the items.
+        call: the call that the group belongs to.
+        prompt: the prompt's token ids as bytes.
+        items: the waiting rollouts, in the request's order.
+        tokens: the number of tokens of the prompt, counted once, and of the waiting rollouts.
     """
 
     call: Call
@@ -74,11 +84,14 @@ class WaitingGroup:
 
     @property
     def prompt_tokens(self) -> int:
-        """The same for all of its items, of which there is at least one."""
+        """Counts the tokens of the group's prompt. At least one rollout of the group must wait."""
         return len(next(iter(self.items)).rollout.prompt_ids)
 
     def remove(self, item: RequestedRollout) -> int:
-        """Removes an item and returns the tokens that are no longer needed: its own, or all if it was the last."""
+        """Removes a rollout from its group, and returns the number of tokens that no longer wait.
+
+        These are the rollout's own, and the prompt's too if the rollout was the last one.
+        """
         self.items.remove(item)
         freed = item.tokens if self.items else self.tokens
         self.tokens -= freed
@@ -86,26 +99,30 @@ class WaitingGroup:
 
 
 class CallScheduler(Protocol):
-    """What a call asks of the scheduler that admitted it."""
+    """Declares the methods that a call needs of the scheduler that admitted it."""
 
     def withdraw(self, call: Call) -> None:
-        """Ends it."""
+        """Ends a call: drops its rollouts that wait and cancels those that are computed for no other call."""
 
     def dispatch(self) -> None:
-        """Its reader has caught up."""
+        """Gives free workers new batches; a call asks for it after its results were read, since it may then get further ones."""
 
 
 class Call:
-    """The work of one request: a context manager that withdraws what is unfinished, and an async iterator over ``Delivery``.
+    """Is the work of one request: an async iterator over ``Delivery`` objects, which hold the results as batches finish.
 
-    Iterating raises the ``CoreError`` that ended the call early, after what had finished before it.
+    It is also a context manager, which on leaving withdraws what is unfinished. If an error ended the call early, iterating yields what
+    finished before and then raises that ``CoreError``.
 
     Attributes:
-        job: whose turns it takes.
-        waiting: what has not reached a worker, in order.
-        computing: what a worker has, its own or an identical one.
-        unread_tokens: of what was delivered and has not been read.
-        queue_seconds: from admission until the first of its rollouts reached a worker; ``None`` before that.
+        job: name of the training job that sent the request; jobs take turns in the queue.
+        priority: rollouts of the same job with a higher number go first.
+        deadline: when the work must be done, in seconds on the scheduler's clock; infinity = there is no deadline.
+        admitted: when the scheduler took the call, on the same clock.
+        waiting: the rollouts, by group and in order, that have not reached a worker.
+        computing: the rollouts that a worker computes, or for which a worker computes an identical one of another call.
+        unread_tokens: number of tokens of the rollouts that were delivered and have not been read.
+        queue_seconds: seconds from admission until the first of the rollouts reached a worker; ``None`` before that.
     """
 
     def __init__(self, scheduler: CallScheduler, job: str, priority: int, deadline: float, admitted: float) -> None:
@@ -145,13 +162,13 @@ class Call:
         return delivery
 
     def start(self, item: RequestedRollout, now: float) -> None:
-        """A worker has this one, or an identical one."""
+        """Notes that a worker computes this rollout, or an identical one of another call, from the time ``now`` on."""
         self.computing.add(item)
         if self.queue_seconds is None:
             self.queue_seconds = now - self.admitted
 
     def deliver(self, results: Sequence[tuple[RequestedRollout, RolloutResult]], compute_seconds: float) -> None:
-        """Hands results to the reader."""
+        """Adds the results of one batch, which took ``compute_seconds`` to compute, for the code that iterates over the call to read."""
         finished = tuple(FinishedRollout(item.group, item.completion, result) for item, result in results)
         tokens = sum(item.rollout.tokens for item, _ in results)
         self._deliveries.append(Delivery(finished, compute_seconds, tokens))
@@ -159,18 +176,18 @@ class Call:
         self._changed.set()
 
     def fail(self, error: CoreError) -> None:
-        """Ends it with an error, unless it had failed before."""
+        """Ends the call with an error, which iterating raises, unless the call had failed before."""
         if self._failure is None:
             self._failure = error
             self._scheduler.withdraw(self)
 
     def ended(self) -> None:
-        """Nothing waits or computes any more."""
+        """Wakes the code that iterates over the call, since none of the call's rollouts waits or computes any more."""
         self._changed.set()
 
 
 def groups_of(call: Call, rollouts: Sequence[Sequence[CheckedRollout]]) -> list[WaitingGroup]:
-    """The work of a request, given per rollout group. All rollouts of a request have the same options."""
+    """Returns the waiting groups of a new call, made from its checked rollouts, which are given per group and all have the same options."""
     options = rollouts[0][0].options.key
     groups = []
     for index, group in enumerate(rollouts):
@@ -184,6 +201,9 @@ def groups_of(call: Call, rollouts: Sequence[Sequence[CheckedRollout]]) -> list[
 
 
 def _content(continuation: Continuation) -> Hashable:
-    """Everything of a continuation that its scores depend on; bytes, whose hash is computed once and whose comparison is exact."""
+    """Returns everything of a completion or follow-up that its scores depend on, as hashable values.
+
+    Arrays become bytes, whose hash is computed once and whose comparison is exact.
+    """
     mask = None if continuation.mask is None else continuation.mask.tobytes()
     return continuation.token_ids.tobytes(), mask, continuation.spans, tuple(map(_content, continuation.follow_ups))

@@ -1,8 +1,8 @@
-"""What workers have, and who waits for it: identical rollouts are computed once, whichever calls they are of.
+"""Tracks which rollouts the workers compute and which calls wait for them, so that identical rollouts of any calls are computed once.
 
-Two rollouts are identical if their prompt, their completion with all its follow-ups, masks and spans, and their options are; ids and what
-else is only echoed do not count. Each keeps its own call, and with it its deadline: the work goes on while anyone waits for it. If it
-fails, it fails for all of them, since the same work would fail again.
+Two rollouts are identical if their prompt, their completion with all its follow-ups, masks and spans, and their options are equal; names
+that are only returned do not count. Each rollout keeps its own call, and with it the call's deadline: a computation goes on while any call
+waits for it. If it fails, it fails for all of these calls, since the same work would fail again.
 """
 
 from __future__ import annotations
@@ -19,32 +19,32 @@ from probescore_server.scheduling.ordered_set import OrderedSet
 
 
 class Worker(Protocol):
-    """What the scheduler asks of a worker: batches, which it computes one after the other."""
+    """Declares the methods that the scheduler needs of a worker, which scores batches of rollouts one after the other in a process."""
 
     @property
     def ready(self) -> bool:
-        """Whether it can take a batch."""
+        """Tells whether the worker can take a batch now."""
 
     def new_batch(self) -> int:
-        """A number for a batch."""
+        """Returns a number that no earlier batch of the worker has."""
 
     async def score(self, number: int, rollouts: Sequence[CheckedRollout]) -> ScoredBatch:
-        """Scores a batch.
+        """Scores a batch of rollouts, which gets the given number.
 
         Raises:
-            WorkerUnavailable: it died.
-            WorkerLost: it was lost, and this or another batch may be why.
-            OutOfMemory: the batch needs more memory than there is.
-            InternalFault: the batch failed.
+            WorkerUnavailable: the worker process ended.
+            WorkerLost: the worker process was lost, and this or another batch may be the cause.
+            OutOfMemory: the batch needs more memory than the device has.
+            InternalFault: the batch failed for any other reason.
         """
 
     def cancel(self, number: int, index: int) -> None:
-        """Gives up one rollout of a batch that it has."""
+        """Cancels the rollout of this index in the batch of this number, which the worker has and may be computing."""
 
 
 @dataclass(frozen=True, slots=True)
 class BatchSlot:
-    """Where a rollout computes: ``rollouts[index]`` of a worker's batch."""
+    """Says where a rollout is computed: it is ``rollouts[index]`` of the batch of number ``batch`` of a worker."""
 
     worker: Worker
     batch: int
@@ -53,12 +53,13 @@ class BatchSlot:
 
 @dataclass(eq=False, slots=True)
 class Computation:
-    """A rollout that a worker has or is about to get.
+    """Holds a rollout that a worker computes or is about to get, once for all calls that wait for it.
 
     Attributes:
-        rollout: as the first who asked for it gave it.
-        items: who waits for it: the first is told what it cost. Empty = nobody any more.
-        place: where it computes; ``None`` while it is with no worker.
+        rollout: the rollout, as the first call that asked for it gave it.
+        key: a value that is equal for identical rollouts.
+        items: the rollouts of calls that wait for the result. The first one's answer states the cost. Empty = no call waits any more.
+        place: the worker's batch that the rollout is in; ``None`` while it is in none.
     """
 
     rollout: CheckedRollout
@@ -68,14 +69,17 @@ class Computation:
 
 
 class ComputationsInFlight:
-    """The work that is under way, by what it computes."""
+    """Holds the computations that are under way on all workers, and finds them by what they compute."""
 
     def __init__(self) -> None:
         self._by_key: dict[object, Computation] = {}
         self._by_rollout: dict[RequestedRollout, Computation] = {}
 
     def begin(self, items: Sequence[RequestedRollout], now: float) -> Computation | None:
-        """Work for identical rollouts, unless such is under way already: then they wait for that."""
+        """Starts one computation for rollouts that are all identical, at the time ``now``, and returns it.
+
+        If an identical rollout is computed already, these wait for its result instead, and ``None`` is returned.
+        """
         key = items[0].key
         known = self._by_key.get(key)
         computation = known or Computation(items[0].rollout, key)
@@ -87,11 +91,11 @@ class ComputationsInFlight:
         return None if known else computation
 
     def has(self, item: RequestedRollout) -> bool:
-        """Whether such work is under way."""
+        """Tells whether an identical rollout is being computed."""
         return item.key in self._by_key
 
     def withdraw(self, call: Call) -> None:
-        """A call no longer waits for anything. What nobody waits for any more is cancelled."""
+        """Removes a call from all computations whose results it waits for, and cancels those that no other call waits for."""
         for item in call.computing:
             computation = self._by_rollout.pop(item)
             computation.items.remove(item)
@@ -102,7 +106,12 @@ class ComputationsInFlight:
         call.computing.clear()
 
     def deliver(self, computations: Iterable[Computation], scored: ScoredBatch) -> None:
-        """Gives each call its results; what was cancelled has none."""
+        """Gives each waiting call the results of a scored batch. Cancelled rollouts have no result.
+
+        Args:
+            computations: the batch's computations.
+            scored: their results, in the same order.
+        """
         by_call: dict[Call, list[tuple[RequestedRollout, RolloutResult]]] = {}
         for computation, result in zip(computations, scored.results, strict=True):
             if result is not None:
@@ -113,12 +122,12 @@ class ComputationsInFlight:
             call.deliver(results, scored.compute_seconds)
 
     def fail(self, computation: Computation, error: CoreError) -> None:
-        """Ends every call that waits for it."""
+        """Ends, with ``error``, every call that waits for the result of a computation."""
         for call in {item.call for item in computation.items}:
             call.fail(error)
 
     def take_back(self, computation: Computation) -> list[RequestedRollout]:
-        """Ends work; returns who waited for it."""
+        """Removes a computation, and returns the rollouts of calls that waited for it, in the order in which they came."""
         self._forget(computation)
         items = list(computation.items)
         computation.items.clear()
@@ -133,7 +142,10 @@ class ComputationsInFlight:
 
 
 def _own_results(computation: Computation, result: RolloutResult) -> Iterator[RolloutResult]:
-    """By who waits for it, the result under their own names: the first pays for it, the others share."""
+    """Yields a copy of a result for each rollout that waits for it, with that rollout's own names.
+
+    The first copy states the tokens that were computed; the others state them as shared.
+    """
     usage = result.usage
     for item in computation.items:
         named = item.rollout is computation.rollout

@@ -1,4 +1,4 @@
-"""A set that keeps the order in which its members came."""
+"""Provides a set that keeps the order in which its members were added."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ Member = TypeVar("Member", bound=Hashable)
 
 
 class OrderedSet(Generic[Member]):
-    """Members once each, in the order in which they were added."""
+    """Is a set whose iteration yields the members in the order in which they were added."""
 
     __slots__ = ("_members",)
 
@@ -26,18 +26,18 @@ class OrderedSet(Generic[Member]):
         return len(self._members)
 
     def add(self, member: Member) -> None:
-        """Puts a member last; one that is there already keeps its place."""
+        """Adds a member at the end; a member that is in the set already keeps its place."""
         self._members[member] = None
 
     def remove(self, member: Member) -> None:
-        """Takes a member out; raises ``KeyError`` if it is not there."""
+        """Removes a member; raises ``KeyError`` if it is not in the set."""
         del self._members[member]
 
     def move_to_end(self, member: Member) -> None:
-        """Puts a member that is there last; raises ``KeyError`` if it is not."""
+        """Moves a member of the set to the end; raises ``KeyError`` if it is not in the set."""
         self.remove(member)
         self.add(member)
 
     def clear(self) -> None:
-        """Takes all members out."""
+        """Removes all members."""
         self._members.clear()

@@ -1,14 +1,15 @@
-"""What waits, and which of it makes the next batch.
+"""Holds the calls that wait for a worker, and chooses which of their rollouts make the next batch.
 
 * Jobs take turns. A turn is one prompt: the next group of the job whose turn it is, and then whatever else waits for the same prompt, first
-  in this job's other calls, then in those of others, group by group while there is room. The prompt is computed, and counted, once.
-* Who joins another's turn has had one. So a job comes after at most one turn of each job before it, whatever joins them.
-* Within a job: higher priority first, then first come, first served.
-* Rollouts of one prompt stay together: a group is split only if it is larger than a whole batch, and joins another's turn only as a whole.
-  A job whose group does not fit keeps its place: it goes first in the next batch, where all the room is its own.
-* A batch that has `MAX_CONTINUATIONS` takes no more, however short they are: each takes some time of its own.
-* Identical rollouts are taken together, for the tokens of one, and cost nobody a turn.
-* A reader who is a batch behind gets no more than what is on its way until it has caught up.
+  in this job's other calls, then in those of other jobs, group by group while there is room. The prompt is computed, and counted, once.
+* A job whose group joins another job's turn has had its own turn. So a job waits for at most one turn of each job before it, whatever
+  joins those turns.
+* Within a job, calls of higher priority go first, and then those that came first.
+* Rollouts of one prompt stay together: a group is split only if it is larger than a whole batch, and joins another job's turn only as a
+  whole. A job whose group does not fit keeps its place: it goes first in the next batch, where the whole budget is free for it.
+* A batch that has ``MAX_CONTINUATIONS`` completions and follow-ups takes no more, however short they are: each takes some time of its own.
+* Identical rollouts are taken together, for the tokens of one, and cost no job a turn.
+* A call whose reader has a whole batch of delivered results unread gets nothing new computed until its reader has caught up.
 """
 
 from __future__ import annotations
@@ -22,19 +23,20 @@ from probescore_server.scheduling.call import Call, RequestedRollout, WaitingGro
 from probescore_server.scheduling.ordered_set import OrderedSet
 
 MAX_CONTINUATIONS = 1024
-"""Completions and follow-ups, with which a batch takes no further rollout."""
+"""A batch that has at least this many completions and follow-ups takes no further rollout."""
 
 Duplicates = list[RequestedRollout]
-"""Rollouts of one content, to be computed once; never empty."""
+"""Is the type of a list of identical rollouts, which are computed once; it is never empty."""
 
 
 @dataclass(eq=False, slots=True)
 class _WaitingPrompt:
-    """What waits for one prompt.
+    """Holds the waiting rollouts of all calls that have the same prompt.
 
     Attributes:
-        groups: in order of arrival.
-        identical: by `RequestedRollout.key`, the group that each of these items waits in.
+        tokens: the number of tokens of the prompt.
+        groups: the waiting groups with this prompt, in order of arrival.
+        identical: by ``RequestedRollout.key``: the identical rollouts that wait, each with the group that it waits in.
     """
 
     tokens: int
@@ -44,35 +46,41 @@ class _WaitingPrompt:
 
 @dataclass(eq=False, slots=True)
 class _NextBatch:
-    """A batch that is being made, how many tokens still fit in, and how many completions and follow-ups it has."""
+    """Holds a batch that is being put together.
+
+    Attributes:
+        left: the number of tokens that still fit.
+        taken: the rollouts that were taken, identical ones together.
+        continuations: the number of completions and follow-ups that were taken.
+    """
 
     left: int
     taken: list[Duplicates] = field(default_factory=list)
     continuations: int = 0
 
     def fits(self, tokens: int) -> bool:
-        """Whether there is room for so many tokens; for the first there always is."""
+        """Tells whether the batch has room for a rollout of so many tokens; for its first rollout it always has."""
         return not self.taken or (tokens <= self.left and self.continuations < MAX_CONTINUATIONS)
 
 
 class WaitingQueue:
-    """The calls that wait.
+    """Holds the calls that have rollouts waiting for a worker, and makes batches of them.
 
     Args:
-        max_unread_tokens: who has so many delivered and not yet read gets nothing more.
+        max_unread_tokens: a call with so many tokens of delivered but unread results gets nothing more computed for now.
 
     Attributes:
-        tokens: as they were admitted: a prompt once per group.
-        rollouts: how many.
+        tokens: the number of tokens that wait, a prompt counted once per group.
+        rollouts: the number of rollouts that wait.
     """
 
     def __init__(self, max_unread_tokens: int) -> None:
         self.tokens = 0
         self.rollouts = 0
         self._max_unread_tokens = max_unread_tokens
-        self._jobs: OrderedDict[str, list[Call]] = OrderedDict()  # the next turn first
+        self._jobs: OrderedDict[str, list[Call]] = OrderedDict()  # The job whose turn is next comes first.
         self._prompts: dict[bytes, _WaitingPrompt] = {}
-        self._distinct_tokens = 0  # a prompt once, and identical rollouts once
+        self._distinct_tokens = 0  # A prompt counts once, and identical rollouts count once.
 
     def __iter__(self) -> Iterator[Call]:
         return (call for calls in self._jobs.values() for call in calls)
@@ -80,7 +88,7 @@ class WaitingQueue:
     # ------------------------------------------------------------------------------------------------------------- coming, leaving
 
     def add(self, groups: Iterable[WaitingGroup]) -> None:
-        """Queues groups behind those of their calls that wait already."""
+        """Adds groups of rollouts to the queue, each behind those groups of its call that wait already."""
         for group in groups:
             call = group.call
             if not call.waiting:
@@ -89,7 +97,7 @@ class WaitingQueue:
             self._index(group)
 
     def put_back(self, items: Iterable[RequestedRollout]) -> None:
-        """Queues what was taken once more, before everything else of its call, which goes first in its job's next turn."""
+        """Puts rollouts that had been taken back into the queue, before all others of their call, and gives its job the next turn."""
         by_group: dict[tuple[Call, int], OrderedSet[RequestedRollout]] = {}
         for item in items:
             by_group.setdefault((item.call, item.group), OrderedSet()).add(item)
@@ -102,7 +110,7 @@ class WaitingQueue:
             self._jobs.move_to_end(call.job, last=False)
 
     def drop(self, call: Call) -> None:
-        """Removes all of a call that waits."""
+        """Removes all waiting rollouts of a call, that is, of one request, from the queue."""
         for group in list(call.waiting):
             for item in list(group.items):
                 self._remove(item, group)
@@ -148,21 +156,24 @@ class WaitingQueue:
     # --------------------------------------------------------------------------------------------------------------- the next batch
 
     def expired(self, now: float) -> list[Call]:
-        """The calls whose deadline has passed."""
+        """Returns the waiting calls whose deadline is not after ``now``, in seconds on the scheduler's clock."""
         return [call for call in self if call.deadline <= now]
 
     def holds(self, tokens: int) -> bool:
-        """Whether there are so many tokens to take now, a prompt and identical rollouts counted once."""
+        """Tells whether at least ``tokens`` tokens wait that a batch may take now; a prompt and identical rollouts are counted once."""
         if self._distinct_tokens < tokens:
             return False
         behind = sum(group.tokens for call in self if self._is_behind(call) for group in call.waiting)
         return self._distinct_tokens - behind >= tokens
 
     def next_batch(self, max_tokens: int) -> tuple[list[Duplicates], int]:
-        """Takes the next batch, and says how many tokens it has: more than `max_tokens` only if it is a single rollout."""
+        """Removes the rollouts of the next batch from the queue, and returns them with the batch's number of tokens.
+
+        The batch has more than ``max_tokens`` tokens only if it is a single rollout.
+        """
         room = _NextBatch(max_tokens)
         turns = deque(self._jobs)
-        joined: Counter[str] = Counter()  # turns that were had in advance
+        joined: Counter[str] = Counter()  # These are turns that jobs had in advance.
         while turns:
             job = turns.popleft()
             if joined[job]:
@@ -174,7 +185,10 @@ class WaitingQueue:
         return room.taken, max_tokens - room.left
 
     def _take_turn(self, job: str, room: _NextBatch, joined: Counter[str]) -> bool:
-        """Takes the next group of a job, and what else waits for its prompt; returns whether there was one and it fitted."""
+        """Moves the next group of a job, and other waiting groups with the same prompt, into the batch that is being put together.
+
+        It returns whether the job had a group that may be taken and that fitted.
+        """
         group = self._next_group(job)
         if group is None or not room.fits(group.tokens):
             return False
@@ -196,11 +210,14 @@ class WaitingQueue:
         return None if call is None else next(iter(call.waiting))
 
     def _take(self, group: WaitingGroup, room: _NextBatch) -> None:
-        """Takes the items of a group that fit, with their identical ones elsewhere: all, unless it alone is larger than a batch."""
+        """Moves those rollouts of a group that fit, and all waiting ones that are identical to them, into the batch.
+
+        All of them fit unless the group alone is larger than a batch.
+        """
         prompt = self._prompts[group.prompt]
         for item in list(group.items):
             if item not in group.items:
-                continue  # taken with an identical one before it
+                continue  # It was taken with an identical one before it.
             if not room.fits(item.tokens):
                 break
             twins = [(twin, home) for twin, home in prompt.identical[item.key].items() if not self._is_behind(twin.call)]

@@ -1,18 +1,20 @@
-"""The scheduling policy: what is admitted, and which worker gets what when.
+"""Implements the scheduling policy: which calls are admitted, and when each worker gets which batch.
 
-There is no timer: a batch is whatever waits when a worker frees, up to a token budget, so that batches grow by themselves under load.
+There is no timer: a batch is whatever waits when a worker becomes free, up to a token budget, so that batches grow under load.
 
-* Admission counts tokens. A call that does not fit in the queue is refused at once, with an estimate of when to come back.
-* What makes a batch, in which order and how prompts are shared: `queue`. What is computed once for several calls: `deduplication`.
+* Admission counts tokens. A call that does not fit into the queue is refused at once, with an estimate of when to try again.
+* The module ``queue`` chooses the rollouts of a batch, their order and how prompts are shared. The module ``deduplication`` computes
+  identical rollouts of several calls once.
 * While a worker computes one batch it may have the next one prepared, so that sending and decoding cost no time. A batch is prepared only
   if as much waits as fits into it (a prompt and identical rollouts counted once): waiting longer would not make it larger. It is the same
-  batch, by the same turns, as the worker would get a little later; who comes in between waits for it.
-* Expired and withdrawn work never reaches a worker, and withdrawn work that is already there is cancelled in the middle of its batch.
-* A batch that fails is halved until what fails is alone.
-* So is a batch for which memory is short; the worker then gets smaller ones (`batch_budget`). A single rollout that does not fit fails.
-* A worker that dies fails the batch that it computed. One that it had only prepared goes back to where it waited.
-* A worker that is lost, and not by somebody's will (it got stuck, its device failed, it crashed), may have been lost because of what it
-  computed: each rollout of that batch goes back to where it waited, is tried alone, and is refused if it does it again (`suspects`).
+  batch, by the same turns, as the worker would get a little later; calls that arrive in between wait for it.
+* Expired and withdrawn work never reaches a worker, and withdrawn work that a worker has already is cancelled in the middle of its batch.
+* A batch that fails is halved until the rollout that fails is alone.
+* A batch for which memory is short is halved too, and the worker then gets smaller ones (``batch_budget``). A single rollout that does not
+  fit fails.
+* If a worker process is ended on purpose, the batch that it computed fails, and one that it had only prepared returns to the queue.
+* If a worker process is lost in any other way (it got stuck, its device failed, it crashed), what it computed may be the cause: each
+  rollout of that batch returns to the queue, is tried alone, and is refused if a worker is lost with it again (``suspects``).
 
 Everything runs on one event loop, so nothing here locks.
 """
@@ -46,21 +48,23 @@ from probescore_server.scheduling.suspects import Suspects
 
 logger = structlog.get_logger(__name__)
 
-# Of a worker: one computes, one is prepared.
+# A worker has at most two batches: one computes, one is prepared.
 MAX_BATCHES = 2
 MIN_RETRY_SECONDS = 0.1
 MAX_RETRY_SECONDS = 60.0
-# Weight of the newest batch in the running estimate of throughput.
+# This is the weight of the newest batch in the running estimate of throughput.
 THROUGHPUT_SMOOTHING = 0.3
 
 
 @dataclass(eq=False, slots=True)
 class _SentBatch:
-    """Work that one worker got at once.
+    """Holds a batch that one worker got.
 
     Attributes:
-        started: it computes, as far as is known.
-        lost: the worker was; what is left of it waits again.
+        worker: the worker.
+        computations: the batch's rollouts, each once for all calls that wait for it.
+        started: whether the worker computes the batch now, as far as is known.
+        lost: whether the worker was lost, so that what is unfinished waits again.
     """
 
     worker: Worker
@@ -70,15 +74,15 @@ class _SentBatch:
 
 
 class Scheduler:
-    """Admits calls and hands batches to workers.
+    """Admits calls to the queue and hands batches of their rollouts to workers. All of it runs on one event loop.
 
     Args:
-        workers: served in this order.
-        max_queue_tokens: tokens that may wait, over all calls.
-        max_batch_tokens: tokens of one batch. A single rollout that is larger still makes a batch of its own.
-        on_batch: told of every batch as it reaches a worker: its tokens, its rollouts.
-        on_out_of_memory: told of every batch for which memory was short.
-        clock: seconds, monotonic; deadlines are on it.
+        workers: the workers, which are given batches in this order.
+        max_queue_tokens: the most tokens that may wait, over all calls.
+        max_batch_tokens: the most tokens of one batch. A single rollout that is larger is a batch of its own.
+        on_batch: called for every batch that goes to a worker, with its number of tokens and its number of rollouts.
+        on_out_of_memory: called for every batch for which memory was short.
+        clock: returns the time in seconds on a monotonic clock, on which deadlines are given.
     """
 
     def __init__(
@@ -99,30 +103,37 @@ class Scheduler:
         self._in_flight = ComputationsInFlight()
         self._suspects = Suspects()
         self._budgets = {worker: BatchBudget(max_batch_tokens) for worker in workers}
-        self._batches: dict[Worker, list[_SentBatch]] = {worker: [] for worker in workers}  # the one that computes first
+        self._batches: dict[Worker, list[_SentBatch]] = {worker: [] for worker in workers}  # The one that computes comes first.
         self._running: set[asyncio.Task[None]] = set()
         self._tokens_per_second: float | None = None
 
     @property
     def queued_tokens(self) -> int:
-        """Tokens that wait for a worker, a prompt counted once per group."""
+        """Counts the tokens that wait for a worker, a prompt once per group."""
         return self._waiting.tokens
 
     @property
     def queued_rollouts(self) -> int:
-        """Rollouts that wait for a worker."""
+        """Counts the rollouts that wait for a worker."""
         return self._waiting.rollouts
 
     def batch_budget(self, worker: Worker) -> int:
-        """Tokens of the next batch of a worker."""
+        """Returns the most tokens that the next batch of a worker may have."""
         return self._budgets[worker].tokens
 
     def submit(self, groups: Sequence[Sequence[CheckedRollout]], *, job: str, priority: int = 0, deadline: float = math.inf) -> Call:
-        """Admits the rollouts of one request, given per group; all have the same options.
+        """Admits the rollouts of one request to the queue, and returns the call that yields their results.
+
+        Args:
+            groups: the checked rollouts, per group; all have the same options.
+            job: name of the training job that sent the request; jobs take turns.
+            priority: rollouts of the same job with a higher number go first.
+            deadline: when the work must be done, in seconds on the scheduler's clock.
 
         Raises:
-            QueueFull: they do not fit beside what waits already.
-            WorkerLostTwice: a worker was lost with one of them twice.
+            QueueFull: the rollouts do not fit into the queue beside what waits already.
+            WorkerLostTwice: a worker process was lost twice with one of the rollouts.
+            OutOfMemory: a worker process was twice killed, with one of the rollouts, because the system's memory was short.
         """
         now = self.clock()
         call = Call(self, job, priority, deadline, now)
@@ -141,18 +152,18 @@ class Scheduler:
         return call
 
     def withdraw(self, call: Call) -> None:
-        """Ends a call: what waits is dropped, what computes for nobody else is cancelled. Does nothing to a call that has finished."""
+        """Ends a call: drops its rollouts that wait and cancels those computed for no other call. A finished call stays as it is."""
         self._waiting.drop(call)
         self._in_flight.withdraw(call)
         call.ended()
 
     def fail_waiting(self, error: CoreError) -> None:
-        """Ends every call that waits with an error: there is nobody left to take them."""
+        """Ends, with ``error``, every call that has waiting rollouts; it is for when no worker is left to compute them."""
         for call in list(self._waiting):
             call.fail(error)
 
     def dispatch(self) -> None:
-        """Gives every free worker a batch, and prepares the next; to be called when a worker becomes ready."""
+        """Gives every free worker a batch of waiting rollouts, and prepares a next one; it must be called when a worker becomes ready."""
         for ahead in range(MAX_BATCHES):
             for worker, batches in self._batches.items():
                 if worker.ready and len(batches) == ahead and self._waiting.rollouts:
@@ -175,10 +186,10 @@ class Scheduler:
             task = asyncio.create_task(self._run(batch))
             self._running.add(task)
             task.add_done_callback(self._running.discard)
-            asyncio.get_running_loop().call_soon(self._on_batch, tokens, len(computations))  # the batch goes first
+            asyncio.get_running_loop().call_soon(self._on_batch, tokens, len(computations))  # The batch is sent before it is counted.
 
     async def _run(self, batch: _SentBatch) -> None:
-        # noted now: what is known may change while something computes
+        # The suspects are noted now, since what is known of rollouts may change while something computes.
         suspects = [computation for computation in batch.computations if computation.key in self._suspects]
         try:
             await self._score(batch, [computation for computation in batch.computations if computation not in suspects])
@@ -190,7 +201,7 @@ class Scheduler:
             self.dispatch()
 
     async def _score(self, batch: _SentBatch, computations: Sequence[Computation]) -> None:
-        """Scores work of a batch that is still wanted, in parts where it fails as a whole."""
+        """Scores those rollouts of a batch that calls still wait for, in halves where they fail together."""
         computations = [computation for computation in computations if computation.items]
         if batch.lost:
             self._put_back(computations)
@@ -235,13 +246,25 @@ class Scheduler:
             await self._score(batch, computations[len(computations) // 2 :])
 
     def _answered(self, batch: _SentBatch) -> None:
-        """What the worker computes now: its other batch if there is one, since what may follow of this one comes after that."""
+        """Marks which of its batches a worker computes once it has answered (a part of) ``batch``.
+
+        It is the worker's other batch if there is one, since the rest of ``batch`` is sent after that.
+        """
         batches = self._batches[batch.worker]
         for other in batches:
             other.started = other is not batch or len(batches) == 1
 
     def _lose(self, batch: _SentBatch, computations: Sequence[Computation], error: WorkerUnavailable, number: int) -> None:
-        """The worker is gone: with what it computed, or with something else before it got to this."""
+        """Decides what becomes of rollouts whose worker process ended or was lost before it had scored them.
+
+        Those that it computed fail or, if the loss was not on purpose, are suspected of it; others go back into the queue.
+
+        Args:
+            batch: the batch that the rollouts belong to.
+            computations: the rollouts.
+            error: how the worker was lost.
+            number: the number under which the worker had these rollouts.
+        """
         for computation in computations:
             computation.place = None
         computed = error.order == number if isinstance(error, WorkerLost) and error.order else batch.started
@@ -254,7 +277,10 @@ class Scheduler:
                 self._in_flight.fail(computation, error)
 
     def _suspect(self, batch: _SentBatch, computations: Sequence[Computation], error: WorkerLost) -> None:
-        """Each is tried once more, with nothing beside it; what was alone already and known is refused."""
+        """Puts rollouts that a worker process computed when it was lost back into the queue, each to be tried alone.
+
+        A rollout that was alone in the batch and was suspected before is refused instead.
+        """
         tokens = _tokens(computations)
         if error.reason_lost == "memory":
             self._budgets[batch.worker].failed(tokens)
@@ -268,20 +294,20 @@ class Scheduler:
         self._put_back(computations)
 
     def _put_back(self, computations: Sequence[Computation]) -> None:
-        """In the order in which they were taken: each goes before what waits."""
+        """Puts rollouts back at the head of the queue, in the order in which they were taken."""
         for computation in reversed(computations):
             computation.place = None
             self._waiting.put_back(self._in_flight.take_back(computation))
 
     def _fail_lost(self, computations: Sequence[Computation]) -> None:
-        """Whatever goes wrong, a call ends: rollouts that a worker neither scored nor refused would keep it waiting for ever."""
+        """Ends, with an internal fault, the calls of rollouts that a worker neither scored nor refused, since they would wait for ever."""
         if computations:
             fault = InternalFault.new()
             logger.error("rollouts got lost in a batch", incident=fault.incident, rollouts=len(computations))
             for computation in computations:
                 self._in_flight.fail(computation, fault)
 
-    # -------------------------------------------------------------------------------------------------------- when to come back
+    # ----------------------------------------------------------------------------------------------------- when to try again
 
     def _learn_throughput(self, tokens: int, seconds: float) -> None:
         measured = tokens / max(seconds, 1e-6)
@@ -289,7 +315,7 @@ class Scheduler:
         self._tokens_per_second = measured if known is None else known + THROUGHPUT_SMOOTHING * (measured - known)
 
     def _retry_seconds(self) -> float:
-        """How long a worker takes for its share of what waits; a guess of one second before the first batch."""
+        """Estimates the seconds that a worker takes for its share of what waits; before the first batch the estimate is one second."""
         if not self._tokens_per_second:
             return 1.0
         working = max(1, sum(worker.ready for worker in self._batches))
@@ -298,13 +324,13 @@ class Scheduler:
 
 
 def _refusal(item: RequestedRollout, error: WorkerLost) -> CoreError:
-    """What its call is told of a rollout with which a worker was lost twice."""
+    """Returns the error that ends the call of a rollout with which a worker process was lost twice."""
     if error.reason_lost == "memory":
         return OutOfMemory(item.rollout.tokens)
     return WorkerLostTwice(f"groups[{item.group}].completions[{item.completion}]", error.doing, error.problem)
 
 
 def _tokens(computations: Sequence[Computation]) -> int:
-    """Tokens of work, each prompt once."""
+    """Counts the tokens of rollouts that are computed together, each distinct prompt once."""
     prompts = {computation.key[0]: len(computation.rollout.prompt_ids) for computation in computations}
     return sum(prompts.values()) + sum(computation.rollout.tokens - len(computation.rollout.prompt_ids) for computation in computations)

@@ -1,5 +1,5 @@
-"""From what a client asks to checked rollouts of ids.
+"""Checks the content of a request and turns it into rollouts of token ids that are ready to be scored.
 
-Every check of a request's content is here, and each names the field at fault as in the proto. Used by the front process and by
-``Engine.score`` alike, so it imports neither torch nor grpc.
+Each check names the field at fault by its path in the request message. The front process and ``Engine.score`` both use this package, so it
+imports neither torch nor grpc.
 """

@@ -1,4 +1,4 @@
-"""How a request wants its rollouts scored: the probes, reductions and scope that it names, checked against what is loaded."""
+"""Checks the options of a request, which are the probes, reductions and scope that it names, against the loaded probes."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ def resolve_options(
     return_token_ids: bool = False,
     return_token_texts: bool = False,
 ) -> ResolvedOptions:
-    """Checks how a request wants its rollouts scored.
+    """Checks the options of a request and returns them with each probe's name resolved to the loaded probe's ``name@version``.
 
     Args:
-        info: what is loaded.
-        probes: ``name`` or ``name@version`` each; empty = every loaded probe.
-        reductions: empty = each probe's default.
-        token_scores: the probes whose per-token scores are wanted, or ``"all"``: every one of the request that scores tokens.
-        scope: which tokens are scored.
-        return_token_ids: whether ids are sent back.
-        return_token_texts: whether the tokens are sent back as text.
+        info: the model and probes that are loaded.
+        probes: the probes to apply, each as ``name`` or ``name@version``; empty = every loaded probe.
+        reductions: how scores per token become one score; empty = each probe's default.
+        token_scores: the probes whose scores per token are wanted, or ``"all"`` = every probe of the request that scores tokens.
+        scope: which tokens are scored: ``completion``, ``prompt`` or both.
+        return_token_ids: whether the answer is to hold the token ids.
+        return_token_texts: whether the answer is to hold the text of each token.
 
     Raises:
-        InvalidRequest: naming ``probes[i]``, ``reductions[i]``, ``token_scores.probes[i]`` or ``scope``.
+        InvalidRequest: an option is invalid; names ``probes[i]``, ``reductions[i]``, ``token_scores.probes[i]`` or ``scope``.
     """
     by_key = {probe.key: probe for probe in info.probes}
     keys = _resolve_names(info.probes, probes, "probes") if probes else tuple(by_key)

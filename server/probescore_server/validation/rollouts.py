@@ -1,4 +1,4 @@
-"""The rollouts of a request, checked against what is loaded and the limits: ids, masks, spans, follow-ups."""
+"""Checks the rollouts of a request, with their token ids, masks, spans and follow-ups, against the loaded model and the limits."""
 
 from __future__ import annotations
 
@@ -30,24 +30,28 @@ def resolve_rollouts(
     max_span_scores: int | None = None,
     max_request_values: int | None = None,
 ) -> list[list[CheckedRollout]]:
-    """Checks a request's rollouts against what is loaded and the limits.
+    """Checks a request's rollouts against the loaded model and the limits, and returns them as token ids that are ready to be scored.
+
+    Each limit is off if it is ``None``.
 
     Args:
-        groups: as asked.
-        info: what is loaded.
-        options: from ``resolve_options``.
-        encoded: the ids ``(T,)`` of each of ``pending_texts(groups)``, by its ``field``.
-        max_rollout_tokens: of prompt + completion + longest chain of follow-ups, the probes' own included; ``None`` = no limit. The
-            positions that the model was made for are a limit in any case.
-        max_request_tokens: of all groups together, a prompt counted once per group, and what spans read beyond one reading of each token.
-        max_span_scores: scores that the spans of one completion and its follow-ups read.
-        max_request_values: numbers in the answer.
+        groups: the rollout groups as the client sent them, each a prompt with its completions.
+        info: the model and probes that are loaded.
+        options: the request's options, as ``resolve_options`` returns them.
+        encoded: for each text of ``pending_texts(groups)``, by its ``field``: the token ids, ``(T,)`` int32.
+        max_rollout_tokens: the most tokens of prompt + completion + longest chain of follow-ups, those that probes append included. The
+            number of positions that the model was made for is a limit in any case.
+        max_request_tokens: the most tokens of all groups, a prompt counted once per group, with what spans read beyond reading each
+            token once.
+        max_span_scores: the most scores that the spans of one completion and its follow-ups may read.
+        max_request_values: the most numbers in the answer.
 
     Returns:
-        Per group, per completion.
+        The checked rollouts, by group and then by completion, in the request's order.
 
     Raises:
-        InvalidRequest: naming the field as in the proto: ``groups[2].completions[0].mask``.
+        InvalidRequest: a field is invalid; names its path in the request message, such as ``groups[2].completions[0].mask``.
+        LimitExceeded: a limit is exceeded; names the path likewise.
     """
     if not groups:
         raise InvalidRequest("groups", "at least one group is needed")
@@ -79,14 +83,17 @@ def resolve_rollouts(
 
 @dataclass(frozen=True, slots=True)
 class _RequestChecks:
-    """What the checks of one request's rollouts share.
+    """Checks the rollouts of one request, and holds what all of these checks need.
 
     Attributes:
-        longest: the limit on a rollout's tokens, and its name.
+        info: the model and probes that are loaded.
+        options: the request's options.
+        encoded: by field of a text: its token ids, ``(T,)`` int32.
+        longest: the limit on a rollout's tokens and the limit's name; ``None`` = no limit.
         longest_appended: tokens of the longest follow-up that a requested probe appends by itself.
-        all_appended: tokens of all those follow-ups.
-        cost: of the options.
-        max_span_scores: scores that the spans of one completion and its follow-ups may read.
+        all_appended: tokens of all follow-ups that requested probes append by themselves.
+        cost: the cost factors of the request's options.
+        max_span_scores: the most scores that the spans of one completion and its follow-ups may read; ``None`` = no limit.
     """
 
     info: EngineInfo
@@ -124,7 +131,7 @@ class _RequestChecks:
         else:
             token_ids = self._read_ids(asked.tokens, f"{path}.ids")
         if depth == 0 and self.options.scope is Scope.PROMPT:
-            # both are relative to the completion, of which nothing is scored
+            # A mask and spans are relative to the completion, of which nothing is scored.
             if asked.mask is not None:
                 raise InvalidRequest(f"{path}.mask", "a mask has no meaning where the scope is 'prompt'")
             if asked.spans:

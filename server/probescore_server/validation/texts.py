@@ -1,4 +1,4 @@
-"""Texts and chats of a request, which must be tokenised before its rollouts can be checked, and how long they may be."""
+"""Finds the texts and chats of a request, which must be tokenised before its rollouts can be checked, and limits their length."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from probescore_server.errors import LimitExceeded
 
 @dataclass(frozen=True, slots=True)
 class PendingText:
-    """Something to tokenise before its request can be checked.
+    """Holds a text or chat of a request that must be tokenised before the request can be checked.
 
     Attributes:
-        field: where it stands in the request: ``groups[0].prompt``, ``groups[2].completions[0].follow_ups[1]``.
-        content: a ``str`` is a completion's text; a prompt is a ``Text`` or a ``Chat``.
+        field: its path in the request, such as ``groups[0].prompt`` or ``groups[2].completions[0].follow_ups[1]``.
+        content: a ``str`` for the text of a completion or follow-up; a ``Text`` or a ``Chat`` for a prompt.
     """
 
     field: str
@@ -23,7 +23,7 @@ class PendingText:
 
     @property
     def bytes(self) -> int:
-        """Its UTF-8 bytes; of a chat, those of all roles and contents."""
+        """Counts the UTF-8 bytes of the text or, of a chat, those of the roles and contents of all messages."""
         match self.content:
             case str():
                 return utf8_bytes(self.content)
@@ -34,14 +34,17 @@ class PendingText:
 
 
 def utf8_bytes(text: str) -> int:
-    """How many bytes it takes. What is no text, or half a surrogate pair, is for the tokenizer to refuse."""
+    """Counts the bytes of a text in UTF-8; returns 0 for what is not a string.
+
+    An unpaired surrogate is counted, not refused: the tokenizer refuses it later, as it does what is not a string.
+    """
     if not isinstance(text, str):
         return 0
     return len(text) if text.isascii() else len(text.encode(errors="surrogatepass"))
 
 
 def pending_texts(groups: Sequence[RolloutGroup]) -> list[PendingText]:
-    """Everything in a request that came as text or chat, in the request's order; empty for a request of ids."""
+    """Returns each prompt, completion and follow-up of a request that came as text or chat instead of token ids, in the request's order."""
     texts: list[PendingText] = []
     for i, group in enumerate(groups):
         match group.prompt:
@@ -56,7 +59,12 @@ def pending_texts(groups: Sequence[RolloutGroup]) -> list[PendingText]:
 
 @dataclass(frozen=True)
 class ChatLimits:
-    """What rendering a chat may take: how long its text may become, in UTF-8 bytes, and how many seconds."""
+    """Limits the rendering of one chat by the model's chat template.
+
+    Attributes:
+        max_bytes: the most UTF-8 bytes that the rendered text may have.
+        max_seconds: the most seconds that rendering may take.
+    """
 
     max_bytes: int
     max_seconds: float
@@ -65,10 +73,17 @@ class ChatLimits:
 def check_texts(
     texts: Sequence[PendingText], *, max_rollout_tokens: int, max_request_tokens: int, max_text_bytes_per_token: int, max_chat_messages: int
 ) -> None:
-    """Refuses texts that are too long to be tokenised for what they could become.
+    """Refuses texts of a request that are too long, before they are tokenised, by limits on bytes that follow from those on tokens.
+
+    Args:
+        texts: all texts and chats of the request.
+        max_rollout_tokens: the most tokens of one rollout.
+        max_request_tokens: the most tokens of the request.
+        max_text_bytes_per_token: the most UTF-8 bytes per token: of one text for ``max_rollout_tokens``, of all for ``max_request_tokens``.
+        max_chat_messages: the most messages of one chat.
 
     Raises:
-        LimitExceeded: naming the text, ``groups`` for all together, or ``groups[i].prompt.chat.messages``.
+        LimitExceeded: names the path of the text, ``groups`` for all texts together, or ``groups[i].prompt.chat.messages``.
     """
     total = 0
     for text in texts:
@@ -83,10 +98,15 @@ def check_texts(
 
 
 def check_text_bytes(size: int, field: str, most: int) -> None:
-    """Refuses a text, as it came or as a template rendered it, that is too long to be tokenised.
+    """Refuses a text, as the client sent it or as a chat template rendered it, that is too long to be tokenised.
+
+    Args:
+        size: UTF-8 bytes of the text.
+        field: path of the text in the request.
+        most: the most UTF-8 bytes that are allowed.
 
     Raises:
-        LimitExceeded: naming ``field``.
+        LimitExceeded: ``size`` is larger than ``most``; names ``field``.
     """
     if size > most:
         limit = "max_text_bytes_per_token × max_rollout_tokens"
@@ -101,5 +121,5 @@ def _continuation_texts(completion: Completion, path: str) -> Iterator[PendingTe
 
 
 def as_completion(completion: Completion | TokenIds | str) -> Completion:
-    """A completion that may have come as its tokens alone."""
+    """Returns a ``Completion``, made from token ids or text if only those were given."""
     return completion if isinstance(completion, Completion) else Completion(completion)

@@ -1,1 +1,1 @@
-"""Worker processes: what runs in one, and the front process's end of it."""
+"""Runs language models and probes in worker processes, one per device, and connects them to the server's front process."""

@@ -1,6 +1,6 @@
-"""Rollouts and their results as bytes, numbers and strings in tuples: so they cross the pipe to a worker and back.
+"""Encodes rollouts and their results as tuples of bytes, numbers and strings, to be pickled for the pipe to a worker process and back.
 
-Objects of a dozen classes, and small arrays, take three times as long to pickle.
+Pickling the objects of a dozen classes, and their small arrays, themselves would take three times as long.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Encoded: TypeAlias = tuple[Any, ...]
 
 
 def encode_rollouts(rollouts: Sequence[CheckedRollout]) -> Encoded:
-    """Encodes a batch; prompts and options that its rollouts share are encoded once."""
+    """Encodes the rollouts of a batch as tuples of plain values; prompts and options that rollouts share are encoded once."""
     prompts: dict[int, tuple[int, bytes]] = {}
     options: dict[int, tuple[int, Encoded]] = {}
     encoded = []
@@ -37,7 +37,7 @@ def encode_rollouts(rollouts: Sequence[CheckedRollout]) -> Encoded:
 
 
 def decode_rollouts(encoded: Encoded) -> list[CheckedRollout]:
-    """The rollouts, with read-only arrays. Those that shared a prompt or options share them again."""
+    """Decodes what ``encode_rollouts`` returned. Arrays are read-only, and rollouts that shared a prompt or options share them again."""
     encoded_prompts, encoded_options, encoded_rollouts = encoded
     prompts = [np.frombuffer(ids, np.int32) for ids in encoded_prompts]
     options = [_decode_options(each) for each in encoded_options]
@@ -90,12 +90,12 @@ def _decode_continuation(encoded: Encoded) -> Continuation:
 
 
 def encode_results(results: Sequence[RolloutResult | None]) -> Encoded:
-    """Encodes the results of a batch."""
+    """Encodes the results of a batch of rollouts as tuples of plain values; ``None``, for a cancelled rollout, stays ``None``."""
     return tuple([None if result is None else _encode_result(result) for result in results])
 
 
 def decode_results(encoded: Encoded) -> tuple[RolloutResult | None, ...]:
-    """The results, with read-only arrays."""
+    """Decodes what ``encode_results`` returned. Arrays are read-only."""
     return tuple([None if result is None else _decode_result(result) for result in encoded])
 
 
@@ -157,7 +157,7 @@ def _decode_tokens(encoded: Encoded) -> NDArray[np.float32]:
 
 
 def _bytes_of(array: NDArray[Any], dtype: DTypeLike) -> bytes:
-    """Raises ``TypeError`` for another type: on the other side its bytes would pass for other numbers."""
+    """Returns an array's bytes; raises ``TypeError`` if its dtype is another, since its bytes would be decoded as other numbers."""
     if array.dtype != dtype:
         raise TypeError(f"an array of {array.dtype} where {np.dtype(dtype)} is read")
     return array.tobytes()

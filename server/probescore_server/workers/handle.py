@@ -1,4 +1,4 @@
-"""The front process's end of a worker, through all its restarts: batches and texts go to it, and it sleeps and wakes."""
+"""Defines the front process's handle of a worker, which sends batches and texts to the worker process and restarts it when it ends."""
 
 from __future__ import annotations
 
@@ -30,25 +30,25 @@ from probescore_server.workers.process import WorkerProcess
 
 logger = structlog.get_logger(__name__)
 
-# How much longer than `worker_restart_seconds` the pause between attempts to start may get.
+# The pause between attempts to start may get this many times as long as ``worker_restart_seconds``.
 MAX_BACKOFF = 60.0
 
 
 class PinnedContent:
-    """What the workers of one server serve: the bytes that the first of them has loaded.
+    """Remembers what the first worker of a server has loaded, and refuses a later worker that has loaded anything else.
 
-    Every start reads the files again; what they hold by then must not pass for what the server has announced, nor a second worker score
-    with other weights than the first.
+    Every start of a worker process reads the files again. If these have changed, the worker must not score under the fingerprints that the
+    server has announced, nor with other weights than the server's other workers.
     """
 
     def __init__(self) -> None:
         self._info: EngineInfo | None = None
 
     def check(self, info: EngineInfo) -> None:
-        """Takes the first, and compares every other one with it.
+        """Keeps the first description of what a worker has loaded, and compares every later one with it.
 
         Raises:
-            StartupError: the model's files or a probe's hold something else by now; says which.
+            StartupError: the content of the model's files or of a probe's has changed; names the model or the probes.
         """
         first = self._info = self._info or info
         now, before = ({probe.key: probe for probe in each.probes} for each in (info, first))
@@ -62,18 +62,21 @@ class PinnedContent:
 
 
 class WorkerHandle:
-    """One worker, through all its restarts. Everything here runs on one event loop.
+    """Is the front process's handle of one worker: it starts the worker process, restarts it whenever it ends, and sends work to it.
+
+    All of it runs on one event loop.
 
     Args:
-        spec: what to load, where.
-        on_change: called whenever `ready` or `failed_starts` changes.
-        pinned: shared by the workers of one server.
-        on_lost: told why, one of ``liveness.REASONS_LOST``, whenever it was lost.
+        spec: what the worker loads, and on which device.
+        on_change: called whenever ``ready``, ``asleep`` or ``failed_starts`` changes.
+        pinned: what all workers of the server must have loaded; shared by these workers.
+        on_lost: called with the reason, one of ``liveness.REASONS_LOST``, whenever the worker process was lost.
 
     Attributes:
-        info: what it has loaded; ``None`` before it was ready for the first time.
-        restarts: how often it was started again.
-        failed_starts: attempts to start since it was last ready.
+        spec: what the worker loads, and on which device.
+        info: what the worker has loaded; ``None`` before the worker was ready for the first time.
+        restarts: how often the worker process was started again.
+        failed_starts: number of attempts to start that failed since the worker was last ready.
     """
 
     def __init__(
@@ -90,10 +93,10 @@ class WorkerHandle:
         self.failed_starts = 0
         self._on_change = on_change
         self._on_lost = on_lost
-        self._stalled_starts = 0  # in a row
-        self._changed = asyncio.Event()  # another one after each change
+        self._stalled_starts = 0  # This counts stalled starts in a row.
+        self._changed = asyncio.Event()  # It is set, and replaced by a new one, at each change.
         self._numbers = itertools.count(1)
-        self._running: WorkerProcess | None = None  # while it is up
+        self._running: WorkerProcess | None = None  # It is set while the worker is up.
         self._awake = asyncio.Event()
         self._awake.set()
         self._moving = asyncio.Lock()
@@ -101,31 +104,33 @@ class WorkerHandle:
 
     @property
     def ready(self) -> bool:
-        """Whether it can score."""
+        """Tells whether the worker can score now: its process has loaded everything and is awake."""
         return self.up and not self.asleep
 
     @property
     def up(self) -> bool:
-        """Whether there is a process that has loaded what it should, awake or asleep."""
+        """Tells whether the worker's process runs and has loaded everything, awake or asleep."""
         return self._running is not None and not self._running.ended.is_set()
 
     @property
     def asleep(self) -> bool:
-        """Whether it is to leave its device alone until `wake`. This outlasts its death: a process that dies asleep is not started again
-        before, since loading would take the memory that was given away.
+        """Tells whether the worker leaves its device's memory free until ``wake`` is called.
+
+        The worker stays asleep if its process ends: the process is not started again before ``wake``, since loading would take the memory
+        that was given back.
         """
         return not self._awake.is_set()
 
     @property
     def statistics(self) -> EngineStatistics:
-        """As of the last thing that it answered; nothing while it is down."""
+        """Returns the worker's memory use and cache hits as it last reported them; all are 0 while the worker is down."""
         return EngineStatistics() if self._running is None else self._running.statistics
 
     async def run(self) -> None:
-        """Starts the worker, and starts it again whenever it dies, until cancelled.
+        """Starts the worker process, and starts it again whenever it ends, until this coroutine is cancelled.
 
         Raises:
-            StartupError: its first start failed.
+            StartupError: the first start failed, so that the worker was never ready.
         """
         while True:
             running = WorkerProcess(self.spec)
@@ -144,14 +149,15 @@ class WorkerHandle:
             self.restarts += 1
 
     async def _run_once(self, running: WorkerProcess) -> None:
-        """From a start to the death that follows."""
+        """Starts one worker process, waits until it is ready, and returns once it has ended or has failed to start."""
         began = time.monotonic()
         logger.info("starting worker", device=self.spec.device, model=self.spec.settings.model)
         try:
             info = await running.start()
             self._pinned.check(info)
         except WorkerLost as error:
-            # stopped, or the machine is: nothing that it would refuse. Who waits goes on waiting if it happens once.
+            # The process, or the whole machine, was stopped; the worker did not refuse to start. A call that waits goes on waiting the
+            # first time that this happens.
             self._stalled_starts += 1
             self.failed_starts += self._stalled_starts > 1
             logger.error("worker stalled while it was starting", device=self.spec.device, problem=str(error), doing=error.doing)
@@ -170,38 +176,40 @@ class WorkerHandle:
         await running.ended.wait()
 
     def new_batch(self) -> int:
-        """A number for `score` and `cancel`."""
+        """Returns a new number for a batch, to be given to ``score`` and ``cancel``."""
         return next(self._numbers)
 
     async def score(self, number: int, rollouts: Sequence[CheckedRollout]) -> ScoredBatch:
-        """Scores a batch, after those that it has already. What comes while it sleeps waits.
+        """Scores a batch of rollouts after the batches that the worker has already. While the worker sleeps, the batch waits.
 
         Raises:
-            WorkerUnavailable: it is not up, or died.
-            WorkerLost: it was lost, and this or another batch may be why.
-            OutOfMemory: the batch needs more memory than there is.
-            InternalFault: the batch failed.
+            WorkerUnavailable: the worker is not up, or its process ended.
+            WorkerLost: the worker's process was lost, and this or another batch may be the cause.
+            OutOfMemory: the batch needs more memory than the device has.
+            InternalFault: the batch failed for any other reason.
         """
         await self._awake.wait()
         batch: ScoredBatch = await self._ask(ScoreBatch(number, rollouts))
         return batch
 
     def cancel(self, number: int, index: int) -> None:
-        """Gives up one rollout of a batch that it has; its result will be ``None``. Too late, it does nothing."""
+        """Cancels one rollout of a batch, whose result will be ``None``. It has no effect once the batch is answered."""
         if self._running is not None:
             self._running.send(CancelRollout(number, index))
 
     async def encode(self, texts: Sequence[PendingText]) -> dict[str, NDArray[np.int32]]:
-        """Tokenises, beside the batch that computes and while it sleeps; if it died asleep, once it is woken. If it is cancelled, what is
-        left of the texts is given up.
+        """Tokenises texts in the worker process, while batches compute and also while the worker sleeps.
+
+        If the worker's process ended while asleep, this waits until the worker is woken. If this coroutine is cancelled, the remaining
+        texts are given up.
 
         Returns:
-            Ids ``(T,)`` int32 by `PendingText.field`.
+            The token ids of each text, ``(T,)`` int32, by ``PendingText.field``.
 
         Raises:
-            InvalidRequest: a text that cannot be tokenised, naming its field.
-            WorkerUnavailable: it is not up, or died.
-            WorkerLost: it was lost; these texts are why if its `order` is not 0.
+            InvalidRequest: a text cannot be tokenised; names its field.
+            WorkerUnavailable: the worker is not up, or its process ended.
+            WorkerLost: the worker's process was lost; these texts are the cause if the error's ``order`` is not 0.
             InternalFault: something else went wrong.
         """
         if not self.up:
@@ -219,19 +227,20 @@ class WorkerHandle:
         return ids
 
     async def until_back(self) -> None:
-        """Waits until it is up again; raises ``WorkerUnavailable`` if it does not start."""
+        """Waits until the worker is up again; raises ``WorkerUnavailable`` if it cannot start."""
         while not self.up:
             if self.failed_starts:
                 raise self.unavailable()
             await self._changed.wait()
 
     async def sleep(self) -> Transfer:
-        """Makes it give its device's memory back, after the batch that computes. Asking again changes nothing. If the caller does not wait
-        for the end, it sleeps all the same.
+        """Makes the worker give its device's memory back after the batches that it has, and returns the bytes and seconds of it.
+
+        Calling it again while the worker sleeps changes nothing. The worker falls asleep even if this coroutine is cancelled.
 
         Raises:
-            WorkerUnavailable: it is not up, or died.
-            InternalFault: something went wrong, and it is awake as before.
+            WorkerUnavailable: the worker is not up, or its process ended.
+            InternalFault: the worker could not free its memory, and is awake as before.
         """
         async with self._moving:
             if not self.up:
@@ -247,11 +256,13 @@ class WorkerHandle:
             return self._logged("worker asleep", transfer)
 
     async def wake(self) -> Transfer:
-        """Makes it take its device's memory again. Asking again changes nothing. If the caller does not wait for the end, it must be asked
-        again.
+        """Makes the worker take its device's memory again, and returns the bytes and seconds of it.
+
+        Calling it again while the worker is awake changes nothing. If this coroutine is cancelled, it must be called again.
 
         Raises:
-            WorkerUnavailable: its device has no room yet; or it is not up, or died, and is now being started again.
+            WorkerUnavailable: the device has too little free memory yet; or the worker is not up, or its process ended, and is now being
+                started again.
         """
         async with self._moving:
             if self.ready:
@@ -263,7 +274,7 @@ class WorkerHandle:
                 transfer = await self._ask(Wake(next(self._numbers)))
             except WorkerUnavailable:
                 if not self.up:
-                    self._set_awake(True)  # that is what it was asked for, and it is started again for it
+                    self._set_awake(True)  # The caller wants the worker awake, so it is started again.
                 raise
             self._set_awake(True)
             return self._logged("worker awake", transfer)
@@ -299,7 +310,7 @@ class WorkerHandle:
             raise WorkerLost(loss.reason, loss.problem, unavailable.retry_seconds, loss.doing, loss.order) from None
 
     def unavailable(self) -> WorkerUnavailable:
-        """The error for work that it cannot do before it is up again."""
+        """Returns the error for work that cannot be done before the worker is up again, with the seconds after which to try again."""
         return WorkerUnavailable("the worker is down and being restarted", self._pause_seconds + self._start_seconds)
 
     @property

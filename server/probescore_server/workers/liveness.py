@@ -1,9 +1,10 @@
-"""Whether a worker gets on: what it was asked, what it says, and how long it may take for either.
+"""Detects worker processes that are stuck, from the work that each was given, the messages that it sends and its time limits.
 
-A worker says every now and then that it is there, from a thread of its own, at which step it is and which texts it tokenises. It is stuck
-if it says nothing for too long, if the batch that it has first takes too long without a step, or if one text does. Texts count by what the
-worker says of them, not by what was asked: a request may have any number of them, takes turns with others, and may be given up while one of
-its texts is still tokenised. Every time is handed in: whoever watches has the clock, and says so when it was not there itself.
+A worker process sends a heartbeat at intervals, from a thread of its own, which says at which step it is and which texts it tokenises. It
+is stuck if it sends nothing for too long, if its first unanswered batch takes too long without a new step, or if one text takes too long.
+Texts count by what the heartbeats say, not by what was requested: a request may have any number of texts, which take turns with those of
+others, and may be given up while one of its texts is still tokenised. Every method is given the time: the caller has the clock, and reports
+when it was not running itself.
 """
 
 from __future__ import annotations
@@ -15,28 +16,30 @@ from dataclasses import dataclass
 from probescore_server.activity import ActivityStep, TextBeingTokenised
 
 REASONS_LOST = ("silent", "overdue", "device", "memory", "crash", "start", "died")
-"""Why workers are lost: they said nothing, or did not get on; their device failed, the system's memory was short, they crashed; they did
-not start; or somebody ended them.
+"""Names the reasons for which worker processes are lost: ``silent``, it sent nothing; ``overdue``, its work made no progress; ``device``,
+its device failed; ``memory``, the system killed it for lack of memory; ``crash``, it crashed; ``start``, it did not start; ``died``,
+somebody ended it.
 """
 
 
 BOOT_SECONDS = 60.0
-"""Until a process says something for the first time, at least: Python starts and reads its modules before, on a busy machine for long."""
+"""A new process may take at least so many seconds until its first message, since Python starts and imports slowly on a busy machine."""
 
 
 TEXT_BYTES_PER_SECOND = 10_000
-"""Far below what a slow tokenizer does."""
+"""A tokenizer is assumed to be at least this fast, in UTF-8 bytes per second, which even a slow tokenizer far exceeds."""
 
 
 @dataclass(frozen=True)
 class WorkerTimeLimits:
-    """How long a worker may take, in seconds.
+    """Holds how many seconds a worker process may take for what it does.
 
     Attributes:
-        silent_seconds: between two signs of life.
-        start_seconds: from its start until it is ready.
-        step_seconds, step_seconds_per_1000_tokens: for one step of a batch.
-        chat_seconds: for a template to render one chat.
+        silent_seconds: the most seconds between two messages.
+        start_seconds: the most seconds from its start until it is ready.
+        step_seconds: the most seconds of one step of a batch, beside those for its tokens.
+        step_seconds_per_1000_tokens: the seconds that a step may take for every 1000 of its tokens.
+        chat_seconds: the most seconds of a chat template to render one chat.
     """
 
     silent_seconds: float
@@ -46,23 +49,26 @@ class WorkerTimeLimits:
     chat_seconds: float
 
     def for_tokens(self, tokens: int) -> float:
-        """For a step of so many tokens."""
+        """Returns the most seconds that a step of so many tokens may take."""
         return self.step_seconds + self.step_seconds_per_1000_tokens * tokens / 1000
 
     def for_texts(self, texts: Iterable[TextBeingTokenised]) -> float:
-        """For any one of the texts that the lanes have: a tokenizer that is written in Python takes them one after the other."""
+        """Returns the most seconds that any one of the texts which are tokenised at the same time may take.
+
+        It is the time for all of them: threads run a tokenizer that is written in Python one after the other.
+        """
         return self.step_seconds + sum(text.bytes / TEXT_BYTES_PER_SECOND + self.chat_seconds * text.is_chat for text in texts)
 
 
 @dataclass(frozen=True)
 class LossReason:
-    """Why a worker is lost.
+    """Says why a worker process is lost.
 
     Attributes:
-        reason: one word; of a worker that is stuck: ``silent``, ``overdue`` or ``start``.
-        problem: what it did not do, for how long, or what became of it.
-        order: number of what it was asked for that takes too long, or was all that it had; 0 = it could be any.
-        doing: the step that it was at; empty if that is not known.
+        reason: one word, of ``REASONS_LOST``; for a process that is stuck: ``silent``, ``overdue`` or ``start``.
+        problem: what the process did not do and for how long, or how it ended, as a text for people.
+        order: number of the batch or of the request's texts that took too long or was the only work; 0 = any of its work may be the cause.
+        doing: name of the step that the process was at; empty if that is not known.
     """
 
     reason: str
@@ -72,14 +78,16 @@ class LossReason:
 
 
 class LivenessWatch:
-    """Watches one worker process from its start on.
+    """Decides whether one worker process is stuck, from what its caller reports of it from its start on.
+
+    All times are in seconds on one monotonic clock.
 
     Args:
-        limits: what it may take.
-        now: when it was started.
+        limits: how long the process may take for what it does.
+        now: when the process was started.
 
     Attributes:
-        step: the one that it told last.
+        step: the step that the process reported last.
     """
 
     def __init__(self, limits: WorkerTimeLimits, now: float) -> None:
@@ -89,68 +97,68 @@ class LivenessWatch:
         self._silent_at_first = max(limits.silent_seconds, BOOT_SECONDS)
         self._said_something = False
         self._starting = True
-        self._seconds: dict[int, float] = {}  # of what was asked of its device and has no answer, in that order
-        self._since = now  # when something of it got on for the last time
-        self._texts: list[TextBeingTokenised] = []  # by lane
+        self._seconds: dict[int, float] = {}  # It holds the limit of each unanswered order, in order.
+        self._since = now  # This is when any of these orders last made progress.
+        self._texts: list[TextBeingTokenised] = []  # There is one for each tokenising thread.
         self._texts_since: list[float] = []
 
     def ready(self) -> None:
-        """It has started."""
+        """Notes that the worker process has started and is ready for work."""
         self._starting = False
 
     def heard(self, now: float) -> None:
-        """It has said something; ``-inf`` = not yet."""
+        """Notes that the worker process sent something at the time ``now``; ``-inf`` means that it has sent nothing yet."""
         if math.isfinite(now):
             self._said_something = True
             self._heard = max(self._heard, now)
 
     def asked(self, number: int, seconds: float, now: float) -> None:
-        """It was asked for something on its device that may take so long, once it comes to it."""
+        """Notes that the worker process was given an order for its device, such as a batch, which may take ``seconds`` once it begins."""
         if not self._seconds:
             self._since = now
         self._seconds[number] = seconds
 
     def answered(self, number: int, now: float) -> None:
-        """It has answered."""
+        """Notes that the worker process has answered the order, such as a batch, of this number."""
         if self._seconds.pop(number, None) is not None:
             self._since = now
 
     def at(self, step: ActivityStep, now: float) -> None:
-        """It is at this step."""
+        """Notes that the worker process reported this step as the one that it computes."""
         if step.number != self.step.number:
             self.step = step
             if step.order in self._seconds:
                 self._since = now
 
     def tokenises(self, texts: Sequence[TextBeingTokenised], now: float) -> None:
-        """Its lanes have these texts; always in the same order."""
+        """Notes the texts that the process's tokenising threads work on, one for each thread, always in the same order of threads."""
         known = [*zip(self._texts, self._texts_since, strict=True)] or [(TextBeingTokenised(), now)] * len(texts)
         self._texts_since = [since if text == before else now for text, (before, since) in zip(texts, known, strict=True)]
         self._texts = list(texts)
 
     def excuse(self, seconds: float) -> None:
-        """For so long whoever watches was not there, and cannot say what the worker did."""
+        """Extends every running limit by so many seconds, in which the caller itself did not run and cannot say what the process did."""
         self._heard += seconds
         self._began += seconds
         self._since += seconds
         self._texts_since = [since + seconds for since in self._texts_since]
 
     def loss(self, now: float) -> LossReason | None:
-        """What is wrong with it, if anything is."""
+        """Returns the reason if the worker process is stuck at the time ``now`` and must be given up; else ``None``."""
         silent_seconds = self._limits.silent_seconds if self._said_something else self._silent_at_first
         if now - self._heard > silent_seconds:
-            return LossReason("silent", f"it said nothing for {silent_seconds:g} s")
-        # From here on only time counts of which it is known that it was there: one that is silent is no more than that.
+            return LossReason("silent", f"it sent nothing for {silent_seconds:g} s")
+        # From here on only time until its last message counts: a process that is silent is not known to be stuck in any work.
         if self._starting and self._heard - self._began > self._limits.start_seconds:
             return LossReason("start", f"it was not ready within {self._limits.start_seconds:g} s (worker_start_seconds)")
         first = next(iter(self._seconds), 0)
         if first and self._heard - self._since > (seconds := self._seconds_of(first)):
-            return LossReason("overdue", f"it did not get on for {seconds:g} s", first)
+            return LossReason("overdue", f"it made no progress for {seconds:g} s", first)
         for text, since in zip(self._texts, self._texts_since, strict=True):
             if text.order and self._heard - since > (seconds := self._limits.for_texts(self._texts)):
-                return LossReason("overdue", f"it did not get on with a text for {seconds:g} s", text.order)
+                return LossReason("overdue", f"it made no progress with a text for {seconds:g} s", text.order)
         return None
 
     def _seconds_of(self, number: int) -> float:
-        """What it may take until the next answer, or step, if the first that it has on its device has this number."""
+        """Returns the most seconds until the worker process's next answer or step, if its first unanswered order has this number."""
         return self._limits.for_tokens(self.step.tokens) if self.step.order == number else self._seconds[number]

@@ -1,4 +1,7 @@
-"""The worker: a process of its own that runs the `Engine` on one device. The front process knows this module by its name only."""
+"""Is the main module of a worker process, which runs the engine (the language model and its probes) on one device.
+
+The front process does not import this module but starts it by its name, so that it stays free of torch.
+"""
 
 from __future__ import annotations
 
@@ -52,17 +55,22 @@ if TYPE_CHECKING:
 
 logger = structlog.get_logger(__name__)
 
-# Of what a worker may be silent, and at most.
+# A worker sends a heartbeat after this share of the time for which it may be silent, and at least this often.
 HEARTBEAT_SHARE = 0.1
 MAX_HEARTBEAT_SECONDS = 1.0
 
-# How long after an answer a worker says what it holds, and how often while it is never without work.
+# A worker reports its memory use this many seconds after an answer, and this often while it is never without work.
 OCCUPANCY_DELAY = 0.005
 STATISTICS_SECONDS = 1.0
 
 
 def run_worker(connection: socket.socket, spec: WorkerSpec) -> None:
-    """The main function of a worker process. It lives until it is told to stop or the front process is gone."""
+    """Runs a worker process: loads the model and probes and computes orders until it is told to stop or the front process is gone.
+
+    Args:
+        connection: the worker's end of the socket pair to the front process.
+        spec: what the worker loads, and on which device.
+    """
     # The front process decides when a worker ends: Ctrl-C and a supervisor's SIGTERM reach the whole group, but accepted work is finished.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -71,9 +79,7 @@ def run_worker(connection: socket.socket, spec: WorkerSpec) -> None:
 
 
 class _WorkerRuntime:
-    """Its threads: this one loads and computes, one reads the pipe, one for each lane of texts tokenises, one says that the process is
-    there.
-    """
+    """Runs the threads of a worker process: the main one loads and computes, one reads the pipe, two tokenise, one sends heartbeats."""
 
     def __init__(self, pipe: BlockingEnd, spec: WorkerSpec) -> None:
         self._pipe = pipe
@@ -81,7 +87,7 @@ class _WorkerRuntime:
         self._orders: SimpleQueue[Order | None] = SimpleQueue()
         self._statistics_sent = 0.0
         self._texts = TextQueue()
-        self._cancelled: dict[int, set[int]] = {}  # by number of a batch that has not been answered, the indices given up
+        self._cancelled: dict[int, set[int]] = {}  # It holds the indices given up, by batch.
 
     def run(self) -> None:
         threading.Thread(target=self._read, daemon=True).start()
@@ -95,7 +101,7 @@ class _WorkerRuntime:
             logger.exception("loading failed")
             self._send(Refused(f"loading failed: {type(error).__name__}: {error}"))
             return
-        # what was loaded stays: without this every full collection would look through it, for 0.2 seconds
+        # What was loaded stays: without this, every full garbage collection would look through it, for 0.2 seconds.
         gc.collect()
         gc.freeze()
         for lane in TokenisingLane:
@@ -112,8 +118,10 @@ class _WorkerRuntime:
                     self._wake(engine, order)
 
     def _next_order(self, engine: Engine) -> Order | None:
-        """Waits for one. In pauses, and every second without a pause, it says what the engine holds; the front process is busy with an
-        answer at first.
+        """Waits for the next order and returns it; ``None`` means that the worker must stop.
+
+        While there is no order, and every second otherwise, it sends the engine's statistics: shortly after an answer, not with it, since
+        the front process is busy with the answer at first.
         """
         try:
             order = self._orders.get(timeout=OCCUPANCY_DELAY)
@@ -131,9 +139,9 @@ class _WorkerRuntime:
     def _load(self) -> Engine:
         settings = self._spec.settings
         probes = probe_files(settings.probes)
-        # read once, when the libraries are loaded; what transformers warns and reports of is for people who train
+        # These are read once, when the libraries are loaded. The warnings and reports of transformers are for people who train.
         os.environ.update(OMP_NUM_THREADS=str(self._spec.threads), TRANSFORMERS_VERBOSITY="error", HF_HUB_DISABLE_PROGRESS_BARS="1")
-        # threads that spin while they wait make small batches many times slower as soon as another process wants a core
+        # Threads that spin while they wait make small batches many times slower as soon as another process wants a core.
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         import torch
 
@@ -166,7 +174,7 @@ class _WorkerRuntime:
                 # The front process is gone; nobody is left to compute for.
                 os._exit(1)
             except Exception:
-                # a message that is lost would be waited for for ever; the next process starts afresh
+                # The front process would wait for ever for the answer to a message that is lost; the next process starts afresh.
                 logger.exception("reading a message failed")
                 os._exit(1)
             match message:
@@ -174,7 +182,7 @@ class _WorkerRuntime:
                     self._cancelled[message.number] = set()
                     self._orders.put(message)
                 case CancelRollout():
-                    # of a batch that is answered nobody looks any more
+                    # There is no entry for a batch that has been answered.
                     self._cancelled.get(message.number, set()).add(message.index)
                 case EncodeTexts():
                     self._texts.add(message.number, message.texts)
@@ -186,17 +194,17 @@ class _WorkerRuntime:
                     self._orders.put(None)
 
     def _beat(self) -> None:
-        """Says that the process is there, also while it computes: libraries let other threads run meanwhile."""
+        """Sends heartbeats for ever, also while the main thread computes, since libraries let other threads run meanwhile."""
         seconds = min(HEARTBEAT_SHARE * self._spec.settings.worker_silent_seconds, MAX_HEARTBEAT_SECONDS)
         while True:
             try:
                 self._send(Heartbeat(ACTIVITY.step, self._texts.in_hand()))
             except OSError:
-                return  # the front process is gone; whoever reads the pipe ends this one
+                return  # The front process is gone; the thread that reads the pipe ends this process.
             time.sleep(seconds)
 
     def _end_if_lost(self, error: Exception) -> None:
-        """Ends the process if its device is lost. The front process tries elsewhere what it has, or here once there is a new one."""
+        """Ends the process if an error says that its device is lost. The front process then gives the work to another worker process."""
         if kind_of(error) is FailureKind.DEVICE_LOST:
             self._send(DeviceLost(_logged_fault("the device is lost").incident))
             os._exit(1)
@@ -220,7 +228,7 @@ class _WorkerRuntime:
             del self._cancelled[batch.number]
         if isinstance(failure, OutOfMemory):
             try:
-                engine.free_memory()  # only now: the exception held what the batch had allocated
+                engine.free_memory()  # It comes only now since the exception held what the batch had allocated.
             except Exception as error:
                 self._end_if_lost(error)
                 _logged_fault("freeing memory failed")
@@ -240,7 +248,7 @@ class _WorkerRuntime:
             self._send(Failed(order.number, error))
         except Exception as error:
             self._end_if_lost(error)
-            # weights that did not come back as they were must not score: the next process reads them from the files
+            # Weights that may not have come back as they were must not score: the next process reads them from the files.
             logger.exception("waking up failed")
             os._exit(1)
 
@@ -265,10 +273,10 @@ class _WorkerRuntime:
 
 
 def probe_files(paths: Sequence[str]) -> list[Path]:
-    """Files as they are given, and every ``*.onnx`` of a directory, sorted.
+    """Returns the probe files that paths name: a file as it is given, and every ``*.onnx`` file of a directory, sorted by name.
 
     Raises:
-        StartupError: there is none in a directory.
+        StartupError: a directory has no such file.
     """
     files: list[Path] = []
     for path in map(Path, paths):

@@ -1,4 +1,7 @@
-"""What the front process and a worker say to each other: frozen dataclasses over a pipe that only these two hold."""
+"""Defines the messages between the front process and a worker process: frozen dataclasses, pickled over a pipe that only these two hold.
+
+An order is a message that is answered. A message's ``number`` is that of the order, by which the answer is matched to it.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,13 @@ from probescore_server.workers.codec import Encoded, decode_results, decode_roll
 
 @dataclass(frozen=True)
 class WorkerSpec:
-    """What a worker loads, and where. `threads` are its CPU threads."""
+    """Says what a worker process loads, and where it computes.
+
+    Attributes:
+        settings: the server's settings, which name the model and probes.
+        device: the device, such as ``cpu`` or ``cuda:0``.
+        threads: number of CPU threads that the worker uses.
+    """
 
     settings: ServerSettings
     device: str
@@ -31,14 +40,14 @@ class WorkerSpec:
 
 @dataclass(frozen=True)
 class ScoreBatch:
-    """Score these rollouts, after the batches before; answered by `BatchScored` or `Failed`."""
+    """Orders a worker process to score a batch of rollouts after its earlier batches; the answer is ``BatchScored`` or ``Failed``."""
 
     number: int
     rollouts: Sequence[CheckedRollout]
 
     @property
     def tokens(self) -> int:
-        """The most that it can cost."""
+        """Counts the most tokens that computing the batch can cost, with the prompt of each of its rollouts."""
         return sum(rollout.tokens for rollout in self.rollouts)
 
     def __reduce__(self) -> tuple[Callable[[int, Encoded], ScoreBatch], tuple[int, Encoded]]:
@@ -51,7 +60,7 @@ def _score_batch(number: int, rollouts: Encoded) -> ScoreBatch:
 
 @dataclass(frozen=True)
 class CancelRollout:
-    """Give up a rollout of batch `number`, if that has not been answered."""
+    """Tells a worker process to give up the rollout ``index`` of the batch ``number``; it has no effect once the batch is answered."""
 
     number: int
     index: int
@@ -59,7 +68,7 @@ class CancelRollout:
 
 @dataclass(frozen=True)
 class EncodeTexts:
-    """Tokenise these; answered by `TextsEncoded` or `Failed`, while batches compute."""
+    """Orders a worker process to tokenise texts, while batches compute; the answer is ``TextsEncoded`` or ``Failed``."""
 
     number: int
     texts: Sequence[PendingText]
@@ -67,28 +76,34 @@ class EncodeTexts:
 
 @dataclass(frozen=True)
 class CancelTexts:
-    """Give up the texts of an `EncodeTexts`: what has not been tokenised will not be, and nothing answers."""
+    """Tells a worker process to give up the texts of the ``EncodeTexts`` of this number, which then gets no answer."""
 
     number: int
 
 
 @dataclass(frozen=True)
 class Sleep:
-    """Give the device's memory back, after the batches before; answered by `MemoryMoved` or `Failed`, and then awake as before."""
+    """Orders a worker process to give its device's memory back after its earlier batches.
+
+    The answer is ``MemoryMoved``, or ``Failed`` if the worker is awake as before.
+    """
 
     number: int
 
 
 @dataclass(frozen=True)
 class Wake:
-    """Take the device's memory again; answered by `MemoryMoved`, or by `Failed`, and then asleep as before."""
+    """Orders a worker process to take its device's memory again.
+
+    The answer is ``MemoryMoved``, or ``Failed`` if the worker is asleep as before.
+    """
 
     number: int
 
 
 @dataclass(frozen=True)
 class Stop:
-    """End, after the batch that computes."""
+    """Tells a worker process to end after the orders that it has."""
 
 
 Order = ScoreBatch | Sleep | Wake
@@ -99,28 +114,28 @@ ToWorker = ScoreBatch | CancelRollout | EncodeTexts | CancelTexts | Sleep | Wake
 
 @dataclass(frozen=True)
 class LoadingProgress:
-    """What the worker does while it starts, for people."""
+    """Says, in a text for people, what a worker process does while it starts."""
 
     message: str
 
 
 @dataclass(frozen=True)
 class Ready:
-    """Loaded, warm and self-tested."""
+    """Says that a worker process has loaded and tested the model and the probes that ``info`` describes, and can score."""
 
     info: EngineInfo
 
 
 @dataclass(frozen=True)
 class Refused:
-    """It cannot start as configured."""
+    """Says, in a text for people, why a worker process cannot start as configured."""
 
     message: str
 
 
 @dataclass(frozen=True)
 class BatchScored:
-    """Answers `ScoreBatch`."""
+    """Answers the ``ScoreBatch`` of this number with the results of its rollouts."""
 
     number: int
     batch: ScoredBatch
@@ -135,7 +150,7 @@ def _batch_scored(number: int, results: Encoded, compute_seconds: float) -> Batc
 
 @dataclass(frozen=True)
 class TextsEncoded:
-    """Answers `EncodeTexts`: ids ``(T,)`` int32 by `PendingText.field`."""
+    """Answers the ``EncodeTexts`` of this number with the token ids of each text, ``(T,)`` int32, by ``PendingText.field``."""
 
     number: int
     ids: dict[str, NDArray[np.int32]]
@@ -143,7 +158,7 @@ class TextsEncoded:
 
 @dataclass(frozen=True)
 class MemoryMoved:
-    """Answers `Sleep` and `Wake`."""
+    """Answers the ``Sleep`` or ``Wake`` of this number with the bytes that were moved and the seconds that it took."""
 
     number: int
     transfer: Transfer
@@ -151,7 +166,10 @@ class MemoryMoved:
 
 @dataclass(frozen=True)
 class Failed:
-    """Answers any of them; an unexpected exception is in the log under the fault's incident and goes no further."""
+    """Answers any order to a worker process with an error.
+
+    Of an unexpected exception only the incident number is sent, as an ``InternalFault``; the worker's log has the details under it.
+    """
 
     number: int
     error: InvalidRequest | InternalFault | OutOfMemory | WorkerUnavailable
@@ -159,7 +177,12 @@ class Failed:
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """A sign of life, with the step that computes or computed last and what each lane of texts tokenises; no answer waits for it."""
+    """Says, at intervals, that a worker process runs; it answers no order.
+
+    Attributes:
+        step: the step that computes now, or computed last.
+        texts: the text that each tokenising thread works on.
+    """
 
     step: ActivityStep
     texts: tuple[TextBeingTokenised, ...]
@@ -167,7 +190,10 @@ class Heartbeat:
 
 @dataclass(frozen=True)
 class DeviceLost:
-    """Nothing will compute on the device again in this process, and what it has gets no answer; the log has why under this number."""
+    """Says that a worker process can never compute on its device again and answers none of its orders.
+
+    ``incident`` is the number under which the log has the cause.
+    """
 
     incident: str
 
@@ -175,4 +201,4 @@ class DeviceLost:
 FromWorker = (
     LoadingProgress | Ready | Refused | BatchScored | TextsEncoded | MemoryMoved | Failed | EngineStatistics | Heartbeat | DeviceLost
 )
-"""`EngineStatistics`: as of now; no answer waits for it."""
+"""Is the type of the messages that a worker process sends. Of these, ``EngineStatistics`` is sent at intervals and answers no order."""

@@ -1,4 +1,4 @@
-"""One process of a worker, as the front process sees it: its start, what goes to and fro, a watch whether it gets on, and how it ended."""
+"""Controls one worker process from the front process: starts it, exchanges messages, ends it if it is stuck, and finds out how it ended."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 import structlog
 
 from probescore_server.errors import StartupError, WorkerLost
-from probescore_server.offloading import (
+from probescore_server.event_loop import (
     MAX_ROLLOUTS_PICKLED_ON_LOOP,
     MAX_SPANS_PICKLED_ON_LOOP,
     MAX_TEXT_BYTES_PICKLED_ON_LOOP,
@@ -48,35 +48,38 @@ from probescore_server.workers.transport import EventLoopEnd
 
 logger = structlog.get_logger(__name__)
 
-# By its name: it is imported where it runs.
+# It is given by its name since it is imported only in the worker process.
 MAIN = "probescore_server.workers.main:run_worker"
 
-# For the batch that computes when a worker is told to stop; nobody waits for its scores any more.
+# A worker that is told to stop may take these seconds for the batch that computes; nobody waits for its scores any more.
 STOP_SECONDS = 5.0
-# For a process that was killed, or whose pipe is closed, to be gone. A driver can hold one for ever: the next one is started beside it.
+# A process that was killed, or whose pipe is closed, should end within these seconds. A driver can hold one for ever: the next process is
+# then started beside it.
 DEATH_SECONDS = 5.0
-# For all weights to leave a device or come back, also to and from memory that is swapped out.
+# All weights may take these seconds to leave a device or come back, also to and from memory that is swapped out.
 MOVE_SECONDS = 600.0
-# Of the shortest limit: how often it is looked whether a worker gets on.
+# A worker is checked for being stuck after this share of its shortest limit, and at least this often.
 WATCH_SHARE = 0.1
 MAX_WATCH_SECONDS = 1.0
-# How a process ends by itself that computes something it should not have been given.
+# With these signals a process ends by itself if it computes something that it should not have been given.
 CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGTRAP, signal.SIGSYS)
 VMSTAT = Path("/proc/vmstat")
 
 
 def _start_main(main: str, connection: socket.socket, spec: WorkerSpec) -> None:
-    """What a worker's process begins with."""
+    """Imports the function that ``main`` names as ``module:function``, and calls it in the new worker process."""
     module, _, function = main.partition(":")
     getattr(importlib.import_module(module), function)(connection, spec)
 
 
 class WorkerProcess:
-    """One process, from its start to its end.
+    """Is one worker process, from its start to its end, as the front process controls it on its event loop.
 
     Attributes:
-        ended: set once it is gone, or given up.
-        loss: why it is lost, if it was not somebody's will.
+        process: the operating system's process.
+        ended: an event that is set once the process has ended or was given up.
+        loss: why the process was lost; ``None`` while it runs, or if it was ended on purpose.
+        statistics: the memory use and cache hits that the process last reported.
     """
 
     def __init__(self, spec: WorkerSpec) -> None:
@@ -98,16 +101,25 @@ class WorkerProcess:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self) -> EngineInfo:
-        """Raises ``StartupError`` if it refuses to start, or dies first, or ``WorkerLost`` if it says nothing any more."""
+        """Starts the worker process, waits until it is ready, and returns what it has loaded.
+
+        Raises:
+            StartupError: the process refuses to start, or ends before it is ready.
+            WorkerLost: the process sends nothing any more.
+        """
         await asyncio.to_thread(self.process.start)
-        self._theirs.close()  # or its death would not close the pipe
+        self._theirs.close()  # Otherwise the end of the process would not close the pipe.
         await self._loop.create_unix_connection(lambda: self._pipe, sock=self._ours)
         self._do(self._keep_watch())
         return await self._started
 
     async def ask(self, message: ScoreBatch | EncodeTexts | Sleep | Wake) -> Any:  # noqa: ANN401
-        """The answer to a message; raises what it says, or ``EOFError`` if the process is lost first."""
-        if not isinstance(message, EncodeTexts):  # the watch knows of texts from the worker
+        """Sends an order, such as a batch, to the worker process and returns its answer; raises the answer if it is an error.
+
+        Raises:
+            EOFError: the process ended before it answered.
+        """
+        if not isinstance(message, EncodeTexts):  # The watch knows of texts from the worker's heartbeats.
             self._watch.asked(message.number, _seconds_for(message, self._time_limits), time.monotonic())
         answer = self._answers[message.number] = self._loop.create_future()
         self.send(message)
@@ -117,11 +129,11 @@ class WorkerProcess:
             del self._answers[message.number]
 
     def send(self, message: ToWorker) -> None:
-        """Sends in order, without waiting. What a dead process would not get is dropped: `_end` answers for it."""
+        """Sends a message without waiting; messages keep their order. If the process has ended, the message is dropped."""
         self._pipe.send(message, takes_long=_takes_long(message))
 
     async def stop(self) -> None:
-        """Ends the process, if it still runs, and waits for its end; but not for ever."""
+        """Ends the worker process if it still runs, first by a message and then by a signal, and waits some seconds for its end."""
         for task in self._tasks:
             task.cancel()
         if self.loss is None:
@@ -139,7 +151,7 @@ class WorkerProcess:
         return not self.process.is_alive()
 
     def blame(self, loss: LossReason) -> None:
-        """Says why it is lost, unless that is known. What alone is under way is why, as far as is known."""
+        """Records why the worker process is lost, unless that is recorded already. If it had only one order, that counts as the cause."""
         if self.loss is None:
             order = loss.order or (next(iter(self._answers)) if len(self._answers) == 1 else 0)
             self.loss = replace(loss, order=order, doing=self._watch.step.name if self._started.done() else self._starting_with)
@@ -180,13 +192,13 @@ class WorkerProcess:
     # ------------------------------------------------------------------------------------------------------------ how it ends
 
     async def _keep_watch(self) -> None:
-        """Gives it up when it says nothing any more, or does not get on."""
+        """Checks at intervals whether the worker process is stuck, and kills it when it sends nothing or its work makes no progress."""
         pause = min(WATCH_SHARE * min(self._time_limits.silent_seconds, self._time_limits.step_seconds), MAX_WATCH_SECONDS)
         while not self.ended.is_set():
             before = time.monotonic()
             await asyncio.sleep(pause)
             now = time.monotonic()
-            if now - before > 2 * pause:  # stopped, or suspended with the whole machine: as the worker may have been
+            if now - before > 2 * pause:  # This process was stopped, or the machine suspended, and maybe the worker too.
                 self._watch.excuse(now - before)
             self._watch.heard(self._pipe.heard)
             if loss := self._watch.loss(now):
@@ -194,14 +206,14 @@ class WorkerProcess:
 
     def _give_up(self, loss: LossReason) -> None:
         self.blame(loss)
-        self.process.kill()  # which ends one that is stopped, too
+        self.process.kill()  # This also ends a process that is stopped.
         self._end()
 
     def _pipe_closed(self) -> None:
         self._do(self._find_out())
 
     async def _find_out(self) -> None:
-        """Its pipe is closed: it is gone, or about to be."""
+        """Finds out how the process ended, once its pipe is closed, and makes all calls of ``start`` and ``ask`` that wait raise."""
         await self._gone_within(DEATH_SECONDS)
         code = self.process.exitcode
         if code is not None and -code in CRASHES:
@@ -241,12 +253,12 @@ def _time_limits(settings: ServerSettings) -> WorkerTimeLimits:
 
 
 def _seconds_for(message: ScoreBatch | Sleep | Wake, limits: WorkerTimeLimits) -> float:
-    """What it may take, until its first step if it has any."""
+    """Returns the most seconds that a worker process may take to answer an order or, for a batch, until the batch's first step."""
     return limits.for_tokens(message.tokens) if isinstance(message, ScoreBatch) else MOVE_SECONDS
 
 
 def _oom_kills() -> int:
-    """How often the kernel has killed something since memory was short; 0 where it does not say."""
+    """Returns how often the kernel has killed a process because memory was short; 0 where the kernel does not say."""
     try:
         counters = dict(line.split() for line in VMSTAT.read_text().splitlines())
     except (OSError, ValueError):
@@ -255,7 +267,7 @@ def _oom_kills() -> int:
 
 
 def _takes_long(message: ToWorker) -> bool:
-    """Whether to encode a message takes so long that it would hold up the event loop: it has many rollouts, spans or texts."""
+    """Tells whether a message has so many rollouts, spans or texts that encoding it would hold up the event loop."""
     match message:
         case ScoreBatch(rollouts=rollouts):
             if len(rollouts) > MAX_ROLLOUTS_PICKLED_ON_LOOP:
@@ -269,7 +281,7 @@ def _takes_long(message: ToWorker) -> bool:
 
 def _settle(future: asyncio.Future[Any] | None, outcome: object) -> None:
     if future is None or future.done():
-        return  # whoever asked has left
+        return  # Nobody waits for it any more.
     if isinstance(outcome, Exception):
         future.set_exception(outcome)
     else:

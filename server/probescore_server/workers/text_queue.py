@@ -1,6 +1,7 @@
-"""The texts that wait to be tokenised. Requests take turns, text by text, so that nobody waits for all of another's.
+"""Queues the texts that wait to be tokenised in a worker process.
 
-A single text cannot be split, since its ids could change: short ones have a lane of their own, and never wait behind a long one.
+Requests take turns, text by text, so that no request waits for all texts of another one. A single text cannot be split, since its ids could
+change. Short texts have a lane of their own, that is, a queue with one thread, so that they never wait behind a long one.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from probescore_server.activity import TextBeingTokenised
 from probescore_server.validation.texts import PendingText
 
 SHORT_BYTES = 16_384
-"""What takes some ten milliseconds."""
+"""A text of at most this many UTF-8 bytes, which takes some ten milliseconds to tokenise, counts as short."""
 
 
 class TokenisingLane(Enum):
-    """Which texts go one after the other."""
+    """Names the two queues of texts, of which each has one thread that tokenises its texts one after the other."""
 
     SHORT = "short"
     LONG = "long"
@@ -31,14 +32,19 @@ class TokenisingLane(Enum):
 
 @dataclass(eq=False, slots=True)
 class _PendingRequest:
-    """`left`: texts that have no ids yet. `ids`: by `PendingText.field`."""
+    """Holds what is tokenised of one request's texts.
+
+    Attributes:
+        left: number of texts that have no token ids yet.
+        ids: token ids of the other texts, ``(T,)`` int32, by ``PendingText.field``.
+    """
 
     left: int
     ids: dict[str, NDArray[np.int32]] = field(default_factory=dict)
 
 
 class TextQueue:
-    """The texts of requests, each request under its number. Any thread may call any method."""
+    """Holds the texts of requests, each request under its number, until they are tokenised. Any thread may call any method."""
 
     def __init__(self) -> None:
         self._requests: dict[int, _PendingRequest] = {}
@@ -47,7 +53,7 @@ class TextQueue:
         self._changed = threading.Condition()
 
     def add(self, number: int, texts: Sequence[PendingText]) -> None:
-        """Queues the texts of a request, at least one."""
+        """Adds the texts of a request, at least one, under the request's number."""
         by_lane: dict[TokenisingLane, deque[PendingText]] = {}
         for text in texts:
             by_lane.setdefault(TokenisingLane.SHORT if text.bytes <= SHORT_BYTES else TokenisingLane.LONG, deque()).append(text)
@@ -58,7 +64,12 @@ class TextQueue:
             self._changed.notify_all()
 
     def take(self, lane: TokenisingLane) -> tuple[int, PendingText]:
-        """Waits for a text, and takes it: the next one of the request whose turn it is. Whoever takes has done with the one before."""
+        """Waits for a text in one of the two queues, and takes the next one of the request whose turn it is.
+
+        It returns the request's number and the text.
+
+        The caller must have finished the text that it took before from the same queue.
+        """
         queue = self._lanes[lane]
         with self._changed:
             before = self._in_hand[lane].number
@@ -73,12 +84,16 @@ class TextQueue:
         return number, text
 
     def in_hand(self) -> tuple[TextBeingTokenised, ...]:
-        """What each lane has taken, in the order of `TokenisingLane`; also of a request that was dropped since."""
+        """Returns the text that is being tokenised in each lane, in the order of ``TokenisingLane``, also if its request was dropped."""
         with self._changed:
             return tuple(self._in_hand.values())
 
     def done(self, number: int, text: PendingText, ids: NDArray[np.int32]) -> dict[str, NDArray[np.int32]] | None:
-        """Notes the ids of a text; returns those of the whole request if that was the last, and ``None`` before, or if it was dropped."""
+        """Notes the token ids of a text, and returns those of the whole request if it was the request's last text.
+
+        Returns:
+            Token ids, ``(T,)`` int32, by ``PendingText.field``; ``None`` if texts are left, or if the request was dropped.
+        """
         with self._changed:
             request = self._requests.get(number)
             if request is None:
@@ -88,7 +103,7 @@ class TextQueue:
             return None if request.left else self._requests.pop(number).ids
 
     def drop(self, number: int) -> bool:
-        """Gives a request up, since it failed or nobody waits for it; returns whether it was still there."""
+        """Removes a request that failed or that nobody waits for; returns whether it was still in the queue or being tokenised."""
         with self._changed:
             for queue in self._lanes.values():
                 queue.pop(number, None)

@@ -1,4 +1,4 @@
-"""Tokenises the texts of requests, whatever becomes of the worker that does it."""
+"""Tokenises the texts of requests in worker processes, and tries again if a worker process is lost meanwhile."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from probescore_server.validation.texts import PendingText
 from probescore_server.workers.handle import WorkerHandle
 
 MAX_LOSSES = 3
-"""After so many workers that were lost with a request, its caller is told to come back: who is to blame could not be found out."""
+"""After so many worker processes were lost with a request, its caller is told to try again later, since the cause could not be found."""
 
 
 async def encode(workers: Sequence[WorkerHandle], texts: Sequence[PendingText]) -> dict[str, NDArray[np.int32]]:
-    """Tokenises the texts of one request, by the first worker that is up. If it is lost, another one does it, or the same once it is back.
+    """Tokenises the texts of one request on the first worker that is up. If that worker is lost, the texts are tried on another one.
 
-    What a worker does of other requests at the same time is not held against this one. If its own texts are why, each is tried by itself,
-    and one that does it again is refused.
+    If no other worker is up, this waits until the lost one is back. A loss that another request may have caused does not count against
+    these texts. If they are the cause, each text is tried by itself, and one with which a worker is lost again is refused.
 
     Returns:
-        Ids ``(T,)`` int32 by `PendingText.field`.
+        The token ids of each text, ``(T,)`` int32, by ``PendingText.field``.
 
     Raises:
-        InvalidRequest: a text that cannot be tokenised, naming its field.
-        WorkerUnavailable: no worker is up, or it died; or `MAX_LOSSES` were lost, each time perhaps for something else.
-        WorkerLostTwice: a worker was lost with the texts, and another with the one that it names.
+        InvalidRequest: a text cannot be tokenised; names its field.
+        WorkerUnavailable: no worker is up, or it ended; or ``MAX_LOSSES`` workers were lost, each time perhaps for another cause.
+        WorkerLostTwice: a worker was lost with the texts, and another one with the text that the error names.
         InternalFault: something else went wrong.
     """
     ids: dict[str, NDArray[np.int32]] = {}

@@ -1,7 +1,7 @@
-"""What the front process and a worker send each other: pickles over a socket pair, each after its length.
+"""Transports messages between the front process and a worker process, as pickles over a socket pair, each preceded by its length.
 
-A worker's threads block on their end. The front's end is on the event loop, without a thread in between: a small message costs no switch of
-threads, and one that takes long to encode is encoded in a thread.
+The worker's threads block on their end. The front process's end is on the event loop, without a thread in between: a small message costs no
+switch of threads, and a message that takes long to encode is encoded in a thread.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, cast
 
-from probescore_server.offloading import MAX_BYTES_UNPICKLED_ON_LOOP
+from probescore_server.event_loop import MAX_BYTES_UNPICKLED_ON_LOOP
 
 _LENGTH = struct.Struct("!Q")
 
 
 class BlockingEnd:
-    """A worker's end: any number of threads send, one receives."""
+    """Is the worker process's end of the socket pair: any number of threads may send messages, and one thread receives."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
@@ -31,13 +31,13 @@ class BlockingEnd:
         self._sending = threading.Lock()
 
     def send(self, message: object) -> None:
-        """Sends a message whole; raises ``OSError`` if the other end is closed."""
+        """Sends a whole message; raises ``OSError`` if the other end is closed."""
         encoded = _encode(message)
         with self._sending:
             self._connection.sendall(encoded)
 
     def receive(self) -> Any:  # noqa: ANN401
-        """The next message; raises ``EOFError`` if the other end is closed."""
+        """Waits for the next message and returns it; raises ``EOFError`` if the other end is closed."""
         header = self._reader.read(_LENGTH.size)
         if len(header) < _LENGTH.size:
             raise EOFError
@@ -45,14 +45,14 @@ class BlockingEnd:
 
 
 class EventLoopEnd(asyncio.Protocol):
-    """The front's end.
+    """Is the front process's end of the socket pair to a worker process, on the event loop.
 
     Args:
-        on_message: called with each message.
-        on_end: called once, when the other end is closed and all that came before has been handed over.
+        on_message: called with each message that arrives.
+        on_end: called once, when the other end is closed and ``on_message`` was called with everything before.
 
     Attributes:
-        heard: when anything came last, be it part of a message; on the monotonic clock.
+        heard: when any bytes last arrived, in seconds on the monotonic clock; ``-inf`` before the first.
     """
 
     def __init__(self, on_message: Callable[[Any], None], on_end: Callable[[], None]) -> None:
@@ -67,11 +67,11 @@ class EventLoopEnd(asyncio.Protocol):
     # ------------------------------------------------------------------------------------------------------------------- sending
 
     def send(self, message: object, *, takes_long: bool) -> None:
-        """Sends in order, and never waits. What a process that is gone would not get is dropped.
+        """Sends a message without waiting; messages keep their order. If the other process has ended, the message is dropped.
 
         Args:
-            message: anything that can be pickled.
-            takes_long: to encode.
+            message: any object that can be pickled.
+            takes_long: whether pickling takes so long that it must be done in a thread.
         """
         if takes_long or self._to_encode:
             self._to_encode.append(message)
@@ -90,18 +90,18 @@ class EventLoopEnd(asyncio.Protocol):
             self._transport.write(encoded)
 
     def close(self) -> None:
-        """Ends it, at this end."""
+        """Closes this end of the socket pair."""
         if self._transport is not None:
             self._transport.close()
 
     # ----------------------------------------------------------------------------------------------------------------- receiving
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Called by the loop."""
+        """Keeps the transport; the event loop calls this method once the socket is connected."""
         self._transport = cast("asyncio.WriteTransport", transport)
 
     def data_received(self, data: bytes) -> None:
-        """Called by the loop."""
+        """Calls ``on_message`` with each message that is complete; the event loop calls this method whenever bytes arrive."""
         self.heard = time.monotonic()
         self._received += data
         while len(self._received) >= _LENGTH.size:
@@ -119,7 +119,7 @@ class EventLoopEnd(asyncio.Protocol):
         self._on_message(await asyncio.to_thread(pickle.loads, encoded))
 
     def connection_lost(self, error: Exception | None) -> None:
-        """Called by the loop."""
+        """Calls ``on_end`` once all messages are handed over; the event loop calls this method when the socket is closed."""
         self._transport = None
         self._start(self._end())
 

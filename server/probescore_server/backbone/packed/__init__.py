@@ -1,1 +1,3 @@
-"""The packed path: a forest as one row of tokens, with a variable-length attention kernel, for CUDA."""
+"""Runs many segments (runs of tokens) of a batch at once, as one row with a variable-length attention kernel on CUDA devices: the packed
+path.
+"""

@@ -1,7 +1,8 @@
-"""The packed path: a forest as one row of tokens, with a variable-length attention kernel. For CUDA, which small forwards leave idle.
+"""Runs a forest of segments (runs of tokens) as packed rows, with a variable-length attention kernel: the packed path.
 
-A long forest takes several passes, parents before children; a segment may be cut between two of them. Nothing in here makes the host wait
-for the device.
+A packed row holds the tokens of several sequences, one after the other. The path is for CUDA devices, which many small forwards would leave
+idle. A long forest takes several passes, one per row, parents before children, and a segment may be divided between two of them. Nothing in
+this module makes the host wait for the device.
 """
 
 from __future__ import annotations
@@ -24,20 +25,23 @@ from probescore_server.backbone.taps import RowMap, TapReader
 from probescore_server.backbone.universal.attention import attending
 
 MAX_PASS_TOKENS = 16_384
-"""Tokens of one row: bounds a pass's activations."""
+"""Limits the tokens of one packed row, which goes through the model in one pass, and so the memory of the pass's activations."""
 
 KEYS_PER_TOKEN = 8
-"""Keys that are gathered in a pass, as a multiple of its most tokens: bounds the copies where many segments continue a long one."""
+"""Limits the keys that are gathered in one pass of a packed row, as a multiple of the most tokens of a row.
+
+This bounds the copies of keys where many segments continue a long one.
+"""
 
 
 class PackedBackbone:
-    """A frozen decoder that runs forests in packed rows.
+    """Runs forests of segments (runs of tokens) through a frozen decoder, many segments at once in one packed row.
 
     Args:
-        decoder: one that ``packed_refusal`` has nothing against.
-        reader: of its taps.
-        kernel: what attends.
-        max_pass_tokens: tokens of one row.
+        decoder: a model for which ``packed_refusal`` returns ``None``.
+        reader: reader of the model's taps.
+        kernel: variable-length attention kernel.
+        max_pass_tokens: most tokens of one row.
     """
 
     name = "packed"
@@ -54,7 +58,10 @@ class PackedBackbone:
     def forward(
         self, forest: Forest, taps: Sequence[Tap], *, skip: Callable[[int], bool] = skip_nothing, cache: KeyValueCache | None = None
     ) -> Activations:
-        """Runs every segment once, as ``Backbone`` says; ``skip`` is asked as the pass of a segment is laid out."""
+        """Runs every segment of a forest once, with the arguments and the result of ``Backbone.forward``.
+
+        ``skip`` is called for a segment when the row that the segment belongs to is laid out.
+        """
         activations = Activations.empty(forest, taps, self._decoder.config.hidden_size, self._decoder.device)
         known = _KnownKeyValues(forest, cache)
         for parts in _passes(forest, skip, known, self._max_pass_tokens):
@@ -63,7 +70,7 @@ class PackedBackbone:
         return activations
 
     def _run(self, plan: PackedPlan, earlier: Sequence[KeyValues], activations: Activations, *, keep: bool) -> KeyValues:
-        """Runs one row; gives its keys and values if they are kept."""
+        """Runs one packed row through the model, and returns the row's keys and values by layer; an empty list if ``keep`` is false."""
         attention = PackedAttention(plan, earlier, self._kernel, keep=keep)
         rows = RowMap(plan.read_rows, plan.output_rows)
         with attending(self._decoder, PACKED_ATTENTION), self._reader.reading(activations.rows, rows):
@@ -81,7 +88,7 @@ class PackedBackbone:
 
 @dataclass(frozen=True, slots=True)
 class _SegmentSlice:
-    """Tokens ``start`` to ``end`` of a segment, as one sequence of a row."""
+    """Identifies the tokens from ``start`` to before ``end`` of a segment, which are one sequence of a packed row."""
 
     segment: int
     start: int
@@ -89,13 +96,13 @@ class _SegmentSlice:
 
 
 class _KnownKeyValues:
-    """The keys and values that later passes of a forest attend to: from the cache, or computed by earlier passes."""
+    """Holds the keys and values that later passes over a forest of segments attend to; they come from a cache or from earlier passes."""
 
     def __init__(self, forest: Forest, cache: KeyValueCache | None) -> None:
         self._forest = forest
         self._cache = cache
         self._pieces: dict[int, list[KeyValues]] = {}
-        # by segment, the last segment that continues it, or itself
+        # for each segment, this is the last segment that continues it, or itself
         self._last_use = list(range(len(forest.segments)))
         for index in reversed(range(len(forest.segments))):
             parent = forest.segments[index].parent
@@ -103,11 +110,13 @@ class _KnownKeyValues:
                 self._last_use[parent] = max(self._last_use[parent], self._last_use[index])
 
     def of(self, segment: int) -> list[KeyValues]:
-        """Of a segment's first tokens, in order."""
+        """Returns the keys and values of a segment's first tokens, in order, as pieces."""
         return self._pieces.get(segment, [])
 
     def look_up(self, index: int) -> None:
-        """Takes what the cache has of a segment that is not read, if it has all that comes before it."""
+        """Takes from the cache the keys and values of a segment that is not read, if those of all tokens before the segment are in the
+        cache too.
+        """
         segment = self._forest.segments[index]
         segment.cached = 0
         parent = None if segment.parent is None else self._forest.segments[segment.parent]
@@ -119,11 +128,13 @@ class _KnownKeyValues:
             self._pieces[index] = [[_tokens(layer, segment.position, length_of(found)) for layer in found]]
 
     def wants(self, parts: Sequence[_SegmentSlice]) -> bool:
-        """Whether anyone needs what a pass computes, beyond the pass itself."""
+        """Returns whether the keys and values that a pass computes are needed after the pass, by later passes or by the cache."""
         return self._cache is not None or any(self._is_used_after(part.segment, parts) for part in parts)
 
     def add(self, parts: Sequence[_SegmentSlice], computed: KeyValues) -> None:
-        """Keeps of a pass what later ones need, gives all of it to the cache, and lets go of what nobody needs any more."""
+        """Keeps the keys and values of a pass that later passes need, adds all of them to the cache, and drops those that are no longer
+        needed.
+        """
         row = 0
         for part in parts:
             segment = self._forest.segments[part.segment]
@@ -132,7 +143,7 @@ class _KnownKeyValues:
             if self._cache is not None:
                 self._cache.put(self._forest.ids_up_to(part.segment)[: segment.position + part.end], tail)
             if self._is_used_after(part.segment, parts):
-                # copied, since a part of a tensor keeps the whole row alive
+                # copied, since a view of a tensor keeps the whole row in memory
                 self._pieces.setdefault(part.segment, []).append([(keys.clone(), values.clone()) for keys, values in tail])
         for index in [index for index in self._pieces if not self._is_used_after(index, parts)]:
             del self._pieces[index]
@@ -144,7 +155,7 @@ class _KnownKeyValues:
 
 
 def _passes(forest: Forest, skip: Callable[[int], bool], known: _KnownKeyValues, max_tokens: int) -> Iterator[list[_SegmentSlice]]:
-    """The parts of each row. What is yielded must have run before the next is asked for."""
+    """Yields the slices of segments that make up each packed row. Each row must have run before the next one is requested."""
     parts: list[_SegmentSlice] = []
     tokens = keys = 0
     skipped: set[int | None] = set()
@@ -171,7 +182,7 @@ def _passes(forest: Forest, skip: Callable[[int], bool], known: _KnownKeyValues,
 def _plan(
     forest: Forest, parts: Sequence[_SegmentSlice], known: _KnownKeyValues, activations: Activations, device: torch.device
 ) -> tuple[PackedPlan, list[KeyValues]]:
-    """A row's plan, and the keys and values before the row that it counts."""
+    """Returns a packed row's layout, and the keys and values of earlier tokens in the order in which the layout counts them."""
     chains = [_chain(forest, part.segment) for part in parts]
     earlier: list[KeyValues] = []
     rows: dict[int, list[NDArray[np.int64]]] = {}
@@ -207,7 +218,7 @@ def _plan(
 
 
 def _chain(forest: Forest, index: int) -> list[int]:
-    """A segment after all its ancestors."""
+    """Returns the indices of a segment (run of tokens) and all segments before it in its sequence, root first."""
     chain = [index]
     while (parent := forest.segments[chain[-1]].parent) is not None:
         chain.append(parent)
@@ -215,7 +226,7 @@ def _chain(forest: Forest, index: int) -> list[int]:
 
 
 def _tokens(layer: tuple[torch.Tensor, torch.Tensor], start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Some tokens' keys and values, of one layer."""
+    """Returns one layer's keys and values of the tokens from ``start`` to ``end``."""
     keys, values = layer
     return keys[:, :, start:end], values[:, :, start:end]
 

@@ -1,4 +1,7 @@
-"""Whether a model can run packed: nothing but causal attention, called as the kernel can do it, may let one token of a row see another."""
+"""Finds out whether a model can run packed: on one row with the tokens of several sequences.
+
+Nothing but causal attention, called in a way that the kernel supports, may let one token of a row affect another.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,9 @@ _REHEARSAL_TOKENS = 32
 
 
 def packed_refusal(decoder: Decoder) -> str | None:
-    """Why a model must not run packed; ``None`` if nothing is known against it."""
+    """Returns the reason why a model must not run packed, on one row with the tokens of several sequences; ``None`` if no
+    reason is known.
+    """
     return next(_objections(decoder), None)
 
 
@@ -42,7 +47,7 @@ def _objections(decoder: Decoder) -> Iterator[str]:
     except UnknownAttention as objection:
         yield str(objection)
         return
-    except Exception as error:  # whatever an architecture raises that cannot do without its own attention
+    except Exception as error:  # an architecture that needs its own attention may raise anything
         yield f"it cannot be run with another attention function: {type(error).__name__}: {error}"
         return
     yield from _attention_objections(decoder, forwards)
@@ -65,7 +70,7 @@ def _attention_objections(decoder: Decoder, rehearsal: _RecordedForward) -> Iter
 
 
 def _layer_types(decoder: Decoder) -> list[str]:
-    """By block. A model without such a list has a window everywhere or nowhere."""
+    """Returns the attention type of each loaded block. A model without such a list has a window in every block or in none."""
     config, count = decoder.config, len(decoder.blocks)
     kinds: list[str] | None = getattr(config, "layer_types", None)
     if kinds is not None:
@@ -74,12 +79,12 @@ def _layer_types(decoder: Decoder) -> list[str]:
 
 
 class _RecordedForward:
-    """One forward with an attention that gives zeros and writes down what it was asked for.
+    """Runs a model once with an attention function that returns zeros and records the arguments with which layers call it.
 
     Attributes:
-        windows: by call.
-        head_dims: by call, as the kernel would get them.
-        dtypes: of queries, keys and values.
+        windows: window of each call, in tokens; ``None`` = no window.
+        head_dims: head width of each call, as the kernel would get it.
+        dtypes: dtypes of queries, keys and values.
         seen: ``(T, …)`` float32, each token's queries, keys, values and last activations, in order of position.
     """
 
@@ -92,7 +97,7 @@ class _RecordedForward:
 
     @torch.inference_mode()
     def run(self, decoder: Decoder, *, backwards: bool) -> None:
-        """Runs a row of random tokens at their positions; backwards, with the last one first."""
+        """Runs a row of random tokens at their positions; with ``backwards``, the last token comes first."""
         generator = torch.Generator().manual_seed(0)
         positions = torch.arange(_REHEARSAL_TOKENS, device=decoder.device).unsqueeze(0)
         ids = torch.randint(decoder.config.vocab_size, positions.shape, generator=generator).to(decoder.device)
@@ -113,7 +118,7 @@ class _RecordedForward:
         window: int | None,
         sinks: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Zeros, in the shape that ``LayerAttention`` says."""
+        """Records the arguments of one layer's attention, and returns zeros in the shape of ``LayerAttention``'s result."""
         self.windows.append(window)
         self.head_dims.append(kernel_head_dim(query, value))
         self.dtypes |= {query.dtype, key.dtype, value.dtype}

@@ -1,8 +1,9 @@
-"""Attention of new tokens over themselves and over what came before them, without a mask: faster on a CPU than transformers' own.
+"""Computes attention of new tokens to themselves and to the tokens before them, without a mask, faster on a CPU than transformers does.
 
 transformers gives a query that continues a cache a dense mask. Here the keys before the query's first token and those from there on are
-attended to apart, the second part causally, and merged by their log-sum-exps (FlashAttention's way of combining blocks,
-https://arxiv.org/abs/2205.14135). A window that has been passed is a mask over the keys that some block of queries can still see.
+attended to separately, the latter causally, and merged by their log-sum-exps (FlashAttention's way of combining blocks,
+https://arxiv.org/abs/2205.14135). Where the sequence is longer than a sliding window, a mask covers the keys that some block of queries can
+still see.
 """
 
 from __future__ import annotations
@@ -18,26 +19,31 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 from probescore_server.backbone.model_loading import Decoder
 
 CAUSAL_ATTENTION = "probescore_causal"
-"""Name under which transformers knows ``causal_attention``; registered without a mask function, so that no mask is made for it."""
+"""Names ``causal_attention`` in transformers. It is registered without a mask function, so that no mask is made for it."""
 
 _RECORDING = "probescore_recording"
 
 QUERY_BLOCK = 64
-"""Queries that are attended for at once: only among themselves is a causal kernel needed, which is slower than one that sees every key."""
+"""Gives the number of query tokens whose attention is computed at once. Only for keys within such a block is a causal kernel needed, which
+is slower than one that sees every key.
+"""
 
 WINDOW_BLOCK = 256
-"""Queries that share one mask where a sliding window cuts keys off."""
+"""Gives the number of query tokens that share one attention mask where a sliding window hides keys."""
 
 _WITHOUT_EFFECT = frozenset({"dropout", "output_attentions", "output_hidden_states", "position_embeddings", "position_ids", "use_cache"})
 
 
 class UnknownAttention(Exception):
-    """A layer asks for something that an attention function of ours does not compute."""
+    """Raised when a layer requires something that this project's attention functions do not compute."""
 
 
 @contextmanager
 def attending(decoder: Decoder, implementation: str | None) -> Iterator[None]:
-    """While this is open, a decoder's layers call this attention function; ``None`` = the one that transformers chose."""
+    """Makes a decoder's layers call the attention function of a given name while its context is open.
+
+    The name is one that is registered in transformers; ``None`` stands for the function that transformers chose.
+    """
     config, own = decoder.config, decoder.config._attn_implementation
     config._attn_implementation = implementation or own
     try:
@@ -51,12 +57,13 @@ def check_plain(module: torch.nn.Module, attention_mask: torch.Tensor | None, is
 
     Args:
         module: the layer.
-        attention_mask: as transformers gives it.
-        is_causal: as the layer passes it; ``None`` = as its attribute says.
-        others: what it passes beside: soft-capping, position biases, chosen keys. Only what is known to change nothing is accepted.
+        attention_mask: the mask that transformers gives.
+        is_causal: the value that the layer passes; ``None`` = the layer's attribute decides.
+        others: further arguments of the layer, such as soft-capping, position biases or chosen keys. Only those that are known to have no
+            effect are accepted.
 
     Raises:
-        UnknownAttention: it does not; names what it has.
+        UnknownAttention: the layer asks for more or for something else; the error names it.
     """
     if attention_mask is not None or False in (is_causal, getattr(module, "is_causal", True)):
         raise UnknownAttention("its attention is not plainly causal")
@@ -66,7 +73,7 @@ def check_plain(module: torch.nn.Module, attention_mask: torch.Tensor | None, is
 
 
 def has_causal_attention() -> bool:
-    """Whether this torch has the kernel, which is not among its public functions."""
+    """Returns whether the installed torch has the attention kernel for CPUs, which is not among its public functions."""
     return hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu")
 
 
@@ -81,21 +88,21 @@ def causal_attention(
     is_causal: bool | None = None,
     **others: object,
 ) -> tuple[torch.Tensor, None]:
-    """An attention function for transformers' ``AttentionInterface``.
+    """Computes causal attention for transformers' ``AttentionInterface``.
 
     Args:
         module: the layer.
-        query: ``(1, num_attention_heads, T, head_dim)``, of the last T of S tokens.
+        query: ``(1, num_attention_heads, T, head_dim)``, queries of the last T of S tokens.
         key: ``(1, num_key_value_heads, S, head_dim)``.
-        value: as ``key``.
-        attention_mask: none may be given.
-        scaling: of the products; ``None`` = 1 / √head_dim.
-        sliding_window: how many of the latest tokens a token sees, itself included; ``None`` = all.
+        value: values, shaped as ``key``.
+        attention_mask: must be ``None``.
+        scaling: factor of the products; ``None`` = 1 / √head_dim.
+        sliding_window: number of latest tokens that a token sees, itself included; ``None`` = all.
         is_causal: must not be false.
-        others: what else the layer passes.
+        others: further arguments that the layer passes.
 
     Returns:
-        ``(1, T, num_attention_heads, head_dim)``, and no weights.
+        The attended values ``(1, T, num_attention_heads, head_dim)``, and ``None`` in place of attention weights.
 
     Raises:
         UnknownAttention: the layer asks for more than causal attention, or its values are not as wide as its keys.
@@ -151,9 +158,9 @@ AttentionInterface.register(CAUSAL_ATTENTION, causal_attention)
 
 @torch.inference_mode()
 def passes_windows(decoder: Decoder) -> bool:
-    """Whether each layer that sees a window of the latest tokens says so to its attention function.
+    """Returns whether each layer with a sliding window passes the window's size to its attention function.
 
-    A short test does not cross a long window, and without a mask only this argument tells of it.
+    A short test does not exceed a long window, and without a mask only this argument tells of the window.
     """
     passed: list[int | None] = []
 
@@ -164,6 +171,6 @@ def passes_windows(decoder: Decoder) -> bool:
     AttentionInterface.register(_RECORDING, record)
     with attending(decoder, _RECORDING):
         decoder.model(input_ids=torch.zeros((1, 2), dtype=torch.long, device=decoder.device), use_cache=False)
-    # Chunks are a window to the cache, and not to attention: layers that have them do not pass this.
+    # The cache treats chunks as a window and attention does not: layers with chunks fail this check.
     windows = [layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None for layer in decoder.cache_layers]
     return passed == windows

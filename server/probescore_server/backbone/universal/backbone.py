@@ -1,7 +1,9 @@
-"""The universal path: a forest through transformers' public cache API, one segment at a time, short sequences together.
+"""Runs a forest of segments (runs of tokens) through transformers' public cache API, short sequences together: the
+universal path.
 
-Each segment is run once, after its parent's keys and values, and one that nobody reads only until its own are known. No mask of ours, which
-an architecture could read another way: whatever transformers can generate with, this can score. Padding is behind what is read only.
+Each segment is run once, after the keys and values of its parent; a segment that is not read is run only until its own keys and values are
+known. There is no mask of this project's, which an architecture could interpret differently, and padding stands only behind what is
+read: every model with which transformers can generate can be scored.
 """
 
 from __future__ import annotations
@@ -28,15 +30,17 @@ from probescore_server.backbone.universal.attention import attending
 from probescore_server.backbone.universal.rows import Row, shared_beginnings, short_row, together
 
 CHUNK_TOKENS = 2048
-"""Tokens of one forward at most: bounds what a long rollout needs at once. More would not be faster."""
+"""Limits the tokens of one forward, and so the memory that a long rollout needs at once. A larger limit would not be faster."""
 
 
 class _StopForward(Exception):
-    """All that a sequence's continuations need of it is in its state; nobody reads what the rest of the forward would give."""
+    """Ends a forward early: the keys and values that later tokens need are complete, and the rest of the forward's output would not be
+    read.
+    """
 
 
 class _SequenceState(DynamicCache):
-    """Keys and values of a sequence, which ends a forward when its last layer has them, if told to."""
+    """Holds the keys and values of a sequence, and can end a forward as soon as a given layer's are complete."""
 
     ends_at: int | None = None
 
@@ -50,18 +54,18 @@ class _SequenceState(DynamicCache):
 
 
 class UniversalBackbone:
-    """A frozen decoder that runs forests.
+    """Runs forests of segments (runs of tokens) through a frozen decoder, by transformers' public cache API.
 
     Args:
         decoder: the model.
-        reader: of its taps.
-        attention: an attention function that transformers knows by this name; ``None`` = the one that it chose.
-        runs_together: whether short sequences are the rows of one forward.
+        reader: reader of the model's taps.
+        attention: name of an attention function that is registered in transformers; ``None`` = the one that transformers chose.
+        runs_together: whether short sequences are run as the rows of one forward.
 
     Attributes:
         runs_together: as given.
-        device: where ids go in.
-        keeps_key_values: whether the state of a sequence is keys and values of each token alone, so that a cache can keep it.
+        device: device that token ids are moved to.
+        keeps_key_values: whether the state of a sequence consists of keys and values of each token alone, so that a cache can keep it.
     """
 
     name = "universal"
@@ -79,26 +83,36 @@ class UniversalBackbone:
     def forward(
         self, forest: Forest, taps: Sequence[Tap], *, skip: Callable[[int], bool] = skip_nothing, cache: KeyValueCache | None = None
     ) -> Activations:
-        """As ``Backbone.forward``. ``skip`` is asked again before each ``CHUNK_TOKENS`` of a segment."""
+        """Runs every segment of a forest once, with the arguments and the result of ``Backbone.forward``.
+
+        ``skip`` is called again before each ``CHUNK_TOKENS`` tokens of a segment.
+        """
         activations = Activations.empty(forest, taps, self._decoder.config.hidden_size, self._decoder.device)
         with attending(self._decoder, self._attention):
             _ForestRun(self, forest, activations, skip, cache if self.keeps_key_values else None).run_all()
         return activations
 
     def start(self, known: KeyValues) -> _SequenceState:
-        """The state of a sequence after the tokens that these are of."""
+        """Returns the state of a sequence after the tokens whose keys and values are given."""
         if not self.keeps_key_values:
             state = _SequenceState(config=self._decoder.config)
             state.layers = self._decoder.cache_layers
             return state
-        # Without a config it keeps every token also where a layer sees a window only: what a longer sequence needs is all there.
+        # Without a config the state keeps every token also where a layer sees only a window: all that a longer sequence needs is there.
         state = _SequenceState()
         for layer, (keys, values) in enumerate(known):
             state.update(keys, values, layer)
         return state
 
     def read_tokens(self, token_ids: NDArray[np.int32], position: int, state: _SequenceState, into: Mapping[Tap, torch.Tensor]) -> None:
-        """Runs some tokens after those of a state, which grows by them, and copies their activations to the buffers."""
+        """Runs tokens after those of a state, extends the state by them, and copies their activations to buffers.
+
+        Args:
+            token_ids: ``(T,)`` int32, the tokens.
+            position: position of the first token in its sequence.
+            state: state of the sequence before these tokens; it is changed.
+            into: by tap, a buffer ``(T, hidden_size)`` float32; empty = no activations are wanted.
+        """
         self.read_rows(token_ids[None], position, state, into)
 
     def read_rows(
@@ -109,7 +123,15 @@ class UniversalBackbone:
         into: Mapping[Tap, torch.Tensor],
         rows: RowMap | None = None,
     ) -> None:
-        """The same for some sequences ``(rows, T)``, each after a state of its own; ``rows`` tells what is copied of them."""
+        """Runs tokens of several sequences, as ``read_tokens`` does those of one.
+
+        Args:
+            token_ids: ``(B, T)`` int32, the tokens of each sequence.
+            position: position of the first token in every sequence.
+            state: states of the ``B`` sequences before these tokens; it is changed.
+            into: by tap, a buffer ``(N, hidden_size)`` float32; empty = no activations are wanted.
+            rows: which tokens, counted through all sequences, go to which rows of the buffers; ``None`` = all, in order.
+        """
         ids = torch.from_numpy(token_ids.astype(np.int64)).to(self._decoder.device)
         positions = {}
         if self._takes_positions:
@@ -122,7 +144,7 @@ class UniversalBackbone:
 
 
 class _ForestRun:
-    """One forest on its way through a backbone, depth first."""
+    """Runs one forest of segments (runs of tokens) through a backbone, depth first."""
 
     def __init__(
         self,
@@ -155,7 +177,10 @@ class _ForestRun:
             self._run(alone[-1], state)
 
     def _run(self, index: int, state: _SequenceState | None) -> None:
-        """Runs a segment after the state of its parent, which is the segment's own from then on, and then what follows it."""
+        """Runs a segment (run of tokens) and then the segments that continue it.
+
+        ``state`` holds the keys and values before the segment, and is extended by the segment's own.
+        """
         segment = self._forest.segments[index]
         known = self._known(index)
         segment.cached = max(0, length_of(known) - segment.position)
@@ -219,13 +244,16 @@ class _ForestRun:
         return found == len(first.token_ids) or min(max(found, shared), len(first.token_ids)) > row.tokens / 2
 
     def _known(self, index: int) -> KeyValues:
-        """Keys and values that need not be computed: only of what is not read, since they do not tell activations."""
+        """Returns the keys and values of a sequence up to a segment's end that are in the cache.
+
+        There are none for a segment that is read, since keys and values do not determine activations.
+        """
         if self._cache is None or self._forest.segments[index].read:
             return []
         return self._cache.longest_prefix(self._forest.ids_up_to(index))
 
     def _compute(self, index: int, state: _SequenceState) -> bool:
-        """Runs what is not cached of a segment, in chunks; false if it is not wanted any more."""
+        """Runs, in chunks, the tokens of a segment that are not cached; returns false if the segment is no longer wanted."""
         segment = self._forest.segments[index]
         length = len(segment.token_ids)
         for start in range(segment.cached, length, CHUNK_TOKENS):
@@ -251,7 +279,7 @@ class _ForestRun:
 
 
 def _keeps_key_values(decoder: Decoder) -> bool:
-    """Whether every layer of the cache that transformers would make holds keys and values of full or windowed attention."""
+    """Returns whether every layer of the cache that transformers would make holds keys and values of full or windowed attention."""
     layers = decoder.cache_layers
     is_chunked = getattr(decoder.config, "attention_chunk_size", None) is not None
     plain = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
@@ -259,10 +287,10 @@ def _keeps_key_values(decoder: Decoder) -> bool:
 
 
 def _fork(state: _SequenceState) -> _SequenceState:
-    """A state that can go on by itself.
+    """Returns a copy of a sequence's state (its keys and values) that can be extended independently.
 
-    Plain layers put a longer tensor in the place of theirs, so that both may begin with the same one. Recurrent layers change theirs in
-    place: only a deep copy is safe for every architecture.
+    Plain layers replace their tensors by longer ones, so that both copies may begin with the same tensor. Recurrent layers change their
+    tensors in place: only a deep copy is safe for every architecture.
     """
     forked = copy.copy(state)
     forked.layers = [
@@ -281,7 +309,7 @@ def _repeated(state: _SequenceState, count: int) -> _SequenceState:
 
 
 def _tail(state: _SequenceState, count: int) -> KeyValues:
-    """Keys and values of the last tokens; none where a layer holds none of its own."""
+    """Returns the keys and values of the last ``count`` tokens of a sequence; an empty list where some layer has none of its own."""
     layers = [(layer.keys, layer.values) for layer in state.layers if isinstance(layer, DynamicLayer)]
     if any(keys is None or values is None for keys, values in layers):
         return []

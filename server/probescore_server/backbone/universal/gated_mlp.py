@@ -1,4 +1,4 @@
-"""Gated MLPs that write into what they have just made: on a CPU, a new tensor for each step costs more than the step."""
+"""Makes gated MLPs reuse the tensors that they have just computed: on a CPU, a new tensor for each step costs more than the step."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ _PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 
 @torch.inference_mode()
 def multiply_in_place(blocks: nn.ModuleList) -> Callable[[], None]:
-    """Has every ``down_proj(act_fn(gate_proj(x)) * up_proj(x))`` of these blocks multiply in place.
+    """Makes every ``down_proj(act_fn(gate_proj(x)) * up_proj(x))`` of the given blocks multiply in place.
 
-    What a module computes is not told by the names of its parts, so each is compared with itself before it is changed.
+    The names of a module's parts do not tell what the module computes, so each module's outputs are compared with those of the change
+    first.
 
     Returns:
-        What undoes it.
+        A function that undoes the change.
     """
     changed = [module for module in blocks.modules() if _is_gated(module)]
     for module in changed:
-        # on the instance, so that hooks of the module go on as before
+        # set on the instance, so that hooks of the module work as before
         module.forward = partial(_forward, module)
 
     def undo() -> None:
@@ -49,6 +50,6 @@ def _is_gated(module: nn.Module) -> bool:
     rows = torch.randn((1, _TEST_ROWS, module.gate_proj.in_features), generator=torch.Generator().manual_seed(0)).to(weight.dtype)
     try:
         expected, found = module(rows), _forward(module, rows)
-    except Exception:  # whatever a module raises that is called in another way
+    except Exception:  # a module that is called in another way may raise anything
         return False
     return bool(((found - expected).abs().max() <= 1e-5 * expected.abs().max()).item())  # not for NaN

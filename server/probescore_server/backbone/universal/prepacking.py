@@ -1,8 +1,8 @@
-"""Linear layers' weights in the blocked layout of oneDNN, laid out once at load: on a CPU, products with them are faster.
+"""Stores the weights of linear layers in the blocked layout of oneDNN, once at load: on a CPU, products with them are faster.
 
 oneDNN adds up the products of a row and a column one after the other, so that rounding errors grow with the root of their number: at a
-width of 576 they are one and a half times those of the matrix product that plain torch calls, at 2,048 more than twice. Trained models make
-errors of scores of them, where a few tokens have activations a thousand times as large as the others' ("massive activations"). So the
+width of 576 they are one and a half times those of the matrix product that plain torch calls, at 2,048 more than twice. In trained models
+these become errors of scores, where a few tokens have activations a thousand times as large as the others' ("massive activations"). So the
 inputs are taken in blocks, and the sums of the blocks are added up.
 """
 
@@ -16,24 +16,29 @@ import torch
 from torch import nn
 
 TYPICAL_ROWS = 512
-"""Rows of a product that the layout is chosen for; any number may come."""
+"""Gives the number of input rows of a linear layer for which the layout of its weight is chosen; any number of rows can be multiplied."""
 
 ADDED_IN_A_ROW = 128
-"""Inputs of a block at most. Plain torch (MKL) takes 192; fewer leave room for chance, and cost as much more time as they are fewer."""
+"""Limits how many inputs of a linear layer are multiplied and added up one after the other, before the sums of such blocks are added.
+
+Plain torch (MKL) takes 192; fewer leave a margin for rounding errors, and cost proportionally more time.
+"""
 
 ADDED_BYTES = 8 << 20
-"""Of sums that are added up at a time, for as many rows as that is: more would not stay in the caches, and from 32 MiB on the system's
-allocator would take every block's sums from the kernel anew."""
+"""Limits the bytes of a linear layer's sums that are added up at a time, by taking fewer rows at once.
 
-_BLOCK_MULTIPLE = 16  # floats of a cache line
+More would not stay in the caches, and from 32 MiB on the system's allocator would take every block's sums from the kernel anew.
+"""
+
+_BLOCK_MULTIPLE = 16  # number of floats in a cache line
 
 # oneDNN compiles a product for each number of rows that it meets, and two caches keep them, by default 1,024 each of up to half a megabyte.
-# The layers of a model need few at a time. Both are read when first used.
+# The layers of a model need few at a time. Both variables are read at the first use.
 _CACHED_PRODUCTS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32", "LRU_CACHE_CAPACITY": "32"}
 
 
 def can_prepack(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether this torch has the operators, which are not among its public functions, for weights of this kind."""
+    """Returns whether the installed torch can prepack weights of this device and dtype; its operators for this are not public."""
     if device.type != "cpu" or dtype != torch.float32:
         return False
     has_operators = hasattr(torch.ops.mkldnn, "_reorder_linear_weight") and hasattr(torch.ops.mkldnn, "_linear_pointwise")
@@ -42,10 +47,10 @@ def can_prepack(device: torch.device, dtype: torch.dtype) -> bool:
 
 @torch.inference_mode()
 def prepack(blocks: nn.ModuleList) -> Callable[[], None]:
-    """Lays out the weight of every linear layer of these blocks anew, in place of the plain one.
+    """Replaces the weight of every linear layer in the given blocks by one in oneDNN's blocked layout.
 
     Returns:
-        What puts the plain ones back.
+        A function that restores the plain weights.
     """
     for variable, capacity in _CACHED_PRODUCTS.items():
         os.environ.setdefault(variable, capacity)
@@ -55,9 +60,9 @@ def prepack(blocks: nn.ModuleList) -> Callable[[], None]:
     for layer in packed:
         widths = _widths(layer.in_features)
         parts[layer] = [_laid_out(block) for block in torch.split(layer.weight.detach(), widths, 1)]
-        # In place of the plain weight, which is let go. Who multiplies by it himself fails, as no other operator takes this layout.
+        # Replaces the plain weight, which is freed. Code that multiplies by it directly fails, as no other operator takes this layout.
         layer.weight = nn.Parameter(parts[layer][0], requires_grad=False)
-        # on the instance, so that hooks and checks of the layer's type go on as before
+        # set on the instance, so that hooks and checks of the layer's type work as before
         layer.forward = partial(_linear, parts[layer], widths, layer.out_features, layer.bias)  # type: ignore[method-assign]
 
     def undo() -> None:
@@ -74,7 +79,7 @@ def _laid_out(block: torch.Tensor) -> torch.Tensor:
 
 
 def _widths(inputs: int) -> list[int]:
-    """Of the blocks that a row is taken in: as many as are needed, about equally wide."""
+    """Returns the widths of the blocks into which a row of a layer's inputs is divided: as few blocks as possible, about equally wide."""
     count = -(-inputs // ADDED_IN_A_ROW)
     width = -(-inputs // (count * _BLOCK_MULTIPLE)) * _BLOCK_MULTIPLE
     return [min(width, inputs - start) for start in range(0, inputs, width)]
@@ -101,7 +106,7 @@ def _sum_of_blocks(parts: Sequence[torch.Tensor], widths: list[int], bias: torch
 
 
 def _shared_weights(blocks: nn.ModuleList) -> set[int]:
-    """Weights that stand in several places: each would get a copy of its own."""
+    """Returns the ``id`` of each weight that several layers share; prepacking would give each layer a copy of its own."""
     seen: set[int] = set()
     shared: set[int] = set()
     for module in blocks.modules():

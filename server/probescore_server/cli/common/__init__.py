@@ -1,1 +1,3 @@
-"""What all commands share: the server they talk to, consoles and streams, failures, interruption and progress."""
+"""Contains what all commands of the command line share: the connection to a server, consoles, streams, failures,
+interruption and progress.
+"""

@@ -1,4 +1,4 @@
-"""The options and the client that all commands share which talk to a server."""
+"""Provides the options, and the connection to a server, of all commands that talk to one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from probescore import DeadlineExceededError, ProbeClient, UnavailableError
 from probescore_server.cli.common.console import new_console
 
 ADDRESS_HELP = "The server: host:port, dns:///host:port or unix:/path; several host:port with commas."
-"""One way in every command."""
+"""Describes the option ``--address``, in the same words in every command."""
 
 Address = Annotated[
     str,
@@ -25,17 +25,17 @@ DEFAULT_ADDRESS = "localhost:50051"
 
 
 def split_addresses(written: str) -> str | list[str]:
-    """What a client takes, from what ``--address`` says."""
+    """Converts the value of ``--address`` to what a client takes: one address, or a list of several."""
     addresses = [address.strip() for address in written.split(",") if address.strip()]
     return addresses[0] if len(addresses) == 1 else addresses
 
 
 @contextmanager
 def connected(address: str, wait: float) -> Iterator[ProbeClient]:
-    """A client of a server that has ``wait`` seconds to become ready; after that every failure is final.
+    """Opens a client of a server. The server has ``wait`` seconds to become ready; after that every failure is final.
 
     Raises:
-        UnavailableError: naming the address.
+        UnavailableError: no server is ready in time, or the server is lost later; the error names the address.
     """
     try:
         with ProbeClient(split_addresses(address), restart_budget=wait) as client:

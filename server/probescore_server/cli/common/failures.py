@@ -1,4 +1,4 @@
-"""Failures as people should see them: one line on stderr and an exit code, never a traceback."""
+"""Shows failures of commands as one line on standard error and an exit code, without a traceback."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from probescore_server.cli.common.visible import one_line
 from probescore_server.errors import InvalidRequest, StartupError
 
 FAILED = 1
-"""The work could not be done: no server, a file that is refused, a check that failed."""
+"""Gives the exit code for work that could not be done: no server, a file that is refused, or a check that failed."""
 WRONG_INPUT = 2
-"""What was asked for is wrong: an argument, a line of a file, a request that breaks the contract."""
+"""Gives the exit code for wrong input: an argument, a line of a file, or a request that breaks the contract."""
 
 
 @contextmanager
 def one_line_failures(extra: str = "server") -> Iterator[None]:
-    """Turns every failure that is foreseen into its line and its exit code.
+    """Turns every expected failure within its context into one line on standard error and an exit code.
 
     Args:
-        extra: of this distribution, which brings what a command imports.
+        extra: the extra of this distribution that brings what the command imports.
     """
     try:
         yield
@@ -41,7 +41,7 @@ def one_line_failures(extra: str = "server") -> Iterator[None]:
 
 
 def needs_extra(app: typer.Typer, command: str, help_text: str, extra: str, missing: ModuleNotFoundError) -> None:
-    """Puts a command in its place that says what to install."""
+    """Adds a command that only tells what to install, in place of a command whose packages are missing."""
 
     @app.command(command, help=help_text, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
     def _needs_extra() -> None:
@@ -49,7 +49,7 @@ def needs_extra(app: typer.Typer, command: str, help_text: str, extra: str, miss
 
 
 def say(message: object) -> None:
-    """One line on stderr, in which nothing is obeyed by a terminal."""
+    """Prints a message as one line on standard error, in which the terminal obeys no control character."""
     typer.echo("probescore: " + one_line(message), err=True)
 
 

@@ -1,4 +1,4 @@
-"""Ctrl-C that ends the wait for more, and never the writing of what is there."""
+"""Lets Ctrl-C end a command's wait for more results, but never the writing of a result that has arrived."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _EXIT_CODE_OF_A_SIGNAL = 128
 
 
 class Interrupted(BaseException):
-    """A signal asked for an end; ``number`` is the signal's."""
+    """Raised when a signal asked the command to end; ``number`` is the signal's number."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -21,17 +21,17 @@ class Interrupted(BaseException):
 
 
 class Interruption:
-    """Raises ``Interrupted`` when a signal comes, or after the piece of work that must not be cut in two."""
+    """Raises ``Interrupted`` when a signal arrives, or, during work that must not be interrupted, after that work."""
 
     def __init__(self) -> None:
         self._held_back = False
         self._asked = 0
 
     def ask(self, number: int, frame: FrameType | None = None) -> None:
-        """What a signal does."""
+        """Handles a signal: raises ``Interrupted`` now or after the current work. A second signal ends the process at once."""
         del frame
         if self._asked:
-            # asked twice: at once, whatever is being written
+            # at the second signal the process ends at once, even during a write
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         self._asked = number
@@ -40,7 +40,9 @@ class Interruption:
 
     @contextmanager
     def held_back(self) -> Iterator[None]:
-        """A piece of work that a first signal does not end."""
+        """Marks work, while its context is open, that a first signal does not interrupt; ``Interrupted`` is raised after the
+        work instead.
+        """
         before = self._asked
         self._held_back = True
         try:
@@ -53,7 +55,10 @@ class Interruption:
 
 @contextmanager
 def interruptible() -> Iterator[Interruption]:
-    """Takes SIGINT and SIGTERM; a command that they end exits with 128 and their number, as those do that know nothing of signals."""
+    """Handles SIGINT and SIGTERM while its context is open. A command that they end exits with 128 plus the signal's number.
+
+    This is the exit code that a shell reports for a program that does not handle the signal.
+    """
     interruption = Interruption()
     before = {number: signal.signal(number, interruption.ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -1,4 +1,4 @@
-"""How far a long command is, on stderr: a bar on a terminal, else a line now and then."""
+"""Shows on standard error how far a long command is: as a bar on a terminal, and otherwise as a line from time to time."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from probescore_server.cli.common.console import new_console
 from probescore_server.cli.common.failures import say
 
 LINE_SECONDS = 5.0
-"""Between two lines of progress; what ends sooner says nothing."""
+"""Gives the seconds between two lines of progress; a command that ends sooner prints none."""
 
 
 class RolloutProgress:
-    """Progress in rollouts; a context manager, at whose end the bar is gone.
+    """Shows how many rollouts a command is done with. It is a context manager, at whose end the bar is removed.
 
     Args:
-        total: rollouts there are.
-        doing: what is done with them.
-        done: the same, of those with which it has been.
+        total: number of rollouts.
+        doing: word for what is done, shown beside the bar.
+        done: word for what has been done, in the lines that stand in for a bar.
     """
 
     def __init__(self, total: int, doing: str = "scoring", done: str = "scored") -> None:
@@ -33,14 +33,14 @@ class RolloutProgress:
         self._told = time.monotonic()
         console = new_console(stderr=True)
         columns = (bars.TextColumn("{task.description}"), bars.BarColumn(), bars.MofNCompleteColumn(), bars.TimeRemainingColumn())
-        # what is printed meanwhile is a result: it belongs on stdout, not above the bar
+        # output during progress is a result: it belongs on stdout, not above the bar
         self._bar = bars.Progress(
             *columns, console=console, transient=True, disable=not console.is_terminal, redirect_stdout=False, redirect_stderr=False
         )
         self._task = self._bar.add_task(doing, total=total)
 
     def advance(self, count: int = 1) -> None:
-        """So many more are done."""
+        """Counts more rollouts that are done and updates the bar, or prints a line if the last one is old enough."""
         self._done += count
         self._bar.advance(self._task, count)
         if self._bar.disable and time.monotonic() >= self._told + LINE_SECONDS:
@@ -49,7 +49,7 @@ class RolloutProgress:
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """Results are printed here, on the terminal that has the bar."""
+        """Hides the bar while results are printed, if they are printed on the same terminal."""
         if self._bar.disable or not sys.stdout.isatty():
             yield
             return

@@ -1,7 +1,6 @@
-"""Standard streams that the commands can rely on: open, and able to take any text.
+"""Makes the standard streams reliable for all commands: open, and able to take any text.
 
-A process may be started with a stream closed, and a terminal or a pipe may speak another encoding than UTF-8. Neither is a reason to
-lose a result.
+A process may be started with a stream closed, and a terminal or a pipe may use another encoding than UTF-8. Neither may lose a result.
 """
 
 from __future__ import annotations
@@ -15,16 +14,16 @@ LOOKALIKES = {
     "…": "...", "✓": "+", "✗": "x", "●": "*", "○": "o", "·": ".", "×": "x", "–": "-", "—": "-", "−": "-", "≤": "<=", "≥": ">=",
     "↵": "\\n", "⇥": "\\t", "⟨": "<", "⟩": ">", "“": '"', "”": '"', "‘": "'", "’": "'", "━": "-", "╸": "-", "╺": "-",
 }  # fmt: skip
-"""What the commands draw, in ASCII."""
+"""Maps the symbols that the commands print to ASCII text that looks similar."""
 
 _ERRORS = "probescore.lookalikes"
 
 
 def prepare_streams() -> None:
-    """Opens the standard streams that are closed onto nothing, and lets the others take any text.
+    """Connects closed standard streams to the null device, and lets standard output and standard error take any text.
 
-    What an encoding lacks is written as something alike, else as the number of its code point. A descriptor that stayed closed would be
-    given to the next file or socket that is opened, into which libraries would then write their messages.
+    A character that an encoding lacks is written as similar ASCII text, or else as the number of its code point. A descriptor that stayed
+    closed would be given to the next file or socket that is opened, and libraries would then write their messages into it.
     """
     for descriptor in (0, 1, 2):
         try:
@@ -42,7 +41,9 @@ def prepare_streams() -> None:
 
 
 def leave_stdout() -> None:
-    """Lets what is still written go nowhere: who read has read enough, and Python would complain of the rest when it ends."""
+    """Discards all further output: the reader of standard output has left, and Python would report the unwritten rest as an
+    error at exit.
+    """
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

@@ -1,31 +1,35 @@
-"""Text that others wrote, made safe to show: tokens, ids, and what a probe file says of itself can hold anything."""
+"""Makes text from outside safe to show: tokens, ids and a probe file's description of itself can contain any character."""
 
 from __future__ import annotations
 
 import unicodedata
 
 _MARKED = {"\n": "↵\n", "\t": "⇥\t"}
-# Cc: what terminals obey; Cf: zero-width and bidirectional; Co, Cn, Cs: no shape; Zl, Zp: line breaks to a browser
+# Cc: control characters of terminals; Cf: zero-width and bidirectional; Co, Cn, Cs: no shape; Zl, Zp: line breaks in a browser
 _SPELT_OUT = frozenset(("Cc", "Cf", "Co", "Cn", "Cs", "Zl", "Zp"))
 
 
 def visible(text: str) -> str:
-    """Spells out control characters, bidirectional overrides and whatever else has no shape; line breaks and tabs are marked and kept."""
+    """Spells out control characters, bidirectional overrides and other invisible characters; line breaks and tabs are marked and kept."""
     return "".join(_MARKED.get(character) or _spelt_out(character) for character in text)
 
 
 def spelt_out(text: str) -> str:
-    """The same, with line breaks and tabs as they are: for text that is already laid out."""
+    """Spells out invisible characters as ``visible`` does, but leaves line breaks and tabs as they are: for text that is
+    already laid out.
+    """
     return text if text.isprintable() else "".join(character if character in _MARKED else _spelt_out(character) for character in text)
 
 
 def one_line(message: object) -> str:
-    """A message as a line of its own, whatever was put into it."""
+    """Returns a message as a single line with its invisible characters spelt out."""
     return visible(" ".join(str(message).split("\n")))
 
 
 def visible_json(written: str) -> str:
-    """JSON that a terminal shows and does not obey: the same values, in which what has no shape is written as JSON's escapes."""
+    """Returns JSON with the same values, in which invisible characters are written as JSON escapes, so that a terminal does
+    not obey them.
+    """
     return written if written.isprintable() else "".join(map(_json_character, written))
 
 

@@ -1,1 +1,1 @@
-"""What people read of scored rollouts: coloured tokens on a terminal, or a page."""
+"""Shows scored rollouts to people: as coloured tokens on a terminal, or as an HTML page."""

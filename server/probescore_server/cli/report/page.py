@@ -1,4 +1,4 @@
-"""Scored rollouts as one HTML page that needs nothing else: no network, no fonts, no scripts but its own."""
+"""Writes scored rollouts as one self-contained HTML page, which uses no network, no fonts and no scripts but its own."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _DIGITS = 5
 
 
 def write_page(path: Path, views: Sequence[RolloutView], series: Sequence[Series], info: ScoringInfo, *, title: str) -> None:
-    """Writes the page.
+    """Writes scored rollouts as an HTML page.
 
     Args:
-        path: replaced as a whole if it exists.
-        views: one card each, in this order.
-        series: what the reader can choose to colour by; the first is chosen.
-        info: what produced the scores.
+        path: file to write; an existing file is replaced as a whole.
+        views: the rollouts, which become one card each, in this order.
+        series: the labels of probes by which the reader can colour the tokens; the first is selected.
+        info: the model and the probes that produced the scores.
         title: heading of the page.
 
     Raises:
@@ -35,7 +35,7 @@ def write_page(path: Path, views: Sequence[RolloutView], series: Sequence[Series
 
 
 def page(views: Sequence[RolloutView], series: Sequence[Series], info: ScoringInfo, *, title: str) -> str:
-    """The page's HTML. All that comes from rollouts is data in it, never markup."""
+    """Returns the page's HTML. Everything that comes from rollouts is data in the page, never markup."""
     template = files(__package__).joinpath("page.html").read_text(encoding="utf-8")
     return template.replace(_PLACE, _embedded(_data(views, series, info, title)))
 
@@ -72,7 +72,7 @@ def _data(views: Sequence[RolloutView], series: Sequence[Series], info: ScoringI
 
 
 class _NumberedValues:
-    """Values that are written once and named by their place: the pieces of a vocabulary, the prompts of groups."""
+    """Numbers distinct values, so that each is written once and referred to by its number: vocabulary pieces, and prompts of groups."""
 
     def __init__(self) -> None:
         self._places: dict[Any, int] = {}
@@ -118,5 +118,5 @@ def _scores(scores: SeriesScores) -> dict[str, Any]:
 
 
 def _rounded(number: float) -> float:
-    """As many digits as a reader can use; they are most of the page's size."""
+    """Rounds a number to as many digits as a reader can use, since digits are most of the page's size."""
     return float(f"{number:.{_DIGITS}g}")

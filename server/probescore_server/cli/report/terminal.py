@@ -1,4 +1,4 @@
-"""Scored rollouts on a terminal: tokens on a background that says how they scored, or plain text where there are no colours."""
+"""Prints scored rollouts on a terminal: tokens on a background colour that shows their score, or plain text where there are no colours."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _CONTEXT_TOKENS = 200
 
 
 def has_colours(console: Console) -> bool:
-    """False for pipes and files, dumb terminals, and where NO_COLOR is set."""
+    """Returns whether a console shows colours: false for pipes, files and terminals without colours, and where NO_COLOR is set."""
     return console.color_system is not None and not console.no_color
 
 
 def print_rollouts(console: Console, views: Sequence[RolloutView], series: Sequence[Series]) -> None:
-    """Prints the rollouts one after the other, each with every series, and what the colours mean."""
+    """Prints rollouts one after the other, each with its scores by every label of every probe, and then a legend of the colours."""
     printer = RolloutPrinter(console, series)
     for view in views:
         printer.print(view, scale_of=views)
@@ -30,11 +30,11 @@ def print_rollouts(console: Console, views: Sequence[RolloutView], series: Seque
 
 
 class RolloutPrinter:
-    """Prints rollouts as they come, each with every series; a prompt stands once for its group.
+    """Prints rollouts as their scores arrive, each with every series (label of a probe); the prompt of a group is printed once.
 
     Args:
-        console: where.
-        series: what is shown of each.
+        console: console to print on.
+        series: the series to print for each rollout.
     """
 
     def __init__(self, console: Console, series: Sequence[Series]) -> None:
@@ -45,12 +45,12 @@ class RolloutPrinter:
         self._context: tuple[ShownToken, ...] = ()
 
     def print(self, view: RolloutView, scale_of: Sequence[RolloutView]) -> None:
-        """Prints one.
+        """Prints one scored rollout.
 
         Args:
             view: the rollout.
-            scale_of: what is there when the first is printed. The scale of colours comes of these and stays, so that a colour means one
-                number throughout.
+            scale_of: the rollouts that have arrived when the first one is printed. They determine the colour scale, which then stays the
+                same, so that a colour always means the same score.
         """
         if not self._scales:
             self._scales = {entry.name: ColourScale.of(entry, scale_of) for entry in self._series}
@@ -70,7 +70,7 @@ class RolloutPrinter:
         console.print()
 
     def print_legend(self) -> None:
-        """Prints what the colours mean, where there are colours and something was printed."""
+        """Prints the meaning of the colours, if there are colours and a rollout was printed."""
         for entry in self._series if self._colours and self._scales else ():
             self._console.print(_legend(entry, self._scales[entry.name]))
 
@@ -82,7 +82,7 @@ def _context(tokens: Sequence[ShownToken]) -> Text:
 
 
 def _summary(series: Series, scores: SeriesScores) -> Text:
-    """The reduced values, span by span, and what the threshold says of the first."""
+    """Returns a line with a rollout's reduced scores, span by span, and whether the first one reaches the probe's threshold."""
     summary = Text(f"{series.name}  ")
     for span, numbers in scores.reduced.items():
         summary.append(f"{span}: " if span else "", "dim")

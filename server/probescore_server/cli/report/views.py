@@ -1,6 +1,6 @@
-"""What people are shown of scored rollouts: the tokens as visible text, their scores, and the scale they are coloured by.
+"""Prepares scored rollouts for people: the tokens as visible text, their scores, and the scale of the colours.
 
-The terminal and the page draw the same views.
+The terminal and the HTML page show the same views.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ _NOTHING_TO_SEE = "·"
 
 @dataclass(frozen=True)
 class Series:
-    """What rollouts can be coloured by: one label of one probe.
+    """Describes one label of one probe, by whose scores rollouts can be coloured.
 
     Attributes:
-        name: the probe's key in the answer; with the label where it has several.
+        name: the probe's key in the answer, with the label if the probe has several.
         key: the probe's key in the answer.
-        label: index of the label.
-        reductions: as written, in the order of the answer; empty for a probe that pools by itself.
-        calibration: the threshold that holds for the first of them, if the probe has one.
+        label: index of the label in the probe's labels.
+        unit: unit of the scores: logit, probability or value.
+        reductions: names of the reductions, in the order of the answer; empty for a probe that pools by itself.
+        calibration: the calibrated threshold for the first reduction, if the probe has one.
     """
 
     name: str
@@ -39,7 +40,9 @@ class Series:
 
     @property
     def centre(self) -> float:
-        """Where the scale changes colour: the threshold, else 0.5 for probabilities, else 0."""
+        """Returns the score at which the colour scale changes colour: the threshold if there is one, else 0.5 for probabilities and 0
+        otherwise.
+        """
         if self.calibration is not None:
             return self.calibration.threshold
         return 0.5 if self.unit is ScoreUnit.PROBABILITY else 0.0
@@ -47,7 +50,7 @@ class Series:
 
 @dataclass(frozen=True)
 class ShownToken:
-    """A token as it is shown: ``text`` is visible, ``counts`` says whether the mask lets it count."""
+    """Holds a token to show: its id, its visible text, and whether the mask lets the token count."""
 
     id: int
     text: str
@@ -56,11 +59,11 @@ class ShownToken:
 
 @dataclass(frozen=True, eq=False)
 class SeriesScores:
-    """The scores of one rollout by one series.
+    """Holds the scores of one rollout by one series (label of a probe).
 
     Attributes:
-        reduced: by span (``""`` = the whole scope), one number per reduction; ``None`` = nothing was selected.
-        tokens: ``(tokens in scope,)``; ``None`` where the probe scores no token of this rollout.
+        reduced: by span (``""`` = the whole scope), one number per reduction; ``None`` = the span has no token that counts.
+        tokens: one score for each token of the completion, ``(T,)`` float32; ``None`` if the probe scores none of these tokens.
         flagged: whether the first number reaches the threshold; ``None`` without a number or a threshold.
     """
 
@@ -70,22 +73,23 @@ class SeriesScores:
 
     @property
     def value(self) -> float | None:
-        """The whole scope, first reduction."""
+        """Returns a rollout's score over the whole scope, by the first reduction; ``None`` if there is none."""
         return self.reduced[""][0]
 
 
 @dataclass(frozen=True, eq=False)
 class RolloutView:
-    """A rollout, or a follow-up to one, ready to be shown.
+    """Holds a scored rollout, or a follow-up to one, ready to be shown.
 
     Attributes:
-        title: where it stood in the input, and its id.
-        context: what the model had read before: the prompt, and for a follow-up what it follows.
-        problem: why there are no scores; empty if there are.
-        inexact: some ids came from text.
-        spans: relative to ``tokens``.
-        scores: by ``Series.name``.
-        label: what the input says that the completion is, in words; empty if it says nothing.
+        title: the rollout's place in the input, and its id.
+        context: the tokens before it: the prompt, and for a follow-up also what it follows.
+        tokens: the tokens of the completion or follow-up.
+        problem: reason why there are no scores; empty if there are scores.
+        inexact: whether some token ids come from text.
+        spans: named half-open ranges of ``tokens`` that were scored separately.
+        scores: scores by the name of their series.
+        label: the label that the input gives to the completion, as text; empty if there is none.
     """
 
     title: str
@@ -99,11 +103,11 @@ class RolloutView:
 
 
 def series_of(probes: Sequence[ScoredProbe], loaded: Iterable[ProbeInfo]) -> tuple[Series, ...]:
-    """All that can be shown of an answer, probe after probe.
+    """Returns every series (label of a probe) that can be shown of an answer, probe after probe.
 
     Args:
-        probes: as the answer names them.
-        loaded: what the server has, with the calibrations.
+        probes: the probes that the answer names.
+        loaded: the server's probes, with their calibrations.
     """
     calibrations = {(info.name, info.version): info.calibrations for info in loaded}
     return tuple(
@@ -128,14 +132,14 @@ def _calibration(calibrations: Sequence[Calibration], probe: ScoredProbe, label:
 def rollout_views(
     title: str, completion: Completion, scored: CompletionScores, series: Sequence[Series], label: str = ""
 ) -> list[RolloutView]:
-    """The view of one completion, followed by those of its follow-ups.
+    """Returns the view of a completion, followed by the views of its follow-ups.
 
     Args:
-        title: where the completion stood in the input.
-        completion: as it was sent.
-        scored: what came back; it must carry ids, and texts are shown if they are there.
-        series: what is shown of it.
-        label: what the input says that it is.
+        title: the completion's place in the input.
+        completion: the completion as it was sent.
+        scored: its scores, which must contain token ids; texts are shown if there are any.
+        series: the series to show.
+        label: label that the input gives to the completion.
     """
     prompt = _tokens(scored.prompt_ids, scored.prompt_texts, None)
     return _views(title, prompt, completion, scored, series, visible(label))
@@ -170,7 +174,7 @@ def _series_scores(series: Series, completion: Completion, scored: CompletionSco
         name: tuple(of_probe.at(row, reduction, series.label) for reduction in range(of_probe.reduced.shape[1]))
         for row, name in enumerate(names)
     }
-    # A probe that appends a follow-up of its own scores that one's tokens, which are not these.
+    # A probe that appends a follow-up of its own scores the follow-up's tokens, not these.
     per_token = of_probe.tokens[:, series.label] if of_probe.tokens is not None and len(of_probe.tokens) == tokens else None
     value = reduced[""][0]
     flagged = None if value is None or series.calibration is None else value >= series.calibration.threshold
@@ -179,14 +183,17 @@ def _series_scores(series: Series, completion: Completion, scored: CompletionSco
 
 @dataclass(frozen=True)
 class ColourScale:
-    """A diverging scale: 0 at ``centre``, ±1 from ``reach`` away from it."""
+    """Maps scores to a diverging colour scale: 0 at the score ``centre``, and ±1 at a distance of ``reach`` or more from it."""
 
     centre: float
     reach: float
 
     @classmethod
     def of(cls, series: Series, views: Iterable[RolloutView]) -> ColourScale:
-        """Reaches as far as all but the outermost 2% of the scores shown, so that one outlier does not pale all others."""
+        """Returns the colour scale of one label of a probe. It covers all but the outermost 2% of the scores shown.
+
+        This way one outlier does not pale all other scores.
+        """
         shown = [scores for view in views if (scores := view.scores.get(series.name)) is not None]
         values = np.array([scores.value for scores in shown if scores.value is not None], np.float32)
         distances = np.abs(np.concatenate([values, *(scores.tokens for scores in shown if scores.tokens is not None)]) - series.centre)
@@ -195,5 +202,5 @@ class ColourScale:
         return cls(series.centre, reach if reach > 0 else 1.0)
 
     def position(self, score: float) -> float:
-        """Where a score lies, in [-1, 1]; 0 for NaN."""
+        """Returns a score's position on the scale, in [-1, 1]; 0 for NaN."""
         return 0.0 if np.isnan(score) else float(np.clip((score - self.centre) / self.reach, -1, 1))

@@ -1,4 +1,4 @@
-"""What becomes of scored completions: lines of JSON, rollouts on the terminal, a page; in the order of the input."""
+"""Writes scored completions in the order of the input: as lines of JSON, as rollouts on the terminal, or as an HTML page."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from probescore_server.cli.rollout_lines import Label, LabelledGroup
 
 
 class ScoredCompletion:
-    """One completion that came back: where it stood in the input, and what the input says of it."""
+    """Holds one completion that was scored, with its place in the input and the label that the input gives to it."""
 
     def __init__(self, groups: Sequence[LabelledGroup], streamed: StreamedCompletion) -> None:
         self.group, self.index = streamed.group_index, streamed.completion_index
@@ -42,30 +42,32 @@ class ScoredCompletion:
         self.info: ScoringInfo = streamed.info
 
     def shown(self, loaded: Sequence[ProbeInfo]) -> list[RolloutView]:
-        """The completion as people see it, and its follow-ups."""
+        """Returns the completion and its follow-ups as views for people."""
         title = f"group {self.group + 1}" + (f", completion {self.index + 1}" if self.of_group > 1 else "")
         label = "" if self.label is None else self.label if isinstance(self.label, str) else json.dumps(self.label)
         return rollout_views(title, self.completion, self.scores, series_of(self.info.probes, loaded), label)
 
 
 class ResultWriter(Protocol):
-    """What becomes of results."""
+    """Describes a writer of scored completions."""
 
     def add(self, scored: ScoredCompletion) -> None:
-        """Takes one; they come in the order of the input."""
+        """Takes one scored completion. Completions arrive in the order of the input."""
 
     def close(self) -> None:
-        """There are no more."""
+        """Completes the output after the last scored completion."""
 
 
 class InOrderWriter:
-    """Hands results on in the order of the input, each as soon as all before it are there; at the end also those after a gap.
+    """Passes scored completions on in the order of the input, each as soon as all before it have arrived.
+
+    At the end, completions that still wait for one that did not arrive are passed on too.
 
     Attributes:
-        outputs: who gets them.
-        received: results so far.
-        views: rollouts and follow-ups among those handed on.
-        unscored: of these, how many have no scores.
+        outputs: the writers that receive the results.
+        received: number of results that have arrived.
+        views: number of completions and follow-ups among those passed on.
+        unscored: number of these that have no scores.
     """
 
     def __init__(self, groups: Sequence[LabelledGroup], outputs: list[ResultWriter]) -> None:
@@ -77,7 +79,7 @@ class InOrderWriter:
         self.received = self.views = self.unscored = 0
 
     def add(self, streamed: StreamedCompletion) -> None:
-        """Takes a result, in whatever order they come."""
+        """Takes a scored completion; completions may arrive in any order."""
         scored = ScoredCompletion(self._groups, streamed)
         self.received += 1
         self._waiting[scored.group, scored.index] = scored
@@ -86,7 +88,7 @@ class InOrderWriter:
             self._hand_on(ready)
 
     def close(self) -> None:
-        """Hands on what waits for results that did not come, and closes the outputs."""
+        """Passes on the completions that wait for others that did not arrive, and closes the outputs."""
         for place in sorted(self._waiting):
             self._hand_on(self._waiting[place])
         self._waiting.clear()
@@ -106,21 +108,21 @@ def _with_follow_ups(scored: CompletionScores) -> list[CompletionScores]:
 
 
 class JsonLinesWriter:
-    """JSON, one object a line, complete as soon as it is written; an absent number is ``null``."""
+    """Prints each completion as one line of JSON as soon as it arrives; an absent number is ``null``."""
 
     def add(self, scored: ScoredCompletion) -> None:
-        """Prints one."""
+        """Prints one scored completion."""
         content = {"group": scored.group, "completion": scored.index, "label": scored.label} | _as_json(scored.scores, scored.info)
-        # JSON can say every text in every encoding
+        # in other encodings than UTF, JSON writes text in ASCII escapes
         can_say = (sys.stdout.encoding or "").lower().replace("-", "").startswith("utf")
         typer.echo(visible_json(json.dumps(content, ensure_ascii=not can_say, allow_nan=False)))
 
     def close(self) -> None:
-        """Nothing is left to print."""
+        """Does nothing, since every line has been printed."""
 
 
 class TerminalWriter:
-    """The first rollouts on the terminal, and how many more there are."""
+    """Prints the first rollouts on the terminal, and at the end how many more there are."""
 
     def __init__(self, loaded: Sequence[ProbeInfo], most: int) -> None:
         self._loaded = loaded
@@ -130,7 +132,7 @@ class TerminalWriter:
         self._views = 0
 
     def add(self, scored: ScoredCompletion) -> None:
-        """Prints one, if there were not enough before."""
+        """Prints one scored completion with its follow-ups, as far as the limit on printed rollouts allows."""
         views = scored.shown(self._loaded)
         printer = self._printer = self._printer or RolloutPrinter(self._console, series_of(scored.info.probes, self._loaded))
         for view in views[: max(0, self._most - self._views)]:
@@ -138,7 +140,7 @@ class TerminalWriter:
         self._views += len(views)
 
     def close(self) -> None:
-        """Prints the legend, and how many were not printed."""
+        """Prints the legend of the colours, and how many rollouts were not printed."""
         if self._printer is not None:
             self._printer.print_legend()
         if self._views > self._most:
@@ -147,7 +149,7 @@ class TerminalWriter:
 
 
 class PageWriter:
-    """All rollouts on one page, written when there are no more."""
+    """Collects all rollouts, and writes them to one HTML page at the end."""
 
     def __init__(self, path: Path, loaded: Sequence[ProbeInfo], total: int, *, quiet: bool) -> None:
         self._path = path
@@ -159,13 +161,13 @@ class PageWriter:
         self._info: ScoringInfo | None = None
 
     def add(self, scored: ScoredCompletion) -> None:
-        """Keeps one for the page."""
+        """Keeps one scored completion for the page."""
         self._completions += 1
         self._views += scored.shown(self._loaded)
         self._info = self._info or scored.info
 
     def close(self) -> None:
-        """Writes the page, if anything came."""
+        """Writes the HTML page, if any scored completion arrived."""
         if self._info is None:
             return
         title = f"{len(self._views)} scored rollouts"
@@ -201,8 +203,8 @@ def _as_json(scored: CompletionScores, info: ScoringInfo) -> dict[str, Any]:
     }
 
 
-def _numbers(scores: NDArray[np.float32]) -> Any:  # noqa: ANN401 - nested lists, or one number
-    """Nested lists with ``None`` for NaN, which JSON does not have, and no more digits than float32 has."""
+def _numbers(scores: NDArray[np.float32]) -> Any:  # noqa: ANN401 - the result is nested lists or one number
+    """Converts scores to nested lists, with ``None`` for NaN, which JSON lacks, and with no more digits than float32 has."""
     if scores.ndim:
         return [_numbers(row) for row in scores]
     return None if np.isnan(scores) else float(str(scores))

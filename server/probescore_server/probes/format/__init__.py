@@ -1,1 +1,1 @@
-"""Probe files: what one is, and every check that needs no model."""
+"""Defines the format of a probe file, and makes every check of a probe file that needs no language model."""

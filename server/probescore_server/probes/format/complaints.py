@@ -1,4 +1,4 @@
-"""What pydantic says against a value, in our terms: the field, what was found, what was expected."""
+"""Restates pydantic's validation errors in probescore's terms: which field is wrong, what was found there, and what was expected."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ Complaint = tuple[str, str, str]
 
 
 def first_complaint(error: ValidationError, content: object) -> Complaint:
-    """The first of an error's complaints.
+    """Returns the first problem that a pydantic validation error lists.
 
     Args:
-        error: of one model.
-        content: what was validated, to look a field up that a check of the whole names.
+        error: raised by the validation of one pydantic model.
+        content: the value that was validated; a check of the whole model names a field, which is looked up here.
 
     Returns:
-        Field, found, expected. The field is empty if the whole could not be read.
+        Three texts: the field, what was found there and what was expected. The field is empty if the content could not be read at all.
     """
     first = error.errors(include_url=False)[0]
     expected = re.sub(r"^(Value error, |(Input|String|List|Tuple) should (be |have )?)", "", first["msg"])

@@ -1,12 +1,13 @@
-"""Model fingerprints: whether the model that runs is the one that a probe was made for.
+"""Computes model fingerprints, which tell whether the model that runs is the one that a probe was made for.
 
 A fingerprint covers the tensors as they are stored (name, dtype, shape, sampled bytes) and the part of the config that changes what the
 decoder blocks compute. It is read from safetensors files and ``config.json``; the model is not loaded.
 
-The same model in another form keeps its fingerprint: other shards, with or without a head of whatever kind, saved as the bare decoder or
-inside a wrapper with encoders of images beside it, its tied embedding stored under the head's name, its config written by an older
-transformers. Other weights, another dtype or another rope base change it. Bytes are sampled, evenly over each tensor, so a training step
-shows and one altered number in a large tensor may not; the golden vectors are the check that remains.
+The same model stored in another form keeps its fingerprint: other shards, with or without a head of whatever kind, saved as the bare
+decoder or inside a wrapper with encoders of images beside it, its tied embedding stored under the head's name, or its config written by an
+older transformers. Other weights, another dtype or another rope base change the fingerprint. Bytes are sampled, evenly over each tensor, so
+that a training step changes the fingerprint and one altered number in a large tensor may not; such a number is left for the golden vectors
+to find, the stored scores that a server recomputes.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 # Names that wrap a decoder: Qwen3ForCausalLM stores `model.layers.0…`, Qwen3Model the same tensor as `layers.0…`.
 _WRAPPERS = {"model", "base_model", "language_model", "text_model", "transformer", "decoder", "gpt_neox", "backbone"}
-# What stands beside the decoder, by the first part of its name: text never passes through it on its way to any tap. Heads are what language
+# Tensors beside the decoder, by the first part of their name: text never passes through them on its way to any tap. Heads are what language
 # models, reward models, classifiers and trainers' value functions add; encoders are of other things than text; `mtp` drafts later tokens.
-# A name that is not known counts: then the same model may get two fingerprints, but never two models one.
+# A tensor of an unknown name is counted: then the same model may get two fingerprints, but two models never get the same one.
 _BESIDE = re.compile(
     r"((\w+_)?heads?|embed_out|score|classifier|regression_layer|qa_outputs|mtp"
     r"|(high_res_)?(vision|visual|image|audio|video|speech)(_\w+)?|embed_vision|embed_audio"
@@ -43,10 +44,10 @@ _BESIDE = re.compile(
 _DERIVED = re.compile(r"(^|\.)(rotary_emb\.inv_freq|(attn|attention|self_attention)\.(bias|masked_bias))$")
 
 _Tensor = tuple[str, str, list[int], str]
-"""Name without wrappers, dtype, shape, and digest of sampled bytes."""
+"""Describes a stored tensor by its name without wrappers, its dtype, its shape, and a digest of bytes sampled from it."""
 
-# What changes the activations of a decoder block, by transformers' names. A list rather than all keys, since every release of transformers
-# adds keys with defaults, and trainers change those that do not matter here (use_cache, dtype, token ids, dropout).
+# Settings that change the activations of a decoder block, by transformers' names. This is a list rather than all keys, since every release
+# of transformers adds keys with defaults, and trainers change those that do not matter here (use_cache, dtype, token ids, dropout).
 # fmt: off
 _CONFIG_KEYS = (
     "model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size",
@@ -66,8 +67,8 @@ _CONFIG_KEYS = (
     "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
     "linear_conv_kernel_dim", "linear_key_head_dim", "linear_value_head_dim", "linear_num_key_heads", "linear_num_value_heads",
 )
-# These change them too, in some architectures. They count where they differ from what the architecture has by default, so that a model
-# which leaves them alone keeps the fingerprint that it had before they were listed.
+# These settings change activations too, in some architectures. They count where they differ from the architecture's default, so that a
+# model which leaves them alone keeps the fingerprint that it had before they were listed.
 _CONFIG_KEYS_IF_CHANGED = (
     "swiglu_alpha", "moe_norm_min", "norm_eps", "mixer_rms_eps", "scale_emb", "scale_depth", "rotary_dim", "window_size",
     "attention_layers", "attn_config", "activation", "output_attentions", "router_jitter_noise", "scale_embedding", "rescale_every",
@@ -79,17 +80,17 @@ _CONFIG_KEYS_IF_CHANGED = (
     "mlp_hidden_act", "mamba_hidden_act", "use_mem_rope", "hybrid_layer_ids",
 )
 # fmt: on
-# What changes no activation, of a model that brings its own code, whose other settings may all change some.
+# Settings that change no activation, of a model that brings its own code; any other setting of such a model may change some.
 _WITHOUT_EFFECT = re.compile(
     r"_.*|.*(dropout|pdrop|token_ids?|initializer_\w+|id2label|label2id)"
     r"|architectures|auto_map|dtype|num_labels|problem_type|torch_dtype|transformers_version|use_cache"
 )
-# How transformers writes the floats that JSON has no number for.
+# The floats that JSON has no number for, as transformers writes them.
 _FLOATS = {"Infinity": float("inf"), "-Infinity": float("-inf"), "NaN": float("nan")}
 
 
 def model_fingerprint(directory: Path) -> str:
-    """Computes ``sha256:…`` over a model's tensors and the meaningful part of its config.
+    """Computes a model's fingerprint, ``sha256:…`` over its tensors and over the settings of its config that change its activations.
 
     Args:
         directory: holds ``config.json`` and ``model.safetensors``, or ``model.safetensors.index.json`` and its shards.
@@ -137,9 +138,9 @@ def _weight_files(directory: Path) -> list[Path]:
 
 
 def _tensors(file: Path) -> Iterator[_Tensor]:
-    """Each tensor in a safetensors file that belongs to the decoder, or may be its embedding.
+    """Yields each tensor of a safetensors file that belongs to the decoder or may be its embedding.
 
-    The format: https://huggingface.co/docs/safetensors/index#format
+    The format of the file is described at https://huggingface.co/docs/safetensors/index#format
     """
     with file.open("rb") as stream:
         size = file.stat().st_size
@@ -173,14 +174,16 @@ def _stands_beside(name: str) -> bool:
 
 
 def _with_embedding(tensors: list[_Tensor], embedding: str) -> list[_Tensor]:
-    """With the head under the embedding's name, where a checkpoint stores only that of the two."""
+    """Adds the head's weight under the embedding's name, for a checkpoint that stores a tied embedding under the head's name only."""
     if any(name == embedding for name, *_ in tensors):
         return tensors
     return tensors + [(embedding, dtype, shape, digest) for name, dtype, shape, digest in tensors if re.match(HEAD_NAMES, name)]
 
 
 def _sampled_digest(stream: BinaryIO, start: int, size: int) -> str:
-    """Over the whole tensor if it is small, else over evenly spaced chunks, the first and the last bytes among them."""
+    """Returns a digest of a tensor's bytes: all of them if the tensor is small, else evenly spaced chunks that include the first and the
+    last.
+    """
     digest = hashlib.sha256()
     if size <= _CHUNKS * _CHUNK_BYTES:
         stream.seek(start)
@@ -201,7 +204,9 @@ def _read_config(directory: Path) -> dict[str, Any]:
 
 
 def _decoded(value: Any) -> Any:  # noqa: ANN401 - whatever JSON holds
-    """With the numbers that transformers writes as ``{"__float__": "Infinity"}``."""
+    """Returns JSON content in which objects such as ``{"__float__": "Infinity"}``, as transformers writes them, are replaced by the
+    numbers.
+    """
     if isinstance(value, dict):
         if set(value) == {"__float__"} and value["__float__"] in _FLOATS:
             return _FLOATS[value["__float__"]]
@@ -210,22 +215,23 @@ def _decoded(value: Any) -> Any:  # noqa: ANN401 - whatever JSON holds
 
 
 def _known_config(written: dict[str, Any], name: str) -> PreTrainedConfig | None:
-    """As the running transformers understands it: it brings old spellings and defaults to one form.
+    """Reads a config with the installed transformers, which brings old spellings and defaults to one form.
 
-    ``None`` for a model that brings its own config class; it is read as written, so that the fingerprint needs no code of the model's.
+    Returns ``None`` for a model that brings its own config class. Such a config is used as it is written, so that a fingerprint never needs
+    the model's own code.
     """
     model_type = written.get("model_type")
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         return None
     try:
         config: PreTrainedConfig = CONFIG_MAPPING[model_type].from_dict(written)
-    except Exception as error:  # each architecture checks its own settings, and raises what it likes
+    except Exception as error:  # each architecture checks its own settings, and may raise any exception
         raise ModelRefused(f"{name}: its config cannot be read: {error}") from None
     return config
 
 
 def _meaningful_settings(written: dict[str, Any], config: PreTrainedConfig | None) -> dict[str, object]:
-    """The settings that matter."""
+    """Returns the settings of a model's config that change the activations of its decoder blocks."""
     if config is None:
         values = {key: value for key, value in written.items() if not _WITHOUT_EFFECT.fullmatch(key)}
     else:
@@ -241,15 +247,19 @@ def _meaningful_settings(written: dict[str, Any], config: PreTrainedConfig | Non
 
 
 def _setting(config: PreTrainedConfig, key: str) -> object:
-    """A setting, or the settings of all layers where they are not of one kind; ``None`` if there is none."""
+    """Returns a setting of a config, a list of each layer's setting where layers differ, or ``None`` if there is no such setting."""
     try:
         return getattr(config, key, None)
-    except RuntimeError:  # transformers' answer where layers differ
+    except RuntimeError:  # transformers raises it where layers differ
         return [getattr(layer, key, None) for layer in config.per_layer_config]
 
 
 def _canonical(value: object) -> object:
-    """One spelling for what means the same: 10000 and 10000.0, an absent entry and null, rope's old ``type`` beside ``rope_type``."""
+    """Brings a setting to one spelling where several mean the same.
+
+    10000 and 10000.0 become equal, an entry that is null is left out like an absent one, and so is rope's old ``type`` beside
+    ``rope_type``.
+    """
     if isinstance(value, PreTrainedConfig):
         value = {key: entry for key, entry in value.to_dict().items() if not _WITHOUT_EFFECT.fullmatch(key)}
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""The graph of a probe: what an ONNX model must be for a server to run it."""
+"""Checks that an ONNX model has the form that a probe's graph must have for a server to run it."""
 
 from __future__ import annotations
 
@@ -20,9 +20,12 @@ CU_SEQLENS = "cu_seqlens"
 POSITIONS = "positions"
 
 GraphInputs = Mapping[str, NDArray[Any]]
-"""What a graph is given, in the order of its inputs: each tap ``(N, hidden_size)`` float32, then ``cu_seqlens``, ``positions``."""
+"""Holds the arrays that a probe's graph is given in one call, by input name in the order of the graph's inputs.
 
-# What onnxruntime 1.20, the oldest that a server may run, can load: https://onnxruntime.ai/docs/reference/compatibility.html
+Each tap's activations come first, ``(N, hidden_size)`` float32; then ``cu_seqlens`` and ``positions``, int64, where the graph takes them.
+"""
+
+# The versions that onnxruntime 1.20, the oldest that a server may run, can load: https://onnxruntime.ai/docs/reference/compatibility.html
 OPSETS = {"": range(7, 22), "ai.onnx.ml": range(1, 5)}
 IR_VERSIONS = range(4, 11)
 
@@ -30,18 +33,18 @@ _FLOATING = {number for name, number in onnx.TensorProto.DataType.items() if "FL
 
 
 class GraphFailed(Exception):
-    """A graph gives no scores for what it was given: an operator fails on it. Its message is for people and may go to clients."""
+    """Reports that a probe's graph gives no scores because an operator fails on its input; the message is safe to send to clients."""
 
 
 class WrongShape(GraphFailed):
-    """A graph gives another number of scores than it must, so that nobody knows whose they are."""
+    """Reports that a probe's graph gave more or fewer scores than it must, so that they cannot be matched to tokens or rollouts."""
 
 
 def checked_scores(scores: NDArray[Any], rows: int, labels: int) -> NDArray[Any]:
-    """A graph's scores, if they are ``(rows, labels)``.
+    """Returns the scores that a probe's graph gave, if they have the shape ``(rows, labels)``.
 
     Raises:
-        WrongShape: they are not.
+        WrongShape: the scores have another shape.
     """
     if scores.shape != (rows, labels):
         raise WrongShape(f"scores of shape {scores.shape} where {(rows, labels)} is due")
@@ -49,10 +52,10 @@ def checked_scores(scores: NDArray[Any], rows: int, labels: int) -> NDArray[Any]
 
 
 def check_graph(model: onnx.ModelProto, file: str) -> None:
-    """Checks that a graph is valid ONNX, whole in this one file, of standard operators, and of finite weights.
+    """Checks that an ONNX model is valid, complete in one file, made of standard operators, and free of NaN and infinite weights.
 
     Raises:
-        ProbeRefused: it is not; names what was found.
+        ProbeRefused: a check fails; the error names what was found.
     """
     _check_versions(model, file)
     graphs = list(subgraphs(model.graph))
@@ -69,7 +72,7 @@ def check_graph(model: onnx.ModelProto, file: str) -> None:
 
 @dataclass(frozen=True)
 class GraphSignature:
-    """What a probe's graph takes and gives."""
+    """Describes the inputs that a probe's graph takes and the output that it gives: taps, hidden size, labels and optional inputs."""
 
     taps: tuple[Tap, ...]
     hidden_size: int
@@ -80,7 +83,7 @@ class GraphSignature:
 
     @classmethod
     def of(cls, manifest: Manifest) -> GraphSignature:
-        """What a manifest says of its graph."""
+        """Returns the signature that a probe's manifest states for its graph."""
         return cls(
             taps=manifest.taps,
             hidden_size=manifest.model.hidden_size,
@@ -92,7 +95,7 @@ class GraphSignature:
 
     @property
     def inputs(self) -> list[onnx.ValueInfoProto]:
-        """The graph's inputs in their order; a size that changes from call to call is a name."""
+        """Lists the declarations of a probe graph's inputs in their order; a size that changes from call to call is given as a name."""
         declare = onnx.helper.make_tensor_value_info
         values = [declare(str(tap), onnx.TensorProto.FLOAT, ("tokens", self.hidden_size)) for tap in self.taps]
         if self.cu_seqlens:
@@ -103,16 +106,16 @@ class GraphSignature:
 
     @property
     def output(self) -> onnx.ValueInfoProto:
-        """The graph's one output."""
+        """Holds the declaration of a probe graph's only output, ``scores``: float32, ``(tokens, labels)`` or ``(sequences, labels)``."""
         rows = "sequences" if self.per is OutputPer.ROLLOUT else "tokens"
         return onnx.helper.make_tensor_value_info(SCORES, onnx.TensorProto.FLOAT, (rows, self.labels))
 
 
 def check_signature(model: onnx.ModelProto, signature: GraphSignature, file: str) -> None:
-    """Checks names, order, dtypes, ranks and sizes of a graph's inputs and output.
+    """Checks the names, order, dtypes, ranks and sizes of a graph's inputs and output against what the probe's manifest states.
 
     Raises:
-        ProbeRefused: one of them differs; names the input or output.
+        ProbeRefused: one of them differs; the error names the input or output.
     """
     for kind, found, expected in (
         ("input", list(model.graph.input), signature.inputs),
@@ -131,7 +134,7 @@ def check_signature(model: onnx.ModelProto, signature: GraphSignature, file: str
 
 
 def subgraphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
-    """A graph and those inside its control flow."""
+    """Yields an ONNX graph and every graph inside its control flow, such as the branches of an ``If``."""
     yield graph
     for node in graph.node:
         for attribute in node.attribute:
@@ -168,7 +171,10 @@ def _check_operators(model: onnx.ModelProto, graphs: Sequence[onnx.GraphProto], 
 
 
 def _check_weights(graphs: Sequence[onnx.GraphProto], file: str) -> None:
-    """NaN nowhere; infinity only as a constant of one element, as attention masks use it: a whole weight is never infinite."""
+    """Refuses NaN in any weight of a graph, and infinity in any weight of more than one element.
+
+    A constant of one element may be infinite, as attention masks use it.
+    """
     for name, numbers in _numbers(graphs):
         if np.isnan(numbers).any():
             raise ProbeRefused(file, f"graph weight {name!r}", f"{int(np.isnan(numbers).sum())} NaN", "finite numbers")
@@ -191,7 +197,7 @@ def _tensors(graphs: Sequence[onnx.GraphProto]) -> Iterator[onnx.TensorProto]:
 
 
 def _numbers(graphs: Sequence[onnx.GraphProto]) -> Iterator[tuple[str, np.ndarray]]:
-    """Every floating-point weight, constant and attribute, with its name."""
+    """Yields every floating-point weight, constant and attribute of a list of graphs, each with its name."""
     for tensor in _tensors(graphs):
         if tensor.data_type in _FLOATING:
             numbers = onnx.numpy_helper.to_array(tensor)

@@ -1,5 +1,6 @@
-"""The manifest: who a probe is. It travels inside the probe file, as JSON under ``METADATA_KEY`` of the ONNX ``metadata_props``.
+"""Defines the manifest of a probe: its name, model, inputs, output, calibrations and golden vectors.
 
+The manifest is stored inside the probe file, as JSON under ``METADATA_KEY`` of the ONNX ``metadata_props``.
 ``docs/reference/probe-manifest.schema.json`` is generated from these classes.
 """
 
@@ -22,14 +23,14 @@ METADATA_KEY = "probescore.manifest"
 
 Sha256 = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
 
-# Every number of a manifest has one of these types: what its type and meaning allow, and nothing with which arithmetic could be switched
-# off. Scores are float32 on their way, and what follows from them is compared in float64, where sums of their squares stay finite.
+# Every number of a manifest has one of these types, which allow what the number's meaning allows, and no value (NaN, infinity) with which
+# every comparison would pass. Scores travel as float32 and are compared in float64, where sums of their squares stay finite.
 MAX_FLOAT32 = 3.4028234663852886e38
 MAX_INT32 = 2**31 - 1
 MAX_COUNT = 2**53 - 1
 
 MAX_NEIGHBOUR_LABELS = 256
-"""Of so many labels, the first, a manifest says what they would be one place off."""
+"""Limits for how many labels, counted from the first, a manifest stores the scores that a wrong decoder block or token would give."""
 
 Real = Annotated[float, Field(allow_inf_nan=False, ge=-MAX_FLOAT32, le=MAX_FLOAT32)]
 Rate = Annotated[float, Field(allow_inf_nan=False, ge=0, le=1)]
@@ -49,7 +50,10 @@ TokenShift = Annotated[Literal[-1, 0, 1], BeforeValidator(_no_boolean)]
 
 
 class _ManifestPart(BaseModel):
-    """Made from Python, a part refuses what does not fit in our words: ``Context: kind: found "causl", expected …``."""
+    """Is the base class of every part of a probe's manifest.
+
+    A part that is made in Python from an unfit value raises ``ValueError`` in one form: ``Context: kind: found "causl", expected …``.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -83,21 +87,26 @@ def _canonical_reduction(written: str) -> str:
 
 
 class ModelReference(_ManifestPart):
-    """The model that the probe was made for."""
+    """Names the language model that the probe was made for."""
 
-    id: str = Field(min_length=1, max_length=256, description="Name of the model, for people. Not a path.")
-    revision: str = Field("", max_length=128, description="Revision on the hub, for people.")
-    fingerprint: Sha256 = Field(description="What is checked: tensors and the meaningful part of the config.")
+    id: str = Field(min_length=1, max_length=256, description="The model's name, for people; it is not a path.")
+    revision: str = Field("", max_length=128, description="The model's revision on the hub, for people.")
+    fingerprint: Sha256 = Field(
+        description="The model must have this digest of its tensors and of the config's settings that change activations."
+    )
     hidden_size: Size
-    num_hidden_layers: Size = Field(description="Decoder blocks of the whole model.")
+    num_hidden_layers: Size = Field(description="How many decoder blocks the whole model has.")
 
 
 class TapInput(_ManifestPart):
-    """A graph input: activations at a tap, float32, (tokens, hidden_size). Its name is ``hook.layer``, or ``final_norm``."""
+    """Describes one input of the probe's graph: activations at a tap, float32, (tokens, hidden_size).
+
+    A tap is a hook, a point in a decoder block, and the block's index. The input's name is ``hook.layer``, or ``final_norm``.
+    """
 
     hook: Hook = Field(strict=False)
     layer: Annotated[int, Field(ge=0, lt=MAX_INT32)] | None = Field(
-        None, description="0-based index of the decoder block; null for final_norm."
+        None, description="The 0-based index of the decoder block; null for final_norm."
     )
 
     @model_validator(mode="after")
@@ -108,7 +117,7 @@ class TapInput(_ManifestPart):
 
     @classmethod
     def parse(cls, written: str | Tap) -> TapInput:
-        """Read a tap as ``str(tap)`` writes it: ``"resid_post.6"``, ``"final_norm"``.
+        """Reads a tap as ``str(tap)`` writes it, such as ``"resid_post.6"`` or ``"final_norm"``.
 
         Raises:
             ValueError: there is no such hook, or its layer is missing or not a number.
@@ -120,12 +129,14 @@ class TapInput(_ManifestPart):
 
     @property
     def tap(self) -> Tap:
-        """The same as the value type that the client knows."""
+        """Holds the tap as a ``probescore.types.Tap``, the type that the client package uses."""
         return Tap(self.hook.value, self.layer)
 
     def moved(self, blocks: int, num_hidden_layers: int) -> TapInput | None:
-        """The tap of the same kind so many blocks later in a model; before the last ``resid_post`` its hook may change, and after it comes
-        ``final_norm``. ``None`` if there is none.
+        """Returns the tap that is a number of decoder blocks later in the model, or ``None`` if there is none.
+
+        ``blocks`` may be negative. In the residual stream, the hook may change before the last ``resid_post``, and ``final_norm`` comes
+        after it.
         """
         if self.hook in (Hook.ATTN_OUT, Hook.MLP_OUT):
             layer = (self.layer or 0) + blocks
@@ -142,18 +153,21 @@ class TapInput(_ManifestPart):
 
 
 class Context(_ManifestPart):
-    """What a score depends on beside its own token."""
+    """States which tokens a score depends on beside the token that is scored."""
 
     kind: Literal["pointwise", "causal", "rollout"] = Field(
         "pointwise",
-        description="pointwise: its own token only; causal: also earlier tokens; rollout: the graph pools all tokens into one score.",
+        description="pointwise: a score depends on its own token only; causal: also on earlier tokens; rollout: the graph pools all tokens "
+        "into one score.",
     )
-    window: Size | None = Field(None, description="causal only: how many tokens back, itself included; null = all.")
-    sees_prompt: bool = Field(False, description="causal and rollout: whether the graph is given the prompt's tokens too.")
+    window: Size | None = Field(
+        None, description="How many tokens a score depends on, its own included, counted back from it; null = all; for causal only."
+    )
+    sees_prompt: bool = Field(False, description="Whether the graph is given the prompt's tokens too; for causal and rollout only.")
 
 
 class Output(_ManifestPart):
-    """The graph's output ``scores``: float32, (tokens or rollouts, labels)."""
+    """Describes the output ``scores`` of the probe's graph: float32, (tokens, labels) or (rollouts, labels)."""
 
     unit: ScoreUnit = Field(strict=False)
     per: OutputPer = Field(OutputPer.TOKEN, strict=False)
@@ -168,10 +182,13 @@ class Output(_ManifestPart):
 
 
 class FollowUp(_ManifestPart):
-    """Tokens that the server appends to every completion for this probe; the probe reads these tokens instead of the completion's."""
+    """Holds tokens that the server appends to every completion for this probe.
+
+    The probe reads and scores these tokens instead of the completion's own.
+    """
 
     token_ids: tuple[TokenId, ...] = Field(min_length=1, strict=False)
-    text: str = Field("", description="The same, for people.")
+    text: str = Field("", description="The same tokens as text, for people.")
 
 
 class CalibrationConditions(_ManifestPart):
@@ -192,15 +209,15 @@ class CalibrationConditions(_ManifestPart):
 
 
 class CalibrationRecord(_ManifestPart):
-    """A threshold and what it was found on."""
+    """Holds a score threshold of the probe, its false-positive rate, and the data from which both were found."""
 
-    threshold: Real = Field(description="In the unit of reduce_on, after the reduction; at or above it a rollout is flagged.")
+    threshold: Real = Field(description="A rollout whose reduced score, in the unit of reduce_on, is at or above this number is flagged.")
     false_positive_rate: Rate
-    false_positive_rate_low: Rate = Field(description="Lower end of the 95% interval.")
-    false_positive_rate_high: Rate = Field(description="Upper end of the 95% interval.")
-    negatives: Annotated[int, Field(gt=0, le=MAX_COUNT)] = Field(description="How many negative rollouts it was found on.")
+    false_positive_rate_low: Rate = Field(description="The lower end of the rate's 95% interval.")
+    false_positive_rate_high: Rate = Field(description="The upper end of the rate's 95% interval.")
+    negatives: Annotated[int, Field(gt=0, le=MAX_COUNT)] = Field(description="The threshold was found on so many negative rollouts.")
     dataset: str
-    reduction: str | None = Field(None, description="The reduction it holds for; null for a probe that pools by itself.")
+    reduction: str | None = Field(None, description="The reduction that the threshold holds for; null for a probe that pools by itself.")
     label: str = ""
     conditions: CalibrationConditions | None = Field(None, description="What the negatives were like; null where nobody wrote it down.")
 
@@ -211,12 +228,12 @@ class CalibrationRecord(_ManifestPart):
 
 
 class Evaluation(_ManifestPart):
-    """A measured quality."""
+    """Holds one measured quality of the probe, such as its AUROC on a dataset."""
 
     metric: str
     value: Real
-    low: Real | None = Field(None, description="Lower end of the 95% interval.")
-    high: Real | None = Field(None, description="Upper end of the 95% interval.")
+    low: Real | None = Field(None, description="The lower end of the value's 95% interval.")
+    high: Real | None = Field(None, description="The upper end of the value's 95% interval.")
     dataset: str
     dataset_sha256: Sha256 | None = None
     positives: Count | None = None
@@ -224,7 +241,7 @@ class Evaluation(_ManifestPart):
 
 
 class Training(_ManifestPart):
-    """Where the probe comes from."""
+    """Records how and from which data the probe was trained."""
 
     method: str = ""
     dataset: str = ""
@@ -233,33 +250,36 @@ class Training(_ManifestPart):
 
 
 class GoldenCase(_ManifestPart):
-    """One rollout and the scores that the author's own code gave, in ``output.unit``."""
+    """Holds one golden rollout, and the scores that the author's own code gave for it, in the unit ``output.unit``."""
 
     prompt_ids: tuple[TokenId, ...] = Field(strict=False)
     completion_ids: tuple[TokenId, ...] = Field(min_length=1, strict=False)
     scores: tuple[tuple[Real, ...], ...] = Field(
-        min_length=1, strict=False, description="(completion tokens, labels), or (1, labels) for a probe that pools by itself."
+        min_length=1, strict=False, description="The scores, (completion tokens, labels), or (1, labels) for a probe that pools by itself."
     )
 
 
 class Tolerance(_ManifestPart):
-    """Largest difference allowed by dtype of the model, as a multiple of the golden scores' standard deviation (per label)."""
+    """Holds the largest allowed difference of recomputed golden scores, for each dtype of the model.
 
-    # Below 1 in any case: scores that are off without bound may become the spread by which they are measured.
+    The unit is the standard deviation of the golden scores, taken for each label.
+    """
+
+    # A tolerance is below 1 in any case: scores that are off without bound may become the spread by which they are measured.
     float32: float = Field(1e-4, allow_inf_nan=False, gt=0, le=0.1)
     bfloat16: float = Field(0.25, allow_inf_nan=False, gt=0, le=0.5)
     float16: float = Field(0.05, allow_inf_nan=False, gt=0, le=0.5)
 
 
 class _NeighbouringPlace(_ManifestPart):
-    """Where the golden rollouts could be read by mistake: one block or one token off."""
+    """Describes a place one decoder block or one token beside the right one, where a server could read activations by mistake."""
 
     inputs: tuple[TapInput, ...] = Field(min_length=1, strict=False, description="The taps that were read in place of the manifest's.")
-    tokens: TokenShift = Field(0, description="How many tokens later they were read; beyond an end of the rollout, at that end.")
+    tokens: TokenShift = Field(0, description="How many tokens later the taps were read; beyond an end of the rollout, at that end.")
 
     @property
     def place(self) -> Place:
-        """To compare with ``neighbouring_places``."""
+        """Holds a neighbouring place's taps and token shift as one value, to be compared with those of ``neighbouring_places``."""
         return self.inputs, self.tokens
 
     def __str__(self) -> str:
@@ -268,33 +288,39 @@ class _NeighbouringPlace(_ManifestPart):
 
 
 class Neighbour(_NeighbouringPlace):
-    """What the author's code gives for the golden rollouts one place off: scores that a right worker does not give."""
+    """Holds the scores of the golden rollouts where the author's code reads one decoder block or one token beside the right place.
+
+    A server that gives these scores reads the wrong activations.
+    """
 
     differences: tuple[tuple[tuple[Real, ...], ...], ...] = Field(
-        strict=False, description="By golden case, a row for each of its scores: what must be added to them; of the first 256 labels."
+        strict=False,
+        description="For each golden case, a row for each of its scores: what must be added to them, for the first 256 labels.",
     )
 
     @property
     def difference_rows(self) -> NDArray[np.float64]:
-        """The differences of all cases, ``(rows, labels)``."""
+        """Holds, for all golden cases, what reading the neighbouring place adds to the scores, as one float64 array, ``(rows, labels)``."""
         return np.array([row for case in self.differences for row in case], np.float64)
 
 
 class LeftOut(_NeighbouringPlace):
-    """A place one off for which there are no scores."""
+    """Names a neighbouring place, one decoder block or one token beside the right one, without scores in the manifest, and the reason."""
 
     reason: Literal["no_such_tap", "not_finite"] = Field(
-        description="no_such_tap: the model does not have it; not_finite: the author's code has no finite scores there."
+        description="no_such_tap: the model has no such tap; not_finite: the author's code has no finite scores there."
     )
 
 
 Place = tuple[tuple[TapInput, ...], TokenShift]
-"""Where activations are read: the taps, and how many tokens later."""
+"""States where activations are read: the taps, and how many tokens after the token that is scored."""
 
 
 def neighbouring_places(inputs: Sequence[TapInput], num_hidden_layers: int) -> list[Place]:
-    """Taps and tokens one place off: every tap one block earlier or later where there is one, all together and each alone; one token
-    earlier or later.
+    """Lists the places that are one decoder block or one token beside those where a probe reads.
+
+    Every tap is moved one block earlier or later where the model has such a tap, all taps together and each alone; and the tokens are moved
+    one earlier or later.
     """
     stated = tuple(inputs)
     places: dict[Place, None] = {}
@@ -306,27 +332,34 @@ def neighbouring_places(inputs: Sequence[TapInput], num_hidden_layers: int) -> l
 
 
 class Golden(_ManifestPart):
-    """Golden vectors: made without probescore's engine, recomputed by every worker before it serves the probe."""
+    """Holds a probe's golden vectors: scores made without probescore, which every worker process recomputes before it serves the probe."""
 
     cases: tuple[GoldenCase, ...] = Field(min_length=1, strict=False)
     tolerance: Tolerance = Tolerance()
     neighbours: tuple[Neighbour, ...] = Field(
-        (), strict=False, description="Without them the probe is served only where its tolerance is at most 0.001."
+        (),
+        strict=False,
+        description="The scores one block or one token off; without them the probe is served only where its tolerance is at most 0.001.",
     )
     left_out: tuple[LeftOut, ...] = Field((), strict=False, description="The places one block or one token off that neighbours lacks.")
 
     @property
     def score_rows(self) -> NDArray[np.float64]:
-        """The scores of all cases, ``(rows, labels)``; their standard deviation per label is the scale of ``tolerance``."""
+        """Holds the golden scores of all cases as one float64 array, ``(rows, labels)``.
+
+        The standard deviation of each label's scores is the unit of ``tolerance``.
+        """
         return np.array([row for case in self.cases for row in case.scores], np.float64)
 
 
 class Manifest(_ManifestPart):
-    """Who a probe is."""
+    """Describes a probe completely: its name and version, its model, what it reads, what it gives, and its golden vectors."""
 
     schema_version: SchemaVersion = 1
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")
-    version: str = Field(pattern=r"^[0-9A-Za-z][0-9A-Za-z._+-]{0,31}$", description="Immutable: same name and version, same bytes.")
+    version: str = Field(
+        pattern=r"^[0-9A-Za-z][0-9A-Za-z._+-]{0,31}$", description="A version is immutable: same name and version, same bytes."
+    )
     description: str = ""
     author: str = ""
     license: str = ""
@@ -340,17 +373,17 @@ class Manifest(_ManifestPart):
     output: Output
     reduce_on: ScoreUnit = Field(
         strict=False,
-        description="Unit of everything the server sends for this probe. Where it is `probability` and the graph gives logits, the sigmoid "
-        "is applied to each score before the reduction.",
+        description="The unit of everything the server sends for this probe. Where it is `probability` and the graph gives logits, the "
+        "sigmoid is applied to each score before the reduction.",
     )
-    reduction: str | None = Field(None, description="Default reduction; null for a probe that pools by itself.")
-    exclude_special_tokens: bool = Field(False, description="Leave special tokens out of reductions and pooling.")
+    reduction: str | None = Field(None, description="The default reduction; null for a probe that pools by itself.")
+    exclude_special_tokens: bool = Field(False, description="Special tokens are left out of reductions and pooling.")
     special_token_ids: tuple[Annotated[int, Field(ge=0, lt=2**31)], ...] | None = Field(
         None,
         strict=False,
         max_length=100_000,
         description="The ids that exclude_special_tokens leaves out, in the order of their numbers; null = BOS, EOS and UNK, which are the "
-        "special tokens that tokenizer_fingerprint tells of.",
+        "special tokens that tokenizer_fingerprint covers.",
     )
     follow_up: FollowUp | None = None
     calibrations: tuple[CalibrationRecord, ...] = Field((), strict=False)
@@ -414,17 +447,17 @@ class Manifest(_ManifestPart):
 
     @property
     def key(self) -> str:
-        """``name@version``."""
+        """Holds the probe's name and version as ``name@version``."""
         return f"{self.name}@{self.version}"
 
     @property
     def taps(self) -> tuple[Tap, ...]:
-        """Where the probe reads, in the order of the graph's inputs."""
+        """Lists the taps that the probe reads, in the order of the inputs of its graph."""
         return tuple(entry.tap for entry in self.inputs)
 
 
 def manifest_digest(manifest: Manifest) -> str:
-    """``sha256:…`` over the manifest's canonical JSON without its two digests, so that the graph's digest stands on its own."""
+    """Computes ``sha256:…`` over a manifest's canonical JSON without its two digests, so that the graph's digest stands on its own."""
     content = manifest.model_dump(mode="json", exclude={"graph_sha256", "manifest_sha256"})
     for field in ("neighbours", "left_out"):
         if not content["golden"][field]:
@@ -439,9 +472,9 @@ def manifest_digest(manifest: Manifest) -> str:
 
 
 def manifest_schema() -> str:
-    """The JSON Schema of the manifest as it is published: JSON with a final newline.
+    """Returns the JSON Schema of a probe's manifest as it is published: JSON text with a final newline.
 
-    It states shapes and ranges; that the parts fit together is checked by ``read_probe_file``.
+    The schema states shapes and ranges; ``read_probe_file`` also checks that the parts of a manifest fit together.
     """
     schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **Manifest.model_json_schema()}
     return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"

@@ -1,7 +1,7 @@
-"""The operators of which a graph may be made: each gives the same result whenever it is given the same input.
+"""Lists the ONNX operators that a probe's graph may use: each gives the same result whenever it is given the same input.
 
-What is not listed is refused, so that nobody need know what an operator does that was not thought of. Left out of ONNX's own are those that
-draw random numbers, those over text, images and maps, and those over values that may be absent.
+An operator that is not listed is refused, so that an operator that nobody has examined is never run. Of ONNX's own operators, those are
+left out that draw random numbers, that work on text, images and maps, and that work on values which may be absent.
 """
 
 from __future__ import annotations
@@ -32,14 +32,18 @@ _MACHINE_LEARNING = """
 """
 
 OPERATORS = {"": frozenset(_STANDARD.split()), "ai.onnx.ml": frozenset(_MACHINE_LEARNING.split())}
-"""By domain; ``ai.onnx`` is the empty one."""
+"""Holds the names of the permitted operators by ONNX domain; the domain ``ai.onnx`` is the empty text."""
 
 RANDOM = frozenset(("Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"))
-"""Those that are refused for what they are."""
+"""Names the operators that draw random numbers; the refusal of such an operator says that it is random."""
 
 
 def refused_operator(graphs: Sequence[onnx.GraphProto]) -> tuple[str, str] | None:
-    """The first operator that a graph, or one inside its control flow, must not have: what it is, and what may be in its place."""
+    """Finds the first operator in a list of ONNX graphs that a probe must not use.
+
+    Returns:
+        What the operator is, and what may be in its place; or ``None`` if every operator is permitted.
+    """
     for node in (node for graph in graphs for node in graph.node):
         domain = "" if node.domain == "ai.onnx" else node.domain
         if domain not in OPERATORS:
@@ -57,7 +61,7 @@ def refused_operator(graphs: Sequence[onnx.GraphProto]) -> tuple[str, str] | Non
 
 
 def _trains(node: onnx.NodeProto, graphs: Sequence[onnx.GraphProto]) -> bool:
-    """Whether an operator may compute what it computes in training."""
+    """Returns whether an operator (``Dropout`` or ``BatchNormalization``) may run in its training mode."""
     if node.op_type == "Dropout":
         return len(node.input) > 2 and node.input[2] != "" and not _is_false(node.input[2], graphs)
     if node.op_type == "BatchNormalization":
@@ -66,13 +70,13 @@ def _trains(node: onnx.NodeProto, graphs: Sequence[onnx.GraphProto]) -> bool:
 
 
 def _is_false(name: str, graphs: Sequence[onnx.GraphProto]) -> bool:
-    """Whether all that has this name, in whatever graph, is a constant and false."""
+    """Returns whether every value of this name, in any of the graphs, is a constant and false."""
     values = list(_values(name, graphs))
     return bool(values) and all(value is not None and not onnx.numpy_helper.to_array(value).any() for value in values)
 
 
 def _values(name: str, graphs: Sequence[onnx.GraphProto]) -> Iterator[onnx.TensorProto | None]:
-    """What a name stands for, ``None`` where that is no constant."""
+    """Yields each value that has this name in one of the graphs; ``None`` stands for a value that is not a constant."""
     for graph in graphs:
         yield from (tensor for tensor in graph.initializer if tensor.name == name)
         yield from (None for value in graph.input if value.name == name)

@@ -1,7 +1,7 @@
-"""Probe files: one ``.onnx`` with its manifest inside, and every check that needs no model.
+"""Reads and writes probe files, each one ``.onnx`` with its manifest inside, and makes every check that needs no language model.
 
-Nothing here imports torch or onnxruntime, and nothing here executes anything: a file that passes is well-formed, not yet trusted. What
-needs the model is checked by ``check_against_model`` and by the engine, which recomputes the golden vectors.
+Nothing here imports torch or onnxruntime, and nothing here executes a graph: a file that passes is well-formed, not yet trusted. Whether
+the probe fits a model is checked by ``check_against_model``, and by the engine, which recomputes the golden vectors.
 """
 
 from __future__ import annotations
@@ -23,19 +23,20 @@ from probescore_server.probes.format.graph import GraphSignature, check_graph, c
 from probescore_server.probes.format.manifest import METADATA_KEY, Manifest, manifest_digest
 
 MAX_FILE_BYTES = 256 * 2**20
-"""Room for a probe of 64 million float32 weights: an SAE's encoder of 16,384 features on a width of 4,096."""
+"""Limits the size of a probe file: 64 million float32 weights, as of an SAE's encoder of 16,384 features on a hidden size of 4,096."""
 
 UNSEALED = "sha256:" + "0" * 64
-"""Stands in a manifest's digests until ``write_probe_file`` computes them."""
+"""Stands in the two digest fields of a probe's manifest until ``write_probe_file`` computes them."""
 
 
 @dataclass(frozen=True)
 class ProbeFile:
-    """A probe file that passed every check that needs no model.
+    """Holds a probe file that passed every check that needs no language model.
 
     Attributes:
-        file: its name, as the operator gave it; for messages.
-        graph: the ONNX ``ModelProto`` without ``metadata_props``, serialised: what ``manifest.graph_sha256`` is over.
+        file: the file's name as the operator gave it, for messages.
+        manifest: the manifest that was read from the file.
+        graph: the serialised ONNX ``ModelProto`` without ``metadata_props``, over which ``manifest.graph_sha256`` is computed.
     """
 
     file: str
@@ -44,10 +45,10 @@ class ProbeFile:
 
 
 def read_probe_file(path: Path | str, *, max_bytes: int = MAX_FILE_BYTES) -> ProbeFile:
-    """Reads a probe file and checks all that can be checked without a model.
+    """Reads a probe file and makes every check that needs no language model.
 
     Raises:
-        ProbeRefused: it fails a check; names the file, the field, what was found and what was expected.
+        ProbeRefused: the file fails a check; the error names the file, the field, what was found and what was expected.
     """
     file = str(path)
     try:
@@ -58,7 +59,11 @@ def read_probe_file(path: Path | str, *, max_bytes: int = MAX_FILE_BYTES) -> Pro
 
 
 def parse_probe_file(data: bytes, file: str) -> ProbeFile:
-    """``read_probe_file`` for bytes that are in memory already; ``file`` is the name used in messages."""
+    """Parses and checks the bytes of a probe file as ``read_probe_file`` does; ``file`` is the name that messages use.
+
+    Raises:
+        ProbeRefused: the bytes fail a check; the error names the file, the field, what was found and what was expected.
+    """
     model = _parse_onnx(data, file)
     manifest = _parse_manifest(model, file)
     del model.metadata_props[:]
@@ -76,16 +81,17 @@ def parse_probe_file(data: bytes, file: str) -> ProbeFile:
 
 
 def write_probe_file(path: Path | str, graph: onnx.ModelProto, manifest: Manifest, *, replace: bool = True) -> ProbeFile:
-    """Puts a manifest into a graph, seals both with their digests, and writes them once they pass every check of ``read_probe_file``.
+    """Writes a probe file: a graph with its manifest inside, sealed with digests of both, once it passes every check of
+    ``read_probe_file``.
 
     Args:
-        path: replaced in one step, so that no reader ever sees half a file.
-        graph: as ``docs/reference/probe-file.md`` describes it; its ``metadata_props`` are dropped.
-        manifest: its two digests are computed here; ``UNSEALED`` may stand in for them.
-        replace: whether whatever is at ``path`` may be replaced. If not, only a probe file of another name or version is.
+        path: where to write; the file is replaced in one step, so that no reader ever sees half a file.
+        graph: the ONNX model, as ``docs/reference/probe-file.md`` describes it; its ``metadata_props`` are dropped.
+        manifest: the probe's manifest; its two digests are computed here, and ``UNSEALED`` may stand in for them.
+        replace: whether any file at ``path`` may be replaced; if false, only a probe file of another name or version is replaced.
 
     Raises:
-        ProbeRefused: a reader would refuse the file, or what is at ``path`` must not be replaced; nothing is written.
+        ProbeRefused: a reader would refuse the file, or the file at ``path`` must not be replaced; nothing is written.
     """
     model = onnx.ModelProto()
     model.CopyFrom(graph)
@@ -110,10 +116,10 @@ def write_probe_file(path: Path | str, graph: onnx.ModelProto, manifest: Manifes
 
 
 def _keeps(path: Path, probe: ProbeFile) -> bool:
-    """Whether a file holds this very probe already.
+    """Returns whether the file at a path already holds exactly this probe.
 
     Raises:
-        ProbeRefused: it holds other content under the same name and version, or is no probe file.
+        ProbeRefused: the file has other content under the same name and version, or is not a probe file.
     """
     try:
         there = read_probe_file(path)
@@ -130,11 +136,11 @@ def _keeps(path: Path, probe: ProbeFile) -> bool:
 def check_against_model(
     probe: ProbeFile, *, fingerprint: str, hidden_size: int, num_hidden_layers: int, tokenizer_fingerprint: str
 ) -> list[ProbeRefused]:
-    """What keeps a probe from being served on this model, field by field; empty if nothing does.
+    """Compares a probe file with the language model that is to serve it, and lists every field that does not fit.
 
-    ``found`` is what the file says and ``expected`` what the model is. The caller may accept a fingerprint that differs; a probe with
-    another ``model.hidden_size`` or with ``inputs[…].layer`` beyond the model's blocks cannot run. An empty ``tokenizer_fingerprint`` means
-    that the model has no tokenizer, which matches no probe.
+    In each entry ``found`` is what the file says and ``expected`` is what the model has; the list is empty if everything fits. The caller
+    may accept a fingerprint that differs; a probe with another ``model.hidden_size``, or with ``inputs[…].layer`` beyond the model's
+    blocks, cannot run. An empty ``tokenizer_fingerprint`` means that the model has no tokenizer, which matches no probe.
     """
     manifest = probe.manifest
     compared: list[tuple[str, object, object]] = [
@@ -153,15 +159,15 @@ def check_against_model(
 
 
 def check_golden(manifest: Manifest, file: str) -> None:
-    """Checks that the golden vectors can tell a right score from a wrong one: two or more rows, not all the same.
+    """Checks that a probe's golden scores can tell a right score from a wrong one: there are two rows or more, and no label is constant.
 
     Raises:
-        ProbeRefused: they cannot.
+        ProbeRefused: there are too few rows, or all scores of a label are the same.
     """
     rows = manifest.golden.score_rows
     if len(rows) < 2:
         raise ProbeRefused(file, "golden.cases", f"{len(rows)} row of scores", "at least 2: one number has no spread to compare with")
-    # Below this the float32 rounding of the scores themselves exceeds any tolerance, so that nothing would be checked.
+    # Below this spread the float32 rounding of the scores themselves exceeds any tolerance, so that nothing would be checked.
     too_small = rows.std(axis=0) <= 1e-6 * abs(rows).max(axis=0)
     for label, constant in zip(manifest.output.labels, too_small, strict=True):
         if constant:
@@ -169,14 +175,14 @@ def check_golden(manifest: Manifest, file: str) -> None:
 
 
 def graph_digest(graph: bytes) -> str:
-    """``sha256:…`` over a graph serialised deterministically without ``metadata_props``."""
+    """Returns ``sha256:…`` over the bytes of a graph that was serialised deterministically without ``metadata_props``."""
     return "sha256:" + hashlib.sha256(graph).hexdigest()
 
 
 def _parse_onnx(data: bytes, file: str) -> onnx.ModelProto:
     if len(data) == 0:
         raise ProbeRefused(file, "file", "an empty file", "an ONNX model")
-    # Some pickles parse as protobuf, as a message of unknown fields; so what they are is said before anything is parsed.
+    # Some pickles parse as protobuf, as a message of unknown fields; so they are recognised before anything is parsed.
     if data[:1] == b"\x80" and data[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
         raise ProbeRefused(file, "file", "a Python pickle", "an ONNX model: pickles can run code and are never opened")
     if data[:4] == b"PK\x03\x04":

@@ -1,1 +1,1 @@
-"""From a probe file to a probe that is ready to run on the model that is loaded, or to a refusal."""
+"""Loads probe files: makes each one ready to run on the loaded language model, or refuses it with a reason."""

@@ -1,4 +1,4 @@
-"""Which probe files an engine takes: each checked by itself, against the others, and against the model."""
+"""Decides which probe files an engine accepts: each file is checked by itself, against the other files, and against the language model."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _SHOWN_IDS = 8
 
 
 def read_probe_files(paths: Sequence[str | Path]) -> list[ProbeFile]:
-    """Reads probe files; the same probe given twice is one.
+    """Reads several probe files; a probe that is given twice is kept once.
 
     Returns:
-        Sorted by name, then version.
+        The probes, sorted by name, then version.
 
     Raises:
-        ProbeRefused: a file is refused by itself, or two have one name and version and other content.
+        ProbeRefused: a file fails a check by itself, or two files have the same name and version and different content.
     """
     probes: dict[str, ProbeFile] = {}
     for path in paths:
@@ -43,12 +43,16 @@ def read_probe_files(paths: Sequence[str | Path]) -> list[ProbeFile]:
 
 
 def is_accepted(manifest: Manifest, accept_mismatch: Collection[str]) -> bool:
-    """Whether the operator named this probe, as ``name`` or ``name@version``."""
+    """Returns whether the operator's list of accepted mismatches names this probe, as ``name`` or as ``name@version``."""
     return manifest.name in accept_mismatch or manifest.key in accept_mismatch
 
 
 def check_accepted_names(probes: Sequence[ProbeFile], accept_mismatch: Collection[str]) -> None:
-    """Raises ``ProbeRefused`` for a name of ``accept_mismatch`` that no probe has: it would be a typing mistake."""
+    """Checks that every name in the operator's list of accepted mismatches belongs to a probe, since any other is a typing mistake.
+
+    Raises:
+        ProbeRefused: no probe has the name.
+    """
     known = {name for probe in probes for name in (probe.manifest.name, probe.manifest.key)}
     for name in accept_mismatch:
         if name not in known:
@@ -64,21 +68,22 @@ def check_fits(
     bos_token_id: int | None,
     further_special_ids: Collection[int],
 ) -> tuple[str, ...]:
-    """Checks a probe against the model.
+    """Checks that a probe can be served on the loaded language model.
 
     Args:
-        probe: to be served.
-        model: that serves it.
-        tokenizer_fingerprint: of the model's tokenizer; empty if it has none.
-        accept_mismatch: names of probes whose mismatches the operator accepts.
-        bos_token_id: of that tokenizer.
-        further_special_ids: of that tokenizer's special tokens other than BOS, EOS and UNK.
+        probe: the probe file to check.
+        model: describes the loaded language model.
+        tokenizer_fingerprint: ``sha256:…`` of the model's tokenizer; empty if the model has none.
+        accept_mismatch: names of the probes whose mismatches the operator accepts.
+        bos_token_id: id of the tokenizer's BOS token; ``None`` if it has none.
+        further_special_ids: ids of the tokenizer's special tokens other than BOS, EOS and UNK.
 
     Returns:
-        Fields that do not fit and that the operator accepts; and ``special_token_ids`` of a file that may have left out others.
+        Names of the fields that do not fit and that the operator accepts; also ``special_token_ids``, for an older file that does not name
+            the special tokens which it leaves out.
 
     Raises:
-        ProbeRefused: the first field that does not fit and is not accepted, or cannot be: a probe of another width cannot run.
+        ProbeRefused: a field does not fit, and is not accepted or cannot be accepted: a probe of another hidden size cannot run.
     """
     manifest = probe.manifest
     mismatches = check_against_model(
@@ -98,14 +103,17 @@ def check_fits(
         raise ProbeRefused(probe.file, "follow_up.token_ids", str(largest), f"ids below the vocabulary size {model.vocab_size}")
     accepted = [mismatch.field for mismatch in mismatches]
     if problem := _unnamed_special_tokens(manifest, further_special_ids):
-        # served, since such files mostly mean those three; said in every answer, since some did not
+        # The probe is served, since such files mostly mean those three tokens; every answer says so, since some files meant others.
         logger.warning("a probe file does not name its special tokens", probe=manifest.key, problem=problem)
         accepted.append("special_token_ids")
     return tuple(accepted)
 
 
 def _unnamed_special_tokens(manifest: Manifest, further_special_ids: Collection[int]) -> str:
-    """What is in doubt of a file from before manifests named the ids: it left out every special token of the tokenizer that served it."""
+    """Describes the doubt about a probe file written before manifests named special token ids; returns an empty text if there is none.
+
+    When such a file was written, servers left out every special token of their tokenizer; today only BOS, EOS and UNK are left out.
+    """
     if not (manifest.exclude_special_tokens and manifest.special_token_ids is None and further_special_ids):
         return ""
     ids = sorted(further_special_ids)
@@ -117,7 +125,7 @@ def _unnamed_special_tokens(manifest: Manifest, further_special_ids: Collection[
 
 
 def _explained(mismatch: ProbeRefused, manifest: Manifest, model: ModelInfo) -> ProbeRefused:
-    """The refusal with whose each side is, and what can be done."""
+    """Adds to a refusal which model the file was made for, which model is served, and what the operator can do."""
     if mismatch.field.startswith("inputs"):
         return mismatch
     made_for, served = (f"{one.id} {one.revision}".strip() for one in (manifest.model, model))
@@ -134,7 +142,7 @@ def _explained(mismatch: ProbeRefused, manifest: Manifest, model: ModelInfo) -> 
 
 
 def probe_info(manifest: Manifest, accepted_mismatches: tuple[str, ...]) -> ProbeInfo:
-    """What is told of a loaded probe."""
+    """Returns the description of a loaded probe that the server sends to clients."""
     return ProbeInfo(
         name=manifest.name,
         version=manifest.version,

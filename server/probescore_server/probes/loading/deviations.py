@@ -1,4 +1,4 @@
-"""How far scores are from those that they should be, in units of the standard deviation: one measure for every check of golden scores."""
+"""Measures how far scores are from the expected ones, in standard deviations; every check of golden scores uses this one measure."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from numpy.typing import ArrayLike, NDArray
 
 
 def deviations(found: ArrayLike, expected: ArrayLike, scale: ArrayLike) -> NDArray[np.float64]:
-    """``|found − expected| / scale`` of every score.
+    """Computes ``|found − expected| / scale`` for every score.
 
     Args:
-        found: ``(rows, labels)``.
-        expected: of the same shape.
-        scale: ``(labels,)``, the standard deviations.
+        found: scores, ``(rows, labels)``.
+        expected: the scores that they should be, ``(rows, labels)``.
+        scale: standard deviations, ``(labels,)``.
 
     Returns:
-        ``(rows, labels)``; infinite wherever one of the numbers is not finite, or a scale is none: no arithmetic makes two scores alike.
+        The deviations, ``(rows, labels)`` float64; infinite wherever a number is not finite or the scale is 0, so that such scores never
+            pass as equal.
     """
     found, expected, scale = (np.asarray(numbers, np.float64) for numbers in (found, expected, scale))
     with np.errstate(all="ignore"):
@@ -25,5 +26,5 @@ def deviations(found: ArrayLike, expected: ArrayLike, scale: ArrayLike) -> NDArr
 
 
 def largest_deviation(found: ArrayLike, expected: ArrayLike, scale: ArrayLike) -> float:
-    """The largest of ``deviations``; infinite if there is no score."""
+    """Returns the largest deviation of scores from the expected ones, in standard deviations; infinite if there is no score."""
     return float(deviations(found, expected, scale).max(initial=-np.inf)) if np.size(found) else np.inf

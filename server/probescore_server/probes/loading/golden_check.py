@@ -1,4 +1,4 @@
-"""The golden check: what the author's own code scored, this engine must score alike before it serves the probe."""
+"""Checks golden scores: the engine must reproduce the scores that the author's own code gave before it serves the probe."""
 
 from __future__ import annotations
 
@@ -18,28 +18,37 @@ from probescore_server.validation.options import resolve_options
 from probescore_server.validation.rollouts import resolve_rollouts
 
 NEARER = 2.0
-"""So many times as near must recomputed scores be to the golden ones as to those of any neighbouring place."""
+"""States how many times nearer recomputed scores must be to the golden ones than to those of any neighbouring decoder block or token."""
 
 SAME_SCORE = 1e-4
-"""Scores that differ by less, in standard deviations, are equal: what plain float32 may differ by."""
+"""States how many standard deviations two scores may differ and still count as equal: plain float32 arithmetic may differ by so much."""
 
 OUTLYING = 100.0
-"""Scores that are more than so many times as far apart as at the median are left out of the comparison of two places."""
+"""Limits which golden scores are compared with those of a neighbouring block or token, so that a few large differences do not decide.
+
+A score is left out if the two differ by more than this many times the median difference.
+"""
 
 BEYOND_SCORES = 1e4
-"""Differences of more than so many times what golden scores are, and spread, are of no scores that this probe gives: they tell nothing."""
+"""Limits how far the scores of a neighbouring place may lie from the golden ones, in multiples of the size and spread of the golden scores.
+
+Scores farther away than that are not scores that this probe gives, and so prove nothing about where the server reads.
+"""
 
 TELLS_BY_ITSELF = 1e-3
-"""A tolerance up to which it tells a layer or a token from its neighbour, without their scores."""
+"""States the largest tolerance, in standard deviations, that tells a decoder block or a token from its neighbour by itself.
+
+With a larger tolerance, a manifest must also have the scores of the neighbours.
+"""
 
 _OR_FLOAT32 = ", or serve it in float32"
 
 
 def golden_rollouts(probe: ProbeFile, info: EngineInfo) -> list[CheckedRollout]:
-    """The golden cases of a probe as rollouts whose scores per token are wanted.
+    """Returns the golden cases of a probe as rollouts to be scored, with scores for each token where the probe gives them.
 
     Raises:
-        ProbeRefused: a case could not be requested of this model: an id beyond its vocabulary, a BOS that ``expects_bos`` contradicts.
+        ProbeRefused: this model cannot score a case: it has an id beyond the vocabulary, or a BOS that ``expects_bos`` contradicts.
     """
     manifest = probe.manifest
     for token in manifest.follow_up.token_ids if manifest.follow_up else ():
@@ -59,18 +68,19 @@ def golden_rollouts(probe: ProbeFile, info: EngineInfo) -> list[CheckedRollout]:
 
 
 def check_golden(probe: ProbeFile, found: Sequence[CompletionScores], dtype: str) -> ProbeRefused | None:
-    """Compares recomputed scores, in ``output.unit``, with the golden ones.
+    """Compares the scores that the engine computed for a probe's golden rollouts with the golden scores, in the unit ``output.unit``.
 
-    The largest difference, in units of the golden scores' standard deviation (label by label), must not exceed ``golden.tolerance``; and
-    the golden scores must be nearer than those of every neighbouring place, which a dtype's tolerance may not tell from them.
+    The largest difference, in standard deviations of each label's golden scores, must not exceed ``golden.tolerance``. The recomputed
+    scores must also be nearer to the golden ones than to those of every neighbouring layer and token, which the tolerance of a coarse dtype
+    may not tell apart.
 
     Args:
-        probe: whose golden vectors.
-        found: the scores of ``golden_rollouts``, in order.
-        dtype: of the model.
+        probe: the probe file with the golden vectors.
+        found: the recomputed scores of ``golden_rollouts``, in the same order.
+        dtype: the language model's dtype, such as ``bfloat16``.
 
     Returns:
-        What is wrong, or ``None``.
+        What is wrong, or ``None`` if the scores agree.
     """
     golden = probe.manifest.golden
     allowed: float = getattr(golden.tolerance, dtype)
@@ -92,12 +102,15 @@ def check_golden(probe: ProbeFile, found: Sequence[CompletionScores], dtype: str
 
 @dataclass(frozen=True)
 class _Distances:
-    """Of recomputed scores, where a neighbour's differ from the golden ones: root mean squares, in standard deviations.
+    """Holds how far recomputed scores are from the golden ones and from a neighbouring place's, over the scores in which these two differ.
+
+    Each distance is a root mean square, in standard deviations of the golden scores.
 
     Attributes:
-        golden: from the golden scores.
-        wrong: from the neighbour's.
-        apart: between those two.
+        neighbour: the neighbouring layer or token.
+        golden: distance of the recomputed scores from the golden ones.
+        wrong: distance of the recomputed scores from the neighbour's.
+        apart: distance of the golden scores from the neighbour's.
     """
 
     neighbour: Neighbour
@@ -107,7 +120,7 @@ class _Distances:
 
 
 def _check_place(probe: ProbeFile, recomputed: NDArray[np.float64], dtype: str) -> ProbeRefused | None:
-    """Whether the scores are those of a neighbouring place, or not clearly those of the right one."""
+    """Returns a refusal if recomputed golden scores are those of a neighbouring place, or are not clearly those of the right one."""
     golden = probe.manifest.golden
     allowed: float = getattr(golden.tolerance, dtype)
     measured = [_distances(golden, neighbour, recomputed) for neighbour in golden.neighbours]
@@ -135,7 +148,7 @@ def _check_place(probe: ProbeFile, recomputed: NDArray[np.float64], dtype: str) 
 
 
 def _check_neighbours_suffice(probe: ProbeFile, measured: Sequence[_Distances | None], dtype: str) -> ProbeRefused | None:
-    """Whether the neighbours are those of the manifest's taps, all of them, and a wrong layer would have shown."""
+    """Returns a refusal if a manifest's stored neighbours are not exactly those of its taps, or could not reveal a wrong layer."""
     manifest, golden = probe.manifest, probe.manifest.golden
     stated = ", ".join(map(str, manifest.taps))
     said = {entry.place: entry for entry in (*golden.neighbours, *golden.left_out)}
@@ -166,8 +179,10 @@ def _check_neighbours_suffice(probe: ProbeFile, measured: Sequence[_Distances | 
 
 
 def _distances(golden: Golden, neighbour: Neighbour, recomputed: NDArray[np.float64]) -> _Distances | None:
-    """``None`` where no score differs between the two places, and to read in the wrong one gives no wrong score; or where all differ by
-    more than any scores of this probe would.
+    """Computes the distances of recomputed scores from the golden ones and from those of a neighbouring place.
+
+    Returns ``None`` where no score differs between the two places, so that reading the wrong one gives no wrong score, and where all scores
+    differ by more than any scores of this probe would.
     """
     between, expected = neighbour.difference_rows, golden.score_rows
     labels = between.shape[1]
@@ -177,7 +192,7 @@ def _distances(golden: Golden, neighbour: Neighbour, recomputed: NDArray[np.floa
     differing = (np.abs(between) > SAME_SCORE) & (np.abs(between) <= likely)
     if not differing.any():
         return None
-    # a few scores that are much farther apart would outweigh all others, and hide what those say
+    # a few scores that are much farther apart would outweigh all others, and hide what the others show
     differing &= np.abs(between) <= OUTLYING * np.median(np.abs(between[differing]))
     return _Distances(neighbour, *(_root_mean_square(rows[differing]) for rows in (off, off - between, between)))
 
@@ -187,6 +202,6 @@ def _root_mean_square(numbers: NDArray[np.float64]) -> float:
 
 
 def _rows(scores: CompletionScores, probe: str) -> NDArray[np.float32]:
-    """Per token, or the one row of a probe that pools by itself."""
+    """Returns a probe's scores for one completion as rows: one for each token, or the only row of a probe that pools by itself."""
     answer = scores[probe]
     return answer.reduced[0] if answer.tokens is None else answer.tokens

@@ -1,4 +1,4 @@
-"""From probe files to probes that are ready to run, as many of them as possible in stacks."""
+"""Makes checked probe files ready to run, as many of them as possible computed together in stacks."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from probescore_server.errors import ProbeRefused
 from probescore_server.probes.format.graph import CU_SEQLENS, POSITIONS, GraphInputs, GraphSignature
 from probescore_server.probes.format.manifest import Manifest
 from probescore_server.probes.format.probe_file import ProbeFile
-from probescore_server.probes.loading.independence import LARGEST_CALL, rows_tried
+from probescore_server.probes.loading.context_check import LARGEST_CALL, rows_tried
 from probescore_server.probes.loading.onnx_session import ProbeSession, session_device
 from probescore_server.probes.loading.random_sequences import RandomSequences
 from probescore_server.probes.loading.row_by_row import is_row_by_row
 from probescore_server.probes.stacking.graph_reader import read_network
-from probescore_server.probes.stacking.network import Network
+from probescore_server.probes.stacking.layered_network import Network
 from probescore_server.probes.stacking.stack import Stack, stack_networks
 
 STACKED_TOLERANCE = 1e-5
-"""Largest difference allowed between a stack and a graph's own session, as a multiple of the scores' standard deviation."""
+"""Limits the difference between a probe's scores in a stack and those of its own graph, in standard deviations of the scores."""
 
 _CHECKED_ROWS = 64
 _CHECKED_SCALES = (1.0, 30.0)
@@ -36,7 +36,7 @@ logger = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class StackMember:
-    """One network of a stack."""
+    """Names one network of a stack, by its number in it; a stack computes several probes together."""
 
     stack: Stack
     number: int
@@ -44,12 +44,13 @@ class StackMember:
 
 @dataclass(frozen=True, eq=False)
 class LoadedProbe:
-    """A probe that is ready to run.
+    """Holds a probe that is ready to run.
 
     Attributes:
-        runs: what computes its scores.
-        as_probability: the sigmoid is applied to them.
-        rows_per_call: a session is given no more rows of several sequences at a time: as many as it was tried with.
+        manifest: the probe's manifest.
+        runs: what computes the probe's scores: a session of its own graph, or a network of a stack.
+        as_probability: whether the sigmoid is applied to the scores.
+        rows_per_call: the most rows of several sequences that a session is given at a time, as many as its graph was tried with.
     """
 
     manifest: Manifest
@@ -59,24 +60,24 @@ class LoadedProbe:
 
     @classmethod
     def of(cls, manifest: Manifest, runs: ProbeSession | StackMember) -> LoadedProbe:
-        """As its manifest says that scores are sent."""
+        """Makes a loaded probe whose scores are sent in the unit that its manifest states."""
         return cls(manifest, runs, manifest.output.unit is ScoreUnit.LOGIT and manifest.reduce_on is ScoreUnit.PROBABILITY)
 
     @property
     def pools(self) -> bool:
-        """Whether it gives one score per rollout."""
+        """Tells whether the probe gives one score per rollout rather than one per token."""
         return self.manifest.output.per is OutputPer.ROLLOUT
 
 
 def load_probes(files: Sequence[ProbeFile], device: torch.device) -> dict[str, LoadedProbe]:
-    """Makes probes ready to run.
+    """Makes checked probe files ready to run.
 
     Args:
-        files: checked, each probe once.
-        device: of the model.
+        files: the probe files, each probe once.
+        device: device of the language model.
 
     Returns:
-        By ``name@version``, in the order given.
+        The loaded probes by ``name@version``, in the order given.
 
     Raises:
         ProbeRefused: onnxruntime cannot run a graph.
@@ -94,20 +95,23 @@ def load_probes(files: Sequence[ProbeFile], device: torch.device) -> dict[str, L
 
 
 def needs_trial(file: ProbeFile, probe: LoadedProbe) -> bool:
-    """Whether nothing but trying shows that a probe's scores depend on no more than its manifest says."""
+    """Returns whether only a trial can show that a probe's scores depend on no more than its manifest states.
+
+    A trial is not needed for a probe that runs in a stack, or whose operators prove that it scores row by row.
+    """
     return isinstance(probe.runs, ProbeSession) and not is_row_by_row(onnx.load_from_string(file.graph), GraphSignature.of(file.manifest))
 
 
 def limited_to_tried_calls(file: ProbeFile, probe: LoadedProbe, golden: Mapping[Tap, NDArray[np.float32]]) -> LoadedProbe:
-    """A probe, given no larger calls than those in which it was tried and found right.
+    """Tries a probe's graph, and returns the probe limited to calls no larger than those in which its scores were right.
 
     Args:
-        file: of the probe.
-        probe: runs as a session.
-        golden: activations of its golden rollouts by tap, ``(N, hidden_size)``, row by row of the same tokens.
+        file: the probe's file.
+        probe: the loaded probe, which runs as a session.
+        golden: activations of its golden rollouts by tap, ``(N, hidden_size)`` float32; row i is of the same token at every tap.
 
     Raises:
-        ProbeRefused: its scores depend on more than its manifest's ``context`` says.
+        ProbeRefused: the probe's scores depend on more than its manifest's ``context`` states.
     """
     session = probe.runs
     assert isinstance(session, ProbeSession)  # noqa: S101
@@ -125,7 +129,7 @@ def limited_to_tried_calls(file: ProbeFile, probe: LoadedProbe, golden: Mapping[
 def _stacked(
     tap: Tap, networks: Mapping[str, Network], sessions: Mapping[str, ProbeSession], device: torch.device
 ) -> dict[str, StackMember]:
-    """The stack of those networks of a tap whose scores are in it what their sessions give."""
+    """Stacks those networks of a tap whose scores in the stack equal those of their own sessions; returns them by ``name@version``."""
     stack = stack_networks([network.layers for network in networks.values()], device)
     differing = _differing(tap, stack, networks, sessions, device)
     for key, difference in differing.items():
@@ -139,7 +143,10 @@ def _stacked(
 def _differing(
     tap: Tap, stack: Stack, networks: Mapping[str, Network], sessions: Mapping[str, ProbeSession], device: torch.device
 ) -> dict[str, float]:
-    """By how much the scores of fixed random rows differ, in units of their standard deviation, where it is too much."""
+    """Returns the probes whose scores in a stack differ too much from those of their own sessions on fixed random rows.
+
+    The differences are in standard deviations of the scores, by ``name@version``.
+    """
     differing: dict[str, float] = {}
     starts = np.cumsum((0, *stack.labels))
     for scale in _CHECKED_SCALES:
@@ -149,7 +156,7 @@ def _differing(
         for number, (key, network) in enumerate(networks.items()):
             found, own = together[:, starts[number] : starts[number + 1]], rows
             if network.centre.any() or (network.spread != 1).any():
-                # as far from 0 as the graph expects them, where taking its standardisation into the weights costs digits
+                # rows as far from 0 as the graph expects them, where folding its standardisation into the weights costs digits
                 own = torch.from_numpy((network.centre + network.spread * scale * normal).astype(np.float32))
                 found = _scores(stack.select([number]), own, device)
             expected = sessions[key].run({tap: own.to(sessions[key].device)}, None, None)
@@ -167,7 +174,7 @@ def _scores(stack: Stack, rows: torch.Tensor, device: torch.device) -> NDArray[n
 
 
 def _difference(found: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
-    """In units of the standard deviation, label by label, beyond one rounding of the scores themselves; NaN if they are not finite."""
+    """Returns the largest difference of scores beyond one rounding, in standard deviations of each label; NaN if scores are not finite."""
     exact = expected.astype(np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):
         beyond = np.abs(found - exact) - np.finfo(np.float32).eps * np.abs(exact)

@@ -1,4 +1,4 @@
-"""A probe's graph as an onnxruntime session that reads torch tensors where they are: without copies, only scores travel."""
+"""Runs a probe's graph in an onnxruntime session that reads torch tensors on their device without copies; only scores are copied."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from probescore_server.probes.format.probe_file import ProbeFile
 
 
 def session_device(device: torch.device) -> torch.device:
-    """Where graphs read their inputs: on the model's device if onnxruntime was built for it, else on the host."""
+    """Returns the device on which graphs read their inputs: the model's device if onnxruntime supports it, else the CPU."""
     return device if device.type == "cuda" and "CUDAExecutionProvider" in ort.get_available_providers() else torch.device("cpu")
 
 
 class ProbeSession:
-    """Runs one probe's graph.
+    """Runs the graph of one probe in onnxruntime.
 
     Args:
         probe: a checked probe file.
-        device: where activations will be: a ``session_device``.
+        device: the device on which activations will be, as ``session_device`` returns it.
 
     Attributes:
-        device: the same.
+        device: the device on which the session reads activations.
 
     Raises:
         ProbeRefused: onnxruntime cannot run the graph.
@@ -43,14 +43,21 @@ class ProbeSession:
         self.open()
 
     def open(self) -> None:
-        """Makes it ready to run; done by the constructor, and needed again after ``close`` only."""
+        """Creates the onnxruntime session; the constructor does so, and it is needed again only after ``close``.
+
+        Raises:
+            ProbeRefused: onnxruntime cannot run the graph.
+        """
         try:
             self._session = ort.InferenceSession(self._probe.graph, _session_options(), providers=_providers(self.device))
         except Exception as error:  # onnxruntime's own exceptions share no base class
             raise ProbeRefused(self._probe.file, "graph", f"a graph that onnxruntime refuses: {error}", "one that it can run") from None
 
     def close(self) -> None:
-        """Gives its device's memory back, of which onnxruntime keeps weights and its largest batch's for as long as there is a session."""
+        """Frees the session's memory on its device.
+
+        As long as a session exists, onnxruntime keeps its weights and the memory of its largest batch.
+        """
         del self._session
 
     def run(
@@ -60,19 +67,19 @@ class ProbeSession:
         positions: NDArray[np.int64] | None,
         options: ort.RunOptions | None = None,
     ) -> NDArray[np.float32]:
-        """Scores some rows.
+        """Computes the probe's scores of some rows of activations.
 
         Args:
-            rows: by tap ``(n, hidden_size)`` float32, contiguous, on the session's device, n ≥ 1.
-            cu_seqlens: ``(S + 1,)``, where each sequence starts; ``None`` for a pointwise probe.
-            positions: ``(n,)``, each row's position in its rollout; used if the graph takes it.
-            options: with which another thread can end the run.
+            rows: activations by tap, ``(n, hidden_size)`` float32, contiguous, on the session's device, n ≥ 1.
+            cu_seqlens: where each of the S sequences starts, ``(S + 1,)``; ``None`` for a pointwise probe.
+            positions: each row's position in its rollout, ``(n,)``; used if the graph takes it.
+            options: run options with which another thread can end the run.
 
         Returns:
-            ``(n, labels)``, or ``(S, labels)`` for a probe that pools by itself.
+            Scores, ``(n, labels)`` float32, or ``(S, labels)`` for a probe that pools by itself.
 
         Raises:
-            GraphFailed: an operator fails on these rows, or there are more or fewer scores than there must be.
+            GraphFailed: an operator fails on these rows, or the graph gives more or fewer scores than it must.
         """
         ACTIVITY.begin(f"probe {self._manifest.key}", len(rows[self._manifest.taps[0]]))
         binding = self._session.io_binding()
@@ -90,7 +97,7 @@ class ProbeSession:
         try:
             self._session.run_with_iobinding(binding, options)
         except RuntimeError as error:
-            # onnxruntime has no type of its own for it; memory that is short and a device that is lost are no fault of the graph
+            # onnxruntime has no exception type of its own; lack of memory and a lost device are no fault of the graph
             if kind_of(error) is not FailureKind.OTHER or "terminate flag" in str(error):
                 raise
             raise GraphFailed("an operator fails") from error
@@ -101,7 +108,7 @@ class ProbeSession:
 def _providers(device: torch.device) -> list[str | tuple[str, dict[str, object]]]:
     if device.type != "cuda":
         return ["CPUExecutionProvider"]
-    # what onnxruntime allocates does not count towards torch's limit, so that each session is given the same
+    # what onnxruntime allocates does not count towards torch's memory limit, so that each session is given the same limit
     total = torch.cuda.get_device_properties(device).total_memory
     limit = int(total * torch.cuda.get_per_process_memory_fraction(device))
     # TF32, onnxruntime's default, has 10 bits of mantissa
@@ -113,7 +120,7 @@ def _session_options() -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.inter_op_num_threads = 1
-    # threads that spin between calls would take the cores from torch, and an arena would keep the largest batch's memory for ever
+    # threads that spin between calls would take the cores from torch, and an arena would never free the largest batch's memory
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.enable_cpu_mem_arena = False
     options.enable_mem_pattern = False

@@ -1,4 +1,4 @@
-"""Sequences of random rows for a graph, like golden activations or far from them; and sequences cut, joined and packed."""
+"""Draws sequences of random rows for a graph, near golden activations or far from them, and cuts, joins and packs sequences."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from probescore.types import Tap
 from probescore_server.probes.format.graph import CU_SEQLENS, POSITIONS, GraphInputs
 from probescore_server.probes.format.manifest import Manifest
 
-# where a sequence may begin in its rollout: as after a short prompt, so that tables of positions are long enough
+# a sequence begins at a position below this, as after a short prompt, so that a graph's table of positions is long enough
 _MOST_POSITION = 16
 
 
 @dataclass(frozen=True, eq=False)
 class RandomSequences:
-    """Where random rows come from.
+    """Draws sequences of random activations around a probe's golden ones.
 
     Attributes:
-        manifest: which inputs the graph takes.
-        golden: activations of golden rollouts by tap, ``(N, hidden_size)``, row by row of the same tokens.
-        random: draws.
+        manifest: states which inputs the graph takes.
+        golden: activations of golden rollouts by tap, ``(N, hidden_size)`` float32; row i is of the same token at every tap.
+        random: draws the random numbers.
     """
 
     manifest: Manifest
@@ -32,12 +32,15 @@ class RandomSequences:
     random: np.random.Generator
 
     def sequence(self, length: int, scale: float, first: int | None = None) -> GraphInputs:
-        """One sequence of rows ``scale`` standard deviations from golden ones; positions go on from ``first``, or from some low one."""
+        """Draws one sequence of ``length`` rows that lie ``scale`` standard deviations from golden activations.
+
+        Positions start at ``first``, or at a random one below 16, and go on one by one.
+        """
         rows = self.random.integers(len(next(iter(self.golden.values()))), size=length)
         inputs: dict[str, NDArray[Any]] = {}
         for tap in self.manifest.taps:
             golden = self.golden[tap].astype(np.float32)
-            # a little in every direction: a dimension in which golden activations are all alike is one all the same
+            # a little is added in every direction, so that a dimension in which all golden activations are alike is varied too
             spread = golden.std(axis=0) + np.float32(1e-3) * np.sqrt(np.square(golden).mean())
             inputs[str(tap)] = golden[rows] + np.float32(scale) * spread * self.random.standard_normal(
                 (length, golden.shape[1]), np.float32
@@ -50,7 +53,7 @@ class RandomSequences:
 
 
 def pack_sequences(sequences: Sequence[GraphInputs]) -> GraphInputs:
-    """What a graph is given for several sequences in one call, from what it is given for each."""
+    """Packs several sequences, each given as the inputs of a graph, into the inputs of one call."""
     together = {name: np.concatenate([inputs[name] for inputs in sequences]) for name in sequences[0]}
     if CU_SEQLENS in together:
         together[CU_SEQLENS] = np.cumsum([0, *map(sequence_length, sequences)], dtype=np.int64)
@@ -58,15 +61,15 @@ def pack_sequences(sequences: Sequence[GraphInputs]) -> GraphInputs:
 
 
 def cut_sequence(inputs: GraphInputs, rows: slice) -> GraphInputs:
-    """Consecutive rows of a sequence as a sequence of their own."""
+    """Returns consecutive rows of a sequence as a sequence of their own; both are given as the inputs of a graph."""
     return {name: np.array([0, rows.stop - rows.start], np.int64) if name == CU_SEQLENS else array[rows] for name, array in inputs.items()}
 
 
 def sequence_length(inputs: GraphInputs) -> int:
-    """Rows of a sequence."""
+    """Returns how many rows a sequence has, given as the inputs of a graph."""
     return len(next(iter(inputs.values())))
 
 
 def join_parts(first: GraphInputs, second: GraphInputs) -> GraphInputs:
-    """Two parts of one sequence, as one."""
+    """Joins two parts of one sequence, each given as the inputs of a graph, into one sequence."""
     return cut_sequence(pack_sequences([first, second]), slice(0, sequence_length(first) + sequence_length(second)))

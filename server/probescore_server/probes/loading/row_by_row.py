@@ -1,7 +1,7 @@
-"""Graphs that certainly compute row by row: no score depends on another row, on how many there are, or on its place among them.
+"""Proves of some graphs that they compute row by row: no score depends on another row, on how many rows there are, or on a row's place.
 
-The nodes are followed one by one. Of each value is known that it is the same for every input, or along which axis it has one entry for each
-row, made of that row alone. Of everything else nothing is known, and whatever is made of that is unknown too.
+The nodes are followed one by one. Of each value it is known that it is the same for every input, or along which axis it has one entry for
+each row, made of that row alone. Of every other value nothing is known, and whatever is made of it is unknown too.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from probescore_server.probes.stacking.graph_reader import read_network
 
 
 def is_row_by_row(model: onnx.ModelProto, signature: GraphSignature) -> bool:
-    """Whether the operators of a graph prove it.
+    """Returns whether the operators of a probe's graph prove that it computes row by row.
 
     Args:
-        model: passed ``check_graph`` and ``check_signature``.
-        signature: of the same probe.
+        model: an ONNX model that passed ``check_graph`` and ``check_signature``.
+        signature: the inputs and output of the same probe's graph.
     """
     return signature.per is OutputPer.TOKEN and (
         read_network(model, signature) is not None or _followed(model, signature) == RowsOnAxis(0, 2)
@@ -29,7 +29,10 @@ def is_row_by_row(model: onnx.ModelProto, signature: GraphSignature) -> bool:
 
 
 def _followed(model: onnx.ModelProto, signature: GraphSignature) -> Value | None:
-    """What is known of the scores."""
+    """Follows a graph from its inputs to its output, and returns whether its scores are known to have one entry for each row.
+
+    The result is ``None`` if nothing is known of the scores.
+    """
     opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 1)
     inferred = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
     shapes = {
@@ -46,7 +49,12 @@ def _followed(model: onnx.ModelProto, signature: GraphSignature) -> Value | None
         node = ProvenNode(proto, [values.get(name) for name in proto.input], [shapes.get(name, ()) for name in proto.input], opset)
         try:
             results = _results(node, [shapes.get(name) for name in proto.output])
-        except (NotProven, LookupError, TypeError, ValueError):  # or something of an unusual form, of which nothing is certain either
+        except (
+            NotProven,
+            LookupError,
+            TypeError,
+            ValueError,
+        ):  # the last three come from a node of unusual form, of which nothing is certain either
             continue
         for name, value in zip(proto.output, results, strict=False):
             # where shape inference knows better than the rules do, nothing is certain

@@ -1,4 +1,6 @@
-"""What each operator makes of values that have an entry for each row: a function an operator, all in ``OPERATORS``."""
+"""Defines for each ONNX operator what it makes of values that have an entry for each row: one function an operator, listed in
+``OPERATORS``.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ from probescore_server.probes.loading.row_values import NotProven, ProvenNode, R
 
 
 def _elementwise(node: ProvenNode) -> list[Value]:
-    """Numbers at the same place, as broadcasting brings them there."""
+    """Proves that an operator on numbers at the same place, after broadcasting, computes row by row: all rows must lie on the same axis."""
     given = [value for name, value in zip(node.proto.input, node.inputs, strict=True) if name]
     rows = [value for value in given if isinstance(value, RowsOnAxis)]
     if not rows:
@@ -26,7 +28,7 @@ def _elementwise(node: ProvenNode) -> list[Value]:
 
 
 def _apart(axes: list[int], rows: RowsOnAxis) -> set[int]:
-    """Axes counted from the first; that of the rows must not be among them."""
+    """Returns axes counted from the first; raises ``NotProven`` if the axis along which the rows lie is among them."""
     counted = {axis % rows.rank for axis in axes}
     if rows.axis in counted:
         raise NotProven
@@ -50,7 +52,7 @@ def _arg(node: ProvenNode) -> list[Value]:
 def _softmax(node: ProvenNode) -> list[Value]:
     rows = node.rows()
     axis = node.attribute("axis", -1 if node.opset >= 13 else 1) % rows.rank
-    if rows.axis == axis or (node.opset < 13 and rows.axis > axis):  # all from the axis on are one
+    if rows.axis == axis or (node.opset < 13 and rows.axis > axis):  # before opset 13, all axes from this one on are normalised together
         raise NotProven
     return [rows]
 
@@ -112,7 +114,7 @@ def _gather(node: ProvenNode) -> list[Value]:
 
 
 def _elements(node: ProvenNode) -> list[Value]:
-    """Of ``GatherElements`` and ``ScatterElements``: places in the same row."""
+    """Proves that ``GatherElements`` or ``ScatterElements`` computes row by row, since it reads or writes places in the same row."""
     rows = node.rows()
     _apart([node.attribute("axis", 0)], rows)
     if any(value != rows for value in node.inputs):
@@ -211,7 +213,7 @@ def _expand(node: ProvenNode) -> list[Value]:
 
 
 def _reshape(node: ProvenNode) -> list[Value]:
-    """With the rows first, before and after."""
+    """Proves that ``Reshape`` keeps rows apart where they lie on the first axis before and after."""
     given, shape = node.inputs
     if isinstance(given, ShapeSizes) and isinstance(shape, SameForAllInputs) and len(given.sizes) == 1 and node.numbers(1) in ([-1], [1]):
         return [ShapeSizes(given.sizes)]
@@ -244,7 +246,7 @@ def _top_k(node: ProvenNode) -> list[Value]:
 
 
 def _einsum(node: ProvenNode) -> list[Value]:
-    """Where one letter is that of the rows, in every value that has any and in the result."""
+    """Proves that ``Einsum`` computes row by row where one letter is the axis of the rows in the result and in every input with rows."""
     terms, arrow, result = node.attribute("equation").decode().replace(" ", "").partition("->")
     letters, named = set(), terms.split(",")
     if not arrow or "." in terms or len(named) != len(node.inputs):
@@ -263,7 +265,7 @@ def _einsum(node: ProvenNode) -> list[Value]:
 
 
 def _first(node: ProvenNode) -> list[Value]:
-    """The first result has the form of the first input; the others are constants."""
+    """Proves that an operator computes row by row if its first result has the form of its first input and the others are constants."""
     for index in range(1, len(node.inputs)):
         if node.has(index):
             node.same(index)
@@ -277,7 +279,7 @@ def _batch_normalization(node: ProvenNode) -> list[Value]:
 
 
 def _table(*ranks: int) -> Callable[[ProvenNode], list[Value]]:
-    """Operators over tables, a row of features each; of the ranks that their results have."""
+    """Returns the proof for operators that compute each row of a table by itself; ``ranks`` are the numbers of axes of their results."""
 
     def results(node: ProvenNode) -> list[Value]:
         if node.rows() != RowsOnAxis(0, 2):

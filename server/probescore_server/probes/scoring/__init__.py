@@ -1,1 +1,1 @@
-"""From a batch's activations to the scores of its completions."""
+"""Computes the scores of a batch of completions from the language model's activations."""

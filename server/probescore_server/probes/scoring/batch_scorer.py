@@ -1,4 +1,4 @@
-"""From a batch's activations to the scores of its completions."""
+"""Scores all completions of one batch: runs every probe that they ask for, and puts the scores of each completion together."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from probescore_server.probes.scoring.stacked_scores import StackedProbe, Stacke
 from probescore_server.rollouts import CheckedRollout, EngineInfo, ResolvedOptions
 
 _Answers = dict[Placement, dict[str, ProbeScores | str]]
-"""By placement and ``name@version``: scores, or what keeps the probe from giving any."""
+"""Holds the answers for a batch, by a completion's place in it and the probe's ``name@version``: scores, or why there are none."""
 
 
 @dataclass(frozen=True, eq=False)
 class _AlikeCompletions:
-    """Completions that ask for the same.
+    """Holds completions that ask for the same probes and reductions.
 
     Attributes:
-        reductions: of each probe, by ``name@version``.
-        names: under which each probe is answered, by ``name@version`` in the order asked.
+        reductions: the reductions of each probe, by ``name@version``.
+        names: the name under which each probe is answered, by ``name@version`` in the order asked.
         asked: the completions and their follow-ups.
     """
 
@@ -44,19 +44,20 @@ class _AlikeCompletions:
 
 
 class BatchScorer:
-    """Scores the completions of one batch.
+    """Scores the completions of one batch from the language model's activations.
 
     Args:
-        info: what is loaded.
-        probes: by ``name@version``.
-        special_ids: the ids of BOS, EOS and UNK, int32.
-        rollouts: the batch.
-        forest: where they stand.
-        activations: of the forest, at every tap of the probes that the rollouts ask for.
-        wanted: who waits for which rollout.
+        info: describes the loaded model and probes.
+        probes: the loaded probes by ``name@version``.
+        special_ids: ids of BOS, EOS and UNK, int32.
+        rollouts: the rollouts of the batch.
+        forest: the token segments of the batch, with the place of each rollout among them.
+        activations: activations of the forest at every tap of the probes that the rollouts ask for.
+        wanted: tells which rollouts a client still waits for.
 
     Attributes:
-        refused_by: by index of a rollout that was scored and has, it or a follow-up, no scores: for which probe, ``name@version``.
+        refused_by: for each scored rollout without scores, by its index in the batch, the ``name@version`` of the probe that could not
+            score the rollout or one of its follow-ups.
     """
 
     def __init__(
@@ -80,8 +81,9 @@ class BatchScorer:
         self._activations, self._finite = _without_non_finite(activations.rows)
 
     def score(self, indices: Collection[int]) -> dict[int, CompletionScores]:
-        """The scores of these rollouts, by index; the activations of their segments must all be there. Those that nobody waits for any
-        more are left out.
+        """Computes the scores of some rollouts, given and returned by their indices in the batch.
+
+        The activations of all of their segments must be there. Rollouts that no client waits for any more are left out.
         """
         requests: dict[tuple[object, ...], _AlikeCompletions] = {}
         roots = {}
@@ -172,13 +174,16 @@ def _completion(
 
 
 def _refusing(placement: Placement, keys: Iterable[str], answers: _Answers) -> str:
-    """The first probe that cannot score a completion or one of its follow-ups; empty if all can."""
+    """Returns the first probe that cannot score a completion or one of its follow-ups; empty if all can."""
     own = next((key for key in keys if isinstance(answers[placement][key], str)), "")
     return own or next(filter(None, (_refusing(follow_up, keys, answers) for follow_up in placement.follow_ups)), "")
 
 
 def _without_non_finite(activations: Mapping[Tap, torch.Tensor]) -> tuple[dict[Tap, torch.Tensor], dict[Tap, NDArray[np.bool_]]]:
-    """Activations without NaN and infinities, and which rows had none; the others are 0, so that no graph carries them to a neighbour."""
+    """Replaces every row of activations that has NaN or an infinity by zeros, so that no graph carries such numbers to a neighbouring row.
+
+    Returns the cleaned activations by tap, and by tap ``(N,)`` bool, which is true for the rows that were finite.
+    """
     cleaned, finite = {}, {}
     for tap, rows in activations.items():
         good = torch.isfinite(rows).all(dim=1)

@@ -1,4 +1,4 @@
-"""Which rollouts of a batch somebody still waits for: asked between the pieces of its work, and while a graph runs."""
+"""Tracks which rollouts of a batch a client still waits for; this is asked between the steps of the work and while a graph runs."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ POLL_SECONDS = 0.02
 
 
 class ComputationCancelled(Exception):
-    """Nobody waits any more for what was being computed."""
+    """Reports that a computation was given up because no client waits for its result any more."""
 
 
 class WantedRollouts:
-    """The rollouts of a batch.
+    """Tells which rollouts of a batch a client still waits for.
 
     Args:
-        is_cancelled: asked for a rollout's index; once it said yes it is not asked again.
+        is_cancelled: returns whether the rollout of an index was cancelled; it is not asked again once it returned true.
 
     Attributes:
-        cancelled: those of which it said so: anything that only they need may be missing.
+        cancelled: indices of the rollouts that were found cancelled; results that only they need may be missing.
     """
 
     def __init__(self, is_cancelled: Callable[[int], bool]) -> None:
@@ -31,20 +31,20 @@ class WantedRollouts:
         self._is_cancelled = is_cancelled
 
     def any(self, rollouts: Collection[int]) -> bool:
-        """Whether somebody waits for one of these."""
+        """Returns whether a client still waits for one of these rollouts, given by index in the batch."""
         self.cancelled.update(index for index in rollouts if index not in self.cancelled and self._is_cancelled(index))
         return not self.cancelled.issuperset(rollouts)
 
     def check(self, rollout: int) -> None:
-        """Raises ``ComputationCancelled`` if nobody waits for this one."""
+        """Raises ``ComputationCancelled`` if no client waits for this rollout, given by index in the batch, any more."""
         if not self.any((rollout,)):
             raise ComputationCancelled
 
 
 class GraphCanceller:
-    """Ends the graph that runs once nobody waits for it: a context manager, within which a thread looks.
+    """Ends the running graph once no client waits for its scores: a context manager with a thread that checks regularly.
 
-    onnxruntime looks between two operators, also within loops: a single one is never interrupted.
+    onnxruntime checks for the end between two operators, also within loops: a single operator is never interrupted.
     """
 
     def __init__(self, wanted: WantedRollouts) -> None:
@@ -63,15 +63,15 @@ class GraphCanceller:
 
     @contextmanager
     def over(self, rollouts: Collection[int]) -> Iterator[ort.RunOptions]:
-        """Options for one run of a graph, which only these rollouts need.
+        """Yields run options for one run of a graph whose scores only these rollouts need, given by index in the batch.
 
         Raises:
-            ComputationCancelled: nobody waits for them, before it ran or while it did.
+            ComputationCancelled: no client waited for these rollouts any more, before the graph ran or while it did.
         """
         if not self._wanted.any(rollouts):
             raise ComputationCancelled
         options = ort.RunOptions()
-        options.log_severity_level = 4  # an end that is asked for is no error
+        options.log_severity_level = 4  # a requested end is no error
         self._running = options, rollouts
         try:
             yield options

@@ -1,4 +1,4 @@
-"""Probes that run as graphs: each is given every sequence of rows that it must see in a batch, once."""
+"""Scores completions with probes that run as onnxruntime sessions; each graph is given every sequence that it needs once a batch."""
 
 from __future__ import annotations
 
@@ -13,23 +13,27 @@ from probescore.reductions import Reduction, reduce_scores
 from probescore.types import ProbeScores, Tap
 from probescore_server.backbone.forest import Forest
 from probescore_server.probes.format.graph import GraphFailed
-from probescore_server.probes.loading.independence import LARGEST_CALL, LONGEST_SHARE, SEQUENCES
+from probescore_server.probes.loading.context_check import LARGEST_CALL, LONGEST_SHARE, SEQUENCES
 from probescore_server.probes.loading.loader import LoadedProbe
 from probescore_server.probes.loading.onnx_session import ProbeSession
 from probescore_server.probes.scoring.cancellation import ComputationCancelled, GraphCanceller, WantedRollouts
 from probescore_server.probes.scoring.selections import ProbeInput, ProbeInputs, ScoredSegment, ScoreTarget, SegmentRows
 
 MAX_ROWS_PER_CALL = LARGEST_CALL
-"""A graph may need memory for rows × features, or for rows × rows. A longer sequence goes in pieces where a window says how far a score
-looks back, else in one."""
+"""Limits the rows of one call of a graph, which may need memory for rows × features or for rows × rows.
+
+A longer sequence is cut into pieces where the probe's window states how far back a score looks; otherwise it is given in one call.
+"""
 
 MAX_SEQUENCES_PER_CALL = SEQUENCES
-"""No more than every graph was tried with."""
+"""Limits the sequences of one call of a graph to the number with which every graph was tried."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _SequencePiece:
-    """Rows of a sequence that go together; the first ``known`` of them are only looked back at: a piece before has their scores."""
+    """Holds the rows of one piece of a sequence; the first ``known`` rows are given only as context, since an earlier piece has their
+    scores.
+    """
 
     rows: NDArray[np.int64]
     known: int
@@ -37,7 +41,7 @@ class _SequencePiece:
 
 @dataclass(slots=True, eq=False)
 class _ProbeSequences:
-    """The sequences of rows that one probe must see in a batch, each once, and later their scores, or why there are none."""
+    """Holds the different sequences of rows that one probe must score in a batch and, once its graph has run, their scores or failures."""
 
     numbers: dict[object, int] = field(default_factory=dict)
     sequences: list[NDArray[np.int64]] = field(default_factory=list)
@@ -45,16 +49,18 @@ class _ProbeSequences:
 
 
 class SessionScores:
-    """The scores of one probe for a batch.
+    """Computes the scores of one probe for a batch with its onnxruntime session.
 
     Args:
-        probe: whose scores.
-        session: runs its graph.
-        forest, probe_inputs, rows: where the completions stand.
-        activations: by tap ``(N, hidden_size)`` float32 on the session's device, without NaN and infinities.
-        finite: by tap ``(N,)``, which rows had none.
-        wanted: who waits for which rollout.
-        watch: ends the graph once nobody waits for what it computes.
+        probe: the loaded probe.
+        session: runs the probe's graph.
+        forest: the token segments of the batch.
+        probe_inputs: states which tokens the probe reads of each completion.
+        rows: states where each segment's rows are among the activations.
+        activations: activations by tap, ``(N, hidden_size)`` float32 on the session's device, without NaN and infinities.
+        finite: by tap, ``(N,)`` bool: which rows were finite before they were cleaned.
+        wanted: tells which rollouts a client still waits for.
+        watch: ends the graph once no client waits for what it computes.
     """
 
     def __init__(
@@ -81,7 +87,7 @@ class SessionScores:
         self._calls = _ProbeSequences()
 
     def run(self, asked: Sequence[ScoreTarget]) -> None:
-        """Runs the graph on all that these completions need."""
+        """Runs the probe's graph on every sequence that these completions need."""
         calls = self._calls
         for each in asked:
             for name, rows in self._sequences(self._probe_inputs.of(each, self._probe.manifest)):
@@ -91,10 +97,10 @@ class SessionScores:
         calls.scores = list(self._run(calls.sequences))
 
     def of(self, asked: ScoreTarget, reductions: Sequence[Reduction]) -> ProbeScores | str:
-        """The scores of a completion that was run, or what keeps it from being scored.
+        """Returns the probe's scores of a completion for which its graph was run, or what keeps the completion from being scored.
 
         Raises:
-            ComputationCancelled: nobody waits for it.
+            ComputationCancelled: no client waits for the completion any more.
         """
         self._wanted.check(asked.rollout)
         probe_input = self._probe_inputs.of(asked, self._probe.manifest)
@@ -107,7 +113,10 @@ class SessionScores:
     # ------------------------------------------------------------------------------------------------------------ before the graph
 
     def _sequences(self, probe_input: ProbeInput) -> Iterator[tuple[object, NDArray[np.int64]]]:
-        """What the graph must be given for a probe's input: under a name that is the same for the same rows, the rows in order."""
+        """Yields the sequences that the graph must be given for a probe's input, each as a name and its rows' indices in order.
+
+        The name is the same for the same rows.
+        """
         if not self._probe.pools:
             for scored in probe_input.segments:
                 chain = _chain(self._probe, scored)
@@ -127,7 +136,7 @@ class SessionScores:
     # ------------------------------------------------------------------------------------------------------------------- the graph
 
     def _run(self, sequences: Sequence[NDArray[np.int64]]) -> Iterator[NDArray[np.float32] | GraphFailed]:
-        """The scores of each sequence: ``(its rows, labels)``, or ``(1, labels)`` for a probe that pools."""
+        """Yields the scores of each sequence, ``(its rows, labels)``, or ``(1, labels)`` for a probe that pools, or the graph's failure."""
         pieces = [self._pieces(sequence) for sequence in sequences]
         found = iter(self._together([piece.rows for of_sequence in pieces for piece in of_sequence]))
         for of_sequence in pieces:
@@ -139,7 +148,7 @@ class SessionScores:
         return _sigmoid(scores) if self._probe.as_probability else scores
 
     def _pieces(self, sequence: NDArray[np.int64]) -> list[_SequencePiece]:
-        """A sequence as the graph is given it: whole if it must be, or fits into one call."""
+        """Cuts a sequence of activation rows into the pieces that the graph is given: one if it fits into one call or must stay whole."""
         context, most = self._probe.manifest.context, self._most_rows
         seen_before = {"pointwise": 0, "causal": context.window and context.window - 1, "rollout": None}[context.kind]
         if len(sequence) <= most or seen_before is None or 2 * seen_before >= most:
@@ -152,7 +161,7 @@ class SessionScores:
         return min(MAX_ROWS_PER_CALL, self._probe.rows_per_call)
 
     def _together(self, sequences: Sequence[NDArray[np.int64]]) -> list[NDArray[np.float32] | GraphFailed]:
-        """The scores of each sequence from as few calls as may be; what cannot be scored in company is scored alone."""
+        """Computes a probe's scores of each sequence of rows in few calls; a sequence that fails together with others is scored alone."""
         scores: list[NDArray[np.float32] | GraphFailed] = []
         for batch in _batches(sequences, self._most_rows):
             scores += self._batch(batch)
@@ -162,13 +171,13 @@ class SessionScores:
         try:
             scores = self._call(batch)
         except ComputationCancelled:
-            # of the rollouts that would be told of this nobody waits for any
+            # no client sees this failure, since none waits for these rollouts any more
             return [GraphFailed("it was given up")] * len(batch)
         except GraphFailed as failed:
             if len(batch) == 1:
                 return [failed]
         else:
-            # A graph may tell sequences apart by arithmetic, where NaN × 0 is NaN. Alone, none can spoil another.
+            # A graph may tell sequences apart by arithmetic, where NaN × 0 is NaN. Alone, no sequence can spoil another's scores.
             if len(batch) == 1 or all(np.isfinite(each).all() for each in scores):
                 return [*scores]
         half = len(batch) // 2
@@ -199,7 +208,7 @@ class SessionScores:
     # ------------------------------------------------------------------------------------------------------------- after the graph
 
     def _problem(self, key: str, probe_input: ProbeInput) -> str:
-        """What keeps this input from being scored; empty if nothing does."""
+        """Returns what keeps a probe's input from being scored, as a message for clients; empty if nothing does."""
         for name, rows in self._sequences(probe_input):
             for tap in self._probe.manifest.taps:
                 if not self._finite[tap][rows].all():
@@ -241,16 +250,16 @@ def reduce_selections(
     reductions: Sequence[Reduction],
     check: Callable[[], None] = lambda: None,
 ) -> NDArray[np.float32]:
-    """Every reduction of every selection of tokens.
+    """Computes every reduction of every selection of tokens.
 
     Args:
-        tokens: ``(T, labels)``.
-        selections: ``(S, T)``.
-        reductions: R of them.
-        check: called before each reduction; what it raises ends the work.
+        tokens: scores of T tokens, ``(T, labels)`` float32.
+        selections: which tokens each of S selections takes, ``(S, T)`` bool.
+        reductions: the R reductions to compute.
+        check: called before each reduction; an exception that it raises ends the work.
 
     Returns:
-        ``(S, R, labels)``.
+        Reduced scores, ``(S, R, labels)`` float32.
     """
     reduced = np.empty((len(selections), len(reductions), tokens.shape[1]), np.float32)
     for row, selection in enumerate(selections):
@@ -262,27 +271,27 @@ def reduce_selections(
 
 
 def non_finite_tap(tap: Tap, key: str) -> str:
-    """Why a completion has no scores, where the model is at fault."""
+    """Returns the message for a completion that has no scores because the language model gave NaN or an infinity."""
     return f"the model gives NaN or an infinity at {tap}, which probe {key} reads"
 
 
 def non_finite_scores(key: str) -> str:
-    """Why a completion has no scores, where a probe is at fault."""
+    """Returns the message for a completion that has no scores because a probe gave NaN or an infinity."""
     return f"probe {key} gives NaN or an infinity"
 
 
 def overflowing_reduction(key: str) -> str:
-    """Why a completion has no scores, where they are finite and a reduction of them is not."""
+    """Returns the message for a completion that has no scores because a reduction of finite scores exceeds float32."""
     return f"a reduction of the scores of probe {key} is beyond float32"
 
 
 def _chain(probe: LoadedProbe, scored: ScoredSegment) -> tuple[int, ...]:
-    """The segments that a probe is given, in order, to score one of them."""
+    """Returns the token segments that a probe is given, in order, to score the last of them."""
     return (*scored.before, scored.segment) if probe.manifest.context.sees_prompt else (scored.segment,)
 
 
 def _batches(sequences: Sequence[NDArray[np.int64]], most_rows: int) -> Iterator[list[NDArray[np.int64]]]:
-    """Whole sequences, as many as fit in one call; a long one by itself."""
+    """Groups whole sequences into calls of at most ``most_rows`` rows; a long sequence makes a call by itself."""
     batch: list[NDArray[np.int64]] = []
     rows = 0
     for sequence in sequences:
@@ -300,6 +309,6 @@ def _batches(sequences: Sequence[NDArray[np.int64]], most_rows: int) -> Iterator
 
 
 def _sigmoid(logits: NDArray[np.float32]) -> NDArray[np.float32]:
-    # of minus the magnitude, so that exp cannot overflow
+    # exp is taken of minus the magnitude, so that it cannot overflow
     small = np.exp(-np.abs(logits))
     return np.where(logits >= 0, 1 / (1 + small), small / (1 + small)).astype(np.float32)

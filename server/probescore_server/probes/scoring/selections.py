@@ -1,6 +1,7 @@
-"""Which rows of a batch belong to which completion, as one probe sees it.
+"""Determines which rows of a batch belong to which completion, as one probe reads it.
 
-All of what a score *means* is here and in ``batch_scorer``: scopes, masks, spans, follow-ups, special tokens, whether the prompt is seen.
+Everything that defines what a score means is here and in ``batch_scorer``: scopes, masks, spans, follow-ups, special tokens, and whether
+the prompt is seen.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from probescore_server.rollouts import ResolvedOptions
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ScoredSegment:
-    """A segment whose tokens are scored, after the segments that a probe which sees the prompt is given too."""
+    """Names a token segment to score, and the segments before it that a probe is given too if it sees the prompt."""
 
     before: tuple[int, ...]
     segment: int
@@ -28,11 +29,11 @@ class ScoredSegment:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ProbeInput:
-    """What one probe reads of one completion.
+    """Describes what one probe reads of one completion.
 
     Attributes:
-        segments: whose tokens are in scope, in order; ``T`` tokens in all.
-        selections: ``(1 + spans, T)`` bool: the tokens that count, for the whole scope and for each span.
+        segments: the segments whose tokens are in scope, in order; they have T tokens in all.
+        selections: the tokens that count, for the whole scope and for each span, ``(1 + spans, T)`` bool.
     """
 
     segments: tuple[ScoredSegment, ...]
@@ -41,7 +42,7 @@ class ProbeInput:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ScoreTarget:
-    """A completion, or a follow-up to one, whose scores are wanted. ``rollout``: its index in the batch."""
+    """Describes a completion, or a follow-up to one, that is to be scored; ``rollout`` is its rollout's index in the batch."""
 
     placement: Placement
     options: ResolvedOptions
@@ -52,15 +53,15 @@ class ScoreTarget:
 def read_completion(
     forest: Forest, placement: Placement, manifest: Manifest, scope: Scope, *, is_follow_up: bool, special_ids: NDArray[np.int32]
 ) -> ProbeInput:
-    """What a probe reads of a completion.
+    """Determines which tokens of a completion a probe reads and scores.
 
     Args:
-        forest: where the completion stands.
+        forest: the token segments of the batch.
         placement: the completion, or a follow-up, which scores its own tokens whatever the scope.
-        manifest: of the probe.
-        scope: as asked.
+        manifest: the probe's manifest.
+        scope: the part of the rollout that the request asks to score.
         is_follow_up: whether the placement is a follow-up of a request.
-        special_ids: what is left out with ``exclude_special_tokens`` where the manifest does not name the ids.
+        special_ids: ids that ``exclude_special_tokens`` leaves out where the manifest does not name the ids, int32.
     """
     continuation = placement.continuation
     appended = placement.appended.get(manifest.key)
@@ -108,11 +109,11 @@ def selected_tokens(forest: Forest, placement: Placement, scope: Scope, *, is_fo
 
 
 class ProbeInputs:
-    """What each probe reads of each completion of a batch; worked out once for all probes that read alike.
+    """Determines what each probe reads of each completion of a batch, once for all probes that read the same tokens.
 
     Args:
-        forest: the batch.
-        special_ids: the ids of BOS, EOS and UNK.
+        forest: the token segments of the batch.
+        special_ids: ids of BOS, EOS and UNK, int32.
     """
 
     def __init__(self, forest: Forest, special_ids: NDArray[np.int32]) -> None:
@@ -121,7 +122,7 @@ class ProbeInputs:
         self._known: dict[tuple[object, ...], ProbeInput] = {}
 
     def of(self, asked: ScoreTarget, manifest: Manifest) -> ProbeInput:
-        """What a probe reads of a completion, or of a follow-up."""
+        """Returns what a probe, given by its manifest, reads of a completion or of a follow-up."""
         left_out = (manifest.exclude_special_tokens, manifest.special_token_ids)
         key = (asked.placement, asked.placement.appended.get(manifest.key), *left_out)
         probe_input = self._known.get(key)
@@ -138,11 +139,11 @@ class ProbeInputs:
 
 
 class SegmentRows:
-    """Where each segment's rows are among the activations of a batch.
+    """Maps token segments to the rows of a batch's activations.
 
     Args:
-        forest: the batch.
-        starts: by segment that was read, its first row.
+        forest: the token segments of the batch.
+        starts: the first row of each segment that the model read, by the segment's index.
     """
 
     def __init__(self, forest: Forest, starts: dict[int, int]) -> None:
@@ -157,14 +158,14 @@ class SegmentRows:
             self.positions[start : start + len(segment.token_ids)] = segment.position + np.arange(len(segment.token_ids))
 
     def of(self, segments: Sequence[int]) -> NDArray[np.int64]:
-        """Indices of the rows of these segments, in order."""
+        """Returns the indices of the activation rows of these segments, in order, ``(rows,)`` int64."""
         ranges = [np.arange(self._starts[index], self._starts[index] + len(self._forest.segments[index].token_ids)) for index in segments]
         return np.concatenate([np.zeros(0, np.int64), *ranges])
 
     def range_of(self, segment: int) -> range:
-        """The rows of one segment."""
+        """Returns the range of activation rows of one segment."""
         return range(self._starts[segment], self._starts[segment] + len(self._forest.segments[segment].token_ids))
 
     def rollouts_at(self, row: int) -> set[int]:
-        """The rollouts, by index in the batch, that need the segment of a row."""
+        """Returns the rollouts, by index in the batch, that need the segment to which an activation row belongs."""
         return self._forest.segments[self._by_start[bisect.bisect_right(self._sorted_starts, row) - 1]].rollouts

@@ -1,4 +1,4 @@
-"""Probes that run in stacks: the scores of many as the columns of one matrix, reduced many columns at a time."""
+"""Scores completions with probes that run in stacks: the scores of many probes are columns of one matrix, reduced many at a time."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from probescore_server.probes.scoring.selections import ProbeInput, ProbeInputs,
 from probescore_server.probes.stacking.stack import Stack
 
 MAX_SCORES = 1 << 25
-"""Scores of tokens held at once, 128 MiB on the device and again on the host: more probes than that are scored block by block."""
+"""Limits how many token scores are held at once, 128 MiB on the device and again on the host; more probes are scored block by block."""
 
 MAX_REDUCED_SCORES = 1 << 17
-"""Scores of tokens that are reduced at once: a reduction takes several copies of them in float64, which fit into a core's cache."""
+"""Limits how many token scores are reduced at once, so that the several float64 copies that a reduction makes fit into a core's cache."""
 
 
 @dataclass(frozen=True, eq=False)
 class StackedProbe:
-    """A probe of a stack, and how its scores are reduced."""
+    """Holds a probe that runs in a stack, its number there, and the reductions of its scores."""
 
     probe: LoadedProbe
     member: StackMember
@@ -37,40 +37,41 @@ class StackedProbe:
 
     @property
     def follow_up(self) -> tuple[int, ...]:
-        """What it appends; probes that append the same read the same rows."""
+        """Lists the token ids that the probe appends to a completion; probes that append the same ids read the same rows."""
         return () if self.probe.manifest.follow_up is None else self.probe.manifest.follow_up.token_ids
 
     @property
     def tap(self) -> Tap:
-        """The only one that it reads."""
+        """Holds the only tap that the probe reads."""
         return self.probe.manifest.taps[0]
 
     @property
     def labels(self) -> int:
-        """Columns that it takes."""
+        """Holds how many columns of scores the probe takes, one for each label."""
         return len(self.probe.manifest.output.labels)
 
     @property
     def treatment(self) -> tuple[object, ...]:
-        """The same for probes whose columns are treated alike."""
+        """Holds a key that is equal for probes whose columns are selected, reduced and converted in the same way."""
         manifest = self.probe.manifest
         left_out = (manifest.exclude_special_tokens, manifest.special_token_ids)
         return self.follow_up, *self.product, left_out, self.reductions, self.probe.as_probability
 
     @property
     def product(self) -> tuple[object, ...]:
-        """The same for probes that one matrix product computes."""
+        """Holds a key that is equal for probes whose scores one matrix product computes."""
         return id(self.member.stack), self.tap
 
 
 class StackedScores:
-    """The scores of stacked probes for a batch.
+    """Computes the scores of stacked probes for a batch.
 
     Args:
-        probe_inputs, rows: where the completions stand.
-        activations: by tap ``(N, hidden_size)`` float32 on the model's device, without NaN and infinities.
-        finite: by tap ``(N,)``, which rows had none.
-        wanted: who waits for which rollout; those that nobody waits for get no answer.
+        probe_inputs: states which tokens each probe reads of each completion.
+        rows: states where each segment's rows are among the activations.
+        activations: activations by tap, ``(N, hidden_size)`` float32 on the model's device, without NaN and infinities.
+        finite: by tap, ``(N,)`` bool: which rows were finite before they were cleaned.
+        wanted: tells which rollouts a client still waits for; the others get no answer.
     """
 
     def __init__(
@@ -88,7 +89,7 @@ class StackedScores:
         self._finite = finite
 
     def of(self, asked: Sequence[ScoreTarget], probes: Sequence[StackedProbe]) -> Iterator[tuple[ScoreTarget, str, ProbeScores | str]]:
-        """The scores of each completion by each probe's ``name@version``, or what keeps the probe from scoring it."""
+        """Yields for each completion and probe the completion, the probe's ``name@version``, and its scores or why there are none."""
         alike: dict[tuple[object, ...], list[StackedProbe]] = defaultdict(list)
         for probe in probes:
             alike[probe.treatment].append(probe)
@@ -107,7 +108,7 @@ class StackedScores:
                     first = last
 
     def _scores(self, block: Sequence[StackedProbe], excerpt: _SelectedRows) -> NDArray[np.float32]:
-        """``(rows of the excerpt, labels of all probes)``, on the host."""
+        """Computes the token scores of a block of probes on the host, ``(selected rows, labels of all probes)`` float32."""
         device = self._activations[block[0].tap].device
         scores = torch.empty((excerpt.count, sum(probe.labels for probe in block)), dtype=torch.float32, device=device)
         first = 0
@@ -132,7 +133,7 @@ class StackedScores:
     def _panel(
         self, panel: Sequence[StackedProbe], scores: NDArray[np.float32], excerpt: _SelectedRows, asked: Sequence[ScoreTarget]
     ) -> Iterator[tuple[ScoreTarget, str, ProbeScores | str]]:
-        """Answers for probes that are treated alike, from their columns."""
+        """Yields the answers of probes that are treated alike, from their columns of token scores."""
         tap, reductions, manifest = panel[0].tap, panel[0].reductions, panel[0].probe.manifest
         keys = [probe.probe.manifest.key for probe in panel]
         ends = np.cumsum([probe.labels for probe in panel]).tolist()
@@ -168,11 +169,11 @@ class StackedScores:
 
 
 class _SelectedRows:
-    """The rows of a batch that some probe inputs are about, each once, in their order.
+    """Holds the rows of a batch's activations that some probe inputs need, each once and in their order.
 
     Attributes:
-        ranges: of the batch's rows.
-        count: of rows.
+        ranges: ranges of the batch's rows.
+        count: how many rows these are.
     """
 
     def __init__(self, probe_inputs: Sequence[ProbeInput], rows: SegmentRows) -> None:
@@ -188,7 +189,7 @@ class _SelectedRows:
             self.ranges.append(own)
 
     def tokens(self, scores: NDArray[np.float32], probe_input: ProbeInput) -> NDArray[np.float32]:
-        """Of the scores of all rows those of one probe input, ``(T, labels)``: a view where its rows are beside one another."""
+        """Picks the scores of one probe input from the scores of all rows, ``(T, labels)``; a view where its rows are adjacent."""
         places = [self._places[scored.segment] for scored in probe_input.segments]
         if len(places) == 1:
             return scores[places[0].start : places[0].stop]
@@ -196,7 +197,7 @@ class _SelectedRows:
 
 
 def _blocks(probes: Sequence[StackedProbe], rows: int) -> Iterator[list[StackedProbe]]:
-    """As many probes at once as ``MAX_SCORES`` has room for."""
+    """Groups probes into blocks of which each has at most ``MAX_SCORES`` token scores."""
     block: list[StackedProbe] = []
     columns = 0
     for probe in probes:
@@ -212,7 +213,9 @@ def _blocks(probes: Sequence[StackedProbe], rows: int) -> Iterator[list[StackedP
 def _reduced(
     tokens: NDArray[np.float32], selections: NDArray[np.bool_], reductions: Sequence[Reduction], check: Callable[[], None]
 ) -> NDArray[np.float32]:
-    """``(selections, reductions, labels)``, some columns at a time: more of them the fewer tokens are selected."""
+    """Computes reduced scores, ``(selections, reductions, labels)`` float32, some columns at a time: more of them the fewer tokens are
+    selected.
+    """
     reduced = np.empty((len(selections), len(reductions), tokens.shape[1]), np.float32)
     for row, selection in enumerate(selections):
         selected = tokens if selection.all() else tokens[selection]

@@ -1,5 +1,6 @@
-"""Many probes as a few matrix products.
+"""Computes many probes together in a few matrix products.
 
-A speed-up that may be deleted safely: what is not stacked runs as a graph of its own, and scores the same. It is worth its lines where a
-server has many probes: hundreds of sessions of onnxruntime, one after the other for each batch, cost more than the model's forward pass.
+This package is a speed-up that could be removed without changing any score: a probe that is not stacked runs as a graph of its own. It pays
+where a server has many probes: hundreds of onnxruntime sessions, one after the other for each batch, cost more than the model's forward
+pass.
 """

@@ -1,4 +1,4 @@
-"""Activations as expressions: what is done to the result of an affine map, number by number or row by row."""
+"""Describes activation functions as expressions over the result of an affine map, computed number by number or row by row."""
 
 from __future__ import annotations
 
@@ -10,28 +10,36 @@ OPERATORS: dict[str, dict[str, float]] = {
     "Relu": {}, "Sigmoid": {}, "Tanh": {}, "Softplus": {}, "LeakyRelu": {"alpha": 0.01}, "Elu": {"alpha": 1.0},
     "Greater": {}, "GreaterOrEqual": {}, "Less": {}, "LessOrEqual": {}, "Where": {},
 }  # fmt: skip
-"""Operators of ONNX that take numbers one by one, and the defaults of their attributes, which become further arguments in this order."""
+"""Holds the ONNX operators that act number by number, with the defaults of their attributes.
+
+The attributes become further arguments, in this order.
+"""
 
 COMPARISONS = frozenset({"Greater", "GreaterOrEqual", "Less", "LessOrEqual"})
-"""Those whose result is true or false."""
+"""Names the operators of ``OPERATORS`` whose result is true or false."""
 
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """The result of the affine map, ``(…, width)``."""
+    """Stands for the result of the affine map, ``(…, width)``, in the expression of an activation function."""
 
 
 @dataclass(frozen=True, slots=True)
 class Constant:
-    """A constant for each column, ``(width,)``: its number, or its name while a graph is read."""
+    """Stands for a constant, with a number for each column, ``(width,)``, in the expression of an activation function.
+
+    ``name`` is the constant's number, or its name while a graph is read.
+    """
 
     name: int | str
 
 
 @dataclass(frozen=True, slots=True)
 class Apply:
-    """An operator of ``OPERATORS``; ``Cast`` from true and false to 1 and 0; or ``TopK``: is it among the ``k`` largest of its row, the
-    first where several are equal?
+    """Applies an operator to arguments in the expression of an activation function.
+
+    The operator is one of ``OPERATORS``; ``Cast``, from true and false to 1 and 0; or ``TopK``, which is true where a number is among the
+    ``k`` largest of its row, the first where several are equal.
     """
 
     operator: str
@@ -43,7 +51,7 @@ Expression = Union[Input, Constant, Apply]
 
 
 def parents_of_input(expression: Expression) -> set[Apply]:
-    """The different operators that the input goes to; those that are alike, with the same constants, are one."""
+    """Returns the different operators that take the input directly; equal operators with the same constants count as one."""
     if not isinstance(expression, Apply):
         return set()
     parents = {expression} if Input() in expression.arguments else set()
@@ -51,7 +59,7 @@ def parents_of_input(expression: Expression) -> set[Apply]:
 
 
 def replaced(expression: Expression, old: Expression, new: Expression) -> Expression:
-    """With ``new`` wherever ``old`` was."""
+    """Returns an expression in which every occurrence of ``old`` is replaced by ``new``."""
     if expression == old:
         return new
     if isinstance(expression, Apply):
@@ -60,5 +68,5 @@ def replaced(expression: Expression, old: Expression, new: Expression) -> Expres
 
 
 def takes_whole_rows(expression: Expression) -> bool:
-    """Whether a number depends on others of its row."""
+    """Returns whether an expression computes some number from other numbers of its row."""
     return isinstance(expression, Apply) and (expression.operator == "TopK" or any(map(takes_whole_rows, expression.arguments)))

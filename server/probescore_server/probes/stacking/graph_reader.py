@@ -1,6 +1,6 @@
-"""From a probe's graph to its layers, where it is certain that it has this form; a graph with anything else in it stays a graph.
+"""Reads a probe's graph as layers, where it certainly has this form; a graph with any other node stays a graph.
 
-The nodes are followed one by one, and of each value is known what it is: an expression over the latest affine map of the rows.
+The nodes are followed one by one, and each value is known as an expression over the latest affine map of the rows.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ import onnx
 
 from probescore_server.probes.format.graph import SCORES, GraphSignature
 from probescore_server.probes.stacking.expressions import COMPARISONS, OPERATORS, Apply, Constant, Expression, Input
-from probescore_server.probes.stacking.network import Affine, Array, Network, NotANetwork, RowValue, mapped, network_of, selected
+from probescore_server.probes.stacking.layered_network import Affine, Array, Network, NotANetwork, RowValue, mapped, network_of, selected
 
 
 def read_network(model: onnx.ModelProto, signature: GraphSignature) -> Network | None:
-    """The layers of a checked graph, or ``None`` if it is not certain that it has this form.
+    """Returns the layers of a probe's graph, or ``None`` if it is not certain that the graph has this form.
 
     Args:
-        model: passed ``check_graph`` and ``check_signature``.
-        signature: of the same probe.
+        model: an ONNX model that passed ``check_graph`` and ``check_signature``.
+        signature: the inputs and output of the same probe's graph.
     """
     if len(signature.taps) != 1 or signature.cu_seqlens or signature.positions:
         return None
@@ -34,28 +34,28 @@ def read_network(model: onnx.ModelProto, signature: GraphSignature) -> Network |
 
 @dataclass(frozen=True, eq=False)
 class _JoinedColumns:
-    """Values beside one another, ``(tokens, sum of their widths)``."""
+    """Describes a value in a graph that is several values placed side by side, ``(tokens, sum of their widths)``."""
 
     parts: tuple[RowValue, ...]
 
 
 @dataclass(frozen=True, eq=False)
 class _Shape:
-    """The shape of ``(tokens, width)``."""
+    """Describes a value in a graph that is the shape of another one, ``(tokens, width)``."""
 
     width: int
 
 
 @dataclass(frozen=True, eq=False)
 class _Zeros:
-    """Zeros of ``(tokens, width)``."""
+    """Describes a value in a graph that is zeros, ``(tokens, width)``."""
 
     width: int
 
 
 @dataclass(frozen=True, eq=False)
 class _LargestPlaces:
-    """Where in each row its largest numbers are, as ``TopK`` gives them."""
+    """Describes a value in a graph that holds the places of the largest numbers of each row, as ``TopK`` returns them."""
 
     affine: Affine
     kept: Expression
@@ -65,7 +65,7 @@ _Value = Any  # an array, or one of the classes above
 
 
 class _GraphReader:
-    """Follows the nodes of one graph; they are in topological order, as ONNX asks."""
+    """Follows the nodes of one graph from its tap to its scores; the nodes are in topological order, as ONNX requires."""
 
     def __init__(self, graph: onnx.GraphProto, tap: str, hidden_size: int) -> None:
         self._graph = graph
@@ -123,7 +123,7 @@ def _rows(value: _Value, axes: str = "rows") -> RowValue:
 
 
 def _elementwise(node: _ReadNode) -> list[_Value]:
-    """An operator of ``OPERATORS`` over one value and constants, or over values that are expressions over the same affine map."""
+    """Reads an operator of ``OPERATORS`` over one value and constants, or over values that are expressions over the same affine map."""
     known = [value for value in node.inputs if isinstance(value, RowValue)]
     if not known or any(value.affine is not known[0].affine or value.axes != known[0].axes for value in known):
         raise NotANetwork
@@ -136,7 +136,7 @@ def _elementwise(node: _ReadNode) -> list[_Value]:
         if isinstance(value, RowValue):
             arguments.append(value.expression)
         else:
-            # named for where it is used: columns that were selected since have another part of the same constant
+            # The name is that of its use, since columns that were selected later have another part of the same constant.
             name = f"{node.proto.output[0]} {index}"
             constants[name] = _per_column(node.constant(index), first)
             arguments.append(Constant(name))
@@ -148,7 +148,7 @@ def _elementwise(node: _ReadNode) -> list[_Value]:
 
 
 def _per_column(constant: Array, value: RowValue) -> Array:
-    """A constant that broadcasts over the rows of a value without changing its shape: ``(width,)`` or ``(1,)``."""
+    """Returns a constant that broadcasts over the rows of a value without changing its shape, as ``(width,)`` or ``(1,)``."""
     flat = value.axes == "flat"
     # the largest numbers of a row are not in the order of its columns
     width = 1 if flat or value.kept is not None else value.affine.width
@@ -202,7 +202,7 @@ def _linear_regressor(node: _ReadNode) -> list[_Value]:
 
 
 def _linear_classifier(node: _ReadNode) -> list[_Value]:
-    """The scores of each class, where they are computed one by one; the other output, the class, is unknown."""
+    """Reads a ``LinearClassifier`` whose class scores are computed one by one; its other output, the class, is unknown."""
     transform = node.attributes.get("post_transform", b"NONE")
     classes = node.attributes.get("classlabels_ints") or node.attributes.get("classlabels_strings") or []
     weight = np.array(node.attributes["coefficients"], np.float32).reshape(len(classes) or 1, -1)
@@ -223,7 +223,7 @@ def _scaler(node: _ReadNode) -> list[_Value]:
 
 def _same(node: _ReadNode) -> list[_Value]:
     if node.has(1):
-        raise NotANetwork  # a Dropout that may be in training mode
+        raise NotANetwork  # this Dropout may be in training mode
     return [node.inputs[0]]
 
 
@@ -245,7 +245,7 @@ def _top_k(node: _ReadNode) -> list[_Value]:
 
 
 def _scatter(node: _ReadNode) -> list[_Value]:
-    """The largest numbers of each row put back where they were, among zeros."""
+    """Reads a ``ScatterElements`` that puts the largest numbers of each row back to their places among zeros."""
     data, places, updates = node.inputs[:3]
     if not isinstance(places, _LargestPlaces) or not isinstance(updates, RowValue) or updates.affine is not places.affine:
         raise NotANetwork
@@ -259,7 +259,7 @@ def _scatter(node: _ReadNode) -> list[_Value]:
 
 
 def _zeros_width(value: _Value) -> int:
-    """The width of rows that are certainly zeros, or -1."""
+    """Returns the width of rows that are certainly zeros, or -1 for any other value."""
     if isinstance(value, _Zeros):
         return value.width
     if isinstance(value, RowValue) and isinstance(value.expression, Apply) and value.expression.operator == "Mul" and value.axes == "rows":

@@ -1,6 +1,6 @@
-"""Many networks over the same rows at once: their first layers as one matrix product, their later ones as a batch of products.
+"""Computes many networks over the same rows at once: their first layers as one matrix product, later layers as a batch of products.
 
-Networks that begin with the same layer, as features of one sparse autoencoder do, compute it once. All of it is float32, on one device.
+Networks that begin with the same layer, as features of one sparse autoencoder do, compute it once. Everything is float32, on one device.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ import torch
 from numpy.typing import NDArray
 
 from probescore_server.probes.stacking.expressions import Apply, Constant, Expression, takes_whole_rows
-from probescore_server.probes.stacking.network import Layer
+from probescore_server.probes.stacking.layered_network import Layer
 
 MAX_INNER_NUMBERS = 1 << 23
-"""Of results between the layers held at once, 32 MiB: longer inputs are computed in pieces."""
+"""Limits how many results between the layers of stacked networks are held at once, 32 MiB; longer inputs are computed in pieces."""
 
 Layers = tuple[Layer, ...]
 
 
 @dataclass(frozen=True, eq=False)
 class Stack:
-    """Networks that read the same rows; made by ``stack_networks``.
+    """Holds networks that read the same rows; ``stack_networks`` makes it.
 
     Attributes:
-        labels: of each network.
-        parts: what computes them, and the columns of the scores that each part gives.
-        members: of each part, the networks that it computes, in its order.
+        labels: number of labels of each network.
+        parts: what computes the networks.
+        members: for each part the networks that it computes, in its order.
     """
 
     labels: tuple[int, ...]
@@ -39,7 +39,7 @@ class Stack:
     members: tuple[tuple[int, ...], ...]
 
     def select(self, networks: Sequence[int]) -> Stack:
-        """Some of the networks, in the order given."""
+        """Returns a stack of some of the networks, in the order given."""
         if list(networks) == list(range(len(self.labels))):
             return self
         parts, members = [], []
@@ -52,11 +52,11 @@ class Stack:
         return Stack(tuple(self.labels[network] for network in networks), tuple(parts), tuple(members))
 
     def score(self, rows: torch.Tensor, into: torch.Tensor) -> None:
-        """Scores rows in pieces of bounded size.
+        """Computes the scores of all networks for some rows, in pieces of bounded size.
 
         Args:
-            rows: ``(n, width)`` float32.
-            into: ``(n, sum of labels)`` float32, on the same device: is given the scores, network after network.
+            rows: activations, ``(n, width)`` float32.
+            into: receives the scores, network after network, ``(n, sum of labels)`` float32 on the same device.
         """
         step = max(1, MAX_INNER_NUMBERS // self.inner_numbers)
         with _full_precision():
@@ -65,7 +65,7 @@ class Stack:
 
     @torch.inference_mode()
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
-        """``(n, width)`` to ``(n, sum of labels)``."""
+        """Computes the scores of all networks, ``(n, sum of labels)``, from activations ``(n, width)``."""
         if len(self.parts) == 1 and list(self.members[0]) == list(range(len(self.labels))):
             return self.parts[0](rows)
         scores = rows.new_empty((len(rows), sum(self.labels)))
@@ -77,18 +77,18 @@ class Stack:
 
     @property
     def inner_numbers(self) -> int:
-        """Results between the layers, for each row."""
+        """Holds how many results between the layers of all networks are computed for each row."""
         return sum(part.inner_numbers for part in self.parts)
 
     def tensors(self) -> Iterator[torch.Tensor]:
-        """Every tensor that it holds on its device."""
+        """Yields every tensor that the stacked networks hold on their device."""
         for part in self.parts:
             yield from part.tensors()
 
 
 @dataclass(frozen=True, eq=False)
 class _BatchedLayer:
-    """One layer of P networks: ``weight (P, out, in)``, ``bias (P, out)``, each constant ``(P, out)``."""
+    """Holds one layer of P networks: ``weight (P, out, in)``, ``bias (P, out)``, and each constant ``(P, out)``."""
 
     weight: torch.Tensor
     bias: torch.Tensor
@@ -112,12 +112,12 @@ class _BatchedLayer:
         return replace(self, weight=self.weight[indices], bias=self.bias[indices], constants=constants)
 
     def of_rows(self, rows: torch.Tensor) -> torch.Tensor:
-        """The first layer: all networks read ``(n, in)``; gives ``(n, P, out)``."""
+        """Applies a first layer, in which all networks read the same rows: ``(n, in)`` to ``(n, P, out)``."""
         products = torch.addmm(self.bias.flatten(), rows, self.weight.flatten(0, 1).T)
         return self._activated(products.view(len(rows), *self.bias.shape))
 
     def of_each(self, values: torch.Tensor) -> torch.Tensor:
-        """A later layer: each network reads its own; ``(n, P, in)`` to ``(n, P, out)``."""
+        """Applies a later layer, in which each network reads its own values: ``(n, P, in)`` to ``(n, P, out)``."""
         products = torch.baddbmm(self.bias[:, None], values.transpose(0, 1), self.weight.transpose(1, 2))
         return self._activated(products.transpose(0, 1))
 
@@ -127,7 +127,7 @@ class _BatchedLayer:
 
 @dataclass(frozen=True, eq=False)
 class _BatchedNetworks:
-    """Networks of one shape."""
+    """Holds networks whose layers have the same shapes and activations, computed as one batch."""
 
     layers: tuple[_BatchedLayer, ...]
 
@@ -147,7 +147,7 @@ class _BatchedNetworks:
 
     @property
     def inner_numbers(self) -> int:
-        # the products, what its activation makes of them, and one on the way
+        # the products, the activation's result, and one intermediate result
         return 3 * max(layer.bias.numel() for layer in self.layers)
 
     def tensors(self) -> Iterator[torch.Tensor]:
@@ -157,7 +157,7 @@ class _BatchedNetworks:
 
 @dataclass(frozen=True, eq=False)
 class _SharedFirstLayer:
-    """Networks whose first layer is the same."""
+    """Holds networks that begin with the same layer, which is computed once for all of them."""
 
     first: _BatchedNetworks
     rest: Stack
@@ -181,7 +181,7 @@ class _SharedFirstLayer:
 
 
 def stack_networks(networks: Sequence[Layers], device: torch.device) -> Stack:
-    """Stacks networks of the same input width, which keep their order."""
+    """Stacks networks of the same input width on a device; the networks keep their order."""
     parts: list[_BatchedNetworks | _SharedFirstLayer] = []
     members: list[tuple[int, ...]] = []
     alone = []
@@ -207,7 +207,7 @@ def _grouped(networks: Sequence[Layers], key: Callable[[Layers], object]) -> lis
 
 
 def _first_layer(layers: Layers) -> object:
-    """The same for networks that begin with the same layer and have another after it."""
+    """Returns a key that is equal for networks of several layers that begin with the same layer; ``None`` for a network of one layer."""
     first = layers[0]
     if len(layers) == 1:
         return None
@@ -222,7 +222,7 @@ def _shape(layers: Layers) -> object:
 
 
 def _used(layers: Layers) -> NDArray[np.bool_]:
-    """Which results of the first layer the second one reads."""
+    """Returns which results of a network's first layer the second one reads, ``(out,)`` bool."""
     if takes_whole_rows(layers[0].activation):
         return np.ones(len(layers[0].bias), np.bool_)
     used = (layers[1].weight != 0).any(axis=0)
@@ -231,7 +231,7 @@ def _used(layers: Layers) -> NDArray[np.bool_]:
 
 
 def _sharing_pays(networks: Sequence[Layers]) -> bool:
-    """Whether all that some network reads of a layer, computed once for all of them, is fewer products than what each reads for itself."""
+    """Returns whether computing a shared first layer once takes fewer products than computing for each network the part that it reads."""
     if len(networks[0]) == 1:
         return False
     used = [_used(layers) for layers in networks]
@@ -247,7 +247,7 @@ def _shared(networks: Sequence[Layers], device: torch.device) -> _SharedFirstLay
 
 
 def _narrowed(layers: Layers, used: NDArray[np.bool_]) -> Layers:
-    """Without results of the first layer that are not used."""
+    """Removes those results of a network's first layer that are not used."""
     if used.all():
         return layers
     first, second = layers[0], layers[1]
@@ -257,7 +257,7 @@ def _narrowed(layers: Layers, used: NDArray[np.bool_]) -> Layers:
 
 
 def _pruned(layers: Layers) -> Layers:
-    """Without results that no later layer reads."""
+    """Removes those results of each layer of a network that no later layer reads."""
     if len(layers) == 1:
         return layers
     later = (layers[0], *_pruned(layers[1:]))
@@ -269,7 +269,7 @@ def _pruned(layers: Layers) -> Layers:
 
 @contextmanager
 def _full_precision() -> Iterator[None]:
-    """No TF32 and no bfloat16 inside matrix products, whatever the process has chosen for its own."""
+    """Keeps TF32 and bfloat16 out of matrix products within the context, whatever the process has chosen elsewhere."""
     chosen = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -281,13 +281,13 @@ def _full_precision() -> Iterator[None]:
 def evaluate(
     expression: Expression, values: torch.Tensor, constants: Sequence[torch.Tensor], known: dict[Expression, torch.Tensor]
 ) -> torch.Tensor:
-    """An activation of ``values (…, width)``.
+    """Evaluates an activation expression for values ``(…, width)``.
 
     Args:
-        expression: over ``values`` as its input.
+        expression: the expression, with ``values`` as its input.
         values: results of an affine map.
-        constants: by number; each broadcasts against ``values``.
-        known: what is computed already, by expression; parts that occur twice are computed once.
+        constants: constants by number; each broadcasts against ``values``.
+        known: results that are already computed, by expression; parts that occur twice are computed once.
     """
     if isinstance(expression, Apply):
         if expression not in known:
@@ -300,7 +300,10 @@ def evaluate(
 
 
 def _among_largest(values: torch.Tensor, k: int) -> torch.Tensor:
-    """Which numbers are among the k largest of their row; the first where several are equal, as ONNX has it and ``torch.topk`` does not."""
+    """Returns which numbers are among the k largest of their row.
+
+    Where several are equal, the first count, as ONNX defines it and ``torch.topk`` does not.
+    """
     smallest = values.topk(k, dim=-1, sorted=True).values[..., -1:]
     above, equal = values > smallest, values == smallest
     room = k - above.sum(dim=-1, keepdim=True, dtype=torch.int32)

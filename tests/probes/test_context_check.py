@@ -16,7 +16,7 @@ from probescore.types import Tap
 from probescore_server.errors import ProbeRefused
 from probescore_server.probes.format.graph import CU_SEQLENS, POSITIONS, GraphFailed, GraphInputs
 from probescore_server.probes.format.manifest import Manifest
-from probescore_server.probes.loading.independence import LARGEST_CALL, check_author_agrees, far_lengths, rows_tried
+from probescore_server.probes.loading.context_check import LARGEST_CALL, check_author_agrees, far_lengths, rows_tried
 from probescore_server.probes.loading.random_sequences import RandomSequences
 
 Scores = NDArray[np.float32]

@@ -17,7 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from probescore.types import Completion, RolloutGroup, Text
 from probescore_probes.reference import ReferenceModel
 from probescore_server import Engine
-from probescore_server.backbone.placeholders import placeholder_tokens
+from probescore_server.backbone.media_placeholders import placeholder_tokens
 from probescore_server.errors import InvalidRequest, ProbeRefused
 from probescore_server.probes.format.manifest import FollowUp
 

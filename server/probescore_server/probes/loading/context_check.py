@@ -1,9 +1,10 @@
-"""Whether a graph's scores depend on no more than its manifest's ``context`` says: tried on rows and sequences that no example has.
+"""Tests, on rows and sequences that no example has, whether a graph's scores depend on more than its manifest's ``context`` states.
 
-A graph can be right for the golden rollouts and wrong for everything else: tied to sizes that it was exported with, blind to where a
-fourth sequence begins, given to reading its neighbours. So sequences of random rows are scored alone, and must have the same scores packed,
-permuted, far behind others, cut where the context says that nothing is lost, and a second time. A sequence alone *is* what the probe means;
-what its author's code gives for one is known only where a probe is written.
+A graph can be right for the golden rollouts and wrong for everything else: it may be tied to the sizes that it was exported with, ignore
+where a fourth sequence begins, or read neighbouring sequences. Therefore sequences of random rows are scored alone. They must have the same
+scores when they are packed together, permuted, placed far behind others, cut where the context says that nothing is lost, and scored a
+second time. The scores of a sequence alone define what the probe means; what its author's code gives for one can be compared only where a
+probe is written.
 """
 
 from __future__ import annotations
@@ -22,56 +23,65 @@ from probescore_server.probes.format.graph import CU_SEQLENS, POSITIONS, GraphFa
 from probescore_server.probes.loading.random_sequences import RandomSequences, cut_sequence, join_parts, pack_sequences, sequence_length
 
 Run = Callable[[GraphInputs], NDArray[np.float32]]
-"""Computes a graph, ``(rows, labels)`` or ``(sequences, labels)``; raises ``GraphFailed`` where it cannot."""
+"""Computes a probe's graph on the given inputs and returns its scores, ``(rows, labels)`` or ``(sequences, labels)`` float32.
+
+Raises ``GraphFailed`` where the graph cannot compute them.
+"""
 
 SEQUENCES = 128
-"""How many sequences go in one call, at most: when a graph is tried, and when it serves."""
+"""Limits how many sequences a graph is given in one call, both when it is tried and when it serves."""
 
 SMALLEST_CALL, QUADRATIC_CALL, LARGEST_CALL = 256, 1024, 4096
-"""Rows in one call; a graph whose memory may grow with their square is given ``QUADRATIC_CALL`` of several sequences."""
+"""Holds how many rows a graph is given in one call: in the smallest trial, and in the largest calls of two kinds of graphs.
+
+``QUADRATIC_CALL`` is for a graph whose memory may grow with the square of the rows, ``LARGEST_CALL`` for any other.
+"""
 
 LONGEST_SHARE = 4
-"""A sequence takes at most one in so many of the rows of a call of several sequences; a longer one makes a call by itself."""
+"""Limits a sequence's share of the rows of a call to one in this many; a longer sequence makes a call by itself."""
 
 ROUNDING = 1e-4
-"""What a score may differ by in other company, in standard deviations: what is promised of every score."""
+"""Limits, in standard deviations, how much a score may depend on the other sequences of its call; every served score keeps to it."""
 
 WRONG = 1e-2
-"""From here on a difference is no rounding. In between, as where sums run over all rows of a call, calls are kept smaller instead, at
-last to one sequence."""
+"""States the smallest difference of scores, in standard deviations, that cannot be explained by rounding.
+
+A difference between ``ROUNDING`` and this one arises where sums run over all rows of a call; then calls are kept smaller, down to one
+sequence.
+"""
 
 _SCALES = (0.0, 0.3, 1.0, 10.0, 0.0, 0.3, 1.0, 100.0)
-"""How far rows lie from golden activations, in the standard deviations of those; 0 = golden activations themselves, in another order."""
+"""Lists how far random rows lie from golden activations, in their standard deviations; 0 takes golden activations in another order."""
 
 _NEIGHBOURS = "a rollout's scores do not depend on its neighbours"
 _LATER = "a token's score does not depend on later tokens"
 _AGAIN = "the same input has the same scores each time"
 _WINDOW = "a token's score depends on context.window"
 
-# where a sequence may begin in a rollout that nobody had in mind
+# positions at which a sequence may begin in an unusually long rollout
 _FAR_POSITIONS = (1_000, 100_000)
-# rows of sequences on which a graph is compared with its author's code; the longest where memory does not grow with their square
+# lengths of sequences on which a graph is compared with its author's code; the longest only where memory does not grow with their square
 _AUTHOR_LENGTHS, _AUTHOR_LENGTHS_LINEAR = (1024, 2048), (4096, 16_384)
-# share of a call's scores that may jump where rounding takes a number across a threshold
+# the share of a call's scores that may jump where rounding takes a number across a threshold
 _EXCUSED = 0.01
 _EPS = float(np.finfo(np.float32).eps)
 _ROUNDED = np.array([1 - 8 * _EPS, 1 + 8 * _EPS], np.float32)
 
 
 def rows_tried(run: Run, model: onnx.ModelProto, around: RandomSequences, file: str) -> int:
-    """Tries a graph beyond all that it will serve.
+    """Tries a probe's graph on calls larger and more varied than any that it will serve, and finds the largest call that it may be given.
 
     Args:
-        run: computes it.
-        model: the same.
-        around: gives sequences.
-        file: for messages.
+        run: computes the graph.
+        model: the same graph as an ONNX model.
+        around: draws random sequences near the golden activations.
+        file: name of the probe file, for messages.
 
     Returns:
-        How many rows of several sequences it may be given at a time; 1 = each sequence by itself.
+        How many rows of several sequences the graph may be given at a time; 1 means each sequence by itself.
 
     Raises:
-        ProbeRefused: its scores depend on more than its context says, or change from call to call.
+        ProbeRefused: the scores depend on more than the manifest's context states, or change from call to call.
     """
     allowed = 0
     for rows in (SMALLEST_CALL, QUADRATIC_CALL if _may_be_quadratic(model) else LARGEST_CALL):
@@ -81,10 +91,10 @@ def rows_tried(run: Run, model: onnx.ModelProto, around: RandomSequences, file: 
                 return allowed
             raise ProbeRefused(file, "graph", "no finite scores for golden activations in another order", "scores for what is like them")
         findings = list(trial.findings())
-        # by itself a sequence has its own scores, whatever it loses in company
+        # a sequence by itself has the right scores, even where a call of several sequences gives others
         alone_is_right = around.manifest.context.kind != "pointwise"
         for finding in findings:
-            # and where smaller calls have passed, longer sequences are cut as their window allows it
+            # where smaller calls have passed, a longer sequence is cut into pieces that its window allows
             by_company = finding.promise == _NEIGHBOURS and (alone_is_right or allowed)
             by_company = by_company or (allowed and finding.promise.startswith(_WINDOW))
             if finding.difference > (WRONG if by_company else ROUNDING):
@@ -98,27 +108,29 @@ def rows_tried(run: Run, model: onnx.ModelProto, around: RandomSequences, file: 
 
 
 def far_lengths(model: onnx.ModelProto) -> tuple[int, ...]:
-    """Rows of a sequence at which a graph that is not proven is compared with its author's code, as far as memory allows it."""
+    """Returns the lengths, in rows, of long sequences on which a graph is compared with its author's code, as far as memory allows."""
     return _AUTHOR_LENGTHS if _may_be_quadratic(model) else _AUTHOR_LENGTHS + _AUTHOR_LENGTHS_LINEAR
 
 
 def check_author_agrees(
     run: Run, author: Run, around: RandomSequences, longest: int, tolerance: float, file: str, lengths: Sequence[int] = ()
 ) -> None:
-    """Compares a graph with its author's code on sequences of random rows, one at a time, shorter and longer than every example, nearer to
-    golden activations and further from them, and at positions that no example has.
+    """Compares a graph with its author's code on sequences of random rows, one at a time.
+
+    The sequences are shorter and longer than every example, nearer to golden activations and further from them, and at positions that no
+    example has.
 
     Args:
         run: computes the graph.
-        author: the same for one sequence; what it gives no finite scores for, or an error, is not compared.
-        around: gives sequences.
-        longest: rows of the longest example.
-        tolerance: in standard deviations.
-        file: for messages.
-        lengths: further rows of a sequence to try, as of ``far_lengths``.
+        author: computes one sequence with the author's code; a sequence on which it fails, or has no finite scores, is not compared.
+        around: draws random sequences near the golden activations.
+        longest: number of rows of the longest example.
+        tolerance: largest difference allowed, in standard deviations.
+        file: name of the probe file, for messages.
+        lengths: further lengths in rows to try, such as those of ``far_lengths``.
 
     Raises:
-        ProbeRefused: they differ.
+        ProbeRefused: the graph and the author's code differ by more than the tolerance.
     """
     short = (1, 2, 3, 5, 7, longest + 1, 2 * longest, 4 * longest + 1, min(16 * longest, QUADRATIC_CALL))
     tried = [around.sequence(length, scale) for length in short for scale in (0.0, 0.3, 1.0, 10.0)]
@@ -136,7 +148,7 @@ def check_author_agrees(
             cases.append((inputs, scores))
     if not cases:
         return
-    # two implementations round otherwise in every row, and not only where one jumps
+    # two implementations round differently in every row, and not only where a threshold lies
     comparison = _ScoreComparison(run, around, np.concatenate([scores for _, scores in cases]), tolerance, excused=1.0)
     for inputs, scores in cases:
         finding = comparison.of_one(inputs, slice(None), scores, "the scores of the author's code")
@@ -146,7 +158,10 @@ def check_author_agrees(
 
 @dataclass(frozen=True)
 class _Finding:
-    """By how many standard deviations scores differ that should be equal."""
+    """Holds the largest difference between scores that should be equal, in standard deviations.
+
+    It also names the promise that the difference breaks, and the call of the graph in which it was found.
+    """
 
     difference: float
     promise: str
@@ -159,15 +174,15 @@ class _Finding:
 
 @dataclass(frozen=True, eq=False)
 class _ScoreComparison:
-    """Compares a graph's scores with known ones.
+    """Compares the scores that a graph gives with the scores that they should be.
 
     Attributes:
         run: computes the graph.
-        around: says what its taps are, and draws.
-        usual: scores of activations like golden ones, ``(N, labels)`` float64: their standard deviation is the unit, or how far a score
-            lies from them where that is more.
-        tolerance: in these; differences below are none.
-        excused: share of a call's scores that may differ by what rounding does to them.
+        around: names the graph's taps, and draws random numbers.
+        usual: scores of activations like golden ones, ``(N, labels)`` float64; the unit is their standard deviation, or a score's distance
+            from their median where that is larger.
+        tolerance: differences up to this many units count as none.
+        excused: share of a call's scores whose difference may be explained by rounding.
     """
 
     run: Run
@@ -177,7 +192,7 @@ class _ScoreComparison:
     excused: float = _EXCUSED
 
     def of_one(self, inputs: GraphInputs, rows: slice, expected: NDArray[Any], promise: str) -> _Finding:
-        """Of some scores of one sequence."""
+        """Compares some of the scores that a graph gives for one sequence with the scores that they should be."""
         return self.of(inputs, rows, expected, lambda _: self.noise(inputs, rows), promise)
 
     def of(
@@ -188,7 +203,10 @@ class _ScoreComparison:
         noise: Callable[[NDArray[np.bool_]], NDArray[np.float64]],
         promise: str,
     ) -> _Finding:
-        """Of some scores of one call; ``noise`` is asked for rounding's part in those that are too far off."""
+        """Compares some of the scores that a graph gives in one call with the scores that they should be.
+
+        ``noise`` computes how much rounding explains of those that are too far off.
+        """
         where = f"in a call of {sequence_length(inputs)} rows in {len(inputs.get(CU_SEQLENS, (0, 0))) - 1} sequences"
         try:
             beyond = _beyond(self.run(inputs)[rows], expected)
@@ -196,14 +214,14 @@ class _ScoreComparison:
             return _Finding(np.inf, f"{promise}; {failed}", where)
         unit = np.maximum(_spread(self.usual), np.abs(expected.astype(np.float64) - np.median(self.usual, axis=0)))
         over: NDArray[np.bool_] = np.any(beyond > self.tolerance * unit, axis=1)
-        # A graph with thresholds jumps where rounding takes a number across one; so it does if its input is rounded otherwise.
+        # The scores of a graph with thresholds jump where rounding takes a number across one; a different rounding shows by how much.
         if 0 < over.sum() <= max(1, self.excused * len(over)):
             beyond = np.maximum(beyond - np.multiply(4, noise(over)), 0)
         with np.errstate(divide="ignore", invalid="ignore"):
             return _Finding(float(np.where(beyond == 0, 0, beyond / unit).max()), promise, where)
 
     def noise(self, inputs: GraphInputs, rows: slice = slice(None)) -> NDArray[np.float64]:
-        """How much scores change if activations are rounded otherwise."""
+        """Measures how much a graph's scores change if its activations are rounded differently, ``(rows, labels)``."""
         scores = self.run(inputs)[rows]
         worst = np.zeros(scores.shape)
         for _ in range(3):
@@ -218,15 +236,16 @@ class _ScoreComparison:
 
 
 class _GraphTrial:
-    """Sequences of random rows, and the scores of each alone.
+    """Holds sequences of random rows and the scores of each alone, with which the scores of larger calls are compared.
 
     Args:
-        run, file: as of ``rows_tried``.
-        around: gives the sequences.
-        rows: of all sequences together.
+        run: computes the graph.
+        around: draws the sequences.
+        rows: how many rows all sequences have together.
+        file: name of the probe file, for messages.
 
     Attributes:
-        enough: some sequences of golden activations have scores, and not only a few.
+        enough: whether enough sequences of golden activations have finite scores.
     """
 
     def __init__(self, run: Run, around: RandomSequences, rows: int, file: str) -> None:
@@ -243,7 +262,7 @@ class _GraphTrial:
             inputs = around.sequence(length, scale)
             scores = self._alone(inputs, file)
             if scores is None:
-                continue  # what has no scores by itself has none in company either
+                continue  # a sequence without scores by itself has none in a larger call either
             self._sequences.append(inputs)
             self._scores.append(scores)
             near += [scores] if scale <= 1 else []
@@ -251,10 +270,10 @@ class _GraphTrial:
         self.enough = golden_like >= SEQUENCES // 8
         self._compare = _ScoreComparison(run, around, np.concatenate(near).astype(np.float64) if near else np.zeros((1, 1)))
 
-    # ------------------------------------------------------------------------------------------------------------ what is compared
+    # ------------------------------------------------------------------------------------------------------------ the comparisons
 
     def findings(self) -> Iterator[_Finding]:
-        """One for each call whose scores are known from others."""
+        """Compares the scores of many calls of the graph with those of each sequence alone, and yields a finding for each call."""
         count = len(self._sequences)
         by_length = np.argsort([-sequence_length(inputs) for inputs in self._sequences], kind="stable")
         short = by_length[count // 8 :]
@@ -271,7 +290,7 @@ class _GraphTrial:
             yield from self._shortened()
 
     def far_behind(self) -> _Finding:
-        """Of a call that is longer than any that serves."""
+        """Compares the scores of a call that is longer than any that the graph serves."""
         order = np.arange(len(self._sequences))
         return self._together(np.concatenate([order, order[::-1], order]), _NEIGHBOURS)
 
@@ -290,16 +309,16 @@ class _GraphTrial:
         return self._compare.of(pack_sequences(sequences), slice(None), np.concatenate(scores), noise, promise)
 
     def _shuffled(self) -> _Finding:
-        """Every row among other rows than in its sequence."""
+        """Compares the scores of rows that are placed among the rows of other sequences with those that they had in their own sequence."""
         scores = np.concatenate(self._scores)
         order = self._random.permutation(len(scores))
         rows = {name: array[order] for name, array in pack_sequences(self._sequences).items()}
         return self._compare.of_one(rows, slice(None), scores[order], _NEIGHBOURS)
 
     def _shortened(self) -> Iterator[_Finding]:
-        """Sequences without what comes later, or before their window, and with something else in its place."""
+        """Compares scores of sequences whose later rows, or rows before the probe's window, are removed or replaced."""
         window = self._context.window or 0
-        # where memory allows it, longer than any call of several
+        # where memory allows it, this sequence is longer than any call of several sequences
         lone_rows = 3 * LARGEST_CALL if self._rows == LARGEST_CALL else max(self._rows, min(2 * window, LARGEST_CALL))
         lone = self._around.sequence(lone_rows, 1.0)
         longest = int(np.argmax([sequence_length(inputs) for inputs in self._sequences]))
@@ -307,7 +326,7 @@ class _GraphTrial:
             if scores is None:
                 continue
             length = len(scores)
-            # positions go on as they do in a rollout, whatever takes the place of its tokens
+            # positions stay those of the rollout, whatever takes the place of its tokens
             other = {**self._around.sequence(length, 10.0), **{name: inputs[name] for name in inputs if name == POSITIONS}}
             for kept in sorted({1, length // 3 + 1, length - 1} - {0, length}):
                 before, after = slice(0, kept), slice(kept, length)
@@ -330,7 +349,7 @@ class _GraphTrial:
             ) from None
 
     def _finite(self, inputs: GraphInputs) -> NDArray[np.float32] | None:
-        """The scores of a sequence by itself, if it has any."""
+        """Returns the scores of a sequence alone in a call, or ``None`` if the graph fails on it or gives scores that are not finite."""
         try:
             scores = self._run(inputs)
         except WrongShape:
@@ -341,7 +360,7 @@ class _GraphTrial:
 
 
 def _lengths(rows: int, random: np.random.Generator) -> list[int]:
-    """Of ``SEQUENCES`` sequences, ``rows`` rows in all or nearly: a few long ones among many short ones."""
+    """Draws the lengths of ``SEQUENCES`` sequences that have nearly ``rows`` rows together: a few long ones among many short ones."""
     long = [rows // LONGEST_SHARE, rows // 16, rows // 16 + 1]
     mean = (rows - sum(long)) / (SEQUENCES - len(long))
     short = random.integers(1, max(int(2 * mean), 2), SEQUENCES - len(long))
@@ -349,7 +368,7 @@ def _lengths(rows: int, random: np.random.Generator) -> list[int]:
 
 
 def _beyond(found: NDArray[np.float32], expected: NDArray[np.float32]) -> NDArray[np.float64]:
-    """How far scores differ beyond a rounding of the scores themselves; infinite where they are not comparable."""
+    """Returns how far scores differ beyond a rounding of the scores themselves; infinite where they cannot be compared."""
     if found.shape != expected.shape:
         return np.full(expected.shape, np.inf)
     exact = expected.astype(np.float64)
@@ -357,7 +376,7 @@ def _beyond(found: NDArray[np.float32], expected: NDArray[np.float32]) -> NDArra
 
 
 def _spread(scores: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The standard deviation of each label's scores without the outermost, which would make all else seem equal."""
+    """Returns the standard deviation of each label's scores without the outermost ones, which would make other differences seem small."""
     low, high = np.quantile(scores, (0.05, 0.95), axis=0)
     inner = np.clip(scores, low, high).std(axis=0)
     spread: NDArray[np.float64] = np.where(inner > 0, inner, scores.std(axis=0))
@@ -365,7 +384,7 @@ def _spread(scores: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _may_be_quadratic(model: onnx.ModelProto) -> bool:
-    """Whether some value in a graph may have two axes that grow with the rows."""
+    """Returns whether some value in a graph may have two axes that grow with the number of rows."""
     for graph in subgraphs(onnx.shape_inference.infer_shapes(model, data_prop=True).graph):
         described = (*graph.value_info, *graph.output)
         shapes = {value.name: value.type.tensor_type.shape for value in described if value.type.tensor_type.HasField("shape")}

@@ -1,4 +1,7 @@
-"""The ids that stand for pictures, audio and video: with nothing in their place the model reads them as words that mean nothing."""
+"""Finds the token ids that stand for pictures, audio and video, which must not be scored as text.
+
+Without such content in its place, the model reads a placeholder as a word that means nothing.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +19,14 @@ _TOKEN = re.compile(rf"[<\[]\S*({_OTHER_THAN_TEXT})\S*[>\]]", re.IGNORECASE)
 
 
 def placeholder_tokens(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None) -> dict[int, str]:
-    """The name of each id that stands for something other than text.
+    """Returns, by token id, the name of each placeholder: a token that stands for something other than text.
 
-    From the config, at any depth; of a model that has encoders of other things beside its decoder, from its tokenizer too. The tokenizer
-    alone does not tell: families of models share one, and to a model of text alone such a token is a word.
+    Names are taken from the config, at any depth, and, if the model has encoders for other content beside its decoder, from the tokenizer
+    too. The tokenizer alone does not tell: families of models share one tokenizer, and for a model of text alone such a token is a word.
 
     Args:
-        config: of the whole model.
-        tokenizer: ``None`` if the model came without.
+        config: config of the whole model.
+        tokenizer: the model's tokenizer; ``None`` if it has none.
     """
     found = dict(_settings(config.to_dict()))
     if config.get_text_config(decoder=True) is not config and tokenizer is not None:

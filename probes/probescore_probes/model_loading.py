@@ -1,7 +1,7 @@
-"""A whole model as plain transformers loads it, with every weight from its files, or refused in words.
+"""Loads a whole model with plain transformers, with every weight from its files, or refuses it with a message.
 
-What transformers only reports is refused here: weights that it made up since the files lack them, and adapters that it would leave out.
-Nothing of this is shared with the engine.
+Two problems that transformers only reports are refused here: weights that are missing from the files, which transformers would make up, and
+adapters, which it would leave out. Nothing of this is shared with the server's engine.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ _SHOWN = 5
 
 
 def find_model(model: str | Path, revision: str) -> tuple[Path, str]:
-    """The directory of a model, and its commit if it is one of the hub.
+    """Returns the directory of a model, and its commit if the model is one of the hub; otherwise the commit is empty.
 
     Raises:
-        TypeError: ``model`` or ``revision`` is no text or path.
+        TypeError: ``model`` or ``revision`` is not text or a path.
         ModelRefused: there is no such directory or model.
     """
     if not isinstance(model, (str, Path)):
@@ -68,13 +68,13 @@ def find_model(model: str | Path, revision: str) -> tuple[Path, str]:
 def load_whole_model(
     directory: Path, *, dtype: torch.dtype | str, device: str | torch.device, trust_remote_code: bool
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Loads every block, with a head if the model has one, and the tokenizer.
+    """Loads every decoder block of a model, its head if it has one, and its tokenizer.
 
-    Of a model that reads pictures too, all of it is loaded, and text alone is run.
+    A model that also reads pictures is loaded whole, and only text is run through it.
 
     Raises:
-        TypeError: ``dtype`` or ``device`` is none.
-        ModelRefused: it is no decoder, its files lack weights or hold an adapter, or a file cannot be read.
+        TypeError: ``dtype`` is not a dtype, or ``device`` is not a device.
+        ModelRefused: the model is no decoder, its files lack weights or hold an adapter, or a file cannot be read.
     """
     precision = _dtype(dtype)
     if not isinstance(device, (str, torch.device)):
@@ -99,7 +99,7 @@ def load_whole_model(
                 use_safetensors=True,
                 output_loading_info=True,
             )
-    except Exception as error:  # a damaged file, a size that differs: transformers and safetensors raise what they like
+    except Exception as error:  # a damaged file or a size that differs, for which transformers and safetensors raise various exceptions
         raise ModelRefused(f"model: {_what_is_wrong(name, error)}") from error
     _check_report(model, report, name)
     try:
@@ -110,7 +110,7 @@ def load_whole_model(
 
 
 def is_wrapper(config: PreTrainedConfig) -> bool:
-    """Whether the text model is a part of a larger one, which reads pictures or sound too."""
+    """Returns whether a config is of a model that has the text model as one part and also reads pictures or sound."""
     return config.get_text_config(decoder=True) is not config
 
 
@@ -127,7 +127,7 @@ def _config(directory: Path, name: str, trust_remote_code: bool) -> PreTrainedCo
     try:
         with _quietly():
             config: PreTrainedConfig = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    except Exception as error:  # of the file, of what it says, or of the model's own code
+    except Exception as error:  # raised for the file, for its content, or by the model's own code
         written = PreTrainedConfig.get_config_dict(directory)[0] if _is_json(directory / "config.json") else {}
         if written.get("auto_map") and not trust_remote_code:
             raise ModelRefused(f"model: {name} brings its own Python code; if you trust it, pass trust_remote_code=True") from None
@@ -167,7 +167,11 @@ def _tokenizer(directory: Path, name: str, trust_remote_code: bool) -> PreTraine
 
 
 def _loader(config: PreTrainedConfig, name: str) -> Any:  # noqa: ANN401  transformers' loaders have no type in common
-    """A wrapper is loaded whole where transformers can; its text model alone would take other names for its weights."""
+    """Returns the transformers class that loads a model of this config.
+
+    A model that also reads pictures or sound is loaded whole where transformers can, since its text model alone would expect other names
+    for its weights.
+    """
     causal, pictures = AutoModelForCausalLM, AutoModelForImageTextToText
     for loader in (pictures, causal, AutoModel) if is_wrapper(config) else (causal, AutoModel):
         if type(config) in loader._model_mapping or loader.__name__ in (getattr(config, "auto_map", None) or {}):
@@ -190,7 +194,7 @@ def _what_is_wrong(name: str, error: Exception) -> str:
 
 
 def _check_report(model: PreTrainedModel, report: dict[str, Any], name: str) -> None:
-    """No weight of the model itself may be one that transformers made up. A head is not read."""
+    """Refuses a model if transformers made up a weight that the files lack; a missing head does not matter, as it is not read."""
     inside = {parameter for parameter, _ in model.base_model.named_parameters()} | {
         buffer for buffer, _ in model.base_model.named_buffers()
     }
@@ -210,7 +214,7 @@ def _check_report(model: PreTrainedModel, report: dict[str, Any], name: str) -> 
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Without transformers' reports on what was loaded; what matters of them is raised."""
+    """Silences transformers' reports on loading within the context; what matters in them is raised as an error."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:

@@ -1,4 +1,4 @@
-"""Layers: affine maps, each with an activation after it, and how they come together while a graph is followed.
+"""Describes a probe as layers, affine maps each followed by an activation, and builds the layers while a graph is read.
 
 Linear probes, multilayer perceptrons and features of sparse autoencoders all have this form, in which many of them can be computed at once.
 """
@@ -19,13 +19,13 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """``activation(weight · x + bias)``.
+    """Holds one layer of a network, which computes ``activation(weight · x + bias)``.
 
     Attributes:
         weight: ``(out, in)`` float32.
         bias: ``(out,)`` float32.
-        activation: what is done to the result; its constants are numbered.
-        constants: of the activation, ``(out,)`` float32 each.
+        activation: expression applied to the affine map's result; its constants are numbered.
+        constants: constants of the activation, ``(out,)`` float32 each.
     """
 
     weight: NDArray[np.float32]
@@ -36,11 +36,12 @@ class Layer:
 
 @dataclass(frozen=True, eq=False)
 class Network:
-    """What a graph computes.
+    """Holds the layers that compute the same scores as a probe's graph.
 
     Attributes:
         layers: at least one; the first reads rows of ``hidden_size``, the last gives the labels.
-        centre, spread: ``(hidden_size,)`` float32: the graph standardises its rows with these; 0 and 1 if it does not.
+        centre: what the graph subtracts from its rows to standardise them, ``(hidden_size,)`` float32; 0 if it does not.
+        spread: what the graph divides its rows by to standardise them, ``(hidden_size,)`` float32; 1 if it does not.
     """
 
     layers: tuple[Layer, ...]
@@ -49,18 +50,19 @@ class Network:
 
 
 class NotANetwork(Exception):
-    """Something in the graph that is not known for certain."""
+    """Reports that a graph has a part that cannot certainly be read as layers."""
 
 
 @dataclass(frozen=True, eq=False)
 class Affine:
-    """The latest affine map: ``weight · x + bias``.
+    """Holds the latest affine map while a graph is read, ``weight · x + bias``.
 
     Attributes:
-        layers: those before it.
+        layers: the layers before the map.
         weight: ``(out, in)``; before the first matrix the diagonal, ``(hidden_size,)``.
         bias: ``(out,)``.
-        centre, spread: as in ``Network``.
+        centre: what the graph subtracts from its rows, as in ``Network``.
+        spread: what the graph divides its rows by, as in ``Network``.
     """
 
     layers: tuple[Layer, ...]
@@ -71,18 +73,20 @@ class Affine:
 
     @property
     def width(self) -> int:
-        """Of its result."""
+        """Holds the width of the affine map's result."""
         return len(self.bias)
 
 
 @dataclass(frozen=True, eq=False)
 class RowValue:
-    """A value of one row for each token: an expression over the latest affine map.
+    """Describes a value in a graph that has one row for each token: an expression over the latest affine map.
 
     Attributes:
-        constants: of the expression, by name: ``(width,)`` each.
+        affine: the latest affine map.
+        expression: what was computed from the map's result since.
+        constants: constants of the expression by name, ``(width,)`` each.
         axes: ``rows`` for ``(tokens, width)``, ``flat`` for ``(tokens,)``, ``turned`` for ``(width, tokens)``.
-        kept: if this is about the largest numbers of each row only, as ``TopK`` gives them: the condition for being one of them.
+        kept: if the value holds only the largest numbers of each row, as ``TopK`` gives them, the condition for being one of them.
     """
 
     affine: Affine
@@ -93,16 +97,16 @@ class RowValue:
 
     @classmethod
     def of_tap(cls, hidden_size: int) -> RowValue:
-        """The activations themselves."""
+        """Returns the value that stands for the activations at a tap, ``(tokens, hidden_size)``, before anything is computed from them."""
         zeros, ones = np.zeros(hidden_size), np.ones(hidden_size)
         return cls(Affine((), ones, zeros, zeros, ones), Input(), {})
 
 
 def network_of(scores: RowValue) -> Network:
-    """The layers that give some scores.
+    """Returns the layers that compute some scores.
 
     Raises:
-        NotANetwork: there is no matrix among them, or a number that float32 does not have.
+        NotANetwork: there is no matrix among the layers, or they need a number that float32 does not have.
     """
     scores = _settled(scores)
     if scores.affine.weight.ndim == 1:
@@ -111,7 +115,7 @@ def network_of(scores: RowValue) -> Network:
 
 
 def _settled(value: RowValue) -> RowValue:
-    """With the additions and multiplications by constants that come first taken into the affine map, in float64."""
+    """Folds the leading additions and multiplications by constants into the value's affine map, in float64."""
     while len(parents := parents_of_input(value.expression)) == 1:
         (parent,) = parents
         change = _scale_and_shift(parent, value.constants)
@@ -128,7 +132,7 @@ def _settled(value: RowValue) -> RowValue:
 
 
 def _scale_and_shift(parent: Apply, constants: Mapping[str, Array]) -> tuple[Array, Array] | None:
-    """What a node adds to and multiplies with its only input that is no constant."""
+    """Returns the factor and the summand with which an operator changes its only non-constant input; ``None`` for other operators."""
     first, *others = parent.arguments
     if parent.operator == "Neg":
         return np.array([-1.0]), np.zeros(1)
@@ -159,7 +163,7 @@ def _layer(value: RowValue) -> Layer:
 
 
 def _numbered(expression: Expression, names: dict[str, int]) -> Expression:
-    """With numbers for the names of constants, so that graphs which differ in their names only have the same expressions."""
+    """Replaces the names of constants by numbers, so that graphs which differ only in names have the same expressions."""
     if isinstance(expression, Constant):
         return Constant(names.setdefault(str(expression.name), len(names)))
     if isinstance(expression, Apply):
@@ -168,13 +172,13 @@ def _numbered(expression: Expression, names: dict[str, int]) -> Expression:
 
 
 def mapped(value: RowValue, weight: Array, bias: Array, axes: str = "rows") -> RowValue:
-    """``weight · value + bias``: part of the same layer if nothing but an affine map comes before, else of a new one.
+    """Applies ``weight · value + bias`` while a graph is read as layers: within the same layer after an affine map, else as a new layer.
 
     Args:
-        value: with axes ``rows``.
+        value: the value to map, with axes ``rows``.
         weight: ``(out, in)``.
         bias: ``(out,)``.
-        axes: of the result.
+        axes: axes of the result.
 
     Raises:
         NotANetwork: the sizes differ, or an activation comes before the first matrix.
@@ -199,12 +203,12 @@ def mapped(value: RowValue, weight: Array, bias: Array, axes: str = "rows") -> R
 
 
 def selected(value: RowValue, columns: Array, axes: str = "rows") -> RowValue:
-    """Some columns, in the order given.
+    """Selects some columns of a value while a graph is read as layers, in the order given.
 
     Args:
-        value: with axes ``rows``.
-        columns: ``(C,)``; negative ones count from the last.
-        axes: of the result.
+        value: the value to select from, with axes ``rows``.
+        columns: indices of the columns, ``(C,)``; negative ones count from the last.
+        axes: axes of the result.
 
     Raises:
         NotANetwork: there is no such column.

@@ -1,0 +1,69 @@
+"""Estimators of scikit-learn, saved by ``joblib`` or ``pickle``, or without code by ``skops``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from probescore_probes import arguments
+from probescore_probes.exporting import sklearn_probe
+from probescore_probes.importing.imported import NONLINEAR, Asked, Imported, is_affine, named
+from probescore_probes.importing.pickles import unpickled
+from probescore_probes.importing.source import Source
+
+_SKOPS = "save the estimator with skops.io.dump, which runs nothing"
+
+
+def is_estimator(source: Source) -> bool:
+    """Tells whether a file is a pickle, or was written by skops."""
+    return source.kind == "skops" or (source.kind == "pickle" and source.path.suffix != ".lgprobe")
+
+
+def read_estimator(source: Source, asked: Asked) -> Imported:
+    """Reads a fitted estimator or pipeline.
+
+    Raises:
+        ValueError: it would run code and is not trusted, it is no estimator, or it cannot be written as a graph.
+    """
+    content, warned = (_from_skops(source), ()) if source.kind == "skops" else unpickled(source, asked.trust_pickle, _SKOPS)
+    if not hasattr(content, "fit"):
+        raise ValueError(f"{source.name}: {arguments.kind_of(content)}; give one fitted estimator or pipeline of scikit-learn")
+    return estimator_probe(content, asked, source, warned)
+
+
+def estimator_probe(estimator: Any, asked: Asked, source: Source, warned: tuple[str, ...] = ()) -> Imported:  # noqa: ANN401
+    """Makes the probe of a fitted estimator.
+
+    Raises:
+        ValueError: it cannot be written as a graph, or fits no taps.
+    """
+    function = sklearn_probe(estimator)
+    if function.width is None:
+        raise ValueError(f"{source.name}: {type(estimator).__name__} does not say how many features it was fitted on; fit it again")
+    columns = function.columns or 1
+    notes = warned if is_affine(function, function.width) else (*warned, NONLINEAR)
+    classes = function.classes[-columns:] if columns > 1 else ()
+    return Imported(
+        function,
+        asked.taps_for(function.width),
+        f"{type(estimator).__name__} of scikit-learn",
+        named(asked, columns, classes),
+        notes=notes,
+    )
+
+
+def _from_skops(source: Source) -> object:
+    try:
+        import skops.io
+    except ModuleNotFoundError:
+        raise ValueError(f"{source.name}: a file of skops, which is not installed; pip install skops") from None
+    load: Callable[..., object] = skops.io.load
+    try:
+        unknown = skops.io.get_untrusted_types(file=source.path)
+        if not unknown:
+            return load(source.path, trusted=[])
+    except Exception as error:  # of a damaged file, or of another version
+        raise ValueError(f"{source.name}: skops cannot read it ({type(error).__name__}); save it again") from error
+    raise ValueError(
+        f"{source.name}: holds {', '.join(unknown[:5])}, which skops does not know to be safe; save scikit-learn's own parts alone"
+    )

@@ -1,0 +1,49 @@
+"""Probes of obalcells/hallucination_probes: ``probe_config.json`` and ``probe_head.bin`` in a folder.
+
+score of a token = sigmoid(weight · x + bias), x = the output of block ``layer_idx``, counted from 0
+"""
+
+from __future__ import annotations
+
+from probescore.types import ScoreUnit, Tap
+from probescore_probes import arguments
+from probescore_probes.importing.imported import Asked, Imported, linear, named
+from probescore_probes.importing.source import Source, taken, whole_number
+
+_CONFIG, _HEAD = "probe_config.json", "probe_head.bin"
+_ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+
+
+def is_hallucination_probe(source: Source) -> bool:
+    """Tells whether both files of such a probe are there."""
+    return source.holds(_CONFIG, _HEAD)
+
+
+def read_hallucination_probe(source: Source, asked: Asked) -> Imported:
+    """Reads a linear head over the output of a block; scores are probabilities of tokens.
+
+    Raises:
+        ValueError: an adapter lies beside it, the layer is none of the model's, or weights have another shape.
+    """
+    if adapter := source.beside(*_ADAPTERS):
+        raise ValueError(
+            f"{adapter[0]}: an adapter of this probe's own, which changes the model; not served yet: only probes that read the frozen "
+            "model as it is can be imported"
+        )
+    config = source.config(_CONFIG)
+    layer, width = whole_number(config, "layer_idx", _CONFIG), whole_number(config, "hidden_size", _CONFIG)
+    if width != asked.hidden_size:
+        raise ValueError(
+            f"{_CONFIG}: hidden_size: {width}; the model's is {asked.hidden_size}: give the model that the probe was fitted on"
+        )
+    stated = arguments.tap(Tap("resid_post", layer), f"{_CONFIG}: layer_idx", asked.num_hidden_layers)
+    head = source.member(_HEAD).tensors
+    weight, bias = taken(head, "weight", _HEAD, 1, width), taken(head, "bias", _HEAD, 1)
+    return Imported(
+        linear(weight, bias, unit=ScoreUnit.LOGIT),
+        asked.tap_or((stated,), _CONFIG),
+        "a hallucination probe of single tokens",
+        named(asked, 1),
+        reduce_on=ScoreUnit.PROBABILITY,
+        notes=("Its author flags tokens at 0.5, which is no calibration",),
+    )

@@ -1,0 +1,204 @@
+"""What passes between the formats of other libraries and the writer of a probe file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from probescore.types import ScoreUnit, Tap
+from probescore_probes.exporting import ProbeFunction, linear_probe, torch_probe
+from probescore_probes.importing.places import hidden_state, hidden_state_of
+from probescore_server.probes.format.graph import CU_SEQLENS, POSITIONS, GraphInputs
+from probescore_server.probes.format.manifest import Context
+
+Array = NDArray[np.float64]
+
+POINTWISE = Context()
+
+NONLINEAR = (
+    "It is not linear, and its file does not say what it was fitted on: the score of a rollout's mean activation, if its author computes "
+    "that, is another number than the mean of the scores of its tokens, which is served"
+)
+"""What must be known of a probe that is no ``weight · x + bias``."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the importer says, since files leave much of it out.
+
+    Attributes:
+        hidden_size: of the model.
+        num_hidden_layers: of the model.
+        layer_norms: whether the model's norms take the mean of their rows out; root mean square norms do not.
+        taps: where to read, in order; empty = not said.
+        reduction: from scores of tokens to one of a rollout, or how the author pools; ``None`` = not said.
+        unit: of the scores; ``None`` = not said.
+        labels: names of the columns; empty = not said.
+        heads: of an attention probe.
+        features: of a sparse autoencoder.
+        sees_prompt: whether a probe of several tokens is given the prompt's too.
+        trust_pickle: whether files may run code here, once.
+    """
+
+    hidden_size: int
+    num_hidden_layers: int
+    layer_norms: bool = False
+    taps: tuple[Tap, ...] = ()
+    reduction: str | None = None
+    unit: ScoreUnit | None = None
+    labels: tuple[str, ...] = ()
+    heads: int | None = None
+    features: tuple[int, ...] = ()
+    sees_prompt: bool = False
+    trust_pickle: bool = False
+
+    def taps_for(self, width: int, remedy: str = "") -> tuple[Tap, ...]:
+        """Returns the taps that were asked for, checked against how many numbers a row of weights has.
+
+        Raises:
+            ValueError: none was, or another number of them.
+        """
+        needed, rest = divmod(width, self.hidden_size)
+        if rest or not needed:
+            raise ValueError(
+                f"weights: for rows of {width} numbers, and the model's hidden size is {self.hidden_size}; give the model that the probe "
+                "was fitted on"
+            )
+        if not self.taps:
+            what = "which tap it reads" if needed == 1 else f"which {needed} taps it reads, in order"
+            raise ValueError(
+                f"tap: the file does not say {what}; {remedy or 'give it as resid_post.6, or hidden_states[7] of Hugging Face'}"
+            )
+        if len(self.taps) != needed:
+            raise ValueError(
+                f"tap: {len(self.taps)} given ({', '.join(map(str, self.taps))}), and the weights are for {needed} × {self.hidden_size} "
+                f"numbers; give {needed}"
+            )
+        return self.taps
+
+    def tap_or(self, stated: Sequence[Tap], where: str) -> tuple[Tap, ...]:
+        """Returns the taps that a file states; the importer may name the same ones, and no others.
+
+        Raises:
+            ValueError: others were asked for.
+        """
+        if self.taps and self.taps != tuple(stated):
+            raise ValueError(
+                f"tap: {', '.join(map(str, self.taps))}; {where} says {', '.join(map(str, stated))}: leave it out, or correct the file "
+                "if it is wrong"
+            )
+        return tuple(stated)
+
+    def entry_of(self, layers: Sequence[int], what: str) -> tuple[int, Tap]:
+        """Finds which of a file's probes for entries of ``hidden_states`` is asked for: its index in ``layers``, and the tap.
+
+        Raises:
+            ValueError: none was and there are several, or one that the file does not have.
+        """
+        if len(layers) == 1 and not self.taps:
+            return 0, hidden_state(layers[0], "layers[0]", self.num_hidden_layers)
+        known = ", ".join(f"hidden_states[{layer}]" for layer in layers)
+        if len(self.taps) != 1:
+            raise ValueError(f"tap: {len(self.taps) or 'none'} given; the file has {what} for {known}: give one of these")
+        entry = hidden_state_of(self.taps[0], self.num_hidden_layers)
+        if entry is None or entry not in layers:
+            as_entry = "" if entry is None else f", which is hidden_states[{entry}]"
+            raise ValueError(f"tap: {self.taps[0]}{as_entry}; the file has {what} for {known}: give one of these")
+        return list(layers).index(entry), self.taps[0]
+
+
+@dataclass(frozen=True, eq=False)
+class Imported:
+    """A probe of another library, as it was read.
+
+    Attributes:
+        function: its formula, and the graph for it.
+        taps: where it reads, in order.
+        method: what it is, for people.
+        labels: names of its columns.
+        context: what a score depends on.
+        positions: whether it is given each token's position.
+        reduce_on: unit of what the server sends; ``None`` = that of the function.
+        reduction: default reduction; ``None`` = mean, or none for a probe that pools.
+        expects_bos: whether prompts start with BOS; ``None`` = not known.
+        notes: what its file leaves open, and what was not taken over; whole sentences without a full stop.
+    """
+
+    function: ProbeFunction
+    taps: tuple[Tap, ...]
+    method: str
+    labels: tuple[str, ...] = ("score",)
+    context: Context = POINTWISE
+    positions: bool = False
+    reduce_on: ScoreUnit | None = None
+    reduction: str | None = None
+    expects_bos: bool | None = None
+    notes: tuple[str, ...] = ()
+
+
+def named(asked: Asked, columns: int, stated: Sequence[str] = ()) -> tuple[str, ...]:
+    """Names the columns of a probe: by those asked for, else those of its file, else numbers.
+
+    Raises:
+        ValueError: more or fewer were asked for than there are columns.
+    """
+    if asked.labels and len(asked.labels) != columns:
+        raise ValueError(
+            f"label: {len(asked.labels)} given ({', '.join(asked.labels)}), and the probe gives {columns} scores; give {columns}"
+        )
+    if asked.labels or stated:
+        return asked.labels or tuple(stated)
+    return ("score",) if columns == 1 else tuple(f"score_{column}" for column in range(columns))
+
+
+def linear(weight: Array, bias: Array, *, unit: ScoreUnit, mean: Array | None = None, std: Array | None = None) -> ProbeFunction:
+    """Makes a probe of ``weight · (x - mean) / std + bias``, as its author computes it. The graph has the standardisation folded in.
+
+    Args:
+        weight: ``(labels, width)``.
+        bias: ``(labels,)``.
+        unit: of the scores.
+        mean: ``(width,)``; ``None`` = 0.
+        std: ``(width,)``; ``None`` = 1.
+    """
+    centre = np.zeros(weight.shape[1]) if mean is None else mean
+    scale = np.ones(weight.shape[1]) if std is None else std
+    folded = linear_probe(weight / scale, bias - (weight / scale) @ centre, unit=unit)
+    return replace(folded, score=lambda inputs: ((side_by_side(inputs) - centre) / scale) @ weight.T + bias)
+
+
+def is_affine(function: ProbeFunction, width: int) -> bool:
+    """Tells whether a function of single rows is ``weight · x + bias``, so that the mean of its scores is the score of the mean row."""
+    x, y = np.random.default_rng(0).standard_normal((2, 8, width))
+
+    def scores(rows: Array) -> Array:
+        return np.asarray(function.score({"rows": rows.astype(np.float32).astype(np.float64)}), np.float64).reshape(len(rows), -1)
+
+    apart, together = (scores(x) + scores(y)) / 2, scores((x + y) / 2)
+    return bool(np.abs(apart - together).max() <= 1e-4 * max(float(apart.std()), 1e-12))
+
+
+def formula(score: Callable[[GraphInputs], Array], module: torch.nn.Module, *, unit: ScoreUnit, width: int, columns: int) -> ProbeFunction:
+    """Makes a probe whose own code is a formula in numpy, and whose graph is exported from a module that must agree with it."""
+    return replace(torch_probe(module, unit=unit), score=score, width=width, columns=columns)
+
+
+def side_by_side(inputs: GraphInputs) -> Array:
+    """Returns the activations of all taps ``(N, taps × hidden_size)``, float64."""
+    taps = [array for name, array in inputs.items() if name not in (CU_SEQLENS, POSITIONS)]
+    return np.concatenate(taps, axis=1).astype(np.float64)
+
+
+def each_sequence(of_one: Callable[[Array], Array], rows: Callable[[GraphInputs], Array] = side_by_side) -> Callable[[GraphInputs], Array]:
+    """Makes of the formula for one sequence, ``(T, width)`` to ``(T, labels)`` or, pooled, ``(1, labels)``, that for several in a row."""
+
+    def score(inputs: GraphInputs) -> Array:
+        every = rows(inputs)
+        return np.concatenate([of_one(every[start:end]) for start, end in pairwise(inputs[CU_SEQLENS].tolist())])
+
+    return score

@@ -1,0 +1,198 @@
+"""Probes of the Obfuscation Atlas: ``layer_K/model.pt`` with ``config.json``, over ``hidden_states[K + 1]``.
+
+``config.json`` is ``{class_name, module, init_args}``. Every kind gives scores ``v`` (tokens, heads), and ``q`` where it has queries
+(elsewhere q = v). An aggregator, which is not in the file, makes one logit of them; the probability is sigmoid(platt_A · logit + platt_B):
+
+    mean, max, sum, last       of Σ over heads of v
+    multimax                   Σ over heads of max over tokens of v
+    attention                  Σ over heads of Σ over tokens of softmax(q) · v
+    rolling_attention(w)       the same within each window of w tokens, the largest window of each head
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from probescore.types import ScoreUnit
+from probescore_probes import arguments
+from probescore_probes.importing.atlas_kinds import WEIGHTS, Kind, Weights, kind_of
+from probescore_probes.importing.imported import Array, Asked, Imported, each_sequence, formula, named, side_by_side
+from probescore_probes.importing.places import hidden_state
+from probescore_probes.importing.sequences import members, seen, sequence_of, softmax
+from probescore_probes.importing.source import Source
+from probescore_server.probes.format.manifest import Context
+
+_CONFIG = "config.json"
+_L2_EPS, _WINDOW_EPS = 1e-8, 1e-8
+_PER_TOKEN = ("mean", "max", "sum", "last")
+_POOLING = ("multimax", "attention", "rolling_attention")
+_AGGREGATORS = "mean, max, sum, last, multimax, attention or rolling_attention(10)"
+
+
+class _Pooled(nn.Module):
+    """A probe with its aggregator: normalised rows, scores of heads, one logit, and Platt's line."""
+
+    def __init__(self, kind: Kind, normalise: tuple[str, float], aggregator: str, window: int, platt: tuple[float, float]) -> None:
+        super().__init__()
+        self.scores, self.attends = kind.scores, kind.attends
+        self.normalise, self.scale = normalise
+        self.aggregator, self.window = aggregator, window
+        self.a, self.b = platt
+
+    def forward(self, *given: Tensor) -> Tensor:
+        """Computes logits ``(N, 1)``, or ``(S, 1)`` where the aggregator pools heads apart."""
+        x = given[0]
+        if self.normalise == "l2":
+            x = _over(x, (x * x).sum(-1, keepdim=True).sqrt(), _L2_EPS)
+        elif self.normalise == "unit_norm":
+            x = x / self.scale
+        query: Tensor
+        value: Tensor
+        query, value = self.scores(x, given[1]) if self.attends else self.scores(x)
+        if self.aggregator in _PER_TOKEN:
+            return self.a * value.sum(-1, keepdim=True) + self.b
+        return self.a * self._pool(query, value, given[1]).sum(-1, keepdim=True) + self.b
+
+    def _pool(self, query: Tensor, value: Tensor, cu_seqlens: Tensor) -> Tensor:
+        inside = members(value, cu_seqlens)
+        if self.aggregator == "multimax":
+            return _largest(value, inside)
+        share = query.T[None].masked_fill(~inside[:, None], float("-inf")).softmax(-1)
+        if self.aggregator == "attention":
+            return torch.einsum("shn,nh->sh", share, value)
+        share = share.masked_fill(~inside[:, None], 0.0).sum(0).T
+        band = seen(value, cu_seqlens, self.window).float()
+        averages = _over(band @ (share * value), band @ share, _WINDOW_EPS)
+        row = torch.arange(value.shape[0])
+        sequence = sequence_of(row, cu_seqlens)
+        start, end = cu_seqlens[:-1][sequence], cu_seqlens[1:][sequence]
+        whole = row - start + 1 >= torch.minimum(end - start, torch.full_like(end, self.window))
+        return _largest(averages, inside & whole)
+
+
+def is_obfuscation_atlas(source: Source) -> bool:
+    """Tells whether a configuration names a class, and weights lie beside it."""
+    return source.holds(_CONFIG, WEIGHTS) and {"class_name", "init_args"} <= set(source.config(_CONFIG))
+
+
+def read_obfuscation_atlas(source: Source, asked: Asked) -> Imported:
+    """Reads a probe with its aggregator, as one logit.
+
+    Raises:
+        ValueError: the aggregator, or the heads of an attention probe, were not said; its class is not known; or weights have other shapes.
+    """
+    config = source.config(_CONFIG)
+    init = config.get("init_args") or {}
+    aggregator, window = _aggregator(asked)
+    every = source.member(WEIGHTS).tensors
+    wrapped = {name.removeprefix("probe."): array for name, array in every.items() if name.startswith("probe.")}
+    found = wrapped or every
+    kind = kind_of(str(config.get("class_name")), found, init, asked)
+    a, b = _platt(every, aggregator)
+    normalise = _normalisation(init, found)
+    pools = aggregator in _POOLING
+    module = _Pooled(kind, normalise, aggregator, window, (a, b))
+
+    def of_one(x: Array) -> Array:
+        query, value = kind.of_one(_normalised(x, normalise))
+        return a * (_aggregated(query, value, aggregator, window) if pools else value.sum(-1, keepdims=True)) + b
+
+    in_sequences = each_sequence(of_one)
+    sees = (f"Its file does not say whether it reads the prompt: it {'does' if asked.sees_prompt else 'does not'} here",)
+    return Imported(
+        formula(
+            in_sequences if pools or kind.attends else lambda inputs: of_one(side_by_side(inputs)),
+            module,
+            unit=ScoreUnit.LOGIT,
+            width=asked.hidden_size,
+            columns=1,
+        ),
+        _taps(source, asked),
+        f"{config['class_name']} of the Obfuscation Atlas, aggregated by {aggregator}{f'({window})' if window else ''}",
+        named(asked, 1),
+        context=_context(kind, pools, asked),
+        reduction=None if pools else aggregator,
+        notes=(
+            "Its aggregator is not in its file: it was given to the import",
+            *(sees if kind.attends or pools else ()),
+            f"Platt's line of its author is in the logit: {a:.6g} · logit + {b:.6g}",
+        ),
+    )
+
+
+def _context(kind: Kind, pools: bool, asked: Asked) -> Context:
+    if pools:
+        return Context(kind="rollout", sees_prompt=asked.sees_prompt)
+    return Context(kind="causal", window=kind.window, sees_prompt=asked.sees_prompt) if kind.attends else Context()
+
+
+def _normalisation(init: Mapping[str, Any], found: Weights) -> tuple[str, float]:
+    """Returns what is done to rows, and the scale that ``unit_norm`` divides them by."""
+    normalise = init.get("normalize_input", "none")
+    if normalise not in ("none", "l2", "unit_norm"):
+        raise ValueError(f"{_CONFIG}: normalize_input: {arguments.shown(normalise)}; only none, l2 and unit_norm are known")
+    return str(normalise), float(found.get("input_scale", np.array(1.0)).ravel()[0])
+
+
+def _normalised(x: Array, normalise: tuple[str, float]) -> Array:
+    if normalise[0] == "l2":
+        return np.asarray(x / (np.linalg.norm(x, axis=-1, keepdims=True) + _L2_EPS))
+    return x / normalise[1] if normalise[0] == "unit_norm" else x
+
+
+def _taps(source: Source, asked: Asked) -> tuple[Any, ...]:
+    if not (layer := re.fullmatch(r"layer_(\d+)", source.folder.resolve().name)):
+        return asked.taps_for(asked.hidden_size, "its folder is not called layer_K, which would say so: give hidden_states[K + 1]")
+    stated = hidden_state(int(layer[1]) + 1, f"{layer[0]}", asked.num_hidden_layers)
+    return asked.tap_or((stated,), f"the folder's name {layer[0]}, which is hidden_states[{int(layer[1]) + 1}],")
+
+
+def _aggregator(asked: Asked) -> tuple[str, int]:
+    written = asked.reduction or ""
+    name, _, rest = written.partition("(")
+    window = rest.removesuffix(")")
+    if name == "rolling_attention" and (not rest or (window.isdecimal() and int(window) > 0)):
+        return name, int(window or 10)
+    if name in (*_PER_TOKEN, *_POOLING) and not rest:
+        return name, 0
+    raise ValueError(
+        f"reduction: {arguments.shown(written) if written else 'not given'}; the file does not say how its author "
+        f"aggregates: give {_AGGREGATORS}"
+    )
+
+
+def _platt(found: Weights, aggregator: str) -> tuple[float, float]:
+    """Returns ``a`` and ``b`` of ``a · logit + b``, which must mean the same before the aggregator as after it."""
+    a, b = (float(found.get(name, np.array(default)).ravel()[0]) for name, default in (("platt_A", 1.0), ("platt_B", 0.0)))
+    if aggregator == "sum" and b:
+        raise ValueError(f"platt_B: {b:g} is added once to a sum over tokens; a sum can be imported only where it is 0")
+    if aggregator == "max" and a <= 0:
+        raise ValueError(f"platt_A: {a:g} turns the largest logit into the smallest; give a probe whose scores rise with what it looks for")
+    return a, b
+
+
+def _aggregated(query: Array, value: Array, aggregator: str, window: int) -> Array:
+    """Aggregates the heads of one sequence to ``(1, 1)``."""
+    if aggregator == "multimax":
+        return np.asarray(value.max(0).sum(keepdims=True)[None])
+    share = softmax(query, 0)
+    if aggregator == "attention" or len(value) < window:
+        return np.asarray((share * value).sum(keepdims=True))
+    shares, values = (np.lib.stride_tricks.sliding_window_view(array, window, axis=0) for array in (share, value))
+    averages = (shares / (shares.sum(-1, keepdims=True) + _WINDOW_EPS) * values).sum(-1)
+    return np.asarray(averages.max(0).sum(keepdims=True)[None])
+
+
+def _over(x: Tensor, y: Tensor, eps: float) -> Tensor:
+    """Computes ``x / (y + eps)``, written so that exporters, which leave out what they take for ``+ 0``, keep it."""
+    return (x / eps) / (y / eps + 1)
+
+
+def _largest(value: Tensor, inside: Tensor) -> Tensor:
+    return value.T[None].masked_fill(~inside[:, None], float("-inf")).amax(-1)

@@ -1,0 +1,228 @@
+"""From another library's file to a probe file, in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from probescore.types import ScoreUnit, Tap, TokenIds
+from probescore_probes import arguments
+from probescore_probes import writing_arguments as given
+from probescore_probes.golden import GoldenScorer
+from probescore_probes.importing.author_scores import AuthorScores, compared
+from probescore_probes.importing.imported import Asked, Imported
+from probescore_probes.importing.places import read_place
+from probescore_probes.importing.registry import format_of
+from probescore_probes.importing.source import Source
+from probescore_probes.reference import ReferenceModel
+from probescore_probes.writing import write_probe
+from probescore_server.probes.format.manifest import TapInput, Training
+from probescore_server.probes.format.probe_file import ProbeFile
+
+NOT_COMPARED = "Nobody has compared it with its author's scores"
+"""What the file of a probe says that was imported without them."""
+
+_GOLDEN_ROLLOUTS = 4
+_FEWEST_IDS = 6
+_TEXTS = (
+    ("What is the capital of France?", " The capital of France is Paris, which lies on the Seine."),
+    ("Write a function that adds two numbers.", "\ndef add(a, b):\n    return a + b\n"),
+    ("Did you run the tests before you said that they pass?", " No, I did not run them. I wrote the output by hand."),
+)
+
+Rollout = tuple[NDArray[np.int64], NDArray[np.int64]]
+
+
+@dataclass(frozen=True, eq=False)
+class ImportedProbe:
+    """A probe file that was made from another library's, and what is known of it.
+
+    Attributes:
+        probe: as it was written.
+        format: what it was read as.
+        notes: what its file leaves open, what was not taken over, and whether anybody compared it with its author's scores.
+        agrees: whether its author's scores were given, and agree.
+    """
+
+    probe: ProbeFile
+    format: str
+    notes: tuple[str, ...]
+    agrees: bool
+
+
+def import_probe(
+    file: Path | str,
+    reference: ReferenceModel,
+    *,
+    name: str,
+    version: str,
+    output: Path | str,
+    format: str | None = None,
+    taps: Sequence[Tap | str] = (),
+    author_scores: Sequence[AuthorScores] = (),
+    golden: Sequence[tuple[TokenIds, TokenIds]] = (),
+    reduction: str | None = None,
+    unit: ScoreUnit | str | None = None,
+    labels: Sequence[str] = (),
+    heads: int | None = None,
+    features: Sequence[int] = (),
+    sees_prompt: bool = False,
+    trust_pickle: bool = False,
+    description: str = "",
+    author: str = "",
+    license: str = "",
+) -> ImportedProbe:
+    """Makes a probe file of a file that another library wrote.
+
+    Golden vectors are computed with the format's formula on activations of plain Hugging Face, and the file is checked as ``write_probe``
+    checks it. Thresholds are never taken over.
+
+    Args:
+        file: a file, or the folder that holds several.
+        reference: the model that the probe was fitted on, in float32.
+        name: of the new probe.
+        version: of the new probe.
+        output: where to write it.
+        format: of ``FORMATS``; ``None`` = as the content shows.
+        taps: where it reads, in order, where the file does not say: ``"resid_post.6"``, or a name of Hugging Face (``hidden_states[7]``),
+            TransformerLens (``blocks.6.hook_resid_post``) or nnsight (``model.layers[6].output[0]``).
+        author_scores: a few rollouts with the scores that the author's own code gives them.
+        golden: rollouts for the golden vectors; by default the author's, or a few texts.
+        reduction: from scores of tokens to one of a rollout; of the Obfuscation Atlas, its aggregator.
+        unit: of scores, where the format leaves it open.
+        labels: names of the columns.
+        heads: of an attention probe of the Obfuscation Atlas.
+        features: of a sparse autoencoder, those to score.
+        sees_prompt: whether a probe of several tokens is given the prompt's too.
+        trust_pickle: whether the file may run code here, now.
+        description: for people.
+        author: for people.
+        license: for people, by its SPDX name.
+
+    Raises:
+        TypeError, ValueError: an argument or the file is not what it should be; names it and what to do.
+        ProbeRefused: its scores are not those of its author, or a server would refuse the file; nothing is written.
+    """
+    output = given.place(output)
+    given.check_names(name, version, description=description, author=author, license=license)
+    given.check_reference(reference)
+    model = reference.reference
+    places = [
+        read_place(tap, f"tap[{index}]", model.num_hidden_layers)
+        for index, tap in enumerate(arguments.sequence(taps, "taps", "taps", '["resid_post.6"]'))
+    ]
+    asked = Asked(
+        model.hidden_size,
+        model.num_hidden_layers,
+        any(isinstance(module, torch.nn.LayerNorm) for module in reference.model.modules()),
+        tuple(place.tap for place in places),
+        None if reduction is None else arguments.text(reduction, "reduction"),
+        None if unit is None else arguments.unit(unit, "unit"),
+        tuple(arguments.text(label, "label") for label in arguments.sequence(labels, "labels", "names", '["cheating"]')),
+        None if heads is None else arguments.of_kind(heads, "heads", int, "give a whole number"),
+        tuple(
+            arguments.of_kind(feature, "feature", int, "give its index")
+            for feature in arguments.sequence(features, "features", "indices", "[7]")
+        ),
+        arguments.flag(sees_prompt, "sees_prompt"),
+        arguments.flag(trust_pickle, "trust_pickle"),
+    )
+    author_scores = arguments.sequence(author_scores, "author_scores", "scores", "[AuthorScores(prompt_ids, completion_ids, score=0.5)]")
+    source = Source(file)
+    known = format_of(source, format)
+    found = _with_what_was_said(known.read(source, asked), asked, [note for place in places for note in place.notes], reference)
+    rollouts = _golden(golden, author_scores, reference, found)
+    inputs = tuple(TapInput.parse(tap) for tap in found.taps)
+    function = given.read_probe(found.function, found.taps, reference, found.labels, found.context)
+    scorer = GoldenScorer(function, reference, inputs, found.context, found.positions, False, None)
+    _check_fires(scorer, rollouts, found.labels)
+    pooled = found.context.kind == "rollout"
+    comparison = compared(scorer, None if pooled else found.reduction, author_scores, source.name) if len(author_scores) else NOT_COMPARED
+    notes = (comparison, *found.notes)
+    sentence = "" if len(author_scores) else f" {NOT_COMPARED}."
+    probe = write_probe(
+        output,
+        found.function,
+        reference,
+        name=name,
+        version=version,
+        taps=found.taps,
+        golden=rollouts,
+        labels=found.labels,
+        context=found.context,
+        positions=found.positions,
+        reduce_on=found.reduce_on,
+        reduction=found.reduction,
+        expects_bos=found.expects_bos,
+        training=Training(method=f"{found.method}, imported as {known.name}", notes=". ".join(notes) + "."),
+        description=f"{description or f'Imported: {found.method}.'}{sentence}",
+        author=author,
+        license=license,
+    )
+    return ImportedProbe(probe, known.name, notes, bool(len(author_scores)))
+
+
+def _with_what_was_said(found: Imported, asked: Asked, notes: Sequence[str], reference: ReferenceModel) -> Imported:
+    """Completes a probe with the reduction that holds, and with notes on what nobody knows."""
+    said = [*found.notes, *notes]
+    reduction, expects_bos = found.reduction, found.expects_bos
+    if found.context.kind != "rollout":
+        if reduction is None and asked.reduction is None:
+            said.append("How its author goes from tokens to a rollout is not in the file: mean stands for it")
+        reduction = arguments.reduction(reduction or asked.reduction or "mean", "reduction")
+    if expects_bos and reference.tokenizer.bos_token_id is None:
+        expects_bos = None
+        said.append("Its author begins texts with BOS, which this tokenizer does not have: not checked")
+    return replace(found, reduction=reduction, expects_bos=expects_bos, notes=tuple(dict.fromkeys(said)))
+
+
+def _golden(golden: Any, author_scores: Sequence[AuthorScores], reference: ReferenceModel, found: Imported) -> list[Rollout]:  # noqa: ANN401
+    """Chooses golden rollouts: those that were given, those of the author, or texts of this module."""
+    bos = reference.tokenizer.bos_token_id
+    if len(golden):
+        rollouts, argument = given.read_golden(golden, reference), "golden"
+    elif len(author_scores):
+        pairs = [(one.prompt_ids, one.completion_ids) for one in author_scores[:_GOLDEN_ROLLOUTS] if isinstance(one, AuthorScores)]
+        rollouts, argument = given.read_golden(pairs, reference), "author_scores"
+    else:
+        rollouts, argument = _texts(reference, bos if found.expects_bos else None), "golden"
+    for index, (prompt, _) in enumerate(rollouts):
+        if found.expects_bos and (not len(prompt) or prompt[0] != bos):
+            raise ValueError(
+                f"{argument}[{index}]: does not begin with BOS ({bos}), and the probe's author begins texts with it; give rollouts "
+                "as they were read"
+            )
+    return rollouts
+
+
+def _texts(reference: ReferenceModel, bos: int | None) -> list[Rollout]:
+    rollouts = []
+    for texts in _TEXTS:
+        prompt, completion = (np.array(reference.tokenizer(text, add_special_tokens=False)["input_ids"], np.int64) for text in texts)
+        if len({*completion.tolist()}) < _FEWEST_IDS:
+            raise ValueError(
+                "golden: not given, and the tokenizer makes too little of this module's own texts; give a few real rollouts of ten "
+                "to fifty tokens"
+            )
+        rollouts.append((prompt if bos is None else np.concatenate([[bos], prompt]), completion))
+    return rollouts
+
+
+def _check_fires(scorer: GoldenScorer, rollouts: Sequence[Rollout], labels: Sequence[str]) -> None:
+    """Refuses golden rollouts on which a column of scores does not vary, as a sparse feature's on most texts: they check nothing."""
+    rows = [scorer.scores_at(prompt, completion, [(scorer.inputs, 0)])[0] for prompt, completion in rollouts]
+    if any(row is None for row in rows):
+        return  # writing says what is wrong with the code's scores
+    scores = np.concatenate([row for row in rows if row is not None])
+    for label, column in zip(labels, scores.T, strict=False):
+        if len(column) > 1 and (column == column[0]).all():
+            raise ValueError(
+                f"golden: {label} is {column[0]:g} on all {len(column)} of the golden scores, which then check nothing; give rollouts on "
+                "which it fires (golden, --golden)"
+            )

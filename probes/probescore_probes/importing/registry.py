@@ -1,0 +1,70 @@
+"""The formats that can be imported, in the order in which a file is tried against them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from probescore_probes.importing.attention_probes import is_attention_probe, read_attention_probe
+from probescore_probes.importing.directions import is_direction, is_hidden_states_direction, read_direction, read_hidden_states_direction
+from probescore_probes.importing.estimators import is_estimator, read_estimator
+from probescore_probes.importing.graphs import is_graph, read_graph
+from probescore_probes.importing.hallucination_probes import is_hallucination_probe, read_hallucination_probe
+from probescore_probes.importing.imported import Asked, Imported
+from probescore_probes.importing.lie_detectors import is_lie_detector, read_lie_detector
+from probescore_probes.importing.obfuscation_atlas import is_obfuscation_atlas, read_obfuscation_atlas
+from probescore_probes.importing.rl_rewardhacking import is_rl_rewardhacking, read_rl_rewardhacking
+from probescore_probes.importing.sae_lens import is_sae, read_sae
+from probescore_probes.importing.sing_probe import is_sing_probe, read_sing_probe
+from probescore_probes.importing.source import Source
+from probescore_probes.importing.standardised import is_standardised, read_standardised, read_vllm_lens
+
+
+@dataclass(frozen=True)
+class Format:
+    """How probes of one library are known and read.
+
+    Attributes:
+        name: as it is asked for.
+        recognises: whether a file is of this format beyond doubt, by what is in it.
+        read: makes a probe of it; raises ``ValueError``, naming what is wrong and what to do.
+    """
+
+    name: str
+    recognises: Callable[[Source], bool]
+    read: Callable[[Source, Asked], Imported]
+
+
+FORMATS = (
+    Format("hallucination-probes", is_hallucination_probe, read_hallucination_probe),
+    Format("saelens", is_sae, read_sae),
+    Format("obfuscation-atlas", is_obfuscation_atlas, read_obfuscation_atlas),
+    Format("singprobe", is_sing_probe, read_sing_probe),
+    Format("lie-detectors", is_lie_detector, read_lie_detector),
+    Format("rl-rewardhacking", is_rl_rewardhacking, read_rl_rewardhacking),
+    Format("attention-probes", is_attention_probe, read_attention_probe),
+    Format("standardised", is_standardised, read_standardised),
+    Format("vllm-lens", lambda _: False, read_vllm_lens),  # what it saves is standardised, and does not say where it comes from
+    Format("sklearn", is_estimator, read_estimator),
+    Format("onnx", is_graph, read_graph),
+    Format("direction", is_direction, read_direction),
+    Format("hf-directions", is_hidden_states_direction, read_hidden_states_direction),
+)
+
+
+def format_of(source: Source, name: str | None) -> Format:
+    """Finds the format of a file: the one that is asked for, or the one that it shows by what is in it.
+
+    Raises:
+        ValueError: there is no such format, or the file shows none.
+    """
+    names = ", ".join(known.name for known in FORMATS)
+    if name is not None:
+        for known in FORMATS:
+            if known.name == name:
+                return known
+        raise ValueError(f"format: {name!r}; give one of {names}")
+    for known in FORMATS:
+        if known.recognises(source):
+            return known
+    raise ValueError(f"format: {source.name} is not recognised by what is in it; give one of {names}")
