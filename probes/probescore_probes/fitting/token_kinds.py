@@ -85,7 +85,8 @@ def fit_tokens(kind: str, rows: Rows, positive: NDArray[np.bool_], weights: NDAr
         batch = random.permutation(len(rows))[:_BATCH]
         optimiser.zero_grad()
         scores = module(*_packed([rows[index] for index in batch]))
-        nn.functional.binary_cross_entropy_with_logits(scores, labels[batch], weight=counted[batch]).backward()
+        loss: Tensor = nn.functional.binary_cross_entropy_with_logits(scores, labels[batch], weight=counted[batch])
+        torch.autograd.backward(loss)
         optimiser.step()
     return module.eval()
 
