@@ -1,8 +1,8 @@
-"""Converts the arguments that authors of probes pass to numbers and text, or refuses them with a message.
+"""Converts the arguments that authors of probes pass to numbers and text, or refuses an argument with a message.
 
-A message names the argument, its value, and what to give instead. A value of another kind raises ``TypeError``, one that is wrong
-``ValueError``. Everything that holds numbers is taken: lists, tuples, numpy arrays of any integer or floating dtype, and torch tensors on
-any device, with gradients or without.
+A message names the argument, its value, and what to give instead. A value of the wrong type raises ``TypeError``, and a wrong value of the
+right type raises ``ValueError``. Numbers may be given as lists, tuples, numpy arrays of any integer or floating dtype, or torch tensors on
+any device, with or without gradients.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _Given = Any  # whatever an author hands over
 
 
 def shown(value: _Given) -> str:
-    """Returns a value as messages show it: short, on one line."""
+    """Returns a value as text for an error message: short, on one line."""
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         return f"{type(value).__name__} of shape {tuple(value.shape)} and dtype {value.dtype}"
     written = value.__name__ if isinstance(value, type) else repr(value)
@@ -30,7 +30,7 @@ def shown(value: _Given) -> str:
 
 
 def kind_of(value: _Given) -> str:
-    """Returns ``None`` as text, or the name of a value's type with its article, such as ``a list``."""
+    """Returns the name of a value's type with its article, such as ``a list``; for ``None`` the text ``None``."""
     if value is None:
         return "None"
     name = f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
@@ -38,7 +38,7 @@ def kind_of(value: _Given) -> str:
 
 
 def of_kind(value: _Given, argument: str, kind: type[_Kind] | tuple[type[_Kind], ...], remedy: str) -> _Kind:
-    """Returns a value if it is of one type, or of one of several.
+    """Returns a value after a check that it has the given type or one of several given types.
 
     Raises:
         TypeError: the value is of another type.
@@ -49,7 +49,7 @@ def of_kind(value: _Given, argument: str, kind: type[_Kind] | tuple[type[_Kind],
 
 
 def text(value: _Given, argument: str, longest: int | None = None) -> str:
-    """Returns a text argument, of at most ``longest`` characters if that is given.
+    """Returns a text argument, of at most ``longest`` characters if ``longest`` is given.
 
     Raises:
         TypeError: the value is not text.
@@ -75,11 +75,11 @@ def named(value: _Given, argument: str, pattern: str, rule: str) -> str:
 
 
 def reduction(value: _Given, argument: str) -> str:
-    """Returns a reduction as text, given as text or as a ``Reduction``.
+    """Returns a reduction of token scores as text, such as ``"mean"``; it may be given as text or as a ``Reduction``.
 
     Raises:
-        TypeError: the value is neither.
-        ValueError: there is no such reduction.
+        TypeError: the value is neither text nor a ``Reduction``.
+        ValueError: there is no reduction of that name.
     """
     if not isinstance(value, (str, Reduction)):
         raise TypeError(f'{argument}: {kind_of(value)} ({shown(value)}); give a reduction as text, such as "mean" or "topk_mean(8)"')
@@ -90,11 +90,11 @@ def reduction(value: _Given, argument: str) -> str:
 
 
 def real(value: _Given, argument: str, what: str) -> NDArray[np.float64]:
-    """Reads real numbers of any shape into a float64 array; NaN and infinities are left to the caller.
+    """Reads real numbers of any shape into a float64 array; NaN and infinities are accepted, and left to the caller to check.
 
     Raises:
         TypeError: the value does not hold real numbers.
-        ValueError: the numbers do not form one shape.
+        ValueError: the numbers do not form an array, as rows of different lengths.
     """
     array = array_of(value, argument, what)
     if array.dtype.kind not in "fiu":
@@ -103,11 +103,11 @@ def real(value: _Given, argument: str, what: str) -> NDArray[np.float64]:
 
 
 def number(value: _Given, argument: str, what: str) -> float:
-    """Reads a single real number; NaN and infinities are left to the caller.
+    """Reads a single real number; NaN and infinities are accepted, and left to the caller to check.
 
     Raises:
         TypeError: the value is not a real number.
-        ValueError: there are several numbers, or none.
+        ValueError: the value holds several numbers, or none.
     """
     if isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{argument}: {shown(value)}; give {what}")
@@ -118,11 +118,11 @@ def number(value: _Given, argument: str, what: str) -> float:
 
 
 def array_of(value: _Given, argument: str, what: str) -> NDArray[Any]:
-    """Converts a value that holds numbers to a numpy array of its own dtype; an array of objects is read only if all of them are numbers.
+    """Converts a value that holds numbers to a numpy array of its own dtype; an array of objects is read only if all objects are numbers.
 
     Raises:
         TypeError: the value does not hold numbers.
-        ValueError: the numbers do not form one shape.
+        ValueError: the numbers do not form an array, as rows of different lengths.
     """
     if value is None or isinstance(value, (str, bytes, Mapping, set, frozenset, Iterator)):
         raise TypeError(f"{argument}: {kind_of(value)} ({shown(value)}); give {what} as a list or an array")
@@ -148,7 +148,7 @@ def array_of(value: _Given, argument: str, what: str) -> NDArray[Any]:
 
 
 def described(value: _Given, array: NDArray[Any]) -> str:
-    """Describes what a refused array holds, for a message.
+    """Returns a description of the contents of a refused array, for an error message.
 
     Args:
         value: the value, as an author gives it.

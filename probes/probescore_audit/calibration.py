@@ -1,6 +1,6 @@
-"""Measures how well a probe's scores tell rollouts apart, by thresholds at a stated false-positive rate and by AUROC.
+"""Measures how well a probe's scores separate rollouts with a behaviour from rollouts without it.
 
-Each number comes with its 95% interval.
+The measures are thresholds at a stated false-positive rate, and AUROC. Each number comes with its 95% interval.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ _LARGEST = float(np.finfo(np.float32).max)
 def calibrate(
     negatives: ArrayLike, *, false_positive_rate: float, dataset: str, reduction: str | None = "mean", label: str = ""
 ) -> CalibratedThreshold:
-    """Finds the lowest threshold that flags at most a stated share of negative rollouts, those without the behaviour.
+    """Finds the lowest threshold that flags at most a stated share of negative rollouts, which are rollouts without the behaviour.
 
-    The interval is that of Clopper and Pearson (1934, Biometrika 26:404): exact, so that its coverage is at least 95%. It holds for new
-    rollouts like these; they must not be those that the probe was fitted on.
+    The interval is that of Clopper and Pearson (1934, Biometrika 26:404), which is exact, so that its coverage is at least 95%. The
+    interval holds for new rollouts from the same source. The negatives must not be rollouts on which the probe was fitted.
 
     Args:
         negatives: reduced scores of negative rollouts, ``(n,)``, in the unit of the manifest's ``reduce_on``.
         false_positive_rate: largest share of the negatives that may be flagged, in (0, 1).
-        dataset: what the negatives are.
+        dataset: description of the negatives, in words.
         reduction: the reduction that made the scores; ``None`` for a probe that pools by itself.
         label: label of the scores, if the probe has several.
 
     Raises:
-        TypeError: an argument is of another kind.
-        ValueError: there are too few negatives for one of them to be flagged at this rate, one is not finite, the threshold would lie
-            beyond float32, or there is no such reduction.
+        TypeError: an argument has the wrong type.
+        ValueError: there are too few negatives for even one to be flagged at this rate, a score is not finite, the threshold would lie
+            beyond float32, or there is no reduction of the given name.
     """
     scores = _finite(negatives, "negatives")
     false_positive_rate = arguments.number(false_positive_rate, "false_positive_rate", "a number in (0, 1), such as 0.01")
@@ -76,20 +76,20 @@ def calibrate(
 
 
 def evaluate_auroc(positives: ArrayLike, negatives: ArrayLike, *, dataset: str, dataset_sha256: str | None = None) -> Auroc:
-    """Computes the chance that a positive rollout, one with the behaviour, scores above a negative one; ties count half.
+    """Computes the AUROC: the chance that a rollout with the behaviour scores above a rollout without it; ties count half.
 
-    The interval is method 5 of Newcombe (2006, Statistics in Medicine 25:559): it inverts a normal test whose variance is that of Hanley
-    and McNeil, so that it has a width even where every positive is above every negative.
+    The interval is method 5 of Newcombe (2006, Statistics in Medicine 25:559): it inverts a normal test with the variance of Hanley and
+    McNeil. The interval therefore has a width even if every positive rollout scores above every negative one.
 
     Args:
         positives: reduced scores of rollouts with the behaviour, ``(p,)``.
-        negatives: reduced scores of rollouts without it, ``(n,)``.
-        dataset: what these rollouts are; not those that the probe was fitted on.
-        dataset_sha256: ``sha256:…`` of that data.
+        negatives: reduced scores of rollouts without the behaviour, ``(n,)``.
+        dataset: description of these rollouts, in words; the probe must not have been fitted on them.
+        dataset_sha256: ``sha256:…`` of the dataset.
 
     Raises:
-        TypeError: an argument is of another kind.
-        ValueError: there are no positives or no negatives, a score is not finite, or ``dataset_sha256`` is not such a digest.
+        TypeError: an argument has the wrong type.
+        ValueError: there are no positives or no negatives, a score is not finite, or ``dataset_sha256`` is not a digest of this form.
     """
     dataset = _said(dataset, "dataset")
     if dataset_sha256 is not None:
@@ -116,7 +116,7 @@ def newcombe_interval(auroc: float, positives: int, negatives: int) -> tuple[flo
     equal_size = (positives + negatives) / 2 - 1
 
     def deviation(true: float) -> float:
-        """Returns how far the estimated AUROC is from a supposed true value, less z standard errors; it is zero at the interval's ends."""
+        """Returns the distance of the estimated AUROC from a supposed true value, less z standard errors; zero at the interval's ends."""
         variance = true * (1 - true) * (1 + equal_size * ((1 - true) / (2 - true) + true / (1 + true))) / (positives * negatives)
         return abs(auroc - true) - z * math.sqrt(variance)
 

@@ -1,4 +1,4 @@
-"""Holds numbers that were estimated from labelled rollouts, each with its 95% interval and with the data that it was estimated on."""
+"""Defines value objects for numbers estimated from labelled rollouts, each with its 95% interval and a description of the data."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class CalibratedThreshold:
-    """Holds a threshold on a probe's reduced scores, and the share of negative rollouts, those without the behaviour, that it flags.
+    """Threshold on a probe's reduced scores, with the share of negative rollouts (rollouts without the behaviour) that it flags.
 
     Attributes:
-        threshold: a rollout whose reduced score is at or above this is flagged; in the unit of the scores that the threshold was found on.
+        threshold: a rollout whose reduced score is at or above this number is flagged; in the unit of the scores.
         false_positive_rate: share of the negatives that are flagged, in [0, 1].
-        false_positive_rate_low: lower end of that share's 95% interval.
-        false_positive_rate_high: upper end of that share's 95% interval.
-        negatives: how many negative rollouts the threshold was found on.
-        dataset: what these rollouts are.
-        reduction: the reduction that made one score of each rollout; ``None`` for a probe that pools by itself.
+        false_positive_rate_low: lower end of the 95% interval of ``false_positive_rate``.
+        false_positive_rate_high: upper end of the 95% interval of ``false_positive_rate``.
+        negatives: number of negative rollouts from which the threshold was found.
+        dataset: description of these rollouts, in words.
+        reduction: the reduction that made one score from the token scores of each rollout; ``None`` for a probe that pools by itself.
         label: label of the scores; empty where a probe has one label.
     """
 
@@ -32,16 +32,16 @@ class CalibratedThreshold:
 
 @dataclass(frozen=True, kw_only=True)
 class Auroc:
-    """Holds the area under the ROC curve, the chance that a positive rollout scores above a negative one.
+    """Area under the ROC curve: the chance that a rollout with the behaviour (positive) scores above a rollout without it (negative).
 
     Attributes:
-        value: the estimate, in [0, 1]; 0.5 is that of a random score.
+        value: the estimate, in [0, 1]; random scores have 0.5.
         low: lower end of the 95% interval.
         high: upper end of the 95% interval.
-        positives: how many positive rollouts the area was measured on.
-        negatives: how many negative rollouts the area was measured on.
-        dataset: what these rollouts are.
-        dataset_sha256: ``sha256:…`` of that data, if it was given.
+        positives: number of positive rollouts.
+        negatives: number of negative rollouts.
+        dataset: description of these rollouts, in words.
+        dataset_sha256: ``sha256:…`` of the dataset, if it was given.
     """
 
     value: float

@@ -10,7 +10,7 @@
         "cheating.onnx", sklearn_probe(probe), model, name="cheating", version="1", taps=["resid_post.18"], golden=rollouts[:4]
     )
 
-To read probe files needs neither torch nor transformers, so that the functions which write them are imported only when they are used.
+Reading a probe file needs neither torch nor transformers. Therefore the functions that write probe files are imported only when used.
 """
 
 from __future__ import annotations

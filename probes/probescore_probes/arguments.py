@@ -1,7 +1,7 @@
-"""Converts the arguments that authors of probes pass to arrays and value types, or refuses them with a message.
+"""Converts the arguments that authors of probes pass to arrays and value types, or refuses an argument with a message.
 
-A message names the argument, its value, and what to give instead. Numbers and text are read as ``probescore_audit.arguments`` reads them;
-this module adds what belongs to a model and its probes: token ids, taps and units.
+A message names the argument, its value, and what to give instead. Numbers and text are read by ``probescore_audit.arguments``. This module
+reads arguments that concern a model and its probes: token ids, taps (points in a language model where a probe reads activations) and units.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ _Given = Any  # whatever an author hands over
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Describes the token ids that a model can read.
+    """Value object with the token ids that a model can read.
 
     Attributes:
-        size: every id is at least 0 and below this number.
-        placeholders: ids that stand for a picture, a video or a sound, each with which of these.
+        size: number of ids; every id is at least 0 and below this number.
+        placeholders: dictionary keyed by id, for ids that stand for an input other than text: the kind of input, such as ``image``.
     """
 
     size: int
@@ -52,7 +52,7 @@ class Vocabulary:
 
 
 def flag(value: _Given, argument: str) -> bool:
-    """Returns a boolean argument, also numpy's, as ``bool``.
+    """Returns a boolean argument, which may be numpy's, as ``bool``.
 
     Raises:
         TypeError: the value is not a boolean.
@@ -64,8 +64,8 @@ def unit(value: _Given, argument: str) -> ScoreUnit:
     """Returns a unit of scores, given as a ``ScoreUnit`` or as its text.
 
     Raises:
-        TypeError: the value is neither.
-        ValueError: there is no such unit.
+        TypeError: the value is neither a ``ScoreUnit`` nor text.
+        ValueError: there is no unit of that name.
     """
     units = ", ".join(f"ScoreUnit.{each.name}" for each in ScoreUnit)
     if not isinstance(value, str):
@@ -80,7 +80,7 @@ def sequence(value: _Given, argument: str, of: str, example: str) -> list[Any]:
     """Returns the members of a list, a tuple or any other iterable except text and mappings.
 
     Raises:
-        TypeError: the value is not such an iterable.
+        TypeError: the value is not iterable, or is text or a mapping.
     """
     if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
         raise TypeError(f"{argument}: {kind_of(value)} ({shown(value)}); give a list of {of}, such as {example}")
@@ -94,13 +94,13 @@ def numbers(value: _Given, argument: str, what: str) -> NDArray[np.float64]:
     """Reads real, finite numbers of any shape into a float64 array.
 
     Args:
-        value: the value, as an author gives it.
+        value: the argument as the author gave it.
         argument: name of the argument, for messages.
-        what: what the numbers are, for messages.
+        what: noun for the numbers, for messages.
 
     Raises:
         TypeError: the value does not hold numbers.
-        ValueError: the numbers do not form one shape, there are none, or one is NaN or infinite.
+        ValueError: the numbers do not form an array, there are none, or a number is NaN or infinite.
     """
     array = real(value, argument, what)
     if array.size == 0:
@@ -121,7 +121,7 @@ def token_ids(value: _Given, argument: str, vocabulary: Vocabulary, *, may_be_em
 
     Raises:
         TypeError: the value does not hold token ids.
-        ValueError: the ids are of several sequences, there are none where some are needed, or an id is not one of the model's text tokens.
+        ValueError: the ids form several sequences, there are no ids where some are needed, or an id is not one of the model's text tokens.
     """
     what = "token ids"
     if isinstance(value, (str, bytes)):
@@ -178,11 +178,11 @@ def rollouts(value: _Given, argument: str, vocabulary: Vocabulary) -> Iterator[t
 
 
 def tap(value: _Given, argument: str, num_hidden_layers: int) -> Tap:
-    """Reads a tap, given as a ``Tap`` or as ``str(tap)`` writes it, such as ``"resid_post.6"``.
+    """Reads a tap, a point in a language model, given as a ``Tap`` or as text such as ``"resid_post.6"``.
 
     Raises:
-        TypeError: the value is neither.
-        ValueError: there is no such hook, or the model has no such block.
+        TypeError: the value is neither a ``Tap`` nor text.
+        ValueError: there is no hook of that name, or the model has no decoder block of that number.
     """
     *others, last = (f"{hook}.N" if hook.has_layer else str(hook) for hook in Hook)
     hooks = f"{', '.join(others)} or {last}"
@@ -211,11 +211,11 @@ def tap(value: _Given, argument: str, num_hidden_layers: int) -> Tap:
 
 
 def taps(value: _Given, num_hidden_layers: int) -> list[Tap]:
-    """Reads a list of at least one tap.
+    """Reads a list of at least one tap (a point in a language model where a probe reads activations).
 
     Raises:
         TypeError: the value is not a list of taps.
-        ValueError: the list is empty, there is no such hook, or the model has no such block.
+        ValueError: the list is empty, there is no hook of a given name, or the model has no decoder block of a given number.
     """
     if isinstance(value, Tap):
         raise TypeError(f"taps: a Tap ({value}); give a list of taps, such as [{value}]")

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def quietly(exporter: str) -> Iterator[None]:
-    """Silences an exporter's warnings within the context; what a probe's author must know is raised as an error.
+    """Silences an exporter's warnings within the context; problems that concern a probe's author are raised as errors.
 
     Args:
         exporter: name of the exporter's logger.

@@ -1,6 +1,6 @@
-"""Describes probes before they are files: the author's own code, and the ONNX graph that a server runs instead of it.
+"""Defines a probe before it is written to a file: the author's own code, and the ONNX graph that a server runs in place of this code.
 
-Golden vectors are computed with the author's code; the graph must then give the same scores.
+Golden vectors are scores of a few rollouts computed with the author's code; the graph must give the same scores.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class ProbeFunction:
-    """Holds a probe as its author made it; ``linear_probe``, ``torch_probe``, ``sklearn_probe`` and ``onnx_probe`` return one.
+    """Value object with a probe as its author made it, returned by ``linear_probe``, ``torch_probe``, ``sklearn_probe`` and ``onnx_probe``.
 
     Attributes:
-        score: the author's own code; from the graph's inputs it gives ``(N, labels)``, or ``(sequences, labels)`` where it pools; a missing
-            last axis means one label.
-        export: makes the ONNX graph for a signature.
+        score: the author's own code, a function from the graph's inputs to scores, ``(N, labels)``, or ``(sequences, labels)`` if the probe
+            pools; a missing last axis means one label.
+        export: function that makes the ONNX graph for a signature.
         unit: unit of the scores.
-        width: how many numbers each row has that the probe takes, of all taps together; ``None`` = not known before it runs.
-        columns: how many scores the probe gives for each row; ``None`` = not known before it runs.
-        classes: classes of a classifier as its training data names them, in order; the columns are about the last ``columns`` of them.
+        width: number of features in each input row, of all taps together; ``None`` if not known before the probe runs.
+        columns: number of scores of each row; ``None`` if not known before the probe runs.
+        classes: classes of a classifier as its training data names them, in order; the scores are those of the last ``columns`` classes.
     """
 
     score: Callable[[GraphInputs], NDArray[Any]]
@@ -53,14 +53,14 @@ def linear_probe(weight: ArrayLike, bias: ArrayLike = 0.0, *, unit: ScoreUnit = 
     """Makes a linear probe, ``score = weight · activation + bias``.
 
     Args:
-        weight: ``(width,)`` or ``(labels, width)``; for several taps their activations are concatenated in order, so that ``width`` is
-            ``taps × hidden_size``.
+        weight: ``(width,)`` or ``(labels, width)``; the activations of several taps (points in the language model) are concatenated in
+            order, so that ``width`` is ``taps × hidden_size``.
         bias: a number or ``(labels,)``.
         unit: ``LOGIT`` for logistic regression, ``VALUE`` for a direction.
 
     Raises:
-        TypeError: an argument is of another kind.
-        ValueError: an argument is of another shape, not finite, or beyond float32.
+        TypeError: an argument has the wrong type.
+        ValueError: an argument has the wrong shape, is not finite, or is beyond float32.
     """
     matrix = _weights(weight, "weight", "(width,) or (labels, width)")
     if matrix.ndim not in (1, 2):
@@ -80,19 +80,19 @@ def linear_probe(weight: ArrayLike, bias: ArrayLike = 0.0, *, unit: ScoreUnit = 
 
 
 def torch_probe(module: torch.nn.Module, *, unit: ScoreUnit) -> ProbeFunction:
-    """Makes a probe of a torch module that reads the taps' activations.
+    """Makes a probe from a torch module that reads a language model's activations at one tap (a point in the model) or several.
 
-    The module is called with the activations of each tap in order, then ``cu_seqlens`` and ``positions`` if the probe takes them. It runs
-    in evaluation mode and float32. It is exported by ``torch.export``, so that Python control flow must not depend on values;
-    ``docs/how-to/write-a-probe-over-tokens.md`` shows attention written over ``cu_seqlens``.
+    The module is called with the activations of each tap in order, then ``cu_seqlens`` and ``positions`` if the probe takes these inputs.
+    The module runs in evaluation mode and float32. The module is exported by ``torch.export``, so that Python control flow must not depend
+    on values; ``docs/how-to/write-a-probe-over-tokens.md`` shows attention written over ``cu_seqlens``.
 
     Args:
-        module: from activations ``(N, hidden_size)`` float32 of each tap to scores ``(N, labels)``, or ``(sequences, labels)`` where it
-            pools; a missing last axis means one label.
+        module: maps activations ``(N, hidden_size)`` float32 of each tap to scores ``(N, labels)``, or ``(sequences, labels)`` if the
+            module pools; a missing last axis means one label.
         unit: unit of the scores.
 
     Raises:
-        TypeError: ``module`` is not a torch module, or ``unit`` is not a unit.
+        TypeError: ``module`` is not a torch module, or ``unit`` is not a ``ScoreUnit``.
         ValueError: a weight is not finite.
     """
     arguments.of_kind(module, "module", torch.nn.Module, "give a torch.nn.Module; a function becomes one as its forward")
@@ -111,15 +111,19 @@ def torch_probe(module: torch.nn.Module, *, unit: ScoreUnit) -> ProbeFunction:
 
 
 def sklearn_probe(estimator: BaseEstimator) -> ProbeFunction:
-    """Makes a probe of a fitted scikit-learn estimator or pipeline, which reads the taps' activations concatenated in order.
+    """Makes a probe from a fitted scikit-learn estimator or pipeline.
 
-    Linear classifiers of two classes (alone or behind scalers) score by their ``decision_function``, a logit where its sigmoid is their
-    probability; other classifiers by ``predict_proba`` if they have it (for two classes that of the second, else one label per class);
-    regressors by ``predict``. ``docs/reference/estimators.md`` has a table of all.
+    The estimator reads the activations of all taps (points in the language model), concatenated in order.
+
+    Linear classifiers of two classes (alone or behind scalers) score by their ``decision_function``, which is a logit if its sigmoid is the
+    classifier's probability. Other classifiers score by ``predict_proba`` if they have this method: by the probability of the second of two
+    classes, or with one label for each of several classes. Regressors score by ``predict``. ``docs/reference/estimators.md`` has a table of
+    all estimators.
 
     Raises:
         TypeError: the value is not a scikit-learn estimator.
-        ValueError: the estimator is not fitted, or cannot be written; the error names it, the reason and what to do instead.
+        ValueError: the estimator is not fitted, or cannot be converted to a graph; the error names the estimator, the reason and what to do
+            instead.
     """
     read = estimator_scores(estimator)
 
@@ -130,16 +134,17 @@ def sklearn_probe(estimator: BaseEstimator) -> ProbeFunction:
 
 
 def onnx_probe(graph: onnx.ModelProto | Path | str, score: Callable[[GraphInputs], NDArray[Any]], *, unit: ScoreUnit) -> ProbeFunction:
-    """Makes a probe of a finished ONNX graph and the code that the graph was made from.
+    """Makes a probe from a finished ONNX graph and the code from which the graph was made.
 
     Args:
         graph: the ONNX model, or the path of its file.
-        score: the author's own code; from the graph's inputs it gives ``(N, labels)``, or ``(sequences, labels)`` where it pools.
+        score: the author's own code, a function from the graph's inputs to scores, ``(N, labels)``, or ``(sequences, labels)`` if the probe
+            pools.
         unit: unit of the scores.
 
     Raises:
-        TypeError: ``graph`` is not a model or path, ``score`` is not a function, or ``unit`` is not a unit.
-        ValueError: ``graph`` is a path, and no ONNX model is there.
+        TypeError: ``graph`` is not a model or path, ``score`` is not a function, or ``unit`` is not a ``ScoreUnit``.
+        ValueError: ``graph`` is a path at which there is no ONNX model.
     """
     if not callable(score):
         raise TypeError(f"score: {arguments.kind_of(score)} ({arguments.shown(score)}); give the function that the graph was made from")
@@ -172,7 +177,7 @@ def _weights(given: ArrayLike, argument: str, shape: str) -> NDArray[np.float64]
 
 
 class _ScoresModule(torch.nn.Module):
-    """Wraps a torch module so that its scores are float32 and have an axis of labels."""
+    """Torch module that wraps another torch module so that the scores are float32 and have an axis of labels."""
 
     def __init__(self, module: torch.nn.Module) -> None:
         super().__init__()
@@ -188,7 +193,10 @@ def _concatenated(inputs: GraphInputs) -> NDArray[np.float64]:
 
 
 def _linear_graph(weight: NDArray[np.float64], bias: NDArray[np.float64], signature: GraphSignature) -> onnx.ModelProto:
-    """Builds a graph of one ``Gemm``, the form that the engine can stack with other probes of the same tap."""
+    """Builds a graph of one ``Gemm``.
+
+    The engine can compute a graph of this form together with other probes that read the same tap, which is a point in the language model.
+    """
     nodes, features = _features(signature)
     nodes.append(onnx.helper.make_node("Gemm", [features, "weight", "bias"], [SCORES], transB=1))
     weights = [onnx.numpy_helper.from_array(array.astype(np.float32), name) for array, name in ((weight, "weight"), (bias, "bias"))]
@@ -251,7 +259,7 @@ def _estimator_graph(read: EstimatorScores, signature: GraphSignature) -> onnx.M
 
 
 def _declared(model: onnx.ModelProto, signature: GraphSignature) -> onnx.ModelProto:
-    """Replaces a model's declarations of inputs and output by those of the signature; the exporter writes sizes like ``s0 - 1``."""
+    """Replaces a model's declarations of inputs and output with those of the signature; the exporter writes sizes such as ``s0 - 1``."""
     declared = onnx.ModelProto()
     declared.CopyFrom(model)
     del declared.graph.input[:], declared.graph.output[:]

@@ -1,7 +1,7 @@
 """Runs a reference model in float64, to measure how far its float32 activations are from exact ones.
 
-Weights are widened to float64 block by block, so that a model of 4 billion parameters needs the memory of its embeddings and one block more
-than it has, not that of all its weights twice. Where transformers asks for float32 by name (norms, softmax, rotary embeddings, linear
+Weights are widened to float64 block by block. A model of 4 billion parameters therefore needs additional memory for its embeddings and one
+block only, not twice the memory of all its weights. Where transformers asks for float32 by name (norms, softmax, rotary embeddings, linear
 attention), it gets float64 too.
 """
 
@@ -23,14 +23,13 @@ from probescore_probes.reference import ReferenceModel
 
 
 def float64_activations(reference: ReferenceModel, token_ids: TokenIds, taps: Sequence[Tap]) -> dict[Tap, NDArray[np.float64]]:
-    """Computes activations of one sequence at some taps as ``ReferenceModel.activations`` does, but in float64; the model is left
-    unchanged.
+    """Computes the activations of one sequence at some taps (points in the model) in float64; the model is left unchanged.
 
     Returns:
-        For each tap ``(T, hidden_size)`` float64.
+        Dictionary keyed by tap of activations, ``(T, hidden_size)`` float64.
 
     Raises:
-        Exception: any error that a model or a device without float64 raises.
+        Exception: any error of a model or device that does not support float64.
     """
     decoder: torch.nn.Module = reference.model.get_decoder()
     with _plain_experts(decoder), _in_float64(decoder), _NoFloat32():
@@ -39,7 +38,7 @@ def float64_activations(reference: ReferenceModel, token_ids: TokenIds, taps: Se
 
 
 class _NoFloat32(TorchFunctionMode):
-    """Replaces float32 by float64 in every call of torch within the context."""
+    """Context manager that replaces float32 with float64 in the arguments of every torch function."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
         if func is torch.Tensor.float:
@@ -51,7 +50,7 @@ class _NoFloat32(TorchFunctionMode):
 
 @contextmanager
 def _in_float64(decoder: torch.nn.Module) -> Iterator[None]:
-    """Widens a decoder to float64 within the context: all but its blocks at once, and each block while it runs."""
+    """Widens a decoder to float64 within the context: each block only while the block runs, and everything else at once."""
     blocks = [module for module in decoder.modules() if isinstance(module, torch.nn.ModuleList)]
     inner = [block for block in max(blocks, key=_size, default=torch.nn.ModuleList()) if list(block.parameters())]
     running: dict[torch.nn.Module, ExitStack] = {}
@@ -80,7 +79,7 @@ def _in_float64(decoder: torch.nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _plain_experts(decoder: torch.nn.Module) -> Iterator[None]:
-    """Switches off the fused products of mixture-of-experts layers within the context, since they do not exist in float64."""
+    """Switches off the fused products of mixture-of-experts layers within the context, since the fused products do not exist in float64."""
     found = (getattr(module, "config", None) for module in decoder.modules())
     configs = {id(config): config for config in found if isinstance(config, PreTrainedConfig)}
     chosen = [(config, config._experts_implementation) for config in configs.values()]
@@ -99,7 +98,7 @@ def _size(module: torch.nn.Module) -> int:
 
 @contextmanager
 def _widened(tensors: Sequence[torch.Tensor]) -> Iterator[None]:
-    """Widens parameters and buffers to float64 within the context; afterwards they hold again exactly what they held."""
+    """Widens parameters and buffers to float64 within the context; afterwards, their original values are restored exactly."""
     narrow = [(tensor, tensor.data) for tensor in tensors if tensor.is_floating_point()]
     try:
         for tensor, data in narrow:

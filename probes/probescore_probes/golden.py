@@ -39,14 +39,15 @@ from probescore_server.probes.loading.row_by_row import is_row_by_row
 
 @dataclass(frozen=True, eq=False)
 class GoldenRollout:
-    """Holds one golden rollout with the inputs and the scores of the author's code.
+    """Value object with one golden rollout, and the inputs and scores of the author's code for it.
 
     Attributes:
         golden: the part of the rollout that the manifest stores.
-        inputs: what the code was given, by input name, for N rows; the prompt's rows are among them if the probe sees the prompt.
+        inputs: the inputs of the author's code, a dictionary keyed by input name, for N rows; these include the prompt's rows if the probe
+            sees the prompt.
         scores: ``(N, labels)``, or ``(1, labels)`` for a probe that pools.
-        differences: for each place one decoder block or one token beside the right one, what is added to the scores of ``golden`` where the
-            activations are read there; NaN where the code refuses these, and ``None`` where the model has no such tap.
+        differences: dictionary keyed by neighbouring place (one decoder block or one token beside the right one): the change of the scores
+            if activations are read there; NaN if the author's code refuses these activations, and ``None`` if the model has no such place.
     """
 
     golden: GoldenCase
@@ -57,7 +58,7 @@ class GoldenRollout:
 
 @dataclass(frozen=True, eq=False)
 class GoldenScorer:
-    """Scores rollouts with the author's code on the reference model's activations, in the context that the manifest states."""
+    """Scorer that applies the author's code to the reference model's activations, in the context that the manifest states."""
 
     probe: ProbeFunction
     reference: ReferenceModel
@@ -68,10 +69,11 @@ class GoldenScorer:
     follow_up: FollowUp | None
 
     def score(self, prompt: TokenIds, completion: TokenIds) -> GoldenRollout:
-        """Scores one rollout where the probe reads it, and at every place one decoder block or one token beside that.
+        """Scores one rollout with activations of the right place, and of every place one decoder block or one token beside it.
 
         Raises:
-            ValueError: the code gives scores that are not finite, or another number of scores than tokens, or no token is left to score.
+            ValueError: the author's code gives scores that are not finite, or another number of scores than tokens, or no token is left to
+                score.
         """
         prompt_ids, completion_ids = (np.asarray(ids, np.int64) for ids in (prompt, completion))
         ids, scored_from = self._ids(prompt_ids, completion_ids)
@@ -126,7 +128,7 @@ class GoldenScorer:
             Scores of the same shape as ``golden.scores``.
 
         Raises:
-            Exception: any error that a model or a device without float64 raises.
+            Exception: any error of a model or device that does not support float64.
         """
         ids, scored_from = self._ids(np.asarray(golden.prompt_ids, np.int64), np.asarray(golden.completion_ids, np.int64))
         rows = self._rows(ids, scored_from)
@@ -136,12 +138,19 @@ class GoldenScorer:
         return scores if self.context.kind == "rollout" else scores[rows >= scored_from]
 
     def _ids(self, prompt: NDArray[np.int64], completion: NDArray[np.int64]) -> tuple[NDArray[np.int64], int]:
-        """Returns all token ids of a rollout, with those of the follow-up, and the index at which the scored ones begin."""
+        """Returns all token ids of a rollout, and the index of the first token that is scored.
+
+        The ids end with those of the probe's follow-up, if the manifest has one: tokens that are appended to the completion and scored
+        instead of it.
+        """
         followed = np.asarray(self.follow_up.token_ids if self.follow_up else (), np.int64)
         return np.concatenate([prompt, completion, followed]), len(prompt) + (len(completion) if self.follow_up else 0)
 
     def _activations(self, ids: NDArray[np.int64], places: Sequence[Place]) -> dict[Tap, NDArray[np.float32]]:
-        """Computes the activations of a rollout at every tap of the probe, and at those neighbouring taps that this model has."""
+        """Computes the activations of a rollout at every tap of the probe, and at the taps one decoder block beside.
+
+        A tap is a point in the language model; neighbouring taps that do not exist in the model are left out.
+        """
         stated = [entry.tap for entry in self.inputs]
         others = {entry.tap for taps, _ in places for entry in taps} - {*stated}
         try:
@@ -184,9 +193,9 @@ class GoldenScorer:
 
 
 def neighbours(rollouts: Sequence[GoldenRollout]) -> tuple[tuple[Neighbour, ...], tuple[LeftOut, ...]]:
-    """Returns the scores that the author's code gives one decoder block or one token beside the right place, for the manifest.
+    """Returns, for the manifest, the golden scores at each place that is one decoder block or one token beside the right place.
 
-    Only places where every rollout has finite scores are stored; the other places are returned with the reason.
+    The first list holds the places where every rollout has finite scores. The second list holds the other places, with the reason.
     """
     found, left_out = [], []
     for place in rollouts[0].differences if rollouts else ():
@@ -205,14 +214,14 @@ def neighbours(rollouts: Sequence[GoldenRollout]) -> tuple[tuple[Neighbour, ...]
 def check_graph_computes(
     model: onnx.ModelProto, manifest: Manifest, probe: ProbeFunction, rollouts: Sequence[GoldenRollout], file: str
 ) -> None:
-    """Checks that a graph gives the author's scores, and that these depend on no more than the ``context`` of its manifest states.
+    """Checks that a graph gives the scores of the author's code, which depend on no more than the manifest's ``context`` states.
 
-    The graph runs in onnx's own evaluator. Each rollout is scored alone and packed with the others; for a causal probe, so are the first
-    half of a rollout and its last window. Then, unless the graph certainly computes row by row, it is tried far beyond the rollouts by
-    ``probescore_server.probes.loading.context_check``.
+    The graph runs in onnx's own evaluator. Each rollout is scored alone and packed with the others. For a causal probe, the first half of a
+    rollout and its last window are also scored. Then, unless the graph certainly computes row by row,
+    ``probescore_server.probes.loading.context_check`` tests the graph on sequences of random rows, far from the rollouts.
 
     Raises:
-        ProbeRefused: the graph gives other scores, or they depend on more than the context states.
+        ProbeRefused: the graph gives other scores, or its scores depend on more than the context states.
     """
     scale = manifest.golden.score_rows.std(axis=0)
     tolerance = manifest.golden.tolerance.float32

@@ -1,7 +1,7 @@
-"""Loads a whole model with plain transformers, with every weight from its files, or refuses it with a message.
+"""Loads a whole language model with plain transformers, with every weight from its files, or refuses the model with a message.
 
-Two problems that transformers only reports are refused here: weights that are missing from the files, which transformers would make up, and
-adapters, which it would leave out. Nothing of this is shared with the server's engine.
+Two problems that transformers only reports are refused here: weights that are missing from the files, which transformers would initialise
+at random, and adapters, which transformers would ignore. No code here is shared with the server's engine.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ _SHOWN = 5
 
 
 def find_model(model: str | Path, revision: str) -> tuple[Path, str]:
-    """Returns the directory of a model, and its commit if the model is one of the hub; otherwise the commit is empty.
+    """Returns the directory of a model, and its commit on the Hugging Face hub, which is empty for a local directory.
 
     Raises:
         TypeError: ``model`` or ``revision`` is not text or a path.
-        ModelRefused: there is no such directory or model.
+        ModelRefused: there is no directory or model of that name.
     """
     if not isinstance(model, (str, Path)):
         raise TypeError(f"model: {type(model).__name__} {model!r:.100}; give a directory or the id of a model on the hub, as text or Path")
@@ -73,8 +73,8 @@ def load_whole_model(
     A model that also reads pictures is loaded whole, and only text is run through it.
 
     Raises:
-        TypeError: ``dtype`` is not a dtype, or ``device`` is not a device.
-        ModelRefused: the model is no decoder, its files lack weights or hold an adapter, or a file cannot be read.
+        TypeError: ``dtype`` is not a torch dtype, or ``device`` is not a torch device.
+        ModelRefused: the model is not a decoder, its files lack weights or hold an adapter, or a file cannot be read.
     """
     precision = _dtype(dtype)
     if not isinstance(device, (str, torch.device)):
@@ -110,7 +110,7 @@ def load_whole_model(
 
 
 def is_wrapper(config: PreTrainedConfig) -> bool:
-    """Returns whether a config is of a model that has the text model as one part and also reads pictures or sound."""
+    """Returns whether a config describes a model that contains a text model as one part and also reads pictures or sound."""
     return config.get_text_config(decoder=True) is not config
 
 
@@ -167,10 +167,10 @@ def _tokenizer(directory: Path, name: str, trust_remote_code: bool) -> PreTraine
 
 
 def _loader(config: PreTrainedConfig, name: str) -> Any:  # noqa: ANN401  transformers' loaders have no type in common
-    """Returns the transformers class that loads a model of this config.
+    """Returns the transformers class that loads a model with the given config.
 
-    A model that also reads pictures or sound is loaded whole where transformers can, since its text model alone would expect other names
-    for its weights.
+    A model that also reads pictures or sound is loaded whole if transformers has a class for it, since the text model alone would expect
+    other weight names.
     """
     causal, pictures = AutoModelForCausalLM, AutoModelForImageTextToText
     for loader in (pictures, causal, AutoModel) if is_wrapper(config) else (causal, AutoModel):
@@ -194,7 +194,7 @@ def _what_is_wrong(name: str, error: Exception) -> str:
 
 
 def _check_report(model: PreTrainedModel, report: dict[str, Any], name: str) -> None:
-    """Refuses a model if transformers made up a weight that the files lack; a missing head does not matter, as it is not read."""
+    """Refuses a model if transformers initialised a weight that the files lack; a missing head does not matter, since no probe reads it."""
     inside = {parameter for parameter, _ in model.base_model.named_parameters()} | {
         buffer for buffer, _ in model.base_model.named_buffers()
     }
@@ -214,7 +214,7 @@ def _check_report(model: PreTrainedModel, report: dict[str, Any], name: str) -> 
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Silences transformers' reports on loading within the context; what matters in them is raised as an error."""
+    """Silences transformers' messages about loading within the context; problems among them are raised as errors."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:

@@ -1,4 +1,4 @@
-"""Builds ONNX graphs node by node, each node named by a number."""
+"""Builds ONNX graphs node by node; the nodes and values get numbers as names."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _Attribute = Any  # numbers, texts and lists of them
 
 
 class Nodes:
-    """Collects the nodes and weights of an ONNX graph while it is built.
+    """Builder of an ONNX graph, which collects nodes and weights.
 
-    Values are known by their names; each method adds nodes and returns the name of their result.
+    Values are referred to by name. Each method that adds nodes returns the name of the value that they compute.
 
     Attributes:
         nodes: the nodes, in an order in which they can run.
@@ -35,7 +35,7 @@ class Nodes:
         self._types: dict[str, np.dtype[Any]] = {}
 
     def apply(self, operator: str, *inputs: str, domain: str = "", dtype: DTypeLike | None = None, **attributes: _Attribute) -> str:
-        """Adds an operator with one result to the graph; the result has the dtype of the first input unless another is given."""
+        """Adds an operator with one result to the graph; the result has the dtype of the first input unless ``dtype`` is given."""
         name = f"value_{len(self.nodes)}"
         self.nodes.append(helper.make_node(operator, list(inputs), [name], domain=domain or None, **attributes))
         self._types[name] = np.dtype(dtype) if dtype is not None else self._type(inputs[0])
@@ -53,7 +53,7 @@ class Nodes:
         return self.constant(np.array(value, np.float64))
 
     def cast(self, x: str, dtype: DTypeLike) -> str:
-        """Adds a conversion of a value to another dtype; a value that has the dtype already is returned as it is."""
+        """Adds a conversion of a value to another dtype; a value that already has the dtype is returned unchanged."""
         if self._type(x) == np.dtype(dtype):
             return x
         return self.apply("Cast", x, to=helper.np_dtype_to_tensor_dtype(np.dtype(dtype)), dtype=dtype)
@@ -70,7 +70,8 @@ class Nodes:
     def exact_sigmoid(self, x: str) -> str:
         """Adds nodes for a sigmoid in float64 that stays exact where ``x`` is far below 0.
 
-        Runtimes cut their own operator off near 1e-8, which would show in shares of a sum.
+        The ``Sigmoid`` operators of ONNX runtimes are cut off near 1e-8, which would change results that divide a sigmoid by a sum of
+        sigmoids.
         """
         one = self.constant(np.array(1.0))
         return self.apply("Div", one, self.apply("Add", one, self.apply("Exp", self.apply("Neg", self.cast(x, np.float64)))))
@@ -101,7 +102,7 @@ class Nodes:
         return parts[0] if len(parts) == 1 else self.apply("Sum", *parts)
 
     def normalised(self, columns: Sequence[str]) -> str:
-        """Adds nodes that put columns ``(N, 1)`` side by side and divide them by their sum, in float64; a sum of 0 gives equal shares."""
+        """Adds nodes that divide columns ``(N, 1)``, side by side, by their sum, in float64; a sum of 0 gives equal shares."""
         every = self.apply("Concat", *[self.cast(column, np.float64) for column in columns], axis=1)
         total = self.apply("ReduceSum", every, self.constant(np.array([1])), keepdims=1)
         nothing = self.apply("Equal", total, self.constant(np.array(0.0)), dtype=np.bool_)
@@ -127,8 +128,8 @@ class Nodes:
 
         Args:
             x: name of the value to read, ``(N, width)`` float32.
-            trees: for each tree the column that it adds to, and its nodes as scikit-learn's histogram-based boosting stores them.
-            base: ``(columns,)``.
+            trees: for each tree the column to which it adds, and its nodes as scikit-learn's histogram-based boosting stores them.
+            base: constant terms, ``(columns,)``.
         """
         parts: dict[str, list[Any]] = {}
 
@@ -162,7 +163,7 @@ class Nodes:
         )
 
     def inline(self, model: onnx.ModelProto, x: str) -> str:
-        """Adds those nodes of another ONNX model, of one input, that its last output needs, and returns the name of that output."""
+        """Adds the nodes of another ONNX model with one input that its last output needs, and returns the name of that output."""
         prefix = f"part_{len(self.nodes)}_"
         graph = compose.add_prefix(model, prefix).graph
         result: str = graph.output[-1].name

@@ -30,7 +30,7 @@ _MLP = re.compile(r"mlp|feed_?forward|ffn|moe|^fc2$")
 
 @dataclass(frozen=True, eq=False)
 class ReferenceModel:
-    """Holds a whole language model as transformers loads it, its tokenizer, and what a probe's manifest states of both."""
+    """Whole language model as transformers loads it, with its tokenizer and the facts that a probe's manifest states about both."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -50,21 +50,21 @@ class ReferenceModel:
     ) -> ReferenceModel:
         """Loads a language model and its tokenizer.
 
-        Of a model that also reads pictures (Qwen2.5-VL, Mistral3, LLaVA, …) the text decoder is read, on rollouts of text.
+        Of a model that also reads pictures (Qwen2.5-VL, Mistral3, LLaVA, …), only the text decoder is used, on rollouts of text.
 
         Args:
             model: a directory, or the id of a model on the hub.
             revision: branch, tag or commit of a model on the hub; empty = its main branch.
-            model_id: how the manifest names the model; empty = the hub id, or the directory's name.
+            model_id: name of the model in the manifest; empty = the hub id, or the directory's name.
             dtype: dtype of the weights; golden vectors are made in float32, fitting may use less.
-            device: device to load to, as torch names it.
+            device: device to load to, such as ``cuda:0``.
             trust_remote_code: whether the model may bring its own Python code, which is then run.
 
         Raises:
-            TypeError: an argument is of another kind.
-            ValueError: ``model_id`` or ``revision`` is longer than a manifest takes.
-            ModelRefused: there is no such model, its weights are not in safetensors files or not all there, an adapter lies beside them, it
-                has no tokenizer, or it is no decoder.
+            TypeError: an argument has the wrong type.
+            ValueError: ``model_id`` or ``revision`` is longer than a manifest allows.
+            ModelRefused: there is no model of that name, its weights are incomplete or not in safetensors files, an adapter lies beside the
+                weights, or the model has no tokenizer or is not a decoder.
         """
         trust_remote_code = arguments.flag(trust_remote_code, "trust_remote_code")
         directory, commit = find_model(model, revision)
@@ -85,47 +85,46 @@ class ReferenceModel:
 
     @property
     def vocabulary(self) -> arguments.Vocabulary:
-        """Describes the token ids that rollouts of this model may have."""
+        """Returns the token ids that rollouts of this model may have."""
         return _vocabulary(self.model)
 
     @property
     def special_token_ids(self) -> tuple[int, ...]:
-        """Lists the ids of the tokenizer's special tokens, in order, which a probe with ``exclude_special_tokens`` leaves out."""
+        """Returns the ids of the tokenizer's special tokens, in order, which a probe with ``exclude_special_tokens`` leaves out."""
         return tuple(sorted({int(token) for token in self.tokenizer.all_special_ids if token is not None}))
 
     def activations(self, token_ids: TokenIds, taps: Sequence[Tap | str]) -> dict[Tap, NDArray[np.float32]]:
-        """Computes the activations of one sequence at some taps, as ``reference_activations`` does; a tap may be written as
-        ``"resid_post.6"``.
+        """Computes the activations of one sequence at some taps, points in the model such as ``"resid_post.6"``.
 
         Args:
-            token_ids: ``(T,)``, taken verbatim.
-            taps: where to read.
+            token_ids: ids of the sequence, ``(T,)``, used unchanged.
+            taps: taps at which to read activations.
 
         Returns:
-            For each tap ``(T, hidden_size)`` float32.
+            Dictionary keyed by tap of activations, ``(T, hidden_size)`` float32.
 
         Raises:
             TypeError: an argument does not hold token ids or taps.
-            ValueError: the model has no such id or tap, or cannot be run on the ids.
+            ValueError: the model does not have an id or a tap, or cannot be run on the ids.
         """
         return reference_activations(self.model, token_ids, arguments.taps(taps, self.reference.num_hidden_layers))
 
     def completion_activations(
         self, rollouts: Sequence[tuple[TokenIds, TokenIds]], tap: Tap | str, progress: Callable[[int], None] | None = None
     ) -> list[NDArray[np.float32]]:
-        """Computes the activations on which a probe is fitted: for each rollout those of the completion's tokens.
+        """Computes the activations of each rollout's completion tokens, on which a probe is fitted.
 
         Args:
-            rollouts: ``(prompt_ids, completion_ids)`` of each, as they were sampled.
-            tap: where to read.
-            progress: called after each rollout with how many are done.
+            rollouts: ``(prompt_ids, completion_ids)`` of each rollout, as sampled.
+            tap: tap (point in the model) at which to read activations.
+            progress: function called after each rollout with the number of finished rollouts.
 
         Returns:
             For each rollout ``(completion tokens, hidden_size)`` float32.
 
         Raises:
             TypeError: an argument does not hold rollouts, a tap or a function.
-            ValueError: the model has no such id or tap, or cannot be run on the ids.
+            ValueError: the model does not have an id or the tap, or cannot be run on the ids.
         """
         parsed = arguments.tap(tap, "tap", self.reference.num_hidden_layers)
         if progress is not None and not callable(progress):
@@ -143,23 +142,23 @@ class ReferenceModel:
 
 
 def reference_activations(model: PreTrainedModel, token_ids: TokenIds, taps: Sequence[Tap]) -> dict[Tap, NDArray[np.float32]]:
-    """Runs one sequence through a whole model and returns its activations at some taps.
+    """Runs one sequence through a whole model and returns its activations at some taps (points in the model).
 
-    Residual streams come from ``output_hidden_states``, where entry ``i`` enters block ``i`` and the last entry is after the final norm.
-    The output of the last block is in none of these entries and is read from the block itself. The terms that attention and MLP add are the
-    outputs of the two modules of the block that, added to its input, give its output.
+    Residual streams come from ``output_hidden_states``, where entry ``i`` is the input of block ``i`` and the last entry is the output of
+    the final norm. The output of the last block is in none of these entries and is read from the block itself. The terms that attention and
+    MLP add are found as the outputs of two modules of the block whose sum with the block's input is the block's output.
 
     Args:
         model: a transformers model, with or without a head.
-        token_ids: ``(T,)``, taken verbatim.
-        taps: where to read.
+        token_ids: ids of the sequence, ``(T,)``, used unchanged.
+        taps: taps at which to read activations.
 
     Returns:
-        For each tap ``(T, hidden_size)`` float32.
+        Dictionary keyed by tap of activations, ``(T, hidden_size)`` float32.
 
     Raises:
         TypeError: an argument is not a model, token ids or taps.
-        ValueError: the model has no such id or tap, or cannot be run on the ids.
+        ValueError: the model does not have an id or a tap, or cannot be run on the ids.
     """
     arguments.of_kind(model, "model", PreTrainedModel, "give the model of a ReferenceModel, or one from transformers' from_pretrained")
     config = model.config.get_text_config(decoder=True)
@@ -201,7 +200,7 @@ def reference_activations(model: PreTrainedModel, token_ids: TokenIds, taps: Seq
 
 
 def _vocabulary(model: PreTrainedModel) -> arguments.Vocabulary:
-    """Returns the ids that a model has an embedding for, and which of them stand for something other than text."""
+    """Returns the ids for which a model has an embedding, and marks those that stand for something other than text."""
     config = model.config
     placeholders = {}
     if is_wrapper(config):
@@ -223,7 +222,7 @@ def _decoder_blocks(decoder: torch.nn.Module, count: int) -> torch.nn.ModuleList
 def _recorded(blocks: torch.nn.ModuleList, layers: set[int]) -> Iterator[dict[int, dict[str, torch.Tensor]]]:
     """Records, within the context, the outputs of some blocks and of the modules inside them while the model runs.
 
-    Yields for each layer the outputs by module name, ``(T, …)``; the block's own name is empty.
+    Yields a dictionary keyed by layer of dictionaries keyed by module name of outputs, ``(T, …)``; the block itself has the empty name.
     """
     outputs: dict[int, dict[str, torch.Tensor]] = {layer: {} for layer in layers}
     handles = []
@@ -247,11 +246,11 @@ def _recorded(blocks: torch.nn.ModuleList, layers: set[int]) -> Iterator[dict[in
 def _added_terms(tap: Tap, entering: torch.Tensor, outputs: dict[str, torch.Tensor], scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the outputs of an attention-like and an MLP-like module that together make a block's change of the residual stream.
 
-    Which modules these are depends on where the architecture puts its norms (Gemma 2 has one after each of them) and its additions (BLOOM
-    adds inside its attention), so that the sum decides.
+    The two modules are found by trying which outputs have the right sum, since they depend on the architecture. Gemma 2 has a norm after
+    each of the two, and BLOOM adds to the residual stream inside its attention.
 
     Raises:
-        ValueError: no two outputs add up to the block's change.
+        ValueError: no two outputs add up to the change of the residual stream.
     """
     change = (outputs[""] - entering).double()
     sized = {name: scale * output for name, output in outputs.items() if name and output.shape == entering.shape}

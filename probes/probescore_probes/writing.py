@@ -38,13 +38,14 @@ from probescore_server.probes.loading.deviations import largest_deviation
 _POINTWISE = Context()
 
 TIMES_ROUNDING = 4.0
-"""Multiplies the rounding error that was measured in the reference's scores, which gives the tolerance for a server's scores.
+"""Factor between the rounding error measured in the reference model's scores and the tolerance for a server's scores.
 
-A server may be 1.5 times as far from float64 as plain Hugging Face in float32, in the other direction; and golden rollouts are few.
+A server may be 1.5 times as far from float64 as plain Hugging Face in float32, in the other direction; and the error is measured on only a
+few golden rollouts.
 """
 
 MAX_MEASURED_TOLERANCE = 1e-2
-"""Limits the measured tolerance, in standard deviations; a reference model that needs more is not exact enough to check anything by."""
+"""Limits the measured tolerance, in standard deviations; a reference model that needs a larger one is too inexact to check a server."""
 
 logger = structlog.get_logger(__name__)
 
@@ -77,28 +78,28 @@ def write_probe(
     """Writes a probe file with golden vectors from plain Hugging Face and the author's own code, and checks the file.
 
     Args:
-        path: where to write; a file that is already there must be a probe file of another name or version, or this very one.
+        path: path of the file; an existing file there must be a probe file of another name or version, or identical to the new file.
         probe: the probe, from ``linear_probe``, ``torch_probe``, ``sklearn_probe`` or ``onnx_probe``.
         reference: the model that the probe was fitted on, loaded in float32.
-        name: lower-case name of the probe; with ``version`` it must never stand for other bytes.
-        version: version of the probe, as the author counts.
-        taps: where the probe reads, in the order in which it takes them.
-        golden: a few rollouts as ``(prompt_ids, completion_ids)``, together scored with at least two different numbers.
+        name: lower-case name of the probe; the same name and ``version`` must never be used for a file with other bytes.
+        version: version of the probe, in any scheme of the author's.
+        taps: points in the model at which the probe reads activations, in the order of the probe's inputs.
+        golden: a few rollouts as ``(prompt_ids, completion_ids)``; among their scores there must be two different numbers.
         labels: names of the score's columns.
-        context: what a score depends on beside its own token; a probe that is not pointwise is given ``cu_seqlens``.
+        context: tokens on which a score depends besides its own token; a probe that is not pointwise is given ``cu_seqlens``.
         positions: whether the probe is given each token's position in its rollout.
-        reduce_on: unit of what the server sends; the probe's own unit by default.
+        reduce_on: unit of the scores that the server sends; by default the unit of the probe.
         reduction: default reduction, ``"mean"`` unless given; none for a probe that pools by itself.
         exclude_special_tokens: whether the special tokens of the reference's tokenizer are left out of reductions and pooling; the manifest
-            names their ids, so that another tokenizer's padding token changes nothing.
+            lists the ids of these tokens, so that another tokenizer's padding token changes nothing.
         expects_bos: whether prompts start with BOS; ``None`` = not checked.
-        follow_up: tokens that the server appends to a completion; the probe reads those instead.
+        follow_up: token ids that the server appends to each finished completion; the probe reads these tokens instead of the completion.
         calibrations: thresholds from ``probescore_audit.calibrate``, or the manifest's own records, such as those of another probe file.
         evaluations: qualities from ``probescore_audit.evaluate_auroc``, or the manifest's own records, which may be of any metric.
-        training: how and from which data the probe was trained.
-        tolerance: how far a server's scores may be from the golden ones; by default that of ``Tolerance``, and more in float32 where the
-            reference itself is less exact, which is measured in float64.
-        description: what the probe detects, for people.
+        training: method and data with which the probe was trained.
+        tolerance: largest allowed differences of a server's scores from the golden scores; by default those of ``Tolerance``, and a larger
+            one for float32 if a comparison with float64 shows that the reference model is less exact.
+        description: description of the behaviour that the probe detects, for people.
         author: the probe's author, for people.
         license: the probe's licence, for people, by its SPDX name.
 
@@ -106,10 +107,10 @@ def write_probe(
         The probe file as it was written and checked.
 
     Raises:
-        ProbeRefused: a server would refuse the file, its graph does not compute what the author's code does, the reference's own float32 is
-            too far from float64 to check anything by, or ``path`` holds something that must not be replaced; nothing is written.
-        TypeError: an argument is of another kind; the error names it, its value and what to give instead.
-        ValueError: an argument is wrong, contradicts another, or names a tap that does not exist; nothing is written.
+        ProbeRefused: a server would refuse the file, its graph gives other scores than the author's code, the reference model's float32
+            activations are too far from float64 for a check, or the file at ``path`` must not be replaced; nothing is written.
+        TypeError: an argument has the wrong type; the error names the argument, its value and what to give instead.
+        ValueError: an argument is wrong, contradicts another, or is a tap that does not exist; nothing is written.
     """
     path = given.place(path)
     given.check_names(name, version, description=description, author=author, license=license)
@@ -178,12 +179,12 @@ def write_probe(
 
 
 def _measured_tolerance(scorer: GoldenScorer, golden: Golden, file: str) -> Tolerance:
-    """Returns the default tolerance for golden scores, with more room in float32 if the reference model's own rounding needs it.
+    """Returns the default tolerance for golden scores, with a larger tolerance in float32 if the reference model's own rounding is large.
 
-    A worker process may be as far off as the reference in the other direction.
+    The rounding errors of a worker process may be as large as those of the reference model, and in the other direction.
 
     Raises:
-        ProbeRefused: the reference's rounding would need a larger tolerance than ``MAX_MEASURED_TOLERANCE``.
+        ProbeRefused: the reference model's rounding would need a larger tolerance than ``MAX_MEASURED_TOLERANCE``.
     """
     usual = Tolerance()
     try:
@@ -207,10 +208,10 @@ def _measured_tolerance(scorer: GoldenScorer, golden: Golden, file: str) -> Tole
 
 
 def _bare(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Returns a graph in the form that a server takes: functions inlined, an IR version that every server reads, and no doc strings or
-    metadata.
+    """Returns a graph in the form that a server takes.
 
-    Exporters leave stack traces with paths of the author's files in these.
+    Functions are inlined, the IR version is one that every server reads, and doc strings and metadata are removed, since exporters write
+    stack traces with paths of the author's files into them.
     """
     bare = inline_local_functions(model)
     bare.ir_version = min(bare.ir_version, IR_VERSIONS[-1])

@@ -1,4 +1,4 @@
-"""Checks the arguments of ``write_probe`` before anything is computed: each by itself, then where two contradict each other."""
+"""Checks the arguments of ``write_probe`` before anything is computed: first each argument alone, then pairs that may conflict."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ _EXACT = (torch.float32, torch.float64)
 
 
 def place(path: _Given) -> Path:
-    """Returns the path of a file that can be written.
+    """Returns an argument as a path to which a file can be written.
 
     Raises:
         TypeError: the value is not a path.
-        ValueError: the path is a directory, lies in none, or in one that this user cannot write to.
+        ValueError: the path is a directory, or its parent directory does not exist or is not writable by this user.
     """
     if not isinstance(path, (str, Path)):
         raise TypeError(f"path: {arguments.kind_of(path)} ({arguments.shown(path)}); give the path of the file to write, as text or Path")
@@ -56,11 +56,11 @@ def place(path: _Given) -> Path:
 
 
 def check_names(name: _Given, version: _Given, **texts: _Given) -> None:
-    """Checks the name and the version of a probe, and its texts for people.
+    """Checks the name and the version of a probe, and its texts for people, such as its description.
 
     Raises:
-        TypeError: one of them is not text.
-        ValueError: the name or the version has other characters than a manifest takes.
+        TypeError: an argument is not text.
+        ValueError: the name or the version has characters that a manifest does not allow.
     """
     lowered = name.lower() if isinstance(name, str) else ""
     such_as = f", such as {lowered!r}" if lowered != name and _matches(_NAME, lowered) else ""
@@ -88,11 +88,13 @@ def check_reference(reference: _Given) -> None:
 
 
 def read_probe(probe: _Given, taps: Sequence[Tap], reference: ReferenceModel, labels: Sequence[str], context: Context) -> ProbeFunction:
-    """Returns a probe that fits the taps and labels, and whose code is checked whenever it scores a golden rollout.
+    """Returns the probe after a check that its input width fits the taps (points in the model) and its scores fit the labels.
+
+    The returned probe also checks the number of scores whenever it scores a golden rollout.
 
     Raises:
         TypeError: the value is not a ``ProbeFunction``.
-        ValueError: the probe takes rows of another width, or gives another number of scores than there are labels.
+        ValueError: the probe takes rows of another width than the taps have, or gives another number of scores than there are labels.
     """
     makers = {torch.nn.Module: "torch_probe(module, unit=…)", np.ndarray: "linear_probe(weight)", torch.Tensor: "linear_probe(weight)"}
     if not isinstance(probe, ProbeFunction):
@@ -142,11 +144,11 @@ def _check_columns(columns: int, labels: Sequence[str]) -> None:
 
 
 def read_labels(labels: _Given) -> tuple[str, ...]:
-    """Returns the names of the score's columns.
+    """Returns the labels, which are the names of the score's columns.
 
     Raises:
         TypeError: the value is not a list of texts.
-        ValueError: there are no names, or two are the same.
+        ValueError: there are no names, or two names are the same.
     """
     named = arguments.sequence(labels, "labels", "names", f'["{labels}"]' if isinstance(labels, str) else '["cheating"]')
     if not named:
@@ -178,11 +180,11 @@ def check_parts(
     tolerance: _Given,
     reference: ReferenceModel,
 ) -> None:
-    """Checks that the parts of a manifest which an author makes have their own types and fit the reference model.
+    """Checks that the parts of a manifest that an author gives have the right types and fit the reference model.
 
     Raises:
-        TypeError: a part is of another type.
-        ValueError: an id of the follow-up is not one of the model's text tokens.
+        TypeError: a part has the wrong type.
+        ValueError: an id of the follow-up, the tokens appended to a completion, is not one of the model's text tokens.
     """
     arguments.of_kind(context, "context", Context, 'give Context(kind="pointwise" | "causal" | "rollout", …)')
     for value, argument, kind in (
@@ -197,7 +199,7 @@ def check_parts(
 
 
 def read_calibrations(calibrations: _Given, labels: Sequence[str]) -> tuple[CalibrationRecord, ...]:
-    """Returns thresholds as the manifest records them, each for one of the labels or for all of them.
+    """Returns thresholds in the form that the manifest stores, each for one label or for all labels.
 
     Raises:
         TypeError: an entry is not a threshold.
@@ -215,7 +217,7 @@ def read_calibrations(calibrations: _Given, labels: Sequence[str]) -> tuple[Cali
 
 
 def read_evaluations(evaluations: _Given) -> tuple[Evaluation, ...]:
-    """Returns measured qualities as the manifest records them.
+    """Returns measured qualities, such as an AUROC, in the form that the manifest stores.
 
     Raises:
         TypeError: an entry is not a measured quality.
@@ -229,10 +231,10 @@ def read_evaluations(evaluations: _Given) -> tuple[Evaluation, ...]:
 
 
 def _recorded(estimate: Auroc | CalibratedThreshold, argument: str, kind: type[_Record], **known: _Given) -> _Record:
-    """Returns an estimate as a part of the manifest whose fields have the same names.
+    """Converts an estimate to the part of the manifest whose fields have the same names.
 
     Raises:
-        ValueError: the manifest cannot hold one of the values; the error names it.
+        ValueError: the manifest cannot hold one of the values; the error names the value.
     """
     try:
         return kind(**known, **{field.name: getattr(estimate, field.name) for field in fields(estimate)})
@@ -241,10 +243,10 @@ def _recorded(estimate: Auroc | CalibratedThreshold, argument: str, kind: type[_
 
 
 def read_unit(reduce_on: _Given, probe: ProbeFunction) -> ScoreUnit:
-    """Returns the unit of what a server sends for a probe: the probe's own, or probabilities of its logits.
+    """Returns the unit of the scores that a server sends for a probe: the given unit, or the probe's own unit if none is given.
 
     Raises:
-        ValueError: the unit cannot be computed from that of the probe.
+        ValueError: scores in the given unit cannot be computed from the probe's scores. Only probabilities can, from logits.
     """
     if reduce_on is None:
         return probe.unit
@@ -258,7 +260,7 @@ def read_reduction(reduction: _Given, context: Context) -> str | None:
     """Returns a probe's default reduction as text; ``None`` for a probe that pools by itself.
 
     Raises:
-        ValueError: there is no such reduction, or one is given for a probe that pools by itself.
+        ValueError: there is no reduction of that name, or a reduction is given for a probe that pools by itself.
     """
     if context.kind == "rollout":
         if reduction is not None:

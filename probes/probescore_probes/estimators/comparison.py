@@ -16,7 +16,7 @@ _LARGEST, _LEAST_ROWS = 1e30, 8  # rows with larger scores are not compared: flo
 
 
 def check_same(nodes: Nodes, x: str, result: str, rows: NDArray[np.float32], expected: Rows, rounding: Rows, name: str) -> None:
-    """Refuses ONNX nodes that do not compute the scores of an estimator's own code.
+    """Checks that ONNX nodes compute the same scores as an estimator's own code.
 
     Args:
         nodes: the nodes that compute the scores.
@@ -24,11 +24,12 @@ def check_same(nodes: Nodes, x: str, result: str, rows: NDArray[np.float32], exp
         result: name of the value that holds the scores.
         rows: random rows, ``(N, width)``.
         expected: the estimator's own scores of these rows, ``(N, columns)``.
-        rounding: how far these scores move where the rows are rounded, ``(N, columns)``.
+        rounding: how much these scores change if the rows are rounded, ``(N, columns)``.
         name: name of the estimator, for messages.
 
     Raises:
-        ValueError: the estimator's scores are not finite, or the nodes do not run, or give scores of another shape or too far off.
+        ValueError: the estimator's scores are not finite, or the nodes do not run, or give scores of another shape or scores that differ
+            too much.
     """
     finite = (np.abs(expected) < _LARGEST).all(axis=1)
     if finite.sum() < _LEAST_ROWS:

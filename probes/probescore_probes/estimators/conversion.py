@@ -11,18 +11,18 @@ from probescore_probes.nodes import ML_OPSET, OPSET, Nodes
 
 
 def converted(steps: Sequence[Estimator], method: str, nodes: Nodes, x: str, width: int, name: str) -> str:
-    """Converts fitted steps, the last of which may be an estimator, to ONNX nodes, and returns the name of their result.
+    """Converts fitted pipeline steps, the last of which may be an estimator, to ONNX nodes, and returns the name of the result.
 
     Args:
         steps: transformers and estimators that apply one after another, all fitted.
         method: method of the last step whose result is computed.
         nodes: receives the new nodes.
-        x: name of the value that they read, ``(N, width)``.
-        width: how many numbers each row has that enters the first step.
+        x: name of the value that the nodes read, ``(N, width)``.
+        width: number of features in each input row of the first step.
         name: name of the whole estimator, for messages.
 
     Raises:
-        ValueError: skl2onnx cannot convert the steps, or makes operators of them that are not standard ONNX.
+        ValueError: skl2onnx cannot convert the steps, or converts them to operators that are not standard ONNX.
     """
     from skl2onnx import to_onnx
     from skl2onnx.common.data_types import FloatTensorType

@@ -1,4 +1,7 @@
-"""Takes a fitted scikit-learn estimator apart: the affine steps in front, and the estimator inside pipelines, searches and wrappers."""
+"""Separates a fitted scikit-learn estimator into the affine steps in front of it and the innermost estimator.
+
+The innermost estimator is found inside pipelines, searches and wrappers.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +19,12 @@ from probescore_probes.estimators.refusals import width_of
 
 @dataclass(frozen=True, eq=False)
 class FittedEstimator:
-    """Describes a fitted estimator behind affine steps.
+    """Value object with a fitted estimator and the affine steps, such as scalers, that are applied before it.
 
     Args:
         estimator: the estimator, or a part of one.
-        width: how many numbers each row has that enters the first step.
-        before: the affine steps in front of the estimator.
+        width: number of features in each input row of the first step.
+        before: the affine steps that are applied before the estimator.
     """
 
     estimator: Any
@@ -34,19 +37,19 @@ class FittedEstimator:
 
     @property
     def inner(self) -> Estimator:
-        """Holds the scikit-learn estimator inside all pipelines, searches and wrappers."""
+        """Returns the scikit-learn estimator inside all pipelines, searches and wrappers."""
         return self._parts[0]
 
     @property
     def steps(self) -> tuple[Estimator, ...]:
-        """Holds all affine steps in front of the innermost scikit-learn estimator."""
+        """Returns all affine steps that are applied before the innermost scikit-learn estimator."""
         return self._parts[1]
 
     def kind(self, name: str) -> str:
-        """Returns which kind of estimator this is: ``classifier``, ``regressor`` or ``outliers``.
+        """Returns the kind of the estimator: ``classifier``, ``regressor`` or ``outliers``.
 
         Raises:
-            ValueError: the estimator is none of these and has no scores.
+            ValueError: the estimator is of no such kind, and so has no scores.
         """
         from sklearn.base import is_classifier, is_outlier_detector, is_regressor
 
@@ -60,7 +63,7 @@ class FittedEstimator:
         )
 
     def part(self, estimator: Estimator) -> FittedEstimator:
-        """Returns a description of a part of the innermost scikit-learn estimator, behind the same affine steps."""
+        """Returns a description of a part of the innermost scikit-learn estimator, with the same affine steps before the part."""
         return FittedEstimator(estimator, self.width, self.steps)
 
     def transformed(self, rows: Rows) -> Rows:
@@ -71,12 +74,12 @@ class FittedEstimator:
 
     @cached_property
     def affine(self) -> tuple[Rows, Rows]:
-        """Holds the weight ``(columns, width)`` and bias ``(columns,)`` of an estimator that ``is_linear`` finds to be an affine map."""
+        """Returns the weight ``(columns, width)`` and bias ``(columns,)`` of an estimator that ``is_linear`` finds to be an affine map."""
         method = "decision_function" if hasattr(self.inner, "decision_function") else "predict"
         return affine_map(self._behind(method), self.width)
 
     def is_logit(self) -> bool:
-        """Returns whether a classifier's probability of its second class is the sigmoid of an affine decision."""
+        """Returns whether a classifier's probability of its second class is the sigmoid of an affine decision function."""
         weight, _ = self.affine
         if len(weight) != 1 or not weight.any():
             return False
@@ -84,15 +87,16 @@ class FittedEstimator:
         return bool(np.allclose(1 / (1 + np.exp(-decisions[:, 0])), self._behind("predict_proba")(rows)[:, 1], rtol=1e-6, atol=1e-9))
 
     def is_softmax(self) -> bool:
-        """Returns whether a classifier's probabilities of several classes are the softmax of affine decisions, and not shares of their
-        sigmoids.
+        """Returns whether a classifier's probabilities of several classes are the softmax of affine decision functions.
+
+        Some classifiers instead divide the sigmoid of each decision by the sum of the sigmoids.
         """
         rows, decisions = self._undecided()
         softmax = np.exp(decisions) / np.exp(decisions).sum(axis=1, keepdims=True)
         return bool(np.allclose(softmax, self._behind("predict_proba")(rows), rtol=1e-6, atol=1e-9))
 
     def _undecided(self) -> tuple[Rows, Rows]:
-        """Returns rows at which a classifier's decisions lie between -3 and 3, as far as such rows exist, and these decisions."""
+        """Returns rows at which a classifier's decisions lie between -3 and 3, as far as such rows exist, with these decisions."""
         weight, bias = self.affine
         wanted = np.random.default_rng(0).uniform(-3, 3, (16, len(bias)))
         rows = (wanted - bias) @ np.linalg.pinv(weight).T
@@ -103,7 +107,7 @@ class FittedEstimator:
         return lambda rows: score(self.transformed(rows))
 
     def after_steps(self) -> FittedEstimator:
-        """Returns the last estimator of a pipeline whose steps are not all affine, without any steps."""
+        """Returns the last estimator of a pipeline whose steps are not all affine, without the steps before it."""
         last = self.inner.steps[-1][1]
         return FittedEstimator(last, width_of(last, described(self.estimator)))
 
@@ -132,5 +136,5 @@ def opened(estimator: Estimator, steps: tuple[Estimator, ...] = ()) -> tuple[Est
 
 
 def last_of(estimator: Estimator) -> Estimator:
-    """Returns the estimator at the end of nested pipelines, or the estimator itself if it is no pipeline."""
+    """Returns the estimator at the end of nested pipelines, or the given estimator if it is not a pipeline."""
     return last_of(opened(estimator.steps[-1][1])[0]) if name_of(estimator) == "Pipeline" else estimator

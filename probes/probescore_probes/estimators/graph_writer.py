@@ -1,6 +1,7 @@
-"""Builds the ONNX nodes that compute a fitted estimator's scores: written here where skl2onnx cannot, converted by it where it can.
+"""Builds the ONNX nodes that compute a fitted estimator's scores.
 
-Each function adds nodes that read the value named ``x``, ``(N, width)``, and returns the name of their result, float32 or float64.
+The nodes come from skl2onnx where it can convert the estimator, and are written here where it cannot. Each function adds nodes that read
+the value named ``x``, ``(N, width)``, and returns the name of the nodes' result, float32 or float64.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from probescore_probes.nodes import Nodes
 
 
 def second_probability(fitted: FittedEstimator, nodes: Nodes, x: str) -> str:
-    """Adds ONNX nodes for the second class's probability of a classifier of two classes, ``(N, 1)``."""
+    """Adds ONNX nodes for the probability of the second class of a two-class classifier, ``(N, 1)``."""
     inner = fitted.inner
     if name_of(inner) == "Pipeline":
         return second_probability(fitted.after_steps(), nodes, _through_steps(fitted, nodes, x))
@@ -39,7 +40,7 @@ def second_probability(fitted: FittedEstimator, nodes: Nodes, x: str) -> str:
 
 
 def probabilities(fitted: FittedEstimator, nodes: Nodes, x: str) -> str:
-    """Adds ONNX nodes for the probabilities of every class of a classifier, ``(N, classes)``."""
+    """Adds ONNX nodes for the probability of every class of a classifier, ``(N, classes)``."""
     inner = fitted.inner
     match name_of(inner):
         case "Pipeline":
@@ -71,7 +72,7 @@ def probabilities(fitted: FittedEstimator, nodes: Nodes, x: str) -> str:
 
 
 def decisions(fitted: FittedEstimator, nodes: Nodes, x: str) -> str:
-    """Adds ONNX nodes for the decisions of a classifier or an outlier detector that has no probabilities, ``(N, columns)``."""
+    """Adds ONNX nodes for the decision function of a classifier or outlier detector that has no probabilities, ``(N, columns)``."""
     inner = fitted.inner
     match name_of(inner):
         case "Pipeline":
@@ -131,7 +132,7 @@ def _boosted(fitted: FittedEstimator, nodes: Nodes, x: str) -> str:
 
 
 def _calibrated(fitted: FittedEstimator, nodes: Nodes, x: str, member: Estimator) -> list[str]:
-    """Adds ONNX nodes for a calibrated classifier's member: ``(N, 1)`` for each class, or for the second of two classes alone."""
+    """Adds ONNX nodes for one member of a calibrated classifier: ``(N, 1)`` for each class, or for the second of two classes only."""
     part, calibrators = fitted.part(member.estimator), member.calibrators
     classes, by_decision = len(member.classes), hasattr(member.estimator, "decision_function")
     if len(member.estimator.classes_) != classes:
@@ -158,7 +159,7 @@ def _calibrated(fitted: FittedEstimator, nodes: Nodes, x: str, member: Estimator
 
 
 def _scaled_decision(fitted: FittedEstimator, nodes: Nodes, x: str, scale: float, shift: float) -> str:
-    """Adds ONNX nodes for ``scale · decision + shift`` of a classifier of two classes; one ``Gemm`` where the decision is linear."""
+    """Adds ONNX nodes for ``scale · decision + shift`` of a two-class classifier; one ``Gemm`` if the decision function is linear."""
     if is_linear(fitted.inner):
         weight, bias = fitted.affine
         return nodes.gemm(x, scale * weight, scale * bias + shift)
@@ -183,7 +184,7 @@ def _converted(fitted: FittedEstimator, nodes: Nodes, x: str, steps: Sequence[Es
 
 
 def _after_affine_steps(fitted: FittedEstimator, nodes: Nodes, x: str) -> str:
-    """Adds ONNX nodes for the affine steps in front of an estimator, ``(N, features)`` float64."""
+    """Adds ONNX nodes for the affine steps that are applied before an estimator, ``(N, features)`` float64."""
     x = nodes.cast(x, np.float64)
     if not fitted.steps:
         return x

@@ -10,16 +10,16 @@ from probescore_probes.nodes import Nodes
 
 
 def kernel_scores(machine: Estimator, nodes: Nodes, x: str, support: Rows, dual: Rows, bias: Rows, gamma: float) -> str:
-    """Adds nodes for ``Σ dual · kernel(x, support) + bias``, ``(N, columns)`` float64, and returns the name of their result.
+    """Adds ONNX nodes for ``Σ dual · kernel(x, support) + bias``, ``(N, columns)`` float64, and returns the name of the result.
 
     Args:
-        machine: the fitted estimator, which names the kernel and its degree and constant.
+        machine: the fitted estimator, which states the kernel and its degree and constant.
         nodes: receives the new nodes.
-        x: name of the value that they read, ``(N, features)`` float64.
+        x: name of the value that the nodes read, ``(N, features)`` float64.
         support: the support vectors, ``(vectors, features)``.
         dual: the dual coefficients, ``(columns, vectors)``.
-        bias: ``(columns,)``.
-        gamma: factor of the products or distances.
+        bias: constant terms, ``(columns,)``.
+        gamma: factor by which the kernel multiplies products or distances.
     """
     support = np.asarray(support, np.float64)
     products = nodes.apply("MatMul", x, nodes.constant(support.T.copy()))

@@ -1,6 +1,7 @@
-"""Finds which scikit-learn estimators are an affine map of their input, and the weight and bias of such a map.
+"""Determines which scikit-learn estimators are an affine map of their input, and the weight and bias of the map.
 
-The map is measured by what it does to zero and to each unit vector, in float64, so that scalers, projections and selections fold into it.
+The weight and bias are measured in float64 from the results for zero and for each unit vector, so that scalers, projections and selections
+of columns are part of the map.
 """
 
 from __future__ import annotations

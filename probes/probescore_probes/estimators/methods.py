@@ -16,7 +16,7 @@ Function = Callable[[Rows], NDArray[Any]]
 
 
 def called(estimator: Estimator, method: str, rows: Rows) -> NDArray[Any]:
-    """Calls a method of an estimator on rows, without warnings that the estimator was fitted on named columns."""
+    """Calls a method of an estimator on rows, and silences the warning that the estimator was fitted on named columns."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="X does not have valid feature names")
         said: NDArray[Any] = getattr(estimator, method)(rows)
@@ -24,5 +24,5 @@ def called(estimator: Estimator, method: str, rows: Rows) -> NDArray[Any]:
 
 
 def scoring(estimator: Estimator, method: str) -> Function:
-    """Returns a function that calls a method of an estimator on rows ``(N, width)`` and always gives ``(N, columns)`` float64."""
+    """Returns a function that calls a method of an estimator on rows ``(N, width)`` and always returns ``(N, columns)`` float64."""
     return lambda rows: np.asarray(called(estimator, method, rows), np.float64).reshape(len(rows), -1)

@@ -1,4 +1,4 @@
-"""Names scikit-learn estimators, and lists which of them belong together."""
+"""Returns the names of scikit-learn estimators, and lists the estimators that are treated alike."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DELEGATES = {"FixedThresholdClassifier": "estimator_", "TunedThresholdClassifier
 
 
 def name_of(estimator: object) -> str:
-    """Returns the name of an estimator's scikit-learn class; empty for a subclass that scores or transforms in its own way."""
+    """Returns the name of an estimator's scikit-learn class; empty for a subclass that overrides how scores or transforms are computed."""
     kind = type(estimator)
     known = next((base for base in kind.__mro__ if base.__module__.split(".")[0] == "sklearn"), None)
     if known is None or any(

@@ -25,7 +25,7 @@ REASONS = {
 
 
 def check_fitted(estimator: object) -> None:
-    """Refuses a value that is not a fitted scikit-learn estimator.
+    """Checks that a value is a fitted scikit-learn estimator.
 
     Raises:
         TypeError: the value is not an estimator of scikit-learn.
@@ -52,10 +52,10 @@ def check_fitted(estimator: object) -> None:
 
 
 def width_of(estimator: object, name: str) -> int:
-    """Returns how many features an estimator was fitted on; for a pipeline, the first of its steps that knows tells it.
+    """Returns the number of features on which an estimator was fitted; of a pipeline, that of the first step which states the number.
 
     Raises:
-        ValueError: the estimator does not tell how many features it was fitted on.
+        ValueError: the estimator does not state the number of features on which it was fitted.
     """
     parts = [estimator, *(step for _, step in getattr(estimator, "steps", ()))]
     width = next((part.n_features_in_ for part in parts if hasattr(part, "n_features_in_")), None)
@@ -65,7 +65,7 @@ def width_of(estimator: object, name: str) -> int:
 
 
 def check_classes(estimator: Estimator, width: int, classes: tuple[str, ...], name: str) -> None:
-    """Refuses a classifier that was not fitted on one of several classes for each row.
+    """Checks that a classifier was fitted on several classes, with one class for each row.
 
     Raises:
         ValueError: the classifier was fitted on one class only, or on several labels for each row.
@@ -79,10 +79,10 @@ def check_classes(estimator: Estimator, width: int, classes: tuple[str, ...], na
 
 
 def refuse_by_name(estimator: Estimator, name: str) -> None:
-    """Refuses an estimator of a kind that cannot be a probe.
+    """Refuses an estimator if its class or its kernel is one that cannot be a probe.
 
     Raises:
-        ValueError: the estimator is of such a kind; the error gives the reason and what to fit instead.
+        ValueError: the estimator cannot be a probe; the error gives the reason and what to fit instead.
     """
     if name_of(estimator) in KERNEL_MACHINES and estimator.kernel not in ("linear", "rbf", "poly", "polynomial", "sigmoid"):
         shown = repr(estimator.kernel) if isinstance(estimator.kernel, str) else getattr(estimator.kernel, "__name__", "of another kind")

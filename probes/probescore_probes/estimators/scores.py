@@ -1,4 +1,4 @@
-"""Finds which of a fitted estimator's functions gives a probe's scores, and in which unit."""
+"""Determines which method of a fitted estimator gives a probe's scores, and the unit of these scores."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ if TYPE_CHECKING:
     from sklearn.base import BaseEstimator
 
 FEATURES = "features"
-"""Names the value that an estimator's nodes read: the activations of all taps side by side, ``(N, width)`` float32."""
+"""Name of the value that an estimator's nodes read: the activations of all taps side by side, ``(N, width)`` float32."""
 
 
 @dataclass(frozen=True, eq=False)
 class EstimatorScores:
-    """Holds a fitted estimator's scoring function and the ONNX nodes that compute the same scores.
+    """Value object with a fitted estimator's scoring function and the ONNX nodes that compute the same scores.
 
     Attributes:
         score: the estimator's own code, from ``(N, width)`` float64 to ``(N, columns)``.
         unit: unit of the scores.
-        width: how many features the estimator was fitted on.
-        columns: how many scores each row gets.
-        classes: classes of a classifier as text, in their order; the columns are about the last ``columns`` of them.
-        weights: weight ``(columns, width)`` and bias ``(columns,)``, float64, if the estimator is an affine map and nothing else.
+        width: number of features on which the estimator was fitted.
+        columns: number of scores of each row.
+        classes: classes of a classifier as text, in order; the scores are those of the last ``columns`` classes.
+        weights: weight ``(columns, width)`` and bias ``(columns,)``, float64, if the estimator is an affine map; otherwise ``None``.
         nodes: the nodes that compute the scores from ``FEATURES``.
         result: name of the value in ``nodes`` that holds the scores, ``(N, columns)`` float32.
     """
@@ -52,15 +52,17 @@ class EstimatorScores:
 
 
 def estimator_scores(estimator: BaseEstimator) -> EstimatorScores:
-    """Finds the scores of a fitted scikit-learn estimator, and builds the nodes that compute them.
+    """Finds the scores of a fitted scikit-learn estimator, and builds the ONNX nodes that compute these scores.
 
-    Binary classifiers that are linear in form, alone or after scalers, score by ``decision_function``: a logit where its sigmoid is their
-    probability, else a value. Other classifiers score by ``predict_proba`` if they have it (for two classes that of the second, else one
-    column for each), else by ``decision_function``; outlier detectors by ``decision_function``; regressors by ``predict``.
+    Binary classifiers that are linear in form, alone or after scalers, score by ``decision_function``. The unit of these scores is a logit
+    if its sigmoid is the classifier's probability, and a plain value otherwise. Other classifiers score by ``predict_proba`` if they have
+    this method: by the probability of the second of two classes, or with one column for each of several classes. Classifiers without
+    ``predict_proba`` and outlier detectors score by ``decision_function``, and regressors by ``predict``.
 
     Raises:
         TypeError: the value is not a scikit-learn estimator.
-        ValueError: the estimator is not fitted, has no scores, or no graph computes them; the error names it, the reason and a remedy.
+        ValueError: the estimator is not fitted, has no scores, or no graph computes its scores; the error names the estimator, the reason
+            and a remedy.
     """
     check_fitted(estimator)
     name = described(estimator)
@@ -112,7 +114,7 @@ def _checked(
     build: Callable[[Nodes, str], str],
     weights: tuple[Rows, Rows] | None = None,
 ) -> EstimatorScores:
-    """Returns a fitted estimator's scores and nodes once the nodes gave the estimator's own scores on random rows of several sizes.
+    """Returns a fitted estimator's scores and ONNX nodes, after a check that both give the same scores on random rows of several sizes.
 
     Raises:
         ValueError: the estimator's own code fails, or the nodes give other scores.

@@ -1,4 +1,4 @@
-"""Restates pydantic's validation errors in probescore's terms: which field is wrong, what was found there, and what was expected."""
+"""Restates pydantic's validation errors in probescore's terms: the wrong field, the value found in it, and the value expected."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ def first_complaint(error: ValidationError, content: object) -> Complaint:
     """Returns the first problem that a pydantic validation error lists.
 
     Args:
-        error: raised by the validation of one pydantic model.
+        error: the error that pydantic raised for one model.
         content: the value that was validated; a check of the whole model names a field, which is looked up here.
 
     Returns:
-        Three texts: the field, what was found there and what was expected. The field is empty if the content could not be read at all.
+        Three texts: the field, the value found there and the value expected. The field is empty if the content is not of the model's kind
+            at all, such as text that is not JSON.
     """
     first = error.errors(include_url=False)[0]
     expected = re.sub(r"^(Value error, |(Input|String|List|Tuple) should (be |have )?)", "", first["msg"])

@@ -1,13 +1,14 @@
-"""Computes model fingerprints, which tell whether the model that runs is the one that a probe was made for.
+"""Computes model fingerprints, digests which tell whether the running model is the one that a probe was made for.
 
-A fingerprint covers the tensors as they are stored (name, dtype, shape, sampled bytes) and the part of the config that changes what the
-decoder blocks compute. It is read from safetensors files and ``config.json``; the model is not loaded.
+A fingerprint covers the tensors as they are stored (name, dtype, shape, sampled bytes) and the settings of the config that change the
+results of the decoder blocks. The fingerprint is read from safetensors files and ``config.json``; the model is not loaded.
 
-The same model stored in another form keeps its fingerprint: other shards, with or without a head of whatever kind, saved as the bare
-decoder or inside a wrapper with encoders of images beside it, its tied embedding stored under the head's name, or its config written by an
-older transformers. Other weights, another dtype or another rope base change the fingerprint. Bytes are sampled, evenly over each tensor, so
-that a training step changes the fingerprint and one altered number in a large tensor may not; such a number is left for the golden vectors
-to find, the stored scores that a server recomputes.
+The same model stored in another form keeps its fingerprint: with other shards, with or without a head of any kind, saved as the bare
+decoder or inside a wrapper that also has image encoders, with its tied embedding stored under the head's name, or with a config written by
+an older transformers. Other weights, another dtype or another rope base change the fingerprint.
+
+Bytes are sampled evenly over each tensor. A training step therefore changes the fingerprint, but a single altered number in a large tensor
+may not. Such a number is left for the golden vectors to find, which are stored scores that a server recomputes.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ _BESIDE = re.compile(
 _DERIVED = re.compile(r"(^|\.)(rotary_emb\.inv_freq|(attn|attention|self_attention)\.(bias|masked_bias))$")
 
 _Tensor = tuple[str, str, list[int], str]
-"""Describes a stored tensor by its name without wrappers, its dtype, its shape, and a digest of bytes sampled from it."""
+"""Describes a stored tensor: its name without wrappers, its dtype, its shape, and a digest of bytes sampled from it."""
 
 # Settings that change the activations of a decoder block, by transformers' names. This is a list rather than all keys, since every release
 # of transformers adds keys with defaults, and trainers change those that do not matter here (use_cache, dtype, token ids, dropout).
@@ -93,7 +94,7 @@ def model_fingerprint(directory: Path) -> str:
     """Computes a model's fingerprint, ``sha256:…`` over its tensors and over the settings of its config that change its activations.
 
     Args:
-        directory: holds ``config.json`` and ``model.safetensors``, or ``model.safetensors.index.json`` and its shards.
+        directory: directory with ``config.json`` and ``model.safetensors``, or ``model.safetensors.index.json`` and its shards.
 
     Raises:
         ModelRefused: a file is missing or damaged, or the weights are in another format than safetensors.
@@ -138,7 +139,7 @@ def _weight_files(directory: Path) -> list[Path]:
 
 
 def _tensors(file: Path) -> Iterator[_Tensor]:
-    """Yields each tensor of a safetensors file that belongs to the decoder or may be its embedding.
+    """Yields each tensor of a safetensors file that belongs to the decoder or may be the decoder's embedding.
 
     The format of the file is described at https://huggingface.co/docs/safetensors/index#format
     """
@@ -181,8 +182,10 @@ def _with_embedding(tensors: list[_Tensor], embedding: str) -> list[_Tensor]:
 
 
 def _sampled_digest(stream: BinaryIO, start: int, size: int) -> str:
-    """Returns a digest of a tensor's bytes: all of them if the tensor is small, else evenly spaced chunks that include the first and the
-    last.
+    """Returns a digest of a tensor's bytes.
+
+    The digest covers all bytes of a small tensor. Of a large tensor, it covers evenly spaced chunks that include the first and the last
+    bytes.
     """
     digest = hashlib.sha256()
     if size <= _CHUNKS * _CHUNK_BYTES:
@@ -204,9 +207,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
 
 
 def _decoded(value: Any) -> Any:  # noqa: ANN401 - whatever JSON holds
-    """Returns JSON content in which objects such as ``{"__float__": "Infinity"}``, as transformers writes them, are replaced by the
-    numbers.
-    """
+    """Returns JSON content with objects such as ``{"__float__": "Infinity"}``, as transformers writes them, replaced by their numbers."""
     if isinstance(value, dict):
         if set(value) == {"__float__"} and value["__float__"] in _FLOATS:
             return _FLOATS[value["__float__"]]
@@ -217,8 +218,8 @@ def _decoded(value: Any) -> Any:  # noqa: ANN401 - whatever JSON holds
 def _known_config(written: dict[str, Any], name: str) -> PreTrainedConfig | None:
     """Reads a config with the installed transformers, which brings old spellings and defaults to one form.
 
-    Returns ``None`` for a model that brings its own config class. Such a config is used as it is written, so that a fingerprint never needs
-    the model's own code.
+    Returns ``None`` for a model that brings its own config class. The config of such a model is used as it is written, so that a
+    fingerprint never needs the model's own code.
     """
     model_type = written.get("model_type")
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
@@ -247,7 +248,7 @@ def _meaningful_settings(written: dict[str, Any], config: PreTrainedConfig | Non
 
 
 def _setting(config: PreTrainedConfig, key: str) -> object:
-    """Returns a setting of a config, a list of each layer's setting where layers differ, or ``None`` if there is no such setting."""
+    """Returns one setting of a config: a value, a list of values by layer where layers differ, or ``None`` if the setting is absent."""
     try:
         return getattr(config, key, None)
     except RuntimeError:  # transformers raises it where layers differ

@@ -20,7 +20,7 @@ CU_SEQLENS = "cu_seqlens"
 POSITIONS = "positions"
 
 GraphInputs = Mapping[str, NDArray[Any]]
-"""Holds the arrays that a probe's graph is given in one call, by input name in the order of the graph's inputs.
+"""Holds the arrays given to a probe's graph in one run, a dictionary keyed by input name, in the order of the graph's inputs.
 
 Each tap's activations come first, ``(N, hidden_size)`` float32; then ``cu_seqlens`` and ``positions``, int64, where the graph takes them.
 """
@@ -33,15 +33,15 @@ _FLOATING = {number for name, number in onnx.TensorProto.DataType.items() if "FL
 
 
 class GraphFailed(Exception):
-    """Reports that a probe's graph gives no scores because an operator fails on its input; the message is safe to send to clients."""
+    """Exception raised when an operator of a probe's graph fails on its input; the message is safe to send to clients."""
 
 
 class WrongShape(GraphFailed):
-    """Reports that a probe's graph gave more or fewer scores than it must, so that they cannot be matched to tokens or rollouts."""
+    """Exception raised when a probe's graph gives too few or too many scores to be matched to tokens or rollouts."""
 
 
 def checked_scores(scores: NDArray[Any], rows: int, labels: int) -> NDArray[Any]:
-    """Returns the scores that a probe's graph gave, if they have the shape ``(rows, labels)``.
+    """Returns the scores that a probe's graph gave, after a check that they have the shape ``(rows, labels)``.
 
     Raises:
         WrongShape: the scores have another shape.
@@ -55,7 +55,7 @@ def check_graph(model: onnx.ModelProto, file: str) -> None:
     """Checks that an ONNX model is valid, complete in one file, made of standard operators, and free of NaN and infinite weights.
 
     Raises:
-        ProbeRefused: a check fails; the error names what was found.
+        ProbeRefused: a check fails; the error names the fault that was found.
     """
     _check_versions(model, file)
     graphs = list(subgraphs(model.graph))
@@ -72,7 +72,10 @@ def check_graph(model: onnx.ModelProto, file: str) -> None:
 
 @dataclass(frozen=True)
 class GraphSignature:
-    """Describes the inputs that a probe's graph takes and the output that it gives: taps, hidden size, labels and optional inputs."""
+    """Value object with the signature of a probe's graph: its taps, hidden size, labels and optional inputs.
+
+    A tap is a point in the language model where the probe reads activations.
+    """
 
     taps: tuple[Tap, ...]
     hidden_size: int
@@ -95,7 +98,10 @@ class GraphSignature:
 
     @property
     def inputs(self) -> list[onnx.ValueInfoProto]:
-        """Lists the declarations of a probe graph's inputs in their order; a size that changes from call to call is given as a name."""
+        """Returns the declarations of a probe graph's inputs, in order.
+
+        A size that differs between runs of the graph, such as the number of tokens, is given as a name in place of a number.
+        """
         declare = onnx.helper.make_tensor_value_info
         values = [declare(str(tap), onnx.TensorProto.FLOAT, ("tokens", self.hidden_size)) for tap in self.taps]
         if self.cu_seqlens:
@@ -106,7 +112,7 @@ class GraphSignature:
 
     @property
     def output(self) -> onnx.ValueInfoProto:
-        """Holds the declaration of a probe graph's only output, ``scores``: float32, ``(tokens, labels)`` or ``(sequences, labels)``."""
+        """Returns the declaration of a probe graph's only output, ``scores``: float32, ``(tokens, labels)`` or ``(sequences, labels)``."""
         rows = "sequences" if self.per is OutputPer.ROLLOUT else "tokens"
         return onnx.helper.make_tensor_value_info(SCORES, onnx.TensorProto.FLOAT, (rows, self.labels))
 
@@ -115,7 +121,7 @@ def check_signature(model: onnx.ModelProto, signature: GraphSignature, file: str
     """Checks the names, order, dtypes, ranks and sizes of a graph's inputs and output against what the probe's manifest states.
 
     Raises:
-        ProbeRefused: one of them differs; the error names the input or output.
+        ProbeRefused: an input or output differs; the error names it.
     """
     for kind, found, expected in (
         ("input", list(model.graph.input), signature.inputs),

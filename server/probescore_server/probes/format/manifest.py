@@ -30,7 +30,7 @@ MAX_INT32 = 2**31 - 1
 MAX_COUNT = 2**53 - 1
 
 MAX_NEIGHBOUR_LABELS = 256
-"""Limits for how many labels, counted from the first, a manifest stores the scores that a wrong decoder block or token would give."""
+"""Limits the number of labels, counted from the first, for which a manifest stores the scores of a wrong decoder block or token."""
 
 Real = Annotated[float, Field(allow_inf_nan=False, ge=-MAX_FLOAT32, le=MAX_FLOAT32)]
 Rate = Annotated[float, Field(allow_inf_nan=False, ge=0, le=1)]
@@ -50,9 +50,10 @@ TokenShift = Annotated[Literal[-1, 0, 1], BeforeValidator(_no_boolean)]
 
 
 class _ManifestPart(BaseModel):
-    """Is the base class of every part of a probe's manifest.
+    """Base class of every part of a probe's manifest.
 
-    A part that is made in Python from an unfit value raises ``ValueError`` in one form: ``Context: kind: found "causl", expected …``.
+    A part made in Python from an invalid value raises ``ValueError`` with a message of this form: ``Context: kind: found "causl", expected
+    …``.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -87,7 +88,7 @@ def _canonical_reduction(written: str) -> str:
 
 
 class ModelReference(_ManifestPart):
-    """Names the language model that the probe was made for."""
+    """Reference to the language model that a probe was made for."""
 
     id: str = Field(min_length=1, max_length=256, description="The model's name, for people; it is not a path.")
     revision: str = Field("", max_length=128, description="The model's revision on the hub, for people.")
@@ -99,7 +100,7 @@ class ModelReference(_ManifestPart):
 
 
 class TapInput(_ManifestPart):
-    """Describes one input of the probe's graph: activations at a tap, float32, (tokens, hidden_size).
+    """One input of a probe's graph: the activations at a tap of the language model, float32, (tokens, hidden_size).
 
     A tap is a hook, a point in a decoder block, and the block's index. The input's name is ``hook.layer``, or ``final_norm``.
     """
@@ -117,7 +118,7 @@ class TapInput(_ManifestPart):
 
     @classmethod
     def parse(cls, written: str | Tap) -> TapInput:
-        """Reads a tap as ``str(tap)`` writes it, such as ``"resid_post.6"`` or ``"final_norm"``.
+        """Reads a tap, a point in a language model, from text such as ``"resid_post.6"`` or ``"final_norm"``.
 
         Raises:
             ValueError: there is no such hook, or its layer is missing or not a number.
@@ -129,14 +130,14 @@ class TapInput(_ManifestPart):
 
     @property
     def tap(self) -> Tap:
-        """Holds the tap as a ``probescore.types.Tap``, the type that the client package uses."""
+        """Returns the tap as a ``probescore.types.Tap``, the type that the client package uses."""
         return Tap(self.hook.value, self.layer)
 
     def moved(self, blocks: int, num_hidden_layers: int) -> TapInput | None:
-        """Returns the tap that is a number of decoder blocks later in the model, or ``None`` if there is none.
+        """Returns the tap (point in the model) that lies ``blocks`` decoder blocks later, or ``None`` if the model has no such tap.
 
-        ``blocks`` may be negative. In the residual stream, the hook may change before the last ``resid_post``, and ``final_norm`` comes
-        after it.
+        ``blocks`` may be negative. A moved tap of the residual stream may have another hook. The tap after the last block's ``resid_post``
+        is ``final_norm``.
         """
         if self.hook in (Hook.ATTN_OUT, Hook.MLP_OUT):
             layer = (self.layer or 0) + blocks
@@ -153,7 +154,7 @@ class TapInput(_ManifestPart):
 
 
 class Context(_ManifestPart):
-    """States which tokens a score depends on beside the token that is scored."""
+    """Part of a probe's manifest that states on which tokens a score depends besides the token that is scored."""
 
     kind: Literal["pointwise", "causal", "rollout"] = Field(
         "pointwise",
@@ -167,7 +168,7 @@ class Context(_ManifestPart):
 
 
 class Output(_ManifestPart):
-    """Describes the output ``scores`` of the probe's graph: float32, (tokens, labels) or (rollouts, labels)."""
+    """Declaration of the output ``scores`` of a probe's graph: float32, (tokens, labels) or (rollouts, labels)."""
 
     unit: ScoreUnit = Field(strict=False)
     per: OutputPer = Field(OutputPer.TOKEN, strict=False)
@@ -182,7 +183,7 @@ class Output(_ManifestPart):
 
 
 class FollowUp(_ManifestPart):
-    """Holds tokens that the server appends to every completion for this probe.
+    """Token ids that the server appends to every finished completion for one probe.
 
     The probe reads and scores these tokens instead of the completion's own.
     """
@@ -209,7 +210,7 @@ class CalibrationConditions(_ManifestPart):
 
 
 class CalibrationRecord(_ManifestPart):
-    """Holds a score threshold of the probe, its false-positive rate, and the data from which both were found."""
+    """Record of a threshold on a probe's scores, the false-positive rate at the threshold, and the data on which both were measured."""
 
     threshold: Real = Field(description="A rollout whose reduced score, in the unit of reduce_on, is at or above this number is flagged.")
     false_positive_rate: Rate
@@ -228,7 +229,7 @@ class CalibrationRecord(_ManifestPart):
 
 
 class Evaluation(_ManifestPart):
-    """Holds one measured quality of the probe, such as its AUROC on a dataset."""
+    """Record of one measured quality of a probe, such as its AUROC on a dataset."""
 
     metric: str
     value: Real
@@ -241,7 +242,7 @@ class Evaluation(_ManifestPart):
 
 
 class Training(_ManifestPart):
-    """Records how and from which data the probe was trained."""
+    """Record of the method and the data with which a probe was trained."""
 
     method: str = ""
     dataset: str = ""
@@ -250,7 +251,7 @@ class Training(_ManifestPart):
 
 
 class GoldenCase(_ManifestPart):
-    """Holds one golden rollout, and the scores that the author's own code gave for it, in the unit ``output.unit``."""
+    """One golden rollout with the scores that the probe author's own code gave for it, in the unit ``output.unit``."""
 
     prompt_ids: tuple[TokenId, ...] = Field(strict=False)
     completion_ids: tuple[TokenId, ...] = Field(min_length=1, strict=False)
@@ -260,9 +261,9 @@ class GoldenCase(_ManifestPart):
 
 
 class Tolerance(_ManifestPart):
-    """Holds the largest allowed difference of recomputed golden scores, for each dtype of the model.
+    """Largest allowed differences between recomputed and stored golden scores, one for each dtype of the language model.
 
-    The unit is the standard deviation of the golden scores, taken for each label.
+    The unit is the standard deviation of the golden scores, computed for each label separately.
     """
 
     # A tolerance is below 1 in any case: scores that are off without bound may become the spread by which they are measured.
@@ -272,14 +273,17 @@ class Tolerance(_ManifestPart):
 
 
 class _NeighbouringPlace(_ManifestPart):
-    """Describes a place one decoder block or one token beside the right one, where a server could read activations by mistake."""
+    """Base class of a neighbouring place, at which a server could read activations by mistake.
+
+    A neighbouring place is one decoder block or one token beside the right one.
+    """
 
     inputs: tuple[TapInput, ...] = Field(min_length=1, strict=False, description="The taps that were read in place of the manifest's.")
     tokens: TokenShift = Field(0, description="How many tokens later the taps were read; beyond an end of the rollout, at that end.")
 
     @property
     def place(self) -> Place:
-        """Holds a neighbouring place's taps and token shift as one value, to be compared with those of ``neighbouring_places``."""
+        """Returns the taps and the token shift of the place as one value, which can be compared with those of ``neighbouring_places``."""
         return self.inputs, self.tokens
 
     def __str__(self) -> str:
@@ -288,9 +292,10 @@ class _NeighbouringPlace(_ManifestPart):
 
 
 class Neighbour(_NeighbouringPlace):
-    """Holds the scores of the golden rollouts where the author's code reads one decoder block or one token beside the right place.
+    """Neighbouring place with the golden scores that the author's code gives when it reads activations there.
 
-    A server that gives these scores reads the wrong activations.
+    A neighbouring place is one decoder block or one token beside the right one. A server that gives these scores reads the wrong
+    activations.
     """
 
     differences: tuple[tuple[tuple[Real, ...], ...], ...] = Field(
@@ -300,12 +305,15 @@ class Neighbour(_NeighbouringPlace):
 
     @property
     def difference_rows(self) -> NDArray[np.float64]:
-        """Holds, for all golden cases, what reading the neighbouring place adds to the scores, as one float64 array, ``(rows, labels)``."""
+        """Returns the changes of all golden scores if activations are read at the neighbouring place, ``(rows, labels)`` float64."""
         return np.array([row for case in self.differences for row in case], np.float64)
 
 
 class LeftOut(_NeighbouringPlace):
-    """Names a neighbouring place, one decoder block or one token beside the right one, without scores in the manifest, and the reason."""
+    """Neighbouring place for which the manifest has no scores, with the reason.
+
+    A neighbouring place is one decoder block or one token beside the right one.
+    """
 
     reason: Literal["no_such_tap", "not_finite"] = Field(
         description="no_such_tap: the model has no such tap; not_finite: the author's code has no finite scores there."
@@ -313,14 +321,14 @@ class LeftOut(_NeighbouringPlace):
 
 
 Place = tuple[tuple[TapInput, ...], TokenShift]
-"""States where activations are read: the taps, and how many tokens after the token that is scored."""
+"""States where activations are read: the taps, and the number of tokens by which the tokens read come after the token that is scored."""
 
 
 def neighbouring_places(inputs: Sequence[TapInput], num_hidden_layers: int) -> list[Place]:
-    """Lists the places that are one decoder block or one token beside those where a probe reads.
+    """Returns the places one decoder block or one token beside the place where a probe reads activations.
 
-    Every tap is moved one block earlier or later where the model has such a tap, all taps together and each alone; and the tokens are moved
-    one earlier or later.
+    In some of the places, the taps (points in the model) are moved one block earlier or later, all taps together or one tap alone, if the
+    model has the moved taps. In the other places, the taps stay, and the tokens are moved one earlier or later.
     """
     stated = tuple(inputs)
     places: dict[Place, None] = {}
@@ -332,7 +340,10 @@ def neighbouring_places(inputs: Sequence[TapInput], num_hidden_layers: int) -> l
 
 
 class Golden(_ManifestPart):
-    """Holds a probe's golden vectors: scores made without probescore, which every worker process recomputes before it serves the probe."""
+    """Golden vectors of a probe: rollouts with scores that were made without probescore.
+
+    Every worker process recomputes the scores before it serves the probe.
+    """
 
     cases: tuple[GoldenCase, ...] = Field(min_length=1, strict=False)
     tolerance: Tolerance = Tolerance()
@@ -345,7 +356,7 @@ class Golden(_ManifestPart):
 
     @property
     def score_rows(self) -> NDArray[np.float64]:
-        """Holds the golden scores of all cases as one float64 array, ``(rows, labels)``.
+        """Returns the golden scores of all cases as one float64 array, ``(rows, labels)``.
 
         The standard deviation of each label's scores is the unit of ``tolerance``.
         """
@@ -353,7 +364,10 @@ class Golden(_ManifestPart):
 
 
 class Manifest(_ManifestPart):
-    """Describes a probe completely: its name and version, its model, what it reads, what it gives, and its golden vectors."""
+    """Complete description of a probe: its name and version, its language model, its inputs and output, and its golden vectors.
+
+    Golden vectors are rollouts with scores that a server must reproduce before it serves the probe.
+    """
 
     schema_version: SchemaVersion = 1
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")
@@ -447,17 +461,20 @@ class Manifest(_ManifestPart):
 
     @property
     def key(self) -> str:
-        """Holds the probe's name and version as ``name@version``."""
+        """Returns the probe's name and version as ``name@version``."""
         return f"{self.name}@{self.version}"
 
     @property
     def taps(self) -> tuple[Tap, ...]:
-        """Lists the taps that the probe reads, in the order of the inputs of its graph."""
+        """Returns the taps (points in the language model) that the probe reads, in the order of the inputs of its graph."""
         return tuple(entry.tap for entry in self.inputs)
 
 
 def manifest_digest(manifest: Manifest) -> str:
-    """Computes ``sha256:…`` over a manifest's canonical JSON without its two digests, so that the graph's digest stands on its own."""
+    """Computes ``sha256:…`` over a manifest's canonical JSON without its two digests, the manifest's own and the graph's.
+
+    The graph's digest is left out so that it can be checked independently.
+    """
     content = manifest.model_dump(mode="json", exclude={"graph_sha256", "manifest_sha256"})
     for field in ("neighbours", "left_out"):
         if not content["golden"][field]:

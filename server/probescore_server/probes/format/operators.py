@@ -1,7 +1,7 @@
-"""Lists the ONNX operators that a probe's graph may use: each gives the same result whenever it is given the same input.
+"""Lists the ONNX operators that a probe's graph may use: operators that always give the same result for the same input.
 
-An operator that is not listed is refused, so that an operator that nobody has examined is never run. Of ONNX's own operators, those are
-left out that draw random numbers, that work on text, images and maps, and that work on values which may be absent.
+Every operator that is not listed is refused, so that no unexamined operator is ever run. Not listed are those of ONNX's own operators that
+draw random numbers, that work on text, images or maps, or that work on values which may be absent.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ _MACHINE_LEARNING = """
 """
 
 OPERATORS = {"": frozenset(_STANDARD.split()), "ai.onnx.ml": frozenset(_MACHINE_LEARNING.split())}
-"""Holds the names of the permitted operators by ONNX domain; the domain ``ai.onnx`` is the empty text."""
+"""Holds the names of the permitted operators, a dictionary keyed by ONNX domain; the domain ``ai.onnx`` has the empty text as its key."""
 
 RANDOM = frozenset(("Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"))
-"""Names the operators that draw random numbers; the refusal of such an operator says that it is random."""
+"""Lists the names of the operators that draw random numbers; the refusal of such an operator says that it is random."""
 
 
 def refused_operator(graphs: Sequence[onnx.GraphProto]) -> tuple[str, str] | None:
     """Finds the first operator in a list of ONNX graphs that a probe must not use.
 
     Returns:
-        What the operator is, and what may be in its place; or ``None`` if every operator is permitted.
+        A description of the operator and of its permitted replacement, or ``None`` if every operator is permitted.
     """
     for node in (node for graph in graphs for node in graph.node):
         domain = "" if node.domain == "ai.onnx" else node.domain
@@ -70,13 +70,13 @@ def _trains(node: onnx.NodeProto, graphs: Sequence[onnx.GraphProto]) -> bool:
 
 
 def _is_false(name: str, graphs: Sequence[onnx.GraphProto]) -> bool:
-    """Returns whether every value of this name, in any of the graphs, is a constant and false."""
+    """Returns whether every value of a given name, in any of the graphs, is a constant and false."""
     values = list(_values(name, graphs))
     return bool(values) and all(value is not None and not onnx.numpy_helper.to_array(value).any() for value in values)
 
 
 def _values(name: str, graphs: Sequence[onnx.GraphProto]) -> Iterator[onnx.TensorProto | None]:
-    """Yields each value that has this name in one of the graphs; ``None`` stands for a value that is not a constant."""
+    """Yields each value of a given name in the graphs as a tensor; ``None`` stands for a value that is not a constant."""
     for graph in graphs:
         yield from (tensor for tensor in graph.initializer if tensor.name == name)
         yield from (None for value in graph.input if value.name == name)

@@ -1,7 +1,8 @@
-"""Reads and writes probe files, each one ``.onnx`` with its manifest inside, and makes every check that needs no language model.
+"""Reads and writes probe files, and makes every check that needs no language model.
 
-Nothing here imports torch or onnxruntime, and nothing here executes a graph: a file that passes is well-formed, not yet trusted. Whether
-the probe fits a model is checked by ``check_against_model``, and by the engine, which recomputes the golden vectors.
+A probe file is an ``.onnx`` file with the probe's manifest inside. This module imports neither torch nor onnxruntime and executes no graph:
+a file that passes its checks is well-formed, but not yet trusted. ``check_against_model`` compares the probe with a model, and the engine
+recomputes the probe's golden vectors.
 """
 
 from __future__ import annotations
@@ -23,15 +24,15 @@ from probescore_server.probes.format.graph import GraphSignature, check_graph, c
 from probescore_server.probes.format.manifest import METADATA_KEY, Manifest, manifest_digest
 
 MAX_FILE_BYTES = 256 * 2**20
-"""Limits the size of a probe file: 64 million float32 weights, as of an SAE's encoder of 16,384 features on a hidden size of 4,096."""
+"""Limits the size of a probe file, in bytes: 64 million float32 weights, such as an SAE encoder of 16,384 × 4,096."""
 
 UNSEALED = "sha256:" + "0" * 64
-"""Stands in the two digest fields of a probe's manifest until ``write_probe_file`` computes them."""
+"""Fills the two digest fields of a probe's manifest until ``write_probe_file`` computes the digests."""
 
 
 @dataclass(frozen=True)
 class ProbeFile:
-    """Holds a probe file that passed every check that needs no language model.
+    """Value object with the contents of a probe file that passed every check which needs no language model.
 
     Attributes:
         file: the file's name as the operator gave it, for messages.
@@ -48,7 +49,7 @@ def read_probe_file(path: Path | str, *, max_bytes: int = MAX_FILE_BYTES) -> Pro
     """Reads a probe file and makes every check that needs no language model.
 
     Raises:
-        ProbeRefused: the file fails a check; the error names the file, the field, what was found and what was expected.
+        ProbeRefused: the file fails a check; the error names the file, the field, the value found and the value expected.
     """
     file = str(path)
     try:
@@ -62,7 +63,7 @@ def parse_probe_file(data: bytes, file: str) -> ProbeFile:
     """Parses and checks the bytes of a probe file as ``read_probe_file`` does; ``file`` is the name that messages use.
 
     Raises:
-        ProbeRefused: the bytes fail a check; the error names the file, the field, what was found and what was expected.
+        ProbeRefused: the bytes fail a check; the error names the file, the field, the value found and the value expected.
     """
     model = _parse_onnx(data, file)
     manifest = _parse_manifest(model, file)
@@ -138,9 +139,9 @@ def check_against_model(
 ) -> list[ProbeRefused]:
     """Compares a probe file with the language model that is to serve it, and lists every field that does not fit.
 
-    In each entry ``found`` is what the file says and ``expected`` is what the model has; the list is empty if everything fits. The caller
-    may accept a fingerprint that differs; a probe with another ``model.hidden_size``, or with ``inputs[…].layer`` beyond the model's
-    blocks, cannot run. An empty ``tokenizer_fingerprint`` means that the model has no tokenizer, which matches no probe.
+    In each entry, ``found`` is the value in the file and ``expected`` is the value of the model. The list is empty if everything fits. The
+    caller may accept a fingerprint that differs; a probe with another ``model.hidden_size``, or with ``inputs[…].layer`` beyond the model's
+    blocks, cannot run. An empty ``tokenizer_fingerprint`` stands for a model without a tokenizer, and matches no probe.
     """
     manifest = probe.manifest
     compared: list[tuple[str, object, object]] = [

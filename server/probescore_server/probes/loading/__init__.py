@@ -1,1 +1,1 @@
-"""Loads probe files: makes each one ready to run on the loaded language model, or refuses it with a reason."""
+"""Loads probe files: makes each probe ready to run on the loaded language model, or refuses the probe file with a reason."""

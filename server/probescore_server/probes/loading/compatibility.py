@@ -20,13 +20,13 @@ _SHOWN_IDS = 8
 
 
 def read_probe_files(paths: Sequence[str | Path]) -> list[ProbeFile]:
-    """Reads several probe files; a probe that is given twice is kept once.
+    """Reads several probe files; a probe that occurs twice is kept once.
 
     Returns:
         The probes, sorted by name, then version.
 
     Raises:
-        ProbeRefused: a file fails a check by itself, or two files have the same name and version and different content.
+        ProbeRefused: a file fails a check by itself, or two files have the same name and version but different content.
     """
     probes: dict[str, ProbeFile] = {}
     for path in paths:
@@ -43,15 +43,20 @@ def read_probe_files(paths: Sequence[str | Path]) -> list[ProbeFile]:
 
 
 def is_accepted(manifest: Manifest, accept_mismatch: Collection[str]) -> bool:
-    """Returns whether the operator's list of accepted mismatches names this probe, as ``name`` or as ``name@version``."""
+    """Returns whether a probe is to be served even if it was made for another model.
+
+    ``accept_mismatch`` is the operator's list of such probes, each given as ``name`` or as ``name@version``.
+    """
     return manifest.name in accept_mismatch or manifest.key in accept_mismatch
 
 
 def check_accepted_names(probes: Sequence[ProbeFile], accept_mismatch: Collection[str]) -> None:
-    """Checks that every name in the operator's list of accepted mismatches belongs to a probe, since any other is a typing mistake.
+    """Checks that every name in ``accept_mismatch`` belongs to a probe, since any other name is a typing mistake.
+
+    ``accept_mismatch`` is the operator's list of the probes to be served even if they were made for another model.
 
     Raises:
-        ProbeRefused: no probe has the name.
+        ProbeRefused: a name in the list belongs to no probe.
     """
     known = {name for probe in probes for name in (probe.manifest.name, probe.manifest.key)}
     for name in accept_mismatch:
@@ -72,15 +77,15 @@ def check_fits(
 
     Args:
         probe: the probe file to check.
-        model: describes the loaded language model.
+        model: description of the loaded language model.
         tokenizer_fingerprint: ``sha256:…`` of the model's tokenizer; empty if the model has none.
         accept_mismatch: names of the probes whose mismatches the operator accepts.
         bos_token_id: id of the tokenizer's BOS token; ``None`` if it has none.
         further_special_ids: ids of the tokenizer's special tokens other than BOS, EOS and UNK.
 
     Returns:
-        Names of the fields that do not fit and that the operator accepts; also ``special_token_ids``, for an older file that does not name
-            the special tokens which it leaves out.
+        Names of the fields that do not fit and whose mismatch the operator accepts. ``special_token_ids`` is among them for an older file
+            that leaves out special tokens without listing their ids.
 
     Raises:
         ProbeRefused: a field does not fit, and is not accepted or cannot be accepted: a probe of another hidden size cannot run.
@@ -103,14 +108,14 @@ def check_fits(
         raise ProbeRefused(probe.file, "follow_up.token_ids", str(largest), f"ids below the vocabulary size {model.vocab_size}")
     accepted = [mismatch.field for mismatch in mismatches]
     if problem := _unnamed_special_tokens(manifest, further_special_ids):
-        # The probe is served, since such files mostly mean those three tokens; every answer says so, since some files meant others.
+        # The probe is served, since most such files mean BOS, EOS and UNK; every response reports it, since some files meant other tokens.
         logger.warning("a probe file does not name its special tokens", probe=manifest.key, problem=problem)
         accepted.append("special_token_ids")
     return tuple(accepted)
 
 
 def _unnamed_special_tokens(manifest: Manifest, further_special_ids: Collection[int]) -> str:
-    """Describes the doubt about a probe file written before manifests named special token ids; returns an empty text if there is none.
+    """Returns a warning about a probe file written before manifests listed special-token ids, or an empty text if none is due.
 
     When such a file was written, servers left out every special token of their tokenizer; today only BOS, EOS and UNK are left out.
     """
@@ -125,7 +130,7 @@ def _unnamed_special_tokens(manifest: Manifest, further_special_ids: Collection[
 
 
 def _explained(mismatch: ProbeRefused, manifest: Manifest, model: ModelInfo) -> ProbeRefused:
-    """Adds to a refusal which model the file was made for, which model is served, and what the operator can do."""
+    """Returns a refusal that also states the model that the file was made for, the model that is served, and what the operator can do."""
     if mismatch.field.startswith("inputs"):
         return mismatch
     made_for, served = (f"{one.id} {one.revision}".strip() for one in (manifest.model, model))

@@ -1,10 +1,10 @@
-"""Tests, on rows and sequences that no example has, whether a graph's scores depend on more than its manifest's ``context`` states.
+"""Tests whether a probe graph's scores depend on more tokens than the ``context`` in the probe's manifest states.
 
-A graph can be right for the golden rollouts and wrong for everything else: it may be tied to the sizes that it was exported with, ignore
-where a fourth sequence begins, or read neighbouring sequences. Therefore sequences of random rows are scored alone. They must have the same
-scores when they are packed together, permuted, placed far behind others, cut where the context says that nothing is lost, and scored a
-second time. The scores of a sequence alone define what the probe means; what its author's code gives for one can be compared only where a
-probe is written.
+A graph can be right for the golden rollouts and wrong for all other input: its results may be tied to the sizes with which it was exported,
+it may ignore where a fourth sequence begins, or it may read neighbouring sequences. Therefore sequences of random rows are scored, each
+alone. The sequences must keep their scores when they are packed together, permuted, placed far behind other sequences, cut where the
+context says that nothing is lost, and scored a second time. The scores of a sequence alone define the meaning of the probe; they can be
+compared with those of the author's code only where a probe is written.
 """
 
 from __future__ import annotations
@@ -29,29 +29,29 @@ Raises ``GraphFailed`` where the graph cannot compute them.
 """
 
 SEQUENCES = 128
-"""Limits how many sequences a graph is given in one call, both when it is tried and when it serves."""
+"""Limits how many sequences a graph is given in one run, both in its trial and when it serves."""
 
 SMALLEST_CALL, QUADRATIC_CALL, LARGEST_CALL = 256, 1024, 4096
-"""Holds how many rows a graph is given in one call: in the smallest trial, and in the largest calls of two kinds of graphs.
+"""States how many rows a graph is given in one run: in the smallest trial, and in the largest runs of two kinds of graphs.
 
 ``QUADRATIC_CALL`` is for a graph whose memory may grow with the square of the rows, ``LARGEST_CALL`` for any other.
 """
 
 LONGEST_SHARE = 4
-"""Limits a sequence's share of the rows of a call to one in this many; a longer sequence makes a call by itself."""
+"""Limits a sequence to one part in this many of the rows of a run; a longer sequence is run by itself."""
 
 ROUNDING = 1e-4
-"""Limits, in standard deviations, how much a score may depend on the other sequences of its call; every served score keeps to it."""
+"""Limits, in standard deviations, how much a served score may depend on the other sequences of the same run."""
 
 WRONG = 1e-2
 """States the smallest difference of scores, in standard deviations, that cannot be explained by rounding.
 
-A difference between ``ROUNDING`` and this one arises where sums run over all rows of a call; then calls are kept smaller, down to one
+A difference between ``ROUNDING`` and ``WRONG`` arises where sums run over all rows of a run. The runs are then kept smaller, down to one
 sequence.
 """
 
 _SCALES = (0.0, 0.3, 1.0, 10.0, 0.0, 0.3, 1.0, 100.0)
-"""Lists how far random rows lie from golden activations, in their standard deviations; 0 takes golden activations in another order."""
+"""Lists how far random rows lie from golden activations, in standard deviations; 0 stands for golden activations in another order."""
 
 _NEIGHBOURS = "a rollout's scores do not depend on its neighbours"
 _LATER = "a token's score does not depend on later tokens"
@@ -62,26 +62,26 @@ _WINDOW = "a token's score depends on context.window"
 _FAR_POSITIONS = (1_000, 100_000)
 # lengths of sequences on which a graph is compared with its author's code; the longest only where memory does not grow with their square
 _AUTHOR_LENGTHS, _AUTHOR_LENGTHS_LINEAR = (1024, 2048), (4096, 16_384)
-# the share of a call's scores that may jump where rounding takes a number across a threshold
+# the share of a run's scores that may jump where rounding takes a number across a threshold
 _EXCUSED = 0.01
 _EPS = float(np.finfo(np.float32).eps)
 _ROUNDED = np.array([1 - 8 * _EPS, 1 + 8 * _EPS], np.float32)
 
 
 def rows_tried(run: Run, model: onnx.ModelProto, around: RandomSequences, file: str) -> int:
-    """Tries a probe's graph on calls larger and more varied than any that it will serve, and finds the largest call that it may be given.
+    """Tests a probe's graph on larger and more varied inputs than it will serve, and finds the most rows that one run may be given.
 
     Args:
-        run: computes the graph.
+        run: function that runs the graph.
         model: the same graph as an ONNX model.
-        around: draws random sequences near the golden activations.
+        around: source of random sequences near the golden activations.
         file: name of the probe file, for messages.
 
     Returns:
-        How many rows of several sequences the graph may be given at a time; 1 means each sequence by itself.
+        The most rows that the graph may be given in one run if they are of several sequences; 1 means one sequence per run.
 
     Raises:
-        ProbeRefused: the scores depend on more than the manifest's context states, or change from call to call.
+        ProbeRefused: the scores depend on more than the manifest's context states, or differ between two runs on the same input.
     """
     allowed = 0
     for rows in (SMALLEST_CALL, QUADRATIC_CALL if _may_be_quadratic(model) else LARGEST_CALL):
@@ -91,10 +91,10 @@ def rows_tried(run: Run, model: onnx.ModelProto, around: RandomSequences, file: 
                 return allowed
             raise ProbeRefused(file, "graph", "no finite scores for golden activations in another order", "scores for what is like them")
         findings = list(trial.findings())
-        # a sequence by itself has the right scores, even where a call of several sequences gives others
+        # a sequence by itself has the right scores, even where a run on several sequences gives other scores
         alone_is_right = around.manifest.context.kind != "pointwise"
         for finding in findings:
-            # where smaller calls have passed, a longer sequence is cut into pieces that its window allows
+            # where smaller runs have passed, a longer sequence is cut into pieces that its window allows
             by_company = finding.promise == _NEIGHBOURS and (alone_is_right or allowed)
             by_company = by_company or (allowed and finding.promise.startswith(_WINDOW))
             if finding.difference > (WRONG if by_company else ROUNDING):
@@ -115,15 +115,16 @@ def far_lengths(model: onnx.ModelProto) -> tuple[int, ...]:
 def check_author_agrees(
     run: Run, author: Run, around: RandomSequences, longest: int, tolerance: float, file: str, lengths: Sequence[int] = ()
 ) -> None:
-    """Compares a graph with its author's code on sequences of random rows, one at a time.
+    """Compares a graph with its author's code on sequences of random rows, one sequence at a time.
 
-    The sequences are shorter and longer than every example, nearer to golden activations and further from them, and at positions that no
-    example has.
+    Among the sequences are some shorter and some longer than every example, some near golden activations and some far from them, and some
+    at positions that no example has.
 
     Args:
-        run: computes the graph.
-        author: computes one sequence with the author's code; a sequence on which it fails, or has no finite scores, is not compared.
-        around: draws random sequences near the golden activations.
+        run: function that runs the graph.
+        author: function that scores one sequence with the author's code; a sequence on which the code fails, or gives scores that are not
+            finite, is not compared.
+        around: source of random sequences near the golden activations.
         longest: number of rows of the longest example.
         tolerance: largest difference allowed, in standard deviations.
         file: name of the probe file, for messages.
@@ -158,9 +159,9 @@ def check_author_agrees(
 
 @dataclass(frozen=True)
 class _Finding:
-    """Holds the largest difference between scores that should be equal, in standard deviations.
+    """Value object with the largest difference between scores that should be equal, in standard deviations.
 
-    It also names the promise that the difference breaks, and the call of the graph in which it was found.
+    The object also names the promise that the difference breaks, and the run of the graph in which the difference was found.
     """
 
     difference: float
@@ -174,15 +175,15 @@ class _Finding:
 
 @dataclass(frozen=True, eq=False)
 class _ScoreComparison:
-    """Compares the scores that a graph gives with the scores that they should be.
+    """Comparison of the scores that a graph gives with the expected scores.
 
     Attributes:
-        run: computes the graph.
-        around: names the graph's taps, and draws random numbers.
-        usual: scores of activations like golden ones, ``(N, labels)`` float64; the unit is their standard deviation, or a score's distance
-            from their median where that is larger.
+        run: function that runs the graph.
+        around: source of random numbers, which also knows the graph's taps.
+        usual: scores of activations that resemble golden ones, ``(N, labels)`` float64; the unit is their standard deviation, or a score's
+            distance from their median where that is larger.
         tolerance: differences up to this many units count as none.
-        excused: share of a call's scores whose difference may be explained by rounding.
+        excused: share of the scores of one run whose difference may be explained by rounding.
     """
 
     run: Run
@@ -192,7 +193,7 @@ class _ScoreComparison:
     excused: float = _EXCUSED
 
     def of_one(self, inputs: GraphInputs, rows: slice, expected: NDArray[Any], promise: str) -> _Finding:
-        """Compares some of the scores that a graph gives for one sequence with the scores that they should be."""
+        """Compares some of the scores that a graph gives for one sequence with the expected scores."""
         return self.of(inputs, rows, expected, lambda _: self.noise(inputs, rows), promise)
 
     def of(
@@ -203,9 +204,9 @@ class _ScoreComparison:
         noise: Callable[[NDArray[np.bool_]], NDArray[np.float64]],
         promise: str,
     ) -> _Finding:
-        """Compares some of the scores that a graph gives in one call with the scores that they should be.
+        """Compares some of the scores of one run of a graph with the expected scores.
 
-        ``noise`` computes how much rounding explains of those that are too far off.
+        ``noise`` is a function that returns, for the scores that differ too much, the largest difference that rounding explains.
         """
         where = f"in a call of {sequence_length(inputs)} rows in {len(inputs.get(CU_SEQLENS, (0, 0))) - 1} sequences"
         try:
@@ -236,12 +237,12 @@ class _ScoreComparison:
 
 
 class _GraphTrial:
-    """Holds sequences of random rows and the scores of each alone, with which the scores of larger calls are compared.
+    """Trial of a graph on sequences of random rows: scores of each sequence alone are compared with its scores in larger runs.
 
     Args:
-        run: computes the graph.
-        around: draws the sequences.
-        rows: how many rows all sequences have together.
+        run: function that runs the graph.
+        around: source of the random sequences.
+        rows: number of rows of all sequences together.
         file: name of the probe file, for messages.
 
     Attributes:
@@ -273,7 +274,7 @@ class _GraphTrial:
     # ------------------------------------------------------------------------------------------------------------ the comparisons
 
     def findings(self) -> Iterator[_Finding]:
-        """Compares the scores of many calls of the graph with those of each sequence alone, and yields a finding for each call."""
+        """Runs the graph on many inputs, compares the scores with those of each sequence alone, and yields one finding for each run."""
         count = len(self._sequences)
         by_length = np.argsort([-sequence_length(inputs) for inputs in self._sequences], kind="stable")
         short = by_length[count // 8 :]
@@ -290,7 +291,7 @@ class _GraphTrial:
             yield from self._shortened()
 
     def far_behind(self) -> _Finding:
-        """Compares the scores of a call that is longer than any that the graph serves."""
+        """Compares the scores of a sequence alone with its scores in a run that is longer than any that the graph serves."""
         order = np.arange(len(self._sequences))
         return self._together(np.concatenate([order, order[::-1], order]), _NEIGHBOURS)
 
@@ -309,7 +310,7 @@ class _GraphTrial:
         return self._compare.of(pack_sequences(sequences), slice(None), np.concatenate(scores), noise, promise)
 
     def _shuffled(self) -> _Finding:
-        """Compares the scores of rows that are placed among the rows of other sequences with those that they had in their own sequence."""
+        """Compares the scores of rows mixed with the rows of other sequences with the scores of the same rows in their own sequence."""
         scores = np.concatenate(self._scores)
         order = self._random.permutation(len(scores))
         rows = {name: array[order] for name, array in pack_sequences(self._sequences).items()}
@@ -318,7 +319,7 @@ class _GraphTrial:
     def _shortened(self) -> Iterator[_Finding]:
         """Compares scores of sequences whose later rows, or rows before the probe's window, are removed or replaced."""
         window = self._context.window or 0
-        # where memory allows it, this sequence is longer than any call of several sequences
+        # where memory allows it, this sequence is longer than any run on several sequences
         lone_rows = 3 * LARGEST_CALL if self._rows == LARGEST_CALL else max(self._rows, min(2 * window, LARGEST_CALL))
         lone = self._around.sequence(lone_rows, 1.0)
         longest = int(np.argmax([sequence_length(inputs) for inputs in self._sequences]))
@@ -349,7 +350,7 @@ class _GraphTrial:
             ) from None
 
     def _finite(self, inputs: GraphInputs) -> NDArray[np.float32] | None:
-        """Returns the scores of a sequence alone in a call, or ``None`` if the graph fails on it or gives scores that are not finite."""
+        """Returns the scores of a run on one sequence alone, or ``None`` if the graph fails or gives scores that are not finite."""
         try:
             scores = self._run(inputs)
         except WrongShape:
@@ -360,7 +361,7 @@ class _GraphTrial:
 
 
 def _lengths(rows: int, random: np.random.Generator) -> list[int]:
-    """Draws the lengths of ``SEQUENCES`` sequences that have nearly ``rows`` rows together: a few long ones among many short ones."""
+    """Draws the lengths of ``SEQUENCES`` sequences with nearly ``rows`` rows in total: a few long sequences among many short ones."""
     long = [rows // LONGEST_SHARE, rows // 16, rows // 16 + 1]
     mean = (rows - sum(long)) / (SEQUENCES - len(long))
     short = random.integers(1, max(int(2 * mean), 2), SEQUENCES - len(long))
@@ -368,7 +369,7 @@ def _lengths(rows: int, random: np.random.Generator) -> list[int]:
 
 
 def _beyond(found: NDArray[np.float32], expected: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Returns how far scores differ beyond a rounding of the scores themselves; infinite where they cannot be compared."""
+    """Returns by how much scores differ beyond one rounding of the scores themselves; infinite where scores cannot be compared."""
     if found.shape != expected.shape:
         return np.full(expected.shape, np.inf)
     exact = expected.astype(np.float64)
@@ -376,7 +377,10 @@ def _beyond(found: NDArray[np.float32], expected: NDArray[np.float32]) -> NDArra
 
 
 def _spread(scores: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Returns the standard deviation of each label's scores without the outermost ones, which would make other differences seem small."""
+    """Returns the standard deviation of each label's scores, without the outermost scores.
+
+    The outermost scores would make other differences seem small.
+    """
     low, high = np.quantile(scores, (0.05, 0.95), axis=0)
     inner = np.clip(scores, low, high).std(axis=0)
     spread: NDArray[np.float64] = np.where(inner > 0, inner, scores.std(axis=0))
@@ -384,7 +388,7 @@ def _spread(scores: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _may_be_quadratic(model: onnx.ModelProto) -> bool:
-    """Returns whether some value in a graph may have two axes that grow with the number of rows."""
+    """Returns whether a graph may compute a value of which two axes grow with the number of rows."""
     for graph in subgraphs(onnx.shape_inference.infer_shapes(model, data_prop=True).graph):
         described = (*graph.value_info, *graph.output)
         shapes = {value.name: value.type.tensor_type.shape for value in described if value.type.tensor_type.HasField("shape")}

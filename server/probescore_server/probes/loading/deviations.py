@@ -1,4 +1,4 @@
-"""Measures how far scores are from the expected ones, in standard deviations; every check of golden scores uses this one measure."""
+"""Measures how far scores are from expected ones, in standard deviations; every check of golden scores uses this measure."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ def deviations(found: ArrayLike, expected: ArrayLike, scale: ArrayLike) -> NDArr
     """Computes ``|found − expected| / scale`` for every score.
 
     Args:
-        found: scores, ``(rows, labels)``.
-        expected: the scores that they should be, ``(rows, labels)``.
+        found: the scores to judge, ``(rows, labels)``.
+        expected: the expected scores, ``(rows, labels)``.
         scale: standard deviations, ``(labels,)``.
 
     Returns:
@@ -26,5 +26,5 @@ def deviations(found: ArrayLike, expected: ArrayLike, scale: ArrayLike) -> NDArr
 
 
 def largest_deviation(found: ArrayLike, expected: ArrayLike, scale: ArrayLike) -> float:
-    """Returns the largest deviation of scores from the expected ones, in standard deviations; infinite if there is no score."""
+    """Returns the largest deviation of scores from the expected ones, in standard deviations; infinite if there are no scores."""
     return float(deviations(found, expected, scale).max(initial=-np.inf)) if np.size(found) else np.inf

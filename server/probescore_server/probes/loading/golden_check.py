@@ -1,4 +1,4 @@
-"""Checks golden scores: the engine must reproduce the scores that the author's own code gave before it serves the probe."""
+"""Checks golden scores: before the engine serves a probe, it must reproduce the scores that the author's own code gave."""
 
 from __future__ import annotations
 
@@ -18,37 +18,39 @@ from probescore_server.validation.options import resolve_options
 from probescore_server.validation.rollouts import resolve_rollouts
 
 NEARER = 2.0
-"""States how many times nearer recomputed scores must be to the golden ones than to those of any neighbouring decoder block or token."""
+"""States how many times nearer recomputed scores must be to the golden scores than to those of a neighbouring decoder block or token."""
 
 SAME_SCORE = 1e-4
-"""States how many standard deviations two scores may differ and still count as equal: plain float32 arithmetic may differ by so much."""
+"""States by how many standard deviations two scores may differ and still count as equal; plain float32 arithmetic causes such differences.
+"""
 
 OUTLYING = 100.0
-"""Limits which golden scores are compared with those of a neighbouring block or token, so that a few large differences do not decide.
+"""Excludes golden scores from the comparison with a neighbouring block or token, so that a few large differences do not decide.
 
-A score is left out if the two differ by more than this many times the median difference.
+A golden score is left out if it differs from the neighbour's score by more than this many times the median difference.
 """
 
 BEYOND_SCORES = 1e4
 """Limits how far the scores of a neighbouring place may lie from the golden ones, in multiples of the size and spread of the golden scores.
 
-Scores farther away than that are not scores that this probe gives, and so prove nothing about where the server reads.
+Scores farther away are not scores that the probe gives, and so prove nothing about the place where the server reads activations.
 """
 
 TELLS_BY_ITSELF = 1e-3
-"""States the largest tolerance, in standard deviations, that tells a decoder block or a token from its neighbour by itself.
+"""States the largest tolerance, in standard deviations, that by itself tells a decoder block or a token from its neighbours.
 
-With a larger tolerance, a manifest must also have the scores of the neighbours.
+With a larger tolerance, a manifest must also hold the scores of the neighbouring blocks and tokens.
 """
 
 _OR_FLOAT32 = ", or serve it in float32"
 
 
 def golden_rollouts(probe: ProbeFile, info: EngineInfo) -> list[CheckedRollout]:
-    """Returns the golden cases of a probe as rollouts to be scored, with scores for each token where the probe gives them.
+    """Returns the golden cases of a probe as rollouts to be scored, with token scores unless the probe gives one score per rollout.
 
     Raises:
-        ProbeRefused: this model cannot score a case: it has an id beyond the vocabulary, or a BOS that ``expects_bos`` contradicts.
+        ProbeRefused: the model cannot score a case, because a token id is beyond the vocabulary, or because ``expects_bos`` contradicts the
+            prompt's first token.
     """
     manifest = probe.manifest
     for token in manifest.follow_up.token_ids if manifest.follow_up else ():
@@ -71,8 +73,8 @@ def check_golden(probe: ProbeFile, found: Sequence[CompletionScores], dtype: str
     """Compares the scores that the engine computed for a probe's golden rollouts with the golden scores, in the unit ``output.unit``.
 
     The largest difference, in standard deviations of each label's golden scores, must not exceed ``golden.tolerance``. The recomputed
-    scores must also be nearer to the golden ones than to those of every neighbouring layer and token, which the tolerance of a coarse dtype
-    may not tell apart.
+    scores must also be nearer to the golden scores than to the scores of every neighbouring layer and token, since the tolerance of a
+    coarse dtype may not tell these apart.
 
     Args:
         probe: the probe file with the golden vectors.
@@ -80,7 +82,7 @@ def check_golden(probe: ProbeFile, found: Sequence[CompletionScores], dtype: str
         dtype: the language model's dtype, such as ``bfloat16``.
 
     Returns:
-        What is wrong, or ``None`` if the scores agree.
+        The refusal of the probe, or ``None`` if the scores agree.
     """
     golden = probe.manifest.golden
     allowed: float = getattr(golden.tolerance, dtype)
@@ -102,15 +104,16 @@ def check_golden(probe: ProbeFile, found: Sequence[CompletionScores], dtype: str
 
 @dataclass(frozen=True)
 class _Distances:
-    """Holds how far recomputed scores are from the golden ones and from a neighbouring place's, over the scores in which these two differ.
+    """Distances of recomputed scores from the golden scores and from the scores of a neighbouring place.
 
-    Each distance is a root mean square, in standard deviations of the golden scores.
+    A neighbouring place is one decoder block or one token beside the right one. Each distance is a root mean square over the scores in
+    which the two places differ, in standard deviations of the golden scores.
 
     Attributes:
         neighbour: the neighbouring layer or token.
-        golden: distance of the recomputed scores from the golden ones.
-        wrong: distance of the recomputed scores from the neighbour's.
-        apart: distance of the golden scores from the neighbour's.
+        golden: distance of the recomputed scores from the golden scores.
+        wrong: distance of the recomputed scores from the neighbour's scores.
+        apart: distance of the golden scores from the neighbour's scores.
     """
 
     neighbour: Neighbour
@@ -120,7 +123,10 @@ class _Distances:
 
 
 def _check_place(probe: ProbeFile, recomputed: NDArray[np.float64], dtype: str) -> ProbeRefused | None:
-    """Returns a refusal if recomputed golden scores are those of a neighbouring place, or are not clearly those of the right one."""
+    """Returns a refusal if recomputed scores are those of a neighbouring place, or are not clearly those of the right place.
+
+    A neighbouring place is one decoder block or one token beside the place where the probe reads activations.
+    """
     golden = probe.manifest.golden
     allowed: float = getattr(golden.tolerance, dtype)
     measured = [_distances(golden, neighbour, recomputed) for neighbour in golden.neighbours]
@@ -148,7 +154,11 @@ def _check_place(probe: ProbeFile, recomputed: NDArray[np.float64], dtype: str) 
 
 
 def _check_neighbours_suffice(probe: ProbeFile, measured: Sequence[_Distances | None], dtype: str) -> ProbeRefused | None:
-    """Returns a refusal if a manifest's stored neighbours are not exactly those of its taps, or could not reveal a wrong layer."""
+    """Returns a refusal if a manifest's scores of neighbouring places cannot reveal that a server reads the wrong place.
+
+    A neighbouring place is one decoder block or one token beside the place where the probe reads activations. The manifest must have
+    exactly the neighbouring places of its own taps (points in the model).
+    """
     manifest, golden = probe.manifest, probe.manifest.golden
     stated = ", ".join(map(str, manifest.taps))
     said = {entry.place: entry for entry in (*golden.neighbours, *golden.left_out)}
@@ -179,10 +189,11 @@ def _check_neighbours_suffice(probe: ProbeFile, measured: Sequence[_Distances | 
 
 
 def _distances(golden: Golden, neighbour: Neighbour, recomputed: NDArray[np.float64]) -> _Distances | None:
-    """Computes the distances of recomputed scores from the golden ones and from those of a neighbouring place.
+    """Computes the distances of recomputed scores from the golden scores and from the scores of a neighbouring place.
 
-    Returns ``None`` where no score differs between the two places, so that reading the wrong one gives no wrong score, and where all scores
-    differ by more than any scores of this probe would.
+    Returns ``None`` if the two places have the same scores, so that reading the wrong place gives no wrong score. Also returns ``None`` if
+    the scores of the two places differ by more than any scores of this probe would. A neighbouring place is one decoder block or one token
+    beside the place where the probe reads activations.
     """
     between, expected = neighbour.difference_rows, golden.score_rows
     labels = between.shape[1]
@@ -192,7 +203,7 @@ def _distances(golden: Golden, neighbour: Neighbour, recomputed: NDArray[np.floa
     differing = (np.abs(between) > SAME_SCORE) & (np.abs(between) <= likely)
     if not differing.any():
         return None
-    # a few scores that are much farther apart would outweigh all others, and hide what the others show
+    # a few scores that are much farther apart would outweigh all other scores and hide their differences
     differing &= np.abs(between) <= OUTLYING * np.median(np.abs(between[differing]))
     return _Distances(neighbour, *(_root_mean_square(rows[differing]) for rows in (off, off - between, between)))
 
@@ -202,6 +213,6 @@ def _root_mean_square(numbers: NDArray[np.float64]) -> float:
 
 
 def _rows(scores: CompletionScores, probe: str) -> NDArray[np.float32]:
-    """Returns a probe's scores for one completion as rows: one for each token, or the only row of a probe that pools by itself."""
+    """Returns a probe's scores for one completion as rows: one row per token, or a single row for a probe that pools by itself."""
     answer = scores[probe]
     return answer.reduced[0] if answer.tokens is None else answer.tokens

@@ -1,4 +1,7 @@
-"""Makes checked probe files ready to run, as many of them as possible computed together in stacks."""
+"""Makes checked probe files ready to run.
+
+As many probes as possible are combined into stacks, sets of probes that are computed together.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,7 @@ logger = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class StackMember:
-    """Names one network of a stack, by its number in it; a stack computes several probes together."""
+    """Reference to one network of a stack by its number; a stack is a set of probes that are computed together."""
 
     stack: Stack
     number: int
@@ -44,13 +47,14 @@ class StackMember:
 
 @dataclass(frozen=True, eq=False)
 class LoadedProbe:
-    """Holds a probe that is ready to run.
+    """Value object with a probe that is ready to run.
 
     Attributes:
         manifest: the probe's manifest.
-        runs: what computes the probe's scores: a session of its own graph, or a network of a stack.
+        runs: the onnxruntime session of the probe's own graph, or the network in a stack (a set of probes computed together), that computes
+            the probe's scores.
         as_probability: whether the sigmoid is applied to the scores.
-        rows_per_call: the most rows of several sequences that a session is given at a time, as many as its graph was tried with.
+        rows_per_call: the most rows of several sequences that the session is given in one run, as many as the graph was tested with.
     """
 
     manifest: Manifest
@@ -60,12 +64,12 @@ class LoadedProbe:
 
     @classmethod
     def of(cls, manifest: Manifest, runs: ProbeSession | StackMember) -> LoadedProbe:
-        """Makes a loaded probe whose scores are sent in the unit that its manifest states."""
+        """Makes a loaded probe that returns its scores in the unit that its manifest states."""
         return cls(manifest, runs, manifest.output.unit is ScoreUnit.LOGIT and manifest.reduce_on is ScoreUnit.PROBABILITY)
 
     @property
     def pools(self) -> bool:
-        """Tells whether the probe gives one score per rollout rather than one per token."""
+        """Returns whether the probe gives one score per rollout rather than one score per token."""
         return self.manifest.output.per is OutputPer.ROLLOUT
 
 
@@ -73,11 +77,11 @@ def load_probes(files: Sequence[ProbeFile], device: torch.device) -> dict[str, L
     """Makes checked probe files ready to run.
 
     Args:
-        files: the probe files, each probe once.
-        device: device of the language model.
+        files: the probe files, without duplicates.
+        device: device of the language model, such as ``cuda:0``.
 
     Returns:
-        The loaded probes by ``name@version``, in the order given.
+        The loaded probes, a dictionary keyed by ``name@version``, in the order given.
 
     Raises:
         ProbeRefused: onnxruntime cannot run a graph.
@@ -95,20 +99,21 @@ def load_probes(files: Sequence[ProbeFile], device: torch.device) -> dict[str, L
 
 
 def needs_trial(file: ProbeFile, probe: LoadedProbe) -> bool:
-    """Returns whether only a trial can show that a probe's scores depend on no more than its manifest states.
+    """Returns whether a probe's graph must be run on random sequences to show that its scores depend on no more than its manifest states.
 
-    A trial is not needed for a probe that runs in a stack, or whose operators prove that it scores row by row.
+    Such a trial is not needed for a probe that runs in a stack, or whose operators prove that it scores row by row.
     """
     return isinstance(probe.runs, ProbeSession) and not is_row_by_row(onnx.load_from_string(file.graph), GraphSignature.of(file.manifest))
 
 
 def limited_to_tried_calls(file: ProbeFile, probe: LoadedProbe, golden: Mapping[Tap, NDArray[np.float32]]) -> LoadedProbe:
-    """Tries a probe's graph, and returns the probe limited to calls no larger than those in which its scores were right.
+    """Tests a probe's graph on random sequences, and returns the probe limited to runs no larger than those with right scores.
 
     Args:
         file: the probe's file.
-        probe: the loaded probe, which runs as a session.
-        golden: activations of its golden rollouts by tap, ``(N, hidden_size)`` float32; row i is of the same token at every tap.
+        probe: the loaded probe, which runs as an onnxruntime session.
+        golden: activations of the probe's golden rollouts, a dictionary keyed by tap, ``(N, hidden_size)`` float32 each; row i is of the
+            same token at every tap.
 
     Raises:
         ProbeRefused: the probe's scores depend on more than its manifest's ``context`` states.
@@ -129,7 +134,11 @@ def limited_to_tried_calls(file: ProbeFile, probe: LoadedProbe, golden: Mapping[
 def _stacked(
     tap: Tap, networks: Mapping[str, Network], sessions: Mapping[str, ProbeSession], device: torch.device
 ) -> dict[str, StackMember]:
-    """Stacks those networks of a tap whose scores in the stack equal those of their own sessions; returns them by ``name@version``."""
+    """Puts probes that read one tap into a stack, if their scores in the stack equal those of their own onnxruntime sessions.
+
+    A tap is a point in the language model, and a stack computes several probes in one pass. Returns the stacked probes, a dictionary keyed
+    by ``name@version``.
+    """
     stack = stack_networks([network.layers for network in networks.values()], device)
     differing = _differing(tap, stack, networks, sessions, device)
     for key, difference in differing.items():
@@ -143,9 +152,9 @@ def _stacked(
 def _differing(
     tap: Tap, stack: Stack, networks: Mapping[str, Network], sessions: Mapping[str, ProbeSession], device: torch.device
 ) -> dict[str, float]:
-    """Returns the probes whose scores in a stack differ too much from those of their own sessions on fixed random rows.
+    """Finds the probes whose scores in a stack differ too much from those of their own onnxruntime sessions, on fixed random rows.
 
-    The differences are in standard deviations of the scores, by ``name@version``.
+    Returns the differences, in standard deviations of the scores, a dictionary keyed by ``name@version``.
     """
     differing: dict[str, float] = {}
     starts = np.cumsum((0, *stack.labels))
@@ -174,7 +183,7 @@ def _scores(stack: Stack, rows: torch.Tensor, device: torch.device) -> NDArray[n
 
 
 def _difference(found: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
-    """Returns the largest difference of scores beyond one rounding, in standard deviations of each label; NaN if scores are not finite."""
+    """Returns the largest difference of scores beyond one rounding, in standard deviations of each label; NaN if a score is not finite."""
     exact = expected.astype(np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):
         beyond = np.abs(found - exact) - np.finfo(np.float32).eps * np.abs(exact)

@@ -18,16 +18,18 @@ from probescore_server.probes.format.probe_file import ProbeFile
 
 
 def session_device(device: torch.device) -> torch.device:
-    """Returns the device on which graphs read their inputs: the model's device if onnxruntime supports it, else the CPU."""
+    """Returns the device on which graphs read their inputs: the model's device (such as ``cuda:0``) if onnxruntime supports it, else the
+    CPU.
+    """
     return device if device.type == "cuda" and "CUDAExecutionProvider" in ort.get_available_providers() else torch.device("cpu")
 
 
 class ProbeSession:
-    """Runs the graph of one probe in onnxruntime.
+    """onnxruntime session that runs the graph of one probe.
 
     Args:
         probe: a checked probe file.
-        device: the device on which activations will be, as ``session_device`` returns it.
+        device: the device that holds the activations, as ``session_device`` returns it.
 
     Attributes:
         device: the device on which the session reads activations.
@@ -43,7 +45,7 @@ class ProbeSession:
         self.open()
 
     def open(self) -> None:
-        """Creates the onnxruntime session; the constructor does so, and it is needed again only after ``close``.
+        """Creates the onnxruntime session again after ``close``; the constructor also calls this method.
 
         Raises:
             ProbeRefused: onnxruntime cannot run the graph.
@@ -56,7 +58,7 @@ class ProbeSession:
     def close(self) -> None:
         """Frees the session's memory on its device.
 
-        As long as a session exists, onnxruntime keeps its weights and the memory of its largest batch.
+        As long as an onnxruntime session exists, it keeps the graph's weights and the memory of its largest batch.
         """
         del self._session
 
@@ -70,16 +72,16 @@ class ProbeSession:
         """Computes the probe's scores of some rows of activations.
 
         Args:
-            rows: activations by tap, ``(n, hidden_size)`` float32, contiguous, on the session's device, n ≥ 1.
+            rows: activations, a dictionary keyed by tap, ``(n, hidden_size)`` float32 each, contiguous, on the session's device, n ≥ 1.
             cu_seqlens: where each of the S sequences starts, ``(S + 1,)``; ``None`` for a pointwise probe.
-            positions: each row's position in its rollout, ``(n,)``; used if the graph takes it.
+            positions: each row's position in its rollout, ``(n,)``; used only if the graph takes positions.
             options: run options with which another thread can end the run.
 
         Returns:
             Scores, ``(n, labels)`` float32, or ``(S, labels)`` for a probe that pools by itself.
 
         Raises:
-            GraphFailed: an operator fails on these rows, or the graph gives more or fewer scores than it must.
+            GraphFailed: an operator fails on these rows, or the graph gives too many or too few scores.
         """
         ACTIVITY.begin(f"probe {self._manifest.key}", len(rows[self._manifest.taps[0]]))
         binding = self._session.io_binding()
@@ -97,7 +99,7 @@ class ProbeSession:
         try:
             self._session.run_with_iobinding(binding, options)
         except RuntimeError as error:
-            # onnxruntime has no exception type of its own; lack of memory and a lost device are no fault of the graph
+            # onnxruntime has no exception type of its own; lack of memory and a failed device are no fault of the graph
             if kind_of(error) is not FailureKind.OTHER or "terminate flag" in str(error):
                 raise
             raise GraphFailed("an operator fails") from error

@@ -1,4 +1,4 @@
-"""Draws sequences of random rows for a graph, near golden activations or far from them, and cuts, joins and packs sequences."""
+"""Draws sequences of random activation rows as input of a probe's graph, and cuts, joins and packs sequences."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ _MOST_POSITION = 16
 
 @dataclass(frozen=True, eq=False)
 class RandomSequences:
-    """Draws sequences of random activations around a probe's golden ones.
+    """Source of random sequences of activations near a probe's golden activations or far from them.
 
     Attributes:
-        manifest: states which inputs the graph takes.
-        golden: activations of golden rollouts by tap, ``(N, hidden_size)`` float32; row i is of the same token at every tap.
-        random: draws the random numbers.
+        manifest: the probe's manifest, which states the inputs of its graph.
+        golden: activations of golden rollouts, a dictionary keyed by tap, ``(N, hidden_size)`` float32 each; row i is of the same token at
+            every tap.
+        random: random number generator.
     """
 
     manifest: Manifest
@@ -34,7 +35,7 @@ class RandomSequences:
     def sequence(self, length: int, scale: float, first: int | None = None) -> GraphInputs:
         """Draws one sequence of ``length`` rows that lie ``scale`` standard deviations from golden activations.
 
-        Positions start at ``first``, or at a random one below 16, and go on one by one.
+        Positions start at ``first``, or at a random position below 16, and increase by one per row.
         """
         rows = self.random.integers(len(next(iter(self.golden.values()))), size=length)
         inputs: dict[str, NDArray[Any]] = {}
@@ -53,7 +54,7 @@ class RandomSequences:
 
 
 def pack_sequences(sequences: Sequence[GraphInputs]) -> GraphInputs:
-    """Packs several sequences, each given as the inputs of a graph, into the inputs of one call."""
+    """Packs several sequences, each given as the inputs of a graph, into the inputs of one run of the graph."""
     together = {name: np.concatenate([inputs[name] for inputs in sequences]) for name in sequences[0]}
     if CU_SEQLENS in together:
         together[CU_SEQLENS] = np.cumsum([0, *map(sequence_length, sequences)], dtype=np.int64)
@@ -61,12 +62,12 @@ def pack_sequences(sequences: Sequence[GraphInputs]) -> GraphInputs:
 
 
 def cut_sequence(inputs: GraphInputs, rows: slice) -> GraphInputs:
-    """Returns consecutive rows of a sequence as a sequence of their own; both are given as the inputs of a graph."""
+    """Returns consecutive rows of a sequence as a new sequence; both sequences are given as the inputs of a graph."""
     return {name: np.array([0, rows.stop - rows.start], np.int64) if name == CU_SEQLENS else array[rows] for name, array in inputs.items()}
 
 
 def sequence_length(inputs: GraphInputs) -> int:
-    """Returns how many rows a sequence has, given as the inputs of a graph."""
+    """Returns the number of rows of a sequence that is given as the inputs of a graph."""
     return len(next(iter(inputs.values())))
 
 

@@ -1,7 +1,8 @@
-"""Proves of some graphs that they compute row by row: no score depends on another row, on how many rows there are, or on a row's place.
+"""Proves of some graphs that they compute row by row: no score depends on other rows, on the number of rows, or on a row's place.
 
-The nodes are followed one by one. Of each value it is known that it is the same for every input, or along which axis it has one entry for
-each row, made of that row alone. Of every other value nothing is known, and whatever is made of it is unknown too.
+The nodes are followed one by one. A value of the graph is in one of three states: it is the same for every input; it has one entry for each
+row along a known axis, computed from that row alone; or nothing is known of it. Every result computed from a value of the last state is
+unknown too.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ def is_row_by_row(model: onnx.ModelProto, signature: GraphSignature) -> bool:
 
 
 def _followed(model: onnx.ModelProto, signature: GraphSignature) -> Value | None:
-    """Follows a graph from its inputs to its output, and returns whether its scores are known to have one entry for each row.
+    """Follows a graph from its inputs to its output, and returns the known state of its scores, such as the axis along which rows lie.
 
-    The result is ``None`` if nothing is known of the scores.
+    Returns ``None`` if nothing is known of the scores.
     """
     opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 1)
     inferred = onnx.shape_inference.infer_shapes(model, data_prop=True).graph

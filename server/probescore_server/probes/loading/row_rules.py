@@ -1,5 +1,6 @@
-"""Defines for each ONNX operator what it makes of values that have an entry for each row: one function an operator, listed in
-``OPERATORS``.
+"""Defines, for each ONNX operator, the rule that proves that the operator computes row by row.
+
+``OPERATORS`` maps an operator's name to its rule: a function from the known states of the inputs to those of the results.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from probescore_server.probes.loading.row_values import NotProven, ProvenNode, R
 
 
 def _elementwise(node: ProvenNode) -> list[Value]:
-    """Proves that an operator on numbers at the same place, after broadcasting, computes row by row: all rows must lie on the same axis."""
+    """Proves that an operator on numbers at the same place, after broadcasting, computes row by row; all rows must lie on the same axis."""
     given = [value for name, value in zip(node.proto.input, node.inputs, strict=True) if name]
     rows = [value for value in given if isinstance(value, RowsOnAxis)]
     if not rows:
@@ -28,7 +29,7 @@ def _elementwise(node: ProvenNode) -> list[Value]:
 
 
 def _apart(axes: list[int], rows: RowsOnAxis) -> set[int]:
-    """Returns axes counted from the first; raises ``NotProven`` if the axis along which the rows lie is among them."""
+    """Returns axes counted from the first; raises ``NotProven`` if the axis along which the rows lie is among the axes."""
     counted = {axis % rows.rank for axis in axes}
     if rows.axis in counted:
         raise NotProven
@@ -246,7 +247,7 @@ def _top_k(node: ProvenNode) -> list[Value]:
 
 
 def _einsum(node: ProvenNode) -> list[Value]:
-    """Proves that ``Einsum`` computes row by row where one letter is the axis of the rows in the result and in every input with rows."""
+    """Proves that ``Einsum`` computes row by row if one letter is the axis of the rows in the result and in every input that has rows."""
     terms, arrow, result = node.attribute("equation").decode().replace(" ", "").partition("->")
     letters, named = set(), terms.split(",")
     if not arrow or "." in terms or len(named) != len(node.inputs):
@@ -265,7 +266,7 @@ def _einsum(node: ProvenNode) -> list[Value]:
 
 
 def _first(node: ProvenNode) -> list[Value]:
-    """Proves that an operator computes row by row if its first result has the form of its first input and the others are constants."""
+    """Proves that an operator computes row by row if its first result has the form of its first input and other inputs are constants."""
     for index in range(1, len(node.inputs)):
         if node.has(index):
             node.same(index)
@@ -279,7 +280,7 @@ def _batch_normalization(node: ProvenNode) -> list[Value]:
 
 
 def _table(*ranks: int) -> Callable[[ProvenNode], list[Value]]:
-    """Returns the proof for operators that compute each row of a table by itself; ``ranks`` are the numbers of axes of their results."""
+    """Returns the rule for operators that compute each row of a table by itself; ``ranks`` are the numbers of axes of the results."""
 
     def results(node: ProvenNode) -> list[Value]:
         if node.rows() != RowsOnAxis(0, 2):

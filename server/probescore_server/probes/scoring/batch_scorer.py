@@ -1,4 +1,4 @@
-"""Scores all completions of one batch: runs every probe that they ask for, and puts the scores of each completion together."""
+"""Scores all completions of one batch: runs every requested probe, and collects the scores of each completion."""
 
 from __future__ import annotations
 
@@ -25,17 +25,20 @@ from probescore_server.probes.scoring.stacked_scores import StackedProbe, Stacke
 from probescore_server.rollouts import CheckedRollout, EngineInfo, ResolvedOptions
 
 _Answers = dict[Placement, dict[str, ProbeScores | str]]
-"""Holds the answers for a batch, by a completion's place in it and the probe's ``name@version``: scores, or why there are none."""
+"""Holds the results of a batch, keyed by a completion's place in the batch, then by the probe's ``name@version``.
+
+A result is the probe's scores, or the reason for which there are none.
+"""
 
 
 @dataclass(frozen=True, eq=False)
 class _AlikeCompletions:
-    """Holds completions that ask for the same probes and reductions.
+    """Group of completions whose requests name the same probes and reductions.
 
     Attributes:
-        reductions: the reductions of each probe, by ``name@version``.
-        names: the name under which each probe is answered, by ``name@version`` in the order asked.
-        asked: the completions and their follow-ups.
+        reductions: the reductions of each probe, a dictionary keyed by ``name@version``.
+        names: the name of each probe in the response, a dictionary keyed by ``name@version``, in the request's order.
+        asked: the completions, and their follow-ups (token ids appended to a finished completion and scored as a fork of the completion).
     """
 
     reductions: Mapping[str, tuple[Reduction, ...]]
@@ -44,20 +47,21 @@ class _AlikeCompletions:
 
 
 class BatchScorer:
-    """Scores the completions of one batch from the language model's activations.
+    """Scorer of the completions of one batch, which computes all scores from the language model's activations.
 
     Args:
-        info: describes the loaded model and probes.
-        probes: the loaded probes by ``name@version``.
+        info: description of the loaded model and probes.
+        probes: the loaded probes, a dictionary keyed by ``name@version``.
         special_ids: ids of BOS, EOS and UNK, int32.
         rollouts: the rollouts of the batch.
-        forest: the token segments of the batch, with the place of each rollout among them.
-        activations: activations of the forest at every tap of the probes that the rollouts ask for.
-        wanted: tells which rollouts a client still waits for.
+        forest: the batch's token segments, runs of tokens arranged in trees so that shared prefixes are computed once, with each rollout's
+            place among the segments.
+        activations: activations of the segments at every tap (a point in the language model) of the requested probes.
+        wanted: record of the rollouts for which a client still waits.
 
     Attributes:
-        refused_by: for each scored rollout without scores, by its index in the batch, the ``name@version`` of the probe that could not
-            score the rollout or one of its follow-ups.
+        refused_by: dictionary keyed by a rollout's index in the batch, for rollouts that could not be scored: the ``name@version`` of the
+            probe that could not score the rollout or one of its follow-ups.
     """
 
     def __init__(
@@ -81,9 +85,10 @@ class BatchScorer:
         self._activations, self._finite = _without_non_finite(activations.rows)
 
     def score(self, indices: Collection[int]) -> dict[int, CompletionScores]:
-        """Computes the scores of some rollouts, given and returned by their indices in the batch.
+        """Computes the scores of some rollouts of the batch.
 
-        The activations of all of their segments must be there. Rollouts that no client waits for any more are left out.
+        The rollouts are given by their indices in the batch, which are also the keys of the result. The activations of all token segments
+        of these rollouts must have been computed. Rollouts for which no client waits any more are left out.
         """
         requests: dict[tuple[object, ...], _AlikeCompletions] = {}
         roots = {}
@@ -174,15 +179,19 @@ def _completion(
 
 
 def _refusing(placement: Placement, keys: Iterable[str], answers: _Answers) -> str:
-    """Returns the first probe that cannot score a completion or one of its follow-ups; empty if all can."""
+    """Returns the name of the first probe that cannot score a completion or one of its follow-ups; empty if every probe can.
+
+    A follow-up is a list of token ids appended to a finished completion.
+    """
     own = next((key for key in keys if isinstance(answers[placement][key], str)), "")
     return own or next(filter(None, (_refusing(follow_up, keys, answers) for follow_up in placement.follow_ups)), "")
 
 
 def _without_non_finite(activations: Mapping[Tap, torch.Tensor]) -> tuple[dict[Tap, torch.Tensor], dict[Tap, NDArray[np.bool_]]]:
-    """Replaces every row of activations that has NaN or an infinity by zeros, so that no graph carries such numbers to a neighbouring row.
+    """Replaces every row of activations that has NaN or an infinity with zeros.
 
-    Returns the cleaned activations by tap, and by tap ``(N,)`` bool, which is true for the rows that were finite.
+    Otherwise a probe's graph could carry such numbers to other rows. Returns two dictionaries keyed by tap: the cleaned activations, and
+    ``(N,)`` bool, which is true for the rows that were finite.
     """
     cleaned, finite = {}, {}
     for tap, rows in activations.items():

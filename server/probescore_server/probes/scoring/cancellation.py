@@ -1,4 +1,4 @@
-"""Tracks which rollouts of a batch a client still waits for; this is asked between the steps of the work and while a graph runs."""
+"""Tracks for which rollouts of a batch a client still waits, so that work for cancelled requests can be given up."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ POLL_SECONDS = 0.02
 
 
 class ComputationCancelled(Exception):
-    """Reports that a computation was given up because no client waits for its result any more."""
+    """Exception raised when a computation is given up because no client waits for its result any more."""
 
 
 class WantedRollouts:
-    """Tells which rollouts of a batch a client still waits for.
+    """Record of the rollouts of a batch for which a client still waits, asked between the steps of the work and while a graph runs.
 
     Args:
-        is_cancelled: returns whether the rollout of an index was cancelled; it is not asked again once it returned true.
+        is_cancelled: function that returns whether the rollout with a given index was cancelled; it is not called again for a rollout once
+            it has returned true.
 
     Attributes:
-        cancelled: indices of the rollouts that were found cancelled; results that only they need may be missing.
+        cancelled: indices of the rollouts that were found cancelled; results that only these rollouts need may be missing.
     """
 
     def __init__(self, is_cancelled: Callable[[int], bool]) -> None:
@@ -31,20 +32,20 @@ class WantedRollouts:
         self._is_cancelled = is_cancelled
 
     def any(self, rollouts: Collection[int]) -> bool:
-        """Returns whether a client still waits for one of these rollouts, given by index in the batch."""
+        """Returns whether a client still waits for at least one of these rollouts, which are given by index in the batch."""
         self.cancelled.update(index for index in rollouts if index not in self.cancelled and self._is_cancelled(index))
         return not self.cancelled.issuperset(rollouts)
 
     def check(self, rollout: int) -> None:
-        """Raises ``ComputationCancelled`` if no client waits for this rollout, given by index in the batch, any more."""
+        """Raises ``ComputationCancelled`` if no client waits any more for a rollout, which is given by its index in the batch."""
         if not self.any((rollout,)):
             raise ComputationCancelled
 
 
 class GraphCanceller:
-    """Ends the running graph once no client waits for its scores: a context manager with a thread that checks regularly.
+    """Context manager with a thread that ends the running ONNX graph once no client waits for its scores.
 
-    onnxruntime checks for the end between two operators, also within loops: a single operator is never interrupted.
+    onnxruntime ends a run only between two operators, also within loops; a single operator is never interrupted.
     """
 
     def __init__(self, wanted: WantedRollouts) -> None:
@@ -63,10 +64,10 @@ class GraphCanceller:
 
     @contextmanager
     def over(self, rollouts: Collection[int]) -> Iterator[ort.RunOptions]:
-        """Yields run options for one run of a graph whose scores only these rollouts need, given by index in the batch.
+        """Yields onnxruntime run options for one run of a graph whose scores only these rollouts, given by index in the batch, need.
 
         Raises:
-            ComputationCancelled: no client waited for these rollouts any more, before the graph ran or while it did.
+            ComputationCancelled: no client waited for these rollouts any more, before the graph ran or while it ran.
         """
         if not self._wanted.any(rollouts):
             raise ComputationCancelled

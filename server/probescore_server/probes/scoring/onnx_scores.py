@@ -1,4 +1,4 @@
-"""Scores completions with probes that run as onnxruntime sessions; each graph is given every sequence that it needs once a batch."""
+"""Scores completions with probes that run as onnxruntime sessions; each graph runs on every different sequence once per batch."""
 
 from __future__ import annotations
 
@@ -20,19 +20,21 @@ from probescore_server.probes.scoring.cancellation import ComputationCancelled, 
 from probescore_server.probes.scoring.selections import ProbeInput, ProbeInputs, ScoredSegment, ScoreTarget, SegmentRows
 
 MAX_ROWS_PER_CALL = LARGEST_CALL
-"""Limits the rows of one call of a graph, which may need memory for rows × features or for rows × rows.
+"""Limits the rows of one run of a graph, which may need memory for rows × features or for rows × rows.
 
-A longer sequence is cut into pieces where the probe's window states how far back a score looks; otherwise it is given in one call.
+A longer sequence is cut into pieces if the probe's window limits how many earlier tokens a score depends on. Otherwise the sequence is
+given whole, in one run.
 """
 
 MAX_SEQUENCES_PER_CALL = SEQUENCES
-"""Limits the sequences of one call of a graph to the number with which every graph was tried."""
+"""Limits the sequences of one run of a graph to the number with which every graph was tested."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _SequencePiece:
-    """Holds the rows of one piece of a sequence; the first ``known`` rows are given only as context, since an earlier piece has their
-    scores.
+    """Piece of a sequence of activation rows.
+
+    The first ``known`` rows are given to the graph only as context, since an earlier piece has their scores.
     """
 
     rows: NDArray[np.int64]
@@ -41,7 +43,7 @@ class _SequencePiece:
 
 @dataclass(slots=True, eq=False)
 class _ProbeSequences:
-    """Holds the different sequences of rows that one probe must score in a batch and, once its graph has run, their scores or failures."""
+    """The different sequences of rows that one probe must score in a batch and, after its graph has run, their scores or failures."""
 
     numbers: dict[object, int] = field(default_factory=dict)
     sequences: list[NDArray[np.int64]] = field(default_factory=list)
@@ -49,18 +51,20 @@ class _ProbeSequences:
 
 
 class SessionScores:
-    """Computes the scores of one probe for a batch with its onnxruntime session.
+    """Scorer that computes the scores of one probe for a batch with the probe's onnxruntime session.
 
     Args:
         probe: the loaded probe.
-        session: runs the probe's graph.
-        forest: the token segments of the batch.
-        probe_inputs: states which tokens the probe reads of each completion.
-        rows: states where each segment's rows are among the activations.
-        activations: activations by tap, ``(N, hidden_size)`` float32 on the session's device, without NaN and infinities.
-        finite: by tap, ``(N,)`` bool: which rows were finite before they were cleaned.
-        wanted: tells which rollouts a client still waits for.
-        watch: ends the graph once no client waits for what it computes.
+        session: the onnxruntime session of the probe's graph.
+        forest: the batch's token segments, runs of tokens arranged in trees so that shared prefixes are computed once.
+        probe_inputs: source of the tokens that the probe reads of each completion.
+        rows: map from token segments to rows of the activations.
+        activations: dictionary keyed by tap (point in the language model): activations, ``(N, hidden_size)`` float32 on the session's
+            device, without NaN and infinities.
+        finite: dictionary keyed by tap: ``(N,)`` bool, true for rows of activations that had neither NaN nor infinity before such rows were
+            set to zero.
+        wanted: record of the rollouts for which a client still waits.
+        watch: context manager that ends a run of the graph once no client waits for its scores.
     """
 
     def __init__(
@@ -87,7 +91,7 @@ class SessionScores:
         self._calls = _ProbeSequences()
 
     def run(self, asked: Sequence[ScoreTarget]) -> None:
-        """Runs the probe's graph on every sequence that these completions need."""
+        """Runs the probe's graph on every sequence of rows that the given completions need."""
         calls = self._calls
         for each in asked:
             for name, rows in self._sequences(self._probe_inputs.of(each, self._probe.manifest)):
@@ -97,7 +101,7 @@ class SessionScores:
         calls.scores = list(self._run(calls.sequences))
 
     def of(self, asked: ScoreTarget, reductions: Sequence[Reduction]) -> ProbeScores | str:
-        """Returns the probe's scores of a completion for which its graph was run, or what keeps the completion from being scored.
+        """Returns the probe's scores of a completion, or an error message if the completion could not be scored.
 
         Raises:
             ComputationCancelled: no client waits for the completion any more.
@@ -113,9 +117,9 @@ class SessionScores:
     # ------------------------------------------------------------------------------------------------------------ before the graph
 
     def _sequences(self, probe_input: ProbeInput) -> Iterator[tuple[object, NDArray[np.int64]]]:
-        """Yields the sequences that the graph must be given for a probe's input, each as a name and its rows' indices in order.
+        """Yields the sequences that the graph must be given for one completion, each as a name and the indices of its activation rows.
 
-        The name is the same for the same rows.
+        Sequences of the same rows have the same name.
         """
         if not self._probe.pools:
             for scored in probe_input.segments:
@@ -136,7 +140,7 @@ class SessionScores:
     # ------------------------------------------------------------------------------------------------------------------- the graph
 
     def _run(self, sequences: Sequence[NDArray[np.int64]]) -> Iterator[NDArray[np.float32] | GraphFailed]:
-        """Yields the scores of each sequence, ``(its rows, labels)``, or ``(1, labels)`` for a probe that pools, or the graph's failure."""
+        """Yields for each sequence its scores, ``(rows, labels)``, or ``(1, labels)`` for a probe that pools, or the graph's failure."""
         pieces = [self._pieces(sequence) for sequence in sequences]
         found = iter(self._together([piece.rows for of_sequence in pieces for piece in of_sequence]))
         for of_sequence in pieces:
@@ -148,7 +152,7 @@ class SessionScores:
         return _sigmoid(scores) if self._probe.as_probability else scores
 
     def _pieces(self, sequence: NDArray[np.int64]) -> list[_SequencePiece]:
-        """Cuts a sequence of activation rows into the pieces that the graph is given: one if it fits into one call or must stay whole."""
+        """Cuts a sequence of activation rows into the pieces that the graph is given; a sequence that fits into one run stays whole."""
         context, most = self._probe.manifest.context, self._most_rows
         seen_before = {"pointwise": 0, "causal": context.window and context.window - 1, "rollout": None}[context.kind]
         if len(sequence) <= most or seen_before is None or 2 * seen_before >= most:
@@ -161,7 +165,7 @@ class SessionScores:
         return min(MAX_ROWS_PER_CALL, self._probe.rows_per_call)
 
     def _together(self, sequences: Sequence[NDArray[np.int64]]) -> list[NDArray[np.float32] | GraphFailed]:
-        """Computes a probe's scores of each sequence of rows in few calls; a sequence that fails together with others is scored alone."""
+        """Computes a probe's scores of sequences of rows in few runs; a sequence that fails together with others is scored alone."""
         scores: list[NDArray[np.float32] | GraphFailed] = []
         for batch in _batches(sequences, self._most_rows):
             scores += self._batch(batch)
@@ -171,7 +175,7 @@ class SessionScores:
         try:
             scores = self._call(batch)
         except ComputationCancelled:
-            # no client sees this failure, since none waits for these rollouts any more
+            # no client sees this failure, since no client waits for these rollouts any more
             return [GraphFailed("it was given up")] * len(batch)
         except GraphFailed as failed:
             if len(batch) == 1:
@@ -208,7 +212,7 @@ class SessionScores:
     # ------------------------------------------------------------------------------------------------------------- after the graph
 
     def _problem(self, key: str, probe_input: ProbeInput) -> str:
-        """Returns what keeps a probe's input from being scored, as a message for clients; empty if nothing does."""
+        """Returns the reason why a completion cannot be scored, as a message for clients; empty if the completion can be scored."""
         for name, rows in self._sequences(probe_input):
             for tap in self._probe.manifest.taps:
                 if not self._finite[tap][rows].all():
@@ -250,13 +254,13 @@ def reduce_selections(
     reductions: Sequence[Reduction],
     check: Callable[[], None] = lambda: None,
 ) -> NDArray[np.float32]:
-    """Computes every reduction of every selection of tokens.
+    """Reduces the token scores of each selection of tokens with each reduction, such as their mean.
 
     Args:
         tokens: scores of T tokens, ``(T, labels)`` float32.
-        selections: which tokens each of S selections takes, ``(S, T)`` bool.
+        selections: S selections, true for the tokens that a selection contains, ``(S, T)`` bool.
         reductions: the R reductions to compute.
-        check: called before each reduction; an exception that it raises ends the work.
+        check: function called before each reduction; an exception that the function raises ends the work.
 
     Returns:
         Reduced scores, ``(S, R, labels)`` float32.
@@ -286,12 +290,12 @@ def overflowing_reduction(key: str) -> str:
 
 
 def _chain(probe: LoadedProbe, scored: ScoredSegment) -> tuple[int, ...]:
-    """Returns the token segments that a probe is given, in order, to score the last of them."""
+    """Returns the token segments that a probe must be given, in order, so that it can score the last of these segments."""
     return (*scored.before, scored.segment) if probe.manifest.context.sees_prompt else (scored.segment,)
 
 
 def _batches(sequences: Sequence[NDArray[np.int64]], most_rows: int) -> Iterator[list[NDArray[np.int64]]]:
-    """Groups whole sequences into calls of at most ``most_rows`` rows; a long sequence makes a call by itself."""
+    """Groups whole sequences for runs of at most ``most_rows`` rows; a longer sequence is run by itself."""
     batch: list[NDArray[np.int64]] = []
     rows = 0
     for sequence in sequences:

@@ -1,7 +1,8 @@
-"""Determines which rows of a batch belong to which completion, as one probe reads it.
+"""Determines which rows of a batch's activations each probe reads for each completion.
 
-Everything that defines what a score means is here and in ``batch_scorer``: scopes, masks, spans, follow-ups, special tokens, and whether
-the prompt is seen.
+This module and ``batch_scorer`` define the meaning of a score: they apply scopes, masks, spans, follow-ups, the exclusion of special
+tokens, and the choice whether a probe sees the prompt. A follow-up is a list of token ids appended to a finished completion and scored as a
+fork of the completion.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ from probescore_server.rollouts import ResolvedOptions
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ScoredSegment:
-    """Names a token segment to score, and the segments before it that a probe is given too if it sees the prompt."""
+    """Token segment to score, with the segments before it.
+
+    A token segment is a run of tokens that several rollouts may share. A probe that sees the prompt is also given the segments before.
+    """
 
     before: tuple[int, ...]
     segment: int
@@ -29,11 +33,11 @@ class ScoredSegment:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ProbeInput:
-    """Describes what one probe reads of one completion.
+    """Value object with the tokens that one probe reads of one completion.
 
     Attributes:
-        segments: the segments whose tokens are in scope, in order; they have T tokens in all.
-        selections: the tokens that count, for the whole scope and for each span, ``(1 + spans, T)`` bool.
+        segments: the token segments in scope, in order, with T tokens in total.
+        selections: true for the tokens whose scores are reduced, for the whole scope and for each span, ``(1 + spans, T)`` bool.
     """
 
     segments: tuple[ScoredSegment, ...]
@@ -42,7 +46,10 @@ class ProbeInput:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ScoreTarget:
-    """Describes a completion, or a follow-up to one, that is to be scored; ``rollout`` is its rollout's index in the batch."""
+    """Completion to be scored, or a follow-up: token ids appended to a finished completion and scored as a fork of the completion.
+
+    ``rollout`` is the index in the batch of the rollout to which the completion belongs.
+    """
 
     placement: Placement
     options: ResolvedOptions
@@ -56,12 +63,13 @@ def read_completion(
     """Determines which tokens of a completion a probe reads and scores.
 
     Args:
-        forest: the token segments of the batch.
-        placement: the completion, or a follow-up, which scores its own tokens whatever the scope.
+        forest: the batch's token segments, runs of tokens arranged in trees so that shared prefixes are computed once.
+        placement: place of the completion, or of a follow-up (token ids appended to a finished completion), among the segments; of a
+            follow-up always its own tokens are scored, whatever the scope.
         manifest: the probe's manifest.
         scope: the part of the rollout that the request asks to score.
-        is_follow_up: whether the placement is a follow-up of a request.
-        special_ids: ids that ``exclude_special_tokens`` leaves out where the manifest does not name the ids, int32.
+        is_follow_up: whether the placement is that of a follow-up in a request.
+        special_ids: special-token ids that ``exclude_special_tokens`` leaves out if the manifest does not list such ids, int32.
     """
     continuation = placement.continuation
     appended = placement.appended.get(manifest.key)
@@ -109,10 +117,10 @@ def selected_tokens(forest: Forest, placement: Placement, scope: Scope, *, is_fo
 
 
 class ProbeInputs:
-    """Determines what each probe reads of each completion of a batch, once for all probes that read the same tokens.
+    """Source of the tokens that each probe reads of each completion of a batch, determined once for all probes that read the same tokens.
 
     Args:
-        forest: the token segments of the batch.
+        forest: the batch's token segments, runs of tokens arranged in trees so that shared prefixes are computed once.
         special_ids: ids of BOS, EOS and UNK, int32.
     """
 
@@ -122,7 +130,10 @@ class ProbeInputs:
         self._known: dict[tuple[object, ...], ProbeInput] = {}
 
     def of(self, asked: ScoreTarget, manifest: Manifest) -> ProbeInput:
-        """Returns what a probe, given by its manifest, reads of a completion or of a follow-up."""
+        """Returns the tokens that a probe, given by its manifest, reads of a completion or of a follow-up.
+
+        A follow-up is a list of token ids appended to a finished completion and scored as a fork of the completion.
+        """
         left_out = (manifest.exclude_special_tokens, manifest.special_token_ids)
         key = (asked.placement, asked.placement.appended.get(manifest.key), *left_out)
         probe_input = self._known.get(key)
@@ -139,11 +150,11 @@ class ProbeInputs:
 
 
 class SegmentRows:
-    """Maps token segments to the rows of a batch's activations.
+    """Map from token segments to the rows of a batch's activations.
 
     Args:
-        forest: the token segments of the batch.
-        starts: the first row of each segment that the model read, by the segment's index.
+        forest: the batch's token segments, runs of tokens arranged in trees so that shared prefixes are computed once.
+        starts: dictionary keyed by segment index: the segment's first row among the activations.
     """
 
     def __init__(self, forest: Forest, starts: dict[int, int]) -> None:
@@ -158,14 +169,14 @@ class SegmentRows:
             self.positions[start : start + len(segment.token_ids)] = segment.position + np.arange(len(segment.token_ids))
 
     def of(self, segments: Sequence[int]) -> NDArray[np.int64]:
-        """Returns the indices of the activation rows of these segments, in order, ``(rows,)`` int64."""
+        """Returns the indices of the activation rows of the given token segments, in order, ``(rows,)`` int64."""
         ranges = [np.arange(self._starts[index], self._starts[index] + len(self._forest.segments[index].token_ids)) for index in segments]
         return np.concatenate([np.zeros(0, np.int64), *ranges])
 
     def range_of(self, segment: int) -> range:
-        """Returns the range of activation rows of one segment."""
+        """Returns the range of activation rows of one token segment."""
         return range(self._starts[segment], self._starts[segment] + len(self._forest.segments[segment].token_ids))
 
     def rollouts_at(self, row: int) -> set[int]:
-        """Returns the rollouts, by index in the batch, that need the segment to which an activation row belongs."""
+        """Returns the rollouts, by index in the batch, that need the token segment to which an activation row belongs."""
         return self._forest.segments[self._by_start[bisect.bisect_right(self._sorted_starts, row) - 1]].rollouts

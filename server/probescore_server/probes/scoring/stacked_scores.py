@@ -1,4 +1,7 @@
-"""Scores completions with probes that run in stacks: the scores of many probes are columns of one matrix, reduced many at a time."""
+"""Scores completions with probes that run in stacks, sets of probes that are computed together.
+
+The scores of many probes are columns of one matrix, and many columns are reduced at once.
+"""
 
 from __future__ import annotations
 
@@ -21,15 +24,18 @@ from probescore_server.probes.scoring.selections import ProbeInput, ProbeInputs,
 from probescore_server.probes.stacking.stack import Stack
 
 MAX_SCORES = 1 << 25
-"""Limits how many token scores are held at once, 128 MiB on the device and again on the host; more probes are scored block by block."""
+"""Limits how many token scores are held at once, 128 MiB on the device and again on the host; more probes are scored in blocks."""
 
 MAX_REDUCED_SCORES = 1 << 17
-"""Limits how many token scores are reduced at once, so that the several float64 copies that a reduction makes fit into a core's cache."""
+"""Limits how many token scores are reduced at once, so that the several float64 copies of the scores fit into a CPU core's cache."""
 
 
 @dataclass(frozen=True, eq=False)
 class StackedProbe:
-    """Holds a probe that runs in a stack, its number there, and the reductions of its scores."""
+    """Value object with a probe that runs in a stack, its number in the stack, and the reductions of its scores.
+
+    A stack is a set of probes that are computed together.
+    """
 
     probe: LoadedProbe
     member: StackMember
@@ -37,41 +43,43 @@ class StackedProbe:
 
     @property
     def follow_up(self) -> tuple[int, ...]:
-        """Lists the token ids that the probe appends to a completion; probes that append the same ids read the same rows."""
+        """Returns the token ids that the probe appends to a completion; probes that append the same ids read the same rows."""
         return () if self.probe.manifest.follow_up is None else self.probe.manifest.follow_up.token_ids
 
     @property
     def tap(self) -> Tap:
-        """Holds the only tap that the probe reads."""
+        """Returns the only tap (point in the language model) that the probe reads."""
         return self.probe.manifest.taps[0]
 
     @property
     def labels(self) -> int:
-        """Holds how many columns of scores the probe takes, one for each label."""
+        """Returns the number of score columns that the probe has, one for each label."""
         return len(self.probe.manifest.output.labels)
 
     @property
     def treatment(self) -> tuple[object, ...]:
-        """Holds a key that is equal for probes whose columns are selected, reduced and converted in the same way."""
+        """Returns a key that is equal for probes whose score columns are selected, reduced and converted in the same way."""
         manifest = self.probe.manifest
         left_out = (manifest.exclude_special_tokens, manifest.special_token_ids)
         return self.follow_up, *self.product, left_out, self.reductions, self.probe.as_probability
 
     @property
     def product(self) -> tuple[object, ...]:
-        """Holds a key that is equal for probes whose scores one matrix product computes."""
+        """Returns a key that is equal for probes whose scores are computed by the same matrix product."""
         return id(self.member.stack), self.tap
 
 
 class StackedScores:
-    """Computes the scores of stacked probes for a batch.
+    """Scorer that computes the scores of stacked probes for a batch.
 
     Args:
-        probe_inputs: states which tokens each probe reads of each completion.
-        rows: states where each segment's rows are among the activations.
-        activations: activations by tap, ``(N, hidden_size)`` float32 on the model's device, without NaN and infinities.
-        finite: by tap, ``(N,)`` bool: which rows were finite before they were cleaned.
-        wanted: tells which rollouts a client still waits for; the others get no answer.
+        probe_inputs: source of the tokens that each probe reads of each completion.
+        rows: map from token segments to rows of the activations.
+        activations: dictionary keyed by tap (point in the language model): activations, ``(N, hidden_size)`` float32 on the model's device,
+            without NaN and infinities.
+        finite: dictionary keyed by tap: ``(N,)`` bool, true for rows of activations that had neither NaN nor infinity before such rows were
+            set to zero.
+        wanted: record of the rollouts for which a client still waits; other rollouts get no scores.
     """
 
     def __init__(
@@ -89,7 +97,7 @@ class StackedScores:
         self._finite = finite
 
     def of(self, asked: Sequence[ScoreTarget], probes: Sequence[StackedProbe]) -> Iterator[tuple[ScoreTarget, str, ProbeScores | str]]:
-        """Yields for each completion and probe the completion, the probe's ``name@version``, and its scores or why there are none."""
+        """Yields each completion with a probe's ``name@version`` and either the probe's scores or the reason why there are none."""
         alike: dict[tuple[object, ...], list[StackedProbe]] = defaultdict(list)
         for probe in probes:
             alike[probe.treatment].append(probe)
@@ -133,7 +141,7 @@ class StackedScores:
     def _panel(
         self, panel: Sequence[StackedProbe], scores: NDArray[np.float32], excerpt: _SelectedRows, asked: Sequence[ScoreTarget]
     ) -> Iterator[tuple[ScoreTarget, str, ProbeScores | str]]:
-        """Yields the answers of probes that are treated alike, from their columns of token scores."""
+        """Yields the results of probes that are treated alike, from these probes' columns of token scores."""
         tap, reductions, manifest = panel[0].tap, panel[0].reductions, panel[0].probe.manifest
         keys = [probe.probe.manifest.key for probe in panel]
         ends = np.cumsum([probe.labels for probe in panel]).tolist()
@@ -169,11 +177,11 @@ class StackedScores:
 
 
 class _SelectedRows:
-    """Holds the rows of a batch's activations that some probe inputs need, each once and in their order.
+    """Selection of the rows of a batch's activations that some probe inputs need, each row once and in order.
 
     Attributes:
-        ranges: ranges of the batch's rows.
-        count: how many rows these are.
+        ranges: ranges of the selected rows among the batch's rows.
+        count: number of selected rows.
     """
 
     def __init__(self, probe_inputs: Sequence[ProbeInput], rows: SegmentRows) -> None:
@@ -189,7 +197,7 @@ class _SelectedRows:
             self.ranges.append(own)
 
     def tokens(self, scores: NDArray[np.float32], probe_input: ProbeInput) -> NDArray[np.float32]:
-        """Picks the scores of one probe input from the scores of all rows, ``(T, labels)``; a view where its rows are adjacent."""
+        """Picks the scores of one probe input from the scores of all selected rows, ``(T, labels)``; a view if its rows are adjacent."""
         places = [self._places[scored.segment] for scored in probe_input.segments]
         if len(places) == 1:
             return scores[places[0].start : places[0].stop]
@@ -197,7 +205,7 @@ class _SelectedRows:
 
 
 def _blocks(probes: Sequence[StackedProbe], rows: int) -> Iterator[list[StackedProbe]]:
-    """Groups probes into blocks of which each has at most ``MAX_SCORES`` token scores."""
+    """Groups probes into blocks, each with at most ``MAX_SCORES`` token scores, so that the scores fit into memory."""
     block: list[StackedProbe] = []
     columns = 0
     for probe in probes:
@@ -213,8 +221,9 @@ def _blocks(probes: Sequence[StackedProbe], rows: int) -> Iterator[list[StackedP
 def _reduced(
     tokens: NDArray[np.float32], selections: NDArray[np.bool_], reductions: Sequence[Reduction], check: Callable[[], None]
 ) -> NDArray[np.float32]:
-    """Computes reduced scores, ``(selections, reductions, labels)`` float32, some columns at a time: more of them the fewer tokens are
-    selected.
+    """Computes reduced scores, ``(selections, reductions, labels)`` float32.
+
+    Some columns are reduced at a time, more of them if fewer tokens are selected.
     """
     reduced = np.empty((len(selections), len(reductions), tokens.shape[1]), np.float32)
     for row, selection in enumerate(selections):

@@ -1,4 +1,7 @@
-"""Describes activation functions as expressions over the result of an affine map, computed number by number or row by row."""
+"""Defines the activation functions of networks as expressions over the result of an affine map.
+
+An expression is computed number by number or row by row.
+"""
 
 from __future__ import annotations
 
@@ -12,23 +15,23 @@ OPERATORS: dict[str, dict[str, float]] = {
 }  # fmt: skip
 """Holds the ONNX operators that act number by number, with the defaults of their attributes.
 
-The attributes become further arguments, in this order.
+In an expression, the attributes become further arguments, in the order given here.
 """
 
 COMPARISONS = frozenset({"Greater", "GreaterOrEqual", "Less", "LessOrEqual"})
-"""Names the operators of ``OPERATORS`` whose result is true or false."""
+"""Lists the operators of ``OPERATORS`` whose result is true or false."""
 
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """Stands for the result of the affine map, ``(…, width)``, in the expression of an activation function."""
+    """Expression that stands for the result of a layer's affine map, ``(…, width)``, the input of the layer's activation function."""
 
 
 @dataclass(frozen=True, slots=True)
 class Constant:
-    """Stands for a constant, with a number for each column, ``(width,)``, in the expression of an activation function.
+    """Expression that stands for a constant of an activation function, one number for each column, ``(width,)``.
 
-    ``name`` is the constant's number, or its name while a graph is read.
+    ``name`` is the constant's number, or the constant's name while a graph is read.
     """
 
     name: int | str
@@ -36,10 +39,10 @@ class Constant:
 
 @dataclass(frozen=True, slots=True)
 class Apply:
-    """Applies an operator to arguments in the expression of an activation function.
+    """Expression that applies an operator to arguments, as part of an activation function.
 
-    The operator is one of ``OPERATORS``; ``Cast``, from true and false to 1 and 0; or ``TopK``, which is true where a number is among the
-    ``k`` largest of its row, the first where several are equal.
+    The operator is one of ``OPERATORS``, ``Cast`` or ``TopK``. ``Cast`` converts true and false to 1 and 0. ``TopK`` is true where a number
+    is among the ``k`` largest of its row; of equal numbers the first ones count.
     """
 
     operator: str
@@ -51,7 +54,7 @@ Expression = Union[Input, Constant, Apply]
 
 
 def parents_of_input(expression: Expression) -> set[Apply]:
-    """Returns the different operators that take the input directly; equal operators with the same constants count as one."""
+    """Returns the different operators that read the input directly; equal operators with the same constants count as one."""
     if not isinstance(expression, Apply):
         return set()
     parents = {expression} if Input() in expression.arguments else set()
@@ -68,5 +71,5 @@ def replaced(expression: Expression, old: Expression, new: Expression) -> Expres
 
 
 def takes_whole_rows(expression: Expression) -> bool:
-    """Returns whether an expression computes some number from other numbers of its row."""
+    """Returns whether an expression computes a number of a row from other numbers of the row."""
     return isinstance(expression, Apply) and (expression.operator == "TopK" or any(map(takes_whole_rows, expression.arguments)))

@@ -1,6 +1,6 @@
-"""Reads a probe's graph as layers, where it certainly has this form; a graph with any other node stays a graph.
+"""Reads a probe's graph as a network of layers, if the graph certainly has this form; a graph with any other node is not changed.
 
-The nodes are followed one by one, and each value is known as an expression over the latest affine map of the rows.
+The nodes are followed one by one, and each value is described as an expression over the latest affine map of the rows.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from probescore_server.probes.stacking.layered_network import Affine, Array, Net
 
 
 def read_network(model: onnx.ModelProto, signature: GraphSignature) -> Network | None:
-    """Returns the layers of a probe's graph, or ``None`` if it is not certain that the graph has this form.
+    """Returns the layers of a probe's graph, or ``None`` if the graph is not certainly a network of layers.
 
     Args:
         model: an ONNX model that passed ``check_graph`` and ``check_signature``.
@@ -34,28 +34,28 @@ def read_network(model: onnx.ModelProto, signature: GraphSignature) -> Network |
 
 @dataclass(frozen=True, eq=False)
 class _JoinedColumns:
-    """Describes a value in a graph that is several values placed side by side, ``(tokens, sum of their widths)``."""
+    """Value in a graph that consists of several values placed side by side, ``(tokens, sum of their widths)``."""
 
     parts: tuple[RowValue, ...]
 
 
 @dataclass(frozen=True, eq=False)
 class _Shape:
-    """Describes a value in a graph that is the shape of another one, ``(tokens, width)``."""
+    """Value in a graph that is the shape of another value, ``(tokens, width)``."""
 
     width: int
 
 
 @dataclass(frozen=True, eq=False)
 class _Zeros:
-    """Describes a value in a graph that is zeros, ``(tokens, width)``."""
+    """Value in a graph that consists of zeros, ``(tokens, width)``."""
 
     width: int
 
 
 @dataclass(frozen=True, eq=False)
 class _LargestPlaces:
-    """Describes a value in a graph that holds the places of the largest numbers of each row, as ``TopK`` returns them."""
+    """Value in a graph that holds the indices of the largest numbers of each row, as ``TopK`` returns them."""
 
     affine: Affine
     kept: Expression
@@ -65,7 +65,7 @@ _Value = Any  # an array, or one of the classes above
 
 
 class _GraphReader:
-    """Follows the nodes of one graph from its tap to its scores; the nodes are in topological order, as ONNX requires."""
+    """Reader that follows the nodes of one graph from its input to its scores; the nodes are in topological order, as ONNX requires."""
 
     def __init__(self, graph: onnx.GraphProto, tap: str, hidden_size: int) -> None:
         self._graph = graph
@@ -123,7 +123,7 @@ def _rows(value: _Value, axes: str = "rows") -> RowValue:
 
 
 def _elementwise(node: _ReadNode) -> list[_Value]:
-    """Reads an operator of ``OPERATORS`` over one value and constants, or over values that are expressions over the same affine map."""
+    """Reads an operator of ``OPERATORS`` applied to one value and constants, or to several expressions over the same affine map."""
     known = [value for value in node.inputs if isinstance(value, RowValue)]
     if not known or any(value.affine is not known[0].affine or value.axes != known[0].axes for value in known):
         raise NotANetwork
@@ -136,7 +136,7 @@ def _elementwise(node: _ReadNode) -> list[_Value]:
         if isinstance(value, RowValue):
             arguments.append(value.expression)
         else:
-            # The name is that of its use, since columns that were selected later have another part of the same constant.
+            # A constant is named for its use here, since columns selected later read another part of the same constant.
             name = f"{node.proto.output[0]} {index}"
             constants[name] = _per_column(node.constant(index), first)
             arguments.append(Constant(name))
@@ -202,7 +202,7 @@ def _linear_regressor(node: _ReadNode) -> list[_Value]:
 
 
 def _linear_classifier(node: _ReadNode) -> list[_Value]:
-    """Reads a ``LinearClassifier`` whose class scores are computed one by one; its other output, the class, is unknown."""
+    """Reads a ``LinearClassifier`` whose class scores are computed one by one; the other output, the predicted class, is not read."""
     transform = node.attributes.get("post_transform", b"NONE")
     classes = node.attributes.get("classlabels_ints") or node.attributes.get("classlabels_strings") or []
     weight = np.array(node.attributes["coefficients"], np.float32).reshape(len(classes) or 1, -1)

@@ -1,6 +1,6 @@
-"""Describes a probe as layers, affine maps each followed by an activation, and builds the layers while a graph is read.
+"""Defines networks of layers, each an affine map followed by an activation, and builds the layers while a probe's graph is read.
 
-Linear probes, multilayer perceptrons and features of sparse autoencoders all have this form, in which many of them can be computed at once.
+Linear probes, multilayer perceptrons and features of sparse autoencoders all have this form, so that many of them can be computed at once.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """Holds one layer of a network, which computes ``activation(weight · x + bias)``.
+    """Value object with one layer of a network, which computes ``activation(weight · x + bias)``.
 
     Attributes:
         weight: ``(out, in)`` float32.
@@ -36,12 +36,12 @@ class Layer:
 
 @dataclass(frozen=True, eq=False)
 class Network:
-    """Holds the layers that compute the same scores as a probe's graph.
+    """Value object with the layers that compute the same scores as a probe's graph.
 
     Attributes:
-        layers: at least one; the first reads rows of ``hidden_size``, the last gives the labels.
-        centre: what the graph subtracts from its rows to standardise them, ``(hidden_size,)`` float32; 0 if it does not.
-        spread: what the graph divides its rows by to standardise them, ``(hidden_size,)`` float32; 1 if it does not.
+        layers: at least one layer; the first reads rows of ``hidden_size``, the last gives one score per label.
+        centre: mean that the graph subtracts from its rows, ``(hidden_size,)`` float32; 0 if it subtracts none.
+        spread: scale by which the graph divides its rows, ``(hidden_size,)`` float32; 1 if it divides by none.
     """
 
     layers: tuple[Layer, ...]
@@ -50,19 +50,19 @@ class Network:
 
 
 class NotANetwork(Exception):
-    """Reports that a graph has a part that cannot certainly be read as layers."""
+    """Exception raised when a graph has a part that cannot certainly be read as layers."""
 
 
 @dataclass(frozen=True, eq=False)
 class Affine:
-    """Holds the latest affine map while a graph is read, ``weight · x + bias``.
+    """Latest affine map found while a graph is read, ``weight · x + bias``.
 
     Attributes:
         layers: the layers before the map.
-        weight: ``(out, in)``; before the first matrix the diagonal, ``(hidden_size,)``.
+        weight: ``(out, in)``; before the first matrix product, the diagonal of a diagonal matrix, ``(hidden_size,)``.
         bias: ``(out,)``.
-        centre: what the graph subtracts from its rows, as in ``Network``.
-        spread: what the graph divides its rows by, as in ``Network``.
+        centre: mean that the graph subtracts from its rows, as in ``Network``.
+        spread: scale by which the graph divides its rows, as in ``Network``.
     """
 
     layers: tuple[Layer, ...]
@@ -73,20 +73,20 @@ class Affine:
 
     @property
     def width(self) -> int:
-        """Holds the width of the affine map's result."""
+        """Returns the width of the affine map's result."""
         return len(self.bias)
 
 
 @dataclass(frozen=True, eq=False)
 class RowValue:
-    """Describes a value in a graph that has one row for each token: an expression over the latest affine map.
+    """Value in a graph that has one row for each token: an expression over the latest affine map.
 
     Attributes:
         affine: the latest affine map.
-        expression: what was computed from the map's result since.
-        constants: constants of the expression by name, ``(width,)`` each.
+        expression: computation applied to the map's result so far.
+        constants: constants of the expression, a dictionary keyed by name, ``(width,)`` each.
         axes: ``rows`` for ``(tokens, width)``, ``flat`` for ``(tokens,)``, ``turned`` for ``(width, tokens)``.
-        kept: if the value holds only the largest numbers of each row, as ``TopK`` gives them, the condition for being one of them.
+        kept: if the value holds only the largest numbers of each row, as ``TopK`` gives them, the condition that selects these numbers.
     """
 
     affine: Affine
@@ -97,16 +97,16 @@ class RowValue:
 
     @classmethod
     def of_tap(cls, hidden_size: int) -> RowValue:
-        """Returns the value that stands for the activations at a tap, ``(tokens, hidden_size)``, before anything is computed from them."""
+        """Returns the value that stands for the activations at a tap (point in the language model), ``(tokens, hidden_size)``."""
         zeros, ones = np.zeros(hidden_size), np.ones(hidden_size)
         return cls(Affine((), ones, zeros, zeros, ones), Input(), {})
 
 
 def network_of(scores: RowValue) -> Network:
-    """Returns the layers that compute some scores.
+    """Returns the network of layers that computes a probe's scores, given as a value in the probe's graph.
 
     Raises:
-        NotANetwork: there is no matrix among the layers, or they need a number that float32 does not have.
+        NotANetwork: there is no matrix among the layers, or a weight or constant is beyond the range of float32.
     """
     scores = _settled(scores)
     if scores.affine.weight.ndim == 1:
@@ -115,7 +115,7 @@ def network_of(scores: RowValue) -> Network:
 
 
 def _settled(value: RowValue) -> RowValue:
-    """Folds the leading additions and multiplications by constants into the value's affine map, in float64."""
+    """Folds the leading additions and multiplications by constants of an expression into the value's affine map, in float64."""
     while len(parents := parents_of_input(value.expression)) == 1:
         (parent,) = parents
         change = _scale_and_shift(parent, value.constants)
@@ -172,7 +172,9 @@ def _numbered(expression: Expression, names: dict[str, int]) -> Expression:
 
 
 def mapped(value: RowValue, weight: Array, bias: Array, axes: str = "rows") -> RowValue:
-    """Applies ``weight · value + bias`` while a graph is read as layers: within the same layer after an affine map, else as a new layer.
+    """Applies ``weight · value + bias`` to a value while a graph is read as layers.
+
+    Two affine maps with no activation between them become one layer; after an activation, a new layer begins.
 
     Args:
         value: the value to map, with axes ``rows``.

@@ -1,6 +1,7 @@
-"""Computes many networks over the same rows at once: their first layers as one matrix product, later layers as a batch of products.
+"""Computes many networks on the same rows at once: their first layers as one matrix product, later layers as a batch of products.
 
-Networks that begin with the same layer, as features of one sparse autoencoder do, compute it once. Everything is float32, on one device.
+Networks that begin with the same layer, such as features of one sparse autoencoder, compute this layer once. All numbers are float32, on
+one device, such as ``cuda:0``.
 """
 
 from __future__ import annotations
@@ -19,19 +20,19 @@ from probescore_server.probes.stacking.expressions import Apply, Constant, Expre
 from probescore_server.probes.stacking.layered_network import Layer
 
 MAX_INNER_NUMBERS = 1 << 23
-"""Limits how many results between the layers of stacked networks are held at once, 32 MiB; longer inputs are computed in pieces."""
+"""Limits how many numbers between the layers of stacked networks are held at once, 32 MiB; longer inputs are computed in pieces."""
 
 Layers = tuple[Layer, ...]
 
 
 @dataclass(frozen=True, eq=False)
 class Stack:
-    """Holds networks that read the same rows; ``stack_networks`` makes it.
+    """Set of networks that read the same rows and are computed together; ``stack_networks`` makes a stack.
 
     Attributes:
         labels: number of labels of each network.
-        parts: what computes the networks.
-        members: for each part the networks that it computes, in its order.
+        parts: batches of networks, each of which is computed at once.
+        members: for each part the numbers of its networks, in the order of the part.
     """
 
     labels: tuple[int, ...]
@@ -77,18 +78,18 @@ class Stack:
 
     @property
     def inner_numbers(self) -> int:
-        """Holds how many results between the layers of all networks are computed for each row."""
+        """Returns how many numbers are computed for each row between the layers of all networks."""
         return sum(part.inner_numbers for part in self.parts)
 
     def tensors(self) -> Iterator[torch.Tensor]:
-        """Yields every tensor that the stacked networks hold on their device."""
+        """Yields every tensor that the stacked networks hold on their device, such as ``cuda:0``."""
         for part in self.parts:
             yield from part.tensors()
 
 
 @dataclass(frozen=True, eq=False)
 class _BatchedLayer:
-    """Holds one layer of P networks: ``weight (P, out, in)``, ``bias (P, out)``, and each constant ``(P, out)``."""
+    """One layer of P networks, computed as a batch: ``weight (P, out, in)``, ``bias (P, out)``, and each constant ``(P, out)``."""
 
     weight: torch.Tensor
     bias: torch.Tensor
@@ -127,7 +128,7 @@ class _BatchedLayer:
 
 @dataclass(frozen=True, eq=False)
 class _BatchedNetworks:
-    """Holds networks whose layers have the same shapes and activations, computed as one batch."""
+    """Set of networks whose layers have the same shapes and activations, computed as one batch."""
 
     layers: tuple[_BatchedLayer, ...]
 
@@ -157,7 +158,7 @@ class _BatchedNetworks:
 
 @dataclass(frozen=True, eq=False)
 class _SharedFirstLayer:
-    """Holds networks that begin with the same layer, which is computed once for all of them."""
+    """Set of networks that begin with the same layer, which is computed once for all of them."""
 
     first: _BatchedNetworks
     rest: Stack
@@ -207,7 +208,7 @@ def _grouped(networks: Sequence[Layers], key: Callable[[Layers], object]) -> lis
 
 
 def _first_layer(layers: Layers) -> object:
-    """Returns a key that is equal for networks of several layers that begin with the same layer; ``None`` for a network of one layer."""
+    """Returns a key that is equal for networks with the same first layer, or ``None`` for a network of one layer."""
     first = layers[0]
     if len(layers) == 1:
         return None
@@ -222,7 +223,7 @@ def _shape(layers: Layers) -> object:
 
 
 def _used(layers: Layers) -> NDArray[np.bool_]:
-    """Returns which results of a network's first layer the second one reads, ``(out,)`` bool."""
+    """Returns which results of a network's first layer its second layer reads, ``(out,)`` bool."""
     if takes_whole_rows(layers[0].activation):
         return np.ones(len(layers[0].bias), np.bool_)
     used = (layers[1].weight != 0).any(axis=0)
@@ -231,7 +232,10 @@ def _used(layers: Layers) -> NDArray[np.bool_]:
 
 
 def _sharing_pays(networks: Sequence[Layers]) -> bool:
-    """Returns whether computing a shared first layer once takes fewer products than computing for each network the part that it reads."""
+    """Returns whether it takes fewer multiplications to compute a shared first layer once than to compute it for each network.
+
+    In the second case, each network computes only those results of the layer that the network reads.
+    """
     if len(networks[0]) == 1:
         return False
     used = [_used(layers) for layers in networks]
@@ -269,7 +273,7 @@ def _pruned(layers: Layers) -> Layers:
 
 @contextmanager
 def _full_precision() -> Iterator[None]:
-    """Keeps TF32 and bfloat16 out of matrix products within the context, whatever the process has chosen elsewhere."""
+    """Keeps matrix products in full float32 within the context, without TF32 or bfloat16, whatever the process has set elsewhere."""
     chosen = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -286,8 +290,9 @@ def evaluate(
     Args:
         expression: the expression, with ``values`` as its input.
         values: results of an affine map.
-        constants: constants by number; each broadcasts against ``values``.
-        known: results that are already computed, by expression; parts that occur twice are computed once.
+        constants: constants, indexed by their numbers; each broadcasts against ``values``.
+        known: results that are already computed, a dictionary keyed by expression, so that an expression that occurs twice is computed
+            once.
     """
     if isinstance(expression, Apply):
         if expression not in known:
@@ -300,9 +305,9 @@ def evaluate(
 
 
 def _among_largest(values: torch.Tensor, k: int) -> torch.Tensor:
-    """Returns which numbers are among the k largest of their row.
+    """Returns which numbers are among the ``k`` largest of their row, as bool.
 
-    Where several are equal, the first count, as ONNX defines it and ``torch.topk`` does not.
+    Of several equal numbers, the first ones count. ONNX defines this order, and ``torch.topk`` does not follow it.
     """
     smallest = values.topk(k, dim=-1, sorted=True).values[..., -1:]
     above, equal = values > smallest, values == smallest
