@@ -17,16 +17,26 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from probescore_audit.calibration import calibrate, evaluate_auroc
+    from probescore_audit.comparison import Comparison, FlagAgreement, compare
     from probescore_audit.estimates import Auroc, CalibratedThreshold
+    from probescore_audit.evaluation import FlaggedShares, Quality, evaluate
+    from probescore_audit.fresh_rollouts import calibrate_for_fresh
     from probescore_audit.grouped import Estimate, auroc, calibration_error, grouped_auroc, grouped_rate, roc_curve
 
 __all__ = [
     "Auroc",
     "CalibratedThreshold",
+    "Comparison",
     "Estimate",
+    "FlagAgreement",
+    "FlaggedShares",
+    "Quality",
     "auroc",
     "calibrate",
+    "calibrate_for_fresh",
     "calibration_error",
+    "compare",
+    "evaluate",
     "evaluate_auroc",
     "grouped_auroc",
     "grouped_rate",
@@ -35,7 +45,10 @@ __all__ = [
 
 _MODULES = {
     "probescore_audit.calibration": ("calibrate", "evaluate_auroc"),
+    "probescore_audit.comparison": ("Comparison", "FlagAgreement", "compare"),
     "probescore_audit.estimates": ("Auroc", "CalibratedThreshold"),
+    "probescore_audit.evaluation": ("FlaggedShares", "Quality", "evaluate"),
+    "probescore_audit.fresh_rollouts": ("calibrate_for_fresh",),
     "probescore_audit.grouped": ("Estimate", "auroc", "calibration_error", "grouped_auroc", "grouped_rate", "roc_curve"),
 }
 

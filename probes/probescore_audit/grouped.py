@@ -88,13 +88,26 @@ def grouped_auroc(
         return Estimate(value, value, value)
     positives, negatives = (len(np.unique(group[kind])) for kind in (with_it, ~with_it))
     low, high = newcombe_interval(value, positives, negatives)
-    drawn = _drawn_groups(group, seed)[:, group] * counted
-    resampled = _aurocs(values, with_it, drawn)
+    resampled = resampled_aurocs(values, with_it, group, weights=counted, seed=seed)
     resampled = resampled[~np.isnan(resampled)]
     if len(resampled):
         bootstrap_low, bootstrap_high = np.percentile(resampled, _TAILS)
         low, high = min(low, float(bootstrap_low)), max(high, float(bootstrap_high))
     return Estimate(value, low, high)
+
+
+def resampled_aurocs(
+    scores: ArrayLike, positive: ArrayLike, groups: ArrayLike, *, weights: ArrayLike | None = None, seed: int = 0
+) -> NDArray[np.float64]:
+    """Computes ``auroc`` for each of ``RESAMPLES`` draws of whole groups; NaN where a draw lacks a class.
+
+    The same groups and seed give the same draws, so that two probes can be compared draw by draw.
+
+    The arguments are those of ``grouped_auroc``.
+    """
+    values, with_it, group = np.asarray(scores, np.float64), np.asarray(positive, bool), _numbered(groups)
+    counted = np.ones(len(values)) if weights is None else np.asarray(weights, np.float64)
+    return _aurocs(values, with_it, _drawn_groups(group, seed)[:, group] * counted)
 
 
 def grouped_rate(flagged: ArrayLike, groups: ArrayLike, *, seed: int = 0) -> Estimate:

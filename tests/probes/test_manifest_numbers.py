@@ -46,6 +46,15 @@ def everything() -> Fields:
         "negatives": 100,
         "dataset": "held out",
         "reduction": "mean",
+        "conditions": {
+            "groups": 50,
+            "dtype": "bfloat16",
+            "shortest_prompt": 0,
+            "longest_prompt": 30,
+            "shortest_completion": 5,
+            "longest_completion": 9,
+            "prompt_forms": ["chat"],
+        },
     }
     evaluation = {"metric": "AUROC", "value": 0.9, "low": 0.8, "high": 0.95, "dataset": "held out", "positives": 10, "negatives": 20}
     golden = {

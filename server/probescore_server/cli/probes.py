@@ -1,4 +1,4 @@
-"""Implements ``probescore probes``: fits probes, lists those of a server, and inspects, verifies and imports probe files."""
+"""Implements ``probescore probes``: fits, judges and imports probes, lists those of a server or folder, inspects and verifies files."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from probescore_server.cli import fitting, importing
+from probescore_server.cli import calibrating, comparing, differences, evaluating, fitting, importing
 from probescore_server.cli.common.connection import DEFAULT_ADDRESS, Address, Wait, connected
 from probescore_server.cli.common.console import new_console
-from probescore_server.cli.common.failures import one_line_failures
+from probescore_server.cli.common.failures import FAILED, one_line_failures, say
 from probescore_server.cli.steps import CheckSteps
 from probescore_server.cli.tables import facts_table, manifest_tables, probes_table, safe
 
@@ -18,9 +18,12 @@ ProbeFileArgument = Annotated[Path, typer.Argument(help="The path of a probe fil
 
 
 def register(app: typer.Typer) -> None:
-    """Adds the commands ``probes fit``, ``list``, ``inspect``, ``verify`` and ``import`` to the command line."""
-    probes = typer.Typer(help="Fit, list, inspect, verify and import probes.", no_args_is_help=True, rich_markup_mode="rich")
-    fitting.register(probes)
+    """Adds the commands under ``probes`` to the command line."""
+    probes = typer.Typer(
+        help="Fit, judge, calibrate, compare, list, inspect, verify and import probes.", no_args_is_help=True, rich_markup_mode="rich"
+    )
+    for command in (fitting, evaluating, calibrating, comparing, differences):
+        command.register(probes)
     probes.command("list")(_list)
     probes.command("inspect")(_inspect)
     probes.command("verify")(_verify)
@@ -28,12 +31,45 @@ def register(app: typer.Typer) -> None:
     app.add_typer(probes, name="probes")
 
 
-def _list(address: Address = DEFAULT_ADDRESS, wait: Wait = 0) -> None:
-    """List the probes that a server has loaded."""
+def _list(
+    folder: Annotated[
+        Path | None,
+        typer.Argument(help="A folder of probe files, which are checked as far as that needs no model.", show_default=False, metavar="DIR"),
+    ] = None,
+    address: Address = DEFAULT_ADDRESS,
+    wait: Wait = 0,
+) -> None:
+    """List the probes that a server has loaded, or those in a folder."""
     with one_line_failures():
+        if folder is not None:
+            _list_folder(folder)
+            return
         with connected(address, wait) as client:
             loaded = client.list_probes()
         new_console().print(probes_table(loaded))
+
+
+def _list_folder(folder: Path) -> None:
+    """Shows the probe files of a folder by name, and says which are refused; exits with 1 if any is."""
+    from probescore_server.errors import ProbeRefused
+    from probescore_server.probes.format.probe_file import read_probe_file
+    from probescore_server.probes.loading.compatibility import probe_info
+
+    found, refused = [], []
+    files = sorted(entry for entry in folder.iterdir() if entry.suffix == ".onnx")
+    if not files:
+        raise ValueError(f"{folder}: there are no probe files (*.onnx) in it")
+    for file in files:
+        try:
+            found.append(probe_info(read_probe_file(file).manifest, ()))
+        except ProbeRefused as error:
+            refused.append(error)
+    if found:
+        new_console().print(probes_table(found))
+    for refusal in refused:
+        say(refusal)
+    if refused:
+        raise typer.Exit(FAILED)
 
 
 def _inspect(file: ProbeFileArgument) -> None:

@@ -12,7 +12,7 @@ from probescore import Calibration, ProbeInfo
 from probescore_server.cli.common.visible import visible
 
 if TYPE_CHECKING:
-    from probescore_server.probes.format.manifest import CalibrationRecord, Evaluation, Manifest
+    from probescore_server.probes.format.manifest import CalibrationConditions, CalibrationRecord, Evaluation, Manifest
 
 
 def safe(text: str) -> str:
@@ -118,7 +118,17 @@ def _calibration(record: CalibrationRecord) -> str:
     return (
         f"{f'{record.label}: ' if record.label else ''}{record.threshold:.4g} after {record.reduction or 'its own pooling'}, for "
         f"{record.false_positive_rate:.1%} false positives ({record.false_positive_rate_low:.1%} to {record.false_positive_rate_high:.1%}) "
-        f"on {record.negatives:,} negatives: {record.dataset}"
+        f"on {record.negatives:,} negatives: {record.dataset}{_conditions(record.conditions)}"
+    )
+
+
+def _conditions(conditions: CalibrationConditions | None) -> str:
+    if conditions is None:
+        return ""
+    return (
+        f" ({conditions.groups:,} groups; prompts of {conditions.shortest_prompt:,} to {conditions.longest_prompt:,} tokens, as "
+        f"{' and '.join(conditions.prompt_forms)}; completions of {conditions.shortest_completion:,} to "
+        f"{conditions.longest_completion:,}; {conditions.dtype})"
     )
 
 

@@ -192,6 +192,23 @@ class FollowUp(_ManifestPart):
     text: str = Field("", description="The same tokens as text, for people.")
 
 
+class CalibrationConditions(_ManifestPart):
+    """Describes the negative rollouts that a threshold was found on; the threshold is not known to hold for others."""
+
+    groups: Annotated[int, Field(gt=0, le=MAX_COUNT)] = Field(
+        description="Of the negatives. The 95% interval is then that of as many fresh rollouts in as many other groups."
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(description="Of the model that scored them.")
+    shortest_prompt: Count = Field(description="In tokens.")
+    longest_prompt: Count = Field(description="In tokens.")
+    shortest_completion: Count = Field(description="In tokens that count under the mask.")
+    longest_completion: Count = Field(description="In tokens that count under the mask.")
+    prompt_forms: tuple[Literal["ids", "text", "text with special tokens", "chat"], ...] = Field(
+        min_length=1, strict=False, description="How prompts were given, each form once."
+    )
+    dataset_sha256: Sha256 | None = Field(None, description="Digest of the file that held the negatives.")
+
+
 class CalibrationRecord(_ManifestPart):
     """Record of a threshold on a probe's scores, the false-positive rate at the threshold, and the data on which both were measured."""
 
@@ -203,6 +220,7 @@ class CalibrationRecord(_ManifestPart):
     dataset: str
     reduction: str | None = Field(None, description="The reduction that the threshold holds for; null for a probe that pools by itself.")
     label: str = ""
+    conditions: CalibrationConditions | None = Field(None, description="What the negatives were like; null where nobody wrote it down.")
 
     @field_validator("reduction")
     @classmethod
@@ -463,6 +481,9 @@ def manifest_digest(manifest: Manifest) -> str:
             del content["golden"][field]  # so that files that were written without keep their digest
     if manifest.special_token_ids is None:
         del content["special_token_ids"]  # so that files that were written without keep their digest
+    for calibration in content["calibrations"]:
+        if calibration["conditions"] is None:
+            del calibration["conditions"]  # so that files that were written without keep their digest
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return "sha256:" + hashlib.sha256(canonical.encode()).hexdigest()
 

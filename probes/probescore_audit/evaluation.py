@@ -1,0 +1,134 @@
+"""Judges a probe by its scores of labelled rollouts, all together and by slice: AUROC, and what each of its thresholds flags.
+
+Intervals are of 95%. Where rollouts come in groups they are those of ``grouped``, which draw whole groups; where each stands alone they
+are Newcombe's of an AUROC and Clopper and Pearson's of a share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.stats import binomtest
+
+from probescore_audit.calibration import evaluate_auroc
+from probescore_audit.grouped import Estimate, grouped_auroc, grouped_rate
+
+_UNKNOWN = Estimate(float("nan"), float("nan"), float("nan"))
+
+
+@dataclass(frozen=True)
+class FlaggedShares:
+    """Holds the shares of rollouts that a threshold flags, each with its 95% interval.
+
+    Attributes:
+        threshold: a rollout whose score is at or above it is flagged.
+        recall: the share of the positives that it flags; NaN without positives.
+        false_positives: the share of the negatives that it flags; NaN without negatives.
+    """
+
+    threshold: float
+    recall: Estimate
+    false_positives: Estimate
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Holds how well a probe does on all rollouts, or on those of one slice.
+
+    Attributes:
+        slice: the name of the part of the data; empty for all of it.
+        positives: how many rollouts have the behaviour.
+        negatives: how many do not.
+        groups: how many groups they come in.
+        auroc: the chance that a positive rollout scores above a negative one; NaN without both.
+        thresholds: one for each threshold that was given, in the order given.
+    """
+
+    slice: str
+    positives: int
+    negatives: int
+    groups: int
+    auroc: Estimate
+    thresholds: tuple[FlaggedShares, ...]
+
+
+def evaluate(
+    scores: ArrayLike,
+    positive: ArrayLike,
+    groups: ArrayLike,
+    *,
+    slices: Sequence[str] = (),
+    thresholds: Sequence[float] = (),
+    seed: int = 0,
+) -> tuple[Quality, ...]:
+    """Judges a probe on all rollouts together, then on each slice by itself in the order of the slices' names.
+
+    Args:
+        scores: ``(n,)`` reduced scores, in the unit of the thresholds.
+        positive: ``(n,)`` bool, whether each rollout has the behaviour.
+        groups: ``(n,)``, equal for rollouts that belong together.
+        slices: the name of each rollout's slice, empty for none; or nothing at all.
+        thresholds: what the probe is used with.
+        seed: of the bootstrap.
+
+    Raises:
+        ValueError: there are no rollouts, their scores are not finite, or what describes them differs in number.
+    """
+    values, with_it, group = np.asarray(scores, np.float64), np.asarray(positive, bool), np.asarray(groups)
+    for name, other in (("positive", with_it), ("groups", group), *((("slices", slices),) if len(slices) else ())):
+        if len(other) != len(values):
+            raise ValueError(f"{name}: {len(other)} for {len(values)} scores; give one for each rollout")
+    if not len(values):
+        raise ValueError("scores: no rollouts to judge by; give one score for each rollout (n,)")
+    if not np.isfinite(values).all():
+        raise ValueError(f"scores: {int((~np.isfinite(values)).sum())} of {len(values)} are not finite; leave out what was not scored")
+    named = np.array(slices if len(slices) else [""] * len(values))
+    parts = [("", np.ones(len(values), bool)), *((str(name), named == name) for name in np.unique(named) if name)]
+    return tuple(_quality(name, values[part], with_it[part], group[part], thresholds, seed) for name, part in parts)
+
+
+def _quality(
+    name: str,
+    scores: NDArray[np.float64],
+    positive: NDArray[np.bool_],
+    groups: NDArray[np.generic],
+    thresholds: Sequence[float],
+    seed: int,
+) -> Quality:
+    count = len(np.unique(groups))
+    return Quality(
+        slice=name,
+        positives=int(positive.sum()),
+        negatives=int((~positive).sum()),
+        groups=count,
+        auroc=_auroc(scores, positive, groups, count, seed),
+        thresholds=tuple(
+            FlaggedShares(
+                float(threshold),
+                recall=_share((scores >= threshold)[positive], groups[positive], seed),
+                false_positives=_share((scores >= threshold)[~positive], groups[~positive], seed),
+            )
+            for threshold in thresholds
+        ),
+    )
+
+
+def _auroc(scores: NDArray[np.float64], positive: NDArray[np.bool_], groups: NDArray[np.generic], count: int, seed: int) -> Estimate:
+    if not positive.any() or positive.all():
+        return _UNKNOWN
+    if count < len(scores):
+        return grouped_auroc(scores, positive, groups, seed=seed)
+    alone = evaluate_auroc(scores[positive], scores[~positive], dataset="rollouts that stand alone")
+    return Estimate(alone.value, alone.low, alone.high)
+
+
+def _share(flagged: NDArray[np.bool_], groups: NDArray[np.generic], seed: int) -> Estimate:
+    if not len(flagged):
+        return _UNKNOWN
+    if len(np.unique(groups)) < len(flagged):
+        return grouped_rate(flagged, groups, seed=seed)
+    exact = binomtest(int(flagged.sum()), len(flagged)).proportion_ci(0.95, method="exact")
+    return Estimate(float(flagged.mean()), float(exact.low), float(exact.high))
