@@ -75,7 +75,7 @@ def _verify(
 
 
 class _CheckSteps:
-    """Shows a spinner while a step of a check runs, and prints the step once it has passed or failed."""
+    """Progress display of a probe's check: shows a spinner while a step runs, and prints the step once the step has passed or failed."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
