@@ -1,5 +1,5 @@
-"""Defines the retry loop that both clients use for every kind of RPC, and the rule that decides whether an RPC is tried again. The clock is
-passed in by the caller.
+"""Defines the retry loop that both clients use for every kind of RPC, and the rule that decides whether an RPC is tried again. The caller
+passes in the clock, so that tests can use a clock of their own.
 """
 
 from __future__ import annotations

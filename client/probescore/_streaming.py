@@ -228,7 +228,8 @@ class StreamSchedule:
         self._reading = False
         self._ended = False
         self.failure: BaseException | None = None
-        """Says why the source ended, if it did not by itself; it is to be raised once all that was read before is answered."""
+        """The exception that the source raised, or ``None``; it must be raised to the caller once the scores of all groups read before it
+        have arrived."""
 
     @property
     def finished(self) -> bool:

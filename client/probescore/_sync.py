@@ -121,8 +121,8 @@ class ProbeClient(BaseClient):
         return self._server_info(Attempts(checked_timeout(timeout), restart_budget=timeout))
 
     def sleep(self, *, timeout: float | None = None) -> tuple[Transfer, ...]:
-        """Makes the server free its devices' memory until ``wake`` is called; returns, once the memory is free, the amount that each device
-        moved.
+        """Makes the server free its devices' memory until ``wake`` is called; returns, once the memory is free, the amount of memory that
+        each device moved.
 
         Scoring RPCs wait meanwhile, within their deadlines. A server that sleeps already does not change. The server's setting ``admin``
         must be on, and the client must have the address of one server: with a ``"dns:///…"`` name that resolves to several servers, an

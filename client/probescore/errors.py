@@ -1,18 +1,18 @@
 """Defines the exceptions that a method of a client can raise.
 
     ProbescoreError
-    ├── InvalidRequestError       the request breaks the contract or a limit; ``field`` says where (also a ``ValueError``)
+    ├── InvalidRequestError       the request violates the contract or a limit; ``field`` names the place (also a ``ValueError``)
     ├── MismatchError             the server runs another model or tokenizer than the one expected
-    ├── MessageTooLargeError      a request or an answer is above the limit of bytes; send fewer rollouts a call
+    ├── MessageTooLargeError      a request or a response has too many bytes; send fewer rollouts per RPC
     ├── OutOfMemoryError          one rollout alone needs more memory than the server's device has; send shorter ones
-    ├── AuthenticationError       the server does not know who calls, or does not allow it
-    ├── DeadlineExceededError     the call's ``timeout`` passed (also a ``TimeoutError``)
+    ├── AuthenticationError       the server cannot identify the caller, or does not permit the RPC
+    ├── DeadlineExceededError     the RPC's ``timeout`` passed (also a ``TimeoutError``)
     ├── TransientError            a later try may succeed
     │   ├── OverloadedError       too many tokens wait in the server already
-    │   └── UnavailableError      no connection, or a server that is starting, draining or has lost its worker
-    └── ServerError               the server failed, does not offer what was asked, or answered what the contract does not allow
+    │   └── UnavailableError      there is no connection, or the server is starting or shutting down, or its worker process crashed
+    └── ServerError               the server failed, does not offer the method or feature, or sent an invalid response
 
-The client tries again by itself after a ``TransientError``, for as long as its ``restart_budget`` and the call's deadline allow.
+The client retries an RPC by itself after a ``TransientError``, for as long as the client's ``restart_budget`` and the RPC's deadline allow.
 All these exceptions can be pickled.
 """
 

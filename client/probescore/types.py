@@ -201,9 +201,9 @@ class ProbeScores:
     """Scores that one probe has given to one completion.
 
     Attributes:
-        reduced: ``(1 + spans, reductions, labels)`` float32 in the probe's unit. Row 0 is the whole scope under the mask; the following
-            rows are the spans in the request's order. NaN = the selection was empty. For a probe that scores rollouts the middle axis has
-            length 1.
+        reduced: ``(1 + spans, reductions, labels)`` float32 in the probe's unit. Row 0 is the whole scope (the scored part of the rollout)
+            under the mask; the following rows are the spans in the request's order. NaN = the selection was empty. For a probe that scores
+            rollouts the middle axis has length 1.
         tokens: ``(tokens in scope, labels)`` float32; row *i* is the score at the position whose input is token *i*. ``None`` unless token
             scores were requested.
     """
@@ -213,7 +213,9 @@ class ProbeScores:
 
     @property
     def value(self) -> float | None:
-        """Score of the whole scope, for the first reduction and the first label; ``None`` if no token was selected."""
+        """Score of the whole scope (the scored part of the rollout), for the first reduction and the first label; ``None`` if no token was
+        selected.
+        """
         return self.at()
 
     def at(self, span: int = 0, reduction: int = 0, label: int = 0) -> float | None:

@@ -1,5 +1,5 @@
-"""Turns the scores of probes into what RL trainers use: a reward, a penalty, a screen (removal of rollouts), a gate or a monitor. There is
-one thin module per trainer.
+"""Turns the scores of probes into changes of an RL trainer's rewards: a reward, a penalty, a screen (removal of rollouts), a gate
+(reduction of the task's reward) or a monitor (only logged). There is one thin module per trainer.
 
 The core imports the probescore client but no trainer. Each of ``probescore_adapters.trl``, ``.openrlhf``, ``.verl``, ``.verifiers`` and
 ``.http`` imports the trainer or web framework that it adapts.

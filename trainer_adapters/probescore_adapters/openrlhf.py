@@ -81,7 +81,7 @@ class RewardFunction:
     """OpenRLHF ``reward_func`` on text, for runs that cannot use an agent. The server tokenises the text, and the scores are counted as
     ``inexact_ids``.
 
-    A query that does not begin with its prompt is unscorable, since the place where the response begins would be a guess.
+    A query that does not begin with its prompt gets no score, since the place where the response begins would be a guess.
 
     Raises:
         ValueError: an environment variable is missing or wrong, or ``PROBESCORE_ON_FAILURE`` is ``"raise"``: OpenRLHF catches the

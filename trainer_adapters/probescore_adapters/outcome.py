@@ -27,7 +27,7 @@ _BATCH_KEYS = ("seconds", "failures", "unscorable", "tokens", "inexact_ids")
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """Result of applying all signals to a batch of ``n`` rollouts.
+    """Result of applying all signals (rules from probe scores to rewards) to a batch of ``n`` rollouts.
 
     Attributes:
         rewards: ``(n,)`` float64: ``task_rewards * factors + terms``, lowered for flagged rollouts that a guard rail has kept.

@@ -43,7 +43,8 @@ class Rollout:
     def split(cls, prompt: str, query: str) -> Rollout:
         """Makes a rollout of text, for a trainer that has prompt and completion joined in ``query``.
 
-        The rollout is unscorable if ``query`` does not begin with ``prompt``, since the place where the completion begins would be a guess.
+        The rollout is marked as one that cannot be scored if ``query`` does not begin with ``prompt``, since the place where the completion
+        begins would be a guess.
         """
         if query.startswith(prompt):
             return cls(prompt, query[len(prompt) :])
@@ -55,7 +56,7 @@ class Rollout:
 
         Args:
             ids: token ids ``(P + T,)``, without padding.
-            completion_length: ``T``, the number of the completion's tokens; a completion without tokens (0) is unscorable.
+            completion_length: ``T``, the number of the completion's tokens; a completion without tokens (0) cannot be scored.
             mask: ``(T,)`` of 0 and 1, 1 = the policy sampled the token.
 
         Raises:

@@ -1,7 +1,7 @@
-"""Obtains the probes' scores of rollouts for all signals, without any input or output.
+"""Obtains the probes' scores of rollouts for all signals (rules from probe scores to rewards), without any input or output.
 
-``score_batch`` is a generator: it yields each request to the server, and its caller sends it the scores or throws the error into it. For
-this reason the same code serves synchronous trainers and event loops.
+``score_batch`` is a generator: the generator yields each request to the server, and the caller sends the scores, or throws the error, into
+the generator. For this reason the same code serves synchronous trainers and event loops.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class StreamRequest:
 @dataclass(frozen=True, eq=False)
 class MaskedTokens:
     """Per-token scores of a completion, ``(T,)`` float64, and a mask ``(T,)`` of the tokens that count. Both arrays are empty if the
-    completion is unscorable.
+    completion could not be scored.
     """
 
     scores: Floats
@@ -69,7 +69,7 @@ class MaskedTokens:
 
     @classmethod
     def empty(cls) -> MaskedTokens:
-        """Returns the empty arrays of an unscorable rollout."""
+        """Returns the empty arrays of a rollout that could not be scored."""
         return cls(np.zeros(0), np.zeros(0, np.bool_))
 
     @property

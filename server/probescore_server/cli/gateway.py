@@ -171,7 +171,7 @@ class _OneLineFormatter(logging.Formatter):
     """Log formatter that makes control characters harmless for the terminal. Records with a traceback keep their line breaks."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Returns a log record as text, with control characters replaced by visible names."""
+        """Returns a log record as text, with control characters replaced by their code points, such as ``⟨1B⟩``."""
         return spelt_out(super().format(record)) if record.exc_info else one_line(super().format(record))
 
 

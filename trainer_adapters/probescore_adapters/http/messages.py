@@ -60,7 +60,7 @@ class OpenRlhfRequest(BaseModel):
         return self
 
     def rollouts(self) -> list[Rollout]:
-        """Returns the samples as rollouts of text. A query that does not begin with its prompt is unscorable, since the place where the
+        """Returns the samples as rollouts of text. A query that does not begin with its prompt gets no score, since the place where the
         response begins would be a guess.
         """
         return [Rollout.split(prompt, query) for prompt, query in zip(self.prompts, self.query)]  # noqa: B905 - Python 3.10

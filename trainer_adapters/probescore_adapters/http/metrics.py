@@ -31,7 +31,9 @@ class GatewayMetrics:
         )
 
     def count(self, outcome: Outcome) -> None:
-        """Counts the rollouts of one scored batch as scored, unscorable or substituted."""
+        """Counts the rollouts of one batch as scored, unscorable (without a score) or substituted (a configured number replaced the scores
+        after a failure).
+        """
         total, unscorable = len(outcome.unscorable), int(outcome.unscorable.sum())
         if outcome.metrics[f"{PREFIX}/failures"] > 0:
             self._rollouts.labels("substituted").inc(total)

@@ -34,7 +34,7 @@ DESCRIPTIONS = {
 RESPONSES: dict[int | str, dict[str, Any]] = {
     status: {"description": text, "model": ProblemDetails} for status, text in DESCRIPTIONS.items()
 }
-"""Documents the answers, beside scores, of every route that scores."""
+"""OpenAPI descriptions of the error responses that every scoring route can send, a dictionary keyed by the HTTP status."""
 
 _MAX_ERRORS = 10
 _MAX_FIELD_CHARACTERS = 200

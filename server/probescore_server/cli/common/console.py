@@ -11,12 +11,12 @@ from probescore_server.cli.common.visible import spelt_out
 
 
 class _SpellingConsole(Console):
-    """Console that replaces control characters in the text of a table or a line by visible names; rich's own control sequences are left as
-    they are.
+    """Console that replaces control characters in the text of a table or a line by their code points, such as ``⟨1B⟩``; rich's own control
+    sequences are left as they are.
     """
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """Yields the text segments of a renderable object of rich, with control characters replaced by visible names."""
+        """Yields the text segments of a renderable object of rich, with control characters replaced by their code points."""
         for segment in super().render(renderable, options):
             yield segment if segment.control else segment._replace(text=spelt_out(segment.text))
 

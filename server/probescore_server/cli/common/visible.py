@@ -10,21 +10,21 @@ _SPELT_OUT = frozenset(("Cc", "Cf", "Co", "Cn", "Cs", "Zl", "Zp"))
 
 
 def visible(text: str) -> str:
-    """Replaces control characters, bidirectional overrides and other invisible characters by visible names; line breaks and tabs are marked
-    and kept.
+    """Replaces control characters, bidirectional overrides and other invisible characters by their code points, such as ``⟨1B⟩``; line
+    breaks and tabs are marked and kept.
     """
     return "".join(_MARKED.get(character) or _spelt_out(character) for character in text)
 
 
 def spelt_out(text: str) -> str:
-    """Replaces invisible characters by visible names as ``visible`` does, but leaves line breaks and tabs as they are; for text that is
+    """Replaces invisible characters by their code points as ``visible`` does, but leaves line breaks and tabs as they are; for text that is
     already laid out.
     """
     return text if text.isprintable() else "".join(character if character in _MARKED else _spelt_out(character) for character in text)
 
 
 def one_line(message: object) -> str:
-    """Returns a message as a single line, with invisible characters replaced by visible names."""
+    """Returns a message as a single line, with invisible characters replaced by their code points, such as ``⟨1B⟩``."""
     return visible(" ".join(str(message).split("\n")))
 
 

@@ -135,7 +135,9 @@ class TerminalWriter:
         self._views = 0
 
     def add(self, scored: ScoredCompletion) -> None:
-        """Prints one scored completion with its follow-ups, as far as the limit on printed rollouts allows."""
+        """Prints one scored completion with its follow-ups (token ids appended to the completion), as far as the limit on printed rollouts
+        allows.
+        """
         views = scored.shown(self._loaded)
         printer = self._printer = self._printer or RolloutPrinter(self._console, series_of(scored.info.probes, self._loaded))
         for view in views[: max(0, self._most - self._views)]:
@@ -164,7 +166,7 @@ class PageWriter:
         self._info: ScoringInfo | None = None
 
     def add(self, scored: ScoredCompletion) -> None:
-        """Keeps one scored completion for the page."""
+        """Stores one scored completion for the HTML page."""
         self._completions += 1
         self._views += scored.shown(self._loaded)
         self._info = self._info or scored.info
