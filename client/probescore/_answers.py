@@ -66,8 +66,8 @@ class AnswerCheck:
                 self.check_completion(index, position, scores, f"groups[{index}].completions[{position}]")
 
     def check_info(self, info: ScoringInfo) -> None:
-        """Checks the model, tokenizer and probes that a response names; all messages of one RPC must name the same. This method must be
-        called before ``check_completion``.
+        """Checks the model, tokenizer and probes that a response message names; all messages of one RPC must name the same model, tokenizer
+        and probes. This method must be called before ``check_completion``.
         """
         info = replace(info, usage=Usage())
         if self._info is None:
@@ -257,8 +257,8 @@ class _ProbesByShape:
                 raise MessageError(f"{field}.scores[{group[probe]}].reduced[{row}]", f"{problem}, of probe {self._keys[group[probe]]}")
 
     def check_tokens(self, scores: Sequence[ProbeScores], rows: int | None, field: str) -> None:
-        """Checks per-token scores; ``rows`` is the number of tokens in scope, or ``None`` if the number is unknown but the same for all
-        probes.
+        """Checks the shapes and values of per-token scores; ``rows`` is the number of tokens whose scores were requested, or ``None`` if
+        the number is unknown but the same for all probes.
         """
         arrays = [probe.tokens for probe in scores]
         there = [array is not None for array in arrays]

@@ -49,8 +49,8 @@ class Source(Protocol):
     """Interface (Protocol) of a reader of rollout groups that reads one group each time ``ask`` is called."""
 
     def ask(self) -> None:
-        """Requests one ``GroupRead`` or ``SourceEnded`` event, which is delivered now or later. This method must not be called again before
-        that event is delivered, nor after a ``SourceEnded``.
+        """Requests the source's next event, a ``GroupRead`` (one rollout group) or a ``SourceEnded``, which is delivered now or later. This
+        method must not be called again before that event is delivered, nor after a ``SourceEnded``.
         """
 
     def stop(self) -> None:
@@ -69,7 +69,7 @@ def source_of(groups: Iterable[RolloutGroup] | AsyncIterable[RolloutGroup], deli
 
 
 class ListSource:
-    """Source that reads a list of rollout groups in the thread that asks."""
+    """Source that reads a list of rollout groups without a thread, since a list never blocks."""
 
     def __init__(self, groups: Iterable[RolloutGroup], deliver: Deliver) -> None:
         self._groups = iter(groups)
@@ -159,7 +159,9 @@ class AsyncSource(Protocol):
     """
 
     def ask(self) -> None:
-        """Requests one ``GroupRead`` or ``SourceEnded`` event, which is delivered now or later, as by ``Source.ask``."""
+        """Requests the source's next event, a ``GroupRead`` (one rollout group) or a ``SourceEnded``, which is delivered now or later; the
+        rules are those of ``Source.ask``.
+        """
 
     async def stop(self) -> None:
         """Ends the reading of rollout groups and closes a generator, as ``Source.stop`` does."""

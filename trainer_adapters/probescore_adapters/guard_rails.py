@@ -19,7 +19,7 @@ RAILS = ("clipped", "screening_breaker", "group_breaker", "degenerate_group", "p
 
 @dataclass(frozen=True)
 class GuardRails:
-    """Value object with the limits on the effect of signals on rewards.
+    """Value object with the limits on the effect of signals (rules from probe scores to rewards) on the rewards of a batch.
 
     Attributes:
         clip: maximum absolute value that a signal adds or subtracts per rollout (for ``dense`` signals: per token).

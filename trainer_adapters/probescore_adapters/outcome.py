@@ -1,5 +1,5 @@
-"""Computes rewards from the scores of probes: applies every signal and the guard rails, and computes the metrics. This module does no input
-or output.
+"""Computes rewards from the scores of probes: applies every signal (rule from probe scores to rewards) and the guard rails (limits on the
+effect of signals), and computes the metrics. This module does no input or output.
 """
 
 from __future__ import annotations
@@ -81,7 +81,8 @@ def combine(
     rails: GuardRails | None = None,
     on_unscorable: OnUnscorable = "worst",
 ) -> Outcome:
-    """Applies every signal to the probes' scores of a batch, and the guard rails to the result.
+    """Applies every signal (rule from probe scores to rewards) to the probes' scores of a batch, and the guard rails (limits on the effect
+    of signals) to the result.
 
     With ``on_unscorable="worst"`` an unscorable rollout gets the lowest number that each signal can give, never more than the same rollout
     would get if it were scored. A screen does not remove an unscorable rollout, since removal would spare the rollout a bad reward; the
@@ -164,7 +165,9 @@ def substitute(signals: Sequence[ProbeSignal], term: float, lengths: Sequence[in
 
 
 def empty_metrics(signals: Sequence[ProbeSignal]) -> dict[str, float]:
-    """Returns a dictionary with every key that the metrics of these signals have, without data."""
+    """Returns the metrics of a batch without scores for some signals: a dictionary with every metric's name, whose values are NaN, or 0 for
+    the counts of guard rails.
+    """
     metrics = {f"{PREFIX}/{signal.name}/{key}": math.nan for signal in signals for key in _SIGNAL_KEYS}
     metrics.update({f"{PREFIX}/{key}": math.nan for key in _BATCH_KEYS})
     metrics.update({f"{PREFIX}/guard/{rail}": 0.0 for rail in RAILS})

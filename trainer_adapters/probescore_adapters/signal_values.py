@@ -80,7 +80,7 @@ class MaskedTokens:
 
 @dataclass(frozen=True)
 class SignalValues:
-    """Scores that the probe of one signal gave to a batch of ``n`` rollouts.
+    """Scores that the probe of one signal (a rule from a probe's scores to rewards) gave to a batch of ``n`` rollouts.
 
     Attributes:
         bound: the signal and its probe.
@@ -207,8 +207,8 @@ class _PendingBatch:
         )
 
     def _known_problems(self) -> dict[int, str]:
-        """Returns the rollouts that need not be sent, as a dictionary from index to reason: rollouts that the trainer's side or the client
-        already knows to be unscorable.
+        """Returns the rollouts that need not be sent, as a dictionary from index to reason: rollouts of which the trainer's side or the
+        client already knows that they cannot be scored.
         """
         known = {index: rollout.problem for index, rollout in enumerate(self._rollouts) if rollout.problem}
         try:

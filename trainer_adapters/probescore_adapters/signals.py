@@ -21,7 +21,7 @@ MaskFunction = Callable[[NDArray[np.int64]], ArrayLike]
 
 
 class Mode(str, Enum):
-    """Enumeration of the ways in which a signal acts on the reward of a rollout."""
+    """Enumeration of the ways in which a signal (a rule from a probe's scores to rewards) acts on the reward of a rollout."""
 
     REWARD = "reward"
     """Adds the weighted number of the signal to the reward."""
@@ -163,7 +163,7 @@ def _is_finite(value: object) -> bool:
 
 @dataclass(frozen=True)
 class BoundSignal:
-    """A signal together with the loaded probe whose scores the signal uses.
+    """A signal (a rule from a probe's scores to rewards) together with the loaded probe whose scores the signal uses.
 
     Attributes:
         probe: the probe as ``"name@version"``, so that another version is never used in its place.
@@ -184,7 +184,7 @@ class BoundSignal:
 
     @classmethod
     def bind(cls, signal: ProbeSignal, probes: tuple[ProbeInfo, ...]) -> BoundSignal:
-        """Finds the probe of a signal among the probes that a server has loaded.
+        """Finds the probe of a signal (a rule from a probe's scores to rewards) among the probes that a server has loaded.
 
         Raises:
             SignalError: no loaded probe or more than one matches, or the probe lacks the label, a threshold, or the per-token scores that

@@ -52,8 +52,8 @@ async def probe_reward(
     log_extra: LogExtra | None = None,
     **_columns: object,
 ) -> list[float]:
-    """Returns the numbers that the signals add to the rewards of ``n`` rollouts, with the signature of TRL's reward functions;
-    ``ProbeReward`` is this function bound to a scorer.
+    """Returns the numbers that the signals (rules from probe scores to rewards) add to the rewards of ``n`` rollouts, with the signature of
+    TRL's reward functions; ``ProbeReward`` is this function bound to a scorer.
 
     Args:
         scorer: the scorer, with its signals and the server's address.
@@ -86,8 +86,8 @@ def synchronous_probe_reward(
     trainer_state: Any = None,  # noqa: ANN401 - of transformers, or of the user
     **_columns: object,
 ) -> list[float]:
-    """Returns the numbers that the signals add to the rewards of ``n`` rollouts, for TRL versions that do not await reward functions;
-    arguments and errors are the same as for ``probe_reward``.
+    """Returns the numbers that the signals (rules from probe scores to rewards) add to the rewards of ``n`` rollouts, for TRL versions that
+    do not await reward functions; arguments and errors are the same as for ``probe_reward``.
     """
     rollouts = _rollouts(prompts, completion_ids, exact_prompt_ids)
     outcome = scorer.score(rollouts, step=getattr(trainer_state, "global_step", None), texts=_texts(prompts, completions))

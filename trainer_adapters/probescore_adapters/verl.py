@@ -92,8 +92,9 @@ class ProbeRewardManager(NaiveRewardManager):
         """Scores one rollout with the task's own score and with the signals of probes.
 
         Returns:
-            A dictionary with ``reward_score``, a number (with a dense signal a ``TokenRewards``), and ``reward_extra_info``: the additional
-                information of the task's score, and the metrics of the signals, always with the same keys, NaN for a metric without data.
+            A dictionary with two entries. ``reward_score`` is the reward, a number (with a dense signal a ``TokenRewards``).
+            ``reward_extra_info`` contains the additional information of the task's score, and the metrics of the signals, always with the
+            same keys, NaN for a metric without data.
 
         Raises:
             ProbescoreError, SignalError, Unscorable, ValueError: the errors of ``ProbeScorer.score``, and all errors of the task's score

@@ -37,7 +37,8 @@ def reduction_to_proto(reduction: Reduction) -> probes_pb2.Reduction:
 
 
 def reduction_from_proto(message: probes_pb2.Reduction, field: str) -> Reduction:
-    """Converts a protobuf message to a reduction; ``field`` is the path of the message in the request or response, for error messages.
+    """Converts a protobuf message to a ``Reduction`` (rule from per-token scores to one number); ``field`` is the path of the message in
+    the request or response, for error messages.
 
     Raises:
         MessageError: the reduction's kind is unknown, or its parameter is missing, superfluous or out of range.
