@@ -1,6 +1,7 @@
-"""Scores rollouts with probes on a frozen language model, over gRPC.
+"""Client library that scores rollouts with probes (small classifiers over a language model's activations), over gRPC.
 
-``ProbeClient`` and ``AsyncProbeClient`` talk to a server; the rest are the values they take and give, and the errors they raise.
+``ProbeClient`` and ``AsyncProbeClient`` send requests to a probescore server. The other names of this package are the values that the
+clients take and return, and the errors that they raise.
 """
 
 from __future__ import annotations

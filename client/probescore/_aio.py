@@ -1,4 +1,4 @@
-"""Holds ``AsyncProbeClient``, the client for programs with one event loop or several."""
+"""Defines ``AsyncProbeClient``, the client for programs with one or several event loops."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from probescore.v1.scoring_pb2_grpc import ScoringServiceAsyncStub
 
     class AsyncStub(ScoringServiceAsyncStub, ProbeAdminServiceAsyncStub):
-        """Has the methods of both services on a channel of ``grpc.aio``, as ``Stub`` has them on one of ``grpc``."""
+        """gRPC stub with the methods of both services (scoring and administration) on an asynchronous channel of ``grpc.aio``."""
 
 
 Request = TypeVar("Request")
@@ -69,7 +69,7 @@ if hasattr(os, "register_at_fork"):
 
 
 class AsyncProbeClient(BaseClient):
-    """Scores rollouts over gRPC, from an event loop.
+    """Client that scores rollouts over gRPC from an event loop.
 
     ::
 
@@ -77,11 +77,12 @@ class AsyncProbeClient(BaseClient):
             result = await client.score([RolloutGroup(prompt_ids, [completion_ids])])
             print(result.values("cheating"))
 
-    The client may be made outside a loop and used in several, one after the other or in different threads. It can be pickled, and used
-    after a fork, except one that happens while a loop with an open client is alive or another thread is in a call of a ``ProbeClient``:
-    gRPC does not survive that, and calls in the child raise ``RuntimeError``. The arguments are those of ``ProbeClient``.
+    The client may be made outside an event loop and used in several event loops, one after the other or in different threads. The client
+    can be pickled. It can also be used after the process has forked, with one exception: gRPC does not survive a fork that happens while an
+    event loop with an open client is alive, or while another thread is in a function call of a ``ProbeClient``. RPCs in the child process
+    then raise ``RuntimeError``. The arguments are those of ``ProbeClient``.
 
-    Every method raises ``ProbescoreError``; ``probescore.errors`` has the tree.
+    Every method raises a subclass of ``ProbescoreError`` when an RPC fails; ``probescore.errors`` shows the class hierarchy.
     """
 
     def _begin(self, settings: ClientSettings) -> None:
@@ -91,7 +92,9 @@ class AsyncProbeClient(BaseClient):
         self._pauses: set[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = set()
 
     async def score(self, groups: Sequence[RolloutGroup], *, timeout: float | None = None, **options: Unpack[ScoreOptions]) -> ScoreResult:
-        """Scores every completion of every group in one call, with the options that ``ScoreOptions`` documents."""
+        """Scores every completion of every rollout group in one RPC; ``options`` are the keyword arguments that ``ScoreOptions``
+        documents.
+        """
         request = score_request(groups, options)
         return score_result(await self._call(lambda stub: stub.Score, request, self._attempts(timeout)), request)
 
@@ -103,25 +106,26 @@ class AsyncProbeClient(BaseClient):
         window: StreamWindow | None = None,
         **options: Unpack[ScoreOptions],
     ) -> AsyncIterator[StreamedCompletion]:
-        """Scores any number of groups, several calls at a time, and yields each completion once, as it finishes, in any order.
+        """Scores any number of rollout groups with several RPCs at a time, and yields the scores of each completion once, in the order in
+        which they are ready.
 
-        After a lost connection only what is still missing is asked for again. What goes wrong in ``groups`` is raised once all that they
-        gave before is answered.
+        After a lost connection only the completions whose scores are still missing are sent again. An exception raised by the iterable
+        ``groups`` is raised to the caller once the scores of all groups read before the exception have been yielded.
 
         Args:
-            groups: may be endless, asynchronous, and may wait for the scores of earlier groups; read no further ahead than ``window`` says.
-                A list or tuple is read in place, an asynchronous iterable in a task of its own, anything else in a thread of its own. A
-                generator is closed when the stream ends.
-            timeout: seconds for each of the calls.
-            window: how much is under way at a time.
-            options: see ``ScoreOptions``.
+            groups: an iterable or asynchronous iterable of rollout groups. The iterable may be endless, and may wait for the scores of
+                earlier groups; it is read no further ahead than ``window`` allows. A list or tuple is read in place, an asynchronous
+                iterable in a task of its own, any other iterable in a thread of its own. A generator is closed when the stream ends.
+            timeout: seconds for each RPC.
+            window: limits on the groups, tokens and RPCs that are under way at a time.
+            options: keyword arguments that ``ScoreOptions`` documents.
         """
         self._check_open()
         window = window or StreamWindow()
         return _AsyncStream(self, stream_template(options), timeout, window).completions(groups)
 
     async def get_server_info(self, *, timeout: float | None = None) -> ServerInfo:
-        """Returns what runs at the address: the model, its fingerprints, limits, workers and probes."""
+        """Returns a description of the server: its model, fingerprints, limits, workers and probes."""
         return await self._server_info(self._attempts(timeout))
 
     async def list_probes(self, *, timeout: float | None = None) -> tuple[ProbeInfo, ...]:
@@ -130,7 +134,7 @@ class AsyncProbeClient(BaseClient):
         return read(probes_from_proto, answer)
 
     async def wait_until_ready(self, timeout: float = DEFAULT_TIMEOUT_SECONDS) -> ServerInfo:
-        """Waits until the server is ready to score, and says what runs there.
+        """Waits until the server is ready to score, and returns a description of the server.
 
         Raises:
             TransientError, DeadlineExceededError: the server was not ready within ``timeout`` seconds.
@@ -138,20 +142,22 @@ class AsyncProbeClient(BaseClient):
         return await self._server_info(Attempts(checked_timeout(timeout), restart_budget=timeout))
 
     async def sleep(self, *, timeout: float | None = None) -> tuple[Transfer, ...]:
-        """Makes the server give its devices' memory back until ``wake``; returns, when it has, what each device moved.
+        """Makes the server free its devices' memory until ``wake`` is called; returns, once the memory is free, the amount of memory that
+        each device moved.
 
-        Calls to score wait meanwhile, within their deadlines. A server that sleeps is left as it is. Needs the server's setting ``admin``,
-        and a client of one server; ``"dns:///…"`` of several reaches any of them.
+        Scoring RPCs wait meanwhile, within their deadlines. A server that sleeps already does not change. The server's setting ``admin``
+        must be on, and the client must have the address of one server: with a ``"dns:///…"`` name that resolves to several servers, an
+        arbitrary one of them is put to sleep.
         """
         with self._administration():
             answer = await self._call(lambda stub: stub.Sleep, admin_pb2.SleepRequest(), self._attempts(timeout))
         return transfers_from_proto(answer.transfers)
 
     async def wake(self, *, timeout: float | None = None) -> tuple[Transfer, ...]:
-        """Ends what ``sleep`` began; returns, when the server can score, what each device moved.
+        """Wakes a server that ``sleep`` has put to sleep; returns, once the server can score, the amount of memory that each device moved.
 
         Raises:
-            UnavailableError: a device had no room for the weights for as long as the client may wait.
+            UnavailableError: a device did not have enough free memory for the weights within the time that the client may wait.
         """
         with self._administration():
             answer = await self._call(lambda stub: stub.Wake, admin_pb2.WakeRequest(), self._attempts(timeout))
@@ -159,7 +165,9 @@ class AsyncProbeClient(BaseClient):
 
     @asynccontextmanager
     async def awake(self, *, timeout: float | None = None) -> AsyncIterator[None]:
-        """Wakes the server for the length of an ``async with`` block, and puts it to sleep at its end, also after an error."""
+        """Wakes the server at the start of an ``async with`` block, and puts the server to sleep at the end of the block, also after an
+        error.
+        """
         await self.wake(timeout=timeout)
         try:
             yield
@@ -167,8 +175,8 @@ class AsyncProbeClient(BaseClient):
             await self.sleep(timeout=timeout)
 
     async def close(self) -> None:
-        """Ends the connection of this event loop, and pauses between attempts with a ``RuntimeError``. The client cannot be used
-        afterwards.
+        """Closes the connection of this event loop, and ends the client's pauses between attempts with a ``RuntimeError``. The client
+        cannot be used afterwards.
         """
         self._closed = True
         for loop, pause in list(self._pauses):
@@ -207,7 +215,9 @@ class AsyncProbeClient(BaseClient):
         return channel, cast("AsyncStub", Stub(channel))
 
     def _forget_closed_loops(self) -> None:
-        """Lets go of the channels of event loops that are over, as ``asyncio.run`` for each batch leaves behind."""
+        """Drops the channels of event loops that are closed; programs that call ``asyncio.run`` for each batch leave one behind per
+        batch.
+        """
         for loop in list(self._channels):
             if loop.is_closed() and self._channels.pop(loop, None) is not None:
                 _process_forks.channel_ended()
@@ -228,7 +238,7 @@ class AsyncProbeClient(BaseClient):
         return await retry_async(attempt, attempts, self._wait)
 
     async def _wait(self, seconds: float) -> None:
-        """Waits until the seconds are over or the client is closed."""
+        """Waits until the given seconds have passed or the client is closed."""
         pause = (asyncio.get_running_loop(), asyncio.Event())
         self._pauses.add(pause)
         try:
@@ -245,7 +255,9 @@ class AsyncProbeClient(BaseClient):
 
 
 class _AsyncStream:
-    """Runs one ``score_stream``, with a task for each call, so that a call's deadline does not depend on how fast answers are read."""
+    """One run of ``score_stream``, with a task for each RPC, so that an RPC's deadline does not depend on how fast the caller reads
+    results.
+    """
 
     def __init__(self, client: AsyncProbeClient, template: scoring_pb2.ScoreRequest, timeout: float | None, window: StreamWindow) -> None:
         self._client = client

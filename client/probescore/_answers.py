@@ -1,7 +1,7 @@
-"""Checks whether an answer is one to the request that was sent, so that a server that lies or mixes requests up is found out.
+"""Checks whether a response matches the request that was sent, so that a faulty server, or one that mixes requests up, is noticed.
 
-What a client cannot know is left alone: the finite scores themselves, digests, units, the names of labels, what people read, and the
-account of work done.
+Values that a client cannot verify are not checked: the finite scores themselves, digests, units, the names of labels, texts for people, and
+the counts of work done.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from probescore.wire import MessageError, options_from_request
 HasIds = Union[scoring_pb2.Prompt, scoring_pb2.Completion]
 
 _IDS: dict[int, np.dtype[Any]] = {tensor_pb2.DATA_TYPE_INT32: np.dtype("<i4"), tensor_pb2.DATA_TYPE_INT64: np.dtype("<i8")}
-"""Maps the two types in which the client sends token ids to those of numpy."""
+"""Maps the two protobuf tensor types in which the client sends token ids to numpy dtypes."""
 
 
 class AnswerCheck:
-    """Checks all messages that answer one call against its request.
+    """Checker of all response messages of one RPC against the RPC's request.
 
     Args:
-        request: as it was sent.
+        request: the request message, as it was sent.
 
-    Every method raises ``MessageError``, naming the field, what was asked and what came; ``MismatchError`` for another fingerprint than
-    the expected one.
+    Every method raises ``MessageError`` for a response that does not match; the error names the field, the requested value and the received
+    value. A model or tokenizer fingerprint other than the expected one raises ``MismatchError``.
     """
 
     def __init__(self, request: scoring_pb2.ScoreRequest) -> None:
@@ -52,7 +52,7 @@ class AnswerCheck:
         self._probes: _ProbesByShape | None = None
 
     def check_result(self, result: ScoreResult) -> None:
-        """Checks a whole answer to ``Score`` against the request."""
+        """Checks a whole response to the RPC ``Score`` against the request."""
         asked = [len(group.completions) for group in self._request.groups]
         came = [len(group) for group in result.groups]
         if len(asked) != len(came):
@@ -66,7 +66,9 @@ class AnswerCheck:
                 self.check_completion(index, position, scores, f"groups[{index}].completions[{position}]")
 
     def check_info(self, info: ScoringInfo) -> None:
-        """Checks what an answer says of itself, before ``check_completion``; all messages of one call must say the same."""
+        """Checks the model, tokenizer and probes that a response message names; all messages of one RPC must name the same model, tokenizer
+        and probes. This method must be called before ``check_completion``.
+        """
         info = replace(info, usage=Usage())
         if self._info is None:
             self._probes = self._checked_probes(info)
@@ -115,7 +117,9 @@ class AnswerCheck:
             raise MessageError(f"{field}.reductions", f"has {len(probe.reductions)}; the probe's own default was asked for")
 
     def check_completion(self, group: int, completion: int, scores: CompletionScores, field: str) -> None:
-        """Checks the scores of one completion of the request, follow-ups included; ``field`` is its path, which errors name."""
+        """Checks the scores of one completion of the request, and of its follow-ups (token ids appended to the completion); ``field`` is
+        the path of the scores in the response, for error messages.
+        """
         asked = self._request.groups[group]
         in_text = asked.prompt.WhichOneof("form") in ("text", "chat")
         self._check(asked.completions[completion], scores, field, asked.prompt, inexact=in_text)
@@ -123,7 +127,7 @@ class AnswerCheck:
     def _check(
         self, asked: scoring_pb2.Completion, scores: CompletionScores, field: str, prompt: scoring_pb2.Prompt | None, *, inexact: bool
     ) -> None:
-        """Checks one completion or follow-up; ``prompt`` is ``None`` for a follow-up, which has no prompt of its own to send back."""
+        """Checks the scores of one completion or follow-up; ``prompt`` is ``None`` for a follow-up, whose scores carry no prompt."""
         probes = self._probes
         if probes is None:
             raise RuntimeError("check_info comes first")
@@ -155,7 +159,9 @@ class AnswerCheck:
             self._check(follow_up, answer, f"{field}.follow_ups[{index}]", None, inexact=inexact)
 
     def _check_ids(self, sent: HasIds, came: NDArray[np.int32] | None, field: str) -> int | None:
-        """Checks the ids that came back, and returns how many there are, or ``None`` if that cannot be known, as of text."""
+        """Checks the token ids in a response, and returns their number, or ``None`` if the number cannot be known because the request sent
+        text.
+        """
         if (came is not None) != self._options.return_token_ids:
             raise MessageError(field, "is missing; it was asked for" if came is None else "is there; it was not asked for")
         form = sent.WhichOneof("form")
@@ -195,7 +201,7 @@ def _check_names(asked: Sequence[str], came: Sequence[ScoredProbe]) -> None:
 
 
 class _ProbesByShape:
-    """Holds the probes of an answer, those with equal shapes together, so that a thousand of them are checked as one array."""
+    """Probes of a response, arranged by the shape of their scores, so that a thousand probes of one shape are checked as one array."""
 
     def __init__(self, probes: Sequence[ScoredProbe], wants_tokens: Sequence[bool], *, has_tokenizer: bool) -> None:
         self.has_tokenizer = has_tokenizer
@@ -213,7 +219,9 @@ class _ProbesByShape:
         self._shapes: dict[int, list[tuple[int, int, int]]] = {}
 
     def check_reduced(self, scores: Sequence[ProbeScores], selects: NDArray[np.int8], field: str) -> None:
-        """Checks reduced scores; ``selects`` says of the scope and of each span whether it selects a token: 1 yes, 0 no, -1 unknown."""
+        """Checks reduced scores (one number per span and reduction). ``selects`` has one entry for the scope and one for each span, which
+        tells whether the scope or span selects a token: 1 yes, 0 no, -1 unknown.
+        """
         rows = len(selects)
         expected = self._shapes.get(rows)
         if expected is None:
@@ -249,7 +257,9 @@ class _ProbesByShape:
                 raise MessageError(f"{field}.scores[{group[probe]}].reduced[{row}]", f"{problem}, of probe {self._keys[group[probe]]}")
 
     def check_tokens(self, scores: Sequence[ProbeScores], rows: int | None, field: str) -> None:
-        """Checks per-token scores; ``rows`` is how many tokens are in scope, or ``None`` if unknown, but the same for all probes."""
+        """Checks the shapes and values of per-token scores; ``rows`` is the number of tokens whose scores were requested, or ``None`` if
+        the number is unknown but the same for all probes.
+        """
         arrays = [probe.tokens for probe in scores]
         there = [array is not None for array in arrays]
         if there != self._wants_tokens:
@@ -279,7 +289,7 @@ def _sent_ids(sent: HasIds) -> NDArray[Any]:
 
 
 def _selection_states(asked: scoring_pb2.Completion, scope: Scope, prompt_tokens: int | None, tokens: int | None) -> NDArray[np.int8]:
-    """Returns whether the scope, then each span, selects a token: int8, 1 yes, 0 no, -1 unknown."""
+    """Returns whether the scope, and then each span, selects at least one token, as int8 numbers: 1 yes, 0 no, -1 unknown."""
     mask = np.frombuffer(asked.mask.data, np.bool_) if asked.HasField("mask") else None
     own = _selects_any(tokens) if mask is None else int(mask.any())
     of_prompt = _selects_any(prompt_tokens)

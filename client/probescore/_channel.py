@@ -1,4 +1,6 @@
-"""Makes gRPC channels: reads addresses, sets options that go with the server's, and has connections balanced."""
+"""Makes gRPC channels: parses server addresses, sets keepalive and size options that suit the server's, and balances connections over
+several servers.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +13,16 @@ from dataclasses import dataclass
 from probescore._proxies import Proxy, goes_direct, proxy_of
 
 MAX_RECEIVE_BYTES = 64 * 1024 * 1024
-"""Limits an answer that the client takes to so many bytes."""
+"""Maximum size in bytes of a response message that the client accepts."""
 KEEPALIVE_SECONDS = 60
-"""Sets how often the client pings a server that has said nothing while a call is open."""
+"""Seconds between the pings that the client sends while an RPC is open and the server sends nothing."""
 KEEPALIVE_TIMEOUT_SECONDS = 20
-"""Sets after how long without an answer to a ping the connection counts as lost."""
+"""Seconds without a reply to a ping after which the connection counts as lost."""
 MIN_PING_SECONDS = 30
-"""Is the least time between pings that a server must allow, or it would end the connection of a client that waits."""
+"""Shortest time in seconds between pings that a server must allow; a stricter server would close the connection of a client that waits for
+a response."""
 LOOKUP_SECONDS = 5
-"""Is the least time between two look-ups of a name, which the client does when a connection ends or cannot be made."""
+"""Shortest time in seconds between two DNS look-ups of a host name; the client looks a name up when a connection ends or cannot be made."""
 DEFAULT_ADDRESS = "localhost:50051"
 
 _RECONNECT_SECONDS = (0.2, 1.0)
@@ -32,11 +35,12 @@ SERVICE_CONFIG: dict[str, list[dict[str, dict[str, str]]]] = {"loadBalancingConf
 
 
 def channel_options(restart_budget: float, target: str) -> list[tuple[str, str | int]]:
-    """Returns gRPC's options for every channel of a client. What they ask of a server is ``MIN_PING_SECONDS``.
+    """Returns the gRPC options for every channel of a client. A server must allow pings every ``MIN_PING_SECONDS`` seconds for these
+    options.
 
     Args:
-        restart_budget: seconds that a call may go on trying; a twentieth of it, or 2 s if that is more, may go into one connection.
-        target: of gRPC, to which the channel leads.
+        restart_budget: seconds for which an RPC may be retried; one attempt to connect may take a twentieth of this time, but at least 2 s.
+        target: gRPC target that the channel connects to.
     """
     shortest, enough = _CONNECT_SECONDS
     connect = min(max(restart_budget * _CONNECT_SHARE, shortest), enough) if restart_budget else enough
@@ -64,20 +68,20 @@ def channel_options(restart_budget: float, target: str) -> list[tuple[str, str |
 
 @dataclass(frozen=True)
 class Addresses:
-    """Holds the addresses of the servers that a client was given.
+    """Value object with the addresses of the servers that a client was given.
 
-    One address is ``"host:port"``, ``"dns:///host:port"`` (round robin over all that the name resolves to) or ``"unix:/path"``; several
-    are ``["host:port", …]``, taken in turn.
+    A single address is ``"host:port"``, ``"dns:///host:port"`` (round robin over all IP addresses that the name resolves to) or
+    ``"unix:/path"``. Several addresses are a list ``["host:port", …]``, used in turn.
 
     Raises:
-        ValueError: an address is none of these.
+        ValueError: an address has none of these forms.
     """
 
     written: tuple[str, ...]
 
     @classmethod
     def of(cls, addresses: str | Sequence[str]) -> Addresses:
-        """Makes addresses of what a user gives: one string, or several."""
+        """Makes ``Addresses`` from one string or a sequence of strings, as a user passes them."""
         return cls((addresses,) if isinstance(addresses, str) else tuple(addresses))
 
     def __post_init__(self) -> None:
@@ -118,12 +122,14 @@ class Addresses:
 
     @property
     def authority(self) -> str | None:
-        """Returns the name that a certificate must bear, where the target no longer says it: the first host of a list; else ``None``."""
+        """Returns the host name that the server's TLS certificate must bear: the first host of a list of addresses, or ``None`` for a
+        single address, whose gRPC target contains the name.
+        """
         return self.written[0] if len(self.written) > 1 else None
 
     @property
     def proxy(self) -> Proxy | None:
-        """Returns the proxy that connections go through because of the environment, or ``None``."""
+        """Returns the proxy that the environment variables make gRPC use for connections to these addresses, or ``None``."""
         if len(self.written) > 1:
             return None
         return proxy_of(self.target())

@@ -1,4 +1,6 @@
-"""Holds what the two clients share: settings, requests to be sent and answers to be read. Nothing here waits."""
+"""Defines the parts common to ``ProbeClient`` and ``AsyncProbeClient``: settings, building of requests and reading of responses. Nothing
+here waits.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,7 @@ Answer = TypeVar("Answer")
 
 
 class Stub(ScoringServiceStub, ProbeAdminServiceStub):
-    """Has the methods of both services, for scoring and for administration, on a channel of ``grpc``."""
+    """gRPC stub with the methods of both services (scoring and administration) on a synchronous channel of ``grpc``."""
 
     def __init__(self, channel: grpc.Channel | grpc.aio.Channel) -> None:
         ScoringServiceStub.__init__(self, channel)
@@ -40,7 +42,7 @@ class Stub(ScoringServiceStub, ProbeAdminServiceStub):
 
 @dataclass(frozen=True)
 class ClientSettings:
-    """Holds what a client was made with, which is all that it takes along when it is pickled."""
+    """Value object with the arguments that a client was made with; a pickled client consists of these settings only."""
 
     addresses: Addresses
     timeout: float
@@ -50,10 +52,10 @@ class ClientSettings:
 
 
 class BaseClient:
-    """Is what the synchronous and the asynchronous client have in common.
+    """Base class of the synchronous and the asynchronous client.
 
-    Channels are made when they are first needed and belong to a process (and a loop): a client can be made anywhere, pickled, and used
-    after a fork.
+    gRPC channels are made when they are first needed. A channel belongs to one process (and, in the asynchronous client, to one event
+    loop), so that a client can be made anywhere, pickled, and used after a fork.
     """
 
     def __init__(
@@ -91,8 +93,8 @@ class BaseClient:
         return Attempts(seconds, self._settings.restart_budget)
 
     def _target(self) -> str:
-        """Returns the target to open a channel with; raises ``UnavailableError`` for a name that cannot be looked up now, since it may be
-        there after a restart.
+        """Returns the gRPC target to open a channel with. Raises ``UnavailableError`` for a host name that cannot be looked up now; a retry
+        is useful, since the name may resolve again after a restart of the server.
         """
         try:
             return self._settings.addresses.target()
@@ -105,7 +107,9 @@ class BaseClient:
         return channel_options(self._settings.restart_budget, target) + ([("grpc.default_authority", authority)] if authority else [])
 
     def _error(self, failed: FailedCall) -> ProbescoreError:
-        """Returns why a call failed, as an exception; raises ``RuntimeError`` where it did because the client was closed meanwhile."""
+        """Returns the exception that tells why an RPC failed; raises ``RuntimeError`` if the RPC failed because the client was closed
+        meanwhile.
+        """
         self._check_open()
         error = error_from_call(failed)
         proxy = self._settings.addresses.proxy
@@ -119,7 +123,9 @@ class BaseClient:
 
     @contextmanager
     def _administration(self) -> Iterator[None]:
-        """Surrounds a call that changes a server: refuses a client of several servers, and says which setting allows such calls."""
+        """Context manager around an RPC that changes a server's state. It refuses a client of several servers, and names the server setting
+        that allows such RPCs when the server refuses the RPC.
+        """
         if len(self._settings.addresses.written) > 1:
             raise ValueError(f"{self} has several servers, and a call goes to one of them: make a client for each")
         try:
@@ -135,14 +141,14 @@ class BaseClient:
 
 
 def checked_timeout(timeout: float) -> float:
-    """Returns a timeout in seconds, and raises ``ValueError`` for one that would leave a call without a deadline."""
+    """Returns a timeout in seconds, and raises ``ValueError`` for a timeout that would leave an RPC without a deadline."""
     if not 0 < timeout < math.inf:
         raise ValueError(f"timeout must be a number of seconds above 0, got {timeout}: every call has a deadline")
     return timeout
 
 
 def score_request(groups: Sequence[RolloutGroup], options: ScoreOptions) -> scoring_pb2.ScoreRequest:
-    """Returns the request message of ``score``; raises ``InvalidRequestError`` for a value that cannot be sent."""
+    """Returns the request message of the RPC ``Score``; raises ``InvalidRequestError`` for a value that cannot be sent."""
     try:
         return request_to_proto(groups, request_options(**options))
     except MessageError as error:
@@ -150,7 +156,9 @@ def score_request(groups: Sequence[RolloutGroup], options: ScoreOptions) -> scor
 
 
 def stream_template(options: ScoreOptions) -> scoring_pb2.ScoreRequest:
-    """Returns what all requests of a ``score_stream`` have in common; raises ``InvalidRequestError`` for a value that cannot be sent."""
+    """Returns a request message with the options that all requests of one ``score_stream`` share; raises ``InvalidRequestError`` for a
+    value that cannot be sent.
+    """
     try:
         return options_to_proto(request_options(**options))
     except MessageError as error:
@@ -158,7 +166,7 @@ def stream_template(options: ScoreOptions) -> scoring_pb2.ScoreRequest:
 
 
 def read(convert: Callable[[Response], Answer], message: Response) -> Answer:
-    """Returns an answer's message as a value; raises ``ServerError`` where it breaks the contract."""
+    """Converts a response message to a value; raises ``ServerError`` if the message violates the protobuf contract."""
     try:
         return convert(message)
     except MessageError as error:
@@ -166,11 +174,11 @@ def read(convert: Callable[[Response], Answer], message: Response) -> Answer:
 
 
 def score_result(message: scoring_pb2.ScoreResponse, request: scoring_pb2.ScoreRequest) -> ScoreResult:
-    """Returns what a server answered to ``request``, checked against it.
+    """Returns the scores in a server's response to ``request``, after checking that the response matches the request.
 
     Raises:
-        ServerError: the answer breaks the contract, or is not one to this request.
-        MismatchError: the answer is of another model or tokenizer than the request expects.
+        ServerError: the response violates the protobuf contract, or does not match this request.
+        MismatchError: the server's model or tokenizer is not the one that the request expects.
     """
     result = read(result_from_proto, message)
     read(AnswerCheck(request).check_result, result)

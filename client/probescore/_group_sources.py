@@ -1,6 +1,8 @@
-"""Reads the groups of a ``score_stream``: each source in a thread or task of its own, one group whenever it is asked.
+"""Reads the rollout groups that a user passes to ``score_stream``. Each source is read in a thread or task of its own, one group at a time,
+on demand.
 
-So a source may wait, for an earlier score for example, while answers are handed out; and it is never read ahead.
+For this reason a source may wait, for example for an earlier score, while scores of earlier groups are handed out. A source is never read
+ahead.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from probescore._retries import logger
 from probescore.types import RolloutGroup
 
 LINGER_SECONDS = 0.01
-"""Is how long a source may take for its next group before what was read is sent without it."""
+"""Seconds that a source may take for its next rollout group before the groups read so far are sent without the next one."""
 
 _STOP_IDLE_SECONDS = 1.0
 _STOP_READING_SECONDS = 0.1
@@ -26,14 +28,16 @@ _STOP_READING_SECONDS = 0.1
 
 @dataclass(frozen=True, eq=False)
 class GroupRead:
-    """Says that a source gave a group."""
+    """Event with one rollout group that a source has yielded."""
 
     group: RolloutGroup
 
 
 @dataclass(frozen=True, eq=False)
 class SourceEnded:
-    """Says that a source gives no more groups: ``error`` is ``None`` if it ended by itself, or what it raised."""
+    """Event that a source of rollout groups has ended: ``error`` is the exception that the source raised, or ``None`` if the source was
+    exhausted.
+    """
 
     error: BaseException | None = None
 
@@ -42,20 +46,22 @@ Deliver = Callable[[Union[GroupRead, SourceEnded]], None]
 
 
 class Source(Protocol):
-    """Reads groups one at a time, each when it is asked to."""
+    """Interface (Protocol) of a reader of rollout groups that reads one group each time ``ask`` is called."""
 
     def ask(self) -> None:
-        """Has one ``GroupRead`` or ``SourceEnded`` delivered, now or later. It must not be called again before that, nor after a
-        ``SourceEnded``.
+        """Requests the source's next event, a ``GroupRead`` (one rollout group) or a ``SourceEnded``, which is delivered now or later. This
+        method must not be called again before that event is delivered, nor after a ``SourceEnded``.
         """
 
     def stop(self) -> None:
-        """Ends the reading and closes a generator. It does not wait for one at work, which is closed when it gives its next group."""
+        """Ends the reading and closes a generator. This method does not wait for a generator that is running; such a generator is closed
+        when it yields its next group.
+        """
 
 
 def source_of(groups: Iterable[RolloutGroup] | AsyncIterable[RolloutGroup], deliver: Deliver) -> Source:
-    """Returns the way to read ``groups`` without an event loop: a list in place, since it never makes anybody wait, and anything else in a
-    thread.
+    """Returns a ``Source`` that reads ``groups`` without an event loop: a list is read in place, since a list never blocks, and any other
+    iterable in a thread.
     """
     if isinstance(groups, (list, tuple)):
         return ListSource(groups, deliver)
@@ -63,22 +69,22 @@ def source_of(groups: Iterable[RolloutGroup] | AsyncIterable[RolloutGroup], deli
 
 
 class ListSource:
-    """Reads a list of groups where it is asked."""
+    """Source that reads a list of rollout groups without a thread, since a list never blocks."""
 
     def __init__(self, groups: Iterable[RolloutGroup], deliver: Deliver) -> None:
         self._groups = iter(groups)
         self._deliver = deliver
 
     def ask(self) -> None:
-        """Delivers the next group, or that there is none."""
+        """Delivers the next rollout group, or the event that the list has ended."""
         self._deliver(next(map(GroupRead, self._groups), SourceEnded()))
 
     def stop(self) -> None:
-        """Does nothing, since a list needs no end."""
+        """Does nothing, since a list needs no clean-up."""
 
 
 class ThreadSource:
-    """Reads an iterable of groups in a thread of its own."""
+    """Source that reads an iterable of rollout groups in a thread of its own."""
 
     def __init__(self, groups: Iterable[RolloutGroup], deliver: Deliver) -> None:
         self._groups = groups
@@ -89,14 +95,14 @@ class ThreadSource:
         self._thread = threading.Thread(target=contextvars.copy_context().run, args=(self._read,), name="probescore-source", daemon=True)
 
     def ask(self) -> None:
-        """Has the thread read one more group, and deliver it."""
+        """Makes the source's thread read one more rollout group and deliver it."""
         if self._thread.ident is None:
             self._thread.start()
         self._reading = True
         self._wanted.put(True)
 
     def stop(self) -> None:
-        """Ends the thread when it is between two groups, and waits for that for a moment."""
+        """Ends the source's thread when it is between two rollout groups, and waits briefly for its end."""
         self._wanted.put(False)
         if self._thread.ident is not None and self._thread is not threading.current_thread():
             self._thread.join(_STOP_READING_SECONDS if self._reading else _STOP_IDLE_SECONDS)
@@ -127,7 +133,7 @@ class ThreadSource:
 
 
 def _iterate_in_own_loop(groups: AsyncIterable[RolloutGroup]) -> Iterator[RolloutGroup]:
-    """Yields the groups of an asynchronous source, which runs in an event loop of this thread's own."""
+    """Yields the rollout groups of an asynchronous iterable, which runs in an event loop of the current thread."""
     loop = asyncio.new_event_loop()
     iterator = aiter(groups)
     try:
@@ -148,17 +154,21 @@ async def _next(iterator: AsyncIterator[RolloutGroup]) -> RolloutGroup:
 
 
 class AsyncSource(Protocol):
-    """Reads groups one at a time, each when it is asked to, within an event loop that it never blocks."""
+    """Interface (Protocol) of a reader of rollout groups that reads one group each time ``ask`` is called, and never blocks the event
+    loop.
+    """
 
     def ask(self) -> None:
-        """Has one ``GroupRead`` or ``SourceEnded`` delivered, as ``Source.ask`` does."""
+        """Requests the source's next event, a ``GroupRead`` (one rollout group) or a ``SourceEnded``, which is delivered now or later; the
+        rules are those of ``Source.ask``.
+        """
 
     async def stop(self) -> None:
-        """Ends the reading and closes a generator, as ``Source.stop`` does."""
+        """Ends the reading of rollout groups and closes a generator, as ``Source.stop`` does."""
 
 
 def async_source_of(groups: Iterable[RolloutGroup] | AsyncIterable[RolloutGroup], deliver: Deliver) -> AsyncSource:
-    """Returns the way to read ``groups`` from within an event loop without ever blocking it."""
+    """Returns an ``AsyncSource`` that reads ``groups`` from within an event loop without blocking the loop."""
     if isinstance(groups, AsyncIterable):
         return TaskSource(groups, deliver)
     loop = asyncio.get_running_loop()
@@ -173,7 +183,7 @@ def async_source_of(groups: Iterable[RolloutGroup] | AsyncIterable[RolloutGroup]
 
 
 class _NonBlockingSource:
-    """Reads a ``Source`` from within an event loop, which it never blocks."""
+    """Adapter that turns a ``Source`` which never blocks the event loop into an ``AsyncSource``."""
 
     def __init__(self, source: Source) -> None:
         self._source = source
@@ -185,7 +195,9 @@ class _NonBlockingSource:
 
 
 class TaskSource:
-    """Reads an asynchronous iterable of groups in a task: a single one, since what a generator has entered it must leave in the same."""
+    """Source that reads an asynchronous iterable of rollout groups in a single task, since a generator must leave context managers in the
+    task in which it entered them.
+    """
 
     def __init__(self, groups: AsyncIterable[RolloutGroup], deliver: Deliver) -> None:
         self._deliver = deliver
@@ -194,11 +206,11 @@ class TaskSource:
         self._task = asyncio.create_task(self._read(groups))
 
     def ask(self) -> None:
-        """Has the task read one more group, and deliver it."""
+        """Makes the source's task read one more rollout group and deliver it."""
         self._wanted.release()
 
     async def stop(self) -> None:
-        """Cancels the task, and waits for its end for a moment."""
+        """Cancels the source's task, and waits briefly for its end."""
         self._stopped = True
         self._task.cancel()
         await asyncio.wait({self._task}, timeout=_STOP_IDLE_SECONDS)  # a source may refuse to be cancelled

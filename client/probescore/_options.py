@@ -1,4 +1,4 @@
-"""Reads the keyword arguments of ``score`` and ``score_stream``, and turns them into what a request says."""
+"""Converts the keyword arguments of ``score`` and ``score_stream`` to the options of a request."""
 
 from __future__ import annotations
 
@@ -11,20 +11,25 @@ from probescore.wire import MessageError, RequestOptions
 
 
 class ScoreOptions(TypedDict, total=False):
-    """Describes the keyword arguments of ``score`` and ``score_stream``, which say how rollouts are scored. All are optional.
+    """Types of the keyword arguments of ``score`` and ``score_stream`` (a ``TypedDict``), which determine how rollouts are scored. All are
+    optional.
 
     Attributes:
-        probes: which to apply, each ``"name"`` or ``"name@version"``; default: all that the server has loaded.
-        reductions: ``"mean"``, ``"topk_mean(8)"`` or ``Reduction`` each; default: each probe's own.
-        token_scores: whether to send back per-token scores: ``True`` or ``"all"`` for every probe, or names of probes; default: ``False``.
-        scope: which tokens to score; default: the completion.
-        expected_model_fingerprint: the call fails with ``MismatchError`` if the server runs another model.
-        expected_tokenizer_fingerprint: likewise for the tokenizer; ``tokenizer_fingerprint(tokenizer)`` computes it.
-        return_token_ids: whether to send back the ids that were scored.
-        return_token_texts: whether to send back the scored tokens as text.
-        priority: from -100 to 100; higher goes first within the requests of one job; default: 0.
-        run_id: names the training run in the server's logs, at most 256 bytes.
-        step: training step, for the server's logs.
+        probes: the probes to apply, each as ``"name"`` or ``"name@version"``; default: all probes that the server has loaded.
+        reductions: how per-token scores become one number per rollout, each as ``"mean"``, ``"topk_mean(8)"`` or a ``Reduction``; default:
+            each probe's default reduction.
+        token_scores: whether the server sends back per-token scores: ``True`` or ``"all"`` for every probe, or names of probes; default:
+            ``False``.
+        scope: the tokens to score; default: those of the completion.
+        expected_model_fingerprint: fingerprint of a model; the RPC fails with ``MismatchError`` if the server runs another model.
+        expected_tokenizer_fingerprint: fingerprint of a tokenizer, as ``tokenizer_fingerprint(tokenizer)`` computes it; the RPC fails with
+            ``MismatchError`` if the server runs another tokenizer.
+        return_token_ids: whether the server sends back the token ids that were scored.
+        return_token_texts: whether the server sends back the scored tokens as text.
+        priority: an integer from -100 to 100; among the requests of one training run, those of higher priority are scored first; default:
+            0.
+        run_id: name of the training run in the server's logs, at most 256 bytes.
+        step: number of the training step, for the server's logs.
     """
 
     probes: Union[str, Sequence[str]]
@@ -54,7 +59,7 @@ def request_options(
     run_id: str = "",
     step: int | None = None,
 ) -> RequestOptions:
-    """Reads the arguments that ``ScoreOptions`` documents.
+    """Converts the keyword arguments that ``ScoreOptions`` documents to the options of a request.
 
     Raises:
         MessageError: an unknown scope or reduction.

@@ -1,8 +1,9 @@
-"""Lets a process fork though it uses gRPC, of which only what is at rest survives a fork.
+"""Lets a process that uses gRPC fork safely: before a fork gRPC's threads must be idle.
 
-A fork copies the locks that other threads hold at that moment, and nobody lets go of them in the child: its next call into gRPC would wait
-for ever, or crash, whatever its deadline. gRPC lets its own threads rest before a fork, except while somebody else's thread is inside a
-call, and except while what is left of its last channel is being put away, which it does in threads of its own after the channel is closed.
+A fork copies the locks that other threads hold at that moment, and no thread releases these locks in the child process. The child's next
+function call into gRPC would wait for ever, or crash, whatever its deadline. gRPC stops its own threads before a fork, with two exceptions:
+while another thread is inside a function call of gRPC, and while gRPC cleans up after its last channel, which happens in gRPC's threads
+after the channel is closed.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 REST_SECONDS = 0.5
-"""Is how long at most a fork waits, after a channel has ended, for gRPC's threads to end. They take milliseconds, unless another of the
-process's channels keeps them."""
+"""Longest time in seconds that a fork waits for gRPC's threads to end after a channel was closed. The threads take milliseconds, unless
+another channel of the process keeps them running."""
 
 _STEP_SECONDS = 0.001
 _QUIET_STEPS = 5
-"""Is how often in a row no thread of gRPC must be seen before it counts as at rest: one that ends may have started another, still without
-its name."""
+"""Number of checks in a row that must find no thread of gRPC before gRPC counts as idle: a thread that ends may have started another
+thread, which has no name yet."""
 _THREADS = Path("/proc/self/task")
 _NAMES = ("event_engine", "lifeguard", "grpc_", "timer_manager", "default-executo", "resolver-execut")  # cut at 15 characters
 
@@ -32,7 +33,9 @@ _before_fork: list[Callable[[], None]] = []
 
 @contextmanager
 def call_under_way() -> Iterator[None]:
-    """Marks a thread as inside gRPC, from making the channel to the end of the call: a fork meanwhile makes the child unusable."""
+    """Marks a thread as inside gRPC, from the creation of the channel to the end of the RPC. If the process forks meanwhile, gRPC cannot be
+    used in the child process.
+    """
     call = object()
     _under_way.add(call)
     try:
@@ -42,21 +45,21 @@ def call_under_way() -> Iterator[None]:
 
 
 def channel_ended() -> None:
-    """Tells this module that a channel was just closed or let go of, so that the next fork waits for gRPC's threads to end."""
+    """Tells this module that a gRPC channel was just closed or dropped, so that the next fork waits for gRPC's threads to end."""
     global _ended_at
     _ended_at = time.monotonic()
 
 
 def before_fork(do: Callable[[], None]) -> None:
-    """Has ``do`` called before each fork, and makes the forking thread wait afterwards for the end of what that closed."""
+    """Registers ``do`` to be called before each fork; the forking thread then waits for the end of the channels that ``do`` closed."""
     _before_fork.append(do)
 
 
 def check_usable() -> None:
-    """Refuses to use gRPC in a process in which it would hang.
+    """Checks that gRPC can be used in this process without hanging.
 
     Raises:
-        RuntimeError: this process was forked while another thread of its parent was in a call.
+        RuntimeError: this process was forked while another thread of its parent process was in an RPC.
     """
     if _forked_under_way:
         raise RuntimeError(
@@ -75,7 +78,7 @@ def _prepare() -> None:
 
 
 def _at_work() -> bool:
-    """Returns whether gRPC has threads. Where they cannot be seen, it is taken to have some."""
+    """Returns whether gRPC has running threads; true if the threads of the process cannot be listed."""
     try:
         names = [_name(thread) for thread in _THREADS.iterdir()]
     except OSError:

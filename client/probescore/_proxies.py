@@ -1,4 +1,4 @@
-"""Finds out what gRPC does with the proxies of the environment: which one a connection goes through, and where none may be."""
+"""Determines which proxy gRPC takes from the environment variables for a connection, and which connections must not use a proxy."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 _VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy")
-"""Names the variables in the order in which gRPC looks; the first that is set counts, also if it is empty. Names in capitals are not read.
+"""Names of the environment variables that gRPC reads for a proxy, in gRPC's order. The first variable that is set counts, also if it is
+empty. gRPC does not read names in capitals.
 """
 
 _EXCEPTIONS = ("no_grpc_proxy", "no_proxy")
@@ -21,15 +22,17 @@ _LOOPBACK_NAMES = {"localhost", "localhost.localdomain", "localhost4", "localhos
 
 @dataclass(frozen=True)
 class Proxy:
-    """Describes a proxy that the environment names: by which variable, and where it is, without its password."""
+    """Value object with a proxy that the environment names: the name of the environment variable, and the proxy's address without its
+    password.
+    """
 
     variable: str
     location: str
 
 
 def goes_direct(target: str) -> bool:
-    """Returns whether connections must not go through a proxy: those to this machine, where one has no business, and those to several
-    addresses, which gRPC would hand a proxy as if they were one name.
+    """Returns whether connections to a target must not go through a proxy. This is so for targets on this machine, which need no proxy, and
+    for targets with several addresses, which gRPC would pass to a proxy as if they were one name.
     """
     if target.startswith(("unix:", "unix-abstract:")):
         return True
@@ -38,7 +41,7 @@ def goes_direct(target: str) -> bool:
 
 
 def proxy_of(target: str, environment: Mapping[str, str] = os.environ) -> Proxy | None:
-    """Returns the proxy that gRPC takes for a target, or ``None``."""
+    """Returns the proxy that gRPC uses for a target, or ``None``."""
     if target.startswith("xds:") or goes_direct(target):
         return None
     variable = next((name for name in _VARIABLES if name in environment), None)
@@ -55,7 +58,7 @@ def proxy_of(target: str, environment: Mapping[str, str] = os.environ) -> Proxy 
 
 
 def _host(target: str) -> str | None:
-    """Returns the one host of a target, or ``None`` if it has several."""
+    """Returns the single host of a gRPC target, or ``None`` if the target has several hosts."""
     match = _TARGET.fullmatch(target)
     return match["host"].strip("[]") if match else None
 
@@ -76,7 +79,7 @@ def _is_loopback(host: str) -> bool:
 
 
 def _is_excepted(host: str, environment: Mapping[str, str]) -> bool:
-    """Returns whether a host needs no proxy, as gRPC decides it: by ends of names, and by networks."""
+    """Returns whether a host is excepted from the proxy, by the rules of gRPC: suffixes of host names, and IP networks."""
     variable = next((name for name in _EXCEPTIONS if name in environment), None)
     if variable is None:
         return False

@@ -1,5 +1,5 @@
-"""Holds the one retry loop, for every kind of call and both clients, which decides when a call is tried again. The clock is anybody's to
-give.
+"""Defines the retry loop that both clients use for every kind of RPC, and the rule that decides whether an RPC is tried again. The caller
+passes in the clock, so that tests can use a clock of their own.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _SHORTEST_PAUSE_SECONDS = 0.001
 _DOUBLINGS = 10
 _JITTER = 0.25
 _LAST_MOMENT_SECONDS = 0.01
-"""Is how much must be left of a call's deadline for another attempt: no answer would be in time with less."""
+"""Seconds that must be left of an RPC's deadline for another attempt; with less time no response would arrive in time."""
 
 
 def _now() -> float:
@@ -31,14 +31,14 @@ def _now() -> float:
 
 
 class Attempts:
-    """Keeps account of the attempts of one call, and decides whether there is another.
+    """Record of the attempts of one RPC, which decides whether another attempt is made.
 
     Args:
-        timeout: seconds for the call, all attempts and pauses included.
+        timeout: seconds for the RPC, all attempts and pauses included.
         restart_budget: seconds after the first of several transient failures in a row during which another attempt may start. An attempt
-            that the server has taken may last until the deadline: what computes is not what waits.
-        clock: gives seconds; never goes back.
-        uniform: gives numbers in [0, 1).
+            that the server has accepted may last until the deadline, since the budget limits waiting and not computing.
+        clock: function that returns seconds and never goes back.
+        uniform: function that returns random numbers in [0, 1).
     """
 
     def __init__(
@@ -59,22 +59,25 @@ class Attempts:
         self._last: TransientError | None = None
 
     def seconds_left(self) -> float:
-        """Returns how many seconds the next attempt may take."""
+        """Returns how many seconds the next attempt of the RPC may take."""
         return max(0.0, self._deadline - self._clock())
 
     def progressed(self) -> None:
-        """Ends a row of failures, since the server has answered something: the next failure has the whole budget again."""
+        """Resets the count of failures in a row, since the server has sent a response: the next failure has the whole retry budget
+        again.
+        """
         self._failures = 0
         self._last = None
 
     def pause(self, error: ProbescoreError) -> float:
-        """Returns the seconds to wait before the next attempt: what the server asked for, or else a little more each time; with jitter, so
-        that the ranks of a run do not come back all at once. The last attempt starts when the budget ends.
+        """Returns the seconds to wait before the next attempt: the pause that the server asked for, or else a pause that grows with each
+        attempt. Random jitter keeps the ranks of a training run from retrying all at once. The last attempt starts when the retry budget
+        ends.
 
         Raises:
-            ProbescoreError: ``error`` if it is not transient; one of its kind that says why there is no further attempt, if the budget is
-                spent or the server asks for a longer pause than the budget or the deadline leaves.
-            DeadlineExceededError: the other end cancelled the call as its deadline came.
+            ProbescoreError: ``error`` itself if ``error`` is not transient. If the budget is spent, or the server asks for a longer pause
+                than the budget or the deadline leaves, an error of the same class whose message says why there is no further attempt.
+            DeadlineExceededError: the server cancelled the RPC because the RPC's deadline passed.
         """
         if isinstance(error, DeadlineExceededError) and self._last is not None:
             raise DeadlineExceededError(f"{error}; the attempt before had failed: {self._last}", error.code, error.reason)
@@ -119,10 +122,11 @@ class Attempts:
 
 
 def retry(attempt: Callable[[float], Answer], attempts: Attempts, wait: Callable[[float], None]) -> Answer:
-    """Calls ``attempt`` with the seconds it may take, until it answers or ``attempts`` says that it is over; ``wait`` is given each pause.
+    """Calls ``attempt`` with the seconds that it may take, until it returns a result or ``attempts`` allows no further attempt. ``wait`` is
+    called with the seconds of each pause.
 
     Raises:
-        ProbescoreError: what ``Attempts.pause`` raises.
+        ProbescoreError: the errors that ``Attempts.pause`` raises.
     """
     while True:
         try:
@@ -135,7 +139,7 @@ def retry(attempt: Callable[[float], Answer], attempts: Attempts, wait: Callable
 async def retry_async(
     attempt: Callable[[float], Awaitable[Answer]], attempts: Attempts, wait: Callable[[float], Awaitable[None]]
 ) -> Answer:
-    """Does what ``retry`` does in an event loop: awaits each ``attempt`` and each ``wait``."""
+    """Retries an asynchronous function like ``retry``: awaits each ``attempt`` and each ``wait``."""
     while True:
         try:
             return await attempt(attempts.seconds_left())

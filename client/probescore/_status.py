@@ -1,4 +1,4 @@
-"""Makes of a failed call the exception that says why, from its ``google.rpc.Status`` and the details in it."""
+"""Converts a failed RPC to an exception that tells the reason, from the RPC's ``google.rpc.Status`` and the details in that status."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ Detail = TypeVar("Detail", bound=Message)
 
 
 class FailedCall(Protocol):
-    """Describes what the errors of ``grpc`` and of ``grpc.aio`` have in common."""
+    """Interface (Protocol) that the RPC errors of ``grpc`` and of ``grpc.aio`` have in common."""
 
     def code(self) -> grpc.StatusCode: ...
     def details(self) -> str | None: ...
@@ -52,7 +52,7 @@ class FailedCall(Protocol):
 
 
 def error_from_call(call: FailedCall) -> ProbescoreError:
-    """Returns the exception for a call that ended with a status other than OK."""
+    """Returns the exception for an RPC that ended with a status other than OK."""
     code, status = call.code(), _status_details(call)
     info = _detail(status, error_details_pb2.ErrorInfo())
     request = _detail(status, error_details_pb2.BadRequest())
@@ -83,13 +83,15 @@ def _violations(request: error_details_pb2.BadRequest | None, info: error_detail
 
 
 def invalid_request(error: MessageError) -> InvalidRequestError:
-    """Returns the exception for a value that was refused here, before it was sent; it looks as if the server had refused it."""
+    """Returns the exception for a value that the client refused before sending it; the exception is the same as if the server had refused
+    the value.
+    """
     violation = FieldViolation(error.field, error.problem)
     return InvalidRequestError(str(error), "INVALID_ARGUMENT", "INVALID_REQUEST", (violation,))
 
 
 def malformed_answer(problem: object) -> ServerError:
-    """Returns the exception for an answer that breaks the contract."""
+    """Returns the exception for a response that violates the protobuf contract."""
     return ServerError(f"the server's answer breaks the contract: {problem}", "INTERNAL", "MALFORMED_ANSWER")
 
 

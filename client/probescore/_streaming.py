@@ -1,4 +1,6 @@
-"""Keeps the books of ``score_stream``, without any input or output: how groups become calls, and what is still missing from a call."""
+"""Plans the RPCs of ``score_stream``, without any input or output: how rollout groups are divided into RPCs, and which completions of an
+RPC still lack scores.
+"""
 
 from __future__ import annotations
 
@@ -21,15 +23,16 @@ _SENT_PATH = re.compile(r"groups\[(?P<group>\d+)\](?:\.completions\[(?P<completi
 
 @dataclass(frozen=True)
 class StreamWindow:
-    """Limits how much of an endless stream is under way at a time.
+    """Limits on how much of an endless stream of rollout groups is under way at a time.
 
     Attributes:
-        groups_per_call: at most as many groups in one call.
-        tokens_per_call: at most as many tokens in one call, a prompt counted once; a group with more is sent in several calls. A text
-            counts its characters, since it is not tokenised yet. Keep it at or below the server's ``max_request_tokens``.
-        calls_in_flight: at most as many calls whose answers have not all been handed out.
-        completions_per_call: at most as many completions and follow-ups in one call; a group with more is sent in several. Keep it at or
-            below the server's ``max_request_rollouts``.
+        groups_per_call: maximum number of rollout groups in one RPC.
+        tokens_per_call: maximum number of tokens in one RPC, a prompt counted once; a larger group is sent in several RPCs. A text counts
+            as many tokens as it has characters, since the client does not tokenise text. Keep this number at or below the server's
+            ``max_request_tokens``.
+        calls_in_flight: maximum number of RPCs whose scores have not all been handed out to the caller.
+        completions_per_call: maximum number of completions and follow-ups (token ids appended to a completion) in one RPC; a larger group
+            is sent in several RPCs. Keep this number at or below the server's ``max_request_rollouts``.
     """
 
     groups_per_call: int = 16
@@ -44,12 +47,12 @@ class StreamWindow:
 
 
 Position = tuple[int, int]
-"""Is the index of a group in the stream, and of a completion in its group."""
+"""A pair of indices: the index of a rollout group in the stream, and the index of a completion in that group."""
 
 
 @dataclass(eq=False)
 class Chunk:
-    """Holds the completions of one call, until each has been answered once."""
+    """The completions that one RPC of a stream sends, until the scores of each completion have arrived once."""
 
     prompts: dict[int, scoring_pb2.Prompt] = field(default_factory=dict)
     missing: dict[Position, scoring_pb2.Completion] = field(default_factory=dict)
@@ -61,8 +64,8 @@ class Chunk:
     def add(
         self, group: int, prompt: scoring_pb2.Prompt, parts: dict[Position, scoring_pb2.Completion], tokens: int, completions: int
     ) -> None:
-        """Takes in completions of one group, which count ``completions`` with their follow-ups and have ``tokens`` tokens with their
-        prompt.
+        """Adds completions of one rollout group. Together with their follow-ups they count as ``completions`` completions; together with
+        their prompt they have ``tokens`` tokens.
         """
         self.prompts[group] = prompt
         self.missing.update(parts)
@@ -70,7 +73,7 @@ class Chunk:
         self.completions += completions
 
     def request(self, template: scoring_pb2.ScoreRequest) -> scoring_pb2.ScoreStreamRequest:
-        """Returns a request for what is still missing, under the template's options."""
+        """Returns a request message for the completions that still lack scores, with the options of the template."""
         stream = scoring_pb2.ScoreStreamRequest(request=template)
         self._sent = []
         last = None
@@ -85,11 +88,12 @@ class Chunk:
         return stream
 
     def accept(self, message: scoring_pb2.ScoreStreamResponse) -> list[StreamedCompletion]:
-        """Takes in one message of the answer to the last ``request``; returns its completions with their indices in the stream.
+        """Accepts one message of the response to the last ``request``; returns the message's completions with their indices in the stream.
 
         Raises:
-            ServerError: it breaks the contract, answers a completion twice, or one that was not asked for, or not as asked.
-            MismatchError: the message is of another model or tokenizer than the request expects.
+            ServerError: the message violates the protobuf contract, scores a completion twice or one that was not requested, or does not
+                match the request's options.
+            MismatchError: the server's model or tokenizer is not the one that the request expects.
         """
         try:
             answers = streamed_from_proto(message)
@@ -112,7 +116,7 @@ class Chunk:
         return replace(answer, group_index=position[0], completion_index=position[1])
 
     def check_complete(self) -> None:
-        """Checks, at the end of a call, that each of its completions was answered.
+        """Checks, at the end of an RPC, that scores of each of the RPC's completions have arrived.
 
         Raises:
             ServerError: a completion is missing.
@@ -121,7 +125,7 @@ class Chunk:
             raise malformed_answer(f"the stream ended without {len(self.missing)} of its completions")
 
     def relocated(self, error: ProbescoreError) -> ProbescoreError:
-        """Returns the same error, naming fields by their place in the stream instead of in the call."""
+        """Returns the same error with fields named by their place in the stream instead of their place in the RPC."""
         if not error.violations:
             return error
 
@@ -144,7 +148,9 @@ class Chunk:
 
 
 class Chunker:
-    """Collects groups into chunks of at most ``groups_per_call`` groups and ``tokens_per_call`` tokens."""
+    """Divides a stream of rollout groups into chunks of at most ``groups_per_call`` groups and ``tokens_per_call`` tokens; each chunk is
+    sent in one RPC.
+    """
 
     def __init__(self, window: StreamWindow) -> None:
         self._window = window
@@ -152,10 +158,10 @@ class Chunker:
         self._groups = 0
 
     def add(self, group: RolloutGroup) -> Iterator[Chunk]:
-        """Takes in the next group of the stream; yields the chunks that it completes.
+        """Adds the next rollout group of the stream; yields the chunks that the group fills.
 
         Raises:
-            InvalidRequestError: the group cannot be sent; its place in the stream is named.
+            InvalidRequestError: the group cannot be sent; the error names the group's place in the stream.
         """
         index = self._groups
         self._groups += 1
@@ -184,32 +190,34 @@ class Chunker:
             yield from self.rest()
 
     def _is_too_much(self, tokens: int, completions: int) -> bool:
-        """Returns whether so much is too much for one call, beside the completions of the chunk begun."""
+        """Returns whether the current chunk has no room for so many more tokens and completions within the limits of one RPC."""
         return tokens > self._window.tokens_per_call or self._chunk.completions + completions > self._window.completions_per_call
 
     @property
     def has_rest(self) -> bool:
-        """Says whether a chunk is begun."""
+        """Whether the current, unfinished chunk contains any completion."""
         return bool(self._chunk.missing)
 
     def rest(self) -> Iterator[Chunk]:
-        """Yields the chunk begun, if there is one, and begins another."""
+        """Yields the current, unfinished chunk if it contains any completion, and starts a new chunk."""
         if self._chunk.missing:
             chunk, self._chunk = self._chunk, Chunk()
             yield chunk
 
 
 Arrival = Union[GroupRead, SourceEnded, list[StreamedCompletion], Chunk, Exception]
-"""Is what reaches the reader of a stream: what its source does; some answers, the chunk itself when its call is done, or why that failed.
+"""An event in a stream: a group or the end from the source, a list of scored completions, a chunk whose RPC has ended, or the exception
+that made an RPC fail.
 """
 
 
 class StreamSchedule:
-    """Decides for one ``score_stream`` when to read its source, what to send, and how long to wait.
+    """Scheduler of one ``score_stream``: decides when to read the next rollout group, which chunk to send, and how long to wait.
 
-    A call holds as many groups as the window says, unless the source keeps the client waiting: then what has been read is sent, since the
-    source may be waiting for its scores. Both clients do what it says: send each ``next_chunk()``, read a group if ``wants_group()``, then
-    wait for an arrival for ``patience`` seconds, and hand out what ``accept()`` makes of it; until ``finished``.
+    An RPC contains as many groups as the window allows, unless the source keeps the client waiting: then the groups read so far are sent,
+    since the source may be waiting for their scores. Both clients repeat the following steps until ``finished``: send each
+    ``next_chunk()``, read a group if ``wants_group()``, wait for an event for ``patience`` seconds, and hand out the completions that
+    ``accept()`` returns.
     """
 
     def __init__(self, window: StreamWindow) -> None:
@@ -220,16 +228,19 @@ class StreamSchedule:
         self._reading = False
         self._ended = False
         self.failure: BaseException | None = None
-        """Says why the source ended, if it did not by itself; it is to be raised once all that was read before is answered."""
+        """The exception that the source raised, or ``None``; it must be raised to the caller once the scores of all groups read before it
+        have arrived."""
 
     @property
     def finished(self) -> bool:
-        """Says whether the source has ended and all that it gave has been answered."""
+        """Whether the source has ended and the scores of all its rollout groups have arrived."""
         return self._ended and not self._ready and not self._under_way
 
     @property
     def patience(self) -> float | None:
-        """Returns the seconds to wait for the next arrival before ``kept_waiting()``; ``None`` where nothing could be sent meanwhile."""
+        """Seconds to wait for the next event before calling ``kept_waiting()``; ``None`` if there is nothing that could be sent
+        meanwhile.
+        """
         return LINGER_SECONDS if self._reading and self._chunker.has_rest and self._has_room else None
 
     @property
@@ -237,29 +248,31 @@ class StreamSchedule:
         return self._under_way < self._window.calls_in_flight
 
     def next_chunk(self) -> Chunk | None:
-        """Returns what to send now, if anything; it is under way until it arrives."""
+        """Returns the chunk to send now, or ``None``. The chunk counts as under way until ``accept`` is called with the chunk."""
         if not (self._ready and self._has_room):
             return None
         self._under_way += 1
         return self._ready.popleft()
 
     def wants_group(self) -> bool:
-        """Says whether to read another group now; if so, the next ``GroupRead`` or ``SourceEnded`` belongs to it."""
+        """Returns whether the client must read another rollout group now; if true, the next ``GroupRead`` or ``SourceEnded`` event is the
+        result of that reading.
+        """
         wants = not (self._reading or self._ended or self._ready) and self._has_room
         self._reading = self._reading or wants
         return wants
 
     def kept_waiting(self) -> None:
-        """Makes what has been read ready to be sent."""
+        """Makes the groups read so far ready to be sent, although they do not fill an RPC."""
         self._ready.extend(self._chunker.rest())
 
     def accept(self, arrival: Arrival) -> list[StreamedCompletion]:
-        """Takes in what arrived, and returns the completions in it, to be handed out.
+        """Handles an event, and returns the scored completions that the event contains.
 
-        A group that cannot be sent ends the source, with ``failure``.
+        A group that cannot be sent ends the reading of the source; the error is kept in ``failure``.
 
         Raises:
-            Exception: A call failed; it is what arrived.
+            Exception: the event is the exception of a failed RPC, which is raised unchanged.
         """
         match arrival:
             case GroupRead(group):
@@ -290,7 +303,7 @@ def _prompt_tokens(prompt: scoring_pb2.Prompt) -> int:
 
 
 def _with_follow_ups(completion: scoring_pb2.Completion) -> int:
-    """Returns how many a completion and all its follow-ups are."""
+    """Returns the number of completions that a completion and all its follow-ups count as."""
     return 1 + sum(map(_with_follow_ups, completion.follow_ups))
 
 

@@ -1,4 +1,4 @@
-"""Holds ``ProbeClient``, the client for programs without an event loop, with any number of threads."""
+"""Defines ``ProbeClient``, the client for programs without an event loop, with any number of threads."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ Response = TypeVar("Response")
 
 
 class ProbeClient(BaseClient):
-    """Scores rollouts over gRPC.
+    """Client that scores rollouts over gRPC, without an event loop.
 
     ::
 
@@ -50,18 +50,19 @@ class ProbeClient(BaseClient):
             result = client.score([RolloutGroup(prompt_ids, [completion_ids])])
             print(result.values("cheating"))
 
-    Any number of threads may share one client. It can be pickled, and used after a fork, except one that happens while another thread is in
-    a call: gRPC does not survive that, and calls in the child raise ``RuntimeError``.
+    Any number of threads may share one client. The client can be pickled. It can also be used after the process has forked, with one
+    exception: gRPC does not survive a fork that happens while another thread is in an RPC. RPCs in the child process then raise
+    ``RuntimeError``.
 
     Args:
-        address: ``"host:port"``, ``"dns:///host:port"``, ``"unix:/path"``, or several ``"host:port"``, taken in turn.
-        timeout: seconds for a call, retries included, unless the call says otherwise.
-        restart_budget: seconds for which a call goes on trying while the server cannot be reached or is overloaded; within ``timeout``.
-        job: names the training run, so that its ranks count as one when the server shares its time out.
-        metadata: sent with every call, e.g. ``{"authorization": "Bearer …"}``.
+        address: ``"host:port"``, ``"dns:///host:port"``, ``"unix:/path"``, or a list of several ``"host:port"``, used in turn.
+        timeout: seconds for an RPC, retries included, unless the method is called with another timeout.
+        restart_budget: seconds, within ``timeout``, for which an RPC is retried while the server cannot be reached or is overloaded.
+        job: name of the training run; the server divides its time between training runs, so that all ranks of one run share one part.
+        metadata: gRPC metadata sent with every RPC, e.g. ``{"authorization": "Bearer …"}``.
         credentials: for TLS, e.g. ``grpc.ssl_channel_credentials(...)``; default: an unencrypted connection.
 
-    Every method raises ``ProbescoreError``; ``probescore.errors`` has the tree.
+    Every method raises a subclass of ``ProbescoreError`` when an RPC fails; ``probescore.errors`` shows the class hierarchy.
     """
 
     def _begin(self, settings: ClientSettings) -> None:
@@ -70,7 +71,9 @@ class ProbeClient(BaseClient):
         self._pauses: set[threading.Event] = set()
 
     def score(self, groups: Sequence[RolloutGroup], *, timeout: float | None = None, **options: Unpack[ScoreOptions]) -> ScoreResult:
-        """Scores every completion of every group in one call, with the options that ``ScoreOptions`` documents."""
+        """Scores every completion of every rollout group in one RPC; ``options`` are the keyword arguments that ``ScoreOptions``
+        documents.
+        """
         request = score_request(groups, options)
         return score_result(self._call(lambda stub: stub.Score, request, self._attempts(timeout)), request)
 
@@ -82,25 +85,27 @@ class ProbeClient(BaseClient):
         window: StreamWindow | None = None,
         **options: Unpack[ScoreOptions],
     ) -> Iterator[StreamedCompletion]:
-        """Scores any number of groups, several calls at a time, and yields each completion once, as it finishes, in any order.
+        """Scores any number of rollout groups with several RPCs at a time, and yields the scores of each completion once, in the order in
+        which they are ready.
 
-        After a lost connection only what is still missing is asked for again. What goes wrong in ``groups`` is raised once all that they
-        gave before is answered.
+        After a lost connection only the completions whose scores are still missing are sent again. An exception raised by the iterable
+        ``groups`` is raised to the caller once the scores of all groups read before the exception have been yielded.
 
         Args:
-            groups: may be endless, and may wait for the scores of earlier groups; read no further ahead than ``window`` says. A list or
-                tuple is read in place, anything else in a thread of its own, an asynchronous iterable in an event loop of its own there. A
-                generator is closed when the stream ends.
-            timeout: seconds for each of the calls.
-            window: how much is under way at a time.
-            options: see ``ScoreOptions``.
+            groups: an iterable or asynchronous iterable of rollout groups. The iterable may be endless, and may wait for the scores of
+                earlier groups; it is read no further ahead than ``window`` allows. A list or tuple is read in place, and any other iterable
+                in a thread of its own; in that thread an asynchronous iterable has an event loop of its own. A generator is closed when the
+                stream ends.
+            timeout: seconds for each RPC.
+            window: limits on the groups, tokens and RPCs that are under way at a time.
+            options: keyword arguments that ``ScoreOptions`` documents.
         """
         self._check_open()
         window = window or StreamWindow()
         return _Stream(self, stream_template(options), timeout, window).completions(groups)
 
     def get_server_info(self, *, timeout: float | None = None) -> ServerInfo:
-        """Returns what runs at the address: the model, its fingerprints, limits, workers and probes."""
+        """Returns a description of the server: its model, fingerprints, limits, workers and probes."""
         return self._server_info(self._attempts(timeout))
 
     def list_probes(self, *, timeout: float | None = None) -> tuple[ProbeInfo, ...]:
@@ -108,7 +113,7 @@ class ProbeClient(BaseClient):
         return read(probes_from_proto, self._call(lambda stub: stub.ListProbes, probes_pb2.ListProbesRequest(), self._attempts(timeout)))
 
     def wait_until_ready(self, timeout: float = DEFAULT_TIMEOUT_SECONDS) -> ServerInfo:
-        """Waits until the server is ready to score, and says what runs there.
+        """Waits until the server is ready to score, and returns a description of the server.
 
         Raises:
             TransientError, DeadlineExceededError: the server was not ready within ``timeout`` seconds.
@@ -116,20 +121,22 @@ class ProbeClient(BaseClient):
         return self._server_info(Attempts(checked_timeout(timeout), restart_budget=timeout))
 
     def sleep(self, *, timeout: float | None = None) -> tuple[Transfer, ...]:
-        """Makes the server give its devices' memory back until ``wake``; returns, when it has, what each device moved.
+        """Makes the server free its devices' memory until ``wake`` is called; returns, once the memory is free, the amount of memory that
+        each device moved.
 
-        Calls to score wait meanwhile, within their deadlines. A server that sleeps is left as it is. Needs the server's setting ``admin``,
-        and a client of one server; ``"dns:///…"`` of several reaches any of them.
+        Scoring RPCs wait meanwhile, within their deadlines. A server that sleeps already does not change. The server's setting ``admin``
+        must be on, and the client must have the address of one server: with a ``"dns:///…"`` name that resolves to several servers, an
+        arbitrary one of them is put to sleep.
         """
         with self._administration():
             answer = self._call(lambda stub: stub.Sleep, admin_pb2.SleepRequest(), self._attempts(timeout))
         return transfers_from_proto(answer.transfers)
 
     def wake(self, *, timeout: float | None = None) -> tuple[Transfer, ...]:
-        """Ends what ``sleep`` began; returns, when the server can score, what each device moved.
+        """Wakes a server that ``sleep`` has put to sleep; returns, once the server can score, the amount of memory that each device moved.
 
         Raises:
-            UnavailableError: a device had no room for the weights for as long as the client may wait.
+            UnavailableError: a device did not have enough free memory for the weights within the time that the client may wait.
         """
         with self._administration():
             answer = self._call(lambda stub: stub.Wake, admin_pb2.WakeRequest(), self._attempts(timeout))
@@ -137,7 +144,7 @@ class ProbeClient(BaseClient):
 
     @contextmanager
     def awake(self, *, timeout: float | None = None) -> Iterator[None]:
-        """Wakes the server for the length of a ``with`` block, and puts it to sleep at its end, also after an error."""
+        """Wakes the server at the start of a ``with`` block, and puts the server to sleep at the end of the block, also after an error."""
         self.wake(timeout=timeout)
         try:
             yield
@@ -145,7 +152,7 @@ class ProbeClient(BaseClient):
             self.sleep(timeout=timeout)
 
     def close(self) -> None:
-        """Ends the connection, and calls under way with a ``RuntimeError``. The client cannot be used afterwards."""
+        """Closes the connection, and ends RPCs that are under way with a ``RuntimeError``. The client cannot be used afterwards."""
         self._closed = True
         for pause in list(self._pauses):
             pause.set()
@@ -195,7 +202,7 @@ class ProbeClient(BaseClient):
         return retry(attempt, attempts, self._wait)
 
     def _wait(self, seconds: float, pause: threading.Event | None = None) -> None:
-        """Waits until the seconds are over, the client is closed or the event is set."""
+        """Waits until the given seconds have passed, the client is closed or the event is set."""
         pause = pause or threading.Event()
         self._pauses.add(pause)
         try:
@@ -209,7 +216,9 @@ class ProbeClient(BaseClient):
 
 
 class _Stream:
-    """Runs one ``score_stream``, with a thread for each call, so that a call's deadline does not depend on how fast answers are read."""
+    """One run of ``score_stream``, with a thread for each RPC, so that an RPC's deadline does not depend on how fast the caller reads
+    results.
+    """
 
     def __init__(self, client: ProbeClient, template: scoring_pb2.ScoreRequest, timeout: float | None, window: StreamWindow) -> None:
         self._client = client

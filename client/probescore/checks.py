@@ -1,4 +1,4 @@
-"""Checks rollouts against what a server says of itself, before anything is sent."""
+"""Checks rollouts against a server's published vocabulary and limits, before anything is sent."""
 
 from __future__ import annotations
 
@@ -13,22 +13,25 @@ from probescore.wire.requests import ids_array
 from probescore.wire.tensors import MessageError
 
 Violations = Generator[FieldViolation, None, int]
-"""Yields what is wrong with some ids, and returns how many tokens they are known to be."""
+"""Generator type of a check of token ids: yields the violations that the check finds, and returns the number of tokens as far as the client
+can know it."""
 
 
 def check_groups(groups: Sequence[RolloutGroup], server: ServerInfo) -> None:
-    """Checks token ids against a server's vocabulary, and rollouts against the longest that it takes.
+    """Checks token ids against a server's vocabulary, and the lengths of rollouts against the server's limit.
 
-    A server refuses a whole call for one such rollout, and names the first only; this names all of them, without a call. What only the
-    server knows is left to it: how many tokens a text has, and which follow-ups its probes append by themselves.
+    A server refuses a whole RPC for one bad rollout, and names only the first one; this function names all bad rollouts, without an RPC.
+    Two facts are known to the server alone and are not checked here: the number of tokens of a text, and the token ids that the server's
+    probes themselves append to a completion.
 
     Args:
-        groups: the rollout groups that are to be sent.
-        server: what runs at the address, as ``get_server_info()`` returns it.
+        groups: rollout groups that will be sent.
+        server: description of the server, as ``get_server_info()`` returns it.
 
     Raises:
-        InvalidRequestError: ids are not integers or not in the vocabulary, or a prompt, its completion and the longest chain of follow-ups
-            have more tokens than the limit. ``violations`` has an entry for each, with its field as in ``groups[2].completions[0].ids``.
+        InvalidRequestError: token ids are not integers or not in the vocabulary, or a prompt, its completion and the longest chain of
+            follow-ups (token ids appended to the completion) have together more tokens than the limit. ``violations`` has an entry for each
+            fault, with the path of the field, such as ``groups[2].completions[0].ids``.
     """
     violations = [violation for index, group in enumerate(groups) for violation in _group_violations(group, f"groups[{index}]", server)]
     if violations:

@@ -1,19 +1,19 @@
-"""Defines what a call can raise.
+"""Defines the exceptions that a method of a client can raise.
 
     ProbescoreError
-    ├── InvalidRequestError       the request breaks the contract or a limit; ``field`` says where (also a ``ValueError``)
+    ├── InvalidRequestError       the request violates the contract or a limit; ``field`` names the place (also a ``ValueError``)
     ├── MismatchError             the server runs another model or tokenizer than the one expected
-    ├── MessageTooLargeError      a request or an answer is above the limit of bytes; send fewer rollouts a call
+    ├── MessageTooLargeError      a request or a response has too many bytes; send fewer rollouts per RPC
     ├── OutOfMemoryError          one rollout alone needs more memory than the server's device has; send shorter ones
-    ├── AuthenticationError       the server does not know who calls, or does not allow it
-    ├── DeadlineExceededError     the call's ``timeout`` passed (also a ``TimeoutError``)
+    ├── AuthenticationError       the server cannot identify the caller, or does not permit the RPC
+    ├── DeadlineExceededError     the RPC's ``timeout`` passed (also a ``TimeoutError``)
     ├── TransientError            a later try may succeed
     │   ├── OverloadedError       too many tokens wait in the server already
-    │   └── UnavailableError      no connection, or a server that is starting, draining or has lost its worker
-    └── ServerError               the server failed, does not offer what was asked, or answered what the contract does not allow
+    │   └── UnavailableError      there is no connection, or the server is starting or shutting down, or its worker process crashed
+    └── ServerError               the server failed, does not offer the method or feature, or sent an invalid response
 
-The client tries again by itself after a ``TransientError``, for as long as its ``restart_budget`` and the call's deadline allow.
-All of these can be pickled.
+The client retries an RPC by itself after a ``TransientError``, for as long as the client's ``restart_budget`` and the RPC's deadline allow.
+All these exceptions can be pickled.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class FieldViolation:
-    """Describes one thing that is wrong with a request: ``field`` is its path, such as ``groups[2].completions[0].mask``, ``problem`` says
-    what.
+    """Value object with one fault in a request: ``field`` is the path of the faulty field, such as ``groups[2].completions[0].mask``, and
+    ``problem`` describes the fault.
     """
 
     field: str
@@ -32,14 +32,14 @@ class FieldViolation:
 
 
 class ProbescoreError(Exception):
-    """Is the root of all errors that a client's call raises.
+    """Base class of all exceptions that a client raises when an RPC fails.
 
     Attributes:
-        message: for people.
-        code: name of the gRPC status, such as ``"UNAVAILABLE"``.
-        reason: stable word for programs, such as ``"QUEUE_FULL"``; empty if the server gave none.
-        violations: the fields at fault.
-        retry_seconds: how long the server asks to wait before the next try, if it does.
+        message: description of the failure, for people.
+        code: name of the gRPC status code, such as ``"UNAVAILABLE"``.
+        reason: stable identifier of the failure for programs, such as ``"QUEUE_FULL"``; empty if the server sent none.
+        violations: the faulty fields of the request.
+        retry_seconds: seconds that the server asks the client to wait before the next attempt; ``None`` if the server does not ask.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class ProbescoreError(Exception):
 
     @property
     def field(self) -> str:
-        """Returns the path of the first field at fault; empty if none was named."""
+        """Path of the first faulty field of the request; empty if the error names no field."""
         return self.violations[0].field if self.violations else ""
 
     def __str__(self) -> str:
@@ -67,40 +67,48 @@ class ProbescoreError(Exception):
 
 
 class InvalidRequestError(ProbescoreError, ValueError):
-    """Says that a request breaks the contract or a limit, so that no retry can save it; ``violations`` names the fields at fault."""
+    """Exception raised when a request violates the protobuf contract or a limit, so that a retry would fail too; ``violations`` names the
+    faulty fields.
+    """
 
 
 class MismatchError(ProbescoreError):
-    """Says that the server runs another model or tokenizer than the one the request expects."""
+    """Exception raised when the server runs another model or tokenizer than the one that the request expects."""
 
 
 class MessageTooLargeError(ProbescoreError):
-    """Says that a request or an answer is above the limit of bytes. Fewer rollouts a call, or ``score_stream``, help."""
+    """Exception raised when a request or a response has more bytes than allowed. Fewer rollouts per RPC, or ``score_stream``, help."""
 
 
 class OutOfMemoryError(ProbescoreError):
-    """Says that one rollout alone needs more memory than the server's device has. No retry can save it; the message names its tokens."""
+    """Exception raised when one rollout alone needs more memory than the server's device (such as ``cuda:0``) has. A retry would fail too;
+    the message states the rollout's number of tokens.
+    """
 
 
 class AuthenticationError(ProbescoreError):
-    """Says that the server does not know who calls, or does not allow it."""
+    """Exception raised when the server cannot identify the caller, or does not permit the caller to make the RPC."""
 
 
 class DeadlineExceededError(ProbescoreError, TimeoutError):
-    """Says that the call's ``timeout`` passed before the answer came."""
+    """Exception raised when the RPC's ``timeout`` passed before the response arrived."""
 
 
 class TransientError(ProbescoreError):
-    """Says that a call failed for a reason that may pass, so that a later try may succeed."""
+    """Exception raised when an RPC failed for a reason that may be temporary, so that a later attempt may succeed."""
 
 
 class OverloadedError(TransientError):
-    """Says that the server has too much to do already: a later try may succeed."""
+    """Exception raised when too many tokens already wait in the server; a later attempt may succeed."""
 
 
 class UnavailableError(TransientError):
-    """Says that there is no connection, or that the server is starting, draining or has lost its worker: a later try may succeed."""
+    """Exception raised when there is no connection, or when the server is starting, is shutting down, or has lost a worker process to a
+    crash; a later attempt may succeed.
+    """
 
 
 class ServerError(ProbescoreError):
-    """Says that the server failed, does not offer what was asked, or gave an answer that breaks the contract."""
+    """Exception raised when the server failed, does not offer the requested method or feature, or sent a response that violates the
+    protobuf contract.
+    """

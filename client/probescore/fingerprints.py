@@ -1,4 +1,6 @@
-"""Computes fingerprints of tokenizers, which show whether a trainer's is the one that a server runs before anything is sent."""
+"""Computes fingerprints (digests) of tokenizers. Equal fingerprints show, before anything is sent, that a trainer and a server use the same
+tokenizer.
+"""
 
 from __future__ import annotations
 
@@ -8,27 +10,27 @@ from typing import Protocol
 
 
 class Tokenizer(Protocol):
-    """Describes what a tokenizer of ``transformers`` and a ``tokenizers.Tokenizer`` have in common."""
+    """Interface (Protocol) that tokenizers of ``transformers`` and ``tokenizers.Tokenizer`` have in common."""
 
     def get_vocab(self) -> dict[str, int]:
-        """Returns every token and its id, added tokens included."""
+        """Returns a dictionary from every token, added tokens included, to its id."""
         ...
 
 
 def tokenizer_fingerprint(
     tokenizer: Tokenizer, *, bos_token: str | None = None, eos_token: str | None = None, unk_token: str | None = None
 ) -> str:
-    """Computes a fingerprint of what decides which id means what: the vocabulary with its added tokens, and which tokens are BOS, EOS and
-    UNK.
+    """Computes a digest of everything that determines the meaning of token ids: the vocabulary with its added tokens, and which tokens are
+    BOS, EOS and UNK.
 
-    The padding token is left out, since trainers set it to one that exists already; so are the chat template and the settings of
-    padding and truncation. A token that was added to the vocabulary does count.
+    The padding token is left out, since trainers set the padding token to an existing token. The chat template and the settings of padding
+    and truncation are left out too. A token that was added to the vocabulary does count.
 
     Args:
-        tokenizer: of ``transformers``, slow or fast, or a ``tokenizers.Tokenizer``.
-        bos_token: only for a ``tokenizers.Tokenizer``, which does not know its own; ``None`` if there is none.
-        eos_token: likewise.
-        unk_token: likewise.
+        tokenizer: a slow or fast tokenizer of ``transformers``, or a ``tokenizers.Tokenizer``.
+        bos_token: text of the BOS token; only for a ``tokenizers.Tokenizer``, which does not store it. ``None`` if there is no BOS token.
+        eos_token: text of the EOS token, under the same rule.
+        unk_token: text of the UNK token, under the same rule.
 
     Returns:
         ``"sha256:…"`` over ``{"bos": …, "eos": …, "unk": …, "vocab": [[token, id], …]}`` in ASCII JSON without spaces, the vocabulary

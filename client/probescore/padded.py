@@ -1,4 +1,4 @@
-"""Turns the tensors of ``generate()`` into rollouts of exactly the tokens that were read and sampled."""
+"""Converts the padded tensors of ``generate()`` to rollouts that contain exactly the prompt's tokens and the sampled tokens."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ def rollouts_from_padded(
     completion_mask: ArrayLike | None = None,
     completions_per_prompt: SupportsIndex = 1,
 ) -> list[RolloutGroup]:
-    """Takes the padding out of what ``generate()`` returned, and cuts each completion after its first EOS, which stays.
+    """Removes the padding from the sequences that ``generate()`` returned, and cuts each completion after its first EOS token, which is
+    kept.
 
     ::
 
@@ -40,26 +41,28 @@ def rollouts_from_padded(
         )
 
     Prompts may be padded on either side and may hold EOS. Arrays are anything that numpy reads, and tensors of torch on any device; torch
-    need not be installed. What could be read in two ways is refused.
+    need not be installed. Ambiguous input is refused.
 
     Args:
-        sequences: integers ``(B, P + T)``: a padded prompt of width ``P``, then the tokens sampled after it, in each row.
+        sequences: integers ``(B, P + T)``; each row is a padded prompt of width ``P``, followed by the tokens sampled after the prompt.
         prompt_length: ``P``, the width of the padded prompts, the same for all rows.
         eos_token_id: one id or several, as in ``generation_config.eos_token_id``; ``None``: no token ends a completion.
-        attention_mask: 0 and 1 of any type, 1 = a token. ``(B, P)`` as ``generate()`` was given it, or one row per prompt,
-            ``(B / completions_per_prompt, P)``; or over everything, ``(B, P + T)``, which then also says where completions end. Needed,
-            unless ``pad_token_id`` is given, is no EOS, and does not stand at the beginning of every prompt or the end of every prompt.
-        pad_token_id: the id that fills rows up. With it a completion that ended without EOS loses the padding at its end.
-        completion_mask: 0 and 1 ``(B, T)``: which of the sampled tokens count in reductions; kept with each completion, cut like it.
-        completions_per_prompt: so many consecutive rows have one prompt, as ``num_return_sequences`` makes them.
+        attention_mask: 0 and 1 of any type, 1 = a token. ``(B, P)`` as ``generate()`` was given it, or one row per prompt, ``(B /
+            completions_per_prompt, P)``; or over everything, ``(B, P + T)``, which then also says where completions end. The mask is
+            required, unless ``pad_token_id`` is given, differs from every EOS id, and does not stand at the beginning of every prompt or at
+            the end of every prompt.
+        pad_token_id: the token id used as padding. If it is given, padding is also removed from the end of a completion without EOS.
+        completion_mask: 0 and 1 ``(B, T)``, 1 = the sampled token counts in reductions. The mask is cut like the completion and stored in
+            it.
+        completions_per_prompt: number of consecutive rows with the same prompt, equal to ``num_return_sequences`` of ``generate()``.
 
     Returns:
         One group per prompt, in the order of the rows; ids are int64 copies.
 
     Raises:
-        InvalidRequestError: an argument of the wrong shape, type or range; a row without prompt or completion; a mask with holes, or one
-            that is not of these sequences; tokens after an EOS that are no padding; padding that cannot be told from tokens; rows of one
-            group with different prompts. ``field`` names the argument.
+        InvalidRequestError: an argument of the wrong shape, type or range; a row without prompt or completion; a mask with holes, or a mask
+            that does not fit these sequences; tokens after an EOS that are not padding; padding that cannot be told from tokens; rows of
+            one group with different prompts. ``field`` names the argument.
     """
     rows = _PaddedRows.of(sequences, prompt_length, eos_token_id, pad_token_id)
     per_prompt = _index(completions_per_prompt, "completions_per_prompt", 1)
@@ -87,7 +90,9 @@ def rollouts_from_padded(
 
 @dataclass(frozen=True, eq=False)
 class _PaddedRows:
-    """Holds padded sequences, and what their ids mean. ``eos`` is empty if no token ends a completion."""
+    """Padded sequences of token ids, with the special-token ids that are needed to find the padding. ``eos`` is empty if no token ends a
+    completion.
+    """
 
     ids: NDArray[np.int64]
     prompt_length: int
@@ -117,7 +122,7 @@ class _PaddedRows:
         return ids
 
     def prompt_bounds(self, mask: NDArray[np.bool_] | None) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Returns where each row's prompt begins and ends, two arrays ``(B,)``."""
+        """Returns the indices at which each row's prompt begins and ends, as two arrays ``(B,)``."""
         prompts = self.ids[:, : self.prompt_length]
         field = "attention_mask"
         if mask is None:
@@ -150,7 +155,9 @@ class _PaddedRows:
         return mask
 
     def masked_lengths(self, mask: NDArray[np.bool_]) -> NDArray[np.int64]:
-        """Returns the number of tokens of each completion ``(B,)``, as a mask over them says it; it must agree with the first EOS."""
+        """Returns the number of tokens of each completion ``(B,)`` according to a mask over the completions; the mask must agree with the
+        first EOS token.
+        """
         lengths = mask.sum(axis=1)
         holes = (mask[:, 1:] & ~mask[:, :-1]).any(axis=1) | ((lengths > 0) & ~mask[:, 0])
         if holes.any():
@@ -190,7 +197,7 @@ class _PaddedRows:
         return lengths
 
     def _filler(self, completions: NDArray[np.int64], lengths: NDArray[np.int64]) -> int | None:
-        """Returns the id that fills completions up after their EOS, or ``None`` if nothing does."""
+        """Returns the token id that fills completions after their EOS token, or ``None`` if no completion has such padding."""
         after = np.arange(completions.shape[1]) >= lengths[:, None]
         others = after & ~np.isin(completions, self.eos)
         found = np.unique(completions[others])
@@ -204,7 +211,7 @@ class _PaddedRows:
         return filler
 
     def _first_eos(self) -> NDArray[np.int64]:
-        """Returns the index of each completion's first EOS ``(B,)``; its width where it has none."""
+        """Returns the index of the first EOS token in each completion ``(B,)``; for a completion without EOS, the completion's width."""
         ends = np.isin(self.ids[:, self.prompt_length :], self.eos)
         return np.asarray(np.where(ends.any(axis=1), ends.argmax(axis=1), ends.shape[1]), np.int64)
 
@@ -279,7 +286,9 @@ def _eos_ids(given: TokenIdOrIds) -> NDArray[np.int64]:
 
 
 def _index(given: SupportsIndex, field: str, least: int) -> int:
-    """Returns an integer; raises ``TypeError`` for what is no number, where several would do, and refuses anything else."""
+    """Returns an argument as an integer. Raises ``TypeError`` for a value that is not a number where a list of numbers is allowed too, and
+    refuses any other value.
+    """
     if isinstance(given, (bool, np.bool_)):
         _refuse(field, f"is {given}; an integer is expected")
     try:

@@ -1,6 +1,6 @@
-"""Reduces the scores of the selected tokens to one number.
+"""Reduces the scores of the selected tokens of a rollout to one number.
 
-The same code runs in the server and can be run by a user on per-token scores; ``docs/explanation/scores.md`` gives the formulas.
+The server runs the same code, and users can run it on per-token scores; ``docs/explanation/scores.md`` gives the formulas.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 
 class ReductionKind(str, Enum):
-    """Names a way to reduce the scores of the selected tokens to one number; the value is what a user writes."""
+    """Enumeration of the ways to reduce the scores of the selected tokens to one number; each value is the name that a user writes."""
 
     MEAN = "mean"
     MAX = "max"
@@ -41,11 +41,11 @@ _WRITTEN = re.compile(r"\s*(?P<kind>[a-z_]+)\s*(?:\(\s*(?:(?P<name>[a-z]+)\s*=)?
 
 @dataclass(frozen=True)
 class Reduction:
-    """Describes how the scores of the selected tokens become one number, such as their mean, or that of the 8 highest:
+    """Value object with a way to reduce the scores of the selected tokens to one number, such as their mean, or the mean of the 8 highest:
     ``Reduction(ReductionKind.TOPK_MEAN, 8)`` or ``Reduction.parse("topk_mean(8)")``.
 
     Raises:
-        ValueError: a parameter that the kind needs is missing, one that it does not take is given, or it is out of range.
+        ValueError: the kind's parameter is missing or out of range, or a parameter is given to a kind without one.
     """
 
     kind: ReductionKind
@@ -70,10 +70,10 @@ class Reduction:
 
     @classmethod
     def parse(cls, written: str | Reduction) -> Reduction:
-        """Reads a reduction as it is written: ``"mean"``, ``"topk_mean(8)"`` or ``"ema_max(alpha=0.2)"``.
+        """Converts the text form of a reduction to a ``Reduction``: ``"mean"``, ``"topk_mean(8)"`` or ``"ema_max(alpha=0.2)"``.
 
         Raises:
-            ValueError: what is written is none of the reductions, or its parameter is wrong.
+            ValueError: the text names no reduction, or the parameter in the text is wrong.
         """
         if isinstance(written, Reduction):
             return written
@@ -101,14 +101,14 @@ class Reduction:
 
 
 def reduce_scores(scores: NDArray[np.float32], reduction: Reduction) -> NDArray[np.float32]:
-    """Reduces the per-token scores of the selected tokens to one number for each label.
+    """Reduces the per-token scores of the selected tokens to one number for each label of a probe.
 
     Args:
-        scores: ``(T, L)``, the selected tokens in their order.
-        reduction: what to compute.
+        scores: ``(T, L)``, one row for each selected token in order, one column for each label.
+        reduction: the reduction to compute.
 
     Returns:
-        ``(L,)`` float32; NaN for every label when ``T == 0``: an empty selection is absent, never 0.
+        ``(L,)`` float32; NaN for every label when ``T == 0``: the number of an empty selection is absent, never 0.
     """
     count = scores.shape[0]
     if count == 0:
@@ -145,9 +145,10 @@ def reduce_scores(scores: NDArray[np.float32], reduction: Reduction) -> NDArray[
 
 
 def _ema(x: NDArray[np.float64], alpha: float) -> NDArray[np.float64]:
-    """Computes the exponential moving average started at the first value; ``(T, L)`` in and out.
+    """Computes the exponential moving average of each column of ``(T, L)`` numbers, started at the first row; returns ``(T, L)``.
 
-    Some √T blocks go side by side, as if each began with 0, in as many steps of Python; then each gets what the one before it left.
+    The rows are divided into about √T blocks, which are computed in parallel as if each began with 0, in about √T steps of Python. Then the
+    decayed last average of each block is added to the block after it.
     """
     count, labels = x.shape
     length = math.isqrt(count - 1) + 1
@@ -164,9 +165,10 @@ def _ema(x: NDArray[np.float64], alpha: float) -> NDArray[np.float64]:
 
 
 def _window_sums(x: NDArray[np.float64], w: int) -> NDArray[np.float64]:
-    """Computes the sums of ``w`` values in a row, ``(T, L)`` to ``(T - w + 1, L)``, at the same cost for every ``w``.
+    """Computes the sums of ``w`` consecutive rows of ``(T, L)`` numbers; returns ``(T - w + 1, L)``. The cost is the same for every ``w``.
 
-    A window is the end of one block of ``w`` values and the beginning of the next: nothing is subtracted, so that nothing cancels.
+    Each window is the end of one block of ``w`` rows and the beginning of the next block, so that no subtraction, and no cancellation of
+    digits, is needed.
     """
     count, labels = x.shape
     blocks = np.zeros((-(-count // w), w, labels))

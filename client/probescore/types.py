@@ -1,6 +1,6 @@
-"""Defines the values of the client: what is scored, and what comes back.
+"""Defines the value objects of the client: rollouts to score, and scores, server and probe descriptions that come back.
 
-Everything here is frozen, holds numpy arrays rather than lists, and is shared by the client, the in-process ``Engine`` and the server.
+All classes here are frozen, contain numpy arrays rather than lists, and are shared by the client, the in-process ``Engine`` and the server.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from probescore.reductions import Reduction
 
 
 class Scope(str, Enum):
-    """Says which tokens of a rollout are scored: those of the completion, of the prompt, or all."""
+    """Enumeration of the parts of a rollout whose tokens can be scored: the completion, the prompt, or both."""
 
     COMPLETION = "completion"
     PROMPT = "prompt"
@@ -26,14 +26,14 @@ class Scope(str, Enum):
 
 
 class CompletionStatus(str, Enum):
-    """Says whether a completion could be scored: ``NON_FINITE`` means that a probe gave no finite number."""
+    """Enumeration of the results of scoring a completion; ``NON_FINITE`` means that a probe computed a number that is not finite."""
 
     OK = "ok"
     NON_FINITE = "non_finite"
 
 
 class ScoreUnit(str, Enum):
-    """Says what a probe's numbers are: logits, probabilities, or other values."""
+    """Enumeration of the units of a probe's scores: logits, probabilities, or other values."""
 
     LOGIT = "logit"
     PROBABILITY = "probability"
@@ -41,14 +41,14 @@ class ScoreUnit(str, Enum):
 
 
 class OutputPer(str, Enum):
-    """Says what a probe scores: each token, or the rollout as a whole."""
+    """Enumeration of the units of text that a probe scores: each token, or the rollout as a whole."""
 
     TOKEN = "token"
     ROLLOUT = "rollout"
 
 
 class Hook(str, Enum):
-    """Where in a model a probe can read."""
+    """Enumeration of the kinds of places in a language model at which a probe can read activations."""
 
     RESID_PRE = "resid_pre"
     RESID_POST = "resid_post"
@@ -61,7 +61,7 @@ class Hook(str, Enum):
 
     @property
     def has_layer(self) -> bool:
-        """Whether each decoder block has one; else the model has one."""
+        """Whether each decoder block has a place of this kind; otherwise the whole model has a single one."""
         return self is not Hook.FINAL_NORM
 
 
@@ -70,12 +70,12 @@ class Hook(str, Enum):
 
 @dataclass(frozen=True)
 class Text:
-    """Holds a prompt as text for the server to tokenise; the answer is flagged ``inexact_ids``.
+    """A prompt as text, which the server tokenises; the scores are then flagged ``inexact_ids``.
 
     Attributes:
         text: the prompt's text.
-        add_special_tokens: whether the tokenizer adds its special tokens, such as BOS; refused where that would double a BOS that the text
-            starts with.
+        add_special_tokens: whether the tokenizer adds its special tokens, such as BOS. The server refuses a text that starts with BOS
+            already if the tokenizer would add a second BOS.
     """
 
     text: str
@@ -84,7 +84,7 @@ class Text:
 
 @dataclass(frozen=True)
 class ChatMessage:
-    """Holds one message of a conversation; ``role`` is what the model's chat template calls its author."""
+    """One message of a conversation; ``role`` is the author's role by the name that the model's chat template uses, such as ``"user"``."""
 
     role: str
     content: str
@@ -92,19 +92,23 @@ class ChatMessage:
 
 @dataclass(frozen=True)
 class Chat:
-    """Holds a conversation up to, and without, the completion; the server renders it with the model's chat template."""
+    """A conversation that serves as a prompt, without the completion; the server renders the conversation with the model's chat
+    template.
+    """
 
     messages: tuple[ChatMessage, ...]
 
     @classmethod
     def of(cls, messages: Sequence[Mapping[str, str]]) -> Chat:
-        """Makes a conversation of the usual list of ``{"role": …, "content": …}``."""
+        """Makes a conversation from a list of dictionaries ``{"role": …, "content": …}``."""
         return cls(tuple(ChatMessage(message["role"], message["content"]) for message in messages))
 
 
 @dataclass(frozen=True)
 class Span:
-    """Names a half-open range ``[start, end)`` of tokens, relative to its completion, which is scored apart."""
+    """A named half-open range ``[start, end)`` of a completion's tokens, which is scored separately; indices count from the completion's
+    first token.
+    """
 
     name: str
     start: int
@@ -112,19 +116,20 @@ class Span:
 
 
 TokenIds = Union[NDArray[np.integer[Any]], Sequence[int]]
-"""Are token ids, ``(T,)`` integers, taken verbatim."""
+"""Token ids as an array ``(T,)`` of integers, which are used unchanged."""
 
 
 @dataclass(frozen=True, eq=False)
 class Completion:
-    """Holds tokens whose scores are wanted, given a prompt.
+    """A completion to score: the tokens that follow a prompt.
 
     Attributes:
-        tokens: ids ``(T,)``, taken verbatim, EOS included; or a ``str`` that the server tokenises without special tokens.
-        mask: ``(T,)`` of 0 and 1, which tokens count in reductions; ``None`` = all.
-        spans: parts to score apart, under the mask; their names differ.
-        follow_ups: continuations, each read as a fork of this completion; they may nest.
-        id: a name of the caller's choice, which comes back with the scores.
+        tokens: token ids ``(T,)``, used unchanged, EOS included; or a ``str`` that the server tokenises without adding special tokens.
+        mask: ``(T,)`` of 0 and 1, 1 = the token counts in reductions; ``None`` = all tokens count.
+        spans: named parts of the completion that are scored separately, under the mask. Names must be unique.
+        follow_ups: token ids appended to the finished completion, such as a question about it. The model reads each follow-up as a fork of
+            this completion, without recomputing the completion. A follow-up may have follow-ups of its own.
+        id: a name chosen by the caller, which comes back with the scores.
     """
 
     tokens: TokenIds | str
@@ -136,11 +141,11 @@ class Completion:
 
 @dataclass(frozen=True, eq=False)
 class RolloutGroup:
-    """Holds one prompt and its completions; the server computes the prompt once for all of them.
+    """A prompt and its completions; the server computes the prompt once for all its completions.
 
     Attributes:
-        prompt: ids ``(P,)``, taken verbatim (no BOS is added), a ``str``, a ``Text`` or a ``Chat``.
-        completions: each a ``Completion``, or just its tokens.
+        prompt: token ids ``(P,)``, used unchanged (no BOS is added), a ``str``, a ``Text`` or a ``Chat``.
+        completions: the completions, each as a ``Completion`` or as its tokens only.
     """
 
     prompt: TokenIds | str | Text | Chat
@@ -152,21 +157,24 @@ class RolloutGroup:
 
 @dataclass(frozen=True)
 class ScoredProbe:
-    """Describes a probe as it was applied to the rollouts of an answer.
+    """Description of a probe that has scored the rollouts of a response.
 
     Attributes:
         name: the probe's name.
-        version: its version; a name and a version always mean the same bytes.
-        graph_sha256: digest of its graph, which computes the scores.
-        manifest_sha256: digest of the rest of its manifest, calibrations included.
-        unit: what its numbers are.
-        output_per: whether it scores tokens or rollouts.
+        version: the probe's version; a name and a version always identify the same bytes.
+        graph_sha256: digest of the probe's ONNX graph, which computes the scores.
+        manifest_sha256: digest of the probe's manifest without the graph's digest, calibrations included.
+        unit: unit of the probe's scores.
+        output_per: whether the probe scores tokens or rollouts.
         labels: names of the values per token or rollout, in order; a single value has one label.
-        reductions: in the order of ``ProbeScores.reduced``; empty for a probe that pools by itself.
-        follow_up_tokens: of the follow-up that the probe itself appends to every completion and reads instead; 0 = it reads the completion.
-        accepted_mismatches: checks that failed and that the server's operator chose to accept, such as ``"tokenizer_fingerprint"``.
-        reading: whose activations it read; ``"frozen"`` are those of the server's own model.
-        exclude_special_tokens: the tokenizer's special tokens do not count, so that a selection of nothing else is absent.
+        reductions: reductions from per-token scores to one number, in the order of ``ProbeScores.reduced``; empty for a probe that scores
+            rollouts.
+        follow_up_tokens: number of tokens that the probe itself appends to every completion (a follow-up) and scores instead of the
+            completion; 0 = the probe scores the completion.
+        accepted_mismatches: failed checks of the probe that the server's operator chose to accept, such as ``"tokenizer_fingerprint"``.
+        reading: name of the model whose activations the probe has read; ``"frozen"`` = the server's own model.
+        exclude_special_tokens: whether the tokenizer's special tokens do not count; the score of a selection that has only special tokens
+            is then absent.
     """
 
     name: str
@@ -184,18 +192,20 @@ class ScoredProbe:
 
     @property
     def key(self) -> str:
-        """Returns ``name@version``, which is one probe's only."""
+        """Returns ``name@version``, which identifies one probe."""
         return f"{self.name}@{self.version}"
 
 
 @dataclass(frozen=True, eq=False)
 class ProbeScores:
-    """Holds what one probe says of one completion.
+    """Scores that one probe has given to one completion.
 
     Attributes:
-        reduced: ``(1 + spans, reductions, labels)`` float32 in the probe's unit. Row 0 is the whole scope under the mask, then the spans
-            in the request's order. NaN = absent. A probe that pools by itself has a middle axis of length 1.
-        tokens: ``(tokens in scope, labels)`` float32, entry *i* read at the position whose input is token *i*; ``None`` unless asked for.
+        reduced: ``(1 + spans, reductions, labels)`` float32 in the probe's unit. Row 0 is the whole scope (the scored part of the rollout)
+            under the mask; the following rows are the spans in the request's order. NaN = the selection was empty. For a probe that scores
+            rollouts the middle axis has length 1.
+        tokens: ``(tokens in scope, labels)`` float32; row *i* is the score at the position whose input is token *i*. ``None`` unless token
+            scores were requested.
     """
 
     reduced: NDArray[np.float32]
@@ -203,31 +213,35 @@ class ProbeScores:
 
     @property
     def value(self) -> float | None:
-        """Returns the number of the whole scope, first reduction, first label; ``None`` if nothing was selected."""
+        """Score of the whole scope (the scored part of the rollout), for the first reduction and the first label; ``None`` if no token was
+        selected.
+        """
         return self.at()
 
     def at(self, span: int = 0, reduction: int = 0, label: int = 0) -> float | None:
-        """Returns one reduced number by its three indices, or ``None`` if that selection was empty."""
+        """Returns the reduced score of a span (or of the scope), a reduction and a label, given by their indices; ``None`` if the selection
+        was empty.
+        """
         number = float(self.reduced[span, reduction, label])
         return None if np.isnan(number) else number
 
 
 @dataclass(frozen=True, eq=False)
 class CompletionScores:
-    """Holds the scores of one completion.
+    """Scores of one completion by all probes.
 
     Attributes:
-        id: the completion's, as it was sent.
-        status: whether it could be scored.
-        scores: by probe, under its name, or ``name@version`` where several versions of one name were applied; empty when ``status`` is
-            not ``OK``.
-        status_message: why it could not be scored; empty otherwise.
-        prompt_ids: ``(P,)`` int32, only if asked for (never on a follow-up).
-        completion_ids: ``(T,)`` int32, only if asked for.
-        inexact_ids: some ids came from text, so that they may differ from those the policy sampled.
-        follow_ups: one per follow-up, in the request's order.
-        prompt_texts: ``P`` pieces of text for people, only if asked for (never on a follow-up).
-        completion_texts: ``T`` pieces of text for people, only if asked for.
+        id: the completion's id, as it was sent.
+        status: whether the completion could be scored.
+        scores: a dictionary of scores keyed by the probe's name, or by ``name@version`` if several versions of one probe were applied;
+            empty when ``status`` is not ``OK``.
+        status_message: reason why the completion could not be scored; empty otherwise.
+        prompt_ids: ``(P,)`` int32, only if requested (never on a follow-up).
+        completion_ids: ``(T,)`` int32, only if requested.
+        inexact_ids: whether some token ids were made from text by the server; such ids may differ from the ids that the policy sampled.
+        follow_ups: scores of each follow-up (token ids appended to the completion), in the request's order.
+        prompt_texts: the prompt's ``P`` tokens as text, for people, only if requested (never on a follow-up).
+        completion_texts: the completion's ``T`` tokens as text, for people, only if requested.
     """
 
     id: str
@@ -251,16 +265,17 @@ class CompletionScores:
 
 @dataclass(frozen=True)
 class Usage:
-    """Counts the work done for an answer.
+    """Counts of the work that the server did for a response.
 
-    The three token counts add up to every prompt (once per completion), completion and follow-up.
+    The three token counts add up to the tokens of every prompt (once per completion), completion and follow-up.
 
     Attributes:
         tokens_computed: tokens that ran through the model.
         tokens_shared: tokens computed once for several completions, counted from the second on.
         tokens_cached: tokens taken from the key-value cache of earlier work.
-        queue_seconds: from admission until the first of the completions reached the device.
-        compute_seconds: of the device batches in which they took part.
+        queue_seconds: seconds from the admission of the request until computation of its first completion began on the device (such as
+            ``cuda:0``).
+        compute_seconds: seconds of computation of the device batches that contained completions of the request.
     """
 
     tokens_computed: int = 0
@@ -271,7 +286,7 @@ class Usage:
 
     @property
     def tokens(self) -> int:
-        """Returns how many tokens reading each rollout by itself would compute: computed, shared and cached."""
+        """Number of tokens that would be computed if each rollout were read separately: computed, shared and cached tokens."""
         return self.tokens_computed + self.tokens_shared + self.tokens_cached
 
     @classmethod
@@ -283,12 +298,12 @@ class Usage:
 
 @dataclass(frozen=True)
 class ScoringInfo:
-    """Says what produced the scores of an answer, and what it took.
+    """Description of the model, tokenizer and probes that produced the scores of a response, and of the work done.
 
     Attributes:
-        model_fingerprint: of the model that was run, ``"sha256:…"``.
-        tokenizer_fingerprint: of the server's tokenizer, ``"sha256:…"``; empty if it has none.
-        probes: as they were applied.
+        model_fingerprint: fingerprint of the model that was run, ``"sha256:…"``.
+        tokenizer_fingerprint: fingerprint of the server's tokenizer, ``"sha256:…"``; empty if the server has no tokenizer.
+        probes: the probes that were applied.
         usage: the work done.
     """
 
@@ -300,7 +315,7 @@ class ScoringInfo:
 
 @dataclass(frozen=True, eq=False)
 class GroupScores:
-    """Holds the scores of one group, in the order of its completions."""
+    """Scores of one rollout group, in the order of the group's completions."""
 
     completions: tuple[CompletionScores, ...]
 
@@ -316,15 +331,17 @@ class GroupScores:
 
 @dataclass(frozen=True, eq=False)
 class ScoreResult:
-    """Holds the answer to ``score``: the scores of each group, in the request's order, and what produced them."""
+    """Result of ``score``: the scores of each rollout group in the request's order, and a description of the model and probes that produced
+    the scores.
+    """
 
     groups: tuple[GroupScores, ...]
     info: ScoringInfo
 
     def values(self, probe: str, *, reduction: int = 0, label: int = 0) -> NDArray[np.float32]:
-        """Returns one number per completion, group after group, ``(completions,)`` float32 in the probe's unit.
+        """Returns one probe's score of each completion, group after group, as ``(completions,)`` float32 in the probe's unit.
 
-        NaN where the selection was empty or the completion could not be scored (see ``CompletionScores.status``): it never reads as 0.
+        The number is NaN, never 0, where the selection was empty or the completion could not be scored (see ``CompletionScores.status``).
         """
         numbers = (
             scored[probe].at(0, reduction, label) if scored.status is CompletionStatus.OK else None
@@ -336,9 +353,10 @@ class ScoreResult:
 
 @dataclass(frozen=True, eq=False)
 class StreamedCompletion:
-    """Holds one answer of ``score_stream``: the scores of completion ``completion_index`` of the group that came ``group_index``-th.
+    """One result of ``score_stream``: the scores of completion ``completion_index`` of rollout group ``group_index``. Both indices start at
+    0 and follow the order in which groups and completions were given.
 
-    ``info.usage`` is that of all completions that finished in the same message.
+    ``info.usage`` counts the work for all completions that came in the same response message.
     """
 
     group_index: int
@@ -361,12 +379,12 @@ def score_keys(probes: Sequence[ScoredProbe]) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Tap:
-    """Says where in the model a probe reads: at which hook, and in which decoder block.
+    """Place in the model at which a probe reads activations: a hook (the kind of place) and a decoder block.
 
-    ``hook`` is a ``Hook``, or the name of one that only a newer server knows; ``layer`` is the 0-based index of the decoder block (``None``
-    for ``final_norm``).
+    ``hook`` is a ``Hook``, or the name of a hook that only a newer server knows; ``layer`` is the 0-based index of the decoder block
+    (``None`` for ``final_norm``).
 
-    ``str(tap)`` is the name of the graph input that reads it: ``"resid_post.6"``, ``"final_norm"``.
+    ``str(tap)`` is the name of the probe graph's input for these activations: ``"resid_post.6"``, ``"final_norm"``.
     """
 
     hook: str
@@ -378,17 +396,18 @@ class Tap:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Describes a threshold and the data it was found on; at or above it a rollout counts as flagged.
+    """A threshold of a probe and the data on which the threshold was found; a rollout whose score is at or above the threshold counts as
+    flagged.
 
     Attributes:
-        threshold: in the unit of the probe, after ``reduction``.
-        false_positive_rate: the rate aimed at, in (0, 1).
+        threshold: threshold for reduced scores, in the unit of the probe.
+        false_positive_rate: false-positive rate that the threshold aims at, in (0, 1).
         false_positive_rate_low: the lower end of the 95% confidence interval of the rate at this threshold.
         false_positive_rate_high: the upper end of that interval.
-        negatives: how many negative rollouts it was found on.
-        dataset: which data these are, in words.
-        reduction: the reduction that it holds for; ``None`` for a probe that pools by itself.
-        label: the label that it holds for, where the probe has several.
+        negatives: number of negative rollouts on which the threshold was found.
+        dataset: description of the data, in words.
+        reduction: the reduction for whose scores the threshold holds; ``None`` for a probe that scores rollouts.
+        label: the label for whose scores the threshold holds, if the probe has several labels.
     """
 
     threshold: float
@@ -403,22 +422,23 @@ class Calibration:
 
 @dataclass(frozen=True)
 class ProbeInfo:
-    """Describes a loaded probe.
+    """Description of a probe that a server has loaded.
 
     Attributes:
         name: the probe's name.
-        version: its version; a name and a version always mean the same bytes.
-        description: what it looks for, in its author's words.
-        graph_sha256: digest of its graph, which computes the scores.
-        manifest_sha256: digest of the rest of its manifest, calibrations included.
-        taps: where in the model it reads.
-        unit: what its numbers are.
-        output_per: whether it scores tokens or rollouts.
+        version: the probe's version; a name and a version always identify the same bytes.
+        description: what the probe detects, in its author's words.
+        graph_sha256: digest of the probe's ONNX graph, which computes the scores.
+        manifest_sha256: digest of the probe's manifest without the graph's digest, calibrations included.
+        taps: places in the model at which the probe reads activations.
+        unit: unit of the probe's scores.
+        output_per: whether the probe scores tokens or rollouts.
         labels: names of the values per token or rollout, in order; a single value has one label.
-        default_reduction: how its scores become one number unless a request says otherwise; ``None`` if it pools by itself.
-        calibrations: its thresholds.
-        accepted_mismatches: checks that failed and that the server's operator chose to accept, such as ``"tokenizer_fingerprint"``.
-        manifest_json: its whole manifest as JSON, without the golden vectors.
+        default_reduction: reduction of the per-token scores to one number, used unless a request asks for another one; ``None`` for a probe
+            that scores rollouts.
+        calibrations: the probe's calibrated thresholds.
+        accepted_mismatches: failed checks of the probe that the server's operator chose to accept, such as ``"tokenizer_fingerprint"``.
+        manifest_json: the probe's manifest as JSON, without the golden vectors (token ids with expected scores).
     """
 
     name: str
@@ -437,24 +457,24 @@ class ProbeInfo:
 
     @property
     def key(self) -> str:
-        """Returns ``name@version``, which is one probe's only."""
+        """Returns ``name@version``, which identifies one probe."""
         return f"{self.name}@{self.version}"
 
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """Describes the frozen model of a server.
+    """Description of the frozen language model of a server.
 
     Attributes:
-        id: its name as the server was given it; of a path the last component only.
-        revision: its revision; empty for a local model.
-        fingerprint: of its weights and configuration, ``"sha256:…"``.
-        model_type: its architecture, as ``transformers`` calls it.
+        id: the model's name as configured in the server; of a path the last component only.
+        revision: the model's revision; empty for a local model.
+        fingerprint: digest of the model's weights and configuration, ``"sha256:…"``.
+        model_type: the model's architecture, by its name in ``transformers``.
         hidden_size: the width of the residual stream.
-        num_hidden_layers: decoder blocks of the whole model.
-        num_loaded_layers: the decoder blocks that are loaded, because some probe needs them.
+        num_hidden_layers: number of decoder blocks of the whole model.
+        num_loaded_layers: number of decoder blocks that are loaded, because some probe needs their activations.
         vocab_size: the number of token ids; ids are in ``[0, vocab_size)``.
-        max_position_embeddings: the most positions that the model was made for; 0 if unknown.
+        max_position_embeddings: maximum number of positions that the model was made for; 0 if unknown.
     """
 
     id: str
@@ -470,9 +490,10 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class Limits:
-    """Holds what a request may hold at most; above any of these it is refused, never cut short. The proto says what each counts.
+    """Maximum sizes of requests to a server; a request above a limit is refused, never cut short. The comments in the ``.proto`` file
+    define what each limit counts.
 
-    0 = the server does not say: it is of an earlier version.
+    A limit of 0 means that the server, being of an earlier version, does not state the limit.
     """
 
     max_message_bytes: int
@@ -497,15 +518,15 @@ class Limits:
 
 @dataclass(frozen=True)
 class WorkerInfo:
-    """Describes one worker process of a server.
+    """Description of one worker process of a server.
 
     Attributes:
-        device: ``cpu`` or ``cuda:0``.
-        dtype: of the model's numbers: ``float32``, ``bfloat16`` or ``float16``.
-        execution_path: how it runs the model: ``universal`` or ``packed``.
-        ready: whether it can score.
-        restarts: how often it has been restarted since the server started.
-        asleep: whether it has given its device's memory back; until it is woken it cannot score, and work waits for it.
+        device: the worker's device, such as ``cpu`` or ``cuda:0``.
+        dtype: data type of the model's weights and activations: ``float32``, ``bfloat16`` or ``float16``.
+        execution_path: implementation with which the worker runs the model: ``universal`` or ``packed``.
+        ready: whether the worker can score.
+        restarts: number of times that the worker has been restarted since the server started.
+        asleep: whether the worker has freed its device's memory; until the worker is woken it cannot score, and requests wait.
     """
 
     device: str
@@ -518,14 +539,15 @@ class WorkerInfo:
 
 @dataclass(frozen=True)
 class Transfer:
-    """Says what ``sleep`` or ``wake`` moved on one device. All numbers are 0 if it was in that state already.
+    """Record of the memory that ``sleep`` or ``wake`` moved on one device. All numbers are 0 if the device was in the requested state
+    already.
 
     Attributes:
-        device: ``cpu`` or ``cuda:0``.
-        seconds: how long it took, without the batch that computed before.
-        weight_bytes: of weights, copied between the device and host memory; 0 on a CPU, where they stay.
-        device_bytes: of the device's memory, given back or taken: what torch holds there less or more than before. On a CPU those of
-            the key-value cache.
+        device: the device, such as ``cpu`` or ``cuda:0``.
+        seconds: duration of the move, without the time of waiting for the batch that was being computed.
+        weight_bytes: bytes of weights copied between the device and host memory; 0 on a CPU, where weights stay in place.
+        device_bytes: bytes of the device's memory that were freed or allocated: the change in the memory that torch holds on the device. On
+            a CPU, the bytes of the key-value cache.
     """
 
     device: str
@@ -536,14 +558,14 @@ class Transfer:
 
 @dataclass(frozen=True)
 class ServerInfo:
-    """Describes what runs at an address.
+    """Description of a server: its software, model, limits, workers and probes.
 
     Attributes:
         server_version: the version of the server's software.
         model: the frozen model.
-        tokenizer_fingerprint: of its tokenizer, ``"sha256:…"``; empty if it has none.
-        limits: what a request may hold.
-        workers: one for each device.
+        tokenizer_fingerprint: fingerprint of the server's tokenizer, ``"sha256:…"``; empty if the server has no tokenizer.
+        limits: maximum sizes of requests.
+        workers: the worker processes, one for each device.
         probes: ``name@version`` of each loaded probe.
     """
 

@@ -44,7 +44,7 @@ from probescore_probes.importing import FORMATS, NOT_COMPARED, AuthorScores, imp
 from probescore_probes.importing.imported import Asked
 from probescore_probes.importing.places import read_place
 from probescore_probes.importing.registry import format_of
-from probescore_probes.importing.source import Source
+from probescore_probes.importing.source import ProbeSource
 from probescore_server.errors import ProbeRefused
 
 DOCS = Path(__file__).parents[2] / "docs/how-to/import-a-probe.md"
@@ -82,7 +82,9 @@ def read(case, **told):
     said = case.told | told
     taps = tuple(read_place(tap, "tap", N).tap for tap in said.pop("taps", ()))
     features = tuple(said.pop("features", ()))
-    return format_of(Source(case.file), said.pop("format", None)).read(Source(case.file), Asked(D, N, taps=taps, features=features, **said))
+    return format_of(ProbeSource(case.file), said.pop("format", None)).read(
+        ProbeSource(case.file), Asked(D, N, taps=taps, features=features, **said)
+    )
 
 
 def make(kind, tmp_path: Path):
@@ -172,7 +174,7 @@ def test_a_file_is_known_by_what_is_in_it(tmp_path):
     for index, (name, expected) in enumerate(known.items()):
         folder = tmp_path / str(index)
         folder.mkdir()
-        assert format_of(Source(CASES[name](folder, np.random.default_rng(3)).file), None).name == expected, name
+        assert format_of(ProbeSource(CASES[name](folder, np.random.default_rng(3)).file), None).name == expected, name
 
 
 def test_what_no_format_recognises_is_refused_with_the_formats(refused, tmp_path):

@@ -1,7 +1,8 @@
-"""Turns scores into what RL needs: a reward, a penalty, a screen, a gate or a monitor. There is one thin module per trainer.
+"""Turns the scores of probes into changes of an RL trainer's rewards: a reward, a penalty, a screen (removal of rollouts), a gate
+(reduction of the task's reward) or a monitor (only logged). There is one thin module per trainer.
 
-The core knows no trainer and the client only. ``probescore_adapters.trl``, ``.openrlhf``, ``.verl``, ``.verifiers`` and ``.http`` each
-import theirs.
+The core imports the probescore client but no trainer. Each of ``probescore_adapters.trl``, ``.openrlhf``, ``.verl``, ``.verifiers`` and
+``.http`` imports the trainer or web framework that it adapts.
 """
 
 from probescore_adapters.errors import ProbeReplaced, SignalError, Unscorable

@@ -1,8 +1,9 @@
-"""Reads what a trainer hands over as plain numpy: token ids, masks, rewards and the keys of groups.
+"""Converts the token ids, masks, rewards and group keys that a trainer passes to plain numpy arrays and Python values.
 
-Trainers hold these in lists, numpy, torch, JAX, pandas or pyarrow, with gradients, on devices, in bfloat16. Numbers are read as they are
-meant, or refused with the name of their field: what says more than its numbers (a masked entry, a missing value, a sparse layout, a shard)
-is never read as if it did not. No module here imports a tensor library.
+Trainers store these values in lists, numpy, torch, JAX, pandas or pyarrow, with gradients, on devices, in bfloat16. A value is either read
+with its intended meaning, or refused with an error that names the field. Containers that carry more than numbers (masked entries, missing
+values, a sparse layout, a shard of a distributed tensor) are never read as if they were plain numbers. No module here imports a tensor
+library.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ _NARROW_FLOATS = ("bfloat16", "float8")
 
 
 def as_ids(given: object, field: str) -> NDArray[np.int64]:
-    """Reads token ids as ``(T,)`` int64, of whatever library; ``T`` may be 0.
+    """Converts token ids of any array library to ``(T,)`` int64; ``T`` may be 0.
 
     Raises:
-        InvalidRequestError: it is no flat sequence of integers; names ``field``.
+        InvalidRequestError: the value is not a flat sequence of integers; the error names ``field``.
     """
     array = _flat(given, field, "token ids")
     if array.size == 0:
@@ -38,15 +39,15 @@ def as_ids(given: object, field: str) -> NDArray[np.int64]:
 
 
 def as_mask(given: object, length: int | None, field: str) -> NDArray[np.bool_]:
-    """Reads a mask as ``(T,)`` booleans, of whatever library.
+    """Converts a mask of any array library to ``(T,)`` booleans.
 
     Args:
         given: 0 and 1, as booleans, integers or floating-point numbers.
-        length: ``T``; ``None`` = not known here.
-        field: named in errors.
+        length: ``T``, the expected number of entries; ``None`` = unknown.
+        field: name of the mask's field, for error messages.
 
     Raises:
-        InvalidRequestError: an entry is something else (-100, NaN, 0.5), or the length is another.
+        InvalidRequestError: an entry is neither 0 nor 1 (such as -100, NaN or 0.5), or the length differs from ``length``.
     """
     array = _flat(given, field, "a mask of 0 and 1")
     if length is not None and len(array) != length:
@@ -60,10 +61,11 @@ def as_mask(given: object, length: int | None, field: str) -> NDArray[np.bool_]:
 
 
 def as_rewards(given: object, count: int, field: str) -> NDArray[np.float64]:
-    """Reads rewards as ``(n,)`` float64, of whatever library.
+    """Converts rewards of any array library to ``(n,)`` float64.
 
     Raises:
-        InvalidRequestError: they are not ``count`` finite numbers; names the first that is none.
+        InvalidRequestError: the value does not consist of ``count`` finite numbers; the error names the first entry that is not a finite
+            number.
     """
     array = _flat(given, field, "rewards")
     if len(array) != count:
@@ -78,10 +80,10 @@ def as_rewards(given: object, count: int, field: str) -> NDArray[np.float64]:
 
 
 def as_numbers(given: object, field: str) -> NDArray[np.float64]:
-    """Reads numbers of any shape as float64, of whatever library; NaN and infinities stay.
+    """Converts numbers of any array library and any shape to float64; NaN and infinities are kept.
 
     Raises:
-        InvalidRequestError: it holds something else.
+        InvalidRequestError: the value contains something other than numbers.
     """
     array = _array(given, field)
     if array.size and array.dtype.kind not in "biuf":
@@ -90,10 +92,10 @@ def as_numbers(given: object, field: str) -> NDArray[np.float64]:
 
 
 def as_list(given: Iterable[Any] | None, field: str) -> list[Any]:
-    """Returns the rows of a batch as a list, whatever holds them; a generator is read to its end.
+    """Converts the rows of a batch, in any container, to a list; a generator is read to its end.
 
     Raises:
-        InvalidRequestError: it is one thing, and no batch of them.
+        InvalidRequestError: the value is a single item (such as one string) and not a batch of items.
     """
     if given is None or isinstance(given, (str, bytes)):
         raise _refused(field, f"expected one for each rollout, got {given!r:.60}")
@@ -104,10 +106,11 @@ def as_list(given: Iterable[Any] | None, field: str) -> list[Any]:
 
 
 def as_group_key(given: object, field: str) -> Hashable | None:
-    """Returns a key that is equal to another if their values are, whatever holds them; ``None`` stays ``None``.
+    """Returns a hashable key of a rollout's group: keys are equal if the values are equal, whatever library stores them. ``None`` stays
+    ``None``.
 
     Raises:
-        InvalidRequestError: it has no value to compare: NaN, or an object that is equal to itself only.
+        InvalidRequestError: the key cannot be compared by value: NaN, or an object that is equal to itself only.
     """
     if isinstance(given, np.generic):
         given = given.item()
@@ -139,7 +142,7 @@ def _flat(given: object, field: str, what: str) -> NDArray[Any]:
 
 
 def _array(given: Any, field: str) -> NDArray[Any]:  # noqa: ANN401 - of any library
-    """Reads numbers of any shape as numpy; of an empty sequence the dtype says nothing."""
+    """Converts numbers of any shape to a numpy array; the dtype of an empty sequence is not meaningful."""
     if isinstance(given, np.ma.MaskedArray):
         if np.ma.getmaskarray(given).any():
             raise _refused(field, "has masked entries, which have no number")

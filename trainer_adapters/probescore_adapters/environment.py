@@ -1,6 +1,7 @@
-"""Makes a ``ProbeScorer`` of words: environment variables, and the fields that YAML files and keyword arguments carry.
+"""Makes a ``ProbeScorer`` from text settings: environment variables, or fields of YAML files and keyword arguments.
 
-Trainers that load a function by its path give it no arguments; the environment reaches it, and every worker of the run.
+Trainers that load a function by its path pass no settings to the function. Environment variables reach the function, and every worker
+process of the run.
 """
 
 from __future__ import annotations
@@ -23,22 +24,24 @@ RAILS = "PROBESCORE_RAILS"
 RUN_ID = "PROBESCORE_RUN_ID"
 TOKENIZER_FINGERPRINT = "PROBESCORE_TOKENIZER_FINGERPRINT"
 POLICY_ENV = {field.name: f"PROBESCORE_{field.name.upper()}" for field in fields(Policy)}
-"""Maps the fields of ``Policy`` to their environment variables: ``PROBESCORE_ON_FAILURE`` and so on."""
+"""Dictionary from the names of ``Policy``'s fields to their environment variables, such as ``PROBESCORE_ON_FAILURE``."""
 
 _NUMBERS = ("weight", "threshold")
 
 
 def scorer_from_environment(environment: Mapping[str, str] = os.environ) -> ProbeScorer:
-    """Returns the scorer that environment variables describe.
+    """Returns a ``ProbeScorer`` configured by environment variables.
 
-    ``PROBESCORE_SIGNALS`` is required: a JSON list of objects with the fields of ``ProbeSignal``, one such object, or the path of a JSON
-    file with either. ``PROBESCORE_ADDRESS``: of the server, or several with commas between. ``PROBESCORE_ON_FAILURE``,
-    ``PROBESCORE_ON_UNSCORABLE``, ``PROBESCORE_TIMEOUT``, ``PROBESCORE_WAIT_SECONDS``: the fields of ``Policy``. ``PROBESCORE_RAILS``: a
-    JSON object with fields of ``GuardRails``. ``PROBESCORE_RUN_ID``, ``PROBESCORE_TOKENIZER_FINGERPRINT``: as for ``ProbeScorer``, which
-    also reads ``PROBESCORE_JOB``. An empty variable counts as not set.
+    ``PROBESCORE_SIGNALS`` is required: a JSON list of objects with the fields of ``ProbeSignal``, a single object of this kind, or the path
+    of a JSON file that contains the list or the object. ``PROBESCORE_ADDRESS``: the address of the server, or several addresses separated
+    by commas. ``PROBESCORE_ON_FAILURE``, ``PROBESCORE_ON_UNSCORABLE``, ``PROBESCORE_TIMEOUT``, ``PROBESCORE_WAIT_SECONDS``: the fields of
+    ``Policy``. ``PROBESCORE_RAILS``: a JSON object with fields of ``GuardRails``. ``PROBESCORE_RUN_ID``,
+    ``PROBESCORE_TOKENIZER_FINGERPRINT``: the arguments of ``ProbeScorer`` with these names; ``ProbeScorer`` also reads ``PROBESCORE_JOB``.
+    An empty variable counts as not set.
 
     Raises:
-        ValueError: a variable is missing or wrong; names it, the field and what is there. ``SignalError`` for a signal.
+        ValueError: a variable is missing or wrong; the error names the variable, the field and the given value. For a wrong signal the
+            error is a ``SignalError``.
     """
     given = {variable: value.strip() for variable, value in environment.items() if variable.startswith("PROBESCORE_") and value.strip()}
     if SIGNALS not in given:
@@ -59,14 +62,14 @@ def scorer_from_environment(environment: Mapping[str, str] = os.environ) -> Prob
 
 
 def signals_from(given: Mapping[str, Any] | Sequence[Mapping[str, Any]], where: str = "signals") -> tuple[ProbeSignal, ...]:
-    """Returns signals made of objects with the fields of ``ProbeSignal``, or of one such object.
+    """Makes signals from a list of objects with the fields of ``ProbeSignal``, or from a single object.
 
     Args:
-        given: as JSON, YAML or keyword arguments give them.
-        where: they come from, for messages.
+        given: the objects, as parsed from JSON, YAML or keyword arguments.
+        where: source of the objects, for error messages.
 
     Raises:
-        SignalError: a field is unknown, missing or wrong; ``field`` says of which signal: ``signals[1].weight``.
+        SignalError: a field is unknown, missing or wrong; the error's ``field`` names signal and field, such as ``signals[1].weight``.
     """
     entries = [given] if isinstance(given, Mapping) else given
     if not isinstance(entries, Sequence) or isinstance(entries, str):
@@ -88,10 +91,10 @@ def signals_from(given: Mapping[str, Any] | Sequence[Mapping[str, Any]], where: 
 
 
 def rails_from(given: Mapping[str, Any], where: str = "rails") -> GuardRails:
-    """Returns guard rails made of the fields that are given; the others keep their defaults.
+    """Makes ``GuardRails`` from a dictionary of fields; fields that are not given keep their defaults.
 
     Raises:
-        ValueError: a field is unknown or wrong; names it.
+        ValueError: a field is unknown or wrong; the error names the field.
     """
     try:
         chosen = _known(GuardRails, given)
@@ -105,10 +108,10 @@ def rails_from(given: Mapping[str, Any], where: str = "rails") -> GuardRails:
 
 
 def _known(kind: type[Union[ProbeSignal, GuardRails]], given: object) -> dict[str, Any]:
-    """Returns the fields of a class that are given and are not null.
+    """Returns the given values whose names are fields of a class, without those that are null.
 
     Raises:
-        ValueError: there is no such field.
+        ValueError: a name is not a field of the class.
     """
     if not isinstance(given, Mapping):
         raise ValueError(f"expected an object, got {given!r}")

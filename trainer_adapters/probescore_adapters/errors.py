@@ -1,14 +1,14 @@
-"""Defines what the adapters raise beside the client's errors."""
+"""Defines the exceptions that the adapters raise in addition to the client's exceptions."""
 
 from __future__ import annotations
 
 
 class SignalError(ValueError):
-    """Says that a ``ProbeSignal`` cannot mean anything, or does not go with the probes that are loaded.
+    """Exception raised when the fields of a ``ProbeSignal`` contradict each other, or do not fit the probes that the server has loaded.
 
     Attributes:
-        field: of ``ProbeSignal``.
-        signal: its name, where it is known.
+        field: name of the faulty field of ``ProbeSignal``.
+        signal: name of the signal, if it is known.
     """
 
     def __init__(self, field: str, problem: str, signal: str = "") -> None:
@@ -22,12 +22,12 @@ class SignalError(ValueError):
 
 
 class Unscorable(ValueError):
-    """Says that a rollout cannot be scored; it is raised where the policy's ``on_unscorable`` is ``"raise"``."""
+    """Exception raised when a rollout cannot be scored and the policy's ``on_unscorable`` is ``"raise"``."""
 
 
 class ProbeReplaced(SignalError):
-    """Says that a probe is no longer the one that a running scorer started with; it is raised where the policy's ``on_replaced`` is
+    """Exception raised when the server runs another version of a probe than at the start of the run, and the policy's ``on_replaced`` is
     ``"raise"``.
 
-    Its graph, its calibration or its version is another, so that numbers before and after would mean different things.
+    The probe's graph, calibration or version differs, so that scores before and after the replacement are not comparable.
     """

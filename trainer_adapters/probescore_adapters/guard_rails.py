@@ -1,4 +1,6 @@
-"""Keeps a screen or a penalty from doing harm, by guard rails that are on by default and counted when they act."""
+"""Defines guard rails: limits, on by default, that keep a screen or a penalty from harming the training. Each use of a guard rail is
+counted in the metrics.
+"""
 
 from __future__ import annotations
 
@@ -12,21 +14,23 @@ from numpy.typing import NDArray
 from probescore_adapters.signals import Floats
 
 RAILS = ("clipped", "screening_breaker", "group_breaker", "degenerate_group", "penalty_too_small")
-"""Are the names under which it is counted that a guard rail acted."""
+"""Names of the guard rails in the metrics that count how often each guard rail acted."""
 
 
 @dataclass(frozen=True)
 class GuardRails:
-    """Sets the limits beyond which a signal is kept from acting on rewards as it would.
+    """Value object with the limits on the effect of signals (rules from probe scores to rewards) on the rewards of a batch.
 
     Attributes:
-        clip: what a signal adds or subtracts is at most this, per rollout (``dense``: per token).
-        max_screened_share: of a batch. If more is flagged nothing is removed, since training on what is left collapses; the flagged
-            rollouts get the lowest reward of the batch instead.
-        max_screened_share_of_group: the same for the rollouts of one group.
-        drop_degenerate_groups: a group of which screening leaves one rollout, or none, is removed whole: one alone has no advantage over
-            others.
-        check_penalty: report when rollouts that a penalty flags still come out ahead of the batch: what cheating gains exceeds the penalty.
+        clip: maximum absolute value that a signal adds or subtracts per rollout (for ``dense`` signals: per token).
+        max_screened_share: maximum share of a batch that may be removed. If a larger share is flagged (at or above the threshold), no
+            rollout is removed, since training on the remaining rollouts collapses; the flagged rollouts get the lowest reward of the batch
+            instead.
+        max_screened_share_of_group: maximum share of one group that may be removed, with the same effect for the rollouts of that group.
+        drop_degenerate_groups: whether a group of which screening leaves at most one rollout is removed as a whole; a single rollout has no
+            other rollouts to compute an advantage from.
+        check_penalty: whether to report when the rollouts that a penalty flags still have higher rewards than the others, which means that
+            the gain from cheating exceeds the penalty.
 
     Raises:
         ValueError: a share is not in [0, 1], or ``clip`` is not a finite number above 0.
@@ -48,12 +52,12 @@ class GuardRails:
 
 @dataclass(frozen=True, eq=False)
 class Screened:
-    """Says what becomes of the ``n`` rollouts of a batch, some of which a screen flags.
+    """Result of screening a batch of ``n`` rollouts, some of which a screen has flagged.
 
     Attributes:
-        removed: ``(n,)``, not trained on.
-        lowered: ``(n,)``, flagged but kept, with the lowest reward of the batch.
-        acted: how often each rail acted.
+        removed: ``(n,)`` booleans, true = the rollout is not trained on.
+        lowered: ``(n,)`` booleans, true = the rollout is flagged but kept, with the lowest reward of the batch.
+        acted: number of times that each guard rail acted, a dictionary keyed by the guard rail's name.
     """
 
     removed: NDArray[np.bool_]
@@ -62,14 +66,15 @@ class Screened:
 
 
 def screen(flagged: NDArray[np.bool_], groups: Sequence[Hashable], rails: GuardRails) -> Screened:
-    """Decides which of the rollouts that a screen flags are removed from training.
+    """Decides which of the flagged rollouts of a batch are removed from training.
 
-    The batch's breaker comes first; then in each group either too few are left, or the group's breaker acts, or the flagged are removed.
+    The limit on the share of the whole batch is checked first. Then, in each group, one of three things happens: the group is removed
+    because too few rollouts are left, no rollout is removed because the group's limit is exceeded, or the flagged rollouts are removed.
 
     Args:
-        flagged: ``(n,)``.
-        groups: ``n`` keys, equal within a group. A group of one has nobody to be compared with, and no rail.
-        rails: the limits.
+        flagged: ``(n,)`` booleans, true = the screen flags the rollout.
+        groups: ``n`` keys, equal within a group. The guard rails of groups do not apply to a group of one rollout.
+        rails: the guard rails, with their limits.
     """
     removed, lowered = flagged.copy(), np.zeros_like(flagged)
     if flagged.size and flagged.mean() > rails.max_screened_share:
@@ -93,14 +98,15 @@ def screen(flagged: NDArray[np.bool_], groups: Sequence[Hashable], rails: GuardR
 
 
 def penalty_margin(flagged: NDArray[np.bool_], penalties: Floats, task_rewards: Floats) -> float:
-    """Returns by how much the mean penalty of the flagged rollouts exceeds what they gain: their mean task reward above that of the rest.
+    """Returns by how much the mean penalty of the flagged rollouts exceeds their gain: their mean task reward minus the mean task reward of
+    the other rollouts.
 
-    NaN if none is flagged, or all are: then there is nothing to compare.
+    The result is NaN if no rollout or every rollout is flagged, since there is nothing to compare.
 
     Args:
-        flagged: ``(n,)``.
-        penalties: ``(n,)``, what is subtracted.
-        task_rewards: ``(n,)``.
+        flagged: ``(n,)`` booleans.
+        penalties: ``(n,)``, the numbers that are subtracted from rewards.
+        task_rewards: ``(n,)``, the rewards without probes.
     """
     if not flagged.any() or flagged.all():
         return math.nan

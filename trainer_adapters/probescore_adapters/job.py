@@ -1,4 +1,4 @@
-"""Finds out which job a process belongs to: the ranks of one run take turns at the server as one."""
+"""Determines the name of the training run that a process belongs to: all ranks of one run share one turn at the server."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ _UNNAMED = {"", "none"}
 
 
 def job_from_environment(environment: Mapping[str, str] = os.environ) -> str:
-    """Returns a name that is the same on every rank of a run: ``PROBESCORE_JOB``, or what Slurm, Ray or torchrun call it; "" if nobody
-    named it.
+    """Returns a name that is the same on every rank of a training run: the value of ``PROBESCORE_JOB``, or the name that Slurm, Ray or
+    torchrun give the run; "" if the environment contains no name.
     """
     if named := environment.get(VARIABLE, ""):
         return named

@@ -1,8 +1,9 @@
-"""Adapts OpenRLHF: ``AgentExecutor`` with exact ids for ``--train.agent_func_path``, ``RewardFunction`` on text for
-``--reward.remote_url``.
+"""Adapts OpenRLHF: ``AgentExecutor`` scores exact token ids (for ``--train.agent_func_path``), and ``RewardFunction`` scores text (for
+``--reward.remote_url``).
 
 Both are configured by the environment (``probescore_adapters.environment``), since OpenRLHF loads them by a file's path and gives them no
-arguments. It has one sample scored at a time, so that a batch cannot be screened, and takes one number for it, so that nothing is dense.
+arguments. OpenRLHF requests the score of one sample at a time, so that a batch cannot be screened, and takes one number per sample, so that
+no signal can be dense.
 """
 
 from __future__ import annotations
@@ -23,21 +24,23 @@ from probescore_adapters.rollouts import Rollout
 from probescore_adapters.signals import Mode
 
 TASK_REWARD = "PROBESCORE_TASK_REWARD"
-"""Names the environment variable with the task's own reward, as ``module:function``: a ``reward_func(queries, prompts, labels)`` as
-OpenRLHF takes it, one sample a call."""
+"""Name of the environment variable with the task's own reward function as ``module:function``: a ``reward_func(queries, prompts, labels)``
+as OpenRLHF defines it, called with one sample at a time."""
 
 HfTokenizer = Any  # of transformers, which is the trainer's
 TaskReward = Callable[[Sequence[str], Sequence[str], Sequence[object]], dict[str, Any]]
 
 
 class AgentExecutor(SingleTurnAgentExecutor):
-    """Generates like OpenRLHF's own, and rewards with probes that read exactly the ids that were generated.
+    """OpenRLHF agent executor that generates samples like OpenRLHF's own executor, and adds rewards of probes that read exactly the
+    generated token ids.
 
     The server must have the policy's tokenizer, unless ``PROBESCORE_TOKENIZER_FINGERPRINT`` says otherwise.
 
     Raises:
-        ValueError: a variable is missing or wrong; names it. ``SignalError`` for a signal.
-        ProbescoreError: the server does not answer, and ``PROBESCORE_ON_FAILURE`` is not a number.
+        ValueError: an environment variable is missing or wrong; the error names the variable. For a wrong signal the error is a
+            ``SignalError``.
+        ProbescoreError: the server does not respond, and ``PROBESCORE_ON_FAILURE`` is not a number.
     """
 
     def __init__(self) -> None:
@@ -55,10 +58,11 @@ class AgentExecutor(SingleTurnAgentExecutor):
         llm_engine: object,
         images: object = None,
     ) -> dict[str, Any]:
-        """Generates and scores one sample; returns it with ``reward``, ``scores`` and ``extra_logs``.
+        """Generates and scores one sample; returns the sample with ``reward``, ``scores`` and ``extra_logs``.
 
         Raises:
-            ProbescoreError, SignalError, Unscorable: as ``ProbeScorer.score``; and all that the task's reward raises. It ends the run.
+            ProbescoreError, SignalError, Unscorable: the errors of ``ProbeScorer.score``, and all errors of the task's reward function. An
+                error ends the run.
         """
         if not self._expects_tokenizer:
             self._rewards.scorer.require_tokenizer(tokenizer_fingerprint(hf_tokenizer))
@@ -74,14 +78,15 @@ class AgentExecutor(SingleTurnAgentExecutor):
 
 
 class RewardFunction:
-    """Is a ``reward_func`` on text, for where no agent can be had; the server tokenises, and answers are counted as ``inexact_ids``.
+    """OpenRLHF ``reward_func`` on text, for runs that cannot use an agent. The server tokenises the text, and the scores are counted as
+    ``inexact_ids``.
 
-    A query that does not begin with its prompt is unscorable: where its response begins would be a guess.
+    A query that does not begin with its prompt gets no score, since the place where the response begins would be a guess.
 
     Raises:
-        ValueError: a variable is missing or wrong, or ``PROBESCORE_ON_FAILURE`` is ``"raise"``: OpenRLHF catches what a reward function
-            raises, and goes on without a reward.
-        ProbescoreError: as for ``AgentExecutor``.
+        ValueError: an environment variable is missing or wrong, or ``PROBESCORE_ON_FAILURE`` is ``"raise"``: OpenRLHF catches the
+            exceptions of a reward function, and continues without a reward.
+        ProbescoreError: the same errors as ``AgentExecutor``.
     """
 
     def __init__(self) -> None:
@@ -90,10 +95,10 @@ class RewardFunction:
             raise ValueError(f"{POLICY_ENV['on_failure']}: OpenRLHF catches what a reward function raises: name a number, or 'wait'")
 
     def __call__(self, queries: Sequence[str], prompts: Sequence[str], labels: Sequence[object]) -> dict[str, Any]:
-        """Scores ``n`` samples of text.
+        """Scores ``n`` samples given as text.
 
         Returns:
-            ``rewards`` and ``scores``, ``(n,)``, and ``extra_logs``, of which each is ``(n,)``.
+            A dictionary with ``rewards`` and ``scores``, each ``(n,)``, and ``extra_logs``, a dictionary of arrays ``(n,)``.
         """
         outcomes = [self._outcome(*sample) for sample in zip(queries, prompts, labels)]  # noqa: B905 - Python 3.10
         rewards = torch.tensor([float(outcome.rewards[0]) for outcome in outcomes])
@@ -106,7 +111,9 @@ class RewardFunction:
 
 
 class _RewardSources:
-    """Holds what both adapters have: a scorer that goes with the server, and the task's own reward."""
+    """The two sources of rewards that both OpenRLHF adapters use: a scorer whose signals fit the server's probes, and the task's own reward
+    function.
+    """
 
     def __init__(self) -> None:
         written = os.environ.get(TASK_REWARD, "").strip()
@@ -121,7 +128,7 @@ class _RewardSources:
         self.scorer.score([], None if self._task_reward is None else [])
 
     def of_task(self, query: str, prompt: str, label: object) -> list[float] | None:
-        """Returns the task's reward of one sample, ``(1,)``, or ``None`` if there is no reward but the probes'."""
+        """Returns the task's own reward of one sample, ``(1,)``, or ``None`` if only probes give rewards."""
         if self._task_reward is None:
             return None
         rewards = self._task_reward([query], [prompt], [label])["rewards"]

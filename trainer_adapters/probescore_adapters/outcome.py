@@ -1,4 +1,6 @@
-"""Turns what probes say into rewards: every signal, the guard rails, and the metrics. Numbers in, numbers out; nothing here waits."""
+"""Computes rewards from the scores of probes: applies every signal (rule from probe scores to rewards) and the guard rails (limits on the
+effect of signals), and computes the metrics. This module does no input or output.
+"""
 
 from __future__ import annotations
 
@@ -25,18 +27,18 @@ _BATCH_KEYS = ("seconds", "failures", "unscorable", "tokens", "inexact_ids")
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """Holds what the signals make of a batch of ``n`` rollouts.
+    """Result of applying all signals (rules from probe scores to rewards) to a batch of ``n`` rollouts.
 
     Attributes:
-        rewards: ``(n,)`` float64: ``task_rewards * factors + terms``, lowered where a breaker kept a flagged rollout.
-        terms: ``(n,)``, what rewards and penalties add up to.
-        factors: ``(n,)``, what gates multiply a task's reward by, if that is above 0.
-        removed: ``(n,)``, not to be trained on.
-        dense: of each rollout ``(T,)``, what each token adds; ``None`` without a dense signal.
-        unscorable: ``(n,)``, not scored by some signal.
-        flagged: ``(n,)`` for each signal, by name.
-        values: ``(n,)`` for each signal, by name: what the probe said; NaN where unscorable.
-        metrics: always with the same keys for the same signals; NaN where there is nothing to say.
+        rewards: ``(n,)`` float64: ``task_rewards * factors + terms``, lowered for flagged rollouts that a guard rail has kept.
+        terms: ``(n,)``, the sum of the numbers that reward and penalty signals add.
+        factors: ``(n,)``, the number by which gate signals multiply the task's reward, if that reward is above 0.
+        removed: ``(n,)`` booleans, true = the rollout must not be trained on.
+        dense: for each rollout ``(T,)``, the number to add to each token's reward; ``None`` without a dense signal.
+        unscorable: ``(n,)`` booleans, true = at least one signal has no score for the rollout.
+        flagged: a dictionary keyed by the signal's name, of ``(n,)`` booleans: whether the score reaches the signal's threshold.
+        values: a dictionary keyed by the signal's name, of ``(n,)`` probe scores; NaN for an unscorable rollout.
+        metrics: a dictionary keyed by the metric's name, always with the same keys for the same signals; NaN for a metric without data.
     """
 
     rewards: Floats
@@ -51,14 +53,14 @@ class Outcome:
 
     @property
     def rollout_metrics(self) -> dict[str, float]:
-        """Returns the metrics that say something of one rollout, for trainers that have one at a time scored."""
+        """Returns the metrics that are meaningful for a single rollout, for trainers that score one rollout at a time."""
         keys = [f"{name}/{key}" for name in self.values for key in _ROLLOUT_SIGNAL_KEYS]
         return {f"{PREFIX}/{key}": self.metrics[f"{PREFIX}/{key}"] for key in (*keys, *_BATCH_KEYS, "guard/clipped")}
 
 
 @dataclass(eq=False)
 class _OutcomeSums:
-    """Collects what each signal adds to the outcome of a batch of ``n`` rollouts; each array is ``(n,)``."""
+    """Mutable sums to which each signal adds its effect on a batch of ``n`` rollouts; each array is ``(n,)``."""
 
     terms: Floats
     factors: Floats
@@ -79,22 +81,25 @@ def combine(
     rails: GuardRails | None = None,
     on_unscorable: OnUnscorable = "worst",
 ) -> Outcome:
-    """Applies every signal to its values, and the guard rails to what comes of them.
+    """Applies every signal (rule from probe scores to rewards) to the probes' scores of a batch, and the guard rails (limits on the effect
+    of signals) to the result.
 
-    An unscorable rollout gets the least that each signal can give: never more than the same rollout scored properly. It is not removed by a
-    screen, which would spare it, but gets the lowest reward of the batch.
+    With ``on_unscorable="worst"`` an unscorable rollout gets the lowest number that each signal can give, never more than the same rollout
+    would get if it were scored. A screen does not remove an unscorable rollout, since removal would spare the rollout a bad reward; the
+    rollout gets the lowest reward of the batch.
 
     Args:
-        batch: of ``n`` rollouts.
+        batch: scores of all signals' probes for ``n`` rollouts.
         groups: ``n`` keys, equal within a group.
-        lengths: tokens of each completion; ``None`` where unknown.
-        task_rewards: ``(n,)``, what the rollouts are worth without probes; ``None`` where the trainer adds them itself.
+        lengths: number of tokens of each completion; ``None`` where unknown.
+        task_rewards: ``(n,)``, the rewards without probes; ``None`` if the trainer itself adds them.
         rails: the guard rails; ``None`` = the default ones.
-        on_unscorable: ``"worst"``, ``"raise"``, or what such a rollout gets instead of all signals' terms.
+        on_unscorable: ``"worst"``, ``"raise"``, or a number that replaces the sum that the signals would add to an unscorable rollout's
+            reward.
 
     Raises:
-        Unscorable: a rollout is, and ``on_unscorable`` is ``"raise"``.
-        SignalError: a signal acts on task rewards, and there are none; or is dense, and a length is unknown.
+        Unscorable: a rollout is unscorable, and ``on_unscorable`` is ``"raise"``.
+        SignalError: a signal acts on task rewards, and none are given; or a signal is dense, and a completion's length is unknown.
         ValueError: ``task_rewards`` is not ``n`` finite numbers.
     """
     rails, count = rails or GuardRails(), len(groups)
@@ -140,8 +145,8 @@ def combine(
 
 
 def substitute(signals: Sequence[ProbeSignal], term: float, lengths: Sequence[int | None], task_rewards: Floats | None) -> Outcome:
-    """Returns what stands in for scores that could not be had: each rollout gets the term that the user named, and nothing else happens to
-    it.
+    """Returns the outcome for a batch whose scores could not be obtained: the fixed number ``term`` is added to each rollout's task reward,
+    and no signal is applied.
     """
     count = len(lengths)
     terms, nobody = np.full(count, float(term)), np.zeros(count, np.bool_)
@@ -160,7 +165,9 @@ def substitute(signals: Sequence[ProbeSignal], term: float, lengths: Sequence[in
 
 
 def empty_metrics(signals: Sequence[ProbeSignal]) -> dict[str, float]:
-    """Returns every key that the metrics of these signals have, with nothing to say."""
+    """Returns the metrics of a batch without scores for some signals: a dictionary with every metric's name, whose values are NaN, or 0 for
+    the counts of guard rails.
+    """
     metrics = {f"{PREFIX}/{signal.name}/{key}": math.nan for signal in signals for key in _SIGNAL_KEYS}
     metrics.update({f"{PREFIX}/{key}": math.nan for key in _BATCH_KEYS})
     metrics.update({f"{PREFIX}/guard/{rail}": 0.0 for rail in RAILS})
@@ -210,7 +217,9 @@ def _apply(
 
 
 def _terms(bound: BoundSignal, transformed: Floats, scored: NDArray[np.bool_], sums: _OutcomeSums, rails: GuardRails) -> Floats:
-    """Returns what a signal adds to each number, clipped; the least that it can add where there is none."""
+    """Returns the numbers that a signal adds, clipped to the guard rail's limit; where there is no score, the lowest number that the signal
+    can add.
+    """
     weight = -bound.signal.weight if bound.signal.mode is Mode.PENALTY else bound.signal.weight
     added = weight * np.where(scored, transformed, 0.0)
     terms = np.clip(added, -rails.clip, rails.clip)
@@ -235,7 +244,9 @@ def _apply_dense(signal_values: SignalValues, sums: _OutcomeSums, lengths: Seque
 
 
 def _dense_terms(bound: BoundSignal, tokens: MaskedTokens, length: int, sums: _OutcomeSums, rails: GuardRails) -> Floats | None:
-    """Returns what each token adds, 0 where it does not count; ``None`` if nothing of it can be scored."""
+    """Returns the number that a dense signal adds to each token of a completion, 0 for tokens that do not count; ``None`` if the completion
+    is unscorable.
+    """
     if len(tokens.scores) != length or not tokens.mask.any():
         return None
     transformed = np.full(length, math.nan)

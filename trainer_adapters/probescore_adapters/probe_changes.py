@@ -1,4 +1,4 @@
-"""Says in words what became of the probes that a running scorer started with."""
+"""Describes in words how the server's probes differ from those that a running scorer started with."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _REMEDY = "start the run anew, serve what it began with, or let it follow: Polic
 
 
 def describe_replacement(signals: Sequence[BoundSignal], now: ServerFacts, error: ProbeReplaced | InvalidRequestError) -> ProbeReplaced:
-    """Returns the error that says which probe is another than when the run began, and in what.
+    """Returns the exception that names the probe that has been replaced since the run began, and the differences.
 
     Args:
-        signals: bound to what the run began with.
-        now: what the server says that it runs.
-        error: by which the replacement showed.
+        signals: the signals, bound to the probes with which the run began.
+        now: the server's current description of its model and probes.
+        error: the error by which the replacement was noticed.
     """
     loaded = {probe.key: probe for probe in now.probes}
     for bound in signals:

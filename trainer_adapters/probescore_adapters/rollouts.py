@@ -1,4 +1,4 @@
-"""Defines ``Rollout``, what a trainer has of one sample, and groups several for a request."""
+"""Defines ``Rollout``, a trainer's view of one sample, and arranges several rollouts into groups for one request."""
 
 from __future__ import annotations
 
@@ -21,14 +21,16 @@ Mask = Union[MaskKind, MaskFunction]
 
 @dataclass(frozen=True, eq=False)
 class Rollout:
-    """Holds one prompt and one completion of it, as a trainer has them.
+    """A prompt and one completion of the prompt, as a trainer has them.
 
     Attributes:
-        prompt: ids ``(P,)``, taken verbatim; or text or a chat, which the server tokenises.
-        completion: ids ``(T,)`` as the policy sampled them, EOS included and no padding; or text.
-        mask: ``(T,)`` of 0 and 1: the tokens that the policy sampled, without the output of tools; ``None`` = all.
-        group: whose rewards it is compared with (GRPO's group); ``None`` = those with the same prompt.
-        problem: why it is unscorable, where the trainer's side knows that already: it is not sent; "" = nothing is known against it.
+        prompt: token ids ``(P,)``, used unchanged; or text or a chat, which the server tokenises.
+        completion: token ids ``(T,)`` as the policy sampled them, EOS included and without padding; or text.
+        mask: ``(T,)`` of 0 and 1, 1 = the policy sampled the token, 0 = the token comes from a tool; ``None`` = the policy sampled all
+            tokens.
+        group: key of the rollouts whose rewards are compared with each other (GRPO's group); ``None`` = the rollouts with the same prompt.
+        problem: reason why the rollout cannot be scored, if the trainer's side already knows one; the rollout is then not sent. "" = no
+            reason is known.
     """
 
     prompt: Prompt
@@ -41,7 +43,8 @@ class Rollout:
     def split(cls, prompt: str, query: str) -> Rollout:
         """Makes a rollout of text, for a trainer that has prompt and completion joined in ``query``.
 
-        Unscorable if ``query`` does not begin with ``prompt``: where the completion begins would be a guess.
+        The rollout is marked as one that cannot be scored if ``query`` does not begin with ``prompt``, since the place where the completion
+        begins would be a guess.
         """
         if query.startswith(prompt):
             return cls(prompt, query[len(prompt) :])
@@ -49,15 +52,15 @@ class Rollout:
 
     @classmethod
     def joined(cls, ids: ArrayLike, completion_length: int, mask: Union[ArrayLike, None] = None) -> Rollout:
-        """Makes a rollout of ids, for a trainer that has those of prompt and completion in one row.
+        """Makes a rollout of token ids, for a trainer that has the ids of prompt and completion in one row.
 
         Args:
-            ids: ``(P + T,)``, without padding.
-            completion_length: ``T``; 0 for a completion without a token, which is unscorable.
-            mask: ``(T,)``, as for a rollout.
+            ids: token ids ``(P + T,)``, without padding.
+            completion_length: ``T``, the number of the completion's tokens; a completion without tokens (0) cannot be scored.
+            mask: ``(T,)`` of 0 and 1, 1 = the policy sampled the token.
 
         Raises:
-            ValueError: there are fewer ids than that.
+            ValueError: there are fewer ids than ``completion_length``.
         """
         row = as_ids(ids, "ids")
         if not 0 <= completion_length <= len(row):
@@ -67,13 +70,14 @@ class Rollout:
         return cls(prompt, completion, mask)
 
     def checked(self, named: str) -> Rollout:
-        """Returns the same rollout with arrays of numpy, and a group that compares by value.
+        """Returns the same rollout with numpy arrays, and with a group key that can be compared by value.
 
         Args:
-            named: how its parts are called in errors, with ``{}`` for the part: ``"rollouts[3].{}"``.
+            named: template for the names of the rollout's fields in error messages, with ``{}`` in place of the field:
+                ``"rollouts[3].{}"``.
 
         Raises:
-            InvalidRequestError: prompt, completion, mask or group is not what it should be; names it.
+            InvalidRequestError: prompt, completion, mask or group is invalid; the error names the field.
         """
         prompt = self.prompt if isinstance(self.prompt, (str, Text, Chat)) else as_ids(self.prompt, named.format("prompt"))
         completion = self.completion if isinstance(self.completion, str) else as_ids(self.completion, named.format("completion"))
@@ -88,20 +92,20 @@ class Rollout:
 
     @property
     def prompt_key(self) -> Hashable:
-        """Returns a key that is equal for the same prompt."""
+        """A hashable key that is equal for rollouts with the same prompt."""
         return self.prompt if isinstance(self.prompt, (str, Text, Chat)) else as_ids(self.prompt, "prompt").tobytes()
 
     @property
     def group_key(self) -> Hashable:
-        """Returns a key that is equal within a group."""
+        """A hashable key that is equal for rollouts of the same group."""
         return self.prompt_key if self.group is None else ("group", self.group)
 
     def masked(self, mask: Mask, signal: str) -> NDArray[np.bool_] | None:
-        """Returns the mask ``(T,)`` to send for signals that have ``mask``; ``None`` means every token.
+        """Returns the mask ``(T,)`` to send for signals whose field ``mask`` has the given value; ``None`` means that every token counts.
 
         Raises:
-            SignalError: a mask function does not go with text, or gives something else than ``(T,)`` of 0 and 1.
-            InvalidRequestError: the rollout's own mask is something else.
+            SignalError: a mask function is used with a completion given as text, or does not return ``(T,)`` of 0 and 1.
+            InvalidRequestError: the rollout's own mask is not ``(T,)`` of 0 and 1.
         """
         length = None if isinstance(self.completion, str) else len(self.completion)
         given = None if self.mask is None else as_mask(self.mask, length, "mask")
@@ -120,7 +124,7 @@ class Rollout:
 
 
 def distinct_masks(signals: Sequence[ProbeSignal]) -> dict[Mask, str]:
-    """Returns each mask that some signal has, with the name of one that has it."""
+    """Returns each distinct value of the signals' field ``mask``, with the name of one signal that uses the value."""
     found: dict[Mask, str] = {}
     for signal in signals:
         found.setdefault(signal.mask, signal.name)  # type: ignore[arg-type] # parsed when the signal was made
@@ -129,13 +133,14 @@ def distinct_masks(signals: Sequence[ProbeSignal]) -> dict[Mask, str]:
 
 @dataclass(frozen=True)
 class GroupedRollouts:
-    """Holds rollouts as groups to score: those with one prompt together, a completion once for each distinct mask.
+    """Rollouts arranged into groups to score: rollouts with the same prompt form a group, in which a completion occurs once for each
+    distinct mask.
 
-    A completion that is sent several times is computed once by the server.
+    The server computes a completion once, also if the completion is sent several times.
 
     Attributes:
-        groups: what to send.
-        sent: for each completion of each group, the index of its rollout and of its mask.
+        groups: the rollout groups to send.
+        sent: for each completion of each group, the index of the rollout and the index of the mask.
     """
 
     groups: list[RolloutGroup]
@@ -143,7 +148,7 @@ class GroupedRollouts:
 
     @classmethod
     def of(cls, rollouts: Sequence[Rollout], indices: Sequence[int], masks: dict[Mask, str]) -> GroupedRollouts:
-        """Groups some of the rollouts of a batch, those at ``indices``."""
+        """Arranges the rollouts of a batch at the given ``indices`` into groups."""
         members: dict[Hashable, list[int]] = {}
         for index in indices:
             members.setdefault(rollouts[index].prompt_key, []).append(index)

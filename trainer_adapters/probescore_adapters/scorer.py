@@ -1,4 +1,6 @@
-"""Defines ``ProbeScorer``, of which every adapter is made: signals, a server, and what happens when it fails."""
+"""Defines ``ProbeScorer``, on which every adapter is built: it scores rollouts on a server, applies signals to the scores, and handles
+failures.
+"""
 
 from __future__ import annotations
 
@@ -44,15 +46,16 @@ OnFailure = Union[Literal["raise", "wait"], float]
 OnReplaced = Literal["raise", "follow"]
 
 _MAX_COMPARED_TEXTS = 8
-"""Limits the completions whose texts are compared."""
+"""Maximum number of completions whose texts are compared to find out whether server and trainer use the same tokenizer."""
 _MAX_REPLACEMENTS = 2
-"""Limits how often a run follows a replaced probe within one batch, so that two replicas with different probes do not keep it for ever."""
+"""Maximum number of times that a run accepts a replaced probe within one batch, so that two server replicas with different probes do not
+make the run alternate between them for ever."""
 
 _TRANSPORT = (TransientError, DeadlineExceededError, ServerError)
 
 
 class ServerFactsRequest:
-    """Asks what runs at the address; it is answered with ``ServerFacts``."""
+    """Request for the description of the server that signals need; the reply is a ``ServerFacts``."""
 
 
 Answer = Union[ServerFacts, list[StreamedCompletion]]
@@ -61,19 +64,22 @@ Steps = Generator[Union[StreamRequest, ServerFactsRequest], Any, Outcome]
 
 @dataclass(frozen=True)
 class Policy:
-    """Says what a scorer does when something fails.
+    """Value object with the actions of a scorer when something fails.
 
     Attributes:
-        on_failure: of transport: no server, an overloaded one, a deadline. ``"raise"``; ``"wait"``, for up to ``wait_seconds``, and then
-            raise; or the term that each rollout gets instead. There is no default number: 0 would mean "did not cheat".
-        on_unscorable: of content: a rollout that is too long, or whose scores are NaN. ``"worst"``, ``"raise"``, or the term that it gets.
-        timeout: seconds for a call, the client's own retries of a server that is overloaded or restarts included.
-        wait_seconds: how long ``"wait"`` waits.
-        on_replaced: of a probe whose graph, calibration or version is another than when the run began. ``"raise"``; or ``"follow"``: the
-            run goes on with what is loaded now and its threshold, and a warning says from when on.
+        on_failure: action when the RPC fails because the server cannot be reached, is overloaded or misses the deadline. ``"raise"`` raises
+            the error; ``"wait"`` retries for up to ``wait_seconds`` and then raises the error; a number replaces the sum that the signals
+            would add to each rollout's reward. There is no default number, since 0 would mean "did not cheat".
+        on_unscorable: action for a rollout that cannot be scored, because the rollout is too long or its scores are NaN. ``"worst"`` gives
+            the rollout the lowest reward that the signals can give, ``"raise"`` raises ``Unscorable``, and a number replaces the sum that
+            the signals would add to the rollout's reward.
+        timeout: seconds for an RPC, including the client's own retries while a server is overloaded or restarts.
+        wait_seconds: seconds for which ``on_failure="wait"`` retries.
+        on_replaced: action when a probe's graph, calibration or version differs from the one with which the run began. ``"raise"`` raises
+            ``ProbeReplaced``; ``"follow"`` continues with the probe that is loaded now and its threshold, and logs a warning.
 
     Raises:
-        ValueError: a field is none of these.
+        ValueError: a field has none of the values above.
     """
 
     on_failure: OnFailure = "raise"
@@ -95,7 +101,7 @@ class Policy:
 
     @property
     def patience(self) -> float:
-        """Returns the seconds after which a call has failed."""
+        """Seconds after which a failing RPC counts as failed."""
         return self.wait_seconds if self.on_failure == "wait" else self.timeout
 
 
@@ -104,25 +110,28 @@ def _is_number(value: object) -> bool:
 
 
 class ProbeScorer:
-    """Scores batches of rollouts with signals that share one call.
+    """Scores batches of rollouts on a server, and applies signals (rules from probe scores to rewards). All signals share the same requests
+    to the server.
 
-    It can be made before a server runs, pickled, used after a fork, in Ray's workers, and from several threads and event loops:
-    connections are made when they are first needed. What runs at the address is asked once, at the first call. From then on another model
-    is an error, and another version, graph or calibration of a probe is what the policy's ``on_replaced`` says: never another one
-    unnoticed.
+    A scorer can be made before a server runs. It can be pickled, and used after a fork, in Ray's workers, and from several threads and
+    event loops, since connections are made when they are first needed. The scorer asks for the server's model and probes once, at the first
+    batch. If the model changes later, scoring raises an error. If the version, graph or calibration of a probe changes later, the policy's
+    ``on_replaced`` determines the action, so that no change goes unnoticed.
 
     Args:
-        signals: at least one; names differ.
-        address: of the server, as for ``ProbeClient``.
-        policy: what happens when something fails.
-        rails: the guard rails.
-        job: names the run, so that its ranks count as one at the server; by default what the launcher calls it.
-        run_id: names the run in the server's logs.
-        tokenizer_fingerprint: ``probescore.tokenizer_fingerprint(tokenizer)`` of the policy's: the server refuses if its own is another.
-        metadata: sent with every call.
+        signals: the signals, at least one, with unique names.
+        address: address of the server, in the form that ``ProbeClient`` takes.
+        policy: the actions when something fails.
+        rails: the guard rails, which limit the effect of signals.
+        job: name of the training run, so that all ranks of the run share one turn at the server; by default the launcher's name for the
+            run.
+        run_id: name of the run in the server's logs.
+        tokenizer_fingerprint: ``probescore.tokenizer_fingerprint(tokenizer)`` of the policy's tokenizer; the server refuses requests if its
+            own tokenizer has another fingerprint.
+        metadata: gRPC metadata sent with every RPC.
 
     Raises:
-        SignalError: there is no signal, or two have one name.
+        SignalError: there is no signal, or two signals have the same name.
     """
 
     def __init__(
@@ -156,15 +165,15 @@ class ProbeScorer:
 
     @property
     def tokenizer_fingerprint(self) -> str:
-        """Returns the fingerprint of the tokenizer that the server must have; "" if any will do."""
+        """Fingerprint of the tokenizer that the server must have; "" if any tokenizer is accepted."""
         return self._options["expected_tokenizer_fingerprint"]
 
     def require_tokenizer(self, tokenizer_fingerprint: str) -> None:
-        """Requires from now on that the server has the tokenizer with this fingerprint; "" means that any will do."""
+        """Requires from now on that the server has the tokenizer with this fingerprint; "" means that any tokenizer is accepted."""
         self._options = {**self._options, "expected_tokenizer_fingerprint": tokenizer_fingerprint}
 
     def refuse_modes(self, *modes: Mode, because: str) -> None:
-        """Refuses signals with modes that a trainer cannot do.
+        """Refuses signals with modes that a trainer does not support.
 
         Raises:
             SignalError: a signal has one of these modes.
@@ -181,23 +190,23 @@ class ProbeScorer:
         step: int | None = None,
         texts: Sequence[str | None] | None = None,
     ) -> Outcome:
-        """Scores a batch of rollouts and applies the signals.
+        """Scores a batch of rollouts and applies the signals to the scores.
 
         Args:
-            rollouts: ``n`` of them; those with one prompt share its computation.
-            task_rewards: ``(n,)``, what they are worth without probes; ``None`` where the trainer adds them itself.
-            step: of the training, for the server's logs.
-            texts: ``n``, what the trainer's tokenizer makes of each completion's ids, without special tokens, where the trainer has that
-                and no tokenizer to compare; ``None`` = not known. Where no tokenizer is required, what the server makes of the same ids
-                is compared with the first texts that come: ids of another vocabulary would be scored as if they meant what they do here.
+            rollouts: the ``n`` rollouts; the server computes a prompt once for all rollouts with the same prompt.
+            task_rewards: ``(n,)``, the rewards without probes; ``None`` if the trainer itself adds them.
+            step: number of the training step, for the server's logs.
+            texts: the ``n`` texts that the trainer's tokenizer decoded from each completion's ids, without special tokens, for trainers
+                that have no tokenizer to compare; ``None`` = unknown. If no tokenizer fingerprint is required, the first texts are compared
+                with the texts that the server decodes from the same ids. Otherwise ids of another vocabulary would be scored unnoticed.
 
         Raises:
-            ProbescoreError: the call failed, and ``on_failure`` is not a number; or another model or tokenizer runs there.
-            SignalError: a signal does not go with the loaded probes.
-            ProbeReplaced: a probe is not the one that the run began with, and ``on_replaced`` is ``"raise"``.
-            Unscorable: a rollout is, and ``on_unscorable`` is ``"raise"``.
-            InvalidRequestError: ids are not integers, a mask is not 0 and 1, a group has no value to compare, or task rewards are not
-                finite numbers; names which (also a ``ValueError``).
+            ProbescoreError: the RPC failed, and ``on_failure`` is not a number; or the server has another model or tokenizer than required.
+            SignalError: a signal does not fit the loaded probes.
+            ProbeReplaced: a probe differs from the one with which the run began, and ``on_replaced`` is ``"raise"``.
+            Unscorable: a rollout is unscorable, and ``on_unscorable`` is ``"raise"``.
+            InvalidRequestError: token ids are not integers, a mask is not 0 and 1, a group key cannot be compared by value, or task rewards
+                are not finite numbers; the error names the field (also a ``ValueError``).
         """
         steps = self._steps(rollouts, task_rewards, step, texts)
         try:
@@ -220,7 +229,7 @@ class ProbeScorer:
         step: int | None = None,
         texts: Sequence[str | None] | None = None,
     ) -> Outcome:
-        """Scores a batch of rollouts from an event loop; arguments, result and errors are those of ``score``."""
+        """Scores a batch of rollouts from an event loop; arguments, result and errors are the same as for ``score``."""
         steps = self._steps(rollouts, task_rewards, step, texts)
         try:
             request = next(steps)
@@ -235,11 +244,11 @@ class ProbeScorer:
             return _outcome(done)
 
     def close(self) -> None:
-        """Ends the connections of this process that are not an event loop's."""
+        """Closes the synchronous client's connections of this process; connections of event loops stay open."""
         self._client.close()
 
     async def close_async(self) -> None:
-        """Ends the connections of this process and of this event loop."""
+        """Closes the connections of this process and of this event loop."""
         self._client.close()
         await self._async_client.close()
 
@@ -256,7 +265,9 @@ class ProbeScorer:
     def _steps(
         self, given: Iterable[Rollout], task_rewards: ArrayLike | None, step: int | None, texts: Sequence[str | None] | None
     ) -> Steps:
-        """Yields what to ask a server for one batch, is sent the answers, and returns what comes of them."""
+        """Generator that scores one batch without input or output of its own: yields each request, is sent the reply, and returns the
+        outcome.
+        """
         started = time.perf_counter()
         rollouts = [rollout.checked(f"rollouts[{index}].{{}}") for index, rollout in enumerate(given)]
         tasks = None if task_rewards is None else as_rewards(task_rewards, len(rollouts), "task_rewards")
@@ -311,7 +322,7 @@ class ProbeScorer:
         batch: BatchSignals,
         texts: Sequence[str | None] | None,
     ) -> Generator[StreamRequest, list[StreamedCompletion], None]:
-        """Checks, once, whether the server reads ids as the trainer does, by what both make of the same ids; raises ``MismatchError``."""
+        """Checks, once, whether server and trainer decode the same token ids to the same text; raises ``MismatchError`` if not."""
         if self._tokenizers_compared or self.tokenizer_fingerprint or texts is None:
             return
         compared = [
@@ -357,20 +368,22 @@ def score_rollouts(
     step: int | None = None,
     texts: Sequence[str | None] | None = None,
 ) -> Outcome:
-    """Scores ``n`` rollouts of a training loop of one's own, numpy in and out.
+    """Scores ``n`` rollouts of a training loop that uses none of the supported trainers; takes and returns numpy arrays.
 
     Args:
-        scorer: holds the signals and the address.
-        prompts: ``n``, ids ``(P,)`` each; a prompt appears once for each of its completions.
-        completions: ``n``, ids ``(T,)`` each, as sampled: EOS included, no padding.
-        masks: ``n``, ``(T,)`` of 0 and 1 each: the tokens that the policy sampled; ``None`` = all.
-        task_rewards: ``(n,)``, or ``None``.
-        groups: ``n`` keys, compared by value, in a list, an array or a tensor; ``None`` = by prompt.
-        step: of the training.
-        texts: as for ``ProbeScorer.score``.
+        scorer: the scorer, with its signals and the server's address.
+        prompts: ``n`` prompts, token ids ``(P,)`` each; a prompt appears once for each of its completions.
+        completions: ``n`` completions, token ids ``(T,)`` each, as sampled, with EOS and without padding.
+        masks: ``n`` masks, ``(T,)`` of 0 and 1 each, 1 = the policy sampled the token; ``None`` = the policy sampled all tokens.
+        task_rewards: ``(n,)``, the rewards without probes, or ``None``.
+        groups: ``n`` keys of the rollouts' groups, compared by value, in a list, an array or a tensor; ``None`` = rollouts with the same
+            prompt form a group.
+        step: number of the training step, for the server's logs.
+        texts: ``n`` texts decoded from the completions' ids, as for ``ProbeScorer.score``.
 
     Raises:
-        ValueError: numbers of prompts, completions, masks or groups differ, or one of them is not what it should be; names it.
+        ValueError: the numbers of prompts, completions, masks or groups differ, or one of these arguments is invalid; the error names the
+            argument.
     """
     rows = {"prompts": as_list(prompts, "prompts"), "completions": as_list(completions, "completions")}
     count = len(rows["prompts"])
@@ -392,7 +405,7 @@ def _outcome(done: StopIteration) -> Outcome:
 
 
 def _log(outcome: Outcome, batch: BatchSignals) -> None:
-    """Warns of everything that acted, once for each batch."""
+    """Logs a warning, once for each batch, about the guard rails that acted and about unscorable rollouts."""
     acted = {key: int(times) for key, times in outcome.metrics.items() if key.startswith(f"{PREFIX}/guard/") and times > 0}
     if acted:
         logger.warning("guard rails acted: %s", ", ".join(f"{key.rpartition('/')[2]} {times}" for key, times in acted.items()))

@@ -1,7 +1,7 @@
-"""Turns rollouts into what the probes of all signals say of them, without any input or output.
+"""Obtains the probes' scores of rollouts for all signals (rules from probe scores to rewards), without any input or output.
 
-``score_batch`` is a generator: it yields what is to be sent to the server, and is sent the answers, or thrown the error. So one code serves
-synchronous trainers and event loops.
+``score_batch`` is a generator: the generator yields each request to the server, and the caller sends the scores, or throws the error, into
+the generator. For this reason the same code serves synchronous trainers and event loops.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _PLACE = re.compile(r"groups\[(?P<group>\d+)\]\.(?:prompt|completions\[(?P<compl
 
 @dataclass(frozen=True)
 class ServerFacts:
-    """Says what runs at the address, as far as signals depend on it: the model with its limits, and the loaded probes."""
+    """The part of a server's description that signals depend on: the model, the limits, and the loaded probes."""
 
     info: ServerInfo
     probes: tuple[ProbeInfo, ...]
@@ -51,7 +51,7 @@ class ServerFacts:
 
 @dataclass(frozen=True)
 class StreamRequest:
-    """Holds what to score, as ``score_stream`` takes it; it is answered with every completion."""
+    """Request to score rollout groups, with the arguments of ``score_stream``; the reply is a list of all scored completions."""
 
     groups: list[RolloutGroup]
     window: StreamWindow
@@ -60,8 +60,8 @@ class StreamRequest:
 
 @dataclass(frozen=True, eq=False)
 class MaskedTokens:
-    """Holds a score for each token of a completion, ``(T,)`` float64, and which of them count, ``(T,)``. Both are empty if it is
-    unscorable.
+    """Per-token scores of a completion, ``(T,)`` float64, and a mask ``(T,)`` of the tokens that count. Both arrays are empty if the
+    completion could not be scored.
     """
 
     scores: Floats
@@ -69,23 +69,23 @@ class MaskedTokens:
 
     @classmethod
     def empty(cls) -> MaskedTokens:
-        """Returns the empty arrays of an unscorable rollout."""
+        """Returns the empty arrays of a rollout that could not be scored."""
         return cls(np.zeros(0), np.zeros(0, np.bool_))
 
     @property
     def mean(self) -> float:
-        """Returns the mean score of the tokens that count; NaN if none does."""
+        """Mean score of the tokens that count; NaN if no token counts."""
         return float(self.scores[self.mask].mean()) if self.mask.any() else math.nan
 
 
 @dataclass(frozen=True)
 class SignalValues:
-    """Holds what the probe of one signal says of a batch of ``n`` rollouts.
+    """Scores that the probe of one signal (a rule from a probe's scores to rewards) gave to a batch of ``n`` rollouts.
 
     Attributes:
         bound: the signal and its probe.
-        values: ``(n,)`` float64, NaN where a rollout is unscorable.
-        tokens: of each rollout, for ``dense`` only.
+        values: ``(n,)`` float64, one reduced score for each rollout; NaN where a rollout is unscorable.
+        tokens: per-token scores of each rollout, only for signals of mode ``dense``.
     """
 
     bound: BoundSignal
@@ -95,13 +95,13 @@ class SignalValues:
 
 @dataclass(frozen=True)
 class BatchSignals:
-    """Holds what the probes of all signals say of a batch of ``n`` rollouts.
+    """Scores that the probes of all signals gave to a batch of ``n`` rollouts.
 
     Attributes:
-        signals: in the order of the signals.
-        problems: of rollouts that the server could not score, by index, why.
-        usage: tokens and seconds at the server.
-        inexact_ids: ``(n,)``: whether ids came from text.
+        signals: the scores for each signal, in the order of the signals.
+        problems: a dictionary keyed by the index of a rollout that could not be scored, with the reason.
+        usage: counts of the server's work, in tokens and seconds.
+        inexact_ids: ``(n,)`` booleans, true = the server made some token ids from text.
     """
 
     signals: tuple[SignalValues, ...]
@@ -113,18 +113,19 @@ class BatchSignals:
 def score_batch(
     rollouts: Sequence[Rollout], signals: Sequence[BoundSignal], server: ServerFacts, options: ScoreOptions
 ) -> Generator[StreamRequest, list[StreamedCompletion], BatchSignals]:
-    """Scores rollouts for every signal: yields what to send, is sent the answers, and returns the values.
+    """Scores rollouts for every signal: a generator that yields each request to the server, is sent the scored completions, and returns the
+    scores for each signal.
 
-    A rollout that the server or its limits refuse is left out and named in ``problems``; the others are sent again.
+    A rollout that the server or its limits refuse is left out and named in ``problems``; the other rollouts are sent again.
 
     Args:
-        rollouts: any number, checked.
-        signals: bound to the server's probes.
-        server: what runs there.
-        options: of ``score_stream``, beside those that follow from the signals.
+        rollouts: rollouts, in any number, that ``Rollout.checked`` has checked.
+        signals: the signals, bound to the server's probes.
+        server: description of the server's model, limits and probes.
+        options: options of ``score_stream`` in addition to the options that follow from the signals.
 
     Raises:
-        ProbeReplaced: a probe that answered is not the one that its signal is bound to.
+        ProbeReplaced: a probe that has scored the rollouts is not the one that its signal is bound to.
     """
     pending = _PendingBatch(rollouts, signals, server, options)
     yield from pending.request_all()
@@ -132,7 +133,7 @@ def score_batch(
 
 
 class _PendingBatch:
-    """Holds one batch on its way through ``score_batch``."""
+    """State of one batch of rollouts during ``score_batch``."""
 
     def __init__(self, rollouts: Sequence[Rollout], signals: Sequence[BoundSignal], server: ServerFacts, options: ScoreOptions) -> None:
         self._rollouts = rollouts
@@ -182,7 +183,9 @@ class _PendingBatch:
                     self._usages[id(answer.info)] = answer.info.usage
 
     def _check_pinned(self, answers: Sequence[StreamedCompletion]) -> None:
-        """Checks whether the probes that answered are those that the signals were bound to; raises ``ProbeReplaced``."""
+        """Checks whether the probes that scored the batch are the probes that the signals were bound to; raises ``ProbeReplaced`` if
+        not.
+        """
         for info in {id(answer.info): answer.info for answer in answers}.values():
             answered = {probe.key: (probe.graph_sha256, probe.manifest_sha256) for probe in info.probes}
             for bound in self._signals:
@@ -204,7 +207,9 @@ class _PendingBatch:
         )
 
     def _known_problems(self) -> dict[int, str]:
-        """Returns why some rollouts need not be sent, by index: the trainer's side knows that they cannot be scored, or the client does."""
+        """Returns the rollouts that need not be sent, as a dictionary from index to reason: rollouts of which the trainer's side or the
+        client already knows that they cannot be scored.
+        """
         known = {index: rollout.problem for index, rollout in enumerate(self._rollouts) if rollout.problem}
         try:
             check_groups([RolloutGroup(rollout.prompt, [rollout.completion]) for rollout in self._rollouts], self._server.info)
@@ -248,7 +253,9 @@ class _PendingBatch:
 
 
 def _blamed(sent: Sequence[Sequence[tuple[int, int]]], error: InvalidRequestError | ServerError) -> dict[int, str]:
-    """Returns the rollouts at fault, and why; none if it is the request as a whole, or how the adapter is set up."""
+    """Returns the rollouts that made the server refuse a request, with reasons; empty if the fault is in the request as a whole or in the
+    adapter's configuration.
+    """
     blamed: dict[int, str] = {}
     for violation in error.violations:
         place = _PLACE.fullmatch(violation.field)

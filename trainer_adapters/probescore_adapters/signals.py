@@ -1,4 +1,4 @@
-"""Defines ``ProbeSignal``, which says what a probe's scores do to a reward."""
+"""Defines ``ProbeSignal``, a rule that changes a rollout's reward according to a probe's score."""
 
 from __future__ import annotations
 
@@ -21,44 +21,44 @@ MaskFunction = Callable[[NDArray[np.int64]], ArrayLike]
 
 
 class Mode(str, Enum):
-    """Says how a signal acts on the reward of a rollout."""
+    """Enumeration of the ways in which a signal (a rule from a probe's scores to rewards) acts on the reward of a rollout."""
 
     REWARD = "reward"
-    """Adds the signal's term to the reward."""
+    """Adds the weighted number of the signal to the reward."""
     PENALTY = "penalty"
-    """Subtracts the signal's term from the reward."""
+    """Subtracts the weighted number of the signal from the reward."""
     SCREEN = "screen"
-    """Removes a flagged rollout from training."""
+    """Removes a flagged rollout (score at or above the threshold) from training."""
     GATE = "gate"
-    """Multiplies the task's reward by less than 1, with weight 1 by 0, if the rollout is flagged."""
+    """Multiplies the task's reward of a flagged rollout by ``1 - weight``."""
     MONITOR = "monitor"
-    """Changes nothing: the numbers are only logged."""
+    """Changes no reward: the scores are only logged."""
     DENSE = "dense"
-    """Adds a term to each token."""
+    """Adds a weighted number to the reward of each token."""
 
 
 class Transform(str, Enum):
-    """Names the function from a probe's number to what is weighted."""
+    """Enumeration of the functions that transform a probe's score before the score is multiplied by the signal's weight."""
 
     IDENTITY = "identity"
-    """Is the number itself."""
+    """Returns the score itself."""
     SIGMOID = "sigmoid"
-    """Is ``1 / (1 + exp(-number))``."""
+    """Returns ``1 / (1 + exp(-score))``."""
     FLAG = "flag"
-    """Is 1 at or above the threshold, else 0."""
+    """Returns 1 for a score at or above the threshold, else 0."""
     EXCESS = "excess"
-    """Is how far the number is above the threshold, else 0."""
+    """Returns the score minus the threshold for a score above the threshold, else 0."""
     FLAG_AND_EXCESS = "flag_and_excess"
-    """Is the sum of ``FLAG`` and ``EXCESS``."""
+    """Returns the sum of ``FLAG`` and ``EXCESS``."""
 
 
 class MaskKind(str, Enum):
-    """Says which tokens of a completion count."""
+    """Enumeration of the masks that determine which tokens of a completion count."""
 
     GIVEN = "given"
-    """Counts the tokens of the mask that the trainer has, such as without the output of tools; all where it has none."""
+    """The mask that the trainer gives, which for example leaves out the output of tools; all tokens count if the trainer gives no mask."""
     ALL = "all"
-    """Counts every token."""
+    """Every token counts."""
 
 
 _DEFAULT_TRANSFORMS = {
@@ -74,27 +74,29 @@ _THRESHOLDED = (Transform.FLAG, Transform.EXCESS, Transform.FLAG_AND_EXCESS)
 
 @dataclass(frozen=True)
 class ProbeSignal:
-    """Says which number of which probe counts, and what it does to a reward.
+    """A rule that changes a rollout's reward: selects a score of a probe, and determines how the score acts on the reward.
 
     Attributes:
-        probe: ``"name"``, or ``"name@version"``.
-        reduction: from a score per token to a number per rollout, ``"mean"`` or ``"topk_mean(8)"``; ``None`` = the probe's own. Of no
-            meaning to ``dense``, and to a probe that pools by itself.
-        mask: which tokens count: ``"given"`` (the trainer's mask), ``"all"``, or a function from ``completion_ids (T,)`` to a 0/1 mask
-            ``(T,)``, which counts within the trainer's mask. A rollout of which nothing counts is unscorable.
-        transform: from the number to what is weighted; a name, or a function of an array ``(n,)`` to one ``(n,)``. By default ``flag``
-            for ``penalty``, ``screen`` and ``gate``, else ``identity``. For a penalty by threshold take ``flag``, for a progressive one
-            ``excess``, for both ``flag_and_excess``.
-        weight: times the transformed number; above 0, except that rewards (``reward``, ``dense``) may weigh less than 0. For ``gate`` in
-            (0, 1]: the share of the task's reward that a flagged rollout loses. Of no meaning to ``screen`` and ``monitor``.
-        mode: what it acts on; ``Mode``.
-        threshold: in the unit of what the reduction gives; at or above it a rollout is flagged. ``None`` = the probe's own calibration for
-            this reduction and label.
-        label: of a probe with several, which one; "" = the first.
-        name: in metrics; the probe's by default.
+        probe: the probe, as ``"name"`` or ``"name@version"``.
+        reduction: reduction from per-token scores to one number per rollout, such as ``"mean"`` or ``"topk_mean(8)"``; ``None`` = the
+            probe's default. Ignored by mode ``dense``, and for a probe that scores rollouts.
+        mask: the tokens that count: ``"given"`` (the trainer's mask), ``"all"``, or a function from ``completion_ids (T,)`` to a 0/1 mask
+            ``(T,)``, which is combined with the trainer's mask: a token must be 1 in both. A rollout of which no token counts is
+            unscorable.
+        transform: function applied to the score before weighting; a name, or a function from an array ``(n,)`` to an array ``(n,)``. The
+            default is ``flag`` for ``penalty``, ``screen`` and ``gate``, else ``identity``. Use ``flag`` for a fixed penalty from the
+            threshold on, ``excess`` for a penalty that grows above the threshold, and ``flag_and_excess`` for both.
+        weight: factor of the transformed score; above 0, except for ``reward`` and ``dense``, where the weight may be negative. For
+            ``gate`` the weight is in (0, 1]: the share of the task's reward that a flagged rollout loses. Ignored by ``screen`` and
+            ``monitor``.
+        mode: how the signal acts on the reward; a ``Mode``.
+        threshold: threshold in the unit of the reduced score; a rollout is flagged if its score is at or above the threshold. ``None`` =
+            the threshold of the probe's calibration for this reduction and label.
+        label: label of the probe whose scores are used; "" = the first label.
+        name: name of the signal in metrics; the probe's name by default.
 
     Raises:
-        SignalError: a field does not go with another; names it.
+        SignalError: two fields contradict each other; the error names one of them.
     """
 
     probe: str
@@ -144,7 +146,7 @@ class ProbeSignal:
 
     @property
     def needs_threshold(self) -> bool:
-        """Says whether the signal means nothing without a threshold."""
+        """Whether the signal cannot be computed without a threshold."""
         return self.transform in _THRESHOLDED
 
 
@@ -161,15 +163,15 @@ def _is_finite(value: object) -> bool:
 
 @dataclass(frozen=True)
 class BoundSignal:
-    """Holds a signal and the loaded probe whose scores it takes.
+    """A signal (a rule from a probe's scores to rewards) together with the loaded probe whose scores the signal uses.
 
     Attributes:
-        probe: ``"name@version"``, so that another version is never read in its place.
-        digests: of its graph and of its manifest, so that neither is another graph or another calibration.
-        reduction: the signal's or the probe's own; ``None`` for a probe that pools by itself.
-        label: index of the label.
-        threshold: the signal's or the calibration's; NaN if there is none.
-        bounds: what a transformed number can be.
+        probe: the probe as ``"name@version"``, so that another version is never used in its place.
+        digests: the digests of the probe's graph and of its manifest, so that a changed graph or calibration is noticed.
+        reduction: the signal's reduction or the probe's default; ``None`` for a probe that scores rollouts.
+        label: index of the label in the probe's labels.
+        threshold: the threshold of the signal or of the probe's calibration; NaN if there is none.
+        bounds: the least and the greatest value that a transformed score can have.
     """
 
     signal: ProbeSignal
@@ -182,10 +184,11 @@ class BoundSignal:
 
     @classmethod
     def bind(cls, signal: ProbeSignal, probes: tuple[ProbeInfo, ...]) -> BoundSignal:
-        """Finds a signal's probe among those that a server has loaded.
+        """Finds the probe of a signal (a rule from a probe's scores to rewards) among the probes that a server has loaded.
 
         Raises:
-            SignalError: there is none or more than one, or it has no such label, no threshold, or no scores per token for ``dense``.
+            SignalError: no loaded probe or more than one matches, or the probe lacks the label, a threshold, or the per-token scores that
+                ``dense`` needs.
         """
         matching = [probe for probe in probes if signal.probe in (probe.name, probe.key)]
         if len(matching) != 1:
@@ -208,14 +211,14 @@ class BoundSignal:
         return cls(signal, probe.key, digests, reduction, label, math.nan if threshold is None else threshold, _bounds(signal, probe.unit))
 
     def flags(self, values: Floats) -> NDArray[np.bool_]:
-        """Returns which numbers are at or above the threshold; none if there is no threshold."""
+        """Returns, for each score, whether the score is at or above the threshold; false for all if there is no threshold."""
         return values >= self.threshold
 
     def transformed(self, values: Floats) -> Floats:
-        """Returns the transform of each number, in the same shape.
+        """Returns the transform of each score, in an array of the same shape.
 
         Raises:
-            SignalError: a function that the user gave returned another shape.
+            SignalError: the user's transform function failed, or returned another shape.
         """
         transform = self.signal.transform
         if callable(transform) and not isinstance(transform, Transform):

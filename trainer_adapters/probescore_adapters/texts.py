@@ -1,4 +1,4 @@
-"""Compares whether two tokenizers read the same ids alike, by the texts that they make of them."""
+"""Compares whether two tokenizers decode the same token ids to the same text."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 
 def is_text_of(text: str, pieces: Sequence[str]) -> bool:
-    """Returns whether a text is what some tokens say, one after the other, special tokens left out.
+    """Returns whether a text is the concatenation of the texts of some tokens, with special tokens left out.
 
-    Which tokens are special is not known here, so that any may be left out whole; but all of the text must be there. White space does not
-    count, which tokenizers clean up, nor does what was no character.
+    Which tokens are special is not known here, so that any token may be left out as a whole; but every part of the text must come from a
+    token. White space is ignored, since tokenizers clean it up. Replacement characters (bytes that were not valid text) are ignored too.
 
     Args:
-        text: by one tokenizer, without special tokens.
-        pieces: by another, one for each token.
+        text: text that one tokenizer decoded, without special tokens.
+        pieces: texts that the other tokenizer decoded, one for each token.
     """
     wanted = _compared(text)
     # Which places can be reached, as bits, and at which a piece stands: sets would grow with the square of a text that repeats itself.
@@ -26,7 +26,7 @@ def is_text_of(text: str, pieces: Sequence[str]) -> bool:
 
 
 def _places(text: str, piece: str) -> int:
-    """Returns where a piece stands in a text, as bits."""
+    """Returns the positions at which a piece occurs in a text, as the bits of an integer."""
     places, at = 0, text.find(piece)
     while at >= 0:
         places |= 1 << at

@@ -1,6 +1,7 @@
-"""Adapts TRL: ``ProbeReward`` is a reward function, ``ProbeTrainerMixin`` does what a reward function cannot.
+"""Adapts TRL: ``ProbeReward`` is a reward function; ``ProbeTrainerMixin`` also supports the signals that a reward function cannot
+implement.
 
-For ``GRPOTrainer`` and ``RLOOTrainer``.
+Both work with ``GRPOTrainer`` and ``RLOOTrainer``.
 """
 
 from __future__ import annotations
@@ -51,20 +52,23 @@ async def probe_reward(
     log_extra: LogExtra | None = None,
     **_columns: object,
 ) -> list[float]:
-    """Returns the terms of ``n`` rollouts, as TRL asks a reward function for them; ``ProbeReward`` is this function with its scorer.
+    """Returns the numbers that the signals (rules from probe scores to rewards) add to the rewards of ``n`` rollouts, with the signature of
+    TRL's reward functions; ``ProbeReward`` is this function bound to a scorer.
 
     Args:
-        scorer: holds the signals and the address.
-        prompts: ``n``, text or messages; the server tokenises them.
-        completion_ids: ``n``, ``(T,)`` each.
-        completions: ``n``, what TRL's tokenizer makes of the ids; they show if the server has another tokenizer.
-        exact_prompt_ids: ``n``, ``(P,)`` each, in place of prompts: a column of the data set, or a further field of a ``rollout_func``.
-        trainer_state: has ``global_step``.
-        log_metric: takes a name and a number; without it (TRL < 1) the metrics go to the log of ``probescore_adapters``.
-        log_extra: takes the name of a column and ``n`` numbers.
+        scorer: the scorer, with its signals and the server's address.
+        prompts: ``n`` prompts as text or messages, which the server tokenises.
+        completion_ids: ``n`` completions, token ids ``(T,)`` each.
+        completions: ``n`` texts or messages that TRL's tokenizer decoded from the ids; they show whether the server has another tokenizer.
+        exact_prompt_ids: ``n`` prompts as token ids ``(P,)`` each, used instead of ``prompts``; they come from a column of the data set, or
+            from an additional field of a ``rollout_func``.
+        trainer_state: TRL's state of the trainer, whose ``global_step`` is sent for the server's logs.
+        log_metric: TRL's function that logs a metric, given a name and a number; without it (TRL < 1) the metrics go to the logger
+            ``probescore_adapters``.
+        log_extra: TRL's function that logs a column, given a name and ``n`` numbers.
 
     Raises:
-        ProbescoreError, SignalError, Unscorable: as ``ProbeScorer.score``.
+        ProbescoreError, SignalError, Unscorable: the errors of ``ProbeScorer.score``.
     """
     rollouts = _rollouts(prompts, completion_ids, exact_prompt_ids)
     outcome = await scorer.score_async(rollouts, step=getattr(trainer_state, "global_step", None), texts=_texts(prompts, completions))
@@ -82,33 +86,37 @@ def synchronous_probe_reward(
     trainer_state: Any = None,  # noqa: ANN401 - of transformers, or of the user
     **_columns: object,
 ) -> list[float]:
-    """Returns the terms of ``n`` rollouts, for a TRL that awaits no reward function; arguments and errors are those of ``probe_reward``."""
+    """Returns the numbers that the signals (rules from probe scores to rewards) add to the rewards of ``n`` rollouts, for TRL versions that
+    do not await reward functions; arguments and errors are the same as for ``probe_reward``.
+    """
     rollouts = _rollouts(prompts, completion_ids, exact_prompt_ids)
     outcome = scorer.score(rollouts, step=getattr(trainer_state, "global_step", None), texts=_texts(prompts, completions))
     return _reported(outcome, None, None)
 
 
 class ProbeReward(functools.partial):  # type: ignore[type-arg] # not a generic type to a subclass at run time
-    """Is a reward function: ``GRPOTrainer(reward_funcs=[task_reward, ProbeReward(scorer)], …)``.
+    """Reward function for TRL: ``GRPOTrainer(reward_funcs=[task_reward, ProbeReward(scorer)], …)``.
 
-    An ``async`` one where TRL awaits them, so that it waits beside others. TRL takes a ``partial`` for what is inside it, which not every
-    version does of an object that can be called. It can be pickled. Each rank has its own rollouts scored.
+    The function is ``async`` if this version of TRL awaits reward functions, so that it runs concurrently with other reward functions. The
+    class derives from ``functools.partial``, because TRL inspects the function inside a ``partial``, while not every version inspects other
+    callable objects. A ``ProbeReward`` can be pickled. Each rank scores its own rollouts.
 
-    The server must have the trainer's tokenizer. With ``processing_class`` it is compared before anything is scored; else by what both
-    make of the first completions' ids, since TRL shows a reward function no tokenizer.
+    The server must have the trainer's tokenizer. With ``processing_class`` the fingerprints of the two tokenizers are compared before
+    anything is scored. Without it the texts that both tokenizers decode from the first completions' ids are compared, since TRL passes no
+    tokenizer to a reward function.
 
     Args:
-        scorer: its signals have the modes ``reward``, ``penalty`` and ``monitor``.
-        processing_class: the trainer's tokenizer, or a processor that has one.
+        scorer: the scorer; its signals must have the modes ``reward``, ``penalty`` or ``monitor``.
+        processing_class: the trainer's tokenizer, or a processor with a tokenizer.
 
     Raises:
-        SignalError: a signal has another mode: a reward function neither sees task rewards nor can it remove a rollout.
+        SignalError: a signal has another mode; a reward function cannot see task rewards, and cannot remove a rollout.
     """
 
     __name__ = "probe_reward"
 
     def __new__(cls, scorer: ProbeScorer, processing_class: Any = None) -> ProbeReward:  # noqa: ANN401 - of transformers
-        """Makes the reward function of a scorer."""
+        """Makes the reward function that uses a given scorer."""
         scorer.refuse_modes(Mode.SCREEN, Mode.GATE, Mode.DENSE, because="a reward function only adds; use ProbeTrainerMixin")
         if processing_class is not None:
             scorer.require_tokenizer(tokenizer_fingerprint(getattr(processing_class, "tokenizer", processing_class)))
@@ -116,7 +124,7 @@ class ProbeReward(functools.partial):  # type: ignore[type-arg] # not a generic 
 
     @property
     def scorer(self) -> ProbeScorer:
-        """Returns the scorer that the function was made of."""
+        """The scorer that this reward function uses."""
         scorer: ProbeScorer = self.args[0]
         return scorer
 
@@ -125,25 +133,27 @@ class ProbeReward(functools.partial):  # type: ignore[type-arg] # not a generic 
 
 
 class ProbeTrainerMixin:
-    """Gives a trainer every mode of a signal, on exact ids: ``class Trainer(ProbeTrainerMixin, GRPOTrainer)``, made with ``probes=scorer``.
+    """Mixin that makes a TRL trainer support every mode of a signal, on exact token ids: ``class Trainer(ProbeTrainerMixin, GRPOTrainer)``,
+    made with ``probes=scorer``.
 
-    Task rewards are TRL's ``reward_funcs`` with their weights; what the signals change about them is one more, ``probescore``, in TRL's
-    logs. Prompts are scored as they were tokenised for generation, and tokens of tools do not count. A removed rollout takes no part in
-    its group's mean and spread, nor in the loss; one to which no task function gives a reward has no advantage, as without probes. Dense
-    terms are added to the advantages of their tokens as they are.
+    Task rewards are TRL's ``reward_funcs`` with their weights; the change that the signals make to the task rewards appears in TRL's logs
+    as one more reward function, ``probescore``. Prompts are scored as they were tokenised for generation, and tokens of tools do not count.
+    A removed rollout counts neither in its group's mean and standard deviation nor in the loss. A rollout to which no task function gives a
+    reward has no advantage, as without probes. The numbers of ``dense`` signals are added to the advantages of their tokens without
+    normalisation.
 
-    Rank 0 has the rollouts of all ranks scored in one call, since guard rails look at whole groups, and tells the others what came of it.
-    The server must have the trainer's tokenizer.
+    Rank 0 scores the rollouts of all ranks at once, since guard rails need whole groups, and sends the result to the other ranks. The
+    server must have the trainer's tokenizer.
 
     Args:
-        args: the trainer's.
-        probes: a scorer; RLOO, whose loss is one number a rollout, takes no ``dense`` signal.
-        kwargs: the trainer's; ``reward_funcs`` is not empty.
+        args: positional arguments of the trainer.
+        probes: the ``ProbeScorer``; with RLOO, whose loss has one number per rollout, no signal may be ``dense``.
+        kwargs: keyword arguments of the trainer; ``reward_funcs`` must not be empty.
 
     Raises:
-        SignalError: a signal's mode is ``dense``, and this is RLOO.
-        ValueError: there are no task rewards.
-        ImportError: this TRL is older than 1.10.
+        SignalError: a signal's mode is ``dense``, and the trainer is RLOO.
+        ValueError: ``reward_funcs`` is empty.
+        ImportError: the installed TRL is older than 1.10.
     """
 
     def __init__(self, *args: Any, probes: ProbeScorer, **kwargs: Any) -> None:  # noqa: ANN401 - the trainer's
@@ -214,13 +224,13 @@ class ProbeTrainerMixin:
         return output
 
     def _of_this_rank(self, count: int) -> slice:
-        """Returns where the ``count`` rollouts of this rank are among all."""
+        """Returns the slice of this rank's ``count`` rollouts within the rollouts of all ranks."""
         trainer: Any = self
         start = trainer.accelerator.process_index * count
         return slice(start, start + count)
 
     def _scored(self, local: list[Rollout], tasks: Floats) -> Outcome:
-        """Returns the outcome of the rollouts of all ranks, the same on each."""
+        """Returns the outcome of scoring the rollouts of all ranks, the same on each rank."""
         trainer: Any = self
         size = trainer.num_generations if trainer.model.training else trainer.num_generations_eval
         everywhere = gather_object(local)
@@ -238,7 +248,7 @@ class ProbeTrainerMixin:
 
 
 def _no_reward(prompts: list[Any], **_columns: object) -> list[None]:
-    """Keeps the column that ``ProbeTrainerMixin`` fills when it has the task rewards."""
+    """Reward function without rewards, which reserves the column that ``ProbeTrainerMixin`` fills once the task rewards are known."""
     return [None] * len(prompts)
 
 
@@ -260,7 +270,9 @@ def _rollouts(
 def _texts(
     prompts: Sequence[Union[str, Sequence[Message]]], completions: Sequence[Union[str, Sequence[Message]]] | None
 ) -> list[str | None] | None:
-    """Returns what the tokenizer made of each completion's ids, where TRL has made nothing else of that since."""
+    """Returns the text decoded from each completion's ids; ``None`` for a completion whose text TRL has changed since, for example by
+    parsing tool calls.
+    """
     if completions is None:
         return None
     # where the prompt ends with the beginning of an answer, TRL puts that in front of the completion's text
@@ -280,12 +292,12 @@ def _text(completion: str | Sequence[Message]) -> str | None:
 
 
 def _as_tokenised(prompt: str | Sequence[Message]) -> Text | Chat:
-    """Returns a prompt for the server to do with it what TRL does."""
+    """Returns a prompt as text or chat, such that the server tokenises the prompt in the same way as TRL."""
     return Text(prompt, add_special_tokens=_IS_ASYNC) if isinstance(prompt, str) else Chat.of(prompt)
 
 
 def _reported(outcome: Outcome, log_metric: LogMetric | None, log_extra: LogExtra | None) -> list[float]:
-    """Logs what there is beside the rewards, and returns these."""
+    """Logs the metrics and the probe scores of an outcome, and returns the rewards."""
     if log_metric is None:
         logger.info("%s", ", ".join(f"{name} {value:g}" for name, value in outcome.metrics.items()))
     else:
@@ -299,7 +311,7 @@ def _reported(outcome: Outcome, log_metric: LogMetric | None, log_extra: LogExtr
 
 
 def _padded(rows: Sequence[Floats], width: int) -> torch.Tensor:
-    """Returns rows of any length as ``(n, width)``, with 0 after each."""
+    """Returns rows of different lengths as one tensor ``(n, width)``, padded with 0 at the end."""
     padded = np.zeros((len(rows), width))
     for row, values in zip(padded, rows, strict=True):
         row[: len(values)] = values

@@ -1,7 +1,8 @@
-"""Adapts verifiers 0.4 and later, from which prime-rl takes its rewards: a reward and a metric of a ``Task``.
+"""Adapts verifiers 0.4 and later, from which prime-rl takes its rewards: provides a reward function and a metric function of a ``Task``.
 
-verifiers scores one trace at a time, and gives exact ids and which of them the policy sampled. ``probe_reward`` and ``probe_metric`` need
-no code: ``fn = "probescore_adapters.verifiers:probe_reward"``, and the environment says the rest.
+verifiers scores one trace (record of an episode) at a time, and passes exact token ids and a mask of the tokens that the policy sampled.
+``probe_reward`` and ``probe_metric`` need no code: set ``fn = "probescore_adapters.verifiers:probe_reward"``, and configure the scorer by
+environment variables.
 """
 
 from __future__ import annotations
@@ -20,16 +21,17 @@ from probescore_adapters.signals import Mode
 
 
 class TraceProbes:
-    """Offers signals as functions that verifiers takes as a reward or a metric, by name or in a ``Task``.
+    """Offers the signals of a scorer as functions that verifiers takes as a reward or a metric, by name or in a ``Task``.
 
-    ``reward`` records the metrics too: take one of the two. An error is verifiers' ``TaskError``, and the trace is dropped.
+    ``reward`` records the metrics too, so that only one of ``reward`` and ``metric`` is needed. verifiers turns an error into a
+    ``TaskError`` and drops the trace.
 
     Args:
-        scorer: its modes are ``reward``, ``penalty`` or ``monitor``.
+        scorer: the scorer; its signals must have the modes ``reward``, ``penalty`` or ``monitor``.
 
     Raises:
-        SignalError: a signal has another mode: verifiers gives a reward function neither the task's reward nor other traces, and assigns
-            rewards to traces, not tokens.
+        SignalError: a signal has another mode; verifiers passes neither the task's reward nor other traces to a reward function, and
+            assigns rewards to traces and not to tokens.
     """
 
     def __init__(self, scorer: ProbeScorer) -> None:
@@ -39,10 +41,10 @@ class TraceProbes:
         self.scorer = scorer
 
     async def reward(self, trace: Trace[Any, Any, Any]) -> float:
-        """Returns what the signals add to a trace: of several branches the least.
+        """Returns the number that the signals add to the reward of a trace; for a trace with several branches, the lowest number.
 
         Raises:
-            ProbescoreError, SignalError, Unscorable: as ``ProbeScorer.score``.
+            ProbescoreError, SignalError, Unscorable: the errors of ``ProbeScorer.score``.
             ValueError: the trace has no token ids.
         """
         outcome = await self._outcome(trace)
@@ -50,7 +52,7 @@ class TraceProbes:
         return float(outcome.rewards.min())
 
     async def metric(self, trace: Trace[Any, Any, Any]) -> dict[str, float]:
-        """Returns what there is to log of a trace, always under the same names; raises what ``reward`` raises."""
+        """Returns the metrics of a trace, always with the same names; raises the same errors as ``reward``."""
         return (await self._outcome(trace)).rollout_metrics
 
     async def _outcome(self, trace: Trace[Any, Any, Any]) -> Outcome:
@@ -58,12 +60,16 @@ class TraceProbes:
 
 
 async def probe_reward(trace: Trace[Any, Any, Any]) -> float:
-    """Returns what the signals of the environment add to a trace: ``TraceProbes.reward`` of ``scorer_from_environment``."""
+    """Returns the number that the signals, configured by environment variables, add to the reward of a trace: ``TraceProbes.reward`` of
+    ``scorer_from_environment``.
+    """
     return await _from_environment().reward(trace)
 
 
 async def probe_metric(trace: Trace[Any, Any, Any]) -> dict[str, float]:
-    """Returns what there is to log of a trace: ``TraceProbes.metric`` of ``scorer_from_environment``."""
+    """Returns the metrics of a trace for the signals configured by environment variables: ``TraceProbes.metric`` of
+    ``scorer_from_environment``.
+    """
     return await _from_environment().metric(trace)
 
 
@@ -73,10 +79,11 @@ def _from_environment() -> TraceProbes:
 
 
 def rollouts_of(trace: Trace[Any, Any, Any]) -> list[Rollout]:
-    """Returns a rollout for each branch that is trained on; its completion begins with the first token that the policy sampled.
+    """Returns one rollout for each branch of a trace that is trained on; the completion begins with the first token that the policy
+    sampled.
 
     Raises:
-        ValueError: there is none, because the model's server gave no token ids.
+        ValueError: the trace has no token ids, because the server of the policy model returned none.
     """
     rollouts = []
     for branch in trace.branches:

@@ -1,6 +1,7 @@
-"""Adapts verifiers before 0.4: ``ProbeRubric``, or a function for a rubric of one's own.
+"""Adapts verifiers before 0.4: provides ``ProbeRubric``, and a reward function for a user's own rubric.
 
-A rubric scores 0.0 where a function of it raises, and 0.0 would mean "did not cheat". ``ProbeRubric`` raises instead; a function cannot.
+A rubric of verifiers gives the score 0.0 if one of its reward functions raises an error, but 0.0 would mean "did not cheat".
+``ProbeRubric`` raises the error instead; a reward function cannot do so.
 """
 
 from __future__ import annotations
@@ -21,19 +22,19 @@ from probescore_adapters.signals import Mode
 logger = logging.getLogger("probescore_adapters")
 
 STATE_KEY = "probescore"
-"""Is the key under which a state has what the signals add to its reward."""
+"""Key in a rollout's state dictionary under which the number that the signals add to the reward is stored."""
 
 State = dict[str, Any]
 
 
 class ProbeRubric(vf.Rubric):
-    """Is a rubric with one more reward function, ``probescore``, and the metrics of its signals.
+    """Rubric with one additional reward function, ``probescore``, and with the metrics of the signals.
 
     Args:
-        scorer: its modes are ``reward``, ``penalty`` or ``monitor``.
+        scorer: the scorer; its signals must have the modes ``reward``, ``penalty`` or ``monitor``.
         funcs: the task's reward functions.
-        weights: of these; 1 by default.
-        parser: as for ``vf.Rubric``.
+        weights: weights of the task's reward functions; 1 by default.
+        parser: parser that is passed to ``vf.Rubric``.
 
     Raises:
         SignalError: a signal has another mode.
@@ -52,13 +53,13 @@ class ProbeRubric(vf.Rubric):
         self.add_reward_func(_read)
 
     async def score_rollout(self, state: State) -> None:
-        """Scores one rollout; raises what ``ProbeScorer.score`` raises, and ``ValueError`` if the state has no token ids."""
+        """Scores one rollout; raises the errors of ``ProbeScorer.score``, and ``ValueError`` if the state has no token ids."""
         outcome = await self._score(state)
         await super().score_rollout(state)
         state["metrics"].update(outcome.rollout_metrics)
 
     async def score_group(self, states: list[State]) -> None:
-        """Scores the rollouts of one prompt; raises what ``score_rollout`` raises."""
+        """Scores the rollouts of one prompt; raises the same errors as ``score_rollout``."""
         outcomes = await asyncio.gather(*map(self._score, states))
         await super().score_group(states)
         for state, outcome in zip(states, outcomes, strict=True):
@@ -79,15 +80,16 @@ _read.__name__ = STATE_KEY
 
 
 def reward_function(scorer: ProbeScorer) -> Callable[[State], Coroutine[Any, Any, float]]:
-    """Returns a function for ``vf.Rubric(funcs=[…])``, called ``probescore`` in its metrics.
+    """Returns a reward function for ``vf.Rubric(funcs=[…])``, which is called ``probescore`` in the rubric's metrics.
 
     Args:
-        scorer: its modes are ``reward``, ``penalty`` or ``monitor``. Its policy's ``on_failure`` is a number, which stands in for scores
-            whatever fails, since nothing can be raised; each time is logged as an error.
+        scorer: the scorer; its signals must have the modes ``reward``, ``penalty`` or ``monitor``. Its policy's ``on_failure`` must be a
+            number, which is returned instead of the reward after any failure, since the function cannot raise errors. Each failure is
+            logged as an error.
 
     Raises:
         SignalError: a signal has another mode.
-        ValueError: ``on_failure`` is no number.
+        ValueError: ``on_failure`` is not a number.
     """
     _refuse_impossible_modes(scorer)
     on_failure = scorer.policy.on_failure
@@ -107,10 +109,11 @@ def reward_function(scorer: ProbeScorer) -> Callable[[State], Coroutine[Any, Any
 
 
 def rollouts_of(state: State) -> list[Rollout]:
-    """Returns the turns of a state as one rollout, as long as each prompt continues what came before; another begins where one does not.
+    """Joins the turns of a state into one rollout as long as each turn's prompt continues the tokens before it; a turn that does not begins
+    another rollout.
 
     Raises:
-        ValueError: there is no turn, or one without token ids.
+        ValueError: the state has no turn, or a turn without token ids.
     """
     rollouts: list[tuple[list[int], list[int], list[int]]] = []
     for step in state["trajectory"]:

@@ -1,6 +1,6 @@
-"""Adapts verl: ``ProbeRewardManager`` is named in its ``reward.reward_manager``.
+"""Adapts verl: provides ``ProbeRewardManager``, which is named in verl's setting ``reward.reward_manager``.
 
-verl asks for one rollout at a time, in the workers of its reward loop, and gives exact ids.
+verl requests the reward of one rollout at a time, in the workers of its reward loop, and passes exact token ids.
 """
 
 from __future__ import annotations
@@ -26,22 +26,24 @@ from probescore_adapters.scorer import Policy, ProbeScorer
 from probescore_adapters.signals import Floats, Mode
 
 RESPONSE_MASK = "probescore_response_mask"
-"""Is the field of an agent loop's output in which ``verl_agent_loop`` sends the response mask along, which verl does not."""
+"""Name of the field of an agent loop's output in which ``verl_agent_loop`` passes on the response mask, which verl itself does not pass
+on."""
 
 
 class TokenRewards(float):
-    """Is the reward of a rollout, a number, and holds each token's share of it.
+    """The reward of a rollout as a ``float`` that also stores the reward of each token.
 
-    A sum to all of verl that knows rewards of rollouts only, so that nothing is lost there.
+    The value of the ``float`` is the sum of the tokens' rewards, so that parts of verl that know only one reward per rollout use the
+    correct total.
 
     Attributes:
-        tokens: ``(T,)`` float64; they add up to it.
+        tokens: ``(T,)`` float64, the rewards of the tokens, whose sum is the reward of the rollout.
     """
 
     tokens: Floats
 
     def __new__(cls, tokens: Floats) -> TokenRewards:
-        """Makes the sum of rewards ``(T,)`` of tokens."""
+        """Makes the sum of the tokens' rewards ``(T,)``."""
         rewards = super().__new__(cls, float(tokens.sum()))
         rewards.tokens = tokens
         return rewards
@@ -51,15 +53,16 @@ class TokenRewards(float):
 
 
 class ProbeRewardManager(NaiveRewardManager):
-    """Gives what verl's own ``naive`` manager gives, with the signals of probes.
+    """Reward manager for verl that returns the results of verl's own ``naive`` manager, changed by the signals of probes.
 
-    ``reward.reward_kwargs.probescore`` has the arguments of ``ProbeScorer``: ``signals``, a list of what ``ProbeSignal`` takes, ``rails``,
-    what ``GuardRails`` takes, and beside them what ``Policy`` takes. Without it the environment counts: ``scorer_from_environment``. The
-    server must have the policy's tokenizer, unless ``tokenizer_fingerprint`` is set: to another's, or to "" for any.
+    The setting ``reward.reward_kwargs.probescore`` contains the arguments of ``ProbeScorer``: ``signals`` is a list of dictionaries with
+    the fields of ``ProbeSignal``, and ``rails`` is a dictionary with the fields of ``GuardRails``; the fields of ``Policy`` stand beside
+    them. Without this setting the scorer is configured by environment variables: ``scorer_from_environment``. The server must have the
+    policy's tokenizer, unless ``tokenizer_fingerprint`` is set to the fingerprint of another tokenizer, or to "" for any tokenizer.
 
     Raises:
-        SignalError: a signal's mode is ``screen``: of one rollout no breaker could say that too many are removed.
-        TypeError, ValueError: another field is wrong.
+        SignalError: a signal's mode is ``screen``; with one rollout at a time, the guard rails cannot limit the share of removed rollouts.
+        TypeError, ValueError: another setting is wrong.
     """
 
     def __init__(
@@ -76,7 +79,9 @@ class ProbeRewardManager(NaiveRewardManager):
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop:
-        """Returns the event loop of the call: verl's managers keep the one they are made in, which is not always it."""
+        """The event loop of the current function call; verl's managers store the event loop in which they are made, which may be another
+        one.
+        """
         return asyncio.get_running_loop()
 
     @loop.setter
@@ -84,14 +89,16 @@ class ProbeRewardManager(NaiveRewardManager):
         del made_in
 
     async def run_single(self, data: DataProto) -> dict[str, Any]:
-        """Scores one rollout, by the task's own score and by the signals of probes.
+        """Scores one rollout with the task's own score and with the signals of probes.
 
         Returns:
-            ``reward_score``, a ``TokenRewards`` with a dense signal, and ``reward_extra_info``: what the task's score says, and always the
-            same metrics of the signals, NaN where there is nothing to say.
+            A dictionary with two entries. ``reward_score`` is the reward, a number (with a dense signal a ``TokenRewards``).
+            ``reward_extra_info`` contains the additional information of the task's score, and the metrics of the signals, always with the
+            same keys, NaN for a metric without data.
 
         Raises:
-            ProbescoreError, SignalError, Unscorable, ValueError: as ``ProbeScorer.score``; and all that the task's score raises.
+            ProbescoreError, SignalError, Unscorable, ValueError: the errors of ``ProbeScorer.score``, and all errors of the task's score
+                function.
         """
         task = await super().run_single(data)
         outcome = await self.scorer.score_async([rollout_of(data)], np.array([task["reward_score"]], np.float64))
@@ -99,7 +106,9 @@ class ProbeRewardManager(NaiveRewardManager):
 
     @classmethod
     def assemble_rm_scores(cls, data: DataProto, scores: Sequence[float]) -> Any:  # noqa: ANN401 - a tensor, without importing torch
-        """Returns a batch's ``rm_scores``, ``(n, T)``: a reward at the last token, or rewards of tokens at theirs."""
+        """Returns a batch's rewards per token, verl's ``rm_scores`` ``(n, T)``: a rollout's reward at its last token, or the rewards of
+        tokens at their tokens.
+        """
         rm_scores = super().assemble_rm_scores(data, [float(score) for score in scores])
         for row, score in zip(rm_scores, scores, strict=True):
             if isinstance(score, TokenRewards):
@@ -109,7 +118,7 @@ class ProbeRewardManager(NaiveRewardManager):
 
 
 def rollout_of(data: DataProto) -> Rollout:
-    """Returns the last of the rollouts in what ``run_single`` is given, which is the one that verl's own managers score."""
+    """Returns the last of the rollouts that ``run_single`` is called with, which is the rollout that verl's own managers score."""
     item = data[-1:][0]
     batch, extra = item.batch, item.non_tensor_batch
     prompts, responses, attends = (batch[name].cpu().numpy() for name in ("prompts", "responses", "attention_mask"))

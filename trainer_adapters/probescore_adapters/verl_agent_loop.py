@@ -1,6 +1,7 @@
-"""Adapts verl's agent loops, so that what ``ProbeRewardManager`` gives for a dense signal reaches the tokens.
+"""Adapts verl's agent loops, so that the rewards of tokens that ``ProbeRewardManager`` computes for a dense signal reach the tokens.
 
-Name one of them in the file of ``actor_rollout_ref.rollout.agent.agent_loop_config_path``, under a name of your own::
+Name one of the two agent loops of this module in the file at ``actor_rollout_ref.rollout.agent.agent_loop_config_path``, under a name of
+your own::
 
     - name: probe_agent
       _target_: probescore_adapters.verl_agent_loop.ProbeAgentLoop
@@ -18,17 +19,21 @@ from probescore_adapters.verl import RESPONSE_MASK, TokenRewards
 
 
 class TokenRewardOutput(AgentLoopOutput):
-    """Is an agent loop's output that gives each token its reward, and tells the reward manager which tokens the policy sampled."""
+    """Output of an agent loop that gives each token its reward, and passes the mask of the tokens that the policy sampled to the reward
+    manager.
+    """
 
     @classmethod
     def of(cls, output: AgentLoopOutput) -> TokenRewardOutput:
-        """Returns the same output, able to do so. Of several that an agent loop returns take the last: verl scores that one only."""
+        """Returns an agent loop's output as a ``TokenRewardOutput``. If an agent loop returns several outputs, pass the last one: verl
+        scores only the last output.
+        """
         carrying: TokenRewardOutput = cls.model_construct(output.model_fields_set, **dict(output))
         carrying.extra_fields = {**output.extra_fields, RESPONSE_MASK: output.response_mask}
         return carrying
 
     def as_dict(self) -> dict[str, Any]:
-        """Returns what verl keeps of the output; ``rm_scores`` is ``(T,)``."""
+        """Returns the fields of the output that verl keeps, as a dictionary; ``rm_scores`` is ``(T,)``."""
         output: dict[str, Any] = super().as_dict()
         output["extra_fields"].pop(RESPONSE_MASK, None)
         if isinstance(self.reward_score, TokenRewards):
@@ -37,15 +42,15 @@ class TokenRewardOutput(AgentLoopOutput):
 
 
 class ProbeAgentLoop(SingleTurnAgentLoop):
-    """Is verl's ``single_turn_agent``, with rewards of tokens."""
+    """verl's ``single_turn_agent`` with a reward for each token."""
 
     async def run(self, sampling_params: dict[str, Any], **kwargs: object) -> TokenRewardOutput:
-        """Generates one answer."""
+        """Generates one completion."""
         return TokenRewardOutput.of(await super().run(sampling_params, **kwargs))
 
 
 class ProbeToolAgentLoop(ToolAgentLoop):
-    """Is verl's ``tool_agent``, with rewards of tokens."""
+    """verl's ``tool_agent`` with a reward for each token."""
 
     async def run(self, sampling_params: dict[str, Any], **kwargs: object) -> TokenRewardOutput:
         """Generates a conversation with tools."""

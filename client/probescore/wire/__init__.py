@@ -1,6 +1,6 @@
-"""Converts values to and from the messages of the contract, by pure functions that the client and the server share.
+"""Pure functions, shared by client and server, that convert value objects to and from the protobuf messages of the contract.
 
-Reading refuses whatever breaks the contract with a ``MessageError`` that names the field.
+Functions that read a message raise ``MessageError``, which names the faulty field, if the message violates the contract.
 """
 
 from probescore.wire.requests import (

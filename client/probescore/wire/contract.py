@@ -1,12 +1,12 @@
-"""Holds what the contract fixes beside its messages."""
+"""Defines the constants that the protobuf contract fixes beside its messages."""
 
 from __future__ import annotations
 
 JOB_KEY = "x-probescore-job"
-"""Is the key of a call's metadata that names its training run."""
+"""Key in an RPC's metadata whose value is the name of the training run."""
 
 ERROR_DOMAIN = "probescore"
-"""Is the domain in the ``ErrorInfo`` of a status that a probescore server made."""
+"""The ``domain`` field in the ``ErrorInfo`` of every error status that a probescore server sends."""
 
 MAX_FOLLOW_UP_DEPTH = 8
-"""Limits how deep follow-ups may nest."""
+"""Maximum depth to which follow-ups (token ids appended to a completion) may be nested."""

@@ -1,4 +1,4 @@
-"""Converts the contract's enums and reductions to and from their value types."""
+"""Converts enum numbers and reduction messages of the protobuf contract to and from Python values."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ STATUSES = {status: scoring_pb2.CompletionStatus.Value(f"COMPLETION_STATUS_{stat
 
 
 def member_of(members: Mapping[Member, int], number: int, field: str) -> Member:
-    """Returns the member of an enum that has this number in the contract.
+    """Returns the member of a Python enum that has a given number in the protobuf contract.
 
     Raises:
-        MessageError: no member has it; also for a number that only a newer version of the contract knows.
+        MessageError: no member has the number; also for a number that only a newer version of the contract defines.
     """
     for member, known in members.items():
         if known == number:
@@ -32,15 +32,16 @@ def member_of(members: Mapping[Member, int], number: int, field: str) -> Member:
 
 
 def reduction_to_proto(reduction: Reduction) -> probes_pb2.Reduction:
-    """Returns a reduction as a message."""
+    """Converts a reduction to a protobuf message."""
     return probes_pb2.Reduction(kind=KINDS[reduction.kind], parameter=reduction.parameter)
 
 
 def reduction_from_proto(message: probes_pb2.Reduction, field: str) -> Reduction:
-    """Returns a message as a reduction; ``field`` is its path, for errors.
+    """Converts a protobuf message to a ``Reduction`` (rule from per-token scores to one number); ``field`` is the path of the message in
+    the request or response, for error messages.
 
     Raises:
-        MessageError: an unknown kind, or a parameter that is missing, not wanted or out of range.
+        MessageError: the reduction's kind is unknown, or its parameter is missing, superfluous or out of range.
     """
     kind = member_of(KINDS, message.kind, f"{field}.kind")
     try:

@@ -1,4 +1,4 @@
-"""Converts requests, which are rollout groups and options, to and from ``ScoreRequest``."""
+"""Converts rollout groups and scoring options to and from ``ScoreRequest`` messages."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ _UINT32_MAX = 2**32 - 1
 
 @dataclass(frozen=True)
 class RequestOptions:
-    """Holds everything in a ``ScoreRequest`` beside its groups; the proto says what each field means."""
+    """Value object with all fields of a ``ScoreRequest`` except the rollout groups; the comments in the ``.proto`` file define each
+    field.
+    """
 
     probes: tuple[str, ...] = ()
     reductions: tuple[Reduction, ...] = ()
@@ -43,10 +45,10 @@ class RequestOptions:
 
 
 def request_to_proto(groups: Sequence[RolloutGroup], options: RequestOptions) -> scoring_pb2.ScoreRequest:
-    """Returns rollout groups and options as a whole request.
+    """Converts rollout groups and options to a whole ``ScoreRequest`` message.
 
     Raises:
-        MessageError: a value that the contract cannot carry, named by its field.
+        MessageError: a value cannot be represented in the contract; the error names the field.
     """
     request = options_to_proto(options)
     request.groups.extend(group_to_proto(group, f"groups[{index}]") for index, group in enumerate(groups))
@@ -54,10 +56,10 @@ def request_to_proto(groups: Sequence[RolloutGroup], options: RequestOptions) ->
 
 
 def options_to_proto(options: RequestOptions) -> scoring_pb2.ScoreRequest:
-    """Returns options as a request without groups.
+    """Converts options to a ``ScoreRequest`` message without rollout groups.
 
     Raises:
-        MessageError: text that is not text, or an integer that its field cannot hold.
+        MessageError: a text field is not a valid string, or an integer is out of the range of its field.
     """
     names = () if isinstance(options.token_scores, str) else options.token_scores
     return scoring_pb2.ScoreRequest(
@@ -79,10 +81,11 @@ def options_to_proto(options: RequestOptions) -> scoring_pb2.ScoreRequest:
 
 
 def group_to_proto(group: RolloutGroup, field: str) -> scoring_pb2.RolloutGroup:
-    """Returns one rollout group as a message; ``field`` is its path, for errors.
+    """Converts one rollout group to a message; ``field`` is the path of the group in the request, for error messages.
 
     Raises:
-        MessageError: ids that are not integers in one dimension, a mask that is not 0 and 1, text that is not text, a span out of range.
+        MessageError: token ids are not integers in one dimension, a mask has values other than 0 and 1, a text is not a valid string, or a
+            span is out of range.
     """
     completions = [entry if isinstance(entry, Completion) else Completion(entry) for entry in group.completions]
     return scoring_pb2.RolloutGroup(
@@ -147,14 +150,14 @@ def _array(values: ArrayLike, field: str) -> NDArray[Any]:
 
 
 def ids_array(ids: ArrayLike, field: str) -> NDArray[Any]:
-    """Reads token ids as an array ``(T,)`` of integers; an empty one may have any dtype.
+    """Converts token ids to an array ``(T,)`` of integers; an empty array may have any dtype.
 
     Args:
-        ids: the ids, in whatever numpy reads.
+        ids: the token ids, as a sequence or array that numpy can read.
         field: path of the ids in the request, which errors name.
 
     Raises:
-        MessageError: the ids are not integers, or have another number of axes than one.
+        MessageError: the token ids are not integers, or do not have exactly one axis.
     """
     array = _array(ids, field)
     if array.size and array.dtype.kind not in "iu":
@@ -203,10 +206,10 @@ def _integer(value: object, field: str, low: int, high: int) -> int:
 
 
 def options_from_request(request: scoring_pb2.ScoreRequest) -> RequestOptions:
-    """Returns the options of a request.
+    """Returns the options of a ``ScoreRequest`` message.
 
     Raises:
-        MessageError: an unknown scope or reduction, or token scores asked for both ways.
+        MessageError: the scope or a reduction is unknown, or token scores are requested both for all probes and for named probes.
     """
     if request.token_scores.all and request.token_scores.probes:
         raise MessageError("token_scores.probes", "must be empty where token_scores.all is true")
@@ -227,11 +230,11 @@ def options_from_request(request: scoring_pb2.ScoreRequest) -> RequestOptions:
 
 
 def groups_from_request(request: scoring_pb2.ScoreRequest) -> list[RolloutGroup]:
-    """Returns the groups of a request. Ids keep the type they came in (int32, int64 or uint32); whether they mean anything to the model,
-    and whether mask and spans fit their completion, is for the server to say.
+    """Returns the rollout groups of a ``ScoreRequest`` message. Token ids keep the dtype in which they were sent (int32, int64 or uint32).
+    This function does not check whether ids are in the model's vocabulary and whether mask and spans fit their completion; the server does.
 
     Raises:
-        MessageError: a tensor that is not what the contract says.
+        MessageError: a tensor violates the contract.
     """
     groups = []
     for index, group in enumerate(request.groups):

@@ -1,4 +1,4 @@
-"""Converts answers, which hold scores and what produced them, to and from their messages."""
+"""Converts scores, and descriptions of the model and probes that produced them, to and from response messages."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from probescore.wire.enums import OUTPUTS, STATUSES, UNITS, member_of, reduction
 from probescore.wire.tensors import FLOAT32, INT32, MessageError, array_to_tensor, tensor_to_array
 
 MAX_KNOWN_PROBES = 4096
-"""Limits how many probes' descriptions are remembered, at about 1 kB each: most answers name the same probes as those before them, a
-thousand perhaps."""
+"""Maximum number of probe descriptions whose messages are cached, at about 1 kB each. Most responses name the same probes as earlier
+responses, perhaps a thousand of them."""
 
 MAX_KNOWN_REDUCTIONS = 8
-"""Limits the reductions of a probe whose description is remembered when it is written."""
+"""Maximum number of reductions of a probe whose description is cached as a message."""
 
 # ---------------------------------------------------------------------------------------------------------------------- writing
 
 
 def result_to_proto(result: ScoreResult) -> scoring_pb2.ScoreResponse:
-    """Returns the scores of a whole request as the answer to ``Score``."""
+    """Converts the scores of a whole request to the response of the RPC ``Score``."""
     keys = score_keys(result.info.probes)
     return scoring_pb2.ScoreResponse(
         groups=[scoring_pb2.GroupScores(completions=[_completion_to_proto(scored, keys) for scored in group]) for group in result.groups],
@@ -41,8 +41,8 @@ def result_to_proto(result: ScoreResult) -> scoring_pb2.ScoreResponse:
 
 
 def streamed_to_proto(completions: Iterable[tuple[int, int, CompletionScores]], info: ScoringInfo) -> scoring_pb2.ScoreStreamResponse:
-    """Returns completions that finished together, each as (group index, completion index, scores), as one message of the answer to
-    ``ScoreStream``.
+    """Converts completions that finished together, each as (group index, completion index, scores), to one message of the response of the
+    RPC ``ScoreStream``.
     """
     keys = score_keys(info.probes)
     return scoring_pb2.ScoreStreamResponse(
@@ -99,7 +99,7 @@ def _info_to_proto(info: ScoringInfo) -> scoring_pb2.ScoringInfo:
 
 @lru_cache(MAX_KNOWN_PROBES)
 def _known_probe_to_proto(probe: ScoredProbe) -> probes_pb2.ScoredProbe:
-    """Returns a probe's description as a message, which must not be changed: the next answer has the same one."""
+    """Returns a probe's description as a message from a cache. The message must not be changed, since later responses share it."""
     return _scored_probe_to_proto(probe)
 
 
@@ -124,10 +124,10 @@ def _scored_probe_to_proto(probe: ScoredProbe) -> probes_pb2.ScoredProbe:
 
 
 def result_from_proto(message: scoring_pb2.ScoreResponse) -> ScoreResult:
-    """Returns the answer to ``Score`` as a value. Its arrays are read-only views of the message's bytes.
+    """Converts the response of the RPC ``Score`` to a value. The arrays of the value are read-only views of the message's bytes.
 
     Raises:
-        MessageError: the message is not what the contract says.
+        MessageError: the message violates the contract.
     """
     info = _info_from_proto(message.info)
     keys = score_keys(info.probes)
@@ -144,10 +144,10 @@ def result_from_proto(message: scoring_pb2.ScoreResponse) -> ScoreResult:
 
 
 def streamed_from_proto(message: scoring_pb2.ScoreStreamResponse) -> tuple[StreamedCompletion, ...]:
-    """Returns the completions in one message of the answer to ``ScoreStream``.
+    """Returns the completions in one message of the response of the RPC ``ScoreStream``.
 
     Raises:
-        MessageError: the message is not what the contract says.
+        MessageError: the message violates the contract.
     """
     info = _info_from_proto(message.info)
     keys = score_keys(info.probes)

@@ -1,4 +1,4 @@
-"""Converts what runs at a server, and what its administration did, to and from messages."""
+"""Converts descriptions of a server and results of its administration (``sleep`` and ``wake``) to and from messages."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from probescore.wire.enums import OUTPUTS, UNITS, member_of, reduction_from_prot
 
 
 def server_info_to_proto(info: ServerInfo) -> scoring_pb2.GetServerInfoResponse:
-    """Returns what runs at a server as the answer to ``GetServerInfo``."""
+    """Converts the description of a server to the response of the RPC ``GetServerInfo``."""
     model, limits = info.model, info.limits
     return scoring_pb2.GetServerInfoResponse(
         server_version=info.server_version,
@@ -46,7 +46,7 @@ def server_info_to_proto(info: ServerInfo) -> scoring_pb2.GetServerInfoResponse:
 
 
 def transfers_to_proto(transfers: Iterable[Transfer]) -> list[admin_pb2.Transfer]:
-    """Returns what each device moved as the messages that ``SleepResponse`` and ``WakeResponse`` hold."""
+    """Converts the records of the memory that each device moved to the messages in ``SleepResponse`` and ``WakeResponse``."""
     return [
         admin_pb2.Transfer(
             device=transfer.device, seconds=transfer.seconds, weight_bytes=transfer.weight_bytes, device_bytes=transfer.device_bytes
@@ -56,7 +56,7 @@ def transfers_to_proto(transfers: Iterable[Transfer]) -> list[admin_pb2.Transfer
 
 
 def probes_to_proto(probes: Iterable[ProbeInfo]) -> probes_pb2.ListProbesResponse:
-    """Returns the loaded probes as the answer to ``ListProbes``."""
+    """Converts the descriptions of the loaded probes to the response of the RPC ``ListProbes``."""
     return probes_pb2.ListProbesResponse(probes=[_probe_to_proto(probe) for probe in probes])
 
 
@@ -94,7 +94,7 @@ def _probe_to_proto(probe: ProbeInfo) -> probes_pb2.ProbeInfo:
 
 
 def server_info_from_proto(message: scoring_pb2.GetServerInfoResponse) -> ServerInfo:
-    """Returns the answer to ``GetServerInfo`` as a value."""
+    """Converts the response of the RPC ``GetServerInfo`` to the description of a server."""
     model, limits = message.model, message.limits
     return ServerInfo(
         server_version=message.server_version,
@@ -127,15 +127,15 @@ def server_info_from_proto(message: scoring_pb2.GetServerInfoResponse) -> Server
 
 
 def transfers_from_proto(transfers: Iterable[admin_pb2.Transfer]) -> tuple[Transfer, ...]:
-    """Returns what each device moved, from the messages that ``SleepResponse`` and ``WakeResponse`` hold."""
+    """Converts the messages in ``SleepResponse`` and ``WakeResponse`` to records of the memory that each device moved."""
     return tuple(Transfer(entry.device, entry.seconds, entry.weight_bytes, entry.device_bytes) for entry in transfers)
 
 
 def probes_from_proto(message: probes_pb2.ListProbesResponse) -> tuple[ProbeInfo, ...]:
-    """Returns the answer to ``ListProbes`` as values.
+    """Converts the response of the RPC ``ListProbes`` to descriptions of the loaded probes.
 
     Raises:
-        MessageError: the message is not what the contract says.
+        MessageError: the message violates the contract.
     """
     return tuple(_probe_from_proto(probe, f"probes[{index}]") for index, probe in enumerate(message.probes))
 

@@ -1,4 +1,4 @@
-"""Converts arrays to and from ``Tensor`` messages, and defines the error of a message that is not what the contract says."""
+"""Converts numpy arrays to and from ``Tensor`` messages, and defines the exception for a message that violates the protobuf contract."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ _LITTLE_ENDIAN: dict[tensor_pb2.DataType.ValueType, np.dtype[Any]] = {
 
 
 class MessageError(ValueError):
-    """Says that a message, or a value to be put into one, breaks the contract.
+    """Exception raised when a message, or a value that is to be put into a message, violates the protobuf contract.
 
     Args:
-        field: path of the field at fault, as in the proto: ``groups[2].completions[0].mask``.
-        problem: what is wrong with it.
+        field: path of the faulty field, as in the ``.proto`` file: ``groups[2].completions[0].mask``.
+        problem: description of the fault.
     """
 
     def __init__(self, field: str, problem: str) -> None:
@@ -44,21 +44,23 @@ class MessageError(ValueError):
 
 
 def array_to_tensor(array: NDArray[Any], dtype: tensor_pb2.DataType.ValueType) -> tensor_pb2.Tensor:
-    """Returns any array as a ``Tensor`` of the given type; the caller has made sure that its values fit."""
+    """Converts an array to a ``Tensor`` message of the given element type; the caller must ensure that the array's values fit the type."""
     return tensor_pb2.Tensor(dtype=dtype, shape=array.shape, data=array.astype(_LITTLE_ENDIAN[dtype], copy=False).tobytes())
 
 
 def tensor_to_array(tensor: tensor_pb2.Tensor, field: str, dtypes: Collection[tensor_pb2.DataType.ValueType], rank: int) -> NDArray[Any]:
-    """Returns a ``Tensor`` as a read-only array over its bytes; nothing is allocated before its shape is known to match them.
+    """Converts a ``Tensor`` message to a read-only array over the message's bytes; nothing is allocated before the shape is known to match
+    the number of bytes.
 
     Args:
-        tensor: as received.
-        field: its path, for errors.
-        dtypes: element types that the contract allows here.
-        rank: number of axes that the contract asks for.
+        tensor: the message, as received.
+        field: path of the tensor in the request or response, for error messages.
+        dtypes: element types that the contract allows for this field.
+        rank: number of axes that the contract requires for this field.
 
     Raises:
-        MessageError: another type or rank, a negative axis, a shape that does not match the number of bytes, a bool that is not 0 or 1.
+        MessageError: the element type or rank is not allowed, an axis is negative, the shape does not match the number of bytes, or a bool
+            is not 0 or 1.
     """
     element, data = tensor.dtype, tensor.data
     if element not in dtypes:

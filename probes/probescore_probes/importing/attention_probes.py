@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from probescore.types import ScoreUnit
 from probescore_probes.importing.imported import Array, Asked, Imported, formula, named, side_by_side
 from probescore_probes.importing.sequences import members, sequence_of, softmax
-from probescore_probes.importing.source import Source, taken
+from probescore_probes.importing.source import ProbeSource, taken
 from probescore_server.probes.format.graph import CU_SEQLENS, POSITIONS, GraphInputs
 from probescore_server.probes.format.manifest import Context
 
 _NAMES = {"q.weight", "v.weight", "v.bias", "position_weight"}
 
 
-class AttentionPool(nn.Module):
+class EleutherAttentionPool(nn.Module):
     """Pools a rollout by the softmax attention of several heads, with a weight on positions.
 
     A shift of all positions changes nothing under a softmax, so they are counted from the first row that is read: far into a long rollout
@@ -56,14 +56,14 @@ class AttentionPool(nn.Module):
         return pooled.relu() @ self.o_weight.T + self.o_bias if self.mlp else pooled
 
 
-def is_attention_probe(source: Source) -> bool:
+def is_attention_probe(source: ProbeSource) -> bool:
     """Tells whether a file has the tensors of an attention probe and no others."""
     if source.kind not in ("torch", "safetensors") or not isinstance(source.content, Mapping):
         return False
     return set(map(str, source.content)) in (_NAMES, _NAMES | {"o.weight", "o.bias"})
 
 
-def read_attention_probe(source: Source, asked: Asked) -> Imported:
+def read_attention_probe(source: ProbeSource, asked: Asked) -> Imported:
     """Reads a probe that pools a rollout into one score for each class.
 
     Raises:
@@ -90,7 +90,9 @@ def read_attention_probe(source: Source, asked: Asked) -> Imported:
         weights["o.bias"] = taken(found, "o.bias", where, columns)
     unit = asked.unit or ScoreUnit.LOGIT
     return Imported(
-        formula(lambda inputs: _scores(inputs, weights, heads), AttentionPool(weights, heads), unit=unit, width=width, columns=columns),
+        formula(
+            lambda inputs: _scores(inputs, weights, heads), EleutherAttentionPool(weights, heads), unit=unit, width=width, columns=columns
+        ),
         asked.taps_for(width),
         f"attention pooling of {heads} heads",
         named(asked, columns),

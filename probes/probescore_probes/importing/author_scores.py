@@ -105,7 +105,7 @@ def compared(scorer: GoldenScorer, reduction: str | None, given: Sequence[Author
             f"author_scores: {len(expected)} scores{' that do not vary' if len(expected) >= _FEWEST else ''}; give at least {_FEWEST} that "
             "differ, with the same labels each time"
         )
-    comparison = _Comparison(scorer, reduction, cases, expected)
+    comparison = _PlaceComparison(scorer, reduction, cases, expected)
     stated = comparison.at("where it was imported to", "", [(scorer.inputs, 0)])[0]
     if stated is not None and stated.off <= AGREES:
         blocks_off = comparison.neighbours(tokens_too=False)
@@ -127,7 +127,7 @@ def compared(scorer: GoldenScorer, reduction: str | None, given: Sequence[Author
     raise _refusal(comparison, stated, len(expected), file)
 
 
-def _refusal(comparison: _Comparison, stated: _Found | None, scores: int, file: str) -> ProbeRefused:
+def _refusal(comparison: _PlaceComparison, stated: _Found | None, scores: int, file: str) -> ProbeRefused:
     found = "no finite scores" if stated is None else f"scores off by {stated.off:.2g} of the author's standard deviation"
     found += f" (correlation {stated.correlation:.4g}, {scores} scores)" if stated is not None else ""
     around = sorted((*comparison.neighbours(), *comparison.others()), key=lambda one: one.off)
@@ -156,7 +156,7 @@ def _refusal(comparison: _Comparison, stated: _Found | None, scores: int, file: 
     )
 
 
-class _Comparison:
+class _PlaceComparison:
     """Reads the same rollouts in several ways and holds each against the author's scores."""
 
     def __init__(self, scorer: GoldenScorer, reduction: str | None, cases: Sequence[_Case], expected: Array) -> None:

@@ -13,14 +13,14 @@ import numpy as np
 
 from probescore.types import ScoreUnit
 from probescore_probes.importing.imported import Array, Asked, Imported, linear, named
-from probescore_probes.importing.source import Source
+from probescore_probes.importing.source import ProbeSource
 
 _WEIGHTS = ("weight", "direction", "w", "coef", "coef_", "vector")
 _BIASES = ("bias", "b", "intercept", "intercept_")
 _FILES = ("npy", "npz", "safetensors", "torch")
 
 
-def is_direction(source: Source) -> bool:
+def is_direction(source: ProbeSource) -> bool:
     """Tells whether a file holds one tensor, or a weight and perhaps a bias."""
     if source.kind not in _FILES or (isinstance(source.content, Mapping) and any(isinstance(v, Mapping) for v in source.content.values())):
         return False
@@ -28,7 +28,7 @@ def is_direction(source: Source) -> bool:
     return len(names) == 1 or (len(names & {*_WEIGHTS}) == 1 and len(names & {*_BIASES}) == 1 and len(names) == 2)
 
 
-def read_direction(source: Source, asked: Asked) -> Imported:
+def read_direction(source: ProbeSource, asked: Asked) -> Imported:
     """Reads a direction, or a matrix with a row for each label.
 
     Raises:
@@ -46,12 +46,12 @@ def read_direction(source: Source, asked: Asked) -> Imported:
     )
 
 
-def is_hidden_states_direction(source: Source) -> bool:
+def is_hidden_states_direction(source: ProbeSource) -> bool:
     """Recognises no file by itself, since its rows may be labels."""
     return False
 
 
-def read_hidden_states_direction(source: Source, asked: Asked) -> Imported:
+def read_hidden_states_direction(source: ProbeSource, asked: Asked) -> Imported:
     """Reads one row of the directions for all entries of ``hidden_states``, entry 0 first.
 
     Raises:

@@ -9,17 +9,17 @@ from probescore_probes import arguments
 from probescore_probes.exporting import sklearn_probe
 from probescore_probes.importing.imported import NONLINEAR, Asked, Imported, is_affine, named
 from probescore_probes.importing.pickles import unpickled
-from probescore_probes.importing.source import Source
+from probescore_probes.importing.source import ProbeSource
 
 _SKOPS = "save the estimator with skops.io.dump, which runs nothing"
 
 
-def is_estimator(source: Source) -> bool:
+def is_estimator(source: ProbeSource) -> bool:
     """Tells whether a file is a pickle, or was written by skops."""
     return source.kind == "skops" or (source.kind == "pickle" and source.path.suffix != ".lgprobe")
 
 
-def read_estimator(source: Source, asked: Asked) -> Imported:
+def read_estimator(source: ProbeSource, asked: Asked) -> Imported:
     """Reads a fitted estimator or pipeline.
 
     Raises:
@@ -31,7 +31,7 @@ def read_estimator(source: Source, asked: Asked) -> Imported:
     return estimator_probe(content, asked, source, warned)
 
 
-def estimator_probe(estimator: Any, asked: Asked, source: Source, warned: tuple[str, ...] = ()) -> Imported:  # noqa: ANN401
+def estimator_probe(estimator: Any, asked: Asked, source: ProbeSource, warned: tuple[str, ...] = ()) -> Imported:  # noqa: ANN401
     """Makes the probe of a fitted estimator.
 
     Raises:
@@ -52,7 +52,7 @@ def estimator_probe(estimator: Any, asked: Asked, source: Source, warned: tuple[
     )
 
 
-def _from_skops(source: Source) -> object:
+def _from_skops(source: ProbeSource) -> object:
     try:
         import skops.io
     except ModuleNotFoundError:

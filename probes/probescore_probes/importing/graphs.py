@@ -14,7 +14,7 @@ from onnx.reference import ReferenceEvaluator
 from probescore.types import ScoreUnit
 from probescore_probes.exporting import ProbeFunction
 from probescore_probes.importing.imported import NONLINEAR, Asked, Imported, is_affine, named
-from probescore_probes.importing.source import Source
+from probescore_probes.importing.source import ProbeSource
 from probescore_server.probes.format.graph import SCORES, GraphInputs, GraphSignature
 
 _FLOATS: dict[int, Any] = {TensorProto.FLOAT: np.float32, TensorProto.DOUBLE: np.float64}
@@ -23,12 +23,12 @@ _MANIFEST = "probescore.manifest"
 _PREFIX = "imported_"
 
 
-def is_graph(source: Source) -> bool:
+def is_graph(source: ProbeSource) -> bool:
     """Tells whether a file's name ends in ``.onnx``."""
     return source.kind == "onnx"
 
 
-def read_graph(source: Source, asked: Asked) -> Imported:
+def read_graph(source: ProbeSource, asked: Asked) -> Imported:
     """Reads a graph with one input, or one for each tap, and one output of floats. As it came, it is the author's code.
 
     Raises:

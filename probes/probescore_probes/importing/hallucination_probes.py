@@ -8,18 +8,18 @@ from __future__ import annotations
 from probescore.types import ScoreUnit, Tap
 from probescore_probes import arguments
 from probescore_probes.importing.imported import Asked, Imported, linear, named
-from probescore_probes.importing.source import Source, taken, whole_number
+from probescore_probes.importing.source import ProbeSource, taken, whole_number
 
 _CONFIG, _HEAD = "probe_config.json", "probe_head.bin"
 _ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 
 
-def is_hallucination_probe(source: Source) -> bool:
+def is_hallucination_probe(source: ProbeSource) -> bool:
     """Tells whether both files of such a probe are there."""
     return source.holds(_CONFIG, _HEAD)
 
 
-def read_hallucination_probe(source: Source, asked: Asked) -> Imported:
+def read_hallucination_probe(source: ProbeSource, asked: Asked) -> Imported:
     """Reads a linear head over the output of a block; scores are probabilities of tokens.
 
     Raises:

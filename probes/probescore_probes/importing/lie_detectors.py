@@ -18,18 +18,18 @@ import torch
 from probescore.types import ScoreUnit, Tap
 from probescore_probes import arguments
 from probescore_probes.importing.imported import NONLINEAR, Array, Asked, Imported, formula, linear, named, side_by_side
-from probescore_probes.importing.source import Source, taken, tensors
+from probescore_probes.importing.source import ProbeSource, taken, tensors
 from probescore_probes.importing.standardised import check_std
 
 
-def is_lie_detector(source: Source) -> bool:
+def is_lie_detector(source: ProbeSource) -> bool:
     """Tells whether a torch file holds weights and how they were fitted."""
     if source.kind != "torch" or not isinstance(source.content, Mapping):
         return False
     return isinstance(source.content.get("state_dict"), Mapping) and isinstance(source.content.get("hyperparams"), Mapping)
 
 
-def read_lie_detector(source: Source, asked: Asked) -> Imported:
+def read_lie_detector(source: ProbeSource, asked: Asked) -> Imported:
     """Reads a difference of means, a logistic regression, or a perceptron with one hidden layer.
 
     Raises:

@@ -25,7 +25,7 @@ from probescore_probes.importing.atlas_kinds import WEIGHTS, Kind, Weights, kind
 from probescore_probes.importing.imported import Array, Asked, Imported, each_sequence, formula, named, side_by_side
 from probescore_probes.importing.places import hidden_state
 from probescore_probes.importing.sequences import members, seen, sequence_of, softmax
-from probescore_probes.importing.source import Source
+from probescore_probes.importing.source import ProbeSource
 from probescore_server.probes.format.manifest import Context
 
 _CONFIG = "config.json"
@@ -76,12 +76,12 @@ class _Pooled(nn.Module):
         return _largest(averages, inside & whole)
 
 
-def is_obfuscation_atlas(source: Source) -> bool:
+def is_obfuscation_atlas(source: ProbeSource) -> bool:
     """Tells whether a configuration names a class, and weights lie beside it."""
     return source.holds(_CONFIG, WEIGHTS) and {"class_name", "init_args"} <= set(source.config(_CONFIG))
 
 
-def read_obfuscation_atlas(source: Source, asked: Asked) -> Imported:
+def read_obfuscation_atlas(source: ProbeSource, asked: Asked) -> Imported:
     """Reads a probe with its aggregator, as one logit.
 
     Raises:
@@ -146,7 +146,7 @@ def _normalised(x: Array, normalise: tuple[str, float]) -> Array:
     return x / normalise[1] if normalise[0] == "unit_norm" else x
 
 
-def _taps(source: Source, asked: Asked) -> tuple[Any, ...]:
+def _taps(source: ProbeSource, asked: Asked) -> tuple[Any, ...]:
     if not (layer := re.fullmatch(r"layer_(\d+)", source.folder.resolve().name)):
         return asked.taps_for(asked.hidden_size, "its folder is not called layer_K, which would say so: give hidden_states[K + 1]")
     stated = hidden_state(int(layer[1]) + 1, f"{layer[0]}", asked.num_hidden_layers)

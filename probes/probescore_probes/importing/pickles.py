@@ -7,14 +7,14 @@ import warnings
 
 import structlog
 
-from probescore_probes.importing.source import Source
+from probescore_probes.importing.source import ProbeSource
 
 _SHOWN = 6
 
 logger = structlog.get_logger(__name__)
 
 
-def unpickled(source: Source, trusted: bool, instead: str) -> tuple[object, tuple[str, ...]]:
+def unpickled(source: ProbeSource, trusted: bool, instead: str) -> tuple[object, tuple[str, ...]]:
     """Opens a pickle, and returns what it holds with notes: that its code ran, and what its libraries warn of.
 
     Args:
@@ -47,7 +47,7 @@ def unpickled(source: Source, trusted: bool, instead: str) -> tuple[object, tupl
     return content, (ran, *(" ".join(str(warning.message).split()) for warning in caught))
 
 
-def pickled_names(source: Source) -> list[str]:
+def pickled_names(source: ProbeSource) -> list[str]:
     """Lists what an uncompressed pickle would import, as far as it can be read without being run."""
     names: list[str] = []
     strings: list[str] = []

@@ -19,7 +19,7 @@ from probescore_probes.importing.author_scores import AuthorScores, compared
 from probescore_probes.importing.imported import Asked, Imported
 from probescore_probes.importing.places import read_place
 from probescore_probes.importing.registry import format_of
-from probescore_probes.importing.source import Source
+from probescore_probes.importing.source import ProbeSource
 from probescore_probes.reference import ReferenceModel
 from probescore_probes.writing import write_probe
 from probescore_server.probes.format.manifest import TapInput, Training
@@ -134,7 +134,7 @@ def import_probe(
         arguments.flag(trust_pickle, "trust_pickle"),
     )
     author_scores = arguments.sequence(author_scores, "author_scores", "scores", "[AuthorScores(prompt_ids, completion_ids, score=0.5)]")
-    source = Source(file)
+    source = ProbeSource(file)
     known = format_of(source, format)
     found = _with_what_was_said(known.read(source, asked), asked, [note for place in places for note in place.notes], reference)
     rollouts = _golden(golden, author_scores, reference, found)

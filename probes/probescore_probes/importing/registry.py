@@ -16,7 +16,7 @@ from probescore_probes.importing.obfuscation_atlas import is_obfuscation_atlas, 
 from probescore_probes.importing.rl_rewardhacking import is_rl_rewardhacking, read_rl_rewardhacking
 from probescore_probes.importing.sae_lens import is_sae, read_sae
 from probescore_probes.importing.sing_probe import is_sing_probe, read_sing_probe
-from probescore_probes.importing.source import Source
+from probescore_probes.importing.source import ProbeSource
 from probescore_probes.importing.standardised import is_standardised, read_standardised, read_vllm_lens
 
 
@@ -31,8 +31,8 @@ class Format:
     """
 
     name: str
-    recognises: Callable[[Source], bool]
-    read: Callable[[Source, Asked], Imported]
+    recognises: Callable[[ProbeSource], bool]
+    read: Callable[[ProbeSource, Asked], Imported]
 
 
 FORMATS = (
@@ -52,7 +52,7 @@ FORMATS = (
 )
 
 
-def format_of(source: Source, name: str | None) -> Format:
+def format_of(source: ProbeSource, name: str | None) -> Format:
     """Finds the format of a file: the one that is asked for, or the one that it shows by what is in it.
 
     Raises:

@@ -19,20 +19,20 @@ from probescore_probes import arguments
 from probescore_probes.importing.estimators import estimator_probe
 from probescore_probes.importing.imported import Asked, Imported, linear, named
 from probescore_probes.importing.pickles import unpickled
-from probescore_probes.importing.source import Source, tensors
+from probescore_probes.importing.source import ProbeSource, tensors
 
 _STATISTICS = "probe_rh_summary_stats.json"
 _INSTEAD = "save coef_ and intercept_ of the layer that you use as weight and bias, and import those"
 
 
-def is_rl_rewardhacking(source: Source) -> bool:
+def is_rl_rewardhacking(source: ProbeSource) -> bool:
     """Tells whether a file is of one of the two kinds."""
     if source.path.suffix == ".lgprobe" and source.kind == "pickle":
         return True
     return source.kind == "torch" and isinstance(source.content, Mapping) and {"direction", "layers"} <= set(source.content)
 
 
-def read_rl_rewardhacking(source: Source, asked: Asked) -> Imported:
+def read_rl_rewardhacking(source: ProbeSource, asked: Asked) -> Imported:
     """Reads the probe of one layer.
 
     Raises:
@@ -41,7 +41,7 @@ def read_rl_rewardhacking(source: Source, asked: Asked) -> Imported:
     return _logistic(source, asked) if source.kind == "pickle" else _mass_mean(source, asked)
 
 
-def _mass_mean(source: Source, asked: Asked) -> Imported:
+def _mass_mean(source: ProbeSource, asked: Asked) -> Imported:
     content = source.content
     directions = tensors({"direction": content.get("direction")}, source.name)["direction"]
     layers = [int(layer) for layer in np.asarray(content.get("layers")).ravel()]
@@ -61,7 +61,7 @@ def _mass_mean(source: Source, asked: Asked) -> Imported:
     )
 
 
-def _logistic(source: Source, asked: Asked) -> Imported:
+def _logistic(source: ProbeSource, asked: Asked) -> Imported:
     content, warned = unpickled(source, asked.trust_pickle, _INSTEAD)
     if not isinstance(content, Mapping):
         raise ValueError(f"{source.name}: {arguments.kind_of(content)}; an .lgprobe holds a classifier for each layer")
@@ -76,7 +76,7 @@ def _logistic(source: Source, asked: Asked) -> Imported:
     return Imported(found.function, found.taps, method, found.labels, reduction="mean", notes=(*found.notes, *_thresholds(source)))
 
 
-def _thresholds(source: Source) -> tuple[str, ...]:
+def _thresholds(source: ProbeSource) -> tuple[str, ...]:
     """Notes that thresholds lie beside the file, if they do."""
     path = source.folder / _STATISTICS
     try:

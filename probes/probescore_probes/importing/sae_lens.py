@@ -19,7 +19,7 @@ from probescore_probes import arguments
 from probescore_probes.exporting import torch_probe
 from probescore_probes.importing.imported import Array, Asked, Imported, named
 from probescore_probes.importing.places import read_place
-from probescore_probes.importing.source import Source, taken, whole_number
+from probescore_probes.importing.source import ProbeSource, taken, whole_number
 
 _CONFIG, _WEIGHTS = "cfg.json", "sae_weights.safetensors"
 _ARCHITECTURES = ("standard", "jumprelu", "topk")
@@ -74,12 +74,12 @@ class Features(nn.Module):
         return before.relu() if self.threshold is None else before.relu() * (before > self.threshold)
 
 
-def is_sae(source: Source) -> bool:
+def is_sae(source: ProbeSource) -> bool:
     """Tells whether both files of an autoencoder are there."""
     return source.holds(_CONFIG, _WEIGHTS)
 
 
-def read_sae(source: Source, asked: Asked) -> Imported:
+def read_sae(source: ProbeSource, asked: Asked) -> Imported:
     """Reads some of the features, a column each.
 
     Raises:

@@ -21,7 +21,7 @@ from probescore.types import ScoreUnit, Tap
 from probescore_probes import arguments
 from probescore_probes.importing.imported import Array, Asked, Imported, each_sequence, formula, named
 from probescore_probes.importing.sequences import attended, attention, causal, seen
-from probescore_probes.importing.source import Source, taken, whole_number
+from probescore_probes.importing.source import ProbeSource, taken, whole_number
 from probescore_server.probes.format.graph import CU_SEQLENS, GraphInputs
 from probescore_server.probes.format.manifest import Context
 
@@ -78,12 +78,12 @@ class SingAttention(nn.Module):
         return hidden @ self.classifier_weight.T + self.classifier_bias
 
 
-def is_sing_probe(source: Source) -> bool:
+def is_sing_probe(source: ProbeSource) -> bool:
     """Tells whether a folder's configuration says that it is one."""
     return source.kind == "folder" and source.holds(_CONFIG) and str(source.config(_CONFIG).get("model_type")).startswith("sing_probe")
 
 
-def read_sing_probe(source: Source, asked: Asked) -> Imported:
+def read_sing_probe(source: ProbeSource, asked: Asked) -> Imported:
     """Reads a head of either kind; what is sent are probabilities.
 
     Raises:
@@ -98,7 +98,7 @@ def read_sing_probe(source: Source, asked: Asked) -> Imported:
     labels = _labels(config)
     found: dict[str, Array] = {}
     for file in sorted(source.folder.glob("*.safetensors")):
-        found |= Source(file).tensors
+        found |= ProbeSource(file).tensors
     width = asked.hidden_size * len(taps)
     read = _read_mlp if kind == "sing_probe_mlp" else _read_attention
     function, context = read(config, found, width, len(labels))

@@ -23,7 +23,7 @@ _COMPRESSED = (b"x\x9c", b"x\x01", b"x\xda", b"\x1f\x8b", b"BZh", b"\xfd7zXZ")
 _PICKLES = (".pkl", ".pickle", ".joblib", ".dill", ".lgprobe")
 
 
-class Source:
+class ProbeSource:
     """A file, or a folder of files, that another library wrote.
 
     Args:
@@ -56,9 +56,9 @@ class Source:
         """Returns those of some files that lie in the folder."""
         return [name for name in names if (self.folder / name).is_file()]
 
-    def member(self, name: str) -> Source:
+    def member(self, name: str) -> ProbeSource:
         """Opens a file of the folder."""
-        return Source(self.folder / name)
+        return ProbeSource(self.folder / name)
 
     def config(self, name: str) -> dict[str, Any]:
         """Reads a JSON object in the folder.

@@ -8,7 +8,7 @@ from probescore_server.cli.common.streams import prepare_streams
 
 
 def main() -> None:
-    """Runs the command line, or says what to install if a package that the command line needs is missing."""
+    """Runs the command line; if a package that the command line needs is missing, prints what to install."""
     prepare_streams()
     if sys.argv[1:2] == ["healthcheck"]:
         _healthcheck()

@@ -21,7 +21,7 @@ from probescore_server.cli.common.failures import one_line_failures
 from probescore_server.cli.tables import facts_table, safe
 
 CALL_SECONDS = 3600.0
-"""Gives the deadline of a call in seconds; it is so long that only a server that hangs misses it."""
+"""Deadline of an RPC in seconds; the deadline is so long that only a server that hangs misses it."""
 
 
 def register(app: typer.Typer) -> None:
@@ -31,14 +31,15 @@ def register(app: typer.Typer) -> None:
 
 @dataclass(frozen=True)
 class BenchLoad:
-    """Describes the load that ``probescore bench`` sends to a server.
+    """Value object with the load that ``probescore bench`` sends to a server.
 
     Attributes:
-        calls: number of calls in all, after one call that is not counted.
-        concurrency: number of calls that are under way at a time, each over a connection of its own.
-        groups: number of rollout groups in a call.
+        calls: number of RPCs in all, after one RPC for warming up that is not counted.
+        concurrency: number of RPCs that are under way at a time, each over a connection of its own.
+        groups: number of rollout groups in an RPC.
         completions: number of completions in a group.
-        prompt_tokens: average length of a prompt in tokens; lengths are uniform from half of it to one and a half times it.
+        prompt_tokens: average length of a prompt in tokens; lengths are uniformly distributed between half of the average and one and a
+            half times the average.
         completion_tokens: average length of a completion in tokens, with lengths distributed in the same way.
         seed: seed of the random ids and lengths.
         first_id: token id with which every prompt begins; ``None`` = a random one.
@@ -54,7 +55,7 @@ class BenchLoad:
     first_id: int | None
 
     def call(self, number: int, vocab_size: int) -> list[RolloutGroup]:
-        """Returns the rollout groups of the call with a given number; they are the same for the same seed and number."""
+        """Returns the rollout groups of the RPC with a given number; the groups are the same for the same seed and number."""
         random = np.random.default_rng([self.seed, number + 1])
 
         def ids(average: int) -> np.ndarray:
@@ -71,12 +72,12 @@ class BenchLoad:
 
 @dataclass(frozen=True)
 class BenchResult:
-    """Holds what ``probescore bench`` has measured.
+    """Measurements of one run of ``probescore bench``.
 
     Attributes:
-        seconds: seconds from the start of the first call to the end of the last one.
-        latencies: seconds that each call took, sorted.
-        usage: total usage of all calls.
+        seconds: seconds from the start of the first RPC to the end of the last RPC.
+        latencies: seconds that each RPC took, in ascending order.
+        usage: counts of the server's work (tokens and seconds), summed over all RPCs.
     """
 
     seconds: float
@@ -84,7 +85,7 @@ class BenchResult:
     usage: Usage
 
     def percentile(self, percent: float) -> float:
-        """Returns a percentile, given as a number from 0 to 100, of the calls' latencies in seconds."""
+        """Returns a percentile, given as a number from 0 to 100, of the RPCs' latencies in seconds."""
         return float(np.percentile(self.latencies, percent))
 
 
@@ -119,10 +120,11 @@ def _bench(
 
 
 def run(load: BenchLoad, clients: Sequence[ProbeClient], info: ServerInfo, probes: Sequence[str], *, token_scores: bool) -> BenchResult:
-    """Sends a load to a server; client *i* makes, one after the other, the calls whose number modulo the number of clients is *i*.
+    """Sends a load of random rollouts to a server from several concurrent clients; client *i* makes, one after the other, the RPCs whose
+    number modulo the number of clients is *i*.
 
     Raises:
-        ProbescoreError: a call failed.
+        ProbescoreError: an RPC failed.
     """
     vocab_size = info.model.vocab_size
 

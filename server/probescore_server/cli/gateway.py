@@ -1,4 +1,4 @@
-"""Implements ``probescore gateway``, which answers scoring requests over HTTP, from trainers that post their rollouts and from others."""
+"""Implements ``probescore gateway``, an HTTP server that scores rollouts for RL trainers and other programs."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from probescore_server.cli.common.failures import one_line_failures
 from probescore_server.cli.common.visible import one_line, spelt_out
 
 DEFAULT_TIMEOUT = "100"
-"""Gives the seconds that a request to the gateway may take by default: less than slime (120) and OpenRLHF (180) wait before
-they ask again.
+"""Default time limit in seconds for scoring one request to the gateway; it is shorter than the time after which slime (120 s) and OpenRLHF
+(180 s) send the request again.
 """
 HEAD_SECONDS = 20.0
-"""Limits the seconds in which a request's head must arrive after the connection is opened or the last response is sent."""
+"""Seconds in which the head of an HTTP request must arrive after the connection is opened or the last response is sent."""
 CHECK_SECONDS = 5.0
 DRAIN_SECONDS = 30
 
@@ -129,8 +129,8 @@ def _gateway(
 
 
 class HeadTimeoutProtocol(H11Protocol):
-    """Closes HTTP connections whose next request does not begin in time: uvicorn itself would wait for the rest of a request's head for
-    ever.
+    """HTTP protocol of uvicorn that closes connections whose next request does not begin in time; uvicorn itself would wait for the rest of
+    a request's head for ever.
     """
 
     _late: asyncio.TimerHandle | None = None
@@ -141,7 +141,7 @@ class HeadTimeoutProtocol(H11Protocol):
         self._wait_for_head()
 
     def handle_events(self) -> None:
-        """Handles data that has arrived, and ends the time limit for a request's head if a request begins with the data.
+        """Handles data that has arrived on a connection, and ends the time limit for a request's head if a request begins with the data.
 
         The application itself waits for the request's body.
         """
@@ -168,15 +168,15 @@ class HeadTimeoutProtocol(H11Protocol):
 
 
 class _OneLineFormatter(logging.Formatter):
-    """Formats log records so that a terminal obeys no control character in them. Records with a traceback keep their lines."""
+    """Log formatter that makes control characters harmless for the terminal. Records with a traceback keep their line breaks."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Returns a log record as text."""
+        """Returns a log record as text, with control characters replaced by their code points, such as ``⟨1B⟩``."""
         return spelt_out(super().format(record)) if record.exc_info else one_line(super().format(record))
 
 
 async def _check(scorer: ProbeScorer) -> None:
-    """Checks that the configured signals fit the server, if a server answers already.
+    """Checks that the configured signals fit the server's probes, if a server responds already.
 
     Raises:
         SignalError: a signal does not fit the probes of the server.

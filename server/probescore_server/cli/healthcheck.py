@@ -1,4 +1,4 @@
-"""Implements ``probescore healthcheck``, which tells by its exit code whether a server serves, for containers without curl and grpcurl.
+"""Implements ``probescore healthcheck``, whose exit code tells whether a server is healthy, for containers without curl and grpcurl.
 
 The command runs every few seconds while a container runs, so this module imports as little as possible and can run alone.
 """
@@ -54,7 +54,9 @@ def _healthcheck(written: Written = "", address: Address = "", service: Service 
 
 
 def own_address(environment: Mapping[str, str]) -> str:
-    """Returns the address at which a client reaches a server with the same environment; the defaults are those of ``ServerSettings``."""
+    """Returns the address at which a client reaches a server that runs with the same environment variables as this process; the defaults
+    are those of ``ServerSettings``.
+    """
     if path := environment.get("PROBESCORE_UNIX_SOCKET"):
         return f"unix:{path}"
     host = environment.get("PROBESCORE_HOST") or "127.0.0.1"
@@ -64,7 +66,7 @@ def own_address(environment: Mapping[str, str]) -> str:
 
 
 def find_problem(address: str, service: str, timeout: float) -> str:
-    """Returns in one line why the server at an address is not healthy; empty if it is healthy.
+    """Returns one line that tells why the server at an address is not healthy; empty if the server is healthy.
 
     Args:
         address: address in gRPC's form, such as ``127.0.0.1:50051`` or ``unix:/run/probescore.sock``.
@@ -89,4 +91,4 @@ register(app)
 
 @app.callback()
 def _alone() -> None:
-    """Keeps ``healthcheck`` a part of the command line: typer would drop the name of an application's only command."""
+    """Keeps ``healthcheck`` a subcommand when this module runs alone: typer would drop the name of an application's only command."""

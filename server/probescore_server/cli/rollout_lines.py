@@ -28,8 +28,8 @@ from typing import Any, TypeAlias
 from probescore.types import Chat, Completion, RolloutGroup, Span, Text
 
 UNDECODABLE = "surrogateescape"
-"""Names the error handler for decoding the lines of a file. It lets bytes that are not UTF-8 pass, so that the error about them can name
-the line.
+"""Name of the error handler for decoding the lines of a file. The handler lets bytes that are not UTF-8 pass, so that the later error about
+these bytes can name the line.
 """
 
 Label: TypeAlias = str | int | float | bool | None
@@ -39,12 +39,12 @@ _CHANGES_SCORES = ("mask", "spans", "follow_ups")
 
 
 class LineError(ValueError):
-    """Raised for a line that is not a rollout; the message names the source, the line, the field and the fault."""
+    """Exception raised when a line of the input is not a valid rollout; the message names the source, the line, the field and the fault."""
 
 
 @dataclass(frozen=True, eq=False)
 class LabelledGroup(RolloutGroup):
-    """Holds a rollout group with the labels that its line of input gives to the completions.
+    """A rollout group with the labels that its line of input gives to the completions.
 
     Attributes:
         labels: one label for each completion; ``None`` = not labelled. Labels are not sent to a server.
@@ -128,7 +128,7 @@ def rollout_group(content: object, add_special_tokens: bool) -> LabelledGroup:
 
 
 def _labels(content: dict[str, Any], completions: list[object]) -> Iterator[Label]:
-    """Yields the label of each completion: its own if it has one, else the line's."""
+    """Yields the label of each completion: the completion's own label if it has one, else the label of the line."""
     whole = content.get("label")
     if isinstance(whole, list) and "completions" in content:
         if len(whole) != len(completions):

@@ -142,7 +142,8 @@ def _groups(source: str, prompt: str, special_tokens: bool) -> list[LabelledGrou
 
 
 def _window(limits: Limits, loaded: Sequence[ProbeInfo]) -> StreamWindow:
-    """Returns the limits on the tokens in flight, with so few tokens in a call that the answer stays within the server's limit on numbers.
+    """Returns the limits on the tokens that are under way at a time. An RPC contains so few tokens that the number of scores in its
+    response stays within the server's limit.
 
     Each token has one score for each label of each probe, and there are far fewer reduced scores.
     """

@@ -110,9 +110,10 @@ def _flags() -> list[inspect.Parameter]:
 
 
 def _flag(name: str, field: FieldInfo, panel: str) -> inspect.Parameter:
-    """Returns the command-line option for a field of the settings.
+    """Returns the command-line option for a field of the server's settings.
 
-    Values remain strings: the settings class checks them, as it checks those of the environment and the file.
+    Values remain strings: the settings class checks the values of options in the same way as values from the environment and the settings
+    file.
     """
     flag = "--" + name.replace("_", "-")
     kind: Any = str
@@ -136,7 +137,7 @@ def _help(name: str, field: FieldInfo) -> str:
 
 
 def default_of(field: FieldInfo) -> str:
-    """Returns the default of a setting as text for people."""
+    """Returns the default of a setting as text for help messages."""
     if field.is_required():
         return "none, required"
     match field.get_default():

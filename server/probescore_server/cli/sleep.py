@@ -1,4 +1,6 @@
-"""Implements ``probescore sleep`` and ``probescore wake``, for sharing a server's devices with training by hand."""
+"""Implements ``probescore sleep`` and ``probescore wake``, which free and reload the memory of a server's devices (such as GPUs), so that
+training can use the devices in turn.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,7 @@ def _wake(address: Address = DEFAULT_ADDRESS, wait: Wait = 0, timeout: Timeout =
 
 
 def print_transfers(transfers: Iterable[Transfer], state: str, weights: str, memory: str) -> None:
-    """Prints one line for each device: its state, the seconds until it was reached, and the memory that moved."""
+    """Prints one line for each device: the device's state, the seconds until the state was reached, and the memory that moved."""
     console = new_console()
     for transfer in transfers:
         device = f"[bold]{safe(transfer.device)}[/bold]"

@@ -21,7 +21,7 @@ def safe(text: str) -> str:
 
 
 def facts_table(title: str) -> Table:
-    """Returns an empty table for pairs of a name and a value, with a title and without lines."""
+    """Returns an empty two-column table for names and values, with a title and without lines."""
     table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
@@ -61,7 +61,7 @@ def _threshold(calibration: Calibration) -> str:
 
 
 def manifest_tables(manifest: Manifest) -> Iterator[Table]:
-    """Yields tables of a probe's manifest: identity, computation, and what is known of its quality."""
+    """Yields tables of a probe's manifest: the probe's identity, its computation, and its quality as stated by the probe's author."""
     yield _filled(
         manifest.key,
         {

@@ -1,6 +1,8 @@
-"""Serves scores over HTTP: OpenRLHF's and slime's remote rewards, and JSON for everybody else, out of signals that are configured once.
+"""HTTP gateway to a probescore server: the remote-reward endpoints that OpenRLHF and slime call, and a JSON endpoint for other programs.
+The signals (rules from probe scores to rewards) are configured once, at the start.
 
-A small ASGI process that is a gRPC client; ``probescore gateway`` runs it. ``pip install 'probescore[http]'``.
+The gateway is a small ASGI application that is a gRPC client of the server. The command ``probescore gateway`` runs the gateway; install it
+with ``pip install 'probescore[http]'``.
 """
 
 from probescore_adapters.http.app import create_app

@@ -1,4 +1,4 @@
-"""Makes the gateway's application, of three routes that score and three that do not."""
+"""Makes the gateway's ASGI application, which has three routes that score rollouts, a health check, metrics and a documentation page."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ number, and counts it. A rollout that cannot be scored gets what ``on_unscorable
 
 
 def create_app(scorer: ProbeScorer, *, max_body_bytes: int = MAX_BODY_BYTES) -> FastAPI:
-    """Returns the gateway of a scorer, an application for any ASGI server.
+    """Returns the HTTP gateway of a ``ProbeScorer`` as an application for any ASGI server.
 
     Args:
-        scorer: its signals are rewards, penalties and monitors.
-        max_body_bytes: larger ones are refused.
+        scorer: the scorer; its signals must have the modes ``reward``, ``penalty`` or ``monitor``.
+        max_body_bytes: maximum size of a request's body in bytes; larger bodies are refused.
 
     Raises:
         SignalError: a signal has another mode.
@@ -70,7 +70,7 @@ def create_app(scorer: ProbeScorer, *, max_body_bytes: int = MAX_BODY_BYTES) -> 
 
     @app.post("/openrlhf", responses=problems.RESPONSES, response_model=OpenRlhfAnswer, tags=["trainers"])
     async def openrlhf(request: OpenRlhfRequest) -> Response:
-        """Scores what OpenRLHF sends to its ``--reward.remote_url``."""
+        """Scores the samples that OpenRLHF sends to its ``--reward.remote_url``."""
         outcomes = await asyncio.gather(*(score([rollout]) for rollout in request.rollouts()))
         rewards = [float(outcome.rewards[0]) for outcome in outcomes]
         logs = {key: [outcome.rollout_metrics[key] for outcome in outcomes] for key in outcomes[0].rollout_metrics}
@@ -80,12 +80,12 @@ def create_app(scorer: ProbeScorer, *, max_body_bytes: int = MAX_BODY_BYTES) -> 
 
     @app.post("/slime", responses=problems.RESPONSES, tags=["trainers"])
     async def slime(request: SlimeRequest) -> float:
-        """Scores what slime sends with ``--rm-type remote_rm --rm-url``, and answers the reward, a bare number."""
+        """Scores what slime sends with ``--rm-type remote_rm --rm-url``, and returns the reward as a bare number."""
         return float((await score([request.rollout()])).rewards[0])
 
     @app.post("/v1/score", responses=problems.RESPONSES, tags=["everybody else"])
     async def v1_score(request: ScoreRequest) -> ScoreAnswer:
-        """Scores rollouts of ids, text or chats."""
+        """Scores rollouts given as token ids, text or chats."""
         outcome = await score([rollout.rollout() for rollout in request.rollouts], request.step)
         return ScoreAnswer(
             rewards=outcome.rewards.tolist(),
@@ -97,7 +97,7 @@ def create_app(scorer: ProbeScorer, *, max_body_bytes: int = MAX_BODY_BYTES) -> 
 
     @app.get("/healthz", tags=["operation"])
     async def healthz() -> Health:
-        """Says that the gateway answers; it says nothing of its server."""
+        """Says that the gateway is running; this says nothing about the probescore server."""
         return Health()
 
     @app.get("/metrics", tags=["operation"], response_class=Response)

@@ -1,4 +1,4 @@
-"""Limits how large a request's body may be, and how slowly it may come."""
+"""Limits the size of a request's body, and the time in which the body must arrive."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from probescore_adapters.http.problems import answer
 
 BODY_SECONDS = 30.0
-"""Is how long a client may take to send a body."""
+"""Seconds in which a client must send the body of a request."""
 
 
 class _ClientDisconnected(Exception):
-    """Says that a client went away before its body was there."""
+    """Exception raised when a client closed the connection before the request's body had arrived."""
 
 
 class BodyLimitMiddleware:
-    """Hands a request on when its body is there as a whole; answers 413 and 408 itself, and ends the connection after a 408.
+    """ASGI middleware that passes a request on once its body has arrived completely. It responds with status 413 to a body that is too
+    large and with 408 to a body that is too slow, and closes the connection after a 408.
 
     Args:
-        app: gets the others.
-        max_bytes: of a body.
-        seconds: for a body.
+        app: the application that receives all other requests.
+        max_bytes: maximum size of a body in bytes.
+        seconds: seconds in which a body must arrive.
     """
 
     def __init__(self, app: ASGIApp, max_bytes: int, seconds: float = BODY_SECONDS) -> None:
@@ -31,7 +32,7 @@ class BodyLimitMiddleware:
         self._seconds = seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serves one connection of ASGI."""
+        """Handles one HTTP request or other ASGI connection."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -55,8 +56,8 @@ class BodyLimitMiddleware:
         await self._app(scope, receive_body, send)
 
     async def _read(self, receive: Receive) -> bytes | None:
-        """Returns the body, or ``None`` if it is too large. It is read to its end even then: many clients only listen when they have said
-        all.
+        """Returns the request's body, or ``None`` if the body is too large. A body that is too large is also read to its end, since many
+        clients read the response only after they have sent everything.
         """
         body, size = bytearray(), 0
         while True:

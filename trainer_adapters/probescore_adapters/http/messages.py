@@ -1,6 +1,7 @@
-"""Defines what comes in and what goes out as JSON; the OpenAPI page is made of it.
+"""Defines the JSON objects of the gateway's requests and responses; the OpenAPI page is generated from them.
 
-What a trainer sends may have more keys than are read here; what a person writes may not, so that a mistyped one is noticed.
+Requests of trainers may have keys that the gateway does not read. Requests written by people may not have unknown keys, so that a mistyped
+key is noticed.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from probescore import Chat
 from probescore_adapters.rollouts import Prompt, Rollout
 
 MAX_ROLLOUTS = 4096
-"""Limits the rollouts of one request."""
+"""Maximum number of rollouts in one request."""
 
 # each list stops at its first fault: millions of them would be described one by one
 TokenIds = Annotated[list[Annotated[StrictInt, Field(ge=0, le=2**31 - 1)]], Field(fail_fast=True)]
@@ -22,7 +23,7 @@ Texts = Annotated[list[StrictStr], Field(fail_fast=True, min_length=1, max_lengt
 
 
 class StrictModel(BaseModel):
-    """Accepts an object with no other keys than its own."""
+    """Base class of JSON objects that refuse unknown keys."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -37,7 +38,7 @@ class StrictModel(BaseModel):
 
 
 class Message(StrictModel):
-    """Holds one message of a chat."""
+    """One message of a chat."""
 
     role: StrictStr
     content: StrictStr
@@ -47,7 +48,7 @@ Messages = Annotated[list[Message], Field(fail_fast=True, min_length=1)]
 
 
 class OpenRlhfRequest(BaseModel):
-    """Describes what OpenRLHF posts to ``--reward.remote_url``; it sends one sample at a time. ``labels`` are not read."""
+    """JSON object that OpenRLHF posts to ``--reward.remote_url``; OpenRLHF sends one sample at a time. ``labels`` are not read."""
 
     query: Annotated[Texts, Field(description="Prompt and response, decoded with special tokens.")]
     prompts: Annotated[Texts, Field(description="One for each query, which must begin with it.")]
@@ -59,14 +60,14 @@ class OpenRlhfRequest(BaseModel):
         return self
 
     def rollouts(self) -> list[Rollout]:
-        """Returns the samples as rollouts of text. A query that does not begin with its prompt is unscorable: where its response begins
-        would be a guess.
+        """Returns the samples as rollouts of text. A query that does not begin with its prompt gets no score, since the place where the
+        response begins would be a guess.
         """
         return [Rollout.split(prompt, query) for prompt, query in zip(self.prompts, self.query)]  # noqa: B905 - Python 3.10
 
 
 class OpenRlhfAnswer(BaseModel):
-    """Describes what OpenRLHF reads, a number for each query."""
+    """JSON object that OpenRLHF reads, with a number for each query."""
 
     rewards: list[float]
     scores: list[float]
@@ -77,7 +78,7 @@ class OpenRlhfAnswer(BaseModel):
 
 
 class SlimeRequest(BaseModel):
-    """Describes what slime posts to ``--rm-url``. ``label`` is not read."""
+    """JSON object that slime posts to ``--rm-url``. ``label`` is not read."""
 
     prompt: Union[StrictStr, Messages]
     response: StrictStr
@@ -88,7 +89,7 @@ class SlimeRequest(BaseModel):
 
 
 class RolloutToScore(StrictModel):
-    """Holds one prompt and one completion of it."""
+    """One prompt and one completion of the prompt."""
 
     prompt: Annotated[Union[StrictStr, TokenIds, Messages], Field(description="Token ids, taken verbatim; text; or a chat.")]
     completion: Annotated[
@@ -103,19 +104,21 @@ class RolloutToScore(StrictModel):
         return self
 
     def rollout(self) -> Rollout:
-        """Returns it as the rollout that a ``ProbeScorer`` takes."""
+        """Returns the prompt and completion as the ``Rollout`` that a ``ProbeScorer`` takes."""
         return Rollout(_prompt(self.prompt), self.completion, self.mask)
 
 
 class ScoreRequest(StrictModel):
-    """Holds rollouts to score with the signals that the gateway is configured with. Those with one prompt share its computation."""
+    """Rollouts to score with the signals that the gateway is configured with. The prompt of rollouts with the same prompt is computed
+    once.
+    """
 
     rollouts: Annotated[list[RolloutToScore], Field(fail_fast=True, min_length=1, max_length=MAX_ROLLOUTS)]
     step: Annotated[StrictInt | None, Field(ge=0, le=2**31 - 1, description="Of the training, for the server's logs.")] = None
 
 
 class ScoreAnswer(BaseModel):
-    """Says what the signals make of the rollouts, in their order."""
+    """Scores and rewards of the rollouts, in the order of the request."""
 
     rewards: Annotated[list[float], Field(description="What rewards and penalties add up to.")]
     values: Annotated[dict[str, list[float | None]], Field(description="What the probe said, for each signal; null where unscorable.")]
@@ -125,20 +128,20 @@ class ScoreAnswer(BaseModel):
 
 
 class Health(BaseModel):
-    """Says that the gateway answers; whether its server does is another question."""
+    """Says that the gateway is running; this says nothing about the probescore server."""
 
     status: Literal["ok"] = "ok"
 
 
 class FieldProblem(BaseModel):
-    """Describes one thing that is wrong with a body."""
+    """One fault in the body of a request."""
 
     field: Annotated[str, Field(examples=["rollouts.0.mask"])]
     problem: str
 
 
 class ProblemDetails(BaseModel):
-    """Says why there is no score (RFC 9457)."""
+    """Reason why there is no score (RFC 9457)."""
 
     title: str
     status: int

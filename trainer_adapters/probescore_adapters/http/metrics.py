@@ -1,4 +1,6 @@
-"""Counts what the gateway does, for Prometheus. No label takes a value that a client chooses."""
+"""Counts the gateway's requests and rollouts, for Prometheus. No label takes a value that a client chooses, so that the number of series is
+bounded.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120,
 
 
 class GatewayMetrics:
-    """Holds the metrics of one gateway, in a registry of their own."""
+    """Prometheus metrics of one gateway, in a registry of their own."""
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
@@ -29,7 +31,9 @@ class GatewayMetrics:
         )
 
     def count(self, outcome: Outcome) -> None:
-        """Counts the rollouts of one outcome as scored, unscorable or substituted."""
+        """Counts the rollouts of one batch as scored, unscorable (without a score) or substituted (a configured number replaced the scores
+        after a failure).
+        """
         total, unscorable = len(outcome.unscorable), int(outcome.unscorable.sum())
         if outcome.metrics[f"{PREFIX}/failures"] > 0:
             self._rollouts.labels("substituted").inc(total)
@@ -43,14 +47,14 @@ class GatewayMetrics:
 
 
 class CountingMiddleware:
-    """Counts every answer of an application, and how long it took."""
+    """ASGI middleware that counts every response of an application, and measures its duration."""
 
     def __init__(self, app: ASGIApp, metrics: GatewayMetrics) -> None:
         self._app = app
         self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serves one connection of ASGI."""
+        """Handles one HTTP request or other ASGI connection."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return

@@ -1,4 +1,4 @@
-"""Renders the gateway's documentation as one HTML page, made of its OpenAPI description; nothing on it is loaded from anywhere."""
+"""Renders the gateway's documentation as one HTML page, generated from its OpenAPI description; the page loads nothing from the network."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from html import escape
 from typing import Any
 
 CONTENT_SECURITY_POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
-"""Is the policy that the page is sent with, by which a browser refuses to load anything for it."""
+"""Content security policy with which the page is sent; it forbids browsers to load anything for the page."""
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #777; }
@@ -33,10 +33,10 @@ _EXAMPLES: Mapping[str, Any] = {
 
 
 def documentation_page(openapi: Mapping[str, Any]) -> str:
-    """Returns the documentation of an application as HTML.
+    """Returns the documentation of an application as an HTML page.
 
     Args:
-        openapi: what FastAPI says of it.
+        openapi: the application's OpenAPI description, as FastAPI generates it.
     """
     info = openapi["info"]
     parts = [
@@ -72,7 +72,7 @@ def _operation(path: str, method: str, operation: Mapping[str, Any], schemas: Ma
 
 
 def _fields(title: str, schema: Mapping[str, Any], schemas: Mapping[str, Any], seen: tuple[str, ...] = ()) -> Iterator[str]:
-    """Yields a table of the fields of an object, followed by those of the objects in it."""
+    """Yields a table of the fields of a JSON object, followed by tables for the objects nested in it."""
     name, content = _resolved(schema, schemas)
     properties = content.get("properties", {})
     if not properties or name in seen:
@@ -118,11 +118,11 @@ def _type(schema: Mapping[str, Any], schemas: Mapping[str, Any]) -> str:
 
 
 def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    """Returns a table of cells that are HTML already."""
+    """Returns an HTML table whose cells are HTML already."""
     cells = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
     return f"<table><tr>{''.join(f'<th>{column}</th>' for column in head)}</tr>{cells}</table>"
 
 
 def _prose(text: str) -> str:
-    """Returns text as HTML, with what stands in backticks as code."""
+    """Returns text as HTML, in which text in backticks is marked as code."""
     return "".join(f"<code>{escape(part)}</code>" if index % 2 else escape(part) for index, part in enumerate(re.split("`+", text)))

@@ -1,4 +1,6 @@
-"""Makes every answer that is not a score: a status, and JSON that says why (RFC 9457), without anything of the gateway's inside."""
+"""Makes every HTTP response that is not a score: a status, and a JSON object with the reason (RFC 9457), without internal details of the
+gateway.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,7 @@ DESCRIPTIONS = {
 RESPONSES: dict[int | str, dict[str, Any]] = {
     status: {"description": text, "model": ProblemDetails} for status, text in DESCRIPTIONS.items()
 }
-"""Documents the answers, beside scores, of every route that scores."""
+"""OpenAPI descriptions of the error responses that every scoring route can send, a dictionary keyed by the HTTP status."""
 
 _MAX_ERRORS = 10
 _MAX_FIELD_CHARACTERS = 200
@@ -41,14 +43,14 @@ _MAX_FIELD_CHARACTERS = 200
 def answer(
     status: int, title: str, detail: str = "", errors: Sequence[FieldProblem] = (), headers: dict[str, str] | None = None
 ) -> Response:
-    """Returns a problem as a response."""
+    """Returns an HTTP response with a problem as JSON."""
     problem = ProblemDetails(title=title, status=status, detail=detail, errors=list(errors))
     # ASCII: a field's name may be anything that a client made up
     return Response(json.dumps(problem.model_dump()), status, headers, MEDIA_TYPE)
 
 
 def answer_to(error: ProbescoreError | SignalError | Unscorable) -> Response:
-    """Returns the response to an error of the scorer."""
+    """Returns the HTTP response to an error of the scorer."""
     if isinstance(error, MessageTooLargeError):
         return answer(413, "More than the server takes in one call", "send fewer rollouts")
     if isinstance(error, Unscorable):
@@ -65,7 +67,7 @@ def answer_to(error: ProbescoreError | SignalError | Unscorable) -> Response:
 
 
 def register(app: FastAPI) -> None:
-    """Makes an application answer every failure with a problem as JSON."""
+    """Makes an application respond to every failure with a problem as JSON."""
 
     @app.exception_handler(RequestValidationError)
     async def _invalid(request: Request, error: RequestValidationError) -> Response:

@@ -1,4 +1,4 @@
-"""Provides the options, and the connection to a server, of all commands that talk to one."""
+"""Defines the command-line options for a server's address, and opens the connection to a server, for all commands that need a server."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from probescore import DeadlineExceededError, ProbeClient, UnavailableError
 from probescore_server.cli.common.console import new_console
 
 ADDRESS_HELP = "The server: host:port, dns:///host:port or unix:/path; several host:port with commas."
-"""Describes the option ``--address``, in the same words in every command."""
+"""Help text of the option ``--address``, the same in every command."""
 
 Address = Annotated[
     str,
@@ -25,14 +25,15 @@ DEFAULT_ADDRESS = "localhost:50051"
 
 
 def split_addresses(written: str) -> str | list[str]:
-    """Converts the value of ``--address`` to what a client takes: one address, or a list of several."""
+    """Converts the value of ``--address`` to the form that a client takes: one address, or a list of several addresses."""
     addresses = [address.strip() for address in written.split(",") if address.strip()]
     return addresses[0] if len(addresses) == 1 else addresses
 
 
 @contextmanager
 def connected(address: str, wait: float) -> Iterator[ProbeClient]:
-    """Opens a client of a server. The server has ``wait`` seconds to become ready; after that every failure is final.
+    """Context manager that opens a client of a server. The client waits up to ``wait`` seconds for the server to become ready, or to come
+    back after a restart; any other failure ends the command.
 
     Raises:
         UnavailableError: no server is ready in time, or the server is lost later; the error names the address.

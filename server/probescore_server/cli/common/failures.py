@@ -13,14 +13,14 @@ from probescore_server.cli.common.visible import one_line
 from probescore_server.errors import InvalidRequest, StartupError
 
 FAILED = 1
-"""Gives the exit code for work that could not be done: no server, a file that is refused, or a check that failed."""
+"""Exit code of a command that could not do its work: there was no server, a file was refused, or a check failed."""
 WRONG_INPUT = 2
-"""Gives the exit code for wrong input: an argument, a line of a file, or a request that breaks the contract."""
+"""Exit code of a command with wrong input: an argument, a line of a file, or a request that violates the protobuf contract."""
 
 
 @contextmanager
 def one_line_failures(extra: str = "server") -> Iterator[None]:
-    """Turns every expected failure within its context into one line on standard error and an exit code.
+    """Context manager that turns every expected failure into one line on standard error and an exit code.
 
     Args:
         extra: the extra of this distribution that brings what the command imports.
@@ -41,7 +41,7 @@ def one_line_failures(extra: str = "server") -> Iterator[None]:
 
 
 def needs_extra(app: typer.Typer, command: str, help_text: str, extra: str, missing: ModuleNotFoundError) -> None:
-    """Adds a command that only tells what to install, in place of a command whose packages are missing."""
+    """Adds a command that only prints what to install, in place of a command whose packages are missing."""
 
     @app.command(command, help=help_text, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
     def _needs_extra() -> None:
@@ -49,7 +49,7 @@ def needs_extra(app: typer.Typer, command: str, help_text: str, extra: str, miss
 
 
 def say(message: object) -> None:
-    """Prints a message as one line on standard error, in which the terminal obeys no control character."""
+    """Prints a message as one line on standard error, with control characters made harmless for the terminal."""
     typer.echo("probescore: " + one_line(message), err=True)
 
 

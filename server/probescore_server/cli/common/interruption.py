@@ -13,7 +13,7 @@ _EXIT_CODE_OF_A_SIGNAL = 128
 
 
 class Interrupted(BaseException):
-    """Raised when a signal asked the command to end; ``number`` is the signal's number."""
+    """Exception raised when a signal such as Ctrl-C asks the command to end; ``number`` is the signal's number."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -21,7 +21,9 @@ class Interrupted(BaseException):
 
 
 class Interruption:
-    """Raises ``Interrupted`` when a signal arrives, or, during work that must not be interrupted, after that work."""
+    """Signal handler that raises ``Interrupted`` when a signal arrives, or, if the signal arrives during work that must not be interrupted,
+    after that work.
+    """
 
     def __init__(self) -> None:
         self._held_back = False
@@ -40,9 +42,7 @@ class Interruption:
 
     @contextmanager
     def held_back(self) -> Iterator[None]:
-        """Marks work, while its context is open, that a first signal does not interrupt; ``Interrupted`` is raised after the
-        work instead.
-        """
+        """Context manager around work that a first signal does not interrupt; ``Interrupted`` is raised after the work instead."""
         before = self._asked
         self._held_back = True
         try:
@@ -55,9 +55,10 @@ class Interruption:
 
 @contextmanager
 def interruptible() -> Iterator[Interruption]:
-    """Handles SIGINT and SIGTERM while its context is open. A command that they end exits with 128 plus the signal's number.
+    """Context manager that handles SIGINT and SIGTERM. A command that is ended by one of these signals exits with 128 plus the signal's
+    number.
 
-    This is the exit code that a shell reports for a program that does not handle the signal.
+    A shell reports the same exit code for a program that does not handle the signal.
     """
     interruption = Interruption()
     before = {number: signal.signal(number, interruption.ask) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -1,4 +1,4 @@
-"""Shows on standard error how far a long command is: as a bar on a terminal, and otherwise as a line from time to time."""
+"""Shows the progress of a long command on standard error: as a bar on a terminal, and otherwise as a line from time to time."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from probescore_server.cli.common.console import new_console
 from probescore_server.cli.common.failures import say
 
 LINE_SECONDS = 5.0
-"""Gives the seconds between two lines of progress; a command that ends sooner prints none."""
+"""Seconds between two lines of progress; a command that ends sooner prints no line."""
 
 
 class RolloutProgress:
-    """Shows how many rollouts a command is done with. It is a context manager, at whose end the bar is removed.
+    """Context manager that shows how many rollouts a command has processed; the bar is removed at its end.
 
     Args:
         total: number of rollouts.
@@ -49,7 +49,7 @@ class RolloutProgress:
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """Hides the bar while results are printed, if they are printed on the same terminal."""
+        """Context manager that hides the progress bar while results are printed, if the results go to the same terminal."""
         if self._bar.disable or not sys.stdout.isatty():
             yield
             return

@@ -1,6 +1,6 @@
-"""Makes the standard streams reliable for all commands: open, and able to take any text.
+"""Makes the standard streams reliable for all commands: open, and able to write any text.
 
-A process may be started with a stream closed, and a terminal or a pipe may use another encoding than UTF-8. Neither may lose a result.
+A process may be started with a stream closed, and a terminal or a pipe may use another encoding than UTF-8. Neither case may lose a result.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _ERRORS = "probescore.lookalikes"
 
 
 def prepare_streams() -> None:
-    """Connects closed standard streams to the null device, and lets standard output and standard error take any text.
+    """Connects closed standard streams to the null device, and makes standard output and standard error write any text.
 
     A character that an encoding lacks is written as similar ASCII text, or else as the number of its code point. A descriptor that stayed
     closed would be given to the next file or socket that is opened, and libraries would then write their messages into it.
@@ -41,8 +41,8 @@ def prepare_streams() -> None:
 
 
 def leave_stdout() -> None:
-    """Discards all further output: the reader of standard output has left, and Python would report the unwritten rest as an
-    error at exit.
+    """Discards all further output, because the reader of standard output has closed it; otherwise Python would report the unwritten rest as
+    an error at exit.
     """
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

@@ -1,4 +1,4 @@
-"""Makes text from outside safe to show: tokens, ids and a probe file's description of itself can contain any character."""
+"""Makes text from outside safe to show: tokens, ids and descriptions in probe files can contain any character."""
 
 from __future__ import annotations
 
@@ -10,25 +10,27 @@ _SPELT_OUT = frozenset(("Cc", "Cf", "Co", "Cn", "Cs", "Zl", "Zp"))
 
 
 def visible(text: str) -> str:
-    """Spells out control characters, bidirectional overrides and other invisible characters; line breaks and tabs are marked and kept."""
+    """Replaces control characters, bidirectional overrides and other invisible characters by their code points, such as ``⟨1B⟩``; line
+    breaks and tabs are marked and kept.
+    """
     return "".join(_MARKED.get(character) or _spelt_out(character) for character in text)
 
 
 def spelt_out(text: str) -> str:
-    """Spells out invisible characters as ``visible`` does, but leaves line breaks and tabs as they are: for text that is
+    """Replaces invisible characters by their code points as ``visible`` does, but leaves line breaks and tabs as they are; for text that is
     already laid out.
     """
     return text if text.isprintable() else "".join(character if character in _MARKED else _spelt_out(character) for character in text)
 
 
 def one_line(message: object) -> str:
-    """Returns a message as a single line with its invisible characters spelt out."""
+    """Returns a message as a single line, with invisible characters replaced by their code points, such as ``⟨1B⟩``."""
     return visible(" ".join(str(message).split("\n")))
 
 
 def visible_json(written: str) -> str:
-    """Returns JSON with the same values, in which invisible characters are written as JSON escapes, so that a terminal does
-    not obey them.
+    """Returns JSON with the same values, in which invisible characters are written as JSON escapes, so that a terminal does not interpret
+    them.
     """
     return written if written.isprintable() else "".join(map(_json_character, written))
 

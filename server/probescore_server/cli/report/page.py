@@ -35,7 +35,7 @@ def write_page(path: Path, views: Sequence[RolloutView], series: Sequence[Series
 
 
 def page(views: Sequence[RolloutView], series: Sequence[Series], info: ScoringInfo, *, title: str) -> str:
-    """Returns the page's HTML. Everything that comes from rollouts is data in the page, never markup."""
+    """Returns the HTML of a page with scored rollouts. All text from rollouts is embedded as data, never as markup."""
     template = files(__package__).joinpath("page.html").read_text(encoding="utf-8")
     return template.replace(_PLACE, _embedded(_data(views, series, info, title)))
 
@@ -72,7 +72,9 @@ def _data(views: Sequence[RolloutView], series: Sequence[Series], info: ScoringI
 
 
 class _NumberedValues:
-    """Numbers distinct values, so that each is written once and referred to by its number: vocabulary pieces, and prompts of groups."""
+    """Table of distinct values, each with a number, so that a page contains each vocabulary piece and each group's prompt once and refers
+    to it by its number.
+    """
 
     def __init__(self) -> None:
         self._places: dict[Any, int] = {}
@@ -118,5 +120,5 @@ def _scores(scores: SeriesScores) -> dict[str, Any]:
 
 
 def _rounded(number: float) -> float:
-    """Rounds a number to as many digits as a reader can use, since digits are most of the page's size."""
+    """Rounds a number to as many digits as a reader can use, since digits make up most of the page's size."""
     return float(f"{number:.{_DIGITS}g}")

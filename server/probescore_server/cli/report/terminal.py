@@ -17,12 +17,14 @@ _CONTEXT_TOKENS = 200
 
 
 def has_colours(console: Console) -> bool:
-    """Returns whether a console shows colours: false for pipes, files and terminals without colours, and where NO_COLOR is set."""
+    """Returns whether a console shows colours: false for pipes, files and terminals without colours, and if the environment variable
+    NO_COLOR is set.
+    """
     return console.color_system is not None and not console.no_color
 
 
 def print_rollouts(console: Console, views: Sequence[RolloutView], series: Sequence[Series]) -> None:
-    """Prints rollouts one after the other, each with its scores by every label of every probe, and then a legend of the colours."""
+    """Prints rollouts one after the other, each with its scores for every label of every probe, and then a legend of the colours."""
     printer = RolloutPrinter(console, series)
     for view in views:
         printer.print(view, scale_of=views)
@@ -30,7 +32,8 @@ def print_rollouts(console: Console, views: Sequence[RolloutView], series: Seque
 
 
 class RolloutPrinter:
-    """Prints rollouts as their scores arrive, each with every series (label of a probe); the prompt of a group is printed once.
+    """Printer of scored rollouts on a terminal, as their scores arrive. Each rollout is printed once for every series (label of a probe);
+    the prompt of a group is printed once.
 
     Args:
         console: console to print on.
@@ -82,7 +85,7 @@ def _context(tokens: Sequence[ShownToken]) -> Text:
 
 
 def _summary(series: Series, scores: SeriesScores) -> Text:
-    """Returns a line with a rollout's reduced scores, span by span, and whether the first one reaches the probe's threshold."""
+    """Returns a line with a rollout's reduced scores, span by span, and whether the first of these scores reaches the probe's threshold."""
     summary = Text(f"{series.name}  ")
     for span, numbers in scores.reduced.items():
         summary.append(f"{span}: " if span else "", "dim")

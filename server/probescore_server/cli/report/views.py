@@ -20,14 +20,14 @@ _NOTHING_TO_SEE = "·"
 
 @dataclass(frozen=True)
 class Series:
-    """Describes one label of one probe, by whose scores rollouts can be coloured.
+    """One label of one probe, by whose scores the tokens of rollouts can be coloured.
 
     Attributes:
-        name: the probe's key in the answer, with the label if the probe has several.
-        key: the probe's key in the answer.
+        name: the probe's name (or ``name@version``), followed by the label if the probe has several labels.
+        key: the probe's key in ``CompletionScores.scores``: its name, or ``name@version``.
         label: index of the label in the probe's labels.
         unit: unit of the scores: logit, probability or value.
-        reductions: names of the reductions, in the order of the answer; empty for a probe that pools by itself.
+        reductions: names of the reductions, in the order of the scores; empty for a probe that scores rollouts as a whole.
         calibration: the calibrated threshold for the first reduction, if the probe has one.
     """
 
@@ -50,7 +50,7 @@ class Series:
 
 @dataclass(frozen=True)
 class ShownToken:
-    """Holds a token to show: its id, its visible text, and whether the mask lets the token count."""
+    """A token to show: its id, its visible text, and whether the mask lets the token count."""
 
     id: int
     text: str
@@ -59,12 +59,13 @@ class ShownToken:
 
 @dataclass(frozen=True, eq=False)
 class SeriesScores:
-    """Holds the scores of one rollout by one series (label of a probe).
+    """Scores of one rollout for one series (label of a probe).
 
     Attributes:
-        reduced: by span (``""`` = the whole scope), one number per reduction; ``None`` = the span has no token that counts.
+        reduced: a dictionary keyed by the span's name (``""`` = the whole scope), with one number per reduction; ``None`` = the span has no
+            token that counts.
         tokens: one score for each token of the completion, ``(T,)`` float32; ``None`` if the probe scores none of these tokens.
-        flagged: whether the first number reaches the threshold; ``None`` without a number or a threshold.
+        flagged: whether the first reduced score of the whole scope reaches the threshold; ``None`` if there is no score or no threshold.
     """
 
     reduced: Mapping[str, tuple[float | None, ...]]
@@ -73,22 +74,22 @@ class SeriesScores:
 
     @property
     def value(self) -> float | None:
-        """Returns a rollout's score over the whole scope, by the first reduction; ``None`` if there is none."""
+        """Score of the whole scope for the first reduction; ``None`` if there is none."""
         return self.reduced[""][0]
 
 
 @dataclass(frozen=True, eq=False)
 class RolloutView:
-    """Holds a scored rollout, or a follow-up to one, ready to be shown.
+    """A scored rollout, or a scored follow-up (token ids appended to a completion), ready to be shown.
 
     Attributes:
-        title: the rollout's place in the input, and its id.
-        context: the tokens before it: the prompt, and for a follow-up also what it follows.
+        title: the rollout's place in the input, and the completion's id.
+        context: the tokens before the completion or follow-up: the prompt, and for a follow-up also the completion that it is appended to.
         tokens: the tokens of the completion or follow-up.
-        problem: reason why there are no scores; empty if there are scores.
+        problem: reason why the rollout has no scores; empty if there are scores.
         inexact: whether some token ids come from text.
         spans: named half-open ranges of ``tokens`` that were scored separately.
-        scores: scores by the name of their series.
+        scores: a dictionary of scores keyed by the name of the series.
         label: the label that the input gives to the completion, as text; empty if there is none.
     """
 
@@ -103,11 +104,11 @@ class RolloutView:
 
 
 def series_of(probes: Sequence[ScoredProbe], loaded: Iterable[ProbeInfo]) -> tuple[Series, ...]:
-    """Returns every series (label of a probe) that can be shown of an answer, probe after probe.
+    """Returns every series (label of a probe) of a response that can be shown, probe after probe.
 
     Args:
-        probes: the probes that the answer names.
-        loaded: the server's probes, with their calibrations.
+        probes: descriptions of the probes that have scored the rollouts.
+        loaded: descriptions of the server's loaded probes, with their calibrations.
     """
     calibrations = {(info.name, info.version): info.calibrations for info in loaded}
     return tuple(
@@ -132,7 +133,7 @@ def _calibration(calibrations: Sequence[Calibration], probe: ScoredProbe, label:
 def rollout_views(
     title: str, completion: Completion, scored: CompletionScores, series: Sequence[Series], label: str = ""
 ) -> list[RolloutView]:
-    """Returns the view of a completion, followed by the views of its follow-ups.
+    """Returns the view of a completion, followed by the views of its follow-ups (token ids appended to the completion).
 
     Args:
         title: the completion's place in the input.
@@ -183,7 +184,9 @@ def _series_scores(series: Series, completion: Completion, scored: CompletionSco
 
 @dataclass(frozen=True)
 class ColourScale:
-    """Maps scores to a diverging colour scale: 0 at the score ``centre``, and ±1 at a distance of ``reach`` or more from it."""
+    """Linear mapping from scores to a diverging colour scale: 0 at the score ``centre``, and ±1 at a distance of ``reach`` or more from
+    ``centre``.
+    """
 
     centre: float
     reach: float
@@ -192,7 +195,7 @@ class ColourScale:
     def of(cls, series: Series, views: Iterable[RolloutView]) -> ColourScale:
         """Returns the colour scale of one label of a probe. It covers all but the outermost 2% of the scores shown.
 
-        This way one outlier does not pale all other scores.
+        Without this rule one outlier would make the colours of all other scores pale.
         """
         shown = [scores for view in views if (scores := view.scores.get(series.name)) is not None]
         values = np.array([scores.value for scores in shown if scores.value is not None], np.float32)

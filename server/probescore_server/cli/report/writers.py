@@ -30,7 +30,7 @@ from probescore_server.cli.rollout_lines import Label, LabelledGroup
 
 
 class ScoredCompletion:
-    """Holds one completion that was scored, with its place in the input and the label that the input gives to it."""
+    """One completion that was scored, with its place in the input and the label that the input gives to the completion."""
 
     def __init__(self, groups: Sequence[LabelledGroup], streamed: StreamedCompletion) -> None:
         self.group, self.index = streamed.group_index, streamed.completion_index
@@ -42,14 +42,14 @@ class ScoredCompletion:
         self.info: ScoringInfo = streamed.info
 
     def shown(self, loaded: Sequence[ProbeInfo]) -> list[RolloutView]:
-        """Returns the completion and its follow-ups as views for people."""
+        """Returns the completion and its follow-ups as views for display."""
         title = f"group {self.group + 1}" + (f", completion {self.index + 1}" if self.of_group > 1 else "")
         label = "" if self.label is None else self.label if isinstance(self.label, str) else json.dumps(self.label)
         return rollout_views(title, self.completion, self.scores, series_of(self.info.probes, loaded), label)
 
 
 class ResultWriter(Protocol):
-    """Describes a writer of scored completions."""
+    """Interface (Protocol) of a writer of scored completions, such as the writer of JSON lines."""
 
     def add(self, scored: ScoredCompletion) -> None:
         """Takes one scored completion. Completions arrive in the order of the input."""
@@ -59,15 +59,16 @@ class ResultWriter(Protocol):
 
 
 class InOrderWriter:
-    """Passes scored completions on in the order of the input, each as soon as all before it have arrived.
+    """Writer that receives scored completions in any order, and passes each on in the order of the input as soon as all completions before
+    it have arrived.
 
-    At the end, completions that still wait for one that did not arrive are passed on too.
+    If some completions never arrive (because scoring was interrupted), the completions after them are passed on at the end.
 
     Attributes:
         outputs: the writers that receive the results.
         received: number of results that have arrived.
-        views: number of completions and follow-ups among those passed on.
-        unscored: number of these that have no scores.
+        views: number of completions and follow-ups that were passed on.
+        unscored: number of the passed-on completions and follow-ups that have no scores.
     """
 
     def __init__(self, groups: Sequence[LabelledGroup], outputs: list[ResultWriter]) -> None:
@@ -88,7 +89,9 @@ class InOrderWriter:
             self._hand_on(ready)
 
     def close(self) -> None:
-        """Passes on the completions that wait for others that did not arrive, and closes the outputs."""
+        """Passes on the completions that were held back because an earlier completion of the input never arrived, and closes the
+        outputs.
+        """
         for place in sorted(self._waiting):
             self._hand_on(self._waiting[place])
         self._waiting.clear()
@@ -108,7 +111,7 @@ def _with_follow_ups(scored: CompletionScores) -> list[CompletionScores]:
 
 
 class JsonLinesWriter:
-    """Prints each completion as one line of JSON as soon as it arrives; an absent number is ``null``."""
+    """Writer that prints each completion as one line of JSON as soon as the completion arrives; an absent number is ``null``."""
 
     def add(self, scored: ScoredCompletion) -> None:
         """Prints one scored completion."""
@@ -122,7 +125,7 @@ class JsonLinesWriter:
 
 
 class TerminalWriter:
-    """Prints the first rollouts on the terminal, and at the end how many more there are."""
+    """Writer that prints the first rollouts on the terminal, and at the end how many more there are."""
 
     def __init__(self, loaded: Sequence[ProbeInfo], most: int) -> None:
         self._loaded = loaded
@@ -132,7 +135,9 @@ class TerminalWriter:
         self._views = 0
 
     def add(self, scored: ScoredCompletion) -> None:
-        """Prints one scored completion with its follow-ups, as far as the limit on printed rollouts allows."""
+        """Prints one scored completion with its follow-ups (token ids appended to the completion), as far as the limit on printed rollouts
+        allows.
+        """
         views = scored.shown(self._loaded)
         printer = self._printer = self._printer or RolloutPrinter(self._console, series_of(scored.info.probes, self._loaded))
         for view in views[: max(0, self._most - self._views)]:
@@ -149,7 +154,7 @@ class TerminalWriter:
 
 
 class PageWriter:
-    """Collects all rollouts, and writes them to one HTML page at the end."""
+    """Writer that collects all rollouts, and writes them to one HTML page at the end."""
 
     def __init__(self, path: Path, loaded: Sequence[ProbeInfo], total: int, *, quiet: bool) -> None:
         self._path = path
@@ -161,7 +166,7 @@ class PageWriter:
         self._info: ScoringInfo | None = None
 
     def add(self, scored: ScoredCompletion) -> None:
-        """Keeps one scored completion for the page."""
+        """Stores one scored completion for the HTML page."""
         self._completions += 1
         self._views += scored.shown(self._loaded)
         self._info = self._info or scored.info
