@@ -41,7 +41,7 @@ from sklearn.linear_model import LogisticRegression
 from probescore.types import ScoreUnit, Tap
 from probescore_probes import read_probe_file
 from probescore_probes.importing import FORMATS, NOT_COMPARED, AuthorScores, import_probe
-from probescore_probes.importing.imported import Asked
+from probescore_probes.importing.imported import ImportOptions
 from probescore_probes.importing.places import read_place
 from probescore_probes.importing.registry import format_of
 from probescore_probes.importing.source import ProbeSource
@@ -83,7 +83,7 @@ def read(case, **told):
     taps = tuple(read_place(tap, "tap", N).tap for tap in said.pop("taps", ()))
     features = tuple(said.pop("features", ()))
     return format_of(ProbeSource(case.file), said.pop("format", None)).read(
-        ProbeSource(case.file), Asked(D, N, taps=taps, features=features, **said)
+        ProbeSource(case.file), ImportOptions(D, N, taps=taps, features=features, **said)
     )
 
 

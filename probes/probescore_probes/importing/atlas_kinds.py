@@ -13,7 +13,7 @@ from scipy.special import erf
 from torch import Tensor, nn
 
 from probescore_probes import arguments
-from probescore_probes.importing.imported import Array, Asked
+from probescore_probes.importing.imported import Array, ImportOptions
 from probescore_probes.importing.sequences import attended, attention, causal, seen
 from probescore_probes.importing.source import taken, whole_number
 
@@ -130,7 +130,7 @@ class _Transformer(nn.Module):
 _BLOCK = {"out": "self_attn.out_proj", "first": "linear1", "second": "linear2"}
 
 
-def kind_of(name: str, found: Weights, init: dict[str, Any], asked: Asked) -> Kind:
+def kind_of(name: str, found: Weights, init: dict[str, Any], asked: ImportOptions) -> Kind:
     """Reads the weights of a probe of one class.
 
     Args:
@@ -193,7 +193,7 @@ def _gdm(found: Weights, width: int) -> Kind:
     return _layered(layers, query, value)
 
 
-def _attention_kind(found: Weights, init: dict[str, Any], asked: Asked, width: int) -> Kind:
+def _attention_kind(found: Weights, init: dict[str, Any], asked: ImportOptions, width: int) -> Kind:
     heads = _heads(asked)
     qkv = _layer(found, "qkv_proj", width)
     rows = len(qkv[0]) // 3
@@ -214,7 +214,7 @@ def _attention_kind(found: Weights, init: dict[str, Any], asked: Asked, width: i
     return Kind(_Attention(qkv, out, heads, window), of_one, attends=True, window=window)
 
 
-def _transformer_kind(found: Weights, init: dict[str, Any], asked: Asked, width: int) -> Kind:
+def _transformer_kind(found: Weights, init: dict[str, Any], asked: ImportOptions, width: int) -> Kind:
     heads = _heads(asked)
     if width % heads:
         raise ValueError(f"heads: {heads}; the model's hidden size {width} is not divided by them: give one that divides")
@@ -264,7 +264,7 @@ def _transformer_kind(found: Weights, init: dict[str, Any], asked: Asked, width:
     return Kind(_Transformer(found, layers, heads, activation, norm_first), of_one, attends=True)
 
 
-def _heads(asked: Asked) -> int:
+def _heads(asked: ImportOptions) -> int:
     if asked.heads is None or asked.heads < 1:
         raise ValueError(
             f"heads: {'not given' if asked.heads is None else asked.heads}; the number in the file is not to be relied on, and another one "

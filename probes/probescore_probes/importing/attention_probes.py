@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from probescore.types import ScoreUnit
-from probescore_probes.importing.imported import Array, Asked, Imported, formula, named, side_by_side
+from probescore_probes.importing.imported import Array, Imported, ImportOptions, formula, named, side_by_side
 from probescore_probes.importing.sequences import members, sequence_of, softmax
 from probescore_probes.importing.source import ProbeSource, taken
 from probescore_server.probes.format.graph import CU_SEQLENS, POSITIONS, GraphInputs
@@ -63,7 +63,7 @@ def is_attention_probe(source: ProbeSource) -> bool:
     return set(map(str, source.content)) in (_NAMES, _NAMES | {"o.weight", "o.bias"})
 
 
-def read_attention_probe(source: ProbeSource, asked: Asked) -> Imported:
+def read_attention_probe(source: ProbeSource, asked: ImportOptions) -> Imported:
     """Reads a probe that pools a rollout into one score for each class.
 
     Raises:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from probescore.types import ScoreUnit
-from probescore_probes.importing.imported import Array, Asked, Imported, linear, named
+from probescore_probes.importing.imported import Array, Imported, ImportOptions, linear, named
 from probescore_probes.importing.source import ProbeSource
 
 _WEIGHTS = ("weight", "direction", "w", "coef", "coef_", "vector")
@@ -28,7 +28,7 @@ def is_direction(source: ProbeSource) -> bool:
     return len(names) == 1 or (len(names & {*_WEIGHTS}) == 1 and len(names & {*_BIASES}) == 1 and len(names) == 2)
 
 
-def read_direction(source: ProbeSource, asked: Asked) -> Imported:
+def read_direction(source: ProbeSource, asked: ImportOptions) -> Imported:
     """Reads a direction, or a matrix with a row for each label.
 
     Raises:
@@ -51,7 +51,7 @@ def is_hidden_states_direction(source: ProbeSource) -> bool:
     return False
 
 
-def read_hidden_states_direction(source: ProbeSource, asked: Asked) -> Imported:
+def read_hidden_states_direction(source: ProbeSource, asked: ImportOptions) -> Imported:
     """Reads one row of the directions for all entries of ``hidden_states``, entry 0 first.
 
     Raises:
@@ -92,7 +92,7 @@ def weight_and_bias(found: Mapping[str, Array], where: str) -> tuple[Array, Arra
     return found[weights[0]], bias
 
 
-def rows_of(weight: Array, asked: Asked, where: str) -> Array:
+def rows_of(weight: Array, asked: ImportOptions, where: str) -> Array:
     """Returns weights as ``(labels, width)``.
 
     Raises:
@@ -111,7 +111,7 @@ def _bias_of(bias: Array, weight: Array, where: str) -> Array:
     return np.broadcast_to(bias.ravel(), (len(weight),)).copy()
 
 
-def _check_rows(weight: Array, asked: Asked, where: str) -> None:
+def _check_rows(weight: Array, asked: ImportOptions, where: str) -> None:
     rows, blocks = len(weight), asked.num_hidden_layers
     if rows in (blocks, blocks + 1) and rows > 1 and not asked.labels:
         raise ValueError(

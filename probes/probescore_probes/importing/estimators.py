@@ -7,7 +7,7 @@ from typing import Any
 
 from probescore_probes import arguments
 from probescore_probes.exporting import sklearn_probe
-from probescore_probes.importing.imported import NONLINEAR, Asked, Imported, is_affine, named
+from probescore_probes.importing.imported import NONLINEAR, Imported, ImportOptions, is_affine, named
 from probescore_probes.importing.pickles import unpickled
 from probescore_probes.importing.source import ProbeSource
 
@@ -19,7 +19,7 @@ def is_estimator(source: ProbeSource) -> bool:
     return source.kind == "skops" or (source.kind == "pickle" and source.path.suffix != ".lgprobe")
 
 
-def read_estimator(source: ProbeSource, asked: Asked) -> Imported:
+def read_estimator(source: ProbeSource, asked: ImportOptions) -> Imported:
     """Reads a fitted estimator or pipeline.
 
     Raises:
@@ -31,7 +31,7 @@ def read_estimator(source: ProbeSource, asked: Asked) -> Imported:
     return estimator_probe(content, asked, source, warned)
 
 
-def estimator_probe(estimator: Any, asked: Asked, source: ProbeSource, warned: tuple[str, ...] = ()) -> Imported:  # noqa: ANN401
+def estimator_probe(estimator: Any, asked: ImportOptions, source: ProbeSource, warned: tuple[str, ...] = ()) -> Imported:  # noqa: ANN401
     """Makes the probe of a fitted estimator.
 
     Raises:

@@ -13,7 +13,7 @@ from onnx.reference import ReferenceEvaluator
 
 from probescore.types import ScoreUnit
 from probescore_probes.exporting import ProbeFunction
-from probescore_probes.importing.imported import NONLINEAR, Asked, Imported, is_affine, named
+from probescore_probes.importing.imported import NONLINEAR, Imported, ImportOptions, is_affine, named
 from probescore_probes.importing.source import ProbeSource
 from probescore_server.probes.format.graph import SCORES, GraphInputs, GraphSignature
 
@@ -28,7 +28,7 @@ def is_graph(source: ProbeSource) -> bool:
     return source.kind == "onnx"
 
 
-def read_graph(source: ProbeSource, asked: Asked) -> Imported:
+def read_graph(source: ProbeSource, asked: ImportOptions) -> Imported:
     """Reads a graph with one input, or one for each tap, and one output of floats. As it came, it is the author's code.
 
     Raises:
@@ -109,7 +109,7 @@ class _AsItCame:
 
 
 def _check_ends(
-    model: onnx.ModelProto, inputs: list[onnx.ValueInfoProto], outputs: list[onnx.ValueInfoProto], asked: Asked, where: str
+    model: onnx.ModelProto, inputs: list[onnx.ValueInfoProto], outputs: list[onnx.ValueInfoProto], asked: ImportOptions, where: str
 ) -> None:
     if not asked.taps:
         raise ValueError("tap: not given; a graph does not say which activations it takes: give one for each of its inputs, in order")

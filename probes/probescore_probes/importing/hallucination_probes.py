@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from probescore.types import ScoreUnit, Tap
 from probescore_probes import arguments
-from probescore_probes.importing.imported import Asked, Imported, linear, named
+from probescore_probes.importing.imported import Imported, ImportOptions, linear, named
 from probescore_probes.importing.source import ProbeSource, taken, whole_number
 
 _CONFIG, _HEAD = "probe_config.json", "probe_head.bin"
@@ -19,7 +19,7 @@ def is_hallucination_probe(source: ProbeSource) -> bool:
     return source.holds(_CONFIG, _HEAD)
 
 
-def read_hallucination_probe(source: ProbeSource, asked: Asked) -> Imported:
+def read_hallucination_probe(source: ProbeSource, asked: ImportOptions) -> Imported:
     """Reads a linear head over the output of a block; scores are probabilities of tokens.
 
     Raises:

@@ -28,7 +28,7 @@ NONLINEAR = (
 
 
 @dataclass(frozen=True)
-class Asked:
+class ImportOptions:
     """What the importer says, since files leave much of it out.
 
     Attributes:
@@ -141,7 +141,7 @@ class Imported:
     notes: tuple[str, ...] = ()
 
 
-def named(asked: Asked, columns: int, stated: Sequence[str] = ()) -> tuple[str, ...]:
+def named(asked: ImportOptions, columns: int, stated: Sequence[str] = ()) -> tuple[str, ...]:
     """Names the columns of a probe: by those asked for, else those of its file, else numbers.
 
     Raises:

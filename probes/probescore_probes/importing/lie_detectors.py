@@ -17,7 +17,7 @@ import torch
 
 from probescore.types import ScoreUnit, Tap
 from probescore_probes import arguments
-from probescore_probes.importing.imported import NONLINEAR, Array, Asked, Imported, formula, linear, named, side_by_side
+from probescore_probes.importing.imported import NONLINEAR, Array, Imported, ImportOptions, formula, linear, named, side_by_side
 from probescore_probes.importing.source import ProbeSource, taken, tensors
 from probescore_probes.importing.standardised import check_std
 
@@ -29,7 +29,7 @@ def is_lie_detector(source: ProbeSource) -> bool:
     return isinstance(source.content.get("state_dict"), Mapping) and isinstance(source.content.get("hyperparams"), Mapping)
 
 
-def read_lie_detector(source: ProbeSource, asked: Asked) -> Imported:
+def read_lie_detector(source: ProbeSource, asked: ImportOptions) -> Imported:
     """Reads a difference of means, a logistic regression, or a perceptron with one hidden layer.
 
     Raises:
@@ -72,7 +72,7 @@ def _width(found: Mapping[str, Array], where: str) -> int:
     return int(taken(found, "net.0.weight", where, None, None).shape[1])
 
 
-def _which_layer(layer: object, asked: Asked) -> str:
+def _which_layer(layer: object, asked: ImportOptions) -> str:
     if not isinstance(layer, int) or isinstance(layer, bool):
         return "its author's layer is not in the file either"
     blocks = asked.num_hidden_layers

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from probescore.types import ScoreUnit
 from probescore_probes import arguments
 from probescore_probes.importing.atlas_kinds import WEIGHTS, Kind, Weights, kind_of
-from probescore_probes.importing.imported import Array, Asked, Imported, each_sequence, formula, named, side_by_side
+from probescore_probes.importing.imported import Array, Imported, ImportOptions, each_sequence, formula, named, side_by_side
 from probescore_probes.importing.places import hidden_state
 from probescore_probes.importing.sequences import members, seen, sequence_of, softmax
 from probescore_probes.importing.source import ProbeSource
@@ -81,7 +81,7 @@ def is_obfuscation_atlas(source: ProbeSource) -> bool:
     return source.holds(_CONFIG, WEIGHTS) and {"class_name", "init_args"} <= set(source.config(_CONFIG))
 
 
-def read_obfuscation_atlas(source: ProbeSource, asked: Asked) -> Imported:
+def read_obfuscation_atlas(source: ProbeSource, asked: ImportOptions) -> Imported:
     """Reads a probe with its aggregator, as one logit.
 
     Raises:
@@ -126,7 +126,7 @@ def read_obfuscation_atlas(source: ProbeSource, asked: Asked) -> Imported:
     )
 
 
-def _context(kind: Kind, pools: bool, asked: Asked) -> Context:
+def _context(kind: Kind, pools: bool, asked: ImportOptions) -> Context:
     if pools:
         return Context(kind="rollout", sees_prompt=asked.sees_prompt)
     return Context(kind="causal", window=kind.window, sees_prompt=asked.sees_prompt) if kind.attends else Context()
@@ -146,14 +146,14 @@ def _normalised(x: Array, normalise: tuple[str, float]) -> Array:
     return x / normalise[1] if normalise[0] == "unit_norm" else x
 
 
-def _taps(source: ProbeSource, asked: Asked) -> tuple[Any, ...]:
+def _taps(source: ProbeSource, asked: ImportOptions) -> tuple[Any, ...]:
     if not (layer := re.fullmatch(r"layer_(\d+)", source.folder.resolve().name)):
         return asked.taps_for(asked.hidden_size, "its folder is not called layer_K, which would say so: give hidden_states[K + 1]")
     stated = hidden_state(int(layer[1]) + 1, f"{layer[0]}", asked.num_hidden_layers)
     return asked.tap_or((stated,), f"the folder's name {layer[0]}, which is hidden_states[{int(layer[1]) + 1}],")
 
 
-def _aggregator(asked: Asked) -> tuple[str, int]:
+def _aggregator(asked: ImportOptions) -> tuple[str, int]:
     written = asked.reduction or ""
     name, _, rest = written.partition("(")
     window = rest.removesuffix(")")

@@ -16,7 +16,7 @@ from probescore_probes import arguments
 from probescore_probes import writing_arguments as given
 from probescore_probes.golden import GoldenScorer
 from probescore_probes.importing.author_scores import AuthorScores, compared
-from probescore_probes.importing.imported import Asked, Imported
+from probescore_probes.importing.imported import Imported, ImportOptions
 from probescore_probes.importing.places import read_place
 from probescore_probes.importing.registry import format_of
 from probescore_probes.importing.source import ProbeSource
@@ -117,7 +117,7 @@ def import_probe(
         read_place(tap, f"tap[{index}]", model.num_hidden_layers)
         for index, tap in enumerate(arguments.sequence(taps, "taps", "taps", '["resid_post.6"]'))
     ]
-    asked = Asked(
+    asked = ImportOptions(
         model.hidden_size,
         model.num_hidden_layers,
         any(isinstance(module, torch.nn.LayerNorm) for module in reference.model.modules()),
@@ -168,7 +168,7 @@ def import_probe(
     return ImportedProbe(probe, known.name, notes, bool(len(author_scores)))
 
 
-def _with_what_was_said(found: Imported, asked: Asked, notes: Sequence[str], reference: ReferenceModel) -> Imported:
+def _with_what_was_said(found: Imported, asked: ImportOptions, notes: Sequence[str], reference: ReferenceModel) -> Imported:
     """Completes a probe with the reduction that holds, and with notes on what nobody knows."""
     said = [*found.notes, *notes]
     reduction, expects_bos = found.reduction, found.expects_bos

@@ -10,7 +10,7 @@ from probescore_probes.importing.directions import is_direction, is_hidden_state
 from probescore_probes.importing.estimators import is_estimator, read_estimator
 from probescore_probes.importing.graphs import is_graph, read_graph
 from probescore_probes.importing.hallucination_probes import is_hallucination_probe, read_hallucination_probe
-from probescore_probes.importing.imported import Asked, Imported
+from probescore_probes.importing.imported import Imported, ImportOptions
 from probescore_probes.importing.lie_detectors import is_lie_detector, read_lie_detector
 from probescore_probes.importing.obfuscation_atlas import is_obfuscation_atlas, read_obfuscation_atlas
 from probescore_probes.importing.rl_rewardhacking import is_rl_rewardhacking, read_rl_rewardhacking
@@ -32,7 +32,7 @@ class Format:
 
     name: str
     recognises: Callable[[ProbeSource], bool]
-    read: Callable[[ProbeSource, Asked], Imported]
+    read: Callable[[ProbeSource, ImportOptions], Imported]
 
 
 FORMATS = (

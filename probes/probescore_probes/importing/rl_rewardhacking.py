@@ -17,7 +17,7 @@ import numpy as np
 from probescore.types import ScoreUnit
 from probescore_probes import arguments
 from probescore_probes.importing.estimators import estimator_probe
-from probescore_probes.importing.imported import Asked, Imported, linear, named
+from probescore_probes.importing.imported import Imported, ImportOptions, linear, named
 from probescore_probes.importing.pickles import unpickled
 from probescore_probes.importing.source import ProbeSource, tensors
 
@@ -32,7 +32,7 @@ def is_rl_rewardhacking(source: ProbeSource) -> bool:
     return source.kind == "torch" and isinstance(source.content, Mapping) and {"direction", "layers"} <= set(source.content)
 
 
-def read_rl_rewardhacking(source: ProbeSource, asked: Asked) -> Imported:
+def read_rl_rewardhacking(source: ProbeSource, asked: ImportOptions) -> Imported:
     """Reads the probe of one layer.
 
     Raises:
@@ -41,7 +41,7 @@ def read_rl_rewardhacking(source: ProbeSource, asked: Asked) -> Imported:
     return _logistic(source, asked) if source.kind == "pickle" else _mass_mean(source, asked)
 
 
-def _mass_mean(source: ProbeSource, asked: Asked) -> Imported:
+def _mass_mean(source: ProbeSource, asked: ImportOptions) -> Imported:
     content = source.content
     directions = tensors({"direction": content.get("direction")}, source.name)["direction"]
     layers = [int(layer) for layer in np.asarray(content.get("layers")).ravel()]
@@ -61,7 +61,7 @@ def _mass_mean(source: ProbeSource, asked: Asked) -> Imported:
     )
 
 
-def _logistic(source: ProbeSource, asked: Asked) -> Imported:
+def _logistic(source: ProbeSource, asked: ImportOptions) -> Imported:
     content, warned = unpickled(source, asked.trust_pickle, _INSTEAD)
     if not isinstance(content, Mapping):
         raise ValueError(f"{source.name}: {arguments.kind_of(content)}; an .lgprobe holds a classifier for each layer")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from probescore.types import ScoreUnit
 from probescore_probes import arguments
 from probescore_probes.exporting import torch_probe
-from probescore_probes.importing.imported import Array, Asked, Imported, named
+from probescore_probes.importing.imported import Array, Imported, ImportOptions, named
 from probescore_probes.importing.places import read_place
 from probescore_probes.importing.source import ProbeSource, taken, whole_number
 
@@ -79,7 +79,7 @@ def is_sae(source: ProbeSource) -> bool:
     return source.holds(_CONFIG, _WEIGHTS)
 
 
-def read_sae(source: ProbeSource, asked: Asked) -> Imported:
+def read_sae(source: ProbeSource, asked: ImportOptions) -> Imported:
     """Reads some of the features, a column each.
 
     Raises:
@@ -148,7 +148,7 @@ def _settings(config: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def _centred(config: dict[str, Any], asked: Asked) -> tuple[bool, list[str]]:
+def _centred(config: dict[str, Any], asked: ImportOptions) -> tuple[bool, list[str]]:
     """Tells whether TransformerLens centred what the model writes, with a note.
 
     With layer norms, that takes the mean out of each row and changes nothing else.
@@ -180,7 +180,7 @@ def _check_plain(config: dict[str, Any]) -> None:
         raise ValueError(f"{_CONFIG}: activation_fn: {arguments.shown(config['activation_fn'])}; only relu and topk can be imported")
 
 
-def _features(asked: Asked, d_sae: int) -> list[int]:
+def _features(asked: ImportOptions, d_sae: int) -> list[int]:
     if not asked.features:
         raise ValueError(f"feature: none given; the autoencoder has {d_sae:,}: give the indices of those to score, 0 to {d_sae - 1}")
     for feature in asked.features:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from probescore.types import ScoreUnit, Tap
 from probescore_probes import arguments
-from probescore_probes.importing.imported import Array, Asked, Imported, each_sequence, formula, named
+from probescore_probes.importing.imported import Array, Imported, ImportOptions, each_sequence, formula, named
 from probescore_probes.importing.sequences import attended, attention, causal, seen
 from probescore_probes.importing.source import ProbeSource, taken, whole_number
 from probescore_server.probes.format.graph import CU_SEQLENS, GraphInputs
@@ -83,7 +83,7 @@ def is_sing_probe(source: ProbeSource) -> bool:
     return source.kind == "folder" and source.holds(_CONFIG) and str(source.config(_CONFIG).get("model_type")).startswith("sing_probe")
 
 
-def read_sing_probe(source: ProbeSource, asked: Asked) -> Imported:
+def read_sing_probe(source: ProbeSource, asked: ImportOptions) -> Imported:
     """Reads a head of either kind; what is sent are probabilities.
 
     Raises:
@@ -113,7 +113,7 @@ def read_sing_probe(source: ProbeSource, asked: Asked) -> Imported:
     )
 
 
-def _taps(config: dict[str, Any], asked: Asked) -> list[Tap]:
+def _taps(config: dict[str, Any], asked: ImportOptions) -> list[Tap]:
     layers = config.get("base_model_layer_ids")
     if not isinstance(layers, list) or not layers:
         raise ValueError(f"{_CONFIG}: base_model_layer_ids: {arguments.shown(layers)}; it should list the layers that are read")

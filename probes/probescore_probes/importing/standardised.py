@@ -11,7 +11,7 @@ import numpy as np
 
 from probescore.types import ScoreUnit
 from probescore_probes.importing.directions import rows_of, unprefixed
-from probescore_probes.importing.imported import Array, Asked, Imported, linear, named
+from probescore_probes.importing.imported import Array, Imported, ImportOptions, linear, named
 from probescore_probes.importing.source import ProbeSource, taken
 
 _VLLM_LENS_SMALLEST_STD = 1e-8
@@ -22,7 +22,7 @@ def is_standardised(source: ProbeSource) -> bool:
     return source.kind in ("torch", "safetensors", "npz") and {"weight", "mean", "std"} <= {*_names(source)}
 
 
-def read_standardised(source: ProbeSource, asked: Asked) -> Imported:
+def read_standardised(source: ProbeSource, asked: ImportOptions) -> Imported:
     """Reads a linear probe over standardised activations.
 
     Raises:
@@ -31,7 +31,7 @@ def read_standardised(source: ProbeSource, asked: Asked) -> Imported:
     return _read(source, asked, smallest_std=0.0)
 
 
-def read_vllm_lens(source: ProbeSource, asked: Asked) -> Imported:
+def read_vllm_lens(source: ProbeSource, asked: ImportOptions) -> Imported:
     """Reads a linear probe over the flattened outputs of several blocks, by a mean over the tokens of a pass.
 
     Raises:
@@ -64,7 +64,7 @@ def _names(source: ProbeSource) -> list[str]:
     return list(unprefixed(source.tensors))
 
 
-def _read(source: ProbeSource, asked: Asked, smallest_std: float) -> Imported:
+def _read(source: ProbeSource, asked: ImportOptions, smallest_std: float) -> Imported:
     found = unprefixed(source.tensors)
     if "weight" not in found:
         taken(found, "weight", source.name)
