@@ -111,8 +111,8 @@ class RewardFunction:
 
 
 class _RewardSources:
-    """The two sources of rewards that both OpenRLHF adapters use: a scorer whose signals fit the server's probes, and the task's own reward
-    function.
+    """The two sources of an OpenRLHF sample's reward: the scorer, which turns the scores of the server's probes into a number to add or
+    subtract, and the reward function of the user's task. Both OpenRLHF adapters use it.
     """
 
     def __init__(self) -> None:

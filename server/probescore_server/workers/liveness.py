@@ -137,7 +137,12 @@ class LivenessWatch:
                 self._since = now
 
     def tokenises(self, texts: Sequence[TextBeingTokenised], now: float) -> None:
-        """Records the texts that the process's threads are tokenising, one text for each thread, always in the same order of threads."""
+        """Records which text each thread of the worker process is tokenising, so that a text which takes longer than its limit is noticed.
+
+        Args:
+            texts: one for each thread; a thread has the same index in every call.
+            now: monotonic time in seconds.
+        """
         known = [*zip(self._texts, self._texts_since, strict=True)] or [(TextBeingTokenised(), now)] * len(texts)
         self._texts_since = [since if text == before else now for text, (before, since) in zip(texts, known, strict=True)]
         self._texts = list(texts)

@@ -172,7 +172,7 @@ class PageWriter:
         self._info = self._info or scored.info
 
     def close(self) -> None:
-        """Writes the HTML page, if any scored completion arrived."""
+        """Writes the HTML report of the scored rollouts to its file, unless not a single completion was scored."""
         if self._info is None:
             return
         title = f"{len(self._views)} scored rollouts"

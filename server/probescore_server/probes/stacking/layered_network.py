@@ -115,7 +115,9 @@ def network_of(scores: RowValue) -> Network:
 
 
 def _settled(value: RowValue) -> RowValue:
-    """Folds the leading additions and multiplications by constants of an expression into the value's affine map, in float64."""
+    """Folds additions and multiplications by constants, which a graph applies to a value before anything else, into the weights and
+    the bias of the affine map that the value stands for, in float64.
+    """
     while len(parents := parents_of_input(value.expression)) == 1:
         (parent,) = parents
         change = _scale_and_shift(parent, value.constants)
