@@ -48,7 +48,7 @@ class ProbeSource:
 
     @property
     def name(self) -> str:
-        """Name of the file or folder, for messages."""
+        """Returns the name of the file or folder, for messages."""
         return self.path.name or str(self.path)
 
     def holds(self, *names: str) -> bool:
@@ -81,7 +81,7 @@ class ProbeSource:
 
     @cached_property
     def stand_ins(self) -> tuple[str, ...]:
-        """Names of the classes that a torch file refers to beside tensors; a placeholder that runs nothing takes the place of each."""
+        """Returns the names of classes that a torch file refers to beside tensors; a placeholder that runs nothing replaces each class."""
         if self.kind != "torch":
             return ()
         try:
@@ -91,7 +91,7 @@ class ProbeSource:
 
     @cached_property
     def content(self) -> Any:  # noqa: ANN401  what torch or numpy makes of it
-        """Content of the file: an array, or the object that torch saved, with its tensors in mappings by name.
+        """Returns the content of the file: an array, or the object that torch saved, with its tensors in mappings by name.
 
         Raises:
             ValueError: the format is not known, the file is damaged, or reading it would run code.
@@ -121,7 +121,7 @@ class ProbeSource:
 
     @cached_property
     def tensors(self) -> dict[str, NDArray[np.float64]]:
-        """Tensors of the file by name, as float64; a single array without a name is ``""``.
+        """Returns the tensors of the file by name, as float64; a single array without a name is ``""``.
 
         Raises:
             ValueError: the file holds no tensors, or a tensor holds NaN or an infinity.
