@@ -1,6 +1,4 @@
-"""Compares two probes by their scores of the same rollouts: which probe separates the classes better, and on which rollouts the two
-disagree.
-"""
+"""Compares two probes by their scores of the same rollouts: how well each separates the classes, and where the two disagree."""
 
 from __future__ import annotations
 

@@ -31,12 +31,10 @@ def calibrate_for_fresh(
     """Finds the threshold that ``calibrate`` finds, and predicts with 95% confidence the share of fresh rollouts that it will flag.
 
     The fresh rollouts are as many, and come in as many other groups. The interval counts the effect of chance on both: on the negatives
-    that
-    the threshold was found on, and on the fresh ones. The threshold is an order statistic, so that among independent rollouts the number of
-    fresh ones above the threshold is beta-binomial. Grouped rollouts are counted as fewer, by the design effect. The design effect is
-    computed
-    at the threshold and for ten times as many flagged rollouts, since few flags hardly show how flags depend on groups; the larger one is
-    used.
+    that the threshold was found on, and on the fresh ones. The threshold is an order statistic, so that among independent rollouts the
+    number of fresh ones above the threshold is beta-binomial. Grouped rollouts are counted as fewer, by the design effect. The design
+    effect is computed at the threshold and for ten times as many flagged rollouts, since few flags hardly show how flags depend on groups;
+    the larger one is used.
 
     Args:
         negatives: scores of rollouts without the behaviour, ``(n,)``, as for ``calibrate``.
@@ -58,7 +56,7 @@ def calibrate_for_fresh(
     count = int(group.max()) + 1
     if count < 2:
         raise ValueError(f"groups: all {len(scores)} negatives are of one group; rollouts of several prompts tell what others will do")
-    # rollouts above a lower threshold, which show better how flags come in groups
+    # Rollouts above a lower threshold are more, and show better how flags depend on groups.
     lower = np.sort(scores)[-min(len(scores) // 2, 10 * max(1, round(found.false_positive_rate * len(scores))))]
     effect = max(1.0, design_effect(scores >= found.threshold, group), design_effect(scores >= lower, group))
     independent = max(2, round(len(scores) / effect))

@@ -21,8 +21,9 @@ MAX_BATCH_BYTES = 1 << 30
 
 
 class Pool(str, Enum):
-    """Enumeration of the poolings of activations: for each feature over the tokens that count, their mean, their maximum or the last
-    token's.
+    """Enumeration of what is returned of the activations of the tokens that count.
+
+    ``tokens`` gives one row for each token; each of the others pools all tokens to one row, feature by feature.
     """
 
     TOKENS = "tokens"
@@ -58,11 +59,9 @@ class CompletionActivations:
         selections: which tokens count, ``(1 + spans, T)`` bool: in the whole scope under the mask, then in each span.
         spans: names of the spans.
         tokens: activations ``(T, hidden_size)`` float32 of all tokens in scope, whether they count or not, a dictionary keyed by tap name;
-            empty
-            unless asked for.
+            empty unless asked for.
         pooled: pooled activations ``(1 + spans, pools, hidden_size)`` float32, a dictionary keyed by tap name, with poolings in the order
-            of
-            the request; NaN if no token counts.
+            of the request; NaN if no token counts.
         status_message: why there are no activations, for people.
         inexact_ids: whether some token ids were obtained by tokenising text.
         follow_ups: activations of the completion's follow-ups, in the order of the request.

@@ -59,9 +59,7 @@ def random_directions(rows: NDArray[np.float32], labels: Labels, fitted: Indices
 
 
 def shuffled_labels(rows: NDArray[np.float32], labels: Labels, candidate: Candidate, kind: str, seed: int = 0) -> Estimate:
-    """Computes the mean AUROC over held-out groups for several shuffles of the labels, with an interval of two standard deviations of the
-    mean.
-    """
+    """Computes the mean AUROC over held-out groups for shuffled labels, with an interval of two standard deviations of the mean."""
     random = np.random.default_rng(seed)
     found = []
     for _ in range(SHUFFLES):
@@ -72,7 +70,7 @@ def shuffled_labels(rows: NDArray[np.float32], labels: Labels, candidate: Candid
             return lambda indices: probe.score(rows[indices])
 
         found.append(held_out_auroc(held_out_scores(fit, shuffled, seed=seed), shuffled, seed).value)
-    # No closer than so many independent examples allow.
+    # The spread of the shuffles is taken to be no smaller than that of as many independent examples.
     error = max(float(np.std(found, ddof=1)), 0.5 / np.sqrt(len(labels.positive))) / np.sqrt(SHUFFLES)
     mean = float(np.mean(found))
     return Estimate(mean, mean - 2 * error, mean + 2 * error)

@@ -124,7 +124,7 @@ def select(features: Features, labels: Labels, *, kind: str = LOGISTIC, seed: in
         curve.append(CurvePoint(tap, pool, strengths[best], float(means[best]), error))
     top = max(curve, key=lambda point: point.mean)
     chosen = next(point for point in curve if point.mean >= top.mean - top.standard_error)
-    # Of one tap the better pooling.
+    # For each tap the better pooling is taken.
     chosen = max((point for point in curve if point.tap == chosen.tap), key=lambda point: point.mean)
     return Selection(_candidate(chosen), _candidate(top), tuple(curve))
 

@@ -208,7 +208,7 @@ def _tokens_of_characters(text: str, ids: NDArray[np.int32], engine: Engine) -> 
     """Returns a function from a passage, in characters of a text, to the range of the tokens that contain a character of the passage."""
     ends = list(accumulate(len(piece) for piece in engine.decode_tokens(ids)))
     starts = [0, *ends[:-1]]
-    # Some tokenizers write a space that the text has not.
+    # Some tokenizers decode to a leading space that the text does not have.
     ahead = (ends[-1] if ends else 0) - len(text)
 
     def tokens(passage: Passage) -> tuple[int, int]:

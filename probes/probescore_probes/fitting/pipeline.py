@@ -302,7 +302,7 @@ class _Fitting:
         self._options, self._table, self._labels, self._parts, self._pools = options, table, labels, parts, pools
         self._train = table.of(parts[TRAIN])
         self._train_labels = labels.of(parts[TRAIN])
-        # Other kinds are fitted where logistic regression finds most.
+        # Kinds that are not linear are fitted at the tap where logistic regression is best.
         self._choosing = options.kind if options.kind in LINEAR_KINDS else LOGISTIC
 
     def selection(self) -> Selection:

@@ -27,8 +27,7 @@ class EleutherAttentionPool(nn.Module):
     """Torch module that pools a rollout by the softmax attention of several heads, each with a weight on token positions.
 
     Adding one number to all positions does not change a softmax, so positions are counted from the first token that the probe reads.
-    Products
-    with the positions of a long rollout would be too large for float32.
+    Products with the positions of a long rollout would be too large for float32.
     """
 
     q_weight: Tensor
@@ -45,9 +44,7 @@ class EleutherAttentionPool(nn.Module):
         self.heads, self.mlp = heads, "o.weight" in weights
 
     def forward(self, *given: Tensor) -> Tensor:
-        """Computes scores ``(S, labels)`` of ``S`` sequences from activations ``(N, width)``, ``cu_seqlens`` ``(S + 1,)`` and positions
-        ``(N,)``.
-        """
+        """Computes scores ``(S, labels)`` from activations ``(N, width)``, sequence offsets ``(S + 1,)`` and token positions ``(N,)``."""
         *taps, cu_seqlens, positions = given
         x = torch.cat(taps, dim=1)
         start = positions[cu_seqlens[:-1]][sequence_of(torch.arange(x.shape[0]), cu_seqlens)]

@@ -24,8 +24,9 @@ from probescore_server.probes.format.graph import CU_SEQLENS, POSITIONS, GraphIn
 from probescore_server.probes.format.manifest import Place, TapInput, neighbouring_places
 
 AGREES = 0.05
-"""Limits the root mean square of differences, in standard deviations of the author's scores: running a whole model in half precision stays
-below the limit, reading one block off does not.
+"""Limits the root mean square of differences, in standard deviations of the author's scores.
+
+Running a whole model in half precision stays below the limit; reading the wrong block by one does not.
 """
 
 EXACT = 1e-3
@@ -110,7 +111,7 @@ def compared(scorer: GoldenScorer, reduction: str | None, given: Sequence[Author
     stated = comparison.at("where it was imported to", "", [(scorer.inputs, 0)])[0]
     if stated is not None and stated.off <= AGREES:
         blocks_off = comparison.neighbours(tokens_too=False)
-        # what is no more than rounding may also be a small mistake, which another reading does not make
+        # A difference that looks like rounding may also be a small mistake, which another way of reading does not make.
         others = comparison.others() if stated.off > EXACT else ()
         if any(_CLEARLY * found.off < stated.off for found in (*blocks_off, *others)):
             raise _refusal(comparison, stated, len(expected), file)
@@ -176,9 +177,7 @@ class _PlaceComparison:
         return [found for found in self._compare(self._scorer, places, said, self._reduction) if found is not None]
 
     def others(self) -> Iterator[_Found]:
-        """Compares the author's scores with other hooks, with and without BOS, with centred activations, and with other reductions to one
-        score.
-        """
+        """Compares the author's scores with those of other hooks, with and without BOS, of centred activations, and of other reductions."""
         scorer = self._scorer
         hooks = _other_hooks(scorer.inputs, scorer.reference.reference.num_hidden_layers)
         yield from self._found(scorer, hooks, [(_named(place), _remedy(place)) for place in hooks])

@@ -157,8 +157,7 @@ def named(asked: ImportOptions, columns: int, stated: Sequence[str] = ()) -> tup
 
 
 def linear(weight: Array, bias: Array, *, unit: ScoreUnit, mean: Array | None = None, std: Array | None = None) -> ProbeFunction:
-    """Makes a probe that computes ``weight · (x - mean) / std + bias`` as its author does; its ONNX graph has mean and std folded into
-    weights.
+    """Makes a probe that computes ``weight · (x - mean) / std + bias``; its ONNX graph has mean and std folded into weights and bias.
 
     Args:
         weight: weights, ``(labels, width)``.
@@ -174,9 +173,7 @@ def linear(weight: Array, bias: Array, *, unit: ScoreUnit, mean: Array | None = 
 
 
 def is_affine(function: ProbeFunction, width: int) -> bool:
-    """Returns whether a probe's function is ``weight · x + bias`` of one token, so that the mean token score is the score of the mean
-    activation.
-    """
+    """Returns whether a probe computes ``weight · x + bias`` of each token, so that the mean of scores is the score of the mean."""
     x, y = np.random.default_rng(0).standard_normal((2, 8, width))
 
     def scores(rows: Array) -> Array:

@@ -1,8 +1,7 @@
 """Reads probes of the Obfuscation Atlas: ``layer_K/model.pt`` with ``config.json``, over ``hidden_states[K + 1]``.
 
 ``config.json`` is ``{class_name, module, init_args}``. Every class of probe gives values ``v`` (tokens, heads), and attention logits ``q``
-if
-it has queries (else q = v). An aggregator, which the file does not name, makes one logit of them; the probability is
+if it has queries (else q = v). An aggregator, which the file does not name, makes one logit of them; the probability is
 sigmoid(platt_A · logit + platt_B):
 
     mean, max, sum, last       of Σ over heads of v
@@ -38,8 +37,9 @@ _AGGREGATORS = "mean, max, sum, last, multimax, attention or rolling_attention(1
 
 
 class _Pooled(nn.Module):
-    """Torch module of an Atlas probe and its aggregator: normalises activations, scores tokens by head, pools to one logit, applies Platt
-    scaling.
+    """Torch module of an Atlas probe and its aggregator.
+
+    It normalises activations, scores tokens by head, pools the scores to one logit and applies Platt scaling.
     """
 
     def __init__(self, kind: Kind, normalise: tuple[str, float], aggregator: str, window: int, platt: tuple[float, float]) -> None:

@@ -81,8 +81,7 @@ def import_probe(
     """Makes a probe file of probescore from a file that another library wrote.
 
     Golden vectors are computed with the format's formula on activations of the model in Hugging Face transformers, and the file is checked
-    as ``write_probe``
-    checks it. Thresholds are never taken over.
+    as ``write_probe`` checks it. Thresholds are never taken over.
 
     Args:
         file: path of the source file, or of the folder that holds its files.
@@ -92,8 +91,7 @@ def import_probe(
         output: path of the new probe file.
         format: a name in ``FORMATS``; ``None`` = recognised by the file's content.
         taps: taps that the probe reads, in order, if the file does not say: ``"resid_post.6"``, or a name in Hugging Face transformers
-            (``hidden_states[7]``),
-            TransformerLens (``blocks.6.hook_resid_post``) or nnsight (``model.layers[6].output[0]``).
+            (``hidden_states[7]``), TransformerLens (``blocks.6.hook_resid_post``) or nnsight (``model.layers[6].output[0]``).
         author_scores: a few rollouts with the scores that the author's own code gives them.
         golden: rollouts for the golden vectors; by default those in ``author_scores``, or a few built-in texts.
         reduction: how token scores become one score of a rollout; for an Obfuscation Atlas probe, its aggregator.

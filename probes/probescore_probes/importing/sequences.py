@@ -25,9 +25,7 @@ def members(x: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 
 def seen(x: Tensor, cu_seqlens: Tensor, window: int | None) -> Tensor:
-    """Returns which tokens each token attends to, ``(N, N)`` bool: itself and earlier ones of its sequence, at most the last ``window`` of
-    them.
-    """
+    """Returns which tokens each token attends to, ``(N, N)`` bool: the last ``window`` tokens of its sequence, itself included."""
     row = torch.arange(x.shape[0])
     sequence = sequence_of(row, cu_seqlens)
     back = row[:, None] - row[None]

@@ -179,9 +179,7 @@ def whole_number(config: dict[str, object], key: str, where: str) -> int:
 
 
 def _stand_in(*given: object) -> object:
-    """Placeholder class that replaces any class a torch file names beside tensors: runs nothing, and keeps the arguments of its last
-    construction.
-    """
+    """Replaces any class that a torch file names beside tensors: runs no code of that class, and returns its last argument."""
     return given[-1] if given else None
 
 

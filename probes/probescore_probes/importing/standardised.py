@@ -2,8 +2,8 @@
 
     score = weight · (x - mean) / std + bias
 
-People save such probes from torch, and vllm-lens' example does. The numbers are used as they are saved: no ddof is corrected and no eps
-is added.
+People save such probes from torch, and vllm-lens' example does. The numbers are used as they are saved: no ddof is corrected and no eps is
+added.
 """
 
 from __future__ import annotations

@@ -247,9 +247,7 @@ class StoreIndex:
         }
 
     def _tensors(self, shard: Shard) -> Iterator[tuple[str, str, np.dtype[np.generic], tuple[int, ...]]]:
-        """Returns the name, format and shape of each tensor of a shard, widest formats first, so that each tensor is aligned to its number
-        size.
-        """
+        """Returns the name, format and shape of each tensor of a shard, widest formats first, so that each tensor is aligned."""
         tokens, rows = shard.first_tokens[-1], shard.first_rows[-1]
         ids = ("token_ids", "I32", np.dtype("<i4"), (tokens,))
         number_format, width = self.number_format, self.model.hidden_size

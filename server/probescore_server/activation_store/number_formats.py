@@ -11,9 +11,7 @@ _QUIET_NAN = np.uint16(0x7FC0)
 
 
 class Overflow(Exception):
-    """Exception raised when a finite number is too large for a format; ``index`` is the index of the first such number, ``value`` the
-    number.
-    """
+    """Exception raised when a finite number is too large for a format; has the ``index`` and ``value`` of the first such number."""
 
     def __init__(self, index: tuple[int, ...], value: float) -> None:
         super().__init__(index, value)
@@ -49,7 +47,7 @@ class NumberFormat:
         largest = max(numbers.max(initial=0), -numbers.min(initial=0))
         if largest <= self.largest:
             return encoded
-        # something is too large, infinite, NaN, or not much beyond the largest number
+        # Some number is infinite, NaN, or larger than the largest number, though perhaps so little that it rounds to it.
         if self.name == "bfloat16":
             encoded[np.isnan(numbers)] = _QUIET_NAN
         overflown = np.argwhere(np.isinf(self.decode(encoded)) & np.isfinite(numbers))

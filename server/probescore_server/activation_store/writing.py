@@ -2,8 +2,7 @@
 
 The index of the directory is written first and describes everything but the numbers. Each shard is written under a temporary name and
 renamed once it is complete, so that a run can continue where an interrupted one stopped. Since the key-value cache is empty at the
-beginning
-of each shard, the bytes are the same as without the interruption.
+beginning of each shard, the bytes are the same as without the interruption.
 """
 
 from __future__ import annotations
@@ -235,7 +234,7 @@ def _shard_file(path: Path, index: StoreIndex, shard: Shard) -> Iterator[_ShardF
     partial = path.with_name(path.name + _PARTIAL)
     try:
         with partial.open("xb") as file:
-            # taken as a whole, so that a disk that others fill meanwhile ends this here and not in the middle
+            # The whole size is reserved, so that a disk that others fill meanwhile fails here and not in the middle of writing.
             os.posix_fallocate(file.fileno(), 0, index.file_bytes(shard))
             shard_file = _ShardFile(file.fileno(), index, shard)
             yield shard_file

@@ -183,8 +183,7 @@ def judged_by_server(
 
     Raises:
         ValueError: a rollout cannot be scored, its label is about a part of the completion, or an option is wrong; the message names the
-            line
-            or the option.
+            line or the option.
     """
     for rollout in rollouts:
         if rollout.positive is None or rollout.passages or rollout.token_labels is not None:

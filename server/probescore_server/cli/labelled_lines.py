@@ -1,10 +1,8 @@
 """Reads labelled rollouts from lines of JSON, the input of ``probescore probes fit DATA``.
 
 A line has the fields that ``probescore score`` reads, and a ``label`` for each completion. Beside the prompt, the line may have ``group``,
-``split``,
-``slice`` and ``weight``. A completion may have ``span_labels`` (``[[start, end, label], …]``, in characters of a text, in tokens of ids)
-and
-``token_labels`` (one for each of its ids, ``null`` = none).
+``split``, ``slice`` and ``weight``. A completion may have ``span_labels`` (``[[start, end, label], …]``, in characters of a text, in tokens
+of ids) and ``token_labels`` (one for each of its ids, ``null`` = none).
 """
 
 from __future__ import annotations

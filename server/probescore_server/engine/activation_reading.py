@@ -67,7 +67,7 @@ class BatchActivations:
         self._tokens: dict[str, NDArray[np.float32]] = {}
         for tap in taps:
             rows = activations.rows[tap]
-            # the same as all of isfinite, in a tenth of the time
+            # This gives the same as isfinite().all(), in a tenth of the time.
             self._finite[str(tap)] = (rows.amax(dim=1).isfinite() & rows.amin(dim=1).isfinite()).cpu().numpy()
             if reads.pools:
                 self._pooled[str(tap)] = self._pool(rows)
@@ -147,9 +147,7 @@ def _rows_at(rows: torch.Tensor, indices: NDArray[np.int64]) -> torch.Tensor:
 
 
 def _pooled(selected: torch.Tensor, pool: Pool) -> torch.Tensor:
-    """Pools one or more activations ``(tokens, hidden_size)`` to one, ``(hidden_size,)``. Means are summed in float64 to be independent of
-    order.
-    """
+    """Pools activations ``(tokens, hidden_size)`` to ``(hidden_size,)``; means are summed in float64, so that order does not matter."""
     match pool:
         case Pool.LAST:
             return selected[-1]

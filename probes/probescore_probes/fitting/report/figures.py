@@ -17,7 +17,7 @@ from probescore_audit import Estimate
 from probescore_audit.grouped import CalibrationBin
 from probescore_probes.fitting.cross_validation import CurvePoint
 
-# Stand-ins that no figure has otherwise; each becomes a colour of the page.
+# Placeholder colours that no figure uses otherwise; each is replaced by a colour of the page.
 _INK, _SOFT, _LINE, _POSITIVE, _NEGATIVE, _THIRD, _FOURTH = "#010203", "#040506", "#070809", "#0a0b0c", "#0d0e0f", "#101112", "#131415"
 _COLOURS = {
     _INK: "var(--ink)",
@@ -71,9 +71,7 @@ def layers(curves: Mapping[str, Sequence[CurvePoint]], chosen: CurvePoint) -> st
 
 
 def roc(rates: tuple[NDArray[np.float64], NDArray[np.float64]], false_positive_rate: float, negatives: int) -> str:
-    """Draws the ROC curve: true-positive rate by false-positive rate, with the latter on a logarithmic scale, since thresholds lie at small
-    rates.
-    """
+    """Draws the ROC curve: true- by false-positive rate, the latter on a logarithmic scale, since thresholds lie at small rates."""
     with mpl.rc_context(_STYLE):
         figure, axes = _new(3.5, 3.0)
         lowest = 0.5 / max(1, negatives)

@@ -2,8 +2,7 @@
 
 A forest is a batch of token segments arranged in trees, so that shared prefixes are computed once. A forward pass reads every weight once,
 whatever it computes, so that a few tokens take nearly as long as some hundred. The rows of a forward pass are padded at the end to the
-length
-of the longest row, where a causal model does not look.
+length of the longest row, where a causal model does not look.
 """
 
 from __future__ import annotations
@@ -36,8 +35,7 @@ class Row:
 
     Attributes:
         segments: each segment is the only continuation of the one before, and nothing continues the last. Only the last segment may be read
-            by
-            probes: attention multiplies masked tokens by zero, so that NaN of a later token would spread to earlier ones.
+            by probes: attention multiplies masked tokens by zero, so that NaN of a later token would spread to earlier ones.
         tokens: number of tokens of all segments.
     """
 
@@ -46,9 +44,7 @@ class Row:
 
 
 def short_row(forest: Forest, children: Sequence[Sequence[int]], first: int) -> Row | None:
-    """Returns the row that begins with a token segment; ``None`` if its segments branch, probes read one before the last, or it is too
-    long.
-    """
+    """Returns the row that begins with a segment; ``None`` if its segments branch, it is too long, or probes read it before its end."""
     segments, tokens = [first], len(forest.segments[first].token_ids)
     while tokens <= MAX_ROW_TOKENS:
         match children[segments[-1]]:
