@@ -1,7 +1,7 @@
 """Evaluates a probe by its scores of labelled rollouts, all together and by slice: AUROC, and the shares that each threshold flags.
 
 A slice is a named part of the data. Intervals are of 95%. If rollouts come in groups, intervals come from the bootstrap of ``grouped``,
-which draws whole groups. If each rollout is a group of its own, they are Newcombe's of an AUROC and Clopper and Pearson's of a share.
+which draws whole groups. If each rollout is a group of its own, intervals are Newcombe's of an AUROC and Clopper and Pearson's of a share.
 """
 
 from __future__ import annotations

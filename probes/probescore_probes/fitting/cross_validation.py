@@ -54,7 +54,7 @@ class Selection:
     """The candidate that cross-validation chose, with the results that it was chosen from.
 
     Attributes:
-        chosen: the candidate at the earliest tap whose AUROC is within one standard error of the best.
+        chosen: the candidate at the earliest tap whose AUROC is within one standard error of the best AUROC.
         best: the candidate with the highest AUROC.
         curve: one point for each tap and pooling, in the order of the taps.
     """

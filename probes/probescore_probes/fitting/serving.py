@@ -61,7 +61,7 @@ class Agreement:
     """The differences between the scores that an engine serves and those that were fitted.
 
     Attributes:
-        largest, median: of |fitted − served|, divided by the standard deviation of the fitted scores.
+        largest, median: largest and median |fitted − served|, divided by the standard deviation of the fitted scores.
         bound: limit on the median, and in float32 on the largest difference.
         beyond: number of rollouts whose difference is above the bound.
         rollouts: number of rollouts that were compared.

@@ -29,7 +29,7 @@ Heads = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Kind:
-    """A class of Obfuscation Atlas probes with the weights of one probe.
+    """A probe of one of the Obfuscation Atlas classes, with its weights.
 
     Attributes:
         scores: a torch module that computes ``(q, v)`` from normalised activations and, if ``attends`` is set, ``cu_seqlens``.

@@ -32,7 +32,9 @@ def is_graph(source: ProbeSource) -> bool:
 
 
 def read_graph(source: ProbeSource, asked: ImportOptions) -> Imported:
-    """Reads an ONNX graph with one input, or one for each tap, and one output of floats. The unchanged graph serves as the author's code.
+    """Reads an ONNX graph with one input, or one for each tap, and one output of floats.
+
+    Golden vectors are computed with the unchanged graph.
 
     Raises:
         ValueError: the file is no ONNX model or already a probe file, its inputs or outputs are others, or it fails on the model's
@@ -64,7 +66,7 @@ def read_graph(source: ProbeSource, asked: ImportOptions) -> Imported:
 
 
 class _AsItCame:
-    """Probe function of an imported ONNX graph: runs under its own names, and is exported under the names of a probe file."""
+    """Probe function of an imported ONNX graph: keeps its own input and output names to run, takes those of a probe file on export."""
 
     def __init__(self, model: onnx.ModelProto, inputs: list[onnx.ValueInfoProto], output: str) -> None:
         self._model, self._output = model, output

@@ -23,7 +23,8 @@ def read_hallucination_probe(source: ProbeSource, asked: ImportOptions) -> Impor
     """Reads a hallucination probe, a linear head over the output of a block; each token's score is a probability.
 
     Raises:
-        ValueError: a LoRA adapter lies in the folder, the model lacks the layer, or the weights have another shape.
+        ValueError: the folder has an adapter, which would change the model; the model lacks the layer; or the weights have another
+            shape.
     """
     if adapter := source.beside(*_ADAPTERS):
         raise ValueError(

@@ -173,7 +173,7 @@ def _aggregator(asked: ImportOptions) -> tuple[str, int]:
 
 
 def _platt(found: Weights, aggregator: str) -> tuple[float, float]:
-    """Returns ``a`` and ``b`` of Platt scaling ``a · logit + b``, which must have the same effect before the aggregator as after it."""
+    """Returns ``a`` and ``b`` of Platt scaling ``a · logit + b``, which must give the same result before the aggregator as after."""
     a, b = (float(found.get(name, np.array(default)).ravel()[0]) for name, default in (("platt_A", 1.0), ("platt_B", 0.0)))
     if aggregator == "sum" and b:
         raise ValueError(f"platt_B: {b:g} is added once to a sum over tokens; a sum can be imported only where it is 0")

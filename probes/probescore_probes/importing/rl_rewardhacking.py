@@ -26,7 +26,7 @@ _INSTEAD = "save coef_ and intercept_ of the layer that you use as weight and bi
 
 
 def is_rl_rewardhacking(source: ProbeSource) -> bool:
-    """Returns whether a file is an rl-rewardhacking probe, by its ending ``.mmpprobe`` or ``.lgprobe``."""
+    """Returns whether a file is an rl-rewardhacking probe: a pickle ``*.lgprobe``, or a torch file with a ``direction`` and ``layers``."""
     if source.path.suffix == ".lgprobe" and source.kind == "pickle":
         return True
     return source.kind == "torch" and isinstance(source.content, Mapping) and {"direction", "layers"} <= set(source.content)

@@ -149,7 +149,7 @@ def _settings(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _centred(config: dict[str, Any], asked: ImportOptions) -> tuple[bool, list[str]]:
-    """Returns whether TransformerLens centred the activations (subtracted their mean) that the autoencoder was fitted on, with a note.
+    """Returns whether the autoencoder was fitted on activations that TransformerLens had centred, with notes for the manifest.
 
     If the model has layer norms, centring subtracts the mean of each activation vector and changes nothing else.
     """

@@ -3,9 +3,9 @@
 ``index.json`` describes the model, the activations that were asked for, and the division of rollouts into shards. A shard is a safetensors
 file with these tensors, in which the shard's rollouts are concatenated:
 
-    token_ids             (tokens,) int32           the tokens in scope
+    token_ids             (tokens,) int32           the tokens in scope: prompt, completion or both
     mask                  (tokens,) bool            which of them count
-    finite                (rollouts,) bool          whether the model gave finite numbers at every tap; else NaN
+    finite                (rollouts,) bool          whether activations are finite at every tap; if not, all are NaN
     resid_post.6          (tokens, width)           if every token's activations were asked for
     resid_post.6/mean     (rows, width)             for each pool: of each rollout the whole scope under the mask, then its spans
 

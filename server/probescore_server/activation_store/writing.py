@@ -72,7 +72,7 @@ class StorePlan:
 
     @property
     def bytes(self) -> int:
-        """Returns the size of all files together, in bytes."""
+        """Returns the size of all files of the planned directory together, in bytes."""
         return len(self.index.content) + sum(map(self.index.file_bytes, self.index.shards))
 
     @property

@@ -8,7 +8,7 @@ from probescore_server.cli.tables import safe
 
 
 class CheckSteps:
-    """Prints each step of a check once it has passed or failed, with a spinner while it runs."""
+    """Console output that prints each step of a check once it has passed or failed, with a spinner while it runs."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
