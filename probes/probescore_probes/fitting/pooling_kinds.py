@@ -72,7 +72,10 @@ def means_of(x: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 
 def fit_mlp(rows: NDArray[np.float32], positive: NDArray[np.bool_], weights: NDArray[np.float64], seed: int = 0) -> MeanMlp:
-    """Fits a ``MeanMlp`` to mean activations ``(n, width)``, in full batches, with weight decay instead of early stopping."""
+    """Fits a ``MeanMlp``, a perceptron with one hidden layer, to mean activations ``(n, width)``.
+
+    It trains in full batches, with weight decay instead of early stopping.
+    """
     torch.manual_seed(seed)
     module = MeanMlp(Scaler.of(rows, weights))
     means = torch.from_numpy(np.ascontiguousarray(rows, np.float32))
@@ -88,7 +91,7 @@ def fit_mlp(rows: NDArray[np.float32], positive: NDArray[np.bool_], weights: NDA
 
 
 def score_mlp(module: MeanMlp, rows: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Computes logits ``(n,)`` of a ``MeanMlp`` from mean activations ``(n, width)``."""
+    """Computes logits ``(n,)`` of a ``MeanMlp`` perceptron from mean activations ``(n, width)``."""
     with torch.inference_mode():
         return module.of_means(torch.from_numpy(np.ascontiguousarray(rows, np.float32))).double().numpy()
 
@@ -102,10 +105,10 @@ def score_sigmoids(probes: Sequence[Linear], rows: Sequence[NDArray[np.float32]]
 
 
 def mlp_function(module: MeanMlp) -> ProbeFunction:
-    """Returns a ``MeanMlp`` as the function that is written into a probe file."""
+    """Returns a ``MeanMlp`` (a perceptron over mean activations) as the function that is written into a probe file."""
     return torch_probe(module, unit=ScoreUnit.LOGIT)
 
 
 def sigmoids_function(probes: Sequence[Linear]) -> ProbeFunction:
-    """Returns a ``MeanOfSigmoids`` as the function that is written into a probe file."""
+    """Returns a ``MeanOfSigmoids`` (an average of logistic regressions) as the function that is written into a probe file."""
     return torch_probe(MeanOfSigmoids(probes), unit=ScoreUnit.PROBABILITY)

@@ -32,7 +32,8 @@ class Kind:
     """A probe of one of the Obfuscation Atlas classes, with its weights.
 
     Attributes:
-        scores: a torch module that computes ``(q, v)`` from normalised activations and, if ``attends`` is set, ``cu_seqlens``.
+        scores: a torch module that computes attention logits and values ``(q, v)`` from normalised activations and, if ``attends`` is
+            set, ``cu_seqlens``.
         of_one: the same function in numpy, for the activations of one sequence.
         attends: whether, and how far, the scores of a token depend on earlier tokens.
     """
@@ -44,7 +45,7 @@ class Kind:
 
 
 class _Layers(nn.Module):
-    """Torch module of linear layers with ReLUs between them, followed by layers for ``q`` and ``v``."""
+    """Torch module of linear layers with ReLUs between them, followed by layers for the attention logits ``q`` and the values ``v``."""
 
     def __init__(self, layers: list[tuple[Array, Array]], query: tuple[Array, Array] | None, value: tuple[Array, Array] | None) -> None:
         super().__init__()
