@@ -1,4 +1,4 @@
-"""Compares two probes by their scores of the same rollouts: which tells the classes apart better, and where the two disagree."""
+"""Compares two probes by their scores of the same rollouts: how well each separates the classes, and where the two disagree."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class FlagAgreement:
     """Counts the rollouts of one class that two probes flag, each probe at its own threshold.
 
     Attributes:
-        both: how many rollouts both flag.
-        only_first: how many the first flags alone.
-        only_second: how many the second flags alone.
-        neither: how many neither flags.
+        both: number of rollouts that both probes flag.
+        only_first: number of rollouts that only the first probe flags.
+        only_second: number of rollouts that only the second probe flags.
+        neither: number of rollouts that neither probe flags.
     """
 
     both: int
@@ -35,23 +35,23 @@ class FlagAgreement:
 
     @property
     def agreed(self) -> float:
-        """Returns the share of rollouts that both probes flag or neither does; NaN without rollouts."""
+        """Returns the share of rollouts on which the probes agree, because both flag the rollout or neither does; NaN without rollouts."""
         return (self.both + self.neither) / self.rollouts if self.rollouts else math.nan
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Holds what the scores of two probes for the same rollouts say about the two.
+    """The comparison of two probes by their scores of the same rollouts.
 
     Attributes:
         first: AUROC of the first probe.
         second: AUROC of the second probe.
-        difference: the first's AUROC less the second's, with a paired 95% interval.
-        pearson: correlation of the scores; NaN where one probe gives all rollouts one score.
+        difference: AUROC of the first probe minus that of the second, with a paired 95% interval.
+        pearson: correlation of the scores; NaN if one probe gives all rollouts the same score.
         spearman: correlation of the ranks.
-        positives: flags among rollouts with the behaviour; ``None`` where a probe has no threshold.
-        negatives: flags among rollouts without it; ``None`` where a probe has no threshold.
-        rank_gaps: ``(n,)`` the first's rank of each rollout less the second's, as shares of all rollouts, in (-1, 1).
+        positives: counts of flags among rollouts with the behaviour; ``None`` if a probe has no threshold.
+        negatives: counts of flags among rollouts without the behaviour; ``None`` if a probe has no threshold.
+        rank_gaps: rank of each rollout by the first probe minus its rank by the second, ``(n,)``, as shares of all rollouts, in (-1, 1).
     """
 
     first: Estimate
@@ -75,20 +75,20 @@ def compare(
 ) -> Comparison:
     """Compares two probes by their scores of the same rollouts.
 
-    The interval of the difference is that of Zou and Donner (2008, Statistics in Medicine 27:1693), which puts those of the two AUROCs
-    together by their correlation, here over draws of whole groups. It has a width also where both probes separate the classes, and none
-    where they rank all rollouts alike.
+    The interval of the difference is that of Zou and Donner (2008, Statistics in Medicine 27:1693), which combines the intervals of the two
+    AUROCs by the correlation of the AUROCs, here over draws of whole groups. The interval has a width even if both probes separate the
+    classes, and none if both rank all rollouts alike.
 
     Args:
-        first: ``(n,)`` reduced scores of the first probe.
-        second: ``(n,)`` reduced scores of the second probe, of any other unit.
-        positive: ``(n,)`` bool, whether each rollout has the behaviour.
-        groups: ``(n,)``, equal for rollouts that belong together.
-        thresholds: of the first and of the second probe; ``None`` if one of them has none.
-        seed: of the bootstrap.
+        first: one score for each rollout by the first probe, ``(n,)``.
+        second: one score for each rollout by the second probe, ``(n,)``; its unit may be another.
+        positive: whether each rollout has the behaviour, ``(n,)`` bool.
+        groups: group of each rollout, ``(n,)``, equal for rollouts that belong together.
+        thresholds: the threshold of the first probe and that of the second; ``None`` if a probe has none.
+        seed: seed of the bootstrap.
 
     Raises:
-        ValueError: a class is missing, a score is not finite, or what is given differs in number.
+        ValueError: a class is missing, a score is not finite, or the arguments differ in length.
     """
     left, right, with_it = np.asarray(first, np.float64), np.asarray(second, np.float64), np.asarray(positive, bool)
     for name, count in (("second", len(right)), ("positive", len(with_it)), ("groups", len(np.asarray(groups)))):
@@ -125,7 +125,7 @@ def _difference(one: Estimate, other: Estimate, correlation: float) -> Estimate:
 
 
 def _correlated(left: NDArray[np.float64], right: NDArray[np.float64], positive: NDArray[np.bool_], groups: ArrayLike, seed: int) -> float:
-    """Returns the correlation of two AUROCs over the same draws of groups; 0, which leaves the interval wide, where one does not vary."""
+    """Returns the correlation of two AUROCs over the same draws of groups; 0, which makes the interval wide, if one AUROC does not vary."""
     drawn = [resampled_aurocs(values, positive, groups, seed=seed) for values in (left, right)]
     there = ~np.isnan(drawn[0])
     found = _correlation(drawn[0][there], drawn[1][there])

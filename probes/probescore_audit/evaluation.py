@@ -1,7 +1,7 @@
-"""Judges a probe by its scores of labelled rollouts, all together and by slice: AUROC, and what each of its thresholds flags.
+"""Evaluates a probe by its scores of labelled rollouts, all together and by slice: AUROC, and the shares that each threshold flags.
 
-Intervals are of 95%. Where rollouts come in groups they are those of ``grouped``, which draw whole groups; where each stands alone they
-are Newcombe's of an AUROC and Clopper and Pearson's of a share.
+A slice is a named part of the data. Intervals are of 95%. If rollouts come in groups, intervals come from the bootstrap of ``grouped``,
+which draws whole groups. If each rollout is a group of its own, intervals are Newcombe's of an AUROC and Clopper and Pearson's of a share.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ _UNKNOWN = Estimate(float("nan"), float("nan"), float("nan"))
 
 @dataclass(frozen=True)
 class FlaggedShares:
-    """Holds the shares of rollouts that a threshold flags, each with its 95% interval.
+    """The shares of rollouts that a threshold flags, each with its 95% interval.
 
     Attributes:
-        threshold: a rollout whose score is at or above it is flagged.
-        recall: the share of the positives that it flags; NaN without positives.
-        false_positives: the share of the negatives that it flags; NaN without negatives.
+        threshold: the threshold; a rollout whose score is at or above it is flagged.
+        recall: the share of the positive rollouts that are flagged; NaN without positives.
+        false_positives: the share of the negative rollouts that are flagged; NaN without negatives.
     """
 
     threshold: float
@@ -36,15 +36,15 @@ class FlaggedShares:
 
 @dataclass(frozen=True)
 class Quality:
-    """Holds how well a probe does on all rollouts, or on those of one slice.
+    """The quality of a probe on all rollouts, or on those of one slice.
 
     Attributes:
-        slice: the name of the part of the data; empty for all of it.
-        positives: how many rollouts have the behaviour.
-        negatives: how many do not.
-        groups: how many groups they come in.
-        auroc: the chance that a positive rollout scores above a negative one; NaN without both.
-        thresholds: one for each threshold that was given, in the order given.
+        slice: the name of the part of the data; empty for all of the data.
+        positives: number of rollouts with the behaviour.
+        negatives: number of rollouts without the behaviour.
+        groups: number of groups that the rollouts come in.
+        auroc: the probability that a positive rollout scores above a negative one; NaN unless there are both.
+        thresholds: the flagged shares for each threshold that was given, in the order given.
     """
 
     slice: str
@@ -64,18 +64,18 @@ def evaluate(
     thresholds: Sequence[float] = (),
     seed: int = 0,
 ) -> tuple[Quality, ...]:
-    """Judges a probe on all rollouts together, then on each slice by itself in the order of the slices' names.
+    """Evaluates a probe on all rollouts together, then on each slice by itself in the order of the slices' names.
 
     Args:
-        scores: ``(n,)`` reduced scores, in the unit of the thresholds.
-        positive: ``(n,)`` bool, whether each rollout has the behaviour.
-        groups: ``(n,)``, equal for rollouts that belong together.
-        slices: the name of each rollout's slice, empty for none; or nothing at all.
-        thresholds: what the probe is used with.
-        seed: of the bootstrap.
+        scores: one score for each rollout, ``(n,)``, in the unit of the thresholds.
+        positive: whether each rollout has the behaviour, ``(n,)`` bool.
+        groups: group of each rollout, ``(n,)``, equal for rollouts that belong together.
+        slices: the name of each rollout's slice, empty for none; an empty sequence if the data has no slices.
+        thresholds: the thresholds that the probe is used with.
+        seed: seed of the bootstrap.
 
     Raises:
-        ValueError: there are no rollouts, their scores are not finite, or what describes them differs in number.
+        ValueError: there are no rollouts, their scores are not finite, or the arguments differ in length.
     """
     values, with_it, group = np.asarray(scores, np.float64), np.asarray(positive, bool), np.asarray(groups)
     for name, other in (("positive", with_it), ("groups", group), *((("slices", slices),) if len(slices) else ())):

@@ -1,8 +1,8 @@
-"""Calibrates thresholds with an interval that holds for fresh rollouts, also where rollouts come in groups.
+"""Calibrates thresholds with an interval that holds for fresh rollouts, even if rollouts come in groups, such as those of one prompt.
 
-Rollouts of one prompt are no independent draws: the flags of one group resemble each other, so that ``n`` rollouts say as much as ``n / d``
-independent ones. ``d``, the design effect (Kish 1965), is the variance of the share of flagged rollouts over whole groups, divided by that
-of as many independent rollouts.
+Rollouts of one group are not independent draws: their flags resemble each other, so that ``n`` rollouts carry as much information as
+``n / d`` independent ones. ``d`` is the design effect (Kish 1965): the variance of the share of flagged rollouts over whole groups, divided
+by the variance of that share for as many independent rollouts.
 """
 
 from __future__ import annotations
@@ -28,24 +28,25 @@ def calibrate_for_fresh(
     reduction: str | None = "mean",
     label: str = "",
 ) -> CalibratedThreshold:
-    """Finds the threshold of ``calibrate``, with a 95% prediction interval: what share of as many fresh rollouts it will flag.
+    """Finds the threshold that ``calibrate`` finds, and predicts with 95% confidence the share of fresh rollouts that it will flag.
 
-    The interval counts what chance does to both: to the negatives that the threshold was found on, and to fresh ones of as many other
-    groups. The threshold is an order statistic, so that among independent rollouts the number of fresh ones above it is beta-binomial;
-    among grouped ones so many fewer rollouts are counted as the design effect says, which is that of the threshold or, if it is larger, of
-    ten times as many flagged rollouts, since few flags hardly show what groups they come in.
+    The fresh rollouts are as many, and come in as many other groups. The interval counts the effect of chance on both: on the negatives
+    that the threshold was found on, and on the fresh ones. The threshold is an order statistic, so that among independent rollouts the
+    number of fresh ones above the threshold is beta-binomial. Grouped rollouts are counted as fewer, by the design effect. The design
+    effect is computed at the threshold and for ten times as many flagged rollouts, since few flags hardly show how flags depend on groups;
+    the larger one is used.
 
     Args:
-        negatives: ``(n,)`` as ``calibrate`` takes them.
-        groups: ``(n,)``, equal for rollouts that belong together, such as those of one prompt.
-        false_positive_rate: as ``calibrate`` takes it.
-        dataset: as ``calibrate`` takes it.
-        reduction: as ``calibrate`` takes it.
-        label: as ``calibrate`` takes it.
+        negatives: scores of rollouts without the behaviour, ``(n,)``, as for ``calibrate``.
+        groups: group of each rollout, ``(n,)``, equal for rollouts that belong together, such as those of one prompt.
+        false_positive_rate: as for ``calibrate``.
+        dataset: as for ``calibrate``.
+        reduction: as for ``calibrate``.
+        label: as for ``calibrate``.
 
     Raises:
-        TypeError: as ``calibrate`` does.
-        ValueError: as ``calibrate`` does; also where groups and negatives differ in number, or fewer than two groups are there.
+        TypeError: as ``calibrate``.
+        ValueError: as ``calibrate``; also if groups and negatives differ in number, or there are fewer than two groups.
     """
     found = calibrate(negatives, false_positive_rate=false_positive_rate, dataset=dataset, reduction=reduction, label=label)
     scores = np.asarray(negatives, np.float64).ravel()
@@ -55,7 +56,7 @@ def calibrate_for_fresh(
     count = int(group.max()) + 1
     if count < 2:
         raise ValueError(f"groups: all {len(scores)} negatives are of one group; rollouts of several prompts tell what others will do")
-    # rollouts above a lower threshold, which show better how flags come in groups
+    # Rollouts above a lower threshold are more, and show better how flags depend on groups.
     lower = np.sort(scores)[-min(len(scores) // 2, 10 * max(1, round(found.false_positive_rate * len(scores))))]
     effect = max(1.0, design_effect(scores >= found.threshold, group), design_effect(scores >= lower, group))
     independent = max(2, round(len(scores) / effect))
@@ -69,13 +70,13 @@ def calibrate_for_fresh(
 
 
 def design_effect(flagged: NDArray[np.bool_], group: NDArray[np.int64]) -> float:
-    """Estimates how many rollouts say as much about a share of flagged rollouts as one independent rollout would.
+    """Estimates the design effect: how many rollouts in groups carry as much information about a share as one independent rollout.
 
-    It is 1 where no rollout is flagged, or each.
+    The share is that of the flagged rollouts. The design effect is 1 if no rollout is flagged, or all are.
 
     Args:
-        flagged: ``(n,)`` bool, whether each rollout is flagged.
-        group: ``(n,)`` number of each rollout's group, from 0, none left out.
+        flagged: whether each rollout is flagged, ``(n,)`` bool.
+        group: number of each rollout's group, ``(n,)``, from 0 without gaps.
     """
     total, rate = len(flagged), float(flagged.mean())
     if not 0 < rate < 1:

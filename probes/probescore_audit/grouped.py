@@ -1,7 +1,7 @@
-"""What scores of labelled rollouts are worth where rollouts come in groups: rollouts of one problem are no independent draws.
+"""Estimates AUROCs and rates of labelled rollouts that come in groups, such as rollouts of one problem, which are not independent draws.
 
 Intervals are of 95%: percentiles of a bootstrap that draws whole groups, widened to the exact or Newcombe interval of as many independent
-rollouts as there are groups, since a bootstrap of few groups is too narrow, and of separated classes has no width at all.
+rollouts as there are groups, since a bootstrap of few groups is too narrow, and one of separated classes has no width at all.
 """
 
 from __future__ import annotations
@@ -21,34 +21,34 @@ _TAILS = [2.5, 97.5]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number with its 95% interval; NaN where there was nothing to estimate it from."""
+    """A number with its 95% interval; NaN if there were no data to estimate the number from."""
 
     value: float
     low: float
     high: float
 
     def overlaps(self, other: Estimate) -> bool:
-        """Whether the two intervals have a number in common."""
+        """Returns whether two intervals have a number in common."""
         return self.low <= other.high and other.low <= self.high
 
     def contains(self, value: float) -> bool:
-        """Whether a number lies in the interval."""
+        """Returns whether a number lies in the interval."""
         return self.low <= value <= self.high
 
     @property
     def reversed(self) -> Estimate:
-        """Of an AUROC: that of the negated scores."""
+        """Returns the estimate of the AUROC of the negated scores, given an AUROC."""
         return Estimate(1 - self.value, 1 - self.high, 1 - self.low)
 
 
 @dataclass(frozen=True)
 class CalibrationBin:
-    """Rollouts whose probability lies in one tenth of [0, 1].
+    """The rollouts whose probability lies in one tenth of [0, 1].
 
     Attributes:
-        mean: of their probabilities.
-        share: of them that are positive.
-        rollouts: how many.
+        mean: mean of their probabilities.
+        share: share of the rollouts that are positive.
+        rollouts: number of rollouts.
     """
 
     mean: float
@@ -57,12 +57,12 @@ class CalibrationBin:
 
 
 def auroc(scores: ArrayLike, positive: ArrayLike, weights: ArrayLike | None = None) -> float:
-    """The chance that a positive rollout scores above a negative one, ties counting half; NaN without both.
+    """Computes the probability that a positive rollout scores above a negative one, with ties counted half; NaN unless there are both.
 
     Args:
-        scores: ``(n,)``.
-        positive: ``(n,)`` bool.
-        weights: ``(n,)``, how often each counts; once by default.
+        scores: scores, ``(n,)``.
+        positive: labels, ``(n,)`` bool.
+        weights: how many times each rollout counts, ``(n,)``; once by default.
     """
     values = np.asarray(scores, np.float64)
     counted = np.ones(len(values)) if weights is None else np.asarray(weights, np.float64)
@@ -72,14 +72,14 @@ def auroc(scores: ArrayLike, positive: ArrayLike, weights: ArrayLike | None = No
 def grouped_auroc(
     scores: ArrayLike, positive: ArrayLike, groups: ArrayLike, *, weights: ArrayLike | None = None, seed: int = 0
 ) -> Estimate:
-    """``auroc`` with an interval that draws whole groups.
+    """Computes an AUROC with an interval from a bootstrap that draws whole groups.
 
     Args:
-        scores: ``(n,)``.
-        positive: ``(n,)`` bool.
-        groups: ``(n,)``, equal for rollouts that belong together.
-        weights: ``(n,)``, how often each counts.
-        seed: of the bootstrap.
+        scores: scores, ``(n,)``.
+        positive: labels, ``(n,)`` bool.
+        groups: group of each rollout, ``(n,)``; equal for rollouts that belong together.
+        weights: how many times each rollout counts, ``(n,)``.
+        seed: seed of the bootstrap.
     """
     values, with_it, group = np.asarray(scores, np.float64), np.asarray(positive, bool), _numbered(groups)
     counted = np.ones(len(values)) if weights is None else np.asarray(weights, np.float64)
@@ -99,7 +99,7 @@ def grouped_auroc(
 def resampled_aurocs(
     scores: ArrayLike, positive: ArrayLike, groups: ArrayLike, *, weights: ArrayLike | None = None, seed: int = 0
 ) -> NDArray[np.float64]:
-    """Computes ``auroc`` for each of ``RESAMPLES`` draws of whole groups; NaN where a draw lacks a class.
+    """Computes the AUROC of each of ``RESAMPLES`` random draws of whole groups; NaN for a draw that lacks a class.
 
     The same groups and seed give the same draws, so that two probes can be compared draw by draw.
 
@@ -111,12 +111,12 @@ def resampled_aurocs(
 
 
 def grouped_rate(flagged: ArrayLike, groups: ArrayLike, *, seed: int = 0) -> Estimate:
-    """The share of rollouts that are flagged, with an interval that draws whole groups.
+    """Computes the share of rollouts that are flagged, with an interval from a bootstrap that draws whole groups.
 
     Args:
-        flagged: ``(n,)`` bool.
-        groups: ``(n,)``.
-        seed: of the bootstrap.
+        flagged: whether each rollout is flagged, ``(n,)`` bool.
+        groups: group of each rollout, ``(n,)``.
+        seed: seed of the bootstrap.
     """
     flags, group = np.asarray(flagged, np.float64), _numbered(groups)
     if not len(flags):
@@ -130,7 +130,7 @@ def grouped_rate(flagged: ArrayLike, groups: ArrayLike, *, seed: int = 0) -> Est
 
 
 def roc_curve(scores: ArrayLike, positive: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """False- and true-positive rates at every threshold, from none flagged to all: two of ``(thresholds,)``."""
+    """Computes the false- and the true-positive rate at every threshold, from none flagged to all flagged, ``(thresholds,)`` each."""
     values, with_it = np.asarray(scores, np.float64), np.asarray(positive, bool)
     order = np.argsort(-values, kind="stable")
     last = np.append(np.diff(values[order]) != 0, True)
@@ -139,7 +139,7 @@ def roc_curve(scores: ArrayLike, positive: ArrayLike) -> tuple[NDArray[np.float6
 
 
 def calibration_error(probabilities: ArrayLike, positive: ArrayLike) -> tuple[float, tuple[CalibrationBin, ...]]:
-    """The expected calibration error over tenths of [0, 1], and those tenths that hold rollouts."""
+    """Computes the expected calibration error over the tenths of [0, 1], and returns it with the tenths that contain rollouts."""
     chances, with_it = np.asarray(probabilities, np.float64), np.asarray(positive, bool)
     tenth = np.minimum((chances * 10).astype(int), 9)
     bins = tuple(
@@ -150,7 +150,7 @@ def calibration_error(probabilities: ArrayLike, positive: ArrayLike) -> tuple[fl
 
 
 def _aurocs(scores: NDArray[np.float64], positive: NDArray[np.bool_], weights: NDArray[np.float64]) -> NDArray[np.float64]:
-    """One for each row of ``weights`` ``(resamples, n)``; NaN where a row leaves no positives or no negatives."""
+    """Computes an AUROC for each row of ``weights`` ``(resamples, n)``; NaN for a row whose weights leave no positives or no negatives."""
     order = np.argsort(scores, kind="stable")
     ranked, with_it, counted = scores[order], positive[order], weights[:, order]
     starts = np.flatnonzero(np.append(True, np.diff(ranked) != 0)) if len(ranked) else np.zeros(0, int)
@@ -168,6 +168,6 @@ def _numbered(groups: ArrayLike) -> NDArray[np.int64]:
 
 
 def _drawn_groups(group: NDArray[np.int64], seed: int) -> NDArray[np.float64]:
-    """How often each group is drawn, ``(RESAMPLES, groups)``."""
+    """Draws groups with replacement and returns how often each group is drawn, ``(RESAMPLES, groups)``."""
     count = int(group.max()) + 1
     return np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), RESAMPLES).astype(np.float64)

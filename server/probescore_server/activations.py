@@ -1,6 +1,6 @@
-"""Activations as they are asked for and as they come out: taps by name or pattern, pools, and what is read of one completion.
+"""Defines requests for activations and their results: taps by name or pattern, poolings, and the activations of one completion.
 
-Plain frozen data, free of torch, as ``rollouts`` is.
+The classes are plain frozen data and need no torch, as those of ``rollouts``.
 """
 
 from __future__ import annotations
@@ -17,11 +17,14 @@ from probescore.types import CompletionStatus, Hook, Tap
 from probescore_server.errors import InvalidRequest
 
 MAX_BATCH_BYTES = 1 << 30
-"""Limits the bytes of activations, float32 on the model's device, that a batch holds at once."""
+"""Limits the bytes of activations, float32 on the model's device, that are held at once for a batch of rollouts."""
 
 
 class Pool(str, Enum):
-    """What becomes of the activations of the tokens that count: one row each, or one row for all, feature by feature."""
+    """Enumeration of what is returned of the activations of the tokens that count.
+
+    ``tokens`` gives one row for each token; each of the others pools all tokens to one row, feature by feature.
+    """
 
     TOKENS = "tokens"
     MEAN = "mean"
@@ -31,12 +34,12 @@ class Pool(str, Enum):
 
 @dataclass(frozen=True)
 class ActivationReads:
-    """The activations that are wanted of every completion.
+    """The activations that a request asks for, the same for every completion.
 
     Attributes:
-        taps: without duplicates, in the order asked.
-        pools: without ``tokens``.
-        tokens: whether every token's activations are wanted.
+        taps: taps without duplicates, in the order of the request.
+        pools: poolings, without ``tokens``.
+        tokens: whether the request asks for every token's activations.
     """
 
     taps: tuple[Tap, ...]
@@ -46,20 +49,22 @@ class ActivationReads:
 
 @dataclass(frozen=True, eq=False)
 class CompletionActivations:
-    """The activations of one completion, or of a follow-up to one.
+    """The activations of one completion, or of a follow-up (token ids appended to a finished completion and read as a fork of it).
 
     Attributes:
-        group_index, completion_index: where the completion stands in what was asked.
-        id: echoed.
-        status: ``NON_FINITE`` where the model gives NaN or an infinity at a tap; ``tokens`` and ``pooled`` are empty then.
-        token_ids: ``(T,)`` int32, the tokens in scope: entry *i* of ``tokens`` is read at the position whose input is ``token_ids[i]``.
-        selections: ``(1 + spans, T)`` bool: which of them count, for the whole scope under the mask, and for each span.
-        spans: their names.
-        tokens: by name of a tap ``(T, hidden_size)`` float32, whether a token counts or not; empty unless asked for.
-        pooled: by name of a tap ``(1 + spans, pools, hidden_size)`` float32, pools in the order asked. NaN where nothing was selected.
-        status_message: why there is nothing, for people.
-        inexact_ids: some ids came from text.
-        follow_ups: in the order asked.
+        group_index, completion_index: position of the completion in the request.
+        id: id that the request gave the completion.
+        status: ``NON_FINITE`` if the model gives NaN or an infinity at a tap; ``tokens`` and ``pooled`` are then empty.
+        token_ids: tokens in scope, ``(T,)`` int32: entry *i* of ``tokens`` is read at the position whose input is ``token_ids[i]``.
+        selections: which tokens count, ``(1 + spans, T)`` bool: in the whole scope under the mask, then in each span.
+        spans: names of the spans.
+        tokens: activations ``(T, hidden_size)`` float32 of all tokens in scope, whether they count or not, a dictionary keyed by tap name;
+            empty unless asked for.
+        pooled: pooled activations ``(1 + spans, pools, hidden_size)`` float32, a dictionary keyed by tap name, with poolings in the order
+            of the request; NaN if no token counts.
+        status_message: why there are no activations, for people.
+        inexact_ids: whether some token ids were obtained by tokenising text.
+        follow_ups: activations of the completion's follow-ups, in the order of the request.
     """
 
     group_index: int
@@ -77,20 +82,20 @@ class CompletionActivations:
 
 
 def all_taps(num_hidden_layers: int) -> tuple[Tap, ...]:
-    """Returns every tap of a model with this number of blocks, hook by hook."""
+    """Returns every tap of a model with a given number of blocks, one hook after the other."""
     return tuple(Tap(hook, layer) for hook in Hook for layer in (range(num_hidden_layers) if hook.has_layer else [None]))
 
 
 def matching_taps(patterns: Sequence[str | Tap] | str | Tap, known: Sequence[Tap], *, whose: str) -> tuple[Tap, ...]:
-    """Returns the taps that names or patterns mean, in the order of the patterns, then in that of ``known``.
+    """Returns the taps that names or patterns match, in the order of the patterns, then in that of ``known``.
 
     Args:
-        patterns: each a tap, its name, or a pattern of names as a shell has them: ``resid_post.*``, ``*.6``, ``*``.
-        known: what may be meant.
-        whose: what has these taps, for messages.
+        patterns: taps, their names, or patterns of names with shell wildcards: ``resid_post.*``, ``*.6``, ``*``.
+        known: the taps that can be matched.
+        whose: name of the thing that has these taps, for messages.
 
     Raises:
-        InvalidRequest: naming ``taps[i]``: it means none of them.
+        InvalidRequest: a pattern matches no tap; the message names it as ``taps[i]``.
     """
     found: dict[Tap, None] = {}
     for index, pattern in enumerate([patterns] if isinstance(patterns, str | Tap) else patterns):
@@ -104,13 +109,13 @@ def matching_taps(patterns: Sequence[str | Tap] | str | Tap, known: Sequence[Tap
 
 
 def resolve_pools(asked: Sequence[str] | str) -> tuple[Pool, ...]:
-    """Returns the pools that were asked for, without duplicates.
+    """Returns the poolings that a request asks for, without duplicates.
 
     Args:
-        asked: names of pools; a text is one name.
+        asked: names of poolings; a string is a single name.
 
     Raises:
-        InvalidRequest: naming ``pool``.
+        InvalidRequest: a name is not known; the message names the field ``pool``.
     """
     pools: dict[Pool, None] = {}
     for name in [asked] if isinstance(asked, str) else asked:
@@ -124,7 +129,7 @@ def resolve_pools(asked: Sequence[str] | str) -> tuple[Pool, ...]:
 
 
 def _shown(taps: Sequence[Tap]) -> str:
-    """Names of taps, those of a hook as a range."""
+    """Formats names of taps for a message, with consecutive layers of one hook as a range."""
     layers: dict[str, list[int]] = {}
     for tap in taps:
         layers.setdefault(str(tap.hook), []).extend([] if tap.layer is None else [tap.layer])

@@ -1,1 +1,1 @@
-"""Fit probes to labelled rollouts, and say how good they are by serving them."""
+"""Fits probes to labelled rollouts, and measures how good each probe is by serving its file with an engine."""

@@ -1,4 +1,7 @@
-"""Everything that fitting reads from the model, in one pass over the data: pooled activations at all taps, and the model's own opinion."""
+"""Reads everything that fitting needs from the model in one pass over the data.
+
+It reads pooled activations at all taps, and the log-probability that the model itself gives to each completion.
+"""
 
 from __future__ import annotations
 
@@ -16,26 +19,28 @@ from probescore_server.engine.engine import Engine
 
 FINAL_NORM = "final_norm"
 _HEAD_ROWS = 256
-"""Positions whose next token is looked up in one product with the unembedding."""
+"""Number of token positions that are multiplied with the unembedding matrix at a time."""
 _AGREES = 1e-2
-"""In nats: closer than this to transformers' own logits, or the model's head is not what it seems."""
+"""Limits the difference from log-probabilities by transformers, in nats; a larger one shows that the model does more than apply its head.
+"""
 
 Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True, eq=False)
 class ActivationTable:
-    """What was read of each example.
+    """A table of the activations and log-probabilities that were read for each example.
 
     Attributes:
-        taps: names, in the order of the model's blocks.
-        pools: ``mean`` and ``last``.
-        pooled: by tap and pool ``(n, hidden_size)`` float32, over the tokens that the label is about.
-        surprise: ``(n,)`` −log P of those tokens by the model itself, in nats, summed; NaN where it is not known.
-        predicted: ``(n,)`` how many tokens ``surprise`` is the sum of.
-        sink: by tap ``(n,)``, the norm at position 0 over the median norm of the rollout; NaN where position 0 is not read.
+        taps: names of the taps, in the order of the model's blocks.
+        pools: names of the poolings: ``mean`` and ``last``.
+        pooled: activations ``(n, hidden_size)`` float32 over the tokens that the label is about, a dictionary keyed by tap and pooling.
+        surprise: −log P of those tokens under the model, in nats, summed, ``(n,)``; NaN where it is not known.
+        predicted: number of tokens that ``surprise`` is summed over, ``(n,)``.
+        sink: norm at position 0 divided by the median norm of the rollout, ``(n,)``, a dictionary keyed by tap; NaN if position 0 is not
+            read.
         surprise_problem: why there is no ``surprise``; empty if there is.
-        tokens: of each example, all of those tokens ``(tokens, hidden_size)`` at the one tap that was chosen; ``None`` = not read.
+        tokens: for each example the activations of single tokens ``(tokens, hidden_size)`` at the chosen tap; ``None`` = not read.
     """
 
     taps: tuple[str, ...]
@@ -48,7 +53,7 @@ class ActivationTable:
     tokens: tuple[NDArray[np.float32], ...] | None = None
 
     def of(self, indices: NDArray[np.int64]) -> ActivationTable:
-        """Of some of the examples."""
+        """Returns the table of the examples with the given indices."""
         return replace(
             self,
             pooled={key: rows[indices] for key, rows in self.pooled.items()},
@@ -67,18 +72,18 @@ def read_activations(
     pools: Sequence[str],
     progress: Progress = lambda _done: None,
 ) -> ActivationTable:
-    """Reads every example once, at all taps.
+    """Computes a table of activations at all taps, running the model once on every example.
 
     Args:
-        engine: loaded with these taps and ``final_norm``.
-        reference: the same model, whose head is used.
-        examples: what to read.
-        taps: names of taps.
-        pools: ``mean``, ``last``.
-        progress: called after each example with how many are done.
+        engine: engine that is loaded with these taps and ``final_norm``.
+        reference: the same model, whose language-model head is used for log-probabilities.
+        examples: examples to read.
+        taps: names of the taps.
+        pools: names of the poolings: ``mean``, ``last``.
+        progress: called after each example with the number of examples that are done.
 
     Raises:
-        ValueError: names the line for which the model gives NaN or an infinity.
+        ValueError: the model gives NaN or an infinity; the message names the line of the example.
     """
     width = reference.reference.hidden_size
     count = len(examples)
@@ -106,7 +111,7 @@ def read_activations(
 def read_tokens(
     engine: Engine, examples: Sequence[Example], tap: str, progress: Progress = lambda _done: None
 ) -> list[NDArray[np.float32]]:
-    """Of each example the activations of the tokens that its label is about, at one tap: ``(tokens, hidden_size)`` each."""
+    """Returns, for each example, the activations at one tap of the tokens that the label is about, ``(tokens, hidden_size)``."""
     rows = []
     for index, found in enumerate(engine.activations([_whole(example) for example in examples], [tap], pool="tokens")):
         rows.append(found.tokens[tap][examples[index].selected])
@@ -115,13 +120,13 @@ def read_tokens(
 
 
 def _whole(example: Example) -> RolloutGroup:
-    """With one span over what the label is about: a scope of everything would pool the prompt too."""
+    """Returns a request with one span over the labelled tokens of an example; pooling over the scope ``all`` would include the prompt."""
     start, end = example.passage or (0, len(example.completion_ids))
     return RolloutGroup(example.prompt_ids, [Completion(example.completion_ids, mask=example.mask, spans=(Span(PASSAGE, start, end),))])
 
 
 class _Head:
-    """Looks up what the model itself expected of the tokens that labels are about, many positions at a time."""
+    """Computes the log-probability that the model gave to the labelled tokens, many token positions at a time."""
 
     def __init__(self, reference: ReferenceModel, count: int) -> None:
         self._reference = reference
@@ -138,7 +143,7 @@ class _Head:
             self._bias: torch.Tensor | None = getattr(embedding, "bias", None)
 
     def add(self, index: int, example: Example, hidden: NDArray[np.float32]) -> None:
-        """Takes an example's ``final_norm``, ``(prompt + completion, hidden_size)``."""
+        """Adds an example, given its activations at ``final_norm``, ``(prompt + completion, hidden_size)``."""
         if self.problem:
             return
         positions = len(example.prompt_ids) + np.flatnonzero(example.selected)
@@ -152,7 +157,7 @@ class _Head:
             self._look_up()
 
     def finished(self) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-        """−log P of each example's tokens, and of how many."""
+        """Returns −log P of each example's labelled tokens, summed, and the number of these tokens."""
         if not self.problem:
             self._look_up()
         unknown = np.full(len(self._surprise), np.nan)
@@ -185,7 +190,7 @@ class _Head:
         return of_targets.double().cpu().numpy()
 
     def _check(self, ids: NDArray[np.int64], hidden: NDArray[np.float32]) -> None:
-        """Compares with transformers' own logits, since some models do more between norm and logits than is known here."""
+        """Compares logits with those of transformers, since some models transform the final norm's output further before the logits."""
         if len(ids) < 2:
             return
         with torch.inference_mode():

@@ -1,4 +1,4 @@
-"""What needs no probe: words, length, the model's own log-probability, random directions, shuffled labels."""
+"""Computes baselines that need no probe: words, length, the model's own log-probability, random directions and shuffled labels."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ Indices = NDArray[np.int64]
 
 
 def bag_of_words(ids: Sequence[NDArray[np.int32]], labels: Labels, seed: int = 0) -> Estimate:
-    """AUROC, over held-out groups, of a logistic regression on which tokens occur.
+    """Computes the AUROC over held-out groups of a logistic regression on which tokens occur in a text.
 
     Args:
-        ids: of each example, what is read: its completion, or its prompt.
-        labels: of the same examples.
-        seed: of the folds.
+        ids: for each example the token ids of the completion, or of the prompt.
+        labels: labels of the same examples.
+        seed: seed of the folds.
     """
     known = {token: column for column, token in enumerate(sorted({int(token) for each in ids for token in each}))}
     rows = [sorted({known[int(token)] for token in each}) for each in ids]
@@ -42,7 +42,7 @@ def bag_of_words(ids: Sequence[NDArray[np.int32]], labels: Labels, seed: int = 0
 
 
 def oriented(numbers: NDArray[np.float64], labels: Labels, fitted: Indices, tested: Indices, seed: int = 0) -> Estimate:
-    """AUROC on ``tested`` of a number that is known without a probe, the way round that is better on ``fitted``."""
+    """Computes the AUROC on ``tested`` of a number known without a probe, such as length, with the sign that is better on ``fitted``."""
     known = np.isfinite(numbers)
     fitted, tested = fitted[known[fitted]], tested[known[tested]]
     sign = 1.0 if not auroc(numbers[fitted], labels.positive[fitted], labels.weights[fitted]) < 0.5 else -1.0
@@ -51,7 +51,7 @@ def oriented(numbers: NDArray[np.float64], labels: Labels, fitted: Indices, test
 
 
 def random_directions(rows: NDArray[np.float32], labels: Labels, fitted: Indices, tested: Indices, seed: int = 0) -> Estimate:
-    """AUROC on ``tested`` of the random direction, among ``RANDOM_DIRECTIONS``, that is the best on ``fitted``."""
+    """Computes the AUROC on ``tested`` of the one of ``RANDOM_DIRECTIONS`` random directions whose AUROC on ``fitted`` is highest."""
     scaled = (rows - rows[fitted].mean(axis=0)) / (rows[fitted].std(axis=0) + 1e-12)
     scores = scaled.astype(np.float64) @ np.random.default_rng(seed).standard_normal((rows.shape[1], RANDOM_DIRECTIONS))
     off = [abs(auroc(scores[fitted, column], labels.positive[fitted]) - 0.5) for column in range(RANDOM_DIRECTIONS)]
@@ -59,7 +59,7 @@ def random_directions(rows: NDArray[np.float32], labels: Labels, fitted: Indices
 
 
 def shuffled_labels(rows: NDArray[np.float32], labels: Labels, candidate: Candidate, kind: str, seed: int = 0) -> Estimate:
-    """AUROC over held-out groups where labels mean nothing: the mean of some shuffles, and two standard deviations of that mean."""
+    """Computes the mean AUROC over held-out groups for shuffled labels, with an interval of two standard deviations of the mean."""
     random = np.random.default_rng(seed)
     found = []
     for _ in range(SHUFFLES):
@@ -70,15 +70,16 @@ def shuffled_labels(rows: NDArray[np.float32], labels: Labels, candidate: Candid
             return lambda indices: probe.score(rows[indices])
 
         found.append(held_out_auroc(held_out_scores(fit, shuffled, seed=seed), shuffled, seed).value)
-    # No closer than so many independent examples allow.
+    # The spread of the shuffles is taken to be no smaller than that of as many independent examples.
     error = max(float(np.std(found, ddof=1)), 0.5 / np.sqrt(len(labels.positive))) / np.sqrt(SHUFFLES)
     mean = float(np.mean(found))
     return Estimate(mean, mean - 2 * error, mean + 2 * error)
 
 
 def paired_accuracy(surprise: NDArray[np.float64], examples: Sequence[Example]) -> tuple[float, int]:
-    """How often the model itself finds the positive of two completions of one prompt the less likely (or the more, if that is more often),
-    and of how many pairs.
+    """Returns how often the model finds the positive of two completions of one prompt less probable, and the number of pairs.
+
+    If the model finds the positive more probable in most pairs, the share of those pairs is returned instead.
     """
     by_prompt: dict[bytes, tuple[list[float], list[float]]] = {}
     for value, example in zip(surprise, examples, strict=True):

@@ -1,4 +1,4 @@
-"""The verdict: twelve warnings, each with its number, and one sentence on what the probe is worth."""
+"""Judges a fitted probe: checks twelve rules that each may give a warning, and states in one sentence how far the probe can be trusted."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ SHUFFLED = 0.05
 
 @dataclass(frozen=True)
 class SliceResult:
-    """A part of the data that is judged apart.
+    """The quality of a probe on one slice, a part of the data that is evaluated separately.
 
     Attributes:
-        auroc: of it alone, as served.
-        false_positives: of its negatives at the pooled threshold; NaN without one.
+        auroc: AUROC of served scores on the slice alone.
+        false_positives: false-positive rate on the slice at the threshold of all data; NaN without a threshold.
     """
 
     auroc: Estimate
@@ -39,29 +39,29 @@ class SliceResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """Every number that a warning looks at.
+    """The numbers that the rules for warnings check.
 
     Attributes:
         test: AUROC of the served probe on test rollouts.
-        nested: of the procedure, by nested cross-validation.
-        in_sample: mean AUROC on what was fitted on, in the same cross-validation.
-        text: AUROC of bags of words, over held-out groups.
-        rivals: AUROC, on the test rollouts, of what needs no probe.
-        shuffled: AUROC where labels are shuffled.
+        nested: AUROC of the fitting procedure, by nested cross-validation.
+        in_sample: mean AUROC on the examples that were fitted on, in the same cross-validation.
+        text: AUROC of bags of words over held-out groups, a dictionary keyed by the text that they are of.
+        rivals: AUROC on test rollouts of baselines that need no probe, a dictionary keyed by the baseline's name.
+        shuffled: AUROC if labels are shuffled.
         groups_named: whether the data named its groups.
-        shared_prompts, shared_completions: that stand on both sides of the split.
-        groups: in all.
-        calibration_negatives: and the false-positive rate that was asked of them.
-        pooled_false_positives: of test negatives at the threshold; NaN without one.
-        slices: by name, of the test rollouts and of what is out of distribution.
-        sink: median norm at position 0 over the median, where position 0 is read; NaN where it is not.
-        sink_share: of examples in which it is.
-        prompt_forms: how many examples came in each form.
-        with_bos, without_bos: prompts that begin with BOS, or do not; of a tokenizer that has one.
-        tokenizer_adds_bos: whether a server puts BOS before a text prompt unless it is told otherwise.
-        conditions: unchanged first, then each change.
-        paired_accuracy, pairs: of the model itself.
-        layer, layers: where the chosen tap stands among those that were swept.
+        shared_prompts, shared_completions: numbers of texts that occur both in the data for fitting and in the data for testing.
+        groups: number of all groups.
+        calibration_negatives: number of negatives for the threshold, and the false-positive rate that was asked for.
+        pooled_false_positives: false-positive rate on test rollouts at the threshold of all data; NaN without a threshold.
+        slices: results on the slices of the test rollouts and of the out-of-distribution rollouts, a dictionary keyed by name.
+        sink: median over examples of the norm at position 0, divided by the rollout's median norm; NaN if position 0 is not read.
+        sink_share: share of examples whose position 0 is read.
+        prompt_forms: number of examples, a dictionary keyed by the form in which the prompt was given.
+        with_bos, without_bos: number of prompts that begin with BOS, or do not, if the tokenizer has a BOS token.
+        tokenizer_adds_bos: whether a server puts BOS before a text prompt by default.
+        conditions: results on unaltered rollouts, then on each alteration of them.
+        paired_accuracy, pairs: how often the model itself tells two completions of one prompt apart, and of how many pairs.
+        layer, layers: index of the chosen tap among those that were tried, and their number.
     """
 
     test: Estimate
@@ -93,12 +93,12 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Warning:
-    """What a reader must know before trusting the probe.
+    """A warning that a reader must know before trusting the probe.
 
     Attributes:
-        number: 1 to 12, the rule.
-        title: in a few words.
-        text: with the numbers, and what to do.
+        number: number of the rule, from 1 to 12.
+        title: the warning in a few words.
+        text: the warning with its numbers, and what to do.
     """
 
     number: int
@@ -108,7 +108,7 @@ class Warning:
 
 @dataclass(frozen=True)
 class Verdict:
-    """One sentence, and how it is meant.
+    """The verdict on a fitted probe: a sentence and its grade.
 
     Attributes:
         grade: ``useless``, ``doubtful`` or ``sound``.
@@ -119,12 +119,12 @@ class Verdict:
 
 
 def warnings_of(evidence: Evidence) -> tuple[Warning, ...]:
-    """Those that apply, by number."""
+    """Returns the warnings that the evidence gives, in the order of their rules' numbers."""
     return tuple(warning for rule in _RULES for warning in rule(evidence))
 
 
 def verdict_of(evidence: Evidence, warnings: tuple[Warning, ...]) -> Verdict:
-    """What the numbers say of the probe, the worst first."""
+    """Returns the verdict on a probe, which states the most serious fault that the evidence shows."""
     test = shown(evidence.test)
     length = evidence.rivals.get("length")
     by_length = length is not None and length.high >= evidence.test.low and length.low > 0.5
@@ -151,7 +151,7 @@ def verdict_of(evidence: Evidence, warnings: tuple[Warning, ...]) -> Verdict:
 
 
 def shown(estimate: Estimate) -> str:
-    """``.939 [.924, .951]``."""
+    """Formats an estimate and its interval, such as ``.939 [.924, .951]``."""
     return f"{_short(estimate.value)} [{_short(estimate.low)}, {_short(estimate.high)}]"
 
 

@@ -1,4 +1,4 @@
-"""Every kind of probe by its name: fitted on pooled activations, scored as it was fitted, and as it goes into a file."""
+"""Fits a probe of any kind, chosen by the kind's name, to a table of activations."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ Score = Callable[[Indices], NDArray[np.float64]]
 
 @dataclass(frozen=True, eq=False)
 class Fit:
-    """A probe of some kind, fitted on some examples of a table.
+    """A probe that was fitted on some of the examples in a table of activations.
 
     Attributes:
-        score: of examples of the table, by their indices, as it was fitted.
-        probe: makes what goes into a file.
+        score: computes the probe's scores of examples, given by their indices in the table.
+        probe: makes the function that is written into a probe file.
     """
 
     score: Score
@@ -45,20 +45,21 @@ class Fit:
 
 
 def pools_of(kind: str, pools: tuple[str, ...]) -> tuple[str, ...]:
-    """The poolings that a kind can be fitted on: what pools inside its graph takes means."""
+    """Returns the poolings of activations that a kind of probe can be fitted on; a kind that pools inside its graph is fitted on means."""
     return pools if kind in LINEAR_KINDS else ("mean",)
 
 
 def fit_kind(kind: str, table: ActivationTable, labels: Labels, fitted: Indices, candidate: Candidate, seed: int = 0) -> Fit:
-    """Fits a probe.
+    """Fits a probe of one kind to some of the examples in a table of activations.
 
     Args:
         kind: one of ``KINDS``.
-        table: of all examples, with their tokens for a kind that is fitted on these.
-        labels: of all examples.
-        fitted: indices of those that are fitted on.
-        candidate: where it reads, which for tokens is where they were read; a mean of sigmoids reads taps over the whole sweep.
-        seed: of a network's first weights.
+        table: activations of all examples, including those of single tokens if the kind is fitted on tokens.
+        labels: labels of all examples.
+        fitted: indices of the examples to fit on.
+        candidate: tap and pooling to fit on; a kind fitted on tokens reads the tap of the table's tokens, ``mean-of-sigmoids`` several
+            taps.
+        seed: seed of a neural network's initial weights.
     """
     some = labels.of(fitted)
     if kind in LINEAR_KINDS:

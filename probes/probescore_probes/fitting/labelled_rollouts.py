@@ -1,6 +1,6 @@
-"""Labelled rollouts: what a probe is fitted on, before and after their texts are ids.
+"""Represents the labelled rollouts that a probe is fitted on, before and after their texts are tokenised.
 
-An *example* is what one label is about: a whole completion under its mask, or a passage of one.
+An *example* is the part of a rollout that one label is about: a whole completion under its mask, or a passage of the completion.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from probescore_server.engine.engine import Engine
 
 TRAIN, CALIBRATION, TEST, OOD = SPLITS = ("train", "calibration", "test", "ood")
 PASSAGE = "passage"
-"""What the span of an example is called in requests."""
+"""Name of the span in a request that stands for the labelled passage of an example."""
 
 
 @dataclass(frozen=True)
 class Passage:
-    """Part of a completion with a label of its own: characters of a text, or tokens of ids, from ``start`` to before ``end``."""
+    """A part of a completion with its own label, from ``start`` to before ``end``: in characters of a text, or in tokens of token ids."""
 
     start: int
     end: int
@@ -32,19 +32,19 @@ class Passage:
 
 @dataclass(frozen=True, eq=False)
 class LabelledRollout:
-    """One prompt with one completion, as a line of data has it.
+    """A prompt with one completion and its labels, as read from one line of a data file.
 
     Attributes:
-        prompt: a text, a chat or ids.
-        completion: with its mask; its spans and follow-ups are not read.
-        positive: what the whole completion is; ``None`` = only its passages are labelled.
+        prompt: the prompt as a text, a chat or token ids.
+        completion: the completion with its mask; its spans and follow-ups are ignored.
+        positive: whether the whole completion has the behaviour; ``None`` = only its passages are labelled.
         where: the line and field, for messages.
-        group: rollouts of one group never stand on both sides of a split; ``None`` = derived.
-        split: one of ``SPLITS``; ``None`` = drawn.
-        slice: a part of the data that is judged apart.
-        weight: how often it counts in fitting and judging.
-        passages: labelled parts.
-        token_labels: of a completion of ids, one for each token, ``None`` = not labelled.
+        group: name of the group; rollouts of one group are never divided between splits; ``None`` = derived from equal texts.
+        split: one of ``SPLITS``; ``None`` = drawn at random.
+        slice: name of a part of the data that is evaluated separately.
+        weight: how many times the rollout counts in fitting and evaluation.
+        passages: parts of the completion with labels of their own.
+        token_labels: a label for each token of a completion given as token ids; ``None`` for a token without a label.
     """
 
     prompt: Text | Chat | Sequence[int]
@@ -61,14 +61,14 @@ class LabelledRollout:
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """What one label is about, as ids.
+    """The token ids of one labelled completion, or of one labelled passage of a completion.
 
     Attributes:
-        prompt_ids, completion_ids: ``(P,)`` and ``(T,)`` int32.
-        mask: ``(T,)`` bool, or ``None`` = every token counts.
-        passage: ``(start, end)`` in tokens of the completion; ``None`` = all of it.
+        prompt_ids, completion_ids: token ids, ``(P,)`` and ``(T,)`` int32.
+        mask: which tokens of the completion count, ``(T,)`` bool; ``None`` = all.
+        passage: ``(start, end)`` in tokens of the completion; ``None`` = the whole completion.
         form: how the prompt was given: ``text``, ``text with special tokens``, ``chat`` or ``ids``.
-        text: the completion as text if it was given so, and the prompt if that was text; for robustness tests of prompt forms.
+        text: the texts of prompt and completion, as far as they were given as text; used to test other forms of the prompt.
     """
 
     prompt_ids: NDArray[np.int32]
@@ -87,7 +87,7 @@ class Example:
 
     @property
     def selected(self) -> NDArray[np.bool_]:
-        """``(T,)`` the tokens that the label is about."""
+        """Returns which tokens of the completion the label is about, ``(T,)`` bool."""
         kept = np.ones(len(self.completion_ids), bool) if self.mask is None else self.mask.copy()
         if self.passage is not None:
             kept[: self.passage[0]] = False
@@ -95,17 +95,17 @@ class Example:
         return kept
 
     def rollout(self) -> RolloutGroup:
-        """The request that scores it; the passage is its one span."""
+        """Returns the request that scores this example: a rollout with the passage as its one span."""
         spans = () if self.passage is None else (Span(PASSAGE, *self.passage),)
         return RolloutGroup(self.prompt_ids, [Completion(self.completion_ids, mask=self.mask, spans=spans)])
 
 
 def tokenised(rollouts: Sequence[LabelledRollout], engine: Engine) -> list[Example]:
-    """The examples of rollouts, texts as an engine tokenises them.
+    """Tokenises labelled rollouts as an engine would, and returns their examples: one for each labelled completion or passage.
 
     Raises:
-        ValueError: names the line: there is nothing to read in an example, a passage lies outside its completion, or labels and tokens
-            differ in number.
+        ValueError: an example has no token to read, a passage lies outside its completion, or labels and tokens differ in number; the
+            message names the line.
     """
     prompts: dict[tuple[object, ...], NDArray[np.int32]] = {}
     examples = []
@@ -146,7 +146,7 @@ def tokenised(rollouts: Sequence[LabelledRollout], engine: Engine) -> list[Examp
 
 
 def facts(examples: Sequence[Example]) -> dict[str, object]:
-    """What a report says of the data."""
+    """Returns facts about the data for a report, such as numbers of examples and of positives."""
     lengths = np.array([example.selected.sum() for example in examples])
     return {
         "examples": len(examples),
@@ -205,10 +205,10 @@ def _bounds(passage: Passage) -> tuple[int, int]:
 
 
 def _tokens_of_characters(text: str, ids: NDArray[np.int32], engine: Engine) -> Callable[[Passage], tuple[int, int]]:
-    """Which tokens have a character of a passage in them."""
+    """Returns a function from a passage, in characters of a text, to the range of the tokens that contain a character of the passage."""
     ends = list(accumulate(len(piece) for piece in engine.decode_tokens(ids)))
     starts = [0, *ends[:-1]]
-    # Some tokenizers write a space that the text has not.
+    # Some tokenizers decode to a leading space that the text does not have.
     ahead = (ends[-1] if ends else 0) - len(text)
 
     def tokens(passage: Passage) -> tuple[int, int]:
@@ -223,7 +223,7 @@ def _tokens_of_characters(text: str, ids: NDArray[np.int32], engine: Engine) -> 
 
 
 def counts_by(examples: Sequence[Example], splits: Mapping[str, NDArray[np.int64]]) -> dict[str, dict[str, int]]:
-    """Positives, negatives and groups of each split."""
+    """Counts the positives, negatives and groups of each split."""
     return {
         name: {
             "positives": sum(examples[index].positive for index in indices),

@@ -1,7 +1,7 @@
-"""Linear probes of pooled activations: logistic regression, difference of means, linear discriminant analysis.
+"""Fits linear probes of pooled activations: logistic regression, difference of means, linear discriminant analysis.
 
-Their scalers are folded into the weights, so that the mean of a completion's token scores, or the score of its last token, is the score
-that was fitted.
+The standardisation of activations is folded into the weights. So the mean of a completion's token scores, or the score of its last token,
+equals the score that was fitted on pooled activations.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from probescore.types import ScoreUnit
 
 LOGISTIC, DIFFERENCE_OF_MEANS, LDA = LINEAR_KINDS = ("logistic", "difference-of-means", "lda")
 STRENGTHS = (1e-3, 1e-2, 1e-1)
-"""Inverse penalties of logistic regression on standardised activations."""
+"""Inverse penalties that are tried for logistic regression on standardised activations."""
 
 Rows = NDArray[np.floating]
 _MOST_STEPS = 2000
@@ -27,11 +27,11 @@ _MOST_STEPS = 2000
 
 @dataclass(frozen=True, eq=False)
 class Linear:
-    """``score = rows · weight + bias`` on activations as the model has them.
+    """A linear probe: ``score = activations · weight + bias`` on activations that are not standardised.
 
     Attributes:
-        weight: ``(width,)`` float64.
-        unit: ``LOGIT``, or ``VALUE`` for a difference of means.
+        weight: weights, ``(width,)`` float64.
+        unit: unit of the scores: ``LOGIT``, or ``VALUE`` for a difference of means.
     """
 
     weight: NDArray[np.float64]
@@ -39,44 +39,44 @@ class Linear:
     unit: ScoreUnit
 
     def score(self, rows: Rows) -> NDArray[np.float64]:
-        """``(n,)`` of rows ``(n, width)``."""
+        """Computes scores ``(n,)`` of activations ``(n, width)``."""
         return np.asarray(rows, np.float64) @ self.weight + self.bias
 
 
 @dataclass(frozen=True, eq=False)
 class Scaler:
-    """Means and standard deviations of features, ``(width,)`` each."""
+    """A standardisation of activations, with the mean and the standard deviation of each feature, ``(width,)`` each."""
 
     mean: NDArray[np.float64]
     deviation: NDArray[np.float64]
 
     @classmethod
     def of(cls, rows: Rows, weights: NDArray[np.float64]) -> Scaler:
-        """Weighted; a feature that never changes is left as it is."""
+        """Computes the weighted mean and standard deviation of each feature; a constant feature gets the standard deviation 1."""
         exact = np.asarray(rows, np.float64)
         mean = np.average(exact, axis=0, weights=weights)
         deviation = np.sqrt(np.average((exact - mean) ** 2, axis=0, weights=weights))
         return cls(mean, np.where(deviation > 1e-12 * (1 + np.abs(mean)), deviation, 1.0))
 
     def scaled(self, rows: Rows) -> NDArray[np.float64]:
-        """Standardised."""
+        """Returns activations with the mean subtracted, divided by the standard deviation."""
         return (np.asarray(rows, np.float64) - self.mean) / self.deviation
 
     def folded(self, weight: NDArray[np.float64], bias: float, unit: ScoreUnit) -> Linear:
-        """The same probe on activations as they are."""
+        """Returns a linear probe of standardised activations as the equal probe of activations that are not standardised."""
         raw = weight / self.deviation
         return Linear(raw, float(bias - raw @ self.mean), unit)
 
 
 def fit_linear(kind: str, rows: Rows, positive: NDArray[np.bool_], weights: NDArray[np.float64], strength: float = 1e-2) -> Linear:
-    """Fits one of ``LINEAR_KINDS``.
+    """Fits a linear probe of one of ``LINEAR_KINDS`` to pooled activations.
 
     Args:
-        kind: which.
-        rows: ``(n, width)``.
-        positive: ``(n,)``, with both classes.
-        weights: ``(n,)``, how often each counts; LDA counts each once.
-        strength: of logistic regression, the inverse of its penalty.
+        kind: the kind of linear probe.
+        rows: pooled activations, ``(n, width)``.
+        positive: labels, ``(n,)`` bool, of both classes.
+        weights: how many times each example counts, ``(n,)``; linear discriminant analysis counts each once.
+        strength: inverse penalty of logistic regression.
     """
     if kind == DIFFERENCE_OF_MEANS:
         exact = np.asarray(rows, np.float64)
@@ -93,7 +93,7 @@ def fit_linear(kind: str, rows: Rows, positive: NDArray[np.bool_], weights: NDAr
 def fit_logistic(
     rows: Rows, positive: NDArray[np.bool_], weights: NDArray[np.float64], strengths: tuple[float, ...], *, tolerance: float = 1e-4
 ) -> list[Linear]:
-    """Logistic regression at several strengths, the weakest first: each begins where the last ended."""
+    """Fits logistic regressions with several inverse penalties, the smallest first; each starts from the weights of the one before."""
     scaler = Scaler.of(rows, weights)
     scaled = scaler.scaled(rows)
     fitted = []

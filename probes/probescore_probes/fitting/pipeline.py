@@ -1,4 +1,4 @@
-"""``fit_probe``: from labelled rollouts to a probe file, and to every number that a report has, each from serving that file."""
+"""Implements ``fit_probe``, which fits a probe to labelled rollouts, writes its file, and measures it for a report by serving that file."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ from probescore_server.probes.format.probe_file import ProbeFile, read_probe_fil
 
 POOLS = ("mean", "last")
 WRONG_SHOWN = 4
-"""Of each class."""
+"""Number of misjudged rollouts of each class that a report shows."""
 
 Report = Callable[[str], None]
 Indices = NDArray[np.int64]
@@ -63,17 +63,17 @@ Indices = NDArray[np.int64]
 
 @dataclass(frozen=True, kw_only=True)
 class FitOptions:
-    """How a probe is fitted.
+    """Options of fitting a probe.
 
     Attributes:
         kind: one of ``KINDS``.
-        taps: names or patterns of names.
-        pools: ``mean``, ``last``.
-        false_positive_rate: of the threshold.
-        dtype, device, revision, trust_remote_code: how the model is served.
-        name, version, label, description: of the probe.
-        other_dtype: also served in it; empty = not.
-        seed: of splits, folds and the bootstrap.
+        taps: names of taps, or patterns of names.
+        pools: names of the poolings to try: ``mean``, ``last``.
+        false_positive_rate: false-positive rate that the threshold is set for.
+        dtype, device, revision, trust_remote_code: how the model is loaded and run.
+        name, version, label, description: entries of the probe file.
+        other_dtype: a second dtype in which the probe is served and compared; empty = none.
+        seed: seed of splits, folds and the bootstrap.
     """
 
     name: str
@@ -94,7 +94,7 @@ class FitOptions:
 
 @dataclass(frozen=True, eq=False)
 class WrongRollout:
-    """A test rollout on the wrong side, with its tokens' scores where the probe scores tokens."""
+    """A test rollout that the probe misjudges, with the scores of its tokens if the probe scores tokens."""
 
     where: str
     positive: bool
@@ -106,17 +106,18 @@ class WrongRollout:
 
 @dataclass(frozen=True, eq=False)
 class FitResult:
-    """All that was found. Scores are served ones.
+    """The result of fitting a probe: its file, and every number of the report. Scores are those that an engine serves from the file.
 
     Attributes:
-        file: as it was written.
-        curves: AUROC by tap and pooling, for the kind that chose and for the difference of means.
-        kinds: AUROC over held-out groups of each kind, at the chosen tap; of those fitted on tokens, only if one of them is asked for.
-        nested: for a kind that is fitted on tokens, with the tap that all of them chose.
-        thresholds: pooled, and by slice where there are enough negatives; empty where there are too few.
+        file: the probe file that was written.
+        curves: AUROC by tap and pooling, for the kind by which the tap was chosen and for the difference of means.
+        kinds: AUROC over held-out groups of each kind of probe at the chosen tap; of kinds fitted on tokens, only if one of them was asked
+            for.
+        nested: result of nested cross-validation; for a kind fitted on tokens, at the tap that all examples together chose.
+        thresholds: the threshold for all data, and one for each slice with enough negatives; empty if there are too few negatives.
         roc: false- and true-positive rates on test rollouts.
-        test_scores, test_positive: ``(tests,)``.
-        calibration: expected error and its bins; ``None`` for scores that are no probabilities.
+        test_scores, test_positive: scores and labels of the test rollouts, ``(tests,)``.
+        calibration: expected calibration error and its bins; ``None`` for scores that are no probabilities.
     """
 
     file: ProbeFile
@@ -153,16 +154,16 @@ def fit_probe(
     """Fits a probe, writes its file, serves it, and judges it.
 
     Args:
-        rollouts: labelled.
-        model: a directory, or an id on the hub.
-        output: the probe file; what is there is replaced only if it is a probe file of another name or version.
-        options: how.
-        out_of_distribution: labelled rollouts of other data, judged by their slices.
-        report: called with a line for people as each step begins.
+        rollouts: labelled rollouts.
+        model: a directory with the model, or its id on the Hugging Face hub.
+        output: path of the probe file; an existing file is replaced only if it is a probe file of another name or version.
+        options: options of fitting.
+        out_of_distribution: labelled rollouts of other data, evaluated by slice.
+        report: called with a line of text for people as each step begins.
 
     Raises:
-        ValueError: the data or an option is wrong; names the line, or the option and what to give.
-        ProbeRefused: the served probe is not the fitted one, or ``output`` holds something that must not be replaced.
+        ValueError: the data or an option is wrong; the message names the line, or the option and what to give.
+        ProbeRefused: the served probe is not the fitted one, or ``output`` is a file that must not be replaced.
         ModelRefused: there is no such model.
     """
     _check(options, output)
@@ -295,13 +296,13 @@ def fit_probe(
 
 
 class _Fitting:
-    """What is computed from the table of activations alone, without serving."""
+    """Computes the results of fitting that need only the table of activations and no serving: the choice of tap, and cross-validation."""
 
     def __init__(self, options: FitOptions, table: ActivationTable, labels: Labels, parts: Split, pools: tuple[str, ...]) -> None:
         self._options, self._table, self._labels, self._parts, self._pools = options, table, labels, parts, pools
         self._train = table.of(parts[TRAIN])
         self._train_labels = labels.of(parts[TRAIN])
-        # Other kinds are fitted where logistic regression finds most.
+        # Kinds that are not linear are fitted at the tap where logistic regression is best.
         self._choosing = options.kind if options.kind in LINEAR_KINDS else LOGISTIC
 
     def selection(self) -> Selection:
@@ -434,14 +435,14 @@ def _check(options: FitOptions, output: Path) -> None:
 
 
 def _taps(engine: Engine, patterns: tuple[str, ...]) -> tuple[str, ...]:
-    """By layer, then by hook."""
+    """Returns the taps that names or patterns mean, sorted by layer, then by hook."""
     found = engine.resolve_reads(list(patterns), "mean").taps
     deepest = engine.info.model.num_hidden_layers
     return tuple(str(tap) for tap in sorted(found, key=lambda tap: (deepest if tap.layer is None else tap.layer, str(tap.hook))))
 
 
 def _expects_bos(bos: Sequence[bool], reference: ReferenceModel) -> bool | None:
-    """As all examples have it; not checked where they differ or there is no BOS."""
+    """Returns whether all prompts begin with BOS, or none does; ``None`` (not checked) if prompts differ or the tokenizer has no BOS."""
     if reference.tokenizer.bos_token_id is None or len(set(map(bool, bos))) > 1:
         return None
     return bool(bos[0])
@@ -487,7 +488,10 @@ def _estimate(scores: NDArray[np.float64], labels: Labels, indices: Indices, see
 def _thresholds(
     examples: Sequence[Example], scores: NDArray[np.float64], parts: Split, options: FitOptions, reduction: str | None
 ) -> dict[str, CalibratedThreshold]:
-    """Pooled under ``""``, then by slice; only where there are negatives enough. Intervals draw whole groups."""
+    """Computes the threshold for all data under ``""``, then one for each slice, each only if there are enough negatives.
+
+    Intervals come from a bootstrap that draws whole groups.
+    """
     negatives = np.array([index for index in parts[CALIBRATION] if not examples[index].positive], np.int64)
     found = {}
     for name in ["", *sorted({examples[index].slice for index in negatives if examples[index].slice})]:
@@ -514,7 +518,7 @@ def _thresholds(
 def _slices(
     examples: Sequence[Example], scores: NDArray[np.float64], labels: Labels, parts: Split, threshold: float | None, seed: int
 ) -> dict[str, SliceResult]:
-    """Test rollouts by slice, then what is out of distribution by slice."""
+    """Computes the probe's quality on each slice of the test rollouts, then on each slice of the out-of-distribution rollouts."""
     found = {}
     for name, part in ((TEST, parts[TEST]), (OOD, parts[OOD])):
         for slice_name in sorted({examples[index].slice for index in part if examples[index].slice}):
@@ -574,7 +578,7 @@ def _conditions(
 def _wrong(
     engine: Engine, examples: Sequence[Example], tested: Indices, scores: NDArray[np.float64], threshold: float | None
 ) -> tuple[WrongRollout, ...]:
-    """The negatives with the highest scores and the positives with the lowest."""
+    """Returns test rollouts that the probe misjudges most: the negatives with the highest scores and the positives with the lowest."""
     found = []
     middle = float(np.median(scores[tested])) if threshold is None else threshold
     for positive in (False, True):

@@ -1,6 +1,6 @@
-"""Probes that pool inside their graph: what is not linear is another function per token than of the mean.
+"""Fits probes that pool inside their ONNX graph, because a nonlinear function of the mean is not the mean of that function over tokens.
 
-Each takes the rows of many rollouts and where each begins (``cu_seqlens``), and gives one score per rollout.
+Each probe takes the activations of many rollouts and the offset of each rollout (``cu_seqlens``), and gives one score for each rollout.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from probescore_probes.fitting.linear_kinds import Linear, Scaler
 
 MLP, MEAN_OF_SIGMOIDS = POOLING_KINDS = ("mlp", "mean-of-sigmoids")
 SIGMOID_TAPS = 6
-"""So many taps a mean of sigmoids reads, evenly spread over the sweep."""
+"""Number of taps that a ``MeanOfSigmoids`` reads, evenly spread over the taps that were tried."""
 _UNITS = 64
 _STEPS = 300
 _DECAY = 0.1
 
 
 class MeanMlp(nn.Module):
-    """A layer of hidden units over the standardised mean of a rollout's rows."""
+    """Torch module with one layer of hidden units over the standardised mean of a rollout's activations."""
 
     def __init__(self, scaler: Scaler) -> None:
         super().__init__()
@@ -35,17 +35,17 @@ class MeanMlp(nn.Module):
         self.output = nn.Linear(_UNITS, 1)
 
     def of_means(self, means: Tensor) -> Tensor:
-        """``(rollouts,)`` logits of ``(rollouts, width)``."""
+        """Computes logits ``(rollouts,)`` from mean activations ``(rollouts, width)``."""
         scaled = (means - self.get_buffer("mean")) / self.get_buffer("deviation")
         return self.output(torch.nn.functional.gelu(self.hidden(scaled)))[:, 0]  # type: ignore[no-any-return]
 
     def forward(self, x: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """``(rollouts,)`` of the rows ``(tokens, width)``."""
+        """Computes logits ``(rollouts,)`` from the activations ``(tokens, width)`` of concatenated rollouts."""
         return self.of_means(means_of(x, cu_seqlens))
 
 
 class MeanOfSigmoids(nn.Module):
-    """The mean over taps of each tap's probability, as its own logistic regression of the mean gives it."""
+    """Torch module that averages the probabilities of several logistic regressions, each of a rollout's mean activation at one tap."""
 
     def __init__(self, probes: Sequence[Linear]) -> None:
         super().__init__()
@@ -53,26 +53,29 @@ class MeanOfSigmoids(nn.Module):
         self.register_buffer("biases", torch.tensor([probe.bias for probe in probes], dtype=torch.float32))
 
     def of_means(self, means: Sequence[Tensor]) -> Tensor:
-        """``(rollouts,)`` probabilities of ``(rollouts, width)`` for each tap."""
+        """Computes probabilities ``(rollouts,)`` from mean activations ``(rollouts, width)`` at each tap."""
         weights, biases = self.get_buffer("weights"), self.get_buffer("biases")
         chances = [torch.sigmoid(rows @ weights[index] + biases[index]) for index, rows in enumerate(means)]
         return torch.stack(chances).mean(dim=0)
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        """``(rollouts,)`` of the rows of each tap, then ``cu_seqlens``."""
+        """Computes probabilities ``(rollouts,)`` from activations ``(tokens, width)`` at each tap, followed by ``cu_seqlens``."""
         *taps, cu_seqlens = inputs
         return self.of_means([means_of(rows, cu_seqlens) for rows in taps])
 
 
 def means_of(x: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """The mean of each rollout's rows, ``(rollouts, width)``."""
+    """Computes the mean activation of each rollout, ``(rollouts, width)``."""
     row = torch.arange(x.shape[0])
     member = ((row >= cu_seqlens[:-1, None]) & (row < cu_seqlens[1:, None])).to(x.dtype)
     return member @ x / member.sum(dim=1, keepdim=True)
 
 
 def fit_mlp(rows: NDArray[np.float32], positive: NDArray[np.bool_], weights: NDArray[np.float64], seed: int = 0) -> MeanMlp:
-    """Fits on means ``(n, width)``, full batches, with weight decay instead of early stopping."""
+    """Fits a ``MeanMlp``, a perceptron with one hidden layer, to mean activations ``(n, width)``.
+
+    It trains in full batches, with weight decay instead of early stopping.
+    """
     torch.manual_seed(seed)
     module = MeanMlp(Scaler.of(rows, weights))
     means = torch.from_numpy(np.ascontiguousarray(rows, np.float32))
@@ -88,13 +91,13 @@ def fit_mlp(rows: NDArray[np.float32], positive: NDArray[np.bool_], weights: NDA
 
 
 def score_mlp(module: MeanMlp, rows: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Logits ``(n,)`` of means ``(n, width)``."""
+    """Computes logits ``(n,)`` of a ``MeanMlp`` perceptron from mean activations ``(n, width)``."""
     with torch.inference_mode():
         return module.of_means(torch.from_numpy(np.ascontiguousarray(rows, np.float32))).double().numpy()
 
 
 def score_sigmoids(probes: Sequence[Linear], rows: Sequence[NDArray[np.float32]]) -> NDArray[np.float64]:
-    """Probabilities ``(n,)`` of means ``(n, width)`` at each tap."""
+    """Computes probabilities ``(n,)`` of a ``MeanOfSigmoids`` from mean activations ``(n, width)`` at each tap."""
     with np.errstate(over="ignore"):
         chances = np.stack([1 / (1 + np.exp(-probe.score(means))) for probe, means in zip(probes, rows, strict=True)])
     mean: NDArray[np.float64] = chances.mean(axis=0)
@@ -102,10 +105,10 @@ def score_sigmoids(probes: Sequence[Linear], rows: Sequence[NDArray[np.float32]]
 
 
 def mlp_function(module: MeanMlp) -> ProbeFunction:
-    """As it is written into a file."""
+    """Returns a ``MeanMlp`` (a perceptron over mean activations) as the function that is written into a probe file."""
     return torch_probe(module, unit=ScoreUnit.LOGIT)
 
 
 def sigmoids_function(probes: Sequence[Linear]) -> ProbeFunction:
-    """As it is written into a file."""
+    """Returns a ``MeanOfSigmoids`` (an average of logistic regressions) as the function that is written into a probe file."""
     return torch_probe(MeanOfSigmoids(probes), unit=ScoreUnit.PROBABILITY)

@@ -1,4 +1,4 @@
-"""What becomes of the probe where rollouts look otherwise than those that it was fitted on: test rollouts, changed and served again."""
+"""Measures how a probe's scores change on test rollouts that are altered, such as by appended text, and served again."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from probescore_server.errors import InvalidRequest
 
 FILLER = " The weather was mild that day, and people went about their business."
 FILLERS = (1, 4)
-"""So many neutral sentences are appended."""
+"""Numbers of neutral sentences that are appended to completions, one alteration for each number."""
 MOST = 400
-"""Test rollouts that are changed and served again."""
+"""Limits how many test rollouts are altered and served again."""
 
 
 @dataclass(frozen=True)
 class Condition:
-    """One change and what the served probe says then.
+    """One alteration of the test rollouts and the quality of the served probe on the altered rollouts.
 
     Attributes:
-        name: what was changed.
-        auroc: with its interval.
-        false_positives, recall: at the threshold, with intervals; NaN without one.
-        shift: of the mean score, over the standard deviation of the unchanged scores.
-        refused: why a server refuses these rollouts for this probe; empty if it scores them. The numbers are then what it would say if its
-            file did not check for BOS, or NaN if it is refused for something else.
+        name: name of the alteration.
+        auroc: AUROC with its interval.
+        false_positives, recall: rates at the probe's threshold, with intervals; NaN without a threshold.
+        shift: change of the mean score, divided by the standard deviation of the unaltered scores.
+        refused: why a server refuses the altered rollouts for this probe; empty if it scores them. After a refusal the numbers are those
+            that the probe would give without its check for BOS, or NaN if the refusal has another reason.
     """
 
     name: str
@@ -54,7 +54,7 @@ def measure(
     threshold: float | None,
     usual: NDArray[np.float64],
 ) -> Condition:
-    """Judges served scores of changed rollouts."""
+    """Computes the quality of a served probe from its scores of altered rollouts."""
     positive = np.array([example.positive for example in examples])
     known = ~np.isnan(scores)
     rates = [
@@ -72,7 +72,10 @@ def measure(
 
 
 def changed_rollouts(engine: Engine, examples: Sequence[Example]) -> dict[str, list[Example]]:
-    """By what was changed: text appended, BOS put in front or taken away, a chat template around the prompt, no prompt at all."""
+    """Returns altered rollouts, a dictionary keyed by the alteration.
+
+    The alterations are: text appended, BOS added or removed, a chat template put around the prompt, and the prompt removed.
+    """
     changed: dict[str, list[Example]] = {}
     for count in FILLERS:
         filler = engine.encode_completion(FILLER * count, field="filler")
@@ -106,15 +109,15 @@ def conditions(
     threshold: float | None,
     usual: NDArray[np.float64],
 ) -> list[Condition]:
-    """The unchanged rollouts, then each change.
+    """Measures a probe on the unaltered test rollouts, then on each alteration of them.
 
     Args:
-        engine: serves the file.
-        unchecked: serves the same probe without its check for BOS.
+        engine: engine that serves the probe file.
+        unchecked: engine that serves the same probe without its check for BOS.
         examples: test rollouts.
-        groups: of them.
-        threshold: of the file.
-        usual: served scores of the unchanged rollouts.
+        groups: group of each test rollout.
+        threshold: threshold in the probe file.
+        usual: served scores of the unaltered rollouts.
     """
     found = [measure("as they are", usual, examples, groups, threshold, usual)]
     for name, changed in changed_rollouts(engine, examples).items():

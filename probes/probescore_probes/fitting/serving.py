@@ -1,4 +1,4 @@
-"""From a fitted probe to its file, and back: every number that is reported is what an engine says that was given the file."""
+"""Writes a fitted probe to its file and serves that file with an engine, so that reported numbers are those of the file."""
 
 from __future__ import annotations
 
@@ -24,23 +24,24 @@ from probescore_server.probes.format.probe_file import ProbeFile, read_probe_fil
 GOLDEN = 4
 _LONGEST_GOLDEN = 512
 BOUND = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.05}
-"""Of |fitted − served| of a rollout, over the standard deviation of the fitted scores."""
+"""Limits on |fitted − served| of a rollout by dtype, in standard deviations of the fitted scores."""
 TIMES_BOUND = {"float32": 1.0, "bfloat16": 5.0, "float16": 5.0}
-"""So far beyond the bound may single rollouts be: the mean of a few tokens has their rounding in half precision. Another function than was
-fitted moves most rollouts, not a few.
+"""Factor by dtype by which the difference of a single rollout may exceed its bound.
+
+In half precision the mean score of a few tokens has their rounding errors. A wrong function would move most rollouts, not a few.
 """
 
 
 @dataclass(frozen=True, eq=False)
 class FittedProbe:
-    """A probe that was fitted, and what its file must say so that it is served as it was fitted.
+    """A fitted probe, with the settings that its file needs so that served scores equal fitted scores.
 
     Attributes:
-        kind: name.
-        taps: names, in the order that the function takes them.
-        reduction: pinned; ``None`` for a probe that pools by itself.
-        function: the code and its graph.
-        method: for people.
+        kind: name of the kind of probe.
+        taps: names of the taps, in the order in which the function takes their activations.
+        reduction: the only reduction that the file allows; ``None`` for a probe that pools by itself.
+        function: the probe's code and its ONNX graph.
+        method: description of the kind of probe, for people.
     """
 
     kind: str
@@ -51,19 +52,19 @@ class FittedProbe:
 
     @property
     def context(self) -> Context:
-        """Pointwise where a reduction is pinned."""
+        """Returns the context that the probe file states: each token by itself if the file allows one reduction, else the whole rollout."""
         return Context(kind="rollout") if self.reduction is None else Context()
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far what is served is from what was fitted.
+    """The differences between the scores that an engine serves and those that were fitted.
 
     Attributes:
-        largest, median: of |fitted − served| over the standard deviation of the fitted scores.
-        bound: what the median may be, and in float32 the largest.
-        beyond: rollouts that are further apart than the bound.
-        rollouts: that were compared.
+        largest, median: largest and median |fitted − served|, divided by the standard deviation of the fitted scores.
+        bound: limit on the median, and in float32 on the largest difference.
+        beyond: number of rollouts whose difference is above the bound.
+        rollouts: number of rollouts that were compared.
     """
 
     largest: float
@@ -86,7 +87,7 @@ def write(
     training: Training,
     description: str = "",
 ) -> ProbeFile:
-    """Writes the file without thresholds, with golden vectors of held-out rollouts. Errors are those of ``write_probe``."""
+    """Writes a probe file without thresholds, with golden vectors of held-out rollouts. Raises the errors of ``write_probe``."""
     return write_probe(
         path,
         probe.function,
@@ -105,15 +106,15 @@ def write(
 
 
 def serve(model: str | Path, file: Path, *, dtype: str, device: str, revision: str = "", trust_remote_code: bool = False) -> Engine:
-    """An engine with this one probe."""
+    """Returns an engine that serves a single probe file."""
     return Engine.load(str(model), [file], dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code)
 
 
 def served_scores(engine: Engine, examples: Sequence[Example]) -> NDArray[np.float64]:
-    """What an engine with one probe says of each example, ``(n,)``.
+    """Returns the scores that an engine with one probe gives to examples, ``(n,)``.
 
     Raises:
-        ValueError: names the line that could not be scored.
+        ValueError: an example cannot be scored; the message names its line.
     """
     key = engine.info.probes[0].name
     found = np.empty(len(examples))
@@ -128,7 +129,7 @@ def served_scores(engine: Engine, examples: Sequence[Example]) -> NDArray[np.flo
 
 
 def token_scores(engine: Engine, example: Example) -> tuple[list[str], NDArray[np.float32] | None]:
-    """The tokens of an example's completion as text, and their scores ``(T,)`` where the probe scores tokens."""
+    """Returns the tokens of an example's completion as text, with their scores ``(T,)``, or ``None`` if the probe does not score tokens."""
     result = engine.score([example.rollout()], token_scores="all", return_token_texts=True)
     scored = result.groups[0].completions[0]
     of_probe = scored.scores[engine.info.probes[0].name].tokens
@@ -137,10 +138,10 @@ def token_scores(engine: Engine, example: Example) -> tuple[list[str], NDArray[n
 
 
 def agreement(fitted: NDArray[np.float64], served: NDArray[np.float64], dtype: str, file: ProbeFile) -> Agreement:
-    """Compares the two.
+    """Compares served scores with fitted scores of the same rollouts.
 
     Raises:
-        ProbeRefused: they are further apart than the bound of ``dtype``: another function would be served than was fitted.
+        ProbeRefused: the scores differ by more than the bound of ``dtype``, so that the file computes another function than was fitted.
     """
     spread = float(fitted.std()) or 1.0
     apart = np.abs(fitted - served) / spread
@@ -166,10 +167,12 @@ def add_judgement(
     counts: tuple[int, int],
     target: Path,
 ) -> ProbeFile:
-    """Writes a draft with thresholds and test quality to its place; the graph and its golden vectors stay byte for byte.
+    """Adds thresholds and measured quality to a draft of a probe file and writes the result to the file's final path.
+
+    The ONNX graph and the golden vectors stay equal byte for byte.
 
     Raises:
-        ProbeRefused: what is there must not be replaced.
+        ProbeRefused: a file at the path must not be replaced.
     """
     file = read_probe_file(draft)
     positives, negatives = counts
@@ -206,20 +209,20 @@ def add_judgement(
 
 
 def write_without_bos_check(draft: Path, target: Path) -> None:
-    """A copy of a draft that scores prompts with BOS and without: to measure what the file refuses."""
+    """Writes a copy of a draft whose file accepts prompts with and without BOS, to measure scores of prompts that the draft refuses."""
     file = read_probe_file(draft)
     write_probe_file(target, onnx.load_model_from_string(file.graph), file.manifest.model_copy(update={"expects_bos": None}))
 
 
 def as_probability(scores: NDArray[np.float64], unit: ScoreUnit) -> NDArray[np.float64] | None:
-    """Scores as probabilities, or ``None`` where they stand for none."""
+    """Returns scores as probabilities; ``None`` if the unit of the scores does not convert to probabilities."""
     if unit is ScoreUnit.PROBABILITY:
         return scores
     return 1 / (1 + np.exp(-scores)) if unit is ScoreUnit.LOGIT else None
 
 
 def _golden(examples: Sequence[Example]) -> list[tuple[NDArray[np.int32], NDArray[np.int32]]]:
-    """A few short rollouts, of both classes."""
+    """Chooses a few short rollouts of both classes for golden vectors."""
     short = sorted(examples, key=lambda example: len(example.prompt_ids) + len(example.completion_ids))
     short = [example for example in short if len(example.prompt_ids) + len(example.completion_ids) <= _LONGEST_GOLDEN] or short[:GOLDEN]
     middle = short[len(short) // 4 :] or short
@@ -229,7 +232,7 @@ def _golden(examples: Sequence[Example]) -> list[tuple[NDArray[np.int32], NDArra
 
 
 def replaced_ids(example: Example, prompt_ids: NDArray[np.int32], completion_ids: NDArray[np.int32] | None = None) -> Example:
-    """The same example with other ids before it, or with more after it, which count too."""
+    """Returns an example with another prompt and, if given, a completion with further tokens at its end, which count as well."""
     ids = example.completion_ids if completion_ids is None else completion_ids
     mask = example.mask
     if mask is not None and len(mask) < len(ids):

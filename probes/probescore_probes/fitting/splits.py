@@ -1,6 +1,6 @@
-"""Which rollouts belong together, and on which side of a split each group stands.
+"""Groups rollouts that belong together, and divides whole groups between the splits of the data and between folds.
 
-Rollouts of one problem resemble each other beyond their label; one on each side would make a probe look better than it is.
+Rollouts of one problem resemble each other beyond their label. Fitting on one and testing on another would overstate how good a probe is.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from probescore_probes.fitting.labelled_rollouts import CALIBRATION, OOD, SPLITS
 
 SHARES = {TRAIN: 0.6, CALIBRATION: 0.2, TEST: 0.2}
 LARGEST_GROUP = 0.5
-"""More of the data than this in one group leaves nothing to test on."""
+"""Limits the share of the data in one group; a larger group would leave nothing to test on."""
 
 Indices = NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Examples by what they are for.
+    """The division of examples into splits, such as those for fitting and for testing.
 
     Attributes:
-        groups: ``(n,)`` number of each example's group.
-        named: whether the data named the groups; else they are derived.
-        given: whether the data named the splits.
-        parts: indices by name of the split; every one of ``SPLITS``, ``ood`` may be empty.
+        groups: number of each example's group, ``(n,)``.
+        named: whether the data named the groups; else they were derived from equal texts.
+        given: whether the data named the splits; else they were drawn.
+        parts: indices of examples, a dictionary keyed by the split's name, with every one of ``SPLITS``; ``ood`` may be empty.
     """
 
     groups: Indices
@@ -40,16 +40,16 @@ class Split:
         return self.parts[name]
 
     def count_groups(self, name: str) -> int:
-        """How many groups a split has."""
+        """Counts the groups of a split."""
         return len(np.unique(self.groups[self.parts[name]]))
 
 
 def split(examples: Sequence[Example], seed: int) -> Split:
-    """Groups examples and divides the groups 60/20/20, or as the data says.
+    """Groups examples and divides the groups into splits of 60, 20 and 20%, or into the splits that the data names.
 
     Raises:
-        ValueError: some examples name a group or a split and others do not, one group is most of the data, a group stands on two sides,
-            or a side lacks a class.
+        ValueError: some examples name a group or a split and others do not, one group is most of the data, a group is in two splits, or a
+            split lacks a class.
     """
     groups, named = groups_of(examples)
     outside = np.array([example.split == OOD for example in examples])
@@ -70,12 +70,12 @@ def split(examples: Sequence[Example], seed: int) -> Split:
 
 
 def groups_of(examples: Sequence[Example]) -> tuple[Indices, bool]:
-    """The number of each example's group, and whether the data named it.
+    """Returns the number of each example's group, and whether the data named the groups.
 
-    Unnamed ones are the connected components over equal prompts and equal completions of a slice.
+    Groups without names are the connected components of the examples in a slice, linked by equal prompts and by equal completions.
 
     Raises:
-        ValueError: only some are named, or the components are too large to divide.
+        ValueError: the data name the groups of only some examples, or the components are too large to divide.
     """
     names = [example.group for example in examples]
     if any(name is not None for name in names):
@@ -107,7 +107,7 @@ def groups_of(examples: Sequence[Example]) -> tuple[Indices, bool]:
 
 
 def shared_texts(examples: Sequence[Example], parts: dict[str, Indices]) -> tuple[int, int]:
-    """How many prompts, and how many completions, stand both in what is fitted on and in what is tested on."""
+    """Counts the distinct prompts, and the distinct completions, that occur both in the examples for fitting and in those for testing."""
     sides = [{index for name in names for index in parts[name]} for names in ((TRAIN,), (CALIBRATION, TEST))]
     prompts = [{examples[index].prompt_ids.tobytes() for index in side if len(examples[index].prompt_ids)} for side in sides]
     completions = [{examples[index].completion_ids.tobytes() for index in side} for side in sides]
@@ -115,10 +115,10 @@ def shared_texts(examples: Sequence[Example], parts: dict[str, Indices]) -> tupl
 
 
 def folds(groups: Indices, positive: NDArray[np.bool_], count: int, seed: int) -> Iterator[tuple[Indices, Indices]]:
-    """Divides examples by whole groups ``count`` times into what is fitted on and what is held out; each is held out once.
+    """Yields ``count`` folds, each as the indices of examples to fit on and of examples held out; every example is held out once.
 
-    Groups are dealt out by how many positives and negatives they have, the large ones first, so that every fold has both classes as far
-    as the groups allow.
+    Whole groups are distributed over the folds, the largest first, by their numbers of positives and negatives, so that every fold has both
+    classes as far as the groups allow.
     """
     dealt = _dealt(groups, positive, np.full(count, 1 / count), seed)
     for fold in range(count):
@@ -135,7 +135,7 @@ def _drawn(groups: Indices, outside: NDArray[np.bool_], positive: NDArray[np.boo
 
 
 def _dealt(groups: Indices, positive: NDArray[np.bool_], shares: NDArray[np.float64], seed: int) -> Indices:
-    """By example, to which of ``len(shares)`` parts its group goes: the part that lacks most of what the group has."""
+    """Assigns whole groups to ``len(shares)`` parts, each group to the part that most lacks its classes; returns each example's part."""
     numbers, member = np.unique(groups, return_inverse=True)
     sizes = np.stack([np.bincount(member, weights=kind, minlength=len(numbers)) for kind in (positive, ~positive)], axis=1)
     order = np.random.default_rng(seed).permutation(len(numbers))

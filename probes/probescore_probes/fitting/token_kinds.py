@@ -1,6 +1,6 @@
-"""Probes over the tokens of a rollout: attention pooling, and the maximum of attention-weighted rolling means.
+"""Fits probes over all tokens of a rollout: attention pooling, and the maximum of attention-weighted rolling means.
 
-Each is fitted on every token's activations at one tap and pools in its graph.
+Each probe is fitted on the activations of every token at one tap, and pools them inside its ONNX graph.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from probescore_probes.fitting.linear_kinds import Scaler
 
 ATTENTION, ROLLING_MAX = TOKEN_KINDS = ("attention", "rolling-max")
 WINDOW = 10
-"""Tokens of a rolling mean; fewer at the beginning of a rollout."""
+"""Number of tokens of a rolling mean; the windows at the beginning of a rollout are shorter."""
 MAX_BYTES = 4 << 30
-"""Of activations that fitting may hold, one float32 for each token and feature."""
+"""Limits the bytes of activations that fitting holds in memory, as float32."""
 _STEPS = 300
 _BATCH = 64
 _DECAY = 0.1
@@ -29,7 +29,7 @@ Rows = Sequence[NDArray[np.float32]]
 
 
 class AttentionPool(nn.Module):
-    """The values of a rollout's tokens, weighted by a softmax over them."""
+    """Torch module that scores a rollout by the mean of its tokens' values, weighted by a softmax over the tokens."""
 
     def __init__(self, scaler: Scaler) -> None:
         super().__init__()
@@ -42,12 +42,12 @@ class AttentionPool(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def read(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Attention logits and values ``(tokens,)`` each."""
+        """Computes the attention logits and the values of tokens, ``(tokens,)`` each."""
         scaled = (x - self.get_buffer("mean")) / self.get_buffer("deviation")
         return self.attend(scaled)[:, 0], self.value(scaled)[:, 0]
 
     def forward(self, x: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """``(rollouts,)`` logits of the rows ``(tokens, width)``."""
+        """Computes logits ``(rollouts,)`` from the activations ``(tokens, width)`` of concatenated rollouts."""
         attention, values = self.read(x)
         row = torch.arange(x.shape[0])
         member = (row >= cu_seqlens[:-1, None]) & (row < cu_seqlens[1:, None])
@@ -56,10 +56,10 @@ class AttentionPool(nn.Module):
 
 
 class RollingMax(AttentionPool):
-    """The largest of the means over the last ``WINDOW`` tokens, weighted by attention within each window."""
+    """Torch module that scores a rollout by its largest rolling mean over ``WINDOW`` tokens, weighted by attention within each window."""
 
     def forward(self, x: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """``(rollouts,)`` logits of the rows ``(tokens, width)``."""
+        """Computes logits ``(rollouts,)`` from the activations ``(tokens, width)`` of concatenated rollouts."""
         attention, values = self.read(x)
         count = x.shape[0]
         row = torch.arange(count)
@@ -74,7 +74,7 @@ class RollingMax(AttentionPool):
 
 
 def fit_tokens(kind: str, rows: Rows, positive: NDArray[np.bool_], weights: NDArray[np.float64], seed: int = 0) -> AttentionPool:
-    """Fits on the tokens of each rollout ``(tokens, width)``, in batches of rollouts."""
+    """Fits a probe of a kind that reads tokens, on the activations ``(tokens, width)`` of each rollout, in batches of rollouts."""
     torch.manual_seed(seed)
     random = np.random.default_rng(seed)
     every = np.concatenate(rows)
@@ -92,22 +92,22 @@ def fit_tokens(kind: str, rows: Rows, positive: NDArray[np.bool_], weights: NDAr
 
 
 def score_tokens(module: AttentionPool, rows: Rows) -> NDArray[np.float64]:
-    """Logits ``(n,)`` of rollouts ``(tokens, width)`` each."""
+    """Computes logits ``(n,)`` of ``n`` rollouts from the activations ``(tokens, width)`` of each."""
     with torch.inference_mode():
         parts = [module(*_packed(rows[start : start + _BATCH])).double().numpy() for start in range(0, len(rows), _BATCH)]
     return np.concatenate(parts) if parts else np.zeros(0)
 
 
 def tokens_function(module: AttentionPool) -> ProbeFunction:
-    """As it is written into a file."""
+    """Returns a fitted probe over tokens as the function that is written into a probe file."""
     return torch_probe(module, unit=ScoreUnit.LOGIT)
 
 
 def check_bytes(tokens: int, width: int) -> None:
-    """Refuses data whose activations would not fit, before they are read.
+    """Checks that the activations of all tokens fit in memory, before they are computed.
 
     Raises:
-        ValueError: says how much they take, and what to do.
+        ValueError: they take more than ``MAX_BYTES``; the message says how much they take, and what to do.
     """
     if (needed := 4 * tokens * width) > MAX_BYTES:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Import probes that other libraries wrote.
+"""Converts probes that other libraries wrote into probe files of probescore.
 
     from probescore_probes import ReferenceModel
     from probescore_probes.importing import AuthorScores, import_probe
@@ -6,7 +6,7 @@
     model = ReferenceModel.load("meta-llama/Llama-3.1-8B-Instruct")
     made = import_probe("probe_head.bin", model, name="hallucination", version="1", output="hallucination.onnx", author_scores=scores)
 
-``docs/how-to/import-a-probe.md`` has a table of the formats, and what each leaves open.
+``docs/how-to/import-a-probe.md`` has a table of the formats, and what the files of each format do not say.
 """
 
 from __future__ import annotations

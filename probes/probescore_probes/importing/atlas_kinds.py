@@ -1,4 +1,7 @@
-"""The kinds of probes of the Obfuscation Atlas: from rows to ``q`` and ``v`` of each head, as a module and as a formula in numpy."""
+"""Implements the classes of probes of the Obfuscation Atlas, each as a torch module and as a formula in numpy.
+
+Both compute, from the activations of tokens, the attention logits ``q`` and the values ``v`` of each head.
+"""
 
 from __future__ import annotations
 
@@ -26,12 +29,13 @@ Heads = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Kind:
-    """One class of probes of the Atlas, with its weights.
+    """A probe of one of the Obfuscation Atlas classes, with its weights.
 
     Attributes:
-        scores: a module from normalised rows and, if it attends, ``cu_seqlens`` to ``(q, v)``.
-        of_one: the same of one sequence in numpy.
-        attends: whether a token's scores depend on those before it, and how many.
+        scores: a torch module that computes attention logits and values ``(q, v)`` from normalised activations and, if ``attends`` is
+            set, ``cu_seqlens``.
+        of_one: the same function in numpy, for the activations of one sequence.
+        attends: whether, and how far, the scores of a token depend on earlier tokens.
     """
 
     scores: nn.Module
@@ -41,7 +45,7 @@ class Kind:
 
 
 class _Layers(nn.Module):
-    """Scores by linear layers with ReLUs between them, then queries and values."""
+    """Torch module of linear layers with ReLUs between them, followed by layers for the attention logits ``q`` and the values ``v``."""
 
     def __init__(self, layers: list[tuple[Array, Array]], query: tuple[Array, Array] | None, value: tuple[Array, Array] | None) -> None:
         super().__init__()
@@ -59,7 +63,7 @@ class _Layers(nn.Module):
 
 
 class _Quadratic(nn.Module):
-    """Scores of the form xᵀMx + wᵀx + b."""
+    """Torch module that scores an activation ``x`` by the quadratic form xᵀMx + wᵀx + b."""
 
     matrix: Tensor
 
@@ -74,7 +78,7 @@ class _Quadratic(nn.Module):
 
 
 class _Attention(nn.Module):
-    """Scores by causal attention, of the last tokens or of all."""
+    """Torch module that scores tokens by causal attention over all earlier tokens, or over the last ones in a window."""
 
     def __init__(self, qkv: tuple[Array, Array], out: tuple[Array, Array], heads: int, window: int | None) -> None:
         super().__init__()
@@ -87,7 +91,7 @@ class _Attention(nn.Module):
 
 
 class _Transformer(nn.Module):
-    """Scores by layers of a causal transformer encoder, as torch has them."""
+    """Torch module that scores tokens by the layers of a causal transformer encoder, as torch implements them."""
 
     def __init__(self, found: Weights, layers: int, heads: int, activation: str, norm_first: bool) -> None:
         super().__init__()
@@ -131,16 +135,16 @@ _BLOCK = {"out": "self_attn.out_proj", "first": "linear1", "second": "linear2"}
 
 
 def kind_of(name: str, found: Weights, init: dict[str, Any], asked: ImportOptions) -> Kind:
-    """Reads the weights of a probe of one class.
+    """Builds an Obfuscation Atlas probe of the given class from its weights.
 
     Args:
-        name: of the class.
-        found: its weights.
-        init: what it was made with.
-        asked: what the importer says.
+        name: name of the class.
+        found: weights by name.
+        init: arguments that the author constructed the class with.
+        asked: options of the import.
 
     Raises:
-        ValueError: there is no such class, its weights have other shapes, or it attends and its heads were not said.
+        ValueError: the class is not known, the weights have other shapes, or the class attends and the number of heads was not given.
     """
     width = asked.hidden_size
     match name:
@@ -274,7 +278,7 @@ def _heads(asked: ImportOptions) -> int:
 
 
 def _threefold(rows: Tensor, heads: int) -> tuple[Tensor, ...]:
-    """Splits what a projection gives into queries, keys and values, ``(N, heads, size)`` each."""
+    """Splits the output of a projection into queries, keys and values, ``(N, heads, size)`` each."""
     return rows.reshape(-1, 3, heads, rows.shape[1] // (3 * heads)).unbind(1)
 
 

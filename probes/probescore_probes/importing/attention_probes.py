@@ -1,7 +1,7 @@
-"""Attention probes of EleutherAI/attention-probes: a state dict with ``q.weight``, ``v.*``, ``position_weight`` and perhaps ``o.*``.
+"""Reads attention probes of EleutherAI/attention-probes: a state dict with ``q.weight``, ``v.*``, ``position_weight`` and perhaps ``o.*``.
 
 a = softmax over the tokens of (q · x + position · position_weight), for each head
-score = Σ over heads and tokens of a · (v · x)        with an MLP: o · relu(that)
+score = Σ over heads and tokens of a · (v · x)        with an MLP: o · relu(that sum)
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ _NAMES = {"q.weight", "v.weight", "v.bias", "position_weight"}
 
 
 class EleutherAttentionPool(nn.Module):
-    """Pools a rollout by the softmax attention of several heads, with a weight on positions.
+    """Torch module that pools a rollout by the softmax attention of several heads, each with a weight on token positions.
 
-    A shift of all positions changes nothing under a softmax, so they are counted from the first row that is read: far into a long rollout
-    their products would be too large for float32.
+    Adding one number to all positions does not change a softmax, so positions are counted from the first token that the probe reads.
+    Products with the positions of a long rollout would be too large for float32.
     """
 
     q_weight: Tensor
@@ -44,7 +44,7 @@ class EleutherAttentionPool(nn.Module):
         self.heads, self.mlp = heads, "o.weight" in weights
 
     def forward(self, *given: Tensor) -> Tensor:
-        """Computes scores ``(S, labels)`` of taps ``(N, width)``, ``cu_seqlens`` and positions ``(N,)``."""
+        """Computes scores ``(S, labels)`` from activations ``(N, width)``, sequence offsets ``(S + 1,)`` and token positions ``(N,)``."""
         *taps, cu_seqlens, positions = given
         x = torch.cat(taps, dim=1)
         start = positions[cu_seqlens[:-1]][sequence_of(torch.arange(x.shape[0]), cu_seqlens)]
@@ -57,17 +57,17 @@ class EleutherAttentionPool(nn.Module):
 
 
 def is_attention_probe(source: ProbeSource) -> bool:
-    """Tells whether a file has the tensors of an attention probe and no others."""
+    """Returns whether a file has the tensors of an EleutherAI attention probe and no other tensors."""
     if source.kind not in ("torch", "safetensors") or not isinstance(source.content, Mapping):
         return False
     return set(map(str, source.content)) in (_NAMES, _NAMES | {"o.weight", "o.bias"})
 
 
 def read_attention_probe(source: ProbeSource, asked: ImportOptions) -> Imported:
-    """Reads a probe that pools a rollout into one score for each class.
+    """Reads an EleutherAI attention probe, which pools a rollout into one score for each class.
 
     Raises:
-        ValueError: weights have shapes that do not fit together.
+        ValueError: the weights have shapes that do not fit together.
     """
     found, where = source.tensors, source.name
     if asked.reduction is not None:

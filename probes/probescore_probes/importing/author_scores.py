@@ -1,7 +1,7 @@
-"""Scores from the author's side, compared with those of an imported probe.
+"""Compares the scores of an imported probe with scores that its author's own code gave for the same rollouts.
 
-A probe that is read one block off correlates with the right one (0.946 where it was measured), so that nothing but the author's own
-scores shows it. Where they disagree, the places around are tried, and the message says which of them agrees.
+A probe that reads the wrong block by one still correlates with the right probe (0.946 where it was measured), so that only the author's own
+scores reveal the mistake. If the scores disagree, neighbouring taps are tried, and the error says which of them agrees.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ from probescore_server.probes.format.graph import CU_SEQLENS, POSITIONS, GraphIn
 from probescore_server.probes.format.manifest import Place, TapInput, neighbouring_places
 
 AGREES = 0.05
-"""Largest root mean square of differences, in standard deviations of the author's scores: half precision of a whole model is below it, a
-block off above."""
+"""Limits the root mean square of differences, in standard deviations of the author's scores.
+
+Running a whole model in half precision stays below the limit; reading the wrong block by one does not.
+"""
 
 EXACT = 1e-3
 _CLEARLY = 2.0
@@ -37,13 +39,13 @@ _REDUCTIONS = ("mean", "last", "max", "min", "sum")
 
 @dataclass(frozen=True, eq=False)
 class AuthorScores:
-    """A rollout as the author's own code scored it.
+    """A rollout with the scores that the author's own code gave it: of each token, or of the whole rollout.
 
     Attributes:
-        prompt_ids: ``(P,)``; may be empty.
-        completion_ids: ``(T,)``.
-        token_scores: a number for each token of the completion, ``(T,)`` or ``(T, labels)``; or ``None``.
-        score: one number for the rollout, or ``(labels,)``; or ``None``. One of the two is given.
+        prompt_ids: token ids of the prompt, ``(P,)``; may be empty.
+        completion_ids: token ids of the completion, ``(T,)``.
+        token_scores: scores of the completion's tokens, ``(T,)`` or ``(T, labels)``; ``None`` if ``score`` is given.
+        score: score of the rollout, a number or ``(labels,)``; ``None`` if ``token_scores`` is given.
     """
 
     prompt_ids: TokenIds
@@ -54,7 +56,7 @@ class AuthorScores:
 
 @dataclass(frozen=True, eq=False)
 class _Case:
-    """A rollout with its author's scores, read: the expected rows ``(T, labels)`` or ``(1, labels)``."""
+    """A rollout and its author's scores as an array: ``(T, labels)`` for token scores, ``(1, labels)`` for a score of the rollout."""
 
     prompt: NDArray[np.int64]
     completion: NDArray[np.int64]
@@ -64,14 +66,14 @@ class _Case:
 
 @dataclass(frozen=True)
 class _Found:
-    """How far the scores of one way of reading are from the author's.
+    """The result of comparing the author's scores with those of one way to read the model, such as another tap or with BOS.
 
     Attributes:
         off: root mean square of the differences, in standard deviations of the author's scores.
-        correlation: with the author's, of the worst label.
-        where: the way, for people.
-        remedy: how to import so.
-        unit: what they were compared as.
+        correlation: correlation with the author's scores, of the label that correlates least.
+        where: the way to read the model, in words for messages.
+        remedy: how to import the probe so that it is read this way.
+        unit: the unit of scores in which the two were compared.
     """
 
     off: float
@@ -82,20 +84,20 @@ class _Found:
 
 
 def compared(scorer: GoldenScorer, reduction: str | None, given: Sequence[AuthorScores], file: str) -> str:
-    """Checks that a probe gives its author's scores.
+    """Checks that an imported probe gives the scores that its author's code gave.
 
     Args:
-        scorer: scores rollouts with the imported probe on the reference's activations.
-        reduction: from scores of tokens to one of a rollout; ``None`` for a probe that pools.
-        given: the author's.
-        file: for messages.
+        scorer: scores rollouts with the imported probe on the reference model's activations.
+        reduction: how token scores become one score of a rollout; ``None`` for a probe that pools.
+        given: rollouts with the author's scores.
+        file: name of the imported file, for messages.
 
     Returns:
-        A sentence for the manifest: how well they agree, on how many.
+        A sentence for the manifest: how closely the scores agree, and on how many rollouts.
 
     Raises:
-        ValueError: the author's scores are none, too few, do not vary, or cannot tell the places around apart.
-        ProbeRefused: they disagree; says which place or way of reading agrees, if one does.
+        ValueError: the author's scores are missing, too few or all equal, or neighbouring taps would give the same scores.
+        ProbeRefused: the scores disagree; the message says which tap or way of reading agrees, if one does.
     """
     cases = list(_read(given, scorer.reference, pools=reduction is None))
     labels = {case.expected.shape[1] for case in cases}
@@ -109,7 +111,7 @@ def compared(scorer: GoldenScorer, reduction: str | None, given: Sequence[Author
     stated = comparison.at("where it was imported to", "", [(scorer.inputs, 0)])[0]
     if stated is not None and stated.off <= AGREES:
         blocks_off = comparison.neighbours(tokens_too=False)
-        # what is no more than rounding may also be a small mistake, which another reading does not make
+        # A difference that looks like rounding may also be a small mistake, which another way of reading does not make.
         others = comparison.others() if stated.off > EXACT else ()
         if any(_CLEARLY * found.off < stated.off for found in (*blocks_off, *others)):
             raise _refusal(comparison, stated, len(expected), file)
@@ -157,25 +159,25 @@ def _refusal(comparison: _PlaceComparison, stated: _Found | None, scores: int, f
 
 
 class _PlaceComparison:
-    """Reads the same rollouts in several ways and holds each against the author's scores."""
+    """Scores the same rollouts at several taps and in several ways, and compares each result with the author's scores."""
 
     def __init__(self, scorer: GoldenScorer, reduction: str | None, cases: Sequence[_Case], expected: Array) -> None:
         self._scorer, self._reduction = scorer, reduction
         self._cases, self._expected = cases, expected
 
     def at(self, where: str, remedy: str, places: Sequence[Place]) -> list[_Found | None]:
-        """Compares the scores of each place with the author's: on all rollouts for one place, on the first few for many."""
+        """Compares the scores at each given tap with the author's: on all rollouts for one tap, on the first few for several taps."""
         return self._compare(self._scorer, places, [(where, remedy)] * len(places), self._reduction)
 
     def neighbours(self, *, tokens_too: bool = True) -> list[_Found]:
-        """Compares the scores one block off, and one token off if that is wanted."""
+        """Compares the scores at the taps one block before and after and, if asked, at activations one token away, with the author's."""
         every = neighbouring_places(self._scorer.inputs, self._scorer.reference.reference.num_hidden_layers)
         places = [place for place in every if tokens_too or not place[1]]
         said = [(_named(place), _remedy(place)) for place in places]
         return [found for found in self._compare(self._scorer, places, said, self._reduction) if found is not None]
 
     def others(self) -> Iterator[_Found]:
-        """Compares other hooks, BOS or none, centred activations, and other ways to one score of a rollout."""
+        """Compares the author's scores with those of other hooks, with and without BOS, of centred activations, and of other reductions."""
         scorer = self._scorer
         hooks = _other_hooks(scorer.inputs, scorer.reference.reference.num_hidden_layers)
         yield from self._found(scorer, hooks, [(_named(place), _remedy(place)) for place in hooks])
@@ -236,7 +238,7 @@ def _nearest(
     where: str,
     remedy: str,
 ) -> _Found | None:
-    """Compares scores with the author's in each unit that he may have used, and keeps the nearest."""
+    """Compares scores with the author's in each unit that the author may have used, and returns the closest result."""
     units: dict[str, tuple[bool, bool]] = {f"a {unit.value}": (False, False)}
     if unit is ScoreUnit.LOGIT:
         units |= {"a probability": (True, False), "the probability of a reduced logit": (False, True)}
@@ -297,7 +299,7 @@ def _other_hooks(inputs: tuple[TapInput, ...], num_hidden_layers: int) -> list[P
 
 
 def _on(scorer: GoldenScorer, change: Any) -> GoldenScorer:  # noqa: ANN401  a function of arrays
-    """Makes a scorer that gives the same probe changed activations."""
+    """Returns a scorer that runs the same probe on changed activations, such as those of another tap."""
     probe = scorer.probe
 
     def score(inputs: GraphInputs) -> NDArray[Any]:

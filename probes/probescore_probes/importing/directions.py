@@ -1,8 +1,8 @@
-"""Directions and weight matrices in plain files, with a bias or without: ``.npy``, ``.npz``, ``.safetensors``, ``.pt``.
+"""Reads directions and weight matrices, with or without a bias, in plain files: ``.npy``, ``.npz``, ``.safetensors``, ``.pt``.
 
     score = weight · x + bias
 
-``hf-directions`` has a direction for every entry of Hugging Face's ``hidden_states``, of which one is taken.
+A file of the format ``hf-directions`` has a direction for every entry of Hugging Face's ``hidden_states``; one of them is imported.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _FILES = ("npy", "npz", "safetensors", "torch")
 
 
 def is_direction(source: ProbeSource) -> bool:
-    """Tells whether a file holds one tensor, or a weight and perhaps a bias."""
+    """Returns whether a file holds a single tensor, or a weight with or without a bias."""
     if source.kind not in _FILES or (isinstance(source.content, Mapping) and any(isinstance(v, Mapping) for v in source.content.values())):
         return False
     names = set(unprefixed(source.tensors))
@@ -29,10 +29,10 @@ def is_direction(source: ProbeSource) -> bool:
 
 
 def read_direction(source: ProbeSource, asked: ImportOptions) -> Imported:
-    """Reads a direction, or a matrix with a row for each label.
+    """Reads a direction ``(width,)``, or a matrix with one row of weights for each label.
 
     Raises:
-        ValueError: shapes that do not fit, or rows of which nobody can say what they are.
+        ValueError: shapes do not fit together, or the meaning of the rows is not known.
     """
     found = unprefixed(source.tensors)
     weight, bias = weight_and_bias(found, source.name)
@@ -47,15 +47,15 @@ def read_direction(source: ProbeSource, asked: ImportOptions) -> Imported:
 
 
 def is_hidden_states_direction(source: ProbeSource) -> bool:
-    """Recognises no file by itself, since its rows may be labels."""
+    """Returns ``False`` for every file, since rows for layers look the same as rows for labels; the format must be asked for by name."""
     return False
 
 
 def read_hidden_states_direction(source: ProbeSource, asked: ImportOptions) -> Imported:
-    """Reads one row of the directions for all entries of ``hidden_states``, entry 0 first.
+    """Reads one direction of a file that holds a direction for every entry of Hugging Face's ``hidden_states``, entry 0 first.
 
     Raises:
-        ValueError: there are more or fewer rows than entries, or no entry was asked for.
+        ValueError: the number of rows is not the number of entries, or no entry was asked for.
     """
     weight, bias = weight_and_bias(unprefixed(source.tensors), source.name)
     entries = asked.num_hidden_layers + 1
@@ -73,17 +73,17 @@ def read_hidden_states_direction(source: ProbeSource, asked: ImportOptions) -> I
 
 
 def unprefixed(found: Mapping[str, Array]) -> dict[str, Array]:
-    """Returns tensors without what all of their names begin with: ``linear.weight`` of a module that holds one layer."""
+    """Returns tensors without the common prefix of their names, such as ``linear.`` of a module that holds one layer."""
     prefixes = {name.rpartition(".")[0] for name in found}
     prefix = f"{prefixes.pop()}." if len(prefixes) == 1 else ""
     return {name.removeprefix(prefix): array for name, array in found.items()}
 
 
 def weight_and_bias(found: Mapping[str, Array], where: str) -> tuple[Array, Array | None]:
-    """Finds the weight, under any of its usual names, and the bias if there is one.
+    """Finds the weight, under any of its usual names, and the bias if there is one, among tensors by name.
 
     Raises:
-        ValueError: there is no weight, or several.
+        ValueError: there is no weight, or there are several.
     """
     weights = [name for name in found if name in _WEIGHTS] or ([*found] if len(found) == 1 else [])
     if len(weights) != 1:
@@ -93,10 +93,10 @@ def weight_and_bias(found: Mapping[str, Array], where: str) -> tuple[Array, Arra
 
 
 def rows_of(weight: Array, asked: ImportOptions, where: str) -> Array:
-    """Returns weights as ``(labels, width)``.
+    """Returns weights as a matrix ``(labels, width)``.
 
     Raises:
-        ValueError: they have more axes.
+        ValueError: the weights have more than two axes.
     """
     if weight.ndim not in (1, 2):
         raise ValueError(f"{where}: weights of shape {weight.shape}; save one direction (width,), or a matrix (labels, width)")

@@ -1,4 +1,7 @@
-"""Estimators of scikit-learn, saved by ``joblib`` or ``pickle``, or without code by ``skops``."""
+"""Reads estimators and pipelines of scikit-learn, saved by ``joblib``, ``pickle`` or ``skops``.
+
+A file of ``joblib`` or ``pickle`` can run code when it is opened; a file of ``skops`` cannot.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +18,15 @@ _SKOPS = "save the estimator with skops.io.dump, which runs nothing"
 
 
 def is_estimator(source: ProbeSource) -> bool:
-    """Tells whether a file is a pickle, or was written by skops."""
+    """Returns whether a file is a pickle, or was written by ``skops``, as saved estimators of scikit-learn are."""
     return source.kind == "skops" or (source.kind == "pickle" and source.path.suffix != ".lgprobe")
 
 
 def read_estimator(source: ProbeSource, asked: ImportOptions) -> Imported:
-    """Reads a fitted estimator or pipeline.
+    """Reads a fitted estimator or pipeline of scikit-learn from a file.
 
     Raises:
-        ValueError: it would run code and is not trusted, it is no estimator, or it cannot be written as a graph.
+        ValueError: the file would run code and is not trusted, holds no estimator, or holds one that cannot be exported to ONNX.
     """
     content, warned = (_from_skops(source), ()) if source.kind == "skops" else unpickled(source, asked.trust_pickle, _SKOPS)
     if not hasattr(content, "fit"):
@@ -32,10 +35,10 @@ def read_estimator(source: ProbeSource, asked: ImportOptions) -> Imported:
 
 
 def estimator_probe(estimator: Any, asked: ImportOptions, source: ProbeSource, warned: tuple[str, ...] = ()) -> Imported:  # noqa: ANN401
-    """Makes the probe of a fitted estimator.
+    """Makes a probe of a fitted estimator of scikit-learn, exported to ONNX.
 
     Raises:
-        ValueError: it cannot be written as a graph, or fits no taps.
+        ValueError: the estimator cannot be exported to ONNX, or its number of features fits no number of taps.
     """
     function = sklearn_probe(estimator)
     if function.width is None:

@@ -1,4 +1,7 @@
-"""ONNX graphs from elsewhere, from activations ``(N, width)`` to scores: put behind the names and dtypes that a probe file has."""
+"""Imports ONNX graphs of other origin that compute scores from activations ``(N, width)``.
+
+The inputs and outputs of such a graph are renamed and cast to the names and dtypes of a probe file.
+"""
 
 from __future__ import annotations
 
@@ -24,15 +27,18 @@ _PREFIX = "imported_"
 
 
 def is_graph(source: ProbeSource) -> bool:
-    """Tells whether a file's name ends in ``.onnx``."""
+    """Returns whether a file's name ends in ``.onnx``."""
     return source.kind == "onnx"
 
 
 def read_graph(source: ProbeSource, asked: ImportOptions) -> Imported:
-    """Reads a graph with one input, or one for each tap, and one output of floats. As it came, it is the author's code.
+    """Reads an ONNX graph with one input, or one for each tap, and one output of floats.
+
+    Golden vectors are computed with the unchanged graph.
 
     Raises:
-        ValueError: it is no ONNX model, a probe file already, has other inputs or outputs, or does not run on activations of the model.
+        ValueError: the file is no ONNX model or already a probe file, its inputs or outputs are others, or it fails on the model's
+            activations.
     """
     try:
         model = onnx.load(source.path, load_external_data=False)
@@ -60,7 +66,7 @@ def read_graph(source: ProbeSource, asked: ImportOptions) -> Imported:
 
 
 class _AsItCame:
-    """A graph that runs under its own names, and is exported under those of a probe file."""
+    """Probe function of an imported ONNX graph: keeps its own input and output names to run, takes those of a probe file on export."""
 
     def __init__(self, model: onnx.ModelProto, inputs: list[onnx.ValueInfoProto], output: str) -> None:
         self._model, self._output = model, output
@@ -68,7 +74,7 @@ class _AsItCame:
         self._evaluator: Any = ReferenceEvaluator(model)
 
     def columns(self, width: int, where: str) -> int:
-        """Counts the scores that the graph gives for a row of ``width`` numbers from each input."""
+        """Returns how many scores the graph gives for each token, if each input has ``width`` features."""
         example = {name: np.random.default_rng(0).standard_normal((3, width)).astype(dtype) for name, dtype in self._inputs.items()}
         try:
             scores: Any = self._evaluator.run([self._output], example)[0]
@@ -82,7 +88,7 @@ class _AsItCame:
         return 1 if scores.ndim == 1 else int(scores.shape[1])
 
     def score(self, inputs: GraphInputs) -> NDArray[Any]:
-        """Computes the graph's own scores, ``(N, labels)``."""
+        """Computes the scores ``(N, labels)`` of the unchanged graph."""
         rows = list(inputs.values())
         given = rows if len(rows) == len(self._inputs) else [np.concatenate(rows, axis=1)]
         named_rows = {name: array.astype(dtype) for (name, dtype), array in zip(self._inputs.items(), given, strict=True)}
@@ -90,7 +96,7 @@ class _AsItCame:
         return np.asarray(scores).reshape(len(scores), -1)
 
     def export(self, signature: GraphSignature) -> onnx.ModelProto:
-        """Makes the graph with the inputs and the output of a signature."""
+        """Returns the graph with the inputs and the output of a probe file's signature."""
         inner = compose.add_prefix(self._model, _PREFIX)
         names = [str(tap) for tap in signature.taps]
         nodes = []

@@ -1,4 +1,4 @@
-"""Probes of obalcells/hallucination_probes: ``probe_config.json`` and ``probe_head.bin`` in a folder.
+"""Reads probes of obalcells/hallucination_probes: ``probe_config.json`` and ``probe_head.bin`` in a folder.
 
 score of a token = sigmoid(weight · x + bias), x = the output of block ``layer_idx``, counted from 0
 """
@@ -15,15 +15,16 @@ _ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.
 
 
 def is_hallucination_probe(source: ProbeSource) -> bool:
-    """Tells whether both files of such a probe are there."""
+    """Returns whether a folder holds ``probe_config.json`` and ``probe_head.bin``, the files of a hallucination probe."""
     return source.holds(_CONFIG, _HEAD)
 
 
 def read_hallucination_probe(source: ProbeSource, asked: ImportOptions) -> Imported:
-    """Reads a linear head over the output of a block; scores are probabilities of tokens.
+    """Reads a hallucination probe, a linear head over the output of a block; each token's score is a probability.
 
     Raises:
-        ValueError: an adapter lies beside it, the layer is none of the model's, or weights have another shape.
+        ValueError: the folder has an adapter, which would change the model; the model lacks the layer; or the weights have another
+            shape.
     """
     if adapter := source.beside(*_ADAPTERS):
         raise ValueError(

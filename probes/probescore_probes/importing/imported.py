@@ -1,4 +1,4 @@
-"""What passes between the formats of other libraries and the writer of a probe file."""
+"""Defines what readers of other libraries' formats receive and return: the options of an import, and the probe that was read."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ NONLINEAR = (
     "It is not linear, and its file does not say what it was fitted on: the score of a rollout's mean activation, if its author computes "
     "that, is another number than the mean of the scores of its tokens, which is served"
 )
-"""What must be known of a probe that is no ``weight · x + bias``."""
+"""Note for the manifest of a probe that is not of the form ``weight · x + bias``."""
 
 
 @dataclass(frozen=True)
 class ImportOptions:
-    """What the importer says, since files leave much of it out.
+    """Options of an import: facts about a probe that its file may leave out, given by the importer.
 
     Attributes:
-        hidden_size: of the model.
-        num_hidden_layers: of the model.
-        layer_norms: whether the model's norms take the mean of their rows out; root mean square norms do not.
-        taps: where to read, in order; empty = not said.
-        reduction: from scores of tokens to one of a rollout, or how the author pools; ``None`` = not said.
-        unit: of the scores; ``None`` = not said.
-        labels: names of the columns; empty = not said.
-        heads: of an attention probe.
-        features: of a sparse autoencoder.
-        sees_prompt: whether a probe of several tokens is given the prompt's too.
-        trust_pickle: whether files may run code here, once.
+        hidden_size: width of the model's activations.
+        num_hidden_layers: number of blocks of the model.
+        layer_norms: whether the model's norms subtract the mean of each activation; root mean square norms do not.
+        taps: taps that the probe reads, in order; empty = not given.
+        reduction: how token scores become one score of a rollout, or how the author's probe pools; ``None`` = not given.
+        unit: unit of the scores; ``None`` = not given.
+        labels: names of the score columns; empty = not given.
+        heads: number of heads of an attention probe.
+        features: indices of features of a sparse autoencoder.
+        sees_prompt: whether a probe that reads several tokens together also reads the prompt's tokens.
+        trust_pickle: whether files may run code in this process while they are opened.
     """
 
     hidden_size: int
@@ -58,10 +58,10 @@ class ImportOptions:
     trust_pickle: bool = False
 
     def taps_for(self, width: int, remedy: str = "") -> tuple[Tap, ...]:
-        """Returns the taps that were asked for, checked against how many numbers a row of weights has.
+        """Returns the taps that the importer gave, after checking their number against the width of the probe's weights.
 
         Raises:
-            ValueError: none was, or another number of them.
+            ValueError: no taps were given, or not as many as the weights need.
         """
         needed, rest = divmod(width, self.hidden_size)
         if rest or not needed:
@@ -82,10 +82,10 @@ class ImportOptions:
         return self.taps
 
     def tap_or(self, stated: Sequence[Tap], where: str) -> tuple[Tap, ...]:
-        """Returns the taps that a file states; the importer may name the same ones, and no others.
+        """Returns the taps that a file states; the importer may give no taps or the same ones.
 
         Raises:
-            ValueError: others were asked for.
+            ValueError: the importer gave other taps.
         """
         if self.taps and self.taps != tuple(stated):
             raise ValueError(
@@ -95,10 +95,10 @@ class ImportOptions:
         return tuple(stated)
 
     def entry_of(self, layers: Sequence[int], what: str) -> tuple[int, Tap]:
-        """Finds which of a file's probes for entries of ``hidden_states`` is asked for: its index in ``layers``, and the tap.
+        """Chooses one of a file's probes for entries of ``hidden_states``, and returns its index in ``layers`` and its tap.
 
         Raises:
-            ValueError: none was and there are several, or one that the file does not have.
+            ValueError: no entry was asked for although the file has several probes, or the file has no probe for the entry.
         """
         if len(layers) == 1 and not self.taps:
             return 0, hidden_state(layers[0], "layers[0]", self.num_hidden_layers)
@@ -114,19 +114,19 @@ class ImportOptions:
 
 @dataclass(frozen=True, eq=False)
 class Imported:
-    """A probe of another library, as it was read.
+    """A probe of another library after reading, before it is written as a probe file.
 
     Attributes:
-        function: its formula, and the graph for it.
-        taps: where it reads, in order.
-        method: what it is, for people.
-        labels: names of its columns.
-        context: what a score depends on.
-        positions: whether it is given each token's position.
-        reduce_on: unit of what the server sends; ``None`` = that of the function.
+        function: the probe's formula in numpy and its ONNX graph.
+        taps: taps that the probe reads, in order.
+        method: description of the kind of probe, for people.
+        labels: names of the score columns.
+        context: which tokens a score depends on.
+        positions: whether the probe receives each token's position.
+        reduce_on: unit in which token scores are reduced; ``None`` = the unit of ``function``.
         reduction: default reduction; ``None`` = mean, or none for a probe that pools.
         expects_bos: whether prompts start with BOS; ``None`` = not known.
-        notes: what its file leaves open, and what was not taken over; whole sentences without a full stop.
+        notes: what the file does not say, and what was not converted; whole sentences without a full stop.
     """
 
     function: ProbeFunction
@@ -142,10 +142,10 @@ class Imported:
 
 
 def named(asked: ImportOptions, columns: int, stated: Sequence[str] = ()) -> tuple[str, ...]:
-    """Names the columns of a probe: by those asked for, else those of its file, else numbers.
+    """Returns the names of a probe's score columns: those asked for, else those in the file, else numbers.
 
     Raises:
-        ValueError: more or fewer were asked for than there are columns.
+        ValueError: the number of names asked for is not the number of columns.
     """
     if asked.labels and len(asked.labels) != columns:
         raise ValueError(
@@ -157,14 +157,14 @@ def named(asked: ImportOptions, columns: int, stated: Sequence[str] = ()) -> tup
 
 
 def linear(weight: Array, bias: Array, *, unit: ScoreUnit, mean: Array | None = None, std: Array | None = None) -> ProbeFunction:
-    """Makes a probe of ``weight · (x - mean) / std + bias``, as its author computes it. The graph has the standardisation folded in.
+    """Makes a probe that computes ``weight · (x - mean) / std + bias``; its ONNX graph has mean and std folded into weights and bias.
 
     Args:
-        weight: ``(labels, width)``.
-        bias: ``(labels,)``.
-        unit: of the scores.
-        mean: ``(width,)``; ``None`` = 0.
-        std: ``(width,)``; ``None`` = 1.
+        weight: weights, ``(labels, width)``.
+        bias: biases, ``(labels,)``.
+        unit: unit of the scores.
+        mean: means of the features, ``(width,)``; ``None`` = 0.
+        std: standard deviations of the features, ``(width,)``; ``None`` = 1.
     """
     centre = np.zeros(weight.shape[1]) if mean is None else mean
     scale = np.ones(weight.shape[1]) if std is None else std
@@ -173,7 +173,7 @@ def linear(weight: Array, bias: Array, *, unit: ScoreUnit, mean: Array | None = 
 
 
 def is_affine(function: ProbeFunction, width: int) -> bool:
-    """Tells whether a function of single rows is ``weight · x + bias``, so that the mean of its scores is the score of the mean row."""
+    """Returns whether a probe computes ``weight · x + bias`` of each token, so that the mean of scores is the score of the mean."""
     x, y = np.random.default_rng(0).standard_normal((2, 8, width))
 
     def scores(rows: Array) -> Array:
@@ -184,18 +184,21 @@ def is_affine(function: ProbeFunction, width: int) -> bool:
 
 
 def formula(score: Callable[[GraphInputs], Array], module: torch.nn.Module, *, unit: ScoreUnit, width: int, columns: int) -> ProbeFunction:
-    """Makes a probe whose own code is a formula in numpy, and whose graph is exported from a module that must agree with it."""
+    """Makes a probe from a formula in numpy, as reference, and a torch module that is exported to ONNX and must agree with the formula."""
     return replace(torch_probe(module, unit=unit), score=score, width=width, columns=columns)
 
 
 def side_by_side(inputs: GraphInputs) -> Array:
-    """Returns the activations of all taps ``(N, taps × hidden_size)``, float64."""
+    """Returns the activations at all taps side by side, ``(N, taps × hidden_size)`` float64."""
     taps = [array for name, array in inputs.items() if name not in (CU_SEQLENS, POSITIONS)]
     return np.concatenate(taps, axis=1).astype(np.float64)
 
 
 def each_sequence(of_one: Callable[[Array], Array], rows: Callable[[GraphInputs], Array] = side_by_side) -> Callable[[GraphInputs], Array]:
-    """Makes of the formula for one sequence, ``(T, width)`` to ``(T, labels)`` or, pooled, ``(1, labels)``, that for several in a row."""
+    """Turns a formula for one sequence into a formula for several sequences one after another.
+
+    The formula for one sequence maps ``(T, width)`` to ``(T, labels)`` or, if it pools, to ``(1, labels)``.
+    """
 
     def score(inputs: GraphInputs) -> Array:
         every = rows(inputs)

@@ -1,10 +1,10 @@
-"""Probes of AISI's lie_detectors: one ``.pt`` with ``state_dict`` and ``hyperparams``.
+"""Reads probes of AISI's lie_detectors: one ``.pt`` file with ``state_dict`` and ``hyperparams``.
 
     dim   score = direction · x
     lr    score = weight · (x - dataset_mean) / dataset_std + bias
     mlp   score = net.2 · relu(net.0 · (x - dataset_mean) / dataset_std + …) + …
 
-Its pickle names an enum of a private package. A stand-in takes that place, and the kind is known by the tensors.
+The file's pickle refers to an enum of a private package. A placeholder replaces the enum, and the kind is recognised by the tensors.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from probescore_probes.importing.standardised import check_std
 
 
 def is_lie_detector(source: ProbeSource) -> bool:
-    """Tells whether a torch file holds weights and how they were fitted."""
+    """Returns whether a torch file holds ``state_dict`` and ``hyperparams``, as probes of lie_detectors do."""
     if source.kind != "torch" or not isinstance(source.content, Mapping):
         return False
     return isinstance(source.content.get("state_dict"), Mapping) and isinstance(source.content.get("hyperparams"), Mapping)
 
 
 def read_lie_detector(source: ProbeSource, asked: ImportOptions) -> Imported:
-    """Reads a difference of means, a logistic regression, or a perceptron with one hidden layer.
+    """Reads a probe of lie_detectors: a difference of means, a logistic regression, or a perceptron with one hidden layer.
 
     Raises:
-        ValueError: no tap was given, since the file does not say how its layers are counted; or weights have another shape.
+        ValueError: no tap was given, since the file does not say how layers are counted; or the weights have another shape.
     """
     content: Mapping[str, Any] = source.content
     if not isinstance(content, Mapping) or not isinstance(content.get("state_dict"), Mapping):

@@ -1,12 +1,13 @@
-"""Probes of the Obfuscation Atlas: ``layer_K/model.pt`` with ``config.json``, over ``hidden_states[K + 1]``.
+"""Reads probes of the Obfuscation Atlas: ``layer_K/model.pt`` with ``config.json``, over ``hidden_states[K + 1]``.
 
-``config.json`` is ``{class_name, module, init_args}``. Every kind gives scores ``v`` (tokens, heads), and ``q`` where it has queries
-(elsewhere q = v). An aggregator, which is not in the file, makes one logit of them; the probability is sigmoid(platt_A · logit + platt_B):
+``config.json`` is ``{class_name, module, init_args}``. Every class of probe gives values ``v`` (tokens, heads), and attention logits ``q``
+if it has queries (else q = v). An aggregator, which the file does not name, makes one logit of them; the probability is
+sigmoid(platt_A · logit + platt_B):
 
     mean, max, sum, last       of Σ over heads of v
     multimax                   Σ over heads of max over tokens of v
     attention                  Σ over heads of Σ over tokens of softmax(q) · v
-    rolling_attention(w)       the same within each window of w tokens, the largest window of each head
+    rolling_attention(w)       as attention within each window of w tokens; the largest window of each head counts
 """
 
 from __future__ import annotations
@@ -36,7 +37,10 @@ _AGGREGATORS = "mean, max, sum, last, multimax, attention or rolling_attention(1
 
 
 class _Pooled(nn.Module):
-    """A probe with its aggregator: normalised rows, scores of heads, one logit, and Platt's line."""
+    """Torch module of an Atlas probe and its aggregator.
+
+    It normalises activations, scores tokens by head, pools the scores to one logit and applies Platt scaling.
+    """
 
     def __init__(self, kind: Kind, normalise: tuple[str, float], aggregator: str, window: int, platt: tuple[float, float]) -> None:
         super().__init__()
@@ -46,7 +50,7 @@ class _Pooled(nn.Module):
         self.a, self.b = platt
 
     def forward(self, *given: Tensor) -> Tensor:
-        """Computes logits ``(N, 1)``, or ``(S, 1)`` where the aggregator pools heads apart."""
+        """Computes logits: ``(N, 1)`` for tokens, or ``(S, 1)`` for sequences if the aggregator pools each head separately."""
         x = given[0]
         if self.normalise == "l2":
             x = _over(x, (x * x).sum(-1, keepdim=True).sqrt(), _L2_EPS)
@@ -77,15 +81,16 @@ class _Pooled(nn.Module):
 
 
 def is_obfuscation_atlas(source: ProbeSource) -> bool:
-    """Tells whether a configuration names a class, and weights lie beside it."""
+    """Returns whether a folder holds a configuration that names an Obfuscation Atlas class, and weights beside the configuration."""
     return source.holds(_CONFIG, WEIGHTS) and {"class_name", "init_args"} <= set(source.config(_CONFIG))
 
 
 def read_obfuscation_atlas(source: ProbeSource, asked: ImportOptions) -> Imported:
-    """Reads a probe with its aggregator, as one logit.
+    """Reads an Obfuscation Atlas probe together with its aggregator; the probe's score is one logit for each rollout.
 
     Raises:
-        ValueError: the aggregator, or the heads of an attention probe, were not said; its class is not known; or weights have other shapes.
+        ValueError: the importer did not give the aggregator or the number of attention heads, the class is not known, or weights have other
+            shapes.
     """
     config = source.config(_CONFIG)
     init = config.get("init_args") or {}
@@ -133,7 +138,7 @@ def _context(kind: Kind, pools: bool, asked: ImportOptions) -> Context:
 
 
 def _normalisation(init: Mapping[str, Any], found: Weights) -> tuple[str, float]:
-    """Returns what is done to rows, and the scale that ``unit_norm`` divides them by."""
+    """Returns how an Atlas probe normalises activations, and the number by which ``unit_norm`` divides them."""
     normalise = init.get("normalize_input", "none")
     if normalise not in ("none", "l2", "unit_norm"):
         raise ValueError(f"{_CONFIG}: normalize_input: {arguments.shown(normalise)}; only none, l2 and unit_norm are known")
@@ -168,7 +173,7 @@ def _aggregator(asked: ImportOptions) -> tuple[str, int]:
 
 
 def _platt(found: Weights, aggregator: str) -> tuple[float, float]:
-    """Returns ``a`` and ``b`` of ``a · logit + b``, which must mean the same before the aggregator as after it."""
+    """Returns ``a`` and ``b`` of Platt scaling ``a · logit + b``, which must give the same result before the aggregator as after."""
     a, b = (float(found.get(name, np.array(default)).ravel()[0]) for name, default in (("platt_A", 1.0), ("platt_B", 0.0)))
     if aggregator == "sum" and b:
         raise ValueError(f"platt_B: {b:g} is added once to a sum over tokens; a sum can be imported only where it is 0")
@@ -178,7 +183,7 @@ def _platt(found: Weights, aggregator: str) -> tuple[float, float]:
 
 
 def _aggregated(query: Array, value: Array, aggregator: str, window: int) -> Array:
-    """Aggregates the heads of one sequence to ``(1, 1)``."""
+    """Applies the aggregator to the scores of one sequence by head, and returns one logit ``(1, 1)``."""
     if aggregator == "multimax":
         return np.asarray(value.max(0).sum(keepdims=True)[None])
     share = softmax(query, 0)
@@ -190,7 +195,7 @@ def _aggregated(query: Array, value: Array, aggregator: str, window: int) -> Arr
 
 
 def _over(x: Tensor, y: Tensor, eps: float) -> Tensor:
-    """Computes ``x / (y + eps)``, written so that exporters, which leave out what they take for ``+ 0``, keep it."""
+    """Computes ``x / (y + eps)``, written so that ONNX exporters, which drop an addition that they take for ``+ 0``, keep ``eps``."""
     return (x / eps) / (y / eps + 1)
 
 

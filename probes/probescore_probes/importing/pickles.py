@@ -1,4 +1,7 @@
-"""Pickles, which run code as they are opened: refused with what they would run, unless whoever asks trusts them."""
+"""Opens pickles, which can run code while they are opened, only if the importer trusts them.
+
+An untrusted pickle is refused with a message that lists the code which the pickle would run.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +18,15 @@ logger = structlog.get_logger(__name__)
 
 
 def unpickled(source: ProbeSource, trusted: bool, instead: str) -> tuple[object, tuple[str, ...]]:
-    """Opens a pickle, and returns what it holds with notes: that its code ran, and what its libraries warn of.
+    """Opens a pickle and returns the object in it, with notes for the manifest: that its code ran, and warnings of the libraries it used.
 
     Args:
-        source: the file; what ``joblib`` or ``dill`` wrote too.
-        trusted: whether its code may run, here and now.
-        instead: what to do without.
+        source: the file, written by ``pickle``, ``joblib`` or ``dill``.
+        trusted: whether the pickle's code may run in this process.
+        instead: advice for the message on what to do without trusting the file.
 
     Raises:
-        ValueError: it is not trusted, or cannot be opened.
+        ValueError: the pickle is not trusted, or cannot be opened.
     """
     names = pickled_names(source)
     if not trusted:
@@ -48,7 +51,7 @@ def unpickled(source: ProbeSource, trusted: bool, instead: str) -> tuple[object,
 
 
 def pickled_names(source: ProbeSource) -> list[str]:
-    """Lists what an uncompressed pickle would import, as far as it can be read without being run."""
+    """Lists the names that an uncompressed pickle would import, as far as the pickle can be parsed without running it."""
     names: list[str] = []
     strings: list[str] = []
     memo: dict[int, str] = {}

@@ -1,8 +1,8 @@
-"""Where other libraries read a model, by their own names, as taps of this one; or the sentence that refuses a name.
+"""Translates the names that other libraries give to places in a model into taps, and refuses names that stand for no tap.
 
-hidden_states[k]                    Hugging Face: what enters block k; the last entry is after the final norm
+hidden_states[k]                    Hugging Face: the input of block k; the last entry is after the final norm
 blocks.L.hook_resid_post            TransformerLens, SAELens
-model.layers[L].output[0]           nnsight; also paths of modules, transformer.h.L
+model.layers[L].output[0]           nnsight; also paths of modules, such as transformer.h.L
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ OTHER_ACTIVATIONS = (
     "TransformerLens folds norms into weights, centres what writes to the stream and prepends BOS unless told otherwise: activations of a "
     "model loaded so are others than those served here; compare scores with the author's"
 )
-"""What must be known of a name of TransformerLens."""
+"""Note for the manifest of a probe whose tap was given by a name of TransformerLens."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """A tap, and what must be known of the name that it was found by.
+    """A tap (a place in the model where a probe reads), with notes about the name that it was found by.
 
     Attributes:
-        tap: of this model.
-        notes: sentences for the manifest.
+        tap: the tap in probescore's terms.
+        notes: sentences for the probe's manifest.
     """
 
     tap: Tap
@@ -57,16 +57,16 @@ class Place:
 
 
 def read_place(written: str | Tap, argument: str, num_hidden_layers: int) -> Place:
-    """Finds the tap that a name stands for: one of ours, or one of another library's.
+    """Returns the tap that a name stands for; the name may be one of probescore's or one of another library's.
 
     Args:
-        written: ``"resid_post.6"``, or a name as the module describes them.
-        argument: its name, for messages.
-        num_hidden_layers: of the model.
+        written: the name: ``"resid_post.6"``, or a name in another library's style such as ``"hidden_states[7]"``.
+        argument: name of the argument that held the name, for messages.
+        num_hidden_layers: number of blocks of the model.
 
     Raises:
-        TypeError: it is no text.
-        ValueError: it is nothing that can be read, or the model has no such block.
+        TypeError: the name is not a string.
+        ValueError: the name has no known form, or the model has no such block.
     """
     if not isinstance(written, str):
         return Place(arguments.tap(written, argument, num_hidden_layers))
@@ -107,14 +107,14 @@ def read_place(written: str | Tap, argument: str, num_hidden_layers: int) -> Pla
 
 
 def hidden_state(index: int, argument: str, num_hidden_layers: int) -> Tap:
-    """Finds the tap of an entry of Hugging Face's ``hidden_states``, which has one more than the model has blocks.
+    """Returns the tap of an entry of Hugging Face's ``hidden_states``, which has one entry more than the model has blocks.
 
-    Entry 0 enters block 0, entry k leaves block k - 1, and the last is not the last block's output but comes after the final norm.
+    Entry 0 is the input of block 0, and entry k the output of block k - 1, except for the last: it is the output of the final norm.
 
     Args:
-        index: from 0, or from the end where it is negative.
-        argument: its name, for messages.
-        num_hidden_layers: of the model.
+        index: index of the entry, from 0; negative indices count from the end.
+        argument: name of the argument that held the index, for messages.
+        num_hidden_layers: number of blocks of the model.
 
     Raises:
         ValueError: there is no such entry.
@@ -131,7 +131,7 @@ def hidden_state(index: int, argument: str, num_hidden_layers: int) -> Tap:
 
 
 def hidden_state_of(tap: Tap, num_hidden_layers: int) -> int | None:
-    """Finds the entry of Hugging Face's ``hidden_states`` that a tap reads; ``None`` if it is in none of them."""
+    """Returns the index of the entry of Hugging Face's ``hidden_states`` that equals a tap's activations; ``None`` if no entry does."""
     for entry in range(num_hidden_layers + 1):
         found = hidden_state(entry, "tap", num_hidden_layers)
         if found == tap or (tap.hook == "resid_pre" and tap.layer and found == Tap("resid_post", tap.layer - 1)):

@@ -1,4 +1,4 @@
-"""From another library's file to a probe file, in one call."""
+"""Converts a probe file of another library into a probe file of probescore, in one function call."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from probescore_server.probes.format.manifest import TapInput, Training
 from probescore_server.probes.format.probe_file import ProbeFile
 
 NOT_COMPARED = "Nobody has compared it with its author's scores"
-"""What the file of a probe says that was imported without them."""
+"""Note in the manifest of a probe that was imported without its author's scores."""
 
 _GOLDEN_ROLLOUTS = 4
 _FEWEST_IDS = 6
@@ -41,13 +41,13 @@ Rollout = tuple[NDArray[np.int64], NDArray[np.int64]]
 
 @dataclass(frozen=True, eq=False)
 class ImportedProbe:
-    """A probe file that was made from another library's, and what is known of it.
+    """A probe file that was made from another library's file, with notes on the conversion.
 
     Attributes:
-        probe: as it was written.
-        format: what it was read as.
-        notes: what its file leaves open, what was not taken over, and whether anybody compared it with its author's scores.
-        agrees: whether its author's scores were given, and agree.
+        probe: the probe as it was written to the file.
+        format: name of the format that the source file was read as.
+        notes: what the source file does not say, what was not converted, and whether the scores were compared with the author's.
+        agrees: whether the author's scores were given and agree with the probe's.
     """
 
     probe: ProbeFile
@@ -78,36 +78,36 @@ def import_probe(
     author: str = "",
     license: str = "",
 ) -> ImportedProbe:
-    """Makes a probe file of a file that another library wrote.
+    """Makes a probe file of probescore from a file that another library wrote.
 
-    Golden vectors are computed with the format's formula on activations of plain Hugging Face, and the file is checked as ``write_probe``
-    checks it. Thresholds are never taken over.
+    Golden vectors are computed with the format's formula on activations of the model in Hugging Face transformers, and the file is checked
+    as ``write_probe`` checks it. Thresholds are never taken over.
 
     Args:
-        file: a file, or the folder that holds several.
+        file: path of the source file, or of the folder that holds its files.
         reference: the model that the probe was fitted on, in float32.
-        name: of the new probe.
-        version: of the new probe.
-        output: where to write it.
-        format: of ``FORMATS``; ``None`` = as the content shows.
-        taps: where it reads, in order, where the file does not say: ``"resid_post.6"``, or a name of Hugging Face (``hidden_states[7]``),
-            TransformerLens (``blocks.6.hook_resid_post``) or nnsight (``model.layers[6].output[0]``).
+        name: name of the new probe.
+        version: version of the new probe.
+        output: path of the new probe file.
+        format: a name in ``FORMATS``; ``None`` = recognised by the file's content.
+        taps: taps that the probe reads, in order, if the file does not say: ``"resid_post.6"``, or a name in Hugging Face transformers
+            (``hidden_states[7]``), TransformerLens (``blocks.6.hook_resid_post``) or nnsight (``model.layers[6].output[0]``).
         author_scores: a few rollouts with the scores that the author's own code gives them.
-        golden: rollouts for the golden vectors; by default the author's, or a few texts.
-        reduction: from scores of tokens to one of a rollout; of the Obfuscation Atlas, its aggregator.
-        unit: of scores, where the format leaves it open.
-        labels: names of the columns.
-        heads: of an attention probe of the Obfuscation Atlas.
-        features: of a sparse autoencoder, those to score.
-        sees_prompt: whether a probe of several tokens is given the prompt's too.
-        trust_pickle: whether the file may run code here, now.
-        description: for people.
-        author: for people.
-        license: for people, by its SPDX name.
+        golden: rollouts for the golden vectors; by default those in ``author_scores``, or a few built-in texts.
+        reduction: how token scores become one score of a rollout; for an Obfuscation Atlas probe, its aggregator.
+        unit: unit of the scores, if the format does not say.
+        labels: names of the score columns.
+        heads: number of heads of an attention probe of the Obfuscation Atlas.
+        features: indices of the features of a sparse autoencoder to score.
+        sees_prompt: whether a probe that reads several tokens together also reads the prompt's tokens.
+        trust_pickle: whether the file may run code in this process while it is opened.
+        description: description of the probe, for people.
+        author: author of the probe, for people.
+        license: license of the probe, by its SPDX name.
 
     Raises:
-        TypeError, ValueError: an argument or the file is not what it should be; names it and what to do.
-        ProbeRefused: its scores are not those of its author, or a server would refuse the file; nothing is written.
+        TypeError, ValueError: an argument or the file is wrong; the message names the fault and the remedy.
+        ProbeRefused: the probe's scores differ from the author's, or a server would refuse the probe file; nothing is written.
     """
     output = given.place(output)
     given.check_names(name, version, description=description, author=author, license=license)
@@ -169,7 +169,7 @@ def import_probe(
 
 
 def _with_what_was_said(found: Imported, asked: ImportOptions, notes: Sequence[str], reference: ReferenceModel) -> Imported:
-    """Completes a probe with the reduction that holds, and with notes on what nobody knows."""
+    """Completes a probe with its reduction, and with notes on facts that neither the file nor the importer gave."""
     said = [*found.notes, *notes]
     reduction, expects_bos = found.reduction, found.expects_bos
     if found.context.kind != "rollout":
@@ -183,7 +183,7 @@ def _with_what_was_said(found: Imported, asked: ImportOptions, notes: Sequence[s
 
 
 def _golden(golden: Any, author_scores: Sequence[AuthorScores], reference: ReferenceModel, found: Imported) -> list[Rollout]:  # noqa: ANN401
-    """Chooses golden rollouts: those that were given, those of the author, or texts of this module."""
+    """Returns the rollouts for golden vectors: those given for them, else those with author's scores, else built-in texts."""
     bos = reference.tokenizer.bos_token_id
     if len(golden):
         rollouts, argument = given.read_golden(golden, reference), "golden"
@@ -215,7 +215,7 @@ def _texts(reference: ReferenceModel, bos: int | None) -> list[Rollout]:
 
 
 def _check_fires(scorer: GoldenScorer, rollouts: Sequence[Rollout], labels: Sequence[str]) -> None:
-    """Refuses golden rollouts on which a column of scores does not vary, as a sparse feature's on most texts: they check nothing."""
+    """Refuses golden rollouts on which a score column does not vary, as a sparse feature's does on most texts: they verify nothing."""
     rows = [scorer.scores_at(prompt, completion, [(scorer.inputs, 0)])[0] for prompt, completion in rollouts]
     if any(row is None for row in rows):
         return  # writing says what is wrong with the code's scores

@@ -1,4 +1,4 @@
-"""The formats that can be imported, in the order in which a file is tried against them."""
+"""Lists the formats of probes that can be imported, in the order in which they are tried on a file."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from probescore_probes.importing.standardised import is_standardised, read_stand
 
 @dataclass(frozen=True)
 class Format:
-    """How probes of one library are known and read.
+    """The format in which one library saves probes: how to recognise and how to read its files.
 
     Attributes:
-        name: as it is asked for.
-        recognises: whether a file is of this format beyond doubt, by what is in it.
-        read: makes a probe of it; raises ``ValueError``, naming what is wrong and what to do.
+        name: the name by which an importer asks for the format.
+        recognises: returns whether a file's content is certainly of this format.
+        read: makes a probe of a file; raises ``ValueError`` that says what is wrong and what to do.
     """
 
     name: str
@@ -53,10 +53,10 @@ FORMATS = (
 
 
 def format_of(source: ProbeSource, name: str | None) -> Format:
-    """Finds the format of a file: the one that is asked for, or the one that it shows by what is in it.
+    """Returns the format of a file: the format that was asked for by name, or the one that the file's content shows.
 
     Raises:
-        ValueError: there is no such format, or the file shows none.
+        ValueError: there is no format of this name, or no format recognises the file.
     """
     names = ", ".join(known.name for known in FORMATS)
     if name is not None:

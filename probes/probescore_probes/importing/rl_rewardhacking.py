@@ -1,9 +1,9 @@
-"""Probes of rl-rewardhacking, each with one probe for every entry of ``hidden_states`` (0 = the embeddings).
+"""Reads probes of rl-rewardhacking, whose files hold one probe for every entry of ``hidden_states`` (0 = the embeddings).
 
     .mmpprobe   a torch file, ``{"direction": (layers, width), "layers": [...]}``
     .lgprobe    a pickle, ``{layer: LogisticRegression or None}``
 
-Both read the mean of a response's activations; a linear probe of a mean is the mean of its scores.
+Both kinds read the mean of a response's activations. A linear probe's score of that mean equals the mean of its token scores.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ _INSTEAD = "save coef_ and intercept_ of the layer that you use as weight and bi
 
 
 def is_rl_rewardhacking(source: ProbeSource) -> bool:
-    """Tells whether a file is of one of the two kinds."""
+    """Returns whether a file is an rl-rewardhacking probe: a pickle ``*.lgprobe``, or a torch file with a ``direction`` and ``layers``."""
     if source.path.suffix == ".lgprobe" and source.kind == "pickle":
         return True
     return source.kind == "torch" and isinstance(source.content, Mapping) and {"direction", "layers"} <= set(source.content)
 
 
 def read_rl_rewardhacking(source: ProbeSource, asked: ImportOptions) -> Imported:
-    """Reads the probe of one layer.
+    """Reads the rl-rewardhacking probe of one layer from a file that holds a probe for each layer.
 
     Raises:
-        ValueError: no layer was asked for, or one that the file has no probe for; or a pickle is not trusted.
+        ValueError: no layer was asked for, the file has no probe for the layer, or the file is a pickle that is not trusted.
     """
     return _logistic(source, asked) if source.kind == "pickle" else _mass_mean(source, asked)
 
@@ -77,7 +77,7 @@ def _logistic(source: ProbeSource, asked: ImportOptions) -> Imported:
 
 
 def _thresholds(source: ProbeSource) -> tuple[str, ...]:
-    """Notes that thresholds lie beside the file, if they do."""
+    """Returns a note for the manifest if a file with thresholds lies beside the probe, since thresholds are not imported."""
     path = source.folder / _STATISTICS
     try:
         statistics = json.loads(path.read_text(encoding="utf-8"))

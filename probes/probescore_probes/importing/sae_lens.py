@@ -1,9 +1,9 @@
-"""Features of sparse autoencoders of SAELens: ``cfg.json`` and ``sae_weights.safetensors`` in a folder, of versions 5 and 6.
+"""Reads features of sparse autoencoders of SAELens: ``cfg.json`` and ``sae_weights.safetensors`` in a folder, of versions 5 and 6.
 
     before = (norm(x) - b_dec if apply_b_dec_to_input) · W_enc + b_enc
     standard   relu(before)            jumprelu   relu(before) where before > threshold            topk   relu of the k largest
 
-What the file says is read as SAELens reads it; what would need more than the file, or another place than a tap, is refused by name.
+A configuration is interpreted as SAELens does. A setting that needs more than the file, or activations that no tap has, is refused by name.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _NOT_FOLDED = {
 
 
 class Features(nn.Module):
-    """Some features of a sparse autoencoder, from activations ``(N, d_in)`` to ``(N, features)``."""
+    """Torch module that computes some features of a sparse autoencoder: from activations ``(N, d_in)`` to ``(N, features)``."""
 
     threshold: Tensor | None
     features: Tensor
@@ -59,7 +59,7 @@ class Features(nn.Module):
         self.register_buffer("features", torch.tensor(features))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Computes the activations of the features."""
+        """Computes the features ``(N, features)`` of activations ``(N, d_in)``."""
         if self.centre:
             x = x - x.mean(-1, keepdim=True)
         if self.normalise == "layer_norm":
@@ -75,15 +75,15 @@ class Features(nn.Module):
 
 
 def is_sae(source: ProbeSource) -> bool:
-    """Tells whether both files of an autoencoder are there."""
+    """Returns whether a folder holds ``cfg.json`` and ``sae_weights.safetensors``, the files of a SAELens autoencoder."""
     return source.holds(_CONFIG, _WEIGHTS)
 
 
 def read_sae(source: ProbeSource, asked: ImportOptions) -> Imported:
-    """Reads some of the features, a column each.
+    """Reads the asked features of a sparse autoencoder as a probe with one score column for each feature.
 
     Raises:
-        ValueError: no feature was asked for; its kind, its hook or its normalisation cannot be served; or weights have another shape.
+        ValueError: no feature was asked for, the autoencoder's kind, hook or normalisation is not supported, or weights have another shape.
     """
     config = _settings(source.config(_CONFIG))
     architecture = config.get("architecture", "standard")
@@ -130,7 +130,7 @@ def read_sae(source: ProbeSource, asked: ImportOptions) -> Imported:
 
 
 def _settings(config: dict[str, Any]) -> dict[str, Any]:
-    """Puts a configuration into one mapping, under today's names, with the defaults that its version had."""
+    """Returns a SAELens configuration as one mapping with the names of version 6, filled with the defaults of the version that wrote it."""
     metadata = config.get("metadata") or {}
     if not isinstance(metadata, dict):
         raise ValueError(f"{_CONFIG}: metadata: {arguments.kind_of(metadata)}; it should be an object")
@@ -149,9 +149,9 @@ def _settings(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _centred(config: dict[str, Any], asked: ImportOptions) -> tuple[bool, list[str]]:
-    """Tells whether TransformerLens centred what the model writes, with a note.
+    """Returns whether the autoencoder was fitted on activations that TransformerLens had centred, with notes for the manifest.
 
-    With layer norms, that takes the mean out of each row and changes nothing else.
+    If the model has layer norms, centring subtracts the mean of each activation vector and changes nothing else.
     """
     kwargs = config.get("model_from_pretrained_kwargs")
     if not isinstance(kwargs, dict):

@@ -1,4 +1,7 @@
-"""Attention and pooling within sequences that stand one after another in one row, written so that they export to any number of them."""
+"""Implements attention and pooling within sequences that are concatenated along one axis, in a form that exports to ONNX.
+
+The exported graph accepts any number of sequences.
+"""
 
 from __future__ import annotations
 
@@ -11,18 +14,18 @@ from probescore_probes.importing.imported import Array
 
 
 def sequence_of(rows: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Finds which sequence each row ``(N,)`` belongs to."""
+    """Returns the index of the sequence to which each of ``N`` concatenated tokens belongs, ``(N,)``."""
     return (rows[:, None] >= cu_seqlens[None, 1:]).sum(1)
 
 
 def members(x: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Tells which rows belong to each sequence, ``(S, N)``."""
+    """Returns which of ``N`` concatenated tokens belong to each of ``S`` sequences, ``(S, N)`` bool."""
     row = torch.arange(x.shape[0])
     return (row >= cu_seqlens[:-1, None]) & (row < cu_seqlens[1:, None])
 
 
 def seen(x: Tensor, cu_seqlens: Tensor, window: int | None) -> Tensor:
-    """Tells which rows each row attends to, ``(N, N)``: its own sequence's up to itself, the last ``window`` of them."""
+    """Returns which tokens each token attends to, ``(N, N)`` bool: the last ``window`` tokens of its sequence, itself included."""
     row = torch.arange(x.shape[0])
     sequence = sequence_of(row, cu_seqlens)
     back = row[:, None] - row[None]
@@ -31,20 +34,20 @@ def seen(x: Tensor, cu_seqlens: Tensor, window: int | None) -> Tensor:
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-    """Computes softmax attention of heads: ``(N, H, d)`` each to ``(N, H × d)``."""
+    """Computes softmax attention from queries, keys and values ``(N, heads, d)`` each, to ``(N, heads × d)``."""
     logits = torch.einsum("nhd,mhd->hnm", query, key) / query.shape[-1] ** 0.5
     weight = logits.masked_fill(~mask[None], float("-inf")).softmax(-1)
     return torch.einsum("hnm,mhd->nhd", weight, value).flatten(1)
 
 
 def causal(length: int, window: int | None) -> NDArray[np.bool_]:
-    """Tells which rows of one sequence each of its rows attends to, ``(T, T)``, as ``seen`` does."""
+    """Returns the causal mask of one sequence, ``(T, T)`` bool, limited to a window as in ``seen``."""
     back = np.arange(length)[:, None] - np.arange(length)[None]
     return np.asarray(back >= 0 if window is None else (back >= 0) & (back < window))
 
 
 def attended(query: Array, key: Array, value: Array, mask: NDArray[np.bool_]) -> Array:
-    """Computes attention in numpy: ``(T, H, d)`` each to ``(T, H × d)``."""
+    """Computes softmax attention in numpy from queries, keys and values ``(T, heads, d)`` each, to ``(T, heads × d)``."""
     logits = np.einsum("nhd,mhd->hnm", query, key) / np.sqrt(query.shape[-1])
     weight = softmax(np.where(mask[None], logits, -np.inf))
     mixed: Array = np.einsum("hnm,mhd->nhd", weight, value)
@@ -52,7 +55,7 @@ def attended(query: Array, key: Array, value: Array, mask: NDArray[np.bool_]) ->
 
 
 def softmax(logits: Array, axis: int = -1) -> Array:
-    """Computes the softmax of numbers of which at least one along the axis is finite."""
+    """Computes the softmax along an axis on which at least one number is finite."""
     powers = np.exp(logits - logits.max(axis, keepdims=True))
     shares: Array = powers / powers.sum(axis, keepdims=True)
     return shares

@@ -1,7 +1,7 @@
-"""SingProbe heads, as SGLang and vLLM serve them: ``config.json`` and ``*.safetensors`` in a folder.
+"""Reads probes of the SingProbe format, as SGLang and vLLM serve them: ``config.json`` and ``*.safetensors`` in a folder.
 
-x = the rows of all ``base_model_layer_ids`` side by side, each normalised: r / sqrt(mean(r²) + 1e-6)
-r of layer L is what *enters* block L, counted from 0
+x = the activations of all ``base_model_layer_ids`` side by side, each normalised: r / sqrt(mean(r²) + 1e-6)
+r of layer L is the input of block L, counted from 0
 
 mlp    sigmoid(fc2 · act(fc1 · x))
 attn   sigmoid(classifier · norm(o_proj · causal attention(q, k, v) + q)), one key and value for all heads
@@ -32,7 +32,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": nn.functional.gel
 
 
 class SingMlp(nn.Module):
-    """A head of two layers over normalised rows."""
+    """Torch module of a SingProbe head of kind ``mlp``: two linear layers over normalised activations."""
 
     fc1_weight: Tensor
     fc1_bias: Tensor
@@ -45,13 +45,13 @@ class SingMlp(nn.Module):
         self.activation = _ACTIVATIONS[activation]
 
     def forward(self, *taps: Tensor) -> Tensor:
-        """Computes logits ``(N, labels)``."""
+        """Computes logits ``(N, labels)`` from the activations of ``N`` tokens."""
         hidden: Tensor = self.activation(_normalised(taps) @ self.fc1_weight.T + self.fc1_bias)
         return hidden @ self.fc2_weight.T + self.fc2_bias
 
 
 class SingAttention(nn.Module):
-    """A head of causal attention with one key and one value head over normalised rows."""
+    """Torch module of a SingProbe head of kind ``attn``: causal attention, with one key and one value head, over normalised activations."""
 
     proj_q_weight: Tensor
     proj_k_weight: Tensor
@@ -67,7 +67,7 @@ class SingAttention(nn.Module):
         self.heads, self.window = heads, window
 
     def forward(self, *given: Tensor) -> Tensor:
-        """Computes logits ``(N, labels)``."""
+        """Computes logits ``(N, labels)`` from the activations of ``N`` tokens."""
         *taps, cu_seqlens = given
         x = _normalised(taps)
         query = x @ self.proj_q_weight.T
@@ -79,15 +79,15 @@ class SingAttention(nn.Module):
 
 
 def is_sing_probe(source: ProbeSource) -> bool:
-    """Tells whether a folder's configuration says that it is one."""
+    """Returns whether the configuration in a folder is that of a SingProbe head."""
     return source.kind == "folder" and source.holds(_CONFIG) and str(source.config(_CONFIG).get("model_type")).startswith("sing_probe")
 
 
 def read_sing_probe(source: ProbeSource, asked: ImportOptions) -> Imported:
-    """Reads a head of either kind; what is sent are probabilities.
+    """Reads a SingProbe head of kind ``mlp`` or ``attn``; the probe's scores are probabilities.
 
     Raises:
-        ValueError: another kind; no labels; layers that the model does not have; or weights of other shapes.
+        ValueError: the kind is another, labels are missing, the model lacks one of the layers, or the weights have other shapes.
     """
     config = source.config(_CONFIG)
     kind = config.get("model_type")

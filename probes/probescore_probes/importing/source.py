@@ -1,4 +1,7 @@
-"""Files of other libraries, read into arrays. Nothing in them is run: pickles are opened only where that is asked for, elsewhere."""
+"""Reads files of other libraries into arrays, without running any code in the files.
+
+Pickles that need code are opened elsewhere, in ``pickles``, and only if the importer trusts them.
+"""
 
 from __future__ import annotations
 
@@ -27,15 +30,15 @@ class ProbeSource:
     """A file, or a folder of files, that another library wrote.
 
     Args:
-        path: of either.
+        path: path of the file or folder.
 
     Attributes:
-        path: as it was given.
-        kind: what its bytes are, whatever its name.
-        folder: the folder itself, or that of the file.
+        path: the path as it was given.
+        kind: format of the file, recognised by its bytes and not by its name.
+        folder: the folder itself, or the folder that holds the file.
 
     Raises:
-        ValueError: there is no such file, or it cannot be read.
+        ValueError: there is no such file, or the file cannot be read.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -45,26 +48,26 @@ class ProbeSource:
 
     @property
     def name(self) -> str:
-        """The name of the file or folder, for messages."""
+        """Returns the name of the file or folder, for messages."""
         return self.path.name or str(self.path)
 
     def holds(self, *names: str) -> bool:
-        """Tells whether the source is a folder with these files, or one of these files beside the others."""
+        """Returns whether the given file names all exist in the folder, provided that the source is the folder or one of the files."""
         return (self.kind == "folder" or self.path.name in names) and all((self.folder / name).is_file() for name in names)
 
     def beside(self, *names: str) -> list[str]:
-        """Returns those of some files that lie in the folder."""
+        """Returns those of the given file names that exist in the folder."""
         return [name for name in names if (self.folder / name).is_file()]
 
     def member(self, name: str) -> ProbeSource:
-        """Opens a file of the folder."""
+        """Opens a file of the folder, given by its name, as a source."""
         return ProbeSource(self.folder / name)
 
     def config(self, name: str) -> dict[str, Any]:
-        """Reads a JSON object in the folder.
+        """Reads a JSON object from a file in the folder.
 
         Raises:
-            ValueError: it is none.
+            ValueError: the file does not hold a JSON object.
         """
         try:
             content = json.loads((self.folder / name).read_text(encoding="utf-8"))
@@ -78,7 +81,7 @@ class ProbeSource:
 
     @cached_property
     def stand_ins(self) -> tuple[str, ...]:
-        """Names of a torch file that stand for something else than numbers; a stand-in that does nothing takes their place."""
+        """Returns the names of classes that a torch file refers to beside tensors; a placeholder that runs nothing replaces each class."""
         if self.kind != "torch":
             return ()
         try:
@@ -88,10 +91,10 @@ class ProbeSource:
 
     @cached_property
     def content(self) -> Any:  # noqa: ANN401  what torch or numpy makes of it
-        """The content of the file: an array, or whatever torch holds, tensors with the names of their mappings.
+        """Returns the content of the file: an array, or the object that torch saved, with its tensors in mappings by name.
 
         Raises:
-            ValueError: it is no such file, it is damaged, or it needs code to be run.
+            ValueError: the format is not known, the file is damaged, or reading it would run code.
         """
         try:
             match self.kind:
@@ -118,19 +121,19 @@ class ProbeSource:
 
     @cached_property
     def tensors(self) -> dict[str, NDArray[np.float64]]:
-        """The file's tensors by name, float64; the one array of a file without names is ``""``.
+        """Returns the tensors of the file by name, as float64; a single array without a name is ``""``.
 
         Raises:
-            ValueError: it holds none, or numbers that are not finite.
+            ValueError: the file holds no tensors, or a tensor holds NaN or an infinity.
         """
         return tensors(self.content, self.name)
 
 
 def tensors(content: object, where: str) -> dict[str, NDArray[np.float64]]:
-    """Returns the tensors of a mapping by name, or a single one as ``""``, in float64; whatever else the mapping holds is left out.
+    """Returns the tensors of a mapping by name, as float64; a single tensor has the name ``""``. Other entries of the mapping are left out.
 
     Raises:
-        ValueError: there is none, or one holds numbers that are not finite.
+        ValueError: there is no tensor, or a tensor holds NaN or an infinity.
     """
     found = {}
     for name, value in (content if isinstance(content, Mapping) else {"": content}).items():
@@ -143,16 +146,16 @@ def tensors(content: object, where: str) -> dict[str, NDArray[np.float64]]:
 
 
 def taken(found: Mapping[str, NDArray[np.float64]], name: str, where: str, *shape: int | None) -> NDArray[np.float64]:
-    """Returns a tensor that must have a certain shape.
+    """Returns the tensor of a given name after checking its shape.
 
     Args:
         found: tensors by name.
-        name: which.
-        where: the file, for messages.
-        shape: a number, or ``None`` for any, for each axis.
+        name: name of the tensor.
+        where: name of the file, for messages.
+        shape: the expected length of each axis; ``None`` for an axis of any length.
 
     Raises:
-        ValueError: it is not there, or has another shape.
+        ValueError: the tensor is missing or has another shape.
     """
     if name not in found:
         raise ValueError(f"{where}: {name}: not there (it has {', '.join(sorted(found)[:12]) or 'nothing'}); is it of another format?")
@@ -164,10 +167,10 @@ def taken(found: Mapping[str, NDArray[np.float64]], name: str, where: str, *shap
 
 
 def whole_number(config: dict[str, object], key: str, where: str) -> int:
-    """Returns a whole number of a configuration.
+    """Returns a whole number from a configuration.
 
     Raises:
-        ValueError: it is not there, or is none.
+        ValueError: the entry is missing, or is not a whole number.
     """
     value = config.get(key)
     if isinstance(value, bool) or not isinstance(value, int):
@@ -176,7 +179,7 @@ def whole_number(config: dict[str, object], key: str, where: str) -> int:
 
 
 def _stand_in(*given: object) -> object:
-    """Takes the place of whatever a file names beside tensors: does nothing, and is what it was made of last."""
+    """Replaces any class that a torch file names beside tensors: runs no code of that class, and returns its last argument."""
     return given[-1] if given else None
 
 

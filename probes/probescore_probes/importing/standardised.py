@@ -1,8 +1,9 @@
-"""Linear probes with a standardisation beside them, as people save them from torch, and as vllm-lens' example does.
+"""Reads linear probes that are saved with the mean and the standard deviation of the activations that they were fitted on.
 
     score = weight · (x - mean) / std + bias
 
-The numbers are taken as they are saved: no ddof is corrected and no eps is added.
+People save such probes from torch, and vllm-lens' example does. The numbers are used as they are saved: no ddof is corrected and no eps is
+added.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ _VLLM_LENS_SMALLEST_STD = 1e-8
 
 
 def is_standardised(source: ProbeSource) -> bool:
-    """Tells whether a file has a weight, a mean and a standard deviation."""
+    """Returns whether a file holds a weight, a mean and a standard deviation, as a linear probe over standardised activations does."""
     return source.kind in ("torch", "safetensors", "npz") and {"weight", "mean", "std"} <= {*_names(source)}
 
 
@@ -26,16 +27,16 @@ def read_standardised(source: ProbeSource, asked: ImportOptions) -> Imported:
     """Reads a linear probe over standardised activations.
 
     Raises:
-        ValueError: shapes that do not fit, or a standard deviation that is not above 0.
+        ValueError: shapes do not fit together, or a standard deviation is not above 0.
     """
     return _read(source, asked, smallest_std=0.0)
 
 
 def read_vllm_lens(source: ProbeSource, asked: ImportOptions) -> Imported:
-    """Reads a linear probe over the flattened outputs of several blocks, by a mean over the tokens of a pass.
+    """Reads a vllm-lens probe, which is linear over the outputs of several blocks side by side, averaged over the tokens of a forward pass.
 
     Raises:
-        ValueError: as ``read_standardised``; or a tap is not the output of a block.
+        ValueError: as ``read_standardised``; also if a tap is not the output of a block.
     """
     others = [str(tap) for tap in asked.taps if tap.hook != "resid_post"]
     if others:
@@ -47,10 +48,10 @@ def read_vllm_lens(source: ProbeSource, asked: ImportOptions) -> Imported:
 
 
 def check_std(std: Array, where: str) -> None:
-    """Refuses a standard deviation by which nothing can be divided.
+    """Checks that every standard deviation is above 0, since activations are divided by it.
 
     Raises:
-        ValueError: it is 0 or less somewhere; names the column.
+        ValueError: a standard deviation is 0 or less; the message names its column.
     """
     if (std <= 0).any():
         column = int(np.argmax(std <= 0))

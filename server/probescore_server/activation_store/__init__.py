@@ -1,1 +1,4 @@
-"""Activations on disk: sharded safetensors beside an index, written so that a run that was killed goes on, read without torch."""
+"""Stores activations on disk as safetensors files beside an index, and reads them without torch.
+
+A run that was interrupted can be continued.
+"""

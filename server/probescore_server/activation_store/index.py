@@ -1,15 +1,15 @@
-"""What a directory of activations holds, known before anything is computed: the index, and the layout of each shard.
+"""Defines the index of a directory of activations and the layout of its shards, both known before any activation is computed.
 
-``index.json`` says what was asked of which model, and which rollouts are in which shard. A shard is a safetensors file with, for its
-rollouts one after the other:
+``index.json`` describes the model, the activations that were asked for, and the division of rollouts into shards. A shard is a safetensors
+file with these tensors, in which the shard's rollouts are concatenated:
 
-    token_ids             (tokens,) int32           the tokens in scope
+    token_ids             (tokens,) int32           the tokens in scope: prompt, completion or both
     mask                  (tokens,) bool            which of them count
-    finite                (rollouts,) bool          whether the model gave numbers at every tap; else its rows are NaN
+    finite                (rollouts,) bool          whether activations are finite at every tap; if not, all are NaN
     resid_post.6          (tokens, width)           if every token's activations were asked for
     resid_post.6/mean     (rows, width)             for each pool: of each rollout the whole scope under the mask, then its spans
 
-A follow-up is a rollout of its own, after the completion that it follows.
+A follow-up (token ids appended to a finished completion) counts as a rollout of its own, placed after its completion.
 """
 
 from __future__ import annotations
@@ -37,20 +37,20 @@ Label: TypeAlias = str | int | float | bool | None
 
 
 class StoreRefused(ValueError):
-    """Activations cannot be stored, or read, as asked; the message says why and what to do."""
+    """Exception raised when activations cannot be stored or read as asked; its message gives the reason and the remedy."""
 
 
 @dataclass(frozen=True)
 class StoredRollout:
-    """A completion, or a follow-up to one.
+    """The entry of a completion in the index, or of a follow-up (token ids appended to a finished completion).
 
     Attributes:
-        group, completion: where it stood in the data, from 0.
-        follow_up: from the completion, which follow-up of which; empty for the completion itself.
-        id: as the data has it.
-        label: what the data says that it is.
-        tokens: how many are in scope.
-        spans: within ``[0, tokens]``.
+        group, completion: position in the data, from 0.
+        follow_up: path from the completion to the follow-up, as an index at each level; empty for the completion itself.
+        id: id of the completion in the data.
+        label: label of the completion in the data.
+        tokens: number of tokens in scope.
+        spans: spans within ``[0, tokens]``.
     """
 
     group: int
@@ -63,7 +63,7 @@ class StoredRollout:
 
     @property
     def rows(self) -> int:
-        """Number of rows that a pool of one tap has of this rollout: the whole scope, then each span."""
+        """Returns the number of rows that a pooling of one tap has for this rollout: one for the whole scope, then one for each span."""
         return 1 + len(self.spans)
 
 
@@ -72,11 +72,11 @@ class ModelRead:
     """The model whose activations were read, and how it was run.
 
     Attributes:
-        id, revision, fingerprint, tokenizer_fingerprint, hidden_size, num_hidden_layers: as a server announces them.
-        dtype: what it computed in.
-        device: kind of device.
-        execution_path: as a server announces it.
-        max_batch_bytes: of activations of a batch; which rollouts run together changes the last bits.
+        id, revision, fingerprint, tokenizer_fingerprint, hidden_size, num_hidden_layers: facts about the model, as a server reports them.
+        dtype: dtype that the model computed in.
+        device: kind of device, such as ``cuda``.
+        execution_path: way of running the model, as a server reports it.
+        max_batch_bytes: limit on the bytes of activations in a batch; batches of other rollouts would change the last bits of the numbers.
     """
 
     id: str
@@ -93,12 +93,12 @@ class ModelRead:
 
 @dataclass(frozen=True)
 class TensorPlace:
-    """Where a tensor lies in a shard's file.
+    """The place of a tensor in a shard's file.
 
     Attributes:
-        code: its format, as safetensors calls it.
-        item: the same, as numpy holds it.
-        start: of its first byte in the file.
+        code: format of the numbers, as safetensors names it.
+        item: dtype of the numbers in numpy.
+        start: offset of the tensor's first byte in the file.
     """
 
     code: str
@@ -108,17 +108,17 @@ class TensorPlace:
 
     @property
     def row_bytes(self) -> int:
-        """Number of bytes of one entry along the first axis of the tensor."""
+        """Returns the number of bytes of one entry along the first axis of the tensor."""
         return int(np.prod(self.shape[1:], dtype=np.int64)) * self.item.itemsize
 
 
 @dataclass(frozen=True, eq=False)
 class Shard:
-    """The share of the rollouts that one file holds.
+    """A shard: one file with the activations of some of the rollouts.
 
     Attributes:
-        name: of the file.
-        rollouts: in order.
+        name: name of the file.
+        rollouts: the rollouts in the file, in order.
     """
 
     name: str
@@ -126,28 +126,28 @@ class Shard:
 
     @cached_property
     def first_tokens(self) -> tuple[int, ...]:
-        """Row of the first token of each rollout among the tokens of the shard, followed by the number of tokens of the shard."""
+        """Returns the row of each rollout's first token among the tokens of the shard, followed by the number of tokens of the shard."""
         return tuple(accumulate((rollout.tokens for rollout in self.rollouts), initial=0))
 
     @cached_property
     def first_rows(self) -> tuple[int, ...]:
-        """Row of each rollout's whole scope among the rows of a pool, followed by the number of rows of a pool."""
+        """Returns the first row of each rollout among the pooled rows of the shard, followed by the number of pooled rows."""
         return tuple(accumulate((rollout.rows for rollout in self.rollouts), initial=0))
 
 
 @dataclass(frozen=True, eq=False)
 class StoreIndex:
-    """The description of what a directory holds once all of its shards are there.
+    """The index of a directory of activations: it describes the files that the directory holds once a run is complete.
 
     Attributes:
-        model: that was read.
+        model: the model whose activations are stored.
         taps: names of taps.
-        pools: of ``mean``, ``last`` and ``max``.
-        tokens: whether every token's activations are there.
-        scope: ``completion``, ``prompt`` or ``all``.
-        dtype: what activations are stored in.
-        data_sha256: over every id and mask.
-        shards: in order.
+        pools: poolings, of ``mean``, ``last`` and ``max``.
+        tokens: whether every token's activations are stored.
+        scope: tokens that were read: ``completion``, ``prompt`` or ``all``.
+        dtype: dtype that activations are stored in.
+        data_sha256: digest of all token ids and masks.
+        shards: the shards, in order.
     """
 
     model: ModelRead
@@ -161,12 +161,12 @@ class StoreIndex:
 
     @property
     def number_format(self) -> NumberFormat:
-        """Number format that the activations are stored in."""
+        """Returns the number format that the activations are stored in."""
         return NUMBER_FORMATS[self.dtype]
 
     @cached_property
     def content(self) -> bytes:
-        """Content of the index file."""
+        """Returns the content of the index file."""
         content = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
@@ -182,10 +182,10 @@ class StoreIndex:
 
     @classmethod
     def parse(cls, content: bytes, path: Path) -> StoreIndex:
-        """Returns the index that a file describes.
+        """Returns the index that the content of an index file describes.
 
         Raises:
-            StoreRefused: it is no index, or one of another version.
+            StoreRefused: the content is no index, or an index of another version.
         """
         try:
             parsed = json.loads(content)
@@ -211,11 +211,11 @@ class StoreIndex:
             raise StoreRefused(f"{path}: no index of activations ({type(error).__name__}: {error})") from None
 
     def layout(self, shard: Shard) -> dict[str, TensorPlace]:
-        """Returns the place of each tensor in the file of a shard, by name."""
+        """Returns the place of each tensor in the file of a shard, a dictionary keyed by the tensor's name."""
         return self._laid_out(shard)[1]
 
     def header(self, shard: Shard) -> bytes:
-        """Returns the bytes that the file of a shard begins with: a safetensors header that names the digest of this index."""
+        """Returns the bytes at the beginning of a shard's file: a safetensors header that includes the digest of this index."""
         return self._laid_out(shard)[0]
 
     def file_bytes(self, shard: Shard) -> int:
@@ -224,7 +224,7 @@ class StoreIndex:
         return last.start + last.shape[0] * last.row_bytes
 
     def is_whole(self, directory: Path, shard: Shard) -> bool:
-        """Returns whether the file of a shard is in a directory, as large as it must be, with the header of this index."""
+        """Returns whether a directory has the complete file of a shard: of the expected size, with the header of this index."""
         header = self.header(shard)
         try:
             with (directory / shard.name).open("rb") as file:
@@ -247,7 +247,7 @@ class StoreIndex:
         }
 
     def _tensors(self, shard: Shard) -> Iterator[tuple[str, str, np.dtype[np.generic], tuple[int, ...]]]:
-        """Name, format and shape, the widest formats first, so that each tensor begins at a multiple of its own."""
+        """Returns the name, format and shape of each tensor of a shard, widest formats first, so that each tensor is aligned."""
         tokens, rows = shard.first_tokens[-1], shard.first_rows[-1]
         ids = ("token_ids", "I32", np.dtype("<i4"), (tokens,))
         number_format, width = self.number_format, self.model.hidden_size
@@ -266,12 +266,12 @@ class StoreIndex:
 
 
 def pooled_name(tap: str, pool: str) -> str:
-    """Returns the name of the tensor that holds a pool of a tap."""
+    """Returns the name of the tensor in a shard that holds the activations of a tap under a pooling."""
     return f"{tap}/{pool}"
 
 
 def difference(found: StoreIndex, expected: StoreIndex) -> str:
-    """Returns a sentence on the first difference between two indices; empty if there is none."""
+    """Returns a sentence on the first difference between two indices; empty if they are equal."""
     for name in [each.name for each in fields(ModelRead)]:
         theirs, ours = getattr(found.model, name), getattr(expected.model, name)
         if theirs != ours:
@@ -290,7 +290,7 @@ def _shown(value: object) -> str:
 
 
 def _as_json(rollout: StoredRollout) -> dict[str, Any]:
-    """What is as usual is left out: there may be a million of them."""
+    """Returns the JSON form of a rollout's entry, without fields that have default values, since an index may have a million entries."""
     content: dict[str, Any] = {"group": rollout.group, "completion": rollout.completion, "tokens": rollout.tokens}
     if rollout.follow_up:
         content["follow_up"] = rollout.follow_up

@@ -1,4 +1,4 @@
-"""Numbers as they are stored: float32, or half of it, with every overflow refused."""
+"""Converts activations between float32 and the formats they are stored in: float32, bfloat16 and float16. An overflow is an error."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _QUIET_NAN = np.uint16(0x7FC0)
 
 
 class Overflow(Exception):
-    """A finite number is too large for a format. ``index``: of the first such number; ``value``: it."""
+    """Exception raised when a finite number is too large for a format; has the ``index`` and ``value`` of the first such number."""
 
     def __init__(self, index: tuple[int, ...], value: float) -> None:
         super().__init__(index, value)
@@ -21,13 +21,13 @@ class Overflow(Exception):
 
 @dataclass(frozen=True)
 class NumberFormat:
-    """A format that activations are stored in.
+    """A number format that activations are stored in.
 
     Attributes:
-        name: as people write it.
-        code: what safetensors calls it.
-        item: what holds one in memory; numpy has no bfloat16, so its bits are held as integers.
-        largest: finite number.
+        name: name of the format for people, such as ``bfloat16``.
+        code: name of the format in safetensors.
+        item: numpy dtype of a stored number; numpy has no bfloat16, so its bits are held as integers.
+        largest: largest finite number of the format.
     """
 
     name: str
@@ -36,7 +36,7 @@ class NumberFormat:
     largest: float
 
     def encode(self, numbers: NDArray[np.float32]) -> NDArray[np.generic]:
-        """Rounds numbers to the nearest of the format, ties to even; NaN stays NaN.
+        """Rounds numbers to the nearest number of the format, ties to even; NaN stays NaN.
 
         Raises:
             Overflow: a finite number would become infinite.
@@ -47,7 +47,7 @@ class NumberFormat:
         largest = max(numbers.max(initial=0), -numbers.min(initial=0))
         if largest <= self.largest:
             return encoded
-        # something is too large, infinite, NaN, or not much beyond the largest number
+        # Some number is infinite, NaN, or larger than the largest number, though perhaps so little that it rounds to it.
         if self.name == "bfloat16":
             encoded[np.isnan(numbers)] = _QUIET_NAN
         overflown = np.argwhere(np.isinf(self.decode(encoded)) & np.isfinite(numbers))
@@ -69,7 +69,10 @@ def _float16(numbers: NDArray[np.float32]) -> NDArray[np.generic]:
 
 
 def _bfloat16(numbers: NDArray[np.float32]) -> NDArray[np.generic]:
-    """The upper halves of the bits, after half a unit has been added, or a little less where they are even; wrong for NaN."""
+    """Rounds float32 numbers to bfloat16, ties to even, and returns their bits; the result is wrong for NaN.
+
+    It adds half a unit of the last kept bit, or slightly less if that bit is even, and takes the upper 16 bits.
+    """
     bits = np.ascontiguousarray(numbers).view(np.uint32)
     rounded = bits >> 16
     rounded &= 1

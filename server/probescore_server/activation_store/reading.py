@@ -1,4 +1,4 @@
-"""Reads a directory of activations where it lies: files are mapped, and only what is asked for is loaded."""
+"""Reads stored activations from their directory: files are memory-mapped, and only requested numbers are loaded."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from probescore_server.activation_store.index import INDEX, Shard, StoredRollout
 
 @dataclass(frozen=True, eq=False)
 class RolloutActivations:
-    """One rollout of a directory; numbers are loaded when they are asked for.
+    """The stored activations of one rollout; numbers are loaded from disk when a method asks for them.
 
     Attributes:
-        rollout: which one.
-        finite: whether the model gave numbers at every tap; else all that is here is NaN.
-        token_ids: ``(T,)`` int32, the tokens in scope.
-        mask: ``(T,)`` bool, which of them count.
+        rollout: the entry of the rollout in the index.
+        finite: whether the model gave finite numbers at every tap; if not, all activations of the rollout are NaN.
+        token_ids: tokens in scope, ``(T,)`` int32.
+        mask: which of the tokens count, ``(T,)`` bool.
     """
 
     rollout: StoredRollout
@@ -31,19 +31,21 @@ class RolloutActivations:
     _place: int
 
     def tokens(self, tap: str) -> NDArray[np.float32]:
-        """Returns the activations of every token in scope, ``(T, width)`` float32.
+        """Returns the activations of every token in scope at a tap, ``(T, width)`` float32.
 
         Raises:
-            KeyError: they are not stored.
+            KeyError: activations of single tokens at this tap are not stored.
         """
         first = self._shard.shard.first_tokens
         return self._shard.numbers(tap, first[self._place], first[self._place + 1])
 
     def pooled(self, tap: str, pool: str) -> NDArray[np.float32]:
-        """Returns a pool of the whole scope under the mask, then of each span, ``(1 + spans, width)`` float32; NaN where nothing counted.
+        """Returns pooled activations at a tap, ``(1 + spans, width)`` float32: of the whole scope under the mask, then of each span.
+
+        A row is NaN if no token counted.
 
         Raises:
-            KeyError: it is not stored.
+            KeyError: this pooling or tap is not stored.
         """
         first = self._shard.shard.first_rows
         return self._shard.numbers(pooled_name(tap, pool), first[self._place], first[self._place + 1])
@@ -53,14 +55,14 @@ class StoredActivations:
     """Activations that ``store_activations`` or ``probescore activations`` has written. Iterating gives each rollout in order.
 
     Args:
-        directory: of a run that came to its end.
+        directory: directory of a run that was completed.
 
     Attributes:
-        index: what was asked of which model.
-        rollouts: completions, each followed by its follow-ups; row *i* of ``matrix`` is of rollout *i*.
+        index: description of the model and of the stored activations.
+        rollouts: completions, each followed by its follow-ups; row *i* of ``matrix`` belongs to rollout *i*.
 
     Raises:
-        StoreRefused: it is no such directory, or some of its shards are missing or of another index.
+        StoreRefused: the directory holds no activations, or some of its shards are missing or belong to another index.
     """
 
     def __init__(self, directory: Path | str) -> None:
@@ -87,18 +89,18 @@ class StoredActivations:
                 yield RolloutActivations(rollout, finite, ids.astype(np.int32), mask.astype(np.bool_), shard, place)
 
     def matrix(self, tap: str, pool: str, *, span: str = "") -> NDArray[np.float32]:
-        """Returns a pool of every rollout as one matrix, ``(rollouts, width)`` float32.
+        """Returns the pooled activations of every rollout at a tap as one matrix, ``(rollouts, width)`` float32.
 
         Args:
-            tap: its name.
+            tap: name of the tap.
             pool: ``mean``, ``last`` or ``max``.
-            span: of the span of this name; empty = of the whole scope under the mask.
+            span: name of a span to pool over; empty = the whole scope under the mask.
 
         Returns:
-            NaN where nothing counted, where there is no such span, and where the model gave no numbers.
+            The matrix; a row is NaN if no token counted, the rollout has no such span, or the model gave NaN or an infinity.
 
         Raises:
-            KeyError: it is not stored.
+            KeyError: this pooling or tap is not stored.
         """
         name = pooled_name(tap, pool)
         pieces = []
@@ -112,14 +114,14 @@ class StoredActivations:
 
 
 def _row(rollout: StoredRollout, span: str) -> int | None:
-    """Which of a rollout's rows is of a span; ``None`` if it has no span of this name."""
+    """Returns the row of a span among the rows of a rollout's pooled activations; ``None`` if the rollout has no span of this name."""
     if not span:
         return 0
     return next((1 + index for index, own in enumerate(rollout.spans) if own.name == span), None)
 
 
 class _MappedShard:
-    """A shard's file, mapped."""
+    """The memory-mapped file of a shard, which holds the activations of some of the rollouts."""
 
     def __init__(self, directory: Path, index: StoreIndex, shard: Shard) -> None:
         self.shard = shard
@@ -132,7 +134,7 @@ class _MappedShard:
         self._bytes = np.memmap(self._path, np.uint8, "r")
 
     def tensor(self, name: str) -> NDArray[np.generic]:
-        """Returns a tensor as it is stored, mapped; raises ``KeyError`` if the shard has no such tensor."""
+        """Returns a tensor in its stored format, memory-mapped; raises ``KeyError`` if the shard has no such tensor."""
         if name not in self._places:
             known = ", ".join(name for name in self._places if name not in ("token_ids", "mask", "finite"))
             raise KeyError(f"{name} is not stored; there are {known}")

@@ -1,7 +1,8 @@
-"""Writes activations from an engine to a directory, shard by shard.
+"""Writes activations that an engine computes to a directory, as shards: files that each hold the activations of some of the rollouts.
 
-The index is written first and says everything but the numbers; a shard is written beside its place and renamed when it is whole. So a run
-that was killed goes on where it stopped, and since each shard begins with nothing in the key-value cache, it ends with the same bytes.
+The index of the directory is written first and describes everything but the numbers. Each shard is written under a temporary name and
+renamed once it is complete, so that a run can continue where an interrupted one stopped. Since the key-value cache is empty at the
+beginning of each shard, the bytes are the same as without the interruption.
 """
 
 from __future__ import annotations
@@ -38,10 +39,13 @@ from probescore_server.rollouts import CheckedRollout, Continuation, ResolvedOpt
 from probescore_server.validation.options import parse_scope
 
 SHARD_BYTES = 1 << 29
-"""Limits the bytes of activations in a shard; a rollout that has more is a shard by itself."""
+"""Limits the bytes of activations in a shard; a rollout with more bytes gets a shard of its own."""
 
 SHARD_TOKENS = 1 << 16
-"""Limits the tokens that are computed for a shard, and so what a killed run may lose; a longer rollout is a shard by itself."""
+"""Limits the tokens whose activations are computed for a shard, and so the work that an interrupted run may lose.
+
+A rollout with more tokens gets a shard of its own.
+"""
 
 _PARTIAL = ".partial"
 
@@ -52,13 +56,13 @@ def _ignore(_done: int, _total: int) -> None:
 
 @dataclass(frozen=True, eq=False)
 class StorePlan:
-    """The plan of what will be written, known before anything is computed; made by ``StorePlan.make``.
+    """A plan of the files that a run will write, known before any activation is computed; ``StorePlan.make`` makes it.
 
     Attributes:
         index: index of the directory.
-        engine: engine that will read the activations.
-        reads: taps and pools that it will read.
-        rollouts: by shard, its rollouts and where they stand in the data.
+        engine: engine that will compute the activations.
+        reads: taps and poolings to compute.
+        rollouts: for each shard its rollouts, each with its group and completion number in the data.
     """
 
     index: StoreIndex
@@ -68,12 +72,12 @@ class StorePlan:
 
     @property
     def bytes(self) -> int:
-        """Size of all files together, in bytes."""
+        """Returns the size of all files of the planned directory together, in bytes."""
         return len(self.index.content) + sum(map(self.index.file_bytes, self.index.shards))
 
     @property
     def completions(self) -> int:
-        """Number of completions that are read."""
+        """Returns the number of completions whose activations are computed."""
         return sum(map(len, self.rollouts))
 
     @classmethod
@@ -89,22 +93,22 @@ class StorePlan:
         labels: Sequence[Sequence[Label]] = (),
         max_batch_bytes: int = MAX_BATCH_BYTES,
     ) -> StorePlan:
-        """Checks what is asked for, and cuts it into shards.
+        """Checks a request to store activations, and divides its rollouts into shards: files of bounded size.
 
         Args:
-            engine: loaded for these taps.
-            groups: what to read.
-            taps: as ``Engine.activations`` takes them.
-            pool: as ``Engine.activations`` takes it.
-            scope: ``completion``, ``prompt`` or ``all``.
-            dtype: that activations are stored in: ``float32``, ``bfloat16`` or ``float16``.
-            labels: by group, what each of its completions is; empty = not labelled.
-            max_batch_bytes: of activations that are held at once, in float32 on the model's device.
+            engine: engine that is loaded for these taps.
+            groups: prompts with their completions.
+            taps: taps as for ``Engine.activations``.
+            pool: poolings as for ``Engine.activations``.
+            scope: tokens that are read: ``completion``, ``prompt`` or ``all``.
+            dtype: dtype that activations are stored in: ``float32``, ``bfloat16`` or ``float16``.
+            labels: for each group the labels of its completions; empty = not labelled.
+            max_batch_bytes: limit on the bytes of activations that are held at once, in float32 on the model's device.
 
         Raises:
-            InvalidRequest: names the field at fault.
-            LimitExceeded: one completion alone has more activations than ``max_batch_bytes``.
-            StoreRefused: ``dtype`` is none, or there are other labels than completions.
+            InvalidRequest: the request is wrong; the message names the field at fault.
+            LimitExceeded: a single completion has more activations than ``max_batch_bytes``.
+            StoreRefused: ``dtype`` is not known, or the number of labels is not the number of completions.
         """
         if dtype not in NUMBER_FORMATS:
             raise StoreRefused(f"dtype {dtype!r} is none of {', '.join(NUMBER_FORMATS)}")
@@ -150,16 +154,16 @@ class StorePlan:
         return cls(replace(index, shards=shards), engine, reads, tuple(tuple(placed[place] for place in share) for share in shares))
 
     def write(self, directory: Path, progress: Callable[[int, int], None] = _ignore) -> None:
-        """Writes the shards that are not there yet.
+        """Writes the shards of the plan that the directory does not hold yet.
 
         Args:
-            directory: made if it does not exist; else empty, or with what an earlier run of the same has written.
-            progress: called with the number of completions that are done, and of all, at the beginning and after each.
+            directory: directory to write to; made if it does not exist, else empty or left by an earlier run of the same plan.
+            progress: called at the beginning and after each completion, with the number of completions that are done and of all.
 
         Raises:
-            StoreRefused: the directory holds something else, another run writes to it, there is no room, or a number is too large for
-                the dtype.
-            OSError: it cannot be written to.
+            StoreRefused: the directory has other content, another run writes to it, the disk has no room, or a number is too large for the
+                dtype.
+            OSError: a file cannot be written.
         """
         check_target(directory)
         directory.mkdir(parents=True, exist_ok=True)
@@ -204,7 +208,7 @@ def store_activations(
     max_batch_bytes: int = MAX_BATCH_BYTES,
     progress: Callable[[int, int], None] = _ignore,
 ) -> None:
-    """Reads activations and writes them to a directory, which ``StoredActivations`` reads; goes on where an earlier run stopped.
+    """Computes activations and writes them to a directory that ``StoredActivations`` can read; continues where an earlier run stopped.
 
     The arguments and errors are those of ``StorePlan.make`` and ``StorePlan.write``.
     """
@@ -213,10 +217,10 @@ def store_activations(
 
 
 def check_target(directory: Path) -> None:
-    """Refuses a place where no activations can go, before anything is computed for it.
+    """Checks, before any activation is computed, that a directory can receive activations.
 
     Raises:
-        StoreRefused: it is no directory, or one with something else.
+        StoreRefused: the path is no directory, or a directory with other content.
     """
     if directory.exists() and not directory.is_dir():
         raise StoreRefused(f"{directory}: is no directory; give another place")
@@ -226,11 +230,11 @@ def check_target(directory: Path) -> None:
 
 @contextmanager
 def _shard_file(path: Path, index: StoreIndex, shard: Shard) -> Iterator[_ShardFile]:
-    """A shard to write, which stands in its place afterwards, or not at all."""
+    """Opens the file of a shard under a temporary name, and renames it to its final name only if it was written without an error."""
     partial = path.with_name(path.name + _PARTIAL)
     try:
         with partial.open("xb") as file:
-            # taken as a whole, so that a disk that others fill meanwhile ends this here and not in the middle
+            # The whole size is reserved, so that a disk that others fill meanwhile fails here and not in the middle of writing.
             os.posix_fallocate(file.fileno(), 0, index.file_bytes(shard))
             shard_file = _ShardFile(file.fileno(), index, shard)
             yield shard_file
@@ -252,7 +256,7 @@ def _sync(directory: Path) -> None:
 
 
 class _ShardFile:
-    """Writes a shard's rollouts, one after the other."""
+    """Writer of the activations of a shard's rollouts into the shard's open file, one rollout after the other."""
 
     def __init__(self, descriptor: int, index: StoreIndex, shard: Shard) -> None:
         self._descriptor = descriptor
@@ -263,7 +267,7 @@ class _ShardFile:
         self._write(0, index.header(shard))
 
     def add(self, found: CompletionActivations) -> None:
-        """Writes the next completion, and its follow-ups."""
+        """Writes the activations of the next completion and of its follow-ups."""
         view = self._next
         self._next += 1
         token, row = self._shard.first_tokens[view], self._shard.first_rows[view]
@@ -307,7 +311,7 @@ class _ShardFile:
 
 @contextmanager
 def _claimed(directory: Path) -> Iterator[None]:
-    """While this is open no other run writes to the directory."""
+    """Context manager that locks a directory, so that no other run writes to it at the same time."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         try:
@@ -320,7 +324,7 @@ def _claimed(directory: Path) -> Iterator[None]:
 
 
 def free_bytes(directory: Path) -> int:
-    """Returns the number of free bytes on the disk on which a directory is, or will be."""
+    """Returns the number of free bytes on the disk that holds a directory, or will hold it once it exists."""
     there = next(place for place in (directory, *directory.absolute().parents) if place.exists())
     return shutil.disk_usage(there).free
 
@@ -351,7 +355,7 @@ def _stored_rollouts(rollout: CheckedRollout, place: tuple[int, int], label: Lab
 def _shares(
     index: StoreIndex, placed: Sequence[tuple[CheckedRollout, tuple[int, int]]], stored: Sequence[Sequence[StoredRollout]]
 ) -> Iterator[list[int]]:
-    """Yields the numbers of the rollouts of each shard."""
+    """Divides rollouts into shards, and yields the numbers of the rollouts in each shard."""
     row_bytes = index.model.hidden_size * index.number_format.item.itemsize * len(index.taps)
     share: list[int] = []
     bytes_, tokens, prompt = 0, 0, b""
@@ -369,7 +373,7 @@ def _shares(
 
 
 def _digest(rollouts: Sequence[CheckedRollout]) -> str:
-    """Returns the SHA-256 of all token ids and masks, and of which follows which."""
+    """Returns the SHA-256 of all token ids and masks, and of the order of completions and follow-ups."""
     digest = hashlib.sha256()
 
     def add(array: NDArray[np.generic]) -> None:

@@ -1,4 +1,4 @@
-"""``probescore activations``: from a file of rollouts to a directory of what a model's layers hold as it reads them."""
+"""Implements ``probescore activations``, which computes a model's activations on a file of rollouts and writes them to a directory."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ stopped goes on where it is asked for again, and ends with the same bytes.
 
 
 def register(app: typer.Typer) -> None:
-    """Adds the command ``activations``."""
+    """Adds the command ``activations`` to the command line."""
     app.command("activations", help=HELP)(_activations)
 
 

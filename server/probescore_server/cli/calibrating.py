@@ -1,4 +1,4 @@
-"""Implements ``probescore probes calibrate``, which finds a threshold on held-out negatives and writes a new version of the file."""
+"""Implements ``probescore probes calibrate``, which finds a threshold on held-out negatives and writes a new version of the probe file."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def _calibrate(
 
 
 def _check_version(before: str, version: str) -> None:
-    """Refuses the version of the file itself, before anything is scored."""
+    """Refuses a new version with the version of the probe file itself, before any rollout is scored."""
     if version == before:
         raise ValueError(f"--version: {version!r} is that of the file itself; give another: a version never stands for other bytes")
 

@@ -1,4 +1,4 @@
-"""Implements ``probescore probes compare``, which compares two probes on the same labelled rollouts, as they are served."""
+"""Implements ``probescore probes compare``, which compares two probes by the scores that are served for the same labelled rollouts."""
 
 from __future__ import annotations
 

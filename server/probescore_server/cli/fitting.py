@@ -1,4 +1,4 @@
-"""``probescore probes fit``: from labelled rollouts to a probe file and a report on what it is worth."""
+"""Implements ``probescore probes fit``, which fits a probe to labelled rollouts and writes its file and a report on its quality."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ number is of the scores that it gives then.
 
 
 def register(probes: typer.Typer) -> None:
-    """Adds the command ``probes fit``."""
+    """Adds the command ``probes fit`` to the commands under ``probes``."""
     probes.command("fit", help=HELP)(_fit)
 
 
@@ -113,7 +113,7 @@ def _fit(
 
 
 def _read(file: str, positive: str | None, special_tokens: bool, of: str = "") -> list[LabelledRollout]:
-    """The rollouts of a file; a slice for those that name none."""
+    """Reads the labelled rollouts of a file, and puts those that name no slice into a given slice, a named part of the data."""
     from dataclasses import replace
 
     rollouts = read_labelled_file(file, positive=positive, add_special_tokens=special_tokens)

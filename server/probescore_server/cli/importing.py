@@ -1,4 +1,4 @@
-"""``probescore probes import``: a probe file of what another library wrote."""
+"""Implements ``probescore probes import``, which converts a probe file of another library into a probe file of probescore."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _SCORES = ("token_scores", "score")
 
 
 def register(probes: typer.Typer) -> None:
-    """Adds the command ``probes import``."""
+    """Adds the command ``probes import`` to the commands under ``probes``."""
     probes.command("import")(_import)
 
 
@@ -119,7 +119,7 @@ def _scored(path: Path, reference: ReferenceModel, add_special_tokens: bool) -> 
 
 
 def _rollouts(path: Path, reference: ReferenceModel, add_special_tokens: bool) -> Iterator[tuple[tuple[Any, Any], dict[str, Any]]]:
-    """Ids of each rollout of a file of lines, and what its line says of scores."""
+    """Yields the token ids of each rollout in a JSONL file, with the author's scores that its line gives."""
     from probescore_server.backbone.tokenizer import TextEncoder
     from probescore_server.errors import InvalidRequest
 

@@ -65,13 +65,13 @@ Seed = Annotated[int, typer.Option("--seed", help="The seed of the intervals' ra
 
 @dataclass(frozen=True, eq=False)
 class Judged:
-    """Holds a probe and its score of every rollout.
+    """A probe with its score of every labelled rollout.
 
     Attributes:
-        probe: as it is served.
-        reduction: what made one number of each rollout; ``None`` for a probe that pools by itself.
-        label: the column that was read.
-        scores: ``(n,)`` in the unit of the probe.
+        probe: the probe's description by the engine or server.
+        reduction: how token scores become one score of a rollout; ``None`` for a probe that pools by itself.
+        label: name of the score column.
+        scores: one score for each rollout, ``(n,)``, in the unit of the probe.
     """
 
     probe: ProbeInfo
@@ -81,22 +81,22 @@ class Judged:
 
     @property
     def thresholds(self) -> tuple[Calibration, ...]:
-        """Returns those of the probe's thresholds that hold for the reduction and label of these scores."""
+        """Returns the probe's thresholds that apply to the reduction and label of these scores."""
         return tuple(each for each in self.probe.calibrations if each.reduction == self.reduction and each.label in ("", self.label))
 
 
 @dataclass(frozen=True, eq=False)
 class JudgedRollouts:
-    """Holds labelled rollouts with their scores by several probes.
+    """Labelled rollouts with their scores by one or more probes.
 
     Attributes:
-        probes: one for each probe that was asked for, in that order.
-        positive: ``(n,)`` bool.
-        groups: ``(n,)`` number of each rollout's group: the one that the data name, else that of all rollouts of its prompt.
-        slices: the name of each one's slice, empty for none.
-        where: the line of each.
-        dtype: of the model that scored.
-        examples: the rollouts as ids; empty where a server had the tokenizer.
+        probes: each probe with its scores, in the order in which probes were asked for.
+        positive: whether each rollout has the behaviour, ``(n,)`` bool.
+        groups: number of each rollout's group, ``(n,)``: the group that the data name, else that of all rollouts with its prompt.
+        slices: name of each rollout's slice (part of the data), empty for none.
+        where: the line of each rollout in its file, for messages.
+        dtype: dtype of the model that scored.
+        examples: the rollouts as token ids; empty if a server tokenised them.
     """
 
     probes: tuple[Judged, ...]
@@ -109,7 +109,7 @@ class JudgedRollouts:
 
 
 def read_held_out(data: str, splits: Sequence[str], *, positive: str | None, special_tokens: bool) -> list[LabelledRollout]:
-    """Reads the rollouts of a file that name no split, or one of ``splits``, and says on stderr how many others are left out.
+    """Reads the rollouts of a file that name no split, or one of ``splits``, and prints on stderr how many rollouts were left out.
 
     Raises:
         ValueError: the file has no such rollouts, or only some of them name their group.
@@ -127,7 +127,7 @@ def read_held_out(data: str, splits: Sequence[str], *, positive: str | None, spe
 
 
 def data_digest(data: str) -> str:
-    """Returns the digest of a file's bytes as ``sha256:…``."""
+    """Returns the SHA-256 digest of a file's bytes as ``sha256:…``."""
     return "sha256:" + hashlib.sha256(Path(data).read_bytes()).hexdigest()
 
 
@@ -144,10 +144,10 @@ def judged_by_engine(
     label: str,
     report: Callable[[str], None],
 ) -> JudgedRollouts:
-    """Scores rollouts with probe files that an engine serves in this process.
+    """Scores rollouts with probe files, served by an engine in this process.
 
     Raises:
-        ValueError: names the line that could not be scored, or the option at fault.
+        ValueError: a rollout cannot be scored, or an option is wrong; the message names the line or the option.
     """
     from probescore_probes.fitting.labelled_rollouts import tokenised
     from probescore_server.engine.engine import Engine
@@ -182,7 +182,8 @@ def judged_by_server(
     """Scores rollouts with probes that a running server has loaded.
 
     Raises:
-        ValueError: names the line that could not be scored or is about a part of a completion, or the option at fault.
+        ValueError: a rollout cannot be scored, its label is about a part of the completion, or an option is wrong; the message names the
+            line or the option.
     """
     for rollout in rollouts:
         if rollout.positive is None or rollout.passages or rollout.token_labels is not None:
@@ -215,7 +216,7 @@ def judged_by_server(
 
 
 def check_source(model: str, server: str) -> None:
-    """Raises ``ValueError`` unless exactly one of ``--model`` and ``--server`` is given, as commands need that can use either."""
+    """Raises ``ValueError`` unless exactly one of the options ``--model`` and ``--server`` is given."""
     if bool(model) == bool(server):
         raise ValueError("give either --model, to serve probe files in this process, or --server, to ask a server for its probes")
 
@@ -273,7 +274,10 @@ def _differing(keys: list[str]) -> list[str]:
 
 
 def _groups(names: Sequence[str | None], prompts: Sequence[bytes]) -> NDArray[np.int64]:
-    """Numbers groups as they come: by name where there are names, else by prompt, where rollouts with an empty prompt stand alone."""
+    """Numbers the groups of rollouts in order of appearance.
+
+    Rollouts of one group have the same group name or, without names, the same prompt; a rollout with an empty prompt is a group of its own.
+    """
     numbers: dict[str | bytes | int, int] = {}
     keys = [name if name is not None else prompts[index] or index for index, name in enumerate(names)]
     return np.array([numbers.setdefault(key, len(numbers)) for key in keys], np.int64)

@@ -1,8 +1,8 @@
-"""Labelled rollouts as lines of JSON: what ``probescore probes fit DATA`` reads.
+"""Reads labelled rollouts from lines of JSON, the input of ``probescore probes fit DATA``.
 
-A line is one that ``probescore score`` reads, with a ``label`` for each completion; beside the prompt it may have ``group``, ``split``,
-``slice`` and ``weight``, and a completion ``span_labels`` (``[[start, end, label], …]``, in characters of a text, in tokens of ids) and
-``token_labels`` (one for each of its ids, ``null`` = none).
+A line has the fields that ``probescore score`` reads, and a ``label`` for each completion. Beside the prompt, the line may have ``group``,
+``split``, ``slice`` and ``weight``. A completion may have ``span_labels`` (``[[start, end, label], …]``, in characters of a text, in tokens
+of ids) and ``token_labels`` (one for each of its ids, ``null`` = none).
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ _OF_COMPLETION = ("span_labels", "token_labels")
 
 
 def read_labelled_file(name: str, *, positive: str | None, add_special_tokens: bool) -> list[LabelledRollout]:
-    """Every labelled rollout of a file; completions without a label are left out.
+    """Reads every labelled rollout of a file; completions without a label are left out.
 
     Args:
-        name: of the file.
-        positive: the label, as text, that stands for the behaviour; ``None`` = labels are true and false, or 1 and 0.
+        name: name of the file.
+        positive: the label that stands for the behaviour, as text; ``None`` = labels are true and false, or 1 and 0.
         add_special_tokens: whether prompts given as text get the tokenizer's special tokens (BOS).
 
     Raises:
-        LineError: a line is not a labelled rollout; names the file, the line and the field.
+        LineError: a line is not a labelled rollout; the message names the file, the line and the field.
         OSError: the file cannot be read.
     """
     with Path(name).open(encoding="utf-8", errors=UNDECODABLE) as lines:
@@ -40,7 +40,7 @@ def read_labelled_file(name: str, *, positive: str | None, add_special_tokens: b
 
 
 def read_labelled_lines(lines: Iterable[str], source: str, *, positive: str | None, add_special_tokens: bool) -> Iterator[LabelledRollout]:
-    """The labelled rollouts of lines; as ``read_labelled_file``."""
+    """Reads labelled rollouts from lines of JSON; arguments and errors are those of ``read_labelled_file``."""
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
@@ -82,7 +82,7 @@ def _rollouts(content: object, where: str, positive: str | None, add_special_tok
 
 
 def _without_labels(content: object) -> tuple[object, list[dict[str, Any]]]:
-    """A line as ``probescore score`` reads it, and what each completion has beyond that."""
+    """Splits a line into the fields that ``probescore score`` reads, and the further fields of each completion, such as labels."""
     if not isinstance(content, dict):
         return content, []
     completions = content.get("completions", [content["completion"]] if "completion" in content else [])

@@ -1,4 +1,4 @@
-"""The steps of loading a model, as people see them."""
+"""Shows the steps of loading a model on the console."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from probescore_server.cli.tables import safe
 
 
 class CheckSteps:
-    """Prints each step of a check once it has passed or failed, with a spinner while it runs."""
+    """Console output that prints each step of a check once it has passed or failed, with a spinner while it runs."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -16,7 +16,7 @@ class CheckSteps:
         self._step = ""
 
     def begin(self, step: str) -> None:
-        """The step before is done."""
+        """Marks the previous step as passed, and starts to show the next step."""
         self._end("[green]✓[/green]")
         self._step = step
         self._status.update(safe(step))

@@ -1,4 +1,4 @@
-"""Takes what is wanted of a batch's completions from its activations, as arrays on the host."""
+"""Extracts the requested activations of each completion from the activations of a batch, as arrays in host memory."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from probescore_server.probes.scoring.selections import SegmentRows, selected_to
 
 @dataclass(frozen=True, eq=False)
 class _View:
-    """A completion or a follow-up, and where it stands in the batch.
+    """The position in a batch of a completion, or of a follow-up (token ids appended to a finished completion).
 
     Attributes:
-        rows: ``(T,)`` int64, those of its tokens in scope.
-        selections: ``(1 + spans, T)`` bool.
-        first: index of its first selection among those of the batch.
-        follow_ups: of it.
+        rows: rows of the tokens in scope among the batch's activations, ``(T,)`` int64.
+        selections: which tokens count, ``(1 + spans, T)`` bool: in the whole scope under the mask, then in each span.
+        first: index of the first of these selections among all selections of the batch.
+        follow_ups: positions of the follow-ups.
     """
 
     placement: Placement
@@ -36,15 +36,15 @@ class _View:
 
 
 class BatchActivations:
-    """The activations that are wanted of the completions of one batch, on the host.
+    """The requested activations of the completions of one batch, in host memory.
 
     Args:
-        forest: the batch.
-        activations: of the forest, at these taps.
-        scope: of every rollout.
-        taps: those that were read.
-        reads: what is wanted.
-        live: indices of the rollouts whose activations are all there.
+        forest: the batch, as token segments arranged in trees, so that shared prefixes are computed once.
+        activations: activations of the forest at these taps.
+        scope: tokens of every rollout that are read: completion, prompt or all.
+        taps: taps whose activations are given.
+        reads: activations that the request asks for.
+        live: indices of the rollouts whose activations are all present.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class BatchActivations:
         self._tokens: dict[str, NDArray[np.float32]] = {}
         for tap in taps:
             rows = activations.rows[tap]
-            # the same as all of isfinite, in a tenth of the time
+            # This gives the same as isfinite().all(), in a tenth of the time.
             self._finite[str(tap)] = (rows.amax(dim=1).isfinite() & rows.amin(dim=1).isfinite()).cpu().numpy()
             if reads.pools:
                 self._pooled[str(tap)] = self._pool(rows)
@@ -75,7 +75,7 @@ class BatchActivations:
                 self._tokens[str(tap)] = rows.cpu().numpy()
 
     def of(self, rollout: int, group_index: int, completion_index: int) -> CompletionActivations:
-        """Returns what was read of a rollout, in arrays of its own, so that those of the batch are not kept alive."""
+        """Returns the activations of a rollout as copies, so that they do not keep the arrays of the batch in memory."""
         return self._of(self._views[rollout], group_index, completion_index)
 
     def _of(self, view: _View, group_index: int, completion_index: int) -> CompletionActivations:
@@ -105,7 +105,7 @@ class BatchActivations:
         return _View(placement, np.concatenate(ids), self._rows.of(segments), selections, first, follow_ups)
 
     def _pool(self, rows: torch.Tensor) -> NDArray[np.float32]:
-        """``(selections of the batch, pools, hidden_size)``."""
+        """Computes all pooled activations of the batch at a tap, ``(selections of the batch, pools, hidden_size)``."""
         pooled = torch.full((self._selections, len(self._reads.pools), rows.shape[1]), torch.nan, dtype=torch.float32, device=rows.device)
         for view in self._every_view():
             for offset, selection in enumerate(view.selections):
@@ -126,7 +126,7 @@ class BatchActivations:
 
 
 def joined(parts: Sequence[CompletionActivations]) -> CompletionActivations:
-    """Joins what was read of one completion at some taps after others."""
+    """Returns the activations of one completion at all taps, given the activations at some taps and those at the remaining taps."""
     first, *others = parts
     if not others:
         return first
@@ -147,7 +147,7 @@ def _rows_at(rows: torch.Tensor, indices: NDArray[np.int64]) -> torch.Tensor:
 
 
 def _pooled(selected: torch.Tensor, pool: Pool) -> torch.Tensor:
-    """One row ``(hidden_size,)`` of one or more. Means are added up in float64, so that their order leaves no trace."""
+    """Pools activations ``(tokens, hidden_size)`` to ``(hidden_size,)``; means are summed in float64, so that order does not matter."""
     match pool:
         case Pool.LAST:
             return selected[-1]

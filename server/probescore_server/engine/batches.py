@@ -1,4 +1,4 @@
-"""Rollouts that are run together: bounded in tokens, and in the tokens whose activations are held."""
+"""Divides rollouts into batches that run together, bounded in tokens and in the tokens whose activations are held in memory."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from probescore_server.rollouts import CheckedRollout, Continuation
 
 
 def batches(rollouts: Sequence[CheckedRollout], max_tokens: int, max_read_tokens: int | None = None) -> Iterator[list[CheckedRollout]]:
-    """Yields consecutive rollouts in batches within two bounds, or a single rollout that is beyond them.
+    """Yields consecutive rollouts in batches within two limits; a rollout that exceeds a limit is a batch of its own.
 
     Tokens that rollouts of a batch share, such as those of one prompt, are counted once.
 
     Args:
         rollouts: rollouts, in the order in which they are batched.
         max_tokens: limit on the tokens of a batch.
-        max_read_tokens: limit on the tokens of a batch that are in scope; ``None`` = as many as there are.
+        max_read_tokens: limit on the tokens in scope of a batch, whose activations are held; ``None`` = no limit.
     """
     batch: list[CheckedRollout] = []
     counted: set[Hashable] = set()
@@ -37,13 +37,14 @@ def batches(rollouts: Sequence[CheckedRollout], max_tokens: int, max_read_tokens
 
 
 def read_tokens(rollout: CheckedRollout) -> int:
-    """Returns how many tokens of a rollout, and of its follow-ups, are in scope."""
+    """Returns how many tokens of a rollout, and of the follow-ups appended to it, are in scope."""
     return sum(read for _, read in _costs(rollout).values())
 
 
 def _costs(rollout: CheckedRollout) -> dict[Hashable, tuple[int, int]]:
-    """Tokens, and how many of them are in scope, of the prompt and of the completion with its follow-ups, each under a name that is the
-    same for the same tokens.
+    """Returns the number of tokens, and of tokens in scope, of a rollout's prompt and of its completion with follow-ups.
+
+    Each pair of numbers is keyed by a name that is equal for equal tokens, so that shared tokens are counted once.
     """
     prompt, completion, scope = rollout.prompt_ids.tobytes(), rollout.completion, rollout.options.scope
     own: Hashable = completion if completion.follow_ups else completion.token_ids.tobytes()

@@ -1,4 +1,4 @@
-"""The report on a fitted probe: one HTML page that needs nothing else, and every number of it as JSON beside it."""
+"""Renders the report on a fitted probe: one self-contained HTML page, and a JSON file with every number of the page."""
 
 from __future__ import annotations
 

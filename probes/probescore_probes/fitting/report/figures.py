@@ -1,4 +1,4 @@
-"""The report's figures, as SVG that takes the page's colours, light or dark, and runs no script."""
+"""Draws the figures of the report on a fitted probe, as SVG without scripts, in the colours of the page's light or dark theme."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from probescore_audit import Estimate
 from probescore_audit.grouped import CalibrationBin
 from probescore_probes.fitting.cross_validation import CurvePoint
 
-# Stand-ins that no figure has otherwise; each becomes a colour of the page.
+# Placeholder colours that no figure uses otherwise; each is replaced by a colour of the page.
 _INK, _SOFT, _LINE, _POSITIVE, _NEGATIVE, _THIRD, _FOURTH = "#010203", "#040506", "#070809", "#0a0b0c", "#0d0e0f", "#101112", "#131415"
 _COLOURS = {
     _INK: "var(--ink)",
@@ -48,7 +48,7 @@ _STYLE: Any = {  # matplotlib types its settings by name
 
 
 def layers(curves: Mapping[str, Sequence[CurvePoint]], chosen: CurvePoint) -> str:
-    """AUROC by tap, with one standard error, for each kind and pooling."""
+    """Draws the AUROC at each tap with one standard error, as a line for each kind of probe and pooling."""
     with mpl.rc_context(_STYLE):
         figure, axes = _new(7.2, 3.0)
         names = list(dict.fromkeys(point.tap for points in curves.values() for point in points))
@@ -71,7 +71,7 @@ def layers(curves: Mapping[str, Sequence[CurvePoint]], chosen: CurvePoint) -> st
 
 
 def roc(rates: tuple[NDArray[np.float64], NDArray[np.float64]], false_positive_rate: float, negatives: int) -> str:
-    """True- by false-positive rate; the latter on a logarithmic scale, where thresholds lie."""
+    """Draws the ROC curve: true- by false-positive rate, the latter on a logarithmic scale, since thresholds lie at small rates."""
     with mpl.rc_context(_STYLE):
         figure, axes = _new(3.5, 3.0)
         lowest = 0.5 / max(1, negatives)
@@ -88,7 +88,7 @@ def roc(rates: tuple[NDArray[np.float64], NDArray[np.float64]], false_positive_r
 
 
 def histogram(scores: NDArray[np.float64], positive: NDArray[np.bool_], threshold: float | None) -> str:
-    """Served scores of both classes."""
+    """Draws histograms of the served scores of positive and of negative rollouts."""
     with mpl.rc_context(_STYLE):
         figure, axes = _new(3.5, 3.0)
         edges = np.histogram_bin_edges(scores, bins=min(30, max(8, len(scores) // 8)))
@@ -103,7 +103,7 @@ def histogram(scores: NDArray[np.float64], positive: NDArray[np.bool_], threshol
 
 
 def estimates(found: Mapping[str, Estimate], name: str, highlighted: Sequence[str] = ()) -> str:
-    """AUROC of several, a line for each, with intervals and chance."""
+    """Draws several AUROCs, one on each line, with their intervals and a mark at chance level."""
     with mpl.rc_context(_STYLE):
         known = {title: estimate for title, estimate in found.items() if not np.isnan(estimate.value)}
         figure, axes = _new(7.2, 0.7 + 0.27 * max(1, len(known)))
@@ -121,7 +121,7 @@ def estimates(found: Mapping[str, Estimate], name: str, highlighted: Sequence[st
 
 
 def learning(points: Sequence[tuple[int, Estimate]]) -> str:
-    """AUROC by how many groups were fitted on."""
+    """Draws the learning curve: AUROC by the number of groups of rollouts that the probe was fitted on."""
     with mpl.rc_context(_STYLE):
         figure, axes = _new(3.5, 2.8)
         x = [groups for groups, _ in points]
@@ -137,7 +137,7 @@ def learning(points: Sequence[tuple[int, Estimate]]) -> str:
 
 
 def calibration(bins: Sequence[CalibrationBin]) -> str:
-    """The share of positives by the probability that was served."""
+    """Draws the calibration of a probe: the share of positive rollouts by the probability that was served."""
     with mpl.rc_context(_STYLE):
         figure, axes = _new(3.5, 2.8)
         axes.plot([0, 1], [0, 1], color=_SOFT, linewidth=0.8, linestyle="--")
@@ -164,7 +164,10 @@ def _cut(title: str) -> str:
 
 
 def _svg(figure: Figure, name: str) -> str:
-    """The element alone, with ids of its own and the page's colours. What is drawn as text is escaped by matplotlib."""
+    """Returns a figure's ``<svg>`` element, with ids unique to the figure and the colours of the page.
+
+    Matplotlib escapes the text in the figure.
+    """
     written = io.StringIO()
     figure.savefig(written, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     svg = written.getvalue()

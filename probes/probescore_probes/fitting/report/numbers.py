@@ -1,4 +1,4 @@
-"""Every number of a report, as JSON has it: an unknown one is null."""
+"""Converts the result of fitting a probe into JSON values; a number that is not known becomes null."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _NOT_NUMBERS = ("file",)
 
 
 def numbers_of(result: FitResult) -> dict[str, Any]:
-    """All fields of a result but the probe file itself."""
+    """Returns all fields of a fitting result as JSON values, except for the probe file itself."""
     return {field.name: _plain(getattr(result, field.name)) for field in fields(result) if field.name not in _NOT_NUMBERS}
 
 

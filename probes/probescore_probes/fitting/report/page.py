@@ -1,4 +1,4 @@
-"""The page: a verdict with its warnings first, then what it rests on."""
+"""Renders the HTML page of the report on a fitted probe: the verdict and its warnings first, then the evidence."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from probescore_probes.fitting.pipeline import FitResult, WrongRollout
 from probescore_probes.fitting.report import figures
 
 _PROMPT_SHOWN = 160
-"""Tokens of a prompt, its end."""
+"""Limits how many tokens of a prompt the page shows: the last ones."""
 _COMPLETION_SHOWN = 600
 
 
 def page(result: FitResult) -> str:
-    """The page's HTML. All that comes from rollouts is text in it, never markup."""
+    """Returns the HTML of the report's page. Text that comes from rollouts is escaped, so that it is never markup."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(estimate=_estimate, percent=_percent, number=_number)
     template = environment.from_string(files(__package__).joinpath("report.html").read_text(encoding="utf-8"))
@@ -28,7 +28,7 @@ def page(result: FitResult) -> str:
 
 
 def _figures(result: FitResult) -> dict[str, Markup]:
-    """SVG by name; each escapes its own texts."""
+    """Returns the figures of the report as SVG by name; each figure escapes its own text."""
     evidence = result.evidence
     chosen = next(
         point for point in result.selection.curve if (point.tap, point.pool) == (result.selection.chosen.tap, result.selection.chosen.pool)

@@ -1,4 +1,4 @@
-"""Where a report goes."""
+"""Writes the report on a fitted probe to files: an HTML page and a JSON file beside the page."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from probescore_server.files import write_atomically
 
 
 def check_writable(path: Path) -> None:
-    """Before hours go into fitting.
+    """Checks that a report can be written to a path, before hours of fitting.
 
     Raises:
         ValueError: a report cannot be written there.
@@ -24,7 +24,7 @@ def check_writable(path: Path) -> None:
 
 
 def write_report(path: Path, result: FitResult) -> None:
-    """Writes the page, and its numbers as JSON under the same name; what is there is replaced.
+    """Writes a report's HTML page, and its numbers as JSON under the same name with another ending; existing files are replaced.
 
     Raises:
         OSError: a file cannot be written.

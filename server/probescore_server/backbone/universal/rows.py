@@ -1,7 +1,8 @@
-"""Which short sequences of a forest run together, as the rows of one forward.
+"""Chooses the short sequences of a forest that run together, as the padded rows of one forward pass.
 
-A forward reads every weight once, whatever it computes, so that a few tokens cost nearly as much as some hundred. Rows are as long as the
-longest and padded behind, where no causal model looks.
+A forest is a batch of token segments arranged in trees, so that shared prefixes are computed once. A forward pass reads every weight once,
+whatever it computes, so that a few tokens take nearly as long as some hundred. The rows of a forward pass are padded at the end to the
+length of the longest row, where a causal model does not look.
 """
 
 from __future__ import annotations
@@ -16,26 +17,26 @@ from probescore_server.backbone.forest import Forest
 from probescore_server.backbone.kv_cache import common_beginning
 
 MAX_ROW_TOKENS = 128
-"""Limits the tokens of a sequence that is run with others: a longer one fills a forward by itself."""
+"""Limits the tokens of a sequence that runs together with others; a longer sequence gets a forward pass of its own."""
 
 MAX_FORWARD_TOKENS = 512
-"""Limits the tokens of all rows of a forward, padding included. More would not be faster."""
+"""Limits the tokens of all rows of a forward pass, padding included. A higher limit would not be faster."""
 
 FEW_TOKENS = 128
-"""Tokens of a forward up to which padding costs less than another forward."""
+"""Number of tokens of a forward pass up to which padding takes less time than another forward pass."""
 
 MAX_PADDING = 1 / 8
-"""Limits the share of padding in the tokens of a forward, once they are more than ``FEW_TOKENS``."""
+"""Limits the share of padding in the tokens of a forward pass with more than ``FEW_TOKENS`` tokens."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A segment and what alone continues it, as one sequence.
+    """A chain of token segments without branches that runs as one sequence.
 
     Attributes:
-        segments: each the only one that continues the one before; nothing continues the last. Only the last may be read: where attention
-            multiplies by zero what it must not see, NaN of a later token would reach it.
-        tokens: of all of them.
+        segments: each segment is the only continuation of the one before, and nothing continues the last. Only the last segment may be read
+            by probes: attention multiplies masked tokens by zero, so that NaN of a later token would spread to earlier ones.
+        tokens: number of tokens of all segments.
     """
 
     segments: tuple[int, ...]
@@ -43,7 +44,7 @@ class Row:
 
 
 def short_row(forest: Forest, children: Sequence[Sequence[int]], first: int) -> Row | None:
-    """Returns the row that begins with a segment; ``None`` if it branches, is read on the way, or is long."""
+    """Returns the row that begins with a segment; ``None`` if its segments branch, it is too long, or probes read it before its end."""
     segments, tokens = [first], len(forest.segments[first].token_ids)
     while tokens <= MAX_ROW_TOKENS:
         match children[segments[-1]]:
@@ -58,7 +59,7 @@ def short_row(forest: Forest, children: Sequence[Sequence[int]], first: int) -> 
 
 
 def together(rows: Sequence[Row]) -> Iterator[list[Row]]:
-    """Yields the rows of each forward: rows of about the same length, as many as fit."""
+    """Divides rows among forward passes, and yields the rows of each: as many rows of about the same length as fit."""
     batch: list[Row] = []
     for row in sorted(rows, key=lambda row: row.tokens):
         size = row.tokens * (len(batch) + 1)
@@ -72,7 +73,7 @@ def together(rows: Sequence[Row]) -> Iterator[list[Row]]:
 
 
 def shared_beginnings(forest: Forest, rows: Sequence[Row]) -> list[int]:
-    """Returns for each row how many tokens it has in common with another row at the beginning."""
+    """Returns for each row the number of tokens at its beginning that another row begins with, too."""
     ids = [np.concatenate([forest.segments[index].token_ids for index in row.segments]) for row in rows]
     order = sorted(range(len(rows)), key=lambda number: ids[number].astype(">i4").tobytes())
     shared = [0] * len(rows)

@@ -1,4 +1,4 @@
-"""Writes new versions of probe files in which only thresholds and measured qualities change, and the graph stays byte for byte."""
+"""Writes new versions of probe files in which only thresholds and measured qualities change; the ONNX graph stays equal byte for byte."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ def write_new_version(
     """Writes a probe file's graph and golden vectors under another version, with other thresholds or measured qualities.
 
     Args:
-        path: where to write; what is there must be a probe file of another name or version, or this very one.
-        probe: the version before.
-        version: of the new file; a version never stands for other bytes.
-        calibrations: all thresholds of the new version; those of the version before by default.
-        evaluations: all measured qualities of the new version; those of the version before by default.
+        path: path of the new file; an existing file is replaced if it is a probe file of another name or version, or equal to the new file.
+        probe: the previous version.
+        version: version of the new file; files with the same name and version must be equal.
+        calibrations: all thresholds of the new version; those of the previous version by default.
+        evaluations: all measured qualities of the new version; those of the previous version by default.
 
     Raises:
-        ProbeRefused: the version is that of ``probe``, a reader would refuse the file, or ``path`` holds something that must not be
-            replaced; nothing is written.
+        ProbeRefused: the version is that of ``probe``, a reader would refuse the file, or an existing file must not be replaced; nothing is
+            written.
     """
     manifest = probe.manifest
     if version == manifest.version:
