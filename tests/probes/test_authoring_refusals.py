@@ -267,7 +267,7 @@ def test_estimates_travel_in_the_manifest_as_they_were_computed(write):
 
     manifest = write(calibrations=[threshold], evaluations=[auroc]).manifest
 
-    assert [record.model_dump() for record in manifest.calibrations] == [asdict(threshold)]
+    assert [record.model_dump(exclude_none=True) for record in manifest.calibrations] == [asdict(threshold)]
     assert [record.model_dump() for record in manifest.evaluations] == [{"metric": "auroc"} | asdict(auroc)]
 
 
