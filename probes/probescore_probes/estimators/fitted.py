@@ -107,7 +107,10 @@ class FittedEstimator:
         return lambda rows: score(self.transformed(rows))
 
     def after_steps(self) -> FittedEstimator:
-        """Returns the last estimator of a pipeline whose steps are not all affine, without the steps before it."""
+        """Returns the last estimator of a scikit-learn pipeline alone, as if the outputs of the steps before it were its inputs.
+
+        It is for pipelines with a step that is not affine, which cannot be folded into the weights of the last estimator.
+        """
         last = self.inner.steps[-1][1]
         return FittedEstimator(last, width_of(last, described(self.estimator)))
 

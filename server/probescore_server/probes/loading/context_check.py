@@ -291,7 +291,9 @@ class _GraphTrial:
             yield from self._shortened()
 
     def far_behind(self) -> _Finding:
-        """Compares the scores of a sequence alone with its scores in a run that is longer than any that the graph serves."""
+        """Compares the scores of a sequence alone with its scores in one run of the probe's ONNX graph over many sequences, with more
+        rows than a server ever gives to the graph at once.
+        """
         order = np.arange(len(self._sequences))
         return self._together(np.concatenate([order, order[::-1], order]), _NEIGHBOURS)
 

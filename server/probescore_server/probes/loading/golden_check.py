@@ -191,9 +191,9 @@ def _check_neighbours_suffice(probe: ProbeFile, measured: Sequence[_Distances | 
 def _distances(golden: Golden, neighbour: Neighbour, recomputed: NDArray[np.float64]) -> _Distances | None:
     """Computes the distances of recomputed scores from the golden scores and from the scores of a neighbouring place.
 
-    Returns ``None`` if the two places have the same scores, so that reading the wrong place gives no wrong score. Also returns ``None`` if
-    the scores of the two places differ by more than any scores of this probe would. A neighbouring place is one decoder block or one token
-    beside the place where the probe reads activations.
+    A neighbouring place is one decoder block or one token beside the place where the probe reads activations. Only rows are compared whose
+    scores differ between the two places, by no more than ``BEYOND_SCORES`` times the size and spread of the golden scores: a greater number
+    is no score that the probe gives, and proves nothing about the place. Returns ``None`` if no row is left.
     """
     between, expected = neighbour.difference_rows, golden.score_rows
     labels = between.shape[1]

@@ -202,7 +202,13 @@ def _linear_regressor(node: _ReadNode) -> list[_Value]:
 
 
 def _linear_classifier(node: _ReadNode) -> list[_Value]:
-    """Reads a ``LinearClassifier`` whose class scores are computed one by one; the other output, the predicted class, is not read."""
+    """Reads an ONNX ``LinearClassifier`` as a linear layer, with a sigmoid if ``post_transform`` is ``LOGISTIC``.
+
+    The classifier's first output, the predicted class, is not read.
+
+    Raises:
+        NotANetwork: another ``post_transform``, such as softmax, mixes the scores of classes, or there is one class only.
+    """
     transform = node.attributes.get("post_transform", b"NONE")
     classes = node.attributes.get("classlabels_ints") or node.attributes.get("classlabels_strings") or []
     weight = np.array(node.attributes["coefficients"], np.float32).reshape(len(classes) or 1, -1)

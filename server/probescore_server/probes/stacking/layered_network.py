@@ -207,12 +207,12 @@ def mapped(value: RowValue, weight: Array, bias: Array, axes: str = "rows") -> R
 
 
 def selected(value: RowValue, columns: Array, axes: str = "rows") -> RowValue:
-    """Selects some columns of a value while a graph is read as layers, in the order given.
+    """Returns the value that a ``Gather`` or ``Slice`` of an ONNX graph selects: some columns of another value, in the order given.
 
     Args:
-        value: the value to select from, with axes ``rows``.
+        value: a value with one row per token, whose columns are selected.
         columns: indices of the columns, ``(C,)``; negative ones count from the last.
-        axes: axes of the result.
+        axes: ``rows`` for a result of shape ``(tokens, C)``, ``flat`` for ``(tokens,)``, ``turned`` for ``(C, tokens)``.
 
     Raises:
         NotANetwork: there is no such column.
