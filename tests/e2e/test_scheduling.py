@@ -116,7 +116,7 @@ def test_a_batch_for_which_memory_is_short_is_split_until_it_fits_and_the_next_o
     groups = rollouts(3)
     with ProbeClient(server.address, timeout=TIMEOUT) as client:
         ample = client.score(groups)
-        with short_of_memory(server.worker_pid(), 4 * BYTES_OF_SCORES):
+        with short_of_memory(server.worker_pid(), 6 * BYTES_OF_SCORES):
             scarce = client.score(groups, token_scores="all")
             assert total(server, "probescore_out_of_memory_total") > 0
             assert total(server, "probescore_batch_budget_tokens") < 3 * MAX_POSITIONS
