@@ -146,11 +146,7 @@ def test_what_rollouts_say_is_text_in_the_report(fitted, tmp_path):
     from dataclasses import replace
 
     result, _ = fitted
-    hostile = (
-        replace(result.wrong[0], tokens=("<script>alert(1)</script>",), token_scores=(0.5,), where="<b>x</b>") if result.wrong else None
-    )
-    if hostile is None:
-        pytest.skip("no wrong rollout")
+    hostile = replace(result.wrong[0], tokens=("<script>alert(1)</script>",), token_scores=(0.5,), where="<b>x</b>")
     write_report(tmp_path / "report.html", replace(result, wrong=(hostile,)))
     html = (tmp_path / "report.html").read_text()
     assert "<script>" not in html
@@ -205,12 +201,11 @@ def test_another_function_than_was_fitted_is_refused(fitted):
         agreement(scores, scores * 0.8, "float32", read_probe_file(output))
     with pytest.raises(ProbeRefused, match="another function than was fitted"):
         agreement(scores, scores + 0.06 * scores.std(), "bfloat16", read_probe_file(output))
-    # rounding of a few rollouts in half precision is said, and refused only far out
-    few = np.where(np.arange(50) < 3, 0.07 * scores.std(), 0.0)
-    assert agreement(scores, scores + few, "bfloat16", read_probe_file(output)).beyond == 3
-    for dtype, times in (("bfloat16", 4), ("float32", 1)):
-        with pytest.raises(ProbeRefused, match="another function than was fitted"):
-            agreement(scores, scores + times * few, dtype, read_probe_file(output))
+    # one rollout is enough, in every dtype, and so is one without a score
+    for dtype in BOUND:
+        for apart in (0.06 * scores.std(), np.nan):
+            with pytest.raises(ProbeRefused, match="another function than was fitted"):
+                agreement(scores, scores + np.where(np.arange(50) == 3, apart, 0.0), dtype, read_probe_file(output))
 
 
 def test_labels_that_nothing_tells_are_called_useless(tmp_path):

@@ -129,8 +129,7 @@ def _say(result: FitResult, output: Path, report: Path | None) -> None:
     for warning in result.warnings:
         console.print(f"[yellow]![/yellow] [bold]{safe(warning.title)}[/bold] ({warning.number}): {safe(warning.text)}")
     agreed = result.agreement
-    beyond = f", {agreed.beyond} of them beyond {agreed.bound:g} σ" if agreed.beyond else ""
-    console.print(f"max |fitted − served| = {agreed.largest:.2g} σ over {agreed.rollouts} rollouts in {result.options.dtype}{beyond}")
+    console.print(f"max |fitted − served| = {agreed.largest:.2g} σ over {agreed.rollouts} rollouts in {result.options.dtype}")
     console.print(
         f"wrote {output}" + ("" if report is None else f", {report} and {report.with_suffix('.json')}"), soft_wrap=True, markup=False
     )
