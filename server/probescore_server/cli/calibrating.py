@@ -24,10 +24,9 @@ from probescore_server.cli.judged_rollouts import (
     SpecialTokens,
     TrustRemoteCode,
     data_digest,
-    judged_by_engine,
+    judged_rollouts,
     read_held_out,
 )
-from probescore_server.cli.steps import CheckSteps
 from probescore_server.cli.tables import safe
 
 if TYPE_CHECKING:
@@ -88,19 +87,17 @@ def _calibrate(
         before = read_probe_file(probe)
         _check_version(before.manifest.version, version)
         rollouts = read_held_out(data, ("calibration",), positive=positive, special_tokens=special_tokens)
-        with CheckSteps(new_console(stderr=True)) as steps:
-            judged = judged_by_engine(
-                [probe],
-                rollouts,
-                model=model,
-                revision=revision,
-                dtype=dtype,
-                device=device,
-                trust_remote_code=trust_remote_code,
-                reduction=reduction,
-                label=label,
-                report=steps.begin,
-            )
+        judged = judged_rollouts(
+            [probe],
+            rollouts,
+            model=model,
+            revision=revision,
+            dtype=dtype,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            reduction=reduction,
+            label=label,
+        )
         (served,) = judged.probes
         negative = ~judged.positive
         if not negative.any():

@@ -31,11 +31,9 @@ from probescore_server.cli.judged_rollouts import (
     TrustRemoteCode,
     check_source,
     data_digest,
-    judged_by_engine,
-    judged_by_server,
+    judged_rollouts,
     read_held_out,
 )
-from probescore_server.cli.steps import CheckSteps
 from probescore_server.cli.tables import facts_table, safe
 from probescore_server.files import write_atomically
 
@@ -89,22 +87,18 @@ def _compare(
 
         check_source(model, server)
         rollouts = read_held_out(data, ("test", "ood"), positive=positive, special_tokens=special_tokens)
-        if server:
-            judged = judged_by_server([first, second], rollouts, server, reduction=reduction, label=label)
-        else:
-            with CheckSteps(new_console(stderr=True)) as steps:
-                judged = judged_by_engine(
-                    [first, second],
-                    rollouts,
-                    model=model,
-                    revision=revision,
-                    dtype=dtype,
-                    device=device,
-                    trust_remote_code=trust_remote_code,
-                    reduction=reduction,
-                    label=label,
-                    report=steps.begin,
-                )
+        judged = judged_rollouts(
+            [first, second],
+            rollouts,
+            model=model,
+            server=server,
+            revision=revision,
+            dtype=dtype,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            reduction=reduction,
+            label=label,
+        )
         one, other = judged.probes
         thresholds = (one.thresholds[0].threshold, other.thresholds[0].threshold) if one.thresholds and other.thresholds else None
         found = compare(one.scores, other.scores, judged.positive, judged.groups, thresholds=thresholds, seed=seed)

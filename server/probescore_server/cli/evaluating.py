@@ -29,11 +29,9 @@ from probescore_server.cli.judged_rollouts import (
     TrustRemoteCode,
     check_source,
     data_digest,
-    judged_by_engine,
-    judged_by_server,
+    judged_rollouts,
     read_held_out,
 )
-from probescore_server.cli.steps import CheckSteps
 from probescore_server.cli.tables import safe
 from probescore_server.files import write_atomically
 
@@ -98,23 +96,18 @@ def _evaluate(
         check_source(model, server)
         _check_write(probes, model, write, version)
         rollouts = read_held_out(data, ("test", "ood"), positive=positive, special_tokens=special_tokens)
-        console = new_console(stderr=True)
-        if server:
-            judged = judged_by_server(probes, rollouts, server, reduction=reduction, label=label)
-        else:
-            with CheckSteps(console) as steps:
-                judged = judged_by_engine(
-                    probes,
-                    rollouts,
-                    model=model,
-                    revision=revision,
-                    dtype=dtype,
-                    device=device,
-                    trust_remote_code=trust_remote_code,
-                    reduction=reduction,
-                    label=label,
-                    report=steps.begin,
-                )
+        judged = judged_rollouts(
+            probes,
+            rollouts,
+            model=model,
+            server=server,
+            revision=revision,
+            dtype=dtype,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            reduction=reduction,
+            label=label,
+        )
         found = {
             each.probe.key: evaluate(
                 each.scores,

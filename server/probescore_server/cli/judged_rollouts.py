@@ -15,9 +15,11 @@ from numpy.typing import NDArray
 from probescore import Calibration, CompletionScores, CompletionStatus, ProbeInfo, Reduction, RolloutGroup, Text
 from probescore.types import Chat, score_keys
 from probescore_server.cli.common.connection import connected
+from probescore_server.cli.common.console import new_console
 from probescore_server.cli.common.failures import say
 from probescore_server.cli.common.progress import RolloutProgress
 from probescore_server.cli.labelled_lines import read_labelled_file
+from probescore_server.cli.steps import CheckSteps
 
 if TYPE_CHECKING:
     from probescore_probes.fitting.labelled_rollouts import Example, LabelledRollout
@@ -131,7 +133,54 @@ def data_digest(data: str) -> str:
     return "sha256:" + hashlib.sha256(Path(data).read_bytes()).hexdigest()
 
 
-def judged_by_engine(
+def judged_rollouts(
+    probes: Sequence[str],
+    rollouts: Sequence[LabelledRollout],
+    *,
+    model: str,
+    server: str = "",
+    revision: str,
+    dtype: str,
+    device: str,
+    trust_remote_code: bool,
+    reduction: str | None,
+    label: str,
+) -> JudgedRollouts:
+    """Scores labelled rollouts with probes, and shows the steps on standard error.
+
+    Args:
+        probes: names of probes that the server has loaded, or paths of probe files if no server is given.
+        rollouts: the labelled rollouts.
+        model: model that an engine in this process loads if no server is given.
+        server: address of a running server; empty for an engine in this process.
+        revision: branch, tag or commit of a model on the Hugging Face hub.
+        dtype: dtype of the engine's model.
+        device: device of the engine's model, such as ``cuda:0``.
+        trust_remote_code: whether to run Python code that the model brings.
+        reduction: reduction of token scores to one score of a rollout; ``None`` for the probe's own.
+        label: label that is judged; empty for a probe with a single one.
+
+    Raises:
+        ValueError: a rollout cannot be scored, or an option is wrong; the message names the line or the option.
+    """
+    if server:
+        return _judged_by_server(probes, rollouts, server, reduction=reduction, label=label)
+    with CheckSteps(new_console(stderr=True)) as steps:
+        return _judged_by_engine(
+            probes,
+            rollouts,
+            model=model,
+            revision=revision,
+            dtype=dtype,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            reduction=reduction,
+            label=label,
+            report=steps.begin,
+        )
+
+
+def _judged_by_engine(
     files: Sequence[str],
     rollouts: Sequence[LabelledRollout],
     *,
@@ -176,7 +225,7 @@ def judged_by_engine(
     )
 
 
-def judged_by_server(
+def _judged_by_server(
     names: Sequence[str], rollouts: Sequence[LabelledRollout], address: str, *, reduction: str | None, label: str
 ) -> JudgedRollouts:
     """Scores rollouts with probes that a running server has loaded.
