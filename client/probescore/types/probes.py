@@ -1,0 +1,177 @@
+"""Defines the descriptions of probes: where a probe reads activations, what its scores are, and its calibrated thresholds."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from probescore.reductions import Reduction
+
+
+class ScoreUnit(str, Enum):
+    """Enumeration of the units of a probe's scores: logits, probabilities, or other values."""
+
+    LOGIT = "logit"
+    PROBABILITY = "probability"
+    VALUE = "value"
+
+
+class OutputPer(str, Enum):
+    """Enumeration of the units of text that a probe scores: each token, or the rollout as a whole."""
+
+    TOKEN = "token"
+    ROLLOUT = "rollout"
+
+
+class Hook(str, Enum):
+    """Enumeration of the kinds of places in a language model at which a probe can read activations."""
+
+    RESID_PRE = "resid_pre"
+    RESID_POST = "resid_post"
+    ATTN_OUT = "attn_out"
+    MLP_OUT = "mlp_out"
+    FINAL_NORM = "final_norm"
+
+    def __str__(self) -> str:
+        return self.value
+
+    @property
+    def has_layer(self) -> bool:
+        """Whether each decoder block has a place of this kind; otherwise the whole model has a single one."""
+        return self is not Hook.FINAL_NORM
+
+
+@dataclass(frozen=True)
+class Tap:
+    """Place in the model at which a probe reads activations: a hook (the kind of place) and a decoder block.
+
+    ``hook`` is a ``Hook``, or the name of a hook that only a newer server knows; ``layer`` is the 0-based index of the decoder block
+    (``None`` for ``final_norm``).
+
+    ``str(tap)`` is the name of the probe graph's input for these activations: ``"resid_post.6"``, ``"final_norm"``.
+    """
+
+    hook: str
+    layer: int | None = None
+
+    def __str__(self) -> str:
+        return self.hook if self.layer is None else f"{self.hook}.{self.layer}"
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A threshold of a probe and the data on which the threshold was found; a rollout whose score is at or above the threshold counts as
+    flagged.
+
+    Attributes:
+        threshold: threshold for reduced scores, in the unit of the probe.
+        false_positive_rate: false-positive rate that the threshold aims at, in (0, 1).
+        false_positive_rate_low: the lower end of the 95% confidence interval of the rate at this threshold.
+        false_positive_rate_high: the upper end of that interval.
+        negatives: number of negative rollouts on which the threshold was found.
+        dataset: description of the data, in words.
+        reduction: the reduction for whose scores the threshold holds; ``None`` for a probe that scores rollouts.
+        label: the label for whose scores the threshold holds, if the probe has several labels.
+    """
+
+    threshold: float
+    false_positive_rate: float
+    false_positive_rate_low: float
+    false_positive_rate_high: float
+    negatives: int
+    dataset: str
+    reduction: Reduction | None = None
+    label: str = ""
+
+
+@dataclass(frozen=True)
+class ProbeInfo:
+    """Description of a probe that a server has loaded.
+
+    Attributes:
+        name: the probe's name.
+        version: the probe's version; a name and a version always identify the same bytes.
+        description: what the probe detects, in its author's words.
+        graph_sha256: digest of the probe's ONNX graph, which computes the scores.
+        manifest_sha256: digest of the probe's manifest without the graph's digest, calibrations included.
+        taps: places in the model at which the probe reads activations.
+        unit: unit of the probe's scores.
+        output_per: whether the probe scores tokens or rollouts.
+        labels: names of the values per token or rollout, in order; a single value has one label.
+        default_reduction: reduction of the per-token scores to one number, used unless a request asks for another one; ``None`` for a probe
+            that scores rollouts.
+        calibrations: the probe's calibrated thresholds.
+        accepted_mismatches: failed checks of the probe that the server's operator chose to accept, such as ``"tokenizer_fingerprint"``.
+        manifest_json: the probe's manifest as JSON, without the golden vectors (token ids with expected scores).
+    """
+
+    name: str
+    version: str
+    description: str
+    graph_sha256: str
+    manifest_sha256: str
+    taps: tuple[Tap, ...]
+    unit: ScoreUnit
+    output_per: OutputPer
+    labels: tuple[str, ...]
+    default_reduction: Reduction | None
+    calibrations: tuple[Calibration, ...]
+    accepted_mismatches: tuple[str, ...]
+    manifest_json: str
+
+    @property
+    def key(self) -> str:
+        """Returns ``name@version``, which identifies one probe."""
+        return f"{self.name}@{self.version}"
+
+
+@dataclass(frozen=True)
+class ScoredProbe:
+    """Description of a probe that has scored the rollouts of a response.
+
+    Attributes:
+        name: the probe's name.
+        version: the probe's version; a name and a version always identify the same bytes.
+        graph_sha256: digest of the probe's ONNX graph, which computes the scores.
+        manifest_sha256: digest of the probe's manifest without the graph's digest, calibrations included.
+        unit: unit of the probe's scores.
+        output_per: whether the probe scores tokens or rollouts.
+        labels: names of the values per token or rollout, in order; a single value has one label.
+        reductions: reductions from per-token scores to one number, in the order of ``ProbeScores.reduced``; empty for a probe that scores
+            rollouts.
+        follow_up_tokens: number of tokens that the probe itself appends to every completion (a follow-up) and scores instead of the
+            completion; 0 = the probe scores the completion.
+        accepted_mismatches: failed checks of the probe that the server's operator chose to accept, such as ``"tokenizer_fingerprint"``.
+        reading: name of the model whose activations the probe has read; ``"frozen"`` = the server's own model.
+        exclude_special_tokens: whether the tokenizer's special tokens do not count; the score of a selection that has only special tokens
+            is then absent.
+    """
+
+    name: str
+    version: str
+    graph_sha256: str
+    manifest_sha256: str
+    unit: ScoreUnit
+    output_per: OutputPer
+    labels: tuple[str, ...]
+    reductions: tuple[Reduction, ...]
+    accepted_mismatches: tuple[str, ...] = ()
+    reading: str = "frozen"
+    follow_up_tokens: int = 0
+    exclude_special_tokens: bool = False
+
+    @property
+    def key(self) -> str:
+        """Returns ``name@version``, which identifies one probe."""
+        return f"{self.name}@{self.version}"
+
+
+def score_keys(probes: Sequence[ScoredProbe]) -> tuple[str, ...]:
+    """Returns the keys of ``CompletionScores.scores``, in the order of ``probes``.
+
+    A probe's key is its name, or ``name@version`` where several versions of one name were applied.
+    """
+    names = Counter(probe.name for probe in probes)
+    return tuple(probe.name if names[probe.name] == 1 else probe.key for probe in probes)
