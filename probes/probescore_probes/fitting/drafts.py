@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from probescore_audit import CalibratedThreshold, Estimate
+from probescore_audit import Estimate
 from probescore_probes.fitting.fitted import Fitted
 from probescore_probes.fitting.fitting_data import FittingData
 from probescore_probes.fitting.labelled_rollouts import CALIBRATION, TEST, TRAIN
 from probescore_probes.fitting.options import FitOptions
 from probescore_probes.fitting.serving import add_judgement, write
-from probescore_server.probes.format.manifest import Training
+from probescore_server.probes.format.manifest import CalibrationRecord, Training
 from probescore_server.probes.format.probe_file import ProbeFile
 
 
@@ -41,7 +41,7 @@ def write_draft(draft: Path, fitted: Fitted, options: FitOptions) -> ProbeFile:
     )
 
 
-def finish(draft: Path, output: Path, data: FittingData, quality: Estimate, threshold: CalibratedThreshold | None) -> ProbeFile:
+def finish(draft: Path, output: Path, data: FittingData, quality: Estimate, threshold: CalibrationRecord | None) -> ProbeFile:
     """Writes a draft to its final path, with its threshold and its AUROC on the test rollouts.
 
     Raises:

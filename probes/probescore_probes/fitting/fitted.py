@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from probescore_probes.fitting.activation_pass import FINAL_NORM, ActivationTable, read_activations, read_tokens
+from probescore_probes.fitting.activation_pass import FINAL_NORM, ActivationTable, read_activations, read_as_served, read_tokens
 from probescore_probes.fitting.comparisons import Comparisons
 from probescore_probes.fitting.cross_validation import Candidate, Nested, Selection
 from probescore_probes.fitting.fitting_data import FittingData, prepared
@@ -20,6 +20,9 @@ from probescore_probes.fitting.serving import FittedProbe
 from probescore_probes.fitting.token_kinds import TOKEN_KINDS, check_bytes
 from probescore_probes.reference import ReferenceModel
 from probescore_server.engine.engine import Engine
+
+EXACT = ("float32",)
+"""Dtypes in which a score hardly depends on what else is in its batch."""
 
 Report = Callable[[str], None]
 
@@ -97,10 +100,12 @@ def fit_rollouts(
         check_bytes(int(sum(example.selected.sum() for example in data.examples)), reference.reference.hidden_size)
         table = replace(table, tokens=tuple(read_tokens(engine, data.examples, tap)))
         comparisons = Comparisons(options, table, data)
-    del engine
     judged = comparisons.nested()
     report(f"fitting {options.kind} at {selection.chosen.tap}")
     fit = fit_kind(options.kind, table, data.labels, data.splits[TRAIN], selection.chosen, options.seed)
+    if options.dtype not in EXACT:
+        table = read_as_served(engine, data.examples, table, fit.probe().taps)
+        fit = fit_kind(options.kind, table, data.labels, data.splits[TRAIN], selection.chosen, options.seed)
     return Fitted(reference, data, table, comparisons, selection, judged, fit)
 
 
