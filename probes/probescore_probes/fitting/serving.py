@@ -15,6 +15,7 @@ from probescore_audit import Estimate
 from probescore_probes.exporting import ProbeFunction
 from probescore_probes.fitting.labelled_rollouts import Example
 from probescore_probes.reference import ReferenceModel
+from probescore_probes.serve_check import BOUND
 from probescore_probes.writing import write_probe
 from probescore_server.engine.engine import Engine
 from probescore_server.errors import ProbeRefused
@@ -23,8 +24,6 @@ from probescore_server.probes.format.probe_file import ProbeFile, read_probe_fil
 
 GOLDEN = 4
 _LONGEST_GOLDEN = 512
-BOUND = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.05}
-"""Limits on |fitted − served| of a rollout by dtype, in standard deviations of the fitted scores."""
 
 
 @dataclass(frozen=True, eq=False)
