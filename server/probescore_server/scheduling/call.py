@@ -37,7 +37,7 @@ class Delivery:
     finished: tuple[FinishedRollout, ...]
     compute_seconds: float
     tokens: int
-    activation_bytes: int
+    activation_bytes: int = 0
 
 
 @dataclass(eq=False, slots=True)
