@@ -68,7 +68,7 @@ def assert_same_bits(ours: CompletionActivations, theirs: CompletionActivations)
 # ------------------------------------------------------------------------------------------------------------------------- parity
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen3_next", "gpt_oss"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen3_next"])
 def test_every_hook_is_the_engines_bit_for_bit(architecture: str, tmp_path: Path, start_server: StartServer) -> None:
     """The engine's are those of plain Hugging Face: test_activation_parity."""
     model = write_model(tmp_path, architecture)
@@ -112,7 +112,8 @@ async def test_masks_spans_follow_ups_texts_and_scopes_are_the_engines(model: Pa
     if scope is Scope.PROMPT:
         asked = [RolloutGroup(group.prompt, [Completion([5, 6], follow_ups=(Completion([7]),))]) for group in SOME]
     taps = ["mlp_out.1", "resid_pre.0"]
-    expected = [*Engine.load(str(model), taps=taps).activations(asked, taps, pool=EVERYTHING, scope=scope)]
+    engine = Engine.load(str(model), taps=taps, max_kv_cache_bytes=0)
+    expected = [*engine.activations(asked, taps, pool=EVERYTHING, scope=scope)]
     with ProbeClient(reading.address) as client:
         ours = [*client.activations(asked, taps, pool=EVERYTHING, scope=scope)]
     async with AsyncProbeClient(reading.address) as async_client:
@@ -147,10 +148,10 @@ def test_a_number_beyond_the_format_costs_its_completion_and_is_named(model: Pat
     shutil.copytree(model, tmp_path / "model")
     weights = safetensors.torch.load_file(tmp_path / "model" / "model.safetensors")
     weights["model.embed_tokens.weight"][50, 3] = 70_000.0
-    weights["model.embed_tokens.weight"][60] = float("nan")
+    weights["model.embed_tokens.weight"][90] = float("nan")
     safetensors.torch.save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
     server = start_server(tmp_path / "model", [], allow_activations="resid_pre.0")
-    asked = [RolloutGroup([BOS], [[5, 6], Completion([7], follow_ups=(Completion([8, 50]),)), [9, 60]])]
+    asked = [RolloutGroup([BOS], [[5, 6], Completion([7], follow_ups=(Completion([8, 50]),)), [9, 90]])]
     with ProbeClient(server.address) as client:
         plain, forked, broken = client.activations(asked, "*", pool=EVERYTHING, dtype="float16")
         assert plain.status is forked.status is CompletionStatus.OK
@@ -217,9 +218,7 @@ def test_it_is_off_unless_taps_are_named(served: RunningServer) -> None:
 
 
 def test_a_tap_that_the_model_does_not_have_ends_the_start(model: Path, start_server: StartServer) -> None:
-    with pytest.raises(
-        RuntimeError, match=r"allow_activations: 'resid_post.9' is none of the taps of this model: resid_pre.0 … resid_pre.3"
-    ):
+    with pytest.raises(RuntimeError, match=r"cannot start: allow_activations: 'resid_post.9' is none of the taps of this model"):
         start_server(model, [], allow_activations="resid_post.9")
 
 
