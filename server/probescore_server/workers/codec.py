@@ -122,7 +122,7 @@ def _encode_activations(views: Sequence[ActivationArrays]) -> Encoded:
     ]
     if not any(layouts):
         return layouts, None
-    content = b"".join([np.ascontiguousarray(rows) for arrays in views for rows in arrays.values()])
+    content = b"".join([rows.reshape(-1).view(np.uint8).data for arrays in views for rows in arrays.values()])
     return layouts, pickle.PickleBuffer(content)
 
 
