@@ -28,6 +28,7 @@ from probescore_server.activation_store.writing import StorePlan
 READ_LOADS = ("one_prompt", "chat_rows", "statements")
 BATCH_SIZES = (4, 8, 16, 32)
 TAPS = "resid_post.*"
+STORED_TAPS = ("resid_pre.0", "mlp_out.0", "resid_post.0")
 BOUND = 1e-4
 
 Read = Callable[[Unit], NDArray[np.float32]]
@@ -126,14 +127,13 @@ class StoredRun:
     peak_bytes: int
 
 
-def store_many(directory: Path, tokens: int, *, hidden_size: int = 4096, blocks: int = 3, dtype: str = "bfloat16") -> StoredRun:
-    """Stores every token's activations at the output of each block of a made model, wide and thin, and removes the files again.
+def store_many(directory: Path, tokens: int, *, hidden_size: int = 4096, dtype: str = "bfloat16") -> StoredRun:
+    """Stores every token's activations at three taps of a made model, wide and of one thin block, and removes the files again.
 
     Args:
         directory: where the model and the files are kept meanwhile; it must not exist.
         tokens: of all completions together.
         hidden_size: of the model.
-        blocks: of the model.
         dtype: that numbers are stored in.
     """
     directory.mkdir(parents=True)
@@ -142,21 +142,21 @@ def store_many(directory: Path, tokens: int, *, hidden_size: int = 4096, blocks:
             vocab_size=512,
             hidden_size=hidden_size,
             intermediate_size=64,
-            num_hidden_layers=blocks,
+            num_hidden_layers=1,
             num_attention_heads=4,
             num_key_value_heads=1,
             head_dim=32,
         )
         torch.manual_seed(0)
         Qwen3Model(config).save_pretrained(directory / "model")
-        engine = Engine.load(str(directory / "model"), taps=TAPS)
+        engine = Engine.load(str(directory / "model"), taps=STORED_TAPS)
         random = np.random.default_rng(0)
         per_completion = 500
         groups = [
             RolloutGroup(random.integers(512, size=100), [random.integers(512, size=per_completion) for _ in range(4)])
             for _ in range(tokens // (4 * per_completion))
         ]
-        plan = StorePlan.make(engine, groups, taps=TAPS, pool="tokens", dtype=dtype)
+        plan = StorePlan.make(engine, groups, taps=STORED_TAPS, pool="tokens", dtype=dtype)
         started, cpu = time.monotonic(), time.process_time()
         plan.write(directory / "activations")
         seconds, cpu_seconds = time.monotonic() - started, time.process_time() - cpu

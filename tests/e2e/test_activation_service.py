@@ -153,6 +153,7 @@ def test_a_number_beyond_the_format_costs_its_completion_and_is_named(model: Pat
     server = start_server(tmp_path / "model", [], allow_activations="resid_pre.0")
     asked = [RolloutGroup([BOS], [[5, 6], Completion([7], follow_ups=(Completion([8, 50]),)), [9, 90]])]
     with ProbeClient(server.address) as client:
+        assert client.get_server_info().model.num_loaded_layers == 1  # as deep as the tap needs
         plain, forked, broken = client.activations(asked, "*", pool=EVERYTHING, dtype="float16")
         assert plain.status is forked.status is CompletionStatus.OK
         (overflown,) = forked.follow_ups
@@ -181,12 +182,6 @@ def test_the_server_tells_where_it_reads_and_how_much_it_sends(client: ProbeClie
         listing = reflection_pb2.ServerReflectionRequest(list_services="")
         (listed,) = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(iter([listing]))
         assert SERVICE in {service.name for service in listed.list_services_response.service}
-
-
-def test_a_model_is_loaded_as_deep_as_the_taps_that_are_allowed(start_server: StartServer, model: Path) -> None:
-    server = start_server(model, [], allow_activations="resid_post.1")
-    with ProbeClient(server.address) as client:
-        assert client.get_server_info().model.num_loaded_layers == 2
 
 
 def test_metrics_count_what_is_read(client: ProbeClient, reading: RunningServer) -> None:
@@ -281,29 +276,11 @@ def test_the_client_names_the_place_in_what_it_was_given(client: ProbeClient) ->
         next(client.activations(asked, "resid_post.1", expected_model_fingerprint="sha256:other"))
 
 
-def test_an_answer_beyond_the_budget_is_refused_before_anything_is_computed(model: Path, start_server: StartServer) -> None:
-    budget = 10 * HIDDEN_SIZE * 4
-    server = start_server(model, [], allow_activations="resid_post.*", max_activation_bytes=budget, max_activation_bytes_in_flight=budget)
-    computed = 'probescore_tokens_total{source="computed"}'
-    with ProbeClient(server.address) as client:
-        assert len([*client.activations([RolloutGroup([BOS], [random_ids(10)] * 3)], "resid_post.1")]) == 3  # in three calls
-        before = scrape(server).get(computed, 0)
-        rows, asked = 11, 11 * HIDDEN_SIZE * 4
-        with pytest.raises(InvalidRequestError) as refusal:
-            next(client.activations([RolloutGroup([BOS], [random_ids(rows)])], "resid_post.1"))
-        assert refusal.value.reason == "LIMIT_EXCEEDED"
-        assert f"groups: {asked} bytes of activations in its answer; the limit max_activation_bytes is {budget}: send it in" in str(
-            refusal.value
-        )
-        assert scrape(server).get(computed, 0) == before
-        assert len([*client.activations([RolloutGroup([BOS], [random_ids(rows)])], "resid_post.1", dtype="bfloat16")]) == 1
-
-
 # ------------------------------------------------------------------------------------------------- cancel, deadlines, slow readers
 
 
 @pytest.fixture(scope="module")
-def wide(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+def wide_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     """A server with a thin, wide model, whose activations are many bytes."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -323,6 +300,19 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
         yield server
 
 
+@pytest.fixture
+def wide(wide_server: RunningServer) -> RunningServer:
+    until_idle(wide_server)
+    return wide_server
+
+
+def until_idle(server: RunningServer) -> None:
+    """Waits until no call is under way: one that its client has left ends a moment later, and counts until then."""
+    end = time.monotonic() + 30
+    while scrape(server)["probescore_rpcs_in_flight{}"] and time.monotonic() < end:
+        time.sleep(0.05)
+
+
 def wide_request(completions: int, tokens: int = 512) -> activations_pb2.ReadActivationsRequest:
     message = activation_options_to_proto(ActivationOptions(("resid_*",), (Pool.TOKENS,)))
     group = RolloutGroup([1], [np.random.default_rng(seed).integers(4, 100, tokens) for seed in range(completions)])
@@ -332,6 +322,27 @@ def wide_request(completions: int, tokens: int = 512) -> activations_pb2.ReadAct
 
 def tokens_computed(server: RunningServer) -> float:
     return scrape(server).get('probescore_tokens_total{source="computed"}', 0)
+
+
+def test_an_answer_beyond_the_budget_is_refused_before_anything_is_computed(wide: RunningServer) -> None:
+    budget = 1 << 30
+    before = tokens_computed(wide)
+    with grpc.insecure_channel(wide.address) as channel:
+        stub = activations_pb2_grpc.ActivationServiceStub(channel)
+        with pytest.raises(grpc.RpcError) as error:
+            next(stub.ReadActivations(wide_request(65)))
+        asked = 65 * 512 * 4 * 2048 * 4
+        problem = f"groups: {asked} bytes of activations in its answer; the limit max_activation_bytes is {budget}: send it in several"
+        assert problem in str(error.value.details())
+        assert error.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert tokens_computed(wide) == before
+        allowed = wide_request(65)
+        allowed.dtype = 6  # bfloat16, of half the bytes
+        for message in (wide_request(64), allowed):
+            call = stub.ReadActivations(message)
+            assert next(call).parts
+            call.cancel()
+            until_idle(wide)
 
 
 def resident_bytes(pid: int) -> int:
