@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -428,3 +430,13 @@ def test_scores_and_activations_share_the_queue(client: ProbeClient, model: Path
         read = client.activations(groups, "resid_post.1", pool="mean")
         assert client.score(groups).values("direction") == pytest.approx(alone, abs=1e-5)
         assert len([*read]) == 4
+
+
+def test_a_worker_that_dies_costs_time_only(wide: RunningServer) -> None:
+    group = RolloutGroup([1], [np.random.default_rng(seed).integers(4, 100, 512) for seed in range(12)])
+    with ProbeClient(wide.address) as client:
+        found = client.activations([group], "resid_*", bytes_per_call=64 << 20)
+        first = next(found)
+        os.kill(wide.worker_pid(), signal.SIGKILL)
+        rest = [*found]
+    assert [one.completion_index for one in (first, *rest)] == [*range(12)]
