@@ -16,7 +16,7 @@ from probescore_audit import Auroc, CalibratedThreshold
 from probescore_probes import arguments
 from probescore_probes import writing_arguments as given
 from probescore_probes.exporting import ProbeFunction
-from probescore_probes.golden import GoldenScorer, check_graph_computes, neighbours
+from probescore_probes.golden import GoldenRollout, GoldenScorer, check_graph_computes, neighbours
 from probescore_probes.reference import ReferenceModel
 from probescore_server.errors import ProbeRefused
 from probescore_server.probes.format.graph import IR_VERSIONS, GraphSignature, check_graph, check_signature, subgraphs
@@ -115,27 +115,20 @@ def write_probe(
     path = given.place(path)
     given.check_names(name, version, description=description, author=author, license=license)
     given.check_reference(reference)
-    read = arguments.taps(taps, reference.reference.num_hidden_layers)
-    for index, tap in enumerate(read):
-        if tap in read[:index]:
-            raise ValueError(f"taps[{index}]: {tap} for the second time; give each tap once")
+    read = given.read_taps(taps, reference)
     labels = given.read_labels(labels)
     given.check_parts(context, follow_up, training, tolerance, reference)
     records, qualities = given.read_calibrations(calibrations, labels), given.read_evaluations(evaluations)
-    positions, exclude_special_tokens = (
-        arguments.flag(positions, "positions"),
-        arguments.flag(exclude_special_tokens, "exclude_special_tokens"),
-    )
+    positions = arguments.flag(positions, "positions")
+    exclude_special_tokens = arguments.flag(exclude_special_tokens, "exclude_special_tokens")
     expects_bos = None if expects_bos is None else arguments.flag(expects_bos, "expects_bos")
     probe = given.read_probe(probe, read, reference, labels, context)
     reduce_on, reduction = given.read_unit(reduce_on, probe), given.read_reduction(reduction, context)
     golden = given.read_golden(golden, reference)
 
-    pools = context.kind == "rollout"
     inputs = tuple(TapInput.parse(tap) for tap in read)
     scorer = GoldenScorer(probe, reference, inputs, context, positions, exclude_special_tokens, follow_up)
     rollouts = [scorer.score(prompt, completion) for prompt, completion in golden]
-    beside, left_out = neighbours(rollouts)
     manifest = Manifest(
         name=name,
         version=version,
@@ -149,7 +142,7 @@ def write_probe(
         cu_seqlens=context.kind != "pointwise",
         positions=positions,
         context=context,
-        output=Output(unit=probe.unit, per=OutputPer.ROLLOUT if pools else OutputPer.TOKEN, labels=tuple(labels)),
+        output=Output(unit=probe.unit, per=OutputPer.ROLLOUT if context.kind == "rollout" else OutputPer.TOKEN, labels=labels),
         reduce_on=reduce_on,
         reduction=reduction,
         exclude_special_tokens=exclude_special_tokens,
@@ -158,20 +151,37 @@ def write_probe(
         calibrations=records,
         evaluations=qualities,
         training=training or Training(),
-        golden=Golden(
-            cases=tuple(rollout.golden for rollout in rollouts), tolerance=tolerance or Tolerance(), neighbours=beside, left_out=left_out
-        ),
+        golden=_golden(rollouts, tolerance or Tolerance()),
         graph_sha256=UNSEALED,
         manifest_sha256=UNSEALED,
     )
-    graph = _bare(probe.export(GraphSignature.of(manifest)))
-    check_golden(manifest, str(path))
-    check_signature(graph, GraphSignature.of(manifest), str(path))
-    check_graph(graph, str(path))
-    check_graph_computes(graph, manifest, probe, rollouts, str(path))
+    graph = _checked_graph(manifest, probe, rollouts, str(path))
     if tolerance is None:
         measured = manifest.golden.model_copy(update={"tolerance": _measured_tolerance(scorer, manifest.golden, str(path))})
         manifest = manifest.model_copy(update={"golden": measured})
+    return _written(path, graph, manifest)
+
+
+def _golden(rollouts: Sequence[GoldenRollout], tolerance: Tolerance) -> Golden:
+    beside, left_out = neighbours(rollouts)
+    return Golden(cases=tuple(rollout.golden for rollout in rollouts), tolerance=tolerance, neighbours=beside, left_out=left_out)
+
+
+def _checked_graph(manifest: Manifest, probe: ProbeFunction, rollouts: Sequence[GoldenRollout], file: str) -> onnx.ModelProto:
+    """Returns the probe's graph after all checks that a server makes of it, and a comparison with the author's code.
+
+    Raises:
+        ProbeRefused: a server would refuse the file, or the graph gives other scores than the author's code.
+    """
+    graph = _bare(probe.export(GraphSignature.of(manifest)))
+    check_golden(manifest, file)
+    check_signature(graph, GraphSignature.of(manifest), file)
+    check_graph(graph, file)
+    check_graph_computes(graph, manifest, probe, rollouts, file)
+    return graph
+
+
+def _written(path: Path, graph: onnx.ModelProto, manifest: Manifest) -> ProbeFile:
     try:
         return write_probe_file(path, graph, manifest, replace=False)
     except OSError as error:

@@ -15,7 +15,8 @@ from probescore.types import Completion, Text
 from probescore_probes import read_probe_file
 from probescore_probes.fitting import cross_validation, pooling_kinds, token_kinds
 from probescore_probes.fitting.labelled_rollouts import LabelledRollout, Passage, tokenised
-from probescore_probes.fitting.pipeline import FitOptions, fit_probe
+from probescore_probes.fitting.options import FitOptions
+from probescore_probes.fitting.pipeline import fit_probe
 from probescore_probes.fitting.report import check_writable, write_report
 from probescore_probes.fitting.serving import BOUND, agreement
 from probescore_server.engine.engine import Engine

@@ -52,6 +52,21 @@ class FittedProbe:
         return Context(kind="rollout") if self.reduction is None else Context()
 
 
+@dataclass(frozen=True, eq=False)
+class ServedProbe:
+    """A probe file that an engine serves, with the scores that it serves.
+
+    Attributes:
+        engine: the engine, with this one probe.
+        file: path of the probe file.
+        scores: served scores of all examples, ``(n,)``.
+    """
+
+    engine: Engine
+    file: Path
+    scores: NDArray[np.float64]
+
+
 @dataclass(frozen=True)
 class Agreement:
     """The differences between the scores that an engine serves and those that were fitted.

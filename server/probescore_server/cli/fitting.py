@@ -15,7 +15,7 @@ from probescore_server.cli.tables import safe
 
 if TYPE_CHECKING:
     from probescore_probes.fitting.labelled_rollouts import LabelledRollout
-    from probescore_probes.fitting.pipeline import FitResult
+    from probescore_probes.fitting.results import FitResult
 
 HELP = """
 Fit a probe to labelled rollouts, serve it, and say what it is worth.
@@ -78,7 +78,8 @@ def _fit(
     seed: Annotated[int, typer.Option("--seed", help="Of splits, folds and intervals.")] = 0,
 ) -> None:
     with one_line_failures("server,probes"):
-        from probescore_probes.fitting.pipeline import FitOptions, fit_probe
+        from probescore_probes.fitting.options import FitOptions
+        from probescore_probes.fitting.pipeline import fit_probe
         from probescore_probes.fitting.report import check_writable, write_report
 
         options = FitOptions(
