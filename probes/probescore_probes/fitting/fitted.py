@@ -13,11 +13,12 @@ from probescore_probes.fitting.activation_pass import FINAL_NORM, ActivationTabl
 from probescore_probes.fitting.comparisons import Comparisons
 from probescore_probes.fitting.cross_validation import Candidate, Nested, Selection
 from probescore_probes.fitting.fitting_data import FittingData, prepared
-from probescore_probes.fitting.kinds import Fit, fit_kind, pools_of
+from probescore_probes.fitting.kinds import Fit, fit_kind, pools_of, taps_of_tokens
 from probescore_probes.fitting.labelled_rollouts import TRAIN, LabelledRollout
 from probescore_probes.fitting.options import FitOptions
 from probescore_probes.fitting.serving import FittedProbe
-from probescore_probes.fitting.token_kinds import TOKEN_KINDS, check_bytes
+from probescore_probes.fitting.sparse_features import SparseFeatures
+from probescore_probes.fitting.token_kinds import check_bytes
 from probescore_probes.reference import ReferenceModel
 from probescore_server.engine.engine import Engine
 
@@ -75,9 +76,11 @@ def fit_rollouts(
     """
     report("loading the whole model")
     reference = ReferenceModel.load(model, revision=options.revision, device=options.device, trust_remote_code=options.trust_remote_code)
+    autoencoder = None if options.autoencoder is None else SparseFeatures.read(options.autoencoder, options.feature, reference)
+    wanted = options.taps if autoencoder is None else (autoencoder.tap,)
     engine = Engine.load(
         str(model),
-        taps=[*options.taps, FINAL_NORM],
+        taps=[*wanted, FINAL_NORM],
         revision=options.revision,
         dtype=options.dtype,
         device=options.device,
@@ -85,22 +88,22 @@ def fit_rollouts(
     )
     report("tokenising")
     data = prepared(rollouts, out_of_distribution, engine, options.seed)
-    taps, pools = _taps(engine, options.taps), pools_of(options.kind, options.pools)
+    taps, pools = _taps(engine, wanted), pools_of(options.kind, options.pools)
     report(f"reading {len(data.examples)} examples at {len(taps)} taps")
     table = read_activations(engine, reference, data.examples, taps, tuple(dict.fromkeys([*pools, "mean"])))
     report(f"choosing among {len(taps)} taps × {len(pools)} poolings, nested cross-validation")
     comparisons = Comparisons(options, table, data)
     selection = comparisons.selection()
-    if options.kind in TOKEN_KINDS:
-        tap = selection.chosen.tap
-        report(f"reading every token at {tap}")
-        check_bytes(int(sum(example.selected.sum() for example in data.examples)), reference.reference.hidden_size)
-        table = replace(table, tokens=tuple(read_tokens(engine, data.examples, tap)))
+    if needed := taps_of_tokens(options.kind, taps, selection.chosen):
+        report(f"reading every token at {', '.join(needed)}")
+        check_bytes(int(sum(example.selected.sum() for example in data.examples)), len(needed), reference.reference.hidden_size)
+        tokens = read_tokens(engine, data.examples, needed)
+        table = replace(table, tokens=tokens) if autoencoder is None else replace(table, features=autoencoder.pooled(tokens[needed[0]]))
         comparisons = Comparisons(options, table, data)
     del engine
     judged = comparisons.nested()
     report(f"fitting {options.kind} at {selection.chosen.tap}")
-    fit = fit_kind(options.kind, table, data.labels, data.splits[TRAIN], selection.chosen, options.seed)
+    fit = fit_kind(options.kind, table, data.labels, data.splits[TRAIN], selection.chosen, options.seed, autoencoder)
     return Fitted(reference, data, table, comparisons, selection, judged, fit)
 
 
