@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from probescore.types import Hook
 from probescore_probes.fitting.activation_pass import FINAL_NORM, ActivationTable, read_activations, read_tokens
 from probescore_probes.fitting.comparisons import Comparisons
 from probescore_probes.fitting.cross_validation import Candidate, Nested, Selection
@@ -23,6 +24,9 @@ from probescore_probes.reference import ReferenceModel
 from probescore_server.engine.engine import Engine
 
 Report = Callable[[str], None]
+
+_COMPUTED = {hook: place for place, hook in enumerate((Hook.RESID_PRE, Hook.ATTN_OUT, Hook.MLP_OUT, Hook.RESID_POST, Hook.FINAL_NORM))}
+"""Place of each hook in the order in which a block computes them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +112,7 @@ def fit_rollouts(
 
 
 def _taps(engine: Engine, patterns: tuple[str, ...]) -> tuple[str, ...]:
-    """Returns the taps that names or patterns mean, sorted by layer, then by hook."""
+    """Returns the taps that names or patterns mean, in the order in which the model computes them."""
     found = engine.resolve_reads(list(patterns), "mean").taps
     deepest = engine.info.model.num_hidden_layers
-    return tuple(str(tap) for tap in sorted(found, key=lambda tap: (deepest if tap.layer is None else tap.layer, str(tap.hook))))
+    return tuple(str(tap) for tap in sorted(found, key=lambda tap: (deepest if tap.layer is None else tap.layer, _COMPUTED[tap.hook])))
