@@ -20,7 +20,8 @@ from probescore_probes.fitting.labelled_rollouts import LabelledRollout, Passage
 from probescore_probes.fitting.options import EVERY_BLOCK, FitOptions
 from probescore_probes.fitting.pipeline import fit_probe
 from probescore_probes.fitting.report import check_writable, write_report
-from probescore_probes.fitting.serving import BOUND, agreement
+from probescore_probes.fitting.serving import agreement
+from probescore_probes.serve_check import BOUND
 from probescore_server.engine.engine import Engine
 from probescore_server.errors import ProbeRefused
 

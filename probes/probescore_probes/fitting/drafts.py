@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from probescore_audit import CalibratedThreshold, Estimate
+from probescore_audit import Estimate
 from probescore_probes.fitting.fitted import Fitted
 from probescore_probes.fitting.fitting_data import FittingData
 from probescore_probes.fitting.labelled_rollouts import CALIBRATION, TEST, TRAIN, Example
 from probescore_probes.fitting.options import FitOptions
 from probescore_probes.fitting.serving import add_judgement, write
 from probescore_probes.fitting.sparse_features import SAE_FEATURE
-from probescore_server.probes.format.manifest import Training
+from probescore_server.probes.format.manifest import CalibrationRecord, Training
 from probescore_server.probes.format.probe_file import ProbeFile
 
 
@@ -57,7 +57,7 @@ def _telling(fitted: Fitted, options: FitOptions) -> list[Example]:
     return [fitted.data.examples[index] for index in indices]
 
 
-def finish(draft: Path, output: Path, data: FittingData, quality: Estimate, threshold: CalibratedThreshold | None) -> ProbeFile:
+def finish(draft: Path, output: Path, data: FittingData, quality: Estimate, threshold: CalibrationRecord | None) -> ProbeFile:
     """Writes a draft to its final path, with its threshold and its AUROC on the test rollouts.
 
     Raises:

@@ -36,6 +36,7 @@ def evidence_of(
     accuracy, pairs = paired_accuracy(table.surprise[inside], [data.examples[index] for index in inside])
     sink = table.sink[tap][inside]
     read = np.isfinite(sink)
+    calibration = data.negatives(splits[CALIBRATION])
     shared_prompts, shared_completions = shared_texts(data.examples, splits.parts)
     tokenizer = fitted.reference.tokenizer
     bos, with_bos = tokenizer.bos_token_id, int(data.begins_with_bos[inside].sum())
@@ -50,7 +51,8 @@ def evidence_of(
         shared_prompts=shared_prompts,
         shared_completions=shared_completions,
         groups=len(np.unique(splits.groups[inside])),
-        calibration_negatives=len(data.negatives(splits[CALIBRATION])),
+        calibration_negatives=len(calibration),
+        calibration_groups=len(np.unique(splits.groups[calibration])),
         false_positive_rate=options.false_positive_rate,
         pooled_false_positives=false_positives(data, scores, threshold, data.negatives(splits[TEST]), seed),
         slices=slices_of(data, scores, threshold, seed),

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from probescore.types import Hook
-from probescore_probes.fitting.activation_pass import FINAL_NORM, ActivationTable, read_activations, read_tokens
+from probescore_probes.fitting.activation_pass import FINAL_NORM, ActivationTable, read_activations, read_as_served, read_tokens
 from probescore_probes.fitting.comparisons import Comparisons
 from probescore_probes.fitting.cross_validation import Candidate, Nested, Selection
 from probescore_probes.fitting.fitting_data import FittingData, prepared
@@ -22,6 +22,9 @@ from probescore_probes.fitting.sparse_features import SparseFeatures
 from probescore_probes.fitting.token_kinds import check_bytes
 from probescore_probes.reference import ReferenceModel
 from probescore_server.engine.engine import Engine
+
+EXACT = ("float32",)
+"""Dtypes in which a score hardly depends on what else is in its batch."""
 
 Report = Callable[[str], None]
 
@@ -104,10 +107,12 @@ def fit_rollouts(
         tokens = read_tokens(engine, data.examples, needed)
         table = replace(table, tokens=tokens) if autoencoder is None else replace(table, features=autoencoder.pooled(tokens[needed[0]]))
         comparisons = Comparisons(options, table, data)
-    del engine
     judged = comparisons.nested()
     report(f"fitting {options.kind} at {selection.chosen.tap}")
     fit = fit_kind(options.kind, table, data.labels, data.splits[TRAIN], selection.chosen, options.seed, autoencoder)
+    if options.dtype not in EXACT:
+        table = read_as_served(engine, data.examples, table, fit.probe().taps)
+        fit = fit_kind(options.kind, table, data.labels, data.splits[TRAIN], selection.chosen, options.seed, autoencoder)
     return Fitted(reference, data, table, comparisons, selection, judged, fit)
 
 

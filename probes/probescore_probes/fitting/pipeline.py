@@ -18,7 +18,7 @@ from probescore_probes.fitting.options import FitOptions, check_options
 from probescore_probes.fitting.results import FitResult
 from probescore_probes.fitting.served_conditions import served_conditions
 from probescore_probes.fitting.serving import ServedProbe, agreement, as_probability, serve, served_scores
-from probescore_probes.fitting.thresholds import thresholds_of
+from probescore_probes.fitting.thresholds import recorded, thresholds_of
 from probescore_probes.fitting.wrong_rollouts import wrong_rollouts
 from probescore_server.probes.format.probe_file import ProbeFile
 
@@ -85,7 +85,7 @@ def _judged(
     scores, positive = served.scores[data.splits[TEST]], data.labels.positive[data.splits[TEST]]
     chances = as_probability(scores, written.manifest.output.unit)
     curves, kinds, learning = comparisons.curves(fitted.selection), comparisons.kinds(candidate), comparisons.learning(candidate)
-    file = finish(served.file, output, data, evidence.test, usual)
+    file = finish(served.file, output, data, evidence.test, None if usual is None else recorded(usual, data, options.dtype))
     report("done")
     return FitResult(
         file=file,
@@ -95,6 +95,7 @@ def _judged(
         warnings=warnings,
         verdict=verdict_of(evidence, warnings),
         data=data.facts(),
+        calibrated_on=_calibrated_on(file),
         selection=fitted.selection,
         nested=fitted.nested,
         curves=curves,
@@ -109,6 +110,11 @@ def _judged(
         wrong=wrong,
         provenance=_provenance(file, fitted, options),
     )
+
+
+def _calibrated_on(file: ProbeFile) -> dict[str, object]:
+    conditions = [each.conditions.model_dump() for each in file.manifest.calibrations if each.conditions is not None]
+    return conditions[0] if conditions else {}
 
 
 def _provenance(file: ProbeFile, fitted: Fitted, options: FitOptions) -> dict[str, str]:

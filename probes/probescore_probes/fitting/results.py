@@ -28,7 +28,9 @@ class FitResult:
         kinds: AUROC over held-out groups of each kind of probe at the chosen tap; of kinds fitted on tokens, only if one of them was asked
             for.
         nested: result of nested cross-validation; for a kind fitted on tokens, at the tap that all examples together chose.
-        thresholds: the threshold for all data, and one for each slice with enough negatives; empty if there are too few negatives.
+        thresholds: the threshold for all data, and one for each slice with enough negatives; empty if there are too few negatives. Its
+            interval is that of as many fresh negatives in as many other groups.
+        calibrated_on: what the negatives of the threshold for all data were like, as the file records it; empty without a threshold.
         roc: false- and true-positive rates on test rollouts.
         test_scores, test_positive: scores and labels of the test rollouts, ``(tests,)``.
         calibration: expected calibration error and its bins; ``None`` for scores that are no probabilities.
@@ -48,6 +50,7 @@ class FitResult:
     learning: tuple[tuple[int, Estimate], ...]
     agreement: Agreement
     thresholds: Mapping[str, CalibratedThreshold]
+    calibrated_on: Mapping[str, object]
     roc: tuple[NDArray[np.float64], NDArray[np.float64]]
     test_scores: NDArray[np.float64]
     test_positive: NDArray[np.bool_]

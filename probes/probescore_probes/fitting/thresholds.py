@@ -1,24 +1,26 @@
-"""Finds the thresholds of a fitted probe on held-out negatives, as the engine serves them."""
+"""Finds the thresholds of a fitted probe on held-out negatives, as the engine serves them, and records what these negatives were like."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from typing import Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from probescore_audit import CalibratedThreshold, calibrate, grouped_rate
+from probescore_audit import CalibratedThreshold, calibrate_for_fresh
 from probescore_probes.fitting.fitting_data import FittingData
+from probescore_probes.fitting.judgement import FEWEST_CALIBRATION_GROUPS
 from probescore_probes.fitting.labelled_rollouts import CALIBRATION
 from probescore_probes.fitting.options import FitOptions
+from probescore_server.probes.format.manifest import CalibrationConditions, CalibrationRecord
 
 
 def thresholds_of(
     data: FittingData, scores: NDArray[np.float64], options: FitOptions, reduction: str | None
 ) -> dict[str, CalibratedThreshold]:
-    """Computes the threshold for all data under ``""``, then one for each slice, each only if there are enough negatives.
+    """Computes the threshold for all data under ``""``, then one for each slice, each only if there are enough negatives and groups.
 
-    Intervals come from a bootstrap that draws whole groups.
+    The interval of each is that of as many fresh negatives in as many other groups.
 
     Args:
         data: all examples; the threshold is found on the negatives of the split ``calibration``.
@@ -31,20 +33,34 @@ def thresholds_of(
     found = {}
     for name in ["", *sorted({each for each in slices if each})]:
         some = negatives if not name else negatives[slices == name]
-        if len(some) < 1 / options.false_positive_rate:
+        groups = data.labels.groups[some]
+        if len(some) < 1 / options.false_positive_rate or len(np.unique(groups)) < FEWEST_CALIBRATION_GROUPS:
             continue
         whose = f" of slice {name}" if name else ""
-        threshold = calibrate(
+        found[name] = calibrate_for_fresh(
             scores[some],
+            groups,
             false_positive_rate=options.false_positive_rate,
             dataset=f"held-out negatives{whose}, as served in {options.dtype}",
             reduction=reduction,
             label=options.label,
         )
-        grouped = grouped_rate(scores[some] >= threshold.threshold, data.labels.groups[some], seed=options.seed)
-        found[name] = replace(
-            threshold,
-            false_positive_rate_low=min(threshold.false_positive_rate_low, grouped.low),
-            false_positive_rate_high=max(threshold.false_positive_rate_high, grouped.high),
-        )
     return found
+
+
+def recorded(threshold: CalibratedThreshold, data: FittingData, dtype: str) -> CalibrationRecord:
+    """Returns the threshold for all data in the form that the manifest stores, with what its negatives were like."""
+    negatives = data.negatives(data.splits[CALIBRATION])
+    examples = [data.examples[index] for index in negatives]
+    prompts, completions = ([len(each.prompt_ids) for each in examples], [int(each.selected.sum()) for each in examples])
+    conditions = CalibrationConditions(
+        groups=len(np.unique(data.labels.groups[negatives])),
+        dtype=cast('Literal["float32", "bfloat16", "float16"]', dtype),
+        shortest_prompt=min(prompts),
+        longest_prompt=max(prompts),
+        shortest_completion=min(completions),
+        longest_completion=max(completions),
+        prompt_forms=tuple(sorted({each.form for each in examples})),
+        dataset_sha256=data.digest,
+    )
+    return CalibrationRecord(**vars(threshold), conditions=conditions)
