@@ -24,11 +24,10 @@ from probescore_probes.fitting.cross_validation import (
     select,
 )
 from probescore_probes.fitting.fitting_data import FittingData
-from probescore_probes.fitting.kinds import KINDS, fit_kind, pools_of
+from probescore_probes.fitting.kinds import KINDS, can_fit, fit_kind, pools_of
 from probescore_probes.fitting.labelled_rollouts import TRAIN
 from probescore_probes.fitting.linear_kinds import DIFFERENCE_OF_MEANS, LINEAR_KINDS, LOGISTIC
 from probescore_probes.fitting.options import FitOptions
-from probescore_probes.fitting.token_kinds import TOKEN_KINDS
 
 Indices = NDArray[np.int64]
 Scorer = Callable[[Indices], NDArray[np.float64]]
@@ -65,10 +64,10 @@ class Comparisons:
         return {self.choosing: selection.curve, DIFFERENCE_OF_MEANS: other.curve}
 
     def kinds(self, candidate: Candidate) -> dict[str, Estimate]:
-        """Returns the AUROC of each kind of probe at a tap; of kinds fitted on tokens, only if tokens were read."""
+        """Returns the AUROC of each kind of probe at a tap, for the kinds whose activations were read."""
         found = {}
         for kind in KINDS:
-            if kind in TOKEN_KINDS and self._table.tokens is None:
+            if not can_fit(kind, self._table, candidate):
                 continue
             at = candidate if kind in LINEAR_KINDS else replace(candidate, pool="mean")
 

@@ -7,9 +7,10 @@ from pathlib import Path
 from probescore_audit import Estimate
 from probescore_probes.fitting.fitted import Fitted
 from probescore_probes.fitting.fitting_data import FittingData
-from probescore_probes.fitting.labelled_rollouts import CALIBRATION, TEST, TRAIN
+from probescore_probes.fitting.labelled_rollouts import CALIBRATION, TEST, TRAIN, Example
 from probescore_probes.fitting.options import FitOptions
 from probescore_probes.fitting.serving import add_judgement, write
+from probescore_probes.fitting.sparse_features import SAE_FEATURE
 from probescore_server.probes.format.manifest import CalibrationRecord, Training
 from probescore_server.probes.format.probe_file import ProbeFile
 
@@ -21,7 +22,7 @@ def write_draft(draft: Path, fitted: Fitted, options: FitOptions) -> ProbeFile:
         ProbeRefused: the errors of ``write_probe``.
     """
     data, probe, estimate = fitted.data, fitted.probe, fitted.nested.estimate
-    held_out = [data.examples[index] for index in data.splits[CALIBRATION]]
+    held_out = _telling(fitted, options)
     return write(
         draft,
         probe,
@@ -39,6 +40,21 @@ def write_draft(draft: Path, fitted: Fitted, options: FitOptions) -> ProbeFile:
         ),
         description=options.description,
     )
+
+
+def _telling(fitted: Fitted, options: FitOptions) -> list[Example]:
+    """Returns the rollouts for calibration; of a sparse feature those on which it fires, since where it is 0 nothing is verified.
+
+    Raises:
+        ValueError: the feature fires on none of them.
+    """
+    indices = fitted.data.splits[CALIBRATION]
+    if options.kind == SAE_FEATURE:
+        firing = indices[fitted.scores[indices] > 0]
+        if not len(firing):
+            raise ValueError(f"feature: it fires on none of {len(indices)} rollouts for calibration; give another one, or more rollouts")
+        indices = firing
+    return [fitted.data.examples[index] for index in indices]
 
 
 def finish(draft: Path, output: Path, data: FittingData, quality: Estimate, threshold: CalibrationRecord | None) -> ProbeFile:

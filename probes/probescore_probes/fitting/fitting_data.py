@@ -52,7 +52,7 @@ class FittingData:
 
     @cached_property
     def digest(self) -> str:
-        """The ``sha256:…`` of all examples, with their labels, splits and slices."""
+        """The ``sha256:…`` of all examples, with their labels, splits, slices, weights and groups."""
         digest = hashlib.sha256()
         for example in self.examples:
             line = [
@@ -62,6 +62,8 @@ class FittingData:
                 bool(example.positive),
                 example.split,
                 example.slice,
+                example.weight,
+                example.group,
             ]
             digest.update(json.dumps(line).encode() + b"\n")
         return f"sha256:{digest.hexdigest()}"

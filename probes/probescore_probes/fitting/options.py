@@ -7,9 +7,11 @@ from pathlib import Path
 
 from probescore_probes.fitting.kinds import KINDS
 from probescore_probes.fitting.linear_kinds import LOGISTIC
+from probescore_probes.fitting.sparse_features import SAE_FEATURE
 from probescore_server.probes.format.probe_file import read_probe_file
 
 POOLS = ("mean", "last")
+EVERY_BLOCK = ("resid_post.*",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +22,8 @@ class FitOptions:
         kind: one of ``KINDS``.
         taps: names of taps, or patterns of names.
         pools: names of the poolings to try: ``mean``, ``last``.
+        autoencoder: the folder of a sparse autoencoder of SAELens, for the kind ``sae-feature``, which reads its tap alone.
+        feature: index of the autoencoder's feature; ``None`` = the one that tells the labels best.
         false_positive_rate: false-positive rate that the threshold is set for.
         dtype, device, revision, trust_remote_code: how the model is loaded and run.
         name, version, label, description: entries of the probe file.
@@ -32,8 +36,10 @@ class FitOptions:
     label: str = "positive"
     description: str = ""
     kind: str = LOGISTIC
-    taps: tuple[str, ...] = ("resid_post.*",)
+    taps: tuple[str, ...] = EVERY_BLOCK
     pools: tuple[str, ...] = POOLS
+    autoencoder: Path | None = None
+    feature: int | None = None
     false_positive_rate: float = 0.05
     dtype: str = "float32"
     device: str = "cpu"
@@ -52,6 +58,9 @@ def check_options(options: FitOptions, output: Path) -> None:
     """
     if options.kind not in KINDS:
         raise ValueError(f"kind: {options.kind!r}; give one of {', '.join(KINDS)}")
+    _check_autoencoder(options)
+    if not options.pools:
+        raise ValueError(f"pool: none given; give {' or '.join(POOLS)}, or both")
     for pool in options.pools:
         if pool not in POOLS:
             raise ValueError(f"pool: {pool!r}; give {' or '.join(POOLS)}")
@@ -66,3 +75,14 @@ def check_options(options: FitOptions, output: Path) -> None:
                 f"output: {str(output)!r} holds {there.key} already, and a version never changes; give another version (--probe-version), "
                 "or delete the file"
             )
+
+
+def _check_autoencoder(options: FitOptions) -> None:
+    if options.kind != SAE_FEATURE:
+        if options.autoencoder is not None or options.feature is not None:
+            given = "sae" if options.autoencoder is not None else "feature"
+            raise ValueError(f"{given}: for the kind {SAE_FEATURE} alone, and the kind is {options.kind}; leave it out, or give that kind")
+    elif options.autoencoder is None:
+        raise ValueError(f"sae: none given; the kind {SAE_FEATURE} takes a folder of SAELens, with cfg.json and sae_weights.safetensors")
+    elif options.taps != EVERY_BLOCK:
+        raise ValueError(f"taps: {', '.join(options.taps)}; {SAE_FEATURE} reads where its autoencoder was trained: leave them out")
