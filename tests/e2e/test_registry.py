@@ -21,7 +21,7 @@ from live_folder import PROMPT, TAP, Versions, put, random_completions, served
 from models import BOS, HIDDEN_SIZE, tiny_model, tiny_tokenizer
 from running_server import RunningServer, start_server
 
-from probescore import InvalidRequestError, ProbeClient, ReloadedProbes, RolloutGroup, ServerError
+from probescore import InvalidRequestError, ProbeClient, ReloadedProbes, RolloutGroup, ScoreUnit, ServerError
 from probescore_probes.exporting import linear_probe, torch_probe
 from probescore_probes.reference import ReferenceModel
 from probescore_probes.writing import write_probe
@@ -403,7 +403,7 @@ def test_a_file_that_one_worker_cannot_take_is_taken_by_none(server: RunningServ
     golden = [(PROMPT[:3], [8, 9, 10]), ([BOS], [11, 12])]
     wide = versions.folder.parent / "wide.onnx"
     reference = ReferenceModel.load(versions.model)
-    write_probe(wide, torch_probe(Wide(), HIDDEN_SIZE), reference, name="wide", version="2", taps=[TAP], golden=golden)
+    write_probe(wide, torch_probe(Wide(), unit=ScoreUnit.LOGIT), reference, name="wide", version="2", taps=[TAP], golden=golden)
     put(wide, versions.folder / "wide@2.onnx")
     short = psutil.Process(worker_pids(server)[-1])
     unlimited = resource.RLIM_INFINITY, resource.RLIM_INFINITY

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import structlog
 
 from probescore.types import RefusedProbeFile, ReloadedProbes
-from probescore_server.errors import CoreError, InternalFault, ProbeRefused, ProbeTooDeep, StartupError, WorkerLost
+from probescore_server.errors import CoreError, InternalFault, ProbeRefused, ProbeTooDeep, StartupError, WorkerLost, WorkerUnavailable
 from probescore_server.registry.folder import FolderContents, ProbeFolder, Stamp
 from probescore_server.registry.retirement import Retirement
 from probescore_server.rollouts import EngineInfo
@@ -33,6 +33,7 @@ logger = structlog.get_logger(__name__)
 
 Result = TypeVar("Result")
 
+RETRY_SECONDS = 1.0
 MAX_ATTEMPTS = 2
 """Number of times that new files are given to a worker process before they are refused because the process died each time."""
 
@@ -96,7 +97,9 @@ class ProbeRegistry:
         return not self._files
 
     def worker_changed(self, worker: WorkerHandle) -> None:
-        """Takes notice of the first worker that is ready, after which calls can be checked."""
+        """Takes notice of the first worker that is ready, after which calls can be checked, and of one that has started again."""
+        if not self._changing.locked():
+            self._forget_files()
         if self.info is None and worker.info is not None:
             self._keys = dict(worker.keys)
             self.info = worker.info.of_probes(set(self._keys.values()))
@@ -161,7 +164,7 @@ class ProbeRegistry:
                 self._on_reload(error)
                 raise
             finally:
-                self._spool.keep_only({file.sha256 for file in self._served_files()})
+                self._forget_files()
             reloaded = replace(reloaded, refused=tuple(map(_shown, refused)), seconds=time.monotonic() - started)
         for each in refused:
             what = {"file": each.file, "field": each.field, "found": each.found, "expected": each.expected}
@@ -217,7 +220,10 @@ class ProbeRegistry:
             behind = [worker for worker in self._workers if set(worker.keys) != {file.sha256 for file in held}]
             if not behind:
                 break
-            await self._each(behind, lambda worker: worker.hold(held))
+            for refusal in (each for answer in await self._each(behind, lambda worker: worker.hold(held)) for each in answer.refusals):
+                raise WorkerUnavailable(
+                    f"a worker refuses {Path(refusal.file).name}, which was accepted before: {refusal.field}", RETRY_SECONDS
+                )
         # From here to the end nothing is awaited: all names change at once.
         self._keys, self._files = known, files
         self._retirement.retire((key, key.rsplit("@", 1)[0], file) for key, file in gone.items())
@@ -321,12 +327,18 @@ class ProbeRegistry:
         """Returns the content that workers must hold: of current and retired probes, and of those that calls may still use."""
         return [*self._files.values(), *self._retirement.sources.values(), *self._leaving.values()]
 
+    def _forget_files(self) -> None:
+        """Frees the content that is not served any more, and that no process which is starting may still read."""
+        loading = [file for worker in self._workers for file in worker.loading]
+        self._spool.keep_only({file.sha256 for file in [*self._served_files(), *loading]})
+
     def _show(self, current: Collection[str]) -> None:
         """Changes what calls may name: the current probes, and the retired ones by their versions."""
         retired = self._retirement.keys
         described = next((worker.info for worker in self._workers if worker.info is not None), None)
         if described is not None:
             self.info = described.of_probes({*current, *retired}, retired)
+            self._pinned.remember(self.info.probes)
             self._on_change()
 
     def _tell_workers(self, files: tuple[SpooledFile, ...]) -> None:
@@ -349,7 +361,7 @@ class ProbeRegistry:
                         await worker.hold(held)
                 except CoreError as error:  # A process that is started again holds only what it is told to.
                     logger.warning("probes not dropped yet", device=worker.spec.device, problem=str(error))
-            self._spool.keep_only(served)
+            self._forget_files()
         if done:
             logger.info("probes dropped", probes=done)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -72,7 +72,11 @@ class PinnedContent:
                 f"the files of the model or of a probe have changed since the server started ({', '.join(changed[:5])}); restart the server"
             )
         self._weights |= digests
-        self._probes |= {probe.key: (probe.graph_sha256, probe.manifest_sha256) for probe in info.probes}
+        self.remember(info.probes)
+
+    def remember(self, probes: Iterable[ProbeInfo]) -> None:
+        """Stores what the names and versions of probes mean from now on."""
+        self._probes |= {probe.key: (probe.graph_sha256, probe.manifest_sha256) for probe in probes}
 
     def differs(self, probe: ProbeInfo) -> bool:
         """Returns whether a probe's name and version have meant other content on this server."""
@@ -104,6 +108,7 @@ class WorkerHandle:
             that is starting meanwhile takes the other probes before it counts as up.
         info: a description of the loaded model and probes; ``None`` before the worker was ready for the first time.
         keys: the probes that the running process serves: a dictionary from the digest of a file's content to ``name@version``.
+        loading: the content of probe files that a process which is starting may still read.
         restarts: how often the worker process was started again.
         failed_starts: number of attempts to start that failed since the worker was last ready.
     """
@@ -119,6 +124,7 @@ class WorkerHandle:
         self._pinned = pinned or PinnedContent()
         self.info: EngineInfo | None = None
         self.keys: dict[str, str] = {}
+        self.loading: tuple[SpooledFile, ...] = ()
         self.restarts = 0
         self.failed_starts = 0
         self._on_change = on_change
@@ -174,9 +180,11 @@ class WorkerHandle:
     async def _run_process(self) -> None:
         """Starts one worker process, waits for the end of the process, or of the one that has taken its place, and pauses."""
         running = WorkerProcess(self.spec)
+        self.loading = self.spec.probes
         try:
             await self._run_once(running)
         finally:
+            self.loading = ()
             running, self._running = self._running or running, None
             await running.stop()
         loss = running.loss or LossReason("died", "")
@@ -213,6 +221,7 @@ class WorkerHandle:
             logger.error("worker did not start again", device=self.spec.device, problem=str(error))
             return
         self.info, self.keys, self._running, self.failed_starts, self._stalled_starts = info, keys, running, 0, 0
+        self.loading = ()
         self._keep_depth(info)
         self._start_seconds = time.monotonic() - began
         logger.info("worker ready", device=self.spec.device, seconds=round(self._start_seconds, 1), pid=running.process.pid)
