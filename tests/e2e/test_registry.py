@@ -50,7 +50,7 @@ def server(versions: Versions) -> Iterator[RunningServer]:
 
 @pytest.fixture
 def client(server: RunningServer, versions: Versions) -> Iterator[ProbeClient]:
-    with ProbeClient(server.address, timeout=TIMEOUT) as connected:
+    with ProbeClient(server.address, timeout=4 * TIMEOUT) as connected:
         yield connected
         for file in versions.folder.iterdir():
             file.unlink()
@@ -296,6 +296,29 @@ def test_a_bad_file_leaves_the_old_one_and_says_why(
     reloaded = client.reload_probes()
     assert (reloaded.added, reloaded.refused) == ((f"{name}@2",), ())
     assert scrape(server)["probescore_refused_probe_files{}"] == 0
+
+
+def test_the_same_content_at_several_paths_is_one_probe_or_one_refusal(versions: Versions, client: ProbeClient) -> None:
+    versions.put("twin@1", at="one.onnx")
+    versions.put("twin@1", at="two.onnx")
+    assert client.reload_probes().current_probes == ("twin@1",)
+    (versions.folder / "one.onnx").unlink()
+    reloaded = client.reload_probes()
+    assert (reloaded.current_probes, "twin@1" in reloaded.retired) == (("twin@1",), False)
+    for name in ("one", "two", "three"):
+        put(Path(__file__), versions.folder / f"{name}.onnx")
+    reloaded = client.reload_probes()
+    assert (len(reloaded.refused), reloaded.current_probes) == (1, ("twin@1",))
+    np.testing.assert_allclose(values(client, "twin"), versions.expected("twin@1", COMPLETIONS), rtol=1e-4, atol=1e-5)
+    # of two new files with one name and version, and other content, one is taken
+    (versions.folder / "three.onnx").unlink()
+    for name, key in (("one", "rival@1"), ("two", "rival@2")):
+        versions.put(key, at=f"{name}.onnx")
+    write(versions.folder.parent / "rival.onnx", "rival", "1", direction=np.ones(HIDDEN_SIZE))
+    put(versions.folder.parent / "rival.onnx", versions.folder / "zwei.onnx")
+    reloaded = client.reload_probes()
+    assert [(each.file, each.field) for each in reloaded.refused] == [("zwei.onnx", "version")]
+    assert reloaded.added == ("rival@1", "rival@2")
 
 
 # --------------------------------------------------------------------------------------------------------- beside running calls

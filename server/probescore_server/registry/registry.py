@@ -159,10 +159,11 @@ class ProbeRegistry:
             started = time.monotonic()
             try:
                 reloaded, refused = await self._reload()
-            except CoreError as error:
-                logger.error("probes not reloaded", asked_by=why, problem=str(error))
+            except Exception as failure:
+                error = failure if isinstance(failure, CoreError) else InternalFault.new()
+                logger.error("probes not reloaded", asked_by=why, problem=str(error), exc_info=error is not failure)
                 self._on_reload(error)
-                raise
+                raise error from None
             finally:
                 self._forget_files()
             reloaded = replace(reloaded, refused=tuple(map(_shown, refused)), seconds=time.monotonic() - started)
@@ -182,10 +183,14 @@ class ProbeRegistry:
             return self._report((), (), ()), [_folder_refusal(self._settings, error)]
         self._stamps = contents.stamps
         refused = dict(contents.refused)
-        new = [file for file in contents.files.values() if file.sha256 not in self._keys]
+        new = _once(file for file in contents.files.values() if file.sha256 not in self._keys)
         keys, successors = await self._proven(new, refused)
+        named = [*refused.values()]
+        for file in new:  # What was proven once may lie at several paths.
+            if file.file in refused:
+                refused |= {path: refused[file.file] for path, each in contents.files.items() if each.sha256 == file.sha256}
         try:
-            return await self._change(contents, keys, refused, successors), [*refused.values()]
+            return await self._change(contents, keys, refused, successors), named
         finally:
             for successor in successors.values():
                 await successor.process.stop()
