@@ -19,7 +19,7 @@ import pytest
 from calls import TIMEOUT, eventually, scrape, total
 from live_folder import PROMPT, TAP, Versions, put, random_completions, served
 from models import BOS, HIDDEN_SIZE, tiny_model, tiny_tokenizer
-from running_server import RunningServer, start_server
+from running_server import START_SECONDS, RunningServer, start_server
 
 from probescore import InvalidRequestError, ProbeClient, ReloadedProbes, RolloutGroup, ScoreUnit, ServerError
 from probescore_probes.exporting import linear_probe, torch_probe
@@ -380,7 +380,7 @@ def test_a_worker_that_starts_again_serves_what_the_registry_says_though_the_fil
     pids = worker_pids(server)
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
-    eventually(lambda: len(worker_pids(server)) == 2 and not set(worker_pids(server)) & set(pids))
+    eventually(lambda: len(worker_pids(server)) == 2 and not set(worker_pids(server)) & set(pids), START_SECONDS)
     assert served(client) == before
     for key, name in (("kept@1", "kept@1"), ("kept@2", "kept"), ("kept@2", "kept@2")):
         for _ in range(4):
@@ -539,7 +539,7 @@ def test_a_deeper_probe_is_loaded_beside_the_running_model_if_that_is_allowed(wa
         scoring = threading.Thread(target=score)
         scoring.start()
         others.put("deep@1", tap="resid_post.3")
-        eventually(lambda: served(client)[0] == {"seed@1", "deep@1"})
+        eventually(lambda: served(client)[0] == {"seed@1", "deep@1"}, START_SECONDS)
         ended.set()
         scoring.join()
         assert not failures
@@ -552,5 +552,5 @@ def test_a_deeper_probe_is_loaded_beside_the_running_model_if_that_is_allowed(wa
         (pid,) = worker_pids(watching)
         os.kill(pid, signal.SIGKILL)
         np.testing.assert_allclose(values(client, "seed"), others.expected("seed@1", COMPLETIONS), rtol=1e-4, atol=1e-5)
-        eventually(lambda: worker_pids(watching) not in ([pid], []))
+        eventually(lambda: worker_pids(watching) not in ([pid], []), START_SECONDS)
         assert not watching.events("worker did not start again")
