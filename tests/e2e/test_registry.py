@@ -416,7 +416,7 @@ def test_a_file_that_one_worker_cannot_take_is_taken_by_none(server: RunningServ
         def __init__(self) -> None:
             super().__init__()
             torch.manual_seed(0)
-            self.inner, self.outer = torch.nn.Linear(HIDDEN_SIZE, 400_000), torch.nn.Linear(400_000, 1)
+            self.inner, self.outer = torch.nn.Linear(HIDDEN_SIZE, 200_000), torch.nn.Linear(200_000, 1)
 
         def forward(self, rows: torch.Tensor) -> torch.Tensor:
             return self.outer(torch.relu(self.inner(rows)))
@@ -430,7 +430,7 @@ def test_a_file_that_one_worker_cannot_take_is_taken_by_none(server: RunningServ
     put(wide, versions.folder / "wide@2.onnx")
     short = psutil.Process(worker_pids(server)[-1])
     unlimited = resource.RLIM_INFINITY, resource.RLIM_INFINITY
-    short.rlimit(psutil.RLIMIT_AS, (short.memory_info().vms + 60 * 2**20, resource.RLIM_INFINITY))
+    short.rlimit(psutil.RLIMIT_AS, (short.memory_info().vms + 30 * 2**20, resource.RLIM_INFINITY))
     try:
         (refused,) = client.reload_probes().refused
     finally:

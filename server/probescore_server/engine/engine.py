@@ -41,7 +41,7 @@ from probescore_server.engine.batches import batches, read_tokens
 from probescore_server.engine.fair_lock import FairLock
 from probescore_server.engine.loading import LoadedParts, load_parts
 from probescore_server.engine.served_probes import ServedProbes, describe_probes
-from probescore_server.errors import LimitExceeded, ModelRefused, ProbeRefused, ProbeTooDeep
+from probescore_server.errors import LimitExceeded, ModelRefused, ProbeRefused
 from probescore_server.probes.format.probe_file import ProbeFile
 from probescore_server.probes.loading.compatibility import check_fits, is_accepted, read_probe_files
 from probescore_server.probes.loading.golden_check import check_golden, golden_rollouts
@@ -346,8 +346,8 @@ class Engine:
             max_batch_seconds: the longest that one batch of golden rollouts may take.
 
         Returns:
-            The new set, for ``adopt_probes``, and the refusal of each file that is left out. A ``ProbeTooDeep`` among them says that the
-            file needs blocks that are not loaded.
+            The new set, for ``adopt_probes``, and the refusal of each file that is left out. A file that needs blocks which
+            are not loaded is refused with ``needs_layers``.
 
         Raises:
             ProbeRefused: a probe that is served already cannot be loaded again.
@@ -551,7 +551,11 @@ class Engine:
             further_special_ids=self._texts.further_special_ids,
         )
         if (needed := layers_needed(file.manifest.taps, model.num_hidden_layers)) > model.num_loaded_layers:
-            raise ProbeTooDeep(file.file, needed, model.num_loaded_layers)
+            expected = (
+                f"blocks that are loaded, the first {model.num_loaded_layers}: restart the server, which loads as many as its probes need, "
+                "or start it with --deeper-probes load, which does so beside the running model"
+            )
+            raise ProbeRefused(file.file, "inputs", f"a tap that needs {needed} blocks", expected, needed)
         with self._running:
             self._check_awake()
             try:

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import structlog
 
 from probescore.types import RefusedProbeFile, ReloadedProbes
-from probescore_server.errors import CoreError, InternalFault, ProbeRefused, ProbeTooDeep, StartupError, WorkerLost, WorkerUnavailable
+from probescore_server.errors import CoreError, InternalFault, ProbeRefused, StartupError, WorkerLost, WorkerUnavailable
 from probescore_server.registry.folder import FolderContents, ProbeFolder, Stamp
 from probescore_server.registry.retirement import Retirement
 from probescore_server.rollouts import EngineInfo
@@ -288,7 +288,7 @@ class ProbeRegistry:
                         if found_keys.get(file.sha256) == probe.key and self._pinned.differs(probe):
                             refused.setdefault(file.file, _other_content(file.file, probe.key))
             keys |= {file.sha256: found_keys[file.sha256] for file in files if file.file not in refused}
-        too_deep = [file for file in new if isinstance(refused.get(file.file), ProbeTooDeep)]
+        too_deep = [file for file in new if file.file in refused and refused[file.file].needs_layers]
         # A server without probes has loaded next to nothing, so that there is room for the first one.
         if too_deep and (self._settings.deeper_probes == "load" or not self._served_files()):
             return await self._deepened([file for file in new if file.sha256 in keys], keys, too_deep, refused)
