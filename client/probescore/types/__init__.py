@@ -16,7 +16,7 @@ from probescore.types.scores import (
     StreamedCompletion,
     Usage,
 )
-from probescore.types.servers import Limits, ModelInfo, ServerInfo, Transfer, WorkerInfo
+from probescore.types.servers import Limits, ModelInfo, RefusedProbeFile, ReloadedProbes, ServerInfo, Transfer, WorkerInfo
 
 __all__ = [
     "ActivationsInfo",
@@ -35,6 +35,8 @@ __all__ = [
     "Pool",
     "ProbeInfo",
     "ProbeScores",
+    "RefusedProbeFile",
+    "ReloadedProbes",
     "RolloutGroup",
     "Scope",
     "ScoreResult",

@@ -20,6 +20,7 @@ from probescore_server.cli.common.failures import say
 from probescore_server.cli.common.progress import RolloutProgress
 from probescore_server.cli.labelled_lines import read_labelled_file
 from probescore_server.cli.steps import CheckSteps
+from probescore_server.validation.options import highest_versions
 
 if TYPE_CHECKING:
     from probescore_probes.fitting.labelled_rollouts import Example, LabelledRollout
@@ -314,11 +315,11 @@ def _column_of_each(probes: Sequence[ProbeInfo], label: str) -> None:
 
 
 def _named(name: str, served: Sequence[ProbeInfo]) -> ProbeInfo:
-    found = [probe for probe in served if name in (probe.name, probe.key)]
-    if len(found) != 1:
-        known = ", ".join(probe.key for probe in served) or "none"
-        raise ValueError(f"{name}: {'no such probe' if not found else 'several versions of it'} at the server; it has {known}")
-    return found[0]
+    by_key = {probe.key: probe for probe in served}
+    key = highest_versions(probe for probe in served if not probe.retired).get(name, name)
+    if key not in by_key:
+        raise ValueError(f"{name}: no such probe at the server; it has {', '.join(by_key) or 'none'}")
+    return by_key[key]
 
 
 def _differing(keys: list[str]) -> list[str]:
