@@ -428,7 +428,7 @@ class Engine:
                 field = f"groups[{group}].completions[{completion}]"
                 remedy = "allow more, ask for fewer taps, or for pools in place of tokens"
                 raise LimitExceeded(field, most, "bytes of activations", "max_batch_bytes", max_batch_bytes, remedy, "TOO_LONG")
-        return self._read_alone(rollouts, places, reads, max_batch_bytes, is_cancelled)
+        return self._read_afresh(rollouts, places, reads, max_batch_bytes, is_cancelled)
 
     def trim(self) -> None:
         """Returns memory that is free, such as that of probes that are not served any more, to the device and the operating system."""
@@ -485,7 +485,7 @@ class Engine:
             for index, rollout in enumerate(rollouts)
         ]
 
-    def _read_alone(
+    def _read_afresh(
         self,
         rollouts: Sequence[CheckedRollout],
         places: Sequence[tuple[int, int]],
