@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import permutations
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,9 @@ EXACT = 1e-3
 _CLEARLY = 2.0
 _FEWEST = 3
 _SWEPT = 8
+_ALL_ORDERS = 3
+_FEWEST_FOR_SCALE = 8
+_EXPLAINED = 16.0
 _SAME_BUT_FOR_SCALE = 0.9999
 _REDUCTIONS = ("mean", "last", "max", "min", "sum")
 
@@ -74,6 +78,7 @@ class _Found:
         where: the way to read the model, in words for messages.
         remedy: how to import the probe so that it is read this way.
         unit: the unit of scores in which the two were compared.
+        scale: the factor from the scores that were found to the author's, if it alone explains why they differ; ``None`` = it does not.
     """
 
     off: float
@@ -81,6 +86,7 @@ class _Found:
     where: str
     remedy: str
     unit: str
+    scale: float | None = None
 
 
 def compared(scorer: GoldenScorer, reduction: str | None, given: Sequence[AuthorScores], file: str) -> str:
@@ -115,6 +121,14 @@ def compared(scorer: GoldenScorer, reduction: str | None, given: Sequence[Author
         others = comparison.others() if stated.off > EXACT else ()
         if any(_CLEARLY * found.off < stated.off for found in (*blocks_off, *others)):
             raise _refusal(comparison, stated, len(expected), file)
+        if stated.off > EXACT and stated.scale is not None:
+            raise ProbeRefused(
+                file,
+                "author_scores",
+                f"scores off by {stated.off:.2g} of the author's standard deviation ({len(expected)} scores)",
+                f"the author's, which are {stated.scale:.5g} times as far from each other: rounding leaves no such trace. Save the "
+                "weights, and a standard deviation with its ddof and eps, as they were when he scored",
+            )
         rival = min(blocks_off, key=lambda found: found.off, default=None)
         if rival is not None and rival.off < _CLEARLY * stated.off:
             raise ValueError(
@@ -179,7 +193,7 @@ class _PlaceComparison:
     def others(self) -> Iterator[_Found]:
         """Compares the author's scores with those of other hooks, with and without BOS, of centred activations, and of other reductions."""
         scorer = self._scorer
-        hooks = _other_hooks(scorer.inputs, scorer.reference.reference.num_hidden_layers)
+        hooks = [*_other_orders(scorer.inputs), *_other_hooks(scorer.inputs, scorer.reference.reference.num_hidden_layers)]
         yield from self._found(scorer, hooks, [(_named(place), _remedy(place)) for place in hooks])
         here: list[Place] = [(scorer.inputs, 0)]
         centred = _on(scorer, lambda x: x - x.mean(axis=1, keepdims=True))
@@ -240,8 +254,8 @@ def _nearest(
 ) -> _Found | None:
     """Compares scores with the author's in each unit that the author may have used, and returns the closest result."""
     units: dict[str, tuple[bool, bool]] = {f"a {unit.value}": (False, False)}
-    if unit is ScoreUnit.LOGIT:
-        units |= {"a probability": (True, False), "the probability of a reduced logit": (False, True)}
+    if unit is not ScoreUnit.PROBABILITY:
+        units |= {"a probability": (True, False), f"the probability of a reduced {unit.value}": (False, True)}
     best: _Found | None = None
     for name, (before, after) in units.items():
         rows = []
@@ -258,8 +272,9 @@ def _nearest(
                 f"author_scores: {expected.shape[1]} labels, and the probe gives {found.shape[1]}; give a number for each label"
             )
         off = float(np.sqrt((((found - expected) / scale) ** 2).mean()))
-        if best is None or off < best.off:
-            best = _Found(off, _correlation(found, expected), where, remedy, name)
+        only_scaled = best is not None and abs(best.correlation) >= _SAME_BUT_FOR_SCALE
+        if best is None or (off < best.off and (off <= AGREES or not only_scaled)):
+            best = _Found(off, _correlation(found, expected), where, remedy, name, _scale(found, expected))
     return best
 
 
@@ -298,6 +313,12 @@ def _other_hooks(inputs: tuple[TapInput, ...], num_hidden_layers: int) -> list[P
     return [((tap,), 0) for tap in (*hooks, TapInput(hook="final_norm", layer=None)) if tap != stated and tap not in near]
 
 
+def _other_orders(inputs: tuple[TapInput, ...]) -> list[Place]:
+    """Returns the same taps in other orders: all orders of up to three taps, the reverse order of more."""
+    orders = permutations(inputs) if len(inputs) <= _ALL_ORDERS else [tuple(reversed(inputs))]
+    return [(order, 0) for order in orders if order != inputs]
+
+
 def _on(scorer: GoldenScorer, change: Any) -> GoldenScorer:  # noqa: ANN401  a function of arrays
     """Returns a scorer that runs the same probe on changed activations, such as those of another tap."""
     probe = scorer.probe
@@ -331,6 +352,18 @@ def _sigmoid(x: Array) -> Array:
     with np.errstate(over="ignore"):
         probabilities: Array = 1 / (1 + np.exp(-x))
     return probabilities
+
+
+def _scale(found: Array, expected: Array) -> float | None:
+    """Returns the factor from scores to the author's if it alone, the same for all labels, explains most of the difference."""
+    if len(found) < _FEWEST_FOR_SCALE:
+        return None
+    mine, difference = found - found.mean(axis=0), expected - found
+    difference = difference - difference.mean(axis=0)
+    excess = float((mine * difference).sum() / max((mine**2).sum(), 1e-300))
+    rest = difference - excess * mine
+    explained = float((difference**2).sum()) > _EXPLAINED * float((rest**2).sum())
+    return 1 + excess if explained and abs(excess) > EXACT else None
 
 
 def _correlation(found: Array, expected: Array) -> float:

@@ -13,7 +13,7 @@ import numpy as np
 
 from probescore.types import ScoreUnit
 from probescore_probes.importing.imported import Array, Imported, ImportOptions, linear, named
-from probescore_probes.importing.source import ProbeSource
+from probescore_probes.importing.source import ProbeSource, nothing_more
 
 _WEIGHTS = ("weight", "direction", "w", "coef", "coef_", "vector")
 _BIASES = ("bias", "b", "intercept", "intercept_")
@@ -88,7 +88,10 @@ def weight_and_bias(found: Mapping[str, Array], where: str) -> tuple[Array, Arra
     weights = [name for name in found if name in _WEIGHTS] or ([*found] if len(found) == 1 else [])
     if len(weights) != 1:
         raise ValueError(f"{where}: has {', '.join(found) or 'no tensors'}; name one of them {_WEIGHTS[0]!r}, and a bias {_BIASES[0]!r}")
-    bias = next((found[name] for name in found if name in _BIASES), None)
+    nothing_more(found, (*weights, *_BIASES), where, "a direction with a bias")
+    if len(biases := [name for name in found if name in _BIASES]) > 1:
+        raise ValueError(f"{where}: has {' and '.join(biases)}; save one bias")
+    bias = next((found[name] for name in biases), None)
     return found[weights[0]], bias
 
 

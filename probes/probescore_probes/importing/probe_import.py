@@ -28,6 +28,7 @@ from probescore_server.probes.format.probe_file import ProbeFile
 NOT_COMPARED = "Nobody has compared it with its author's scores"
 """Note in the manifest of a probe that was imported without its author's scores."""
 
+_ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 _GOLDEN_ROLLOUTS = 4
 _FEWEST_IDS = 6
 _TEXTS = (
@@ -135,6 +136,7 @@ def import_probe(
     )
     author_scores = arguments.sequence(author_scores, "author_scores", "scores", "[AuthorScores(prompt_ids, completion_ids, score=0.5)]")
     source = ProbeSource(file)
+    _check_no_adapter(source)
     known = format_of(source, format)
     found = _with_what_was_said(known.read(source, asked), asked, [note for place in places for note in place.notes], reference)
     rollouts = _golden(golden, author_scores, reference, found)
@@ -166,6 +168,15 @@ def import_probe(
         license=license,
     )
     return ImportedProbe(probe, known.name, notes, bool(len(author_scores)))
+
+
+def _check_no_adapter(source: ProbeSource) -> None:
+    """Refuses a probe with an adapter beside it, whatever its format: on the model without its adapter the scores would be others."""
+    if adapter := source.beside(*_ADAPTERS):
+        raise ValueError(
+            f"{adapter[0]}: an adapter of this probe's own, which changes the model; not served yet: only probes that read the frozen "
+            "model as it is can be imported. If the adapter is not the probe's, copy the probe into a folder of its own"
+        )
 
 
 def _with_what_was_said(found: Imported, asked: ImportOptions, notes: Sequence[str], reference: ReferenceModel) -> Imported:

@@ -13,7 +13,7 @@ import numpy as np
 from probescore.types import ScoreUnit
 from probescore_probes.importing.directions import rows_of, unprefixed
 from probescore_probes.importing.imported import Array, Imported, ImportOptions, linear, named
-from probescore_probes.importing.source import ProbeSource, taken
+from probescore_probes.importing.source import ProbeSource, nothing_more, taken
 
 _VLLM_LENS_SMALLEST_STD = 1e-8
 
@@ -69,6 +69,7 @@ def _read(source: ProbeSource, asked: ImportOptions, smallest_std: float) -> Imp
     found = unprefixed(source.tensors)
     if "weight" not in found:
         taken(found, "weight", source.name)
+    nothing_more(found, ("weight", "bias", "mean", "std"), source.name, "weight · (x - mean) / std + bias")
     weight = rows_of(found["weight"], asked, source.name)
     width = weight.shape[1]
     mean, std = (taken({name: array.ravel() for name, array in found.items()}, name, source.name, width) for name in ("mean", "std"))
