@@ -111,7 +111,9 @@ def evaluate_auroc(positives: ArrayLike, negatives: ArrayLike, *, dataset: str, 
 
 
 def newcombe_interval(auroc: float, positives: int, negatives: int) -> tuple[float, float]:
-    """The 95% interval of an AUROC from so many independent positives and negatives, by Newcombe's method 5 (``evaluate_auroc``)."""
+    """Returns the 95% interval of an AUROC that was estimated from the given numbers of independent positives and negatives, by Newcombe's
+    method 5.
+    """
     z = float(norm.ppf((1 + _CONFIDENCE) / 2))
     equal_size = (positives + negatives) / 2 - 1
 

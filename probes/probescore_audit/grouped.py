@@ -37,7 +37,7 @@ class Estimate:
 
     @property
     def reversed(self) -> Estimate:
-        """Returns the estimate of the AUROC of the negated scores, given an AUROC."""
+        """Returns one minus an AUROC, with its interval: the AUROC of the negated scores."""
         return Estimate(1 - self.value, 1 - self.high, 1 - self.low)
 
 

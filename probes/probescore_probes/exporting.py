@@ -193,7 +193,7 @@ def _concatenated(inputs: GraphInputs) -> NDArray[np.float64]:
 
 
 def _linear_graph(weight: NDArray[np.float64], bias: NDArray[np.float64], signature: GraphSignature) -> onnx.ModelProto:
-    """Builds a graph of one ``Gemm``.
+    """Builds the ONNX graph of a linear probe, which is a single ``Gemm`` node.
 
     The engine can compute a graph of this form together with other probes that read the same tap, which is a point in the language model.
     """

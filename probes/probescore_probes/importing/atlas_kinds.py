@@ -34,7 +34,7 @@ _PARTS = {
     "TransformerProbe": r"(transformer\.layers\.\d+\.(self_attn\.(in_proj_|out_proj\.)|(linear|norm)[12]\.)|transformer\.norm\.|out_proj\.)"
     r"(weight|bias)",
 }
-"""Dictionary keyed by class: the names of its tensors, as regular expressions."""
+"""Dictionary keyed by the class of an Obfuscation Atlas probe: a regular expression for the names of the class's tensors."""
 
 Weights = dict[str, Array]
 Heads = tuple[Tensor, Tensor]

@@ -1,4 +1,5 @@
-"""Compares the scores of an imported probe with scores that its author's own code gave for the same rollouts.
+"""Compares the scores of an imported probe with scores that its author's own code gave for the same rollouts, to find out whether the probe
+reads the right place in the model.
 
 A probe that reads the wrong block by one still correlates with the right probe (0.946 where it was measured), so that only the author's own
 scores reveal the mistake. If the scores disagree, neighbouring taps are tried, and the error says which of them agrees.
@@ -173,25 +174,33 @@ def _refusal(comparison: _PlaceComparison, stated: _Found | None, scores: int, f
 
 
 class _PlaceComparison:
-    """Scores the same rollouts at several taps and in several ways, and compares each result with the author's scores."""
+    """Comparison of an imported probe's scores, computed from several places in the model and in several ways, with the scores that its
+    author's code gave for the same rollouts.
+    """
 
     def __init__(self, scorer: GoldenScorer, reduction: str | None, cases: Sequence[_Case], expected: Array) -> None:
         self._scorer, self._reduction = scorer, reduction
         self._cases, self._expected = cases, expected
 
     def at(self, where: str, remedy: str, places: Sequence[Place]) -> list[_Found | None]:
-        """Compares the scores at each given tap with the author's: on all rollouts for one tap, on the first few for several taps."""
+        """Compares a probe's scores with its author's if it reads at each of the given taps (places in the model): on all rollouts for one
+        tap, on the first few rollouts for several taps.
+        """
         return self._compare(self._scorer, places, [(where, remedy)] * len(places), self._reduction)
 
     def neighbours(self, *, tokens_too: bool = True) -> list[_Found]:
-        """Compares the scores at the taps one block before and after and, if asked, at activations one token away, with the author's."""
+        """Compares a probe's scores with its author's if the probe reads one decoder block earlier or later and, if asked, one token
+        earlier or later.
+        """
         every = neighbouring_places(self._scorer.inputs, self._scorer.reference.reference.num_hidden_layers)
         places = [place for place in every if tokens_too or not place[1]]
         said = [(_named(place), _remedy(place)) for place in places]
         return [found for found in self._compare(self._scorer, places, said, self._reduction) if found is not None]
 
     def others(self) -> Iterator[_Found]:
-        """Compares the author's scores with those of other hooks, with and without BOS, of centred activations, and of other reductions."""
+        """Compares a probe's scores with its author's if the probe reads other places in the model, prompts with or without BOS, or centred
+        activations, and if token scores are reduced in other ways.
+        """
         scorer = self._scorer
         hooks = [*_other_orders(scorer.inputs), *_other_hooks(scorer.inputs, scorer.reference.reference.num_hidden_layers)]
         yield from self._found(scorer, hooks, [(_named(place), _remedy(place)) for place in hooks])
@@ -252,7 +261,9 @@ def _nearest(
     where: str,
     remedy: str,
 ) -> _Found | None:
-    """Compares scores with the author's in each unit that the author may have used, and returns the closest result."""
+    """Compares a probe's scores with its author's in each unit (such as logits or probabilities) that the author may have used, and returns
+    the closest result.
+    """
     units: dict[str, tuple[bool, bool]] = {f"a {unit.value}": (False, False)}
     if unit is not ScoreUnit.PROBABILITY:
         units |= {"a probability": (True, False), f"the probability of a reduced {unit.value}": (False, True)}
@@ -314,7 +325,9 @@ def _other_hooks(inputs: tuple[TapInput, ...], num_hidden_layers: int) -> list[P
 
 
 def _other_orders(inputs: tuple[TapInput, ...]) -> list[Place]:
-    """Returns the same taps in other orders: all orders of up to three taps, the reverse order of more."""
+    """Returns the taps (places in the model) that a probe reads in other orders: all orders of up to three taps, the reverse
+    order of more.
+    """
     orders = permutations(inputs) if len(inputs) <= _ALL_ORDERS else [tuple(reversed(inputs))]
     return [(order, 0) for order in orders if order != inputs]
 
@@ -355,7 +368,9 @@ def _sigmoid(x: Array) -> Array:
 
 
 def _scale(found: Array, expected: Array) -> float | None:
-    """Returns the factor from scores to the author's if it alone, the same for all labels, explains most of the difference."""
+    """Returns the factor by which a probe's scores must be multiplied to become its author's, if this factor alone, the same for all
+    labels, explains most of their difference; ``None`` otherwise.
+    """
     if len(found) < _FEWEST_FOR_SCALE:
         return None
     mine, difference = found - found.mean(axis=0), expected - found

@@ -29,7 +29,7 @@ def is_direction(source: ProbeSource) -> bool:
 
 
 def read_direction(source: ProbeSource, asked: ImportOptions) -> Imported:
-    """Reads a direction ``(width,)``, or a matrix with one row of weights for each label.
+    """Reads a linear probe from a file: a direction ``(width,)``, or a matrix with one row of weights for each label.
 
     Raises:
         ValueError: shapes do not fit together, or the meaning of the rows is not known.
@@ -96,7 +96,8 @@ def weight_and_bias(found: Mapping[str, Array], where: str) -> tuple[Array, Arra
 
 
 def rows_of(weight: Array, asked: ImportOptions, where: str) -> Array:
-    """Returns weights as a matrix ``(labels, width)``.
+    """Returns the weights of a linear probe as a matrix ``(labels, width)``, whether they are saved as one direction, as a matrix or as a
+    column.
 
     Raises:
         ValueError: the weights have more than two axes.

@@ -1,4 +1,4 @@
-"""Imports ONNX graphs of other origin that compute scores from activations ``(N, width)``.
+"""Imports ONNX graphs, made by any other tool, that compute scores from activations ``(N, width)``.
 
 The inputs and outputs of such a graph are renamed and cast to the names and dtypes of a probe file.
 """
@@ -66,7 +66,9 @@ def read_graph(source: ProbeSource, asked: ImportOptions) -> Imported:
 
 
 class _AsItCame:
-    """Probe function of an imported ONNX graph: keeps its own input and output names to run, takes those of a probe file on export."""
+    """Scoring function of an imported ONNX graph. It runs the graph under the graph's own input and output names, and exports the graph
+    with the names of a probe file.
+    """
 
     def __init__(self, model: onnx.ModelProto, inputs: list[onnx.ValueInfoProto], output: str) -> None:
         self._model, self._output = model, output

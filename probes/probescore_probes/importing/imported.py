@@ -29,7 +29,7 @@ NONLINEAR = (
 
 @dataclass(frozen=True)
 class ImportOptions:
-    """Options of an import: facts about a probe that its file may leave out, given by the importer.
+    """Options of an import of another library's probe: facts about the probe that its file may leave out, given by the user.
 
     Attributes:
         hidden_size: width of the model's activations.
@@ -58,7 +58,8 @@ class ImportOptions:
     trust_pickle: bool = False
 
     def taps_for(self, width: int, remedy: str = "") -> tuple[Tap, ...]:
-        """Returns the taps that the importer gave, after checking their number against the width of the probe's weights.
+        """Returns the taps (places in the model where the probe reads activations) that the user named, after a check that they are as many
+        as the width of the probe's weights needs.
 
         Raises:
             ValueError: no taps were given, or not as many as the weights need.
@@ -82,7 +83,8 @@ class ImportOptions:
         return self.taps
 
     def tap_or(self, stated: Sequence[Tap], where: str) -> tuple[Tap, ...]:
-        """Returns the taps that a file states; the importer may give no taps or the same ones.
+        """Returns the taps (places in the model where the probe reads activations) that a probe's file states, after a check that the user
+        named no others.
 
         Raises:
             ValueError: the importer gave other taps.
@@ -95,7 +97,8 @@ class ImportOptions:
         return tuple(stated)
 
     def entry_of(self, layers: Sequence[int], what: str) -> tuple[int, Tap]:
-        """Chooses one of a file's probes for entries of ``hidden_states``, and returns its index in ``layers`` and its tap.
+        """Chooses one probe of a file that holds a probe for each of several entries of Hugging Face's ``hidden_states``. Returns the
+        probe's index in ``layers``, and the tap (place in the model) that it reads.
 
         Raises:
             ValueError: no entry was asked for although the file has several probes, or the file has no probe for the entry.

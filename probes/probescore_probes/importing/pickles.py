@@ -1,4 +1,4 @@
-"""Opens pickles, which can run code while they are opened, only if the importer trusts them.
+"""Opens pickles, which can run code while they are opened, only if the user trusts them.
 
 An untrusted pickle is refused with a message that lists the code which the pickle would run.
 """

@@ -180,7 +180,9 @@ def _check_no_adapter(source: ProbeSource) -> None:
 
 
 def _with_what_was_said(found: Imported, asked: ImportOptions, notes: Sequence[str], reference: ReferenceModel) -> Imported:
-    """Completes a probe with its reduction, and with notes on facts that neither the file nor the importer gave."""
+    """Completes a probe that was read from another library's file with a reduction of token scores, and with notes on facts that neither
+    the file nor the user gave.
+    """
     said = [*found.notes, *notes]
     reduction, expects_bos = found.reduction, found.expects_bos
     if found.context.kind != "rollout":
@@ -194,7 +196,9 @@ def _with_what_was_said(found: Imported, asked: ImportOptions, notes: Sequence[s
 
 
 def _golden(golden: Any, author_scores: Sequence[AuthorScores], reference: ReferenceModel, found: Imported) -> list[Rollout]:  # noqa: ANN401
-    """Returns the rollouts for golden vectors: those given for them, else those with author's scores, else built-in texts."""
+    """Returns the rollouts on which a probe's golden vectors (scores that a server must reproduce) are computed: those that the user gave,
+    else those with the author's scores, else built-in texts.
+    """
     bos = reference.tokenizer.bos_token_id
     if len(golden):
         rollouts, argument = given.read_golden(golden, reference), "golden"
@@ -226,7 +230,9 @@ def _texts(reference: ReferenceModel, bos: int | None) -> list[Rollout]:
 
 
 def _check_fires(scorer: GoldenScorer, rollouts: Sequence[Rollout], labels: Sequence[str]) -> None:
-    """Refuses golden rollouts on which a score column does not vary, as a sparse feature's does on most texts: they verify nothing."""
+    """Refuses rollouts for golden vectors (scores that a server must reproduce) on which a score column does not vary, as a sparse
+    feature's does on most texts: equal scores would verify nothing.
+    """
     rows = [scorer.scores_at(prompt, completion, [(scorer.inputs, 0)])[0] for prompt, completion in rollouts]
     if any(row is None for row in rows):
         return  # writing says what is wrong with the code's scores

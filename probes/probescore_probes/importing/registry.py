@@ -1,4 +1,4 @@
-"""Lists the formats of probes that can be imported, in the order in which they are tried on a file."""
+"""Lists the formats of other libraries' probes that can be imported, in the order in which they are tried on a file."""
 
 from __future__ import annotations
 

@@ -134,7 +134,7 @@ def _taps(config: dict[str, Any], asked: ImportOptions) -> list[Tap]:
 
 
 def _labels(config: dict[str, Any]) -> tuple[int, list[str]]:
-    """Returns how many labels a configuration says that the head has, and the labels' names; none if it has no names."""
+    """Returns the number of labels that a SingProbe configuration states, and their names; the list of names is empty if it states none."""
     if isinstance(labels := config.get("labels"), list) and labels:
         return len(labels), [str(label) for label in labels]
     if config.get("num_labels") is None:
@@ -162,7 +162,7 @@ def _read_mlp(config: dict[str, Any], found: dict[str, Array], width: int, label
 
 
 def _apart(projection: Array, config: dict[str, Any]) -> dict[str, Array]:
-    """Splits one projection into those of queries, keys and values, as an engine that was asked to save its own weights leaves it."""
+    """Splits the weight of one projection, in which vLLM keeps three, into the weights that compute queries, keys and values."""
     size = whole_number({"head_dim": 64} | config, "head_dim", _CONFIG)
     if not 0 < 2 * size < len(projection):
         raise ValueError(f"{_CONFIG}: head_dim: {size}; proj_qkv has {len(projection)} rows, two heads and more: they do not fit")

@@ -53,7 +53,7 @@ class ProbeSource:
         return self.path.name or str(self.path)
 
     def holds(self, *names: str) -> bool:
-        """Returns whether the given file names all exist in the folder, provided that the source is the folder or one of the files."""
+        """Returns whether the given file names all exist in the source's folder, and the source is that folder or one of these files."""
         return (self.kind == "folder" or self.path.name in names) and all((self.folder / name).is_file() for name in names)
 
     def beside(self, *names: str) -> list[str]:

@@ -137,7 +137,7 @@ def _scored(path: Path, reference: ReferenceModel, add_special_tokens: bool) -> 
 
 
 def _rollouts(path: Path, reference: ReferenceModel, add_special_tokens: bool) -> Iterator[tuple[tuple[Any, Any], dict[str, Any]]]:
-    """Yields the token ids of each rollout in a JSONL file, with the author's scores that its line gives."""
+    """Yields the token ids of each rollout in a JSONL file, with the scores on its line, which the code of a probe's author gave."""
     from probescore_server.backbone.tokenizer import TextEncoder
     from probescore_server.errors import InvalidRequest
 

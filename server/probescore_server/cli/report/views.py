@@ -74,7 +74,9 @@ class SeriesScores:
 
     @property
     def value(self) -> float | None:
-        """Score of the whole scope for the first reduction; ``None`` if there is none."""
+        """Returns the rollout's score over the whole scope (all tokens that were scored) under the first reduction, such as their mean;
+        ``None`` if there is no score.
+        """
         return self.reduced[""][0]
 
 

@@ -55,7 +55,7 @@ class ResultWriter(Protocol):
         """Takes one scored completion. Completions arrive in the order of the input."""
 
     def close(self) -> None:
-        """Completes the output after the last scored completion."""
+        """Completes the writer's output; called once, after the last scored completion."""
 
 
 class InOrderWriter:
@@ -114,14 +114,14 @@ class JsonLinesWriter:
     """Writer that prints each completion as one line of JSON as soon as the completion arrives; an absent number is ``null``."""
 
     def add(self, scored: ScoredCompletion) -> None:
-        """Prints one scored completion."""
+        """Prints one scored completion as a line of JSON."""
         content = {"group": scored.group, "completion": scored.index, "label": scored.label} | _as_json(scored.scores, scored.info)
         # in other encodings than UTF, JSON writes text in ASCII escapes
         can_say = (sys.stdout.encoding or "").lower().replace("-", "").startswith("utf")
         typer.echo(visible_json(json.dumps(content, ensure_ascii=not can_say, allow_nan=False)))
 
     def close(self) -> None:
-        """Does nothing, since every line has been printed."""
+        """Does nothing at the end of the output, since the writer has printed every line already."""
 
 
 class TerminalWriter:

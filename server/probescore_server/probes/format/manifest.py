@@ -30,7 +30,9 @@ MAX_INT32 = 2**31 - 1
 MAX_COUNT = 2**53 - 1
 
 MAX_NEIGHBOUR_LABELS = 256
-"""Limits the number of labels, counted from the first, for which a manifest stores the scores of a wrong decoder block or token."""
+"""Limits for how many labels of a probe, counted from the first, a manifest also stores the scores that come out if activations are read at
+a wrong decoder block or token.
+"""
 
 Real = Annotated[float, Field(allow_inf_nan=False, ge=-MAX_FLOAT32, le=MAX_FLOAT32)]
 Rate = Annotated[float, Field(allow_inf_nan=False, ge=0, le=1)]
@@ -321,7 +323,9 @@ class LeftOut(_NeighbouringPlace):
 
 
 Place = tuple[tuple[TapInput, ...], TokenShift]
-"""States where activations are read: the taps, and the number of tokens by which the tokens read come after the token that is scored."""
+"""Type of a place where a probe reads activations: its taps (points in the model), and how many tokens after the scored token it reads; 0
+is right.
+"""
 
 
 def neighbouring_places(inputs: Sequence[TapInput], num_hidden_layers: int) -> list[Place]:

@@ -27,7 +27,7 @@ MAX_FILE_BYTES = 256 * 2**20
 """Limits the size of a probe file, in bytes: 64 million float32 weights, such as an SAE encoder of 16,384 × 4,096."""
 
 UNSEALED = "sha256:" + "0" * 64
-"""Fills the two digest fields of a probe's manifest until ``write_probe_file`` computes the digests."""
+"""Text that stands in for the two digests of a probe's manifest until ``write_probe_file`` computes them."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def write_probe_file(path: Path | str, graph: onnx.ModelProto, manifest: Manifes
 
 
 def _keeps(path: Path, probe: ProbeFile) -> bool:
-    """Returns whether the file at a path already holds exactly this probe.
+    """Returns whether the file at a path already holds exactly the given probe.
 
     Raises:
         ProbeRefused: the file has other content under the same name and version, or is not a probe file.

@@ -38,7 +38,9 @@ SMALLEST_CALL, QUADRATIC_CALL, LARGEST_CALL = 256, 1024, 4096
 """
 
 LONGEST_SHARE = 4
-"""Limits a sequence to one part in this many of the rows of a run; a longer sequence is run by itself."""
+"""Limits the length of a sequence that shares a run of a graph with others: at most one n-th of the run's rows, where n is this number. A
+longer sequence is run by itself.
+"""
 
 ROUNDING = 1e-4
 """Limits, in standard deviations, how much a served score may depend on the other sequences of the same run."""
@@ -193,7 +195,7 @@ class _ScoreComparison:
     excused: float = _EXCUSED
 
     def of_one(self, inputs: GraphInputs, rows: slice, expected: NDArray[Any], promise: str) -> _Finding:
-        """Compares some of the scores that a graph gives for one sequence with the expected scores."""
+        """Compares the scores that a probe's graph gives for some rows of one sequence with the expected scores."""
         return self.of(inputs, rows, expected, lambda _: self.noise(inputs, rows), promise)
 
     def of(
@@ -352,7 +354,9 @@ class _GraphTrial:
             ) from None
 
     def _finite(self, inputs: GraphInputs) -> NDArray[np.float32] | None:
-        """Returns the scores of a run on one sequence alone, or ``None`` if the graph fails or gives scores that are not finite."""
+        """Runs a probe's graph on one sequence alone and returns its scores, or ``None`` if the graph fails or gives scores that are not
+        finite.
+        """
         try:
             scores = self._run(inputs)
         except WrongShape:
@@ -363,7 +367,7 @@ class _GraphTrial:
 
 
 def _lengths(rows: int, random: np.random.Generator) -> list[int]:
-    """Draws the lengths of ``SEQUENCES`` sequences with nearly ``rows`` rows in total: a few long sequences among many short ones."""
+    """Draws random lengths of ``SEQUENCES`` sequences, a few long ones among many short ones, whose sum is nearly ``rows``."""
     long = [rows // LONGEST_SHARE, rows // 16, rows // 16 + 1]
     mean = (rows - sum(long)) / (SEQUENCES - len(long))
     short = random.integers(1, max(int(2 * mean), 2), SEQUENCES - len(long))

@@ -18,14 +18,17 @@ from probescore_server.validation.options import resolve_options
 from probescore_server.validation.rollouts import resolve_rollouts
 
 NEARER = 2.0
-"""States how many times nearer recomputed scores must be to the golden scores than to those of a neighbouring decoder block or token."""
+"""States how many times nearer a server's scores must be to a probe's golden scores (those of its author's code) than to the scores that a
+neighbouring decoder block or token would give.
+"""
 
 SAME_SCORE = 1e-4
 """States by how many standard deviations two scores may differ and still count as equal; plain float32 arithmetic causes such differences.
 """
 
 OUTLYING = 100.0
-"""Excludes golden scores from the comparison with a neighbouring block or token, so that a few large differences do not decide.
+"""Factor that excludes some golden scores (scores of the author's own code) from the comparison with a neighbouring block or token, so that
+a few large differences do not decide.
 
 A golden score is left out if it differs from the neighbour's score by more than this many times the median difference.
 """
@@ -37,7 +40,8 @@ Scores farther away are not scores that the probe gives, and so prove nothing ab
 """
 
 TELLS_BY_ITSELF = 1e-3
-"""States the largest tolerance, in standard deviations, that by itself tells a decoder block or a token from its neighbours.
+"""States the largest tolerance of a probe's golden scores, in standard deviations, that by itself shows whether a server reads the right
+decoder block and token.
 
 With a larger tolerance, a manifest must also hold the scores of the neighbouring blocks and tokens.
 """
@@ -46,7 +50,8 @@ _OR_FLOAT32 = ", or serve it in float32"
 
 
 def golden_rollouts(probe: ProbeFile, info: EngineInfo) -> list[CheckedRollout]:
-    """Returns the golden cases of a probe as rollouts to be scored, with token scores unless the probe gives one score per rollout.
+    """Returns the golden cases of a probe (rollouts stored with the scores of the author's own code) as rollouts to be scored, with token
+    scores unless the probe gives one score per rollout.
 
     Raises:
         ProbeRefused: the model cannot score a case, because a token id is beyond the vocabulary, or because ``expects_bos`` contradicts the

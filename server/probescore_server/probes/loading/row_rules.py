@@ -29,7 +29,9 @@ def _elementwise(node: ProvenNode) -> list[Value]:
 
 
 def _apart(axes: list[int], rows: RowsOnAxis) -> set[int]:
-    """Returns axes counted from the first; raises ``NotProven`` if the axis along which the rows lie is among the axes."""
+    """Returns an operator's axes counted from the first; raises ``NotProven`` if the axis along which the rows of tokens lie is among them,
+    since rows would then be mixed.
+    """
     counted = {axis % rows.rank for axis in axes}
     if rows.axis in counted:
         raise NotProven

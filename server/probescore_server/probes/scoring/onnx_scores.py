@@ -32,7 +32,7 @@ MAX_SEQUENCES_PER_CALL = SEQUENCES
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _SequencePiece:
-    """Piece of a sequence of activation rows.
+    """Piece of a sequence of activation rows, which a probe's graph is given in one run because the whole sequence would be too long.
 
     The first ``known`` rows are given to the graph only as context, since an earlier piece has their scores.
     """
@@ -290,7 +290,7 @@ def overflowing_reduction(key: str) -> str:
 
 
 def _chain(probe: LoadedProbe, scored: ScoredSegment) -> tuple[int, ...]:
-    """Returns the token segments that a probe must be given, in order, so that it can score the last of these segments."""
+    """Returns the token segments (runs of tokens) that a probe must be given, in order, so that it can score the last of these segments."""
     return (*scored.before, scored.segment) if probe.manifest.context.sees_prompt else (scored.segment,)
 
 

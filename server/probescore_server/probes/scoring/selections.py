@@ -92,7 +92,8 @@ def read_completion(
 
 
 def selected_tokens(forest: Forest, placement: Placement, scope: Scope, *, is_follow_up: bool) -> tuple[tuple[int, ...], NDArray[np.bool_]]:
-    """What a scope, a mask and spans select of a completion, or of a follow-up, which is about its own tokens whatever the scope.
+    """Returns the tokens of a completion that a scope, a mask and spans select. Of a follow-up (token ids appended to a finished
+    completion), always its own tokens are selected, whatever the scope.
 
     Returns:
         The segments in scope, in order, ``T`` tokens in all; and ``(1 + spans, T)`` bool, the tokens that count, for the whole scope and

@@ -78,7 +78,7 @@ class Stack:
 
     @property
     def inner_numbers(self) -> int:
-        """Returns how many numbers are computed for each row between the layers of all networks."""
+        """Returns how many intermediate numbers the stacked networks compute for each row of activations, in all their layers together."""
         return sum(part.inner_numbers for part in self.parts)
 
     def tensors(self) -> Iterator[torch.Tensor]:
