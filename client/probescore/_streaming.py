@@ -64,8 +64,8 @@ class Chunk:
     def add(
         self, group: int, prompt: scoring_pb2.Prompt, parts: dict[Position, scoring_pb2.Completion], tokens: int, completions: int
     ) -> None:
-        """Adds completions of one rollout group to a chunk, the content of one RPC. Together with their follow-ups the completions count as
-        ``completions`` completions; together with their prompt they have ``tokens`` tokens.
+        """Adds completions of one rollout group to a chunk, the content of one RPC. Together with their follow-ups (token ids appended to a
+        completion) the completions count as ``completions`` completions; together with their prompt they have ``tokens`` tokens.
         """
         self.prompts[group] = prompt
         self.missing.update(parts)
@@ -203,7 +203,7 @@ class Chunker:
         return bool(self._chunk.missing)
 
     def rest(self) -> Iterator[Chunk]:
-        """Yields the current, unfinished chunk if it contains any completion, and starts a new chunk."""
+        """Yields the current, unfinished chunk (the content of one RPC) if it contains any completion, and starts a new chunk."""
         if self._chunk.missing:
             chunk, self._chunk = self._chunk, Chunk()
             yield chunk
@@ -267,7 +267,7 @@ class StreamSchedule:
         return wants
 
     def kept_waiting(self) -> None:
-        """Makes the groups read so far ready to be sent, although they do not fill an RPC."""
+        """Makes the rollout groups that were read so far ready to be sent, although they do not fill an RPC."""
         self._ready.extend(self._chunker.rest())
 
     def accept(self, arrival: Arrival) -> list[StreamedCompletion]:
@@ -307,7 +307,7 @@ def _prompt_tokens(prompt: scoring_pb2.Prompt) -> int:
 
 
 def _with_follow_ups(completion: scoring_pb2.Completion) -> int:
-    """Returns the number of completions that a completion and all its follow-ups count as."""
+    """Returns the number of completions that a completion and all its follow-ups (token ids appended to a completion) count as."""
     return 1 + sum(map(_with_follow_ups, completion.follow_ups))
 
 

@@ -36,7 +36,8 @@ class ProbeFunction:
             pools; a missing last axis means one label.
         export: function that makes the ONNX graph for a signature.
         unit: unit of the scores.
-        width: number of features in each input row, of all taps together; ``None`` if not known before the probe runs.
+        width: number of features in each input row, of all taps (places in the model) together; ``None`` if not known before the probe
+            runs.
         columns: number of scores of each row; ``None`` if not known before the probe runs.
         classes: classes of a classifier as its training data names them, in order; the scores are those of the last ``columns`` classes.
     """

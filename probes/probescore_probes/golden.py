@@ -194,7 +194,8 @@ class GoldenScorer:
 
 
 def neighbours(rollouts: Sequence[GoldenRollout]) -> tuple[tuple[Neighbour, ...], tuple[LeftOut, ...]]:
-    """Returns, for the manifest, the golden scores at each place that is one decoder block or one token beside the right place.
+    """Returns, for the manifest, the golden scores (those of the author's code) at each place that is one decoder block or one token beside
+    the right place.
 
     The first list holds the places where every rollout has finite scores. The second list holds the other places, with the reason.
     """

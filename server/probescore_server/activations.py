@@ -1,4 +1,5 @@
-"""Defines requests for activations and their results: taps by name or pattern, poolings, and the activations of one completion.
+"""Defines requests for activations and their results: taps (places in the model) by name or pattern, poolings, and the activations of one
+completion.
 
 The classes are plain frozen data and need no torch, as those of ``rollouts``.
 """
@@ -37,7 +38,7 @@ class ActivationReads:
     """The activations that a request asks for, the same for every completion.
 
     Attributes:
-        taps: taps without duplicates, in the order of the request.
+        taps: taps (places in the model) without duplicates, in the order of the request.
         pools: poolings, without ``tokens``.
         tokens: whether the request asks for every token's activations.
     """
@@ -54,7 +55,8 @@ class CompletionActivations:
     Attributes:
         group_index, completion_index: position of the completion in the request.
         id: id that the request gave the completion.
-        status: ``NON_FINITE`` if the model gives NaN or an infinity at a tap; ``tokens`` and ``pooled`` are then empty.
+        status: ``NON_FINITE`` if the model gives NaN or an infinity at a tap (place in the model); ``tokens`` and ``pooled`` are then
+            empty.
         token_ids: tokens in scope, ``(T,)`` int32: entry *i* of ``tokens`` is read at the position whose input is ``token_ids[i]``.
         selections: which tokens count, ``(1 + spans, T)`` bool: in the whole scope under the mask, then in each span.
         spans: names of the spans.
@@ -82,7 +84,9 @@ class CompletionActivations:
 
 
 def all_taps(num_hidden_layers: int) -> tuple[Tap, ...]:
-    """Returns every tap of a model with a given number of blocks, one hook after the other."""
+    """Returns every tap (place where activations can be read) of a model with a given number of blocks: for each kind of place, all blocks
+    in order.
+    """
     return tuple(Tap(hook, layer) for hook in Hook for layer in (range(num_hidden_layers) if hook.has_layer else [None]))
 
 
@@ -129,7 +133,7 @@ def resolve_pools(asked: Sequence[str] | str) -> tuple[Pool, ...]:
 
 
 def _shown(taps: Sequence[Tap]) -> str:
-    """Formats names of taps for a message, with consecutive layers of one hook as a range."""
+    """Formats names of taps (places in the model) for a message; consecutive layers become a range, ``resid_post.0 … resid_post.5``."""
     layers: dict[str, list[int]] = {}
     for tap in taps:
         layers.setdefault(str(tap.hook), []).extend([] if tap.layer is None else [tap.layer])

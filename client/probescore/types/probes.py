@@ -125,7 +125,7 @@ class ProbeInfo:
 
     @property
     def key(self) -> str:
-        """Returns ``name@version``, which identifies one probe."""
+        """Returns the probe's name and version as ``name@version``, which identifies the probe."""
         return f"{self.name}@{self.version}"
 
 
@@ -166,7 +166,7 @@ class ScoredProbe:
 
     @property
     def key(self) -> str:
-        """Returns ``name@version``, which identifies one probe."""
+        """Returns the probe's name and version as ``name@version``, which identifies the probe."""
         return f"{self.name}@{self.version}"
 
 

@@ -90,7 +90,8 @@ class CompletionScores:
 class Usage:
     """Counts of the work that the server did for a response.
 
-    The three token counts add up to the tokens of every prompt (once per completion), completion and follow-up.
+    The three token counts add up to the tokens of every prompt (once per completion), completion and follow-up (token ids appended to a
+    completion).
 
     Attributes:
         tokens_computed: tokens that ran through the model.

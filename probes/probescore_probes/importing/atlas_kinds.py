@@ -300,7 +300,7 @@ def _heads(asked: ImportOptions) -> int:
 
 
 def _threefold(rows: Tensor, heads: int) -> tuple[Tensor, ...]:
-    """Splits the output of a projection into queries, keys and values, ``(N, heads, size)`` each."""
+    """Splits the output of one projection of an attention probe into queries, keys and values, ``(N, heads, size)`` each."""
     return rows.reshape(-1, 3, heads, rows.shape[1] // (3 * heads)).unbind(1)
 
 

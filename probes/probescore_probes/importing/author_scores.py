@@ -71,7 +71,8 @@ class _Case:
 
 @dataclass(frozen=True)
 class _Found:
-    """The result of comparing the author's scores with those of one way to read the model, such as another tap or with BOS.
+    """The result of comparing the author's scores with those of one way to read the model, such as another tap (place in the model) or with
+    BOS.
 
     Attributes:
         off: root mean square of the differences, in standard deviations of the author's scores.
@@ -103,7 +104,8 @@ def compared(scorer: GoldenScorer, reduction: str | None, given: Sequence[Author
         A sentence for the manifest: how closely the scores agree, and on how many rollouts.
 
     Raises:
-        ValueError: the author's scores are missing, too few or all equal, or neighbouring taps would give the same scores.
+        ValueError: the author's scores are missing, too few or all equal, or neighbouring taps (places in the model) would give the same
+            scores.
         ProbeRefused: the scores disagree; the message says which tap or way of reading agrees, if one does.
     """
     cases = list(_read(given, scorer.reference, pools=reduction is None))

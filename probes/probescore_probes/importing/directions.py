@@ -21,7 +21,7 @@ _FILES = ("npy", "npz", "safetensors", "torch")
 
 
 def is_direction(source: ProbeSource) -> bool:
-    """Returns whether a file holds a single tensor, or a weight with or without a bias."""
+    """Returns whether a file holds a linear probe: a single tensor, or a weight with or without a bias."""
     if source.kind not in _FILES or (isinstance(source.content, Mapping) and any(isinstance(v, Mapping) for v in source.content.values())):
         return False
     names = set(unprefixed(source.tensors))

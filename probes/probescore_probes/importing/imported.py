@@ -35,7 +35,7 @@ class ImportOptions:
         hidden_size: width of the model's activations.
         num_hidden_layers: number of blocks of the model.
         layer_norms: whether the model's norms subtract the mean of each activation; root mean square norms do not.
-        taps: taps that the probe reads, in order; empty = not given.
+        taps: taps (places in the model) that the probe reads, in order; empty = not given.
         reduction: how token scores become one score of a rollout, or how the author's probe pools; ``None`` = not given.
         unit: unit of the scores; ``None`` = not given.
         labels: names of the score columns; empty = not given.
@@ -121,7 +121,7 @@ class Imported:
 
     Attributes:
         function: the probe's formula in numpy and its ONNX graph.
-        taps: taps that the probe reads, in order.
+        taps: taps (places in the model) that the probe reads, in order.
         method: description of the kind of probe, for people.
         labels: names of the score columns.
         context: which tokens a score depends on.
@@ -192,7 +192,7 @@ def formula(score: Callable[[GraphInputs], Array], module: torch.nn.Module, *, u
 
 
 def side_by_side(inputs: GraphInputs) -> Array:
-    """Returns the activations at all taps side by side, ``(N, taps × hidden_size)`` float64."""
+    """Returns the activations at all taps (places in the model) side by side, ``(N, taps × hidden_size)`` float64."""
     taps = [array for name, array in inputs.items() if name not in (CU_SEQLENS, POSITIONS)]
     return np.concatenate(taps, axis=1).astype(np.float64)
 

@@ -41,7 +41,8 @@ def read_lie_detector(source: ProbeSource, asked: ImportOptions) -> Imported:
     """Reads a probe of lie_detectors: a difference of means, a logistic regression, or a perceptron with one hidden layer.
 
     Raises:
-        ValueError: no tap was given, since the file does not say how layers are counted; or the weights have another shape.
+        ValueError: no tap (place in the model) was given, since the file does not say how layers are counted; or the weights have another
+            shape.
     """
     content: Mapping[str, Any] = source.content
     if not isinstance(content, Mapping) or not isinstance(content.get("state_dict"), Mapping):

@@ -52,7 +52,9 @@ class _Pooled(nn.Module):
         self.a, self.b = platt
 
     def forward(self, *given: Tensor) -> Tensor:
-        """Computes logits: ``(N, 1)`` for tokens, or ``(S, 1)`` for sequences if the aggregator pools each head separately."""
+        """Computes an Atlas probe's logits from activations: ``(N, 1)`` for N tokens, or ``(S, 1)`` for S sequences if the aggregator pools
+        each head by itself.
+        """
         x = given[0]
         if self.normalise == "l2":
             x = _over(x, (x * x).sum(-1, keepdim=True).sqrt(), _L2_EPS)
@@ -190,7 +192,9 @@ def _aggregator(asked: ImportOptions) -> tuple[str, int]:
 
 
 def _platt(found: Weights, aggregator: str) -> tuple[float, float]:
-    """Returns ``a`` and ``b`` of Platt scaling ``a · logit + b``, which must give the same result before the aggregator as after."""
+    """Returns the numbers ``a`` and ``b`` of an Atlas probe's Platt scaling ``a · logit + b``, after a check that scaling token scores
+    gives the same as scaling the aggregated score.
+    """
     a, b = number_in(found, "platt_A", WEIGHTS, 1.0), number_in(found, "platt_B", WEIGHTS, 0.0)
     if aggregator == "sum" and b:
         raise ValueError(f"platt_B: {b:g} is added once to a sum over tokens; a sum can be imported only where it is 0")
@@ -200,7 +204,9 @@ def _platt(found: Weights, aggregator: str) -> tuple[float, float]:
 
 
 def _aggregated(query: Array, value: Array, aggregator: str, window: int) -> Array:
-    """Applies the aggregator to the scores of one sequence by head, and returns one logit ``(1, 1)``."""
+    """Applies an Atlas probe's aggregator to the scores that each head gives the tokens of one sequence, and returns one logit
+    ``(1, 1)``.
+    """
     if aggregator == "multimax":
         return np.asarray(value.max(0).sum(keepdims=True)[None])
     share = softmax(query, 0)

@@ -49,7 +49,7 @@ class PickledNames:
     complete: bool
 
     def __str__(self) -> str:
-        """Returns the names for a message, the first few of them."""
+        """Returns the first few of the names that a pickle would import, as text for a message."""
         shown = ", ".join(self.names[:_SHOWN])
         if len(self.names) > _SHOWN:
             shown += f" and {len(self.names) - _SHOWN} others"
@@ -139,16 +139,16 @@ class _Nothing:
         self.state = state
 
     def append(self, item: Any) -> None:  # noqa: ANN401
-        """Accepts what a pickle appends to a list of a class of its own."""
+        """Accepts, and drops, what a pickle adds to a list of a class of its own, which a placeholder stands for."""
 
     def extend(self, items: Any) -> None:  # noqa: ANN401
-        """Accepts what a pickle adds to a list of a class of its own."""
+        """Accepts, and drops, what a pickle adds to a list of a class of its own, which a placeholder stands for."""
 
     def add(self, item: Any) -> None:  # noqa: ANN401
-        """Accepts what a pickle adds to a set of a class of its own."""
+        """Accepts, and drops, what a pickle adds to a set of a class of its own, which a placeholder stands for."""
 
     def __setitem__(self, key: Any, value: Any) -> None:  # noqa: ANN401
-        """Accepts what a pickle sets in a mapping of a class of its own."""
+        """Accepts, and drops, what a pickle sets in a mapping of a class of its own, which a placeholder stands for."""
 
 
 class _Follower(pickle._Unpickler):  # the one in Python, whose operations can be replaced

@@ -40,7 +40,7 @@ OTHER_ACTIVATIONS = (
     "TransformerLens folds norms into weights, centres what writes to the stream and prepends BOS unless told otherwise: activations of a "
     "model loaded so are others than those served here; compare scores with the author's"
 )
-"""Note for the manifest of a probe whose tap was given by a name of TransformerLens."""
+"""Note for the manifest of a probe whose tap (place in the model) was given by a name of TransformerLens."""
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
     before = (norm(x) - b_dec if apply_b_dec_to_input) · W_enc + b_enc
     standard   relu(before)            jumprelu   relu(before) where before > threshold            topk   relu of the k largest
 
-A configuration is interpreted as SAELens does. A setting that needs more than the file, or activations that no tap has, is refused by name.
+A configuration is interpreted as SAELens does. A setting that needs more than the file, or activations that no tap (place in the model)
+has, is refused by name.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class Features(nn.Module):
         self.register_buffer("features", torch.tensor(features))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Computes the features ``(N, features)`` of activations ``(N, d_in)``."""
+        """Computes the chosen features of a sparse autoencoder, ``(N, features)``, from activations ``(N, d_in)``."""
         if self.centre:
             x = x - x.mean(-1, keepdim=True)
         if self.normalise == "layer_norm":
@@ -183,7 +184,7 @@ def _check_plain(config: dict[str, Any]) -> None:
 
 
 def _top(config: dict[str, Any], d_sae: int) -> int:
-    """Returns how many features of a token a topk autoencoder keeps."""
+    """Returns how many features of each token a top-k sparse autoencoder keeps."""
     top = whole_number(config, "k", _CONFIG)
     if not 0 < top <= d_sae:
         raise ValueError(f"{_CONFIG}: k: {top}; it should be 1 to {d_sae}, the number of features")

@@ -50,7 +50,7 @@ class SingMlp(nn.Module):
         self.activation = _ACTIVATIONS[activation]
 
     def forward(self, *taps: Tensor) -> Tensor:
-        """Computes logits ``(N, labels)`` from the activations of ``N`` tokens."""
+        """Computes a SingProbe head's logits ``(N, labels)`` from the activations of ``N`` tokens."""
         hidden: Tensor = self.activation(_normalised(taps) @ self.fc1_weight.T + self.fc1_bias)
         return hidden @ self.fc2_weight.T + self.fc2_bias
 
@@ -72,7 +72,7 @@ class SingAttention(nn.Module):
         self.heads, self.window = heads, window
 
     def forward(self, *given: Tensor) -> Tensor:
-        """Computes logits ``(N, labels)`` from the activations of ``N`` tokens."""
+        """Computes a SingProbe head's logits ``(N, labels)`` from the activations of ``N`` tokens."""
         *taps, cu_seqlens = given
         x = _normalised(taps)
         query = x @ self.proj_q_weight.T

@@ -49,7 +49,7 @@ class ProbeSource:
 
     @property
     def name(self) -> str:
-        """Returns the name of the file or folder, for messages."""
+        """Returns the name of the file or folder that another library wrote, for messages."""
         return self.path.name or str(self.path)
 
     def holds(self, *names: str) -> bool:
@@ -57,11 +57,11 @@ class ProbeSource:
         return (self.kind == "folder" or self.path.name in names) and all((self.folder / name).is_file() for name in names)
 
     def beside(self, *names: str) -> list[str]:
-        """Returns those of the given file names that exist in the folder."""
+        """Returns those of the given file names that exist in the folder of a probe that another library saved."""
         return [name for name in names if (self.folder / name).is_file()]
 
     def member(self, name: str) -> ProbeSource:
-        """Opens a file of the folder, given by its name, as a source."""
+        """Opens a file, given by its name, in the folder of a probe that another library saved."""
         return ProbeSource(self.folder / name)
 
     def config(self, name: str) -> dict[str, Any]:

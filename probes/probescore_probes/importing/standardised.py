@@ -36,7 +36,7 @@ def read_vllm_lens(source: ProbeSource, asked: ImportOptions) -> Imported:
     """Reads a vllm-lens probe, which is linear over the outputs of several blocks side by side, averaged over the tokens of a forward pass.
 
     Raises:
-        ValueError: as ``read_standardised``; also if a tap is not the output of a block.
+        ValueError: as ``read_standardised``; also if a tap (place in the model) is not the output of a block.
     """
     others = [str(tap) for tap in asked.taps if tap.hook != "resid_post"]
     if others:

@@ -161,7 +161,7 @@ class KeyValueCache:
 
 
 def length_of(key_values: KeyValues) -> int:
-    """Returns the number of tokens of the given keys and values."""
+    """Returns the number of tokens that the given attention keys and values are of."""
     return key_values[0][0].shape[2] if key_values else 0
 
 

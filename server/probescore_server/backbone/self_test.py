@@ -26,8 +26,8 @@ test, which on a CPU would then take longer than the loading itself.
 """
 
 ROW_ERROR_BOUND = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
-"""Dictionary, keyed by dtype, of the bound on the relative error of a token's activations. Nine in ten tokens must stay below the bound;
-the rest may differ more, for example because the router of a mixture of experts chose other experts for them.
+"""Dictionary, keyed by dtype, of the bound on the relative error of a token's activations in the test of a loaded model. Nine in ten tokens
+must stay below the bound; the rest may differ more, for example because the router of a mixture of experts chose other experts for them.
 """
 
 _TEST_CACHE_BYTES = 1 << 30

@@ -86,7 +86,8 @@ class UniversalBackbone:
     def forward(
         self, forest: Forest, taps: Sequence[Tap], *, skip: Callable[[int], bool] = skip_nothing, cache: KeyValueCache | None = None
     ) -> Activations:
-        """Runs every segment (run of tokens) of a forest once, with the arguments and the result of ``Backbone.forward``.
+        """Runs every segment (run of tokens) of a forest (token segments arranged in trees) once, with the arguments and the result of
+        ``Backbone.forward``.
 
         ``skip`` is called again before each ``CHUNK_TOKENS`` tokens of a segment.
         """

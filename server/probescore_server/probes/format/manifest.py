@@ -307,7 +307,9 @@ class Neighbour(_NeighbouringPlace):
 
     @property
     def difference_rows(self) -> NDArray[np.float64]:
-        """Returns the changes of all golden scores if activations are read at the neighbouring place, ``(rows, labels)`` float64."""
+        """Returns the changes of all golden scores (those of the author's code) if activations are read at the neighbouring place (one
+        decoder block or one token beside the right one), ``(rows, labels)`` float64.
+        """
         return np.array([row for case in self.differences for row in case], np.float64)
 
 
@@ -360,7 +362,7 @@ class Golden(_ManifestPart):
 
     @property
     def score_rows(self) -> NDArray[np.float64]:
-        """Returns the golden scores of all cases as one float64 array, ``(rows, labels)``.
+        """Returns the golden scores (those of the author's code) of all cases as one float64 array, ``(rows, labels)``.
 
         The standard deviation of each label's scores is the unit of ``tolerance``.
         """

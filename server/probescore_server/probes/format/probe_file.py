@@ -2,7 +2,7 @@
 
 A probe file is an ``.onnx`` file with the probe's manifest inside. This module imports neither torch nor onnxruntime and executes no graph:
 a file that passes its checks is well-formed, but not yet trusted. ``check_against_model`` compares the probe with a model, and the engine
-recomputes the probe's golden vectors.
+recomputes the probe's golden vectors (rollouts with scores of the author's code).
 """
 
 from __future__ import annotations
@@ -160,7 +160,8 @@ def check_against_model(
 
 
 def check_golden(manifest: Manifest, file: str) -> None:
-    """Checks that a probe's golden scores can tell a right score from a wrong one: there are two rows or more, and no label is constant.
+    """Checks that a probe's golden scores (those of the author's code) can tell a right score from a wrong one: there are two rows or more,
+    and no label is constant.
 
     Raises:
         ProbeRefused: there are too few rows, or all scores of a label are the same.

@@ -29,7 +29,7 @@ Raises ``GraphFailed`` where the graph cannot compute them.
 """
 
 SEQUENCES = 128
-"""Limits how many sequences a graph is given in one run, both in its trial and when it serves."""
+"""Limits how many sequences a probe's graph is given in one run, both in the test at load and when it serves."""
 
 SMALLEST_CALL, QUADRATIC_CALL, LARGEST_CALL = 256, 1024, 4096
 """States how many rows a graph is given in one run: in the smallest trial, and in the largest runs of two kinds of graphs.
@@ -53,7 +53,9 @@ sequence.
 """
 
 _SCALES = (0.0, 0.3, 1.0, 10.0, 0.0, 0.3, 1.0, 100.0)
-"""Lists how far random rows lie from golden activations, in standard deviations; 0 stands for golden activations in another order."""
+"""Lists how far random rows lie from golden activations (those of rollouts stored in the probe file), in standard deviations; 0 stands for
+golden activations in another order.
+"""
 
 _NEIGHBOURS = "a rollout's scores do not depend on its neighbours"
 _LATER = "a token's score does not depend on later tokens"
@@ -76,7 +78,7 @@ def rows_tried(run: Run, model: onnx.ModelProto, around: RandomSequences, file: 
     Args:
         run: function that runs the graph.
         model: the same graph as an ONNX model.
-        around: source of random sequences near the golden activations.
+        around: source of random sequences near the golden activations (those of rollouts stored in the probe file).
         file: name of the probe file, for messages.
 
     Returns:
@@ -248,7 +250,7 @@ class _GraphTrial:
         file: name of the probe file, for messages.
 
     Attributes:
-        enough: whether enough sequences of golden activations have finite scores.
+        enough: whether enough sequences of golden activations (those of rollouts stored in the probe file) have finite scores.
     """
 
     def __init__(self, run: Run, around: RandomSequences, rows: int, file: str) -> None:
@@ -394,7 +396,9 @@ def _spread(scores: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _may_be_quadratic(model: onnx.ModelProto) -> bool:
-    """Returns whether a graph may compute a value of which two axes grow with the number of rows."""
+    """Returns whether a probe's graph may compute a value of which two axes grow with the number of input rows, so that memory grows with
+    its square.
+    """
     for graph in subgraphs(onnx.shape_inference.infer_shapes(model, data_prop=True).graph):
         described = (*graph.value_info, *graph.output)
         shapes = {value.name: value.type.tensor_type.shape for value in described if value.type.tensor_type.HasField("shape")}

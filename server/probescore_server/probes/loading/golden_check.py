@@ -34,14 +34,15 @@ A golden score is left out if it differs from the neighbour's score by more than
 """
 
 BEYOND_SCORES = 1e4
-"""Limits how far the scores of a neighbouring place may lie from the golden ones, in multiples of the size and spread of the golden scores.
+"""Limits how far the scores of a neighbouring place (one decoder block or one token beside the right one) may lie from the golden ones, in
+multiples of the size and spread of the golden scores (those of the author's code).
 
 Scores farther away are not scores that the probe gives, and so prove nothing about the place where the server reads activations.
 """
 
 TELLS_BY_ITSELF = 1e-3
-"""States the largest tolerance of a probe's golden scores, in standard deviations, that by itself shows whether a server reads the right
-decoder block and token.
+"""States the largest tolerance of a probe's golden scores (those of the author's code), in standard deviations, that by itself shows
+whether a server reads the right decoder block and token.
 
 With a larger tolerance, a manifest must also hold the scores of the neighbouring blocks and tokens.
 """
@@ -82,7 +83,7 @@ def check_golden(probe: ProbeFile, found: Sequence[CompletionScores], dtype: str
     coarse dtype may not tell these apart.
 
     Args:
-        probe: the probe file with the golden vectors.
+        probe: the probe file with the golden vectors (rollouts with scores of the author's code).
         found: the recomputed scores of ``golden_rollouts``, in the same order.
         dtype: the language model's dtype, such as ``bfloat16``.
 
@@ -109,7 +110,7 @@ def check_golden(probe: ProbeFile, found: Sequence[CompletionScores], dtype: str
 
 @dataclass(frozen=True)
 class _Distances:
-    """Distances of recomputed scores from the golden scores and from the scores of a neighbouring place.
+    """Distances of recomputed scores from the golden scores (those of the author's code) and from the scores of a neighbouring place.
 
     A neighbouring place is one decoder block or one token beside the right one. Each distance is a root mean square over the scores in
     which the two places differ, in standard deviations of the golden scores.
@@ -194,7 +195,8 @@ def _check_neighbours_suffice(probe: ProbeFile, measured: Sequence[_Distances | 
 
 
 def _distances(golden: Golden, neighbour: Neighbour, recomputed: NDArray[np.float64]) -> _Distances | None:
-    """Computes the distances of recomputed scores from the golden scores and from the scores of a neighbouring place.
+    """Computes the distances of recomputed scores from the golden scores (those of the author's code) and from the scores of a neighbouring
+    place.
 
     A neighbouring place is one decoder block or one token beside the place where the probe reads activations. Only rows are compared whose
     scores differ between the two places, by no more than ``BEYOND_SCORES`` times the size and spread of the golden scores: a greater number

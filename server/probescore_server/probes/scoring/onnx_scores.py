@@ -27,7 +27,7 @@ given whole, in one run.
 """
 
 MAX_SEQUENCES_PER_CALL = SEQUENCES
-"""Limits the sequences of one run of a graph to the number with which every graph was tested."""
+"""Limits how many sequences a probe's graph is given in one run: as many as every graph was tested with."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -91,7 +91,7 @@ class SessionScores:
         self._calls = _ProbeSequences()
 
     def run(self, asked: Sequence[ScoreTarget]) -> None:
-        """Runs the probe's graph on every sequence of rows that the given completions need."""
+        """Runs a probe's ONNX graph on every sequence of activation rows that the scores of the given completions need."""
         calls = self._calls
         for each in asked:
             for name, rows in self._sequences(self._probe_inputs.of(each, self._probe.manifest)):

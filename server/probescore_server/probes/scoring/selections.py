@@ -175,7 +175,7 @@ class SegmentRows:
         return np.concatenate([np.zeros(0, np.int64), *ranges])
 
     def range_of(self, segment: int) -> range:
-        """Returns the range of activation rows of one token segment."""
+        """Returns the range of activation rows that belong to one token segment (run of tokens)."""
         return range(self._starts[segment], self._starts[segment] + len(self._forest.segments[segment].token_ids))
 
     def rollouts_at(self, row: int) -> set[int]:

@@ -65,7 +65,7 @@ class StackedProbe:
 
     @property
     def product(self) -> tuple[object, ...]:
-        """Returns a key that is equal for probes whose scores are computed by the same matrix product."""
+        """Returns a key that is equal for those probes of a stack whose scores are computed by the same matrix product."""
         return id(self.member.stack), self.tap
 
 

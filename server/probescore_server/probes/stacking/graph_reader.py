@@ -41,14 +41,14 @@ class _JoinedColumns:
 
 @dataclass(frozen=True, eq=False)
 class _Shape:
-    """Value in a graph that is the shape of another value, ``(tokens, width)``."""
+    """Value in a probe's graph that holds the shape of another value, ``(tokens, width)``."""
 
     width: int
 
 
 @dataclass(frozen=True, eq=False)
 class _Zeros:
-    """Value in a graph that consists of zeros, ``(tokens, width)``."""
+    """Value in a probe's graph that consists of zeros, ``(tokens, width)``."""
 
     width: int
 
