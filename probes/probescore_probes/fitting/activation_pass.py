@@ -34,7 +34,8 @@ class ActivationTable:
     Attributes:
         taps: names of the taps, in the order of the model's blocks.
         pools: names of the poolings: ``mean`` and ``last``.
-        pooled: activations ``(n, hidden_size)`` float32 over the tokens that the label is about, a dictionary keyed by tap and pooling.
+        pooled: activations ``(n, hidden_size)`` float32 over the tokens that the label is about, a dictionary keyed by tap (place in the
+            model) and pooling.
         surprise: −log P of those tokens under the model, in nats, summed, ``(n,)``; NaN where it is not known.
         predicted: number of tokens that ``surprise`` is summed over, ``(n,)``.
         sink: norm at position 0 divided by the median norm of the rollout, ``(n,)``, a dictionary keyed by tap; NaN if position 0 is not
@@ -53,7 +54,7 @@ class ActivationTable:
     tokens: tuple[NDArray[np.float32], ...] | None = None
 
     def of(self, indices: NDArray[np.int64]) -> ActivationTable:
-        """Returns the table of the examples with the given indices."""
+        """Returns the part of a table of activations that holds the examples with the given indices."""
         return replace(
             self,
             pooled={key: rows[indices] for key, rows in self.pooled.items()},

@@ -18,9 +18,11 @@ from probescore_probes.fitting.splits import folds
 
 OUTER, INNER = 5, 4
 FEW_GROUPS, REPEATS = 100, 3
-"""If there are fewer groups than ``FEW_GROUPS``, an estimate depends on how folds were drawn, and is repeated ``REPEATS`` times."""
+"""Number of groups of rollouts below which an estimate depends much on how folds were drawn, and is therefore repeated
+``REPEATS`` times.
+"""
 _ROUGH = 1e-3
-"""Tolerance of the solver for fits that are only compared with each other."""
+"""Tolerance of the solver of logistic regressions that are only compared with each other and not served."""
 
 Features = dict[tuple[str, str], NDArray[np.float32]]
 Indices = NDArray[np.int64]
@@ -28,7 +30,9 @@ Indices = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Candidate:
-    """A choice to be compared by cross-validation: the tap that a linear probe reads, the pooling of tokens, and the inverse penalty."""
+    """A choice to be compared by cross-validation: the tap (place in the model) that a linear probe reads, the pooling of tokens, and the
+    inverse penalty.
+    """
 
     tap: str
     pool: str
@@ -98,7 +102,8 @@ def select(features: Features, labels: Labels, *, kind: str = LOGISTIC, seed: in
     """Chooses tap, pooling and strength by cross-validation over folds of whole groups.
 
     Args:
-        features: pooled activations ``(n, width)``, a dictionary keyed by tap and pooling, with taps in the order of the model's blocks.
+        features: pooled activations ``(n, width)``, a dictionary keyed by tap (place in the model) and pooling, with taps in the order of
+            the model's blocks.
         labels: labels of the same examples.
         kind: kind of linear probe; only ``logistic`` has several strengths.
         seed: seed of the folds.
@@ -143,7 +148,7 @@ def nested(
     """Estimates how good the procedure is: in each outer fold, inner folds choose a candidate, which is judged on held-out examples.
 
     Args:
-        features: pooled activations ``(n, width)``, a dictionary keyed by tap and pooling.
+        features: pooled activations ``(n, width)``, a dictionary keyed by tap (place in the model) and pooling.
         labels: labels of the same examples.
         kind: kind of linear probe that the choice is made with.
         seed: seed of the folds.

@@ -57,8 +57,8 @@ def fit_kind(kind: str, table: ActivationTable, labels: Labels, fitted: Indices,
         table: activations of all examples, including those of single tokens if the kind is fitted on tokens.
         labels: labels of all examples.
         fitted: indices of the examples to fit on.
-        candidate: tap and pooling to fit on; a kind fitted on tokens reads the tap of the table's tokens, ``mean-of-sigmoids`` several
-            taps.
+        candidate: tap (place in the model) and pooling to fit on; a kind fitted on tokens reads the tap of the table's tokens,
+            ``mean-of-sigmoids`` several taps.
         seed: seed of a neural network's initial weights.
     """
     some = labels.of(fitted)

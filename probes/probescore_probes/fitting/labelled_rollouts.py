@@ -18,7 +18,7 @@ from probescore_server.engine.engine import Engine
 
 TRAIN, CALIBRATION, TEST, OOD = SPLITS = ("train", "calibration", "test", "ood")
 PASSAGE = "passage"
-"""Name of the span in a request that stands for the labelled passage of an example."""
+"""Name of the span (token range) by which a request to the engine marks the labelled passage of a completion."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class LabelledRollout:
 
     Attributes:
         prompt: the prompt as a text, a chat or token ids.
-        completion: the completion with its mask; its spans and follow-ups are ignored.
+        completion: the completion with its mask; its spans and follow-ups (token ids appended to a completion) are ignored.
         positive: whether the whole completion has the behaviour; ``None`` = only its passages are labelled.
         where: the line and field, for messages.
         group: name of the group; rollouts of one group are never divided between splits; ``None`` = derived from equal texts.

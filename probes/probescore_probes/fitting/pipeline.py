@@ -110,11 +110,12 @@ class FitResult:
 
     Attributes:
         file: the probe file that was written.
-        curves: AUROC by tap and pooling, for the kind by which the tap was chosen and for the difference of means.
+        curves: AUROC by tap (place in the model) and pooling, for the kind by which the tap was chosen and for the difference of means.
         kinds: AUROC over held-out groups of each kind of probe at the chosen tap; of kinds fitted on tokens, only if one of them was asked
             for.
         nested: result of nested cross-validation; for a kind fitted on tokens, at the tap that all examples together chose.
-        thresholds: the threshold for all data, and one for each slice with enough negatives; empty if there are too few negatives.
+        thresholds: the threshold for all data, and one for each slice (part of the data) with enough negatives; empty if there are too few
+            negatives.
         roc: false- and true-positive rates on test rollouts.
         test_scores, test_positive: scores and labels of the test rollouts, ``(tests,)``.
         calibration: expected calibration error and its bins; ``None`` for scores that are no probabilities.
@@ -158,7 +159,7 @@ def fit_probe(
         model: a directory with the model, or its id on the Hugging Face hub.
         output: path of the probe file; an existing file is replaced only if it is a probe file of another name or version.
         options: options of fitting.
-        out_of_distribution: labelled rollouts of other data, evaluated by slice.
+        out_of_distribution: labelled rollouts of other data, evaluated by slice (part of the data).
         report: called with a line of text for people as each step begins.
 
     Raises:
@@ -435,7 +436,9 @@ def _check(options: FitOptions, output: Path) -> None:
 
 
 def _taps(engine: Engine, patterns: tuple[str, ...]) -> tuple[str, ...]:
-    """Returns the taps that names or patterns mean, sorted by layer, then by hook."""
+    """Returns the taps (places in the model) that names such as ``resid_post.6``, or patterns of names, stand for, sorted by layer, then by
+    hook.
+    """
     found = engine.resolve_reads(list(patterns), "mean").taps
     deepest = engine.info.model.num_hidden_layers
     return tuple(str(tap) for tap in sorted(found, key=lambda tap: (deepest if tap.layer is None else tap.layer, str(tap.hook))))
@@ -488,7 +491,8 @@ def _estimate(scores: NDArray[np.float64], labels: Labels, indices: Indices, see
 def _thresholds(
     examples: Sequence[Example], scores: NDArray[np.float64], parts: Split, options: FitOptions, reduction: str | None
 ) -> dict[str, CalibratedThreshold]:
-    """Computes the threshold for all data under ``""``, then one for each slice, each only if there are enough negatives.
+    """Computes the threshold for all data under ``""``, then one for each slice (part of the data), each only if there are enough
+    negatives.
 
     Intervals come from a bootstrap that draws whole groups.
     """
@@ -518,7 +522,9 @@ def _thresholds(
 def _slices(
     examples: Sequence[Example], scores: NDArray[np.float64], labels: Labels, parts: Split, threshold: float | None, seed: int
 ) -> dict[str, SliceResult]:
-    """Computes the probe's quality on each slice of the test rollouts, then on each slice of the out-of-distribution rollouts."""
+    """Computes the probe's quality on each slice (part of the data) of the test rollouts, then on each slice of the out-of-distribution
+    rollouts.
+    """
     found = {}
     for name, part in ((TEST, parts[TEST]), (OOD, parts[OOD])):
         for slice_name in sorted({examples[index].slice for index in part if examples[index].slice}):

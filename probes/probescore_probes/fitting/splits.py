@@ -40,7 +40,7 @@ class Split:
         return self.parts[name]
 
     def count_groups(self, name: str) -> int:
-        """Counts the groups of a split."""
+        """Counts the groups of rollouts in one split of the data, such as the one for testing."""
         return len(np.unique(self.groups[self.parts[name]]))
 
 

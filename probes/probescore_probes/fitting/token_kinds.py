@@ -99,7 +99,7 @@ def score_tokens(module: AttentionPool, rows: Rows) -> NDArray[np.float64]:
 
 
 def tokens_function(module: AttentionPool) -> ProbeFunction:
-    """Returns a fitted probe over tokens as the function that is written into a probe file."""
+    """Returns a fitted probe that reads all tokens of a rollout in the form in which it is written into a probe file."""
     return torch_probe(module, unit=ScoreUnit.LOGIT)
 
 

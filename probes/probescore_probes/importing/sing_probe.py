@@ -105,7 +105,8 @@ def read_sing_probe(source: ProbeSource, asked: ImportOptions) -> Imported:
     for file in sorted(source.folder.glob("*.safetensors")):
         found |= ProbeSource(file).tensors
     if "proj_qkv.weight" in found:
-        found |= _apart(found.pop("proj_qkv.weight"), config)
+        found |= _apart(taken(found, "proj_qkv.weight", "weights", None, None), config)
+        del found["proj_qkv.weight"]
     width = asked.hidden_size * len(taps)
     read, names = (_read_mlp, _MLP) if kind == "sing_probe_mlp" else (_read_attention, _ATTENTION)
     nothing_more(found, names, "weights", kind)

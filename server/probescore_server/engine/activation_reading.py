@@ -42,7 +42,7 @@ class BatchActivations:
         forest: the batch, as token segments arranged in trees, so that shared prefixes are computed once.
         activations: activations of the forest at these taps.
         scope: tokens of every rollout that are read: completion, prompt or all.
-        taps: taps whose activations are given.
+        taps: taps (places in the model) whose activations are given.
         reads: activations that the request asks for.
         live: indices of the rollouts whose activations are all present.
     """
@@ -126,7 +126,9 @@ class BatchActivations:
 
 
 def joined(parts: Sequence[CompletionActivations]) -> CompletionActivations:
-    """Returns the activations of one completion at all taps, given the activations at some taps and those at the remaining taps."""
+    """Returns the activations of one completion at all taps, given the activations at some taps (places in the model) and those at the
+    remaining taps.
+    """
     first, *others = parts
     if not others:
         return first

@@ -63,8 +63,8 @@ settings.
 _FLOAT32_BYTES = 4
 
 _TRIED_CASES = 4
-"""Limits the number of golden rollouts (examples in a probe file) whose activations serve as the centre of random test inputs for the
-probe's graph.
+"""Limits the number of golden rollouts (examples in a probe file) around whose activations random inputs are drawn, to test the probe's
+graph.
 """
 
 MAX_KV_CACHE_BYTES = 1 << 30
@@ -233,8 +233,9 @@ class Engine:
     ) -> Iterator[CompletionActivations]:
         """Reads activations of every completion of every group: all taps in one pass, each token once.
 
-        Everything is checked at the call; what is computed is computed as the results are asked for, a batch at a time, and whoever asks no
-        more ends it. It begins with an empty key-value cache, so that the same call on the same machine gives the same bits.
+        All arguments are checked when the method is called. Activations are computed batch by batch, as the caller asks for results; a
+        caller that asks for no more ends the computation. The key-value cache is empty at the beginning, so that the same call on the same
+        machine gives the same bits.
 
         Args:
             groups: what to read.
@@ -260,7 +261,8 @@ class Engine:
         return self.read_rollouts(rollouts, places, reads, max_batch_bytes=max_batch_bytes, is_cancelled=is_cancelled)
 
     def resolve_reads(self, taps: Sequence[str | Tap] | str, pool: Sequence[str] | str) -> ActivationReads:
-        """Checks which activations are wanted. The arguments are those of ``activations``.
+        """Checks the taps (places in the model) and poolings (such as means) that a request for activations names, and returns them. The
+        arguments are those of ``activations``.
 
         Raises:
             InvalidRequest: naming ``taps[i]`` or ``pool``.
@@ -273,7 +275,7 @@ class Engine:
         )
 
     def check_rollouts(self, groups: Sequence[RolloutGroup], options: ResolvedOptions) -> list[list[CheckedRollout]]:
-        """Checks groups of rollouts and tokenises their texts; returns the rollouts per group, per completion.
+        """Checks groups of rollouts and tokenises their texts. Returns the checked rollouts, one list for each group.
 
         Raises:
             InvalidRequest: names the field at fault.
@@ -342,7 +344,7 @@ class Engine:
         max_batch_bytes: int = MAX_BATCH_BYTES,
         is_cancelled: Callable[[int], bool] = _never,
     ) -> Iterator[CompletionActivations]:
-        """Reads activations of checked rollouts, as ``activations`` says.
+        """Computes activations of rollouts that were checked before, batch by batch, as ``activations`` describes.
 
         Args:
             rollouts: from ``check_rollouts``, all of one scope.
