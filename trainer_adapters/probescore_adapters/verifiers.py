@@ -54,7 +54,7 @@ class TraceProbes:
         return float(outcome.rewards.min())
 
     async def metric(self, trace: Trace[Any, Any, Any]) -> dict[str, float]:
-        """Returns the metrics of a trace, always with the same names; raises the same errors as ``reward``."""
+        """Returns the metrics of a trace (record of an episode), always with the same names; raises the same errors as ``reward``."""
         return (await self._outcome(trace)).rollout_metrics
 
     async def _outcome(self, trace: Trace[Any, Any, Any]) -> Outcome:

@@ -35,12 +35,12 @@ class MeanMlp(nn.Module):
         self.output = nn.Linear(_UNITS, 1)
 
     def of_means(self, means: Tensor) -> Tensor:
-        """Computes logits ``(rollouts,)`` from mean activations ``(rollouts, width)``."""
+        """Computes the perceptron's logits ``(rollouts,)`` from mean activations ``(rollouts, width)``."""
         scaled = (means - self.get_buffer("mean")) / self.get_buffer("deviation")
         return self.output(torch.nn.functional.gelu(self.hidden(scaled)))[:, 0]  # type: ignore[no-any-return]
 
     def forward(self, x: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """Computes logits ``(rollouts,)`` from the activations ``(tokens, width)`` of concatenated rollouts."""
+        """Computes the perceptron's logits ``(rollouts,)`` from the activations ``(tokens, width)`` of concatenated rollouts."""
         return self.of_means(means_of(x, cu_seqlens))
 
 
@@ -53,13 +53,17 @@ class MeanOfSigmoids(nn.Module):
         self.register_buffer("biases", torch.tensor([probe.bias for probe in probes], dtype=torch.float32))
 
     def of_means(self, means: Sequence[Tensor]) -> Tensor:
-        """Computes probabilities ``(rollouts,)`` from mean activations ``(rollouts, width)`` at each tap."""
+        """Computes the probe's probabilities ``(rollouts,)`` from mean activations ``(rollouts, width)`` at each tap (place in
+        the model).
+        """
         weights, biases = self.get_buffer("weights"), self.get_buffer("biases")
         chances = [torch.sigmoid(rows @ weights[index] + biases[index]) for index, rows in enumerate(means)]
         return torch.stack(chances).mean(dim=0)
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        """Computes probabilities ``(rollouts,)`` from activations ``(tokens, width)`` at each tap, followed by ``cu_seqlens``."""
+        """Computes the probe's probabilities ``(rollouts,)`` from activations ``(tokens, width)`` at each tap (place in the model),
+        followed by ``cu_seqlens``, the offsets of the rollouts.
+        """
         *taps, cu_seqlens = inputs
         return self.of_means([means_of(rows, cu_seqlens) for rows in taps])
 

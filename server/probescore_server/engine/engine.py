@@ -238,20 +238,20 @@ class Engine:
         machine gives the same bits.
 
         Args:
-            groups: what to read.
+            groups: the rollout groups whose activations are read, each a prompt and its completions.
             taps: names of taps, or patterns of names such as ``resid_post.*``, among those that the engine was loaded for.
-            pool: what becomes of the tokens that count: ``mean``, ``last`` or ``max`` of each feature, in the whole scope and in each span;
-                ``tokens`` for every token's activations; or several of these.
-            scope: ``completion``, ``prompt`` or ``all``.
-            max_batch_bytes: of activations that a batch holds at once, in float32 on the model's device.
-            is_cancelled: asked for a completion's index, counted over all groups, before each piece of work that it needs; one that nobody
-                wants any more is not computed, and left out.
+            pool: how the activations of the tokens that count are pooled: ``mean``, ``last`` or ``max`` of each feature, in the whole scope
+                and in each span; ``tokens`` for every token's activations; or several of these.
+            scope: the tokens that are read: ``completion``, ``prompt`` or ``all``.
+            max_batch_bytes: limit on the bytes of activations that a batch holds at once, in float32 on the model's device.
+            is_cancelled: function that is called with a completion's index, counted over all groups, before each piece of work that the
+                completion needs; if it returns true, the completion is not computed and has no result.
 
         Returns:
             One result per completion, in order.
 
         Raises:
-            InvalidRequest: names the field at fault.
+            InvalidRequest: an argument is wrong; the error names the field at fault.
             LimitExceeded: one completion alone has more activations than ``max_batch_bytes``.
         """
         reads = self.resolve_reads(taps, pool)
@@ -265,7 +265,7 @@ class Engine:
         arguments are those of ``activations``.
 
         Raises:
-            InvalidRequest: naming ``taps[i]`` or ``pool``.
+            InvalidRequest: a tap or pooling is not known; the error names ``taps[i]`` or ``pool``.
         """
         pools = resolve_pools(pool)
         return ActivationReads(
@@ -278,7 +278,7 @@ class Engine:
         """Checks groups of rollouts and tokenises their texts. Returns the checked rollouts, one list for each group.
 
         Raises:
-            InvalidRequest: names the field at fault.
+            InvalidRequest: an argument is wrong; the error names the field at fault.
         """
         encoded = {
             text.field: self.encode_completion(text.content, field=text.field)
@@ -347,14 +347,15 @@ class Engine:
         """Computes activations of rollouts that were checked before, batch by batch, as ``activations`` describes.
 
         Args:
-            rollouts: from ``check_rollouts``, all of one scope.
-            places: of each, what its result says of group and completion.
-            reads: from ``resolve_reads``.
-            max_batch_bytes: as of ``activations``.
-            is_cancelled: as of ``activations``.
+            rollouts: the rollouts that ``check_rollouts`` returned, all of one scope.
+            places: index of the group and of the completion that each rollout's result states.
+            reads: the taps (places in the model) and poolings that ``resolve_reads`` returned.
+            max_batch_bytes: limit on the bytes of activations that a batch holds at once, as in ``activations``.
+            is_cancelled: function that tells whether a rollout's result is not wanted any more, as in ``activations``.
 
         Raises:
-            LimitExceeded: naming ``groups[i].completions[j]``: it alone has more activations than ``max_batch_bytes``.
+            LimitExceeded: one completion alone has more activations than ``max_batch_bytes``; the error names
+                ``groups[i].completions[j]``.
         """
         row_bytes = self.info.model.hidden_size * _FLOAT32_BYTES
         at_least = len(reads.taps) if reads.tokens else 1

@@ -62,7 +62,7 @@ class UniversalBackbone:
         decoder: the model.
         reader: reader of the model's activations at taps (places in the model).
         attention: name of an attention function that is registered in transformers; ``None`` = the one that transformers chose.
-        runs_together: whether short sequences are run as the rows of one forward.
+        runs_together: whether short sequences are run together, as the rows of one forward pass.
 
     Attributes:
         runs_together: as given.
@@ -134,7 +134,8 @@ class UniversalBackbone:
             token_ids: ``(B, T)`` int32, the tokens of each sequence.
             position: position of the first token in every sequence.
             state: states of the ``B`` sequences before these tokens; it is changed.
-            into: by tap, a buffer ``(N, hidden_size)`` float32; empty = no activations are wanted.
+            into: a dictionary, keyed by tap (place in the model), of buffers ``(N, hidden_size)`` float32; empty = no activations are
+                copied.
             rows: which tokens, counted through all sequences, go to which rows of the buffers; ``None`` = all, in order.
         """
         ids = torch.from_numpy(token_ids.astype(np.int64)).to(self._decoder.device)

@@ -253,7 +253,9 @@ class Training(_ManifestPart):
 
 
 class GoldenCase(_ManifestPart):
-    """One golden rollout with the scores that the probe author's own code gave for it, in the unit ``output.unit``."""
+    """One golden rollout: the token ids of a rollout with the scores that the code of the probe's author gave for it, in the unit that the
+    manifest states.
+    """
 
     prompt_ids: tuple[TokenId, ...] = Field(strict=False)
     completion_ids: tuple[TokenId, ...] = Field(min_length=1, strict=False)

@@ -34,8 +34,8 @@ A golden score is left out if it differs from the neighbour's score by more than
 """
 
 BEYOND_SCORES = 1e4
-"""Limits how far the scores of a neighbouring place (one decoder block or one token beside the right one) may lie from the golden ones, in
-multiples of the size and spread of the golden scores (those of the author's code).
+"""Limits how far the scores that a probe gives one decoder block or one token beside the right place may lie from its golden scores (those
+of the author's code), in multiples of the size and spread of the golden scores.
 
 Scores farther away are not scores that the probe gives, and so prove nothing about the place where the server reads activations.
 """
@@ -76,7 +76,8 @@ def golden_rollouts(probe: ProbeFile, info: EngineInfo) -> list[CheckedRollout]:
 
 
 def check_golden(probe: ProbeFile, found: Sequence[CompletionScores], dtype: str) -> ProbeRefused | None:
-    """Compares the scores that the engine computed for a probe's golden rollouts with the golden scores, in the unit ``output.unit``.
+    """Compares the scores that the engine computed for a probe's golden rollouts (those stored in its file) with the golden scores (those
+    of the author's code), in the unit that the manifest states.
 
     The largest difference, in standard deviations of each label's golden scores, must not exceed ``golden.tolerance``. The recomputed
     scores must also be nearer to the golden scores than to the scores of every neighbouring layer and token, since the tolerance of a

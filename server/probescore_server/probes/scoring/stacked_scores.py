@@ -179,7 +179,7 @@ class StackedScores:
 
 
 class _SelectedRows:
-    """Selection of the rows of a batch's activations that some probe inputs need, each row once and in order.
+    """Selection of those rows of a batch's activations that some probes read of some completions, each row once and in order.
 
     Attributes:
         ranges: ranges of the selected rows among the batch's rows.
