@@ -62,8 +62,8 @@ class TraceProbes:
 
 
 async def probe_reward(trace: Trace[Any, Any, Any]) -> float:
-    """Returns the number that the signals, configured by environment variables, add to the reward of a trace: ``TraceProbes.reward`` of
-    ``scorer_from_environment``.
+    """Returns the number that the signals (rules from probe scores to rewards), configured by environment variables, add to the reward of a
+    trace: ``TraceProbes.reward`` of ``scorer_from_environment``.
     """
     return await _from_environment().reward(trace)
 

@@ -1,6 +1,6 @@
 """Reads everything that fitting needs from the model in one pass over the data.
 
-It reads pooled activations at all taps, and the log-probability that the model itself gives to each completion.
+It reads pooled activations at all taps (places in the model), and the log-probability that the model itself gives to each completion.
 """
 
 from __future__ import annotations
@@ -158,7 +158,9 @@ class _Head:
             self._look_up()
 
     def finished(self) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-        """Returns −log P of each example's labelled tokens, summed, and the number of these tokens."""
+        """Returns, for each example, −log P of its labelled tokens under the model, summed over the tokens, and the number of
+        these tokens.
+        """
         if not self.problem:
             self._look_up()
         unknown = np.full(len(self._surprise), np.nan)

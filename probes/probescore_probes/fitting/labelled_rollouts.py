@@ -95,7 +95,9 @@ class Example:
         return kept
 
     def rollout(self) -> RolloutGroup:
-        """Returns the request that scores this example: a rollout with the passage as its one span."""
+        """Returns the request to the engine that scores this labelled completion or passage: the rollout, with the passage as its one span
+        (token range).
+        """
         spans = () if self.passage is None else (Span(PASSAGE, *self.passage),)
         return RolloutGroup(self.prompt_ids, [Completion(self.completion_ids, mask=self.mask, spans=spans)])
 

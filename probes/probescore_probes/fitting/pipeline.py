@@ -67,7 +67,7 @@ class FitOptions:
 
     Attributes:
         kind: one of ``KINDS``.
-        taps: names of taps, or patterns of names.
+        taps: names of taps (places in the model), or patterns of names.
         pools: names of the poolings to try: ``mean``, ``last``.
         false_positive_rate: false-positive rate that the threshold is set for.
         dtype, device, revision, trust_remote_code: how the model is loaded and run.
@@ -297,7 +297,9 @@ def fit_probe(
 
 
 class _Fitting:
-    """Computes the results of fitting that need only the table of activations and no serving: the choice of tap, and cross-validation."""
+    """Computes the results of fitting that need only the table of activations and no serving: the choice of tap (place in the model), and
+    cross-validation.
+    """
 
     def __init__(self, options: FitOptions, table: ActivationTable, labels: Labels, parts: Split, pools: tuple[str, ...]) -> None:
         self._options, self._table, self._labels, self._parts, self._pools = options, table, labels, parts, pools

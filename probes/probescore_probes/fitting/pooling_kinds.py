@@ -45,7 +45,9 @@ class MeanMlp(nn.Module):
 
 
 class MeanOfSigmoids(nn.Module):
-    """Torch module that averages the probabilities of several logistic regressions, each of a rollout's mean activation at one tap."""
+    """Torch module that averages the probabilities of several logistic regressions, each of a rollout's mean activation at one tap (place
+    in the model).
+    """
 
     def __init__(self, probes: Sequence[Linear]) -> None:
         super().__init__()
@@ -101,7 +103,7 @@ def score_mlp(module: MeanMlp, rows: NDArray[np.float32]) -> NDArray[np.float64]
 
 
 def score_sigmoids(probes: Sequence[Linear], rows: Sequence[NDArray[np.float32]]) -> NDArray[np.float64]:
-    """Computes probabilities ``(n,)`` of a ``MeanOfSigmoids`` from mean activations ``(n, width)`` at each tap."""
+    """Computes probabilities ``(n,)`` of a ``MeanOfSigmoids`` from mean activations ``(n, width)`` at each tap (place in the model)."""
     with np.errstate(over="ignore"):
         chances = np.stack([1 / (1 + np.exp(-probe.score(means))) for probe, means in zip(probes, rows, strict=True)])
     mean: NDArray[np.float64] = chances.mean(axis=0)

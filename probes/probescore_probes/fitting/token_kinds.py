@@ -1,6 +1,6 @@
 """Fits probes over all tokens of a rollout: attention pooling, and the maximum of attention-weighted rolling means.
 
-Each probe is fitted on the activations of every token at one tap, and pools them inside its ONNX graph.
+Each probe is fitted on the activations of every token at one tap (place in the model), and pools them inside its ONNX graph.
 """
 
 from __future__ import annotations

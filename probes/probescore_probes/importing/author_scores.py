@@ -335,7 +335,7 @@ def _other_orders(inputs: tuple[TapInput, ...]) -> list[Place]:
 
 
 def _on(scorer: GoldenScorer, change: Any) -> GoldenScorer:  # noqa: ANN401  a function of arrays
-    """Returns a scorer that runs the same probe on changed activations, such as those of another tap."""
+    """Returns a scorer that runs the same probe on changed activations, such as those of another tap (place in the model)."""
     probe = scorer.probe
 
     def score(inputs: GraphInputs) -> NDArray[Any]:

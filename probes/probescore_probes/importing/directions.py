@@ -47,7 +47,9 @@ def read_direction(source: ProbeSource, asked: ImportOptions) -> Imported:
 
 
 def is_hidden_states_direction(source: ProbeSource) -> bool:
-    """Returns ``False`` for every file, since rows for layers look the same as rows for labels; the format must be asked for by name."""
+    """Returns ``False`` for every file: a file with one direction for each layer cannot be told from one with a row of weights for each
+    label, so that the user must name the format ``hf-directions``.
+    """
     return False
 
 

@@ -32,7 +32,7 @@ def is_graph(source: ProbeSource) -> bool:
 
 
 def read_graph(source: ProbeSource, asked: ImportOptions) -> Imported:
-    """Reads an ONNX graph with one input, or one for each tap, and one output of floats.
+    """Reads an ONNX graph with one input, or one for each tap (place in the model), and one output of floats.
 
     Golden vectors are computed with the unchanged graph.
 

@@ -1,6 +1,6 @@
 """Reads files of other libraries into arrays, without running any code in the files.
 
-Pickles that need code are opened elsewhere, in ``pickles``, and only if the importer trusts them.
+Pickles that need code are opened elsewhere, in ``pickles``, and only if the user trusts them.
 """
 
 from __future__ import annotations
@@ -231,7 +231,8 @@ def flag_in(config: Mapping[str, Any], key: str, where: str, default: bool) -> b
 
 
 def one_of(config: Mapping[str, Any], key: str, where: str, known: Sequence[str], default: str) -> str:
-    """Returns the name that a configuration holds under a key, one of some known names; the default if the entry is missing.
+    """Returns the name that a JSON configuration holds under a key, after a check that it is a known one; the default if the entry is
+    missing.
 
     Raises:
         ValueError: the entry is another name, or no name.

@@ -143,7 +143,7 @@ class StoreIndex:
 
     Attributes:
         model: the model whose activations are stored.
-        taps: names of taps.
+        taps: names of taps (places in the model).
         pools: poolings, of ``mean``, ``last`` and ``max``.
         tokens: whether every token's activations are stored.
         scope: tokens that were read: ``completion``, ``prompt`` or ``all``.

@@ -105,7 +105,7 @@ class BatchActivations:
         return _View(placement, np.concatenate(ids), self._rows.of(segments), selections, first, follow_ups)
 
     def _pool(self, rows: torch.Tensor) -> NDArray[np.float32]:
-        """Computes all pooled activations of the batch at a tap, ``(selections of the batch, pools, hidden_size)``."""
+        """Computes all pooled activations of the batch at a tap (place in the model), ``(selections of the batch, pools, hidden_size)``."""
         pooled = torch.full((self._selections, len(self._reads.pools), rows.shape[1]), torch.nan, dtype=torch.float32, device=rows.device)
         for view in self._every_view():
             for offset, selection in enumerate(view.selections):

@@ -44,8 +44,8 @@ def read_tokens(rollout: CheckedRollout) -> int:
 
 
 def _costs(rollout: CheckedRollout) -> dict[Hashable, tuple[int, int]]:
-    """Returns the number of tokens, and of tokens in scope, of a rollout's prompt and of its completion with follow-ups (token ids appended
-    to a completion).
+    """Returns the number of tokens, and of those tokens whose activations are read, of a rollout's prompt and of its completion with
+    follow-ups (token ids appended to a completion).
 
     Each pair of numbers is keyed by a name that is equal for equal tokens, so that shared tokens are counted once.
     """

@@ -183,7 +183,7 @@ class _ScoreComparison:
 
     Attributes:
         run: function that runs the graph.
-        around: source of random numbers, which also knows the graph's taps.
+        around: source of random numbers, which also knows the graph's taps (places in the model).
         usual: scores of activations that resemble golden ones, ``(N, labels)`` float64; the unit is their standard deviation, or a score's
             distance from their median where that is larger.
         tolerance: differences up to this many units count as none.

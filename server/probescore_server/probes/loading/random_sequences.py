@@ -23,8 +23,8 @@ class RandomSequences:
 
     Attributes:
         manifest: the probe's manifest, which states the inputs of its graph.
-        golden: activations of golden rollouts (stored with the scores of the author's code), a dictionary keyed by tap, ``(N,
-            hidden_size)`` float32 each; row i is of the same token at every tap.
+        golden: activations of golden rollouts (stored with the scores of the author's code), a dictionary keyed by tap (place in the
+            model), ``(N, hidden_size)`` float32 each; row i is of the same token at every tap.
         random: random number generator.
     """
 
