@@ -26,10 +26,12 @@ from probescore.fingerprints import tokenizer_fingerprint
 from probescore.padded import rollouts_from_padded
 from probescore.reductions import Reduction, ReductionKind, reduce_scores
 from probescore.types import (
+    ActivationsInfo,
     Calibration,
     Chat,
     ChatMessage,
     Completion,
+    CompletionActivations,
     CompletionScores,
     CompletionStatus,
     GroupScores,
@@ -37,6 +39,7 @@ from probescore.types import (
     Limits,
     ModelInfo,
     OutputPer,
+    Pool,
     ProbeInfo,
     ProbeScores,
     RolloutGroup,
@@ -56,6 +59,7 @@ from probescore.types import (
 )
 
 if TYPE_CHECKING:
+    from probescore._activation_calls import ReadOptions
     from probescore._aio import AsyncProbeClient
     from probescore._options import ScoreOptions
     from probescore._streaming import StreamWindow
@@ -66,6 +70,7 @@ if TYPE_CHECKING:
 _LAZY = {
     "AsyncProbeClient": "probescore._aio",
     "ProbeClient": "probescore._sync",
+    "ReadOptions": "probescore._activation_calls",
     "ScoreOptions": "probescore._options",
     "StreamWindow": "probescore._streaming",
     "check_groups": "probescore.checks",
@@ -85,12 +90,14 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
+    "ActivationsInfo",
     "AsyncProbeClient",
     "AuthenticationError",
     "Calibration",
     "Chat",
     "ChatMessage",
     "Completion",
+    "CompletionActivations",
     "CompletionScores",
     "CompletionStatus",
     "DeadlineExceededError",
@@ -105,10 +112,12 @@ __all__ = [
     "OutOfMemoryError",
     "OutputPer",
     "OverloadedError",
+    "Pool",
     "ProbeClient",
     "ProbeInfo",
     "ProbeScores",
     "ProbescoreError",
+    "ReadOptions",
     "Reduction",
     "ReductionKind",
     "RolloutGroup",
