@@ -136,7 +136,7 @@ imports: $(INSTALLED) ## The arrows between our layers
 docs: $(INSTALLED) ## The documentation's site, into build/site; broken links and references fail
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
-sweep: $(INSTALLED) ## Random probe graphs until 500 are accepted: none may score a rollout otherwise in other company; every fault in files to import (half an hour)
+sweep: $(INSTALLED) ## Random probe graphs until 500 are accepted: none may score a rollout otherwise in other company (half an hour)
 	$(TEST_ENV) $(BIN)/python -m pytest -m sweep -q
 
 parity: $(INSTALLED) ## Every family of models beside plain Hugging Face, and each setting of their configs; writes the table in docs/reference/parity.md
