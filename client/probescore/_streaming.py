@@ -72,7 +72,9 @@ class Chunk:
         self.completions += completions
 
     def _groups_to_send(self) -> list[scoring_pb2.RolloutGroup]:
-        """Returns the groups of a request for the completions that still lack results, and notes which positions they have there."""
+        """Returns the rollout groups of a request for those completions that still lack results, and stores the positions of the
+        completions in that request.
+        """
         self._sent = []
         groups: list[scoring_pb2.RolloutGroup] = []
         last = None
@@ -95,7 +97,9 @@ class Chunk:
             raise malformed_answer(f"the stream ended without {len(self.missing)} of its completions")
 
     def relocated(self, error: ProbescoreError) -> ProbescoreError:
-        """Returns the same error with fields named by their place in the stream instead of their place in the RPC."""
+        """Returns a copy of an error of one RPC of a stream, in which fields are named by their place in the stream instead of their place
+        in the RPC.
+        """
         if not error.violations:
             return error
 
@@ -124,7 +128,7 @@ class ScoreChunk(Chunk):
     _check: AnswerCheck | None = None
 
     def request(self, template: scoring_pb2.ScoreRequest) -> scoring_pb2.ScoreStreamRequest:
-        """Returns a request message for the completions that still lack scores, with the options of the template."""
+        """Returns a request message for those completions of one RPC that still lack scores, with the options of a template message."""
         stream = scoring_pb2.ScoreStreamRequest(request=template)
         stream.request.groups.extend(self._groups_to_send())
         self._check = AnswerCheck(stream.request)
@@ -213,7 +217,7 @@ class Chunker:
         return bool(self._chunk.missing)
 
     def rest(self) -> Iterator[ScoreChunk]:
-        """Yields the current, unfinished chunk if it contains any completion, and starts a new chunk."""
+        """Yields the current, unfinished chunk (the content of one RPC) if it contains any completion, and starts a new chunk."""
         if self._chunk.missing:
             chunk, self._chunk = self._chunk, ScoreChunk()
             yield chunk

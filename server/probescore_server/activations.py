@@ -1,4 +1,6 @@
-"""Checks what a request for activations asks for: taps by name or pattern, and poolings. The module needs no torch."""
+"""Checks what a request for activations asks for: taps (places in the model) by name or pattern, and poolings. The module needs
+no torch.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +70,7 @@ def resolve_reads(
     """Returns the activations that a request asks for.
 
     Args:
-        patterns: taps, their names, or patterns of names, as for ``matching_taps``.
+        patterns: taps (places in the model), their names, or patterns of names, as for ``matching_taps``.
         pool: names of poolings; a string is a single name.
         known: the taps that can be matched.
         whose: name of the thing that has these taps, for messages.
@@ -87,7 +89,9 @@ def resolve_reads(
 
 
 def allowed_taps(info: EngineInfo, patterns: Sequence[str]) -> tuple[Tap, ...]:
-    """Returns the taps that a server's setting ``allow_activations`` names, in the order of the model's taps; none for an empty setting."""
+    """Returns the taps (places in the model) that a server's setting ``allow_activations`` names, in the order of the model's taps; none
+    for an empty setting.
+    """
     named = set(matching_taps(patterns, info.taps, whose="the taps of this model")) if patterns else set()
     return tuple(tap for tap in info.taps if tap in named)
 

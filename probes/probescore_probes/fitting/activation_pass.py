@@ -115,7 +115,7 @@ def read_activations(
 
 
 def read_as_served(engine: Engine, examples: Sequence[Example], table: ActivationTable, taps: Sequence[str]) -> ActivationTable:
-    """Reads the pooled activations of some taps again, in the batches in which an engine scores the same examples.
+    """Reads the pooled activations of some taps (places in the model) again, in the batches in which an engine scores the same examples.
 
     In a coarse dtype an activation depends on what else is in its batch, by .01 to .03 standard deviations of scores in a trained model.
     Read in the batches that are scored, it leaves no difference between fitted and served scores but that of the probe's own arithmetic.

@@ -103,7 +103,7 @@ def tokens_function(module: AttentionPool) -> ProbeFunction:
 
 
 def check_bytes(tokens: int, taps: int, width: int) -> None:
-    """Checks that the activations of all tokens at some taps fit in memory, before they are computed.
+    """Checks that the activations of all tokens at some taps (places in the model) fit in memory, before they are computed.
 
     Raises:
         ValueError: they take more than ``MAX_BYTES``; the message says how much they take, and what to do.

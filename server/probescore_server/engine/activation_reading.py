@@ -153,7 +153,7 @@ def joined(parts: Sequence[CompletionActivations]) -> CompletionActivations:
 
 
 def result_of(found: CompletionActivations, usage: Usage, reads: ActivationReads) -> RolloutResult:
-    """Returns the activations of a completion and its follow-ups in the format in which they are sent.
+    """Returns the activations of a completion and its follow-ups (token ids appended to a completion) in the format in which they are sent.
 
     A completion or follow-up with a number that is too large for the format has no activations and the status ``OVERFLOW``.
     """
@@ -162,7 +162,9 @@ def result_of(found: CompletionActivations, usage: Usage, reads: ActivationReads
 
 
 def _encoded(found: CompletionActivations, reads: ActivationReads, arrays: list[ActivationArrays]) -> CompletionScores:
-    """Appends the activations of a completion, and then those of its follow-ups, to ``arrays``; returns what is told beside them."""
+    """Appends the activations of a completion, and then those of its follow-ups (token ids appended to a completion), to ``arrays``;
+    returns what is told beside them.
+    """
     status, message = found.status, found.status_message
     own: ActivationArrays = {}
     if status is CompletionStatus.OK:
