@@ -52,7 +52,7 @@ class AnswerCheck:
         self._probes: _ProbesByShape | None = None
 
     def check_result(self, result: ScoreResult) -> None:
-        """Checks a whole response to the RPC ``Score`` against the request."""
+        """Checks that a server's whole response to the RPC ``Score`` matches the request."""
         asked = [len(group.completions) for group in self._request.groups]
         came = [len(group) for group in result.groups]
         if len(asked) != len(came):
@@ -127,7 +127,9 @@ class AnswerCheck:
     def _check(
         self, asked: scoring_pb2.Completion, scores: CompletionScores, field: str, prompt: scoring_pb2.Prompt | None, *, inexact: bool
     ) -> None:
-        """Checks the scores of one completion or follow-up; ``prompt`` is ``None`` for a follow-up, whose scores carry no prompt."""
+        """Checks the scores of one completion or follow-up (token ids appended to a completion); ``prompt`` is ``None`` for a follow-up,
+        whose scores carry no prompt.
+        """
         probes = self._probes
         if probes is None:
             raise RuntimeError("check_info comes first")

@@ -170,7 +170,9 @@ def stream_template(options: ScoreOptions) -> scoring_pb2.ScoreRequest:
 
 
 def read(convert: Callable[[Response], Answer], message: Response) -> Answer:
-    """Converts a response message to a value; raises ``ServerError`` if the message violates the protobuf contract."""
+    """Converts a server's response message to a value object of this package; raises ``ServerError`` if the message violates the protobuf
+    contract.
+    """
     try:
         return convert(message)
     except MessageError as error:

@@ -30,7 +30,7 @@ BOUND = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.05}
 """Limits on |fitted − served| of a rollout by dtype, in standard deviations of the fitted scores."""
 
 REDUCTIONS = ("mean", "last", "max", "min", "sum")
-"""Reductions that are tried, in this order, where an author names none."""
+"""Reductions of token scores that are tried, in this order, on a probe whose author names none."""
 
 _ROUNDED = {"float32": 0.01, "bfloat16": 0.05, "float16": 0.05}
 """Largest median difference, in standard deviations, that rounding explains: stored activations of two bytes a number give .01."""

@@ -136,7 +136,9 @@ class QueuedTokens:
         self._target = target
 
     def __call__(self, context: AutoscalingContext) -> tuple[float, dict[str, Any]]:
-        """Returns the wanted number of replicas and an empty state; Ray applies its own bounds and delays to the number."""
+        """Returns the number of replicas that Ray Serve's autoscaler should run, and an empty state; Ray applies its own bounds and delays
+        to the number.
+        """
         queued = sum(context.aggregated_metrics.get(QUEUED_TOKENS, {}).values())
         now = context.target_num_replicas
         wanted = math.ceil(queued / self._target)

@@ -64,7 +64,7 @@ class ActivationReads:
     """The activations that a request asks for, the same for every completion.
 
     Attributes:
-        taps: taps without duplicates, in the order of the request.
+        taps: taps (places in the model) without duplicates, in the order of the request.
         pools: poolings, without ``tokens``.
         tokens: whether the request asks for every token's activations.
         dtype: format in which a server sends the numbers: ``float32``, ``bfloat16`` or ``float16``.
@@ -143,8 +143,8 @@ class CheckedRollout:
 
 
 ActivationArrays: TypeAlias = Mapping[tuple[str, Pool], NDArray[np.generic]]
-"""Type of the activations of a completion or follow-up as they are sent: a dictionary, keyed by tap name and pool, of rows
-``(rows, hidden_size)`` in the format that the request asks for (bfloat16 as its bits, uint16).
+"""Type of the activations of a completion or follow-up (token ids appended to a completion) as they are sent: a dictionary, keyed by tap
+(place in the model) name and pool, of rows ``(rows, hidden_size)`` in the format that the request asks for (bfloat16 as its bits, uint16).
 """
 
 

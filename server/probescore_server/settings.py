@@ -444,7 +444,7 @@ def load_settings(flags: Mapping[str, Any], config: Path | None = None) -> Serve
 
 
 def join_host_port(host: str, port: int) -> str:
-    """Returns ``host:port``, with the brackets around the host that an IPv6 address needs."""
+    """Returns an address as ``host:port``, with the brackets around the host that an IPv6 address needs."""
     try:
         is_bare_v6 = ipaddress.ip_address(host).version == 6
     except ValueError:

@@ -62,7 +62,8 @@ def scorer_from_environment(environment: Mapping[str, str] = os.environ) -> Prob
 
 
 def signals_from(given: Mapping[str, Any] | Sequence[Mapping[str, Any]], where: str = "signals") -> tuple[ProbeSignal, ...]:
-    """Makes signals from a list of objects with the fields of ``ProbeSignal``, or from a single object.
+    """Makes signals (rules from probe scores to rewards) from a list of objects with the fields of ``ProbeSignal``, or from a single
+    object.
 
     Args:
         given: the objects, as parsed from JSON, YAML or keyword arguments.

@@ -8,7 +8,7 @@ class SignalError(ValueError):
 
     Attributes:
         field: name of the faulty field of ``ProbeSignal``.
-        signal: name of the signal, if it is known.
+        signal: name of the signal (rule from probe scores to rewards), if it is known.
     """
 
     def __init__(self, field: str, problem: str, signal: str = "") -> None:

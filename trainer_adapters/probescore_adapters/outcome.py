@@ -217,8 +217,8 @@ def _apply(
 
 
 def _terms(bound: BoundSignal, transformed: Floats, scored: NDArray[np.bool_], sums: _OutcomeSums, rails: GuardRails) -> Floats:
-    """Returns the numbers that a signal adds, clipped to the guard rail's limit; where there is no score, the lowest number that the signal
-    can add.
+    """Returns the numbers that a signal (rule from probe scores to rewards) adds, clipped to the guard rail's limit; where there is no
+    score, the lowest number that the signal can add.
     """
     weight = -bound.signal.weight if bound.signal.mode is Mode.PENALTY else bound.signal.weight
     added = weight * np.where(scored, transformed, 0.0)
@@ -244,8 +244,8 @@ def _apply_dense(signal_values: SignalValues, sums: _OutcomeSums, lengths: Seque
 
 
 def _dense_terms(bound: BoundSignal, tokens: MaskedTokens, length: int, sums: _OutcomeSums, rails: GuardRails) -> Floats | None:
-    """Returns the number that a dense signal adds to each token of a completion, 0 for tokens that do not count; ``None`` if the completion
-    is unscorable.
+    """Returns the number that a dense signal (rule from probe scores to rewards) adds to each token of a completion, 0 for tokens that do
+    not count; ``None`` if the completion is unscorable.
     """
     if len(tokens.scores) != length or not tokens.mask.any():
         return None

@@ -1,5 +1,5 @@
-"""Defines ``ProbeScorer``, on which every adapter is built: it scores rollouts on a server, applies signals to the scores, and handles
-failures.
+"""Defines ``ProbeScorer``, on which every adapter is built: it scores rollouts on a server, applies signals (rules from probe scores to
+rewards) to the scores, and handles failures.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ _TRANSPORT = (TransientError, DeadlineExceededError, ServerError)
 
 
 class ServerFactsRequest:
-    """Request for the description of the server that signals need; the reply is a ``ServerFacts``."""
+    """Request for the description of the server that signals (rules from probe scores to rewards) need; the reply is a ``ServerFacts``."""
 
 
 Answer = Union[ServerFacts, list[StreamedCompletion]]
@@ -101,7 +101,7 @@ class Policy:
 
     @property
     def patience(self) -> float:
-        """Seconds after which a failing RPC counts as failed."""
+        """Returns the seconds after which an RPC that keeps failing counts as failed."""
         return self.wait_seconds if self.on_failure == "wait" else self.timeout
 
 
@@ -165,7 +165,7 @@ class ProbeScorer:
 
     @property
     def tokenizer_fingerprint(self) -> str:
-        """Fingerprint of the tokenizer that the server must have; "" if any tokenizer is accepted."""
+        """Returns the fingerprint of the tokenizer that the server must have; "" if any tokenizer is accepted."""
         return self._options["expected_tokenizer_fingerprint"]
 
     def require_tokenizer(self, tokenizer_fingerprint: str) -> None:
@@ -173,7 +173,7 @@ class ProbeScorer:
         self._options = {**self._options, "expected_tokenizer_fingerprint": tokenizer_fingerprint}
 
     def refuse_modes(self, *modes: Mode, because: str) -> None:
-        """Refuses signals with modes that a trainer does not support.
+        """Refuses signals (rules from probe scores to rewards) with modes that a trainer does not support.
 
         Raises:
             SignalError: a signal has one of these modes.
@@ -371,7 +371,7 @@ def score_rollouts(
     """Scores ``n`` rollouts of a training loop that uses none of the supported trainers; takes and returns numpy arrays.
 
     Args:
-        scorer: the scorer, with its signals and the server's address.
+        scorer: the scorer, with its signals (rules from probe scores to rewards) and the server's address.
         prompts: ``n`` prompts, token ids ``(P,)`` each; a prompt appears once for each of its completions.
         completions: ``n`` completions, token ids ``(T,)`` each, as sampled, with EOS and without padding.
         masks: ``n`` masks, ``(T,)`` of 0 and 1 each, 1 = the policy sampled the token; ``None`` = the policy sampled all tokens.

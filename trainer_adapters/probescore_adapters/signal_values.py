@@ -43,7 +43,9 @@ _PLACE = re.compile(r"groups\[(?P<group>\d+)\]\.(?:prompt|completions\[(?P<compl
 
 @dataclass(frozen=True)
 class ServerFacts:
-    """The part of a server's description that signals depend on: the model, the limits, and the loaded probes."""
+    """The part of a server's description that signals (rules from probe scores to rewards) depend on: the model, the limits, and the loaded
+    probes.
+    """
 
     info: ServerInfo
     probes: tuple[ProbeInfo, ...]
@@ -74,7 +76,7 @@ class MaskedTokens:
 
     @property
     def mean(self) -> float:
-        """Mean score of the tokens that count; NaN if no token counts."""
+        """Returns the mean of a probe's scores of those tokens of a completion that count; NaN if no token counts."""
         return float(self.scores[self.mask].mean()) if self.mask.any() else math.nan
 
 
@@ -95,7 +97,7 @@ class SignalValues:
 
 @dataclass(frozen=True)
 class BatchSignals:
-    """Scores that the probes of all signals gave to a batch of ``n`` rollouts.
+    """Scores that the probes of all signals (rules from probe scores to rewards) gave to a batch of ``n`` rollouts.
 
     Attributes:
         signals: the scores for each signal, in the order of the signals.

@@ -24,41 +24,43 @@ class Mode(str, Enum):
     """Enumeration of the ways in which a signal (a rule from a probe's scores to rewards) acts on the reward of a rollout."""
 
     REWARD = "reward"
-    """Adds the weighted number of the signal to the reward."""
+    """Mode: the probe's weighted score is added to the reward."""
     PENALTY = "penalty"
-    """Subtracts the weighted number of the signal from the reward."""
+    """Mode: the probe's weighted score is subtracted from the reward."""
     SCREEN = "screen"
-    """Removes a flagged rollout (score at or above the threshold) from training."""
+    """Mode: a flagged rollout (score at or above the threshold) is removed from training."""
     GATE = "gate"
-    """Multiplies the task's reward of a flagged rollout by ``1 - weight``."""
+    """Mode: the task's reward of a flagged rollout (score at or above the threshold) is multiplied by ``1 - weight``."""
     MONITOR = "monitor"
-    """Changes no reward: the scores are only logged."""
+    """Mode: no reward is changed, and the probe's scores are only logged."""
     DENSE = "dense"
-    """Adds a weighted number to the reward of each token."""
+    """Mode: the probe's weighted score of each token is added to the reward of that token."""
 
 
 class Transform(str, Enum):
     """Enumeration of the functions that transform a probe's score before the score is multiplied by the signal's weight."""
 
     IDENTITY = "identity"
-    """Returns the score itself."""
+    """Transform: the probe's score itself."""
     SIGMOID = "sigmoid"
-    """Returns ``1 / (1 + exp(-score))``."""
+    """Transform: the sigmoid of the probe's score, ``1 / (1 + exp(-score))``."""
     FLAG = "flag"
-    """Returns 1 for a score at or above the threshold, else 0."""
+    """Transform: 1 for a score at or above the threshold, else 0."""
     EXCESS = "excess"
-    """Returns the score minus the threshold for a score above the threshold, else 0."""
+    """Transform: the score minus the threshold for a score above the threshold, else 0."""
     FLAG_AND_EXCESS = "flag_and_excess"
-    """Returns the sum of ``FLAG`` and ``EXCESS``."""
+    """Transform: 1 plus the score minus the threshold for a score at or above the threshold, else 0."""
 
 
 class MaskKind(str, Enum):
     """Enumeration of the masks that determine which tokens of a completion count."""
 
     GIVEN = "given"
-    """The mask that the trainer gives, which for example leaves out the output of tools; all tokens count if the trainer gives no mask."""
+    """Mask: the one that the trainer gives, which for example leaves out the output of tools; all tokens count if the trainer
+    gives none.
+    """
     ALL = "all"
-    """Every token counts."""
+    """Mask: every token of a completion counts."""
 
 
 _DEFAULT_TRANSFORMS = {
@@ -146,7 +148,7 @@ class ProbeSignal:
 
     @property
     def needs_threshold(self) -> bool:
-        """Whether the signal cannot be computed without a threshold."""
+        """Returns whether the signal (rule from probe scores to rewards) cannot be computed without a threshold."""
         return self.transform in _THRESHOLDED
 
 
@@ -211,7 +213,9 @@ class BoundSignal:
         return cls(signal, probe.key, digests, reduction, label, math.nan if threshold is None else threshold, _bounds(signal, probe.unit))
 
     def flags(self, values: Floats) -> NDArray[np.bool_]:
-        """Returns, for each score, whether the score is at or above the threshold; false for all if there is no threshold."""
+        """Returns for each of several probe scores whether the score is at or above the signal's threshold; false for all if there is no
+        threshold.
+        """
         return values >= self.threshold
 
     def transformed(self, values: Floats) -> Floats:

@@ -39,7 +39,9 @@ class Hook(str, Enum):
 
     @property
     def has_layer(self) -> bool:
-        """Whether each decoder block has a place of this kind; otherwise the whole model has a single one."""
+        """Returns whether each decoder block has a hook of this kind (a place at which a probe can read activations); if not, the whole
+        model has a single one.
+        """
         return self is not Hook.FINAL_NORM
 
 
@@ -125,7 +127,7 @@ class ProbeInfo:
 
     @property
     def key(self) -> str:
-        """Returns ``name@version``, which identifies one probe."""
+        """Returns the probe's name and version as ``name@version``, which identifies the probe."""
         return f"{self.name}@{self.version}"
 
 
@@ -166,7 +168,7 @@ class ScoredProbe:
 
     @property
     def key(self) -> str:
-        """Returns ``name@version``, which identifies one probe."""
+        """Returns the probe's name and version as ``name@version``, which identifies the probe."""
         return f"{self.name}@{self.version}"
 
 

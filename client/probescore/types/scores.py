@@ -1,4 +1,4 @@
-"""Defines what an answer contains: the scores of rollouts, the probes that gave them, and the work done."""
+"""Defines the content of a server's response: the scores of rollouts, the probes that gave them, and the work done."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ class ProbeScores:
 
     @property
     def value(self) -> float | None:
-        """Score of the whole scope (the scored part of the rollout), for the first reduction and the first label; ``None`` if no token was
-        selected.
+        """Returns the score of the whole scope (the scored part of the rollout), for the first reduction and the first label; ``None`` if
+        no token was selected.
         """
         return self.at()
 
@@ -95,7 +95,8 @@ class CompletionScores:
 class Usage:
     """Counts of the work that the server did for a response.
 
-    The three token counts add up to the tokens of every prompt (once per completion), completion and follow-up.
+    The three token counts add up to the tokens of every prompt (once per completion), completion and follow-up (token ids appended to a
+    completion).
 
     Attributes:
         tokens_computed: tokens that ran through the model.
@@ -114,12 +115,12 @@ class Usage:
 
     @property
     def tokens(self) -> int:
-        """Number of tokens that would be computed if each rollout were read separately: computed, shared and cached tokens."""
+        """Returns the number of tokens that would be computed if each rollout were read separately: computed, shared and cached tokens."""
         return self.tokens_computed + self.tokens_shared + self.tokens_cached
 
     @classmethod
     def total(cls, usages: Iterable[Usage]) -> Usage:
-        """Returns the sum of several usages, number by number."""
+        """Returns the sum of several counts of work, number by number."""
         usages = list(usages)
         return cls(**{each.name: sum(getattr(usage, each.name) for usage in usages) for each in fields(cls)})
 

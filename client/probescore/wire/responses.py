@@ -26,7 +26,9 @@ MAX_KNOWN_PROBES = 4096
 responses, perhaps a thousand of them."""
 
 MAX_KNOWN_REDUCTIONS = 8
-"""Maximum number of reductions of a probe whose description is cached as a message."""
+"""Maximum number of reductions (rules from token scores to one number) that a probe's description may name if its message is to
+be cached.
+"""
 
 # ---------------------------------------------------------------------------------------------------------------------- writing
 

@@ -1,6 +1,6 @@
 """Reads everything that fitting needs from the model in one pass over the data.
 
-It reads pooled activations at all taps, and the log-probability that the model itself gives to each completion.
+It reads pooled activations at all taps (places in the model), and the log-probability that the model itself gives to each completion.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ class ActivationTable:
     Attributes:
         taps: names of the taps, in the order of the model's blocks.
         pools: names of the poolings: ``mean`` and ``last``.
-        pooled: activations ``(n, hidden_size)`` float32 over the tokens that the label is about, a dictionary keyed by tap and pooling.
+        pooled: activations ``(n, hidden_size)`` float32 over the tokens that the label is about, a dictionary keyed by tap (place in the
+            model) and pooling.
         surprise: −log P of those tokens under the model, in nats, summed, ``(n,)``; NaN where it is not known.
         predicted: number of tokens that ``surprise`` is summed over, ``(n,)``.
         sink: norm at position 0 divided by the median norm of the rollout, ``(n,)``, a dictionary keyed by tap; NaN if position 0 is not
@@ -57,7 +58,7 @@ class ActivationTable:
     features: dict[str, NDArray[np.float32]] = field(default_factory=dict)
 
     def of(self, indices: NDArray[np.int64]) -> ActivationTable:
-        """Returns the table of the examples with the given indices."""
+        """Returns the part of a table of activations that holds the examples with the given indices."""
         return replace(
             self,
             pooled={key: rows[indices] for key, rows in self.pooled.items()},
@@ -114,7 +115,7 @@ def read_activations(
 
 
 def read_as_served(engine: Engine, examples: Sequence[Example], table: ActivationTable, taps: Sequence[str]) -> ActivationTable:
-    """Reads the pooled activations of some taps again, in the batches in which an engine scores the same examples.
+    """Reads the pooled activations of some taps (places in the model) again, in the batches in which an engine scores the same examples.
 
     In a coarse dtype an activation depends on what else is in its batch, by .01 to .03 standard deviations of scores in a trained model.
     Read in the batches that are scored, it leaves no difference between fitted and served scores but that of the probe's own arithmetic.
@@ -184,7 +185,9 @@ class _Head:
             self._look_up()
 
     def finished(self) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-        """Returns −log P of each example's labelled tokens, summed, and the number of these tokens."""
+        """Returns, for each example, −log P of its labelled tokens under the model, summed over the tokens, and the number of
+        these tokens.
+        """
         if not self.problem:
             self._look_up()
         unknown = np.full(len(self._surprise), np.nan)

@@ -1,4 +1,6 @@
-"""Collects the evidence on a fitted probe that the rules for warnings check: its quality, baselines, slices, prompts and controls."""
+"""Collects the evidence on a fitted probe that the rules for warnings check: its quality, baselines, slices (parts of the data), prompts
+and controls.
+"""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ class Fitted:
         data: all examples.
         table: their activations and log-probabilities, as the engine reads them in the dtype in which the probe is served.
         comparisons: the results of cross-validation.
-        selection: the tap, pooling and strength that were chosen, and the results that they were chosen from.
+        selection: the tap (place in the model), pooling and strength that were chosen, and the results that they were chosen from.
         nested: result of nested cross-validation.
         fit: the probe, fitted on all training examples.
     """
@@ -56,7 +56,7 @@ class Fitted:
 
     @property
     def candidate(self) -> Candidate:
-        """Returns the tap, pooling and strength that were chosen."""
+        """Returns the tap (place in the model), pooling and strength that were chosen."""
         return self.selection.chosen
 
     @property
@@ -117,7 +117,7 @@ def fit_rollouts(
 
 
 def _taps(engine: Engine, patterns: tuple[str, ...]) -> tuple[str, ...]:
-    """Returns the taps that names or patterns mean, in the order in which the model computes them."""
+    """Returns the taps (places in the model) that names or patterns mean, in the order in which the model computes them."""
     found = engine.resolve_reads(list(patterns), "mean").taps
     deepest = engine.info.model.num_hidden_layers
     return tuple(str(tap) for tap in sorted(found, key=lambda tap: (deepest if tap.layer is None else tap.layer, _COMPUTED[tap.hook])))

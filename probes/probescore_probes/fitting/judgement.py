@@ -122,12 +122,12 @@ class Verdict:
 
 
 def warnings_of(evidence: Evidence) -> tuple[Warning, ...]:
-    """Returns the warnings that the evidence gives, in the order of their rules' numbers."""
+    """Returns the warnings about a fitted probe that its measured numbers give, in the order of the twelve rules."""
     return tuple(warning for rule in _RULES for warning in rule(evidence))
 
 
 def verdict_of(evidence: Evidence, warnings: tuple[Warning, ...]) -> Verdict:
-    """Returns the verdict on a probe, which states the most serious fault that the evidence shows."""
+    """Returns the verdict on a fitted probe, which states the most serious fault that its measured numbers show."""
     test = shown(evidence.test)
     length = evidence.rivals.get("length")
     by_length = length is not None and length.high >= evidence.test.low and length.low > 0.5

@@ -18,7 +18,7 @@ from probescore_server.engine.engine import Engine
 
 TRAIN, CALIBRATION, TEST, OOD = SPLITS = ("train", "calibration", "test", "ood")
 PASSAGE = "passage"
-"""Name of the span in a request that stands for the labelled passage of an example."""
+"""Name of the span (token range) by which a request to the engine marks the labelled passage of a completion."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class LabelledRollout:
 
     Attributes:
         prompt: the prompt as a text, a chat or token ids.
-        completion: the completion with its mask; its spans and follow-ups are ignored.
+        completion: the completion with its mask; its spans and follow-ups (token ids appended to a completion) are ignored.
         positive: whether the whole completion has the behaviour; ``None`` = only its passages are labelled.
         where: the line and field, for messages.
         group: name of the group; rollouts of one group are never divided between splits; ``None`` = derived from equal texts.
@@ -95,7 +95,9 @@ class Example:
         return kept
 
     def rollout(self) -> RolloutGroup:
-        """Returns the request that scores this example: a rollout with the passage as its one span."""
+        """Returns the request to the engine that scores this labelled completion or passage: the rollout, with the passage as its one span
+        (token range).
+        """
         spans = () if self.passage is None else (Span(PASSAGE, *self.passage),)
         return RolloutGroup(self.prompt_ids, [Completion(self.completion_ids, mask=self.mask, spans=spans)])
 

@@ -20,7 +20,7 @@ class FitOptions:
 
     Attributes:
         kind: one of ``KINDS``.
-        taps: names of taps, or patterns of names.
+        taps: names of taps (places in the model), or patterns of names.
         pools: names of the poolings to try: ``mean``, ``last``.
         autoencoder: the folder of a sparse autoencoder of SAELens, for the kind ``sae-feature``, which reads its tap alone.
         feature: index of the autoencoder's feature; ``None`` = the one that tells the labels best.

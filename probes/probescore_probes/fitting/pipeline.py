@@ -41,7 +41,7 @@ def fit_probe(
         model: a directory with the model, or its id on the Hugging Face hub.
         output: path of the probe file; an existing file is replaced only if it is a probe file of another name or version.
         options: options of fitting.
-        out_of_distribution: labelled rollouts of other data, evaluated by slice.
+        out_of_distribution: labelled rollouts of other data, evaluated by slice (part of the data).
         report: called with a line of text for people as each step begins.
 
     Raises:

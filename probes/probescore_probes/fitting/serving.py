@@ -32,7 +32,7 @@ class FittedProbe:
 
     Attributes:
         kind: name of the kind of probe.
-        taps: names of the taps, in the order in which the function takes their activations.
+        taps: names of the taps (places in the model), in the order in which the function takes their activations.
         reduction: the only reduction that the file allows; ``None`` for a probe that pools by itself.
         function: the probe's code and its ONNX graph.
         method: description of the kind of probe, for people.

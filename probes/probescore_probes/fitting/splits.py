@@ -40,7 +40,7 @@ class Split:
         return self.parts[name]
 
     def count_groups(self, name: str) -> int:
-        """Counts the groups of a split."""
+        """Counts the groups of rollouts in one split of the data, such as the one for testing."""
         return len(np.unique(self.groups[self.parts[name]]))
 
 
@@ -101,7 +101,9 @@ def _groups_inside_and_outside(examples: Sequence[Example], outside: NDArray[np.
 
 
 def _components(examples: Sequence[Example]) -> Indices:
-    """Numbers the groups: by name or, where there is none, the connected components of a slice by equal prompts and equal completions."""
+    """Numbers the groups: by name or, where there is none, the connected components of a slice (part of the data) by equal prompts and
+    equal completions.
+    """
     parent = list(range(len(examples)))
 
     def root(index: int) -> int:
@@ -118,7 +120,7 @@ def _components(examples: Sequence[Example]) -> Indices:
 
 
 def _ties(example: Example) -> Iterator[tuple[object, ...]]:
-    """Yields what an example has in common with the others of its group."""
+    """Yields the keys (such as the text of a prompt) that an example shares with the other examples of its group."""
     if example.group is not None:
         yield "group", example.group
         return

@@ -18,7 +18,8 @@ from probescore_server.probes.format.manifest import CalibrationConditions, Cali
 def thresholds_of(
     data: FittingData, scores: NDArray[np.float64], options: FitOptions, reduction: str | None
 ) -> dict[str, CalibratedThreshold]:
-    """Computes the threshold for all data under ``""``, then one for each slice, each only if there are enough negatives and groups.
+    """Computes the threshold for all data under ``""``, then one for each slice (part of the data), each only if there are enough negatives
+    and groups.
 
     The interval of each is that of as many fresh negatives in as many other groups.
 

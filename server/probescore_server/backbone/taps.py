@@ -112,8 +112,8 @@ class TapReader:
             yield
 
     def read_final_norm(self, output: BaseModelOutput, into: Mapping[Tap, torch.Tensor], rows: RowMap | None = None) -> None:
-        """Copies the final norm's output, which a forward pass returned, into the buffer for the tap ``final_norm``, if ``into`` has such a
-        buffer.
+        """Copies the final norm's output, which a forward pass returned, into the buffer for the tap (place in the model) ``final_norm``,
+        if ``into`` has such a buffer.
         """
         buffer = into.get(Tap(Hook.FINAL_NORM))
         if buffer is not None and output.last_hidden_state is not None:

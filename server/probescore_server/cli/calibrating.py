@@ -126,7 +126,7 @@ def _calibrate(
 
 
 def _check_version(before: str, version: str) -> None:
-    """Refuses a new version with the version of the probe file itself, before any rollout is scored."""
+    """Refuses a new version of a probe file that has the version number of the file itself, before any rollout is scored."""
     if version == before:
         raise ValueError(f"--version: {version!r} is that of the file itself; give another: a version never stands for other bytes")
 

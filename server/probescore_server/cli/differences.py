@@ -57,7 +57,7 @@ def _diff(
 
 
 def field_differences(left: Any, right: Any, field: str = "") -> Iterator[tuple[str, Any, Any]]:  # noqa: ANN401 - values of any JSON type
-    """Yields each innermost field in which two JSON values differ, as its path and both values; a list of numbers counts as one value."""
+    """Yields the path and both values of each innermost field in which two JSON values differ; a list of numbers counts as one value."""
     if isinstance(left, dict) and isinstance(right, dict):
         for name in [*left, *(name for name in right if name not in left)]:
             yield from field_differences(left.get(name, _MISSING), right.get(name, _MISSING), f"{field}.{name}" if field else name)

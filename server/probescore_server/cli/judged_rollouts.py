@@ -84,7 +84,9 @@ class Judged:
 
     @property
     def thresholds(self) -> tuple[Calibration, ...]:
-        """Returns the probe's thresholds that apply to the reduction and label of these scores."""
+        """Returns those thresholds of a probe that hold for the reduction (such as the mean) and the label by which rollouts
+        were scored.
+        """
         return tuple(each for each in self.probe.calibrations if each.reduction == self.reduction and each.label in ("", self.label))
 
 

@@ -150,7 +150,7 @@ def _help(name: str, field: FieldInfo) -> str:
 
 
 def default_of(field: FieldInfo) -> str:
-    """Returns the default of a setting as text for help messages."""
+    """Returns the default value of a server setting as text for the command's help."""
     if field.is_required():
         return "none, required"
     match field.get_default():

@@ -21,7 +21,7 @@ def safe(text: str) -> str:
 
 
 def facts_table(title: str) -> Table:
-    """Returns an empty two-column table for names and values, with a title and without lines."""
+    """Returns an empty table for the terminal, with a title and two columns, for names and values."""
     table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")

@@ -75,8 +75,8 @@ LIVE_BATCH_TOKENS = 2048
 _FLOAT32_BYTES = 4
 
 _TRIED_CASES = 4
-"""Limits the number of golden rollouts (examples in a probe file) whose activations serve as the centre of random test inputs for the
-probe's graph.
+"""Limits the number of golden rollouts (examples in a probe file) around whose activations random inputs are drawn, to test the probe's
+graph.
 """
 
 MAX_KV_CACHE_BYTES = 1 << 30
@@ -242,24 +242,25 @@ class Engine:
     ) -> Iterator[CompletionActivations]:
         """Reads activations of every completion of every group: all taps in one pass, each token once.
 
-        Everything is checked at the call; what is computed is computed as the results are asked for, a batch at a time, and whoever asks no
-        more ends it. It begins with an empty key-value cache, so that the same call on the same machine gives the same bits.
+        All arguments are checked when the method is called. Activations are computed batch by batch, as the caller asks for results; a
+        caller that asks for no more ends the computation. The key-value cache is empty at the beginning, so that the same call on the same
+        machine gives the same bits.
 
         Args:
-            groups: what to read.
+            groups: the rollout groups whose activations are read, each a prompt and its completions.
             taps: names of taps, or patterns of names such as ``resid_post.*``, among those that the engine was loaded for.
-            pool: what becomes of the tokens that count: ``mean``, ``last`` or ``max`` of each feature, in the whole scope and in each span;
-                ``tokens`` for every token's activations; or several of these.
-            scope: ``completion``, ``prompt`` or ``all``.
-            max_batch_bytes: of activations that a batch holds at once, in float32 on the model's device.
-            is_cancelled: asked for a completion's index, counted over all groups, before each piece of work that it needs; one that nobody
-                wants any more is not computed, and left out.
+            pool: how the activations of the tokens that count are pooled: ``mean``, ``last`` or ``max`` of each feature, in the whole scope
+                and in each span; ``tokens`` for every token's activations; or several of these.
+            scope: the tokens that are read: ``completion``, ``prompt`` or ``all``.
+            max_batch_bytes: limit on the bytes of activations that a batch holds at once, in float32 on the model's device.
+            is_cancelled: function that is called with a completion's index, counted over all groups, before each piece of work that the
+                completion needs; if it returns true, the completion is not computed and has no result.
 
         Returns:
             One result per completion, in order.
 
         Raises:
-            InvalidRequest: names the field at fault.
+            InvalidRequest: an argument is wrong; the error names the field at fault.
             LimitExceeded: one completion alone has more activations than ``max_batch_bytes``.
         """
         reads = self.resolve_reads(taps, pool)
@@ -269,18 +270,19 @@ class Engine:
         return self.read_rollouts(rollouts, places, reads, max_batch_bytes=max_batch_bytes, is_cancelled=is_cancelled)
 
     def resolve_reads(self, taps: Sequence[str | Tap] | str, pool: Sequence[str] | str) -> ActivationReads:
-        """Checks which activations are wanted. The arguments are those of ``activations``.
+        """Checks the taps (places in the model) and poolings (such as means) that a request for activations names, and returns them. The
+        arguments are those of ``activations``.
 
         Raises:
-            InvalidRequest: naming ``taps[i]`` or ``pool``.
+            InvalidRequest: a tap or pooling is not known; the error names ``taps[i]`` or ``pool``.
         """
         return resolve_reads(taps, pool, self.info.taps, whose="the taps that this engine was loaded for (Engine.load(…, taps=[…]))")
 
     def check_rollouts(self, groups: Sequence[RolloutGroup], options: ResolvedOptions) -> list[list[CheckedRollout]]:
-        """Checks groups of rollouts and tokenises their texts; returns the rollouts per group, per completion.
+        """Checks groups of rollouts and tokenises their texts. Returns the checked rollouts, one list for each group.
 
         Raises:
-            InvalidRequest: names the field at fault.
+            InvalidRequest: an argument is wrong; the error names the field at fault.
         """
         encoded = {
             text.field: self.encode_completion(text.content, field=text.field)
@@ -409,17 +411,18 @@ class Engine:
         max_batch_bytes: int = MAX_BATCH_BYTES,
         is_cancelled: Callable[[int], bool] = _never,
     ) -> Iterator[CompletionActivations]:
-        """Reads activations of checked rollouts, as ``activations`` says.
+        """Computes activations of rollouts that were checked before, batch by batch, as ``activations`` describes.
 
         Args:
-            rollouts: from ``check_rollouts``, all of one scope.
-            places: of each, what its result says of group and completion.
-            reads: from ``resolve_reads``.
-            max_batch_bytes: as of ``activations``.
-            is_cancelled: as of ``activations``.
+            rollouts: the rollouts that ``check_rollouts`` returned, all of one scope.
+            places: index of the group and of the completion that each rollout's result states.
+            reads: the taps (places in the model) and poolings that ``resolve_reads`` returned.
+            max_batch_bytes: limit on the bytes of activations that a batch holds at once, as in ``activations``.
+            is_cancelled: function that tells whether a rollout's result is not wanted any more, as in ``activations``.
 
         Raises:
-            LimitExceeded: naming ``groups[i].completions[j]``: it alone has more activations than ``max_batch_bytes``.
+            LimitExceeded: one completion alone has more activations than ``max_batch_bytes``; the error names
+                ``groups[i].completions[j]``.
         """
         row_bytes = self.info.model.hidden_size * _FLOAT32_BYTES
         at_least = len(reads.taps) if reads.tokens else 1

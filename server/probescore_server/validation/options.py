@@ -126,10 +126,10 @@ def _parse_reduction(written: Reduction | str, index: int) -> Reduction:
 
 
 def parse_scope(scope: Scope | str) -> Scope:
-    """Returns the scope of a name.
+    """Returns the scope (the tokens to score: completion, prompt or all) that a name stands for.
 
     Raises:
-        InvalidRequest: naming ``scope``.
+        InvalidRequest: no scope has this name; the error names ``scope``.
     """
     try:
         return Scope(scope)

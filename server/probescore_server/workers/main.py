@@ -235,7 +235,9 @@ class _WorkerRuntime:
                     self._orders.put(None)
 
     def _beat(self) -> None:
-        """Sends heartbeats for ever. This works even while the main thread computes, since libraries let other threads run meanwhile."""
+        """Sends heartbeats (messages that show that the worker process runs) for ever, even while the main thread computes, since libraries
+        let other threads run meanwhile.
+        """
         seconds = min(HEARTBEAT_SHARE * self._spec.settings.worker_silent_seconds, MAX_HEARTBEAT_SECONDS)
         while True:
             try:

@@ -231,8 +231,8 @@ class WorkerProcess:
         self._do(self._find_out())
 
     async def _find_out(self) -> None:
-        """Finds out how the process ended, once its socket is closed, and makes all waiting calls of ``start`` and ``ask`` raise an
-        error.
+        """Finds out how the worker process ended, once its socket is closed, and makes all waiting ``start`` and ``ask`` function calls
+        raise an error.
         """
         await self._gone_within(DEATH_SECONDS)
         code = self.process.exitcode

@@ -73,7 +73,7 @@ class RolloutPrinter:
         console.print()
 
     def print_legend(self) -> None:
-        """Prints the meaning of the colours, if there are colours and a rollout was printed."""
+        """Prints the meaning of the colours of tokens, if the terminal shows colours and a rollout was printed."""
         for entry in self._series if self._colours and self._scales else ():
             self._console.print(_legend(entry, self._scales[entry.name]))
 

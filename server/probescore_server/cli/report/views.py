@@ -50,7 +50,7 @@ class Series:
 
 @dataclass(frozen=True)
 class ShownToken:
-    """A token to show: its id, its visible text, and whether the mask lets the token count."""
+    """Value object with a token to show: its id, its visible text, and whether the rollout's mask lets the token count in scores."""
 
     id: int
     text: str
@@ -74,7 +74,9 @@ class SeriesScores:
 
     @property
     def value(self) -> float | None:
-        """Score of the whole scope for the first reduction; ``None`` if there is none."""
+        """Returns the rollout's score over the whole scope (all tokens that were scored) under the first reduction, such as their mean;
+        ``None`` if there is no score.
+        """
         return self.reduced[""][0]
 
 
@@ -205,5 +207,5 @@ class ColourScale:
         return cls(series.centre, reach if reach > 0 else 1.0)
 
     def position(self, score: float) -> float:
-        """Returns a score's position on the scale, in [-1, 1]; 0 for NaN."""
+        """Returns a score's position on the colour scale, in [-1, 1]; 0 for NaN."""
         return 0.0 if np.isnan(score) else float(np.clip((score - self.centre) / self.reach, -1, 1))

@@ -30,7 +30,9 @@ MAX_INT32 = 2**31 - 1
 MAX_COUNT = 2**53 - 1
 
 MAX_NEIGHBOUR_LABELS = 256
-"""Limits the number of labels, counted from the first, for which a manifest stores the scores of a wrong decoder block or token."""
+"""Limits for how many labels of a probe, counted from the first, a manifest also stores the scores that come out if activations are read at
+a wrong decoder block or token.
+"""
 
 Real = Annotated[float, Field(allow_inf_nan=False, ge=-MAX_FLOAT32, le=MAX_FLOAT32)]
 Rate = Annotated[float, Field(allow_inf_nan=False, ge=0, le=1)]
@@ -251,7 +253,9 @@ class Training(_ManifestPart):
 
 
 class GoldenCase(_ManifestPart):
-    """One golden rollout with the scores that the probe author's own code gave for it, in the unit ``output.unit``."""
+    """One golden rollout: the token ids of a rollout with the scores that the code of the probe's author gave for it, in the unit that the
+    manifest states.
+    """
 
     prompt_ids: tuple[TokenId, ...] = Field(strict=False)
     completion_ids: tuple[TokenId, ...] = Field(min_length=1, strict=False)
@@ -305,7 +309,9 @@ class Neighbour(_NeighbouringPlace):
 
     @property
     def difference_rows(self) -> NDArray[np.float64]:
-        """Returns the changes of all golden scores if activations are read at the neighbouring place, ``(rows, labels)`` float64."""
+        """Returns the changes of all golden scores (those of the author's code) if activations are read at the neighbouring place (one
+        decoder block or one token beside the right one), ``(rows, labels)`` float64.
+        """
         return np.array([row for case in self.differences for row in case], np.float64)
 
 
@@ -321,7 +327,9 @@ class LeftOut(_NeighbouringPlace):
 
 
 Place = tuple[tuple[TapInput, ...], TokenShift]
-"""States where activations are read: the taps, and the number of tokens by which the tokens read come after the token that is scored."""
+"""Type of a place where a probe reads activations: its taps (points in the model), and how many tokens after the scored token it reads; 0
+is right.
+"""
 
 
 def neighbouring_places(inputs: Sequence[TapInput], num_hidden_layers: int) -> list[Place]:
@@ -356,7 +364,7 @@ class Golden(_ManifestPart):
 
     @property
     def score_rows(self) -> NDArray[np.float64]:
-        """Returns the golden scores of all cases as one float64 array, ``(rows, labels)``.
+        """Returns the golden scores (those of the author's code) of all cases as one float64 array, ``(rows, labels)``.
 
         The standard deviation of each label's scores is the unit of ``tolerance``.
         """

@@ -2,7 +2,7 @@
 
 A probe file is an ``.onnx`` file with the probe's manifest inside. This module imports neither torch nor onnxruntime and executes no graph:
 a file that passes its checks is well-formed, but not yet trusted. ``check_against_model`` compares the probe with a model, and the engine
-recomputes the probe's golden vectors.
+recomputes the probe's golden vectors (rollouts with scores of the author's code).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MAX_FILE_BYTES = MAX_PROBE_FILE_BYTES
 """Limits the size of a probe file, in bytes."""
 
 UNSEALED = "sha256:" + "0" * 64
-"""Fills the two digest fields of a probe's manifest until ``write_probe_file`` computes the digests."""
+"""Text that stands in for the two digests of a probe's manifest until ``write_probe_file`` computes them."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def write_probe_file(path: Path | str, graph: onnx.ModelProto, manifest: Manifes
 
 
 def _keeps(path: Path, probe: ProbeFile) -> bool:
-    """Returns whether the file at a path already holds exactly this probe.
+    """Returns whether the file at a path already holds exactly the given probe.
 
     Raises:
         ProbeRefused: the file has other content under the same name and version, or is not a probe file.
@@ -160,7 +160,8 @@ def check_against_model(
 
 
 def check_golden(manifest: Manifest, file: str) -> None:
-    """Checks that a probe's golden scores can tell a right score from a wrong one: there are two rows or more, and no label is constant.
+    """Checks that a probe's golden scores (those of the author's code) can tell a right score from a wrong one: there are two rows or more,
+    and no label is constant.
 
     Raises:
         ProbeRefused: there are too few rows, or all scores of a label are the same.

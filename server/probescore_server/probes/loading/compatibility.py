@@ -131,7 +131,9 @@ def _unnamed_special_tokens(manifest: Manifest, further_special_ids: Collection[
 
 
 def _explained(mismatch: ProbeRefused, manifest: Manifest, model: ModelInfo) -> ProbeRefused:
-    """Returns a refusal that also states the model that the file was made for, the model that is served, and what the operator can do."""
+    """Returns the exception that refuses a probe file made for another model; its message states the model that the file was made for, the
+    model that is served, and what the operator can do.
+    """
     if mismatch.field.startswith("inputs"):
         return mismatch
     made_for, served = (f"{one.id} {one.revision}".strip() for one in (manifest.model, model))

@@ -65,7 +65,9 @@ class LoadedProbe:
 
     @classmethod
     def of(cls, manifest: Manifest, runs: ProbeSession | StackMember) -> LoadedProbe:
-        """Makes a loaded probe that returns its scores in the unit that its manifest states."""
+        """Makes a ``LoadedProbe`` of a probe file and its runner (a session or a stacked network), which returns scores in the unit that
+        the manifest states.
+        """
         return cls(manifest, runs, manifest.output.unit is ScoreUnit.LOGIT and manifest.reduce_on is ScoreUnit.PROBABILITY)
 
     @property
@@ -135,8 +137,8 @@ def limited_to_tried_calls(file: ProbeFile, probe: LoadedProbe, golden: Mapping[
     Args:
         file: the probe's file.
         probe: the loaded probe, which runs as an onnxruntime session.
-        golden: activations of the probe's golden rollouts, a dictionary keyed by tap, ``(N, hidden_size)`` float32 each; row i is of the
-            same token at every tap.
+        golden: activations of the probe's golden rollouts (stored with the scores of the author's code), a dictionary keyed by tap (place
+            in the model), ``(N, hidden_size)`` float32 each; row i is of the same token at every tap.
 
     Raises:
         ProbeRefused: the probe's scores depend on more than its manifest's ``context`` states.
