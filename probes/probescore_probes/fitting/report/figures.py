@@ -28,6 +28,16 @@ _COLOURS = {
     _THIRD: "var(--third)",
     _FOURTH: "var(--fourth)",
 }
+_SAYS = {
+    "layers": "AUROC at each tap, by kind of probe and pooling",
+    "kinds": "AUROC of each kind of probe, with intervals",
+    "baselines": "AUROC of the probe, of baselines and of controls, with intervals",
+    "slices": "AUROC on each slice, with intervals",
+    "roc": "True-positive rate by false-positive rate",
+    "histogram": "Histograms of the served scores of positive and negative rollouts",
+    "learning": "AUROC by the number of groups fitted on",
+    "calibration": "Share of positives by served probability",
+}
 _SERIES = (_POSITIVE, _NEGATIVE, _THIRD, _FOURTH)
 _STYLE: Any = {  # matplotlib types its settings by name
     "svg.fonttype": "none",
@@ -63,8 +73,14 @@ def layers(curves: Mapping[str, Sequence[CurvePoint]], chosen: CurvePoint) -> st
         at = names.index(chosen.tap)
         axes.axvline(at, color=_INK, linewidth=0.8, linestyle=":")
         axes.annotate("chosen", (at, 1), xycoords=("data", "axes fraction"), xytext=(3, -9), textcoords="offset points", fontsize=8)
-        shown = range(0, len(names), max(1, len(names) // 8))
-        axes.set_xticks(list(shown), [names[place] for place in shown], rotation=20, ha="right")
+        hooks = {name.partition(".")[0] for name in names}
+        one = len(hooks) == 1 and len(names) > 1  # then its blocks are enough
+        shown = range(0, len(names), max(1, len(names) // (15 if one else 8)))
+        if one:
+            axes.set_xticks(list(shown), [names[place].partition(".")[2] for place in shown])
+            axes.set_xlabel(f"{hooks.pop()}, block")
+        else:
+            axes.set_xticks(list(shown), [names[place] for place in shown], rotation=20, ha="right")
         axes.set_ylabel("AUROC, cross-validated")
         axes.legend(fontsize=8, loc="lower right")
         return _svg(figure, "layers")
@@ -178,4 +194,4 @@ def _svg(figure: Figure, name: str) -> str:
     svg = svg.replace("url(#", f"url(#{name}-")
     for stand_in, colour in _COLOURS.items():
         svg = svg.replace(stand_in, colour)
-    return svg.replace("<svg ", f'<svg role="img" aria-label="{name}" class="figure" ', 1)
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{_SAYS[name]}" class="figure" ', 1)
