@@ -83,17 +83,17 @@ test-trainers-newest: $(INSTALLED) $(TRAINERS:%=.venv-trainers/%/installed) ## T
 	  .venv-trainers-newest/bin/pip freeze | grep -i -f $$newest && \
 	  $(TRAINER_TESTS) .venv-trainers-newest/bin/python -m pytest tests/trainers/$$trainer -q || echo "$$trainer: its newest version does not pass"; done
 
-# The development environment with a trained model and facts about the world on top of it, which are 150 MB and have no place there.
-truth: .venv-trained/installed ## A probe of a trained language model that tells false from true: fit, report, serve, replace (downloads 150 MB once; leaves everything in truth/)
+# The development environment with a trained model and facts about the world on top of it, which are 140 MB and have no place there.
+truth: .venv-trained/installed ## A probe of a trained language model that tells false from true: fit, report, serve, replace (downloads 140 MB once; leaves everything in truth/)
 	@HF_HUB_OFFLINE=1 .venv-trained/bin/python examples/truth/truth.py
 
 truth-study: .venv-trained/installed ## What such probes are worth, in tables beside what was predicted: truth/study/tables.md (under an hour; goes on where it was stopped)
 	@HF_HUB_OFFLINE=1 .venv-trained/bin/python examples/truth/study.py
 
-test-truth: .venv-trained/installed ## `make truth` and the tutorial on the trained model (not part of `make test`: downloads 150 MB, takes ten minutes)
+test-truth: .venv-trained/installed ## `make truth` and the tutorial on the trained model (not part of `make test`: downloads 140 MB, takes ten minutes)
 	$(TEST_ENV) .venv-trained/bin/python -m pytest tests/truth -q -o timeout=1800
 
-parity-trained: .venv-trained/installed ## Scores on trained weights beside plain Hugging Face in float64 (not part of `make test`: downloads 150 MB, takes a quarter of an hour)
+parity-trained: .venv-trained/installed ## Scores on trained weights beside plain Hugging Face in float64 (not part of `make test`: downloads 140 MB, takes a quarter of an hour)
 	$(TEST_ENV) .venv-trained/bin/python -m pytest tests/trained -q -rP -o timeout=3600
 
 .venv-trained/installed: examples/truth/requirements.txt $(INSTALLED)
