@@ -13,7 +13,7 @@ TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test unit lint format types imports docs proto proto-check baseline test-client-versions test-trainers test-trainers-newest test-deploy \
-  truth truth-study test-truth sweep parity parity-trained mutants schema bench \
+  truth truth-study test-truth sweep swaps parity parity-trained mutants schema bench \
   bench-full clean
 
 help: ## Show this list
@@ -148,6 +148,9 @@ docs: $(INSTALLED) ## The documentation's site, into build/site; broken links an
 
 sweep: $(INSTALLED) ## Random probe graphs until 500 are accepted: none may score a rollout otherwise in other company (half an hour)
 	$(TEST_ENV) $(BIN)/python -m pytest -m sweep -q
+
+swaps: $(INSTALLED) ## A hundred swaps of probes while nine clients score, pinned and following: no failed call, no mixed answer, memory as before (some minutes)
+	PROBESCORE_SWAPS=100 $(TEST_ENV) $(BIN)/python -m pytest tests/e2e/test_swaps.py -q -rP -o timeout=1800
 
 parity: $(INSTALLED) ## Every family of models beside plain Hugging Face, and each setting of their configs; writes the table in docs/reference/parity.md
 	$(TEST_ENV) PYTHONPATH=tests:tests/e2e $(BIN)/python tests/e2e/parity_table.py

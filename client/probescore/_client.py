@@ -133,7 +133,9 @@ class BaseClient:
         except ServerError as error:
             if error.code != grpc.StatusCode.UNIMPLEMENTED.name:
                 raise
-            raise ServerError("the server does not take sleep and wake: its setting admin is off", error.code, "ADMIN_OFF") from None
+            raise ServerError(
+                "the server does not take sleep, wake and reload: its setting admin is off", error.code, "ADMIN_OFF"
+            ) from None
 
     def _check_open(self) -> None:
         if self._closed:

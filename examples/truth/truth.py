@@ -57,6 +57,10 @@ class Demo:
             raise SystemExit(f"probescore {command.split()[0]} failed with exit code {done.returncode}")
         self.say("")
 
+    def move(self, file: Path, to: Path) -> None:
+        self.console.print(f"[bold cyan]$ mv {file} {to}[/bold cyan]", highlight=False, soft_wrap=True)
+        file.rename(to)
+
     @contextmanager
     def running(self, command: str, log: Path) -> Iterator[None]:
         """Leaves a command running, as in a second terminal, and ends it in the end."""
@@ -96,10 +100,14 @@ def main() -> None:
         f"-o {folder}/untrue-2.onnx --version 2"
     )
     demo.run(f"probes verify {folder}/probes/untrue.onnx {folder}/untrue-2.onnx --model {folder}/model")
-    with demo.running(f"serve --model {folder}/model --probes {folder}/probes", folder / "server.log"):
+    with demo.running(f"serve --model {folder}/model --probes {folder}/probes --admin", folder / "server.log"):
         demo.run("info --wait 120")
         demo.run('score " Berlin." --prompt "The capital of France is"')
         demo.run(f"score {folder}/look.jsonl --html {folder}/look.html")
+        demo.say("While it serves, version 2 takes the place of version 1:")
+        demo.move(folder / "untrue-2.onnx", folder / "probes" / "untrue-2.onnx")
+        demo.run("probes reload")
+        demo.run(f"score {folder}/look.jsonl --show 0 --html {folder}/look-2.html")
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     demo.say("What this probe is worth\n", "bold")
     for line in worth(report):

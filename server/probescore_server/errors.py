@@ -15,6 +15,7 @@
     └── StartupError          the server cannot start as configured
         ├── ModelRefused      the model cannot be loaded, or would not be served correctly
         └── ProbeRefused      a probe file is damaged or was made for another model
+            └── ProbeTooDeep  a probe reads deeper in the model than the running server has loaded it
 
 Each error's ``reason`` is stable and travels to clients as ``google.rpc.ErrorInfo.reason``. The messages of all errors but ``StartupError``
 reach clients, and therefore contain no path and no traceback.
@@ -289,3 +290,22 @@ class ProbeRefused(StartupError):
 
     def __str__(self) -> str:
         return f"{self.file}: {self.field}: found {self.found}, expected {self.expected}"
+
+
+class ProbeTooDeep(ProbeRefused):
+    """Exception raised when a probe file is given to a running server that has not loaded the deepest block that the probe reads.
+
+    Args:
+        file: the name of the file, as the operator gave it.
+        layers: number of blocks that the probe needs.
+        loaded: number of blocks that are loaded.
+    """
+
+    def __init__(self, file: str, layers: int, loaded: int) -> None:
+        expected = (
+            f"blocks that are loaded, the first {loaded}: restart the server, which loads as many as its probes need, or start it with "
+            "--deeper-probes load, which does so beside the running model"
+        )
+        super().__init__(file, "inputs", f"a tap that needs {layers} blocks", expected)
+        self.args = (file, layers, loaded)  # A pickle calls the class with these.
+        self.layers = layers

@@ -48,6 +48,30 @@ class ServerSettings(BaseSettings):
         description="These probe files are served, and every *.onnx file in these directories. Repeat the flag for several.",
         examples=["./probes", "cheating.onnx"],
     )
+    watch_probes: float = Field(
+        0.0,
+        ge=0,
+        le=86_400,
+        description="The server looks for changed probe files every this many seconds, and follows those that then stay as they are "
+        "as long again; 0 = only on SIGHUP and Reload.",
+    )
+    probe_pin_seconds: float = Field(
+        3600.0,
+        ge=0,
+        le=31_536_000,
+        description="A version whose file is gone is served, under its full name, until no call has named it for this many seconds.",
+    )
+    max_retired_versions: int = Field(
+        2,
+        ge=0,
+        le=1024,
+        description="At most this many versions of a name whose files are gone are served; the oldest go first.",
+    )
+    deeper_probes: Literal["refuse", "load"] = Field(
+        "refuse",
+        description="A new probe that needs more of the model's blocks than are loaded is refused; load = a second worker loads the deeper "
+        "model beside the first and takes over, for which the device needs room for both.",
+    )
     accept_mismatch: Names = Field(
         (),
         description="Probes of these names are served even if made for another revision of the model or tokenizer. "

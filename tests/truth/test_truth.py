@@ -35,7 +35,7 @@ def test_make_truth_does_each_step_in_one_command_and_says_what_the_probe_is_wor
     assert children_seconds() - before < CORES * SECONDS  # of the processor: the machine may be busy with other things
 
     commands = re.findall(r"^\$ probescore (\w+(?: \w+)?)", done.stdout, re.MULTILINE)
-    steps = ["probes fit", "probes calibrate", "probes verify", "serve", "info", "score", "score"]
+    steps = ["probes fit", "probes calibrate", "probes verify", "serve", "info", "score", "score", "probes reload", "score"]
     assert [command if command.startswith("probes") else command.split()[0] for command in commands[: len(steps)]] == steps
     told = done.stdout.partition("What this probe is worth")[2]
     assert re.search(r"Negated cities: AUROC 0\.[0-3]", told)  # upside down, and said to be
@@ -46,7 +46,7 @@ def test_make_truth_does_each_step_in_one_command_and_says_what_the_probe_is_wor
     assert evidence["test"]["low"] > evidence["rivals"]["−log P of the tokens"]["value"]
     assert f"{evidence['test']['value']:.2f}" in told
     assert "<svg" in (folder / "report.html").read_text()
-    first, second = (read_probe_file(folder / name).manifest for name in ("probes/untrue.onnx", "untrue-2.onnx"))
+    first, second = (read_probe_file(folder / name).manifest for name in ("probes/untrue.onnx", "probes/untrue-2.onnx"))
     assert first.graph_sha256 == second.graph_sha256
     assert first.calibrations[0].threshold < second.calibrations[0].threshold
 

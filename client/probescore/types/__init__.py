@@ -15,7 +15,7 @@ from probescore.types.scores import (
     StreamedCompletion,
     Usage,
 )
-from probescore.types.servers import Limits, ModelInfo, ServerInfo, Transfer, WorkerInfo
+from probescore.types.servers import Limits, ModelInfo, RefusedProbeFile, ReloadedProbes, ServerInfo, Transfer, WorkerInfo
 
 __all__ = [
     "Calibration",
@@ -31,6 +31,8 @@ __all__ = [
     "OutputPer",
     "ProbeInfo",
     "ProbeScores",
+    "RefusedProbeFile",
+    "ReloadedProbes",
     "RolloutGroup",
     "Scope",
     "ScoreResult",

@@ -105,6 +105,7 @@ class ProbeInfo:
         calibrations: the probe's calibrated thresholds.
         accepted_mismatches: failed checks of the probe that the server's operator chose to accept, such as ``"tokenizer_fingerprint"``.
         manifest_json: the probe's manifest as JSON, without the golden vectors (token ids with expected scores).
+        retired: whether the probe's file is gone, so that the server scores with it for a while only in requests that name its version.
     """
 
     name: str
@@ -120,6 +121,7 @@ class ProbeInfo:
     calibrations: tuple[Calibration, ...]
     accepted_mismatches: tuple[str, ...]
     manifest_json: str
+    retired: bool = False
 
     @property
     def key(self) -> str:

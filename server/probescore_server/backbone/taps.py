@@ -72,11 +72,27 @@ class TapReader:
         self._decoder = decoder
         self._added: dict[Tap, tuple[nn.Module, float]] = {}
         ids = _random_ids(decoder)
-        final_norm = _check_residual_stream(decoder, ids)
+        self._check(taps, ids, _check_residual_stream(decoder, ids))
+
+    def add(self, taps: Sequence[Tap]) -> None:
+        """Makes the same checks for further taps of the loaded blocks, which can be read afterwards. Nothing else may run meanwhile.
+
+        Raises:
+            ModelRefused: as of the class.
+        """
+        ids = _random_ids(self._decoder)
+        with torch.inference_mode():
+            output = _run(self._decoder, ids) if Tap(Hook.FINAL_NORM) in taps else None
+        self._check(taps, ids, getattr(output, "last_hidden_state", None))
+
+    def _check(self, taps: Sequence[Tap], ids: torch.Tensor, final_norm: torch.Tensor | None) -> None:
         if Tap(Hook.FINAL_NORM) in taps:
-            _check_final_norm(decoder, final_norm)
-        for layer in sorted({tap.layer for tap in taps if tap.hook in (Hook.ATTN_OUT, Hook.MLP_OUT) and tap.layer is not None}):
-            attention, mlp, scale = _find_added_terms(decoder, layer, ids)
+            _check_final_norm(self._decoder, final_norm)
+        layers = {
+            tap.layer for tap in taps if tap.hook in (Hook.ATTN_OUT, Hook.MLP_OUT) and tap not in self._added and tap.layer is not None
+        }
+        for layer in sorted(layers):
+            attention, mlp, scale = _find_added_terms(self._decoder, layer, ids)
             self._added[Tap(Hook.ATTN_OUT, layer)] = (attention, scale)
             self._added[Tap(Hook.MLP_OUT, layer)] = (mlp, scale)
 

@@ -1,4 +1,6 @@
-"""Implements ``probescore probes``: fits, judges and imports probes, lists those of a server or folder, inspects and verifies files."""
+"""Implements ``probescore probes``: fits, judges and imports probes, lists those of a server or folder, inspects and verifies files, and
+makes a server follow its files.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from probescore_server.cli import calibrating, comparing, differences, evaluating, fitting, importing
+from probescore_server.cli import calibrating, comparing, differences, evaluating, fitting, importing, reloading
 from probescore_server.cli.common.connection import DEFAULT_ADDRESS, Address, Wait, connected
 from probescore_server.cli.common.console import new_console
 from probescore_server.cli.common.failures import FAILED, one_line_failures, say
@@ -20,7 +22,9 @@ ProbeFileArgument = Annotated[Path, typer.Argument(help="The path of a probe fil
 def register(app: typer.Typer) -> None:
     """Adds the commands under ``probes`` to the command line."""
     probes = typer.Typer(
-        help="Fit, judge, calibrate, compare, list, inspect, verify and import probes.", no_args_is_help=True, rich_markup_mode="rich"
+        help="Fit, judge, calibrate, compare, list, inspect, verify, import and reload probes.",
+        no_args_is_help=True,
+        rich_markup_mode="rich",
     )
     for command in (fitting, evaluating, calibrating, comparing, differences):
         command.register(probes)
@@ -28,6 +32,7 @@ def register(app: typer.Typer) -> None:
     probes.command("inspect")(_inspect)
     probes.command("verify")(_verify)
     importing.register(probes)
+    reloading.register(probes)
     app.add_typer(probes, name="probes")
 
 
@@ -39,7 +44,7 @@ def _list(
     address: Address = DEFAULT_ADDRESS,
     wait: Wait = 0,
 ) -> None:
-    """List the probes that a server has loaded, or those in a folder."""
+    """List the probes that a server serves, also the retired ones, whose files are gone; or those in a folder."""
     with one_line_failures():
         if folder is not None:
             _list_folder(folder)

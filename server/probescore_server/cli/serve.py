@@ -23,7 +23,17 @@ BAD_SETTINGS = 2
 CANNOT_START = 1
 
 PANELS = {
-    "What is served": ("model", "revision", "probes", "accept_mismatch", "trust_remote_code"),
+    "What is served": (
+        "model",
+        "revision",
+        "probes",
+        "watch_probes",
+        "probe_pin_seconds",
+        "max_retired_versions",
+        "deeper_probes",
+        "accept_mismatch",
+        "trust_remote_code",
+    ),
     "Compute": ("devices", "device_map", "dtype", "threads_per_worker", "max_batch_tokens", "kv_cache_bytes", "device_memory_fraction"),
     "Addresses": ("host", "port", "unix_socket", "metrics_host", "metrics_port"),
     "Limits": (

@@ -36,7 +36,7 @@ def probes_table(probes: Sequence[ProbeInfo]) -> Table:
     for column in ("probe", "reads", "gives", "reduction", "threshold"):
         table.add_column(column, overflow="fold")
     if not probes:
-        table.add_row("none: the server was started without --probes, and can score nothing")
+        table.add_row("none: the server has no probe files, and can score nothing")
     for probe in probes:
         table.add_row(
             "\n".join([safe(probe.key), *_notes(probe)]),
@@ -49,6 +49,8 @@ def probes_table(probes: Sequence[ProbeInfo]) -> Table:
 
 
 def _notes(probe: ProbeInfo) -> Iterator[str]:
+    if probe.retired:
+        yield "[yellow]retired: served by its full name alone[/yellow]"
     if probe.description:
         yield f"[dim]{safe(probe.description)}[/dim]"
     for name in probe.accepted_mismatches:

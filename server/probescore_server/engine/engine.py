@@ -5,9 +5,9 @@ Each worker process of the server runs one engine, and a program can run an engi
 
 from __future__ import annotations
 
-import threading
+import math
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
@@ -33,20 +33,19 @@ from probescore.types import (
 )
 from probescore_server.activations import MAX_BATCH_BYTES, ActivationReads, CompletionActivations, Pool, matching_taps, resolve_pools
 from probescore_server.activity import ACTIVITY
-from probescore_server.backbone.base import Activations, Backbone
-from probescore_server.backbone.forest import Forest, ProbeReads
-from probescore_server.backbone.kv_cache import KeyValueCache
-from probescore_server.backbone.tokenizer import TextEncoder
+from probescore_server.backbone.base import Activations
+from probescore_server.backbone.forest import Forest
+from probescore_server.backbone.taps import layers_needed
 from probescore_server.engine.activation_reading import BatchActivations, joined
 from probescore_server.engine.batches import batches, read_tokens
-from probescore_server.engine.device_memory import DeviceMemory
-from probescore_server.engine.loading import load_parts
-from probescore_server.errors import LimitExceeded
-from probescore_server.probes.format.manifest import Manifest
+from probescore_server.engine.fair_lock import FairLock
+from probescore_server.engine.loading import LoadedParts, load_parts
+from probescore_server.engine.served_probes import ServedProbes, describe_probes
+from probescore_server.errors import LimitExceeded, ModelRefused, ProbeRefused, ProbeTooDeep
 from probescore_server.probes.format.probe_file import ProbeFile
-from probescore_server.probes.loading.compatibility import is_accepted
+from probescore_server.probes.loading.compatibility import check_fits, is_accepted, read_probe_files
 from probescore_server.probes.loading.golden_check import check_golden, golden_rollouts
-from probescore_server.probes.loading.loader import LoadedProbe, limited_to_tried_calls, needs_trial
+from probescore_server.probes.loading.loader import limited_to_tried_calls, load_probes, needs_trial
 from probescore_server.probes.scoring.batch_scorer import BatchScorer
 from probescore_server.probes.scoring.cancellation import WantedRollouts
 from probescore_server.rollouts import CheckedRollout, Continuation, EngineInfo, EngineStatistics, ResolvedOptions, RolloutResult
@@ -59,6 +58,9 @@ BATCH_TOKENS = 16_384
 settings.
 """
 
+LIVE_BATCH_TOKENS = 2048
+"""Limits the tokens of one batch of golden rollouts of a probe that is added while the engine serves others. Their batches wait meanwhile.
+"""
 
 _FLOAT32_BYTES = 4
 
@@ -83,34 +85,27 @@ class Engine:
     """Engine that scores rollouts with probes on a frozen language model. Engines are made by ``Engine.load``.
 
     Several threads may use an engine; its batches run one after the other.
-
-    Attributes:
-        info: description of the loaded model, its tokenizer and its probes.
     """
 
-    def __init__(
-        self,
-        info: EngineInfo,
-        backbone: Backbone,
-        texts: TextEncoder,
-        probes: Mapping[str, LoadedProbe],
-        cache: KeyValueCache,
-        memory: DeviceMemory,
-    ) -> None:
-        self.info = info
-        self._backbone = backbone
-        self._texts = texts
-        self._probes = dict(probes)
-        self._cache = cache
-        self._memory = memory
-        self._reads = {key: _reads(probe.manifest) for key, probe in probes.items()}
-        self._running = threading.Lock()
+    def __init__(self, parts: LoadedParts) -> None:
+        self._backbone = parts.backbone
+        self._reader = parts.reader
+        self._texts = parts.texts
+        self._served = parts.probes
+        self._cache = parts.cache
+        self._memory = parts.memory
+        self._running = FairLock()
+
+    @property
+    def info(self) -> EngineInfo:
+        """Returns the description of the loaded model, its tokenizer and its probes."""
+        return self._served.info
 
     @classmethod
     def load(
         cls,
         model: str,
-        probes: Sequence[str | Path] = (),
+        probes: Sequence[str | Path | ProbeFile] = (),
         *,
         taps: Sequence[str | Tap] | str = (),
         revision: str = "",
@@ -120,13 +115,14 @@ class Engine:
         accept_mismatch: Collection[str] = (),
         trust_remote_code: bool = False,
         max_kv_cache_bytes: int = MAX_KV_CACHE_BYTES,
+        min_layers: int = 0,
         report: Callable[[str], None] = _ignore,
     ) -> Engine:
         """Loads a model, as deep as probes and named taps need, and makes all checks that are possible before the first request.
 
         Args:
             model: a directory, or the id of a model on the Hugging Face hub.
-            probes: paths of probe files.
+            probes: paths of probe files, or probe files that are read already.
             taps: where ``activations`` may read, in addition to where the probes read: names of taps, or patterns of names such as
                 ``resid_post.*``.
             revision: branch, tag or commit of a model on the hub; empty = its default branch.
@@ -139,6 +135,7 @@ class Engine:
                 run on this model is refused in any case.
             trust_remote_code: whether the model may bring its own Python code, which is then run.
             max_kv_cache_bytes: bytes of keys and values to keep on the device for later prompts with the same beginning; 0 = none.
+            min_layers: number of blocks to load at least, also if probes and taps need fewer.
             report: function that is called with a line of text for people as each step of loading begins.
 
         Raises:
@@ -157,12 +154,13 @@ class Engine:
             accept_mismatch=accept_mismatch,
             trust_remote_code=trust_remote_code,
             max_kv_cache_bytes=max_kv_cache_bytes,
+            min_layers=min_layers,
             report=report,
         )
-        engine = cls(loaded.info, loaded.backbone, loaded.texts, loaded.probes, loaded.cache, loaded.memory)
+        engine = cls(loaded)
         report("recomputing golden scores")
-        engine._check_golden(loaded.files, accept_mismatch)
-        engine._try_graphs(loaded.files)
+        engine._served = engine._proven(loaded.probes, loaded.files, loaded.files, accept_mismatch, BATCH_TOKENS, math.inf)
+        engine._memory.adopt(engine._served.loaded.values())
         loaded.cache.clear()
         report("ready")
         return engine
@@ -184,7 +182,8 @@ class Engine:
 
         Args:
             groups: rollout groups, each a prompt and its completions, as token ids or as text.
-            probes: probes to score with, each as ``name`` or ``name@version``; empty = every loaded probe.
+            probes: probes to score with, each as ``name@version``, or as ``name`` for its highest version; empty = the highest version of
+                each name.
             reductions: reductions from the scores of the tokens to one number each, such as ``mean``; empty = each probe's default.
             token_scores: the probes whose scores per token are returned too, or ``"all"``.
             scope: which tokens are scored: ``completion``, ``prompt`` or ``all``.
@@ -331,7 +330,52 @@ class Engine:
         Returns:
             One result for each rollout; ``None`` for a rollout that was cancelled.
         """
-        return self._score(rollouts, self._probes, is_cancelled)
+        return self._score(rollouts, self._served, is_cancelled)
+
+    def prepare_probes(
+        self, files: Sequence[ProbeFile], *, accept_mismatch: Collection[str] = (), max_batch_seconds: float = math.inf
+    ) -> tuple[ServedProbes, list[ProbeRefused]]:
+        """Makes another set of probes ready beside the one that is served, with every check of ``load``, and changes nothing yet.
+
+        Probes that are served already are taken as they are. A new file that fails a check is left out. Another thread may score
+        meanwhile: it waits for a batch of golden rollouts of at most ``LIVE_BATCH_TOKENS`` tokens at a time.
+
+        Args:
+            files: all probes of the new set.
+            accept_mismatch: as of ``load``.
+            max_batch_seconds: the longest that one batch of golden rollouts may take.
+
+        Returns:
+            The new set, for ``adopt_probes``, and the refusal of each file that is left out. A ``ProbeTooDeep`` among them says that the
+            file needs blocks that are not loaded.
+
+        Raises:
+            ProbeRefused: a probe that is served already cannot be loaded again.
+        """
+        refusals: list[ProbeRefused] = []
+        # What is served goes before another file of its name and version; and by its key, since the path may be that of a newer file.
+        served = [replace(file, file=f"the {file.manifest.key} that is served") for file in files if self.serves(file)]
+        new = [file for file in files if not self.serves(file)]
+        while True:
+            try:
+                return self._prepared([*served, *new], accept_mismatch, max_batch_seconds), refusals
+            except ProbeRefused as refusal:
+                left = [file for file in new if file.file != refusal.file]
+                if len(left) == len(new):
+                    raise
+                refusals.append(refusal)
+                new = left
+
+    def serves(self, file: ProbeFile) -> bool:
+        """Returns whether the engine serves the probe of a file, with exactly the file's content."""
+        return self._served.has(file.manifest)
+
+    def adopt_probes(self, probes: ServedProbes) -> None:
+        """Serves another set of probes from the next batch on. The memory of the probes that are not in it is freed."""
+        with self._running:
+            self._check_awake()
+            self._memory.adopt(probes.loaded.values())
+            self._served = probes
 
     def read_rollouts(
         self,
@@ -362,6 +406,10 @@ class Engine:
                 remedy = "allow more, ask for fewer taps, or for pools in place of tokens"
                 raise LimitExceeded(field, most, "bytes of activations", "max_batch_bytes", max_batch_bytes, remedy, "TOO_LONG")
         return self._read(rollouts, places, reads, max_batch_bytes // row_bytes, is_cancelled)
+
+    def trim(self) -> None:
+        """Returns memory that is free, such as that of probes that are not served any more, to the device and the operating system."""
+        self._memory.trim()
 
     def free_memory(self) -> None:
         """Frees the memory that only makes later batches faster: the key-value cache and the unused memory that allocators keep."""
@@ -399,13 +447,13 @@ class Engine:
             return self._memory.wake()
 
     def _score(
-        self, rollouts: Sequence[CheckedRollout], probes: Mapping[str, LoadedProbe], is_cancelled: Callable[[int], bool]
+        self, rollouts: Sequence[CheckedRollout], probes: ServedProbes, is_cancelled: Callable[[int], bool]
     ) -> list[RolloutResult | None]:
-        forest = Forest.build(rollouts, self._reads)
+        forest = Forest.build(rollouts, probes.reads)
         wanted = WantedRollouts(is_cancelled)
-        taps = {tap for key in _requested(rollouts) for tap in probes[key].manifest.taps}
+        taps = {tap for key in _requested(rollouts) for tap in probes.loaded[key].manifest.taps}
         with self._run(rollouts, forest, sorted(taps, key=str), wanted) as (activations, live):
-            scorer = BatchScorer(self.info, probes, self._texts.special_ids, rollouts, forest, activations, wanted)
+            scorer = BatchScorer(probes.info, probes.loaded, self._texts.special_ids, rollouts, forest, activations, wanted)
             scores = scorer.score(live)
         return [
             RolloutResult(self._with_texts(scores[index], rollout), forest.usage(index), scorer.refused_by.get(index, ""))
@@ -460,8 +508,7 @@ class Engine:
             return not wanted.any(forest.segments[segment].rollouts)
 
         with self._running:
-            if self._memory.asleep:
-                raise RuntimeError("the engine sleeps: call wake first")
+            self._check_awake()
             activations = self._backbone.forward(forest, taps, skip=unwanted, cache=self._cache)
             yield activations, [index for index in range(len(rollouts)) if index not in wanted.cancelled]
 
@@ -478,60 +525,124 @@ class Engine:
             follow_ups=tuple(self._completion_texts(*follow_up) for follow_up in follow_ups),
         )
 
-    def _check_golden(self, files: Sequence[ProbeFile], accept_mismatch: Collection[str]) -> None:
+    # ------------------------------------------------------------------------------------------------------------------- proving probes
+
+    def _prepared(self, files: Sequence[ProbeFile], accept_mismatch: Collection[str], max_batch_seconds: float) -> ServedProbes:
+        """Loads and proves a set of probes; raises ``ProbeRefused`` for the first file that fails a check."""
+        files = read_probe_files(files)
+        served = self._served
+        new = [file for file in files if file.manifest.key not in served.loaded]
+        accepted = {file.manifest.key: self._check_fits(file, accept_mismatch) for file in new}
+        loaded = load_probes(files, torch.device(self.info.device), served.loaded)
+        known = {probe.key: probe for probe in served.info.probes}
+        probes = ServedProbes.of(describe_probes(served.info, files, accepted, known), loaded)
+        again = [file for file in files if loaded[file.manifest.key] is not served.loaded.get(file.manifest.key)]
+        return self._proven(probes, new, again, accept_mismatch, LIVE_BATCH_TOKENS, max_batch_seconds)
+
+    def _check_fits(self, file: ProbeFile, accept_mismatch: Collection[str]) -> tuple[str, ...]:
+        """Checks a file against the loaded model, and makes sure that the probe's taps can be read; returns the accepted mismatches."""
+        model = self.info.model
+        accepted = check_fits(
+            file,
+            model,
+            self.info.tokenizer_fingerprint,
+            accept_mismatch,
+            bos_token_id=self._texts.bos_token_id,
+            further_special_ids=self._texts.further_special_ids,
+        )
+        if (needed := layers_needed(file.manifest.taps, model.num_hidden_layers)) > model.num_loaded_layers:
+            raise ProbeTooDeep(file.file, needed, model.num_loaded_layers)
+        with self._running:
+            self._check_awake()
+            try:
+                self._reader.add(file.manifest.taps)
+            except ModelRefused as refusal:
+                raise ProbeRefused(file.file, "inputs", str(refusal), "taps that can be read of this model") from None
+        return accepted
+
+    def _proven(
+        self,
+        probes: ServedProbes,
+        new: Sequence[ProbeFile],
+        changed: Sequence[ProbeFile],
+        accept_mismatch: Collection[str],
+        batch_tokens: int,
+        max_batch_seconds: float,
+    ) -> ServedProbes:
+        """Recomputes golden scores, and tries graphs on random sequences; returns the set with what was found.
+
+        Args:
+            probes: the set.
+            new: the files whose golden scores are recomputed.
+            changed: the files whose graphs are tried unless they need no trial.
+            accept_mismatch: names of the probes whose mismatches the operator accepts.
+            batch_tokens: limit on the tokens of one batch of golden rollouts.
+            max_batch_seconds: the longest that such a batch may take.
+
+        Raises:
+            ProbeRefused: the first file that fails a check.
+        """
+        probes = self._check_golden(probes, new, accept_mismatch, batch_tokens, max_batch_seconds)
+        for file in changed:
+            key = file.manifest.key
+            if needs_trial(file, probes.loaded[key]):
+                probes = probes.with_loaded({key: limited_to_tried_calls(file, probes.loaded[key], self._golden_activations(file, probes))})
+        return probes
+
+    def _check_golden(
+        self, probes: ServedProbes, files: Sequence[ProbeFile], accept_mismatch: Collection[str], batch_tokens: int, max_seconds: float
+    ) -> ServedProbes:
         """Compares each probe's scores of its golden rollouts (examples in its file) with the expected scores in the file. A mismatch is
-        refused, or noted if ``accept_mismatch`` names the probe.
+        refused, or noted in the set that is returned if ``accept_mismatch`` names the probe.
 
         Probes of one author often have the same golden rollouts, so the rollouts of all files are scored together and each is run once.
         """
-        by_file = [golden_rollouts(file, self.info) for file in files]
+        by_file = [golden_rollouts(file, probes.info) for file in files]
         # golden scores are in the unit of the graph's output, before any sigmoid
-        probes = {key: replace(probe, as_probability=False) for key, probe in self._probes.items()}
-        together = batches([rollout for rollouts in by_file for rollout in rollouts], BATCH_TOKENS)
-        found = (result.scores for batch in together for result in self._score(batch, probes, _never) if result is not None)
+        raw = probes.with_loaded({file.manifest.key: replace(probes.loaded[file.manifest.key], as_probability=False) for file in files})
+        together = batches([rollout for rollouts in by_file for rollout in rollouts], batch_tokens)
+        found = (result for batch in together for result in self._score(batch, raw, _after(max_seconds)))
         for file, rollouts in zip(files, by_file, strict=True):
-            refusal = check_golden(file, list(islice(found, len(rollouts))), self.info.dtype)
+            results = [result.scores for result in islice(found, len(rollouts)) if result is not None]
+            if len(results) < len(rollouts):
+                raise ProbeRefused(
+                    file.file, "golden", f"golden scores that take longer than {max_seconds:g} s to recompute", "a faster probe"
+                )
+            refusal = check_golden(file, results, probes.info.dtype)
             if refusal is None:
                 continue
             if not is_accepted(file.manifest, accept_mismatch):
                 raise refusal
-            self._note_mismatch(file.manifest, refusal.field)
+            probes = probes.with_accepted(file.manifest, refusal.field)
+        return probes
 
-    def _try_graphs(self, files: Sequence[ProbeFile]) -> None:
-        """Tests each probe's ONNX graph that may depend on its input's size, on random activations similar to those of the probe's golden
-        rollouts (examples in its file) and at far larger sizes.
-        """
-        for file in files:
-            key = file.manifest.key
-            if needs_trial(file, self._probes[key]):
-                self._probes[key] = limited_to_tried_calls(file, self._probes[key], self._golden_activations(file))
-
-    def _golden_activations(self, file: ProbeFile) -> dict[Tap, NDArray[np.float32]]:
+    def _golden_activations(self, file: ProbeFile, probes: ServedProbes) -> dict[Tap, NDArray[np.float32]]:
         """Returns the activations of a few of a probe's golden rollouts (examples in its file): a dictionary, keyed by tap (place in the
         model), of finite rows ``(N, hidden_size)`` float32. Row n belongs to the same token at every tap.
         """
-        rollouts = next(batches(golden_rollouts(file, self.info)[:_TRIED_CASES], BATCH_TOKENS))
+        rollouts = next(batches(golden_rollouts(file, probes.info)[:_TRIED_CASES], BATCH_TOKENS))
         with self._running:
+            self._check_awake()
             rows = self._backbone.forward(
-                Forest.build(rollouts, self._reads), file.manifest.taps, skip=lambda _: False, cache=self._cache
+                Forest.build(rollouts, probes.reads), file.manifest.taps, skip=lambda _: False, cache=self._cache
             ).rows
         finite = torch.stack([torch.isfinite(each).all(dim=1) for each in rows.values()]).all(dim=0)
         return {tap: each[finite].cpu().numpy() for tap, each in rows.items()}
 
-    def _note_mismatch(self, manifest: Manifest, field: str) -> None:
-        self.info = replace(
-            self.info,
-            probes=tuple(
-                replace(probe, accepted_mismatches=(*probe.accepted_mismatches, field))
-                if (probe.name, probe.version) == (manifest.name, manifest.version)
-                else probe
-                for probe in self.info.probes
-            ),
-        )
+    def _check_awake(self) -> None:
+        if self._memory.asleep:
+            raise RuntimeError("the engine sleeps: call wake first")
 
 
-def _reads(manifest: Manifest) -> ProbeReads:
-    return ProbeReads(manifest.context.sees_prompt, () if manifest.follow_up is None else manifest.follow_up.token_ids)
+def _after(seconds: float) -> Callable[[int], bool]:
+    """Returns a function that cancels a batch's rollouts after some seconds, counted from the batch's first step."""
+    end: list[float] = []
+
+    def is_cancelled(_: int) -> bool:
+        end[:] = end or [time.monotonic() + seconds]
+        return time.monotonic() > end[0]
+
+    return is_cancelled
 
 
 def _shifted(is_cancelled: Callable[[int], bool], by: int) -> Callable[[int], bool]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,11 +21,12 @@ from probescore_server.backbone.selection import choose_backbone
 from probescore_server.backbone.taps import TapReader, layers_needed
 from probescore_server.backbone.tokenizer import TextEncoder
 from probescore_server.engine.device_memory import DeviceMemory
+from probescore_server.engine.served_probes import ServedProbes, describe_probes
 from probescore_server.errors import ModelRefused
 from probescore_server.probes.format.fingerprints import model_fingerprint
 from probescore_server.probes.format.probe_file import ProbeFile
-from probescore_server.probes.loading.compatibility import check_accepted_names, check_fits, probe_info, read_probe_files
-from probescore_server.probes.loading.loader import LoadedProbe, load_probes
+from probescore_server.probes.loading.compatibility import check_accepted_names, check_fits, read_probe_files
+from probescore_server.probes.loading.loader import load_probes
 from probescore_server.rollouts import EngineInfo
 
 
@@ -34,19 +35,19 @@ class LoadedParts:
     """Value object with the parts of an engine (a frozen model with its probes on one device).
 
     Attributes:
-        info: description of the loaded model, its tokenizer and its probes.
         backbone: the model, cut after the deepest block that a probe reads.
         texts: the model's tokenizer.
-        probes: a dictionary, keyed by ``name@version``, of the loaded probes.
-        files: the probe files, in the order in which they were given.
+        reader: the reader of the model's activations, which further taps can be added to.
+        probes: the loaded probes, with the description of the model.
+        files: the probe files, sorted by name, then version.
         cache: an empty cache for keys and values.
         memory: the owner of the device memory of all these parts.
     """
 
-    info: EngineInfo
     backbone: Backbone
+    reader: TapReader
     texts: TextEncoder
-    probes: Mapping[str, LoadedProbe]
+    probes: ServedProbes
     files: Sequence[ProbeFile]
     cache: KeyValueCache
     memory: DeviceMemory
@@ -54,7 +55,7 @@ class LoadedParts:
 
 def load_parts(
     model: str,
-    probes: Sequence[str | Path],
+    probes: Sequence[str | Path | ProbeFile],
     *,
     taps: Sequence[str | Tap] | str,
     revision: str,
@@ -64,6 +65,7 @@ def load_parts(
     accept_mismatch: Collection[str],
     trust_remote_code: bool,
     max_kv_cache_bytes: int,
+    min_layers: int,
     report: Callable[[str], None],
 ) -> LoadedParts:
     """Loads a model, only as deep as its probes and the named taps are, and the probe files into the parts of an engine.
@@ -98,12 +100,12 @@ def load_parts(
         for file in files
     }
 
-    needed = layers_needed(read, described.num_hidden_layers)
+    needed = max(min_layers, layers_needed(read, described.num_hidden_layers))
     report(f"loading {needed} of {described.num_hidden_layers} blocks in {dtype}")
     decoder = load_decoder(
         directory, num_layers=needed, dtype=dtype, device=device, device_map=device_map, trust_remote_code=trust_remote_code
     )
-    content = model_files.digest(decoder)
+    content = model_files.digest(decoder, min_layers)
     model_files.check_unchanged()
     report("testing the forward pass")
     reader = TapReader(decoder, read)
@@ -112,27 +114,21 @@ def load_parts(
     loaded = load_probes(files, decoder.device)
     info = EngineInfo(
         model=replace(described, num_loaded_layers=len(decoder.blocks)),
-        content=content,
+        content=content[len(decoder.blocks)],
+        shallower=content,
         tokenizer_fingerprint=fingerprint,
         bos_token_id=texts.bos_token_id,
-        probes=tuple(probe_info(file.manifest, accepted[file.manifest.key]) for file in files),
+        probes=(),
         device=str(decoder.device),
         dtype=dtype,
         execution_path=backbone.name,
         max_unchanged_positions=max_unchanged_positions(decoder.config),
-        expects_bos={file.manifest.key: file.manifest.expects_bos for file in files},
-        max_follow_up_tokens={
-            file.manifest.key: len(file.manifest.follow_up.token_ids) for file in files if file.manifest.follow_up is not None
-        },
-        excluding_special_tokens=frozenset(file.manifest.key for file in files if file.manifest.exclude_special_tokens),
-        pools_with_prompt=frozenset(
-            file.manifest.key for file in files if file.manifest.context.kind == "rollout" and file.manifest.context.sees_prompt
-        ),
         placeholders=placeholder_tokens(config, tokenizer),
-        taps=tuple(tap for tap in all_taps(num_hidden_layers) if tap in set(read)),
+        taps=named,
     )
+    served = ServedProbes.of(describe_probes(info, files, accepted, {}), loaded)
     cache = KeyValueCache(max_kv_cache_bytes)
-    return LoadedParts(info, backbone, texts, loaded, files, cache, DeviceMemory.of(decoder, loaded.values(), cache))
+    return LoadedParts(backbone, reader, texts, served, files, cache, DeviceMemory.of(decoder, loaded.values(), cache))
 
 
 def _describe(model: str, directory: Path, revision: str, config: PreTrainedConfig) -> ModelInfo:

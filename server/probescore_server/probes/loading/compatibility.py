@@ -12,6 +12,7 @@ from probescore.types import Calibration, ModelInfo, ProbeInfo
 from probescore_server.errors import ProbeRefused
 from probescore_server.probes.format.manifest import Manifest
 from probescore_server.probes.format.probe_file import ProbeFile, check_against_model, read_probe_file
+from probescore_server.validation.options import version_order
 
 logger = structlog.get_logger(__name__)
 
@@ -19,8 +20,8 @@ _ACCEPTABLE = frozenset({"model.fingerprint", "model.num_hidden_layers", "tokeni
 _SHOWN_IDS = 8
 
 
-def read_probe_files(paths: Sequence[str | Path]) -> list[ProbeFile]:
-    """Reads several probe files; a probe that occurs twice is kept once.
+def read_probe_files(files: Sequence[str | Path | ProbeFile]) -> list[ProbeFile]:
+    """Reads several probe files, unless they are read already; a probe that occurs twice is kept once.
 
     Returns:
         The probes, sorted by name, then version.
@@ -29,17 +30,17 @@ def read_probe_files(paths: Sequence[str | Path]) -> list[ProbeFile]:
         ProbeRefused: a file fails a check by itself, or two files have the same name and version but different content.
     """
     probes: dict[str, ProbeFile] = {}
-    for path in paths:
-        probe = read_probe_file(path)
+    for file in files:
+        probe = file if isinstance(file, ProbeFile) else read_probe_file(file)
         first = probes.setdefault(probe.manifest.key, probe)
         if _digests(first) != _digests(probe):
-            raise ProbeRefused(
-                probe.file,
-                "version",
-                f"{probe.manifest.key} with other content than in {first.file}",
-                "a version of its own for each content",
-            )
-    return [probes[key] for key in sorted(probes, key=lambda key: (probes[key].manifest.name, key))]
+            raise other_content(probe.file, probe.manifest.key, first.file)
+    return sorted(probes.values(), key=lambda probe: (probe.manifest.name, version_order(probe.manifest.version)))
+
+
+def other_content(file: str, key: str, first: str) -> ProbeRefused:
+    """Returns the refusal of a file with a probe whose name and version, ``key``, mean other content already, which ``first`` names."""
+    return ProbeRefused(file, "version", f"{key} with other content than in {first}", "a version of its own for each content")
 
 
 def is_accepted(manifest: Manifest, accept_mismatch: Collection[str]) -> bool:
