@@ -38,11 +38,13 @@ _SAYS = {
     "learning": "AUROC by the number of groups fitted on",
     "calibration": "Share of positives by served probability",
 }
+_WIDE = 5.6
+"""Width in inches of a figure that has a row for itself: as narrow as a telephone can show legibly."""
 _SERIES = (_POSITIVE, _NEGATIVE, _THIRD, _FOURTH)
 _STYLE: Any = {  # matplotlib types its settings by name
     "svg.fonttype": "none",
     "svg.hashsalt": "probescore",
-    "font.size": 9,
+    "font.size": 9.5,
     "text.color": _INK,
     "axes.labelcolor": _SOFT,
     "axes.edgecolor": _SOFT,
@@ -60,7 +62,7 @@ _STYLE: Any = {  # matplotlib types its settings by name
 def layers(curves: Mapping[str, Sequence[CurvePoint]], chosen: CurvePoint) -> str:
     """Draws the AUROC at each tap with one standard error, as a line for each kind of probe and pooling."""
     with mpl.rc_context(_STYLE):
-        figure, axes = _new(7.2, 3.0)
+        figure, axes = _new(_WIDE, 2.8)
         names = list(dict.fromkeys(point.tap for points in curves.values() for point in points))
         series = [(kind, pool) for kind, points in curves.items() for pool in dict.fromkeys(point.pool for point in points)]
         for number, (kind, pool) in enumerate(series):
@@ -122,7 +124,7 @@ def estimates(found: Mapping[str, Estimate], name: str, highlighted: Sequence[st
     """Draws several AUROCs, one on each line, with their intervals and a mark at chance level."""
     with mpl.rc_context(_STYLE):
         known = {title: estimate for title, estimate in found.items() if not np.isnan(estimate.value)}
-        figure, axes = _new(7.2, 0.7 + 0.27 * max(1, len(known)))
+        figure, axes = _new(_WIDE, 0.7 + 0.27 * max(1, len(known)))
         for row, (title, estimate) in enumerate(known.items()):
             colour = _POSITIVE if title in highlighted else _NEGATIVE
             axes.plot([estimate.low, estimate.high], [row, row], color=colour, linewidth=2.4, alpha=0.5, solid_capstyle="butt")
