@@ -92,6 +92,16 @@ class Study:
         return read(form, lines, self.directory, self._folder)
 
     @cached_property
+    def known(self) -> NDArray[np.bool_]:
+        """Whether the model finds the true answer to the statement's prompt likelier than the false one, ``(statements,)``."""
+        surprise = self.read().surprise
+        by_prompt: dict[tuple[str, str], dict[bool, float]] = {}
+        keys = [(line["slice"], line["prompt"]) for line in self.lines]
+        for key, false, value in zip(keys, self.false, surprise, strict=True):
+            by_prompt.setdefault(key, {})[bool(false)] = value
+        return np.array([by_prompt[key][True] > by_prompt[key][False] for key in keys])
+
+    @cached_property
     def ids(self) -> list[NDArray[np.int32]]:
         tokenizer = AutoTokenizer.from_pretrained(self.directory)
         return [np.array(tokenizer(line["completion"], add_special_tokens=False).input_ids, np.int32) for line in self.lines]
@@ -142,12 +152,8 @@ def knowledge(study: Study) -> Iterator[Row]:
     """How often the model finds the true answer of two the likelier one."""
     said = {"capitals": .97, "elements": .93, "antonyms": .94, "cities": .91, "languages": .86, "continents": .81, "currencies": .75,
             "arithmetic": .57, "comparison": .43}  # fmt: skip
-    surprise = study.read().surprise
     for topic, share in said.items():
-        by_prompt: dict[str, dict[bool, float]] = {}
-        for index in study.of(topic):
-            by_prompt.setdefault(study.lines[index]["prompt"], {})[bool(study.false[index])] = surprise[index]
-        yield Row(topic, (share, share), (float(np.mean([each[True] > each[False] for each in by_prompt.values()])),))
+        yield Row(topic, (share, share), (float(study.known[study.of(topic)].mean()),))
 
 
 def words(study: Study) -> Iterator[Row]:
@@ -189,6 +195,10 @@ def layers(study: Study) -> Iterator[Row]:
     curves = {pool: [study.held_out(found.at(tap, pool), study.factual) for tap in found.taps] for pool in ("mean", "last")}
     mean = curves["mean"]
     yield Row("`mean`, blocks 9–19: least and most", (0.94, 0.96), (min(mean[9:20]), max(mean[9:20])))
+    known = study.factual[study.known[study.factual]]
+    yield Row("`mean`, block 14, only facts that the model knows", None, (study.held_out(found.at(BLOCK), known),))
+    for topic in FACTUAL:
+        yield Row(f"`mean`, block 14, fitted and held out on {topic}", None, (study.held_out(found.at(BLOCK), study.of(topic)),))
     for block in range(0, 30, 3):
         yield Row(f"block {block}: `mean`, `last`", None, (mean[block], curves["last"][block]))
     yield Row("block 29: `mean`, `last`", None, (mean[29], curves["last"][29]))

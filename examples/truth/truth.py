@@ -99,7 +99,7 @@ def main() -> None:
         f"probes calibrate {folder}/probes/untrue.onnx {folder}/calibration.jsonl --model {folder}/model --false-positive-rate 0.05 "
         f"-o {folder}/untrue-2.onnx --version 2"
     )
-    demo.run(f"probes verify {folder}/probes/untrue.onnx {folder}/untrue-2.onnx --model {folder}/model")
+    demo.run(f"probes verify {folder}/untrue-2.onnx --model {folder}/model")
     with demo.running(f"serve --model {folder}/model --probes {folder}/probes --admin", folder / "server.log"):
         demo.run("info --wait 120")
         demo.run('score " Berlin." --prompt "The capital of France is"')
