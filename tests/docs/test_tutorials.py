@@ -61,7 +61,7 @@ def test_the_first_reward(first_reward: dict[str, str], clone: Clone) -> None:
 @pytest.mark.parametrize("page", sorted(TUTORIALS.glob("*.md")), ids=lambda page: page.stem)
 def test_a_file_that_a_page_shows_is_the_one_in_the_clone(page: Path) -> None:
     files = [block for block in blocks_of(page) if block.language == "python"]
-    assert files
+    assert files or page.stem == "first-probe"  # a page of commands alone
     for file in files:
         assert (REPOSITORY / file.title).read_text() == file.text, f"{page.name}, line {file.line}: not {file.title}"
 
