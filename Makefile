@@ -13,7 +13,7 @@ TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test unit lint format types imports docs proto proto-check baseline test-client-versions test-trainers test-trainers-newest test-deploy \
-  sweep parity parity-trained mutants schema bench \
+  sweep fit-study parity parity-trained mutants schema bench \
   bench-full clean
 
 help: ## Show this list
@@ -138,6 +138,9 @@ docs: $(INSTALLED) ## The documentation's site, into build/site; broken links an
 
 sweep: $(INSTALLED) ## Random probe graphs until 500 are accepted: none may score a rollout otherwise in other company (half an hour)
 	$(TEST_ENV) $(BIN)/python -m pytest -m sweep -q
+
+fit-study: $(INSTALLED) ## How often the intervals of a fit hold where the truth is known (ten minutes)
+	$(TEST_ENV) PYTHONPATH=tests:tests/fitting $(BIN)/python tests/fitting/coverage_study.py
 
 parity: $(INSTALLED) ## Every family of models beside plain Hugging Face, and each setting of their configs; writes the table in docs/reference/parity.md
 	$(TEST_ENV) PYTHONPATH=tests:tests/e2e $(BIN)/python tests/e2e/parity_table.py
