@@ -152,6 +152,9 @@ sweep: $(INSTALLED) ## Random probe graphs until 500 are accepted: none may scor
 swaps: $(INSTALLED) ## A hundred swaps of probes while nine clients score, pinned and following: no failed call, no mixed answer, memory as before (some minutes)
 	PROBESCORE_SWAPS=100 $(TEST_ENV) $(BIN)/python -m pytest tests/e2e/test_swaps.py -q -rP -o timeout=1800
 
+fit-study: $(INSTALLED) ## How often the intervals of a fit hold where the truth is known (ten minutes)
+	$(TEST_ENV) PYTHONPATH=tests:tests/fitting $(BIN)/python tests/fitting/coverage_study.py
+
 parity: $(INSTALLED) ## Every family of models beside plain Hugging Face, and each setting of their configs; writes the table in docs/reference/parity.md
 	$(TEST_ENV) PYTHONPATH=tests:tests/e2e $(BIN)/python tests/e2e/parity_table.py
 

@@ -158,7 +158,8 @@ def _remedy(bound: float, dtype: str, nearest: str | None, apart: dict[str | Non
 
 def _apart(served: NDArray[np.float64], fitted: NDArray[np.float64]) -> NDArray[np.float64]:
     """Returns |fitted − served| in standard deviations of the fitted scores; infinite where a rollout has no served score."""
-    return np.nan_to_num(np.abs(served - fitted) / fitted.std(), nan=np.inf)
+    apart: NDArray[np.float64] = np.abs(served - fitted) / fitted.std()
+    return np.where(np.isnan(apart), np.inf, apart)
 
 
 def _served(engine: Engine, checked: CheckedRollouts, manifest: Manifest, reduction: str | None) -> NDArray[np.float64]:

@@ -19,6 +19,7 @@ SINK = 10.0
 LOST_AUROC = 0.1
 KNOWS = 0.6
 GAP = 0.1
+ROUNDED = 0.05
 SHUFFLED = 0.05
 
 
@@ -63,6 +64,7 @@ class Evidence:
         tokenizer_adds_bos: whether a server puts BOS before a text prompt by default.
         conditions: results on unaltered rollouts, then on each alteration of them.
         paired_accuracy, pairs: how often the model itself tells two completions of one prompt apart, and of how many pairs.
+        batch_rounding: p99 of the differences between scores of the same rollouts in other batches, in standard deviations.
         layer, layers: index of the chosen tap among those that were tried, and their number.
     """
 
@@ -92,6 +94,7 @@ class Evidence:
     pairs: int
     layer: int
     layers: int
+    batch_rounding: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -315,6 +318,16 @@ def _moved_by_changes(evidence: Evidence) -> Iterator[Warning]:
             )
 
 
+def _moved_by_rounding(evidence: Evidence) -> Iterator[Warning]:
+    if evidence.batch_rounding > ROUNDED:
+        yield Warning(
+            10,
+            "Moved by what else is in a batch",
+            f"1 rollout of 100 moves by {evidence.batch_rounding:.2f} σ or more if it is served alone, by rounding in this dtype. "
+            "Decisions that near to the threshold are chance; serve in float32, or longer completions.",
+        )
+
+
 def _model_does_not_know(evidence: Evidence) -> Iterator[Warning]:
     if evidence.pairs and evidence.paired_accuracy < KNOWS:
         yield Warning(
@@ -356,6 +369,7 @@ _RULES = (
     _attention_sink,
     _prompts_mixed,
     _moved_by_changes,
+    _moved_by_rounding,
     _model_does_not_know,
     _selection_looks_wrong,
 )

@@ -166,8 +166,12 @@ def _say(result: FitResult, output: Path, report: Path | None) -> None:
     console.print(f"[bold {colour}]{safe(result.verdict.text)}[/bold {colour}]")
     for warning in result.warnings:
         console.print(f"[yellow]![/yellow] [bold]{safe(warning.title)}[/bold] ({warning.number}): {safe(warning.text)}")
-    agreed = result.agreement
-    console.print(f"max |fitted − served| = {agreed.largest:.2g} σ over {agreed.rollouts} rollouts in {result.options.dtype}")
+    agreed, rounding = result.agreement, result.batch_rounding
+    console.print(
+        f"max |fitted − served| = {agreed.largest:.2g} σ over {agreed.rollouts} rollouts in {result.options.dtype}; served one at a time "
+        f"they move by up to {rounding.largest:.2g} σ (p99 {rounding.p99:.2g} σ)",
+        soft_wrap=True,
+    )
     console.print(
         f"wrote {output}" + ("" if report is None else f", {report} and {report.with_suffix('.json')}"), soft_wrap=True, markup=False
     )
