@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -167,8 +168,6 @@ def test_every_number_of_the_page_is_in_the_json(fitted, tmp_path):
 
 
 def test_what_rollouts_say_is_text_in_the_report(fitted, tmp_path):
-    from dataclasses import replace
-
     result, _ = fitted
     hostile = replace(result.wrong[0], tokens=("<script>alert(1)</script>",), token_scores=(0.5,), where="<b>x</b>")
     write_report(tmp_path / "report.html", replace(result, wrong=(hostile,)))
@@ -324,6 +323,31 @@ def test_what_cannot_be_read_names_its_line(changes, says):
         tokenised([LabelledRollout(**given)], engine)
 
 
+REFUSED = {
+    "the model has no such id": ({"completion": Completion([5, 100_000])}, r"^line 3: ids: id 100000 at index 1 is not in the vocabulary"),
+    "longer than the model takes": ({"completion": Completion([5] * 600)}, r"^line 3: 606 tokens with its prompt .* limit .* is 512"),
+    "a weight of nothing": ({"weight": 0.0}, r"^line 3: weight: 0; give a number from 1e-06 to 1e\+06"),
+    "a weight that hides the others": ({"weight": 1e300}, r"^line 3: weight: 1e\+300; give a number"),
+    "a weight that is none": ({"weight": float("nan")}, r"^line 3: weight: nan; give a number"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_rollout_that_cannot_be_fitted_on_is_named_by_its_line(case, tmp_path):
+    change, says = REFUSED[case]
+    rollouts = labelled(readable(60))
+    rollouts[2] = replace(rollouts[2], **change)
+    with pytest.raises(ValueError, match=says):
+        fit_probe(rollouts, tiny_model(), tmp_path / "made.onnx", options())
+
+
+def test_labels_that_contradict_each_other_are_refused_where_they_leave_nothing_to_read(tmp_path):
+    both = [replace(each, positive=side) for each in labelled(readable(60)) for side in (True, False)]
+    with pytest.raises(ValueError, match=r"label: the fitted probe gives each of \d+ training examples the score .* beside either label"):
+        fit_probe(both, tiny_model(), tmp_path / "made.onnx", options())
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_version_never_changes_and_that_is_said_before_anything_is_computed(fitted):
     _, output = fitted
     with pytest.raises(ValueError, match="holds made@1 already"):
@@ -336,6 +360,10 @@ def test_a_version_never_changes_and_that_is_said_before_anything_is_computed(fi
         ({"kind": "svm"}, "kind: 'svm'"),
         ({"pools": ("max",)}, "pool: 'max'"),
         ({"pools": ()}, "pool: none given"),
+        ({"taps": ()}, "taps: none given"),
+        ({"seed": -1}, "seed: -1"),
+        ({"name": "a b"}, "name: 'a b'; give 1 to 64 of a-z"),
+        ({"version": ""}, "version: ''; give 1 to 32"),
         ({"false_positive_rate": 1.0}, "false_positive_rate: 1"),
         ({"kind": "sae-feature"}, "sae: none given; the kind sae-feature takes a folder of SAELens"),
         ({"feature": 3}, "feature: for the kind sae-feature alone, and the kind is logistic"),

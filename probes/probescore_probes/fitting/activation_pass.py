@@ -5,7 +5,8 @@ It reads pooled activations at all taps (places in the model), and the log-proba
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -15,7 +16,9 @@ from numpy.typing import NDArray
 from probescore.types import Completion, CompletionStatus, RolloutGroup, Scope, Span
 from probescore_probes.fitting.labelled_rollouts import PASSAGE, Example
 from probescore_probes.reference import ReferenceModel
+from probescore_server.activations import CompletionActivations
 from probescore_server.engine.engine import Engine
+from probescore_server.errors import InvalidRequest
 
 FINAL_NORM = "final_norm"
 _HEAD_ROWS = 256
@@ -23,6 +26,8 @@ _HEAD_ROWS = 256
 _AGREES = 1e-2
 """Limits the difference from log-probabilities by transformers, in nats; a larger one shows that the model does more than apply its head.
 """
+
+_GROUP = re.compile(r"groups\[(\d+)\]\.(?:completions\[0\]\.?)?(.*)")
 
 Progress = Callable[[int], None]
 
@@ -89,16 +94,14 @@ def read_activations(
         progress: called after each example with the number of examples that are done.
 
     Raises:
-        ValueError: the model gives NaN or an infinity; the message names the line of the example.
+        ValueError: the engine refuses an example, or the model gives NaN or an infinity; the message names the line of the example.
     """
     width = reference.reference.hidden_size
     count = len(examples)
     pooled = {(tap, pool): np.empty((count, width), np.float32) for tap in taps for pool in pools}
     sink = {tap: np.full(count, np.nan) for tap in taps}
     head = _Head(reference, count)
-    read = engine.activations(
-        [_whole(example) for example in examples], list(dict.fromkeys([*taps, FINAL_NORM])), pool=[*pools, "tokens"], scope=Scope.ALL
-    )
+    read = _read(engine, examples, list(dict.fromkeys([*taps, FINAL_NORM])), [*pools, "tokens"], Scope.ALL)
     for index, (example, found) in enumerate(zip(examples, read, strict=True)):
         if found.status is not CompletionStatus.OK:
             raise ValueError(f"{example.where}: {found.status_message}; leave this rollout out")
@@ -140,11 +143,25 @@ def read_tokens(
 ) -> dict[str, tuple[NDArray[np.float32], ...]]:
     """Reads the activations of the tokens that each label is about, ``(tokens, hidden_size)`` an example, a dictionary keyed by tap."""
     found: dict[str, list[NDArray[np.float32]]] = {tap: [] for tap in taps}
-    for index, read in enumerate(engine.activations([_whole(example) for example in examples], list(taps), pool="tokens")):
+    for index, read in enumerate(_read(engine, examples, taps, ["tokens"])):
         for tap in taps:
             found[tap].append(read.tokens[tap][examples[index].selected])
         progress(index + 1)
     return {tap: tuple(rows) for tap, rows in found.items()}
+
+
+def _read(
+    engine: Engine, examples: Sequence[Example], taps: Sequence[str], pool: Sequence[str], scope: Scope = Scope.COMPLETION
+) -> Iterator[CompletionActivations]:
+    """Yields the activations of each example; what the engine refuses is named by the line of the example, where it counts groups."""
+    try:
+        yield from engine.activations([_whole(example) for example in examples], taps, pool=pool, scope=scope)
+    except InvalidRequest as error:
+        place = _GROUP.fullmatch(error.field)
+        if place is None:
+            raise
+        field = f"{place[2]}: " if place[2] else ""
+        raise ValueError(f"{examples[int(place[1])].where}: {field}{error.problem}") from None
 
 
 def _whole(example: Example) -> RolloutGroup:

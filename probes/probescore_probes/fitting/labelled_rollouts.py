@@ -17,6 +17,8 @@ from probescore.types import Chat, Completion, RolloutGroup, Span, Text
 from probescore_server.engine.engine import Engine
 
 TRAIN, CALIBRATION, TEST, OOD = SPLITS = ("train", "calibration", "test", "ood")
+WEIGHTS = (1e-6, 1e6)
+"""The smallest and the largest weight: beyond them, sums of weights lose the digits of the others."""
 PASSAGE = "passage"
 """Name of the span (token range) by which a request to the engine marks the labelled passage of a completion."""
 
@@ -106,12 +108,14 @@ def tokenised(rollouts: Sequence[LabelledRollout], engine: Engine) -> list[Examp
     """Tokenises labelled rollouts as an engine would, and returns their examples: one for each labelled completion or passage.
 
     Raises:
-        ValueError: an example has no token to read, a passage lies outside its completion, or labels and tokens differ in number; the
-            message names the line.
+        ValueError: a weight is out of range, an example has no token to read, a passage lies outside its completion, or labels and tokens
+            differ in number; the message names the line.
     """
     prompts: dict[tuple[object, ...], NDArray[np.int32]] = {}
     examples = []
     for rollout in rollouts:
+        if not WEIGHTS[0] <= rollout.weight <= WEIGHTS[1]:
+            raise ValueError(f"{rollout.where}: weight: {rollout.weight:.3g}; give a number from {WEIGHTS[0]:g} to {WEIGHTS[1]:g}")
         prompt_ids = _prompt_ids(rollout, engine, prompts)
         content = rollout.completion.tokens
         is_text = isinstance(content, str)

@@ -136,6 +136,7 @@ def _fit(
             seed=seed,
         )
         rollouts = _read(data, positive, special_tokens)
+        _check_positive(rollouts, positive)
         outside = [rollout for file in ood or [] for rollout in _read(file, positive, special_tokens, of=Path(file).stem)]
         if report is not None:
             check_writable(report)
@@ -158,6 +159,16 @@ def _read(file: str, positive: str | None, special_tokens: bool, of: str = "") -
     if not rollouts:
         raise ValueError(f"{file}: there are no labelled rollouts in it")
     return [replace(rollout, slice=rollout.slice or of) for rollout in rollouts]
+
+
+def _check_positive(rollouts: list[LabelledRollout], positive: str | None) -> None:
+    """Checks that some label is the one that stands for the behaviour: a misspelt one would make every rollout a negative."""
+    if positive is not None and not any(
+        rollout.positive or any(part.positive for part in rollout.passages) or True in (rollout.token_labels or ()) for rollout in rollouts
+    ):
+        raise ValueError(
+            f"--positive: {positive!r} is the label of none of {len(rollouts)} rollouts; labels are compared as text, such as true"
+        )
 
 
 def _say(result: FitResult, output: Path, report: Path | None) -> None:

@@ -66,14 +66,14 @@ def read_rollout_file(name: str, *, add_special_tokens: bool) -> list[LabelledGr
 
 
 def opened_lines(name: str) -> TextIO:
-    """Opens a file of lines of JSON, ``-`` for standard input, in UTF-8, whatever the terminal speaks.
+    """Opens a file of lines of JSON, ``-`` for standard input, in UTF-8 with or without a byte order mark, whatever the terminal speaks.
 
     Raises:
         OSError: the file cannot be read.
     """
     if name == "-":
-        return io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8", errors=UNDECODABLE)
-    return Path(name).open(encoding="utf-8", errors=UNDECODABLE)
+        return io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8-sig", errors=UNDECODABLE)
+    return Path(name).open(encoding="utf-8-sig", errors=UNDECODABLE)
 
 
 def read_rollout_lines(lines: Iterable[str], source: str, *, add_special_tokens: bool) -> Iterator[LabelledGroup]:
