@@ -3,7 +3,15 @@
 All classes here are frozen, contain numpy arrays rather than lists, and are shared by the client, the in-process ``Engine`` and the server.
 """
 
-from probescore.types.probes import Calibration, Hook, OutputPer, ProbeInfo, ScoredProbe, ScoreUnit, Tap, score_keys
+from probescore.types.calibrations import (
+    CalibratedRollouts,
+    Calibration,
+    CalibrationCondition,
+    OutsideCalibration,
+    PromptShape,
+    UnmetCondition,
+)
+from probescore.types.probes import Hook, OutputPer, ProbeInfo, ScoredProbe, ScoreUnit, Tap, score_keys
 from probescore.types.rollouts import Chat, ChatMessage, Completion, RolloutGroup, Scope, Span, Text, TokenIds
 from probescore.types.scores import (
     CompletionScores,
@@ -14,11 +22,14 @@ from probescore.types.scores import (
     ScoringInfo,
     StreamedCompletion,
     Usage,
+    with_unmet_conditions,
 )
 from probescore.types.servers import Limits, ModelInfo, ServerInfo, Transfer, WorkerInfo
 
 __all__ = [
+    "CalibratedRollouts",
     "Calibration",
+    "CalibrationCondition",
     "Chat",
     "ChatMessage",
     "Completion",
@@ -29,8 +40,10 @@ __all__ = [
     "Limits",
     "ModelInfo",
     "OutputPer",
+    "OutsideCalibration",
     "ProbeInfo",
     "ProbeScores",
+    "PromptShape",
     "RolloutGroup",
     "Scope",
     "ScoreResult",
@@ -44,7 +57,9 @@ __all__ = [
     "Text",
     "TokenIds",
     "Transfer",
+    "UnmetCondition",
     "Usage",
     "WorkerInfo",
     "score_keys",
+    "with_unmet_conditions",
 ]

@@ -1,4 +1,4 @@
-"""Defines the descriptions of probes: where a probe reads activations, what its scores are, and its calibrated thresholds."""
+"""Defines the descriptions of probes: where a probe reads activations, and what its scores are."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from probescore.reductions import Reduction
+from probescore.types.calibrations import Calibration, OutsideCalibration
 
 
 class ScoreUnit(str, Enum):
@@ -58,32 +59,6 @@ class Tap:
 
     def __str__(self) -> str:
         return self.hook if self.layer is None else f"{self.hook}.{self.layer}"
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """A threshold of a probe and the data on which the threshold was found; a rollout whose score is at or above the threshold counts as
-    flagged.
-
-    Attributes:
-        threshold: threshold for reduced scores, in the unit of the probe.
-        false_positive_rate: false-positive rate that the threshold aims at, in (0, 1).
-        false_positive_rate_low: the lower end of the 95% confidence interval of the rate at this threshold.
-        false_positive_rate_high: the upper end of that interval.
-        negatives: number of negative rollouts on which the threshold was found.
-        dataset: description of the data, in words.
-        reduction: the reduction for whose scores the threshold holds; ``None`` for a probe that scores rollouts.
-        label: the label for whose scores the threshold holds, if the probe has several labels.
-    """
-
-    threshold: float
-    false_positive_rate: float
-    false_positive_rate_low: float
-    false_positive_rate_high: float
-    negatives: int
-    dataset: str
-    reduction: Reduction | None = None
-    label: str = ""
 
 
 @dataclass(frozen=True)
@@ -147,6 +122,8 @@ class ScoredProbe:
         reading: name of the model whose activations the probe has read; ``"frozen"`` = the server's own model.
         exclude_special_tokens: whether the tokenizer's special tokens do not count; the score of a selection that has only special tokens
             is then absent.
+        outside_calibration: the completions that are unlike those on which a threshold of the probe was found, so that it is not known to
+            hold for them. Only thresholds for one of ``reductions`` are looked at, if the manifest says what they were found on.
     """
 
     name: str
@@ -161,6 +138,7 @@ class ScoredProbe:
     reading: str = "frozen"
     follow_up_tokens: int = 0
     exclude_special_tokens: bool = False
+    outside_calibration: tuple[OutsideCalibration, ...] = ()
 
     @property
     def key(self) -> str:

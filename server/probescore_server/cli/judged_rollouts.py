@@ -99,6 +99,9 @@ class JudgedRollouts:
         where: the line of each rollout in its file, for messages.
         dtype: dtype of the model that scored.
         examples: the rollouts as token ids; empty if a server tokenised them.
+        bos_token_id: id of the token that begins a sequence (BOS); ``None`` if there is none, or a server tokenised the rollouts.
+        generation_prompt_ids: the ids with which the model's chat template ends a prompt; empty without one, or if a server tokenised the
+            rollouts.
     """
 
     probes: tuple[Judged, ...]
@@ -108,6 +111,8 @@ class JudgedRollouts:
     where: tuple[str, ...]
     dtype: str
     examples: tuple[Example, ...]
+    bos_token_id: int | None = None
+    generation_prompt_ids: tuple[int, ...] = ()
 
 
 def read_held_out(data: str, splits: Sequence[str], *, positive: str | None, special_tokens: bool) -> list[LabelledRollout]:
@@ -222,6 +227,8 @@ def _judged_by_engine(
         where=where,
         dtype=engine.info.dtype,
         examples=tuple(examples),
+        bos_token_id=engine.info.bos_token_id,
+        generation_prompt_ids=engine.generation_prompt_ids(),
     )
 
 
