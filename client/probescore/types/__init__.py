@@ -11,7 +11,7 @@ from probescore.types.calibrations import (
     PromptShape,
     UnmetCondition,
 )
-from probescore.types.probes import Hook, OutputPer, ProbeInfo, ScoredProbe, ScoreUnit, Tap, score_keys
+from probescore.types.probes import Hook, OutputPer, ProbeInfo, ScoredProbe, ScoreUnit, Tap, named_probe, score_keys, version_order
 from probescore.types.rollouts import Chat, ChatMessage, Completion, RolloutGroup, Scope, Span, Text, TokenIds
 from probescore.types.scores import (
     CompletionScores,
@@ -60,6 +60,8 @@ __all__ = [
     "UnmetCondition",
     "Usage",
     "WorkerInfo",
+    "named_probe",
     "score_keys",
+    "version_order",
     "with_unmet_conditions",
 ]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -80,6 +81,7 @@ class ProbeInfo:
         calibrations: the probe's calibrated thresholds.
         accepted_mismatches: failed checks of the probe that the server's operator chose to accept, such as ``"tokenizer_fingerprint"``.
         manifest_json: the probe's manifest as JSON, without the golden vectors (token ids with expected scores).
+        retired: whether the probe's file is gone, so that the server scores with it for a while only in requests that name its version.
     """
 
     name: str
@@ -95,6 +97,7 @@ class ProbeInfo:
     calibrations: tuple[Calibration, ...]
     accepted_mismatches: tuple[str, ...]
     manifest_json: str
+    retired: bool = False
 
     @property
     def key(self) -> str:
@@ -153,3 +156,23 @@ def score_keys(probes: Sequence[ScoredProbe]) -> tuple[str, ...]:
     """
     names = Counter(probe.name for probe in probes)
     return tuple(probe.name if names[probe.name] == 1 else probe.key for probe in probes)
+
+
+def named_probe(name: str, probes: Iterable[ProbeInfo]) -> ProbeInfo | None:
+    """Returns the probe that a name means among those of a server, or ``None`` if there is none.
+
+    ``name@version`` means that version. A bare name means the highest version (``version_order``) whose file is still there.
+    """
+    probes = tuple(probes)
+    exact = next((probe for probe in probes if probe.key == name), None)
+    current = (probe for probe in probes if probe.name == name and not probe.retired)
+    return exact or max(current, key=lambda probe: version_order(probe.version), default=None)
+
+
+def version_order(version: str) -> tuple[tuple[bool, int, str], ...]:
+    """Returns a key by which versions are sorted in natural order: runs of digits compare as numbers, so that 10 comes after 9 and 1.10
+    after 1.9. A number comes after any other text in its place, and a version after its own beginning.
+    """
+    parts = re.findall(r"[0-9]+|[^0-9]+", version)
+    keys = ((True, int(part), "") if part.isdecimal() else (False, 0, part) for part in parts)
+    return (*keys, (False, -1, version))  # the text itself is last, so that 1 and 01 have an order too

@@ -308,6 +308,7 @@ class ProbeInfo(google.protobuf.message.Message):
     CALIBRATIONS_FIELD_NUMBER: builtins.int
     ACCEPTED_MISMATCHES_FIELD_NUMBER: builtins.int
     MANIFEST_JSON_FIELD_NUMBER: builtins.int
+    RETIRED_FIELD_NUMBER: builtins.int
     name: builtins.str
     """Name of the probe."""
     version: builtins.str
@@ -324,6 +325,8 @@ class ProbeInfo(google.protobuf.message.Message):
     """Whether it scores tokens or rollouts."""
     manifest_json: builtins.str
     """The whole manifest without its golden vectors, as JSON."""
+    retired: builtins.bool
+    """Whether its file is gone: it is served for a while to requests that name its version, and never meant by its bare name."""
     @property
     def taps(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Tap]:
         """Where it reads."""
@@ -360,9 +363,10 @@ class ProbeInfo(google.protobuf.message.Message):
         calibrations: collections.abc.Iterable[global___Calibration] | None = ...,
         accepted_mismatches: collections.abc.Iterable[builtins.str] | None = ...,
         manifest_json: builtins.str = ...,
+        retired: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["default_reduction", b"default_reduction"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["accepted_mismatches", b"accepted_mismatches", "calibrations", b"calibrations", "default_reduction", b"default_reduction", "description", b"description", "graph_sha256", b"graph_sha256", "labels", b"labels", "manifest_json", b"manifest_json", "manifest_sha256", b"manifest_sha256", "name", b"name", "output_per", b"output_per", "taps", b"taps", "unit", b"unit", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["accepted_mismatches", b"accepted_mismatches", "calibrations", b"calibrations", "default_reduction", b"default_reduction", "description", b"description", "graph_sha256", b"graph_sha256", "labels", b"labels", "manifest_json", b"manifest_json", "manifest_sha256", b"manifest_sha256", "name", b"name", "output_per", b"output_per", "retired", b"retired", "taps", b"taps", "unit", b"unit", "version", b"version"]) -> None: ...
 
 global___ProbeInfo = ProbeInfo
 
@@ -500,7 +504,7 @@ class ListProbesResponse(google.protobuf.message.Message):
     PROBES_FIELD_NUMBER: builtins.int
     @property
     def probes(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___ProbeInfo]:
-        """Sorted by name, then version."""
+        """Sorted by name, then version, in which numbers compare as numbers: 10 comes after 9."""
 
     def __init__(
         self,

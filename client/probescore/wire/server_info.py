@@ -88,6 +88,7 @@ def _probe_to_proto(probe: ProbeInfo) -> probes_pb2.ProbeInfo:
         ],
         accepted_mismatches=probe.accepted_mismatches,
         manifest_json=probe.manifest_json,
+        retired=probe.retired,
     )
 
 
@@ -173,6 +174,7 @@ def _probe_from_proto(message: probes_pb2.ProbeInfo, field: str) -> ProbeInfo:
         ),
         accepted_mismatches=tuple(message.accepted_mismatches),
         manifest_json=message.manifest_json,
+        retired=message.retired,
     )
 
 

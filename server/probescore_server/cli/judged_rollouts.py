@@ -13,7 +13,7 @@ import typer
 from numpy.typing import NDArray
 
 from probescore import Calibration, CompletionScores, CompletionStatus, ProbeInfo, Reduction, RolloutGroup, Text
-from probescore.types import Chat, score_keys
+from probescore.types import Chat, named_probe, score_keys
 from probescore_server.cli.common.connection import connected
 from probescore_server.cli.common.console import new_console
 from probescore_server.cli.common.failures import say
@@ -315,11 +315,11 @@ def _column_of_each(probes: Sequence[ProbeInfo], label: str) -> None:
 
 
 def _named(name: str, served: Sequence[ProbeInfo]) -> ProbeInfo:
-    found = [probe for probe in served if name in (probe.name, probe.key)]
-    if len(found) != 1:
+    found = named_probe(name, served)
+    if found is None:
         known = ", ".join(probe.key for probe in served) or "none"
-        raise ValueError(f"{name}: {'no such probe' if not found else 'several versions of it'} at the server; it has {known}")
-    return found[0]
+        raise ValueError(f"{name}: no such probe at the server; it has {known}")
+    return found
 
 
 def _differing(keys: list[str]) -> list[str]:

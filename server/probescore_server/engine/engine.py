@@ -218,16 +218,16 @@ class Engine:
             if result is not None
         ]
         usage = replace(Usage.total(result.usage for result in results), compute_seconds=time.perf_counter() - started)
-        probes = self.info.scored_probes(options)
+        scored = self.info.scored_probes(options)
         calibrations = calibrations_with_conditions(self.info, options)
         outside = OutsideRollouts.of(by_group, calibrations, options.scope, self.info.bos_token_id)
         if outside is not None:
             is_scored = [result.scores.status is CompletionStatus.OK for result in results]
-            probes = outside.noted(probes, np.where(is_scored, np.arange(len(results)), -1))
-        scores = iter(with_unmet_conditions([result.scores for result in results], probes))
+            scored = outside.noted(scored, np.where(is_scored, np.arange(len(results)), -1))
+        scores = iter(with_unmet_conditions([result.scores for result in results], scored))
         return ScoreResult(
             groups=tuple(GroupScores(tuple(islice(scores, len(group)))) for group in by_group),
-            info=ScoringInfo(self.info.model.fingerprint, self.info.tokenizer_fingerprint, probes, usage),
+            info=ScoringInfo(self.info.model.fingerprint, self.info.tokenizer_fingerprint, scored, usage),
         )
 
     def activations(
