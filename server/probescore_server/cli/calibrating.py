@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from probescore_server.cli.common.console import new_console
-from probescore_server.cli.common.failures import one_line_failures
+from probescore_server.cli.common.failures import one_line_failures, say
 from probescore_server.cli.evaluating import share
 from probescore_server.cli.judged_rollouts import (
     Column,
@@ -27,6 +27,7 @@ from probescore_server.cli.judged_rollouts import (
     read_held_out,
 )
 from probescore_server.cli.tables import safe
+from probescore_server.hub_probes import local_file
 
 if TYPE_CHECKING:
     from probescore_audit import CalibratedThreshold, Quality
@@ -84,6 +85,7 @@ def _calibrate(
         from probescore_server.probes.format.new_version import write_new_version
         from probescore_server.probes.format.probe_file import read_probe_file
 
+        probe = local_file(probe, say)
         before = read_probe_file(probe)
         _check_version(before.manifest.version, version)
         rollouts = read_held_out(data, ("calibration",), positive=positive, special_tokens=special_tokens)

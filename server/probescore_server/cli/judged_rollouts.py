@@ -20,6 +20,7 @@ from probescore_server.cli.common.failures import say
 from probescore_server.cli.common.progress import RolloutProgress
 from probescore_server.cli.labelled_lines import read_labelled_file
 from probescore_server.cli.steps import CheckSteps
+from probescore_server.hub_probes import local_file
 
 if TYPE_CHECKING:
     from probescore_probes.fitting.labelled_rollouts import Example, LabelledRollout
@@ -207,6 +208,7 @@ def _judged_by_engine(
     from probescore_server.engine.engine import Engine
     from probescore_server.probes.format.probe_file import read_probe_file
 
+    files = [local_file(file, say) for file in files]
     keys = _differing([read_probe_file(file).manifest.key for file in files])
     engine = Engine.load(model, files, revision=revision, dtype=dtype, device=device, trust_remote_code=trust_remote_code, report=report)
     served = {probe.key: probe for probe in engine.info.probes}

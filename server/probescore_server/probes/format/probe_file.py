@@ -18,13 +18,13 @@ from google.protobuf.message import DecodeError
 from pydantic import ValidationError
 
 from probescore_server.errors import ProbeRefused
-from probescore_server.files import UnreadableFile, read_regular_file, write_atomically
+from probescore_server.files import MAX_PROBE_FILE_BYTES, UnreadableFile, read_regular_file, write_atomically
 from probescore_server.probes.format.complaints import first_complaint
 from probescore_server.probes.format.graph import GraphSignature, check_graph, check_signature
 from probescore_server.probes.format.manifest import METADATA_KEY, Manifest, manifest_digest
 
-MAX_FILE_BYTES = 256 * 2**20
-"""Limits the size of a probe file, in bytes: 64 million float32 weights, such as an SAE encoder of 16,384 × 4,096."""
+MAX_FILE_BYTES = MAX_PROBE_FILE_BYTES
+"""Limits the size of a probe file, in bytes."""
 
 UNSEALED = "sha256:" + "0" * 64
 """Fills the two digest fields of a probe's manifest until ``write_probe_file`` computes the digests."""
