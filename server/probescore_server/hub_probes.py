@@ -73,7 +73,7 @@ class HubProbes:
         )
 
         try:
-            found = HfApi().repo_info(self.repository, revision=self.revision or None, files_metadata=True, timeout=_SECONDS)
+            found = HfApi().model_info(self.repository, revision=self.revision or None, files_metadata=True, timeout=_SECONDS)
         except GatedRepoError:
             raise ProbeRefused(str(self), "repository", "one that is gated", "an accepted licence, and a token of it in HF_TOKEN") from None
         except RevisionNotFoundError:
@@ -105,7 +105,7 @@ class HubProbes:
         """
         from huggingface_hub import hf_hub_download, try_to_load_from_cache
         from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
-        from huggingface_hub.utils import disable_progress_bars
+        from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined] # it is documented
 
         cached = try_to_load_from_cache(self.repository, self.file, revision=self.revision)
         if isinstance(cached, str):
