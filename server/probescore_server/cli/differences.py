@@ -23,7 +23,7 @@ HELP = """
 Show what differs between two probe files, or two folders of them, after every check that needs no model.
 
 First whether they compute the same: graphs are compared byte for byte. Then each field of the manifests that differs. Of folders, which
-versions are in one of them alone; and, for each name that both have, what differs between its highest versions.
+versions only one or the other has; and, for each name that both have, what differs between its highest versions.
 
 [bold]Exit codes[/bold]: 0 if the files could be read, whether they differ or not; 1 if one is refused.
 """
@@ -37,9 +37,9 @@ def register(probes: typer.Typer) -> None:
     probes.command("diff", help=HELP)(_diff)
 
 
-def _diff(first: ProbeSource, second: ProbeSource) -> None:
+def _diff(one: ProbeSource, other: ProbeSource) -> None:
     with one_line_failures():
-        sets = [read_probe_set(source) for source in (first, second)]
+        sets = [read_probe_set(source) for source in (one, other)]
         for found in sets:
             if not found.probes:
                 raise found.refused[0]
@@ -49,13 +49,13 @@ def _diff(first: ProbeSource, second: ProbeSource) -> None:
             return
         highest = [{probe.manifest.name: probe for probe in found.probes} for found in sets]  # sorted: the last of a name is its highest
         versions = [{probe.manifest.key: probe for probe in found.probes} for found in sets]
-        _show_versions(console, first, second, versions)
+        _show_versions(console, one, other, versions)
         for name in sorted(highest[0].keys() & highest[1].keys()):
-            one, other = highest[0][name], highest[1][name]
-            if one.manifest != other.manifest:
+            left, right = highest[0][name], highest[1][name]
+            if left.manifest != right.manifest:
                 console.print()
-                console.print(Text(f"{one.manifest.key} and {other.manifest.key}", "bold"))
-                _show_differences(console, one, other)
+                console.print(Text(f"{left.manifest.key} and {right.manifest.key}", "bold"))
+                _show_differences(console, left, right)
         refused = [refusal for found in sets for refusal in found.refused]
         for refusal in refused:
             say(refusal)

@@ -34,7 +34,7 @@ def register(app: typer.Typer) -> None:
 
 
 def _list(
-    source: Annotated[
+    file: Annotated[
         str,
         typer.Argument(
             help="A folder of probe files, or one file, which are checked as far as that needs no model; the server's probes by default.",
@@ -47,8 +47,8 @@ def _list(
 ) -> None:
     """List the probes that a server has loaded, or those in a folder."""
     with one_line_failures():
-        if source:
-            _list_files(source)
+        if file:
+            _list_files(file)
             return
         with connected(address, wait) as client:
             loaded = client.list_probes()
@@ -72,10 +72,10 @@ def _say_refused(refused: Sequence[ProbeRefused]) -> None:
         raise typer.Exit(FAILED)
 
 
-def _inspect(source: ProbeSource) -> None:
+def _inspect(file: ProbeSource) -> None:
     """Show the manifest of a probe file, or of each in a folder, after every check that needs no model."""
     with one_line_failures():
-        found = read_probe_set(source)
+        found = read_probe_set(file)
         console = new_console()
         for probe in found.probes:
             for table in manifest_tables(probe.manifest):
@@ -91,7 +91,7 @@ def _inspect(source: ProbeSource) -> None:
 
 
 def _verify(
-    source: ProbeSource,
+    file: ProbeSource,
     model: Annotated[
         str, typer.Option("--model", "-m", help="The model: a directory, or an id on the Hugging Face hub.", show_default=False)
     ],
@@ -107,7 +107,7 @@ def _verify(
         from probescore_server.engine.engine import Engine
         from probescore_server.errors import ProbeRefused
 
-        found = read_probe_set(source)
+        found = read_probe_set(file)
         files, refused = [probe.file for probe in found.probes], list(found.refused)
         engine = None
         while files and engine is None:
