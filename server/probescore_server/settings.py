@@ -46,7 +46,7 @@ class ServerSettings(BaseSettings):
     probes: Names = Field(
         (),
         description="These probe files are served, every *.onnx file in these directories, and those of a repository on the Hugging Face "
-        "hub, hf:ORGANISATION/REPOSITORY[@REVISION][:FILE]. Repeat the flag for several.",
+        "hub: hf:ORGANISATION/REPOSITORY, with @REVISION and :FILE if wanted. Repeat the flag for several.",
         examples=["./probes", "cheating.onnx", "hf:org/probes@main"],
     )
     accept_mismatch: Names = Field(

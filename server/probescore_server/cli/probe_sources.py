@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 ProbeSource = Annotated[
     str,
     typer.Argument(
-        help="A probe file, a folder of them, or hf:ORGANISATION/REPOSITORY[@REVISION][:FILE].", show_default=False, metavar="FILE|DIR|hf:…"
+        help="A probe file, a folder of them, or those of a repository on the Hugging Face hub: hf:ORGANISATION/REPOSITORY, with @REVISION "
+        "and :FILE if wanted.",
+        show_default=False,
+        metavar="FILE|DIR|hf:…",
     ),
 ]
 

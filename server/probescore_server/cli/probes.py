@@ -39,7 +39,7 @@ def _list(
         typer.Argument(
             help="A folder of probe files, or one file, which are checked as far as that needs no model; the server's probes by default.",
             show_default=False,
-            metavar="[DIR|FILE|hf:…]",
+            metavar="DIR|FILE|hf:…",
         ),
     ] = "",
     address: Address = DEFAULT_ADDRESS,
