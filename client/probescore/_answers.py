@@ -69,7 +69,8 @@ class AnswerCheck:
         """Checks the model, tokenizer and probes that a response message names; all messages of one RPC must name the same model, tokenizer
         and probes. This method must be called before ``check_completion``.
         """
-        info = replace(info, usage=Usage())
+        # work and unlike rollouts are of the completions in one message
+        info = replace(info, usage=Usage(), probes=tuple(_without_completions(probe) for probe in info.probes))
         if self._info is None:
             self._probes = self._checked_probes(info)
             self._info = info
@@ -185,6 +186,10 @@ class AnswerCheck:
         expected = tokens if self._probes is not None and self._probes.has_tokenizer else 0
         if expected is not None and len(came or ()) != expected:
             raise MessageError(field, f"has {len(came or ())} pieces; {expected} tokens were asked for")
+
+
+def _without_completions(probe: ScoredProbe) -> ScoredProbe:
+    return replace(probe, outside_calibration=()) if probe.outside_calibration else probe
 
 
 def _check_names(asked: Sequence[str], came: Sequence[ScoredProbe]) -> None:

@@ -45,8 +45,9 @@ class ServerSettings(BaseSettings):
     )
     probes: Names = Field(
         (),
-        description="These probe files are served, and every *.onnx file in these directories. Repeat the flag for several.",
-        examples=["./probes", "cheating.onnx"],
+        description="These probe files are served, every *.onnx file in these directories, and those of a repository on the Hugging Face "
+        "hub: hf:ORGANISATION/REPOSITORY, with @REVISION and :FILE if wanted. Repeat the flag for several.",
+        examples=["./probes", "cheating.onnx", "hf:org/probes@main"],
     )
     watch_probes: float = Field(
         0.0,

@@ -26,8 +26,7 @@ class Unscorable(ValueError):
 
 
 class ProbeReplaced(SignalError):
-    """Exception raised when the server runs another version of a probe than at the start of the run, and the policy's ``on_replaced`` is
-    ``"raise"``.
+    """Exception raised when the server no longer has the version of a probe that a scorer is pinned to, or has other bytes under its name.
 
     The probe's graph, calibration or version differs, so that scores before and after the replacement are not comparable.
     """

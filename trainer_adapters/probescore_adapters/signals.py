@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from probescore import Calibration, OutputPer, ProbeInfo, Reduction, ScoreUnit
+from probescore.types import named_probe
 from probescore_adapters.arrays import as_numbers
 from probescore_adapters.errors import SignalError
 
@@ -164,53 +165,86 @@ def _is_finite(value: object) -> bool:
 
 
 @dataclass(frozen=True)
+class PinnedProbe:
+    """The version of a probe that a scorer reads.
+
+    Attributes:
+        probe: ``name@version``.
+        graph_sha256: digest of the probe's graph.
+        manifest_sha256: digest of the probe's manifest, calibrations included.
+    """
+
+    probe: str
+    graph_sha256: str
+    manifest_sha256: str
+
+    @classmethod
+    def of(cls, probe: ProbeInfo) -> PinnedProbe:
+        """Returns the pin of a loaded probe."""
+        return cls(probe.key, probe.graph_sha256, probe.manifest_sha256)
+
+
+@dataclass(frozen=True)
 class BoundSignal:
     """A signal (a rule from a probe's scores to rewards) together with the loaded probe whose scores the signal uses.
 
     Attributes:
-        probe: the probe as ``"name@version"``, so that another version is never used in its place.
-        digests: the digests of the probe's graph and of its manifest, so that a changed graph or calibration is noticed.
+        pin: the version of the probe with its digests, so that another version, graph or calibration is noticed.
         reduction: the signal's reduction or the probe's default; ``None`` for a probe that scores rollouts.
         label: index of the label in the probe's labels.
         threshold: the threshold of the signal or of the probe's calibration; NaN if there is none.
+        calibration: the calibration that the threshold is taken from; ``None`` if it is the signal's own, or there is none.
         bounds: the least and the greatest value that a transformed score can have.
     """
 
     signal: ProbeSignal
-    probe: str
-    digests: tuple[str, str]
+    pin: PinnedProbe
     reduction: Union[Reduction, None]
     label: int
     threshold: float
+    calibration: Union[Calibration, None]
     bounds: tuple[float, float]
+
+    @property
+    def probe(self) -> str:
+        """Returns the probe as ``"name@version"``."""
+        return self.pin.probe
 
     @classmethod
     def bind(cls, signal: ProbeSignal, probes: tuple[ProbeInfo, ...]) -> BoundSignal:
-        """Finds the probe of a signal (a rule from a probe's scores to rewards) among the probes that a server has loaded.
+        """Finds the probe of a signal (a rule from a probe's scores to rewards) among the probes that a server has loaded; a bare name
+        means its highest version.
 
         Raises:
-            SignalError: no loaded probe or more than one matches, or the probe lacks the label, a threshold, or the per-token scores that
-                ``dense`` needs.
+            SignalError: no loaded probe matches, or the probe lacks the label, a threshold, or the per-token scores that ``dense`` needs.
         """
-        matching = [probe for probe in probes if signal.probe in (probe.name, probe.key)]
-        if len(matching) != 1:
-            known = ", ".join(probe.key for probe in matching or probes) or "none"
-            found = "several versions are loaded" if matching else "it is not loaded"
-            raise SignalError("probe", f"{signal.probe!r}: {found}; the server has {known}", signal.name)
-        (probe,) = matching
+        probe = named_probe(signal.probe, probes)
+        if probe is None:
+            known = ", ".join(probe.key for probe in probes) or "none"
+            raise SignalError("probe", f"{signal.probe!r}: it is not loaded; the server has {known}", signal.name)
+        return cls.to(signal, probe)
+
+    @classmethod
+    def to(cls, signal: ProbeSignal, probe: ProbeInfo) -> BoundSignal:
+        """Returns a signal (a rule from a probe's scores to rewards) with a probe.
+
+        Raises:
+            SignalError: the probe lacks the label, a threshold, or the per-token scores that ``dense`` needs.
+        """
         if signal.label and signal.label not in probe.labels:
             raise SignalError("label", f"{signal.label!r} is none of {', '.join(probe.labels) or 'none'}", signal.name)
         if signal.mode is Mode.DENSE and probe.output_per is not OutputPer.TOKEN:
             raise SignalError("mode", f"{probe.key} pools by itself and has no scores per token", signal.name)
-        threshold = signal.threshold if signal.threshold is not None else _calibrated(signal, probe)
+        calibration = _calibration(signal, probe) if signal.threshold is None else None
+        threshold = signal.threshold if calibration is None else calibration.threshold
         if threshold is None and signal.needs_threshold:
             raise SignalError("threshold", f"{probe.key} has no calibration for this reduction and label: give one", signal.name)
         label = probe.labels.index(signal.label) if signal.label else 0
         reduction = (
             None if probe.output_per is OutputPer.ROLLOUT else Reduction.parse(signal.reduction or probe.default_reduction or "mean")
         )
-        digests = (probe.graph_sha256, probe.manifest_sha256)
-        return cls(signal, probe.key, digests, reduction, label, math.nan if threshold is None else threshold, _bounds(signal, probe.unit))
+        known = math.nan if threshold is None else threshold
+        return cls(signal, PinnedProbe.of(probe), reduction, label, known, calibration, _bounds(signal, probe.unit))
 
     def flags(self, values: Floats) -> NDArray[np.bool_]:
         """Returns for each of several probe scores whether the score is at or above the signal's threshold; false for all if there is no
@@ -244,7 +278,7 @@ class BoundSignal:
         return excess if transform is Transform.EXCESS else flag + excess
 
 
-def _calibrated(signal: ProbeSignal, probe: ProbeInfo) -> float | None:
+def _calibration(signal: ProbeSignal, probe: ProbeInfo) -> Calibration | None:
     wanted = signal.reduction or probe.default_reduction
     label = signal.label or (probe.labels[0] if probe.labels else "")
 
@@ -252,8 +286,7 @@ def _calibrated(signal: ProbeSignal, probe: ProbeInfo) -> float | None:
         same_reduction = probe.output_per is OutputPer.ROLLOUT or (calibration.reduction or probe.default_reduction) == wanted
         return same_reduction and calibration.label in ("", label)
 
-    fitting = [calibration.threshold for calibration in probe.calibrations if fits(calibration)]
-    return fitting[0] if fitting and signal.mode is not Mode.DENSE else None
+    return next(filter(fits, probe.calibrations), None) if signal.mode is not Mode.DENSE else None
 
 
 def _bounds(signal: ProbeSignal, unit: ScoreUnit) -> tuple[float, float]:

@@ -4,7 +4,15 @@ All classes here are frozen, contain numpy arrays rather than lists, and are sha
 """
 
 from probescore.types.activations import ActivationsInfo, CompletionActivations, Pool
-from probescore.types.probes import Calibration, Hook, OutputPer, ProbeInfo, ScoredProbe, ScoreUnit, Tap, score_keys
+from probescore.types.calibrations import (
+    CalibratedRollouts,
+    Calibration,
+    CalibrationCondition,
+    OutsideCalibration,
+    PromptShape,
+    UnmetCondition,
+)
+from probescore.types.probes import Hook, OutputPer, ProbeInfo, ScoredProbe, ScoreUnit, Tap, named_probe, score_keys, version_order
 from probescore.types.rollouts import Chat, ChatMessage, Completion, RolloutGroup, Scope, Span, Text, TokenIds
 from probescore.types.scores import (
     CompletionScores,
@@ -15,12 +23,15 @@ from probescore.types.scores import (
     ScoringInfo,
     StreamedCompletion,
     Usage,
+    with_unmet_conditions,
 )
 from probescore.types.servers import Limits, ModelInfo, RefusedProbeFile, ReloadedProbes, ServerInfo, Transfer, WorkerInfo
 
 __all__ = [
     "ActivationsInfo",
+    "CalibratedRollouts",
     "Calibration",
+    "CalibrationCondition",
     "Chat",
     "ChatMessage",
     "Completion",
@@ -32,9 +43,11 @@ __all__ = [
     "Limits",
     "ModelInfo",
     "OutputPer",
+    "OutsideCalibration",
     "Pool",
     "ProbeInfo",
     "ProbeScores",
+    "PromptShape",
     "RefusedProbeFile",
     "ReloadedProbes",
     "RolloutGroup",
@@ -50,7 +63,11 @@ __all__ = [
     "Text",
     "TokenIds",
     "Transfer",
+    "UnmetCondition",
     "Usage",
     "WorkerInfo",
+    "named_probe",
     "score_keys",
+    "version_order",
+    "with_unmet_conditions",
 ]

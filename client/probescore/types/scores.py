@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 
 import numpy as np
 from numpy.typing import NDArray
 
-from probescore.types.probes import ScoredProbe
+from probescore.types.calibrations import UnmetCondition
+from probescore.types.probes import ScoredProbe, score_keys
 
 
 class CompletionStatus(str, Enum):
@@ -34,10 +35,13 @@ class ProbeScores:
             rollouts the middle axis has length 1.
         tokens: ``(tokens in scope, labels)`` float32; row *i* is the score at the position whose input is token *i*. ``None`` unless token
             scores were requested.
+        unmet: conditions of the probe's calibrations that the completion does not meet, so that their thresholds are not known to hold for
+            it; empty on a follow-up, which is not compared.
     """
 
     reduced: NDArray[np.float32]
     tokens: NDArray[np.float32] | None = None
+    unmet: tuple[UnmetCondition, ...] = ()
 
     @property
     def value(self) -> float | None:
@@ -192,3 +196,25 @@ class StreamedCompletion:
     completion_index: int
     scores: CompletionScores
     info: ScoringInfo
+
+
+def with_unmet_conditions(completions: Sequence[CompletionScores], probes: Sequence[ScoredProbe]) -> list[CompletionScores]:
+    """Returns completions with the conditions of calibrations that each of them does not meet, taken from ``outside_calibration`` of the
+    probes that scored them.
+
+    Args:
+        completions: every completion of the response, in its order.
+        probes: descriptions of the probes in that response.
+    """
+    unmet: dict[int, dict[str, tuple[UnmetCondition, ...]]] = {}
+    for key, probe in zip(score_keys(probes), probes, strict=True):
+        for outside in probe.outside_calibration:
+            for place in outside.completions:
+                of_place = unmet.setdefault(place, {})
+                of_place[key] = (*of_place.get(key, ()), outside.unmet)
+    return [_noted(scored, unmet[place]) if place in unmet else scored for place, scored in enumerate(completions)]
+
+
+def _noted(scored: CompletionScores, unmet: Mapping[str, tuple[UnmetCondition, ...]]) -> CompletionScores:
+    scores = {key: replace(scores, unmet=unmet[key]) if key in unmet else scores for key, scores in scored.scores.items()}
+    return replace(scored, scores=scores)

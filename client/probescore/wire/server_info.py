@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, fields
 
 from probescore.types import (
+    CalibratedRollouts,
     Calibration,
     Limits,
     ModelInfo,
@@ -111,12 +112,27 @@ def _probe_to_proto(probe: ProbeInfo) -> probes_pb2.ProbeInfo:
                 dataset=calibration.dataset,
                 reduction=None if calibration.reduction is None else reduction_to_proto(calibration.reduction),
                 label=calibration.label,
+                conditions=None if calibration.conditions is None else _conditions_to_proto(calibration.conditions),
             )
             for calibration in probe.calibrations
         ],
         accepted_mismatches=probe.accepted_mismatches,
         manifest_json=probe.manifest_json,
         retired=probe.retired,
+    )
+
+
+def _conditions_to_proto(conditions: CalibratedRollouts) -> probes_pb2.CalibrationConditions:
+    return probes_pb2.CalibrationConditions(
+        groups=conditions.groups,
+        dtype=conditions.dtype,
+        shortest_prompt=conditions.shortest_prompt,
+        longest_prompt=conditions.longest_prompt,
+        shortest_completion=conditions.shortest_completion,
+        longest_completion=conditions.longest_completion,
+        prompt_forms=conditions.prompt_forms,
+        prompt_shapes=conditions.prompt_shapes,
+        generation_prompt_ids=conditions.generation_prompt_ids,
     )
 
 
@@ -217,4 +233,19 @@ def _calibration_from_proto(message: probes_pb2.Calibration, field: str) -> Cali
         dataset=message.dataset,
         reduction=reduction_from_proto(message.reduction, f"{field}.reduction") if message.HasField("reduction") else None,
         label=message.label,
+        conditions=_conditions_from_proto(message.conditions) if message.HasField("conditions") else None,
+    )
+
+
+def _conditions_from_proto(message: probes_pb2.CalibrationConditions) -> CalibratedRollouts:
+    return CalibratedRollouts(
+        groups=message.groups,
+        dtype=message.dtype,
+        shortest_prompt=message.shortest_prompt,
+        longest_prompt=message.longest_prompt,
+        shortest_completion=message.shortest_completion,
+        longest_completion=message.longest_completion,
+        prompt_forms=tuple(message.prompt_forms),
+        prompt_shapes=tuple(message.prompt_shapes),
+        generation_prompt_ids=tuple(message.generation_prompt_ids),
     )

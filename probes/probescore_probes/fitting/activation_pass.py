@@ -13,10 +13,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from probescore.types import Completion, CompletionStatus, RolloutGroup, Scope, Span
+from probescore.types import Completion, CompletionActivations, CompletionStatus, RolloutGroup, Scope, Span
 from probescore_probes.fitting.labelled_rollouts import PASSAGE, Example
 from probescore_probes.reference import ReferenceModel
-from probescore_server.activations import CompletionActivations
 from probescore_server.engine.engine import Engine
 from probescore_server.errors import InvalidRequest
 

@@ -86,7 +86,7 @@ def _judged(
     scores, positive = served.scores[data.splits[TEST]], data.labels.positive[data.splits[TEST]]
     chances = as_probability(scores, written.manifest.output.unit)
     curves, kinds, learning = comparisons.curves(fitted.selection), comparisons.kinds(candidate), comparisons.learning(candidate)
-    file = finish(served.file, output, data, evidence.test, None if usual is None else recorded(usual, data, options.dtype))
+    file = finish(served.file, output, data, evidence.test, None if usual is None else recorded(usual, data, served.engine, options.dtype))
     report("done")
     return FitResult(
         file=file,

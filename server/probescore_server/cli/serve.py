@@ -14,6 +14,7 @@ from pydantic.fields import FieldInfo
 from probescore_server.cli.common.visible import one_line
 from probescore_server.errors import StartupError
 from probescore_server.front.server import serve as run_server
+from probescore_server.hub_probes import local_paths
 from probescore_server.logs import configure_logs
 from probescore_server.settings import ENVIRONMENT_PREFIX, ServerSettings, load_settings
 
@@ -108,7 +109,8 @@ def _serve(config: Path | None, **flags: Any) -> None:  # noqa: ANN401
         raise typer.Exit(BAD_SETTINGS) from None
     configure_logs(settings.log_format, settings.log_level)
     try:
-        asyncio.run(run_server(settings))
+        probes = local_paths(settings.probes, lambda name: logger.info("probe from the hub", probe=name))
+        asyncio.run(run_server(settings.model_copy(update={"probes": probes})))
     except StartupError as error:
         logger.error(f"cannot start: {error}")
         raise typer.Exit(CANNOT_START) from None

@@ -22,6 +22,7 @@ from probescore.types import (
     Chat,
     CompletionActivations,
     CompletionScores,
+    CompletionStatus,
     GroupScores,
     Pool,
     RolloutGroup,
@@ -32,6 +33,7 @@ from probescore.types import (
     Text,
     Transfer,
     Usage,
+    with_unmet_conditions,
 )
 from probescore_server.activations import MAX_BATCH_BYTES, resolve_reads
 from probescore_server.activity import ACTIVITY
@@ -59,6 +61,7 @@ from probescore_server.rollouts import (
     ResolvedOptions,
     RolloutResult,
 )
+from probescore_server.validation.calibrated_rollouts import OutsideRollouts, calibrations_with_conditions
 from probescore_server.validation.options import TokenScoresWanted, parse_scope, resolve_options
 from probescore_server.validation.rollouts import resolve_rollouts
 from probescore_server.validation.texts import ChatLimits, pending_texts
@@ -224,10 +227,16 @@ class Engine:
             if result is not None
         ]
         usage = replace(Usage.total(result.usage for result in results), compute_seconds=time.perf_counter() - started)
-        scores = iter(result.scores for result in results)
+        scored = self.info.scored_probes(options)
+        calibrations = calibrations_with_conditions(self.info, options)
+        outside = OutsideRollouts.of(by_group, calibrations, options.scope, self.info.bos_token_id)
+        if outside is not None:
+            is_scored = [result.scores.status is CompletionStatus.OK for result in results]
+            scored = outside.noted(scored, np.where(is_scored, np.arange(len(results)), -1))
+        scores = iter(with_unmet_conditions([result.scores for result in results], scored))
         return ScoreResult(
-            groups=tuple(GroupScores(tuple(next(scores) for _ in group)) for group in by_group),
-            info=ScoringInfo(self.info.model.fingerprint, self.info.tokenizer_fingerprint, self.info.scored_probes(options), usage),
+            groups=tuple(GroupScores(tuple(islice(scores, len(group)))) for group in by_group),
+            info=ScoringInfo(self.info.model.fingerprint, self.info.tokenizer_fingerprint, scored, usage),
         )
 
     def activations(
@@ -317,6 +326,10 @@ class Engine:
             InvalidRequest: there is no tokenizer, or the text is not valid Unicode; the error names ``field``.
         """
         return self._texts.encode_completion(text, field)
+
+    def generation_prompt_ids(self) -> tuple[int, ...]:
+        """Returns the token ids with which the model's chat template ends every prompt; empty if there is no template."""
+        return self._texts.generation_prompt_ids()
 
     def decode_tokens(self, ids: Sequence[int] | NDArray[np.int32]) -> list[str]:
         """Returns the text of each token id, for people; joined, the texts are the text of the whole sequence."""

@@ -27,6 +27,7 @@ from probescore_server.errors import (
     WorkerLostTwice,
     WorkerUnavailable,
 )
+from probescore_server.front.calibration_metrics import CalibrationMetrics
 from probescore_server.front.probe_metrics import ProbeMetrics
 from probescore_server.rollouts import EngineStatistics
 from probescore_server.workers.liveness import REASONS_LOST
@@ -126,6 +127,7 @@ class Metrics:
         self._workers = _WorkerMetrics()
         registry.register(self._workers)
         self.probes = ProbeMetrics(registry)
+        self.calibrations = CalibrationMetrics(registry)
 
     def of_method(self, labels: RpcLabels) -> MethodMetrics:
         """Returns the metrics of one gRPC method, given the values of the metrics' labels for the method."""

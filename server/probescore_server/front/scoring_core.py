@@ -117,4 +117,5 @@ class ScoringCore:
         """Notifies the metrics and the servicer that names of probes mean something else from now on."""
         if self.registry.info is not None:
             self.metrics.probes.show_probes(self.registry.info)
+            self.metrics.calibrations.show_probes(self.registry.info)
         self.servicer.forget_options()

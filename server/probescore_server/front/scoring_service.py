@@ -11,12 +11,14 @@ from importlib.metadata import version
 from typing import Any, Literal, TypeAlias, TypeVar
 
 import grpc
+import numpy as np
 import structlog
 from numpy.typing import NDArray
 
 from probescore.reductions import Reduction
 from probescore.types import (
     CompletionScores,
+    CompletionStatus,
     GroupScores,
     Limits,
     RolloutGroup,
@@ -56,6 +58,7 @@ from probescore_server.rollouts import CheckedRollout, EngineInfo, ResolvedOptio
 from probescore_server.scheduling.call import Call, Delivery, FinishedRollout
 from probescore_server.scheduling.scheduler import Scheduler
 from probescore_server.settings import ServerSettings
+from probescore_server.validation.calibrated_rollouts import CalibrationsOfProbes, OutsideRollouts, calibrations_with_conditions
 from probescore_server.validation.options import resolve_options
 from probescore_server.validation.rollouts import resolve_rollouts
 from probescore_server.validation.texts import PendingText
@@ -84,6 +87,7 @@ class _CheckedRequest:
         options: how the rollouts are scored.
         info: the model and probes that were served when the request's names of probes were resolved.
         probes: a description of each probe whose scores the response contains.
+        outside: the rollouts that are unlike those on which thresholds of the probes were found; ``None`` = there is nothing to compare.
         request: the other fields of the request, such as its priority.
         seconds: the seconds that checking took.
     """
@@ -92,6 +96,7 @@ class _CheckedRequest:
     options: ResolvedOptions
     info: EngineInfo
     probes: tuple[ScoredProbe, ...]
+    outside: OutsideRollouts | None
     request: RequestOptions
     seconds: float
 
@@ -126,9 +131,8 @@ class ScoringServicer(scoring_pb2_grpc.ScoringServiceServicer):
                 deliveries = [self._counted(call, delivery, asked) async for delivery in call]
         finished = [one for delivery in deliveries for one in delivery.finished]
         usage = _usage(call, finished, sum(delivery.compute_seconds for delivery in deliveries))
-        scoring_info = _scoring_info(asked, usage)
         _after_the_answer(self._count_call, asked, usage, call.job)
-        return await off_the_loop(_whole_answer, finished, scoring_info, small=_is_small(finished, asked))
+        return await off_the_loop(_whole_answer, finished, asked, usage, small=_is_small(finished, asked))
 
     async def ScoreStream(  # noqa: N802
         self, request: scoring_pb2.ScoreStreamRequest, context: Context
@@ -142,9 +146,7 @@ class ScoringServicer(scoring_pb2_grpc.ScoringServiceServicer):
                     self._counted(call, delivery, asked)
                     for finished in await off_the_loop(_pieces, delivery, small=_is_small(delivery.finished, asked)):
                         usage = _usage(call, finished, delivery.compute_seconds)
-                        answer = [(one.group, one.completion, one.result.scores) for one in finished]
-                        scoring_info = _scoring_info(asked, usage)
-                        yield await off_the_loop(streamed_to_proto, answer, scoring_info, small=_is_small(finished, asked))
+                        yield await off_the_loop(_streamed_answer, finished, asked, usage, small=_is_small(finished, asked))
                     total = _usage(call, delivery.finished, delivery.compute_seconds, total)
         _after_the_answer(self._count_call, asked, total, call.job)
 
@@ -196,7 +198,7 @@ class ScoringServicer(scoring_pb2_grpc.ScoringServiceServicer):
         check_fingerprints(info, asked.expected_model_fingerprint, asked.expected_tokenizer_fingerprint)
         # Clients choose reductions freely: the memory of the cache must not grow with their number.
         resolve = self._known_options if len(asked.reductions) <= MAX_KNOWN_REDUCTIONS else _resolve_options
-        options, probes = resolve(
+        options, probes, calibrations = resolve(
             info, asked.probes, asked.reductions, asked.token_scores, asked.scope, asked.return_token_ids, asked.return_token_texts
         )
         use(options.probes)
@@ -213,7 +215,8 @@ class ScoringServicer(scoring_pb2_grpc.ScoringServiceServicer):
             max_request_values=self._settings.max_request_values,
             small=small,
         )
-        return _CheckedRequest(rollouts, options, info, probes, asked, time.monotonic() - started)
+        outside = await off_the_loop(OutsideRollouts.of, rollouts, calibrations, options.scope, info.bos_token_id, small=small)
+        return _CheckedRequest(rollouts, options, info, probes, outside, asked, time.monotonic() - started)
 
     def _submit(self, asked: _CheckedRequest, context: Context) -> Call:
         deadline = deadline_of(context, self._scheduler.clock())
@@ -231,6 +234,8 @@ class ScoringServicer(scoring_pb2_grpc.ScoringServiceServicer):
         """Counts results in the probes' metrics in small portions, so that other work on the event loop can run in between."""
         now, later = finished[:MAX_ROLLOUTS_COUNTED_AT_ONCE], finished[MAX_ROLLOUTS_COUNTED_AT_ONCE:]
         self._metrics.probes.count_results(asked.probes, asked.options.scope, [one.result for one in now])
+        if asked.outside is not None:
+            self._metrics.calibrations.count(asked.probes, asked.outside, _places(asked.outside, now))
         if later:
             _after_the_answer(self._count_results, later, asked)
 
@@ -273,8 +278,10 @@ def _resolve_options(
     scope: Scope,
     return_token_ids: bool,
     return_token_texts: bool,
-) -> tuple[ResolvedOptions, tuple[ScoredProbe, ...]]:
-    """Returns the checked options of an RPC, and a description of each probe whose scores the response contains."""
+) -> tuple[ResolvedOptions, tuple[ScoredProbe, ...], CalibrationsOfProbes]:
+    """Returns the checked options of an RPC, a description of each probe whose scores the response contains, and the calibrations that the
+    rollouts are compared with.
+    """
     options = resolve_options(
         info,
         probes=probes,
@@ -284,7 +291,7 @@ def _resolve_options(
         return_token_ids=return_token_ids,
         return_token_texts=return_token_texts,
     )
-    return options, info.scored_probes(options)
+    return options, info.scored_probes(options), calibrations_with_conditions(info, options)
 
 
 # ---------------------------------------------------------------------------------------------------------------------- writing
@@ -319,15 +326,32 @@ def _usage(call: Call, finished: Iterable[FinishedRollout], compute_seconds: flo
     )
 
 
-def _scoring_info(asked: _CheckedRequest, usage: Usage) -> ScoringInfo:
-    return ScoringInfo(asked.info.model.fingerprint, asked.info.tokenizer_fingerprint, asked.probes, usage)
+def _scoring_info(asked: _CheckedRequest, usage: Usage, finished: Sequence[FinishedRollout]) -> ScoringInfo:
+    """Returns the description of what scored the completions of a response, given in the response's order."""
+    outside = asked.outside
+    probes = asked.probes if outside is None else outside.noted(asked.probes, _places(outside, finished))
+    return ScoringInfo(asked.info.model.fingerprint, asked.info.tokenizer_fingerprint, probes, usage)
 
 
-def _whole_answer(finished: Iterable[FinishedRollout], info: ScoringInfo) -> scoring_pb2.ScoreResponse:
+def _places(outside: OutsideRollouts, finished: Sequence[FinishedRollout]) -> NDArray[np.int64]:
+    """Returns the places of completions among the rollouts of their request, ``(n,)``; -1 for a completion without scores."""
+    places = outside.places([(one.group, one.completion) for one in finished])
+    return np.where([one.result.scores.status is CompletionStatus.OK for one in finished], places, -1)
+
+
+def _whole_answer(finished: Iterable[FinishedRollout], asked: _CheckedRequest, usage: Usage) -> scoring_pb2.ScoreResponse:
+    in_order = sorted(finished, key=lambda one: (one.group, one.completion))
     groups: dict[int, list[CompletionScores]] = {}
-    for one in sorted(finished, key=lambda one: (one.group, one.completion)):
+    for one in in_order:
         groups.setdefault(one.group, []).append(one.result.scores)
-    return result_to_proto(ScoreResult(tuple(GroupScores(tuple(scores)) for scores in groups.values()), info))
+    return result_to_proto(
+        ScoreResult(tuple(GroupScores(tuple(scores)) for scores in groups.values()), _scoring_info(asked, usage, in_order))
+    )
+
+
+def _streamed_answer(finished: Sequence[FinishedRollout], asked: _CheckedRequest, usage: Usage) -> scoring_pb2.ScoreStreamResponse:
+    answer = [(one.group, one.completion, one.result.scores) for one in finished]
+    return streamed_to_proto(answer, _scoring_info(asked, usage, finished))
 
 
 def _pieces(delivery: Delivery) -> list[list[FinishedRollout]]:

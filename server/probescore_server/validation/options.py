@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 from probescore.reductions import Reduction
-from probescore.types import OutputPer, ProbeInfo, Scope
+from probescore.types import OutputPer, ProbeInfo, Scope, version_order
 from probescore_server.errors import InvalidRequest
 from probescore_server.rollouts import EngineInfo, ResolvedOptions
 
@@ -71,15 +70,6 @@ def _check_token_scores(wanted: Sequence[str], requested: Sequence[str], by_key:
             raise InvalidRequest(f"token_scores.probes[{index}]", f"{key} is not among the probes of this request")
         if by_key[key].output_per is not OutputPer.TOKEN:
             raise InvalidRequest(f"token_scores.probes[{index}]", f"{key} pools by itself and has no scores per token")
-
-
-def version_order(version: str) -> tuple[tuple[bool, int, str], ...]:
-    """Returns a key by which versions are sorted in natural order: runs of digits compare as numbers, so that 10 comes after 9 and 1.10
-    after 1.9. A number comes after any other text in its place, and a version after its own beginning.
-    """
-    parts = re.findall(r"[0-9]+|[^0-9]+", version)
-    keys = ((True, int(part), "") if part.isdecimal() else (False, 0, part) for part in parts)
-    return (*keys, (False, -1, version))  # the text itself is last, so that 1 and 01 have an order too
 
 
 def highest_versions(probes: Iterable[ProbeInfo]) -> dict[str, str]:

@@ -94,6 +94,8 @@ def _summary(series: Series, scores: SeriesScores) -> Text:
     if series.calibration is not None and scores.flagged is not None:
         summary.append("● flagged" if scores.flagged else "○ not flagged", _style(1.0) if scores.flagged else "")
         summary.append(f"  threshold {series.calibration.threshold:.3f}", "dim")
+        if scores.outside:
+            summary.append(f"  not found on such rollouts: {', '.join(scores.outside)}", "yellow")
     return summary
 
 

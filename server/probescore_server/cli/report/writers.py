@@ -201,6 +201,9 @@ def _as_json(scored: CompletionScores, info: ScoringInfo) -> dict[str, Any]:
                 "reductions": [str(reduction) for reduction in applied[key].reductions],
                 "reduced": _numbers(scores.reduced),
                 "tokens": None if scores.tokens is None else _numbers(scores.tokens),
+                "outside_calibration": [
+                    {"condition": each.condition, "reduction": str(each.reduction or ""), "label": each.label} for each in scores.unmet
+                ],
             }
             for key, scores in scored.scores.items()
         },

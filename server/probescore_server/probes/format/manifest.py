@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from probescore.reductions import Reduction, ReductionKind
-from probescore.types import Hook, OutputPer, ScoreUnit, Tap
+from probescore.types import Hook, OutputPer, PromptShape, ScoreUnit, Tap
 from probescore_server.probes.format.complaints import first_complaint
 
 METADATA_KEY = "probescore.manifest"
@@ -207,6 +207,15 @@ class CalibrationConditions(_ManifestPart):
     longest_completion: Count = Field(description="In tokens that count under the mask.")
     prompt_forms: tuple[Literal["ids", "text", "text with special tokens", "chat"], ...] = Field(
         min_length=1, strict=False, description="How prompts were given, each form once."
+    )
+    prompt_shapes: tuple[Annotated[PromptShape, Field(strict=False)], ...] = Field(
+        (),
+        strict=False,
+        description="What the ids of prompts showed, each shape once: empty; template, which ends with generation_prompt_ids; or text; "
+        "with bos before it if the rollout starts with BOS. Empty where nobody wrote it down.",
+    )
+    generation_prompt_ids: tuple[TokenId, ...] = Field(
+        (), strict=False, max_length=1024, description="The model's chat template ends a prompt with these ids; empty without a template."
     )
     dataset_sha256: Sha256 | None = Field(None, description="Digest of the file that held the negatives.")
 
@@ -492,6 +501,10 @@ def manifest_digest(manifest: Manifest) -> str:
     for calibration in content["calibrations"]:
         if calibration["conditions"] is None:
             del calibration["conditions"]  # so that files that were written without keep their digest
+            continue
+        for field in ("prompt_shapes", "generation_prompt_ids"):
+            if not calibration["conditions"][field]:
+                del calibration["conditions"][field]  # so that files that were written without keep their digest
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return "sha256:" + hashlib.sha256(canonical.encode()).hexdigest()
 

@@ -8,11 +8,10 @@ from pathlib import Path
 import structlog
 
 from probescore.reductions import Reduction
-from probescore.types import Calibration, ModelInfo, ProbeInfo
+from probescore.types import CalibratedRollouts, Calibration, ModelInfo, ProbeInfo, version_order
 from probescore_server.errors import ProbeRefused
-from probescore_server.probes.format.manifest import Manifest
+from probescore_server.probes.format.manifest import CalibrationConditions, Manifest
 from probescore_server.probes.format.probe_file import ProbeFile, check_against_model, read_probe_file
-from probescore_server.validation.options import version_order
 
 logger = structlog.get_logger(__name__)
 
@@ -172,11 +171,26 @@ def probe_info(manifest: Manifest, accepted_mismatches: tuple[str, ...]) -> Prob
                 dataset=record.dataset,
                 reduction=None if record.reduction is None else Reduction.parse(record.reduction),
                 label=record.label,
+                conditions=None if record.conditions is None else _conditions(record.conditions),
             )
             for record in manifest.calibrations
         ),
         accepted_mismatches=accepted_mismatches,
         manifest_json=manifest.model_dump_json(exclude={"golden"}),
+    )
+
+
+def _conditions(recorded: CalibrationConditions) -> CalibratedRollouts:
+    return CalibratedRollouts(
+        groups=recorded.groups,
+        dtype=recorded.dtype,
+        shortest_prompt=recorded.shortest_prompt,
+        longest_prompt=recorded.longest_prompt,
+        shortest_completion=recorded.shortest_completion,
+        longest_completion=recorded.longest_completion,
+        prompt_forms=recorded.prompt_forms,
+        prompt_shapes=tuple(shape.value for shape in recorded.prompt_shapes),
+        generation_prompt_ids=recorded.generation_prompt_ids,
     )
 
 
