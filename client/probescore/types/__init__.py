@@ -3,6 +3,7 @@
 All classes here are frozen, contain numpy arrays rather than lists, and are shared by the client, the in-process ``Engine`` and the server.
 """
 
+from probescore.types.activations import ActivationsInfo, CompletionActivations, Pool
 from probescore.types.probes import Calibration, Hook, OutputPer, ProbeInfo, ScoredProbe, ScoreUnit, Tap, score_keys
 from probescore.types.rollouts import Chat, ChatMessage, Completion, RolloutGroup, Scope, Span, Text, TokenIds
 from probescore.types.scores import (
@@ -18,10 +19,12 @@ from probescore.types.scores import (
 from probescore.types.servers import Limits, ModelInfo, RefusedProbeFile, ReloadedProbes, ServerInfo, Transfer, WorkerInfo
 
 __all__ = [
+    "ActivationsInfo",
     "Calibration",
     "Chat",
     "ChatMessage",
     "Completion",
+    "CompletionActivations",
     "CompletionScores",
     "CompletionStatus",
     "GroupScores",
@@ -29,6 +32,7 @@ __all__ = [
     "Limits",
     "ModelInfo",
     "OutputPer",
+    "Pool",
     "ProbeInfo",
     "ProbeScores",
     "RefusedProbeFile",

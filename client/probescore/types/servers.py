@@ -58,6 +58,8 @@ class Limits:
     max_in_flight_bytes: int = 0
     max_connections: int = 0
     max_calls_per_connection: int = 0
+    max_activation_bytes: int = 0
+    max_activation_bytes_in_flight: int = 0
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,7 @@ class ServerInfo:
         workers: the worker processes, one for each device.
         probes: ``name@version`` of each current probe, which its bare name or the absence of names may mean.
         retired_probes: ``name@version`` of each probe whose file is gone, and which is served for a while under this full name only.
+        activation_taps: names of the taps whose activations the server gives, such as ``resid_post.6``; empty if it gives none.
     """
 
     server_version: str
@@ -121,6 +124,7 @@ class ServerInfo:
     workers: tuple[WorkerInfo, ...]
     probes: tuple[str, ...]
     retired_probes: tuple[str, ...] = ()
+    activation_taps: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,7 @@ def server_info_to_proto(info: ServerInfo) -> scoring_pb2.GetServerInfoResponse:
         ],
         probes=info.probes,
         retired_probes=info.retired_probes,
+        activation_taps=info.activation_taps,
     )
 
 
@@ -153,6 +154,7 @@ def server_info_from_proto(message: scoring_pb2.GetServerInfoResponse) -> Server
         ),
         probes=tuple(message.probes),
         retired_probes=tuple(message.retired_probes),
+        activation_taps=tuple(message.activation_taps),
     )
 
 

@@ -183,19 +183,23 @@ class _WorkerRuntime:
         accept_mismatch = settings.accept_mismatch
         if not self._spec.is_first:
             accept_mismatch = tuple(name for name in accept_mismatch if any(is_accepted(file.manifest, [name]) for file in files.values()))
-        engine = Engine.load(
-            settings.model,
-            [*files.values()],
-            revision=settings.revision,
-            dtype=settings.dtype,
-            device=self._spec.device,
-            device_map=None if settings.device_map == "none" else settings.device_map,
-            accept_mismatch=accept_mismatch,
-            trust_remote_code=settings.trust_remote_code,
-            max_kv_cache_bytes=settings.kv_cache_bytes,
-            min_layers=self._spec.min_layers,
-            report=lambda message: self._send(LoadingProgress(message)),
-        )
+        try:
+            engine = Engine.load(
+                settings.model,
+                [*files.values()],
+                taps=settings.allow_activations,
+                revision=settings.revision,
+                dtype=settings.dtype,
+                device=self._spec.device,
+                device_map=None if settings.device_map == "none" else settings.device_map,
+                accept_mismatch=accept_mismatch,
+                trust_remote_code=settings.trust_remote_code,
+                max_kv_cache_bytes=settings.kv_cache_bytes,
+                min_layers=self._spec.min_layers,
+                report=lambda message: self._send(LoadingProgress(message)),
+            )
+        except InvalidRequest as error:  # It is about the taps, the only argument that a request may have too.
+            raise StartupError(f"allow_activations: {error.problem}") from None
         return engine, {sha256: file.manifest.key for sha256, file in files.items()}
 
     def _send(self, message: FromWorker) -> None:
