@@ -123,8 +123,8 @@ class ServerInfo:
     limits: Limits
     workers: tuple[WorkerInfo, ...]
     probes: tuple[str, ...]
-    retired_probes: tuple[str, ...] = ()
     activation_taps: tuple[str, ...] = ()
+    retired_probes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

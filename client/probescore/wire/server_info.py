@@ -53,8 +53,8 @@ def server_info_to_proto(info: ServerInfo) -> scoring_pb2.GetServerInfoResponse:
             for worker in info.workers
         ],
         probes=info.probes,
-        retired_probes=info.retired_probes,
         activation_taps=info.activation_taps,
+        retired_probes=info.retired_probes,
     )
 
 
@@ -153,8 +153,8 @@ def server_info_from_proto(message: scoring_pb2.GetServerInfoResponse) -> Server
             for worker in message.workers
         ),
         probes=tuple(message.probes),
-        retired_probes=tuple(message.retired_probes),
         activation_taps=tuple(message.activation_taps),
+        retired_probes=tuple(message.retired_probes),
     )
 
 
