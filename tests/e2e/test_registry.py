@@ -523,7 +523,7 @@ def test_sighup_makes_it_follow_and_ends_nothing(watching: RunningServer, others
 
 
 def test_a_deeper_probe_is_loaded_beside_the_running_model_if_that_is_allowed(watching: RunningServer, others: Versions) -> None:
-    with ProbeClient(watching.address, timeout=TIMEOUT) as client:
+    with ProbeClient(watching.address, timeout=4 * TIMEOUT) as client:
         (before,) = watching.events("worker ready")[-1:]
         assert client.get_server_info().model.num_loaded_layers == 3
         ended, failures = threading.Event(), []
