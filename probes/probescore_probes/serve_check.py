@@ -16,7 +16,6 @@ import structlog
 from numpy.typing import ArrayLike, NDArray
 
 from probescore.types import Completion, CompletionStatus, RolloutGroup, TokenIds
-from probescore_audit import auroc
 from probescore_probes import arguments
 from probescore_probes.reference import ReferenceModel
 from probescore_server.errors import ProbeRefused
@@ -136,6 +135,8 @@ def served_reduction(engine: Engine, checked: CheckedRollouts, file: ProbeFile, 
         return reduction
     found = f"served scores up to {largest:.3g} (median {median:.3g}) × the standard deviation of the fitted ones from these"
     if checked.positive is not None:
+        from probescore_audit import auroc  # needs scipy, which what writes probe files does without
+
         served = _served(engine, checked, manifest, reduction)
         found += f"; AUROC {auroc(served, checked.positive):.3f} served, {auroc(checked.fitted, checked.positive):.3f} fitted"
     if not (median <= _ROUNDED[checked.dtype] and largest <= _ONE_ROUNDED):
