@@ -113,7 +113,7 @@ class Warning:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class FitVerdict:
     """The verdict on a fitted probe: a sentence and its grade.
 
     Attributes:
@@ -129,7 +129,7 @@ def warnings_of(evidence: Evidence) -> tuple[Warning, ...]:
     return tuple(warning for rule in _RULES for warning in rule(evidence))
 
 
-def verdict_of(evidence: Evidence, warnings: tuple[Warning, ...]) -> Verdict:
+def verdict_of(evidence: Evidence, warnings: tuple[Warning, ...]) -> FitVerdict:
     """Returns the verdict on a fitted probe, which states the most serious fault that its measured numbers show."""
     test = shown(evidence.test)
     length = evidence.rivals.get("length")
@@ -140,23 +140,23 @@ def verdict_of(evidence: Evidence, warnings: tuple[Warning, ...]) -> Verdict:
         sentence = (
             f"Useless: chance alone can give this: AUROC {test} on test rollouts, as served, and {nested} by nested cross-validation."
         )
-        return Verdict("useless", f"{sentence} {told}".strip())
+        return FitVerdict("useless", f"{sentence} {told}".strip())
     if told:
-        return Verdict("doubtful", told)
+        return FitVerdict("doubtful", told)
     leak = next((name for name, found in evidence.text.items() if abs(found.value - 0.5) > LEAK), None)
     rival = next((name for name, found in evidence.rivals.items() if found.high >= evidence.test.low), None)
     if rival is not None:
-        return Verdict("doubtful", f"Not shown to be better than {rival}: AUROC {shown(evidence.rivals[rival])}, the probe {test}.")
+        return FitVerdict("doubtful", f"Not shown to be better than {rival}: AUROC {shown(evidence.rivals[rival])}, the probe {test}.")
     if leak is not None:
-        return Verdict("doubtful", f"The data leak: {leak} has AUROC {shown(evidence.text[leak])}, the probe {test}.")
+        return FitVerdict("doubtful", f"The data leak: {leak} has AUROC {shown(evidence.text[leak])}, the probe {test}.")
     if warnings:
         one = len(warnings) == 1
-        return Verdict(
+        return FitVerdict(
             "doubtful",
             f"AUROC {test} on test rollouts, as served; {len(warnings)} warning{'' if one else 's'} say{'s' if one else ''} where not to "
             "trust it.",
         )
-    return Verdict("sound", f"AUROC {test} on test rollouts, as served; no warning applies to these data.")
+    return FitVerdict("sound", f"AUROC {test} on test rollouts, as served; no warning applies to these data.")
 
 
 def shown(estimate: Estimate) -> str:

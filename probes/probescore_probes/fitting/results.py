@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from probescore_audit import CalibratedThreshold, Estimate
 from probescore_audit.grouped import CalibrationBin
 from probescore_probes.fitting.cross_validation import CurvePoint, Nested, Selection
-from probescore_probes.fitting.judgement import Evidence, Verdict, Warning
+from probescore_probes.fitting.judgement import Evidence, FitVerdict, Warning
 from probescore_probes.fitting.options import FitOptions
 from probescore_probes.fitting.serving import Agreement, BatchRounding
 from probescore_probes.fitting.wrong_rollouts import WrongRollout
@@ -43,7 +43,7 @@ class FitResult:
     model: str
     evidence: Evidence
     warnings: tuple[Warning, ...]
-    verdict: Verdict
+    verdict: FitVerdict
     data: dict[str, object]
     selection: Selection
     nested: Nested
