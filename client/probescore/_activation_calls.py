@@ -1,5 +1,5 @@
-"""Plans the RPCs of the client's method ``activations``, which reads a model's activations from a server; does no input or output itself:
-how rollout groups are divided into RPCs, and how the parts that a server sends become the activations of each completion.
+"""Plans, without any input or output, the RPCs of the client's method ``activations``, which reads a model's activations from a server: how
+rollout groups are divided into RPCs, and how the parts that a server sends become the activations of each completion.
 """
 
 from __future__ import annotations
@@ -380,7 +380,7 @@ class _Assembly:
         self._last = self._views[follow_up] = _ViewRead(asked, begins, token_ids, selections, arrays)
 
     def add(self, rows: activations_pb2.ActivationRows, path: str) -> None:
-        """Stores rows of activations that have arrived from the server with the completion or follow-up (token ids appended to a
+        """Adds rows of activations, which have arrived from the server, to those of the completion or follow-up (token ids appended to a
         completion) that the server began last.
         """
         if not self._rows or self._last is None:

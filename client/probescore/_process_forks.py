@@ -51,7 +51,7 @@ def channel_ended() -> None:
 
 
 def before_fork(do: Callable[[], None]) -> None:
-    """Registers ``do`` to be called before each fork of the process; the forking thread then waits until gRPC has cleaned up after the
+    """Registers ``do`` to be called before each fork of the process; the forking thread then waits briefly for gRPC to clean up after the
     channels that ``do`` closed.
     """
     _before_fork.append(do)

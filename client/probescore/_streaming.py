@@ -1,4 +1,4 @@
-"""Plans the RPCs of the client's method ``score_stream``, which scores a stream of rollouts; does no input or output itself: how rollout
+"""Plans, without any input or output, the RPCs of the client's method ``score_stream``, which scores a stream of rollouts: how rollout
 groups are divided into RPCs, and which completions of an RPC still lack scores.
 """
 
