@@ -96,7 +96,7 @@ class _RequestChecks:
         longest: the limit on a rollout's tokens and the limit's name; ``None`` = no limit.
         longest_appended: the largest number of token ids that one requested probe itself appends to a completion.
         all_appended: the number of token ids that all requested probes together append to a completion.
-        cost: how much each token of a rollout costs under the request's options.
+        cost: the factors, given by the request's options, from tokens and spans (token ranges) to costs.
         max_span_scores: the largest number of token scores that the spans (token ranges) of one completion and its follow-ups may read;
             ``None`` = no limit.
     """

@@ -244,7 +244,7 @@ class WorkerHandle:
 
         Returns:
             A description of the model and probes that the process serves, and a dictionary from the digest of each probe file's content to
-                the probe's key ``name@version``.
+            the probe's key ``name@version``.
 
         Raises:
             StartupError: the process refuses a probe.
