@@ -34,7 +34,7 @@ class ProbeFunction:
     Attributes:
         score: the author's own code, a function from the graph's inputs to scores, ``(N, labels)``, or ``(sequences, labels)`` if the probe
             pools; a missing last axis means one label.
-        export: function that makes the ONNX graph for a signature.
+        export: function that makes the ONNX graph with the inputs and output that a signature declares.
         unit: unit of the scores.
         width: number of features in each input row, of all taps (places in the model) together; ``None`` if not known before the probe
             runs.
@@ -178,7 +178,7 @@ def _weights(given: ArrayLike, argument: str, shape: str) -> NDArray[np.float64]
 
 
 class _ScoresModule(torch.nn.Module):
-    """Torch module that wraps another torch module so that the scores are float32 and have an axis of labels."""
+    """Torch module that wraps the module of a probe so that its scores are float32 and have an axis of labels."""
 
     def __init__(self, module: torch.nn.Module) -> None:
         super().__init__()
@@ -260,7 +260,9 @@ def _estimator_graph(read: EstimatorScores, signature: GraphSignature) -> onnx.M
 
 
 def _declared(model: onnx.ModelProto, signature: GraphSignature) -> onnx.ModelProto:
-    """Replaces a model's declarations of inputs and output with those of the signature; the exporter writes sizes such as ``s0 - 1``."""
+    """Replaces the inputs and output that an ONNX model declares with those of a probe's signature, since torch's exporter declares sizes
+    such as ``s0 - 1``.
+    """
     declared = onnx.ModelProto()
     declared.CopyFrom(model)
     del declared.graph.input[:], declared.graph.output[:]

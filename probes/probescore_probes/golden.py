@@ -58,7 +58,9 @@ class GoldenRollout:
 
 @dataclass(frozen=True, eq=False)
 class GoldenScorer:
-    """Scorer that applies the author's code to the reference model's activations, in the context that the manifest states."""
+    """Computes scores of rollouts by applying the code of a probe's author to the reference model's activations, in the context that the
+    manifest states.
+    """
 
     probe: ProbeFunction
     reference: ReferenceModel

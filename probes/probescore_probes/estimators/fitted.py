@@ -63,7 +63,7 @@ class FittedEstimator:
         )
 
     def part(self, estimator: Estimator) -> FittedEstimator:
-        """Returns a description of a part of the innermost scikit-learn estimator, with the same affine steps before the part."""
+        """Describes a fitted estimator in which a part of its last step, such as one member of an ensemble, replaces that step."""
         return FittedEstimator(estimator, self.width, self.steps)
 
     def transformed(self, rows: Rows) -> Rows:
@@ -96,7 +96,7 @@ class FittedEstimator:
         return bool(np.allclose(softmax, self._behind("predict_proba")(rows), rtol=1e-6, atol=1e-9))
 
     def _undecided(self) -> tuple[Rows, Rows]:
-        """Returns rows at which a classifier's decisions lie between -3 and 3, as far as such rows exist, with these decisions."""
+        """Returns rows at which a classifier's decisions lie between -3 and 3, as far as there are any, and the decisions at these rows."""
         weight, bias = self.affine
         wanted = np.random.default_rng(0).uniform(-3, 3, (16, len(bias)))
         rows = (wanted - bias) @ np.linalg.pinv(weight).T

@@ -159,7 +159,9 @@ def _calibrated(fitted: FittedEstimator, nodes: Nodes, x: str, member: Estimator
 
 
 def _scaled_decision(fitted: FittedEstimator, nodes: Nodes, x: str, scale: float, shift: float) -> str:
-    """Adds ONNX nodes for ``scale · decision + shift`` of a two-class classifier; one ``Gemm`` if the decision function is linear."""
+    """Adds ONNX nodes that scale and shift the decision function of a two-class classifier; one ``Gemm`` if the decision function is
+    linear.
+    """
     if is_linear(fitted.inner):
         weight, bias = fitted.affine
         return nodes.gemm(x, scale * weight, scale * bias + shift)
@@ -173,7 +175,7 @@ def _through_steps(fitted: FittedEstimator, nodes: Nodes, x: str) -> str:
 
 
 def _by_skl2onnx(fitted: FittedEstimator, nodes: Nodes, x: str, method: str) -> str:
-    """Adds ONNX nodes, made by skl2onnx, for the result of one of the estimator's methods."""
+    """Adds ONNX nodes, made by skl2onnx, for the result of one method of a scikit-learn estimator, such as ``predict``."""
     return _converted(fitted, nodes, x, (*fitted.steps, fitted.inner), method)
 
 

@@ -24,5 +24,7 @@ def called(estimator: Estimator, method: str, rows: Rows) -> NDArray[Any]:
 
 
 def scoring(estimator: Estimator, method: str) -> Function:
-    """Returns a function that calls a method of an estimator on rows ``(N, width)`` and always returns ``(N, columns)`` float64."""
+    """Returns a function that calls a scoring method of a scikit-learn estimator on rows ``(N, width)`` and always returns ``(N, columns)``
+    float64.
+    """
     return lambda rows: np.asarray(called(estimator, method, rows), np.float64).reshape(len(rows), -1)

@@ -1,4 +1,4 @@
-"""Returns the names of scikit-learn estimators, and lists the estimators that are treated alike."""
+"""Returns the names of scikit-learn estimators, and lists groups of estimators that are handled alike, such as kernel machines."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def check_fitted(estimator: object) -> None:
 
 
 def width_of(estimator: object, name: str) -> int:
-    """Returns the number of features on which an estimator was fitted; of a pipeline, that of the first step which states the number.
+    """Returns the number of features on which an estimator was fitted; for a pipeline, the number of its first step that states one.
 
     Raises:
         ValueError: the estimator does not state the number of features on which it was fitted.
@@ -93,7 +93,7 @@ def refuse_by_name(estimator: Estimator, name: str) -> None:
 
 
 def no_conversion(name: str, why: str) -> str:
-    """Returns the error message for an estimator for which no correct graph could be made."""
+    """Returns the error message for a scikit-learn estimator for which no ONNX graph with the correct scores could be made."""
     return (
         f"estimator: {name} cannot be written: {why}; fit another estimator (docs/reference/estimators.md lists them), "
         "or make the ONNX graph yourself and use onnx_probe"

@@ -1,1 +1,1 @@
-"""Fits probes to labelled rollouts, and measures how good each probe is by serving its file with an engine."""
+"""Fits probes to labelled rollouts, and measures how good each probe is from the scores that the serving engine computes from its file."""

@@ -1,6 +1,6 @@
-"""Reads everything that fitting needs from the model in one pass over the data.
+"""Reads everything that fitting a probe needs from the language model in one pass over the labelled data.
 
-It reads pooled activations at all taps (places in the model), and the log-probability that the model itself gives to each completion.
+These are the pooled activations at all taps (places in the model), and the log-probability that the model itself gives to each completion.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True, eq=False)
 class ActivationTable:
-    """A table of the activations and log-probabilities that were read for each example.
+    """A table of the activations and log-probabilities that a language model gave for each labelled example.
 
     Attributes:
         taps: names of the taps, in the order of the model's blocks.
@@ -120,12 +120,13 @@ def read_as_served(engine: Engine, examples: Sequence[Example], table: Activatio
     """Reads the pooled activations of some taps (places in the model) again, in the batches in which an engine scores the same examples.
 
     In a coarse dtype an activation depends on what else is in its batch, by .01 to .03 standard deviations of scores in a trained model.
-    Read in the batches that are scored, it leaves no difference between fitted and served scores but that of the probe's own arithmetic.
+    Activations read in the batches that are scored leave no difference between fitted and served scores but that of the probe's own
+    arithmetic.
 
     Args:
         engine: engine that is loaded with these taps, in the dtype in which the probe is served.
         examples: all examples, in the order in which they are scored.
-        table: their table.
+        table: the table of activations of all examples.
         taps: names of the taps that the probe reads.
     """
     pooled = {(tap, pool): rows.copy() for (tap, pool), rows in table.pooled.items() if tap in taps}
@@ -152,7 +153,9 @@ def read_tokens(
 def _read(
     engine: Engine, examples: Sequence[Example], taps: Sequence[str], pool: Sequence[str], scope: Scope = Scope.COMPLETION
 ) -> Iterator[CompletionActivations]:
-    """Yields the activations of each example; what the engine refuses is named by the line of the example, where it counts groups."""
+    """Yields the activations of each example from the engine; an error of the engine is raised with the line of the example in the data
+    file.
+    """
     try:
         yield from engine.activations([_whole(example) for example in examples], taps, pool=pool, scope=scope)
     except InvalidRequest as error:
@@ -164,7 +167,9 @@ def _read(
 
 
 def _whole(example: Example) -> RolloutGroup:
-    """Returns a request with one span over the labelled tokens of an example; pooling over the scope ``all`` would include the prompt."""
+    """Returns a request to the engine, with one span (range of tokens) over the labelled tokens of an example; pooling over the scope
+    ``all`` would include the prompt.
+    """
     start, end = example.passage or (0, len(example.completion_ids))
     return RolloutGroup(example.prompt_ids, [Completion(example.completion_ids, mask=example.mask, spans=(Span(PASSAGE, start, end),))])
 
@@ -187,7 +192,9 @@ class _Head:
             self._bias: torch.Tensor | None = getattr(embedding, "bias", None)
 
     def add(self, index: int, example: Example, hidden: NDArray[np.float32]) -> None:
-        """Adds an example, given its activations at ``final_norm``, ``(prompt + completion, hidden_size)``."""
+        """Adds an example whose log-probability is to be computed, given its activations at the final norm of the language model, ``(prompt
+        + completion, hidden_size)``.
+        """
         if self.problem:
             return
         positions = len(example.prompt_ids) + np.flatnonzero(example.selected)
@@ -236,7 +243,9 @@ class _Head:
         return of_targets.double().cpu().numpy()
 
     def _check(self, ids: NDArray[np.int64], hidden: NDArray[np.float32]) -> None:
-        """Compares logits with those of transformers, since some models transform the final norm's output further before the logits."""
+        """Compares log-probabilities computed from the final norm's output with those of transformers, since some models transform that
+        output further before the logits.
+        """
         if len(ids) < 2:
             return
         with torch.inference_mode():

@@ -21,7 +21,7 @@ Indices = NDArray[np.int64]
 
 
 def bag_of_words(ids: Sequence[NDArray[np.int32]], labels: Labels, seed: int = 0) -> Estimate:
-    """Computes the AUROC over held-out groups of a logistic regression on which tokens occur in a text.
+    """Computes the AUROC over held-out groups of a logistic regression whose features say which tokens occur in a text.
 
     Args:
         ids: for each example the token ids of the completion, or of the prompt.
@@ -42,7 +42,9 @@ def bag_of_words(ids: Sequence[NDArray[np.int32]], labels: Labels, seed: int = 0
 
 
 def oriented(numbers: NDArray[np.float64], labels: Labels, fitted: Indices, tested: Indices, seed: int = 0) -> Estimate:
-    """Computes the AUROC on ``tested`` of a number known without a probe, such as length, with the sign that is better on ``fitted``."""
+    """Computes the AUROC on test examples of a number known without a probe, such as length; its sign is the better one on the training
+    examples.
+    """
     known = np.isfinite(numbers)
     fitted, tested = fitted[known[fitted]], tested[known[tested]]
     sign = 1.0 if not auroc(numbers[fitted], labels.positive[fitted], labels.weights[fitted]) < 0.5 else -1.0
@@ -51,7 +53,9 @@ def oriented(numbers: NDArray[np.float64], labels: Labels, fitted: Indices, test
 
 
 def random_directions(rows: NDArray[np.float32], labels: Labels, fitted: Indices, tested: Indices, seed: int = 0) -> Estimate:
-    """Computes the AUROC on ``tested`` of the one of ``RANDOM_DIRECTIONS`` random directions whose AUROC on ``fitted`` is highest."""
+    """Computes the AUROC on test examples of that one of several random directions whose AUROC on the training examples is farthest from
+    .5.
+    """
     some = labels.of(fitted)
     scaled = Scaler.of(rows[fitted], some.weights).scaled(rows)
     scores = scaled @ np.random.default_rng(seed).standard_normal((rows.shape[1], RANDOM_DIRECTIONS))
@@ -60,7 +64,9 @@ def random_directions(rows: NDArray[np.float32], labels: Labels, fitted: Indices
 
 
 def shuffled_labels(rows: NDArray[np.float32], labels: Labels, candidate: Candidate, kind: str, seed: int = 0) -> Estimate:
-    """Computes the mean AUROC over held-out groups for shuffled labels, with an interval of two standard deviations of the mean."""
+    """Computes the mean AUROC over held-out groups of linear probes fitted to shuffled labels, with an interval of two standard deviations
+    of the mean.
+    """
     random = np.random.default_rng(seed)
     found = []
     for _ in range(SHUFFLES):

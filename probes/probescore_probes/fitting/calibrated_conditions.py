@@ -1,4 +1,4 @@
-"""Describes, for a probe's manifest, the negative rollouts on which a threshold was found."""
+"""Describes, for a probe's manifest (the metadata in its file), the negative rollouts on which a threshold was found."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ def conditions_of(
     generation_prompt_ids: Sequence[int],
     dataset_sha256: str | None = None,
 ) -> CalibrationConditions:
-    """Returns what the ``n`` negatives were like on which a threshold was found; a server flags rollouts that are unlike them.
+    """Describes the ``n`` negative rollouts on which a threshold was found, such as their lengths; a server flags rollouts that are unlike
+    them.
 
     Args:
         negatives: the negatives as token ids, at least one.

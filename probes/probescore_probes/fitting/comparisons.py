@@ -34,11 +34,12 @@ Scorer = Callable[[Indices], NDArray[np.float64]]
 
 
 class Comparisons:
-    """Computes what cross-validation tells of candidates, from the activations of the training examples alone.
+    """Compares candidates for a probe (tap, pooling and strength of regularisation) by cross-validation, from the activations of the
+    training examples alone.
 
     Attributes:
-        choosing: the linear kind of probe that the tap (place in the model) is chosen with: the kind itself, or logistic regression for
-            other kinds.
+        choosing: the linear kind of probe that the tap (place in the model) is chosen with: the kind that is fitted if it is linear, else
+            logistic regression.
     """
 
     def __init__(self, options: FitOptions, table: ActivationTable, data: FittingData) -> None:
@@ -50,24 +51,24 @@ class Comparisons:
         self.choosing = options.kind if options.kind in LINEAR_KINDS else LOGISTIC
 
     def selection(self) -> Selection:
-        """Chooses tap (place in the model), pooling and strength."""
+        """Chooses the tap (place in the model), the pooling and the strength of regularisation of a probe by cross-validation."""
         return select(self._features, self._labels, kind=self.choosing, seed=self._seed)
 
     def nested(self) -> Nested:
-        """Estimates how good the whole procedure is, the choice included."""
+        """Estimates how good a probe is by nested cross-validation, in which each fold chooses the tap anew."""
         return nested(
             self._features, self._labels, kind=self.choosing, seed=self._seed, fit=lambda fitted, at: self._scorer(self._kind, fitted, at)
         )
 
     def curves(self, selection: Selection) -> dict[str, tuple[CurvePoint, ...]]:
-        """Returns the AUROC by tap (place in the model) and pooling, of the kind that the tap was chosen with and of the difference of
-        means.
+        """Returns the AUROC at each tap (place in the model) and pooling, for the kind of probe that the tap was chosen with and for a
+        difference of means.
         """
         other = select(self._features, self._labels, kind=DIFFERENCE_OF_MEANS, seed=self._seed)
         return {self.choosing: selection.curve, DIFFERENCE_OF_MEANS: other.curve}
 
     def kinds(self, candidate: Candidate) -> dict[str, Estimate]:
-        """Returns the AUROC of each kind of probe at a tap (place in the model), for the kinds whose activations were read."""
+        """Returns the AUROC of each kind of probe at a tap (place in the model), if the activations for it were read."""
         found = {}
         for kind in KINDS:
             if not can_fit(kind, self._table, candidate):
@@ -86,7 +87,7 @@ class Comparisons:
         return tuple(learning_curve(rows, self._labels, candidate, self.choosing, seed=self._seed))
 
     def shuffled(self, candidate: Candidate) -> Estimate:
-        """Returns the AUROC of the linear probe at a tap (place in the model) if labels are shuffled."""
+        """Returns the AUROC of the linear probe at a tap (place in the model) fitted to shuffled labels."""
         return shuffled_labels(self._table.pooled[candidate.tap, candidate.pool], self._labels, candidate, self.choosing, self._seed)
 
     def _scorer(self, kind: str, fitted: Indices, candidate: Candidate) -> Scorer:

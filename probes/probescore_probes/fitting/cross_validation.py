@@ -35,8 +35,8 @@ Indices = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Candidate:
-    """A choice to be compared by cross-validation: the tap (place in the model) that a linear probe reads, the pooling of tokens, and the
-    inverse penalty.
+    """A candidate that cross-validation compares with others: the tap (place in the model) that a linear probe reads, the pooling of
+    tokens, and the inverse penalty.
     """
 
     tap: str
@@ -49,7 +49,9 @@ Fitter = Callable[[Indices, Candidate], Callable[[Indices], NDArray[np.float64]]
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """One point of the curve over taps: the AUROC of a tap and pooling over all folds, at the best strength, with its standard error."""
+    """One point of a curve over taps (places in the model): the AUROC of a probe at a tap and pooling over all folds, at its best penalty,
+    with its standard error.
+    """
 
     tap: str
     pool: str
@@ -60,7 +62,7 @@ class CurvePoint:
 
 @dataclass(frozen=True)
 class Selection:
-    """The candidate that cross-validation chose, with the results that it was chosen from.
+    """The candidate (tap, pooling and penalty of a probe) that cross-validation chose, with the results that it was chosen from.
 
     Attributes:
         chosen: the candidate at the earliest tap whose AUROC is within one standard error of the best AUROC.
@@ -104,7 +106,7 @@ class Nested:
 
 
 def select(features: Features, labels: Labels, *, kind: str = LOGISTIC, seed: int = 0, count: int = OUTER) -> Selection:
-    """Chooses tap, pooling and strength by cross-validation over folds of whole groups.
+    """Chooses the tap, pooling and penalty of a linear probe by cross-validation over folds of whole groups.
 
     Args:
         features: pooled activations ``(n, width)``, a dictionary keyed by tap (place in the model) and pooling, with taps in the order of
@@ -150,7 +152,8 @@ def nested(
     fit: Fitter | None = None,
     progress: Callable[[int], None] = lambda _done: None,
 ) -> Nested:
-    """Estimates how good the procedure is: in each outer fold, inner folds choose a candidate, which is judged on held-out examples.
+    """Estimates how good a chosen probe is: in each outer fold, inner folds choose its tap, pooling and penalty, and held-out examples
+    judge it.
 
     Args:
         features: pooled activations ``(n, width)``, a dictionary keyed by tap (place in the model) and pooling.
@@ -221,7 +224,7 @@ def held_out_scores(
 
 
 def held_out_auroc(scores: NDArray[np.float64], labels: Labels, seed: int = 0) -> Estimate:
-    """Computes the AUROC, with its interval, of the scores that ``held_out_scores`` gives, of which half count as independent."""
+    """Computes the AUROC, with its interval, of cross-validated scores, of which half count as independent."""
     known = np.flatnonzero(~np.isnan(scores))
     some = labels.of(known)
     return grouped_auroc(scores[known], some.positive, some.groups, weights=some.weights, independent=INDEPENDENT, seed=seed)

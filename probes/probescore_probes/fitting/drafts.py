@@ -1,4 +1,4 @@
-"""Writes a fitted probe to its file: first a draft, to be served and judged, then the file with thresholds and quality."""
+"""Writes a fitted probe to its file: first a draft, to be served and judged, then the final file with thresholds and the AUROC."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from probescore_server.probes.format.probe_file import ProbeFile
 
 
 def write_draft(draft: Path, fitted: Fitted, options: FitOptions) -> ProbeFile:
-    """Writes a fitted probe without thresholds, with golden vectors of rollouts that it was not fitted on.
+    """Writes a fitted probe to a file without thresholds, with golden vectors (token ids with the author's scores) of held-out rollouts.
 
     Raises:
         ProbeRefused: the errors of ``write_probe``.
@@ -43,7 +43,7 @@ def write_draft(draft: Path, fitted: Fitted, options: FitOptions) -> ProbeFile:
 
 
 def _telling(fitted: Fitted, options: FitOptions) -> list[Example]:
-    """Returns the rollouts for calibration; of a sparse feature those on which it fires, since where it is 0 nothing is verified.
+    """Returns the calibration rollouts that can verify a probe; for a sparse feature these are the ones on which the feature is not 0.
 
     Raises:
         ValueError: the feature fires on none of them.
@@ -58,7 +58,7 @@ def _telling(fitted: Fitted, options: FitOptions) -> list[Example]:
 
 
 def finish(draft: Path, output: Path, data: FittingData, quality: Estimate, threshold: CalibrationRecord | None) -> ProbeFile:
-    """Writes a draft to its final path, with its threshold and its AUROC on the test rollouts.
+    """Writes the draft of a probe file to its final path, with its threshold and its AUROC on the test rollouts.
 
     Raises:
         ProbeRefused: ``output`` is a file that must not be replaced.
@@ -77,7 +77,9 @@ def finish(draft: Path, output: Path, data: FittingData, quality: Estimate, thre
 
 
 def _expects_bos(fitted: Fitted) -> bool | None:
-    """Returns whether all prompts begin with BOS, or none does; ``None`` (not checked) if prompts differ or the tokenizer has no BOS."""
+    """Returns whether all prompts begin with BOS, or whether none does; ``None`` (not checked) if prompts differ or the tokenizer has no
+    BOS.
+    """
     begins = fitted.data.begins_with_bos
     if fitted.reference.tokenizer.bos_token_id is None or (begins.any() and not begins.all()):
         return None

@@ -30,7 +30,7 @@ def evidence_of(
     rounding: BatchRounding,
     options: FitOptions,
 ) -> Evidence:
-    """Collects the evidence on a fitted probe.
+    """Collects the numbers on a fitted probe from which warnings about it are derived.
 
     Args:
         fitted: the probe, with what it was fitted on.
@@ -81,7 +81,9 @@ def evidence_of(
 
 
 def _text_baselines(data: FittingData, seed: int) -> dict[str, Estimate]:
-    """Returns the AUROC of bags of words, which read no activations, of the completions and of the prompts if there are any."""
+    """Returns the AUROC of classifiers on bags of words instead of activations: one of the completions and, if there are any, one of the
+    prompts.
+    """
     some, labels = [data.examples[index] for index in data.inside], data.labels.of(data.inside)
     found = {"bag of words of completions": bag_of_words([each.completion_ids[each.selected] for each in some], labels, seed)}
     if any(len(each.prompt_ids) for each in some):
@@ -90,7 +92,7 @@ def _text_baselines(data: FittingData, seed: int) -> dict[str, Estimate]:
 
 
 def _rivals(fitted: Fitted, seed: int) -> dict[str, Estimate]:
-    """Returns the AUROC on test rollouts of length, of the model's own log-probability, and of random directions."""
+    """Returns the AUROC on test rollouts of baselines that need no probe: length, the model's log-probability, random directions."""
     data, table, candidate = fitted.data, fitted.table, fitted.candidate
     train, tested = data.splits[TRAIN], data.splits[TEST]
     numbers = {

@@ -1,4 +1,6 @@
-"""Fits a probe: reads activations with the engine that will serve it, chooses by cross-validation, and fits the chosen candidate."""
+"""Fits a probe: reads activations with the engine that will serve it, chooses layer, pooling and penalty by cross-validation, and fits with
+this choice.
+"""
 
 from __future__ import annotations
 
@@ -56,12 +58,12 @@ class Fitted:
 
     @property
     def candidate(self) -> Candidate:
-        """Returns the tap (place in the model), pooling and strength that were chosen."""
+        """Returns the tap (place in the model), pooling and penalty that cross-validation chose for a fitted probe."""
         return self.selection.chosen
 
     @property
     def probe(self) -> FittedProbe:
-        """Returns the function that is written into the probe file."""
+        """Returns the scoring function of a fitted probe, which is written into its file."""
         return self.fit.probe()
 
     @property
@@ -126,7 +128,7 @@ def _check_varies(scores: NDArray[np.float64], tap: str) -> None:
 
 
 def _taps(engine: Engine, patterns: tuple[str, ...]) -> tuple[str, ...]:
-    """Returns the taps (places in the model) that names or patterns mean, in the order in which the model computes them."""
+    """Returns the taps (places in the model) that match the given names or patterns, in the order in which the model computes them."""
     found = engine.resolve_reads(list(patterns), "mean").taps
     deepest = engine.info.model.num_hidden_layers
     return tuple(str(tap) for tap in sorted(found, key=lambda tap: (deepest if tap.layer is None else tap.layer, _COMPUTED[str(tap.hook)])))

@@ -1,4 +1,6 @@
-"""Prepares labelled rollouts for fitting: tokenises them, divides them into splits, and describes them for the file and the report."""
+"""Prepares labelled rollouts for fitting: tokenises them, divides them into splits (such as training and test), and describes them for the
+probe file and the report.
+"""
 
 from __future__ import annotations
 
@@ -38,21 +40,21 @@ class FittingData:
 
     @cached_property
     def inside(self) -> Indices:
-        """The indices of the examples of the distribution that the probe is fitted on, in order."""
+        """The indices of all examples except those of other distributions, which a probe is only evaluated on."""
         return np.sort(np.concatenate([self.splits[name] for name in (TRAIN, CALIBRATION, TEST)]))
 
     def negatives(self, indices: Indices) -> Indices:
-        """Returns those of the given indices whose examples are negative."""
+        """Returns those of the given indices of labelled examples whose label is negative."""
         return indices[~self.labels.positive[indices]]
 
     def auroc(self, scores: NDArray[np.float64], indices: Indices, seed: int) -> Estimate:
-        """Computes the AUROC on the examples with the given indices, from the scores ``(n,)`` of all examples."""
+        """Computes the AUROC of a probe on the labelled examples with the given indices, from the scores ``(n,)`` of all examples."""
         some = self.labels.of(indices)
         return grouped_auroc(scores[indices], some.positive, some.groups, weights=some.weights, seed=seed)
 
     @cached_property
     def digest(self) -> str:
-        """The ``sha256:…`` of all examples, with their labels, splits, slices (parts of the data), weights and groups."""
+        """The digest ``sha256:…`` of all labelled examples, with their labels, splits, slices (parts of the data), weights and groups."""
         digest = hashlib.sha256()
         for example in self.examples:
             line = [

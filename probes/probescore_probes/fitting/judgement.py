@@ -41,7 +41,7 @@ class SliceResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """The numbers that the rules for warnings check.
+    """The numbers about a fitted probe that the rules for warnings check.
 
     Attributes:
         test: AUROC of the served probe on test rollouts.

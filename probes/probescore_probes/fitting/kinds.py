@@ -37,7 +37,7 @@ Score = Callable[[Indices], NDArray[np.float64]]
 
 @dataclass(frozen=True, eq=False)
 class Fit:
-    """A probe that was fitted on some of the examples in a table of activations.
+    """A probe that was fitted to some of the labelled examples in a table of activations.
 
     Attributes:
         score: computes the probe's scores of examples, given by their indices in the table.
@@ -49,7 +49,7 @@ class Fit:
 
 
 def pools_of(kind: str, pools: tuple[str, ...]) -> tuple[str, ...]:
-    """Returns the poolings of activations among which a kind of probe is chosen; a kind that pools in another way is chosen on means."""
+    """Returns the poolings over tokens that are tried for a kind of probe; for a kind that pools in a way of its own, only the mean."""
     return pools if kind in LINEAR_KINDS else ("mean",)
 
 
@@ -84,7 +84,7 @@ def fit_kind(
     """Fits a probe of one kind to some of the examples in a table of activations.
 
     Args:
-        kind: one of ``KINDS``.
+        kind: name of the kind of probe, one of ``KINDS``.
         table: activations of all examples, with those that ``can_fit`` asks for.
         labels: labels of all examples.
         fitted: indices of the examples to fit on.
@@ -191,6 +191,6 @@ def _feature(table: ActivationTable, labels: Labels, fitted: Indices, candidate:
 
 
 def _spread(taps: Sequence[str]) -> tuple[str, ...]:
-    """Returns ``SEVERAL_TAPS`` taps (places in the model), evenly spread over those that were tried; all of them if there are fewer."""
+    """Returns ``SEVERAL_TAPS`` taps (places in the model), evenly spread over the given ones; all of them if there are fewer."""
     places = np.unique(np.linspace(0, len(taps) - 1, min(SEVERAL_TAPS, len(taps))).round().astype(int))
     return tuple(taps[place] for place in places)

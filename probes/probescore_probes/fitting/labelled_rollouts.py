@@ -89,7 +89,7 @@ class Example:
 
     @property
     def selected(self) -> NDArray[np.bool_]:
-        """Returns which tokens of the completion the label is about, ``(T,)`` bool."""
+        """Returns which tokens of a completion an example's label is about, ``(T,)`` bool."""
         kept = np.ones(len(self.completion_ids), bool) if self.mask is None else self.mask.copy()
         if self.passage is not None:
             kept[: self.passage[0]] = False
@@ -152,7 +152,7 @@ def tokenised(rollouts: Sequence[LabelledRollout], engine: Engine) -> list[Examp
 
 
 def facts(examples: Sequence[Example]) -> dict[str, object]:
-    """Returns facts about the data for a report, such as numbers of examples and of positives."""
+    """Returns facts about labelled rollouts for a report, such as the numbers of examples and of positives."""
     lengths = np.array([example.selected.sum() for example in examples])
     return {
         "examples": len(examples),
@@ -229,7 +229,7 @@ def _tokens_of_characters(text: str, ids: NDArray[np.int32], engine: Engine) -> 
 
 
 def counts_by(examples: Sequence[Example], splits: Mapping[str, NDArray[np.int64]]) -> dict[str, dict[str, int]]:
-    """Counts the positives, negatives and groups of each split."""
+    """Counts the positive examples, the negative examples and the groups in each split (such as training and test) of labelled rollouts."""
     return {
         name: {
             "positives": sum(examples[index].positive for index in indices),

@@ -60,7 +60,7 @@ class Scaler:
 
     @classmethod
     def of_tokens(cls, rows: Sequence[Rows], weights: NDArray[np.float64]) -> Scaler:
-        """Computes the same over the tokens of rollouts ``(tokens, width)``, each of which counts as its rollout, a rollout at a time."""
+        """Computes the mean and standard deviation of each feature over all tokens; each token has the weight of its rollout."""
         total = float(weights @ [len(each) for each in rows])
         mean = sum(weight * np.sum(each, axis=0, dtype=np.float64) for weight, each in zip(weights, rows, strict=True)) / total
         squares = sum(weight * ((each - mean) ** 2).sum(axis=0) for weight, each in zip(weights, rows, strict=True))

@@ -23,7 +23,8 @@ class FitOptions:
         kind: one of ``KINDS``.
         taps: names of taps (places in the model), or patterns of names.
         pools: names of the poolings to try: ``mean``, ``last``.
-        autoencoder: the folder of a sparse autoencoder of SAELens, for the kind ``sae-feature``, which reads its tap alone.
+        autoencoder: the folder of a sparse autoencoder saved by the library SAELens, for the kind ``sae-feature``, which reads its tap
+            alone.
         feature: index of the autoencoder's feature; ``None`` = the one that tells the labels best.
         false_positive_rate: false-positive rate that the threshold is set for.
         dtype, device, revision, trust_remote_code: how the model is loaded and run.

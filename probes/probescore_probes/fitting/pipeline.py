@@ -70,7 +70,7 @@ def _served(model: str | Path, draft: Path, fitted: Fitted, options: FitOptions)
 def _judged(
     model: str | Path, output: Path, fitted: Fitted, written: ProbeFile, served: ServedProbe, options: FitOptions, report: Report
 ) -> FitResult:
-    """Judges a probe by what the engine serves from its draft, and writes the draft with its threshold and quality to ``output``."""
+    """Judges a probe by the scores that the engine serves from a draft of its file, and writes the final file with threshold and AUROC."""
     data, candidate, comparisons = fitted.data, fitted.candidate, fitted.comparisons
     agreed = agreement(fitted.scores, served.scores, options.dtype, written)
     rounding = batch_rounding(served.engine, data.examples, served.scores)

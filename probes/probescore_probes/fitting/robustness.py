@@ -24,7 +24,7 @@ MOST = 400
 
 @dataclass(frozen=True)
 class Condition:
-    """One alteration of the test rollouts and the quality of the served probe on the altered rollouts.
+    """One alteration of the test rollouts (such as appended text) and the quality of the served probe on the altered rollouts.
 
     Attributes:
         name: name of the alteration.

@@ -1,4 +1,6 @@
-"""Serves a fitted probe's file under other conditions: altered rollouts, prompts that the file refuses, and another dtype."""
+"""Serves a fitted probe's file under other conditions: rollouts altered by appended text or another prompt, prompts that the file refuses,
+and another dtype.
+"""
 
 from __future__ import annotations
 

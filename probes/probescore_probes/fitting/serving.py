@@ -54,7 +54,9 @@ class FittedProbe:
 
     @property
     def context(self) -> Context:
-        """Returns the context that the probe file states: each token by itself if the file allows one reduction, else the whole rollout."""
+        """Returns the context (what a score depends on) that a probe file states: each token alone if a reduction is fixed, else the whole
+        rollout.
+        """
         return Context(kind="rollout") if self.reduction is None else Context()
 
 
@@ -168,7 +170,9 @@ def served_scores(engine: Engine, examples: Sequence[Example]) -> NDArray[np.flo
 
 
 def batch_rounding(engine: Engine, examples: Sequence[Example], scores: NDArray[np.float64]) -> BatchRounding:
-    """Serves at most ``MOST_ALONE`` examples one at a time, and compares their scores with those of one call, ``(n,)``."""
+    """Serves at most ``MOST_ALONE`` examples one at a time, and compares their scores with those ``(n,)`` that the engine gives them all in
+    one call.
+    """
     some = np.unique(np.linspace(0, len(examples) - 1, min(MOST_ALONE, len(examples))).round().astype(int))
     alone = np.array([served_scores(engine, [examples[index]])[0] for index in some])
     apart = np.abs(alone - scores[some]) / (float(scores.std()) or 1.0)
@@ -245,7 +249,9 @@ def add_judgement(
 
 
 def write_without_bos_check(draft: Path, target: Path) -> None:
-    """Writes a copy of a draft whose file accepts prompts with and without BOS, to measure scores of prompts that the draft refuses."""
+    """Writes a copy of a draft of a probe file that accepts prompts with and without BOS, to measure scores of prompts that the draft
+    refuses.
+    """
     file = read_probe_file(draft)
     write_probe_file(target, onnx.load_model_from_string(file.graph), file.manifest.model_copy(update={"expects_bos": None}))
 

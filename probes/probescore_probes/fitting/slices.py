@@ -16,7 +16,8 @@ Indices = NDArray[np.int64]
 
 
 def slices_of(data: FittingData, scores: NDArray[np.float64], threshold: float | None, seed: int) -> dict[str, SliceResult]:
-    """Measures the probe on each slice (part of the data) of the test rollouts, then on each slice of the out-of-distribution rollouts.
+    """Measures a served probe on each slice (part of the data) of the test rollouts, then on each slice of the out-of-distribution
+    rollouts.
 
     Args:
         data: all examples.

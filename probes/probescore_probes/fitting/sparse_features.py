@@ -1,7 +1,7 @@
 """Fits a probe that is one feature of a sparse autoencoder: the feature that tells the labels best, or one that is named.
 
-The autoencoder is a folder of SAELens, and stays as it is. What is fitted is which feature is read, whether a rollout is judged by the mean
-or by the maximum of the feature over its tokens, and the threshold.
+The autoencoder is read from a folder that the library SAELens wrote, and is not changed. What is fitted is which feature is read, whether a
+rollout is judged by the mean or by the maximum of the feature over its tokens, and the threshold.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ Indices = NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class SparseFeatures:
-    """The features of a sparse autoencoder that may be chosen.
+    """The features of a sparse autoencoder, of which one is chosen as a probe.
 
     Attributes:
-        source: the folder of SAELens.
+        source: the folder that the library SAELens wrote.
         tap: name of the tap (place in the model) that the autoencoder reads.
         features: indices of the features, ``(F,)``.
         asked: facts about the model that the autoencoder is read with.
@@ -52,7 +52,7 @@ class SparseFeatures:
 
     @classmethod
     def read(cls, folder: Path | str, feature: int | None, reference: ReferenceModel) -> SparseFeatures:
-        """Reads a folder of SAELens.
+        """Reads a sparse autoencoder from a folder that the library SAELens wrote.
 
         Args:
             folder: the folder, with ``cfg.json`` and ``sae_weights.safetensors``.
@@ -114,7 +114,7 @@ class SparseFeatures:
 def choose_feature(
     pooled: dict[str, NDArray[np.float32]], positive: NDArray[np.bool_], weights: NDArray[np.float64]
 ) -> tuple[str, int, float]:
-    """Chooses the reduction and the column of the feature with the highest AUROC; a feature that fires on negatives is not turned round.
+    """Chooses the sparse-autoencoder feature, and its reduction over tokens, with the highest AUROC; no feature has its sign turned.
 
     Args:
         pooled: features of rollouts, ``(n, F)``, a dictionary keyed by the reduction.

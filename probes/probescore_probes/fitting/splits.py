@@ -110,7 +110,9 @@ def _check_enough(examples: Sequence[Example], groups: Indices, outside: NDArray
 
 
 def _groups_inside_and_outside(examples: Sequence[Example], outside: NDArray[np.bool_]) -> tuple[Indices, bool]:
-    """Groups the examples of other distributions apart: they come from other files, whose names of groups are of another kind, or none."""
+    """Numbers the groups of all examples; examples of other distributions are grouped apart, since they come from other files, which name
+    groups in another way or not at all.
+    """
     groups = np.empty(len(examples), np.int64)
     inside, named = groups_of([example for example, other in zip(examples, outside, strict=True) if not other])
     groups[~outside] = inside

@@ -1,4 +1,6 @@
-"""Finds the thresholds of a fitted probe on held-out negatives, as the engine serves them, and records what these negatives were like."""
+"""Finds the thresholds of a fitted probe on held-out negatives, from scores that the engine serves, and records facts about these
+negatives.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,8 @@ from probescore_server.probes.format.manifest import CalibrationRecord
 def thresholds_of(
     data: FittingData, scores: NDArray[np.float64], options: FitOptions, reduction: str | None
 ) -> dict[str, CalibratedThreshold]:
-    """Computes the threshold for all data under ``""``, then one for each slice (part of the data), each only if there are enough negatives
-    and groups.
+    """Computes a probe's thresholds by name: one for all data, named ``""``, and one for each slice (part of the data), each only if there
+    are enough negatives and groups.
 
     The interval of each is that of as many fresh negatives in as many other groups.
 
@@ -50,7 +52,8 @@ def thresholds_of(
 
 
 def recorded(threshold: CalibratedThreshold, data: FittingData, engine: Engine, dtype: str) -> CalibrationRecord:
-    """Returns the threshold for all data in the form that the manifest stores, with what its negatives were like.
+    """Returns a probe's threshold as its file stores it: with facts about the negative rollouts that it was found on, such as their
+    lengths.
 
     Args:
         threshold: the threshold.

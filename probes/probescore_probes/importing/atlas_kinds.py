@@ -1,4 +1,4 @@
-"""Implements the classes of probes of the Obfuscation Atlas, each as a torch module and as a formula in numpy.
+"""Implements the classes of probes of the Obfuscation Atlas, another project, each as a torch module and as a formula in numpy.
 
 Both compute, from the activations of tokens, the attention logits ``q`` and the values ``v`` of each head.
 """
@@ -42,7 +42,7 @@ Heads = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Kind:
-    """A probe of one of the Obfuscation Atlas classes, with its weights.
+    """A probe of one of the classes of the Obfuscation Atlas, another project, with its weights.
 
     Attributes:
         scores: a torch module that computes attention logits and values ``(q, v)`` from normalised activations and, if ``attends`` is
@@ -148,7 +148,7 @@ _BLOCK = {"out": "self_attn.out_proj", "first": "linear1", "second": "linear2"}
 
 
 def kind_of(name: str, found: Weights, mask: NDArray[np.bool_] | None, init: dict[str, Any], asked: ImportOptions) -> Kind:
-    """Builds an Obfuscation Atlas probe of the given class from its weights.
+    """Builds a probe of a given class of the Obfuscation Atlas, another project, from its weights.
 
     Args:
         name: name of the class.

@@ -57,14 +57,14 @@ class EleutherAttentionPool(nn.Module):
 
 
 def is_attention_probe(source: ProbeSource) -> bool:
-    """Returns whether a file has the tensors of an EleutherAI attention probe and no other tensors."""
+    """Returns whether a file has the tensors of a probe of EleutherAI/attention-probes, another project, and no others."""
     if source.kind not in ("torch", "safetensors") or not isinstance(source.content, Mapping):
         return False
     return set(map(str, source.content)) in (_NAMES, _NAMES | {"o.weight", "o.bias"})
 
 
 def read_attention_probe(source: ProbeSource, asked: ImportOptions) -> Imported:
-    """Reads an EleutherAI attention probe, which pools a rollout into one score for each class.
+    """Reads a probe of EleutherAI/attention-probes, another project, which pools a rollout into one score for each class.
 
     Raises:
         ValueError: the weights have shapes that do not fit together.

@@ -75,7 +75,7 @@ def read_hidden_states_direction(source: ProbeSource, asked: ImportOptions) -> I
 
 
 def unprefixed(found: Mapping[str, Array]) -> dict[str, Array]:
-    """Returns tensors without the common prefix of their names, such as ``linear.`` of a module that holds one layer."""
+    """Returns the tensors of a probe file without the common prefix of their names, such as ``linear.`` of a module with one layer."""
     prefixes = {name.rpartition(".")[0] for name in found}
     prefix = f"{prefixes.pop()}." if len(prefixes) == 1 else ""
     return {name.removeprefix(prefix): array for name, array in found.items()}

@@ -1,4 +1,4 @@
-"""Reads probes of obalcells/hallucination_probes: ``probe_config.json`` and ``probe_head.bin`` in a folder.
+"""Reads probes of obalcells/hallucination_probes, another project: ``probe_config.json`` and ``probe_head.bin`` in a folder.
 
 score of a token = sigmoid(weight · x + bias), x = the output of block ``layer_idx``, counted from 0
 """
@@ -14,12 +14,15 @@ _CONFIG, _HEAD = "probe_config.json", "probe_head.bin"
 
 
 def is_hallucination_probe(source: ProbeSource) -> bool:
-    """Returns whether a folder holds ``probe_config.json`` and ``probe_head.bin``, the files of a hallucination probe."""
+    """Returns whether a folder holds ``probe_config.json`` and ``probe_head.bin``, the files of a probe of the project
+    obalcells/hallucination_probes.
+    """
     return source.holds(_CONFIG, _HEAD)
 
 
 def read_hallucination_probe(source: ProbeSource, asked: ImportOptions) -> Imported:
-    """Reads a hallucination probe, a linear head over the output of a block; each token's score is a probability.
+    """Reads a probe of the project obalcells/hallucination_probes, a linear head over the output of a block; each token's score is a
+    probability.
 
     Raises:
         ValueError: the model lacks the layer, or the weights have another shape.

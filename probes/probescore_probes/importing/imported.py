@@ -187,7 +187,7 @@ def is_affine(function: ProbeFunction, width: int) -> bool:
 
 
 def formula(score: Callable[[GraphInputs], Array], module: torch.nn.Module, *, unit: ScoreUnit, width: int, columns: int) -> ProbeFunction:
-    """Makes a probe from a formula in numpy, as reference, and a torch module that is exported to ONNX and must agree with the formula."""
+    """Makes a probe from a formula in numpy, and from a torch module of equal results that is exported to ONNX and must agree."""
     return replace(torch_probe(module, unit=unit), score=score, width=width, columns=columns)
 
 

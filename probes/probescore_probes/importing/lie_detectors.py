@@ -1,4 +1,4 @@
-"""Reads probes of AISI's lie_detectors: one ``.pt`` file with ``state_dict`` and ``hyperparams``.
+"""Reads probes of lie_detectors, a project of AISI: one ``.pt`` file with ``state_dict`` and ``hyperparams``.
 
     dim   score = direction · x
     lr    score = weight · (x - dataset_mean) / dataset_std + bias
@@ -31,14 +31,14 @@ _WHAT = "a direction, a logistic regression or a perceptron with one hidden laye
 
 
 def is_lie_detector(source: ProbeSource) -> bool:
-    """Returns whether a torch file holds ``state_dict`` and ``hyperparams``, as probes of lie_detectors do."""
+    """Returns whether a torch file holds ``state_dict`` and ``hyperparams``, as probes of the project lie_detectors do."""
     if source.kind != "torch" or not isinstance(source.content, Mapping):
         return False
     return isinstance(source.content.get("state_dict"), Mapping) and isinstance(source.content.get("hyperparams"), Mapping)
 
 
 def read_lie_detector(source: ProbeSource, asked: ImportOptions) -> Imported:
-    """Reads a probe of lie_detectors: a difference of means, a logistic regression, or a perceptron with one hidden layer.
+    """Reads a probe of the project lie_detectors: a difference of means, a logistic regression, or a perceptron with one hidden layer.
 
     Raises:
         ValueError: no tap (place in the model) was given, since the file does not say how layers are counted; or the weights have another

@@ -1,4 +1,4 @@
-"""Reads probes of the Obfuscation Atlas: ``layer_K/model.pt`` with ``config.json``, over ``hidden_states[K + 1]``.
+"""Reads probes of the Obfuscation Atlas, another project: ``layer_K/model.pt`` with ``config.json``, over ``hidden_states[K + 1]``.
 
 ``config.json`` is ``{class_name, module, init_args}``. Every class of probe gives values ``v`` (tokens, heads), and attention logits ``q``
 if it has queries (else q = v). An aggregator, which the file does not name, makes one logit of them; the probability is
@@ -39,7 +39,7 @@ _AGGREGATORS = "mean, max, sum, last, multimax, attention or rolling_attention(1
 
 
 class _Pooled(nn.Module):
-    """Torch module of an Atlas probe and its aggregator.
+    """Torch module of a probe of the Obfuscation Atlas, another project, and of its aggregator, which pools token scores.
 
     It normalises activations, scores tokens by head, pools the scores to one logit and applies Platt scaling.
     """
@@ -85,12 +85,15 @@ class _Pooled(nn.Module):
 
 
 def is_obfuscation_atlas(source: ProbeSource) -> bool:
-    """Returns whether a folder holds a configuration that names an Obfuscation Atlas class, and weights beside the configuration."""
+    """Returns whether a folder holds a configuration that names a class of the Obfuscation Atlas (another project), and weights beside the
+    configuration.
+    """
     return source.holds(_CONFIG, WEIGHTS) and {"class_name", "init_args"} <= set(source.config(_CONFIG))
 
 
 def read_obfuscation_atlas(source: ProbeSource, asked: ImportOptions) -> Imported:
-    """Reads an Obfuscation Atlas probe together with its aggregator; the probe's score is one logit for each rollout.
+    """Reads a probe of the Obfuscation Atlas, another project, with its aggregator (pooling); the probe's score is one logit for each
+    rollout.
 
     Raises:
         ValueError: the importer did not give the aggregator or the number of attention heads, the class is not known, or weights have other
@@ -137,7 +140,7 @@ def read_obfuscation_atlas(source: ProbeSource, asked: ImportOptions) -> Importe
 
 
 def _mask(weights: ProbeSource) -> NDArray[np.bool_] | None:
-    """Returns the last row of the attention mask that is saved with the weights; ``None`` if no mask is saved.
+    """Returns the last row of the attention mask that is saved with the weights of a probe; ``None`` if no mask is saved.
 
     A mask of booleans is large and is not among the tensors that are read as numbers.
     """
@@ -156,7 +159,9 @@ def _context(kind: Kind, pools: bool, asked: ImportOptions) -> Context:
 
 
 def _normalisation(init: Mapping[str, Any], found: Weights) -> tuple[str, float]:
-    """Returns how an Atlas probe normalises activations, and the number by which ``unit_norm`` divides them."""
+    """Returns how a probe of the Obfuscation Atlas (another project) normalises activations, and the number by which ``unit_norm`` divides
+    them.
+    """
     normalise = one_of(init, "normalize_input", f"{_CONFIG}: init_args", _NORMALISATIONS, "none")
     scale = number_in(found, "input_scale", WEIGHTS, 1.0)
     if normalise == "unit_norm" and scale <= 0:
