@@ -10,13 +10,14 @@ from made_rollouts import readable, reference
 from models import tiny_model
 from test_fitting import labelled
 
-from probescore_probes.fitting import pooling_kinds, token_kinds
+from probescore_probes.fitting import pooling_kinds, smoothed_kinds, token_kinds
 from probescore_probes.fitting.activation_pass import FINAL_NORM, read_activations, read_as_served, read_tokens
 from probescore_probes.fitting.cross_validation import Candidate, Labels
 from probescore_probes.fitting.kinds import KINDS, fit_kind
 from probescore_probes.fitting.labelled_rollouts import tokenised
 from probescore_probes.fitting.linear_kinds import LINEAR_KINDS
 from probescore_probes.fitting.serving import agreement, batch_rounding, serve, served_scores, write
+from probescore_probes.fitting.sparse_features import SAE_FEATURE
 from probescore_probes.fitting.token_kinds import TOKEN_KINDS
 from probescore_probes.serve_check import BOUND
 from probescore_server.engine.engine import Engine
@@ -26,13 +27,15 @@ from probescore_server.probes.format.manifest import Training
 TAP = "resid_post.1"
 TAPS = ("resid_post.0", TAP)
 DTYPE = "bfloat16"
+SMOOTHED = {"exponential-smoothing": "ema_max(0.1)", "softmax-pooling": "softmax_mean(1)"}
+HALF_PRECISION_KINDS = [kind for kind in KINDS if kind != SAE_FEATURE]  # a feature near its threshold fires or not by a rounding
 
 
 @pytest.fixture(scope="module", autouse=True)
 def few_steps():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(token_kinds, "_STEPS", 40)
-        patch.setattr(pooling_kinds, "_STEPS", 40)
+        for module in (token_kinds, smoothed_kinds, pooling_kinds):
+            patch.setattr(module, "_STEPS", 40)
         yield
 
 
@@ -43,14 +46,15 @@ def data():
     examples = tokenised(labelled(readable(30)), engine)
     table = read_activations(engine, reference(), examples, TAPS, ("mean", "last"))
     table = read_as_served(engine, examples, table, TAPS)
-    return examples, replace(table, tokens=tuple(read_tokens(engine, examples, TAP)))
+    table.tokens.update(read_tokens(engine, examples, TAPS))
+    return examples, table
 
 
 def written(probe, examples, path):
     return write(path, probe, reference(), examples, name="made", version="1", label="made", expects_bos=True, training=Training())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", HALF_PRECISION_KINDS)
 def test_a_kind_is_served_as_it_was_fitted_and_not_otherwise(kind, data, tmp_path):
     examples, table = data
     labels = Labels(np.array([each.positive for each in examples]), np.arange(len(examples)), np.ones(len(examples)))
@@ -63,8 +67,8 @@ def test_a_kind_is_served_as_it_was_fitted_and_not_otherwise(kind, data, tmp_pat
     served = served_scores(engine, examples)
     assert agreement(fit.score(every), served, DTYPE, file).largest <= BOUND["float32"]  # in any dtype, of the same batches
     assert batch_rounding(engine, examples, served).largest <= BOUND[DTYPE]
-    assert file.manifest.reduction == (pool if kind in LINEAR_KINDS else None)
-    if kind in LINEAR_KINDS:
+    assert file.manifest.reduction == (pool if kind in LINEAR_KINDS else SMOOTHED.get(kind))
+    if kind in LINEAR_KINDS or kind in SMOOTHED:
         trap = written(replace(probe, reduction="mean"), examples, tmp_path / "trap.onnx")
         otherwise = served_scores(serve(tiny_model(), tmp_path / "trap.onnx", dtype=DTYPE, device="cpu"), examples)
         with pytest.raises(ProbeRefused, match="another function than was fitted"):

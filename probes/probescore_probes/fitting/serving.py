@@ -146,19 +146,24 @@ def write(
 
 
 def serve(model: str | Path, file: Path, *, dtype: str, device: str, revision: str = "", trust_remote_code: bool = False) -> Engine:
-    """Returns an engine that serves a single probe file."""
-    return Engine.load(str(model), [file], dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code)
+    """Returns an engine that serves a single probe file.
+
+    The engine keeps no keys and values for later: those of the golden rollouts were computed in batches of other sizes, and in half
+    precision the scores of rollouts that begin alike would depend on them.
+    """
+    return Engine.load(
+        str(model), [file], dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code, max_kv_cache_bytes=0
+    )
 
 
 def served_scores(engine: Engine, examples: Sequence[Example]) -> NDArray[np.float64]:
-    """Returns the scores that an engine with one probe gives to examples, ``(n,)``.
+    """Returns the scores that an engine from ``serve`` gives to examples, ``(n,)``.
 
     Raises:
         ValueError: an example cannot be scored; the message names its line.
     """
     key = engine.info.probes[0].name
     found = np.empty(len(examples))
-    engine.free_memory()  # the beginnings of golden rollouts that the cache knows were computed in other company
     result = engine.score([example.rollout() for example in examples])
     for index, (example, group) in enumerate(zip(examples, result.groups, strict=True)):
         scored = group.completions[0]
