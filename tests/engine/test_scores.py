@@ -350,7 +350,7 @@ def test_text_and_chat_are_scored_as_their_ids_and_flagged(engine: Engine) -> No
 def test_two_versions_of_a_probe_answer_under_their_own_names(reference: ReferenceModel, tmp_path: Path) -> None:
     files = [linear().write(tmp_path, reference), linear(tap="resid_post.2").write(tmp_path, reference, version="2")]
     engine = Engine.load(str(tiny_model()), files)
-    scored = only(engine, ANSWER)
+    scored = only(engine, ANSWER, probes=["linear@1", "linear@2"])
     close(scored["linear@1"].value, plain(reference, PROMPT, ANSWER)[4:].mean())
     close(scored["linear@2"].value, plain(reference, PROMPT, ANSWER, tap="resid_post.2")[4:].mean())
 
