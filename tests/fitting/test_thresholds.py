@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from drawn_negatives import calibration_data, example, grouped_scores
+from models import tiny_model
 
 from probescore_probes.fitting.options import FitOptions
 from probescore_probes.fitting.thresholds import recorded, thresholds_of
+from probescore_server.engine.engine import Engine
 
 NEGATIVES = 5_000
 SEEDS = 20
@@ -48,7 +50,7 @@ def test_the_record_says_what_the_negatives_were_like_and_nothing_of_the_positiv
     examples = [example(), example(prompt=longer, form="text"), example(positive=True, prompt=np.arange(50, dtype=np.int32), form="chat")]
     data = calibration_data(np.arange(3).repeat(40), [each for each in examples for _ in range(40)])
     threshold = found(data, np.random.default_rng(0).standard_normal(120), rate=0.1)[""]
-    record = recorded(threshold, data, "bfloat16")
+    record = recorded(threshold, data, Engine.load(str(tiny_model())), "bfloat16")
     assert (record.threshold, record.negatives) == (threshold.threshold, 80)
     conditions = record.conditions
     assert (conditions.groups, conditions.dtype, conditions.prompt_forms) == (2, "bfloat16", ("ids", "text"))

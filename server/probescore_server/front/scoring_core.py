@@ -97,7 +97,8 @@ class ScoringCore:
             await asyncio.gather(*running)
         finally:
             for task in running:
-                task.cancel()
+                if not task.cancelling():  # A second request would interrupt a worker handle while it ends its process.
+                    task.cancel()
             await asyncio.gather(*running, return_exceptions=True)
 
     def _changed(self) -> None:

@@ -114,7 +114,8 @@ class ProbeRegistry:
             await asyncio.gather(*running)
         finally:
             for task in list(self._tasks):
-                task.cancel()
+                if not task.cancelling():
+                    task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
             self._spool.close()
 
