@@ -1,5 +1,5 @@
-"""Checks what a request for activations asks for: taps (places in the model) by name or pattern, and poolings. The module needs
-no torch.
+"""Checks requests for a model's activations: their taps (places in the model), by name or pattern, and their poolings, such as the mean
+over tokens. The module needs no torch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def all_taps(num_hidden_layers: int) -> tuple[Tap, ...]:
 
 
 def matching_taps(patterns: Sequence[str | Tap] | str | Tap, known: Sequence[Tap], *, whose: str) -> tuple[Tap, ...]:
-    """Returns the taps that names or patterns match, in the order of the patterns, then in that of ``known``.
+    """Returns the taps (places in the model) that names or patterns match, in the order of the patterns, then in that of ``known``.
 
     Args:
         patterns: taps, their names, or patterns of names with shell wildcards: ``resid_post.*``, ``*.6``, ``*``.
@@ -31,7 +31,7 @@ def matching_taps(patterns: Sequence[str | Tap] | str | Tap, known: Sequence[Tap
         whose: name of the thing that has these taps, for messages.
 
     Raises:
-        InvalidRequest: a pattern matches no tap; the message names it as ``taps[i]``.
+        InvalidRequest: a pattern matches no tap (the message names the pattern as ``taps[i]``), or there is no pattern.
     """
     found: dict[Tap, None] = {}
     for index, pattern in enumerate([patterns] if isinstance(patterns, str | Tap) else patterns):
@@ -45,13 +45,13 @@ def matching_taps(patterns: Sequence[str | Tap] | str | Tap, known: Sequence[Tap
 
 
 def resolve_pools(asked: Sequence[str] | str) -> tuple[Pool, ...]:
-    """Returns the poolings that a request asks for, without duplicates.
+    """Returns the poolings of activations (``mean`` over tokens, for example) that a request names, without duplicates.
 
     Args:
         asked: names of poolings; a string is a single name.
 
     Raises:
-        InvalidRequest: a name is not known; the message names the field ``pool``.
+        InvalidRequest: a name is not known, or there is none; the message names the field ``pool``.
     """
     pools: dict[Pool, None] = {}
     for name in [asked] if isinstance(asked, str) else asked:
@@ -67,7 +67,7 @@ def resolve_pools(asked: Sequence[str] | str) -> tuple[Pool, ...]:
 def resolve_reads(
     patterns: Sequence[str | Tap] | str | Tap, pool: Sequence[str] | str, known: Sequence[Tap], *, whose: str, dtype: str = "float32"
 ) -> ActivationReads:
-    """Returns the activations that a request asks for.
+    """Returns a description of the activations that a request asks for: at which taps, how pooled, and in which format.
 
     Args:
         patterns: taps (places in the model), their names, or patterns of names, as for ``matching_taps``.
@@ -77,7 +77,7 @@ def resolve_reads(
         dtype: format in which numbers are sent.
 
     Raises:
-        InvalidRequest: the message names ``taps``, ``taps[i]`` or ``pool``.
+        InvalidRequest: a tap or pooling is not known, or there is none; the message names ``taps``, ``taps[i]`` or ``pool``.
     """
     pools = resolve_pools(pool)
     return ActivationReads(

@@ -72,12 +72,12 @@ class StorePlan:
 
     @property
     def bytes(self) -> int:
-        """Returns the size of all files of the planned directory together, in bytes."""
+        """Returns the size in bytes of all files together, with activations and their index, that a planned run will write."""
         return len(self.index.content) + sum(map(self.index.file_bytes, self.index.shards))
 
     @property
     def completions(self) -> int:
-        """Returns the number of completions whose activations the plan computes and stores."""
+        """Returns the number of completions whose activations a run computes and writes to files, as planned."""
         return sum(map(len, self.rollouts))
 
     @classmethod
@@ -93,14 +93,14 @@ class StorePlan:
         labels: Sequence[Sequence[Label]] = (),
         max_batch_bytes: int = MAX_BATCH_BYTES,
     ) -> StorePlan:
-        """Checks a request to store activations, and divides its rollouts into shards: files of bounded size.
+        """Checks a request to store activations of rollouts, and plans the files: rollouts are divided into shards, files of bounded size.
 
         Args:
-            engine: engine that is loaded for these taps.
+            engine: engine whose model is loaded deep enough for ``taps``.
             groups: prompts with their completions.
             taps: taps (places in the model) as for ``Engine.activations``.
-            pool: poolings as for ``Engine.activations``.
-            scope: tokens that are read: ``completion``, ``prompt`` or ``all``.
+            pool: poolings (``mean`` over tokens, for example) as for ``Engine.activations``.
+            scope: tokens whose activations are read: ``completion``, ``prompt`` or ``all``.
             dtype: dtype that activations are stored in: ``float32``, ``bfloat16`` or ``float16``.
             labels: for each group the labels of its completions; empty = not labelled.
             max_batch_bytes: limit on the bytes of activations that are held at once, in float32 on the model's device.
@@ -154,11 +154,11 @@ class StorePlan:
         return cls(replace(index, shards=shards), engine, reads, tuple(tuple(placed[place] for place in share) for share in shares))
 
     def write(self, directory: Path, progress: Callable[[int, int], None] = _ignore) -> None:
-        """Computes and writes those shards (files with the activations of some of the rollouts) that the directory does not
-        hold yet.
+        """Computes activations and writes them to a directory of shards (files, each with the activations of some of the rollouts); shards
+        that the directory holds already are left as they are.
 
         Args:
-            directory: directory to write to; made if it does not exist, else empty or left by an earlier run of the same plan.
+            directory: directory to write to; made if it does not exist, else empty or left by an earlier run with equal arguments.
             progress: called at the beginning and after each completion, with the number of completions that are done and of all.
 
         Raises:
@@ -273,7 +273,7 @@ class _ShardFile:
         self._write(0, index.header(shard))
 
     def add(self, found: CompletionActivations) -> None:
-        """Writes the activations of the next completion and of its follow-ups (token ids appended to a completion)."""
+        """Writes the activations of a completion, the next in the file, and of its follow-ups (token ids appended to the completion)."""
         view = self._next
         self._next += 1
         token, row = self._shard.first_tokens[view], self._shard.first_rows[view]

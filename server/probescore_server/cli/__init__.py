@@ -1,4 +1,4 @@
-"""Implements the command line ``probescore``."""
+"""Implements the command line ``probescore``, which scores rollouts with probes, fits and checks probes, and shows what a server does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Collects the commands of ``probescore`` in one application."""
+"""Collects the commands of the command line ``probescore`` in one typer application."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ class BenchLoad:
     Attributes:
         calls: number of RPCs in all, after one RPC for warming up that is not counted.
         concurrency: number of RPCs that are under way at a time, each over a connection of its own.
-        groups: number of rollout groups in an RPC.
+        groups: number of rollout groups (prompts with their completions) in an RPC.
         completions: number of completions in a group.
         prompt_tokens: average length of a prompt in tokens; lengths are uniformly distributed between half of the average and one and a
             half times the average.
@@ -55,7 +55,9 @@ class BenchLoad:
     first_id: int | None
 
     def call(self, number: int, vocab_size: int) -> list[RolloutGroup]:
-        """Returns the rollout groups of the RPC with a given number; the groups are the same for the same seed and number."""
+        """Returns the random rollout groups (prompts with their completions) that the RPC with a given number sends. Equal seeds and
+        numbers give equal groups.
+        """
         random = np.random.default_rng([self.seed, number + 1])
 
         def ids(average: int) -> np.ndarray:
@@ -72,7 +74,7 @@ class BenchLoad:
 
 @dataclass(frozen=True)
 class BenchResult:
-    """Measurements of one run of ``probescore bench``.
+    """Measurements of one run of ``probescore bench``, which sends random rollouts to a server.
 
     Attributes:
         seconds: seconds from the start of the first RPC to the end of the last RPC.
@@ -85,7 +87,7 @@ class BenchResult:
     usage: Usage
 
     def percentile(self, percent: float) -> float:
-        """Returns a percentile, given as a number from 0 to 100, of the RPCs' latencies in seconds."""
+        """Returns a percentile (given as a number from 0 to 100) of the seconds that the RPCs of a benchmark took."""
         return float(np.percentile(self.latencies, percent))
 
 

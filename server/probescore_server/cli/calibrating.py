@@ -1,4 +1,6 @@
-"""Implements ``probescore probes calibrate``, which finds a threshold on held-out negatives and writes a new version of the probe file."""
+"""Implements ``probescore probes calibrate``, which finds a probe's threshold on held-out rollouts without the behaviour, and writes it to
+a new version of the probe file.
+"""
 
 from __future__ import annotations
 
@@ -135,7 +137,7 @@ def _calibrate(
 
 
 def _check_version(before: str, version: str) -> None:
-    """Refuses a new version of a probe file that has the version number of the file itself, before any rollout is scored."""
+    """Raises ``ValueError`` if the version that a calibrated probe file is to get is the version that the probe file has already."""
     if version == before:
         raise ValueError(f"--version: {version!r} is that of the file itself; give another: a version never stands for other bytes")
 

@@ -1,4 +1,6 @@
-"""Implements ``probescore probes compare``, which compares two probes by the scores that are served for the same labelled rollouts."""
+"""Implements ``probescore probes compare``, which compares two probes by the scores that an engine or a server gives to labelled
+rollouts.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Implements ``probescore probes diff``, which shows the fields in which two probe files differ, and whether their graphs are equal."""
+"""Implements ``probescore probes diff``, which shows the fields in which two probe files differ, and whether the ONNX graphs are equal."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def _diff(one: ProbeSource, other: ProbeSource) -> None:
 
 
 def _show_versions(console: Console, first: str, second: str, versions: Sequence[Mapping[str, ProbeFile]]) -> None:
-    """Shows which versions of probes are in one of two sets alone, or differ though they have one name and version."""
+    """Shows which versions of probes only one of two sets of probe files has, and which both have but with different content."""
     left, right = versions
     table = _table("probe", first, second)
     for key in [*left, *(key for key in right if key not in left)]:
@@ -80,7 +80,7 @@ def _show_versions(console: Console, first: str, second: str, versions: Sequence
 
 
 def _show_differences(console: Console, one: ProbeFile, other: ProbeFile) -> None:
-    """Shows whether two probe files have equal graphs, and each field of the manifests that differs."""
+    """Shows whether two probe files have equal ONNX graphs, and each field in which their manifests (descriptions of the probes) differ."""
     if one.graph == other.graph:
         console.print("[green]=[/green] the graphs are equal, byte for byte")
     else:

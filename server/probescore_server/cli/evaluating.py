@@ -1,4 +1,6 @@
-"""Implements ``probescore probes evaluate``, which measures the quality of probes by the scores that are served for labelled rollouts."""
+"""Implements ``probescore probes evaluate``, which measures by labelled rollouts how well probes tell those with a behaviour from those
+without.
+"""
 
 from __future__ import annotations
 
@@ -138,7 +140,9 @@ def _check_write(probes: list[str], model: str, write: Path | None, version: str
 
 
 def quality_table(judged: Judged, qualities: tuple[Quality, ...], dtype: str) -> Table:
-    """Returns a table of a probe's quality, with a row for all rollouts and one for each slice, and with two columns for each threshold."""
+    """Returns a table of a probe's AUROC, and of its recall and false positives at each threshold, with a row for all rollouts and one for
+    each slice (named part of the data).
+    """
     how = f"{judged.reduction or 'its own pooling'}{f', {judged.label}' if len(judged.probe.labels) > 1 else ''}, {dtype}"
     table = Table(
         title=safe(f"{judged.probe.key} ({how})"),
@@ -162,17 +166,17 @@ def quality_table(judged: Judged, qualities: tuple[Quality, ...], dtype: str) ->
 
 
 def number(estimate: Estimate) -> str:
-    """Formats a number with its interval, such as ``0.939 (0.924 to 0.951)``."""
+    """Formats an estimated number with its 95% interval, such as ``0.939 (0.924 to 0.951)``; ``unknown`` if it is NaN."""
     return "unknown" if math.isnan(estimate.value) else f"{estimate.value:.3f} ({estimate.low:.3f} to {estimate.high:.3f})"
 
 
 def share(estimate: Estimate) -> str:
-    """Formats a share with its interval, such as ``1.2% (0.4% to 2.3%)``."""
+    """Formats an estimated share with its 95% interval, such as ``1.2% (0.4% to 2.3%)``; ``unknown`` if it is NaN."""
     return "unknown" if math.isnan(estimate.value) else f"{estimate.value:.1%} ({estimate.low:.1%} to {estimate.high:.1%})"
 
 
 def json_estimate(estimate: Estimate) -> dict[str, float | None]:
-    """Returns a number and the ends of its interval as JSON values, each ``null`` if there were no data to estimate it from."""
+    """Returns an estimate and the ends of its 95% interval as JSON values, each ``null`` if there were no data to estimate it from."""
     return {name: None if math.isnan(value) else value for name, value in vars(estimate).items()}
 
 

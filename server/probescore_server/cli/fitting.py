@@ -1,4 +1,4 @@
-"""Implements ``probescore probes fit``, which fits a probe to labelled rollouts and writes its file and a report on its quality."""
+"""Implements ``probescore probes fit``, which fits a probe to labelled rollouts and writes a probe file and a report on the fit."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def _fit(
 
 
 def _read(file: str, positive: str | None, special_tokens: bool, of: str = "") -> list[LabelledRollout]:
-    """Reads the labelled rollouts of a file, and puts those that name no slice into a given slice, a named part of the data."""
+    """Reads the labelled rollouts of a file, and puts those that name no slice (part of the data) into the given one."""
     from dataclasses import replace
 
     rollouts = read_labelled_file(file, positive=positive, add_special_tokens=special_tokens)
@@ -162,7 +162,9 @@ def _read(file: str, positive: str | None, special_tokens: bool, of: str = "") -
 
 
 def _check_positive(rollouts: list[LabelledRollout], positive: str | None) -> None:
-    """Checks that some label is the one that stands for the behaviour: a misspelt one would make every rollout a negative."""
+    """Checks that at least one rollout has the given positive label, the one that stands for the behaviour: a misspelt label would make
+    every rollout a negative.
+    """
     if positive is not None and not any(
         rollout.positive or any(part.positive for part in rollout.passages) or True in (rollout.token_labels or ()) for rollout in rollouts
     ):

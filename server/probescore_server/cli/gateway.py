@@ -129,8 +129,8 @@ def _gateway(
 
 
 class HeadTimeoutProtocol(H11Protocol):
-    """HTTP protocol of uvicorn that closes connections whose next request does not begin in time; uvicorn itself would wait for the rest of
-    a request's head for ever.
+    """HTTP protocol of uvicorn that closes a connection if the head of its next request does not arrive in time; uvicorn itself would wait
+    for the rest of the head for ever.
     """
 
     _late: asyncio.TimerHandle | None = None
@@ -176,7 +176,7 @@ class _OneLineFormatter(logging.Formatter):
 
 
 async def _check(scorer: ProbeScorer) -> None:
-    """Checks that the configured signals fit the server's probes, if a server responds already.
+    """Checks that the configured signals (rules from a probe's scores to rewards) fit the server's probes, if a server responds already.
 
     Raises:
         SignalError: a signal does not fit the probes of the server.

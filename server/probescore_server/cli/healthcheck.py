@@ -54,8 +54,8 @@ def _healthcheck(written: Written = "", address: Address = "", service: Service 
 
 
 def own_address(environment: Mapping[str, str]) -> str:
-    """Returns the address at which a client reaches a server that runs with the same environment variables as this process; the defaults
-    are those of ``ServerSettings``.
+    """Returns the address at which a client reaches a server that runs with the given environment variables; variables that are not set
+    have the defaults of the server's settings.
     """
     if path := environment.get("PROBESCORE_UNIX_SOCKET"):
         return f"unix:{path}"

@@ -113,7 +113,7 @@ def _import(
 
 @contextmanager
 def _saying_what_runs() -> Iterator[None]:
-    """Context manager that says on standard error, before a trusted pickle is opened, what the pickle names and may run."""
+    """Context manager that says on standard error, before a probe's trusted pickle is opened, what the pickle imports and may run."""
     from probescore_probes.importing import RunsCode
 
     with warnings.catch_warnings():
@@ -137,7 +137,7 @@ def _scored(path: Path, reference: ReferenceModel, add_special_tokens: bool) -> 
 
 
 def _rollouts(path: Path, reference: ReferenceModel, add_special_tokens: bool) -> Iterator[tuple[tuple[Any, Any], dict[str, Any]]]:
-    """Yields the token ids of each rollout in a JSONL file, with the scores on its line, which the code of a probe's author gave."""
+    """Yields, for each rollout of a JSONL file, its token ids and the scores on its line, which the code of a probe's author gave."""
     from probescore_server.backbone.tokenizer import TextEncoder
     from probescore_server.errors import InvalidRequest
 

@@ -1,4 +1,4 @@
-"""Implements ``probescore info``, which shows the model, workers, limits and probes of the server at an address."""
+"""Implements ``probescore info``, which shows the model, worker processes, limits and probes of the server at an address."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _model_table(model: ModelInfo, tokenizer_fingerprint: str) -> Table:
 
 
 def workers_table(workers: tuple[WorkerInfo, ...]) -> Table:
-    """Returns a table with one row for each worker process: whether the worker is ready, and how the worker runs the model."""
+    """Returns a table with one row for each worker process of a server: whether the worker is ready, and how the worker runs the model."""
     table = facts_table("Workers")
     for worker in workers:
         state = "[yellow]asleep[/yellow]" if worker.asleep else "[green]ready[/green]" if worker.ready else "[red]not ready[/red]"

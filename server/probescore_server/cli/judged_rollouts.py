@@ -1,4 +1,4 @@
-"""Scores labelled rollouts with probes as they are served: by an engine in this process, or by a running server."""
+"""Scores labelled rollouts with probes as a client would get the scores: from an engine in this process, or from a running server."""
 
 from __future__ import annotations
 
@@ -68,13 +68,13 @@ Seed = Annotated[int, typer.Option("--seed", help="The seed of the intervals' ra
 
 @dataclass(frozen=True, eq=False)
 class Judged:
-    """A probe with its score of every labelled rollout.
+    """Value object with a probe and its scores of labelled rollouts.
 
     Attributes:
-        probe: the probe's description by the engine or server.
+        probe: the description of the probe that the engine or server gives.
         reduction: how token scores become one score of a rollout; ``None`` for a probe that pools by itself.
-        label: name of the score column.
-        scores: one score for each rollout, ``(n,)``, in the unit of the probe.
+        label: the probe's label whose scores these are.
+        scores: one score for each rollout, ``(n,)``, in the probe's unit (logit, probability or value).
     """
 
     probe: ProbeInfo
@@ -84,21 +84,21 @@ class Judged:
 
     @property
     def thresholds(self) -> tuple[Calibration, ...]:
-        """Returns those thresholds of a probe that hold for the reduction (such as the mean) and the label by which rollouts
-        were scored.
+        """Returns those of a probe's thresholds that were found for the reduction of token scores (such as the mean) and the label by which
+        the rollouts were scored.
         """
         return tuple(each for each in self.probe.calibrations if each.reduction == self.reduction and each.label in ("", self.label))
 
 
 @dataclass(frozen=True, eq=False)
 class JudgedRollouts:
-    """Labelled rollouts with their scores by one or more probes.
+    """Value object with labelled rollouts and the scores that one or more probes gave them.
 
     Attributes:
         probes: each probe with its scores, in the order in which probes were asked for.
         positive: whether each rollout has the behaviour, ``(n,)`` bool.
-        groups: number of each rollout's group, ``(n,)``: the group that the data name, else that of all rollouts with its prompt.
-        slices: name of each rollout's slice (part of the data), empty for none.
+        groups: number of each rollout's group, ``(n,)``: the group that the data name, or else one group for all rollouts with one prompt.
+        slices: name of each rollout's slice (part of the data); empty for a rollout without one.
         where: the line of each rollout in its file, for messages.
         dtype: dtype of the model that scored.
         examples: the rollouts as token ids; empty if a server tokenised them.
@@ -119,10 +119,11 @@ class JudgedRollouts:
 
 
 def read_held_out(data: str, splits: Sequence[str], *, positive: str | None, special_tokens: bool) -> list[LabelledRollout]:
-    """Reads the rollouts of a file that name no split, or one of ``splits``, and prints on stderr how many rollouts were left out.
+    """Reads those labelled rollouts of a file that belong to one of the given splits (``test``, for example) or name no split, and prints
+    on standard error how many rollouts were left out.
 
     Raises:
-        ValueError: the data are no file, have no such rollouts, or only some of them name their group.
+        ValueError: the data are standard input, there are no such rollouts, or only some of them name their group.
     """
     if data == "-":
         raise ValueError("-: standard input cannot be named by a digest of its bytes, which goes into the result; give a file")
@@ -139,7 +140,7 @@ def read_held_out(data: str, splits: Sequence[str], *, positive: str | None, spe
 
 
 def data_digest(data: str) -> str:
-    """Returns the SHA-256 digest of a file's bytes as ``sha256:…``; of a folder, that of all its files in the order of their names."""
+    """Returns the SHA-256 digest of a file's bytes as ``sha256:…``; for a folder, one digest of its files in the order of their paths."""
     files = sorted(path for path in Path(data).rglob("*") if path.is_file()) if Path(data).is_dir() else [Path(data)]
     digest = hashlib.sha256()
     for file in files:
@@ -160,7 +161,7 @@ def judged_rollouts(
     reduction: str | None,
     label: str,
 ) -> JudgedRollouts:
-    """Scores labelled rollouts with probes, and shows the steps on standard error.
+    """Scores labelled rollouts with probes, by an engine in this process (whose steps are shown on standard error) or by a running server.
 
     Args:
         probes: names of probes that the server has loaded, or paths of probe files if no server is given.
@@ -171,8 +172,8 @@ def judged_rollouts(
         dtype: dtype of the engine's model.
         device: device of the engine's model, such as ``cuda:0``.
         trust_remote_code: whether to run Python code that the model brings.
-        reduction: reduction of token scores to one score of a rollout; ``None`` for the probe's own.
-        label: label that is judged; empty for a probe with a single one.
+        reduction: reduction of token scores to one score of a rollout, such as the mean; ``None`` for the probe's default.
+        label: the probe's label whose scores are returned; empty for a probe with a single label.
 
     Raises:
         ValueError: a rollout cannot be scored, or an option is wrong; the message names the line or the option.
@@ -207,7 +208,7 @@ def _judged_by_engine(
     label: str,
     report: Callable[[str], None],
 ) -> JudgedRollouts:
-    """Scores rollouts with probe files, served by an engine in this process.
+    """Scores labelled rollouts with the probes of probe files, which an engine in this process loads.
 
     Raises:
         ValueError: a rollout cannot be scored, or an option is wrong; the message names the line or the option.
@@ -245,7 +246,7 @@ def _judged_by_engine(
 def _judged_by_server(
     names: Sequence[str], rollouts: Sequence[LabelledRollout], address: str, *, reduction: str | None, label: str
 ) -> JudgedRollouts:
-    """Scores rollouts with probes that a running server has loaded.
+    """Scores labelled rollouts with probes that a running server has loaded.
 
     Raises:
         ValueError: a rollout cannot be scored, its label is about a part of the completion, or an option is wrong; the message names the
@@ -340,7 +341,7 @@ def _differing(keys: list[str]) -> list[str]:
 
 
 def _groups(names: Sequence[str | None], prompts: Sequence[bytes]) -> NDArray[np.int64]:
-    """Numbers the groups of rollouts in order of appearance.
+    """Returns the number of each rollout's group; groups are numbered in order of appearance.
 
     Rollouts of one group have the same group name or, without names, the same prompt; a rollout with an empty prompt is a group of its own.
     """

@@ -2,7 +2,7 @@
 
 A line, or a row, has the fields that ``probescore score`` reads, and a ``label`` for each completion. Beside the prompt, it may have
 ``group``, ``split``, ``slice`` and ``weight``. A completion may have ``span_labels`` (``[[start, end, label], …]``, or objects with these
-names, in characters of a text, in tokens of ids) and ``token_labels`` (one for each of its ids, ``null`` = none).
+names; positions count characters in a text, and tokens in a list of ids) and ``token_labels`` (one for each token id, ``null`` = none).
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def read_labelled_file(name: str, *, positive: str | None, add_special_tokens: b
     """Reads every labelled rollout of a file; completions without a label are left out.
 
     Args:
-        name: name of a file of lines, ``-`` for standard input, or name of a Parquet file or a folder of ``save_to_disk``.
-        positive: the label that stands for the behaviour, as text; ``None`` = labels are true and false, or 1 and 0.
+        name: path of a file of JSON lines, of a Parquet file or of a folder that ``save_to_disk`` wrote; ``-`` for standard input.
+        positive: the label that stands for the behaviour to be found, as text; ``None`` = labels are true and false, or 1 and 0.
         add_special_tokens: whether prompts given as text get the tokenizer's special tokens (BOS).
 
     Raises:
@@ -98,7 +98,9 @@ def _rollouts(content: object, where: str, positive: str | None, add_special_tok
 
 
 def _without_labels(content: object) -> tuple[object, list[dict[str, Any]]]:
-    """Splits a line into the fields that ``probescore score`` reads, and the further fields of each completion, such as labels."""
+    """Splits the content of a line of labelled rollouts into the fields that ``probescore score`` reads, and each completion's labels of
+    spans and tokens.
+    """
     if not isinstance(content, dict):
         return content, []
     completions = content.get("completions", [content["completion"]] if "completion" in content else [])

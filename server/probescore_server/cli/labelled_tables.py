@@ -1,4 +1,5 @@
-"""Reads the rows of Parquet files, and of folders that Hugging Face's ``save_to_disk`` wrote, as the objects that lines of JSON would hold.
+"""Reads labelled rollouts from the rows of Parquet files and of folders that Hugging Face's ``save_to_disk`` wrote; a row becomes the
+object that a line of JSON would hold.
 
 A folder is read as the Arrow files that it consists of, without the library that wrote it, and without running any of its code.
 """
@@ -26,11 +27,11 @@ _SPLITS = {
 
 @dataclass(frozen=True)
 class LabelledRow:
-    """A row of a table.
+    """Value object with one row of a table of labelled rollouts.
 
     Attributes:
         where: the file and the row, as one would index it, such as ``data.parquet[12]`` or ``folder['train'][12]``.
-        content: values by column, without those that are null.
+        content: a dictionary of the row's values, keyed by column, without those that are null.
     """
 
     where: str
@@ -38,21 +39,22 @@ class LabelledRow:
 
 
 def is_table(name: str) -> bool:
-    """Returns whether a name is that of a folder or of a Parquet file."""
+    """Returns whether a path is that of a folder, or has the suffix of a Parquet file, and so is read as a table."""
     return Path(name).is_dir() or Path(name).suffix.lower() == ".parquet"
 
 
 def read_rows(name: str, *, names_of_label: bool) -> Iterator[LabelledRow]:
-    """Reads the rows of a Parquet file, or of a folder that ``Dataset.save_to_disk`` or ``DatasetDict.save_to_disk`` wrote.
+    """Yields the rows of a Parquet file, or of a folder that ``save_to_disk`` of Hugging Face's ``Dataset`` or ``DatasetDict`` wrote.
 
-    The names of a ``DatasetDict`` become the column ``split`` if there are several: ``validation`` is ``calibration``.
+    If a ``DatasetDict`` has several datasets, their names become the column ``split``; the name ``validation`` becomes ``calibration``.
 
     Args:
         name: path of the file or folder.
         names_of_label: whether a label that is stored as the index of a class is read as the name of the class.
 
     Raises:
-        LineError: the folder is not one that ``save_to_disk`` wrote, a file is damaged, or its columns are not known; names the file.
+        LineError: the folder is not one that ``save_to_disk`` wrote, a file is damaged, or a split is not known; the message names the
+            file.
         OSError: the file cannot be read.
     """
     path = Path(name)
@@ -126,14 +128,18 @@ def _row(content: dict[str, Any], classes: tuple[str, ...], split: str | None, w
 
 
 def _without_nulls(content: Any) -> Any:  # noqa: ANN401 - a value of any JSON type
-    """Returns a value without the null entries of its objects: a table has a value for every field of an object, if only null."""
+    """Returns a JSON value without the fields that are null, at any depth: in a table each object has a value for every field, if only
+    null.
+    """
     if isinstance(content, dict):
         return {key: _without_nulls(value) for key, value in content.items() if value is not None}
     return [_without_nulls(entry) for entry in content] if isinstance(content, list) else content
 
 
 def _classes(metadata: dict[bytes, bytes] | None) -> tuple[str, ...]:
-    """Returns the names of the classes of the column ``label``, if it holds indices of classes (``ClassLabel``)."""
+    """Returns the names of the classes of a table's column ``label``, if the column holds indices of classes (``ClassLabel``); else
+    an empty tuple.
+    """
     try:
         names = json.loads((metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]["label"]["names"]
     except (ValueError, KeyError, TypeError):

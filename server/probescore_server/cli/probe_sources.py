@@ -30,11 +30,11 @@ ProbeSource = Annotated[
 
 @dataclass(frozen=True, eq=False)
 class ProbeSet:
-    """The probe files of one source.
+    """Value object with the probe files of one source: a file, a folder, or a repository on the Hugging Face hub.
 
     Attributes:
-        probes: the files that pass every check which needs no model, sorted by name, then version.
-        refused: why each of the others was refused.
+        probes: the probe files that pass every check which needs no model, sorted by the probe's name, then version.
+        refused: one error for each other probe file, with the reason why the file was refused.
     """
 
     probes: tuple[ProbeFile, ...]
@@ -42,7 +42,9 @@ class ProbeSet:
 
 
 def files_of(source: str) -> tuple[str, ...]:
-    """Returns the paths of the probe files of a source, at least one, and says which files of the hub were taken.
+    """Returns the paths of the probe files of a source: a file, a folder, or a repository on the Hugging Face hub.
+
+    There is at least one path. Files of the hub are downloaded, and standard error says which.
 
     Raises:
         OSError: there is no such file or folder.
@@ -62,7 +64,9 @@ def files_of(source: str) -> tuple[str, ...]:
 
 
 def read_probe_set(source: str) -> ProbeSet:
-    """Reads the probe files of a source, and makes every check that needs no model; arguments and errors are those of ``files_of``."""
+    """Reads the probe files of a source (a file, a folder, or a repository on the Hugging Face hub), and makes every check that needs no
+    model. The arguments and errors are those of ``files_of``.
+    """
     from probescore_server.errors import ProbeRefused
     from probescore_server.probes.format.probe_file import read_probe_file
 

@@ -1,5 +1,5 @@
-"""Implements ``probescore probes``: fits, judges and imports probes, lists those of a server or folder, inspects and verifies files, and
-makes a server follow its files.
+"""Implements ``probescore probes``, whose commands fit, judge and import probes, list those of a server or folder, inspect and verify probe
+files, and make a server take up changes of its probe files.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def _list(
 
 
 def _list_files(source: str) -> None:
-    """Shows the probe files of a folder by name and version, and says which are refused; exits with 1 if any is."""
+    """Shows the probe files of a folder by name and version, and says which are refused; ends the command with exit code 1 if any is."""
     from probescore_server.probes.loading.compatibility import probe_info
 
     found = read_probe_set(source)

@@ -1,4 +1,4 @@
-"""Implements ``probescore probes reload``, which makes a server follow its probe files while it scores."""
+"""Implements ``probescore probes reload``, which makes a running server take up added, changed and removed probe files while it scores."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ def _reload(address: Address = DEFAULT_ADDRESS, wait: Wait = 0, timeout: Timeout
 
 
 def reload_table(reloaded: ReloadedProbes) -> Table:
-    """Returns a table with one row for each probe that is served or was dropped, its state, and what has changed."""
+    """Returns a table of a server's probes after a reload of its probe files: one row for each probe that is served or was dropped, with
+    its state and what has changed.
+    """
     title = f"Probes after {reloaded.seconds:.2f} s"
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     for column in ("probe", "state", "changed"):

@@ -1,4 +1,4 @@
-"""Provides the consoles on which all commands print; no escape sequence in text from outside reaches the terminal."""
+"""Provides the consoles on which all commands print; no escape sequence in a token, an id or a probe file reaches the terminal."""
 
 from __future__ import annotations
 

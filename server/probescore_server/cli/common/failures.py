@@ -20,10 +20,10 @@ WRONG_INPUT = 2
 
 @contextmanager
 def one_line_failures(extra: str = "server") -> Iterator[None]:
-    """Context manager that turns every expected failure into one line on standard error and an exit code.
+    """Context manager that turns every expected failure of a command into one line on standard error and an exit code.
 
     Args:
-        extra: the extra of this distribution that brings what the command imports.
+        extra: the extra (optional dependencies, as in ``pip install 'probescore[server]'``) with the packages that the command imports.
     """
     try:
         yield
@@ -41,7 +41,7 @@ def one_line_failures(extra: str = "server") -> Iterator[None]:
 
 
 def needs_extra(app: typer.Typer, command: str, help_text: str, extra: str, missing: ModuleNotFoundError) -> None:
-    """Adds a command that only prints what to install, in place of a command whose packages are missing."""
+    """Adds a command that only prints which packages to install, in place of a command that cannot be imported without them."""
 
     @app.command(command, help=help_text, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
     def _needs_extra() -> None:

@@ -40,7 +40,9 @@ class RolloutProgress:
         self._task = self._bar.add_task(doing, total=total)
 
     def advance(self, count: int = 1) -> None:
-        """Counts more rollouts that are done and updates the bar, or prints a line if the last one is old enough."""
+        """Counts further rollouts as done and updates the progress bar; without a bar, prints a line if some seconds have passed since the
+        last line.
+        """
         self._done += count
         self._bar.advance(self._task, count)
         if self._bar.disable and time.monotonic() >= self._told + LINE_SECONDS:

@@ -1,4 +1,4 @@
-"""Makes text from outside safe to show: tokens, ids and descriptions in probe files can contain any character."""
+"""Makes text safe to show on a terminal or a page: tokens, ids and descriptions in probe files can contain any character."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ _SPELT_OUT = frozenset(("Cc", "Cf", "Co", "Cn", "Cs", "Zl", "Zp"))
 
 
 def visible(text: str) -> str:
-    """Replaces control characters, bidirectional overrides and other invisible characters by their code points, such as ``⟨1B⟩``; line
-    breaks and tabs are marked and kept.
+    """Replaces control characters, bidirectional overrides and other invisible characters of a text by their code points, such as ``⟨1B⟩``;
+    line breaks and tabs are kept, each after a visible mark.
     """
     return "".join(_MARKED.get(character) or _spelt_out(character) for character in text)
 
 
 def spelt_out(text: str) -> str:
-    """Replaces invisible characters by their code points as ``visible`` does, but leaves line breaks and tabs as they are; for text that is
-    already laid out.
+    """Replaces invisible characters of a text by their code points, such as ``⟨1B⟩``, but leaves line breaks and tabs as they are, since
+    the text is already laid out.
     """
     return text if text.isprintable() else "".join(character if character in _MARKED else _spelt_out(character) for character in text)
 
@@ -29,8 +29,8 @@ def one_line(message: object) -> str:
 
 
 def visible_json(written: str) -> str:
-    """Returns JSON with the same values, in which invisible characters are written as JSON escapes, so that a terminal does not interpret
-    them.
+    """Returns a JSON text with its invisible characters written as JSON escapes, so that a terminal does not interpret them; the values
+    that the text stands for do not change.
     """
     return written if written.isprintable() else "".join(map(_json_character, written))
 

@@ -72,8 +72,8 @@ def _data(views: Sequence[RolloutView], series: Sequence[Series], info: ScoringI
 
 
 class _NumberedValues:
-    """Table of distinct values, each with a number, so that a page contains each vocabulary piece and each group's prompt once and refers
-    to it by its number.
+    """Table of distinct values, each with a number, so that a page of scored rollouts contains each token's text and each prompt only once,
+    and otherwise their numbers.
     """
 
     def __init__(self) -> None:
@@ -121,5 +121,5 @@ def _scores(scores: SeriesScores) -> dict[str, Any]:
 
 
 def _rounded(number: float) -> float:
-    """Rounds a number to as many digits as a reader can use, since digits make up most of the page's size."""
+    """Rounds a score to as many digits as a reader can use, since digits make up most of the size of a page of scored rollouts."""
     return float(f"{number:.{_DIGITS}g}")

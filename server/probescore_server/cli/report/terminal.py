@@ -1,4 +1,4 @@
-"""Prints scored rollouts on a terminal: tokens on a background colour that shows their score, or plain text where there are no colours."""
+"""Prints scored rollouts on a terminal: tokens on a background colour that shows their score, or plain text on one without colours."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ class RolloutPrinter:
 
         Args:
             view: the rollout.
-            scale_of: the rollouts that have arrived when the first one is printed. They determine the colour scale, which then stays the
-                same, so that a colour always means the same score.
+            scale_of: the rollouts that have arrived when the first one is printed. They determine the colour scale, which is then kept, so
+                that a colour always means one score.
         """
         if not self._scales:
             self._scales = {entry.name: ColourScale.of(entry, scale_of) for entry in self._series}
@@ -85,7 +85,9 @@ def _context(tokens: Sequence[ShownToken]) -> Text:
 
 
 def _summary(series: Series, scores: SeriesScores) -> Text:
-    """Returns a line with a rollout's reduced scores, span by span, and whether the first of these scores reaches the probe's threshold."""
+    """Returns a line with a rollout's scores for one label of a probe, such as the mean over its tokens and over each span (named range of
+    tokens), and whether the first of these scores reaches the probe's threshold.
+    """
     summary = Text(f"{series.name}  ")
     for span, numbers in scores.reduced.items():
         summary.append(f"{span}: " if span else "", "dim")

@@ -1,6 +1,6 @@
-"""Prepares scored rollouts for people: the tokens as visible text, their scores, and the scale of the colours.
+"""Prepares scored rollouts to be shown to people: the tokens as visible text, their scores, and the scale of the colours.
 
-The terminal and the HTML page show the same views.
+What is prepared here is shown on a terminal or on an HTML page.
 """
 
 from __future__ import annotations
@@ -31,14 +31,15 @@ _NOTHING_TO_SEE = "·"
 
 @dataclass(frozen=True)
 class Series:
-    """One label of one probe, by whose scores the tokens of rollouts can be coloured.
+    """Value object with one label of one probe, by whose scores the tokens of rollouts can be coloured.
 
     Attributes:
         name: the probe's name (or ``name@version``), followed by the label if the probe has several labels.
         key: the probe's key in ``CompletionScores.scores``: its name, or ``name@version``.
         label: index of the label in the probe's labels.
         unit: unit of the scores: logit, probability or value.
-        reductions: names of the reductions, in the order of the scores; empty for a probe that scores rollouts as a whole.
+        reductions: names of the reductions of token scores (such as ``mean``), in the order of the scores; empty for a probe that scores
+            rollouts as a whole.
         calibration: the calibrated threshold for the first reduction, if the probe has one.
     """
 
@@ -61,7 +62,7 @@ class Series:
 
 @dataclass(frozen=True)
 class ShownToken:
-    """Value object with a token to show: its id, its visible text, and whether the rollout's mask lets the token count in scores."""
+    """Value object with a token to show: its id, its text, and whether the rollout's mask lets the token count in scores."""
 
     id: int
     text: str
@@ -70,13 +71,14 @@ class ShownToken:
 
 @dataclass(frozen=True, eq=False)
 class SeriesScores:
-    """Scores of one rollout for one series (label of a probe).
+    """Value object with the scores of one rollout for one series (label of a probe).
 
     Attributes:
-        reduced: a dictionary keyed by the span's name (``""`` = the whole scope), with one number per reduction; ``None`` = the span has no
-            token that counts.
+        reduced: a dictionary keyed by the name of a span (range of tokens; ``""`` = all scored tokens), with one number per reduction of
+            token scores; ``None`` = the span has no token that counts.
         tokens: one score for each token of the completion, ``(T,)`` float32; ``None`` if the probe scores none of these tokens.
-        flagged: whether the first reduced score of the whole scope reaches the threshold; ``None`` if there is no score or no threshold.
+        flagged: whether the first reduced score of all scored tokens reaches the probe's threshold; ``None`` if there is no score or no
+            threshold.
         outside: in words, how the rollout is unlike those on which that threshold was found; empty if it is like them, or nobody knows.
     """
 
@@ -95,16 +97,16 @@ class SeriesScores:
 
 @dataclass(frozen=True, eq=False)
 class RolloutView:
-    """A scored rollout, or a scored follow-up (token ids appended to a completion), ready to be shown.
+    """Value object with a scored rollout, or a scored follow-up (token ids appended to a completion), ready to be shown.
 
     Attributes:
         title: the rollout's place in the input, and the completion's id.
         context: the tokens before the completion or follow-up: the prompt, and for a follow-up also the completion that it is appended to.
         tokens: the tokens of the completion or follow-up.
         problem: reason why the rollout has no scores; empty if there are scores.
-        inexact: whether some token ids come from text.
+        inexact: whether some token ids come from text, and so may differ from the ids that were generated.
         spans: named half-open ranges of ``tokens`` that were scored separately.
-        scores: a dictionary of scores keyed by the name of the series.
+        scores: a dictionary of scores keyed by the name of the series (label of a probe).
         label: the label that the input gives to the completion, as text; empty if there is none.
     """
 
@@ -119,7 +121,7 @@ class RolloutView:
 
 
 def series_of(probes: Sequence[ScoredProbe], loaded: Iterable[ProbeInfo]) -> tuple[Series, ...]:
-    """Returns every series (label of a probe) of a response that can be shown, probe after probe.
+    """Returns every series (label of a probe, by whose scores tokens are coloured) of a response, probe after probe.
 
     Args:
         probes: descriptions of the probes that have scored the rollouts.
@@ -148,13 +150,13 @@ def _calibration(calibrations: Sequence[Calibration], probe: ScoredProbe, label:
 def rollout_views(
     title: str, completion: Completion, scored: CompletionScores, series: Sequence[Series], label: str = ""
 ) -> list[RolloutView]:
-    """Returns the view of a completion, followed by the views of its follow-ups (token ids appended to the completion).
+    """Returns the view (what is shown to people) of a scored completion, and then of its follow-ups (token ids appended to the completion).
 
     Args:
         title: the completion's place in the input.
         completion: the completion as it was sent.
-        scored: its scores, which must contain token ids; texts are shown if there are any.
-        series: the series to show.
+        scored: the completion's scores, with token ids; the tokens' texts are shown if there are any.
+        series: the series (labels of probes) to show.
         label: label that the input gives to the completion.
     """
     prompt = _tokens(scored.prompt_ids, scored.prompt_texts, None)
