@@ -1,4 +1,4 @@
-"""Serves the same gRPC services under Ray Serve, behind Ray's gRPC proxy and with one replica per GPU.
+"""Serves the gRPC services of a plain probe-scoring server under Ray Serve, behind Ray's gRPC proxy and with one replica per GPU.
 
 ::
 
@@ -6,7 +6,7 @@
 
 An RPC goes from Ray's proxy (``add_to_proxy``), which owns the port, to a replica (``Replica``), which has the same core as a plain server.
 Ray passes to the replica only a copy of an RPC's context, without the deadline. If a replica dies, Ray ends the RPC with the status
-INTERNAL. The code of this module that runs in the proxy corrects both.
+INTERNAL. The code of this module that runs in the proxy passes the deadline on and corrects the status.
 """
 
 from __future__ import annotations
@@ -68,12 +68,12 @@ def _handler_maker(method: MethodDescriptor) -> tuple[Callable[..., Handler], st
 
 
 class ReplicaScaling(BaseModel, extra="forbid", frozen=True):
-    """Value object with those arguments of the Ray Serve application that determine the number of replicas.
+    """Value object with those arguments of the Ray Serve application that determine the number of replicas of the scoring server.
 
     Attributes:
         min_replicas: the fewest replicas.
         max_replicas: the most replicas.
-        target_queued_tokens: the number of waiting tokens per replica above which replicas are added.
+        target_queued_tokens: the number of tokens waiting to be scored per replica above which replicas are added.
     """
 
     min_replicas: int = Field(1, ge=1)
@@ -82,7 +82,7 @@ class ReplicaScaling(BaseModel, extra="forbid", frozen=True):
 
 
 def app(arguments: Mapping[str, Any]) -> serve.Application:
-    """Builds the Ray Serve application, and starts Ray Serve with its gRPC proxy unless they run already.
+    """Builds the Ray Serve application of the scoring server, and starts Ray Serve with its gRPC proxy unless they run already.
 
     Args:
         arguments: a dictionary, keyed by name, of the settings of ``probescore serve`` and of ``min_replicas``, ``max_replicas`` and
@@ -107,9 +107,9 @@ def app(arguments: Mapping[str, Any]) -> serve.Application:
 
 
 def deployment(settings: ServerSettings, scaling: ReplicaScaling) -> serve.Deployment:
-    """Returns the Ray Serve deployment of the server.
+    """Returns the Ray Serve deployment of the scoring server.
 
-    Each replica uses the devices that ``settings`` names, and ``scaling`` limits the number of replicas.
+    Each replica uses the devices (such as GPUs) that ``settings`` names, and ``scaling`` bounds the number of replicas.
     """
     devices = 0 if settings.devices == ("cpu",) else len(settings.devices)
     return serve.deployment(
@@ -254,11 +254,11 @@ class Replica:
             self._running.result()
 
     async def Score(self, request: ForwardedRequest, grpc_context: RayServegRPCContext) -> Message:  # noqa: N802
-        """Scores every completion of a request and responds once all are scored."""
+        """Scores every completion of a request with probes, and responds once all are scored."""
         return await self._answer("Score", request, grpc_context)
 
     async def ScoreStream(self, request: ForwardedRequest, grpc_context: RayServegRPCContext) -> AsyncIterator[Message]:  # noqa: N802
-        """Scores every completion of a request and yields the scores in pieces, as batches finish."""
+        """Scores every completion of a request with probes, and yields the scores in pieces, as batches finish."""
         written: asyncio.Queue[Message | None] = asyncio.Queue()
         answering = asyncio.create_task(self._answer("ScoreStream", request, grpc_context, written.put))
         answering.add_done_callback(lambda _: written.put_nowait(None))
@@ -271,7 +271,7 @@ class Replica:
             await asyncio.gather(answering, return_exceptions=True)
 
     async def GetServerInfo(self, request: ForwardedRequest, grpc_context: RayServegRPCContext) -> Message:  # noqa: N802
-        """Returns the model, probes, limits and workers of this replica."""
+        """Returns a description of the model, probes, limits and workers (processes that score) of this Ray Serve replica."""
         return await self._answer("GetServerInfo", request, grpc_context)
 
     async def ListProbes(self, request: ForwardedRequest, grpc_context: RayServegRPCContext) -> Message:  # noqa: N802
@@ -279,19 +279,19 @@ class Replica:
         return await self._answer("ListProbes", request, grpc_context)
 
     async def Check(self, request: ForwardedRequest, grpc_context: RayServegRPCContext) -> Message:  # noqa: N802
-        """Responds to the RPC ``grpc.health.v1.Health/Check`` with whether this replica serves."""
+        """Responds to the RPC ``grpc.health.v1.Health/Check`` with whether this Ray Serve replica serves."""
         return await self._answer("Check", request, grpc_context)
 
     def check_health(self) -> None:
-        """Raises ``RuntimeError`` if no worker of this replica serves. Ray calls this method at intervals, and replaces a replica whose
-        health check fails several times.
+        """Raises ``RuntimeError`` if no worker process of this Ray Serve replica serves. Ray calls this method at intervals, and replaces a
+        replica whose health check fails several times.
         """
         if not self._core.serving:
             raise RuntimeError("no worker can score")
 
     def record_autoscaling_stats(self) -> dict[str, int]:
-        """Returns a dictionary with the number of tokens that wait in this replica; Ray passes the dictionary to the policy
-        ``QueuedTokens``.
+        """Returns a dictionary with the number of tokens that wait to be scored in this Ray Serve replica; Ray passes the dictionary to the
+        autoscaling policy ``QueuedTokens``.
         """
         return {QUEUED_TOKENS: self._core.scheduler.queued_tokens}
 

@@ -1,5 +1,5 @@
-"""Computes the costs of a request other than its tokens: the numbers in its response, and the scores that are read again for its spans
-(token ranges).
+"""Computes the costs of a scoring request other than its tokens: how many numbers its response has, and how many token scores are read
+again for its spans (token ranges).
 
 The costs are computed from the request alone, before any token is scored, so that a request that is too costly can be refused.
 """
@@ -21,8 +21,8 @@ thousand probes.
 
 @dataclass(frozen=True)
 class RequestCost:
-    """Value object with the factors, determined by a request's options, that turn the tokens and spans (token ranges) of its rollouts into
-    costs.
+    """Value object with the factors, determined by the options of a scoring request, that turn the numbers of tokens and spans (token
+    ranges) of its rollouts into costs.
 
     Attributes:
         scope: which tokens are scored: the prompt's, the completion's or both.
@@ -43,7 +43,9 @@ class RequestCost:
 
     @classmethod
     def of(cls, info: EngineInfo, options: ResolvedOptions) -> RequestCost:
-        """Returns the cost factors for a request with the given options, on an engine with the model and probes that ``info`` describes."""
+        """Returns the cost factors for a scoring request with the given options, on a server with the model and probes that ``info``
+        describes.
+        """
         return _cost(info, options)
 
     def values(self, rollout: CheckedRollout) -> int:

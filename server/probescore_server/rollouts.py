@@ -1,7 +1,8 @@
 """Defines the value objects that the scheduler, the worker and the engine exchange: checked rollouts, results, and a description of the
 loaded model.
 
-The module imports neither torch nor grpc, since the front process has neither the model nor its libraries.
+The module imports neither torch nor grpc, since the front process, which owns the port and starts the workers, has neither the model nor
+its libraries.
 """
 
 from __future__ import annotations
@@ -61,11 +62,11 @@ class Continuation:
 
 @dataclass(frozen=True)
 class ActivationReads:
-    """The activations that a request asks for, the same for every completion.
+    """Value object with the kinds of activations that a request asks for, the same for every completion.
 
     Attributes:
         taps: taps (places in the model) without duplicates, in the order of the request.
-        pools: poolings, without ``tokens``.
+        pools: poolings over a completion's tokens, such as the mean, without ``tokens`` (no pooling).
         tokens: whether the request asks for every token's activations.
         dtype: format in which a server sends the numbers: ``float32``, ``bfloat16`` or ``float16``.
     """
@@ -77,7 +78,9 @@ class ActivationReads:
 
     @property
     def all_pools(self) -> tuple[Pool, ...]:
-        """Returns the poolings with ``tokens`` first if every token's activations are asked for."""
+        """Returns the poolings of activations that a request asks for, with ``tokens`` first if it also asks for every token's
+        activations.
+        """
         return ((Pool.TOKENS,) if self.tokens else ()) + self.pools
 
 
@@ -121,7 +124,8 @@ class CheckedRollout:
         appended_tokens: the largest number of tokens that the requested probes themselves append to the completion, and to each of its
             follow-ups.
         reread_tokens: the number of extra token reads that the rollout's spans (token ranges) cause, beyond one read of each token.
-        activation_bytes: the number of bytes of activations in the response for this rollout; known to the front process only.
+        activation_bytes: the number of bytes of activations in the response for this rollout; known only to the front process, which owns
+            the port.
     """
 
     prompt_ids: NDArray[np.int32]
@@ -174,7 +178,7 @@ class ScoredBatch:
 
     Attributes:
         results: one result per rollout, in order; ``None`` for a rollout that was cancelled.
-        compute_seconds: the seconds that the batch took to compute.
+        compute_seconds: the seconds that computing the batch took.
     """
 
     results: tuple[RolloutResult | None, ...]
@@ -200,8 +204,8 @@ class EngineStatistics:
 
 @dataclass(frozen=True, eq=False)
 class EngineInfo:
-    """Value object that describes the model, the tokenizer and the probes that an engine has loaded. It is all that is needed to check a
-    request.
+    """Value object that describes the model, the tokenizer and the probes that a scoring engine has loaded. It is all that is needed to
+    check a request.
 
     Attributes:
         model: the model's identity, fingerprint and sizes.
@@ -222,10 +226,11 @@ class EngineInfo:
         content: a digest of the loaded weights and of the content of the model's other files.
         pools_with_prompt: the keys ``name@version`` of the probes that reduce a rollout to one score by themselves and read the prompt's
             activations.
-        taps: every tap that can be read.
+        taps: every tap (place in the model) at which activations can be read.
         placeholders: a dictionary keyed by each token id that stands for a picture, audio or video: the model's name for that token.
         retired: the keys ``name@version`` of the probes whose files are gone, and which are served only to requests that name the version.
-        shallower: a dictionary keyed by a number of blocks: what ``content`` was for a worker that had loaded no more of them.
+        shallower: a dictionary keyed by a number of blocks: the digest ``content`` of a worker process that has loaded only that many of
+            the model's decoder blocks.
     """
 
     model: ModelInfo
@@ -247,7 +252,9 @@ class EngineInfo:
     shallower: dict[int, str] = field(default_factory=dict)
 
     def of_probes(self, keys: Collection[str], retired: Collection[str] = ()) -> EngineInfo:
-        """Returns the same description with only some of the probes, of which some are retired; both are given by their keys."""
+        """Returns a copy of this description of an engine with only some of its probes, of which some are marked as retired (their files
+        are gone); both are given by keys ``name@version``.
+        """
         return replace(
             self,
             probes=tuple(probe for probe in self.probes if probe.key in keys),

@@ -1,1 +1,3 @@
-"""Follows the probe files that a server serves: which there are, which versions names mean, and how workers get them while they score."""
+"""Follows the probe files that a server serves: which files there are, which probe versions the names in requests mean, and how worker
+processes get new probes while they score.
+"""

@@ -1,4 +1,6 @@
-"""Finds the probe files that the setting ``probes`` names now, and reads them into the spool."""
+"""Finds the probe files that the server's setting ``probes`` names at the moment, and reads them into the spool, a store of file contents
+that the worker processes read.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +19,12 @@ Stamp = tuple[int, int, int, int] | None
 
 @dataclass(frozen=True, eq=False)
 class FolderContents:
-    """Value object with the probe files as they were read at one moment.
+    """Value object with the probe files of a server as they were read at one moment.
 
     Attributes:
         files: the content of each file, a dictionary keyed by path.
-        refused: the refusal of each file that cannot be read, keyed by path.
-        stamps: the state of each path before it was read.
+        refused: the exception that refuses each file that cannot be read, keyed by path.
+        stamps: the state of the file at each path (inode, size and time of last change) before the file was read.
     """
 
     files: Mapping[str, SpooledFile]
@@ -31,9 +33,9 @@ class FolderContents:
 
 
 class ProbeFolder:
-    """The probe files that the operator has named: single files, and every ``*.onnx`` file in directories.
+    """Finder of the probe files that the operator has named: single files, and every ``*.onnx`` file in directories.
 
-    Names that begin with a dot are left out of directories, so that a file can be written under such a name and then be renamed.
+    Files in directories are left out if their names begin with a dot, so that a file can be written under such a name and then be renamed.
 
     Args:
         paths: the paths of files and directories.
@@ -44,10 +46,11 @@ class ProbeFolder:
         self._directories = {path for path in self._paths if path.is_dir()}
 
     def stamps(self) -> dict[str, Stamp]:
-        """Returns the state of every file without reading it: a dictionary keyed by path, sorted by path within each directory.
+        """Returns the state (inode, size and time of last change) of every probe file without reading it: a dictionary keyed by path,
+        sorted by path within each directory.
 
         Raises:
-            StartupError: a directory cannot be read, or was one and is not there any more.
+            StartupError: a directory cannot be read, or is not there any more.
         """
         found: dict[str, Stamp] = {}
         for path in self._paths:
@@ -65,14 +68,14 @@ class ProbeFolder:
         return found
 
     def read(self, spool: Spool, *, missing_is_refused: bool = False) -> FolderContents:
-        """Reads every file once.
+        """Reads each probe file that the operator has named, one time each, and returns their contents.
 
         Args:
-            spool: receives the content.
+            spool: store that receives the files' contents.
             missing_is_refused: whether a named file that does not exist is refused instead of being left out.
 
         Raises:
-            StartupError: as of ``stamps``.
+            StartupError: a directory cannot be read, or is not there any more.
         """
         stamps = self.stamps()
         files: dict[str, SpooledFile] = {}

@@ -1,9 +1,9 @@
-"""Implements the registry: the probes that a server serves follow the probe files while the server scores.
+"""Implements the registry, which makes the probes that a server serves follow the probe files while the server scores.
 
-A reload reads the files, has every worker process load and check the new ones beside the running ones, and then changes in one step what
-names mean. Calls resolve names once, when they are admitted, to versions that mean the same bytes for ever, so that a call never gets
-scores of two states. Workers only hold probes; which of them a name means is decided here alone. So workers need not change at the same
-moment: each holds the probes of before and after in between.
+A reload reads the files, has every worker process load and check the new probes beside the running ones, and then changes in one step which
+versions the probe names in requests mean. A call (the work of one request) resolves names once, when it is admitted, to versions whose
+content never changes, so that it never mixes scores from before and after a reload. Workers only hold probes; the registry alone decides
+which of them a name means. So workers need not change at the same moment: during a reload, each holds the old and the new probes.
 
 All code of this package runs on one event loop, except for the reading of files.
 """
@@ -39,17 +39,17 @@ MAX_ATTEMPTS = 2
 
 
 class ProbeRegistry:
-    """Registry of the probes of one server.
+    """Registry of the probes of one server, which makes the probes that are served follow the probe files.
 
     Args:
         settings: the server's settings.
-        workers: the handles of all workers.
-        pinned: the record of the content that workers have loaded.
+        workers: the handles of all worker processes.
+        pinned: the record of the model and probes that workers have loaded, against which later ones are checked.
         on_change: function that is called whenever ``info`` changes.
         on_reload: function that is called after every reload with its report, or with the error that ended the reload.
 
     Attributes:
-        info: a description of the model and of the probes that calls may name now; ``None`` before the first worker was ready.
+        info: a description of the model and of the probes that requests may name now; ``None`` until the first worker is ready.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class ProbeRegistry:
     # ------------------------------------------------------------------------------------------------------------------- at the start
 
     def open(self) -> None:
-        """Reads the probe files, which every worker then loads when it starts.
+        """Reads the probe files that the settings name; every worker process then loads them when it starts.
 
         Raises:
             StartupError: a file or a directory cannot be read.
@@ -93,11 +93,13 @@ class ProbeRegistry:
 
     @property
     def is_empty(self) -> bool:
-        """Returns whether there is no probe file."""
+        """Returns whether the server has no probe file."""
         return not self._files
 
     def worker_changed(self, worker: WorkerHandle) -> None:
-        """Takes notice of the first worker that is ready, after which calls can be checked, and of one that has started again."""
+        """Records that a worker process has changed its state. Once the first worker is ready, requests can be checked against its model
+        and probes.
+        """
         if not self._changing.locked():
             self._forget_files()
         if self.info is None and worker.info is not None:
@@ -106,7 +108,9 @@ class ProbeRegistry:
             self._on_change()
 
     async def run(self) -> None:
-        """Drops retired probes when their time is over, and reloads when files change if the settings ask for it, until it is cancelled."""
+        """Drops retired probes (whose files are gone) when their time is over, and reloads probe files that change if the settings ask for
+        this. The coroutine runs until it is cancelled.
+        """
         running = [self._start(self._expire())]
         if self._settings.watch_probes:
             running.append(self._start(self._watch(self._settings.watch_probes)))
@@ -123,8 +127,8 @@ class ProbeRegistry:
 
     @contextmanager
     def using(self) -> Iterator[Callable[[Collection[str]], None]]:
-        """Context manager around a call. It yields a function to be called with the keys of the probes that the call has resolved to, at
-        once when they are resolved. These probes are served until the call ends.
+        """Context manager around a call (the work of one request). It yields a function that must be called with the keys ``name@version``
+        of the call's probes as soon as their names are resolved. These probes are served until the call ends.
         """
         used: list[str] = []
 
@@ -142,16 +146,16 @@ class ProbeRegistry:
     # --------------------------------------------------------------------------------------------------------------------- reloading
 
     async def reload(self, why: str) -> ReloadedProbes:
-        """Makes the probes that are served follow the probe files as they are now, and says what has changed.
+        """Makes the probes that are served follow the probe files as they are now, and returns a report of what has changed.
 
-        One reload runs at a time. If this coroutine is cancelled, the reload runs on. While the workers sleep, it waits.
+        One reload runs at a time. If this coroutine is cancelled, the reload runs on. While the worker processes sleep, the reload waits.
 
         Args:
-            why: what has asked for it, for the log.
+            why: what has asked for the reload, for the log.
 
         Raises:
-            WorkerUnavailable: a worker is not up, so that nothing was changed.
-            InternalFault: loading failed for another reason than a file; nothing was changed.
+            WorkerUnavailable: a worker process is not up, so that nothing was changed.
+            InternalFault: loading failed for a reason that lies in no probe file; nothing was changed.
         """
         return await asyncio.shield(self._start(self._reload_in_turn(why)))
 
@@ -203,13 +207,14 @@ class ProbeRegistry:
         refused: Mapping[str, ProbeRefused],
         successors: dict[WorkerHandle, Successor],
     ) -> ReloadedProbes:
-        """Makes names mean what the files say, in one step, once every worker holds what they may mean.
+        """Changes in one step which probe versions the names in requests mean, once every worker process holds all of these probes.
 
         Args:
-            contents: the files.
-            keys: the key of each new content that all workers have accepted.
-            refused: the refusals, by path.
-            successors: processes that take the workers' places; those that do are removed.
+            contents: the probe files as they were read.
+            keys: the key ``name@version`` of each new file content, by digest, that all workers have accepted.
+            refused: the refusals of probe files, by path.
+            successors: processes, by worker, that take the places of the workers' processes; each is removed from the dictionary once it
+                has done so.
         """
         known = {**self._keys, **keys}
         files = {path: file for path, file in contents.files.items() if file.sha256 in known and path not in refused}
@@ -248,14 +253,15 @@ class ProbeRegistry:
     async def _proven(
         self, new: Sequence[SpooledFile], refused: dict[str, ProbeRefused]
     ) -> tuple[dict[str, str], dict[WorkerHandle, Successor]]:
-        """Has every worker load and check new files beside what it serves.
+        """Has every worker process load and check new probe files beside the probes that it serves.
 
         Args:
-            new: the files.
+            new: the new files.
             refused: receives the refusals of files, by path.
 
         Returns:
-            The key of each content that all workers have accepted, and the processes that must take the workers' places for it.
+            The key ``name@version`` of each file content, by digest, that all workers have accepted, and the processes, by worker, that
+                must take the places of the workers' processes because some probes need more of the model's layers.
         """
         keys: dict[str, str] = {}
         # Files with which a worker died or failed are tried again one by one: the others are not to blame.
@@ -298,7 +304,9 @@ class ProbeRegistry:
     async def _deepened(
         self, accepted: Sequence[SpooledFile], keys: dict[str, str], too_deep: Sequence[SpooledFile], refused: dict[str, ProbeRefused]
     ) -> tuple[dict[str, str], dict[WorkerHandle, Successor]]:
-        """Starts a deeper process beside each worker's, which loads all probes; ``refused`` and the result are as of ``_proven``."""
+        """Starts beside each worker's process one that loads more of the model's layers, since new probes read deeper ones, and has it load
+        all probes.
+        """
         left = [*too_deep]
         while left:
             held = _once([*self._served_files(), *accepted, *left])
@@ -330,16 +338,20 @@ class ProbeRegistry:
     # ----------------------------------------------------------------------------------------------------------------- what is served
 
     def _served_files(self) -> list[SpooledFile]:
-        """Returns the content that workers must hold: of current and retired probes, and of those that calls may still use."""
+        """Returns the probe files that worker processes must hold: those of current and retired probes (whose files are gone), and of
+        probes that requests under way may still use.
+        """
         return [*self._files.values(), *self._retirement.sources.values(), *self._leaving.values()]
 
     def _forget_files(self) -> None:
-        """Frees the content that is not served any more, and that no process which is starting may still read."""
+        """Frees the stored content of probe files that are not served any more, and that no worker process which is starting may still
+        read.
+        """
         loading = [file for worker in self._workers for file in worker.loading]
         self._spool.keep_only({file.sha256 for file in [*self._served_files(), *loading]})
 
     def _show(self, current: Collection[str]) -> None:
-        """Changes what calls may name: the current probes, and the retired ones by their versions."""
+        """Changes which probes requests may name: the current ones, and by their versions the retired ones (whose files are gone)."""
         retired = self._retirement.keys
         described = next((worker.info for worker in self._workers if worker.info is not None), None)
         if described is not None:
@@ -352,7 +364,7 @@ class ProbeRegistry:
             worker.spec = replace(worker.spec, probes=files)
 
     async def _settle(self) -> None:
-        """Makes workers drop what no call may name any more, and no call under way uses."""
+        """Makes worker processes drop the probes that requests may not name any more and that no request under way uses."""
         async with self._changing:
             done = [key for key in self._leaving if not self._retirement.in_use(key)]
             for key in done:
@@ -385,7 +397,7 @@ class ProbeRegistry:
             self._something_retired.clear()
 
     async def _watch(self, seconds: float) -> None:
-        """Reloads when files have changed, and have then stayed as they are for ``seconds`` seconds."""
+        """Reloads the probe files when they have changed and have then stayed as they are for ``seconds`` seconds."""
         before: Mapping[str, Stamp] | None = None
         while True:
             await asyncio.sleep(seconds)
@@ -413,7 +425,9 @@ class ProbeRegistry:
             await worker.until_back()
 
     async def _each(self, workers: Sequence[WorkerHandle], work: Callable[[WorkerHandle], Coroutine[Any, Any, Result]]) -> list[Result]:
-        """Does something on several workers at once, waits for all of them, and raises the first error."""
+        """Calls ``work`` for several worker processes at once, waits for all of the calls, and returns their results or raises the first
+        error.
+        """
         outcomes = await asyncio.gather(*(work(worker) for worker in workers), return_exceptions=True)
         for outcome in outcomes:
             if isinstance(outcome, BaseException):
@@ -428,7 +442,7 @@ class ProbeRegistry:
 
 
 def _once(files: Iterable[SpooledFile]) -> tuple[SpooledFile, ...]:
-    """Returns files without those whose content another one has already."""
+    """Returns the given probe files, but of several files with the same content only the first."""
     return tuple({file.sha256: file for file in reversed(list(files))}.values())[::-1]
 
 
@@ -445,7 +459,7 @@ def _folder_refusal(settings: ServerSettings, error: StartupError) -> ProbeRefus
 
 
 def _shown(refusal: ProbeRefused) -> RefusedProbeFile:
-    """Returns a refusal without directories, which concern the operator alone."""
+    """Returns the refusal of a probe file, for clients: without the paths of directories, which concern the operator alone."""
     directory = f"{Path(refusal.file).parent}/"
     found, expected = (text.replace(directory, "") for text in (refusal.found, refusal.expected))
     return RefusedProbeFile(Path(refusal.file).name, refusal.field, found, expected)

@@ -1,4 +1,4 @@
-"""Keeps the versions of probes whose files are gone: how long each is still served, and which are in use by calls."""
+"""Keeps retired probes, whose files are gone: how long each version is still served, and which versions requests under way use."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from probescore_server.spool import SpooledFile
 
 @dataclass(slots=True)
 class RetiredProbe:
-    """Record of a probe whose file is gone, and which is served to calls that name its version.
+    """Record of a retired probe, whose file is gone; it is served only to requests that name its version.
 
     Attributes:
         name: the probe's name, of which only some retired versions are kept.
-        source: the content of the file.
-        last_named: the time at which the probe was retired or, if later, a call last named the version, in seconds on the clock.
+        source: the content that the file had.
+        last_named: the time at which the probe was retired or, if later, a request last named the version, in seconds on a monotonic clock.
     """
 
     name: str
@@ -25,11 +25,11 @@ class RetiredProbe:
 
 
 class Retirement:
-    """Collection of the retired probes of a server, oldest first.
+    """Collection of a server's retired probes, whose files are gone and which are still served for some time, oldest first.
 
     Args:
-        pin_seconds: for how long a version is kept that no call names.
-        max_versions: the largest number of retired versions of one name.
+        pin_seconds: for how long a version is kept that no request names.
+        max_versions: the largest number of retired versions of one probe name.
         clock: function that returns the time in seconds on a monotonic clock.
     """
 
@@ -42,31 +42,33 @@ class Retirement:
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """Returns the keys ``name@version`` of the retired probes, oldest first."""
+        """Returns the keys ``name@version`` of the retired probes (whose files are gone), oldest first."""
         return tuple(self._retired)
 
     @property
     def sources(self) -> dict[str, SpooledFile]:
-        """Returns a dictionary, keyed by ``name@version``, of the content of the retired probes' files."""
+        """Returns the content that the files of retired probes had before they were removed, a dictionary keyed by ``name@version``."""
         return {key: probe.source for key, probe in self._retired.items()}
 
     def retire(self, probes: Iterable[tuple[str, str, SpooledFile]]) -> None:
-        """Adds probes whose files are gone: for each its key ``name@version``, its name and its content."""
+        """Adds retired probes, whose files are gone, to the collection: for each its key ``name@version``, its name and its file's
+        content.
+        """
         for key, name, source in probes:
             self._retired[key] = RetiredProbe(name, source, self._clock())
 
     def restore(self, keys: Iterable[str]) -> None:
-        """Takes probes out whose files are there again."""
+        """Removes from the retired probes those whose files are there again."""
         for key in keys:
             self._retired.pop(key, None)
 
     def begin(self, keys: Collection[str]) -> None:
-        """Counts a call that names these probes, among others maybe retired ones."""
+        """Counts the start of a request that names the given probes, some of which may be retired (their files are gone)."""
         self._calls.update(keys)
         self._touch(keys)
 
     def end(self, keys: Collection[str]) -> None:
-        """Counts the end of a call that ``begin`` has counted."""
+        """Counts the end of a request whose start ``begin`` has counted."""
         self._calls.subtract(keys)
         for key in keys:
             if not self._calls[key]:
@@ -74,13 +76,15 @@ class Retirement:
         self._touch(keys)
 
     def in_use(self, key: str) -> bool:
-        """Returns whether a call that is under way names a probe."""
+        """Returns whether a request that is under way names a probe."""
         return self._calls[key] > 0
 
     def take_expired(self) -> dict[str, SpooledFile]:
-        """Removes the probes that are not served any longer, and returns the content of their files, keyed by ``name@version``.
+        """Removes the retired probes that are not to be served any longer, and returns the content that their files had, keyed by
+        ``name@version``.
 
-        These are the ones that no call has named for ``pin_seconds``, and the oldest ones of a name with more than ``max_versions``.
+        These are the probes that no request has named for ``pin_seconds``, and the oldest versions of a name that has more than
+        ``max_versions``.
         """
         now, kept, expired = self._clock(), Counter[str](), {}
         for key, probe in reversed(list(self._retired.items())):
@@ -92,7 +96,7 @@ class Retirement:
         return expired
 
     def seconds_left(self) -> float | None:
-        """Returns the seconds until the next probe may expire; ``None`` if there is no retired probe."""
+        """Returns the seconds until the next retired probe (whose file is gone) may expire; ``None`` if there is no retired probe."""
         ends = [probe.last_named + self._pin_seconds for key, probe in self._retired.items() if not self.in_use(key)]
         ends += [self._clock() + self._pin_seconds for key in self._retired if self.in_use(key)]
         return max(0.0, min(ends) - self._clock()) if ends else None

@@ -28,13 +28,17 @@ class BatchBudget:
         self._good = 0
 
     def failed(self, tokens: int) -> None:
-        """Lowers the budget, since a batch of ``tokens`` tokens did not fit into the device's memory."""
+        """Lowers the largest number of tokens of the next batch, since a batch of ``tokens`` tokens did not fit into the device's
+        memory.
+        """
         self.tokens = max(1, min(self.tokens, int(tokens * SHRINK)))
         self._needed = min(2 * self._needed, MAX_GOOD_BATCHES)
         self._good = 0
 
     def fitted(self, tokens: int) -> None:
-        """Records that a batch of ``tokens`` tokens fitted into the device's memory, and raises the budget after enough such batches."""
+        """Records that a batch of ``tokens`` tokens fitted into the device's memory, and raises the largest number of tokens of a batch
+        after enough such batches.
+        """
         if self.tokens == self._max_tokens or 2 * tokens < self.tokens:
             return
         self._good += 1

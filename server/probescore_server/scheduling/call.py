@@ -16,7 +16,9 @@ from probescore_server.scheduling.ordered_set import OrderedSet
 
 @dataclass(frozen=True)
 class FinishedRollout:
-    """Value object with the result of one rollout, and the rollout's place in its request, ``groups[group].completions[completion]``."""
+    """Value object with the result of one scored rollout, and the rollout's place in its request,
+    ``groups[group].completions[completion]``.
+    """
 
     group: int
     completion: int
@@ -61,12 +63,12 @@ class RequestedRollout:
 
     @property
     def tokens(self) -> int:
-        """Counts the rollout's tokens without those of its prompt, which all rollouts of a group have in common."""
+        """Counts a rollout's tokens without those of its prompt, which all rollouts of its group have in common."""
         return self.rollout.tokens - len(self.rollout.prompt_ids)
 
     @property
     def activation_bytes(self) -> int:
-        """Counts the bytes of the rollout's activations in the response; 0 if the call asks for scores."""
+        """Counts the bytes of a rollout's activations in the response; 0 if the request asks for scores."""
         return self.rollout.activation_bytes
 
 
@@ -91,11 +93,11 @@ class WaitingGroup:
 
     @property
     def prompt_tokens(self) -> int:
-        """Counts the tokens of the prompt that the waiting rollouts have in common. At least one rollout must wait."""
+        """Counts the tokens of the prompt that waiting rollouts of a group have in common. At least one rollout must wait."""
         return len(next(iter(self.items)).rollout.prompt_ids)
 
     def remove(self, item: RequestedRollout) -> int:
-        """Removes a rollout from the rollouts that wait, and returns the number of tokens by which the waiting tokens decrease.
+        """Removes a rollout from those of its group that wait, and returns by how many tokens the group's waiting tokens decrease.
 
         These are the rollout's tokens without its prompt, plus the prompt's tokens if no other rollout with the prompt waits in this group.
         """
@@ -114,8 +116,8 @@ class CallScheduler(Protocol):
         """
 
     def dispatch(self) -> None:
-        """Gives free worker processes new batches. A call requests this after its results were read, since its remaining rollouts may then
-        be computed.
+        """Gives free worker processes new batches. A call (the work of one request) requests this after its results were read, since its
+        remaining rollouts may then be computed.
         """
 
 
@@ -183,13 +185,17 @@ class Call:
         return delivery
 
     def start(self, item: RequestedRollout, now: float) -> None:
-        """Records that from the time ``now`` on a worker process computes this rollout, or an identical rollout of another call."""
+        """Records in a call (the work of one request) that from the time ``now`` on a worker process computes a rollout of the call, or an
+        identical rollout of another call.
+        """
         self.computing.add(item)
         if self.queue_seconds is None:
             self.queue_seconds = now - self.admitted
 
     def deliver(self, results: Sequence[tuple[RequestedRollout, RolloutResult]], compute_seconds: float) -> None:
-        """Adds the results of one batch, which took ``compute_seconds`` to compute, to the results that iterating over the call yields."""
+        """Adds the results of one batch, which took ``compute_seconds`` to compute, to the results that iterating over a call (the work of
+        one request) yields.
+        """
         finished = tuple(FinishedRollout(item.group, item.completion, result) for item, result in results)
         tokens = sum(item.rollout.tokens for item, _ in results)
         activation_bytes = sum(item.activation_bytes for item, _ in results)
@@ -199,13 +205,17 @@ class Call:
         self._changed.set()
 
     def fail(self, error: CoreError) -> None:
-        """Ends the call with an error, which the iterator then raises. Nothing happens if the call has failed already."""
+        """Ends a call (the work of one request) with an error, which the call's iterator then raises. Nothing happens if the call has
+        failed already.
+        """
         if self._failure is None:
             self._failure = error
             self._scheduler.withdraw(self)
 
     def ended(self) -> None:
-        """Wakes the code that iterates over the call, since no rollout of the call waits or is computed any more."""
+        """Wakes the code that iterates over a call (the work of one request), since no rollout of the call waits or is computed any
+        more.
+        """
         self._changed.set()
 
 

@@ -26,13 +26,13 @@ class Worker(Protocol):
 
     @property
     def ready(self) -> bool:
-        """Returns whether the worker can take a batch now."""
+        """Returns whether a worker process can take a batch of rollouts now."""
 
     def new_batch(self) -> int:
-        """Returns a batch number that this worker has not used before."""
+        """Returns a batch number that a worker process has not been given before."""
 
     async def score(self, number: int, rollouts: Sequence[CheckedRollout]) -> ScoredBatch:
-        """Scores a batch of rollouts under the given batch number.
+        """Has a worker process score a batch of rollouts under the given batch number.
 
         Raises:
             WorkerUnavailable: the worker process ended.
@@ -49,7 +49,9 @@ class Worker(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class BatchSlot:
-    """Value object for the place at which a rollout is computed: ``rollouts[index]`` of a worker's batch with the number ``batch``."""
+    """Value object with the place at which a rollout is computed: ``rollouts[index]`` of the batch with the number ``batch`` of a worker
+    process.
+    """
 
     worker: Worker
     batch: int
@@ -82,7 +84,7 @@ class ComputationsInFlight:
         self._by_rollout: dict[RequestedRollout, Computation] = {}
 
     def begin(self, items: Sequence[RequestedRollout], now: float) -> Computation | None:
-        """Starts one computation, at the time ``now``, for rollouts that are all identical, and returns the computation.
+        """Starts one computation, at the time ``now``, for rollouts that are all identical, and returns the record of this computation.
 
         If an identical rollout is being computed already, the given rollouts wait for that result instead, and ``None`` is returned.
         """
@@ -117,7 +119,7 @@ class ComputationsInFlight:
         """Gives each waiting call (the work of one request) its results of a scored batch. Cancelled rollouts have no result.
 
         Args:
-            computations: the batch's computations.
+            computations: the computations in the batch, one for all rollouts that are identical.
             scored: the results of these computations, in the same order.
         """
         by_call: dict[Call, list[tuple[RequestedRollout, RolloutResult]]] = {}
@@ -135,7 +137,9 @@ class ComputationsInFlight:
             call.fail(error)
 
     def take_back(self, computation: Computation) -> list[RequestedRollout]:
-        """Removes a computation, and returns the rollouts that waited for its result, in the order in which they were added."""
+        """Removes the computation of a rollout, and returns the identical rollouts that waited for its result, in the order in which they
+        were added.
+        """
         self._forget(computation)
         items = list(computation.items)
         computation.items.clear()

@@ -60,8 +60,8 @@ class _NextBatch:
 
     Attributes:
         left: the number of tokens for which the batch still has room.
-        taken: the rollouts in the batch, as lists of identical rollouts.
-        continuations: the number of completions and follow-ups in the batch.
+        taken: the rollouts in the batch, as lists of identical rollouts, each list computed once.
+        continuations: the number of completions and follow-ups (texts that continue a completion) in the batch.
         activation_bytes: the number of bytes of activations in the response to the batch.
     """
 
@@ -71,8 +71,8 @@ class _NextBatch:
     activation_bytes: int = 0
 
     def fits(self, tokens: int, activation_bytes: int) -> bool:
-        """Returns whether the batch has room for a rollout of ``tokens`` tokens whose activations have ``activation_bytes`` bytes. An empty
-        batch has room for any rollout.
+        """Returns whether a batch of rollouts has room for a rollout of ``tokens`` tokens whose activations have ``activation_bytes``
+        bytes. An empty batch has room for any rollout.
         """
         if not self.taken:
             return True
@@ -105,7 +105,7 @@ class WaitingQueue:
     # ------------------------------------------------------------------------------------------------------------- coming, leaving
 
     def add(self, groups: Iterable[WaitingGroup]) -> None:
-        """Adds groups of rollouts to the queue, each behind the groups of the same call that wait already."""
+        """Adds groups of rollouts (each with one prompt) to the queue, each behind those groups of the same request that wait already."""
         for group in groups:
             call = group.call
             if not call.waiting:
@@ -114,8 +114,8 @@ class WaitingQueue:
             self._index(group)
 
     def put_back(self, items: Iterable[RequestedRollout]) -> None:
-        """Puts rollouts that had been taken out of the queue back, before all other rollouts of their call, and gives their job the next
-        turn.
+        """Puts rollouts that had been taken out of the queue back, before all other rollouts of their request, and gives their training job
+        the next turn.
         """
         by_group: dict[tuple[Call, int], OrderedSet[RequestedRollout]] = {}
         for item in items:

@@ -140,8 +140,9 @@ def check_against_model(
     """Compares a probe file with the language model that is to serve it, and lists every field that does not fit.
 
     In each entry, ``found`` is the value in the file and ``expected`` is the value of the model. The list is empty if everything fits. The
-    caller may accept a fingerprint that differs; a probe with another ``model.hidden_size``, or with ``inputs[…].layer`` beyond the model's
-    blocks, cannot run. An empty ``tokenizer_fingerprint`` stands for a model without a tokenizer, and matches no probe.
+    caller may accept a fingerprint (digest) of the model or tokenizer that differs; a probe with another ``model.hidden_size``, or with
+    ``inputs[…].layer`` beyond the model's decoder blocks, cannot run. An empty ``tokenizer_fingerprint`` stands for a model without a
+    tokenizer, and matches no probe.
     """
     manifest = probe.manifest
     compared: list[tuple[str, object, object]] = [
@@ -160,8 +161,8 @@ def check_against_model(
 
 
 def check_golden(manifest: Manifest, file: str) -> None:
-    """Checks that a probe's golden scores (those of the author's code) can tell a right score from a wrong one: there are two rows or more,
-    and no label is constant.
+    """Checks that a probe's golden scores (those that the author's code gave for token ids stored in the probe file) can reveal a wrong
+    score: there are two rows of scores or more, and no label has the same score in every row.
 
     Raises:
         ProbeRefused: there are too few rows, or all scores of a label are the same.
@@ -177,7 +178,9 @@ def check_golden(manifest: Manifest, file: str) -> None:
 
 
 def graph_digest(graph: bytes) -> str:
-    """Returns ``sha256:…`` over the bytes of a graph that was serialised deterministically without ``metadata_props``."""
+    """Returns the digest, ``sha256:…``, of the bytes of a probe's ONNX graph, which was serialised deterministically without
+    ``metadata_props``.
+    """
     return "sha256:" + hashlib.sha256(graph).hexdigest()
 
 

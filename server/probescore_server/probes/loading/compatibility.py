@@ -1,4 +1,6 @@
-"""Decides which probe files an engine accepts: each file is checked by itself, against the other files, and against the language model."""
+"""Decides which probe files a scoring engine accepts: each file is checked by itself, against the other probe files, and against the loaded
+language model.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,7 @@ _SHOWN_IDS = 8
 
 
 def read_probe_files(files: Sequence[str | Path | ProbeFile]) -> list[ProbeFile]:
-    """Reads several probe files, unless they are read already; a probe that occurs twice is kept once.
+    """Reads several probe files, of which some may be given as already read; a probe that occurs twice is kept once.
 
     Returns:
         The probes, sorted by name, then version.
@@ -38,7 +40,9 @@ def read_probe_files(files: Sequence[str | Path | ProbeFile]) -> list[ProbeFile]
 
 
 def other_content(file: str, key: str, first: str) -> ProbeRefused:
-    """Returns the refusal of a file with a probe whose name and version, ``key``, mean other content already, which ``first`` names."""
+    """Returns the exception that refuses a probe file because another file, ``first``, has other content under the same probe name and
+    version, ``key``.
+    """
     return ProbeRefused(file, "version", f"{key} with other content than in {first}", "a version of its own for each content")
 
 
@@ -84,8 +88,8 @@ def check_fits(
         further_special_ids: ids of the tokenizer's special tokens other than BOS, EOS and UNK.
 
     Returns:
-        Names of the fields that do not fit and whose mismatch the operator accepts. ``special_token_ids`` is among them for an older file
-            that leaves out special tokens without listing their ids.
+        Names of the fields of the probe file that do not fit and whose mismatch the operator accepts. ``special_token_ids`` is among them
+            for an older probe file that leaves special tokens out of reductions without listing their ids.
 
     Raises:
         ProbeRefused: a field does not fit, and is not accepted or cannot be accepted: a probe of another hidden size cannot run.
@@ -115,9 +119,11 @@ def check_fits(
 
 
 def _unnamed_special_tokens(manifest: Manifest, further_special_ids: Collection[int]) -> str:
-    """Returns a warning about a probe file written before manifests listed special-token ids, or an empty text if none is due.
+    """Returns a warning about a probe file written before manifests (the metadata in probe files) listed special-token ids, or an empty
+    text if none is due.
 
-    When such a file was written, servers left out every special token of their tokenizer; today only BOS, EOS and UNK are left out.
+    When such a file was written, servers left every special token of their tokenizer out of a completion's score; today they leave out only
+    BOS, EOS and UNK.
     """
     if not (manifest.exclude_special_tokens and manifest.special_token_ids is None and further_special_ids):
         return ""
@@ -149,7 +155,7 @@ def _explained(mismatch: ProbeRefused, manifest: Manifest, model: ModelInfo) -> 
 
 
 def probe_info(manifest: Manifest, accepted_mismatches: tuple[str, ...]) -> ProbeInfo:
-    """Returns the description of a loaded probe that the server sends to clients."""
+    """Returns the description of a loaded probe that the server sends to clients, made from the probe's manifest (its metadata)."""
     return ProbeInfo(
         name=manifest.name,
         version=manifest.version,

@@ -1,10 +1,11 @@
-"""Tests whether a probe graph's scores depend on more tokens than the ``context`` in the probe's manifest states.
+"""Tests whether a probe graph's scores depend on more tokens than the ``context`` in the probe's manifest (its metadata) states.
 
-A graph can be right for the golden rollouts and wrong for all other input: its results may be tied to the sizes with which it was exported,
-it may ignore where a fourth sequence begins, or it may read neighbouring sequences. Therefore sequences of random rows are scored, each
-alone. The sequences must keep their scores when they are packed together, permuted, placed far behind other sequences, cut where the
-context says that nothing is lost, and scored a second time. The scores of a sequence alone define the meaning of the probe; they can be
-compared with those of the author's code only where a probe is written.
+A graph can be right for the golden rollouts (token ids stored with the scores that the probe author's own code gave) and wrong for all
+other input: its results may be tied to the sizes with which it was exported, it may ignore where a fourth of several packed sequences
+begins, or it may read neighbouring sequences. Therefore this module scores sequences of random activation rows, each alone. The sequences
+must keep their scores when they are packed together, permuted, placed far behind other sequences, cut where the context says that nothing
+is lost, and scored a second time. The scores of a sequence alone define the meaning of the probe; they can be compared with those of the
+author's code only where a probe is written.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ _ROUNDED = np.array([1 - 8 * _EPS, 1 + 8 * _EPS], np.float32)
 
 
 def rows_tried(run: Run, model: onnx.ModelProto, around: RandomSequences, file: str) -> int:
-    """Tests a probe's graph on larger and more varied inputs than it will serve, and finds the most rows that one run may be given.
+    """Tests a probe's graph on larger and more varied inputs than it will serve, and finds how many activation rows one run may be given.
 
     Args:
         run: function that runs the graph.
@@ -82,10 +83,12 @@ def rows_tried(run: Run, model: onnx.ModelProto, around: RandomSequences, file: 
         file: name of the probe file, for messages.
 
     Returns:
-        The most rows that the graph may be given in one run if they are of several sequences; 1 means one sequence per run.
+        The largest number of rows that the graph may be given in one run if the rows are of several sequences; 1 means one sequence per
+            run.
 
     Raises:
-        ProbeRefused: the scores depend on more than the manifest's context states, or differ between two runs on the same input.
+        ProbeRefused: the scores depend on more than the ``context`` in the probe's manifest (its metadata) states, or differ between two
+            runs on the same input.
     """
     allowed = 0
     for rows in (SMALLEST_CALL, QUADRATIC_CALL if _may_be_quadratic(model) else LARGEST_CALL):
@@ -112,25 +115,27 @@ def rows_tried(run: Run, model: onnx.ModelProto, around: RandomSequences, file: 
 
 
 def far_lengths(model: onnx.ModelProto) -> tuple[int, ...]:
-    """Returns the lengths, in rows, of long sequences on which a graph is compared with its author's code, as far as memory allows."""
+    """Returns the lengths, in rows, of long sequences on which a probe's graph is to be compared with the probe author's own code, as far
+    as memory allows.
+    """
     return _AUTHOR_LENGTHS if _may_be_quadratic(model) else _AUTHOR_LENGTHS + _AUTHOR_LENGTHS_LINEAR
 
 
 def check_author_agrees(
     run: Run, author: Run, around: RandomSequences, longest: int, tolerance: float, file: str, lengths: Sequence[int] = ()
 ) -> None:
-    """Compares a graph with its author's code on sequences of random rows, one sequence at a time.
+    """Compares a probe's ONNX graph with the code of the probe's author on sequences of random activation rows, one sequence at a time.
 
-    Among the sequences are some shorter and some longer than every example, some near golden activations and some far from them, and some
-    at positions that no example has.
+    The examples are the author's own rollouts. Among the random sequences are some shorter and some longer than every example, some near
+    the examples' activations and some far from them, and some at positions that no example has.
 
     Args:
         run: function that runs the graph.
         author: function that scores one sequence with the author's code; a sequence on which the code fails, or gives scores that are not
             finite, is not compared.
-        around: source of random sequences near the golden activations.
+        around: source of random sequences near the examples' activations.
         longest: number of rows of the longest example.
-        tolerance: largest difference allowed, in standard deviations.
+        tolerance: largest difference of scores allowed, in standard deviations of the scores.
         file: name of the probe file, for messages.
         lengths: further lengths in rows to try, such as those of ``far_lengths``.
 
@@ -163,7 +168,7 @@ def check_author_agrees(
 
 @dataclass(frozen=True)
 class _Finding:
-    """Value object with the largest difference between scores that should be equal, in standard deviations.
+    """Value object with the largest difference between scores of a probe that should be equal, in standard deviations of the scores.
 
     The object also names the promise that the difference breaks, and the run of the graph in which the difference was found.
     """
@@ -179,15 +184,15 @@ class _Finding:
 
 @dataclass(frozen=True, eq=False)
 class _ScoreComparison:
-    """Comparison of the scores that a graph gives with the expected scores.
+    """Comparison of the scores that a probe's graph gives with the expected scores.
 
     Attributes:
         run: function that runs the graph.
         around: source of random numbers, which also knows the graph's taps (places in the model).
-        usual: scores of activations that resemble golden ones, ``(N, labels)`` float64; the unit is their standard deviation, or a score's
-            distance from their median where that is larger.
+        usual: scores of activations that resemble golden ones (those of rollouts stored in the probe file), ``(N, labels)`` float64; the
+            unit is their standard deviation, or a score's distance from their median where that is larger.
         tolerance: differences up to this many units count as none.
-        excused: share of the scores of one run whose difference may be explained by rounding.
+        excused: share of the scores of one run for which rounding is accepted as the cause of a difference.
     """
 
     run: Run
@@ -208,7 +213,7 @@ class _ScoreComparison:
         noise: Callable[[NDArray[np.bool_]], NDArray[np.float64]],
         promise: str,
     ) -> _Finding:
-        """Compares some of the scores of one run of a graph with the expected scores.
+        """Compares some of the scores of one run of a probe's graph with the expected scores.
 
         ``noise`` is a function that returns, for the scores that differ too much, the largest difference that rounding explains.
         """
@@ -226,7 +231,9 @@ class _ScoreComparison:
             return _Finding(float(np.where(beyond == 0, 0, beyond / unit).max()), promise, where)
 
     def noise(self, inputs: GraphInputs, rows: slice = slice(None)) -> NDArray[np.float64]:
-        """Measures how much a graph's scores change if its activations are rounded differently, ``(rows, labels)``."""
+        """Returns by how much each of a graph's scores changes if the graph's input activations are rounded differently,
+        ``(rows, labels)``.
+        """
         scores = self.run(inputs)[rows]
         worst = np.zeros(scores.shape)
         for _ in range(3):
@@ -241,7 +248,8 @@ class _ScoreComparison:
 
 
 class _GraphTrial:
-    """Trial of a graph on sequences of random rows: scores of each sequence alone are compared with its scores in larger runs.
+    """Trial of a probe's graph on sequences of random activation rows: scores of each sequence alone are compared with its scores in larger
+    runs.
 
     Args:
         run: function that runs the graph.
@@ -278,7 +286,9 @@ class _GraphTrial:
     # ------------------------------------------------------------------------------------------------------------ the comparisons
 
     def findings(self) -> Iterator[_Finding]:
-        """Runs the graph on many inputs, compares the scores with those of each sequence alone, and yields one finding for each run."""
+        """Runs a probe's graph on many packed inputs, compares the scores with those of each sequence scored alone, and yields for each run
+        the largest difference found.
+        """
         count = len(self._sequences)
         by_length = np.argsort([-sequence_length(inputs) for inputs in self._sequences], kind="stable")
         short = by_length[count // 8 :]
@@ -316,14 +326,16 @@ class _GraphTrial:
         return self._compare.of(pack_sequences(sequences), slice(None), np.concatenate(scores), noise, promise)
 
     def _shuffled(self) -> _Finding:
-        """Compares the scores of rows mixed with the rows of other sequences with the scores of the same rows in their own sequence."""
+        """Compares the scores of activation rows mixed with rows of other sequences with the scores of these rows in their own sequence."""
         scores = np.concatenate(self._scores)
         order = self._random.permutation(len(scores))
         rows = {name: array[order] for name, array in pack_sequences(self._sequences).items()}
         return self._compare.of_one(rows, slice(None), scores[order], _NEIGHBOURS)
 
     def _shortened(self) -> Iterator[_Finding]:
-        """Compares scores of sequences whose later rows, or rows before the probe's window, are removed or replaced."""
+        """Compares a probe's scores of whole sequences with the scores of sequences whose later rows, or rows before the window of tokens
+        that the probe states to read, are removed or replaced.
+        """
         window = self._context.window or 0
         # where memory allows it, this sequence is longer than any run on several sequences
         lone_rows = 3 * LARGEST_CALL if self._rows == LARGEST_CALL else max(self._rows, min(2 * window, LARGEST_CALL))
@@ -369,7 +381,9 @@ class _GraphTrial:
 
 
 def _lengths(rows: int, random: np.random.Generator) -> list[int]:
-    """Draws random lengths of ``SEQUENCES`` sequences, a few long ones among many short ones, whose sum is nearly ``rows``."""
+    """Returns random lengths, in rows, for ``SEQUENCES`` sequences of activations, a few long ones among many short ones, whose sum is
+    nearly ``rows``.
+    """
     long = [rows // LONGEST_SHARE, rows // 16, rows // 16 + 1]
     mean = (rows - sum(long)) / (SEQUENCES - len(long))
     short = random.integers(1, max(int(2 * mean), 2), SEQUENCES - len(long))
@@ -377,7 +391,9 @@ def _lengths(rows: int, random: np.random.Generator) -> list[int]:
 
 
 def _beyond(found: NDArray[np.float32], expected: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Returns by how much scores differ beyond one rounding of the scores themselves; infinite where scores cannot be compared."""
+    """Returns by how much found scores differ from expected ones beyond one float32 rounding of each score; infinite where scores cannot be
+    compared.
+    """
     if found.shape != expected.shape:
         return np.full(expected.shape, np.inf)
     exact = expected.astype(np.float64)
@@ -385,9 +401,9 @@ def _beyond(found: NDArray[np.float32], expected: NDArray[np.float32]) -> NDArra
 
 
 def _spread(scores: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Returns the standard deviation of each label's scores, without the outermost scores.
+    """Returns the standard deviation of each label's scores, with the outermost scores clipped to the 5 % and 95 % quantiles.
 
-    The outermost scores would make other differences seem small.
+    The outermost scores would otherwise make differences between other scores seem small in this unit.
     """
     low, high = np.quantile(scores, (0.05, 0.95), axis=0)
     inner = np.clip(scores, low, high).std(axis=0)
@@ -396,8 +412,8 @@ def _spread(scores: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _may_be_quadratic(model: onnx.ModelProto) -> bool:
-    """Returns whether a probe's graph may compute a value of which two axes grow with the number of input rows, so that memory grows with
-    its square.
+    """Returns whether a probe's graph may compute an array of which two axes grow with the number of input rows, so that its memory grows
+    with the square of that number.
     """
     for graph in subgraphs(onnx.shape_inference.infer_shapes(model, data_prop=True).graph):
         described = (*graph.value_info, *graph.output)

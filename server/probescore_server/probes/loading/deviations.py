@@ -1,4 +1,6 @@
-"""Measures how far scores are from expected ones, in standard deviations; every check of golden scores uses this measure."""
+"""Measures how far a probe's scores are from expected ones, in standard deviations; every check of golden scores (those of the author's
+code) uses this measure.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +9,12 @@ from numpy.typing import ArrayLike, NDArray
 
 
 def deviations(found: ArrayLike, expected: ArrayLike, scale: ArrayLike) -> NDArray[np.float64]:
-    """Computes ``|found − expected| / scale`` for every score.
+    """Computes the deviation ``|found − expected| / scale`` of every score of a probe.
 
     Args:
         found: the scores to judge, ``(rows, labels)``.
         expected: the expected scores, ``(rows, labels)``.
-        scale: standard deviations, ``(labels,)``.
+        scale: standard deviation of each label's scores, ``(labels,)``.
 
     Returns:
         The deviations, ``(rows, labels)`` float64; infinite wherever a number is not finite or the scale is 0, so that such scores never
@@ -26,5 +28,5 @@ def deviations(found: ArrayLike, expected: ArrayLike, scale: ArrayLike) -> NDArr
 
 
 def largest_deviation(found: ArrayLike, expected: ArrayLike, scale: ArrayLike) -> float:
-    """Returns the largest deviation of scores from the expected ones, in standard deviations; infinite if there are no scores."""
+    """Returns the largest deviation of a probe's scores from the expected ones, in standard deviations; infinite if there are no scores."""
     return float(deviations(found, expected, scale).max(initial=-np.inf)) if np.size(found) else np.inf

@@ -1,4 +1,6 @@
-"""Checks golden scores: before the engine serves a probe, it must reproduce the scores that the author's own code gave."""
+"""Checks golden scores: before the server's engine serves a probe, the engine must reproduce the scores that the probe author's own code
+gave for token ids stored in the probe file.
+"""
 
 from __future__ import annotations
 
@@ -51,12 +53,12 @@ _OR_FLOAT32 = ", or serve it in float32"
 
 
 def golden_rollouts(probe: ProbeFile, info: EngineInfo) -> list[CheckedRollout]:
-    """Returns the golden cases of a probe (rollouts stored with the scores of the author's own code) as rollouts to be scored, with token
-    scores unless the probe gives one score per rollout.
+    """Returns the golden cases of a probe (rollouts stored with the scores of the author's own code) as rollouts that the engine can score;
+    scores per token are requested unless the probe gives one score per rollout.
 
     Raises:
-        ProbeRefused: the model cannot score a case, because a token id is beyond the vocabulary, or because ``expects_bos`` contradicts the
-            prompt's first token.
+        ProbeRefused: the model cannot score a case, because a token id is beyond the vocabulary, or because the probe's ``expects_bos``
+            contradicts the prompt's first token.
     """
     manifest = probe.manifest
     for token in manifest.follow_up.token_ids if manifest.follow_up else ():
@@ -77,11 +79,11 @@ def golden_rollouts(probe: ProbeFile, info: EngineInfo) -> list[CheckedRollout]:
 
 def check_golden(probe: ProbeFile, found: Sequence[CompletionScores], dtype: str) -> ProbeRefused | None:
     """Compares the scores that the engine computed for a probe's golden rollouts (those stored in its file) with the golden scores (those
-    of the author's code), in the unit that the manifest states.
+    of the author's code), in the unit that the probe's manifest (its metadata) states.
 
-    The largest difference, in standard deviations of each label's golden scores, must not exceed ``golden.tolerance``. The recomputed
-    scores must also be nearer to the golden scores than to the scores of every neighbouring layer and token, since the tolerance of a
-    coarse dtype may not tell these apart.
+    The largest difference, in standard deviations of each label's golden scores, must not exceed the manifest's ``golden.tolerance``. The
+    recomputed scores must also be nearer to the golden scores than to the scores of every neighbouring layer and token, which the manifest
+    also holds, since the tolerance of a coarse dtype may not tell neighbours apart.
 
     Args:
         probe: the probe file with the golden vectors (rollouts with scores of the author's code).
@@ -89,7 +91,7 @@ def check_golden(probe: ProbeFile, found: Sequence[CompletionScores], dtype: str
         dtype: the language model's dtype, such as ``bfloat16``.
 
     Returns:
-        The refusal of the probe, or ``None`` if the scores agree.
+        The exception that refuses the probe, or ``None`` if the scores agree.
     """
     golden = probe.manifest.golden
     allowed: float = getattr(golden.tolerance, dtype)
@@ -111,13 +113,14 @@ def check_golden(probe: ProbeFile, found: Sequence[CompletionScores], dtype: str
 
 @dataclass(frozen=True)
 class _Distances:
-    """Distances of recomputed scores from the golden scores (those of the author's code) and from the scores of a neighbouring place.
+    """Value object with the distances of a probe's recomputed scores from its golden scores (those of the author's code) and from the
+    scores that the probe gives at a neighbouring place.
 
     A neighbouring place is one decoder block or one token beside the right one. Each distance is a root mean square over the scores in
     which the two places differ, in standard deviations of the golden scores.
 
     Attributes:
-        neighbour: the neighbouring layer or token.
+        neighbour: the neighbouring place, another layer or token.
         golden: distance of the recomputed scores from the golden scores.
         wrong: distance of the recomputed scores from the neighbour's scores.
         apart: distance of the golden scores from the neighbour's scores.
@@ -130,7 +133,8 @@ class _Distances:
 
 
 def _check_place(probe: ProbeFile, recomputed: NDArray[np.float64], dtype: str) -> ProbeRefused | None:
-    """Returns a refusal if recomputed scores are those of a neighbouring place, or are not clearly those of the right place.
+    """Returns the exception that refuses a probe if its recomputed scores are those of a neighbouring place, or are not clearly those of
+    the right place; ``None`` otherwise.
 
     A neighbouring place is one decoder block or one token beside the place where the probe reads activations.
     """
@@ -161,7 +165,8 @@ def _check_place(probe: ProbeFile, recomputed: NDArray[np.float64], dtype: str) 
 
 
 def _check_neighbours_suffice(probe: ProbeFile, measured: Sequence[_Distances | None], dtype: str) -> ProbeRefused | None:
-    """Returns a refusal if a manifest's scores of neighbouring places cannot reveal that a server reads the wrong place.
+    """Returns the exception that refuses a probe if the scores of neighbouring places in its manifest (its metadata) cannot reveal that a
+    server reads the wrong place; ``None`` otherwise.
 
     A neighbouring place is one decoder block or one token beside the place where the probe reads activations. The manifest must have
     exactly the neighbouring places of its own taps (points in the model).
@@ -196,8 +201,8 @@ def _check_neighbours_suffice(probe: ProbeFile, measured: Sequence[_Distances | 
 
 
 def _distances(golden: Golden, neighbour: Neighbour, recomputed: NDArray[np.float64]) -> _Distances | None:
-    """Computes the distances of recomputed scores from the golden scores (those of the author's code) and from the scores of a neighbouring
-    place.
+    """Computes the distances of a probe's recomputed scores from the golden scores (those of the author's code) and from the scores of a
+    neighbouring place.
 
     A neighbouring place is one decoder block or one token beside the place where the probe reads activations. Only rows are compared whose
     scores differ between the two places, by no more than ``BEYOND_SCORES`` times the size and spread of the golden scores: a greater number

@@ -1,4 +1,4 @@
-"""Makes checked probe files ready to run.
+"""Makes checked probe files ready to run on a language model's activations.
 
 As many probes as possible are combined into stacks, sets of probes that are computed together.
 """
@@ -40,7 +40,7 @@ logger = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class StackMember:
-    """Reference to one network of a stack by its number; a stack is a set of probes that are computed together."""
+    """Reference to the network of one probe in a stack, by the network's number; a stack is a set of probes that are computed together."""
 
     stack: Stack
     number: int
@@ -51,11 +51,12 @@ class LoadedProbe:
     """Value object with a probe that is ready to run.
 
     Attributes:
-        manifest: the probe's manifest.
+        manifest: the probe's manifest (its metadata).
         runs: the onnxruntime session of the probe's own graph, or the network in a stack (a set of probes computed together), that computes
             the probe's scores.
-        as_probability: whether the sigmoid is applied to the scores.
-        rows_per_call: the most rows of several sequences that the session is given in one run, as many as the graph was tested with.
+        as_probability: whether a sigmoid is applied to the scores before they are reduced and sent.
+        rows_per_call: the largest number of rows of several sequences that the session is given in one run; the graph was tested with as
+            many.
     """
 
     manifest: Manifest
@@ -65,8 +66,8 @@ class LoadedProbe:
 
     @classmethod
     def of(cls, manifest: Manifest, runs: ProbeSession | StackMember) -> LoadedProbe:
-        """Makes a ``LoadedProbe`` of a probe file and its runner (a session or a stacked network), which returns scores in the unit that
-        the manifest states.
+        """Makes a ``LoadedProbe`` of a probe's manifest (its metadata) and its runner (an onnxruntime session or a network in a stack of
+        probes), which returns scores in the unit that the manifest states.
         """
         return cls(manifest, runs, manifest.output.unit is ScoreUnit.LOGIT and manifest.reduce_on is ScoreUnit.PROBABILITY)
 
@@ -79,13 +80,13 @@ class LoadedProbe:
 def load_probes(
     files: Sequence[ProbeFile], device: torch.device, running: Mapping[str, LoadedProbe] = MappingProxyType({})
 ) -> dict[str, LoadedProbe]:
-    """Makes checked probe files ready to run.
+    """Makes checked probe files ready to run, each in an onnxruntime session or in a stack (a set of probes that are computed together).
 
     Args:
         files: the probe files, without duplicates.
         device: device of the language model, such as ``cuda:0``.
-        running: the probes that run already, keyed by ``name@version``. Those of them that ``files`` has too are taken as they are; a
-            stack is built anew, and compared anew, if any of its probes comes or goes.
+        running: the probes that run already, keyed by ``name@version``. Those that are among ``files`` too are taken as they are; a stack
+            is built and checked anew if any of its probes comes or goes.
 
     Returns:
         The loaded probes, a dictionary keyed by ``name@version``, in the order given.
@@ -124,15 +125,18 @@ def _network(file: ProbeFile) -> Network | None:
 
 
 def needs_trial(file: ProbeFile, probe: LoadedProbe) -> bool:
-    """Returns whether a probe's graph must be run on random sequences to show that its scores depend on no more than its manifest states.
+    """Returns whether a probe's graph must be run on random sequences to show that its scores depend on no more than its manifest (its
+    metadata) states.
 
-    Such a trial is not needed for a probe that runs in a stack, or whose operators prove that it scores row by row.
+    Such a trial is not needed for a probe that runs in a stack (a set of probes computed together), or whose operators prove that it scores
+    row by row.
     """
     return isinstance(probe.runs, ProbeSession) and not is_row_by_row(onnx.load_from_string(file.graph), GraphSignature.of(file.manifest))
 
 
 def limited_to_tried_calls(file: ProbeFile, probe: LoadedProbe, golden: Mapping[Tap, NDArray[np.float32]]) -> LoadedProbe:
-    """Tests a probe's graph on random sequences, and returns the probe limited to runs no larger than those with right scores.
+    """Tests a probe's graph on random sequences of activations, and returns the probe, limited to runs of at most as many rows as gave
+    right scores.
 
     Args:
         file: the probe's file.
@@ -141,7 +145,7 @@ def limited_to_tried_calls(file: ProbeFile, probe: LoadedProbe, golden: Mapping[
             in the model), ``(N, hidden_size)`` float32 each; row i is of the same token at every tap.
 
     Raises:
-        ProbeRefused: the probe's scores depend on more than its manifest's ``context`` states.
+        ProbeRefused: the probe's scores depend on more than the ``context`` in its manifest (its metadata) states.
     """
     session = probe.runs
     assert isinstance(session, ProbeSession)  # noqa: S101
@@ -177,7 +181,8 @@ def _stacked(
 def _differing(
     tap: Tap, stack: Stack, networks: Mapping[str, Network], sessions: Mapping[str, ProbeSession], device: torch.device
 ) -> dict[str, float]:
-    """Finds the probes whose scores in a stack differ too much from those of their own onnxruntime sessions, on fixed random rows.
+    """Finds the probes whose scores in a stack (a set of probes computed together) differ too much, on fixed random rows of activations,
+    from those of the probes' own onnxruntime sessions.
 
     Returns the differences, in standard deviations of the scores, a dictionary keyed by ``name@version``.
     """
@@ -208,7 +213,9 @@ def _scores(stack: Stack, rows: torch.Tensor, device: torch.device) -> NDArray[n
 
 
 def _difference(found: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
-    """Returns the largest difference of scores beyond one rounding, in standard deviations of each label; NaN if a score is not finite."""
+    """Returns the largest difference of a probe's scores from the expected ones beyond one rounding, in standard deviations of each label;
+    NaN if a score is not finite.
+    """
     exact = expected.astype(np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):
         beyond = np.abs(found - exact) - np.finfo(np.float32).eps * np.abs(exact)

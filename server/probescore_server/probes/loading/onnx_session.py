@@ -1,4 +1,4 @@
-"""Runs a probe's graph in an onnxruntime session that reads torch tensors on their device without copies; only scores are copied."""
+"""Runs a probe's ONNX graph in an onnxruntime session that reads torch tensors on their device without copies; only scores are copied."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from probescore_server.probes.format.probe_file import ProbeFile
 
 
 def session_device(device: torch.device) -> torch.device:
-    """Returns the device on which graphs read their inputs: the model's device (such as ``cuda:0``) if onnxruntime supports it, else the
-    CPU.
+    """Returns the device on which probes' ONNX graphs read their inputs: the model's device (such as ``cuda:0``) if onnxruntime supports
+    it, else the CPU.
     """
     return device if device.type == "cuda" and "CUDAExecutionProvider" in ort.get_available_providers() else torch.device("cpu")
 
@@ -45,7 +45,7 @@ class ProbeSession:
         self.open()
 
     def open(self) -> None:
-        """Creates the onnxruntime session again after ``close``; the constructor also calls this method.
+        """Creates a probe's onnxruntime session again after ``close``; the constructor also calls this method.
 
         Raises:
             ProbeRefused: onnxruntime cannot run the graph.
@@ -56,7 +56,7 @@ class ProbeSession:
             raise ProbeRefused(self._probe.file, "graph", f"a graph that onnxruntime refuses: {error}", "one that it can run") from None
 
     def close(self) -> None:
-        """Frees the session's memory on its device.
+        """Frees the memory that a probe's onnxruntime session holds on its device.
 
         As long as an onnxruntime session exists, it keeps the graph's weights and the memory of its largest batch.
         """
@@ -69,11 +69,13 @@ class ProbeSession:
         positions: NDArray[np.int64] | None,
         options: ort.RunOptions | None = None,
     ) -> NDArray[np.float32]:
-        """Computes the probe's scores of some rows of activations.
+        """Computes a probe's scores of some rows of activations with its onnxruntime session.
 
         Args:
-            rows: activations, a dictionary keyed by tap, ``(n, hidden_size)`` float32 each, contiguous, on the session's device, n ≥ 1.
-            cu_seqlens: where each of the S sequences starts, ``(S + 1,)``; ``None`` for a pointwise probe.
+            rows: activations, a dictionary keyed by tap (place in the model), ``(n, hidden_size)`` float32 each, contiguous, on the
+                session's device, n ≥ 1.
+            cu_seqlens: where each of the S sequences starts among the rows, and their end, ``(S + 1,)``; ``None`` for a probe that scores
+                each row by itself.
             positions: each row's position in its rollout, ``(n,)``; used only if the graph takes positions.
             options: run options with which another thread can end the run.
 

@@ -1,4 +1,4 @@
-"""Draws sequences of random activation rows as input of a probe's graph, and cuts, joins and packs sequences."""
+"""Makes sequences of random activation rows as test input of a probe's graph, and cuts, joins and packs such sequences."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class RandomSequences:
     """Source of random sequences of activations near a probe's golden activations or far from them.
 
     Attributes:
-        manifest: the probe's manifest, which states the inputs of its graph.
+        manifest: the probe's manifest (its metadata), which states the inputs of its graph.
         golden: activations of golden rollouts (stored with the scores of the author's code), a dictionary keyed by tap (place in the
             model), ``(N, hidden_size)`` float32 each; row i is of the same token at every tap.
         random: random number generator.
@@ -33,10 +33,10 @@ class RandomSequences:
     random: np.random.Generator
 
     def sequence(self, length: int, scale: float, first: int | None = None) -> GraphInputs:
-        """Draws one sequence of ``length`` rows that lie ``scale`` standard deviations from golden activations (those of rollouts stored in
-        the probe file).
+        """Makes one random sequence of ``length`` activation rows that lie ``scale`` standard deviations from golden activations (those of
+        rollouts stored in the probe file).
 
-        Positions start at ``first``, or at a random position below 16, and increase by one per row.
+        The rows' positions start at ``first``, or at a random position below 16, and increase by one per row.
         """
         rows = self.random.integers(len(next(iter(self.golden.values()))), size=length)
         inputs: dict[str, NDArray[Any]] = {}
@@ -55,7 +55,7 @@ class RandomSequences:
 
 
 def pack_sequences(sequences: Sequence[GraphInputs]) -> GraphInputs:
-    """Packs several sequences, each given as the inputs of a graph, into the inputs of one run of the graph."""
+    """Packs several sequences of activations, each given as the inputs of a probe's graph, into the inputs of one run of the graph."""
     together = {name: np.concatenate([inputs[name] for inputs in sequences]) for name in sequences[0]}
     if CU_SEQLENS in together:
         together[CU_SEQLENS] = np.cumsum([0, *map(sequence_length, sequences)], dtype=np.int64)
@@ -63,7 +63,7 @@ def pack_sequences(sequences: Sequence[GraphInputs]) -> GraphInputs:
 
 
 def cut_sequence(inputs: GraphInputs, rows: slice) -> GraphInputs:
-    """Returns consecutive rows of a sequence as a new sequence; both sequences are given as the inputs of a graph."""
+    """Returns consecutive rows of a sequence of activations as a new sequence; both are given as the inputs of a probe's graph."""
     return {name: np.array([0, rows.stop - rows.start], np.int64) if name == CU_SEQLENS else array[rows] for name, array in inputs.items()}
 
 

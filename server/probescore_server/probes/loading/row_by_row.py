@@ -1,8 +1,9 @@
-"""Proves of some graphs that they compute row by row: no score depends on other rows, on the number of rows, or on a row's place.
+"""Proves of some probes' ONNX graphs that they compute row by row: no score depends on other rows of activations, on the number of rows, or
+on a row's place among them.
 
-The nodes are followed one by one. A value of the graph is in one of three states: it is the same for every input; it has one entry for each
-row along a known axis, computed from that row alone; or nothing is known of it. Every result computed from a value of the last state is
-unknown too.
+The module follows the nodes of a graph one by one. A value of the graph is in one of three states: it is the same for every input; it has
+one entry for each row along a known axis, computed from that row alone; or nothing is known of it. Every result computed from a value of
+the last state is unknown too.
 """
 
 from __future__ import annotations
@@ -30,9 +31,10 @@ def is_row_by_row(model: onnx.ModelProto, signature: GraphSignature) -> bool:
 
 
 def _followed(model: onnx.ModelProto, signature: GraphSignature) -> Value | None:
-    """Follows a graph from its inputs to its output, and returns the known state of its scores, such as the axis along which rows lie.
+    """Follows a probe's graph from its inputs to its output, and returns the state of its scores that is thereby proven, such as the axis
+    along which the rows of tokens lie.
 
-    Returns ``None`` if nothing is known of the scores.
+    Returns ``None`` if nothing is proven of the scores.
     """
     opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 1)
     inferred = onnx.shape_inference.infer_shapes(model, data_prop=True).graph

@@ -1,4 +1,5 @@
-"""Defines, for each ONNX operator, the rule that proves that the operator computes row by row.
+"""Defines, for each ONNX operator, the rule that proves that the operator computes row by row: each token's row of results from that
+token's row alone.
 
 ``OPERATORS`` maps an operator's name to its rule: a function from the known states of the inputs to those of the results.
 """
@@ -12,7 +13,9 @@ from probescore_server.probes.loading.row_values import NotProven, ProvenNode, R
 
 
 def _elementwise(node: ProvenNode) -> list[Value]:
-    """Proves that an operator on numbers at the same place, after broadcasting, computes row by row; all rows must lie on the same axis."""
+    """Proves that an elementwise ONNX operator, whose inputs are broadcast, computes each token's row from that row alone; the rows of all
+    inputs must lie on the same axis.
+    """
     given = [value for name, value in zip(node.proto.input, node.inputs, strict=True) if name]
     rows = [value for value in given if isinstance(value, RowsOnAxis)]
     if not rows:
@@ -29,8 +32,8 @@ def _elementwise(node: ProvenNode) -> list[Value]:
 
 
 def _apart(axes: list[int], rows: RowsOnAxis) -> set[int]:
-    """Returns an operator's axes counted from the first; raises ``NotProven`` if the axis along which the rows of tokens lie is among them,
-    since rows would then be mixed.
+    """Returns the given axes of an ONNX operator counted from the first; raises ``NotProven`` if the axis along which the rows of tokens
+    lie is among them, since the operator would then mix rows.
     """
     counted = {axis % rows.rank for axis in axes}
     if rows.axis in counted:
@@ -117,7 +120,9 @@ def _gather(node: ProvenNode) -> list[Value]:
 
 
 def _elements(node: ProvenNode) -> list[Value]:
-    """Proves that ``GatherElements`` or ``ScatterElements`` computes row by row, since it reads or writes places in the same row."""
+    """Proves that the ONNX operator ``GatherElements`` or ``ScatterElements`` computes each token's row from that row alone, since it reads
+    or writes places in the same row.
+    """
     rows = node.rows()
     _apart([node.attribute("axis", 0)], rows)
     if any(value != rows for value in node.inputs):
@@ -216,7 +221,7 @@ def _expand(node: ProvenNode) -> list[Value]:
 
 
 def _reshape(node: ProvenNode) -> list[Value]:
-    """Proves that an ONNX ``Reshape`` keeps the rows of different tokens apart, where they lie on the first axis before and after."""
+    """Proves that an ONNX ``Reshape`` keeps the rows of different tokens apart: the rows lie on the first axis before and after it."""
     given, shape = node.inputs
     if isinstance(given, ShapeSizes) and isinstance(shape, SameForAllInputs) and len(given.sizes) == 1 and node.numbers(1) in ([-1], [1]):
         return [ShapeSizes(given.sizes)]
@@ -249,7 +254,9 @@ def _top_k(node: ProvenNode) -> list[Value]:
 
 
 def _einsum(node: ProvenNode) -> list[Value]:
-    """Proves that ``Einsum`` computes row by row if one letter is the axis of the rows in the result and in every input that has rows."""
+    """Proves that an ONNX ``Einsum`` computes each token's row from that row alone, if one letter of its equation is the axis of the rows
+    in the result and in every input that has rows.
+    """
     terms, arrow, result = node.attribute("equation").decode().replace(" ", "").partition("->")
     letters, named = set(), terms.split(",")
     if not arrow or "." in terms or len(named) != len(node.inputs):
@@ -268,7 +275,9 @@ def _einsum(node: ProvenNode) -> list[Value]:
 
 
 def _first(node: ProvenNode) -> list[Value]:
-    """Proves that an operator computes row by row if its first result has the form of its first input and other inputs are constants."""
+    """Proves that an ONNX operator computes each token's row from that row alone, if its first result has the form of its first input and
+    its other inputs are constants.
+    """
     for index in range(1, len(node.inputs)):
         if node.has(index):
             node.same(index)
@@ -282,7 +291,9 @@ def _batch_normalization(node: ProvenNode) -> list[Value]:
 
 
 def _table(*ranks: int) -> Callable[[ProvenNode], list[Value]]:
-    """Returns the rule for operators that compute each row of a table by itself; ``ranks`` are the numbers of axes of the results."""
+    """Returns the rule that proves that an ONNX operator for tables computes each row by itself; ``ranks`` are the numbers of axes of the
+    operator's results.
+    """
 
     def results(node: ProvenNode) -> list[Value]:
         if node.rows() != RowsOnAxis(0, 2):

@@ -1,4 +1,6 @@
-"""Scores all completions of one batch: runs every requested probe, and collects the scores of each completion."""
+"""Scores all completions of one batch: runs every requested probe on the language model's activations, and collects the scores of each
+completion.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,7 @@ A result is the probe's scores, or the reason for which there are none.
 
 @dataclass(frozen=True, eq=False)
 class _AlikeCompletions:
-    """Group of completions whose requests name the same probes and reductions.
+    """Group of completions of a batch whose requests name the same probes and reductions (such as the mean of the token scores).
 
     Attributes:
         reductions: the reductions of each probe, a dictionary keyed by ``name@version``.
@@ -88,7 +90,8 @@ class BatchScorer:
         """Computes the scores of some rollouts of the batch.
 
         The rollouts are given by their indices in the batch, which are also the keys of the result. The activations of all token segments
-        of these rollouts must have been computed. Rollouts for which no client waits any more are left out.
+        (runs of tokens that rollouts share) of these rollouts must have been computed. Rollouts for which no client waits any more are left
+        out.
         """
         requests: dict[tuple[object, ...], _AlikeCompletions] = {}
         roots = {}
@@ -190,8 +193,8 @@ def _refusing(placement: Placement, keys: Iterable[str], answers: _Answers) -> s
 def _without_non_finite(activations: Mapping[Tap, torch.Tensor]) -> tuple[dict[Tap, torch.Tensor], dict[Tap, NDArray[np.bool_]]]:
     """Replaces every row of activations that has NaN or an infinity with zeros.
 
-    Otherwise a probe's graph could carry such numbers to other rows. Returns two dictionaries keyed by tap: the cleaned activations, and
-    ``(N,)`` bool, which is true for the rows that were finite.
+    Otherwise a probe's graph could carry such numbers to other rows. Returns two dictionaries keyed by tap (place in the model): the
+    cleaned activations, and ``(N,)`` bool, which is true for the rows that were finite.
     """
     cleaned, finite = {}, {}
     for tap, rows in activations.items():

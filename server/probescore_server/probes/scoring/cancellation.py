@@ -13,11 +13,12 @@ POLL_SECONDS = 0.02
 
 
 class ComputationCancelled(Exception):
-    """Exception raised when a computation is given up because no client waits for its result any more."""
+    """Exception raised when the computation of scores is given up because no client waits for them any more."""
 
 
 class WantedRollouts:
-    """Record of the rollouts of a batch for which a client still waits, asked between the steps of the work and while a graph runs.
+    """Record of the rollouts of a batch for which a client still waits; the code that scores the batch asks it between its steps and while
+    a probe's graph runs.
 
     Args:
         is_cancelled: function that returns whether the rollout with a given index was cancelled; it is not called again for a rollout once
@@ -32,7 +33,7 @@ class WantedRollouts:
         self._is_cancelled = is_cancelled
 
     def any(self, rollouts: Collection[int]) -> bool:
-        """Returns whether a client still waits for at least one of these rollouts, which are given by index in the batch."""
+        """Returns whether a client still waits for at least one of the given rollouts, each given by its index in the batch."""
         self.cancelled.update(index for index in rollouts if index not in self.cancelled and self._is_cancelled(index))
         return not self.cancelled.issuperset(rollouts)
 
@@ -43,7 +44,7 @@ class WantedRollouts:
 
 
 class GraphCanceller:
-    """Context manager with a thread that ends the running ONNX graph once no client waits for its scores.
+    """Context manager with a thread that ends the running ONNX graph of a probe once no client waits for its scores.
 
     onnxruntime ends a run only between two operators, also within loops; a single operator is never interrupted.
     """
@@ -64,7 +65,8 @@ class GraphCanceller:
 
     @contextmanager
     def over(self, rollouts: Collection[int]) -> Iterator[ort.RunOptions]:
-        """Yields onnxruntime run options for one run of a graph whose scores only these rollouts, given by index in the batch, need.
+        """Yields onnxruntime run options for one run of a probe's graph whose scores only the given rollouts, each given by its index in
+        the batch, need.
 
         Raises:
             ComputationCancelled: no client waited for these rollouts any more, before the graph ran or while it ran.

@@ -1,4 +1,6 @@
-"""Scores completions with probes that run as onnxruntime sessions; each graph runs on every different sequence once per batch."""
+"""Scores completions with probes that run as onnxruntime sessions; each probe's graph runs on every different sequence of activations once
+per batch.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,8 @@ MAX_SEQUENCES_PER_CALL = SEQUENCES
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _SequencePiece:
-    """Piece of a sequence of activation rows, which a probe's graph is given in one run because the whole sequence would be too long.
+    """Value object with a piece of a sequence of activation rows; a probe's graph is given such pieces if the whole sequence would be
+    too long for one run.
 
     The first ``known`` rows are given to the graph only as context, since an earlier piece has their scores.
     """
@@ -101,7 +104,7 @@ class SessionScores:
         calls.scores = list(self._run(calls.sequences))
 
     def of(self, asked: ScoreTarget, reductions: Sequence[Reduction]) -> ProbeScores | str:
-        """Returns the probe's scores of a completion, or an error message if the completion could not be scored.
+        """Returns a probe's scores of a completion, or an error message if the probe could not score the completion.
 
         Raises:
             ComputationCancelled: no client waits for the completion any more.
@@ -117,7 +120,8 @@ class SessionScores:
     # ------------------------------------------------------------------------------------------------------------ before the graph
 
     def _sequences(self, probe_input: ProbeInput) -> Iterator[tuple[object, NDArray[np.int64]]]:
-        """Yields the sequences that the graph must be given for one completion, each as a name and the indices of its activation rows.
+        """Yields the sequences of activation rows that a probe's graph must be given for one completion, each as a name and the indices of
+        its rows.
 
         Sequences of the same rows have the same name.
         """
@@ -140,7 +144,9 @@ class SessionScores:
     # ------------------------------------------------------------------------------------------------------------------- the graph
 
     def _run(self, sequences: Sequence[NDArray[np.int64]]) -> Iterator[NDArray[np.float32] | GraphFailed]:
-        """Yields for each sequence its scores, ``(rows, labels)``, or ``(1, labels)`` for a probe that pools, or the graph's failure."""
+        """Yields for each sequence of activation rows the probe's scores, ``(rows, labels)``, or ``(1, labels)`` for a probe that pools by
+        itself, or the failure of the probe's graph.
+        """
         pieces = [self._pieces(sequence) for sequence in sequences]
         found = iter(self._together([piece.rows for of_sequence in pieces for piece in of_sequence]))
         for of_sequence in pieces:
@@ -152,7 +158,9 @@ class SessionScores:
         return _sigmoid(scores) if self._probe.as_probability else scores
 
     def _pieces(self, sequence: NDArray[np.int64]) -> list[_SequencePiece]:
-        """Cuts a sequence of activation rows into the pieces that the graph is given; a sequence that fits into one run stays whole."""
+        """Cuts a sequence of activation rows into the pieces that a probe's graph is given; a sequence that fits into one run stays
+        whole.
+        """
         context, most = self._probe.manifest.context, self._most_rows
         seen_before = {"pointwise": 0, "causal": context.window and context.window - 1, "rollout": None}[context.kind]
         if len(sequence) <= most or seen_before is None or 2 * seen_before >= most:
@@ -165,7 +173,9 @@ class SessionScores:
         return min(MAX_ROWS_PER_CALL, self._probe.rows_per_call)
 
     def _together(self, sequences: Sequence[NDArray[np.int64]]) -> list[NDArray[np.float32] | GraphFailed]:
-        """Computes a probe's scores of sequences of rows in few runs; a sequence that fails together with others is scored alone."""
+        """Computes a probe's scores of sequences of activation rows in few runs of its graph; a sequence that fails together with others is
+        scored alone.
+        """
         scores: list[NDArray[np.float32] | GraphFailed] = []
         for batch in _batches(sequences, self._most_rows):
             scores += self._batch(batch)
@@ -254,7 +264,7 @@ def reduce_selections(
     reductions: Sequence[Reduction],
     check: Callable[[], None] = lambda: None,
 ) -> NDArray[np.float32]:
-    """Reduces the token scores of each selection of tokens with each reduction, such as their mean.
+    """Reduces the scores of a completion's tokens to one score, such as their mean, for each selection of tokens and each reduction.
 
     Args:
         tokens: scores of T tokens, ``(T, labels)`` float32.
@@ -275,17 +285,19 @@ def reduce_selections(
 
 
 def non_finite_tap(tap: Tap, key: str) -> str:
-    """Returns the message for a completion that has no scores because the language model gave NaN or an infinity."""
+    """Returns the error message for a completion that has no scores because the language model gave NaN or an infinity."""
     return f"the model gives NaN or an infinity at {tap}, which probe {key} reads"
 
 
 def non_finite_scores(key: str) -> str:
-    """Returns the message for a completion that has no scores because a probe gave NaN or an infinity."""
+    """Returns the error message for a completion that has no scores because a probe gave NaN or an infinity."""
     return f"probe {key} gives NaN or an infinity"
 
 
 def overflowing_reduction(key: str) -> str:
-    """Returns the message for a completion that has no scores because a reduction of finite scores exceeds float32."""
+    """Returns the error message for a completion that has no scores because a reduction (such as the sum) of its token scores exceeds
+    float32.
+    """
     return f"a reduction of the scores of probe {key} is beyond float32"
 
 
@@ -295,7 +307,9 @@ def _chain(probe: LoadedProbe, scored: ScoredSegment) -> tuple[int, ...]:
 
 
 def _batches(sequences: Sequence[NDArray[np.int64]], most_rows: int) -> Iterator[list[NDArray[np.int64]]]:
-    """Groups whole sequences for runs of at most ``most_rows`` rows; a longer sequence is run by itself."""
+    """Groups whole sequences of activation rows into runs of a probe's graph with at most ``most_rows`` rows each; a long sequence is run
+    by itself.
+    """
     batch: list[NDArray[np.int64]] = []
     rows = 0
     for sequence in sequences:

@@ -1,8 +1,8 @@
 """Determines which rows of a batch's activations each probe reads for each completion.
 
-This module and ``batch_scorer`` define the meaning of a score: they apply scopes, masks, spans, follow-ups, the exclusion of special
-tokens, and the choice whether a probe sees the prompt. A follow-up is a list of token ids appended to a finished completion and scored as a
-fork of the completion.
+This module and ``batch_scorer`` define the meaning of a score: they apply scopes (prompt, completion or both), masks, spans (token ranges),
+follow-ups, the exclusion of special tokens, and the choice whether a probe sees the prompt. A follow-up is a list of token ids appended to
+a finished completion and scored as a fork of the completion.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from probescore_server.rollouts import ResolvedOptions
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ScoredSegment:
-    """Token segment to score, with the segments before it.
+    """Value object with the indices of a token segment to score and of the segments before it in a rollout.
 
     A token segment is a run of tokens that several rollouts may share. A probe that sees the prompt is also given the segments before.
     """
@@ -36,8 +36,9 @@ class ProbeInput:
     """Value object with the tokens that one probe reads of one completion.
 
     Attributes:
-        segments: the token segments in scope, in order, with T tokens in total.
-        selections: true for the tokens whose scores are reduced, for the whole scope and for each span, ``(1 + spans, T)`` bool.
+        segments: the token segments (runs of tokens that rollouts share) that the request asks to score, in order, with T tokens in total.
+        selections: true for the tokens whose scores are reduced, for all of them together and for each span (token range),
+            ``(1 + spans, T)`` bool.
     """
 
     segments: tuple[ScoredSegment, ...]
@@ -46,7 +47,8 @@ class ProbeInput:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ScoreTarget:
-    """Completion to be scored, or a follow-up: token ids appended to a finished completion and scored as a fork of the completion.
+    """Value object with a completion to be scored, or with a follow-up: token ids appended to a finished completion and scored as a fork of
+    it.
 
     ``rollout`` is the index in the batch of the rollout to which the completion belongs.
     """
@@ -64,9 +66,9 @@ def read_completion(
 
     Args:
         forest: the batch's token segments, runs of tokens arranged in trees so that shared prefixes are computed once.
-        placement: place of the completion, or of a follow-up (token ids appended to a finished completion), among the segments; of a
+        placement: the place of the completion, or of a follow-up (token ids appended to a finished completion), among the segments; of a
             follow-up always its own tokens are scored, whatever the scope.
-        manifest: the probe's manifest.
+        manifest: the probe's manifest (its metadata).
         scope: the part of the rollout that the request asks to score.
         is_follow_up: whether the placement is that of a follow-up in a request.
         special_ids: special-token ids that ``exclude_special_tokens`` leaves out if the manifest does not list such ids, int32.
@@ -92,12 +94,12 @@ def read_completion(
 
 
 def selected_tokens(forest: Forest, placement: Placement, scope: Scope, *, is_follow_up: bool) -> tuple[tuple[int, ...], NDArray[np.bool_]]:
-    """Returns the tokens of a completion that a scope, a mask and spans select. Of a follow-up (token ids appended to a finished
-    completion), always its own tokens are selected, whatever the scope.
+    """Returns the tokens of a completion that a scope (the prompt, the completion or both), a mask and spans (token ranges) select. Of a
+    follow-up (token ids appended to a finished completion), always its own tokens are selected, whatever the scope.
 
     Returns:
-        The segments in scope, in order, ``T`` tokens in all; and ``(1 + spans, T)`` bool, the tokens that count, for the whole scope and
-        for each span.
+        The token segments (runs of tokens that rollouts share) in scope, in order, ``T`` tokens in all; and ``(1 + spans, T)`` bool, the
+            tokens that count, for the whole scope and for each span.
     """
     continuation = placement.continuation
     segments: tuple[int, ...] = ()
@@ -131,7 +133,7 @@ class ProbeInputs:
         self._known: dict[tuple[object, ...], ProbeInput] = {}
 
     def of(self, asked: ScoreTarget, manifest: Manifest) -> ProbeInput:
-        """Returns the tokens that a probe, given by its manifest, reads of a completion or of a follow-up.
+        """Returns the tokens that a probe, given by its manifest (its metadata), reads of a completion or of a follow-up.
 
         A follow-up is a list of token ids appended to a finished completion and scored as a fork of the completion.
         """
@@ -151,7 +153,7 @@ class ProbeInputs:
 
 
 class SegmentRows:
-    """Map from token segments to the rows of a batch's activations.
+    """Map from token segments (runs of tokens that rollouts share) to the rows of a batch's activations.
 
     Args:
         forest: the batch's token segments, runs of tokens arranged in trees so that shared prefixes are computed once.
@@ -170,7 +172,7 @@ class SegmentRows:
             self.positions[start : start + len(segment.token_ids)] = segment.position + np.arange(len(segment.token_ids))
 
     def of(self, segments: Sequence[int]) -> NDArray[np.int64]:
-        """Returns the indices of the activation rows of the given token segments, in order, ``(rows,)`` int64."""
+        """Returns the indices of the activation rows of the given token segments (runs of tokens), in order, ``(rows,)`` int64."""
         ranges = [np.arange(self._starts[index], self._starts[index] + len(self._forest.segments[index].token_ids)) for index in segments]
         return np.concatenate([np.zeros(0, np.int64), *ranges])
 
@@ -179,5 +181,7 @@ class SegmentRows:
         return range(self._starts[segment], self._starts[segment] + len(self._forest.segments[segment].token_ids))
 
     def rollouts_at(self, row: int) -> set[int]:
-        """Returns the rollouts, by index in the batch, that need the token segment to which an activation row belongs."""
+        """Returns the rollouts, by index in the batch, that need the token segment (run of tokens that rollouts share) of a given
+        activation row.
+        """
         return self._forest.segments[self._by_start[bisect.bisect_right(self._sorted_starts, row) - 1]].rollouts

@@ -1,6 +1,6 @@
 """Scores completions with probes that run in stacks, sets of probes that are computed together.
 
-The scores of many probes are columns of one matrix, and many columns are reduced at once.
+The token scores of many probes are columns of one matrix, and many columns are reduced (to a mean, for example) at once.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ MAX_REDUCED_SCORES = 1 << 17
 
 @dataclass(frozen=True, eq=False)
 class StackedProbe:
-    """Value object with a probe that runs in a stack, its number in the stack, and the reductions of its scores.
+    """Value object with a probe that runs in a stack, the probe's number in the stack, and the reductions of its token scores (such as the
+    mean).
 
     A stack is a set of probes that are computed together.
     """
@@ -43,38 +44,42 @@ class StackedProbe:
 
     @property
     def follow_up(self) -> tuple[int, ...]:
-        """Returns the token ids that the probe appends to a completion; probes that append the same ids read the same activations."""
+        """Returns the token ids that a probe itself appends to a completion; probes that append the same ids read the same activations."""
         return () if self.probe.manifest.follow_up is None else self.probe.manifest.follow_up.token_ids
 
     @property
     def tap(self) -> Tap:
-        """Returns the only tap (point in the language model) that the probe reads."""
+        """Returns the only tap (point in the language model) at which a probe reads activations."""
         return self.probe.manifest.taps[0]
 
     @property
     def labels(self) -> int:
-        """Returns the number of score columns that the probe has, one for each label."""
+        """Returns the number of score columns that a probe has, one for each label."""
         return len(self.probe.manifest.output.labels)
 
     @property
     def treatment(self) -> tuple[object, ...]:
-        """Returns a key that is equal for probes whose score columns are selected, reduced and converted in the same way."""
+        """Returns a key that is equal for probes whose columns of token scores are selected, reduced and converted to probabilities in the
+        same way.
+        """
         manifest = self.probe.manifest
         left_out = (manifest.exclude_special_tokens, manifest.special_token_ids)
         return self.follow_up, *self.product, left_out, self.reductions, self.probe.as_probability
 
     @property
     def product(self) -> tuple[object, ...]:
-        """Returns a key that is equal for those probes of a stack whose scores are computed by the same matrix product."""
+        """Returns a key that is equal for those probes whose scores the same stack (a set of probes computed together) computes from
+        activations at the same place in the model.
+        """
         return id(self.member.stack), self.tap
 
 
 class StackedScores:
-    """Scorer that computes the scores of stacked probes for a batch.
+    """Scorer that computes, for a batch, the scores of the probes that run in stacks, sets of probes that are computed together.
 
     Args:
         probe_inputs: source of the tokens that each probe reads of each completion.
-        rows: map from token segments to rows of the activations.
+        rows: map from token segments (runs of tokens) to rows of the activations.
         activations: dictionary keyed by tap (point in the language model): activations, ``(N, hidden_size)`` float32 on the model's device,
             without NaN and infinities.
         finite: dictionary keyed by tap: ``(N,)`` bool, true for rows of activations that had neither NaN nor infinity before such rows were
@@ -116,7 +121,7 @@ class StackedScores:
                     first = last
 
     def _scores(self, block: Sequence[StackedProbe], excerpt: _SelectedRows) -> NDArray[np.float32]:
-        """Computes the token scores of a block of probes on the host, ``(selected rows, labels of all probes)`` float32."""
+        """Computes the token scores of some probes and returns them in host memory, ``(selected rows, labels of all probes)`` float32."""
         device = self._activations[block[0].tap].device
         scores = torch.empty((excerpt.count, sum(probe.labels for probe in block)), dtype=torch.float32, device=device)
         first = 0
@@ -141,8 +146,8 @@ class StackedScores:
     def _panel(
         self, panel: Sequence[StackedProbe], scores: NDArray[np.float32], excerpt: _SelectedRows, asked: Sequence[ScoreTarget]
     ) -> Iterator[tuple[ScoreTarget, str, ProbeScores | str]]:
-        """Yields the results of probes whose token scores are selected, reduced and converted in the same way, from these probes' columns
-        of token scores.
+        """Yields the reduced scores of probes whose token scores are selected, reduced and converted in the same way, from these probes'
+        columns of token scores.
         """
         tap, reductions, manifest = panel[0].tap, panel[0].reductions, panel[0].probe.manifest
         keys = [probe.probe.manifest.key for probe in panel]
@@ -209,7 +214,9 @@ class _SelectedRows:
 
 
 def _blocks(probes: Sequence[StackedProbe], rows: int) -> Iterator[list[StackedProbe]]:
-    """Groups probes into blocks, each with at most ``MAX_SCORES`` token scores, so that the scores fit into memory."""
+    """Groups probes that run in a stack (computed together) into blocks, each with at most ``MAX_SCORES`` token scores, so that the scores
+    fit into memory.
+    """
     block: list[StackedProbe] = []
     columns = 0
     for probe in probes:
@@ -228,7 +235,7 @@ def _reduced(
     """Reduces token scores to one number for each selection of tokens, each reduction (such as the mean) and each label: ``(selections,
     reductions, labels)`` float32.
 
-    Some columns are reduced at a time, more of them if fewer tokens are selected.
+    Some columns of scores are reduced at a time, more of them if fewer tokens are selected.
     """
     reduced = np.empty((len(selections), len(reductions), tokens.shape[1]), np.float32)
     for row, selection in enumerate(selections):

@@ -1,4 +1,4 @@
-"""Defines the activation functions of networks as expressions over the result of an affine map.
+"""Defines the activation functions in probes' networks as expressions over the result of an affine map (``weight · x + bias``).
 
 An expression is computed number by number or row by row.
 """
@@ -31,7 +31,7 @@ class Input:
 class Constant:
     """Expression that stands for a constant of an activation function, one number for each column, ``(width,)``.
 
-    ``name`` is the constant's number, or the constant's name while a graph is read.
+    ``name`` is the constant's number, or the constant's name while a probe's ONNX graph is read as a network.
     """
 
     name: int | str
@@ -54,7 +54,9 @@ Expression = Union[Input, Constant, Apply]
 
 
 def parents_of_input(expression: Expression) -> set[Apply]:
-    """Returns the different operators that read the input directly; equal operators with the same constants count as one."""
+    """Returns the different operators of an activation function's expression that read its input directly; equal operators with the same
+    constants count as one.
+    """
     if not isinstance(expression, Apply):
         return set()
     parents = {expression} if Input() in expression.arguments else set()

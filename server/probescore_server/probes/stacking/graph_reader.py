@@ -1,6 +1,7 @@
-"""Reads a probe's graph as a network of layers, if the graph certainly has this form; a graph with any other node is not changed.
+"""Reads a probe's ONNX graph as a network of layers, if the graph certainly has this form; a graph with any other node is left as it is.
 
-The nodes are followed one by one, and each value is described as an expression over the latest affine map of the rows.
+The nodes are followed one by one, and each value in the graph is described as an expression over the latest affine map
+(``weight · x + bias``) of the rows of activations.
 """
 
 from __future__ import annotations
@@ -34,14 +35,14 @@ def read_network(model: onnx.ModelProto, signature: GraphSignature) -> Network |
 
 @dataclass(frozen=True, eq=False)
 class _JoinedColumns:
-    """Value in a graph that consists of several values placed side by side, ``(tokens, sum of their widths)``."""
+    """Value in a probe's graph that consists of several values placed side by side, ``(tokens, sum of their widths)``."""
 
     parts: tuple[RowValue, ...]
 
 
 @dataclass(frozen=True, eq=False)
 class _Shape:
-    """Value in a probe's graph that holds the shape of another value, ``(tokens, width)``."""
+    """Value in a probe's graph that holds the shape, ``(tokens, width)``, of another value."""
 
     width: int
 
@@ -55,7 +56,7 @@ class _Zeros:
 
 @dataclass(frozen=True, eq=False)
 class _LargestPlaces:
-    """Value in a graph that holds the indices of the largest numbers of each row, as ``TopK`` returns them."""
+    """Value in a probe's graph that holds the indices of the largest numbers of each row, as the ONNX operator ``TopK`` returns them."""
 
     affine: Affine
     kept: Expression
@@ -65,7 +66,9 @@ _Value = Any  # an array, or one of the classes above
 
 
 class _GraphReader:
-    """Reader that follows the nodes of one graph from its input to its scores; the nodes are in topological order, as ONNX requires."""
+    """Reader that follows the nodes of one probe's graph from its input to its scores; the nodes are in topological order, as ONNX
+    requires.
+    """
 
     def __init__(self, graph: onnx.GraphProto, tap: str, hidden_size: int) -> None:
         self._graph = graph
@@ -150,7 +153,9 @@ def _elementwise(node: _ReadNode) -> list[_Value]:
 
 
 def _per_column(constant: Array, value: RowValue) -> Array:
-    """Returns a constant that broadcasts over the rows of a value without changing its shape, as ``(width,)`` or ``(1,)``."""
+    """Checks that a constant in a probe's graph broadcasts over the rows of a value without changing the value's shape, and returns the
+    constant as a vector: one number for each column, ``(width,)``, or one for all columns, ``(1,)``.
+    """
     flat = value.axes == "flat"
     # the largest numbers of a row are not in the order of its columns
     width = 1 if flat or value.kept is not None else value.affine.width
@@ -269,7 +274,7 @@ def _scatter(node: _ReadNode) -> list[_Value]:
 
 
 def _zeros_width(value: _Value) -> int:
-    """Returns the number of columns of a graph's value that certainly consists of zeros, or -1 for any other value."""
+    """Returns the number of columns of a value in a probe's graph that certainly consists of zeros, or -1 for any other value."""
     if isinstance(value, _Zeros):
         return value.width
     if isinstance(value, RowValue) and isinstance(value.expression, Apply) and value.expression.operator == "Mul" and value.axes == "rows":

@@ -24,8 +24,8 @@ class Layer:
     Attributes:
         weight: ``(out, in)`` float32.
         bias: ``(out,)`` float32.
-        activation: expression applied to the affine map's result; its constants are numbered.
-        constants: constants of the activation, ``(out,)`` float32 each.
+        activation: expression applied to ``weight · x + bias``; it refers to constants by their numbers.
+        constants: constants of the activation function, by number, ``(out,)`` float32 each.
     """
 
     weight: NDArray[np.float32]
@@ -55,14 +55,14 @@ class NotANetwork(Exception):
 
 @dataclass(frozen=True, eq=False)
 class Affine:
-    """Latest affine map found while a graph is read, ``weight · x + bias``.
+    """Latest affine map, ``weight · x + bias``, found while a probe's graph is read as a network of layers.
 
     Attributes:
         layers: the layers before the map.
         weight: ``(out, in)``; before the first matrix product, the diagonal of a diagonal matrix, ``(hidden_size,)``.
         bias: ``(out,)``.
-        centre: mean that the graph subtracts from its rows, as in ``Network``.
-        spread: scale by which the graph divides its rows, as in ``Network``.
+        centre: mean that the graph subtracts from its input rows; 0 if it subtracts none.
+        spread: scale by which the graph divides its input rows; 1 if it divides by none.
     """
 
     layers: tuple[Layer, ...]
@@ -73,13 +73,13 @@ class Affine:
 
     @property
     def width(self) -> int:
-        """Returns the number of columns of the result of the affine map, ``weight · x + bias``."""
+        """Returns the number of columns of the result of an affine map, ``weight · x + bias``."""
         return len(self.bias)
 
 
 @dataclass(frozen=True, eq=False)
 class RowValue:
-    """Value in a graph that has one row for each token: an expression over the latest affine map.
+    """Value in a probe's graph that has one row for each token: an expression over the latest affine map, ``weight · x + bias``.
 
     Attributes:
         affine: the latest affine map.
@@ -115,7 +115,7 @@ def network_of(scores: RowValue) -> Network:
 
 
 def _settled(value: RowValue) -> RowValue:
-    """Folds additions and multiplications by constants, which a graph applies to a value before anything else, into the weights and
+    """Folds additions and multiplications by constants, which a probe's graph applies to a value before anything else, into the weights and
     the bias of the affine map that the value stands for, in float64.
     """
     while len(parents := parents_of_input(value.expression)) == 1:
@@ -134,7 +134,9 @@ def _settled(value: RowValue) -> RowValue:
 
 
 def _scale_and_shift(parent: Apply, constants: Mapping[str, Array]) -> tuple[Array, Array] | None:
-    """Returns the factor and the summand with which an operator changes its only non-constant input; ``None`` for other operators."""
+    """Returns the factor and the summand with which an ONNX operator scales and shifts its only non-constant input; ``None`` for operators
+    that do anything else.
+    """
     first, *others = parent.arguments
     if parent.operator == "Neg":
         return np.array([-1.0]), np.zeros(1)
@@ -165,7 +167,9 @@ def _layer(value: RowValue) -> Layer:
 
 
 def _numbered(expression: Expression, names: dict[str, int]) -> Expression:
-    """Replaces the names of constants by numbers, so that graphs which differ only in names have the same expressions."""
+    """Replaces the names of the constants of an activation function by numbers, so that probes' graphs which differ only in names have the
+    same expressions.
+    """
     if isinstance(expression, Constant):
         return Constant(names.setdefault(str(expression.name), len(names)))
     if isinstance(expression, Apply):
@@ -174,7 +178,7 @@ def _numbered(expression: Expression, names: dict[str, int]) -> Expression:
 
 
 def mapped(value: RowValue, weight: Array, bias: Array, axes: str = "rows") -> RowValue:
-    """Applies ``weight · value + bias`` to a value while a graph is read as layers.
+    """Applies an affine map, ``weight · value + bias``, to a value while a probe's graph is read as layers.
 
     Two affine maps with no activation between them become one layer; after an activation, a new layer begins.
 

@@ -1,4 +1,5 @@
-"""Computes many networks on the same rows at once: their first layers as one matrix product, later layers as a batch of products.
+"""Computes many probes' networks on the same rows of activations at once: their first layers as one matrix product, later layers as a batch
+of products.
 
 Networks that begin with the same layer, such as features of one sparse autoencoder, compute this layer once. All numbers are float32, on
 one device, such as ``cuda:0``.
@@ -27,10 +28,10 @@ Layers = tuple[Layer, ...]
 
 @dataclass(frozen=True, eq=False)
 class Stack:
-    """Set of networks that read the same rows and are computed together; ``stack_networks`` makes a stack.
+    """Set of probes' networks that read the same rows of activations and are computed together; ``stack_networks`` makes a stack.
 
     Attributes:
-        labels: number of labels of each network.
+        labels: number of labels (score columns) of each network.
         parts: batches of networks, each of which is computed at once.
         members: for each part the numbers of its networks, in the order of the part.
     """
@@ -40,7 +41,7 @@ class Stack:
     members: tuple[tuple[int, ...], ...]
 
     def select(self, networks: Sequence[int]) -> Stack:
-        """Returns a stack (networks that are computed together) of some of this stack's networks, in the order given."""
+        """Returns a stack (networks that are computed together) of some of the networks of this stack, in the order given."""
         if list(networks) == list(range(len(self.labels))):
             return self
         parts, members = [], []
@@ -53,11 +54,11 @@ class Stack:
         return Stack(tuple(self.labels[network] for network in networks), tuple(parts), tuple(members))
 
     def score(self, rows: torch.Tensor, into: torch.Tensor) -> None:
-        """Computes the scores of all networks for some rows, in pieces of bounded size.
+        """Computes the scores of all networks of a stack (probes computed together) for some rows, in pieces of bounded size.
 
         Args:
             rows: activations, ``(n, width)`` float32.
-            into: receives the scores, network after network, ``(n, sum of labels)`` float32 on the same device.
+            into: tensor that receives the scores, network after network, ``(n, sum of labels)`` float32 on the same device.
         """
         step = max(1, MAX_INNER_NUMBERS // self.inner_numbers)
         with _full_precision():
@@ -66,7 +67,9 @@ class Stack:
 
     @torch.inference_mode()
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
-        """Computes the scores of all networks of a stack, ``(n, sum of labels)``, from activations ``(n, width)``."""
+        """Computes the scores of all networks of a stack (probes computed together), ``(n, sum of labels)``, from activations
+        ``(n, width)``.
+        """
         if len(self.parts) == 1 and list(self.members[0]) == list(range(len(self.labels))):
             return self.parts[0](rows)
         scores = rows.new_empty((len(rows), sum(self.labels)))
@@ -89,7 +92,9 @@ class Stack:
 
 @dataclass(frozen=True, eq=False)
 class _BatchedLayer:
-    """One layer of P networks, computed as a batch: ``weight (P, out, in)``, ``bias (P, out)``, and each constant ``(P, out)``."""
+    """One layer of P networks of probes, computed as a batch: ``weight (P, out, in)``, ``bias (P, out)``, and each constant of the
+    activation function ``(P, out)``.
+    """
 
     weight: torch.Tensor
     bias: torch.Tensor
@@ -113,12 +118,12 @@ class _BatchedLayer:
         return replace(self, weight=self.weight[indices], bias=self.bias[indices], constants=constants)
 
     def of_rows(self, rows: torch.Tensor) -> torch.Tensor:
-        """Applies a first layer, in which all networks read the same rows: ``(n, in)`` to ``(n, P, out)``."""
+        """Applies the first layer of P stacked networks, all of which read the same activations: ``(n, in)`` to ``(n, P, out)``."""
         products = torch.addmm(self.bias.flatten(), rows, self.weight.flatten(0, 1).T)
         return self._activated(products.view(len(rows), *self.bias.shape))
 
     def of_each(self, values: torch.Tensor) -> torch.Tensor:
-        """Applies a later layer, in which each network reads its own values: ``(n, P, in)`` to ``(n, P, out)``."""
+        """Applies a later layer of P stacked networks, each of which reads its own values: ``(n, P, in)`` to ``(n, P, out)``."""
         products = torch.baddbmm(self.bias[:, None], values.transpose(0, 1), self.weight.transpose(1, 2))
         return self._activated(products.transpose(0, 1))
 
@@ -182,7 +187,7 @@ class _SharedFirstLayer:
 
 
 def stack_networks(networks: Sequence[Layers], device: torch.device) -> Stack:
-    """Makes a stack (networks that are computed together) of networks of the same input width, on a device; the networks keep
+    """Makes a stack (networks of probes that are computed together) of networks of the same input width, on a device; the networks keep
     their order.
     """
     parts: list[_BatchedNetworks | _SharedFirstLayer] = []
@@ -210,7 +215,7 @@ def _grouped(networks: Sequence[Layers], key: Callable[[Layers], object]) -> lis
 
 
 def _first_layer(layers: Layers) -> object:
-    """Returns a key that is equal for networks with the same first layer, or ``None`` for a network of one layer."""
+    """Returns a key that is equal for probes' networks with the same first layer, or ``None`` for a network of one layer."""
     first = layers[0]
     if len(layers) == 1:
         return None
@@ -225,7 +230,9 @@ def _shape(layers: Layers) -> object:
 
 
 def _used(layers: Layers) -> NDArray[np.bool_]:
-    """Returns which results of a network's first layer the second layer reads, ``(out,)`` bool, so that the others need not be computed."""
+    """Returns which results of the first layer of a probe's network the second layer reads, ``(out,)`` bool, so that the others need not be
+    computed.
+    """
     if takes_whole_rows(layers[0].activation):
         return np.ones(len(layers[0].bias), np.bool_)
     used = (layers[1].weight != 0).any(axis=0)
@@ -234,7 +241,8 @@ def _used(layers: Layers) -> NDArray[np.bool_]:
 
 
 def _sharing_pays(networks: Sequence[Layers]) -> bool:
-    """Returns whether it takes fewer multiplications to compute a shared first layer once than to compute it for each network.
+    """Returns whether it takes fewer multiplications to compute the first layer that several networks share once than to compute it for
+    each network.
 
     In the second case, each network computes only those results of the layer that the network reads.
     """
@@ -253,7 +261,7 @@ def _shared(networks: Sequence[Layers], device: torch.device) -> _SharedFirstLay
 
 
 def _narrowed(layers: Layers, used: NDArray[np.bool_]) -> Layers:
-    """Returns a network without those results of its first layer that are not used."""
+    """Returns the network of a probe without those results of its first layer that are marked as not used."""
     if used.all():
         return layers
     first, second = layers[0], layers[1]
@@ -263,7 +271,7 @@ def _narrowed(layers: Layers, used: NDArray[np.bool_]) -> Layers:
 
 
 def _pruned(layers: Layers) -> Layers:
-    """Returns a network without those results of each layer that no later layer reads."""
+    """Returns the network of a probe without those results of each layer that no later layer reads."""
     if len(layers) == 1:
         return layers
     later = (layers[0], *_pruned(layers[1:]))
@@ -275,7 +283,9 @@ def _pruned(layers: Layers) -> Layers:
 
 @contextmanager
 def _full_precision() -> Iterator[None]:
-    """Keeps matrix products in full float32 within the context, without TF32 or bfloat16, whatever the process has set elsewhere."""
+    """Context manager within which torch computes matrix products in full float32, without TF32 or bfloat16, whatever the process has set
+    elsewhere.
+    """
     chosen = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -287,11 +297,11 @@ def _full_precision() -> Iterator[None]:
 def evaluate(
     expression: Expression, values: torch.Tensor, constants: Sequence[torch.Tensor], known: dict[Expression, torch.Tensor]
 ) -> torch.Tensor:
-    """Evaluates an activation expression for values ``(…, width)``.
+    """Evaluates the expression of a network's activation function for the results of an affine map, ``(…, width)``.
 
     Args:
-        expression: the expression, with ``values`` as its input.
-        values: results of an affine map.
+        expression: the expression to evaluate.
+        values: results of the affine map, ``weight · x + bias``, the expression's input.
         constants: constants, indexed by their numbers; each broadcasts against ``values``.
         known: results that are already computed, a dictionary keyed by expression, so that an expression that occurs twice is computed
             once.
@@ -307,7 +317,7 @@ def evaluate(
 
 
 def _among_largest(values: torch.Tensor, k: int) -> torch.Tensor:
-    """Returns which numbers are among the ``k`` largest of their row, as bool.
+    """Returns which numbers of a tensor are among the ``k`` largest of their row, as bool.
 
     Of several equal numbers, the first ones count. ONNX defines this order, and ``torch.topk`` does not follow it.
     """
