@@ -57,6 +57,19 @@ class Continuation:
         return len(self.token_ids) + max((follow_up.chain_tokens for follow_up in self.follow_ups), default=0)
 
 
+@dataclass(frozen=True)
+class PinnedReading:
+    """Value object with a reading (whose activations are read) that a request named, as the name was resolved once, when the request came.
+
+    Attributes:
+        name: the name in the request and in the answer.
+        id: the version that the name meant then; empty for ``frozen``.
+    """
+
+    name: str
+    id: str = ""
+
+
 @dataclass(frozen=True, eq=False)
 class ResolvedOptions:
     """Value object with the scoring options of one request, checked against the loaded probes.
@@ -68,6 +81,8 @@ class ResolvedOptions:
         scope: the tokens to score: the prompt's, the completion's or both.
         return_token_ids: whether the response contains the token ids.
         return_token_texts: whether the response contains the text of each token.
+        readings: the readings that the request names, each with the version that is read; empty = none are named, and the frozen model is
+            read.
     """
 
     probes: tuple[str, ...]
@@ -76,6 +91,7 @@ class ResolvedOptions:
     scope: Scope = Scope.COMPLETION
     return_token_ids: bool = False
     return_token_texts: bool = False
+    readings: tuple[PinnedReading, ...] = ()
 
     @cached_property
     def key(self) -> str:

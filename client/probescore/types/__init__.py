@@ -4,12 +4,14 @@ All classes here are frozen, contain numpy arrays rather than lists, and are sha
 """
 
 from probescore.types.probes import Calibration, Hook, OutputPer, ProbeInfo, ScoredProbe, ScoreUnit, Tap, score_keys
+from probescore.types.readings import FROZEN, LoadedReading, Reading, ReadingKind
 from probescore.types.rollouts import Chat, ChatMessage, Completion, RolloutGroup, Scope, Span, Text, TokenIds
 from probescore.types.scores import (
     CompletionScores,
     CompletionStatus,
     GroupScores,
     ProbeScores,
+    ReadingScores,
     ScoreResult,
     ScoringInfo,
     StreamedCompletion,
@@ -18,6 +20,7 @@ from probescore.types.scores import (
 from probescore.types.servers import Limits, ModelInfo, ServerInfo, Transfer, WorkerInfo
 
 __all__ = [
+    "FROZEN",
     "Calibration",
     "Chat",
     "ChatMessage",
@@ -27,10 +30,14 @@ __all__ = [
     "GroupScores",
     "Hook",
     "Limits",
+    "LoadedReading",
     "ModelInfo",
     "OutputPer",
     "ProbeInfo",
     "ProbeScores",
+    "Reading",
+    "ReadingKind",
+    "ReadingScores",
     "RolloutGroup",
     "Scope",
     "ScoreResult",

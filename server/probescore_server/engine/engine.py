@@ -22,6 +22,8 @@ from probescore.types import (
     Chat,
     CompletionScores,
     GroupScores,
+    LoadedReading,
+    Reading,
     RolloutGroup,
     Scope,
     ScoreResult,
@@ -33,23 +35,23 @@ from probescore.types import (
 )
 from probescore_server.activations import MAX_BATCH_BYTES, ActivationReads, CompletionActivations, Pool, matching_taps, resolve_pools
 from probescore_server.activity import ACTIVITY
-from probescore_server.backbone.base import Activations, Backbone
+from probescore_server.backbone.base import Activations
 from probescore_server.backbone.forest import Forest, ProbeReads
-from probescore_server.backbone.kv_cache import KeyValueCache
-from probescore_server.backbone.tokenizer import TextEncoder
 from probescore_server.engine.activation_reading import BatchActivations, joined
 from probescore_server.engine.batches import batches, read_tokens
-from probescore_server.engine.device_memory import DeviceMemory
-from probescore_server.engine.loading import load_parts
+from probescore_server.engine.loading import LoadedParts, load_parts
+from probescore_server.engine.reading_loading import ReadingLoader
+from probescore_server.engine.reading_passes import FROZEN_PASS, ReadingPasses
 from probescore_server.errors import LimitExceeded
 from probescore_server.probes.format.manifest import Manifest
 from probescore_server.probes.format.probe_file import ProbeFile
 from probescore_server.probes.loading.compatibility import is_accepted
-from probescore_server.probes.loading.golden_check import check_golden, golden_rollouts
+from probescore_server.probes.loading.golden_check import check_golden, golden_deviation, golden_rollouts
 from probescore_server.probes.loading.loader import LoadedProbe, limited_to_tried_calls, needs_trial
 from probescore_server.probes.scoring.batch_scorer import BatchScorer
 from probescore_server.probes.scoring.cancellation import WantedRollouts
-from probescore_server.rollouts import CheckedRollout, Continuation, EngineInfo, EngineStatistics, ResolvedOptions, RolloutResult
+from probescore_server.readings.version import ReadingVersion
+from probescore_server.rollouts import CheckedRollout, Continuation, EngineStatistics, ResolvedOptions, RolloutResult
 from probescore_server.validation.options import TokenScoresWanted, parse_scope, resolve_options
 from probescore_server.validation.rollouts import resolve_rollouts
 from probescore_server.validation.texts import ChatLimits, pending_texts
@@ -88,23 +90,19 @@ class Engine:
         info: description of the loaded model, its tokenizer and its probes.
     """
 
-    def __init__(
-        self,
-        info: EngineInfo,
-        backbone: Backbone,
-        texts: TextEncoder,
-        probes: Mapping[str, LoadedProbe],
-        cache: KeyValueCache,
-        memory: DeviceMemory,
-    ) -> None:
-        self.info = info
-        self._backbone = backbone
-        self._texts = texts
-        self._probes = dict(probes)
-        self._cache = cache
-        self._memory = memory
-        self._reads = {key: _reads(probe.manifest) for key, probe in probes.items()}
+    def __init__(self, parts: LoadedParts) -> None:
+        self.info = parts.info
+        self._backbone = parts.backbone
+        self._texts = parts.texts
+        self._probes = dict(parts.probes)
+        self._files = parts.files
+        self._cache = parts.cache
+        self._memory = parts.memory
+        self._readings = parts.readings
+        self._loader = ReadingLoader(parts.frozen, parts.readings, self._golden_drift)
+        self._reads = {key: _reads(probe.manifest) for key, probe in parts.probes.items()}
         self._running = threading.Lock()
+        self._loading = threading.Lock()
 
     @classmethod
     def load(
@@ -159,7 +157,7 @@ class Engine:
             max_kv_cache_bytes=max_kv_cache_bytes,
             report=report,
         )
-        engine = cls(loaded.info, loaded.backbone, loaded.texts, loaded.probes, loaded.cache, loaded.memory)
+        engine = cls(loaded)
         report("recomputing golden scores")
         engine._check_golden(loaded.files, accept_mismatch)
         engine._try_graphs(loaded.files)
@@ -179,6 +177,7 @@ class Engine:
         scope: Scope | str = Scope.COMPLETION,
         return_token_ids: bool = False,
         return_token_texts: bool = False,
+        readings: Sequence[str] = (),
     ) -> ScoreResult:
         """Scores every completion of every rollout group.
 
@@ -190,6 +189,7 @@ class Engine:
             scope: which tokens are scored: ``completion``, ``prompt`` or ``all``.
             return_token_ids: whether the result contains the token ids that were scored.
             return_token_texts: whether the result contains the text of each token that was scored.
+            readings: whose activations are read: ``frozen``, and names given to ``load_reading``; empty = the frozen model's.
 
         Returns:
             The scores by group and completion, in the order given, and the identity of the model and probes that produced the scores.
@@ -206,20 +206,63 @@ class Engine:
             return_token_ids=return_token_ids,
             return_token_texts=return_token_texts,
         )
-        by_group = self.check_rollouts(groups, options)
-        started = time.perf_counter()
-        results = [
-            result
-            for batch in batches([rollout for group in by_group for rollout in group], BATCH_TOKENS)
-            for result in self.score_rollouts(batch)
-            if result is not None
-        ]
+        with self._readings.pinned(readings) as pinned:
+            by_group = self.check_rollouts(groups, replace(options, readings=pinned.wanted))
+            started = time.perf_counter()
+            results = [
+                result
+                for batch in batches([rollout for group in by_group for rollout in group], BATCH_TOKENS)
+                for result in self.score_rollouts(batch)
+                if result is not None
+            ]
         usage = replace(Usage.total(result.usage for result in results), compute_seconds=time.perf_counter() - started)
         scores = iter(result.scores for result in results)
+        scored = self.info.scored_probes(options)
         return ScoreResult(
             groups=tuple(GroupScores(tuple(next(scores) for _ in group)) for group in by_group),
-            info=ScoringInfo(self.info.model.fingerprint, self.info.tokenizer_fingerprint, self.info.scored_probes(options), usage),
+            info=ScoringInfo(self.info.model.fingerprint, self.info.tokenizer_fingerprint, scored, usage, pinned.described),
         )
+
+    def load_reading(
+        self, name: str, path: str | Path, *, step: int | None = None, expected_id: str | None = None, in_place: bool = False
+    ) -> LoadedReading:
+        """Loads a LoRA adapter, or a checkpoint of the whole model, beside the frozen model, whose probes can then read it, too.
+
+        The engine scores meanwhile. The name means the new version once all checks have passed; calls that began before end with the
+        version that the name meant then. The frozen model's weights are never written, and its scores stay the same bit by bit.
+
+        Args:
+            name: the name by which ``score`` asks for the reading. A reading of this name is replaced.
+            path: directory that the adapter or checkpoint was saved to.
+            step: label to tell versions apart, such as the training step.
+            expected_id: id of the only version that is to be loaded, such as the one that another server has loaded; ``None`` = any.
+            in_place: whether the version that the name means is freed first, so that there is never room needed for both. Calls that name
+                the reading wait meanwhile. If loading fails, the name means nothing.
+
+        Returns:
+            The reading, what it replaced, and how far it moves the scores of each probe's golden rollouts.
+
+        Raises:
+            InvalidRequest: an argument is wrong; the error names it.
+            ReadingRefused: the files would not be computed correctly: they are damaged, of a kind that is not computed, of another model,
+                or not those of ``expected_id``.
+            ReadingIncomplete: the files are being written; a later try may succeed.
+        """
+        with self._loading:
+            self._check_awake()
+            return self._loader.load(name, path, step=step, expected_id=expected_id, in_place=in_place)
+
+    def unload_reading(self, name: str) -> Reading:
+        """Lets a name mean no reading any more, and returns what it meant. Its memory is freed once the calls that began before have ended.
+
+        Raises:
+            InvalidRequest: there is no reading of this name, or it is ``frozen``.
+        """
+        return self._readings.remove(name)
+
+    def readings(self) -> tuple[Reading, ...]:
+        """Returns the descriptions of the readings that ``score`` can be asked for, ``frozen`` first."""
+        return self._readings.described
 
     def activations(
         self,
@@ -382,7 +425,7 @@ class Engine:
         Returns:
             The device, the seconds taken, the bytes of weights moved and the bytes of device memory freed.
         """
-        with self._running:
+        with self._loading, self._running:  # what is loaded beside is read from the weights
             return self._memory.sleep()
 
     def wake(self) -> Transfer:
@@ -401,17 +444,31 @@ class Engine:
     def _score(
         self, rollouts: Sequence[CheckedRollout], probes: Mapping[str, LoadedProbe], is_cancelled: Callable[[int], bool]
     ) -> list[RolloutResult | None]:
+        passes = ReadingPasses(rollouts, {key: probe.manifest.taps for key, probe in probes.items()}, self._readings)
+        results = {
+            reading: self._score_pass(reading, [rollouts[index] for index in indices], probes, _of(indices, is_cancelled))
+            for reading, indices in passes.rollouts.items()
+        }
+        return [
+            None if result is None else replace(result, scores=self._with_texts(result.scores, rollout))
+            for result, rollout in zip(passes.together(results), rollouts, strict=True)
+        ]
+
+    def _score_pass(
+        self, reading: str, rollouts: Sequence[CheckedRollout], probes: Mapping[str, LoadedProbe], is_cancelled: Callable[[int], bool]
+    ) -> list[RolloutResult | None]:
+        """Scores rollouts on one reading, given by ``FROZEN_PASS`` or the id of its version."""
         forest = Forest.build(rollouts, self._reads)
         wanted = WantedRollouts(is_cancelled)
         taps = {tap for key in _requested(rollouts) for tap in probes[key].manifest.taps}
-        with self._run(rollouts, forest, sorted(taps, key=str), wanted) as (activations, live):
+        with self._run(rollouts, forest, sorted(taps, key=str), wanted, reading) as (activations, live):
             scorer = BatchScorer(self.info, probes, self._texts.special_ids, rollouts, forest, activations, wanted)
             scores = scorer.score(live)
         return [
-            RolloutResult(self._with_texts(scores[index], rollout), forest.usage(index), scorer.refused_by.get(index, ""))
+            RolloutResult(scores[index], forest.usage(index), scorer.refused_by.get(index, ""))
             if index in scores and wanted.any((index,))
             else None
-            for index, rollout in enumerate(rollouts)
+            for index in range(len(rollouts))
         ]
 
     def _read(
@@ -446,7 +503,12 @@ class Engine:
 
     @contextmanager
     def _run(
-        self, rollouts: Sequence[CheckedRollout], forest: Forest, taps: Sequence[Tap], wanted: WantedRollouts
+        self,
+        rollouts: Sequence[CheckedRollout],
+        forest: Forest,
+        taps: Sequence[Tap],
+        wanted: WantedRollouts,
+        reading: str = FROZEN_PASS,
     ) -> Iterator[tuple[Activations, list[int]]]:
         """Runs a batch's forest. While this is open no other batch runs.
 
@@ -460,10 +522,35 @@ class Engine:
             return not wanted.any(forest.segments[segment].rollouts)
 
         with self._running:
-            if self._memory.asleep:
-                raise RuntimeError("the engine sleeps: call wake first")
-            activations = self._backbone.forward(forest, taps, skip=unwanted, cache=self._cache)
+            self._check_awake()
+            if reading == FROZEN_PASS:
+                backbone, cache = self._backbone, self._cache
+            else:
+                backbone, cache = self._readings.version(reading).backbone, self._readings.cache(reading)
+            activations = backbone.forward(forest, taps, skip=unwanted, cache=cache)
             yield activations, [index for index in range(len(rollouts)) if index not in wanted.cancelled]
+
+    def _check_awake(self) -> None:
+        if self._memory.asleep:
+            raise RuntimeError("the engine sleeps: call wake first")
+
+    def _golden_drift(self, version: ReadingVersion) -> dict[str, float]:
+        """Returns the largest difference between each probe's scores of its golden rollouts on a version of a reading and its golden
+        scores, in standard deviations of these; a dictionary keyed by ``name@version``.
+        """
+        drift = {}
+        probes = {key: replace(probe, as_probability=False) for key, probe in self._probes.items()}
+        for file in self._files:
+            found: list[CompletionScores] = []
+            for batch in batches(golden_rollouts(file, self.info), BATCH_TOKENS):
+                forest = Forest.build(batch, self._reads)
+                activations = version.backbone.forward(forest, file.manifest.taps)
+                with self._running:  # the probes' sessions are for one batch at a time
+                    scorer = BatchScorer(self.info, probes, self._texts.special_ids, batch, forest, activations, WantedRollouts(_never))
+                    scores = scorer.score(range(len(batch)))
+                found += [scores[index] for index in range(len(batch))]
+            drift[file.manifest.key] = golden_deviation(file, found)
+        return drift
 
     def _with_texts(self, scores: CompletionScores, rollout: CheckedRollout) -> CompletionScores:
         if not rollout.options.return_token_texts or not self.info.tokenizer_fingerprint:
@@ -536,6 +623,10 @@ def _reads(manifest: Manifest) -> ProbeReads:
 
 def _shifted(is_cancelled: Callable[[int], bool], by: int) -> Callable[[int], bool]:
     return lambda index: is_cancelled(by + index)
+
+
+def _of(indices: Sequence[int], is_cancelled: Callable[[int], bool]) -> Callable[[int], bool]:
+    return lambda index: is_cancelled(indices[index])
 
 
 def _requested(rollouts: Sequence[CheckedRollout]) -> set[str]:

@@ -102,6 +102,20 @@ def check_golden(probe: ProbeFile, found: Sequence[CompletionScores], dtype: str
     )
 
 
+def golden_deviation(probe: ProbeFile, found: Sequence[CompletionScores]) -> float:
+    """Returns the largest difference between scores of a probe's golden rollouts and the golden scores, in standard deviations of each
+    label's golden scores; infinite if a rollout has no scores.
+
+    Args:
+        probe: the probe file with the golden vectors.
+        found: scores of ``golden_rollouts``, in the same order.
+    """
+    if any(scores.status is not CompletionStatus.OK for scores in found):
+        return float("inf")
+    expected = probe.manifest.golden.score_rows
+    return largest_deviation(np.concatenate([_rows(scores, probe.manifest.name) for scores in found]), expected, expected.std(axis=0))
+
+
 @dataclass(frozen=True)
 class _Distances:
     """Distances of recomputed scores from the golden scores and from the scores of a neighbouring place.
