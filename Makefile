@@ -13,7 +13,7 @@ TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test unit lint format types imports docs proto proto-check baseline test-client-versions test-trainers test-trainers-newest test-deploy \
-  sweep parity parity-trained test-peft mutants schema bench \
+  sweep parity parity-trained audit-study test-peft mutants schema bench \
   bench-full clean
 
 help: ## Show this list
@@ -147,6 +147,9 @@ parity: $(INSTALLED) ## Every family of models beside plain Hugging Face, and ea
 
 schema: $(INSTALLED) ## Write the JSON Schema of the manifest into docs
 	$(BIN)/python -c 'from probescore_server.probes.format.manifest import manifest_schema; print(manifest_schema(), end="")' > docs/reference/probe-manifest.schema.json
+
+audit-study: $(INSTALLED) ## What the audit of a training run is worth, on simulated runs whose truth is known (half an hour)
+	$(TEST_ENV) $(BIN)/python -m benchmarks.audit_study
 
 mutants: $(INSTALLED) ## Break the code on purpose; each break must be caught by a test
 	$(TEST_ENV) $(BIN)/python tests/mutations/run.py

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from benchmarks import report
+from benchmarks.activations import READ_LOADS, print_reading, print_store
 from benchmarks.compare import Comparison, Truth, compare
 from benchmarks.environments import python_with
 from benchmarks.loads import LOADS, Load, Unit
@@ -149,6 +150,26 @@ def memory_command(
 ) -> None:
     """What a server holds over many requests."""
     print_memory(console, requests, kv_cache_bytes)
+
+
+@app.command("activations")
+def activations_command(
+    load: Annotated[list[str] | None, typer.Option(help=f"Repeat for several: {', '.join(LOADS)}.")] = None,
+    repeats: Annotated[int, typer.Option(min=1)] = 3,
+    shape: ShapeName = "125m",
+) -> None:
+    """What reading activations costs beside padded Hugging Face. Exit code 1 if they do not agree."""
+    if not print_reading(console, shape, load or READ_LOADS, repeats):
+        raise typer.Exit(1)
+
+
+@app.command("store")
+def store_command(
+    directory: Annotated[Path, typer.Argument(help="A new directory for some 25 GB of files, which are removed at the end.")],
+    tokens: Annotated[int, typer.Option(min=2000)] = 1_000_000,
+) -> None:
+    """What storing every token's activations takes: 1M tokens × 3 taps × 4,096."""
+    print_store(console, directory, tokens)
 
 
 @app.command("scaling")

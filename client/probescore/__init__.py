@@ -26,10 +26,12 @@ from probescore.fingerprints import tokenizer_fingerprint
 from probescore.padded import rollouts_from_padded
 from probescore.reductions import Reduction, ReductionKind, reduce_scores
 from probescore.types import (
+    ActivationsInfo,
     Calibration,
     Chat,
     ChatMessage,
     Completion,
+    CompletionActivations,
     CompletionScores,
     CompletionStatus,
     GroupScores,
@@ -38,6 +40,7 @@ from probescore.types import (
     LoadedReading,
     ModelInfo,
     OutputPer,
+    Pool,
     ProbeInfo,
     ProbeScores,
     Reading,
@@ -60,6 +63,7 @@ from probescore.types import (
 )
 
 if TYPE_CHECKING:
+    from probescore._activation_calls import ReadOptions
     from probescore._aio import AsyncProbeClient
     from probescore._options import ScoreOptions
     from probescore._streaming import StreamWindow
@@ -70,6 +74,7 @@ if TYPE_CHECKING:
 _LAZY = {
     "AsyncProbeClient": "probescore._aio",
     "ProbeClient": "probescore._sync",
+    "ReadOptions": "probescore._activation_calls",
     "ScoreOptions": "probescore._options",
     "StreamWindow": "probescore._streaming",
     "check_groups": "probescore.checks",
@@ -89,12 +94,14 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
+    "ActivationsInfo",
     "AsyncProbeClient",
     "AuthenticationError",
     "Calibration",
     "Chat",
     "ChatMessage",
     "Completion",
+    "CompletionActivations",
     "CompletionScores",
     "CompletionStatus",
     "DeadlineExceededError",
@@ -110,10 +117,12 @@ __all__ = [
     "OutOfMemoryError",
     "OutputPer",
     "OverloadedError",
+    "Pool",
     "ProbeClient",
     "ProbeInfo",
     "ProbeScores",
     "ProbescoreError",
+    "ReadOptions",
     "Reading",
     "ReadingKind",
     "ReadingScores",

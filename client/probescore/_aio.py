@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import weakref
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Sequence
@@ -14,6 +15,7 @@ import grpc
 import grpc.aio
 
 from probescore import _process_forks
+from probescore._activation_calls import BYTES_PER_CALL, ReadChunk, ReadOptions, ReadPlan, read_template
 from probescore._client import (
     DEFAULT_TIMEOUT_SECONDS,
     BaseClient,
@@ -29,19 +31,20 @@ from probescore._group_sources import async_source_of
 from probescore._options import ScoreOptions
 from probescore._retries import Attempts, retry_async
 from probescore._status import FailedCall
-from probescore._streaming import Arrival, Chunk, StreamSchedule, StreamWindow
-from probescore.types import ProbeInfo, RolloutGroup, ScoreResult, ServerInfo, StreamedCompletion, Transfer
-from probescore.v1 import admin_pb2, probes_pb2, scoring_pb2
+from probescore._streaming import Arrival, ScoreChunk, StreamSchedule, StreamWindow
+from probescore.types import CompletionActivations, ProbeInfo, RolloutGroup, ScoreResult, ServerInfo, StreamedCompletion, Tap, Transfer
+from probescore.v1 import activations_pb2, admin_pb2, probes_pb2, scoring_pb2
 from probescore.wire import probes_from_proto, server_info_from_proto, transfers_from_proto
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
 
+    from probescore.v1.activations_pb2_grpc import ActivationServiceAsyncStub
     from probescore.v1.admin_pb2_grpc import ProbeAdminServiceAsyncStub
     from probescore.v1.scoring_pb2_grpc import ScoringServiceAsyncStub
 
-    class AsyncStub(ScoringServiceAsyncStub, ProbeAdminServiceAsyncStub):
-        """gRPC stub with the methods of both services (scoring and administration) on an asynchronous channel of ``grpc.aio``."""
+    class AsyncStub(ScoringServiceAsyncStub, ActivationServiceAsyncStub, ProbeAdminServiceAsyncStub):
+        """gRPC stub with the methods of all services (scoring, activations, administration) on an asynchronous channel of ``grpc.aio``."""
 
 
 Request = TypeVar("Request")
@@ -123,6 +126,66 @@ class AsyncProbeClient(BaseClient):
         self._check_open()
         window = window or StreamWindow()
         return _AsyncStream(self, stream_template(options), timeout, window).completions(groups)
+
+    def activations(
+        self,
+        groups: Iterable[RolloutGroup],
+        taps: str | Tap | Sequence[str | Tap],
+        *,
+        timeout: float | None = None,
+        bytes_per_call: int = BYTES_PER_CALL,
+        **options: Unpack[ReadOptions],
+    ) -> AsyncIterator[CompletionActivations]:
+        """Reads activations of every completion of any number of rollout groups, and yields them in order. The server's setting
+        ``allow_activations`` must name the taps.
+
+        The groups are sent in several RPCs, one after the other, and an RPC's activations are held until they were yielded. After a lost
+        connection only the completions that are still missing are sent again.
+
+        Args:
+            groups: an iterable of rollout groups, read as far as one RPC ahead.
+            taps: names of taps, such as ``"resid_post.6"``, or patterns of names with shell wildcards, such as ``"resid_post.*"``.
+            timeout: seconds for each RPC.
+            bytes_per_call: limit on the bytes of activations in the response to one RPC; a single completion may have more, up to the
+                server's own limit.
+            options: keyword arguments that ``ReadOptions`` documents.
+
+        Returns:
+            The activations, with arrays of float32 whatever format they were sent in.
+        """
+        self._check_open()
+        return self._activations(groups, read_template(taps, options), timeout, bytes_per_call)
+
+    async def _activations(
+        self,
+        groups: Iterable[RolloutGroup],
+        template: activations_pb2.ReadActivationsRequest,
+        timeout: float | None,
+        bytes_per_call: int,
+    ) -> AsyncIterator[CompletionActivations]:
+        plan = ReadPlan(template, await self.get_server_info(timeout=timeout), bytes_per_call)
+        for chunk in plan.chunks(groups):
+            attempts = self._attempts(timeout)
+            await retry_async(functools.partial(self._read, chunk, attempts), attempts, self._wait)
+            for completion in chunk.results():
+                yield completion
+
+    async def _read(self, chunk: ReadChunk, attempts: Attempts, seconds: float) -> None:
+        stub = await self._stub()
+        call = stub.ReadActivations(chunk.request(), timeout=seconds, metadata=self._settings.metadata)
+        try:
+            async for message in call:
+                chunk.accept(message)
+                attempts.progressed()
+            chunk.check_complete()
+            return
+        except grpc.aio.AioRpcError as failed:
+            if not chunk.missing:
+                return
+            error = chunk.relocated(self._error(cast("FailedCall", failed)))
+        finally:
+            call.cancel()  # if the answer was refused, so that the server stops
+        raise error
 
     async def get_server_info(self, *, timeout: float | None = None) -> ServerInfo:
         """Returns a description of the server: its model, fingerprints, limits, workers and probes."""
@@ -292,7 +355,7 @@ class _AsyncStream:
             await asyncio.gather(*tasks, return_exceptions=True)
             await source.stop()
 
-    async def _run(self, chunk: Chunk, arrivals: asyncio.Queue[Arrival]) -> None:
+    async def _run(self, chunk: ScoreChunk, arrivals: asyncio.Queue[Arrival]) -> None:
         try:
             attempts = self._client._attempts(self._timeout)
             await retry_async(lambda seconds: self._attempt(chunk, attempts, seconds, arrivals), attempts, self._client._wait)
@@ -300,7 +363,7 @@ class _AsyncStream:
         except Exception as failed:  # whatever it is, the reader must hear of it instead of waiting
             arrivals.put_nowait(failed)
 
-    async def _attempt(self, chunk: Chunk, attempts: Attempts, seconds: float, arrivals: asyncio.Queue[Arrival]) -> None:
+    async def _attempt(self, chunk: ScoreChunk, attempts: Attempts, seconds: float, arrivals: asyncio.Queue[Arrival]) -> None:
         try:
             stub, request = await self._client._stub(), chunk.request(self._template)
             call = stub.ScoreStream(request, timeout=seconds, metadata=self._client._settings.metadata)

@@ -20,6 +20,7 @@ from probescore._status import FailedCall, error_from_call, invalid_request, mal
 from probescore.errors import DeadlineExceededError, ProbescoreError, ServerError, UnavailableError
 from probescore.types import RolloutGroup, ScoreResult
 from probescore.v1 import scoring_pb2
+from probescore.v1.activations_pb2_grpc import ActivationServiceStub
 from probescore.v1.admin_pb2_grpc import ProbeAdminServiceStub
 from probescore.v1.scoring_pb2_grpc import ScoringServiceStub
 from probescore.wire import MessageError, options_to_proto, request_to_proto, result_from_proto
@@ -32,11 +33,12 @@ Response = TypeVar("Response")
 Answer = TypeVar("Answer")
 
 
-class Stub(ScoringServiceStub, ProbeAdminServiceStub):
-    """gRPC stub with the methods of both services (scoring and administration) on a synchronous channel of ``grpc``."""
+class Stub(ScoringServiceStub, ActivationServiceStub, ProbeAdminServiceStub):
+    """gRPC stub with the methods of all services (scoring, activations, administration) on a synchronous channel of ``grpc``."""
 
     def __init__(self, channel: grpc.Channel | grpc.aio.Channel) -> None:
         ScoringServiceStub.__init__(self, channel)
+        ActivationServiceStub.__init__(self, channel)
         ProbeAdminServiceStub.__init__(self, channel)
 
 

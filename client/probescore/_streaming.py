@@ -52,14 +52,13 @@ Position = tuple[int, int]
 
 @dataclass(eq=False)
 class Chunk:
-    """The completions that one RPC of a stream sends, until the scores of each completion have arrived once."""
+    """The completions that one RPC of a stream sends, until the results of each completion have arrived once."""
 
     prompts: dict[int, scoring_pb2.Prompt] = field(default_factory=dict)
     missing: dict[Position, scoring_pb2.Completion] = field(default_factory=dict)
     tokens: int = 0
     completions: int = 0
     _sent: list[list[Position]] = field(default_factory=list)
-    _check: AnswerCheck | None = None
 
     def add(
         self, group: int, prompt: scoring_pb2.Prompt, parts: dict[Position, scoring_pb2.Completion], tokens: int, completions: int
@@ -72,18 +71,62 @@ class Chunk:
         self.tokens += tokens
         self.completions += completions
 
-    def request(self, template: scoring_pb2.ScoreRequest) -> scoring_pb2.ScoreStreamRequest:
-        """Returns a request message for the completions that still lack scores, with the options of the template."""
-        stream = scoring_pb2.ScoreStreamRequest(request=template)
+    def _groups_to_send(self) -> list[scoring_pb2.RolloutGroup]:
+        """Returns the groups of a request for the completions that still lack results, and notes which positions they have there."""
         self._sent = []
+        groups: list[scoring_pb2.RolloutGroup] = []
         last = None
         for (group, completion), message in self.missing.items():
             if group != last:
-                stream.request.groups.add(prompt=self.prompts[group])
+                groups.append(scoring_pb2.RolloutGroup(prompt=self.prompts[group]))
                 self._sent.append([])
                 last = group
-            stream.request.groups[-1].completions.append(message)
+            groups[-1].completions.append(message)
             self._sent[-1].append((group, completion))
+        return groups
+
+    def check_complete(self) -> None:
+        """Checks, at the end of an RPC, that results of each of the RPC's completions have arrived.
+
+        Raises:
+            ServerError: a completion is missing.
+        """
+        if self.missing:
+            raise malformed_answer(f"the stream ended without {len(self.missing)} of its completions")
+
+    def relocated(self, error: ProbescoreError) -> ProbescoreError:
+        """Returns the same error with fields named by their place in the stream instead of their place in the RPC."""
+        if not error.violations:
+            return error
+
+        def relocated(text: str) -> str:
+            return _SENT_PATH.sub(self._path, text)
+
+        violations = tuple(FieldViolation(relocated(entry.field), relocated(entry.problem)) for entry in error.violations)
+        if isinstance(error, InvalidRequestError):
+            message = "; ".join(f"{entry.field}: {entry.problem}" for entry in violations)
+        else:
+            message = relocated(error.message)
+        return type(error)(message, error.code, error.reason, violations, error.retry_seconds)
+
+    def _path(self, sent: re.Match[str]) -> str:
+        group, completion = int(sent["group"]), int(sent["completion"] or 0)
+        if group >= len(self._sent) or completion >= len(self._sent[group]):
+            return sent[0]
+        there = self._sent[group][completion]
+        return f"groups[{there[0]}]" + (f".completions[{there[1]}]" if sent["completion"] else "")
+
+
+@dataclass(eq=False)
+class ScoreChunk(Chunk):
+    """The completions that one RPC ``ScoreStream`` sends, until the scores of each completion have arrived once."""
+
+    _check: AnswerCheck | None = None
+
+    def request(self, template: scoring_pb2.ScoreRequest) -> scoring_pb2.ScoreStreamRequest:
+        """Returns a request message for the completions that still lack scores, with the options of the template."""
+        stream = scoring_pb2.ScoreStreamRequest(request=template)
+        stream.request.groups.extend(self._groups_to_send())
         self._check = AnswerCheck(stream.request)
         return stream
 
@@ -115,37 +158,6 @@ class Chunk:
             self._check.check_completion(answer.group_index, answer.completion_index, answer.scores, field)
         return replace(answer, group_index=position[0], completion_index=position[1])
 
-    def check_complete(self) -> None:
-        """Checks, at the end of an RPC, that scores of each of the RPC's completions have arrived.
-
-        Raises:
-            ServerError: a completion is missing.
-        """
-        if self.missing:
-            raise malformed_answer(f"the stream ended without {len(self.missing)} of its completions")
-
-    def relocated(self, error: ProbescoreError) -> ProbescoreError:
-        """Returns the same error with fields named by their place in the stream instead of their place in the RPC."""
-        if not error.violations:
-            return error
-
-        def relocated(text: str) -> str:
-            return _SENT_PATH.sub(self._path, text)
-
-        violations = tuple(FieldViolation(relocated(entry.field), relocated(entry.problem)) for entry in error.violations)
-        if isinstance(error, InvalidRequestError):
-            message = "; ".join(f"{entry.field}: {entry.problem}" for entry in violations)
-        else:
-            message = relocated(error.message)
-        return type(error)(message, error.code, error.reason, violations, error.retry_seconds)
-
-    def _path(self, sent: re.Match[str]) -> str:
-        group, completion = int(sent["group"]), int(sent["completion"] or 0)
-        if group >= len(self._sent) or completion >= len(self._sent[group]):
-            return sent[0]
-        there = self._sent[group][completion]
-        return f"groups[{there[0]}]" + (f".completions[{there[1]}]" if sent["completion"] else "")
-
 
 class Chunker:
     """Divides a stream of rollout groups into chunks of at most ``groups_per_call`` groups and ``tokens_per_call`` tokens; each chunk is
@@ -154,10 +166,10 @@ class Chunker:
 
     def __init__(self, window: StreamWindow) -> None:
         self._window = window
-        self._chunk = Chunk()
+        self._chunk = ScoreChunk()
         self._groups = 0
 
-    def add(self, group: RolloutGroup) -> Iterator[Chunk]:
+    def add(self, group: RolloutGroup) -> Iterator[ScoreChunk]:
         """Adds the next rollout group of the stream; yields the chunks that the group fills.
 
         Raises:
@@ -198,14 +210,14 @@ class Chunker:
         """Whether the current, unfinished chunk contains any completion."""
         return bool(self._chunk.missing)
 
-    def rest(self) -> Iterator[Chunk]:
+    def rest(self) -> Iterator[ScoreChunk]:
         """Yields the current, unfinished chunk if it contains any completion, and starts a new chunk."""
         if self._chunk.missing:
-            chunk, self._chunk = self._chunk, Chunk()
+            chunk, self._chunk = self._chunk, ScoreChunk()
             yield chunk
 
 
-Arrival = Union[GroupRead, SourceEnded, list[StreamedCompletion], Chunk, Exception]
+Arrival = Union[GroupRead, SourceEnded, list[StreamedCompletion], ScoreChunk, Exception]
 """An event in a stream: a group or the end from the source, a list of scored completions, a chunk whose RPC has ended, or the exception
 that made an RPC fail.
 """
@@ -223,7 +235,7 @@ class StreamSchedule:
     def __init__(self, window: StreamWindow) -> None:
         self._window = window
         self._chunker = Chunker(window)
-        self._ready: deque[Chunk] = deque()
+        self._ready: deque[ScoreChunk] = deque()
         self._under_way = 0
         self._reading = False
         self._ended = False
@@ -247,7 +259,7 @@ class StreamSchedule:
     def _has_room(self) -> bool:
         return self._under_way < self._window.calls_in_flight
 
-    def next_chunk(self) -> Chunk | None:
+    def next_chunk(self) -> ScoreChunk | None:
         """Returns the chunk to send now, or ``None``. The chunk counts as under way until ``accept`` is called with the chunk."""
         if not (self._ready and self._has_room):
             return None
@@ -283,7 +295,7 @@ class StreamSchedule:
                     self._end(error)
             case SourceEnded(error):
                 self._end(error)
-            case Chunk():
+            case ScoreChunk():
                 self._under_way -= 1
             case Exception():
                 raise arrival

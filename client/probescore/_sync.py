@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import queue
 import threading
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, TypeVar, cast
 import grpc
 
 from probescore import _process_forks
+from probescore._activation_calls import BYTES_PER_CALL, ReadChunk, ReadOptions, ReadPlan, read_template
 from probescore._client import (
     DEFAULT_TIMEOUT_SECONDS,
     BaseClient,
@@ -29,9 +31,9 @@ from probescore._group_sources import source_of
 from probescore._options import ScoreOptions
 from probescore._retries import Attempts, retry
 from probescore._status import FailedCall
-from probescore._streaming import Arrival, Chunk, StreamSchedule, StreamWindow
-from probescore.types import ProbeInfo, RolloutGroup, ScoreResult, ServerInfo, StreamedCompletion, Transfer
-from probescore.v1 import admin_pb2, probes_pb2, scoring_pb2
+from probescore._streaming import Arrival, ScoreChunk, StreamSchedule, StreamWindow
+from probescore.types import CompletionActivations, ProbeInfo, RolloutGroup, ScoreResult, ServerInfo, StreamedCompletion, Tap, Transfer
+from probescore.v1 import activations_pb2, admin_pb2, probes_pb2, scoring_pb2
 from probescore.wire import probes_from_proto, server_info_from_proto, transfers_from_proto
 
 if TYPE_CHECKING:
@@ -103,6 +105,69 @@ class ProbeClient(BaseClient):
         self._check_open()
         window = window or StreamWindow()
         return _Stream(self, stream_template(options), timeout, window).completions(groups)
+
+    def activations(
+        self,
+        groups: Iterable[RolloutGroup],
+        taps: str | Tap | Sequence[str | Tap],
+        *,
+        timeout: float | None = None,
+        bytes_per_call: int = BYTES_PER_CALL,
+        **options: Unpack[ReadOptions],
+    ) -> Iterator[CompletionActivations]:
+        """Reads activations of every completion of any number of rollout groups, and yields them in order. The server's setting
+        ``allow_activations`` must name the taps.
+
+        The groups are sent in several RPCs, one after the other, and an RPC's activations are held until they were yielded. After a lost
+        connection only the completions that are still missing are sent again.
+
+        Args:
+            groups: an iterable of rollout groups, read as far as one RPC ahead.
+            taps: names of taps, such as ``"resid_post.6"``, or patterns of names with shell wildcards, such as ``"resid_post.*"``.
+            timeout: seconds for each RPC.
+            bytes_per_call: limit on the bytes of activations in the response to one RPC; a single completion may have more, up to the
+                server's own limit.
+            options: keyword arguments that ``ReadOptions`` documents.
+
+        Returns:
+            The activations, with arrays of float32 whatever format they were sent in.
+        """
+        self._check_open()
+        return self._activations(groups, read_template(taps, options), timeout, bytes_per_call)
+
+    def _activations(
+        self,
+        groups: Iterable[RolloutGroup],
+        template: activations_pb2.ReadActivationsRequest,
+        timeout: float | None,
+        bytes_per_call: int,
+    ) -> Iterator[CompletionActivations]:
+        plan = ReadPlan(template, self.get_server_info(timeout=timeout), bytes_per_call)
+        for chunk in plan.chunks(groups):
+            attempts = self._attempts(timeout)
+            retry(functools.partial(self._read, chunk, attempts), attempts, self._wait)
+            yield from chunk.results()
+
+    def _read(self, chunk: ReadChunk, attempts: Attempts, seconds: float) -> None:
+        try:
+            with _process_forks.call_under_way():
+                call = self._stub().ReadActivations(chunk.request(), timeout=seconds, metadata=self._settings.metadata)
+                try:
+                    for message in call:
+                        chunk.accept(message)
+                        attempts.progressed()
+                finally:
+                    call.cancel()  # if the answer was refused, so that the server stops
+            chunk.check_complete()
+            return
+        except grpc.RpcError as failed:
+            if not chunk.missing:
+                return
+            error = chunk.relocated(self._error(cast("FailedCall", failed)))
+        except ValueError:
+            self._check_open()  # another thread may just have closed the channel
+            raise
+        raise error
 
     def get_server_info(self, *, timeout: float | None = None) -> ServerInfo:
         """Returns a description of the server: its model, fingerprints, limits, workers and probes."""
@@ -226,7 +291,7 @@ class _Stream:
         self._timeout = timeout
         self._window = window
         self._arrivals: queue.SimpleQueue[Arrival] = queue.SimpleQueue()
-        self._calls: dict[Chunk, grpc.Call] = {}
+        self._calls: dict[ScoreChunk, grpc.Call] = {}
         self._stopped = threading.Event()
         self._pause = threading.Event()
 
@@ -255,7 +320,7 @@ class _Stream:
                     call.cancel()
                 source.stop()
 
-    def _run(self, chunk: Chunk) -> None:
+    def _run(self, chunk: ScoreChunk) -> None:
         try:
             attempts = self._client._attempts(self._timeout)
             retry(
@@ -265,7 +330,7 @@ class _Stream:
         except Exception as failed:  # whatever it is, the reader must hear of it instead of waiting
             self._arrivals.put(failed)
 
-    def _attempt(self, chunk: Chunk, attempts: Attempts, seconds: float) -> None:
+    def _attempt(self, chunk: ScoreChunk, attempts: Attempts, seconds: float) -> None:
         if self._stopped.is_set():
             return
         try:

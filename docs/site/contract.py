@@ -11,10 +11,10 @@ from pathlib import Path
 
 from google.protobuf.descriptor import Descriptor, EnumDescriptor, FieldDescriptor, FileDescriptor, OneofDescriptor, ServiceDescriptor
 
-from probescore.v1 import admin_pb2, probes_pb2, scoring_pb2, tensor_pb2
+from probescore.v1 import activations_pb2, admin_pb2, probes_pb2, scoring_pb2, tensor_pb2
 
 ROOT = Path(__file__).parents[2]
-FILES: tuple[FileDescriptor, ...] = (scoring_pb2.DESCRIPTOR, probes_pb2.DESCRIPTOR, tensor_pb2.DESCRIPTOR, admin_pb2.DESCRIPTOR)
+FILES: tuple[FileDescriptor, ...] = tuple(module.DESCRIPTOR for module in (scoring_pb2, probes_pb2, tensor_pb2, activations_pb2, admin_pb2))
 
 _OPENS = re.compile(r"(?:message|enum|service|oneof) (\w+) \{")
 _NAMES = re.compile(r"(?:rpc (\w+)\(|(?:\w[\w.<>, ]* )?(\w+) = \d+)")

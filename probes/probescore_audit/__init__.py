@@ -16,31 +16,64 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from probescore_audit.alarms import MissedMonitor, RecallMonitor
     from probescore_audit.calibration import calibrate, evaluate_auroc
     from probescore_audit.comparison import Comparison, FlagAgreement, compare
     from probescore_audit.estimates import Auroc, CalibratedThreshold
     from probescore_audit.evaluation import FlaggedShares, Quality, evaluate
     from probescore_audit.fresh_rollouts import calibrate_for_fresh
     from probescore_audit.grouped import Estimate, auroc, calibration_error, grouped_auroc, grouped_rate, roc_curve
+    from probescore_audit.label_plan import LabelPlan, Stratum, plan_labels, strata
+    from probescore_audit.rates import FlagRateParts, Rates, ReferenceCounts, draw_rates, draw_reference, honest_share, interval
+    from probescore_audit.run_audit import Alarm, JudgedWindow, RunAudit, audit_run
+    from probescore_audit.run_labels import LabelledWindow, RunLabels, RunScores, StratumCounts, labelled_window
+    from probescore_audit.verdicts import Judgement, Verdict, judge
+    from probescore_audit.weighted_auroc import window_auroc
 
 __all__ = [
+    "Alarm",
     "Auroc",
     "CalibratedThreshold",
     "Comparison",
     "Estimate",
     "FlagAgreement",
+    "FlagRateParts",
     "FlaggedShares",
+    "JudgedWindow",
+    "Judgement",
+    "LabelPlan",
+    "LabelledWindow",
+    "MissedMonitor",
     "Quality",
+    "Rates",
+    "RecallMonitor",
+    "ReferenceCounts",
+    "RunAudit",
+    "RunLabels",
+    "RunScores",
+    "Stratum",
+    "StratumCounts",
+    "Verdict",
+    "audit_run",
     "auroc",
     "calibrate",
     "calibrate_for_fresh",
     "calibration_error",
     "compare",
+    "draw_rates",
+    "draw_reference",
     "evaluate",
     "evaluate_auroc",
     "grouped_auroc",
     "grouped_rate",
+    "honest_share",
+    "interval",
+    "judge",
+    "labelled_window",
+    "plan_labels",
     "roc_curve",
+    "strata",
+    "window_auroc",
 ]
 
 _MODULES = {
@@ -50,6 +83,13 @@ _MODULES = {
     "probescore_audit.evaluation": ("FlaggedShares", "Quality", "evaluate"),
     "probescore_audit.fresh_rollouts": ("calibrate_for_fresh",),
     "probescore_audit.grouped": ("Estimate", "auroc", "calibration_error", "grouped_auroc", "grouped_rate", "roc_curve"),
+    "probescore_audit.alarms": ("MissedMonitor", "RecallMonitor"),
+    "probescore_audit.label_plan": ("LabelPlan", "Stratum", "plan_labels", "strata"),
+    "probescore_audit.run_labels": ("LabelledWindow", "RunLabels", "RunScores", "StratumCounts", "labelled_window"),
+    "probescore_audit.rates": ("FlagRateParts", "Rates", "ReferenceCounts", "draw_rates", "draw_reference", "honest_share", "interval"),
+    "probescore_audit.run_audit": ("Alarm", "JudgedWindow", "RunAudit", "audit_run"),
+    "probescore_audit.verdicts": ("Judgement", "Verdict", "judge"),
+    "probescore_audit.weighted_auroc": ("window_auroc",),
 }
 
 

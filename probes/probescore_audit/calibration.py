@@ -110,10 +110,13 @@ def evaluate_auroc(positives: ArrayLike, negatives: ArrayLike, *, dataset: str, 
     )
 
 
-def newcombe_interval(auroc: float, positives: int, negatives: int) -> tuple[float, float]:
-    """The 95% interval of an AUROC from so many independent positives and negatives, by Newcombe's method 5 (``evaluate_auroc``)."""
+def newcombe_interval(auroc: float, positives: float, negatives: float) -> tuple[float, float]:
+    """The 95% interval of an AUROC from so many independent positives and negatives, by Newcombe's method 5 (``evaluate_auroc``).
+
+    The numbers need not be whole: dependent rollouts count as fewer independent ones.
+    """
     z = float(norm.ppf((1 + _CONFIDENCE) / 2))
-    equal_size = (positives + negatives) / 2 - 1
+    equal_size = max(0.0, (positives + negatives) / 2 - 1)
 
     def deviation(true: float) -> float:
         """Returns the distance of the estimated AUROC from a supposed true value, less z standard errors; zero at the interval's ends."""

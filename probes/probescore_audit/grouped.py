@@ -70,7 +70,13 @@ def auroc(scores: ArrayLike, positive: ArrayLike, weights: ArrayLike | None = No
 
 
 def grouped_auroc(
-    scores: ArrayLike, positive: ArrayLike, groups: ArrayLike, *, weights: ArrayLike | None = None, seed: int = 0
+    scores: ArrayLike,
+    positive: ArrayLike,
+    groups: ArrayLike,
+    *,
+    weights: ArrayLike | None = None,
+    independent: float = 1.0,
+    seed: int = 0,
 ) -> Estimate:
     """Computes an AUROC with an interval from a bootstrap that draws whole groups.
 
@@ -79,6 +85,8 @@ def grouped_auroc(
         positive: labels, ``(n,)`` bool.
         groups: group of each rollout, ``(n,)``; equal for rollouts that belong together.
         weights: how many times each rollout counts, ``(n,)``.
+        independent: share of the groups that the interval counts as independent, in (0, 1]; less than 1 if scores of different groups
+            depend on each other, as those of cross-validation do.
         seed: seed of the bootstrap.
     """
     values, with_it, group = np.asarray(scores, np.float64), np.asarray(positive, bool), _numbered(groups)
@@ -87,8 +95,8 @@ def grouped_auroc(
     if np.isnan(value):
         return Estimate(value, value, value)
     positives, negatives = (len(np.unique(group[kind])) for kind in (with_it, ~with_it))
-    low, high = newcombe_interval(value, positives, negatives)
-    resampled = resampled_aurocs(values, with_it, group, weights=counted, seed=seed)
+    low, high = newcombe_interval(value, independent * positives, independent * negatives)
+    resampled = resampled_aurocs(values, with_it, group, weights=counted, independent=independent, seed=seed)
     resampled = resampled[~np.isnan(resampled)]
     if len(resampled):
         bootstrap_low, bootstrap_high = np.percentile(resampled, _TAILS)
@@ -97,7 +105,13 @@ def grouped_auroc(
 
 
 def resampled_aurocs(
-    scores: ArrayLike, positive: ArrayLike, groups: ArrayLike, *, weights: ArrayLike | None = None, seed: int = 0
+    scores: ArrayLike,
+    positive: ArrayLike,
+    groups: ArrayLike,
+    *,
+    weights: ArrayLike | None = None,
+    independent: float = 1.0,
+    seed: int = 0,
 ) -> NDArray[np.float64]:
     """Computes the AUROC of each of ``RESAMPLES`` random draws of whole groups; NaN for a draw that lacks a class.
 
@@ -107,7 +121,7 @@ def resampled_aurocs(
     """
     values, with_it, group = np.asarray(scores, np.float64), np.asarray(positive, bool), _numbered(groups)
     counted = np.ones(len(values)) if weights is None else np.asarray(weights, np.float64)
-    return _aurocs(values, with_it, _drawn_groups(group, seed)[:, group] * counted)
+    return _aurocs(values, with_it, _drawn_groups(group, seed, independent)[:, group] * counted)
 
 
 def grouped_rate(flagged: ArrayLike, groups: ArrayLike, *, seed: int = 0) -> Estimate:
@@ -167,7 +181,8 @@ def _numbered(groups: ArrayLike) -> NDArray[np.int64]:
     return np.unique(np.asarray(groups), return_inverse=True)[1].astype(np.int64)
 
 
-def _drawn_groups(group: NDArray[np.int64], seed: int) -> NDArray[np.float64]:
-    """Draws groups with replacement and returns how often each group is drawn, ``(RESAMPLES, groups)``."""
+def _drawn_groups(group: NDArray[np.int64], seed: int, independent: float = 1.0) -> NDArray[np.float64]:
+    """Draws groups with replacement, as many as are independent, and returns how often each is drawn, ``(RESAMPLES, groups)``."""
     count = int(group.max()) + 1
-    return np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), RESAMPLES).astype(np.float64)
+    drawn = max(1, round(independent * count))
+    return np.random.default_rng(seed).multinomial(drawn, np.full(count, 1 / count), RESAMPLES).astype(np.float64)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from probescore_probes.exporting import ProbeFunction, linear_probe, onnx_probe, sklearn_probe, torch_probe
     from probescore_probes.reference import ReferenceModel, reference_activations
+    from probescore_probes.serve_check import ServeCheck
     from probescore_probes.writing import write_probe
     from probescore_server.probes.format.fingerprints import model_fingerprint
     from probescore_server.probes.format.manifest import CalibrationRecord, Context, Evaluation, FollowUp, Manifest, Tolerance, Training
@@ -35,6 +36,7 @@ __all__ = [
     "ProbeFile",
     "ProbeFunction",
     "ReferenceModel",
+    "ServeCheck",
     "Tolerance",
     "Training",
     "check_against_model",
@@ -52,6 +54,7 @@ __all__ = [
 _MODULES = {
     "probescore_probes.exporting": ("ProbeFunction", "linear_probe", "onnx_probe", "sklearn_probe", "torch_probe"),
     "probescore_probes.reference": ("ReferenceModel", "reference_activations"),
+    "probescore_probes.serve_check": ("ServeCheck",),
     "probescore_probes.writing": ("write_probe",),
     "probescore_server.probes.format.fingerprints": ("model_fingerprint",),
     "probescore_server.probes.format.manifest": (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,8 +17,9 @@ from probescore_audit import Auroc, CalibratedThreshold
 from probescore_probes import arguments
 from probescore_probes import writing_arguments as given
 from probescore_probes.exporting import ProbeFunction
-from probescore_probes.golden import GoldenScorer, check_graph_computes, neighbours
+from probescore_probes.golden import GoldenRollout, GoldenScorer, check_graph_computes, neighbours
 from probescore_probes.reference import ReferenceModel
+from probescore_probes.serve_check import CheckedRollouts, ServeCheck, engine_of, read_serve_check, served_reduction
 from probescore_server.errors import ProbeRefused
 from probescore_server.probes.format.graph import IR_VERSIONS, GraphSignature, check_graph, check_signature, subgraphs
 from probescore_server.probes.format.manifest import (
@@ -71,6 +73,7 @@ def write_probe(
     evaluations: Sequence[Auroc | Evaluation] = (),
     training: Training | None = None,
     tolerance: Tolerance | None = None,
+    serve_check: ServeCheck | None = None,
     description: str = "",
     author: str = "",
     license: str = "",
@@ -89,7 +92,8 @@ def write_probe(
         context: tokens on which a score depends besides its own token; a probe that is not pointwise is given ``cu_seqlens``.
         positions: whether the probe is given each token's position in its rollout.
         reduce_on: unit of the scores that the server sends; by default the unit of the probe.
-        reduction: default reduction, ``"mean"`` unless given; none for a probe that pools by itself.
+        reduction: default reduction; if not given, the one that ``serve_check`` finds, else ``"mean"``; none for a probe that pools by
+            itself.
         exclude_special_tokens: whether the special tokens of the reference's tokenizer are left out of reductions and pooling; the manifest
             lists the ids of these tokens, so that another tokenizer's padding token changes nothing.
         expects_bos: whether prompts start with BOS; ``None`` = not checked.
@@ -99,6 +103,8 @@ def write_probe(
         training: method and data with which the probe was trained.
         tolerance: largest allowed differences of a server's scores from the golden scores; by default those of ``Tolerance``, and a larger
             one for float32 if a comparison with float64 shows that the reference model is less exact.
+        serve_check: labelled rollouts with their fitted scores; the file is served, and must give these scores. This needs the extra
+            ``server`` beside ``probes``.
         description: description of the behaviour that the probe detects, for people.
         author: the probe's author, for people.
         license: the probe's licence, for people, by its SPDX name.
@@ -108,34 +114,30 @@ def write_probe(
 
     Raises:
         ProbeRefused: a server would refuse the file, its graph gives other scores than the author's code, the reference model's float32
-            activations are too far from float64 for a check, or the file at ``path`` must not be replaced; nothing is written.
+            activations are too far from float64 for a check, the served scores of ``serve_check`` are not the fitted ones, or the file at
+            ``path`` must not be replaced; nothing is written.
         TypeError: an argument has the wrong type; the error names the argument, its value and what to give instead.
         ValueError: an argument is wrong, contradicts another, or is a tap that does not exist; nothing is written.
     """
     path = given.place(path)
     given.check_names(name, version, description=description, author=author, license=license)
     given.check_reference(reference)
-    read = arguments.taps(taps, reference.reference.num_hidden_layers)
-    for index, tap in enumerate(read):
-        if tap in read[:index]:
-            raise ValueError(f"taps[{index}]: {tap} for the second time; give each tap once")
+    read = given.read_taps(taps, reference)
     labels = given.read_labels(labels)
     given.check_parts(context, follow_up, training, tolerance, reference)
     records, qualities = given.read_calibrations(calibrations, labels), given.read_evaluations(evaluations)
-    positions, exclude_special_tokens = (
-        arguments.flag(positions, "positions"),
-        arguments.flag(exclude_special_tokens, "exclude_special_tokens"),
-    )
+    positions = arguments.flag(positions, "positions")
+    exclude_special_tokens = arguments.flag(exclude_special_tokens, "exclude_special_tokens")
     expects_bos = None if expects_bos is None else arguments.flag(expects_bos, "expects_bos")
     probe = given.read_probe(probe, read, reference, labels, context)
+    chosen = reduction is not None
     reduce_on, reduction = given.read_unit(reduce_on, probe), given.read_reduction(reduction, context)
     golden = given.read_golden(golden, reference)
+    checked = None if serve_check is None else read_serve_check(serve_check, reference)
 
-    pools = context.kind == "rollout"
     inputs = tuple(TapInput.parse(tap) for tap in read)
     scorer = GoldenScorer(probe, reference, inputs, context, positions, exclude_special_tokens, follow_up)
     rollouts = [scorer.score(prompt, completion) for prompt, completion in golden]
-    beside, left_out = neighbours(rollouts)
     manifest = Manifest(
         name=name,
         version=version,
@@ -149,7 +151,7 @@ def write_probe(
         cu_seqlens=context.kind != "pointwise",
         positions=positions,
         context=context,
-        output=Output(unit=probe.unit, per=OutputPer.ROLLOUT if pools else OutputPer.TOKEN, labels=tuple(labels)),
+        output=Output(unit=probe.unit, per=OutputPer.ROLLOUT if context.kind == "rollout" else OutputPer.TOKEN, labels=labels),
         reduce_on=reduce_on,
         reduction=reduction,
         exclude_special_tokens=exclude_special_tokens,
@@ -158,20 +160,54 @@ def write_probe(
         calibrations=records,
         evaluations=qualities,
         training=training or Training(),
-        golden=Golden(
-            cases=tuple(rollout.golden for rollout in rollouts), tolerance=tolerance or Tolerance(), neighbours=beside, left_out=left_out
-        ),
+        golden=_golden(rollouts, tolerance or Tolerance()),
         graph_sha256=UNSEALED,
         manifest_sha256=UNSEALED,
     )
-    graph = _bare(probe.export(GraphSignature.of(manifest)))
-    check_golden(manifest, str(path))
-    check_signature(graph, GraphSignature.of(manifest), str(path))
-    check_graph(graph, str(path))
-    check_graph_computes(graph, manifest, probe, rollouts, str(path))
+    graph = _checked_graph(manifest, probe, rollouts, str(path))
     if tolerance is None:
         measured = manifest.golden.model_copy(update={"tolerance": _measured_tolerance(scorer, manifest.golden, str(path))})
         manifest = manifest.model_copy(update={"golden": measured})
+    if serve_check is not None and checked is not None:
+        manifest = _as_fitted(graph, manifest, serve_check, checked, reference, chosen)
+    return _written(path, graph, manifest)
+
+
+def _golden(rollouts: Sequence[GoldenRollout], tolerance: Tolerance) -> Golden:
+    beside, left_out = neighbours(rollouts)
+    return Golden(cases=tuple(rollout.golden for rollout in rollouts), tolerance=tolerance, neighbours=beside, left_out=left_out)
+
+
+def _checked_graph(manifest: Manifest, probe: ProbeFunction, rollouts: Sequence[GoldenRollout], file: str) -> onnx.ModelProto:
+    """Returns the probe's graph after all checks that a server makes of it, and a comparison with the author's code.
+
+    Raises:
+        ProbeRefused: a server would refuse the file, or the graph gives other scores than the author's code.
+    """
+    graph = _bare(probe.export(GraphSignature.of(manifest)))
+    check_golden(manifest, file)
+    check_signature(graph, GraphSignature.of(manifest), file)
+    check_graph(graph, file)
+    check_graph_computes(graph, manifest, probe, rollouts, file)
+    return graph
+
+
+def _as_fitted(
+    graph: onnx.ModelProto, manifest: Manifest, serve_check: ServeCheck, checked: CheckedRollouts, reference: ReferenceModel, chosen: bool
+) -> Manifest:
+    """Returns a manifest whose reduction is the one that was fitted, after a draft of the file was served.
+
+    Raises:
+        ProbeRefused: the draft serves other scores than were fitted.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        draft = Path(folder) / "probe.onnx"
+        written = write_probe_file(draft, graph, manifest)
+        reduction = served_reduction(engine_of(serve_check, reference, draft), checked, written, chosen)
+    return manifest.model_copy(update={"reduction": reduction})
+
+
+def _written(path: Path, graph: onnx.ModelProto, manifest: Manifest) -> ProbeFile:
     try:
         return write_probe_file(path, graph, manifest, replace=False)
     except OSError as error:

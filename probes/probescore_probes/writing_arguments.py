@@ -87,6 +87,20 @@ def check_reference(reference: _Given) -> None:
         )
 
 
+def read_taps(taps: _Given, reference: ReferenceModel) -> tuple[Tap, ...]:
+    """Returns the taps (points in the model) that a probe reads.
+
+    Raises:
+        TypeError: the value is not a list of taps.
+        ValueError: the model has no such tap, or a tap is given twice.
+    """
+    read = arguments.taps(taps, reference.reference.num_hidden_layers)
+    for index, tap in enumerate(read):
+        if tap in read[:index]:
+            raise ValueError(f"taps[{index}]: {tap} for the second time; give each tap once")
+    return tuple(read)
+
+
 def read_probe(probe: _Given, taps: Sequence[Tap], reference: ReferenceModel, labels: Sequence[str], context: Context) -> ProbeFunction:
     """Returns the probe after a check that its input width fits the taps (points in the model) and its scores fit the labels.
 

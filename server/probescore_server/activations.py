@@ -1,84 +1,16 @@
-"""Defines requests for activations and their results: taps by name or pattern, poolings, and the activations of one completion.
-
-The classes are plain frozen data and need no torch, as those of ``rollouts``.
-"""
+"""Checks what a request for activations asks for: taps by name or pattern, and poolings. The module needs no torch."""
 
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from enum import Enum
+from collections.abc import Sequence
 
-import numpy as np
-from numpy.typing import NDArray
-
-from probescore.types import CompletionStatus, Hook, Tap
+from probescore.types import Hook, Pool, Tap
 from probescore_server.errors import InvalidRequest
+from probescore_server.rollouts import ActivationReads, EngineInfo
 
 MAX_BATCH_BYTES = 1 << 30
 """Limits the bytes of activations, float32 on the model's device, that are held at once for a batch of rollouts."""
-
-
-class Pool(str, Enum):
-    """Enumeration of what is returned of the activations of the tokens that count.
-
-    ``tokens`` gives one row for each token; each of the others pools all tokens to one row, feature by feature.
-    """
-
-    TOKENS = "tokens"
-    MEAN = "mean"
-    LAST = "last"
-    MAX = "max"
-
-
-@dataclass(frozen=True)
-class ActivationReads:
-    """The activations that a request asks for, the same for every completion.
-
-    Attributes:
-        taps: taps without duplicates, in the order of the request.
-        pools: poolings, without ``tokens``.
-        tokens: whether the request asks for every token's activations.
-    """
-
-    taps: tuple[Tap, ...]
-    pools: tuple[Pool, ...]
-    tokens: bool
-
-
-@dataclass(frozen=True, eq=False)
-class CompletionActivations:
-    """The activations of one completion, or of a follow-up (token ids appended to a finished completion and read as a fork of it).
-
-    Attributes:
-        group_index, completion_index: position of the completion in the request.
-        id: id that the request gave the completion.
-        status: ``NON_FINITE`` if the model gives NaN or an infinity at a tap; ``tokens`` and ``pooled`` are then empty.
-        token_ids: tokens in scope, ``(T,)`` int32: entry *i* of ``tokens`` is read at the position whose input is ``token_ids[i]``.
-        selections: which tokens count, ``(1 + spans, T)`` bool: in the whole scope under the mask, then in each span.
-        spans: names of the spans.
-        tokens: activations ``(T, hidden_size)`` float32 of all tokens in scope, whether they count or not, a dictionary keyed by tap name;
-            empty unless asked for.
-        pooled: pooled activations ``(1 + spans, pools, hidden_size)`` float32, a dictionary keyed by tap name, with poolings in the order
-            of the request; NaN if no token counts.
-        status_message: why there are no activations, for people.
-        inexact_ids: whether some token ids were obtained by tokenising text.
-        follow_ups: activations of the completion's follow-ups, in the order of the request.
-    """
-
-    group_index: int
-    completion_index: int
-    id: str
-    status: CompletionStatus
-    token_ids: NDArray[np.int32]
-    selections: NDArray[np.bool_]
-    spans: tuple[str, ...]
-    tokens: Mapping[str, NDArray[np.float32]]
-    pooled: Mapping[str, NDArray[np.float32]]
-    status_message: str = ""
-    inexact_ids: bool = False
-    follow_ups: tuple[CompletionActivations, ...] = ()
 
 
 def all_taps(num_hidden_layers: int) -> tuple[Tap, ...]:
@@ -126,6 +58,36 @@ def resolve_pools(asked: Sequence[str] | str) -> tuple[Pool, ...]:
     if not pools:
         raise InvalidRequest("pool", f"at least one of {', '.join(pool.value for pool in Pool)} is needed")
     return tuple(pools)
+
+
+def resolve_reads(
+    patterns: Sequence[str | Tap] | str | Tap, pool: Sequence[str] | str, known: Sequence[Tap], *, whose: str, dtype: str = "float32"
+) -> ActivationReads:
+    """Returns the activations that a request asks for.
+
+    Args:
+        patterns: taps, their names, or patterns of names, as for ``matching_taps``.
+        pool: names of poolings; a string is a single name.
+        known: the taps that can be matched.
+        whose: name of the thing that has these taps, for messages.
+        dtype: format in which numbers are sent.
+
+    Raises:
+        InvalidRequest: the message names ``taps``, ``taps[i]`` or ``pool``.
+    """
+    pools = resolve_pools(pool)
+    return ActivationReads(
+        taps=matching_taps(patterns, known, whose=whose),
+        pools=tuple(each for each in pools if each is not Pool.TOKENS),
+        tokens=Pool.TOKENS in pools,
+        dtype=dtype,
+    )
+
+
+def allowed_taps(info: EngineInfo, patterns: Sequence[str]) -> tuple[Tap, ...]:
+    """Returns the taps that a server's setting ``allow_activations`` names, in the order of the model's taps; none for an empty setting."""
+    named = set(matching_taps(patterns, info.taps, whose="the taps of this model")) if patterns else set()
+    return tuple(tap for tap in info.taps if tap in named)
 
 
 def _shown(taps: Sequence[Tap]) -> str:

@@ -27,7 +27,7 @@ class RequestCost:
     Attributes:
         scope: which tokens are scored: the prompt's, the completion's or both.
         row_values: numbers in the response for a whole completion, and again for each of its spans: labels × reductions, summed over all
-            probes.
+            probes; of activations, hidden size × poolings, summed over all taps.
         token_values: numbers in the response for each token that is scored.
         appended_values: numbers in the response for the follow-ups (further token ids) that probes themselves append to a completion.
         span_scores: scores that are read for each token of a span.
@@ -47,7 +47,7 @@ class RequestCost:
         return _cost(info, options)
 
     def values(self, rollout: CheckedRollout) -> int:
-        """Returns the number of scores, of 4 bytes each, in the response for one rollout and its follow-ups (texts that continue the
+        """Returns the number of scores, or of activations, in the response for one rollout and its follow-ups (texts that continue the
         completion).
         """
         prompt = 0 if self.scope is Scope.COMPLETION else len(rollout.prompt_ids)
@@ -97,6 +97,9 @@ def _tree(continuation: Continuation, context: int) -> Iterator[tuple[Continuati
 @lru_cache(MAX_KNOWN)
 def _cost(info: EngineInfo, options: ResolvedOptions) -> RequestCost:
     row = token = appended = span = context = 0
+    if (reads := options.activations) is not None:
+        numbers = info.model.hidden_size * len(reads.taps)
+        row, token = numbers * len(reads.pools), numbers * reads.tokens
     loaded = {probe.key: probe for probe in info.probes}
     for key in options.probes:
         labels = len(loaded[key].labels)

@@ -6,14 +6,16 @@ The module imports neither torch nor grpc, since the front process has neither t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from probescore.reductions import Reduction
-from probescore.types import CompletionScores, ModelInfo, ProbeInfo, Scope, ScoredProbe, Span, Tap, Usage
+from probescore.types import CompletionScores, ModelInfo, Pool, ProbeInfo, Scope, ScoredProbe, Span, Tap, Usage
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +72,28 @@ class PinnedReading:
     id: str = ""
 
 
+@dataclass(frozen=True)
+class ActivationReads:
+    """The activations that a request asks for, the same for every completion.
+
+    Attributes:
+        taps: taps without duplicates, in the order of the request.
+        pools: poolings, without ``tokens``.
+        tokens: whether the request asks for every token's activations.
+        dtype: format in which a server sends the numbers: ``float32``, ``bfloat16`` or ``float16``.
+    """
+
+    taps: tuple[Tap, ...]
+    pools: tuple[Pool, ...]
+    tokens: bool
+    dtype: str = "float32"
+
+    @property
+    def all_pools(self) -> tuple[Pool, ...]:
+        """Returns the poolings with ``tokens`` first if every token's activations are asked for."""
+        return ((Pool.TOKENS,) if self.tokens else ()) + self.pools
+
+
 @dataclass(frozen=True, eq=False)
 class ResolvedOptions:
     """Value object with the scoring options of one request, checked against the loaded probes.
@@ -81,6 +105,7 @@ class ResolvedOptions:
         scope: the tokens to score: the prompt's, the completion's or both.
         return_token_ids: whether the response contains the token ids.
         return_token_texts: whether the response contains the text of each token.
+        activations: the activations that are read, instead of scores; ``None`` = the request asks for scores.
         readings: the readings that the request names, each with the version that is read; empty = none are named, and the frozen model is
             read.
     """
@@ -91,6 +116,7 @@ class ResolvedOptions:
     scope: Scope = Scope.COMPLETION
     return_token_ids: bool = False
     return_token_texts: bool = False
+    activations: ActivationReads | None = None
     readings: tuple[PinnedReading, ...] = ()
 
     @cached_property
@@ -111,6 +137,7 @@ class CheckedRollout:
         appended_tokens: the largest number of tokens that the requested probes themselves append to the completion, and to each of its
             follow-ups.
         reread_tokens: the number of extra token reads that the rollout's spans (token ranges) cause, beyond one read of each token.
+        activation_bytes: the number of bytes of activations in the response for this rollout; known to the front process only.
     """
 
     prompt_ids: NDArray[np.int32]
@@ -118,6 +145,7 @@ class CheckedRollout:
     options: ResolvedOptions
     appended_tokens: int = 0
     reread_tokens: int = 0
+    activation_bytes: int = 0
 
     @property
     def tokens(self) -> int:
@@ -130,20 +158,30 @@ class CheckedRollout:
         return len(self.prompt_ids) + self.completion.tree_tokens + appended + self.reread_tokens
 
 
+ActivationArrays: TypeAlias = Mapping[tuple[str, Pool], NDArray[np.generic]]
+"""Type of the activations of a completion or follow-up as they are sent: a dictionary, keyed by tap name and pool, of rows
+``(rows, hidden_size)`` in the format that the request asks for (bfloat16 as its bits, uint16).
+"""
+
+
 @dataclass(frozen=True, eq=False)
 class RolloutResult:
-    """Value object with the scores of one rollout, and the number of tokens that were computed for the rollout.
+    """Value object with the scores or the activations of one rollout, and the number of tokens that were computed for the rollout.
 
     Attributes:
-        scores: the scores of the completion and of its follow-ups (texts that continue the completion).
+        scores: the scores of the completion and of its follow-ups (texts that continue the completion). If activations were read, these
+            have no scores, but say whether there are activations, and have the token ids in scope.
         usage: the numbers of tokens that were computed, shared with other rollouts, and found in the key-value cache.
         refused_by: the key ``name@version`` of a probe that computed NaN or an infinity, so that the rollout or a follow-up has no scores;
             empty if there is no such probe.
+        activations: the activations of the completion, then of each of its follow-ups, each followed by its own; empty if scores were
+            computed.
     """
 
     scores: CompletionScores
     usage: Usage
     refused_by: str = ""
+    activations: tuple[ActivationArrays, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

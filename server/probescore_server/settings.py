@@ -58,6 +58,13 @@ class ServerSettings(BaseSettings):
         description="The server runs Python code that comes with the model. Leave it off unless you have read that code.",
     )
 
+    allow_activations: Names = Field(
+        (),
+        description="The server offers ActivationService, with which anyone who may call can read activations at these taps, "
+        "or patterns of their names. As many blocks are loaded as the deepest of them needs. Empty = it is off.",
+        examples=["resid_post.14", "'resid_post.*'"],
+    )
+
     # ------------------------------------------------------------------------------------------------------------------ compute
     devices: Names = Field(
         ("auto",),
@@ -195,6 +202,19 @@ class ServerSettings(BaseSettings):
         le=536_870_912,
         description="An answer holds at most this many numbers, each of 4 bytes: reduced scores, and scores per token where asked for.",
     )
+    max_activation_bytes: int = Field(
+        268_435_456,
+        ge=1,
+        le=1_099_511_627_776,
+        description="The answer to one call of ActivationService has at most this many bytes of activations.",
+    )
+    max_activation_bytes_in_flight: int = Field(
+        1_073_741_824,
+        ge=1,
+        le=1_099_511_627_776,
+        description="Answers of ActivationService under way have at most this many bytes of activations; "
+        "further calls are refused at once and told when to retry. It must be at least max_activation_bytes.",
+    )
     max_text_bytes_per_token: int = Field(
         16,
         ge=1,
@@ -321,7 +341,7 @@ class ServerSettings(BaseSettings):
         description="Messages of this level and of more severe ones are logged.",
     )
 
-    @field_validator("probes", "accept_mismatch", "devices", "interceptors", mode="before")
+    @field_validator("probes", "accept_mismatch", "allow_activations", "devices", "interceptors", mode="before")
     @classmethod
     def _split_at_commas(cls, value: object) -> object:
         entries = [value] if isinstance(value, str) else value
@@ -355,6 +375,7 @@ class ServerSettings(BaseSettings):
             ("max_request_tokens", "max_rollout_tokens", 1),
             ("max_queue_tokens", "max_request_tokens", 1),
             ("max_message_bytes", "max_request_tokens", BYTES_PER_TOKEN),
+            ("max_activation_bytes_in_flight", "max_activation_bytes", 1),
         )
         for larger, smaller, factor in at_least:
             if getattr(self, larger) < factor * getattr(self, smaller):

@@ -8,6 +8,7 @@ import math
 import os
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from benchmarks.activations import print_reading, store_many
 from benchmarks.compare import compare
 from benchmarks.loads import LOADS, Load, LoadGroup, Unit
 from benchmarks.model import SHAPES, BenchModel, make_model
@@ -144,3 +146,16 @@ def test_latency_is_told_on_one_core_and_on_all_beside_an_empty_call(monkeypatch
     line = rf"(\d+) cores?, ms: engine {number}, server {number}, added {number}; an empty call {number}"
     counts = re.findall(line, shown.getvalue())
     assert [int(count) for count in counts] == sorted({1, len(cores)})
+
+
+def test_activations_agree_with_padded_hugging_face(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # where the model is made
+    assert print_reading(Console(file=io.StringIO()), "tiny", ["statements"], repeats=1)
+
+
+def test_what_is_stored_is_counted_and_removed(tmp_path: Path) -> None:
+    run = store_many(tmp_path / "run", 4000, hidden_size=64)
+    assert run.tokens == 4000
+    assert run.stored_bytes >= 4000 * 3 * 64 * 2
+    assert run.peak_bytes > 0
+    assert not (tmp_path / "run").exists()

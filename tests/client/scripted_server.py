@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fnmatch
 import sys
 import threading
 from collections.abc import AsyncIterable, Callable, Iterable, Iterator, Sequence
@@ -20,10 +21,12 @@ from google.rpc import error_details_pb2, status_pb2
 from probescore import (
     AsyncProbeClient,
     Chat,
+    CompletionActivations,
     CompletionScores,
     CompletionStatus,
     GroupScores,
     OutputPer,
+    Pool,
     ProbeScores,
     Reduction,
     RolloutGroup,
@@ -34,11 +37,23 @@ from probescore import (
     ScoringInfo,
     StreamedCompletion,
     Text,
+    Usage,
     reduce_scores,
 )
 from probescore.types import score_keys
-from probescore.v1 import admin_pb2, admin_pb2_grpc, probes_pb2, scoring_pb2, scoring_pb2_grpc
-from probescore.wire import RequestOptions, groups_from_request, options_from_request, result_to_proto, streamed_to_proto
+from probescore.v1 import activations_pb2, activations_pb2_grpc, admin_pb2, admin_pb2_grpc, probes_pb2, scoring_pb2, scoring_pb2_grpc
+from probescore.wire import (
+    RequestOptions,
+    activation_options_from_request,
+    activations_info_to_proto,
+    begin_to_proto,
+    groups_from_request,
+    options_from_request,
+    result_to_proto,
+    rows_to_proto,
+    streamed_to_proto,
+)
+from probescore.wire.number_formats import NUMBER_FORMATS
 
 SUM, PAIR, POOLED, FOLLOWED = PROBES = (
     ScoredProbe(
@@ -223,7 +238,9 @@ def queue_full(retry_seconds: float = 0.01) -> Refusal:
 
 
 @dataclass
-class Service(scoring_pb2_grpc.ScoringServiceServicer, admin_pb2_grpc.ProbeAdminServiceServicer):
+class Service(
+    scoring_pb2_grpc.ScoringServiceServicer, activations_pb2_grpc.ActivationServiceServicer, admin_pb2_grpc.ProbeAdminServiceServicer
+):
     """Answers, or does what the next entry of its script says: raises a Refusal, or calls a function with the request.
 
     Attributes:
@@ -257,6 +274,12 @@ class Service(scoring_pb2_grpc.ScoringServiceServicer, admin_pb2_grpc.ProbeAdmin
         except Refusal as refusal:
             refusal.abort(context)
 
+    def ReadActivations(self, request: Any, context: Any) -> Any:
+        try:
+            yield from self._act(request, context, read_parts)
+        except Refusal as refusal:
+            refusal.abort(context)
+
     def GetServerInfo(self, request: Any, context: Any) -> Any:
         return self._act(request, context, lambda _: scoring_pb2.GetServerInfoResponse(server_version="9", probes=["sum@1"]))
 
@@ -271,6 +294,74 @@ class Service(scoring_pb2_grpc.ScoringServiceServicer, admin_pb2_grpc.ProbeAdmin
         return self._act(request, context, lambda _: admin_pb2.WakeResponse(transfers=[admin_pb2.Transfer(device="cuda:0")]))
 
 
+TAPS = ("mlp_out.0", "resid_post.1")
+WIDTH = 3
+
+
+def activations_of(ids: Any, tap: int) -> Any:
+    """The activations of the scripted server, ``(T, WIDTH)``, in the plainest way: of a token its id, times the feature, plus the tap."""
+    return (np.asarray(ids, np.float32)[:, None] * np.arange(1, 1 + WIDTH) + tap).astype(np.float32)
+
+
+def read_views(completion: Any, group: RolloutGroup, scope: Scope, path: tuple[int, ...] = (), *, inexact: bool = False) -> Iterator[Any]:
+    """A completion and its follow-ups, each with its path, the ids of its prompt that are in scope, its own, and what is selected."""
+    ids, prompt = ids_of(completion.tokens), ids_of(group.prompt)
+    inexact = inexact or isinstance(completion.tokens, str)
+    before = prompt if scope is not Scope.COMPLETION and not path else prompt[:0]
+    own = ids if scope is not Scope.PROMPT or path else ids[:0]
+    mask = np.ones(len(own), bool) if completion.mask is None else np.asarray(completion.mask, bool)
+    selections = [np.concatenate([np.ones(len(before), bool), mask])]
+    for span in completion.spans:
+        within = np.zeros_like(selections[0])
+        within[len(before) + span.start : len(before) + span.end] = True
+        selections.append(within & selections[0])
+    yield path, completion, before, own, selections, inexact
+    for index, follow_up in enumerate(completion.follow_ups):
+        yield from read_views(follow_up, group, scope, (*path, index), inexact=inexact)
+
+
+def pooled(rows: Any, selection: Any, pool: Pool) -> Any:
+    """One row, NaN if nothing is selected."""
+    chosen = rows[selection]
+    if len(chosen) == 0:
+        return np.full(WIDTH, np.nan, np.float32)
+    return {Pool.MEAN: chosen.mean(axis=0), Pool.LAST: chosen[-1], Pool.MAX: chosen.max(axis=0)}[pool].astype(np.float32)
+
+
+def read_parts(request: activations_pb2.ReadActivationsRequest) -> Iterator[activations_pb2.ReadActivationsResponse]:
+    """One message per part and row, the last completion first."""
+    options = activation_options_from_request(request)
+    taps = [tap for tap in TAPS if any(fnmatch.fnmatchcase(tap, pattern) for pattern in options.taps)]
+    info = activations_info_to_proto("sha256:model", "sha256:tokenizer", taps, options.pools, options.dtype, Usage())
+
+    def message(part: activations_pb2.ActivationPart) -> activations_pb2.ReadActivationsResponse:
+        return activations_pb2.ReadActivationsResponse(parts=[part], info=info)
+
+    groups = groups_from_request(request)
+    places = [(index, place) for index, group in enumerate(groups) for place in range(len(group.completions))]
+    for index, place in reversed(places):
+        group = groups[index]
+        inexact = isinstance(group.prompt, (Text, Chat))
+        for path, completion, before, own, selections, in_text in read_views(
+            group.completions[place], group, options.scope, inexact=inexact
+        ):
+            told = CompletionScores(completion.id, CompletionStatus.OK, {}, prompt_ids=before, completion_ids=own, inexact_ids=in_text)
+            yield message(begin_to_proto(index, place, path, told))
+            for number, tap in enumerate(taps):
+                rows = activations_of(np.concatenate([before, own]), number)
+                for pool in options.pools:
+                    sent = rows if pool is Pool.TOKENS else np.stack([pooled(rows, selection, pool) for selection in selections])
+                    stored = NUMBER_FORMATS[options.dtype].encode(sent)
+                    for first in range(len(stored)):
+                        yield message(rows_to_proto(tap, pool, first, stored[first : first + 1], options.dtype))
+
+
+def reading_server(_: Any = None) -> scoring_pb2.GetServerInfoResponse:
+    """What a server that gives activations says of itself."""
+    limits = scoring_pb2.Limits(max_activation_bytes=1 << 20, max_request_tokens=1000, max_request_rollouts=100)
+    return scoring_pb2.GetServerInfoResponse(model=scoring_pb2.ModelInfo(hidden_size=WIDTH), activation_taps=TAPS, limits=limits)
+
+
 @contextmanager
 def serving(service: Service, address: str = "127.0.0.1:0", **options: int) -> Iterator[str]:
     """Serves until the block ends, then drops what is under way; gives the address."""
@@ -278,6 +369,7 @@ def serving(service: Service, address: str = "127.0.0.1:0", **options: int) -> I
         ThreadPoolExecutor(32), options=[("grpc.so_reuseport", 0), *((f"grpc.{key}", value) for key, value in options.items())]
     )
     scoring_pb2_grpc.add_ScoringServiceServicer_to_server(service, server)
+    activations_pb2_grpc.add_ActivationServiceServicer_to_server(service, server)
     if service.admin:
         admin_pb2_grpc.add_ProbeAdminServiceServicer_to_server(service, server)
     port = server.add_insecure_port(address)
@@ -322,6 +414,18 @@ class BlockingAsyncClient:
                 yield completion
         finally:
             self.loop.run_until_complete(stream.aclose())
+
+    def activations(self, *args: Any, **options: Any) -> Iterator[CompletionActivations]:
+        read = self.client.activations(*args, **options)  # at once, as a call's arguments are checked
+
+        def each() -> Iterator[CompletionActivations]:
+            try:
+                while (completion := self.loop.run_until_complete(anext(read, None))) is not None:
+                    yield completion
+            finally:
+                self.loop.run_until_complete(read.aclose())
+
+        return each()
 
 
 def group(*completions: Sequence[int], prompt: Sequence[int] = (1, 2)) -> RolloutGroup:

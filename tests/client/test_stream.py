@@ -32,7 +32,7 @@ from probescore import (
     UnavailableError,
 )
 from probescore._group_sources import GroupRead, SourceEnded
-from probescore._streaming import Chunk, StreamSchedule
+from probescore._streaming import ScoreChunk, StreamSchedule
 from probescore.v1 import scoring_pb2
 from probescore.wire import groups_from_request
 
@@ -56,7 +56,7 @@ def expected(count: int, completions: int = 3) -> dict[tuple[int, int], float]:
     return {(index, position): 100 * index + position for index in range(count) for position in range(completions)}
 
 
-def chunks(groups: list[RolloutGroup], window: StreamWindow) -> Iterator[Chunk]:
+def chunks(groups: list[RolloutGroup], window: StreamWindow) -> Iterator[ScoreChunk]:
     """How a source that never waits is cut into calls, when each is answered before the next."""
     schedule, source = StreamSchedule(window), iter(groups)
     while not schedule.finished:

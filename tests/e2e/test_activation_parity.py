@@ -12,8 +12,8 @@ from parity_cases import EVERY_TAP, GROUPS, in_deviations, rollouts
 from parity_models import write_model
 from parity_reference import Reference
 
+from probescore.types import CompletionActivations
 from probescore_server import Engine
-from probescore_server.activations import CompletionActivations
 
 READ_AT_EVERY_HOOK = ("llama", "gpt2", "gpt_neox", "bloom", "gemma2", "mistral", "qwen3_next", "deepseek_v3", "gpt_oss")
 """Attention with and without a window, with latent keys and recurrent; norms before and after; additions inside modules; experts."""

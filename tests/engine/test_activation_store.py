@@ -23,14 +23,13 @@ from hypothesis.extra import numpy as arrays
 from models import BOS, HIDDEN_SIZE, tiny_model
 from numpy.typing import NDArray
 
-from probescore.types import Completion, RolloutGroup, Scope, Span
+from probescore.types import Completion, CompletionActivations, RolloutGroup, Scope, Span
+from probescore.wire.number_formats import NUMBER_FORMATS, Overflow
 from probescore_server import Engine
 from probescore_server.activation_store import writing
 from probescore_server.activation_store.index import StoreRefused
-from probescore_server.activation_store.number_formats import NUMBER_FORMATS, Overflow
 from probescore_server.activation_store.reading import StoredActivations
 from probescore_server.activation_store.writing import StorePlan, store_activations
-from probescore_server.activations import CompletionActivations
 
 TAPS = ("resid_post.1", "mlp_out.3")
 POOLS = ("mean", "last", "max")

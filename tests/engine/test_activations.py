@@ -16,10 +16,9 @@ from models import BOS, HIDDEN_SIZE, LAYERS, VOCAB_SIZE, tiny_model
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
-from probescore.types import Chat, Completion, CompletionStatus, RolloutGroup, Scope, Span, Tap, Text
+from probescore.types import Chat, Completion, CompletionActivations, CompletionStatus, RolloutGroup, Scope, Span, Tap, Text
 from probescore_probes.reference import ReferenceModel
 from probescore_server import Engine
-from probescore_server.activations import CompletionActivations
 from probescore_server.backbone.base import Activations
 from probescore_server.errors import InvalidRequest, LimitExceeded
 

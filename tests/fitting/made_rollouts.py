@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 from models import BOS, HIDDEN_SIZE, VOCAB_SIZE, tiny_model
 
+from probescore.types import Completion
 from probescore_probes import ReferenceModel
+from probescore_probes.fitting.labelled_rollouts import LabelledRollout
 
 Line = dict[str, Any]
 
@@ -62,6 +64,21 @@ def told_by_length(count: int, seed: int = 0) -> list[Line]:
             "group": index,
         }
         for index in range(count)
+    ]
+
+
+def labelled(lines: Sequence[Line]) -> list[LabelledRollout]:
+    """What fitting takes, of lines as they are here."""
+    return [
+        LabelledRollout(
+            line["prompt"],
+            Completion(line["completion"]),
+            bool(line["label"]),
+            f"line {number}",
+            str(line["group"]),
+            slice=line.get("slice", ""),
+        )
+        for number, line in enumerate(lines, 1)
     ]
 
 

@@ -5,35 +5,25 @@ from __future__ import annotations
 import json
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
-from made_rollouts import meaningless, readable, reference, told_by_length
-from models import tiny_model
+from foreign_autoencoders import autoencoder
+from made_rollouts import labelled, meaningless, readable, reference, told_by_length
+from models import HIDDEN_SIZE, tiny_model
 
 from probescore.types import Completion, Text
 from probescore_probes import read_probe_file
-from probescore_probes.fitting import cross_validation, pooling_kinds, token_kinds
+from probescore_probes.fitting import cross_validation, pooling_kinds, smoothed_kinds, token_kinds
 from probescore_probes.fitting.labelled_rollouts import LabelledRollout, Passage, tokenised
-from probescore_probes.fitting.pipeline import FitOptions, fit_probe
+from probescore_probes.fitting.options import EVERY_BLOCK, FitOptions
+from probescore_probes.fitting.pipeline import fit_probe
 from probescore_probes.fitting.report import check_writable, write_report
-from probescore_probes.fitting.serving import BOUND, agreement
+from probescore_probes.fitting.serving import agreement
+from probescore_probes.serve_check import BOUND
 from probescore_server.engine.engine import Engine
 from probescore_server.errors import ProbeRefused
-
-
-def labelled(lines):
-    return [
-        LabelledRollout(
-            line["prompt"],
-            Completion(line["completion"]),
-            bool(line["label"]),
-            f"line {number}",
-            str(line["group"]),
-            slice=line.get("slice", ""),
-        )
-        for number, line in enumerate(lines, 1)
-    ]
 
 
 def options(name="made", **changes):
@@ -45,6 +35,7 @@ def few_steps():
     """Enough of them for data as plain as these."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(token_kinds, "_STEPS", 100)
+        patch.setattr(smoothed_kinds, "_STEPS", 100)
         patch.setattr(pooling_kinds, "_STEPS", 60)
         patch.setattr(cross_validation, "REPEATS", 1)
         yield
@@ -160,15 +151,29 @@ def test_a_report_goes_where_it_can_be_written(tmp_path):
         check_writable(tmp_path / "none" / "report.html")
 
 
-@pytest.mark.parametrize("kind", ["difference-of-means", "lda", "mlp", "mean-of-sigmoids", "attention", "rolling-max"])
-def test_every_kind_is_served_as_it_was_fitted(kind, tmp_path):
-    result = fit_probe(labelled(readable(120)), tiny_model(), tmp_path / "made.onnx", options(kind=kind, false_positive_rate=0.01))
+@pytest.mark.parametrize("kind", ["mean-of-sigmoids", "rolling-max", "exponential-smoothing", "sae-feature"])
+def test_every_way_to_fit_goes_from_rollouts_to_a_judged_probe(kind, tmp_path):
+    # test_every_kind.py has all kinds
+    told = {}
+    if kind == "sae-feature":
+        direction = np.random.default_rng(99).standard_normal(HIDDEN_SIZE)  # which the label is the side of
+        told = {"autoencoder": autoencoder(tmp_path / "sae", "blocks.1.hook_resid_post", direction)[0], "taps": EVERY_BLOCK}
+    asked = options(kind=kind, false_positive_rate=0.01, **told)
+    result = fit_probe(labelled(readable(120)), tiny_model(), tmp_path / "made.onnx", asked)
     assert result.agreement.largest <= BOUND["float32"]
     assert result.evidence.test.value > 0.7
+    assert kind in result.kinds
     manifest = read_probe_file(tmp_path / "made.onnx").manifest
-    pools = kind not in ("difference-of-means", "lda")
-    assert manifest.context.kind == ("rollout" if pools else "pointwise")
-    assert manifest.reduction == (None if pools else result.selection.chosen.pool)
+    assert manifest.context.kind == ("pointwise" if kind in ("exponential-smoothing", "sae-feature") else "rollout")
+    taps = {str(each.tap) for each in manifest.inputs}
+    if kind == "sae-feature":
+        assert "feature 5 of a sparse autoencoder, mean" in result.provenance["method"]
+        assert taps == {"resid_post.1"}
+        assert manifest.reduction == "mean"
+    if kind == "exponential-smoothing":
+        assert taps == {"resid_post.0", "resid_post.1", "resid_post.2"}
+        assert manifest.reduction == "ema_max(0.1)"
+        assert {"attention"} & {*result.kinds} == {"attention"}  # its tap is among those that were read
     # too few negatives for such a threshold: there is none, and it is said
     assert result.thresholds == {}
     assert manifest.calibrations == ()
@@ -278,7 +283,16 @@ def test_a_version_never_changes_and_that_is_said_before_anything_is_computed(fi
 
 @pytest.mark.parametrize(
     ("changes", "says"),
-    [({"kind": "svm"}, "kind: 'svm'"), ({"pools": ("max",)}, "pool: 'max'"), ({"false_positive_rate": 1.0}, "false_positive_rate: 1")],
+    [
+        ({"kind": "svm"}, "kind: 'svm'"),
+        ({"pools": ("max",)}, "pool: 'max'"),
+        ({"pools": ()}, "pool: none given"),
+        ({"false_positive_rate": 1.0}, "false_positive_rate: 1"),
+        ({"kind": "sae-feature"}, "sae: none given; the kind sae-feature takes a folder of SAELens"),
+        ({"feature": 3}, "feature: for the kind sae-feature alone, and the kind is logistic"),
+        ({"autoencoder": Path("sae")}, "sae: for the kind sae-feature alone"),
+        ({"kind": "sae-feature", "autoencoder": Path("sae")}, "taps: resid_post.0, resid_post.1, resid_post.2; sae-feature reads where"),
+    ],
 )
 def test_an_option_that_there_is_not_is_refused(changes, says, tmp_path):
     with pytest.raises(ValueError, match=re.escape(says)):

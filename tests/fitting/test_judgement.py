@@ -37,6 +37,7 @@ CLEAN = Evidence(
     shared_completions=0,
     groups=200,
     calibration_negatives=100,
+    calibration_groups=40,
     false_positive_rate=0.05,
     pooled_false_positives=near(0.05, 0.02),
     slices={"a": judged(0.93, 0.06), "far (out of distribution)": judged(0.8, 0.07, out=True)},
@@ -74,6 +75,7 @@ def test_clean_evidence_has_no_warning_and_is_sound():
         (3, {"shared_completions": 3}, "3 completions"),
         (4, {"groups": 39}, "39 groups"),
         (4, {"calibration_negatives": 19}, "19 negatives"),
+        (4, {"calibration_groups": 1}, "100 negatives in 1 group"),
         (5, {"slices": {"a": judged(0.93, 0.06)}}, "0 sets"),
         (6, {"slices": {**CLEAN.slices, "b": judged(0.9, 0.11)}}, "11.0%"),
         (7, {"slices": {**CLEAN.slices, "negated (out of distribution)": judged(0.08, 0.05, out=True)}}, ".080"),
@@ -106,6 +108,7 @@ def test_a_warning_fires_alone_and_says_its_number(number, changes, says):
         {"rivals": {"length": UNKNOWN}},
         {"groups": 40},
         {"calibration_negatives": 20},
+        {"calibration_groups": 2},
         {"slices": {**CLEAN.slices, "b": judged(0.9, 0.09)}},
         # more than twice the pooled rate, of so few that chance gives it
         {"slices": {**CLEAN.slices, "b": SliceResult(near(0.9), Estimate(0.125, 0.003, 0.53), 8, 8)}},
@@ -125,7 +128,10 @@ def test_what_is_just_within_a_limit_fires_nothing(changes):
 
 
 def test_chance_is_called_useless_and_length_by_its_name():
-    assert verdict_of(replace(CLEAN, test=near(0.52)), ()).text.startswith("Useless")
+    for by_chance in ({"test": near(0.52)}, {"nested": near(0.52)}, {"test": near(0.02)}):
+        verdict = verdict_of(replace(CLEAN, **by_chance), ())
+        assert verdict.grade == "useless"
+        assert verdict.text.startswith("Useless")
     evidence = replace(CLEAN, rivals={"length": near(0.99, 0.01)})
     verdict = verdict_of(evidence, warnings_of(evidence))
     assert verdict.grade == "doubtful"

@@ -92,3 +92,15 @@ def test_folds_hold_every_example_out_once_with_whole_groups_and_both_classes():
         assert not positive[held_out].all()
         seen += held_out.tolist()
     assert sorted(seen) == list(range(60))
+
+
+def test_other_data_have_groups_of_their_own_or_none():
+    # a control of one prompt, from another file, whose numbers of groups are of something else
+    inside = [example([prompt], [prompt + 50], bool(prompt % 2), group=str(prompt)) for prompt in range(20)]
+    outside = [example([7], [prompt], bool(prompt % 2), split="ood", group="3" if prompt > 5 else None) for prompt in range(10)]
+    found = split([*inside, *outside], 0)
+    assert found.named
+    assert not {*found.groups[:20].tolist()} & {*found.groups[20:].tolist()}
+    assert len({*found.groups[20:].tolist()}) == 2
+    with pytest.raises(ValueError, match="no positive example among 0"):
+        split(outside, 0)

@@ -83,6 +83,8 @@ def test_one_telling_token_among_many_is_found(kind):
 
 
 def test_more_tokens_than_fit_are_refused_before_they_are_read():
-    check_bytes(1_000_000, 576)
-    with pytest.raises(ValueError, match=r"kind: 1,000,000 tokens × 4096 features take 16.4 GB, .* a kind that is fitted on means"):
-        check_bytes(1_000_000, 4096)
+    check_bytes(1_000_000, 1, 576)
+    with pytest.raises(ValueError, match=r"kind: 1,000,000 tokens × 4096 numbers take 16.4 GB, .* a kind that is fitted on means"):
+        check_bytes(1_000_000, 1, 4096)
+    with pytest.raises(ValueError, match=r"kind: 1,000,000 tokens × 6 taps × 576 numbers take 13.8 GB, .* fewer taps"):
+        check_bytes(1_000_000, 6, 576)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from parity_models import write_model
 from read_twice import BOUND, GROUPS, TAPS, Served, both, deviations, plain_scores, token_scores, write_probes
 from written_adapters import PREFIX, WrittenAdapter, load
@@ -13,6 +14,7 @@ from written_adapters import PREFIX, WrittenAdapter, load
 from probescore import Completion, RolloutGroup
 from probescore.types import CompletionStatus, ReadingKind
 from probescore_server import Engine
+from probescore_server.backbone.low_rank import add_low_rank
 
 FORMS = {
     "lora": {},
@@ -183,6 +185,18 @@ def test_a_coarse_model_moves_as_the_policy_does(llama: Served, tmp_path: Path, 
             for reading in exact
         }
         assert errors["policy"] <= 2 * errors["frozen"] <= 0.2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_small_update_of_a_coarse_layer_is_rounded_once(dtype: torch.dtype) -> None:
+    random = torch.Generator().manual_seed(0)
+    layer = torch.nn.Linear(256, 256, bias=False, dtype=dtype).requires_grad_(False)
+    rows = torch.randn((1, 512, 256), generator=random).to(dtype)
+    down, up = (torch.randn(shape, generator=random).mul(0.02).to(dtype) for shape in ((8, 256), (256, 8)))
+    exact = rows.double() @ (layer.weight.double() + up.double() @ down.double()).T
+    rounded_twice = layer(rows) + rows @ down.T @ up.T
+    add_low_rank(layer, down, up)
+    assert (layer(rows).double() - exact).norm() < 0.85 * (rounded_twice.double() - exact).norm()
 
 
 def test_only_the_policy_can_be_asked_for(engine: Engine, llama: Served, tmp_path: Path) -> None:

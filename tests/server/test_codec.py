@@ -13,8 +13,16 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from probescore.reductions import Reduction
-from probescore.types import CompletionScores, CompletionStatus, ProbeScores, ReadingScores, Scope, Span, Usage
-from probescore_server.rollouts import CheckedRollout, Continuation, PinnedReading, ResolvedOptions, RolloutResult, ScoredBatch
+from probescore.types import CompletionScores, CompletionStatus, Pool, ProbeScores, ReadingScores, Scope, Span, Tap, Usage
+from probescore_server.rollouts import (
+    ActivationReads,
+    CheckedRollout,
+    Continuation,
+    PinnedReading,
+    ResolvedOptions,
+    RolloutResult,
+    ScoredBatch,
+)
 from probescore_server.workers.messages import BatchScored, ScoreBatch
 
 NAMES = st.text(max_size=3)
@@ -31,6 +39,14 @@ EVERY_OPTION = {
     "scope": st.sampled_from(Scope),
     "return_token_ids": st.booleans(),
     "return_token_texts": st.booleans(),
+    "activations": st.none()
+    | st.builds(
+        ActivationReads,
+        taps=st.lists(st.builds(Tap, NAMES, st.none() | COUNTS), max_size=2).map(tuple),
+        pools=st.lists(st.sampled_from(Pool), max_size=2).map(tuple),
+        tokens=st.booleans(),
+        dtype=st.sampled_from(["float32", "bfloat16"]),
+    ),
     "readings": st.lists(st.builds(PinnedReading, NAMES, NAMES), max_size=2).map(tuple),
 }
 OPTIONS = st.builds(ResolvedOptions, **EVERY_OPTION)
@@ -67,7 +83,10 @@ def some(strategy: st.SearchStrategy[Any]) -> st.SearchStrategy[tuple[Any, ...]]
 
 CONTINUATIONS = st.recursive(continuations(st.just(())), lambda inner: continuations(some(inner)), max_leaves=4)
 COMPLETION_SCORES = st.recursive(completion_scores(st.just(())), lambda inner: completion_scores(some(inner)), max_leaves=4)
-RESULTS = st.builds(RolloutResult, COMPLETION_SCORES, st.builds(Usage, COUNTS, COUNTS, COUNTS), NAMES)
+STORED = st.sampled_from([np.dtype("<f4"), np.dtype("<f2"), np.dtype("<u2")])
+ROWS = STORED.flatmap(lambda dtype: arrays.arrays(dtype, st.tuples(COUNTS, st.integers(1, 3))))
+ACTIVATIONS = some(st.dictionaries(st.tuples(NAMES, st.sampled_from(Pool)), ROWS, max_size=3))
+RESULTS = st.builds(RolloutResult, COMPLETION_SCORES, st.builds(Usage, COUNTS, COUNTS, COUNTS), NAMES, ACTIVATIONS)
 
 
 def assert_same(ours: Any, theirs: Any) -> None:
@@ -97,7 +116,7 @@ def test_a_batch_reaches_the_worker_as_it_was_sent(rollouts: list[CheckedRollout
 @given(st.lists(st.none() | RESULTS, max_size=3).map(tuple))
 def test_results_come_back_as_the_worker_sent_them(results: tuple[RolloutResult | None, ...]) -> None:
     sent = BatchScored(7, ScoredBatch(results, 0.5))
-    assert_same(pickle.loads(pickle.dumps(sent)), sent)
+    assert_same(pickle.loads(pickle.dumps(sent, pickle.HIGHEST_PROTOCOL)), sent)
 
 
 def test_every_option_of_a_request_is_drawn_here() -> None:

@@ -370,3 +370,53 @@ async def test_a_reader_who_is_a_batch_behind_gets_no_more_than_is_on_its_way_an
         await anext(slow)
     await settle()
     assert worker.batches == [["s0"], ["s1"], ["q"], ["s2"], ["s3"]]
+
+
+# ------------------------------------------------------------------------------------------------------------------- activations
+
+
+def reading(rollouts: list[CheckedRollout], activation_bytes: int) -> list[CheckedRollout]:
+    return [replace(rollout, activation_bytes=activation_bytes) for rollout in rollouts]
+
+
+async def test_a_batch_is_bounded_in_bytes_of_activations(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(queue, "MAX_ACTIVATION_BYTES", 100)
+    worker = HandWorker(ready=False)
+    scheduler = scheduler_for(worker)
+    shared = {"prompt_id": 7}
+    one = scheduler.submit([reading(group("a1", "a2", "a3", **shared), 40), reading(group("b1"), 10)], job="a")
+    two = scheduler.submit([reading(group("c1", **shared), 101), group("d1", **shared)], job="c")
+    finished = [asyncio.create_task(names_of(call)) for call in (one, two)]
+    worker.ready = True
+    scheduler.dispatch()
+    await settle()
+    await worker.finish_all()
+    assert [sorted(names) for names in await asyncio.gather(*finished)] == [["a1", "a2", "a3", "b1"], ["c1", "d1"]]
+    sizes = {"a1": 40, "a2": 40, "a3": 40, "b1": 10, "c1": 101, "d1": 0}
+    for names in worker.batches:
+        read = [name for name in names if sizes[name]]
+        assert len(read) <= 1 or sum(sizes[name] for name in read) <= 100, worker.batches
+    assert is_empty(scheduler)
+
+
+async def test_more_is_read_for_a_call_only_once_its_answer_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(queue, "MAX_ACTIVATION_BYTES", 100)
+    worker = HandWorker()
+    scheduler = scheduler_for(worker)
+    call = scheduler.submit([reading(group("1", "2", "3", "4", "5"), 60)], job="slow")
+    await settle()
+    await worker.finish_all()
+    assert worker.batches == [["1"], ["2"]]  # 120 bytes are unread
+    other = asyncio.create_task(names_of(scheduler.submit([group("scored")], job="other")))
+    await settle()
+    await worker.finish_all()
+    assert await other == ["scored"]
+    await anext(call)
+    await settle()
+    assert worker.batches[2:] == [["scored"]]  # what was taken is being sent, and still held
+    await anext(call)
+    await settle()
+    assert worker.batches[3:] == [["3"]]
+    scheduler.withdraw(call)
+    await worker.finish_all()
+    assert is_empty(scheduler)

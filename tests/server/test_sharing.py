@@ -10,9 +10,9 @@ import pytest
 from hand_worker import OPTIONS, HandWorker, group, is_empty, names_of, scheduler_for, settle
 
 from probescore.reductions import Reduction
-from probescore.types import Scope, Span, Usage
+from probescore.types import Pool, Scope, Span, Tap, Usage
 from probescore_server.errors import InternalFault
-from probescore_server.rollouts import CheckedRollout, Continuation, ResolvedOptions, RolloutResult
+from probescore_server.rollouts import ActivationReads, CheckedRollout, Continuation, ResolvedOptions, RolloutResult
 from probescore_server.scheduling.call import Call, groups_of
 from probescore_server.scheduling.scheduler import Scheduler
 
@@ -199,6 +199,7 @@ CHANGED_OPTIONS = {
     "scope": Scope.ALL,
     "return_token_ids": True,
     "return_token_texts": True,
+    "activations": ActivationReads((Tap("resid_post", 1),), (Pool.MEAN,), tokens=False),
 }
 ECHOED = {"id": "a", "inexact_ids": True}
 

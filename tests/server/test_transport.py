@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import pickle
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -10,7 +11,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from probescore_server.event_loop import MAX_BYTES_UNPICKLED_ON_LOOP
-from probescore_server.workers.transport import BlockingEnd, EventLoopEnd
+from probescore_server.workers.transport import BlockingEnd, EventLoopEnd, _encode
 
 LARGE = 3 * MAX_BYTES_UNPICKLED_ON_LOOP
 
@@ -58,6 +59,24 @@ async def test_answers_arrive_whole_however_large_and_before_the_end_is_told() -
         ends.close_worker()
         await ends.ended.wait()
         assert sorted(ends.received) == sorted(answers)
+
+
+@pytest.mark.parametrize("sizes", [[0], [1, 0, 3], [LARGE, 70, LARGE * 10], [1] * 300])
+async def test_buffers_cross_beside_their_message_without_being_copied_into_it(sizes: list[int]) -> None:
+    async with both_ends() as ends:
+        contents = [bytes([number % 251]) * size for number, size in enumerate(sizes)]
+        for _ in range(3):
+            await asyncio.to_thread(ends.worker.send, ("before", "x" * LARGE))
+            await asyncio.to_thread(ends.worker.send, [pickle.PickleBuffer(content) for content in contents])
+        ends.front.send([pickle.PickleBuffer(content) for content in contents], takes_long=True)
+        assert [bytes(part) for part in await asyncio.to_thread(ends.worker.receive)] == contents
+        ends.close_worker()
+        await ends.ended.wait()
+    arrived = [message for message in ends.received if isinstance(message, list)]
+    assert [[bytes(part) for part in message] for message in arrived] == [contents] * 3
+    header, *rest = _encode([pickle.PickleBuffer(content) for content in contents])
+    assert len(header) < 100 + 20 * len(sizes)
+    assert [part.obj for part in rest] == contents
 
 
 async def test_a_worker_that_does_not_read_holds_up_nobody_and_what_it_would_not_get_is_dropped() -> None:

@@ -3,6 +3,7 @@
 All classes here are frozen, contain numpy arrays rather than lists, and are shared by the client, the in-process ``Engine`` and the server.
 """
 
+from probescore.types.activations import ActivationsInfo, CompletionActivations, Pool
 from probescore.types.probes import Calibration, Hook, OutputPer, ProbeInfo, ScoredProbe, ScoreUnit, Tap, score_keys
 from probescore.types.readings import FROZEN, LoadedReading, Reading, ReadingKind
 from probescore.types.rollouts import Chat, ChatMessage, Completion, RolloutGroup, Scope, Span, Text, TokenIds
@@ -21,10 +22,12 @@ from probescore.types.servers import Limits, ModelInfo, ServerInfo, Transfer, Wo
 
 __all__ = [
     "FROZEN",
+    "ActivationsInfo",
     "Calibration",
     "Chat",
     "ChatMessage",
     "Completion",
+    "CompletionActivations",
     "CompletionScores",
     "CompletionStatus",
     "GroupScores",
@@ -33,6 +36,7 @@ __all__ = [
     "LoadedReading",
     "ModelInfo",
     "OutputPer",
+    "Pool",
     "ProbeInfo",
     "ProbeScores",
     "Reading",

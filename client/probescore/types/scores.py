@@ -14,10 +14,15 @@ from probescore.types.readings import FROZEN, Reading
 
 
 class CompletionStatus(str, Enum):
-    """Enumeration of the results of scoring a completion; ``NON_FINITE`` means that a probe computed a number that is not finite."""
+    """Enumeration of the results of scoring a completion, or of reading its activations.
+
+    ``NON_FINITE`` means that the model or a probe computed a number that is not finite. ``OVERFLOW``, of activations only, means that a
+    number is too large for the format in which they were to be sent.
+    """
 
     OK = "ok"
     NON_FINITE = "non_finite"
+    OVERFLOW = "overflow"
 
 
 @dataclass(frozen=True, eq=False)

@@ -58,6 +58,8 @@ class Limits:
     max_in_flight_bytes: int = 0
     max_connections: int = 0
     max_calls_per_connection: int = 0
+    max_activation_bytes: int = 0
+    max_activation_bytes_in_flight: int = 0
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,7 @@ class ServerInfo:
         limits: maximum sizes of requests.
         workers: the worker processes, one for each device.
         probes: ``name@version`` of each loaded probe.
+        activation_taps: names of the taps whose activations the server gives, such as ``resid_post.6``; empty if it gives none.
     """
 
     server_version: str
@@ -119,3 +122,4 @@ class ServerInfo:
     limits: Limits
     workers: tuple[WorkerInfo, ...]
     probes: tuple[str, ...]
+    activation_taps: tuple[str, ...] = ()

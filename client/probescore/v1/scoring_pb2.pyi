@@ -61,6 +61,8 @@ class _CompletionStatusEnumTypeWrapper(google.protobuf.internal.enum_type_wrappe
     """Every score is there."""
     COMPLETION_STATUS_NON_FINITE: _CompletionStatus.ValueType  # 2
     """The model or a probe gave NaN or an infinity for this completion; it has no scores. The other completions are not affected."""
+    COMPLETION_STATUS_OVERFLOW: _CompletionStatus.ValueType  # 3
+    """Of activations only: a number is too large for the format that was asked for; the message names it, its tap and the format's limit."""
 
 class CompletionStatus(_CompletionStatus, metaclass=_CompletionStatusEnumTypeWrapper):
     """Whether a completion could be scored."""
@@ -71,6 +73,8 @@ COMPLETION_STATUS_OK: CompletionStatus.ValueType  # 1
 """Every score is there."""
 COMPLETION_STATUS_NON_FINITE: CompletionStatus.ValueType  # 2
 """The model or a probe gave NaN or an infinity for this completion; it has no scores. The other completions are not affected."""
+COMPLETION_STATUS_OVERFLOW: CompletionStatus.ValueType  # 3
+"""Of activations only: a number is too large for the format that was asked for; the message names it, its tap and the format's limit."""
 global___CompletionStatus = CompletionStatus
 
 @typing.final
@@ -704,6 +708,7 @@ class GetServerInfoResponse(google.protobuf.message.Message):
     LIMITS_FIELD_NUMBER: builtins.int
     WORKERS_FIELD_NUMBER: builtins.int
     PROBES_FIELD_NUMBER: builtins.int
+    ACTIVATION_TAPS_FIELD_NUMBER: builtins.int
     server_version: builtins.str
     """Version of the server, PEP 440."""
     tokenizer_fingerprint: builtins.str
@@ -724,6 +729,10 @@ class GetServerInfoResponse(google.protobuf.message.Message):
     def probes(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """The loaded probes, `name@version`, sorted."""
 
+    @property
+    def activation_taps(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Where ActivationService reads, such as "resid_post.6"; empty if the server does not offer it."""
+
     def __init__(
         self,
         *,
@@ -733,9 +742,10 @@ class GetServerInfoResponse(google.protobuf.message.Message):
         limits: global___Limits | None = ...,
         workers: collections.abc.Iterable[global___WorkerInfo] | None = ...,
         probes: collections.abc.Iterable[builtins.str] | None = ...,
+        activation_taps: collections.abc.Iterable[builtins.str] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["limits", b"limits", "model", b"model"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["limits", b"limits", "model", b"model", "probes", b"probes", "server_version", b"server_version", "tokenizer_fingerprint", b"tokenizer_fingerprint", "workers", b"workers"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["activation_taps", b"activation_taps", "limits", b"limits", "model", b"model", "probes", b"probes", "server_version", b"server_version", "tokenizer_fingerprint", b"tokenizer_fingerprint", "workers", b"workers"]) -> None: ...
 
 global___GetServerInfoResponse = GetServerInfoResponse
 
@@ -813,6 +823,8 @@ class Limits(google.protobuf.message.Message):
     MAX_IN_FLIGHT_BYTES_FIELD_NUMBER: builtins.int
     MAX_CONNECTIONS_FIELD_NUMBER: builtins.int
     MAX_CALLS_PER_CONNECTION_FIELD_NUMBER: builtins.int
+    MAX_ACTIVATION_BYTES_FIELD_NUMBER: builtins.int
+    MAX_ACTIVATION_BYTES_IN_FLIGHT_FIELD_NUMBER: builtins.int
     max_message_bytes: builtins.int
     """Bytes of one request message."""
     max_request_tokens: builtins.int
@@ -855,6 +867,10 @@ class Limits(google.protobuf.message.Message):
     """Connections to the server; further ones are closed."""
     max_calls_per_connection: builtins.int
     """Calls under way on one connection; a client's further ones wait in the client."""
+    max_activation_bytes: builtins.int
+    """Bytes of activations in the answer to one call of ActivationService: rows × hidden_size × bytes of a number, over all taps and pools."""
+    max_activation_bytes_in_flight: builtins.int
+    """The same of the calls under way, over which further ones are refused with RESOURCE_EXHAUSTED and RetryInfo."""
     def __init__(
         self,
         *,
@@ -876,8 +892,10 @@ class Limits(google.protobuf.message.Message):
         max_in_flight_bytes: builtins.int = ...,
         max_connections: builtins.int = ...,
         max_calls_per_connection: builtins.int = ...,
+        max_activation_bytes: builtins.int = ...,
+        max_activation_bytes_in_flight: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["max_batch_tokens", b"max_batch_tokens", "max_calls", b"max_calls", "max_calls_per_connection", b"max_calls_per_connection", "max_chat_messages", b"max_chat_messages", "max_chat_seconds", b"max_chat_seconds", "max_connections", b"max_connections", "max_follow_ups", b"max_follow_ups", "max_in_flight_bytes", b"max_in_flight_bytes", "max_message_bytes", b"max_message_bytes", "max_queue_tokens", b"max_queue_tokens", "max_reductions", b"max_reductions", "max_request_rollouts", b"max_request_rollouts", "max_request_tokens", b"max_request_tokens", "max_request_values", b"max_request_values", "max_rollout_tokens", b"max_rollout_tokens", "max_span_scores", b"max_span_scores", "max_spans", b"max_spans", "max_text_bytes_per_token", b"max_text_bytes_per_token"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["max_activation_bytes", b"max_activation_bytes", "max_activation_bytes_in_flight", b"max_activation_bytes_in_flight", "max_batch_tokens", b"max_batch_tokens", "max_calls", b"max_calls", "max_calls_per_connection", b"max_calls_per_connection", "max_chat_messages", b"max_chat_messages", "max_chat_seconds", b"max_chat_seconds", "max_connections", b"max_connections", "max_follow_ups", b"max_follow_ups", "max_in_flight_bytes", b"max_in_flight_bytes", "max_message_bytes", b"max_message_bytes", "max_queue_tokens", b"max_queue_tokens", "max_reductions", b"max_reductions", "max_request_rollouts", b"max_request_rollouts", "max_request_tokens", b"max_request_tokens", "max_request_values", b"max_request_values", "max_rollout_tokens", b"max_rollout_tokens", "max_span_scores", b"max_span_scores", "max_spans", b"max_spans", "max_text_bytes_per_token", b"max_text_bytes_per_token"]) -> None: ...
 
 global___Limits = Limits
 

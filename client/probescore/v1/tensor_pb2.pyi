@@ -37,6 +37,10 @@ class _DataTypeEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumT
     """Unsigned, 4 bytes."""
     DATA_TYPE_BOOL: _DataType.ValueType  # 5
     """One byte, 0 or 1."""
+    DATA_TYPE_BFLOAT16: _DataType.ValueType  # 6
+    """bfloat16, 2 bytes: the upper half of a binary32. Of activations only."""
+    DATA_TYPE_FLOAT16: _DataType.ValueType  # 7
+    """IEEE 754 binary16, 2 bytes. Of activations only."""
 
 class DataType(_DataType, metaclass=_DataTypeEnumTypeWrapper):
     """Element type of a Tensor. Every type is little-endian."""
@@ -53,6 +57,10 @@ DATA_TYPE_UINT32: DataType.ValueType  # 4
 """Unsigned, 4 bytes."""
 DATA_TYPE_BOOL: DataType.ValueType  # 5
 """One byte, 0 or 1."""
+DATA_TYPE_BFLOAT16: DataType.ValueType  # 6
+"""bfloat16, 2 bytes: the upper half of a binary32. Of activations only."""
+DATA_TYPE_FLOAT16: DataType.ValueType  # 7
+"""IEEE 754 binary16, 2 bytes. Of activations only."""
 global___DataType = DataType
 
 @typing.final

@@ -3,6 +3,16 @@
 Functions that read a message raise ``MessageError``, which names the faulty field, if the message violates the contract.
 """
 
+from probescore.wire.activations import (
+    ActivationOptions,
+    activation_options_from_request,
+    activation_options_to_proto,
+    activations_info_from_proto,
+    activations_info_to_proto,
+    begin_to_proto,
+    rows_from_proto,
+    rows_to_proto,
+)
 from probescore.wire.requests import (
     RequestOptions,
     group_to_proto,
@@ -23,8 +33,14 @@ from probescore.wire.server_info import (
 from probescore.wire.tensors import MessageError
 
 __all__ = [
+    "ActivationOptions",
     "MessageError",
     "RequestOptions",
+    "activation_options_from_request",
+    "activation_options_to_proto",
+    "activations_info_from_proto",
+    "activations_info_to_proto",
+    "begin_to_proto",
     "group_to_proto",
     "groups_from_request",
     "options_from_request",
@@ -34,6 +50,8 @@ __all__ = [
     "request_to_proto",
     "result_from_proto",
     "result_to_proto",
+    "rows_from_proto",
+    "rows_to_proto",
     "server_info_from_proto",
     "server_info_to_proto",
     "streamed_from_proto",

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from probescore.reductions import Reduction
 from probescore.types import Chat, ChatMessage, Completion, RolloutGroup, Scope, Span, Text, TokenIds
-from probescore.v1 import scoring_pb2, tensor_pb2
+from probescore.v1 import activations_pb2, scoring_pb2, tensor_pb2
 from probescore.wire.contract import MAX_FOLLOW_UP_DEPTH
 from probescore.wire.enums import SCOPES, member_of, reduction_from_proto, reduction_to_proto
 from probescore.wire.tensors import BOOL, INT32, INT64, UINT32, MessageError, array_to_tensor, tensor_to_array
@@ -63,20 +63,20 @@ def options_to_proto(options: RequestOptions) -> scoring_pb2.ScoreRequest:
     """
     names = () if isinstance(options.token_scores, str) else options.token_scores
     return scoring_pb2.ScoreRequest(
-        probes=[_string(probe, f"probes[{index}]") for index, probe in enumerate(options.probes)],
+        probes=[checked_string(probe, f"probes[{index}]") for index, probe in enumerate(options.probes)],
         reductions=[reduction_to_proto(reduction) for reduction in options.reductions],
         token_scores=scoring_pb2.TokenScores(
             all=isinstance(options.token_scores, str),
-            probes=[_string(probe, f"token_scores.probes[{index}]") for index, probe in enumerate(names)],
+            probes=[checked_string(probe, f"token_scores.probes[{index}]") for index, probe in enumerate(names)],
         ),
         scope=SCOPES[options.scope],
-        expected_model_fingerprint=_string(options.expected_model_fingerprint, "expected_model_fingerprint"),
-        expected_tokenizer_fingerprint=_string(options.expected_tokenizer_fingerprint, "expected_tokenizer_fingerprint"),
+        expected_model_fingerprint=checked_string(options.expected_model_fingerprint, "expected_model_fingerprint"),
+        expected_tokenizer_fingerprint=checked_string(options.expected_tokenizer_fingerprint, "expected_tokenizer_fingerprint"),
         return_token_ids=options.return_token_ids,
         return_token_texts=options.return_token_texts,
-        priority=_integer(options.priority, "priority", -(2**31), _INT32_MAX),
-        run_id=_string(options.run_id, "run_id"),
-        step=None if options.step is None else _integer(options.step, "step", -(2**63), 2**63 - 1),
+        priority=checked_integer(options.priority, "priority", -(2**31), _INT32_MAX),
+        run_id=checked_string(options.run_id, "run_id"),
+        step=None if options.step is None else checked_integer(options.step, "step", -(2**63), 2**63 - 1),
     )
 
 
@@ -98,13 +98,13 @@ def _prompt_to_proto(prompt: TokenIds | str | Text | Chat, field: str) -> scorin
     if isinstance(prompt, str):
         prompt = Text(prompt)
     if isinstance(prompt, Text):
-        text = _string(prompt.text, f"{field}.text.text")
+        text = checked_string(prompt.text, f"{field}.text.text")
         return scoring_pb2.Prompt(text=scoring_pb2.Text(text=text, add_special_tokens=prompt.add_special_tokens))
     if isinstance(prompt, Chat):
         messages = [
             scoring_pb2.ChatMessage(
-                role=_string(message.role, f"{field}.chat.messages[{index}].role"),
-                content=_string(message.content, f"{field}.chat.messages[{index}].content"),
+                role=checked_string(message.role, f"{field}.chat.messages[{index}].role"),
+                content=checked_string(message.content, f"{field}.chat.messages[{index}].content"),
             )
             for index, message in enumerate(prompt.messages)
         ]
@@ -116,7 +116,7 @@ def _completion_to_proto(completion: Completion, field: str, depth: int = 0) -> 
     if depth > MAX_FOLLOW_UP_DEPTH:
         raise MessageError(field, f"follow-ups nest more than {MAX_FOLLOW_UP_DEPTH} deep")
     message = scoring_pb2.Completion(
-        id=_string(completion.id, f"{field}.id"),
+        id=checked_string(completion.id, f"{field}.id"),
         mask=None if completion.mask is None else _mask_to_tensor(completion.mask, f"{field}.mask"),
         spans=[_span_to_proto(span, f"{field}.spans[{index}]") for index, span in enumerate(completion.spans)],
         follow_ups=[
@@ -125,7 +125,7 @@ def _completion_to_proto(completion: Completion, field: str, depth: int = 0) -> 
         ],
     )
     if isinstance(completion.tokens, str):
-        message.text = _string(completion.tokens, f"{field}.text")
+        message.text = checked_string(completion.tokens, f"{field}.text")
     else:
         message.ids.CopyFrom(_ids_to_tensor(completion.tokens, f"{field}.ids"))
     return message
@@ -133,9 +133,9 @@ def _completion_to_proto(completion: Completion, field: str, depth: int = 0) -> 
 
 def _span_to_proto(span: Span, field: str) -> scoring_pb2.Span:
     return scoring_pb2.Span(
-        name=_string(span.name, f"{field}.name"),
-        start=_integer(span.start, f"{field}.start", 0, _UINT32_MAX),
-        end=_integer(span.end, f"{field}.end", 0, _UINT32_MAX),
+        name=checked_string(span.name, f"{field}.name"),
+        start=checked_integer(span.start, f"{field}.start", 0, _UINT32_MAX),
+        end=checked_integer(span.end, f"{field}.end", 0, _UINT32_MAX),
     )
 
 
@@ -183,7 +183,8 @@ def _mask_to_tensor(mask: ArrayLike, field: str) -> tensor_pb2.Tensor:
     return array_to_tensor(array, BOOL)
 
 
-def _string(value: object, field: str) -> str:
+def checked_string(value: object, field: str) -> str:
+    """Returns a value for a text field; raises ``MessageError``, which names the field, if it is not a string that UTF-8 can express."""
     if not isinstance(value, str):
         raise MessageError(field, f"expected str, got {type(value).__name__}")
     try:
@@ -193,7 +194,8 @@ def _string(value: object, field: str) -> str:
     return value
 
 
-def _integer(value: object, field: str, low: int, high: int) -> int:
+def checked_integer(value: object, field: str, low: int, high: int) -> int:
+    """Returns a value for an integer field; raises ``MessageError``, which names the field, if it is no integer in ``[low, high]``."""
     if not isinstance(value, (int, np.integer)):
         raise MessageError(field, f"expected an integer, got {type(value).__name__}")
     number = int(value)
@@ -229,8 +231,8 @@ def options_from_request(request: scoring_pb2.ScoreRequest) -> RequestOptions:
     )
 
 
-def groups_from_request(request: scoring_pb2.ScoreRequest) -> list[RolloutGroup]:
-    """Returns the rollout groups of a ``ScoreRequest`` message. Token ids keep the dtype in which they were sent (int32, int64 or uint32).
+def groups_from_request(request: scoring_pb2.ScoreRequest | activations_pb2.ReadActivationsRequest) -> list[RolloutGroup]:
+    """Returns the rollout groups of a request message. Token ids keep the dtype in which they were sent (int32, int64 or uint32).
     This function does not check whether ids are in the model's vocabulary and whether mask and spans fit their completion; the server does.
 
     Raises:

@@ -87,13 +87,18 @@ def _info_to_proto(info: ScoringInfo) -> scoring_pb2.ScoringInfo:
             _known_probe_to_proto(probe) if len(probe.reductions) <= MAX_KNOWN_REDUCTIONS else _scored_probe_to_proto(probe)
             for probe in info.probes
         ],
-        usage=scoring_pb2.Usage(
-            tokens_computed=info.usage.tokens_computed,
-            tokens_shared=info.usage.tokens_shared,
-            tokens_cached=info.usage.tokens_cached,
-            queue_seconds=info.usage.queue_seconds,
-            compute_seconds=info.usage.compute_seconds,
-        ),
+        usage=usage_to_proto(info.usage),
+    )
+
+
+def usage_to_proto(usage: Usage) -> scoring_pb2.Usage:
+    """Converts the record of the work done for a response to a message."""
+    return scoring_pb2.Usage(
+        tokens_computed=usage.tokens_computed,
+        tokens_shared=usage.tokens_shared,
+        tokens_cached=usage.tokens_cached,
+        queue_seconds=usage.queue_seconds,
+        compute_seconds=usage.compute_seconds,
     )
 
 
@@ -205,13 +210,18 @@ def _info_from_proto(message: scoring_pb2.ScoringInfo) -> ScoringInfo:
         model_fingerprint=message.model_fingerprint,
         tokenizer_fingerprint=message.tokenizer_fingerprint,
         probes=tuple(_scored_probes(message)),
-        usage=Usage(
-            tokens_computed=message.usage.tokens_computed,
-            tokens_shared=message.usage.tokens_shared,
-            tokens_cached=message.usage.tokens_cached,
-            queue_seconds=message.usage.queue_seconds,
-            compute_seconds=message.usage.compute_seconds,
-        ),
+        usage=usage_from_proto(message.usage),
+    )
+
+
+def usage_from_proto(message: scoring_pb2.Usage) -> Usage:
+    """Converts a message to the record of the work done for a response."""
+    return Usage(
+        tokens_computed=message.tokens_computed,
+        tokens_shared=message.tokens_shared,
+        tokens_cached=message.tokens_cached,
+        queue_seconds=message.queue_seconds,
+        compute_seconds=message.compute_seconds,
     )
 
 

@@ -42,6 +42,7 @@ def server_info_to_proto(info: ServerInfo) -> scoring_pb2.GetServerInfoResponse:
             for worker in info.workers
         ],
         probes=info.probes,
+        activation_taps=info.activation_taps,
     )
 
 
@@ -123,6 +124,7 @@ def server_info_from_proto(message: scoring_pb2.GetServerInfoResponse) -> Server
             for worker in message.workers
         ),
         probes=tuple(message.probes),
+        activation_taps=tuple(message.activation_taps),
     )
 
 

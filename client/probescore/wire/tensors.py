@@ -16,6 +16,8 @@ INT32 = tensor_pb2.DATA_TYPE_INT32
 INT64 = tensor_pb2.DATA_TYPE_INT64
 UINT32 = tensor_pb2.DATA_TYPE_UINT32
 BOOL = tensor_pb2.DATA_TYPE_BOOL
+BFLOAT16 = tensor_pb2.DATA_TYPE_BFLOAT16
+FLOAT16 = tensor_pb2.DATA_TYPE_FLOAT16
 
 _LITTLE_ENDIAN: dict[tensor_pb2.DataType.ValueType, np.dtype[Any]] = {
     FLOAT32: np.dtype("<f4"),
@@ -23,6 +25,8 @@ _LITTLE_ENDIAN: dict[tensor_pb2.DataType.ValueType, np.dtype[Any]] = {
     INT64: np.dtype("<i8"),
     UINT32: np.dtype("<u4"),
     BOOL: np.dtype("?"),
+    BFLOAT16: np.dtype("<u2"),  # numpy has no bfloat16: its bits
+    FLOAT16: np.dtype("<f2"),
 }
 
 

@@ -6,7 +6,7 @@ It reads pooled activations at all taps, and the log-probability that the model 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -40,7 +40,10 @@ class ActivationTable:
         sink: norm at position 0 divided by the median norm of the rollout, ``(n,)``, a dictionary keyed by tap; NaN if position 0 is not
             read.
         surprise_problem: why there is no ``surprise``; empty if there is.
-        tokens: for each example the activations of single tokens ``(tokens, hidden_size)`` at the chosen tap; ``None`` = not read.
+        tokens: for each example the activations of the single tokens that the label is about, ``(tokens, hidden_size)`` float32, a
+            dictionary keyed by tap; empty = not read.
+        features: features of a sparse autoencoder, ``(n, features)`` float32, a dictionary keyed by the reduction over tokens; empty = no
+            autoencoder.
     """
 
     taps: tuple[str, ...]
@@ -50,7 +53,8 @@ class ActivationTable:
     predicted: NDArray[np.int64]
     sink: dict[str, NDArray[np.float64]]
     surprise_problem: str = ""
-    tokens: tuple[NDArray[np.float32], ...] | None = None
+    tokens: dict[str, tuple[NDArray[np.float32], ...]] = field(default_factory=dict)
+    features: dict[str, NDArray[np.float32]] = field(default_factory=dict)
 
     def of(self, indices: NDArray[np.int64]) -> ActivationTable:
         """Returns the table of the examples with the given indices."""
@@ -60,7 +64,8 @@ class ActivationTable:
             surprise=self.surprise[indices],
             predicted=self.predicted[indices],
             sink={tap: values[indices] for tap, values in self.sink.items()},
-            tokens=None if self.tokens is None else tuple(self.tokens[index] for index in indices),
+            tokens={tap: tuple(rows[index] for index in indices) for tap, rows in self.tokens.items()},
+            features={reduction: rows[indices] for reduction, rows in self.features.items()},
         )
 
 
@@ -108,15 +113,37 @@ def read_activations(
     return ActivationTable(tuple(taps), tuple(pools), pooled, surprise, predicted, sink, head.problem)
 
 
+def read_as_served(engine: Engine, examples: Sequence[Example], table: ActivationTable, taps: Sequence[str]) -> ActivationTable:
+    """Reads the pooled activations of some taps again, in the batches in which an engine scores the same examples.
+
+    In a coarse dtype an activation depends on what else is in its batch, by .01 to .03 standard deviations of scores in a trained model.
+    Read in the batches that are scored, it leaves no difference between fitted and served scores but that of the probe's own arithmetic.
+
+    Args:
+        engine: engine that is loaded with these taps, in the dtype in which the probe is served.
+        examples: all examples, in the order in which they are scored.
+        table: their table.
+        taps: names of the taps that the probe reads.
+    """
+    pooled = {(tap, pool): rows.copy() for (tap, pool), rows in table.pooled.items() if tap in taps}
+    for index, found in enumerate(engine.activations([example.rollout() for example in examples], taps, pool=table.pools)):
+        selection = 0 if examples[index].passage is None else 1
+        for tap in taps:
+            for column, pool in enumerate(table.pools):
+                pooled[tap, pool][index] = found.pooled[tap][selection, column]
+    return replace(table, pooled={**table.pooled, **pooled})
+
+
 def read_tokens(
-    engine: Engine, examples: Sequence[Example], tap: str, progress: Progress = lambda _done: None
-) -> list[NDArray[np.float32]]:
-    """Returns, for each example, the activations at one tap of the tokens that the label is about, ``(tokens, hidden_size)``."""
-    rows = []
-    for index, found in enumerate(engine.activations([_whole(example) for example in examples], [tap], pool="tokens")):
-        rows.append(found.tokens[tap][examples[index].selected])
+    engine: Engine, examples: Sequence[Example], taps: Sequence[str], progress: Progress = lambda _done: None
+) -> dict[str, tuple[NDArray[np.float32], ...]]:
+    """Reads the activations of the tokens that each label is about, ``(tokens, hidden_size)`` an example, a dictionary keyed by tap."""
+    found: dict[str, list[NDArray[np.float32]]] = {tap: [] for tap in taps}
+    for index, read in enumerate(engine.activations([_whole(example) for example in examples], list(taps), pool="tokens")):
+        for tap in taps:
+            found[tap].append(read.tokens[tap][examples[index].selected])
         progress(index + 1)
-    return rows
+    return {tap: tuple(rows) for tap, rows in found.items()}
 
 
 def _whole(example: Example) -> RolloutGroup:

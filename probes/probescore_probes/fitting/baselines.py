@@ -12,7 +12,7 @@ from sklearn.linear_model import LogisticRegression
 from probescore_audit import Estimate, auroc, grouped_auroc
 from probescore_probes.fitting.cross_validation import Candidate, Labels, held_out_auroc, held_out_scores
 from probescore_probes.fitting.labelled_rollouts import Example
-from probescore_probes.fitting.linear_kinds import fit_linear
+from probescore_probes.fitting.linear_kinds import Scaler, fit_linear
 
 RANDOM_DIRECTIONS = 20
 SHUFFLES = 5
@@ -52,9 +52,10 @@ def oriented(numbers: NDArray[np.float64], labels: Labels, fitted: Indices, test
 
 def random_directions(rows: NDArray[np.float32], labels: Labels, fitted: Indices, tested: Indices, seed: int = 0) -> Estimate:
     """Computes the AUROC on ``tested`` of the one of ``RANDOM_DIRECTIONS`` random directions whose AUROC on ``fitted`` is highest."""
-    scaled = (rows - rows[fitted].mean(axis=0)) / (rows[fitted].std(axis=0) + 1e-12)
-    scores = scaled.astype(np.float64) @ np.random.default_rng(seed).standard_normal((rows.shape[1], RANDOM_DIRECTIONS))
-    off = [abs(auroc(scores[fitted, column], labels.positive[fitted]) - 0.5) for column in range(RANDOM_DIRECTIONS)]
+    some = labels.of(fitted)
+    scaled = Scaler.of(rows[fitted], some.weights).scaled(rows)
+    scores = scaled @ np.random.default_rng(seed).standard_normal((rows.shape[1], RANDOM_DIRECTIONS))
+    off = [abs(auroc(scores[fitted, column], some.positive, some.weights) - 0.5) for column in range(RANDOM_DIRECTIONS)]
     return oriented(scores[:, int(np.argmax(off))], labels, fitted, tested, seed)
 
 

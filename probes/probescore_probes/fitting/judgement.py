@@ -12,6 +12,7 @@ from probescore_probes.fitting.robustness import Condition
 
 LEAK = 0.1
 FEWEST_GROUPS = 40
+FEWEST_CALIBRATION_GROUPS = 2
 TIMES_POOLED = 2.0
 INVERTED = 0.4
 SINK = 10.0
@@ -51,7 +52,8 @@ class Evidence:
         groups_named: whether the data named its groups.
         shared_prompts, shared_completions: numbers of texts that occur both in the data for fitting and in the data for testing.
         groups: number of all groups.
-        calibration_negatives: number of negatives for the threshold, and the false-positive rate that was asked for.
+        calibration_negatives, calibration_groups: number of negatives for the threshold, and of their groups.
+        false_positive_rate: false-positive rate that was asked for.
         pooled_false_positives: false-positive rate on test rollouts at the threshold of all data; NaN without a threshold.
         slices: results on the slices of the test rollouts and of the out-of-distribution rollouts, a dictionary keyed by name.
         sink: median over examples of the norm at position 0, divided by the rollout's median norm; NaN if position 0 is not read.
@@ -75,6 +77,7 @@ class Evidence:
     shared_completions: int
     groups: int
     calibration_negatives: int
+    calibration_groups: int
     false_positive_rate: float
     pooled_false_positives: Estimate
     slices: Mapping[str, SliceResult]
@@ -129,8 +132,11 @@ def verdict_of(evidence: Evidence, warnings: tuple[Warning, ...]) -> Verdict:
     length = evidence.rivals.get("length")
     by_length = length is not None and length.high >= evidence.test.low and length.low > 0.5
     told = f"Length alone tells these rollouts apart: AUROC {shown(length)}, the probe {test}." if length is not None and by_length else ""
-    if evidence.test.low <= 0.5:
-        sentence = f"Useless: on test rollouts the served probe has AUROC {test}, which chance alone can give."
+    if evidence.test.low <= 0.5 or evidence.nested.low <= 0.5:
+        nested = shown(evidence.nested)
+        sentence = (
+            f"Useless: chance alone can give this: AUROC {test} on test rollouts, as served, and {nested} by nested cross-validation."
+        )
         return Verdict("useless", f"{sentence} {told}".strip())
     if told:
         return Verdict("doubtful", told)
@@ -217,6 +223,13 @@ def _too_little_data(evidence: Evidence) -> Iterator[Warning]:
             "Too few negatives for the threshold",
             f"{evidence.calibration_negatives} negatives to calibrate on; a false-positive rate of {evidence.false_positive_rate:g} "
             f"takes at least {needed:.0f}. The file has no threshold.",
+        )
+    elif evidence.calibration_groups < FEWEST_CALIBRATION_GROUPS:
+        yield Warning(
+            4,
+            "The negatives for the threshold are of one group",
+            f"{evidence.calibration_negatives} negatives in {evidence.calibration_groups} group, which says nothing about other groups. "
+            "The file has no threshold. Give negatives of several groups, such as problems.",
         )
 
 

@@ -7,11 +7,11 @@ equals the score that was fitted on pooled activations.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
@@ -58,6 +58,15 @@ class Scaler:
         deviation = np.sqrt(np.average((exact - mean) ** 2, axis=0, weights=weights))
         return cls(mean, np.where(deviation > 1e-12 * (1 + np.abs(mean)), deviation, 1.0))
 
+    @classmethod
+    def of_tokens(cls, rows: Sequence[Rows], weights: NDArray[np.float64]) -> Scaler:
+        """Computes the same over the tokens of rollouts ``(tokens, width)``, each of which counts as its rollout, a rollout at a time."""
+        total = float(weights @ [len(each) for each in rows])
+        mean = sum(weight * np.sum(each, axis=0, dtype=np.float64) for weight, each in zip(weights, rows, strict=True)) / total
+        squares = sum(weight * ((each - mean) ** 2).sum(axis=0) for weight, each in zip(weights, rows, strict=True))
+        deviation = np.sqrt(squares / total)
+        return cls(mean, np.where(deviation > 1e-12 * (1 + np.abs(mean)), deviation, 1.0))
+
     def scaled(self, rows: Rows) -> NDArray[np.float64]:
         """Returns activations with the mean subtracted, divided by the standard deviation."""
         return (np.asarray(rows, np.float64) - self.mean) / self.deviation
@@ -75,7 +84,7 @@ def fit_linear(kind: str, rows: Rows, positive: NDArray[np.bool_], weights: NDAr
         kind: the kind of linear probe.
         rows: pooled activations, ``(n, width)``.
         positive: labels, ``(n,)`` bool, of both classes.
-        weights: how many times each example counts, ``(n,)``; linear discriminant analysis counts each once.
+        weights: how many times each example counts, ``(n,)``.
         strength: inverse penalty of logistic regression.
     """
     if kind == DIFFERENCE_OF_MEANS:
@@ -84,9 +93,8 @@ def fit_linear(kind: str, rows: Rows, positive: NDArray[np.bool_], weights: NDAr
         direction = above - below
         return Linear(direction, float(-direction @ (above + below) / 2), ScoreUnit.VALUE)
     if kind == LDA:
-        scaler = Scaler.of(rows, np.ones(len(rows)))
-        estimator = LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto").fit(scaler.scaled(rows), positive)
-        return scaler.folded(estimator.coef_[0], float(estimator.intercept_[0]), ScoreUnit.LOGIT)
+        scaler = Scaler.of(rows, weights)
+        return scaler.folded(*_discriminant(scaler.scaled(rows), positive, weights), ScoreUnit.LOGIT)
     return fit_logistic(rows, positive, weights, (strength,))[0]
 
 
@@ -105,3 +113,24 @@ def fit_logistic(
             estimator.fit(scaled, positive, sample_weight=weights)
         fitted.append(scaler.folded(estimator.coef_[0], float(estimator.intercept_[0]), ScoreUnit.LOGIT))
     return fitted
+
+
+def _discriminant(
+    rows: NDArray[np.float64], positive: NDArray[np.bool_], weights: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], float]:
+    """Computes the weights ``(width,)`` and the bias of Fisher's linear discriminant, whose score is the log odds of two normal classes.
+
+    The covariance within the classes is shrunk towards a multiple of the identity by the formula of Ledoit and Wolf (2004).
+    """
+    above, below = (np.average(rows[side], axis=0, weights=weights[side]) for side in (positive, ~positive))
+    within = rows - np.where(positive[:, None], above, below)
+    total, width = float(weights.sum()), rows.shape[1]
+    covariance = (within.T * weights) @ within / total
+    scale = np.trace(covariance) / width
+    distance = float((covariance**2).sum()) / width - scale**2  # from a multiple of the identity
+    fourth = float(weights @ (within**2).sum(axis=1) ** 2) / total
+    noise = (fourth - float((covariance**2).sum())) / (width * total)
+    shrinkage = min(1.0, max(0.0, noise / distance)) if distance > 0 else 0.0
+    direction = np.linalg.lstsq((1 - shrinkage) * covariance + shrinkage * scale * np.eye(width), above - below, rcond=None)[0]
+    odds = np.log(weights[positive].sum() / weights[~positive].sum())
+    return direction, float(odds - direction @ (above + below) / 2)

@@ -17,8 +17,6 @@ from probescore_probes.exporting import ProbeFunction, torch_probe
 from probescore_probes.fitting.linear_kinds import Linear, Scaler
 
 MLP, MEAN_OF_SIGMOIDS = POOLING_KINDS = ("mlp", "mean-of-sigmoids")
-SIGMOID_TAPS = 6
-"""Number of taps that a ``MeanOfSigmoids`` reads, evenly spread over the taps that were tried."""
 _UNITS = 64
 _STEPS = 300
 _DECAY = 0.1

@@ -56,6 +56,7 @@ def measure(
 ) -> Condition:
     """Computes the quality of a served probe from its scores of altered rollouts."""
     positive = np.array([example.positive for example in examples])
+    weights = np.array([example.weight for example in examples])
     known = ~np.isnan(scores)
     rates = [
         _UNKNOWN if threshold is None else grouped_rate(scores[known & kind] >= threshold, groups[known & kind])
@@ -64,7 +65,7 @@ def measure(
     spread = float(np.nanstd(usual)) or 1.0
     return Condition(
         name,
-        grouped_auroc(scores[known], positive[known], groups[known]),
+        grouped_auroc(scores[known], positive[known], groups[known], weights=weights[known]),
         rates[0],
         rates[1],
         float(np.nanmean(scores) - np.nanmean(usual)) / spread,

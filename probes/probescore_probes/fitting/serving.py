@@ -11,21 +11,19 @@ import onnx
 from numpy.typing import NDArray
 
 from probescore.types import CompletionStatus, ScoreUnit
-from probescore_audit import CalibratedThreshold, Estimate
+from probescore_audit import Estimate
 from probescore_probes.exporting import ProbeFunction
 from probescore_probes.fitting.labelled_rollouts import Example
 from probescore_probes.reference import ReferenceModel
+from probescore_probes.serve_check import BOUND
 from probescore_probes.writing import write_probe
-from probescore_probes.writing_arguments import read_calibrations
 from probescore_server.engine.engine import Engine
 from probescore_server.errors import ProbeRefused
-from probescore_server.probes.format.manifest import Context, Evaluation, Training
+from probescore_server.probes.format.manifest import CalibrationRecord, Context, Evaluation, Training
 from probescore_server.probes.format.probe_file import ProbeFile, read_probe_file, write_probe_file
 
 GOLDEN = 4
 _LONGEST_GOLDEN = 512
-BOUND = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.05}
-"""Limits on |fitted − served| of a rollout by dtype, in standard deviations of the fitted scores."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +48,21 @@ class FittedProbe:
     def context(self) -> Context:
         """Returns the context that the probe file states: each token by itself if the file allows one reduction, else the whole rollout."""
         return Context(kind="rollout") if self.reduction is None else Context()
+
+
+@dataclass(frozen=True, eq=False)
+class ServedProbe:
+    """A probe file that an engine serves, with the scores that it serves.
+
+    Attributes:
+        engine: the engine, with this one probe.
+        file: path of the probe file.
+        scores: served scores of all examples, ``(n,)``.
+    """
+
+    engine: Engine
+    file: Path
+    scores: NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -112,6 +125,7 @@ def served_scores(engine: Engine, examples: Sequence[Example]) -> NDArray[np.flo
     """
     key = engine.info.probes[0].name
     found = np.empty(len(examples))
+    engine.free_memory()  # the beginnings of golden rollouts that the cache knows were computed in other company
     result = engine.score([example.rollout() for example in examples])
     for index, (example, group) in enumerate(zip(examples, result.groups, strict=True)):
         scored = group.completions[0]
@@ -154,7 +168,7 @@ def agreement(fitted: NDArray[np.float64], served: NDArray[np.float64], dtype: s
 
 def add_judgement(
     draft: Path,
-    thresholds: Sequence[CalibratedThreshold],
+    thresholds: Sequence[CalibrationRecord],
     quality: Estimate,
     *,
     dataset: str,
@@ -173,7 +187,7 @@ def add_judgement(
     positives, negatives = counts
     manifest = file.manifest.model_copy(
         update={
-            "calibrations": read_calibrations(thresholds, file.manifest.output.labels),
+            "calibrations": tuple(thresholds),
             "evaluations": (
                 Evaluation(
                     metric="auroc",

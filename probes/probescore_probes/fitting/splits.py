@@ -51,8 +51,8 @@ def split(examples: Sequence[Example], seed: int) -> Split:
         ValueError: some examples name a group or a split and others do not, one group is most of the data, a group is in two splits, or a
             split lacks a class.
     """
-    groups, named = groups_of(examples)
     outside = np.array([example.split == OOD for example in examples])
+    groups, named = _groups_inside_and_outside(examples, outside)
     given = [example.split is not None for example in examples if example.split != OOD]
     if any(given) and not all(given):
         missing = next(example.where for example in examples if example.split is None)
@@ -78,10 +78,30 @@ def groups_of(examples: Sequence[Example]) -> tuple[Indices, bool]:
         ValueError: the data name the groups of only some examples, or the components are too large to divide.
     """
     names = [example.group for example in examples]
-    if any(name is not None for name in names):
-        if None in names:
-            raise ValueError(f"{examples[names.index(None)].where}: no group, where other lines have one; give every line one, or none")
-        return np.unique(np.array(names), return_inverse=True)[1].astype(np.int64), True
+    named = any(name is not None for name in names)
+    if named and None in names:
+        raise ValueError(f"{examples[names.index(None)].where}: no group, where other lines have one; give every line one, or none")
+    groups = _components(examples)
+    largest = int(np.bincount(groups).max()) if len(groups) else 0
+    if not named and len(examples) > 1 and largest > LARGEST_GROUP * len(examples):
+        raise ValueError(
+            f"group: {largest} of {len(examples)} examples are tied together by equal prompts and equal completions, which leaves nothing "
+            'to test on; say what belongs together by "group" in each line, such as the id of the problem'
+        )
+    return groups, named
+
+
+def _groups_inside_and_outside(examples: Sequence[Example], outside: NDArray[np.bool_]) -> tuple[Indices, bool]:
+    """Groups the examples of other distributions apart: they come from other files, whose names of groups are of another kind, or none."""
+    groups = np.empty(len(examples), np.int64)
+    inside, named = groups_of([example for example, other in zip(examples, outside, strict=True) if not other])
+    groups[~outside] = inside
+    groups[outside] = len(examples) + _components([example for example, other in zip(examples, outside, strict=True) if other])
+    return groups, named
+
+
+def _components(examples: Sequence[Example]) -> Indices:
+    """Numbers the groups: by name or, where there is none, the connected components of a slice by equal prompts and equal completions."""
     parent = list(range(len(examples)))
 
     def root(index: int) -> int:
@@ -92,18 +112,19 @@ def groups_of(examples: Sequence[Example]) -> tuple[Indices, bool]:
 
     first: dict[tuple[object, ...], int] = {}
     for index, example in enumerate(examples):
-        for key in (("prompt", example.prompt_ids.tobytes()), ("completion", example.completion_ids.tobytes())):
-            if key[0] == "prompt" and not len(example.prompt_ids):
-                continue  # an empty prompt makes no two rollouts alike
-            parent[root(index)] = root(first.setdefault((example.slice, *key), index))
-    groups = np.unique([root(index) for index in range(len(examples))], return_inverse=True)[1].astype(np.int64)
-    largest = int(np.bincount(groups).max())
-    if len(examples) > 1 and largest > LARGEST_GROUP * len(examples):
-        raise ValueError(
-            f"group: {largest} of {len(examples)} examples are tied together by equal prompts and equal completions, which leaves nothing "
-            'to test on; say what belongs together by "group" in each line, such as the id of the problem'
-        )
-    return groups, False
+        for key in _ties(example):
+            parent[root(index)] = root(first.setdefault(key, index))
+    return np.unique([root(index) for index in range(len(examples))], return_inverse=True)[1].astype(np.int64)
+
+
+def _ties(example: Example) -> Iterator[tuple[object, ...]]:
+    """Yields what an example has in common with the others of its group."""
+    if example.group is not None:
+        yield "group", example.group
+        return
+    if len(example.prompt_ids):  # an empty prompt makes no two rollouts alike
+        yield "prompt", example.slice, example.prompt_ids.tobytes()
+    yield "completion", example.slice, example.completion_ids.tobytes()
 
 
 def shared_texts(examples: Sequence[Example], parts: dict[str, Indices]) -> tuple[int, int]:

@@ -77,8 +77,7 @@ def fit_tokens(kind: str, rows: Rows, positive: NDArray[np.bool_], weights: NDAr
     """Fits a probe of a kind that reads tokens, on the activations ``(tokens, width)`` of each rollout, in batches of rollouts."""
     torch.manual_seed(seed)
     random = np.random.default_rng(seed)
-    every = np.concatenate(rows)
-    module = (RollingMax if kind == ROLLING_MAX else AttentionPool)(Scaler.of(every, np.ones(len(every))))
+    module = (RollingMax if kind == ROLLING_MAX else AttentionPool)(Scaler.of_tokens(rows, weights))
     labels, counted = torch.from_numpy(positive.astype(np.float32)), torch.from_numpy((weights / weights.mean()).astype(np.float32))
     optimiser = torch.optim.AdamW(module.parameters(), lr=3e-3, weight_decay=_DECAY)
     for _ in range(_STEPS):
@@ -103,16 +102,17 @@ def tokens_function(module: AttentionPool) -> ProbeFunction:
     return torch_probe(module, unit=ScoreUnit.LOGIT)
 
 
-def check_bytes(tokens: int, width: int) -> None:
-    """Checks that the activations of all tokens fit in memory, before they are computed.
+def check_bytes(tokens: int, taps: int, width: int) -> None:
+    """Checks that the activations of all tokens at some taps fit in memory, before they are computed.
 
     Raises:
         ValueError: they take more than ``MAX_BYTES``; the message says how much they take, and what to do.
     """
-    if (needed := 4 * tokens * width) > MAX_BYTES:
+    if (needed := 4 * tokens * taps * width) > MAX_BYTES:
+        times = f"{taps} taps × " if taps > 1 else ""
         raise ValueError(
-            f"kind: {tokens:,} tokens × {width} features take {needed / 1e9:.1f} GB, and fitting on tokens holds at most "
-            f"{MAX_BYTES / 1e9:.1f} GB; give fewer or shorter rollouts, or a kind that is fitted on means"
+            f"kind: {tokens:,} tokens × {times}{width} numbers take {needed / 1e9:.1f} GB, and fitting on tokens holds at most "
+            f"{MAX_BYTES / 1e9:.1f} GB; give fewer or shorter rollouts, fewer taps, or a kind that is fitted on means"
         )
 
 

@@ -27,7 +27,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from probescore.types import Span
-from probescore_server.activation_store.number_formats import NUMBER_FORMATS, NumberFormat
+from probescore.wire.number_formats import NUMBER_FORMATS, NumberFormat
 
 INDEX = "index.json"
 FORMAT = "probescore-activations"

@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from probescore.types import CompletionStatus, RolloutGroup, Scope, Span, Tap
+from probescore.types import CompletionActivations, CompletionStatus, RolloutGroup, Scope, Span, Tap
+from probescore.wire.number_formats import NUMBER_FORMATS, Overflow
 from probescore_server.activation_store.index import (
     INDEX,
     Label,
@@ -31,11 +32,10 @@ from probescore_server.activation_store.index import (
     difference,
     pooled_name,
 )
-from probescore_server.activation_store.number_formats import NUMBER_FORMATS, Overflow
-from probescore_server.activations import MAX_BATCH_BYTES, ActivationReads, CompletionActivations
+from probescore_server.activations import MAX_BATCH_BYTES
 from probescore_server.engine.engine import Engine
 from probescore_server.files import write_atomically
-from probescore_server.rollouts import CheckedRollout, Continuation, ResolvedOptions
+from probescore_server.rollouts import ActivationReads, CheckedRollout, Continuation, ResolvedOptions
 from probescore_server.validation.options import parse_scope
 
 SHARD_BYTES = 1 << 29

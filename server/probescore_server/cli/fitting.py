@@ -15,25 +15,55 @@ from probescore_server.cli.tables import safe
 
 if TYPE_CHECKING:
     from probescore_probes.fitting.labelled_rollouts import LabelledRollout
-    from probescore_probes.fitting.pipeline import FitResult
+    from probescore_probes.fitting.results import FitResult
 
 HELP = """
 Fit a probe to labelled rollouts, serve it, and say what it is worth.
 
-DATA is a file of rollouts as 'probescore score' reads them, each with a "label": true or false, 1 or 0, or text with --positive. A line may
-also have "group" (rollouts that belong together, such as those of one problem), "split" (train, calibration, test, ood), "slice" (judged
-apart) and "weight"; a completion "span_labels": \\[\\[start, end, label], …] in characters of a text or tokens of ids, and "token_labels".
+DATA holds rollouts as 'probescore score' reads them, each with a "label":
+true or false, 1 or 0, or text with --positive. A line may also have "group"
+(what belongs together, such as the rollouts of one problem), "split" (train,
+calibration, test, ood), "slice" (judged apart) and "weight"; a completion
+"span_labels": \\[\\[start, end, label], …] in characters of a text or tokens
+of ids, and "token_labels". Parquet files, and folders that save_to_disk of
+Hugging Face's datasets wrote, have the same as columns.
 
-Layer, pooling and penalty are chosen by grouped cross-validation. The file is written, loaded by the engine as a server loads it, and every
-number is of the scores that it gives then.
+Layer, pooling and penalty are chosen by grouped cross-validation. The file is
+written, loaded by the engine as a server loads it, and every number is of the
+scores that it gives then.
+
+[bold]Kinds[/bold], and when to take which
+
+  logistic                to start with; the report shows the next four too
+
+  difference-of-means     for topics far from those of the data
+
+  lda                     for few rollouts and correlated activations
+
+  mean-of-sigmoids        where several layers tell, and none best
+
+  mlp                     for thousands of rollouts
+
+  attention               where a few tokens tell, anywhere
+
+  rolling-max             where ten tokens in a row tell, in a long rollout
+
+  exponential-smoothing   the same, from several layers, token by token
+
+  softmax-pooling         the same, for passages of any length
+
+  sae-feature             a feature of a sparse autoencoder: --sae FOLDER
 
 [bold]Examples[/bold]
 
-  probescore probes fit rollouts.jsonl --model ./model -o cheating.onnx --report cheating.html
+  probescore probes fit rollouts.jsonl -m ./model -o cheating.onnx
+      --report cheating.html
 
-  probescore probes fit train.jsonl --model ./model -o cheating.onnx --ood other_tasks.jsonl --fpr 0.01 --strict
+  probescore probes fit train.jsonl -m ./model -o cheating.onnx
+      --ood other_tasks.jsonl --fpr 0.01 --strict
 
-[bold]Exit codes[/bold]: 0 if the probe is written, 1 if it cannot be, or with --strict if there are warnings, 2 for wrong input.
+[bold]Exit codes[/bold]: 0 if the probe is written, 1 if it cannot be, or with --strict
+if there are warnings, 2 for wrong input.
 """
 
 
@@ -43,16 +73,21 @@ def register(probes: typer.Typer) -> None:
 
 
 def _fit(
-    data: Annotated[str, typer.Argument(help="A file of labelled rollouts.", show_default=False)],
+    data: Annotated[str, typer.Argument(help="A file or folder of labelled rollouts; - is standard input.", show_default=False)],
     model: Annotated[str, typer.Option("--model", "-m", help="A directory, or an id on the Hugging Face hub.", show_default=False)],
     output: Annotated[Path, typer.Option("--output", "-o", help="The probe file to write.", show_default=False, metavar="FILE")],
     report: Annotated[
         Path | None, typer.Option("--report", help="An HTML page of everything; its numbers go into a .json beside it.", metavar="FILE")
     ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 if there is any warning.")] = False,
-    kind: Annotated[
-        str, typer.Option("--kind", help="logistic, difference-of-means, lda, mlp, mean-of-sigmoids, attention or rolling-max.")
-    ] = "logistic",
+    kind: Annotated[str, typer.Option("--kind", help="One of the kinds above.", metavar="KIND")] = "logistic",
+    sae: Annotated[
+        Path | None,
+        typer.Option("--sae", help="For sae-feature: a folder of SAELens, with cfg.json and sae_weights.safetensors.", metavar="FOLDER"),
+    ] = None,
+    feature: Annotated[
+        int | None, typer.Option("--feature", help="For sae-feature: its index; the one that tells best by default.", metavar="N")
+    ] = None,
     taps: Annotated[str, typer.Option("--taps", help="Names or patterns, with commas.", metavar="TAPS")] = "resid_post.*",
     pool: Annotated[str, typer.Option("--pool", help="Of mean and last, with commas.", metavar="POOLS")] = "mean,last",
     fpr: Annotated[float, typer.Option("--fpr", help="False-positive rate of the threshold.")] = 0.05,
@@ -78,7 +113,8 @@ def _fit(
     seed: Annotated[int, typer.Option("--seed", help="Of splits, folds and intervals.")] = 0,
 ) -> None:
     with one_line_failures("server,probes"):
-        from probescore_probes.fitting.pipeline import FitOptions, fit_probe
+        from probescore_probes.fitting.options import FitOptions
+        from probescore_probes.fitting.pipeline import fit_probe
         from probescore_probes.fitting.report import check_writable, write_report
 
         options = FitOptions(
@@ -89,6 +125,8 @@ def _fit(
             kind=kind,
             taps=_listed(taps),
             pools=_listed(pool),
+            autoencoder=sae,
+            feature=feature,
             false_positive_rate=fpr,
             dtype=dtype,
             device=device,

@@ -24,7 +24,11 @@ def _info(address: Address = DEFAULT_ADDRESS, wait: Wait = 0) -> None:
             info, probes = client.get_server_info(), client.list_probes()
         console = new_console()
         console.print(f"[bold]probescore {safe(info.server_version)}[/bold] at {safe(address)}\n", soft_wrap=True)
-        tables = (_model_table(info.model, info.tokenizer_fingerprint), workers_table(info.workers), _limits_table(info.limits))
+        tables = (
+            _model_table(info.model, info.tokenizer_fingerprint),
+            workers_table(info.workers),
+            _limits_table(info.limits, info.activation_taps),
+        )
         for table in (*tables, probes_table(probes)):
             console.print(table, "")
 
@@ -50,7 +54,7 @@ def workers_table(workers: tuple[WorkerInfo, ...]) -> Table:
     return table
 
 
-def _limits_table(limits: Limits) -> Table:
+def _limits_table(limits: Limits, activation_taps: tuple[str, ...]) -> Table:
     table = facts_table("Limits")
     told = limits.max_request_rollouts > 0  # a server of an earlier version does not report all limits
     table.add_row("one rollout", f"{limits.max_rollout_tokens:,} tokens")
@@ -62,6 +66,8 @@ def _limits_table(limits: Limits) -> Table:
     if told:
         table.add_row("", f"{limits.max_request_rollouts:,} completions and follow-ups, {limits.max_reductions:,} reductions")
         table.add_row("its answer", f"{limits.max_request_values:,} numbers")
+        if activation_taps:
+            table.add_row("activations", f"{limits.max_activation_bytes / 2**20:,.0f} MiB in an answer, at {len(activation_taps)} taps")
         table.add_row("texts", f"{limits.max_text_bytes_per_token:,} bytes per token that a rollout, or a request, may have")
         table.add_row("one chat", f"{limits.max_chat_messages:,} messages, rendered within {limits.max_chat_seconds:g} s")
     table.add_row("one device batch", f"{limits.max_batch_tokens:,} tokens")

@@ -114,8 +114,10 @@ def read_held_out(data: str, splits: Sequence[str], *, positive: str | None, spe
     """Reads the rollouts of a file that name no split, or one of ``splits``, and prints on stderr how many rollouts were left out.
 
     Raises:
-        ValueError: the file has no such rollouts, or only some of them name their group.
+        ValueError: the data are no file, have no such rollouts, or only some of them name their group.
     """
+    if data == "-":
+        raise ValueError("-: standard input cannot be named by a digest of its bytes, which goes into the result; give a file")
     every = read_labelled_file(data, positive=positive, add_special_tokens=special_tokens)
     kept = [rollout for rollout in every if rollout.split is None or rollout.split in splits]
     if not kept:
@@ -129,8 +131,12 @@ def read_held_out(data: str, splits: Sequence[str], *, positive: str | None, spe
 
 
 def data_digest(data: str) -> str:
-    """Returns the SHA-256 digest of a file's bytes as ``sha256:…``."""
-    return "sha256:" + hashlib.sha256(Path(data).read_bytes()).hexdigest()
+    """Returns the SHA-256 digest of a file's bytes as ``sha256:…``; of a folder, that of all its files in the order of their names."""
+    files = sorted(path for path in Path(data).rglob("*") if path.is_file()) if Path(data).is_dir() else [Path(data)]
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.read_bytes())
+    return f"sha256:{digest.hexdigest()}"
 
 
 def judged_rollouts(

@@ -1,25 +1,26 @@
-"""Reads labelled rollouts from lines of JSON, the input of ``probescore probes fit DATA``.
+"""Reads labelled rollouts, the input of ``probescore probes fit DATA``, from lines of JSON or from the rows of a table.
 
-A line has the fields that ``probescore score`` reads, and a ``label`` for each completion. Beside the prompt, the line may have ``group``,
-``split``, ``slice`` and ``weight``. A completion may have ``span_labels`` (``[[start, end, label], …]``, in characters of a text, in tokens
-of ids) and ``token_labels`` (one for each of its ids, ``null`` = none).
+A line, or a row, has the fields that ``probescore score`` reads, and a ``label`` for each completion. Beside the prompt, it may have
+``group``, ``split``, ``slice`` and ``weight``. A completion may have ``span_labels`` (``[[start, end, label], …]``, or objects with these
+names, in characters of a text, in tokens of ids) and ``token_labels`` (one for each of its ids, ``null`` = none).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from probescore.types import Chat, Completion, Text
-from probescore_server.cli.rollout_lines import UNDECODABLE, Label, LineError, parsed_line, rollout_group
+from probescore_server.cli.labelled_tables import is_table, read_rows
+from probescore_server.cli.rollout_lines import Label, LineError, opened_lines, parsed_line, rollout_group
 
 if TYPE_CHECKING:
     from probescore_probes.fitting.labelled_rollouts import LabelledRollout, Passage
 
 _SPLITS = ("train", "calibration", "test", "ood")
 _OF_LINE = ("group", "split", "slice", "weight")
+_SPAN = ("start", "end", "label")
 _OF_COMPLETION = ("span_labels", "token_labels")
 
 
@@ -27,26 +28,42 @@ def read_labelled_file(name: str, *, positive: str | None, add_special_tokens: b
     """Reads every labelled rollout of a file; completions without a label are left out.
 
     Args:
-        name: name of the file.
+        name: name of a file of lines, ``-`` for standard input, or name of a Parquet file or a folder of ``save_to_disk``.
         positive: the label that stands for the behaviour, as text; ``None`` = labels are true and false, or 1 and 0.
         add_special_tokens: whether prompts given as text get the tokenizer's special tokens (BOS).
 
     Raises:
-        LineError: a line is not a labelled rollout; the message names the file, the line and the field.
+        LineError: a line or a row is not a labelled rollout; the message names the file, the line and the field.
         OSError: the file cannot be read.
     """
-    with Path(name).open(encoding="utf-8", errors=UNDECODABLE) as lines:
-        return list(read_labelled_lines(lines, name, positive=positive, add_special_tokens=add_special_tokens))
+    if is_table(name):
+        return [
+            rollout
+            for row in read_rows(name, names_of_label=positive is not None)
+            for rollout in _located(row.content, row.where, positive, add_special_tokens)
+        ]
+    with opened_lines(name) as lines:
+        source = "standard input" if name == "-" else name
+        return list(read_labelled_lines(lines, source, positive=positive, add_special_tokens=add_special_tokens))
 
 
 def read_labelled_lines(lines: Iterable[str], source: str, *, positive: str | None, add_special_tokens: bool) -> Iterator[LabelledRollout]:
     """Reads labelled rollouts from lines of JSON; arguments and errors are those of ``read_labelled_file``."""
     for number, line in enumerate(lines, 1):
         if line.strip():
+            where = f"{source}:{number}"
             try:
-                yield from _rollouts(parsed_line(line), f"{source}:{number}", positive, add_special_tokens)
+                content = parsed_line(line)
             except LineError as error:
-                raise LineError(f"{source}:{number}: {error}") from None
+                raise LineError(f"{where}: {error}") from None
+            yield from _located(content, where, positive, add_special_tokens)
+
+
+def _located(content: object, where: str, positive: str | None, add_special_tokens: bool) -> Iterator[LabelledRollout]:
+    try:
+        yield from _rollouts(content, where, positive, add_special_tokens)
+    except LineError as error:
+        raise LineError(f"{where}: {error}") from None
 
 
 def _rollouts(content: object, where: str, positive: str | None, add_special_tokens: bool) -> Iterator[LabelledRollout]:
@@ -126,6 +143,8 @@ def _span_labels(content: object, field: str, positive: str | None) -> tuple[Pas
         raise LineError(f"{field}: expected a list of [start, end, label], got {content!r:.60}")
     passages = []
     for index, entry in enumerate(content):
+        if isinstance(entry, dict) and {*entry} == {*_SPAN}:
+            entry = [entry[key] for key in _SPAN]
         bounds = entry[:2] if isinstance(entry, list) and len(entry) == 3 else []
         if len(bounds) != 2 or not all(isinstance(bound, int) and not isinstance(bound, bool) for bound in bounds):
             raise LineError(f"{field}[{index}]: expected [start, end, label], got {entry!r:.60}")

@@ -23,7 +23,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TextIO, TypeAlias
 
 from probescore.types import Chat, Completion, RolloutGroup, Span, Text
 
@@ -60,12 +60,20 @@ def read_rollout_file(name: str, *, add_special_tokens: bool) -> list[LabelledGr
         LineError: a line is not a rollout.
         OSError: the file cannot be read.
     """
+    with opened_lines(name) as lines:
+        source = "standard input" if name == "-" else name
+        return list(read_rollout_lines(lines, source, add_special_tokens=add_special_tokens))
+
+
+def opened_lines(name: str) -> TextIO:
+    """Opens a file of lines of JSON, ``-`` for standard input, in UTF-8, whatever the terminal speaks.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
     if name == "-":
-        # JSON is UTF-8, whatever the terminal speaks
-        lines = io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8", errors=UNDECODABLE)
-        return list(read_rollout_lines(lines, "standard input", add_special_tokens=add_special_tokens))
-    with Path(name).open(encoding="utf-8", errors=UNDECODABLE) as lines:
-        return list(read_rollout_lines(lines, name, add_special_tokens=add_special_tokens))
+        return io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8", errors=UNDECODABLE)
+    return Path(name).open(encoding="utf-8", errors=UNDECODABLE)
 
 
 def read_rollout_lines(lines: Iterable[str], source: str, *, add_special_tokens: bool) -> Iterator[LabelledGroup]:
@@ -227,5 +235,5 @@ def _is_natural(content: Any) -> bool:  # noqa: ANN401 - a value of any JSON typ
 
 
 def _shown(content: object) -> str:
-    shown = json.dumps(content, ensure_ascii=False)
+    shown = json.dumps(content, ensure_ascii=False, default=repr)  # a table may hold bytes or dates
     return shown if len(shown) <= 60 else shown[:57] + "…"

@@ -23,7 +23,7 @@ BAD_SETTINGS = 2
 CANNOT_START = 1
 
 PANELS = {
-    "What is served": ("model", "revision", "probes", "accept_mismatch", "trust_remote_code"),
+    "What is served": ("model", "revision", "probes", "accept_mismatch", "trust_remote_code", "allow_activations"),
     "Compute": ("devices", "device_map", "dtype", "threads_per_worker", "max_batch_tokens", "kv_cache_bytes", "device_memory_fraction"),
     "Addresses": ("host", "port", "unix_socket", "metrics_host", "metrics_port"),
     "Limits": (
@@ -37,6 +37,8 @@ PANELS = {
         "max_spans",
         "max_span_scores",
         "max_request_values",
+        "max_activation_bytes",
+        "max_activation_bytes_in_flight",
         "max_text_bytes_per_token",
         "max_chat_messages",
         "max_chat_seconds",

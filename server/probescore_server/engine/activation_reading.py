@@ -9,11 +9,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from probescore.types import CompletionStatus, Scope, Tap
-from probescore_server.activations import ActivationReads, CompletionActivations, Pool
+from probescore.types import CompletionActivations, CompletionScores, CompletionStatus, Pool, Scope, Tap, Usage
+from probescore.wire.number_formats import NUMBER_FORMATS, Overflow
 from probescore_server.backbone.base import Activations
 from probescore_server.backbone.forest import Forest, Placement
 from probescore_server.probes.scoring.selections import SegmentRows, selected_tokens
+from probescore_server.rollouts import ActivationArrays, ActivationReads, RolloutResult
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,6 +25,7 @@ class _View:
         rows: rows of the tokens in scope among the batch's activations, ``(T,)`` int64.
         selections: which tokens count, ``(1 + spans, T)`` bool: in the whole scope under the mask, then in each span.
         first: index of the first of these selections among all selections of the batch.
+        prompt_tokens: how many of the tokens in scope are the prompt's.
         follow_ups: positions of the follow-ups.
     """
 
@@ -32,6 +34,7 @@ class _View:
     rows: NDArray[np.int64]
     selections: NDArray[np.bool_]
     first: int
+    prompt_tokens: int
     follow_ups: tuple[_View, ...]
 
 
@@ -78,6 +81,10 @@ class BatchActivations:
         """Returns the activations of a rollout as copies, so that they do not keep the arrays of the batch in memory."""
         return self._of(self._views[rollout], group_index, completion_index)
 
+    def usage(self, rollout: int) -> Usage:
+        """Returns the tokens that were computed for a rollout, shared with others of the batch, or found in the key-value cache."""
+        return self._forest.usage(rollout)
+
     def _of(self, view: _View, group_index: int, completion_index: int) -> CompletionActivations:
         continuation = view.placement.continuation
         broken = next((tap for tap, finite in self._finite.items() if not finite[view.rows].all()), None)
@@ -95,6 +102,7 @@ class BatchActivations:
             status_message="" if broken is None else f"the model gives NaN or an infinity at {broken}",
             inexact_ids=continuation.inexact_ids,
             follow_ups=tuple(self._of(follow_up, group_index, completion_index) for follow_up in view.follow_ups),
+            prompt_tokens=view.prompt_tokens,
         )
 
     def _view(self, placement: Placement, *, is_follow_up: bool) -> _View:
@@ -102,7 +110,9 @@ class BatchActivations:
         ids = [np.zeros(0, np.int32), *(self._forest.segments[segment].token_ids for segment in segments)]
         first, self._selections = self._selections, self._selections + len(selections)
         follow_ups = tuple(self._view(follow_up, is_follow_up=True) for follow_up in placement.follow_ups)
-        return _View(placement, np.concatenate(ids), self._rows.of(segments), selections, first, follow_ups)
+        token_ids = np.concatenate(ids)
+        own = len(placement.continuation.token_ids) if self._scope is not Scope.PROMPT or is_follow_up else 0
+        return _View(placement, token_ids, self._rows.of(segments), selections, first, len(token_ids) - own, follow_ups)
 
     def _pool(self, rows: torch.Tensor) -> NDArray[np.float32]:
         """Computes all pooled activations of the batch at a tap, ``(selections of the batch, pools, hidden_size)``."""
@@ -138,6 +148,59 @@ def joined(parts: Sequence[CompletionActivations]) -> CompletionActivations:
         pooled={tap: rows for part in parts for tap, rows in part.pooled.items()} if is_whole else {},
         follow_ups=tuple(joined(follow_ups) for follow_ups in zip(*(part.follow_ups for part in parts), strict=True)),
     )
+
+
+def result_of(found: CompletionActivations, usage: Usage, reads: ActivationReads) -> RolloutResult:
+    """Returns the activations of a completion and its follow-ups in the format in which they are sent.
+
+    A completion or follow-up with a number that is too large for the format has no activations and the status ``OVERFLOW``.
+    """
+    arrays: list[ActivationArrays] = []
+    return RolloutResult(_encoded(found, reads, arrays), usage, activations=tuple(arrays))
+
+
+def _encoded(found: CompletionActivations, reads: ActivationReads, arrays: list[ActivationArrays]) -> CompletionScores:
+    """Appends the activations of a completion, and then those of its follow-ups, to ``arrays``; returns what is told beside them."""
+    status, message = found.status, found.status_message
+    own: ActivationArrays = {}
+    if status is CompletionStatus.OK:
+        try:
+            own = _in_format(found, reads)
+        except _TooLarge as refused:
+            status, message = CompletionStatus.OVERFLOW, str(refused)
+    arrays.append(own)
+    return CompletionScores(
+        id=found.id,
+        status=status,
+        scores={},
+        status_message=message,
+        prompt_ids=found.token_ids[: found.prompt_tokens],
+        completion_ids=found.token_ids[found.prompt_tokens :],
+        inexact_ids=found.inexact_ids,
+        follow_ups=tuple(_encoded(follow_up, reads, arrays) for follow_up in found.follow_ups),
+    )
+
+
+class _TooLarge(Exception):
+    """Exception raised when an activation is too large for the format in which it is sent; its message is for clients."""
+
+
+def _in_format(found: CompletionActivations, reads: ActivationReads) -> ActivationArrays:
+    number_format = NUMBER_FORMATS[reads.dtype]
+    arrays: dict[tuple[str, Pool], NDArray[np.generic]] = {}
+    for tap in map(str, reads.taps):
+        rows = {Pool.TOKENS: found.tokens[tap]} if reads.tokens else {}
+        rows |= {pool: found.pooled[tap][:, column] for column, pool in enumerate(reads.pools)}
+        for pool, numbers in rows.items():
+            try:
+                arrays[tap, pool] = number_format.encode(numbers)
+            except Overflow as overflow:
+                others = "bfloat16 or float32" if number_format.name == "float16" else "float32"
+                raise _TooLarge(
+                    f"{tap}: {overflow.value:,.6g} in row {overflow.index[0]} of {pool.value} is beyond {number_format.name}, whose "
+                    f"largest number is {number_format.largest:,.6g}; ask for {others}"
+                ) from None
+    return arrays
 
 
 def _rows_at(rows: torch.Tensor, indices: NDArray[np.int64]) -> torch.Tensor:

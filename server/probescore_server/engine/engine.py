@@ -20,9 +20,11 @@ from numpy.typing import NDArray
 from probescore.reductions import Reduction
 from probescore.types import (
     Chat,
+    CompletionActivations,
     CompletionScores,
     GroupScores,
     LoadedReading,
+    Pool,
     Reading,
     RolloutGroup,
     Scope,
@@ -33,11 +35,11 @@ from probescore.types import (
     Transfer,
     Usage,
 )
-from probescore_server.activations import MAX_BATCH_BYTES, ActivationReads, CompletionActivations, Pool, matching_taps, resolve_pools
+from probescore_server.activations import MAX_BATCH_BYTES, resolve_reads
 from probescore_server.activity import ACTIVITY
 from probescore_server.backbone.base import Activations
 from probescore_server.backbone.forest import Forest, ProbeReads
-from probescore_server.engine.activation_reading import BatchActivations, joined
+from probescore_server.engine.activation_reading import BatchActivations, joined, result_of
 from probescore_server.engine.batches import batches, read_tokens
 from probescore_server.engine.loading import LoadedParts, load_parts
 from probescore_server.engine.reading_loading import ReadingLoader
@@ -51,7 +53,14 @@ from probescore_server.probes.loading.loader import LoadedProbe, limited_to_trie
 from probescore_server.probes.scoring.batch_scorer import BatchScorer
 from probescore_server.probes.scoring.cancellation import WantedRollouts
 from probescore_server.readings.version import ReadingVersion
-from probescore_server.rollouts import CheckedRollout, Continuation, EngineStatistics, ResolvedOptions, RolloutResult
+from probescore_server.rollouts import (
+    ActivationReads,
+    CheckedRollout,
+    Continuation,
+    EngineStatistics,
+    ResolvedOptions,
+    RolloutResult,
+)
 from probescore_server.validation.options import TokenScoresWanted, parse_scope, resolve_options
 from probescore_server.validation.rollouts import resolve_rollouts
 from probescore_server.validation.texts import ChatLimits, pending_texts
@@ -308,12 +317,7 @@ class Engine:
         Raises:
             InvalidRequest: naming ``taps[i]`` or ``pool``.
         """
-        pools = resolve_pools(pool)
-        return ActivationReads(
-            taps=matching_taps(taps, self.info.taps, whose="the taps that this engine was loaded for (Engine.load(…, taps=[…]))"),
-            pools=tuple(each for each in pools if each is not Pool.TOKENS),
-            tokens=Pool.TOKENS in pools,
-        )
+        return resolve_reads(taps, pool, self.info.taps, whose="the taps that this engine was loaded for (Engine.load(…, taps=[…]))")
 
     def check_rollouts(self, groups: Sequence[RolloutGroup], options: ResolvedOptions) -> list[list[CheckedRollout]]:
         """Checks groups of rollouts and tokenises their texts; returns the rollouts per group, per completion.
@@ -364,7 +368,7 @@ class Engine:
     def score_rollouts(
         self, rollouts: Sequence[CheckedRollout], *, is_cancelled: Callable[[int], bool] = _never
     ) -> list[RolloutResult | None]:
-        """Scores one batch of checked rollouts.
+        """Scores one batch of checked rollouts, and reads activations of those whose options ask for activations instead.
 
         Args:
             rollouts: rollouts that ``resolve_rollouts`` has checked; rollouts of different requests may be mixed.
@@ -374,7 +378,25 @@ class Engine:
         Returns:
             One result for each rollout; ``None`` for a rollout that was cancelled.
         """
-        return self._score(rollouts, self._probes, is_cancelled)
+        by_reads: dict[tuple[ActivationReads | None, Scope], list[int]] = {}
+        for index, rollout in enumerate(rollouts):
+            reads = rollout.options.activations
+            by_reads.setdefault((reads, Scope.COMPLETION if reads is None else rollout.options.scope), []).append(index)
+        results: list[RolloutResult | None] = [None] * len(rollouts)
+        for (reads, _), indices in by_reads.items():
+            alike = [rollouts[index] for index in indices]
+
+            def is_given_up(place: int, indices: Sequence[int] = indices) -> bool:
+                return is_cancelled(indices[place])
+
+            if reads is None:
+                found = dict(enumerate(self._score(alike, self._probes, is_given_up)))
+            else:
+                read = self._read(alike, [(0, 0)] * len(alike), reads, MAX_BATCH_BYTES, is_given_up)
+                found = {place: result_of(activations, usage, reads) for place, activations, usage in read}
+            for place, result in found.items():
+                results[indices[place]] = result
+        return results
 
     def read_rollouts(
         self,
@@ -404,7 +426,7 @@ class Engine:
                 field = f"groups[{group}].completions[{completion}]"
                 remedy = "allow more, ask for fewer taps, or for pools in place of tokens"
                 raise LimitExceeded(field, most, "bytes of activations", "max_batch_bytes", max_batch_bytes, remedy, "TOO_LONG")
-        return self._read(rollouts, places, reads, max_batch_bytes // row_bytes, is_cancelled)
+        return self._read_alone(rollouts, places, reads, max_batch_bytes, is_cancelled)
 
     def free_memory(self) -> None:
         """Frees the memory that only makes later batches faster: the key-value cache and the unused memory that allocators keep."""
@@ -471,16 +493,30 @@ class Engine:
             for index in range(len(rollouts))
         ]
 
+    def _read_alone(
+        self,
+        rollouts: Sequence[CheckedRollout],
+        places: Sequence[tuple[int, int]],
+        reads: ActivationReads,
+        max_batch_bytes: int,
+        is_cancelled: Callable[[int], bool],
+    ) -> Iterator[CompletionActivations]:
+        """Reads activations as ``_read``, from an empty key-value cache, so that the same call on the same machine gives the same bits."""
+        with self._running:
+            self._cache.clear()
+        for _, found, _ in self._read(rollouts, places, reads, max_batch_bytes, is_cancelled):
+            yield found
+
     def _read(
         self,
         rollouts: Sequence[CheckedRollout],
         places: Sequence[tuple[int, int]],
         reads: ActivationReads,
-        max_rows: int,
+        max_batch_bytes: int,
         is_cancelled: Callable[[int], bool],
-    ) -> Iterator[CompletionActivations]:
-        with self._running:
-            self._cache.clear()
+    ) -> Iterator[tuple[int, CompletionActivations, Usage]]:
+        """Yields the index of each rollout that is not cancelled, with its activations and the tokens that were computed for it."""
+        max_rows = max_batch_bytes // (self.info.model.hidden_size * _FLOAT32_BYTES)
         done = 0
         for batch in batches(rollouts, BATCH_TOKENS, max(1, max_rows // len(reads.taps))):
             # only a rollout that is alone may need more rows than there is room for: then some taps at a time
@@ -490,7 +526,7 @@ class Engine:
             parts = [self._read_batch(batch, some, reads, wanted) for some in taps]
             for index in range(len(batch)):
                 if wanted.any((index,)):
-                    yield joined([part.of(index, *places[done + index]) for part in parts])
+                    yield done + index, joined([part.of(index, *places[done + index]) for part in parts]), parts[0].usage(index)
             done += len(batch)
             del parts  # else there would be two batches' activations while the next is read
 

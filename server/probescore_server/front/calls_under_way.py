@@ -1,4 +1,6 @@
-"""Limits the number of RPCs that a server works on at the same time, and the bytes of their requests, over all clients together."""
+"""Limits the number of RPCs that a server works on at the same time, and the bytes of their requests or responses, over all clients
+together.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +17,13 @@ class CallsUnderWay:
 
     Args:
         max_calls: the largest number of RPCs at the same time.
-        max_bytes: the largest sum of the bytes of these RPCs' requests; a single larger request is accepted if there is no other RPC.
+        max_bytes: the largest sum of the bytes that are counted of these RPCs; a single RPC with more is accepted if there is no other.
+        unit, limit: what bytes are counted, and the name of the setting that limits them.
     """
 
-    def __init__(self, max_calls: int, max_bytes: int) -> None:
+    def __init__(self, max_calls: int, max_bytes: int, *, unit: str = "bytes of requests", limit: str = "max_in_flight_bytes") -> None:
+        self._unit = unit
+        self._limit = limit
         self._max_calls = max_calls
         self._max_bytes = max_bytes
         self._calls = 0
@@ -26,7 +31,7 @@ class CallsUnderWay:
 
     @contextmanager
     def call(self, size: int) -> Iterator[None]:
-        """Context manager that counts one RPC, whose request has ``size`` bytes, while the ``with`` block runs.
+        """Context manager that counts one RPC, of which ``size`` bytes are counted, while the ``with`` block runs.
 
         Raises:
             ServerBusy: with this RPC, one of the limits would be exceeded.
@@ -34,7 +39,7 @@ class CallsUnderWay:
         if self._calls >= self._max_calls:
             raise ServerBusy(self._calls + 1, "calls", "max_calls", self._max_calls, RETRY_SECONDS)
         if self._calls and self._bytes + size > self._max_bytes:
-            raise ServerBusy(self._bytes + size, "bytes of requests", "max_in_flight_bytes", self._max_bytes, RETRY_SECONDS)
+            raise ServerBusy(self._bytes + size, self._unit, self._limit, self._max_bytes, RETRY_SECONDS)
         self._calls += 1
         self._bytes += size
         try:

@@ -7,6 +7,7 @@ The service reports ``NOT_SERVING`` while no worker process can score, while the
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 import grpc
@@ -26,10 +27,14 @@ class HealthService(health.aio.HealthServicer):
     The status of the health service itself is ``SERVING`` from its start until the server drains (finishes its RPCs and stops). That status
     is meant for the liveness probe of an orchestrator: a server that still loads its model, or whose worker process is being restarted,
     must not be restarted, since it would begin anew.
+
+    Args:
+        further: full names of further services that serve whenever the scoring service does.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, further: Sequence[str] = ()) -> None:
         super().__init__()
+        self._services = (*SERVICES, *further)
         self._draining = asyncio.Event()
 
     async def set_serving(self, serving: bool) -> None:
@@ -37,7 +42,7 @@ class HealthService(health.aio.HealthServicer):
         that is, finishes its RPCs and stops.
         """
         await self.set(health.SERVICE_NAME, HealthCheckResponse.SERVING)
-        for service in SERVICES:
+        for service in self._services:
             await self.set(service, HealthCheckResponse.SERVING if serving else HealthCheckResponse.NOT_SERVING)
 
     async def drain(self) -> None:

@@ -75,6 +75,9 @@ class Metrics:
         self._tokens = Counter(
             "probescore_tokens_total", "Counts the tokens scored: computed, shared or cached.", ("source",), registry=registry
         )
+        self.activation_bytes = Counter(
+            "probescore_activation_bytes_total", "Counts the bytes of activations sent by ActivationService.", registry=registry
+        )
         self._stages = Histogram(
             "probescore_stage_seconds", "Measures the seconds of a call, by stage.", ("stage",), buckets=SECONDS, registry=registry
         )

@@ -5,6 +5,8 @@ The objects cost far more than the message: a span (token range) takes two bytes
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from probescore.v1 import scoring_pb2
 from probescore_server.errors import InvalidRequest, LimitExceeded
 from probescore_server.settings import ServerSettings
@@ -30,11 +32,20 @@ def check_counts(request: scoring_pb2.ScoreRequest, limits: ServerSettings, load
             raise InvalidRequest(field, f"{len(names)} names, of {loaded_probes} loaded probes; name each once")
     if (count := len(request.reductions)) > limits.max_reductions:
         raise LimitExceeded("reductions", count, "reductions", "max_reductions", limits.max_reductions, "ask in several requests")
-    rollouts = len(request.groups)  # Each group has at least one completion, or is refused later.
+    check_rollout_counts(request.groups, limits)
+
+
+def check_rollout_counts(groups: Sequence[scoring_pb2.RolloutGroup], limits: ServerSettings) -> None:
+    """Refuses the groups of a request message with more completions, follow-ups or spans (token ranges) than the limits allow.
+
+    Raises:
+        LimitExceeded: there are too many of one kind; the error names ``groups``, or a completion's ``spans`` or ``follow_ups``.
+    """
+    rollouts = len(groups)  # Each group has at least one completion, or is refused later.
     _check_rollouts(rollouts, limits)
-    rollouts = sum(len(group.completions) for group in request.groups)
+    rollouts = sum(len(group.completions) for group in groups)
     _check_rollouts(rollouts, limits)
-    for index, group in enumerate(request.groups):
+    for index, group in enumerate(groups):
         for position, completion in enumerate(group.completions):
             if completion.spans or completion.follow_ups:
                 field = f"groups[{index}].completions[{position}]"

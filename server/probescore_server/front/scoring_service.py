@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import math
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -40,8 +39,8 @@ from probescore.wire import (
     server_info_to_proto,
     streamed_to_proto,
 )
-from probescore.wire.contract import JOB_KEY
-from probescore_server.errors import InvalidRequest, Mismatch, WorkerUnavailable
+from probescore_server.activations import allowed_taps
+from probescore_server.errors import InvalidRequest, WorkerUnavailable
 from probescore_server.event_loop import (
     MAX_BYTES_CHECKED_ON_LOOP,
     MAX_BYTES_WRITTEN_ON_LOOP,
@@ -49,6 +48,7 @@ from probescore_server.event_loop import (
     MAX_SCORES_ON_LOOP,
     off_the_loop,
 )
+from probescore_server.front.common_fields import check_fingerprints, check_run, deadline_of, job_of, texts_of
 from probescore_server.front.metrics import Metrics
 from probescore_server.front.request_counts import check_counts
 from probescore_server.rollouts import CheckedRollout, EngineInfo, ResolvedOptions
@@ -57,14 +57,12 @@ from probescore_server.scheduling.scheduler import Scheduler
 from probescore_server.settings import ServerSettings
 from probescore_server.validation.options import resolve_options
 from probescore_server.validation.rollouts import resolve_rollouts
-from probescore_server.validation.texts import PendingText, check_texts, pending_texts
+from probescore_server.validation.texts import PendingText
 from probescore_server.workers.handle import WorkerHandle
 from probescore_server.workers.tokenising import encode
 
 logger = structlog.get_logger(__name__)
 
-MAX_RUN_ID_BYTES = 256
-MAX_ABSOLUTE_PRIORITY = 100
 # gRPC for Python slows down with larger messages.
 MAX_STREAMED_BYTES = 1 << 20
 
@@ -153,6 +151,7 @@ class ScoringServicer(scoring_pb2_grpc.ScoringServiceServicer):
                     for worker, engine in zip(self._workers, loaded, strict=True)
                 ),
                 probes=tuple(probe.key for probe in info.probes),
+                activation_taps=tuple(map(str, allowed_taps(info, settings.allow_activations))),
             )
         )
 
@@ -175,7 +174,7 @@ class ScoringServicer(scoring_pb2_grpc.ScoringServiceServicer):
         started = time.monotonic()
         small = request.ByteSize() <= MAX_BYTES_CHECKED_ON_LOOP
         asked, groups, texts = await off_the_loop(_read_request, request, self._settings, len(info.probes), small=small)
-        _check_fingerprints(asked, info)
+        check_fingerprints(info, asked.expected_model_fingerprint, asked.expected_tokenizer_fingerprint)
         # Clients choose reductions freely: the memory of the cache must not grow with their number.
         resolve = _known_options if len(asked.reductions) <= MAX_KNOWN_REDUCTIONS else _resolve_options
         options, probes = resolve(
@@ -197,9 +196,8 @@ class ScoringServicer(scoring_pb2_grpc.ScoringServiceServicer):
         return _CheckedRequest(rollouts, options, probes, asked, time.monotonic() - started)
 
     def _submit(self, asked: _CheckedRequest, context: Context) -> Call:
-        remaining = context.time_remaining()
-        deadline = math.inf if remaining is None else self._scheduler.clock() + remaining
-        return self._scheduler.submit(asked.rollouts, job=_job(context), priority=asked.request.priority, deadline=deadline)
+        deadline = deadline_of(context, self._scheduler.clock())
+        return self._scheduler.submit(asked.rollouts, job=job_of(context), priority=asked.request.priority, deadline=deadline)
 
     def _counted(self, call: Call, delivery: Delivery, asked: _CheckedRequest) -> Delivery:
         _after_the_answer(self._count_delivery, call, delivery, asked)
@@ -234,16 +232,6 @@ def _after_the_answer(work: Callable[..., None], *args: object) -> None:
 # ---------------------------------------------------------------------------------------------------------------------- reading
 
 
-def _job(context: Context) -> str:
-    """Returns the name of the training job that sent an RPC, by which the queue gives jobs turns. The name is from the RPC's metadata or,
-    if absent, the client's address.
-    """
-    for key, value in context.invocation_metadata() or ():
-        if key == JOB_KEY:
-            return str(value)
-    return context.peer()
-
-
 def _read_request(
     request: scoring_pb2.ScoreRequest, limits: ServerSettings, loaded_probes: int
 ) -> tuple[RequestOptions, list[RolloutGroup], list[PendingText]]:
@@ -253,19 +241,8 @@ def _read_request(
         groups = groups_from_request(request)
     except MessageError as error:
         raise InvalidRequest(error.field, error.problem) from None
-    if abs(asked.priority) > MAX_ABSOLUTE_PRIORITY:
-        raise InvalidRequest("priority", f"{asked.priority} is not between -{MAX_ABSOLUTE_PRIORITY} and {MAX_ABSOLUTE_PRIORITY}")
-    if (size := len(asked.run_id.encode())) > MAX_RUN_ID_BYTES:
-        raise InvalidRequest("run_id", f"has {size} bytes; the limit is {MAX_RUN_ID_BYTES}")
-    texts = pending_texts(groups)
-    check_texts(
-        texts,
-        max_rollout_tokens=limits.max_rollout_tokens,
-        max_request_tokens=limits.max_request_tokens,
-        max_text_bytes_per_token=limits.max_text_bytes_per_token,
-        max_chat_messages=limits.max_chat_messages,
-    )
-    return asked, groups, texts
+    check_run(asked.priority, asked.run_id)
+    return asked, groups, texts_of(groups, limits)
 
 
 def _resolve_options(
@@ -292,16 +269,6 @@ def _resolve_options(
 
 # Most calls repeat the options of earlier ones.
 _known_options = functools.lru_cache(MAX_KNOWN_OPTIONS)(_resolve_options)
-
-
-def _check_fingerprints(asked: RequestOptions, info: EngineInfo) -> None:
-    pairs = (
-        ("expected_model_fingerprint", info.model.fingerprint, asked.expected_model_fingerprint),
-        ("expected_tokenizer_fingerprint", info.tokenizer_fingerprint, asked.expected_tokenizer_fingerprint),
-    )
-    for field, found, expected in pairs:
-        if expected and expected != found:
-            raise Mismatch(field, found or "none", expected)
 
 
 # ---------------------------------------------------------------------------------------------------------------------- writing

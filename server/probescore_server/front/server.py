@@ -15,8 +15,9 @@ import structlog
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from probescore.v1 import admin_pb2_grpc, scoring_pb2_grpc
+from probescore.v1 import activations_pb2_grpc, admin_pb2_grpc, scoring_pb2_grpc
 from probescore_server.errors import StartupError, WorkerUnavailable
+from probescore_server.front.activation_service import ACTIVATION_SERVICE, ActivationServicer
 from probescore_server.front.admin_service import ADMIN_SERVICE, AdminServicer
 from probescore_server.front.error_interceptor import ErrorInterceptor
 from probescore_server.front.health import SCORING_SERVICE, HealthService
@@ -55,7 +56,8 @@ class Server:
 
     def __init__(self, settings: ServerSettings, devices: tuple[str, ...]) -> None:
         self._settings = settings
-        self._health = HealthService()
+        self._offered = [ACTIVATION_SERVICE] * bool(settings.allow_activations)
+        self._health = HealthService(self._offered)
         self._core = ScoringCore(settings, devices, self._workers_changed)
         self._grpc = self._make_grpc_server()
         self._announcing: set[asyncio.Task[None]] = set()
@@ -128,11 +130,16 @@ class Server:
         if settings.max_connection_age_seconds:
             options.append(("grpc.max_connection_age_ms", int(1000 * settings.max_connection_age_seconds)))
             options.append(("grpc.max_connection_age_grace_ms", int(1000 * settings.drain_seconds)))
-        services = [SCORING_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME] + [ADMIN_SERVICE] * settings.admin
-        boundary = ErrorInterceptor(self._core.metrics, services, self._core.under_way, [SCORING_SERVICE])
+        services = [SCORING_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME, *self._offered] + [ADMIN_SERVICE] * settings.admin
+        bounded = [SCORING_SERVICE, *self._offered]
+        boundary = ErrorInterceptor(self._core.metrics, services, self._core.under_way, bounded)
         server = grpc.aio.server(interceptors=[boundary, *map(_import_interceptor, settings.interceptors)], options=options)
         scoring_pb2_grpc.add_ScoringServiceServicer_to_server(self._core.servicer, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        if self._offered:
+            core = self._core
+            reading = ActivationServicer(settings, core.workers, core.scheduler, core.metrics)
+            activations_pb2_grpc.add_ActivationServiceServicer_to_server(reading, server)
         if settings.admin:
             admin_pb2_grpc.add_ProbeAdminServiceServicer_to_server(AdminServicer(self._core.workers, self._core.metrics), server)
         reflection.enable_server_reflection(services, server)

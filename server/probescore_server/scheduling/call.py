@@ -31,11 +31,13 @@ class Delivery:
         finished: the results.
         compute_seconds: the seconds that the whole batch took to compute.
         tokens: the number of tokens of these rollouts, those of their prompts counted once for each rollout.
+        activation_bytes: the number of bytes of their activations; 0 if they were scored.
     """
 
     finished: tuple[FinishedRollout, ...]
     compute_seconds: float
     tokens: int
+    activation_bytes: int = 0
 
 
 @dataclass(eq=False, slots=True)
@@ -61,6 +63,11 @@ class RequestedRollout:
     def tokens(self) -> int:
         """Counts the rollout's tokens without those of its prompt, which all rollouts of a group have in common."""
         return self.rollout.tokens - len(self.rollout.prompt_ids)
+
+    @property
+    def activation_bytes(self) -> int:
+        """Counts the bytes of the rollout's activations in the response; 0 if the call asks for scores."""
+        return self.rollout.activation_bytes
 
 
 @dataclass(eq=False, slots=True)
@@ -127,6 +134,8 @@ class Call:
         computing: the rollouts that a worker process computes now, or that wait for an identical rollout of another call that is computed
             now.
         unread_tokens: number of tokens of the rollouts whose results were delivered but not yet read.
+        unread_activation_bytes: number of bytes of activations that were delivered and not yet read, or are read now: those of the delivery
+            that iterating yielded last count until the next one is asked for, since they are still being sent.
         queue_seconds: seconds from acceptance until the first of the rollouts was given to a worker process; ``None`` before.
     """
 
@@ -138,6 +147,8 @@ class Call:
         self.waiting: OrderedSet[WaitingGroup] = OrderedSet()
         self.computing: set[RequestedRollout] = set()
         self.unread_tokens = 0
+        self.unread_activation_bytes = 0
+        self._activation_bytes_being_read = 0
         self.queue_seconds: float | None = None
         self._scheduler = scheduler
         self._deliveries: deque[Delivery] = deque()
@@ -154,6 +165,10 @@ class Call:
         return self
 
     async def __anext__(self) -> Delivery:
+        if self._activation_bytes_being_read:
+            self.unread_activation_bytes -= self._activation_bytes_being_read
+            self._activation_bytes_being_read = 0
+            self._scheduler.dispatch()
         while not self._deliveries:
             if self._failure is not None:
                 raise self._failure
@@ -163,6 +178,7 @@ class Call:
             await self._changed.wait()
         delivery = self._deliveries.popleft()
         self.unread_tokens -= delivery.tokens
+        self._activation_bytes_being_read = delivery.activation_bytes
         self._scheduler.dispatch()
         return delivery
 
@@ -176,8 +192,10 @@ class Call:
         """Adds the results of one batch, which took ``compute_seconds`` to compute, to the results that iterating over the call yields."""
         finished = tuple(FinishedRollout(item.group, item.completion, result) for item, result in results)
         tokens = sum(item.rollout.tokens for item, _ in results)
-        self._deliveries.append(Delivery(finished, compute_seconds, tokens))
+        activation_bytes = sum(item.activation_bytes for item, _ in results)
+        self._deliveries.append(Delivery(finished, compute_seconds, tokens, activation_bytes))
         self.unread_tokens += tokens
+        self.unread_activation_bytes += activation_bytes
         self._changed.set()
 
     def fail(self, error: CoreError) -> None:

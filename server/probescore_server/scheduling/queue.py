@@ -11,6 +11,8 @@
 * A batch that has ``MAX_CONTINUATIONS`` completions and follow-ups (texts that continue a completion) takes no more, however short they
   are, since each takes a fixed amount of time besides that for its tokens.
 * Identical rollouts are taken together, count with the tokens of one, and use up no job's turn.
+* A batch takes no more rollouts whose activations are read once these have ``MAX_ACTIVATION_BYTES`` bytes, which bounds what a worker sends
+  at a time; such a group may be split.
 * If a whole batch of a call's results is delivered but unread, no more of the call's rollouts are computed until these results are read.
 """
 
@@ -26,6 +28,11 @@ from probescore_server.scheduling.ordered_set import OrderedSet
 
 MAX_CONTINUATIONS = 1024
 """Number of completions and follow-ups (texts that continue a completion) in a batch from which on the batch takes no further rollout."""
+
+MAX_ACTIVATION_BYTES = 1 << 26
+"""Limits the bytes of activations in the response to one batch, and those of one call that are delivered but unread when more of the call's
+rollouts are computed. A single rollout may have more.
+"""
 
 Duplicates = list[RequestedRollout]
 """Type of a list of identical rollouts, which are computed once; the list is never empty."""
@@ -55,15 +62,22 @@ class _NextBatch:
         left: the number of tokens for which the batch still has room.
         taken: the rollouts in the batch, as lists of identical rollouts.
         continuations: the number of completions and follow-ups in the batch.
+        activation_bytes: the number of bytes of activations in the response to the batch.
     """
 
     left: int
     taken: list[Duplicates] = field(default_factory=list)
     continuations: int = 0
+    activation_bytes: int = 0
 
-    def fits(self, tokens: int) -> bool:
-        """Returns whether the batch has room for a rollout of ``tokens`` tokens. An empty batch has room for any rollout."""
-        return not self.taken or (tokens <= self.left and self.continuations < MAX_CONTINUATIONS)
+    def fits(self, tokens: int, activation_bytes: int) -> bool:
+        """Returns whether the batch has room for a rollout of ``tokens`` tokens whose activations have ``activation_bytes`` bytes. An empty
+        batch has room for any rollout.
+        """
+        if not self.taken:
+            return True
+        has_bytes = not activation_bytes or self.activation_bytes + activation_bytes <= MAX_ACTIVATION_BYTES
+        return tokens <= self.left and self.continuations < MAX_CONTINUATIONS and has_bytes
 
 
 class WaitingQueue:
@@ -200,14 +214,14 @@ class WaitingQueue:
         It returns whether the job had a group that may be taken and that fitted.
         """
         group = self._next_group(job)
-        if group is None or not room.fits(group.tokens):
+        if group is None or not room.fits(group.tokens, _first_bytes(group)):
             return False
         prompt = self._prompts[group.prompt]
         room.left -= prompt.tokens
         self._take(group, room)
         self._end_turn(job)
         for other in sorted(prompt.groups, key=lambda other: other.call.job != job):
-            fits = other in prompt.groups and room.fits(other.tokens - prompt.tokens)
+            fits = other in prompt.groups and room.fits(other.tokens - prompt.tokens, _first_bytes(other))
             if other is not group and fits and not self._is_behind(other.call):
                 self._take(other, room)
                 if other.call.job != job:
@@ -222,13 +236,13 @@ class WaitingQueue:
     def _take(self, group: WaitingGroup, room: _NextBatch) -> None:
         """Moves those rollouts of a group that fit into the batch, together with all waiting rollouts that are identical to them.
 
-        The whole group fits unless the group alone is larger than a batch.
+        The whole group fits unless the group alone is larger than a batch, or its activations are.
         """
         prompt = self._prompts[group.prompt]
         for item in list(group.items):
             if item not in group.items:
                 continue  # It was taken with an identical one before it.
-            if not room.fits(item.tokens):
+            if not room.fits(item.tokens, item.activation_bytes):
                 break
             twins = [(twin, home) for twin, home in prompt.identical[item.key].items() if not self._is_behind(twin.call)]
             for twin, home in twins:
@@ -236,10 +250,15 @@ class WaitingQueue:
             room.taken.append([twin for twin, _ in twins])
             room.left -= item.tokens
             room.continuations += item.rollout.completion.tree_size
+            room.activation_bytes += item.activation_bytes
 
     def _end_turn(self, job: str) -> None:
         if job in self._jobs:
             self._jobs.move_to_end(job)
 
     def _is_behind(self, call: Call) -> bool:
-        return call.unread_tokens >= self._max_unread_tokens
+        return call.unread_tokens >= self._max_unread_tokens or call.unread_activation_bytes >= MAX_ACTIVATION_BYTES
+
+
+def _first_bytes(group: WaitingGroup) -> int:
+    return next(iter(group.items)).activation_bytes

@@ -7,14 +7,15 @@ Pickling the objects themselves, of a dozen classes and with many small arrays, 
 from __future__ import annotations
 
 import math
+import pickle
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from probescore.types import CompletionScores, CompletionStatus, ProbeScores, ReadingScores, Scope, Span, Usage
-from probescore_server.rollouts import CheckedRollout, Continuation, ResolvedOptions, RolloutResult
+from probescore.types import CompletionScores, CompletionStatus, Pool, ProbeScores, ReadingScores, Scope, Span, Usage
+from probescore_server.rollouts import ActivationArrays, CheckedRollout, Continuation, ResolvedOptions, RolloutResult
 
 Encoded: TypeAlias = tuple[Any, ...]
 
@@ -58,13 +59,14 @@ def _encode_options(options: ResolvedOptions) -> Encoded:
         options.scope.value,
         options.return_token_ids,
         options.return_token_texts,
+        options.activations,
         options.readings,
     )
 
 
 def _decode_options(encoded: Encoded) -> ResolvedOptions:
-    probes, reductions, token_scores, scope, return_token_ids, return_token_texts, readings = encoded
-    return ResolvedOptions(probes, reductions, token_scores, Scope(scope), return_token_ids, return_token_texts, readings)
+    probes, reductions, token_scores, scope, return_token_ids, return_token_texts, activations, readings = encoded
+    return ResolvedOptions(probes, reductions, token_scores, Scope(scope), return_token_ids, return_token_texts, activations, readings)
 
 
 def _encode_continuation(continuation: Continuation) -> Encoded:
@@ -106,12 +108,35 @@ def decode_results(encoded: Encoded) -> tuple[RolloutResult | None, ...]:
 def _encode_result(result: RolloutResult) -> Encoded:
     usage = result.usage
     tokens = usage.tokens_computed, usage.tokens_shared, usage.tokens_cached
-    return _encode_scores(result.scores), tokens, result.refused_by
+    return _encode_scores(result.scores), tokens, result.refused_by, _encode_activations(result.activations)
 
 
 def _decode_result(encoded: Encoded) -> RolloutResult:
-    scores, tokens, refused_by = encoded
-    return RolloutResult(_decode_scores(scores), Usage(*tokens), refused_by)
+    scores, tokens, refused_by, activations = encoded
+    return RolloutResult(_decode_scores(scores), Usage(*tokens), refused_by, _decode_activations(activations))
+
+
+def _encode_activations(views: Sequence[ActivationArrays]) -> Encoded:
+    """Encodes the activations of a rollout, megabytes perhaps, as one buffer, which the transport sends without copying it."""
+    layouts = [
+        [(tap, pool.value, rows.dtype.str, rows.shape[0], rows.shape[1]) for (tap, pool), rows in arrays.items()] for arrays in views
+    ]
+    if not any(layouts):
+        return layouts, None
+    content = b"".join([rows.reshape(-1).view(np.uint8).data for arrays in views for rows in arrays.values()])
+    return layouts, pickle.PickleBuffer(content)
+
+
+def _decode_activations(encoded: Encoded) -> tuple[ActivationArrays, ...]:
+    layouts, content = encoded
+    views, start = [], 0
+    for layout in layouts:
+        arrays: dict[tuple[str, Pool], NDArray[Any]] = {}
+        for tap, pool, dtype, rows, width in layout:
+            arrays[tap, Pool(pool)] = np.frombuffer(content, dtype, rows * width, start).reshape(rows, width)
+            start += arrays[tap, Pool(pool)].nbytes
+        views.append(arrays)
+    return tuple(views)
 
 
 def _encode_scores(scores: CompletionScores) -> Encoded:

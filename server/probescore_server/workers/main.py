@@ -153,18 +153,22 @@ class _WorkerRuntime:
         torch.set_num_threads(self._spec.threads)
         if self._spec.device.startswith("cuda"):
             torch.cuda.set_per_process_memory_fraction(settings.device_memory_fraction, self._spec.device)
-        return Engine.load(
-            settings.model,
-            probes,
-            revision=settings.revision,
-            dtype=settings.dtype,
-            device=self._spec.device,
-            device_map=None if settings.device_map == "none" else settings.device_map,
-            accept_mismatch=settings.accept_mismatch,
-            trust_remote_code=settings.trust_remote_code,
-            max_kv_cache_bytes=settings.kv_cache_bytes,
-            report=lambda message: self._send(LoadingProgress(message)),
-        )
+        try:
+            return Engine.load(
+                settings.model,
+                probes,
+                taps=settings.allow_activations,
+                revision=settings.revision,
+                dtype=settings.dtype,
+                device=self._spec.device,
+                device_map=None if settings.device_map == "none" else settings.device_map,
+                accept_mismatch=settings.accept_mismatch,
+                trust_remote_code=settings.trust_remote_code,
+                max_kv_cache_bytes=settings.kv_cache_bytes,
+                report=lambda message: self._send(LoadingProgress(message)),
+            )
+        except InvalidRequest as error:  # It is about the taps, the only argument that a request may have too.
+            raise StartupError(f"allow_activations: {error.problem}") from None
 
     def _send(self, message: FromWorker) -> None:
         self._pipe.send(message)

@@ -1,4 +1,7 @@
-"""Transports messages between the front process and a worker process, as pickles over a socket pair, each preceded by its length.
+"""Transports messages between the front process and a worker process, as pickles over a socket pair.
+
+A message is a header, a pickle, and the buffers that the pickle refers to, if any: the large arrays of a response, which are neither copied
+into the pickle nor out of it. The header has the number of buffers and the length of each part.
 
 The worker's threads block on their end of the socket pair. The front process's end is on the event loop: a small message needs no switch of
 threads, and a message that takes long to encode is encoded in a thread.
@@ -14,11 +17,12 @@ import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 from probescore_server.event_loop import MAX_BYTES_UNPICKLED_ON_LOOP
 
+_COUNT = struct.Struct("!I")
 _LENGTH = struct.Struct("!Q")
 
 
@@ -32,16 +36,23 @@ class BlockingEnd:
 
     def send(self, message: object) -> None:
         """Sends a whole message; raises ``OSError`` if the other end of the socket pair is closed."""
-        encoded = _encode(message)
+        parts = _encode(message)
         with self._sending:
-            self._connection.sendall(encoded)
+            for part in parts:
+                self._connection.sendall(part)
 
     def receive(self) -> Any:  # noqa: ANN401
         """Waits for the next message and returns the message; raises ``EOFError`` if the other end of the socket pair is closed."""
-        header = self._reader.read(_LENGTH.size)
-        if len(header) < _LENGTH.size:
+        count = _COUNT.unpack(self._read(_COUNT.size))[0]
+        lengths = [_LENGTH.unpack(self._read(_LENGTH.size))[0] for _ in range(1 + count)]
+        encoded, *buffers = [self._read(length) for length in lengths]
+        return pickle.loads(encoded, buffers=buffers)  # noqa: S301 - only our own process is at the other end
+
+    def _read(self, length: int) -> bytes:
+        content = self._reader.read(length)
+        if len(content) < length:
             raise EOFError
-        return pickle.loads(self._reader.read(_LENGTH.unpack(header)[0]))  # noqa: S301 - only our own process is at the other end
+        return content
 
 
 class EventLoopEnd(asyncio.Protocol):
@@ -60,7 +71,7 @@ class EventLoopEnd(asyncio.Protocol):
         self._on_end = on_end
         self.heard = -math.inf
         self._transport: asyncio.WriteTransport | None = None
-        self._received = bytearray()
+        self._incoming = _IncomingMessage()
         self._to_encode: deque[object] = deque()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -85,9 +96,9 @@ class EventLoopEnd(asyncio.Protocol):
             self._write(await asyncio.to_thread(_encode, self._to_encode[0]))
             self._to_encode.popleft()
 
-    def _write(self, encoded: bytes) -> None:
+    def _write(self, parts: Sequence[bytes | memoryview]) -> None:
         if self._transport is not None:
-            self._transport.write(encoded)
+            self._transport.writelines(parts)
 
     def close(self) -> None:
         """Closes this end of the socket pair."""
@@ -103,20 +114,18 @@ class EventLoopEnd(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         """Calls ``on_message`` with each message that has arrived completely; the event loop calls this method whenever bytes arrive."""
         self.heard = time.monotonic()
-        self._received += data
-        while len(self._received) >= _LENGTH.size:
-            end = _LENGTH.size + _LENGTH.unpack_from(self._received)[0]
-            if len(self._received) < end:
-                return
-            encoded = bytes(memoryview(self._received)[_LENGTH.size : end])
-            del self._received[:end]
-            if len(encoded) > MAX_BYTES_UNPICKLED_ON_LOOP:
-                self._start(self._decode_in_thread(encoded))
-            else:
-                self._on_message(pickle.loads(encoded))  # noqa: S301 - only our own process is at the other end
+        left = memoryview(data)
+        while left:
+            left = self._incoming.take(left)
+            if self._incoming.is_whole:
+                (encoded, *buffers), self._incoming = self._incoming.parts, _IncomingMessage()
+                if len(encoded) > MAX_BYTES_UNPICKLED_ON_LOOP:
+                    self._start(self._decode_in_thread(encoded, buffers))
+                else:
+                    self._on_message(pickle.loads(encoded, buffers=buffers))  # noqa: S301 - only our own process is at the other end
 
-    async def _decode_in_thread(self, encoded: bytes) -> None:
-        self._on_message(await asyncio.to_thread(pickle.loads, encoded))
+    async def _decode_in_thread(self, encoded: bytearray, buffers: Sequence[bytearray]) -> None:
+        self._on_message(await asyncio.to_thread(pickle.loads, encoded, buffers=buffers))
 
     def connection_lost(self, error: Exception | None) -> None:
         """Calls ``on_end`` once ``on_message`` has received all messages; the event loop calls this method when the socket is closed."""
@@ -133,6 +142,47 @@ class EventLoopEnd(asyncio.Protocol):
         task.add_done_callback(self._tasks.discard)
 
 
-def _encode(message: object) -> bytes:
-    encoded = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
-    return _LENGTH.pack(len(encoded)) + encoded
+class _IncomingMessage:
+    """Collector of the bytes of one message. Each byte is copied once, into the memory that the message's arrays then keep.
+
+    Attributes:
+        parts: the pickle, then its buffers; empty before the header is known.
+        is_whole: whether all bytes are there.
+    """
+
+    def __init__(self) -> None:
+        self.parts: list[bytearray] = []
+        self.is_whole = False
+        self._header = bytearray()
+        self._filled: deque[memoryview] = deque()  # What is still to be filled of each part.
+
+    def take(self, data: memoryview) -> memoryview:
+        """Takes the next bytes, and returns those that belong to the next message."""
+        while data and not self.parts:
+            wanted = _COUNT.size
+            if len(self._header) >= wanted:
+                wanted += (1 + _COUNT.unpack_from(self._header)[0]) * _LENGTH.size
+            more = wanted - len(self._header)
+            self._header += data[:more]
+            data = data[more:]
+            if len(self._header) == wanted > _COUNT.size:
+                lengths = [_LENGTH.unpack_from(self._header, start)[0] for start in range(_COUNT.size, wanted, _LENGTH.size)]
+                self.parts = [bytearray(length) for length in lengths]
+                self._filled.extend(memoryview(part) for part in self.parts if part)
+        while data and self._filled:
+            space = self._filled.popleft()
+            count = min(len(space), len(data))
+            space[:count] = data[:count]
+            data = data[count:]
+            if count < len(space):
+                self._filled.appendleft(space[count:])
+        self.is_whole = bool(self.parts) and not self._filled
+        return data
+
+
+def _encode(message: object) -> list[bytes | memoryview]:
+    buffers: list[pickle.PickleBuffer] = []
+    encoded = pickle.dumps(message, pickle.HIGHEST_PROTOCOL, buffer_callback=buffers.append)
+    raw = [buffer.raw() for buffer in buffers]
+    header = _COUNT.pack(len(raw)) + b"".join(_LENGTH.pack(len(part)) for part in (encoded, *raw))
+    return [header + encoded, *raw]

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from probescore_probes.fitting.pipeline import FitResult
+from probescore_probes.fitting.results import FitResult
 
 _NOT_NUMBERS = ("file",)
 

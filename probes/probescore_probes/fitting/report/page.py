@@ -11,8 +11,9 @@ from markupsafe import Markup
 
 from probescore_audit import Estimate
 from probescore_probes.fitting.judgement import shown
-from probescore_probes.fitting.pipeline import FitResult, WrongRollout
 from probescore_probes.fitting.report import figures
+from probescore_probes.fitting.results import FitResult
+from probescore_probes.fitting.wrong_rollouts import WrongRollout
 
 _PROMPT_SHOWN = 160
 """Limits how many tokens of a prompt the page shows: the last ones."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from probescore_probes.fitting.pipeline import FitResult
 from probescore_probes.fitting.report.numbers import numbers_of
 from probescore_probes.fitting.report.page import page
+from probescore_probes.fitting.results import FitResult
 from probescore_server.files import write_atomically
 
 

@@ -1,4 +1,6 @@
-"""Converts activations between float32 and the formats they are stored in: float32, bfloat16 and float16. An overflow is an error."""
+"""Converts activations between float32 and the formats in which they are sent and stored: float32, bfloat16 and float16. An overflow is an
+error.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,7 @@ class Overflow(Exception):
 
 @dataclass(frozen=True)
 class NumberFormat:
-    """A number format that activations are stored in.
+    """A number format in which activations are sent and stored.
 
     Attributes:
         name: name of the format for people, such as ``bfloat16``.

@@ -1,0 +1,84 @@
+"""Defines what is returned of a model's activations: the poolings, and the activations of one completion."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from probescore.types.scores import CompletionStatus, Usage
+
+
+class Pool(str, Enum):
+    """Enumeration of what is returned of the activations of the tokens that count.
+
+    ``tokens`` gives one row for each token; each of the others pools all tokens to one row, feature by feature.
+    """
+
+    TOKENS = "tokens"
+    MEAN = "mean"
+    LAST = "last"
+    MAX = "max"
+
+
+@dataclass(frozen=True)
+class ActivationsInfo:
+    """Description of what produced the activations that a server sent, and of the work done.
+
+    Attributes:
+        model_fingerprint: fingerprint of the frozen model, ``"sha256:…"``.
+        tokenizer_fingerprint: fingerprint of its tokenizer; empty if the server has none.
+        taps: names of the taps read.
+        pools: poolings sent.
+        dtype: format in which the numbers travelled: ``float32``, ``bfloat16`` or ``float16``. Arrays have them as float32, exactly.
+        usage: the work done for the completions that began in the same message of the response.
+    """
+
+    model_fingerprint: str
+    tokenizer_fingerprint: str
+    taps: tuple[str, ...]
+    pools: tuple[Pool, ...]
+    dtype: str
+    usage: Usage
+
+
+@dataclass(frozen=True, eq=False)
+class CompletionActivations:
+    """The activations of one completion, or of a follow-up (token ids appended to a finished completion and read as a fork of it).
+
+    Attributes:
+        group_index, completion_index: position of the completion in the request.
+        id: id that the request gave the completion.
+        status: ``NON_FINITE`` if the model gives NaN or an infinity at a tap, ``OVERFLOW`` if a number is too large for the format that a
+            server was asked for; ``tokens`` and ``pooled`` are then empty.
+        token_ids: tokens in scope, ``(T,)`` int32: entry *i* of ``tokens`` is read at the position whose input is ``token_ids[i]``.
+        selections: which tokens count, ``(1 + spans, T)`` bool: in the whole scope under the mask, then in each span.
+        spans: names of the spans.
+        tokens: activations ``(T, hidden_size)`` float32 of all tokens in scope, whether they count or not, a dictionary keyed by tap name;
+            empty unless asked for.
+        pooled: pooled activations ``(1 + spans, pools, hidden_size)`` float32, a dictionary keyed by tap name, with poolings in the order
+            of the request; NaN if no token counts.
+        status_message: why there are no activations, for people.
+        inexact_ids: whether some token ids were obtained by tokenising text.
+        follow_ups: activations of the completion's follow-ups, in the order of the request.
+        prompt_tokens: how many of ``token_ids`` are the prompt's; they come first.
+        info: what produced the activations, as the server told; ``None`` from an engine in the same process, which says so itself.
+    """
+
+    group_index: int
+    completion_index: int
+    id: str
+    status: CompletionStatus
+    token_ids: NDArray[np.int32]
+    selections: NDArray[np.bool_]
+    spans: tuple[str, ...]
+    tokens: Mapping[str, NDArray[np.float32]]
+    pooled: Mapping[str, NDArray[np.float32]]
+    status_message: str = ""
+    inexact_ids: bool = False
+    follow_ups: tuple[CompletionActivations, ...] = ()
+    prompt_tokens: int = 0
+    info: ActivationsInfo | None = None

@@ -1,0 +1,32 @@
+"""The record of a training run: what its rollouts were, and what probes, tasks and labellers said of them.
+
+A record is a folder of JSON Lines files that are only appended to. Every process that writes has a file of its own, so that several ranks
+write at once without locks, and whatever kills a process costs at most the line that it was writing. This package needs numpy alone.
+"""
+
+from probescore_audit.record.reader import Record, read_record
+from probescore_audit.record.rows import (
+    SCHEMA_VERSION,
+    AnchorRow,
+    LabellerRow,
+    LabelRow,
+    RecordedProbe,
+    RolloutRow,
+    RunHeader,
+)
+from probescore_audit.record.table import RolloutTable
+from probescore_audit.record.writer import RecordWriter
+
+__all__ = [
+    "SCHEMA_VERSION",
+    "AnchorRow",
+    "LabelRow",
+    "LabellerRow",
+    "Record",
+    "RecordWriter",
+    "RecordedProbe",
+    "RolloutRow",
+    "RolloutTable",
+    "RunHeader",
+    "read_record",
+]

@@ -1,0 +1,54 @@
+"""Finds out which rows of a record count, where training was stopped and went on from an earlier step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from probescore_audit.record.rows import RunHeader
+
+
+@dataclass(frozen=True)
+class FileSteps:
+    """The steps whose rollouts a file of a record has.
+
+    Attributes:
+        header: the file's first line.
+        first: first step; ``None`` if the file has no rollouts.
+    """
+
+    header: RunHeader
+    first: int | None
+
+
+def valid_before(files: Sequence[FileSteps]) -> list[float]:
+    """Returns for each file the step from which on its rows do not count, because a later attempt has started from there; infinite if none.
+
+    Files of one launch are one attempt. If processes do not say which launch they belong to, a file joins the attempt before it if that
+    attempt has as many processes, and none with the file's rank. An attempt that begins at a step takes the place of all earlier ones from
+    this step on, also where it has not come as far as they had.
+    """
+    order = sorted(range(len(files)), key=lambda index: files[index].header.started)
+    attempts: list[list[int]] = []
+    for index in order:
+        header = files[index].header
+        for attempt in reversed(attempts):
+            begun = files[attempt[0]].header
+            if header.launch or begun.launch:
+                joins = header.launch == begun.launch
+            else:
+                joins = attempt is attempts[-1] and header.world_size == begun.world_size
+                joins = joins and all(files[other].header.rank != header.rank for other in attempt)
+            if joins:
+                attempt.append(index)
+                break
+        else:
+            attempts.append([index])
+    limits = [float("inf")] * len(files)
+    starts: float = float("inf")
+    for attempt in reversed(attempts):
+        for index in attempt:
+            limits[index] = starts
+        known = [first for index in attempt if (first := files[index].first) is not None]
+        starts = min([starts, *known])
+    return limits

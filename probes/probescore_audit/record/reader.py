@@ -1,0 +1,142 @@
+"""Reads a record: which rows count, and what in its files could not be read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from probescore_audit.record.attempts import FileSteps, valid_before
+from probescore_audit.record.rows import SCHEMA_VERSION, AnchorRow, LabellerRow, LabelRow, RolloutRow, Row, RunHeader, from_object
+from probescore_audit.record.table import RolloutTable
+
+
+@dataclass(frozen=True, eq=False)
+class Record:
+    """The rows of a record that count.
+
+    Attributes:
+        header: the header of the process that started last.
+        rollouts: the rollouts in the order of their steps; of a rollout that is there twice the last row.
+        labels: the labels of these rollouts that were not retracted.
+        anchors: the scores of the anchors.
+        labellers: how labellers judged what was known.
+        torn_lines: number of lines that could not be read, such as the last one of a process that was killed while it wrote.
+        void_rows: number of rows that do not count, since training went on from an earlier step, or since a label is not of any rollout
+            that counts.
+    """
+
+    header: RunHeader
+    rollouts: tuple[RolloutRow, ...]
+    labels: tuple[LabelRow, ...]
+    anchors: tuple[AnchorRow, ...]
+    labellers: tuple[LabellerRow, ...]
+    torn_lines: int
+    void_rows: int
+
+    def table(self) -> RolloutTable:
+        """Returns the rollouts as columns."""
+        return RolloutTable.of(self.rollouts)
+
+
+@dataclass(eq=False)
+class _File:
+    """What one file of a record has."""
+
+    header: RunHeader
+    rows: list[Row]
+    torn: int
+
+
+def read_record(directory: Path | str) -> Record:
+    """Reads the files of a record, also while a run is still writing them.
+
+    Args:
+        directory: the record's folder.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or no file of a record in it.
+        ValueError: the files are of several runs, or of a newer version of the format.
+    """
+    folder = Path(directory)
+    files = [file for path in sorted(folder.glob("*.jsonl")) if (file := _read_file(path)) is not None]
+    if not files:
+        raise FileNotFoundError(f"{folder.name}: no record; give the folder that was named as `record`")
+    if len(runs := {file.header.run_id for file in files}) > 1:
+        raise ValueError(f"{folder.name}: files of several runs ({', '.join(sorted(runs))}); give each run a folder of its own")
+    limits = valid_before([FileSteps(file.header, _first_step(file)) for file in files])
+    rollouts: dict[tuple[int, str], RolloutRow] = {}
+    labels: list[LabelRow] = []
+    anchors: dict[tuple[int, str], AnchorRow] = {}
+    labellers: list[LabellerRow] = []
+    void = 0
+    for file, limit in sorted(zip(files, limits, strict=True), key=lambda pair: pair[0].header.started):
+        for row in file.rows:
+            if isinstance(row, LabellerRow):
+                labellers.append(row)
+            elif isinstance(row, RunHeader):
+                continue
+            elif row.step >= limit:
+                void += 1
+            elif isinstance(row, RolloutRow):
+                rollouts[row.step, row.rollout] = row
+            elif isinstance(row, LabelRow):
+                labels.append(row)
+            else:
+                anchors[row.step, row.anchor] = row
+    retracted = {label.retracts for label in labels}
+    known = [label for label in labels if _is_of(label, rollouts.get((label.step, label.rollout)))]
+    void += len(labels) - len(known)
+    return Record(
+        header=max((file.header for file in files), key=lambda header: header.started),
+        rollouts=tuple(sorted(rollouts.values(), key=lambda row: row.step)),
+        labels=tuple(label for label in known if label.row not in retracted),
+        anchors=tuple(sorted(anchors.values(), key=lambda row: row.step)),
+        labellers=tuple(labellers),
+        torn_lines=sum(file.torn for file in files),
+        void_rows=void,
+    )
+
+
+def _read_file(path: Path) -> _File | None:
+    """Reads a file; ``None`` if even its first line is not whole, as in the moment in which a process begins to write."""
+    torn, rows = 0, []
+    for values in _objects(path):
+        if values is None:
+            torn += 1
+            continue
+        version = values.get("schema_version", 0)
+        if values["kind"] == RunHeader.kind and isinstance(version, int) and version > SCHEMA_VERSION:
+            raise ValueError(f"{path.name}: schema version {version}; this reader knows up to {SCHEMA_VERSION}: install a newer probescore")
+        try:
+            row = from_object(values)
+        except (TypeError, KeyError):
+            torn += 1
+            continue
+        if row is not None:
+            rows.append(row)
+    header = next((row for row in rows if isinstance(row, RunHeader)), None)
+    return None if header is None else _File(header, rows, torn)
+
+
+def _objects(path: Path) -> Iterator[dict[str, object] | None]:
+    """Parses the lines of a file; ``None`` for a line that is not a JSON object with a kind."""
+    with path.open("rb") as file:
+        for line in file:
+            if not line.strip():
+                continue
+            try:
+                values = json.loads(line)
+            except ValueError:
+                yield None
+                continue
+            yield values if isinstance(values, dict) and "kind" in values else None
+
+
+def _is_of(label: LabelRow, rollout: RolloutRow | None) -> bool:
+    return rollout is not None and label.text_sha256 in (None, rollout.text_sha256)
+
+
+def _first_step(file: _File) -> int | None:
+    return min((row.step for row in file.rows if isinstance(row, RolloutRow)), default=None)

@@ -1,0 +1,234 @@
+"""Defines the rows of a record, and their form as lines of JSON.
+
+A line is a JSON object with the field ``kind``. Fields without a value are left out. A reader ignores fields and kinds that it does not
+know, so that fields can be added under one schema version; a version that is higher than its own it refuses.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Union
+
+import numpy as np
+
+SCHEMA_VERSION = 1
+Scores = Mapping[str, Mapping[str, Mapping[str, float]]]
+"""Scores by the key of the probe, the name of the reading, and the reduction; best as logits, since probabilities near 0 and 1 tie."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordedProbe:
+    """Description of a probe whose scores a record has.
+
+    Attributes:
+        key: ``name@version``.
+        graph_sha256: digest of the probe's graph.
+        manifest_sha256: digest of the rest of the probe's manifest, calibrations included.
+        role: what its scores are for: ``"reward"``, ``"monitor"``, ``"held_out"`` (the trainer never sees them) or ``"refit"``.
+        thresholds: for each reduction that has one, the threshold at or above which a rollout counts as flagged.
+    """
+
+    key: str
+    graph_sha256: str = ""
+    manifest_sha256: str = ""
+    role: str = "reward"
+    thresholds: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunHeader:
+    """Description of a run, as one of its processes knows it; the first line of the process's file.
+
+    Attributes:
+        run_id: the run's name.
+        planned_steps: number of training steps that the run is planned for.
+        model_fingerprint: fingerprint of the frozen model.
+        tokenizer_fingerprint: fingerprint of its tokenizer.
+        probes: the probes whose scores are recorded.
+        labels_per_step: number of labels that are planned for each step; 0 = none.
+        alpha: largest chance that any alarm of the run is false.
+        rank: number of the process among those of the run.
+        world_size: number of these processes.
+        launch: name of the launch of the training that the process belongs to, equal for all its processes; empty if unknown.
+        started: time at which the process began to write, in seconds since 1970.
+        schema_version: version of the record's format.
+    """
+
+    kind: ClassVar[str] = "header"
+    run_id: str
+    planned_steps: int
+    model_fingerprint: str = ""
+    tokenizer_fingerprint: str = ""
+    probes: Sequence[RecordedProbe] = ()
+    labels_per_step: int = 0
+    alpha: float = 0.05
+    rank: int = 0
+    world_size: int = 1
+    launch: str = ""
+    started: float = field(default_factory=time.time)
+    schema_version: int = SCHEMA_VERSION
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutRow:
+    """One rollout of a training step.
+
+    Attributes:
+        step: training step.
+        rollout: name of the rollout, unique within its step.
+        prompt: name of the prompt, equal for rollouts of one prompt.
+        scores: what the probes said.
+        tokens: number of tokens of the completion.
+        task_reward: reward of the task alone.
+        total_reward: reward that the trainer used.
+        policy_logprob: log-probability of the completion under the policy.
+        text_sha256: digest of the completion's text or token ids.
+        prompt_text, completion_text: the texts, where the record keeps them.
+        prompt_ids, completion_ids: the token ids, where the record keeps them.
+    """
+
+    kind: ClassVar[str] = "rollout"
+    step: int
+    rollout: str
+    prompt: str
+    scores: Scores
+    tokens: int | None = None
+    task_reward: float | None = None
+    total_reward: float | None = None
+    policy_logprob: float | None = None
+    text_sha256: str | None = None
+    prompt_text: str | None = None
+    completion_text: str | None = None
+    prompt_ids: Sequence[int] | None = None
+    completion_ids: Sequence[int] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelRow:
+    """A judgement on one rollout. Rows are never overwritten; one that is wrong is retracted by a later one.
+
+    Attributes:
+        step: training step of the rollout.
+        rollout: name of the rollout.
+        label: ``"yes"`` (the behaviour is there), ``"no"`` or ``"unsure"``.
+        text_sha256: digest of the rollout's text, as in its ``RolloutRow``. A label counts only for the rollout that has it: a run that is
+            taken up again from an earlier step has other rollouts under the same names.
+        source: what gave the label, such as ``"checker"``, ``"judge"`` or ``"person"``.
+        labeller: who gave it: a person's name, or a judge's model.
+        labeller_version: version of the labeller, such as that of the judge's prompt.
+        inclusion: probability with which the rollout was chosen for labelling, in (0, 1]; ``None`` if it was not drawn at random, and
+            estimates must leave it out.
+        stratum: ``"flagged"``, ``"near"`` or ``"rest"``.
+        floor: whether the rollout was drawn at random from all rollouts of its step.
+        second: whether this is a second judgement of a rollout.
+        span: half-open range of tokens of the completion in which the behaviour is seen.
+        note: the labeller's remark.
+        row: name of this row.
+        retracts: name of the row that this one takes the place of.
+    """
+
+    kind: ClassVar[str] = "label"
+    step: int
+    rollout: str
+    label: str
+    source: str
+    text_sha256: str | None = None
+    labeller: str = ""
+    labeller_version: str = ""
+    inclusion: float | None = None
+    stratum: str | None = None
+    floor: bool = False
+    second: bool = False
+    span: Sequence[int] | None = None
+    note: str | None = None
+    row: str = ""
+    retracts: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnchorRow:
+    """A score of an anchor, which is a text with a known label that is scored again and again during the run.
+
+    Attributes:
+        step: training step at which it was scored.
+        anchor: name of the text.
+        positive: whether the text has the behaviour.
+        scores: what the probes said.
+    """
+
+    kind: ClassVar[str] = "anchor"
+    step: int
+    anchor: str
+    positive: bool
+    scores: Scores
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabellerRow:
+    """How a labeller judged rollouts whose label was known.
+
+    Attributes:
+        source: as in the labeller's labels.
+        labeller: as in the labeller's labels.
+        negatives: number of rollouts without the behaviour that were shown.
+        negatives_right: number of these that were labelled ``"no"``.
+        positives: number of rollouts with the behaviour that were shown.
+        positives_right: number of these that were labelled ``"yes"``.
+    """
+
+    kind: ClassVar[str] = "labeller"
+    source: str
+    labeller: str
+    negatives: int
+    negatives_right: int
+    positives: int
+    positives_right: int
+
+
+Row = Union[RunHeader, RolloutRow, LabelRow, AnchorRow, LabellerRow]
+KINDS: Mapping[str, type[Row]] = {kind.kind: kind for kind in (RunHeader, RolloutRow, LabelRow, AnchorRow, LabellerRow)}
+
+# Looked up once: a run has 100,000 rows and more.
+_NAMES = {name: frozenset(each.name for each in fields(kind)) for name, kind in KINDS.items()}
+_DEFAULTS = {name: tuple((each.name, each.default) for each in fields(kind)) for name, kind in KINDS.items()}
+
+
+def to_line(row: Row) -> str:
+    """Returns a row as one line of JSON, without the line's end.
+
+    Raises:
+        ValueError: a number is NaN or infinite, for which JSON has no form.
+    """
+    values = {name: value for name, default in _DEFAULTS[row.kind] if (value := getattr(row, name)) is not None and value != default}
+    if isinstance(row, RunHeader):
+        values |= {"schema_version": row.schema_version, "probes": [vars(probe) for probe in row.probes]}
+    return json.dumps({"kind": row.kind, **values}, allow_nan=False, separators=(",", ":"), ensure_ascii=False, default=_as_python)
+
+
+def from_object(values: Mapping[str, Any]) -> Row | None:
+    """Returns the row of a parsed line; ``None`` if its kind is not known.
+
+    Raises:
+        TypeError: a field that the kind requires is missing.
+    """
+    kind = KINDS.get(values["kind"])
+    if kind is None:
+        return None
+    names = _NAMES[kind.kind]
+    known = {name: value for name, value in values.items() if name in names}
+    if kind is RunHeader:
+        names = frozenset(each.name for each in fields(RecordedProbe))
+        known["probes"] = tuple(
+            RecordedProbe(**{name: value for name, value in probe.items() if name in names}) for probe in known.get("probes", ())
+        )
+    return kind(**known)
+
+
+def _as_python(value: object) -> object:
+    """Returns numpy's numbers and arrays as Python's."""
+    if isinstance(value, (np.ndarray, np.generic)):
+        return value.tolist()
+    raise TypeError(f"a row holds a {type(value).__name__}; give numbers, text and lists")

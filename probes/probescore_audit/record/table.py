@@ -1,0 +1,67 @@
+"""Gives the rollouts of a record as columns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from probescore_audit.record.rows import RolloutRow
+
+_NUMBERS = ("tokens", "task_reward", "total_reward", "policy_logprob")
+
+
+@dataclass(frozen=True, eq=False)
+class RolloutTable:
+    """The rollouts of a run, by step, as columns of one length.
+
+    Attributes:
+        step: training step, ``(n,)`` int64, ascending.
+        rollout: name of the rollout, ``(n,)``.
+        prompt: name of the prompt, ``(n,)``.
+        numbers: ``tokens``, ``task_reward``, ``total_reward`` and ``policy_logprob``, ``(n,)`` float64 each; NaN where there is none.
+        scores: by the key of the probe, the reading and the reduction, ``(n,)`` float64 each; NaN where there is none.
+    """
+
+    step: NDArray[np.int64]
+    rollout: NDArray[np.str_]
+    prompt: NDArray[np.str_]
+    numbers: Mapping[str, NDArray[np.float64]]
+    scores: Mapping[tuple[str, str, str], NDArray[np.float64]]
+
+    @classmethod
+    def of(cls, rows: Sequence[RolloutRow]) -> RolloutTable:
+        """Makes the columns of rows, which must be in the order of their steps."""
+        scores: dict[tuple[str, str, str], NDArray[np.float64]] = {}
+        for index, row in enumerate(rows):
+            for probe, readings in row.scores.items():
+                for reading, reductions in readings.items():
+                    for reduction, score in reductions.items():
+                        key = (probe, reading, reduction)
+                        if key not in scores:
+                            scores[key] = np.full(len(rows), np.nan)
+                        scores[key][index] = score
+        numbers = {
+            name: np.array([np.nan if (value := getattr(row, name)) is None else value for row in rows], np.float64) for name in _NUMBERS
+        }
+        return cls(
+            step=np.array([row.step for row in rows], np.int64),
+            rollout=np.array([row.rollout for row in rows], np.str_),
+            prompt=np.array([row.prompt for row in rows], np.str_),
+            numbers=numbers,
+            scores=scores,
+        )
+
+    def __len__(self) -> int:
+        return len(self.step)
+
+    def columns(self) -> dict[str, NDArray[Any]]:
+        """Returns the columns by name, as ``pandas.DataFrame`` and ``polars.DataFrame`` take them.
+
+        The columns of scores are named ``probe/reading/reduction``.
+        """
+        named = {"/".join(key): column for key, column in self.scores.items()}
+        return {"step": self.step, "rollout": self.rollout, "prompt": self.prompt, **self.numbers, **named}

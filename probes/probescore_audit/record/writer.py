@@ -1,0 +1,96 @@
+"""Writes one process's part of a record."""
+
+from __future__ import annotations
+
+import logging
+import os
+import uuid
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Literal
+
+from probescore_audit.record.rows import LabelRow, RolloutRow, Row, RunHeader, to_line
+
+logger = logging.getLogger(__name__)
+
+
+class RecordWriter:
+    """Writer of one process's file in a record. Each call of ``append`` hands whole lines to the operating system, so that a process that
+    is killed loses nothing that it has appended.
+
+    Args:
+        directory: the record's folder; it is made if it does not exist.
+        header: description of the run, written first.
+        on_error: what happens if the disk is full, or fails: ``"log"`` = an error is logged and the rows are lost, since a record must not
+            end a training run; ``"raise"`` = the ``OSError`` is raised.
+        keep_texts: whether texts and token ids of rollouts are written; otherwise they are left out, whatever a row has.
+
+    Attributes:
+        path: the file.
+        lost_rows: number of rows that could not be written.
+
+    Raises:
+        OSError: the folder or the file cannot be made.
+        ValueError: the folder is a record of another run.
+    """
+
+    def __init__(
+        self, directory: Path | str, header: RunHeader, *, on_error: Literal["log", "raise"] = "log", keep_texts: bool = False
+    ) -> None:
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / f"rank{header.rank:05d}-{uuid.uuid4().hex[:12]}.jsonl"
+        self.lost_rows = 0
+        self._raises = on_error == "raise"
+        self._keep_texts = keep_texts
+        self._torn = False
+        self._file: int | None = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644)
+        self.append([header])
+
+    def append(self, rows: Iterable[Row]) -> None:
+        """Appends rows, all by one call of the operating system.
+
+        Raises:
+            OSError: the rows cannot be written, and ``on_error`` is ``"raise"``.
+            ValueError: a number of a row is not finite, or the writer is closed.
+        """
+        if self._file is None:
+            raise ValueError(f"{self.path.name} is closed")
+        lines = [to_line(self._without_texts(row)) for row in rows]
+        if not lines:
+            return
+        # After a line that was written in part a line's end comes first: the torn line is then the only one that cannot be read.
+        data = (("\n" if self._torn else "") + "\n".join(lines) + "\n").encode()
+        written = 0
+        try:
+            while written < len(data):
+                written += os.write(self._file, data[written:])
+        except OSError as error:
+            self._torn = self._torn or written > 0
+            self.lost_rows += len(lines)
+            if self._raises:
+                raise
+            logger.error("the record lost %d rows: %s", len(lines), error.strerror)
+            return
+        self._torn = False
+
+    def close(self) -> None:
+        """Closes the file. A second call does nothing."""
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+    def __enter__(self) -> RecordWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _without_texts(self, row: Row) -> Row:
+        if isinstance(row, LabelRow) and not row.row:
+            return replace(row, row=uuid.uuid4().hex)
+        if isinstance(row, RolloutRow) and not self._keep_texts:
+            return replace(row, prompt_text=None, completion_text=None, prompt_ids=None, completion_ids=None)
+        return row

@@ -1,0 +1,180 @@
+"""Gathers the rollouts of consecutive training steps, and their labels, into what the estimates of a probe's quality are computed from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from probescore_audit.label_plan import Floats, Indices, Stratum, strata
+
+STRATA = len(Stratum)
+
+
+@dataclass(frozen=True, eq=False)
+class RunScores:
+    """A probe's scores of the rollouts of a training run, in the order of the steps.
+
+    Attributes:
+        step: training step of each rollout, ``(n,)`` int64, ascending.
+        prompt: number of each rollout's prompt, ``(n,)`` int64.
+        scores: score of each rollout, ``(n,)`` float64; as a logit, since probabilities near 0 and 1 tie.
+        threshold: a rollout whose score is at or above this number is flagged.
+        max_scores: the same probe's scores under the reduction ``max``, ``(n,)``; ``None`` if the run has none.
+        max_threshold: threshold of ``max_scores``.
+        stratum: the ``Stratum`` of each rollout within its step, ``(n,)`` int8.
+    """
+
+    step: Indices
+    prompt: Indices
+    scores: Floats
+    threshold: float
+    max_scores: Floats | None
+    max_threshold: float
+    stratum: NDArray[np.int8]
+
+    @classmethod
+    def of(
+        cls,
+        step: ArrayLike,
+        prompt: ArrayLike,
+        scores: ArrayLike,
+        threshold: float,
+        *,
+        max_scores: ArrayLike | None = None,
+        max_threshold: float = np.nan,
+    ) -> RunScores:
+        """Checks the columns of a run, and finds the stratum of each rollout.
+
+        Raises:
+            ValueError: the columns differ in length, the steps do not ascend, or a score is not finite.
+        """
+        steps, values = np.asarray(step, np.int64), np.asarray(scores, np.float64)
+        prompts = np.unique(np.asarray(prompt), return_inverse=True)[1].astype(np.int64)
+        at_most = None if max_scores is None else np.asarray(max_scores, np.float64)
+        for name, column in (("scores", values), ("prompt", prompts), ("max_scores", values if at_most is None else at_most)):
+            if column.shape != steps.shape:
+                raise ValueError(f"{name}: {len(column)} entries for {len(steps)} rollouts; give one for each")
+            if not np.isfinite(column).all():
+                raise ValueError(f"{name}: {int((~np.isfinite(column)).sum())} entries are not finite; leave out rollouts without a score")
+        if (np.diff(steps) < 0).any():
+            raise ValueError("step: the steps do not ascend; sort the rollouts by step")
+        bounds = np.flatnonzero(np.diff(steps)) + 1
+        stratum = np.concatenate([strata(part, threshold) for part in np.split(values, bounds)])
+        return cls(steps, prompts, values, threshold, at_most, max_threshold, stratum)
+
+    @property
+    def flagged(self) -> NDArray[np.bool_]:
+        """Whether each rollout is flagged, ``(n,)`` bool."""
+        return self.scores >= self.threshold
+
+
+@dataclass(frozen=True, eq=False)
+class RunLabels:
+    """Labels of rollouts of a run. A rollout of which the labeller was unsure is left out.
+
+    Attributes:
+        rollout: index of each labelled rollout in the columns of ``RunScores``, ``(m,)`` int64, ascending, each once.
+        positive: whether the rollout has the behaviour, ``(m,)`` bool.
+        inclusion: probability with which the rollout was chosen for labelling, ``(m,)`` float64 in (0, 1].
+        floor: whether it was chosen at random rather than for its score, ``(m,)`` bool.
+    """
+
+    rollout: Indices
+    positive: NDArray[np.bool_]
+    inclusion: Floats
+    floor: NDArray[np.bool_]
+
+
+@dataclass(frozen=True, eq=False)
+class StratumCounts:
+    """What the labels of a window say of its three strata: the sufficient statistics of every rate.
+
+    Attributes:
+        rollouts: number of rollouts of each stratum, ``(3,)`` float64.
+        design_effect: number of rollouts that say as much about the share of flagged rollouts as one independent rollout; at least 1,
+            and more where rollouts of one prompt resemble each other (Kish 1965).
+        labelled: effective number of labels of each stratum, ``(3,)`` float64: the number of equally weighted labels that say as much.
+        positive: effective number of positive ones among these, ``(3,)`` float64.
+    """
+
+    rollouts: Floats
+    design_effect: float
+    labelled: Floats
+    positive: Floats
+
+
+@dataclass(frozen=True, eq=False)
+class LabelledWindow:
+    """The rollouts of consecutive steps of a run, with the labels that some of them have.
+
+    Attributes:
+        first_step, last_step: the steps, both included.
+        counts: what the labels say of the strata.
+        stratum: the ``Stratum`` of each labelled rollout, ``(m,)`` int8.
+        positive: whether each labelled rollout has the behaviour, ``(m,)`` bool.
+        weight: the number of rollouts for which each labelled rollout stands, ``(m,)`` float64.
+        scores: score of each labelled rollout, ``(m,)`` float64.
+        max_flagged: whether the probe under the reduction ``max`` flags each labelled rollout, ``(m,)`` bool; ``None`` if the run has no
+            such scores.
+    """
+
+    first_step: int
+    last_step: int
+    counts: StratumCounts
+    stratum: NDArray[np.int8]
+    positive: NDArray[np.bool_]
+    weight: Floats
+    scores: Floats
+    max_flagged: NDArray[np.bool_] | None
+
+
+def labelled_window(run: RunScores, labels: RunLabels, first_step: int, last_step: int) -> LabelledWindow:
+    """Gathers the rollouts of the steps from ``first_step`` to ``last_step``, both included, and their labels."""
+    start, end = np.searchsorted(run.step, [first_step, last_step + 1])
+    chosen = slice(*np.searchsorted(labels.rollout, [start, end]))
+    rollout, positive, weight = labels.rollout[chosen], labels.positive[chosen], 1 / labels.inclusion[chosen]
+    stratum = run.stratum[rollout]
+    total, squares, with_it = (
+        np.bincount(stratum, weights=of, minlength=STRATA).astype(np.float64) for of in (weight, weight**2, weight * positive)
+    )
+    with np.errstate(invalid="ignore", divide="ignore"):
+        labelled = np.nan_to_num(total**2 / squares)
+        positives = np.nan_to_num(labelled * with_it / total)
+    counts = StratumCounts(
+        rollouts=np.bincount(run.stratum[start:end], minlength=STRATA).astype(np.float64),
+        design_effect=_design_effect(run.flagged[start:end], run.step[start:end], run.prompt[start:end]),
+        labelled=labelled,
+        positive=positives,
+    )
+    return LabelledWindow(
+        first_step=first_step,
+        last_step=last_step,
+        counts=counts,
+        stratum=stratum,
+        positive=positive,
+        weight=weight,
+        scores=run.scores[rollout],
+        max_flagged=None if run.max_scores is None else run.max_scores[rollout] >= run.max_threshold,
+    )
+
+
+def latest_window(run: RunScores, labels: RunLabels, last_step: int, least_labels: int) -> LabelledWindow | None:
+    """Gathers the fewest steps up to ``last_step`` that have enough labels together; ``None`` if all steps up to it have too few."""
+    known = int(np.searchsorted(labels.rollout, np.searchsorted(run.step, last_step + 1)))
+    if known < least_labels:
+        return None
+    return labelled_window(run, labels, int(run.step[labels.rollout[known - least_labels]]), last_step)
+
+
+def _design_effect(flagged: NDArray[np.bool_], step: Indices, prompt: Indices) -> float:
+    """Estimates the design effect of the share of flagged rollouts, whose clusters are the rollouts of one prompt in one step."""
+    rate = float(flagged.mean()) if len(flagged) else 0.0
+    if not 0 < rate < 1:
+        return 1.0
+    _, cluster, sizes = np.unique(step * (int(prompt.max()) + 1) + prompt, return_inverse=True, return_counts=True)
+    if len(sizes) < 2:
+        return 1.0
+    means = np.bincount(cluster, weights=flagged) / sizes
+    return max(1.0, float(means.var(ddof=1)) * float(sizes.mean()) / (rate * (1 - rate)))

@@ -1,0 +1,69 @@
+"""Checks the fields that requests of several services have in common, and reads what an RPC says beside its request."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import grpc
+
+from probescore.types import RolloutGroup
+from probescore.wire.contract import JOB_KEY
+from probescore_server.errors import InvalidRequest, Mismatch
+from probescore_server.rollouts import EngineInfo
+from probescore_server.settings import ServerSettings
+from probescore_server.validation.texts import PendingText, check_texts, pending_texts
+
+MAX_RUN_ID_BYTES = 256
+MAX_ABSOLUTE_PRIORITY = 100
+
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+
+
+def job_of(context: Context) -> str:
+    """Returns the name of the training job that sent an RPC, by which the queue gives jobs turns. The name is from the RPC's metadata or,
+    if absent, the client's address.
+    """
+    for key, value in context.invocation_metadata() or ():
+        if key == JOB_KEY:
+            return str(value)
+    return context.peer()
+
+
+def deadline_of(context: Context, now: float) -> float:
+    """Returns the time by which an RPC must be done, in seconds on the clock on which it is ``now``; infinity = there is no deadline."""
+    remaining = context.time_remaining()
+    return math.inf if remaining is None else now + remaining
+
+
+def check_run(priority: int, run_id: str) -> None:
+    """Raises ``InvalidRequest`` if a request's priority or the name of its run is out of its bounds."""
+    if abs(priority) > MAX_ABSOLUTE_PRIORITY:
+        raise InvalidRequest("priority", f"{priority} is not between -{MAX_ABSOLUTE_PRIORITY} and {MAX_ABSOLUTE_PRIORITY}")
+    if (size := len(run_id.encode())) > MAX_RUN_ID_BYTES:
+        raise InvalidRequest("run_id", f"has {size} bytes; the limit is {MAX_RUN_ID_BYTES}")
+
+
+def check_fingerprints(info: EngineInfo, expected_model: str, expected_tokenizer: str) -> None:
+    """Raises ``Mismatch`` if the model or tokenizer is another than the one that a request expects; an empty string expects nothing."""
+    pairs = (
+        ("expected_model_fingerprint", info.model.fingerprint, expected_model),
+        ("expected_tokenizer_fingerprint", info.tokenizer_fingerprint, expected_tokenizer),
+    )
+    for field, found, expected in pairs:
+        if expected and expected != found:
+            raise Mismatch(field, found or "none", expected)
+
+
+def texts_of(groups: Sequence[RolloutGroup], limits: ServerSettings) -> list[PendingText]:
+    """Returns the texts and chats of a request, which must be tokenised; raises ``LimitExceeded`` if one is too long."""
+    texts = pending_texts(groups)
+    check_texts(
+        texts,
+        max_rollout_tokens=limits.max_rollout_tokens,
+        max_request_tokens=limits.max_request_tokens,
+        max_text_bytes_per_token=limits.max_text_bytes_per_token,
+        max_chat_messages=limits.max_chat_messages,
+    )
+    return texts

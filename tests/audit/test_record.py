@@ -1,0 +1,247 @@
+"""The record of a run: what is written is read, whatever happens to those who write."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from probescore_audit.record import (
+    AnchorRow,
+    LabellerRow,
+    LabelRow,
+    RecordedProbe,
+    RecordWriter,
+    RolloutRow,
+    RunHeader,
+    read_record,
+)
+from probescore_audit.recorded_run import recorded_run
+
+GOLDEN = Path(__file__).parent / "record-1"
+
+
+def header(rank=0, world_size=1, **more):
+    probes = (RecordedProbe(key="cheating@1", graph_sha256="sha256:00", role="reward", thresholds={"mean": 0.5, "max": 1.5}),)
+    return RunHeader(run_id="sort-7", planned_steps=300, probes=probes, rank=rank, world_size=world_size, **more)
+
+
+def rollout(step, number, score=0.0, **more):
+    scores = {"cheating@1": {"frozen": {"mean": score, "max": score + 1}}}
+    return RolloutRow(step=step, rollout=f"{number}", prompt=f"p{number // 4}", scores=scores, tokens=6, **more)
+
+
+def write(folder, steps, rank=0, world_size=1, score=0.0, count=8, **more):
+    with RecordWriter(folder, header(rank, world_size, **more)) as writer:
+        for step in steps:
+            writer.append(rollout(step, rank * count + number, score) for number in range(count))
+    return writer
+
+
+def test_rows_of_every_kind_come_back_as_they_were(tmp_path):
+    rows = [
+        rollout(0, 0, 0.25, task_reward=1.0, total_reward=-2.0, policy_logprob=-8.5, text_sha256="sha256:11"),
+        LabelRow(step=0, rollout="0", label="yes", source="checker", inclusion=0.25, stratum="flagged", floor=True, span=[1, 3], row="a"),
+        AnchorRow(step=0, anchor="n1", positive=False, scores={"cheating@1": {"frozen": {"mean": -1.5}}}),
+        LabellerRow(source="judge", labeller="m", negatives=10, negatives_right=9, positives=5, positives_right=5),
+    ]
+    with RecordWriter(tmp_path, first := header()) as writer:
+        writer.append(rows)
+    record = read_record(tmp_path)
+    assert record.header == first
+    assert [*record.rollouts, *record.labels, *record.anchors, *record.labellers] == rows
+    assert (record.torn_lines, record.void_rows) == (0, 0)
+
+
+def test_a_torn_last_line_costs_that_line(tmp_path):
+    path = write(tmp_path, [0, 1]).path
+    whole = path.read_bytes()
+    for cut in range(len(whole) - 2, len(whole) - 120, -7):
+        path.write_bytes(whole[:cut])
+        record = read_record(tmp_path)
+        assert len(record.rollouts) == 15
+        assert record.torn_lines == 1
+
+
+def test_a_process_killed_while_it_writes_loses_nothing_that_it_had_appended(tmp_path):
+    code = (
+        "import sys, itertools; sys.path.insert(0, sys.argv[2])\n"
+        "from test_record import *\n"
+        "writer = RecordWriter(sys.argv[1], header())\n"
+        "for step in itertools.count():\n"
+        "    writer.append([rollout(step, number) for number in range(8)]); print(step, flush=True)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path), str(Path(__file__).parent)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if int(line) >= 50:
+            break
+    process.send_signal(signal.SIGKILL)
+    last = max([50, *(int(line) for line in process.stdout.read().split())])
+    process.wait()
+    record = read_record(tmp_path)
+    assert {row.step for row in record.rollouts} >= set(range(last + 1))
+    assert record.torn_lines <= 1
+
+
+def test_ranks_write_at_once(tmp_path):
+    for rank in range(2):
+        write(tmp_path, range(3), rank, world_size=2)
+    record = read_record(tmp_path)
+    assert len(record.rollouts) == 3 * 16
+    assert record.table().step.tolist() == sorted(record.table().step.tolist())
+
+
+@pytest.mark.parametrize("launches", [("", ""), ("a", "b")])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_of_a_run_that_goes_on_from_an_earlier_step_the_last_attempt_counts(tmp_path, launches, ranks):
+    for attempt, (steps, launch) in enumerate(zip((range(10), range(6, 8)), launches, strict=True)):
+        for rank in range(ranks):
+            write(tmp_path, steps, rank, ranks, score=attempt, launch=launch, started=1000.0 * attempt + rank)
+    record = read_record(tmp_path)
+    scores = {row.step: row.scores["cheating@1"]["frozen"]["mean"] for row in record.rollouts}
+    assert scores == {**dict.fromkeys(range(6), 0.0), 6: 1.0, 7: 1.0}  # the first attempt's steps 8 and 9 never were
+    assert record.void_rows == ranks * 8 * 4
+
+
+def test_more_ranks_than_before_are_another_attempt(tmp_path):
+    write(tmp_path, range(4), 0, 1, started=0.0)
+    for rank in range(2):
+        write(tmp_path, range(2, 3), rank, 2, score=1.0, started=100.0 + rank)
+    assert {row.step for row in read_record(tmp_path).rollouts} == {0, 1, 2}
+
+
+def test_a_label_is_retracted_by_a_later_one(tmp_path):
+    with RecordWriter(tmp_path, header()) as writer:
+        writer.append([rollout(0, 0), LabelRow(step=0, rollout="0", label="yes", source="person", row="a")])
+        writer.append([LabelRow(step=0, rollout="0", label="no", source="person", row="b", retracts="a")])
+    assert [label.label for label in read_record(tmp_path).labels] == ["no"]
+
+
+def test_a_label_of_a_rollout_that_is_gone_does_not_count_for_its_namesake(tmp_path):
+    with RecordWriter(tmp_path, header()) as writer:
+        writer.append([rollout(0, 0, text_sha256="sha256:new")])
+        writer.append([LabelRow(step=0, rollout="0", label="yes", source="person", text_sha256="sha256:old")])
+    record = read_record(tmp_path)
+    assert record.labels == ()
+    assert record.void_rows == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+@pytest.mark.parametrize("policy", ["log", "raise"])
+def test_a_full_disk_is_logged_or_ends_the_run(tmp_path, policy, caplog):
+    writer = RecordWriter(tmp_path, header(), on_error=policy)
+    full = os.open("/dev/full", os.O_WRONLY)
+    os.dup2(full, writer._file)
+    if policy == "raise":
+        with pytest.raises(OSError, match="No space left"):
+            writer.append([rollout(0, 0)])
+    else:
+        writer.append([rollout(0, 0)])
+        assert "lost 1 rows: No space left" in caplog.text
+    assert writer.lost_rows == 1
+
+
+def test_after_a_line_written_in_part_the_next_can_be_read(tmp_path, monkeypatch):
+    writer = RecordWriter(tmp_path, header())
+    real, calls = os.write, []
+
+    def short(file, data):
+        calls.append(len(data))
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        return real(file, data[:20])
+
+    monkeypatch.setattr(os, "write", short)
+    writer.append([rollout(0, 0)])
+    monkeypatch.undo()
+    writer.append([rollout(0, 1)])
+    record = read_record(tmp_path)
+    assert [row.rollout for row in record.rollouts] == ["1"]
+    assert record.torn_lines == 1
+
+
+def test_texts_are_kept_only_if_asked_for(tmp_path):
+    for keep in (False, True):
+        with RecordWriter(tmp_path / str(keep), header(), keep_texts=keep) as writer:
+            writer.append([rollout(0, 0, completion_text="secret", completion_ids=[4, 5])])
+    assert "secret" not in next((tmp_path / "False").iterdir()).read_text()
+    assert read_record(tmp_path / "True").rollouts[0].completion_ids == [4, 5]
+
+
+def test_numbers_that_are_not_finite_are_refused(tmp_path):
+    with RecordWriter(tmp_path, header()) as writer, pytest.raises(ValueError, match="not JSON compliant"):
+        writer.append([rollout(0, 0, float("nan"))])
+
+
+def test_a_record_of_a_newer_version_is_refused_and_unknown_kinds_and_fields_are_not(tmp_path):
+    path = write(tmp_path, [0]).path
+    with path.open("a") as file:
+        file.write('{"kind":"weather","step":1}\n{"kind":"rollout","step":1,"rollout":"9","prompt":"p","scores":{},"colour":"red"}\n')
+    assert len(read_record(tmp_path).rollouts) == 9
+    (tmp_path / "newer.jsonl").write_text('{"kind":"header","run_id":"sort-7","planned_steps":3,"schema_version":2}\n')
+    with pytest.raises(ValueError, match="schema version 2; this reader knows up to 1"):
+        read_record(tmp_path)
+
+
+def test_a_folder_without_a_record_and_one_with_two_runs_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no record"):
+        read_record(tmp_path)
+    write(tmp_path, [0])
+    with RecordWriter(tmp_path, RunHeader(run_id="other", planned_steps=1)):
+        pass
+    with pytest.raises(ValueError, match="several runs"):
+        read_record(tmp_path)
+
+
+def test_the_record_of_version_1_stays_readable():
+    record = read_record(GOLDEN)
+    assert record.header.run_id == "golden"
+    assert record.table().columns()["cheating@1/policy/mean"].tolist() == [-0.5, 2.0]
+    assert record.labels[0].label == "yes"
+    assert record.anchors[0].positive
+
+
+def test_the_audit_takes_scores_and_labels_from_a_record(tmp_path):
+    with RecordWriter(tmp_path, header()) as writer:
+        writer.append(rollout(step, number, float(number)) for step in range(2) for number in range(4))
+        labels = [("0", "yes", 0.5), ("1", "unsure", 0.5), ("2", "no", None), ("3", "no", 1.0)]
+        writer.append(LabelRow(step=1, rollout=name, label=said, source="checker", inclusion=chance) for name, said, chance in labels)
+        writer.append([LabelRow(step=1, rollout="3", label="yes", source="judge", second=True)])
+    run, known = recorded_run(read_record(tmp_path), "cheating@1")
+    assert run.scores.tolist() == [0.0, 1.0, 2.0, 3.0] * 2
+    assert run.threshold == 0.5
+    assert run.max_scores is not None
+    assert run.max_threshold == 1.5
+    assert known.rollout.tolist() == [4, 7]
+    assert known.positive.tolist() == [True, False]  # the second judgement does not agree with the first
+    assert known.inclusion.tolist() == [0.5, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("asked", "complaint"),
+    [
+        ({"probe": "lying@1"}, "probe: 'lying@1'; the record has cheating@1"),
+        ({"probe": "cheating@1", "reading": "policy"}, "reading: 'policy'; of cheating@1 the record has frozen"),
+        ({"probe": "cheating@1", "reduction": "last"}, "reduction: last; .* for mean, max"),
+    ],
+)
+def test_scores_that_are_not_recorded_are_named(tmp_path, asked, complaint):
+    write(tmp_path, [0])
+    with pytest.raises(ValueError, match=complaint):
+        recorded_run(read_record(tmp_path), **asked)
+
+
+def test_a_table_has_one_row_a_rollout_and_gaps_where_nothing_was_said(tmp_path):
+    with RecordWriter(tmp_path, header()) as writer:
+        writer.append([rollout(0, 0, 1.0, task_reward=0.5), RolloutRow(step=1, rollout="0", prompt="p", scores={})])
+    columns = read_record(tmp_path).table().columns()
+    assert columns["cheating@1/frozen/mean"][0] == 1.0
+    assert np.isnan(columns["cheating@1/frozen/mean"][1])
+    assert np.isnan(columns["task_reward"][1])
+    assert {len(column) for column in columns.values()} == {2}
