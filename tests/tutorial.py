@@ -66,16 +66,16 @@ class Clone:
     port: int
 
     @classmethod
-    def make(cls, folder: Path, environment: Path, trainers: dict[str, Path] | None = None) -> Clone:
-        """Makes one, with the trainers' environments of these names."""
+    def make(cls, folder: Path, environment: Path, others: dict[str, Path] | None = None) -> Clone:
+        """Makes one, with further environments by the folders that the pages name."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         shutil.copytree(REPOSITORY / "examples", folder / "examples", ignore=shutil.ignore_patterns("__pycache__"))
         (folder / ".venv").symlink_to(environment)
-        for name, trainer in (trainers or {}).items():
-            (folder / ".venv-trainers").mkdir(exist_ok=True)
-            (folder / ".venv-trainers" / name).symlink_to(trainer)
+        for name, other in (others or {}).items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).symlink_to(other)
         KEPT_MODEL.mkdir(parents=True, exist_ok=True)
         (folder / "demo").mkdir()
         (folder / "demo" / "model").symlink_to(KEPT_MODEL)
@@ -87,6 +87,7 @@ class Clone:
         return {
             "make demo": _recipe_of_demo(),  # here there is nothing to install
             "make .venv-trainers/trl/installed": "test -x .venv-trainers/trl/bin/python",  # `make test-trainers` begins with this command
+            "make .venv-trained/installed": "test -x .venv-trained/bin/python",  # and `make test-truth` with this one
             ADDRESS: f"localhost:{self.port}",
         }
 

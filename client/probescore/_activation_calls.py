@@ -116,7 +116,7 @@ class ReadPlan:
 
     Raises:
         ServerError: the server gives no activations.
-        InvalidRequestError: a tap is none of those that the server reads.
+        InvalidRequestError: a tap (place in the model) is none of those that the server reads.
     """
 
     def __init__(self, template: activations_pb2.ReadActivationsRequest, server: ServerInfo, bytes_per_call: int) -> None:
@@ -170,7 +170,9 @@ class ReadPlan:
         return message
 
     def _cost(self, completion: scoring_pb2.Completion, prompt_tokens: int) -> tuple[int, int, int]:
-        """Returns the tokens of a completion with its follow-ups, their number, and the bytes of their activations."""
+        """Returns the number of tokens of a completion with its follow-ups (token ids appended to the completion), the number of
+        completions and follow-ups, and the bytes of their activations.
+        """
         row_bytes = self._hidden_size * NUMBER_FORMATS[self._options.dtype].item.itemsize * len(self._taps)
         pools = [pool for pool in self._options.pools if pool is not Pool.TOKENS]
         tokens = completions = rows = 0
@@ -185,12 +187,12 @@ class ReadPlan:
 
 
 def activations_off() -> ServerError:
-    """Returns the exception for a server that gives no activations."""
+    """Returns the exception that tells that a server does not send activations."""
     return ServerError("the server gives no activations: its setting allow_activations names no taps", "UNIMPLEMENTED", "ACTIVATIONS_OFF")
 
 
 def _matching(patterns: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
-    """Returns the names that patterns match, in the order of the patterns, as the server resolves them."""
+    """Returns the names of taps (places in the model) that patterns match, in the order of the patterns, as the server resolves them."""
     found: dict[str, None] = {}
     for index, pattern in enumerate(patterns):
         meant = [name for name in known if fnmatch.fnmatchcase(name, pattern)]
@@ -220,7 +222,9 @@ class ReadChunk(Chunk):
         self._info: ActivationsInfo | None = None
 
     def request(self) -> activations_pb2.ReadActivationsRequest:
-        """Returns a request message for the completions that are still missing. What had begun to arrive of one is forgotten."""
+        """Returns a request message for the completions whose activations are still missing. Activations of a completion that had arrived
+        in part are dropped.
+        """
         request = activations_pb2.ReadActivationsRequest()
         request.CopyFrom(self._template)
         request.groups.extend(self._groups_to_send())
@@ -242,7 +246,7 @@ class ReadChunk(Chunk):
             raise malformed_answer(error) from None
 
     def results(self) -> Iterator[CompletionActivations]:
-        """Yields the activations of all completions of the chunk in order, and lets go of each."""
+        """Yields the activations of all completions that one RPC has sent, in order, and keeps no reference to them."""
         for position in sorted(self._read):
             yield self._read.pop(position)
 
@@ -297,13 +301,13 @@ class ReadChunk(Chunk):
 
 @dataclass(eq=False)
 class _ViewRead:
-    """A completion or follow-up whose rows arrive.
+    """A completion, or a follow-up (token ids appended to a completion), whose activations arrive from the server row by row.
 
     Attributes:
         begins: what the server told of it.
         token_ids: tokens in scope, ``(T,)`` int32.
         selections: which tokens count, ``(1 + spans, T)`` bool.
-        arrays: the rows under each tap and pool, ``(rows, hidden_size)`` float32, filled as they arrive.
+        arrays: the rows under each tap (place in the model) and pool, ``(rows, hidden_size)`` float32, filled as they arrive.
     """
 
     asked: scoring_pb2.Completion
@@ -314,7 +318,9 @@ class _ViewRead:
 
 
 class _Assembly:
-    """Assembler of the activations of one completion and its follow-ups from the parts in which they arrive."""
+    """Assembler of the activations of one completion and its follow-ups (token ids appended to a completion) from the parts in which they
+    arrive.
+    """
 
     def __init__(
         self,
@@ -337,11 +343,13 @@ class _Assembly:
 
     @property
     def is_whole(self) -> bool:
-        """Whether all rows of the completion and of its follow-ups are there."""
+        """Returns whether all rows of activations of the completion and of its follow-ups (token ids appended to a completion) have
+        arrived.
+        """
         return not self._to_come and not self._rows
 
     def begin(self, begins: activations_pb2.CompletionRead, path: str) -> None:
-        """Begins the completion, or its next follow-up."""
+        """Begins to collect the activations of the completion, or of its next follow-up (token ids appended to the completion)."""
         if self._rows or not self._to_come:
             raise MessageError(path, "begins before the rows of the one before are there")
         asked, follow_up = self._to_come.popleft()
@@ -364,7 +372,9 @@ class _Assembly:
         self._last = self._views[follow_up] = _ViewRead(asked, begins, token_ids, selections, arrays)
 
     def add(self, rows: activations_pb2.ActivationRows, path: str) -> None:
-        """Adds the next rows of what began last."""
+        """Adds rows of activations that have arrived to the completion or follow-up (token ids appended to a completion) that
+        began last.
+        """
         if not self._rows or self._last is None:
             raise MessageError(path, "has rows that were not asked for")
         tap, pool, first, end = self._rows.popleft()
@@ -380,7 +390,7 @@ class _Assembly:
             self._rows.appendleft((tap, pool, first + len(numbers), end))
 
     def completion(self) -> CompletionActivations:
-        """Returns the activations of the completion with its follow-ups."""
+        """Returns the activations of the completion with its follow-ups (token ids appended to a completion)."""
         return self._completion(())
 
     def _completion(self, path: tuple[int, ...]) -> CompletionActivations:
@@ -444,7 +454,9 @@ class _Assembly:
 
 
 def _views(completion: scoring_pb2.Completion, path: tuple[int, ...]) -> Iterator[tuple[scoring_pb2.Completion, tuple[int, ...]]]:
-    """Yields a completion and then its follow-ups, each followed by its own, with their paths from the completion."""
+    """Yields a completion and then its follow-ups (token ids appended to a completion), each followed by its own, with their paths from the
+    completion.
+    """
     yield completion, path
     for index, follow_up in enumerate(completion.follow_ups):
         yield from _views(follow_up, (*path, index))

@@ -52,7 +52,7 @@ class AnswerCheck:
         self._probes: _ProbesByShape | None = None
 
     def check_result(self, result: ScoreResult) -> None:
-        """Checks a whole response to the RPC ``Score`` against the request."""
+        """Checks that a server's whole response to the RPC ``Score`` matches the request."""
         asked = [len(group.completions) for group in self._request.groups]
         came = [len(group) for group in result.groups]
         if len(asked) != len(came):
@@ -69,7 +69,8 @@ class AnswerCheck:
         """Checks the model, tokenizer and probes that a response message names; all messages of one RPC must name the same model, tokenizer
         and probes. This method must be called before ``check_completion``.
         """
-        info = replace(info, usage=Usage())
+        # work and unlike rollouts are of the completions in one message
+        info = replace(info, usage=Usage(), probes=tuple(_without_completions(probe) for probe in info.probes))
         if self._info is None:
             self._probes = self._checked_probes(info)
             self._info = info
@@ -127,7 +128,9 @@ class AnswerCheck:
     def _check(
         self, asked: scoring_pb2.Completion, scores: CompletionScores, field: str, prompt: scoring_pb2.Prompt | None, *, inexact: bool
     ) -> None:
-        """Checks the scores of one completion or follow-up; ``prompt`` is ``None`` for a follow-up, whose scores carry no prompt."""
+        """Checks the scores of one completion or follow-up (token ids appended to a completion); ``prompt`` is ``None`` for a follow-up,
+        whose scores carry no prompt.
+        """
         probes = self._probes
         if probes is None:
             raise RuntimeError("check_info comes first")
@@ -183,6 +186,10 @@ class AnswerCheck:
         expected = tokens if self._probes is not None and self._probes.has_tokenizer else 0
         if expected is not None and len(came or ()) != expected:
             raise MessageError(field, f"has {len(came or ())} pieces; {expected} tokens were asked for")
+
+
+def _without_completions(probe: ScoredProbe) -> ScoredProbe:
+    return replace(probe, outside_calibration=()) if probe.outside_calibration else probe
 
 
 def _check_names(asked: Sequence[str], came: Sequence[ScoredProbe]) -> None:

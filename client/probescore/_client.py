@@ -135,7 +135,9 @@ class BaseClient:
         except ServerError as error:
             if error.code != grpc.StatusCode.UNIMPLEMENTED.name:
                 raise
-            raise ServerError("the server does not take sleep and wake: its setting admin is off", error.code, "ADMIN_OFF") from None
+            raise ServerError(
+                "the server does not take sleep, wake and reload: its setting admin is off", error.code, "ADMIN_OFF"
+            ) from None
 
     def _check_open(self) -> None:
         if self._closed:
@@ -168,7 +170,9 @@ def stream_template(options: ScoreOptions) -> scoring_pb2.ScoreRequest:
 
 
 def read(convert: Callable[[Response], Answer], message: Response) -> Answer:
-    """Converts a response message to a value; raises ``ServerError`` if the message violates the protobuf contract."""
+    """Converts a server's response message to a value object of this package; raises ``ServerError`` if the message violates the protobuf
+    contract.
+    """
     try:
         return convert(message)
     except MessageError as error:

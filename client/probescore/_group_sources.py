@@ -28,7 +28,7 @@ _STOP_READING_SECONDS = 0.1
 
 @dataclass(frozen=True, eq=False)
 class GroupRead:
-    """Event with one rollout group that a source has yielded."""
+    """Event with one rollout group (a prompt with its completions) that a source, a reader of a user's iterable, has read."""
 
     group: RolloutGroup
 
@@ -76,7 +76,7 @@ class ListSource:
         self._deliver = deliver
 
     def ask(self) -> None:
-        """Delivers the next rollout group, or the event that the list has ended."""
+        """Delivers the next rollout group of a list, or the event that the list has ended."""
         self._deliver(next(map(GroupRead, self._groups), SourceEnded()))
 
     def stop(self) -> None:
@@ -95,14 +95,14 @@ class ThreadSource:
         self._thread = threading.Thread(target=contextvars.copy_context().run, args=(self._read,), name="probescore-source", daemon=True)
 
     def ask(self) -> None:
-        """Makes the source's thread read one more rollout group and deliver it."""
+        """Makes the thread that reads a user's iterable read one more rollout group and deliver the group."""
         if self._thread.ident is None:
             self._thread.start()
         self._reading = True
         self._wanted.put(True)
 
     def stop(self) -> None:
-        """Ends the source's thread when it is between two rollout groups, and waits briefly for its end."""
+        """Ends the thread that reads a user's iterable once the thread is between two rollout groups, and waits briefly for its end."""
         self._wanted.put(False)
         if self._thread.ident is not None and self._thread is not threading.current_thread():
             self._thread.join(_STOP_READING_SECONDS if self._reading else _STOP_IDLE_SECONDS)
@@ -183,7 +183,9 @@ def async_source_of(groups: Iterable[RolloutGroup] | AsyncIterable[RolloutGroup]
 
 
 class _NonBlockingSource:
-    """Adapter that turns a ``Source`` which never blocks the event loop into an ``AsyncSource``."""
+    """Adapter that turns a reader of rollout groups which never blocks the event loop (a ``Source``) into an asynchronous reader (an
+    ``AsyncSource``).
+    """
 
     def __init__(self, source: Source) -> None:
         self._source = source
@@ -206,11 +208,11 @@ class TaskSource:
         self._task = asyncio.create_task(self._read(groups))
 
     def ask(self) -> None:
-        """Makes the source's task read one more rollout group and deliver it."""
+        """Makes the task that reads a user's asynchronous iterable read one more rollout group and deliver the group."""
         self._wanted.release()
 
     async def stop(self) -> None:
-        """Cancels the source's task, and waits briefly for its end."""
+        """Cancels the task that reads a user's asynchronous iterable, and waits briefly for its end."""
         self._stopped = True
         self._task.cancel()
         await asyncio.wait({self._task}, timeout=_STOP_IDLE_SECONDS)  # a source may refuse to be cancelled

@@ -15,7 +15,8 @@ class ScoreOptions(TypedDict, total=False):
     optional.
 
     Attributes:
-        probes: the probes to apply, each as ``"name"`` or ``"name@version"``; default: all probes that the server has loaded.
+        probes: the probes to apply. ``"name@version"`` means that version, ``"name"`` the highest version that the server has of the name;
+            default: the highest version of each name.
         reductions: how per-token scores become one number per rollout, each as ``"mean"``, ``"topk_mean(8)"`` or a ``Reduction``; default:
             each probe's default reduction.
         token_scores: whether the server sends back per-token scores: ``True`` or ``"all"`` for every probe, or names of probes; default:

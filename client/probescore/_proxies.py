@@ -41,7 +41,7 @@ def goes_direct(target: str) -> bool:
 
 
 def proxy_of(target: str, environment: Mapping[str, str] = os.environ) -> Proxy | None:
-    """Returns the proxy that gRPC uses for a target, or ``None``."""
+    """Returns the proxy that gRPC uses for connections to a target (a server's address), or ``None``."""
     if target.startswith("xds:") or goes_direct(target):
         return None
     variable = next((name for name in _VARIABLES if name in environment), None)
@@ -58,7 +58,7 @@ def proxy_of(target: str, environment: Mapping[str, str] = os.environ) -> Proxy 
 
 
 def _host(target: str) -> str | None:
-    """Returns the single host of a gRPC target, or ``None`` if the target has several hosts."""
+    """Returns the single host of a gRPC target (a server's address), or ``None`` if the target has several hosts."""
     match = _TARGET.fullmatch(target)
     return match["host"].strip("[]") if match else None
 

@@ -139,7 +139,7 @@ def retry(attempt: Callable[[float], Answer], attempts: Attempts, wait: Callable
 async def retry_async(
     attempt: Callable[[float], Awaitable[Answer]], attempts: Attempts, wait: Callable[[float], Awaitable[None]]
 ) -> Answer:
-    """Retries an asynchronous function like ``retry``: awaits each ``attempt`` and each ``wait``."""
+    """Retries an RPC as ``retry`` does, with asynchronous functions for an attempt and for a pause, both of which it awaits."""
     while True:
         try:
             return await attempt(attempts.seconds_left())

@@ -63,8 +63,8 @@ class Chunk:
     def add(
         self, group: int, prompt: scoring_pb2.Prompt, parts: dict[Position, scoring_pb2.Completion], tokens: int, completions: int
     ) -> None:
-        """Adds completions of one rollout group. Together with their follow-ups they count as ``completions`` completions; together with
-        their prompt they have ``tokens`` tokens.
+        """Adds completions of one rollout group to a chunk, the content of one RPC. Together with their follow-ups (token ids appended to a
+        completion) the completions count as ``completions`` completions; together with their prompt they have ``tokens`` tokens.
         """
         self.prompts[group] = prompt
         self.missing.update(parts)
@@ -72,7 +72,9 @@ class Chunk:
         self.completions += completions
 
     def _groups_to_send(self) -> list[scoring_pb2.RolloutGroup]:
-        """Returns the groups of a request for the completions that still lack results, and notes which positions they have there."""
+        """Returns the rollout groups of a request for those completions that still lack results, and stores the positions of the
+        completions in that request.
+        """
         self._sent = []
         groups: list[scoring_pb2.RolloutGroup] = []
         last = None
@@ -95,7 +97,9 @@ class Chunk:
             raise malformed_answer(f"the stream ended without {len(self.missing)} of its completions")
 
     def relocated(self, error: ProbescoreError) -> ProbescoreError:
-        """Returns the same error with fields named by their place in the stream instead of their place in the RPC."""
+        """Returns a copy of an error of one RPC of a stream, in which fields are named by their place in the stream instead of their place
+        in the RPC.
+        """
         if not error.violations:
             return error
 
@@ -124,7 +128,7 @@ class ScoreChunk(Chunk):
     _check: AnswerCheck | None = None
 
     def request(self, template: scoring_pb2.ScoreRequest) -> scoring_pb2.ScoreStreamRequest:
-        """Returns a request message for the completions that still lack scores, with the options of the template."""
+        """Returns a request message for those completions of one RPC that still lack scores, with the options of a template message."""
         stream = scoring_pb2.ScoreStreamRequest(request=template)
         stream.request.groups.extend(self._groups_to_send())
         self._check = AnswerCheck(stream.request)
@@ -202,16 +206,18 @@ class Chunker:
             yield from self.rest()
 
     def _is_too_much(self, tokens: int, completions: int) -> bool:
-        """Returns whether the current chunk has no room for so many more tokens and completions within the limits of one RPC."""
+        """Returns whether the given numbers of tokens and completions would bring the current chunk (the content of one RPC) above the
+        limits of an RPC.
+        """
         return tokens > self._window.tokens_per_call or self._chunk.completions + completions > self._window.completions_per_call
 
     @property
     def has_rest(self) -> bool:
-        """Whether the current, unfinished chunk contains any completion."""
+        """Returns whether the current, unfinished chunk (the content of one RPC) contains any completion."""
         return bool(self._chunk.missing)
 
     def rest(self) -> Iterator[ScoreChunk]:
-        """Yields the current, unfinished chunk if it contains any completion, and starts a new chunk."""
+        """Yields the current, unfinished chunk (the content of one RPC) if it contains any completion, and starts a new chunk."""
         if self._chunk.missing:
             chunk, self._chunk = self._chunk, ScoreChunk()
             yield chunk
@@ -245,12 +251,12 @@ class StreamSchedule:
 
     @property
     def finished(self) -> bool:
-        """Whether the source has ended and the scores of all its rollout groups have arrived."""
+        """Returns whether the source of rollout groups has ended and the scores of all its groups have arrived."""
         return self._ended and not self._ready and not self._under_way
 
     @property
     def patience(self) -> float | None:
-        """Seconds to wait for the next event before calling ``kept_waiting()``; ``None`` if there is nothing that could be sent
+        """Returns the seconds to wait for the next event before calling ``kept_waiting()``; ``None`` if there is nothing that could be sent
         meanwhile.
         """
         return LINGER_SECONDS if self._reading and self._chunker.has_rest and self._has_room else None
@@ -275,7 +281,7 @@ class StreamSchedule:
         return wants
 
     def kept_waiting(self) -> None:
-        """Makes the groups read so far ready to be sent, although they do not fill an RPC."""
+        """Makes the rollout groups that were read so far ready to be sent, although they do not fill an RPC."""
         self._ready.extend(self._chunker.rest())
 
     def accept(self, arrival: Arrival) -> list[StreamedCompletion]:
@@ -315,7 +321,7 @@ def _prompt_tokens(prompt: scoring_pb2.Prompt) -> int:
 
 
 def _with_follow_ups(completion: scoring_pb2.Completion) -> int:
-    """Returns the number of completions that a completion and all its follow-ups count as."""
+    """Returns the number of completions that a completion and all its follow-ups (token ids appended to a completion) count as."""
     return 1 + sum(map(_with_follow_ups, completion.follow_ups))
 
 

@@ -32,9 +32,19 @@ from probescore._options import ScoreOptions
 from probescore._retries import Attempts, retry
 from probescore._status import FailedCall
 from probescore._streaming import Arrival, ScoreChunk, StreamSchedule, StreamWindow
-from probescore.types import CompletionActivations, ProbeInfo, RolloutGroup, ScoreResult, ServerInfo, StreamedCompletion, Tap, Transfer
+from probescore.types import (
+    CompletionActivations,
+    ProbeInfo,
+    ReloadedProbes,
+    RolloutGroup,
+    ScoreResult,
+    ServerInfo,
+    StreamedCompletion,
+    Tap,
+    Transfer,
+)
 from probescore.v1 import activations_pb2, admin_pb2, probes_pb2, scoring_pb2
-from probescore.wire import probes_from_proto, server_info_from_proto, transfers_from_proto
+from probescore.wire import probes_from_proto, reloaded_from_proto, server_info_from_proto, transfers_from_proto
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
@@ -206,6 +216,16 @@ class ProbeClient(BaseClient):
         with self._administration():
             answer = self._call(lambda stub: stub.Wake, admin_pb2.WakeRequest(), self._attempts(timeout))
         return transfers_from_proto(answer.transfers)
+
+    def reload_probes(self, *, timeout: float | None = None) -> ReloadedProbes:
+        """Makes the server follow its probe files as they are now; returns, once it does, what has changed and which files were refused.
+
+        New files are checked while the server scores, and a file that fails a check changes nothing. RPCs that are under way finish with
+        the probes that they began with. The server's setting ``admin`` must be on, and the client must have the address of one server.
+        """
+        with self._administration():
+            answer = self._call(lambda stub: stub.Reload, admin_pb2.ReloadRequest(), self._attempts(timeout))
+        return reloaded_from_proto(answer)
 
     @contextmanager
     def awake(self, *, timeout: float | None = None) -> Iterator[None]:

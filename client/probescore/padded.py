@@ -122,7 +122,7 @@ class _PaddedRows:
         return ids
 
     def prompt_bounds(self, mask: NDArray[np.bool_] | None) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Returns the indices at which each row's prompt begins and ends, as two arrays ``(B,)``."""
+        """Returns the indices at which the prompt in each of B padded rows begins and ends, as two arrays ``(B,)``."""
         prompts = self.ids[:, : self.prompt_length]
         field = "attention_mask"
         if mask is None:

@@ -21,7 +21,7 @@ _Given = Any  # whatever an author hands over
 
 
 def shown(value: _Given) -> str:
-    """Returns a value as text for an error message: short, on one line."""
+    """Returns an argument's value as short text on one line, for an error message."""
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         return f"{type(value).__name__} of shape {tuple(value.shape)} and dtype {value.dtype}"
     written = value.__name__ if isinstance(value, type) else repr(value)
@@ -148,7 +148,7 @@ def array_of(value: _Given, argument: str, what: str) -> NDArray[Any]:
 
 
 def described(value: _Given, array: NDArray[Any]) -> str:
-    """Returns a description of the contents of a refused array, for an error message.
+    """Returns a description of the numbers in an argument that is refused, for the error message.
 
     Args:
         value: the value, as an author gives it.

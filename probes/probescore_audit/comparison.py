@@ -30,7 +30,7 @@ class FlagAgreement:
 
     @property
     def rollouts(self) -> int:
-        """Returns how many rollouts were compared."""
+        """Returns how many rollouts the two probes were compared on."""
         return self.both + self.only_first + self.only_second + self.neither
 
     @property

@@ -64,7 +64,7 @@ def evaluate(
     thresholds: Sequence[float] = (),
     seed: int = 0,
 ) -> tuple[Quality, ...]:
-    """Evaluates a probe on all rollouts together, then on each slice by itself in the order of the slices' names.
+    """Evaluates a probe on all rollouts together, then on each slice (part of the data) by itself in the order of the slices' names.
 
     Args:
         scores: one score for each rollout, ``(n,)``, in the unit of the thresholds.

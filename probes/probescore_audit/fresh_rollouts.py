@@ -45,8 +45,8 @@ def calibrate_for_fresh(
         label: as for ``calibrate``.
 
     Raises:
-        TypeError: as ``calibrate``.
-        ValueError: as ``calibrate``; also if groups and negatives differ in number, or there are fewer than two groups.
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is wrong as for ``calibrate``, groups and negatives differ in number, or there are fewer than two groups.
     """
     found = calibrate(negatives, false_positive_rate=false_positive_rate, dataset=dataset, reduction=reduction, label=label)
     scores = np.asarray(negatives, np.float64).ravel()

@@ -21,23 +21,23 @@ _TAILS = [2.5, 97.5]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number with its 95% interval; NaN if there were no data to estimate the number from."""
+    """Value object with an estimated number and its 95% interval; all NaN if there were no data to estimate the number from."""
 
     value: float
     low: float
     high: float
 
     def overlaps(self, other: Estimate) -> bool:
-        """Returns whether two intervals have a number in common."""
+        """Returns whether the 95% intervals of two estimates have a number in common."""
         return self.low <= other.high and other.low <= self.high
 
     def contains(self, value: float) -> bool:
-        """Returns whether a number lies in the interval."""
+        """Returns whether a number lies in the estimate's 95% interval."""
         return self.low <= value <= self.high
 
     @property
     def reversed(self) -> Estimate:
-        """Returns the estimate of the AUROC of the negated scores, given an AUROC."""
+        """Returns one minus an AUROC, with its interval: the AUROC of the negated scores."""
         return Estimate(1 - self.value, 1 - self.high, 1 - self.low)
 
 

@@ -36,7 +36,8 @@ class ProbeFunction:
             pools; a missing last axis means one label.
         export: function that makes the ONNX graph for a signature.
         unit: unit of the scores.
-        width: number of features in each input row, of all taps together; ``None`` if not known before the probe runs.
+        width: number of features in each input row, of all taps (places in the model) together; ``None`` if not known before the probe
+            runs.
         columns: number of scores of each row; ``None`` if not known before the probe runs.
         classes: classes of a classifier as its training data names them, in order; the scores are those of the last ``columns`` classes.
     """
@@ -193,7 +194,7 @@ def _concatenated(inputs: GraphInputs) -> NDArray[np.float64]:
 
 
 def _linear_graph(weight: NDArray[np.float64], bias: NDArray[np.float64], signature: GraphSignature) -> onnx.ModelProto:
-    """Builds a graph of one ``Gemm``.
+    """Builds the ONNX graph of a linear probe, which is a single ``Gemm`` node.
 
     The engine can compute a graph of this form together with other probes that read the same tap, which is a point in the language model.
     """

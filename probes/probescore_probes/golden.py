@@ -122,7 +122,8 @@ class GoldenScorer:
         return found
 
     def exact_scores(self, golden: GoldenCase) -> NDArray[np.float64]:
-        """Computes the author's scores of a golden rollout on activations that were computed in float64 and rounded once to float32.
+        """Computes the scores that the author's code gives for a golden rollout (one stored in the probe file), on activations that were
+        computed in float64 and rounded once to float32.
 
         Returns:
             Scores of the same shape as ``golden.scores``.
@@ -182,7 +183,7 @@ class GoldenScorer:
         return scores.reshape(len(scores), -1)
 
     def _rows(self, ids: NDArray[np.int64], scored_from: int) -> NDArray[np.int64]:
-        """Returns the positions in a rollout whose activations the probe is given."""
+        """Returns the positions of those tokens of a rollout whose activations are given to the probe."""
         rows = np.arange(0 if self.context.sees_prompt else scored_from, len(ids))
         if self.context.kind == "rollout" and self.exclude_special_tokens:
             special = np.isin(ids[rows], self.reference.special_token_ids)
@@ -193,7 +194,8 @@ class GoldenScorer:
 
 
 def neighbours(rollouts: Sequence[GoldenRollout]) -> tuple[tuple[Neighbour, ...], tuple[LeftOut, ...]]:
-    """Returns, for the manifest, the golden scores at each place that is one decoder block or one token beside the right place.
+    """Returns, for the manifest, the golden scores (those of the author's code) at each place that is one decoder block or one token beside
+    the right place.
 
     The first list holds the places where every rollout has finite scores. The second list holds the other places, with the reason.
     """

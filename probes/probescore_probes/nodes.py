@@ -35,40 +35,42 @@ class Nodes:
         self._types: dict[str, np.dtype[Any]] = {}
 
     def apply(self, operator: str, *inputs: str, domain: str = "", dtype: DTypeLike | None = None, **attributes: _Attribute) -> str:
-        """Adds an operator with one result to the graph; the result has the dtype of the first input unless ``dtype`` is given."""
+        """Adds an operator with one result to an ONNX graph; the result has the dtype of the first input unless ``dtype`` is given."""
         name = f"value_{len(self.nodes)}"
         self.nodes.append(helper.make_node(operator, list(inputs), [name], domain=domain or None, **attributes))
         self._types[name] = np.dtype(dtype) if dtype is not None else self._type(inputs[0])
         return name
 
     def constant(self, array: Array) -> str:
-        """Adds an array to the graph as a weight and returns its name."""
+        """Adds an array to an ONNX graph as a weight and returns its name."""
         name = f"weight_{len(self.weights)}"
         self.weights.append(numpy_helper.from_array(np.ascontiguousarray(array).reshape(np.shape(array)), name))
         self._types[name] = np.asarray(array).dtype
         return name
 
     def number(self, value: float) -> str:
-        """Adds a single number to the graph as a float64 weight and returns its name."""
+        """Adds a single number to an ONNX graph as a float64 weight and returns its name."""
         return self.constant(np.array(value, np.float64))
 
     def cast(self, x: str, dtype: DTypeLike) -> str:
-        """Adds a conversion of a value to another dtype; a value that already has the dtype is returned unchanged."""
+        """Adds to an ONNX graph a conversion of a value to another dtype; a value that already has the dtype is returned unchanged."""
         if self._type(x) == np.dtype(dtype):
             return x
         return self.apply("Cast", x, to=helper.np_dtype_to_tensor_dtype(np.dtype(dtype)), dtype=dtype)
 
     def gemm(self, x: str, weight: Array, bias: Array, dtype: DTypeLike = np.float32) -> str:
-        """Adds nodes for ``weight · x + bias``, computed in ``dtype``, with a weight ``(out, in)`` and a bias ``(out,)`` in float64."""
+        """Adds ONNX nodes for ``weight · x + bias``, computed in ``dtype``, with a weight ``(out, in)`` and a bias ``(out,)``
+        in float64.
+        """
         x = self.cast(x, dtype)
         return self.apply("Gemm", x, self.constant(weight.astype(dtype)), self.constant(bias.astype(dtype)), transB=1)
 
     def softmax(self, x: str) -> str:
-        """Adds a node for the softmax over each row of a value."""
+        """Adds an ONNX node for the softmax over each row of a value."""
         return self.apply("Softmax", x, axis=1)
 
     def exact_sigmoid(self, x: str) -> str:
-        """Adds nodes for a sigmoid in float64 that stays exact where ``x`` is far below 0.
+        """Adds ONNX nodes for a sigmoid in float64 that stays exact where ``x`` is far below 0.
 
         The ``Sigmoid`` operators of ONNX runtimes are cut off near 1e-8, which would change results that divide a sigmoid by a sum of
         sigmoids.
@@ -77,23 +79,23 @@ class Nodes:
         return self.apply("Div", one, self.apply("Add", one, self.apply("Exp", self.apply("Neg", self.cast(x, np.float64)))))
 
     def log_sigmoid(self, x: str) -> str:
-        """Adds nodes for ``log(sigmoid(x))``, without underflow where ``x`` is far below 0."""
+        """Adds ONNX nodes for ``log(sigmoid(x))``, without underflow where ``x`` is far below 0."""
         return self.apply("Neg", self.apply("Softplus", self.apply("Neg", x)))
 
     def columns(self, x: str, columns: Sequence[int]) -> str:
-        """Adds a node that selects some columns of a value by their indices."""
+        """Adds an ONNX node that selects some columns of a value by their indices."""
         return self.apply("Gather", x, self.constant(np.array(columns, np.int64)), axis=1)
 
     def concat(self, columns: Sequence[str]) -> str:
-        """Adds nodes that put values side by side as columns, in float32."""
+        """Adds ONNX nodes that put several values side by side as columns, in float32."""
         return self.apply("Concat", *[self.cast(column, np.float32) for column in columns], axis=1)
 
     def mean(self, values: Sequence[str]) -> str:
-        """Adds nodes for the mean of values of one shape, in float32."""
+        """Adds ONNX nodes for the mean of several values of one shape, in float32."""
         return self.weighted_mean(values, None)
 
     def weighted_mean(self, values: Sequence[str], weights: Sequence[float] | None) -> str:
-        """Adds nodes for the weighted mean of values of one shape as ``numpy.average`` defines it, in float32."""
+        """Adds ONNX nodes for the weighted mean of values of one shape as ``numpy.average`` defines it, in float32."""
         share = np.full(len(values), 1 / len(values)) if weights is None else np.asarray(weights, np.float64) / np.sum(weights)
         parts = [
             self.apply("Mul", self.cast(value, np.float32), self.constant(np.array(part, np.float32)))
@@ -102,7 +104,7 @@ class Nodes:
         return parts[0] if len(parts) == 1 else self.apply("Sum", *parts)
 
     def normalised(self, columns: Sequence[str]) -> str:
-        """Adds nodes that divide columns ``(N, 1)``, side by side, by their sum, in float64; a sum of 0 gives equal shares."""
+        """Adds ONNX nodes that divide columns ``(N, 1)``, side by side, by their sum, in float64; a sum of 0 gives equal shares."""
         every = self.apply("Concat", *[self.cast(column, np.float64) for column in columns], axis=1)
         total = self.apply("ReduceSum", every, self.constant(np.array([1])), keepdims=1)
         nothing = self.apply("Equal", total, self.constant(np.array(0.0)), dtype=np.bool_)
@@ -111,8 +113,8 @@ class Nodes:
         return self.apply("Where", nothing, even, self.apply("Div", every, safe), dtype=np.float64)
 
     def interpolated(self, x: str, at: Array, values: Array) -> str:
-        """Adds nodes that interpolate between points ``(at, values)``, constant before the first and after the last: ``(N, 1)`` to ``(N,
-        1)``.
+        """Adds ONNX nodes that interpolate between points ``(at, values)``, constant before the first and after the last: ``(N, 1)`` to
+        ``(N, 1)``.
         """
         at, values = np.asarray(at, np.float64), np.asarray(values, np.float64)
         if len(at) == 1:
@@ -124,7 +126,7 @@ class Nodes:
         return self.gemm(bounded, np.diff(values)[None], values[:1], np.float64)
 
     def trees(self, x: str, trees: Sequence[tuple[int, Array]], base: Array) -> str:
-        """Adds a node for an ensemble of regression trees, whose result is ``base`` plus a number from each tree.
+        """Adds an ONNX node for an ensemble of regression trees, whose result is ``base`` plus a number from each tree.
 
         Args:
             x: name of the value to read, ``(N, width)`` float32.
@@ -179,7 +181,9 @@ class Nodes:
         return result
 
     def model(self, at: str, width: int, result: str) -> onnx.ModelProto:
-        """Returns the nodes as an ONNX model, from rows ``(N, width)`` float32 under the name ``at`` to the value named ``result``."""
+        """Returns the collected nodes as an ONNX model, from rows ``(N, width)`` float32 under the name ``at`` to the value named
+        ``result``.
+        """
         inputs = [helper.make_tensor_value_info(at, onnx.TensorProto.FLOAT, ["n", width])]
         outputs = [helper.make_tensor_value_info(result, onnx.TensorProto.FLOAT, ["n", None])]
         opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid("ai.onnx.ml", ML_OPSET)]

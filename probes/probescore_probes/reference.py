@@ -1,7 +1,7 @@
 """Computes reference activations with plain Hugging Face transformers, one sequence at a time, without padding, cache or early exit.
 
-Authors fit probes on these activations and compute golden vectors from them. Nothing here is shared with the server's engine, so that the
-golden vectors are an independent check of the engine.
+Authors fit probes on these activations and compute golden vectors (rollouts with scores of the author's code) from them. Nothing here is
+shared with the server's engine, so that the golden vectors are an independent check of the engine.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ class ReferenceModel:
             model: a directory, or the id of a model on the hub.
             revision: branch, tag or commit of a model on the hub; empty = its main branch.
             model_id: name of the model in the manifest; empty = the hub id, or the directory's name.
-            dtype: dtype of the weights; golden vectors are made in float32, fitting may use less.
+            dtype: dtype of the weights; golden vectors (rollouts with scores of the author's code) are made in float32, fitting may use
+                less.
             device: device to load to, such as ``cuda:0``.
             trust_remote_code: whether the model may bring its own Python code, which is then run.
 
@@ -85,7 +86,7 @@ class ReferenceModel:
 
     @property
     def vocabulary(self) -> arguments.Vocabulary:
-        """Returns the token ids that rollouts of this model may have."""
+        """Returns a description of the token ids that rollouts for this language model may have."""
         return _vocabulary(self.model)
 
     @property

@@ -16,7 +16,6 @@ import structlog
 from numpy.typing import ArrayLike, NDArray
 
 from probescore.types import Completion, CompletionStatus, RolloutGroup, TokenIds
-from probescore_audit import auroc
 from probescore_probes import arguments
 from probescore_probes.reference import ReferenceModel
 from probescore_server.errors import ProbeRefused
@@ -30,7 +29,7 @@ BOUND = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.05}
 """Limits on |fitted − served| of a rollout by dtype, in standard deviations of the fitted scores."""
 
 REDUCTIONS = ("mean", "last", "max", "min", "sum")
-"""Reductions that are tried, in this order, where an author names none."""
+"""Reductions of token scores that are tried, in this order, on a probe whose author names none."""
 
 _ROUNDED = {"float32": 0.01, "bfloat16": 0.05, "float16": 0.05}
 """Largest median difference, in standard deviations, that rounding explains: stored activations of two bytes a number give .01."""
@@ -136,6 +135,8 @@ def served_reduction(engine: Engine, checked: CheckedRollouts, file: ProbeFile, 
         return reduction
     found = f"served scores up to {largest:.3g} (median {median:.3g}) × the standard deviation of the fitted ones from these"
     if checked.positive is not None:
+        from probescore_audit import auroc  # needs scipy, which what writes probe files does without
+
         served = _served(engine, checked, manifest, reduction)
         found += f"; AUROC {auroc(served, checked.positive):.3f} served, {auroc(checked.fitted, checked.positive):.3f} fitted"
     if not (median <= _ROUNDED[checked.dtype] and largest <= _ONE_ROUNDED):
@@ -158,7 +159,8 @@ def _remedy(bound: float, dtype: str, nearest: str | None, apart: dict[str | Non
 
 def _apart(served: NDArray[np.float64], fitted: NDArray[np.float64]) -> NDArray[np.float64]:
     """Returns |fitted − served| in standard deviations of the fitted scores; infinite where a rollout has no served score."""
-    return np.nan_to_num(np.abs(served - fitted) / fitted.std(), nan=np.inf)
+    apart: NDArray[np.float64] = np.abs(served - fitted) / fitted.std()
+    return np.where(np.isnan(apart), np.inf, apart)
 
 
 def _served(engine: Engine, checked: CheckedRollouts, manifest: Manifest, reduction: str | None) -> NDArray[np.float64]:

@@ -43,7 +43,7 @@ TIMES_ROUNDING = 4.0
 """Factor between the rounding error measured in the reference model's scores and the tolerance for a server's scores.
 
 A server may be 1.5 times as far from float64 as plain Hugging Face in float32, in the other direction; and the error is measured on only a
-few golden rollouts.
+few golden rollouts (stored with the scores of the author's code).
 """
 
 MAX_MEASURED_TOLERANCE = 1e-2
@@ -215,7 +215,8 @@ def _written(path: Path, graph: onnx.ModelProto, manifest: Manifest) -> ProbeFil
 
 
 def _measured_tolerance(scorer: GoldenScorer, golden: Golden, file: str) -> Tolerance:
-    """Returns the default tolerance for golden scores, with a larger tolerance in float32 if the reference model's own rounding is large.
+    """Returns the default tolerance for golden scores (those of the author's code), with a larger tolerance in float32 if the reference
+    model's own rounding is large.
 
     The rounding errors of a worker process may be as large as those of the reference model, and in the other direction.
 

@@ -73,7 +73,7 @@ def check_names(name: _Given, version: _Given, **texts: _Given) -> None:
 
 
 def check_reference(reference: _Given) -> None:
-    """Checks that a value is a reference model that is exact enough for golden scores.
+    """Checks that a value is a reference model that is exact enough for golden scores (those of the author's code).
 
     Raises:
         TypeError: the value is not a ``ReferenceModel``.
@@ -104,7 +104,7 @@ def read_taps(taps: _Given, reference: ReferenceModel) -> tuple[Tap, ...]:
 def read_probe(probe: _Given, taps: Sequence[Tap], reference: ReferenceModel, labels: Sequence[str], context: Context) -> ProbeFunction:
     """Returns the probe after a check that its input width fits the taps (points in the model) and its scores fit the labels.
 
-    The returned probe also checks the number of scores whenever it scores a golden rollout.
+    The returned probe also checks the number of scores whenever it scores a golden rollout (stored with the scores of the author's code).
 
     Raises:
         TypeError: the value is not a ``ProbeFunction``.
@@ -175,7 +175,7 @@ def read_labels(labels: _Given) -> tuple[str, ...]:
 
 
 def read_golden(golden: _Given, reference: ReferenceModel) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    """Returns the golden rollouts, at least one, as ``(prompt_ids, completion_ids)``.
+    """Returns the golden rollouts (stored with the scores of the author's code), at least one, as ``(prompt_ids, completion_ids)``.
 
     Raises:
         TypeError: a rollout is not a pair of token ids.

@@ -1,4 +1,6 @@
-"""Checks what a request for activations asks for: taps by name or pattern, and poolings. The module needs no torch."""
+"""Checks what a request for activations asks for: taps (places in the model) by name or pattern, and poolings. The module needs
+no torch.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ MAX_BATCH_BYTES = 1 << 30
 
 
 def all_taps(num_hidden_layers: int) -> tuple[Tap, ...]:
-    """Returns every tap of a model with a given number of blocks, one hook after the other."""
+    """Returns every tap (place where activations can be read) of a model with a given number of blocks: for each kind of place, all blocks
+    in order.
+    """
     return tuple(Tap(hook, layer) for hook in Hook for layer in (range(num_hidden_layers) if hook.has_layer else [None]))
 
 
@@ -66,7 +70,7 @@ def resolve_reads(
     """Returns the activations that a request asks for.
 
     Args:
-        patterns: taps, their names, or patterns of names, as for ``matching_taps``.
+        patterns: taps (places in the model), their names, or patterns of names, as for ``matching_taps``.
         pool: names of poolings; a string is a single name.
         known: the taps that can be matched.
         whose: name of the thing that has these taps, for messages.
@@ -85,13 +89,15 @@ def resolve_reads(
 
 
 def allowed_taps(info: EngineInfo, patterns: Sequence[str]) -> tuple[Tap, ...]:
-    """Returns the taps that a server's setting ``allow_activations`` names, in the order of the model's taps; none for an empty setting."""
+    """Returns the taps (places in the model) that a server's setting ``allow_activations`` names, in the order of the model's taps; none
+    for an empty setting.
+    """
     named = set(matching_taps(patterns, info.taps, whose="the taps of this model")) if patterns else set()
     return tuple(tap for tap in info.taps if tap in named)
 
 
 def _shown(taps: Sequence[Tap]) -> str:
-    """Formats names of taps for a message, with consecutive layers of one hook as a range."""
+    """Formats names of taps (places in the model) for a message; consecutive layers become a range, ``resid_post.0 … resid_post.5``."""
     layers: dict[str, list[int]] = {}
     for tap in taps:
         layers.setdefault(str(tap.hook), []).extend([] if tap.layer is None else [tap.layer])

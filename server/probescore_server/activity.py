@@ -1,10 +1,12 @@
 """Records the step of work that a worker process computes now, so that the front process can tell a slow worker from a stuck one.
 
-There is one record for the whole process, since a process computes on one device and its computing threads take turns.
+There is one record for the whole process, since a process computes on one device and its computing threads take turns. Once a thread
+executes orders, only its steps are recorded: a probe that another thread tries meanwhile must not pass for progress of a batch.
 """
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass, replace
 
 
@@ -53,16 +55,21 @@ class Activity:
 
     def __init__(self) -> None:
         self.step = ActivityStep()
+        self._executing: int | None = None  # the thread that executes orders
 
     def begin_order(self, order: int, tokens: int) -> None:
         """Records that the process starts on an order from the front process, such as a batch, with the given number and number of
         tokens.
         """
+        self._executing = threading.get_ident()
         self.step = ActivityStep(self.step.number + 1, order, "", tokens)
 
     def begin(self, name: str, tokens: int) -> None:
-        """Records that a step with the given name and number of tokens begins, and that the previous step is done."""
-        self.step = replace(self.step, number=self.step.number + 1, name=name, tokens=tokens)
+        """Records that a step with the given name and number of tokens begins, and that the previous step is done. The call has no effect
+        in another thread than the one that executes orders.
+        """
+        if self._executing in (None, threading.get_ident()):
+            self.step = replace(self.step, number=self.step.number + 1, name=name, tokens=tokens)
 
 
 ACTIVITY = Activity()

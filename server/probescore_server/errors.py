@@ -313,12 +313,14 @@ class ProbeRefused(StartupError):
             ``golden`` (the scores of the file's examples).
         found: the value that was found.
         expected: the value that was expected.
+        needs_layers: number of blocks that the probe needs, if the file is refused only because fewer are loaded; otherwise 0.
     """
 
     reason = "PROBE_REFUSED"
 
-    def __init__(self, file: str, field: str, found: str, expected: str) -> None:
-        super().__init__(file, field, found, expected)
+    def __init__(self, file: str, field: str, found: str, expected: str, needs_layers: int = 0) -> None:
+        super().__init__(file, field, found, expected, needs_layers)
+        self.needs_layers = needs_layers
         self.file = file
         self.field = field
         self.found = found

@@ -15,11 +15,11 @@ class FailureKind(Enum):
     """Enumeration of the three kinds of failure of a computation that the server treats differently."""
 
     MEMORY_SHORT = "memory short"
-    """There was too little memory. The same work in smaller pieces may fit."""
+    """Kind of failure: there was too little memory. The same work in smaller pieces may fit."""
     DEVICE_LOST = "device lost"
-    """This process can never compute on its device again, since a CUDA context does not survive such an error."""
+    """Kind of failure: this process can never compute on its device again, since a CUDA context does not survive such an error."""
     OTHER = "other"
-    """The failure does not come from the machine. The work itself, or the server's code, is at fault."""
+    """Kind of failure that does not come from the machine: the work itself, or the server's code, is at fault."""
 
 
 # These are errors after which every further call of the process fails, also one that asks for memory.

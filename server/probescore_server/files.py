@@ -11,6 +11,9 @@ import secrets
 import stat
 from pathlib import Path
 
+MAX_PROBE_FILE_BYTES = 256 * 2**20
+"""Limits the size of a probe file, in bytes: 64 million float32 weights, such as an SAE encoder of 16,384 × 4,096."""
+
 _PIECE_BYTES = 1 << 24
 _KINDS = {
     stat.S_IFDIR: "a directory",

@@ -37,6 +37,7 @@ from probescore_server.front.health import SCORING_SERVICE, SERVICES
 from probescore_server.front.scoring_core import ScoringCore
 from probescore_server.front.server import find_devices
 from probescore_server.front.status_codes import status_of
+from probescore_server.hub_probes import local_paths, pinned_names
 from probescore_server.logs import configure_logs
 from probescore_server.settings import ServerSettings, join_host_port, load_settings
 
@@ -92,6 +93,8 @@ def app(arguments: Mapping[str, Any]) -> serve.Application:
     """
     flags = {name: value for name, value in arguments.items() if name not in ReplicaScaling.model_fields}
     settings = load_settings(flags)
+    # every replica gets the same files, whenever it starts
+    settings = settings.model_copy(update={"probes": pinned_names(settings.probes)})
     try:
         scaling = ReplicaScaling(**{name: value for name, value in arguments.items() if name in ReplicaScaling.model_fields})
     except ValidationError as error:
@@ -136,7 +139,9 @@ class QueuedTokens:
         self._target = target
 
     def __call__(self, context: AutoscalingContext) -> tuple[float, dict[str, Any]]:
-        """Returns the wanted number of replicas and an empty state; Ray applies its own bounds and delays to the number."""
+        """Returns the number of replicas that Ray Serve's autoscaler should run, and an empty state; Ray applies its own bounds and delays
+        to the number.
+        """
         queued = sum(context.aggregated_metrics.get(QUEUED_TOKENS, {}).values())
         now = context.target_num_replicas
         wanted = math.ceil(queued / self._target)
@@ -236,6 +241,8 @@ class Replica:
         assigned = serve.get_replica_context()
         self._max_message_bytes = settings.max_message_bytes
         self._changed = asyncio.Event()
+        probes = await asyncio.to_thread(local_paths, settings.probes, lambda name: logger.info("probe from the hub", probe=name))
+        settings = settings.model_copy(update={"probes": probes})
         self._core = ScoringCore(settings, await find_devices(settings.devices), self._changed.set)
         self._methods = _guarded_methods(self._core)
         port = _serve_metrics(self._core, settings, assigned.rank.local_rank)

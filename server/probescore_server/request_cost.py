@@ -27,7 +27,7 @@ class RequestCost:
     Attributes:
         scope: which tokens are scored: the prompt's, the completion's or both.
         row_values: numbers in the response for a whole completion, and again for each of its spans: labels × reductions, summed over all
-            probes; of activations, hidden size × poolings, summed over all taps.
+            probes; of activations, hidden size × poolings, summed over all taps (places in the model).
         token_values: numbers in the response for each token that is scored.
         appended_values: numbers in the response for the follow-ups (further token ids) that probes themselves append to a completion.
         span_scores: scores that are read for each token of a span.

@@ -6,8 +6,8 @@ The module imports neither torch nor grpc, since the front process has neither t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import TypeAlias
 
@@ -77,7 +77,7 @@ class ActivationReads:
     """The activations that a request asks for, the same for every completion.
 
     Attributes:
-        taps: taps without duplicates, in the order of the request.
+        taps: taps (places in the model) without duplicates, in the order of the request.
         pools: poolings, without ``tokens``.
         tokens: whether the request asks for every token's activations.
         dtype: format in which a server sends the numbers: ``float32``, ``bfloat16`` or ``float16``.
@@ -159,8 +159,8 @@ class CheckedRollout:
 
 
 ActivationArrays: TypeAlias = Mapping[tuple[str, Pool], NDArray[np.generic]]
-"""Type of the activations of a completion or follow-up as they are sent: a dictionary, keyed by tap name and pool, of rows
-``(rows, hidden_size)`` in the format that the request asks for (bfloat16 as its bits, uint16).
+"""Type of the activations of a completion or follow-up (token ids appended to a completion) as they are sent: a dictionary, keyed by tap
+(place in the model) name and pool, of rows ``(rows, hidden_size)`` in the format that the request asks for (bfloat16 as its bits, uint16).
 """
 
 
@@ -240,6 +240,8 @@ class EngineInfo:
             activations.
         taps: every tap that can be read.
         placeholders: a dictionary keyed by each token id that stands for a picture, audio or video: the model's name for that token.
+        retired: the keys ``name@version`` of the probes whose files are gone, and which are served only to requests that name the version.
+        shallower: a dictionary keyed by a number of blocks: what ``content`` was for a worker that had loaded no more of them.
     """
 
     model: ModelInfo
@@ -257,6 +259,20 @@ class EngineInfo:
     pools_with_prompt: frozenset[str] = frozenset()
     placeholders: dict[int, str] = field(default_factory=dict)
     taps: tuple[Tap, ...] = ()
+    retired: frozenset[str] = frozenset()
+    shallower: dict[int, str] = field(default_factory=dict)
+
+    def of_probes(self, keys: Collection[str], retired: Collection[str] = ()) -> EngineInfo:
+        """Returns the same description with only some of the probes, of which some are retired; both are given by their keys."""
+        return replace(
+            self,
+            probes=tuple(probe for probe in self.probes if probe.key in keys),
+            expects_bos={key: expected for key, expected in self.expects_bos.items() if key in keys},
+            max_follow_up_tokens={key: tokens for key, tokens in self.max_follow_up_tokens.items() if key in keys},
+            excluding_special_tokens=self.excluding_special_tokens.intersection(keys),
+            pools_with_prompt=self.pools_with_prompt.intersection(keys),
+            retired=frozenset(retired),
+        )
 
     def scored_probes(self, options: ResolvedOptions) -> tuple[ScoredProbe, ...]:
         """Returns a description of each probe of a request, in the request's order, as the response contains it."""

@@ -45,8 +45,33 @@ class ServerSettings(BaseSettings):
     )
     probes: Names = Field(
         (),
-        description="These probe files are served, and every *.onnx file in these directories. Repeat the flag for several.",
-        examples=["./probes", "cheating.onnx"],
+        description="These probe files are served, every *.onnx file in these directories, and those of a repository on the Hugging Face "
+        "hub: hf:ORGANISATION/REPOSITORY, with @REVISION and :FILE if wanted. Repeat the flag for several.",
+        examples=["./probes", "cheating.onnx", "hf:org/probes@main"],
+    )
+    watch_probes: float = Field(
+        0.0,
+        ge=0,
+        le=86_400,
+        description="The server looks for changed probe files every this many seconds, and follows those that then stay as they are "
+        "as long again; 0 = only on SIGHUP and Reload.",
+    )
+    probe_pin_seconds: float = Field(
+        3600.0,
+        ge=0,
+        le=31_536_000,
+        description="A version whose file is gone is served, under its full name, until no call has named it for this many seconds.",
+    )
+    max_retired_versions: int = Field(
+        2,
+        ge=0,
+        le=1024,
+        description="At most this many versions of a name whose files are gone are served; the oldest go first.",
+    )
+    deeper_probes: Literal["refuse", "load"] = Field(
+        "refuse",
+        description="A new probe that needs more of the model's blocks than are loaded is refused; load = a second worker loads the deeper "
+        "model beside the first and takes over, for which the device needs room for both.",
     )
     accept_mismatch: Names = Field(
         (),
@@ -420,7 +445,7 @@ def load_settings(flags: Mapping[str, Any], config: Path | None = None) -> Serve
 
 
 def join_host_port(host: str, port: int) -> str:
-    """Returns ``host:port``, with the brackets around the host that an IPv6 address needs."""
+    """Returns an address as ``host:port``, with the brackets around the host that an IPv6 address needs."""
     try:
         is_bare_v6 = ipaddress.ip_address(host).version == 6
     except ValueError:

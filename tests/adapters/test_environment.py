@@ -31,17 +31,19 @@ def test_what_is_set_arrives() -> None:
             on_unscorable="raise",
             timeout="10",
             wait_seconds="20",
+            follow="True",
             rails='{"clip": 3, "check_penalty": false}',
         )
     )
     assert scorer.signals == tuple(ProbeSignal(**signal) for signal in signals)  # type: ignore[arg-type]
     assert scorer.policy == Policy(on_failure=-2.5, on_unscorable="raise", timeout=10, wait_seconds=20)
     assert scorer.rails == GuardRails(clip=3, check_penalty=False)
+    assert scorer.follow
 
 
 def test_what_is_not_set_is_the_default() -> None:
     scorer = scorer_from_environment(variables(signals=json.dumps(CHEATING), on_failure="", rails=" "))
-    assert (scorer.policy, scorer.rails) == (Policy(), GuardRails())
+    assert (scorer.policy, scorer.rails, scorer.follow) == (Policy(), GuardRails(), False)
 
 
 @pytest.mark.parametrize("written", [CHEATING, [CHEATING]], ids=["one", "a list"])
@@ -59,6 +61,7 @@ def test_scorer_of_the_environment_scores(served: RunningServer) -> None:
 
 
 WRONG = {
+    "neither true nor false": ({"signals": "{}", "follow": "follow"}, "PROBESCORE_FOLLOW: expected true or false, got 'follow'"),
     "nothing": ({}, "PROBESCORE_SIGNALS: required"),
     "no such file": ({"signals": "nowhere.json"}, r"PROBESCORE_SIGNALS: neither JSON nor a file .*'nowhere.json'"),
     "not JSON": ({"signals": "[{"}, "PROBESCORE_SIGNALS: not JSON"),

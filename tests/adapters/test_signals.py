@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -72,14 +73,20 @@ def test_threshold_is_required_where_there_is_no_calibration_and_only_where_it_m
     assert math.isnan(BoundSignal.bind(ProbeSignal("cheating", mode="monitor"), info).threshold)
 
 
+def test_a_bare_name_is_bound_to_its_highest_version_that_is_not_retired() -> None:
+    infos = tuple(replace(probe_info(version=version), retired=version == "11") for version in ("9", "11", "10"))
+    bound = [BoundSignal.bind(ProbeSignal(name, mode="monitor"), infos).probe for name in ("cheating", "cheating@9", "cheating@11")]
+    assert bound == ["cheating@10", "cheating@9", "cheating@11"]
+
+
 def test_probe_is_bound_with_its_version() -> None:
     infos = (probe_info(), probe_info("mood", version="7"))
     assert BoundSignal.bind(ProbeSignal("mood", mode="monitor"), infos).probe == "mood@7"
 
 
-@pytest.mark.parametrize("named", ["absent", "cheating@2", "twice"])
-def test_probe_that_is_not_loaded_or_loaded_twice_is_refused_naming_what_there_is(named: str) -> None:
-    infos = (probe_info(), probe_info("twice"), probe_info("twice", version="2"))
+@pytest.mark.parametrize("named", ["absent", "cheating@2", "retired"])
+def test_probe_that_is_not_loaded_is_refused_naming_what_there_is(named: str) -> None:
+    infos = (probe_info(), probe_info("twice"), replace(probe_info("retired"), retired=True))
     with pytest.raises(SignalError, match=r"twice@1|cheating@1"):
         BoundSignal.bind(ProbeSignal(named, mode="monitor"), infos)
 

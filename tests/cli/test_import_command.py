@@ -152,6 +152,8 @@ def test_a_pickle_is_opened_only_if_it_is_trusted(imports, tmp_path):
     assert "sklearn.linear_model._logistic.LogisticRegression" in refused.stderr
     assert "--trust-pickle" in refused.stderr
     assert trusted.exit_code == 0, trusted.stderr
+    assert "probe.joblib: runs the code of a pickle, which names sklearn.linear_model._logistic.LogisticRegression" in trusted.stderr
+    assert trusted.stdout.lstrip().startswith("foreign@1")
     assert str(read_probe_file(output).manifest.taps[0]) == "resid_post.1"
 
 

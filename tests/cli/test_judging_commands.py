@@ -18,9 +18,11 @@ from probescore_audit import calibrate_for_fresh, evaluate
 from probescore_probes import ReferenceModel, linear_probe, read_probe_file, write_probe
 from probescore_server import Engine
 from probescore_server.cli.app import app
+from probescore_server.probes.format.manifest import manifest_digest
 
 PROMPTS = 60
 PER_PROMPT = 4
+ASSISTANT = VOCAB_SIZE - 1  # with this id the template ends a prompt
 
 
 def run(*arguments: str | Path) -> Result:
@@ -194,6 +196,7 @@ def test_calibrate_changes_the_manifest_alone(model, probe_files, lines, data, t
     assert (conditions.dtype, conditions.prompt_forms, conditions.groups) == (dtype, ("ids",), len({index // 4 for index in negatives}))
     assert (conditions.shortest_prompt, conditions.longest_prompt) == (6, 6)
     assert (conditions.shortest_completion, conditions.longest_completion) == (min(lengths), max(lengths))
+    assert (conditions.prompt_shapes, conditions.generation_prompt_ids) == (("bos text",), (ASSISTANT,))
     shown = run("inspect", target).output.replace("\n", " ")
     assert f"completions of {min(lengths)} to {max(lengths)}; {dtype}" in " ".join(shown.split())
     engine = Engine.load(str(model), [target])
@@ -209,6 +212,26 @@ def test_files_from_before_conditions_were_recorded_keep_their_digest(probe_file
     assert content["calibrations"][0].pop("conditions") is None
     written_then = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
     assert manifest.manifest_sha256 == "sha256:" + hashlib.sha256(written_then).hexdigest()
+
+
+def test_files_from_before_prompt_shapes_were_recorded_keep_their_digest(model, probe_files, data, tmp_path):
+    target = tmp_path / "two.onnx"
+    ran = run("calibrate", probe_files["cheating"], data, "-m", model, "--version", "2", "--false-positive-rate", "0.05", "-o", target)
+    assert ran.exit_code == 0, ran.output
+    manifest = read_probe_file(target).manifest
+    without = {"prompt_shapes": (), "generation_prompt_ids": ()}
+    (record,) = manifest.calibrations
+    older = manifest.model_copy(
+        update={"calibrations": (record.model_copy(update={"conditions": record.conditions.model_copy(update=without)}),)}
+    )
+    content = older.model_dump(mode="json", exclude={"graph_sha256", "manifest_sha256", "special_token_ids"})
+    for field in ("neighbours", "left_out"):
+        if not content["golden"][field]:
+            del content["golden"][field]
+    for field in without:
+        assert content["calibrations"][0]["conditions"].pop(field) == []
+    written_then = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    assert manifest_digest(older) == "sha256:" + hashlib.sha256(written_then).hexdigest()
 
 
 def test_thresholds_of_other_reductions_are_kept(model, probe_files, data, tmp_path):
@@ -254,6 +277,26 @@ def test_texts_and_passages_are_judged_by_their_tokens(model, probe_files, tmp_p
     conditions = read_probe_file(target).manifest.calibrations[0].conditions
     assert conditions.prompt_forms == ("text with special tokens",)
     assert conditions.longest_completion < 4
+    assert conditions.prompt_shapes == ("bos text",)
+
+
+def test_prompts_of_every_shape_are_recorded_however_they_were_given(model, probe_files, tmp_path):
+    file, target = tmp_path / "any.onnx", tmp_path / "two.onnx"
+    random = np.random.default_rng(8)
+    golden = [([BOS, *random.integers(4, VOCAB_SIZE, 5)], random.integers(4, VOCAB_SIZE, 7)) for _ in range(2)]
+    reference = ReferenceModel.load(model)
+    write_probe(
+        file, linear_probe(random.standard_normal(HIDDEN_SIZE)), reference, name="any", version="1", taps=["resid_post.1"], golden=golden
+    )
+    prompts = [[], [7, 8], [BOS, 7], [7, ASSISTANT], [{"role": "user", "content": "w5"}], [BOS]]
+    lines = [{"prompt": prompt, "completion": [index + 5, 6], "label": 0} for index in range(8) for prompt in prompts]
+    data = written(tmp_path / "shapes.jsonl", [*lines, {"prompt": [], "completion": [BOS, 6], "label": 0}])
+    ran = run("calibrate", file, data, "-m", model, "--version", "2", "--false-positive-rate", "0.1", "-o", target)
+    assert ran.exit_code == 0, ran.output
+    conditions = read_probe_file(target).manifest.calibrations[0].conditions
+    assert conditions.prompt_shapes == ("bos empty", "bos template", "bos text", "empty", "template", "text")
+    assert conditions.prompt_forms == ("chat", "ids")
+    assert (conditions.shortest_prompt, conditions.longest_prompt) == (0, 4)
 
 
 # --------------------------------------------------------------------------------------------------------------------------- compare

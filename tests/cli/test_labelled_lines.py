@@ -64,7 +64,7 @@ def test_spans_and_tokens_have_labels_of_their_own():
         ({"label": 1, "group": [1]}, "group: expected text or a whole number"),
         ({"label": 1, "split": "dev"}, "split: expected one of train, calibration, test, ood, got 'dev'"),
         ({"label": 1, "slice": 3}, "slice: expected text"),
-        ({"label": 1, "weight": 0}, "weight: expected a number above 0"),
+        ({"label": 1, "weight": 0}, "weight: expected a number from 1e-06 to 1e\\+06, got 0"),
         ({"label": 1, "completion": {"ids": [1], "follow_ups": [[2]]}}, "completion.follow_ups: a probe is not fitted on follow-ups"),
         ({"completion": {"ids": [1], "span_labels": [[0, 1]]}}, r"completion.span_labels\[0\]: expected \[start, end, label\]"),
         ({"completion": {"ids": [1], "span_labels": {"a": 1}}}, "completion.span_labels: expected a list"),

@@ -118,7 +118,7 @@ def test_the_index_of_a_class_is_its_name_where_the_behaviour_is_named(tmp_path)
         ({"label": b"\xff"}, "label: expected text, a number, true, false or null, got"),
         ({"prompt": None}, "prompt: missing"),
         ({"prompt": b"\xff"}, "prompt: expected text, a list of token ids or a list of messages, got"),
-        ({"weight": -1.0}, "weight: expected a number above 0"),
+        ({"weight": -1.0}, "weight: expected a number from 1e-06 to 1e\\+06, got -1.0"),
         ({"group": 1.5}, "group: expected text or a whole number, got 1.5"),
         ({"mask": [1]}, "mask: belongs into the completion"),
         ({"completion": {"text": "a", "ids": [1]}}, "completion: give either text or ids"),

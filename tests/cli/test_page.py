@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from views import INFO, answer, loaded_probe, probe_scores, scored_probe, threshold
 
-from probescore import Completion, ProbeScores, ScoreUnit, Span
+from probescore import Completion, ProbeScores, Reduction, ScoreUnit, Span, UnmetCondition
 from probescore_server.cli.report.page import page, write_page
 from probescore_server.cli.report.views import RolloutView, rollout_views, series_of
 
@@ -92,6 +93,13 @@ def test_every_number_of_every_probe_is_there():
     assert data["series"][0]["threshold"] == {"value": 2.0, "rate": 0.05, "low": 0.03, "high": 0.08, "negatives": 400}
     assert data["series"][0]["centre"] == 2.0
     assert data["series"][1]["threshold"] is None
+
+
+def test_a_threshold_that_was_not_found_on_such_a_rollout_is_doubted():
+    scores = replace(probe_scores([2.5], [3.0, -1.25]), unmet=(UnmetCondition("prompt_shape", Reduction.parse("mean")),))
+    views = rollout(Completion([7, 8]), scores, probe_scores([0.75], None), ["a", "b"])
+    (shown,) = data_of(page(views, SERIES, INFO, title="one"))["rollouts"]
+    assert [entry.get("outside") for entry in shown["scores"]] == [["prompt shape"], None]
 
 
 def test_a_prompt_and_a_piece_are_written_once():

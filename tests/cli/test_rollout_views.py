@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from views import answer, loaded_probe, probe_scores, scored_probe, threshold
 
-from probescore import Completion, CompletionStatus, ProbeScores, ScoreUnit, Span
+from probescore import Completion, CompletionStatus, ProbeScores, Reduction, ScoreUnit, Span, UnmetCondition
 from probescore_server.cli.report.views import ColourScale, rollout_views, series_of
 
 CHEATING = scored_probe()
@@ -142,6 +142,20 @@ def test_a_rollout_is_flagged_from_the_threshold_on(value, flagged):
     (series,) = series_of([CHEATING], [loaded_probe(CHEATING, threshold(2.0))])
 
     assert view(Completion([7]), probe_scores([value], [0]), series=series).scores["cheating"].flagged is flagged
+
+
+def test_a_rollout_unlike_those_of_its_threshold_says_so_and_of_no_other():
+    (series,) = series_of([CHEATING], [loaded_probe(CHEATING, threshold(2.0))])
+    mean, other = Reduction.parse("mean"), Reduction.parse("max")
+    unmet = (UnmetCondition("prompt_shape", mean), UnmetCondition("prompt_length", other), UnmetCondition("scope", mean, "other"))
+
+    def outside(value, of):
+        scores = dataclasses.replace(probe_scores([value], [0]), unmet=of)
+        return view(Completion([7]), scores, series=series).scores["cheating"].outside
+
+    assert outside(2.5, unmet) == ("prompt shape",)
+    # without a score there is nothing that a threshold could be wrong about
+    assert outside(None, unmet) == ()
 
 
 def test_without_a_threshold_nothing_is_flagged():

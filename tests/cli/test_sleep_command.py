@@ -36,7 +36,7 @@ def test_a_server_that_does_not_take_them_is_named_with_the_setting_to_change(pr
     ran = probescore(command)
 
     assert (ran.returncode, ran.stdout) == (1, "")
-    assert ran.stderr == "probescore: the server does not take sleep and wake: its setting admin is off\n"
+    assert ran.stderr == "probescore: the server does not take sleep, wake and reload: its setting admin is off\n"
 
 
 def test_where_nobody_listens_the_address_is_named(probescore):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
 from views import answer, loaded_probe, probe_scores, scored_probe, threshold
 
-from probescore import Completion
+from probescore import Completion, Reduction, UnmetCondition
 from probescore_server.cli.report.terminal import print_rollouts
 from probescore_server.cli.report.views import rollout_views, series_of
 
@@ -36,6 +37,13 @@ def test_plain_text_has_every_number_and_no_escape():
     assert "● flagged" in text
     assert "threshold 2.000" in text
     assert "\x1b" not in text
+
+
+def test_a_rollout_unlike_those_of_the_threshold_is_marked():
+    unmet = (UnmetCondition("completion_length", Reduction.parse("mean")), UnmetCondition("prompt_shape", Reduction.parse("mean")))
+    scores = replace(probe_scores([2.5], [3.0, 1.0]), unmet=unmet)
+    text = printed(Completion([5, 6]), scores, ["Hi", " there"], colours=False)
+    assert "threshold 2.000  not found on such rollouts: completion length, prompt shape" in text
 
 
 def test_tokens_above_and_below_the_threshold_have_different_backgrounds():

@@ -12,7 +12,7 @@ from models import BOS, HIDDEN_SIZE, VOCAB_SIZE, tiny_model
 from probescore_probes.exporting import linear_probe
 from probescore_probes.reference import ReferenceModel
 from probescore_probes.writing import write_probe
-from probescore_server.probes.format.manifest import CalibrationRecord
+from probescore_server.probes.format.manifest import CalibrationConditions, CalibrationRecord
 
 
 @pytest.fixture(scope="session")
@@ -35,6 +35,15 @@ def probe_file(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         negatives=100,
         dataset="random ids",
         reduction="mean",
+        conditions=CalibrationConditions(
+            groups=100,
+            dtype="float32",
+            shortest_prompt=0,
+            longest_prompt=512,
+            shortest_completion=1,
+            longest_completion=512,
+            prompt_forms=["ids"],
+        ),
     )
     reference = ReferenceModel.load(model)
     taps = ["resid_post.2"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import shutil
 import signal
 import time
@@ -200,6 +201,14 @@ def test_metrics_count_what_is_read(client: ProbeClient, reading: RunningServer)
     assert found.info.usage.tokens_computed == 5
     started = f'grpc_server_started_total{{grpc_method="ReadActivations",grpc_service="{SERVICE}",grpc_type="server_stream"}}'
     assert after[started] == before.get(started, 0) + 1
+
+
+def test_what_the_documentation_shows_runs(reading: RunningServer) -> None:
+    page = (Path(__file__).parents[2] / "docs/how-to/activations.md").read_text()
+    *_, shown = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert shown.count("localhost:50051") == 1
+    exec(shown.replace("localhost:50051", reading.address), names := {})  # noqa: S102
+    assert names["found"].completion_index == 1
 
 
 # ------------------------------------------------------------------------------------------------------------------------ refusals

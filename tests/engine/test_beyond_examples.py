@@ -127,7 +127,7 @@ def test_a_sequence_longer_than_a_call_is_scored_in_pieces_that_each_see_their_w
     completions = [RANDOM.integers(4, 96, length).tolist() for length in (1, 29, 30, 31, 51, 52, 53, 200)]
     whole = engine.score([RolloutGroup([BOS], completions)], token_scores="all")
     calls: list[int] = []
-    session = engine._probes["documented@1"].runs
+    session = engine._served.loaded["documented@1"].runs
     run = session.run  # type: ignore[union-attr]
     monkeypatch.setattr(session, "run", lambda rows, *rest: (calls.append(len(next(iter(rows.values())))), run(rows, *rest))[1])
     monkeypatch.setattr("probescore_server.probes.scoring.onnx_scores.MAX_ROWS_PER_CALL", 30)
@@ -140,7 +140,7 @@ def test_a_sequence_longer_than_a_call_is_scored_in_pieces_that_each_see_their_w
 def test_no_call_is_larger_than_what_the_graph_was_tried_with(load: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch) -> None:
     engine = load(running_mean())
     completions = [RANDOM.integers(4, 96, length).tolist() for length in (*[60] * 40, *[2] * 200)]
-    probe = engine._probes["running-mean@1"]
+    probe = engine._served.loaded["running-mean@1"]
     calls: list[tuple[int, int]] = []
     run = probe.runs.run  # type: ignore[union-attr]
 
@@ -176,4 +176,4 @@ def test_a_graph_whose_rounding_grows_with_the_rows_of_a_call_is_given_fewer(
     graph.graph.initializer.append(onnx.numpy_helper.from_array(np.array([[shift]], np.float32), "far"))
     function = onnx_probe(graph, lambda inputs: shifted.function.score(inputs) + shift, unit=ScoreUnit.VALUE)
     engine = Engine.load(str(tiny_model()), [Probe("shifted", function, fields=shifted.fields).write(tmp_path, reference)])
-    assert engine._probes["shifted@1"].rows_per_call == rows
+    assert engine._served.loaded["shifted@1"].rows_per_call == rows

@@ -113,7 +113,7 @@ def test_a_batch_that_computes_ends_first(engine):
 
 def test_a_session_that_was_closed_scores_as_before_once_it_is_open(engine):
     expected = {probe.name: engine.score(GROUPS).values(probe.name) for probe in PROBES}
-    sessions = [probe.runs for probe in engine._probes.values() if isinstance(probe.runs, ProbeSession)]
+    sessions = [probe.runs for probe in engine._served.loaded.values() if isinstance(probe.runs, ProbeSession)]
     memory = DeviceMemory(torch.device("cpu"), list, KeyValueCache(0), sessions)
 
     memory.sleep()

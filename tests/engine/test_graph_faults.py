@@ -93,7 +93,7 @@ def test_a_graph_that_misbehaves_for_some_rollouts_has_no_scores_for_these_and_r
     huge = data.draw(st.lists(st.booleans(), min_size=len(lengths), max_size=len(lengths)))
     groups = [RolloutGroup([BOS], [[4 + index, *range(20, 19 + length)] for index, length in enumerate(lengths)])]
     (rollouts,) = resolve_rollouts(groups, engine.info, resolve_options(engine.info, probes=[probe, "linear"]))
-    forest = Forest.build(rollouts, {key: ProbeReads() for key in engine._probes})
+    forest = Forest.build(rollouts, {key: ProbeReads() for key in engine._served.loaded})
     activations = Activations.empty(forest, [TAP], HIDDEN_SIZE, torch.device("cpu"))
     rows = activations.rows[TAP].normal_(generator=torch.Generator().manual_seed(0))
     of_rollout = []
@@ -103,7 +103,9 @@ def test_a_graph_that_misbehaves_for_some_rollouts_has_no_scores_for_these_and_r
             rows[start + data.draw(st.integers(0, length - 1)), 0] = HUGE
         of_rollout.append(rows[start : start + length].numpy() @ WEIGHT)
 
-    scorer = BatchScorer(engine.info, engine._probes, np.zeros(0, np.int32), rollouts, forest, activations, WantedRollouts(lambda _: False))
+    scorer = BatchScorer(
+        engine.info, engine._served.loaded, np.zeros(0, np.int32), rollouts, forest, activations, WantedRollouts(lambda _: False)
+    )
     found = scorer.score(range(len(rollouts)))
 
     for index, is_huge in enumerate(huge):
@@ -117,7 +119,7 @@ def test_a_graph_that_misbehaves_for_some_rollouts_has_no_scores_for_these_and_r
 
 
 def test_shortage_of_memory_is_no_fault_of_a_graph(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    session = engine._probes["fails@1"].runs
+    session = engine._served.loaded["fails@1"].runs
     assert isinstance(session, ProbeSession)
     rows = {TAP: torch.full((2, HIDDEN_SIZE), HUGE)}
     with pytest.raises(GraphFailed):

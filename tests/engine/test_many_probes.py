@@ -108,12 +108,14 @@ def engines(reference: ReferenceModel, tmp_path_factory: pytest.TempPathFactory)
     stacked = Engine.load(str(tiny_model()), paths)
     sessions = copy.copy(stacked)
     files = map(read_probe_file, paths)
-    sessions._probes = {file.manifest.key: LoadedProbe.of(file.manifest, ProbeSession(file, torch.device("cpu"))) for file in files}
+    sessions._served = stacked._served.with_loaded(
+        {file.manifest.key: LoadedProbe.of(file.manifest, ProbeSession(file, torch.device("cpu"))) for file in files}
+    )
     return Engines(stacked, sessions)
 
 
 def test_all_but_contextual_probes_are_stacked(engines: Engines) -> None:
-    in_sessions = {key for key, probe in engines.stacked._probes.items() if not isinstance(probe.runs, StackMember)}
+    in_sessions = {key for key, probe in engines.stacked._served.loaded.items() if not isinstance(probe.runs, StackMember)}
     assert in_sessions == {"running-mean@1", "pooled-mean@1"}
 
 
@@ -218,20 +220,20 @@ def test_nan_in_one_stacked_probe_fails_it_and_no_other(reference: ReferenceMode
     huge = Probe("huge", linear_probe(np.full(HIDDEN_SIZE, 1e35), unit=ScoreUnit.VALUE), ("resid_post.1",))
     directory = tmp_path_factory.mktemp("probes")
     engine = Engine.load(str(tiny_model()), [probe.write(directory, reference) for probe in (huge, linear())])
-    assert all(isinstance(probe.runs, StackMember) for probe in engine._probes.values())
+    assert all(isinstance(probe.runs, StackMember) for probe in engine._served.loaded.values())
     batches = []
     for probes in (["linear"], ["linear", "huge"]):
         options = resolve_options(engine.info, probes=probes)
         (rollouts,) = resolve_rollouts([RolloutGroup([BOS], [[50, 51], [52]])], engine.info, options)
         batches += rollouts
-    forest = Forest.build(batches, {key: ProbeReads() for key in engine._probes})
+    forest = Forest.build(batches, {key: ProbeReads() for key in engine._served.loaded})
     activations = Activations.empty(forest, [Tap("resid_post", 1)], HIDDEN_SIZE, torch.device("cpu"))
     activations.rows[Tap("resid_post", 1)][:] = 1.0
     # when the second token is one of those
     activations.rows[Tap("resid_post", 1)][1] = 1e4
 
     wanted = WantedRollouts(lambda _: False)
-    found = BatchScorer(engine.info, engine._probes, np.zeros(0, np.int32), batches, forest, activations, wanted).score(range(4))
+    found = BatchScorer(engine.info, engine._served.loaded, np.zeros(0, np.int32), batches, forest, activations, wanted).score(range(4))
 
     ok, bad = CompletionStatus.OK, CompletionStatus.NON_FINITE
     assert [found[index].status for index in range(4)] == [ok, ok, bad, ok]

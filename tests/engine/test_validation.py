@@ -16,7 +16,7 @@ from probescore import Reduction
 from probescore.types import Chat, ChatMessage, Completion, ModelInfo, OutputPer, ProbeInfo, RolloutGroup, Scope, ScoreUnit, Span, Text
 from probescore_server.errors import InvalidRequest
 from probescore_server.rollouts import CheckedRollout, EngineInfo, ResolvedOptions
-from probescore_server.validation.options import resolve_options
+from probescore_server.validation.options import resolve_options, version_order
 from probescore_server.validation.rollouts import resolve_rollouts
 from probescore_server.validation.texts import PendingText, pending_texts
 
@@ -52,8 +52,8 @@ INFO = EngineInfo(
 )
 
 
-def options(**asked: Any) -> ResolvedOptions:
-    return resolve_options(INFO, **asked)
+def options(info: EngineInfo = INFO, **asked: Any) -> ResolvedOptions:
+    return resolve_options(info, **asked)
 
 
 def rollouts(
@@ -75,8 +75,45 @@ def group(completion: Any = (5, 6), prompt: Any = (1, 2, 3)) -> RolloutGroup:
 # ---------------------------------------------------------------------------------------------------------------------- options
 
 
-def test_no_names_mean_every_probe() -> None:
-    assert options().probes == ("a@1", "b@1", "b@2", "pools@1")
+def test_no_names_mean_the_highest_version_of_every_probe() -> None:
+    assert options().probes == ("a@1", "b@2", "pools@1")
+
+
+@pytest.mark.parametrize(
+    "ascending",
+    [
+        ["1", "2", "10"],
+        ["1.9", "1.10", "2.0"],
+        ["v1", "v2", "v10"],
+        ["1", "1-rc1", "1-rc2", "1-rc10", "1.1", "2"],
+        ["2024-9-30", "2024-10-1"],
+        ["a", "b", "1"],
+        ["01", "1", "2"],
+        ["1.0.0", "1a", "1b"],
+    ],
+)
+def test_versions_have_the_order_that_people_read(ascending: list[str]) -> None:
+    for order in (ascending, ascending[::-1], ascending[1:] + ascending[:1]):
+        assert sorted(order, key=version_order) == ascending
+        info = replace(INFO, probes=tuple(probe("x", version) for version in order))
+        assert options(info, probes=["x"]).probes == options(info).probes == (f"x@{ascending[-1]}",)
+
+
+def test_a_retired_version_is_what_its_full_name_alone_means() -> None:
+    info = replace(INFO, retired=frozenset({"b@2"}))
+    assert options(info).probes == ("a@1", "b@1", "pools@1")
+    assert options(info, probes=["b"]).probes == ("b@1",)
+    assert options(info, probes=["b@2", "b"]).probes == ("b@2", "b@1")
+    gone = replace(INFO, retired=frozenset({"b@1", "b@2"}))
+    with pytest.raises(InvalidRequest, match=r"'b' has no current version; its retired ones are served for a while as b@1, b@2"):
+        options(gone, probes=["b"])
+    with pytest.raises(InvalidRequest, match="no probe is current; retired ones are served for a while as b@1, b@2"):
+        options(replace(gone, probes=tuple(one for one in INFO.probes if one.name == "b")))
+
+
+def test_token_scores_by_bare_name_are_those_of_the_version_that_is_applied() -> None:
+    assert options(probes=["b@1"], token_scores=["b"]).token_scores == {"b@1"}
+    assert options(probes=["b@1", "b@2"], token_scores=["b"]).token_scores == {"b@2"}
 
 
 def test_names_resolve_with_or_without_version_in_the_order_asked() -> None:
@@ -94,7 +131,7 @@ def test_all_token_scores_are_those_of_probes_that_score_tokens() -> None:
         ({"probes": ["a", "nope"]}, "probes[1]", "unknown probe 'nope'; loaded: a@1, b@1"),
         ({"probes": ["a@2"]}, "probes[0]", "unknown probe"),
         ({"probes": ["a", "a@1"]}, "probes[1]", "a@1 appears twice"),
-        ({"probes": ["b"]}, "probes[0]", "several versions; name one of b@1, b@2"),
+        ({"probes": ["b", "b@2"]}, "probes[1]", "b@2 appears twice"),
         ({"reductions": ["mean", "median"]}, "reductions[1]", "unknown reduction 'median'"),
         ({"reductions": ["topk_mean"]}, "reductions[0]", "needs its parameter"),
         ({"token_scores": "a"}, "token_scores", "neither 'all' nor a list"),

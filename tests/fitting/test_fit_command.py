@@ -44,6 +44,11 @@ def test_one_command_goes_from_labelled_rollouts_to_a_served_probe_and_a_report(
     [
         ('{"prompt": [1], "completion": [5], "label": "lie"}', "rollouts.jsonl:1: label: expected true or false"),
         ("", "no labelled rollouts"),
+        (
+            '{"prompt": [1], "completion": [5], "label": 1, "weight": 1e999}',
+            "rollouts.jsonl:1: weight: expected a number from 1e-06 to",
+        ),
+        ("\ufeff" + '{"prompt": [1], "completion": [5]}', "no labelled rollouts"),
     ],
 )
 def test_wrong_data_end_with_a_line_before_the_model_is_loaded(line, says, tmp_path):
@@ -52,3 +57,17 @@ def test_wrong_data_end_with_a_line_before_the_model_is_loaded(line, says, tmp_p
     assert done.returncode == 2
     assert says in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_a_behaviour_that_no_label_names_is_said_before_the_model_is_loaded(tmp_path):
+    (tmp_path / "rollouts.jsonl").write_text('{"prompt": [1], "completion": [5], "label": true}\n')
+    done = fit(tmp_path / "rollouts.jsonl", "--model", tmp_path / "none", "-o", tmp_path / "probe.onnx", "--positive", "True")
+    assert done.returncode == 2
+    assert "--positive: 'True' is the label of none of 1 rollouts" in done.stderr
+
+
+def test_rollouts_come_from_standard_input(tmp_path):
+    command = [sys.executable, "-m", "probescore_server.cli", "probes", "fit", "-", "-m", str(tmp_path), "-o", str(tmp_path / "probe.onnx")]
+    done = subprocess.run(command, input='{"prompt": [1], "completion": [5], "label": "lie"}', capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "standard input:1: label: expected true or false" in done.stderr

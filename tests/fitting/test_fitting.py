@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -14,13 +15,15 @@ from made_rollouts import labelled, meaningless, readable, reference, told_by_le
 from models import HIDDEN_SIZE, tiny_model
 
 from probescore.types import Completion, Text
+from probescore_audit import auroc, calibrate
 from probescore_probes import read_probe_file
 from probescore_probes.fitting import cross_validation, pooling_kinds, smoothed_kinds, token_kinds
-from probescore_probes.fitting.labelled_rollouts import LabelledRollout, Passage, tokenised
+from probescore_probes.fitting.labelled_rollouts import CALIBRATION, TEST, LabelledRollout, Passage, tokenised
 from probescore_probes.fitting.options import EVERY_BLOCK, FitOptions
 from probescore_probes.fitting.pipeline import fit_probe
 from probescore_probes.fitting.report import check_writable, write_report
-from probescore_probes.fitting.serving import agreement
+from probescore_probes.fitting.serving import agreement, served_scores
+from probescore_probes.fitting.splits import split
 from probescore_probes.serve_check import BOUND
 from probescore_server.engine.engine import Engine
 from probescore_server.errors import ProbeRefused
@@ -133,9 +136,38 @@ def test_the_report_needs_nothing_else_and_has_every_number_beside_it(fitted, tm
     assert {"kinds", "learning", "roc", "test_scores", "thresholds", "provenance", "warnings"} <= set(numbers)
 
 
-def test_what_rollouts_say_is_text_in_the_report(fitted, tmp_path):
-    from dataclasses import replace
+def numbers_shown(html):
+    """Every number of the page's text; drawings have axes, and rollouts and digests numbers of their own."""
+    html = re.sub(r"<(style|svg|code)\b.*?</\1>", " ", html, flags=re.S)
+    html = re.sub(r'<div class="(tokens|prompt)">.*?</div>', " ", html, flags=re.S)
+    text = re.sub(r"<[^>]+>", " ", html).replace("×", " ")
+    return re.findall(r"(?<![\w.\-–])[+-]?(?:\d[\d,]*)?\.?\d+(?:e[+-]?\d+)?%?(?![\w])", text)
 
+
+def ways_to_write(value):
+    """All the ways in which a page writes the numbers of a JSON value, and those in its texts."""
+    if isinstance(value, dict):
+        return set().union(*map(ways_to_write, value), *map(ways_to_write, value.values()))
+    if isinstance(value, list):
+        return set().union({str(len(value))}, *map(ways_to_write, value))
+    if isinstance(value, str):
+        return {value, *re.findall(r"[\d.,]*\d%?", value)}
+    if isinstance(value, bool) or value is None:
+        return set()
+    written = {format(value, form) for form in (".4g", ".3f", ".2f", "+.2f", ".1%", ".0%", ",.0f", "g")} | {str(value)}
+    return written | {each.removeprefix("0") for each in written}
+
+
+def test_every_number_of_the_page_is_in_the_json(fitted, tmp_path):
+    write_report(tmp_path / "report.html", fitted[0])
+    shown = numbers_shown((tmp_path / "report.html").read_text())
+    known = ways_to_write(json.loads((tmp_path / "report.json").read_text()))
+    assert len(shown) > 100
+    # of the page's own words: two standard errors; the number of random directions is in the baseline's name
+    assert {number for number in shown if number not in known} <= {"2"}
+
+
+def test_what_rollouts_say_is_text_in_the_report(fitted, tmp_path):
     result, _ = fitted
     hostile = replace(result.wrong[0], tokens=("<script>alert(1)</script>",), token_scores=(0.5,), where="<b>x</b>")
     write_report(tmp_path / "report.html", replace(result, wrong=(hostile,)))
@@ -192,9 +224,25 @@ def test_what_is_fitted_on_the_last_token_is_served_so_under_masks_in_bfloat16(t
         )
         for index, line in enumerate(lines)
     ]
-    result = fit_probe(rollouts, tiny_model(), tmp_path / "made.onnx", options(pools=("last",), dtype="bfloat16"))
-    assert read_probe_file(tmp_path / "made.onnx").manifest.reduction == "last"
-    assert result.agreement.largest <= BOUND["bfloat16"]
+    output = tmp_path / "made.onnx"
+    result = fit_probe(rollouts, tiny_model(), output, options(pools=("last",), dtype="bfloat16", false_positive_rate=0.1))
+    manifest = read_probe_file(output).manifest
+    assert manifest.reduction == "last"
+    assert result.agreement.largest <= BOUND["float32"]  # fitted on what is served, of the same batches
+    assert result.batch_rounding.largest <= BOUND["bfloat16"]
+    # every number is of what the file serves in this dtype
+    engine = Engine.load(str(tiny_model()), [output], dtype="bfloat16")
+    examples = tokenised(rollouts, engine)
+    scores, positive = served_scores(engine, examples), np.array([each.positive for each in examples])
+    parts = split(examples, 0).parts
+    tested, negatives = parts[TEST], [index for index in parts[CALIBRATION] if not positive[index]]
+    np.testing.assert_allclose(result.test_scores, scores[tested])
+    assert result.evidence.test.value == manifest.evaluations[0].value == auroc(scores[tested], positive[tested])
+    threshold = calibrate(scores[negatives], false_positive_rate=0.1, dataset="made").threshold
+    assert result.thresholds[""].threshold == manifest.calibrations[0].threshold == pytest.approx(threshold)
+    conditions = manifest.calibrations[0].conditions
+    assert (conditions.dtype, conditions.groups, conditions.longest_completion) == ("bfloat16", len(negatives), 6)
+    assert result.calibrated_on == conditions.model_dump()
 
 
 def test_another_function_than_was_fitted_is_refused(fitted):
@@ -275,6 +323,31 @@ def test_what_cannot_be_read_names_its_line(changes, says):
         tokenised([LabelledRollout(**given)], engine)
 
 
+REFUSED = {
+    "the model has no such id": ({"completion": Completion([5, 100_000])}, r"^line 3: ids: id 100000 at index 1 is not in the vocabulary"),
+    "longer than the model takes": ({"completion": Completion([5] * 600)}, r"^line 3: 606 tokens with its prompt .* limit .* is 512"),
+    "a weight of nothing": ({"weight": 0.0}, r"^line 3: weight: 0; give a number from 1e-06 to 1e\+06"),
+    "a weight that hides the others": ({"weight": 1e300}, r"^line 3: weight: 1e\+300; give a number"),
+    "a weight that is none": ({"weight": float("nan")}, r"^line 3: weight: nan; give a number"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_rollout_that_cannot_be_fitted_on_is_named_by_its_line(case, tmp_path):
+    change, says = REFUSED[case]
+    rollouts = labelled(readable(60))
+    rollouts[2] = replace(rollouts[2], **change)
+    with pytest.raises(ValueError, match=says):
+        fit_probe(rollouts, tiny_model(), tmp_path / "made.onnx", options())
+
+
+def test_labels_that_contradict_each_other_are_refused_where_they_leave_nothing_to_read(tmp_path):
+    both = [replace(each, positive=side) for each in labelled(readable(60)) for side in (True, False)]
+    with pytest.raises(ValueError, match=r"label: the fitted probe gives each of \d+ training examples the score .* beside either label"):
+        fit_probe(both, tiny_model(), tmp_path / "made.onnx", options())
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_version_never_changes_and_that_is_said_before_anything_is_computed(fitted):
     _, output = fitted
     with pytest.raises(ValueError, match="holds made@1 already"):
@@ -287,6 +360,10 @@ def test_a_version_never_changes_and_that_is_said_before_anything_is_computed(fi
         ({"kind": "svm"}, "kind: 'svm'"),
         ({"pools": ("max",)}, "pool: 'max'"),
         ({"pools": ()}, "pool: none given"),
+        ({"taps": ()}, "taps: none given"),
+        ({"seed": -1}, "seed: -1"),
+        ({"name": "a b"}, "name: 'a b'; give 1 to 64 of a-z"),
+        ({"version": ""}, "version: ''; give 1 to 32"),
         ({"false_positive_rate": 1.0}, "false_positive_rate: 1"),
         ({"kind": "sae-feature"}, "sae: none given; the kind sae-feature takes a folder of SAELens"),
         ({"feature": 3}, "feature: for the kind sae-feature alone, and the kind is logistic"),

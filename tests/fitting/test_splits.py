@@ -78,8 +78,16 @@ def test_some_lines_without_a_group_or_a_split_are_refused():
 
 
 def test_a_side_without_a_class_is_refused():
-    with pytest.raises(ValueError, match="no positive example"):
+    with pytest.raises(ValueError, match=r"label: all 20 examples are negative; a probe is fitted on both kinds"):
         split([example([index], [index], False) for index in range(20)], 0)
+    given = [example([index], [index], index > 12, split=("train", "calibration", "test")[index % 3]) for index in range(15)]
+    with pytest.raises(ValueError, match=r"split: no positive example among 6 for train; give every split both kinds"):
+        split([each for each in given if each.split != "train" or not each.positive] + given[:1], 0)
+    drawn = [example([index], [index], index == 3) for index in range(20)]
+    with pytest.raises(ValueError, match=r"split: no positive example among \d+ for \w+; give more groups that have one"):
+        split(drawn, 0)
+    with pytest.raises(ValueError, match=r"group: 2 among 20 examples, and each of train, calibration, test takes at least one"):
+        split([example([index], [index], index % 3 == 0, group=str(index % 2)) for index in range(20)], 0)
 
 
 def test_folds_hold_every_example_out_once_with_whole_groups_and_both_classes():
@@ -102,5 +110,5 @@ def test_other_data_have_groups_of_their_own_or_none():
     assert found.named
     assert not {*found.groups[:20].tolist()} & {*found.groups[20:].tolist()}
     assert len({*found.groups[20:].tolist()}) == 2
-    with pytest.raises(ValueError, match="no positive example among 0"):
+    with pytest.raises(ValueError, match="all are ood; give some"):
         split(outside, 0)

@@ -201,7 +201,7 @@ CASES = {
     "6: flagged more": (
         told_by_order,
         {"other": lambda: told_by_order(60, 5, negatives=0.6, name="near")},
-        r"flags \d+\.\d% \[.*\] of its 30 negatives, against \d\.\d%",
+        r"flags \d+\.\d% \[.*\] of its 30 negatives, against \d+\.\d%",
     ),
     "7: inverted": (
         told_by_order,

@@ -37,12 +37,14 @@ class Read:
         states: ``hidden_states``, ``N + 1`` of ``(tokens, D)``, prompt included; the last after the final norm.
         blocks: what leaves each block.
         attention: what the attention of each block gives.
+        mlp: what the MLP of each block gives.
         prompt: how many tokens of the prompt there are.
     """
 
     states: list[Array]
     blocks: list[Array]
     attention: list[Array]
+    mlp: list[Array]
     prompt: int
 
     def state(self, index: int) -> Array:
@@ -234,7 +236,12 @@ def sae(
         written(folder / "cfg.json", config)
 
         def scores(read: Read) -> Array:
-            x = {"hook_resid_post": read.block(1), "hook_resid_pre": read.state(1)}.get(hook, read.attention[1][read.prompt :])
+            x = {
+                "hook_resid_post": read.block(1),
+                "hook_resid_pre": read.state(1),
+                "hook_attn_out": read.attention[1][read.prompt :],
+                "hook_mlp_out": read.mlp[1][read.prompt :],
+            }[hook]
             if normalise == "layer_norm":
                 x = x - x.mean(-1, keepdims=True)
                 x = x / (x.std(-1, ddof=1, keepdims=True) + 1e-5)
@@ -286,6 +293,26 @@ def onnx_graph(folder: Path, r: np.random.Generator) -> Case:
     return Case(folder / "probe.onnx", lambda read: sigmoid(np.tanh(read.block(1) @ w + b) @ v), {"taps": ["resid_post.1"]})
 
 
+def onnx_graph_of_two_taps(folder: Path, r: np.random.Generator) -> Case:
+    """A graph with an input for each tap, one of them of doubles."""
+    w, v = normal(r, D, 2), normal(r, D, 2)
+    nodes = [
+        helper.make_node("MatMul", ["early", "w"], ["a"]),
+        helper.make_node("Cast", ["late"], ["narrow"], to=TensorProto.FLOAT),
+        helper.make_node("MatMul", ["narrow", "v"], ["b"]),
+        helper.make_node("Mul", ["a", "b"], ["output"]),
+    ]
+    ends = [
+        helper.make_tensor_value_info("early", TensorProto.FLOAT, ["batch", D]),
+        helper.make_tensor_value_info("late", TensorProto.DOUBLE, ["batch", D]),
+        helper.make_tensor_value_info("output", TensorProto.FLOAT, ["batch", 2]),
+    ]
+    weights = [numpy_helper.from_array(array.astype(np.float32), name) for name, array in (("w", w), ("v", v))]
+    graph = helper.make_graph(nodes, "g", ends[:2], ends[2:], weights)
+    save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), folder / "probe.onnx")
+    return Case(folder / "probe.onnx", lambda read: (read.block(0) @ w) * (read.block(2) @ v), {"taps": ["resid_post.0", "resid_post.2"]})
+
+
 def attention_probe(mlp: bool) -> Callable[[Path, np.random.Generator], Case]:
     def make(folder: Path, r: np.random.Generator) -> Case:
         heads, out = 3, 4 if mlp else 2
@@ -329,11 +356,16 @@ def logistic_by_layer(folder: Path, r: np.random.Generator) -> Case:
     return Case(folder / "strict_probe.lgprobe", lambda read: formula(read.state(3).mean(0)), told)
 
 
-def atlas(kind: str, aggregator: str = "mean", normalise: str = "none", layer: int = 1) -> Callable[[Path, np.random.Generator], Case]:
+def atlas(
+    kind: str, aggregator: str = "mean", normalise: str = "none", layer: int = 1, wrapped: bool = False, variant: str = ""
+) -> Callable[[Path, np.random.Generator], Case]:
     def make(folder: Path, r: np.random.Generator) -> Case:
         a, b, scale = 0.7, -0.2, 3.0
-        state, init, score, heads = ATLAS[kind](r)
+        state, init, score, heads = ATLAS[kind + variant](r)
         state |= {"input_scale": torch.tensor(scale), "platt_A": torch.tensor(a), "platt_B": torch.tensor(b)}
+        if wrapped:  # in an AggregatedProbe, which has a line of Platt's of its own and uses that alone
+            state |= {"platt_A": torch.tensor(9.0), "platt_B": torch.tensor(9.0)}
+            state = {f"probe.{name}": value for name, value in state.items()} | {"platt_A": torch.tensor(a), "platt_B": torch.tensor(b)}
         saved(folder / f"layer_{layer}" / "model.pt", state)
         config = {
             "class_name": kind,
@@ -433,17 +465,18 @@ def _atlas_gdm(r: np.random.Generator):
     return state, {"d_model": D, "d_proj": 10, "nhead": 10, "num_mlp_layers": 2}, score, None
 
 
-def _atlas_attention(r: np.random.Generator):
-    heads, size, window = 2, 6, 4
+def _atlas_attention(r: np.random.Generator, window: int | None = 4):
+    heads, size = 2, 6
     state = _layers(r, qkv_proj=(3 * size * heads, D), out_proj=(1, size * heads))
     n = _numbers(state)
-    state["base_mask"] = torch.ones(32, 32, dtype=torch.bool).tril().triu(1 - window)
+    if window is not None:
+        state["base_mask"] = torch.ones(32, 32, dtype=torch.bool).tril().triu(1 - window)
 
     def score(x: Array):
         qkv = (x @ n["qkv_proj.weight"].T + n["qkv_proj.bias"]).reshape(len(x), 3, heads, size)
         rows = []
         for i in range(len(x)):
-            seen = slice(max(0, i - window + 1), i + 1)
+            seen = slice(0 if window is None else max(0, i - window + 1), i + 1)
             mixed = []
             for h in range(heads):
                 logits = qkv[seen, 1, h] @ qkv[i, 0, h] / np.sqrt(size)
@@ -456,10 +489,11 @@ def _atlas_attention(r: np.random.Generator):
     return state, {"d_model": D, "d_proj": size, "nhead": 8, "sliding_window": window, "max_length": 32}, score, heads
 
 
-def _atlas_transformer(r: np.random.Generator):
+def _atlas_transformer(r: np.random.Generator, activation: str = "relu", norm_first: bool = True):
     torch.manual_seed(3)
-    layer = torch.nn.TransformerEncoderLayer(D, 4, 20, dropout=0.0, activation="relu", norm_first=True, batch_first=True)
-    encoder = torch.nn.TransformerEncoder(layer, 2, norm=torch.nn.LayerNorm(D), enable_nested_tensor=False).double().eval()
+    layer = torch.nn.TransformerEncoderLayer(D, 4, 20, dropout=0.0, activation=activation, norm_first=norm_first, batch_first=True)
+    last = torch.nn.LayerNorm(D) if norm_first else None
+    encoder = torch.nn.TransformerEncoder(layer, 2, norm=last, enable_nested_tensor=False).double().eval()
     with torch.no_grad():
         for weight in encoder.parameters():
             weight.copy_(tensor(weight.float() + 0.3 * torch.randn(weight.shape)))
@@ -474,7 +508,7 @@ def _atlas_transformer(r: np.random.Generator):
             v = out.double()(encoder(rows, mask=mask, is_causal=True))[0].numpy()
         return v, v
 
-    return state, {"d_model": D, "nlayer": 2, "nhead": 4, "d_mlp": 20, "norm_first": True, "activation": "relu"}, score, 4
+    return state, {"d_model": D, "nlayer": 2, "nhead": 4, "d_mlp": 20, "norm_first": norm_first, "activation": activation}, score, 4
 
 
 ATLAS = {
@@ -484,10 +518,14 @@ ATLAS = {
     "GDMProbe": _atlas_gdm,
     "AttentionProbe": _atlas_attention,
     "TransformerProbe": _atlas_transformer,
+    "AttentionProbe without a window": lambda r: _atlas_attention(r, None),
+    "TransformerProbe of its second kind": lambda r: _atlas_transformer(r, "gelu", norm_first=False),
 }
 
 
-def sing_probe(kind: str, activation: str = "gelu", window: int | None = None) -> Callable[[Path, np.random.Generator], Case]:
+def sing_probe(
+    kind: str, activation: str = "gelu", window: int | None = None, together: bool = False
+) -> Callable[[Path, np.random.Generator], Case]:
     def make(folder: Path, r: np.random.Generator) -> Case:
         layers, labels, heads, size = [1, 3], 2, 2, 5
         config = {"model_type": f"sing_probe_{kind}", "hidden_size": D, "base_model_layer_ids": layers, "num_labels": labels}
@@ -505,9 +543,11 @@ def sing_probe(kind: str, activation: str = "gelu", window: int | None = None) -
             ):
                 state[f"{name}.weight"] = tensor(normal(r, *shape) / np.sqrt(shape[1]))
             config |= {"num_attention_heads": heads, "head_dim": size, "sliding_window": window}
+        n = _numbers(state)
+        if together:  # as vLLM keeps the three projections
+            state["proj_qkv.weight"] = torch.cat([state.pop(f"proj_{each}.weight") for each in "qkv"])
         save_file(state, folder / "model.safetensors")
         written(folder / "config.json", config)
-        n = _numbers(state)
 
         def scores(read: Read) -> Array:
             entering = [read.states[layer] for layer in layers]
@@ -552,12 +592,14 @@ CASES: dict[str, Callable[[Path, np.random.Generator], Case]] = {
     "SAELens 6, standard": sae(6, "standard"),
     "SAELens 5, standard, before the block": sae(5, "standard", hook="hook_resid_pre"),
     "SAELens 6, attention's output, b_dec not subtracted": sae(6, "standard", hook="hook_attn_out", subtract=False),
+    "SAELens 5, the MLP's output": sae(5, "standard", hook="hook_mlp_out"),
     "SAELens 6, JumpReLU, layer norm": sae(6, "jumprelu", "layer_norm"),
     "SAELens 5, JumpReLU, constant norm": sae(5, "jumprelu", "constant_norm_rescale"),
     "SAELens 6, topk, rescaled": sae(6, "topk", rescale=True),
     "SAELens 5, topk": sae(5, "topk"),
     "scikit-learn by joblib": pickled_pipeline,
     "ONNX": onnx_graph,
+    "ONNX, an input for each of two taps": onnx_graph_of_two_taps,
     "EleutherAI's attention probe": attention_probe(False),
     "EleutherAI's attention probe with an MLP": attention_probe(True),
     "rl-rewardhacking, mass mean": mass_mean,
@@ -566,12 +608,17 @@ CASES: dict[str, Callable[[Path, np.random.Generator], Case]] = {
     "Atlas, quadratic": atlas("QuadraticProbe", "last", "unit_norm"),
     "Atlas, nonlinear, last layer": atlas("NonlinearProbe", "mean", layer=N - 1),
     "Atlas, attention": atlas("AttentionProbe", "last"),
+    "Atlas, attention without a window": atlas("AttentionProbe", "mean", variant=" without a window"),
     "Atlas, transformer": atlas("TransformerProbe", "mean"),
+    "Atlas, transformer, gelu, norms last": atlas("TransformerProbe", "last", variant=" of its second kind"),
+    "Atlas, linear, in its aggregator": atlas("LinearProbe", "last", "unit_norm", wrapped=True),
     "Atlas, Gemini's, multimax": atlas("GDMProbe", "multimax"),
     "Atlas, Gemini's, attention": atlas("GDMProbe", "attention"),
     "Atlas, Gemini's, rolling attention": atlas("GDMProbe", "rolling_attention(4)"),
+    "Atlas, Gemini's, rolling attention wider than a rollout": atlas("GDMProbe", "rolling_attention(10)"),
     "SingProbe, MLP": sing_probe("mlp"),
     "SingProbe, MLP, relu": sing_probe("mlp", "relu"),
     "SingProbe, attention": sing_probe("attn"),
     "SingProbe, attention in a window": sing_probe("attn", window=4),
+    "SingProbe, attention, its projections together": sing_probe("attn", together=True),
 }

@@ -18,6 +18,7 @@ from foreign_probes import (
     CASES,
     D,
     N,
+    Read,
     atlas,
     attention_probe,
     hallucination_probe,
@@ -186,12 +187,53 @@ def test_what_no_format_recognises_is_refused_with_the_formats(refused, tmp_path
         assert all(known.name in message for known in FORMATS)
 
 
-def test_an_adapter_beside_a_probe_is_refused_by_name(refused, tmp_path):
+@pytest.mark.parametrize("adapter", ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"])
+@pytest.mark.parametrize("kind", ["hallucination probe", "direction in npy", "SingProbe, MLP", "lie detector: logistic regression"])
+def test_an_adapter_beside_a_probe_is_refused_by_name(refused, tmp_path, kind, adapter):
+    case = make(CASES[kind], tmp_path)
+    written(tmp_path / adapter, {"peft_type": "LORA"})
+    message = refused(case)
+    assert message.startswith(f"{adapter}: ")
+    assert "changes the model; not served yet" in message
+
+
+def test_an_adapter_is_not_passed_by_asking_for_another_format(refused, tmp_path):
     case = make(hallucination_probe, tmp_path)
     written(tmp_path / "adapter_config.json", {"peft_type": "LORA"})
-    message = refused(case)
-    assert message.startswith("adapter_config.json: ")
-    assert "changes the model; not served yet" in message
+    head = type(case)(tmp_path / "probe_head.bin", case.scores)
+    assert refused(head, format="direction", taps=["resid_post.2"]).startswith("adapter_config.json: ")
+
+
+def _with_more(file: Path, **more: torch.Tensor) -> None:
+    if file.suffix == ".safetensors":
+        save_file(load_file(file) | more, file)
+        return
+    content = ProbeSource(file).content
+    saved(file, content | {"state_dict": content["state_dict"] | more} if "state_dict" in content else content | more)
+
+
+@pytest.mark.parametrize(
+    ("kind", "file", "part"),
+    [
+        ("hallucination probe", "probe_head.bin", "mlp.weight"),
+        ("lie detector: perceptron", "probe.pt", "net.4.weight"),
+        ("lie detector: logistic regression", "probe.pt", "net.0.weight"),
+        ("lie detector: difference of means", "probe.pt", "dataset_mean"),
+        ("weight, bias, mean, std", "probe.pt", "eps"),
+        ("SAELens 6, standard", "sae_weights.safetensors", "threshold"),
+        ("SAELens 6, JumpReLU, layer norm", "sae_weights.safetensors", "r_mag"),
+        ("SingProbe, attention", "model.safetensors", "attn_layer.weight"),
+        ("Atlas, quadratic", "layer_1/model.pt", "mlp.0.weight"),
+        ("Atlas, nonlinear, last layer", f"layer_{N - 1}/model.pt", "mlp.6.weight"),
+        ("Atlas, transformer", "layer_1/model.pt", "transformer.layers.0.norm3.weight"),
+        ("Atlas, transformer, gelu, norms last", "layer_1/model.pt", "transformer.norm.weight"),
+    ],
+)
+def test_a_part_that_its_formula_does_not_have_is_refused_by_name(refused, tmp_path, kind, file, part):
+    """With it, the author's code computes something else."""
+    case = make(CASES[kind], tmp_path)
+    _with_more(tmp_path / file, **{part: torch.ones(4)})
+    assert part.rpartition(".")[0] in refused(case)
 
 
 @pytest.mark.parametrize("name", ["probe_head.bin", "probe_config.json"])
@@ -223,6 +265,13 @@ def test_a_pickled_enum_is_read_by_a_stand_in_and_a_threshold_is_a_note(imported
     assert any("ProbeArchitecture" in note for note in made.notes)
     assert any("threshold of 1.25" in note and "calibrate" in note for note in made.notes)
     assert made.probe.manifest.calibrations == ()
+
+
+def test_a_file_of_old_torch_is_read_too(tmp_path):
+    case = make(standardised, tmp_path)
+    content = torch.load(case.file, weights_only=True)
+    torch.save(content, case.file, _use_new_zipfile_serialization=False)
+    assert read(case).method == "a linear probe over standardised activations"
 
 
 class _Runs:
@@ -303,6 +352,28 @@ def test_a_standard_deviation_is_taken_as_it_is_saved_and_never_0(imported, refu
     assert "eps" in message
 
 
+@pytest.mark.parametrize("rows", [7, 200])
+def test_a_standard_deviation_of_another_ddof_is_found_by_its_authors_scores(refused, tmp_path, reference, rows):
+    """Off by 8% of 7 rows, and by 0.25% of 200: less than half precision is, but the same everywhere."""
+    case = make(standardised, tmp_path)
+    content = {name: tensor.double().numpy() for name, tensor in torch.load(case.file, weights_only=True).items()}
+    std = content["std"] * np.sqrt((rows - 1) / rows)
+    given = author_scores(reference, GOLDEN, content["weight"][0] / std, "resid_post.3", change=lambda x: x - content["mean"])
+    given = [AuthorScores(one.prompt_ids, one.completion_ids, one.token_scores + content["bias"]) for one in given]
+    message = refused(case, ProbeRefused, author_scores=given)
+    assert "scale" in message if rows == 7 else "1.0025 times" in message
+    assert rows == 7 or "ddof" in message
+
+
+def test_an_eps_that_its_author_added_is_found_by_his_scores(refused, tmp_path, reference):
+    case = make(standardised, tmp_path)
+    content = {name: tensor.double().numpy() for name, tensor in torch.load(case.file, weights_only=True).items()}
+    content["std"][:8] = 1e-4
+    saved(case.file, {name: torch.tensor(array).float() for name, array in content.items()})
+    given = author_scores(reference, GOLDEN, content["weight"][0] / (content["std"] + 1e-4), "resid_post.3")
+    assert "author_scores" in refused(case, ProbeRefused, author_scores=given)
+
+
 def test_flattened_layers_are_asked_for_each(refused, tmp_path):
     case = CASES["vllm-lens"](tmp_path, np.random.default_rng(3))
     assert "which 2 taps it reads" in refused(case, taps=None)
@@ -345,6 +416,41 @@ def test_a_sparse_autoencoder_that_reads_elsewhere_is_refused(refused, tmp_path,
     (config["metadata"] if version == 6 else config)["hook_name"] = hook
     written(tmp_path / "cfg.json", config)
     assert hook in refused(case)
+
+
+@pytest.mark.parametrize("key", ["apply_b_dec_to_input", "rescale_acts_by_decoder_norm", "prepend_bos"])
+@pytest.mark.parametrize("value", ["false", 0, "no", [], 1])
+def test_what_is_neither_true_nor_false_is_not_taken_for_either(refused, tmp_path, key, value):
+    case = make(sae(6, "topk"), tmp_path)
+    config = json.loads((tmp_path / "cfg.json").read_text())
+    (config["metadata"] if key == "prepend_bos" else config)[key] = value
+    written(tmp_path / "cfg.json", config)
+    assert f"{key}: " in refused(case)
+
+
+@pytest.mark.parametrize("k", [0, -1, 25, 10**9, None, "6"])
+def test_the_number_of_features_that_topk_keeps_is_checked(refused, tmp_path, k):
+    case = make(sae(6, "topk"), tmp_path)
+    written(tmp_path / "cfg.json", json.loads((tmp_path / "cfg.json").read_text()) | {"k": k})
+    assert "cfg.json: k: " in refused(case)
+
+
+def test_a_layer_norm_divides_by_the_unbiased_deviation_and_then_adds_its_eps(tmp_path):
+    """As torch's ``std`` does and ``nn.LayerNorm`` does not: seen where activations are as small as the eps."""
+    function = read(make(sae(6, "standard", "layer_norm"), tmp_path)).function
+    weights = {name: array.double().numpy() for name, array in load_file(tmp_path / "sae_weights.safetensors").items()}
+    x = normal(np.random.default_rng(8), 5, D) * 1e-5
+    centred = x - x.mean(-1, keepdims=True)
+    expected = centred / (x.std(-1, ddof=1, keepdims=True) + 1e-5)
+    others = {"biased": centred / (x.std(-1, keepdims=True) + 1e-5), "inside": centred / np.sqrt(x.var(-1, ddof=1, keepdims=True) + 1e-5)}
+    found = function.score({"resid_post.1": x.astype(np.float32)})
+
+    def features(rows):
+        return np.maximum((rows - weights["b_dec"]) @ weights["W_enc"] + weights["b_enc"], 0)[:, [3, 11]]
+
+    assert np.allclose(found, features(expected), rtol=1e-4, atol=1e-4)
+    for wrong in others.values():
+        assert not np.allclose(found, features(wrong), rtol=1e-3, atol=1e-3)
 
 
 def test_version_5_normalised_by_true_is_the_average_that_is_not_in_the_file(refused, tmp_path):
@@ -418,6 +524,28 @@ def test_the_number_of_heads_is_never_taken_from_the_file(refused, tmp_path, kin
     assert "give one that divides" in refused(case, heads=7)
 
 
+@pytest.mark.parametrize("stated", [None, 3, 5])
+def test_a_window_that_contradicts_the_mask_in_the_file_is_refused(refused, tmp_path, stated):
+    case = make(atlas("AttentionProbe", "last"), tmp_path)
+    config = json.loads((case.file / "config.json").read_text())
+    config["init_args"]["sliding_window"] = stated
+    written(case.file / "config.json", config)
+    assert "lets a token see 4" in refused(case)
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0])
+def test_a_scale_that_activations_cannot_be_divided_by_is_refused(refused, tmp_path, scale):
+    case = make(atlas("LinearProbe", "last", "unit_norm"), tmp_path)
+    saved(case.file / "model.pt", torch.load(case.file / "model.pt", weights_only=True) | {"input_scale": torch.tensor(scale)})
+    assert "input_scale" in refused(case)
+
+
+def test_a_folder_that_does_not_say_its_layer_is_asked_for_it(refused, tmp_path):
+    case = make(atlas("LinearProbe", "last"), tmp_path)
+    case.file.rename(tmp_path / "probe")
+    assert "give hidden_states[K + 1]" in refused(type(case)(tmp_path / "probe", case.scores, case.told))
+
+
 def test_an_aggregator_is_asked_for(refused, tmp_path):
     case = make(atlas("GDMProbe"), tmp_path)
     for wrong in (None, "median", "rolling_attention(0)"):
@@ -457,6 +585,43 @@ def test_thresholds_beside_a_probe_are_a_note_and_no_calibration(imported, tmp_p
     made = imported(make(mass_mean, tmp_path))
     assert any("strict_threshold" in note and "calibrate" in note for note in made.notes)
     assert made.probe.manifest.calibrations == ()
+
+
+def _by_layer(file: Path, dump: Any) -> Path:
+    x = normal(np.random.default_rng(0), 60, D)
+    with file.open("wb") as opened:
+        dump({0: None} | {layer: LogisticRegression().fit(x, x[:, layer] > 0) for layer in (1, 3)}, opened)
+    written(file.parent / "probe_rh_summary_stats.json", {"strict_threshold": 0.3, "loose_threshold": 0.1, "strict_roc_auc_score": 0.9})
+    return file
+
+
+@pytest.mark.parametrize("library", ["pickle", "dill"])
+def test_classifiers_by_layer_are_read_by_their_entry_and_layers_that_were_not_fitted_are_refused(refused, imported, tmp_path, library):
+    case = make(plain_direction, tmp_path)
+    case = type(case)(_by_layer(tmp_path / "strict.lgprobe", pytest.importorskip(library).dump), case.scores)
+    assert "hidden_states[1], hidden_states[3]" in refused(case, taps=["hidden_states[0]"], trust_pickle=True)
+    assert "resid_post.1, which is hidden_states[2]" in refused(case, taps=["resid_post.1"], trust_pickle=True)
+    made = imported(case, taps=["resid_post.2"], trust_pickle=True)
+    assert made.format == "rl-rewardhacking"
+    assert any("strict_threshold, loose_threshold" in note for note in made.notes)
+    assert made.probe.manifest.calibrations == ()
+
+
+@pytest.mark.parametrize("layers", [None, [1, 2], [1, 2, 2.5], "124", [1, 2, -1], {1: 2}])
+def test_directions_without_their_layers_are_refused(refused, tmp_path, layers):
+    case = make(mass_mean, tmp_path)
+    saved(case.file, torch.load(case.file, weights_only=True) | {"layers": layers})
+    assert "layers" in refused(case)
+
+
+def test_probabilities_of_a_mass_mean_agree_as_its_library_gives_them(imported, refused, tmp_path, reference):
+    case = make(mass_mean, tmp_path)
+    direction = ProbeSource(case.file).content["direction"][2].double().numpy()
+    direction /= 40 * np.linalg.norm(direction)
+    saved(case.file, torch.load(case.file, weights_only=True) | {"direction": torch.tensor(np.stack([direction] * 3)).float()})
+    given = author_scores(reference, GOLDEN, direction, "final_norm", per_token=False, reduce=lambda t: 1 / (1 + np.exp(-t.mean())))
+    made = imported(case, author_scores=given)
+    assert "the probability of a reduced value" in made.notes[0]
 
 
 def test_an_attention_probe_pools_by_itself(refused, tmp_path):
@@ -534,6 +699,42 @@ def test_a_mismatch_names_the_tap_that_agrees(refused, direction, reference, tap
     message = refused(case, ProbeRefused, taps=[where] if tap != "resid_pre.3" else ["resid_post.1"], author_scores=given)
     assert "author_scores: found scores off by" in message
     assert f"--tap {other}" in message
+
+
+def test_a_mismatch_of_several_taps_names_them_all(refused, tmp_path, reference):
+    case = CASES["vllm-lens"](tmp_path, np.random.default_rng(3))
+    state = {name: array.double().numpy() for name, array in torch.load(case.file, weights_only=True).items()}
+
+    def scored(prompt, completion):
+        x = [reference.activations([*prompt, *completion], [f"resid_post.{layer}"])[Tap("resid_post", layer)] for layer in (1, 2)]
+        rows = np.concatenate(x, axis=1)[len(prompt) :].astype(np.float64)
+        return (rows - state["mean"]) / np.maximum(state["std"], 1e-8) @ state["weight"] + state["bias"]
+
+    given = [AuthorScores(prompt, completion, scored(prompt, completion)) for prompt, completion in GOLDEN]
+    for wrong in (["resid_post.2", "resid_post.3"], ["resid_post.1", "resid_post.3"], ["resid_post.2", "resid_post.1"]):
+        assert "--tap resid_post.1 --tap resid_post.2" in refused(case, ProbeRefused, taps=wrong, author_scores=given)
+
+
+@pytest.mark.parametrize("kind", ["EleutherAI's attention probe", "SAELens 6, JumpReLU, layer norm", "onnx"])
+def test_a_mismatch_of_a_probe_that_is_not_linear_names_the_tap_that_agrees(refused, tmp_path, reference, kind):
+    made = CASES.get(kind, onnx_graph)(tmp_path, np.random.default_rng(3))
+    pools = kind.startswith("Eleuther")
+
+    def read_of(prompt, completion):
+        every = reference.activations([*prompt, *completion], [f"resid_post.{layer}" for layer in range(N)])
+        blocks = [every[Tap("resid_post", layer)].astype(np.float64) for layer in range(N)]
+        # the author counts from the entry before, or after
+        moved = [blocks[max(layer - 1, 0)] for layer in range(N)] if pools else [blocks[min(layer + 1, N - 1)] for layer in range(N)]
+        return Read(moved, moved, moved, moved, len(prompt))
+
+    rollouts = [*GOLDEN, ([BOS, 9, 8], [7, 6, 5, 30, 31, 32])]
+    scores = [np.asarray(made.scores(read_of(*rollout))) for rollout in rollouts]
+    given = [
+        AuthorScores(prompt, completion, score=each) if pools else AuthorScores(prompt, completion, each)
+        for (prompt, completion), each in zip(rollouts, scores, strict=True)
+    ]
+    message = refused(made, ProbeRefused, author_scores=given)
+    assert f"--tap resid_post.{1 if pools else 2}" in message
 
 
 def test_the_last_state_taken_for_the_last_block_is_caught(refused, direction, reference):

@@ -28,16 +28,17 @@ def read_by_hugging_face(reference):
     model = AutoModelForCausalLM.from_pretrained(tiny_model("qwen3"), dtype=torch.float32).eval()
 
     def read(prompt: list[int], completion: list[int]) -> Read:
-        blocks, attention, handles = [], [], []
+        blocks, attention, mlp, handles = [], [], [], []
         for block in model.model.layers:
             handles.append(block.register_forward_hook(lambda *a: blocks.append(a[2][0] if isinstance(a[2], tuple) else a[2])))
+            handles.append(block.mlp.register_forward_hook(lambda *a: mlp.append(a[2])))
             handles.append(block.self_attn.register_forward_hook(lambda *a: attention.append(a[2][0])))
         with torch.inference_mode():
             states = model(torch.tensor([prompt + completion]), output_hidden_states=True).hidden_states
         for handle in handles:
             handle.remove()
         of = lambda tensors: [each.reshape(len(prompt) + len(completion), -1).double().numpy() for each in tensors]  # noqa: E731
-        return Read(of(states), of(blocks), of(attention), len(prompt))
+        return Read(of(states), of(blocks), of(attention), of(mlp), len(prompt))
 
     return read
 

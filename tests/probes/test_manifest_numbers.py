@@ -54,6 +54,8 @@ def everything() -> Fields:
             "shortest_completion": 5,
             "longest_completion": 9,
             "prompt_forms": ["chat"],
+            "prompt_shapes": ["bos template"],
+            "generation_prompt_ids": [7, 8],
         },
     }
     evaluation = {"metric": "AUROC", "value": 0.9, "low": 0.8, "high": 0.95, "dataset": "held out", "positives": 10, "negatives": 20}

@@ -74,7 +74,7 @@ def test_memory_is_freed_once_no_call_means_a_version(engine: Engine, llama: Ser
     engine.load_reading("policy", WrittenAdapter.random(llama.model, seed=1, **FORMS[form]).write(tmp_path / "b"))
     both(engine)
     (reading,) = engine.readings()[1:]
-    with engine._readings.pinned(["policy"]):
+    with engine._readings.pinned(["policy"], ()):
         own = [weakref.ref(tensor) for tensor in engine._readings.tensors()]
         engine.unload_reading("policy")
         assert engine._readings.version(reading.id).tensors
@@ -148,7 +148,7 @@ def test_in_place_waits_for_the_calls_that_began_and_holds_those_that_come(
     def come_later() -> None:
         results["scored"] = engine.score(GROUPS, readings=["policy"])
 
-    with engine._readings.pinned(["policy"]) as pinned:
+    with engine._readings.pinned(["policy"], ()) as pinned:
         loading = threading.Thread(target=load)
         loading.start()
         assert not reading.wait(0.5)  # nothing new is read as long as the old version is in use
@@ -167,7 +167,7 @@ def test_in_place_waits_for_the_calls_that_began_and_holds_those_that_come(
 
 def test_a_version_that_is_gone_is_never_answered_by_the_frozen_model(engine: Engine, llama: Served, tmp_path: Path) -> None:
     engine.load_reading("policy", WrittenAdapter.random(llama.model, ["q_proj"]).write(tmp_path))
-    with engine._readings.pinned(["policy"]) as pinned:
+    with engine._readings.pinned(["policy"], ()) as pinned:
         options = ResolvedOptions(probes=("last@1",), readings=pinned.wanted)
     engine.unload_reading("policy")
     rollout = CheckedRollout(np.array([1, 5], np.int32), Continuation(np.array([7], np.int32)), options)

@@ -104,12 +104,14 @@ async def test_no_worker_of_a_server_starts_with_other_bytes_the_first_time_or_a
     model: Path, probe: Path, reference: ReferenceModel
 ) -> None:
     pinned = PinnedContent()
-    said = "the files of the model or of a probe have changed since the server started (model model, probe probe@1); restart the server"
+    said = "the files of the model or of a probe have changed since the server started (model model); restart the server"
+    others = said.replace("(model model)", "(model model, probe probe@1)")
     with capture_logs() as logs:
         async with running(pinned=pinned, model=str(model), probes=[str(probe)], worker_restart_seconds=0.01) as watched:
             one_weight(model)
             replace_by_another(probe, reference)
-            with pytest.raises(StartupError, match=re.escape(said)):
+            # it reads the other bytes of the probe; a process that is started again gets those that were read at first
+            with pytest.raises(StartupError, match=re.escape(others)):
                 async with running(pinned=pinned, model=str(model), probes=[str(probe)]):
                     pass
             assert watched.worker.ready

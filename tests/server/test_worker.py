@@ -20,7 +20,6 @@ from probescore_server import Engine
 from probescore_server.errors import InternalFault, InvalidRequest, StartupError, WorkerUnavailable
 from probescore_server.rollouts import CheckedRollout
 from probescore_server.validation.texts import PendingText
-from probescore_server.workers.main import probe_files
 
 
 def children() -> set[int]:
@@ -134,12 +133,3 @@ async def test_dying_while_it_starts_is_a_refusal_too() -> None:
     os.kill(pid, signal.SIGKILL)
     with pytest.raises(StartupError, match="died while it was starting"):
         await watched.task
-
-
-def test_a_directory_means_every_probe_file_in_it(tmp_path: Path) -> None:
-    for name in ("b.onnx", "a.onnx", "notes.txt"):
-        (tmp_path / name).touch()
-    assert probe_files([str(tmp_path), "c.onnx"]) == [tmp_path / "a.onnx", tmp_path / "b.onnx", Path("c.onnx")]
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(StartupError, match="empty"):
-        probe_files([str(tmp_path / "empty")])

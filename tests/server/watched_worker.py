@@ -7,8 +7,10 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from probescore.types import RolloutGroup
+from probescore_server.registry.folder import ProbeFolder
 from probescore_server.rollouts import CheckedRollout, EngineInfo
 from probescore_server.settings import ServerSettings
+from probescore_server.spool import Spool
 from probescore_server.validation.options import resolve_options
 from probescore_server.validation.rollouts import resolve_rollouts
 from probescore_server.workers.handle import PinnedContent, WorkerHandle
@@ -21,7 +23,9 @@ class Watched:
     def __init__(self, pinned: PinnedContent | None = None, **settings: object) -> None:
         self._changed = asyncio.Event()
         chosen = ServerSettings(**{"log_format": "json", "worker_restart_seconds": 0.0, **settings})
-        self.worker = WorkerHandle(WorkerSpec(chosen, "cpu", threads=1), self._changed.set, pinned)
+        self.spool = Spool()
+        files = ProbeFolder(chosen.probes).read(self.spool).files.values()
+        self.worker = WorkerHandle(WorkerSpec(chosen, "cpu", threads=1, probes=tuple(files)), self._changed.set, pinned)
         self.task = asyncio.create_task(self.worker.run())
 
     @property

@@ -23,6 +23,7 @@ SIGNALS = "PROBESCORE_SIGNALS"
 RAILS = "PROBESCORE_RAILS"
 RUN_ID = "PROBESCORE_RUN_ID"
 TOKENIZER_FINGERPRINT = "PROBESCORE_TOKENIZER_FINGERPRINT"
+FOLLOW = "PROBESCORE_FOLLOW"
 POLICY_ENV = {field.name: f"PROBESCORE_{field.name.upper()}" for field in fields(Policy)}
 """Dictionary from the names of ``Policy``'s fields to their environment variables, such as ``PROBESCORE_ON_FAILURE``."""
 
@@ -36,7 +37,8 @@ def scorer_from_environment(environment: Mapping[str, str] = os.environ) -> Prob
     of a JSON file that contains the list or the object. ``PROBESCORE_ADDRESS``: the address of the server, or several addresses separated
     by commas. ``PROBESCORE_ON_FAILURE``, ``PROBESCORE_ON_UNSCORABLE``, ``PROBESCORE_TIMEOUT``, ``PROBESCORE_WAIT_SECONDS``: the fields of
     ``Policy``. ``PROBESCORE_RAILS``: a JSON object with fields of ``GuardRails``. ``PROBESCORE_RUN_ID``,
-    ``PROBESCORE_TOKENIZER_FINGERPRINT``: the arguments of ``ProbeScorer`` with these names; ``ProbeScorer`` also reads ``PROBESCORE_JOB``.
+    ``PROBESCORE_TOKENIZER_FINGERPRINT``, ``PROBESCORE_FOLLOW`` (``true`` or ``false``): the arguments of ``ProbeScorer`` with these names;
+    ``ProbeScorer`` also reads ``PROBESCORE_JOB``.
     An empty variable counts as not set.
 
     Raises:
@@ -46,7 +48,7 @@ def scorer_from_environment(environment: Mapping[str, str] = os.environ) -> Prob
     given = {variable: value.strip() for variable, value in environment.items() if variable.startswith("PROBESCORE_") and value.strip()}
     if SIGNALS not in given:
         raise ValueError(f'{SIGNALS}: required, such as \'[{{"probe": "cheating", "mode": "penalty"}}]\', or the path of a JSON file')
-    options: dict[str, Any] = {"policy": _policy(given)}
+    options: dict[str, Any] = {"policy": _policy(given), "follow": _switch(FOLLOW, given.get(FOLLOW, "false"))}
     if RAILS in given:
         options["rails"] = rails_from(_json(RAILS, given[RAILS]), RAILS)
     if ADDRESS in given:
@@ -62,7 +64,8 @@ def scorer_from_environment(environment: Mapping[str, str] = os.environ) -> Prob
 
 
 def signals_from(given: Mapping[str, Any] | Sequence[Mapping[str, Any]], where: str = "signals") -> tuple[ProbeSignal, ...]:
-    """Makes signals from a list of objects with the fields of ``ProbeSignal``, or from a single object.
+    """Makes signals (rules from probe scores to rewards) from a list of objects with the fields of ``ProbeSignal``, or from a single
+    object.
 
     Args:
         given: the objects, as parsed from JSON, YAML or keyword arguments.
@@ -136,6 +139,12 @@ def _policy(given: Mapping[str, str]) -> Policy:
         # the message begins with the field
         field, _, problem = str(error).partition(":")
         raise ValueError(f"{POLICY_ENV[field]}:{problem}") from None
+
+
+def _switch(variable: str, value: str) -> bool:
+    if value.lower() not in ("true", "false"):
+        raise ValueError(f"{variable}: expected true or false, got {value!r}")
+    return value.lower() == "true"
 
 
 def _json(variable: str, value: str) -> Any:  # noqa: ANN401

@@ -8,7 +8,7 @@ class SignalError(ValueError):
 
     Attributes:
         field: name of the faulty field of ``ProbeSignal``.
-        signal: name of the signal, if it is known.
+        signal: name of the signal (rule from probe scores to rewards), if it is known.
     """
 
     def __init__(self, field: str, problem: str, signal: str = "") -> None:
@@ -26,8 +26,7 @@ class Unscorable(ValueError):
 
 
 class ProbeReplaced(SignalError):
-    """Exception raised when the server runs another version of a probe than at the start of the run, and the policy's ``on_replaced`` is
-    ``"raise"``.
+    """Exception raised when the server no longer has the version of a probe that a scorer is pinned to, or has other bytes under its name.
 
     The probe's graph, calibration or version differs, so that scores before and after the replacement are not comparable.
     """

@@ -3,7 +3,7 @@
 
 Both are configured by the environment (``probescore_adapters.environment``), since OpenRLHF loads them by a file's path and gives them no
 arguments. OpenRLHF requests the score of one sample at a time, so that a batch cannot be screened, and takes one number per sample, so that
-no signal can be dense.
+no signal (rule from probe scores to rewards) can be dense.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class AgentExecutor(SingleTurnAgentExecutor):
     The server must have the policy's tokenizer, unless ``PROBESCORE_TOKENIZER_FINGERPRINT`` says otherwise.
 
     Raises:
-        ValueError: an environment variable is missing or wrong; the error names the variable. For a wrong signal the error is a
-            ``SignalError``.
+        ValueError: an environment variable is missing or wrong; the error names the variable. For a wrong signal (rule from probe scores to
+            rewards) the error is a ``SignalError``.
         ProbescoreError: the server does not respond, and ``PROBESCORE_ON_FAILURE`` is not a number.
     """
 

@@ -20,8 +20,8 @@ from probescore_adapters.signals import BoundSignal, Floats, Mode, ProbeSignal
 OnUnscorable = Union[Literal["worst", "raise"], float]
 
 PREFIX = "probescore"
-_SIGNAL_KEYS = ("mean", "p10", "p50", "p90", "flagged", "screened", "reward", "penalty_margin")
-_ROLLOUT_SIGNAL_KEYS = ("mean", "flagged", "reward")
+_SIGNAL_KEYS = ("mean", "p10", "p50", "p90", "flagged", "screened", "reward", "penalty_margin", "outside_calibration")
+_ROLLOUT_SIGNAL_KEYS = ("mean", "flagged", "reward", "outside_calibration")
 _BATCH_KEYS = ("seconds", "failures", "unscorable", "tokens", "inexact_ids")
 
 
@@ -39,6 +39,8 @@ class Outcome:
         flagged: a dictionary keyed by the signal's name, of ``(n,)`` booleans: whether the score reaches the signal's threshold.
         values: a dictionary keyed by the signal's name, of ``(n,)`` probe scores; NaN for an unscorable rollout.
         metrics: a dictionary keyed by the metric's name, always with the same keys for the same signals; NaN for a metric without data.
+        outside_calibration: a dictionary keyed by the signal's name, of ``(n,)`` booleans: whether the rollout is unlike those that the
+            signal's threshold was found on, so that the threshold is not known to hold for it. False where nobody knows.
     """
 
     rewards: Floats
@@ -50,6 +52,7 @@ class Outcome:
     flagged: Mapping[str, NDArray[np.bool_]]
     values: Mapping[str, Floats]
     metrics: Mapping[str, float]
+    outside_calibration: Mapping[str, NDArray[np.bool_]] = field(default_factory=dict)
 
     @property
     def rollout_metrics(self) -> dict[str, float]:
@@ -69,6 +72,7 @@ class _OutcomeSums:
     unscorable: NDArray[np.bool_]
     dense: list[Floats] | None = None
     flagged: dict[str, NDArray[np.bool_]] = field(default_factory=dict)
+    outside_calibration: dict[str, NDArray[np.bool_]] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
 
 
@@ -141,6 +145,7 @@ def combine(
         flagged=sums.flagged,
         values={signal_values.bound.signal.name: signal_values.values for signal_values in batch.signals},
         metrics=sums.metrics,
+        outside_calibration=sums.outside_calibration,
     )
 
 
@@ -161,6 +166,7 @@ def substitute(signals: Sequence[ProbeSignal], term: float, lengths: Sequence[in
         flagged={signal.name: nobody for signal in signals},
         values={signal.name: np.full(count, math.nan) for signal in signals},
         metrics={**empty_metrics(signals), f"{PREFIX}/failures": 1.0, f"{PREFIX}/unscorable": 1.0},
+        outside_calibration={signal.name: nobody for signal in signals},
     )
 
 
@@ -186,6 +192,10 @@ def _apply(
     sums.metrics.update(_distribution(prefix, values[scored]))
     if not math.isnan(bound.threshold):
         sums.metrics[f"{prefix}/flagged"] = _mean(flagged)
+    outside = np.array([bool(unmet) for unmet in signal_values.unmet or [()] * len(values)], np.bool_)
+    sums.outside_calibration[signal.name] = outside
+    if signal_values.unmet is not None and scored.any():
+        sums.metrics[f"{prefix}/outside_calibration"] = _mean(outside[scored])
     sums.metrics[f"{prefix}/screened"] = 0.0
     sums.metrics[f"{prefix}/reward"] = 0.0
     if signal.mode is Mode.DENSE:
@@ -217,8 +227,8 @@ def _apply(
 
 
 def _terms(bound: BoundSignal, transformed: Floats, scored: NDArray[np.bool_], sums: _OutcomeSums, rails: GuardRails) -> Floats:
-    """Returns the numbers that a signal adds, clipped to the guard rail's limit; where there is no score, the lowest number that the signal
-    can add.
+    """Returns the numbers that a signal (rule from probe scores to rewards) adds, clipped to the guard rail's limit; where there is no
+    score, the lowest number that the signal can add.
     """
     weight = -bound.signal.weight if bound.signal.mode is Mode.PENALTY else bound.signal.weight
     added = weight * np.where(scored, transformed, 0.0)
@@ -244,8 +254,8 @@ def _apply_dense(signal_values: SignalValues, sums: _OutcomeSums, lengths: Seque
 
 
 def _dense_terms(bound: BoundSignal, tokens: MaskedTokens, length: int, sums: _OutcomeSums, rails: GuardRails) -> Floats | None:
-    """Returns the number that a dense signal adds to each token of a completion, 0 for tokens that do not count; ``None`` if the completion
-    is unscorable.
+    """Returns the number that a dense signal (rule from probe scores to rewards) adds to each token of a completion, 0 for tokens that do
+    not count; ``None`` if the completion is unscorable.
     """
     if len(tokens.scores) != length or not tokens.mask.any():
         return None

@@ -92,16 +92,17 @@ class Rollout:
 
     @property
     def prompt_key(self) -> Hashable:
-        """A hashable key that is equal for rollouts with the same prompt."""
+        """Returns a hashable key that is equal for rollouts with the same prompt."""
         return self.prompt if isinstance(self.prompt, (str, Text, Chat)) else as_ids(self.prompt, "prompt").tobytes()
 
     @property
     def group_key(self) -> Hashable:
-        """A hashable key that is equal for rollouts of the same group."""
+        """Returns a hashable key that is equal for rollouts of the same group, whose rewards are compared with each other."""
         return self.prompt_key if self.group is None else ("group", self.group)
 
     def masked(self, mask: Mask, signal: str) -> NDArray[np.bool_] | None:
-        """Returns the mask ``(T,)`` to send for signals whose field ``mask`` has the given value; ``None`` means that every token counts.
+        """Returns the mask ``(T,)`` to send for signals (rules from probe scores to rewards) whose field ``mask`` has the given value;
+        ``None`` means that every token counts.
 
         Raises:
             SignalError: a mask function is used with a completion given as text, or does not return ``(T,)`` of 0 and 1.
@@ -124,7 +125,9 @@ class Rollout:
 
 
 def distinct_masks(signals: Sequence[ProbeSignal]) -> dict[Mask, str]:
-    """Returns each distinct value of the signals' field ``mask``, with the name of one signal that uses the value."""
+    """Returns each distinct value of the signals' field ``mask``, with the name of one signal (rule from probe scores to rewards) that uses
+    the value.
+    """
     found: dict[Mask, str] = {}
     for signal in signals:
         found.setdefault(signal.mask, signal.name)  # type: ignore[arg-type] # parsed when the signal was made

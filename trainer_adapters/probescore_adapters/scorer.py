@@ -1,5 +1,5 @@
-"""Defines ``ProbeScorer``, on which every adapter is built: it scores rollouts on a server, applies signals to the scores, and handles
-failures.
+"""Defines ``ProbeScorer``, on which every adapter is built: it scores rollouts on a server, applies signals (rules from probe scores to
+rewards) to the scores, and handles failures.
 """
 
 from __future__ import annotations
@@ -33,29 +33,28 @@ from probescore_adapters.errors import ProbeReplaced, SignalError
 from probescore_adapters.guard_rails import GuardRails
 from probescore_adapters.job import job_from_environment
 from probescore_adapters.outcome import PREFIX, OnUnscorable, Outcome, combine, substitute
-from probescore_adapters.probe_changes import describe_replacement
+from probescore_adapters.pins import bound_to, changes_between, pins_from, pins_of, replacement, state_of, threshold_change
 from probescore_adapters.rollouts import Prompt, Rollout
 from probescore_adapters.signal_values import BatchSignals, ServerFacts, StreamRequest, score_batch
-from probescore_adapters.signals import BoundSignal, Mode, ProbeSignal
+from probescore_adapters.signals import BoundSignal, Mode, PinnedProbe, ProbeSignal
 from probescore_adapters.texts import is_text_of
 
 # the standard library's: a trainer's process has its own way of showing logs
 logger = logging.getLogger("probescore_adapters")
 
 OnFailure = Union[Literal["raise", "wait"], float]
-OnReplaced = Literal["raise", "follow"]
 
 _MAX_COMPARED_TEXTS = 8
 """Maximum number of completions whose texts are compared to find out whether server and trainer use the same tokenizer."""
-_MAX_REPLACEMENTS = 2
-"""Maximum number of times that a run accepts a replaced probe within one batch, so that two server replicas with different probes do not
-make the run alternate between them for ever."""
+_MAX_ATTEMPTS = 4
+"""Maximum number of times that a batch of a following scorer is sent, because a probe was replaced meanwhile. Two server replicas with
+different probes must not make the run alternate between them for ever."""
 
 _TRANSPORT = (TransientError, DeadlineExceededError, ServerError)
 
 
 class ServerFactsRequest:
-    """Request for the description of the server that signals need; the reply is a ``ServerFacts``."""
+    """Request for the description of the server that signals (rules from probe scores to rewards) need; the reply is a ``ServerFacts``."""
 
 
 Answer = Union[ServerFacts, list[StreamedCompletion]]
@@ -75,8 +74,6 @@ class Policy:
             the signals would add to the rollout's reward.
         timeout: seconds for an RPC, including the client's own retries while a server is overloaded or restarts.
         wait_seconds: seconds for which ``on_failure="wait"`` retries.
-        on_replaced: action when a probe's graph, calibration or version differs from the one with which the run began. ``"raise"`` raises
-            ``ProbeReplaced``; ``"follow"`` continues with the probe that is loaded now and its threshold, and logs a warning.
 
     Raises:
         ValueError: a field has none of the values above.
@@ -86,22 +83,19 @@ class Policy:
     on_unscorable: OnUnscorable = "worst"
     timeout: float = 300.0
     wait_seconds: float = 3600.0
-    on_replaced: OnReplaced = "raise"
 
     def __post_init__(self) -> None:
         for field, words in (("on_failure", ("raise", "wait")), ("on_unscorable", ("worst", "raise"))):
             value = getattr(self, field)
             if value not in words and not _is_number(value):
                 raise ValueError(f"{field}: expected {', '.join(map(repr, words))} or a finite number, got {value!r}")
-        if self.on_replaced not in ("raise", "follow"):
-            raise ValueError(f"on_replaced: expected 'raise' or 'follow', got {self.on_replaced!r}")
         for field in ("timeout", "wait_seconds"):
             if not _is_number(getattr(self, field)) or getattr(self, field) <= 0:
                 raise ValueError(f"{field}: expected seconds above 0, got {getattr(self, field)!r}")
 
     @property
     def patience(self) -> float:
-        """Seconds after which a failing RPC counts as failed."""
+        """Returns the seconds after which an RPC that keeps failing counts as failed."""
         return self.wait_seconds if self.on_failure == "wait" else self.timeout
 
 
@@ -114,9 +108,14 @@ class ProbeScorer:
     to the server.
 
     A scorer can be made before a server runs. It can be pickled, and used after a fork, in Ray's workers, and from several threads and
-    event loops, since connections are made when they are first needed. The scorer asks for the server's model and probes once, at the first
-    batch. If the model changes later, scoring raises an error. If the version, graph or calibration of a probe changes later, the policy's
-    ``on_replaced`` determines the action, so that no change goes unnoticed.
+    event loops, since connections are made when they are first needed. If the server's model changes after the first batch, scoring raises
+    an error.
+
+    A scorer is pinned: a probe's name means its highest version at the first use, and the scorer reads that version ever after, even if the
+    server gets higher ones. A server keeps a version whose file is gone for a while. Once the server has dropped it, or has other bytes
+    under its name and version, scoring raises ``ProbeReplaced``. A scorer with ``follow=True`` reads the version that the name means when a
+    batch is scored, with that version's threshold, and logs a warning once for each change; a batch is never scored by two versions. A
+    signal that names a version, ``cheating@1``, never follows to another.
 
     Args:
         signals: the signals, at least one, with unique names.
@@ -129,9 +128,11 @@ class ProbeScorer:
         tokenizer_fingerprint: ``probescore.tokenizer_fingerprint(tokenizer)`` of the policy's tokenizer; the server refuses requests if its
             own tokenizer has another fingerprint.
         metadata: gRPC metadata sent with every RPC.
+        follow: whether a name means the highest version of a probe at each batch, instead of at the first use.
 
     Raises:
         SignalError: there is no signal, or two signals have the same name.
+        TypeError: ``follow`` is not a boolean.
     """
 
     def __init__(
@@ -145,7 +146,10 @@ class ProbeScorer:
         run_id: str = "",
         tokenizer_fingerprint: str = "",
         metadata: Mapping[str, str] | None = None,
+        follow: bool = False,
     ) -> None:
+        if not isinstance(follow, bool):
+            raise TypeError(f"follow: expected True or False, got {follow!r}")
         self.signals = (signals,) if isinstance(signals, ProbeSignal) else tuple(signals)
         names = [signal.name for signal in self.signals]
         if not names:
@@ -160,20 +164,65 @@ class ProbeScorer:
         self._client = ProbeClient(address, **options)
         self._async_client = AsyncProbeClient(address, **options)
         self._options: ScoreOptions = {"run_id": run_id, "expected_tokenizer_fingerprint": tokenizer_fingerprint}
+        self.follow = follow
         self._server: ServerFacts | None = None
+        self._pins: dict[str, PinnedProbe] = {}
+        self._bound: list[BoundSignal] = []
+        self._doubted: set[tuple[str, str]] = set()
         self._tokenizers_compared = False
 
     @property
     def tokenizer_fingerprint(self) -> str:
-        """Fingerprint of the tokenizer that the server must have; "" if any tokenizer is accepted."""
+        """Returns the fingerprint of the tokenizer that the server must have; "" if any tokenizer is accepted."""
         return self._options["expected_tokenizer_fingerprint"]
 
     def require_tokenizer(self, tokenizer_fingerprint: str) -> None:
         """Requires from now on that the server has the tokenizer with this fingerprint; "" means that any tokenizer is accepted."""
         self._options = {**self._options, "expected_tokenizer_fingerprint": tokenizer_fingerprint}
 
+    def pin(self) -> dict[str, Any]:
+        """Asks the server which versions the signals' probes mean, unless that is known, and returns ``state_dict()``.
+
+        For a run of several processes in which each scores its own rollouts: one of them pins before the first batch, and the others load
+        what it returned, so that all read the same versions even if a probe is replaced as the run begins.
+
+        Raises:
+            ProbescoreError: the RPC failed.
+            SignalError: a signal does not fit the loaded probes.
+        """
+        if not self._pins:
+            self._server = ServerFacts(self._client.get_server_info(), self._client.list_probes())
+            self._bind(self._server, None)
+        return self.state_dict()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns, as plain values for a checkpoint, the versions that this scorer reads and their digests; no probes before the first
+        use.
+        """
+        return state_of(self._pins)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes over the versions that another scorer has read, such as the one of a run that is resumed.
+
+        A pinned scorer reads these versions, or raises ``ProbeReplaced`` if the server no longer has them. A following scorer logs how its
+        probes differ from them now.
+
+        Args:
+            state: what ``state_dict`` returned.
+
+        Raises:
+            ValueError: ``state`` is something else, or lacks the probe of a signal.
+        """
+        pins = pins_from(state)
+        missing = [signal.probe for signal in self.signals if pins and signal.probe not in pins]
+        if missing:
+            raise ValueError(
+                f"state: it has {', '.join(pins)}, and a signal reads {missing[0]!r}; give what a scorer of these signals gave"
+            )
+        self._pins, self._bound, self._server = pins, [], None
+
     def refuse_modes(self, *modes: Mode, because: str) -> None:
-        """Refuses signals with modes that a trainer does not support.
+        """Refuses signals (rules from probe scores to rewards) with modes that a trainer does not support.
 
         Raises:
             SignalError: a signal has one of these modes.
@@ -203,7 +252,7 @@ class ProbeScorer:
         Raises:
             ProbescoreError: the RPC failed, and ``on_failure`` is not a number; or the server has another model or tokenizer than required.
             SignalError: a signal does not fit the loaded probes.
-            ProbeReplaced: a probe differs from the one with which the run began, and ``on_replaced`` is ``"raise"``.
+            ProbeReplaced: a probe that the scorer is pinned to is gone, or has other bytes.
             Unscorable: a rollout is unscorable, and ``on_unscorable`` is ``"raise"``.
             InvalidRequestError: token ids are not integers, a mask is not 0 and 1, a group key cannot be compared by value, or task rewards
                 are not finite numbers; the error names the field (also a ``ValueError``).
@@ -294,25 +343,71 @@ class ProbeScorer:
     def _batch(
         self, rollouts: Sequence[Rollout], step: int | None, texts: Sequence[str | None] | None
     ) -> Generator[Union[StreamRequest, ServerFactsRequest], Any, BatchSignals]:
-        for following in range(_MAX_REPLACEMENTS, -1, -1):
+        for attempt in range(1, _MAX_ATTEMPTS + 1):
             if self._server is None:
                 self._server = yield ServerFactsRequest()
-            server = self._server
-            bound = [BoundSignal.bind(signal, server.probes) for signal in self.signals]
+            server, bound = self._server, self._bind(self._server, step)
+            # by exact versions once a name has changed its meaning, so that one version scores the whole batch
+            by_name = self.follow and attempt == 1
             try:
-                batch = yield from score_batch(rollouts, bound, server, {**self._options, "step": step})
+                batch = yield from score_batch(rollouts, bound, server, {**self._options, "step": step}, by_name=by_name)
             except (ProbeReplaced, InvalidRequestError) as error:
                 if not isinstance(error, ProbeReplaced) and not error.field.startswith("probes["):
                     raise
-                replaced = describe_replacement(bound, (yield ServerFactsRequest()), error)
-                if self.policy.on_replaced == "raise" or not following:
-                    raise replaced from error
-                logger.warning("%s; the run follows, from step %s on", replaced, step)
-                self._server = None
+                now: ServerFacts = yield ServerFactsRequest()
+                if not self.follow:
+                    raise replacement(bound, now.probes, error) from error
+                if attempt == _MAX_ATTEMPTS:
+                    problem = f"probes were replaced {attempt} times while a batch was scored; wait until the server's probes rest: {error}"
+                    raise ProbeReplaced("probe", problem) from error
+                self._server = now
             else:
                 yield from self._compare_tokenizers(rollouts, bound, server, batch, texts)
+                self._doubt_thresholds(batch)
                 return batch
         raise AssertionError("unreachable")
+
+    def _bind(self, server: ServerFacts, step: int | None) -> list[BoundSignal]:
+        """Returns the signals with the probes that they read: those that they are pinned to, or those that their names mean now.
+
+        Raises:
+            ProbeReplaced: a probe that a signal is pinned to is gone, or has other bytes.
+            SignalError: a signal does not fit its probe.
+        """
+        if not self.follow:
+            for name, pin in pins_of([signal for signal in self.signals if signal.probe not in self._pins], server.probes).items():
+                self._pins.setdefault(name, pin)  # another thread may have been first
+            try:
+                return bound_to(self.signals, self._pins, server.probes)
+            except ProbeReplaced:
+                self._server = None  # the next batch asks anew
+                raise
+        bound = [BoundSignal.bind(signal, server.probes) for signal in self.signals]
+        pins = {one.signal.probe: one.pin for one in bound}
+        for name, pin in pins.items():
+            before = self._pins.get(name, pin)
+            if before != pin:
+                changes = changes_between(before, pin)
+                for earlier, now in zip(self._bound, bound):  # noqa: B905 - Python 3.10
+                    changes += threshold_change(earlier, now) if now.signal.probe == name else []
+                said = "; ".join(dict.fromkeys(changes))
+                logger.warning("%s was replaced by %s: %s; the run follows, from step %s on", before.probe, pin.probe, said, step)
+        self._pins, self._bound = pins, bound
+        return bound
+
+    def _doubt_thresholds(self, batch: BatchSignals) -> None:
+        """Logs a warning about rollouts that are unlike those on which a threshold was found, once for each signal and condition."""
+        for values in batch.signals:
+            name = values.bound.signal.name
+            for condition in sorted({condition for unmet in values.unmet or () for condition in unmet}):
+                if (name, condition) not in self._doubted:
+                    self._doubted.add((name, condition))
+                    count = sum(condition in unmet for unmet in values.unmet or ())
+                    logger.warning(
+                        "signal %r: %d of %d rollouts are unlike those that the threshold of %s was found on (%s), so that its rate of "
+                        "false positives is not known for them; said once, and counted in %s/%s/outside_calibration",
+                        *(name, count, len(values.values), values.bound.probe, condition, PREFIX, name),
+                    )
 
     def _compare_tokenizers(
         self,
@@ -371,7 +466,7 @@ def score_rollouts(
     """Scores ``n`` rollouts of a training loop that uses none of the supported trainers; takes and returns numpy arrays.
 
     Args:
-        scorer: the scorer, with its signals and the server's address.
+        scorer: the scorer, with its signals (rules from probe scores to rewards) and the server's address.
         prompts: ``n`` prompts, token ids ``(P,)`` each; a prompt appears once for each of its completions.
         completions: ``n`` completions, token ids ``(T,)`` each, as sampled, with EOS and without padding.
         masks: ``n`` masks, ``(T,)`` of 0 and 1 each, 1 = the policy sampled the token; ``None`` = the policy sampled all tokens.

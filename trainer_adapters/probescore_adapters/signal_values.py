@@ -32,7 +32,7 @@ from probescore import (
 )
 from probescore_adapters.errors import ProbeReplaced
 from probescore_adapters.rollouts import GroupedRollouts, Rollout, distinct_masks
-from probescore_adapters.signals import BoundSignal, Floats, Mode
+from probescore_adapters.signals import BoundSignal, Floats, Mode, PinnedProbe
 
 # The server lost a worker twice with a rollout: it can be scored no more than one that is too long.
 _LOST_TWICE = "WORKER_LOST_TWICE"
@@ -43,7 +43,9 @@ _PLACE = re.compile(r"groups\[(?P<group>\d+)\]\.(?:prompt|completions\[(?P<compl
 
 @dataclass(frozen=True)
 class ServerFacts:
-    """The part of a server's description that signals depend on: the model, the limits, and the loaded probes."""
+    """The part of a server's description that signals (rules from probe scores to rewards) depend on: the model, the limits, and the loaded
+    probes.
+    """
 
     info: ServerInfo
     probes: tuple[ProbeInfo, ...]
@@ -74,7 +76,7 @@ class MaskedTokens:
 
     @property
     def mean(self) -> float:
-        """Mean score of the tokens that count; NaN if no token counts."""
+        """Returns the mean of a probe's scores of those tokens of a completion that count; NaN if no token counts."""
         return float(self.scores[self.mask].mean()) if self.mask.any() else math.nan
 
 
@@ -86,16 +88,19 @@ class SignalValues:
         bound: the signal and its probe.
         values: ``(n,)`` float64, one reduced score for each rollout; NaN where a rollout is unscorable.
         tokens: per-token scores of each rollout, only for signals of mode ``dense``.
+        unmet: for each rollout, the conditions of the signal's calibration that it does not meet, so that the threshold is not known to
+            hold for it; ``None`` if nobody wrote down what the threshold was found on, or it is the signal's own.
     """
 
     bound: BoundSignal
     values: Floats
     tokens: tuple[MaskedTokens, ...] | None = None
+    unmet: tuple[tuple[str, ...], ...] | None = None
 
 
 @dataclass(frozen=True)
 class BatchSignals:
-    """Scores that the probes of all signals gave to a batch of ``n`` rollouts.
+    """Scores that the probes of all signals (rules from probe scores to rewards) gave to a batch of ``n`` rollouts.
 
     Attributes:
         signals: the scores for each signal, in the order of the signals.
@@ -111,7 +116,7 @@ class BatchSignals:
 
 
 def score_batch(
-    rollouts: Sequence[Rollout], signals: Sequence[BoundSignal], server: ServerFacts, options: ScoreOptions
+    rollouts: Sequence[Rollout], signals: Sequence[BoundSignal], server: ServerFacts, options: ScoreOptions, *, by_name: bool = False
 ) -> Generator[StreamRequest, list[StreamedCompletion], BatchSignals]:
     """Scores rollouts for every signal: a generator that yields each request to the server, is sent the scored completions, and returns the
     scores for each signal.
@@ -123,11 +128,12 @@ def score_batch(
         signals: the signals, bound to the server's probes.
         server: description of the server's model, limits and probes.
         options: options of ``score_stream`` in addition to the options that follow from the signals.
+        by_name: whether the server is asked for the probes as the signals name them; else for the versions that they are bound to.
 
     Raises:
         ProbeReplaced: a probe that has scored the rollouts is not the one that its signal is bound to.
     """
-    pending = _PendingBatch(rollouts, signals, server, options)
+    pending = _PendingBatch(rollouts, signals, server, options, by_name)
     yield from pending.request_all()
     return pending.values()
 
@@ -135,7 +141,10 @@ def score_batch(
 class _PendingBatch:
     """State of one batch of rollouts during ``score_batch``."""
 
-    def __init__(self, rollouts: Sequence[Rollout], signals: Sequence[BoundSignal], server: ServerFacts, options: ScoreOptions) -> None:
+    def __init__(
+        self, rollouts: Sequence[Rollout], signals: Sequence[BoundSignal], server: ServerFacts, options: ScoreOptions, by_name: bool
+    ) -> None:
+        asked = [bound.signal.probe if by_name else bound.probe for bound in signals]
         self._rollouts = rollouts
         self._signals = signals
         self._server = server
@@ -143,9 +152,9 @@ class _PendingBatch:
         self._reductions = list(dict.fromkeys(bound.reduction for bound in signals if bound.reduction is not None))
         self._options: ScoreOptions = {
             **options,
-            "probes": list(dict.fromkeys(bound.probe for bound in signals)),
+            "probes": list(dict.fromkeys(asked)),
             "reductions": self._reductions,
-            "token_scores": list(dict.fromkeys(bound.probe for bound in signals if bound.signal.mode is Mode.DENSE)),
+            "token_scores": list(dict.fromkeys(name for name, bound in zip(asked, signals) if bound.signal.mode is Mode.DENSE)),  # noqa: B905
             "expected_model_fingerprint": server.info.model.fingerprint,
         }
         labels = {probe.key: len(probe.labels) for probe in server.probes}
@@ -187,11 +196,11 @@ class _PendingBatch:
         not.
         """
         for info in {id(answer.info): answer.info for answer in answers}.values():
-            answered = {probe.key: (probe.graph_sha256, probe.manifest_sha256) for probe in info.probes}
+            answered = {probe.key: PinnedProbe(probe.key, probe.graph_sha256, probe.manifest_sha256) for probe in info.probes}
             for bound in self._signals:
-                if bound.probe in answered and answered[bound.probe] != bound.digests:
-                    part = "graph" if answered[bound.probe][0] != bound.digests[0] else "manifest (its calibration, for example)"
-                    raise ProbeReplaced("probe", f"{bound.probe} has another {part} than when the run began", bound.signal.name)
+                if answered.get(bound.probe) != bound.pin:
+                    problem = f"{bound.probe} was replaced: other bytes answered, as {', '.join(answered)}"
+                    raise ProbeReplaced("probe", problem, bound.signal.name)
 
     def values(self) -> BatchSignals:
         indices = range(len(self._rollouts))
@@ -235,7 +244,14 @@ class _PendingBatch:
             return SignalValues(bound, np.array([one.mean for one in tokens], np.float64), tokens)
         reduction = 0 if bound.reduction is None else self._reductions.index(bound.reduction)
         values = [None if scores is None else scores.at(0, reduction, bound.label) for scores in scored]
-        return SignalValues(bound, np.array([np.nan if value is None else value for value in values], np.float64))
+        unmet = None
+        if bound.calibration is not None and bound.calibration.conditions is not None:
+            of_threshold = (bound.calibration.reduction, bound.calibration.label)
+            unmet = tuple(
+                () if scores is None else tuple(each.condition for each in scores.unmet if (each.reduction, each.label) == of_threshold)
+                for scores in scored
+            )
+        return SignalValues(bound, np.array([np.nan if value is None else value for value in values], np.float64), unmet=unmet)
 
     def _scores(self, index: int, mask: int, bound: BoundSignal) -> ProbeScores | None:
         found = self._found.get((index, mask))

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from probescore import Calibration, OutputPer, ProbeInfo, Reduction, ScoreUnit
+from probescore.types import named_probe
 from probescore_adapters.arrays import as_numbers
 from probescore_adapters.errors import SignalError
 
@@ -24,41 +25,43 @@ class Mode(str, Enum):
     """Enumeration of the ways in which a signal (a rule from a probe's scores to rewards) acts on the reward of a rollout."""
 
     REWARD = "reward"
-    """Adds the weighted number of the signal to the reward."""
+    """Mode: the probe's weighted score is added to the reward."""
     PENALTY = "penalty"
-    """Subtracts the weighted number of the signal from the reward."""
+    """Mode: the probe's weighted score is subtracted from the reward."""
     SCREEN = "screen"
-    """Removes a flagged rollout (score at or above the threshold) from training."""
+    """Mode: a flagged rollout (score at or above the threshold) is removed from training."""
     GATE = "gate"
-    """Multiplies the task's reward of a flagged rollout by ``1 - weight``."""
+    """Mode: the task's reward of a flagged rollout (score at or above the threshold) is multiplied by ``1 - weight``."""
     MONITOR = "monitor"
-    """Changes no reward: the scores are only logged."""
+    """Mode: no reward is changed, and the probe's scores are only logged."""
     DENSE = "dense"
-    """Adds a weighted number to the reward of each token."""
+    """Mode: the probe's weighted score of each token is added to the reward of that token."""
 
 
 class Transform(str, Enum):
     """Enumeration of the functions that transform a probe's score before the score is multiplied by the signal's weight."""
 
     IDENTITY = "identity"
-    """Returns the score itself."""
+    """Transform: the probe's score itself."""
     SIGMOID = "sigmoid"
-    """Returns ``1 / (1 + exp(-score))``."""
+    """Transform: the sigmoid of the probe's score, ``1 / (1 + exp(-score))``."""
     FLAG = "flag"
-    """Returns 1 for a score at or above the threshold, else 0."""
+    """Transform: 1 for a score at or above the threshold, else 0."""
     EXCESS = "excess"
-    """Returns the score minus the threshold for a score above the threshold, else 0."""
+    """Transform: the score minus the threshold for a score above the threshold, else 0."""
     FLAG_AND_EXCESS = "flag_and_excess"
-    """Returns the sum of ``FLAG`` and ``EXCESS``."""
+    """Transform: 1 plus the score minus the threshold for a score at or above the threshold, else 0."""
 
 
 class MaskKind(str, Enum):
     """Enumeration of the masks that determine which tokens of a completion count."""
 
     GIVEN = "given"
-    """The mask that the trainer gives, which for example leaves out the output of tools; all tokens count if the trainer gives no mask."""
+    """Mask: the one that the trainer gives, which for example leaves out the output of tools; all tokens count if the trainer
+    gives none.
+    """
     ALL = "all"
-    """Every token counts."""
+    """Mask: every token of a completion counts."""
 
 
 _DEFAULT_TRANSFORMS = {
@@ -146,7 +149,7 @@ class ProbeSignal:
 
     @property
     def needs_threshold(self) -> bool:
-        """Whether the signal cannot be computed without a threshold."""
+        """Returns whether the signal (rule from probe scores to rewards) cannot be computed without a threshold."""
         return self.transform in _THRESHOLDED
 
 
@@ -162,56 +165,91 @@ def _is_finite(value: object) -> bool:
 
 
 @dataclass(frozen=True)
+class PinnedProbe:
+    """The version of a probe that a scorer reads.
+
+    Attributes:
+        probe: ``name@version``.
+        graph_sha256: digest of the probe's graph.
+        manifest_sha256: digest of the probe's manifest, calibrations included.
+    """
+
+    probe: str
+    graph_sha256: str
+    manifest_sha256: str
+
+    @classmethod
+    def of(cls, probe: ProbeInfo) -> PinnedProbe:
+        """Returns the pin of a loaded probe."""
+        return cls(probe.key, probe.graph_sha256, probe.manifest_sha256)
+
+
+@dataclass(frozen=True)
 class BoundSignal:
     """A signal (a rule from a probe's scores to rewards) together with the loaded probe whose scores the signal uses.
 
     Attributes:
-        probe: the probe as ``"name@version"``, so that another version is never used in its place.
-        digests: the digests of the probe's graph and of its manifest, so that a changed graph or calibration is noticed.
+        pin: the version of the probe with its digests, so that another version, graph or calibration is noticed.
         reduction: the signal's reduction or the probe's default; ``None`` for a probe that scores rollouts.
         label: index of the label in the probe's labels.
         threshold: the threshold of the signal or of the probe's calibration; NaN if there is none.
+        calibration: the calibration that the threshold is taken from; ``None`` if it is the signal's own, or there is none.
         bounds: the least and the greatest value that a transformed score can have.
     """
 
     signal: ProbeSignal
-    probe: str
-    digests: tuple[str, str]
+    pin: PinnedProbe
     reduction: Union[Reduction, None]
     label: int
     threshold: float
+    calibration: Union[Calibration, None]
     bounds: tuple[float, float]
+
+    @property
+    def probe(self) -> str:
+        """Returns the probe as ``"name@version"``."""
+        return self.pin.probe
 
     @classmethod
     def bind(cls, signal: ProbeSignal, probes: tuple[ProbeInfo, ...]) -> BoundSignal:
-        """Finds the probe of a signal (a rule from a probe's scores to rewards) among the probes that a server has loaded.
+        """Finds the probe of a signal (a rule from a probe's scores to rewards) among the probes that a server has loaded; a bare name
+        means its highest version.
 
         Raises:
-            SignalError: no loaded probe or more than one matches, or the probe lacks the label, a threshold, or the per-token scores that
-                ``dense`` needs.
+            SignalError: no loaded probe matches, or the probe lacks the label, a threshold, or the per-token scores that ``dense`` needs.
         """
-        matching = [probe for probe in probes if signal.probe in (probe.name, probe.key)]
-        if len(matching) != 1:
-            known = ", ".join(probe.key for probe in matching or probes) or "none"
-            found = "several versions are loaded" if matching else "it is not loaded"
-            raise SignalError("probe", f"{signal.probe!r}: {found}; the server has {known}", signal.name)
-        (probe,) = matching
+        probe = named_probe(signal.probe, probes)
+        if probe is None:
+            known = ", ".join(probe.key for probe in probes) or "none"
+            raise SignalError("probe", f"{signal.probe!r}: it is not loaded; the server has {known}", signal.name)
+        return cls.to(signal, probe)
+
+    @classmethod
+    def to(cls, signal: ProbeSignal, probe: ProbeInfo) -> BoundSignal:
+        """Returns a signal (a rule from a probe's scores to rewards) with a probe.
+
+        Raises:
+            SignalError: the probe lacks the label, a threshold, or the per-token scores that ``dense`` needs.
+        """
         if signal.label and signal.label not in probe.labels:
             raise SignalError("label", f"{signal.label!r} is none of {', '.join(probe.labels) or 'none'}", signal.name)
         if signal.mode is Mode.DENSE and probe.output_per is not OutputPer.TOKEN:
             raise SignalError("mode", f"{probe.key} pools by itself and has no scores per token", signal.name)
-        threshold = signal.threshold if signal.threshold is not None else _calibrated(signal, probe)
+        calibration = _calibration(signal, probe) if signal.threshold is None else None
+        threshold = signal.threshold if calibration is None else calibration.threshold
         if threshold is None and signal.needs_threshold:
             raise SignalError("threshold", f"{probe.key} has no calibration for this reduction and label: give one", signal.name)
         label = probe.labels.index(signal.label) if signal.label else 0
         reduction = (
             None if probe.output_per is OutputPer.ROLLOUT else Reduction.parse(signal.reduction or probe.default_reduction or "mean")
         )
-        digests = (probe.graph_sha256, probe.manifest_sha256)
-        return cls(signal, probe.key, digests, reduction, label, math.nan if threshold is None else threshold, _bounds(signal, probe.unit))
+        known = math.nan if threshold is None else threshold
+        return cls(signal, PinnedProbe.of(probe), reduction, label, known, calibration, _bounds(signal, probe.unit))
 
     def flags(self, values: Floats) -> NDArray[np.bool_]:
-        """Returns, for each score, whether the score is at or above the threshold; false for all if there is no threshold."""
+        """Returns for each of several probe scores whether the score is at or above the signal's threshold; false for all if there is no
+        threshold.
+        """
         return values >= self.threshold
 
     def transformed(self, values: Floats) -> Floats:
@@ -240,7 +278,7 @@ class BoundSignal:
         return excess if transform is Transform.EXCESS else flag + excess
 
 
-def _calibrated(signal: ProbeSignal, probe: ProbeInfo) -> float | None:
+def _calibration(signal: ProbeSignal, probe: ProbeInfo) -> Calibration | None:
     wanted = signal.reduction or probe.default_reduction
     label = signal.label or (probe.labels[0] if probe.labels else "")
 
@@ -248,8 +286,7 @@ def _calibrated(signal: ProbeSignal, probe: ProbeInfo) -> float | None:
         same_reduction = probe.output_per is OutputPer.ROLLOUT or (calibration.reduction or probe.default_reduction) == wanted
         return same_reduction and calibration.label in ("", label)
 
-    fitting = [calibration.threshold for calibration in probe.calibrations if fits(calibration)]
-    return fitting[0] if fitting and signal.mode is not Mode.DENSE else None
+    return next(filter(fits, probe.calibrations), None) if signal.mode is not Mode.DENSE else None
 
 
 def _bounds(signal: ProbeSignal, unit: ScoreUnit) -> tuple[float, float]:

@@ -1,5 +1,5 @@
-"""Adapts TRL: ``ProbeReward`` is a reward function; ``ProbeTrainerMixin`` also supports the signals that a reward function cannot
-implement.
+"""Adapts TRL: ``ProbeReward`` is a reward function; ``ProbeTrainerMixin`` also supports the signals (rules from probe scores to rewards)
+that a reward function cannot implement.
 
 Both work with ``GRPOTrainer`` and ``RLOOTrainer``.
 """
@@ -106,7 +106,7 @@ class ProbeReward(functools.partial):  # type: ignore[type-arg] # not a generic 
     tokenizer to a reward function.
 
     Args:
-        scorer: the scorer; its signals must have the modes ``reward``, ``penalty`` or ``monitor``.
+        scorer: the scorer; its signals (rules from probe scores to rewards) must have the modes ``reward``, ``penalty`` or ``monitor``.
         processing_class: the trainer's tokenizer, or a processor with a tokenizer.
 
     Raises:
@@ -124,7 +124,7 @@ class ProbeReward(functools.partial):  # type: ignore[type-arg] # not a generic 
 
     @property
     def scorer(self) -> ProbeScorer:
-        """The scorer that this reward function uses."""
+        """Returns the ``ProbeScorer`` whose scores this reward function uses."""
         scorer: ProbeScorer = self.args[0]
         return scorer
 
@@ -136,11 +136,11 @@ class ProbeTrainerMixin:
     """Mixin that makes a TRL trainer support every mode of a signal, on exact token ids: ``class Trainer(ProbeTrainerMixin, GRPOTrainer)``,
     made with ``probes=scorer``.
 
-    Task rewards are TRL's ``reward_funcs`` with their weights; the change that the signals make to the task rewards appears in TRL's logs
-    as one more reward function, ``probescore``. Prompts are scored as they were tokenised for generation, and tokens of tools do not count.
-    A removed rollout counts neither in its group's mean and standard deviation nor in the loss. A rollout to which no task function gives a
-    reward has no advantage, as without probes. The numbers of ``dense`` signals are added to the advantages of their tokens without
-    normalisation.
+    Task rewards are TRL's ``reward_funcs`` with their weights; the change that the signals (rules from probe scores to rewards) make to the
+    task rewards appears in TRL's logs as one more reward function, ``probescore``. Prompts are scored as they were tokenised for
+    generation, and tokens of tools do not count. A removed rollout counts neither in its group's mean and standard deviation nor in the
+    loss. A rollout to which no task function gives a reward has no advantage, as without probes. The numbers of ``dense`` signals are added
+    to the advantages of their tokens without normalisation.
 
     Rank 0 scores the rollouts of all ranks at once, since guard rails need whole groups, and sends the result to the other ranks. The
     server must have the trainer's tokenizer.
@@ -297,7 +297,7 @@ def _as_tokenised(prompt: str | Sequence[Message]) -> Text | Chat:
 
 
 def _reported(outcome: Outcome, log_metric: LogMetric | None, log_extra: LogExtra | None) -> list[float]:
-    """Logs the metrics and the probe scores of an outcome, and returns the rewards."""
+    """Logs the metrics and the probe scores of a batch, and returns the numbers to add to the batch's rewards."""
     if log_metric is None:
         logger.info("%s", ", ".join(f"{name} {value:g}" for name, value in outcome.metrics.items()))
     else:

@@ -21,7 +21,8 @@ from probescore_adapters.signals import Mode
 
 
 class TraceProbes:
-    """Offers the signals of a scorer as functions that verifiers takes as a reward or a metric, by name or in a ``Task``.
+    """Offers the signals (rules from probe scores to rewards) of a scorer as functions that verifiers takes as a reward or a metric, by
+    name or in a ``Task``.
 
     ``reward`` records the metrics too, so that only one of ``reward`` and ``metric`` is needed. verifiers turns an error into a
     ``TaskError`` and drops the trace.
@@ -41,7 +42,8 @@ class TraceProbes:
         self.scorer = scorer
 
     async def reward(self, trace: Trace[Any, Any, Any]) -> float:
-        """Returns the number that the signals add to the reward of a trace; for a trace with several branches, the lowest number.
+        """Returns the number that the signals (rules from probe scores to rewards) add to the reward of a trace; for a trace with several
+        branches, the lowest number.
 
         Raises:
             ProbescoreError, SignalError, Unscorable: the errors of ``ProbeScorer.score``.
@@ -52,7 +54,7 @@ class TraceProbes:
         return float(outcome.rewards.min())
 
     async def metric(self, trace: Trace[Any, Any, Any]) -> dict[str, float]:
-        """Returns the metrics of a trace, always with the same names; raises the same errors as ``reward``."""
+        """Returns the metrics of a trace (record of an episode), always with the same names; raises the same errors as ``reward``."""
         return (await self._outcome(trace)).rollout_metrics
 
     async def _outcome(self, trace: Trace[Any, Any, Any]) -> Outcome:
@@ -60,15 +62,15 @@ class TraceProbes:
 
 
 async def probe_reward(trace: Trace[Any, Any, Any]) -> float:
-    """Returns the number that the signals, configured by environment variables, add to the reward of a trace: ``TraceProbes.reward`` of
-    ``scorer_from_environment``.
+    """Returns the number that the signals (rules from probe scores to rewards), configured by environment variables, add to the reward of a
+    trace: ``TraceProbes.reward`` of ``scorer_from_environment``.
     """
     return await _from_environment().reward(trace)
 
 
 async def probe_metric(trace: Trace[Any, Any, Any]) -> dict[str, float]:
-    """Returns the metrics of a trace for the signals configured by environment variables: ``TraceProbes.metric`` of
-    ``scorer_from_environment``.
+    """Returns the metrics of a trace for the signals (rules from probe scores to rewards) configured by environment variables:
+    ``TraceProbes.metric`` of ``scorer_from_environment``.
     """
     return await _from_environment().metric(trace)
 

@@ -22,7 +22,9 @@ from probescore_adapters.signals import Mode
 logger = logging.getLogger("probescore_adapters")
 
 STATE_KEY = "probescore"
-"""Key in a rollout's state dictionary under which the number that the signals add to the reward is stored."""
+"""Key in a rollout's state dictionary under which the number that the signals (rules from probe scores to rewards) add to the reward is
+stored.
+"""
 
 State = dict[str, Any]
 
@@ -31,7 +33,7 @@ class ProbeRubric(vf.Rubric):
     """Rubric with one additional reward function, ``probescore``, and with the metrics of the signals.
 
     Args:
-        scorer: the scorer; its signals must have the modes ``reward``, ``penalty`` or ``monitor``.
+        scorer: the scorer; its signals (rules from probe scores to rewards) must have the modes ``reward``, ``penalty`` or ``monitor``.
         funcs: the task's reward functions.
         weights: weights of the task's reward functions; 1 by default.
         parser: parser that is passed to ``vf.Rubric``.
@@ -83,9 +85,9 @@ def reward_function(scorer: ProbeScorer) -> Callable[[State], Coroutine[Any, Any
     """Returns a reward function for ``vf.Rubric(funcs=[…])``, which is called ``probescore`` in the rubric's metrics.
 
     Args:
-        scorer: the scorer; its signals must have the modes ``reward``, ``penalty`` or ``monitor``. Its policy's ``on_failure`` must be a
-            number, which is returned instead of the reward after any failure, since the function cannot raise errors. Each failure is
-            logged as an error.
+        scorer: the scorer; its signals (rules from probe scores to rewards) must have the modes ``reward``, ``penalty`` or ``monitor``. Its
+            policy's ``on_failure`` must be a number, which is returned instead of the reward after any failure, since the function cannot
+            raise errors. Each failure is logged as an error.
 
     Raises:
         SignalError: a signal has another mode.

@@ -53,7 +53,8 @@ class TokenRewards(float):
 
 
 class ProbeRewardManager(NaiveRewardManager):
-    """Reward manager for verl that returns the results of verl's own ``naive`` manager, changed by the signals of probes.
+    """Reward manager for verl that returns the results of verl's own ``naive`` manager, changed by the signals (rules from probe scores to
+    rewards) of probes.
 
     The setting ``reward.reward_kwargs.probescore`` contains the arguments of ``ProbeScorer``: ``signals`` is a list of dictionaries with
     the fields of ``ProbeSignal``, and ``rails`` is a dictionary with the fields of ``GuardRails``; the fields of ``Policy`` stand beside
@@ -89,7 +90,7 @@ class ProbeRewardManager(NaiveRewardManager):
         del made_in
 
     async def run_single(self, data: DataProto) -> dict[str, Any]:
-        """Scores one rollout with the task's own score and with the signals of probes.
+        """Scores one rollout with the task's own score and with the signals (rules from probe scores to rewards) of probes.
 
         Returns:
             A dictionary with two entries. ``reward_score`` is the reward, a number (with a dense signal a ``TokenRewards``).

@@ -1,4 +1,5 @@
-"""Adapts verl's agent loops, so that the rewards of tokens that ``ProbeRewardManager`` computes for a dense signal reach the tokens.
+"""Adapts verl's agent loops, so that the rewards of tokens that ``ProbeRewardManager`` computes for a dense signal (rule from probe scores
+to rewards) reach the tokens.
 
 Name one of the two agent loops of this module in the file at ``actor_rollout_ref.rollout.agent.agent_loop_config_path``, under a name of
 your own::

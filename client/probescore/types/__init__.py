@@ -4,7 +4,15 @@ All classes here are frozen, contain numpy arrays rather than lists, and are sha
 """
 
 from probescore.types.activations import ActivationsInfo, CompletionActivations, Pool
-from probescore.types.probes import Calibration, Hook, OutputPer, ProbeInfo, ScoredProbe, ScoreUnit, Tap, score_keys
+from probescore.types.calibrations import (
+    CalibratedRollouts,
+    Calibration,
+    CalibrationCondition,
+    OutsideCalibration,
+    PromptShape,
+    UnmetCondition,
+)
+from probescore.types.probes import Hook, OutputPer, ProbeInfo, ScoredProbe, ScoreUnit, Tap, named_probe, score_keys, version_order
 from probescore.types.readings import FROZEN, LoadedReading, Reading, ReadingKind
 from probescore.types.rollouts import Chat, ChatMessage, Completion, RolloutGroup, Scope, Span, Text, TokenIds
 from probescore.types.scores import (
@@ -17,13 +25,16 @@ from probescore.types.scores import (
     ScoringInfo,
     StreamedCompletion,
     Usage,
+    with_unmet_conditions,
 )
-from probescore.types.servers import Limits, ModelInfo, ServerInfo, Transfer, WorkerInfo
+from probescore.types.servers import Limits, ModelInfo, RefusedProbeFile, ReloadedProbes, ServerInfo, Transfer, WorkerInfo
 
 __all__ = [
     "FROZEN",
     "ActivationsInfo",
+    "CalibratedRollouts",
     "Calibration",
+    "CalibrationCondition",
     "Chat",
     "ChatMessage",
     "Completion",
@@ -36,12 +47,16 @@ __all__ = [
     "LoadedReading",
     "ModelInfo",
     "OutputPer",
+    "OutsideCalibration",
     "Pool",
     "ProbeInfo",
     "ProbeScores",
+    "PromptShape",
     "Reading",
     "ReadingKind",
     "ReadingScores",
+    "RefusedProbeFile",
+    "ReloadedProbes",
     "RolloutGroup",
     "Scope",
     "ScoreResult",
@@ -55,7 +70,11 @@ __all__ = [
     "Text",
     "TokenIds",
     "Transfer",
+    "UnmetCondition",
     "Usage",
     "WorkerInfo",
+    "named_probe",
     "score_keys",
+    "version_order",
+    "with_unmet_conditions",
 ]

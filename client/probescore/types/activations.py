@@ -1,4 +1,6 @@
-"""Defines what is returned of a model's activations: the poolings, and the activations of one completion."""
+"""Defines the value objects for a model's activations that a server or engine returns: the ways of pooling them, and the activations of one
+completion.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,7 @@ class ActivationsInfo:
     Attributes:
         model_fingerprint: fingerprint of the frozen model, ``"sha256:…"``.
         tokenizer_fingerprint: fingerprint of its tokenizer; empty if the server has none.
-        taps: names of the taps read.
+        taps: names of the taps (places in the model) read.
         pools: poolings sent.
         dtype: format in which the numbers travelled: ``float32``, ``bfloat16`` or ``float16``. Arrays have them as float32, exactly.
         usage: the work done for the completions that began in the same message of the response.
@@ -52,8 +54,8 @@ class CompletionActivations:
     Attributes:
         group_index, completion_index: position of the completion in the request.
         id: id that the request gave the completion.
-        status: ``NON_FINITE`` if the model gives NaN or an infinity at a tap, ``OVERFLOW`` if a number is too large for the format that a
-            server was asked for; ``tokens`` and ``pooled`` are then empty.
+        status: ``NON_FINITE`` if the model gives NaN or an infinity at a tap (place in the model), ``OVERFLOW`` if a number is too large
+            for the format that a server was asked for; ``tokens`` and ``pooled`` are then empty.
         token_ids: tokens in scope, ``(T,)`` int32: entry *i* of ``tokens`` is read at the position whose input is ``token_ids[i]``.
         selections: which tokens count, ``(1 + spans, T)`` bool: in the whole scope under the mask, then in each span.
         spans: names of the spans.

@@ -1,13 +1,15 @@
-"""Defines the descriptions of probes: where a probe reads activations, what its scores are, and its calibrated thresholds."""
+"""Defines the descriptions of probes: where a probe reads activations, and what its scores are."""
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
 from probescore.reductions import Reduction
+from probescore.types.calibrations import Calibration, OutsideCalibration
 
 
 class ScoreUnit(str, Enum):
@@ -39,7 +41,9 @@ class Hook(str, Enum):
 
     @property
     def has_layer(self) -> bool:
-        """Whether each decoder block has a place of this kind; otherwise the whole model has a single one."""
+        """Returns whether each decoder block has a hook of this kind (a place at which a probe can read activations); if not, the whole
+        model has a single one.
+        """
         return self is not Hook.FINAL_NORM
 
 
@@ -61,32 +65,6 @@ class Tap:
 
 
 @dataclass(frozen=True)
-class Calibration:
-    """A threshold of a probe and the data on which the threshold was found; a rollout whose score is at or above the threshold counts as
-    flagged.
-
-    Attributes:
-        threshold: threshold for reduced scores, in the unit of the probe.
-        false_positive_rate: false-positive rate that the threshold aims at, in (0, 1).
-        false_positive_rate_low: the lower end of the 95% confidence interval of the rate at this threshold.
-        false_positive_rate_high: the upper end of that interval.
-        negatives: number of negative rollouts on which the threshold was found.
-        dataset: description of the data, in words.
-        reduction: the reduction for whose scores the threshold holds; ``None`` for a probe that scores rollouts.
-        label: the label for whose scores the threshold holds, if the probe has several labels.
-    """
-
-    threshold: float
-    false_positive_rate: float
-    false_positive_rate_low: float
-    false_positive_rate_high: float
-    negatives: int
-    dataset: str
-    reduction: Reduction | None = None
-    label: str = ""
-
-
-@dataclass(frozen=True)
 class ProbeInfo:
     """Description of a probe that a server has loaded.
 
@@ -105,6 +83,7 @@ class ProbeInfo:
         calibrations: the probe's calibrated thresholds.
         accepted_mismatches: failed checks of the probe that the server's operator chose to accept, such as ``"tokenizer_fingerprint"``.
         manifest_json: the probe's manifest as JSON, without the golden vectors (token ids with expected scores).
+        retired: whether the probe's file is gone, so that the server scores with it for a while only in requests that name its version.
     """
 
     name: str
@@ -120,10 +99,11 @@ class ProbeInfo:
     calibrations: tuple[Calibration, ...]
     accepted_mismatches: tuple[str, ...]
     manifest_json: str
+    retired: bool = False
 
     @property
     def key(self) -> str:
-        """Returns ``name@version``, which identifies one probe."""
+        """Returns the probe's name and version as ``name@version``, which identifies the probe."""
         return f"{self.name}@{self.version}"
 
 
@@ -147,6 +127,8 @@ class ScoredProbe:
         reading: name of the model whose activations the probe has read; ``"frozen"`` = the server's own model.
         exclude_special_tokens: whether the tokenizer's special tokens do not count; the score of a selection that has only special tokens
             is then absent.
+        outside_calibration: the completions that are unlike those on which a threshold of the probe was found, so that it is not known to
+            hold for them. Only thresholds for one of ``reductions`` are looked at, if the manifest says what they were found on.
     """
 
     name: str
@@ -161,10 +143,11 @@ class ScoredProbe:
     reading: str = "frozen"
     follow_up_tokens: int = 0
     exclude_special_tokens: bool = False
+    outside_calibration: tuple[OutsideCalibration, ...] = ()
 
     @property
     def key(self) -> str:
-        """Returns ``name@version``, which identifies one probe."""
+        """Returns the probe's name and version as ``name@version``, which identifies the probe."""
         return f"{self.name}@{self.version}"
 
 
@@ -175,3 +158,23 @@ def score_keys(probes: Sequence[ScoredProbe]) -> tuple[str, ...]:
     """
     names = Counter(probe.name for probe in probes)
     return tuple(probe.name if names[probe.name] == 1 else probe.key for probe in probes)
+
+
+def named_probe(name: str, probes: Iterable[ProbeInfo]) -> ProbeInfo | None:
+    """Returns the probe that a name means among those of a server, or ``None`` if there is none.
+
+    ``name@version`` means that version. A bare name means the highest version (``version_order``) whose file is still there.
+    """
+    probes = tuple(probes)
+    exact = next((probe for probe in probes if probe.key == name), None)
+    current = (probe for probe in probes if probe.name == name and not probe.retired)
+    return exact or max(current, key=lambda probe: version_order(probe.version), default=None)
+
+
+def version_order(version: str) -> tuple[tuple[bool, int, str], ...]:
+    """Returns a key by which versions are sorted in natural order: runs of digits compare as numbers, so that 10 comes after 9 and 1.10
+    after 1.9. A number comes after any other text in its place, and a version after its own beginning.
+    """
+    parts = re.findall(r"[0-9]+|[^0-9]+", version)
+    keys = ((True, int(part), "") if part.isdecimal() else (False, 0, part) for part in parts)
+    return (*keys, (False, -1, version))  # the text itself is last, so that 1 and 01 have an order too

@@ -1,15 +1,16 @@
-"""Defines what an answer contains: the scores of rollouts, the probes that gave them, and the work done."""
+"""Defines the content of a server's response: the scores of rollouts, the probes that gave them, and the work done."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 
 import numpy as np
 from numpy.typing import NDArray
 
-from probescore.types.probes import ScoredProbe
+from probescore.types.calibrations import UnmetCondition
+from probescore.types.probes import ScoredProbe, score_keys
 from probescore.types.readings import FROZEN, Reading
 
 
@@ -35,15 +36,18 @@ class ProbeScores:
             rollouts the middle axis has length 1.
         tokens: ``(tokens in scope, labels)`` float32; row *i* is the score at the position whose input is token *i*. ``None`` unless token
             scores were requested.
+        unmet: conditions of the probe's calibrations that the completion does not meet, so that their thresholds are not known to hold for
+            it; empty on a follow-up, which is not compared.
     """
 
     reduced: NDArray[np.float32]
     tokens: NDArray[np.float32] | None = None
+    unmet: tuple[UnmetCondition, ...] = ()
 
     @property
     def value(self) -> float | None:
-        """Score of the whole scope (the scored part of the rollout), for the first reduction and the first label; ``None`` if no token was
-        selected.
+        """Returns the score of the whole scope (the scored part of the rollout), for the first reduction and the first label; ``None`` if
+        no token was selected.
         """
         return self.at()
 
@@ -133,8 +137,8 @@ def _scores_of(probe: str, status: CompletionStatus, scores: Mapping[str, ProbeS
 class Usage:
     """Counts of the work that the server did for a response.
 
-    The three token counts add up to the tokens of every prompt (once per completion), completion and follow-up, once for each reading that
-    was computed.
+    The three token counts add up to the tokens of every prompt (once per completion), completion and follow-up (token ids appended to a
+    completion), once for each reading that was computed.
 
     Attributes:
         tokens_computed: tokens that ran through the model.
@@ -153,12 +157,12 @@ class Usage:
 
     @property
     def tokens(self) -> int:
-        """Number of tokens that would be computed if each rollout were read separately: computed, shared and cached tokens."""
+        """Returns the number of tokens that would be computed if each rollout were read separately: computed, shared and cached tokens."""
         return self.tokens_computed + self.tokens_shared + self.tokens_cached
 
     @classmethod
     def total(cls, usages: Iterable[Usage]) -> Usage:
-        """Returns the sum of several usages, number by number."""
+        """Returns the sum of several counts of work, number by number."""
         usages = list(usages)
         return cls(**{each.name: sum(getattr(usage, each.name) for usage in usages) for each in fields(cls)})
 
@@ -241,3 +245,25 @@ class StreamedCompletion:
     completion_index: int
     scores: CompletionScores
     info: ScoringInfo
+
+
+def with_unmet_conditions(completions: Sequence[CompletionScores], probes: Sequence[ScoredProbe]) -> list[CompletionScores]:
+    """Returns completions with the conditions of calibrations that each of them does not meet, taken from ``outside_calibration`` of the
+    probes that scored them.
+
+    Args:
+        completions: every completion of the response, in its order.
+        probes: descriptions of the probes in that response.
+    """
+    unmet: dict[int, dict[str, tuple[UnmetCondition, ...]]] = {}
+    for key, probe in zip(score_keys(probes), probes, strict=True):
+        for outside in probe.outside_calibration:
+            for place in outside.completions:
+                of_place = unmet.setdefault(place, {})
+                of_place[key] = (*of_place.get(key, ()), outside.unmet)
+    return [_noted(scored, unmet[place]) if place in unmet else scored for place, scored in enumerate(completions)]
+
+
+def _noted(scored: CompletionScores, unmet: Mapping[str, tuple[UnmetCondition, ...]]) -> CompletionScores:
+    scores = {key: replace(scores, unmet=unmet[key]) if key in unmet else scores for key, scores in scored.scores.items()}
+    return replace(scored, scores=scores)

@@ -112,7 +112,8 @@ class ServerInfo:
         tokenizer_fingerprint: fingerprint of the server's tokenizer, ``"sha256:…"``; empty if the server has no tokenizer.
         limits: maximum sizes of requests.
         workers: the worker processes, one for each device.
-        probes: ``name@version`` of each loaded probe.
+        probes: ``name@version`` of each current probe, which its bare name or the absence of names may mean.
+        retired_probes: ``name@version`` of each probe whose file is gone, and which is served for a while under this full name only.
         activation_taps: names of the taps whose activations the server gives, such as ``resid_post.6``; empty if it gives none.
     """
 
@@ -123,3 +124,49 @@ class ServerInfo:
     workers: tuple[WorkerInfo, ...]
     probes: tuple[str, ...]
     activation_taps: tuple[str, ...] = ()
+    retired_probes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class RefusedProbeFile:
+    """Description of a probe file that a server did not take, because it failed a check.
+
+    Attributes:
+        file: the last component of the file's path.
+        field: the part that was checked: a field of the manifest such as ``model.fingerprint``, or ``file``, ``graph`` or ``golden``.
+        found: the value that was found.
+        expected: the value that was expected.
+    """
+
+    file: str
+    field: str
+    found: str
+    expected: str
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.field}: found {self.found}, expected {self.expected}"
+
+
+@dataclass(frozen=True)
+class ReloadedProbes:
+    """Description of what a server serves after it has followed its probe files, and of what has changed.
+
+    Probes are named as ``name@version``.
+
+    Attributes:
+        added: the probes that are current and were not before.
+        retired: those that were current, and whose files are gone; they are served for a while under their full names.
+        dropped: those that were served, and are not any more.
+        current_probes: all current probes, sorted by name and version.
+        retired_probes: all retired probes, oldest first.
+        refused: the files that failed a check. A probe whose file such a file has replaced stays current.
+        seconds: duration of the reload.
+    """
+
+    added: tuple[str, ...]
+    retired: tuple[str, ...]
+    dropped: tuple[str, ...]
+    current_probes: tuple[str, ...]
+    retired_probes: tuple[str, ...]
+    refused: tuple[RefusedProbeFile, ...]
+    seconds: float

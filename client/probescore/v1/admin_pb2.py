@@ -14,7 +14,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19probescore/v1/admin.proto\x12\rprobescore.v1\"\x0e\n\x0cSleepRequest\";\n\rSleepResponse\x12*\n\ttransfers\x18\x01 \x03(\x0b\x32\x17.probescore.v1.Transfer\"\r\n\x0bWakeRequest\":\n\x0cWakeResponse\x12*\n\ttransfers\x18\x01 \x03(\x0b\x32\x17.probescore.v1.Transfer\"W\n\x08Transfer\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\x12\x0f\n\x07seconds\x18\x02 \x01(\x01\x12\x14\n\x0cweight_bytes\x18\x03 \x01(\x04\x12\x14\n\x0c\x64\x65vice_bytes\x18\x04 \x01(\x04\x32\x98\x01\n\x11ProbeAdminService\x12\x42\n\x05Sleep\x12\x1b.probescore.v1.SleepRequest\x1a\x1c.probescore.v1.SleepResponse\x12?\n\x04Wake\x12\x1a.probescore.v1.WakeRequest\x1a\x1b.probescore.v1.WakeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19probescore/v1/admin.proto\x12\rprobescore.v1\"\x0e\n\x0cSleepRequest\";\n\rSleepResponse\x12*\n\ttransfers\x18\x01 \x03(\x0b\x32\x17.probescore.v1.Transfer\"\r\n\x0bWakeRequest\":\n\x0cWakeResponse\x12*\n\ttransfers\x18\x01 \x03(\x0b\x32\x17.probescore.v1.Transfer\"W\n\x08Transfer\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\x12\x0f\n\x07seconds\x18\x02 \x01(\x01\x12\x14\n\x0cweight_bytes\x18\x03 \x01(\x04\x12\x14\n\x0c\x64\x65vice_bytes\x18\x04 \x01(\x04\"\x0f\n\rReloadRequest\"\xb4\x01\n\x0eReloadResponse\x12\r\n\x05\x61\x64\x64\x65\x64\x18\x01 \x03(\t\x12\x0f\n\x07retired\x18\x02 \x03(\t\x12\x0f\n\x07\x64ropped\x18\x03 \x03(\t\x12\x16\n\x0e\x63urrent_probes\x18\x04 \x03(\t\x12\x16\n\x0eretired_probes\x18\x05 \x03(\t\x12\x30\n\x07refused\x18\x06 \x03(\x0b\x32\x1f.probescore.v1.RefusedProbeFile\x12\x0f\n\x07seconds\x18\x07 \x01(\x01\"P\n\x10RefusedProbeFile\x12\x0c\n\x04\x66ile\x18\x01 \x01(\t\x12\r\n\x05\x66ield\x18\x02 \x01(\t\x12\r\n\x05\x66ound\x18\x03 \x01(\t\x12\x10\n\x08\x65xpected\x18\x04 \x01(\t2\xdf\x01\n\x11ProbeAdminService\x12\x42\n\x05Sleep\x12\x1b.probescore.v1.SleepRequest\x1a\x1c.probescore.v1.SleepResponse\x12?\n\x04Wake\x12\x1a.probescore.v1.WakeRequest\x1a\x1b.probescore.v1.WakeResponse\x12\x45\n\x06Reload\x12\x1c.probescore.v1.ReloadRequest\x1a\x1d.probescore.v1.ReloadResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -31,6 +31,12 @@ if _descriptor._USE_C_DESCRIPTORS == False:
   _globals['_WAKERESPONSE']._serialized_end=194
   _globals['_TRANSFER']._serialized_start=196
   _globals['_TRANSFER']._serialized_end=283
-  _globals['_PROBEADMINSERVICE']._serialized_start=286
-  _globals['_PROBEADMINSERVICE']._serialized_end=438
+  _globals['_RELOADREQUEST']._serialized_start=285
+  _globals['_RELOADREQUEST']._serialized_end=300
+  _globals['_RELOADRESPONSE']._serialized_start=303
+  _globals['_RELOADRESPONSE']._serialized_end=483
+  _globals['_REFUSEDPROBEFILE']._serialized_start=485
+  _globals['_REFUSEDPROBEFILE']._serialized_end=565
+  _globals['_PROBEADMINSERVICE']._serialized_start=568
+  _globals['_PROBEADMINSERVICE']._serialized_end=791
 # @@protoc_insertion_point(module_scope)

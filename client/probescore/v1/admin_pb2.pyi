@@ -107,3 +107,99 @@ class Transfer(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["device", b"device", "device_bytes", b"device_bytes", "seconds", b"seconds", "weight_bytes", b"weight_bytes"]) -> None: ...
 
 global___Transfer = Transfer
+
+@typing.final
+class ReloadRequest(google.protobuf.message.Message):
+    """Asks to follow the probe files."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+global___ReloadRequest = ReloadRequest
+
+@typing.final
+class ReloadResponse(google.protobuf.message.Message):
+    """What is served now, and what has changed. Probes are named as `name@version`."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ADDED_FIELD_NUMBER: builtins.int
+    RETIRED_FIELD_NUMBER: builtins.int
+    DROPPED_FIELD_NUMBER: builtins.int
+    CURRENT_PROBES_FIELD_NUMBER: builtins.int
+    RETIRED_PROBES_FIELD_NUMBER: builtins.int
+    REFUSED_FIELD_NUMBER: builtins.int
+    SECONDS_FIELD_NUMBER: builtins.int
+    seconds: builtins.float
+    """How long it took."""
+    @property
+    def added(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """The probes that are current and were not before."""
+
+    @property
+    def retired(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Those that were current, and whose files are gone: they are still served for a while, under their full names."""
+
+    @property
+    def dropped(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Those that were served, and are not any more."""
+
+    @property
+    def current_probes(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """All current probes, sorted."""
+
+    @property
+    def retired_probes(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """All retired ones, oldest first."""
+
+    @property
+    def refused(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___RefusedProbeFile]:
+        """The files that are refused. Where such a file has taken the place of another, that one's probe stays current."""
+
+    def __init__(
+        self,
+        *,
+        added: collections.abc.Iterable[builtins.str] | None = ...,
+        retired: collections.abc.Iterable[builtins.str] | None = ...,
+        dropped: collections.abc.Iterable[builtins.str] | None = ...,
+        current_probes: collections.abc.Iterable[builtins.str] | None = ...,
+        retired_probes: collections.abc.Iterable[builtins.str] | None = ...,
+        refused: collections.abc.Iterable[global___RefusedProbeFile] | None = ...,
+        seconds: builtins.float = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["added", b"added", "current_probes", b"current_probes", "dropped", b"dropped", "refused", b"refused", "retired", b"retired", "retired_probes", b"retired_probes", "seconds", b"seconds"]) -> None: ...
+
+global___ReloadResponse = ReloadResponse
+
+@typing.final
+class RefusedProbeFile(google.protobuf.message.Message):
+    """A probe file that failed a check."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    FILE_FIELD_NUMBER: builtins.int
+    FIELD_FIELD_NUMBER: builtins.int
+    FOUND_FIELD_NUMBER: builtins.int
+    EXPECTED_FIELD_NUMBER: builtins.int
+    file: builtins.str
+    """The last component of its path."""
+    field: builtins.str
+    """What was checked: a field of the manifest such as "model.fingerprint", or "file", "graph" or "golden"."""
+    found: builtins.str
+    """What was found there."""
+    expected: builtins.str
+    """What was expected instead."""
+    def __init__(
+        self,
+        *,
+        file: builtins.str = ...,
+        field: builtins.str = ...,
+        found: builtins.str = ...,
+        expected: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["expected", b"expected", "field", b"field", "file", b"file", "found", b"found"]) -> None: ...
+
+global___RefusedProbeFile = RefusedProbeFile

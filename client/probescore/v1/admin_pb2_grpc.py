@@ -6,7 +6,7 @@ from probescore.v1 import admin_pb2 as probescore_dot_v1_dot_admin__pb2
 
 
 class ProbeAdminServiceStub(object):
-    """Changes what a running server does with its devices. Off unless the server's setting `admin` turns it on; then the interceptors of the
+    """Changes what a running server does with its devices, and which probes it serves. Off unless the server's setting `admin` turns it on; then the interceptors of the
     settings guard it like every other service. Errors are as in ScoringService.
     """
 
@@ -26,10 +26,15 @@ class ProbeAdminServiceStub(object):
                 request_serializer=probescore_dot_v1_dot_admin__pb2.WakeRequest.SerializeToString,
                 response_deserializer=probescore_dot_v1_dot_admin__pb2.WakeResponse.FromString,
                 )
+        self.Reload = channel.unary_unary(
+                '/probescore.v1.ProbeAdminService/Reload',
+                request_serializer=probescore_dot_v1_dot_admin__pb2.ReloadRequest.SerializeToString,
+                response_deserializer=probescore_dot_v1_dot_admin__pb2.ReloadResponse.FromString,
+                )
 
 
 class ProbeAdminServiceServicer(object):
-    """Changes what a running server does with its devices. Off unless the server's setting `admin` turns it on; then the interceptors of the
+    """Changes what a running server does with its devices, and which probes it serves. Off unless the server's setting `admin` turns it on; then the interceptors of the
     settings guard it like every other service. Errors are as in ScoringService.
     """
 
@@ -50,6 +55,16 @@ class ProbeAdminServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Reload(self, request, context):
+        """Makes the probes that are served follow the server's probe files as they are now, and answers once they do. New files are loaded and
+        checked beside the running probes; a file that fails a check changes nothing and is named in the answer. Every worker changes, or none.
+        Calls that are under way finish on the versions that they began with. While the server sleeps, this waits. Fails with UNAVAILABLE and
+        RetryInfo while a worker is not up. A call that is given up before the answer has asked all the same.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ProbeAdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -63,6 +78,11 @@ def add_ProbeAdminServiceServicer_to_server(servicer, server):
                     request_deserializer=probescore_dot_v1_dot_admin__pb2.WakeRequest.FromString,
                     response_serializer=probescore_dot_v1_dot_admin__pb2.WakeResponse.SerializeToString,
             ),
+            'Reload': grpc.unary_unary_rpc_method_handler(
+                    servicer.Reload,
+                    request_deserializer=probescore_dot_v1_dot_admin__pb2.ReloadRequest.FromString,
+                    response_serializer=probescore_dot_v1_dot_admin__pb2.ReloadResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'probescore.v1.ProbeAdminService', rpc_method_handlers)
@@ -71,7 +91,7 @@ def add_ProbeAdminServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ProbeAdminService(object):
-    """Changes what a running server does with its devices. Off unless the server's setting `admin` turns it on; then the interceptors of the
+    """Changes what a running server does with its devices, and which probes it serves. Off unless the server's setting `admin` turns it on; then the interceptors of the
     settings guard it like every other service. Errors are as in ScoringService.
     """
 
@@ -106,5 +126,22 @@ class ProbeAdminService(object):
         return grpc.experimental.unary_unary(request, target, '/probescore.v1.ProbeAdminService/Wake',
             probescore_dot_v1_dot_admin__pb2.WakeRequest.SerializeToString,
             probescore_dot_v1_dot_admin__pb2.WakeResponse.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def Reload(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/probescore.v1.ProbeAdminService/Reload',
+            probescore_dot_v1_dot_admin__pb2.ReloadRequest.SerializeToString,
+            probescore_dot_v1_dot_admin__pb2.ReloadResponse.FromString,
             options, channel_credentials,
             insecure, call_credentials, compression, wait_for_ready, timeout, metadata)

@@ -18,7 +18,7 @@ class _ServicerContext(grpc.ServicerContext, grpc.aio.ServicerContext):  # type:
     ...
 
 class ProbeAdminServiceStub:
-    """Changes what a running server does with its devices. Off unless the server's setting `admin` turns it on; then the interceptors of the
+    """Changes what a running server does with its devices, and which probes it serves. Off unless the server's setting `admin` turns it on; then the interceptors of the
     settings guard it like every other service. Errors are as in ScoringService.
     """
 
@@ -40,8 +40,18 @@ class ProbeAdminServiceStub:
     with UNAVAILABLE and RetryInfo while a device has no room for the weights, or while a worker that died asleep is started again.
     """
 
+    Reload: grpc.UnaryUnaryMultiCallable[
+        probescore.v1.admin_pb2.ReloadRequest,
+        probescore.v1.admin_pb2.ReloadResponse,
+    ]
+    """Makes the probes that are served follow the server's probe files as they are now, and answers once they do. New files are loaded and
+    checked beside the running probes; a file that fails a check changes nothing and is named in the answer. Every worker changes, or none.
+    Calls that are under way finish on the versions that they began with. While the server sleeps, this waits. Fails with UNAVAILABLE and
+    RetryInfo while a worker is not up. A call that is given up before the answer has asked all the same.
+    """
+
 class ProbeAdminServiceAsyncStub:
-    """Changes what a running server does with its devices. Off unless the server's setting `admin` turns it on; then the interceptors of the
+    """Changes what a running server does with its devices, and which probes it serves. Off unless the server's setting `admin` turns it on; then the interceptors of the
     settings guard it like every other service. Errors are as in ScoringService.
     """
 
@@ -62,8 +72,18 @@ class ProbeAdminServiceAsyncStub:
     with UNAVAILABLE and RetryInfo while a device has no room for the weights, or while a worker that died asleep is started again.
     """
 
+    Reload: grpc.aio.UnaryUnaryMultiCallable[
+        probescore.v1.admin_pb2.ReloadRequest,
+        probescore.v1.admin_pb2.ReloadResponse,
+    ]
+    """Makes the probes that are served follow the server's probe files as they are now, and answers once they do. New files are loaded and
+    checked beside the running probes; a file that fails a check changes nothing and is named in the answer. Every worker changes, or none.
+    Calls that are under way finish on the versions that they began with. While the server sleeps, this waits. Fails with UNAVAILABLE and
+    RetryInfo while a worker is not up. A call that is given up before the answer has asked all the same.
+    """
+
 class ProbeAdminServiceServicer(metaclass=abc.ABCMeta):
-    """Changes what a running server does with its devices. Off unless the server's setting `admin` turns it on; then the interceptors of the
+    """Changes what a running server does with its devices, and which probes it serves. Off unless the server's setting `admin` turns it on; then the interceptors of the
     settings guard it like every other service. Errors are as in ScoringService.
     """
 
@@ -86,6 +106,18 @@ class ProbeAdminServiceServicer(metaclass=abc.ABCMeta):
     ) -> typing.Union[probescore.v1.admin_pb2.WakeResponse, collections.abc.Awaitable[probescore.v1.admin_pb2.WakeResponse]]:
         """Brings the weights back, bit by bit as they were, and answers once every worker can score again. Asking again changes nothing. Fails
         with UNAVAILABLE and RetryInfo while a device has no room for the weights, or while a worker that died asleep is started again.
+        """
+
+    @abc.abstractmethod
+    def Reload(
+        self,
+        request: probescore.v1.admin_pb2.ReloadRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[probescore.v1.admin_pb2.ReloadResponse, collections.abc.Awaitable[probescore.v1.admin_pb2.ReloadResponse]]:
+        """Makes the probes that are served follow the server's probe files as they are now, and answers once they do. New files are loaded and
+        checked beside the running probes; a file that fails a check changes nothing and is named in the answer. Every worker changes, or none.
+        Calls that are under way finish on the versions that they began with. While the server sleeps, this waits. Fails with UNAVAILABLE and
+        RetryInfo while a worker is not up. A call that is given up before the answer has asked all the same.
         """
 
 def add_ProbeAdminServiceServicer_to_server(servicer: ProbeAdminServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

@@ -14,31 +14,35 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aprobescore/v1/probes.proto\x12\rprobescore.v1\"]\n\tReduction\x12*\n\x04kind\x18\x01 \x01(\x0e\x32\x1c.probescore.v1.ReductionKind\x12\x16\n\tparameter\x18\x02 \x01(\x01H\x00\x88\x01\x01\x42\x0c\n\n_parameter\"1\n\x03Tap\x12\x0c\n\x04hook\x18\x01 \x01(\t\x12\x12\n\x05layer\x18\x02 \x01(\rH\x00\x88\x01\x01\x42\x08\n\x06_layer\"\xd7\x02\n\x0bScoredProbe\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x14\n\x0cgraph_sha256\x18\x03 \x01(\t\x12\x17\n\x0fmanifest_sha256\x18\x04 \x01(\t\x12\x0f\n\x07reading\x18\x05 \x01(\t\x12&\n\x04unit\x18\x06 \x01(\x0e\x32\x18.probescore.v1.ScoreUnit\x12,\n\noutput_per\x18\x07 \x01(\x0e\x32\x18.probescore.v1.OutputPer\x12\x0e\n\x06labels\x18\x08 \x03(\t\x12,\n\nreductions\x18\t \x03(\x0b\x32\x18.probescore.v1.Reduction\x12\x1b\n\x13\x61\x63\x63\x65pted_mismatches\x18\n \x03(\t\x12\x18\n\x10\x66ollow_up_tokens\x18\x0b \x01(\r\x12\x1e\n\x16\x65xclude_special_tokens\x18\x0c \x01(\x08\"\x91\x03\n\tProbeInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x03 \x01(\t\x12\x14\n\x0cgraph_sha256\x18\x04 \x01(\t\x12\x17\n\x0fmanifest_sha256\x18\x05 \x01(\t\x12 \n\x04taps\x18\x06 \x03(\x0b\x32\x12.probescore.v1.Tap\x12&\n\x04unit\x18\x07 \x01(\x0e\x32\x18.probescore.v1.ScoreUnit\x12,\n\noutput_per\x18\x08 \x01(\x0e\x32\x18.probescore.v1.OutputPer\x12\x0e\n\x06labels\x18\t \x03(\t\x12\x33\n\x11\x64\x65\x66\x61ult_reduction\x18\n \x01(\x0b\x32\x18.probescore.v1.Reduction\x12\x30\n\x0c\x63\x61librations\x18\x0b \x03(\x0b\x32\x1a.probescore.v1.Calibration\x12\x1b\n\x13\x61\x63\x63\x65pted_mismatches\x18\x0c \x03(\t\x12\x15\n\rmanifest_json\x18\r \x01(\t\"\xe0\x01\n\x0b\x43\x61libration\x12\x11\n\tthreshold\x18\x01 \x01(\x01\x12\x1b\n\x13\x66\x61lse_positive_rate\x18\x02 \x01(\x01\x12\x1f\n\x17\x66\x61lse_positive_rate_low\x18\x03 \x01(\x01\x12 \n\x18\x66\x61lse_positive_rate_high\x18\x04 \x01(\x01\x12\x11\n\tnegatives\x18\x05 \x01(\x04\x12\x0f\n\x07\x64\x61taset\x18\x06 \x01(\t\x12+\n\treduction\x18\x07 \x01(\x0b\x32\x18.probescore.v1.Reduction\x12\r\n\x05label\x18\x08 \x01(\t\"\x13\n\x11ListProbesRequest\">\n\x12ListProbesResponse\x12(\n\x06probes\x18\x01 \x03(\x0b\x32\x18.probescore.v1.ProbeInfo*\xcb\x02\n\rReductionKind\x12\x1e\n\x1aREDUCTION_KIND_UNSPECIFIED\x10\x00\x12\x17\n\x13REDUCTION_KIND_MEAN\x10\x01\x12\x16\n\x12REDUCTION_KIND_MAX\x10\x02\x12\x16\n\x12REDUCTION_KIND_MIN\x10\x03\x12\x16\n\x12REDUCTION_KIND_SUM\x10\x04\x12\x17\n\x13REDUCTION_KIND_LAST\x10\x05\x12\x1c\n\x18REDUCTION_KIND_TOPK_MEAN\x10\x06\x12\x1a\n\x16REDUCTION_KIND_EMA_MAX\x10\x07\x12\"\n\x1eREDUCTION_KIND_WINDOW_MAX_MEAN\x10\x08\x12\x1f\n\x1bREDUCTION_KIND_SOFTMAX_MEAN\x10\t\x12!\n\x1dREDUCTION_KIND_FRACTION_ABOVE\x10\n*o\n\tScoreUnit\x12\x1a\n\x16SCORE_UNIT_UNSPECIFIED\x10\x00\x12\x14\n\x10SCORE_UNIT_LOGIT\x10\x01\x12\x1a\n\x16SCORE_UNIT_PROBABILITY\x10\x02\x12\x14\n\x10SCORE_UNIT_VALUE\x10\x03*U\n\tOutputPer\x12\x1a\n\x16OUTPUT_PER_UNSPECIFIED\x10\x00\x12\x14\n\x10OUTPUT_PER_TOKEN\x10\x01\x12\x16\n\x12OUTPUT_PER_ROLLOUT\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aprobescore/v1/probes.proto\x12\rprobescore.v1\"]\n\tReduction\x12*\n\x04kind\x18\x01 \x01(\x0e\x32\x1c.probescore.v1.ReductionKind\x12\x16\n\tparameter\x18\x02 \x01(\x01H\x00\x88\x01\x01\x42\x0c\n\n_parameter\"1\n\x03Tap\x12\x0c\n\x04hook\x18\x01 \x01(\t\x12\x12\n\x05layer\x18\x02 \x01(\rH\x00\x88\x01\x01\x42\x08\n\x06_layer\"\x97\x03\n\x0bScoredProbe\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x14\n\x0cgraph_sha256\x18\x03 \x01(\t\x12\x17\n\x0fmanifest_sha256\x18\x04 \x01(\t\x12\x0f\n\x07reading\x18\x05 \x01(\t\x12&\n\x04unit\x18\x06 \x01(\x0e\x32\x18.probescore.v1.ScoreUnit\x12,\n\noutput_per\x18\x07 \x01(\x0e\x32\x18.probescore.v1.OutputPer\x12\x0e\n\x06labels\x18\x08 \x03(\t\x12,\n\nreductions\x18\t \x03(\x0b\x32\x18.probescore.v1.Reduction\x12\x1b\n\x13\x61\x63\x63\x65pted_mismatches\x18\n \x03(\t\x12\x18\n\x10\x66ollow_up_tokens\x18\x0b \x01(\r\x12\x1e\n\x16\x65xclude_special_tokens\x18\x0c \x01(\x08\x12>\n\x13outside_calibration\x18\r \x03(\x0b\x32!.probescore.v1.OutsideCalibration\"x\n\x12OutsideCalibration\x12+\n\treduction\x18\x01 \x01(\x0b\x32\x18.probescore.v1.Reduction\x12\r\n\x05label\x18\x02 \x01(\t\x12\x11\n\tcondition\x18\x03 \x01(\t\x12\x13\n\x0b\x63ompletions\x18\x04 \x03(\r\"\xa2\x03\n\tProbeInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x03 \x01(\t\x12\x14\n\x0cgraph_sha256\x18\x04 \x01(\t\x12\x17\n\x0fmanifest_sha256\x18\x05 \x01(\t\x12 \n\x04taps\x18\x06 \x03(\x0b\x32\x12.probescore.v1.Tap\x12&\n\x04unit\x18\x07 \x01(\x0e\x32\x18.probescore.v1.ScoreUnit\x12,\n\noutput_per\x18\x08 \x01(\x0e\x32\x18.probescore.v1.OutputPer\x12\x0e\n\x06labels\x18\t \x03(\t\x12\x33\n\x11\x64\x65\x66\x61ult_reduction\x18\n \x01(\x0b\x32\x18.probescore.v1.Reduction\x12\x30\n\x0c\x63\x61librations\x18\x0b \x03(\x0b\x32\x1a.probescore.v1.Calibration\x12\x1b\n\x13\x61\x63\x63\x65pted_mismatches\x18\x0c \x03(\t\x12\x15\n\rmanifest_json\x18\r \x01(\t\x12\x0f\n\x07retired\x18\x0e \x01(\x08\"\x9a\x02\n\x0b\x43\x61libration\x12\x11\n\tthreshold\x18\x01 \x01(\x01\x12\x1b\n\x13\x66\x61lse_positive_rate\x18\x02 \x01(\x01\x12\x1f\n\x17\x66\x61lse_positive_rate_low\x18\x03 \x01(\x01\x12 \n\x18\x66\x61lse_positive_rate_high\x18\x04 \x01(\x01\x12\x11\n\tnegatives\x18\x05 \x01(\x04\x12\x0f\n\x07\x64\x61taset\x18\x06 \x01(\t\x12+\n\treduction\x18\x07 \x01(\x0b\x32\x18.probescore.v1.Reduction\x12\r\n\x05label\x18\x08 \x01(\t\x12\x38\n\nconditions\x18\t \x01(\x0b\x32$.probescore.v1.CalibrationConditions\"\xec\x01\n\x15\x43\x61librationConditions\x12\x0e\n\x06groups\x18\x01 \x01(\x04\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\x17\n\x0fshortest_prompt\x18\x03 \x01(\x04\x12\x16\n\x0elongest_prompt\x18\x04 \x01(\x04\x12\x1b\n\x13shortest_completion\x18\x05 \x01(\x04\x12\x1a\n\x12longest_completion\x18\x06 \x01(\x04\x12\x14\n\x0cprompt_forms\x18\x07 \x03(\t\x12\x15\n\rprompt_shapes\x18\x08 \x03(\t\x12\x1d\n\x15generation_prompt_ids\x18\t \x03(\r\"\x13\n\x11ListProbesRequest\">\n\x12ListProbesResponse\x12(\n\x06probes\x18\x01 \x03(\x0b\x32\x18.probescore.v1.ProbeInfo*\xcb\x02\n\rReductionKind\x12\x1e\n\x1aREDUCTION_KIND_UNSPECIFIED\x10\x00\x12\x17\n\x13REDUCTION_KIND_MEAN\x10\x01\x12\x16\n\x12REDUCTION_KIND_MAX\x10\x02\x12\x16\n\x12REDUCTION_KIND_MIN\x10\x03\x12\x16\n\x12REDUCTION_KIND_SUM\x10\x04\x12\x17\n\x13REDUCTION_KIND_LAST\x10\x05\x12\x1c\n\x18REDUCTION_KIND_TOPK_MEAN\x10\x06\x12\x1a\n\x16REDUCTION_KIND_EMA_MAX\x10\x07\x12\"\n\x1eREDUCTION_KIND_WINDOW_MAX_MEAN\x10\x08\x12\x1f\n\x1bREDUCTION_KIND_SOFTMAX_MEAN\x10\t\x12!\n\x1dREDUCTION_KIND_FRACTION_ABOVE\x10\n*o\n\tScoreUnit\x12\x1a\n\x16SCORE_UNIT_UNSPECIFIED\x10\x00\x12\x14\n\x10SCORE_UNIT_LOGIT\x10\x01\x12\x1a\n\x16SCORE_UNIT_PROBABILITY\x10\x02\x12\x14\n\x10SCORE_UNIT_VALUE\x10\x03*U\n\tOutputPer\x12\x1a\n\x16OUTPUT_PER_UNSPECIFIED\x10\x00\x12\x14\n\x10OUTPUT_PER_TOKEN\x10\x01\x12\x16\n\x12OUTPUT_PER_ROLLOUT\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'probescore.v1.probes_pb2', _globals)
 if _descriptor._USE_C_DESCRIPTORS == False:
   DESCRIPTOR._options = None
-  _globals['_REDUCTIONKIND']._serialized_start=1254
-  _globals['_REDUCTIONKIND']._serialized_end=1585
-  _globals['_SCOREUNIT']._serialized_start=1587
-  _globals['_SCOREUNIT']._serialized_end=1698
-  _globals['_OUTPUTPER']._serialized_start=1700
-  _globals['_OUTPUTPER']._serialized_end=1785
+  _globals['_REDUCTIONKIND']._serialized_start=1754
+  _globals['_REDUCTIONKIND']._serialized_end=2085
+  _globals['_SCOREUNIT']._serialized_start=2087
+  _globals['_SCOREUNIT']._serialized_end=2198
+  _globals['_OUTPUTPER']._serialized_start=2200
+  _globals['_OUTPUTPER']._serialized_end=2285
   _globals['_REDUCTION']._serialized_start=45
   _globals['_REDUCTION']._serialized_end=138
   _globals['_TAP']._serialized_start=140
   _globals['_TAP']._serialized_end=189
   _globals['_SCOREDPROBE']._serialized_start=192
-  _globals['_SCOREDPROBE']._serialized_end=535
-  _globals['_PROBEINFO']._serialized_start=538
-  _globals['_PROBEINFO']._serialized_end=939
-  _globals['_CALIBRATION']._serialized_start=942
-  _globals['_CALIBRATION']._serialized_end=1166
-  _globals['_LISTPROBESREQUEST']._serialized_start=1168
-  _globals['_LISTPROBESREQUEST']._serialized_end=1187
-  _globals['_LISTPROBESRESPONSE']._serialized_start=1189
-  _globals['_LISTPROBESRESPONSE']._serialized_end=1251
+  _globals['_SCOREDPROBE']._serialized_end=599
+  _globals['_OUTSIDECALIBRATION']._serialized_start=601
+  _globals['_OUTSIDECALIBRATION']._serialized_end=721
+  _globals['_PROBEINFO']._serialized_start=724
+  _globals['_PROBEINFO']._serialized_end=1142
+  _globals['_CALIBRATION']._serialized_start=1145
+  _globals['_CALIBRATION']._serialized_end=1427
+  _globals['_CALIBRATIONCONDITIONS']._serialized_start=1430
+  _globals['_CALIBRATIONCONDITIONS']._serialized_end=1666
+  _globals['_LISTPROBESREQUEST']._serialized_start=1668
+  _globals['_LISTPROBESREQUEST']._serialized_end=1687
+  _globals['_LISTPROBESRESPONSE']._serialized_start=1689
+  _globals['_LISTPROBESRESPONSE']._serialized_end=1751
 # @@protoc_insertion_point(module_scope)

@@ -193,6 +193,7 @@ class ScoredProbe(google.protobuf.message.Message):
     ACCEPTED_MISMATCHES_FIELD_NUMBER: builtins.int
     FOLLOW_UP_TOKENS_FIELD_NUMBER: builtins.int
     EXCLUDE_SPECIAL_TOKENS_FIELD_NUMBER: builtins.int
+    OUTSIDE_CALIBRATION_FIELD_NUMBER: builtins.int
     name: builtins.str
     """Name of the probe."""
     version: builtins.str
@@ -223,6 +224,13 @@ class ScoredProbe(google.protobuf.message.Message):
     def accepted_mismatches(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """Checks that failed and that the operator chose to accept, for example "tokenizer_fingerprint". Normally empty."""
 
+    @property
+    def outside_calibration(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___OutsideCalibration]:
+        """Which completions of this message are unlike those that a threshold of the probe was found on, so that it is not known to hold for them.
+        Only thresholds for a reduction of this answer whose manifest says what they were found on; empty where every completion is like them.
+        The completions' follow-ups are not compared.
+        """
+
     def __init__(
         self,
         *,
@@ -238,10 +246,48 @@ class ScoredProbe(google.protobuf.message.Message):
         accepted_mismatches: collections.abc.Iterable[builtins.str] | None = ...,
         follow_up_tokens: builtins.int = ...,
         exclude_special_tokens: builtins.bool = ...,
+        outside_calibration: collections.abc.Iterable[global___OutsideCalibration] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["accepted_mismatches", b"accepted_mismatches", "exclude_special_tokens", b"exclude_special_tokens", "follow_up_tokens", b"follow_up_tokens", "graph_sha256", b"graph_sha256", "labels", b"labels", "manifest_sha256", b"manifest_sha256", "name", b"name", "output_per", b"output_per", "reading", b"reading", "reductions", b"reductions", "unit", b"unit", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["accepted_mismatches", b"accepted_mismatches", "exclude_special_tokens", b"exclude_special_tokens", "follow_up_tokens", b"follow_up_tokens", "graph_sha256", b"graph_sha256", "labels", b"labels", "manifest_sha256", b"manifest_sha256", "name", b"name", "output_per", b"output_per", "outside_calibration", b"outside_calibration", "reading", b"reading", "reductions", b"reductions", "unit", b"unit", "version", b"version"]) -> None: ...
 
 global___ScoredProbe = ScoredProbe
+
+@typing.final
+class OutsideCalibration(google.protobuf.message.Message):
+    """Completions that do not meet one condition of a calibration."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REDUCTION_FIELD_NUMBER: builtins.int
+    LABEL_FIELD_NUMBER: builtins.int
+    CONDITION_FIELD_NUMBER: builtins.int
+    COMPLETIONS_FIELD_NUMBER: builtins.int
+    label: builtins.str
+    """The label that it names, likewise."""
+    condition: builtins.str
+    """What is unlike: "completion_length", "prompt_length", "prompt_shape" or "scope"; a newer server may know more."""
+    @property
+    def reduction(self) -> global___Reduction:
+        """The reduction that the calibration names, as in Calibration."""
+
+    @property
+    def completions(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """Places of these completions in the message, 0-based and ascending: counted through all groups of a ScoreResponse, or among the completions
+        of a ScoreStreamResponse.
+        """
+
+    def __init__(
+        self,
+        *,
+        reduction: global___Reduction | None = ...,
+        label: builtins.str = ...,
+        condition: builtins.str = ...,
+        completions: collections.abc.Iterable[builtins.int] | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["reduction", b"reduction"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["completions", b"completions", "condition", b"condition", "label", b"label", "reduction", b"reduction"]) -> None: ...
+
+global___OutsideCalibration = OutsideCalibration
 
 @typing.final
 class ProbeInfo(google.protobuf.message.Message):
@@ -262,6 +308,7 @@ class ProbeInfo(google.protobuf.message.Message):
     CALIBRATIONS_FIELD_NUMBER: builtins.int
     ACCEPTED_MISMATCHES_FIELD_NUMBER: builtins.int
     MANIFEST_JSON_FIELD_NUMBER: builtins.int
+    RETIRED_FIELD_NUMBER: builtins.int
     name: builtins.str
     """Name of the probe."""
     version: builtins.str
@@ -278,6 +325,8 @@ class ProbeInfo(google.protobuf.message.Message):
     """Whether it scores tokens or rollouts."""
     manifest_json: builtins.str
     """The whole manifest without its golden vectors, as JSON."""
+    retired: builtins.bool
+    """Whether its file is gone: it is served for a while to requests that name its version, and never meant by its bare name."""
     @property
     def taps(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Tap]:
         """Where it reads."""
@@ -314,9 +363,10 @@ class ProbeInfo(google.protobuf.message.Message):
         calibrations: collections.abc.Iterable[global___Calibration] | None = ...,
         accepted_mismatches: collections.abc.Iterable[builtins.str] | None = ...,
         manifest_json: builtins.str = ...,
+        retired: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["default_reduction", b"default_reduction"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["accepted_mismatches", b"accepted_mismatches", "calibrations", b"calibrations", "default_reduction", b"default_reduction", "description", b"description", "graph_sha256", b"graph_sha256", "labels", b"labels", "manifest_json", b"manifest_json", "manifest_sha256", b"manifest_sha256", "name", b"name", "output_per", b"output_per", "taps", b"taps", "unit", b"unit", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["accepted_mismatches", b"accepted_mismatches", "calibrations", b"calibrations", "default_reduction", b"default_reduction", "description", b"description", "graph_sha256", b"graph_sha256", "labels", b"labels", "manifest_json", b"manifest_json", "manifest_sha256", b"manifest_sha256", "name", b"name", "output_per", b"output_per", "retired", b"retired", "taps", b"taps", "unit", b"unit", "version", b"version"]) -> None: ...
 
 global___ProbeInfo = ProbeInfo
 
@@ -334,6 +384,7 @@ class Calibration(google.protobuf.message.Message):
     DATASET_FIELD_NUMBER: builtins.int
     REDUCTION_FIELD_NUMBER: builtins.int
     LABEL_FIELD_NUMBER: builtins.int
+    CONDITIONS_FIELD_NUMBER: builtins.int
     threshold: builtins.float
     """In the unit of the probe, after `reduction`: at or above it a rollout counts as flagged."""
     false_positive_rate: builtins.float
@@ -352,6 +403,10 @@ class Calibration(google.protobuf.message.Message):
     def reduction(self) -> global___Reduction:
         """The reduction it holds for; absent for a probe that pools by itself."""
 
+    @property
+    def conditions(self) -> global___CalibrationConditions:
+        """What the negatives were like; absent where nobody wrote it down."""
+
     def __init__(
         self,
         *,
@@ -363,11 +418,70 @@ class Calibration(google.protobuf.message.Message):
         dataset: builtins.str = ...,
         reduction: global___Reduction | None = ...,
         label: builtins.str = ...,
+        conditions: global___CalibrationConditions | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["reduction", b"reduction"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["dataset", b"dataset", "false_positive_rate", b"false_positive_rate", "false_positive_rate_high", b"false_positive_rate_high", "false_positive_rate_low", b"false_positive_rate_low", "label", b"label", "negatives", b"negatives", "reduction", b"reduction", "threshold", b"threshold"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["conditions", b"conditions", "reduction", b"reduction"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["conditions", b"conditions", "dataset", b"dataset", "false_positive_rate", b"false_positive_rate", "false_positive_rate_high", b"false_positive_rate_high", "false_positive_rate_low", b"false_positive_rate_low", "label", b"label", "negatives", b"negatives", "reduction", b"reduction", "threshold", b"threshold"]) -> None: ...
 
 global___Calibration = Calibration
+
+@typing.final
+class CalibrationConditions(google.protobuf.message.Message):
+    """What the rollouts were like that a threshold was found on. It is not known to hold for others."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    GROUPS_FIELD_NUMBER: builtins.int
+    DTYPE_FIELD_NUMBER: builtins.int
+    SHORTEST_PROMPT_FIELD_NUMBER: builtins.int
+    LONGEST_PROMPT_FIELD_NUMBER: builtins.int
+    SHORTEST_COMPLETION_FIELD_NUMBER: builtins.int
+    LONGEST_COMPLETION_FIELD_NUMBER: builtins.int
+    PROMPT_FORMS_FIELD_NUMBER: builtins.int
+    PROMPT_SHAPES_FIELD_NUMBER: builtins.int
+    GENERATION_PROMPT_IDS_FIELD_NUMBER: builtins.int
+    groups: builtins.int
+    """How many groups they came in, such as those of one prompt."""
+    dtype: builtins.str
+    """Dtype of the model that scored them: "float32", "bfloat16" or "float16"."""
+    shortest_prompt: builtins.int
+    """Tokens of the shortest prompt."""
+    longest_prompt: builtins.int
+    """Tokens of the longest prompt."""
+    shortest_completion: builtins.int
+    """Tokens of the shortest completion that count under its mask."""
+    longest_completion: builtins.int
+    """Tokens of the longest completion that count under its mask."""
+    @property
+    def prompt_forms(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """How prompts were given: "ids", "text", "text with special tokens", "chat"."""
+
+    @property
+    def prompt_shapes(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """What the ids of prompts showed: "empty", "text", or "template" (it ends as the chat template ends a prompt), each with "bos " before it if
+        the rollout starts with BOS. Empty where nobody wrote it down.
+        """
+
+    @property
+    def generation_prompt_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """The ids with which the chat template ends a prompt; empty if the model has no template."""
+
+    def __init__(
+        self,
+        *,
+        groups: builtins.int = ...,
+        dtype: builtins.str = ...,
+        shortest_prompt: builtins.int = ...,
+        longest_prompt: builtins.int = ...,
+        shortest_completion: builtins.int = ...,
+        longest_completion: builtins.int = ...,
+        prompt_forms: collections.abc.Iterable[builtins.str] | None = ...,
+        prompt_shapes: collections.abc.Iterable[builtins.str] | None = ...,
+        generation_prompt_ids: collections.abc.Iterable[builtins.int] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["dtype", b"dtype", "generation_prompt_ids", b"generation_prompt_ids", "groups", b"groups", "longest_completion", b"longest_completion", "longest_prompt", b"longest_prompt", "prompt_forms", b"prompt_forms", "prompt_shapes", b"prompt_shapes", "shortest_completion", b"shortest_completion", "shortest_prompt", b"shortest_prompt"]) -> None: ...
+
+global___CalibrationConditions = CalibrationConditions
 
 @typing.final
 class ListProbesRequest(google.protobuf.message.Message):
@@ -390,7 +504,7 @@ class ListProbesResponse(google.protobuf.message.Message):
     PROBES_FIELD_NUMBER: builtins.int
     @property
     def probes(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___ProbeInfo]:
-        """Sorted by name, then version."""
+        """Sorted by name, then version, in which numbers compare as numbers: 10 comes after 9."""
 
     def __init__(
         self,

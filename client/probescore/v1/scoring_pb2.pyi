@@ -117,7 +117,9 @@ class ScoreRequest(google.protobuf.message.Message):
 
     @property
     def probes(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """Probes to apply, each as `name` or `name@version`, no duplicates. Empty = every loaded probe."""
+        """Probes to apply, no duplicates. `name@version` means that version, `name` the highest current version of the name; numbers in versions
+        compare as numbers: 10 is higher than 9. Empty = the highest current version of each name.
+        """
 
     @property
     def reductions(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[probescore.v1.probes_pb2.Reduction]:
@@ -709,6 +711,7 @@ class GetServerInfoResponse(google.protobuf.message.Message):
     WORKERS_FIELD_NUMBER: builtins.int
     PROBES_FIELD_NUMBER: builtins.int
     ACTIVATION_TAPS_FIELD_NUMBER: builtins.int
+    RETIRED_PROBES_FIELD_NUMBER: builtins.int
     server_version: builtins.str
     """Version of the server, PEP 440."""
     tokenizer_fingerprint: builtins.str
@@ -727,11 +730,15 @@ class GetServerInfoResponse(google.protobuf.message.Message):
 
     @property
     def probes(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """The loaded probes, `name@version`, sorted."""
+        """The current probes, `name@version`, sorted."""
 
     @property
     def activation_taps(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """Where ActivationService reads, such as "resid_post.6"; empty if the server does not offer it."""
+
+    @property
+    def retired_probes(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """The retired ones, whose files are gone: they are served for a while to requests that name their version."""
 
     def __init__(
         self,
@@ -743,9 +750,10 @@ class GetServerInfoResponse(google.protobuf.message.Message):
         workers: collections.abc.Iterable[global___WorkerInfo] | None = ...,
         probes: collections.abc.Iterable[builtins.str] | None = ...,
         activation_taps: collections.abc.Iterable[builtins.str] | None = ...,
+        retired_probes: collections.abc.Iterable[builtins.str] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["limits", b"limits", "model", b"model"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["activation_taps", b"activation_taps", "limits", b"limits", "model", b"model", "probes", b"probes", "server_version", b"server_version", "tokenizer_fingerprint", b"tokenizer_fingerprint", "workers", b"workers"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["activation_taps", b"activation_taps", "limits", b"limits", "model", b"model", "probes", b"probes", "retired_probes", b"retired_probes", "server_version", b"server_version", "tokenizer_fingerprint", b"tokenizer_fingerprint", "workers", b"workers"]) -> None: ...
 
 global___GetServerInfoResponse = GetServerInfoResponse
 

@@ -25,6 +25,8 @@ from probescore.wire.responses import result_from_proto, result_to_proto, stream
 from probescore.wire.server_info import (
     probes_from_proto,
     probes_to_proto,
+    reloaded_from_proto,
+    reloaded_to_proto,
     server_info_from_proto,
     server_info_to_proto,
     transfers_from_proto,
@@ -47,6 +49,8 @@ __all__ = [
     "options_to_proto",
     "probes_from_proto",
     "probes_to_proto",
+    "reloaded_from_proto",
+    "reloaded_to_proto",
     "request_to_proto",
     "result_from_proto",
     "result_to_proto",

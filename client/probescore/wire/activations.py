@@ -61,7 +61,9 @@ def activation_options_to_proto(options: ActivationOptions) -> activations_pb2.R
 
 
 def begin_to_proto(group: int, completion: int, follow_up: Sequence[int], read: CompletionScores) -> activations_pb2.ActivationPart:
-    """Returns the part with which a completion, or a follow-up at a path of indices, begins; ``read`` has its token ids in scope."""
+    """Returns the part with which a completion, or a follow-up (token ids appended to a completion) at a path of indices, begins; ``read``
+    has its token ids in scope.
+    """
     prompt, own = (np.zeros(0, np.int32) if ids is None else ids for ids in (read.prompt_ids, read.completion_ids))
     return activations_pb2.ActivationPart(
         begins=activations_pb2.CompletionRead(
@@ -79,7 +81,7 @@ def begin_to_proto(group: int, completion: int, follow_up: Sequence[int], read: 
 
 
 def rows_to_proto(tap: str, pool: Pool, first_row: int, rows: NDArray[np.generic], dtype: str) -> activations_pb2.ActivationPart:
-    """Returns a part with consecutive rows of a tap under a pool, ``(rows, hidden_size)`` in the format ``dtype``."""
+    """Returns a part with consecutive rows of a tap (place in the model) under a pool, ``(rows, hidden_size)`` in the format ``dtype``."""
     return activations_pb2.ActivationPart(
         rows=activations_pb2.ActivationRows(tap=tap, pool=POOLS[pool], first_row=first_row, rows=array_to_tensor(rows, FORMATS[dtype]))
     )

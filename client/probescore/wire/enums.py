@@ -33,7 +33,7 @@ def member_of(members: Mapping[Member, int], number: int, field: str) -> Member:
 
 
 def reduction_to_proto(reduction: Reduction) -> probes_pb2.Reduction:
-    """Converts a reduction to a protobuf message."""
+    """Converts a reduction (a rule from per-token scores to one number) to a protobuf message."""
     return probes_pb2.Reduction(kind=KINDS[reduction.kind], parameter=reduction.parameter)
 
 

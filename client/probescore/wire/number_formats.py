@@ -38,7 +38,7 @@ class NumberFormat:
     largest: float
 
     def encode(self, numbers: NDArray[np.float32]) -> NDArray[np.generic]:
-        """Rounds numbers to the nearest number of the format, ties to even; NaN stays NaN.
+        """Rounds float32 activations to the nearest number of a storage format, such as bfloat16, ties to even; NaN stays NaN.
 
         Raises:
             Overflow: a finite number would become infinite.
@@ -59,7 +59,7 @@ class NumberFormat:
         return encoded
 
     def decode(self, stored: NDArray[np.generic]) -> NDArray[np.float32]:
-        """Returns stored numbers as float32, exactly."""
+        """Returns numbers that are stored in this format, such as bfloat16, as float32 of exactly the same value."""
         if self.name == "bfloat16":
             return (stored.astype(np.uint32) << 16).view(np.float32)
         return stored.astype(np.float32)

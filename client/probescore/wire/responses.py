@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import lru_cache
+from itertools import islice
 
 from probescore.types import (
     CompletionScores,
     CompletionStatus,
     GroupScores,
+    OutsideCalibration,
     ProbeScores,
     ScoredProbe,
     ScoreResult,
     ScoringInfo,
     StreamedCompletion,
+    UnmetCondition,
     Usage,
     score_keys,
+    with_unmet_conditions,
 )
 from probescore.v1 import probes_pb2, scoring_pb2
 from probescore.wire.enums import OUTPUTS, STATUSES, UNITS, member_of, reduction_from_proto, reduction_to_proto
@@ -26,7 +31,9 @@ MAX_KNOWN_PROBES = 4096
 responses, perhaps a thousand of them."""
 
 MAX_KNOWN_REDUCTIONS = 8
-"""Maximum number of reductions of a probe whose description is cached as a message."""
+"""Maximum number of reductions (rules from token scores to one number) that a probe's description may name if its message is to
+be cached.
+"""
 
 # ---------------------------------------------------------------------------------------------------------------------- writing
 
@@ -82,11 +89,7 @@ def _info_to_proto(info: ScoringInfo) -> scoring_pb2.ScoringInfo:
     return scoring_pb2.ScoringInfo(
         model_fingerprint=info.model_fingerprint,
         tokenizer_fingerprint=info.tokenizer_fingerprint,
-        probes=[
-            # reductions are the client's to choose, as many as it likes: what is remembered must not grow with them
-            _known_probe_to_proto(probe) if len(probe.reductions) <= MAX_KNOWN_REDUCTIONS else _scored_probe_to_proto(probe)
-            for probe in info.probes
-        ],
+        probes=[_probe_to_proto(probe) for probe in info.probes],
         usage=usage_to_proto(info.usage),
     )
 
@@ -99,6 +102,26 @@ def usage_to_proto(usage: Usage) -> scoring_pb2.Usage:
         tokens_cached=usage.tokens_cached,
         queue_seconds=usage.queue_seconds,
         compute_seconds=usage.compute_seconds,
+    )
+
+
+def _probe_to_proto(probe: ScoredProbe) -> probes_pb2.ScoredProbe:
+    if probe.outside_calibration:
+        message = probes_pb2.ScoredProbe()
+        message.CopyFrom(_probe_to_proto(replace(probe, outside_calibration=())))
+        message.outside_calibration.extend(map(_outside_to_proto, probe.outside_calibration))
+        return message
+    # reductions are the client's to choose, as many as it likes: what is remembered must not grow with them
+    return _known_probe_to_proto(probe) if len(probe.reductions) <= MAX_KNOWN_REDUCTIONS else _scored_probe_to_proto(probe)
+
+
+def _outside_to_proto(outside: OutsideCalibration) -> probes_pb2.OutsideCalibration:
+    unmet = outside.unmet
+    return probes_pb2.OutsideCalibration(
+        reduction=None if unmet.reduction is None else reduction_to_proto(unmet.reduction),
+        label=unmet.label,
+        condition=unmet.condition,
+        completions=outside.completions,
     )
 
 
@@ -134,18 +157,15 @@ def result_from_proto(message: scoring_pb2.ScoreResponse) -> ScoreResult:
     Raises:
         MessageError: the message violates the contract.
     """
-    info = _info_from_proto(message.info)
+    info = _info_from_proto(message.info, sum(len(group.completions) for group in message.groups))
     keys = score_keys(info.probes)
-    groups = tuple(
-        GroupScores(
-            tuple(
-                _completion_from_proto(scored, keys, f"groups[{index}].completions[{position}]")
-                for position, scored in enumerate(group.completions)
-            )
-        )
+    completions = [
+        _completion_from_proto(scored, keys, f"groups[{index}].completions[{position}]")
         for index, group in enumerate(message.groups)
-    )
-    return ScoreResult(groups, info)
+        for position, scored in enumerate(group.completions)
+    ]
+    every = iter(with_unmet_conditions(completions, info.probes))
+    return ScoreResult(tuple(GroupScores(tuple(islice(every, len(group.completions)))) for group in message.groups), info)
 
 
 def streamed_from_proto(message: scoring_pb2.ScoreStreamResponse) -> tuple[StreamedCompletion, ...]:
@@ -154,16 +174,14 @@ def streamed_from_proto(message: scoring_pb2.ScoreStreamResponse) -> tuple[Strea
     Raises:
         MessageError: the message violates the contract.
     """
-    info = _info_from_proto(message.info)
+    info = _info_from_proto(message.info, len(message.completions))
     keys = score_keys(info.probes)
+    completions = [
+        _completion_from_proto(entry.scores, keys, f"completions[{index}].scores") for index, entry in enumerate(message.completions)
+    ]
     return tuple(
-        StreamedCompletion(
-            group_index=entry.group_index,
-            completion_index=entry.completion_index,
-            scores=_completion_from_proto(entry.scores, keys, f"completions[{index}].scores"),
-            info=info,
-        )
-        for index, entry in enumerate(message.completions)
+        StreamedCompletion(group_index=entry.group_index, completion_index=entry.completion_index, scores=scores, info=info)
+        for entry, scores in zip(message.completions, with_unmet_conditions(completions, info.probes), strict=True)
     )
 
 
@@ -205,11 +223,11 @@ def _probe_scores(message: scoring_pb2.ProbeScores, field: str) -> ProbeScores:
     )
 
 
-def _info_from_proto(message: scoring_pb2.ScoringInfo) -> ScoringInfo:
+def _info_from_proto(message: scoring_pb2.ScoringInfo, completions: int) -> ScoringInfo:
     return ScoringInfo(
         model_fingerprint=message.model_fingerprint,
         tokenizer_fingerprint=message.tokenizer_fingerprint,
-        probes=tuple(_scored_probes(message)),
+        probes=tuple(_scored_probes(message, completions)),
         usage=usage_from_proto(message.usage),
     )
 
@@ -225,12 +243,31 @@ def usage_from_proto(message: scoring_pb2.Usage) -> Usage:
     )
 
 
-def _scored_probes(message: scoring_pb2.ScoringInfo) -> Iterator[ScoredProbe]:
+def _scored_probes(message: scoring_pb2.ScoringInfo, completions: int) -> Iterator[ScoredProbe]:
     for index, probe in enumerate(message.probes):
         try:
-            yield _scored_probe(probe.SerializeToString())
+            yield _probe_with_outside(probe, completions) if probe.outside_calibration else _scored_probe(probe.SerializeToString())
         except MessageError as error:
             raise MessageError(f"info.probes[{index}].{error.field}", error.problem) from None
+
+
+def _probe_with_outside(message: probes_pb2.ScoredProbe, completions: int) -> ScoredProbe:
+    bare = probes_pb2.ScoredProbe()
+    bare.CopyFrom(message)
+    bare.ClearField("outside_calibration")  # it differs from response to response, and the rest is known already
+    outside = tuple(
+        _outside_from_proto(entry, f"outside_calibration[{index}]", completions) for index, entry in enumerate(message.outside_calibration)
+    )
+    return replace(_scored_probe(bare.SerializeToString()), outside_calibration=outside)
+
+
+def _outside_from_proto(message: probes_pb2.OutsideCalibration, field: str, completions: int) -> OutsideCalibration:
+    places = tuple(message.completions)
+    for before, place in zip((-1, *places), places, strict=False):
+        if not before < place < completions:
+            raise MessageError(f"{field}.completions", f"has {place} after {before}; expected ascending places below {completions}")
+    reduction = reduction_from_proto(message.reduction, f"{field}.reduction") if message.HasField("reduction") else None
+    return OutsideCalibration(UnmetCondition(message.condition, reduction, message.label), places)
 
 
 @lru_cache(MAX_KNOWN_PROBES)

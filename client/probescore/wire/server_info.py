@@ -1,11 +1,23 @@
-"""Converts descriptions of a server and results of its administration (``sleep`` and ``wake``) to and from messages."""
+"""Converts descriptions of a server and results of its administration (``sleep``, ``wake`` and reloading) to and from messages."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, fields
 
-from probescore.types import Calibration, Limits, ModelInfo, ProbeInfo, ServerInfo, Tap, Transfer, WorkerInfo
+from probescore.types import (
+    CalibratedRollouts,
+    Calibration,
+    Limits,
+    ModelInfo,
+    ProbeInfo,
+    RefusedProbeFile,
+    ReloadedProbes,
+    ServerInfo,
+    Tap,
+    Transfer,
+    WorkerInfo,
+)
 from probescore.v1 import admin_pb2, probes_pb2, scoring_pb2
 from probescore.wire.enums import OUTPUTS, UNITS, member_of, reduction_from_proto, reduction_to_proto
 
@@ -43,6 +55,7 @@ def server_info_to_proto(info: ServerInfo) -> scoring_pb2.GetServerInfoResponse:
         ],
         probes=info.probes,
         activation_taps=info.activation_taps,
+        retired_probes=info.retired_probes,
     )
 
 
@@ -54,6 +67,22 @@ def transfers_to_proto(transfers: Iterable[Transfer]) -> list[admin_pb2.Transfer
         )
         for transfer in transfers
     ]
+
+
+def reloaded_to_proto(reloaded: ReloadedProbes) -> admin_pb2.ReloadResponse:
+    """Converts what a reload of probes has changed to the response of the RPC ``Reload``."""
+    return admin_pb2.ReloadResponse(
+        added=reloaded.added,
+        retired=reloaded.retired,
+        dropped=reloaded.dropped,
+        current_probes=reloaded.current_probes,
+        retired_probes=reloaded.retired_probes,
+        refused=[
+            admin_pb2.RefusedProbeFile(file=each.file, field=each.field, found=each.found, expected=each.expected)
+            for each in reloaded.refused
+        ],
+        seconds=reloaded.seconds,
+    )
 
 
 def probes_to_proto(probes: Iterable[ProbeInfo]) -> probes_pb2.ListProbesResponse:
@@ -83,11 +112,27 @@ def _probe_to_proto(probe: ProbeInfo) -> probes_pb2.ProbeInfo:
                 dataset=calibration.dataset,
                 reduction=None if calibration.reduction is None else reduction_to_proto(calibration.reduction),
                 label=calibration.label,
+                conditions=None if calibration.conditions is None else _conditions_to_proto(calibration.conditions),
             )
             for calibration in probe.calibrations
         ],
         accepted_mismatches=probe.accepted_mismatches,
         manifest_json=probe.manifest_json,
+        retired=probe.retired,
+    )
+
+
+def _conditions_to_proto(conditions: CalibratedRollouts) -> probes_pb2.CalibrationConditions:
+    return probes_pb2.CalibrationConditions(
+        groups=conditions.groups,
+        dtype=conditions.dtype,
+        shortest_prompt=conditions.shortest_prompt,
+        longest_prompt=conditions.longest_prompt,
+        shortest_completion=conditions.shortest_completion,
+        longest_completion=conditions.longest_completion,
+        prompt_forms=conditions.prompt_forms,
+        prompt_shapes=conditions.prompt_shapes,
+        generation_prompt_ids=conditions.generation_prompt_ids,
     )
 
 
@@ -125,12 +170,26 @@ def server_info_from_proto(message: scoring_pb2.GetServerInfoResponse) -> Server
         ),
         probes=tuple(message.probes),
         activation_taps=tuple(message.activation_taps),
+        retired_probes=tuple(message.retired_probes),
     )
 
 
 def transfers_from_proto(transfers: Iterable[admin_pb2.Transfer]) -> tuple[Transfer, ...]:
     """Converts the messages in ``SleepResponse`` and ``WakeResponse`` to records of the memory that each device moved."""
     return tuple(Transfer(entry.device, entry.seconds, entry.weight_bytes, entry.device_bytes) for entry in transfers)
+
+
+def reloaded_from_proto(message: admin_pb2.ReloadResponse) -> ReloadedProbes:
+    """Converts the response of the RPC ``Reload`` to what the reload has changed."""
+    return ReloadedProbes(
+        added=tuple(message.added),
+        retired=tuple(message.retired),
+        dropped=tuple(message.dropped),
+        current_probes=tuple(message.current_probes),
+        retired_probes=tuple(message.retired_probes),
+        refused=tuple(RefusedProbeFile(each.file, each.field, each.found, each.expected) for each in message.refused),
+        seconds=message.seconds,
+    )
 
 
 def probes_from_proto(message: probes_pb2.ListProbesResponse) -> tuple[ProbeInfo, ...]:
@@ -160,6 +219,7 @@ def _probe_from_proto(message: probes_pb2.ProbeInfo, field: str) -> ProbeInfo:
         ),
         accepted_mismatches=tuple(message.accepted_mismatches),
         manifest_json=message.manifest_json,
+        retired=message.retired,
     )
 
 
@@ -173,4 +233,19 @@ def _calibration_from_proto(message: probes_pb2.Calibration, field: str) -> Cali
         dataset=message.dataset,
         reduction=reduction_from_proto(message.reduction, f"{field}.reduction") if message.HasField("reduction") else None,
         label=message.label,
+        conditions=_conditions_from_proto(message.conditions) if message.HasField("conditions") else None,
+    )
+
+
+def _conditions_from_proto(message: probes_pb2.CalibrationConditions) -> CalibratedRollouts:
+    return CalibratedRollouts(
+        groups=message.groups,
+        dtype=message.dtype,
+        shortest_prompt=message.shortest_prompt,
+        longest_prompt=message.longest_prompt,
+        shortest_completion=message.shortest_completion,
+        longest_completion=message.longest_completion,
+        prompt_forms=tuple(message.prompt_forms),
+        prompt_shapes=tuple(message.prompt_shapes),
+        generation_prompt_ids=tuple(message.generation_prompt_ids),
     )

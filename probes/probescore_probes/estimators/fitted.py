@@ -67,7 +67,7 @@ class FittedEstimator:
         return FittedEstimator(estimator, self.width, self.steps)
 
     def transformed(self, rows: Rows) -> Rows:
-        """Returns rows as the affine steps transform them, float64."""
+        """Returns rows of features as the affine steps in front of an estimator, such as scalers, transform them, float64."""
         for step in self.steps:
             rows = np.asarray(called(step, "transform", rows), np.float64)
         return rows

@@ -119,12 +119,12 @@ def is_linear(estimator: Estimator) -> bool:
 
 
 def linear_steps(steps: Sequence[tuple[str, Any]]) -> bool:
-    """Returns whether all steps of a pipeline, or all parts of a union, are affine maps."""
+    """Returns whether all steps of a scikit-learn pipeline, or all parts of a union of transformers, are affine maps."""
     return all(_linear_step(step) for _, step in steps)
 
 
 def _linear_step(step: Estimator) -> bool:
-    """Returns whether a transformer's ``transform`` is an affine map of its input."""
+    """Returns whether the method ``transform`` of a scikit-learn transformer is an affine map of its input."""
     match name_of(step):
         case "MinMaxScaler" | "MaxAbsScaler":
             return not getattr(step, "clip", False)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from sklearn.base import BaseEstimator
 
 FEATURES = "features"
-"""Name of the value that an estimator's nodes read: the activations of all taps side by side, ``(N, width)`` float32."""
+"""Name of the value that the ONNX nodes of an estimator read: the activations of all taps (places in the model) side by side, float32."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,21 +1,23 @@
 """Reads everything that fitting needs from the model in one pass over the data.
 
-It reads pooled activations at all taps, and the log-probability that the model itself gives to each completion.
+It reads pooled activations at all taps (places in the model), and the log-probability that the model itself gives to each completion.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from probescore.types import Completion, CompletionStatus, RolloutGroup, Scope, Span
+from probescore.types import Completion, CompletionActivations, CompletionStatus, RolloutGroup, Scope, Span
 from probescore_probes.fitting.labelled_rollouts import PASSAGE, Example
 from probescore_probes.reference import ReferenceModel
 from probescore_server.engine.engine import Engine
+from probescore_server.errors import InvalidRequest
 
 FINAL_NORM = "final_norm"
 _HEAD_ROWS = 256
@@ -23,6 +25,8 @@ _HEAD_ROWS = 256
 _AGREES = 1e-2
 """Limits the difference from log-probabilities by transformers, in nats; a larger one shows that the model does more than apply its head.
 """
+
+_GROUP = re.compile(r"groups\[(\d+)\]\.(?:completions\[0\]\.?)?(.*)")
 
 Progress = Callable[[int], None]
 
@@ -34,7 +38,8 @@ class ActivationTable:
     Attributes:
         taps: names of the taps, in the order of the model's blocks.
         pools: names of the poolings: ``mean`` and ``last``.
-        pooled: activations ``(n, hidden_size)`` float32 over the tokens that the label is about, a dictionary keyed by tap and pooling.
+        pooled: activations ``(n, hidden_size)`` float32 over the tokens that the label is about, a dictionary keyed by tap (place in the
+            model) and pooling.
         surprise: −log P of those tokens under the model, in nats, summed, ``(n,)``; NaN where it is not known.
         predicted: number of tokens that ``surprise`` is summed over, ``(n,)``.
         sink: norm at position 0 divided by the median norm of the rollout, ``(n,)``, a dictionary keyed by tap; NaN if position 0 is not
@@ -57,7 +62,7 @@ class ActivationTable:
     features: dict[str, NDArray[np.float32]] = field(default_factory=dict)
 
     def of(self, indices: NDArray[np.int64]) -> ActivationTable:
-        """Returns the table of the examples with the given indices."""
+        """Returns the part of a table of activations that holds the examples with the given indices."""
         return replace(
             self,
             pooled={key: rows[indices] for key, rows in self.pooled.items()},
@@ -88,16 +93,14 @@ def read_activations(
         progress: called after each example with the number of examples that are done.
 
     Raises:
-        ValueError: the model gives NaN or an infinity; the message names the line of the example.
+        ValueError: the engine refuses an example, or the model gives NaN or an infinity; the message names the line of the example.
     """
     width = reference.reference.hidden_size
     count = len(examples)
     pooled = {(tap, pool): np.empty((count, width), np.float32) for tap in taps for pool in pools}
     sink = {tap: np.full(count, np.nan) for tap in taps}
     head = _Head(reference, count)
-    read = engine.activations(
-        [_whole(example) for example in examples], list(dict.fromkeys([*taps, FINAL_NORM])), pool=[*pools, "tokens"], scope=Scope.ALL
-    )
+    read = _read(engine, examples, list(dict.fromkeys([*taps, FINAL_NORM])), [*pools, "tokens"], Scope.ALL)
     for index, (example, found) in enumerate(zip(examples, read, strict=True)):
         if found.status is not CompletionStatus.OK:
             raise ValueError(f"{example.where}: {found.status_message}; leave this rollout out")
@@ -114,7 +117,7 @@ def read_activations(
 
 
 def read_as_served(engine: Engine, examples: Sequence[Example], table: ActivationTable, taps: Sequence[str]) -> ActivationTable:
-    """Reads the pooled activations of some taps again, in the batches in which an engine scores the same examples.
+    """Reads the pooled activations of some taps (places in the model) again, in the batches in which an engine scores the same examples.
 
     In a coarse dtype an activation depends on what else is in its batch, by .01 to .03 standard deviations of scores in a trained model.
     Read in the batches that are scored, it leaves no difference between fitted and served scores but that of the probe's own arithmetic.
@@ -139,11 +142,25 @@ def read_tokens(
 ) -> dict[str, tuple[NDArray[np.float32], ...]]:
     """Reads the activations of the tokens that each label is about, ``(tokens, hidden_size)`` an example, a dictionary keyed by tap."""
     found: dict[str, list[NDArray[np.float32]]] = {tap: [] for tap in taps}
-    for index, read in enumerate(engine.activations([_whole(example) for example in examples], list(taps), pool="tokens")):
+    for index, read in enumerate(_read(engine, examples, taps, ["tokens"])):
         for tap in taps:
             found[tap].append(read.tokens[tap][examples[index].selected])
         progress(index + 1)
     return {tap: tuple(rows) for tap, rows in found.items()}
+
+
+def _read(
+    engine: Engine, examples: Sequence[Example], taps: Sequence[str], pool: Sequence[str], scope: Scope = Scope.COMPLETION
+) -> Iterator[CompletionActivations]:
+    """Yields the activations of each example; what the engine refuses is named by the line of the example, where it counts groups."""
+    try:
+        yield from engine.activations([_whole(example) for example in examples], taps, pool=pool, scope=scope)
+    except InvalidRequest as error:
+        place = _GROUP.fullmatch(error.field)
+        if place is None:
+            raise
+        field = f"{place[2]}: " if place[2] else ""
+        raise ValueError(f"{examples[int(place[1])].where}: {field}{error.problem}") from None
 
 
 def _whole(example: Example) -> RolloutGroup:
@@ -184,7 +201,9 @@ class _Head:
             self._look_up()
 
     def finished(self) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-        """Returns −log P of each example's labelled tokens, summed, and the number of these tokens."""
+        """Returns, for each example, −log P of its labelled tokens under the model, summed over the tokens, and the number of
+        these tokens.
+        """
         if not self.problem:
             self._look_up()
         unknown = np.full(len(self._surprise), np.nan)

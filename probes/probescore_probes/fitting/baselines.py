@@ -78,9 +78,10 @@ def shuffled_labels(rows: NDArray[np.float32], labels: Labels, candidate: Candid
 
 
 def paired_accuracy(surprise: NDArray[np.float64], examples: Sequence[Example]) -> tuple[float, int]:
-    """Returns how often the model finds the positive of two completions of one prompt less probable, and the number of pairs.
+    """Computes a baseline without a probe from pairs of completions of one prompt, one with the behaviour and one without. Returns the
+    share of pairs in which the model gives the one with the behaviour the lower probability, and the number of pairs.
 
-    If the model finds the positive more probable in most pairs, the share of those pairs is returned instead.
+    If the model gives it the higher probability in most pairs, the share of those pairs is returned instead.
     """
     by_prompt: dict[bytes, tuple[list[float], list[float]]] = {}
     for value, example in zip(surprise, examples, strict=True):

@@ -1,4 +1,4 @@
-"""Compares taps, poolings and kinds of probes on the training examples, by cross-validation."""
+"""Compares taps (places in the model), poolings and kinds of probes on the training examples, by cross-validation."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ class Comparisons:
     """Computes what cross-validation tells of candidates, from the activations of the training examples alone.
 
     Attributes:
-        choosing: the linear kind of probe that the tap is chosen with: the kind itself, or logistic regression for other kinds.
+        choosing: the linear kind of probe that the tap (place in the model) is chosen with: the kind itself, or logistic regression for
+            other kinds.
     """
 
     def __init__(self, options: FitOptions, table: ActivationTable, data: FittingData) -> None:
@@ -49,7 +50,7 @@ class Comparisons:
         self.choosing = options.kind if options.kind in LINEAR_KINDS else LOGISTIC
 
     def selection(self) -> Selection:
-        """Chooses tap, pooling and strength."""
+        """Chooses tap (place in the model), pooling and strength."""
         return select(self._features, self._labels, kind=self.choosing, seed=self._seed)
 
     def nested(self) -> Nested:
@@ -59,12 +60,14 @@ class Comparisons:
         )
 
     def curves(self, selection: Selection) -> dict[str, tuple[CurvePoint, ...]]:
-        """Returns the AUROC by tap and pooling, of the kind that the tap was chosen with and of the difference of means."""
+        """Returns the AUROC by tap (place in the model) and pooling, of the kind that the tap was chosen with and of the difference of
+        means.
+        """
         other = select(self._features, self._labels, kind=DIFFERENCE_OF_MEANS, seed=self._seed)
         return {self.choosing: selection.curve, DIFFERENCE_OF_MEANS: other.curve}
 
     def kinds(self, candidate: Candidate) -> dict[str, Estimate]:
-        """Returns the AUROC of each kind of probe at a tap, for the kinds whose activations were read."""
+        """Returns the AUROC of each kind of probe at a tap (place in the model), for the kinds whose activations were read."""
         found = {}
         for kind in KINDS:
             if not can_fit(kind, self._table, candidate):
@@ -78,12 +81,12 @@ class Comparisons:
         return found
 
     def learning(self, candidate: Candidate) -> tuple[tuple[int, Estimate], ...]:
-        """Returns the learning curve of the linear probe at a tap."""
+        """Returns the learning curve of the linear probe at a tap (place in the model)."""
         rows = self._table.pooled[candidate.tap, candidate.pool]
         return tuple(learning_curve(rows, self._labels, candidate, self.choosing, seed=self._seed))
 
     def shuffled(self, candidate: Candidate) -> Estimate:
-        """Returns the AUROC of the linear probe at a tap if labels are shuffled."""
+        """Returns the AUROC of the linear probe at a tap (place in the model) if labels are shuffled."""
         return shuffled_labels(self._table.pooled[candidate.tap, candidate.pool], self._labels, candidate, self.choosing, self._seed)
 
     def _scorer(self, kind: str, fitted: Indices, candidate: Candidate) -> Scorer:

@@ -1,4 +1,6 @@
-"""Collects the evidence on a fitted probe that the rules for warnings check: its quality, baselines, slices, prompts and controls."""
+"""Collects the evidence on a fitted probe that the rules for warnings check: its quality, baselines, slices (parts of the data), prompts
+and controls.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +17,18 @@ from probescore_probes.fitting.judgement import Evidence
 from probescore_probes.fitting.labelled_rollouts import CALIBRATION, TEST, TRAIN
 from probescore_probes.fitting.options import FitOptions
 from probescore_probes.fitting.robustness import Condition
+from probescore_probes.fitting.serving import BatchRounding
 from probescore_probes.fitting.slices import false_positives, slices_of
 from probescore_probes.fitting.splits import shared_texts
 
 
 def evidence_of(
-    fitted: Fitted, scores: NDArray[np.float64], threshold: float | None, conditions: tuple[Condition, ...], options: FitOptions
+    fitted: Fitted,
+    scores: NDArray[np.float64],
+    threshold: float | None,
+    conditions: tuple[Condition, ...],
+    rounding: BatchRounding,
+    options: FitOptions,
 ) -> Evidence:
     """Collects the evidence on a fitted probe.
 
@@ -29,6 +37,7 @@ def evidence_of(
         scores: served scores of all examples, ``(n,)``.
         threshold: threshold for all data; ``None`` = none.
         conditions: results on altered rollouts.
+        rounding: differences between scores of the same rollouts in other batches.
         options: options of fitting.
     """
     data, table, tap = fitted.data, fitted.table, fitted.candidate.tap
@@ -63,6 +72,7 @@ def evidence_of(
         without_bos=0 if bos is None else len(inside) - with_bos,
         tokenizer_adds_bos=bos is not None and tokenizer("a")["input_ids"][:1] == [bos],
         conditions=conditions,
+        batch_rounding=rounding.p99,
         paired_accuracy=accuracy,
         pairs=pairs,
         layer=table.taps.index(tap),

@@ -28,7 +28,7 @@ EXACT = ("float32",)
 
 Report = Callable[[str], None]
 
-_COMPUTED = {hook: place for place, hook in enumerate((Hook.RESID_PRE, Hook.ATTN_OUT, Hook.MLP_OUT, Hook.RESID_POST, Hook.FINAL_NORM))}
+_COMPUTED = {str(hook): place for place, hook in enumerate((Hook.RESID_PRE, Hook.ATTN_OUT, Hook.MLP_OUT, Hook.RESID_POST, Hook.FINAL_NORM))}
 """Place of each hook in the order in which a block computes them."""
 
 
@@ -41,7 +41,7 @@ class Fitted:
         data: all examples.
         table: their activations and log-probabilities, as the engine reads them in the dtype in which the probe is served.
         comparisons: the results of cross-validation.
-        selection: the tap, pooling and strength that were chosen, and the results that they were chosen from.
+        selection: the tap (place in the model), pooling and strength that were chosen, and the results that they were chosen from.
         nested: result of nested cross-validation.
         fit: the probe, fitted on all training examples.
     """
@@ -56,7 +56,7 @@ class Fitted:
 
     @property
     def candidate(self) -> Candidate:
-        """Returns the tap, pooling and strength that were chosen."""
+        """Returns the tap (place in the model), pooling and strength that were chosen."""
         return self.selection.chosen
 
     @property
@@ -113,11 +113,20 @@ def fit_rollouts(
     if options.dtype not in EXACT:
         table = read_as_served(engine, data.examples, table, fit.probe().taps)
         fit = fit_kind(options.kind, table, data.labels, data.splits[TRAIN], selection.chosen, options.seed, autoencoder)
+    _check_varies(fit.score(data.splits[TRAIN]), selection.chosen.tap)
     return Fitted(reference, data, table, comparisons, selection, judged, fit)
 
 
+def _check_varies(scores: NDArray[np.float64], tap: str) -> None:
+    if not np.ptp(scores.astype(np.float32)) > 0:
+        raise ValueError(
+            f"label: the fitted probe gives each of {len(scores)} training examples the score {scores[0]:.3g}: at {tap} their activations "
+            "are equal, or stand as often beside either label; give rollouts that differ, or another tap"
+        )
+
+
 def _taps(engine: Engine, patterns: tuple[str, ...]) -> tuple[str, ...]:
-    """Returns the taps that names or patterns mean, in the order in which the model computes them."""
+    """Returns the taps (places in the model) that names or patterns mean, in the order in which the model computes them."""
     found = engine.resolve_reads(list(patterns), "mean").taps
     deepest = engine.info.model.num_hidden_layers
-    return tuple(str(tap) for tap in sorted(found, key=lambda tap: (deepest if tap.layer is None else tap.layer, _COMPUTED[tap.hook])))
+    return tuple(str(tap) for tap in sorted(found, key=lambda tap: (deepest if tap.layer is None else tap.layer, _COMPUTED[str(tap.hook)])))

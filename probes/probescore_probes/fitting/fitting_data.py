@@ -52,7 +52,7 @@ class FittingData:
 
     @cached_property
     def digest(self) -> str:
-        """The ``sha256:…`` of all examples, with their labels, splits, slices, weights and groups."""
+        """The ``sha256:…`` of all examples, with their labels, splits, slices (parts of the data), weights and groups."""
         digest = hashlib.sha256()
         for example in self.examples:
             line = [

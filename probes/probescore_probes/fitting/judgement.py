@@ -19,6 +19,7 @@ SINK = 10.0
 LOST_AUROC = 0.1
 KNOWS = 0.6
 GAP = 0.1
+ROUNDED = 0.05
 SHUFFLED = 0.05
 
 
@@ -63,6 +64,7 @@ class Evidence:
         tokenizer_adds_bos: whether a server puts BOS before a text prompt by default.
         conditions: results on unaltered rollouts, then on each alteration of them.
         paired_accuracy, pairs: how often the model itself tells two completions of one prompt apart, and of how many pairs.
+        batch_rounding: p99 of the differences between scores of the same rollouts in other batches, in standard deviations.
         layer, layers: index of the chosen tap among those that were tried, and their number.
     """
 
@@ -92,6 +94,7 @@ class Evidence:
     pairs: int
     layer: int
     layers: int
+    batch_rounding: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,7 @@ class Warning:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class FitVerdict:
     """The verdict on a fitted probe: a sentence and its grade.
 
     Attributes:
@@ -122,12 +125,12 @@ class Verdict:
 
 
 def warnings_of(evidence: Evidence) -> tuple[Warning, ...]:
-    """Returns the warnings that the evidence gives, in the order of their rules' numbers."""
+    """Returns the warnings about a fitted probe that its measured numbers give, in the order of the twelve rules."""
     return tuple(warning for rule in _RULES for warning in rule(evidence))
 
 
-def verdict_of(evidence: Evidence, warnings: tuple[Warning, ...]) -> Verdict:
-    """Returns the verdict on a probe, which states the most serious fault that the evidence shows."""
+def verdict_of(evidence: Evidence, warnings: tuple[Warning, ...]) -> FitVerdict:
+    """Returns the verdict on a fitted probe, which states the most serious fault that its measured numbers show."""
     test = shown(evidence.test)
     length = evidence.rivals.get("length")
     by_length = length is not None and length.high >= evidence.test.low and length.low > 0.5
@@ -137,23 +140,23 @@ def verdict_of(evidence: Evidence, warnings: tuple[Warning, ...]) -> Verdict:
         sentence = (
             f"Useless: chance alone can give this: AUROC {test} on test rollouts, as served, and {nested} by nested cross-validation."
         )
-        return Verdict("useless", f"{sentence} {told}".strip())
+        return FitVerdict("useless", f"{sentence} {told}".strip())
     if told:
-        return Verdict("doubtful", told)
+        return FitVerdict("doubtful", told)
     leak = next((name for name, found in evidence.text.items() if abs(found.value - 0.5) > LEAK), None)
     rival = next((name for name, found in evidence.rivals.items() if found.high >= evidence.test.low), None)
     if rival is not None:
-        return Verdict("doubtful", f"Not shown to be better than {rival}: AUROC {shown(evidence.rivals[rival])}, the probe {test}.")
+        return FitVerdict("doubtful", f"Not shown to be better than {rival}: AUROC {shown(evidence.rivals[rival])}, the probe {test}.")
     if leak is not None:
-        return Verdict("doubtful", f"The data leak: {leak} has AUROC {shown(evidence.text[leak])}, the probe {test}.")
+        return FitVerdict("doubtful", f"The data leak: {leak} has AUROC {shown(evidence.text[leak])}, the probe {test}.")
     if warnings:
         one = len(warnings) == 1
-        return Verdict(
+        return FitVerdict(
             "doubtful",
             f"AUROC {test} on test rollouts, as served; {len(warnings)} warning{'' if one else 's'} say{'s' if one else ''} where not to "
             "trust it.",
         )
-    return Verdict("sound", f"AUROC {test} on test rollouts, as served; no warning applies to these data.")
+    return FitVerdict("sound", f"AUROC {test} on test rollouts, as served; no warning applies to these data.")
 
 
 def shown(estimate: Estimate) -> str:
@@ -315,6 +318,16 @@ def _moved_by_changes(evidence: Evidence) -> Iterator[Warning]:
             )
 
 
+def _moved_by_rounding(evidence: Evidence) -> Iterator[Warning]:
+    if evidence.batch_rounding > ROUNDED:
+        yield Warning(
+            10,
+            "Moved by what else is in a batch",
+            f"1 rollout of 100 moves by {evidence.batch_rounding:.2f} σ or more if it is served alone, by rounding in this dtype. "
+            "Decisions that near to the threshold are chance; serve in float32, or longer completions.",
+        )
+
+
 def _model_does_not_know(evidence: Evidence) -> Iterator[Warning]:
     if evidence.pairs and evidence.paired_accuracy < KNOWS:
         yield Warning(
@@ -356,6 +369,7 @@ _RULES = (
     _attention_sink,
     _prompts_mixed,
     _moved_by_changes,
+    _moved_by_rounding,
     _model_does_not_know,
     _selection_looks_wrong,
 )

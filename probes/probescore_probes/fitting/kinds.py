@@ -29,7 +29,7 @@ from probescore_probes.fitting.token_kinds import ATTENTION, TOKEN_KINDS, WINDOW
 
 KINDS = (*LINEAR_KINDS, *POOLING_KINDS, *TOKEN_KINDS, *SMOOTHED_KINDS, SAE_FEATURE)
 SEVERAL_TAPS = 6
-"""Number of taps that a kind of probe of several layers reads."""
+"""Number of taps (places in the model) that a kind of probe of several layers reads."""
 
 Indices = NDArray[np.int64]
 Score = Callable[[Indices], NDArray[np.float64]]
@@ -54,7 +54,8 @@ def pools_of(kind: str, pools: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def taps_of_tokens(kind: str, taps: Sequence[str], candidate: Candidate) -> tuple[str, ...]:
-    """Returns the taps at which a kind of probe is fitted on every token; none for a kind that is fitted on pooled activations.
+    """Returns the taps (places in the model) at which a kind of probe is fitted on every token; none for a kind that is fitted on pooled
+    activations.
 
     Args:
         kind: one of ``KINDS``.
@@ -87,7 +88,8 @@ def fit_kind(
         table: activations of all examples, with those that ``can_fit`` asks for.
         labels: labels of all examples.
         fitted: indices of the examples to fit on.
-        candidate: tap, pooling and strength; ``mean-of-sigmoids`` and the kinds of ``SMOOTHED_KINDS`` read several taps of the table.
+        candidate: tap (place in the model), pooling and strength; ``mean-of-sigmoids`` and the kinds of ``SMOOTHED_KINDS`` read several
+            taps of the table.
         seed: seed of a neural network's initial weights, and of batches.
         autoencoder: the autoencoder of the table's features, for the function of an ``sae-feature``.
     """
@@ -189,6 +191,6 @@ def _feature(table: ActivationTable, labels: Labels, fitted: Indices, candidate:
 
 
 def _spread(taps: Sequence[str]) -> tuple[str, ...]:
-    """Returns ``SEVERAL_TAPS`` taps, evenly spread over those that were tried; all of them if there are fewer."""
+    """Returns ``SEVERAL_TAPS`` taps (places in the model), evenly spread over those that were tried; all of them if there are fewer."""
     places = np.unique(np.linspace(0, len(taps) - 1, min(SEVERAL_TAPS, len(taps))).round().astype(int))
     return tuple(taps[place] for place in places)

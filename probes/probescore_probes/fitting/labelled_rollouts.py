@@ -17,8 +17,10 @@ from probescore.types import Chat, Completion, RolloutGroup, Span, Text
 from probescore_server.engine.engine import Engine
 
 TRAIN, CALIBRATION, TEST, OOD = SPLITS = ("train", "calibration", "test", "ood")
+WEIGHTS = (1e-6, 1e6)
+"""The smallest and the largest weight: beyond them, sums of weights lose the digits of the others."""
 PASSAGE = "passage"
-"""Name of the span in a request that stands for the labelled passage of an example."""
+"""Name of the span (token range) by which a request to the engine marks the labelled passage of a completion."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class LabelledRollout:
 
     Attributes:
         prompt: the prompt as a text, a chat or token ids.
-        completion: the completion with its mask; its spans and follow-ups are ignored.
+        completion: the completion with its mask; its spans and follow-ups (token ids appended to a completion) are ignored.
         positive: whether the whole completion has the behaviour; ``None`` = only its passages are labelled.
         where: the line and field, for messages.
         group: name of the group; rollouts of one group are never divided between splits; ``None`` = derived from equal texts.
@@ -95,7 +97,9 @@ class Example:
         return kept
 
     def rollout(self) -> RolloutGroup:
-        """Returns the request that scores this example: a rollout with the passage as its one span."""
+        """Returns the request to the engine that scores this labelled completion or passage: the rollout, with the passage as its one span
+        (token range).
+        """
         spans = () if self.passage is None else (Span(PASSAGE, *self.passage),)
         return RolloutGroup(self.prompt_ids, [Completion(self.completion_ids, mask=self.mask, spans=spans)])
 
@@ -104,12 +108,14 @@ def tokenised(rollouts: Sequence[LabelledRollout], engine: Engine) -> list[Examp
     """Tokenises labelled rollouts as an engine would, and returns their examples: one for each labelled completion or passage.
 
     Raises:
-        ValueError: an example has no token to read, a passage lies outside its completion, or labels and tokens differ in number; the
-            message names the line.
+        ValueError: a weight is out of range, an example has no token to read, a passage lies outside its completion, or labels and tokens
+            differ in number; the message names the line.
     """
     prompts: dict[tuple[object, ...], NDArray[np.int32]] = {}
     examples = []
     for rollout in rollouts:
+        if not WEIGHTS[0] <= rollout.weight <= WEIGHTS[1]:
+            raise ValueError(f"{rollout.where}: weight: {rollout.weight:.3g}; give a number from {WEIGHTS[0]:g} to {WEIGHTS[1]:g}")
         prompt_ids = _prompt_ids(rollout, engine, prompts)
         content = rollout.completion.tokens
         is_text = isinstance(content, str)

@@ -39,7 +39,7 @@ class Linear:
     unit: ScoreUnit
 
     def score(self, rows: Rows) -> NDArray[np.float64]:
-        """Computes scores ``(n,)`` of activations ``(n, width)``."""
+        """Computes a linear probe's scores ``(n,)`` of activations ``(n, width)``."""
         return np.asarray(rows, np.float64) @ self.weight + self.bias
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from probescore_probes.fitting.kinds import KINDS
 from probescore_probes.fitting.linear_kinds import LOGISTIC
 from probescore_probes.fitting.sparse_features import SAE_FEATURE
+from probescore_probes.writing_arguments import check_names
 from probescore_server.probes.format.probe_file import read_probe_file
 
 POOLS = ("mean", "last")
@@ -20,7 +21,7 @@ class FitOptions:
 
     Attributes:
         kind: one of ``KINDS``.
-        taps: names of taps, or patterns of names.
+        taps: names of taps (places in the model), or patterns of names.
         pools: names of the poolings to try: ``mean``, ``last``.
         autoencoder: the folder of a sparse autoencoder of SAELens, for the kind ``sae-feature``, which reads its tap alone.
         feature: index of the autoencoder's feature; ``None`` = the one that tells the labels best.
@@ -53,9 +54,11 @@ def check_options(options: FitOptions, output: Path) -> None:
     """Checks options, and that the probe file can be written to its path.
 
     Raises:
+        TypeError: a name is no text.
         ValueError: an option is not one of those that there are, or the file at ``output`` has the same name and version.
         ProbeRefused: the file at ``output`` is no probe file.
     """
+    check_names(options.name, options.version, label=options.label, description=options.description)
     if options.kind not in KINDS:
         raise ValueError(f"kind: {options.kind!r}; give one of {', '.join(KINDS)}")
     _check_autoencoder(options)
@@ -64,6 +67,10 @@ def check_options(options: FitOptions, output: Path) -> None:
     for pool in options.pools:
         if pool not in POOLS:
             raise ValueError(f"pool: {pool!r}; give {' or '.join(POOLS)}")
+    if not options.taps:
+        raise ValueError("taps: none given; give names or patterns, such as resid_post.*")
+    if options.seed < 0:
+        raise ValueError(f"seed: {options.seed}; give 0 or a whole number above it")
     if not 0 < options.false_positive_rate < 1:
         raise ValueError(f"false_positive_rate: {options.false_positive_rate:g}; give a number between 0 and 1, such as 0.05")
     if not output.parent.is_dir():

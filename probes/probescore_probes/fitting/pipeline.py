@@ -17,7 +17,7 @@ from probescore_probes.fitting.labelled_rollouts import TEST, LabelledRollout
 from probescore_probes.fitting.options import FitOptions, check_options
 from probescore_probes.fitting.results import FitResult
 from probescore_probes.fitting.served_conditions import served_conditions
-from probescore_probes.fitting.serving import ServedProbe, agreement, as_probability, serve, served_scores
+from probescore_probes.fitting.serving import ServedProbe, agreement, as_probability, batch_rounding, serve, served_scores
 from probescore_probes.fitting.thresholds import recorded, thresholds_of
 from probescore_probes.fitting.wrong_rollouts import wrong_rollouts
 from probescore_server.probes.format.probe_file import ProbeFile
@@ -41,7 +41,7 @@ def fit_probe(
         model: a directory with the model, or its id on the Hugging Face hub.
         output: path of the probe file; an existing file is replaced only if it is a probe file of another name or version.
         options: options of fitting.
-        out_of_distribution: labelled rollouts of other data, evaluated by slice.
+        out_of_distribution: labelled rollouts of other data, evaluated by slice (part of the data).
         report: called with a line of text for people as each step begins.
 
     Raises:
@@ -73,6 +73,7 @@ def _judged(
     """Judges a probe by what the engine serves from its draft, and writes the draft with its threshold and quality to ``output``."""
     data, candidate, comparisons = fitted.data, fitted.candidate, fitted.comparisons
     agreed = agreement(fitted.scores, served.scores, options.dtype, written)
+    rounding = batch_rounding(served.engine, data.examples, served.scores)
     thresholds = thresholds_of(data, served.scores, options, written.manifest.reduction)
     usual = thresholds.get("")
     threshold = None if usual is None else usual.threshold
@@ -80,12 +81,12 @@ def _judged(
     conditions = served_conditions(model, served, data, threshold, options)
     wrong = wrong_rollouts(served, data, threshold)
     report("comparing with baselines")
-    evidence = evidence_of(fitted, served.scores, threshold, conditions, options)
+    evidence = evidence_of(fitted, served.scores, threshold, conditions, rounding, options)
     warnings = warnings_of(evidence)
     scores, positive = served.scores[data.splits[TEST]], data.labels.positive[data.splits[TEST]]
     chances = as_probability(scores, written.manifest.output.unit)
     curves, kinds, learning = comparisons.curves(fitted.selection), comparisons.kinds(candidate), comparisons.learning(candidate)
-    file = finish(served.file, output, data, evidence.test, None if usual is None else recorded(usual, data, options.dtype))
+    file = finish(served.file, output, data, evidence.test, None if usual is None else recorded(usual, data, served.engine, options.dtype))
     report("done")
     return FitResult(
         file=file,
@@ -102,6 +103,7 @@ def _judged(
         kinds=kinds,
         learning=learning,
         agreement=agreed,
+        batch_rounding=rounding,
         thresholds=thresholds,
         roc=roc_curve(scores, positive),
         test_scores=scores,

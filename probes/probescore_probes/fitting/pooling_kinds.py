@@ -33,17 +33,19 @@ class MeanMlp(nn.Module):
         self.output = nn.Linear(_UNITS, 1)
 
     def of_means(self, means: Tensor) -> Tensor:
-        """Computes logits ``(rollouts,)`` from mean activations ``(rollouts, width)``."""
+        """Computes the perceptron's logits ``(rollouts,)`` from mean activations ``(rollouts, width)``."""
         scaled = (means - self.get_buffer("mean")) / self.get_buffer("deviation")
         return self.output(torch.nn.functional.gelu(self.hidden(scaled)))[:, 0]  # type: ignore[no-any-return]
 
     def forward(self, x: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """Computes logits ``(rollouts,)`` from the activations ``(tokens, width)`` of concatenated rollouts."""
+        """Computes the perceptron's logits ``(rollouts,)`` from the activations ``(tokens, width)`` of concatenated rollouts."""
         return self.of_means(means_of(x, cu_seqlens))
 
 
 class MeanOfSigmoids(nn.Module):
-    """Torch module that averages the probabilities of several logistic regressions, each of a rollout's mean activation at one tap."""
+    """Torch module that averages the probabilities of several logistic regressions, each of a rollout's mean activation at one tap (place
+    in the model).
+    """
 
     def __init__(self, probes: Sequence[Linear]) -> None:
         super().__init__()
@@ -51,13 +53,17 @@ class MeanOfSigmoids(nn.Module):
         self.register_buffer("biases", torch.tensor([probe.bias for probe in probes], dtype=torch.float32))
 
     def of_means(self, means: Sequence[Tensor]) -> Tensor:
-        """Computes probabilities ``(rollouts,)`` from mean activations ``(rollouts, width)`` at each tap."""
+        """Computes the probe's probabilities ``(rollouts,)`` from mean activations ``(rollouts, width)`` at each tap (place in
+        the model).
+        """
         weights, biases = self.get_buffer("weights"), self.get_buffer("biases")
         chances = [torch.sigmoid(rows @ weights[index] + biases[index]) for index, rows in enumerate(means)]
         return torch.stack(chances).mean(dim=0)
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        """Computes probabilities ``(rollouts,)`` from activations ``(tokens, width)`` at each tap, followed by ``cu_seqlens``."""
+        """Computes the probe's probabilities ``(rollouts,)`` from activations ``(tokens, width)`` at each tap (place in the model),
+        followed by ``cu_seqlens``, the offsets of the rollouts.
+        """
         *taps, cu_seqlens = inputs
         return self.of_means([means_of(rows, cu_seqlens) for rows in taps])
 
@@ -95,7 +101,7 @@ def score_mlp(module: MeanMlp, rows: NDArray[np.float32]) -> NDArray[np.float64]
 
 
 def score_sigmoids(probes: Sequence[Linear], rows: Sequence[NDArray[np.float32]]) -> NDArray[np.float64]:
-    """Computes probabilities ``(n,)`` of a ``MeanOfSigmoids`` from mean activations ``(n, width)`` at each tap."""
+    """Computes probabilities ``(n,)`` of a ``MeanOfSigmoids`` from mean activations ``(n, width)`` at each tap (place in the model)."""
     with np.errstate(over="ignore"):
         chances = np.stack([1 / (1 + np.exp(-probe.score(means))) for probe, means in zip(probes, rows, strict=True)])
     mean: NDArray[np.float64] = chances.mean(axis=0)

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from probescore_audit import CalibratedThreshold, Estimate
 from probescore_audit.grouped import CalibrationBin
 from probescore_probes.fitting.cross_validation import CurvePoint, Nested, Selection
-from probescore_probes.fitting.judgement import Evidence, Verdict, Warning
+from probescore_probes.fitting.judgement import Evidence, FitVerdict, Warning
 from probescore_probes.fitting.options import FitOptions
-from probescore_probes.fitting.serving import Agreement
+from probescore_probes.fitting.serving import Agreement, BatchRounding
 from probescore_probes.fitting.wrong_rollouts import WrongRollout
 from probescore_server.probes.format.probe_file import ProbeFile
 
@@ -28,6 +28,8 @@ class FitResult:
         kinds: AUROC over held-out groups of each kind of probe at the chosen tap; of kinds fitted on tokens, only if one of them was asked
             for.
         nested: result of nested cross-validation; for a kind fitted on tokens, at the tap that all examples together chose.
+        agreement: differences between served and fitted scores, which come from activations of the same batches in half precision.
+        batch_rounding: differences between scores of the same rollouts in other batches, which no server can avoid.
         thresholds: the threshold for all data, and one for each slice with enough negatives; empty if there are too few negatives. Its
             interval is that of as many fresh negatives in as many other groups.
         calibrated_on: what the negatives of the threshold for all data were like, as the file records it; empty without a threshold.
@@ -41,7 +43,7 @@ class FitResult:
     model: str
     evidence: Evidence
     warnings: tuple[Warning, ...]
-    verdict: Verdict
+    verdict: FitVerdict
     data: dict[str, object]
     selection: Selection
     nested: Nested
@@ -49,6 +51,7 @@ class FitResult:
     kinds: Mapping[str, Estimate]
     learning: tuple[tuple[int, Estimate], ...]
     agreement: Agreement
+    batch_rounding: BatchRounding
     thresholds: Mapping[str, CalibratedThreshold]
     calibrated_on: Mapping[str, object]
     roc: tuple[NDArray[np.float64], NDArray[np.float64]]

@@ -19,11 +19,19 @@ from probescore_probes.serve_check import BOUND
 from probescore_probes.writing import write_probe
 from probescore_server.engine.engine import Engine
 from probescore_server.errors import ProbeRefused
-from probescore_server.probes.format.manifest import CalibrationRecord, Context, Evaluation, Training
+from probescore_server.probes.format.manifest import CalibrationRecord, Context, Evaluation, Golden, Training
 from probescore_server.probes.format.probe_file import ProbeFile, read_probe_file, write_probe_file
+from probescore_server.probes.loading.golden_check import SAME_SCORE
 
-GOLDEN = 4
+GoldenIds = tuple[NDArray[np.int32], NDArray[np.int32]]
+
+GOLDEN, GOLDEN_TRIED = 4, 12
+"""Number of golden rollouts; of a probe that pools, which has one score each, they are chosen among more."""
+_CLEARLY_APART = 0.1
+"""Difference between scores of neighbouring places, in standard deviations, that a coarse dtype shows."""
 _LONGEST_GOLDEN = 512
+MOST_ALONE = 100
+"""Limits how many rollouts are served one at a time."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +40,7 @@ class FittedProbe:
 
     Attributes:
         kind: name of the kind of probe.
-        taps: names of the taps, in the order in which the function takes their activations.
+        taps: names of the taps (places in the model), in the order in which the function takes their activations.
         reduction: the only reduction that the file allows; ``None`` for a probe that pools by itself.
         function: the probe's code and its ONNX graph.
         method: description of the kind of probe, for people.
@@ -81,6 +89,21 @@ class Agreement:
     rollouts: int
 
 
+@dataclass(frozen=True)
+class BatchRounding:
+    """The differences between the scores of rollouts that are served one at a time and in one call, which rounding alone causes.
+
+    Attributes:
+        largest, p99, median: of the differences, divided by the standard deviation of the scores.
+        rollouts: number of rollouts that were served one at a time.
+    """
+
+    largest: float
+    p99: float
+    median: float
+    rollouts: int
+
+
 def write(
     path: Path,
     probe: FittedProbe,
@@ -95,21 +118,29 @@ def write(
     description: str = "",
 ) -> ProbeFile:
     """Writes a probe file without thresholds, with golden vectors of held-out rollouts. Raises the errors of ``write_probe``."""
-    return write_probe(
-        path,
-        probe.function,
-        reference,
-        name=name,
-        version=version,
-        taps=probe.taps,
-        golden=_golden(golden),
-        labels=[label],
-        context=probe.context,
-        reduction=probe.reduction,
-        expects_bos=expects_bos,
-        training=training,
-        description=description,
-    )
+
+    def written(place: Path, rollouts: Sequence[GoldenIds]) -> ProbeFile:
+        return write_probe(
+            place,
+            probe.function,
+            reference,
+            name=name,
+            version=version,
+            taps=probe.taps,
+            golden=rollouts,
+            labels=[label],
+            context=probe.context,
+            reduction=probe.reduction,
+            expects_bos=expects_bos,
+            training=training,
+            description=description,
+        )
+
+    if probe.reduction is not None:
+        return written(path, _golden(golden, GOLDEN))
+    candidates = _golden(golden, GOLDEN_TRIED)
+    telling = _telling(written(path.with_name("tried.onnx"), candidates).manifest.golden)
+    return written(path, [candidates[index] for index in telling[:GOLDEN]])
 
 
 def serve(model: str | Path, file: Path, *, dtype: str, device: str, revision: str = "", trust_remote_code: bool = False) -> Engine:
@@ -134,6 +165,14 @@ def served_scores(engine: Engine, examples: Sequence[Example]) -> NDArray[np.flo
         value = scored.scores[key].at(0 if example.passage is None else 1, 0, 0)
         found[index] = np.nan if value is None else value
     return found
+
+
+def batch_rounding(engine: Engine, examples: Sequence[Example], scores: NDArray[np.float64]) -> BatchRounding:
+    """Serves at most ``MOST_ALONE`` examples one at a time, and compares their scores with those of one call, ``(n,)``."""
+    some = np.unique(np.linspace(0, len(examples) - 1, min(MOST_ALONE, len(examples))).round().astype(int))
+    alone = np.array([served_scores(engine, [examples[index]])[0] for index in some])
+    apart = np.abs(alone - scores[some]) / (float(scores.std()) or 1.0)
+    return BatchRounding(float(apart.max()), float(np.quantile(apart, 0.99)), float(np.median(apart)), len(some))
 
 
 def token_scores(engine: Engine, example: Example) -> tuple[list[str], NDArray[np.float32] | None]:
@@ -218,13 +257,29 @@ def as_probability(scores: NDArray[np.float64], unit: ScoreUnit) -> NDArray[np.f
     return 1 / (1 + np.exp(-scores)) if unit is ScoreUnit.LOGIT else None
 
 
-def _golden(examples: Sequence[Example]) -> list[tuple[NDArray[np.int32], NDArray[np.int32]]]:
-    """Chooses a few short rollouts of both classes for golden vectors."""
+def _telling(golden: Golden) -> list[int]:
+    """Returns the golden rollouts of a probe that pools which tell the place where it reads from its neighbours even in a coarse dtype.
+
+    A rollout may have nearly the same score one token or block beside the right one, as where a probe attends to a single token. Such a
+    difference, far below the rounding of a coarse dtype, proves nothing, and would let a server doubt the place. If fewer than two rollouts
+    would be left, all are returned.
+    """
+    scale, kept = golden.score_rows[:, 0].std(), np.ones(len(golden.cases), bool)
+    for neighbour in golden.neighbours:
+        apart = np.abs(neighbour.difference_rows[:, 0]) / scale
+        differing = apart > SAME_SCORE / 2  # the deviation of those that are kept may be smaller
+        if differing.any() and np.sqrt(np.mean(apart[differing] ** 2)) < _CLEARLY_APART:
+            kept &= ~differing
+    return np.flatnonzero(kept if kept.sum() > 1 else ~np.zeros_like(kept)).tolist()
+
+
+def _golden(examples: Sequence[Example], count: int) -> list[GoldenIds]:
+    """Chooses ``count`` short rollouts of both classes, as far as there are so many, for golden vectors."""
     short = sorted(examples, key=lambda example: len(example.prompt_ids) + len(example.completion_ids))
-    short = [example for example in short if len(example.prompt_ids) + len(example.completion_ids) <= _LONGEST_GOLDEN] or short[:GOLDEN]
+    short = [example for example in short if len(example.prompt_ids) + len(example.completion_ids) <= _LONGEST_GOLDEN] or short[:count]
     middle = short[len(short) // 4 :] or short
     kinds = [[example for example in middle if example.positive is kind] for kind in (True, False)]
-    chosen = [example for pair in zip(*kinds, strict=False) for example in pair][:GOLDEN] or middle[:GOLDEN]
+    chosen = [example for pair in zip(*kinds, strict=False) for example in pair][:count] or middle[:count]
     return [(example.prompt_ids, example.completion_ids) for example in chosen]
 
 

@@ -16,7 +16,7 @@ Indices = NDArray[np.int64]
 
 
 def slices_of(data: FittingData, scores: NDArray[np.float64], threshold: float | None, seed: int) -> dict[str, SliceResult]:
-    """Measures the probe on each slice of the test rollouts, then on each slice of the out-of-distribution rollouts.
+    """Measures the probe on each slice (part of the data) of the test rollouts, then on each slice of the out-of-distribution rollouts.
 
     Args:
         data: all examples.
@@ -43,7 +43,7 @@ def slices_of(data: FittingData, scores: NDArray[np.float64], threshold: float |
 
 
 def false_positives(data: FittingData, scores: NDArray[np.float64], threshold: float | None, negatives: Indices, seed: int) -> Estimate:
-    """Computes the share of the given negatives that the threshold flags; NaN without a threshold."""
+    """Computes the share of the given negative rollouts whose score is at or above the threshold; NaN without a threshold."""
     if threshold is None:
         return _UNKNOWN
     return grouped_rate(scores[negatives] >= threshold, data.labels.groups[negatives], seed=seed)

@@ -1,4 +1,5 @@
-"""Fits linear probes of every token at several taps, whose token scores the file's reduction turns into one score of a rollout.
+"""Fits linear probes of every token at several taps (places in the model), whose token scores the file's reduction turns into one score of
+a rollout.
 
 The direction is fitted through the reduction: for ``exponential-smoothing`` through the largest exponential moving average over the tokens,
 for ``softmax-pooling`` through their softmax-weighted mean. The file names that reduction, and the engine computes it.
@@ -19,20 +20,20 @@ from probescore_probes.fitting.linear_kinds import Linear, Scaler
 
 EXPONENTIAL_SMOOTHING, SOFTMAX_POOLING = SMOOTHED_KINDS = ("exponential-smoothing", "softmax-pooling")
 SMOOTHING = 0.1
-"""Share of the newest token in the moving average: tokens count for about the last ten."""
+"""Weight of the newest token in the exponential moving average of token scores, which therefore covers about the last ten tokens."""
 TEMPERATURE = 1.0
 """Temperature of the softmax that weighs the tokens' logits."""
 _STEPS = 300
 _BATCH = 64
 _DECAY = 0.1
 _FORGOTTEN = 1e-9
-"""Share of a token in the moving average at which fitting leaves it out."""
+"""Weight in the moving average below which fitting leaves an old token out."""
 
 Rows = Sequence[NDArray[np.float32]]
 
 
 def reduction_of(kind: str) -> Reduction:
-    """Returns the reduction through which a kind is fitted and served."""
+    """Returns the reduction (from token scores to one score of a rollout) through which a kind of probe is fitted and served."""
     if kind == EXPONENTIAL_SMOOTHING:
         return Reduction(ReductionKind.EMA_MAX, SMOOTHING)
     return Reduction(ReductionKind.SOFTMAX_MEAN, TEMPERATURE)
@@ -43,7 +44,7 @@ def fit_smoothed(kind: str, rows: Rows, positive: NDArray[np.bool_], weights: ND
 
     Args:
         kind: the kind of probe.
-        rows: activations of each rollout, ``(tokens, taps × width)``, with those of several taps side by side.
+        rows: activations of each rollout, ``(tokens, taps (places in the model) × width)``, with those of several taps side by side.
         positive: labels, ``(n,)`` bool, of both classes.
         weights: how many times each rollout counts, ``(n,)``.
         seed: seed of the batches.
@@ -70,7 +71,9 @@ def fit_smoothed(kind: str, rows: Rows, positive: NDArray[np.bool_], weights: ND
 
 
 def score_smoothed(kind: str, probe: Linear, rows: Rows) -> NDArray[np.float64]:
-    """Computes scores ``(n,)`` of ``n`` rollouts from the activations ``(tokens, taps × width)`` of each, by the served reduction."""
+    """Computes scores ``(n,)`` of ``n`` rollouts from the activations ``(tokens, taps (places in the model) × width)`` of each, by the
+    served reduction.
+    """
     reduction = reduction_of(kind)
     return np.array([reduce_scores(probe.score(each)[:, None].astype(np.float32), reduction)[0] for each in rows], np.float64)
 

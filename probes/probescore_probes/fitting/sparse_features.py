@@ -40,7 +40,7 @@ class SparseFeatures:
 
     Attributes:
         source: the folder of SAELens.
-        tap: name of the tap that the autoencoder reads.
+        tap: name of the tap (place in the model) that the autoencoder reads.
         features: indices of the features, ``(F,)``.
         asked: facts about the model that the autoencoder is read with.
     """
@@ -80,7 +80,7 @@ class SparseFeatures:
         return cls(source, str(found.taps[0]), features, asked)
 
     def function(self, features: Sequence[int]) -> ProbeFunction:
-        """Returns the function that computes some features of each token, ``(tokens, features)``."""
+        """Returns the function that computes some features of the sparse autoencoder for each token, ``(tokens, features)``."""
         return read_sae(self.source, _with(self.asked, tuple(features))).function
 
     @cached_property

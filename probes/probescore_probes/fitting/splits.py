@@ -40,7 +40,7 @@ class Split:
         return self.parts[name]
 
     def count_groups(self, name: str) -> int:
-        """Counts the groups of a split."""
+        """Counts the groups of rollouts in one split of the data, such as the one for testing."""
         return len(np.unique(self.groups[self.parts[name]]))
 
 
@@ -48,8 +48,8 @@ def split(examples: Sequence[Example], seed: int) -> Split:
     """Groups examples and divides the groups into splits of 60, 20 and 20%, or into the splits that the data names.
 
     Raises:
-        ValueError: some examples name a group or a split and others do not, one group is most of the data, a group is in two splits, or a
-            split lacks a class.
+        ValueError: some examples name a group or a split and others do not, there are too few groups, one group is most of the data, a
+            group is in two splits, or a split or all of the data lacks a class.
     """
     outside = np.array([example.split == OOD for example in examples])
     groups, named = _groups_inside_and_outside(examples, outside)
@@ -57,6 +57,7 @@ def split(examples: Sequence[Example], seed: int) -> Split:
     if any(given) and not all(given):
         missing = next(example.where for example in examples if example.split is None)
         raise ValueError(f"{missing}: no split, where other lines have one; give every line one of {', '.join(SPLITS)}, or none")
+    _check_enough(examples, groups, outside)
     if any(given):
         parts = {name: np.flatnonzero([example.split == name for example in examples]) for name in SPLITS}
         _check_sides(examples, groups, parts)
@@ -65,7 +66,8 @@ def split(examples: Sequence[Example], seed: int) -> Split:
     for name in SHARES:
         for kind, word in ((True, "positive"), (False, "negative")):
             if not any(examples[int(index)].positive is kind for index in parts[name]):
-                raise ValueError(f"{name}: no {word} example among {len(parts[name])}; give more data, or a split that has both")
+                remedy = "give every split both kinds" if any(given) else "give more groups that have one, or name the splits"
+                raise ValueError(f"split: no {word} example among {len(parts[name])} for {name}; {remedy}")
     return Split(groups, named, any(given), parts)
 
 
@@ -78,17 +80,33 @@ def groups_of(examples: Sequence[Example]) -> tuple[Indices, bool]:
         ValueError: the data name the groups of only some examples, or the components are too large to divide.
     """
     names = [example.group for example in examples]
-    named = any(name is not None for name in names)
-    if named and None in names:
-        raise ValueError(f"{examples[names.index(None)].where}: no group, where other lines have one; give every line one, or none")
+    if any(name is not None for name in names):
+        if None in names:
+            raise ValueError(f"{examples[names.index(None)].where}: no group, where other lines have one; give every line one, or none")
+        return np.unique(np.array(names), return_inverse=True)[1].astype(np.int64), True
     groups = _components(examples)
     largest = int(np.bincount(groups).max()) if len(groups) else 0
-    if not named and len(examples) > 1 and largest > LARGEST_GROUP * len(examples):
+    if len(examples) > 1 and largest > LARGEST_GROUP * len(examples):
         raise ValueError(
             f"group: {largest} of {len(examples)} examples are tied together by equal prompts and equal completions, which leaves nothing "
             'to test on; say what belongs together by "group" in each line, such as the id of the problem'
         )
-    return groups, named
+    return groups, False
+
+
+def _check_enough(examples: Sequence[Example], groups: Indices, outside: NDArray[np.bool_]) -> None:
+    kinds = {example.positive for example, other in zip(examples, outside, strict=True) if not other}
+    count = int((~outside).sum())
+    if not count:
+        raise ValueError(f"split: {len(examples)} examples, and all are {OOD}; give some to fit and to test on")
+    if len(kinds) == 1:
+        word = "positive" if kinds == {True} else "negative"
+        raise ValueError(f"label: all {count} examples are {word}; a probe is fitted on both kinds, in several groups each")
+    if (found := len(np.unique(groups[~outside]))) < len(SHARES):
+        raise ValueError(
+            f"group: {found} among {count} examples, and each of {', '.join(SHARES)} takes at least one whole group; give at least "
+            f"{len(SHARES)}, of both labels"
+        )
 
 
 def _groups_inside_and_outside(examples: Sequence[Example], outside: NDArray[np.bool_]) -> tuple[Indices, bool]:
@@ -101,7 +119,9 @@ def _groups_inside_and_outside(examples: Sequence[Example], outside: NDArray[np.
 
 
 def _components(examples: Sequence[Example]) -> Indices:
-    """Numbers the groups: by name or, where there is none, the connected components of a slice by equal prompts and equal completions."""
+    """Numbers the groups: by name or, where there is none, the connected components of a slice (part of the data) by equal prompts and
+    equal completions.
+    """
     parent = list(range(len(examples)))
 
     def root(index: int) -> int:
@@ -118,7 +138,7 @@ def _components(examples: Sequence[Example]) -> Indices:
 
 
 def _ties(example: Example) -> Iterator[tuple[object, ...]]:
-    """Yields what an example has in common with the others of its group."""
+    """Yields the keys (such as the text of a prompt) that an example shares with the other examples of its group."""
     if example.group is not None:
         yield "group", example.group
         return

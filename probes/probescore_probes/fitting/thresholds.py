@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Literal, cast
-
 import numpy as np
 from numpy.typing import NDArray
 
 from probescore_audit import CalibratedThreshold, calibrate_for_fresh
+from probescore_probes.fitting.calibrated_conditions import conditions_of
 from probescore_probes.fitting.fitting_data import FittingData
 from probescore_probes.fitting.judgement import FEWEST_CALIBRATION_GROUPS
 from probescore_probes.fitting.labelled_rollouts import CALIBRATION
 from probescore_probes.fitting.options import FitOptions
-from probescore_server.probes.format.manifest import CalibrationConditions, CalibrationRecord
+from probescore_server.engine.engine import Engine
+from probescore_server.probes.format.manifest import CalibrationRecord
 
 
 def thresholds_of(
     data: FittingData, scores: NDArray[np.float64], options: FitOptions, reduction: str | None
 ) -> dict[str, CalibratedThreshold]:
-    """Computes the threshold for all data under ``""``, then one for each slice, each only if there are enough negatives and groups.
+    """Computes the threshold for all data under ``""``, then one for each slice (part of the data), each only if there are enough negatives
+    and groups.
 
     The interval of each is that of as many fresh negatives in as many other groups.
 
@@ -48,19 +49,22 @@ def thresholds_of(
     return found
 
 
-def recorded(threshold: CalibratedThreshold, data: FittingData, dtype: str) -> CalibrationRecord:
-    """Returns the threshold for all data in the form that the manifest stores, with what its negatives were like."""
+def recorded(threshold: CalibratedThreshold, data: FittingData, engine: Engine, dtype: str) -> CalibrationRecord:
+    """Returns the threshold for all data in the form that the manifest stores, with what its negatives were like.
+
+    Args:
+        threshold: the threshold.
+        data: all examples; the threshold was found on the negatives of the split ``calibration``.
+        engine: an engine with the model, whose tokenizer says how prompts begin and end.
+        dtype: dtype of the model that scored the negatives.
+    """
     negatives = data.negatives(data.splits[CALIBRATION])
-    examples = [data.examples[index] for index in negatives]
-    prompts, completions = ([len(each.prompt_ids) for each in examples], [int(each.selected.sum()) for each in examples])
-    conditions = CalibrationConditions(
-        groups=len(np.unique(data.labels.groups[negatives])),
-        dtype=cast('Literal["float32", "bfloat16", "float16"]', dtype),
-        shortest_prompt=min(prompts),
-        longest_prompt=max(prompts),
-        shortest_completion=min(completions),
-        longest_completion=max(completions),
-        prompt_forms=tuple(sorted({each.form for each in examples})),
+    conditions = conditions_of(
+        [data.examples[index] for index in negatives],
+        data.labels.groups[negatives],
+        dtype=dtype,
+        bos_token_id=engine.info.bos_token_id,
+        generation_prompt_ids=engine.generation_prompt_ids(),
         dataset_sha256=data.digest,
     )
     return CalibrationRecord(**vars(threshold), conditions=conditions)

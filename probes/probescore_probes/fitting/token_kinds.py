@@ -1,6 +1,6 @@
 """Fits probes over all tokens of a rollout: attention pooling, and the maximum of attention-weighted rolling means.
 
-Each probe is fitted on the activations of every token at one tap, and pools them inside its ONNX graph.
+Each probe is fitted on the activations of every token at one tap (place in the model), and pools them inside its ONNX graph.
 """
 
 from __future__ import annotations
@@ -98,12 +98,12 @@ def score_tokens(module: AttentionPool, rows: Rows) -> NDArray[np.float64]:
 
 
 def tokens_function(module: AttentionPool) -> ProbeFunction:
-    """Returns a fitted probe over tokens as the function that is written into a probe file."""
+    """Returns a fitted probe that reads all tokens of a rollout in the form in which it is written into a probe file."""
     return torch_probe(module, unit=ScoreUnit.LOGIT)
 
 
 def check_bytes(tokens: int, taps: int, width: int) -> None:
-    """Checks that the activations of all tokens at some taps fit in memory, before they are computed.
+    """Checks that the activations of all tokens at some taps (places in the model) fit in memory, before they are computed.
 
     Raises:
         ValueError: they take more than ``MAX_BYTES``; the message says how much they take, and what to do.

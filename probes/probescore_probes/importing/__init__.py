@@ -12,7 +12,8 @@
 from __future__ import annotations
 
 from probescore_probes.importing.author_scores import AuthorScores
+from probescore_probes.importing.pickles import RunsCode
 from probescore_probes.importing.probe_import import NOT_COMPARED, ImportedProbe, import_probe
 from probescore_probes.importing.registry import FORMATS
 
-__all__ = ["FORMATS", "NOT_COMPARED", "AuthorScores", "ImportedProbe", "import_probe"]
+__all__ = ["FORMATS", "NOT_COMPARED", "AuthorScores", "ImportedProbe", "RunsCode", "import_probe"]

@@ -12,16 +12,29 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from scipy.special import erf
 from torch import Tensor, nn
 
 from probescore_probes import arguments
 from probescore_probes.importing.imported import Array, ImportOptions
 from probescore_probes.importing.sequences import attended, attention, causal, seen
-from probescore_probes.importing.source import taken, whole_number
+from probescore_probes.importing.source import flag_in, nothing_more, one_of, taken, whole_number
 
 _CONFIG, WEIGHTS = "config.json", "model.pt"
 _NORM_EPS = 1e-5
+_COMMON = ("input_scale", "platt_A", "platt_B")
+_PARTS = {
+    "LinearProbe": r"linear\.(weight|bias)",
+    "MultiHeadLinearProbe": r"linear\.(weight|bias)",
+    "NonlinearProbe": r"mlp\.[03]\.(weight|bias)",
+    "GDMProbe": r"(mlp\.\d+|q_proj|v_proj)\.(weight|bias)",
+    "QuadraticProbe": r"M|linear\.(weight|bias)",
+    "AttentionProbe": r"(qkv_proj|out_proj)\.(weight|bias)",
+    "TransformerProbe": r"(transformer\.layers\.\d+\.(self_attn\.(in_proj_|out_proj\.)|(linear|norm)[12]\.)|transformer\.norm\.|out_proj\.)"
+    r"(weight|bias)",
+}
+"""Dictionary keyed by the class of an Obfuscation Atlas probe: a regular expression for the names of the class's tensors."""
 
 Weights = dict[str, Array]
 Heads = tuple[Tensor, Tensor]
@@ -134,12 +147,13 @@ class _Transformer(nn.Module):
 _BLOCK = {"out": "self_attn.out_proj", "first": "linear1", "second": "linear2"}
 
 
-def kind_of(name: str, found: Weights, init: dict[str, Any], asked: ImportOptions) -> Kind:
+def kind_of(name: str, found: Weights, mask: NDArray[np.bool_] | None, init: dict[str, Any], asked: ImportOptions) -> Kind:
     """Builds an Obfuscation Atlas probe of the given class from its weights.
 
     Args:
         name: name of the class.
         found: weights by name.
+        mask: the last row of the attention mask that is saved with the weights, ``(max_length,)``; ``None`` = no mask is saved.
         init: arguments that the author constructed the class with.
         asked: options of the import.
 
@@ -147,6 +161,8 @@ def kind_of(name: str, found: Weights, init: dict[str, Any], asked: ImportOption
         ValueError: the class is not known, the weights have other shapes, or the class attends and the number of heads was not given.
     """
     width = asked.hidden_size
+    if name in _PARTS:
+        nothing_more(found, [part for part in found if re.fullmatch(_PARTS[name], part) or part in _COMMON], WEIGHTS, f"a {name}")
     match name:
         case "LinearProbe" | "MultiHeadLinearProbe":
             return _layered([_layer(found, "linear", width)])
@@ -164,7 +180,7 @@ def kind_of(name: str, found: Weights, init: dict[str, Any], asked: ImportOption
 
             return Kind(_Quadratic(matrix, layer), quadratic)
         case "AttentionProbe":
-            return _attention_kind(found, init, asked, width)
+            return _attention_kind(found, mask, init, asked, width)
         case "TransformerProbe":
             return _transformer_kind(found, init, asked, width)
     raise ValueError(
@@ -197,7 +213,7 @@ def _gdm(found: Weights, width: int) -> Kind:
     return _layered(layers, query, value)
 
 
-def _attention_kind(found: Weights, init: dict[str, Any], asked: ImportOptions, width: int) -> Kind:
+def _attention_kind(found: Weights, mask: NDArray[np.bool_] | None, init: dict[str, Any], asked: ImportOptions, width: int) -> Kind:
     heads = _heads(asked)
     qkv = _layer(found, "qkv_proj", width)
     rows = len(qkv[0]) // 3
@@ -206,9 +222,14 @@ def _attention_kind(found: Weights, init: dict[str, Any], asked: ImportOptions, 
         raise ValueError(
             f"heads: {heads}; {WEIGHTS} has {len(qkv[0])} rows in qkv_proj, three times the heads times their size: give one that divides"
         )
-    window = init.get("sliding_window")
-    if "base_mask" in found or window is not None:
-        window = whole_number(init, "sliding_window", f"{_CONFIG}: init_args")
+    window = None if init.get("sliding_window") is None else whole_number(init, "sliding_window", f"{_CONFIG}: init_args")
+    if window is not None and window < 1:
+        raise ValueError(f"{_CONFIG}: init_args: sliding_window: {window}; it should be above 0")
+    if mask is not None and (window is None or int(mask.sum()) != min(window, len(mask))):
+        raise ValueError(
+            f"{_CONFIG}: init_args: sliding_window: {window}, and base_mask in {WEIGHTS} lets a token see {int(mask.sum())}: one of "
+            "the two is of another probe"
+        )
 
     def of_one(x: Array) -> tuple[Array, Array]:
         query, key, value = (x @ qkv[0].T + qkv[1]).reshape(len(x), 3, heads, -1).transpose(1, 0, 2, 3)
@@ -222,9 +243,8 @@ def _transformer_kind(found: Weights, init: dict[str, Any], asked: ImportOptions
     heads = _heads(asked)
     if width % heads:
         raise ValueError(f"heads: {heads}; the model's hidden size {width} is not divided by them: give one that divides")
-    activation, norm_first = init.get("activation", "relu"), bool(init.get("norm_first", True))
-    if activation not in ("relu", "gelu"):
-        raise ValueError(f"{_CONFIG}: activation: {arguments.shown(activation)}; only relu and gelu are known")
+    where = f"{_CONFIG}: init_args"
+    activation, norm_first = one_of(init, "activation", where, ("relu", "gelu"), "relu"), flag_in(init, "norm_first", where, True)
     layers = len({key.split(".")[2] for key in found if key.startswith("transformer.layers.")})
     for index in range(max(layers, 1)):
         at = f"transformer.layers.{index}."
@@ -233,9 +253,11 @@ def _transformer_kind(found: Weights, init: dict[str, Any], asked: ImportOptions
         _layer(found, at + "self_attn.out_proj", width)
         _layer(found, at + "linear2", len(_layer(found, at + "linear1", width)[0]))
         for norm in ("norm1", "norm2"):
-            taken(found, f"{at}{norm}.weight", WEIGHTS, width)
+            _check_norm(found, at + norm, width)
     if norm_first:
-        taken(found, "transformer.norm.weight", WEIGHTS, width)
+        _check_norm(found, "transformer.norm", width)
+    elif "transformer.norm.weight" in found:
+        raise ValueError(f"{where}: norm_first: false, and {WEIGHTS} has transformer.norm, which only a probe with norm_first has")
     _layer(found, "out_proj", width)
 
     def attend(x: Array, at: str) -> Array:
@@ -278,13 +300,18 @@ def _heads(asked: ImportOptions) -> int:
 
 
 def _threefold(rows: Tensor, heads: int) -> tuple[Tensor, ...]:
-    """Splits the output of a projection into queries, keys and values, ``(N, heads, size)`` each."""
+    """Splits the output of one projection of an attention probe into queries, keys and values, ``(N, heads, size)`` each."""
     return rows.reshape(-1, 3, heads, rows.shape[1] // (3 * heads)).unbind(1)
 
 
 def _layer(found: Weights, name: str, width: int) -> tuple[Array, Array]:
     weight = taken(found, f"{name}.weight", WEIGHTS, None, width)
     return weight, taken(found, f"{name}.bias", WEIGHTS, len(weight))
+
+
+def _check_norm(found: Weights, name: str, width: int) -> None:
+    for part in ("weight", "bias"):
+        taken(found, f"{name}.{part}", WEIGHTS, width)
 
 
 def _pair(found: Weights, name: str) -> tuple[Array, Array]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from probescore.types import ScoreUnit
 from probescore_probes.importing.imported import Array, Imported, ImportOptions, formula, named, side_by_side
 from probescore_probes.importing.sequences import members, sequence_of, softmax
-from probescore_probes.importing.source import ProbeSource, taken
+from probescore_probes.importing.source import ProbeSource, nothing_more, taken
 from probescore_server.probes.format.graph import CU_SEQLENS, POSITIONS, GraphInputs
 from probescore_server.probes.format.manifest import Context
 
@@ -72,6 +72,7 @@ def read_attention_probe(source: ProbeSource, asked: ImportOptions) -> Imported:
     found, where = source.tensors, source.name
     if asked.reduction is not None:
         raise ValueError(f"reduction: {asked.reduction}; an attention probe pools by itself: leave it out")
+    nothing_more(found, {*_NAMES, "o.weight", "o.bias"}, where, "attention pooling")
     query = taken(found, "q.weight", where, None, None)
     heads, width = query.shape
     value = taken(found, "v.weight", where, None, width)

@@ -1,4 +1,5 @@
-"""Compares the scores of an imported probe with scores that its author's own code gave for the same rollouts.
+"""Compares the scores of an imported probe with scores that its author's own code gave for the same rollouts, to find out whether the probe
+reads the right place in the model.
 
 A probe that reads the wrong block by one still correlates with the right probe (0.946 where it was measured), so that only the author's own
 scores reveal the mistake. If the scores disagree, neighbouring taps are tried, and the error says which of them agrees.
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import permutations
 from typing import Any
 
 import numpy as np
@@ -33,6 +35,9 @@ EXACT = 1e-3
 _CLEARLY = 2.0
 _FEWEST = 3
 _SWEPT = 8
+_ALL_ORDERS = 3
+_FEWEST_FOR_SCALE = 8
+_EXPLAINED = 16.0
 _SAME_BUT_FOR_SCALE = 0.9999
 _REDUCTIONS = ("mean", "last", "max", "min", "sum")
 
@@ -66,7 +71,8 @@ class _Case:
 
 @dataclass(frozen=True)
 class _Found:
-    """The result of comparing the author's scores with those of one way to read the model, such as another tap or with BOS.
+    """The result of comparing the author's scores with those of one way to read the model, such as another tap (place in the model) or with
+    BOS.
 
     Attributes:
         off: root mean square of the differences, in standard deviations of the author's scores.
@@ -74,6 +80,7 @@ class _Found:
         where: the way to read the model, in words for messages.
         remedy: how to import the probe so that it is read this way.
         unit: the unit of scores in which the two were compared.
+        scale: the factor from the scores that were found to the author's, if it alone explains why they differ; ``None`` = it does not.
     """
 
     off: float
@@ -81,6 +88,7 @@ class _Found:
     where: str
     remedy: str
     unit: str
+    scale: float | None = None
 
 
 def compared(scorer: GoldenScorer, reduction: str | None, given: Sequence[AuthorScores], file: str) -> str:
@@ -96,7 +104,8 @@ def compared(scorer: GoldenScorer, reduction: str | None, given: Sequence[Author
         A sentence for the manifest: how closely the scores agree, and on how many rollouts.
 
     Raises:
-        ValueError: the author's scores are missing, too few or all equal, or neighbouring taps would give the same scores.
+        ValueError: the author's scores are missing, too few or all equal, or neighbouring taps (places in the model) would give the same
+            scores.
         ProbeRefused: the scores disagree; the message says which tap or way of reading agrees, if one does.
     """
     cases = list(_read(given, scorer.reference, pools=reduction is None))
@@ -115,6 +124,14 @@ def compared(scorer: GoldenScorer, reduction: str | None, given: Sequence[Author
         others = comparison.others() if stated.off > EXACT else ()
         if any(_CLEARLY * found.off < stated.off for found in (*blocks_off, *others)):
             raise _refusal(comparison, stated, len(expected), file)
+        if stated.off > EXACT and stated.scale is not None:
+            raise ProbeRefused(
+                file,
+                "author_scores",
+                f"scores off by {stated.off:.2g} of the author's standard deviation ({len(expected)} scores)",
+                f"the author's, which are {stated.scale:.5g} times as far from each other: rounding leaves no such trace. Save the "
+                "weights, and a standard deviation with its ddof and eps, as they were when he scored",
+            )
         rival = min(blocks_off, key=lambda found: found.off, default=None)
         if rival is not None and rival.off < _CLEARLY * stated.off:
             raise ValueError(
@@ -159,27 +176,35 @@ def _refusal(comparison: _PlaceComparison, stated: _Found | None, scores: int, f
 
 
 class _PlaceComparison:
-    """Scores the same rollouts at several taps and in several ways, and compares each result with the author's scores."""
+    """Comparison of an imported probe's scores, computed from several places in the model and in several ways, with the scores that its
+    author's code gave for the same rollouts.
+    """
 
     def __init__(self, scorer: GoldenScorer, reduction: str | None, cases: Sequence[_Case], expected: Array) -> None:
         self._scorer, self._reduction = scorer, reduction
         self._cases, self._expected = cases, expected
 
     def at(self, where: str, remedy: str, places: Sequence[Place]) -> list[_Found | None]:
-        """Compares the scores at each given tap with the author's: on all rollouts for one tap, on the first few for several taps."""
+        """Compares a probe's scores with its author's if it reads at each of the given taps (places in the model): on all rollouts for one
+        tap, on the first few rollouts for several taps.
+        """
         return self._compare(self._scorer, places, [(where, remedy)] * len(places), self._reduction)
 
     def neighbours(self, *, tokens_too: bool = True) -> list[_Found]:
-        """Compares the scores at the taps one block before and after and, if asked, at activations one token away, with the author's."""
+        """Compares a probe's scores with its author's if the probe reads one decoder block earlier or later and, if asked, one token
+        earlier or later.
+        """
         every = neighbouring_places(self._scorer.inputs, self._scorer.reference.reference.num_hidden_layers)
         places = [place for place in every if tokens_too or not place[1]]
         said = [(_named(place), _remedy(place)) for place in places]
         return [found for found in self._compare(self._scorer, places, said, self._reduction) if found is not None]
 
     def others(self) -> Iterator[_Found]:
-        """Compares the author's scores with those of other hooks, with and without BOS, of centred activations, and of other reductions."""
+        """Compares a probe's scores with its author's if the probe reads other places in the model, prompts with or without BOS, or centred
+        activations, and if token scores are reduced in other ways.
+        """
         scorer = self._scorer
-        hooks = _other_hooks(scorer.inputs, scorer.reference.reference.num_hidden_layers)
+        hooks = [*_other_orders(scorer.inputs), *_other_hooks(scorer.inputs, scorer.reference.reference.num_hidden_layers)]
         yield from self._found(scorer, hooks, [(_named(place), _remedy(place)) for place in hooks])
         here: list[Place] = [(scorer.inputs, 0)]
         centred = _on(scorer, lambda x: x - x.mean(axis=1, keepdims=True))
@@ -238,10 +263,12 @@ def _nearest(
     where: str,
     remedy: str,
 ) -> _Found | None:
-    """Compares scores with the author's in each unit that the author may have used, and returns the closest result."""
+    """Compares a probe's scores with its author's in each unit (such as logits or probabilities) that the author may have used, and returns
+    the closest result.
+    """
     units: dict[str, tuple[bool, bool]] = {f"a {unit.value}": (False, False)}
-    if unit is ScoreUnit.LOGIT:
-        units |= {"a probability": (True, False), "the probability of a reduced logit": (False, True)}
+    if unit is not ScoreUnit.PROBABILITY:
+        units |= {"a probability": (True, False), f"the probability of a reduced {unit.value}": (False, True)}
     best: _Found | None = None
     for name, (before, after) in units.items():
         rows = []
@@ -258,8 +285,9 @@ def _nearest(
                 f"author_scores: {expected.shape[1]} labels, and the probe gives {found.shape[1]}; give a number for each label"
             )
         off = float(np.sqrt((((found - expected) / scale) ** 2).mean()))
-        if best is None or off < best.off:
-            best = _Found(off, _correlation(found, expected), where, remedy, name)
+        only_scaled = best is not None and abs(best.correlation) >= _SAME_BUT_FOR_SCALE
+        if best is None or (off < best.off and (off <= AGREES or not only_scaled)):
+            best = _Found(off, _correlation(found, expected), where, remedy, name, _scale(found, expected))
     return best
 
 
@@ -298,8 +326,16 @@ def _other_hooks(inputs: tuple[TapInput, ...], num_hidden_layers: int) -> list[P
     return [((tap,), 0) for tap in (*hooks, TapInput(hook="final_norm", layer=None)) if tap != stated and tap not in near]
 
 
+def _other_orders(inputs: tuple[TapInput, ...]) -> list[Place]:
+    """Returns the taps (places in the model) that a probe reads in other orders: all orders of up to three taps, the reverse
+    order of more.
+    """
+    orders = permutations(inputs) if len(inputs) <= _ALL_ORDERS else [tuple(reversed(inputs))]
+    return [(order, 0) for order in orders if order != inputs]
+
+
 def _on(scorer: GoldenScorer, change: Any) -> GoldenScorer:  # noqa: ANN401  a function of arrays
-    """Returns a scorer that runs the same probe on changed activations, such as those of another tap."""
+    """Returns a scorer that runs the same probe on changed activations, such as those of another tap (place in the model)."""
     probe = scorer.probe
 
     def score(inputs: GraphInputs) -> NDArray[Any]:
@@ -331,6 +367,20 @@ def _sigmoid(x: Array) -> Array:
     with np.errstate(over="ignore"):
         probabilities: Array = 1 / (1 + np.exp(-x))
     return probabilities
+
+
+def _scale(found: Array, expected: Array) -> float | None:
+    """Returns the factor by which a probe's scores must be multiplied to become its author's, if this factor alone, the same for all
+    labels, explains most of their difference; ``None`` otherwise.
+    """
+    if len(found) < _FEWEST_FOR_SCALE:
+        return None
+    mine, difference = found - found.mean(axis=0), expected - found
+    difference = difference - difference.mean(axis=0)
+    excess = float((mine * difference).sum() / max((mine**2).sum(), 1e-300))
+    rest = difference - excess * mine
+    explained = float((difference**2).sum()) > _EXPLAINED * float((rest**2).sum())
+    return 1 + excess if explained and abs(excess) > EXACT else None
 
 
 def _correlation(found: Array, expected: Array) -> float:

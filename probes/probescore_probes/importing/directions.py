@@ -13,7 +13,7 @@ import numpy as np
 
 from probescore.types import ScoreUnit
 from probescore_probes.importing.imported import Array, Imported, ImportOptions, linear, named
-from probescore_probes.importing.source import ProbeSource
+from probescore_probes.importing.source import ProbeSource, nothing_more
 
 _WEIGHTS = ("weight", "direction", "w", "coef", "coef_", "vector")
 _BIASES = ("bias", "b", "intercept", "intercept_")
@@ -21,7 +21,7 @@ _FILES = ("npy", "npz", "safetensors", "torch")
 
 
 def is_direction(source: ProbeSource) -> bool:
-    """Returns whether a file holds a single tensor, or a weight with or without a bias."""
+    """Returns whether a file holds a linear probe: a single tensor, or a weight with or without a bias."""
     if source.kind not in _FILES or (isinstance(source.content, Mapping) and any(isinstance(v, Mapping) for v in source.content.values())):
         return False
     names = set(unprefixed(source.tensors))
@@ -29,7 +29,7 @@ def is_direction(source: ProbeSource) -> bool:
 
 
 def read_direction(source: ProbeSource, asked: ImportOptions) -> Imported:
-    """Reads a direction ``(width,)``, or a matrix with one row of weights for each label.
+    """Reads a linear probe from a file: a direction ``(width,)``, or a matrix with one row of weights for each label.
 
     Raises:
         ValueError: shapes do not fit together, or the meaning of the rows is not known.
@@ -47,7 +47,9 @@ def read_direction(source: ProbeSource, asked: ImportOptions) -> Imported:
 
 
 def is_hidden_states_direction(source: ProbeSource) -> bool:
-    """Returns ``False`` for every file, since rows for layers look the same as rows for labels; the format must be asked for by name."""
+    """Returns ``False`` for every file: a file with one direction for each layer cannot be told from one with a row of weights for each
+    label, so that the user must name the format ``hf-directions``.
+    """
     return False
 
 
@@ -88,12 +90,16 @@ def weight_and_bias(found: Mapping[str, Array], where: str) -> tuple[Array, Arra
     weights = [name for name in found if name in _WEIGHTS] or ([*found] if len(found) == 1 else [])
     if len(weights) != 1:
         raise ValueError(f"{where}: has {', '.join(found) or 'no tensors'}; name one of them {_WEIGHTS[0]!r}, and a bias {_BIASES[0]!r}")
-    bias = next((found[name] for name in found if name in _BIASES), None)
+    nothing_more(found, (*weights, *_BIASES), where, "a direction with a bias")
+    if len(biases := [name for name in found if name in _BIASES]) > 1:
+        raise ValueError(f"{where}: has {' and '.join(biases)}; save one bias")
+    bias = next((found[name] for name in biases), None)
     return found[weights[0]], bias
 
 
 def rows_of(weight: Array, asked: ImportOptions, where: str) -> Array:
-    """Returns weights as a matrix ``(labels, width)``.
+    """Returns the weights of a linear probe as a matrix ``(labels, width)``, whether they are saved as one direction, as a matrix or as a
+    column.
 
     Raises:
         ValueError: the weights have more than two axes.

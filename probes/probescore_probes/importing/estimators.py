@@ -38,7 +38,7 @@ def estimator_probe(estimator: Any, asked: ImportOptions, source: ProbeSource, w
     """Makes a probe of a fitted estimator of scikit-learn, exported to ONNX.
 
     Raises:
-        ValueError: the estimator cannot be exported to ONNX, or its number of features fits no number of taps.
+        ValueError: the estimator cannot be exported to ONNX, or its number of features fits no number of taps (places in the model).
     """
     function = sklearn_probe(estimator)
     if function.width is None:

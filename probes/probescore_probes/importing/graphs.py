@@ -1,4 +1,4 @@
-"""Imports ONNX graphs of other origin that compute scores from activations ``(N, width)``.
+"""Imports ONNX graphs, made by any other tool, that compute scores from activations ``(N, width)``.
 
 The inputs and outputs of such a graph are renamed and cast to the names and dtypes of a probe file.
 """
@@ -27,12 +27,12 @@ _PREFIX = "imported_"
 
 
 def is_graph(source: ProbeSource) -> bool:
-    """Returns whether a file's name ends in ``.onnx``."""
+    """Returns whether a file is an ONNX graph, which is told by the name's ending ``.onnx``."""
     return source.kind == "onnx"
 
 
 def read_graph(source: ProbeSource, asked: ImportOptions) -> Imported:
-    """Reads an ONNX graph with one input, or one for each tap, and one output of floats.
+    """Reads an ONNX graph with one input, or one for each tap (place in the model), and one output of floats.
 
     Golden vectors are computed with the unchanged graph.
 
@@ -66,7 +66,9 @@ def read_graph(source: ProbeSource, asked: ImportOptions) -> Imported:
 
 
 class _AsItCame:
-    """Probe function of an imported ONNX graph: keeps its own input and output names to run, takes those of a probe file on export."""
+    """Scoring function of an imported ONNX graph. It runs the graph under the graph's own input and output names, and exports the graph
+    with the names of a probe file.
+    """
 
     def __init__(self, model: onnx.ModelProto, inputs: list[onnx.ValueInfoProto], output: str) -> None:
         self._model, self._output = model, output
@@ -74,7 +76,7 @@ class _AsItCame:
         self._evaluator: Any = ReferenceEvaluator(model)
 
     def columns(self, width: int, where: str) -> int:
-        """Returns how many scores the graph gives for each token, if each input has ``width`` features."""
+        """Returns how many scores an imported ONNX graph gives for each token, if each of its inputs has ``width`` features."""
         example = {name: np.random.default_rng(0).standard_normal((3, width)).astype(dtype) for name, dtype in self._inputs.items()}
         try:
             scores: Any = self._evaluator.run([self._output], example)[0]
@@ -88,7 +90,7 @@ class _AsItCame:
         return 1 if scores.ndim == 1 else int(scores.shape[1])
 
     def score(self, inputs: GraphInputs) -> NDArray[Any]:
-        """Computes the scores ``(N, labels)`` of the unchanged graph."""
+        """Computes the scores ``(N, labels)`` that an imported ONNX graph gives, unchanged."""
         rows = list(inputs.values())
         given = rows if len(rows) == len(self._inputs) else [np.concatenate(rows, axis=1)]
         named_rows = {name: array.astype(dtype) for (name, dtype), array in zip(self._inputs.items(), given, strict=True)}
@@ -96,7 +98,7 @@ class _AsItCame:
         return np.asarray(scores).reshape(len(scores), -1)
 
     def export(self, signature: GraphSignature) -> onnx.ModelProto:
-        """Returns the graph with the inputs and the output of a probe file's signature."""
+        """Returns an imported ONNX graph with the names and dtypes of inputs and output that a probe file needs."""
         inner = compose.add_prefix(self._model, _PREFIX)
         names = [str(tap) for tap in signature.taps]
         nodes = []

@@ -8,10 +8,9 @@ from __future__ import annotations
 from probescore.types import ScoreUnit, Tap
 from probescore_probes import arguments
 from probescore_probes.importing.imported import Imported, ImportOptions, linear, named
-from probescore_probes.importing.source import ProbeSource, taken, whole_number
+from probescore_probes.importing.source import ProbeSource, nothing_more, taken, whole_number
 
 _CONFIG, _HEAD = "probe_config.json", "probe_head.bin"
-_ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 
 
 def is_hallucination_probe(source: ProbeSource) -> bool:
@@ -23,14 +22,8 @@ def read_hallucination_probe(source: ProbeSource, asked: ImportOptions) -> Impor
     """Reads a hallucination probe, a linear head over the output of a block; each token's score is a probability.
 
     Raises:
-        ValueError: the folder has an adapter, which would change the model; the model lacks the layer; or the weights have another
-            shape.
+        ValueError: the model lacks the layer, or the weights have another shape.
     """
-    if adapter := source.beside(*_ADAPTERS):
-        raise ValueError(
-            f"{adapter[0]}: an adapter of this probe's own, which changes the model; not served yet: only probes that read the frozen "
-            "model as it is can be imported"
-        )
     config = source.config(_CONFIG)
     layer, width = whole_number(config, "layer_idx", _CONFIG), whole_number(config, "hidden_size", _CONFIG)
     if width != asked.hidden_size:
@@ -39,6 +32,7 @@ def read_hallucination_probe(source: ProbeSource, asked: ImportOptions) -> Impor
         )
     stated = arguments.tap(Tap("resid_post", layer), f"{_CONFIG}: layer_idx", asked.num_hidden_layers)
     head = source.member(_HEAD).tensors
+    nothing_more(head, ("weight", "bias"), _HEAD, "a linear head")
     weight, bias = taken(head, "weight", _HEAD, 1, width), taken(head, "bias", _HEAD, 1)
     return Imported(
         linear(weight, bias, unit=ScoreUnit.LOGIT),

@@ -29,13 +29,13 @@ NONLINEAR = (
 
 @dataclass(frozen=True)
 class ImportOptions:
-    """Options of an import: facts about a probe that its file may leave out, given by the importer.
+    """Options of an import of another library's probe: facts about the probe that its file may leave out, given by the user.
 
     Attributes:
         hidden_size: width of the model's activations.
         num_hidden_layers: number of blocks of the model.
         layer_norms: whether the model's norms subtract the mean of each activation; root mean square norms do not.
-        taps: taps that the probe reads, in order; empty = not given.
+        taps: taps (places in the model) that the probe reads, in order; empty = not given.
         reduction: how token scores become one score of a rollout, or how the author's probe pools; ``None`` = not given.
         unit: unit of the scores; ``None`` = not given.
         labels: names of the score columns; empty = not given.
@@ -58,7 +58,8 @@ class ImportOptions:
     trust_pickle: bool = False
 
     def taps_for(self, width: int, remedy: str = "") -> tuple[Tap, ...]:
-        """Returns the taps that the importer gave, after checking their number against the width of the probe's weights.
+        """Returns the taps (places in the model where the probe reads activations) that the user named, after a check that they are as many
+        as the width of the probe's weights needs.
 
         Raises:
             ValueError: no taps were given, or not as many as the weights need.
@@ -82,7 +83,8 @@ class ImportOptions:
         return self.taps
 
     def tap_or(self, stated: Sequence[Tap], where: str) -> tuple[Tap, ...]:
-        """Returns the taps that a file states; the importer may give no taps or the same ones.
+        """Returns the taps (places in the model where the probe reads activations) that a probe's file states, after a check that the user
+        named no others.
 
         Raises:
             ValueError: the importer gave other taps.
@@ -95,7 +97,8 @@ class ImportOptions:
         return tuple(stated)
 
     def entry_of(self, layers: Sequence[int], what: str) -> tuple[int, Tap]:
-        """Chooses one of a file's probes for entries of ``hidden_states``, and returns its index in ``layers`` and its tap.
+        """Chooses one probe of a file that holds a probe for each of several entries of Hugging Face's ``hidden_states``. Returns the
+        probe's index in ``layers``, and the tap (place in the model) that it reads.
 
         Raises:
             ValueError: no entry was asked for although the file has several probes, or the file has no probe for the entry.
@@ -118,7 +121,7 @@ class Imported:
 
     Attributes:
         function: the probe's formula in numpy and its ONNX graph.
-        taps: taps that the probe reads, in order.
+        taps: taps (places in the model) that the probe reads, in order.
         method: description of the kind of probe, for people.
         labels: names of the score columns.
         context: which tokens a score depends on.
@@ -189,7 +192,7 @@ def formula(score: Callable[[GraphInputs], Array], module: torch.nn.Module, *, u
 
 
 def side_by_side(inputs: GraphInputs) -> Array:
-    """Returns the activations at all taps side by side, ``(N, taps × hidden_size)`` float64."""
+    """Returns the activations at all taps (places in the model) side by side, ``(N, taps × hidden_size)`` float64."""
     taps = [array for name, array in inputs.items() if name not in (CU_SEQLENS, POSITIONS)]
     return np.concatenate(taps, axis=1).astype(np.float64)
 

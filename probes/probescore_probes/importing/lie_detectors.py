@@ -18,8 +18,16 @@ import torch
 from probescore.types import ScoreUnit, Tap
 from probescore_probes import arguments
 from probescore_probes.importing.imported import NONLINEAR, Array, Imported, ImportOptions, formula, linear, named, side_by_side
-from probescore_probes.importing.source import ProbeSource, taken, tensors
+from probescore_probes.importing.source import ProbeSource, nothing_more, number_in, taken, tensors
 from probescore_probes.importing.standardised import check_std
+
+_SCALED = ("dataset_mean", "dataset_std", "threshold")
+_PARTS = {
+    "direction": ("direction", "threshold"),
+    "linear": ("linear.weight", "linear.bias", *_SCALED),
+    "net": ("net.0.weight", "net.0.bias", "net.2.weight", "net.2.bias", *_SCALED),
+}
+_WHAT = "a direction, a logistic regression or a perceptron with one hidden layer"
 
 
 def is_lie_detector(source: ProbeSource) -> bool:
@@ -33,7 +41,8 @@ def read_lie_detector(source: ProbeSource, asked: ImportOptions) -> Imported:
     """Reads a probe of lie_detectors: a difference of means, a logistic regression, or a perceptron with one hidden layer.
 
     Raises:
-        ValueError: no tap was given, since the file does not say how layers are counted; or the weights have another shape.
+        ValueError: no tap (place in the model) was given, since the file does not say how layers are counted; or the weights have another
+            shape.
     """
     content: Mapping[str, Any] = source.content
     if not isinstance(content, Mapping) or not isinstance(content.get("state_dict"), Mapping):
@@ -43,13 +52,15 @@ def read_lie_detector(source: ProbeSource, asked: ImportOptions) -> Imported:
     layer = hyperparams.get("layer") if isinstance(hyperparams, Mapping) else None
     notes = []
     if "threshold" in found:
-        notes.append(f"Its author's threshold of {float(found['threshold'].ravel()[0]):.6g} is not taken over: calibrate it here")
+        notes.append(f"Its author's threshold of {number_in(found, 'threshold', source.name, 0):.6g} is not taken over: calibrate it here")
     if source.stand_ins:
         notes.append(f"Read with stand-ins for {', '.join(source.stand_ins)}, which hold no weights")
     width = _width(found, source.name)
     taps = asked.taps_for(width, _which_layer(layer, asked))
     if isinstance(layer, int):
         notes.append(f"Its author's layer is {layer}, read here at {', '.join(map(str, taps))}")
+    kind = "direction" if "direction" in found else "linear" if "linear.weight" in found else "net"
+    nothing_more(found, _PARTS[kind], source.name, _WHAT)
     if "direction" in found:
         function, method = linear(found["direction"][None], np.zeros(1), unit=ScoreUnit.VALUE), "difference of means"
     else:

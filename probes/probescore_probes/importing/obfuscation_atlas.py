@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from probescore.types import ScoreUnit
@@ -26,13 +27,14 @@ from probescore_probes.importing.atlas_kinds import WEIGHTS, Kind, Weights, kind
 from probescore_probes.importing.imported import Array, Imported, ImportOptions, each_sequence, formula, named, side_by_side
 from probescore_probes.importing.places import hidden_state
 from probescore_probes.importing.sequences import members, seen, sequence_of, softmax
-from probescore_probes.importing.source import ProbeSource
+from probescore_probes.importing.source import ProbeSource, number_in, one_of, settings_in
 from probescore_server.probes.format.manifest import Context
 
 _CONFIG = "config.json"
 _L2_EPS, _WINDOW_EPS = 1e-8, 1e-8
 _PER_TOKEN = ("mean", "max", "sum", "last")
 _POOLING = ("multimax", "attention", "rolling_attention")
+_NORMALISATIONS = ("none", "l2", "unit_norm")
 _AGGREGATORS = "mean, max, sum, last, multimax, attention or rolling_attention(10)"
 
 
@@ -50,7 +52,9 @@ class _Pooled(nn.Module):
         self.a, self.b = platt
 
     def forward(self, *given: Tensor) -> Tensor:
-        """Computes logits: ``(N, 1)`` for tokens, or ``(S, 1)`` for sequences if the aggregator pools each head separately."""
+        """Computes an Atlas probe's logits from activations: ``(N, 1)`` for N tokens, or ``(S, 1)`` for S sequences if the aggregator pools
+        each head by itself.
+        """
         x = given[0]
         if self.normalise == "l2":
             x = _over(x, (x * x).sum(-1, keepdim=True).sqrt(), _L2_EPS)
@@ -93,12 +97,13 @@ def read_obfuscation_atlas(source: ProbeSource, asked: ImportOptions) -> Importe
             shapes.
     """
     config = source.config(_CONFIG)
-    init = config.get("init_args") or {}
+    init = settings_in(config, "init_args", _CONFIG)
     aggregator, window = _aggregator(asked)
-    every = source.member(WEIGHTS).tensors
+    weights = source.member(WEIGHTS)
+    every = weights.tensors
     wrapped = {name.removeprefix("probe."): array for name, array in every.items() if name.startswith("probe.")}
     found = wrapped or every
-    kind = kind_of(str(config.get("class_name")), found, init, asked)
+    kind = kind_of(str(config.get("class_name")), found, _mask(weights), init, asked)
     a, b = _platt(every, aggregator)
     normalise = _normalisation(init, found)
     pools = aggregator in _POOLING
@@ -131,6 +136,19 @@ def read_obfuscation_atlas(source: ProbeSource, asked: ImportOptions) -> Importe
     )
 
 
+def _mask(weights: ProbeSource) -> NDArray[np.bool_] | None:
+    """Returns the last row of the attention mask that is saved with the weights; ``None`` if no mask is saved.
+
+    A mask of booleans is large and is not among the tensors that are read as numbers.
+    """
+    masks = [value for name, value in weights.content.items() if str(name).removeprefix("probe.") == "base_mask" and value is not None]
+    if not masks:
+        return None
+    if not isinstance(masks[0], torch.Tensor) or masks[0].ndim != 2 or not masks[0].numel():
+        raise ValueError(f"{WEIGHTS}: base_mask: {arguments.kind_of(masks[0])}; expected booleans (max_length, max_length)")
+    return np.asarray(masks[0][-1].bool())
+
+
 def _context(kind: Kind, pools: bool, asked: ImportOptions) -> Context:
     if pools:
         return Context(kind="rollout", sees_prompt=asked.sees_prompt)
@@ -139,10 +157,11 @@ def _context(kind: Kind, pools: bool, asked: ImportOptions) -> Context:
 
 def _normalisation(init: Mapping[str, Any], found: Weights) -> tuple[str, float]:
     """Returns how an Atlas probe normalises activations, and the number by which ``unit_norm`` divides them."""
-    normalise = init.get("normalize_input", "none")
-    if normalise not in ("none", "l2", "unit_norm"):
-        raise ValueError(f"{_CONFIG}: normalize_input: {arguments.shown(normalise)}; only none, l2 and unit_norm are known")
-    return str(normalise), float(found.get("input_scale", np.array(1.0)).ravel()[0])
+    normalise = one_of(init, "normalize_input", f"{_CONFIG}: init_args", _NORMALISATIONS, "none")
+    scale = number_in(found, "input_scale", WEIGHTS, 1.0)
+    if normalise == "unit_norm" and scale <= 0:
+        raise ValueError(f"{WEIGHTS}: input_scale: {scale:g}; activations are divided by it: it should be above 0")
+    return normalise, scale
 
 
 def _normalised(x: Array, normalise: tuple[str, float]) -> Array:
@@ -173,8 +192,10 @@ def _aggregator(asked: ImportOptions) -> tuple[str, int]:
 
 
 def _platt(found: Weights, aggregator: str) -> tuple[float, float]:
-    """Returns ``a`` and ``b`` of Platt scaling ``a · logit + b``, which must give the same result before the aggregator as after."""
-    a, b = (float(found.get(name, np.array(default)).ravel()[0]) for name, default in (("platt_A", 1.0), ("platt_B", 0.0)))
+    """Returns the numbers ``a`` and ``b`` of an Atlas probe's Platt scaling ``a · logit + b``, after a check that scaling token scores
+    gives the same as scaling the aggregated score.
+    """
+    a, b = number_in(found, "platt_A", WEIGHTS, 1.0), number_in(found, "platt_B", WEIGHTS, 0.0)
     if aggregator == "sum" and b:
         raise ValueError(f"platt_B: {b:g} is added once to a sum over tokens; a sum can be imported only where it is 0")
     if aggregator == "max" and a <= 0:
@@ -183,7 +204,9 @@ def _platt(found: Weights, aggregator: str) -> tuple[float, float]:
 
 
 def _aggregated(query: Array, value: Array, aggregator: str, window: int) -> Array:
-    """Applies the aggregator to the scores of one sequence by head, and returns one logit ``(1, 1)``."""
+    """Applies an Atlas probe's aggregator to the scores that each head gives the tokens of one sequence, and returns one logit
+    ``(1, 1)``.
+    """
     if aggregator == "multimax":
         return np.asarray(value.max(0).sum(keepdims=True)[None])
     share = softmax(query, 0)

@@ -40,7 +40,7 @@ OTHER_ACTIVATIONS = (
     "TransformerLens folds norms into weights, centres what writes to the stream and prepends BOS unless told otherwise: activations of a "
     "model loaded so are others than those served here; compare scores with the author's"
 )
-"""Note for the manifest of a probe whose tap was given by a name of TransformerLens."""
+"""Note for the manifest of a probe whose tap (place in the model) was given by a name of TransformerLens."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,8 @@ class Place:
 
 
 def read_place(written: str | Tap, argument: str, num_hidden_layers: int) -> Place:
-    """Returns the tap that a name stands for; the name may be one of probescore's or one of another library's.
+    """Returns the tap (place in the model where a probe reads activations) that a name stands for; the name may be probescore's own or
+    another library's.
 
     Args:
         written: the name: ``"resid_post.6"``, or a name in another library's style such as ``"hidden_states[7]"``.
@@ -107,7 +108,8 @@ def read_place(written: str | Tap, argument: str, num_hidden_layers: int) -> Pla
 
 
 def hidden_state(index: int, argument: str, num_hidden_layers: int) -> Tap:
-    """Returns the tap of an entry of Hugging Face's ``hidden_states``, which has one entry more than the model has blocks.
+    """Returns the tap (place in the model) whose activations are an entry of Hugging Face's ``hidden_states``, which has one entry more
+    than the model has blocks.
 
     Entry 0 is the input of block 0, and entry k the output of block k - 1, except for the last: it is the output of the final norm.
 
@@ -131,7 +133,9 @@ def hidden_state(index: int, argument: str, num_hidden_layers: int) -> Tap:
 
 
 def hidden_state_of(tap: Tap, num_hidden_layers: int) -> int | None:
-    """Returns the index of the entry of Hugging Face's ``hidden_states`` that equals a tap's activations; ``None`` if no entry does."""
+    """Returns the index of the entry of Hugging Face's ``hidden_states`` that holds the activations at a tap (place in the model); ``None``
+    if no entry does.
+    """
     for entry in range(num_hidden_layers + 1):
         found = hidden_state(entry, "tap", num_hidden_layers)
         if found == tap or (tap.hook == "resid_pre" and tap.layer and found == Tap("resid_post", tap.layer - 1)):

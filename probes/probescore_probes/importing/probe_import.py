@@ -28,6 +28,7 @@ from probescore_server.probes.format.probe_file import ProbeFile
 NOT_COMPARED = "Nobody has compared it with its author's scores"
 """Note in the manifest of a probe that was imported without its author's scores."""
 
+_ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 _GOLDEN_ROLLOUTS = 4
 _FEWEST_IDS = 6
 _TEXTS = (
@@ -135,6 +136,7 @@ def import_probe(
     )
     author_scores = arguments.sequence(author_scores, "author_scores", "scores", "[AuthorScores(prompt_ids, completion_ids, score=0.5)]")
     source = ProbeSource(file)
+    _check_no_adapter(source)
     known = format_of(source, format)
     found = _with_what_was_said(known.read(source, asked), asked, [note for place in places for note in place.notes], reference)
     rollouts = _golden(golden, author_scores, reference, found)
@@ -168,8 +170,19 @@ def import_probe(
     return ImportedProbe(probe, known.name, notes, bool(len(author_scores)))
 
 
+def _check_no_adapter(source: ProbeSource) -> None:
+    """Refuses a probe with an adapter beside it, whatever its format: on the model without its adapter the scores would be others."""
+    if adapter := source.beside(*_ADAPTERS):
+        raise ValueError(
+            f"{adapter[0]}: an adapter of this probe's own, which changes the model; not served yet: only probes that read the frozen "
+            "model as it is can be imported. If the adapter is not the probe's, copy the probe into a folder of its own"
+        )
+
+
 def _with_what_was_said(found: Imported, asked: ImportOptions, notes: Sequence[str], reference: ReferenceModel) -> Imported:
-    """Completes a probe with its reduction, and with notes on facts that neither the file nor the importer gave."""
+    """Completes a probe that was read from another library's file with a reduction of token scores, and with notes on facts that neither
+    the file nor the user gave.
+    """
     said = [*found.notes, *notes]
     reduction, expects_bos = found.reduction, found.expects_bos
     if found.context.kind != "rollout":
@@ -183,7 +196,9 @@ def _with_what_was_said(found: Imported, asked: ImportOptions, notes: Sequence[s
 
 
 def _golden(golden: Any, author_scores: Sequence[AuthorScores], reference: ReferenceModel, found: Imported) -> list[Rollout]:  # noqa: ANN401
-    """Returns the rollouts for golden vectors: those given for them, else those with author's scores, else built-in texts."""
+    """Returns the rollouts on which a probe's golden vectors (scores that a server must reproduce) are computed: those that the user gave,
+    else those with the author's scores, else built-in texts.
+    """
     bos = reference.tokenizer.bos_token_id
     if len(golden):
         rollouts, argument = given.read_golden(golden, reference), "golden"
@@ -215,7 +230,9 @@ def _texts(reference: ReferenceModel, bos: int | None) -> list[Rollout]:
 
 
 def _check_fires(scorer: GoldenScorer, rollouts: Sequence[Rollout], labels: Sequence[str]) -> None:
-    """Refuses golden rollouts on which a score column does not vary, as a sparse feature's does on most texts: they verify nothing."""
+    """Refuses rollouts for golden vectors (scores that a server must reproduce) on which a score column does not vary, as a sparse
+    feature's does on most texts: equal scores would verify nothing.
+    """
     rows = [scorer.scores_at(prompt, completion, [(scorer.inputs, 0)])[0] for prompt, completion in rollouts]
     if any(row is None for row in rows):
         return  # writing says what is wrong with the code's scores

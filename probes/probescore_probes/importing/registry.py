@@ -1,4 +1,4 @@
-"""Lists the formats of probes that can be imported, in the order in which they are tried on a file."""
+"""Lists the formats of other libraries' probes that can be imported, in the order in which they are tried on a file."""
 
 from __future__ import annotations
 
@@ -53,7 +53,8 @@ FORMATS = (
 
 
 def format_of(source: ProbeSource, name: str | None) -> Format:
-    """Returns the format of a file: the format that was asked for by name, or the one that the file's content shows.
+    """Returns the format in which another library saved a probe's file: the format that the user named, or the one that the file's content
+    shows.
 
     Raises:
         ValueError: there is no format of this name, or no format recognises the file.

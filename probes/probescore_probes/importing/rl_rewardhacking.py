@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
+import torch
 
 from probescore.types import ScoreUnit
 from probescore_probes import arguments
@@ -44,7 +45,7 @@ def read_rl_rewardhacking(source: ProbeSource, asked: ImportOptions) -> Imported
 def _mass_mean(source: ProbeSource, asked: ImportOptions) -> Imported:
     content = source.content
     directions = tensors({"direction": content.get("direction")}, source.name)["direction"]
-    layers = [int(layer) for layer in np.asarray(content.get("layers")).ravel()]
+    layers = _layers(content.get("layers"), source.name)
     if directions.shape != (len(layers), asked.hidden_size):
         raise ValueError(
             f"{source.name}: direction: shape {directions.shape} for {len(layers)} layers and the model's hidden size "
@@ -59,6 +60,13 @@ def _mass_mean(source: ProbeSource, asked: ImportOptions) -> Imported:
         reduction="mean",
         notes=_thresholds(source),
     )
+
+
+def _layers(content: object, where: str) -> list[int]:
+    layers = content.tolist() if isinstance(content, torch.Tensor | np.ndarray) else content
+    if not isinstance(layers, list | tuple | range) or not all(isinstance(layer, int) and layer >= 0 for layer in layers):
+        raise ValueError(f"{where}: layers: {arguments.shown(layers)}; it should list entries of hidden_states")
+    return list(layers)
 
 
 def _logistic(source: ProbeSource, asked: ImportOptions) -> Imported:
@@ -81,7 +89,7 @@ def _thresholds(source: ProbeSource) -> tuple[str, ...]:
     path = source.folder / _STATISTICS
     try:
         statistics = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return ()
     named_thresholds = [name for name in _keys(statistics) if name.endswith("threshold")]
     return (f"Its author's thresholds ({_STATISTICS}: {', '.join(named_thresholds[:4])}) are not taken over: calibrate it here",) * bool(

@@ -3,7 +3,8 @@
     before = (norm(x) - b_dec if apply_b_dec_to_input) · W_enc + b_enc
     standard   relu(before)            jumprelu   relu(before) where before > threshold            topk   relu of the k largest
 
-A configuration is interpreted as SAELens does. A setting that needs more than the file, or activations that no tap has, is refused by name.
+A configuration is interpreted as SAELens does. A setting that needs more than the file, or activations that no tap (place in the model)
+has, is refused by name.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ from probescore_probes import arguments
 from probescore_probes.exporting import torch_probe
 from probescore_probes.importing.imported import Array, Imported, ImportOptions, named
 from probescore_probes.importing.places import read_place
-from probescore_probes.importing.source import ProbeSource, taken, whole_number
+from probescore_probes.importing.source import ProbeSource, flag_in, nothing_more, settings_in, taken, whole_number
 
 _CONFIG, _WEIGHTS = "cfg.json", "sae_weights.safetensors"
 _ARCHITECTURES = ("standard", "jumprelu", "topk")
+_PARTS = ("W_enc", "b_enc", "W_dec", "b_dec", "scaling_factor")  # the last one changes only what is decoded
 _LAYER_NORM_EPS = 1e-5
 _MAY_BE_PLAIN = ("none", "layer_norm", "constant_norm_rescale")
 _NOT_FOLDED = {
@@ -59,7 +61,7 @@ class Features(nn.Module):
         self.register_buffer("features", torch.tensor(features))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Computes the features ``(N, features)`` of activations ``(N, d_in)``."""
+        """Computes the chosen features of a sparse autoencoder, ``(N, features)``, from activations ``(N, d_in)``."""
         if self.centre:
             x = x - x.mean(-1, keepdim=True)
         if self.normalise == "layer_norm":
@@ -100,9 +102,10 @@ def read_sae(source: ProbeSource, asked: ImportOptions) -> Imported:
     features = _features(asked, d_sae)
     centre, notes = _centred(config, asked)
     found = source.member(_WEIGHTS).tensors
-    top = whole_number(config, "k", _CONFIG) if architecture == "topk" else None
+    nothing_more(found, (*_PARTS, *(["threshold"] if architecture == "jumprelu" else [])), _WEIGHTS, f"a {architecture} autoencoder")
+    top = _top(config, d_sae) if architecture == "topk" else None
     w_enc, b_enc = taken(found, "W_enc", _WEIGHTS, d_in, d_sae), taken(found, "b_enc", _WEIGHTS, d_sae)
-    if config.get("rescale_acts_by_decoder_norm"):
+    if flag_in(config, "rescale_acts_by_decoder_norm", _CONFIG, False):
         norms = np.linalg.norm(taken(found, "W_dec", _WEIGHTS, d_sae, d_in), axis=-1)
         w_enc, b_enc = w_enc * norms, b_enc * norms
     module = Features(
@@ -131,20 +134,20 @@ def read_sae(source: ProbeSource, asked: ImportOptions) -> Imported:
 
 def _settings(config: dict[str, Any]) -> dict[str, Any]:
     """Returns a SAELens configuration as one mapping with the names of version 6, filled with the defaults of the version that wrote it."""
-    metadata = config.get("metadata") or {}
-    if not isinstance(metadata, dict):
-        raise ValueError(f"{_CONFIG}: metadata: {arguments.kind_of(metadata)}; it should be an object")
+    metadata = settings_in(config, "metadata", _CONFIG)
     before_6 = "metadata" not in config
     renamed = {"hook_point": "hook_name", "hook_point_head_index": "hook_head_index", "activation_fn_str": "activation_fn"}
     settings = {renamed.get(key, key): value for key, value in config.items()}
     settings = {key: value for key, value in metadata.items() if value is not None} | settings
     if settings.get("activation_fn") == "topk" and before_6:
-        settings |= {"architecture": "topk", "k": (settings.get("activation_fn_kwargs") or {}).get("k")}
+        settings |= {"architecture": "topk", "k": settings_in(settings, "activation_fn_kwargs", _CONFIG).get("k")}
     normalise = settings.get("normalize_activations") or "none"
     settings["normalize_activations"] = "expected_average_only_in" if normalise is True else normalise
-    settings["apply_b_dec_to_input"] = bool(settings.get("apply_b_dec_to_input", True))
-    prepends = settings.get("prepend_bos", True if before_6 else None)
-    settings["prepend_bos"] = None if prepends is None else bool(prepends)
+    settings["apply_b_dec_to_input"] = flag_in(settings, "apply_b_dec_to_input", _CONFIG, True)
+    if before_6 or settings.get("prepend_bos") is not None:
+        settings["prepend_bos"] = flag_in(settings, "prepend_bos", _CONFIG, True)
+    else:
+        settings["prepend_bos"] = None
     return settings
 
 
@@ -174,10 +177,18 @@ def _check_plain(config: dict[str, Any]) -> None:
         raise ValueError(f"{_CONFIG}: hook_head_index: {config['hook_head_index']}: reads one head, where no tap is")
     normalise = config["normalize_activations"]
     if normalise not in _MAY_BE_PLAIN:
-        remedy = _NOT_FOLDED.get(normalise, f"only {', '.join(_MAY_BE_PLAIN)} can be imported")
+        remedy = _NOT_FOLDED.get(str(normalise), f"only {', '.join(_MAY_BE_PLAIN)} can be imported")
         raise ValueError(f"{_CONFIG}: normalize_activations: {arguments.shown(normalise)}; {remedy}")
     if config.get("activation_fn", "relu") not in ("relu", "topk"):
         raise ValueError(f"{_CONFIG}: activation_fn: {arguments.shown(config['activation_fn'])}; only relu and topk can be imported")
+
+
+def _top(config: dict[str, Any], d_sae: int) -> int:
+    """Returns how many features of each token a top-k sparse autoencoder keeps."""
+    top = whole_number(config, "k", _CONFIG)
+    if not 0 < top <= d_sae:
+        raise ValueError(f"{_CONFIG}: k: {top}; it should be 1 to {d_sae}, the number of features")
+    return top
 
 
 def _features(asked: ImportOptions, d_sae: int) -> list[int]:

@@ -41,7 +41,9 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor
 
 
 def causal(length: int, window: int | None) -> NDArray[np.bool_]:
-    """Returns the causal mask of one sequence, ``(T, T)`` bool, limited to a window as in ``seen``."""
+    """Returns which tokens of one sequence each token attends to, ``(T, T)`` bool: the last ``window`` tokens up to itself, or all of them
+    if there is no window.
+    """
     back = np.arange(length)[:, None] - np.arange(length)[None]
     return np.asarray(back >= 0 if window is None else (back >= 0) & (back < window))
 
@@ -55,7 +57,7 @@ def attended(query: Array, key: Array, value: Array, mask: NDArray[np.bool_]) ->
 
 
 def softmax(logits: Array, axis: int = -1) -> Array:
-    """Computes the softmax along an axis on which at least one number is finite."""
+    """Computes the softmax of an array along an axis on which at least one number is finite."""
     powers = np.exp(logits - logits.max(axis, keepdims=True))
     shares: Array = powers / powers.sum(axis, keepdims=True)
     return shares

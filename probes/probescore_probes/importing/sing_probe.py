@@ -21,13 +21,18 @@ from probescore.types import ScoreUnit, Tap
 from probescore_probes import arguments
 from probescore_probes.importing.imported import Array, Imported, ImportOptions, each_sequence, formula, named
 from probescore_probes.importing.sequences import attended, attention, causal, seen
-from probescore_probes.importing.source import ProbeSource, taken, whole_number
+from probescore_probes.importing.source import ProbeSource, nothing_more, one_of, taken, whole_number
 from probescore_server.probes.format.graph import CU_SEQLENS, GraphInputs
 from probescore_server.probes.format.manifest import Context
 
 _CONFIG = "config.json"
 _EPS = 1e-6
 _KINDS = ("sing_probe_mlp", "sing_probe_attn")
+_MLP = ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")
+_ATTENTION = (
+    *("proj_q.weight", "proj_k.weight", "proj_v.weight", "o_proj.weight"),
+    *("norm.weight", "classifier.weight", "classifier.bias"),
+)
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": nn.functional.gelu, "relu": nn.functional.relu}
 
 
@@ -45,7 +50,7 @@ class SingMlp(nn.Module):
         self.activation = _ACTIVATIONS[activation]
 
     def forward(self, *taps: Tensor) -> Tensor:
-        """Computes logits ``(N, labels)`` from the activations of ``N`` tokens."""
+        """Computes a SingProbe head's logits ``(N, labels)`` from the activations of ``N`` tokens."""
         hidden: Tensor = self.activation(_normalised(taps) @ self.fc1_weight.T + self.fc1_bias)
         return hidden @ self.fc2_weight.T + self.fc2_bias
 
@@ -67,7 +72,7 @@ class SingAttention(nn.Module):
         self.heads, self.window = heads, window
 
     def forward(self, *given: Tensor) -> Tensor:
-        """Computes logits ``(N, labels)`` from the activations of ``N`` tokens."""
+        """Computes a SingProbe head's logits ``(N, labels)`` from the activations of ``N`` tokens."""
         *taps, cu_seqlens = given
         x = _normalised(taps)
         query = x @ self.proj_q_weight.T
@@ -90,18 +95,23 @@ def read_sing_probe(source: ProbeSource, asked: ImportOptions) -> Imported:
         ValueError: the kind is another, labels are missing, the model lacks one of the layers, or the weights have other shapes.
     """
     config = source.config(_CONFIG)
-    kind = config.get("model_type")
+    kind = str(config.get("model_type")).lower()
     if kind not in _KINDS:
         why = "holds no weights: it only names the layers of another" if kind == "sing_probe_identity" else "is not known"
         raise ValueError(f"{_CONFIG}: model_type: {arguments.shown(kind)} {why}; give {' or '.join(_KINDS)}")
     taps = _taps(config, asked)
-    labels = _labels(config)
+    count, stated = _labels(config)
     found: dict[str, Array] = {}
     for file in sorted(source.folder.glob("*.safetensors")):
         found |= ProbeSource(file).tensors
+    if "proj_qkv.weight" in found:
+        found |= _apart(taken(found, "proj_qkv.weight", "weights", None, None), config)
+        del found["proj_qkv.weight"]
     width = asked.hidden_size * len(taps)
-    read = _read_mlp if kind == "sing_probe_mlp" else _read_attention
-    function, context = read(config, found, width, len(labels))
+    read, names = (_read_mlp, _MLP) if kind == "sing_probe_mlp" else (_read_attention, _ATTENTION)
+    nothing_more(found, names, "weights", kind)
+    function, context = read(config, found, width, count)
+    labels = stated or [f"label_{index}" for index in range(count)]
     return Imported(
         function,
         asked.tap_or(taps, _CONFIG),
@@ -120,23 +130,21 @@ def _taps(config: dict[str, Any], asked: ImportOptions) -> list[Tap]:
     width = whole_number(config, "hidden_size", _CONFIG)
     if width != asked.hidden_size:
         raise ValueError(f"{_CONFIG}: hidden_size: {width}; the model's is {asked.hidden_size}: give the model that it was trained on")
-    return [arguments.tap(Tap("resid_pre", layer), f"{_CONFIG}: base_model_layer_ids", asked.num_hidden_layers) for layer in layers]
+    each = [whole_number({f"{index}": layer}, f"{index}", f"{_CONFIG}: base_model_layer_ids") for index, layer in enumerate(layers)]
+    return [arguments.tap(Tap("resid_pre", layer), f"{_CONFIG}: base_model_layer_ids", asked.num_hidden_layers) for layer in each]
 
 
-def _labels(config: dict[str, Any]) -> list[str]:
+def _labels(config: dict[str, Any]) -> tuple[int, list[str]]:
+    """Returns the number of labels that a SingProbe configuration states, and their names; the list of names is empty if it states none."""
     if isinstance(labels := config.get("labels"), list) and labels:
-        return [str(label) for label in labels]
+        return len(labels), [str(label) for label in labels]
     if config.get("num_labels") is None:
         raise ValueError(f"{_CONFIG}: neither labels nor num_labels; one says how many scores it gives")
-    return [f"label_{index}" for index in range(whole_number(config, "num_labels", _CONFIG))]
+    return whole_number(config, "num_labels", _CONFIG), []
 
 
 def _read_mlp(config: dict[str, Any], found: dict[str, Array], width: int, labels: int) -> tuple[Any, Context]:
-    activation = config.get("hidden_act", "gelu")
-    if activation not in _ACTIVATIONS:
-        raise ValueError(
-            f"{_CONFIG}: hidden_act: {arguments.shown(activation)}; only {' and '.join(_ACTIVATIONS)} are served by its engines"
-        )
+    activation = one_of(config, "hidden_act", _CONFIG, tuple(_ACTIVATIONS), "gelu")
     first = taken(found, "fc1.weight", "weights", None, width)
     weights = {
         "fc1.weight": first,
@@ -152,6 +160,15 @@ def _read_mlp(config: dict[str, Any], found: dict[str, Array], width: int, label
         return logits
 
     return formula(score, SingMlp(weights, activation), unit=ScoreUnit.LOGIT, width=width, columns=labels), Context()
+
+
+def _apart(projection: Array, config: dict[str, Any]) -> dict[str, Array]:
+    """Splits the weight of one projection, in which vLLM keeps three, into the weights that compute queries, keys and values."""
+    size = whole_number({"head_dim": 64} | config, "head_dim", _CONFIG)
+    if not 0 < 2 * size < len(projection):
+        raise ValueError(f"{_CONFIG}: head_dim: {size}; proj_qkv has {len(projection)} rows, two heads and more: they do not fit")
+    query, key, value = np.split(projection, [-2 * size, -size])
+    return {"proj_q.weight": query, "proj_k.weight": key, "proj_v.weight": value}
 
 
 def _read_attention(config: dict[str, Any], found: dict[str, Array], width: int, labels: int) -> tuple[Any, Context]:

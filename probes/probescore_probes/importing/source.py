@@ -1,13 +1,13 @@
 """Reads files of other libraries into arrays, without running any code in the files.
 
-Pickles that need code are opened elsewhere, in ``pickles``, and only if the importer trusts them.
+Pickles that need code are opened elsewhere, in ``pickles``, and only if the user trusts them.
 """
 
 from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +22,8 @@ from probescore_probes import arguments
 Kind = Literal["folder", "torch", "safetensors", "npy", "npz", "onnx", "skops", "pickle", "other"]
 
 _LEGACY_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
-_COMPRESSED = (b"x\x9c", b"x\x01", b"x\xda", b"\x1f\x8b", b"BZh", b"\xfd7zXZ")
+_LARGE_ARCHIVE = 2**30
+_MOST_COMPRESSED = 20
 _PICKLES = (".pkl", ".pickle", ".joblib", ".dill", ".lgprobe")
 
 
@@ -48,19 +49,19 @@ class ProbeSource:
 
     @property
     def name(self) -> str:
-        """Returns the name of the file or folder, for messages."""
+        """Returns the name of the file or folder that another library wrote, for messages."""
         return self.path.name or str(self.path)
 
     def holds(self, *names: str) -> bool:
-        """Returns whether the given file names all exist in the folder, provided that the source is the folder or one of the files."""
+        """Returns whether the given file names all exist in the source's folder, and the source is that folder or one of these files."""
         return (self.kind == "folder" or self.path.name in names) and all((self.folder / name).is_file() for name in names)
 
     def beside(self, *names: str) -> list[str]:
-        """Returns those of the given file names that exist in the folder."""
+        """Returns those of the given file names that exist in the folder of a probe that another library saved."""
         return [name for name in names if (self.folder / name).is_file()]
 
     def member(self, name: str) -> ProbeSource:
-        """Opens a file of the folder, given by its name, as a source."""
+        """Opens a file, given by its name, in the folder of a probe that another library saved."""
         return ProbeSource(self.folder / name)
 
     def config(self, name: str) -> dict[str, Any]:
@@ -71,7 +72,7 @@ class ProbeSource:
         """
         try:
             content = json.loads((self.folder / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ValueError(
                 f"{name}: cannot be read as JSON ({type(error).__name__}); copy it again from where the probe was saved"
             ) from None
@@ -139,7 +140,10 @@ def tensors(content: object, where: str) -> dict[str, NDArray[np.float64]]:
     for name, value in (content if isinstance(content, Mapping) else {"": content}).items():
         if isinstance(value, (torch.Tensor, np.ndarray)) and value.dtype not in (torch.bool, np.dtype(bool)):
             argument = f"{where}: {name}" if name else where
-            found[str(name)] = arguments.numbers(value, argument, "finite numbers") if _count(value) else np.zeros(tuple(value.shape))
+            try:
+                found[str(name)] = arguments.numbers(value, argument, "finite numbers") if _count(value) else np.zeros(tuple(value.shape))
+            except TypeError as error:  # of complex numbers, or of text
+                raise ValueError(str(error)) from None
     if not found:
         raise ValueError(f"{where}: {arguments.kind_of(content)} without tensors; give a file with the probe's weights")
     return found
@@ -166,7 +170,80 @@ def taken(found: Mapping[str, NDArray[np.float64]], name: str, where: str, *shap
     return array
 
 
-def whole_number(config: dict[str, object], key: str, where: str) -> int:
+def nothing_more(found: Iterable[str], known: Iterable[str], where: str, what: str) -> None:
+    """Checks that a file has no tensors beside those that a formula uses, since with more parts its author's formula is another one.
+
+    Args:
+        found: names of the file's tensors.
+        known: names of the tensors that the formula uses, or that do not change the scores.
+        where: name of the file, for messages.
+        what: name of the kind of probe, for messages.
+
+    Raises:
+        ValueError: there are other tensors.
+    """
+    if others := sorted({*found} - {*known}):
+        raise ValueError(
+            f"{where}: {', '.join(others[:4])}: no part of {what}, whose scores would be others with it; give the format that it is of, or "
+            "write its formula as a torch module and use torch_probe"
+        )
+
+
+def number_in(found: Mapping[str, NDArray[np.float64]], name: str, where: str, default: float) -> float:
+    """Returns the number that the tensor of a given name holds, or the default if there is no such tensor.
+
+    Raises:
+        ValueError: the tensor holds several numbers, or none.
+    """
+    if name not in found:
+        return default
+    if found[name].size != 1:
+        raise ValueError(f"{where}: {name}: shape {found[name].shape}; expected one number: is it of another format?")
+    return float(found[name].item())
+
+
+def settings_in(config: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
+    """Returns the object that a configuration holds under a key; an empty one if the entry is missing or null.
+
+    Raises:
+        ValueError: the entry is something else.
+    """
+    value = config.get(key)
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: {key}: {arguments.shown(value)}; it should be an object")
+    return value
+
+
+def flag_in(config: Mapping[str, Any], key: str, where: str, default: bool) -> bool:
+    """Returns whether a configuration sets an entry; the default if the entry is missing or null.
+
+    Raises:
+        ValueError: the entry is neither true nor false.
+    """
+    value = config.get(key)
+    if value is None:
+        return default
+    if not isinstance(value, bool):
+        raise ValueError(f"{where}: {key}: {arguments.shown(value)}; it should be true or false")
+    return value
+
+
+def one_of(config: Mapping[str, Any], key: str, where: str, known: Sequence[str], default: str) -> str:
+    """Returns the name that a JSON configuration holds under a key, after a check that it is a known one; the default if the entry is
+    missing.
+
+    Raises:
+        ValueError: the entry is another name, or no name.
+    """
+    value = config.get(key, default)
+    if not isinstance(value, str) or value not in known:
+        raise ValueError(f"{where}: {key}: {arguments.shown(value)}; only {', '.join(known[:-1])} and {known[-1]} can be imported")
+    return value
+
+
+def whole_number(config: Mapping[str, object], key: str, where: str) -> int:
     """Returns a whole number from a configuration.
 
     Raises:
@@ -191,6 +268,8 @@ def _kind(path: Path) -> Kind:
     try:
         if path.is_dir():
             return "folder"
+        if path.exists() and not path.is_file():
+            raise ValueError(f"file: {str(path)!r} is a device, a pipe or a socket; give a probe's file or folder")
         with path.open("rb") as file:
             start = file.read(64)
     except OSError as error:
@@ -207,7 +286,7 @@ def _kind(path: Path) -> Kind:
         return "torch"
     if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size:
         return "safetensors"
-    if (start[:1] == b"\x80" and start[1:2] <= b"\x05") or (start.startswith(_COMPRESSED) and path.suffix in _PICKLES):
+    if (start[:1] == b"\x80" and start[1:2] <= b"\x05") or path.suffix in _PICKLES:  # compressed, or of an old protocol
         return "pickle"
     return "other"
 
@@ -216,8 +295,13 @@ def _kind_of_zip(path: Path) -> Kind:
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-    except zipfile.BadZipFile:
+            whole = sum(member.file_size for member in archive.infolist())
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, OverflowError):  # of a damaged directory
         return "other"
+    if whole > _LARGE_ARCHIVE and whole > _MOST_COMPRESSED * path.stat().st_size:
+        raise ValueError(
+            f"{path.name}: {path.stat().st_size:,} bytes that unpack to {whole:,}, as no weights do; save it again, without compression"
+        )
     if any(name.endswith("data.pkl") for name in names):
         return "torch"
     if "schema.json" in names:

@@ -13,7 +13,7 @@ import numpy as np
 from probescore.types import ScoreUnit
 from probescore_probes.importing.directions import rows_of, unprefixed
 from probescore_probes.importing.imported import Array, Imported, ImportOptions, linear, named
-from probescore_probes.importing.source import ProbeSource, taken
+from probescore_probes.importing.source import ProbeSource, nothing_more, taken
 
 _VLLM_LENS_SMALLEST_STD = 1e-8
 
@@ -36,7 +36,7 @@ def read_vllm_lens(source: ProbeSource, asked: ImportOptions) -> Imported:
     """Reads a vllm-lens probe, which is linear over the outputs of several blocks side by side, averaged over the tokens of a forward pass.
 
     Raises:
-        ValueError: as ``read_standardised``; also if a tap is not the output of a block.
+        ValueError: as ``read_standardised``; also if a tap (place in the model) is not the output of a block.
     """
     others = [str(tap) for tap in asked.taps if tap.hook != "resid_post"]
     if others:
@@ -69,6 +69,7 @@ def _read(source: ProbeSource, asked: ImportOptions, smallest_std: float) -> Imp
     found = unprefixed(source.tensors)
     if "weight" not in found:
         taken(found, "weight", source.name)
+    nothing_more(found, ("weight", "bias", "mean", "std"), source.name, "weight · (x - mean) / std + bias")
     weight = rows_of(found["weight"], asked, source.name)
     width = weight.shape[1]
     mean, std = (taken({name: array.ravel() for name, array in found.items()}, name, source.name, width) for name in ("mean", "std"))

@@ -63,7 +63,9 @@ class StoredRollout:
 
     @property
     def rows(self) -> int:
-        """Returns the number of rows that a pooling of one tap has for this rollout: one for the whole scope, then one for each span."""
+        """Returns the number of rows that a pooling of one tap (place in the model) has for this rollout: one for the whole scope, then one
+        for each span.
+        """
         return 1 + len(self.spans)
 
 
@@ -93,7 +95,7 @@ class ModelRead:
 
 @dataclass(frozen=True)
 class TensorPlace:
-    """The place of a tensor in a shard's file.
+    """The place of a tensor in the file of a shard, a part of the stored activations.
 
     Attributes:
         code: format of the numbers, as safetensors names it.
@@ -108,7 +110,7 @@ class TensorPlace:
 
     @property
     def row_bytes(self) -> int:
-        """Returns the number of bytes of one entry along the first axis of the tensor."""
+        """Returns the number of bytes of one row of a stored tensor, that is, of one entry along its first axis."""
         return int(np.prod(self.shape[1:], dtype=np.int64)) * self.item.itemsize
 
 
@@ -141,7 +143,7 @@ class StoreIndex:
 
     Attributes:
         model: the model whose activations are stored.
-        taps: names of taps.
+        taps: names of taps (places in the model).
         pools: poolings, of ``mean``, ``last`` and ``max``.
         tokens: whether every token's activations are stored.
         scope: tokens that were read: ``completion``, ``prompt`` or ``all``.
@@ -166,7 +168,7 @@ class StoreIndex:
 
     @cached_property
     def content(self) -> bytes:
-        """Returns the content of the index file."""
+        """Returns this index of stored activations as the content of the file ``index.json``."""
         content = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
@@ -266,7 +268,7 @@ class StoreIndex:
 
 
 def pooled_name(tap: str, pool: str) -> str:
-    """Returns the name of the tensor in a shard that holds the activations of a tap under a pooling."""
+    """Returns the name of the tensor in a shard that holds the activations of a tap (place in the model) under a pooling."""
     return f"{tap}/{pool}"
 
 

@@ -18,7 +18,7 @@ class RolloutActivations:
 
     Attributes:
         rollout: the entry of the rollout in the index.
-        finite: whether the model gave finite numbers at every tap; if not, all activations of the rollout are NaN.
+        finite: whether the model gave finite numbers at every tap (place in the model); if not, all activations of the rollout are NaN.
         token_ids: tokens in scope, ``(T,)`` int32.
         mask: which of the tokens count, ``(T,)`` bool.
     """
@@ -34,7 +34,7 @@ class RolloutActivations:
         """Returns the activations of every token in scope at a tap, ``(T, width)`` float32.
 
         Raises:
-            KeyError: activations of single tokens at this tap are not stored.
+            KeyError: activations of single tokens at this tap (place in the model) are not stored.
         """
         first = self._shard.shard.first_tokens
         return self._shard.numbers(tap, first[self._place], first[self._place + 1])
@@ -45,7 +45,7 @@ class RolloutActivations:
         A row is NaN if no token counted.
 
         Raises:
-            KeyError: this pooling or tap is not stored.
+            KeyError: this pooling or tap (place in the model) is not stored.
         """
         first = self._shard.shard.first_rows
         return self._shard.numbers(pooled_name(tap, pool), first[self._place], first[self._place + 1])
@@ -59,7 +59,8 @@ class StoredActivations:
 
     Attributes:
         index: description of the model and of the stored activations.
-        rollouts: completions, each followed by its follow-ups; row *i* of ``matrix`` belongs to rollout *i*.
+        rollouts: completions, each followed by its follow-ups (token ids appended to a completion); row *i* of ``matrix`` belongs to
+            rollout *i*.
 
     Raises:
         StoreRefused: the directory holds no activations, or some of its shards are missing or belong to another index.
@@ -89,7 +90,7 @@ class StoredActivations:
                 yield RolloutActivations(rollout, finite, ids.astype(np.int32), mask.astype(np.bool_), shard, place)
 
     def matrix(self, tap: str, pool: str, *, span: str = "") -> NDArray[np.float32]:
-        """Returns the pooled activations of every rollout at a tap as one matrix, ``(rollouts, width)`` float32.
+        """Returns the pooled activations of every rollout at a tap (place in the model) as one matrix, ``(rollouts, width)`` float32.
 
         Args:
             tap: name of the tap.

@@ -61,7 +61,7 @@ class StorePlan:
     Attributes:
         index: index of the directory.
         engine: engine that will compute the activations.
-        reads: taps and poolings to compute.
+        reads: taps (places in the model) and poolings to compute.
         rollouts: for each shard its rollouts, each with its group and completion number in the data.
     """
 
@@ -77,7 +77,7 @@ class StorePlan:
 
     @property
     def completions(self) -> int:
-        """Returns the number of completions whose activations are computed."""
+        """Returns the number of completions whose activations the plan computes and stores."""
         return sum(map(len, self.rollouts))
 
     @classmethod
@@ -98,7 +98,7 @@ class StorePlan:
         Args:
             engine: engine that is loaded for these taps.
             groups: prompts with their completions.
-            taps: taps as for ``Engine.activations``.
+            taps: taps (places in the model) as for ``Engine.activations``.
             pool: poolings as for ``Engine.activations``.
             scope: tokens that are read: ``completion``, ``prompt`` or ``all``.
             dtype: dtype that activations are stored in: ``float32``, ``bfloat16`` or ``float16``.
@@ -154,7 +154,8 @@ class StorePlan:
         return cls(replace(index, shards=shards), engine, reads, tuple(tuple(placed[place] for place in share) for share in shares))
 
     def write(self, directory: Path, progress: Callable[[int, int], None] = _ignore) -> None:
-        """Writes the shards of the plan that the directory does not hold yet.
+        """Computes and writes those shards (files with the activations of some of the rollouts) that the directory does not
+        hold yet.
 
         Args:
             directory: directory to write to; made if it does not exist, else empty or left by an earlier run of the same plan.
@@ -267,7 +268,7 @@ class _ShardFile:
         self._write(0, index.header(shard))
 
     def add(self, found: CompletionActivations) -> None:
-        """Writes the activations of the next completion and of its follow-ups."""
+        """Writes the activations of the next completion and of its follow-ups (token ids appended to a completion)."""
         view = self._next
         self._next += 1
         token, row = self._shard.first_tokens[view], self._shard.first_rows[view]
@@ -373,7 +374,9 @@ def _shares(
 
 
 def _digest(rollouts: Sequence[CheckedRollout]) -> str:
-    """Returns the SHA-256 of all token ids and masks, and of the order of completions and follow-ups."""
+    """Returns the SHA-256 of all token ids and masks, and of the order of completions and follow-ups (token ids appended to a
+    completion).
+    """
     digest = hashlib.sha256()
 
     def add(array: NDArray[np.generic]) -> None:

@@ -40,7 +40,9 @@ class Activations:
 
     @classmethod
     def empty(cls, forest: Forest, taps: Sequence[Tap], hidden_size: int, device: torch.device) -> Activations:
-        """Allocates uninitialised rows for the tokens of those segments (runs of tokens) of a forest whose activations probes need."""
+        """Allocates uninitialised rows for the tokens of those segments (runs of tokens) of a forest (token segments arranged in trees)
+        whose activations probes need.
+        """
         starts: dict[int, int] = {}
         total = 0
         for index, segment in enumerate(forest.segments):
@@ -62,7 +64,8 @@ class Backbone(Protocol):
     def forward(
         self, forest: Forest, taps: Sequence[Tap], *, skip: Callable[[int], bool] = skip_nothing, cache: KeyValueCache | None = None
     ) -> Activations:
-        """Runs every segment (run of tokens) of a forest once, and returns the activations of the segments that are marked as read.
+        """Runs every segment (run of tokens) of a forest (token segments arranged in trees) once, and returns the activations of the
+        segments that are marked as read.
 
         Args:
             forest: the forest to run; this method sets the field ``cached`` of its segments.

@@ -56,7 +56,8 @@ class Segment:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Placement:
-    """Node that says which segments (runs of tokens in a forest) hold one completion or follow-up and the tokens before it.
+    """Node that says which segments (runs of tokens) of a forest of segments, arranged in trees, hold one completion or follow-up, and
+    which hold the tokens before it.
 
     Attributes:
         continuation: the completion or follow-up.
@@ -74,8 +75,8 @@ class Placement:
 
     @property
     def chain(self) -> tuple[int, ...]:
-        """Returns the indices of the segments (runs of tokens) that lead to this completion or follow-up, root first, and of its own
-        segment, last.
+        """Returns the indices of the segments (runs of tokens) that lead to this completion or follow-up (token ids appended to a
+        completion), root first, and of its own segment, last.
         """
         return self.context if self.segment is None else (*self.context, self.segment)
 
@@ -113,7 +114,7 @@ class Forest:
         rollouts in the forest (the batch's token segments).
 
         A token counts as computed or cached for the first rollout that needs the token, and as shared for all other rollouts. The model
-        must have run the forest before.
+        must have run the forest (token segments arranged in trees) before.
         """
         computed = shared = cached = 0
         for index, is_first in self.steps[rollout]:

@@ -168,7 +168,9 @@ class KeyValueCache:
         return _concatenate(pieces)
 
     def known_tokens(self, token_ids: NDArray[np.int32]) -> int:
-        """Returns how many tokens at the beginning of a sequence are known; it counts no hit, and nothing becomes more recent."""
+        """Returns how many tokens at the beginning of a sequence have keys and values in the cache. Unlike a look-up, this neither counts
+        as a hit nor makes an entry count as recently used.
+        """
         run, done = self._root, 0
         while done < len(token_ids) and (following := run.continuations.get(int(token_ids[done]))) is not None:
             same = common_beginning(following.token_ids, token_ids[done:])
@@ -238,7 +240,7 @@ class KeyValueCache:
 
 
 def length_of(key_values: KeyValues) -> int:
-    """Returns the number of tokens of the given keys and values."""
+    """Returns the number of tokens that the given attention keys and values are of."""
     return key_values[0][0].shape[2] if key_values else 0
 
 

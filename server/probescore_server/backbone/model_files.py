@@ -64,23 +64,29 @@ class ModelFiles:
         if changed:
             raise ModelRefused(f"{self.directory.name}: {', '.join(changed[:5])} changed while the model was loaded")
 
-    def digest(self, decoder: Decoder) -> str:
+    def digest(self, decoder: Decoder, shallower: int = 0) -> dict[int, str]:
         """Returns a digest ``sha256:…`` of every loaded weight and of every byte of the model's other files; it is the same on every
         device.
 
         Args:
             decoder: the model as loaded, before anything in it is changed for speed.
+            shallower: a number of blocks for which the digest is computed too, as if no more were loaded; 0 = none.
+
+        Returns:
+            The digests, keyed by the number of blocks.
 
         Raises:
             ModelRefused: a file cannot be read.
         """
-        content = {
-            "files": {str(path.relative_to(self.directory)): _sha256(path) for path in _files(self.directory, _SMALL)},
-            "weights": {
-                name: (str(weight.dtype), list(weight.shape), _checksum(weight)) for name, weight in decoder.model.state_dict().items()
-            },
-        }
-        return "sha256:" + hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        files = {str(path.relative_to(self.directory)): _sha256(path) for path in _files(self.directory, _SMALL)}
+        weights = {name: (str(weight.dtype), list(weight.shape), _checksum(weight)) for name, weight in decoder.model.state_dict().items()}
+        blocks = next(name for name, module in decoder.model.named_modules() if module is decoder.blocks)
+        digests = {}
+        for layers in {len(decoder.blocks), min(shallower, len(decoder.blocks)) or len(decoder.blocks)}:
+            later = tuple(f"{blocks}.{layer}." for layer in range(layers, len(decoder.blocks)))
+            content = {"files": files, "weights": {name: found for name, found in weights.items() if not name.startswith(later)}}
+            digests[layers] = "sha256:" + hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        return digests
 
 
 def _files(directory: Path, patterns: tuple[str, ...]) -> Iterator[Path]:

@@ -162,7 +162,7 @@ def _relative(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
 
 
 def _quantiles(errors: torch.Tensor) -> torch.Tensor:
-    """Returns the median and the 99th percentile of errors, ``(2,)`` on the CPU."""
+    """Returns the median and the 99th percentile of the errors of many rows of activations, ``(2,)`` on the CPU."""
     return torch.quantile(errors.cpu(), _QUANTILES)
 
 

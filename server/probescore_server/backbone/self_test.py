@@ -21,13 +21,13 @@ from probescore_server.errors import ModelRefused
 from probescore_server.rollouts import CheckedRollout, Continuation, ResolvedOptions
 
 MAX_TEST_TOKENS = 1536
-"""Limits the tokens of the longest rollout in the test of a loaded model. The test does not reach beyond longer sliding windows, since on a
-CPU it would then take longer than the load.
+"""Limits the number of tokens of the longest rollout in the test of a loaded model. A longer sliding window is therefore not crossed by the
+test, which on a CPU would then take longer than the loading itself.
 """
 
 ROW_ERROR_BOUND = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
-"""Dictionary, keyed by dtype, of the bound on the relative error of a token's activations. Nine in ten tokens must stay below the bound;
-the rest may differ more, for example because the router of a mixture of experts chose other experts for them.
+"""Dictionary, keyed by dtype, of the bound on the relative error of a token's activations in the test of a loaded model. Nine in ten tokens
+must stay below the bound; the rest may differ more, for example because the router of a mixture of experts chose other experts for them.
 """
 
 _TEST_CACHE_BYTES = 1 << 30
@@ -78,7 +78,8 @@ class SelfTest:
         return torch.cat(errors)
 
     def check_short(self, backbone: Backbone) -> None:
-        """Runs short sequences, of which many may be run together, each as long as another or not.
+        """Tests that a backbone gives the same activations for short sequences of equal and of different lengths, which it may run together
+        in one forward pass, as for each sequence alone.
 
         Raises:
             ModelRefused: 90 in 100 tokens are not within ``ROW_ERROR_BOUND``, or the model cannot be run so.
@@ -143,7 +144,9 @@ def small_forest(decoder: Decoder, scope: Scope = Scope.ALL) -> Forest:
 
 
 def short_forest(decoder: Decoder, scope: Scope = Scope.ALL) -> Forest:
-    """Short rollouts of unlike lengths, some of the same prompt."""
+    """Returns a forest (token segments arranged in trees) of short rollouts of random tokens with different lengths, some of them with the
+    same prompt, for tests of a model.
+    """
     random = np.random.default_rng(1)
     shared, *prompts = (random.integers(0, decoder.config.vocab_size, length, np.int32) for length in (5, 1, 0, 4, 9))
     completions = [random.integers(0, decoder.config.vocab_size, length, np.int32) for length in (3, 12, 5, 4, 7, 6, 2)]

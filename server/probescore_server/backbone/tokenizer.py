@@ -9,18 +9,21 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import takewhile
 
 import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from probescore.types import Chat, Text
+from probescore.types import Chat, ChatMessage, Text
 from probescore_server.backbone.time_limit import TimeLimitExceeded, time_limit
 from probescore_server.errors import InvalidRequest
 from probescore_server.validation.texts import ChatLimits, check_text_bytes, utf8_bytes
 
 _INCOMPLETE = "\ufffd"  # a decoder writes this for bytes that are not yet a character
 
+_DIFFERENT_MESSAGES = ("word", "7", "Why?", "x = [1]", "Yes.")
+"""Messages without common characters at their ends, so that prompts made of them agree in what a chat template adds."""
 
 _MAX_TOKENS_PER_CHARACTER = 8
 """Limits the number of tokens that are decoded together as one character. A character of four bytes has at most four tokens, and some
@@ -86,6 +89,22 @@ class TextEncoder:
             InvalidRequest: there is no tokenizer, or the text is not valid Unicode; the error names ``field``.
         """
         return self._tokenise(text, field, add_special_tokens=False)
+
+    def generation_prompt_ids(self) -> tuple[int, ...]:
+        """Returns the token ids with which the model's chat template ends every prompt; empty if there is no template.
+
+        They are the ids in which prompts that end with different messages of a user agree.
+        """
+        if self._tokenizer is None or self._tokenizer.chat_template is None:
+            return ()
+        try:
+            prompts = [self.encode_prompt(Chat((ChatMessage("user", content),)), "chat") for content in _DIFFERENT_MESSAGES]
+        except InvalidRequest:  # a template may refuse a single message of a user
+            return ()
+        unknown = self._tokenizer.unk_token_id  # different words may be the same unknown token
+        ends = zip(*(prompt[::-1].tolist() for prompt in prompts), strict=False)
+        alike = takewhile(lambda ids: len(set(ids)) == 1 and ids[0] != unknown, ends)
+        return tuple(ids[0] for ids in alike)[::-1]
 
     def decode_tokens(self, ids: Sequence[int] | NDArray[np.int32]) -> list[str]:
         """Returns the text of each token, for people; joined, the texts are the text of the whole sequence.

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, cast
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
 from probescore_server.cli.common.console import new_console
-from probescore_server.cli.common.failures import one_line_failures
+from probescore_server.cli.common.failures import one_line_failures, say
 from probescore_server.cli.evaluating import share
 from probescore_server.cli.judged_rollouts import (
     Column,
     Data,
     Device,
     Dtype,
-    JudgedRollouts,
     Positive,
     ReductionName,
     Revision,
@@ -28,6 +27,7 @@ from probescore_server.cli.judged_rollouts import (
     read_held_out,
 )
 from probescore_server.cli.tables import safe
+from probescore_server.hub_probes import local_file
 
 if TYPE_CHECKING:
     from probescore_audit import CalibratedThreshold, Quality
@@ -81,9 +81,11 @@ def _calibrate(
 ) -> None:
     with one_line_failures():
         from probescore_audit import calibrate_for_fresh, evaluate
+        from probescore_probes.fitting.calibrated_conditions import conditions_of
         from probescore_server.probes.format.new_version import write_new_version
         from probescore_server.probes.format.probe_file import read_probe_file
 
+        probe = local_file(probe, say)
         before = read_probe_file(probe)
         _check_version(before.manifest.version, version)
         rollouts = read_held_out(data, ("calibration",), positive=positive, special_tokens=special_tokens)
@@ -110,7 +112,14 @@ def _calibrate(
             reduction=None if served.reduction is None else str(served.reduction),
             label=served.label if len(served.probe.labels) > 1 else "",
         )
-        conditions = _conditions(judged, data)
+        conditions = conditions_of(
+            [example for example in judged.examples if not example.positive],
+            judged.groups[negative],
+            dtype=judged.dtype,
+            bos_token_id=judged.bos_token_id,
+            generation_prompt_ids=judged.generation_prompt_ids,
+            dataset_sha256=data_digest(data),
+        )
         qualities = evaluate(served.scores, judged.positive, judged.groups, slices=judged.slices, thresholds=[found.threshold], seed=seed)
         record = _record(found, conditions)
         kept = [each for each in before.manifest.calibrations if (each.reduction, each.label) != (record.reduction, record.label)]
@@ -126,27 +135,9 @@ def _calibrate(
 
 
 def _check_version(before: str, version: str) -> None:
-    """Refuses a new version with the version of the probe file itself, before any rollout is scored."""
+    """Refuses a new version of a probe file that has the version number of the file itself, before any rollout is scored."""
     if version == before:
         raise ValueError(f"--version: {version!r} is that of the file itself; give another: a version never stands for other bytes")
-
-
-def _conditions(judged: JudgedRollouts, data: str) -> CalibrationConditions:
-    from probescore_server.probes.format.manifest import CalibrationConditions
-
-    negatives = [example for example in judged.examples if not example.positive]
-    prompts = [len(example.prompt_ids) for example in negatives]
-    completions = [int(example.selected.sum()) for example in negatives]
-    return CalibrationConditions(
-        groups=len(set(judged.groups[~judged.positive].tolist())),
-        dtype=cast('Literal["float32", "bfloat16", "float16"]', judged.dtype),
-        shortest_prompt=min(prompts),
-        longest_prompt=max(prompts),
-        shortest_completion=min(completions),
-        longest_completion=max(completions),
-        prompt_forms=tuple(sorted({example.form for example in negatives})),
-        dataset_sha256=data_digest(data),
-    )
 
 
 def _record(found: CalibratedThreshold, conditions: CalibrationConditions) -> CalibrationRecord:

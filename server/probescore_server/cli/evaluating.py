@@ -34,6 +34,7 @@ from probescore_server.cli.judged_rollouts import (
 )
 from probescore_server.cli.tables import safe
 from probescore_server.files import write_atomically
+from probescore_server.hub_probes import local_file
 
 if TYPE_CHECKING:
     from probescore_audit import Estimate, Quality
@@ -235,6 +236,6 @@ def _write(file: str, target: Path, version: str, qualities: tuple[Quality, ...]
     )
     if not measured:
         raise ValueError("--write: there is no AUROC to write; give rollouts with the behaviour and some without")
-    probe = read_probe_file(file)
+    probe = read_probe_file(local_file(file, say))
     written = write_new_version(target, probe, version=version, evaluations=(*probe.manifest.evaluations, *measured))
     new_console().print(f"wrote {written.manifest.key} to {target}", soft_wrap=True, markup=False)

@@ -136,6 +136,7 @@ def _fit(
             seed=seed,
         )
         rollouts = _read(data, positive, special_tokens)
+        _check_positive(rollouts, positive)
         outside = [rollout for file in ood or [] for rollout in _read(file, positive, special_tokens, of=Path(file).stem)]
         if report is not None:
             check_writable(report)
@@ -160,14 +161,28 @@ def _read(file: str, positive: str | None, special_tokens: bool, of: str = "") -
     return [replace(rollout, slice=rollout.slice or of) for rollout in rollouts]
 
 
+def _check_positive(rollouts: list[LabelledRollout], positive: str | None) -> None:
+    """Checks that some label is the one that stands for the behaviour: a misspelt one would make every rollout a negative."""
+    if positive is not None and not any(
+        rollout.positive or any(part.positive for part in rollout.passages) or True in (rollout.token_labels or ()) for rollout in rollouts
+    ):
+        raise ValueError(
+            f"--positive: {positive!r} is the label of none of {len(rollouts)} rollouts; labels are compared as text, such as true"
+        )
+
+
 def _say(result: FitResult, output: Path, report: Path | None) -> None:
     console = new_console()
     colour = {"useless": "red", "doubtful": "yellow", "sound": "green"}[result.verdict.grade]
     console.print(f"[bold {colour}]{safe(result.verdict.text)}[/bold {colour}]")
     for warning in result.warnings:
         console.print(f"[yellow]![/yellow] [bold]{safe(warning.title)}[/bold] ({warning.number}): {safe(warning.text)}")
-    agreed = result.agreement
-    console.print(f"max |fitted − served| = {agreed.largest:.2g} σ over {agreed.rollouts} rollouts in {result.options.dtype}")
+    agreed, rounding = result.agreement, result.batch_rounding
+    console.print(
+        f"max |fitted − served| = {agreed.largest:.2g} σ over {agreed.rollouts} rollouts in {result.options.dtype}; served one at a time "
+        f"they move by up to {rounding.largest:.2g} σ (p99 {rounding.p99:.2g} σ)",
+        soft_wrap=True,
+    )
     console.print(
         f"wrote {output}" + ("" if report is None else f", {report} and {report.with_suffix('.json')}"), soft_wrap=True, markup=False
     )

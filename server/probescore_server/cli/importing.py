@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +13,7 @@ import typer
 
 from probescore.types import Chat, Completion, RolloutGroup, Text
 from probescore_server.cli.common.console import new_console
-from probescore_server.cli.common.failures import one_line_failures
+from probescore_server.cli.common.failures import one_line_failures, say
 from probescore_server.cli.rollout_lines import UNDECODABLE, read_rollout_lines
 from probescore_server.cli.tables import facts_table, safe
 
@@ -72,7 +74,7 @@ def _import(
         from probescore_probes.importing import import_probe
 
         logging.disable_progress_bar()  # of every file of weights
-        with console.status(""):
+        with console.status(""), _saying_what_runs():
             reference = ReferenceModel.load(model, revision=revision, device=device)
             try:
                 made = import_probe(
@@ -109,6 +111,22 @@ def _import(
         console.print(table)
 
 
+@contextmanager
+def _saying_what_runs() -> Iterator[None]:
+    """Context manager that says on standard error, before a trusted pickle is opened, what the pickle names and may run."""
+    from probescore_probes.importing import RunsCode
+
+    with warnings.catch_warnings():
+        shown = warnings.showwarning
+
+        def show(message: Warning | str, *where: Any, **more: Any) -> None:  # noqa: ANN401
+            say(message) if isinstance(message, RunsCode) else shown(message, *where, **more)
+
+        warnings.simplefilter("always", RunsCode)
+        warnings.showwarning = show
+        yield
+
+
 def _scored(path: Path, reference: ReferenceModel, add_special_tokens: bool) -> Iterator[AuthorScores]:
     from probescore_probes.importing import AuthorScores
 
@@ -119,7 +137,7 @@ def _scored(path: Path, reference: ReferenceModel, add_special_tokens: bool) -> 
 
 
 def _rollouts(path: Path, reference: ReferenceModel, add_special_tokens: bool) -> Iterator[tuple[tuple[Any, Any], dict[str, Any]]]:
-    """Yields the token ids of each rollout in a JSONL file, with the author's scores that its line gives."""
+    """Yields the token ids of each rollout in a JSONL file, with the scores on its line, which the code of a probe's author gave."""
     from probescore_server.backbone.tokenizer import TextEncoder
     from probescore_server.errors import InvalidRequest
 

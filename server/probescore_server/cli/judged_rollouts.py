@@ -13,13 +13,14 @@ import typer
 from numpy.typing import NDArray
 
 from probescore import Calibration, CompletionScores, CompletionStatus, ProbeInfo, Reduction, RolloutGroup, Text
-from probescore.types import Chat, score_keys
+from probescore.types import Chat, named_probe, score_keys
 from probescore_server.cli.common.connection import connected
 from probescore_server.cli.common.console import new_console
 from probescore_server.cli.common.failures import say
 from probescore_server.cli.common.progress import RolloutProgress
 from probescore_server.cli.labelled_lines import read_labelled_file
 from probescore_server.cli.steps import CheckSteps
+from probescore_server.hub_probes import local_file
 
 if TYPE_CHECKING:
     from probescore_probes.fitting.labelled_rollouts import Example, LabelledRollout
@@ -83,7 +84,9 @@ class Judged:
 
     @property
     def thresholds(self) -> tuple[Calibration, ...]:
-        """Returns the probe's thresholds that apply to the reduction and label of these scores."""
+        """Returns those thresholds of a probe that hold for the reduction (such as the mean) and the label by which rollouts
+        were scored.
+        """
         return tuple(each for each in self.probe.calibrations if each.reduction == self.reduction and each.label in ("", self.label))
 
 
@@ -99,6 +102,9 @@ class JudgedRollouts:
         where: the line of each rollout in its file, for messages.
         dtype: dtype of the model that scored.
         examples: the rollouts as token ids; empty if a server tokenised them.
+        bos_token_id: id of the token that begins a sequence (BOS); ``None`` if there is none, or a server tokenised the rollouts.
+        generation_prompt_ids: the ids with which the model's chat template ends a prompt; empty without one, or if a server tokenised the
+            rollouts.
     """
 
     probes: tuple[Judged, ...]
@@ -108,6 +114,8 @@ class JudgedRollouts:
     where: tuple[str, ...]
     dtype: str
     examples: tuple[Example, ...]
+    bos_token_id: int | None = None
+    generation_prompt_ids: tuple[int, ...] = ()
 
 
 def read_held_out(data: str, splits: Sequence[str], *, positive: str | None, special_tokens: bool) -> list[LabelledRollout]:
@@ -208,6 +216,7 @@ def _judged_by_engine(
     from probescore_server.engine.engine import Engine
     from probescore_server.probes.format.probe_file import read_probe_file
 
+    files = [local_file(file, say) for file in files]
     keys = _differing([read_probe_file(file).manifest.key for file in files])
     engine = Engine.load(model, files, revision=revision, dtype=dtype, device=device, trust_remote_code=trust_remote_code, report=report)
     served = {probe.key: probe for probe in engine.info.probes}
@@ -228,6 +237,8 @@ def _judged_by_engine(
         where=where,
         dtype=engine.info.dtype,
         examples=tuple(examples),
+        bos_token_id=engine.info.bos_token_id,
+        generation_prompt_ids=engine.generation_prompt_ids(),
     )
 
 
@@ -314,11 +325,11 @@ def _column_of_each(probes: Sequence[ProbeInfo], label: str) -> None:
 
 
 def _named(name: str, served: Sequence[ProbeInfo]) -> ProbeInfo:
-    found = [probe for probe in served if name in (probe.name, probe.key)]
-    if len(found) != 1:
+    found = named_probe(name, served)
+    if found is None:
         known = ", ".join(probe.key for probe in served) or "none"
-        raise ValueError(f"{name}: {'no such probe' if not found else 'several versions of it'} at the server; it has {known}")
-    return found[0]
+        raise ValueError(f"{name}: no such probe at the server; it has {known}")
+    return found
 
 
 def _differing(keys: list[str]) -> list[str]:

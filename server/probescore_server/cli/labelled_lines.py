@@ -7,7 +7,6 @@ names, in characters of a text, in tokens of ids) and ``token_labels`` (one for 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -115,6 +114,8 @@ def _without_labels(content: object) -> tuple[object, list[dict[str, Any]]]:
 
 
 def _of_line(content: dict[str, Any]) -> dict[str, Any]:
+    from probescore_probes.fitting.labelled_rollouts import WEIGHTS
+
     found: dict[str, Any] = {}
     if content.get("group") is not None:
         if isinstance(content["group"], bool) or not isinstance(content["group"], str | int):
@@ -130,8 +131,8 @@ def _of_line(content: dict[str, Any]) -> dict[str, Any]:
         found["slice"] = content["slice"]
     if content.get("weight") is not None:
         weight = content["weight"]
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
-            raise LineError(f"weight: expected a number above 0, got {weight!r:.60}")
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not WEIGHTS[0] <= weight <= WEIGHTS[1]:
+            raise LineError(f"weight: expected a number from {WEIGHTS[0]:g} to {WEIGHTS[1]:g}, got {weight!r:.60}")
         found["weight"] = float(weight)
     return found
 

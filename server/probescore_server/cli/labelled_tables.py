@@ -25,7 +25,7 @@ _SPLITS = {
 
 
 @dataclass(frozen=True)
-class Row:
+class LabelledRow:
     """A row of a table.
 
     Attributes:
@@ -42,7 +42,7 @@ def is_table(name: str) -> bool:
     return Path(name).is_dir() or Path(name).suffix.lower() == ".parquet"
 
 
-def read_rows(name: str, *, names_of_label: bool) -> Iterator[Row]:
+def read_rows(name: str, *, names_of_label: bool) -> Iterator[LabelledRow]:
     """Reads the rows of a Parquet file, or of a folder that ``Dataset.save_to_disk`` or ``DatasetDict.save_to_disk`` wrote.
 
     The names of a ``DatasetDict`` become the column ``split`` if there are several: ``validation`` is ``calibration``.
@@ -72,7 +72,7 @@ def read_rows(name: str, *, names_of_label: bool) -> Iterator[Row]:
         )
 
 
-def _dataset(folder: Path, where: str, names_of_label: bool, split: str | None) -> Iterator[Row]:
+def _dataset(folder: Path, where: str, names_of_label: bool, split: str | None) -> Iterator[LabelledRow]:
     if not (folder / _OF_DATASET).is_file():
         raise LineError(f"{where}: no {_OF_DATASET} in it; copy the whole folder that save_to_disk wrote")
     state = _entry(folder / _OF_DATASET)
@@ -88,7 +88,7 @@ def _dataset(folder: Path, where: str, names_of_label: bool, split: str | None) 
             first += 1
 
 
-def _rows(path: Path, where: str, names_of_label: bool, split: str | None, first: int = 0) -> Iterator[Row]:
+def _rows(path: Path, where: str, names_of_label: bool, split: str | None, first: int = 0) -> Iterator[LabelledRow]:
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -107,7 +107,7 @@ def _rows(path: Path, where: str, names_of_label: bool, split: str | None, first
             classes = _classes(schema.metadata) if names_of_label else ()
             for batch in batches:
                 for content in batch.to_pylist():
-                    yield Row(f"{where}[{first}]", _row(content, classes, split, f"{where}[{first}]"))
+                    yield LabelledRow(f"{where}[{first}]", _row(content, classes, split, f"{where}[{first}]"))
                     first += 1
         except (pa.ArrowException, OSError) as error:
             raise LineError(f"{where}: cannot be read: {str(error).splitlines()[0]}; is it whole?") from None

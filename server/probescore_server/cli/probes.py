@@ -1,26 +1,32 @@
-"""Implements ``probescore probes``: fits, judges and imports probes, lists those of a server or folder, inspects and verifies files."""
+"""Implements ``probescore probes``: fits, judges and imports probes, lists those of a server or folder, inspects and verifies files, and
+makes a server follow its files.
+"""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from probescore_server.cli import calibrating, comparing, differences, evaluating, fitting, importing
+from probescore_server.cli import calibrating, comparing, differences, evaluating, fitting, importing, reloading
 from probescore_server.cli.common.connection import DEFAULT_ADDRESS, Address, Wait, connected
 from probescore_server.cli.common.console import new_console
 from probescore_server.cli.common.failures import FAILED, one_line_failures, say
+from probescore_server.cli.probe_sources import ProbeSource, read_probe_set
 from probescore_server.cli.steps import CheckSteps
 from probescore_server.cli.tables import facts_table, manifest_tables, probes_table, safe
 
-ProbeFileArgument = Annotated[Path, typer.Argument(help="The path of a probe file.", show_default=False, metavar="FILE")]
+if TYPE_CHECKING:
+    from probescore_server.errors import ProbeRefused
 
 
 def register(app: typer.Typer) -> None:
     """Adds the commands under ``probes`` to the command line."""
     probes = typer.Typer(
-        help="Fit, judge, calibrate, compare, list, inspect, verify and import probes.", no_args_is_help=True, rich_markup_mode="rich"
+        help="Fit, judge, calibrate, compare, list, inspect, verify, import and reload probes.",
+        no_args_is_help=True,
+        rich_markup_mode="rich",
     )
     for command in (fitting, evaluating, calibrating, comparing, differences):
         command.register(probes)
@@ -28,67 +34,69 @@ def register(app: typer.Typer) -> None:
     probes.command("inspect")(_inspect)
     probes.command("verify")(_verify)
     importing.register(probes)
+    reloading.register(probes)
     app.add_typer(probes, name="probes")
 
 
 def _list(
-    folder: Annotated[
-        Path | None,
-        typer.Argument(help="A folder of probe files, which are checked as far as that needs no model.", show_default=False, metavar="DIR"),
-    ] = None,
+    file: Annotated[
+        str,
+        typer.Argument(
+            help="A folder of probe files, or one file, which are checked as far as that needs no model; the server's probes by default.",
+            show_default=False,
+            metavar="DIR|FILE|hf:…",
+        ),
+    ] = "",
     address: Address = DEFAULT_ADDRESS,
     wait: Wait = 0,
 ) -> None:
-    """List the probes that a server has loaded, or those in a folder."""
+    """List the probes that a server serves, also the retired ones, whose files are gone; or those in a folder."""
     with one_line_failures():
-        if folder is not None:
-            _list_folder(folder)
+        if file:
+            _list_files(file)
             return
         with connected(address, wait) as client:
             loaded = client.list_probes()
         new_console().print(probes_table(loaded))
 
 
-def _list_folder(folder: Path) -> None:
-    """Shows the probe files of a folder by name, and says which are refused; exits with 1 if any is."""
-    from probescore_server.errors import ProbeRefused
-    from probescore_server.probes.format.probe_file import read_probe_file
+def _list_files(source: str) -> None:
+    """Shows the probe files of a folder by name and version, and says which are refused; exits with 1 if any is."""
     from probescore_server.probes.loading.compatibility import probe_info
 
-    found, refused = [], []
-    files = sorted(entry for entry in folder.iterdir() if entry.suffix == ".onnx")
-    if not files:
-        raise ValueError(f"{folder}: there are no probe files (*.onnx) in it")
-    for file in files:
-        try:
-            found.append(probe_info(read_probe_file(file).manifest, ()))
-        except ProbeRefused as error:
-            refused.append(error)
-    if found:
-        new_console().print(probes_table(found))
+    found = read_probe_set(source)
+    if found.probes:
+        new_console().print(probes_table([probe_info(probe.manifest, ()) for probe in found.probes]))
+    _say_refused(found.refused)
+
+
+def _say_refused(refused: Sequence[ProbeRefused]) -> None:
     for refusal in refused:
         say(refusal)
     if refused:
         raise typer.Exit(FAILED)
 
 
-def _inspect(file: ProbeFileArgument) -> None:
-    """Show the manifest of a probe file, after every check that needs no model."""
+def _inspect(file: ProbeSource) -> None:
+    """Show the manifest of a probe file, or of each in a folder, after every check that needs no model."""
     with one_line_failures():
-        from probescore_server.probes.format.probe_file import read_probe_file
-
-        probe = read_probe_file(file)
+        found = read_probe_set(file)
         console = new_console()
-        for table in manifest_tables(probe.manifest):
-            console.print(table, "")
-        console.print(
-            f"[green]✓[/green] {len(probe.graph):,} bytes of graph: standard operators, no external data, finite weights, digests match"
-        )
-        console.print("[dim]Not checked without the model: its fingerprint, and the golden scores. See: probescore probes verify[/dim]")
+        for probe in found.probes:
+            for table in manifest_tables(probe.manifest):
+                console.print(table, "")
+            console.print(
+                f"[green]✓[/green] {len(probe.graph):,} bytes of graph: standard operators, no external data, finite weights, digests match"
+            )
+            console.print(
+                "[dim]Not checked without the model: its fingerprint, and the golden scores. See: probescore probes verify[/dim]"
+                + ("\n" if len(found.probes) > 1 else "")
+            )
+        _say_refused(found.refused)
 
 
 def _verify(
-    file: ProbeFileArgument,
+    file: ProbeSource,
     model: Annotated[
         str, typer.Option("--model", "-m", help="The model: a directory, or an id on the Hugging Face hub.", show_default=False)
     ],
@@ -98,16 +106,31 @@ def _verify(
     ] = "float32",
     device: Annotated[str, typer.Option("--device", help="The device, such as cpu or cuda:0.")] = "cpu",
 ) -> None:
-    """Check a probe file against its model, as a server does before it serves the probe."""
+    """Check a probe file, or a folder of them, against its model, as a server does before it serves a probe."""
     console = new_console()
     with one_line_failures():
         from probescore_server.engine.engine import Engine
+        from probescore_server.errors import ProbeRefused
 
-        with CheckSteps(console) as steps:
-            engine = Engine.load(model, [file], revision=revision, dtype=dtype, device=device, report=steps.begin)
-        table = facts_table("Agrees with the model")
-        table.add_row("fingerprint", engine.info.model.fingerprint)
-        table.add_row("tokenizer", engine.info.tokenizer_fingerprint)
-        table.add_row("blocks", f"{engine.info.model.num_loaded_layers} of {engine.info.model.num_hidden_layers} needed")
-        console.print(table)
-        console.print(f"[bold green]{safe(engine.info.probes[0].name)}@{safe(engine.info.probes[0].version)} can be served[/bold green]")
+        found = read_probe_set(file)
+        files, refused = [probe.file for probe in found.probes], list(found.refused)
+        engine = None
+        while files and engine is None:
+            try:
+                with CheckSteps(console) as steps:
+                    engine = Engine.load(model, files, revision=revision, dtype=dtype, device=device, report=steps.begin)
+            except ProbeRefused as error:
+                if error.file not in files:
+                    raise
+                # the others may be served without it, as of a folder that a server follows
+                refused.append(error)
+                files.remove(error.file)
+        if engine is not None:
+            table = facts_table("Agrees with the model")
+            table.add_row("fingerprint", engine.info.model.fingerprint)
+            table.add_row("tokenizer", engine.info.tokenizer_fingerprint)
+            table.add_row("blocks", f"{engine.info.model.num_loaded_layers} of {engine.info.model.num_hidden_layers} needed")
+            console.print(table)
+            for probe in engine.info.probes:
+                console.print(f"[bold green]{safe(probe.key)} can be served[/bold green]")
+        _say_refused(refused)

@@ -54,7 +54,7 @@ class LabelledGroup(RolloutGroup):
 
 
 def read_rollout_file(name: str, *, add_special_tokens: bool) -> list[LabelledGroup]:
-    """Every rollout group of a file; ``-`` is standard input.
+    """Reads every rollout group of a file of JSON lines; ``-`` stands for standard input.
 
     Raises:
         LineError: a line is not a rollout.
@@ -66,14 +66,14 @@ def read_rollout_file(name: str, *, add_special_tokens: bool) -> list[LabelledGr
 
 
 def opened_lines(name: str) -> TextIO:
-    """Opens a file of lines of JSON, ``-`` for standard input, in UTF-8, whatever the terminal speaks.
+    """Opens a file of lines of JSON, ``-`` for standard input, in UTF-8 with or without a byte order mark, whatever the terminal speaks.
 
     Raises:
         OSError: the file cannot be read.
     """
     if name == "-":
-        return io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8", errors=UNDECODABLE)
-    return Path(name).open(encoding="utf-8", errors=UNDECODABLE)
+        return io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8-sig", errors=UNDECODABLE)
+    return Path(name).open(encoding="utf-8-sig", errors=UNDECODABLE)
 
 
 def read_rollout_lines(lines: Iterable[str], source: str, *, add_special_tokens: bool) -> Iterator[LabelledGroup]:
@@ -96,10 +96,10 @@ def read_rollout_lines(lines: Iterable[str], source: str, *, add_special_tokens:
 
 
 def parsed_line(line: str) -> object:
-    """The JSON value of one line.
+    """Returns the JSON value of one line of a file.
 
     Raises:
-        LineError: it is not JSON in UTF-8.
+        LineError: the line is not JSON in UTF-8.
     """
     try:
         line.encode()
@@ -112,10 +112,11 @@ def parsed_line(line: str) -> object:
 
 
 def rollout_group(content: object, add_special_tokens: bool) -> LabelledGroup:
-    """The rollout group that a line's value is.
+    """Converts the JSON value of one line to a rollout group (a prompt with its completions), with the labels of the
+    completions.
 
     Raises:
-        LineError: it is none; names the field.
+        LineError: the value is not a rollout group; the message names the field at fault.
     """
     if not isinstance(content, dict):
         raise LineError(f"expected an object with prompt and completions, got {_shown(content)}")

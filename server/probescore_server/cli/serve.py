@@ -14,6 +14,7 @@ from pydantic.fields import FieldInfo
 from probescore_server.cli.common.visible import one_line
 from probescore_server.errors import StartupError
 from probescore_server.front.server import serve as run_server
+from probescore_server.hub_probes import local_paths
 from probescore_server.logs import configure_logs
 from probescore_server.settings import ENVIRONMENT_PREFIX, ServerSettings, load_settings
 
@@ -23,7 +24,18 @@ BAD_SETTINGS = 2
 CANNOT_START = 1
 
 PANELS = {
-    "What is served": ("model", "revision", "probes", "accept_mismatch", "trust_remote_code", "allow_activations"),
+    "What is served": (
+        "model",
+        "revision",
+        "probes",
+        "watch_probes",
+        "probe_pin_seconds",
+        "max_retired_versions",
+        "deeper_probes",
+        "accept_mismatch",
+        "trust_remote_code",
+        "allow_activations",
+    ),
     "Compute": ("devices", "device_map", "dtype", "threads_per_worker", "max_batch_tokens", "kv_cache_bytes", "device_memory_fraction"),
     "Addresses": ("host", "port", "unix_socket", "metrics_host", "metrics_port"),
     "Limits": (
@@ -97,7 +109,8 @@ def _serve(config: Path | None, **flags: Any) -> None:  # noqa: ANN401
         raise typer.Exit(BAD_SETTINGS) from None
     configure_logs(settings.log_format, settings.log_level)
     try:
-        asyncio.run(run_server(settings))
+        probes = local_paths(settings.probes, lambda name: logger.info("probe from the hub", probe=name))
+        asyncio.run(run_server(settings.model_copy(update={"probes": probes})))
     except StartupError as error:
         logger.error(f"cannot start: {error}")
         raise typer.Exit(CANNOT_START) from None
@@ -139,7 +152,7 @@ def _help(name: str, field: FieldInfo) -> str:
 
 
 def default_of(field: FieldInfo) -> str:
-    """Returns the default of a setting as text for help messages."""
+    """Returns the default value of a server setting as text for the command's help."""
     if field.is_required():
         return "none, required"
     match field.get_default():

@@ -1,4 +1,4 @@
-"""Shows the steps of loading a model on the console."""
+"""Shows the steps of loading a model and its probes on the console."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class CheckSteps:
         self._step = ""
 
     def begin(self, step: str) -> None:
-        """Marks the previous step as passed, and starts to show the next step."""
+        """Marks the previous step of a check as passed on the console, and starts to show the next step."""
         self._end("[green]✓[/green]")
         self._step = step
         self._status.update(safe(step))

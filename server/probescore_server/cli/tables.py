@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rich.markup import escape
 from rich.table import Table
 
-from probescore import Calibration, ProbeInfo
+from probescore import CalibratedRollouts, Calibration, ProbeInfo
 from probescore_server.cli.common.visible import visible
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ def safe(text: str) -> str:
 
 
 def facts_table(title: str) -> Table:
-    """Returns an empty two-column table for names and values, with a title and without lines."""
+    """Returns an empty table for the terminal, with a title and two columns, for names and values."""
     table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
@@ -36,7 +36,7 @@ def probes_table(probes: Sequence[ProbeInfo]) -> Table:
     for column in ("probe", "reads", "gives", "reduction", "threshold"):
         table.add_column(column, overflow="fold")
     if not probes:
-        table.add_row("none: the server was started without --probes, and can score nothing")
+        table.add_row("none: the server has no probe files, and can score nothing")
     for probe in probes:
         table.add_row(
             "\n".join([safe(probe.key), *_notes(probe)]),
@@ -49,6 +49,8 @@ def probes_table(probes: Sequence[ProbeInfo]) -> Table:
 
 
 def _notes(probe: ProbeInfo) -> Iterator[str]:
+    if probe.retired:
+        yield "[yellow]retired: served by its full name alone[/yellow]"
     if probe.description:
         yield f"[dim]{safe(probe.description)}[/dim]"
     for name in probe.accepted_mismatches:
@@ -57,7 +59,16 @@ def _notes(probe: ProbeInfo) -> Iterator[str]:
 
 def _threshold(calibration: Calibration) -> str:
     label = f"{calibration.label}: " if calibration.label else ""
-    return safe(f"{label}{calibration.threshold:.4g} at {calibration.false_positive_rate:.1%} false positives")
+    shown = safe(f"{label}{calibration.threshold:.4g} at {calibration.false_positive_rate:.1%} false positives")
+    return shown if calibration.conditions is None else f"{shown}\n[dim]{safe(_found_on(calibration.conditions))}[/dim]"
+
+
+def _found_on(negatives: CalibratedRollouts) -> str:
+    shapes = f" ({', '.join(negatives.prompt_shapes)})" if negatives.prompt_shapes else ""
+    return (
+        f"for prompts of {_range(negatives.shortest_prompt, negatives.longest_prompt)} tokens{shapes}, completions of "
+        f"{_range(negatives.shortest_completion, negatives.longest_completion)}"
+    )
 
 
 def manifest_tables(manifest: Manifest) -> Iterator[Table]:
@@ -126,10 +137,18 @@ def _conditions(conditions: CalibrationConditions | None) -> str:
     if conditions is None:
         return ""
     return (
-        f" ({conditions.groups:,} groups; prompts of {conditions.shortest_prompt:,} to {conditions.longest_prompt:,} tokens, as "
-        f"{' and '.join(conditions.prompt_forms)}; completions of {conditions.shortest_completion:,} to "
-        f"{conditions.longest_completion:,}; {conditions.dtype})"
+        f" ({conditions.groups:,} groups; prompts of {_range(conditions.shortest_prompt, conditions.longest_prompt)} tokens, as "
+        f"{' and '.join(conditions.prompt_forms)}{_shapes(conditions)}; completions of "
+        f"{_range(conditions.shortest_completion, conditions.longest_completion)}; {conditions.dtype})"
     )
+
+
+def _range(least: int, most: int) -> str:
+    return f"{least:,}" if least == most else f"{least:,} to {most:,}"
+
+
+def _shapes(conditions: CalibrationConditions) -> str:
+    return f" ({', '.join(shape.value for shape in conditions.prompt_shapes)})" if conditions.prompt_shapes else ""
 
 
 def _evaluation(record: Evaluation) -> str:

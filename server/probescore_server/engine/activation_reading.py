@@ -45,7 +45,7 @@ class BatchActivations:
         forest: the batch, as token segments arranged in trees, so that shared prefixes are computed once.
         activations: activations of the forest at these taps.
         scope: tokens of every rollout that are read: completion, prompt or all.
-        taps: taps whose activations are given.
+        taps: taps (places in the model) whose activations are given.
         reads: activations that the request asks for.
         live: indices of the rollouts whose activations are all present.
     """
@@ -115,7 +115,7 @@ class BatchActivations:
         return _View(placement, token_ids, self._rows.of(segments), selections, first, len(token_ids) - own, follow_ups)
 
     def _pool(self, rows: torch.Tensor) -> NDArray[np.float32]:
-        """Computes all pooled activations of the batch at a tap, ``(selections of the batch, pools, hidden_size)``."""
+        """Computes all pooled activations of the batch at a tap (place in the model), ``(selections of the batch, pools, hidden_size)``."""
         pooled = torch.full((self._selections, len(self._reads.pools), rows.shape[1]), torch.nan, dtype=torch.float32, device=rows.device)
         for view in self._every_view():
             for offset, selection in enumerate(view.selections):
@@ -136,7 +136,9 @@ class BatchActivations:
 
 
 def joined(parts: Sequence[CompletionActivations]) -> CompletionActivations:
-    """Returns the activations of one completion at all taps, given the activations at some taps and those at the remaining taps."""
+    """Returns the activations of one completion at all taps, given the activations at some taps (places in the model) and those at the
+    remaining taps.
+    """
     first, *others = parts
     if not others:
         return first
@@ -151,7 +153,7 @@ def joined(parts: Sequence[CompletionActivations]) -> CompletionActivations:
 
 
 def result_of(found: CompletionActivations, usage: Usage, reads: ActivationReads) -> RolloutResult:
-    """Returns the activations of a completion and its follow-ups in the format in which they are sent.
+    """Returns the activations of a completion and its follow-ups (token ids appended to a completion) in the format in which they are sent.
 
     A completion or follow-up with a number that is too large for the format has no activations and the status ``OVERFLOW``.
     """
@@ -160,7 +162,9 @@ def result_of(found: CompletionActivations, usage: Usage, reads: ActivationReads
 
 
 def _encoded(found: CompletionActivations, reads: ActivationReads, arrays: list[ActivationArrays]) -> CompletionScores:
-    """Appends the activations of a completion, and then those of its follow-ups, to ``arrays``; returns what is told beside them."""
+    """Appends the activations of a completion, and then those of its follow-ups (token ids appended to a completion), to ``arrays``;
+    returns what is told beside them.
+    """
     status, message = found.status, found.status_message
     own: ActivationArrays = {}
     if status is CompletionStatus.OK:

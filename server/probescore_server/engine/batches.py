@@ -37,12 +37,15 @@ def batches(rollouts: Sequence[CheckedRollout], max_tokens: int, max_read_tokens
 
 
 def read_tokens(rollout: CheckedRollout) -> int:
-    """Returns how many tokens of a rollout, and of the follow-ups appended to it, are in scope."""
+    """Returns how many tokens of a rollout, and of the follow-ups appended to it, are in scope, that is, in the part of the rollout that is
+    read.
+    """
     return sum(read for _, read in _costs(rollout).values())
 
 
 def _costs(rollout: CheckedRollout) -> dict[Hashable, tuple[int, int]]:
-    """Returns the number of tokens, and of tokens in scope, of a rollout's prompt and of its completion with follow-ups.
+    """Returns the number of tokens, and of those tokens whose activations are read, of a rollout's prompt and of its completion with
+    follow-ups (token ids appended to a completion).
 
     Each pair of numbers is keyed by a name that is equal for equal tokens, so that shared tokens are counted once.
     """

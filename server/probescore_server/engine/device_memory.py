@@ -10,7 +10,7 @@ import ctypes
 import gc
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -23,6 +23,7 @@ from probescore_server.errors import WorkerUnavailable
 from probescore_server.failures import FailureKind, kind_of
 from probescore_server.probes.loading.loader import LoadedProbe, StackMember
 from probescore_server.probes.loading.onnx_session import ProbeSession
+from probescore_server.probes.stacking.stack import Stack
 from probescore_server.rollouts import EngineStatistics
 
 STATM = Path("/proc/self/statm")
@@ -57,6 +58,7 @@ class DeviceMemory:
         self._weights = weights
         self._cache = cache
         self._sessions = sessions
+        self._stacks: Collection[Stack] = ()
         self._offload = WeightOffload()
 
     @classmethod
@@ -68,18 +70,24 @@ class DeviceMemory:
         further_weights: Callable[[], Iterable[torch.Tensor]],
     ) -> DeviceMemory:
         """Returns a ``DeviceMemory`` for a model, its probes, its key-value caches, and the weights that readings have of their own."""
-        runs = [probe.runs for probe in probes]
-        stacks = {run.stack for run in runs if isinstance(run, StackMember)}
-        sessions = [run for run in runs if isinstance(run, ProbeSession) and run.device.type == "cuda"]
 
         def weights() -> Iterator[torch.Tensor]:
             yield from decoder.model.parameters()
             yield from decoder.model.buffers()
-            for stack in stacks:
-                yield from stack.tensors()
             yield from further_weights()
 
-        return cls(decoder.device, weights, cache, sessions)
+        memory = cls(decoder.device, weights, cache, [])
+        memory.adopt(probes)
+        return memory
+
+    def adopt(self, probes: Iterable[LoadedProbe]) -> None:
+        """Takes the probes whose device memory moves with the weights from now on, in place of all earlier probes.
+
+        The engine must be awake.
+        """
+        runs = [probe.runs for probe in probes]
+        self._stacks = {run.stack for run in runs if isinstance(run, StackMember)}
+        self._sessions = [run for run in runs if isinstance(run, ProbeSession) and run.device.type == "cuda"]
 
     def sleep(self) -> Transfer:
         """Frees the memory. It returns the device, the seconds taken, the bytes of weights moved and the bytes of device memory freed.
@@ -90,7 +98,7 @@ class DeviceMemory:
             return Transfer(str(self._device))
         started, held = time.perf_counter(), self._held_bytes()
         if self._device.type == "cuda":
-            self._offload.leave(self._weights())
+            self._offload.leave(self._tensors())
         for session in self._sessions:
             session.close()
         self.asleep = True
@@ -129,13 +137,17 @@ class DeviceMemory:
             for session in opened:
                 session.close()
             if self._device.type == "cuda":
-                self._offload.leave(self._weights())
+                self._offload.leave(self._tensors())
             self.free_reserves()
             raise WorkerUnavailable("the device has no room for the graphs of the probes", RETRY_SECONDS) from None
 
     def free_reserves(self) -> None:
         """Frees the memory that only makes later work faster: the key-value cache and the unused memory that allocators keep."""
         self._cache.clear()
+        self.trim()
+
+    def trim(self) -> None:
+        """Makes allocators return the unused memory that they keep; nothing that is in use is freed."""
         gc.collect()  # the frames of a caught exception may still refer to tensors
         _return_free_memory()
 
@@ -146,6 +158,11 @@ class DeviceMemory:
         cache = self._cache
         held = self._held_bytes() if self._device.type == "cuda" else _resident_bytes()
         return EngineStatistics(held, cache.bytes, cache.hits, cache.misses)
+
+    def _tensors(self) -> Iterator[torch.Tensor]:
+        yield from self._weights()
+        for stack in self._stacks:
+            yield from stack.tensors()
 
     def _held_bytes(self) -> int:
         return torch.cuda.memory_reserved(self._device) if self._device.type == "cuda" else self._cache.bytes

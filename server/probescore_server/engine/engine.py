@@ -5,9 +5,10 @@ Each worker process of the server runs one engine, and a program can run an engi
 
 from __future__ import annotations
 
+import math
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
@@ -34,22 +35,26 @@ from probescore.types import (
     Text,
     Transfer,
     Usage,
+    with_unmet_conditions,
 )
 from probescore_server.activations import MAX_BATCH_BYTES, resolve_reads
 from probescore_server.activity import ACTIVITY
-from probescore_server.backbone.base import Activations
-from probescore_server.backbone.forest import Forest, ProbeReads
+from probescore_server.backbone.base import Activations, Backbone
+from probescore_server.backbone.forest import Forest
+from probescore_server.backbone.kv_cache import KeyValueCache
+from probescore_server.backbone.taps import layers_needed
 from probescore_server.engine.activation_reading import BatchActivations, joined, result_of
 from probescore_server.engine.batches import batches, read_tokens
+from probescore_server.engine.fair_lock import FairLock
 from probescore_server.engine.loading import LoadedParts, load_parts
 from probescore_server.engine.reading_loading import ReadingLoader
 from probescore_server.engine.reading_passes import FROZEN_PASS, ReadingPasses
-from probescore_server.errors import LimitExceeded
-from probescore_server.probes.format.manifest import Manifest
+from probescore_server.engine.served_probes import ServedProbes, describe_probes
+from probescore_server.errors import LimitExceeded, ModelRefused, ProbeRefused
 from probescore_server.probes.format.probe_file import ProbeFile
-from probescore_server.probes.loading.compatibility import is_accepted
+from probescore_server.probes.loading.compatibility import check_fits, is_accepted, read_probe_files
 from probescore_server.probes.loading.golden_check import check_golden, golden_deviation, golden_rollouts
-from probescore_server.probes.loading.loader import LoadedProbe, limited_to_tried_calls, needs_trial
+from probescore_server.probes.loading.loader import limited_to_tried_calls, load_probes, needs_trial
 from probescore_server.probes.scoring.batch_scorer import BatchScorer
 from probescore_server.probes.scoring.cancellation import WantedRollouts
 from probescore_server.readings.version import ReadingVersion
@@ -57,10 +62,12 @@ from probescore_server.rollouts import (
     ActivationReads,
     CheckedRollout,
     Continuation,
+    EngineInfo,
     EngineStatistics,
     ResolvedOptions,
     RolloutResult,
 )
+from probescore_server.validation.calibrated_rollouts import OutsideRollouts, calibrations_with_conditions
 from probescore_server.validation.options import TokenScoresWanted, parse_scope, resolve_options
 from probescore_server.validation.rollouts import resolve_rollouts
 from probescore_server.validation.texts import ChatLimits, pending_texts
@@ -70,12 +77,15 @@ BATCH_TOKENS = 16_384
 settings.
 """
 
+LIVE_BATCH_TOKENS = 2048
+"""Limits the tokens of one batch of golden rollouts of a probe that is added while the engine serves others. Their batches wait meanwhile.
+"""
 
 _FLOAT32_BYTES = 4
 
 _TRIED_CASES = 4
-"""Limits the number of golden rollouts (examples in a probe file) whose activations serve as the centre of random test inputs for the
-probe's graph.
+"""Limits the number of golden rollouts (examples in a probe file) around whose activations random inputs are drawn, to test the probe's
+graph.
 """
 
 MAX_KV_CACHE_BYTES = 1 << 30
@@ -94,30 +104,30 @@ class Engine:
     """Engine that scores rollouts with probes on a frozen language model. Engines are made by ``Engine.load``.
 
     Several threads may use an engine; its batches run one after the other.
-
-    Attributes:
-        info: description of the loaded model, its tokenizer and its probes.
     """
 
     def __init__(self, parts: LoadedParts) -> None:
-        self.info = parts.info
         self._backbone = parts.backbone
+        self._reader = parts.reader
         self._texts = parts.texts
-        self._probes = dict(parts.probes)
-        self._files = parts.files
+        self._served = parts.probes
         self._cache = parts.cache
         self._memory = parts.memory
         self._readings = parts.readings
-        self._loader = ReadingLoader(parts.frozen, parts.readings, self._golden_drift)
-        self._reads = {key: _reads(probe.manifest) for key, probe in parts.probes.items()}
-        self._running = threading.Lock()
+        self._loader = ReadingLoader(parts.frozen, parts.readings, lambda: self._served, self._golden_drift)
+        self._running = FairLock()
         self._loading = threading.Lock()
+
+    @property
+    def info(self) -> EngineInfo:
+        """Returns the description of the loaded model, its tokenizer and its probes."""
+        return self._served.info
 
     @classmethod
     def load(
         cls,
         model: str,
-        probes: Sequence[str | Path] = (),
+        probes: Sequence[str | Path | ProbeFile] = (),
         *,
         taps: Sequence[str | Tap] | str = (),
         revision: str = "",
@@ -127,13 +137,14 @@ class Engine:
         accept_mismatch: Collection[str] = (),
         trust_remote_code: bool = False,
         max_kv_cache_bytes: int = MAX_KV_CACHE_BYTES,
+        min_layers: int = 0,
         report: Callable[[str], None] = _ignore,
     ) -> Engine:
         """Loads a model, as deep as probes and named taps need, and makes all checks that are possible before the first request.
 
         Args:
             model: a directory, or the id of a model on the Hugging Face hub.
-            probes: paths of probe files.
+            probes: paths of probe files, or probe files that are read already.
             taps: where ``activations`` may read, in addition to where the probes read: names of taps, or patterns of names such as
                 ``resid_post.*``.
             revision: branch, tag or commit of a model on the hub; empty = its default branch.
@@ -146,6 +157,7 @@ class Engine:
                 run on this model is refused in any case.
             trust_remote_code: whether the model may bring its own Python code, which is then run.
             max_kv_cache_bytes: bytes of keys and values to keep on the device for later prompts with the same beginning; 0 = none.
+            min_layers: number of blocks to load at least, also if probes and taps need fewer.
             report: function that is called with a line of text for people as each step of loading begins.
 
         Raises:
@@ -164,12 +176,13 @@ class Engine:
             accept_mismatch=accept_mismatch,
             trust_remote_code=trust_remote_code,
             max_kv_cache_bytes=max_kv_cache_bytes,
+            min_layers=min_layers,
             report=report,
         )
         engine = cls(loaded)
         report("recomputing golden scores")
-        engine._check_golden(loaded.files, accept_mismatch)
-        engine._try_graphs(loaded.files)
+        engine._served = engine._proven(loaded.probes, loaded.files, loaded.files, accept_mismatch, BATCH_TOKENS, math.inf)
+        engine._memory.adopt(engine._served.loaded.values())
         loaded.cache.clear()
         report("ready")
         return engine
@@ -192,7 +205,8 @@ class Engine:
 
         Args:
             groups: rollout groups, each a prompt and its completions, as token ids or as text.
-            probes: probes to score with, each as ``name`` or ``name@version``; empty = every loaded probe.
+            probes: probes to score with, each as ``name@version``, or as ``name`` for its highest version; empty = the highest version of
+                each name.
             reductions: reductions from the scores of the tokens to one number each, such as ``mean``; empty = each probe's default.
             token_scores: the probes whose scores per token are returned too, or ``"all"``.
             scope: which tokens are scored: ``completion``, ``prompt`` or ``all``.
@@ -206,8 +220,9 @@ class Engine:
         Raises:
             InvalidRequest: an argument is wrong; the error names the field.
         """
+        served = self._served  # to the end, whatever is served meanwhile
         options = resolve_options(
-            self.info,
+            served.info,
             probes=probes,
             reductions=reductions,
             token_scores=token_scores,
@@ -215,21 +230,27 @@ class Engine:
             return_token_ids=return_token_ids,
             return_token_texts=return_token_texts,
         )
-        with self._readings.pinned(readings) as pinned:
-            by_group = self.check_rollouts(groups, replace(options, readings=pinned.wanted))
+        with self._readings.pinned(readings, served.taps) as pinned:
+            by_group = self._checked(groups, replace(options, readings=pinned.wanted), served.info)
             started = time.perf_counter()
             results = [
                 result
                 for batch in batches([rollout for group in by_group for rollout in group], BATCH_TOKENS)
-                for result in self.score_rollouts(batch)
+                for result in self._score(batch, served, _never)
                 if result is not None
             ]
         usage = replace(Usage.total(result.usage for result in results), compute_seconds=time.perf_counter() - started)
-        scores = iter(result.scores for result in results)
-        scored = self.info.scored_probes(options)
+        scored = served.info.scored_probes(options)
+        calibrations = calibrations_with_conditions(served.info, options)
+        outside = OutsideRollouts.of(by_group, calibrations, options.scope, served.info.bos_token_id)
+        if outside is not None:
+            # There are none where a completion could not be scored, and where frozen was not asked for: thresholds are of its scores alone.
+            has_scores = [bool(result.scores.scores) for result in results]
+            scored = outside.noted(scored, np.where(has_scores, np.arange(len(results)), -1))
+        scores = iter(with_unmet_conditions([result.scores for result in results], scored))
         return ScoreResult(
-            groups=tuple(GroupScores(tuple(next(scores) for _ in group)) for group in by_group),
-            info=ScoringInfo(self.info.model.fingerprint, self.info.tokenizer_fingerprint, scored, usage, pinned.described),
+            groups=tuple(GroupScores(tuple(islice(scores, len(group)))) for group in by_group),
+            info=ScoringInfo(served.info.model.fingerprint, served.info.tokenizer_fingerprint, scored, usage, pinned.described),
         )
 
     def load_reading(
@@ -267,11 +288,14 @@ class Engine:
         Raises:
             InvalidRequest: there is no reading of this name, or it is ``frozen``.
         """
-        return self._readings.remove(name)
+        return self._readings.remove(name, self._served.taps)
 
     def readings(self) -> tuple[Reading, ...]:
-        """Returns the descriptions of the readings that ``score`` can be asked for, ``frozen`` first."""
-        return self._readings.described
+        """Returns the descriptions of the readings that ``score`` can be asked for, ``frozen`` first.
+
+        What they say of probes is true of those that are served now.
+        """
+        return self._readings.described(self._served.taps)
 
     def activations(
         self,
@@ -285,24 +309,25 @@ class Engine:
     ) -> Iterator[CompletionActivations]:
         """Reads activations of every completion of every group: all taps in one pass, each token once.
 
-        Everything is checked at the call; what is computed is computed as the results are asked for, a batch at a time, and whoever asks no
-        more ends it. It begins with an empty key-value cache, so that the same call on the same machine gives the same bits.
+        All arguments are checked when the method is called. Activations are computed batch by batch, as the caller asks for results; a
+        caller that asks for no more ends the computation. The key-value cache is empty at the beginning, so that the same call on the same
+        machine gives the same bits.
 
         Args:
-            groups: what to read.
+            groups: the rollout groups whose activations are read, each a prompt and its completions.
             taps: names of taps, or patterns of names such as ``resid_post.*``, among those that the engine was loaded for.
-            pool: what becomes of the tokens that count: ``mean``, ``last`` or ``max`` of each feature, in the whole scope and in each span;
-                ``tokens`` for every token's activations; or several of these.
-            scope: ``completion``, ``prompt`` or ``all``.
-            max_batch_bytes: of activations that a batch holds at once, in float32 on the model's device.
-            is_cancelled: asked for a completion's index, counted over all groups, before each piece of work that it needs; one that nobody
-                wants any more is not computed, and left out.
+            pool: how the activations of the tokens that count are pooled: ``mean``, ``last`` or ``max`` of each feature, in the whole scope
+                and in each span; ``tokens`` for every token's activations; or several of these.
+            scope: the tokens that are read: ``completion``, ``prompt`` or ``all``.
+            max_batch_bytes: limit on the bytes of activations that a batch holds at once, in float32 on the model's device.
+            is_cancelled: function that is called with a completion's index, counted over all groups, before each piece of work that the
+                completion needs; if it returns true, the completion is not computed and has no result.
 
         Returns:
             One result per completion, in order.
 
         Raises:
-            InvalidRequest: names the field at fault.
+            InvalidRequest: an argument is wrong; the error names the field at fault.
             LimitExceeded: one completion alone has more activations than ``max_batch_bytes``.
         """
         reads = self.resolve_reads(taps, pool)
@@ -312,26 +337,30 @@ class Engine:
         return self.read_rollouts(rollouts, places, reads, max_batch_bytes=max_batch_bytes, is_cancelled=is_cancelled)
 
     def resolve_reads(self, taps: Sequence[str | Tap] | str, pool: Sequence[str] | str) -> ActivationReads:
-        """Checks which activations are wanted. The arguments are those of ``activations``.
+        """Checks the taps (places in the model) and poolings (such as means) that a request for activations names, and returns them. The
+        arguments are those of ``activations``.
 
         Raises:
-            InvalidRequest: naming ``taps[i]`` or ``pool``.
+            InvalidRequest: a tap or pooling is not known; the error names ``taps[i]`` or ``pool``.
         """
         return resolve_reads(taps, pool, self.info.taps, whose="the taps that this engine was loaded for (Engine.load(…, taps=[…]))")
 
     def check_rollouts(self, groups: Sequence[RolloutGroup], options: ResolvedOptions) -> list[list[CheckedRollout]]:
-        """Checks groups of rollouts and tokenises their texts; returns the rollouts per group, per completion.
+        """Checks groups of rollouts and tokenises their texts. Returns the checked rollouts, one list for each group.
 
         Raises:
-            InvalidRequest: names the field at fault.
+            InvalidRequest: an argument is wrong; the error names the field at fault.
         """
+        return self._checked(groups, options, self.info)
+
+    def _checked(self, groups: Sequence[RolloutGroup], options: ResolvedOptions, info: EngineInfo) -> list[list[CheckedRollout]]:
         encoded = {
             text.field: self.encode_completion(text.content, field=text.field)
             if isinstance(text.content, str)
             else self.encode_prompt(text.content, field=text.field)
             for text in pending_texts(groups)
         }
-        return resolve_rollouts(groups, self.info, options, encoded=encoded)
+        return resolve_rollouts(groups, info, options, encoded=encoded)
 
     def encode_prompt(self, prompt: Text | Chat | str, *, field: str = "prompt", limits: ChatLimits | None = None) -> NDArray[np.int32]:
         """Returns the token ids ``(P,)`` int32 of a prompt that is a text, or a chat, which the model's chat template renders.
@@ -358,6 +387,10 @@ class Engine:
             InvalidRequest: there is no tokenizer, or the text is not valid Unicode; the error names ``field``.
         """
         return self._texts.encode_completion(text, field)
+
+    def generation_prompt_ids(self) -> tuple[int, ...]:
+        """Returns the token ids with which the model's chat template ends every prompt; empty if there is no template."""
+        return self._texts.generation_prompt_ids()
 
     def decode_tokens(self, ids: Sequence[int] | NDArray[np.int32]) -> list[str]:
         """Returns the text of each token id, for people; joined, the texts are the text of the whole sequence."""
@@ -390,13 +423,58 @@ class Engine:
                 return is_cancelled(indices[place])
 
             if reads is None:
-                found = dict(enumerate(self._score(alike, self._probes, is_given_up)))
+                found = dict(enumerate(self._score(alike, self._served, is_given_up)))
             else:
                 read = self._read(alike, [(0, 0)] * len(alike), reads, MAX_BATCH_BYTES, is_given_up)
                 found = {place: result_of(activations, usage, reads) for place, activations, usage in read}
             for place, result in found.items():
                 results[indices[place]] = result
         return results
+
+    def prepare_probes(
+        self, files: Sequence[ProbeFile], *, accept_mismatch: Collection[str] = (), max_batch_seconds: float = math.inf
+    ) -> tuple[ServedProbes, list[ProbeRefused]]:
+        """Makes another set of probes ready beside the one that is served, with every check of ``load``, and changes nothing yet.
+
+        Probes that are served already are taken as they are. A new file that fails a check is left out. Another thread may score
+        meanwhile: it waits for a batch of golden rollouts of at most ``LIVE_BATCH_TOKENS`` tokens at a time.
+
+        Args:
+            files: all probes of the new set.
+            accept_mismatch: as of ``load``.
+            max_batch_seconds: the longest that one batch of golden rollouts may take.
+
+        Returns:
+            The new set, for ``adopt_probes``, and the refusal of each file that is left out. A file that needs blocks which
+            are not loaded is refused with ``needs_layers``.
+
+        Raises:
+            ProbeRefused: a probe that is served already cannot be loaded again.
+        """
+        refusals: list[ProbeRefused] = []
+        # What is served goes before another file of its name and version; and by its key, since the path may be that of a newer file.
+        served = [replace(file, file=f"the {file.manifest.key} that is served") for file in files if self.serves(file)]
+        new = [file for file in files if not self.serves(file)]
+        while True:
+            try:
+                return self._prepared([*served, *new], accept_mismatch, max_batch_seconds), refusals
+            except ProbeRefused as refusal:
+                left = [file for file in new if file.file != refusal.file]
+                if len(left) == len(new):
+                    raise
+                refusals.append(refusal)
+                new = left
+
+    def serves(self, file: ProbeFile) -> bool:
+        """Returns whether the engine serves the probe of a file, with exactly the file's content."""
+        return self._served.has(file.manifest)
+
+    def adopt_probes(self, probes: ServedProbes) -> None:
+        """Serves another set of probes from the next batch on. The memory of the probes that are not in it is freed."""
+        with self._running:
+            self._check_awake()
+            self._memory.adopt(probes.loaded.values())
+            self._served = probes
 
     def read_rollouts(
         self,
@@ -407,17 +485,18 @@ class Engine:
         max_batch_bytes: int = MAX_BATCH_BYTES,
         is_cancelled: Callable[[int], bool] = _never,
     ) -> Iterator[CompletionActivations]:
-        """Reads activations of checked rollouts, as ``activations`` says.
+        """Computes activations of rollouts that were checked before, batch by batch, as ``activations`` describes.
 
         Args:
-            rollouts: from ``check_rollouts``, all of one scope.
-            places: of each, what its result says of group and completion.
-            reads: from ``resolve_reads``.
-            max_batch_bytes: as of ``activations``.
-            is_cancelled: as of ``activations``.
+            rollouts: the rollouts that ``check_rollouts`` returned, all of one scope.
+            places: index of the group and of the completion that each rollout's result states.
+            reads: the taps (places in the model) and poolings that ``resolve_reads`` returned.
+            max_batch_bytes: limit on the bytes of activations that a batch holds at once, as in ``activations``.
+            is_cancelled: function that tells whether a rollout's result is not wanted any more, as in ``activations``.
 
         Raises:
-            LimitExceeded: naming ``groups[i].completions[j]``: it alone has more activations than ``max_batch_bytes``.
+            LimitExceeded: one completion alone has more activations than ``max_batch_bytes``; the error names
+                ``groups[i].completions[j]``.
         """
         row_bytes = self.info.model.hidden_size * _FLOAT32_BYTES
         at_least = len(reads.taps) if reads.tokens else 1
@@ -426,7 +505,11 @@ class Engine:
                 field = f"groups[{group}].completions[{completion}]"
                 remedy = "allow more, ask for fewer taps, or for pools in place of tokens"
                 raise LimitExceeded(field, most, "bytes of activations", "max_batch_bytes", max_batch_bytes, remedy, "TOO_LONG")
-        return self._read_alone(rollouts, places, reads, max_batch_bytes, is_cancelled)
+        return self._read_afresh(rollouts, places, reads, max_batch_bytes, is_cancelled)
+
+    def trim(self) -> None:
+        """Returns memory that is free, such as that of probes that are not served any more, to the device and the operating system."""
+        self._memory.trim()
 
     def free_memory(self) -> None:
         """Frees the memory that only makes later batches faster: the key-value cache and the unused memory that allocators keep."""
@@ -464,27 +547,40 @@ class Engine:
             return self._memory.wake()
 
     def _score(
-        self, rollouts: Sequence[CheckedRollout], probes: Mapping[str, LoadedProbe], is_cancelled: Callable[[int], bool]
+        self, rollouts: Sequence[CheckedRollout], probes: ServedProbes, is_cancelled: Callable[[int], bool]
     ) -> list[RolloutResult | None]:
-        passes = ReadingPasses(rollouts, {key: probe.manifest.taps for key, probe in probes.items()}, self._readings)
+        passes = ReadingPasses(rollouts, probes, self._readings)
         results = {
-            reading: self._score_pass(reading, [rollouts[index] for index in indices], probes, _of(indices, is_cancelled))
+            reading: self._score_pass(
+                [rollouts[index] for index in indices], probes, _of(indices, is_cancelled), *self._weights_of(reading)
+            )
             for reading, indices in passes.rollouts.items()
         }
         return [
-            None if result is None else replace(result, scores=self._with_texts(result.scores, rollout))
+            None if result is None else self._with_texts(result, rollout)
             for result, rollout in zip(passes.together(results), rollouts, strict=True)
         ]
 
+    def _weights_of(self, reading: str) -> tuple[Backbone, KeyValueCache]:
+        """Returns what runs a reading, given by ``FROZEN_PASS`` or the id of its version, and its key-value cache."""
+        if reading == FROZEN_PASS:
+            return self._backbone, self._cache
+        return self._readings.version(reading).backbone, self._readings.cache(reading)
+
     def _score_pass(
-        self, reading: str, rollouts: Sequence[CheckedRollout], probes: Mapping[str, LoadedProbe], is_cancelled: Callable[[int], bool]
+        self,
+        rollouts: Sequence[CheckedRollout],
+        probes: ServedProbes,
+        is_cancelled: Callable[[int], bool],
+        backbone: Backbone,
+        cache: KeyValueCache | None,
     ) -> list[RolloutResult | None]:
-        """Scores rollouts on one reading, given by ``FROZEN_PASS`` or the id of its version."""
-        forest = Forest.build(rollouts, self._reads)
+        """Scores rollouts on one reading, given by what runs it and its key-value cache."""
+        forest = Forest.build(rollouts, probes.reads)
         wanted = WantedRollouts(is_cancelled)
-        taps = {tap for key in _requested(rollouts) for tap in probes[key].manifest.taps}
-        with self._run(rollouts, forest, sorted(taps, key=str), wanted, reading) as (activations, live):
-            scorer = BatchScorer(self.info, probes, self._texts.special_ids, rollouts, forest, activations, wanted)
+        taps = sorted(probes.taps_of(_requested(rollouts)), key=str)
+        with self._run(rollouts, forest, taps, wanted, backbone, cache) as (activations, live):
+            scorer = BatchScorer(probes.info, probes.loaded, self._texts.special_ids, rollouts, forest, activations, wanted)
             scores = scorer.score(live)
         return [
             RolloutResult(scores[index], forest.usage(index), scorer.refused_by.get(index, ""))
@@ -493,7 +589,7 @@ class Engine:
             for index in range(len(rollouts))
         ]
 
-    def _read_alone(
+    def _read_afresh(
         self,
         rollouts: Sequence[CheckedRollout],
         places: Sequence[tuple[int, int]],
@@ -534,7 +630,7 @@ class Engine:
         self, rollouts: Sequence[CheckedRollout], taps: Sequence[Tap], reads: ActivationReads, wanted: WantedRollouts
     ) -> BatchActivations:
         forest = Forest.build(rollouts, {})
-        with self._run(rollouts, forest, taps, wanted) as (activations, live):
+        with self._run(rollouts, forest, taps, wanted, self._backbone, self._cache) as (activations, live):
             return BatchActivations(forest, activations, rollouts[0].options.scope, taps, reads, live)
 
     @contextmanager
@@ -544,7 +640,8 @@ class Engine:
         forest: Forest,
         taps: Sequence[Tap],
         wanted: WantedRollouts,
-        reading: str = FROZEN_PASS,
+        backbone: Backbone,
+        cache: KeyValueCache | None,
     ) -> Iterator[tuple[Activations, list[int]]]:
         """Runs a batch's forest. While this is open no other batch runs.
 
@@ -559,39 +656,27 @@ class Engine:
 
         with self._running:
             self._check_awake()
-            if reading == FROZEN_PASS:
-                backbone, cache = self._backbone, self._cache
-            else:
-                backbone, cache = self._readings.version(reading).backbone, self._readings.cache(reading)
             activations = backbone.forward(forest, taps, skip=unwanted, cache=cache)
             yield activations, [index for index in range(len(rollouts)) if index not in wanted.cancelled]
 
-    def _check_awake(self) -> None:
-        if self._memory.asleep:
-            raise RuntimeError("the engine sleeps: call wake first")
-
-    def _golden_drift(self, version: ReadingVersion) -> dict[str, float]:
+    def _golden_drift(self, version: ReadingVersion, probes: ServedProbes) -> dict[str, float]:
         """Returns the largest difference between each probe's scores of its golden rollouts on a version of a reading and its golden
         scores, in standard deviations of these; a dictionary keyed by ``name@version``.
-        """
-        drift = {}
-        probes = {key: replace(probe, as_probability=False) for key, probe in self._probes.items()}
-        for file in self._files:
-            found: list[CompletionScores] = []
-            for batch in batches(golden_rollouts(file, self.info), BATCH_TOKENS):
-                forest = Forest.build(batch, self._reads)
-                activations = version.backbone.forward(forest, file.manifest.taps)
-                with self._running:  # the probes' sessions are for one batch at a time
-                    scorer = BatchScorer(self.info, probes, self._texts.special_ids, batch, forest, activations, WantedRollouts(_never))
-                    scores = scorer.score(range(len(batch)))
-                found += [scores[index] for index in range(len(batch))]
-            drift[file.manifest.key] = golden_deviation(file, found)
-        return drift
 
-    def _with_texts(self, scores: CompletionScores, rollout: CheckedRollout) -> CompletionScores:
+        Batches wait meanwhile: the version may be one that they run.
+        """
+        raw = probes.with_raw_scores(probes.loaded)
+        by_probe = {key: golden_rollouts(probe.manifest, probes.info, key) for key, probe in probes.loaded.items()}
+        together = batches([rollout for rollouts in by_probe.values() for rollout in rollouts], LIVE_BATCH_TOKENS)
+        results = (result for batch in together for result in self._score_pass(batch, raw, _never, version.backbone, None))
+        found = (result.scores for result in results if result is not None)
+        return {key: golden_deviation(probes.loaded[key].manifest, [*islice(found, len(rollouts))]) for key, rollouts in by_probe.items()}
+
+    def _with_texts(self, result: RolloutResult, rollout: CheckedRollout) -> RolloutResult:
         if not rollout.options.return_token_texts or not self.info.tokenizer_fingerprint:
-            return scores  # without a tokenizer there is no text
-        return replace(self._completion_texts(scores, rollout.completion), prompt_texts=tuple(self.decode_tokens(rollout.prompt_ids)))
+            return result  # without a tokenizer there is no text
+        scores = self._completion_texts(result.scores, rollout.completion)
+        return replace(result, scores=replace(scores, prompt_texts=tuple(self.decode_tokens(rollout.prompt_ids))))
 
     def _completion_texts(self, scores: CompletionScores, continuation: Continuation) -> CompletionScores:
         follow_ups = zip(scores.follow_ups, continuation.follow_ups, strict=True)
@@ -601,60 +686,127 @@ class Engine:
             follow_ups=tuple(self._completion_texts(*follow_up) for follow_up in follow_ups),
         )
 
-    def _check_golden(self, files: Sequence[ProbeFile], accept_mismatch: Collection[str]) -> None:
+    # ------------------------------------------------------------------------------------------------------------------- proving probes
+
+    def _prepared(self, files: Sequence[ProbeFile], accept_mismatch: Collection[str], max_batch_seconds: float) -> ServedProbes:
+        """Loads and proves a set of probes; raises ``ProbeRefused`` for the first file that fails a check."""
+        files = read_probe_files(files)
+        served = self._served
+        new = [file for file in files if file.manifest.key not in served.loaded]
+        accepted = {file.manifest.key: self._check_fits(file, accept_mismatch) for file in new}
+        loaded = load_probes(files, torch.device(self.info.device), served.loaded)
+        known = {probe.key: probe for probe in served.info.probes}
+        probes = ServedProbes.of(describe_probes(served.info, files, accepted, known), loaded)
+        again = [file for file in files if loaded[file.manifest.key] is not served.loaded.get(file.manifest.key)]
+        return self._proven(probes, new, again, accept_mismatch, LIVE_BATCH_TOKENS, max_batch_seconds)
+
+    def _check_fits(self, file: ProbeFile, accept_mismatch: Collection[str]) -> tuple[str, ...]:
+        """Checks a file against the loaded model, and makes sure that the probe's taps can be read; returns the accepted mismatches."""
+        model = self.info.model
+        accepted = check_fits(
+            file,
+            model,
+            self.info.tokenizer_fingerprint,
+            accept_mismatch,
+            bos_token_id=self._texts.bos_token_id,
+            further_special_ids=self._texts.further_special_ids,
+        )
+        if (needed := layers_needed(file.manifest.taps, model.num_hidden_layers)) > model.num_loaded_layers:
+            expected = (
+                f"blocks that are loaded, the first {model.num_loaded_layers}: restart the server, which loads as many as its probes need, "
+                "or start it with --deeper-probes load, which does so beside the running model"
+            )
+            raise ProbeRefused(file.file, "inputs", f"a tap that needs {needed} blocks", expected, needed)
+        with self._running:
+            self._check_awake()
+            try:
+                self._reader.add(file.manifest.taps)
+            except ModelRefused as refusal:
+                raise ProbeRefused(file.file, "inputs", str(refusal), "taps that can be read of this model") from None
+        return accepted
+
+    def _proven(
+        self,
+        probes: ServedProbes,
+        new: Sequence[ProbeFile],
+        changed: Sequence[ProbeFile],
+        accept_mismatch: Collection[str],
+        batch_tokens: int,
+        max_batch_seconds: float,
+    ) -> ServedProbes:
+        """Recomputes golden scores, and tries graphs on random sequences; returns the set with what was found.
+
+        Args:
+            probes: the set.
+            new: the files whose golden scores are recomputed.
+            changed: the files whose graphs are tried unless they need no trial.
+            accept_mismatch: names of the probes whose mismatches the operator accepts.
+            batch_tokens: limit on the tokens of one batch of golden rollouts.
+            max_batch_seconds: the longest that such a batch may take.
+
+        Raises:
+            ProbeRefused: the first file that fails a check.
+        """
+        probes = self._check_golden(probes, new, accept_mismatch, batch_tokens, max_batch_seconds)
+        for file in changed:
+            key = file.manifest.key
+            if needs_trial(file, probes.loaded[key]):
+                probes = probes.with_loaded({key: limited_to_tried_calls(file, probes.loaded[key], self._golden_activations(file, probes))})
+        return probes
+
+    def _check_golden(
+        self, probes: ServedProbes, files: Sequence[ProbeFile], accept_mismatch: Collection[str], batch_tokens: int, max_seconds: float
+    ) -> ServedProbes:
         """Compares each probe's scores of its golden rollouts (examples in its file) with the expected scores in the file. A mismatch is
-        refused, or noted if ``accept_mismatch`` names the probe.
+        refused, or noted in the set that is returned if ``accept_mismatch`` names the probe.
 
         Probes of one author often have the same golden rollouts, so the rollouts of all files are scored together and each is run once.
         """
-        by_file = [golden_rollouts(file, self.info) for file in files]
-        # golden scores are in the unit of the graph's output, before any sigmoid
-        probes = {key: replace(probe, as_probability=False) for key, probe in self._probes.items()}
-        together = batches([rollout for rollouts in by_file for rollout in rollouts], BATCH_TOKENS)
-        found = (result.scores for batch in together for result in self._score(batch, probes, _never) if result is not None)
+        by_file = [golden_rollouts(file.manifest, probes.info, file.file) for file in files]
+        raw = probes.with_raw_scores(file.manifest.key for file in files)
+        together = batches([rollout for rollouts in by_file for rollout in rollouts], batch_tokens)
+        found = (result for batch in together for result in self._score(batch, raw, _after(max_seconds)))
         for file, rollouts in zip(files, by_file, strict=True):
-            refusal = check_golden(file, list(islice(found, len(rollouts))), self.info.dtype)
+            results = [result.scores for result in islice(found, len(rollouts)) if result is not None]
+            if len(results) < len(rollouts):
+                raise ProbeRefused(
+                    file.file, "golden", f"golden scores that take longer than {max_seconds:g} s to recompute", "a faster probe"
+                )
+            refusal = check_golden(file, results, probes.info.dtype)
             if refusal is None:
                 continue
             if not is_accepted(file.manifest, accept_mismatch):
                 raise refusal
-            self._note_mismatch(file.manifest, refusal.field)
+            probes = probes.with_accepted(file.manifest, refusal.field)
+        return probes
 
-    def _try_graphs(self, files: Sequence[ProbeFile]) -> None:
-        """Tests each probe's ONNX graph that may depend on its input's size, on random activations similar to those of the probe's golden
-        rollouts (examples in its file) and at far larger sizes.
-        """
-        for file in files:
-            key = file.manifest.key
-            if needs_trial(file, self._probes[key]):
-                self._probes[key] = limited_to_tried_calls(file, self._probes[key], self._golden_activations(file))
-
-    def _golden_activations(self, file: ProbeFile) -> dict[Tap, NDArray[np.float32]]:
+    def _golden_activations(self, file: ProbeFile, probes: ServedProbes) -> dict[Tap, NDArray[np.float32]]:
         """Returns the activations of a few of a probe's golden rollouts (examples in its file): a dictionary, keyed by tap (place in the
         model), of finite rows ``(N, hidden_size)`` float32. Row n belongs to the same token at every tap.
         """
-        rollouts = next(batches(golden_rollouts(file, self.info)[:_TRIED_CASES], BATCH_TOKENS))
+        rollouts = next(batches(golden_rollouts(file.manifest, probes.info, file.file)[:_TRIED_CASES], BATCH_TOKENS))
         with self._running:
+            self._check_awake()
             rows = self._backbone.forward(
-                Forest.build(rollouts, self._reads), file.manifest.taps, skip=lambda _: False, cache=self._cache
+                Forest.build(rollouts, probes.reads), file.manifest.taps, skip=lambda _: False, cache=self._cache
             ).rows
         finite = torch.stack([torch.isfinite(each).all(dim=1) for each in rows.values()]).all(dim=0)
         return {tap: each[finite].cpu().numpy() for tap, each in rows.items()}
 
-    def _note_mismatch(self, manifest: Manifest, field: str) -> None:
-        self.info = replace(
-            self.info,
-            probes=tuple(
-                replace(probe, accepted_mismatches=(*probe.accepted_mismatches, field))
-                if (probe.name, probe.version) == (manifest.name, manifest.version)
-                else probe
-                for probe in self.info.probes
-            ),
-        )
+    def _check_awake(self) -> None:
+        if self._memory.asleep:
+            raise RuntimeError("the engine sleeps: call wake first")
 
 
-def _reads(manifest: Manifest) -> ProbeReads:
-    return ProbeReads(manifest.context.sees_prompt, () if manifest.follow_up is None else manifest.follow_up.token_ids)
+def _after(seconds: float) -> Callable[[int], bool]:
+    """Returns a function that cancels a batch's rollouts after some seconds, counted from the batch's first step."""
+    end: list[float] = []
+
+    def is_cancelled(_: int) -> bool:
+        end[:] = end or [time.monotonic() + seconds]
+        return time.monotonic() > end[0]
+
+    return is_cancelled
 
 
 def _shifted(is_cancelled: Callable[[int], bool], by: int) -> Callable[[int], bool]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,12 +24,13 @@ from probescore_server.backbone.taps import TapReader, layers_needed
 from probescore_server.backbone.tokenizer import TextEncoder
 from probescore_server.engine.device_memory import DeviceMemory
 from probescore_server.engine.reading_set import ReadingSet
+from probescore_server.engine.served_probes import ServedProbes, describe_probes
 from probescore_server.errors import ModelRefused
 from probescore_server.files import read_regular_file
 from probescore_server.probes.format.fingerprints import decoder_settings, model_fingerprint
 from probescore_server.probes.format.probe_file import ProbeFile
-from probescore_server.probes.loading.compatibility import check_accepted_names, check_fits, probe_info, read_probe_files
-from probescore_server.probes.loading.loader import LoadedProbe, load_probes
+from probescore_server.probes.loading.compatibility import check_accepted_names, check_fits, read_probe_files
+from probescore_server.probes.loading.loader import load_probes
 from probescore_server.readings.files_read import MAX_SETTINGS_BYTES
 from probescore_server.readings.version import FrozenModel
 from probescore_server.rollouts import EngineInfo
@@ -42,21 +43,21 @@ class LoadedParts:
     """Value object with the parts of an engine (a frozen model with its probes on one device).
 
     Attributes:
-        info: description of the loaded model, its tokenizer and its probes.
         backbone: the model, cut after the deepest block that a probe reads.
         texts: the model's tokenizer.
-        probes: a dictionary, keyed by ``name@version``, of the loaded probes.
-        files: the probe files, in the order in which they were given.
+        reader: the reader of the model's activations, which further taps can be added to.
+        probes: the loaded probes, with the description of the model.
+        files: the probe files, sorted by name, then version.
         cache: an empty cache for keys and values.
         memory: the owner of the device memory of all these parts.
         frozen: what other readings are made from; ``None`` = none can be made.
         readings: the set of other readings, empty at first.
     """
 
-    info: EngineInfo
     backbone: Backbone
+    reader: TapReader
     texts: TextEncoder
-    probes: Mapping[str, LoadedProbe]
+    probes: ServedProbes
     files: Sequence[ProbeFile]
     cache: KeyValueCache
     memory: DeviceMemory
@@ -66,7 +67,7 @@ class LoadedParts:
 
 def load_parts(
     model: str,
-    probes: Sequence[str | Path],
+    probes: Sequence[str | Path | ProbeFile],
     *,
     taps: Sequence[str | Tap] | str,
     revision: str,
@@ -76,6 +77,7 @@ def load_parts(
     accept_mismatch: Collection[str],
     trust_remote_code: bool,
     max_kv_cache_bytes: int,
+    min_layers: int,
     report: Callable[[str], None],
 ) -> LoadedParts:
     """Loads a model, only as deep as its probes and the named taps are, and the probe files into the parts of an engine.
@@ -110,12 +112,12 @@ def load_parts(
         for file in files
     }
 
-    needed = layers_needed(read, described.num_hidden_layers)
+    needed = max(min_layers, layers_needed(read, described.num_hidden_layers))
     report(f"loading {needed} of {described.num_hidden_layers} blocks in {dtype}")
     decoder = load_decoder(
         directory, num_layers=needed, dtype=dtype, device=device, device_map=device_map, trust_remote_code=trust_remote_code
     )
-    content = model_files.digest(decoder)
+    content = model_files.digest(decoder, min_layers)
     model_files.check_unchanged()
     report("testing the forward pass")
     reader = TapReader(decoder, read)
@@ -124,35 +126,31 @@ def load_parts(
     loaded = load_probes(files, decoder.device)
     info = EngineInfo(
         model=replace(described, num_loaded_layers=len(decoder.blocks)),
-        content=content,
+        content=content[len(decoder.blocks)],
+        shallower=content,
         tokenizer_fingerprint=fingerprint,
         bos_token_id=texts.bos_token_id,
-        probes=tuple(probe_info(file.manifest, accepted[file.manifest.key]) for file in files),
+        probes=(),
         device=str(decoder.device),
         dtype=dtype,
         execution_path=backbone.name,
         max_unchanged_positions=max_unchanged_positions(decoder.config),
-        expects_bos={file.manifest.key: file.manifest.expects_bos for file in files},
-        max_follow_up_tokens={
-            file.manifest.key: len(file.manifest.follow_up.token_ids) for file in files if file.manifest.follow_up is not None
-        },
-        excluding_special_tokens=frozenset(file.manifest.key for file in files if file.manifest.exclude_special_tokens),
-        pools_with_prompt=frozenset(
-            file.manifest.key for file in files if file.manifest.context.kind == "rollout" and file.manifest.context.sees_prompt
-        ),
         placeholders=placeholder_tokens(config, tokenizer),
-        taps=tuple(tap for tap in all_taps(num_hidden_layers) if tap in set(read)),
+        taps=named,
     )
-    frozen = _frozen(decoder, backbone, info, config, directory)
+    served = ServedProbes.of(describe_probes(info, files, accepted, {}), loaded)
+    frozen = _frozen(decoder, reader, backbone, info, config, directory)
     budget = CacheBudget(max_kv_cache_bytes)
     readings = ReadingSet(
         Reading(FROZEN, described.fingerprint, ReadingKind.FROZEN, None, described.fingerprint, golden_verified=True), budget
     )
     memory = DeviceMemory.of(decoder, loaded.values(), budget, readings.tensors)
-    return LoadedParts(info, backbone, texts, loaded, files, KeyValueCache(budget), memory, frozen, readings)
+    return LoadedParts(backbone, reader, texts, served, files, KeyValueCache(budget), memory, frozen, readings)
 
 
-def _frozen(decoder: Decoder, backbone: Backbone, info: EngineInfo, config: PreTrainedConfig, directory: Path) -> FrozenModel | None:
+def _frozen(
+    decoder: Decoder, reader: TapReader, backbone: Backbone, info: EngineInfo, config: PreTrainedConfig, directory: Path
+) -> FrozenModel | None:
     """Returns what other readings are made from; ``None`` for a model on several devices, or one whose own code cannot be copied."""
     if decoder.is_spread:
         return None
@@ -162,7 +160,7 @@ def _frozen(decoder: Decoder, backbone: Backbone, info: EngineInfo, config: PreT
         logger.info("no other readings can be loaded beside this model: it cannot be copied", reason=f"{type(error).__name__}: {error}")
         return None
     settings = decoder_settings(read_regular_file(directory / "config.json", MAX_SETTINGS_BYTES), directory.name)
-    return FrozenModel(skeleton, backbone, info.taps, config, settings, info.model.fingerprint, info.tokenizer_fingerprint)
+    return FrozenModel(skeleton, reader, backbone, config, settings, info.model.fingerprint, info.tokenizer_fingerprint)
 
 
 def _describe(model: str, directory: Path, revision: str, config: PreTrainedConfig) -> ModelInfo:

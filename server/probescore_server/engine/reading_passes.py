@@ -7,10 +7,13 @@ from dataclasses import replace
 
 from probescore.types import FROZEN, CompletionScores, CompletionStatus, ReadingScores, Tap, Usage
 from probescore_server.engine.reading_set import ReadingSet
-from probescore_server.rollouts import CheckedRollout, RolloutResult
+from probescore_server.engine.served_probes import ServedProbes
+from probescore_server.rollouts import CheckedRollout, ResolvedOptions, RolloutResult
 
 FROZEN_PASS = ""
 """Key of the forward pass of the frozen model; the others' is the id of their version."""
+
+_FROZEN_ALONE = {FROZEN: FROZEN_PASS}
 
 
 class ReadingPasses:
@@ -20,25 +23,24 @@ class ReadingPasses:
 
     Args:
         rollouts: the batch.
-        taps: a dictionary, keyed by the probe's ``name@version``, of the taps that the probe reads.
+        probes: the probes that it is scored with.
         readings: the readings that are loaded.
 
     Attributes:
         rollouts: a dictionary, keyed by pass, the frozen model's first, of the indices of the rollouts that need it.
     """
 
-    def __init__(self, rollouts: Sequence[CheckedRollout], taps: Mapping[str, Sequence[Tap]], readings: ReadingSet) -> None:
+    def __init__(self, rollouts: Sequence[CheckedRollout], probes: ServedProbes, readings: ReadingSet) -> None:
         self._passes_of: list[dict[str, str]] = []
         needed: dict[str, list[int]] = {FROZEN_PASS: []}
-        known: dict[str, dict[str, str]] = {}
+        known: dict[ResolvedOptions, dict[str, str]] = {}
         for index, rollout in enumerate(rollouts):
             options = rollout.options
-            if options.key not in known:
-                read = {tap for key in options.probes for tap in taps[key]}
-                passes = {wanted.name: _pass_of(wanted.id, read, readings) for wanted in options.readings}
-                known[options.key] = passes or {FROZEN: FROZEN_PASS}
-            self._passes_of.append(known[options.key])
-            for each in dict.fromkeys(known[options.key].values()):
+            if options not in known:
+                read = probes.taps_of(options.probes) if options.readings else ()
+                known[options] = {wanted.name: _pass_of(wanted.id, read, readings) for wanted in options.readings} or _FROZEN_ALONE
+            self._passes_of.append(known[options])
+            for each in dict.fromkeys(known[options].values()):
                 needed.setdefault(each, []).append(index)
         self.rollouts = {each: indices for each, indices in needed.items() if indices}
 
@@ -48,6 +50,8 @@ class ReadingPasses:
         Args:
             results: a dictionary, keyed by pass, of the results of the rollouts that need it, in order.
         """
+        if all(passes is _FROZEN_ALONE for passes in self._passes_of):
+            return [*results[FROZEN_PASS]] if self._passes_of else []
         by_rollout = {each: dict(zip(self.rollouts[each], found, strict=True)) for each, found in results.items()}
         return [
             _result(passes, {each: by_rollout[each][index] for each in passes.values()}) for index, passes in enumerate(self._passes_of)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
-from probescore.types import FROZEN, Reading
+from probescore.types import FROZEN, Reading, Tap
 from probescore_server.backbone.kv_cache import CacheBudget, KeyValueCache
 from probescore_server.errors import InvalidRequest
 from probescore_server.readings.version import ReadingVersion
@@ -23,6 +23,14 @@ class _Held:
     version: ReadingVersion
     cache: KeyValueCache
     uses: int = 0
+
+
+@dataclass(frozen=True)
+class _Meaning:
+    """What a name means: the id of a version, with the label that was given together with the name."""
+
+    id: str
+    step: int | None
 
 
 @dataclass(frozen=True)
@@ -44,6 +52,8 @@ class ReadingSet:
     A name is resolved once, when a call is admitted, and the version that it meant then stays until the call has ended. A version that no
     name and no call means any more is freed.
 
+    What a description says of probes is true of those that read the taps which the caller names.
+
     Args:
         frozen: description of the frozen reading.
         budget: the bound on all key-value caches.
@@ -53,20 +63,14 @@ class ReadingSet:
         self._frozen = frozen
         self._budget = budget
         self._changed = threading.Condition()
-        self._named: dict[str, Reading] = {}
+        self._named: dict[str, _Meaning] = {}
         self._held: dict[str, _Held] = {}
         self._closed: set[str] = set()
 
-    @property
-    def described(self) -> tuple[Reading, ...]:
-        """Returns the descriptions of all readings, the frozen one first."""
+    def described(self, taps: Collection[Tap]) -> tuple[Reading, ...]:
+        """Returns the descriptions of all readings, the frozen one first, where probes read these taps."""
         with self._changed:
-            return (self._frozen, *self._named.values())
-
-    def named(self, name: str) -> Reading | None:
-        """Returns what a name means now; ``None`` = nothing."""
-        with self._changed:
-            return self._frozen if name == FROZEN else self._named.get(name)
+            return tuple(self._described(name, taps) for name in (FROZEN, *self._named))
 
     def version(self, reading_id: str) -> ReadingVersion:
         """Returns the version of an id, to which the call that asks must be pinned.
@@ -104,50 +108,62 @@ class ReadingSet:
                 self._release([reading_id])
 
     @contextmanager
-    def pinned(self, names: Sequence[str]) -> Iterator[PinnedReadings]:
+    def pinned(self, names: Sequence[str], taps: Collection[Tap]) -> Iterator[PinnedReadings]:
         """Context manager for a call that names readings: while it is open, the versions that the names mean now stay as they are.
 
         A name that is being replaced in place is waited for.
 
+        Args:
+            names: names of readings.
+            taps: the taps that the probes read which are served to the call.
+
         Raises:
             InvalidRequest: naming ``readings[i]``: there is no such reading, or it is named twice.
         """
-        pinned = self._pin(names)
+        pinned = self._pin(names, taps)
         try:
             yield pinned
         finally:
             self._release([reading.id for reading in pinned.wanted if reading.id])
 
-    def put(self, reading: Reading, version: ReadingVersion) -> Reading | None:
+    def put(self, name: str, step: int | None, version: ReadingVersion, taps: Collection[Tap]) -> Reading | None:
         """Lets a name mean a version from now on, and returns what it meant before.
 
         Args:
-            reading: description with the name.
-            version: the version of ``reading.id``; one of the same id that is there already is kept in its stead.
+            name: the name.
+            step: label of the version under this name.
+            version: the version; one of the same id that is there already is kept in its stead.
+            taps: the taps that probes read, for the description of what the name meant before.
         """
         with self._changed:
-            held = self._held.get(reading.id)
+            held = self._held.get(version.id)
             if held is None:
-                held = self._held[reading.id] = _Held(version, KeyValueCache(self._budget))
+                held = self._held[version.id] = _Held(version, KeyValueCache(self._budget))
             held.uses += 1
-            replaced = self._named.get(reading.name)
-            self._named[reading.name] = reading
+            replaced = self._described(name, taps) if name in self._named else None
+            self._named[name] = _Meaning(version.id, step)
         self._release([replaced.id] if replaced is not None else [])
         return replaced
 
-    def remove(self, name: str) -> Reading:
-        """Lets a name mean nothing from now on, and returns what it meant.
+    def remove(self, name: str, taps: Collection[Tap]) -> Reading:
+        """Lets a name mean nothing from now on, and returns what it meant, where probes read these taps.
 
         Raises:
             InvalidRequest: it means nothing already, or is ``frozen``.
         """
+        if name == FROZEN:
+            raise InvalidRequest("name", f"{FROZEN!r} is the frozen model itself, which is always there")
+        removed = self.drop(name, taps)
+        if removed is None:
+            raise self._unknown("name", name)
+        return removed
+
+    def drop(self, name: str, taps: Collection[Tap]) -> Reading | None:
+        """Lets a name mean nothing from now on, and returns what it meant, where probes read these taps; ``None`` = nothing."""
         with self._changed:
-            if name == FROZEN:
-                raise InvalidRequest("name", f"{FROZEN!r} is the frozen model itself, which is always there")
-            if name not in self._named:
-                raise self._unknown("name", name)
-            removed = self._named.pop(name)
-        self._release([removed.id])
+            removed = self._described(name, taps) if name in self._named else None
+            self._named.pop(name, None)
+        self._release([removed.id] if removed is not None else [])
         return removed
 
     @contextmanager
@@ -155,9 +171,9 @@ class ReadingSet:
         """Context manager during which no call that names a reading is admitted; it begins once all admitted ones have ended."""
         with self._changed:
             self._closed.add(name)
-            reading = self._named.get(name)
-            names = sum(each.id == reading.id for each in self._named.values()) if reading is not None else 0
-            self._changed.wait_for(lambda: reading is None or reading.id not in self._held or self._held[reading.id].uses <= names)
+            meant = self._named.get(name)
+            names = sum(each.id == meant.id for each in self._named.values()) if meant is not None else 0
+            self._changed.wait_for(lambda: meant is None or meant.id not in self._held or self._held[meant.id].uses <= names)
         try:
             yield
         finally:
@@ -165,7 +181,7 @@ class ReadingSet:
                 self._closed.discard(name)
                 self._changed.notify_all()
 
-    def _pin(self, names: Sequence[str]) -> PinnedReadings:
+    def _pin(self, names: Sequence[str], taps: Collection[Tap]) -> PinnedReadings:
         if isinstance(names, str):
             raise InvalidRequest("readings", f"{names[:100]!r} is not a list of names")
         wanted: list[PinnedReading] = []
@@ -173,17 +189,22 @@ class ReadingSet:
         with self._changed:
             self._changed.wait_for(lambda: not self._closed.intersection(names))
             for index, name in enumerate(names):
-                reading = self._frozen if name == FROZEN else self._named.get(name)
-                if reading is None:
+                if name != FROZEN and name not in self._named:
                     raise self._unknown(f"readings[{index}]", name)
-                if reading in described:
+                if name in names[:index]:
                     raise InvalidRequest(f"readings[{index}]", f"{name} appears twice")
-                wanted.append(PinnedReading(name, "" if name == FROZEN else reading.id))
-                described.append(reading)
+                wanted.append(PinnedReading(name, "" if name == FROZEN else self._named[name].id))
+                described.append(self._described(name, taps))
             for each in wanted:
                 if each.id:
                     self._held[each.id].uses += 1
         return PinnedReadings(tuple(wanted), tuple(described))
+
+    def _described(self, name: str, taps: Collection[Tap]) -> Reading:
+        if name == FROZEN:
+            return self._frozen
+        meant = self._named[name]
+        return self._held[meant.id].version.described(name, meant.step, taps)
 
     def _unknown(self, field: str, name: str) -> InvalidRequest:
         known = ", ".join([FROZEN, *self._named])

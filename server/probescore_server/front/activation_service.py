@@ -238,7 +238,9 @@ def _messages(
 
 
 def _tree(read: CompletionScores, path: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], CompletionScores]]:
-    """Yields a completion and then its follow-ups, each followed by its own, with their paths from the completion."""
+    """Yields a completion and then its follow-ups (token ids appended to a completion), each followed by its own, with their paths from the
+    completion.
+    """
     yield path, read
     for index, follow_up in enumerate(read.follow_ups):
         yield from _tree(follow_up, (*path, index))

@@ -1,5 +1,5 @@
-"""Implements the gRPC service ``ProbeAdminService``, which puts worker processes to sleep, so that their device memory is free, and wakes
-them.
+"""Implements the gRPC service ``ProbeAdminService``, which puts worker processes to sleep, so that their device memory is free, wakes them,
+and makes the probes that are served follow the probe files.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import grpc
 
 from probescore.types import Transfer
 from probescore.v1 import admin_pb2, admin_pb2_grpc
-from probescore.wire import transfers_to_proto
+from probescore.wire import reloaded_to_proto, transfers_to_proto
 from probescore_server.front.metrics import Metrics
+from probescore_server.registry.registry import ProbeRegistry
 from probescore_server.workers.handle import WorkerHandle
 
 ADMIN_SERVICE: str = admin_pb2.DESCRIPTOR.services_by_name["ProbeAdminService"].full_name
@@ -26,8 +27,9 @@ class AdminServicer(admin_pb2_grpc.ProbeAdminServiceServicer):
     gRPC statuses.
     """
 
-    def __init__(self, workers: Sequence[WorkerHandle], metrics: Metrics) -> None:
+    def __init__(self, workers: Sequence[WorkerHandle], registry: ProbeRegistry, metrics: Metrics) -> None:
         self._workers = workers
+        self._registry = registry
         self._metrics = metrics
 
     async def Sleep(self, request: admin_pb2.SleepRequest, context: Context) -> admin_pb2.SleepResponse:  # noqa: N802
@@ -37,6 +39,10 @@ class AdminServicer(admin_pb2_grpc.ProbeAdminServiceServicer):
     async def Wake(self, request: admin_pb2.WakeRequest, context: Context) -> admin_pb2.WakeResponse:  # noqa: N802
         """Wakes every worker process, so that it takes its device's memory again, and responds once all are awake."""
         return admin_pb2.WakeResponse(transfers=transfers_to_proto(await self._each("wake", WorkerHandle.wake)))
+
+    async def Reload(self, request: admin_pb2.ReloadRequest, context: Context) -> admin_pb2.ReloadResponse:  # noqa: N802
+        """Makes the probes that are served follow the probe files, and responds with what has changed and which files were refused."""
+        return reloaded_to_proto(await self._registry.reload("Reload"))
 
     async def _each(self, kind: str, move: Callable[[WorkerHandle], Awaitable[Transfer]]) -> list[Transfer]:
         """Applies ``move`` to every worker process, even if it fails for some of them, and then raises the first error."""

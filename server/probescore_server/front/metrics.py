@@ -15,8 +15,9 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metr
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from probescore.types import Usage
+from probescore.types import ReloadedProbes, Usage
 from probescore_server.errors import (
+    CoreError,
     DeadlineExpired,
     InternalFault,
     OutOfMemory,
@@ -26,6 +27,7 @@ from probescore_server.errors import (
     WorkerLostTwice,
     WorkerUnavailable,
 )
+from probescore_server.front.calibration_metrics import CalibrationMetrics
 from probescore_server.front.probe_metrics import ProbeMetrics
 from probescore_server.rollouts import EngineStatistics
 from probescore_server.workers.liveness import REASONS_LOST
@@ -108,9 +110,24 @@ class Metrics:
             ("worker", "device", "reason"),
             registry=registry,
         )
+        self._reloads = Counter(
+            "probescore_reloads_total",
+            "Counts the times that the probes were to follow their files, by outcome.",
+            ("outcome",),
+            registry=registry,
+        )
+        for outcome in ("changed", "unchanged", "refused", "failed"):
+            self._reloads.labels(outcome)
+        self._reload_seconds = Histogram(
+            "probescore_reload_seconds", "Measures the seconds of a reload of probes.", buckets=SECONDS, registry=registry
+        )
+        self._refused_files = Gauge(
+            "probescore_refused_probe_files", "Counts the probe files that the last reload refused.", registry=registry
+        )
         self._workers = _WorkerMetrics()
         registry.register(self._workers)
         self.probes = ProbeMetrics(registry)
+        self.calibrations = CalibrationMetrics(registry)
 
     def of_method(self, labels: RpcLabels) -> MethodMetrics:
         """Returns the metrics of one gRPC method, given the values of the metrics' labels for the method."""
@@ -123,6 +140,16 @@ class Metrics:
             received=self._received.labels(*labels),
             sent=self._sent.labels(*labels),
         )
+
+    def count_reload(self, outcome: ReloadedProbes | CoreError) -> None:
+        """Counts one reload of probes, which has ended with a description of what has changed, or with an error."""
+        if isinstance(outcome, CoreError):
+            self._reloads.labels("failed").inc()
+            return
+        changed = outcome.added or outcome.retired or outcome.dropped
+        self._reloads.labels("refused" if outcome.refused else "changed" if changed else "unchanged").inc()
+        self._reload_seconds.observe(outcome.seconds)
+        self._refused_files.set(len(outcome.refused))
 
     def count_batch(self, tokens: int, rollouts: int) -> None:
         """Counts a batch that is sent to a worker process, together with the batch's number of tokens and number of rollouts."""

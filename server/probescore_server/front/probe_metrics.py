@@ -70,30 +70,49 @@ class ProbeMetrics:
         self._refused = Counter(
             "probescore_probe_non_finite_total", "Counts the rollouts for which a probe gave no finite score.", PROBE, registry=registry
         )
-        self._calls_of: dict[tuple[str, str], Counter] = {}  # Looking up a thousand series takes as long as counting in them.
+        self._probes = Gauge("probescore_probes", "Counts the probes that are served, by state.", ("state",), registry=registry)
+        self._shown: dict[str, ProbeInfo] = {}
+        self._calls_of: dict[str, Counter] = {}  # Looking up a thousand series takes as long as counting in them.
         self._scores = _ScoreHistogram()
         registry.register(self._scores)
 
     def show_probes(self, info: EngineInfo) -> None:
-        """Creates the time series of all loaded probes, so that they exist before the first RPC. Calling this function again changes
-        nothing.
+        """Creates the time series of the probes that are served, so that they exist before the first RPC, and removes those of probes that
+        are not served any more, so that their number does not grow with every new version.
         """
-        if self._scores.distributions:
-            return
-        for each in itertools.islice((each for probe in info.probes for each in _distributions(probe)), MAX_DISTRIBUTIONS):
+        self._probes.labels("current").set(len(info.probes) - len(info.retired))
+        self._probes.labels("retired").set(len(info.retired))
+        served = {probe.key: probe for probe in info.probes}
+        for key in self._shown.keys() - served.keys():
+            self._remove(self._shown.pop(key))
+        new = [probe for key, probe in served.items() if key not in self._shown]
+        room = MAX_DISTRIBUTIONS - sum(map(len, self._scores.distributions.values()))
+        for each in itertools.islice((each for probe in new for each in _distributions(probe)), room):
             self._scores.distributions.setdefault(each.probe, []).append(each)
             if each.threshold is not None:
                 self._threshold.labels(*each.labels).set(each.threshold)
                 self._flagged.labels(*each.labels)
-        for probe in info.probes:
-            self._info.labels(probe.name, probe.version, probe.graph_sha256, probe.manifest_sha256, probe.unit.value).set(1)
-            self._calls_of[probe.name, probe.version] = self._calls.labels(probe.name, probe.version)
+        for probe in new:
+            self._shown[probe.key] = probe
+            self._info.labels(*_identity(probe)).set(1)
+            self._calls_of[probe.key] = self._calls.labels(probe.name, probe.version)
             self._refused.labels(probe.name, probe.version)
 
+    def _remove(self, probe: ProbeInfo) -> None:
+        for distribution in self._scores.distributions.pop(probe.key, []):
+            if distribution.threshold is not None:
+                self._threshold.remove(*distribution.labels)
+                self._flagged.remove(*distribution.labels)
+        self._info.remove(*_identity(probe))
+        for counter in (self._calls, self._refused):
+            counter.remove(probe.name, probe.version)
+        del self._calls_of[probe.key]
+
     def count_call(self, applied: Iterable[ScoredProbe]) -> None:
-        """Counts one RPC for each probe that was applied in the RPC."""
+        """Counts one RPC for each probe that was applied in the RPC and is still served."""
         for probe in applied:
-            self._calls_of[probe.name, probe.version].inc()
+            if probe.key in self._calls_of:
+                self._calls_of[probe.key].inc()
 
     def count_results(self, applied: Sequence[ScoredProbe], scope: Scope, results: Iterable[RolloutResult]) -> None:
         """Adds the scores of some rollouts of one RPC to the distributions, and counts the rollouts for which a probe computed NaN or an
@@ -107,18 +126,18 @@ class ProbeMetrics:
         """
         scored = []
         for result in results:
-            if result.refused_by:
+            if result.refused_by in self._calls_of:
                 self._refused.labels(*result.refused_by.rsplit("@", 1)).inc()
             if result.scores.scores:
                 scored.append(result.scores.scores)
         if not scored or scope is not Scope.COMPLETION:
             return
         for probe, key in zip(applied, score_keys(applied), strict=True):
-            for distribution, reduction in self._shown(probe):
+            for distribution, reduction in self._distributions_of(probe):
                 numbers = np.array([scores[key].reduced[0, reduction, distribution.label] for scores in scored], np.float32)
                 self._add(distribution, numbers[~np.isnan(numbers)])  # An empty selection of tokens has no score.
 
-    def _shown(self, probe: ScoredProbe) -> Iterator[tuple[_ScoreDistribution, int]]:
+    def _distributions_of(self, probe: ScoredProbe) -> Iterator[tuple[_ScoreDistribution, int]]:
         """Yields pairs of a distribution to which a probe's scores in an RPC are added, and the index of the distribution's reduction among
         the RPC's reductions.
         """
@@ -149,7 +168,7 @@ class _ScoreHistogram(Collector):
         name = "probescore_probe_score"
         family = Metric(name, "Counts the scores of rollouts, in the probe's unit.", "histogram")
         bounds = [*(str(float(bound)) for bound in SCORES), "+Inf"]
-        for each in [each for own in self.distributions.values() for each in own]:
+        for each in [each for own in list(self.distributions.values()) for each in own]:
             labels = dict(zip(SCORE, each.labels, strict=True))
             cumulative = each.counts.cumsum().tolist()
             for bound, count in zip(bounds, cumulative, strict=True):
@@ -157,6 +176,10 @@ class _ScoreHistogram(Collector):
             family.add_sample(f"{name}_count", labels, cumulative[-1])
             family.add_sample(f"{name}_sum", labels, each.sum)
         yield family
+
+
+def _identity(probe: ProbeInfo) -> tuple[str, ...]:
+    return probe.name, probe.version, probe.graph_sha256, probe.manifest_sha256, probe.unit.value
 
 
 def _distributions(probe: ProbeInfo) -> Iterator[_ScoreDistribution]:

@@ -36,7 +36,8 @@ def check_counts(request: scoring_pb2.ScoreRequest, limits: ServerSettings, load
 
 
 def check_rollout_counts(groups: Sequence[scoring_pb2.RolloutGroup], limits: ServerSettings) -> None:
-    """Refuses the groups of a request message with more completions, follow-ups or spans (token ranges) than the limits allow.
+    """Refuses the groups of a request message with more completions, follow-ups (token ids appended to a completion) or spans (token
+    ranges) than the limits allow.
 
     Raises:
         LimitExceeded: there are too many of one kind; the error names ``groups``, or a completion's ``spans`` or ``follow_ups``.

@@ -15,6 +15,7 @@ import structlog
 from probescore_server.front.calls_under_way import CallsUnderWay
 from probescore_server.front.metrics import Metrics
 from probescore_server.front.scoring_service import ScoringServicer
+from probescore_server.registry.registry import ProbeRegistry
 from probescore_server.scheduling.scheduler import Scheduler
 from probescore_server.settings import ServerSettings
 from probescore_server.workers.handle import PinnedContent, WorkerHandle
@@ -36,14 +37,15 @@ class ScoringCore:
         metrics: the metrics of RPCs, workers and probes; the owner of the core must serve them over HTTP.
         workers: the handles of the workers, in the order of the devices.
         scheduler: the scheduler, which sends batches to the workers.
+        registry: the registry of the probes that are served.
         under_way: the counter that limits the RPCs at the same time.
         servicer: the servicer of ``probescore.v1.ScoringService``.
     """
 
     def __init__(self, settings: ServerSettings, devices: tuple[str, ...], on_change: Callable[[], None]) -> None:
         self.metrics = Metrics()
+        self._settings = settings
         self._on_change = on_change
-        self._has_probes = bool(settings.probes)
         if settings.device_map != "none":
             devices = devices[:1]  # The one worker takes the other devices too.
         threads = settings.threads_per_worker or max(1, len(os.sched_getaffinity(0)) // len(devices))
@@ -64,8 +66,9 @@ class ScoringCore:
             self.metrics.watch_batch_budget(str(number), worker.spec.device, budget)
             self.metrics.watch_worker(str(number), worker.spec.device, functools.partial(getattr, worker, "statistics"))
         self.metrics.watch_queue(lambda: self.scheduler.queued_tokens, lambda: self.scheduler.queued_rollouts)
+        self.registry = ProbeRegistry(settings, self.workers, pinned, self._probes_changed, self.metrics.count_reload)
         self.under_way = CallsUnderWay(settings.max_calls, settings.max_in_flight_bytes)
-        self.servicer = ScoringServicer(settings, self.workers, self.scheduler, self.metrics)
+        self.servicer = ScoringServicer(settings, self.workers, self.scheduler, self.registry, self.metrics)
 
     @property
     def serving(self) -> bool:
@@ -80,11 +83,16 @@ class ScoringCore:
         """Runs the worker processes of all devices until this coroutine is cancelled.
 
         Raises:
-            StartupError: a worker cannot load the model or a probe.
+            StartupError: a probe file cannot be read, or a worker cannot load the model or a probe.
         """
-        if not self._has_probes:
-            logger.warning("no probes", consequence="every request to score is refused", remedy="start with --probes FILE or DIRECTORY")
+        await asyncio.to_thread(self.registry.open)
+        if self.registry.is_empty:
+            remedy = (
+                "put a probe file into the directory, and send SIGHUP" if self._settings.probes else "start with --probes FILE or DIRECTORY"
+            )
+            logger.warning("no probes", consequence="every request to score is refused", remedy=remedy)
         running = [asyncio.create_task(worker.run()) for worker in self.workers]
+        running.append(asyncio.create_task(self.registry.run()))
         try:
             await asyncio.gather(*running)
         finally:
@@ -98,10 +106,16 @@ class ScoringCore:
         self.metrics.ready.set(ready)
         for number, worker in enumerate(self.workers):
             self.metrics.show_worker(str(number), worker.spec.device, ready=worker.ready, asleep=worker.asleep, restarts=worker.restarts)
-            if worker.info is not None:
-                self.metrics.probes.show_probes(worker.info)
+            self.registry.worker_changed(worker)
         if ready:
             self.scheduler.dispatch()
         elif all(worker.failed_starts for worker in self.workers):
             self.scheduler.fail_waiting(self.workers[0].unavailable())
         self._on_change()
+
+    def _probes_changed(self) -> None:
+        """Notifies the metrics and the servicer that names of probes mean something else from now on."""
+        if self.registry.info is not None:
+            self.metrics.probes.show_probes(self.registry.info)
+            self.metrics.calibrations.show_probes(self.registry.info)
+        self.servicer.forget_options()

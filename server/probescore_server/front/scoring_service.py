@@ -5,18 +5,20 @@ from __future__ import annotations
 import asyncio
 import functools
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from importlib.metadata import version
 from typing import Any, Literal, TypeAlias, TypeVar
 
 import grpc
+import numpy as np
 import structlog
 from numpy.typing import NDArray
 
 from probescore.reductions import Reduction
 from probescore.types import (
     CompletionScores,
+    CompletionStatus,
     GroupScores,
     Limits,
     RolloutGroup,
@@ -51,10 +53,12 @@ from probescore_server.event_loop import (
 from probescore_server.front.common_fields import check_fingerprints, check_run, deadline_of, job_of, texts_of
 from probescore_server.front.metrics import Metrics
 from probescore_server.front.request_counts import check_counts
+from probescore_server.registry.registry import ProbeRegistry
 from probescore_server.rollouts import CheckedRollout, EngineInfo, ResolvedOptions
 from probescore_server.scheduling.call import Call, Delivery, FinishedRollout
 from probescore_server.scheduling.scheduler import Scheduler
 from probescore_server.settings import ServerSettings
+from probescore_server.validation.calibrated_rollouts import CalibrationsOfProbes, OutsideRollouts, calibrations_with_conditions
 from probescore_server.validation.options import resolve_options
 from probescore_server.validation.rollouts import resolve_rollouts
 from probescore_server.validation.texts import PendingText
@@ -81,14 +85,18 @@ class _CheckedRequest:
     Attributes:
         rollouts: the rollouts, by group and then by completion.
         options: how the rollouts are scored.
+        info: the model and probes that were served when the request's names of probes were resolved.
         probes: a description of each probe whose scores the response contains.
+        outside: the rollouts that are unlike those on which thresholds of the probes were found; ``None`` = there is nothing to compare.
         request: the other fields of the request, such as its priority.
         seconds: the seconds that checking took.
     """
 
     rollouts: list[list[CheckedRollout]]
     options: ResolvedOptions
+    info: EngineInfo
     probes: tuple[ScoredProbe, ...]
+    outside: OutsideRollouts | None
     request: RequestOptions
     seconds: float
 
@@ -98,46 +106,54 @@ class ScoringServicer(scoring_pb2_grpc.ScoringServiceServicer):
     statuses.
     """
 
-    def __init__(self, settings: ServerSettings, workers: Sequence[WorkerHandle], scheduler: Scheduler, metrics: Metrics) -> None:
+    def __init__(
+        self, settings: ServerSettings, workers: Sequence[WorkerHandle], scheduler: Scheduler, registry: ProbeRegistry, metrics: Metrics
+    ) -> None:
         self._settings = settings
         self._workers = workers
         self._scheduler = scheduler
+        self._registry = registry
         self._metrics = metrics
+        # Most calls repeat the options of earlier ones.
+        self._known_options = functools.lru_cache(MAX_KNOWN_OPTIONS)(_resolve_options)
+
+    def forget_options(self) -> None:
+        """Forgets the checked options of earlier calls. It must be called when names of probes mean something else, whose descriptions
+        would otherwise stay in memory.
+        """
+        self._known_options.cache_clear()
 
     async def Score(self, request: scoring_pb2.ScoreRequest, context: Context) -> scoring_pb2.ScoreResponse:  # noqa: N802
         """Scores every completion of a request, and responds once all are scored."""
-        info = self._info()
-        asked = await self._check(request, info)
-        with self._submit(asked, context) as call:
-            deliveries = [self._counted(call, delivery, asked) async for delivery in call]
+        with self._registry.using() as use:
+            asked = await self._check(request, use)
+            with self._submit(asked, context) as call:
+                deliveries = [self._counted(call, delivery, asked) async for delivery in call]
         finished = [one for delivery in deliveries for one in delivery.finished]
         usage = _usage(call, finished, sum(delivery.compute_seconds for delivery in deliveries))
-        scoring_info = _scoring_info(info, asked, usage)
         _after_the_answer(self._count_call, asked, usage, call.job)
-        return await off_the_loop(_whole_answer, finished, scoring_info, small=_is_small(finished, asked))
+        return await off_the_loop(_whole_answer, finished, asked, usage, small=_is_small(finished, asked))
 
     async def ScoreStream(  # noqa: N802
         self, request: scoring_pb2.ScoreStreamRequest, context: Context
     ) -> AsyncIterator[scoring_pb2.ScoreStreamResponse]:
         """Scores every completion of a request, and yields the scores in pieces, as batches finish."""
-        info = self._info()
-        asked = await self._check(request.request, info)
         total = Usage()
-        with self._submit(asked, context) as call:
-            async for delivery in call:
-                self._counted(call, delivery, asked)
-                for finished in await off_the_loop(_pieces, delivery, small=_is_small(delivery.finished, asked)):
-                    usage = _usage(call, finished, delivery.compute_seconds)
-                    answer = [(one.group, one.completion, one.result.scores) for one in finished]
-                    scoring_info = _scoring_info(info, asked, usage)
-                    yield await off_the_loop(streamed_to_proto, answer, scoring_info, small=_is_small(finished, asked))
-                total = _usage(call, delivery.finished, delivery.compute_seconds, total)
+        with self._registry.using() as use:
+            asked = await self._check(request.request, use)
+            with self._submit(asked, context) as call:
+                async for delivery in call:
+                    self._counted(call, delivery, asked)
+                    for finished in await off_the_loop(_pieces, delivery, small=_is_small(delivery.finished, asked)):
+                        usage = _usage(call, finished, delivery.compute_seconds)
+                        yield await off_the_loop(_streamed_answer, finished, asked, usage, small=_is_small(finished, asked))
+                    total = _usage(call, delivery.finished, delivery.compute_seconds, total)
         _after_the_answer(self._count_call, asked, total, call.job)
 
     async def GetServerInfo(  # noqa: N802
         self, request: scoring_pb2.GetServerInfoRequest, context: Context
     ) -> scoring_pb2.GetServerInfoResponse:
-        """Returns the server's version, model, limits, workers and names of loaded probes."""
+        """Returns the server's version, model, limits, workers and names of current and retired probes."""
         info, settings = self._info(), self._settings
         loaded = [worker.info or info for worker in self._workers]
         return server_info_to_proto(
@@ -150,7 +166,8 @@ class ScoringServicer(scoring_pb2_grpc.ScoringServiceServicer):
                     WorkerInfo(worker.spec.device, engine.dtype, engine.execution_path, worker.ready, worker.restarts, worker.asleep)
                     for worker, engine in zip(self._workers, loaded, strict=True)
                 ),
-                probes=tuple(probe.key for probe in info.probes),
+                probes=tuple(probe.key for probe in info.probes if probe.key not in info.retired),
+                retired_probes=tuple(probe.key for probe in info.probes if probe.key in info.retired),
                 activation_taps=tuple(map(str, allowed_taps(info, settings.allow_activations))),
             )
         )
@@ -159,27 +176,32 @@ class ScoringServicer(scoring_pb2_grpc.ScoringServiceServicer):
         self, request: probes_pb2.ListProbesRequest, context: Context
     ) -> probes_pb2.ListProbesResponse:
         """Returns the loaded probes with their manifests, as the response to the RPC ``ListProbes``."""
-        return probes_to_proto(self._info().probes)
+        info = self._info()
+        return probes_to_proto(replace(probe, retired=probe.key in info.retired) for probe in info.probes)
 
     # -------------------------------------------------------------------------------------------------------------- a request
 
     def _info(self) -> EngineInfo:
-        for worker in self._workers:
-            if worker.info is not None:
-                return worker.info
-        raise WorkerUnavailable("the server is starting", retry_seconds=1.0)
+        if self._registry.info is None:
+            raise WorkerUnavailable("the server is starting", retry_seconds=1.0)
+        return self._registry.info
 
-    async def _check(self, request: scoring_pb2.ScoreRequest, info: EngineInfo) -> _CheckedRequest:
-        """Checks a request, after its texts have been tokenised, and returns its rollouts, ready to be scored."""
+    async def _check(self, request: scoring_pb2.ScoreRequest, use: Callable[[Collection[str]], None]) -> _CheckedRequest:
+        """Checks a request, after its texts have been tokenised, and returns its rollouts, ready to be scored.
+
+        Names of probes are resolved at one moment. From then on they mean what they meant, and ``use`` is told so.
+        """
         started = time.monotonic()
         small = request.ByteSize() <= MAX_BYTES_CHECKED_ON_LOOP
-        asked, groups, texts = await off_the_loop(_read_request, request, self._settings, len(info.probes), small=small)
+        asked, groups, texts = await off_the_loop(_read_request, request, self._settings, len(self._info().probes), small=small)
+        info = self._info()
         check_fingerprints(info, asked.expected_model_fingerprint, asked.expected_tokenizer_fingerprint)
         # Clients choose reductions freely: the memory of the cache must not grow with their number.
-        resolve = _known_options if len(asked.reductions) <= MAX_KNOWN_REDUCTIONS else _resolve_options
-        options, probes = resolve(
+        resolve = self._known_options if len(asked.reductions) <= MAX_KNOWN_REDUCTIONS else _resolve_options
+        options, probes, calibrations = resolve(
             info, asked.probes, asked.reductions, asked.token_scores, asked.scope, asked.return_token_ids, asked.return_token_texts
         )
+        use(options.probes)
         encoded = await encode(self._workers, texts) if texts else {}
         rollouts = await off_the_loop(
             resolve_rollouts,
@@ -193,7 +215,8 @@ class ScoringServicer(scoring_pb2_grpc.ScoringServiceServicer):
             max_request_values=self._settings.max_request_values,
             small=small,
         )
-        return _CheckedRequest(rollouts, options, probes, asked, time.monotonic() - started)
+        outside = await off_the_loop(OutsideRollouts.of, rollouts, calibrations, options.scope, info.bos_token_id, small=small)
+        return _CheckedRequest(rollouts, options, info, probes, outside, asked, time.monotonic() - started)
 
     def _submit(self, asked: _CheckedRequest, context: Context) -> Call:
         deadline = deadline_of(context, self._scheduler.clock())
@@ -211,6 +234,8 @@ class ScoringServicer(scoring_pb2_grpc.ScoringServiceServicer):
         """Counts results in the probes' metrics in small portions, so that other work on the event loop can run in between."""
         now, later = finished[:MAX_ROLLOUTS_COUNTED_AT_ONCE], finished[MAX_ROLLOUTS_COUNTED_AT_ONCE:]
         self._metrics.probes.count_results(asked.probes, asked.options.scope, [one.result for one in now])
+        if asked.outside is not None:
+            self._metrics.calibrations.count(asked.probes, asked.outside, _places(asked.outside, now))
         if later:
             _after_the_answer(self._count_results, later, asked)
 
@@ -253,8 +278,10 @@ def _resolve_options(
     scope: Scope,
     return_token_ids: bool,
     return_token_texts: bool,
-) -> tuple[ResolvedOptions, tuple[ScoredProbe, ...]]:
-    """Returns the checked options of an RPC, and a description of each probe whose scores the response contains."""
+) -> tuple[ResolvedOptions, tuple[ScoredProbe, ...], CalibrationsOfProbes]:
+    """Returns the checked options of an RPC, a description of each probe whose scores the response contains, and the calibrations that the
+    rollouts are compared with.
+    """
     options = resolve_options(
         info,
         probes=probes,
@@ -264,11 +291,7 @@ def _resolve_options(
         return_token_ids=return_token_ids,
         return_token_texts=return_token_texts,
     )
-    return options, info.scored_probes(options)
-
-
-# Most calls repeat the options of earlier ones.
-_known_options = functools.lru_cache(MAX_KNOWN_OPTIONS)(_resolve_options)
+    return options, info.scored_probes(options), calibrations_with_conditions(info, options)
 
 
 # ---------------------------------------------------------------------------------------------------------------------- writing
@@ -303,15 +326,32 @@ def _usage(call: Call, finished: Iterable[FinishedRollout], compute_seconds: flo
     )
 
 
-def _scoring_info(info: EngineInfo, asked: _CheckedRequest, usage: Usage) -> ScoringInfo:
-    return ScoringInfo(info.model.fingerprint, info.tokenizer_fingerprint, asked.probes, usage)
+def _scoring_info(asked: _CheckedRequest, usage: Usage, finished: Sequence[FinishedRollout]) -> ScoringInfo:
+    """Returns the description of what scored the completions of a response, given in the response's order."""
+    outside = asked.outside
+    probes = asked.probes if outside is None else outside.noted(asked.probes, _places(outside, finished))
+    return ScoringInfo(asked.info.model.fingerprint, asked.info.tokenizer_fingerprint, probes, usage)
 
 
-def _whole_answer(finished: Iterable[FinishedRollout], info: ScoringInfo) -> scoring_pb2.ScoreResponse:
+def _places(outside: OutsideRollouts, finished: Sequence[FinishedRollout]) -> NDArray[np.int64]:
+    """Returns the places of completions among the rollouts of their request, ``(n,)``; -1 for a completion without scores."""
+    places = outside.places([(one.group, one.completion) for one in finished])
+    return np.where([one.result.scores.status is CompletionStatus.OK for one in finished], places, -1)
+
+
+def _whole_answer(finished: Iterable[FinishedRollout], asked: _CheckedRequest, usage: Usage) -> scoring_pb2.ScoreResponse:
+    in_order = sorted(finished, key=lambda one: (one.group, one.completion))
     groups: dict[int, list[CompletionScores]] = {}
-    for one in sorted(finished, key=lambda one: (one.group, one.completion)):
+    for one in in_order:
         groups.setdefault(one.group, []).append(one.result.scores)
-    return result_to_proto(ScoreResult(tuple(GroupScores(tuple(scores)) for scores in groups.values()), info))
+    return result_to_proto(
+        ScoreResult(tuple(GroupScores(tuple(scores)) for scores in groups.values()), _scoring_info(asked, usage, in_order))
+    )
+
+
+def _streamed_answer(finished: Sequence[FinishedRollout], asked: _CheckedRequest, usage: Usage) -> scoring_pb2.ScoreStreamResponse:
+    answer = [(one.group, one.completion, one.result.scores) for one in finished]
+    return streamed_to_proto(answer, _scoring_info(asked, usage, finished))
 
 
 def _pieces(delivery: Delivery) -> list[list[FinishedRollout]]:

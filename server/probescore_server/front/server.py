@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import grpc
@@ -16,7 +17,7 @@ from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from probescore.v1 import activations_pb2_grpc, admin_pb2_grpc, scoring_pb2_grpc
-from probescore_server.errors import StartupError, WorkerUnavailable
+from probescore_server.errors import CoreError, StartupError, WorkerUnavailable
 from probescore_server.front.activation_service import ACTIVATION_SERVICE, ActivationServicer
 from probescore_server.front.admin_service import ADMIN_SERVICE, AdminServicer
 from probescore_server.front.error_interceptor import ErrorInterceptor
@@ -33,6 +34,7 @@ RETRY_SECONDS = 1.0
 
 async def serve(settings: ServerSettings) -> None:
     """Runs a server until SIGTERM or SIGINT, and then until the accepted RPCs are finished. A second signal ends the server at once.
+    SIGHUP makes the probes that are served follow the probe files.
 
     Raises:
         StartupError: an address is taken, an interceptor cannot be imported, or a worker cannot load the model or a probe.
@@ -40,7 +42,9 @@ async def serve(settings: ServerSettings) -> None:
     drain, now = asyncio.Event(), asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, lambda: (now if drain.is_set() else drain).set())
-    await Server(settings, await find_devices(settings.devices)).run(drain, now)
+    reload = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload.set)
+    await Server(settings, await find_devices(settings.devices)).run(drain, now, reload)
 
 
 class Server:
@@ -62,8 +66,9 @@ class Server:
         self._grpc = self._make_grpc_server()
         self._announcing: set[asyncio.Task[None]] = set()
 
-    async def run(self, drain: asyncio.Event, now: asyncio.Event) -> None:
-        """Serves until ``drain`` is set, then finishes the accepted RPCs until they are done or ``now`` is set.
+    async def run(self, drain: asyncio.Event, now: asyncio.Event, reload: asyncio.Event) -> None:
+        """Serves until ``drain`` is set, then finishes the accepted RPCs until they are done or ``now`` is set. Whenever ``reload`` is set,
+        the probes follow the probe files.
 
         Raises:
             StartupError: an address is taken, or a worker cannot load the model or a probe.
@@ -75,16 +80,24 @@ class Server:
         logger.info("listening", address=address, metrics_address=join_host_port(self._settings.metrics_host, metrics_port))
         scoring = asyncio.create_task(self._core.run())
         draining = asyncio.create_task(drain.wait())
+        reloading = asyncio.create_task(self._reload_when(reload))
         try:
             await asyncio.wait([draining, scoring], return_when=asyncio.FIRST_COMPLETED)
             if scoring.done():
                 scoring.result()
             await self._drain(now)
         finally:
-            for task in (draining, scoring):
+            for task in (draining, reloading, scoring):
                 task.cancel()
-            await asyncio.gather(draining, scoring, return_exceptions=True)
+            await asyncio.gather(draining, reloading, scoring, return_exceptions=True)
             await self._grpc.stop(None)
+
+    async def _reload_when(self, asked: asyncio.Event) -> None:
+        while True:
+            await asked.wait()
+            asked.clear()
+            with suppress(CoreError):  # It is logged, and counted.
+                await self._core.registry.reload("SIGHUP")
 
     async def _drain(self, now: asyncio.Event) -> None:
         logger.info("draining", at_most_seconds=self._settings.drain_seconds)
@@ -141,7 +154,9 @@ class Server:
             reading = ActivationServicer(settings, core.workers, core.scheduler, core.metrics)
             activations_pb2_grpc.add_ActivationServiceServicer_to_server(reading, server)
         if settings.admin:
-            admin_pb2_grpc.add_ProbeAdminServiceServicer_to_server(AdminServicer(self._core.workers, self._core.metrics), server)
+            admin_pb2_grpc.add_ProbeAdminServiceServicer_to_server(
+                AdminServicer(self._core.workers, self._core.registry, self._core.metrics), server
+            )
         reflection.enable_server_reflection(services, server)
         return server
 

@@ -41,7 +41,7 @@ class Adapter:
     Attributes:
         updates: a dictionary from a linear layer's name in the decoder to its update.
         replaced: a dictionary from a parameter's name in the decoder to its new value, of embeddings and norms that were trained whole.
-        unseen: number of tensors in the file that no probe sees.
+        unseen: number of tensors in the file that no probe can see.
     """
 
     updates: Mapping[str, LayerUpdate]

@@ -30,7 +30,7 @@ class Checkpoint:
 
     Attributes:
         tensors: a dictionary, keyed by the names in the files, of tensors.
-        unseen: number of tensors in the files that no probe sees.
+        unseen: number of tensors in the files that no probe can see.
     """
 
     tensors: Mapping[str, torch.Tensor]
@@ -52,9 +52,7 @@ class Checkpoint:
             raise ReadingRefused(WEIGHTS, str(error)) from None
 
 
-def read_checkpoint(
-    files: FilesRead, structure: DecoderStructure, config: PreTrainedConfig, settings: Mapping[str, object], num_loaded: int
-) -> Checkpoint:
+def read_checkpoint(files: FilesRead, structure: DecoderStructure, config: PreTrainedConfig, settings: Mapping[str, object]) -> Checkpoint:
     """Reads the tensors of a checkpoint. Every byte of its weights is read; what is not in the loaded part of the decoder is not kept.
 
     Args:
@@ -62,7 +60,6 @@ def read_checkpoint(
         structure: of the decoder.
         config: config of the whole frozen model.
         settings: the frozen model's settings that change activations.
-        num_loaded: number of blocks that are loaded.
 
     Raises:
         ReadingRefused: the checkpoint's config says another model, its weights are in another format, or a number is not finite.
@@ -80,7 +77,7 @@ def read_checkpoint(
         layer = block.match(bare)
         unseen += stands_beside(bare) or (layer is not None and int(layer[1]) >= structure.depth)
         if layer is not None:
-            return int(layer[1]) < num_loaded
+            return int(layer[1]) < structure.depth
         return not stands_beside(bare) or (keeps_head and re.match(HEAD_NAMES, bare) is not None)
 
     for name in _weight_files(files):

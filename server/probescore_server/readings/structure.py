@@ -25,28 +25,22 @@ class DecoderStructure:
     Attributes:
         whole: the decoder with all its blocks, without memory for weights.
         blocks: name of the list of blocks, such as ``layers``.
-        depth: number of blocks that some probe reads, or that lie before one that it reads.
-        reads_final_norm: whether some probe reads the final norm's output.
+        depth: number of blocks that are loaded.
+        num_blocks: number of blocks of the whole decoder.
     """
 
     whole: nn.Module
     blocks: str
     depth: int
-    reads_final_norm: bool
+    num_blocks: int
 
     @classmethod
-    def of(cls, decoder: Decoder, *, depth: int, reads_final_norm: bool) -> DecoderStructure:
-        """Returns the structure of the whole model of which a decoder has the first blocks.
-
-        Args:
-            decoder: the decoder as loaded.
-            depth: number of blocks that probes need.
-            reads_final_norm: whether some probe reads the final norm's output.
-        """
+    def of(cls, decoder: Decoder) -> DecoderStructure:
+        """Returns the structure of the whole model of which a decoder has the first blocks."""
         with torch.device("meta"):
             whole = type(decoder.model)(in_float32(decoder.config))
         blocks = next(name for name, module in decoder.model.named_modules() if module is decoder.blocks)
-        return cls(whole, blocks, depth, reads_final_norm)
+        return cls(whole, blocks, len(decoder.blocks), decoder.num_hidden_layers)
 
     @cached_property
     def modules(self) -> Mapping[str, nn.Module]:
@@ -84,10 +78,12 @@ class DecoderStructure:
         return self.layer_of(name) is None and _FINAL_NORM.fullmatch(without_wrappers(name)) is not None
 
     def is_seen(self, name: str) -> bool:
-        """Returns whether some probe sees what a module of the decoder computes."""
+        """Returns whether a probe may see what a module of the decoder computes, today or once other probes are served: it is loaded, and
+        so is all that comes before it.
+        """
         layer = self.layer_of(name)
         if self.is_final_norm(name):
-            return self.reads_final_norm
+            return self.depth == self.num_blocks
         return layer is None or layer < self.depth
 
 

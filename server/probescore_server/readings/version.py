@@ -13,12 +13,12 @@ import torch
 from transformers import PreTrainedConfig
 
 from probescore.fingerprints import tokenizer_fingerprint
-from probescore.types import Hook, ReadingKind, Tap
+from probescore.types import Hook, Reading, ReadingKind, Tap
 from probescore_server.backbone.base import Backbone
 from probescore_server.backbone.copying import changed_copy, discard
 from probescore_server.backbone.model_loading import Decoder, load_tokenizer
 from probescore_server.backbone.self_test import SelfTest
-from probescore_server.backbone.taps import TapReader, layers_needed
+from probescore_server.backbone.taps import TapReader, blocks_seen
 from probescore_server.errors import ModelRefused, ReadingIncomplete, ReadingRefused
 from probescore_server.probes.format.fingerprints import model_fingerprint
 from probescore_server.readings.adapter import WEIGHTS_FILE, read_adapter
@@ -36,8 +36,8 @@ class FrozenModel:
 
     Attributes:
         skeleton: a copy of the decoder that never runs.
+        reader: reader of the frozen decoder's activations, which taps are added to when probes come.
         backbone: the backbone that runs the frozen decoder.
-        taps: every tap that some probe reads.
         config: config of the whole model.
         settings: the settings of the config that change activations.
         fingerprint: of the model.
@@ -45,8 +45,8 @@ class FrozenModel:
     """
 
     skeleton: Decoder
+    reader: TapReader
     backbone: Backbone
-    taps: tuple[Tap, ...]
     config: PreTrainedConfig
     settings: dict[str, object]
     fingerprint: str
@@ -55,13 +55,15 @@ class FrozenModel:
     @cached_property
     def structure(self) -> DecoderStructure:
         """Returns the modules of the whole decoder."""
-        depth = layers_needed(self.taps, self.skeleton.num_hidden_layers)
-        return DecoderStructure.of(self.skeleton, depth=depth, reads_final_norm=Tap(Hook.FINAL_NORM) in self.taps)
+        return DecoderStructure.of(self.skeleton)
 
 
 @dataclass(frozen=True, eq=False)
 class ReadingVersion:
     """Value object with one version of a reading, ready to run.
+
+    All that is loaded of the decoder is changed as the files say, whether a probe sees it today or not: probes come and go while a version
+    stays.
 
     Attributes:
         id: digest of the frozen model's fingerprint and of everything that was read.
@@ -70,10 +72,10 @@ class ReadingVersion:
         decoder: the copied decoder.
         backbone: what runs it.
         tensors: the tensors that no other reading has.
-        changed_layers: indices of the blocks with changed weights that probes see.
+        changed_layers: indices of the loaded blocks with changed weights.
         changes_input: whether something before the blocks is changed, such as the embedding.
-        changes_final_norm: whether the norm after the blocks is changed, and a probe reads it.
-        unseen_tensors: number of tensors in the files that no probe sees.
+        changes_final_norm: whether the norm after the blocks is changed, and all blocks are loaded, so that a probe may read it.
+        unseen_tensors: number of tensors in the files that no probe can see, since they are not of the loaded part.
     """
 
     id: str
@@ -87,17 +89,34 @@ class ReadingVersion:
     changes_final_norm: bool
     unseen_tensors: int
 
-    @property
-    def changes_nothing(self) -> bool:
-        """Returns whether every probe reads the frozen model's activations, bit by bit."""
-        return not (self.changed_layers or self.changes_input or self.changes_final_norm)
-
     def changes(self, taps: Collection[Tap]) -> bool:
         """Returns whether activations at some of these taps may be other than the frozen model's."""
-        if self.changes_input or (self.changes_final_norm and Tap(Hook.FINAL_NORM) in taps):
+        if (self.changes_input and taps) or (self.changes_final_norm and Tap(Hook.FINAL_NORM) in taps):
             return True
-        needed = layers_needed([*taps], self.decoder.num_hidden_layers)
-        return any(layer < needed for layer in self.changed_layers)
+        return bool(self._changed_before(taps))
+
+    def described(self, name: str, step: int | None, taps: Collection[Tap]) -> Reading:
+        """Returns the description of the version under a name.
+
+        Args:
+            name: the name.
+            step: the label that was given when the name was.
+            taps: all taps that the probes read which are served.
+        """
+        return Reading(
+            name=name,
+            id=self.id,
+            kind=self.kind,
+            step=step,
+            model_fingerprint=self.model_fingerprint,
+            golden_verified=not self.changes(taps),
+            changed_layers=self._changed_before(taps),
+            unseen_tensors=self.unseen_tensors,
+        )
+
+    def _changed_before(self, taps: Collection[Tap]) -> tuple[int, ...]:
+        seen = blocks_seen(taps, self.decoder.num_hidden_layers)
+        return tuple(layer for layer in self.changed_layers if layer < seen)
 
     def free(self) -> None:
         """Frees the memory that only this version uses. Nothing may run it any more."""
@@ -113,7 +132,7 @@ class WeightsRead:
         id: digest of the frozen model's fingerprint and of everything that was read.
         kind: whether an adapter or a checkpoint was read.
         model_fingerprint: of the model whose files hold the weights.
-        unseen: number of tensors in the files that no probe sees.
+        unseen: number of tensors in the files that no probe can see.
         weights_file: name of the file with the weights, for messages.
         plan: function that returns what changes in the frozen decoder.
     """
@@ -153,7 +172,7 @@ def read_weights(path: str | Path, frozen: FrozenModel) -> WeightsRead:
             lambda skeleton: changes_of_adapter(skeleton, adapter),
         )
     elif files.has(CONFIG):
-        checkpoint = read_checkpoint(files, frozen.structure, frozen.config, frozen.settings, len(frozen.skeleton.blocks))
+        checkpoint = read_checkpoint(files, frozen.structure, frozen.config, frozen.settings)
         found = WeightsRead(
             _identity(frozen, ReadingKind.CHECKPOINT, [digest for name, digest in files.digests if name != CONFIG]),
             ReadingKind.CHECKPOINT,
@@ -185,7 +204,7 @@ def load_version(read: WeightsRead, frozen: FrozenModel) -> ReadingVersion:
     layers = {name: frozen.structure.layer_of(name) for name in seen}
     norms = {name for name in seen if frozen.structure.is_final_norm(name)}
     try:
-        reader = TapReader(decoder, frozen.taps)
+        reader = frozen.reader.over(decoder)
         backbone = frozen.backbone.over(decoder, reader)
         test = SelfTest(decoder, reader)
         test.check(backbone)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 from probescore.reductions import Reduction
-from probescore.types import OutputPer, ProbeInfo, Scope
+from probescore.types import OutputPer, ProbeInfo, Scope, version_order
 from probescore_server.errors import InvalidRequest
 from probescore_server.rollouts import EngineInfo, ResolvedOptions
 
@@ -28,7 +27,8 @@ def resolve_options(
 
     Args:
         info: the model and probes that are loaded.
-        probes: the probes to apply, each as ``name`` or ``name@version``; empty = every loaded probe.
+        probes: the probes to apply. ``name@version`` means exactly that version; ``name`` means the highest version of the name that is not
+            retired (``version_order``); empty = the highest version of each name.
         reductions: the reductions from the scores of the tokens to one score, such as ``mean``; empty = each probe's default.
         token_scores: the probes whose scores per token are returned too, or ``"all"`` = every probe of the request that scores tokens.
         scope: the tokens to score: ``completion``, ``prompt`` or ``all``.
@@ -39,16 +39,19 @@ def resolve_options(
         InvalidRequest: an option is invalid; the error names ``probes[i]``, ``reductions[i]``, ``token_scores.probes[i]`` or ``scope``.
     """
     by_key = {probe.key: probe for probe in info.probes}
-    keys = _resolve_names(info.probes, probes, "probes") if probes else tuple(by_key)
+    highest = highest_versions(probe for probe in info.probes if probe.key not in info.retired)
+    keys = _resolve_names(info, probes, highest, "probes") if probes else tuple(highest.values())
     if not keys:
-        raise InvalidRequest("probes", "no probe is loaded: the server was started without any")
+        raise InvalidRequest("probes", "no probe is loaded: the server was started without any" if not by_key else _only_retired(info))
     match token_scores:
         case "all":
             wanted = tuple(key for key in keys if by_key[key].output_per is OutputPer.TOKEN)
         case str():
             raise InvalidRequest("token_scores", f"{token_scores!r} is neither 'all' nor a list of probes")
         case _:
-            wanted = _resolve_names(info.probes, token_scores, "token_scores.probes")
+            # here a bare name means the version that this request applies
+            applied = highest | highest_versions(by_key[key] for key in keys)
+            wanted = _resolve_names(info, token_scores, applied, "token_scores.probes")
             _check_token_scores(wanted, keys, by_key)
     return ResolvedOptions(
         probes=keys,
@@ -69,23 +72,40 @@ def _check_token_scores(wanted: Sequence[str], requested: Sequence[str], by_key:
             raise InvalidRequest(f"token_scores.probes[{index}]", f"{key} pools by itself and has no scores per token")
 
 
-def _resolve_names(loaded: Sequence[ProbeInfo], names: Sequence[str], path: str) -> tuple[str, ...]:
-    known_as: dict[str, list[str]] = defaultdict(list)
-    for probe in loaded:
-        for name in (probe.name, probe.key):
-            known_as[name].append(probe.key)
+def highest_versions(probes: Iterable[ProbeInfo]) -> dict[str, str]:
+    """Returns a dictionary, keyed by name, of the key ``name@version`` of each name's highest version; names keep their order."""
+    highest: dict[str, ProbeInfo] = {}
+    for probe in probes:
+        best = highest.setdefault(probe.name, probe)
+        if version_order(probe.version) > version_order(best.version):
+            highest[probe.name] = probe
+    return {name: probe.key for name, probe in highest.items()}
+
+
+def _resolve_names(info: EngineInfo, names: Sequence[str], highest: Mapping[str, str], path: str) -> tuple[str, ...]:
+    """Returns the keys that names mean, a bare name the one that ``highest`` has for it."""
+    known = {**highest, **{probe.key: probe.key for probe in info.probes}}
     keys: dict[str, None] = {}
     for index, name in enumerate(names):
-        matches = known_as.get(name)
-        if not matches:
-            known = ", ".join(probe.key for probe in loaded) or "none"
-            raise InvalidRequest(f"{path}[{index}]", f"unknown probe {name[:100]!r}; loaded: {known}", "UNKNOWN_PROBE")
-        if len(matches) > 1:
-            raise InvalidRequest(f"{path}[{index}]", f"{name!r} is loaded in several versions; name one of {', '.join(matches)}")
-        if matches[0] in keys:
-            raise InvalidRequest(f"{path}[{index}]", f"{matches[0]} appears twice")
-        keys[matches[0]] = None
+        key = known.get(name)
+        if key is None:
+            raise InvalidRequest(f"{path}[{index}]", _unknown(info, name), "UNKNOWN_PROBE")
+        if key in keys:
+            raise InvalidRequest(f"{path}[{index}]", f"{key} appears twice")
+        keys[key] = None
     return tuple(keys)
+
+
+def _unknown(info: EngineInfo, name: str) -> str:
+    retired = [probe.key for probe in info.probes if probe.name == name]
+    if retired:
+        return f"{name!r} has no current version; its retired ones are served for a while as {', '.join(retired)}"
+    loaded = ", ".join(probe.key for probe in info.probes if probe.key not in info.retired) or "none"
+    return f"unknown probe {name[:100]!r}; loaded: {loaded}"
+
+
+def _only_retired(info: EngineInfo) -> str:
+    return f"no probe is current; retired ones are served for a while as {', '.join(probe.key for probe in info.probes)}"
 
 
 def _parse_reduction(written: Reduction | str, index: int) -> Reduction:
@@ -96,10 +116,10 @@ def _parse_reduction(written: Reduction | str, index: int) -> Reduction:
 
 
 def parse_scope(scope: Scope | str) -> Scope:
-    """Returns the scope of a name.
+    """Returns the scope (the tokens to score: completion, prompt or all) that a name stands for.
 
     Raises:
-        InvalidRequest: naming ``scope``.
+        InvalidRequest: no scope has this name; the error names ``scope``.
     """
     try:
         return Scope(scope)

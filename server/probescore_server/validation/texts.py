@@ -15,7 +15,8 @@ class PendingText:
 
     Attributes:
         field: the path of the text or chat in the request, such as ``groups[0].prompt`` or ``groups[2].completions[0].follow_ups[1]``.
-        content: a ``str`` for the text of a completion or follow-up; a ``Text`` or a ``Chat`` for a prompt.
+        content: a ``str`` for the text of a completion or follow-up (token ids appended to a completion); a ``Text`` or a ``Chat`` for a
+            prompt.
     """
 
     field: str
@@ -23,7 +24,7 @@ class PendingText:
 
     @property
     def bytes(self) -> int:
-        """Counts the UTF-8 bytes of the text or, for a chat, of the roles and contents of all messages."""
+        """Counts the UTF-8 bytes of a text that must be tokenised or, for a chat, of the roles and contents of all messages."""
         match self.content:
             case str():
                 return utf8_bytes(self.content)
@@ -125,5 +126,5 @@ def _continuation_texts(completion: Completion, path: str) -> Iterator[PendingTe
 
 
 def as_completion(completion: Completion | TokenIds | str) -> Completion:
-    """Returns a ``Completion``, which is made here if only token ids or a text are given."""
+    """Returns a completion of a request as a ``Completion``, which is made here if the request gives only token ids or a text."""
     return completion if isinstance(completion, Completion) else Completion(completion)

@@ -7,22 +7,27 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import structlog
 from numpy.typing import NDArray
 
-from probescore.types import Transfer
+from probescore.types import ModelInfo, ProbeInfo, Transfer
 from probescore_server.errors import InternalFault, StartupError, WorkerLost, WorkerUnavailable
 from probescore_server.rollouts import CheckedRollout, EngineInfo, EngineStatistics, ScoredBatch
+from probescore_server.spool import SpooledFile
 from probescore_server.validation.texts import PendingText
 from probescore_server.workers.liveness import LossReason
 from probescore_server.workers.messages import (
     CancelRollout,
     CancelTexts,
     EncodeTexts,
+    HoldProbes,
+    ProbesHeld,
+    Ready,
     ScoreBatch,
     Sleep,
     Wake,
@@ -37,32 +42,54 @@ MAX_BACKOFF = 60.0
 
 
 class PinnedContent:
-    """Record of the model and probes that the first worker process of a server has loaded, against which every later worker process is
-    checked.
+    """Record of the model and probes that the worker processes of a server have loaded, against which every later one is checked.
 
-    Every start of a worker process reads the files again. If the files have changed, the worker must not score under the fingerprints that
-    the server has announced, nor with other weights than the server's other workers.
+    Every start of a worker process reads the model's files again. If they have changed, the worker must not score under the fingerprints
+    that the server has announced, nor with other weights than the server's other workers. A probe's name and version mean the same content
+    as long as the server runs.
     """
 
     def __init__(self) -> None:
-        self._info: EngineInfo | None = None
+        self._model: tuple[ModelInfo, str] | None = None
+        self._weights: dict[int, str] = {}  # It holds a digest for each number of blocks that workers have loaded.
+        self._probes: dict[str, tuple[str, str]] = {}
 
     def check(self, info: EngineInfo) -> None:
-        """Stores the description of the model and probes that the first worker process has loaded, and compares every later worker's
-        description with it.
+        """Stores the description of what the first worker process has loaded, and compares every later description with the earlier ones.
 
         Raises:
-            StartupError: the content of the model's or a probe's files has changed; the error names the model or the probes.
+            StartupError: the content of the model's files or of a probe has changed; the error names the model or the probes.
         """
-        first = self._info = self._info or info
-        now, before = ({probe.key: probe for probe in each.probes} for each in (info, first))
-        changed = [f"probe {key}" for key in sorted(now.keys() | before.keys()) if now.get(key) != before.get(key)]
-        if (info.model, info.content, info.tokenizer_fingerprint) != (first.model, first.content, first.tokenizer_fingerprint):
-            changed = [f"model {first.model.id}", *changed]
+        # A worker that has loaded more blocks also says what it would have loaded with fewer.
+        model = replace(info.model, num_loaded_layers=0), info.tokenizer_fingerprint
+        self._model = self._model or model
+        digests = {**info.shallower, info.model.num_loaded_layers: info.content}
+        changed = [f"probe {probe.key}" for probe in info.probes if self.differs(probe)]
+        if model != self._model or any(self._weights.get(layers, found) != found for layers, found in digests.items()):
+            changed = [f"model {self._model[0].id}", *changed]
         if changed:
             raise StartupError(
                 f"the files of the model or of a probe have changed since the server started ({', '.join(changed[:5])}); restart the server"
             )
+        self._weights |= digests
+        self.remember(info.probes)
+
+    def remember(self, probes: Iterable[ProbeInfo]) -> None:
+        """Stores what the names and versions of probes mean from now on."""
+        self._probes |= {probe.key: (probe.graph_sha256, probe.manifest_sha256) for probe in probes}
+
+    def differs(self, probe: ProbeInfo) -> bool:
+        """Returns whether a probe's name and version have meant other content on this server."""
+        digests = probe.graph_sha256, probe.manifest_sha256
+        return self._probes.get(probe.key, digests) != digests
+
+
+@dataclass(frozen=True, eq=False)
+class Successor:
+    """Value object with a worker process that is ready to take the place of another one on the same device, and what it says of itself."""
+
+    process: WorkerProcess
+    ready: Ready
 
 
 class WorkerHandle:
@@ -77,8 +104,11 @@ class WorkerHandle:
         on_lost: function that is called whenever the worker process died, with the reason, one of ``liveness.REASONS_LOST``.
 
     Attributes:
-        spec: the model and probes that the worker loads, and its device.
+        spec: the model and probes that the worker loads, and its device. Another value counts for later starts of the process; a process
+            that is starting meanwhile takes the other probes before it counts as up.
         info: a description of the loaded model and probes; ``None`` before the worker was ready for the first time.
+        keys: the probes that the running process serves: a dictionary from the digest of a file's content to ``name@version``.
+        loading: the content of probe files that a process which is starting may still read.
         restarts: how often the worker process was started again.
         failed_starts: number of attempts to start that failed since the worker was last ready.
     """
@@ -93,6 +123,8 @@ class WorkerHandle:
         self.spec = spec
         self._pinned = pinned or PinnedContent()
         self.info: EngineInfo | None = None
+        self.keys: dict[str, str] = {}
+        self.loading: tuple[SpooledFile, ...] = ()
         self.restarts = 0
         self.failed_starts = 0
         self._on_change = on_change
@@ -105,6 +137,7 @@ class WorkerHandle:
         self._awake.set()
         self._moving = asyncio.Lock()
         self._start_seconds = 0.0
+        self._finishing: set[asyncio.Task[None]] = set()
 
     @property
     def ready(self) -> bool:
@@ -136,29 +169,43 @@ class WorkerHandle:
         Raises:
             StartupError: the first start failed, so that the worker was never ready.
         """
-        while True:
-            running = WorkerProcess(self.spec)
-            try:
-                await self._run_once(running)
-            finally:
-                self._running = None
-                await running.stop()
-            loss = running.loss or LossReason("died", "")
-            why = {"reason": loss.reason, "problem": loss.problem, "doing": loss.doing}
-            logger.error("worker died", device=self.spec.device, exit_code=running.process.exitcode, **why)
-            self._on_lost(loss.reason)
-            self._tell()
-            await asyncio.sleep(self._pause_seconds)
-            await self._awake.wait()
-            self.restarts += 1
+        try:
+            while True:
+                await self._run_process()
+        finally:
+            for task in self._finishing:
+                task.cancel()
+            await asyncio.gather(*self._finishing, return_exceptions=True)
+
+    async def _run_process(self) -> None:
+        """Starts one worker process, waits for the end of the process, or of the one that has taken its place, and pauses."""
+        running = WorkerProcess(self.spec)
+        self.loading = self.spec.probes
+        try:
+            await self._run_once(running)
+        finally:
+            self.loading = ()
+            running, self._running = self._running or running, None
+            await running.stop()
+        loss = running.loss or LossReason("died", "")
+        why = {"reason": loss.reason, "problem": loss.problem, "doing": loss.doing}
+        logger.error("worker died", device=self.spec.device, exit_code=running.process.exitcode, **why)
+        self._on_lost(loss.reason)
+        self._tell()
+        await asyncio.sleep(self._pause_seconds)
+        await self._awake.wait()
+        self.restarts += 1
 
     async def _run_once(self, running: WorkerProcess) -> None:
         """Starts one worker process, waits until it is ready, and returns once the process has ended or failed to start."""
         began = time.monotonic()
         logger.info("starting worker", device=self.spec.device, model=self.spec.settings.model)
         try:
-            info = await running.start()
-            self._pinned.check(info)
+            ready = await running.start()
+            self._pinned.check(ready.info)
+            info, keys = await self._follow(running, ready)
+        except EOFError:
+            return
         except WorkerLost as error:
             # The process, or the whole machine, was stopped; the worker did not refuse to start. A call that waits goes on waiting the
             # first time that this happens.
@@ -173,11 +220,35 @@ class WorkerHandle:
             running.blame(LossReason("start", str(error)))
             logger.error("worker did not start again", device=self.spec.device, problem=str(error))
             return
-        self.info, self._running, self.failed_starts, self._stalled_starts = info, running, 0, 0
+        self.info, self.keys, self._running, self.failed_starts, self._stalled_starts = info, keys, running, 0, 0
+        self.loading = ()
+        self._keep_depth(info)
         self._start_seconds = time.monotonic() - began
         logger.info("worker ready", device=self.spec.device, seconds=round(self._start_seconds, 1), pid=running.process.pid)
         self._tell()
-        await running.ended.wait()
+        while not running.ended.is_set():
+            await running.ended.wait()
+            running = self._running or running  # It is another one if that has taken over.
+
+    async def _follow(self, running: WorkerProcess, ready: Ready) -> tuple[EngineInfo, dict[str, str]]:
+        """Makes a process that has started serve the probes that the specification names now, if it has changed since the start.
+
+        Returns:
+            The description of what the process serves, and the keys of its probes.
+
+        Raises:
+            StartupError: the process refuses a probe.
+            EOFError: the process ended.
+        """
+        started_with, info, keys = running.spec.probes, ready.info, ready.keys
+        while started_with != self.spec.probes:
+            started_with = self.spec.probes
+            held: ProbesHeld = await running.ask(HoldProbes(next(self._numbers), started_with))
+            if held.refusals:
+                raise StartupError(str(held.refusals[0]))
+            self._pinned.check(held.info)
+            info, keys = held.info, held.keys
+        return info, keys
 
     def new_batch(self) -> int:
         """Returns a new number for a batch, to be given to ``score`` and ``cancel``."""
@@ -286,6 +357,78 @@ class WorkerHandle:
             self._set_awake(True)
             return self._logged("worker awake", transfer)
 
+    async def hold(self, files: tuple[SpooledFile, ...]) -> ProbesHeld:
+        """Makes the running process serve exactly these probes, which are loaded and checked while it scores. While the worker sleeps, this
+        waits; and the worker does not fall asleep meanwhile.
+
+        Raises:
+            WorkerUnavailable: the worker is not up, or its process ended.
+            WorkerLost: the worker process crashed or was stuck, and the probes may be the cause.
+            InternalFault: loading failed for another reason than a probe.
+        """
+        while True:
+            await self._awake.wait()
+            async with self._moving:
+                if self.asleep:
+                    continue
+                running, seconds = self._running, self.spec.settings.worker_start_seconds
+                try:
+                    async with asyncio.timeout(seconds):
+                        held: ProbesHeld = await self._ask(HoldProbes(next(self._numbers), files))
+                except TimeoutError:
+                    problem = f"it did not load its probes within {seconds:g} s (worker_start_seconds)"
+                    if running is not None:
+                        running.give_up(LossReason("overdue", problem))
+                    raise WorkerLost("overdue", problem, self._pause_seconds) from None
+                self.info, self.keys = held.info, held.keys
+                return held
+
+    async def start_successor(self, files: tuple[SpooledFile, ...]) -> Successor:
+        """Starts a further process on the worker's device, which loads as many blocks as these probes need. The running process goes on
+        scoring, until ``take_over``.
+
+        Raises:
+            ProbeRefused: a file is refused.
+            StartupError: the process cannot start, or has loaded another model than the running one.
+        """
+        layers = 0 if self.info is None else self.info.model.num_loaded_layers
+        process = WorkerProcess(replace(self.spec, probes=files, min_layers=layers, is_first=False))
+        try:
+            ready = await process.start()
+            self._pinned.check(ready.info)
+        except BaseException:
+            await process.stop()
+            raise
+        return Successor(process, ready)
+
+    def take_over(self, successor: Successor) -> None:
+        """Gives all later work to the successor. The process that ran before finishes what it has, and ends."""
+        before, self._running = self._running, successor.process
+        self.info, self.keys = successor.ready.info, successor.ready.keys
+        self._keep_depth(self.info)
+        logger.info("a deeper worker has taken over", device=self.spec.device, pid=successor.process.process.pid)
+        if before is not None:
+            self._do(self._finish(before))
+        if self.asleep:  # It was put to sleep while the successor started.
+            self._do(successor.process.ask(Sleep(next(self._numbers))))
+        self._tell()
+
+    def _do(self, coroutine: Coroutine[Any, Any, Any]) -> None:
+        task = asyncio.create_task(coroutine)
+        self._finishing.add(task)
+        task.add_done_callback(self._finishing.discard)
+
+    def _keep_depth(self, info: EngineInfo) -> None:
+        """Makes every later process load as many blocks as are loaded now, also if the probe that needs them is gone by then."""
+        self.spec = replace(self.spec, min_layers=info.model.num_loaded_layers, is_first=False)
+
+    async def _finish(self, process: WorkerProcess) -> None:
+        try:
+            await process.finish()
+        finally:
+            await process.stop()
+            process.ended.set()
+
     def _set_awake(self, awake: bool) -> None:
         if awake:
             self._awake.set()
@@ -304,7 +447,7 @@ class WorkerHandle:
         logger.info(event, device=self.spec.device, seconds=round(transfer.seconds, 3), **rounded)
         return transfer
 
-    async def _ask(self, message: ScoreBatch | EncodeTexts | Sleep | Wake) -> Any:  # noqa: ANN401
+    async def _ask(self, message: ScoreBatch | EncodeTexts | Sleep | Wake | HoldProbes) -> Any:  # noqa: ANN401
         running = self._running
         if running is None or not self.up:
             raise self.unavailable()

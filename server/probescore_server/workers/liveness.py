@@ -52,7 +52,9 @@ class WorkerTimeLimits:
     chat_seconds: float
 
     def for_tokens(self, tokens: int) -> float:
-        """Returns the largest number of seconds that a step of ``tokens`` tokens may take."""
+        """Returns the largest number of seconds that one step of a worker process's work (such as one run of a graph) on ``tokens`` tokens
+        may take.
+        """
         return self.step_seconds + self.step_seconds_per_1000_tokens * tokens / 1000
 
     def for_texts(self, texts: Iterable[TextBeingTokenised]) -> float:

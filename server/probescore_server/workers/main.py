@@ -12,19 +12,20 @@ import socket
 import threading
 import time
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import dataclass
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import structlog
 from numpy.typing import NDArray
 
 from probescore_server.activity import ACTIVITY
-from probescore_server.errors import InternalFault, InvalidRequest, OutOfMemory, StartupError, WorkerUnavailable
+from probescore_server.errors import InternalFault, InvalidRequest, OutOfMemory, ProbeRefused, StartupError, WorkerUnavailable
 from probescore_server.failures import FailureKind, kind_of
 from probescore_server.logs import configure_logs
 from probescore_server.rollouts import ScoredBatch
+from probescore_server.spool import SpooledFile
 from probescore_server.validation.texts import ChatLimits, PendingText
 from probescore_server.workers.messages import (
     BatchScored,
@@ -35,9 +36,11 @@ from probescore_server.workers.messages import (
     Failed,
     FromWorker,
     Heartbeat,
+    HoldProbes,
     LoadingProgress,
     MemoryMoved,
     Order,
+    ProbesHeld,
     Ready,
     Refused,
     ScoreBatch,
@@ -52,6 +55,8 @@ from probescore_server.workers.transport import BlockingEnd
 
 if TYPE_CHECKING:
     from probescore_server.engine.engine import Engine
+    from probescore_server.engine.served_probes import ServedProbes
+    from probescore_server.probes.format.probe_file import ProbeFile
 
 logger = structlog.get_logger(__name__)
 
@@ -63,6 +68,9 @@ MAX_HEARTBEAT_SECONDS = 1.0
 OCCUPANCY_DELAY = 0.005
 STATISTICS_SECONDS = 1.0
 
+# A batch of golden rollouts of a new probe, for which all other batches wait, may take this share of the time for one step of a batch.
+GOLDEN_SHARE = 0.5
+
 
 def run_worker(connection: socket.socket, spec: WorkerSpec) -> None:
     """Runs a worker process: loads the model and probes, and executes orders until it is told to stop or the front process has ended.
@@ -71,22 +79,36 @@ def run_worker(connection: socket.socket, spec: WorkerSpec) -> None:
         connection: the worker's end of the socket pair to the front process.
         spec: the model and probes that the worker loads, and its device.
     """
-    # The front process decides when a worker ends: Ctrl-C and a supervisor's SIGTERM reach the whole group, but accepted work is finished.
+    # The front process decides when a worker ends: Ctrl-C and a supervisor's SIGTERM reach the whole group, but accepted work is
+    # finished; of SIGHUP the front process tells the worker what follows.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     configure_logs(spec.settings.log_format, spec.settings.log_level)
     _WorkerRuntime(BlockingEnd(connection), spec).run()
 
 
+@dataclass(frozen=True, eq=False)
+class _ProbesReady:
+    """Order of a worker process to itself: to serve probes that were loaded and checked beside the batches."""
+
+    number: int
+    probes: ServedProbes
+    keys: dict[str, str]
+    refusals: tuple[ProbeRefused, ...]
+    seconds: float
+
+
 class _WorkerRuntime:
-    """Set of threads of a worker process: the main thread loads and computes, one thread reads messages, two tokenise, and one sends
-    heartbeats.
+    """Set of threads of a worker process: the main thread loads and computes, one thread reads messages, two tokenise, one loads and checks
+    probes while batches compute, and one sends heartbeats.
     """
 
     def __init__(self, pipe: BlockingEnd, spec: WorkerSpec) -> None:
         self._pipe = pipe
         self._spec = spec
-        self._orders: SimpleQueue[Order | None] = SimpleQueue()
+        self._orders: SimpleQueue[Order | _ProbesReady | None] = SimpleQueue()
+        self._probe_orders: SimpleQueue[HoldProbes | None] = SimpleQueue()  # None: to return memory that was freed.
         self._statistics_sent = 0.0
         self._texts = TextQueue()
         self._cancelled: dict[int, set[int]] = {}  # It holds the indices given up, by batch.
@@ -95,20 +117,21 @@ class _WorkerRuntime:
         threading.Thread(target=self._read, daemon=True).start()
         threading.Thread(target=self._beat, daemon=True).start()
         try:
-            engine = self._load()
+            engine, keys = self._load()
         except StartupError as error:
-            self._send(Refused(str(error)))
+            self._send(Refused(error))
             return
         except Exception as error:
             logger.exception("loading failed")
-            self._send(Refused(f"loading failed: {type(error).__name__}: {error}"))
+            self._send(Refused(StartupError(f"loading failed: {type(error).__name__}: {error}")))
             return
         # What was loaded stays: without this, every full garbage collection would look through it, for 0.2 seconds.
         gc.collect()
         gc.freeze()
         for lane in TokenisingLane:
             threading.Thread(target=self._encode, args=(engine, lane), daemon=True).start()
-        self._send(Ready(engine.info))
+        threading.Thread(target=self._prepare_probes, args=(engine,), daemon=True).start()
+        self._send(Ready(engine.info, keys))
         self._send_statistics(engine)
         while (order := self._next_order(engine)) is not None:
             match order:
@@ -118,8 +141,11 @@ class _WorkerRuntime:
                     self._sleep(engine, order)
                 case Wake():
                     self._wake(engine, order)
+                case _ProbesReady():
+                    self._adopt_probes(engine, order)
+            del order  # It may be the last to hold probes that are not served any more.
 
-    def _next_order(self, engine: Engine) -> Order | None:
+    def _next_order(self, engine: Engine) -> Order | _ProbesReady | None:
         """Waits for the next order (a message from the front process that needs a response) and returns it; ``None`` means that the worker
         must stop.
 
@@ -139,9 +165,8 @@ class _WorkerRuntime:
         self._statistics_sent = time.monotonic()
         self._send(engine.statistics())
 
-    def _load(self) -> Engine:
+    def _load(self) -> tuple[Engine, dict[str, str]]:
         settings = self._spec.settings
-        probes = probe_files(settings.probes)
         # These are read once, when the libraries are loaded. The warnings and reports of transformers are for people who train.
         os.environ.update(OMP_NUM_THREADS=str(self._spec.threads), TRANSFORMERS_VERBOSITY="error", HF_HUB_DISABLE_PROGRESS_BARS="1")
         # Threads that spin while they wait make small batches many times slower as soon as another process wants a core.
@@ -149,26 +174,33 @@ class _WorkerRuntime:
         import torch
 
         from probescore_server.engine.engine import Engine
+        from probescore_server.probes.loading.compatibility import is_accepted
 
         torch.set_num_threads(self._spec.threads)
         if self._spec.device.startswith("cuda"):
             torch.cuda.set_per_process_memory_fraction(settings.device_memory_fraction, self._spec.device)
+        files = _parse(self._spec.probes)
+        accept_mismatch = settings.accept_mismatch
+        if not self._spec.is_first:
+            accept_mismatch = tuple(name for name in accept_mismatch if any(is_accepted(file.manifest, [name]) for file in files.values()))
         try:
-            return Engine.load(
+            engine = Engine.load(
                 settings.model,
-                probes,
+                [*files.values()],
                 taps=settings.allow_activations,
                 revision=settings.revision,
                 dtype=settings.dtype,
                 device=self._spec.device,
                 device_map=None if settings.device_map == "none" else settings.device_map,
-                accept_mismatch=settings.accept_mismatch,
+                accept_mismatch=accept_mismatch,
                 trust_remote_code=settings.trust_remote_code,
                 max_kv_cache_bytes=settings.kv_cache_bytes,
+                min_layers=self._spec.min_layers,
                 report=lambda message: self._send(LoadingProgress(message)),
             )
         except InvalidRequest as error:  # It is about the taps, the only argument that a request may have too.
             raise StartupError(f"allow_activations: {error.problem}") from None
+        return engine, {sha256: file.manifest.key for sha256, file in files.items()}
 
     def _send(self, message: FromWorker) -> None:
         self._pipe.send(message)
@@ -197,11 +229,15 @@ class _WorkerRuntime:
                     self._texts.drop(message.number)
                 case Sleep() | Wake():
                     self._orders.put(message)
+                case HoldProbes():
+                    self._probe_orders.put(message)
                 case Stop():
                     self._orders.put(None)
 
     def _beat(self) -> None:
-        """Sends heartbeats for ever. This works even while the main thread computes, since libraries let other threads run meanwhile."""
+        """Sends heartbeats (messages that show that the worker process runs) for ever, even while the main thread computes, since libraries
+        let other threads run meanwhile.
+        """
         seconds = min(HEARTBEAT_SHARE * self._spec.settings.worker_silent_seconds, MAX_HEARTBEAT_SECONDS)
         while True:
             try:
@@ -259,6 +295,41 @@ class _WorkerRuntime:
             logger.exception("waking up failed")
             os._exit(1)
 
+    def _prepare_probes(self, engine: Engine) -> None:
+        """Loads and checks probes for ever, one order at a time, beside the batches that the main thread computes."""
+        while True:
+            order = self._probe_orders.get()
+            if order is None:
+                engine.trim()
+                continue
+            try:
+                self._orders.put(self._prepared(engine, order))
+            except Exception as error:
+                self._end_if_lost(error)
+                self._send(Failed(order.number, _logged_fault("loading probes failed")))
+
+    def _prepared(self, engine: Engine, order: HoldProbes) -> _ProbesReady:
+        started, settings = time.monotonic(), self._spec.settings
+        refusals: list[ProbeRefused] = []
+        files = _parse(order.files, refusals)
+        checks: dict[str, Any] = {"accept_mismatch": settings.accept_mismatch, "max_batch_seconds": GOLDEN_SHARE * settings.step_seconds}
+        try:
+            probes, found = engine.prepare_probes([*files.values()], **checks)
+        except Exception as error:
+            new = [file for file in files.values() if not engine.serves(file)]
+            if kind_of(error) is not FailureKind.MEMORY_SHORT or not new:
+                raise
+            logger.warning("memory is short for probes", problem=str(error))
+            found = [ProbeRefused(file.file, "file", "a probe for which memory is short", "room for it on the device") for file in new]
+            probes, _ = engine.prepare_probes([file for file in files.values() if file not in new], **checks)
+        held = {sha256: file.manifest.key for sha256, file in files.items() if probes.has(file.manifest)}
+        return _ProbesReady(order.number, probes, held, (*refusals, *found), time.monotonic() - started)
+
+    def _adopt_probes(self, engine: Engine, ready: _ProbesReady) -> None:
+        engine.adopt_probes(ready.probes)
+        self._send(ProbesHeld(ready.number, engine.info, ready.keys, ready.refusals, ready.seconds))
+        self._probe_orders.put(None)
+
     def _encode(self, engine: Engine, lane: TokenisingLane) -> None:
         settings = self._spec.settings
         limits = ChatLimits(settings.max_text_bytes_per_token * settings.max_rollout_tokens, settings.max_chat_seconds)
@@ -279,19 +350,26 @@ class _WorkerRuntime:
                 self._send(Failed(number, failure))
 
 
-def probe_files(paths: Sequence[str]) -> list[Path]:
-    """Returns the probe files for a list of paths: a path to a file stands for that file, and a directory for all its ``*.onnx`` files,
-    sorted by name.
+def _parse(spooled: Sequence[SpooledFile], refusals: list[ProbeRefused] | None = None) -> dict[str, ProbeFile]:
+    """Parses probe files, and returns them in a dictionary keyed by the digest of each file's content.
+
+    Args:
+        spooled: the content of the files.
+        refusals: receives the refusals of files; ``None`` = the first is raised.
 
     Raises:
-        StartupError: a directory has no ``*.onnx`` file.
+        ProbeRefused: a file fails a check that needs no model.
     """
-    files: list[Path] = []
-    for path in map(Path, paths):
-        found = sorted(path.glob("*.onnx")) if path.is_dir() else [path]
-        if not found:
-            raise StartupError(f"probes: no *.onnx in the directory {path}")
-        files += found
+    from probescore_server.probes.format.probe_file import parse_probe_file
+
+    files = {}
+    for each in spooled:
+        try:
+            files[each.sha256] = parse_probe_file(each.read(), each.file)
+        except ProbeRefused as refusal:
+            if refusals is None:
+                raise
+            refusals.append(refusal)
     return files
 
 

@@ -7,16 +7,17 @@ An order is a message that gets a response. The ``number`` of the response is th
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from probescore.types import Transfer
 from probescore_server.activity import ActivityStep, TextBeingTokenised
-from probescore_server.errors import InternalFault, InvalidRequest, OutOfMemory, WorkerUnavailable
+from probescore_server.errors import InternalFault, InvalidRequest, OutOfMemory, ProbeRefused, StartupError, WorkerUnavailable
 from probescore_server.rollouts import CheckedRollout, EngineInfo, EngineStatistics, ScoredBatch
 from probescore_server.settings import ServerSettings
+from probescore_server.spool import SpooledFile
 from probescore_server.validation.texts import PendingText
 from probescore_server.workers.codec import Encoded, decode_results, decode_rollouts, encode_results, encode_rollouts
 
@@ -29,11 +30,18 @@ class WorkerSpec:
         settings: the server's settings, which name the model and probes.
         device: the device, such as ``cpu`` or ``cuda:0``.
         threads: number of CPU threads that the worker uses.
+        probes: the content of the probe files.
+        min_layers: number of the model's blocks to load at least.
+        is_first: whether no worker of the server has been ready yet. A name in the setting ``accept_mismatch`` that belongs to no probe is
+            then refused; later the probe may have been removed.
     """
 
     settings: ServerSettings
     device: str
     threads: int
+    probes: tuple[SpooledFile, ...] = ()
+    min_layers: int = 0
+    is_first: bool = True
 
 
 # -------------------------------------------------------------------------------------------------------------------- to a worker
@@ -111,12 +119,24 @@ class Wake:
 
 
 @dataclass(frozen=True)
+class HoldProbes:
+    """Message from the front process that orders a worker process to serve exactly these probes.
+
+    New ones are loaded and checked while batches compute, and all are served from a moment between two batches on; a batch that was sent
+    before is still scored with the probes of before. The response is ``ProbesHeld`` or ``Failed``.
+    """
+
+    number: int
+    files: tuple[SpooledFile, ...]
+
+
+@dataclass(frozen=True)
 class Stop:
     """Message from the front process that tells a worker process to end after the orders that it has."""
 
 
 Order = ScoreBatch | Sleep | Wake
-ToWorker = ScoreBatch | CancelRollout | EncodeTexts | CancelTexts | Sleep | Wake | Stop
+ToWorker = ScoreBatch | CancelRollout | EncodeTexts | CancelTexts | Sleep | Wake | HoldProbes | Stop
 
 # ------------------------------------------------------------------------------------------------------------------ from a worker
 
@@ -130,16 +150,20 @@ class LoadingProgress:
 
 @dataclass(frozen=True)
 class Ready:
-    """Message from a worker process that it has loaded and tested the model and probes that ``info`` describes, and can score."""
+    """Message from a worker process that it has loaded and tested the model and probes that ``info`` describes, and can score.
+
+    ``keys`` is a dictionary from the digest of each probe file's content to the probe's key ``name@version``.
+    """
 
     info: EngineInfo
+    keys: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Refused:
-    """Message from a worker process with the reason, as a text for people, why it cannot start as configured."""
+    """Message from a worker process with the reason why it cannot start as configured."""
 
-    message: str
+    error: StartupError
 
 
 @dataclass(frozen=True)
@@ -178,6 +202,25 @@ class MemoryMoved:
 
 
 @dataclass(frozen=True)
+class ProbesHeld:
+    """Response of a worker process to the ``HoldProbes`` with the same number.
+
+    Attributes:
+        number: the number of the order.
+        info: a description of the model and of the probes that the worker serves now.
+        keys: a dictionary from the digest of the content of each file that is served to the probe's key ``name@version``.
+        refusals: the refusals of the other files, which are not served.
+        seconds: the seconds that loading and checking took.
+    """
+
+    number: int
+    info: EngineInfo
+    keys: dict[str, str]
+    refusals: tuple[ProbeRefused, ...]
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Failed:
     """Response of a worker process with an error, to any order of the front process.
 
@@ -212,7 +255,17 @@ class DeviceLost:
 
 
 FromWorker = (
-    LoadingProgress | Ready | Refused | BatchScored | TextsEncoded | MemoryMoved | Failed | EngineStatistics | Heartbeat | DeviceLost
+    LoadingProgress
+    | Ready
+    | Refused
+    | BatchScored
+    | TextsEncoded
+    | MemoryMoved
+    | ProbesHeld
+    | Failed
+    | EngineStatistics
+    | Heartbeat
+    | DeviceLost
 )
 """Type of the messages that a worker process sends. ``EngineStatistics`` and ``Heartbeat`` are sent at intervals and are not responses to
 orders.

@@ -24,7 +24,7 @@ from probescore_server.event_loop import (
     MAX_TEXT_BYTES_PICKLED_ON_LOOP,
     MAX_TEXTS_PICKLED_ON_LOOP,
 )
-from probescore_server.rollouts import EngineInfo, EngineStatistics
+from probescore_server.rollouts import EngineStatistics
 from probescore_server.settings import ServerSettings
 from probescore_server.workers.liveness import LivenessWatch, LossReason, WorkerTimeLimits
 from probescore_server.workers.messages import (
@@ -34,8 +34,10 @@ from probescore_server.workers.messages import (
     Failed,
     FromWorker,
     Heartbeat,
+    HoldProbes,
     LoadingProgress,
     MemoryMoved,
+    ProbesHeld,
     Ready,
     Refused,
     ScoreBatch,
@@ -78,6 +80,7 @@ class WorkerProcess:
     """Controller of one worker process, from the process's start to its end. It belongs to the front process and runs on its event loop.
 
     Attributes:
+        spec: what the process was started with.
         process: the operating system's process.
         ended: an event that is set once the process has ended or was given up.
         loss: the reason why the process died; ``None`` while it runs, or if it was ended on purpose.
@@ -90,9 +93,9 @@ class WorkerProcess:
         self.process = context.Process(target=_start_main, args=(MAIN, self._theirs, spec), name=f"probescore-{spec.device}", daemon=True)
         self.ended = asyncio.Event()
         self.loss: LossReason | None = None
-        self._spec = spec
+        self.spec = spec
         self._loop = asyncio.get_running_loop()
-        self._started: asyncio.Future[EngineInfo] = self._loop.create_future()
+        self._started: asyncio.Future[Ready] = self._loop.create_future()
         self._answers: dict[int, asyncio.Future[Any]] = {}
         self.statistics = EngineStatistics()
         self._pipe = EventLoopEnd(self._receive, self._pipe_closed)
@@ -102,8 +105,8 @@ class WorkerProcess:
         self._oom_kills = _oom_kills()
         self._tasks: set[asyncio.Task[None]] = set()
 
-    async def start(self) -> EngineInfo:
-        """Starts the worker process, waits until it is ready, and returns a description of the loaded model and probes.
+    async def start(self) -> Ready:
+        """Starts the worker process, waits until it is ready, and returns what it says of the loaded model and probes.
 
         Raises:
             StartupError: the process refuses to start, or ends before it is ready.
@@ -115,13 +118,14 @@ class WorkerProcess:
         self._do(self._keep_watch())
         return await self._started
 
-    async def ask(self, message: ScoreBatch | EncodeTexts | Sleep | Wake) -> Any:  # noqa: ANN401
+    async def ask(self, message: ScoreBatch | EncodeTexts | Sleep | Wake | HoldProbes) -> Any:  # noqa: ANN401
         """Sends an order, such as a batch, to the worker process and returns the response. A response that is an error is raised.
 
         Raises:
             EOFError: the process ended before it responded.
         """
-        if not isinstance(message, EncodeTexts):  # The watch knows of texts from the worker's heartbeats.
+        # The watch knows of texts from the worker's heartbeats, and probes are loaded beside the batches that it watches.
+        if not isinstance(message, EncodeTexts | HoldProbes):
             self._watch.asked(message.number, _seconds_for(message, self._time_limits), time.monotonic())
         answer = self._answers[message.number] = self._loop.create_future()
         self.send(message)
@@ -134,6 +138,11 @@ class WorkerProcess:
         """Sends a message to the worker process without waiting. Messages keep their order, and are dropped if the process has ended."""
         self._pipe.send(message, takes_long=_takes_long(message))
 
+    async def finish(self) -> None:
+        """Ends the worker process once it has responded to every order that it was given."""
+        await asyncio.gather(*self._answers.values(), return_exceptions=True)
+        await self.stop()
+
     async def stop(self) -> None:
         """Ends the worker process if it still runs, first by a message and then by a signal, and waits some seconds for its end."""
         for task in self._tasks:
@@ -144,7 +153,7 @@ class WorkerProcess:
         if self.process.is_alive():
             self.process.kill()
             if not await self._gone_within(DEATH_SECONDS):
-                logger.error("worker cannot be killed", device=self._spec.device, pid=self.process.pid)
+                logger.error("worker cannot be killed", device=self.spec.device, pid=self.process.pid)
         self._pipe.close()
 
     async def _gone_within(self, seconds: float) -> bool:
@@ -167,18 +176,20 @@ class WorkerProcess:
         match message:
             case LoadingProgress():
                 self._starting_with = message.message
-                logger.info(message.message, device=self._spec.device)
+                logger.info(message.message, device=self.spec.device)
             case Ready():
                 self._watch.ready()
-                _settle(self._started, message.info)
+                _settle(self._started, message)
             case Refused():
-                _settle(self._started, StartupError(message.message))
+                _settle(self._started, message.error)
             case BatchScored():
                 self._answer(message.number, message.batch, now)
             case TextsEncoded():
                 self._answer(message.number, message.ids, now)
             case MemoryMoved():
                 self._answer(message.number, message.transfer, now)
+            case ProbesHeld():
+                self._answer(message.number, message, now)
             case Failed():
                 self._answer(message.number, message.error, now)
             case EngineStatistics():
@@ -187,7 +198,7 @@ class WorkerProcess:
                 self._watch.at(message.step, now)
                 self._watch.tokenises(message.texts, now)
             case DeviceLost():
-                self._give_up(LossReason("device", f"its device failed; the server's log has it as incident {message.incident}"))
+                self.give_up(LossReason("device", f"its device failed; the server's log has it as incident {message.incident}"))
 
     def _answer(self, number: int, outcome: object, now: float) -> None:
         self._watch.answered(number, now)
@@ -208,9 +219,10 @@ class WorkerProcess:
                 self._watch.excuse(now - before)
             self._watch.heard(self._pipe.heard)
             if loss := self._watch.loss(now):
-                self._give_up(loss)
+                self.give_up(loss)
 
-    def _give_up(self, loss: LossReason) -> None:
+    def give_up(self, loss: LossReason) -> None:
+        """Kills the worker process, for a reason that counts as how it was lost."""
         self.blame(loss)
         self.process.kill()  # This also ends a process that is stopped.
         self._end()
@@ -219,8 +231,8 @@ class WorkerProcess:
         self._do(self._find_out())
 
     async def _find_out(self) -> None:
-        """Finds out how the process ended, once its socket is closed, and makes all waiting calls of ``start`` and ``ask`` raise an
-        error.
+        """Finds out how the worker process ended, once its socket is closed, and makes all waiting ``start`` and ``ask`` function calls
+        raise an error.
         """
         await self._gone_within(DEATH_SECONDS)
         code = self.process.exitcode
@@ -237,11 +249,11 @@ class WorkerProcess:
             _settle(answer, EOFError())
 
     def _failed_start(self) -> StartupError | WorkerLost:
-        loss, worker = self.loss, f"the worker on {self._spec.device}"
+        loss, worker = self.loss, f"the worker on {self.spec.device}"
         if loss is None:
             return StartupError(f"{worker} died while it was starting")
         if loss.reason == "silent":
-            return WorkerLost(loss.reason, loss.problem, self._spec.settings.worker_restart_seconds, loss.doing)
+            return WorkerLost(loss.reason, loss.problem, self.spec.settings.worker_restart_seconds, loss.doing)
         return StartupError(f"{worker} died while it was starting: {loss.problem}; it was at: {loss.doing or 'its start'}")
 
     def _do(self, coroutine: Coroutine[Any, Any, None]) -> None:

@@ -12,11 +12,11 @@ from tutorial import TUTORIALS, Clone, follow
 
 
 @pytest.mark.timeout(1500)
-def test_the_first_probe_as_a_reward(tmp_path: Path) -> None:
+def test_the_first_reward(tmp_path: Path) -> None:
     server = Path(os.environ.get("PROBESCORE_SERVER_PYTHON", sys.executable)).parents[1]
-    clone = Clone.make(tmp_path, server, {"trl": Path(sys.prefix)})
+    clone = Clone.make(tmp_path, server, {".venv-trainers/trl": Path(sys.prefix)})
     follow(TUTORIALS / "first-score.md", clone)
-    trained = follow(TUTORIALS / "first-probe.md", clone)[".venv-trainers/trl/bin/python examples/first_probe/train.py"]
+    trained = follow(TUTORIALS / "first-reward.md", clone)[".venv-trainers/trl/bin/python examples/first_reward/train.py"]
 
     copied = [float(share) for share in re.findall(r"copied ([\d.]+)%", trained)]
     paid = [float(share) for share in re.findall(r"sorted ([\d.]+)", trained)]

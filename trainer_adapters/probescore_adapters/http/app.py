@@ -35,7 +35,7 @@ def create_app(scorer: ProbeScorer, *, max_body_bytes: int = MAX_BODY_BYTES) -> 
     """Returns the HTTP gateway of a ``ProbeScorer`` as an application for any ASGI server.
 
     Args:
-        scorer: the scorer; its signals must have the modes ``reward``, ``penalty`` or ``monitor``.
+        scorer: the scorer; its signals (rules from probe scores to rewards) must have the modes ``reward``, ``penalty`` or ``monitor``.
         max_body_bytes: maximum size of a request's body in bytes; larger bodies are refused.
 
     Raises:

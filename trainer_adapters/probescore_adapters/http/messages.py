@@ -67,7 +67,7 @@ class OpenRlhfRequest(BaseModel):
 
 
 class OpenRlhfAnswer(BaseModel):
-    """JSON object that OpenRLHF reads, with a number for each query."""
+    """JSON object that OpenRLHF reads as the response, with a reward for each query."""
 
     rewards: list[float]
     scores: list[float]
@@ -109,8 +109,8 @@ class RolloutToScore(StrictModel):
 
 
 class ScoreRequest(StrictModel):
-    """Rollouts to score with the signals that the gateway is configured with. The prompt of rollouts with the same prompt is computed
-    once.
+    """Rollouts to score with the signals (rules from probe scores to rewards) that the gateway is configured with. The prompt of rollouts
+    with the same prompt is computed once.
     """
 
     rollouts: Annotated[list[RolloutToScore], Field(fail_fast=True, min_length=1, max_length=MAX_ROLLOUTS)]

@@ -28,11 +28,23 @@ _COLOURS = {
     _THIRD: "var(--third)",
     _FOURTH: "var(--fourth)",
 }
+_SAYS = {
+    "layers": "AUROC at each tap, by kind of probe and pooling",
+    "kinds": "AUROC of each kind of probe, with intervals",
+    "baselines": "AUROC of the probe, of baselines and of controls, with intervals",
+    "slices": "AUROC on each slice, with intervals",
+    "roc": "True-positive rate by false-positive rate",
+    "histogram": "Histograms of the served scores of positive and negative rollouts",
+    "learning": "AUROC by the number of groups fitted on",
+    "calibration": "Share of positives by served probability",
+}
+_WIDE = 5.6
+"""Width in inches of a figure that has a row for itself: as narrow as a telephone can show legibly."""
 _SERIES = (_POSITIVE, _NEGATIVE, _THIRD, _FOURTH)
 _STYLE: Any = {  # matplotlib types its settings by name
     "svg.fonttype": "none",
     "svg.hashsalt": "probescore",
-    "font.size": 9,
+    "font.size": 9.5,
     "text.color": _INK,
     "axes.labelcolor": _SOFT,
     "axes.edgecolor": _SOFT,
@@ -50,7 +62,7 @@ _STYLE: Any = {  # matplotlib types its settings by name
 def layers(curves: Mapping[str, Sequence[CurvePoint]], chosen: CurvePoint) -> str:
     """Draws the AUROC at each tap with one standard error, as a line for each kind of probe and pooling."""
     with mpl.rc_context(_STYLE):
-        figure, axes = _new(7.2, 3.0)
+        figure, axes = _new(_WIDE, 2.8)
         names = list(dict.fromkeys(point.tap for points in curves.values() for point in points))
         series = [(kind, pool) for kind, points in curves.items() for pool in dict.fromkeys(point.pool for point in points)]
         for number, (kind, pool) in enumerate(series):
@@ -63,8 +75,14 @@ def layers(curves: Mapping[str, Sequence[CurvePoint]], chosen: CurvePoint) -> st
         at = names.index(chosen.tap)
         axes.axvline(at, color=_INK, linewidth=0.8, linestyle=":")
         axes.annotate("chosen", (at, 1), xycoords=("data", "axes fraction"), xytext=(3, -9), textcoords="offset points", fontsize=8)
-        shown = range(0, len(names), max(1, len(names) // 8))
-        axes.set_xticks(list(shown), [names[place] for place in shown], rotation=20, ha="right")
+        hooks = {name.partition(".")[0] for name in names}
+        one = len(hooks) == 1 and len(names) > 1  # then its blocks are enough
+        shown = range(0, len(names), max(1, len(names) // (15 if one else 8)))
+        if one:
+            axes.set_xticks(list(shown), [names[place].partition(".")[2] for place in shown])
+            axes.set_xlabel(f"{hooks.pop()}, block")
+        else:
+            axes.set_xticks(list(shown), [names[place] for place in shown], rotation=20, ha="right")
         axes.set_ylabel("AUROC, cross-validated")
         axes.legend(fontsize=8, loc="lower right")
         return _svg(figure, "layers")
@@ -106,7 +124,7 @@ def estimates(found: Mapping[str, Estimate], name: str, highlighted: Sequence[st
     """Draws several AUROCs, one on each line, with their intervals and a mark at chance level."""
     with mpl.rc_context(_STYLE):
         known = {title: estimate for title, estimate in found.items() if not np.isnan(estimate.value)}
-        figure, axes = _new(7.2, 0.7 + 0.27 * max(1, len(known)))
+        figure, axes = _new(_WIDE, 0.7 + 0.27 * max(1, len(known)))
         for row, (title, estimate) in enumerate(known.items()):
             colour = _POSITIVE if title in highlighted else _NEGATIVE
             axes.plot([estimate.low, estimate.high], [row, row], color=colour, linewidth=2.4, alpha=0.5, solid_capstyle="butt")
@@ -178,4 +196,4 @@ def _svg(figure: Figure, name: str) -> str:
     svg = svg.replace("url(#", f"url(#{name}-")
     for stand_in, colour in _COLOURS.items():
         svg = svg.replace(stand_in, colour)
-    return svg.replace("<svg ", f'<svg role="img" aria-label="{name}" class="figure" ', 1)
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{_SAYS[name]}" class="figure" ', 1)

@@ -59,7 +59,8 @@ class PackedBackbone:
     def forward(
         self, forest: Forest, taps: Sequence[Tap], *, skip: Callable[[int], bool] = skip_nothing, cache: KeyValueCache | None = None
     ) -> Activations:
-        """Runs every segment (run of tokens) of a forest once, with the arguments and the result of ``Backbone.forward``.
+        """Runs every segment (run of tokens) of a forest (token segments arranged in trees) once, with the arguments and the result of
+        ``Backbone.forward``.
 
         ``skip`` is called for a segment when the row that the segment belongs to is laid out.
         """
@@ -105,8 +106,8 @@ class _SegmentSlice:
 
 
 class _KnownKeyValues:
-    """Store of the keys and values that later passes over a forest of segments (runs of tokens) attend to. They come from a cache or from
-    earlier passes.
+    """Store of the keys and values that later forward passes over a forest of segments (runs of tokens arranged in trees) attend to. The
+    keys and values come from a cache or from earlier passes.
     """
 
     def __init__(self, forest: Forest, cache: KeyValueCache | None) -> None:

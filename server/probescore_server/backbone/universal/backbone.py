@@ -62,7 +62,7 @@ class UniversalBackbone:
         decoder: the model.
         reader: reader of the model's activations at taps (places in the model).
         attention: name of an attention function that is registered in transformers; ``None`` = the one that transformers chose.
-        runs_together: whether short sequences are run as the rows of one forward.
+        runs_together: whether short sequences are run together, as the rows of one forward pass.
 
     Attributes:
         runs_together: as given.
@@ -86,7 +86,8 @@ class UniversalBackbone:
     def forward(
         self, forest: Forest, taps: Sequence[Tap], *, skip: Callable[[int], bool] = skip_nothing, cache: KeyValueCache | None = None
     ) -> Activations:
-        """Runs every segment (run of tokens) of a forest once, with the arguments and the result of ``Backbone.forward``.
+        """Runs every segment (run of tokens) of a forest (token segments arranged in trees) once, with the arguments and the result of
+        ``Backbone.forward``.
 
         ``skip`` is called again before each ``CHUNK_TOKENS`` tokens of a segment.
         """
@@ -130,13 +131,15 @@ class UniversalBackbone:
         into: Mapping[Tap, torch.Tensor],
         rows: RowMap | None = None,
     ) -> None:
-        """Runs tokens of several sequences, as ``read_tokens`` does those of one.
+        """Runs further tokens of several sequences in one forward pass, extends the sequences' states by these tokens, and copies their
+        activations to buffers.
 
         Args:
             token_ids: ``(B, T)`` int32, the tokens of each sequence.
             position: position of the first token in every sequence.
             state: states of the ``B`` sequences before these tokens; it is changed.
-            into: by tap, a buffer ``(N, hidden_size)`` float32; empty = no activations are wanted.
+            into: a dictionary, keyed by tap (place in the model), of buffers ``(N, hidden_size)`` float32; empty = no activations are
+                copied.
             rows: which tokens, counted through all sequences, go to which rows of the buffers; ``None`` = all, in order.
         """
         ids = torch.from_numpy(token_ids.astype(np.int64)).to(self._decoder.device)
@@ -151,7 +154,7 @@ class UniversalBackbone:
 
 
 class _ForestRun:
-    """Run of one forest of segments (runs of tokens arranged in trees) through a backbone, depth first."""
+    """Computation of one forest of segments (runs of tokens arranged in trees) by a backbone, the code that runs the model; depth first."""
 
     def __init__(
         self,
@@ -172,7 +175,9 @@ class _ForestRun:
         self._run_siblings(self._children[-1], None)
 
     def _run_siblings(self, siblings: Sequence[int], state: _SequenceState | None) -> None:
-        """Runs segments that continue the same one, and what follows them; the state is used up."""
+        """Runs all segments (runs of tokens) that continue the same segment, and the segments that continue these. The given state, with
+        the keys and values of the tokens before the segments, is changed and must not be used afterwards.
+        """
         done: set[int] = set()
         for rows in self._together(siblings, state):
             self._run_rows(rows, state)
@@ -197,7 +202,7 @@ class _ForestRun:
             self._run_siblings(self._children[index], state)
 
     def _together(self, siblings: Sequence[int], state: _SequenceState | None) -> Iterator[list[Row]]:
-        """The rows of each forward that short sequences share."""
+        """Yields, for each forward pass that several short sequences share, the list of these sequences; each becomes a row of the pass."""
         if not self._backbone.runs_together or (state is not None and not self._backbone.keeps_key_values):
             return  # a state that is more than keys and values cannot be told to be several
         rows = [row for index in siblings if (row := short_row(self._forest, self._children, index)) is not None]
@@ -209,7 +214,9 @@ class _ForestRun:
                 yield batch
 
     def _run_rows(self, rows: Sequence[Row], state: _SequenceState | None) -> None:
-        """Runs sequences that continue the same segment, as far as each is wanted."""
+        """Runs several sequences, which continue the same segment (run of tokens), in one forward pass. A sequence is run only up to the
+        first of its segments that no client waits for any more.
+        """
         segments = self._forest.segments
         wanted = [list(takewhile(lambda index: not self._skip(index), row.segments)) for row in rows]
         wanted = [row for row in wanted if row]
@@ -241,8 +248,8 @@ class _ForestRun:
             self._remember(row[-1], [(keys[own, :, :length], values[own, :, :length]) for keys, values in _tail(states, width)])
 
     def _is_in_cache(self, row: Row, shared: int) -> bool:
-        """Whether so much of a row need not be computed that it is run alone: it is in the cache, or will be after another row has run that
-        begins with the same ``shared`` tokens.
+        """Returns whether a sequence is better run alone than together with others, because keys and values of most of its tokens are in
+        the cache, or will be once another sequence that begins with the same ``shared`` tokens has run.
         """
         first = self._forest.segments[row.segments[0]]
         if self._cache is None or first.read:
@@ -280,8 +287,9 @@ class _ForestRun:
         return True
 
     def _remember(self, index: int, tail: KeyValues) -> None:
-        """Gives the cache what was computed up to the end of a segment, but nothing that a fault in it has reached: what begins alike would
-        be hit, too. Whatever is not finite at some layer is not at the last one.
+        """Stores in the cache the keys and values that were computed up to the end of a segment (run of tokens), unless they contain NaN or
+        an infinity: such numbers would reach every later rollout that begins with the same tokens. A number that is not finite at some
+        layer leaves none finite at the last layer, so only the last layer is looked at.
         """
         if self._cache is not None and tail and bool(torch.isfinite(tail[-1][0]).all()):
             self._cache.put(self._forest.ids_up_to(index), tail)
@@ -309,7 +317,7 @@ def _fork(state: _SequenceState) -> _SequenceState:
 
 
 def _repeated(state: _SequenceState, count: int) -> _SequenceState:
-    """States of as many sequences that go on from this one; it may be used further."""
+    """Returns the states (key-value caches) of ``count`` sequences that all continue one sequence, whose own state remains usable."""
     repeated = _fork(state)
     for layer in repeated.layers:
         if isinstance(layer, DynamicLayer) and layer.keys is not None and layer.values is not None:

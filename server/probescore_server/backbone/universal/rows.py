@@ -23,7 +23,7 @@ MAX_FORWARD_TOKENS = 512
 """Limits the tokens of all rows of a forward pass, padding included. A higher limit would not be faster."""
 
 FEW_TOKENS = 128
-"""Number of tokens of a forward pass up to which padding takes less time than another forward pass."""
+"""Number of tokens of a forward pass up to which it is faster to pad rows of different lengths than to run a second forward pass."""
 
 MAX_PADDING = 1 / 8
 """Limits the share of padding in the tokens of a forward pass with more than ``FEW_TOKENS`` tokens."""
@@ -31,7 +31,7 @@ MAX_PADDING = 1 / 8
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A chain of token segments without branches that runs as one sequence.
+    """Value object with a chain of token segments (runs of tokens) without branches, which runs as one row of a forward pass.
 
     Attributes:
         segments: each segment is the only continuation of the one before, and nothing continues the last. Only the last segment may be read
@@ -44,7 +44,9 @@ class Row:
 
 
 def short_row(forest: Forest, children: Sequence[Sequence[int]], first: int) -> Row | None:
-    """Returns the row that begins with a segment; ``None`` if its segments branch, it is too long, or probes read it before its end."""
+    """Returns the row of a forward pass that begins with the given segment (run of tokens). Returns ``None`` if the segments after it
+    branch, if the row would be too long, or if probes read activations before the row's end.
+    """
     segments, tokens = [first], len(forest.segments[first].token_ids)
     while tokens <= MAX_ROW_TOKENS:
         match children[segments[-1]]:
@@ -59,7 +61,9 @@ def short_row(forest: Forest, children: Sequence[Sequence[int]], first: int) -> 
 
 
 def together(rows: Sequence[Row]) -> Iterator[list[Row]]:
-    """Divides rows among forward passes, and yields the rows of each: as many rows of about the same length as fit."""
+    """Divides sequences, each a row, among forward passes, and yields the rows of each pass: as many rows of similar length as fit into
+    one.
+    """
     batch: list[Row] = []
     for row in sorted(rows, key=lambda row: row.tokens):
         size = row.tokens * (len(batch) + 1)
@@ -73,7 +77,7 @@ def together(rows: Sequence[Row]) -> Iterator[list[Row]]:
 
 
 def shared_beginnings(forest: Forest, rows: Sequence[Row]) -> list[int]:
-    """Returns for each row the number of tokens at its beginning that another row begins with, too."""
+    """Returns for each row (sequence of tokens) the number of its first tokens that are also the first tokens of another row."""
     ids = [np.concatenate([forest.segments[index].token_ids for index in row.segments]) for row in rows]
     order = sorted(range(len(rows)), key=lambda number: ids[number].astype(">i4").tobytes())
     shared = [0] * len(rows)

@@ -116,6 +116,7 @@ def _scores(scores: SeriesScores) -> dict[str, Any]:
         "reduced": {name: [None if number is None else _rounded(number) for number in numbers] for name, numbers in scores.reduced.items()},
         "tokens": None if scores.tokens is None else [_rounded(score) for score in scores.tokens.tolist()],
         "flagged": scores.flagged,
+        **({"outside": scores.outside} if scores.outside else {}),
     }
 
 

@@ -73,7 +73,7 @@ class RolloutPrinter:
         console.print()
 
     def print_legend(self) -> None:
-        """Prints the meaning of the colours, if there are colours and a rollout was printed."""
+        """Prints the meaning of the colours of tokens, if the terminal shows colours and a rollout was printed."""
         for entry in self._series if self._colours and self._scales else ():
             self._console.print(_legend(entry, self._scales[entry.name]))
 
@@ -94,6 +94,8 @@ def _summary(series: Series, scores: SeriesScores) -> Text:
     if series.calibration is not None and scores.flagged is not None:
         summary.append("● flagged" if scores.flagged else "○ not flagged", _style(1.0) if scores.flagged else "")
         summary.append(f"  threshold {series.calibration.threshold:.3f}", "dim")
+        if scores.outside:
+            summary.append(f"  not found on such rollouts: {', '.join(scores.outside)}", "yellow")
     return summary
 
 

@@ -11,7 +11,18 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from probescore import Calibration, Completion, CompletionScores, CompletionStatus, ProbeInfo, Reduction, ScoredProbe, ScoreUnit, Span
+from probescore import (
+    Calibration,
+    Completion,
+    CompletionScores,
+    CompletionStatus,
+    ProbeInfo,
+    ProbeScores,
+    Reduction,
+    ScoredProbe,
+    ScoreUnit,
+    Span,
+)
 from probescore.types import score_keys
 from probescore_server.cli.common.visible import visible
 
@@ -50,7 +61,7 @@ class Series:
 
 @dataclass(frozen=True)
 class ShownToken:
-    """A token to show: its id, its visible text, and whether the mask lets the token count."""
+    """Value object with a token to show: its id, its visible text, and whether the rollout's mask lets the token count in scores."""
 
     id: int
     text: str
@@ -66,15 +77,19 @@ class SeriesScores:
             token that counts.
         tokens: one score for each token of the completion, ``(T,)`` float32; ``None`` if the probe scores none of these tokens.
         flagged: whether the first reduced score of the whole scope reaches the threshold; ``None`` if there is no score or no threshold.
+        outside: in words, how the rollout is unlike those on which that threshold was found; empty if it is like them, or nobody knows.
     """
 
     reduced: Mapping[str, tuple[float | None, ...]]
     tokens: NDArray[np.float32] | None
     flagged: bool | None
+    outside: tuple[str, ...] = ()
 
     @property
     def value(self) -> float | None:
-        """Score of the whole scope for the first reduction; ``None`` if there is none."""
+        """Returns the rollout's score over the whole scope (all tokens that were scored) under the first reduction, such as their mean;
+        ``None`` if there is no score.
+        """
         return self.reduced[""][0]
 
 
@@ -179,7 +194,15 @@ def _series_scores(series: Series, completion: Completion, scored: CompletionSco
     per_token = of_probe.tokens[:, series.label] if of_probe.tokens is not None and len(of_probe.tokens) == tokens else None
     value = reduced[""][0]
     flagged = None if value is None or series.calibration is None else value >= series.calibration.threshold
-    return SeriesScores(reduced, per_token, flagged)
+    return SeriesScores(reduced, per_token, flagged, () if flagged is None else _outside(series, of_probe))
+
+
+def _outside(series: Series, of_probe: ProbeScores) -> tuple[str, ...]:
+    threshold = series.calibration
+    if threshold is None:
+        return ()
+    of_threshold = (each for each in of_probe.unmet if (each.reduction, each.label) == (threshold.reduction, threshold.label))
+    return tuple(visible(each.condition).replace("_", " ") for each in of_threshold)
 
 
 @dataclass(frozen=True)
@@ -205,5 +228,5 @@ class ColourScale:
         return cls(series.centre, reach if reach > 0 else 1.0)
 
     def position(self, score: float) -> float:
-        """Returns a score's position on the scale, in [-1, 1]; 0 for NaN."""
+        """Returns a score's position on the colour scale, in [-1, 1]; 0 for NaN."""
         return 0.0 if np.isnan(score) else float(np.clip((score - self.centre) / self.reach, -1, 1))

@@ -42,7 +42,7 @@ class ScoredCompletion:
         self.info: ScoringInfo = streamed.info
 
     def shown(self, loaded: Sequence[ProbeInfo]) -> list[RolloutView]:
-        """Returns the completion and its follow-ups as views for display."""
+        """Returns the completion and its follow-ups (token ids appended to a completion) as views for display."""
         title = f"group {self.group + 1}" + (f", completion {self.index + 1}" if self.of_group > 1 else "")
         label = "" if self.label is None else self.label if isinstance(self.label, str) else json.dumps(self.label)
         return rollout_views(title, self.completion, self.scores, series_of(self.info.probes, loaded), label)
@@ -52,10 +52,10 @@ class ResultWriter(Protocol):
     """Interface (Protocol) of a writer of scored completions, such as the writer of JSON lines."""
 
     def add(self, scored: ScoredCompletion) -> None:
-        """Takes one scored completion. Completions arrive in the order of the input."""
+        """Writes one scored completion, or keeps it until ``close`` is called. The caller gives completions in the order of the input."""
 
     def close(self) -> None:
-        """Completes the output after the last scored completion."""
+        """Completes the writer's output; called once, after the last scored completion."""
 
 
 class InOrderWriter:
@@ -67,7 +67,7 @@ class InOrderWriter:
     Attributes:
         outputs: the writers that receive the results.
         received: number of results that have arrived.
-        views: number of completions and follow-ups that were passed on.
+        views: number of completions and follow-ups (token ids appended to a completion) that were passed on.
         unscored: number of the passed-on completions and follow-ups that have no scores.
     """
 
@@ -80,7 +80,7 @@ class InOrderWriter:
         self.received = self.views = self.unscored = 0
 
     def add(self, streamed: StreamedCompletion) -> None:
-        """Takes a scored completion; completions may arrive in any order."""
+        """Receives one scored completion and passes on all that are due; completions may arrive in any order."""
         scored = ScoredCompletion(self._groups, streamed)
         self.received += 1
         self._waiting[scored.group, scored.index] = scored
@@ -114,14 +114,14 @@ class JsonLinesWriter:
     """Writer that prints each completion as one line of JSON as soon as the completion arrives; an absent number is ``null``."""
 
     def add(self, scored: ScoredCompletion) -> None:
-        """Prints one scored completion."""
+        """Prints one scored completion as a line of JSON."""
         content = {"group": scored.group, "completion": scored.index, "label": scored.label} | _as_json(scored.scores, scored.info)
         # in other encodings than UTF, JSON writes text in ASCII escapes
         can_say = (sys.stdout.encoding or "").lower().replace("-", "").startswith("utf")
         typer.echo(visible_json(json.dumps(content, ensure_ascii=not can_say, allow_nan=False)))
 
     def close(self) -> None:
-        """Does nothing, since every line has been printed."""
+        """Does nothing at the end of the output, since the writer has printed every line already."""
 
 
 class TerminalWriter:
@@ -145,7 +145,7 @@ class TerminalWriter:
         self._views += len(views)
 
     def close(self) -> None:
-        """Prints the legend of the colours, and how many rollouts were not printed."""
+        """Prints, at the end of the output, the legend of the colours and how many rollouts were not printed."""
         if self._printer is not None:
             self._printer.print_legend()
         if self._views > self._most:
@@ -201,6 +201,9 @@ def _as_json(scored: CompletionScores, info: ScoringInfo) -> dict[str, Any]:
                 "reductions": [str(reduction) for reduction in applied[key].reductions],
                 "reduced": _numbers(scores.reduced),
                 "tokens": None if scores.tokens is None else _numbers(scores.tokens),
+                "outside_calibration": [
+                    {"condition": each.condition, "reduction": str(each.reduction or ""), "label": each.label} for each in scores.unmet
+                ],
             }
             for key, scores in scored.scores.items()
         },

@@ -22,7 +22,8 @@ POSITIONS = "positions"
 GraphInputs = Mapping[str, NDArray[Any]]
 """Holds the arrays given to a probe's graph in one run, a dictionary keyed by input name, in the order of the graph's inputs.
 
-Each tap's activations come first, ``(N, hidden_size)`` float32; then ``cu_seqlens`` and ``positions``, int64, where the graph takes them.
+Each tap (place in the model)'s activations come first, ``(N, hidden_size)`` float32; then ``cu_seqlens`` and ``positions``, int64, where
+the graph takes them.
 """
 
 # The versions that onnxruntime 1.20, the oldest that a server may run, can load: https://onnxruntime.ai/docs/reference/compatibility.html
@@ -86,7 +87,7 @@ class GraphSignature:
 
     @classmethod
     def of(cls, manifest: Manifest) -> GraphSignature:
-        """Returns the signature that a probe's manifest states for its graph."""
+        """Returns the signature (names and sizes of inputs and output) that a probe's manifest states for the probe's ONNX graph."""
         return cls(
             taps=manifest.taps,
             hidden_size=manifest.model.hidden_size,

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from probescore.reductions import Reduction, ReductionKind
-from probescore.types import Hook, OutputPer, ScoreUnit, Tap
+from probescore.types import Hook, OutputPer, PromptShape, ScoreUnit, Tap
 from probescore_server.probes.format.complaints import first_complaint
 
 METADATA_KEY = "probescore.manifest"
@@ -30,7 +30,9 @@ MAX_INT32 = 2**31 - 1
 MAX_COUNT = 2**53 - 1
 
 MAX_NEIGHBOUR_LABELS = 256
-"""Limits the number of labels, counted from the first, for which a manifest stores the scores of a wrong decoder block or token."""
+"""Limits for how many labels of a probe, counted from the first, a manifest also stores the scores that come out if activations are read at
+a wrong decoder block or token.
+"""
 
 Real = Annotated[float, Field(allow_inf_nan=False, ge=-MAX_FLOAT32, le=MAX_FLOAT32)]
 Rate = Annotated[float, Field(allow_inf_nan=False, ge=0, le=1)]
@@ -206,6 +208,15 @@ class CalibrationConditions(_ManifestPart):
     prompt_forms: tuple[Literal["ids", "text", "text with special tokens", "chat"], ...] = Field(
         min_length=1, strict=False, description="How prompts were given, each form once."
     )
+    prompt_shapes: tuple[Annotated[PromptShape, Field(strict=False)], ...] = Field(
+        (),
+        strict=False,
+        description="What the ids of prompts showed, each shape once: empty; template, which ends with generation_prompt_ids; or text; "
+        "with bos before it if the rollout starts with BOS. Empty where nobody wrote it down.",
+    )
+    generation_prompt_ids: tuple[TokenId, ...] = Field(
+        (), strict=False, max_length=1024, description="The model's chat template ends a prompt with these ids; empty without a template."
+    )
     dataset_sha256: Sha256 | None = Field(None, description="Digest of the file that held the negatives.")
 
 
@@ -251,7 +262,9 @@ class Training(_ManifestPart):
 
 
 class GoldenCase(_ManifestPart):
-    """One golden rollout with the scores that the probe author's own code gave for it, in the unit ``output.unit``."""
+    """One golden rollout: the token ids of a rollout with the scores that the code of the probe's author gave for it, in the unit that the
+    manifest states.
+    """
 
     prompt_ids: tuple[TokenId, ...] = Field(strict=False)
     completion_ids: tuple[TokenId, ...] = Field(min_length=1, strict=False)
@@ -305,7 +318,9 @@ class Neighbour(_NeighbouringPlace):
 
     @property
     def difference_rows(self) -> NDArray[np.float64]:
-        """Returns the changes of all golden scores if activations are read at the neighbouring place, ``(rows, labels)`` float64."""
+        """Returns the changes of all golden scores (those of the author's code) if activations are read at the neighbouring place (one
+        decoder block or one token beside the right one), ``(rows, labels)`` float64.
+        """
         return np.array([row for case in self.differences for row in case], np.float64)
 
 
@@ -321,7 +336,9 @@ class LeftOut(_NeighbouringPlace):
 
 
 Place = tuple[tuple[TapInput, ...], TokenShift]
-"""States where activations are read: the taps, and the number of tokens by which the tokens read come after the token that is scored."""
+"""Type of a place where a probe reads activations: its taps (points in the model), and how many tokens after the scored token it reads; 0
+is right.
+"""
 
 
 def neighbouring_places(inputs: Sequence[TapInput], num_hidden_layers: int) -> list[Place]:
@@ -356,7 +373,7 @@ class Golden(_ManifestPart):
 
     @property
     def score_rows(self) -> NDArray[np.float64]:
-        """Returns the golden scores of all cases as one float64 array, ``(rows, labels)``.
+        """Returns the golden scores (those of the author's code) of all cases as one float64 array, ``(rows, labels)``.
 
         The standard deviation of each label's scores is the unit of ``tolerance``.
         """
@@ -484,6 +501,10 @@ def manifest_digest(manifest: Manifest) -> str:
     for calibration in content["calibrations"]:
         if calibration["conditions"] is None:
             del calibration["conditions"]  # so that files that were written without keep their digest
+            continue
+        for field in ("prompt_shapes", "generation_prompt_ids"):
+            if not calibration["conditions"][field]:
+                del calibration["conditions"][field]  # so that files that were written without keep their digest
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return "sha256:" + hashlib.sha256(canonical.encode()).hexdigest()
 

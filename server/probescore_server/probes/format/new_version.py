@@ -20,7 +20,8 @@ def write_new_version(
     calibrations: Sequence[CalibrationRecord] | None = None,
     evaluations: Sequence[Evaluation] | None = None,
 ) -> ProbeFile:
-    """Writes a probe file's graph and golden vectors under another version, with other thresholds or measured qualities.
+    """Writes a probe file's graph and golden vectors (rollouts with scores of the author's code) under another version, with other
+    thresholds or measured qualities.
 
     Args:
         path: path of the new file; an existing file is replaced if it is a probe file of another name or version, or equal to the new file.

@@ -70,7 +70,7 @@ def _trains(node: onnx.NodeProto, graphs: Sequence[onnx.GraphProto]) -> bool:
 
 
 def _is_false(name: str, graphs: Sequence[onnx.GraphProto]) -> bool:
-    """Returns whether every value of a given name, in any of the graphs, is a constant and false."""
+    """Returns whether every value of a given name, in a probe's ONNX graph and the graphs inside it, is a constant and false."""
     values = list(_values(name, graphs))
     return bool(values) and all(value is not None and not onnx.numpy_helper.to_array(value).any() for value in values)
 

@@ -2,7 +2,7 @@
 
 A probe file is an ``.onnx`` file with the probe's manifest inside. This module imports neither torch nor onnxruntime and executes no graph:
 a file that passes its checks is well-formed, but not yet trusted. ``check_against_model`` compares the probe with a model, and the engine
-recomputes the probe's golden vectors.
+recomputes the probe's golden vectors (rollouts with scores of the author's code).
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from google.protobuf.message import DecodeError
 from pydantic import ValidationError
 
 from probescore_server.errors import ProbeRefused
-from probescore_server.files import UnreadableFile, read_regular_file, write_atomically
+from probescore_server.files import MAX_PROBE_FILE_BYTES, UnreadableFile, read_regular_file, write_atomically
 from probescore_server.probes.format.complaints import first_complaint
 from probescore_server.probes.format.graph import GraphSignature, check_graph, check_signature
 from probescore_server.probes.format.manifest import METADATA_KEY, Manifest, manifest_digest
 
-MAX_FILE_BYTES = 256 * 2**20
-"""Limits the size of a probe file, in bytes: 64 million float32 weights, such as an SAE encoder of 16,384 × 4,096."""
+MAX_FILE_BYTES = MAX_PROBE_FILE_BYTES
+"""Limits the size of a probe file, in bytes."""
 
 UNSEALED = "sha256:" + "0" * 64
-"""Fills the two digest fields of a probe's manifest until ``write_probe_file`` computes the digests."""
+"""Text that stands in for the two digests of a probe's manifest until ``write_probe_file`` computes them."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def write_probe_file(path: Path | str, graph: onnx.ModelProto, manifest: Manifes
 
 
 def _keeps(path: Path, probe: ProbeFile) -> bool:
-    """Returns whether the file at a path already holds exactly this probe.
+    """Returns whether the file at a path already holds exactly the given probe.
 
     Raises:
         ProbeRefused: the file has other content under the same name and version, or is not a probe file.
@@ -160,7 +160,8 @@ def check_against_model(
 
 
 def check_golden(manifest: Manifest, file: str) -> None:
-    """Checks that a probe's golden scores can tell a right score from a wrong one: there are two rows or more, and no label is constant.
+    """Checks that a probe's golden scores (those of the author's code) can tell a right score from a wrong one: there are two rows or more,
+    and no label is constant.
 
     Raises:
         ProbeRefused: there are too few rows, or all scores of a label are the same.

@@ -8,9 +8,9 @@ from pathlib import Path
 import structlog
 
 from probescore.reductions import Reduction
-from probescore.types import Calibration, ModelInfo, ProbeInfo
+from probescore.types import CalibratedRollouts, Calibration, ModelInfo, ProbeInfo, version_order
 from probescore_server.errors import ProbeRefused
-from probescore_server.probes.format.manifest import Manifest
+from probescore_server.probes.format.manifest import CalibrationConditions, Manifest
 from probescore_server.probes.format.probe_file import ProbeFile, check_against_model, read_probe_file
 
 logger = structlog.get_logger(__name__)
@@ -19,8 +19,8 @@ _ACCEPTABLE = frozenset({"model.fingerprint", "model.num_hidden_layers", "tokeni
 _SHOWN_IDS = 8
 
 
-def read_probe_files(paths: Sequence[str | Path]) -> list[ProbeFile]:
-    """Reads several probe files; a probe that occurs twice is kept once.
+def read_probe_files(files: Sequence[str | Path | ProbeFile]) -> list[ProbeFile]:
+    """Reads several probe files, unless they are read already; a probe that occurs twice is kept once.
 
     Returns:
         The probes, sorted by name, then version.
@@ -29,17 +29,17 @@ def read_probe_files(paths: Sequence[str | Path]) -> list[ProbeFile]:
         ProbeRefused: a file fails a check by itself, or two files have the same name and version but different content.
     """
     probes: dict[str, ProbeFile] = {}
-    for path in paths:
-        probe = read_probe_file(path)
+    for file in files:
+        probe = file if isinstance(file, ProbeFile) else read_probe_file(file)
         first = probes.setdefault(probe.manifest.key, probe)
         if _digests(first) != _digests(probe):
-            raise ProbeRefused(
-                probe.file,
-                "version",
-                f"{probe.manifest.key} with other content than in {first.file}",
-                "a version of its own for each content",
-            )
-    return [probes[key] for key in sorted(probes, key=lambda key: (probes[key].manifest.name, key))]
+            raise other_content(probe.file, probe.manifest.key, first.file)
+    return sorted(probes.values(), key=lambda probe: (probe.manifest.name, version_order(probe.manifest.version)))
+
+
+def other_content(file: str, key: str, first: str) -> ProbeRefused:
+    """Returns the refusal of a file with a probe whose name and version, ``key``, mean other content already, which ``first`` names."""
+    return ProbeRefused(file, "version", f"{key} with other content than in {first}", "a version of its own for each content")
 
 
 def is_accepted(manifest: Manifest, accept_mismatch: Collection[str]) -> bool:
@@ -130,7 +130,9 @@ def _unnamed_special_tokens(manifest: Manifest, further_special_ids: Collection[
 
 
 def _explained(mismatch: ProbeRefused, manifest: Manifest, model: ModelInfo) -> ProbeRefused:
-    """Returns a refusal that also states the model that the file was made for, the model that is served, and what the operator can do."""
+    """Returns the exception that refuses a probe file made for another model; its message states the model that the file was made for, the
+    model that is served, and what the operator can do.
+    """
     if mismatch.field.startswith("inputs"):
         return mismatch
     made_for, served = (f"{one.id} {one.revision}".strip() for one in (manifest.model, model))
@@ -169,11 +171,26 @@ def probe_info(manifest: Manifest, accepted_mismatches: tuple[str, ...]) -> Prob
                 dataset=record.dataset,
                 reduction=None if record.reduction is None else Reduction.parse(record.reduction),
                 label=record.label,
+                conditions=None if record.conditions is None else _conditions(record.conditions),
             )
             for record in manifest.calibrations
         ),
         accepted_mismatches=accepted_mismatches,
         manifest_json=manifest.model_dump_json(exclude={"golden"}),
+    )
+
+
+def _conditions(recorded: CalibrationConditions) -> CalibratedRollouts:
+    return CalibratedRollouts(
+        groups=recorded.groups,
+        dtype=recorded.dtype,
+        shortest_prompt=recorded.shortest_prompt,
+        longest_prompt=recorded.longest_prompt,
+        shortest_completion=recorded.shortest_completion,
+        longest_completion=recorded.longest_completion,
+        prompt_forms=recorded.prompt_forms,
+        prompt_shapes=tuple(shape.value for shape in recorded.prompt_shapes),
+        generation_prompt_ids=recorded.generation_prompt_ids,
     )
 
 

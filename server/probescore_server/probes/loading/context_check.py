@@ -29,7 +29,7 @@ Raises ``GraphFailed`` where the graph cannot compute them.
 """
 
 SEQUENCES = 128
-"""Limits how many sequences a graph is given in one run, both in its trial and when it serves."""
+"""Limits how many sequences a probe's graph is given in one run, both in the test at load and when it serves."""
 
 SMALLEST_CALL, QUADRATIC_CALL, LARGEST_CALL = 256, 1024, 4096
 """States how many rows a graph is given in one run: in the smallest trial, and in the largest runs of two kinds of graphs.
@@ -38,7 +38,9 @@ SMALLEST_CALL, QUADRATIC_CALL, LARGEST_CALL = 256, 1024, 4096
 """
 
 LONGEST_SHARE = 4
-"""Limits a sequence to one part in this many of the rows of a run; a longer sequence is run by itself."""
+"""Limits the length of a sequence that shares a run of a graph with others: at most one n-th of the run's rows, where n is this number. A
+longer sequence is run by itself.
+"""
 
 ROUNDING = 1e-4
 """Limits, in standard deviations, how much a served score may depend on the other sequences of the same run."""
@@ -51,7 +53,9 @@ sequence.
 """
 
 _SCALES = (0.0, 0.3, 1.0, 10.0, 0.0, 0.3, 1.0, 100.0)
-"""Lists how far random rows lie from golden activations, in standard deviations; 0 stands for golden activations in another order."""
+"""Lists how far random rows lie from golden activations (those of rollouts stored in the probe file), in standard deviations; 0 stands for
+golden activations in another order.
+"""
 
 _NEIGHBOURS = "a rollout's scores do not depend on its neighbours"
 _LATER = "a token's score does not depend on later tokens"
@@ -74,7 +78,7 @@ def rows_tried(run: Run, model: onnx.ModelProto, around: RandomSequences, file: 
     Args:
         run: function that runs the graph.
         model: the same graph as an ONNX model.
-        around: source of random sequences near the golden activations.
+        around: source of random sequences near the golden activations (those of rollouts stored in the probe file).
         file: name of the probe file, for messages.
 
     Returns:
@@ -179,7 +183,7 @@ class _ScoreComparison:
 
     Attributes:
         run: function that runs the graph.
-        around: source of random numbers, which also knows the graph's taps.
+        around: source of random numbers, which also knows the graph's taps (places in the model).
         usual: scores of activations that resemble golden ones, ``(N, labels)`` float64; the unit is their standard deviation, or a score's
             distance from their median where that is larger.
         tolerance: differences up to this many units count as none.
@@ -193,7 +197,7 @@ class _ScoreComparison:
     excused: float = _EXCUSED
 
     def of_one(self, inputs: GraphInputs, rows: slice, expected: NDArray[Any], promise: str) -> _Finding:
-        """Compares some of the scores that a graph gives for one sequence with the expected scores."""
+        """Compares the scores that a probe's graph gives for some rows of one sequence with the expected scores."""
         return self.of(inputs, rows, expected, lambda _: self.noise(inputs, rows), promise)
 
     def of(
@@ -246,7 +250,7 @@ class _GraphTrial:
         file: name of the probe file, for messages.
 
     Attributes:
-        enough: whether enough sequences of golden activations have finite scores.
+        enough: whether enough sequences of golden activations (those of rollouts stored in the probe file) have finite scores.
     """
 
     def __init__(self, run: Run, around: RandomSequences, rows: int, file: str) -> None:
@@ -352,7 +356,9 @@ class _GraphTrial:
             ) from None
 
     def _finite(self, inputs: GraphInputs) -> NDArray[np.float32] | None:
-        """Returns the scores of a run on one sequence alone, or ``None`` if the graph fails or gives scores that are not finite."""
+        """Runs a probe's graph on one sequence alone and returns its scores, or ``None`` if the graph fails or gives scores that are not
+        finite.
+        """
         try:
             scores = self._run(inputs)
         except WrongShape:
@@ -363,7 +369,7 @@ class _GraphTrial:
 
 
 def _lengths(rows: int, random: np.random.Generator) -> list[int]:
-    """Draws the lengths of ``SEQUENCES`` sequences with nearly ``rows`` rows in total: a few long sequences among many short ones."""
+    """Draws random lengths of ``SEQUENCES`` sequences, a few long ones among many short ones, whose sum is nearly ``rows``."""
     long = [rows // LONGEST_SHARE, rows // 16, rows // 16 + 1]
     mean = (rows - sum(long)) / (SEQUENCES - len(long))
     short = random.integers(1, max(int(2 * mean), 2), SEQUENCES - len(long))
@@ -390,7 +396,9 @@ def _spread(scores: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _may_be_quadratic(model: onnx.ModelProto) -> bool:
-    """Returns whether a graph may compute a value of which two axes grow with the number of rows."""
+    """Returns whether a probe's graph may compute a value of which two axes grow with the number of input rows, so that memory grows with
+    its square.
+    """
     for graph in subgraphs(onnx.shape_inference.infer_shapes(model, data_prop=True).graph):
         described = (*graph.value_info, *graph.output)
         shapes = {value.name: value.type.tensor_type.shape for value in described if value.type.tensor_type.HasField("shape")}

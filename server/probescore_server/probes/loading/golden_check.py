@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from probescore.types import Completion, CompletionScores, CompletionStatus, OutputPer, RolloutGroup
 from probescore_server.errors import InvalidRequest, ProbeRefused
-from probescore_server.probes.format.manifest import Golden, LeftOut, Neighbour, neighbouring_places
+from probescore_server.probes.format.manifest import Golden, LeftOut, Manifest, Neighbour, neighbouring_places
 from probescore_server.probes.format.probe_file import ProbeFile
 from probescore_server.probes.loading.deviations import largest_deviation
 from probescore_server.rollouts import CheckedRollout, EngineInfo
@@ -18,26 +18,31 @@ from probescore_server.validation.options import resolve_options
 from probescore_server.validation.rollouts import resolve_rollouts
 
 NEARER = 2.0
-"""States how many times nearer recomputed scores must be to the golden scores than to those of a neighbouring decoder block or token."""
+"""States how many times nearer a server's scores must be to a probe's golden scores (those of its author's code) than to the scores that a
+neighbouring decoder block or token would give.
+"""
 
 SAME_SCORE = 1e-4
 """States by how many standard deviations two scores may differ and still count as equal; plain float32 arithmetic causes such differences.
 """
 
 OUTLYING = 100.0
-"""Excludes golden scores from the comparison with a neighbouring block or token, so that a few large differences do not decide.
+"""Factor that excludes some golden scores (scores of the author's own code) from the comparison with a neighbouring block or token, so that
+a few large differences do not decide.
 
 A golden score is left out if it differs from the neighbour's score by more than this many times the median difference.
 """
 
 BEYOND_SCORES = 1e4
-"""Limits how far the scores of a neighbouring place may lie from the golden ones, in multiples of the size and spread of the golden scores.
+"""Limits how far the scores that a probe gives one decoder block or one token beside the right place may lie from its golden scores (those
+of the author's code), in multiples of the size and spread of the golden scores.
 
 Scores farther away are not scores that the probe gives, and so prove nothing about the place where the server reads activations.
 """
 
 TELLS_BY_ITSELF = 1e-3
-"""States the largest tolerance, in standard deviations, that by itself tells a decoder block or a token from its neighbours.
+"""States the largest tolerance of a probe's golden scores (those of the author's code), in standard deviations, that by itself shows
+whether a server reads the right decoder block and token.
 
 With a larger tolerance, a manifest must also hold the scores of the neighbouring blocks and tokens.
 """
@@ -45,17 +50,22 @@ With a larger tolerance, a manifest must also hold the scores of the neighbourin
 _OR_FLOAT32 = ", or serve it in float32"
 
 
-def golden_rollouts(probe: ProbeFile, info: EngineInfo) -> list[CheckedRollout]:
-    """Returns the golden cases of a probe as rollouts to be scored, with token scores unless the probe gives one score per rollout.
+def golden_rollouts(manifest: Manifest, info: EngineInfo, file: str) -> list[CheckedRollout]:
+    """Returns the golden cases of a probe (rollouts stored with the scores of the author's own code) as rollouts to be scored, with token
+    scores unless the probe gives one score per rollout.
+
+    Args:
+        manifest: the probe's manifest.
+        info: the model, and the probes with this one among them.
+        file: the probe's file, for errors.
 
     Raises:
         ProbeRefused: the model cannot score a case, because a token id is beyond the vocabulary, or because ``expects_bos`` contradicts the
             prompt's first token.
     """
-    manifest = probe.manifest
     for token in manifest.follow_up.token_ids if manifest.follow_up else ():
         if token in info.placeholders:
-            raise ProbeRefused(probe.file, "follow_up.token_ids", f"{token}, {info.placeholders[token]}", "ids of text")
+            raise ProbeRefused(file, "follow_up.token_ids", f"{token}, {info.placeholders[token]}", "ids of text")
     groups = [
         RolloutGroup(np.array(case.prompt_ids, np.int64), [Completion(np.array(case.completion_ids, np.int64))])
         for case in manifest.golden.cases
@@ -66,18 +76,19 @@ def golden_rollouts(probe: ProbeFile, info: EngineInfo) -> list[CheckedRollout]:
         return [rollout for group in resolve_rollouts(groups, info, options) for rollout in group]
     except InvalidRequest as error:
         field = error.field.replace("groups", "golden.cases", 1)
-        raise ProbeRefused(probe.file, field, error.problem, "a rollout that this model can score") from None
+        raise ProbeRefused(file, field, error.problem, "a rollout that this model can score") from None
 
 
 def check_golden(probe: ProbeFile, found: Sequence[CompletionScores], dtype: str) -> ProbeRefused | None:
-    """Compares the scores that the engine computed for a probe's golden rollouts with the golden scores, in the unit ``output.unit``.
+    """Compares the scores that the engine computed for a probe's golden rollouts (those stored in its file) with the golden scores (those
+    of the author's code), in the unit that the manifest states.
 
     The largest difference, in standard deviations of each label's golden scores, must not exceed ``golden.tolerance``. The recomputed
     scores must also be nearer to the golden scores than to the scores of every neighbouring layer and token, since the tolerance of a
     coarse dtype may not tell these apart.
 
     Args:
-        probe: the probe file with the golden vectors.
+        probe: the probe file with the golden vectors (rollouts with scores of the author's code).
         found: the recomputed scores of ``golden_rollouts``, in the same order.
         dtype: the language model's dtype, such as ``bfloat16``.
 
@@ -102,23 +113,23 @@ def check_golden(probe: ProbeFile, found: Sequence[CompletionScores], dtype: str
     )
 
 
-def golden_deviation(probe: ProbeFile, found: Sequence[CompletionScores]) -> float:
+def golden_deviation(manifest: Manifest, found: Sequence[CompletionScores]) -> float:
     """Returns the largest difference between scores of a probe's golden rollouts and the golden scores, in standard deviations of each
     label's golden scores; infinite if a rollout has no scores.
 
     Args:
-        probe: the probe file with the golden vectors.
+        manifest: the probe's manifest, with the golden vectors.
         found: scores of ``golden_rollouts``, in the same order.
     """
     if any(scores.status is not CompletionStatus.OK for scores in found):
         return float("inf")
-    expected = probe.manifest.golden.score_rows
-    return largest_deviation(np.concatenate([_rows(scores, probe.manifest.name) for scores in found]), expected, expected.std(axis=0))
+    expected = manifest.golden.score_rows
+    return largest_deviation(np.concatenate([_rows(scores, manifest.name) for scores in found]), expected, expected.std(axis=0))
 
 
 @dataclass(frozen=True)
 class _Distances:
-    """Distances of recomputed scores from the golden scores and from the scores of a neighbouring place.
+    """Distances of recomputed scores from the golden scores (those of the author's code) and from the scores of a neighbouring place.
 
     A neighbouring place is one decoder block or one token beside the right one. Each distance is a root mean square over the scores in
     which the two places differ, in standard deviations of the golden scores.
@@ -203,7 +214,8 @@ def _check_neighbours_suffice(probe: ProbeFile, measured: Sequence[_Distances | 
 
 
 def _distances(golden: Golden, neighbour: Neighbour, recomputed: NDArray[np.float64]) -> _Distances | None:
-    """Computes the distances of recomputed scores from the golden scores and from the scores of a neighbouring place.
+    """Computes the distances of recomputed scores from the golden scores (those of the author's code) and from the scores of a neighbouring
+    place.
 
     A neighbouring place is one decoder block or one token beside the place where the probe reads activations. Only rows are compared whose
     scores differ between the two places, by no more than ``BEYOND_SCORES`` times the size and spread of the golden scores: a greater number

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import numpy as np
 import onnx
@@ -64,7 +65,9 @@ class LoadedProbe:
 
     @classmethod
     def of(cls, manifest: Manifest, runs: ProbeSession | StackMember) -> LoadedProbe:
-        """Makes a loaded probe that returns its scores in the unit that its manifest states."""
+        """Makes a ``LoadedProbe`` of a probe file and its runner (a session or a stacked network), which returns scores in the unit that
+        the manifest states.
+        """
         return cls(manifest, runs, manifest.output.unit is ScoreUnit.LOGIT and manifest.reduce_on is ScoreUnit.PROBABILITY)
 
     @property
@@ -73,12 +76,16 @@ class LoadedProbe:
         return self.manifest.output.per is OutputPer.ROLLOUT
 
 
-def load_probes(files: Sequence[ProbeFile], device: torch.device) -> dict[str, LoadedProbe]:
+def load_probes(
+    files: Sequence[ProbeFile], device: torch.device, running: Mapping[str, LoadedProbe] = MappingProxyType({})
+) -> dict[str, LoadedProbe]:
     """Makes checked probe files ready to run.
 
     Args:
         files: the probe files, without duplicates.
         device: device of the language model, such as ``cuda:0``.
+        running: the probes that run already, keyed by ``name@version``. Those of them that ``files`` has too are taken as they are; a
+            stack is built anew, and compared anew, if any of its probes comes or goes.
 
     Returns:
         The loaded probes, a dictionary keyed by ``name@version``, in the order given.
@@ -86,16 +93,34 @@ def load_probes(files: Sequence[ProbeFile], device: torch.device) -> dict[str, L
     Raises:
         ProbeRefused: onnxruntime cannot run a graph.
     """
-    sessions = {file.manifest.key: ProbeSession(file, session_device(device)) for file in files}
-    networks: dict[Tap, dict[str, Network]] = defaultdict(dict)
-    for file in files:
-        network = read_network(onnx.load_from_string(file.graph), GraphSignature.of(file.manifest))
+    keys = {file.manifest.key for file in files}
+    networks = {file.manifest.key: _network(file) for file in files if file.manifest.key not in running}
+    changed = {file.manifest.taps[0] for file in files if networks.get(file.manifest.key) is not None}
+    changed |= {probe.manifest.taps[0] for key, probe in running.items() if key not in keys and isinstance(probe.runs, StackMember)}
+    kept = {
+        key: probe
+        for key, probe in running.items()
+        if key in keys and not (isinstance(probe.runs, StackMember) and probe.manifest.taps[0] in changed)
+    }
+    left = [file for file in files if file.manifest.key not in kept]
+    sessions = {file.manifest.key: ProbeSession(file, session_device(device)) for file in left}
+    by_tap: dict[Tap, dict[str, Network]] = defaultdict(dict)
+    for file in left:
+        network = networks[file.manifest.key] if file.manifest.key in networks else _network(file)
         if network is not None:
-            networks[file.manifest.taps[0]][file.manifest.key] = network
+            by_tap[file.manifest.taps[0]][file.manifest.key] = network
     members: dict[str, StackMember] = {}
-    for tap, of_tap in networks.items():
+    for tap, of_tap in by_tap.items():
         members |= _stacked(tap, of_tap, sessions, device)
-    return {file.manifest.key: LoadedProbe.of(file.manifest, members.get(file.manifest.key, sessions[file.manifest.key])) for file in files}
+    loaded = {
+        file.manifest.key: LoadedProbe.of(file.manifest, members.get(file.manifest.key, sessions[file.manifest.key])) for file in left
+    }
+    ready = kept | loaded
+    return {file.manifest.key: ready[file.manifest.key] for file in files}
+
+
+def _network(file: ProbeFile) -> Network | None:
+    return read_network(onnx.load_from_string(file.graph), GraphSignature.of(file.manifest))
 
 
 def needs_trial(file: ProbeFile, probe: LoadedProbe) -> bool:
@@ -112,8 +137,8 @@ def limited_to_tried_calls(file: ProbeFile, probe: LoadedProbe, golden: Mapping[
     Args:
         file: the probe's file.
         probe: the loaded probe, which runs as an onnxruntime session.
-        golden: activations of the probe's golden rollouts, a dictionary keyed by tap, ``(N, hidden_size)`` float32 each; row i is of the
-            same token at every tap.
+        golden: activations of the probe's golden rollouts (stored with the scores of the author's code), a dictionary keyed by tap (place
+            in the model), ``(N, hidden_size)`` float32 each; row i is of the same token at every tap.
 
     Raises:
         ProbeRefused: the probe's scores depend on more than its manifest's ``context`` states.

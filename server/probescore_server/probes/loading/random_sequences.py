@@ -23,8 +23,8 @@ class RandomSequences:
 
     Attributes:
         manifest: the probe's manifest, which states the inputs of its graph.
-        golden: activations of golden rollouts, a dictionary keyed by tap, ``(N, hidden_size)`` float32 each; row i is of the same token at
-            every tap.
+        golden: activations of golden rollouts (stored with the scores of the author's code), a dictionary keyed by tap (place in the
+            model), ``(N, hidden_size)`` float32 each; row i is of the same token at every tap.
         random: random number generator.
     """
 
@@ -33,7 +33,8 @@ class RandomSequences:
     random: np.random.Generator
 
     def sequence(self, length: int, scale: float, first: int | None = None) -> GraphInputs:
-        """Draws one sequence of ``length`` rows that lie ``scale`` standard deviations from golden activations.
+        """Draws one sequence of ``length`` rows that lie ``scale`` standard deviations from golden activations (those of rollouts stored in
+        the probe file).
 
         Positions start at ``first``, or at a random position below 16, and increase by one per row.
         """
@@ -67,10 +68,10 @@ def cut_sequence(inputs: GraphInputs, rows: slice) -> GraphInputs:
 
 
 def sequence_length(inputs: GraphInputs) -> int:
-    """Returns the number of rows of a sequence that is given as the inputs of a graph."""
+    """Returns the number of rows of a random sequence, which is held as the inputs of a probe's graph."""
     return len(next(iter(inputs.values())))
 
 
 def join_parts(first: GraphInputs, second: GraphInputs) -> GraphInputs:
-    """Joins two parts of one sequence, each given as the inputs of a graph, into one sequence."""
+    """Joins two parts of one random sequence, each held as the inputs of a probe's graph, into one sequence."""
     return cut_sequence(pack_sequences([first, second]), slice(0, sequence_length(first) + sequence_length(second)))

@@ -29,7 +29,9 @@ def _elementwise(node: ProvenNode) -> list[Value]:
 
 
 def _apart(axes: list[int], rows: RowsOnAxis) -> set[int]:
-    """Returns axes counted from the first; raises ``NotProven`` if the axis along which the rows lie is among the axes."""
+    """Returns an operator's axes counted from the first; raises ``NotProven`` if the axis along which the rows of tokens lie is among them,
+    since rows would then be mixed.
+    """
     counted = {axis % rows.rank for axis in axes}
     if rows.axis in counted:
         raise NotProven
@@ -214,7 +216,7 @@ def _expand(node: ProvenNode) -> list[Value]:
 
 
 def _reshape(node: ProvenNode) -> list[Value]:
-    """Proves that ``Reshape`` keeps rows apart where they lie on the first axis before and after."""
+    """Proves that an ONNX ``Reshape`` keeps the rows of different tokens apart, where they lie on the first axis before and after."""
     given, shape = node.inputs
     if isinstance(given, ShapeSizes) and isinstance(shape, SameForAllInputs) and len(given.sizes) == 1 and node.numbers(1) in ([-1], [1]):
         return [ShapeSizes(given.sizes)]

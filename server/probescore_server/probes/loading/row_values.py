@@ -18,7 +18,7 @@ class RowsOnAxis:
 
     @property
     def from_last(self) -> int:
-        """Returns the axis of the rows counted from the last axis, as broadcasting counts: -1, -2, …"""
+        """Returns the axis along which a value's rows lie, counted from the last axis as broadcasting counts: -1, -2, …"""
         return self.axis - self.rank
 
 
@@ -42,7 +42,7 @@ Value = Union[RowsOnAxis, SameForAllInputs, ShapeSizes]
 
 
 class NotProven(Exception):
-    """Exception raised when an operator could not be proven to compute row by row."""
+    """Exception raised when an operator of a probe's graph could not be proven to compute each token's row from that row alone."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,12 +62,12 @@ class ProvenNode:
     opset: int
 
     def attribute(self, name: str, default: Any = None) -> Any:  # noqa: ANN401
-        """Returns an attribute of the node, or ``default`` if the node does not have it."""
+        """Returns an attribute of an ONNX node, or ``default`` if the node does not have the attribute."""
         found = [onnx.helper.get_attribute_value(attribute) for attribute in self.proto.attribute if attribute.name == name]
         return found[0] if found else default
 
     def has(self, index: int) -> bool:
-        """Returns whether the node has the optional input at this index."""
+        """Returns whether an ONNX node has the optional input at the given index."""
         return index < len(self.proto.input) and self.proto.input[index] != ""
 
     def rows(self, index: int = 0) -> RowsOnAxis:
@@ -85,7 +85,7 @@ class ProvenNode:
         return value
 
     def numbers(self, index: int) -> list[int]:
-        """Returns the integers of a constant input; raises ``NotProven`` if the integers are not known."""
+        """Returns the integers of a constant input of an ONNX node; raises ``NotProven`` if the integers are not known."""
         array = self.same(index).array
         if array is None:
             raise NotProven

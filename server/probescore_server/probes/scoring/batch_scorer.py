@@ -61,7 +61,7 @@ class BatchScorer:
 
     Attributes:
         refused_by: dictionary keyed by a rollout's index in the batch, for rollouts that could not be scored: the ``name@version`` of the
-            probe that could not score the rollout or one of its follow-ups.
+            probe that could not score the rollout or one of its follow-ups (token ids appended to a completion).
     """
 
     def __init__(

@@ -27,12 +27,12 @@ given whole, in one run.
 """
 
 MAX_SEQUENCES_PER_CALL = SEQUENCES
-"""Limits the sequences of one run of a graph to the number with which every graph was tested."""
+"""Limits how many sequences a probe's graph is given in one run: as many as every graph was tested with."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _SequencePiece:
-    """Piece of a sequence of activation rows.
+    """Piece of a sequence of activation rows, which a probe's graph is given in one run because the whole sequence would be too long.
 
     The first ``known`` rows are given to the graph only as context, since an earlier piece has their scores.
     """
@@ -91,7 +91,7 @@ class SessionScores:
         self._calls = _ProbeSequences()
 
     def run(self, asked: Sequence[ScoreTarget]) -> None:
-        """Runs the probe's graph on every sequence of rows that the given completions need."""
+        """Runs a probe's ONNX graph on every sequence of activation rows that the scores of the given completions need."""
         calls = self._calls
         for each in asked:
             for name, rows in self._sequences(self._probe_inputs.of(each, self._probe.manifest)):
@@ -290,7 +290,7 @@ def overflowing_reduction(key: str) -> str:
 
 
 def _chain(probe: LoadedProbe, scored: ScoredSegment) -> tuple[int, ...]:
-    """Returns the token segments that a probe must be given, in order, so that it can score the last of these segments."""
+    """Returns the token segments (runs of tokens) that a probe must be given, in order, so that it can score the last of these segments."""
     return (*scored.before, scored.segment) if probe.manifest.context.sees_prompt else (scored.segment,)
 
 

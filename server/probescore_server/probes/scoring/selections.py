@@ -92,7 +92,8 @@ def read_completion(
 
 
 def selected_tokens(forest: Forest, placement: Placement, scope: Scope, *, is_follow_up: bool) -> tuple[tuple[int, ...], NDArray[np.bool_]]:
-    """What a scope, a mask and spans select of a completion, or of a follow-up, which is about its own tokens whatever the scope.
+    """Returns the tokens of a completion that a scope, a mask and spans select. Of a follow-up (token ids appended to a finished
+    completion), always its own tokens are selected, whatever the scope.
 
     Returns:
         The segments in scope, in order, ``T`` tokens in all; and ``(1 + spans, T)`` bool, the tokens that count, for the whole scope and
@@ -174,7 +175,7 @@ class SegmentRows:
         return np.concatenate([np.zeros(0, np.int64), *ranges])
 
     def range_of(self, segment: int) -> range:
-        """Returns the range of activation rows of one token segment."""
+        """Returns the range of activation rows that belong to one token segment (run of tokens)."""
         return range(self._starts[segment], self._starts[segment] + len(self._forest.segments[segment].token_ids))
 
     def rollouts_at(self, row: int) -> set[int]:

@@ -43,7 +43,7 @@ class StackedProbe:
 
     @property
     def follow_up(self) -> tuple[int, ...]:
-        """Returns the token ids that the probe appends to a completion; probes that append the same ids read the same rows."""
+        """Returns the token ids that the probe appends to a completion; probes that append the same ids read the same activations."""
         return () if self.probe.manifest.follow_up is None else self.probe.manifest.follow_up.token_ids
 
     @property
@@ -65,7 +65,7 @@ class StackedProbe:
 
     @property
     def product(self) -> tuple[object, ...]:
-        """Returns a key that is equal for probes whose scores are computed by the same matrix product."""
+        """Returns a key that is equal for those probes of a stack whose scores are computed by the same matrix product."""
         return id(self.member.stack), self.tap
 
 
@@ -141,7 +141,9 @@ class StackedScores:
     def _panel(
         self, panel: Sequence[StackedProbe], scores: NDArray[np.float32], excerpt: _SelectedRows, asked: Sequence[ScoreTarget]
     ) -> Iterator[tuple[ScoreTarget, str, ProbeScores | str]]:
-        """Yields the results of probes that are treated alike, from these probes' columns of token scores."""
+        """Yields the results of probes whose token scores are selected, reduced and converted in the same way, from these probes' columns
+        of token scores.
+        """
         tap, reductions, manifest = panel[0].tap, panel[0].reductions, panel[0].probe.manifest
         keys = [probe.probe.manifest.key for probe in panel]
         ends = np.cumsum([probe.labels for probe in panel]).tolist()
@@ -177,7 +179,7 @@ class StackedScores:
 
 
 class _SelectedRows:
-    """Selection of the rows of a batch's activations that some probe inputs need, each row once and in order.
+    """Selection of those rows of a batch's activations that some probes read of some completions, each row once and in order.
 
     Attributes:
         ranges: ranges of the selected rows among the batch's rows.
@@ -197,7 +199,9 @@ class _SelectedRows:
             self.ranges.append(own)
 
     def tokens(self, scores: NDArray[np.float32], probe_input: ProbeInput) -> NDArray[np.float32]:
-        """Picks the scores of one probe input from the scores of all selected rows, ``(T, labels)``; a view if its rows are adjacent."""
+        """Picks the scores of the T tokens that a probe reads of one completion from the scores of all rows of a batch: ``(T, labels)``, a
+        view if these rows are adjacent.
+        """
         places = [self._places[scored.segment] for scored in probe_input.segments]
         if len(places) == 1:
             return scores[places[0].start : places[0].stop]
@@ -221,7 +225,8 @@ def _blocks(probes: Sequence[StackedProbe], rows: int) -> Iterator[list[StackedP
 def _reduced(
     tokens: NDArray[np.float32], selections: NDArray[np.bool_], reductions: Sequence[Reduction], check: Callable[[], None]
 ) -> NDArray[np.float32]:
-    """Computes reduced scores, ``(selections, reductions, labels)`` float32.
+    """Reduces token scores to one number for each selection of tokens, each reduction (such as the mean) and each label: ``(selections,
+    reductions, labels)`` float32.
 
     Some columns are reduced at a time, more of them if fewer tokens are selected.
     """

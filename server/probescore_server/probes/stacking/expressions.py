@@ -19,7 +19,7 @@ In an expression, the attributes become further arguments, in the order given he
 """
 
 COMPARISONS = frozenset({"Greater", "GreaterOrEqual", "Less", "LessOrEqual"})
-"""Lists the operators of ``OPERATORS`` whose result is true or false."""
+"""Lists those ONNX operators that act number by number (``OPERATORS``) whose result is true or false."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ def parents_of_input(expression: Expression) -> set[Apply]:
 
 
 def replaced(expression: Expression, old: Expression, new: Expression) -> Expression:
-    """Returns an expression in which every occurrence of ``old`` is replaced by ``new``."""
+    """Returns an expression of an activation function in which every occurrence of ``old`` is replaced by ``new``."""
     if expression == old:
         return new
     if isinstance(expression, Apply):
@@ -71,5 +71,5 @@ def replaced(expression: Expression, old: Expression, new: Expression) -> Expres
 
 
 def takes_whole_rows(expression: Expression) -> bool:
-    """Returns whether an expression computes a number of a row from other numbers of the row."""
+    """Returns whether an expression of an activation function computes a number of a row from other numbers of the row, as softmax does."""
     return isinstance(expression, Apply) and (expression.operator == "TopK" or any(map(takes_whole_rows, expression.arguments)))

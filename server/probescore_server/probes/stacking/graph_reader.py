@@ -41,14 +41,14 @@ class _JoinedColumns:
 
 @dataclass(frozen=True, eq=False)
 class _Shape:
-    """Value in a graph that is the shape of another value, ``(tokens, width)``."""
+    """Value in a probe's graph that holds the shape of another value, ``(tokens, width)``."""
 
     width: int
 
 
 @dataclass(frozen=True, eq=False)
 class _Zeros:
-    """Value in a graph that consists of zeros, ``(tokens, width)``."""
+    """Value in a probe's graph that consists of zeros, ``(tokens, width)``."""
 
     width: int
 
@@ -123,7 +123,9 @@ def _rows(value: _Value, axes: str = "rows") -> RowValue:
 
 
 def _elementwise(node: _ReadNode) -> list[_Value]:
-    """Reads an operator of ``OPERATORS`` applied to one value and constants, or to several expressions over the same affine map."""
+    """Reads a node whose operator acts number by number, on one value and constants or on several expressions over the same affine map,
+    while a probe's graph is read as a network of layers.
+    """
     known = [value for value in node.inputs if isinstance(value, RowValue)]
     if not known or any(value.affine is not known[0].affine or value.axes != known[0].axes for value in known):
         raise NotANetwork
@@ -251,7 +253,9 @@ def _top_k(node: _ReadNode) -> list[_Value]:
 
 
 def _scatter(node: _ReadNode) -> list[_Value]:
-    """Reads a ``ScatterElements`` that puts the largest numbers of each row back to their places among zeros."""
+    """Reads an ONNX node ``ScatterElements`` that puts the largest numbers of each row back to their places among zeros, as a top-k
+    activation does.
+    """
     data, places, updates = node.inputs[:3]
     if not isinstance(places, _LargestPlaces) or not isinstance(updates, RowValue) or updates.affine is not places.affine:
         raise NotANetwork
@@ -265,7 +269,7 @@ def _scatter(node: _ReadNode) -> list[_Value]:
 
 
 def _zeros_width(value: _Value) -> int:
-    """Returns the width of rows that are certainly zeros, or -1 for any other value."""
+    """Returns the number of columns of a graph's value that certainly consists of zeros, or -1 for any other value."""
     if isinstance(value, _Zeros):
         return value.width
     if isinstance(value, RowValue) and isinstance(value.expression, Apply) and value.expression.operator == "Mul" and value.axes == "rows":

@@ -50,7 +50,7 @@ class Network:
 
 
 class NotANetwork(Exception):
-    """Exception raised when a graph has a part that cannot certainly be read as layers."""
+    """Exception raised when a probe's graph has a part that cannot certainly be read as layers of a network."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +73,7 @@ class Affine:
 
     @property
     def width(self) -> int:
-        """Returns the width of the affine map's result."""
+        """Returns the number of columns of the result of the affine map, ``weight · x + bias``."""
         return len(self.bias)
 
 

@@ -40,7 +40,7 @@ class Stack:
     members: tuple[tuple[int, ...], ...]
 
     def select(self, networks: Sequence[int]) -> Stack:
-        """Returns a stack of some of the networks, in the order given."""
+        """Returns a stack (networks that are computed together) of some of this stack's networks, in the order given."""
         if list(networks) == list(range(len(self.labels))):
             return self
         parts, members = [], []
@@ -66,7 +66,7 @@ class Stack:
 
     @torch.inference_mode()
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
-        """Computes the scores of all networks, ``(n, sum of labels)``, from activations ``(n, width)``."""
+        """Computes the scores of all networks of a stack, ``(n, sum of labels)``, from activations ``(n, width)``."""
         if len(self.parts) == 1 and list(self.members[0]) == list(range(len(self.labels))):
             return self.parts[0](rows)
         scores = rows.new_empty((len(rows), sum(self.labels)))
@@ -78,7 +78,7 @@ class Stack:
 
     @property
     def inner_numbers(self) -> int:
-        """Returns how many numbers are computed for each row between the layers of all networks."""
+        """Returns how many intermediate numbers the stacked networks compute for each row of activations, in all their layers together."""
         return sum(part.inner_numbers for part in self.parts)
 
     def tensors(self) -> Iterator[torch.Tensor]:
@@ -128,7 +128,7 @@ class _BatchedLayer:
 
 @dataclass(frozen=True, eq=False)
 class _BatchedNetworks:
-    """Set of networks whose layers have the same shapes and activations, computed as one batch."""
+    """Set of probes' networks whose layers have the same shapes and activation functions, computed as one batch."""
 
     layers: tuple[_BatchedLayer, ...]
 
@@ -158,7 +158,7 @@ class _BatchedNetworks:
 
 @dataclass(frozen=True, eq=False)
 class _SharedFirstLayer:
-    """Set of networks that begin with the same layer, which is computed once for all of them."""
+    """Set of probes' networks that begin with the same layer, which is computed once for all of them."""
 
     first: _BatchedNetworks
     rest: Stack
@@ -182,7 +182,9 @@ class _SharedFirstLayer:
 
 
 def stack_networks(networks: Sequence[Layers], device: torch.device) -> Stack:
-    """Stacks networks of the same input width on a device; the networks keep their order."""
+    """Makes a stack (networks that are computed together) of networks of the same input width, on a device; the networks keep
+    their order.
+    """
     parts: list[_BatchedNetworks | _SharedFirstLayer] = []
     members: list[tuple[int, ...]] = []
     alone = []
@@ -223,7 +225,7 @@ def _shape(layers: Layers) -> object:
 
 
 def _used(layers: Layers) -> NDArray[np.bool_]:
-    """Returns which results of a network's first layer its second layer reads, ``(out,)`` bool."""
+    """Returns which results of a network's first layer the second layer reads, ``(out,)`` bool, so that the others need not be computed."""
     if takes_whole_rows(layers[0].activation):
         return np.ones(len(layers[0].bias), np.bool_)
     used = (layers[1].weight != 0).any(axis=0)
@@ -251,7 +253,7 @@ def _shared(networks: Sequence[Layers], device: torch.device) -> _SharedFirstLay
 
 
 def _narrowed(layers: Layers, used: NDArray[np.bool_]) -> Layers:
-    """Removes those results of a network's first layer that are not used."""
+    """Returns a network without those results of its first layer that are not used."""
     if used.all():
         return layers
     first, second = layers[0], layers[1]
@@ -261,7 +263,7 @@ def _narrowed(layers: Layers, used: NDArray[np.bool_]) -> Layers:
 
 
 def _pruned(layers: Layers) -> Layers:
-    """Removes those results of each layer of a network that no later layer reads."""
+    """Returns a network without those results of each layer that no later layer reads."""
     if len(layers) == 1:
         return layers
     later = (layers[0], *_pruned(layers[1:]))

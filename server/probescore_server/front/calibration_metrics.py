@@ -1,0 +1,74 @@
+"""Counts, in Prometheus metrics, the rollouts that are unlike those on which the thresholds of their probes were found."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from prometheus_client import CollectorRegistry, Counter
+
+from probescore.types import CalibrationCondition, ScoredProbe
+from probescore_server.rollouts import EngineInfo
+from probescore_server.validation.calibrated_rollouts import OutsideRollouts
+
+PROBE = ("probe", "version")
+
+
+class CalibrationMetrics:
+    """Counters of each probe whose manifest says what its thresholds were found on. The counters exist from the probe's first rollout on,
+    as long as the probe is served.
+
+    A rollout counts once for each condition that it does not meet, however many calibrations the probe has.
+    """
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._compared = Counter(
+            "probescore_probe_compared_total",
+            "Counts the rollouts that were compared with those on which a probe's thresholds were found.",
+            PROBE,
+            registry=registry,
+        )
+        self._outside = Counter(
+            "probescore_probe_outside_calibration_total",
+            "Counts the rollouts that do not meet a condition under which a probe's thresholds were found.",
+            (*PROBE, "condition"),
+            registry=registry,
+        )
+        self._served: frozenset[str] = frozenset()
+        self._shown: dict[str, ScoredProbe] = {}
+
+    def show_probes(self, info: EngineInfo) -> None:
+        """Removes the time series of probes that are not served any more, so that their number does not grow with every new version."""
+        self._served = frozenset(probe.key for probe in info.probes)
+        for key in self._shown.keys() - self._served:
+            probe = self._shown.pop(key)
+            self._compared.remove(probe.name, probe.version)
+            for condition in CalibrationCondition:
+                self._outside.remove(probe.name, probe.version, condition.value)
+
+    def count(self, probes: Sequence[ScoredProbe], outside: OutsideRollouts, places: NDArray[np.int64]) -> None:
+        """Counts some rollouts of a request.
+
+        Args:
+            probes: the probes of the request.
+            outside: the rollouts of the request that do not meet a probe's conditions.
+            places: places of the rollouts that are counted, among the rollouts of the request; -1 for a rollout without scores.
+        """
+        places = places[places >= 0]
+        compared = int(np.count_nonzero(outside.compared[places]))
+        for probe, unmet, has_conditions in zip(probes, outside.unmet, outside.has_conditions, strict=True):
+            if not has_conditions or probe.key not in self._served:
+                continue
+            self._show(probe)
+            self._compared.labels(probe.name, probe.version).inc(compared)
+            for condition in {entry.condition for entry in unmet}:
+                unlike = np.any([of_rollouts[places] for entry, of_rollouts in unmet.items() if entry.condition == condition], axis=0)
+                self._outside.labels(probe.name, probe.version, condition).inc(int(np.count_nonzero(unlike)))
+
+    def _show(self, probe: ScoredProbe) -> None:
+        """Creates the time series of a probe, so that the first increase of each is seen."""
+        if probe.key not in self._shown:
+            self._shown[probe.key] = probe
+            for condition in CalibrationCondition:
+                self._outside.labels(probe.name, probe.version, condition.value)

@@ -1,0 +1,182 @@
+"""Downloads probe files from repositories on the Hugging Face hub, which are named ``hf:ORGANISATION/REPOSITORY[@REVISION][:FILE]``.
+
+A branch or tag is resolved to a commit first, so that every file is of one state of the repository, which can be named again. Only files
+that end with ``.onnx`` are downloaded, and nothing of them is run.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+
+from probescore_server.errors import ProbeRefused
+from probescore_server.files import MAX_PROBE_FILE_BYTES
+
+PREFIX = "hf:"
+FORM = "hf:ORGANISATION/REPOSITORY[@REVISION][:FILE.onnx]"
+
+_NAME = re.compile(r"hf:(?P<repository>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^\s:@]+))?(?::(?P<file>[^\s:]+\.onnx))?", re.ASCII)
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_SECONDS = 30.0
+_DOWNLOAD = "download the file, and give its path"
+
+
+@dataclass(frozen=True)
+class HubProbes:
+    """The probe files of a repository on the hub.
+
+    Attributes:
+        repository: ``organisation/repository``.
+        revision: branch, tag or commit; empty = the default branch.
+        file: one file's path in the repository; empty = every file that ends with ``.onnx``.
+    """
+
+    repository: str
+    revision: str = ""
+    file: str = ""
+
+    @classmethod
+    def parse(cls, name: str) -> HubProbes:
+        """Reads a name that begins with ``hf:``.
+
+        Raises:
+            ProbeRefused: the name has another form.
+        """
+        found = _NAME.fullmatch(name)
+        if found is None or ".." in PurePosixPath(found["file"] or "").parts or (found["file"] or "").startswith("/"):
+            raise ProbeRefused(name, "name", "another form", FORM)
+        return cls(found["repository"], found["revision"] or "", found["file"] or "")
+
+    def __str__(self) -> str:
+        return f"{PREFIX}{self.repository}{self.revision and f'@{self.revision}'}{self.file and f':{self.file}'}"
+
+    @property
+    def has_commit(self) -> bool:
+        """Whether the revision is a full commit, which always means the same files."""
+        return _COMMIT.fullmatch(self.revision) is not None
+
+    def pinned(self) -> tuple[HubProbes, ...]:
+        """Asks the hub for the commit that the revision means now, and returns each probe file of it.
+
+        Raises:
+            ProbeRefused: the hub cannot be reached, or has no such repository, revision or file; or a file is too large.
+        """
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import (
+            GatedRepoError,
+            HfHubHTTPError,
+            OfflineModeIsEnabled,
+            RepositoryNotFoundError,
+            RevisionNotFoundError,
+        )
+
+        try:
+            found = HfApi().model_info(self.repository, revision=self.revision or None, files_metadata=True, timeout=_SECONDS)
+        except GatedRepoError:
+            raise ProbeRefused(str(self), "repository", "one that is gated", "an accepted licence, and a token of it in HF_TOKEN") from None
+        except RevisionNotFoundError:
+            raise ProbeRefused(str(self), "revision", f"no {self.revision}", "a branch, tag or commit of the repository") from None
+        except RepositoryNotFoundError:
+            expected = "one of the hub; for a private one, a token in HF_TOKEN"
+            raise ProbeRefused(str(self), "repository", "no such repository", expected) from None
+        except OfflineModeIsEnabled:
+            raise self._unreachable("HF_HUB_OFFLINE is set") from None
+        except HfHubHTTPError as error:
+            raise self._unreachable(f"it answers {error.response.status_code}") from None
+        except Exception as error:  # what a failed connection raises depends on the HTTP library of the hub's client
+            raise self._unreachable(type(error).__name__) from None
+        sizes = {entry.rfilename: entry.size or 0 for entry in found.siblings or () if _is_probe_file(entry.rfilename)}
+        names = [self.file] if self.file in sizes else [] if self.file else sorted(sizes)
+        if not names:
+            there = ", ".join(sorted(sizes)) or "no file that ends with .onnx"
+            raise ProbeRefused(str(self), "file", there, self.file or "at least one")
+        for name in names:
+            if sizes[name] > MAX_PROBE_FILE_BYTES:
+                raise ProbeRefused(str(replace(self, file=name)), "file size", f"{sizes[name]} bytes", f"at most {MAX_PROBE_FILE_BYTES}")
+        return tuple(HubProbes(self.repository, str(found.sha), name) for name in names)
+
+    def path(self) -> Path:
+        """Returns the local copy of a file of a commit, downloaded if it is not there yet.
+
+        Raises:
+            ProbeRefused: the hub cannot be reached, or has no such file.
+        """
+        from huggingface_hub import hf_hub_download, try_to_load_from_cache
+        from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+        from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined] # it is documented
+
+        cached = try_to_load_from_cache(self.repository, self.file, revision=self.revision)
+        if isinstance(cached, str):
+            return Path(cached)
+        disable_progress_bars()  # they would stand among the lines of a server's log
+        try:
+            return Path(hf_hub_download(self.repository, self.file, revision=self.revision, etag_timeout=_SECONDS))
+        except (RemoteEntryNotFoundError, RevisionNotFoundError, RepositoryNotFoundError):
+            raise ProbeRefused(str(self), "file", "no such file of this commit", "one of the hub") from None
+        except LocalEntryNotFoundError:
+            raise self._unreachable("it is not in the local cache") from None
+        except Exception as error:  # what a failed connection raises depends on the HTTP library of the hub's client
+            raise self._unreachable(type(error).__name__) from None
+
+    def _unreachable(self, why: str) -> ProbeRefused:
+        named = f"{PREFIX}{self.repository}@COMMIT:FILE.onnx"
+        expected = f"a connection to it; without one, name what was downloaded before as {named}, or {_DOWNLOAD}"
+        return ProbeRefused(str(self), "hub", f"that it cannot be reached ({why})", expected)
+
+
+def _is_probe_file(name: str) -> bool:
+    path = PurePosixPath(name)
+    return path.suffix == ".onnx" and not path.is_absolute() and ".." not in path.parts
+
+
+def pinned_names(names: Sequence[str]) -> tuple[str, ...]:
+    """Returns names of probe files in which every one on the hub is named with its commit; other paths stay as they are.
+
+    Raises:
+        ProbeRefused: as ``HubProbes.pinned``.
+    """
+    return tuple(str(each) for name in names for each in (_pinned(name) if name.startswith(PREFIX) else (name,)))
+
+
+def local_paths(names: Sequence[str], report: Callable[[str], None]) -> tuple[str, ...]:
+    """Returns the paths of probe files, of which those on the hub are downloaded; other paths stay as they are.
+
+    Args:
+        names: paths of files and directories, and names that begin with ``hf:``.
+        report: function that is called with the full name of each file on the hub, its commit included.
+
+    Raises:
+        ProbeRefused: the hub cannot be reached, or has no such repository, revision or file.
+    """
+    paths: list[str] = []
+    for name in names:
+        if not name.startswith(PREFIX):
+            paths.append(name)
+            continue
+        for file in _pinned(name):
+            paths.append(str(file.path()))
+            report(str(file))
+    return tuple(paths)
+
+
+def local_file(name: str, report: Callable[[str], None]) -> str:
+    """Returns the path of one probe file; arguments are those of ``local_paths``.
+
+    Raises:
+        ProbeRefused: as ``local_paths``; also if the repository has several probe files and the name says none.
+    """
+    if not name.startswith(PREFIX):
+        return name
+    found = _pinned(name)
+    if len(found) > 1:
+        raise ProbeRefused(name, "file", ", ".join(each.file for each in found), f"one of them: {name}:{found[0].file}")
+    (path,) = local_paths([str(found[0])], report)
+    return path
+
+
+def _pinned(name: str) -> tuple[HubProbes, ...]:
+    """Returns each file that a name means, with its commit. The hub is not asked for what names its commit and file already."""
+    probes = HubProbes.parse(name)
+    return (probes,) if probes.has_commit and probes.file else probes.pinned()

@@ -1,0 +1,135 @@
+"""Keeps what was read of probe files, so that every worker process, and every later one, gets the same bytes.
+
+The front process reads each file once, into memory that belongs to no folder. The file may be replaced or removed afterwards; what was read
+stays until it is forgotten, and a reader refuses it if it has changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from io import FileIO
+from typing import IO
+
+from probescore_server.errors import StartupError
+
+
+@dataclass(frozen=True)
+class SpooledFile:
+    """Value object that says where the content of a probe file is kept, for processes of the same user on the same machine.
+
+    Attributes:
+        file: the file's path as it was read, for messages.
+        sha256: digest of the content, in hexadecimal digits.
+        volume: path of the spool's volume that holds the content, as long as the spool keeps it.
+        start: index of the content's first byte in the volume.
+        size: number of bytes.
+    """
+
+    file: str
+    sha256: str
+    volume: str
+    start: int
+    size: int
+
+    def read(self) -> bytes:
+        """Returns the content.
+
+        Raises:
+            StartupError: it is not there any more, or it is not the content that was kept.
+        """
+        try:
+            with open(self.volume, "rb", buffering=0) as volume:  # noqa: PTH123 - of a descriptor, which is no path on a disk
+                volume.seek(self.start)
+                content = _read(volume, self.size)
+        except OSError as error:
+            raise StartupError(f"{self.file}: what was read of it cannot be read again: {error.strerror}") from None
+        if hashlib.sha256(content).hexdigest() != self.sha256:
+            raise StartupError(f"{self.file}: what was read of it has changed in memory")
+        return content
+
+
+@dataclass(eq=False)
+class _Volume:
+    """Anonymous file in memory with the content of the files that were kept together."""
+
+    file: IO[bytes]
+    held: set[str] = field(default_factory=set)
+
+
+class Spool:
+    """Store of the content of probe files, each kept once. It belongs to one process, and its methods run one at a time.
+
+    The files of one ``keeping`` block share one open file, however many they are.
+    """
+
+    def __init__(self) -> None:
+        self._volumes: list[_Volume] = []
+        self._kept: dict[str, SpooledFile] = {}
+
+    @contextmanager
+    def keeping(self) -> Iterator[SpoolWriter]:
+        """Context manager that yields a writer for the content of some files."""
+        volume = _Volume(_anonymous_file())
+        self._volumes.append(volume)
+        try:
+            yield SpoolWriter(volume, self._kept)
+        finally:
+            self._close_empty()
+
+    def keep_only(self, digests: Iterable[str]) -> None:
+        """Forgets all content but that with the given digests. The memory is free once no file of a volume is kept."""
+        wanted = set(digests)
+        self._kept = {sha256: kept for sha256, kept in self._kept.items() if sha256 in wanted}
+        for volume in self._volumes:
+            volume.held &= wanted
+        self._close_empty()
+
+    def close(self) -> None:
+        """Forgets all content."""
+        self.keep_only(())
+
+    def _close_empty(self) -> None:
+        for volume in [volume for volume in self._volumes if not volume.held]:
+            volume.file.close()
+            self._volumes.remove(volume)
+
+
+class SpoolWriter:
+    """Writer that adds the content of files to one volume of a spool."""
+
+    def __init__(self, volume: _Volume, kept: dict[str, SpooledFile]) -> None:
+        self._volume = volume
+        self._kept = kept
+
+    def keep(self, file: str, content: bytes) -> SpooledFile:
+        """Keeps the content of a file, unless the spool has this content already, and returns where it is kept."""
+        sha256 = hashlib.sha256(content).hexdigest()
+        known = self._kept.get(sha256)
+        if known is not None:
+            return SpooledFile(file, sha256, known.volume, known.start, known.size)
+        target = self._volume.file
+        start, left = target.seek(0, os.SEEK_END), memoryview(content)
+        while left:
+            left = left[target.write(left) :]
+        path = f"/proc/{os.getpid()}/fd/{target.fileno()}" if isinstance(target.name, int) else str(target.name)
+        kept = self._kept[sha256] = SpooledFile(file, sha256, path, start, len(content))
+        self._volume.held.add(sha256)
+        return kept
+
+
+def _read(volume: IO[bytes], size: int) -> bytes:
+    content = bytearray()
+    while len(content) < size and (piece := volume.read(size - len(content))):
+        content += piece
+    return bytes(content)
+
+
+def _anonymous_file() -> IO[bytes]:
+    if hasattr(os, "memfd_create"):  # Linux: it needs no folder, and nothing is left of it when the process is killed
+        return FileIO(os.memfd_create("probes"), "r+b")
+    return tempfile.NamedTemporaryFile(prefix="probescore-probes-", buffering=0)
