@@ -261,10 +261,10 @@ def test_another_function_than_was_fitted_is_refused(fitted):
                 agreement(scores, scores + np.where(np.arange(50) == 3, apart, 0.0), dtype, read_probe_file(output))
 
 
-def test_labels_that_nothing_tells_are_called_useless(tmp_path):
-    result = fit_probe(labelled(meaningless(200)), tiny_model(), tmp_path / "made.onnx", options())
-    assert result.evidence.test.contains(0.5)
-    assert result.evidence.nested.contains(0.5)
+@pytest.mark.parametrize("seed", range(3))
+def test_labels_that_nothing_tells_are_called_useless(tmp_path, seed):
+    result = fit_probe(labelled(meaningless(200, seed)), tiny_model(), tmp_path / "made.onnx", options())
+    assert result.evidence.nested.contains(0.5)  # of the test's interval one in twenty misses, and does with seed 1
     assert result.verdict.grade == "useless"
 
 
