@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
+import varlen_reference
 from numpy.typing import NDArray
 from parity_models import BOS, HIDDEN, LAYERS, VOCAB_SIZE
 from transformers import PreTrainedModel
@@ -18,6 +20,7 @@ from probescore_probes.exporting import linear_probe
 from probescore_probes.reference import ReferenceModel
 from probescore_probes.writing import write_probe
 from probescore_server import Engine
+from probescore_server.backbone import selection
 
 TAPS = {"early": "resid_post.0", "middle": f"resid_post.{LAYERS - 2}", "last": f"resid_post.{LAYERS - 1}", "normed": "final_norm"}
 """The probes' names, and where each reads."""
@@ -35,7 +38,7 @@ def _ids(length: int) -> list[int]:
 _PROMPT = [BOS, *_ids(12)]
 ROLLOUTS = [(_PROMPT, [_ids(1), _ids(17), _ids(30)]), (_PROMPT, [_ids(9)]), ([BOS, *_ids(30)], [_ids(14), _ids(5)])]
 GROUPS = [RolloutGroup(prompt, completions) for prompt, completions in ROLLOUTS]
-_GOLDEN = [([BOS, *_ids(9)], _ids(20))]
+GOLDEN = [([BOS, *_ids(9)], _ids(20))]
 
 Array = NDArray[np.float64]
 
@@ -52,7 +55,7 @@ def write_probes(directory: Path, model: Path, names: Sequence[str] = tuple(TAPS
     paths = []
     for name in names:
         paths.append(directory / f"{name}.onnx")
-        write_probe(paths[-1], linear_probe(direction(name)), reference, name=name, version="1", taps=[TAPS[name]], golden=_GOLDEN)
+        write_probe(paths[-1], linear_probe(direction(name)), reference, name=name, version="1", taps=[TAPS[name]], golden=GOLDEN)
     return paths
 
 
@@ -64,11 +67,22 @@ class Served:
     folder: Path
     probes: dict[str, Path] = field(default_factory=dict)
 
+    def probe(self, name: str) -> Path:
+        if name not in self.probes:
+            (self.probes[name],) = write_probes(self.folder, self.model, [name])
+        return self.probes[name]
+
     def engine(self, *names: str, **options: object) -> Engine:
-        for name in names or TAPS:
-            if name not in self.probes:
-                (self.probes[name],) = write_probes(self.folder, self.model, [name])
-        return Engine.load(str(self.model), [self.probes[name] for name in names or TAPS], **options)
+        return Engine.load(str(self.model), [self.probe(name) for name in names or TAPS], **options)
+
+    def packed_engine(self, *names: str, **options: object) -> Engine:
+        """An engine on the packed path, with torch's documented kernel in plain torch."""
+        choose = selection.choose_backbone
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("probescore_server.engine.loading.choose_backbone", lambda *parts: choose(*parts, varlen_reference.varlen_attn))
+            engine = self.engine(*names, **options)
+        assert engine.info.execution_path == "packed"
+        return engine
 
 
 def both(engine: Engine, *names: str) -> ScoreResult:

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import varlen_reference
 from parity_models import write_model
 from read_twice import BOUND, GROUPS, TAPS, Array, Served, both, deviations, plain_scores, token_scores, write_probes
 from written_adapters import WrittenAdapter
@@ -17,7 +16,6 @@ from written_adapters import WrittenAdapter
 from probescore import RolloutGroup
 from probescore.types import ScoreResult
 from probescore_server import Engine
-from probescore_server.backbone import selection
 from probescore_server.backbone.kv_cache import CacheBudget, KeyValueCache
 from probescore_server.engine import reading_loading
 from probescore_server.errors import InvalidRequest, ReadingRefused
@@ -220,14 +218,8 @@ def test_all_caches_are_under_one_bound_and_the_oldest_use_goes_first() -> None:
 
 
 @pytest.fixture(scope="module")
-def packed(llama: Served, tmp_path_factory: pytest.TempPathFactory) -> Engine:
-    """An engine on the packed path, with torch's documented kernel in plain torch."""
-    with pytest.MonkeyPatch.context() as patch:
-        choose = selection.choose_backbone
-        patch.setattr("probescore_server.engine.loading.choose_backbone", lambda *parts: choose(*parts, varlen_reference.varlen_attn))
-        engine = llama.engine()
-    assert engine.info.execution_path == "packed"
-    return engine
+def packed(llama: Served) -> Engine:
+    return llama.packed_engine()
 
 
 @pytest.mark.parametrize("form", FORMS)

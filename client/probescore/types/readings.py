@@ -22,6 +22,8 @@ class ReadingKind(str, Enum):
 class Reading:
     """Description of a reading: the weights whose activations the same probes read.
 
+    What it says of probes is true of those that were served when the description was made.
+
     Attributes:
         name: the name by which a request asks for the reading.
         id: digest ``"sha256:…"`` of the frozen model's fingerprint and of everything that was read to make this reading; for ``frozen`` the
