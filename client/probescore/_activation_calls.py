@@ -1,5 +1,5 @@
-"""Plans the RPCs of ``activations``, without any input or output: how rollout groups are divided into RPCs, and how the parts that a server
-sends become the activations of each completion.
+"""Plans, without any input or output, the RPCs of the client's method ``activations``, which reads a model's activations from a server: how
+rollout groups are divided into RPCs, and how the parts that a server sends become the activations of each completion.
 """
 
 from __future__ import annotations
@@ -39,11 +39,12 @@ COMPLETIONS_PER_CALL = 4096
 
 
 class ReadOptions(TypedDict, total=False):
-    """Types of the keyword arguments of ``activations`` (a ``TypedDict``), which determine what is read. All are optional.
+    """Types of the keyword arguments of the client's method ``activations`` (a ``TypedDict``), which determine what is read of a model's
+    activations. All are optional.
 
     Attributes:
-        pool: what is sent of the tokens that count: ``"tokens"`` for every token's activations, ``"mean"``, ``"last"`` or ``"max"``, or
-            several of these; default: ``"tokens"``.
+        pool: what the server sends of the tokens that count under a completion's mask: ``"tokens"`` for every token's activations,
+            ``"mean"``, ``"last"`` or ``"max"``, or several of these; default: ``"tokens"``.
         dtype: format in which numbers are sent: ``"float32"``, ``"bfloat16"`` (half the bytes) or ``"float16"`` (half the bytes, and
             refused for large numbers); default: ``"float32"``. Arrays are float32 in any case.
         scope: the tokens to read; default: those of the completion.
@@ -63,8 +64,8 @@ class ReadOptions(TypedDict, total=False):
 
 
 def read_template(taps: str | Tap | Sequence[str | Tap], options: ReadOptions) -> activations_pb2.ReadActivationsRequest:
-    """Returns a request message with the options that all requests of one call of ``activations`` share; raises ``InvalidRequestError`` for
-    a value that cannot be sent.
+    """Returns a request message with the options that all requests of one call of the client's method ``activations`` share; raises
+    ``InvalidRequestError`` for a value that cannot be sent.
     """
     try:
         return activation_options_to_proto(_options(taps, **options))
@@ -107,11 +108,12 @@ def _options(
 
 
 class ReadPlan:
-    """Plan of one call of ``activations``: divides rollout groups into chunks, each of which is sent in one RPC.
+    """Plan of one call of the client's method ``activations``, which reads a model's activations from a server: divides rollout groups into
+    chunks, each of which is sent in one RPC.
 
     Args:
         template: the options of the request.
-        server: description of the server, which says where it reads, and how much it sends in one response.
+        server: description of the server, which says at which places in the model the server reads, and how much it sends in one response.
         bytes_per_call: limit on the bytes of activations in the response to one RPC; a single completion may have more.
 
     Raises:
@@ -133,10 +135,11 @@ class ReadPlan:
         self._completions = min(COMPLETIONS_PER_CALL, server.limits.max_request_rollouts)
 
     def chunks(self, groups: Iterable[RolloutGroup]) -> Iterator[ReadChunk]:
-        """Yields the chunks of rollout groups, which are read as chunks are asked for.
+        """Divides rollout groups into chunks, each the content of one RPC, and yields the chunks; reads the groups only as far as the
+        caller asks for chunks.
 
         Raises:
-            InvalidRequestError: a group cannot be sent; the error names the place.
+            InvalidRequestError: a group cannot be sent; the error names the group's place.
         """
         chunk, size = self._new_chunk(), 0
         for index, group in enumerate(groups):
@@ -187,12 +190,14 @@ class ReadPlan:
 
 
 def activations_off() -> ServerError:
-    """Returns the exception that tells that a server does not send activations."""
+    """Returns the exception for a server whose settings do not allow it to send activations."""
     return ServerError("the server gives no activations: its setting allow_activations names no taps", "UNIMPLEMENTED", "ACTIVATIONS_OFF")
 
 
 def _matching(patterns: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
-    """Returns the names of taps (places in the model) that patterns match, in the order of the patterns, as the server resolves them."""
+    """Returns the names of taps (places in the model) that match the patterns of a request, in the order of the patterns, by the server's
+    own rule.
+    """
     found: dict[str, None] = {}
     for index, pattern in enumerate(patterns):
         meant = [name for name in known if fnmatch.fnmatchcase(name, pattern)]
@@ -222,8 +227,8 @@ class ReadChunk(Chunk):
         self._info: ActivationsInfo | None = None
 
     def request(self) -> activations_pb2.ReadActivationsRequest:
-        """Returns a request message for the completions whose activations are still missing. Activations of a completion that had arrived
-        in part are dropped.
+        """Returns a request message for those completions of an RPC whose activations have not arrived yet. Activations of a completion
+        that had arrived in part are dropped.
         """
         request = activations_pb2.ReadActivationsRequest()
         request.CopyFrom(self._template)
@@ -232,7 +237,7 @@ class ReadChunk(Chunk):
         return request
 
     def accept(self, message: activations_pb2.ReadActivationsResponse) -> None:
-        """Accepts one message of the response to the last ``request``.
+        """Accepts one message of the response to the last message that ``request`` returned.
 
         Raises:
             ServerError: the message violates the protobuf contract, or does not match the request.
@@ -246,7 +251,9 @@ class ReadChunk(Chunk):
             raise malformed_answer(error) from None
 
     def results(self) -> Iterator[CompletionActivations]:
-        """Yields the activations of all completions that one RPC has sent, in order, and keeps no reference to them."""
+        """Yields the activations of all completions that one RPC sent, in the order of the completions, and keeps no reference to the
+        activations.
+        """
         for position in sorted(self._read):
             yield self._read.pop(position)
 
@@ -304,10 +311,11 @@ class _ViewRead:
     """A completion, or a follow-up (token ids appended to a completion), whose activations arrive from the server row by row.
 
     Attributes:
-        begins: what the server told of it.
+        begins: the server's message with which the completion or follow-up began.
         token_ids: tokens in scope, ``(T,)`` int32.
-        selections: which tokens count, ``(1 + spans, T)`` bool.
-        arrays: the rows under each tap (place in the model) and pool, ``(rows, hidden_size)`` float32, filled as they arrive.
+        selections: which tokens count, ``(1 + spans, T)`` bool: in the whole scope under the mask, then in each named span.
+        arrays: the rows under each tap (place in the model) and pool (way of pooling tokens), ``(rows, hidden_size)`` float32, filled as
+            rows arrive.
     """
 
     asked: scoring_pb2.Completion
@@ -318,8 +326,8 @@ class _ViewRead:
 
 
 class _Assembly:
-    """Assembler of the activations of one completion and its follow-ups (token ids appended to a completion) from the parts in which they
-    arrive.
+    """Assembler of the activations of one completion and its follow-ups (token ids appended to a completion) from the parts in which a
+    server sends them.
     """
 
     def __init__(
@@ -372,8 +380,8 @@ class _Assembly:
         self._last = self._views[follow_up] = _ViewRead(asked, begins, token_ids, selections, arrays)
 
     def add(self, rows: activations_pb2.ActivationRows, path: str) -> None:
-        """Adds rows of activations that have arrived to the completion or follow-up (token ids appended to a completion) that
-        began last.
+        """Adds rows of activations, which have arrived from the server, to those of the completion or follow-up (token ids appended to a
+        completion) that the server began last.
         """
         if not self._rows or self._last is None:
             raise MessageError(path, "has rows that were not asked for")
@@ -390,7 +398,7 @@ class _Assembly:
             self._rows.appendleft((tap, pool, first + len(numbers), end))
 
     def completion(self) -> CompletionActivations:
-        """Returns the activations of the completion with its follow-ups (token ids appended to a completion)."""
+        """Returns the activations of one completion, once all have arrived, with its follow-ups (token ids appended to a completion)."""
         return self._completion(())
 
     def _completion(self, path: tuple[int, ...]) -> CompletionActivations:
@@ -423,7 +431,9 @@ class _Assembly:
         *,
         is_follow_up: bool,
     ) -> None:
-        """Checks that the token ids that were read are those that were sent, as far as ids were sent."""
+        """Checks that the token ids that a server names in a response are those that the request sent; a prompt or completion sent as text
+        is not checked.
+        """
         scope, prompt_tokens = self._options.scope, begins.prompt_tokens
         if prompt_tokens > len(token_ids):
             raise MessageError(f"{path}.prompt_tokens", f"is {prompt_tokens}, of {len(token_ids)} tokens")
@@ -454,8 +464,8 @@ class _Assembly:
 
 
 def _views(completion: scoring_pb2.Completion, path: tuple[int, ...]) -> Iterator[tuple[scoring_pb2.Completion, tuple[int, ...]]]:
-    """Yields a completion and then its follow-ups (token ids appended to a completion), each followed by its own, with their paths from the
-    completion.
+    """Yields a completion and then its follow-ups (token ids appended to a completion), each followed by its own follow-ups. Each comes
+    with its path: the indices that lead from the completion to it, empty for the completion itself.
     """
     yield completion, path
     for index, follow_up in enumerate(completion.follow_ups):
@@ -463,7 +473,9 @@ def _views(completion: scoring_pb2.Completion, path: tuple[int, ...]) -> Iterato
 
 
 def _selections(asked: scoring_pb2.Completion, tokens: int, prompt_tokens: int, path: str) -> NDArray[np.bool_]:
-    """Returns which tokens count, ``(1 + spans, T)`` bool: in the whole scope under the mask, then in each span."""
+    """Returns which of the ``T`` tokens of a completion count, ``(1 + spans, T)`` bool: in the whole scope (the tokens read) under the
+    completion's mask, then in each of its named spans.
+    """
     own = tokens - prompt_tokens
     mask = np.frombuffer(asked.mask.data, np.bool_) if asked.HasField("mask") else np.ones(own, np.bool_)
     if len(mask) != own or any(span.end > own for span in asked.spans):
@@ -478,7 +490,9 @@ def _selections(asked: scoring_pb2.Completion, tokens: int, prompt_tokens: int, 
 
 
 def _size(sent: scoring_pb2.Prompt | scoring_pb2.Completion) -> int:
-    """Returns the number of token ids, or for a text the number of its bytes, of which a token has at least one."""
+    """Returns the number of token ids of a prompt or completion in a request; of one sent as text the number of bytes, which is at least
+    the number of tokens.
+    """
     match sent.WhichOneof("form"):
         case "ids":
             return sent.ids.shape[0]

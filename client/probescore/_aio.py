@@ -93,7 +93,7 @@ class AsyncProbeClient(BaseClient):
     The client may be made outside an event loop and used in several event loops, one after the other or in different threads. The client
     can be pickled. It can also be used after the process has forked, with one exception: gRPC does not survive a fork that happens while an
     event loop with an open client is alive, or while another thread is in a function call of a ``ProbeClient``. RPCs in the child process
-    then raise ``RuntimeError``. The arguments are those of ``ProbeClient``.
+    then raise ``RuntimeError``. The arguments are those of ``ProbeClient``, the client without an event loop.
 
     Every method raises a subclass of ``ProbescoreError`` when an RPC fails; ``probescore.errors`` shows the class hierarchy.
     """
@@ -147,13 +147,13 @@ class AsyncProbeClient(BaseClient):
         **options: Unpack[ReadOptions],
     ) -> AsyncIterator[CompletionActivations]:
         """Reads activations of every completion of any number of rollout groups, and yields them in order. The server's setting
-        ``allow_activations`` must name the taps.
+        ``allow_activations`` must name the taps (places in the model) that are read.
 
-        The groups are sent in several RPCs, one after the other, and an RPC's activations are held until they were yielded. After a lost
-        connection only the completions that are still missing are sent again.
+        The groups are sent in several RPCs, one after the other, and the activations from one RPC are held in memory until they have been
+        yielded. After a lost connection only the completions whose activations are still missing are sent again.
 
         Args:
-            groups: an iterable of rollout groups, read as far as one RPC ahead.
+            groups: an iterable of rollout groups, read ahead by no more than the content of one RPC.
             taps: names of taps, such as ``"resid_post.6"``, or patterns of names with shell wildcards, such as ``"resid_post.*"``.
             timeout: seconds for each RPC.
             bytes_per_call: limit on the bytes of activations in the response to one RPC; a single completion may have more, up to the
@@ -216,9 +216,9 @@ class AsyncProbeClient(BaseClient):
 
     async def sleep(self, *, timeout: float | None = None) -> tuple[Transfer, ...]:
         """Makes the server free its devices' memory until ``wake`` is called; returns, once the memory is free, the amount of memory that
-        each device moved.
+        each device (such as ``cuda:0``) has freed.
 
-        Scoring RPCs wait meanwhile, within their deadlines. A server that sleeps already does not change. The server's setting ``admin``
+        Scoring RPCs wait meanwhile, within their deadlines. A server that sleeps already is left as it is. The server's setting ``admin``
         must be on, and the client must have the address of one server: with a ``"dns:///…"`` name that resolves to several servers, an
         arbitrary one of them is put to sleep.
         """
@@ -227,7 +227,8 @@ class AsyncProbeClient(BaseClient):
         return transfers_from_proto(answer.transfers)
 
     async def wake(self, *, timeout: float | None = None) -> tuple[Transfer, ...]:
-        """Wakes a server that ``sleep`` has put to sleep; returns, once the server can score, the amount of memory that each device moved.
+        """Wakes a server whose devices' memory ``sleep`` has freed; returns, once the server can score, the amount of memory that each
+        device (such as ``cuda:0``) has allocated again.
 
         Raises:
             UnavailableError: a device did not have enough free memory for the weights within the time that the client may wait.
@@ -237,10 +238,12 @@ class AsyncProbeClient(BaseClient):
         return transfers_from_proto(answer.transfers)
 
     async def reload_probes(self, *, timeout: float | None = None) -> ReloadedProbes:
-        """Makes the server follow its probe files as they are now; returns, once it does, what has changed and which files were refused.
+        """Makes the server load new probe files and drop probes whose files are gone; returns, once the server has done so, which probes
+        have changed and which files the server refused.
 
-        New files are checked while the server scores, and a file that fails a check changes nothing. RPCs that are under way finish with
-        the probes that they began with. The server's setting ``admin`` must be on, and the client must have the address of one server.
+        New files are checked while the server scores, and a file that fails a check leaves the server's probes as they are. RPCs that are
+        under way finish with the probes that they began with. The server's setting ``admin`` must be on, and the client must have the
+        address of one server.
         """
         with self._administration():
             answer = await self._call(lambda stub: stub.Reload, admin_pb2.ReloadRequest(), self._attempts(timeout))
@@ -248,8 +251,8 @@ class AsyncProbeClient(BaseClient):
 
     @asynccontextmanager
     async def awake(self, *, timeout: float | None = None) -> AsyncIterator[None]:
-        """Wakes the server at the start of an ``async with`` block, and puts the server to sleep at the end of the block, also after an
-        error.
+        """Wakes the server at the start of an ``async with`` block, and puts the server to sleep (frees its devices' memory) at the end of
+        the block, also after an error.
         """
         await self.wake(timeout=timeout)
         try:
@@ -258,8 +261,8 @@ class AsyncProbeClient(BaseClient):
             await self.sleep(timeout=timeout)
 
     async def close(self) -> None:
-        """Closes the connection of this event loop, and ends the client's pauses between attempts with a ``RuntimeError``. The client
-        cannot be used afterwards.
+        """Closes the client's connection in the current event loop, and ends the client's pauses between attempts of an RPC with a
+        ``RuntimeError``. The client cannot be used afterwards.
         """
         self._closed = True
         for loop, pause in list(self._pauses):
@@ -298,8 +301,8 @@ class AsyncProbeClient(BaseClient):
         return channel, cast("AsyncStub", Stub(channel))
 
     def _forget_closed_loops(self) -> None:
-        """Drops the channels of event loops that are closed; programs that call ``asyncio.run`` for each batch leave one behind per
-        batch.
+        """Drops the client's gRPC channels of event loops that are closed; programs that call ``asyncio.run`` for each batch leave one
+        channel behind per batch.
         """
         for loop in list(self._channels):
             if loop.is_closed() and self._channels.pop(loop, None) is not None:
@@ -338,8 +341,8 @@ class AsyncProbeClient(BaseClient):
 
 
 class _AsyncStream:
-    """One run of ``score_stream``, with a task for each RPC, so that an RPC's deadline does not depend on how fast the caller reads
-    results.
+    """One run of the asynchronous client's method ``score_stream``, which scores a stream of rollouts, with a task for each RPC, so that an
+    RPC's deadline does not depend on how fast the caller reads results.
     """
 
     def __init__(self, client: AsyncProbeClient, template: scoring_pb2.ScoreRequest, timeout: float | None, window: StreamWindow) -> None:

@@ -1,4 +1,5 @@
-"""Checks whether a response matches the request that was sent, so that a faulty server, or one that mixes requests up, is noticed.
+"""Checks whether a scoring server's response matches the request that the client sent, so that a faulty server, or one that mixes requests
+up, is noticed.
 
 Values that a client cannot verify are not checked: the finite scores themselves, digests, units, the names of labels, texts for people, and
 the counts of work done.
@@ -36,13 +37,13 @@ _IDS: dict[int, np.dtype[Any]] = {tensor_pb2.DATA_TYPE_INT32: np.dtype("<i4"), t
 
 
 class AnswerCheck:
-    """Checker of all response messages of one RPC against the RPC's request.
+    """Checker that compares all response messages of one scoring RPC with the RPC's request.
 
     Args:
         request: the request message, as it was sent.
 
-    Every method raises ``MessageError`` for a response that does not match; the error names the field, the requested value and the received
-    value. A model or tokenizer fingerprint other than the expected one raises ``MismatchError``.
+    Every ``check_`` method raises ``MessageError`` for a response that does not match; the error names the field, the requested value and
+    the received value. A model or tokenizer fingerprint other than the expected one raises ``MismatchError``.
     """
 
     def __init__(self, request: scoring_pb2.ScoreRequest) -> None:
@@ -162,8 +163,8 @@ class AnswerCheck:
             self._check(follow_up, answer, f"{field}.follow_ups[{index}]", None, inexact=inexact)
 
     def _check_ids(self, sent: HasIds, came: NDArray[np.int32] | None, field: str) -> int | None:
-        """Checks the token ids in a response, and returns their number, or ``None`` if the number cannot be known because the request sent
-        text.
+        """Checks that the token ids in a response are those of the request, and returns their number, or ``None`` if the number cannot be
+        known because the request sent text.
         """
         if (came is not None) != self._options.return_token_ids:
             raise MessageError(field, "is missing; it was asked for" if came is None else "is there; it was not asked for")
@@ -226,8 +227,8 @@ class _ProbesByShape:
         self._shapes: dict[int, list[tuple[int, int, int]]] = {}
 
     def check_reduced(self, scores: Sequence[ProbeScores], selects: NDArray[np.int8], field: str) -> None:
-        """Checks reduced scores (one number per span and reduction). ``selects`` has one entry for the scope and one for each span, which
-        tells whether the scope or span selects a token: 1 yes, 0 no, -1 unknown.
+        """Checks a completion's reduced scores (one number per label for the scope and each span, by each reduction). ``selects`` has one
+        entry for the scope and one for each span, which tells whether the scope or span selects a token: 1 yes, 0 no, -1 unknown.
         """
         rows = len(selects)
         expected = self._shapes.get(rows)
@@ -296,7 +297,9 @@ def _sent_ids(sent: HasIds) -> NDArray[Any]:
 
 
 def _selection_states(asked: scoring_pb2.Completion, scope: Scope, prompt_tokens: int | None, tokens: int | None) -> NDArray[np.int8]:
-    """Returns whether the scope, and then each span, selects at least one token, as int8 numbers: 1 yes, 0 no, -1 unknown."""
+    """Returns whether the scope (the tokens to score) of a completion, and then each of its named spans, selects at least one token, as
+    int8 numbers: 1 yes, 0 no, -1 unknown.
+    """
     mask = np.frombuffer(asked.mask.data, np.bool_) if asked.HasField("mask") else None
     own = _selects_any(tokens) if mask is None else int(mask.any())
     of_prompt = _selects_any(prompt_tokens)

@@ -1,5 +1,5 @@
-"""Makes gRPC channels: parses server addresses, sets keepalive and size options that suit the server's, and balances connections over
-several servers.
+"""Makes gRPC channels: parses server addresses, sets keepalive and message-size options that suit the options of the server, and balances
+connections over several servers.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Addresses:
 
     @classmethod
     def of(cls, addresses: str | Sequence[str]) -> Addresses:
-        """Makes ``Addresses`` from one string or a sequence of strings, as a user passes them."""
+        """Makes ``Addresses`` from one string or a sequence of strings, in the forms that a user may pass to a client."""
         return cls((addresses,) if isinstance(addresses, str) else tuple(addresses))
 
     def __post_init__(self) -> None:
@@ -98,7 +98,8 @@ class Addresses:
                 raise ValueError(f"address {address!r}: port {match['port']} is not between 1 and 65535")
 
     def target(self) -> str:
-        """Returns the target to open a gRPC channel with. Host names in a list are looked up here.
+        """Returns the target with which a gRPC channel to the client's servers is opened. Host names in a list of several addresses are
+        looked up in this call.
 
         Raises:
             OSError: a host name in a list has no address.
@@ -122,14 +123,16 @@ class Addresses:
 
     @property
     def authority(self) -> str | None:
-        """Returns the host name that the server's TLS certificate must bear: the first host of a list of addresses, or ``None`` for a
-        single address, whose gRPC target contains the name.
+        """Returns the host name that the server's TLS certificate must bear: the first host if the client has a list of addresses; ``None``
+        if it has a single address, since gRPC then takes the name from its target.
         """
         return self.written[0] if len(self.written) > 1 else None
 
     @property
     def proxy(self) -> Proxy | None:
-        """Returns the proxy that the environment variables make gRPC use for connections to these addresses, or ``None``."""
+        """Returns the proxy that the environment variables make gRPC use for connections to the client's server addresses, or ``None`` if
+        there is no proxy.
+        """
         if len(self.written) > 1:
             return None
         return proxy_of(self.target())

@@ -1,5 +1,5 @@
-"""Defines the parts common to ``ProbeClient`` and ``AsyncProbeClient``: settings, building of requests and reading of responses. Nothing
-here waits.
+"""Defines the parts common to ``ProbeClient`` and ``AsyncProbeClient``: settings, building of requests and reading of responses. Nothing in
+this module waits.
 """
 
 from __future__ import annotations
@@ -125,8 +125,8 @@ class BaseClient:
 
     @contextmanager
     def _administration(self) -> Iterator[None]:
-        """Context manager around an RPC that changes a server's state. It refuses a client of several servers, and names the server setting
-        that allows such RPCs when the server refuses the RPC.
+        """Context manager around an RPC that changes a server's state, such as ``sleep``. Raises an error if the client has several
+        servers; if the server refuses the RPC, the error names the server setting that allows such RPCs.
         """
         if len(self._settings.addresses.written) > 1:
             raise ValueError(f"{self} has several servers, and a call goes to one of them: make a client for each")
@@ -160,8 +160,8 @@ def score_request(groups: Sequence[RolloutGroup], options: ScoreOptions) -> scor
 
 
 def stream_template(options: ScoreOptions) -> scoring_pb2.ScoreRequest:
-    """Returns a request message with the options that all requests of one ``score_stream`` share; raises ``InvalidRequestError`` for a
-    value that cannot be sent.
+    """Returns a request message with the options that all requests of one call of the client's method ``score_stream`` share; raises
+    ``InvalidRequestError`` for a value that cannot be sent.
     """
     try:
         return options_to_proto(request_options(**options))
@@ -180,10 +180,11 @@ def read(convert: Callable[[Response], Answer], message: Response) -> Answer:
 
 
 def score_result(message: scoring_pb2.ScoreResponse, request: scoring_pb2.ScoreRequest) -> ScoreResult:
-    """Returns the scores in a server's response to ``request``, after checking that the response matches the request.
+    """Returns the scores in a server's response to the message ``request`` of the RPC ``Score``, after checking that the response matches
+    the request.
 
     Raises:
-        ServerError: the response violates the protobuf contract, or does not match this request.
+        ServerError: the response violates the protobuf contract, or does not match ``request``.
         MismatchError: the server's model or tokenizer is not the one that the request expects.
     """
     result = read(result_from_proto, message)

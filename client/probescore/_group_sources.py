@@ -46,22 +46,24 @@ Deliver = Callable[[Union[GroupRead, SourceEnded]], None]
 
 
 class Source(Protocol):
-    """Interface (Protocol) of a reader of rollout groups that reads one group each time ``ask`` is called."""
+    """Interface (Protocol) of a reader of rollout groups that reads one group (a prompt with its completions) from a user's iterable each
+    time ``ask`` is called.
+    """
 
     def ask(self) -> None:
-        """Requests the source's next event, a ``GroupRead`` (one rollout group) or a ``SourceEnded``, which is delivered now or later. This
-        method must not be called again before that event is delivered, nor after a ``SourceEnded``.
+        """Requests the next event of a source (reader of rollout groups), a ``GroupRead`` (one rollout group) or a ``SourceEnded``, which
+        is delivered now or later. This method must not be called again before that event is delivered, nor after a ``SourceEnded``.
         """
 
     def stop(self) -> None:
-        """Ends the reading and closes a generator. This method does not wait for a generator that is running; such a generator is closed
-        when it yields its next group.
+        """Ends the reading of rollout groups, and closes the iterable that they come from if it is a generator. This method does not wait
+        for a generator that is running; such a generator is closed when it yields its next group.
         """
 
 
 def source_of(groups: Iterable[RolloutGroup] | AsyncIterable[RolloutGroup], deliver: Deliver) -> Source:
-    """Returns a ``Source`` that reads ``groups`` without an event loop: a list is read in place, since a list never blocks, and any other
-    iterable in a thread.
+    """Returns a ``Source`` (reader of rollout groups) that reads the iterable ``groups`` without an event loop: a list is read in place,
+    since a list never blocks, and any other iterable in a thread.
     """
     if isinstance(groups, (list, tuple)):
         return ListSource(groups, deliver)
@@ -69,22 +71,22 @@ def source_of(groups: Iterable[RolloutGroup] | AsyncIterable[RolloutGroup], deli
 
 
 class ListSource:
-    """Source that reads a list of rollout groups without a thread, since a list never blocks."""
+    """Source (reader of rollout groups) that reads a list of rollout groups without a thread, since a list never blocks."""
 
     def __init__(self, groups: Iterable[RolloutGroup], deliver: Deliver) -> None:
         self._groups = iter(groups)
         self._deliver = deliver
 
     def ask(self) -> None:
-        """Delivers the next rollout group of a list, or the event that the list has ended."""
+        """Delivers the next rollout group of a list, or, after the last group, the event that tells the end of the list."""
         self._deliver(next(map(GroupRead, self._groups), SourceEnded()))
 
     def stop(self) -> None:
-        """Does nothing, since a list needs no clean-up."""
+        """Does nothing, since this source of rollout groups reads a list, which needs no clean-up."""
 
 
 class ThreadSource:
-    """Source that reads an iterable of rollout groups in a thread of its own."""
+    """Source (reader of rollout groups) that reads a user's iterable in a thread of its own."""
 
     def __init__(self, groups: Iterable[RolloutGroup], deliver: Deliver) -> None:
         self._groups = groups
@@ -154,21 +156,23 @@ async def _next(iterator: AsyncIterator[RolloutGroup]) -> RolloutGroup:
 
 
 class AsyncSource(Protocol):
-    """Interface (Protocol) of a reader of rollout groups that reads one group each time ``ask`` is called, and never blocks the event
-    loop.
+    """Interface (Protocol) of a reader of rollout groups that reads one group (a prompt with its completions) from a user's iterable each
+    time ``ask`` is called, and never blocks the event loop.
     """
 
     def ask(self) -> None:
-        """Requests the source's next event, a ``GroupRead`` (one rollout group) or a ``SourceEnded``, which is delivered now or later; the
-        rules are those of ``Source.ask``.
+        """Requests the next event of a source (reader of rollout groups), a ``GroupRead`` (one rollout group) or a ``SourceEnded``, which
+        is delivered now or later; the rules are those of ``Source.ask``.
         """
 
     async def stop(self) -> None:
-        """Ends the reading of rollout groups and closes a generator, as ``Source.stop`` does."""
+        """Ends the reading of rollout groups, and closes the iterable that they come from if it is a generator, as ``Source.stop`` does."""
 
 
 def async_source_of(groups: Iterable[RolloutGroup] | AsyncIterable[RolloutGroup], deliver: Deliver) -> AsyncSource:
-    """Returns an ``AsyncSource`` that reads ``groups`` from within an event loop without blocking the loop."""
+    """Returns an ``AsyncSource`` (asynchronous reader of rollout groups) that reads the iterable ``groups`` from within an event loop
+    without blocking the loop.
+    """
     if isinstance(groups, AsyncIterable):
         return TaskSource(groups, deliver)
     loop = asyncio.get_running_loop()
@@ -197,8 +201,8 @@ class _NonBlockingSource:
 
 
 class TaskSource:
-    """Source that reads an asynchronous iterable of rollout groups in a single task, since a generator must leave context managers in the
-    task in which it entered them.
+    """Source (reader of rollout groups) that reads a user's asynchronous iterable in a single task, since a generator must leave each
+    context manager in the task in which the generator entered it.
     """
 
     def __init__(self, groups: AsyncIterable[RolloutGroup], deliver: Deliver) -> None:

@@ -1,4 +1,4 @@
-"""Converts the keyword arguments of ``score`` and ``score_stream`` to the options of a request."""
+"""Converts the keyword arguments of the client's methods ``score`` and ``score_stream`` to the options of a scoring request."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from probescore.wire import MessageError, RequestOptions
 
 
 class ScoreOptions(TypedDict, total=False):
-    """Types of the keyword arguments of ``score`` and ``score_stream`` (a ``TypedDict``), which determine how rollouts are scored. All are
-    optional.
+    """Types of the keyword arguments of the client's methods ``score`` and ``score_stream`` (a ``TypedDict``), which determine how rollouts
+    are scored. All are optional.
 
     Attributes:
         probes: the probes to apply. ``"name@version"`` means that version, ``"name"`` the highest version that the server has of the name;

@@ -33,8 +33,8 @@ _before_fork: list[Callable[[], None]] = []
 
 @contextmanager
 def call_under_way() -> Iterator[None]:
-    """Marks a thread as inside gRPC, from the creation of the channel to the end of the RPC. If the process forks meanwhile, gRPC cannot be
-    used in the child process.
+    """Context manager that marks the current thread as inside gRPC, from the creation of the channel to the end of the RPC. If the process
+    forks meanwhile, gRPC cannot be used in the child process.
     """
     call = object()
     _under_way.add(call)
@@ -51,12 +51,14 @@ def channel_ended() -> None:
 
 
 def before_fork(do: Callable[[], None]) -> None:
-    """Registers ``do`` to be called before each fork; the forking thread then waits for the end of the channels that ``do`` closed."""
+    """Registers ``do`` to be called before each fork of the process; the forking thread then waits briefly for gRPC to clean up after the
+    channels that ``do`` closed.
+    """
     _before_fork.append(do)
 
 
 def check_usable() -> None:
-    """Checks that gRPC can be used in this process without hanging.
+    """Checks that gRPC can be used in this process without hanging, which a fork at a bad moment prevents.
 
     Raises:
         RuntimeError: this process was forked while another thread of its parent process was in an RPC.

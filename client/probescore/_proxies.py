@@ -31,8 +31,8 @@ class Proxy:
 
 
 def goes_direct(target: str) -> bool:
-    """Returns whether connections to a target must not go through a proxy. This is so for targets on this machine, which need no proxy, and
-    for targets with several addresses, which gRPC would pass to a proxy as if they were one name.
+    """Returns whether connections to a gRPC target (a server's address) must not go through a proxy. This is so for targets on this
+    machine, which need no proxy, and for targets with several addresses, which gRPC would pass to a proxy as if they were one name.
     """
     if target.startswith(("unix:", "unix-abstract:")):
         return True
@@ -41,7 +41,7 @@ def goes_direct(target: str) -> bool:
 
 
 def proxy_of(target: str, environment: Mapping[str, str] = os.environ) -> Proxy | None:
-    """Returns the proxy that gRPC uses for connections to a target (a server's address), or ``None``."""
+    """Returns the proxy that gRPC uses for connections to a target (a server's address), or ``None`` if gRPC uses none."""
     if target.startswith("xds:") or goes_direct(target):
         return None
     variable = next((name for name in _VARIABLES if name in environment), None)
@@ -79,7 +79,9 @@ def _is_loopback(host: str) -> bool:
 
 
 def _is_excepted(host: str, environment: Mapping[str, str]) -> bool:
-    """Returns whether a host is excepted from the proxy, by the rules of gRPC: suffixes of host names, and IP networks."""
+    """Returns whether the environment variable ``no_grpc_proxy`` or ``no_proxy`` excepts a host from the proxy. As in gRPC, its entries are
+    ends of host names, or IP networks.
+    """
     variable = next((name for name in _EXCEPTIONS if name in environment), None)
     if variable is None:
         return False

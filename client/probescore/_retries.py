@@ -1,5 +1,5 @@
-"""Defines the retry loop that both clients use for every kind of RPC, and the rule that decides whether an RPC is tried again. The caller
-passes in the clock, so that tests can use a clock of their own.
+"""Defines the retry loop that the synchronous and the asynchronous client use for every kind of RPC, and the rule that decides whether an
+RPC is tried again. The caller passes in the clock, so that tests can use a clock of their own.
 """
 
 from __future__ import annotations
@@ -63,16 +63,16 @@ class Attempts:
         return max(0.0, self._deadline - self._clock())
 
     def progressed(self) -> None:
-        """Resets the count of failures in a row, since the server has sent a response: the next failure has the whole retry budget
-        again.
+        """Resets an RPC's count of failures in a row, since the server has sent a response: after the next failure the RPC may be retried
+        for the whole retry budget again.
         """
         self._failures = 0
         self._last = None
 
     def pause(self, error: ProbescoreError) -> float:
-        """Returns the seconds to wait before the next attempt: the pause that the server asked for, or else a pause that grows with each
-        attempt. Random jitter keeps the ranks of a training run from retrying all at once. The last attempt starts when the retry budget
-        ends.
+        """Returns the seconds to wait before the next attempt of an RPC that failed with ``error``: the pause that the server asked for, or
+        else a pause that grows with each attempt. Random jitter keeps the ranks of a training run from retrying all at once. The last
+        attempt starts when the retry budget ends.
 
         Raises:
             ProbescoreError: ``error`` itself if ``error`` is not transient. If the budget is spent, or the server asks for a longer pause
@@ -122,8 +122,8 @@ class Attempts:
 
 
 def retry(attempt: Callable[[float], Answer], attempts: Attempts, wait: Callable[[float], None]) -> Answer:
-    """Calls ``attempt`` with the seconds that it may take, until it returns a result or ``attempts`` allows no further attempt. ``wait`` is
-    called with the seconds of each pause.
+    """Calls the function ``attempt``, which makes an RPC, with the seconds that the RPC may take, until ``attempt`` returns a result or the
+    record ``attempts`` allows no further attempt. The function ``wait`` is called with the seconds of each pause.
 
     Raises:
         ProbescoreError: the errors that ``Attempts.pause`` raises.
@@ -139,7 +139,7 @@ def retry(attempt: Callable[[float], Answer], attempts: Attempts, wait: Callable
 async def retry_async(
     attempt: Callable[[float], Awaitable[Answer]], attempts: Attempts, wait: Callable[[float], Awaitable[None]]
 ) -> Answer:
-    """Retries an RPC as ``retry`` does, with asynchronous functions for an attempt and for a pause, both of which it awaits."""
+    """Retries an RPC as ``retry`` does, but takes asynchronous functions for an attempt and for a pause, and awaits both."""
     while True:
         try:
             return await attempt(attempts.seconds_left())

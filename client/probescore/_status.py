@@ -44,7 +44,7 @@ Detail = TypeVar("Detail", bound=Message)
 
 
 class FailedCall(Protocol):
-    """Interface (Protocol) that the RPC errors of ``grpc`` and of ``grpc.aio`` have in common."""
+    """Interface (Protocol) of a failed RPC: the methods that the RPC errors of ``grpc`` and of ``grpc.aio`` have in common."""
 
     def code(self) -> grpc.StatusCode: ...
     def details(self) -> str | None: ...

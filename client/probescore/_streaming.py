@@ -1,5 +1,5 @@
-"""Plans the RPCs of ``score_stream``, without any input or output: how rollout groups are divided into RPCs, and which completions of an
-RPC still lack scores.
+"""Plans, without any input or output, the RPCs of the client's method ``score_stream``, which scores a stream of rollouts: how rollout
+groups are divided into RPCs, and which completions of an RPC still lack scores.
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ Position = tuple[int, int]
 
 @dataclass(eq=False)
 class Chunk:
-    """The completions that one RPC of a stream sends, until the results of each completion have arrived once."""
+    """The completions that one RPC of a stream (many RPCs for one call of a client's method) sends, until the results of each completion
+    have arrived once.
+    """
 
     prompts: dict[int, scoring_pb2.Prompt] = field(default_factory=dict)
     missing: dict[Position, scoring_pb2.Completion] = field(default_factory=dict)
@@ -63,8 +65,9 @@ class Chunk:
     def add(
         self, group: int, prompt: scoring_pb2.Prompt, parts: dict[Position, scoring_pb2.Completion], tokens: int, completions: int
     ) -> None:
-        """Adds completions of one rollout group to a chunk, the content of one RPC. Together with their follow-ups (token ids appended to a
-        completion) the completions count as ``completions`` completions; together with their prompt they have ``tokens`` tokens.
+        """Adds completions of one rollout group to a chunk, the content of one RPC, and their numbers to its totals. Together with their
+        follow-ups (token ids appended to a completion) the completions count as ``completions`` completions; together with their prompt
+        they have ``tokens`` tokens.
         """
         self.prompts[group] = prompt
         self.missing.update(parts)
@@ -72,8 +75,8 @@ class Chunk:
         self.completions += completions
 
     def _groups_to_send(self) -> list[scoring_pb2.RolloutGroup]:
-        """Returns the rollout groups of a request for those completions that still lack results, and stores the positions of the
-        completions in that request.
+        """Returns rollout groups, to be sent in one request, with those completions of an RPC that still lack results, and stores the
+        positions of the completions in that request.
         """
         self._sent = []
         groups: list[scoring_pb2.RolloutGroup] = []
@@ -135,7 +138,8 @@ class ScoreChunk(Chunk):
         return stream
 
     def accept(self, message: scoring_pb2.ScoreStreamResponse) -> list[StreamedCompletion]:
-        """Accepts one message of the response to the last ``request``; returns the message's completions with their indices in the stream.
+        """Accepts one message of the response to the last message that ``request`` returned; returns the message's completions with their
+        indices in the stream.
 
         Raises:
             ServerError: the message violates the protobuf contract, scores a completion twice or one that was not requested, or does not
@@ -164,8 +168,8 @@ class ScoreChunk(Chunk):
 
 
 class Chunker:
-    """Divides a stream of rollout groups into chunks of at most ``groups_per_call`` groups and ``tokens_per_call`` tokens; each chunk is
-    sent in one RPC.
+    """Chunker that divides a stream of rollout groups into chunks of at most ``groups_per_call`` groups and ``tokens_per_call`` tokens;
+    each chunk is sent in one RPC.
     """
 
     def __init__(self, window: StreamWindow) -> None:
@@ -174,7 +178,7 @@ class Chunker:
         self._groups = 0
 
     def add(self, group: RolloutGroup) -> Iterator[ScoreChunk]:
-        """Adds the next rollout group of the stream; yields the chunks that the group fills.
+        """Adds the next rollout group of the stream; yields the chunks (each the content of one RPC) that the group fills.
 
         Raises:
             InvalidRequestError: the group cannot be sent; the error names the group's place in the stream.
@@ -230,12 +234,13 @@ that made an RPC fail.
 
 
 class StreamSchedule:
-    """Scheduler of one ``score_stream``: decides when to read the next rollout group, which chunk to send, and how long to wait.
+    """Scheduler of one call of the client's method ``score_stream``, which scores a stream of rollouts: decides when to read the next
+    rollout group, which chunk to send, and how long to wait.
 
     An RPC contains as many groups as the window allows, unless the source keeps the client waiting: then the groups read so far are sent,
-    since the source may be waiting for their scores. Both clients repeat the following steps until ``finished``: send each
-    ``next_chunk()``, read a group if ``wants_group()``, wait for an event for ``patience`` seconds, and hand out the completions that
-    ``accept()`` returns.
+    since the source may be waiting for their scores. The synchronous and the asynchronous client repeat the following steps until
+    ``finished``: send each ``next_chunk()``, read a group if ``wants_group()``, wait for an event for ``patience`` seconds, and hand out
+    the completions that ``accept()`` returns.
     """
 
     def __init__(self, window: StreamWindow) -> None:
@@ -256,8 +261,8 @@ class StreamSchedule:
 
     @property
     def patience(self) -> float | None:
-        """Returns the seconds to wait for the next event before calling ``kept_waiting()``; ``None`` if there is nothing that could be sent
-        meanwhile.
+        """Returns the seconds for which a client waits for the next event of a stream before it calls ``kept_waiting()``, which sends the
+        rollout groups read so far; ``None`` if no group could be sent.
         """
         return LINGER_SECONDS if self._reading and self._chunker.has_rest and self._has_room else None
 
@@ -266,7 +271,9 @@ class StreamSchedule:
         return self._under_way < self._window.calls_in_flight
 
     def next_chunk(self) -> ScoreChunk | None:
-        """Returns the chunk to send now, or ``None``. The chunk counts as under way until ``accept`` is called with the chunk."""
+        """Returns the chunk (the content of one RPC) that the client must send now, or ``None`` if there is none. The chunk counts as under
+        way until ``accept`` is called with the chunk.
+        """
         if not (self._ready and self._has_room):
             return None
         self._under_way += 1
@@ -281,11 +288,12 @@ class StreamSchedule:
         return wants
 
     def kept_waiting(self) -> None:
-        """Makes the rollout groups that were read so far ready to be sent, although they do not fill an RPC."""
+        """Makes the rollout groups that were read so far ready to be sent, although they are fewer than one RPC may contain."""
         self._ready.extend(self._chunker.rest())
 
     def accept(self, arrival: Arrival) -> list[StreamedCompletion]:
-        """Handles an event, and returns the scored completions that the event contains.
+        """Handles an event of a stream of rollout groups, such as a group that was read or the end of an RPC, and returns the scored
+        completions that the event contains.
 
         A group that cannot be sent ends the reading of the source; the error is kept in ``failure``.
 
@@ -321,7 +329,9 @@ def _prompt_tokens(prompt: scoring_pb2.Prompt) -> int:
 
 
 def _with_follow_ups(completion: scoring_pb2.Completion) -> int:
-    """Returns the number of completions that a completion and all its follow-ups (token ids appended to a completion) count as."""
+    """Returns by how much a completion counts against the limit on completions in one RPC: 1, and 1 for each of its follow-ups (token ids
+    appended to a completion).
+    """
     return 1 + sum(map(_with_follow_ups, completion.follow_ups))
 
 

@@ -126,13 +126,13 @@ class ProbeClient(BaseClient):
         **options: Unpack[ReadOptions],
     ) -> Iterator[CompletionActivations]:
         """Reads activations of every completion of any number of rollout groups, and yields them in order. The server's setting
-        ``allow_activations`` must name the taps.
+        ``allow_activations`` must name the taps (places in the model) that are read.
 
-        The groups are sent in several RPCs, one after the other, and an RPC's activations are held until they were yielded. After a lost
-        connection only the completions that are still missing are sent again.
+        The groups are sent in several RPCs, one after the other, and the activations from one RPC are held in memory until they have been
+        yielded. After a lost connection only the completions whose activations are still missing are sent again.
 
         Args:
-            groups: an iterable of rollout groups, read as far as one RPC ahead.
+            groups: an iterable of rollout groups, read ahead by no more than the content of one RPC.
             taps: names of taps, such as ``"resid_post.6"``, or patterns of names with shell wildcards, such as ``"resid_post.*"``.
             timeout: seconds for each RPC.
             bytes_per_call: limit on the bytes of activations in the response to one RPC; a single completion may have more, up to the
@@ -197,9 +197,9 @@ class ProbeClient(BaseClient):
 
     def sleep(self, *, timeout: float | None = None) -> tuple[Transfer, ...]:
         """Makes the server free its devices' memory until ``wake`` is called; returns, once the memory is free, the amount of memory that
-        each device moved.
+        each device (such as ``cuda:0``) has freed.
 
-        Scoring RPCs wait meanwhile, within their deadlines. A server that sleeps already does not change. The server's setting ``admin``
+        Scoring RPCs wait meanwhile, within their deadlines. A server that sleeps already is left as it is. The server's setting ``admin``
         must be on, and the client must have the address of one server: with a ``"dns:///…"`` name that resolves to several servers, an
         arbitrary one of them is put to sleep.
         """
@@ -208,7 +208,8 @@ class ProbeClient(BaseClient):
         return transfers_from_proto(answer.transfers)
 
     def wake(self, *, timeout: float | None = None) -> tuple[Transfer, ...]:
-        """Wakes a server that ``sleep`` has put to sleep; returns, once the server can score, the amount of memory that each device moved.
+        """Wakes a server whose devices' memory ``sleep`` has freed; returns, once the server can score, the amount of memory that each
+        device (such as ``cuda:0``) has allocated again.
 
         Raises:
             UnavailableError: a device did not have enough free memory for the weights within the time that the client may wait.
@@ -218,10 +219,12 @@ class ProbeClient(BaseClient):
         return transfers_from_proto(answer.transfers)
 
     def reload_probes(self, *, timeout: float | None = None) -> ReloadedProbes:
-        """Makes the server follow its probe files as they are now; returns, once it does, what has changed and which files were refused.
+        """Makes the server load new probe files and drop probes whose files are gone; returns, once the server has done so, which probes
+        have changed and which files the server refused.
 
-        New files are checked while the server scores, and a file that fails a check changes nothing. RPCs that are under way finish with
-        the probes that they began with. The server's setting ``admin`` must be on, and the client must have the address of one server.
+        New files are checked while the server scores, and a file that fails a check leaves the server's probes as they are. RPCs that are
+        under way finish with the probes that they began with. The server's setting ``admin`` must be on, and the client must have the
+        address of one server.
         """
         with self._administration():
             answer = self._call(lambda stub: stub.Reload, admin_pb2.ReloadRequest(), self._attempts(timeout))
@@ -229,7 +232,9 @@ class ProbeClient(BaseClient):
 
     @contextmanager
     def awake(self, *, timeout: float | None = None) -> Iterator[None]:
-        """Wakes the server at the start of a ``with`` block, and puts the server to sleep at the end of the block, also after an error."""
+        """Wakes the server at the start of a ``with`` block, and puts the server to sleep (frees its devices' memory) at the end of the
+        block, also after an error.
+        """
         self.wake(timeout=timeout)
         try:
             yield
@@ -287,7 +292,7 @@ class ProbeClient(BaseClient):
         return retry(attempt, attempts, self._wait)
 
     def _wait(self, seconds: float, pause: threading.Event | None = None) -> None:
-        """Waits until the given seconds have passed, the client is closed or the event is set."""
+        """Waits until the given seconds have passed, the client is closed or the given ``threading.Event`` is set."""
         pause = pause or threading.Event()
         self._pauses.add(pause)
         try:
@@ -301,8 +306,8 @@ class ProbeClient(BaseClient):
 
 
 class _Stream:
-    """One run of ``score_stream``, with a thread for each RPC, so that an RPC's deadline does not depend on how fast the caller reads
-    results.
+    """One run of the synchronous client's method ``score_stream``, which scores a stream of rollouts, with a thread for each RPC, so that
+    an RPC's deadline does not depend on how fast the caller reads results.
     """
 
     def __init__(self, client: ProbeClient, template: scoring_pb2.ScoreRequest, timeout: float | None, window: StreamWindow) -> None:

@@ -59,7 +59,9 @@ class ProbescoreError(Exception):
 
     @property
     def field(self) -> str:
-        """Returns the path of the first faulty field of the request, such as ``groups[2].prompt``; empty if the error names no field."""
+        """Returns the path of the first faulty field that an error names in a request, such as ``groups[2].prompt``; empty if the error
+        names no field.
+        """
         return self.violations[0].field if self.violations else ""
 
     def __str__(self) -> str:

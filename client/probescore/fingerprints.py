@@ -10,10 +10,10 @@ from typing import Protocol
 
 
 class Tokenizer(Protocol):
-    """Interface (Protocol) that tokenizers of ``transformers`` and ``tokenizers.Tokenizer`` have in common."""
+    """Interface (Protocol) of a tokenizer: the method that tokenizers of ``transformers`` and ``tokenizers.Tokenizer`` have in common."""
 
     def get_vocab(self) -> dict[str, int]:
-        """Returns a dictionary from every token, added tokens included, to its id."""
+        """Returns a tokenizer's vocabulary: a dictionary from the text of every token, added tokens included, to its id."""
         ...
 
 

@@ -1,4 +1,6 @@
-"""Converts the padded tensors of ``generate()`` to rollouts that contain exactly the prompt's tokens and the sampled tokens."""
+"""Converts the padded tensors that ``generate()`` of ``transformers`` takes and returns to rollouts that contain exactly the prompt's
+tokens and the sampled tokens.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,8 @@ def rollouts_from_padded(
     completion_mask: ArrayLike | None = None,
     completions_per_prompt: SupportsIndex = 1,
 ) -> list[RolloutGroup]:
-    """Removes the padding from the sequences that ``generate()`` returned, and cuts each completion after its first EOS token, which is
-    kept.
+    """Removes the padding from the sequences that ``generate()`` of ``transformers`` returned, and cuts each completion after its first EOS
+    token, which is kept; returns rollout groups.
 
     ::
 
@@ -53,7 +55,7 @@ def rollouts_from_padded(
             the end of every prompt.
         pad_token_id: the token id used as padding. If it is given, padding is also removed from the end of a completion without EOS.
         completion_mask: 0 and 1 ``(B, T)``, 1 = the sampled token counts in reductions. The mask is cut like the completion and stored in
-            it.
+            the completion.
         completions_per_prompt: number of consecutive rows with the same prompt, equal to ``num_return_sequences`` of ``generate()``.
 
     Returns:
@@ -90,8 +92,8 @@ def rollouts_from_padded(
 
 @dataclass(frozen=True, eq=False)
 class _PaddedRows:
-    """Padded sequences of token ids, with the special-token ids that are needed to find the padding. ``eos`` is empty if no token ends a
-    completion.
+    """Rows of token ids as ``generate()`` of ``transformers`` returns them, each a padded prompt with its padded completion, with the
+    special-token ids that are needed to find the padding. ``eos`` is empty if no token ends a completion.
     """
 
     ids: NDArray[np.int64]
@@ -155,8 +157,8 @@ class _PaddedRows:
         return mask
 
     def masked_lengths(self, mask: NDArray[np.bool_]) -> NDArray[np.int64]:
-        """Returns the number of tokens of each completion ``(B,)`` according to a mask over the completions; the mask must agree with the
-        first EOS token.
+        """Returns the number of tokens of the completion in each of B padded rows, ``(B,)``, according to an attention mask over the
+        completions. Refuses a mask that does not agree with the first EOS token.
         """
         lengths = mask.sum(axis=1)
         holes = (mask[:, 1:] & ~mask[:, :-1]).any(axis=1) | ((lengths > 0) & ~mask[:, 0])
@@ -174,7 +176,9 @@ class _PaddedRows:
         return np.asarray(lengths, np.int64)
 
     def lengths(self) -> NDArray[np.int64]:
-        """Returns the number of tokens of each completion ``(B,)``, up to its first EOS or the padding at its end."""
+        """Returns the number of tokens of the completion in each of B padded rows, ``(B,)``: up to the completion's first EOS, inclusive,
+        or else up to the padding at its end.
+        """
         completions = self.ids[:, self.prompt_length :]
         first, width = self._first_eos(), completions.shape[1]
         lengths = np.minimum(first + 1, width)
@@ -211,7 +215,9 @@ class _PaddedRows:
         return filler
 
     def _first_eos(self) -> NDArray[np.int64]:
-        """Returns the index of the first EOS token in each completion ``(B,)``; for a completion without EOS, the completion's width."""
+        """Returns the index of the first EOS token in the completion of each of B padded rows, ``(B,)``; for a completion without EOS, the
+        width of the padded completions.
+        """
         ends = np.isin(self.ids[:, self.prompt_length :], self.eos)
         return np.asarray(np.where(ends.any(axis=1), ends.argmax(axis=1), ends.shape[1]), np.int64)
 
@@ -286,8 +292,8 @@ def _eos_ids(given: TokenIdOrIds) -> NDArray[np.int64]:
 
 
 def _index(given: SupportsIndex, field: str, least: int) -> int:
-    """Returns an argument as an integer. Raises ``TypeError`` for a value that is not a number where a list of numbers is allowed too, and
-    refuses any other value.
+    """Returns an argument as an integer. Raises ``TypeError`` for ``eos_token_id`` if the value may be a list of ids, and
+    ``InvalidRequestError`` for any other value that is not an integer of at least ``least``.
     """
     if isinstance(given, (bool, np.bool_)):
         _refuse(field, f"is {given}; an integer is expected")

@@ -1,6 +1,6 @@
-"""Reduces the scores of the selected tokens of a rollout to one number.
+"""Reduces the scores that a probe gives to the selected tokens of a rollout to one number.
 
-The server runs the same code, and users can run it on per-token scores; ``docs/explanation/scores.md`` gives the formulas.
+The server runs this module's code, and users can run the code on per-token scores; ``docs/explanation/scores.md`` gives the formulas.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 
 
 class ReductionKind(str, Enum):
-    """Enumeration of the ways to reduce the scores of the selected tokens to one number; each value is the name that a user writes."""
+    """Enumeration of the ways to reduce a probe's scores of the selected tokens of a rollout to one number, such as ``mean``; each value is
+    the name that a user writes.
+    """
 
     MEAN = "mean"
     MAX = "max"
@@ -41,8 +43,8 @@ _WRITTEN = re.compile(r"\s*(?P<kind>[a-z_]+)\s*(?:\(\s*(?:(?P<name>[a-z]+)\s*=)?
 
 @dataclass(frozen=True)
 class Reduction:
-    """Value object with a way to reduce the scores of the selected tokens to one number, such as their mean, or the mean of the 8 highest:
-    ``Reduction(ReductionKind.TOPK_MEAN, 8)`` or ``Reduction.parse("topk_mean(8)")``.
+    """Value object with a way to reduce a probe's scores of the selected tokens of a rollout to one number, such as their mean, or the mean
+    of the 8 highest: ``Reduction(ReductionKind.TOPK_MEAN, 8)`` or ``Reduction.parse("topk_mean(8)")``.
 
     Raises:
         ValueError: the kind's parameter is missing or out of range, or a parameter is given to a kind without one.
@@ -70,7 +72,8 @@ class Reduction:
 
     @classmethod
     def parse(cls, written: str | Reduction) -> Reduction:
-        """Converts the text form of a reduction to a ``Reduction``: ``"mean"``, ``"topk_mean(8)"`` or ``"ema_max(alpha=0.2)"``.
+        """Converts the text form of a reduction (rule from per-token scores to one number) to a ``Reduction``: ``"mean"``,
+        ``"topk_mean(8)"`` or ``"ema_max(alpha=0.2)"``.
 
         Raises:
             ValueError: the text names no reduction, or the parameter in the text is wrong.
@@ -108,7 +111,7 @@ def reduce_scores(scores: NDArray[np.float32], reduction: Reduction) -> NDArray[
         reduction: the reduction to compute.
 
     Returns:
-        ``(L,)`` float32; NaN for every label when ``T == 0``: the number of an empty selection is absent, never 0.
+        ``(L,)`` float32; NaN for every label when ``T == 0``: a selection without tokens has no score, never 0.
     """
     count = scores.shape[0]
     if count == 0:
@@ -145,7 +148,7 @@ def reduce_scores(scores: NDArray[np.float32], reduction: Reduction) -> NDArray[
 
 
 def _ema(x: NDArray[np.float64], alpha: float) -> NDArray[np.float64]:
-    """Computes the exponential moving average of each column of ``(T, L)`` numbers, started at the first row; returns ``(T, L)``.
+    """Computes the exponential moving average of each column of ``(T, L)`` numbers, whose first value is the first row; returns ``(T, L)``.
 
     The rows are divided into about √T blocks, which are computed in parallel as if each began with 0, in about √T steps of Python. Then the
     decayed last average of each block is added to the block after it.

@@ -1,9 +1,9 @@
 """Raises an alarm during training when a probe begins to miss the behaviour, with a bounded chance of any false alarm in the whole run.
 
-Each monitor bets against the hypothesis that the probe is as good as it was. Its evidence is a nonnegative martingale under that
-hypothesis: a mean over bets, and over the step at which the change began, of which every planned step has an equal part (Shin, Ramdas and
-Rinaldo 2022, e-detectors; Waudby-Smith and Ramdas 2024). By Ville's inequality the evidence ever exceeds ``1 / alpha`` with a chance of at
-most ``alpha``, however often one looks.
+Each monitor bets against the hypothesis that the probe is as good as before training. The monitor's evidence is a nonnegative martingale
+under that hypothesis: a mean over several sizes of the bet, and over the planned training steps at which the probe may have become worse,
+with equal weights (Shin, Ramdas and Rinaldo 2022, e-detectors; Waudby-Smith and Ramdas 2024). By Ville's inequality the evidence ever
+exceeds ``1 / alpha`` with a chance of at most ``alpha``, however often one looks.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ _MISSED_BETS = (0.02, 0.05, 0.1, 0.2, 0.4, 0.7)  # shares of the evidence that a
 
 
 class _Evidence:
-    """The evidence of a monitor, in logarithms, and the first step at which the evidence was enough for an alarm."""
+    """Record of a monitor's evidence that a probe has become worse, in logarithms, and of the first training step at which the evidence was
+    enough for an alarm.
+    """
 
     def __init__(self, bets: int, planned_steps: int, alpha: float) -> None:
         if planned_steps < 1:
@@ -34,7 +36,9 @@ class _Evidence:
         self.alarm_step: int | None = None
 
     def update(self, log_factors: Floats, step: int) -> float:
-        """Takes in what each bet won or lost at a step, ``(bets,)`` logarithms, and returns the logarithm of the evidence after it."""
+        """Multiplies the evidence that a probe has become worse by what each bet won or lost at a training step, ``(bets,)`` logarithms,
+        and returns the logarithm of the new evidence.
+        """
         self._steps += 1
         if self._steps <= self._planned:
             self._started = np.logaddexp(self._started, -math.log(self._planned))
@@ -48,7 +52,8 @@ class _Evidence:
 
 
 class RecallMonitor:
-    """Monitor of recall, the share of the positive rollouts that the probe flags; it watches rollouts that were labelled at random.
+    """Monitor that raises an alarm when the recall of a probe (the share of the positive rollouts that the probe flags) falls. It watches
+    the rollouts that were drawn at random for labelling.
 
     Args:
         floor: the lowest acceptable recall, in (0, 1); the hypothesis is that recall is at least this.
@@ -65,11 +70,12 @@ class RecallMonitor:
 
     @property
     def alarm_step(self) -> int | None:
-        """The first step with an alarm; ``None`` if there was none."""
+        """Returns the first training step at which the monitor raised an alarm; ``None`` if there was none."""
         return self._evidence.alarm_step
 
     def update(self, step: int, caught: int, missed: int) -> float:
-        """Takes in the positive rollouts among the randomly labelled ones of a step, and returns the logarithm of the evidence.
+        """Updates, with those positive rollouts of a training step that were drawn at random for labelling, the evidence that a probe's
+        recall has fallen, and returns the logarithm of the evidence.
 
         Args:
             step: the training step.
@@ -80,7 +86,8 @@ class RecallMonitor:
 
 
 class MissedMonitor:
-    """Monitor of the missed rate, the share of all rollouts that are positive and not flagged; it watches every label.
+    """Monitor that raises an alarm when the missed rate of a probe (the share of all rollouts that are positive and not flagged) rises. It
+    watches every label.
 
     Args:
         ceiling: the highest acceptable missed rate, in (0, 1); the hypothesis is that the missed rate is at most this.
@@ -96,11 +103,12 @@ class MissedMonitor:
 
     @property
     def alarm_step(self) -> int | None:
-        """The first step with an alarm; ``None`` if there was none."""
+        """Returns the first training step at which the monitor raised an alarm; ``None`` if there was none."""
         return self._evidence.alarm_step
 
     def update(self, step: int, missed_inclusions: Sequence[float], rollouts: int) -> float:
-        """Takes in the labels of a step, and returns the logarithm of the evidence.
+        """Updates, with the labels of a training step, the evidence that a probe's missed rate has risen, and returns the logarithm of the
+        evidence.
 
         Args:
             step: the training step.

@@ -75,7 +75,8 @@ def named(value: _Given, argument: str, pattern: str, rule: str) -> str:
 
 
 def reduction(value: _Given, argument: str) -> str:
-    """Returns a reduction of token scores as text, such as ``"mean"``; it may be given as text or as a ``Reduction``.
+    """Returns the name of a reduction of token scores to one score, such as ``"mean"``; the reduction may be given as text or as a
+    ``Reduction``.
 
     Raises:
         TypeError: the value is neither text nor a ``Reduction``.
@@ -94,7 +95,7 @@ def real(value: _Given, argument: str, what: str) -> NDArray[np.float64]:
 
     Raises:
         TypeError: the value does not hold real numbers.
-        ValueError: the numbers do not form an array, as rows of different lengths.
+        ValueError: the numbers do not form an array, for example because rows differ in length.
     """
     array = array_of(value, argument, what)
     if array.dtype.kind not in "fiu":
@@ -122,7 +123,7 @@ def array_of(value: _Given, argument: str, what: str) -> NDArray[Any]:
 
     Raises:
         TypeError: the value does not hold numbers.
-        ValueError: the numbers do not form an array, as rows of different lengths.
+        ValueError: the numbers do not form an array, for example because rows differ in length.
     """
     if value is None or isinstance(value, (str, bytes, Mapping, set, frozenset, Iterator)):
         raise TypeError(f"{argument}: {kind_of(value)} ({shown(value)}); give {what} as a list or an array")

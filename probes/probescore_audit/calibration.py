@@ -24,11 +24,13 @@ def calibrate(
 ) -> CalibratedThreshold:
     """Finds the lowest threshold that flags at most a stated share of negative rollouts, which are rollouts without the behaviour.
 
-    The interval is that of Clopper and Pearson (1934, Biometrika 26:404), which is exact, so that its coverage is at least 95%. The
-    interval holds for new rollouts from the same source. The negatives must not be rollouts on which the probe was fitted.
+    The 95% interval of the share that is flagged is that of Clopper and Pearson (1934, Biometrika 26:404), which is exact, so that its
+    coverage is at least 95%. The interval holds for new rollouts from the same source. The negatives must not be rollouts on which the
+    probe was fitted.
 
     Args:
-        negatives: reduced scores of negative rollouts, ``(n,)``, in the unit of the manifest's ``reduce_on``.
+        negatives: reduced scores of negative rollouts, ``(n,)``, in the unit that the probe's manifest (the description in its file) names
+            as ``reduce_on``.
         false_positive_rate: largest share of the negatives that may be flagged, in (0, 1).
         dataset: description of the negatives, in words.
         reduction: the reduction that made the scores; ``None`` for a probe that pools by itself.
@@ -78,8 +80,8 @@ def calibrate(
 def evaluate_auroc(positives: ArrayLike, negatives: ArrayLike, *, dataset: str, dataset_sha256: str | None = None) -> Auroc:
     """Computes the AUROC: the chance that a rollout with the behaviour scores above a rollout without it; ties count half.
 
-    The interval is method 5 of Newcombe (2006, Statistics in Medicine 25:559): it inverts a normal test with the variance of Hanley and
-    McNeil. The interval therefore has a width even if every positive rollout scores above every negative one.
+    The 95% interval of the AUROC is method 5 of Newcombe (2006, Statistics in Medicine 25:559): it inverts a normal test with the variance
+    of Hanley and McNeil. The interval therefore has a width even if every positive rollout scores above every negative one.
 
     Args:
         positives: reduced scores of rollouts with the behaviour, ``(p,)``.
@@ -111,7 +113,8 @@ def evaluate_auroc(positives: ArrayLike, negatives: ArrayLike, *, dataset: str, 
 
 
 def newcombe_interval(auroc: float, positives: float, negatives: float) -> tuple[float, float]:
-    """The 95% interval of an AUROC from so many independent positives and negatives, by Newcombe's method 5 (``evaluate_auroc``).
+    """Returns the 95% interval of an AUROC that was estimated from the given numbers of independent positives and negatives, by Newcombe's
+    method 5 (``evaluate_auroc``).
 
     The numbers need not be whole: dependent rollouts count as fewer independent ones.
     """
@@ -119,7 +122,9 @@ def newcombe_interval(auroc: float, positives: float, negatives: float) -> tuple
     equal_size = max(0.0, (positives + negatives) / 2 - 1)
 
     def deviation(true: float) -> float:
-        """Returns the distance of the estimated AUROC from a supposed true value, less z standard errors; zero at the interval's ends."""
+        """Returns how far an estimated AUROC is from a supposed true AUROC, less z standard errors; zero at the ends of the AUROC's
+        interval.
+        """
         variance = true * (1 - true) * (1 + equal_size * ((1 - true) / (2 - true) + true / (1 + true))) / (positives * negatives)
         return abs(auroc - true) - z * math.sqrt(variance)
 

@@ -14,7 +14,8 @@ from probescore_audit.grouped import Estimate, grouped_auroc, resampled_aurocs
 
 @dataclass(frozen=True)
 class FlagAgreement:
-    """Counts the rollouts of one class that two probes flag, each probe at its own threshold.
+    """Value object with counts of the rollouts of one class (with the behaviour, or without it) that two probes flag, each probe at its own
+    threshold.
 
     Attributes:
         both: number of rollouts that both probes flag.
@@ -30,25 +31,25 @@ class FlagAgreement:
 
     @property
     def rollouts(self) -> int:
-        """Returns how many rollouts the two probes were compared on."""
+        """Returns the number of rollouts on which two probes were compared."""
         return self.both + self.only_first + self.only_second + self.neither
 
     @property
     def agreed(self) -> float:
-        """Returns the share of rollouts on which the probes agree, because both flag the rollout or neither does; NaN without rollouts."""
+        """Returns the share of rollouts on which two probes agree, because both flag the rollout or neither does; NaN without rollouts."""
         return (self.both + self.neither) / self.rollouts if self.rollouts else math.nan
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The comparison of two probes by their scores of the same rollouts.
+    """Value object with the comparison of two probes by their scores of the same rollouts.
 
     Attributes:
         first: AUROC of the first probe.
         second: AUROC of the second probe.
         difference: AUROC of the first probe minus that of the second, with a paired 95% interval.
-        pearson: correlation of the scores; NaN if one probe gives all rollouts the same score.
-        spearman: correlation of the ranks.
+        pearson: correlation of the two probes' scores; NaN if one probe gives all rollouts the same score.
+        spearman: correlation of the rollouts' ranks by the two probes.
         positives: counts of flags among rollouts with the behaviour; ``None`` if a probe has no threshold.
         negatives: counts of flags among rollouts without the behaviour; ``None`` if a probe has no threshold.
         rank_gaps: rank of each rollout by the first probe minus its rank by the second, ``(n,)``, as shares of all rollouts, in (-1, 1).
@@ -75,13 +76,13 @@ def compare(
 ) -> Comparison:
     """Compares two probes by their scores of the same rollouts.
 
-    The interval of the difference is that of Zou and Donner (2008, Statistics in Medicine 27:1693), which combines the intervals of the two
-    AUROCs by the correlation of the AUROCs, here over draws of whole groups. The interval has a width even if both probes separate the
-    classes, and none if both rank all rollouts alike.
+    The interval of the difference of the two AUROCs is that of Zou and Donner (2008, Statistics in Medicine 27:1693), which combines the
+    intervals of the two AUROCs by the correlation of the AUROCs, here estimated from random draws of whole groups. The interval has a width
+    even if both probes separate the classes, and none if both rank all rollouts alike.
 
     Args:
         first: one score for each rollout by the first probe, ``(n,)``.
-        second: one score for each rollout by the second probe, ``(n,)``; its unit may be another.
+        second: one score for each rollout by the second probe, ``(n,)``, which may have another unit than the first probe's.
         positive: whether each rollout has the behaviour, ``(n,)`` bool.
         groups: group of each rollout, ``(n,)``, equal for rollouts that belong together.
         thresholds: the threshold of the first probe and that of the second; ``None`` if a probe has none.
@@ -125,7 +126,9 @@ def _difference(one: Estimate, other: Estimate, correlation: float) -> Estimate:
 
 
 def _correlated(left: NDArray[np.float64], right: NDArray[np.float64], positive: NDArray[np.bool_], groups: ArrayLike, seed: int) -> float:
-    """Returns the correlation of two AUROCs over the same draws of groups; 0, which makes the interval wide, if one AUROC does not vary."""
+    """Returns the correlation of the AUROCs of two probes over the same random draws of groups of rollouts; 0, which makes the interval of
+    their difference wide, if one AUROC does not vary.
+    """
     drawn = [resampled_aurocs(values, positive, groups, seed=seed) for values in (left, right)]
     there = ~np.isnan(drawn[0])
     found = _correlation(drawn[0][there], drawn[1][there])

@@ -1,7 +1,8 @@
 """Evaluates a probe by its scores of labelled rollouts, all together and by slice: AUROC, and the shares that each threshold flags.
 
-A slice is a named part of the data. Intervals are of 95%. If rollouts come in groups, intervals come from the bootstrap of ``grouped``,
-which draws whole groups. If each rollout is a group of its own, intervals are Newcombe's of an AUROC and Clopper and Pearson's of a share.
+A slice is a named part of the data. Intervals are of 95%. If rollouts come in groups, intervals come from the bootstrap of the module
+``grouped``, which draws whole groups. If each rollout is a group of its own, intervals are Newcombe's of an AUROC and Clopper and Pearson's
+of a share.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ _UNKNOWN = Estimate(float("nan"), float("nan"), float("nan"))
 
 @dataclass(frozen=True)
 class FlaggedShares:
-    """The shares of rollouts that a threshold flags, each with its 95% interval.
+    """Value object with the shares of the positive and of the negative rollouts that a probe flags at one threshold, each with its 95%
+    interval.
 
     Attributes:
         threshold: the threshold; a rollout whose score is at or above it is flagged.
@@ -36,7 +38,8 @@ class FlaggedShares:
 
 @dataclass(frozen=True)
 class Quality:
-    """The quality of a probe on all rollouts, or on those of one slice.
+    """Value object with measures of how well a probe separates rollouts with a behaviour from rollouts without it, on all data or on one
+    slice.
 
     Attributes:
         slice: the name of the part of the data; empty for all of the data.

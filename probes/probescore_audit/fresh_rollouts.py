@@ -28,25 +28,26 @@ def calibrate_for_fresh(
     reduction: str | None = "mean",
     label: str = "",
 ) -> CalibratedThreshold:
-    """Finds the threshold that ``calibrate`` finds, and predicts with 95% confidence the share of fresh rollouts that it will flag.
+    """Finds the lowest threshold that flags at most a stated share of negative rollouts (those without the behaviour), and predicts with
+    95% confidence the share of fresh negative rollouts that the threshold will flag.
 
-    The fresh rollouts are as many, and come in as many other groups. The interval counts the effect of chance on both: on the negatives
-    that the threshold was found on, and on the fresh ones. The threshold is an order statistic, so that among independent rollouts the
-    number of fresh ones above the threshold is beta-binomial. Grouped rollouts are counted as fewer, by the design effect. The design
-    effect is computed at the threshold and for ten times as many flagged rollouts, since few flags hardly show how flags depend on groups;
-    the larger one is used.
+    The fresh rollouts are supposed to be as many as the given ones, and to come in as many other groups. The interval counts the effect of
+    chance on both: on the negatives that the threshold was found on, and on the fresh ones. The threshold is an order statistic, so that
+    among independent rollouts the number of fresh ones above the threshold is beta-binomial. Grouped rollouts are counted as fewer, by the
+    design effect. The design effect is computed at the threshold and for ten times as many flagged rollouts, since few flags hardly show
+    how flags depend on groups; the larger one is used.
 
     Args:
-        negatives: scores of rollouts without the behaviour, ``(n,)``, as for ``calibrate``.
+        negatives: scores of rollouts without the behaviour, ``(n,)``.
         groups: group of each rollout, ``(n,)``, equal for rollouts that belong together, such as those of one prompt.
-        false_positive_rate: as for ``calibrate``.
-        dataset: as for ``calibrate``.
-        reduction: as for ``calibrate``.
-        label: as for ``calibrate``.
+        false_positive_rate: largest share of the negatives that may be flagged, in (0, 1).
+        dataset: description of the negatives, in words.
+        reduction: the reduction that made the scores; ``None`` for a probe that pools by itself.
+        label: label of the scores, if the probe has several.
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: an argument is wrong as for ``calibrate``, groups and negatives differ in number, or there are fewer than two groups.
+        ValueError: ``calibrate`` would refuse an argument, groups and negatives differ in number, or there are fewer than two groups.
     """
     found = calibrate(negatives, false_positive_rate=false_positive_rate, dataset=dataset, reduction=reduction, label=label)
     scores = np.asarray(negatives, np.float64).ravel()

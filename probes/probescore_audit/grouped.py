@@ -32,7 +32,7 @@ class Estimate:
         return self.low <= other.high and other.low <= self.high
 
     def contains(self, value: float) -> bool:
-        """Returns whether a number lies in the estimate's 95% interval."""
+        """Returns whether a number lies in the 95% interval of an estimate."""
         return self.low <= value <= self.high
 
     @property
@@ -43,10 +43,11 @@ class Estimate:
 
 @dataclass(frozen=True)
 class CalibrationBin:
-    """The rollouts whose probability lies in one tenth of [0, 1].
+    """Value object with the rollouts to which a probe gives a probability in one tenth of [0, 1], to compare with how many of them are
+    positive.
 
     Attributes:
-        mean: mean of their probabilities.
+        mean: mean of the rollouts' probabilities.
         share: share of the rollouts that are positive.
         rollouts: number of rollouts.
     """
@@ -57,11 +58,12 @@ class CalibrationBin:
 
 
 def auroc(scores: ArrayLike, positive: ArrayLike, weights: ArrayLike | None = None) -> float:
-    """Computes the probability that a positive rollout scores above a negative one, with ties counted half; NaN unless there are both.
+    """Computes an AUROC: the probability that a positive rollout scores above a negative one, with ties counted half; NaN unless there are
+    both.
 
     Args:
-        scores: scores, ``(n,)``.
-        positive: labels, ``(n,)`` bool.
+        scores: score of each rollout, ``(n,)``.
+        positive: whether each rollout is positive, ``(n,)`` bool.
         weights: how many times each rollout counts, ``(n,)``; once by default.
     """
     values = np.asarray(scores, np.float64)
@@ -78,11 +80,11 @@ def grouped_auroc(
     independent: float = 1.0,
     seed: int = 0,
 ) -> Estimate:
-    """Computes an AUROC with an interval from a bootstrap that draws whole groups.
+    """Computes the AUROC of a probe's scores of labelled rollouts, with a 95% interval from a bootstrap that draws whole groups.
 
     Args:
-        scores: scores, ``(n,)``.
-        positive: labels, ``(n,)`` bool.
+        scores: score of each rollout, ``(n,)``.
+        positive: whether each rollout is positive, ``(n,)`` bool.
         groups: group of each rollout, ``(n,)``; equal for rollouts that belong together.
         weights: how many times each rollout counts, ``(n,)``.
         independent: share of the groups that the interval counts as independent, in (0, 1]; less than 1 if scores of different groups
@@ -113,7 +115,8 @@ def resampled_aurocs(
     independent: float = 1.0,
     seed: int = 0,
 ) -> NDArray[np.float64]:
-    """Computes the AUROC of each of ``RESAMPLES`` random draws of whole groups; NaN for a draw that lacks a class.
+    """Computes the AUROC of labelled rollouts for each of ``RESAMPLES`` random draws of whole groups of rollouts; NaN for a draw without
+    positives or without negatives.
 
     The same groups and seed give the same draws, so that two probes can be compared draw by draw.
 
@@ -125,7 +128,7 @@ def resampled_aurocs(
 
 
 def grouped_rate(flagged: ArrayLike, groups: ArrayLike, *, seed: int = 0) -> Estimate:
-    """Computes the share of rollouts that are flagged, with an interval from a bootstrap that draws whole groups.
+    """Computes the share of rollouts that are flagged, with a 95% interval from a bootstrap that draws whole groups.
 
     Args:
         flagged: whether each rollout is flagged, ``(n,)`` bool.
@@ -144,7 +147,9 @@ def grouped_rate(flagged: ArrayLike, groups: ArrayLike, *, seed: int = 0) -> Est
 
 
 def roc_curve(scores: ArrayLike, positive: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Computes the false- and the true-positive rate at every threshold, from none flagged to all flagged, ``(thresholds,)`` each."""
+    """Computes the ROC curve: the false- and the true-positive rate at every threshold, from none flagged to all flagged, ``(thresholds,)``
+    each.
+    """
     values, with_it = np.asarray(scores, np.float64), np.asarray(positive, bool)
     order = np.argsort(-values, kind="stable")
     last = np.append(np.diff(values[order]) != 0, True)
@@ -153,7 +158,9 @@ def roc_curve(scores: ArrayLike, positive: ArrayLike) -> tuple[NDArray[np.float6
 
 
 def calibration_error(probabilities: ArrayLike, positive: ArrayLike) -> tuple[float, tuple[CalibrationBin, ...]]:
-    """Computes the expected calibration error over the tenths of [0, 1], and returns it with the tenths that contain rollouts."""
+    """Computes the expected calibration error of a probe's probabilities, in ten bins that are the tenths of [0, 1], and returns the error
+    with the bins that contain rollouts.
+    """
     chances, with_it = np.asarray(probabilities, np.float64), np.asarray(positive, bool)
     tenth = np.minimum((chances * 10).astype(int), 9)
     bins = tuple(
@@ -164,7 +171,9 @@ def calibration_error(probabilities: ArrayLike, positive: ArrayLike) -> tuple[fl
 
 
 def _aurocs(scores: NDArray[np.float64], positive: NDArray[np.bool_], weights: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Computes an AUROC for each row of ``weights`` ``(resamples, n)``; NaN for a row whose weights leave no positives or no negatives."""
+    """Computes the AUROC of ``n`` rollouts once for each row of ``weights`` ``(resamples, n)``, which says how many times each rollout
+    counts; NaN for a row whose weights leave no positives or no negatives.
+    """
     order = np.argsort(scores, kind="stable")
     ranked, with_it, counted = scores[order], positive[order], weights[:, order]
     starts = np.flatnonzero(np.append(True, np.diff(ranked) != 0)) if len(ranked) else np.zeros(0, int)
@@ -182,7 +191,9 @@ def _numbered(groups: ArrayLike) -> NDArray[np.int64]:
 
 
 def _drawn_groups(group: NDArray[np.int64], seed: int, independent: float = 1.0) -> NDArray[np.float64]:
-    """Draws groups with replacement, as many as are independent, and returns how often each is drawn, ``(RESAMPLES, groups)``."""
+    """Draws, for each resample of a bootstrap, groups of rollouts with replacement, as many as count as independent, and returns how often
+    each group is drawn, ``(RESAMPLES, groups)``.
+    """
     count = int(group.max()) + 1
     drawn = max(1, round(independent * count))
     return np.random.default_rng(seed).multinomial(drawn, np.full(count, 1 / count), RESAMPLES).astype(np.float64)

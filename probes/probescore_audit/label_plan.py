@@ -33,12 +33,12 @@ class Stratum(IntEnum):
 
 @dataclass(frozen=True, eq=False)
 class LabelPlan:
-    """The rollouts of one step that are to be labelled.
+    """Value object that says which rollouts of one training step are to be labelled.
 
     Attributes:
-        rollouts: index of each chosen rollout within the step, ``(m,)`` int64, ascending.
+        rollouts: index of each chosen rollout within the training step, ``(m,)`` int64, ascending.
         inclusion: probability with which each of these rollouts was chosen, ``(m,)`` float64 in (0, 1].
-        stratum: the ``Stratum`` of each of these rollouts, ``(m,)`` int8.
+        stratum: the ``Stratum`` (class by score) of each of these rollouts, ``(m,)`` int8.
         floor: whether each of these rollouts is among those drawn at random, ``(m,)`` bool.
     """
 
@@ -49,7 +49,8 @@ class LabelPlan:
 
 
 def strata(scores: ArrayLike, threshold: float) -> NDArray[np.int8]:
-    """Returns the ``Stratum`` of each rollout of one step, ``(n,)`` int8.
+    """Returns the class by score (``Stratum``: flagged, highest of the unflagged, or rest) of each rollout of one training step, ``(n,)``
+    int8.
 
     Args:
         scores: the probe's scores of the step's rollouts, ``(n,)``.
@@ -65,10 +66,12 @@ def strata(scores: ArrayLike, threshold: float) -> NDArray[np.int8]:
 
 
 def plan_labels(scores: ArrayLike, prompts: ArrayLike, threshold: float, labels: int, *, rng: np.random.Generator) -> LabelPlan:
-    """Chooses the rollouts of one step to label.
+    """Chooses which rollouts of one training step to label: half of them at random, a quarter among the flagged ones, and a quarter among
+    the unflagged ones with the highest scores.
 
-    A rollout can be chosen twice, at random and within its stratum; it is then labelled once, so that fewer than ``labels`` rollouts may
-    come back. Fewer come back as well where a stratum has fewer rollouts than its quarter, or a step fewer prompts than its half.
+    A rollout can be chosen twice, at random and within its stratum (class by score); it is then labelled once, so that fewer than
+    ``labels`` rollouts may come back. Fewer come back as well if a stratum has fewer rollouts than a quarter of ``labels``, or the step has
+    fewer prompts than half of ``labels``.
 
     Args:
         scores: the probe's scores of the step's rollouts, ``(n,)``.

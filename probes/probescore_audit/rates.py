@@ -1,8 +1,8 @@
 """Estimates, from labels of some rollouts, how many rollouts have the behaviour, and how many of those the probe flags.
 
-Labels are drawn within strata of the scores (see ``label_plan``), and each stratum's share of positives gets a posterior: what Begg and
-Greenes (1983, Biometrics 39:207) estimate where only some tests are verified, with draws in place of a normal approximation, which covers
-badly where few positives are seen. Intervals are quantiles of the draws.
+Rollouts are drawn for labelling within strata (classes of rollouts by score; see ``label_plan``), and each stratum's share of positives
+gets a posterior. The estimate is that of Begg and Greenes (1983, Biometrics 39:207) for tests of which only some are verified, with random
+draws in place of a normal approximation, which covers badly if few positives are seen. Intervals are quantiles of the draws.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ _LEAST_WEIGHT = 1e-6  # in place of an empty stratum, for which a Dirichlet dist
 
 @dataclass(frozen=True, eq=False)
 class Rates:
-    """Draws from the posterior of three rates, ``(draws,)`` float64 each. Arithmetic on them draw by draw keeps their dependence.
+    """Value object with random draws from the posterior of three rates of a probe, ``(draws,)`` float64 each. Arithmetic on the rates draw
+    by draw keeps their dependence.
 
     Attributes:
         positive_rate: share of all rollouts that are positive, which means that they have the behaviour.
@@ -37,18 +38,18 @@ class Rates:
 
     @property
     def detected(self) -> Floats:
-        """Share of all rollouts that are positive and flagged."""
+        """Returns the share of all rollouts that are positive and flagged, for each posterior draw."""
         return self.positive_rate * self.recall
 
     @property
     def missed(self) -> Floats:
-        """Share of all rollouts that are positive and not flagged."""
+        """Returns the share of all rollouts that are positive and not flagged, for each posterior draw."""
         return self.positive_rate * (1 - self.recall)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceCounts:
-    """Counts of labelled rollouts of the model before training, with which the run is compared.
+    """Value object with counts of labelled rollouts of the model before training, with which the training run is compared.
 
     Attributes:
         positives: number of held-out positive rollouts.
@@ -70,14 +71,16 @@ class ReferenceCounts:
 
 
 def draw_positive_mass(counts: StratumCounts, rng: np.random.Generator, draws: int = DRAWS) -> tuple[Floats, Floats]:
-    """Draws the share of all rollouts that are positive and in each stratum, and that are negative and in each, ``(draws, 3)`` each."""
+    """Samples from their posterior the share of all rollouts that are positive and in each of the three strata (classes by score), and the
+    share that are negative and in each, ``(draws, 3)`` each.
+    """
     share = rng.beta(counts.positive + _PRIOR, counts.labelled - counts.positive + _PRIOR, (draws, len(_PRIOR)))
     weight = rng.dirichlet(np.maximum(counts.rollouts / counts.design_effect, _LEAST_WEIGHT), draws)
     return weight * share, weight * (1 - share)
 
 
 def draw_rates(counts: StratumCounts, rng: np.random.Generator, draws: int = DRAWS) -> Rates:
-    """Draws the rates of a window of training steps from their posterior."""
+    """Samples from their posterior the rates of a probe (positives, recall, false positives) in a window of training steps."""
     positive, negative = draw_positive_mass(counts, rng, draws)
     rate, flagged = positive.sum(axis=1), Stratum.FLAGGED
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -89,7 +92,7 @@ def draw_rates(counts: StratumCounts, rng: np.random.Generator, draws: int = DRA
 
 
 def draw_reference(reference: ReferenceCounts, rng: np.random.Generator, draws: int = DRAWS) -> Rates:
-    """Draws the rates of the model before training from their posterior (Jeffreys' prior)."""
+    """Samples from their posterior (with Jeffreys' prior) the rates of a probe (positives, recall, false positives) before training."""
 
     def drawn(hits: int, trials: int) -> Floats:
         return rng.beta(hits + 0.5, trials - hits + 0.5, draws)
@@ -102,7 +105,7 @@ def draw_reference(reference: ReferenceCounts, rng: np.random.Generator, draws: 
 
 
 def interval(draws: Floats) -> Estimate:
-    """Returns the median of draws with their central 95% interval; NaN if no draw is a number."""
+    """Returns the median of random draws of a number with their central 95% interval; NaN if every draw is NaN."""
     known = draws[~np.isnan(draws)]
     if not len(known):
         return Estimate(np.nan, np.nan, np.nan)
@@ -111,9 +114,10 @@ def interval(draws: Floats) -> Estimate:
 
 
 def honest_share(before: Rates, now: Rates) -> Floats:
-    """Draws the share of a fall of detections that is real: positives that are gone, against positives that are there and now missed.
+    """Computes, for each posterior draw, which share of a fall of detections is real, that is, due to positives that are gone rather than
+    to positives that are there and now missed.
 
-    A detection is a positive rollout that is flagged. NaN in a draw in which detections have not fallen.
+    A detection is a positive rollout that is flagged. The share is NaN in a draw in which detections have not fallen.
     """
     fall = before.detected - now.detected
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -123,7 +127,8 @@ def honest_share(before: Rates, now: Rates) -> Floats:
 
 @dataclass(frozen=True)
 class FlagRateParts:
-    """The change of the share of flagged rollouts, divided into what changed (Kitagawa 1955); the three parts add up to the change.
+    """Value object with the change of the share of flagged rollouts between two times, divided into three parts by cause (Kitagawa 1955).
+    The parts add up to the change.
 
     Attributes:
         composition: the part due to more or fewer positives.
@@ -137,7 +142,9 @@ class FlagRateParts:
 
 
 def flag_rate_parts(before: Rates, now: Rates) -> FlagRateParts:
-    """Divides the change of the share of flagged rollouts between two times."""
+    """Divides the change of the share of flagged rollouts between two times into the parts due to the number of positives, to recall and to
+    false positives.
+    """
     rate = (before.positive_rate + now.positive_rate) / 2
     recall = (before.recall + now.recall) / 2
     alarms = (before.false_positive_rate + now.false_positive_rate) / 2

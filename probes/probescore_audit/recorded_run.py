@@ -1,4 +1,6 @@
-"""Takes the scores and labels of one probe, under one reading, from the record of a run, for the audit."""
+"""Takes from the record of a training run what the audit of one probe needs: the probe's scores, under one reading (which model's
+activations the probe read), and the labels.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +15,16 @@ _SURE = {"yes": True, "no": False}
 
 
 def recorded_run(record: Record, probe: str, *, reading: str = "frozen", reduction: str | None = None) -> tuple[RunScores, RunLabels]:
-    """Returns a probe's scores of a run's rollouts, and the labels of these.
+    """Returns a probe's recorded scores of the rollouts of a training run, and the labels of those rollouts that were labelled.
 
     Rollouts without a score are left out. So are labels of which the labeller was unsure, and labels of rollouts that were not drawn with a
-    known probability, which the first judgement says. A rollout that was judged several times is positive if every judgement says so.
+    known probability (each rollout's first judgement has this probability). A rollout that was judged several times is positive if every
+    judgement says so.
 
     Args:
-        record: the record of the run.
+        record: the record of the training run.
         probe: key of the probe, ``name@version``.
-        reading: name of the reading.
+        reading: name of the model whose activations the probe read; ``"frozen"`` = the model of the server.
         reduction: reduction of the scores; may be left out if the record has one with a threshold.
 
     Raises:

@@ -36,7 +36,7 @@ class Alarm:
 
 @dataclass(frozen=True)
 class JudgedWindow:
-    """Steps of a run, both ends included, and the judgement on the probe in these steps."""
+    """Value object with a window of consecutive training steps, both ends included, and the judgement on a probe in these steps."""
 
     first_step: int
     last_step: int
@@ -45,7 +45,7 @@ class JudgedWindow:
 
 @dataclass(frozen=True)
 class RunAudit:
-    """Audit of one probe over a training run.
+    """Value object with the audit of one probe over a training run.
 
     Attributes:
         windows: judgements on consecutive windows of steps that do not overlap, the last of which ends with the run's last labelled step;
@@ -60,7 +60,7 @@ class RunAudit:
 
     @property
     def final(self) -> Judgement | None:
-        """The judgement on the last window; ``None`` if the run has too few labels."""
+        """Returns the judgement on a probe in the last window of training steps; ``None`` if the run has too few labels."""
         return self.windows[-1].judgement if self.windows else None
 
 
@@ -76,7 +76,7 @@ def audit_run(
     anchors: Estimate | None = None,
     seed: int = 0,
 ) -> RunAudit:
-    """Audits one probe over a run, from labels of some of the rollouts.
+    """Audits one probe over a training run, from labels of some of the run's rollouts.
 
     Args:
         run: the probe's scores of the run's rollouts.
@@ -84,7 +84,8 @@ def audit_run(
         reference: labelled rollouts of the model before training.
         planned_steps: number of training steps that the run was planned for.
         alpha: largest chance that any audit of the run raises a false alarm.
-        audits: number of audits of the run, one for each probe and reading, among which ``alpha`` is shared out.
+        audits: number of audits of the run, one for each probe and each model whose activations it reads, among which ``alpha`` is shared
+            out.
         window_labels: number of labels of a window, at least.
         anchors: AUROC on fixed labelled texts after training, if there are such.
         seed: seed of the draws from posteriors.
@@ -104,7 +105,9 @@ def audit_run(
 
 
 def _windows(run: RunScores, labels: RunLabels, least_labels: int) -> list[tuple[bool, LabelledWindow]]:
-    """Cuts a run into windows from its end backwards, and returns each with whether it is the last, in the order of the steps."""
+    """Cuts a training run into windows of steps, from its end backwards, and returns the windows in the order of the steps, each with
+    whether it is the run's last one.
+    """
     found: list[tuple[bool, LabelledWindow]] = []
     if not len(labels.rollout):
         return found

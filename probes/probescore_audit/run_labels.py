@@ -1,4 +1,4 @@
-"""Gathers the rollouts of consecutive training steps, and their labels, into what the estimates of a probe's quality are computed from."""
+"""Gathers the rollouts of consecutive training steps, with their labels, for the estimates of how well a probe separates rollouts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ STRATA = len(Stratum)
 
 @dataclass(frozen=True, eq=False)
 class RunScores:
-    """A probe's scores of the rollouts of a training run, in the order of the steps.
+    """Value object with a probe's scores of the rollouts of a training run, in the order of the steps.
 
     Attributes:
         step: training step of each rollout, ``(n,)`` int64, ascending.
@@ -23,7 +23,7 @@ class RunScores:
         threshold: a rollout whose score is at or above this number is flagged.
         max_scores: the same probe's scores under the reduction ``max``, ``(n,)``; ``None`` if the run has none.
         max_threshold: threshold of ``max_scores``.
-        stratum: the ``Stratum`` of each rollout within its step, ``(n,)`` int8.
+        stratum: the ``Stratum`` (class by score) of each rollout within its step, ``(n,)`` int8.
     """
 
     step: Indices
@@ -45,7 +45,8 @@ class RunScores:
         max_scores: ArrayLike | None = None,
         max_threshold: float = np.nan,
     ) -> RunScores:
-        """Checks the columns of a run, and finds the stratum of each rollout.
+        """Checks the columns of a training run's scores, finds the stratum (class by score) of each rollout, and returns all as
+        ``RunScores``.
 
         Raises:
             ValueError: the columns differ in length, the steps do not ascend, or a score is not finite.
@@ -66,19 +67,19 @@ class RunScores:
 
     @property
     def flagged(self) -> NDArray[np.bool_]:
-        """Whether each rollout is flagged, ``(n,)`` bool."""
+        """Returns whether the probe flags each rollout, ``(n,)`` bool."""
         return self.scores >= self.threshold
 
 
 @dataclass(frozen=True, eq=False)
 class RunLabels:
-    """Labels of rollouts of a run. A rollout of which the labeller was unsure is left out.
+    """Value object with the labels of rollouts of a training run. A rollout of which the labeller was unsure is left out.
 
     Attributes:
         rollout: index of each labelled rollout in the columns of ``RunScores``, ``(m,)`` int64, ascending, each once.
         positive: whether the rollout has the behaviour, ``(m,)`` bool.
         inclusion: probability with which the rollout was chosen for labelling, ``(m,)`` float64 in (0, 1].
-        floor: whether it was chosen at random rather than for its score, ``(m,)`` bool.
+        floor: whether the rollout was chosen at random rather than for its score, ``(m,)`` bool.
     """
 
     rollout: Indices
@@ -89,14 +90,16 @@ class RunLabels:
 
 @dataclass(frozen=True, eq=False)
 class StratumCounts:
-    """What the labels of a window say of its three strata: the sufficient statistics of every rate.
+    """Value object with the numbers of rollouts and labels in the three strata (classes of rollouts by score) of a window of training
+    steps: the sufficient statistics of every rate.
 
     Attributes:
         rollouts: number of rollouts of each stratum, ``(3,)`` float64.
-        design_effect: number of rollouts that say as much about the share of flagged rollouts as one independent rollout; at least 1,
-            and more where rollouts of one prompt resemble each other (Kish 1965).
-        labelled: effective number of labels of each stratum, ``(3,)`` float64: the number of equally weighted labels that say as much.
-        positive: effective number of positive ones among these, ``(3,)`` float64.
+        design_effect: number of rollouts in groups that say as much about the share of flagged rollouts as one independent rollout; at
+            least 1, and more where rollouts of one prompt resemble each other (Kish 1965).
+        labelled: effective number of labels of each stratum, ``(3,)`` float64: the number of equally weighted labels that say as much as
+            these.
+        positive: effective number of positive labels of each stratum, ``(3,)`` float64.
     """
 
     rollouts: Floats
@@ -107,11 +110,11 @@ class StratumCounts:
 
 @dataclass(frozen=True, eq=False)
 class LabelledWindow:
-    """The rollouts of consecutive steps of a run, with the labels that some of them have.
+    """Value object with the rollouts of a window of consecutive training steps, and the labels that some of them have.
 
     Attributes:
-        first_step, last_step: the steps, both included.
-        counts: what the labels say of the strata.
+        first_step, last_step: the window's first and last step, both included.
+        counts: the numbers of rollouts and labels in each stratum (class of rollouts by score).
         stratum: the ``Stratum`` of each labelled rollout, ``(m,)`` int8.
         positive: whether each labelled rollout has the behaviour, ``(m,)`` bool.
         weight: the number of rollouts for which each labelled rollout stands, ``(m,)`` float64.
@@ -131,7 +134,7 @@ class LabelledWindow:
 
 
 def labelled_window(run: RunScores, labels: RunLabels, first_step: int, last_step: int) -> LabelledWindow:
-    """Gathers the rollouts of the steps from ``first_step`` to ``last_step``, both included, and their labels."""
+    """Gathers the rollouts of a training run from step ``first_step`` to step ``last_step``, both included, and their labels."""
     start, end = np.searchsorted(run.step, [first_step, last_step + 1])
     chosen = slice(*np.searchsorted(labels.rollout, [start, end]))
     rollout, positive, weight = labels.rollout[chosen], labels.positive[chosen], 1 / labels.inclusion[chosen]
@@ -161,7 +164,9 @@ def labelled_window(run: RunScores, labels: RunLabels, first_step: int, last_ste
 
 
 def latest_window(run: RunScores, labels: RunLabels, last_step: int, least_labels: int) -> LabelledWindow | None:
-    """Gathers the fewest steps up to ``last_step`` that have enough labels together; ``None`` if all steps up to it have too few."""
+    """Gathers the rollouts and labels of the shortest window of training steps that ends with ``last_step`` and has enough labels; ``None``
+    if all steps up to ``last_step`` have too few.
+    """
     known = int(np.searchsorted(labels.rollout, np.searchsorted(run.step, last_step + 1)))
     if known < least_labels:
         return None
@@ -169,7 +174,9 @@ def latest_window(run: RunScores, labels: RunLabels, last_step: int, least_label
 
 
 def _design_effect(flagged: NDArray[np.bool_], step: Indices, prompt: Indices) -> float:
-    """Estimates the design effect of the share of flagged rollouts, whose clusters are the rollouts of one prompt in one step."""
+    """Estimates the design effect of the share of flagged rollouts: how many rollouts say as much as one independent rollout. The clusters
+    are the rollouts of one prompt in one training step.
+    """
     rate = float(flagged.mean()) if len(flagged) else 0.0
     if not 0 < rate < 1:
         return 1.0

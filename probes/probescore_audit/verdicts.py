@@ -2,7 +2,7 @@
 
 A falling score means nothing by itself: it can be better behaviour, a blind probe, or a moved threshold. The verdict compares the rates of
 a window of training steps with those of the model before training. A condition holds *surely* if the 95% interval lies wholly on one side.
-The rules are tried in order; the first whose conditions hold gives the verdict.
+The rules for the verdict are tried in order; the first whose conditions hold gives the verdict.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ class Judgement:
         auroc: AUROC in the window; approximate.
         honest_share: share of a fall of detections that is real, with the rest positives that are now missed; NaN unless detections fell.
         reference_positive_rate: share of positives before training.
-        reference_recall: recall before training.
-        flag_rate_parts: the change of the share of flagged rollouts, divided into what changed.
+        reference_recall: share of the positives that were flagged before training.
+        flag_rate_parts: the change of the share of flagged rollouts, divided into three parts by cause.
         labels: number of labels in the window.
         more_labels: number of further labels that would probably decide; 0 = decided, ``None`` = more than 1,024.
     """
@@ -84,7 +84,9 @@ class Judgement:
 
 @dataclass(frozen=True, eq=False)
 class _Comparison:
-    """What the rules look at: estimates of changes between the model before training and a window of steps."""
+    """Value object with the estimated changes between the model before training and a window of training steps, from which rules find the
+    verdict on a probe.
+    """
 
     rate_ratio: Estimate
     detected_ratio: Estimate
@@ -101,13 +103,13 @@ class _Comparison:
 
 
 def judge(window: LabelledWindow, reference: ReferenceCounts, *, seed: int = 0, anchors: Estimate | None = None) -> Judgement:
-    """Judges a probe in a window of training steps.
+    """Judges how well a probe still works in a window of training steps, compared with the model before training.
 
     Args:
         window: rollouts of consecutive steps with labels. Fewer than 320 labels seldom decide anything.
         reference: labelled rollouts of the model before training.
         seed: seed of the draws from the posterior.
-        anchors: AUROC of the probe on fixed labelled texts, read anew at these steps; used in place of the window's AUROC, which falls
+        anchors: AUROC of the probe on fixed labelled texts, scored anew at these steps; used in place of the window's AUROC, which falls
             without any fault of the probe as the easy rollouts disappear.
     """
     rng = np.random.default_rng(seed)
@@ -158,7 +160,9 @@ def _compare(before: Rates, now: Rates, auroc: Estimate, reference_auroc: Estima
 
 
 def _verdict(found: _Comparison) -> Verdict:
-    """Applies the rules; a comparison with NaN is false, so that what is not known counts as not sure."""
+    """Applies the rules for the verdict on a probe in their order, and returns the verdict. A comparison with NaN is false, so that a
+    change that is not known counts as not sure.
+    """
     weaker = found.recall_change.high < -0.05
     missing_more = found.missed_ratio.low > 1.5 or (found.detections_fell and found.honest.high < 0.9)
     holds = found.recall_change.low > -0.2
@@ -192,7 +196,9 @@ def _why_weaker(found: _Comparison) -> Verdict:
 
 
 def _max_recall(window: LabelledWindow, rng: np.random.Generator) -> Floats | None:
-    """Draws the recall of the probe under the reduction ``max``; ``None`` if the run has no such scores, or no positive is labelled."""
+    """Samples from its posterior the recall of a probe, in a window of training steps, under the reduction ``max`` (the highest token
+    score); ``None`` if the run has no such scores, or no positive is labelled.
+    """
     if window.max_flagged is None or not window.positive.any():
         return None
     weight, flagged = window.weight[window.positive], window.max_flagged[window.positive]
@@ -210,10 +216,11 @@ def _labels_to_decide(
     max_recall: Floats | None,
     rng: np.random.Generator,
 ) -> int | None:
-    """Returns the smallest number of further labels after which most simulated fills are decided; ``None`` if that takes too many.
+    """Returns the smallest number of further labels after which the verdict on a probe is certain in most simulations; ``None`` if 1,024
+    labels are too few.
 
-    A fill draws shares of positives from the posterior, and labels from them; labels go to the strata by Neyman's (1934) rule, in
-    proportion to the standard deviation that each contributes.
+    A simulation draws shares of positives from the posterior, and labels from these shares. Labels go to the strata (classes of rollouts by
+    score) by Neyman's (1934) rule, in proportion to the standard deviation that each contributes.
     """
     thinned = Rates(before.positive_rate[:_FILL_DRAWS], before.recall[:_FILL_DRAWS], before.false_positive_rate[:_FILL_DRAWS])
     mean = (counts.positive + 0.5) / (counts.labelled + 1)

@@ -1,4 +1,6 @@
-"""Estimates the AUROC of a window of training steps, of whose rollouts some are labelled with known probabilities."""
+"""Estimates the AUROC of a probe in a window of training steps, in which some rollouts are labelled, each chosen with a known
+probability.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +16,13 @@ _PRIOR = 0.25
 
 
 def window_auroc(window: LabelledWindow, rng: np.random.Generator) -> Estimate:
-    """Estimates the AUROC of all rollouts of a window from the labelled ones.
+    """Estimates a probe's AUROC on all rollouts of a window of training steps from the labelled rollouts.
 
-    Between strata the order of scores is known, so that what is uncertain is how positives and negatives are spread over the strata, which
-    is drawn as for the rates, and the AUROC within each stratum. The latter is drawn from a beta distribution with three observations for
-    each effective positive of the stratum: with one it would have the largest variance that an AUROC can have (Birnbaum and Klose 1957),
-    and intervals would be far too wide. The interval is approximate. NaN if no labelled rollout is positive, or all are.
+    Between strata (classes of rollouts by score) the order of scores is known. Two things are uncertain: how positives and negatives are
+    spread over the strata, which is drawn from a posterior, and the AUROC within each stratum. That AUROC is drawn from a beta distribution
+    with three observations for each effective positive of the stratum: with one observation it would have the largest variance that an
+    AUROC can have (Birnbaum and Klose 1957), and intervals would be far too wide. The interval is approximate. The estimate is NaN if no
+    labelled rollout is positive, or all are.
     """
     if not window.positive.any() or window.positive.all():
         return Estimate(np.nan, np.nan, np.nan)
@@ -38,10 +41,10 @@ def window_auroc(window: LabelledWindow, rng: np.random.Generator) -> Estimate:
 
 
 def difference_low(now: Estimate, before: Estimate) -> float:
-    """Returns the lower end of the 95% interval of a difference, from the intervals of both sides (Zou and Donner 2008)."""
+    """Returns the lower end of the 95% interval of the difference of two estimates, from the 95% interval of each (Zou and Donner 2008)."""
     return now.value - before.value - float(np.hypot(now.value - now.low, before.high - before.value))
 
 
 def difference_high(now: Estimate, before: Estimate) -> float:
-    """Returns the upper end of the 95% interval of a difference, from the intervals of both sides (Zou and Donner 2008)."""
+    """Returns the upper end of the 95% interval of the difference of two estimates, from the 95% interval of each (Zou and Donner 2008)."""
     return now.value - before.value + float(np.hypot(now.high - now.value, before.value - before.low))

@@ -182,7 +182,7 @@ def tap(value: _Given, argument: str, num_hidden_layers: int) -> Tap:
 
     Raises:
         TypeError: the value is neither a ``Tap`` nor text.
-        ValueError: there is no hook of that name, or the model has no decoder block of that number.
+        ValueError: there is no hook (kind of point in the model) of that name, or the model has no decoder block of that number.
     """
     *others, last = (f"{hook}.N" if hook.has_layer else str(hook) for hook in Hook)
     hooks = f"{', '.join(others)} or {last}"
@@ -215,7 +215,8 @@ def taps(value: _Given, num_hidden_layers: int) -> list[Tap]:
 
     Raises:
         TypeError: the value is not a list of taps.
-        ValueError: the list is empty, there is no hook of a given name, or the model has no decoder block of a given number.
+        ValueError: the list is empty, there is no hook (kind of point in the model) of a given name, or the model has no decoder block of a
+            given number.
     """
     if isinstance(value, Tap):
         raise TypeError(f"taps: a Tap ({value}); give a list of taps, such as [{value}]")

@@ -35,7 +35,9 @@ class Nodes:
         self._types: dict[str, np.dtype[Any]] = {}
 
     def apply(self, operator: str, *inputs: str, domain: str = "", dtype: DTypeLike | None = None, **attributes: _Attribute) -> str:
-        """Adds an operator with one result to an ONNX graph; the result has the dtype of the first input unless ``dtype`` is given."""
+        """Adds an operator with one result to an ONNX graph, and returns the result's name; the result has the dtype of the first input
+        unless ``dtype`` is given.
+        """
         name = f"value_{len(self.nodes)}"
         self.nodes.append(helper.make_node(operator, list(inputs), [name], domain=domain or None, **attributes))
         self._types[name] = np.dtype(dtype) if dtype is not None else self._type(inputs[0])
@@ -104,7 +106,9 @@ class Nodes:
         return parts[0] if len(parts) == 1 else self.apply("Sum", *parts)
 
     def normalised(self, columns: Sequence[str]) -> str:
-        """Adds ONNX nodes that divide columns ``(N, 1)``, side by side, by their sum, in float64; a sum of 0 gives equal shares."""
+        """Adds ONNX nodes that put columns ``(N, 1)`` side by side and divide each row by its sum, in float64; a row whose sum is 0 becomes
+        equal shares.
+        """
         every = self.apply("Concat", *[self.cast(column, np.float64) for column in columns], axis=1)
         total = self.apply("ReduceSum", every, self.constant(np.array([1])), keepdims=1)
         nothing = self.apply("Equal", total, self.constant(np.array(0.0)), dtype=np.bool_)
@@ -113,8 +117,8 @@ class Nodes:
         return self.apply("Where", nothing, even, self.apply("Div", every, safe), dtype=np.float64)
 
     def interpolated(self, x: str, at: Array, values: Array) -> str:
-        """Adds ONNX nodes that interpolate between points ``(at, values)``, constant before the first and after the last: ``(N, 1)`` to
-        ``(N, 1)``.
+        """Adds ONNX nodes for a function from ``(N, 1)`` to ``(N, 1)`` that interpolates linearly between points ``(at, values)``, and is
+        constant before the first point and after the last.
         """
         at, values = np.asarray(at, np.float64), np.asarray(values, np.float64)
         if len(at) == 1:
@@ -165,7 +169,9 @@ class Nodes:
         )
 
     def inline(self, model: onnx.ModelProto, x: str) -> str:
-        """Adds the nodes of another ONNX model with one input that its last output needs, and returns the name of that output."""
+        """Adds to an ONNX graph those nodes of another ONNX model, which has one input, that the last output of this model needs, and
+        returns the name of the output.
+        """
         prefix = f"part_{len(self.nodes)}_"
         graph = compose.add_prefix(model, prefix).graph
         result: str = graph.output[-1].name
@@ -181,8 +187,8 @@ class Nodes:
         return result
 
     def model(self, at: str, width: int, result: str) -> onnx.ModelProto:
-        """Returns the collected nodes as an ONNX model, from rows ``(N, width)`` float32 under the name ``at`` to the value named
-        ``result``.
+        """Returns an ONNX model of the nodes that were added before: its input, named ``at``, is rows ``(N, width)`` float32, and its
+        output is the value that ``result`` names.
         """
         inputs = [helper.make_tensor_value_info(at, onnx.TensorProto.FLOAT, ["n", width])]
         outputs = [helper.make_tensor_value_info(result, onnx.TensorProto.FLOAT, ["n", None])]
@@ -199,6 +205,6 @@ def _read_by(node: onnx.NodeProto) -> set[str]:
 
 
 def _float32_below(threshold: float) -> float:
-    """Returns the largest float32 that is not above a threshold; ``x <= threshold`` is the same with both for float32 ``x``."""
+    """Returns the largest float32 that is not above a threshold; a float32 ``x`` is at most the one exactly if it is at most the other."""
     nearest = np.float32(np.clip(threshold, -np.finfo(np.float32).max, np.finfo(np.float32).max))
     return float(np.nextafter(nearest, np.float32(-np.inf)) if nearest > threshold else nearest)

@@ -56,8 +56,8 @@ class ReferenceModel:
             model: a directory, or the id of a model on the hub.
             revision: branch, tag or commit of a model on the hub; empty = its main branch.
             model_id: name of the model in the manifest; empty = the hub id, or the directory's name.
-            dtype: dtype of the weights; golden vectors (rollouts with scores of the author's code) are made in float32, fitting may use
-                less.
+            dtype: dtype of the weights; golden vectors (rollouts with scores of the author's code) are made in float32, while a model that
+                only gives activations to fit on may be less exact.
             device: device to load to, such as ``cuda:0``.
             trust_remote_code: whether the model may bring its own Python code, which is then run.
 
@@ -91,7 +91,9 @@ class ReferenceModel:
 
     @property
     def special_token_ids(self) -> tuple[int, ...]:
-        """Returns the ids of the tokenizer's special tokens, in order, which a probe with ``exclude_special_tokens`` leaves out."""
+        """Returns the ids of the tokenizer's special tokens, in order, which a probe with the setting ``exclude_special_tokens`` leaves out
+        of the score of a rollout.
+        """
         return tuple(sorted({int(token) for token in self.tokenizer.all_special_ids if token is not None}))
 
     def activations(self, token_ids: TokenIds, taps: Sequence[Tap | str]) -> dict[Tap, NDArray[np.float32]]:
@@ -201,7 +203,7 @@ def reference_activations(model: PreTrainedModel, token_ids: TokenIds, taps: Seq
 
 
 def _vocabulary(model: PreTrainedModel) -> arguments.Vocabulary:
-    """Returns the ids for which a model has an embedding, and marks those that stand for something other than text."""
+    """Returns the token ids for which a model has an embedding, and which of them stand for pictures, videos or sound instead of text."""
     config = model.config
     placeholders = {}
     if is_wrapper(config):

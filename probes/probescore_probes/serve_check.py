@@ -1,7 +1,7 @@
-"""Serves a probe file that was just written, and compares the scores that it serves with those that its author fitted.
+"""Serves a probe file that was just written, and compares the served scores with those that its author's fit gave.
 
-Golden vectors compare token scores. They do not see that a probe was fitted on the last token and is served as a mean, or that a nonlinear
-probe of mean activations is served token by token: only scores of whole rollouts do.
+Golden vectors (scores in the file that a server must reproduce) compare token scores. They do not see that a probe was fitted on the last
+token and is served as a mean, or that a nonlinear probe of mean activations is served token by token: only scores of whole rollouts do.
 """
 
 from __future__ import annotations
@@ -41,12 +41,14 @@ logger = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ServeCheck:
-    """Labelled rollouts, with the scores that were fitted, on which ``write_probe`` compares the served file.
+    """Labelled rollouts with the scores that the author's fit gave them; ``write_probe`` serves the new probe file and compares its scores
+    with these.
 
     Attributes:
         rollouts: rollouts as ``(prompt_ids, completion_ids)``, at least two.
-        scores: the score of each whole rollout as the author's fit gave it, ``(n,)``, in the unit of the manifest's ``reduce_on``.
-        positive: label of each rollout, ``(n,)``; if given, a message also says how well both scores tell the labels apart.
+        scores: the score of each whole rollout as the author's fit gave it, ``(n,)``, in the unit that the manifest's ``reduce_on`` names.
+        positive: label of each rollout, ``(n,)``; if given, a message also says how well the fitted and the served scores tell the labels
+            apart.
         dtype: dtype in which the file is served.
         model: directory of the model, or its id on the hub; by default where the reference model was loaded from.
     """
@@ -60,7 +62,9 @@ class ServeCheck:
 
 @dataclass(frozen=True, eq=False)
 class CheckedRollouts:
-    """The rollouts of a ``ServeCheck`` after its arguments were checked: fitted scores and labels, ``(n,)`` each."""
+    """Rollouts to compare a served probe file on, after the arguments of a ``ServeCheck`` were checked, with the scores that the author's
+    fit gave them and their labels, ``(n,)`` each.
+    """
 
     groups: list[RolloutGroup]
     fitted: NDArray[np.float64]
@@ -69,7 +73,7 @@ class CheckedRollouts:
 
 
 def read_serve_check(given: Any, reference: ReferenceModel) -> CheckedRollouts:  # noqa: ANN401 - whatever an author hands over
-    """Checks the parts of a ``ServeCheck``.
+    """Checks the parts of a ``ServeCheck``: rollouts on which a served probe file is compared with the scores that its author's fit gave.
 
     Raises:
         TypeError: a part has the wrong type.
@@ -94,10 +98,10 @@ def read_serve_check(given: Any, reference: ReferenceModel) -> CheckedRollouts: 
 
 
 def engine_of(given: ServeCheck, reference: ReferenceModel, file: Path) -> Engine:
-    """Returns an engine that serves a probe file for a ``ServeCheck``.
+    """Returns an engine, which runs the model and its probes, to serve a probe file for the comparison that a ``ServeCheck`` describes.
 
     Raises:
-        ValueError: what serves probe files is not installed.
+        ValueError: the package that serves probe files is not installed.
         ProbeRefused: the engine refuses the file.
     """
     try:
@@ -112,7 +116,8 @@ def engine_of(given: ServeCheck, reference: ReferenceModel, file: Path) -> Engin
 
 
 def served_reduction(engine: Engine, checked: CheckedRollouts, file: ProbeFile, chosen: bool) -> str | None:
-    """Returns the reduction under which a served probe gives the scores that were fitted; ``None`` for a probe that pools by itself.
+    """Returns the reduction (from token scores to one score of a rollout) under which a served probe gives the scores that its author's fit
+    gave; ``None`` for a probe that pools by itself.
 
     Args:
         engine: engine that serves the one probe file.
@@ -158,7 +163,9 @@ def _remedy(bound: float, dtype: str, nearest: str | None, apart: dict[str | Non
 
 
 def _apart(served: NDArray[np.float64], fitted: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Returns |fitted − served| in standard deviations of the fitted scores; infinite where a rollout has no served score."""
+    """Returns how far the scores that a probe file serves are from those that its author's fit gave, |fitted − served|, in standard
+    deviations of the fitted scores; infinite where a rollout has no served score.
+    """
     apart: NDArray[np.float64] = np.abs(served - fitted) / fitted.std()
     return np.where(np.isnan(apart), np.inf, apart)
 

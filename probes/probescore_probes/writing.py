@@ -78,7 +78,8 @@ def write_probe(
     author: str = "",
     license: str = "",
 ) -> ProbeFile:
-    """Writes a probe file with golden vectors from plain Hugging Face and the author's own code, and checks the file.
+    """Writes a probe file with golden vectors (scores of the author's own code on activations of plain Hugging Face transformers, which a
+    server must reproduce), and checks the file.
 
     Args:
         path: path of the file; an existing file there must be a probe file of another name or version, or identical to the new file.
@@ -92,14 +93,15 @@ def write_probe(
         context: tokens on which a score depends besides its own token; a probe that is not pointwise is given ``cu_seqlens``.
         positions: whether the probe is given each token's position in its rollout.
         reduce_on: unit of the scores that the server sends; by default the unit of the probe.
-        reduction: default reduction; if not given, the one that ``serve_check`` finds, else ``"mean"``; none for a probe that pools by
-            itself.
+        reduction: default reduction, from token scores to one score of a rollout; if not given, the one that ``serve_check`` finds, else
+            ``"mean"``; none for a probe that pools by itself.
         exclude_special_tokens: whether the special tokens of the reference's tokenizer are left out of reductions and pooling; the manifest
             lists the ids of these tokens, so that another tokenizer's padding token changes nothing.
         expects_bos: whether prompts start with BOS; ``None`` = not checked.
         follow_up: token ids that the server appends to each finished completion; the probe reads these tokens instead of the completion.
         calibrations: thresholds from ``probescore_audit.calibrate``, or the manifest's own records, such as those of another probe file.
-        evaluations: qualities from ``probescore_audit.evaluate_auroc``, or the manifest's own records, which may be of any metric.
+        evaluations: measured qualities of the probe from ``probescore_audit.evaluate_auroc``, or the manifest's own records, which may be
+            of any metric.
         training: method and data with which the probe was trained.
         tolerance: largest allowed differences of a server's scores from the golden scores; by default those of ``Tolerance``, and a larger
             one for float32 if a comparison with float64 shows that the reference model is less exact.
@@ -179,7 +181,8 @@ def _golden(rollouts: Sequence[GoldenRollout], tolerance: Tolerance) -> Golden:
 
 
 def _checked_graph(manifest: Manifest, probe: ProbeFunction, rollouts: Sequence[GoldenRollout], file: str) -> onnx.ModelProto:
-    """Returns the probe's graph after all checks that a server makes of it, and a comparison with the author's code.
+    """Returns a probe's ONNX graph after all checks that a server makes of a probe file, and after a comparison of the graph's scores with
+    those of the author's code.
 
     Raises:
         ProbeRefused: a server would refuse the file, or the graph gives other scores than the author's code.
@@ -195,10 +198,11 @@ def _checked_graph(manifest: Manifest, probe: ProbeFunction, rollouts: Sequence[
 def _as_fitted(
     graph: onnx.ModelProto, manifest: Manifest, serve_check: ServeCheck, checked: CheckedRollouts, reference: ReferenceModel, chosen: bool
 ) -> Manifest:
-    """Returns a manifest whose reduction is the one that was fitted, after a draft of the file was served.
+    """Returns the manifest of a probe file with the reduction (from token scores to one score of a rollout) under which a served draft of
+    the file gives the scores of the author's fit.
 
     Raises:
-        ProbeRefused: the draft serves other scores than were fitted.
+        ProbeRefused: the draft serves other scores than the author's fit gave.
     """
     with tempfile.TemporaryDirectory() as folder:
         draft = Path(folder) / "probe.onnx"
@@ -218,7 +222,7 @@ def _measured_tolerance(scorer: GoldenScorer, golden: Golden, file: str) -> Tole
     """Returns the default tolerance for golden scores (those of the author's code), with a larger tolerance in float32 if the reference
     model's own rounding is large.
 
-    The rounding errors of a worker process may be as large as those of the reference model, and in the other direction.
+    The rounding errors of a server may be as large as those of the reference model, and in the other direction.
 
     Raises:
         ProbeRefused: the reference model's rounding would need a larger tolerance than ``MAX_MEASURED_TOLERANCE``.
@@ -245,7 +249,7 @@ def _measured_tolerance(scorer: GoldenScorer, golden: Golden, file: str) -> Tole
 
 
 def _bare(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Returns a graph in the form that a server takes.
+    """Returns a probe's ONNX graph in the form that a server takes.
 
     Functions are inlined, the IR version is one that every server reads, and doc strings and metadata are removed, since exporters write
     stack traces with paths of the author's files into them.

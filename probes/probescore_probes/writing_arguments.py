@@ -1,4 +1,6 @@
-"""Checks the arguments of ``write_probe`` before anything is computed: first each argument alone, then pairs that may conflict."""
+"""Checks the arguments of ``write_probe``, which writes a probe file, before anything is computed: first each argument alone, then pairs
+that may conflict.
+"""
 
 from __future__ import annotations
 
@@ -88,7 +90,7 @@ def check_reference(reference: _Given) -> None:
 
 
 def read_taps(taps: _Given, reference: ReferenceModel) -> tuple[Tap, ...]:
-    """Returns the taps (points in the model) that a probe reads.
+    """Returns the taps (points in the model) at which a probe reads activations.
 
     Raises:
         TypeError: the value is not a list of taps.
@@ -158,7 +160,7 @@ def _check_columns(columns: int, labels: Sequence[str]) -> None:
 
 
 def read_labels(labels: _Given) -> tuple[str, ...]:
-    """Returns the labels, which are the names of the score's columns.
+    """Returns a probe's labels, which are the names of its score columns.
 
     Raises:
         TypeError: the value is not a list of texts.
@@ -194,7 +196,8 @@ def check_parts(
     tolerance: _Given,
     reference: ReferenceModel,
 ) -> None:
-    """Checks that the parts of a manifest that an author gives have the right types and fit the reference model.
+    """Checks that the parts of a probe's manifest (description in its file) that its author gives have the right types and fit the
+    reference model.
 
     Raises:
         TypeError: a part has the wrong type.
@@ -213,7 +216,7 @@ def check_parts(
 
 
 def read_calibrations(calibrations: _Given, labels: Sequence[str]) -> tuple[CalibrationRecord, ...]:
-    """Returns thresholds in the form that the manifest stores, each for one label or for all labels.
+    """Returns a probe's thresholds in the form that the manifest (description) in its file stores, each for one label or for all labels.
 
     Raises:
         TypeError: an entry is not a threshold.
@@ -231,7 +234,7 @@ def read_calibrations(calibrations: _Given, labels: Sequence[str]) -> tuple[Cali
 
 
 def read_evaluations(evaluations: _Given) -> tuple[Evaluation, ...]:
-    """Returns measured qualities, such as an AUROC, in the form that the manifest stores.
+    """Returns measured qualities of a probe, such as an AUROC, in the form that the manifest (description) in its file stores.
 
     Raises:
         TypeError: an entry is not a measured quality.
@@ -245,7 +248,8 @@ def read_evaluations(evaluations: _Given) -> tuple[Evaluation, ...]:
 
 
 def _recorded(estimate: Auroc | CalibratedThreshold, argument: str, kind: type[_Record], **known: _Given) -> _Record:
-    """Converts an estimate to the part of the manifest whose fields have the same names.
+    """Converts an AUROC or a threshold that was estimated from labelled rollouts to the part of a probe's manifest (description in its
+    file) whose fields have the same names as those of the estimate.
 
     Raises:
         ValueError: the manifest cannot hold one of the values; the error names the value.
@@ -271,7 +275,7 @@ def read_unit(reduce_on: _Given, probe: ProbeFunction) -> ScoreUnit:
 
 
 def read_reduction(reduction: _Given, context: Context) -> str | None:
-    """Returns a probe's default reduction as text; ``None`` for a probe that pools by itself.
+    """Returns a probe's default reduction (from token scores to one score of a rollout) as text; ``None`` for a probe that pools by itself.
 
     Raises:
         ValueError: there is no reduction of that name, or a reduction is given for a probe that pools by itself.

@@ -1,4 +1,5 @@
-"""Serves a frozen language model and its probes over gRPC, to score reinforcement-learning rollouts.
+"""Serves a frozen language model and its probes (small classifiers over the model's activations) over gRPC, to score reinforcement-learning
+rollouts.
 
 ``from probescore_server import Engine`` scores rollouts in the same way inside a program's own process, without a server.
 """

@@ -1,4 +1,4 @@
-"""Decides which work runs on the front process's event loop and which in a thread.
+"""Decides which work runs on the event loop of the front process, which owns the gRPC port, and which work runs in a thread.
 
 Work of more than about a millisecond on the loop would delay every other RPC. Switching threads costs more time than a small piece of work
 itself, so each kind of work has a size up to which it stays on the loop.
@@ -32,7 +32,7 @@ MAX_BYTES_UNPICKLED_ON_LOOP = 16_384
 
 
 async def off_the_loop(work: Callable[..., Result], *args: object, small: bool, **options: object) -> Result:
-    """Calls ``work`` with the given arguments and returns its result. The call runs on the event loop itself if ``small`` is true, else in
-    a thread.
+    """Calls the function ``work`` with the given arguments and returns its result. The call runs on the event loop itself if ``small`` is
+    true, else in a thread.
     """
     return work(*args, **options) if small else await asyncio.to_thread(work, *args, **options)

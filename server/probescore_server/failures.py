@@ -12,7 +12,7 @@ from enum import Enum
 
 
 class FailureKind(Enum):
-    """Enumeration of the three kinds of failure of a computation that the server treats differently."""
+    """Enumeration of the kinds of failure of a computation: too little memory, a lost device, or another cause."""
 
     MEMORY_SHORT = "memory short"
     """Kind of failure: there was too little memory. The same work in smaller pieces may fit."""

@@ -25,7 +25,7 @@ _DOWNLOAD = "download the file, and give its path"
 
 @dataclass(frozen=True)
 class HubProbes:
-    """The probe files of a repository on the hub.
+    """Reference to one probe file, or to all probe files, of a repository on the Hugging Face hub.
 
     Attributes:
         repository: ``organisation/repository``.
@@ -39,7 +39,7 @@ class HubProbes:
 
     @classmethod
     def parse(cls, name: str) -> HubProbes:
-        """Reads a name that begins with ``hf:``.
+        """Parses the name of probe files on the Hugging Face hub, ``hf:ORGANISATION/REPOSITORY[@REVISION][:FILE.onnx]``.
 
         Raises:
             ProbeRefused: the name has another form.
@@ -54,11 +54,14 @@ class HubProbes:
 
     @property
     def has_commit(self) -> bool:
-        """Whether the revision is a full commit, which always means the same files."""
+        """Returns whether the revision of a repository on the hub is stated as a full commit hash, which, unlike a branch, always means the
+        same files.
+        """
         return _COMMIT.fullmatch(self.revision) is not None
 
     def pinned(self) -> tuple[HubProbes, ...]:
-        """Asks the hub for the commit that the revision means now, and returns each probe file of it.
+        """Asks the Hugging Face hub for the commit to which the revision (a branch or tag) points now, and returns each probe file that is
+        meant, named with this commit.
 
         Raises:
             ProbeRefused: the hub cannot be reached, or has no such repository, revision or file; or a file is too large.
@@ -98,7 +101,7 @@ class HubProbes:
         return tuple(HubProbes(self.repository, str(found.sha), name) for name in names)
 
     def path(self) -> Path:
-        """Returns the local copy of a file of a commit, downloaded if it is not there yet.
+        """Returns the path of the local copy of a probe file on the Hugging Face hub, which is downloaded if there is no copy yet.
 
         Raises:
             ProbeRefused: the hub cannot be reached, or has no such file.
@@ -132,16 +135,17 @@ def _is_probe_file(name: str) -> bool:
 
 
 def pinned_names(names: Sequence[str]) -> tuple[str, ...]:
-    """Returns names of probe files in which every one on the hub is named with its commit; other paths stay as they are.
+    """Returns names of probe files, in which the name of each file on the Hugging Face hub states its commit; local paths stay as they are.
 
     Raises:
-        ProbeRefused: as ``HubProbes.pinned``.
+        ProbeRefused: the hub cannot be reached, or has no such repository, revision or file; or a file is too large.
     """
     return tuple(str(each) for name in names for each in (_pinned(name) if name.startswith(PREFIX) else (name,)))
 
 
 def local_paths(names: Sequence[str], report: Callable[[str], None]) -> tuple[str, ...]:
-    """Returns the paths of probe files, of which those on the hub are downloaded; other paths stay as they are.
+    """Returns the local paths of probe files. Files on the Hugging Face hub are downloaded first; paths that are local already stay as they
+    are.
 
     Args:
         names: paths of files and directories, and names that begin with ``hf:``.
@@ -162,10 +166,10 @@ def local_paths(names: Sequence[str], report: Callable[[str], None]) -> tuple[st
 
 
 def local_file(name: str, report: Callable[[str], None]) -> str:
-    """Returns the path of one probe file; arguments are those of ``local_paths``.
+    """Returns the local path of one probe file, which is downloaded first if its name begins with ``hf:`` (a file on the Hugging Face hub).
 
     Raises:
-        ProbeRefused: as ``local_paths``; also if the repository has several probe files and the name says none.
+        ProbeRefused: the hub cannot be reached, or has no such file; or the repository has several probe files and the name states none.
     """
     if not name.startswith(PREFIX):
         return name
@@ -177,6 +181,8 @@ def local_file(name: str, report: Callable[[str], None]) -> str:
 
 
 def _pinned(name: str) -> tuple[HubProbes, ...]:
-    """Returns each file that a name means, with its commit. The hub is not asked for what names its commit and file already."""
+    """Returns each probe file that a name beginning with ``hf:`` stands for, with its commit. The Hugging Face hub is asked for the commit
+    and the files unless the name states both.
+    """
     probes = HubProbes.parse(name)
     return (probes,) if probes.has_commit and probes.file else probes.pinned()

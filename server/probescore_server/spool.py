@@ -1,7 +1,9 @@
-"""Keeps what was read of probe files, so that every worker process, and every later one, gets the same bytes.
+"""Keeps the content of probe files in memory as it was first read, so that every worker process, including one that starts later, gets the
+same bytes.
 
-The front process reads each file once, into memory that belongs to no folder. The file may be replaced or removed afterwards; what was read
-stays until it is forgotten, and a reader refuses it if it has changed.
+The front process, which owns the server's port and starts the worker processes, reads each file once, into memory that belongs to no
+folder. The file may be replaced or removed afterwards: its content stays in memory until the front process forgets it. A process that reads
+the content from memory refuses it if it has changed.
 """
 
 from __future__ import annotations
@@ -20,14 +22,14 @@ from probescore_server.errors import StartupError
 
 @dataclass(frozen=True)
 class SpooledFile:
-    """Value object that says where the content of a probe file is kept, for processes of the same user on the same machine.
+    """Value object that says where the content of a probe file is kept in memory, for processes of the same user on the same machine.
 
     Attributes:
         file: the file's path as it was read, for messages.
         sha256: digest of the content, in hexadecimal digits.
-        volume: path of the spool's volume that holds the content, as long as the spool keeps it.
-        start: index of the content's first byte in the volume.
-        size: number of bytes.
+        volume: path of the anonymous file that holds the content, as long as the content is kept.
+        start: index of the content's first byte in the anonymous file.
+        size: number of bytes of the content.
     """
 
     file: str
@@ -37,10 +39,10 @@ class SpooledFile:
     size: int
 
     def read(self) -> bytes:
-        """Returns the content.
+        """Returns the content of a probe file from the memory in which it is kept.
 
         Raises:
-            StartupError: it is not there any more, or it is not the content that was kept.
+            StartupError: the content is not there any more, or is not the content that was kept.
         """
         try:
             with open(self.volume, "rb", buffering=0) as volume:  # noqa: PTH123 - of a descriptor, which is no path on a disk
@@ -55,14 +57,15 @@ class SpooledFile:
 
 @dataclass(eq=False)
 class _Volume:
-    """Anonymous file in memory with the content of the files that were kept together."""
+    """Anonymous file in memory that holds the content of several probe files, which were kept together."""
 
     file: IO[bytes]
     held: set[str] = field(default_factory=set)
 
 
 class Spool:
-    """Store of the content of probe files, each kept once. It belongs to one process, and its methods run one at a time.
+    """Store, in memory, of the content of probe files, with equal content kept once. It belongs to one process, and its methods run one at
+    a time.
 
     The files of one ``keeping`` block share one open file, however many they are.
     """
@@ -73,7 +76,7 @@ class Spool:
 
     @contextmanager
     def keeping(self) -> Iterator[SpoolWriter]:
-        """Context manager that yields a writer for the content of some files."""
+        """Context manager that yields a writer, which keeps the content of probe files together in one new anonymous file in memory."""
         volume = _Volume(_anonymous_file())
         self._volumes.append(volume)
         try:
@@ -82,7 +85,9 @@ class Spool:
             self._close_empty()
 
     def keep_only(self, digests: Iterable[str]) -> None:
-        """Forgets all content but that with the given digests. The memory is free once no file of a volume is kept."""
+        """Forgets the content of all probe files except content that has one of the given SHA-256 digests. The memory of files that were
+        kept together is freed once the content of all of them is forgotten.
+        """
         wanted = set(digests)
         self._kept = {sha256: kept for sha256, kept in self._kept.items() if sha256 in wanted}
         for volume in self._volumes:
@@ -90,7 +95,7 @@ class Spool:
         self._close_empty()
 
     def close(self) -> None:
-        """Forgets all content."""
+        """Forgets the content of all probe files that are kept in memory."""
         self.keep_only(())
 
     def _close_empty(self) -> None:
@@ -100,14 +105,14 @@ class Spool:
 
 
 class SpoolWriter:
-    """Writer that adds the content of files to one volume of a spool."""
+    """Writer that adds the content of probe files to one anonymous file in memory, from which worker processes can read it."""
 
     def __init__(self, volume: _Volume, kept: dict[str, SpooledFile]) -> None:
         self._volume = volume
         self._kept = kept
 
     def keep(self, file: str, content: bytes) -> SpooledFile:
-        """Keeps the content of a file, unless the spool has this content already, and returns where it is kept."""
+        """Keeps the content of a probe file in memory, unless equal content is kept already, and returns where it is kept."""
         sha256 = hashlib.sha256(content).hexdigest()
         known = self._kept.get(sha256)
         if known is not None:

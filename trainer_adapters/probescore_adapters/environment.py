@@ -1,4 +1,5 @@
-"""Makes a ``ProbeScorer`` from text settings: environment variables, or fields of YAML files and keyword arguments.
+"""Makes a ``ProbeScorer``, which turns probe scores into changes of rewards, from text settings: environment variables, or fields of YAML
+files and keyword arguments.
 
 Trainers that load a function by its path pass no settings to the function. Environment variables reach the function, and every worker
 process of the run.
@@ -31,15 +32,14 @@ _NUMBERS = ("weight", "threshold")
 
 
 def scorer_from_environment(environment: Mapping[str, str] = os.environ) -> ProbeScorer:
-    """Returns a ``ProbeScorer`` configured by environment variables.
+    """Returns a ``ProbeScorer``, which turns probe scores into changes of rewards, configured by environment variables.
 
-    ``PROBESCORE_SIGNALS`` is required: a JSON list of objects with the fields of ``ProbeSignal``, a single object of this kind, or the path
-    of a JSON file that contains the list or the object. ``PROBESCORE_ADDRESS``: the address of the server, or several addresses separated
-    by commas. ``PROBESCORE_ON_FAILURE``, ``PROBESCORE_ON_UNSCORABLE``, ``PROBESCORE_TIMEOUT``, ``PROBESCORE_WAIT_SECONDS``: the fields of
-    ``Policy``. ``PROBESCORE_RAILS``: a JSON object with fields of ``GuardRails``. ``PROBESCORE_RUN_ID``,
-    ``PROBESCORE_TOKENIZER_FINGERPRINT``, ``PROBESCORE_FOLLOW`` (``true`` or ``false``): the arguments of ``ProbeScorer`` with these names;
-    ``ProbeScorer`` also reads ``PROBESCORE_JOB``.
-    An empty variable counts as not set.
+    ``PROBESCORE_SIGNALS`` is required: a JSON list of objects with the fields of ``ProbeSignal`` (a rule from probe scores to rewards), a
+    single object of this kind, or the path of a JSON file that contains the list or the object. ``PROBESCORE_ADDRESS``: the address of the
+    server, or several addresses separated by commas. ``PROBESCORE_ON_FAILURE``, ``PROBESCORE_ON_UNSCORABLE``, ``PROBESCORE_TIMEOUT``,
+    ``PROBESCORE_WAIT_SECONDS``: the fields of ``Policy``. ``PROBESCORE_RAILS``: a JSON object with fields of ``GuardRails``.
+    ``PROBESCORE_RUN_ID``, ``PROBESCORE_TOKENIZER_FINGERPRINT``, ``PROBESCORE_FOLLOW`` (``true`` or ``false``): the arguments of
+    ``ProbeScorer`` with these names; ``ProbeScorer`` also reads ``PROBESCORE_JOB``. An empty variable counts as not set.
 
     Raises:
         ValueError: a variable is missing or wrong; the error names the variable, the field and the given value. For a wrong signal the
@@ -94,7 +94,8 @@ def signals_from(given: Mapping[str, Any] | Sequence[Mapping[str, Any]], where: 
 
 
 def rails_from(given: Mapping[str, Any], where: str = "rails") -> GuardRails:
-    """Makes ``GuardRails`` from a dictionary of fields; fields that are not given keep their defaults.
+    """Makes ``GuardRails`` (limits on the effect of probe scores on rewards) from a dictionary of fields; fields that are not given keep
+    their defaults.
 
     Raises:
         ValueError: a field is unknown or wrong; the error names the field.
@@ -111,7 +112,7 @@ def rails_from(given: Mapping[str, Any], where: str = "rails") -> GuardRails:
 
 
 def _known(kind: type[Union[ProbeSignal, GuardRails]], given: object) -> dict[str, Any]:
-    """Returns the given values whose names are fields of a class, without those that are null.
+    """Returns those of the given settings that are not null, as a dictionary, after a check that their names are fields of a class.
 
     Raises:
         ValueError: a name is not a field of the class.

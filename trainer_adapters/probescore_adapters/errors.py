@@ -4,11 +4,12 @@ from __future__ import annotations
 
 
 class SignalError(ValueError):
-    """Exception raised when the fields of a ``ProbeSignal`` contradict each other, or do not fit the probes that the server has loaded.
+    """Exception raised when the fields of a ``ProbeSignal`` (rule from probe scores to rewards) contradict each other, or do not fit the
+    probes that the server has loaded.
 
     Attributes:
         field: name of the faulty field of ``ProbeSignal``.
-        signal: name of the signal (rule from probe scores to rewards), if it is known.
+        signal: name of the signal, if it is known.
     """
 
     def __init__(self, field: str, problem: str, signal: str = "") -> None:
@@ -22,11 +23,12 @@ class SignalError(ValueError):
 
 
 class Unscorable(ValueError):
-    """Exception raised when a rollout cannot be scored and the policy's ``on_unscorable`` is ``"raise"``."""
+    """Exception raised when probes cannot score a rollout and the scorer's setting ``on_unscorable`` is ``"raise"``."""
 
 
 class ProbeReplaced(SignalError):
-    """Exception raised when the server no longer has the version of a probe that a scorer is pinned to, or has other bytes under its name.
+    """Exception raised when the server no longer has the version of a probe that a scorer is pinned to (has read since its first use), or
+    has other bytes under the probe's name and version.
 
-    The probe's graph, calibration or version differs, so that scores before and after the replacement are not comparable.
+    The probe's graph, calibration or version differs, so that scores before and after the probe's replacement are not comparable.
     """

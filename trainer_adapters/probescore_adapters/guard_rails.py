@@ -1,5 +1,5 @@
-"""Defines guard rails: limits, on by default, that keep a screen or a penalty from harming the training. Each use of a guard rail is
-counted in the metrics.
+"""Defines guard rails: limits, on by default, that keep a screen (removal of rollouts by a probe's score) or a penalty from harming the
+training. Each use of a guard rail is counted in the metrics.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class GuardRails:
 
 @dataclass(frozen=True, eq=False)
 class Screened:
-    """Result of screening a batch of ``n`` rollouts, some of which a screen has flagged.
+    """Result of screening a batch of ``n`` rollouts, some of which a screen has flagged because of a probe's score.
 
     Attributes:
         removed: ``(n,)`` booleans, true = the rollout is not trained on.
@@ -66,7 +66,7 @@ class Screened:
 
 
 def screen(flagged: NDArray[np.bool_], groups: Sequence[Hashable], rails: GuardRails) -> Screened:
-    """Decides which of the flagged rollouts of a batch are removed from training.
+    """Decides which rollouts of a batch that a probe's score has flagged are removed from training.
 
     The limit on the share of the whole batch is checked first. Then, in each group, one of three things happens: the group is removed
     because too few rollouts are left, no rollout is removed because the group's limit is exceeded, or the flagged rollouts are removed.
@@ -98,8 +98,8 @@ def screen(flagged: NDArray[np.bool_], groups: Sequence[Hashable], rails: GuardR
 
 
 def penalty_margin(flagged: NDArray[np.bool_], penalties: Floats, task_rewards: Floats) -> float:
-    """Returns by how much the mean penalty of the flagged rollouts exceeds their gain: their mean task reward minus the mean task reward of
-    the other rollouts.
+    """Returns by how much the mean penalty of the rollouts that a probe flags exceeds their gain: their mean task reward minus the mean
+    task reward of the other rollouts.
 
     The result is NaN if no rollout or every rollout is flagged, since there is nothing to compare.
 

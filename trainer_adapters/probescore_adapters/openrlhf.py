@@ -1,9 +1,9 @@
-"""Adapts OpenRLHF: ``AgentExecutor`` scores exact token ids (for ``--train.agent_func_path``), and ``RewardFunction`` scores text (for
-``--reward.remote_url``).
+"""Connects the trainer OpenRLHF with probes: ``AgentExecutor`` scores exact token ids (for ``--train.agent_func_path``), and
+``RewardFunction`` scores text (for ``--reward.remote_url``).
 
 Both are configured by the environment (``probescore_adapters.environment``), since OpenRLHF loads them by a file's path and gives them no
 arguments. OpenRLHF requests the score of one sample at a time, so that a batch cannot be screened, and takes one number per sample, so that
-no signal (rule from probe scores to rewards) can be dense.
+no signal (rule from probe scores to rewards) can be dense (change the reward of each token).
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class AgentExecutor(SingleTurnAgentExecutor):
         llm_engine: object,
         images: object = None,
     ) -> dict[str, Any]:
-        """Generates and scores one sample; returns the sample with ``reward``, ``scores`` and ``extra_logs``.
+        """Generates one sample and scores it with probes; returns the sample with ``reward``, ``scores`` and ``extra_logs``.
 
         Raises:
             ProbescoreError, SignalError, Unscorable: the errors of ``ProbeScorer.score``, and all errors of the task's reward function. An
@@ -78,15 +78,15 @@ class AgentExecutor(SingleTurnAgentExecutor):
 
 
 class RewardFunction:
-    """OpenRLHF ``reward_func`` on text, for runs that cannot use an agent. The server tokenises the text, and the scores are counted as
-    ``inexact_ids``.
+    """OpenRLHF ``reward_func`` on text, for runs that cannot use an agent. The server tokenises the text, which the metric ``inexact_ids``
+    shows.
 
     A query that does not begin with its prompt gets no score, since the place where the response begins would be a guess.
 
     Raises:
         ValueError: an environment variable is missing or wrong, or ``PROBESCORE_ON_FAILURE`` is ``"raise"``: OpenRLHF catches the
             exceptions of a reward function, and continues without a reward.
-        ProbescoreError: the same errors as ``AgentExecutor``.
+        ProbescoreError: the server does not respond, and ``PROBESCORE_ON_FAILURE`` is not a number.
     """
 
     def __init__(self) -> None:
@@ -95,7 +95,7 @@ class RewardFunction:
             raise ValueError(f"{POLICY_ENV['on_failure']}: OpenRLHF catches what a reward function raises: name a number, or 'wait'")
 
     def __call__(self, queries: Sequence[str], prompts: Sequence[str], labels: Sequence[object]) -> dict[str, Any]:
-        """Scores ``n`` samples given as text.
+        """Scores ``n`` samples given as text with probes, for the trainer OpenRLHF.
 
         Returns:
             A dictionary with ``rewards`` and ``scores``, each ``(n,)``, and ``extra_logs``, a dictionary of arrays ``(n,)``.

@@ -30,7 +30,8 @@ class Outcome:
     """Result of applying all signals (rules from probe scores to rewards) to a batch of ``n`` rollouts.
 
     Attributes:
-        rewards: ``(n,)`` float64: ``task_rewards * factors + terms``, lowered for flagged rollouts that a guard rail has kept.
+        rewards: ``(n,)`` float64: ``task_rewards * factors + terms``, lowered for flagged rollouts that a guard rail (limit on the effect
+            of signals) has kept.
         terms: ``(n,)``, the sum of the numbers that reward and penalty signals add.
         factors: ``(n,)``, the number by which gate signals multiply the task's reward, if that reward is above 0.
         removed: ``(n,)`` booleans, true = the rollout must not be trained on.
@@ -56,14 +57,16 @@ class Outcome:
 
     @property
     def rollout_metrics(self) -> dict[str, float]:
-        """Returns the metrics that are meaningful for a single rollout, for trainers that score one rollout at a time."""
+        """Returns those metrics of a batch that are meaningful for a single rollout, for trainers that score one rollout at a time."""
         keys = [f"{name}/{key}" for name in self.values for key in _ROLLOUT_SIGNAL_KEYS]
         return {f"{PREFIX}/{key}": self.metrics[f"{PREFIX}/{key}"] for key in (*keys, *_BATCH_KEYS, "guard/clipped")}
 
 
 @dataclass(eq=False)
 class _OutcomeSums:
-    """Mutable sums to which each signal adds its effect on a batch of ``n`` rollouts; each array is ``(n,)``."""
+    """Mutable sums to which each signal (rule from probe scores to rewards) adds its effect on a batch of ``n`` rollouts; each array is
+    ``(n,)``.
+    """
 
     terms: Floats
     factors: Floats
@@ -88,9 +91,9 @@ def combine(
     """Applies every signal (rule from probe scores to rewards) to the probes' scores of a batch, and the guard rails (limits on the effect
     of signals) to the result.
 
-    With ``on_unscorable="worst"`` an unscorable rollout gets the lowest number that each signal can give, never more than the same rollout
-    would get if it were scored. A screen does not remove an unscorable rollout, since removal would spare the rollout a bad reward; the
-    rollout gets the lowest reward of the batch.
+    With ``on_unscorable="worst"`` an unscorable rollout (one without a score) gets the lowest number that each signal can give, never more
+    than the same rollout would get if it were scored. A screen does not remove an unscorable rollout, since removal would spare the rollout
+    a bad reward; the rollout gets the lowest reward of the batch.
 
     Args:
         batch: scores of all signals' probes for ``n`` rollouts.
@@ -150,8 +153,8 @@ def combine(
 
 
 def substitute(signals: Sequence[ProbeSignal], term: float, lengths: Sequence[int | None], task_rewards: Floats | None) -> Outcome:
-    """Returns the outcome for a batch whose scores could not be obtained: the fixed number ``term`` is added to each rollout's task reward,
-    and no signal is applied.
+    """Returns the rewards and metrics of a batch for which the server gave no probe scores: the fixed number ``term`` is added to each
+    rollout's task reward, and no signal (rule from probe scores to rewards) is applied.
     """
     count = len(lengths)
     terms, nobody = np.full(count, float(term)), np.zeros(count, np.bool_)
@@ -171,8 +174,8 @@ def substitute(signals: Sequence[ProbeSignal], term: float, lengths: Sequence[in
 
 
 def empty_metrics(signals: Sequence[ProbeSignal]) -> dict[str, float]:
-    """Returns the metrics of a batch without scores for some signals: a dictionary with every metric's name, whose values are NaN, or 0 for
-    the counts of guard rails.
+    """Returns the metrics of a batch without probe scores, for some signals (rules from probe scores to rewards): a dictionary keyed by
+    metric whose values are NaN, or 0 for how often guard rails (limits on the effect of signals) acted.
     """
     metrics = {f"{PREFIX}/{signal.name}/{key}": math.nan for signal in signals for key in _SIGNAL_KEYS}
     metrics.update({f"{PREFIX}/{key}": math.nan for key in _BATCH_KEYS})
@@ -227,8 +230,8 @@ def _apply(
 
 
 def _terms(bound: BoundSignal, transformed: Floats, scored: NDArray[np.bool_], sums: _OutcomeSums, rails: GuardRails) -> Floats:
-    """Returns the numbers that a signal (rule from probe scores to rewards) adds, clipped to the guard rail's limit; where there is no
-    score, the lowest number that the signal can add.
+    """Returns the numbers that a signal (rule from probe scores to rewards) adds, clipped to a limit; where there is no score, the lowest
+    number that the signal can add.
     """
     weight = -bound.signal.weight if bound.signal.mode is Mode.PENALTY else bound.signal.weight
     added = weight * np.where(scored, transformed, 0.0)

@@ -1,4 +1,6 @@
-"""Decides which version of a probe a running scorer reads: the one that it began with, or whichever its name means now."""
+"""Decides which version of a probe a running scorer reads: the version that the scorer began with (is pinned to), or the version that the
+probe's name means at the server now.
+"""
 
 from __future__ import annotations
 
@@ -19,19 +21,21 @@ Pins = Mapping[str, PinnedProbe]
 
 
 def pins_of(signals: Sequence[ProbeSignal], probes: Sequence[ProbeInfo]) -> dict[str, PinnedProbe]:
-    """Returns the versions that the signals' probes mean now.
+    """Returns the version of each probe that some signals (rules from probe scores to rewards) name: for a name without a version, the
+    highest version that the server has now.
 
     Raises:
-        SignalError: a probe is not loaded, or a signal does not fit it.
+        SignalError: a probe is not loaded, or a signal does not fit its probe.
     """
     return {signal.probe: BoundSignal.bind(signal, tuple(probes)).pin for signal in signals}
 
 
 def bound_to(signals: Sequence[ProbeSignal], pins: Pins, probes: Sequence[ProbeInfo]) -> list[BoundSignal]:
-    """Returns the signals with the probes that they are pinned to, as the server has them now.
+    """Returns signals (rules from probe scores to rewards), each with the version of its probe that a running scorer has read so far, as
+    the server describes it now.
 
     Raises:
-        ProbeReplaced: the server no longer has such a probe, or has another one under its name and version.
+        ProbeReplaced: the server no longer has such a version, or has another probe under the same name and version.
         SignalError: a signal does not fit its probe.
     """
     loaded = {probe.key: probe for probe in probes}
@@ -49,10 +53,11 @@ def bound_to(signals: Sequence[ProbeSignal], pins: Pins, probes: Sequence[ProbeI
 
 
 def replacement(bound: Sequence[BoundSignal], probes: Sequence[ProbeInfo], error: ProbescoreError | ProbeReplaced) -> ProbeReplaced:
-    """Returns the exception that says which of the probes that signals are bound to is another now, and how.
+    """Returns the exception which says which of the probes that a running scorer reads was replaced or removed on the server, and how the
+    new one differs.
 
     Args:
-        bound: the signals, with the probes as they were.
+        bound: the signals (rules from probe scores to rewards), with the probes as they were before.
         probes: the probes that the server has now.
         error: the error by which the replacement was noticed.
     """
@@ -68,28 +73,32 @@ def replacement(bound: Sequence[BoundSignal], probes: Sequence[ProbeInfo], error
 
 
 def changes_between(before: PinnedProbe, after: PinnedProbe) -> list[str]:
-    """Returns in words how the digests of a probe differ from those of an earlier one."""
+    """Returns in words how the digests of a probe's graph and manifest (description in its file) differ from those of the probe that the
+    server had before; empty if they are equal.
+    """
     pairs = (("graph", before.graph_sha256, after.graph_sha256), ("manifest", before.manifest_sha256, after.manifest_sha256))
     return [f"its {part} was {was} and is {now}" for part, was, now in pairs if was != now]
 
 
 def threshold_change(before: BoundSignal, after: BoundSignal) -> list[str]:
-    """Returns in words how the threshold of a signal differs from an earlier one, if it does."""
+    """Returns in words how the threshold of a signal (rule from probe scores to rewards) differs from its threshold before the probe was
+    replaced; empty if they are equal.
+    """
     if after.threshold == before.threshold or (math.isnan(after.threshold) and math.isnan(before.threshold)):
         return []
     return [f"its threshold was {before.threshold:g} and is {after.threshold:g}"]
 
 
 def state_of(pins: Pins) -> dict[str, Any]:
-    """Returns pins as plain values, for JSON or a checkpoint."""
+    """Returns the versions of probes that a scorer reads, with their digests, as plain values for JSON or a checkpoint."""
     return {"probes": {name: asdict(pin) for name, pin in pins.items()}}
 
 
 def pins_from(state: Mapping[str, Any]) -> dict[str, PinnedProbe]:
-    """Returns the pins in what ``state_of`` gave.
+    """Returns the versions of probes that a scorer reads, with their digests, from the plain values that ``state_of`` made of them.
 
     Raises:
-        ValueError: ``state`` is something else.
+        ValueError: ``state`` has another form.
     """
     try:
         pins = {str(name): PinnedProbe(**entry) for name, entry in state["probes"].items()}

@@ -70,7 +70,7 @@ class Rollout:
         return cls(prompt, completion, mask)
 
     def checked(self, named: str) -> Rollout:
-        """Returns the same rollout with numpy arrays, and with a group key that can be compared by value.
+        """Returns the rollout with its token ids and mask as numpy arrays, and with a group key that can be compared by value.
 
         Args:
             named: template for the names of the rollout's fields in error messages, with ``{}`` in place of the field:
@@ -125,8 +125,8 @@ class Rollout:
 
 
 def distinct_masks(signals: Sequence[ProbeSignal]) -> dict[Mask, str]:
-    """Returns each distinct value of the signals' field ``mask``, with the name of one signal (rule from probe scores to rewards) that uses
-    the value.
+    """Returns each distinct value of the field ``mask`` (the tokens that count) of some signals (rules from probe scores to rewards), with
+    the name of one signal that uses the value.
     """
     found: dict[Mask, str] = {}
     for signal in signals:
@@ -151,7 +151,7 @@ class GroupedRollouts:
 
     @classmethod
     def of(cls, rollouts: Sequence[Rollout], indices: Sequence[int], masks: dict[Mask, str]) -> GroupedRollouts:
-        """Arranges the rollouts of a batch at the given ``indices`` into groups."""
+        """Arranges the rollouts of a batch at the given ``indices`` into groups of rollouts with the same prompt."""
         members: dict[Hashable, list[int]] = {}
         for index in indices:
             members.setdefault(rollouts[index].prompt_key, []).append(index)

@@ -1,5 +1,5 @@
-"""Defines ``ProbeScorer``, on which every adapter is built: it scores rollouts on a server, applies signals (rules from probe scores to
-rewards) to the scores, and handles failures.
+"""Defines ``ProbeScorer``, on which the adapter of every trainer is built: it scores rollouts on a server, applies signals (rules from
+probe scores to rewards) to the scores, and handles failures.
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ _TRANSPORT = (TransientError, DeadlineExceededError, ServerError)
 
 
 class ServerFactsRequest:
-    """Request for the description of the server that signals (rules from probe scores to rewards) need; the reply is a ``ServerFacts``."""
+    """Request for a description of the server's model, limits and probes, on which signals (rules from probe scores to rewards) depend; the
+    reply is a ``ServerFacts``.
+    """
 
 
 Answer = Union[ServerFacts, list[StreamedCompletion]]
@@ -63,7 +65,7 @@ Steps = Generator[Union[StreamRequest, ServerFactsRequest], Any, Outcome]
 
 @dataclass(frozen=True)
 class Policy:
-    """Value object with the actions of a scorer when something fails.
+    """Value object that says what a ``ProbeScorer`` does when a request to the server or the scoring of a rollout fails.
 
     Attributes:
         on_failure: action when the RPC fails because the server cannot be reached, is overloaded or misses the deadline. ``"raise"`` raises
@@ -181,10 +183,11 @@ class ProbeScorer:
         self._options = {**self._options, "expected_tokenizer_fingerprint": tokenizer_fingerprint}
 
     def pin(self) -> dict[str, Any]:
-        """Asks the server which versions the signals' probes mean, unless that is known, and returns ``state_dict()``.
+        """Asks the server which versions the names of this scorer's probes mean, unless the scorer knows them already, and returns the
+        versions in the form of ``state_dict()``.
 
-        For a run of several processes in which each scores its own rollouts: one of them pins before the first batch, and the others load
-        what it returned, so that all read the same versions even if a probe is replaced as the run begins.
+        For a run of several processes in which each scores its own rollouts: one of them calls this method before the first batch, and the
+        others load the returned versions, so that all read the same versions even if a probe is replaced as the run begins.
 
         Raises:
             ProbescoreError: the RPC failed.
@@ -196,22 +199,22 @@ class ProbeScorer:
         return self.state_dict()
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns, as plain values for a checkpoint, the versions that this scorer reads and their digests; no probes before the first
-        use.
+        """Returns, as plain values for a checkpoint, the versions of probes that this scorer reads and their digests; before the first use
+        there are none.
         """
         return state_of(self._pins)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes over the versions that another scorer has read, such as the one of a run that is resumed.
+        """Takes over the versions of probes that another scorer has read, such as the one of a run that is resumed.
 
-        A pinned scorer reads these versions, or raises ``ProbeReplaced`` if the server no longer has them. A following scorer logs how its
-        probes differ from them now.
+        A pinned scorer reads these versions, or raises ``ProbeReplaced`` if the server no longer has them. A scorer with ``follow=True``
+        logs how its probes differ from these versions.
 
         Args:
             state: what ``state_dict`` returned.
 
         Raises:
-            ValueError: ``state`` is something else, or lacks the probe of a signal.
+            ValueError: ``state`` has another form, or lacks the probe of a signal.
         """
         pins = pins_from(state)
         missing = [signal.probe for signal in self.signals if pins and signal.probe not in pins]
@@ -222,10 +225,10 @@ class ProbeScorer:
         self._pins, self._bound, self._server = pins, [], None
 
     def refuse_modes(self, *modes: Mode, because: str) -> None:
-        """Refuses signals (rules from probe scores to rewards) with modes that a trainer does not support.
+        """Refuses signals (rules from probe scores to rewards) whose modes (ways to act on the reward) a trainer does not support.
 
         Raises:
-            SignalError: a signal has one of these modes.
+            SignalError: a signal has such a mode.
         """
         for signal in self.signals:
             if signal.mode in modes:
@@ -239,7 +242,7 @@ class ProbeScorer:
         step: int | None = None,
         texts: Sequence[str | None] | None = None,
     ) -> Outcome:
-        """Scores a batch of rollouts and applies the signals to the scores.
+        """Scores a batch of rollouts with probes and applies the signals (rules from probe scores to rewards) to the scores.
 
         Args:
             rollouts: the ``n`` rollouts; the server computes a prompt once for all rollouts with the same prompt.
@@ -278,7 +281,7 @@ class ProbeScorer:
         step: int | None = None,
         texts: Sequence[str | None] | None = None,
     ) -> Outcome:
-        """Scores a batch of rollouts from an event loop; arguments, result and errors are the same as for ``score``."""
+        """Scores a batch of rollouts with probes from an event loop; arguments, result and errors are the same as for ``score``."""
         steps = self._steps(rollouts, task_rewards, step, texts)
         try:
             request = next(steps)
@@ -293,11 +296,11 @@ class ProbeScorer:
             return _outcome(done)
 
     def close(self) -> None:
-        """Closes the synchronous client's connections of this process; connections of event loops stay open."""
+        """Closes the connections to the server that this process uses for synchronous calls; the connections of event loops stay open."""
         self._client.close()
 
     async def close_async(self) -> None:
-        """Closes the connections of this process and of this event loop."""
+        """Closes the connections to the server that this process uses for synchronous calls, and those of this event loop."""
         self._client.close()
         await self._async_client.close()
 
@@ -314,8 +317,8 @@ class ProbeScorer:
     def _steps(
         self, given: Iterable[Rollout], task_rewards: ArrayLike | None, step: int | None, texts: Sequence[str | None] | None
     ) -> Steps:
-        """Generator that scores one batch without input or output of its own: yields each request, is sent the reply, and returns the
-        outcome.
+        """Generator that scores one batch of rollouts without input or output of its own: yields each request to the server, is sent the
+        reply, and returns the rewards and metrics.
         """
         started = time.perf_counter()
         rollouts = [rollout.checked(f"rollouts[{index}].{{}}") for index, rollout in enumerate(given)]
@@ -368,10 +371,11 @@ class ProbeScorer:
         raise AssertionError("unreachable")
 
     def _bind(self, server: ServerFacts, step: int | None) -> list[BoundSignal]:
-        """Returns the signals with the probes that they read: those that they are pinned to, or those that their names mean now.
+        """Returns the signals (rules from probe scores to rewards) with the probes that they read: the versions that the scorer has read
+        since its first use, or those that the names mean at the server now.
 
         Raises:
-            ProbeReplaced: a probe that a signal is pinned to is gone, or has other bytes.
+            ProbeReplaced: a version of a probe that the scorer has read is gone, or has other bytes.
             SignalError: a signal does not fit its probe.
         """
         if not self.follow:
@@ -396,7 +400,9 @@ class ProbeScorer:
         return bound
 
     def _doubt_thresholds(self, batch: BatchSignals) -> None:
-        """Logs a warning about rollouts that are unlike those on which a threshold was found, once for each signal and condition."""
+        """Logs a warning about rollouts that are unlike those on which a probe's threshold was found, once for each signal (rule from probe
+        scores to rewards) and each condition that the rollouts do not meet.
+        """
         for values in batch.signals:
             name = values.bound.signal.name
             for condition in sorted({condition for unmet in values.unmet or () for condition in unmet}):
@@ -500,7 +506,9 @@ def _outcome(done: StopIteration) -> Outcome:
 
 
 def _log(outcome: Outcome, batch: BatchSignals) -> None:
-    """Logs a warning, once for each batch, about the guard rails that acted and about unscorable rollouts."""
+    """Logs a warning, once for each batch, about the guard rails (limits on the effect of probe scores) that acted and about rollouts
+    without scores.
+    """
     acted = {key: int(times) for key, times in outcome.metrics.items() if key.startswith(f"{PREFIX}/guard/") and times > 0}
     if acted:
         logger.warning("guard rails acted: %s", ", ".join(f"{key.rpartition('/')[2]} {times}" for key, times in acted.items()))

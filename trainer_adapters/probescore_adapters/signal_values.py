@@ -53,7 +53,9 @@ class ServerFacts:
 
 @dataclass(frozen=True)
 class StreamRequest:
-    """Request to score rollout groups, with the arguments of ``score_stream``; the reply is a list of all scored completions."""
+    """Request to score groups of rollouts, with the arguments of the client's method ``score_stream``; the reply is a list of all scored
+    completions.
+    """
 
     groups: list[RolloutGroup]
     window: StreamWindow
@@ -71,7 +73,7 @@ class MaskedTokens:
 
     @classmethod
     def empty(cls) -> MaskedTokens:
-        """Returns the empty arrays of a rollout that could not be scored."""
+        """Returns the token scores and the mask of a rollout that could not be scored, both empty."""
         return cls(np.zeros(0), np.zeros(0, np.bool_))
 
     @property
@@ -118,8 +120,8 @@ class BatchSignals:
 def score_batch(
     rollouts: Sequence[Rollout], signals: Sequence[BoundSignal], server: ServerFacts, options: ScoreOptions, *, by_name: bool = False
 ) -> Generator[StreamRequest, list[StreamedCompletion], BatchSignals]:
-    """Scores rollouts for every signal: a generator that yields each request to the server, is sent the scored completions, and returns the
-    scores for each signal.
+    """Scores rollouts for every signal (rule from probe scores to rewards): a generator that yields each request to the server, is sent the
+    scored completions, and returns the scores for each signal.
 
     A rollout that the server or its limits refuse is left out and named in ``problems``; the other rollouts are sent again.
 
@@ -139,7 +141,7 @@ def score_batch(
 
 
 class _PendingBatch:
-    """State of one batch of rollouts during ``score_batch``."""
+    """State of one batch of rollouts while the generator ``score_batch`` obtains its probe scores."""
 
     def __init__(
         self, rollouts: Sequence[Rollout], signals: Sequence[BoundSignal], server: ServerFacts, options: ScoreOptions, by_name: bool
@@ -192,8 +194,8 @@ class _PendingBatch:
                     self._usages[id(answer.info)] = answer.info.usage
 
     def _check_pinned(self, answers: Sequence[StreamedCompletion]) -> None:
-        """Checks whether the probes that scored the batch are the probes that the signals were bound to; raises ``ProbeReplaced`` if
-        not.
+        """Checks whether the probes with which the server scored a batch are the versions that the scorer asked for; raises
+        ``ProbeReplaced`` if not.
         """
         for info in {id(answer.info): answer.info for answer in answers}.values():
             answered = {probe.key: PinnedProbe(probe.key, probe.graph_sha256, probe.manifest_sha256) for probe in info.probes}
@@ -216,8 +218,8 @@ class _PendingBatch:
         )
 
     def _known_problems(self) -> dict[int, str]:
-        """Returns the rollouts that need not be sent, as a dictionary from index to reason: rollouts of which the trainer's side or the
-        client already knows that they cannot be scored.
+        """Returns the rollouts of a batch that need not be sent to the server, as a dictionary from index to reason: rollouts of which the
+        trainer's side or the client already knows that they cannot be scored.
         """
         known = {index: rollout.problem for index, rollout in enumerate(self._rollouts) if rollout.problem}
         try:

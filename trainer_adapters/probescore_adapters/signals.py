@@ -166,12 +166,12 @@ def _is_finite(value: object) -> bool:
 
 @dataclass(frozen=True)
 class PinnedProbe:
-    """The version of a probe that a scorer reads.
+    """The version of a probe that a scorer reads, with digests by which a replacement of the probe is noticed.
 
     Attributes:
         probe: ``name@version``.
         graph_sha256: digest of the probe's graph.
-        manifest_sha256: digest of the probe's manifest, calibrations included.
+        manifest_sha256: digest of the probe's manifest (description in its file), calibrations included.
     """
 
     probe: str
@@ -180,7 +180,7 @@ class PinnedProbe:
 
     @classmethod
     def of(cls, probe: ProbeInfo) -> PinnedProbe:
-        """Returns the pin of a loaded probe."""
+        """Returns the name and version of a loaded probe, with digests by which a replacement of the probe is noticed."""
         return cls(probe.key, probe.graph_sha256, probe.manifest_sha256)
 
 
@@ -207,13 +207,13 @@ class BoundSignal:
 
     @property
     def probe(self) -> str:
-        """Returns the probe as ``"name@version"``."""
+        """Returns the name and version of the probe that a signal (rule from probe scores to rewards) uses, as ``"name@version"``."""
         return self.pin.probe
 
     @classmethod
     def bind(cls, signal: ProbeSignal, probes: tuple[ProbeInfo, ...]) -> BoundSignal:
-        """Finds the probe of a signal (a rule from a probe's scores to rewards) among the probes that a server has loaded; a bare name
-        means its highest version.
+        """Finds the probe of a signal (a rule from a probe's scores to rewards) among the probes that a server has loaded; a name without a
+        version means the highest version.
 
         Raises:
             SignalError: no loaded probe matches, or the probe lacks the label, a threshold, or the per-token scores that ``dense`` needs.
@@ -226,7 +226,8 @@ class BoundSignal:
 
     @classmethod
     def to(cls, signal: ProbeSignal, probe: ProbeInfo) -> BoundSignal:
-        """Returns a signal (a rule from a probe's scores to rewards) with a probe.
+        """Joins a signal (a rule from a probe's scores to rewards) with a loaded probe, after a check that the probe has what the signal
+        uses.
 
         Raises:
             SignalError: the probe lacks the label, a threshold, or the per-token scores that ``dense`` needs.
@@ -247,13 +248,14 @@ class BoundSignal:
         return cls(signal, PinnedProbe.of(probe), reduction, label, known, calibration, _bounds(signal, probe.unit))
 
     def flags(self, values: Floats) -> NDArray[np.bool_]:
-        """Returns for each of several probe scores whether the score is at or above the signal's threshold; false for all if there is no
-        threshold.
+        """Returns for each of several probe scores whether the score is at or above the threshold of a signal (rule from probe scores to
+        rewards); false for all if there is no threshold.
         """
         return values >= self.threshold
 
     def transformed(self, values: Floats) -> Floats:
-        """Returns the transform of each score, in an array of the same shape.
+        """Applies a signal's transform (the function before weighting) to probe scores, and returns the results in an array of the same
+        shape as the scores.
 
         Raises:
             SignalError: the user's transform function failed, or returned another shape.

@@ -26,7 +26,7 @@ def is_text_of(text: str, pieces: Sequence[str]) -> bool:
 
 
 def _places(text: str, piece: str) -> int:
-    """Returns the positions at which a piece occurs in a text, as the bits of an integer."""
+    """Returns the positions at which a piece occurs in a text, as an integer whose bit ``i`` is 1 if the piece occurs at position ``i``."""
     places, at = 0, text.find(piece)
     while at >= 0:
         places |= 1 << at

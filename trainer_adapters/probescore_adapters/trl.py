@@ -1,5 +1,5 @@
-"""Adapts TRL: ``ProbeReward`` is a reward function; ``ProbeTrainerMixin`` also supports the signals (rules from probe scores to rewards)
-that a reward function cannot implement.
+"""Connects the trainer library TRL with probes: ``ProbeReward`` is a reward function; ``ProbeTrainerMixin`` also supports the signals
+(rules from probe scores to rewards) that a reward function cannot implement.
 
 Both work with ``GRPOTrainer`` and ``RLOOTrainer``.
 """
@@ -116,7 +116,7 @@ class ProbeReward(functools.partial):  # type: ignore[type-arg] # not a generic 
     __name__ = "probe_reward"
 
     def __new__(cls, scorer: ProbeScorer, processing_class: Any = None) -> ProbeReward:  # noqa: ANN401 - of transformers
-        """Makes the reward function that uses a given scorer."""
+        """Makes a reward function for the trainer library TRL from the probe scores of a ``ProbeScorer``."""
         scorer.refuse_modes(Mode.SCREEN, Mode.GATE, Mode.DENSE, because="a reward function only adds; use ProbeTrainerMixin")
         if processing_class is not None:
             scorer.require_tokenizer(tokenizer_fingerprint(getattr(processing_class, "tokenizer", processing_class)))
@@ -224,13 +224,13 @@ class ProbeTrainerMixin:
         return output
 
     def _of_this_rank(self, count: int) -> slice:
-        """Returns the slice of this rank's ``count`` rollouts within the rollouts of all ranks."""
+        """Returns the slice that this process's ``count`` rollouts have within the rollouts of all ranks."""
         trainer: Any = self
         start = trainer.accelerator.process_index * count
         return slice(start, start + count)
 
     def _scored(self, local: list[Rollout], tasks: Floats) -> Outcome:
-        """Returns the outcome of scoring the rollouts of all ranks, the same on each rank."""
+        """Scores the rollouts of all ranks with probes, on rank 0, and returns all their rewards and metrics on each rank."""
         trainer: Any = self
         size = trainer.num_generations if trainer.model.training else trainer.num_generations_eval
         everywhere = gather_object(local)
@@ -248,7 +248,9 @@ class ProbeTrainerMixin:
 
 
 def _no_reward(prompts: list[Any], **_columns: object) -> list[None]:
-    """Reward function without rewards, which reserves the column that ``ProbeTrainerMixin`` fills once the task rewards are known."""
+    """Reward function that returns no rewards: it reserves the column of TRL's rewards that ``ProbeTrainerMixin`` fills once the task
+    rewards are known.
+    """
     return [None] * len(prompts)
 
 
@@ -311,7 +313,7 @@ def _reported(outcome: Outcome, log_metric: LogMetric | None, log_extra: LogExtr
 
 
 def _padded(rows: Sequence[Floats], width: int) -> torch.Tensor:
-    """Returns rows of different lengths as one tensor ``(n, width)``, padded with 0 at the end."""
+    """Returns rows of numbers of different lengths as one tensor ``(n, width)``, padded with 0 at the end."""
     padded = np.zeros((len(rows), width))
     for row, values in zip(padded, rows, strict=True):
         row[: len(values)] = values

@@ -1,4 +1,5 @@
-"""Adapts verifiers 0.4 and later, from which prime-rl takes its rewards: provides a reward function and a metric function of a ``Task``.
+"""Connects the library verifiers, 0.4 and later, with probes; the trainer prime-rl takes its rewards from verifiers. The module provides a
+reward function and a metric function of a ``Task``.
 
 verifiers scores one trace (record of an episode) at a time, and passes exact token ids and a mask of the tokens that the policy sampled.
 ``probe_reward`` and ``probe_metric`` need no code: set ``fn = "probescore_adapters.verifiers:probe_reward"``, and configure the scorer by
@@ -25,7 +26,7 @@ class TraceProbes:
     name or in a ``Task``.
 
     ``reward`` records the metrics too, so that only one of ``reward`` and ``metric`` is needed. verifiers turns an error into a
-    ``TaskError`` and drops the trace.
+    ``TaskError`` and drops the trace (record of an episode).
 
     Args:
         scorer: the scorer; its signals must have the modes ``reward``, ``penalty`` or ``monitor``.
@@ -42,8 +43,8 @@ class TraceProbes:
         self.scorer = scorer
 
     async def reward(self, trace: Trace[Any, Any, Any]) -> float:
-        """Returns the number that the signals (rules from probe scores to rewards) add to the reward of a trace; for a trace with several
-        branches, the lowest number.
+        """Returns the number that the signals (rules from probe scores to rewards) add to the reward of a trace (record of an episode); for
+        a trace with several branches, the lowest number.
 
         Raises:
             ProbescoreError, SignalError, Unscorable: the errors of ``ProbeScorer.score``.
@@ -54,7 +55,9 @@ class TraceProbes:
         return float(outcome.rewards.min())
 
     async def metric(self, trace: Trace[Any, Any, Any]) -> dict[str, float]:
-        """Returns the metrics of a trace (record of an episode), always with the same names; raises the same errors as ``reward``."""
+        """Returns the metrics of a trace (record of an episode), as a dictionary that always has the same keys; raises the same errors as
+        the method ``reward``.
+        """
         return (await self._outcome(trace)).rollout_metrics
 
     async def _outcome(self, trace: Trace[Any, Any, Any]) -> Outcome:
@@ -63,14 +66,14 @@ class TraceProbes:
 
 async def probe_reward(trace: Trace[Any, Any, Any]) -> float:
     """Returns the number that the signals (rules from probe scores to rewards), configured by environment variables, add to the reward of a
-    trace: ``TraceProbes.reward`` of ``scorer_from_environment``.
+    trace (record of an episode): ``TraceProbes.reward`` of ``scorer_from_environment``.
     """
     return await _from_environment().reward(trace)
 
 
 async def probe_metric(trace: Trace[Any, Any, Any]) -> dict[str, float]:
-    """Returns the metrics of a trace for the signals (rules from probe scores to rewards) configured by environment variables:
-    ``TraceProbes.metric`` of ``scorer_from_environment``.
+    """Returns the metrics of a trace (record of an episode) for the signals (rules from probe scores to rewards) configured by environment
+    variables: ``TraceProbes.metric`` of ``scorer_from_environment``.
     """
     return await _from_environment().metric(trace)
 
@@ -81,8 +84,8 @@ def _from_environment() -> TraceProbes:
 
 
 def rollouts_of(trace: Trace[Any, Any, Any]) -> list[Rollout]:
-    """Returns one rollout for each branch of a trace that is trained on; the completion begins with the first token that the policy
-    sampled.
+    """Returns one rollout for each branch, if it is trained on, of a trace (record of an episode); the completion begins with the first
+    token that the policy sampled.
 
     Raises:
         ValueError: the trace has no token ids, because the server of the policy model returned none.

@@ -1,4 +1,4 @@
-"""Adapts verifiers before 0.4: provides ``ProbeRubric``, and a reward function for a user's own rubric.
+"""Connects the library verifiers, before 0.4, with probes: provides ``ProbeRubric``, and a reward function for a user's own rubric.
 
 A rubric of verifiers gives the score 0.0 if one of its reward functions raises an error, but 0.0 would mean "did not cheat".
 ``ProbeRubric`` raises the error instead; a reward function cannot do so.
@@ -30,7 +30,8 @@ State = dict[str, Any]
 
 
 class ProbeRubric(vf.Rubric):
-    """Rubric with one additional reward function, ``probescore``, and with the metrics of the signals.
+    """Rubric of the library verifiers with one additional reward function, ``probescore``, which turns probe scores into a reward, and with
+    its metrics.
 
     Args:
         scorer: the scorer; its signals (rules from probe scores to rewards) must have the modes ``reward``, ``penalty`` or ``monitor``.
@@ -55,13 +56,17 @@ class ProbeRubric(vf.Rubric):
         self.add_reward_func(_read)
 
     async def score_rollout(self, state: State) -> None:
-        """Scores one rollout; raises the errors of ``ProbeScorer.score``, and ``ValueError`` if the state has no token ids."""
+        """Scores one rollout with probes and the task's reward functions, and stores the rewards in its state; raises the errors of
+        ``ProbeScorer.score``, and ``ValueError`` if the state has no token ids.
+        """
         outcome = await self._score(state)
         await super().score_rollout(state)
         state["metrics"].update(outcome.rollout_metrics)
 
     async def score_group(self, states: list[State]) -> None:
-        """Scores the rollouts of one prompt; raises the same errors as ``score_rollout``."""
+        """Scores the rollouts of one prompt with probes and the task's reward functions, and stores the rewards in their states; raises the
+        same errors as ``score_rollout``.
+        """
         outcomes = await asyncio.gather(*map(self._score, states))
         await super().score_group(states)
         for state, outcome in zip(states, outcomes, strict=True):
@@ -111,8 +116,8 @@ def reward_function(scorer: ProbeScorer) -> Callable[[State], Coroutine[Any, Any
 
 
 def rollouts_of(state: State) -> list[Rollout]:
-    """Joins the turns of a state into one rollout as long as each turn's prompt continues the tokens before it; a turn that does not begins
-    another rollout.
+    """Joins the turns in a state (record of an episode) of the library verifiers into rollouts: a turn whose prompt continues the tokens
+    before it belongs to the same rollout, and any other turn begins another rollout.
 
     Raises:
         ValueError: the state has no turn, or a turn without token ids.

@@ -1,4 +1,4 @@
-"""Adapts verl: provides ``ProbeRewardManager``, which is named in verl's setting ``reward.reward_manager``.
+"""Connects the trainer verl with probes: provides ``ProbeRewardManager``, which is named in verl's setting ``reward.reward_manager``.
 
 verl requests the reward of one rollout at a time, in the workers of its reward loop, and passes exact token ids.
 """
@@ -43,7 +43,7 @@ class TokenRewards(float):
     tokens: Floats
 
     def __new__(cls, tokens: Floats) -> TokenRewards:
-        """Makes the sum of the tokens' rewards ``(T,)``."""
+        """Makes a ``float`` that is the sum of the rewards of a rollout's tokens ``(T,)``, and also stores these rewards."""
         rewards = super().__new__(cls, float(tokens.sum()))
         rewards.tokens = tokens
         return rewards
@@ -80,8 +80,8 @@ class ProbeRewardManager(NaiveRewardManager):
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop:
-        """The event loop of the current function call; verl's managers store the event loop in which they are made, which may be another
-        one.
+        """The event loop that runs now. The trainer verl's own reward managers store the event loop in which they are made, which may be
+        another one.
         """
         return asyncio.get_running_loop()
 
@@ -93,9 +93,9 @@ class ProbeRewardManager(NaiveRewardManager):
         """Scores one rollout with the task's own score and with the signals (rules from probe scores to rewards) of probes.
 
         Returns:
-            A dictionary with two entries. ``reward_score`` is the reward, a number (with a dense signal a ``TokenRewards``).
-            ``reward_extra_info`` contains the additional information of the task's score, and the metrics of the signals, always with the
-            same keys, NaN for a metric without data.
+            A dictionary with two entries. ``reward_score`` is the reward, a number; if a signal is dense (gives each token a reward), it is
+            a ``TokenRewards``. ``reward_extra_info`` contains the additional information of the task's score, and the metrics of the
+            signals, always with the same keys, NaN for a metric without data.
 
         Raises:
             ProbescoreError, SignalError, Unscorable, ValueError: the errors of ``ProbeScorer.score``, and all errors of the task's score
@@ -107,8 +107,8 @@ class ProbeRewardManager(NaiveRewardManager):
 
     @classmethod
     def assemble_rm_scores(cls, data: DataProto, scores: Sequence[float]) -> Any:  # noqa: ANN401 - a tensor, without importing torch
-        """Returns a batch's rewards per token, verl's ``rm_scores`` ``(n, T)``: a rollout's reward at its last token, or the rewards of
-        tokens at their tokens.
+        """Returns a batch's rewards per token, verl's ``rm_scores`` ``(n, T)``: a rollout's reward stands at its last token, or each
+        token's own reward at that token.
         """
         rm_scores = super().assemble_rm_scores(data, [float(score) for score in scores])
         for row, score in zip(rm_scores, scores, strict=True):
@@ -119,7 +119,9 @@ class ProbeRewardManager(NaiveRewardManager):
 
 
 def rollout_of(data: DataProto) -> Rollout:
-    """Returns the last of the rollouts that ``run_single`` is called with, which is the rollout that verl's own managers score."""
+    """Returns the rollout to score of those that the trainer verl passes to a reward manager: the last one, which verl's own reward
+    managers also score.
+    """
     item = data[-1:][0]
     batch, extra = item.batch, item.non_tensor_batch
     prompts, responses, attends = (batch[name].cpu().numpy() for name in ("prompts", "responses", "attention_mask"))

@@ -1,5 +1,5 @@
-"""Adapts verl's agent loops, so that the rewards of tokens that ``ProbeRewardManager`` computes for a dense signal (rule from probe scores
-to rewards) reach the tokens.
+"""Adapts the agent loops of the trainer verl, so that the rewards of tokens that ``ProbeRewardManager`` computes for a dense signal (rule
+from probe scores to rewards) reach the tokens.
 
 Name one of the two agent loops of this module in the file at ``actor_rollout_ref.rollout.agent.agent_loop_config_path``, under a name of
 your own::
@@ -20,8 +20,8 @@ from probescore_adapters.verl import RESPONSE_MASK, TokenRewards
 
 
 class TokenRewardOutput(AgentLoopOutput):
-    """Output of an agent loop that gives each token its reward, and passes the mask of the tokens that the policy sampled to the reward
-    manager.
+    """Output of an agent loop of the trainer verl that gives each token its reward, and passes the mask of the tokens that the policy
+    sampled to the reward manager.
     """
 
     @classmethod
@@ -34,7 +34,9 @@ class TokenRewardOutput(AgentLoopOutput):
         return carrying
 
     def as_dict(self) -> dict[str, Any]:
-        """Returns the fields of the output that verl keeps, as a dictionary; ``rm_scores`` is ``(T,)``."""
+        """Returns the fields of an agent loop's output that the trainer verl keeps, as a dictionary; ``rm_scores``, the reward of each
+        token, is ``(T,)``.
+        """
         output: dict[str, Any] = super().as_dict()
         output["extra_fields"].pop(RESPONSE_MASK, None)
         if isinstance(self.reward_score, TokenRewards):
@@ -43,16 +45,16 @@ class TokenRewardOutput(AgentLoopOutput):
 
 
 class ProbeAgentLoop(SingleTurnAgentLoop):
-    """verl's ``single_turn_agent`` with a reward for each token."""
+    """Agent loop like ``single_turn_agent`` of the trainer verl, with a reward for each token."""
 
     async def run(self, sampling_params: dict[str, Any], **kwargs: object) -> TokenRewardOutput:
-        """Generates one completion."""
+        """Generates one completion, as ``single_turn_agent`` of the trainer verl does."""
         return TokenRewardOutput.of(await super().run(sampling_params, **kwargs))
 
 
 class ProbeToolAgentLoop(ToolAgentLoop):
-    """verl's ``tool_agent`` with a reward for each token."""
+    """Agent loop like ``tool_agent`` of the trainer verl, with a reward for each token."""
 
     async def run(self, sampling_params: dict[str, Any], **kwargs: object) -> TokenRewardOutput:
-        """Generates a conversation with tools."""
+        """Generates a conversation with tools, as ``tool_agent`` of the trainer verl does."""
         return TokenRewardOutput.of(await super().run(sampling_params, **kwargs))

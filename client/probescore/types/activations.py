@@ -15,9 +15,11 @@ from probescore.types.scores import CompletionStatus, Usage
 
 
 class Pool(str, Enum):
-    """Enumeration of what is returned of the activations of the tokens that count.
+    """Enumeration of the forms in which a server returns a completion's activations: unpooled, or pooled over the tokens that count under
+    its mask.
 
-    ``tokens`` gives one row for each token; each of the others pools all tokens to one row, feature by feature.
+    ``tokens`` gives one row for each token; each of the other members (``mean``, ``last``, ``max``) pools all tokens to one row, feature by
+    feature.
     """
 
     TOKENS = "tokens"
@@ -32,10 +34,11 @@ class ActivationsInfo:
 
     Attributes:
         model_fingerprint: fingerprint of the frozen model, ``"sha256:…"``.
-        tokenizer_fingerprint: fingerprint of its tokenizer; empty if the server has none.
-        taps: names of the taps (places in the model) read.
-        pools: poolings sent.
-        dtype: format in which the numbers travelled: ``float32``, ``bfloat16`` or ``float16``. Arrays have them as float32, exactly.
+        tokenizer_fingerprint: fingerprint of the server's tokenizer; empty if the server has none.
+        taps: names of the taps (places in the model) at which activations were read.
+        pools: ways of pooling tokens, of which the server sent the results.
+        dtype: format in which the numbers travelled: ``float32``, ``bfloat16`` or ``float16``. Arrays hold the same numbers exactly as
+            float32.
         usage: the work done for the completions that began in the same message of the response.
     """
 
@@ -49,7 +52,8 @@ class ActivationsInfo:
 
 @dataclass(frozen=True, eq=False)
 class CompletionActivations:
-    """The activations of one completion, or of a follow-up (token ids appended to a finished completion and read as a fork of it).
+    """The activations of one completion, or of a follow-up (token ids appended to a finished completion, which the model reads as a fork of
+    the completion).
 
     Attributes:
         group_index, completion_index: position of the completion in the request.
@@ -58,7 +62,7 @@ class CompletionActivations:
             for the format that a server was asked for; ``tokens`` and ``pooled`` are then empty.
         token_ids: tokens in scope, ``(T,)`` int32: entry *i* of ``tokens`` is read at the position whose input is ``token_ids[i]``.
         selections: which tokens count, ``(1 + spans, T)`` bool: in the whole scope under the mask, then in each span.
-        spans: names of the spans.
+        spans: names of the spans (parts of the completion), in the order of the rows of ``selections``.
         tokens: activations ``(T, hidden_size)`` float32 of all tokens in scope, whether they count or not, a dictionary keyed by tap name;
             empty unless asked for.
         pooled: pooled activations ``(1 + spans, pools, hidden_size)`` float32, a dictionary keyed by tap name, with poolings in the order
@@ -67,7 +71,7 @@ class CompletionActivations:
         inexact_ids: whether some token ids were obtained by tokenising text.
         follow_ups: activations of the completion's follow-ups, in the order of the request.
         prompt_tokens: how many of ``token_ids`` are the prompt's; they come first.
-        info: what produced the activations, as the server told; ``None`` from an engine in the same process, which says so itself.
+        info: what produced the activations, as the server reports; ``None`` if the activations come from an ``Engine`` in the same process.
     """
 
     group_index: int

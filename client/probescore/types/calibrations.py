@@ -1,4 +1,6 @@
-"""Defines calibrated thresholds, the rollouts that they were found on, and how a scored rollout may be unlike those."""
+"""Defines calibrated thresholds of probes, descriptions of the rollouts on which each threshold was found, and the ways in which a scored
+rollout may be unlike those rollouts.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +11,10 @@ from probescore.reductions import Reduction
 
 
 class PromptShape(str, Enum):
-    """Enumeration of what a prompt's token ids show of its form, however the prompt was given.
+    """Enumeration of the shapes of a prompt, judged by its token ids alone, whether a user gave the prompt as ids, text or chat.
 
     ``EMPTY`` has no ids; ``TEMPLATE`` ends as the model's chat template ends a prompt; ``TEXT`` is any other prompt. The members with
-    ``BOS`` are the same for a rollout that starts with the token that begins a sequence (BOS).
+    ``BOS`` mean the same, but of a rollout that starts with the token that begins a sequence (BOS).
     """
 
     EMPTY = "empty"
@@ -24,10 +26,11 @@ class PromptShape(str, Enum):
 
 
 class CalibrationCondition(str, Enum):
-    """Enumeration of the conditions under which a threshold is known to hold.
+    """Enumeration of the conditions that a scored rollout must meet for a probe's calibrated threshold to be known to hold for it.
 
-    ``COMPLETION_LENGTH`` counts the tokens that count under the mask, ``PROMPT_LENGTH`` the prompt's tokens; both must lie within what the
-    negatives had. ``PROMPT_SHAPE`` must be one of theirs. ``SCOPE`` must be the completion.
+    ``COMPLETION_LENGTH`` counts the tokens that count under the mask, ``PROMPT_LENGTH`` the prompt's tokens; both must lie within the range
+    of the negative rollouts on which the threshold was found. ``PROMPT_SHAPE``: the shape of the prompt must be that of some negative.
+    ``SCOPE``: the scored part must be the completion.
     """
 
     COMPLETION_LENGTH = "completion_length"
@@ -38,15 +41,16 @@ class CalibrationCondition(str, Enum):
 
 @dataclass(frozen=True)
 class CalibratedRollouts:
-    """Description of the negative rollouts on which a threshold was found; the threshold is not known to hold for others.
+    """Description of the negative rollouts on which a probe's threshold was found; the threshold is not known to hold for rollouts unlike
+    these.
 
     Attributes:
-        groups: number of groups in which the rollouts came, such as those of one prompt.
-        dtype: dtype of the model that scored them, such as ``"bfloat16"``.
-        shortest_prompt, longest_prompt: numbers of tokens.
-        shortest_completion, longest_completion: numbers of tokens that count under the mask.
+        groups: number of groups in which the rollouts came, such as the completions of one prompt.
+        dtype: dtype of the model that ran the rollouts, such as ``"bfloat16"``.
+        shortest_prompt, longest_prompt: numbers of tokens of the shortest and the longest prompt.
+        shortest_completion, longest_completion: numbers of tokens that count under the mask, of the shortest and the longest completion.
         prompt_forms: how the prompts were given: ``"ids"``, ``"text"``, ``"text with special tokens"``, ``"chat"``.
-        prompt_shapes: what the ids of the prompts showed, each a value of ``PromptShape``; empty if nobody wrote it down.
+        prompt_shapes: shapes of the prompts by their token ids, each a value of ``PromptShape``; empty if the probe file does not say.
         generation_prompt_ids: the ids with which the model's chat template ends a prompt; empty if there is no template.
     """
 
@@ -75,7 +79,7 @@ class Calibration:
         dataset: description of the data, in words.
         reduction: the reduction for whose scores the threshold holds; ``None`` for a probe that scores rollouts.
         label: the label for whose scores the threshold holds, if the probe has several labels.
-        conditions: what the negatives were like; ``None`` where nobody wrote it down.
+        conditions: description of the negative rollouts; ``None`` if the probe file has none.
     """
 
     threshold: float
@@ -91,7 +95,7 @@ class Calibration:
 
 @dataclass(frozen=True)
 class UnmetCondition:
-    """A condition of a calibration (threshold with the data it was found on) that a scored completion does not meet.
+    """A condition of a calibration (a probe's threshold with the data on which it was found) that a scored completion does not meet.
 
     Attributes:
         condition: a value of ``CalibrationCondition``, or the name of a condition that only a newer server knows.
@@ -106,12 +110,13 @@ class UnmetCondition:
 
 @dataclass(frozen=True)
 class OutsideCalibration:
-    """The completions of a response that do not meet one condition of a calibration (threshold with the data it was found on).
+    """The completions of a response that do not meet one condition of a calibration (a probe's threshold with the data on which it was
+    found).
 
     Attributes:
-        unmet: the condition and the calibration.
-        completions: places of the completions in the response, ascending: in a ``ScoreResult`` those in ``ScoreResult.values``, in a stream
-            those in the message that brought them.
+        unmet: the condition, and the reduction and label that identify the calibration.
+        completions: places of the completions in the response, ascending: indices in the order of ``ScoreResult.values``, or, in a stream,
+            among the completions of one response message.
     """
 
     unmet: UnmetCondition

@@ -1,4 +1,6 @@
-"""Defines the descriptions of probes: where a probe reads activations, and what its scores are."""
+"""Defines the descriptions of probes: where a probe reads activations, and in which unit, for which labels and with which thresholds it
+scores.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ from probescore.types.calibrations import Calibration, OutsideCalibration
 
 
 class ScoreUnit(str, Enum):
-    """Enumeration of the units of a probe's scores: logits, probabilities, or other values."""
+    """Enumeration of the units of a probe's scores: logits, probabilities, or values of any other kind."""
 
     LOGIT = "logit"
     PROBABILITY = "probability"
@@ -42,7 +44,7 @@ class Hook(str, Enum):
     @property
     def has_layer(self) -> bool:
         """Returns whether each decoder block has a hook of this kind (a place at which a probe can read activations); if not, the whole
-        model has a single one.
+        model has a single hook of the kind.
         """
         return self is not Hook.FINAL_NORM
 
@@ -73,7 +75,8 @@ class ProbeInfo:
         version: the probe's version; a name and a version always identify the same bytes.
         description: what the probe detects, in its author's words.
         graph_sha256: digest of the probe's ONNX graph, which computes the scores.
-        manifest_sha256: digest of the probe's manifest without the graph's digest, calibrations included.
+        manifest_sha256: digest of the probe's manifest (its description as JSON) without the graph's digest; the manifest includes the
+            calibrations.
         taps: places in the model at which the probe reads activations.
         unit: unit of the probe's scores.
         output_per: whether the probe scores tokens or rollouts.
@@ -115,7 +118,8 @@ class ScoredProbe:
         name: the probe's name.
         version: the probe's version; a name and a version always identify the same bytes.
         graph_sha256: digest of the probe's ONNX graph, which computes the scores.
-        manifest_sha256: digest of the probe's manifest without the graph's digest, calibrations included.
+        manifest_sha256: digest of the probe's manifest (its description as JSON) without the graph's digest; the manifest includes the
+            calibrations.
         unit: unit of the probe's scores.
         output_per: whether the probe scores tokens or rollouts.
         labels: names of the values per token or rollout, in order; a single value has one label.
@@ -127,8 +131,9 @@ class ScoredProbe:
         reading: name of the model whose activations the probe has read; ``"frozen"`` = the server's own model.
         exclude_special_tokens: whether the tokenizer's special tokens do not count; the score of a selection that has only special tokens
             is then absent.
-        outside_calibration: the completions that are unlike those on which a threshold of the probe was found, so that it is not known to
-            hold for them. Only thresholds for one of ``reductions`` are looked at, if the manifest says what they were found on.
+        outside_calibration: the completions that are unlike those on which a threshold of the probe was found, so that the threshold is not
+            known to hold for them. Only thresholds for one of ``reductions`` are compared, and only if the manifest describes the rollouts
+            on which they were found.
     """
 
     name: str
@@ -152,7 +157,7 @@ class ScoredProbe:
 
 
 def score_keys(probes: Sequence[ScoredProbe]) -> tuple[str, ...]:
-    """Returns the keys of ``CompletionScores.scores``, in the order of ``probes``.
+    """Returns the keys of ``CompletionScores.scores``, the dictionary of one completion's scores, in the order of ``probes``.
 
     A probe's key is its name, or ``name@version`` where several versions of one name were applied.
     """
@@ -161,9 +166,10 @@ def score_keys(probes: Sequence[ScoredProbe]) -> tuple[str, ...]:
 
 
 def named_probe(name: str, probes: Iterable[ProbeInfo]) -> ProbeInfo | None:
-    """Returns the probe that a name means among those of a server, or ``None`` if there is none.
+    """Returns the probe, among the probes that a server has loaded, that a given name means; ``None`` if the name means none of them.
 
-    ``name@version`` means that version. A bare name means the highest version (``version_order``) whose file is still there.
+    A name ``name@version`` means exactly that version. A bare name means the highest version (``version_order``) of the probe whose file
+    has not been removed.
     """
     probes = tuple(probes)
     exact = next((probe for probe in probes if probe.key == name), None)
@@ -172,8 +178,8 @@ def named_probe(name: str, probes: Iterable[ProbeInfo]) -> ProbeInfo | None:
 
 
 def version_order(version: str) -> tuple[tuple[bool, int, str], ...]:
-    """Returns a key by which versions are sorted in natural order: runs of digits compare as numbers, so that 10 comes after 9 and 1.10
-    after 1.9. A number comes after any other text in its place, and a version after its own beginning.
+    """Returns a key by which version texts of probes are sorted in natural order: runs of digits compare as numbers, so that 10 comes after
+    9 and 1.10 after 1.9. A number comes after any other text in its place, and a version after any version that is its beginning.
     """
     parts = re.findall(r"[0-9]+|[^0-9]+", version)
     keys = ((True, int(part), "") if part.isdecimal() else (False, 0, part) for part in parts)

@@ -57,8 +57,8 @@ class Chat:
 
 @dataclass(frozen=True)
 class Span:
-    """A named half-open range ``[start, end)`` of a completion's tokens, which is scored separately; indices count from the completion's
-    first token.
+    """A named half-open range ``[start, end)`` of a completion's tokens, which a server scores separately; indices count from the
+    completion's first token.
     """
 
     name: str

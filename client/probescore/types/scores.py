@@ -15,10 +15,10 @@ from probescore.types.readings import FROZEN, Reading
 
 
 class CompletionStatus(str, Enum):
-    """Enumeration of the results of scoring a completion, or of reading its activations.
+    """Enumeration of the outcomes of scoring a completion, or of reading its activations.
 
     ``NON_FINITE`` means that the model or a probe computed a number that is not finite. ``OVERFLOW``, of activations only, means that a
-    number is too large for the format in which they were to be sent.
+    number is too large for the format in which the activations were to be sent.
     """
 
     OK = "ok"
@@ -36,8 +36,8 @@ class ProbeScores:
             rollouts the middle axis has length 1.
         tokens: ``(tokens in scope, labels)`` float32; row *i* is the score at the position whose input is token *i*. ``None`` unless token
             scores were requested.
-        unmet: conditions of the probe's calibrations that the completion does not meet, so that their thresholds are not known to hold for
-            it; empty on a follow-up, which is not compared.
+        unmet: conditions of the probe's calibrations (thresholds with the data on which they were found) that the completion does not meet,
+            so that the thresholds are not known to hold for it; always empty for a follow-up (token ids appended to a completion).
     """
 
     reduced: NDArray[np.float32]
@@ -46,14 +46,14 @@ class ProbeScores:
 
     @property
     def value(self) -> float | None:
-        """Returns the score of the whole scope (the scored part of the rollout), for the first reduction and the first label; ``None`` if
-        no token was selected.
+        """Returns a probe's score of the whole scope (the scored part of the rollout), for the first reduction and the first label;
+        ``None`` if no token was selected.
         """
         return self.at()
 
     def at(self, span: int = 0, reduction: int = 0, label: int = 0) -> float | None:
-        """Returns the reduced score of a span (or of the scope), a reduction and a label, given by their indices; ``None`` if the selection
-        was empty.
+        """Returns a probe's score of one span of a completion (or of the whole scored part), reduced to one number by one reduction, for
+        one label. Span, reduction and label are given by their indices. Returns ``None`` if the span selects no token.
         """
         number = float(self.reduced[span, reduction, label])
         return None if np.isnan(number) else number
@@ -142,7 +142,7 @@ class Usage:
 
     Attributes:
         tokens_computed: tokens that ran through the model.
-        tokens_shared: tokens computed once for several completions, counted from the second on.
+        tokens_shared: tokens computed once for several completions, which count once for each completion after the first.
         tokens_cached: tokens taken from the key-value cache of earlier work.
         queue_seconds: seconds from the admission of the request until computation of its first completion began on the device (such as
             ``cuda:0``).
@@ -157,7 +157,9 @@ class Usage:
 
     @property
     def tokens(self) -> int:
-        """Returns the number of tokens that would be computed if each rollout were read separately: computed, shared and cached tokens."""
+        """Returns the number of tokens that would be computed if the model read each rollout separately: the sum of computed, shared and
+        cached tokens.
+        """
         return self.tokens_computed + self.tokens_shared + self.tokens_cached
 
     @classmethod
@@ -214,7 +216,7 @@ class ScoreResult:
     def values(self, probe: str, *, reading: str = FROZEN, reduction: int = 0, label: int = 0) -> NDArray[np.float32]:
         """Returns one probe's score of each completion, group after group, as ``(completions,)`` float32 in the probe's unit.
 
-        The number is NaN, never 0, where the selection was empty or the completion could not be scored (see ``CompletionScores.status``).
+        The number is NaN, never 0, where no token was selected or the completion could not be scored (see ``CompletionScores.status``).
 
         Args:
             probe: the probe's name, or ``name@version`` if several versions of one probe were applied.
@@ -248,11 +250,11 @@ class StreamedCompletion:
 
 
 def with_unmet_conditions(completions: Sequence[CompletionScores], probes: Sequence[ScoredProbe]) -> list[CompletionScores]:
-    """Returns completions with the conditions of calibrations that each of them does not meet, taken from ``outside_calibration`` of the
-    probes that scored them.
+    """Returns completions' scores, to which are added the conditions of calibrations (thresholds with the data on which they were found)
+    that each completion does not meet. The conditions are taken from ``outside_calibration`` of the probes that scored the completions.
 
     Args:
-        completions: every completion of the response, in its order.
+        completions: the scores of every completion of the response, in the order of the response.
         probes: descriptions of the probes in that response.
     """
     unmet: dict[int, dict[str, tuple[UnmetCondition, ...]]] = {}

@@ -1,4 +1,6 @@
-"""Defines the descriptions of a server: its model, limits and workers, and the memory that its devices gave up or took back."""
+"""Defines the descriptions of a server: its model, limits and workers, the memory that its devices freed or allocated, and the changes of a
+reload of its probes.
+"""
 
 from __future__ import annotations
 
@@ -85,8 +87,8 @@ class WorkerInfo:
 
 @dataclass(frozen=True)
 class Transfer:
-    """Record of the memory that ``sleep`` or ``wake`` moved on one device. All numbers are 0 if the device was in the requested state
-    already.
+    """Record of the memory that one device of a server freed when it was put to sleep (``sleep``), or allocated when it was woken
+    (``wake``). All numbers are 0 if the device was asleep, or awake, already.
 
     Attributes:
         device: the device, such as ``cpu`` or ``cuda:0``.
@@ -112,9 +114,10 @@ class ServerInfo:
         tokenizer_fingerprint: fingerprint of the server's tokenizer, ``"sha256:…"``; empty if the server has no tokenizer.
         limits: maximum sizes of requests.
         workers: the worker processes, one for each device.
-        probes: ``name@version`` of each current probe, which its bare name or the absence of names may mean.
+        probes: ``name@version`` of each current probe, which a request may also mean by the bare name, or by naming no probe.
         retired_probes: ``name@version`` of each probe whose file is gone, and which is served for a while under this full name only.
-        activation_taps: names of the taps whose activations the server gives, such as ``resid_post.6``; empty if it gives none.
+        activation_taps: names of the taps (places in the model) whose activations the server gives, such as ``resid_post.6``; empty if it
+            gives none.
     """
 
     server_version: str
@@ -133,9 +136,10 @@ class RefusedProbeFile:
 
     Attributes:
         file: the last component of the file's path.
-        field: the part that was checked: a field of the manifest such as ``model.fingerprint``, or ``file``, ``graph`` or ``golden``.
-        found: the value that was found.
-        expected: the value that was expected.
+        field: the part of the file that failed the check: a field of the manifest such as ``model.fingerprint``, or ``file``, ``graph`` or
+            ``golden``.
+        found: the value that the check found.
+        expected: the value that the check expected.
     """
 
     file: str
@@ -149,17 +153,17 @@ class RefusedProbeFile:
 
 @dataclass(frozen=True)
 class ReloadedProbes:
-    """Description of what a server serves after it has followed its probe files, and of what has changed.
+    """Description of the probes that a server serves after it has reloaded its probe files, and of the changes that the reload made.
 
     Probes are named as ``name@version``.
 
     Attributes:
-        added: the probes that are current and were not before.
-        retired: those that were current, and whose files are gone; they are served for a while under their full names.
-        dropped: those that were served, and are not any more.
-        current_probes: all current probes, sorted by name and version.
+        added: the probes that are current (served by name, as their files are there) and were not before the reload.
+        retired: the probes that were current, and whose files are gone; the server serves them for a while under their full names.
+        dropped: the probes that the server served before the reload, and does not serve any more.
+        current_probes: all current probes after the reload, sorted by name and version.
         retired_probes: all retired probes, oldest first.
-        refused: the files that failed a check. A probe whose file such a file has replaced stays current.
+        refused: the files that failed a check. If a refused file has replaced the file of a current probe, that probe stays current.
         seconds: duration of the reload.
     """
 

@@ -1,4 +1,5 @@
-"""Pure functions, shared by client and server, that convert value objects to and from the protobuf messages of the contract.
+"""Pure functions, shared by client and server, that convert value objects to and from the protobuf messages of the gRPC contract between
+them.
 
 Functions that read a message raise ``MessageError``, which names the faulty field, if the message violates the contract.
 """

@@ -1,4 +1,4 @@
-"""Converts requests for activations, and the parts in which a server sends activations, to and from messages."""
+"""Converts requests for activations, and the parts in which a server sends activations, to and from protobuf messages."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ FORMATS = {"float32": FLOAT32, "bfloat16": BFLOAT16, "float16": FLOAT16}
 
 @dataclass(frozen=True)
 class ActivationOptions:
-    """Value object with all fields of a ``ReadActivationsRequest`` except the rollout groups; the comments in the ``.proto`` file define
-    each field.
+    """Value object with all fields of a ``ReadActivationsRequest`` (request for a model's activations) except the rollout groups; the
+    comments in the ``.proto`` file define each field.
     """
 
     taps: tuple[str, ...]
@@ -41,7 +41,7 @@ class ActivationOptions:
 
 
 def activation_options_to_proto(options: ActivationOptions) -> activations_pb2.ReadActivationsRequest:
-    """Converts options to a ``ReadActivationsRequest`` message without rollout groups.
+    """Converts the options of a request for activations to a ``ReadActivationsRequest`` message without rollout groups.
 
     Raises:
         MessageError: a text field is not a valid string, the format is not known, or an integer is out of the range of its field.
@@ -61,8 +61,8 @@ def activation_options_to_proto(options: ActivationOptions) -> activations_pb2.R
 
 
 def begin_to_proto(group: int, completion: int, follow_up: Sequence[int], read: CompletionScores) -> activations_pb2.ActivationPart:
-    """Returns the part with which a completion, or a follow-up (token ids appended to a completion) at a path of indices, begins; ``read``
-    has its token ids in scope.
+    """Returns the part of a response with which the activations of a completion begin, or those of a follow-up (token ids appended to a
+    completion), which has a path of indices ``follow_up``. The token ids of ``read`` are the tokens in scope.
     """
     prompt, own = (np.zeros(0, np.int32) if ids is None else ids for ids in (read.prompt_ids, read.completion_ids))
     return activations_pb2.ActivationPart(
@@ -81,7 +81,9 @@ def begin_to_proto(group: int, completion: int, follow_up: Sequence[int], read: 
 
 
 def rows_to_proto(tap: str, pool: Pool, first_row: int, rows: NDArray[np.generic], dtype: str) -> activations_pb2.ActivationPart:
-    """Returns a part with consecutive rows of a tap (place in the model) under a pool, ``(rows, hidden_size)`` in the format ``dtype``."""
+    """Returns a part of a response with consecutive rows of activations at a tap (place in the model) under a way of pooling tokens,
+    ``(rows, hidden_size)`` in the number format ``dtype``.
+    """
     return activations_pb2.ActivationPart(
         rows=activations_pb2.ActivationRows(tap=tap, pool=POOLS[pool], first_row=first_row, rows=array_to_tensor(rows, FORMATS[dtype]))
     )
@@ -90,7 +92,9 @@ def rows_to_proto(tap: str, pool: Pool, first_row: int, rows: NDArray[np.generic
 def activations_info_to_proto(
     model_fingerprint: str, tokenizer_fingerprint: str, taps: Sequence[str], pools: Sequence[Pool], dtype: str, usage: Usage
 ) -> activations_pb2.ActivationsInfo:
-    """Returns the description of what produced the activations of a response."""
+    """Returns a message that describes what produced the activations of a response: model, tokenizer, places in the model, poolings, number
+    format and work done.
+    """
     return activations_pb2.ActivationsInfo(
         model_fingerprint=model_fingerprint,
         tokenizer_fingerprint=tokenizer_fingerprint,
@@ -105,7 +109,7 @@ def activations_info_to_proto(
 
 
 def activation_options_from_request(request: activations_pb2.ReadActivationsRequest) -> ActivationOptions:
-    """Returns the options of a ``ReadActivationsRequest`` message.
+    """Returns the options of a request for activations, a ``ReadActivationsRequest`` message.
 
     Raises:
         MessageError: the scope, a pool or the format is unknown.
@@ -123,7 +127,7 @@ def activation_options_from_request(request: activations_pb2.ReadActivationsRequ
 
 
 def activations_info_from_proto(message: activations_pb2.ActivationsInfo) -> ActivationsInfo:
-    """Converts the description of what produced the activations of a response.
+    """Converts a message to a description of what produced the activations of a response, such as the model and the places in it.
 
     Raises:
         MessageError: a pool or the format is unknown.
@@ -139,7 +143,7 @@ def activations_info_from_proto(message: activations_pb2.ActivationsInfo) -> Act
 
 
 def rows_from_proto(rows: activations_pb2.ActivationRows, dtype: str, field: str) -> NDArray[np.float32]:
-    """Returns the rows of a part as float32, ``(rows, hidden_size)``.
+    """Returns the rows of activations in one part of a response as float32, ``(rows, hidden_size)``.
 
     Raises:
         MessageError: the rows are not of the format ``dtype``, or the tensor violates the contract.

@@ -1,4 +1,6 @@
-"""Defines the constants that the protobuf contract fixes beside its messages."""
+"""Defines the constants of the gRPC contract between client and server that no protobuf message states, such as the metadata key of a
+training run's name.
+"""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ def member_of(members: Mapping[Member, int], number: int, field: str) -> Member:
     """Returns the member of a Python enum that has a given number in the protobuf contract.
 
     Raises:
-        MessageError: no member has the number; also for a number that only a newer version of the contract defines.
+        MessageError: no member has the number; this includes a number that only a newer version of the contract defines.
     """
     for member, known in members.items():
         if known == number:

@@ -1,5 +1,5 @@
-"""Converts activations between float32 and the formats in which they are sent and stored: float32, bfloat16 and float16. An overflow is an
-error.
+"""Converts activations between float32 and the formats in which they are sent and stored: float32, bfloat16 and float16. A number too large
+for the format is an error.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ _QUIET_NAN = np.uint16(0x7FC0)
 
 
 class Overflow(Exception):
-    """Exception raised when a finite number is too large for a format; has the ``index`` and ``value`` of the first such number."""
+    """Exception raised when a finite number is too large for a format in which activations are sent or stored; has the ``index`` and
+    ``value`` of the first such number.
+    """
 
     def __init__(self, index: tuple[int, ...], value: float) -> None:
         super().__init__(index, value)
@@ -73,7 +75,7 @@ def _float16(numbers: NDArray[np.float32]) -> NDArray[np.generic]:
 def _bfloat16(numbers: NDArray[np.float32]) -> NDArray[np.generic]:
     """Rounds float32 numbers to bfloat16, ties to even, and returns their bits; the result is wrong for NaN.
 
-    It adds half a unit of the last kept bit, or slightly less if that bit is even, and takes the upper 16 bits.
+    The function adds half a unit of the last kept bit, or slightly less if that bit is even, and takes the upper 16 bits.
     """
     bits = np.ascontiguousarray(numbers).view(np.uint32)
     rounded = bits >> 16

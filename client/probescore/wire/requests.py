@@ -24,8 +24,8 @@ _UINT32_MAX = 2**32 - 1
 
 @dataclass(frozen=True)
 class RequestOptions:
-    """Value object with all fields of a ``ScoreRequest`` except the rollout groups; the comments in the ``.proto`` file define each
-    field.
+    """Value object with all fields of a ``ScoreRequest`` (request for scores) except the rollout groups; the comments in the ``.proto``
+    file define each field.
     """
 
     probes: tuple[str, ...] = ()
@@ -184,7 +184,9 @@ def _mask_to_tensor(mask: ArrayLike, field: str) -> tensor_pb2.Tensor:
 
 
 def checked_string(value: object, field: str) -> str:
-    """Returns a value for a text field; raises ``MessageError``, which names the field, if it is not a string that UTF-8 can express."""
+    """Returns a value for a text field of a protobuf message unchanged; raises ``MessageError``, which names the field, if the value is not
+    a string that UTF-8 can express.
+    """
     if not isinstance(value, str):
         raise MessageError(field, f"expected str, got {type(value).__name__}")
     try:
@@ -195,7 +197,9 @@ def checked_string(value: object, field: str) -> str:
 
 
 def checked_integer(value: object, field: str, low: int, high: int) -> int:
-    """Returns a value for an integer field; raises ``MessageError``, which names the field, if it is no integer in ``[low, high]``."""
+    """Returns a value for an integer field of a protobuf message as an ``int``; raises ``MessageError``, which names the field, if the
+    value is no integer in ``[low, high]``.
+    """
     if not isinstance(value, (int, np.integer)):
         raise MessageError(field, f"expected an integer, got {type(value).__name__}")
     number = int(value)
@@ -232,8 +236,8 @@ def options_from_request(request: scoring_pb2.ScoreRequest) -> RequestOptions:
 
 
 def groups_from_request(request: scoring_pb2.ScoreRequest | activations_pb2.ReadActivationsRequest) -> list[RolloutGroup]:
-    """Returns the rollout groups of a request message. Token ids keep the dtype in which they were sent (int32, int64 or uint32).
-    This function does not check whether ids are in the model's vocabulary and whether mask and spans fit their completion; the server does.
+    """Returns the rollout groups of a request message. Token ids keep the dtype in which they were sent (int32, int64 or uint32). The
+    server, and not this function, checks whether ids are in the model's vocabulary and whether mask and spans fit their completion.
 
     Raises:
         MessageError: a tensor violates the contract.

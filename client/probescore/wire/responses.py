@@ -1,4 +1,4 @@
-"""Converts scores, and descriptions of the model and probes that produced them, to and from response messages."""
+"""Converts scores, and descriptions of the model and probes that produced them, to and from protobuf response messages."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def _info_to_proto(info: ScoringInfo) -> scoring_pb2.ScoringInfo:
 
 
 def usage_to_proto(usage: Usage) -> scoring_pb2.Usage:
-    """Converts the record of the work done for a response to a message."""
+    """Converts the counts of the work that a server did for a response to a protobuf message."""
     return scoring_pb2.Usage(
         tokens_computed=usage.tokens_computed,
         tokens_shared=usage.tokens_shared,
@@ -127,7 +127,9 @@ def _outside_to_proto(outside: OutsideCalibration) -> probes_pb2.OutsideCalibrat
 
 @lru_cache(MAX_KNOWN_PROBES)
 def _known_probe_to_proto(probe: ScoredProbe) -> probes_pb2.ScoredProbe:
-    """Returns a probe's description as a message from a cache. The message must not be changed, since later responses share it."""
+    """Returns a probe's description as a protobuf message, which is kept in a cache. The message must not be changed, since later responses
+    share it.
+    """
     return _scored_probe_to_proto(probe)
 
 
@@ -152,7 +154,7 @@ def _scored_probe_to_proto(probe: ScoredProbe) -> probes_pb2.ScoredProbe:
 
 
 def result_from_proto(message: scoring_pb2.ScoreResponse) -> ScoreResult:
-    """Converts the response of the RPC ``Score`` to a value. The arrays of the value are read-only views of the message's bytes.
+    """Converts the response of the RPC ``Score`` to a ``ScoreResult``, whose arrays are read-only views of the message's bytes.
 
     Raises:
         MessageError: the message violates the contract.
@@ -169,7 +171,7 @@ def result_from_proto(message: scoring_pb2.ScoreResponse) -> ScoreResult:
 
 
 def streamed_from_proto(message: scoring_pb2.ScoreStreamResponse) -> tuple[StreamedCompletion, ...]:
-    """Returns the completions in one message of the response of the RPC ``ScoreStream``.
+    """Returns the scored completions in one message of the response of the RPC ``ScoreStream``.
 
     Raises:
         MessageError: the message violates the contract.
@@ -233,7 +235,7 @@ def _info_from_proto(message: scoring_pb2.ScoringInfo, completions: int) -> Scor
 
 
 def usage_from_proto(message: scoring_pb2.Usage) -> Usage:
-    """Converts a message to the record of the work done for a response."""
+    """Converts a protobuf message to the counts of the work that a server did for a response."""
     return Usage(
         tokens_computed=message.tokens_computed,
         tokens_shared=message.tokens_shared,

@@ -1,4 +1,4 @@
-"""Converts descriptions of a server and results of its administration (``sleep``, ``wake`` and reloading) to and from messages."""
+"""Converts descriptions of a server and results of its administration (``sleep``, ``wake`` and reloading) to and from protobuf messages."""
 
 from __future__ import annotations
 
@@ -60,7 +60,9 @@ def server_info_to_proto(info: ServerInfo) -> scoring_pb2.GetServerInfoResponse:
 
 
 def transfers_to_proto(transfers: Iterable[Transfer]) -> list[admin_pb2.Transfer]:
-    """Converts the records of the memory that each device moved to the messages in ``SleepResponse`` and ``WakeResponse``."""
+    """Converts records of the memory that each device of a server freed or allocated to the messages in ``SleepResponse`` and
+    ``WakeResponse``.
+    """
     return [
         admin_pb2.Transfer(
             device=transfer.device, seconds=transfer.seconds, weight_bytes=transfer.weight_bytes, device_bytes=transfer.device_bytes
@@ -70,7 +72,7 @@ def transfers_to_proto(transfers: Iterable[Transfer]) -> list[admin_pb2.Transfer
 
 
 def reloaded_to_proto(reloaded: ReloadedProbes) -> admin_pb2.ReloadResponse:
-    """Converts what a reload of probes has changed to the response of the RPC ``Reload``."""
+    """Converts a description of the changes that a server's reload of its probes made to the response of the RPC ``Reload``."""
     return admin_pb2.ReloadResponse(
         added=reloaded.added,
         retired=reloaded.retired,
@@ -175,12 +177,14 @@ def server_info_from_proto(message: scoring_pb2.GetServerInfoResponse) -> Server
 
 
 def transfers_from_proto(transfers: Iterable[admin_pb2.Transfer]) -> tuple[Transfer, ...]:
-    """Converts the messages in ``SleepResponse`` and ``WakeResponse`` to records of the memory that each device moved."""
+    """Converts the messages in ``SleepResponse`` and ``WakeResponse`` to records of the memory that each device of a server freed or
+    allocated.
+    """
     return tuple(Transfer(entry.device, entry.seconds, entry.weight_bytes, entry.device_bytes) for entry in transfers)
 
 
 def reloaded_from_proto(message: admin_pb2.ReloadResponse) -> ReloadedProbes:
-    """Converts the response of the RPC ``Reload`` to what the reload has changed."""
+    """Converts the response of the RPC ``Reload`` to a description of the changes that a server's reload of its probes made."""
     return ReloadedProbes(
         added=tuple(message.added),
         retired=tuple(message.retired),

@@ -1,4 +1,6 @@
-"""Converts numpy arrays to and from ``Tensor`` messages, and defines the exception for a message that violates the protobuf contract."""
+"""Converts numpy arrays to and from ``Tensor`` messages of protobuf, and defines the exception for a message that violates the protobuf
+contract.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,9 @@ class MessageError(ValueError):
 
 
 def array_to_tensor(array: NDArray[Any], dtype: tensor_pb2.DataType.ValueType) -> tensor_pb2.Tensor:
-    """Converts an array to a ``Tensor`` message of the given element type; the caller must ensure that the array's values fit the type."""
+    """Converts a numpy array to a ``Tensor`` message of the given element type; the caller must ensure that the array's values fit the
+    type.
+    """
     return tensor_pb2.Tensor(dtype=dtype, shape=array.shape, data=array.astype(_LITTLE_ENDIAN[dtype], copy=False).tobytes())
 
 

@@ -1,4 +1,4 @@
-"""The record of a training run: what its rollouts were, and what probes, tasks and labellers said of them.
+"""Reads and writes the record of a training run: its rollouts, and what probes, tasks and labellers said of them.
 
 A record is a folder of JSON Lines files that are only appended to. Every process that writes has a file of its own, so that several ranks
 write at once without locks, and whatever kills a process costs at most the line that it was writing. This package needs numpy alone.

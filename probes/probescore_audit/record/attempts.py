@@ -1,4 +1,4 @@
-"""Finds out which rows of a record count, where training was stopped and went on from an earlier step."""
+"""Finds out which rows of a training run's record count, if training was stopped and went on from an earlier step."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from probescore_audit.record.rows import RunHeader
 
 @dataclass(frozen=True)
 class FileSteps:
-    """The steps whose rollouts a file of a record has.
+    """Value object that says from which training step on one file of a training run's record has rollouts.
 
     Attributes:
-        header: the file's first line.
-        first: first step; ``None`` if the file has no rollouts.
+        header: the file's first line, which describes the process that wrote the file.
+        first: first training step; ``None`` if the file has no rollouts.
     """
 
     header: RunHeader
@@ -22,11 +22,12 @@ class FileSteps:
 
 
 def valid_before(files: Sequence[FileSteps]) -> list[float]:
-    """Returns for each file the step from which on its rows do not count, because a later attempt has started from there; infinite if none.
+    """Returns, for each file of a training run's record, the training step from which on its rows do not count, because a later attempt has
+    started from there; infinite if there is none.
 
-    Files of one launch are one attempt. If processes do not say which launch they belong to, a file joins the attempt before it if that
-    attempt has as many processes, and none with the file's rank. An attempt that begins at a step takes the place of all earlier ones from
-    this step on, also where it has not come as far as they had.
+    Files that the processes of one launch of the training wrote are one attempt. If processes do not say which launch they belong to, a
+    file joins the attempt before it if that attempt has as many processes, and none with the file's rank. An attempt that begins at a step
+    takes the place of all earlier ones from this step on, even if it has not come as far as the earlier ones had.
     """
     order = sorted(range(len(files)), key=lambda index: files[index].header.started)
     attempts: list[list[int]] = []

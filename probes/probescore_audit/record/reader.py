@@ -1,4 +1,4 @@
-"""Reads a record: which rows count, and what in its files could not be read."""
+"""Reads the record of a training run: which of its rows count, and how many lines of its files could not be read."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from probescore_audit.record.table import RolloutTable
 
 @dataclass(frozen=True, eq=False)
 class Record:
-    """The rows of a record that count.
+    """Record of a training run as it was read, with only those rows that count.
 
     Attributes:
         header: the header of the process that started last.
-        rollouts: the rollouts in the order of their steps; of a rollout that is there twice the last row.
+        rollouts: the rollouts in the order of their steps; if a rollout is there twice, its last row.
         labels: the labels of these rollouts that were not retracted.
-        anchors: the scores of the anchors.
-        labellers: how labellers judged what was known.
+        anchors: the scores of the anchors (texts with a known label that are scored again and again).
+        labellers: how labellers judged rollouts whose label was known.
         torn_lines: number of lines that could not be read, such as the last one of a process that was killed while it wrote.
         void_rows: number of rows that do not count, since training went on from an earlier step, or since a label is not of any rollout
             that counts.
@@ -36,13 +36,13 @@ class Record:
     void_rows: int
 
     def table(self) -> RolloutTable:
-        """Returns the rollouts as columns."""
+        """Returns the recorded rollouts of a training run as a table of columns."""
         return RolloutTable.of(self.rollouts)
 
 
 @dataclass(eq=False)
 class _File:
-    """What one file of a record has."""
+    """Value object with the content of one file of a training run's record: the header, the rows and the number of unreadable lines."""
 
     header: RunHeader
     rows: list[Row]
@@ -50,7 +50,7 @@ class _File:
 
 
 def read_record(directory: Path | str) -> Record:
-    """Reads the files of a record, also while a run is still writing them.
+    """Reads the record of a training run from its files, also while the run is still writing them.
 
     Args:
         directory: the record's folder.
@@ -100,7 +100,9 @@ def read_record(directory: Path | str) -> Record:
 
 
 def _read_file(path: Path) -> _File | None:
-    """Reads a file; ``None`` if even its first line is not whole, as in the moment in which a process begins to write."""
+    """Reads one file of a training run's record; returns ``None`` if even the first line is not whole, as in the moment in which a process
+    begins to write.
+    """
     torn, rows = 0, []
     for values in _objects(path):
         if values is None:
@@ -121,7 +123,9 @@ def _read_file(path: Path) -> _File | None:
 
 
 def _objects(path: Path) -> Iterator[dict[str, object] | None]:
-    """Parses the lines of a file; ``None`` for a line that is not a JSON object with a kind."""
+    """Parses the lines of one file of a training run's record; yields ``None`` for a line that is not a JSON object with the field
+    ``kind``.
+    """
     with path.open("rb") as file:
         for line in file:
             if not line.strip():

@@ -1,4 +1,4 @@
-"""Defines the rows of a record, and their form as lines of JSON.
+"""Defines the rows of a training run's record, and their form as lines of JSON.
 
 A line is a JSON object with the field ``kind``. Fields without a value are left out. A reader ignores fields and kinds that it does not
 know, so that fields can be added under one schema version; a version that is higher than its own it refuses.
@@ -21,12 +21,12 @@ Scores = Mapping[str, Mapping[str, Mapping[str, float]]]
 
 @dataclass(frozen=True, kw_only=True)
 class RecordedProbe:
-    """Description of a probe whose scores a record has.
+    """Description of a probe whose scores the record of a training run has.
 
     Attributes:
         key: ``name@version``.
-        graph_sha256: digest of the probe's graph.
-        manifest_sha256: digest of the rest of the probe's manifest, calibrations included.
+        graph_sha256: digest of the probe's ONNX graph.
+        manifest_sha256: digest of the probe's manifest (the description in its file), calibrations included.
         role: what its scores are for: ``"reward"``, ``"monitor"``, ``"held_out"`` (the trainer never sees them) or ``"refit"``.
         thresholds: for each reduction that has one, the threshold at or above which a rollout counts as flagged.
     """
@@ -40,18 +40,18 @@ class RecordedProbe:
 
 @dataclass(frozen=True, kw_only=True)
 class RunHeader:
-    """Description of a run, as one of its processes knows it; the first line of the process's file.
+    """Description of a training run, as one of its processes knows it; the first line of the process's file in the run's record.
 
     Attributes:
         run_id: the run's name.
         planned_steps: number of training steps that the run is planned for.
         model_fingerprint: fingerprint of the frozen model.
-        tokenizer_fingerprint: fingerprint of its tokenizer.
+        tokenizer_fingerprint: fingerprint of the model's tokenizer.
         probes: the probes whose scores are recorded.
         labels_per_step: number of labels that are planned for each step; 0 = none.
         alpha: largest chance that any alarm of the run is false.
         rank: number of the process among those of the run.
-        world_size: number of these processes.
+        world_size: number of the run's processes.
         launch: name of the launch of the training that the process belongs to, equal for all its processes; empty if unknown.
         started: time at which the process began to write, in seconds since 1970.
         schema_version: version of the record's format.
@@ -74,13 +74,13 @@ class RunHeader:
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutRow:
-    """One rollout of a training step.
+    """Row of a training run's record with one rollout.
 
     Attributes:
         step: training step.
         rollout: name of the rollout, unique within its step.
         prompt: name of the prompt, equal for rollouts of one prompt.
-        scores: what the probes said.
+        scores: the probes' scores, keyed by probe, then by reading (which model's activations the probe read), then by reduction.
         tokens: number of tokens of the completion.
         task_reward: reward of the task alone.
         total_reward: reward that the trainer used.
@@ -108,7 +108,8 @@ class RolloutRow:
 
 @dataclass(frozen=True, kw_only=True)
 class LabelRow:
-    """A judgement on one rollout. Rows are never overwritten; one that is wrong is retracted by a later one.
+    """Row of a training run's record with a judgement on one rollout. Rows are never overwritten; one that is wrong is retracted by a later
+    one.
 
     Attributes:
         step: training step of the rollout.
@@ -121,7 +122,7 @@ class LabelRow:
         labeller_version: version of the labeller, such as that of the judge's prompt.
         inclusion: probability with which the rollout was chosen for labelling, in (0, 1]; ``None`` if it was not drawn at random, and
             estimates must leave it out.
-        stratum: ``"flagged"``, ``"near"`` or ``"rest"``.
+        stratum: class of the rollout by score: ``"flagged"``, ``"near"`` or ``"rest"``.
         floor: whether the rollout was drawn at random from all rollouts of its step.
         second: whether this is a second judgement of a rollout.
         span: half-open range of tokens of the completion in which the behaviour is seen.
@@ -150,13 +151,14 @@ class LabelRow:
 
 @dataclass(frozen=True, kw_only=True)
 class AnchorRow:
-    """A score of an anchor, which is a text with a known label that is scored again and again during the run.
+    """Row of a training run's record with the scores of an anchor, which is a text with a known label that is scored again and again during
+    the run.
 
     Attributes:
-        step: training step at which it was scored.
+        step: training step at which the anchor was scored.
         anchor: name of the text.
         positive: whether the text has the behaviour.
-        scores: what the probes said.
+        scores: the probes' scores, keyed by probe, then by reading (which model's activations the probe read), then by reduction.
     """
 
     kind: ClassVar[str] = "anchor"
@@ -168,11 +170,11 @@ class AnchorRow:
 
 @dataclass(frozen=True, kw_only=True)
 class LabellerRow:
-    """How a labeller judged rollouts whose label was known.
+    """Row of a training run's record that says how a labeller judged rollouts whose label was known.
 
     Attributes:
-        source: as in the labeller's labels.
-        labeller: as in the labeller's labels.
+        source: what gave the labels, such as ``"judge"`` or ``"person"``.
+        labeller: who gave them: a person's name, or a judge's model.
         negatives: number of rollouts without the behaviour that were shown.
         negatives_right: number of these that were labelled ``"no"``.
         positives: number of rollouts with the behaviour that were shown.
@@ -197,7 +199,7 @@ _DEFAULTS = {name: tuple((each.name, each.default) for each in fields(kind)) for
 
 
 def to_line(row: Row) -> str:
-    """Returns a row as one line of JSON, without the line's end.
+    """Returns a row of a training run's record as one line of JSON, without the line's end.
 
     Raises:
         ValueError: a number is NaN or infinite, for which JSON has no form.
@@ -209,7 +211,7 @@ def to_line(row: Row) -> str:
 
 
 def from_object(values: Mapping[str, Any]) -> Row | None:
-    """Returns the row of a parsed line; ``None`` if its kind is not known.
+    """Returns the row of a training run's record that a parsed line of JSON contains; ``None`` if the row's kind is not known.
 
     Raises:
         TypeError: a field that the kind requires is missing.
@@ -228,7 +230,7 @@ def from_object(values: Mapping[str, Any]) -> Row | None:
 
 
 def _as_python(value: object) -> object:
-    """Returns numpy's numbers and arrays as Python's."""
+    """Returns a numpy number or array as a Python number or list, for JSON."""
     if isinstance(value, (np.ndarray, np.generic)):
         return value.tolist()
     raise TypeError(f"a row holds a {type(value).__name__}; give numbers, text and lists")

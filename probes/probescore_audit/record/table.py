@@ -1,4 +1,4 @@
-"""Gives the rollouts of a record as columns."""
+"""Gives the rollouts of a training run's record as a table of columns."""
 
 from __future__ import annotations
 
@@ -16,14 +16,16 @@ _NUMBERS = ("tokens", "task_reward", "total_reward", "policy_logprob")
 
 @dataclass(frozen=True, eq=False)
 class RolloutTable:
-    """The rollouts of a run, by step, as columns of one length.
+    """Table of the rollouts of a training run, in the order of the training steps, as columns of one length.
 
     Attributes:
         step: training step, ``(n,)`` int64, ascending.
         rollout: name of the rollout, ``(n,)``.
         prompt: name of the prompt, ``(n,)``.
-        numbers: ``tokens``, ``task_reward``, ``total_reward`` and ``policy_logprob``, ``(n,)`` float64 each; NaN where there is none.
-        scores: by the key of the probe, the reading and the reduction, ``(n,)`` float64 each; NaN where there is none.
+        numbers: the columns ``tokens``, ``task_reward``, ``total_reward`` and ``policy_logprob``, ``(n,)`` float64 each; NaN where a
+            rollout has none.
+        scores: the columns of scores, keyed by the probe's key, the reading (which model's activations the probe read) and the reduction,
+            ``(n,)`` float64 each; NaN where a rollout has none.
     """
 
     step: NDArray[np.int64]
@@ -34,7 +36,7 @@ class RolloutTable:
 
     @classmethod
     def of(cls, rows: Sequence[RolloutRow]) -> RolloutTable:
-        """Makes the columns of rows, which must be in the order of their steps."""
+        """Makes a table of columns from the recorded rows of rollouts, which must be in the order of their training steps."""
         scores: dict[tuple[str, str, str], NDArray[np.float64]] = {}
         for index, row in enumerate(rows):
             for probe, readings in row.scores.items():
@@ -59,9 +61,9 @@ class RolloutTable:
         return len(self.step)
 
     def columns(self) -> dict[str, NDArray[Any]]:
-        """Returns the columns by name, as ``pandas.DataFrame`` and ``polars.DataFrame`` take them.
+        """Returns the columns of a table of rollouts by name, in a dictionary that ``pandas.DataFrame`` and ``polars.DataFrame`` take.
 
-        The columns of scores are named ``probe/reading/reduction``.
+        The columns of scores are named ``probe/reading/reduction``, where the reading says which model's activations the probe read.
         """
         named = {"/".join(key): column for key, column in self.scores.items()}
         return {"step": self.step, "rollout": self.rollout, "prompt": self.prompt, **self.numbers, **named}

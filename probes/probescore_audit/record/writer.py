@@ -1,4 +1,4 @@
-"""Writes one process's part of a record."""
+"""Writes one process's part of a training run's record, which is a folder of JSON Lines files."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 class RecordWriter:
-    """Writer of one process's file in a record. Each call of ``append`` hands whole lines to the operating system, so that a process that
-    is killed loses nothing that it has appended.
+    """Writer of one process's file in the record of a training run.
 
     Args:
         directory: the record's folder; it is made if it does not exist.
@@ -28,7 +27,7 @@ class RecordWriter:
         keep_texts: whether texts and token ids of rollouts are written; otherwise they are left out, whatever a row has.
 
     Attributes:
-        path: the file.
+        path: path of the process's file.
         lost_rows: number of rows that could not be written.
 
     Raises:
@@ -50,7 +49,7 @@ class RecordWriter:
         self.append([header])
 
     def append(self, rows: Iterable[Row]) -> None:
-        """Appends rows, all by one call of the operating system.
+        """Appends rows to the process's file in a training run's record, all by one call of the operating system.
 
         Raises:
             OSError: the rows cannot be written, and ``on_error`` is ``"raise"``.
@@ -77,7 +76,7 @@ class RecordWriter:
         self._torn = False
 
     def close(self) -> None:
-        """Closes the file. A second call does nothing."""
+        """Closes the process's file in a training run's record. A second call does nothing."""
         if self._file is not None:
             os.close(self._file)
             self._file = None

@@ -1,6 +1,6 @@
 """Separates a fitted scikit-learn estimator into the affine steps in front of it and the innermost estimator.
 
-The innermost estimator is found inside pipelines, searches and wrappers.
+The innermost estimator is found inside pipelines, hyperparameter searches and other estimators that wrap one.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ class FittedEstimator:
 
     @property
     def inner(self) -> Estimator:
-        """Returns the scikit-learn estimator inside all pipelines, searches and wrappers."""
+        """Returns the scikit-learn estimator inside all pipelines, hyperparameter searches and wrappers."""
         return self._parts[0]
 
     @property
     def steps(self) -> tuple[Estimator, ...]:
-        """Returns all affine steps that are applied before the innermost scikit-learn estimator."""
+        """Returns all affine steps (such as scalers) that are applied before the innermost scikit-learn estimator."""
         return self._parts[1]
 
     def kind(self, name: str) -> str:
-        """Returns the kind of the estimator: ``classifier``, ``regressor`` or ``outliers``.
+        """Returns the kind of a scikit-learn estimator: ``classifier``, ``regressor`` or ``outliers``.
 
         Raises:
             ValueError: the estimator is of no such kind, and so has no scores.
@@ -116,7 +116,8 @@ class FittedEstimator:
 
 
 def opened(estimator: Estimator, steps: tuple[Estimator, ...] = ()) -> tuple[Estimator, tuple[Estimator, ...]]:
-    """Returns the estimator inside pipelines, searches and wrappers, and the affine steps in front of it.
+    """Returns the innermost scikit-learn estimator inside pipelines, hyperparameter searches and wrappers, and the affine steps (such as
+    scalers) in front of it.
 
     Raises:
         ValueError: a search was fitted without keeping its best estimator.
@@ -139,5 +140,5 @@ def opened(estimator: Estimator, steps: tuple[Estimator, ...] = ()) -> tuple[Est
 
 
 def last_of(estimator: Estimator) -> Estimator:
-    """Returns the estimator at the end of nested pipelines, or the given estimator if it is not a pipeline."""
+    """Returns the scikit-learn estimator at the end of nested pipelines, or the given estimator if it is not a pipeline."""
     return last_of(opened(estimator.steps[-1][1])[0]) if name_of(estimator) == "Pipeline" else estimator

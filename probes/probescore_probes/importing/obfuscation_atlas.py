@@ -52,8 +52,8 @@ class _Pooled(nn.Module):
         self.a, self.b = platt
 
     def forward(self, *given: Tensor) -> Tensor:
-        """Computes an Atlas probe's logits from activations: ``(N, 1)`` for N tokens, or ``(S, 1)`` for S sequences if the aggregator pools
-        each head by itself.
+        """Computes the logits of an Obfuscation Atlas probe (a probe of another project) from activations: ``(N, 1)`` for N tokens, or
+        ``(S, 1)`` for S sequences if the probe's aggregator pools the token scores of each head by itself.
         """
         x = given[0]
         if self.normalise == "l2":
@@ -204,8 +204,8 @@ def _platt(found: Weights, aggregator: str) -> tuple[float, float]:
 
 
 def _aggregated(query: Array, value: Array, aggregator: str, window: int) -> Array:
-    """Applies an Atlas probe's aggregator to the scores that each head gives the tokens of one sequence, and returns one logit
-    ``(1, 1)``.
+    """Pools the scores that each head of an Obfuscation Atlas probe (a probe of another project) gives the tokens of one sequence, with the
+    probe's aggregator, and returns one logit ``(1, 1)``.
     """
     if aggregator == "multimax":
         return np.asarray(value.max(0).sum(keepdims=True)[None])

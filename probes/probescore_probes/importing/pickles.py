@@ -33,7 +33,7 @@ _COMPRESSIONS: dict[bytes, Callable[[io.BytesIO], Any]] = {
 
 
 class RunsCode(UserWarning):
-    """Warning before a trusted pickle is opened: says what the pickle names and may run."""
+    """Warning that is given before a trusted pickle is opened; it says which functions and classes the pickle names and may run."""
 
 
 @dataclass(frozen=True)
@@ -59,14 +59,15 @@ class PickledNames:
 
 
 def unpickled(source: ProbeSource, trusted: bool, instead: str) -> tuple[object, tuple[str, ...]]:
-    """Opens a pickle and returns the object in it, with notes for the manifest: that its code ran, and warnings of the libraries it used.
+    """Opens a pickle and returns the object in it, with notes for the manifest (description) in a probe's file: that the pickle's code ran,
+    and the warnings of libraries that the pickle used.
 
-    Before the pickle is opened, a warning of class ``RunsCode`` says what it names.
+    Before the pickle is opened, a warning of class ``RunsCode`` says which functions and classes the pickle names.
 
     Args:
         source: the file, written by ``pickle``, ``joblib`` or ``dill``.
         trusted: whether the pickle's code may run in this process.
-        instead: advice for the message on what to do without trusting the file.
+        instead: advice for the error message on what the user can do without trusting the file.
 
     Raises:
         ValueError: the pickle is not trusted, or cannot be opened.
@@ -93,9 +94,10 @@ def unpickled(source: ProbeSource, trusted: bool, instead: str) -> tuple[object,
 
 
 def pickled_names(source: ProbeSource) -> PickledNames:
-    """Lists the names that a pickle would import, by following it with an object that does nothing in place of each of them.
+    """Lists the functions and classes that a pickle would import, by following its operations with placeholders, which do nothing, instead
+    of the functions and classes.
 
-    Nothing of the pickle is run. Its stack is followed exactly, so that a pickle cannot show other names than those that it would use.
+    No code of the pickle is run. Its stack is followed exactly, so that a pickle cannot show other names than those that it would use.
     """
     follower: _Follower | None = None
     try:
@@ -110,7 +112,7 @@ def _unpacked(data: bytes) -> bytes:
     """Returns the bytes of a pickle without the compression that ``joblib`` can apply to it.
 
     Raises:
-        ValueError: the pickle is larger than what is followed.
+        ValueError: the pickle is too large without its compression.
     """
     if data[:1] == b"x":
         unpacked = zlib.decompressobj().decompress(data, _MOST_BYTES + 1)
@@ -123,7 +125,9 @@ def _unpacked(data: bytes) -> bytes:
 
 
 class _Nothing:
-    """Stands for any function, class or object that a pickle names: accepts every call and every state, and does nothing."""
+    """Placeholder for any function, class or object of a pickle whose operations are followed without running its code: it accepts every
+    call and every state, and does nothing.
+    """
 
     name = ""
 
@@ -139,20 +143,22 @@ class _Nothing:
         self.state = state
 
     def append(self, item: Any) -> None:  # noqa: ANN401
-        """Accepts, and drops, what a pickle adds to a list of a class of its own, which a placeholder stands for."""
+        """Accepts and drops items that a pickle adds to an object of a list-like class; a placeholder stands for the object."""
 
     def extend(self, items: Any) -> None:  # noqa: ANN401
-        """Accepts, and drops, what a pickle adds to a list of a class of its own, which a placeholder stands for."""
+        """Accepts and drops items that a pickle adds to an object of a list-like class; a placeholder stands for the object."""
 
     def add(self, item: Any) -> None:  # noqa: ANN401
-        """Accepts, and drops, what a pickle adds to a set of a class of its own, which a placeholder stands for."""
+        """Accepts and drops an item that a pickle adds to an object of a set-like class; a placeholder stands for the object."""
 
     def __setitem__(self, key: Any, value: Any) -> None:  # noqa: ANN401
-        """Accepts, and drops, what a pickle sets in a mapping of a class of its own, which a placeholder stands for."""
+        """Accepts and drops an entry that a pickle sets in an object of a mapping-like class; a placeholder stands for the object."""
 
 
 class _Follower(pickle._Unpickler):  # the one in Python, whose operations can be replaced
-    """Follows the operations of a pickle with placeholders, and collects the names that the pickle asks for."""
+    """Unpickler that follows the operations of a pickle with placeholders, which run no code, and collects the names of the functions and
+    classes that the pickle asks for.
+    """
 
     dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict(pickle._Unpickler.dispatch)
     stack: list[Any]
@@ -202,7 +208,9 @@ class _Follower(pickle._Unpickler):  # the one in Python, whose operations can b
                 self._skip_array(state)
 
     def _skip_array(self, state: dict[str, Any]) -> None:
-        """Skips the bytes of an array, which ``joblib`` puts between the operations of a pickle; an array of objects is another pickle."""
+        """Skips the bytes of a numpy array, which ``joblib`` puts between the operations of a pickle. An array of Python objects is stored
+        as another pickle, whose operations are followed instead.
+        """
         dtype = np.dtype(str(state["dtype"].given[0]))
         if dtype.hasobject:
             inner = _Follower(self._file)

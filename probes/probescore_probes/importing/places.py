@@ -1,4 +1,5 @@
-"""Translates the names that other libraries give to places in a model into taps, and refuses names that stand for no tap.
+"""Translates the names that other libraries give to places in a model into taps (places where a probe can read activations), and refuses
+names that stand for no tap.
 
 hidden_states[k]                    Hugging Face: the input of block k; the last entry is after the final norm
 blocks.L.hook_resid_post            TransformerLens, SAELens
@@ -45,11 +46,11 @@ OTHER_ACTIVATIONS = (
 
 @dataclass(frozen=True)
 class Place:
-    """A tap (a place in the model where a probe reads), with notes about the name that it was found by.
+    """A tap (a place in the model where a probe reads activations), with notes about the name that the tap was given by.
 
     Attributes:
         tap: the tap in probescore's terms.
-        notes: sentences for the probe's manifest.
+        notes: sentences about the name, for the manifest (description) in the probe's file.
     """
 
     tap: Tap

@@ -81,8 +81,8 @@ def import_probe(
 ) -> ImportedProbe:
     """Makes a probe file of probescore from a file that another library wrote.
 
-    Golden vectors are computed with the format's formula on activations of the model in Hugging Face transformers, and the file is checked
-    as ``write_probe`` checks it. Thresholds are never taken over.
+    Golden vectors (scores that a server must reproduce) are computed with the formula of the other library on activations of the model in
+    Hugging Face transformers, and the new file is checked as ``write_probe`` checks it. Thresholds in the source file are never taken over.
 
     Args:
         file: path of the source file, or of the folder that holds its files.
@@ -91,8 +91,9 @@ def import_probe(
         version: version of the new probe.
         output: path of the new probe file.
         format: a name in ``FORMATS``; ``None`` = recognised by the file's content.
-        taps: taps that the probe reads, in order, if the file does not say: ``"resid_post.6"``, or a name in Hugging Face transformers
-            (``hidden_states[7]``), TransformerLens (``blocks.6.hook_resid_post``) or nnsight (``model.layers[6].output[0]``).
+        taps: taps (places in the model) that the probe reads, in order, if the file does not say: ``"resid_post.6"``, or a name in Hugging
+            Face transformers (``hidden_states[7]``), TransformerLens (``blocks.6.hook_resid_post``) or nnsight
+            (``model.layers[6].output[0]``).
         author_scores: a few rollouts with the scores that the author's own code gives them.
         golden: rollouts for the golden vectors; by default those in ``author_scores``, or a few built-in texts.
         reduction: how token scores become one score of a rollout; for an Obfuscation Atlas probe, its aggregator.
@@ -171,7 +172,9 @@ def import_probe(
 
 
 def _check_no_adapter(source: ProbeSource) -> None:
-    """Refuses a probe with an adapter beside it, whatever its format: on the model without its adapter the scores would be others."""
+    """Refuses a probe if an adapter (weights that change the model, such as LoRA) lies beside its file, in whatever format the probe is: on
+    the model without the adapter, the probe's scores would be others.
+    """
     if adapter := source.beside(*_ADAPTERS):
         raise ValueError(
             f"{adapter[0]}: an adapter of this probe's own, which changes the model; not served yet: only probes that read the frozen "
@@ -180,8 +183,8 @@ def _check_no_adapter(source: ProbeSource) -> None:
 
 
 def _with_what_was_said(found: Imported, asked: ImportOptions, notes: Sequence[str], reference: ReferenceModel) -> Imported:
-    """Completes a probe that was read from another library's file with a reduction of token scores, and with notes on facts that neither
-    the file nor the user gave.
+    """Completes a probe that was read from another library's file with a reduction (from token scores to one score of a rollout), and with
+    notes on facts that neither the file nor the user gave.
     """
     said = [*found.notes, *notes]
     reduction, expects_bos = found.reduction, found.expects_bos

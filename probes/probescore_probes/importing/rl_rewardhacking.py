@@ -1,4 +1,5 @@
-"""Reads probes of rl-rewardhacking, whose files hold one probe for every entry of ``hidden_states`` (0 = the embeddings).
+"""Reads probes of the project rl-rewardhacking, whose files hold one probe for every entry of Hugging Face's ``hidden_states`` (0 = the
+embeddings).
 
     .mmpprobe   a torch file, ``{"direction": (layers, width), "layers": [...]}``
     .lgprobe    a pickle, ``{layer: LogisticRegression or None}``
@@ -27,17 +28,19 @@ _INSTEAD = "save coef_ and intercept_ of the layer that you use as weight and bi
 
 
 def is_rl_rewardhacking(source: ProbeSource) -> bool:
-    """Returns whether a file is an rl-rewardhacking probe: a pickle ``*.lgprobe``, or a torch file with a ``direction`` and ``layers``."""
+    """Returns whether a file is a probe of the project rl-rewardhacking: a pickle ``*.lgprobe``, or a torch file with a ``direction`` and
+    ``layers``.
+    """
     if source.path.suffix == ".lgprobe" and source.kind == "pickle":
         return True
     return source.kind == "torch" and isinstance(source.content, Mapping) and {"direction", "layers"} <= set(source.content)
 
 
 def read_rl_rewardhacking(source: ProbeSource, asked: ImportOptions) -> Imported:
-    """Reads the rl-rewardhacking probe of one layer from a file that holds a probe for each layer.
+    """Reads the probe of one layer from a file of the project rl-rewardhacking, which holds a probe for each layer.
 
     Raises:
-        ValueError: no layer was asked for, the file has no probe for the layer, or the file is a pickle that is not trusted.
+        ValueError: the user named no layer, the file has no probe for the layer, or the file is a pickle that is not trusted.
     """
     return _logistic(source, asked) if source.kind == "pickle" else _mass_mean(source, asked)
 
@@ -85,7 +88,9 @@ def _logistic(source: ProbeSource, asked: ImportOptions) -> Imported:
 
 
 def _thresholds(source: ProbeSource) -> tuple[str, ...]:
-    """Returns a note for the manifest if a file with thresholds lies beside the probe, since thresholds are not imported."""
+    """Returns a note for a probe's manifest (description in its file) that the author's thresholds are not imported, if a file with
+    thresholds lies beside the probe; else no note.
+    """
     path = source.folder / _STATISTICS
     try:
         statistics = json.loads(path.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Reads features of sparse autoencoders of SAELens: ``cfg.json`` and ``sae_weights.safetensors`` in a folder, of versions 5 and 6.
+"""Reads features of sparse autoencoders of the library SAELens, versions 5 and 6: ``cfg.json`` and ``sae_weights.safetensors`` in a folder.
 
     before = (norm(x) - b_dec if apply_b_dec_to_input) · W_enc + b_enc
     standard   relu(before)            jumprelu   relu(before) where before > threshold            topk   relu of the k largest
@@ -77,15 +77,18 @@ class Features(nn.Module):
 
 
 def is_sae(source: ProbeSource) -> bool:
-    """Returns whether a folder holds ``cfg.json`` and ``sae_weights.safetensors``, the files of a SAELens autoencoder."""
+    """Returns whether a folder holds ``cfg.json`` and ``sae_weights.safetensors``, the files of a sparse autoencoder of the library
+    SAELens.
+    """
     return source.holds(_CONFIG, _WEIGHTS)
 
 
 def read_sae(source: ProbeSource, asked: ImportOptions) -> Imported:
-    """Reads the asked features of a sparse autoencoder as a probe with one score column for each feature.
+    """Reads the features of a sparse autoencoder that the user asks for, as a probe with one score column for each feature.
 
     Raises:
-        ValueError: no feature was asked for, the autoencoder's kind, hook or normalisation is not supported, or weights have another shape.
+        ValueError: the user names no feature, the autoencoder's kind, hook (place in the model) or normalisation is not supported, or its
+            weights have another shape than its configuration says.
     """
     config = _settings(source.config(_CONFIG))
     architecture = config.get("architecture", "standard")
@@ -133,7 +136,9 @@ def read_sae(source: ProbeSource, asked: ImportOptions) -> Imported:
 
 
 def _settings(config: dict[str, Any]) -> dict[str, Any]:
-    """Returns a SAELens configuration as one mapping with the names of version 6, filled with the defaults of the version that wrote it."""
+    """Returns a configuration of the library SAELens as one mapping with the names of SAELens 6, filled with the defaults of the SAELens
+    version that wrote the configuration.
+    """
     metadata = settings_in(config, "metadata", _CONFIG)
     before_6 = "metadata" not in config
     renamed = {"hook_point": "hook_name", "hook_point_head_index": "hook_head_index", "activation_fn_str": "activation_fn"}
@@ -152,7 +157,8 @@ def _settings(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _centred(config: dict[str, Any], asked: ImportOptions) -> tuple[bool, list[str]]:
-    """Returns whether the autoencoder was fitted on activations that TransformerLens had centred, with notes for the manifest.
+    """Returns whether a sparse autoencoder was fitted on activations that the library TransformerLens had centred, with notes for the
+    manifest (description) in the probe's file.
 
     If the model has layer norms, centring subtracts the mean of each activation vector and changes nothing else.
     """

@@ -25,7 +25,9 @@ def members(x: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 
 def seen(x: Tensor, cu_seqlens: Tensor, window: int | None) -> Tensor:
-    """Returns which tokens each token attends to, ``(N, N)`` bool: the last ``window`` tokens of its sequence, itself included."""
+    """Returns which of ``N`` concatenated tokens each token attends to, ``(N, N)`` bool: the last ``window`` tokens of its sequence up to
+    itself, or all of them if there is no window.
+    """
     row = torch.arange(x.shape[0])
     sequence = sequence_of(row, cu_seqlens)
     back = row[:, None] - row[None]
@@ -34,7 +36,7 @@ def seen(x: Tensor, cu_seqlens: Tensor, window: int | None) -> Tensor:
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-    """Computes softmax attention from queries, keys and values ``(N, heads, d)`` each, to ``(N, heads × d)``."""
+    """Computes softmax attention in torch, under a mask, from queries, keys and values ``(N, heads, d)`` each, to ``(N, heads × d)``."""
     logits = torch.einsum("nhd,mhd->hnm", query, key) / query.shape[-1] ** 0.5
     weight = logits.masked_fill(~mask[None], float("-inf")).softmax(-1)
     return torch.einsum("hnm,mhd->nhd", weight, value).flatten(1)
@@ -49,7 +51,7 @@ def causal(length: int, window: int | None) -> NDArray[np.bool_]:
 
 
 def attended(query: Array, key: Array, value: Array, mask: NDArray[np.bool_]) -> Array:
-    """Computes softmax attention in numpy from queries, keys and values ``(T, heads, d)`` each, to ``(T, heads × d)``."""
+    """Computes softmax attention in numpy, under a mask, from queries, keys and values ``(T, heads, d)`` each, to ``(T, heads × d)``."""
     logits = np.einsum("nhd,mhd->hnm", query, key) / np.sqrt(query.shape[-1])
     weight = softmax(np.where(mask[None], logits, -np.inf))
     mixed: Array = np.einsum("hnm,mhd->nhd", weight, value)

@@ -1,4 +1,5 @@
-"""Reads probes of the SingProbe format, as SGLang and vLLM serve them: ``config.json`` and ``*.safetensors`` in a folder.
+"""Reads probes of the project SingProbe, as the inference servers SGLang and vLLM serve them: ``config.json`` and ``*.safetensors`` in a
+folder.
 
 x = the activations of all ``base_model_layer_ids`` side by side, each normalised: r / sqrt(mean(r²) + 1e-6)
 r of layer L is the input of block L, counted from 0
@@ -37,7 +38,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": nn.functional.gel
 
 
 class SingMlp(nn.Module):
-    """Torch module of a SingProbe head of kind ``mlp``: two linear layers over normalised activations."""
+    """Torch module of a probe of kind ``mlp`` of the project SingProbe: two linear layers over normalised activations."""
 
     fc1_weight: Tensor
     fc1_bias: Tensor
@@ -50,13 +51,15 @@ class SingMlp(nn.Module):
         self.activation = _ACTIVATIONS[activation]
 
     def forward(self, *taps: Tensor) -> Tensor:
-        """Computes a SingProbe head's logits ``(N, labels)`` from the activations of ``N`` tokens."""
+        """Computes the logits ``(N, labels)`` of a probe of the project SingProbe from the activations of ``N`` tokens."""
         hidden: Tensor = self.activation(_normalised(taps) @ self.fc1_weight.T + self.fc1_bias)
         return hidden @ self.fc2_weight.T + self.fc2_bias
 
 
 class SingAttention(nn.Module):
-    """Torch module of a SingProbe head of kind ``attn``: causal attention, with one key and one value head, over normalised activations."""
+    """Torch module of a probe of kind ``attn`` of the project SingProbe: causal attention, with one key and one value head, over normalised
+    activations.
+    """
 
     proj_q_weight: Tensor
     proj_k_weight: Tensor
@@ -72,7 +75,7 @@ class SingAttention(nn.Module):
         self.heads, self.window = heads, window
 
     def forward(self, *given: Tensor) -> Tensor:
-        """Computes a SingProbe head's logits ``(N, labels)`` from the activations of ``N`` tokens."""
+        """Computes the logits ``(N, labels)`` of a probe of the project SingProbe from the activations of ``N`` tokens."""
         *taps, cu_seqlens = given
         x = _normalised(taps)
         query = x @ self.proj_q_weight.T
@@ -84,15 +87,16 @@ class SingAttention(nn.Module):
 
 
 def is_sing_probe(source: ProbeSource) -> bool:
-    """Returns whether the configuration in a folder is that of a SingProbe head."""
+    """Returns whether the configuration in a folder is that of a probe of the project SingProbe."""
     return source.kind == "folder" and source.holds(_CONFIG) and str(source.config(_CONFIG).get("model_type")).startswith("sing_probe")
 
 
 def read_sing_probe(source: ProbeSource, asked: ImportOptions) -> Imported:
-    """Reads a SingProbe head of kind ``mlp`` or ``attn``; the probe's scores are probabilities.
+    """Reads a probe of kind ``mlp`` or ``attn`` of the project SingProbe; the probe's scores are probabilities.
 
     Raises:
-        ValueError: the kind is another, labels are missing, the model lacks one of the layers, or the weights have other shapes.
+        ValueError: the probe is of another kind, its configuration has no labels, the model lacks one of its layers, or its weights have
+            other shapes.
     """
     config = source.config(_CONFIG)
     kind = str(config.get("model_type")).lower()
@@ -135,7 +139,9 @@ def _taps(config: dict[str, Any], asked: ImportOptions) -> list[Tap]:
 
 
 def _labels(config: dict[str, Any]) -> tuple[int, list[str]]:
-    """Returns the number of labels that a SingProbe configuration states, and their names; the list of names is empty if it states none."""
+    """Returns the number of labels (score columns) that the configuration of a probe of the project SingProbe states, and their names; the
+    list of names is empty if the configuration states none.
+    """
     if isinstance(labels := config.get("labels"), list) and labels:
         return len(labels), [str(label) for label in labels]
     if config.get("num_labels") is None:
@@ -163,7 +169,9 @@ def _read_mlp(config: dict[str, Any], found: dict[str, Array], width: int, label
 
 
 def _apart(projection: Array, config: dict[str, Any]) -> dict[str, Array]:
-    """Splits the weight of one projection, in which vLLM keeps three, into the weights that compute queries, keys and values."""
+    """Splits the one weight in which vLLM keeps three projections of an attention probe into the weights that compute queries, keys and
+    values.
+    """
     size = whole_number({"head_dim": 64} | config, "head_dim", _CONFIG)
     if not 0 < 2 * size < len(projection):
         raise ValueError(f"{_CONFIG}: head_dim: {size}; proj_qkv has {len(projection)} rows, two heads and more: they do not fit")

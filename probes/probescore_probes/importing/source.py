@@ -53,7 +53,9 @@ class ProbeSource:
         return self.path.name or str(self.path)
 
     def holds(self, *names: str) -> bool:
-        """Returns whether the given file names all exist in the source's folder, and the source is that folder or one of these files."""
+        """Returns whether the given file names all exist in the folder of a probe that another library saved, and the path that the user
+        gave is that folder or one of these files.
+        """
         return (self.kind == "folder" or self.path.name in names) and all((self.folder / name).is_file() for name in names)
 
     def beside(self, *names: str) -> list[str]:
@@ -65,7 +67,7 @@ class ProbeSource:
         return ProbeSource(self.folder / name)
 
     def config(self, name: str) -> dict[str, Any]:
-        """Reads a JSON object from a file in the folder.
+        """Reads a JSON object from a file in the folder of a probe that another library saved.
 
         Raises:
             ValueError: the file does not hold a JSON object.
@@ -82,7 +84,9 @@ class ProbeSource:
 
     @cached_property
     def stand_ins(self) -> tuple[str, ...]:
-        """Returns the names of classes that a torch file refers to beside tensors; a placeholder that runs nothing replaces each class."""
+        """Returns the names of classes that a torch file refers to beside tensors; when the file is read, a placeholder that runs nothing
+        replaces each class.
+        """
         if self.kind != "torch":
             return ()
         try:
@@ -92,7 +96,7 @@ class ProbeSource:
 
     @cached_property
     def content(self) -> Any:  # noqa: ANN401  what torch or numpy makes of it
-        """Returns the content of the file: an array, or the object that torch saved, with its tensors in mappings by name.
+        """Returns the content of a probe's file: an array, or the object that torch saved, with its tensors in mappings by name.
 
         Raises:
             ValueError: the format is not known, the file is damaged, or reading it would run code.
@@ -122,7 +126,7 @@ class ProbeSource:
 
     @cached_property
     def tensors(self) -> dict[str, NDArray[np.float64]]:
-        """Returns the tensors of the file by name, as float64; a single array without a name is ``""``.
+        """Returns the tensors of a probe's file by name, as float64; a single array without a name gets the name ``""``.
 
         Raises:
             ValueError: the file holds no tensors, or a tensor holds NaN or an infinity.
@@ -171,7 +175,8 @@ def taken(found: Mapping[str, NDArray[np.float64]], name: str, where: str, *shap
 
 
 def nothing_more(found: Iterable[str], known: Iterable[str], where: str, what: str) -> None:
-    """Checks that a file has no tensors beside those that a formula uses, since with more parts its author's formula is another one.
+    """Checks that a probe's file has no tensors beside those that a formula uses, since a further tensor means that the probe's author
+    computes its scores by another formula.
 
     Args:
         found: names of the file's tensors.
@@ -203,10 +208,10 @@ def number_in(found: Mapping[str, NDArray[np.float64]], name: str, where: str, d
 
 
 def settings_in(config: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
-    """Returns the object that a configuration holds under a key; an empty one if the entry is missing or null.
+    """Returns the JSON object that a configuration holds under a key; an empty dictionary if the entry is missing or null.
 
     Raises:
-        ValueError: the entry is something else.
+        ValueError: the entry is not a JSON object.
     """
     value = config.get(key)
     if value is None:
@@ -217,7 +222,7 @@ def settings_in(config: Mapping[str, Any], key: str, where: str) -> dict[str, An
 
 
 def flag_in(config: Mapping[str, Any], key: str, where: str, default: bool) -> bool:
-    """Returns whether a configuration sets an entry; the default if the entry is missing or null.
+    """Returns the boolean that a configuration holds under a key; the default if the entry is missing or null.
 
     Raises:
         ValueError: the entry is neither true nor false.
@@ -231,11 +236,11 @@ def flag_in(config: Mapping[str, Any], key: str, where: str, default: bool) -> b
 
 
 def one_of(config: Mapping[str, Any], key: str, where: str, known: Sequence[str], default: str) -> str:
-    """Returns the name that a JSON configuration holds under a key, after a check that it is a known one; the default if the entry is
-    missing.
+    """Returns the name, such as that of an activation function, that a JSON configuration holds under a key, after a check that the name is
+    a known one; the default if the entry is missing.
 
     Raises:
-        ValueError: the entry is another name, or no name.
+        ValueError: the entry is an unknown name, or is not text.
     """
     value = config.get(key, default)
     if not isinstance(value, str) or value not in known:
@@ -244,7 +249,7 @@ def one_of(config: Mapping[str, Any], key: str, where: str, known: Sequence[str]
 
 
 def whole_number(config: Mapping[str, object], key: str, where: str) -> int:
-    """Returns a whole number from a configuration.
+    """Returns the whole number that a configuration holds under a key.
 
     Raises:
         ValueError: the entry is missing, or is not a whole number.
@@ -256,7 +261,9 @@ def whole_number(config: Mapping[str, object], key: str, where: str) -> int:
 
 
 def _stand_in(*given: object) -> object:
-    """Replaces any class that a torch file names beside tensors: runs no code of that class, and returns its last argument."""
+    """Stands for any class that a torch file names beside tensors, while the file is read: runs no code of the class, and returns the last
+    argument that the file gives it.
+    """
     return given[-1] if given else None
 
 

@@ -2,8 +2,8 @@
 
     score = weight · (x - mean) / std + bias
 
-People save such probes from torch, and vllm-lens' example does. The numbers are used as they are saved: no ddof is corrected and no eps is
-added.
+People save such probes from torch, and the example of vllm-lens, another project, does. The numbers are used as they are saved: no ddof is
+corrected and no eps is added.
 """
 
 from __future__ import annotations
@@ -33,10 +33,12 @@ def read_standardised(source: ProbeSource, asked: ImportOptions) -> Imported:
 
 
 def read_vllm_lens(source: ProbeSource, asked: ImportOptions) -> Imported:
-    """Reads a vllm-lens probe, which is linear over the outputs of several blocks side by side, averaged over the tokens of a forward pass.
+    """Reads a probe of vllm-lens, another project, which is linear over the outputs of several blocks side by side, averaged over the
+    tokens of a forward pass.
 
     Raises:
-        ValueError: as ``read_standardised``; also if a tap (place in the model) is not the output of a block.
+        ValueError: shapes do not fit together, a standard deviation is not above 0, or a tap (place in the model) is not the output of a
+            block.
     """
     others = [str(tap) for tap in asked.taps if tap.hook != "resid_post"]
     if others:

@@ -1,4 +1,5 @@
-"""Defines the index of a directory of activations and the layout of its shards, both known before any activation is computed.
+"""Defines the index of a directory of stored activations and the layout of its shards (files that each hold some of the rollouts), both
+known before any activation is computed.
 
 ``index.json`` describes the model, the activations that were asked for, and the division of rollouts into shards. A shard is a safetensors
 file with these tensors, in which the shard's rollouts are concatenated:
@@ -37,12 +38,14 @@ Label: TypeAlias = str | int | float | bool | None
 
 
 class StoreRefused(ValueError):
-    """Exception raised when activations cannot be stored or read as asked; its message gives the reason and the remedy."""
+    """Exception raised when activations cannot be stored on disk, or read from there, as asked; its message gives the reason and the
+    remedy.
+    """
 
 
 @dataclass(frozen=True)
 class StoredRollout:
-    """The entry of a completion in the index, or of a follow-up (token ids appended to a finished completion).
+    """The entry of a completion in the index of stored activations, or of a follow-up (token ids appended to a finished completion).
 
     Attributes:
         group, completion: position in the data, from 0.
@@ -63,21 +66,21 @@ class StoredRollout:
 
     @property
     def rows(self) -> int:
-        """Returns the number of rows that a pooling of one tap (place in the model) has for this rollout: one for the whole scope, then one
-        for each span.
+        """Returns the number of rows of pooled activations that are stored for a rollout under one pooling at one tap (place in the model):
+        one for the whole scope, then one for each named span.
         """
         return 1 + len(self.spans)
 
 
 @dataclass(frozen=True)
 class ModelRead:
-    """The model whose activations were read, and how it was run.
+    """Description of the model whose activations are stored, and of how the model was run.
 
     Attributes:
         id, revision, fingerprint, tokenizer_fingerprint, hidden_size, num_hidden_layers: facts about the model, as a server reports them.
         dtype: dtype that the model computed in.
         device: kind of device, such as ``cuda``.
-        execution_path: way of running the model, as a server reports it.
+        execution_path: implementation that ran the model, as a server reports it: ``universal`` or ``packed``.
         max_batch_bytes: limit on the bytes of activations in a batch; batches of other rollouts would change the last bits of the numbers.
     """
 
@@ -95,7 +98,7 @@ class ModelRead:
 
 @dataclass(frozen=True)
 class TensorPlace:
-    """The place of a tensor in the file of a shard, a part of the stored activations.
+    """The place of a tensor in a shard, a file with a part of the stored activations.
 
     Attributes:
         code: format of the numbers, as safetensors names it.
@@ -128,18 +131,22 @@ class Shard:
 
     @cached_property
     def first_tokens(self) -> tuple[int, ...]:
-        """Returns the row of each rollout's first token among the tokens of the shard, followed by the number of tokens of the shard."""
+        """Returns the index of each rollout's first token among all tokens of a shard (file of stored activations), followed by the number
+        of tokens of the shard.
+        """
         return tuple(accumulate((rollout.tokens for rollout in self.rollouts), initial=0))
 
     @cached_property
     def first_rows(self) -> tuple[int, ...]:
-        """Returns the first row of each rollout among the pooled rows of the shard, followed by the number of pooled rows."""
+        """Returns the index of each rollout's first row among the rows of pooled activations in a shard (file of stored activations),
+        followed by the number of these rows.
+        """
         return tuple(accumulate((rollout.rows for rollout in self.rollouts), initial=0))
 
 
 @dataclass(frozen=True, eq=False)
 class StoreIndex:
-    """The index of a directory of activations: it describes the files that the directory holds once a run is complete.
+    """The index of a directory of activations: it describes the files that the directory holds once the run that writes them is complete.
 
     Attributes:
         model: the model whose activations are stored.
@@ -163,7 +170,7 @@ class StoreIndex:
 
     @property
     def number_format(self) -> NumberFormat:
-        """Returns the number format that the activations are stored in."""
+        """Returns the number format, such as bfloat16, of the activations that an index describes."""
         return NUMBER_FORMATS[self.dtype]
 
     @cached_property
@@ -184,7 +191,7 @@ class StoreIndex:
 
     @classmethod
     def parse(cls, content: bytes, path: Path) -> StoreIndex:
-        """Returns the index that the content of an index file describes.
+        """Returns the index of stored activations that the content of a file ``index.json`` describes.
 
         Raises:
             StoreRefused: the content is no index, or an index of another version.
@@ -213,20 +220,24 @@ class StoreIndex:
             raise StoreRefused(f"{path}: no index of activations ({type(error).__name__}: {error})") from None
 
     def layout(self, shard: Shard) -> dict[str, TensorPlace]:
-        """Returns the place of each tensor in the file of a shard, a dictionary keyed by the tensor's name."""
+        """Returns the place of each tensor in a shard (file of stored activations), as a dictionary keyed by the tensor's name."""
         return self._laid_out(shard)[1]
 
     def header(self, shard: Shard) -> bytes:
-        """Returns the bytes at the beginning of a shard's file: a safetensors header that includes the digest of this index."""
+        """Returns the bytes at the beginning of a shard (file of stored activations): a safetensors header that includes the digest of the
+        directory's index.
+        """
         return self._laid_out(shard)[0]
 
     def file_bytes(self, shard: Shard) -> int:
-        """Returns the size of the file of a shard, in bytes."""
+        """Returns the size of a shard (file of stored activations), in bytes."""
         last = [*self.layout(shard).values()][-1]
         return last.start + last.shape[0] * last.row_bytes
 
     def is_whole(self, directory: Path, shard: Shard) -> bool:
-        """Returns whether a directory has the complete file of a shard: of the expected size, with the header of this index."""
+        """Returns whether a directory has the complete file of a shard (part of the stored activations): a file of the expected size, whose
+        header has the digest of the directory's index.
+        """
         header = self.header(shard)
         try:
             with (directory / shard.name).open("rb") as file:
@@ -249,7 +260,9 @@ class StoreIndex:
         }
 
     def _tensors(self, shard: Shard) -> Iterator[tuple[str, str, np.dtype[np.generic], tuple[int, ...]]]:
-        """Returns the name, format and shape of each tensor of a shard, widest formats first, so that each tensor is aligned."""
+        """Returns the name, format and shape of each tensor of a shard (file of stored activations), widest formats first, so that each
+        tensor is aligned.
+        """
         tokens, rows = shard.first_tokens[-1], shard.first_rows[-1]
         ids = ("token_ids", "I32", np.dtype("<i4"), (tokens,))
         number_format, width = self.number_format, self.model.hidden_size
@@ -268,12 +281,16 @@ class StoreIndex:
 
 
 def pooled_name(tap: str, pool: str) -> str:
-    """Returns the name of the tensor in a shard that holds the activations of a tap (place in the model) under a pooling."""
+    """Returns the name of the tensor, in a file of stored activations, that holds the activations of a tap (place in the model) under a
+    pooling, such as ``resid_post.6/mean``.
+    """
     return f"{tap}/{pool}"
 
 
 def difference(found: StoreIndex, expected: StoreIndex) -> str:
-    """Returns a sentence on the first difference between two indices; empty if they are equal."""
+    """Returns a text that describes the first difference between the indices of two directories of stored activations; empty if the indices
+    are equal.
+    """
     for name in [each.name for each in fields(ModelRead)]:
         theirs, ours = getattr(found.model, name), getattr(expected.model, name)
         if theirs != ours:
@@ -292,7 +309,9 @@ def _shown(value: object) -> str:
 
 
 def _as_json(rollout: StoredRollout) -> dict[str, Any]:
-    """Returns the JSON form of a rollout's entry, without fields that have default values, since an index may have a million entries."""
+    """Returns the JSON form of a rollout's entry in the index of stored activations, without fields that have default values, since an
+    index may have a million entries.
+    """
     content: dict[str, Any] = {"group": rollout.group, "completion": rollout.completion, "tokens": rollout.tokens}
     if rollout.follow_up:
         content["follow_up"] = rollout.follow_up

@@ -17,7 +17,7 @@ class RolloutActivations:
     """The stored activations of one rollout; numbers are loaded from disk when a method asks for them.
 
     Attributes:
-        rollout: the entry of the rollout in the index.
+        rollout: the entry of the rollout in the index of the stored activations.
         finite: whether the model gave finite numbers at every tap (place in the model); if not, all activations of the rollout are NaN.
         token_ids: tokens in scope, ``(T,)`` int32.
         mask: which of the tokens count, ``(T,)`` bool.
@@ -31,28 +31,30 @@ class RolloutActivations:
     _place: int
 
     def tokens(self, tap: str) -> NDArray[np.float32]:
-        """Returns the activations of every token in scope at a tap, ``(T, width)`` float32.
+        """Returns a rollout's stored activations of every token in scope at a tap (place in the model), ``(T, width)`` float32.
 
         Raises:
-            KeyError: activations of single tokens at this tap (place in the model) are not stored.
+            KeyError: activations of single tokens at this tap are not stored.
         """
         first = self._shard.shard.first_tokens
         return self._shard.numbers(tap, first[self._place], first[self._place + 1])
 
     def pooled(self, tap: str, pool: str) -> NDArray[np.float32]:
-        """Returns pooled activations at a tap, ``(1 + spans, width)`` float32: of the whole scope under the mask, then of each span.
+        """Returns a rollout's stored pooled activations at a tap (place in the model), ``(1 + spans, width)`` float32: of the whole scope
+        under the mask, then of each span.
 
         A row is NaN if no token counted.
 
         Raises:
-            KeyError: this pooling or tap (place in the model) is not stored.
+            KeyError: this pooling or tap is not stored.
         """
         first = self._shard.shard.first_rows
         return self._shard.numbers(pooled_name(tap, pool), first[self._place], first[self._place + 1])
 
 
 class StoredActivations:
-    """Activations that ``store_activations`` or ``probescore activations`` has written. Iterating gives each rollout in order.
+    """A directory of activations that the function ``store_activations`` or the command ``probescore activations`` has written. Iteration
+    yields the stored activations of each rollout in order.
 
     Args:
         directory: directory of a run that was completed.
@@ -115,7 +117,7 @@ class StoredActivations:
 
 
 def _row(rollout: StoredRollout, span: str) -> int | None:
-    """Returns the row of a span among the rows of a rollout's pooled activations; ``None`` if the rollout has no span of this name."""
+    """Returns the row of a named span among the rows of a rollout's pooled activations; ``None`` if the rollout has no such span."""
     if not span:
         return 0
     return next((1 + index for index, own in enumerate(rollout.spans) if own.name == span), None)
@@ -135,7 +137,9 @@ class _MappedShard:
         self._bytes = np.memmap(self._path, np.uint8, "r")
 
     def tensor(self, name: str) -> NDArray[np.generic]:
-        """Returns a tensor in its stored format, memory-mapped; raises ``KeyError`` if the shard has no such tensor."""
+        """Returns a tensor of a shard (file of stored activations) in its stored number format, memory-mapped; raises ``KeyError`` if the
+        shard has no tensor of that name.
+        """
         if name not in self._places:
             known = ", ".join(name for name in self._places if name not in ("token_ids", "mask", "finite"))
             raise KeyError(f"{name} is not stored; there are {known}")
@@ -144,5 +148,5 @@ class _MappedShard:
         return self._bytes[place.start : place.start + size].view(place.item).reshape(place.shape)
 
     def numbers(self, name: str, first: int, end: int) -> NDArray[np.float32]:
-        """Loads rows ``first`` to ``end`` of a tensor of activations as float32."""
+        """Loads rows ``first`` up to, not including, ``end`` of a tensor of stored activations, and returns them as float32."""
         return self._index.number_format.decode(self.tensor(name)[first:end])

@@ -56,13 +56,13 @@ def _ignore(_done: int, _total: int) -> None:
 
 @dataclass(frozen=True, eq=False)
 class StorePlan:
-    """A plan of the files that a run will write, known before any activation is computed; ``StorePlan.make`` makes it.
+    """A plan of the files of activations that a run will write, known before any activation is computed; ``StorePlan.make`` makes it.
 
     Attributes:
-        index: index of the directory.
+        index: index of the directory to be written.
         engine: engine that will compute the activations.
         reads: taps (places in the model) and poolings to compute.
-        rollouts: for each shard its rollouts, each with its group and completion number in the data.
+        rollouts: for each shard (file with some of the rollouts) its rollouts, each with its group and completion number in the data.
     """
 
     index: StoreIndex
@@ -209,7 +209,8 @@ def store_activations(
     max_batch_bytes: int = MAX_BATCH_BYTES,
     progress: Callable[[int, int], None] = _ignore,
 ) -> None:
-    """Computes activations and writes them to a directory that ``StoredActivations`` can read; continues where an earlier run stopped.
+    """Computes a model's activations for rollouts and writes them to a directory that ``StoredActivations`` can read; continues where an
+    earlier run stopped.
 
     The arguments and errors are those of ``StorePlan.make`` and ``StorePlan.write``.
     """
@@ -218,10 +219,10 @@ def store_activations(
 
 
 def check_target(directory: Path) -> None:
-    """Checks, before any activation is computed, that a directory can receive activations.
+    """Checks that a directory is fit for activations to be stored in, before any activation is computed.
 
     Raises:
-        StoreRefused: the path is no directory, or a directory with other content.
+        StoreRefused: the path is no directory, or the directory has other content than stored activations.
     """
     if directory.exists() and not directory.is_dir():
         raise StoreRefused(f"{directory}: is no directory; give another place")
@@ -231,7 +232,9 @@ def check_target(directory: Path) -> None:
 
 @contextmanager
 def _shard_file(path: Path, index: StoreIndex, shard: Shard) -> Iterator[_ShardFile]:
-    """Opens the file of a shard under a temporary name, and renames it to its final name only if it was written without an error."""
+    """Opens a shard (file of stored activations) for writing under a temporary name, and renames it to its final name only if it was
+    written without an error.
+    """
     partial = path.with_name(path.name + _PARTIAL)
     try:
         with partial.open("xb") as file:
@@ -257,7 +260,9 @@ def _sync(directory: Path) -> None:
 
 
 class _ShardFile:
-    """Writer of the activations of a shard's rollouts into the shard's open file, one rollout after the other."""
+    """Writer of activations into the open file of a shard, which holds the activations of some of the rollouts, one rollout after the
+    other.
+    """
 
     def __init__(self, descriptor: int, index: StoreIndex, shard: Shard) -> None:
         self._descriptor = descriptor
@@ -312,7 +317,7 @@ class _ShardFile:
 
 @contextmanager
 def _claimed(directory: Path) -> Iterator[None]:
-    """Context manager that locks a directory, so that no other run writes to it at the same time."""
+    """Context manager that locks a directory of stored activations, so that no other run writes to the directory at the same time."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         try:
@@ -356,7 +361,7 @@ def _stored_rollouts(rollout: CheckedRollout, place: tuple[int, int], label: Lab
 def _shares(
     index: StoreIndex, placed: Sequence[tuple[CheckedRollout, tuple[int, int]]], stored: Sequence[Sequence[StoredRollout]]
 ) -> Iterator[list[int]]:
-    """Divides rollouts into shards, and yields the numbers of the rollouts in each shard."""
+    """Divides rollouts into shards (files of stored activations), and yields, for each shard, a list of its rollouts' indices."""
     row_bytes = index.model.hidden_size * index.number_format.item.itemsize * len(index.taps)
     share: list[int] = []
     bytes_, tokens, prompt = 0, 0, b""
@@ -374,8 +379,8 @@ def _shares(
 
 
 def _digest(rollouts: Sequence[CheckedRollout]) -> str:
-    """Returns the SHA-256 of all token ids and masks, and of the order of completions and follow-ups (token ids appended to a
-    completion).
+    """Returns the SHA-256 digest of rollouts: of all token ids and masks, and of the order of completions and follow-ups (token ids
+    appended to a completion).
     """
     digest = hashlib.sha256()
 

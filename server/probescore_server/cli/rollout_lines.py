@@ -44,7 +44,7 @@ class LineError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class LabelledGroup(RolloutGroup):
-    """A rollout group with the labels that its line of input gives to the completions.
+    """Rollout group (a prompt with its completions) with the labels that one line of a JSON lines file gives to the completions.
 
     Attributes:
         labels: one label for each completion; ``None`` = not labelled. Labels are not sent to a server.
@@ -54,7 +54,7 @@ class LabelledGroup(RolloutGroup):
 
 
 def read_rollout_file(name: str, *, add_special_tokens: bool) -> list[LabelledGroup]:
-    """Reads every rollout group of a file of JSON lines; ``-`` stands for standard input.
+    """Reads every rollout group (a prompt with its completions) of a file of JSON lines; the name ``-`` stands for standard input.
 
     Raises:
         LineError: a line is not a rollout.
@@ -66,7 +66,7 @@ def read_rollout_file(name: str, *, add_special_tokens: bool) -> list[LabelledGr
 
 
 def opened_lines(name: str) -> TextIO:
-    """Opens a file of lines of JSON, ``-`` for standard input, in UTF-8 with or without a byte order mark, whatever the terminal speaks.
+    """Opens a file of lines of JSON as UTF-8, with or without a byte order mark, whatever the terminal's encoding; ``-`` is standard input.
 
     Raises:
         OSError: the file cannot be read.
@@ -77,10 +77,10 @@ def opened_lines(name: str) -> TextIO:
 
 
 def read_rollout_lines(lines: Iterable[str], source: str, *, add_special_tokens: bool) -> Iterator[LabelledGroup]:
-    """Reads rollout groups from lines of JSON, and skips empty lines.
+    """Reads rollout groups (each a prompt with its completions) from lines of JSON, and skips empty lines.
 
     Args:
-        lines: lines in the format that this module describes, decoded from UTF-8 with the error handler ``UNDECODABLE``.
+        lines: lines in the format of ``docs/reference/rollout-lines.md``, decoded from UTF-8 with the error handler ``UNDECODABLE``.
         source: name of the file, for messages.
         add_special_tokens: whether prompts given as text get the tokenizer's special tokens (BOS).
 
@@ -137,7 +137,9 @@ def rollout_group(content: object, add_special_tokens: bool) -> LabelledGroup:
 
 
 def _labels(content: dict[str, Any], completions: list[object]) -> Iterator[Label]:
-    """Yields the label of each completion: the completion's own label if it has one, else the label of the line."""
+    """Yields the label of each completion of one JSON line: the completion's own label if it has one, else the label that the line gives
+    it.
+    """
     whole = content.get("label")
     if isinstance(whole, list) and "completions" in content:
         if len(whole) != len(completions):

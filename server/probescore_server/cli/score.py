@@ -142,8 +142,8 @@ def _groups(source: str, prompt: str, special_tokens: bool) -> list[LabelledGrou
 
 
 def _window(limits: Limits, loaded: Sequence[ProbeInfo]) -> StreamWindow:
-    """Returns the limits on the tokens that are under way at a time. An RPC contains so few tokens that the number of scores in its
-    response stays within the server's limit.
+    """Returns the limits on the tokens that the command ``probescore score`` has sent to the server and that are not scored yet. An RPC
+    contains so few tokens that the number of scores in its response stays within the server's limit.
 
     Each token has one score for each label of each probe, and there are far fewer reduced scores.
     """
@@ -154,7 +154,7 @@ def _window(limits: Limits, loaded: Sequence[ProbeInfo]) -> StreamWindow:
 
 
 def _check_can_be_written(path: Path) -> None:
-    """Checks, before anything is scored, that a file can be written; raises ``OSError`` if it cannot."""
+    """Checks that an output file can be written, before anything is scored; raises ``OSError`` if it cannot."""
     problem = 0
     if path.is_dir():
         problem = errno.EISDIR

@@ -37,7 +37,9 @@ def _wake(address: Address = DEFAULT_ADDRESS, wait: Wait = 0, timeout: Timeout =
 
 
 def print_transfers(transfers: Iterable[Transfer], state: str, weights: str, memory: str) -> None:
-    """Prints one line for each device: the device's state, the seconds until the state was reached, and the memory that moved."""
+    """Prints one line for each device of a server that was put to sleep or woken: the device's state, the seconds until the state was
+    reached, and the amount of memory moved and freed or taken.
+    """
     console = new_console()
     for transfer in transfers:
         device = f"[bold]{safe(transfer.device)}[/bold]"

@@ -8,7 +8,7 @@ from probescore_server.cli.tables import safe
 
 
 class CheckSteps:
-    """Console output that prints each step of a check once it has passed or failed, with a spinner while it runs."""
+    """Console output that prints each step of loading a model and its probes once it has passed or failed, with a spinner meanwhile."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -16,7 +16,7 @@ class CheckSteps:
         self._step = ""
 
     def begin(self, step: str) -> None:
-        """Marks the previous step of a check as passed on the console, and starts to show the next step."""
+        """Marks the previous step of loading a model and its probes as passed on the console, and starts to show the next step."""
         self._end("[green]✓[/green]")
         self._step = step
         self._status.update(safe(step))

@@ -29,7 +29,9 @@ def facts_table(title: str) -> Table:
 
 
 def probes_table(probes: Sequence[ProbeInfo]) -> Table:
-    """Returns a table with one row for each probe: its name, taps, output, default reduction and thresholds."""
+    """Returns a table with one row for each probe: its name, taps (places in the model that it reads), output, default reduction and
+    thresholds.
+    """
     table = Table(
         title="Probes", title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim"
     )
@@ -72,7 +74,9 @@ def _found_on(negatives: CalibratedRollouts) -> str:
 
 
 def manifest_tables(manifest: Manifest) -> Iterator[Table]:
-    """Yields tables of a probe's manifest: the probe's identity, its computation, and its quality as stated by the probe's author."""
+    """Yields tables of a probe's manifest (the description in its file): the probe's identity, its computation, and its quality as stated
+    by the probe's author.
+    """
     yield _filled(
         manifest.key,
         {

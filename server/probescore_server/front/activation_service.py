@@ -1,4 +1,6 @@
-"""Implements the gRPC service ``ActivationService``: checks requests, has the scheduler read activations, and streams them in pieces."""
+"""Implements the gRPC service ``ActivationService``, which streams a language model's activations: checks requests, has the scheduler read
+activations, and sends them in pieces.
+"""
 
 from __future__ import annotations
 
@@ -89,7 +91,9 @@ class ActivationServicer(activations_pb2_grpc.ActivationServiceServicer):
     async def ReadActivations(  # noqa: N802
         self, request: activations_pb2.ReadActivationsRequest, context: Context
     ) -> AsyncIterator[activations_pb2.ReadActivationsResponse]:
-        """Reads activations of every completion of a request, and yields them in pieces, as batches finish."""
+        """Handles the RPC ``ReadActivations``: reads activations of every completion of a request, and yields them in pieces, as batches
+        finish.
+        """
         info = self._info()
         asked = await self._check(request, info)
         deadline = deadline_of(context, self._scheduler.clock())
@@ -131,7 +135,7 @@ class ActivationServicer(activations_pb2_grpc.ActivationServiceServicer):
         raise WorkerUnavailable("the server is starting", retry_seconds=1.0)
 
     async def _check(self, request: activations_pb2.ReadActivationsRequest, info: EngineInfo) -> _CheckedRead:
-        """Checks a request, after its texts have been tokenised, and returns its rollouts, ready to be read."""
+        """Checks a request for activations, tokenises its texts, and returns its checked rollouts with the activations to read of them."""
         started = time.monotonic()
         small = request.ByteSize() <= MAX_BYTES_CHECKED_ON_LOOP
         known = allowed_taps(info, self._settings.allow_activations)
@@ -169,7 +173,7 @@ def _check_rollouts(
     encoded: dict[str, Any],
     limits: ServerSettings,
 ) -> list[list[CheckedRollout]]:
-    """Checks the rollouts of a request, and notes how many bytes of activations the response has for each."""
+    """Checks the rollouts of a request for activations, and returns each with the number of bytes of its activations in the response."""
     options = ResolvedOptions(probes=(), scope=asked.scope, activations=reads)
     checked = resolve_rollouts(
         groups,
@@ -195,8 +199,8 @@ def _check_rollouts(
 def _messages(
     delivery: Delivery, reads: ActivationReads, info: EngineInfo, queue_seconds: float
 ) -> Iterator[activations_pb2.ReadActivationsResponse]:
-    """Yields the messages with the activations of a delivery, of about ``MAX_STREAMED_BYTES`` at most; each is made when it is asked
-    for.
+    """Yields response messages with the activations of a delivery (rollouts of one call that have finished), each of about
+    ``MAX_STREAMED_BYTES`` at most. A message is made only when the caller asks for it.
     """
     parts: list[activations_pb2.ActivationPart] = []
     begun: list[FinishedRollout] = []
@@ -238,8 +242,8 @@ def _messages(
 
 
 def _tree(read: CompletionScores, path: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], CompletionScores]]:
-    """Yields a completion and then its follow-ups (token ids appended to a completion), each followed by its own, with their paths from the
-    completion.
+    """Yields a completion and then each of its follow-ups (token ids appended to it), which may have follow-ups in turn. Each is yielded
+    with its path, the indices that lead to it from the completion.
     """
     yield path, read
     for index, follow_up in enumerate(read.follow_ups):

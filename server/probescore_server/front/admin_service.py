@@ -1,5 +1,5 @@
 """Implements the gRPC service ``ProbeAdminService``, which puts worker processes to sleep, so that their device memory is free, wakes them,
-and makes the probes that are served follow the probe files.
+and brings the served probes up to date with the probe files on disk.
 """
 
 from __future__ import annotations
@@ -41,11 +41,13 @@ class AdminServicer(admin_pb2_grpc.ProbeAdminServiceServicer):
         return admin_pb2.WakeResponse(transfers=transfers_to_proto(await self._each("wake", WorkerHandle.wake)))
 
     async def Reload(self, request: admin_pb2.ReloadRequest, context: Context) -> admin_pb2.ReloadResponse:  # noqa: N802
-        """Makes the probes that are served follow the probe files, and responds with what has changed and which files were refused."""
+        """Brings the served probes up to date with the probe files on disk, and responds with the changes and the refused files."""
         return reloaded_to_proto(await self._registry.reload("Reload"))
 
     async def _each(self, kind: str, move: Callable[[WorkerHandle], Awaitable[Transfer]]) -> list[Transfer]:
-        """Applies ``move`` to every worker process, even if it fails for some of them, and then raises the first error."""
+        """Calls ``move``, which puts a worker process to sleep or wakes it, for every worker process, even if some calls fail. Then it
+        raises the first error if there is one.
+        """
         outcomes = await asyncio.gather(*(move(worker) for worker in self._workers), return_exceptions=True)
         transfers = [outcome for outcome in outcomes if isinstance(outcome, Transfer)]
         for transfer in transfers:

@@ -1,4 +1,6 @@
-"""Counts, in Prometheus metrics, the rollouts that are unlike those on which the thresholds of their probes were found."""
+"""Counts, in Prometheus metrics, the scored rollouts that are unlike the rollouts on which the thresholds of their probes were found, for
+example because their prompts are longer.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +18,12 @@ PROBE = ("probe", "version")
 
 
 class CalibrationMetrics:
-    """Counters of each probe whose manifest says what its thresholds were found on. The counters exist from the probe's first rollout on,
-    as long as the probe is served.
+    """Prometheus counters of the scored rollouts that are compared with the rollouts on which a probe's thresholds were found, and of those
+    that are unlike them. A probe whose manifest (the description in its file) describes these rollouts has counters from its first scored
+    rollout on, as long as the probe is served.
 
-    A rollout counts once for each condition that it does not meet, however many calibrations the probe has.
+    A rollout counts once for each condition that it does not meet, such as a range of prompt lengths, however many thresholds the probe
+    has.
     """
 
     def __init__(self, registry: CollectorRegistry) -> None:
@@ -39,7 +43,9 @@ class CalibrationMetrics:
         self._shown: dict[str, ScoredProbe] = {}
 
     def show_probes(self, info: EngineInfo) -> None:
-        """Removes the time series of probes that are not served any more, so that their number does not grow with every new version."""
+        """Removes the Prometheus time series of probes that are not served any more, so that their number does not grow with every new
+        version.
+        """
         self._served = frozenset(probe.key for probe in info.probes)
         for key in self._shown.keys() - self._served:
             probe = self._shown.pop(key)
@@ -48,11 +54,12 @@ class CalibrationMetrics:
                 self._outside.remove(probe.name, probe.version, condition.value)
 
     def count(self, probes: Sequence[ScoredProbe], outside: OutsideRollouts, places: NDArray[np.int64]) -> None:
-        """Counts some rollouts of a request.
+        """Counts some scored rollouts of a request, and those among them that are unlike the rollouts on which the probes' thresholds were
+        found.
 
         Args:
             probes: the probes of the request.
-            outside: the rollouts of the request that do not meet a probe's conditions.
+            outside: the rollouts of the request that do not meet the conditions under which a probe's thresholds were found.
             places: places of the rollouts that are counted, among the rollouts of the request; -1 for a rollout without scores.
         """
         places = places[places >= 0]
@@ -67,7 +74,7 @@ class CalibrationMetrics:
                 self._outside.labels(probe.name, probe.version, condition).inc(int(np.count_nonzero(unlike)))
 
     def _show(self, probe: ScoredProbe) -> None:
-        """Creates the time series of a probe, so that the first increase of each is seen."""
+        """Creates the time series of a probe's Prometheus counters with the value 0, so that Prometheus sees the first increase of each."""
         if probe.key not in self._shown:
             self._shown[probe.key] = probe
             for condition in CalibrationCondition:

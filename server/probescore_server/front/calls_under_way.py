@@ -17,8 +17,8 @@ class CallsUnderWay:
 
     Args:
         max_calls: the largest number of RPCs at the same time.
-        max_bytes: the largest sum of the bytes that are counted of these RPCs; a single RPC with more is accepted if there is no other.
-        unit, limit: what bytes are counted, and the name of the setting that limits them.
+        max_bytes: the largest sum of the bytes of these RPCs' requests or responses; an RPC with more is accepted if there is no other.
+        unit, limit: for messages, which bytes are counted, such as ``bytes of requests``, and the name of the setting that limits them.
     """
 
     def __init__(self, max_calls: int, max_bytes: int, *, unit: str = "bytes of requests", limit: str = "max_in_flight_bytes") -> None:
@@ -31,10 +31,10 @@ class CallsUnderWay:
 
     @contextmanager
     def call(self, size: int) -> Iterator[None]:
-        """Context manager that counts one RPC, of which ``size`` bytes are counted, while the ``with`` block runs.
+        """Context manager that counts one RPC, and ``size`` bytes of its request or response, while the ``with`` block runs.
 
         Raises:
-            ServerBusy: with this RPC, one of the limits would be exceeded.
+            ServerBusy: with this RPC, the server would work on too many RPCs or bytes at the same time.
         """
         if self._calls >= self._max_calls:
             raise ServerBusy(self._calls + 1, "calls", "max_calls", self._max_calls, RETRY_SECONDS)

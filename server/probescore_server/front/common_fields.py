@@ -1,4 +1,4 @@
-"""Checks the fields that requests of several services have in common, and reads what an RPC says beside its request."""
+"""Checks the fields that requests of several gRPC services have in common, and reads the metadata and the deadline of an RPC."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
 def job_of(context: Context) -> str:
-    """Returns the name of the training job that sent an RPC, by which the queue gives jobs turns. The name is from the RPC's metadata or,
-    if absent, the client's address.
+    """Returns the name of the training job that sent an RPC; in the server's queue, jobs take turns. The name is from the RPC's metadata
+    or, if absent, the client's address.
     """
     for key, value in context.invocation_metadata() or ():
         if key == JOB_KEY:
@@ -32,13 +32,13 @@ def job_of(context: Context) -> str:
 
 
 def deadline_of(context: Context, now: float) -> float:
-    """Returns the time by which an RPC must be done, in seconds on the clock on which it is ``now``; infinity = there is no deadline."""
+    """Returns the time by which an RPC must be done, in seconds on a clock that shows ``now`` at present; infinity = no deadline."""
     remaining = context.time_remaining()
     return math.inf if remaining is None else now + remaining
 
 
 def check_run(priority: int, run_id: str) -> None:
-    """Raises ``InvalidRequest`` if a request's priority or the name of its run is out of its bounds."""
+    """Raises ``InvalidRequest`` if a request's priority is out of bounds, or the id of the training run that it states is too long."""
     if abs(priority) > MAX_ABSOLUTE_PRIORITY:
         raise InvalidRequest("priority", f"{priority} is not between -{MAX_ABSOLUTE_PRIORITY} and {MAX_ABSOLUTE_PRIORITY}")
     if (size := len(run_id.encode())) > MAX_RUN_ID_BYTES:
@@ -46,7 +46,7 @@ def check_run(priority: int, run_id: str) -> None:
 
 
 def check_fingerprints(info: EngineInfo, expected_model: str, expected_tokenizer: str) -> None:
-    """Raises ``Mismatch`` if the model or tokenizer is another than the one that a request expects; an empty string expects nothing."""
+    """Raises ``Mismatch`` if the server's model or tokenizer has another fingerprint than a request expects (empty = any)."""
     pairs = (
         ("expected_model_fingerprint", info.model.fingerprint, expected_model),
         ("expected_tokenizer_fingerprint", info.tokenizer_fingerprint, expected_tokenizer),

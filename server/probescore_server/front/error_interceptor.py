@@ -1,7 +1,7 @@
 """Wraps every RPC: parses the request, turns errors into gRPC statuses, and counts the RPC in the metrics.
 
-Without this, gRPC would end the RPC on any exception, also for a request that cannot be parsed, with the status UNKNOWN or INTERNAL and the
-exception's text.
+Without this wrapper, gRPC would end the RPC on any exception, also for a request that cannot be parsed, with the status UNKNOWN or INTERNAL
+and the exception's text.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ KINDS: dict[tuple[bool, bool], tuple[str, str, Callable[..., Handler]]] = {
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
     """Outermost gRPC interceptor, which parses requests, turns errors into statuses, and counts and limits RPCs.
 
-    The interceptors that the settings name, and the servicers, run inside this one.
+    The interceptors that the operator names in the server's settings, and the servicers, run inside this interceptor.
 
     Args:
         metrics: the metrics in which RPCs are counted.
@@ -76,8 +76,8 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
     async def intercept_service(
         self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]], handler_call_details: grpc.HandlerCallDetails
     ) -> Handler | None:
-        """Returns the wrapped handler of an RPC; ``None`` for a method that does not exist, which gRPC ends with the status
-        UNIMPLEMENTED.
+        """Returns the handler of an RPC, wrapped so that errors become gRPC statuses; ``None`` for a method that does not exist, for which
+        gRPC ends the RPC with the status UNIMPLEMENTED.
         """
         try:
             handler = await continuation(handler_call_details)
@@ -87,8 +87,8 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         return None if handler is None else self._guard_once(path, handler)
 
     def _guard_once(self, path: str, handler: Handler) -> Handler:
-        """Returns the wrapped handler of a method. The wrapper is cached by the method's path, and made anew only if an interceptor of the
-        settings returned a new handler for this RPC.
+        """Returns the handler of a gRPC method, wrapped so that errors become gRPC statuses. The wrapper is cached by the method's path,
+        and made anew only if another interceptor returned a new handler for this RPC.
         """
         known, guarded = self._guarded.get(path, (None, None))
         if known is not handler or guarded is None:
@@ -135,7 +135,9 @@ class _GuardedMethod:
         self._name = labels[-1]
 
     async def call(self, raw: Raw, context: Context) -> object:
-        """Runs the method with one request, or an iterator of requests, given as bytes. If the method fails, the RPC ends with a status."""
+        """Runs the wrapped servicer method with one request, or an iterator of requests, given as bytes. If the method fails, the RPC ends
+        with a gRPC status.
+        """
         self._counted.count_start()
         started = time.monotonic()
         code = grpc.StatusCode.OK

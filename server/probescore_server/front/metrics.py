@@ -43,7 +43,7 @@ RpcLabels: TypeAlias = tuple[str, str, str]
 
 
 class Metrics:
-    """Collection of the Prometheus metrics of one server, in a separate registry."""
+    """Collection of the Prometheus metrics of one server, with a Prometheus registry for this server alone."""
 
     def __init__(self) -> None:
         registry = self.registry = CollectorRegistry()
@@ -189,12 +189,12 @@ class Metrics:
         self.worker_restarts.labels(worker, device).set(restarts)
 
     def count_stage(self, stage: str, seconds: float) -> None:
-        """Adds the seconds that an RPC spent in one stage: ``check``, ``queue`` or ``compute``."""
+        """Adds the seconds that an RPC spent in one stage (``check``, ``queue`` or ``compute``) to the metric of that stage."""
         self._stages.labels(stage).observe(seconds)
 
     def count_usage(self, usage: Usage) -> None:
-        """Adds the tokens of scored rollouts, separately for tokens that were computed, shared with other rollouts, or found in the
-        key-value cache.
+        """Adds the numbers of tokens of some finished rollouts to the metrics, separately for tokens that were computed, shared with other
+        rollouts, or found in the key-value cache.
         """
         self._tokens.labels("computed").inc(usage.tokens_computed)
         self._tokens.labels("shared").inc(usage.tokens_shared)

@@ -115,8 +115,8 @@ class ProbeMetrics:
                 self._calls_of[probe.key].inc()
 
     def count_results(self, applied: Sequence[ScoredProbe], scope: Scope, results: Iterable[RolloutResult]) -> None:
-        """Adds the scores of some rollouts of one RPC to the distributions, and counts the rollouts for which a probe computed NaN or an
-        infinity.
+        """Adds the scores of some rollouts of one RPC to the histograms of the probes' scores, and counts the rollouts for which a probe
+        computed NaN or an infinity.
 
         Args:
             applied: the probes that were applied in the RPC.
@@ -138,8 +138,8 @@ class ProbeMetrics:
                 self._add(distribution, numbers[~np.isnan(numbers)])  # An empty selection of tokens has no score.
 
     def _distributions_of(self, probe: ScoredProbe) -> Iterator[tuple[_ScoreDistribution, int]]:
-        """Yields pairs of a distribution to which a probe's scores in an RPC are added, and the index of the distribution's reduction among
-        the RPC's reductions.
+        """Yields the distributions (histograms) to which a probe's scores of an RPC are added. Each is for one reduction, such as ``mean``,
+        and is yielded with the index of that reduction among those of the RPC.
         """
         distributions = self._scores.distributions.get(probe.key)
         if distributions is None:
@@ -183,9 +183,9 @@ def _identity(probe: ProbeInfo) -> tuple[str, ...]:
 
 
 def _distributions(probe: ProbeInfo) -> Iterator[_ScoreDistribution]:
-    """Yields an empty distribution of a probe's scores for each reduction that its manifest names and for each label.
+    """Yields an empty histogram of a probe's scores for each label and each reduction (such as ``mean``) that the probe's manifest names.
 
-    Of several calibrations for the same reduction and label, the first gives the threshold.
+    Of several thresholds that the manifest states for one reduction and label, the first counts.
     """
     if probe.output_per is OutputPer.ROLLOUT:
         reductions = [""]

@@ -114,7 +114,9 @@ class ScoringCore:
         self._on_change()
 
     def _probes_changed(self) -> None:
-        """Notifies the metrics and the servicer that names of probes mean something else from now on."""
+        """Notifies the metrics and the servicer that other probes are served from now on, so that a probe's name may stand for another
+        version.
+        """
         if self.registry.info is not None:
             self.metrics.probes.show_probes(self.registry.info)
             self.metrics.calibrations.show_probes(self.registry.info)

@@ -118,8 +118,8 @@ class ScoringServicer(scoring_pb2_grpc.ScoringServiceServicer):
         self._known_options = functools.lru_cache(MAX_KNOWN_OPTIONS)(_resolve_options)
 
     def forget_options(self) -> None:
-        """Forgets the checked options of earlier calls. It must be called when names of probes mean something else, whose descriptions
-        would otherwise stay in memory.
+        """Forgets the cached options of earlier scoring requests. It must be called when other probes are served, since the descriptions of
+        the earlier ones would otherwise stay in memory.
         """
         self._known_options.cache_clear()
 
@@ -153,7 +153,9 @@ class ScoringServicer(scoring_pb2_grpc.ScoringServiceServicer):
     async def GetServerInfo(  # noqa: N802
         self, request: scoring_pb2.GetServerInfoRequest, context: Context
     ) -> scoring_pb2.GetServerInfoResponse:
-        """Returns the server's version, model, limits, workers and names of current and retired probes."""
+        """Returns the server's version, model, limits, workers and names of current and retired probes; a retired probe is served only by
+        its full name, ``name@version``.
+        """
         info, settings = self._info(), self._settings
         loaded = [worker.info or info for worker in self._workers]
         return server_info_to_proto(
@@ -187,9 +189,9 @@ class ScoringServicer(scoring_pb2_grpc.ScoringServiceServicer):
         return self._registry.info
 
     async def _check(self, request: scoring_pb2.ScoreRequest, use: Callable[[Collection[str]], None]) -> _CheckedRequest:
-        """Checks a request, after its texts have been tokenised, and returns its rollouts, ready to be scored.
+        """Checks a scoring request, tokenises its texts, and returns its checked rollouts, ready to be scored.
 
-        Names of probes are resolved at one moment. From then on they mean what they meant, and ``use`` is told so.
+        Names of probes are resolved to versions once, and stay so for this request; the function ``use`` is called with the resolved names.
         """
         started = time.monotonic()
         small = request.ByteSize() <= MAX_BYTES_CHECKED_ON_LOOP
@@ -231,7 +233,7 @@ class ScoringServicer(scoring_pb2_grpc.ScoringServiceServicer):
         self._count_results(delivery.finished, asked)
 
     def _count_results(self, finished: Sequence[FinishedRollout], asked: _CheckedRequest) -> None:
-        """Counts results in the probes' metrics in small portions, so that other work on the event loop can run in between."""
+        """Counts scored rollouts in the probes' metrics in small portions, so that other work on the event loop can run in between."""
         now, later = finished[:MAX_ROLLOUTS_COUNTED_AT_ONCE], finished[MAX_ROLLOUTS_COUNTED_AT_ONCE:]
         self._metrics.probes.count_results(asked.probes, asked.options.scope, [one.result for one in now])
         if asked.outside is not None:
@@ -248,8 +250,8 @@ class ScoringServicer(scoring_pb2_grpc.ScoringServiceServicer):
 
 
 def _after_the_answer(work: Callable[..., None], *args: object) -> None:
-    """Schedules ``work`` to run soon on the event loop, so that the response is sent first. Metrics and logs, for which this is used, take
-    as long as building the response.
+    """Schedules the function ``work`` to run soon on the event loop, so that an RPC's response is sent first. Metrics and logs, for which
+    this is used, take as long as building the response.
     """
     asyncio.get_running_loop().call_soon(work, *args)
 
@@ -279,8 +281,8 @@ def _resolve_options(
     return_token_ids: bool,
     return_token_texts: bool,
 ) -> tuple[ResolvedOptions, tuple[ScoredProbe, ...], CalibrationsOfProbes]:
-    """Returns the checked options of an RPC, a description of each probe whose scores the response contains, and the calibrations that the
-    rollouts are compared with.
+    """Returns the checked options of an RPC, a description of each probe whose scores the response contains, and the probes' calibrations
+    (thresholds with a description of the data they were found on), with which the RPC's rollouts are compared.
     """
     options = resolve_options(
         info,
@@ -327,14 +329,14 @@ def _usage(call: Call, finished: Iterable[FinishedRollout], compute_seconds: flo
 
 
 def _scoring_info(asked: _CheckedRequest, usage: Usage, finished: Sequence[FinishedRollout]) -> ScoringInfo:
-    """Returns the description of what scored the completions of a response, given in the response's order."""
+    """Returns the description of the model and the probes that scored the completions of a response, given in the response's order."""
     outside = asked.outside
     probes = asked.probes if outside is None else outside.noted(asked.probes, _places(outside, finished))
     return ScoringInfo(asked.info.model.fingerprint, asked.info.tokenizer_fingerprint, probes, usage)
 
 
 def _places(outside: OutsideRollouts, finished: Sequence[FinishedRollout]) -> NDArray[np.int64]:
-    """Returns the places of completions among the rollouts of their request, ``(n,)``; -1 for a completion without scores."""
+    """Returns the index of each of ``n`` completions among the rollouts of its request, as an array ``(n,)``; -1 for one without scores."""
     places = outside.places([(one.group, one.completion) for one in finished])
     return np.where([one.result.scores.status is CompletionStatus.OK for one in finished], places, -1)
 
@@ -355,8 +357,8 @@ def _streamed_answer(finished: Sequence[FinishedRollout], asked: _CheckedRequest
 
 
 def _pieces(delivery: Delivery) -> list[list[FinishedRollout]]:
-    """Splits the results of a delivery into lists. The results of one list fit into one streamed message, with at most
-    ``MAX_STREAMED_BYTES`` of arrays and texts.
+    """Splits the results of a delivery (rollouts of one call that have finished) into lists. The results of one list fit into one streamed
+    message, with at most ``MAX_STREAMED_BYTES`` of arrays and texts.
 
     The result of a single completion is never split, however large it is.
     """

@@ -33,8 +33,8 @@ RETRY_SECONDS = 1.0
 
 
 async def serve(settings: ServerSettings) -> None:
-    """Runs a server until SIGTERM or SIGINT, and then until the accepted RPCs are finished. A second signal ends the server at once.
-    SIGHUP makes the probes that are served follow the probe files.
+    """Runs a server until SIGTERM or SIGINT, and then until the accepted RPCs are finished. A second signal ends the server at once. SIGHUP
+    brings the served probes up to date with the probe files on disk.
 
     Raises:
         StartupError: an address is taken, an interceptor cannot be imported, or a worker cannot load the model or a probe.
@@ -67,8 +67,8 @@ class Server:
         self._announcing: set[asyncio.Task[None]] = set()
 
     async def run(self, drain: asyncio.Event, now: asyncio.Event, reload: asyncio.Event) -> None:
-        """Serves until ``drain`` is set, then finishes the accepted RPCs until they are done or ``now`` is set. Whenever ``reload`` is set,
-        the probes follow the probe files.
+        """Serves until ``drain`` is set, and then until the accepted RPCs are done or ``now`` is set. Whenever ``reload`` is set, the
+        served probes are brought up to date with the probe files on disk.
 
         Raises:
             StartupError: an address is taken, or a worker cannot load the model or a probe.

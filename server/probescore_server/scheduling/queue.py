@@ -181,8 +181,8 @@ class WaitingQueue:
         return [call for call in self if call.deadline <= now]
 
     def holds(self, tokens: int) -> bool:
-        """Returns whether the queue has at least ``tokens`` tokens that a batch may take now. A prompt, and identical rollouts, are counted
-        once.
+        """Returns whether the queue of waiting rollouts has at least ``tokens`` tokens that a batch for a worker process may take now. A
+        prompt and identical rollouts are counted once.
         """
         if self._distinct_tokens < tokens:
             return False
@@ -190,7 +190,7 @@ class WaitingQueue:
         return self._distinct_tokens - behind >= tokens
 
     def next_batch(self, max_tokens: int) -> tuple[list[Duplicates], int]:
-        """Removes the rollouts of the next batch from the queue, and returns them with the batch's number of tokens.
+        """Removes the rollouts of the next batch from the queue of waiting rollouts, and returns them with the batch's number of tokens.
 
         The batch has more than ``max_tokens`` tokens only if it consists of a single rollout.
         """
@@ -208,10 +208,10 @@ class WaitingQueue:
         return room.taken, max_tokens - room.left
 
     def _take_turn(self, job: str, room: _NextBatch, joined: Counter[str]) -> bool:
-        """Moves the next group of rollouts of a job, and other waiting groups with the same prompt, into the batch that is being put
-        together.
+        """Moves the next waiting group of rollouts (a prompt with its completions) of a training job, and other waiting groups with the
+        same prompt, from the queue into the batch that is being put together.
 
-        It returns whether the job had a group that may be taken and that fitted.
+        Returns whether the job had a group that may be computed now and that fitted into the batch.
         """
         group = self._next_group(job)
         if group is None or not room.fits(group.tokens, _first_bytes(group)):
@@ -234,9 +234,10 @@ class WaitingQueue:
         return None if call is None else next(iter(call.waiting))
 
     def _take(self, group: WaitingGroup, room: _NextBatch) -> None:
-        """Moves those rollouts of a group that fit into the batch, together with all waiting rollouts that are identical to them.
+        """Moves the rollouts of a waiting group (a prompt with its completions) from the queue into the next batch, as far as they fit,
+        together with all waiting rollouts that are identical to them.
 
-        The whole group fits unless the group alone is larger than a batch, or its activations are.
+        The whole group fits unless the group alone is larger than a batch, or its activations are larger than a response may be.
         """
         prompt = self._prompts[group.prompt]
         for item in list(group.items):

@@ -65,7 +65,7 @@ class _SentBatch:
 
     Attributes:
         worker: the worker.
-        computations: the batch's rollouts, each with all calls that wait for its result.
+        computations: the batch's rollouts, each with all calls (requests) that wait for its result.
         started: whether the worker computes the batch now, as far as the scheduler knows.
         lost: whether the worker died, so that the unfinished rollouts are in the queue again.
     """
@@ -113,23 +113,23 @@ class Scheduler:
 
     @property
     def queued_tokens(self) -> int:
-        """Counts the tokens that wait for a worker. The prompt of a group of rollouts is counted once."""
+        """Counts the tokens of the rollouts that wait in the queue for a worker process, with a group's prompt counted once."""
         return self._waiting.tokens
 
     @property
     def queued_rollouts(self) -> int:
-        """Counts the rollouts that wait for a worker."""
+        """Counts the rollouts that wait in the queue for a worker process."""
         return self._waiting.rollouts
 
     def batch_budget(self, worker: Worker) -> int:
-        """Returns the largest number of tokens that the next batch of a worker may have."""
+        """Returns the largest number of tokens that the next batch of rollouts for a worker process may have."""
         return self._budgets[worker].tokens
 
     def submit(self, groups: Sequence[Sequence[CheckedRollout]], *, job: str, priority: int = 0, deadline: float = math.inf) -> Call:
         """Adds the rollouts of one request to the queue, and returns a ``Call``, which yields their results.
 
         Args:
-            groups: the checked rollouts, per group; all have the same options.
+            groups: the checked rollouts, per group (a prompt with its completions); all have the same request options.
             job: name of the training job that sent the request; jobs take turns.
             priority: rollouts of the same job with a higher number go first.
             deadline: the time by which the work must be done, in seconds on the scheduler's clock.
@@ -164,13 +164,15 @@ class Scheduler:
         call.ended()
 
     def fail_waiting(self, error: CoreError) -> None:
-        """Ends with ``error`` every call that has waiting rollouts. It is used when no worker is left to compute them."""
+        """Ends, with the given error, every call (the work of one request) that has waiting rollouts. The method is used when no worker
+        process is left to compute the rollouts.
+        """
         for call in list(self._waiting):
             call.fail(error)
 
     def dispatch(self) -> None:
-        """Sends every free worker a batch of waiting rollouts, and sends busy workers a next batch ahead if enough tokens wait. It must be
-        called when a worker becomes ready.
+        """Sends every free worker process a batch of waiting rollouts, and sends busy ones a next batch ahead if enough tokens wait. The
+        method must be called when a worker process becomes ready.
         """
         for ahead in range(MAX_BATCHES):
             for worker, batches in self._batches.items():
@@ -209,7 +211,9 @@ class Scheduler:
             self.dispatch()
 
     async def _score(self, batch: _SentBatch, computations: Sequence[Computation]) -> None:
-        """Scores those rollouts of a batch for which calls still wait. If the rollouts fail together, they are tried in halves."""
+        """Has a worker process score those rollouts of a batch for which requests still wait. If the rollouts fail together, each half of
+        them is tried by itself.
+        """
         computations = [computation for computation in computations if computation.items]
         if batch.lost:
             self._put_back(computations)
@@ -254,9 +258,10 @@ class Scheduler:
             await self._score(batch, computations[len(computations) // 2 :])
 
     def _answered(self, batch: _SentBatch) -> None:
-        """Records which of its two batches a worker computes, after the worker has responded to ``batch`` or to a part of it.
+        """Records which of its batches (at most two) a worker process computes now, after the process has responded to ``batch`` or to a
+        part of it.
 
-        The worker then computes its other batch, if there is one, since the rest of ``batch`` is sent later.
+        The process then computes its other batch, if there is one, since the rest of ``batch`` is sent later.
         """
         batches = self._batches[batch.worker]
         for other in batches:
@@ -303,14 +308,14 @@ class Scheduler:
         self._put_back(computations)
 
     def _put_back(self, computations: Sequence[Computation]) -> None:
-        """Puts rollouts back at the head of the queue, in their earlier order."""
+        """Puts rollouts that a worker process was given but did not score back at the head of the queue, in their earlier order."""
         for computation in reversed(computations):
             computation.place = None
             self._waiting.put_back(self._in_flight.take_back(computation))
 
     def _fail_lost(self, computations: Sequence[Computation]) -> None:
-        """Ends with an internal fault the calls whose rollouts a worker neither scored nor refused, since these calls would otherwise wait
-        for ever.
+        """Ends, with an internal error, the calls (requests) whose rollouts a worker process neither scored nor refused, since these calls
+        would otherwise wait for ever.
         """
         if computations:
             fault = InternalFault.new()
@@ -326,8 +331,8 @@ class Scheduler:
         self._tokens_per_second = measured if known is None else known + THROUGHPUT_SMOOTHING * (measured - known)
 
     def _retry_seconds(self) -> float:
-        """Estimates the seconds that a worker needs for its share of the waiting tokens. Before the first batch the estimate is one
-        second.
+        """Estimates the seconds after which a refused request may be sent again, which are those that a worker process needs for its share
+        of the waiting tokens. Before the first batch the estimate is one second.
         """
         if not self._tokens_per_second:
             return 1.0
@@ -337,7 +342,7 @@ class Scheduler:
 
 
 def _refusal(item: RequestedRollout, error: WorkerLost) -> CoreError:
-    """Returns the error that ends the call of a rollout that two worker processes died computing."""
+    """Returns the error with which a request ends if two worker processes have died while they computed one of its rollouts."""
     if error.reason_lost == "memory":
         return OutOfMemory(item.rollout.tokens)
     return WorkerLostTwice(f"groups[{item.group}].completions[{item.completion}]", error.doing, error.problem)

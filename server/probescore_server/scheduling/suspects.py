@@ -76,5 +76,5 @@ class Suspects:
         return None if known is None else known.again
 
     def cleared(self, key: Hashable) -> None:
-        """Removes the suspicion against a rollout, since the rollout has been scored."""
+        """Removes the suspicion that a rollout made a worker process die, since the rollout has been scored."""
         self._known.pop(hash(key), None)

@@ -1,7 +1,8 @@
-"""Compares the rollouts of a request with those on which the thresholds of its probes were found.
+"""Compares the rollouts of a request with those on which the thresholds of the requested probes were found.
 
-A threshold holds for rollouts like those that it was found on. What they were like stands in the probe's manifest, as far as it was written
-down there; what is compared can be seen from token ids alone, so that it is the same for a trainer's ids as for text.
+A threshold holds for rollouts like those that it was found on. The probe's manifest (the description in its file) may say what those were
+like: the lengths of prompts and completions, and the form of the prompts. Lengths and form can be seen from token ids alone, so that a
+trainer's token ids and a text are compared alike.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ def prompt_shape(
     bos_token_id: int | None,
     generation_prompt_ids: Sequence[int],
 ) -> PromptShape:
-    """Returns what the token ids of a prompt show of its form.
+    """Returns the form of a prompt as its token ids show it: empty, ended by the model's chat template, or other text, each with or without
+    a BOS token at the start.
 
     Args:
         prompt_ids: the prompt, ``(P,)``.
@@ -59,9 +61,10 @@ def prompt_shape(
 
 
 def calibrations_with_conditions(info: EngineInfo, options: ResolvedOptions) -> CalibrationsOfProbes:
-    """Returns, for each probe of a request, its calibrations for the reductions of the request that say what they were found on.
+    """Returns, for each probe of a request, those of its calibrations (thresholds) that are for the request's reductions and say on what
+    rollouts the threshold was found.
 
-    Of several calibrations for one reduction and label, the first counts, as everywhere.
+    Of several calibrations for one reduction and label, only the first counts.
     """
     by_key = {probe.key: probe for probe in info.probes}
     return tuple(_applied(by_key[key], options) for key in options.probes)
@@ -80,13 +83,15 @@ def _applied(probe: ProbeInfo, options: ResolvedOptions) -> tuple[Calibration, .
 
 @dataclass(frozen=True, eq=False)
 class OutsideRollouts:
-    """The rollouts of a request that are unlike those on which thresholds of its probes were found.
+    """Value object that says which of the ``n`` rollouts of a request are unlike those on which the thresholds of the requested probes were
+    found.
 
     Attributes:
-        starts: the place of each group's first rollout among the ``n`` rollouts of the request.
-        compared: which rollouts are compared, ``(n,)`` bool: those with a token that counts.
-        unmet: for each probe, the conditions that some rollout does not meet, each with the rollouts that do not, ``(n,)`` bool.
-        has_conditions: for each probe, whether there is a calibration to compare with.
+        starts: the place of the first rollout of each group (a prompt with its completions) among all rollouts of the request.
+        compared: which rollouts are compared, ``(n,)`` bool: those with at least one scored token that counts.
+        unmet: for each probe, a dictionary from each condition that some rollout does not meet (such as the length of the prompt) to
+            whether each rollout fails it, ``(n,)`` bool.
+        has_conditions: for each probe, whether a threshold of the probe says on what rollouts it was found.
     """
 
     starts: tuple[int, ...]
@@ -98,7 +103,9 @@ class OutsideRollouts:
     def of(
         cls, groups: Sequence[Sequence[CheckedRollout]], calibrations: CalibrationsOfProbes, scope: Scope, bos_token_id: int | None
     ) -> OutsideRollouts | None:
-        """Compares the rollouts of a request, by group, with the calibrations of its probes; ``None`` if there are no conditions."""
+        """Compares the rollouts of a request, given by group, with those on which the thresholds of the requested probes were found;
+        returns ``None`` if no probe says what those were like.
+        """
         if not any(calibrations):
             return None
         rollouts = _RolloutFacts.of(groups, scope, bos_token_id)
@@ -118,11 +125,14 @@ class OutsideRollouts:
         return cls(starts, rollouts.selects_any, tuple(unmet), tuple(map(bool, calibrations)))
 
     def places(self, completions: Sequence[tuple[int, int]]) -> NDArray[np.int64]:
-        """Returns the places among the rollouts of the request, ``(m,)``, of completions given by group and index within the group."""
+        """Returns the place of each given completion among all rollouts of the request, ``(m,)``. A completion is given by the index of its
+        group (a prompt with its completions) and its index within the group.
+        """
         return np.array([self.starts[group] + completion for group, completion in completions], np.int64)
 
     def noted(self, probes: Sequence[ScoredProbe], places: NDArray[np.int64]) -> tuple[ScoredProbe, ...]:
-        """Returns the probes of a response with the completions of that response that do not meet their conditions.
+        """Returns the probes of a response, each with those completions of the response that are unlike the rollouts on which the probe's
+        thresholds were found.
 
         Args:
             probes: the probes of the request.
@@ -141,13 +151,13 @@ def _noted(probe: ScoredProbe, unmet: Mapping[UnmetCondition, NDArray[np.bool_]]
 
 @dataclass(frozen=True, eq=False)
 class _RolloutFacts:
-    """What is compared of the ``n`` rollouts of a request.
+    """Value object with the facts about the ``n`` rollouts of a request that are compared with those on which thresholds were found.
 
     Attributes:
-        scope: the scope that is scored.
+        scope: the tokens that are scored: completion, prompt or all.
         prompt_tokens: number of tokens of each prompt, ``(n,)``.
         counted_tokens: number of tokens of each completion that count under its mask, ``(n,)``.
-        selects_any: whether a token of the scope counts, ``(n,)`` bool.
+        selects_any: whether at least one token of the scope counts, for each rollout, ``(n,)`` bool.
         rollouts: the rollouts.
         bos_token_id: id of the token that begins a sequence (BOS); ``None`` = there is none.
     """
@@ -168,7 +178,9 @@ class _RolloutFacts:
         return cls(scope, prompts, counted, selected > 0, rollouts, bos_token_id)
 
     def outside(self, conditions: CalibratedRollouts) -> dict[CalibrationCondition, NDArray[np.bool_]]:
-        """Returns the conditions that some rollout does not meet, each with the rollouts that do not, ``(n,)`` bool."""
+        """Compares the rollouts of a request with the conditions that rollouts must meet for a threshold to hold, and returns a dictionary
+        from each condition that some rollout does not meet to whether each rollout fails it, ``(n,)`` bool.
+        """
         if self.scope is not Scope.COMPLETION:
             return {CalibrationCondition.SCOPE: self.selects_any} if self.selects_any.any() else {}
         found = {
@@ -200,5 +212,7 @@ class _RolloutFacts:
 
 
 def counted_tokens(token_ids: NDArray[np.int32], mask: NDArray[np.bool_] | None) -> int:
-    """Returns the number of tokens of a completion that count under its mask, ``(T,)`` bool; ``None`` = all count."""
+    """Returns how many tokens of a completion count, given the completion's mask of the tokens that count, ``(T,)`` bool; ``None`` = all
+    count.
+    """
     return len(token_ids) if mask is None else int(np.count_nonzero(mask))

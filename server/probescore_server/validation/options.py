@@ -28,7 +28,7 @@ def resolve_options(
     Args:
         info: the model and probes that are loaded.
         probes: the probes to apply. ``name@version`` means exactly that version; ``name`` means the highest version of the name that is not
-            retired (``version_order``); empty = the highest version of each name.
+            retired (served only to requests that name this version), by ``version_order``; empty = the highest such version of each name.
         reductions: the reductions from the scores of the tokens to one score, such as ``mean``; empty = each probe's default.
         token_scores: the probes whose scores per token are returned too, or ``"all"`` = every probe of the request that scores tokens.
         scope: the tokens to score: ``completion``, ``prompt`` or ``all``.
@@ -73,7 +73,7 @@ def _check_token_scores(wanted: Sequence[str], requested: Sequence[str], by_key:
 
 
 def highest_versions(probes: Iterable[ProbeInfo]) -> dict[str, str]:
-    """Returns a dictionary, keyed by name, of the key ``name@version`` of each name's highest version; names keep their order."""
+    """Returns a dictionary from each probe's name to the key ``name@version`` of the name's highest version; names keep their order."""
     highest: dict[str, ProbeInfo] = {}
     for probe in probes:
         best = highest.setdefault(probe.name, probe)
@@ -83,7 +83,9 @@ def highest_versions(probes: Iterable[ProbeInfo]) -> dict[str, str]:
 
 
 def _resolve_names(info: EngineInfo, names: Sequence[str], highest: Mapping[str, str], path: str) -> tuple[str, ...]:
-    """Returns the keys that names mean, a bare name the one that ``highest`` has for it."""
+    """Returns the key ``name@version`` of each probe that a request names; a name without a version means the key that ``highest`` has for
+    the name.
+    """
     known = {**highest, **{probe.key: probe.key for probe in info.probes}}
     keys: dict[str, None] = {}
     for index, name in enumerate(names):

@@ -41,8 +41,9 @@ def resolve_rollouts(
         info: the model and probes that are loaded.
         options: the request's options, as ``resolve_options`` returns them.
         encoded: a dictionary, keyed by the ``field`` of each text of ``pending_texts(groups)``, of the text's token ids, ``(T,)`` int32.
-        max_rollout_tokens: the largest number of tokens of prompt + completion + longest chain of follow-ups, including the follow-ups that
-            probes append. The number of positions for which the model was made is a limit in any case.
+        max_rollout_tokens: the largest number of tokens of prompt + completion + longest chain of follow-ups (texts that continue a
+            completion), including the follow-ups that probes append. The number of positions for which the model was made is a limit in any
+            case.
         max_request_tokens: the largest number of tokens of all groups, with a prompt counted once per group and the extra token reads that
             spans cause included.
         max_span_scores: the largest number of token scores that the spans (token ranges) of one completion and its follow-ups may read.
@@ -97,9 +98,9 @@ class _RequestChecks:
         longest: the limit on a rollout's tokens and the limit's name; ``None`` = no limit.
         longest_appended: the largest number of token ids that one requested probe itself appends to a completion.
         all_appended: the number of token ids that all requested probes together append to a completion.
-        cost: the cost factors of the request's options.
-        max_span_scores: the largest number of token scores that the spans of one completion and its follow-ups may read; ``None`` = no
-            limit.
+        cost: the factors, given by the request's options, from tokens and spans (token ranges) to costs.
+        max_span_scores: the largest number of token scores that the spans (token ranges) of one completion and its follow-ups may read;
+            ``None`` = no limit.
     """
 
     info: EngineInfo

@@ -106,7 +106,7 @@ def check_text_bytes(size: int, field: str, most: int) -> None:
     """Refuses a text that is too long to be tokenised. The text is one that the client sent or that a chat template rendered.
 
     Args:
-        size: UTF-8 bytes of the text.
+        size: number of UTF-8 bytes of the text.
         field: path of the text in the request.
         most: the largest number of UTF-8 bytes that is allowed.
 

@@ -1,5 +1,5 @@
-"""Encodes rollouts and their results as tuples of bytes, numbers and strings, which are then pickled and sent between the front process and
-a worker process.
+"""Encodes rollouts and their results as tuples of bytes, numbers and strings, which are then pickled and sent between the server's front
+process, which owns the port, and a worker process.
 
 Pickling the objects themselves, of a dozen classes and with many small arrays, would take three times as long.
 """
@@ -23,7 +23,9 @@ Encoded: TypeAlias = tuple[Any, ...]
 
 
 def encode_rollouts(rollouts: Sequence[CheckedRollout]) -> Encoded:
-    """Encodes the rollouts of a batch as tuples of plain values. Prompts and options that several rollouts share are encoded once."""
+    """Encodes the rollouts of a batch as tuples of plain values, for a message to a worker process. Prompts and options that several
+    rollouts share are encoded once.
+    """
     prompts: dict[int, tuple[int, bytes]] = {}
     options: dict[int, tuple[int, Encoded]] = {}
     encoded = []
@@ -39,8 +41,8 @@ def encode_rollouts(rollouts: Sequence[CheckedRollout]) -> Encoded:
 
 
 def decode_rollouts(encoded: Encoded) -> list[CheckedRollout]:
-    """Decodes rollouts that ``encode_rollouts`` encoded. Arrays are read-only, and rollouts that shared a prompt or options share them
-    again.
+    """Decodes rollouts from the tuples of plain values that ``encode_rollouts`` made. Arrays are read-only, and rollouts that shared a
+    prompt or options share them again.
     """
     encoded_prompts, encoded_options, encoded_rollouts = encoded
     prompts = [np.frombuffer(ids, np.int32) for ids in encoded_prompts]
@@ -101,7 +103,7 @@ def encode_results(results: Sequence[RolloutResult | None]) -> Encoded:
 
 
 def decode_results(encoded: Encoded) -> tuple[RolloutResult | None, ...]:
-    """Decodes results that ``encode_results`` encoded. Arrays are read-only."""
+    """Decodes the results of a batch of rollouts from the tuples of plain values that ``encode_results`` made. Arrays are read-only."""
     return tuple([None if result is None else _decode_result(result) for result in encoded])
 
 
@@ -117,7 +119,7 @@ def _decode_result(encoded: Encoded) -> RolloutResult:
 
 
 def _encode_activations(views: Sequence[ActivationArrays]) -> Encoded:
-    """Encodes the activations of a rollout, megabytes perhaps, as one buffer, which the transport sends without copying it."""
+    """Encodes the activations of a rollout, which may have megabytes, as one buffer, which is sent over the socket without being copied."""
     layouts = [
         [(tap, pool.value, rows.dtype.str, rows.shape[0], rows.shape[1]) for (tap, pool), rows in arrays.items()] for arrays in views
     ]

@@ -1,5 +1,5 @@
-"""Defines the front process's handle of a worker, which sends batches and texts to the worker process and restarts the process when it
-ends.
+"""Defines the handle of a worker, by which the server's front process (which owns the port) sends batches and texts to a worker process and
+restarts the process when it ends.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ MAX_BACKOFF = 60.0
 
 
 class PinnedContent:
-    """Record of the model and probes that the worker processes of a server have loaded, against which every later one is checked.
+    """Record of the model and probes that the worker processes of a server have loaded, against which everything that a later process loads
+    is checked.
 
     Every start of a worker process reads the model's files again. If they have changed, the worker must not score under the fingerprints
     that the server has announced, nor with other weights than the server's other workers. A probe's name and version mean the same content
@@ -75,25 +76,30 @@ class PinnedContent:
         self.remember(info.probes)
 
     def remember(self, probes: Iterable[ProbeInfo]) -> None:
-        """Stores what the names and versions of probes mean from now on."""
+        """Stores which content each probe's name and version stand for, so that a later probe with the same name and version but other
+        content is noticed.
+        """
         self._probes |= {probe.key: (probe.graph_sha256, probe.manifest_sha256) for probe in probes}
 
     def differs(self, probe: ProbeInfo) -> bool:
-        """Returns whether a probe's name and version have meant other content on this server."""
+        """Returns whether a probe's name and version have stood for other content (another probe file) since the server started."""
         digests = probe.graph_sha256, probe.manifest_sha256
         return self._probes.get(probe.key, digests) != digests
 
 
 @dataclass(frozen=True, eq=False)
 class Successor:
-    """Value object with a worker process that is ready to take the place of another one on the same device, and what it says of itself."""
+    """Value object with a worker process that is ready to take the place of another one on the same device, and its message of what model
+    and probes it has loaded.
+    """
 
     process: WorkerProcess
     ready: Ready
 
 
 class WorkerHandle:
-    """Front process's handle of one worker: it starts the worker process, restarts the process whenever it ends, and sends work to it.
+    """Handle of one worker in the server's front process, which owns the port. It starts the worker process, restarts the process whenever
+    it ends, and sends work to it.
 
     All methods must run on one event loop.
 
@@ -104,8 +110,8 @@ class WorkerHandle:
         on_lost: function that is called whenever the worker process died, with the reason, one of ``liveness.REASONS_LOST``.
 
     Attributes:
-        spec: the model and probes that the worker loads, and its device. Another value counts for later starts of the process; a process
-            that is starting meanwhile takes the other probes before it counts as up.
+        spec: the model and probes that the worker loads, and its device. If the attribute is changed, the new value counts for later starts
+            of the process; a process that is starting meanwhile loads the new probes before it counts as up.
         info: a description of the loaded model and probes; ``None`` before the worker was ready for the first time.
         keys: the probes that the running process serves: a dictionary from the digest of a file's content to ``name@version``.
         loading: the content of probe files that a process which is starting may still read.
@@ -151,7 +157,7 @@ class WorkerHandle:
 
     @property
     def asleep(self) -> bool:
-        """Returns whether the worker leaves its device's memory free until ``wake`` is called.
+        """Returns whether the worker is asleep, which means that it leaves its device's memory free until ``wake`` is called.
 
         The worker stays asleep if its process ends. The process is then not started again before ``wake``, since loading would take the
         memory that sleeping has freed.
@@ -178,7 +184,9 @@ class WorkerHandle:
             await asyncio.gather(*self._finishing, return_exceptions=True)
 
     async def _run_process(self) -> None:
-        """Starts one worker process, waits for the end of the process, or of the one that has taken its place, and pauses."""
+        """Starts one worker process, waits for the end of the process, or of the one that has taken its place, and then pauses before the
+        next start.
+        """
         running = WorkerProcess(self.spec)
         self.loading = self.spec.probes
         try:
@@ -231,10 +239,12 @@ class WorkerHandle:
             running = self._running or running  # It is another one if that has taken over.
 
     async def _follow(self, running: WorkerProcess, ready: Ready) -> tuple[EngineInfo, dict[str, str]]:
-        """Makes a process that has started serve the probes that the specification names now, if it has changed since the start.
+        """Makes a worker process that has just started serve the probes that the worker's specification names now, if the specification has
+        changed meanwhile.
 
         Returns:
-            The description of what the process serves, and the keys of its probes.
+            A description of the model and probes that the process serves, and a dictionary from the digest of each probe file's content to
+            the probe's key ``name@version``.
 
         Raises:
             StartupError: the process refuses a probe.
@@ -268,8 +278,8 @@ class WorkerHandle:
         return batch
 
     def cancel(self, number: int, index: int) -> None:
-        """Cancels one rollout of a batch, whose result will be ``None``. The function call has no effect once the batch's results have
-        arrived.
+        """Cancels one rollout of a batch that was sent to the worker process; the rollout's result is then ``None``. This has no effect
+        once the batch's results have arrived.
         """
         if self._running is not None:
             self._running.send(CancelRollout(number, index))
@@ -311,10 +321,10 @@ class WorkerHandle:
             await self._changed.wait()
 
     async def sleep(self) -> Transfer:
-        """Makes the worker free its device's memory after the batches that it has, and returns the bytes moved and freed and the seconds
-        taken.
+        """Makes the worker free its device's memory once it has computed the batches that it was given, and returns the bytes moved and
+        freed and the seconds taken.
 
-        Calling it again while the worker sleeps changes nothing. The worker falls asleep even if this coroutine is cancelled.
+        If the worker sleeps already, nothing changes. The worker falls asleep even if this coroutine is cancelled.
 
         Raises:
             WorkerUnavailable: the worker is not up, or its process ended.
@@ -334,9 +344,9 @@ class WorkerHandle:
             return self._logged("worker asleep", transfer)
 
     async def wake(self) -> Transfer:
-        """Makes the worker take its device's memory again, and returns the bytes moved and taken and the seconds needed.
+        """Makes a sleeping worker take its device's memory again, and returns the bytes moved and taken and the seconds needed.
 
-        Calling it again while the worker is awake changes nothing. If this coroutine is cancelled, it must be called again.
+        If the worker is awake already, nothing changes. If this coroutine is cancelled, the worker must be woken again.
 
         Raises:
             WorkerUnavailable: the device has too little free memory yet; or the worker is not up, or its process ended, and is now being
@@ -358,8 +368,8 @@ class WorkerHandle:
             return self._logged("worker awake", transfer)
 
     async def hold(self, files: tuple[SpooledFile, ...]) -> ProbesHeld:
-        """Makes the running process serve exactly these probes, which are loaded and checked while it scores. While the worker sleeps, this
-        waits; and the worker does not fall asleep meanwhile.
+        """Makes the running worker process serve exactly the probes of the given files, which it loads and checks while it scores. While
+        the worker sleeps, the coroutine waits; the worker does not fall asleep while it loads.
 
         Raises:
             WorkerUnavailable: the worker is not up, or its process ended.
@@ -384,11 +394,11 @@ class WorkerHandle:
                 return held
 
     async def start_successor(self, files: tuple[SpooledFile, ...]) -> Successor:
-        """Starts a further process on the worker's device, which loads as many blocks as these probes need. The running process goes on
-        scoring, until ``take_over``.
+        """Starts a second worker process on the worker's device, which loads as many of the model's blocks as the probes of the given files
+        need. The first process goes on scoring until ``take_over`` is called.
 
         Raises:
-            ProbeRefused: a file is refused.
+            ProbeRefused: a probe file is refused.
             StartupError: the process cannot start, or has loaded another model than the running one.
         """
         layers = 0 if self.info is None else self.info.model.num_loaded_layers
@@ -402,7 +412,9 @@ class WorkerHandle:
         return Successor(process, ready)
 
     def take_over(self, successor: Successor) -> None:
-        """Gives all later work to the successor. The process that ran before finishes what it has, and ends."""
+        """Gives all later work of a worker to its successor, a process that was started to replace the running one. The earlier process
+        finishes the work that it has, and ends.
+        """
         before, self._running = self._running, successor.process
         self.info, self.keys = successor.ready.info, successor.ready.keys
         self._keep_depth(self.info)
@@ -419,7 +431,9 @@ class WorkerHandle:
         task.add_done_callback(self._finishing.discard)
 
     def _keep_depth(self, info: EngineInfo) -> None:
-        """Makes every later process load as many blocks as are loaded now, also if the probe that needs them is gone by then."""
+        """Makes every later process of the worker load at least as many of the model's blocks as are loaded now, even if the probe that
+        needs them is removed by then.
+        """
         self.spec = replace(self.spec, min_layers=info.model.num_loaded_layers, is_first=False)
 
     async def _finish(self, process: WorkerProcess) -> None:
@@ -460,7 +474,7 @@ class WorkerHandle:
             raise WorkerLost(loss.reason, loss.problem, unavailable.retry_seconds, loss.doing, loss.order) from None
 
     def unavailable(self) -> WorkerUnavailable:
-        """Returns the error for work that cannot be done until the worker is up again. The error says after how many seconds to try
+        """Returns the error for work that cannot be done until the worker process is up again. The error says after how many seconds to try
         again.
         """
         return WorkerUnavailable("the worker is down and being restarted", self._pause_seconds + self._start_seconds)

@@ -40,7 +40,8 @@ class WorkerTimeLimits:
     Attributes:
         silent_seconds: the largest number of seconds between two messages.
         start_seconds: the largest number of seconds from the process's start until it is ready.
-        step_seconds: the largest number of seconds of one step of a batch, not counting the seconds for its tokens.
+        step_seconds: the largest number of seconds of one step of a batch (such as one run of a graph), not counting the seconds for its
+            tokens.
         step_seconds_per_1000_tokens: the additional seconds that a step may take for every 1000 of its tokens.
         chat_seconds: the largest number of seconds that a chat template may take to render one chat.
     """
@@ -132,7 +133,7 @@ class LivenessWatch:
             self._since = now
 
     def at(self, step: ActivityStep, now: float) -> None:
-        """Records the step that the worker process has reported as being computed."""
+        """Records the step (such as one run of a graph) that the worker process has reported as the one that it computes."""
         if step.number != self.step.number:
             self.step = step
             if step.order in self._seconds:
@@ -142,7 +143,7 @@ class LivenessWatch:
         """Records which text each thread of the worker process is tokenising, so that a text which takes longer than its limit is noticed.
 
         Args:
-            texts: one for each thread; a thread has the same index in every call.
+            texts: the text of each thread, by thread; a thread has the same index in every call.
             now: monotonic time in seconds.
         """
         known = [*zip(self._texts, self._texts_since, strict=True)] or [(TextBeingTokenised(), now)] * len(texts)
@@ -150,8 +151,8 @@ class LivenessWatch:
         self._texts = list(texts)
 
     def excuse(self, seconds: float) -> None:
-        """Extends every running limit by ``seconds`` seconds, during which the caller itself did not run and could not observe the
-        process.
+        """Extends every running time limit of the worker process by ``seconds`` seconds, during which the caller itself did not run and
+        could not observe the process.
         """
         self._heard += seconds
         self._began += seconds
@@ -175,7 +176,7 @@ class LivenessWatch:
         return None
 
     def _seconds_of(self, number: int) -> float:
-        """Returns the largest number of seconds until the worker process's next response or step, if its first unfinished order has the
-        given number.
+        """Returns the largest number of seconds that may pass until the worker process's next response or step, if the given number is that
+        of its first unfinished order (such as a batch).
         """
         return self._limits.for_tokens(self.step.tokens) if self.step.order == number else self._seconds[number]

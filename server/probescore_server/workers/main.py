@@ -1,6 +1,7 @@
 """Main module of a worker process, which runs the engine (the language model and its probes) on one device.
 
-The front process does not import this module, but starts it by its name. So the front process never imports torch.
+The server's front process, which owns the port, does not import this module, but starts it by its name. So the front process never imports
+torch.
 """
 
 from __future__ import annotations
@@ -73,10 +74,11 @@ GOLDEN_SHARE = 0.5
 
 
 def run_worker(connection: socket.socket, spec: WorkerSpec) -> None:
-    """Runs a worker process: loads the model and probes, and executes orders until it is told to stop or the front process has ended.
+    """Runs a worker process: loads the model and probes, and executes orders until it is told to stop or the server's front process has
+    ended.
 
     Args:
-        connection: the worker's end of the socket pair to the front process.
+        connection: the worker's end of the socket pair that connects the worker with the front process.
         spec: the model and probes that the worker loads, and its device.
     """
     # The front process decides when a worker ends: Ctrl-C and a supervisor's SIGTERM reach the whole group, but accepted work is
@@ -90,7 +92,9 @@ def run_worker(connection: socket.socket, spec: WorkerSpec) -> None:
 
 @dataclass(frozen=True, eq=False)
 class _ProbesReady:
-    """Order of a worker process to itself: to serve probes that were loaded and checked beside the batches."""
+    """Order that one thread of a worker process gives to the main thread: to serve probes that were loaded and checked while batches
+    computed.
+    """
 
     number: int
     probes: ServedProbes
@@ -146,11 +150,11 @@ class _WorkerRuntime:
             del order  # It may be the last to hold probes that are not served any more.
 
     def _next_order(self, engine: Engine) -> Order | _ProbesReady | None:
-        """Waits for the next order (a message from the front process that needs a response) and returns it; ``None`` means that the worker
-        must stop.
+        """Waits for the next order (a message from the server's front process that needs a response) and returns it; ``None`` means that
+        the worker process must stop.
 
-        It also sends the engine's statistics, whenever no order waits, and every second otherwise. They are sent shortly after a response
-        and not together with it, since the front process is busy with the response at first.
+        The worker process's statistics are also sent here, whenever no order waits, and every second otherwise. They are sent shortly after
+        a response and not together with it, since the front process is busy with the response at first.
         """
         try:
             order = self._orders.get(timeout=OCCUPANCY_DELAY)
@@ -247,7 +251,9 @@ class _WorkerRuntime:
             time.sleep(seconds)
 
     def _end_if_lost(self, error: Exception) -> None:
-        """Ends the process if an error says that its device has failed. The front process then gives the work to another worker process."""
+        """Ends the worker process if an error says that its device has failed. The server's front process then gives the work to another
+        worker process.
+        """
         if kind_of(error) is FailureKind.DEVICE_LOST:
             self._send(DeviceLost(_logged_fault("the device is lost").incident))
             os._exit(1)
@@ -296,7 +302,9 @@ class _WorkerRuntime:
             os._exit(1)
 
     def _prepare_probes(self, engine: Engine) -> None:
-        """Loads and checks probes for ever, one order at a time, beside the batches that the main thread computes."""
+        """Loads and checks probes for ever, one order at a time, in a thread of the worker process beside the batches that the main thread
+        computes.
+        """
         while True:
             order = self._probe_orders.get()
             if order is None:
@@ -354,8 +362,8 @@ def _parse(spooled: Sequence[SpooledFile], refusals: list[ProbeRefused] | None =
     """Parses probe files, and returns them in a dictionary keyed by the digest of each file's content.
 
     Args:
-        spooled: the content of the files.
-        refusals: receives the refusals of files; ``None`` = the first is raised.
+        spooled: where the content of each file is kept in memory.
+        refusals: list that receives the errors of refused files; ``None`` = the first such error is raised.
 
     Raises:
         ProbeRefused: a file fails a check that needs no model.

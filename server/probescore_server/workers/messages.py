@@ -1,5 +1,5 @@
-"""Defines the messages between the front process and a worker process: frozen dataclasses, pickled and sent over a socket pair that only
-these two processes have.
+"""Defines the messages between the server's front process, which owns the port, and a worker process: frozen dataclasses, pickled and sent
+over a socket pair that only these two processes have.
 
 An order is a message that gets a response. The ``number`` of the response is that of its order.
 """
@@ -30,10 +30,10 @@ class WorkerSpec:
         settings: the server's settings, which name the model and probes.
         device: the device, such as ``cpu`` or ``cuda:0``.
         threads: number of CPU threads that the worker uses.
-        probes: the content of the probe files.
-        min_layers: number of the model's blocks to load at least.
-        is_first: whether no worker of the server has been ready yet. A name in the setting ``accept_mismatch`` that belongs to no probe is
-            then refused; later the probe may have been removed.
+        probes: where the content of each probe file is kept in memory.
+        min_layers: least number of the model's blocks to load.
+        is_first: whether no worker of the server has been ready yet. A name in the setting ``accept_mismatch`` (probes that are served
+            though made for another model revision) that belongs to no probe is then refused; later the probe may have been removed.
     """
 
     settings: ServerSettings
@@ -49,8 +49,8 @@ class WorkerSpec:
 
 @dataclass(frozen=True)
 class ScoreBatch:
-    """Message from the front process that orders a worker process to score a batch of rollouts after its earlier batches. The response is
-    ``BatchScored`` or ``Failed``.
+    """Message from the server's front process that orders a worker process to score a batch of rollouts after its earlier batches. The
+    response is ``BatchScored`` or ``Failed``.
     """
 
     number: int
@@ -58,7 +58,7 @@ class ScoreBatch:
 
     @property
     def tokens(self) -> int:
-        """Returns the largest number of tokens that computing the batch can cost, with the prompt of each of its rollouts counted."""
+        """Returns the largest number of tokens that computing a batch of rollouts can cost, with the prompt of each rollout counted."""
         return sum(rollout.tokens for rollout in self.rollouts)
 
     def __reduce__(self) -> tuple[Callable[[int, Encoded], ScoreBatch], tuple[int, Encoded]]:
@@ -71,8 +71,8 @@ def _score_batch(number: int, rollouts: Encoded) -> ScoreBatch:
 
 @dataclass(frozen=True)
 class CancelRollout:
-    """Message from the front process that tells a worker process to cancel the rollout ``index`` of the batch ``number``. It has no effect
-    once the batch's results are sent.
+    """Message from the server's front process that tells a worker process to cancel the rollout ``index`` of the batch ``number``. It has
+    no effect once the batch's results are sent.
     """
 
     number: int
@@ -81,8 +81,8 @@ class CancelRollout:
 
 @dataclass(frozen=True)
 class EncodeTexts:
-    """Message from the front process that orders a worker process to tokenise texts while batches compute. The response is ``TextsEncoded``
-    or ``Failed``.
+    """Message from the server's front process that orders a worker process to tokenise texts while batches compute. The response is
+    ``TextsEncoded`` or ``Failed``.
     """
 
     number: int
@@ -91,8 +91,8 @@ class EncodeTexts:
 
 @dataclass(frozen=True)
 class CancelTexts:
-    """Message from the front process that tells a worker process to drop the texts of the ``EncodeTexts`` with the same number, which then
-    gets no response.
+    """Message from the server's front process that tells a worker process to drop the texts that an earlier ``EncodeTexts`` message with
+    the same number gave it to tokenise. That message then gets no response.
     """
 
     number: int
@@ -100,9 +100,9 @@ class CancelTexts:
 
 @dataclass(frozen=True)
 class Sleep:
-    """Message from the front process that orders a worker process to free its device's memory after its earlier batches.
+    """Message from the server's front process that orders a worker process to free its device's memory after its earlier batches.
 
-    The response is ``MemoryMoved``, or ``Failed`` if the worker is awake as before.
+    The response is ``MemoryMoved``, or ``Failed`` if the worker could not do so and is awake as before.
     """
 
     number: int
@@ -110,9 +110,9 @@ class Sleep:
 
 @dataclass(frozen=True)
 class Wake:
-    """Message from the front process that orders a worker process to take its device's memory again.
+    """Message from the server's front process that orders a sleeping worker process to take its device's memory again.
 
-    The response is ``MemoryMoved``, or ``Failed`` if the worker is asleep as before.
+    The response is ``MemoryMoved``, or ``Failed`` if the worker could not do so and is asleep as before.
     """
 
     number: int
@@ -120,10 +120,10 @@ class Wake:
 
 @dataclass(frozen=True)
 class HoldProbes:
-    """Message from the front process that orders a worker process to serve exactly these probes.
+    """Message from the server's front process that orders a worker process to serve exactly the probes of the files that the message names.
 
-    New ones are loaded and checked while batches compute, and all are served from a moment between two batches on; a batch that was sent
-    before is still scored with the probes of before. The response is ``ProbesHeld`` or ``Failed``.
+    New probes are loaded and checked while batches compute, and all are served from a moment between two batches on; a batch that was sent
+    before is still scored with the earlier probes. The response is ``ProbesHeld`` or ``Failed``.
     """
 
     number: int
@@ -132,7 +132,7 @@ class HoldProbes:
 
 @dataclass(frozen=True)
 class Stop:
-    """Message from the front process that tells a worker process to end after the orders that it has."""
+    """Message from the server's front process that tells a worker process to end after the orders that it was given before."""
 
 
 Order = ScoreBatch | Sleep | Wake
@@ -143,7 +143,7 @@ ToWorker = ScoreBatch | CancelRollout | EncodeTexts | CancelTexts | Sleep | Wake
 
 @dataclass(frozen=True)
 class LoadingProgress:
-    """Message from a worker process with a text for people about the loading step that it has begun."""
+    """Message from a worker process that says, in a text for people, which step of loading the model and probes it has begun."""
 
     message: str
 
@@ -161,14 +161,14 @@ class Ready:
 
 @dataclass(frozen=True)
 class Refused:
-    """Message from a worker process with the reason why it cannot start as configured."""
+    """Message from a worker process with the reason why it cannot start with its settings."""
 
     error: StartupError
 
 
 @dataclass(frozen=True)
 class BatchScored:
-    """Response of a worker process to the ``ScoreBatch`` with the same number, with the results of its rollouts."""
+    """Response of a worker process to the ``ScoreBatch`` message with the same number, with the results of the batch's rollouts."""
 
     number: int
     batch: ScoredBatch
@@ -183,8 +183,8 @@ def _batch_scored(number: int, results: Encoded, compute_seconds: float) -> Batc
 
 @dataclass(frozen=True)
 class TextsEncoded:
-    """Response of a worker process to the ``EncodeTexts`` with the same number: a dictionary, keyed by ``PendingText.field``, of each
-    text's token ids, ``(T,)`` int32.
+    """Response of a worker process to the ``EncodeTexts`` message with the same number: a dictionary, keyed by ``PendingText.field``, of
+    each text's token ids, ``(T,)`` int32.
     """
 
     number: int
@@ -193,8 +193,8 @@ class TextsEncoded:
 
 @dataclass(frozen=True)
 class MemoryMoved:
-    """Response of a worker process to the ``Sleep`` or ``Wake`` with the same number, with the bytes of memory moved and the seconds
-    taken.
+    """Response of a worker process to the ``Sleep`` or ``Wake`` message with the same number, with the bytes of memory moved and the
+    seconds taken.
     """
 
     number: int
@@ -203,10 +203,10 @@ class MemoryMoved:
 
 @dataclass(frozen=True)
 class ProbesHeld:
-    """Response of a worker process to the ``HoldProbes`` with the same number.
+    """Response of a worker process to the ``HoldProbes`` message with the same number, which named the probe files to serve.
 
     Attributes:
-        number: the number of the order.
+        number: the number of that message.
         info: a description of the model and of the probes that the worker serves now.
         keys: a dictionary from the digest of the content of each file that is served to the probe's key ``name@version``.
         refusals: the refusals of the other files, which are not served.
@@ -222,7 +222,7 @@ class ProbesHeld:
 
 @dataclass(frozen=True)
 class Failed:
-    """Response of a worker process with an error, to any order of the front process.
+    """Response of a worker process with an error, to any order of the server's front process.
 
     Of an unexpected exception only an incident number is sent, as an ``InternalFault``; the worker's log has the details under this number.
     """
@@ -236,7 +236,7 @@ class Heartbeat:
     """Message that a worker process sends at intervals to show that it runs; it is not a response to an order.
 
     Attributes:
-        step: the step that is being computed now or, if none is, the last one.
+        step: the step of a batch (such as one run of a graph) that is being computed now or, if none is, the last one.
         texts: the text that each tokenising thread works on now.
     """
 

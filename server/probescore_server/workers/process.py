@@ -1,5 +1,5 @@
-"""Controls one worker process from the front process: starts it, exchanges messages, kills it if it is stuck, and finds out how it
-ended.
+"""Controls one worker process from the server's front process, which owns the port: starts it, exchanges messages, kills it if it is stuck,
+and finds out how it ended.
 """
 
 from __future__ import annotations
@@ -77,10 +77,11 @@ def _start_main(main: str, connection: socket.socket, spec: WorkerSpec) -> None:
 
 
 class WorkerProcess:
-    """Controller of one worker process, from the process's start to its end. It belongs to the front process and runs on its event loop.
+    """Controller of one worker process, from the process's start to its end. It belongs to the server's front process, which owns the port,
+    and runs on its event loop.
 
     Attributes:
-        spec: what the process was started with.
+        spec: the model, probes and device that the process was started with.
         process: the operating system's process.
         ended: an event that is set once the process has ended or was given up.
         loss: the reason why the process died; ``None`` while it runs, or if it was ended on purpose.
@@ -106,7 +107,7 @@ class WorkerProcess:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self) -> Ready:
-        """Starts the worker process, waits until it is ready, and returns what it says of the loaded model and probes.
+        """Starts the worker process, waits until it is ready, and returns its description of the model and probes that it has loaded.
 
         Raises:
             StartupError: the process refuses to start, or ends before it is ready.
@@ -222,7 +223,7 @@ class WorkerProcess:
                 self.give_up(loss)
 
     def give_up(self, loss: LossReason) -> None:
-        """Kills the worker process, for a reason that counts as how it was lost."""
+        """Kills the worker process, and records the given reason why it was lost."""
         self.blame(loss)
         self.process.kill()  # This also ends a process that is stopped.
         self._end()
@@ -289,8 +290,8 @@ def _oom_kills() -> int:
 
 
 def _takes_long(message: ToWorker) -> bool:
-    """Returns whether a message has so many rollouts, spans (token ranges) or texts that encoding the message would block the event loop
-    too long.
+    """Returns whether a message to a worker process has so many rollouts, spans (token ranges) or texts that encoding it would block the
+    event loop too long.
     """
     match message:
         case ScoreBatch(rollouts=rollouts):

@@ -55,7 +55,7 @@ class TextQueue:
         self._changed = threading.Condition()
 
     def add(self, number: int, texts: Sequence[PendingText]) -> None:
-        """Adds the texts of a request, at least one text, under the request's number."""
+        """Adds the texts of a request, at least one text, to the queue of texts to be tokenised, under the request's number."""
         by_lane: dict[TokenisingLane, deque[PendingText]] = {}
         for text in texts:
             by_lane.setdefault(TokenisingLane.SHORT if text.bytes <= SHORT_BYTES else TokenisingLane.LONG, deque()).append(text)
@@ -85,14 +85,15 @@ class TextQueue:
         return number, text
 
     def in_hand(self) -> tuple[TextBeingTokenised, ...]:
-        """Returns the text that is being tokenised in each lane, in the order of ``TokenisingLane``, even if the text's request was
-        dropped.
+        """Returns the text that is being tokenised in each of the two queues (short and long texts), in the order of ``TokenisingLane``,
+        even if the text's request was dropped.
         """
         with self._changed:
             return tuple(self._in_hand.values())
 
     def done(self, number: int, text: PendingText, ids: NDArray[np.int32]) -> dict[str, NDArray[np.int32]] | None:
-        """Stores the token ids of a text. If this was the request's last text, the token ids of all texts of the request are returned.
+        """Stores the token ids of a text of a request. If this was the request's last text, the token ids of all texts of the request are
+        returned.
 
         Returns:
             A dictionary, keyed by ``PendingText.field``, of token ids ``(T,)`` int32; ``None`` if texts are left, or if the request was
@@ -107,8 +108,8 @@ class TextQueue:
             return None if request.left else self._requests.pop(number).ids
 
     def drop(self, number: int) -> bool:
-        """Removes a request that failed or whose result is not needed any more. It returns whether the request still had texts in the queue
-        or being tokenised.
+        """Removes a request that failed or whose result is not needed any more from the queue of texts to be tokenised. Returns whether the
+        request still had texts in the queue or being tokenised.
         """
         with self._changed:
             for queue in self._lanes.values():

@@ -1,4 +1,4 @@
-"""Transports messages between the front process and a worker process, as pickles over a socket pair.
+"""Transports messages between the server's front process, which owns the port, and a worker process, as pickles over a socket pair.
 
 A message is a header, a pickle, and the buffers that the pickle refers to, if any: the large arrays of a response, which are neither copied
 into the pickle nor out of it. The header has the number of buffers and the length of each part.
@@ -27,7 +27,9 @@ _LENGTH = struct.Struct("!Q")
 
 
 class BlockingEnd:
-    """Worker process's end of the socket pair. Any number of threads may send messages, and one thread receives them."""
+    """Worker process's end of the socket pair that connects it with the server's front process. Any number of threads may send messages,
+    and one thread receives them.
+    """
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
@@ -56,7 +58,7 @@ class BlockingEnd:
 
 
 class EventLoopEnd(asyncio.Protocol):
-    """Front process's end of the socket pair to a worker process, on the event loop.
+    """End of the socket pair between the server's front process and a worker process that the front process has, on its event loop.
 
     Args:
         on_message: function that is called with each message that arrives.
@@ -101,7 +103,7 @@ class EventLoopEnd(asyncio.Protocol):
             self._transport.writelines(parts)
 
     def close(self) -> None:
-        """Closes this end of the socket pair."""
+        """Closes the front process's end of the socket pair that connects it with a worker process."""
         if self._transport is not None:
             self._transport.close()
 
@@ -143,7 +145,8 @@ class EventLoopEnd(asyncio.Protocol):
 
 
 class _IncomingMessage:
-    """Collector of the bytes of one message. Each byte is copied once, into the memory that the message's arrays then keep.
+    """Collector of the bytes of one message that arrives over a socket. Each byte is copied once, into the memory that the message's arrays
+    then keep.
 
     Attributes:
         parts: the pickle, then its buffers; empty before the header is known.
@@ -157,7 +160,7 @@ class _IncomingMessage:
         self._filled: deque[memoryview] = deque()  # What is still to be filled of each part.
 
     def take(self, data: memoryview) -> memoryview:
-        """Takes the next bytes, and returns those that belong to the next message."""
+        """Takes the next bytes that arrived for a message, and returns those of them that belong to the message after it."""
         while data and not self.parts:
             wanted = _COUNT.size
             if len(self._header) >= wanted:

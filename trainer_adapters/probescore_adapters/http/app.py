@@ -1,4 +1,6 @@
-"""Makes the gateway's ASGI application, which has three routes that score rollouts, a health check, metrics and a documentation page."""
+"""Makes the ASGI application of the HTTP gateway to a probescore server, with three routes that score rollouts, a health check, metrics and
+a documentation page.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,7 @@ number, and counts it. A rollout that cannot be scored gets what ``on_unscorable
 
 
 def create_app(scorer: ProbeScorer, *, max_body_bytes: int = MAX_BODY_BYTES) -> FastAPI:
-    """Returns the HTTP gateway of a ``ProbeScorer`` as an application for any ASGI server.
+    """Returns the HTTP gateway of a ``ProbeScorer``, which turns probe scores into rewards, as an application for any ASGI server.
 
     Args:
         scorer: the scorer; its signals (rules from probe scores to rewards) must have the modes ``reward``, ``penalty`` or ``monitor``.
@@ -70,7 +72,7 @@ def create_app(scorer: ProbeScorer, *, max_body_bytes: int = MAX_BODY_BYTES) -> 
 
     @app.post("/openrlhf", responses=problems.RESPONSES, response_model=OpenRlhfAnswer, tags=["trainers"])
     async def openrlhf(request: OpenRlhfRequest) -> Response:
-        """Scores the samples that OpenRLHF sends to its ``--reward.remote_url``."""
+        """Scores the samples that the trainer OpenRLHF sends to its ``--reward.remote_url``."""
         outcomes = await asyncio.gather(*(score([rollout]) for rollout in request.rollouts()))
         rewards = [float(outcome.rewards[0]) for outcome in outcomes]
         logs = {key: [outcome.rollout_metrics[key] for outcome in outcomes] for key in outcomes[0].rollout_metrics}
@@ -80,12 +82,12 @@ def create_app(scorer: ProbeScorer, *, max_body_bytes: int = MAX_BODY_BYTES) -> 
 
     @app.post("/slime", responses=problems.RESPONSES, tags=["trainers"])
     async def slime(request: SlimeRequest) -> float:
-        """Scores what slime sends with ``--rm-type remote_rm --rm-url``, and returns the reward as a bare number."""
+        """Scores the sample that the trainer slime sends with ``--rm-type remote_rm --rm-url``, and returns the reward as a bare number."""
         return float((await score([request.rollout()])).rewards[0])
 
     @app.post("/v1/score", responses=problems.RESPONSES, tags=["everybody else"])
     async def v1_score(request: ScoreRequest) -> ScoreAnswer:
-        """Scores rollouts given as token ids, text or chats."""
+        """Scores rollouts that a program sends as token ids, text or chats."""
         outcome = await score([rollout.rollout() for rollout in request.rollouts], request.step)
         return ScoreAnswer(
             rewards=outcome.rewards.tolist(),
@@ -97,12 +99,12 @@ def create_app(scorer: ProbeScorer, *, max_body_bytes: int = MAX_BODY_BYTES) -> 
 
     @app.get("/healthz", tags=["operation"])
     async def healthz() -> Health:
-        """Says that the gateway is running; this says nothing about the probescore server."""
+        """Responds that the HTTP gateway is running; this says nothing about the probescore server behind the gateway."""
         return Health()
 
     @app.get("/metrics", tags=["operation"], response_class=Response)
     async def metrics() -> Response:
-        """Returns the gateway's metrics in Prometheus' text format."""
+        """Returns the HTTP gateway's metrics in Prometheus' text format."""
         return Response(gateway_metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/docs", include_in_schema=False)

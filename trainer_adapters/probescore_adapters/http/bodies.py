@@ -1,4 +1,4 @@
-"""Limits the size of a request's body, and the time in which the body must arrive."""
+"""Limits the size of an HTTP request's body, and the time in which the body must arrive."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ BODY_SECONDS = 30.0
 
 
 class _ClientDisconnected(Exception):
-    """Exception raised when a client closed the connection before the request's body had arrived."""
+    """Exception raised when a client closed the connection before the body of its HTTP request had arrived."""
 
 
 class BodyLimitMiddleware:
-    """ASGI middleware that passes a request on once its body has arrived completely. It responds with status 413 to a body that is too
-    large and with 408 to a body that is too slow, and closes the connection after a 408.
+    """ASGI middleware that passes an HTTP request on once its body has arrived completely. It responds with status 413 to a body that is
+    too large and with 408 to a body that is too slow, and closes the connection after a 408.
 
     Args:
         app: the application that receives all other requests.
@@ -32,7 +32,7 @@ class BodyLimitMiddleware:
         self._seconds = seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handles one HTTP request or other ASGI connection."""
+        """Handles one ASGI connection: passes an HTTP request on once its body has arrived, and any other connection unchanged."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -56,8 +56,8 @@ class BodyLimitMiddleware:
         await self._app(scope, receive_body, send)
 
     async def _read(self, receive: Receive) -> bytes | None:
-        """Returns the request's body, or ``None`` if the body is too large. A body that is too large is also read to its end, since many
-        clients read the response only after they have sent everything.
+        """Returns the body of an HTTP request, or ``None`` if the body is too large. A body that is too large is also read to its end,
+        since many clients read the response only after they have sent everything.
         """
         body, size = bytearray(), 0
         while True:

@@ -1,4 +1,4 @@
-"""Defines the JSON objects of the gateway's requests and responses; the OpenAPI page is generated from them.
+"""Defines the JSON objects of the HTTP gateway's requests and responses; the OpenAPI page is generated from them.
 
 Requests of trainers may have keys that the gateway does not read. Requests written by people may not have unknown keys, so that a mistyped
 key is noticed.
@@ -48,7 +48,7 @@ Messages = Annotated[list[Message], Field(fail_fast=True, min_length=1)]
 
 
 class OpenRlhfRequest(BaseModel):
-    """JSON object that OpenRLHF posts to ``--reward.remote_url``; OpenRLHF sends one sample at a time. ``labels`` are not read."""
+    """JSON object that the trainer OpenRLHF posts to ``--reward.remote_url``; it sends one sample at a time. ``labels`` are not read."""
 
     query: Annotated[Texts, Field(description="Prompt and response, decoded with special tokens.")]
     prompts: Annotated[Texts, Field(description="One for each query, which must begin with it.")]
@@ -60,14 +60,14 @@ class OpenRlhfRequest(BaseModel):
         return self
 
     def rollouts(self) -> list[Rollout]:
-        """Returns the samples as rollouts of text. A query that does not begin with its prompt gets no score, since the place where the
-        response begins would be a guess.
+        """Returns the samples in a request of the trainer OpenRLHF as rollouts of text. A query that does not begin with its prompt gets no
+        score, since the place where the response begins would be a guess.
         """
         return [Rollout.split(prompt, query) for prompt, query in zip(self.prompts, self.query)]  # noqa: B905 - Python 3.10
 
 
 class OpenRlhfAnswer(BaseModel):
-    """JSON object that OpenRLHF reads as the response, with a reward for each query."""
+    """JSON object that the trainer OpenRLHF reads as the response, with a reward for each query."""
 
     rewards: list[float]
     scores: list[float]
@@ -78,18 +78,18 @@ class OpenRlhfAnswer(BaseModel):
 
 
 class SlimeRequest(BaseModel):
-    """JSON object that slime posts to ``--rm-url``. ``label`` is not read."""
+    """JSON object that the trainer slime posts to ``--rm-url``. ``label`` is not read."""
 
     prompt: Union[StrictStr, Messages]
     response: StrictStr
 
     def rollout(self) -> Rollout:
-        """Returns the sample as a rollout of text."""
+        """Returns the sample in a request of the trainer slime as a rollout of text."""
         return Rollout(_prompt(self.prompt), self.response)
 
 
 class RolloutToScore(StrictModel):
-    """One prompt and one completion of the prompt."""
+    """A rollout to score: one prompt and one completion of the prompt."""
 
     prompt: Annotated[Union[StrictStr, TokenIds, Messages], Field(description="Token ids, taken verbatim; text; or a chat.")]
     completion: Annotated[
@@ -109,8 +109,8 @@ class RolloutToScore(StrictModel):
 
 
 class ScoreRequest(StrictModel):
-    """Rollouts to score with the signals (rules from probe scores to rewards) that the gateway is configured with. The prompt of rollouts
-    with the same prompt is computed once.
+    """Rollouts to score with the signals (rules from probe scores to rewards) that the HTTP gateway is configured with. The prompt of
+    rollouts with the same prompt is computed once.
     """
 
     rollouts: Annotated[list[RolloutToScore], Field(fail_fast=True, min_length=1, max_length=MAX_ROLLOUTS)]
@@ -118,7 +118,7 @@ class ScoreRequest(StrictModel):
 
 
 class ScoreAnswer(BaseModel):
-    """Scores and rewards of the rollouts, in the order of the request."""
+    """Probe scores and rewards of the rollouts of a request, in the order of the request."""
 
     rewards: Annotated[list[float], Field(description="What rewards and penalties add up to.")]
     values: Annotated[dict[str, list[float | None]], Field(description="What the probe said, for each signal; null where unscorable.")]
@@ -128,7 +128,7 @@ class ScoreAnswer(BaseModel):
 
 
 class Health(BaseModel):
-    """Says that the gateway is running; this says nothing about the probescore server."""
+    """Response that says that the HTTP gateway is running; this says nothing about the probescore server behind the gateway."""
 
     status: Literal["ok"] = "ok"
 
@@ -141,7 +141,7 @@ class FieldProblem(BaseModel):
 
 
 class ProblemDetails(BaseModel):
-    """Reason why there is no score (RFC 9457)."""
+    """Reason why the HTTP gateway returns no scores, as problem details of RFC 9457."""
 
     title: str
     status: int

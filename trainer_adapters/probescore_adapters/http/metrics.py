@@ -1,5 +1,5 @@
-"""Counts the gateway's requests and rollouts, for Prometheus. No label takes a value that a client chooses, so that the number of series is
-bounded.
+"""Counts the HTTP gateway's requests and rollouts, for Prometheus. No label takes a value that a client chooses, so that the number of
+series is bounded.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120,
 
 
 class GatewayMetrics:
-    """Prometheus metrics of one gateway, in a registry of their own."""
+    """Prometheus metrics of one HTTP gateway, in a registry of their own."""
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
@@ -42,19 +42,19 @@ class GatewayMetrics:
             self._rollouts.labels("unscorable").inc(unscorable)
 
     def exposition(self) -> bytes:
-        """Returns all metrics in Prometheus' text format."""
+        """Returns all metrics of the HTTP gateway in Prometheus' text format."""
         return generate_latest(self._registry)
 
 
 class CountingMiddleware:
-    """ASGI middleware that counts every response of an application, and measures its duration."""
+    """ASGI middleware that counts every HTTP response of an application, and measures the time until the response is complete."""
 
     def __init__(self, app: ASGIApp, metrics: GatewayMetrics) -> None:
         self._app = app
         self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handles one HTTP request or other ASGI connection."""
+        """Handles one ASGI connection; if it is an HTTP request, counts the response and measures how long it took."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return

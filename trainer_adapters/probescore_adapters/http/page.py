@@ -1,4 +1,6 @@
-"""Renders the gateway's documentation as one HTML page, generated from its OpenAPI description; the page loads nothing from the network."""
+"""Renders the HTTP gateway's documentation as one HTML page, generated from its OpenAPI description; the page loads nothing from the
+network.
+"""
 
 from __future__ import annotations
 
@@ -118,11 +120,11 @@ def _type(schema: Mapping[str, Any], schemas: Mapping[str, Any]) -> str:
 
 
 def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    """Returns an HTML table whose cells are HTML already."""
+    """Returns an HTML table of cells that are given as HTML."""
     cells = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
     return f"<table><tr>{''.join(f'<th>{column}</th>' for column in head)}</tr>{cells}</table>"
 
 
 def _prose(text: str) -> str:
-    """Returns text as HTML, in which text in backticks is marked as code."""
+    """Converts plain text to HTML, in which the words that were in backticks are marked as code."""
     return "".join(f"<code>{escape(part)}</code>" if index % 2 else escape(part) for index, part in enumerate(re.split("`+", text)))

@@ -1,5 +1,5 @@
-"""Makes every HTTP response that is not a score: a status, and a JSON object with the reason (RFC 9457), without internal details of the
-gateway.
+"""Makes every HTTP response with which the gateway reports a problem instead of scores: a status, and a JSON object with the reason (RFC
+9457), without internal details of the gateway.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ _MAX_FIELD_CHARACTERS = 200
 def answer(
     status: int, title: str, detail: str = "", errors: Sequence[FieldProblem] = (), headers: dict[str, str] | None = None
 ) -> Response:
-    """Returns an HTTP response with a problem as JSON."""
+    """Returns an HTTP response whose body is a JSON object that describes a problem (RFC 9457)."""
     problem = ProblemDetails(title=title, status=status, detail=detail, errors=list(errors))
     # ASCII: a field's name may be anything that a client made up
     return Response(json.dumps(problem.model_dump()), status, headers, MEDIA_TYPE)
 
 
 def answer_to(error: ProbescoreError | SignalError | Unscorable) -> Response:
-    """Returns the HTTP response to an error of the scorer."""
+    """Returns the HTTP response to a request during whose scoring an error was raised."""
     if isinstance(error, MessageTooLargeError):
         return answer(413, "More than the server takes in one call", "send fewer rollouts")
     if isinstance(error, Unscorable):
@@ -67,7 +67,7 @@ def answer_to(error: ProbescoreError | SignalError | Unscorable) -> Response:
 
 
 def register(app: FastAPI) -> None:
-    """Makes an application respond to every failure with a problem as JSON."""
+    """Makes a FastAPI application respond to every failure with a JSON object that describes the problem (RFC 9457)."""
 
     @app.exception_handler(RequestValidationError)
     async def _invalid(request: Request, error: RequestValidationError) -> Response:

@@ -51,8 +51,8 @@ class Series:
 
     @property
     def centre(self) -> float:
-        """Returns the score at which the colour scale changes colour: the threshold if there is one, else 0.5 for probabilities and 0
-        otherwise.
+        """Returns the score at which the colour scale for a probe's scores changes colour: the probe's threshold if it has one, else 0.5
+        for probabilities and 0 otherwise.
         """
         if self.calibration is not None:
             return self.calibration.threshold
@@ -87,8 +87,8 @@ class SeriesScores:
 
     @property
     def value(self) -> float | None:
-        """Returns the rollout's score over the whole scope (all tokens that were scored) under the first reduction, such as their mean;
-        ``None`` if there is no score.
+        """Returns a rollout's score for one label of a probe: the first of the requested reductions, such as the mean, over all tokens that
+        were scored; ``None`` if there is no score.
         """
         return self.reduced[""][0]
 
@@ -216,7 +216,7 @@ class ColourScale:
 
     @classmethod
     def of(cls, series: Series, views: Iterable[RolloutView]) -> ColourScale:
-        """Returns the colour scale of one label of a probe. It covers all but the outermost 2% of the scores shown.
+        """Returns the colour scale for the scores of one label of a probe. The scale covers all but the outermost 2% of the scores shown.
 
         Without this rule one outlier would make the colours of all other scores pale.
         """
@@ -228,5 +228,5 @@ class ColourScale:
         return cls(series.centre, reach if reach > 0 else 1.0)
 
     def position(self, score: float) -> float:
-        """Returns a score's position on the colour scale, in [-1, 1]; 0 for NaN."""
+        """Returns a score's position on a diverging colour scale, from -1 to 1 with 0 at the scale's centre; 0 for NaN."""
         return 0.0 if np.isnan(score) else float(np.clip((score - self.centre) / self.reach, -1, 1))

@@ -42,7 +42,9 @@ class ScoredCompletion:
         self.info: ScoringInfo = streamed.info
 
     def shown(self, loaded: Sequence[ProbeInfo]) -> list[RolloutView]:
-        """Returns the completion and its follow-ups (token ids appended to a completion) as views for display."""
+        """Returns views, which are objects ready for display, of a scored completion and its follow-ups (token ids appended to the
+        completion).
+        """
         title = f"group {self.group + 1}" + (f", completion {self.index + 1}" if self.of_group > 1 else "")
         label = "" if self.label is None else self.label if isinstance(self.label, str) else json.dumps(self.label)
         return rollout_views(title, self.completion, self.scores, series_of(self.info.probes, loaded), label)
@@ -59,8 +61,8 @@ class ResultWriter(Protocol):
 
 
 class InOrderWriter:
-    """Writer that receives scored completions in any order, and passes each on in the order of the input as soon as all completions before
-    it have arrived.
+    """Writer that receives scored completions in any order, and passes each on to other writers, in the order of the input, as soon as all
+    completions before it have arrived.
 
     If some completions never arrive (because scoring was interrupted), the completions after them are passed on at the end.
 
@@ -80,7 +82,9 @@ class InOrderWriter:
         self.received = self.views = self.unscored = 0
 
     def add(self, streamed: StreamedCompletion) -> None:
-        """Receives one scored completion and passes on all that are due; completions may arrive in any order."""
+        """Receives one scored completion, in any order, and passes on to other writers each completion before which none of the input is
+        missing.
+        """
         scored = ScoredCompletion(self._groups, streamed)
         self.received += 1
         self._waiting[scored.group, scored.index] = scored
@@ -89,8 +93,8 @@ class InOrderWriter:
             self._hand_on(ready)
 
     def close(self) -> None:
-        """Passes on the completions that were held back because an earlier completion of the input never arrived, and closes the
-        outputs.
+        """Passes on to the output writers the completions that were held back because an earlier completion of the input never arrived, and
+        closes these writers.
         """
         for place in sorted(self._waiting):
             self._hand_on(self._waiting[place])
@@ -111,7 +115,7 @@ def _with_follow_ups(scored: CompletionScores) -> list[CompletionScores]:
 
 
 class JsonLinesWriter:
-    """Writer that prints each completion as one line of JSON as soon as the completion arrives; an absent number is ``null``."""
+    """Writer that prints each scored completion as one line of JSON as soon as the completion arrives; a score that is NaN is ``null``."""
 
     def add(self, scored: ScoredCompletion) -> None:
         """Prints one scored completion as a line of JSON."""
@@ -125,7 +129,7 @@ class JsonLinesWriter:
 
 
 class TerminalWriter:
-    """Writer that prints the first rollouts on the terminal, and at the end how many more there are."""
+    """Writer that prints the first scored rollouts, up to a limit, on the terminal, and at the end how many more there are."""
 
     def __init__(self, loaded: Sequence[ProbeInfo], most: int) -> None:
         self._loaded = loaded
@@ -154,7 +158,7 @@ class TerminalWriter:
 
 
 class PageWriter:
-    """Writer that collects all rollouts, and writes them to one HTML page at the end."""
+    """Writer that collects all scored rollouts, and writes them to one HTML page at the end."""
 
     def __init__(self, path: Path, loaded: Sequence[ProbeInfo], total: int, *, quiet: bool) -> None:
         self._path = path

@@ -15,7 +15,7 @@ def first_complaint(error: ValidationError, content: object) -> Complaint:
     """Returns the first problem that a pydantic validation error lists.
 
     Args:
-        error: the error that pydantic raised for one model.
+        error: the error that pydantic raised when it validated a value against one pydantic model.
         content: the value that was validated; a check of the whole model names a field, which is looked up here.
 
     Returns:

@@ -199,7 +199,9 @@ def stands_beside(name: str) -> bool:
 
 
 def _with_embedding(tensors: list[_Tensor], embedding: str) -> list[_Tensor]:
-    """Adds the head's weight under the embedding's name, for a checkpoint that stores a tied embedding under the head's name only."""
+    """Adds the weight of a language model's head to a list of tensors under the embedding's name, if the checkpoint stores a tied embedding
+    under the head's name only.
+    """
     if any(name == embedding for name, *_ in tensors):
         return tensors
     return tensors + [(embedding, dtype, shape, digest) for name, dtype, shape, digest in tensors if re.match(HEAD_NAMES, name)]
@@ -240,7 +242,7 @@ def _decoded(value: Any) -> Any:  # noqa: ANN401 - whatever JSON holds
 
 
 def _known_config(written: dict[str, Any], name: str) -> PreTrainedConfig | None:
-    """Reads a config with the installed transformers, which brings old spellings and defaults to one form.
+    """Reads a language model's config with the installed transformers, which brings old spellings and defaults to one form.
 
     Returns ``None`` for a model that brings its own config class. The config of such a model is used as it is written, so that a
     fingerprint never needs the model's own code.
@@ -272,7 +274,9 @@ def _meaningful_settings(written: dict[str, Any], config: PreTrainedConfig | Non
 
 
 def _setting(config: PreTrainedConfig, key: str) -> object:
-    """Returns one setting of a config: a value, a list of values by layer where layers differ, or ``None`` if the setting is absent."""
+    """Returns one setting of a model's config: a value, a list of one value per layer if layers differ, or ``None`` if there is no such
+    setting.
+    """
     try:
         return getattr(config, key, None)
     except RuntimeError:  # transformers raises it where layers differ
@@ -280,7 +284,7 @@ def _setting(config: PreTrainedConfig, key: str) -> object:
 
 
 def _canonical(value: object) -> object:
-    """Brings a setting to one spelling where several mean the same.
+    """Returns a setting of a model's config in one spelling, if several spellings mean the same.
 
     10000 and 10000.0 become equal, an entry that is null is left out like an absent one, and so is rope's old ``type`` beside
     ``rope_type``.

@@ -42,7 +42,8 @@ class WrongShape(GraphFailed):
 
 
 def checked_scores(scores: NDArray[Any], rows: int, labels: int) -> NDArray[Any]:
-    """Returns the scores that a probe's graph gave, after a check that they have the shape ``(rows, labels)``.
+    """Returns the scores that a run of a probe's graph gave, after a check that they have the shape ``(rows, labels)``; a row is for a
+    token or a rollout.
 
     Raises:
         WrongShape: the scores have another shape.

@@ -195,7 +195,9 @@ class FollowUp(_ManifestPart):
 
 
 class CalibrationConditions(_ManifestPart):
-    """Describes the negative rollouts that a threshold was found on; the threshold is not known to hold for others."""
+    """Part of a probe's manifest that describes the negative rollouts on which a threshold was found. The threshold is not known to hold
+    for other rollouts.
+    """
 
     groups: Annotated[int, Field(gt=0, le=MAX_COUNT)] = Field(
         description="Of the negatives. The 95% interval is then that of as many fresh rollouts in as many other groups."
@@ -221,7 +223,9 @@ class CalibrationConditions(_ManifestPart):
 
 
 class CalibrationRecord(_ManifestPart):
-    """Record of a threshold on a probe's scores, the false-positive rate at the threshold, and the data on which both were measured."""
+    """Part of a probe's manifest that states a threshold on the probe's scores, the false-positive rate at the threshold, and the data on
+    which both were measured.
+    """
 
     threshold: Real = Field(description="A rollout whose reduced score, in the unit of reduce_on, is at or above this number is flagged.")
     false_positive_rate: Rate
@@ -240,7 +244,7 @@ class CalibrationRecord(_ManifestPart):
 
 
 class Evaluation(_ManifestPart):
-    """Record of one measured quality of a probe, such as its AUROC on a dataset."""
+    """Part of a probe's manifest that states one measured quality of the probe, such as its AUROC on a dataset."""
 
     metric: str
     value: Real
@@ -253,7 +257,7 @@ class Evaluation(_ManifestPart):
 
 
 class Training(_ManifestPart):
-    """Record of the method and the data with which a probe was trained."""
+    """Part of a probe's manifest that states the method and the data with which the probe was trained."""
 
     method: str = ""
     dataset: str = ""
@@ -274,7 +278,8 @@ class GoldenCase(_ManifestPart):
 
 
 class Tolerance(_ManifestPart):
-    """Largest allowed differences between recomputed and stored golden scores, one for each dtype of the language model.
+    """Largest allowed differences between the golden scores in a probe file (those of the author's code) and the scores that a server
+    computes, one for each dtype of the language model.
 
     The unit is the standard deviation of the golden scores, computed for each label separately.
     """
@@ -288,7 +293,7 @@ class Tolerance(_ManifestPart):
 class _NeighbouringPlace(_ManifestPart):
     """Base class of a neighbouring place, at which a server could read activations by mistake.
 
-    A neighbouring place is one decoder block or one token beside the right one.
+    A neighbouring place is one decoder block or one token beside the place where the probe reads activations.
     """
 
     inputs: tuple[TapInput, ...] = Field(min_length=1, strict=False, description="The taps that were read in place of the manifest's.")
@@ -296,7 +301,9 @@ class _NeighbouringPlace(_ManifestPart):
 
     @property
     def place(self) -> Place:
-        """Returns the taps and the token shift of the place as one value, which can be compared with those of ``neighbouring_places``."""
+        """Returns a place where activations may be read, as a pair of its taps (points in the model) and its shift in tokens. The pair can
+        be compared with those of ``neighbouring_places``.
+        """
         return self.inputs, self.tokens
 
     def __str__(self) -> str:
@@ -305,10 +312,11 @@ class _NeighbouringPlace(_ManifestPart):
 
 
 class Neighbour(_NeighbouringPlace):
-    """Neighbouring place with the golden scores that the author's code gives when it reads activations there.
+    """Part of a probe's manifest that states how the golden scores change if the code of the probe's author reads activations at a
+    neighbouring place.
 
-    A neighbouring place is one decoder block or one token beside the right one. A server that gives these scores reads the wrong
-    activations.
+    A neighbouring place is one decoder block or one token beside the place where the probe reads activations. A server that gives the
+    changed scores reads the wrong activations.
     """
 
     differences: tuple[tuple[tuple[Real, ...], ...], ...] = Field(
@@ -325,9 +333,9 @@ class Neighbour(_NeighbouringPlace):
 
 
 class LeftOut(_NeighbouringPlace):
-    """Neighbouring place for which the manifest has no scores, with the reason.
+    """Part of a probe's manifest that names a neighbouring place for which the manifest has no scores, and the reason.
 
-    A neighbouring place is one decoder block or one token beside the right one.
+    A neighbouring place is one decoder block or one token beside the place where the probe reads activations.
     """
 
     reason: Literal["no_such_tap", "not_finite"] = Field(
@@ -357,7 +365,7 @@ def neighbouring_places(inputs: Sequence[TapInput], num_hidden_layers: int) -> l
 
 
 class Golden(_ManifestPart):
-    """Golden vectors of a probe: rollouts with scores that were made without probescore.
+    """Golden vectors of a probe: rollouts with the scores that the code of the probe's author, not probescore, gave for them.
 
     Every worker process recomputes the scores before it serves the probe.
     """

@@ -76,7 +76,7 @@ def _is_false(name: str, graphs: Sequence[onnx.GraphProto]) -> bool:
 
 
 def _values(name: str, graphs: Sequence[onnx.GraphProto]) -> Iterator[onnx.TensorProto | None]:
-    """Yields each value of a given name in the graphs as a tensor; ``None`` stands for a value that is not a constant."""
+    """Yields each value of a given name in a list of ONNX graphs as a tensor; ``None`` stands for a value that is not a constant."""
     for graph in graphs:
         yield from (tensor for tensor in graph.initializer if tensor.name == name)
         yield from (None for value in graph.input if value.name == name)

@@ -1,4 +1,4 @@
-"""Reads and writes probe files, and makes every check that needs no language model.
+"""Reads and writes probe files, and makes every check of a probe file that needs no language model.
 
 A probe file is an ``.onnx`` file with the probe's manifest inside. This module imports neither torch nor onnxruntime and executes no graph:
 a file that passes its checks is well-formed, but not yet trusted. ``check_against_model`` compares the probe with a model, and the engine
