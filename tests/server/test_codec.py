@@ -13,8 +13,16 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from probescore.reductions import Reduction
-from probescore.types import CompletionScores, CompletionStatus, Pool, ProbeScores, Scope, Span, Tap, Usage
-from probescore_server.rollouts import ActivationReads, CheckedRollout, Continuation, ResolvedOptions, RolloutResult, ScoredBatch
+from probescore.types import CompletionScores, CompletionStatus, Pool, ProbeScores, ReadingScores, Scope, Span, Tap, Usage
+from probescore_server.rollouts import (
+    ActivationReads,
+    CheckedRollout,
+    Continuation,
+    PinnedReading,
+    ResolvedOptions,
+    RolloutResult,
+    ScoredBatch,
+)
 from probescore_server.workers.messages import BatchScored, ScoreBatch
 
 NAMES = st.text(max_size=3)
@@ -24,15 +32,14 @@ IDS = arrays.arrays(np.int32, COUNTS, elements=st.integers(0, 2**31 - 1))
 SPANS = st.lists(st.builds(Span, NAMES, COUNTS, COUNTS), max_size=2).map(tuple)
 TEXTS = st.none() | st.lists(NAMES, max_size=3).map(tuple)
 
-OPTIONS = st.builds(
-    ResolvedOptions,
-    probes=st.lists(NAMES, max_size=3).map(tuple),
-    reductions=st.lists(st.sampled_from(["mean", "topk_mean(8)", "ema_max(0.1)"]).map(Reduction.parse), max_size=2).map(tuple),
-    token_scores=st.frozensets(NAMES, max_size=2),
-    scope=st.sampled_from(Scope),
-    return_token_ids=st.booleans(),
-    return_token_texts=st.booleans(),
-    activations=st.none()
+EVERY_OPTION = {
+    "probes": st.lists(NAMES, max_size=3).map(tuple),
+    "reductions": st.lists(st.sampled_from(["mean", "topk_mean(8)", "ema_max(0.1)"]).map(Reduction.parse), max_size=2).map(tuple),
+    "token_scores": st.frozensets(NAMES, max_size=2),
+    "scope": st.sampled_from(Scope),
+    "return_token_ids": st.booleans(),
+    "return_token_texts": st.booleans(),
+    "activations": st.none()
     | st.builds(
         ActivationReads,
         taps=st.lists(st.builds(Tap, NAMES, st.none() | COUNTS), max_size=2).map(tuple),
@@ -40,7 +47,9 @@ OPTIONS = st.builds(
         tokens=st.booleans(),
         dtype=st.sampled_from(["float32", "bfloat16"]),
     ),
-)
+    "readings": st.lists(st.builds(PinnedReading, NAMES, NAMES), max_size=2).map(tuple),
+}
+OPTIONS = st.builds(ResolvedOptions, **EVERY_OPTION)
 
 
 def continuations(follow_ups: st.SearchStrategy[tuple[Continuation, ...]]) -> st.SearchStrategy[Continuation]:
@@ -51,11 +60,12 @@ def continuations(follow_ups: st.SearchStrategy[tuple[Continuation, ...]]) -> st
 def completion_scores(follow_ups: st.SearchStrategy[tuple[CompletionScores, ...]]) -> st.SearchStrategy[CompletionScores]:
     reduced = arrays.arrays(np.float32, st.tuples(COUNTS, COUNTS, COUNTS), elements=FLOATS)
     tokens = st.none() | arrays.arrays(np.float32, st.tuples(COUNTS, COUNTS), elements=FLOATS)
+    status, scores = st.sampled_from(CompletionStatus), st.dictionaries(NAMES, st.builds(ProbeScores, reduced, tokens), max_size=3)
     return st.builds(
         CompletionScores,
         id=NAMES,
-        status=st.sampled_from(CompletionStatus),
-        scores=st.dictionaries(NAMES, st.builds(ProbeScores, reduced, tokens), max_size=3),
+        status=status,
+        scores=scores,
         status_message=NAMES,
         prompt_ids=st.none() | IDS,
         completion_ids=st.none() | IDS,
@@ -63,6 +73,7 @@ def completion_scores(follow_ups: st.SearchStrategy[tuple[CompletionScores, ...]
         follow_ups=follow_ups,
         prompt_texts=TEXTS,
         completion_texts=TEXTS,
+        readings=st.dictionaries(NAMES, st.builds(ReadingScores, status, scores, NAMES), max_size=2),
     )
 
 
@@ -106,6 +117,11 @@ def test_a_batch_reaches_the_worker_as_it_was_sent(rollouts: list[CheckedRollout
 def test_results_come_back_as_the_worker_sent_them(results: tuple[RolloutResult | None, ...]) -> None:
     sent = BatchScored(7, ScoredBatch(results, 0.5))
     assert_same(pickle.loads(pickle.dumps(sent, pickle.HIGHEST_PROTOCOL)), sent)
+
+
+def test_every_option_of_a_request_is_drawn_here() -> None:
+    # an option that is left out where options are packed by hand would be answered as if nobody had asked for it
+    assert set(EVERY_OPTION) == {option.name for option in fields(ResolvedOptions)}
 
 
 def test_what_rollouts_share_is_sent_once_and_shared_again() -> None:

@@ -13,12 +13,14 @@ from probescore.types.calibrations import (
     UnmetCondition,
 )
 from probescore.types.probes import Hook, OutputPer, ProbeInfo, ScoredProbe, ScoreUnit, Tap, named_probe, score_keys, version_order
+from probescore.types.readings import FROZEN, LoadedReading, Reading, ReadingKind
 from probescore.types.rollouts import Chat, ChatMessage, Completion, RolloutGroup, Scope, Span, Text, TokenIds
 from probescore.types.scores import (
     CompletionScores,
     CompletionStatus,
     GroupScores,
     ProbeScores,
+    ReadingScores,
     ScoreResult,
     ScoringInfo,
     StreamedCompletion,
@@ -28,6 +30,7 @@ from probescore.types.scores import (
 from probescore.types.servers import Limits, ModelInfo, RefusedProbeFile, ReloadedProbes, ServerInfo, Transfer, WorkerInfo
 
 __all__ = [
+    "FROZEN",
     "ActivationsInfo",
     "CalibratedRollouts",
     "Calibration",
@@ -41,6 +44,7 @@ __all__ = [
     "GroupScores",
     "Hook",
     "Limits",
+    "LoadedReading",
     "ModelInfo",
     "OutputPer",
     "OutsideCalibration",
@@ -48,6 +52,9 @@ __all__ = [
     "ProbeInfo",
     "ProbeScores",
     "PromptShape",
+    "Reading",
+    "ReadingKind",
+    "ReadingScores",
     "RefusedProbeFile",
     "ReloadedProbes",
     "RolloutGroup",

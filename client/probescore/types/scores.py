@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from probescore.types.calibrations import UnmetCondition
 from probescore.types.probes import ScoredProbe, score_keys
+from probescore.types.readings import FROZEN, Reading
 
 
 class CompletionStatus(str, Enum):
@@ -59,14 +60,33 @@ class ProbeScores:
 
 
 @dataclass(frozen=True, eq=False)
+class ReadingScores:
+    """Scores of one completion by all probes on another reading than the frozen one, such as the policy's own weights.
+
+    Attributes:
+        status: whether the completion could be scored on this reading.
+        scores: a dictionary as ``CompletionScores.scores``; empty when ``status`` is not ``OK``.
+        status_message: reason why the completion could not be scored; empty otherwise.
+    """
+
+    status: CompletionStatus
+    scores: Mapping[str, ProbeScores]
+    status_message: str = ""
+
+    def __getitem__(self, probe: str) -> ProbeScores:
+        return _scores_of(probe, self.status, self.scores, self.status_message)
+
+
+@dataclass(frozen=True, eq=False)
 class CompletionScores:
     """Scores of one completion by all probes.
 
     Attributes:
         id: the completion's id, as it was sent.
-        status: whether the completion could be scored.
-        scores: a dictionary of scores keyed by the probe's name, or by ``name@version`` if several versions of one probe were applied;
-            empty when ``status`` is not ``OK``.
+        status: whether the completion could be scored on the frozen model.
+        scores: a dictionary of scores of the frozen model's activations, never of another reading's, keyed by the probe's name, or by
+            ``name@version`` if several versions of one probe were applied; empty when ``status`` is not ``OK``, and when the request named
+            readings without ``frozen``.
         status_message: reason why the completion could not be scored; empty otherwise.
         prompt_ids: ``(P,)`` int32, only if requested (never on a follow-up).
         completion_ids: ``(T,)`` int32, only if requested.
@@ -74,6 +94,7 @@ class CompletionScores:
         follow_ups: scores of each follow-up (token ids appended to the completion), in the request's order.
         prompt_texts: the prompt's ``P`` tokens as text, for people, only if requested (never on a follow-up).
         completion_texts: the completion's ``T`` tokens as text, for people, only if requested.
+        readings: a dictionary, keyed by the reading's name, of the scores on each other reading that the request named.
     """
 
     id: str
@@ -86,13 +107,30 @@ class CompletionScores:
     follow_ups: tuple[CompletionScores, ...] = ()
     prompt_texts: tuple[str, ...] | None = None
     completion_texts: tuple[str, ...] | None = None
+    readings: Mapping[str, ReadingScores] = field(default_factory=dict)
 
     def __getitem__(self, probe: str) -> ProbeScores:
-        if self.status is not CompletionStatus.OK:
-            raise KeyError(f"no scores: {self.status_message or self.status.value}")
-        if probe not in self.scores:
-            raise KeyError(f"no probe {probe!r} in this answer; it has {', '.join(map(repr, self.scores)) or 'none'}")
-        return self.scores[probe]
+        return _scores_of(probe, self.status, self.scores, self.status_message)
+
+    def on(self, reading: str) -> CompletionScores | ReadingScores:
+        """Returns the completion's scores on a reading: this object itself for ``frozen``, and an entry of ``readings`` otherwise.
+
+        Raises:
+            KeyError: the request did not name the reading.
+        """
+        if reading == FROZEN:
+            return self
+        if reading not in self.readings:
+            raise KeyError(f"no reading {reading!r} in this answer; it has {', '.join(map(repr, self.readings)) or 'none but frozen'}")
+        return self.readings[reading]
+
+
+def _scores_of(probe: str, status: CompletionStatus, scores: Mapping[str, ProbeScores], message: str) -> ProbeScores:
+    if status is not CompletionStatus.OK:
+        raise KeyError(f"no scores: {message or status.value}")
+    if probe not in scores:
+        raise KeyError(f"no probe {probe!r} in this answer; it has {', '.join(map(repr, scores)) or 'none'}")
+    return scores[probe]
 
 
 @dataclass(frozen=True)
@@ -100,7 +138,7 @@ class Usage:
     """Counts of the work that the server did for a response.
 
     The three token counts add up to the tokens of every prompt (once per completion), completion and follow-up (token ids appended to a
-    completion).
+    completion), once for each reading that was computed.
 
     Attributes:
         tokens_computed: tokens that ran through the model.
@@ -140,12 +178,14 @@ class ScoringInfo:
         tokenizer_fingerprint: fingerprint of the server's tokenizer, ``"sha256:…"``; empty if the server has no tokenizer.
         probes: the probes that were applied.
         usage: the work done.
+        readings: the readings that the request named, in its order; empty = it named none, and the scores are the frozen model's.
     """
 
     model_fingerprint: str
     tokenizer_fingerprint: str
     probes: tuple[ScoredProbe, ...]
     usage: Usage = field(default_factory=Usage)
+    readings: tuple[Reading, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,16 +213,25 @@ class ScoreResult:
     groups: tuple[GroupScores, ...]
     info: ScoringInfo
 
-    def values(self, probe: str, *, reduction: int = 0, label: int = 0) -> NDArray[np.float32]:
+    def values(self, probe: str, *, reading: str = FROZEN, reduction: int = 0, label: int = 0) -> NDArray[np.float32]:
         """Returns one probe's score of each completion, group after group, as ``(completions,)`` float32 in the probe's unit.
 
         The number is NaN, never 0, where no token was selected or the completion could not be scored (see ``CompletionScores.status``).
+
+        Args:
+            probe: the probe's name, or ``name@version`` if several versions of one probe were applied.
+            reading: whose activations were read: ``frozen``, or another reading that the request named.
+            reduction: index of the reduction.
+            label: index of the probe's label.
+
+        Raises:
+            KeyError: the answer has no such probe, or the request did not name the reading.
         """
-        numbers = (
-            scored[probe].at(0, reduction, label) if scored.status is CompletionStatus.OK else None
-            for group in self.groups
-            for scored in group
-        )
+        named = [each.name for each in self.info.readings] or [FROZEN]
+        if reading not in named:
+            raise KeyError(f"no reading {reading!r} in this answer; it has {', '.join(map(repr, named))}")
+        found = (scored.on(reading) for group in self.groups for scored in group)
+        numbers = (scores[probe].at(0, reduction, label) if scores.status is CompletionStatus.OK else None for scores in found)
         return np.array([np.nan if number is None else number for number in numbers], np.float32)
 
 

@@ -14,6 +14,8 @@ import torch
 from probescore.types import Tap
 from probescore_server.backbone.forest import Forest
 from probescore_server.backbone.kv_cache import KeyValueCache
+from probescore_server.backbone.model_loading import Decoder
+from probescore_server.backbone.taps import TapReader
 
 
 def skip_nothing(_: int) -> bool:
@@ -71,4 +73,12 @@ class Backbone(Protocol):
             skip: function that returns true if the segment with a given index can be skipped, called before the segment is run. A skipped
                 segment and the segments that continue it are not run.
             cache: a cache of keys and values of earlier forests, to which newly computed keys and values are added.
+        """
+
+    def over(self, decoder: Decoder, reader: TapReader) -> Backbone:
+        """Returns a backbone that runs a copy of this backbone's decoder, with other weights, in the same way.
+
+        Args:
+            decoder: the copy.
+            reader: reader of the copy's activations.
         """

@@ -1,12 +1,15 @@
 """Caches attention keys and values of token sequences, in a radix tree over token ids.
 
-The cache is bounded in bytes and drops the least recently used entries. Since the model is frozen, its entries never become stale.
+The cache is bounded in bytes and drops the least recently used entries. Since the model is frozen, its entries never become stale. Readings
+of other weights have caches of their own, all under one bound: keys and values of one model are wrong for another.
 """
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from dataclasses import dataclass, field
+from itertools import count
 
 import numpy as np
 import torch
@@ -28,6 +31,7 @@ class _TokenRun:
     token_ids: NDArray[np.int32]
     key_values: KeyValues
     parent: _TokenRun | None
+    used: int = 0
     continuations: dict[int, _TokenRun] = field(default_factory=dict)
 
     @property
@@ -35,11 +39,75 @@ class _TokenRun:
         return sum(keys.nbytes + values.nbytes for keys, values in self.key_values)
 
 
+class CacheBudget:
+    """Bound on the bytes that several caches keep together. What was least recently used in any of them goes first.
+
+    A cache may be put under the bound and taken from it while another thread uses the others.
+
+    Args:
+        max_bytes: maximum of bytes of keys and values to keep; 0 = nothing is kept.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._caches: list[KeyValueCache] = []
+        self._uses = count()
+        self._lock = threading.RLock()
+        self._hits_of_removed = self._misses_of_removed = 0
+
+    @property
+    def bytes(self) -> int:
+        """Returns the bytes of keys and values in all caches now."""
+        with self._lock:
+            return sum(cache.bytes for cache in self._caches)
+
+    @property
+    def hits(self) -> int:
+        """Returns the number of look-ups in all caches, also in removed ones, that found keys and values of at least the first token."""
+        with self._lock:
+            return self._hits_of_removed + sum(cache.hits for cache in self._caches)
+
+    @property
+    def misses(self) -> int:
+        """Returns the number of look-ups in all caches, also in removed ones, that found nothing."""
+        with self._lock:
+            return self._misses_of_removed + sum(cache.misses for cache in self._caches)
+
+    def add(self, cache: KeyValueCache) -> None:
+        """Puts a cache under the bound."""
+        with self._lock:
+            self._caches.append(cache)
+
+    def remove(self, cache: KeyValueCache) -> None:
+        """Empties a cache that nobody uses any more, and takes it from under the bound."""
+        with self._lock:
+            cache.clear()
+            self._caches.remove(cache)
+            self._hits_of_removed += cache.hits
+            self._misses_of_removed += cache.misses
+
+    def clear(self) -> None:
+        """Empties all caches."""
+        with self._lock:
+            for cache in self._caches:
+                cache.clear()
+
+    def next_use(self) -> int:
+        """Returns a number larger than all numbers before it, for a use of an entry."""
+        return next(self._uses)
+
+    def enforce(self) -> None:
+        """Drops entries until the caches are within the bound."""
+        with self._lock:
+            while self.bytes > self._max_bytes:
+                min((cache for cache in self._caches if cache.bytes), key=lambda cache: cache.oldest_use).forget_oldest()
+
+
 class KeyValueCache:
     """Cache of keys and values of token sequences, so that they need not be computed again. Threads must not share a cache.
 
     Args:
-        max_bytes: maximum of bytes of keys and values to keep; 0 = nothing is kept.
+        max_bytes: maximum of bytes of keys and values to keep; 0 = nothing is kept. A ``CacheBudget`` bounds several caches together.
 
     Attributes:
         bytes: bytes of keys and values in the cache now.
@@ -47,11 +115,12 @@ class KeyValueCache:
         misses: number of look-ups that found nothing.
     """
 
-    def __init__(self, max_bytes: int) -> None:
+    def __init__(self, max_bytes: int | CacheBudget) -> None:
         self.bytes = 0
         self.hits = 0
         self.misses = 0
-        self._max_bytes = max_bytes
+        self._budget = max_bytes if isinstance(max_bytes, CacheBudget) else CacheBudget(max_bytes)
+        self._budget.add(self)
         self._root = _TokenRun(np.zeros(0, np.int32), [], None)
         # A run's ancestors are moved to the end after the run itself, so the first is always a leaf.
         self._recency: OrderedDict[_TokenRun, None] = OrderedDict()
@@ -63,6 +132,15 @@ class KeyValueCache:
         self._recency.clear()
         self._root.continuations.clear()
         self.bytes = 0
+
+    @property
+    def oldest_use(self) -> int:
+        """Returns the number of the last use of the entry that was least recently used; the cache must not be empty."""
+        return next(iter(self._recency)).used
+
+    def forget_oldest(self) -> None:
+        """Drops the entry that was least recently used; the cache must not be empty."""
+        self._forget(next(iter(self._recency)))
 
     def longest_prefix(self, token_ids: NDArray[np.int32]) -> KeyValues:
         """Returns the cached keys and values of the longest cached beginning of a token sequence.
@@ -115,8 +193,7 @@ class KeyValueCache:
         if start <= done < len(token_ids):
             run = self._add(run, token_ids[done:], _copy(_slice(tail, done - start, len(token_ids) - start)))
         self._touch(run)
-        while self.bytes > self._max_bytes:
-            self._forget(next(iter(self._recency)))
+        self._budget.enforce()
 
     def _descend(self, token_ids: NDArray[np.int32]) -> tuple[_TokenRun, int]:
         """Returns the tree's node at the end of the longest cached beginning of a sequence, and the number of tokens of that beginning.
@@ -141,7 +218,7 @@ class KeyValueCache:
         the whole original tensor in memory.
         """
         parent = run.parent or self._root
-        first = _TokenRun(run.token_ids[:at], _copy(_slice(run.key_values, 0, at)), parent, {int(run.token_ids[at]): run})
+        first = _TokenRun(run.token_ids[:at], _copy(_slice(run.key_values, 0, at)), parent, run.used, {int(run.token_ids[at]): run})
         parent.continuations[int(run.token_ids[0])] = first
         run.key_values = _copy(_slice(run.key_values, at, len(run.token_ids)))
         run.token_ids, run.parent = run.token_ids[at:], first
@@ -149,8 +226,10 @@ class KeyValueCache:
         return first
 
     def _touch(self, run: _TokenRun | None) -> None:
+        use = self._budget.next_use()
         while run is not None and run is not self._root:
             self._recency.move_to_end(run)
+            run.used = use
             run = run.parent
 
     def _forget(self, leaf: _TokenRun) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,6 +183,47 @@ def load_decoder(
     return Decoder(cut.decoder, cut.blocks, whole)
 
 
+def build_decoder(tensors: Mapping[str, torch.Tensor], config: PreTrainedConfig, num_layers: int, name: str) -> Decoder:
+    """Builds the first ``num_layers`` blocks of a model from the tensors of a checkpoint that are in memory, in float32 on the CPU.
+
+    It may run beside a model that computes, since it builds in float32 (``in_float32``).
+
+    Args:
+        tensors: a dictionary, keyed by the names in the checkpoint, of the tensors, at least those of these blocks.
+        config: config of the whole model.
+        num_layers: number of blocks.
+        name: name of the checkpoint, for messages.
+
+    Raises:
+        ModelRefused: weights are missing or of another shape.
+    """
+    config = in_float32(config)
+    cut = _DecoderCutter(name, num_layers)
+    _load_model(Path(name), config, cut, "float32", trust_remote_code=False, device_map=None, tensors=tensors)
+    cut.decoder.eval().requires_grad_(False)
+    return Decoder(cut.decoder, cut.blocks, config.get_text_config(decoder=True).num_hidden_layers)
+
+
+def in_float32(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Returns a copy of a config of which models are built in float32.
+
+    transformers sets torch's default dtype to that of the model that it builds, for all threads: what another thread computes meanwhile
+    would be allocated in it.
+    """
+    config = copy.deepcopy(config)
+    for part in _with_parts(config):
+        part.dtype = torch.float32
+    return config
+
+
+def _with_parts(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
+    """Yields a config and the configs inside it, such as those of encoders."""
+    yield config
+    for name in config.sub_configs:
+        if isinstance(part := getattr(config, name, None), PreTrainedConfig):
+            yield from _with_parts(part)
+
+
 class _DecoderCutter:
     """Callable that finds the text decoder inside a newly built model and removes the last blocks of that decoder.
 
@@ -218,14 +259,21 @@ class _DecoderCutter:
 
 
 def _load_model(
-    directory: Path, config: PreTrainedConfig, cut: _DecoderCutter, dtype: str, trust_remote_code: bool, device_map: str | None
+    directory: Path,
+    config: PreTrainedConfig,
+    cut: _DecoderCutter,
+    dtype: str,
+    trust_remote_code: bool,
+    device_map: str | None,
+    tensors: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
     def load(**options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:  # noqa: ANN401
         try:
             with _quiet_transformers():
                 model_class, own_config = _model_class(config, trust_remote_code)
                 loaded: Any = changed_when_built(model_class, cut).from_pretrained(
-                    directory,
+                    directory if tensors is None else None,
+                    state_dict=None if tensors is None else dict(tensors),
                     config=own_config,
                     dtype=DTYPES[dtype],
                     use_safetensors=True,

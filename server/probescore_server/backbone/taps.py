@@ -8,7 +8,7 @@ removed.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -32,15 +32,20 @@ def layers_needed(taps: Sequence[Tap], num_hidden_layers: int) -> int:
     """Returns the number of blocks of a model that must be loaded to read activations at the given taps (places in the model); at least
     one.
     """
-    needed = 1
+    return max(1, blocks_seen(taps, num_hidden_layers))
+
+
+def blocks_seen(taps: Iterable[Tap], num_hidden_layers: int) -> int:
+    """Returns the number of blocks, counted from the first, on which activations at the given taps (places in the model) depend."""
+    seen = 0
     for tap in taps:
         if tap.layer is None:
-            needed = num_hidden_layers
+            seen = num_hidden_layers
         elif tap.hook == Hook.RESID_PRE:
-            needed = max(needed, tap.layer)
+            seen = max(seen, tap.layer)
         else:
-            needed = max(needed, tap.layer + 1)
-    return needed
+            seen = max(seen, tap.layer + 1)
+    return seen
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -62,17 +67,31 @@ class TapReader:
     Args:
         decoder: the model.
         taps: every tap that will be read.
+        added: a dictionary, keyed by tap, of the names within their block of the modules of attention and MLP that are known already, and
+            of their factors. What is found later is added to it.
 
     Raises:
         ModelRefused: a block does not pass its output unchanged to the next block, no outputs of attention and MLP add up to the difference
             between a block's output and input, or the final norm's output has another width than the blocks' outputs.
     """
 
-    def __init__(self, decoder: Decoder, taps: Sequence[Tap]) -> None:
+    def __init__(self, decoder: Decoder, taps: Sequence[Tap], added: dict[Tap, tuple[str, float]] | None = None) -> None:
         self._decoder = decoder
-        self._added: dict[Tap, tuple[nn.Module, float]] = {}
+        self._added = {} if added is None else added
         ids = _random_ids(decoder)
         self._check(taps, ids, _check_residual_stream(decoder, ids))
+
+    def over(self, decoder: Decoder) -> TapReader:
+        """Returns a reader of a copy of the decoder, with other weights. It reads the same taps, also those that are added to this reader
+        later: which modules are attention and MLP does not depend on weights.
+
+        Args:
+            decoder: the copy.
+
+        Raises:
+            ModelRefused: a block of the copy does not pass its output unchanged to the next block.
+        """
+        return TapReader(decoder, (), self._added)
 
     def add(self, taps: Sequence[Tap]) -> None:
         """Makes the same checks for further taps of the loaded blocks, which can be read afterwards. Nothing else may run meanwhile.
@@ -131,7 +150,8 @@ class TapReader:
             case Hook.RESID_POST:
                 module, scale = self._decoder.blocks[layer], 1.0
             case _:
-                module, scale = self._added[tap]
+                name, scale = self._added[tap]
+                module = self._decoder.blocks[layer].get_submodule(name)
         return module.register_forward_hook(lambda _, __, output: _store(_first(output), buffer, rows, scale))
 
 
@@ -214,7 +234,7 @@ def _check_final_norm(decoder: Decoder, final_norm: torch.Tensor | None) -> None
 
 
 @torch.inference_mode()
-def _find_added_terms(decoder: Decoder, layer: int, ids: torch.Tensor) -> tuple[nn.Module, nn.Module, float]:
+def _find_added_terms(decoder: Decoder, layer: int, ids: torch.Tensor) -> tuple[str, str, float]:
     """Finds the two modules of a block whose outputs are the terms that attention and MLP add to the residual stream.
 
     The modules depend on where an architecture puts its norms (Gemma 2 has one after each) and its additions (BLOOM adds inside the
@@ -222,7 +242,8 @@ def _find_added_terms(decoder: Decoder, layer: int, ids: torch.Tensor) -> tuple[
     the block's output and input.
 
     Returns:
-        The module of attention, the module of the MLP, and the factor by which their outputs are multiplied before they are added.
+        The names within the block of the module of attention and of that of the MLP, and the factor by which their outputs are multiplied
+        before they are added.
 
     Raises:
         ModelRefused: no pair of outputs adds up to the difference between the block's output and input.
@@ -257,8 +278,7 @@ def _find_added_terms(decoder: Decoder, layer: int, ids: torch.Tensor) -> tuple[
             f"attn_out.{layer}, mlp_out.{layer}: {_not_added(decoder, layer, outputs, len(pairs), error)}; "
             f"read resid_pre.{layer} or resid_post.{layer} instead"
         )
-    modules = dict(block.named_modules())
-    return modules[attention], modules[mlp], scale
+    return attention, mlp, scale
 
 
 def _not_added(decoder: Decoder, layer: int, outputs: Mapping[str, torch.Tensor], pairs: int, error: float) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from probescore.types import Transfer
-from probescore_server.backbone.kv_cache import KeyValueCache
+from probescore_server.backbone.kv_cache import CacheBudget, KeyValueCache
 from probescore_server.backbone.model_loading import Decoder
 from probescore_server.engine.weight_offload import RETRY_SECONDS, WeightOffload
 from probescore_server.errors import WorkerUnavailable
@@ -39,7 +39,7 @@ class DeviceMemory:
     Args:
         device: the device that the engine runs on.
         weights: function that yields the tensors that are on the device while the engine is awake.
-        cache: the engine's key-value cache, which is emptied when memory is given back.
+        cache: the engine's key-value caches, which are emptied when memory is given back.
         sessions: onnxruntime sessions of the probes that hold device memory.
 
     Attributes:
@@ -50,7 +50,7 @@ class DeviceMemory:
         self,
         device: torch.device,
         weights: Callable[[], Iterable[torch.Tensor]],
-        cache: KeyValueCache,
+        cache: CacheBudget | KeyValueCache,
         sessions: Sequence[ProbeSession],
     ) -> None:
         self.asleep = False
@@ -62,12 +62,19 @@ class DeviceMemory:
         self._offload = WeightOffload()
 
     @classmethod
-    def of(cls, decoder: Decoder, probes: Iterable[LoadedProbe], cache: KeyValueCache) -> DeviceMemory:
-        """Returns a ``DeviceMemory`` for a model, its probes and its key-value cache."""
+    def of(
+        cls,
+        decoder: Decoder,
+        probes: Iterable[LoadedProbe],
+        cache: CacheBudget,
+        further_weights: Callable[[], Iterable[torch.Tensor]],
+    ) -> DeviceMemory:
+        """Returns a ``DeviceMemory`` for a model, its probes, its key-value caches, and the weights that readings have of their own."""
 
         def weights() -> Iterator[torch.Tensor]:
             yield from decoder.model.parameters()
             yield from decoder.model.buffers()
+            yield from further_weights()
 
         memory = cls(decoder.device, weights, cache, [])
         memory.adopt(probes)

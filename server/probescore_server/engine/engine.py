@@ -6,6 +6,7 @@ Each worker process of the server runs one engine, and a program can run an engi
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,9 +23,10 @@ from probescore.types import (
     Chat,
     CompletionActivations,
     CompletionScores,
-    CompletionStatus,
     GroupScores,
+    LoadedReading,
     Pool,
+    Reading,
     RolloutGroup,
     Scope,
     ScoreResult,
@@ -37,21 +39,25 @@ from probescore.types import (
 )
 from probescore_server.activations import MAX_BATCH_BYTES, resolve_reads
 from probescore_server.activity import ACTIVITY
-from probescore_server.backbone.base import Activations
+from probescore_server.backbone.base import Activations, Backbone
 from probescore_server.backbone.forest import Forest
+from probescore_server.backbone.kv_cache import KeyValueCache
 from probescore_server.backbone.taps import layers_needed
 from probescore_server.engine.activation_reading import BatchActivations, joined, result_of
 from probescore_server.engine.batches import batches, read_tokens
 from probescore_server.engine.fair_lock import FairLock
 from probescore_server.engine.loading import LoadedParts, load_parts
+from probescore_server.engine.reading_loading import ReadingLoader
+from probescore_server.engine.reading_passes import FROZEN_PASS, ReadingPasses
 from probescore_server.engine.served_probes import ServedProbes, describe_probes
 from probescore_server.errors import LimitExceeded, ModelRefused, ProbeRefused
 from probescore_server.probes.format.probe_file import ProbeFile
 from probescore_server.probes.loading.compatibility import check_fits, is_accepted, read_probe_files
-from probescore_server.probes.loading.golden_check import check_golden, golden_rollouts
+from probescore_server.probes.loading.golden_check import check_golden, golden_deviation, golden_rollouts
 from probescore_server.probes.loading.loader import limited_to_tried_calls, load_probes, needs_trial
 from probescore_server.probes.scoring.batch_scorer import BatchScorer
 from probescore_server.probes.scoring.cancellation import WantedRollouts
+from probescore_server.readings.version import ReadingVersion
 from probescore_server.rollouts import (
     ActivationReads,
     CheckedRollout,
@@ -107,7 +113,10 @@ class Engine:
         self._served = parts.probes
         self._cache = parts.cache
         self._memory = parts.memory
+        self._readings = parts.readings
+        self._loader = ReadingLoader(parts.frozen, parts.readings, lambda: self._served, self._golden_drift)
         self._running = FairLock()
+        self._loading = threading.Lock()
 
     @property
     def info(self) -> EngineInfo:
@@ -190,6 +199,7 @@ class Engine:
         scope: Scope | str = Scope.COMPLETION,
         return_token_ids: bool = False,
         return_token_texts: bool = False,
+        readings: Sequence[str] = (),
     ) -> ScoreResult:
         """Scores every completion of every rollout group.
 
@@ -202,6 +212,7 @@ class Engine:
             scope: which tokens are scored: ``completion``, ``prompt`` or ``all``.
             return_token_ids: whether the result contains the token ids that were scored.
             return_token_texts: whether the result contains the text of each token that was scored.
+            readings: whose activations are read: ``frozen``, and names given to ``load_reading``; empty = the frozen model's.
 
         Returns:
             The scores by group and completion, in the order given, and the identity of the model and probes that produced the scores.
@@ -209,8 +220,9 @@ class Engine:
         Raises:
             InvalidRequest: an argument is wrong; the error names the field.
         """
+        served = self._served  # to the end, whatever is served meanwhile
         options = resolve_options(
-            self.info,
+            served.info,
             probes=probes,
             reductions=reductions,
             token_scores=token_scores,
@@ -218,26 +230,72 @@ class Engine:
             return_token_ids=return_token_ids,
             return_token_texts=return_token_texts,
         )
-        by_group = self.check_rollouts(groups, options)
-        started = time.perf_counter()
-        results = [
-            result
-            for batch in batches([rollout for group in by_group for rollout in group], BATCH_TOKENS)
-            for result in self.score_rollouts(batch)
-            if result is not None
-        ]
+        with self._readings.pinned(readings, served.taps) as pinned:
+            by_group = self._checked(groups, replace(options, readings=pinned.wanted), served.info)
+            started = time.perf_counter()
+            results = [
+                result
+                for batch in batches([rollout for group in by_group for rollout in group], BATCH_TOKENS)
+                for result in self._score(batch, served, _never)
+                if result is not None
+            ]
         usage = replace(Usage.total(result.usage for result in results), compute_seconds=time.perf_counter() - started)
-        scored = self.info.scored_probes(options)
-        calibrations = calibrations_with_conditions(self.info, options)
-        outside = OutsideRollouts.of(by_group, calibrations, options.scope, self.info.bos_token_id)
+        scored = served.info.scored_probes(options)
+        calibrations = calibrations_with_conditions(served.info, options)
+        outside = OutsideRollouts.of(by_group, calibrations, options.scope, served.info.bos_token_id)
         if outside is not None:
-            is_scored = [result.scores.status is CompletionStatus.OK for result in results]
-            scored = outside.noted(scored, np.where(is_scored, np.arange(len(results)), -1))
+            # There are none where a completion could not be scored, and where frozen was not asked for: thresholds are of its scores alone.
+            has_scores = [bool(result.scores.scores) for result in results]
+            scored = outside.noted(scored, np.where(has_scores, np.arange(len(results)), -1))
         scores = iter(with_unmet_conditions([result.scores for result in results], scored))
         return ScoreResult(
             groups=tuple(GroupScores(tuple(islice(scores, len(group)))) for group in by_group),
-            info=ScoringInfo(self.info.model.fingerprint, self.info.tokenizer_fingerprint, scored, usage),
+            info=ScoringInfo(served.info.model.fingerprint, served.info.tokenizer_fingerprint, scored, usage, pinned.described),
         )
+
+    def load_reading(
+        self, name: str, path: str | Path, *, step: int | None = None, expected_id: str | None = None, in_place: bool = False
+    ) -> LoadedReading:
+        """Loads a LoRA adapter, or a checkpoint of the whole model, beside the frozen model, whose probes can then read it, too.
+
+        The engine scores meanwhile. The name means the new version once all checks have passed; calls that began before end with the
+        version that the name meant then. The frozen model's weights are never written, and its scores stay the same bit by bit.
+
+        Args:
+            name: the name by which ``score`` asks for the reading. A reading of this name is replaced.
+            path: directory that the adapter or checkpoint was saved to.
+            step: label to tell versions apart, such as the training step.
+            expected_id: id of the only version that is to be loaded, such as the one that another server has loaded; ``None`` = any.
+            in_place: whether the version that the name means is freed first, so that there is never room needed for both. Calls that name
+                the reading wait meanwhile. If loading fails, the name means nothing.
+
+        Returns:
+            The reading, what it replaced, and how far it moves the scores of each probe's golden rollouts.
+
+        Raises:
+            InvalidRequest: an argument is wrong; the error names it.
+            ReadingRefused: the files would not be computed correctly: they are damaged, of a kind that is not computed, of another model,
+                or not those of ``expected_id``.
+            ReadingIncomplete: the files are being written; a later try may succeed.
+        """
+        with self._loading:
+            self._check_awake()
+            return self._loader.load(name, path, step=step, expected_id=expected_id, in_place=in_place)
+
+    def unload_reading(self, name: str) -> Reading:
+        """Lets a name mean no reading any more, and returns what it meant. Its memory is freed once the calls that began before have ended.
+
+        Raises:
+            InvalidRequest: there is no reading of this name, or it is ``frozen``.
+        """
+        return self._readings.remove(name, self._served.taps)
+
+    def readings(self) -> tuple[Reading, ...]:
+        """Returns the descriptions of the readings that ``score`` can be asked for, ``frozen`` first.
+
+        What they say of probes is true of those that are served now.
+        """
+        return self._readings.described(self._served.taps)
 
     def activations(
         self,
@@ -293,13 +351,16 @@ class Engine:
         Raises:
             InvalidRequest: an argument is wrong; the error names the field at fault.
         """
+        return self._checked(groups, options, self.info)
+
+    def _checked(self, groups: Sequence[RolloutGroup], options: ResolvedOptions, info: EngineInfo) -> list[list[CheckedRollout]]:
         encoded = {
             text.field: self.encode_completion(text.content, field=text.field)
             if isinstance(text.content, str)
             else self.encode_prompt(text.content, field=text.field)
             for text in pending_texts(groups)
         }
-        return resolve_rollouts(groups, self.info, options, encoded=encoded)
+        return resolve_rollouts(groups, info, options, encoded=encoded)
 
     def encode_prompt(self, prompt: Text | Chat | str, *, field: str = "prompt", limits: ChatLimits | None = None) -> NDArray[np.int32]:
         """Returns the token ids ``(P,)`` int32 of a prompt that is a text, or a chat, which the model's chat template renders.
@@ -469,7 +530,7 @@ class Engine:
         Returns:
             The device, the seconds taken, the bytes of weights moved and the bytes of device memory freed.
         """
-        with self._running:
+        with self._loading, self._running:  # what is loaded beside is read from the weights
             return self._memory.sleep()
 
     def wake(self) -> Transfer:
@@ -488,17 +549,44 @@ class Engine:
     def _score(
         self, rollouts: Sequence[CheckedRollout], probes: ServedProbes, is_cancelled: Callable[[int], bool]
     ) -> list[RolloutResult | None]:
+        passes = ReadingPasses(rollouts, probes, self._readings)
+        results = {
+            reading: self._score_pass(
+                [rollouts[index] for index in indices], probes, _of(indices, is_cancelled), *self._weights_of(reading)
+            )
+            for reading, indices in passes.rollouts.items()
+        }
+        return [
+            None if result is None else self._with_texts(result, rollout)
+            for result, rollout in zip(passes.together(results), rollouts, strict=True)
+        ]
+
+    def _weights_of(self, reading: str) -> tuple[Backbone, KeyValueCache]:
+        """Returns what runs a reading, given by ``FROZEN_PASS`` or the id of its version, and its key-value cache."""
+        if reading == FROZEN_PASS:
+            return self._backbone, self._cache
+        return self._readings.version(reading).backbone, self._readings.cache(reading)
+
+    def _score_pass(
+        self,
+        rollouts: Sequence[CheckedRollout],
+        probes: ServedProbes,
+        is_cancelled: Callable[[int], bool],
+        backbone: Backbone,
+        cache: KeyValueCache | None,
+    ) -> list[RolloutResult | None]:
+        """Scores rollouts on one reading, given by what runs it and its key-value cache."""
         forest = Forest.build(rollouts, probes.reads)
         wanted = WantedRollouts(is_cancelled)
-        taps = {tap for key in _requested(rollouts) for tap in probes.loaded[key].manifest.taps}
-        with self._run(rollouts, forest, sorted(taps, key=str), wanted) as (activations, live):
+        taps = sorted(probes.taps_of(_requested(rollouts)), key=str)
+        with self._run(rollouts, forest, taps, wanted, backbone, cache) as (activations, live):
             scorer = BatchScorer(probes.info, probes.loaded, self._texts.special_ids, rollouts, forest, activations, wanted)
             scores = scorer.score(live)
         return [
-            RolloutResult(self._with_texts(scores[index], rollout), forest.usage(index), scorer.refused_by.get(index, ""))
+            RolloutResult(scores[index], forest.usage(index), scorer.refused_by.get(index, ""))
             if index in scores and wanted.any((index,))
             else None
-            for index, rollout in enumerate(rollouts)
+            for index in range(len(rollouts))
         ]
 
     def _read_afresh(
@@ -542,12 +630,18 @@ class Engine:
         self, rollouts: Sequence[CheckedRollout], taps: Sequence[Tap], reads: ActivationReads, wanted: WantedRollouts
     ) -> BatchActivations:
         forest = Forest.build(rollouts, {})
-        with self._run(rollouts, forest, taps, wanted) as (activations, live):
+        with self._run(rollouts, forest, taps, wanted, self._backbone, self._cache) as (activations, live):
             return BatchActivations(forest, activations, rollouts[0].options.scope, taps, reads, live)
 
     @contextmanager
     def _run(
-        self, rollouts: Sequence[CheckedRollout], forest: Forest, taps: Sequence[Tap], wanted: WantedRollouts
+        self,
+        rollouts: Sequence[CheckedRollout],
+        forest: Forest,
+        taps: Sequence[Tap],
+        wanted: WantedRollouts,
+        backbone: Backbone,
+        cache: KeyValueCache | None,
     ) -> Iterator[tuple[Activations, list[int]]]:
         """Runs a batch's forest. While this is open no other batch runs.
 
@@ -562,13 +656,27 @@ class Engine:
 
         with self._running:
             self._check_awake()
-            activations = self._backbone.forward(forest, taps, skip=unwanted, cache=self._cache)
+            activations = backbone.forward(forest, taps, skip=unwanted, cache=cache)
             yield activations, [index for index in range(len(rollouts)) if index not in wanted.cancelled]
 
-    def _with_texts(self, scores: CompletionScores, rollout: CheckedRollout) -> CompletionScores:
+    def _golden_drift(self, version: ReadingVersion, probes: ServedProbes) -> dict[str, float]:
+        """Returns the largest difference between each probe's scores of its golden rollouts on a version of a reading and its golden
+        scores, in standard deviations of these; a dictionary keyed by ``name@version``.
+
+        Batches wait meanwhile: the version may be one that they run.
+        """
+        raw = probes.with_raw_scores(probes.loaded)
+        by_probe = {key: golden_rollouts(probe.manifest, probes.info, key) for key, probe in probes.loaded.items()}
+        together = batches([rollout for rollouts in by_probe.values() for rollout in rollouts], LIVE_BATCH_TOKENS)
+        results = (result for batch in together for result in self._score_pass(batch, raw, _never, version.backbone, None))
+        found = (result.scores for result in results if result is not None)
+        return {key: golden_deviation(probes.loaded[key].manifest, [*islice(found, len(rollouts))]) for key, rollouts in by_probe.items()}
+
+    def _with_texts(self, result: RolloutResult, rollout: CheckedRollout) -> RolloutResult:
         if not rollout.options.return_token_texts or not self.info.tokenizer_fingerprint:
-            return scores  # without a tokenizer there is no text
-        return replace(self._completion_texts(scores, rollout.completion), prompt_texts=tuple(self.decode_tokens(rollout.prompt_ids)))
+            return result  # without a tokenizer there is no text
+        scores = self._completion_texts(result.scores, rollout.completion)
+        return replace(result, scores=replace(scores, prompt_texts=tuple(self.decode_tokens(rollout.prompt_ids))))
 
     def _completion_texts(self, scores: CompletionScores, continuation: Continuation) -> CompletionScores:
         follow_ups = zip(scores.follow_ups, continuation.follow_ups, strict=True)
@@ -654,9 +762,8 @@ class Engine:
 
         Probes of one author often have the same golden rollouts, so the rollouts of all files are scored together and each is run once.
         """
-        by_file = [golden_rollouts(file, probes.info) for file in files]
-        # golden scores are in the unit of the graph's output, before any sigmoid
-        raw = probes.with_loaded({file.manifest.key: replace(probes.loaded[file.manifest.key], as_probability=False) for file in files})
+        by_file = [golden_rollouts(file.manifest, probes.info, file.file) for file in files]
+        raw = probes.with_raw_scores(file.manifest.key for file in files)
         together = batches([rollout for rollouts in by_file for rollout in rollouts], batch_tokens)
         found = (result for batch in together for result in self._score(batch, raw, _after(max_seconds)))
         for file, rollouts in zip(files, by_file, strict=True):
@@ -677,7 +784,7 @@ class Engine:
         """Returns the activations of a few of a probe's golden rollouts (examples in its file): a dictionary, keyed by tap (place in the
         model), of finite rows ``(N, hidden_size)`` float32. Row n belongs to the same token at every tap.
         """
-        rollouts = next(batches(golden_rollouts(file, probes.info)[:_TRIED_CASES], BATCH_TOKENS))
+        rollouts = next(batches(golden_rollouts(file.manifest, probes.info, file.file)[:_TRIED_CASES], BATCH_TOKENS))
         with self._running:
             self._check_awake()
             rows = self._backbone.forward(
@@ -704,6 +811,10 @@ def _after(seconds: float) -> Callable[[int], bool]:
 
 def _shifted(is_cancelled: Callable[[int], bool], by: int) -> Callable[[int], bool]:
     return lambda index: is_cancelled(by + index)
+
+
+def _of(indices: Sequence[int], is_cancelled: Callable[[int], bool]) -> Callable[[int], bool]:
+    return lambda index: is_cancelled(indices[index])
 
 
 def _requested(rollouts: Sequence[CheckedRollout]) -> set[str]:

@@ -6,28 +6,36 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import structlog
 from transformers import PreTrainedConfig
 
 from probescore.fingerprints import tokenizer_fingerprint
-from probescore.types import ModelInfo, Tap
+from probescore.types import FROZEN, ModelInfo, Reading, ReadingKind, Tap
 from probescore_server.activations import all_taps, matching_taps
 from probescore_server.backbone.base import Backbone
-from probescore_server.backbone.kv_cache import KeyValueCache
+from probescore_server.backbone.copying import shared_copy
+from probescore_server.backbone.kv_cache import CacheBudget, KeyValueCache
 from probescore_server.backbone.media_placeholders import placeholder_tokens
 from probescore_server.backbone.model_files import ModelFiles
-from probescore_server.backbone.model_loading import DTYPES, load_config, load_decoder, load_tokenizer, resolve_model
+from probescore_server.backbone.model_loading import DTYPES, Decoder, load_config, load_decoder, load_tokenizer, resolve_model
 from probescore_server.backbone.rotary import max_unchanged_positions
 from probescore_server.backbone.selection import choose_backbone
 from probescore_server.backbone.taps import TapReader, layers_needed
 from probescore_server.backbone.tokenizer import TextEncoder
 from probescore_server.engine.device_memory import DeviceMemory
+from probescore_server.engine.reading_set import ReadingSet
 from probescore_server.engine.served_probes import ServedProbes, describe_probes
 from probescore_server.errors import ModelRefused
-from probescore_server.probes.format.fingerprints import model_fingerprint
+from probescore_server.files import read_regular_file
+from probescore_server.probes.format.fingerprints import decoder_settings, model_fingerprint
 from probescore_server.probes.format.probe_file import ProbeFile
 from probescore_server.probes.loading.compatibility import check_accepted_names, check_fits, read_probe_files
 from probescore_server.probes.loading.loader import load_probes
+from probescore_server.readings.files_read import MAX_SETTINGS_BYTES
+from probescore_server.readings.version import FrozenModel
 from probescore_server.rollouts import EngineInfo
+
+logger = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +50,8 @@ class LoadedParts:
         files: the probe files, sorted by name, then version.
         cache: an empty cache for keys and values.
         memory: the owner of the device memory of all these parts.
+        frozen: what other readings are made from; ``None`` = none can be made.
+        readings: the set of other readings, empty at first.
     """
 
     backbone: Backbone
@@ -51,6 +61,8 @@ class LoadedParts:
     files: Sequence[ProbeFile]
     cache: KeyValueCache
     memory: DeviceMemory
+    frozen: FrozenModel | None
+    readings: ReadingSet
 
 
 def load_parts(
@@ -127,8 +139,28 @@ def load_parts(
         taps=named,
     )
     served = ServedProbes.of(describe_probes(info, files, accepted, {}), loaded)
-    cache = KeyValueCache(max_kv_cache_bytes)
-    return LoadedParts(backbone, reader, texts, served, files, cache, DeviceMemory.of(decoder, loaded.values(), cache))
+    frozen = _frozen(decoder, reader, backbone, info, config, directory)
+    budget = CacheBudget(max_kv_cache_bytes)
+    readings = ReadingSet(
+        Reading(FROZEN, described.fingerprint, ReadingKind.FROZEN, None, described.fingerprint, golden_verified=True), budget
+    )
+    memory = DeviceMemory.of(decoder, loaded.values(), budget, readings.tensors)
+    return LoadedParts(backbone, reader, texts, served, files, KeyValueCache(budget), memory, frozen, readings)
+
+
+def _frozen(
+    decoder: Decoder, reader: TapReader, backbone: Backbone, info: EngineInfo, config: PreTrainedConfig, directory: Path
+) -> FrozenModel | None:
+    """Returns what other readings are made from; ``None`` for a model on several devices, or one whose own code cannot be copied."""
+    if decoder.is_spread:
+        return None
+    try:
+        skeleton = shared_copy(decoder)
+    except Exception as error:  # a model's own code may hold anything
+        logger.info("no other readings can be loaded beside this model: it cannot be copied", reason=f"{type(error).__name__}: {error}")
+        return None
+    settings = decoder_settings(read_regular_file(directory / "config.json", MAX_SETTINGS_BYTES), directory.name)
+    return FrozenModel(skeleton, reader, backbone, config, settings, info.model.fingerprint, info.tokenizer_fingerprint)
 
 
 def _describe(model: str, directory: Path, revision: str, config: PreTrainedConfig) -> ModelInfo:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
-from probescore.types import ProbeInfo
+from probescore.types import ProbeInfo, Tap
 from probescore_server.activations import all_taps
 from probescore_server.backbone.forest import ProbeReads
 from probescore_server.probes.format.manifest import Manifest
@@ -33,6 +34,21 @@ class ServedProbes:
     def of(cls, info: EngineInfo, loaded: Mapping[str, LoadedProbe]) -> ServedProbes:
         """Returns the set of some loaded probes, all of which ``info`` describes."""
         return cls(info, dict(loaded), {key: _reads(probe.manifest) for key, probe in loaded.items()})
+
+    @cached_property
+    def taps(self) -> frozenset[Tap]:
+        """Returns every tap (place in the model) that some probe of the set reads."""
+        return self.taps_of(self.loaded)
+
+    def taps_of(self, keys: Iterable[str]) -> frozenset[Tap]:
+        """Returns the taps (places in the model) that some probes of the set read, given by their keys ``name@version``."""
+        return frozenset(tap for key in keys for tap in self.loaded[key].manifest.taps)
+
+    def with_raw_scores(self, keys: Iterable[str]) -> ServedProbes:
+        """Returns the same set, in which some probes give scores in the unit of their graph's output, before any sigmoid, as golden scores
+        are.
+        """
+        return self.with_loaded({key: replace(self.loaded[key], as_probability=False) for key in keys})
 
     def has(self, manifest: Manifest) -> bool:
         """Returns whether a probe is in the set, with exactly the content that its manifest states."""

@@ -21,6 +21,8 @@ from probescore_server.errors import (
     Mismatch,
     OutOfMemory,
     QueueFull,
+    ReadingIncomplete,
+    ReadingRefused,
     ServerBusy,
     WorkerLost,
     WorkerLostTwice,
@@ -33,11 +35,13 @@ MAX_TEXT_BYTES = 1000
 CODES: dict[type[CoreError], grpc.StatusCode] = {
     InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
     LimitExceeded: grpc.StatusCode.INVALID_ARGUMENT,
+    ReadingRefused: grpc.StatusCode.INVALID_ARGUMENT,
     Mismatch: grpc.StatusCode.FAILED_PRECONDITION,
     QueueFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
     ServerBusy: grpc.StatusCode.RESOURCE_EXHAUSTED,
     WorkerUnavailable: grpc.StatusCode.UNAVAILABLE,
     WorkerLost: grpc.StatusCode.UNAVAILABLE,
+    ReadingIncomplete: grpc.StatusCode.UNAVAILABLE,
     WorkerLostTwice: grpc.StatusCode.INTERNAL,
     OutOfMemory: grpc.StatusCode.RESOURCE_EXHAUSTED,
     DeadlineExpired: grpc.StatusCode.DEADLINE_EXCEEDED,
@@ -80,7 +84,7 @@ def status_of(error: CoreError) -> RpcStatus:
             details.append(BadRequest(field_violations=[BadRequest.FieldViolation(field=error.field, description=_shorten(str(error)))]))
         case InternalFault():
             info.metadata.update(incident=error.incident)
-        case QueueFull() | ServerBusy() | WorkerUnavailable():
+        case QueueFull() | ServerBusy() | WorkerUnavailable() | ReadingIncomplete():
             milliseconds = round(1000 * error.retry_seconds)
             details.append(RetryInfo(retry_delay=Duration(seconds=milliseconds // 1000, nanos=milliseconds % 1000 * 1_000_000)))
             metadata.append(("grpc-retry-pushback-ms", str(milliseconds)))

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 import pickle
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from probescore.types import CompletionScores, CompletionStatus, Pool, ProbeScores, Scope, Span, Usage
+from probescore.types import CompletionScores, CompletionStatus, Pool, ProbeScores, ReadingScores, Scope, Span, Usage
 from probescore_server.rollouts import ActivationArrays, CheckedRollout, Continuation, ResolvedOptions, RolloutResult
 
 Encoded: TypeAlias = tuple[Any, ...]
@@ -62,12 +62,13 @@ def _encode_options(options: ResolvedOptions) -> Encoded:
         options.return_token_ids,
         options.return_token_texts,
         options.activations,
+        options.readings,
     )
 
 
 def _decode_options(encoded: Encoded) -> ResolvedOptions:
-    probes, reductions, token_scores, scope, return_token_ids, return_token_texts, activations = encoded
-    return ResolvedOptions(probes, reductions, token_scores, Scope(scope), return_token_ids, return_token_texts, activations)
+    probes, reductions, token_scores, scope, return_token_ids, return_token_texts, activations, readings = encoded
+    return ResolvedOptions(probes, reductions, token_scores, Scope(scope), return_token_ids, return_token_texts, activations, readings)
 
 
 def _encode_continuation(continuation: Continuation) -> Encoded:
@@ -141,15 +142,10 @@ def _decode_activations(encoded: Encoded) -> tuple[ActivationArrays, ...]:
 
 
 def _encode_scores(scores: CompletionScores) -> Encoded:
-    probes = scores.scores
-    reduced = [probe.reduced for probe in probes.values()]
     return (
         scores.id,
         scores.status.value,
-        tuple(probes),
-        [array.shape for array in reduced],
-        b"".join([_bytes_of(array, np.float32) for array in reduced]),
-        {key: (probe.tokens.shape, _bytes_of(probe.tokens, np.float32)) for key, probe in probes.items() if probe.tokens is not None},
+        _encode_probes(scores.scores),
         scores.status_message,
         _encode_array(scores.prompt_ids, np.int32),
         _encode_array(scores.completion_ids, np.int32),
@@ -157,28 +153,46 @@ def _encode_scores(scores: CompletionScores) -> Encoded:
         [_encode_scores(follow_up) for follow_up in scores.follow_ups],
         scores.prompt_texts,
         scores.completion_texts,
+        [(name, own.status.value, _encode_probes(own.scores), own.status_message) for name, own in scores.readings.items()],
     )
 
 
 def _decode_scores(encoded: Encoded) -> CompletionScores:
-    echoed, status, probes, shapes, numbers, tokens, message, prompt_ids, completion_ids, inexact_ids, follow_ups, *texts = encoded
+    echoed, status, probes, message, prompt_ids, completion_ids, inexact_ids, follow_ups, prompt_texts, completion_texts, readings = encoded
+    return CompletionScores(
+        echoed,
+        CompletionStatus(status),
+        _decode_probes(probes),
+        message,
+        _decode_array(prompt_ids, np.int32),
+        _decode_array(completion_ids, np.int32),
+        inexact_ids,
+        tuple([_decode_scores(follow_up) for follow_up in follow_ups]),
+        prompt_texts,
+        completion_texts,
+        {name: ReadingScores(CompletionStatus(own), _decode_probes(scores), problem) for name, own, scores, problem in readings},
+    )
+
+
+def _encode_probes(probes: Mapping[str, ProbeScores]) -> Encoded:
+    reduced = [probe.reduced for probe in probes.values()]
+    return (
+        tuple(probes),
+        [array.shape for array in reduced],
+        b"".join([_bytes_of(array, np.float32) for array in reduced]),
+        {key: (probe.tokens.shape, _bytes_of(probe.tokens, np.float32)) for key, probe in probes.items() if probe.tokens is not None},
+    )
+
+
+def _decode_probes(encoded: Encoded) -> dict[str, ProbeScores]:
+    probes, shapes, numbers, tokens = encoded
     reduced = np.frombuffer(numbers, np.float32)
     scores, start = {}, 0
     for probe, shape in zip(probes, shapes, strict=True):
         end = start + math.prod(shape)
         scores[probe] = ProbeScores(reduced[start:end].reshape(shape), _decode_tokens(tokens[probe]) if probe in tokens else None)
         start = end
-    return CompletionScores(
-        echoed,
-        CompletionStatus(status),
-        scores,
-        message,
-        _decode_array(prompt_ids, np.int32),
-        _decode_array(completion_ids, np.int32),
-        inexact_ids,
-        tuple([_decode_scores(follow_up) for follow_up in follow_ups]),
-        *texts,
-    )
+    return scores
 
 
 def _decode_tokens(encoded: Encoded) -> NDArray[np.float32]:

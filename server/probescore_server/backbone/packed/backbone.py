@@ -71,6 +71,10 @@ class PackedBackbone:
             known.add(parts, self._run(plan, earlier, activations, keep=known.wants(parts)))
         return activations
 
+    def over(self, decoder: Decoder, reader: TapReader) -> PackedBackbone:
+        """Returns a backbone that runs a copy of this backbone's decoder in the same way, as ``Backbone.over`` says."""
+        return PackedBackbone(decoder, reader, self._kernel, max_pass_tokens=self._max_pass_tokens)
+
     def _run(self, plan: PackedPlan, earlier: Sequence[KeyValues], activations: Activations, *, keep: bool) -> KeyValues:
         """Runs one packed row through the model. It returns the row's keys and values, one pair for each layer, or an empty list if
         ``keep`` is false.

@@ -96,6 +96,10 @@ class UniversalBackbone:
             _ForestRun(self, forest, activations, skip, cache if self.keeps_key_values else None).run_all()
         return activations
 
+    def over(self, decoder: Decoder, reader: TapReader) -> UniversalBackbone:
+        """Returns a backbone that runs a copy of this backbone's decoder in the same way, as ``Backbone.over`` says."""
+        return UniversalBackbone(decoder, reader, self._attention, runs_together=self.runs_together)
+
     def start(self, known: KeyValues) -> _SequenceState:
         """Returns the state of a sequence (its key-value cache) after the tokens with the given keys and values."""
         if not self.keeps_key_values:

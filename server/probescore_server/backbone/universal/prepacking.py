@@ -60,21 +60,44 @@ def prepack(blocks: nn.ModuleList) -> Callable[[], None]:
         os.environ.setdefault(variable, capacity)
     shared = _shared_weights(blocks)
     packed = [layer for layer in blocks.modules() if type(layer) is nn.Linear and layer.weight.numel() and id(layer.weight) not in shared]
-    parts: dict[nn.Linear, list[torch.Tensor]] = {}
     for layer in packed:
-        widths = _widths(layer.in_features)
-        parts[layer] = [_laid_out(block) for block in torch.split(layer.weight.detach(), widths, 1)]
-        # Replaces the plain weight, which is freed. Code that multiplies by it directly fails, as no other operator takes this layout.
-        layer.weight = nn.Parameter(parts[layer][0], requires_grad=False)
-        # set on the instance, so that hooks and checks of the layer's type work as before
-        layer.forward = partial(_linear, parts[layer], widths, layer.out_features, layer.bias)  # type: ignore[method-assign]
+        prepack_layer(layer)
 
     def undo() -> None:
         for layer in packed:
+            plain = plain_weight(layer)
             del layer.forward
-            layer.weight = nn.Parameter(torch.cat([part.to_dense() for part in parts[layer]], 1), requires_grad=False)
+            layer.weight = nn.Parameter(plain, requires_grad=False)
 
     return undo
+
+
+def prepack_layer(layer: nn.Linear) -> None:
+    """Replaces the plain weight of a linear layer by a copy in oneDNN's blocked layout; the layer multiplies with it, and adds its present
+    bias.
+    """
+    widths = _widths(layer.in_features)
+    parts = [_laid_out(block) for block in torch.split(layer.weight.detach(), widths, 1)]
+    # Replaces the plain weight, which is freed. Code that multiplies by it directly fails, as no other operator takes this layout.
+    layer.weight = nn.Parameter(parts[0], requires_grad=False)
+    # set on the instance, so that hooks and checks of the layer's type work as before
+    layer.forward = partial(_linear, parts, widths, layer.out_features, layer.bias)  # type: ignore[method-assign]
+
+
+def is_prepacked(layer: nn.Module) -> bool:
+    """Returns whether a layer's weight is in oneDNN's blocked layout."""
+    forward = vars(layer).get("forward")
+    return isinstance(forward, partial) and forward.func is _linear
+
+
+def plain_weight(layer: nn.Linear) -> torch.Tensor:
+    """Returns a linear layer's weight ``(out_features, in_features)``; of a prepacked layer a plain copy, bit by bit the weight that was
+    prepacked.
+    """
+    if not is_prepacked(layer):
+        return layer.weight.detach()
+    parts: Sequence[torch.Tensor] = vars(layer)["forward"].args[0]
+    return torch.cat([part.to_dense() for part in parts], 1)
 
 
 def _laid_out(block: torch.Tensor) -> torch.Tensor:

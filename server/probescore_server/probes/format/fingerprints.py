@@ -32,7 +32,7 @@ _MAX_JSON_BYTES = 1 << 28
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 # Names that wrap a decoder: Qwen3ForCausalLM stores `model.layers.0…`, Qwen3Model the same tensor as `layers.0…`.
-_WRAPPERS = {"model", "base_model", "language_model", "text_model", "transformer", "decoder", "gpt_neox", "backbone"}
+WRAPPERS = {"model", "base_model", "language_model", "text_model", "transformer", "decoder", "gpt_neox", "backbone"}
 # Tensors beside the decoder, by the first part of their name: text never passes through them on its way to any tap. Heads are what language
 # models, reward models, classifiers and trainers' value functions add; encoders are of other things than text; `mtp` drafts later tokens.
 # A tensor of an unknown name is counted: then the same model may get two fingerprints, but two models never get the same one.
@@ -108,15 +108,35 @@ def model_fingerprint(directory: Path) -> str:
     config = _known_config(written, directory.name)
     tied = None if config is None else tied_embedding(config)
     if tied is not None:
-        tensors = _with_embedding(tensors, _without_wrappers(tied[1]))
+        tensors = _with_embedding(tensors, without_wrappers(tied[1]))
     content: dict[str, object] = {
         "config": _meaningful_settings(written, config),
-        "tensors": sorted(entry for entry in tensors if not _stands_beside(entry[0])),
+        "tensors": sorted(entry for entry in tensors if not stands_beside(entry[0])),
     }
     if config is None:
         content["code"] = [hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(directory.glob("*.py"))]
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return "sha256:" + hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def decoder_settings(config_file: bytes, name: str) -> dict[str, object]:
+    """Returns the settings of a model's config that change the activations of its decoder blocks, in one spelling.
+
+    Args:
+        config_file: content of ``config.json``.
+        name: name of the model, for messages.
+
+    Raises:
+        ModelRefused: the content is no config of a model.
+    """
+    try:
+        written = json.loads(config_file)
+    except ValueError:
+        raise ModelRefused(f"{name}: config.json is not JSON") from None
+    if not isinstance(written, dict):
+        raise ModelRefused(f"{name}: config.json is not a JSON object")
+    written = _decoded(written)
+    return _meaningful_settings(written, _known_config(written, name))
 
 
 def _weight_files(directory: Path) -> list[Path]:
@@ -156,21 +176,25 @@ def _tensors(file: Path) -> Iterator[_Tensor]:
                 begin, end = map(int, entry["data_offsets"])
                 if not 0 <= begin <= end <= size - start:
                     raise ModelRefused(f"{file}: truncated: tensor {name!r} ends at byte {start + end} of {size}")
-                bare = _without_wrappers(name)
-                if (re.match(HEAD_NAMES, bare) or not _stands_beside(bare)) and not _DERIVED.search(bare):
+                bare = without_wrappers(name)
+                if (re.match(HEAD_NAMES, bare) or not stands_beside(bare)) and not _DERIVED.search(bare):
                     yield bare, str(entry["dtype"]), list(entry["shape"]), _sampled_digest(stream, start + begin, end - begin)
         except (ValueError, TypeError, KeyError, AttributeError):
             raise ModelRefused(f"{file}: its header is not one of a safetensors file") from None
 
 
-def _without_wrappers(name: str) -> str:
+def without_wrappers(name: str) -> str:
+    """Returns a tensor's or module's name as it is in the bare decoder, such as ``layers.0.mlp`` for ``model.layers.0.mlp``."""
     parts = name.split(".")
-    while len(parts) > 1 and parts[0] in _WRAPPERS:
+    while len(parts) > 1 and parts[0] in WRAPPERS:
         del parts[0]
     return ".".join(parts)
 
 
-def _stands_beside(name: str) -> bool:
+def stands_beside(name: str) -> bool:
+    """Returns whether a tensor or module, by its name without wrappers, lies beside the decoder: text passes through it on its way to no
+    tap.
+    """
     return _BESIDE.fullmatch(name.split(".")[0]) is not None
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from probescore.types import Completion, CompletionScores, CompletionStatus, OutputPer, RolloutGroup
 from probescore_server.errors import InvalidRequest, ProbeRefused
-from probescore_server.probes.format.manifest import Golden, LeftOut, Neighbour, neighbouring_places
+from probescore_server.probes.format.manifest import Golden, LeftOut, Manifest, Neighbour, neighbouring_places
 from probescore_server.probes.format.probe_file import ProbeFile
 from probescore_server.probes.loading.deviations import largest_deviation
 from probescore_server.rollouts import CheckedRollout, EngineInfo
@@ -52,18 +52,22 @@ With a larger tolerance, a manifest must also hold the scores of the neighbourin
 _OR_FLOAT32 = ", or serve it in float32"
 
 
-def golden_rollouts(probe: ProbeFile, info: EngineInfo) -> list[CheckedRollout]:
+def golden_rollouts(manifest: Manifest, info: EngineInfo, file: str) -> list[CheckedRollout]:
     """Returns the golden cases of a probe (rollouts stored with the scores of the author's own code) as rollouts that the engine can score;
     scores per token are requested unless the probe gives one score per rollout.
+
+    Args:
+        manifest: the probe's manifest.
+        info: the model, and the probes with this one among them.
+        file: the probe's file, for errors.
 
     Raises:
         ProbeRefused: the model cannot score a case, because a token id is beyond the vocabulary, or because the probe's ``expects_bos``
             contradicts the prompt's first token.
     """
-    manifest = probe.manifest
     for token in manifest.follow_up.token_ids if manifest.follow_up else ():
         if token in info.placeholders:
-            raise ProbeRefused(probe.file, "follow_up.token_ids", f"{token}, {info.placeholders[token]}", "ids of text")
+            raise ProbeRefused(file, "follow_up.token_ids", f"{token}, {info.placeholders[token]}", "ids of text")
     groups = [
         RolloutGroup(np.array(case.prompt_ids, np.int64), [Completion(np.array(case.completion_ids, np.int64))])
         for case in manifest.golden.cases
@@ -74,7 +78,7 @@ def golden_rollouts(probe: ProbeFile, info: EngineInfo) -> list[CheckedRollout]:
         return [rollout for group in resolve_rollouts(groups, info, options) for rollout in group]
     except InvalidRequest as error:
         field = error.field.replace("groups", "golden.cases", 1)
-        raise ProbeRefused(probe.file, field, error.problem, "a rollout that this model can score") from None
+        raise ProbeRefused(file, field, error.problem, "a rollout that this model can score") from None
 
 
 def check_golden(probe: ProbeFile, found: Sequence[CompletionScores], dtype: str) -> ProbeRefused | None:
@@ -109,6 +113,20 @@ def check_golden(probe: ProbeFile, found: Sequence[CompletionScores], dtype: str
         f"scores that differ by up to {difference:.3g} × their standard deviation when recomputed in {dtype}",
         f"at most {allowed:g} ×",
     )
+
+
+def golden_deviation(manifest: Manifest, found: Sequence[CompletionScores]) -> float:
+    """Returns the largest difference between scores of a probe's golden rollouts and the golden scores, in standard deviations of each
+    label's golden scores; infinite if a rollout has no scores.
+
+    Args:
+        manifest: the probe's manifest, with the golden vectors.
+        found: scores of ``golden_rollouts``, in the same order.
+    """
+    if any(scores.status is not CompletionStatus.OK for scores in found):
+        return float("inf")
+    expected = manifest.golden.score_rows
+    return largest_deviation(np.concatenate([_rows(scores, manifest.name) for scores in found]), expected, expected.std(axis=0))
 
 
 @dataclass(frozen=True)
