@@ -97,10 +97,10 @@ parity-trained: .venv-trained/installed ## Scores on trained weights beside plai
 	$(TEST_ENV) .venv-trained/bin/python -m pytest tests/trained -q -rP -o timeout=3600
 
 test-peft: .venv-peft/installed ## Adapters that PEFT itself makes, beside PEFT's own forward passes (not part of `make test`: minutes)
-	$(TEST_ENV) .venv-peft/bin/python -m pytest tests/peft -q -rP -o timeout=900
+	$(TEST_ENV) .venv-peft/bin/python -m pytest tests/peft_parity -q -rP -o timeout=900
 
 .venv-trained/installed: examples/truth/requirements.txt
-.venv-peft/installed: tests/peft/requirements.txt
+.venv-peft/installed: tests/peft_parity/requirements.txt
 .venv-trained/installed .venv-peft/installed: .venv-%/installed: $(INSTALLED)
 	$(PYTHON) -m venv --clear .venv-$*
 	@.venv-$*/bin/pip install --quiet --disable-pip-version-check --no-deps --requirement $(filter %/requirements.txt,$^) || { \
