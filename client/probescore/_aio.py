@@ -28,6 +28,7 @@ from probescore._client import (
     stream_template,
 )
 from probescore._every_server import (
+    LEAST_SECONDS,
     Outcome,
     Plan,
     agreement_plan,
@@ -460,14 +461,14 @@ class AsyncProbeClient(BaseClient):
             UnavailableError: they have different versions, so that the scores of one call could not be compared with another's.
         """
         names = self._has_not_agreed(readings)
-        if names and len(await asyncio.to_thread(self._servers)) > 1:
-            self._agreed.update(
-                await retry_async(
-                    lambda seconds: self._on_each(lambda servers: agreement_plan(servers, names), seconds), attempts, self._wait
-                )
-            )
-        else:
+        if not names or len(await asyncio.to_thread(self._servers)) == 1:
             self._agreed.update({each.name: each.id for each in readings if each.name in names})
+            return
+
+        async def ask(seconds: float) -> dict[str, str]:
+            return await self._on_each(lambda servers: agreement_plan(servers, names), max(seconds, LEAST_SECONDS))
+
+        self._agreed.update(await retry_async(ask, attempts, self._wait))
 
     async def _server_info(self, attempts: Attempts) -> ServerInfo:
         answer = await self._call(lambda stub: stub.GetServerInfo, scoring_pb2.GetServerInfoRequest(), attempts)
@@ -492,7 +493,7 @@ class _AsyncStream:
         self._window = window
 
     async def completions(self, groups: Iterable[RolloutGroup] | AsyncIterable[RolloutGroup]) -> AsyncIterator[StreamedCompletion]:
-        schedule = StreamSchedule(self._window)
+        schedule = StreamSchedule(self._window, len(self._template.readings))
         arrivals: asyncio.Queue[Arrival] = asyncio.Queue()
         source = async_source_of(groups, arrivals.put_nowait)
         tasks: set[asyncio.Task[None]] = set()

@@ -35,7 +35,8 @@ Outcome = Union[LoadedReading, Reading, ServerInfo, ProbescoreError]
 
 _GONE = {"UNKNOWN_READING", "READING_LOST"}
 """Reasons of failures that say that a name means no reading already."""
-_LEAST_SECONDS = 0.001
+LEAST_SECONDS = 0.001
+"""Seconds that an RPC has at least, when the time of its plan is over."""
 UNDO_BUDGET_SECONDS = 10.0
 """Seconds for which an RPC that undoes another one is retried; what has failed has been retried already."""
 
@@ -47,10 +48,12 @@ class Round:
     Attributes:
         requests: a dictionary from the servers' addresses to the requests.
         undoes: whether the requests undo earlier ones; then they have time of their own.
+        is_tried_once: whether a request that fails is not sent again.
     """
 
     requests: Mapping[str, Request]
     undoes: bool = False
+    is_tried_once: bool = False
 
 
 Plan = Generator[Round, Mapping[str, Outcome], Result]
@@ -74,7 +77,9 @@ class RoundTimes:
         now = time.monotonic()
         end = self._ends.setdefault(asked.undoes, now + self._timeout)
         budget = min(self._restart_budget, UNDO_BUDGET_SECONDS) if asked.undoes else self._restart_budget
-        return Attempts(max(end - now, _LEAST_SECONDS), budget)
+        if asked.is_tried_once:
+            budget = 0.0
+        return Attempts(max(end - now, LEAST_SECONDS), budget)
 
 
 def method_of(request: Request) -> str:
@@ -212,10 +217,10 @@ def agreement_plan(servers: Sequence[str], names: Sequence[str]) -> Plan[dict[st
     Raises:
         UnavailableError: the servers have different versions, as they do for a moment while a reading is replaced.
     """
-    outcomes = yield Round({server: scoring_pb2.GetServerInfoRequest() for server in servers}, undoes=True)
+    outcomes = yield Round({server: scoring_pb2.GetServerInfoRequest() for server in servers}, is_tried_once=True)
     ids: dict[str, dict[str, str]] = {}
     for server, outcome in outcomes.items():
-        if not isinstance(outcome, (TransientError, DeadlineExceededError)):
+        if not isinstance(outcome, TransientError):
             readings = _expect(outcome, ServerInfo).readings
             ids[server] = {each.name: each.id for each in readings if each.name in names}
     problem = _difference(ids)

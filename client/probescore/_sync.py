@@ -28,6 +28,7 @@ from probescore._client import (
     stream_template,
 )
 from probescore._every_server import (
+    LEAST_SECONDS,
     Outcome,
     Plan,
     agreement_plan,
@@ -433,12 +434,14 @@ class ProbeClient(BaseClient):
             UnavailableError: they have different versions, so that the scores of one call could not be compared with another's.
         """
         names = self._has_not_agreed(readings)
-        if names and len(self._servers()) > 1:
-            self._agreed.update(
-                retry(lambda seconds: self._on_each(lambda servers: agreement_plan(servers, names), seconds), attempts, self._wait)
-            )
-        else:
+        if not names or len(self._servers()) == 1:
             self._agreed.update({each.name: each.id for each in readings if each.name in names})
+            return
+
+        def ask(seconds: float) -> dict[str, str]:
+            return self._on_each(lambda servers: agreement_plan(servers, names), max(seconds, LEAST_SECONDS))
+
+        self._agreed.update(retry(ask, attempts, self._wait))
 
     def _server_info(self, attempts: Attempts) -> ServerInfo:
         return read(server_info_from_proto, self._call(lambda stub: stub.GetServerInfo, scoring_pb2.GetServerInfoRequest(), attempts))
@@ -470,7 +473,7 @@ class _Stream:
         self._pause = threading.Event()
 
     def completions(self, groups: Iterable[RolloutGroup] | AsyncIterable[RolloutGroup]) -> Iterator[StreamedCompletion]:
-        schedule = StreamSchedule(self._window)
+        schedule = StreamSchedule(self._window, len(self._template.readings))
         source = source_of(groups, self._arrivals.put)
         with ThreadPoolExecutor(self._window.calls_in_flight, "probescore-stream") as threads:
             try:

@@ -539,3 +539,13 @@ def test_a_client_forgets_nothing_it_needs_when_pickled(client_class: Any, addre
         client.load_reading("policy", "/step-2")
         inner = getattr(client, "client", client)
         assert pickle.loads(pickle.dumps(inner))._loaded == {}
+
+
+def test_a_token_counts_once_for_each_reading(client: Any, service: ReadingService) -> None:
+    groups = [group([number] * 8, prompt=[1, 2]) for number in range(4)]
+    window = StreamWindow(tokens_per_call=40, calls_in_flight=1)
+
+    assert len(list(client.score_stream(groups, window=window))) == 4
+    assert len(service.requests) == 1
+    assert len(list(client.score_stream(groups, readings=BOTH, window=window))) == 4
+    assert [len(request.groups) for request in service.requests[1:]] == [2, 2]
