@@ -12,31 +12,44 @@ from google.protobuf.internal import builder as _builder
 _sym_db = _symbol_database.Default()
 
 
+from probescore.v1 import scoring_pb2 as probescore_dot_v1_dot_scoring__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19probescore/v1/admin.proto\x12\rprobescore.v1\"\x0e\n\x0cSleepRequest\";\n\rSleepResponse\x12*\n\ttransfers\x18\x01 \x03(\x0b\x32\x17.probescore.v1.Transfer\"\r\n\x0bWakeRequest\":\n\x0cWakeResponse\x12*\n\ttransfers\x18\x01 \x03(\x0b\x32\x17.probescore.v1.Transfer\"W\n\x08Transfer\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\x12\x0f\n\x07seconds\x18\x02 \x01(\x01\x12\x14\n\x0cweight_bytes\x18\x03 \x01(\x04\x12\x14\n\x0c\x64\x65vice_bytes\x18\x04 \x01(\x04\"\x0f\n\rReloadRequest\"\xb4\x01\n\x0eReloadResponse\x12\r\n\x05\x61\x64\x64\x65\x64\x18\x01 \x03(\t\x12\x0f\n\x07retired\x18\x02 \x03(\t\x12\x0f\n\x07\x64ropped\x18\x03 \x03(\t\x12\x16\n\x0e\x63urrent_probes\x18\x04 \x03(\t\x12\x16\n\x0eretired_probes\x18\x05 \x03(\t\x12\x30\n\x07refused\x18\x06 \x03(\x0b\x32\x1f.probescore.v1.RefusedProbeFile\x12\x0f\n\x07seconds\x18\x07 \x01(\x01\"P\n\x10RefusedProbeFile\x12\x0c\n\x04\x66ile\x18\x01 \x01(\t\x12\r\n\x05\x66ield\x18\x02 \x01(\t\x12\r\n\x05\x66ound\x18\x03 \x01(\t\x12\x10\n\x08\x65xpected\x18\x04 \x01(\t2\xdf\x01\n\x11ProbeAdminService\x12\x42\n\x05Sleep\x12\x1b.probescore.v1.SleepRequest\x1a\x1c.probescore.v1.SleepResponse\x12?\n\x04Wake\x12\x1a.probescore.v1.WakeRequest\x1a\x1b.probescore.v1.WakeResponse\x12\x45\n\x06Reload\x12\x1c.probescore.v1.ReloadRequest\x1a\x1d.probescore.v1.ReloadResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19probescore/v1/admin.proto\x12\rprobescore.v1\x1a\x1bprobescore/v1/scoring.proto\"\x0e\n\x0cSleepRequest\";\n\rSleepResponse\x12*\n\ttransfers\x18\x01 \x03(\x0b\x32\x17.probescore.v1.Transfer\"\r\n\x0bWakeRequest\":\n\x0cWakeResponse\x12*\n\ttransfers\x18\x01 \x03(\x0b\x32\x17.probescore.v1.Transfer\"W\n\x08Transfer\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\x12\x0f\n\x07seconds\x18\x02 \x01(\x01\x12\x14\n\x0cweight_bytes\x18\x03 \x01(\x04\x12\x14\n\x0c\x64\x65vice_bytes\x18\x04 \x01(\x04\"\x0f\n\rReloadRequest\"\xb4\x01\n\x0eReloadResponse\x12\r\n\x05\x61\x64\x64\x65\x64\x18\x01 \x03(\t\x12\x0f\n\x07retired\x18\x02 \x03(\t\x12\x0f\n\x07\x64ropped\x18\x03 \x03(\t\x12\x16\n\x0e\x63urrent_probes\x18\x04 \x03(\t\x12\x16\n\x0eretired_probes\x18\x05 \x03(\t\x12\x30\n\x07refused\x18\x06 \x03(\x0b\x32\x1f.probescore.v1.RefusedProbeFile\x12\x0f\n\x07seconds\x18\x07 \x01(\x01\"s\n\x12LoadReadingRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x11\n\x04step\x18\x03 \x01(\x03H\x00\x88\x01\x01\x12\x13\n\x0b\x65xpected_id\x18\x04 \x01(\t\x12\x10\n\x08in_place\x18\x05 \x01(\x08\x42\x07\n\x05_step\"\xfd\x01\n\x13LoadReadingResponse\x12\'\n\x07reading\x18\x01 \x01(\x0b\x32\x16.probescore.v1.Reading\x12(\n\x08replaced\x18\x02 \x01(\x0b\x32\x16.probescore.v1.Reading\x12I\n\x0cgolden_drift\x18\x03 \x03(\x0b\x32\x33.probescore.v1.LoadReadingResponse.GoldenDriftEntry\x12\x14\n\x0c\x64\x65vice_bytes\x18\x04 \x01(\x04\x1a\x32\n\x10GoldenDriftEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"$\n\x14UnloadReadingRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"@\n\x15UnloadReadingResponse\x12\'\n\x07removed\x18\x01 \x01(\x0b\x32\x16.probescore.v1.Reading\"P\n\x10RefusedProbeFile\x12\x0c\n\x04\x66ile\x18\x01 \x01(\t\x12\r\n\x05\x66ield\x18\x02 \x01(\t\x12\r\n\x05\x66ound\x18\x03 \x01(\t\x12\x10\n\x08\x65xpected\x18\x04 \x01(\t2\x91\x03\n\x11ProbeAdminService\x12\x42\n\x05Sleep\x12\x1b.probescore.v1.SleepRequest\x1a\x1c.probescore.v1.SleepResponse\x12?\n\x04Wake\x12\x1a.probescore.v1.WakeRequest\x1a\x1b.probescore.v1.WakeResponse\x12\x45\n\x06Reload\x12\x1c.probescore.v1.ReloadRequest\x1a\x1d.probescore.v1.ReloadResponse\x12T\n\x0bLoadReading\x12!.probescore.v1.LoadReadingRequest\x1a\".probescore.v1.LoadReadingResponse\x12Z\n\rUnloadReading\x12#.probescore.v1.UnloadReadingRequest\x1a$.probescore.v1.UnloadReadingResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'probescore.v1.admin_pb2', _globals)
 if _descriptor._USE_C_DESCRIPTORS == False:
   DESCRIPTOR._options = None
-  _globals['_SLEEPREQUEST']._serialized_start=44
-  _globals['_SLEEPREQUEST']._serialized_end=58
-  _globals['_SLEEPRESPONSE']._serialized_start=60
-  _globals['_SLEEPRESPONSE']._serialized_end=119
-  _globals['_WAKEREQUEST']._serialized_start=121
-  _globals['_WAKEREQUEST']._serialized_end=134
-  _globals['_WAKERESPONSE']._serialized_start=136
-  _globals['_WAKERESPONSE']._serialized_end=194
-  _globals['_TRANSFER']._serialized_start=196
-  _globals['_TRANSFER']._serialized_end=283
-  _globals['_RELOADREQUEST']._serialized_start=285
-  _globals['_RELOADREQUEST']._serialized_end=300
-  _globals['_RELOADRESPONSE']._serialized_start=303
-  _globals['_RELOADRESPONSE']._serialized_end=483
-  _globals['_REFUSEDPROBEFILE']._serialized_start=485
-  _globals['_REFUSEDPROBEFILE']._serialized_end=565
-  _globals['_PROBEADMINSERVICE']._serialized_start=568
-  _globals['_PROBEADMINSERVICE']._serialized_end=791
+  _globals['_LOADREADINGRESPONSE_GOLDENDRIFTENTRY']._options = None
+  _globals['_LOADREADINGRESPONSE_GOLDENDRIFTENTRY']._serialized_options = b'8\001'
+  _globals['_SLEEPREQUEST']._serialized_start=73
+  _globals['_SLEEPREQUEST']._serialized_end=87
+  _globals['_SLEEPRESPONSE']._serialized_start=89
+  _globals['_SLEEPRESPONSE']._serialized_end=148
+  _globals['_WAKEREQUEST']._serialized_start=150
+  _globals['_WAKEREQUEST']._serialized_end=163
+  _globals['_WAKERESPONSE']._serialized_start=165
+  _globals['_WAKERESPONSE']._serialized_end=223
+  _globals['_TRANSFER']._serialized_start=225
+  _globals['_TRANSFER']._serialized_end=312
+  _globals['_RELOADREQUEST']._serialized_start=314
+  _globals['_RELOADREQUEST']._serialized_end=329
+  _globals['_RELOADRESPONSE']._serialized_start=332
+  _globals['_RELOADRESPONSE']._serialized_end=512
+  _globals['_LOADREADINGREQUEST']._serialized_start=514
+  _globals['_LOADREADINGREQUEST']._serialized_end=629
+  _globals['_LOADREADINGRESPONSE']._serialized_start=632
+  _globals['_LOADREADINGRESPONSE']._serialized_end=885
+  _globals['_LOADREADINGRESPONSE_GOLDENDRIFTENTRY']._serialized_start=835
+  _globals['_LOADREADINGRESPONSE_GOLDENDRIFTENTRY']._serialized_end=885
+  _globals['_UNLOADREADINGREQUEST']._serialized_start=887
+  _globals['_UNLOADREADINGREQUEST']._serialized_end=923
+  _globals['_UNLOADREADINGRESPONSE']._serialized_start=925
+  _globals['_UNLOADREADINGRESPONSE']._serialized_end=989
+  _globals['_REFUSEDPROBEFILE']._serialized_start=991
+  _globals['_REFUSEDPROBEFILE']._serialized_end=1071
+  _globals['_PROBEADMINSERVICE']._serialized_start=1074
+  _globals['_PROBEADMINSERVICE']._serialized_end=1475
 # @@protoc_insertion_point(module_scope)

@@ -8,6 +8,7 @@ import collections.abc
 import google.protobuf.descriptor
 import google.protobuf.internal.containers
 import google.protobuf.message
+import probescore.v1.scoring_pb2
 import typing
 
 DESCRIPTOR: google.protobuf.descriptor.FileDescriptor
@@ -173,6 +174,140 @@ class ReloadResponse(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["added", b"added", "current_probes", b"current_probes", "dropped", b"dropped", "refused", b"refused", "retired", b"retired", "retired_probes", b"retired_probes", "seconds", b"seconds"]) -> None: ...
 
 global___ReloadResponse = ReloadResponse
+
+@typing.final
+class LoadReadingRequest(google.protobuf.message.Message):
+    """Which adapter or checkpoint to load, and under which name."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    PATH_FIELD_NUMBER: builtins.int
+    STEP_FIELD_NUMBER: builtins.int
+    EXPECTED_ID_FIELD_NUMBER: builtins.int
+    IN_PLACE_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """The name by which requests ask for the reading: 1 to 64 of A–Z, a–z, 0–9, '.', '_' and '-', beginning with a letter or digit, and not
+    "frozen". A reading of this name is replaced.
+    """
+    path: builtins.str
+    """Directory that the adapter or checkpoint was saved to, on storage that the server sees: absolute, or relative to `readings_root`."""
+    step: builtins.int
+    """Label to tell versions apart, such as the training step."""
+    expected_id: builtins.str
+    """If not empty, the call fails with FAILED_PRECONDITION unless the files are this version, such as the one that another server has loaded."""
+    in_place: builtins.bool
+    """Whether the version that the name means is freed first, so that there is never room needed for both. Calls that name the reading wait
+    meanwhile. If loading fails, the name means nothing.
+    """
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        path: builtins.str = ...,
+        step: builtins.int | None = ...,
+        expected_id: builtins.str = ...,
+        in_place: builtins.bool = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_step", b"_step", "step", b"step"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_step", b"_step", "expected_id", b"expected_id", "in_place", b"in_place", "name", b"name", "path", b"path", "step", b"step"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_step", b"_step"]) -> typing.Literal["step"] | None: ...
+
+global___LoadReadingRequest = LoadReadingRequest
+
+@typing.final
+class LoadReadingResponse(google.protobuf.message.Message):
+    """The reading that was loaded."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    @typing.final
+    class GoldenDriftEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.float
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.float = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
+    READING_FIELD_NUMBER: builtins.int
+    REPLACED_FIELD_NUMBER: builtins.int
+    GOLDEN_DRIFT_FIELD_NUMBER: builtins.int
+    DEVICE_BYTES_FIELD_NUMBER: builtins.int
+    device_bytes: builtins.int
+    """Bytes of memory on one device that only this reading's weights use."""
+    @property
+    def reading(self) -> probescore.v1.scoring_pb2.Reading:
+        """What the name now means."""
+
+    @property
+    def replaced(self) -> probescore.v1.scoring_pb2.Reading:
+        """What the name meant before; absent = nothing."""
+
+    @property
+    def golden_drift(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.float]:
+        """By probe, `name@version`: the largest difference between scores of its golden rollouts on this reading and the golden scores, in standard
+        deviations of these. It tells how far the weights have moved, and is no fault.
+        """
+
+    def __init__(
+        self,
+        *,
+        reading: probescore.v1.scoring_pb2.Reading | None = ...,
+        replaced: probescore.v1.scoring_pb2.Reading | None = ...,
+        golden_drift: collections.abc.Mapping[builtins.str, builtins.float] | None = ...,
+        device_bytes: builtins.int = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["reading", b"reading", "replaced", b"replaced"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["device_bytes", b"device_bytes", "golden_drift", b"golden_drift", "reading", b"reading", "replaced", b"replaced"]) -> None: ...
+
+global___LoadReadingResponse = LoadReadingResponse
+
+@typing.final
+class UnloadReadingRequest(google.protobuf.message.Message):
+    """Which name to let mean nothing."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """The name."""
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["name", b"name"]) -> None: ...
+
+global___UnloadReadingRequest = UnloadReadingRequest
+
+@typing.final
+class UnloadReadingResponse(google.protobuf.message.Message):
+    """The reading that was unloaded."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REMOVED_FIELD_NUMBER: builtins.int
+    @property
+    def removed(self) -> probescore.v1.scoring_pb2.Reading:
+        """What the name meant."""
+
+    def __init__(
+        self,
+        *,
+        removed: probescore.v1.scoring_pb2.Reading | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["removed", b"removed"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["removed", b"removed"]) -> None: ...
+
+global___UnloadReadingResponse = UnloadReadingResponse
 
 @typing.final
 class RefusedProbeFile(google.protobuf.message.Message):

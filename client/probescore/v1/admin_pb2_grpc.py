@@ -6,8 +6,8 @@ from probescore.v1 import admin_pb2 as probescore_dot_v1_dot_admin__pb2
 
 
 class ProbeAdminServiceStub(object):
-    """Changes what a running server does with its devices, and which probes it serves. Off unless the server's setting `admin` turns it on; then the interceptors of the
-    settings guard it like every other service. Errors are as in ScoringService.
+    """Changes what a running server does with its devices, and which probes and readings it serves. Off unless the server's setting `admin` turns
+    it on; then the interceptors of the settings guard it like every other service. Errors are as in ScoringService.
     """
 
     def __init__(self, channel):
@@ -31,11 +31,21 @@ class ProbeAdminServiceStub(object):
                 request_serializer=probescore_dot_v1_dot_admin__pb2.ReloadRequest.SerializeToString,
                 response_deserializer=probescore_dot_v1_dot_admin__pb2.ReloadResponse.FromString,
                 )
+        self.LoadReading = channel.unary_unary(
+                '/probescore.v1.ProbeAdminService/LoadReading',
+                request_serializer=probescore_dot_v1_dot_admin__pb2.LoadReadingRequest.SerializeToString,
+                response_deserializer=probescore_dot_v1_dot_admin__pb2.LoadReadingResponse.FromString,
+                )
+        self.UnloadReading = channel.unary_unary(
+                '/probescore.v1.ProbeAdminService/UnloadReading',
+                request_serializer=probescore_dot_v1_dot_admin__pb2.UnloadReadingRequest.SerializeToString,
+                response_deserializer=probescore_dot_v1_dot_admin__pb2.UnloadReadingResponse.FromString,
+                )
 
 
 class ProbeAdminServiceServicer(object):
-    """Changes what a running server does with its devices, and which probes it serves. Off unless the server's setting `admin` turns it on; then the interceptors of the
-    settings guard it like every other service. Errors are as in ScoringService.
+    """Changes what a running server does with its devices, and which probes and readings it serves. Off unless the server's setting `admin` turns
+    it on; then the interceptors of the settings guard it like every other service. Errors are as in ScoringService.
     """
 
     def Sleep(self, request, context):
@@ -65,6 +75,24 @@ class ProbeAdminServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def LoadReading(self, request, context):
+        """Loads a LoRA adapter, or a checkpoint of the whole model, beside the frozen model, and answers once every worker has it and its name means
+        it. Calls that are under way finish on the version that they began with; if one worker refuses it, none takes it. Off unless the server's
+        setting `readings_root` names the directory below which adapters and checkpoints are read. Fails with UNAVAILABLE and RetryInfo while
+        files are being written, or while a worker is not up, and with FAILED_PRECONDITION while the server sleeps. A call that is given up
+        before the answer has asked all the same.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnloadReading(self, request, context):
+        """Lets a name mean no reading any more. Its memory is freed once the calls that began before have ended.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ProbeAdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -83,6 +111,16 @@ def add_ProbeAdminServiceServicer_to_server(servicer, server):
                     request_deserializer=probescore_dot_v1_dot_admin__pb2.ReloadRequest.FromString,
                     response_serializer=probescore_dot_v1_dot_admin__pb2.ReloadResponse.SerializeToString,
             ),
+            'LoadReading': grpc.unary_unary_rpc_method_handler(
+                    servicer.LoadReading,
+                    request_deserializer=probescore_dot_v1_dot_admin__pb2.LoadReadingRequest.FromString,
+                    response_serializer=probescore_dot_v1_dot_admin__pb2.LoadReadingResponse.SerializeToString,
+            ),
+            'UnloadReading': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnloadReading,
+                    request_deserializer=probescore_dot_v1_dot_admin__pb2.UnloadReadingRequest.FromString,
+                    response_serializer=probescore_dot_v1_dot_admin__pb2.UnloadReadingResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'probescore.v1.ProbeAdminService', rpc_method_handlers)
@@ -91,8 +129,8 @@ def add_ProbeAdminServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ProbeAdminService(object):
-    """Changes what a running server does with its devices, and which probes it serves. Off unless the server's setting `admin` turns it on; then the interceptors of the
-    settings guard it like every other service. Errors are as in ScoringService.
+    """Changes what a running server does with its devices, and which probes and readings it serves. Off unless the server's setting `admin` turns
+    it on; then the interceptors of the settings guard it like every other service. Errors are as in ScoringService.
     """
 
     @staticmethod
@@ -143,5 +181,39 @@ class ProbeAdminService(object):
         return grpc.experimental.unary_unary(request, target, '/probescore.v1.ProbeAdminService/Reload',
             probescore_dot_v1_dot_admin__pb2.ReloadRequest.SerializeToString,
             probescore_dot_v1_dot_admin__pb2.ReloadResponse.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def LoadReading(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/probescore.v1.ProbeAdminService/LoadReading',
+            probescore_dot_v1_dot_admin__pb2.LoadReadingRequest.SerializeToString,
+            probescore_dot_v1_dot_admin__pb2.LoadReadingResponse.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def UnloadReading(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/probescore.v1.ProbeAdminService/UnloadReading',
+            probescore_dot_v1_dot_admin__pb2.UnloadReadingRequest.SerializeToString,
+            probescore_dot_v1_dot_admin__pb2.UnloadReadingResponse.FromString,
             options, channel_credentials,
             insecure, call_credentials, compression, wait_for_ready, timeout, metadata)

@@ -18,8 +18,8 @@ class _ServicerContext(grpc.ServicerContext, grpc.aio.ServicerContext):  # type:
     ...
 
 class ProbeAdminServiceStub:
-    """Changes what a running server does with its devices, and which probes it serves. Off unless the server's setting `admin` turns it on; then the interceptors of the
-    settings guard it like every other service. Errors are as in ScoringService.
+    """Changes what a running server does with its devices, and which probes and readings it serves. Off unless the server's setting `admin` turns
+    it on; then the interceptors of the settings guard it like every other service. Errors are as in ScoringService.
     """
 
     def __init__(self, channel: typing.Union[grpc.Channel, grpc.aio.Channel]) -> None: ...
@@ -50,9 +50,26 @@ class ProbeAdminServiceStub:
     RetryInfo while a worker is not up. A call that is given up before the answer has asked all the same.
     """
 
+    LoadReading: grpc.UnaryUnaryMultiCallable[
+        probescore.v1.admin_pb2.LoadReadingRequest,
+        probescore.v1.admin_pb2.LoadReadingResponse,
+    ]
+    """Loads a LoRA adapter, or a checkpoint of the whole model, beside the frozen model, and answers once every worker has it and its name means
+    it. Calls that are under way finish on the version that they began with; if one worker refuses it, none takes it. Off unless the server's
+    setting `readings_root` names the directory below which adapters and checkpoints are read. Fails with UNAVAILABLE and RetryInfo while
+    files are being written, or while a worker is not up, and with FAILED_PRECONDITION while the server sleeps. A call that is given up
+    before the answer has asked all the same.
+    """
+
+    UnloadReading: grpc.UnaryUnaryMultiCallable[
+        probescore.v1.admin_pb2.UnloadReadingRequest,
+        probescore.v1.admin_pb2.UnloadReadingResponse,
+    ]
+    """Lets a name mean no reading any more. Its memory is freed once the calls that began before have ended."""
+
 class ProbeAdminServiceAsyncStub:
-    """Changes what a running server does with its devices, and which probes it serves. Off unless the server's setting `admin` turns it on; then the interceptors of the
-    settings guard it like every other service. Errors are as in ScoringService.
+    """Changes what a running server does with its devices, and which probes and readings it serves. Off unless the server's setting `admin` turns
+    it on; then the interceptors of the settings guard it like every other service. Errors are as in ScoringService.
     """
 
     Sleep: grpc.aio.UnaryUnaryMultiCallable[
@@ -82,9 +99,26 @@ class ProbeAdminServiceAsyncStub:
     RetryInfo while a worker is not up. A call that is given up before the answer has asked all the same.
     """
 
+    LoadReading: grpc.aio.UnaryUnaryMultiCallable[
+        probescore.v1.admin_pb2.LoadReadingRequest,
+        probescore.v1.admin_pb2.LoadReadingResponse,
+    ]
+    """Loads a LoRA adapter, or a checkpoint of the whole model, beside the frozen model, and answers once every worker has it and its name means
+    it. Calls that are under way finish on the version that they began with; if one worker refuses it, none takes it. Off unless the server's
+    setting `readings_root` names the directory below which adapters and checkpoints are read. Fails with UNAVAILABLE and RetryInfo while
+    files are being written, or while a worker is not up, and with FAILED_PRECONDITION while the server sleeps. A call that is given up
+    before the answer has asked all the same.
+    """
+
+    UnloadReading: grpc.aio.UnaryUnaryMultiCallable[
+        probescore.v1.admin_pb2.UnloadReadingRequest,
+        probescore.v1.admin_pb2.UnloadReadingResponse,
+    ]
+    """Lets a name mean no reading any more. Its memory is freed once the calls that began before have ended."""
+
 class ProbeAdminServiceServicer(metaclass=abc.ABCMeta):
-    """Changes what a running server does with its devices, and which probes it serves. Off unless the server's setting `admin` turns it on; then the interceptors of the
-    settings guard it like every other service. Errors are as in ScoringService.
+    """Changes what a running server does with its devices, and which probes and readings it serves. Off unless the server's setting `admin` turns
+    it on; then the interceptors of the settings guard it like every other service. Errors are as in ScoringService.
     """
 
     @abc.abstractmethod
@@ -119,5 +153,26 @@ class ProbeAdminServiceServicer(metaclass=abc.ABCMeta):
         Calls that are under way finish on the versions that they began with. While the server sleeps, this waits. Fails with UNAVAILABLE and
         RetryInfo while a worker is not up. A call that is given up before the answer has asked all the same.
         """
+
+    @abc.abstractmethod
+    def LoadReading(
+        self,
+        request: probescore.v1.admin_pb2.LoadReadingRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[probescore.v1.admin_pb2.LoadReadingResponse, collections.abc.Awaitable[probescore.v1.admin_pb2.LoadReadingResponse]]:
+        """Loads a LoRA adapter, or a checkpoint of the whole model, beside the frozen model, and answers once every worker has it and its name means
+        it. Calls that are under way finish on the version that they began with; if one worker refuses it, none takes it. Off unless the server's
+        setting `readings_root` names the directory below which adapters and checkpoints are read. Fails with UNAVAILABLE and RetryInfo while
+        files are being written, or while a worker is not up, and with FAILED_PRECONDITION while the server sleeps. A call that is given up
+        before the answer has asked all the same.
+        """
+
+    @abc.abstractmethod
+    def UnloadReading(
+        self,
+        request: probescore.v1.admin_pb2.UnloadReadingRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[probescore.v1.admin_pb2.UnloadReadingResponse, collections.abc.Awaitable[probescore.v1.admin_pb2.UnloadReadingResponse]]:
+        """Lets a name mean no reading any more. Its memory is freed once the calls that began before have ended."""
 
 def add_ProbeAdminServiceServicer_to_server(servicer: ProbeAdminServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

@@ -77,6 +77,34 @@ COMPLETION_STATUS_OVERFLOW: CompletionStatus.ValueType  # 3
 """Of activations only: a number is too large for the format that was asked for; the message names it, its tap and the format's limit."""
 global___CompletionStatus = CompletionStatus
 
+class _ReadingKind:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _ReadingKindEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_ReadingKind.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    READING_KIND_UNSPECIFIED: _ReadingKind.ValueType  # 0
+    """Never sent."""
+    READING_KIND_FROZEN: _ReadingKind.ValueType  # 1
+    """The frozen model's."""
+    READING_KIND_ADAPTER: _ReadingKind.ValueType  # 2
+    """The frozen model's with a LoRA adapter."""
+    READING_KIND_CHECKPOINT: _ReadingKind.ValueType  # 3
+    """Those of a checkpoint of the whole model."""
+
+class ReadingKind(_ReadingKind, metaclass=_ReadingKindEnumTypeWrapper):
+    """What kind of weights a reading has."""
+
+READING_KIND_UNSPECIFIED: ReadingKind.ValueType  # 0
+"""Never sent."""
+READING_KIND_FROZEN: ReadingKind.ValueType  # 1
+"""The frozen model's."""
+READING_KIND_ADAPTER: ReadingKind.ValueType  # 2
+"""The frozen model's with a LoRA adapter."""
+READING_KIND_CHECKPOINT: ReadingKind.ValueType  # 3
+"""Those of a checkpoint of the whole model."""
+global___ReadingKind = ReadingKind
+
 @typing.final
 class ScoreRequest(google.protobuf.message.Message):
     """What to score, and how."""
@@ -95,6 +123,7 @@ class ScoreRequest(google.protobuf.message.Message):
     RUN_ID_FIELD_NUMBER: builtins.int
     STEP_FIELD_NUMBER: builtins.int
     RETURN_TOKEN_TEXTS_FIELD_NUMBER: builtins.int
+    READINGS_FIELD_NUMBER: builtins.int
     scope: global___Scope.ValueType
     """Which tokens to score. Default: the completion."""
     expected_model_fingerprint: builtins.str
@@ -131,6 +160,12 @@ class ScoreRequest(google.protobuf.message.Message):
     def token_scores(self) -> global___TokenScores:
         """Probes whose per-token scores to send back. Default: none."""
 
+    @property
+    def readings(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Whose activations the probes read: "frozen", and names given to LoadReading; no duplicates. A name means one version of its reading from
+        the call's admission to its end. Empty = the frozen model's.
+        """
+
     def __init__(
         self,
         *,
@@ -146,9 +181,10 @@ class ScoreRequest(google.protobuf.message.Message):
         run_id: builtins.str = ...,
         step: builtins.int | None = ...,
         return_token_texts: builtins.bool = ...,
+        readings: collections.abc.Iterable[builtins.str] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_step", b"_step", "step", b"step", "token_scores", b"token_scores"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_step", b"_step", "expected_model_fingerprint", b"expected_model_fingerprint", "expected_tokenizer_fingerprint", b"expected_tokenizer_fingerprint", "groups", b"groups", "priority", b"priority", "probes", b"probes", "reductions", b"reductions", "return_token_ids", b"return_token_ids", "return_token_texts", b"return_token_texts", "run_id", b"run_id", "scope", b"scope", "step", b"step", "token_scores", b"token_scores"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_step", b"_step", "expected_model_fingerprint", b"expected_model_fingerprint", "expected_tokenizer_fingerprint", b"expected_tokenizer_fingerprint", "groups", b"groups", "priority", b"priority", "probes", b"probes", "readings", b"readings", "reductions", b"reductions", "return_token_ids", b"return_token_ids", "return_token_texts", b"return_token_texts", "run_id", b"run_id", "scope", b"scope", "step", b"step", "token_scores", b"token_scores"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_step", b"_step"]) -> typing.Literal["step"] | None: ...
 
 global___ScoreRequest = ScoreRequest
@@ -530,6 +566,7 @@ class CompletionScores(google.protobuf.message.Message):
     FOLLOW_UPS_FIELD_NUMBER: builtins.int
     PROMPT_TEXTS_FIELD_NUMBER: builtins.int
     COMPLETION_TEXTS_FIELD_NUMBER: builtins.int
+    READINGS_FIELD_NUMBER: builtins.int
     id: builtins.str
     """As in the request."""
     status: global___CompletionStatus.ValueType
@@ -540,7 +577,9 @@ class CompletionScores(google.protobuf.message.Message):
     """True if any of the ids came from text or chat, so that they may differ from those the policy sampled."""
     @property
     def scores(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___ProbeScores]:
-        """One per entry of ScoringInfo.probes, in its order; empty when status is not OK."""
+        """Of the frozen model's activations, never of another reading's. One per entry of ScoringInfo.probes, in its order; empty when status is
+        not OK, and where the request named readings without "frozen".
+        """
 
     @property
     def prompt_ids(self) -> probescore.v1.tensor_pb2.Tensor:
@@ -564,6 +603,10 @@ class CompletionScores(google.protobuf.message.Message):
     def completion_texts(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """The completion's tokens as text, likewise."""
 
+    @property
+    def readings(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___ReadingScores]:
+        """Its scores on the other readings: one per entry of ScoringInfo.readings that is not "frozen", in its order."""
+
     def __init__(
         self,
         *,
@@ -577,11 +620,40 @@ class CompletionScores(google.protobuf.message.Message):
         follow_ups: collections.abc.Iterable[global___CompletionScores] | None = ...,
         prompt_texts: collections.abc.Iterable[builtins.str] | None = ...,
         completion_texts: collections.abc.Iterable[builtins.str] | None = ...,
+        readings: collections.abc.Iterable[global___ReadingScores] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["completion_ids", b"completion_ids", "prompt_ids", b"prompt_ids"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["completion_ids", b"completion_ids", "completion_texts", b"completion_texts", "follow_ups", b"follow_ups", "id", b"id", "inexact_ids", b"inexact_ids", "prompt_ids", b"prompt_ids", "prompt_texts", b"prompt_texts", "scores", b"scores", "status", b"status", "status_message", b"status_message"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["completion_ids", b"completion_ids", "completion_texts", b"completion_texts", "follow_ups", b"follow_ups", "id", b"id", "inexact_ids", b"inexact_ids", "prompt_ids", b"prompt_ids", "prompt_texts", b"prompt_texts", "readings", b"readings", "scores", b"scores", "status", b"status", "status_message", b"status_message"]) -> None: ...
 
 global___CompletionScores = CompletionScores
+
+@typing.final
+class ReadingScores(google.protobuf.message.Message):
+    """The scores of one completion on another reading than the frozen one."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    STATUS_FIELD_NUMBER: builtins.int
+    STATUS_MESSAGE_FIELD_NUMBER: builtins.int
+    SCORES_FIELD_NUMBER: builtins.int
+    status: global___CompletionStatus.ValueType
+    """Whether there are scores."""
+    status_message: builtins.str
+    """For people, when status is not OK."""
+    @property
+    def scores(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___ProbeScores]:
+        """One per entry of ScoringInfo.probes, in its order; empty when status is not OK."""
+
+    def __init__(
+        self,
+        *,
+        status: global___CompletionStatus.ValueType = ...,
+        status_message: builtins.str = ...,
+        scores: collections.abc.Iterable[global___ProbeScores] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["scores", b"scores", "status", b"status", "status_message", b"status_message"]) -> None: ...
+
+global___ReadingScores = ReadingScores
 
 @typing.final
 class ProbeScores(google.protobuf.message.Message):
@@ -625,6 +697,7 @@ class ScoringInfo(google.protobuf.message.Message):
     TOKENIZER_FINGERPRINT_FIELD_NUMBER: builtins.int
     PROBES_FIELD_NUMBER: builtins.int
     USAGE_FIELD_NUMBER: builtins.int
+    READINGS_FIELD_NUMBER: builtins.int
     model_fingerprint: builtins.str
     """Fingerprint of the frozen model, "sha256:…"."""
     tokenizer_fingerprint: builtins.str
@@ -637,6 +710,10 @@ class ScoringInfo(google.protobuf.message.Message):
     def usage(self) -> global___Usage:
         """Work done for this response."""
 
+    @property
+    def readings(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Reading]:
+        """The readings that the request named, in its order; empty = it named none, and the scores are the frozen model's."""
+
     def __init__(
         self,
         *,
@@ -644,11 +721,64 @@ class ScoringInfo(google.protobuf.message.Message):
         tokenizer_fingerprint: builtins.str = ...,
         probes: collections.abc.Iterable[probescore.v1.probes_pb2.ScoredProbe] | None = ...,
         usage: global___Usage | None = ...,
+        readings: collections.abc.Iterable[global___Reading] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["usage", b"usage"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["model_fingerprint", b"model_fingerprint", "probes", b"probes", "tokenizer_fingerprint", b"tokenizer_fingerprint", "usage", b"usage"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["model_fingerprint", b"model_fingerprint", "probes", b"probes", "readings", b"readings", "tokenizer_fingerprint", b"tokenizer_fingerprint", "usage", b"usage"]) -> None: ...
 
 global___ScoringInfo = ScoringInfo
+
+@typing.final
+class Reading(google.protobuf.message.Message):
+    """Whose activations the probes read."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    ID_FIELD_NUMBER: builtins.int
+    KIND_FIELD_NUMBER: builtins.int
+    STEP_FIELD_NUMBER: builtins.int
+    MODEL_FINGERPRINT_FIELD_NUMBER: builtins.int
+    GOLDEN_VERIFIED_FIELD_NUMBER: builtins.int
+    CHANGED_LAYERS_FIELD_NUMBER: builtins.int
+    UNSEEN_TENSORS_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """The name by which a request asks for it."""
+    id: builtins.str
+    """"sha256:…" of the frozen model's fingerprint and of everything that was read to make this reading; for "frozen" the fingerprint. Readings
+    of one id give the same scores.
+    """
+    kind: global___ReadingKind.ValueType
+    """What kind of weights it has."""
+    step: builtins.int
+    """Label that was given when it was loaded, such as the training step."""
+    model_fingerprint: builtins.str
+    """Fingerprint of the model whose files hold the weights, "sha256:…": the frozen model's, or for a checkpoint its own."""
+    golden_verified: builtins.bool
+    """Whether the probes' golden scores hold for this reading: it changes nothing that a probe sees."""
+    unseen_tensors: builtins.int
+    """Tensors of its files that no probe can see, such as those of later blocks and of the head."""
+    @property
+    def changed_layers(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """0-based decoder blocks with changed weights, as far as some probe reads them or a later block."""
+
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        id: builtins.str = ...,
+        kind: global___ReadingKind.ValueType = ...,
+        step: builtins.int | None = ...,
+        model_fingerprint: builtins.str = ...,
+        golden_verified: builtins.bool = ...,
+        changed_layers: collections.abc.Iterable[builtins.int] | None = ...,
+        unseen_tensors: builtins.int = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_step", b"_step", "step", b"step"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_step", b"_step", "changed_layers", b"changed_layers", "golden_verified", b"golden_verified", "id", b"id", "kind", b"kind", "model_fingerprint", b"model_fingerprint", "name", b"name", "step", b"step", "unseen_tensors", b"unseen_tensors"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_step", b"_step"]) -> typing.Literal["step"] | None: ...
+
+global___Reading = Reading
 
 @typing.final
 class Usage(google.protobuf.message.Message):
@@ -710,6 +840,7 @@ class GetServerInfoResponse(google.protobuf.message.Message):
     LIMITS_FIELD_NUMBER: builtins.int
     WORKERS_FIELD_NUMBER: builtins.int
     PROBES_FIELD_NUMBER: builtins.int
+    READINGS_FIELD_NUMBER: builtins.int
     ACTIVATION_TAPS_FIELD_NUMBER: builtins.int
     RETIRED_PROBES_FIELD_NUMBER: builtins.int
     server_version: builtins.str
@@ -733,6 +864,10 @@ class GetServerInfoResponse(google.protobuf.message.Message):
         """The current probes, `name@version`, sorted."""
 
     @property
+    def readings(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Reading]:
+        """The readings that a request can name, "frozen" first; empty if the server does not offer others."""
+
+    @property
     def activation_taps(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """Where ActivationService reads, such as "resid_post.6"; empty if the server does not offer it."""
 
@@ -749,11 +884,12 @@ class GetServerInfoResponse(google.protobuf.message.Message):
         limits: global___Limits | None = ...,
         workers: collections.abc.Iterable[global___WorkerInfo] | None = ...,
         probes: collections.abc.Iterable[builtins.str] | None = ...,
+        readings: collections.abc.Iterable[global___Reading] | None = ...,
         activation_taps: collections.abc.Iterable[builtins.str] | None = ...,
         retired_probes: collections.abc.Iterable[builtins.str] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["limits", b"limits", "model", b"model"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["activation_taps", b"activation_taps", "limits", b"limits", "model", b"model", "probes", b"probes", "retired_probes", b"retired_probes", "server_version", b"server_version", "tokenizer_fingerprint", b"tokenizer_fingerprint", "workers", b"workers"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["activation_taps", b"activation_taps", "limits", b"limits", "model", b"model", "probes", b"probes", "readings", b"readings", "retired_probes", b"retired_probes", "server_version", b"server_version", "tokenizer_fingerprint", b"tokenizer_fingerprint", "workers", b"workers"]) -> None: ...
 
 global___GetServerInfoResponse = GetServerInfoResponse
 
