@@ -195,8 +195,8 @@ def activations_off() -> ServerError:
 
 
 def _matching(patterns: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
-    """Returns the names of taps (places in the model) that match the patterns of a request, in the order of the patterns, by the server's
-    own rule.
+    """Returns the names of taps (places in the model) that match the patterns of a request, in the order of the patterns. Patterns
+    are those of shells, such as ``resid_post.*``, and tell upper from lower case, as in the server.
     """
     found: dict[str, None] = {}
     for index, pattern in enumerate(patterns):

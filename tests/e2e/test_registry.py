@@ -112,17 +112,18 @@ def test_names_follow_the_files_and_full_names_stay(versions: Versions, client: 
 def test_more_retired_versions_than_are_kept_are_dropped_oldest_first(
     server: RunningServer, versions: Versions, client: ProbeClient
 ) -> None:
-    for version in range(1, 5):
+    for version in range(1, 6):
         versions.put(f"old@{version}", at="old.onnx")
         reloaded = client.reload_probes()
-    assert (reloaded.current_probes, reloaded.retired_probes[-2:], reloaded.dropped) == (("old@4",), ("old@2", "old@3"), ("old@1",))
-    with pytest.raises(InvalidRequestError, match="unknown probe 'old@1'"):
-        client.score(GROUPS, probes=["old@1"])
-    assert not total(server, "probescore_probe_info", 'probe="old"', 'version="1"')
+    assert (reloaded.current_probes, reloaded.retired_probes[-2:], reloaded.dropped) == (("old@5",), ("old@3", "old@4"), ("old@2",))
+    with pytest.raises(InvalidRequestError, match="unknown probe 'old@2'"):
+        client.score(GROUPS, probes=["old@2"])
+    assert not total(server, "probescore_probe_info", 'probe="old"', 'version="2"')
     assert total(server, "probescore_probes", 'state="retired"') == len(reloaded.retired_probes)
-    # what a name and version has meant, it means as long as the server runs, also after it was dropped
+    # what a name and version has meant, it means as long as the server runs, also after it was dropped (the first version came with a new
+    # process, the others did not)
     other = versions.folder.parent / "other.onnx"
-    write(other, "old", "1", direction=np.ones(HIDDEN_SIZE))
+    write(other, "old", "2", direction=np.ones(HIDDEN_SIZE))
     put(other, versions.folder / "again.onnx")
     (refused,) = client.reload_probes().refused
     assert (refused.file, refused.field) == ("again.onnx", "version")

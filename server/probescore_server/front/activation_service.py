@@ -25,12 +25,13 @@ from probescore.wire import (
 )
 from probescore.wire.number_formats import NUMBER_FORMATS
 from probescore_server.activations import allowed_taps, resolve_reads
-from probescore_server.errors import InvalidRequest, LimitExceeded, WorkerUnavailable
+from probescore_server.errors import InvalidRequest, LimitExceeded
 from probescore_server.event_loop import MAX_BYTES_CHECKED_ON_LOOP, MAX_BYTES_WRITTEN_ON_LOOP, off_the_loop
 from probescore_server.front.calls_under_way import CallsUnderWay
-from probescore_server.front.common_fields import check_fingerprints, check_run, deadline_of, job_of, texts_of
+from probescore_server.front.common_fields import check_fingerprints, check_run, deadline_of, job_of, served_info, texts_of
 from probescore_server.front.metrics import Metrics
 from probescore_server.front.request_counts import check_rollout_counts
+from probescore_server.registry.registry import ProbeRegistry
 from probescore_server.request_cost import RequestCost
 from probescore_server.rollouts import ActivationReads, CheckedRollout, EngineInfo, ResolvedOptions
 from probescore_server.scheduling.call import Delivery, FinishedRollout
@@ -80,10 +81,13 @@ class ActivationServicer(activations_pb2_grpc.ActivationServiceServicer):
     ``scheduling.queue`` are unread, and the answers of all calls together are admitted up to ``max_activation_bytes_in_flight``.
     """
 
-    def __init__(self, settings: ServerSettings, workers: Sequence[WorkerHandle], scheduler: Scheduler, metrics: Metrics) -> None:
+    def __init__(
+        self, settings: ServerSettings, workers: Sequence[WorkerHandle], scheduler: Scheduler, registry: ProbeRegistry, metrics: Metrics
+    ) -> None:
         self._settings = settings
         self._workers = workers
         self._scheduler = scheduler
+        self._registry = registry
         self._metrics = metrics
         limit = "max_activation_bytes_in_flight"
         self._answers = CallsUnderWay(settings.max_calls, getattr(settings, limit), unit="bytes of activations", limit=limit)
@@ -94,7 +98,7 @@ class ActivationServicer(activations_pb2_grpc.ActivationServiceServicer):
         """Handles the RPC ``ReadActivations``: reads activations of every completion of a request, and yields them in pieces, as batches
         finish.
         """
-        info = self._info()
+        info = served_info(self._registry)
         asked = await self._check(request, info)
         deadline = deadline_of(context, self._scheduler.clock())
         total, compute_seconds = Usage(), 0.0
@@ -127,12 +131,6 @@ class ActivationServicer(activations_pb2_grpc.ActivationServiceServicer):
         )
 
     # -------------------------------------------------------------------------------------------------------------- a request
-
-    def _info(self) -> EngineInfo:
-        for worker in self._workers:
-            if worker.info is not None:
-                return worker.info
-        raise WorkerUnavailable("the server is starting", retry_seconds=1.0)
 
     async def _check(self, request: activations_pb2.ReadActivationsRequest, info: EngineInfo) -> _CheckedRead:
         """Checks a request for activations, tokenises its texts, and returns its checked rollouts with the activations to read of them."""

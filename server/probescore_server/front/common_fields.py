@@ -1,4 +1,6 @@
-"""Checks the fields that requests of several gRPC services have in common, and reads the metadata and the deadline of an RPC."""
+"""Checks what requests of several gRPC services have in common: their fields, the metadata and the deadline of an RPC, and whether the
+server can answer already.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,8 @@ import grpc
 
 from probescore.types import RolloutGroup
 from probescore.wire.contract import JOB_KEY
-from probescore_server.errors import InvalidRequest, Mismatch
+from probescore_server.errors import InvalidRequest, Mismatch, WorkerUnavailable
+from probescore_server.registry.registry import ProbeRegistry
 from probescore_server.rollouts import EngineInfo
 from probescore_server.settings import ServerSettings
 from probescore_server.validation.texts import PendingText, check_texts, pending_texts
@@ -35,6 +38,17 @@ def deadline_of(context: Context, now: float) -> float:
     """Returns the time by which an RPC must be done, in seconds on a clock that shows ``now`` at present; infinity = no deadline."""
     remaining = context.time_remaining()
     return math.inf if remaining is None else now + remaining
+
+
+def served_info(registry: ProbeRegistry) -> EngineInfo:
+    """Returns the description of the model and of the probes that requests may name now.
+
+    Raises:
+        WorkerUnavailable: no worker process has been ready yet.
+    """
+    if registry.info is None:
+        raise WorkerUnavailable("the server is starting", retry_seconds=1.0)
+    return registry.info
 
 
 def check_run(priority: int, run_id: str) -> None:

@@ -42,7 +42,7 @@ from probescore.wire import (
     streamed_to_proto,
 )
 from probescore_server.activations import allowed_taps
-from probescore_server.errors import InvalidRequest, WorkerUnavailable
+from probescore_server.errors import InvalidRequest
 from probescore_server.event_loop import (
     MAX_BYTES_CHECKED_ON_LOOP,
     MAX_BYTES_WRITTEN_ON_LOOP,
@@ -50,7 +50,7 @@ from probescore_server.event_loop import (
     MAX_SCORES_ON_LOOP,
     off_the_loop,
 )
-from probescore_server.front.common_fields import check_fingerprints, check_run, deadline_of, job_of, texts_of
+from probescore_server.front.common_fields import check_fingerprints, check_run, deadline_of, job_of, served_info, texts_of
 from probescore_server.front.metrics import Metrics
 from probescore_server.front.request_counts import check_counts
 from probescore_server.registry.registry import ProbeRegistry
@@ -156,7 +156,7 @@ class ScoringServicer(scoring_pb2_grpc.ScoringServiceServicer):
         """Returns the server's version, model, limits, workers and names of current and retired probes; a retired probe is served only by
         its full name, ``name@version``.
         """
-        info, settings = self._info(), self._settings
+        info, settings = served_info(self._registry), self._settings
         loaded = [worker.info or info for worker in self._workers]
         return server_info_to_proto(
             ServerInfo(
@@ -178,15 +178,10 @@ class ScoringServicer(scoring_pb2_grpc.ScoringServiceServicer):
         self, request: probes_pb2.ListProbesRequest, context: Context
     ) -> probes_pb2.ListProbesResponse:
         """Returns the loaded probes with their manifests, as the response to the RPC ``ListProbes``."""
-        info = self._info()
+        info = served_info(self._registry)
         return probes_to_proto(replace(probe, retired=probe.key in info.retired) for probe in info.probes)
 
     # -------------------------------------------------------------------------------------------------------------- a request
-
-    def _info(self) -> EngineInfo:
-        if self._registry.info is None:
-            raise WorkerUnavailable("the server is starting", retry_seconds=1.0)
-        return self._registry.info
 
     async def _check(self, request: scoring_pb2.ScoreRequest, use: Callable[[Collection[str]], None]) -> _CheckedRequest:
         """Checks a scoring request, tokenises its texts, and returns its checked rollouts, ready to be scored.
@@ -195,8 +190,9 @@ class ScoringServicer(scoring_pb2_grpc.ScoringServiceServicer):
         """
         started = time.monotonic()
         small = request.ByteSize() <= MAX_BYTES_CHECKED_ON_LOOP
-        asked, groups, texts = await off_the_loop(_read_request, request, self._settings, len(self._info().probes), small=small)
-        info = self._info()
+        known = len(served_info(self._registry).probes)
+        asked, groups, texts = await off_the_loop(_read_request, request, self._settings, known, small=small)
+        info = served_info(self._registry)
         check_fingerprints(info, asked.expected_model_fingerprint, asked.expected_tokenizer_fingerprint)
         # Clients choose reductions freely: the memory of the cache must not grow with their number.
         resolve = self._known_options if len(asked.reductions) <= MAX_KNOWN_REDUCTIONS else _resolve_options

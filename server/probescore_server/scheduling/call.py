@@ -33,7 +33,7 @@ class Delivery:
         finished: the results.
         compute_seconds: the seconds that the whole batch took to compute.
         tokens: the number of tokens of these rollouts, those of their prompts counted once for each rollout.
-        activation_bytes: the number of bytes of their activations; 0 if they were scored.
+        activation_bytes: the number of bytes of the activations in their results; 0 if the results are scores.
     """
 
     finished: tuple[FinishedRollout, ...]

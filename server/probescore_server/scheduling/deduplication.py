@@ -77,7 +77,9 @@ class Computation:
 
 
 class ComputationsInFlight:
-    """Index of the computations of rollouts on all worker processes, keyed by the rollouts' content."""
+    """Index of the computations of rollouts that worker processes have begun and not finished, keyed by the rollouts' content, so that a
+    rollout which arrives meanwhile with the same content waits for the result that is under way.
+    """
 
     def __init__(self) -> None:
         self._by_key: dict[object, Computation] = {}

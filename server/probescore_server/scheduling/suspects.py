@@ -63,8 +63,8 @@ class Suspects:
         return again
 
     def lost_twice(self, key: Hashable, now: float) -> WorkerLost | None:
-        """Returns the error of the second death of a worker process with a rollout, which must then not be tried again; ``None`` if there
-        was no second death.
+        """Returns the error to answer for a rollout during which two worker processes have died, and which must therefore not be tried
+        again; ``None`` if fewer have died.
 
         Args:
             key: a value that is equal for rollouts of the same content.
