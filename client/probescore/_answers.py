@@ -7,19 +7,23 @@ the counts of work done.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Union
 
 import numpy as np
 from numpy.typing import NDArray
 
-from probescore.errors import FieldViolation, MismatchError
+from probescore.errors import FieldViolation, MismatchError, ServerError
 from probescore.types import (
+    FROZEN,
     CompletionScores,
     CompletionStatus,
     OutputPer,
     ProbeScores,
+    Reading,
+    ReadingKind,
+    ReadingScores,
     Scope,
     ScoredProbe,
     ScoreResult,
@@ -43,7 +47,8 @@ class AnswerCheck:
         request: the request message, as it was sent.
 
     Every ``check_`` method raises ``MessageError`` for a response that does not match; the error names the field, the requested value and
-    the received value. A model or tokenizer fingerprint other than the expected one raises ``MismatchError``.
+    the received value. A model or tokenizer fingerprint other than the expected one raises ``MismatchError``, and a server that does not
+    know what readings are, and therefore has scored the frozen model, ``ServerError``.
     """
 
     def __init__(self, request: scoring_pb2.ScoreRequest) -> None:
@@ -67,8 +72,8 @@ class AnswerCheck:
                 self.check_completion(index, position, scores, f"groups[{index}].completions[{position}]")
 
     def check_info(self, info: ScoringInfo) -> None:
-        """Checks the model, tokenizer and probes that a response message names; all messages of one RPC must name the same model, tokenizer
-        and probes. This method must be called before ``check_completion``.
+        """Checks the model, tokenizer, probes and readings that a response message names; all messages of one RPC must name the same ones.
+        This method must be called before ``check_completion``.
         """
         # work and unlike rollouts are of the completions in one message
         info = replace(info, usage=Usage(), probes=tuple(_without_completions(probe) for probe in info.probes))
@@ -76,7 +81,7 @@ class AnswerCheck:
             self._probes = self._checked_probes(info)
             self._info = info
         elif info != self._info:
-            raise MessageError("info", "is another than in the call's first message, of one model and the same probes")
+            raise MessageError("info", "is another than in the call's first message, of one model, the same probes and the same readings")
 
     def _checked_probes(self, info: ScoringInfo) -> _ProbesByShape:
         for field, expected, found in (
@@ -89,6 +94,7 @@ class AnswerCheck:
                 raise MismatchError(f"{violation.field}: {problem}", "FAILED_PRECONDITION", violations=(violation,))
         if not info.model_fingerprint:
             raise MessageError("info.model_fingerprint", "is empty: nobody could say which model scored")
+        _check_readings(self._options.readings, info)
         _check_names(self._options.probes, info.probes)
         for index, probe in enumerate(info.probes):
             self._check_probe(probe, f"info.probes[{index}]")
@@ -151,16 +157,27 @@ class AnswerCheck:
         self._check_texts(scores.completion_texts, tokens, f"{field}.completion_texts")
         if prompt is not None:
             self._check_texts(scores.prompt_texts, prompt_tokens, f"{field}.prompt_texts")
-        if scores.status is CompletionStatus.OK:
-            scope = self._options.scope if prompt is not None else Scope.COMPLETION
-            rows = {Scope.COMPLETION: tokens, Scope.PROMPT: prompt_tokens, Scope.ALL: _known_sum(prompt_tokens, tokens)}[scope]
-            found = list(scores.scores.values())
-            probes.check_reduced(found, _selection_states(asked, scope, prompt_tokens, tokens), field)
-            probes.check_tokens(found, rows, field)
+        scope = self._options.scope if prompt is not None else Scope.COMPLETION
+        rows = {Scope.COMPLETION: tokens, Scope.PROMPT: prompt_tokens, Scope.ALL: _known_sum(prompt_tokens, tokens)}[scope]
+        for of_reading, place in self._by_reading(scores, field):
+            if of_reading.status is CompletionStatus.OK:
+                found = list(of_reading.scores.values())
+                probes.check_reduced(found, _selection_states(asked, scope, prompt_tokens, tokens), place)
+                probes.check_tokens(found, rows, place)
         if len(scores.follow_ups) != len(asked.follow_ups):
             raise MessageError(f"{field}.follow_ups", f"has {len(scores.follow_ups)}; {len(asked.follow_ups)} were asked for")
         for index, (follow_up, answer) in enumerate(zip(asked.follow_ups, scores.follow_ups, strict=True)):
             self._check(follow_up, answer, f"{field}.follow_ups[{index}]", None, inexact=inexact)
+
+    def _by_reading(self, scores: CompletionScores, field: str) -> Iterator[tuple[CompletionScores | ReadingScores, str]]:
+        """Yields the scores of a completion on each reading that was asked for, and their paths in the response."""
+        names = self._options.readings
+        if not names or FROZEN in names:
+            yield scores, field
+        elif scores.status is not CompletionStatus.OK:
+            raise MessageError(f"{field}.status", f"is {scores.status.value}, of the frozen model, which was not asked for")
+        for index, of_reading in enumerate(scores.readings.values()):
+            yield of_reading, f"{field}.readings[{index}]"
 
     def _check_ids(self, sent: HasIds, came: NDArray[np.int32] | None, field: str) -> int | None:
         """Checks that the token ids in a response are those of the request, and returns their number, or ``None`` if the number cannot be
@@ -191,6 +208,26 @@ class AnswerCheck:
 
 def _without_completions(probe: ScoredProbe) -> ScoredProbe:
     return replace(probe, outside_calibration=()) if probe.outside_calibration else probe
+
+
+def _check_readings(asked: Sequence[str], info: ScoringInfo) -> None:
+    came = [reading.name for reading in info.readings]
+    if asked and not came:
+        problem = f"the server does not know readings, and has scored the frozen model instead of {', '.join(asked)}: upgrade it"
+        raise ServerError(problem, "UNIMPLEMENTED", "READINGS_IGNORED", (FieldViolation("readings", problem),))
+    if tuple(asked) != tuple(came):
+        raise MessageError("info.readings", f"is {', '.join(came)[:500]}; {', '.join(asked)[:500] or 'none'} was asked for")
+    for index, reading in enumerate(info.readings):
+        _check_reading(reading, info.model_fingerprint, f"info.readings[{index}]")
+
+
+def _check_reading(reading: Reading, model_fingerprint: str, field: str) -> None:
+    if not reading.id:
+        raise MessageError(f"{field}.id", "is empty: nobody could say which version was read")
+    if (reading.name == FROZEN) != (reading.kind is ReadingKind.FROZEN):
+        raise MessageError(f"{field}.kind", f"is {reading.kind.value}, of a reading named {reading.name}")
+    if reading.name == FROZEN and reading.id != model_fingerprint:
+        raise MessageError(f"{field}.id", f"is {reading.id[:100]}; for the frozen model {model_fingerprint} was expected")
 
 
 def _check_names(asked: Sequence[str], came: Sequence[ScoredProbe]) -> None:

@@ -7,6 +7,7 @@ from typing import Literal, TypedDict, Union
 
 from probescore.reductions import Reduction
 from probescore.types import Scope
+from probescore.types.readings import name_problem
 from probescore.wire import MessageError, RequestOptions
 
 
@@ -31,6 +32,9 @@ class ScoreOptions(TypedDict, total=False):
             0.
         run_id: name of the training run in the server's logs, at most 256 bytes.
         step: number of the training step, for the server's logs.
+        readings: whose activations the probes read: ``"frozen"``, and names given to ``load_reading``; default: the frozen model's. All
+            scores of one call are of the same version of a reading: if its name comes to mean another version during ``score_stream``, the
+            stream ends with a ``MismatchError`` whose reason is ``READING_CHANGED``.
     """
 
     probes: Union[str, Sequence[str]]
@@ -44,6 +48,7 @@ class ScoreOptions(TypedDict, total=False):
     priority: int
     run_id: str
     step: Union[int, None]
+    readings: Union[str, Sequence[str]]
 
 
 def request_options(
@@ -59,11 +64,12 @@ def request_options(
     priority: int = 0,
     run_id: str = "",
     step: int | None = None,
+    readings: str | Sequence[str] = (),
 ) -> RequestOptions:
     """Converts the keyword arguments that ``ScoreOptions`` documents to the options of a request.
 
     Raises:
-        MessageError: an unknown scope or reduction.
+        MessageError: an unknown scope or reduction, or a name that no reading can have, or that comes twice.
     """
     try:
         scope = Scope(scope)
@@ -81,6 +87,7 @@ def request_options(
         priority=priority,
         run_id=run_id,
         step=step,
+        readings=_readings((readings,) if isinstance(readings, str) else readings),
     )
 
 
@@ -92,6 +99,15 @@ def _reductions(written: Sequence[str | Reduction]) -> tuple[Reduction, ...]:
         except ValueError as error:
             raise MessageError(f"reductions[{index}]", str(error)) from None
     return tuple(reductions)
+
+
+def _readings(names: Sequence[str]) -> tuple[str, ...]:
+    for index, name in enumerate(names):
+        if problem := name_problem(name):
+            raise MessageError(f"readings[{index}]", problem)
+        if name in names[:index]:
+            raise MessageError(f"readings[{index}]", f"{name} appears twice")
+    return tuple(names)
 
 
 def _token_scores(wanted: bool | str | Sequence[str]) -> Literal["all"] | tuple[str, ...]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
 FROZEN = "frozen"
 """Name of the reading that is always there: the frozen model's own activations."""
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 class ReadingKind(str, Enum):
@@ -63,3 +66,10 @@ class LoadedReading:
     replaced: Reading | None = None
     golden_drift: Mapping[str, float] = field(default_factory=dict)
     device_bytes: int = 0
+
+
+def name_problem(name: object) -> str:
+    """Returns what keeps a value from being the name of a reading; empty if nothing does."""
+    if isinstance(name, str) and _NAME.fullmatch(name):
+        return ""
+    return f"{str(name)[:100]!r}: a reading's name is 1 to 64 of A–Z, a–z, 0–9, '.', '_' and '-', and begins with a letter or digit"

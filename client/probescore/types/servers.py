@@ -6,6 +6,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from probescore.types.readings import Reading
+
 
 @dataclass(frozen=True)
 class ModelInfo:
@@ -118,6 +120,8 @@ class ServerInfo:
         retired_probes: ``name@version`` of each probe whose file is gone, and which is served for a while under this full name only.
         activation_taps: names of the taps (places in the model) whose activations the server gives, such as ``resid_post.6``; empty if it
             gives none.
+        readings: the readings (whose activations the probes read) that a request can name, ``frozen`` first; empty if the server offers
+            no others.
     """
 
     server_version: str
@@ -128,6 +132,7 @@ class ServerInfo:
     probes: tuple[str, ...]
     activation_taps: tuple[str, ...] = ()
     retired_probes: tuple[str, ...] = ()
+    readings: tuple[Reading, ...] = ()
 
 
 @dataclass(frozen=True)

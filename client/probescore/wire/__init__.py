@@ -14,6 +14,7 @@ from probescore.wire.activations import (
     rows_from_proto,
     rows_to_proto,
 )
+from probescore.wire.readings import loaded_reading_from_proto, loaded_reading_to_proto, reading_from_proto, reading_to_proto
 from probescore.wire.requests import (
     RequestOptions,
     group_to_proto,
@@ -46,10 +47,14 @@ __all__ = [
     "begin_to_proto",
     "group_to_proto",
     "groups_from_request",
+    "loaded_reading_from_proto",
+    "loaded_reading_to_proto",
     "options_from_request",
     "options_to_proto",
     "probes_from_proto",
     "probes_to_proto",
+    "reading_from_proto",
+    "reading_to_proto",
     "reloaded_from_proto",
     "reloaded_to_proto",
     "request_to_proto",

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TypeVar
 
 from probescore.reductions import Reduction, ReductionKind
-from probescore.types import CompletionStatus, OutputPer, Pool, Scope, ScoreUnit
+from probescore.types import CompletionStatus, OutputPer, Pool, ReadingKind, Scope, ScoreUnit
 from probescore.v1 import activations_pb2, probes_pb2, scoring_pb2
 from probescore.wire.tensors import MessageError
 
@@ -16,6 +16,7 @@ KINDS = {kind: probes_pb2.ReductionKind.Value(f"REDUCTION_KIND_{kind.name}") for
 UNITS = {unit: probes_pb2.ScoreUnit.Value(f"SCORE_UNIT_{unit.name}") for unit in ScoreUnit}
 OUTPUTS = {per: probes_pb2.OutputPer.Value(f"OUTPUT_PER_{per.name}") for per in OutputPer}
 POOLS = {pool: activations_pb2.Pool.Value(f"POOL_{pool.name}") for pool in Pool}
+READING_KINDS = {kind: scoring_pb2.ReadingKind.Value(f"READING_KIND_{kind.name}") for kind in ReadingKind}
 SCOPES = {scope: scoring_pb2.Scope.Value(f"SCOPE_{scope.name}") for scope in Scope}
 STATUSES = {status: scoring_pb2.CompletionStatus.Value(f"COMPLETION_STATUS_{status.name}") for status in CompletionStatus}
 

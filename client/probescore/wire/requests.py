@@ -39,6 +39,7 @@ class RequestOptions:
     priority: int = 0
     run_id: str = ""
     step: int | None = None
+    readings: tuple[str, ...] = ()
 
 
 # ---------------------------------------------------------------------------------------------------------------------- writing
@@ -77,6 +78,7 @@ def options_to_proto(options: RequestOptions) -> scoring_pb2.ScoreRequest:
         priority=checked_integer(options.priority, "priority", -(2**31), _INT32_MAX),
         run_id=checked_string(options.run_id, "run_id"),
         step=None if options.step is None else checked_integer(options.step, "step", -(2**63), 2**63 - 1),
+        readings=[checked_string(reading, f"readings[{index}]") for index, reading in enumerate(options.readings)],
     )
 
 
@@ -232,6 +234,7 @@ def options_from_request(request: scoring_pb2.ScoreRequest) -> RequestOptions:
         priority=request.priority,
         run_id=request.run_id,
         step=request.step if request.HasField("step") else None,
+        readings=tuple(request.readings),
     )
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice
 
 from probescore.types import (
+    FROZEN,
     CompletionScores,
     CompletionStatus,
     GroupScores,
     OutsideCalibration,
     ProbeScores,
+    ReadingScores,
     ScoredProbe,
     ScoreResult,
     ScoringInfo,
@@ -24,6 +26,7 @@ from probescore.types import (
 )
 from probescore.v1 import probes_pb2, scoring_pb2
 from probescore.wire.enums import OUTPUTS, STATUSES, UNITS, member_of, reduction_from_proto, reduction_to_proto
+from probescore.wire.readings import reading_from_proto, reading_to_proto
 from probescore.wire.tensors import FLOAT32, INT32, MessageError, array_to_tensor, tensor_to_array
 
 MAX_KNOWN_PROBES = 4096
@@ -64,25 +67,34 @@ def streamed_to_proto(completions: Iterable[tuple[int, int, CompletionScores]], 
 
 
 def _completion_to_proto(scored: CompletionScores, keys: Sequence[str]) -> scoring_pb2.CompletionScores:
-    scores = [scored.scores[key] for key in keys] if scored.status is CompletionStatus.OK else []
     return scoring_pb2.CompletionScores(
         id=scored.id,
         status=STATUSES[scored.status],
         status_message=scored.status_message,
-        scores=[
-            scoring_pb2.ProbeScores(
-                reduced=array_to_tensor(probe.reduced, FLOAT32),
-                tokens=None if probe.tokens is None else array_to_tensor(probe.tokens, FLOAT32),
-            )
-            for probe in scores
-        ],
+        scores=_scores_to_proto(scored.scores if scored.status is CompletionStatus.OK else {}, keys),
         prompt_ids=None if scored.prompt_ids is None else array_to_tensor(scored.prompt_ids, INT32),
         completion_ids=None if scored.completion_ids is None else array_to_tensor(scored.completion_ids, INT32),
         inexact_ids=scored.inexact_ids,
         follow_ups=[_completion_to_proto(follow_up, keys) for follow_up in scored.follow_ups],
         prompt_texts=scored.prompt_texts,
         completion_texts=scored.completion_texts,
+        readings=[
+            scoring_pb2.ReadingScores(
+                status=STATUSES[own.status], status_message=own.status_message, scores=_scores_to_proto(own.scores, keys)
+            )
+            for own in scored.readings.values()
+        ],
     )
+
+
+def _scores_to_proto(scores: Mapping[str, ProbeScores], keys: Sequence[str]) -> list[scoring_pb2.ProbeScores]:
+    return [
+        scoring_pb2.ProbeScores(
+            reduced=array_to_tensor(scores[key].reduced, FLOAT32),
+            tokens=None if (tokens := scores[key].tokens) is None else array_to_tensor(tokens, FLOAT32),
+        )
+        for key in (keys if scores else ())
+    ]
 
 
 def _info_to_proto(info: ScoringInfo) -> scoring_pb2.ScoringInfo:
@@ -91,6 +103,7 @@ def _info_to_proto(info: ScoringInfo) -> scoring_pb2.ScoringInfo:
         tokenizer_fingerprint=info.tokenizer_fingerprint,
         probes=[_probe_to_proto(probe) for probe in info.probes],
         usage=usage_to_proto(info.usage),
+        readings=[reading_to_proto(reading) for reading in info.readings],
     )
 
 
@@ -160,9 +173,9 @@ def result_from_proto(message: scoring_pb2.ScoreResponse) -> ScoreResult:
         MessageError: the message violates the contract.
     """
     info = _info_from_proto(message.info, sum(len(group.completions) for group in message.groups))
-    keys = score_keys(info.probes)
+    layout = _Layout.of(info)
     completions = [
-        _completion_from_proto(scored, keys, f"groups[{index}].completions[{position}]")
+        _completion_from_proto(scored, layout, f"groups[{index}].completions[{position}]")
         for index, group in enumerate(message.groups)
         for position, scored in enumerate(group.completions)
     ]
@@ -177,9 +190,9 @@ def streamed_from_proto(message: scoring_pb2.ScoreStreamResponse) -> tuple[Strea
         MessageError: the message violates the contract.
     """
     info = _info_from_proto(message.info, len(message.completions))
-    keys = score_keys(info.probes)
+    layout = _Layout.of(info)
     completions = [
-        _completion_from_proto(entry.scores, keys, f"completions[{index}].scores") for index, entry in enumerate(message.completions)
+        _completion_from_proto(entry.scores, layout, f"completions[{index}].scores") for index, entry in enumerate(message.completions)
     ]
     return tuple(
         StreamedCompletion(group_index=entry.group_index, completion_index=entry.completion_index, scores=scores, info=info)
@@ -187,18 +200,30 @@ def streamed_from_proto(message: scoring_pb2.ScoreStreamResponse) -> tuple[Strea
     )
 
 
-def _completion_from_proto(message: scoring_pb2.CompletionScores, keys: Sequence[str], field: str) -> CompletionScores:
+@dataclass(frozen=True)
+class _Layout:
+    """Value object that says what each completion of a response has: the keys of its probes' scores, whether it has scores on the frozen
+    reading, and the names of the other readings.
+    """
+
+    keys: Sequence[str]
+    is_frozen_read: bool
+    others: Sequence[str]
+
+    @classmethod
+    def of(cls, info: ScoringInfo) -> _Layout:
+        names = [reading.name for reading in info.readings] or [FROZEN]
+        return cls(score_keys(info.probes), FROZEN in names, [name for name in names if name != FROZEN])
+
+
+def _completion_from_proto(message: scoring_pb2.CompletionScores, layout: _Layout, field: str) -> CompletionScores:
     status = member_of(STATUSES, message.status, f"{field}.status")
-    expected = len(keys) if status is CompletionStatus.OK else 0
-    if len(message.scores) != expected:
-        raise MessageError(f"{field}.scores", f"has {len(message.scores)} entries; expected {expected}")
+    if len(message.readings) != len(layout.others):
+        raise MessageError(f"{field}.readings", f"has {len(message.readings)} entries; expected {len(layout.others)}")
     return CompletionScores(
         id=message.id,
         status=status,
-        scores={
-            key: _probe_scores(scores, f"{field}.scores[{index}]")
-            for index, (key, scores) in enumerate(zip(keys, message.scores, strict=False))
-        },
+        scores=_scores_from_proto(message.scores, layout.keys if layout.is_frozen_read else (), status, f"{field}.scores"),
         status_message=message.status_message,
         prompt_ids=(
             tensor_to_array(message.prompt_ids, f"{field}.prompt_ids", (INT32,), rank=1) if message.HasField("prompt_ids") else None
@@ -210,12 +235,31 @@ def _completion_from_proto(message: scoring_pb2.CompletionScores, keys: Sequence
         ),
         inexact_ids=message.inexact_ids,
         follow_ups=tuple(
-            _completion_from_proto(follow_up, keys, f"{field}.follow_ups[{index}]") for index, follow_up in enumerate(message.follow_ups)
+            _completion_from_proto(follow_up, layout, f"{field}.follow_ups[{index}]") for index, follow_up in enumerate(message.follow_ups)
         ),
         # on the wire, no pieces and none asked for are the same
         prompt_texts=tuple(message.prompt_texts) or None,
         completion_texts=tuple(message.completion_texts) or None,
+        readings={
+            name: _reading_scores(own, layout.keys, f"{field}.readings[{index}]")
+            for index, (name, own) in enumerate(zip(layout.others, message.readings, strict=True))
+        },
     )
+
+
+def _reading_scores(message: scoring_pb2.ReadingScores, keys: Sequence[str], field: str) -> ReadingScores:
+    status = member_of(STATUSES, message.status, f"{field}.status")
+    return ReadingScores(status, _scores_from_proto(message.scores, keys, status, f"{field}.scores"), message.status_message)
+
+
+def _scores_from_proto(
+    messages: Sequence[scoring_pb2.ProbeScores], keys: Sequence[str], status: CompletionStatus, field: str
+) -> dict[str, ProbeScores]:
+    if status is not CompletionStatus.OK:
+        keys = ()
+    if len(messages) != len(keys):
+        raise MessageError(field, f"has {len(messages)} entries; expected {len(keys)}")
+    return {key: _probe_scores(scores, f"{field}[{index}]") for index, (key, scores) in enumerate(zip(keys, messages, strict=True))}
 
 
 def _probe_scores(message: scoring_pb2.ProbeScores, field: str) -> ProbeScores:
@@ -231,6 +275,7 @@ def _info_from_proto(message: scoring_pb2.ScoringInfo, completions: int) -> Scor
         tokenizer_fingerprint=message.tokenizer_fingerprint,
         probes=tuple(_scored_probes(message, completions)),
         usage=usage_from_proto(message.usage),
+        readings=tuple(reading_from_proto(reading, f"info.readings[{index}]") for index, reading in enumerate(message.readings)),
     )
 
 

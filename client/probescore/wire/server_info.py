@@ -20,6 +20,7 @@ from probescore.types import (
 )
 from probescore.v1 import admin_pb2, probes_pb2, scoring_pb2
 from probescore.wire.enums import OUTPUTS, UNITS, member_of, reduction_from_proto, reduction_to_proto
+from probescore.wire.readings import reading_from_proto, reading_to_proto
 
 # ---------------------------------------------------------------------------------------------------------------------- writing
 
@@ -56,6 +57,7 @@ def server_info_to_proto(info: ServerInfo) -> scoring_pb2.GetServerInfoResponse:
         probes=info.probes,
         activation_taps=info.activation_taps,
         retired_probes=info.retired_probes,
+        readings=[reading_to_proto(reading) for reading in info.readings],
     )
 
 
@@ -142,7 +144,11 @@ def _conditions_to_proto(conditions: CalibratedRollouts) -> probes_pb2.Calibrati
 
 
 def server_info_from_proto(message: scoring_pb2.GetServerInfoResponse) -> ServerInfo:
-    """Converts the response of the RPC ``GetServerInfo`` to the description of a server."""
+    """Converts the response of the RPC ``GetServerInfo`` to the description of a server.
+
+    Raises:
+        MessageError: the message violates the contract.
+    """
     model, limits = message.model, message.limits
     return ServerInfo(
         server_version=message.server_version,
@@ -173,6 +179,7 @@ def server_info_from_proto(message: scoring_pb2.GetServerInfoResponse) -> Server
         probes=tuple(message.probes),
         activation_taps=tuple(message.activation_taps),
         retired_probes=tuple(message.retired_probes),
+        readings=tuple(reading_from_proto(reading, f"readings[{index}]") for index, reading in enumerate(message.readings)),
     )
 
 
