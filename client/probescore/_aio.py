@@ -6,7 +6,7 @@ import asyncio
 import functools
 import os
 import weakref
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Collection, Iterable, Sequence
 from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, TypeVar, cast
@@ -27,14 +27,34 @@ from probescore._client import (
     score_result,
     stream_template,
 )
+from probescore._every_server import (
+    LEAST_SECONDS,
+    Outcome,
+    Plan,
+    agreement_plan,
+    load_plan,
+    load_request,
+    method_of,
+    outcome_of,
+    readings_off,
+    readings_plan,
+    unload_plan,
+    unload_request,
+)
+from probescore._every_server import (
+    Request as EachRequest,
+)
 from probescore._group_sources import async_source_of
 from probescore._options import ScoreOptions
 from probescore._retries import Attempts, retry_async
 from probescore._status import FailedCall
 from probescore._streaming import Arrival, ScoreChunk, StreamSchedule, StreamWindow
+from probescore.errors import ProbescoreError
 from probescore.types import (
     CompletionActivations,
+    LoadedReading,
     ProbeInfo,
+    Reading,
     ReloadedProbes,
     RolloutGroup,
     ScoreResult,
@@ -59,6 +79,7 @@ if TYPE_CHECKING:
 
 Request = TypeVar("Request")
 Response = TypeVar("Response")
+Result = TypeVar("Result")
 
 
 _clients: weakref.WeakSet[AsyncProbeClient] = weakref.WeakSet()
@@ -108,8 +129,10 @@ class AsyncProbeClient(BaseClient):
         """Scores every completion of every rollout group in one RPC; ``options`` are the keyword arguments that ``ScoreOptions``
         documents.
         """
-        request = score_request(groups, options)
-        return score_result(await self._call(lambda stub: stub.Score, request, self._attempts(timeout)), request)
+        request, attempts = score_request(groups, options), self._attempts(timeout)
+        result = score_result(await self._call(lambda stub: stub.Score, request, attempts), request)
+        await self._agree(result.info.readings, attempts)
+        return result
 
     def score_stream(
         self,
@@ -249,6 +272,69 @@ class AsyncProbeClient(BaseClient):
             answer = await self._call(lambda stub: stub.Reload, admin_pb2.ReloadRequest(), self._attempts(timeout))
         return reloaded_from_proto(answer)
 
+    async def load_reading(
+        self,
+        name: str,
+        path: str | os.PathLike[str],
+        step: int | None = None,
+        expected_id: str | None = None,
+        in_place: bool = False,
+        *,
+        timeout: float | None = None,
+    ) -> LoadedReading:
+        """Makes every server of this client load a LoRA adapter, or a checkpoint of the whole model, beside its frozen model, so that
+        ``score`` can be asked for the reading ``name``; returns once the name means it on all servers.
+
+        The servers score meanwhile, and calls that are under way finish with the version that they began with. If the address of the client
+        is a host name, or a list of addresses, the reading is loaded on every server behind it, and is the same version on all of them. If
+        one of them fails, loading is undone on all: the name means again what it meant before if this client has loaded that itself and its
+        files are still there, and otherwise nothing; the error says which. Files that are still being written are waited for within
+        ``timeout``; undoing may take as long again. The servers' settings ``admin`` and ``readings_root`` must be set.
+
+        Args:
+            name: the name by which ``score`` asks for the reading: 1 to 64 of A–Z, a–z, 0–9, '.', '_' and '-', beginning with a letter or
+                digit, and not ``frozen``. A reading of this name is replaced.
+            path: directory that the adapter or checkpoint was saved to, on storage that the servers see: absolute, or relative to their
+                ``readings_root``.
+            step: label to tell versions apart, such as the training step.
+            expected_id: id of the only version that may be loaded, such as the one that another server has loaded; ``None`` = any.
+            in_place: whether the version that the name means is freed first, so that there is never room needed for both. Calls that name
+                the reading wait meanwhile. If loading fails, the name means nothing.
+            timeout: seconds for the whole method.
+
+        Returns:
+            The reading, what it replaced, and how far it moves the scores of each probe's golden rollouts: with several servers the
+            largest distance, and the largest amount of memory.
+
+        Raises:
+            InvalidRequestError: an argument is wrong, or the files would not be computed correctly.
+            MismatchError: the files are not ``expected_id``, or several servers have read different files.
+            UnavailableError: the files are still being written, or a server cannot be reached.
+            ServerError: a server takes no readings, or sleeps.
+        """
+        request = load_request(name, path, step, expected_id, in_place=in_place)
+        loaded = await self._on_each(lambda servers: load_plan(servers, request, self._loaded), timeout)
+        self._loaded[name] = (loaded.reading.id, request.path)
+        return loaded
+
+    async def unload_reading(self, name: str, *, timeout: float | None = None) -> Reading:
+        """Makes the name of a reading mean nothing any more on every server of this client, and returns what it meant. The memory is freed
+        once the calls that began before have ended.
+
+        Raises:
+            InvalidRequestError: no server has a reading of this name, or it is ``frozen``.
+        """
+        request = unload_request(name)
+        return await self._on_each(lambda servers: unload_plan(servers, request), timeout)
+
+    async def readings(self, *, timeout: float | None = None) -> tuple[Reading, ...]:
+        """Returns the readings that ``score`` can be asked for, ``frozen`` first; empty if the servers offer no others.
+
+        Raises:
+            MismatchError: the client has several servers, and they do not have the same versions.
+        """
+        return await self._on_each(readings_plan, timeout)
+
     @asynccontextmanager
     async def awake(self, *, timeout: float | None = None) -> AsyncIterator[None]:
         """Wakes the server at the start of an ``async with`` block, and puts the server to sleep (frees its devices' memory) at the end of
@@ -335,9 +421,64 @@ class AsyncProbeClient(BaseClient):
         finally:
             self._pauses.discard(pause)
 
+    async def _on_each(self, planned: Callable[[Sequence[str]], Plan[Result]], timeout: float | None) -> Result:
+        """Carries out a plan of RPCs that every server of this client must get, and returns its result."""
+        self._check_open()
+        times, every = self._round_times(timeout), await asyncio.to_thread(self._servers)
+        clients = {each.addresses.written[0]: self if len(every) == 1 else _client_with(each) for each in every}
+        plan = planned(tuple(clients))
+        async with self._open_parts(clients.values()):
+            try:
+                asked = next(plan)
+                while True:
+                    answers = await asyncio.gather(
+                        *(clients[server]._outcome(request, times.attempts(asked)) for server, request in asked.requests.items())
+                    )
+                    asked = plan.send(dict(zip(asked.requests, answers, strict=True)))
+            except StopIteration as ended:
+                return cast("Result", ended.value)
+
+    @asynccontextmanager
+    async def _open_parts(self, clients: Collection[AsyncProbeClient]) -> AsyncIterator[None]:
+        """Context manager that closes clients of one server each at its end."""
+        try:
+            yield
+        finally:
+            for client in clients:
+                if client is not self:
+                    await client.close()
+
+    async def _outcome(self, request: EachRequest, attempts: Attempts) -> Outcome:
+        try:
+            return outcome_of(request, await self._call(lambda stub: getattr(stub, method_of(request)), request, attempts))
+        except ProbescoreError as error:
+            return readings_off(error)
+
+    async def _agree(self, readings: Sequence[Reading], attempts: Attempts) -> None:
+        """Waits until all servers of this client have one version of each reading in an answer, as they do once it is replaced on all.
+
+        Raises:
+            UnavailableError: they have different versions, so that the scores of one call could not be compared with another's.
+        """
+        names = self._has_not_agreed(readings)
+        if not names or len(await asyncio.to_thread(self._servers)) == 1:
+            self._agreed.update({each.name: each.id for each in readings if each.name in names})
+            return
+
+        async def ask(seconds: float) -> dict[str, str]:
+            return await self._on_each(lambda servers: agreement_plan(servers, names), max(seconds, LEAST_SECONDS))
+
+        self._agreed.update(await retry_async(ask, attempts, self._wait))
+
     async def _server_info(self, attempts: Attempts) -> ServerInfo:
         answer = await self._call(lambda stub: stub.GetServerInfo, scoring_pb2.GetServerInfoRequest(), attempts)
         return read(server_info_from_proto, answer)
+
+
+def _client_with(settings: ClientSettings) -> AsyncProbeClient:
+    client = AsyncProbeClient.__new__(AsyncProbeClient)
+    client._begin(settings)
+    return client
 
 
 class _AsyncStream:
@@ -352,7 +493,7 @@ class _AsyncStream:
         self._window = window
 
     async def completions(self, groups: Iterable[RolloutGroup] | AsyncIterable[RolloutGroup]) -> AsyncIterator[StreamedCompletion]:
-        schedule = StreamSchedule(self._window)
+        schedule = StreamSchedule(self._window, len(self._template.readings))
         arrivals: asyncio.Queue[Arrival] = asyncio.Queue()
         source = async_source_of(groups, arrivals.put_nowait)
         tasks: set[asyncio.Task[None]] = set()

@@ -29,6 +29,9 @@ _RECONNECT_SECONDS = (0.2, 1.0)
 _CONNECT_SECONDS = (2.0, 20.0)
 _CONNECT_SHARE = 0.05
 _HOST_PORT = re.compile(r"(?:\[(?P<ipv6>[0-9A-Fa-f:.%]+)\]|(?P<host>[^\s:/\[\],]+)):(?P<port>\d{1,5})")
+_DNS_TARGET = re.compile(r"dns:(?:///)?(?P<host>\[[^\]]*\]|[^/:\[\]]+)(?::(?P<port>\d{1,5}))?")
+_DEFAULT_PORT = "443"
+"""Port of a ``dns:`` target without one, as in gRPC."""
 _SCHEMES = ("dns:", "unix:", "unix-abstract:", "ipv4:", "ipv6:", "xds:")
 
 SERVICE_CONFIG: dict[str, list[dict[str, dict[str, str]]]] = {"loadBalancingConfig": [{"round_robin": {}}]}
@@ -78,6 +81,8 @@ class Addresses:
     """
 
     written: tuple[str, ...]
+    one_of: str = ""
+    """The name, or the first of several, by which this server and others are known; empty for all servers of a client."""
 
     @classmethod
     def of(cls, addresses: str | Sequence[str]) -> Addresses:
@@ -121,18 +126,51 @@ class Addresses:
             return "ipv6:" + ",".join(f"[{families[socket.AF_INET6]}]:{port}" for families, port in zip(found, ports, strict=True))
         raise ValueError(f"addresses {', '.join(self.written)} have neither IPv4 nor IPv6 in common")
 
+    def each(self) -> tuple[Addresses, ...]:
+        """Returns the addresses of each server on its own. Host names are looked up in this call; of a name with IPv4 and IPv6 addresses,
+        which are taken to be the same servers, the family with more addresses counts.
+
+        Raises:
+            OSError: a host name has no address.
+            ValueError: the servers cannot be told, as those of an ``xds:`` name.
+        """
+        if len(self.written) > 1:
+            found, named = list(self.target().partition(":")[2].split(",")), self.written[0]
+        elif self.written[0].startswith(("unix:", "unix-abstract:")) or self.proxy is not None:
+            return (self,)
+        elif self.written[0].startswith(("ipv4:", "ipv6:")):
+            found, named = self.written[0].partition(":")[2].split(","), self.written[0]
+        else:
+            found, named = _looked_up(self.target())
+        endpoints = tuple(dict.fromkeys(found))
+        return (self,) if len(endpoints) == 1 else tuple(Addresses((endpoint,), named) for endpoint in endpoints)
+
     @property
     def authority(self) -> str | None:
         """Returns the host name that the server's TLS certificate must bear: the first host if the client has a list of addresses; ``None``
         if it has a single address, since gRPC then takes the name from its target.
         """
-        return self.written[0] if len(self.written) > 1 else None
+        return self.one_of or (self.written[0] if len(self.written) > 1 else None)
 
     @property
     def proxy(self) -> Proxy | None:
         """Returns the proxy that the environment variables make gRPC use for connections to the client's server addresses, or ``None`` if
         there is no proxy.
         """
-        if len(self.written) > 1:
+        if len(self.written) > 1 or self.one_of:
             return None
         return proxy_of(self.target())
+
+
+def _looked_up(target: str) -> tuple[list[str], str]:
+    """Returns the addresses ``host:port`` of all servers that a gRPC target ``dns:…`` resolves to, and the name that was looked up."""
+    match = _DNS_TARGET.fullmatch(target)
+    if match is None:
+        raise ValueError(f"the servers behind {target!r} cannot be told apart: give their addresses, as a list of 'host:port'")
+    host, port = match["host"].strip("[]"), match["port"] or _DEFAULT_PORT
+    by_family: dict[socket.AddressFamily, dict[str, None]] = {socket.AF_INET: {}, socket.AF_INET6: {}}
+    for family, _, _, _, endpoint in socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM):
+        if family in by_family:
+            written = f"[{endpoint[0]}]" if family == socket.AF_INET6 else str(endpoint[0])
+            by_family[family][f"{written}:{port}"] = None
+    return list(max(by_family.values(), key=lambda found: len(found))), f"{match['host']}:{port}"

@@ -7,18 +7,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import grpc
 
 from probescore._answers import AnswerCheck
 from probescore._channel import DEFAULT_ADDRESS, Addresses, channel_options
+from probescore._every_server import RoundTimes
 from probescore._options import ScoreOptions, request_options
 from probescore._retries import Attempts
 from probescore._status import FailedCall, error_from_call, invalid_request, malformed_answer
 from probescore.errors import DeadlineExceededError, ProbescoreError, ServerError, UnavailableError
-from probescore.types import RolloutGroup, ScoreResult
+from probescore.types import FROZEN, Reading, RolloutGroup, ScoreResult
 from probescore.v1 import scoring_pb2
 from probescore.v1.activations_pb2_grpc import ActivationServiceStub
 from probescore.v1.admin_pb2_grpc import ProbeAdminServiceStub
@@ -78,6 +79,10 @@ class BaseClient:
     def _begin(self, settings: ClientSettings) -> None:
         self._settings = settings
         self._closed = False
+        self._loaded: dict[str, tuple[str, str]] = {}
+        """Maps the name of each reading that this client has loaded to the reading's id and path."""
+        self._agreed: dict[str, str] = {}
+        """Maps the name of each reading to the id that all servers were last found to have."""
 
     def __getstate__(self) -> ClientSettings:
         if self._settings.credentials is not None:
@@ -101,12 +106,32 @@ class BaseClient:
         try:
             return self._settings.addresses.target()
         except OSError as error:
-            addresses = ", ".join(self._settings.addresses.written)
-            raise UnavailableError(f"no such host among {addresses}: {error.strerror}", "UNAVAILABLE") from None
+            raise self._unresolved(error) from None
+
+    def _unresolved(self, error: OSError) -> UnavailableError:
+        addresses = ", ".join(self._settings.addresses.written)
+        return UnavailableError(f"no such host among {addresses}: {error.strerror}", "UNAVAILABLE")
 
     def _channel_options(self, target: str) -> list[tuple[str, str | int]]:
-        authority = self._settings.addresses.authority
-        return channel_options(self._settings.restart_budget, target) + ([("grpc.default_authority", authority)] if authority else [])
+        addresses = self._settings.addresses
+        options = channel_options(self._settings.restart_budget, target)
+        if addresses.one_of:  # a proxy that the name does not go through has no part in its addresses either
+            options = [(key, 0 if key == "grpc.enable_http_proxy" else value) for key, value in options]
+        return options + ([("grpc.default_authority", addresses.authority)] if addresses.authority else [])
+
+    def _servers(self) -> tuple[ClientSettings, ...]:
+        """Returns the settings of a client for each server that this client's addresses mean; may look host names up. Raises
+        ``UnavailableError`` as ``_target`` does, and ``ValueError`` if the servers cannot be told.
+        """
+        try:
+            parts = self._settings.addresses.each()
+        except OSError as error:
+            raise self._unresolved(error) from None
+        return tuple(replace(self._settings, addresses=part) for part in parts)
+
+    def _has_not_agreed(self, readings: Sequence[Reading]) -> list[str]:
+        """Returns the names of those readings in an answer of whose version it is not known that all servers have it."""
+        return [each.name for each in readings if each.name != FROZEN and self._agreed.get(each.name) != each.id]
 
     def _error(self, failed: FailedCall) -> ProbescoreError:
         """Returns the exception that tells why an RPC failed; raises ``RuntimeError`` if the RPC failed because the client was closed
@@ -138,6 +163,10 @@ class BaseClient:
             raise ServerError(
                 "the server does not take sleep, wake and reload: its setting admin is off", error.code, "ADMIN_OFF"
             ) from None
+
+    def _round_times(self, timeout: float | None) -> RoundTimes:
+        seconds = self._settings.timeout if timeout is None else checked_timeout(timeout)
+        return RoundTimes(seconds, self._settings.restart_budget)
 
     def _check_open(self) -> None:
         if self._closed:

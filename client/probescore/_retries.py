@@ -22,6 +22,8 @@ _LONGEST_PAUSE_SECONDS = 5.0
 _SHORTEST_PAUSE_SECONDS = 0.001
 _DOUBLINGS = 10
 _JITTER = 0.25
+_UNTIL_DEADLINE = {"READING_INCOMPLETE"}
+"""Reasons of failures after which an RPC is retried until its deadline, since a trainer that writes is waited for, and not a server."""
 _LAST_MOMENT_SECONDS = 0.01
 """Seconds that must be left of an RPC's deadline for another attempt; with less time no response would arrive in time."""
 
@@ -88,11 +90,12 @@ class Attempts:
             self._began = now
         self._failures += 1
         self._last = error
-        in_time, in_budget = self._deadline - now, self._began + self._budget - now
+        limit_seconds = self._timeout if error.reason in _UNTIL_DEADLINE else self._budget
+        in_time, in_budget = self._deadline - now, self._began + limit_seconds - now
         if error.code == "CANCELLED" and in_time < _FIRST_PAUSE_SECONDS:
             # whoever is at the other end, a proxy for example, ends a call at its deadline too, and may be a moment earlier
             raise DeadlineExceededError(f"the call was ended at its deadline: {error}", "DEADLINE_EXCEEDED", error.reason) from error
-        if self._budget == 0:
+        if limit_seconds == 0:
             raise error
         timeout, budget = f"the call's timeout of {self._timeout:g} s", f"the client's restart_budget of {self._budget:g} s"
         if in_time <= _LAST_MOMENT_SECONDS or in_budget <= 0:

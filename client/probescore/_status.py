@@ -26,6 +26,8 @@ from probescore.wire import MessageError
 from probescore.wire.contract import ERROR_DOMAIN
 
 OUT_OF_MEMORY = "OUT_OF_MEMORY"
+_MISMATCHES = {"MISMATCH", "READING_MISMATCH"}
+"""Reasons of a failed precondition that mean that the server has something else than the request expects."""
 DETAILS_KEY = "grpc-status-details-bin"
 
 _BY_CODE: dict[grpc.StatusCode, type[ProbescoreError]] = {
@@ -64,6 +66,8 @@ def error_from_call(call: FailedCall) -> ProbescoreError:
         kind = MessageTooLargeError
     elif info is not None and ours and info.reason == OUT_OF_MEMORY:
         kind = OutOfMemoryError
+    elif kind is MismatchError and info is not None and ours and info.reason not in _MISMATCHES:
+        kind = ServerError  # something must be done on the server first
     return kind(
         call.details() or code.name,
         code=code.name,

@@ -13,8 +13,8 @@ from typing import Union
 from probescore._answers import AnswerCheck
 from probescore._group_sources import LINGER_SECONDS, GroupRead, SourceEnded
 from probescore._status import invalid_request, malformed_answer
-from probescore.errors import FieldViolation, InvalidRequestError, ProbescoreError
-from probescore.types import RolloutGroup, StreamedCompletion
+from probescore.errors import FieldViolation, InvalidRequestError, MismatchError, ProbescoreError
+from probescore.types import Reading, RolloutGroup, StreamedCompletion
 from probescore.v1 import scoring_pb2
 from probescore.wire import MessageError, group_to_proto, streamed_from_proto
 
@@ -27,8 +27,9 @@ class StreamWindow:
 
     Attributes:
         groups_per_call: maximum number of rollout groups in one RPC.
-        tokens_per_call: maximum number of tokens in one RPC, a prompt counted once; a larger group is sent in several RPCs. A text counts
-            as many tokens as it has characters, since the client does not tokenise text. Keep this number at or below the server's
+        tokens_per_call: maximum number of tokens in one RPC, a prompt counted once, and all of them once for each reading that is asked for;
+            a larger group is sent in several RPCs. A text counts as many tokens as it has characters, since the client does not tokenise
+            text. Keep this number at or below the server's
             ``max_request_tokens``.
         calls_in_flight: maximum number of RPCs whose scores have not all been handed out to the caller.
         completions_per_call: maximum number of completions and follow-ups (token ids appended to a completion) in one RPC; a larger group
@@ -169,11 +170,12 @@ class ScoreChunk(Chunk):
 
 class Chunker:
     """Chunker that divides a stream of rollout groups into chunks of at most ``groups_per_call`` groups and ``tokens_per_call`` tokens;
-    each chunk is sent in one RPC.
+    each chunk is sent in one RPC. Each token counts ``passes`` times: the model reads it once for each reading.
     """
 
-    def __init__(self, window: StreamWindow) -> None:
+    def __init__(self, window: StreamWindow, passes: int = 1) -> None:
         self._window = window
+        self._passes = passes
         self._chunk = ScoreChunk()
         self._groups = 0
 
@@ -192,8 +194,8 @@ class Chunker:
             raise invalid_request(error) from None
         if not message.completions:
             raise invalid_request(MessageError(f"{name}.completions", "is empty; expected at least one"))
-        sizes = [(_completion_tokens(completion), _with_follow_ups(completion)) for completion in message.completions]
-        prompt_tokens = _prompt_tokens(message.prompt)
+        sizes = [(self._passes * _completion_tokens(completion), _with_follow_ups(completion)) for completion in message.completions]
+        prompt_tokens = self._passes * _prompt_tokens(message.prompt)
         if self._is_too_much(self._chunk.tokens + prompt_tokens + sum(size for size, _ in sizes), sum(count for _, count in sizes)):
             yield from self.rest()
         part: dict[Position, scoring_pb2.Completion] = {}
@@ -241,15 +243,20 @@ class StreamSchedule:
     since the source may be waiting for their scores. The synchronous and the asynchronous client repeat the following steps until
     ``finished``: send each ``next_chunk()``, read a group if ``wants_group()``, wait for an event for ``patience`` seconds, and hand out
     the completions that ``accept()`` returns.
+
+    Args:
+        window: limits on what is under way.
+        readings: number of readings that each request names; 0 = none, and the frozen model alone reads.
     """
 
-    def __init__(self, window: StreamWindow) -> None:
+    def __init__(self, window: StreamWindow, readings: int = 0) -> None:
         self._window = window
-        self._chunker = Chunker(window)
+        self._chunker = Chunker(window, max(readings, 1))
         self._ready: deque[ScoreChunk] = deque()
         self._under_way = 0
         self._reading = False
         self._ended = False
+        self._pinned: dict[str, Reading] = {}
         self.failure: BaseException | None = None
         """The exception that the source raised, or ``None``; it must be raised to the caller once the scores of all groups read before it
         have arrived."""
@@ -299,6 +306,7 @@ class StreamSchedule:
 
         Raises:
             Exception: the event is the exception of a failed RPC, which is raised unchanged.
+            MismatchError: the scores are of another version of a reading than those that came before.
         """
         match arrival:
             case GroupRead(group):
@@ -314,12 +322,27 @@ class StreamSchedule:
             case Exception():
                 raise arrival
             case completions:
+                for reading in completions[0].info.readings if completions else ():
+                    self._check_version(reading)
                 return completions
         return []
+
+    def _check_version(self, reading: Reading) -> None:
+        before = self._pinned.setdefault(reading.name, reading)
+        if before.id != reading.id:
+            problem = (
+                f"reading {reading.name!r} came to mean {_version(reading)} instead of {_version(before)} during the stream, and scores of "
+                "both would be mixed: load readings between streams, on all servers of the client, and score what is left in a new one"
+            )
+            raise MismatchError(problem, "FAILED_PRECONDITION", "READING_CHANGED", (FieldViolation("readings", problem),))
 
     def _end(self, failure: BaseException | None) -> None:
         self._reading, self._ended, self.failure = False, True, failure
         self.kept_waiting()
+
+
+def _version(reading: Reading) -> str:
+    return reading.id[:100] + (f" of step {reading.step}" if reading.step is not None else "")
 
 
 def _prompt_tokens(prompt: scoring_pb2.Prompt) -> int:

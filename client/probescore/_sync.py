@@ -6,7 +6,7 @@ import functools
 import os
 import queue
 import threading
-from collections.abc import AsyncIterable, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterable, Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from types import TracebackType
@@ -27,14 +27,34 @@ from probescore._client import (
     score_result,
     stream_template,
 )
+from probescore._every_server import (
+    LEAST_SECONDS,
+    Outcome,
+    Plan,
+    agreement_plan,
+    load_plan,
+    load_request,
+    method_of,
+    outcome_of,
+    readings_off,
+    readings_plan,
+    unload_plan,
+    unload_request,
+)
+from probescore._every_server import (
+    Request as EachRequest,
+)
 from probescore._group_sources import source_of
 from probescore._options import ScoreOptions
 from probescore._retries import Attempts, retry
 from probescore._status import FailedCall
 from probescore._streaming import Arrival, ScoreChunk, StreamSchedule, StreamWindow
+from probescore.errors import ProbescoreError
 from probescore.types import (
     CompletionActivations,
+    LoadedReading,
     ProbeInfo,
+    Reading,
     ReloadedProbes,
     RolloutGroup,
     ScoreResult,
@@ -51,6 +71,7 @@ if TYPE_CHECKING:
 
 Request = TypeVar("Request")
 Response = TypeVar("Response")
+Result = TypeVar("Result")
 
 
 class ProbeClient(BaseClient):
@@ -81,13 +102,16 @@ class ProbeClient(BaseClient):
         super()._begin(settings)
         self._channels: dict[int, tuple[grpc.Channel, Stub]] = {}
         self._pauses: set[threading.Event] = set()
+        self._parts: set[ProbeClient] = set()
 
     def score(self, groups: Sequence[RolloutGroup], *, timeout: float | None = None, **options: Unpack[ScoreOptions]) -> ScoreResult:
         """Scores every completion of every rollout group in one RPC; ``options`` are the keyword arguments that ``ScoreOptions``
         documents.
         """
-        request = score_request(groups, options)
-        return score_result(self._call(lambda stub: stub.Score, request, self._attempts(timeout)), request)
+        request, attempts = score_request(groups, options), self._attempts(timeout)
+        result = score_result(self._call(lambda stub: stub.Score, request, attempts), request)
+        self._agree(result.info.readings, attempts)
+        return result
 
     def score_stream(
         self,
@@ -230,6 +254,69 @@ class ProbeClient(BaseClient):
             answer = self._call(lambda stub: stub.Reload, admin_pb2.ReloadRequest(), self._attempts(timeout))
         return reloaded_from_proto(answer)
 
+    def load_reading(
+        self,
+        name: str,
+        path: str | os.PathLike[str],
+        step: int | None = None,
+        expected_id: str | None = None,
+        in_place: bool = False,
+        *,
+        timeout: float | None = None,
+    ) -> LoadedReading:
+        """Makes every server of this client load a LoRA adapter, or a checkpoint of the whole model, beside its frozen model, so that
+        ``score`` can be asked for the reading ``name``; returns once the name means it on all servers.
+
+        The servers score meanwhile, and calls that are under way finish with the version that they began with. If the address of the client
+        is a host name, or a list of addresses, the reading is loaded on every server behind it, and is the same version on all of them. If
+        one of them fails, loading is undone on all: the name means again what it meant before if this client has loaded that itself and its
+        files are still there, and otherwise nothing; the error says which. Files that are still being written are waited for within
+        ``timeout``; undoing may take as long again. The servers' settings ``admin`` and ``readings_root`` must be set.
+
+        Args:
+            name: the name by which ``score`` asks for the reading: 1 to 64 of A–Z, a–z, 0–9, '.', '_' and '-', beginning with a letter or
+                digit, and not ``frozen``. A reading of this name is replaced.
+            path: directory that the adapter or checkpoint was saved to, on storage that the servers see: absolute, or relative to their
+                ``readings_root``.
+            step: label to tell versions apart, such as the training step.
+            expected_id: id of the only version that may be loaded, such as the one that another server has loaded; ``None`` = any.
+            in_place: whether the version that the name means is freed first, so that there is never room needed for both. Calls that name
+                the reading wait meanwhile. If loading fails, the name means nothing.
+            timeout: seconds for the whole method.
+
+        Returns:
+            The reading, what it replaced, and how far it moves the scores of each probe's golden rollouts: with several servers the
+            largest distance, and the largest amount of memory.
+
+        Raises:
+            InvalidRequestError: an argument is wrong, or the files would not be computed correctly.
+            MismatchError: the files are not ``expected_id``, or several servers have read different files.
+            UnavailableError: the files are still being written, or a server cannot be reached.
+            ServerError: a server takes no readings, or sleeps.
+        """
+        request = load_request(name, path, step, expected_id, in_place=in_place)
+        loaded = self._on_each(lambda servers: load_plan(servers, request, self._loaded), timeout)
+        self._loaded[name] = (loaded.reading.id, request.path)
+        return loaded
+
+    def unload_reading(self, name: str, *, timeout: float | None = None) -> Reading:
+        """Makes the name of a reading mean nothing any more on every server of this client, and returns what it meant. The memory is freed
+        once the calls that began before have ended.
+
+        Raises:
+            InvalidRequestError: no server has a reading of this name, or it is ``frozen``.
+        """
+        request = unload_request(name)
+        return self._on_each(lambda servers: unload_plan(servers, request), timeout)
+
+    def readings(self, *, timeout: float | None = None) -> tuple[Reading, ...]:
+        """Returns the readings that ``score`` can be asked for, ``frozen`` first; empty if the servers offer no others.
+
+        Raises:
+            MismatchError: the client has several servers, and they do not have the same versions.
+        """
+        return self._on_each(readings_plan, timeout)
+
     @contextmanager
     def awake(self, *, timeout: float | None = None) -> Iterator[None]:
         """Wakes the server at the start of a ``with`` block, and puts the server to sleep (frees its devices' memory) at the end of the
@@ -246,6 +333,8 @@ class ProbeClient(BaseClient):
         self._closed = True
         for pause in list(self._pauses):
             pause.set()
+        for part in list(self._parts):
+            part.close()
         opened = self._channels.pop(os.getpid(), None)
         if opened is not None:
             opened[0].close()
@@ -301,8 +390,71 @@ class ProbeClient(BaseClient):
         finally:
             self._pauses.discard(pause)
 
+    def _on_each(self, planned: Callable[[Sequence[str]], Plan[Result]], timeout: float | None) -> Result:
+        """Carries out a plan of RPCs that every server of this client must get, and returns its result."""
+        self._check_open()
+        times, every = self._round_times(timeout), self._servers()
+        clients = {each.addresses.written[0]: self if len(every) == 1 else _client_with(each) for each in every}
+        plan = planned(tuple(clients))
+        with ThreadPoolExecutor(len(clients), "probescore-servers") as threads, self._open_parts(clients.values()):
+            run = map if len(clients) == 1 else threads.map
+            try:
+                asked = next(plan)
+                while True:
+                    calls = [
+                        functools.partial(clients[server]._outcome, request, times.attempts(asked))
+                        for server, request in asked.requests.items()
+                    ]
+                    asked = plan.send(dict(zip(asked.requests, run(_called, calls), strict=True)))
+            except StopIteration as ended:
+                return cast("Result", ended.value)
+
+    @contextmanager
+    def _open_parts(self, clients: Collection[ProbeClient]) -> Iterator[None]:
+        """Context manager that closes clients of one server each at its end, or when this client is closed."""
+        parts = {client for client in clients if client is not self}
+        self._parts |= parts
+        try:
+            yield
+        finally:
+            self._parts -= parts
+            for part in parts:
+                part.close()
+
+    def _outcome(self, request: EachRequest, attempts: Attempts) -> Outcome:
+        try:
+            return outcome_of(request, self._call(lambda stub: getattr(stub, method_of(request)), request, attempts))
+        except ProbescoreError as error:
+            return readings_off(error)
+
+    def _agree(self, readings: Sequence[Reading], attempts: Attempts) -> None:
+        """Waits until all servers of this client have one version of each reading in an answer, as they do once it is replaced on all.
+
+        Raises:
+            UnavailableError: they have different versions, so that the scores of one call could not be compared with another's.
+        """
+        names = self._has_not_agreed(readings)
+        if not names or len(self._servers()) == 1:
+            self._agreed.update({each.name: each.id for each in readings if each.name in names})
+            return
+
+        def ask(seconds: float) -> dict[str, str]:
+            return self._on_each(lambda servers: agreement_plan(servers, names), max(seconds, LEAST_SECONDS))
+
+        self._agreed.update(retry(ask, attempts, self._wait))
+
     def _server_info(self, attempts: Attempts) -> ServerInfo:
         return read(server_info_from_proto, self._call(lambda stub: stub.GetServerInfo, scoring_pb2.GetServerInfoRequest(), attempts))
+
+
+def _called(call: Callable[[], Outcome]) -> Outcome:
+    return call()
+
+
+def _client_with(settings: ClientSettings) -> ProbeClient:
+    client = ProbeClient.__new__(ProbeClient)
+    client._begin(settings)
+    return client
 
 
 class _Stream:
@@ -321,7 +473,7 @@ class _Stream:
         self._pause = threading.Event()
 
     def completions(self, groups: Iterable[RolloutGroup] | AsyncIterable[RolloutGroup]) -> Iterator[StreamedCompletion]:
-        schedule = StreamSchedule(self._window)
+        schedule = StreamSchedule(self._window, len(self._template.readings))
         source = source_of(groups, self._arrivals.put)
         with ThreadPoolExecutor(self._window.calls_in_flight, "probescore-stream") as threads:
             try:

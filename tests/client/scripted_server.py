@@ -25,9 +25,13 @@ from probescore import (
     CompletionScores,
     CompletionStatus,
     GroupScores,
+    LoadedReading,
     OutputPer,
     Pool,
     ProbeScores,
+    Reading,
+    ReadingKind,
+    ReadingScores,
     Reduction,
     RolloutGroup,
     Scope,
@@ -40,7 +44,7 @@ from probescore import (
     Usage,
     reduce_scores,
 )
-from probescore.types import score_keys
+from probescore.types import FROZEN, score_keys
 from probescore.v1 import activations_pb2, activations_pb2_grpc, admin_pb2, admin_pb2_grpc, probes_pb2, scoring_pb2, scoring_pb2_grpc
 from probescore.wire import (
     RequestOptions,
@@ -48,7 +52,9 @@ from probescore.wire import (
     activations_info_to_proto,
     begin_to_proto,
     groups_from_request,
+    loaded_reading_to_proto,
     options_from_request,
+    reading_to_proto,
     result_to_proto,
     rows_to_proto,
     streamed_to_proto,
@@ -124,7 +130,36 @@ def info_of(options: RequestOptions) -> ScoringInfo:
         replace(probe, reductions=options.reductions) if options.reductions and probe.output_per is OutputPer.TOKEN else probe
         for probe in applied
     ]
-    return replace(INFO, probes=tuple(chosen))
+    return replace(INFO, probes=tuple(chosen), readings=tuple(reading(name) for name in options.readings))
+
+
+def reading(name: str, version: str = "1", step: int | None = None) -> Reading:
+    """What a scripted server says of a reading: its id is that of its files, or the model's."""
+    if name == FROZEN:
+        return Reading(FROZEN, INFO.model_fingerprint, ReadingKind.FROZEN, None, INFO.model_fingerprint, golden_verified=True)
+    return Reading(
+        name, f"sha256:{version}", ReadingKind.ADAPTER, step, INFO.model_fingerprint, golden_verified=False, changed_layers=(0, 3)
+    )
+
+
+def on_readings(completion: CompletionScores, names: Sequence[str]) -> CompletionScores:
+    """The scores of a completion with those on other readings, whose numbers are ten times as large; frozen's only if it is asked for."""
+    if not names:
+        return completion
+    others = {
+        name: ReadingScores(
+            completion.status,
+            {
+                key: ProbeScores(scores.reduced * 10, None if scores.tokens is None else scores.tokens * 10)
+                for key, scores in completion.scores.items()
+            },
+        )
+        for name in names
+        if name != FROZEN
+    }
+    follow_ups = tuple(on_readings(each, names) for each in completion.follow_ups)
+    scores = completion.scores if FROZEN in names else {}
+    return replace(completion, scores=scores, readings=others, follow_ups=follow_ups)
 
 
 def scored(
@@ -176,7 +211,10 @@ def scored(
 def scored_groups(request: scoring_pb2.ScoreRequest) -> list[tuple[CompletionScores, ...]]:
     options = options_from_request(request)
     return [
-        tuple(scored(completion, group, options, inexact=isinstance(group.prompt, (Text, Chat))) for completion in group.completions)
+        tuple(
+            on_readings(scored(completion, group, options, inexact=isinstance(group.prompt, (Text, Chat))), options.readings)
+            for completion in group.completions
+        )
         for group in groups_from_request(request)
     ]
 
@@ -292,6 +330,73 @@ class Service(
 
     def Wake(self, request: Any, context: Any) -> Any:
         return self._act(request, context, lambda _: admin_pb2.WakeResponse(transfers=[admin_pb2.Transfer(device="cuda:0")]))
+
+
+@dataclass
+class ReadingService(Service):
+    """A scripted server that takes readings: each directory has one version, and a name means what was loaded last.
+
+    Attributes:
+        directories: a dictionary from the paths that exist to the versions of what they hold.
+        named: a dictionary from names to what they mean.
+        refusals: a dictionary from paths to what loading them fails with.
+    """
+
+    directories: dict[str, str] = field(default_factory=dict)
+    named: dict[str, Reading] = field(default_factory=dict)
+    refusals: dict[str, Refusal] = field(default_factory=dict)
+
+    def asked(self, kind: type[Message]) -> list[Any]:
+        return [request for request in self.requests if isinstance(request, kind)]
+
+    def Score(self, request: Any, context: Any) -> Any:
+        return self._act(request, context, lambda asked: self._named_in(answer(asked)))
+
+    def ScoreStream(self, request: Any, context: Any) -> Any:
+        try:
+            yield from map(self._named_in, self._act(request.request, context, answer_in_pieces))
+        except Refusal as refusal:
+            refusal.abort(context)
+
+    def _named_in(self, message: Any) -> Any:
+        for place, each in enumerate(message.info.readings):
+            if each.name != FROZEN:
+                message.info.readings[place].CopyFrom(reading_to_proto(self.named[each.name]))
+        return message
+
+    def GetServerInfo(self, request: Any, context: Any) -> Any:
+        def told(_: Any) -> Any:
+            readings = [reading_to_proto(each) for each in (reading(FROZEN), *self.named.values())]
+            return scoring_pb2.GetServerInfoResponse(server_version="9", probes=["sum@1"], readings=readings)
+
+        return self._act(request, context, told)
+
+    def LoadReading(self, request: Any, context: Any) -> Any:
+        def load(asked: Any) -> Any:
+            replaced = self.named.pop(asked.name, None) if asked.in_place else self.named.get(asked.name)
+            if asked.path in self.refusals:
+                self.refusals[asked.path].abort(context)
+            if asked.path not in self.directories:
+                refused("READING_REFUSED", grpc.StatusCode.INVALID_ARGUMENT).abort(context)
+            loaded = reading(asked.name, self.directories[asked.path], asked.step if asked.HasField("step") else None)
+            if asked.expected_id not in ("", loaded.id):
+                refused("READING_MISMATCH", grpc.StatusCode.FAILED_PRECONDITION).abort(context)
+            self.named[asked.name] = loaded
+            return loaded_reading_to_proto(LoadedReading(loaded, replaced, {"sum@1": 0.5}, 100))
+
+        return self._act(request, context, load)
+
+    def UnloadReading(self, request: Any, context: Any) -> Any:
+        def unload(asked: Any) -> Any:
+            if asked.name not in self.named:
+                refused("UNKNOWN_READING", grpc.StatusCode.INVALID_ARGUMENT).abort(context)
+            return admin_pb2.UnloadReadingResponse(removed=reading_to_proto(self.named.pop(asked.name)))
+
+        return self._act(request, context, unload)
+
+
+def refused(reason: str, code: grpc.StatusCode) -> Refusal:
+    return Refusal(code, f"refused: {reason}", (error_info(reason),))
 
 
 TAPS = ("mlp_out.0", "resid_post.1")
