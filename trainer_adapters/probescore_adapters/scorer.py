@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import time
 from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,7 +29,7 @@ from probescore import (
     TransientError,
 )
 from probescore.errors import DeadlineExceededError
-from probescore.types import FROZEN
+from probescore.types import FROZEN, LoadedReading
 from probescore_adapters.arrays import as_list, as_rewards
 from probescore_adapters.errors import ProbeReplaced, ReadingGone, SignalError
 from probescore_adapters.guard_rails import GuardRails
@@ -308,6 +309,24 @@ class ProbeScorer:
                     request = steps.send(answer)
         except StopIteration as done:
             return _outcome(done)
+
+    def load_reading(self, name: str, path: str | os.PathLike[str], step: int | None = None) -> LoadedReading:
+        """Makes the servers load a LoRA adapter, or a checkpoint of the whole model, so that signals (rules from probe scores to rewards)
+        can read it.
+
+        For a run of several processes: one of them saves the weights and calls this method while the others wait, and then all score. So
+        all read one version in a step.
+
+        Args:
+            name: name of the reading, as in the field ``reading`` of the signals; a reading of this name is replaced.
+            path: directory that the adapter or checkpoint was saved to, on storage that the servers see: absolute, or relative to their
+                ``readings_root``.
+            step: the training step, which metrics and answers state.
+
+        Raises:
+            ProbescoreError: the errors of ``ProbeClient.load_reading``.
+        """
+        return self._client.load_reading(name, path, step)
 
     def close(self) -> None:
         """Closes the connections to the server that this process uses for synchronous calls; the connections of event loops stay open."""
