@@ -27,10 +27,9 @@ class StreamWindow:
 
     Attributes:
         groups_per_call: maximum number of rollout groups in one RPC.
-        tokens_per_call: maximum number of tokens in one RPC, a prompt counted once, and all of them once for each reading that is asked for;
-            a larger group is sent in several RPCs. A text counts as many tokens as it has characters, since the client does not tokenise
-            text. Keep this number at or below the server's
-            ``max_request_tokens``.
+        tokens_per_call: maximum number of tokens in one RPC, a prompt counted once; each token counts once for each reading that is asked
+            for. A larger group is sent in several RPCs. A text counts as many tokens as it has characters, since the client does not
+            tokenise text. Keep this number at or below the server's ``max_request_tokens``.
         calls_in_flight: maximum number of RPCs whose scores have not all been handed out to the caller.
         completions_per_call: maximum number of completions and follow-ups (token ids appended to a completion) in one RPC; a larger group
             is sent in several RPCs. Keep this number at or below the server's ``max_request_rollouts``.

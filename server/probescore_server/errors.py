@@ -5,6 +5,7 @@
     │   ├── LimitExceeded     the request exceeds a limit that ``GetServerInfo`` returns
     │   └── ReadingRefused    an adapter or checkpoint is damaged, of a kind that is not computed, or of another model
     ├── Mismatch              the client expects another model or tokenizer than the one that this server runs
+    ├── FailedPrecondition    the server is not in a state in which it can do what is asked; something else must be done first
     ├── QueueFull             too many tokens wait already; a later try may succeed
     ├── ServerBusy            the server works on too many RPCs, or bytes of requests; a later try may succeed
     ├── WorkerUnavailable     no worker process can take or finish the work now; a later try may succeed
@@ -114,6 +115,25 @@ class Mismatch(CoreError):
 
     def __str__(self) -> str:
         return f"{self.field}: the server runs {self.found}, the request expects {self.expected}"
+
+
+class FailedPrecondition(CoreError):
+    """Exception raised when the server is not in a state in which it can do what is asked, and will not be before something else is done.
+
+    Args:
+        problem: the state of the server, and what must be done first, as a text for people.
+        reason: a stable word in upper case, such as ``ASLEEP``, which clients receive.
+    """
+
+    reason = "FAILED_PRECONDITION"
+
+    def __init__(self, problem: str, reason: str) -> None:
+        super().__init__(problem, reason)
+        self.problem = problem
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return self.problem
 
 
 class QueueFull(CoreError):

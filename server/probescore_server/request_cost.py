@@ -22,7 +22,7 @@ thousand probes.
 @dataclass(frozen=True)
 class RequestCost:
     """Value object with the factors, determined by the options of a scoring request, that turn the numbers of tokens and spans (token
-    ranges) of its rollouts into costs.
+    ranges) of its rollouts into costs. Each counts all readings that the request names.
 
     Attributes:
         scope: which tokens are scored: the prompt's, the completion's or both.
@@ -115,4 +115,5 @@ def _cost(info: EngineInfo, options: ResolvedOptions) -> RequestCost:
         if not follow_up:  # A probe with a follow-up of its own scores none of the tokens that spans cover.
             span += labels * reductions if not pools else info.model.hidden_size
             context += info.model.hidden_size if key in info.pools_with_prompt else 0
-    return RequestCost(options.scope, row, token, appended, span, context)
+    factors = (row, token, appended, span, context)
+    return RequestCost(options.scope, *(options.passes * factor for factor in factors))

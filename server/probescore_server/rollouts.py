@@ -16,7 +16,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from probescore.reductions import Reduction
-from probescore.types import CompletionScores, ModelInfo, Pool, ProbeInfo, Scope, ScoredProbe, Span, Tap, Usage
+from probescore.types import (
+    FROZEN,
+    CompletionScores,
+    ModelInfo,
+    Pool,
+    ProbeInfo,
+    Reading,
+    ReadingKind,
+    Scope,
+    ScoredProbe,
+    Span,
+    Tap,
+    Usage,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,6 +141,11 @@ class ResolvedOptions:
         values = [getattr(self, option.name) for option in fields(self)]
         return repr([sorted(value) if isinstance(value, frozenset) else value for value in values])
 
+    @property
+    def passes(self) -> int:
+        """Returns how often the model reads each rollout at most: once for each reading that the request names."""
+        return max(1, len(self.readings))
+
 
 @dataclass(frozen=True, eq=False)
 class CheckedRollout:
@@ -156,10 +174,18 @@ class CheckedRollout:
         """Returns the largest number of tokens that this rollout can cost.
 
         The number includes the tokens of the prompt, of the completion and of all follow-ups (texts that continue the completion), the
-        tokens that probes append, and the tokens that spans (token ranges) read again.
+        tokens that probes append, and the tokens that spans (token ranges) read again; all of them once for each reading.
         """
         appended = self.appended_tokens * self.completion.tree_size
-        return len(self.prompt_ids) + self.completion.tree_tokens + appended + self.reread_tokens
+        own = self.completion.tree_tokens + appended + self.reread_tokens
+        return self.prompt_tokens + self.options.passes * own
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Returns the part of ``tokens`` that rollouts of the same prompt and readings have in common: the prompt's, once for each
+        reading.
+        """
+        return self.options.passes * len(self.prompt_ids)
 
 
 ActivationArrays: TypeAlias = Mapping[tuple[str, Pool], NDArray[np.generic]]
@@ -266,6 +292,12 @@ class EngineInfo:
     taps: tuple[Tap, ...] = ()
     retired: frozenset[str] = frozenset()
     shallower: dict[int, str] = field(default_factory=dict)
+
+    @property
+    def frozen_reading(self) -> Reading:
+        """Returns the description of the frozen model's own activations, as those of other weights are described beside them."""
+        fingerprint = self.model.fingerprint
+        return Reading(FROZEN, fingerprint, ReadingKind.FROZEN, None, fingerprint, golden_verified=True)
 
     def of_probes(self, keys: Collection[str], retired: Collection[str] = ()) -> EngineInfo:
         """Returns a copy of this description of an engine with only some of its probes, of which some are marked as retired (their files

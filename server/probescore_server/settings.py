@@ -90,6 +90,20 @@ class ServerSettings(BaseSettings):
         examples=["resid_post.14", "'resid_post.*'"],
     )
 
+    readings_root: Path | None = Field(
+        None,
+        description="Beside the frozen model the server reads adapters and checkpoints, such as a policy's, from directories below this "
+        "one, as anyone who may call ProbeAdminService asks it to. It needs admin. Not set = it is off.",
+        examples=["/checkpoints"],
+    )
+    max_readings: int = Field(
+        4,
+        ge=1,
+        le=1024,
+        description="At most this many adapters and checkpoints are loaded at a time, each under a name of its own. "
+        "Those that calls under way still use are not counted.",
+    )
+
     # ------------------------------------------------------------------------------------------------------------------ compute
     devices: Names = Field(
         ("auto",),
@@ -355,7 +369,8 @@ class ServerSettings(BaseSettings):
     )
     admin: bool = Field(
         False,
-        description="The server offers ProbeAdminService, with which anyone who may call can put it to sleep and wake it.",
+        description="The server offers ProbeAdminService, with which anyone who may call can put it to sleep and wake it, have probes "
+        "follow their files and, with readings_root, load readings.",
     )
     log_format: Literal["auto", "console", "json"] = Field(
         "auto",
@@ -409,6 +424,12 @@ class ServerSettings(BaseSettings):
                     f"{larger} ({getattr(self, larger)}) must be at least {times}{smaller} ({factor * getattr(self, smaller)}), "
                     "or what the one allows could never be served"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _readings_are_loaded_by_somebody(self) -> Self:
+        if self.readings_root is not None and not self.admin:
+            raise ValueError("readings_root is of no use without admin: nobody could load a reading")
         return self
 
     @model_validator(mode="after")

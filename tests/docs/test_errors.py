@@ -13,6 +13,7 @@ from probescore_server import errors
 from probescore_server.errors import (
     CoreError,
     DeadlineExpired,
+    FailedPrecondition,
     InternalFault,
     InvalidRequest,
     LimitExceeded,
@@ -36,18 +37,21 @@ PAGE = (ROOT / "docs/reference/errors.md").read_text()
 SERVER = ROOT / "server/probescore_server"
 
 
-def reasons_given():
-    """The reasons that the server gives an error where it is raised, instead of the one of its class."""
+def reasons_given(*kinds):
+    """The reasons that the server gives errors of some kinds where they are raised, instead of those of their classes."""
     calls = [node for file in SERVER.rglob("*.py") for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)]
-    raised = [call for call in calls if getattr(call.func, "id", "") in ("InvalidRequest", "LimitExceeded")]
+    raised = [call for call in calls if getattr(call.func, "id", "") in kinds]
     words = [given.value for call in raised for given in call.args if isinstance(given, ast.Constant)]
     return {word for word in words if isinstance(word, str) and re.fullmatch(r"[A-Z_]{3,}", word)}
 
 
+INVALID = "InvalidRequest", "LimitExceeded"
+
 ERRORS = [
     InvalidRequest("groups", "none"),
     LimitExceeded("groups", 2, "spans", "max_spans", 1, "send fewer"),
-    *(InvalidRequest("groups", "as the reason says", reason) for reason in sorted(reasons_given() - {LimitExceeded.reason})),
+    *(InvalidRequest("groups", "as the reason says", reason) for reason in sorted(reasons_given(*INVALID) - {LimitExceeded.reason})),
+    *(FailedPrecondition("as the reason says", reason) for reason in sorted(reasons_given("FailedPrecondition"))),
     ReadingRefused("path", "no such folder"),
     Mismatch("expected_model_fingerprint", "a", "b"),
     QueueFull(2, 1, 0.1),
@@ -90,7 +94,8 @@ def test_every_error_that_has_a_status_is_tried():
 
 
 def test_reasons_are_found():
-    assert {"TOO_LONG", "UNKNOWN_PROBE", "NOT_TEXT"} <= reasons_given()
+    assert {"TOO_LONG", "UNKNOWN_PROBE", "NOT_TEXT"} <= reasons_given(*INVALID)
+    assert {"ASLEEP", "READING_LOST"} <= reasons_given("FailedPrecondition")
 
 
 def test_each_error_of_the_server_is_in_the_table_and_nothing_else():

@@ -12,7 +12,7 @@ from hand_worker import OPTIONS, HandWorker, group, is_empty, names_of, schedule
 from probescore.reductions import Reduction
 from probescore.types import Pool, Scope, Span, Tap, Usage
 from probescore_server.errors import InternalFault
-from probescore_server.rollouts import ActivationReads, CheckedRollout, Continuation, ResolvedOptions, RolloutResult
+from probescore_server.rollouts import ActivationReads, CheckedRollout, Continuation, PinnedReading, ResolvedOptions, RolloutResult
 from probescore_server.scheduling.call import Call, groups_of
 from probescore_server.scheduling.scheduler import Scheduler
 
@@ -200,6 +200,7 @@ CHANGED_OPTIONS = {
     "return_token_ids": True,
     "return_token_texts": True,
     "activations": ActivationReads((Tap("resid_post", 1),), (Pool.MEAN,), tokens=False),
+    "readings": (PinnedReading("policy", "sha256:1"),),
 }
 ECHOED = {"id": "a", "inexact_ids": True}
 

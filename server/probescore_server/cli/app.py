@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from probescore_server.cli import activations, bench, info, probes, score, sleep
+from probescore_server.cli import activations, bench, info, probes, readings, score, sleep
 from probescore_server.cli.common.failures import needs_extra
 
 app = typer.Typer(
@@ -22,6 +22,7 @@ app = typer.Typer(
 score.register(app)
 info.register(app)
 probes.register(app)
+readings.register(app)
 activations.register(app)
 sleep.register(app)
 bench.register(app)

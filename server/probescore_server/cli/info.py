@@ -1,4 +1,4 @@
-"""Implements ``probescore info``, which shows the model, worker processes, limits and probes of the server at an address."""
+"""Implements ``probescore info``, which shows the model, worker processes, limits, probes and readings of the server at an address."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from probescore import Limits, ModelInfo, WorkerInfo
 from probescore_server.cli.common.connection import DEFAULT_ADDRESS, Address, Wait, connected
 from probescore_server.cli.common.console import new_console
 from probescore_server.cli.common.failures import one_line_failures
-from probescore_server.cli.tables import facts_table, probes_table, safe
+from probescore_server.cli.tables import facts_table, probes_table, readings_table, safe
 
 
 def register(app: typer.Typer) -> None:
@@ -18,7 +18,7 @@ def register(app: typer.Typer) -> None:
 
 
 def _info(address: Address = DEFAULT_ADDRESS, wait: Wait = 0) -> None:
-    """Show the model, workers, limits and probes of the server at an address."""
+    """Show the model, workers, limits, probes and readings of the server at an address."""
     with one_line_failures():
         with connected(address, wait) as client:
             info, probes = client.get_server_info(), client.list_probes()
@@ -29,7 +29,8 @@ def _info(address: Address = DEFAULT_ADDRESS, wait: Wait = 0) -> None:
             workers_table(info.workers),
             _limits_table(info.limits, info.activation_taps),
         )
-        for table in (*tables, probes_table(probes)):
+        readings = (readings_table(info.readings),) if info.readings else ()
+        for table in (*tables, probes_table(probes), *readings):
             console.print(table, "")
 
 

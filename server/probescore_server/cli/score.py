@@ -52,6 +52,8 @@ Token ids are taken verbatim. Texts are tokenised by the server, which is good e
 
   probescore score - --json < rollouts.jsonl > scores.jsonl
 
+  probescore score rollouts.jsonl --reading frozen --reading policy --html rollouts.html
+
 [bold]Exit codes[/bold]: 0 if everything was scored, 1 if something could not be, 2 for wrong input, 130 after Ctrl-C.
 """
 
@@ -75,6 +77,14 @@ def _score(
             "--reduction",
             "-r",
             help="A reduction: mean, max, topk_mean(8)… Repeat for several. The default is each probe's own.",
+            metavar="NAME",
+        ),
+    ] = None,
+    reading: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--reading",
+            help="Whose activations the probes read: frozen, or the name of a loaded reading. Repeat for several. The default is frozen.",
             metavar="NAME",
         ),
     ] = None,
@@ -110,7 +120,8 @@ def _score(
                 token_scores="all",
                 return_token_ids=True,
                 return_token_texts=True,
-                window=_window(client.get_server_info().limits, loaded),
+                readings=reading or (),
+                window=_window(client.get_server_info().limits, loaded, max(1, len(reading or ()))),
             )
             try:
                 with RolloutProgress(total) as progress:
@@ -141,11 +152,12 @@ def _groups(source: str, prompt: str, special_tokens: bool) -> list[LabelledGrou
     return [LabelledGroup(Text(prompt, special_tokens), [Completion(source)], labels=(None,))]
 
 
-def _window(limits: Limits, loaded: Sequence[ProbeInfo]) -> StreamWindow:
+def _window(limits: Limits, loaded: Sequence[ProbeInfo], readings: int) -> StreamWindow:
     """Returns the limits on the tokens that the command ``probescore score`` has sent to the server and that are not scored yet. An RPC
     contains so few tokens that the number of scores in its response stays within the server's limit.
 
-    Each token has one score for each label of each probe, and there are far fewer reduced scores.
+    Each token has one score for each label of each probe on each reading, and there are far fewer reduced scores. In the window a token
+    counts once for each reading.
     """
     usual = StreamWindow()
     labels = sum(len(probe.labels) for probe in loaded)

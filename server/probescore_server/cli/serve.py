@@ -35,6 +35,8 @@ PANELS = {
         "accept_mismatch",
         "trust_remote_code",
         "allow_activations",
+        "readings_root",
+        "max_readings",
     ),
     "Compute": ("devices", "device_map", "dtype", "threads_per_worker", "max_batch_tokens", "kv_cache_bytes", "device_memory_fraction"),
     "Addresses": ("host", "port", "unix_socket", "metrics_host", "metrics_port"),

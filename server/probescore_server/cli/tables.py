@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rich.markup import escape
 from rich.table import Table
 
-from probescore import CalibratedRollouts, Calibration, ProbeInfo
+from probescore import CalibratedRollouts, Calibration, ProbeInfo, Reading, ReadingKind
 from probescore_server.cli.common.visible import visible
 
 if TYPE_CHECKING:
@@ -71,6 +71,32 @@ def _found_on(negatives: CalibratedRollouts) -> str:
         f"for prompts of {_range(negatives.shortest_prompt, negatives.longest_prompt)} tokens{shapes}, completions of "
         f"{_range(negatives.shortest_completion, negatives.longest_completion)}"
     )
+
+
+def readings_table(readings: Sequence[Reading]) -> Table:
+    """Returns a table with one row for each reading of a server: its name, kind, training step, what it changes, and its id."""
+    table = Table(
+        title="Readings", title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim"
+    )
+    for column in ("reading", "kind", "step", "changes", "id"):
+        table.add_column(column, overflow="fold")
+    if not readings:
+        table.add_row("none but the frozen model's: the server's setting readings_root is off")
+    for reading in readings:
+        step = "" if reading.step is None else str(reading.step)
+        table.add_row(safe(reading.name), reading.kind.value, step, reading_changes(reading), safe(reading.id))
+    return table
+
+
+def reading_changes(reading: Reading) -> str:
+    """Returns in words what a reading changes of the frozen model, as far as probes can see it."""
+    if reading.kind is ReadingKind.FROZEN:
+        return "nothing"
+    layers, unseen = reading.changed_layers, f"; {reading.unseen_tensors:,} tensors are seen by no probe" if reading.unseen_tensors else ""
+    if not layers:
+        return f"nothing that a probe sees{unseen}"
+    is_range = len(layers) > 2 and layers == tuple(range(layers[0], layers[-1] + 1))
+    return f"block{'s' if len(layers) > 1 else ''} {f'{layers[0]} to {layers[-1]}' if is_range else ', '.join(map(str, layers))}{unseen}"
 
 
 def manifest_tables(manifest: Manifest) -> Iterator[Table]:

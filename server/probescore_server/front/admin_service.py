@@ -1,5 +1,5 @@
 """Implements the gRPC service ``ProbeAdminService``, which puts worker processes to sleep, so that their device memory is free, wakes them,
-and brings the served probes up to date with the probe files on disk.
+brings the served probes up to date with the probe files on disk, and loads and drops readings beside the frozen model.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import grpc
 
 from probescore.types import Transfer
 from probescore.v1 import admin_pb2, admin_pb2_grpc
-from probescore.wire import reloaded_to_proto, transfers_to_proto
+from probescore.wire import loaded_reading_to_proto, reading_to_proto, reloaded_to_proto, transfers_to_proto
 from probescore_server.front.metrics import Metrics
+from probescore_server.registry.readings import ReadingRegistry
 from probescore_server.registry.registry import ProbeRegistry
 from probescore_server.workers.handle import WorkerHandle
 
@@ -27,9 +28,10 @@ class AdminServicer(admin_pb2_grpc.ProbeAdminServiceServicer):
     gRPC statuses.
     """
 
-    def __init__(self, workers: Sequence[WorkerHandle], registry: ProbeRegistry, metrics: Metrics) -> None:
+    def __init__(self, workers: Sequence[WorkerHandle], registry: ProbeRegistry, readings: ReadingRegistry, metrics: Metrics) -> None:
         self._workers = workers
         self._registry = registry
+        self._readings = readings
         self._metrics = metrics
 
     async def Sleep(self, request: admin_pb2.SleepRequest, context: Context) -> admin_pb2.SleepResponse:  # noqa: N802
@@ -43,6 +45,25 @@ class AdminServicer(admin_pb2_grpc.ProbeAdminServiceServicer):
     async def Reload(self, request: admin_pb2.ReloadRequest, context: Context) -> admin_pb2.ReloadResponse:  # noqa: N802
         """Brings the served probes up to date with the probe files on disk, and responds with the changes and the refused files."""
         return reloaded_to_proto(await self._registry.reload("Reload"))
+
+    async def LoadReading(  # noqa: N802
+        self, request: admin_pb2.LoadReadingRequest, context: Context
+    ) -> admin_pb2.LoadReadingResponse:
+        """Loads an adapter or a checkpoint on every worker process, and responds once its name means it."""
+        loaded = await self._readings.load(
+            request.name,
+            request.path,
+            step=request.step if request.HasField("step") else None,
+            expected_id=request.expected_id,
+            in_place=request.in_place,
+        )
+        return loaded_reading_to_proto(loaded)
+
+    async def UnloadReading(  # noqa: N802
+        self, request: admin_pb2.UnloadReadingRequest, context: Context
+    ) -> admin_pb2.UnloadReadingResponse:
+        """Lets a name mean no reading any more, and responds with what it meant."""
+        return admin_pb2.UnloadReadingResponse(removed=reading_to_proto(self._readings.unload(request.name)))
 
     async def _each(self, kind: str, move: Callable[[WorkerHandle], Awaitable[Transfer]]) -> list[Transfer]:
         """Calls ``move``, which puts a worker process to sleep or wakes it, for every worker process, even if some calls fail. Then it

@@ -29,6 +29,7 @@ from probescore_server.errors import (
 )
 from probescore_server.front.calibration_metrics import CalibrationMetrics
 from probescore_server.front.probe_metrics import ProbeMetrics
+from probescore_server.front.reading_metrics import ReadingMetrics
 from probescore_server.rollouts import EngineStatistics
 from probescore_server.workers.liveness import REASONS_LOST
 
@@ -128,6 +129,7 @@ class Metrics:
         registry.register(self._workers)
         self.probes = ProbeMetrics(registry)
         self.calibrations = CalibrationMetrics(registry)
+        self.readings = ReadingMetrics(registry)
 
     def of_method(self, labels: RpcLabels) -> MethodMetrics:
         """Returns the metrics of one gRPC method, given the values of the metrics' labels for the method."""

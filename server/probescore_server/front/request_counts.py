@@ -14,7 +14,7 @@ from probescore_server.settings import ServerSettings
 
 def check_counts(request: scoring_pb2.ScoreRequest, limits: ServerSettings, loaded_probes: int) -> None:
     """Refuses a request message with more completions, follow-ups (texts that continue a completion), spans (token ranges), reductions or
-    probe names than the limits allow.
+    names of probes or readings than the limits allow.
 
     Args:
         request: the message as received.
@@ -24,12 +24,17 @@ def check_counts(request: scoring_pb2.ScoreRequest, limits: ServerSettings, load
     Raises:
         LimitExceeded: there are too many parts of one kind; the error names ``groups``, ``reductions``, or a completion's ``spans`` or
             ``follow_ups``.
-        InvalidRequest: there are too many probe names; the error names ``probes`` or ``token_scores.probes``.
+        InvalidRequest: there are too many names; the error names ``probes``, ``token_scores.probes`` or ``readings[i]``.
     """
     for field, names in (("probes", request.probes), ("token_scores.probes", request.token_scores.probes)):
         # Each probe has two names, with its version and without. A wrong one among fewer names is found where they are looked up.
         if len(names) > 2 * loaded_probes:
             raise InvalidRequest(field, f"{len(names)} names, of {loaded_probes} loaded probes; name each once")
+    most = 1 + limits.max_readings  # The frozen one has a name, too.
+    if (count := len(request.readings)) > most:
+        raise InvalidRequest(
+            f"readings[{most}]", f"the last but {count - most} of {count} names, of at most {most} readings; name each once"
+        )
     if (count := len(request.reductions)) > limits.max_reductions:
         raise LimitExceeded("reductions", count, "reductions", "max_reductions", limits.max_reductions, "ask in several requests")
     check_rollout_counts(request.groups, limits)

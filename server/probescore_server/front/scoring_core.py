@@ -15,6 +15,7 @@ import structlog
 from probescore_server.front.calls_under_way import CallsUnderWay
 from probescore_server.front.metrics import Metrics
 from probescore_server.front.scoring_service import ScoringServicer
+from probescore_server.registry.readings import ReadingRegistry
 from probescore_server.registry.registry import ProbeRegistry
 from probescore_server.scheduling.scheduler import Scheduler
 from probescore_server.settings import ServerSettings
@@ -38,6 +39,7 @@ class ScoringCore:
         workers: the handles of the workers, in the order of the devices.
         scheduler: the scheduler, which sends batches to the workers.
         registry: the registry of the probes that are served.
+        readings: the registry of the readings beside the frozen model.
         under_way: the counter that limits the RPCs at the same time.
         servicer: the servicer of ``probescore.v1.ScoringService``.
     """
@@ -66,9 +68,12 @@ class ScoringCore:
             self.metrics.watch_batch_budget(str(number), worker.spec.device, budget)
             self.metrics.watch_worker(str(number), worker.spec.device, functools.partial(getattr, worker, "statistics"))
         self.metrics.watch_queue(lambda: self.scheduler.queued_tokens, lambda: self.scheduler.queued_rollouts)
-        self.registry = ProbeRegistry(settings, self.workers, pinned, self._probes_changed, self.metrics.count_reload)
+        changing = asyncio.Lock()
+        self.registry = ProbeRegistry(settings, self.workers, pinned, self._probes_changed, self.metrics.count_reload, changing)
+        counted = self.metrics.readings
+        self.readings = ReadingRegistry(settings, self.workers, changing, self._readings_changed, counted.count_load, counted.lost.inc)
         self.under_way = CallsUnderWay(settings.max_calls, settings.max_in_flight_bytes)
-        self.servicer = ScoringServicer(settings, self.workers, self.scheduler, self.registry, self.metrics)
+        self.servicer = ScoringServicer(settings, self.workers, self.scheduler, self.registry, self.readings, self.metrics)
 
     @property
     def serving(self) -> bool:
@@ -108,6 +113,7 @@ class ScoringCore:
         for number, worker in enumerate(self.workers):
             self.metrics.show_worker(str(number), worker.spec.device, ready=worker.ready, asleep=worker.asleep, restarts=worker.restarts)
             self.registry.worker_changed(worker)
+            self.readings.worker_changed(worker)
         if ready:
             self.scheduler.dispatch()
         elif all(worker.failed_starts for worker in self.workers):
@@ -121,4 +127,9 @@ class ScoringCore:
         if self.registry.info is not None:
             self.metrics.probes.show_probes(self.registry.info)
             self.metrics.calibrations.show_probes(self.registry.info)
+        self.servicer.forget_options()
+
+    def _readings_changed(self, count: int) -> None:
+        """Notifies the metrics and the servicer that the name of a reading means another version from now on, or none."""
+        self.metrics.readings.loaded.set(count)
         self.servicer.forget_options()

@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 
 from probescore.reductions import Reduction
 from probescore.types import (
+    FROZEN,
     CompletionScores,
-    CompletionStatus,
     GroupScores,
     Limits,
+    Reading,
     RolloutGroup,
     Scope,
     ScoredProbe,
@@ -53,8 +54,9 @@ from probescore_server.event_loop import (
 from probescore_server.front.common_fields import check_fingerprints, check_run, deadline_of, job_of, served_info, texts_of
 from probescore_server.front.metrics import Metrics
 from probescore_server.front.request_counts import check_counts
+from probescore_server.registry.readings import PinnedNames, ReadingRegistry
 from probescore_server.registry.registry import ProbeRegistry
-from probescore_server.rollouts import CheckedRollout, EngineInfo, ResolvedOptions
+from probescore_server.rollouts import CheckedRollout, EngineInfo, PinnedReading, ResolvedOptions
 from probescore_server.scheduling.call import Call, Delivery, FinishedRollout
 from probescore_server.scheduling.scheduler import Scheduler
 from probescore_server.settings import ServerSettings
@@ -87,6 +89,7 @@ class _CheckedRequest:
         options: how the rollouts are scored.
         info: the model and probes that were served when the request's names of probes were resolved.
         probes: a description of each probe whose scores the response contains.
+        readings: a description of each reading that the request names, as the name was resolved.
         outside: the rollouts that are unlike those on which thresholds of the probes were found; ``None`` = there is nothing to compare.
         request: the other fields of the request, such as its priority.
         seconds: the seconds that checking took.
@@ -96,6 +99,7 @@ class _CheckedRequest:
     options: ResolvedOptions
     info: EngineInfo
     probes: tuple[ScoredProbe, ...]
+    readings: tuple[Reading, ...]
     outside: OutsideRollouts | None
     request: RequestOptions
     seconds: float
@@ -107,27 +111,35 @@ class ScoringServicer(scoring_pb2_grpc.ScoringServiceServicer):
     """
 
     def __init__(
-        self, settings: ServerSettings, workers: Sequence[WorkerHandle], scheduler: Scheduler, registry: ProbeRegistry, metrics: Metrics
+        self,
+        settings: ServerSettings,
+        workers: Sequence[WorkerHandle],
+        scheduler: Scheduler,
+        registry: ProbeRegistry,
+        readings: ReadingRegistry,
+        metrics: Metrics,
     ) -> None:
         self._settings = settings
         self._workers = workers
         self._scheduler = scheduler
         self._registry = registry
+        self._readings = readings
         self._metrics = metrics
         # Most calls repeat the options of earlier ones.
         self._known_options = functools.lru_cache(MAX_KNOWN_OPTIONS)(_resolve_options)
 
     def forget_options(self) -> None:
-        """Forgets the cached options of earlier scoring requests. It must be called when other probes are served, since the descriptions of
-        the earlier ones would otherwise stay in memory.
+        """Forgets the cached options of earlier scoring requests. It must be called when other probes or readings are served, since the
+        descriptions of the earlier ones would otherwise stay in memory. What names mean now is no part of the cache: options are looked up
+        by what the names mean.
         """
         self._known_options.cache_clear()
 
     async def Score(self, request: scoring_pb2.ScoreRequest, context: Context) -> scoring_pb2.ScoreResponse:  # noqa: N802
         """Scores every completion of a request, and responds once all are scored."""
-        with self._registry.using() as use:
-            asked = await self._check(request, use)
-            with self._submit(asked, context) as call:
+        with self._registry.using() as use, self._readings.pinning() as pin:
+            asked = await self._check(request, use, pin)
+            with self._submit(asked, pin, context) as call:
                 deliveries = [self._counted(call, delivery, asked) async for delivery in call]
         finished = [one for delivery in deliveries for one in delivery.finished]
         usage = _usage(call, finished, sum(delivery.compute_seconds for delivery in deliveries))
@@ -139,9 +151,9 @@ class ScoringServicer(scoring_pb2_grpc.ScoringServiceServicer):
     ) -> AsyncIterator[scoring_pb2.ScoreStreamResponse]:
         """Scores every completion of a request, and yields the scores in pieces, as batches finish."""
         total = Usage()
-        with self._registry.using() as use:
-            asked = await self._check(request.request, use)
-            with self._submit(asked, context) as call:
+        with self._registry.using() as use, self._readings.pinning() as pin:
+            asked = await self._check(request.request, use, pin)
+            with self._submit(asked, pin, context) as call:
                 async for delivery in call:
                     self._counted(call, delivery, asked)
                     for finished in await off_the_loop(_pieces, delivery, small=_is_small(delivery.finished, asked)):
@@ -171,6 +183,7 @@ class ScoringServicer(scoring_pb2_grpc.ScoringServiceServicer):
                 probes=tuple(probe.key for probe in info.probes if probe.key not in info.retired),
                 retired_probes=tuple(probe.key for probe in info.probes if probe.key in info.retired),
                 activation_taps=tuple(map(str, allowed_taps(info, settings.allow_activations))),
+                readings=self._readings.described(info),
             )
         )
 
@@ -183,21 +196,30 @@ class ScoringServicer(scoring_pb2_grpc.ScoringServiceServicer):
 
     # -------------------------------------------------------------------------------------------------------------- a request
 
-    async def _check(self, request: scoring_pb2.ScoreRequest, use: Callable[[Collection[str]], None]) -> _CheckedRequest:
+    async def _check(self, request: scoring_pb2.ScoreRequest, use: Callable[[Collection[str]], None], pin: PinnedNames) -> _CheckedRequest:
         """Checks a scoring request, tokenises its texts, and returns its checked rollouts, ready to be scored.
 
-        Names of probes are resolved to versions once, and stay so for this request; the function ``use`` is called with the resolved names.
+        Names of probes and readings are resolved to versions once, and stay so for this request; the function ``use`` is called with the
+        resolved names of probes, and ``pin`` resolves those of readings.
         """
         started = time.monotonic()
         small = request.ByteSize() <= MAX_BYTES_CHECKED_ON_LOOP
         known = len(served_info(self._registry).probes)
         asked, groups, texts = await off_the_loop(_read_request, request, self._settings, known, small=small)
+        await pin.resolve(asked.readings, served_info(self._registry))
         info = served_info(self._registry)
         check_fingerprints(info, asked.expected_model_fingerprint, asked.expected_tokenizer_fingerprint)
         # Clients choose reductions freely: the memory of the cache must not grow with their number.
         resolve = self._known_options if len(asked.reductions) <= MAX_KNOWN_REDUCTIONS else _resolve_options
         options, probes, calibrations = resolve(
-            info, asked.probes, asked.reductions, asked.token_scores, asked.scope, asked.return_token_ids, asked.return_token_texts
+            info,
+            asked.probes,
+            asked.reductions,
+            asked.token_scores,
+            asked.scope,
+            asked.return_token_ids,
+            asked.return_token_texts,
+            pin.wanted,
         )
         use(options.probes)
         encoded = await encode(self._workers, texts) if texts else {}
@@ -214,11 +236,13 @@ class ScoringServicer(scoring_pb2_grpc.ScoringServiceServicer):
             small=small,
         )
         outside = await off_the_loop(OutsideRollouts.of, rollouts, calibrations, options.scope, info.bos_token_id, small=small)
-        return _CheckedRequest(rollouts, options, info, probes, outside, asked, time.monotonic() - started)
+        return _CheckedRequest(rollouts, options, info, probes, pin.described, outside, asked, time.monotonic() - started)
 
-    def _submit(self, asked: _CheckedRequest, context: Context) -> Call:
+    def _submit(self, asked: _CheckedRequest, pin: PinnedNames, context: Context) -> Call:
         deadline = deadline_of(context, self._scheduler.clock())
-        return self._scheduler.submit(asked.rollouts, job=job_of(context), priority=asked.request.priority, deadline=deadline)
+        call = self._scheduler.submit(asked.rollouts, job=job_of(context), priority=asked.request.priority, deadline=deadline)
+        pin.call_if_lost(call.fail)
+        return call
 
     def _counted(self, call: Call, delivery: Delivery, asked: _CheckedRequest) -> Delivery:
         _after_the_answer(self._count_delivery, call, delivery, asked)
@@ -226,6 +250,7 @@ class ScoringServicer(scoring_pb2_grpc.ScoringServiceServicer):
 
     def _count_delivery(self, call: Call, delivery: Delivery, asked: _CheckedRequest) -> None:
         self._metrics.count_usage(_usage(call, delivery.finished, delivery.compute_seconds))
+        self._metrics.readings.count_rollouts(asked.readings, len(delivery.finished))
         self._count_results(delivery.finished, asked)
 
     def _count_results(self, finished: Sequence[FinishedRollout], asked: _CheckedRequest) -> None:
@@ -276,9 +301,11 @@ def _resolve_options(
     scope: Scope,
     return_token_ids: bool,
     return_token_texts: bool,
+    readings: tuple[PinnedReading, ...],
 ) -> tuple[ResolvedOptions, tuple[ScoredProbe, ...], CalibrationsOfProbes]:
     """Returns the checked options of an RPC, a description of each probe whose scores the response contains, and the probes' calibrations
-    (thresholds with a description of the data they were found on), with which the RPC's rollouts are compared.
+    (thresholds with a description of the data they were found on), with which the RPC's rollouts are compared. Thresholds are of the frozen
+    model's scores alone.
     """
     options = resolve_options(
         info,
@@ -289,14 +316,16 @@ def _resolve_options(
         return_token_ids=return_token_ids,
         return_token_texts=return_token_texts,
     )
-    return options, info.scored_probes(options), calibrations_with_conditions(info, options)
+    options = replace(options, readings=readings)
+    is_frozen_read = not readings or any(reading.name == FROZEN for reading in readings)
+    return options, info.scored_probes(options), calibrations_with_conditions(info, options) if is_frozen_read else ()
 
 
 # ---------------------------------------------------------------------------------------------------------------------- writing
 
 
 def _is_small(finished: Sequence[FinishedRollout], asked: _CheckedRequest) -> bool:
-    if len(finished) * len(asked.options.probes) > MAX_SCORES_ON_LOOP:
+    if len(finished) * len(asked.options.probes) * asked.options.passes > MAX_SCORES_ON_LOOP:
         return False
     return sum(_bytes_of(one.result.scores) for one in finished) <= MAX_BYTES_WRITTEN_ON_LOOP
 
@@ -307,6 +336,7 @@ def _log_scored(asked: _CheckedRequest, usage: Usage, job: str) -> None:
         job=job,
         run_id=asked.request.run_id,
         step=asked.request.step,
+        readings=[reading.name for reading in asked.readings],
         groups=len(asked.rollouts),
         completions=sum(map(len, asked.rollouts)),
         tokens_computed=usage.tokens_computed,
@@ -328,13 +358,13 @@ def _scoring_info(asked: _CheckedRequest, usage: Usage, finished: Sequence[Finis
     """Returns the description of the model and the probes that scored the completions of a response, given in the response's order."""
     outside = asked.outside
     probes = asked.probes if outside is None else outside.noted(asked.probes, _places(outside, finished))
-    return ScoringInfo(asked.info.model.fingerprint, asked.info.tokenizer_fingerprint, probes, usage)
+    return ScoringInfo(asked.info.model.fingerprint, asked.info.tokenizer_fingerprint, probes, usage, asked.readings)
 
 
 def _places(outside: OutsideRollouts, finished: Sequence[FinishedRollout]) -> NDArray[np.int64]:
     """Returns the index of each of ``n`` completions among the rollouts of its request, as an array ``(n,)``; -1 for one without scores."""
     places = outside.places([(one.group, one.completion) for one in finished])
-    return np.where([one.result.scores.status is CompletionStatus.OK for one in finished], places, -1)
+    return np.where([bool(one.result.scores.scores) for one in finished], places, -1)
 
 
 def _whole_answer(finished: Iterable[FinishedRollout], asked: _CheckedRequest, usage: Usage) -> scoring_pb2.ScoreResponse:
@@ -373,8 +403,9 @@ def _pieces(delivery: Delivery) -> list[list[FinishedRollout]]:
 
 def _bytes_of(scores: CompletionScores) -> int:
     arrays: list[NDArray[Any] | None] = [scores.prompt_ids, scores.completion_ids]
-    for probe in scores.scores.values():
-        arrays += [probe.reduced, probe.tokens]
+    for of_reading in (scores.scores, *(own.scores for own in scores.readings.values())):
+        for probe in of_reading.values():
+            arrays += [probe.reduced, probe.tokens]
     texts = (*(scores.prompt_texts or ()), *(scores.completion_texts or ()))
     own = sum(array.nbytes for array in arrays if array is not None) + sum(len(text.encode()) for text in texts)
     return own + sum(map(_bytes_of, scores.follow_ups))

@@ -155,7 +155,7 @@ class Server:
             activations_pb2_grpc.add_ActivationServiceServicer_to_server(reading, server)
         if settings.admin:
             admin_pb2_grpc.add_ProbeAdminServiceServicer_to_server(
-                AdminServicer(self._core.workers, self._core.registry, self._core.metrics), server
+                AdminServicer(self._core.workers, self._core.registry, self._core.readings, self._core.metrics), server
             )
         reflection.enable_server_reflection(services, server)
         return server

@@ -15,6 +15,7 @@ from probescore.wire.contract import ERROR_DOMAIN
 from probescore_server.errors import (
     CoreError,
     DeadlineExpired,
+    FailedPrecondition,
     InternalFault,
     InvalidRequest,
     LimitExceeded,
@@ -37,6 +38,7 @@ CODES: dict[type[CoreError], grpc.StatusCode] = {
     LimitExceeded: grpc.StatusCode.INVALID_ARGUMENT,
     ReadingRefused: grpc.StatusCode.INVALID_ARGUMENT,
     Mismatch: grpc.StatusCode.FAILED_PRECONDITION,
+    FailedPrecondition: grpc.StatusCode.FAILED_PRECONDITION,
     QueueFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
     ServerBusy: grpc.StatusCode.RESOURCE_EXHAUSTED,
     WorkerUnavailable: grpc.StatusCode.UNAVAILABLE,

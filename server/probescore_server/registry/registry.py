@@ -47,6 +47,7 @@ class ProbeRegistry:
         pinned: the record of the model and probes that workers have loaded, against which later ones are checked.
         on_change: function that is called whenever ``info`` changes.
         on_reload: function that is called after every reload with its report, or with the error that ended the reload.
+        changing: lock that is held while what worker processes hold is changed; ``None`` = nothing but this registry changes it.
 
     Attributes:
         info: a description of the model and of the probes that requests may name now; ``None`` until the first worker is ready.
@@ -59,6 +60,7 @@ class ProbeRegistry:
         pinned: PinnedContent,
         on_change: Callable[[], None] = lambda: None,
         on_reload: Callable[[ReloadedProbes | CoreError], None] = lambda report: None,
+        changing: asyncio.Lock | None = None,
     ) -> None:
         self.info: EngineInfo | None = None
         self._settings = settings
@@ -73,7 +75,7 @@ class ProbeRegistry:
         self._keys: dict[str, str] = {}  # It holds the key of every content that is served.
         self._retirement = Retirement(settings.probe_pin_seconds, settings.max_retired_versions, time.monotonic)
         self._leaving: dict[str, SpooledFile] = {}  # It holds what no call may name any more, and workers serve until they are told.
-        self._changing = asyncio.Lock()
+        self._changing = changing or asyncio.Lock()
         self._something_retired = asyncio.Event()
         self._tasks: set[asyncio.Task[Any]] = set()
 

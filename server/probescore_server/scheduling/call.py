@@ -7,11 +7,16 @@ from collections import deque
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from probescore_server.errors import CoreError
-from probescore_server.rollouts import CheckedRollout, Continuation, RolloutResult
+from probescore_server.rollouts import CheckedRollout, Continuation, PinnedReading, RolloutResult
 from probescore_server.scheduling.ordered_set import OrderedSet
+
+PromptKey: TypeAlias = tuple[bytes, tuple[PinnedReading, ...]]
+"""Type of what two rollouts have in common for which a prompt is computed once: its token ids as bytes, and the readings, each of which
+computes the prompt by itself.
+"""
 
 
 @dataclass(frozen=True)
@@ -59,12 +64,12 @@ class RequestedRollout:
     group: int
     completion: int
     rollout: CheckedRollout
-    key: tuple[bytes, Hashable]
+    key: tuple[PromptKey, Hashable]
 
     @property
     def tokens(self) -> int:
         """Counts a rollout's tokens without those of its prompt, which all rollouts of its group have in common."""
-        return self.rollout.tokens - len(self.rollout.prompt_ids)
+        return self.rollout.tokens - self.rollout.prompt_tokens
 
     @property
     def activation_bytes(self) -> int:
@@ -78,13 +83,13 @@ class WaitingGroup:
 
     Attributes:
         call: the call that the group belongs to.
-        prompt: the prompt's token ids as bytes.
+        prompt: the prompt's key.
         items: the waiting rollouts, in the request's order.
         tokens: the number of tokens of the prompt, counted once, and of the waiting rollouts.
     """
 
     call: Call
-    prompt: bytes
+    prompt: PromptKey
     items: OrderedSet[RequestedRollout]
     tokens: int = field(init=False)
 
@@ -94,7 +99,7 @@ class WaitingGroup:
     @property
     def prompt_tokens(self) -> int:
         """Counts the tokens of the prompt that waiting rollouts of a group have in common. At least one rollout must wait."""
-        return len(next(iter(self.items)).rollout.prompt_ids)
+        return next(iter(self.items)).rollout.prompt_tokens
 
     def remove(self, item: RequestedRollout) -> int:
         """Removes a rollout from those of its group that wait, and returns by how many tokens the group's waiting tokens decrease.
@@ -227,7 +232,7 @@ def groups_of(call: Call, rollouts: Sequence[Sequence[CheckedRollout]]) -> list[
     options = rollouts[0][0].options.key
     groups = []
     for index, group in enumerate(rollouts):
-        prompt = group[0].prompt_ids.tobytes()
+        prompt = group[0].prompt_ids.tobytes(), group[0].options.readings
         items = OrderedSet(
             RequestedRollout(call, index, completion, rollout, (prompt, (options, _content(rollout.completion))))
             for completion, rollout in enumerate(group)

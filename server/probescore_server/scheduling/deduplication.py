@@ -15,7 +15,7 @@ from typing import Protocol
 from probescore.types import CompletionScores, Usage
 from probescore_server.errors import CoreError
 from probescore_server.rollouts import CheckedRollout, Continuation, RolloutResult, ScoredBatch
-from probescore_server.scheduling.call import Call, RequestedRollout
+from probescore_server.scheduling.call import Call, PromptKey, RequestedRollout
 from probescore_server.scheduling.ordered_set import OrderedSet
 
 
@@ -71,7 +71,7 @@ class Computation:
     """
 
     rollout: CheckedRollout
-    key: tuple[bytes, Hashable]
+    key: tuple[PromptKey, Hashable]
     items: OrderedSet[RequestedRollout] = field(default_factory=OrderedSet)
     place: BatchSlot | None = None
 

@@ -10,6 +10,7 @@
   whole. A job whose group does not fit keeps its place: its group is the first of the next batch, whose whole token budget is then free.
 * A batch that has ``MAX_CONTINUATIONS`` completions and follow-ups (texts that continue a completion) takes no more, however short they
   are, since each takes a fixed amount of time besides that for its tokens.
+* A rollout counts once for each reading that its request names. A prompt is shared among requests that name the same readings.
 * Identical rollouts are taken together, count with the tokens of one, and use up no job's turn.
 * A batch takes no more rollouts whose activations are read once these have ``MAX_ACTIVATION_BYTES`` bytes, which bounds what a worker sends
   at a time; such a group may be split.
@@ -23,7 +24,7 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from probescore_server.scheduling.call import Call, RequestedRollout, WaitingGroup
+from probescore_server.scheduling.call import Call, PromptKey, RequestedRollout, WaitingGroup
 from probescore_server.scheduling.ordered_set import OrderedSet
 
 MAX_CONTINUATIONS = 1024
@@ -40,7 +41,7 @@ Duplicates = list[RequestedRollout]
 
 @dataclass(eq=False, slots=True)
 class _WaitingPrompt:
-    """Record of the waiting rollouts of all calls (requests) that have the same prompt.
+    """Record of the waiting rollouts of all calls (requests) that have the same prompt and readings.
 
     Attributes:
         tokens: the number of tokens of the prompt.
@@ -96,7 +97,7 @@ class WaitingQueue:
         self.rollouts = 0
         self._max_unread_tokens = max_unread_tokens
         self._jobs: OrderedDict[str, list[Call]] = OrderedDict()  # The job whose turn is next comes first.
-        self._prompts: dict[bytes, _WaitingPrompt] = {}
+        self._prompts: dict[PromptKey, _WaitingPrompt] = {}
         self._distinct_tokens = 0  # A prompt counts once, and identical rollouts count once.
 
     def __iter__(self) -> Iterator[Call]:

@@ -350,5 +350,5 @@ def _refusal(item: RequestedRollout, error: WorkerLost) -> CoreError:
 
 def _tokens(computations: Sequence[Computation]) -> int:
     """Counts the tokens of rollouts that are computed together, with each distinct prompt counted once."""
-    prompts = {computation.key[0]: len(computation.rollout.prompt_ids) for computation in computations}
-    return sum(prompts.values()) + sum(computation.rollout.tokens - len(computation.rollout.prompt_ids) for computation in computations)
+    prompts = {computation.key[0]: computation.rollout.prompt_tokens for computation in computations}
+    return sum(prompts.values()) + sum(computation.rollout.tokens - computation.rollout.prompt_tokens for computation in computations)

@@ -45,7 +45,7 @@ def resolve_rollouts(
             completion), including the follow-ups that probes append. The number of positions for which the model was made is a limit in any
             case.
         max_request_tokens: the largest number of tokens of all groups, with a prompt counted once per group and the extra token reads that
-            spans cause included.
+            spans cause included, and all of it once for each reading.
         max_span_scores: the largest number of token scores that the spans (token ranges) of one completion and its follow-ups may read.
         max_request_values: the largest number of numbers in the response.
 
@@ -72,17 +72,17 @@ def resolve_rollouts(
     request = _RequestChecks(info, options, encoded or {}, longest, max(appended, default=0), sum(appended), cost, max_span_scores)
     rollouts = [request.resolve_group(group, f"groups[{index}]") for index, group in enumerate(groups)]
     if max_request_tokens is not None:
-        total = sum(
+        total = options.passes * sum(
             len(group[0].prompt_ids) + sum(rollout.completion.tree_tokens + rollout.reread_tokens for rollout in group)
             for group in rollouts
         )
         if total > max_request_tokens:
-            remedy = "send it in several requests, or with fewer or shorter spans"
+            remedy = "send it in several requests, with fewer or shorter spans, or on fewer readings"
             raise LimitExceeded("groups", total, "tokens", "max_request_tokens", max_request_tokens, remedy, "TOO_LONG")
     if max_request_values is not None:
         values = sum(cost.values(rollout) for group in rollouts for rollout in group)
         if values > max_request_values:
-            remedy = "send it in several requests, or ask for fewer probes, reductions, spans or scores per token"
+            remedy = "send it in several requests, or ask for fewer probes, readings, reductions, spans or scores per token"
             raise LimitExceeded("groups", values, "numbers in its answer", "max_request_values", max_request_values, remedy)
     return rollouts
 

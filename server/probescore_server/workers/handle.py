@@ -15,18 +15,23 @@ import numpy as np
 import structlog
 from numpy.typing import NDArray
 
-from probescore.types import ModelInfo, ProbeInfo, Transfer
-from probescore_server.errors import InternalFault, StartupError, WorkerLost, WorkerUnavailable
+from probescore.types import LoadedReading, ModelInfo, ProbeInfo, Reading, Transfer
+from probescore_server.errors import FailedPrecondition, InternalFault, StartupError, WorkerLost, WorkerUnavailable
 from probescore_server.rollouts import CheckedRollout, EngineInfo, EngineStatistics, ScoredBatch
 from probescore_server.spool import SpooledFile
 from probescore_server.validation.texts import PendingText
 from probescore_server.workers.liveness import LossReason
 from probescore_server.workers.messages import (
+    READING_AGAIN,
     CancelRollout,
     CancelTexts,
+    DropReading,
     EncodeTexts,
     HoldProbes,
+    LoadReading,
     ProbesHeld,
+    ReadingLoaded,
+    ReadingSource,
     Ready,
     ScoreBatch,
     Sleep,
@@ -114,6 +119,7 @@ class WorkerHandle:
             of the process; a process that is starting meanwhile loads the new probes before it counts as up.
         info: a description of the loaded model and probes; ``None`` before the worker was ready for the first time.
         keys: the probes that the running process serves: a dictionary from the digest of a file's content to ``name@version``.
+        readings: descriptions of the readings that the running process holds, by their slots.
         loading: the content of probe files that a process which is starting may still read.
         restarts: how often the worker process was started again.
         failed_starts: number of attempts to start that failed since the worker was last ready.
@@ -130,7 +136,9 @@ class WorkerHandle:
         self._pinned = pinned or PinnedContent()
         self.info: EngineInfo | None = None
         self.keys: dict[str, str] = {}
+        self.readings: dict[str, Reading] = {}
         self.loading: tuple[SpooledFile, ...] = ()
+        self._reads_again = True  # It is false if the last process ended while it loaded readings.
         self.restarts = 0
         self.failed_starts = 0
         self._on_change = on_change
@@ -187,12 +195,13 @@ class WorkerHandle:
         """Starts one worker process, waits for the end of the process, or of the one that has taken its place, and then pauses before the
         next start.
         """
-        running = WorkerProcess(self.spec)
+        running = WorkerProcess(self.spec if self._reads_again else replace(self.spec, readings=()))
         self.loading = self.spec.probes
         try:
             await self._run_once(running)
         finally:
-            self.loading = ()
+            self._reads_again = self._running is not None or running.starting_with != READING_AGAIN
+            self.loading, self.readings = (), {}
             running, self._running = self._running or running, None
             await running.stop()
         loss = running.loss or LossReason("died", "")
@@ -211,7 +220,7 @@ class WorkerHandle:
         try:
             ready = await running.start()
             self._pinned.check(ready.info)
-            info, keys = await self._follow(running, ready)
+            info, keys, readings = await self._follow(running, ready)
         except EOFError:
             return
         except WorkerLost as error:
@@ -229,6 +238,7 @@ class WorkerHandle:
             logger.error("worker did not start again", device=self.spec.device, problem=str(error))
             return
         self.info, self.keys, self._running, self.failed_starts, self._stalled_starts = info, keys, running, 0, 0
+        self.readings = readings
         self.loading = ()
         self._keep_depth(info)
         self._start_seconds = time.monotonic() - began
@@ -238,27 +248,27 @@ class WorkerHandle:
             await running.ended.wait()
             running = self._running or running  # It is another one if that has taken over.
 
-    async def _follow(self, running: WorkerProcess, ready: Ready) -> tuple[EngineInfo, dict[str, str]]:
+    async def _follow(self, running: WorkerProcess, ready: Ready) -> tuple[EngineInfo, dict[str, str], dict[str, Reading]]:
         """Makes a worker process that has just started serve the probes that the worker's specification names now, if the specification has
         changed meanwhile.
 
         Returns:
-            A description of the model and probes that the process serves, and a dictionary from the digest of each probe file's content to
-            the probe's key ``name@version``.
+            A description of the model and probes that the process serves, a dictionary from the digest of each probe file's content to
+            the probe's key ``name@version``, and one of the readings that the process holds.
 
         Raises:
             StartupError: the process refuses a probe.
             EOFError: the process ended.
         """
-        started_with, info, keys = running.spec.probes, ready.info, ready.keys
+        started_with, info, keys, readings = running.spec.probes, ready.info, ready.keys, ready.readings
         while started_with != self.spec.probes:
             started_with = self.spec.probes
             held: ProbesHeld = await running.ask(HoldProbes(next(self._numbers), started_with))
             if held.refusals:
                 raise StartupError(str(held.refusals[0]))
             self._pinned.check(held.info)
-            info, keys = held.info, held.keys
-        return info, keys
+            info, keys, readings = held.info, held.keys, held.readings
+        return info, keys, readings
 
     def new_batch(self) -> int:
         """Returns a new number for a batch, to be given to ``score`` and ``cancel``."""
@@ -381,17 +391,46 @@ class WorkerHandle:
             async with self._moving:
                 if self.asleep:
                     continue
-                running, seconds = self._running, self.spec.settings.worker_start_seconds
-                try:
-                    async with asyncio.timeout(seconds):
-                        held: ProbesHeld = await self._ask(HoldProbes(next(self._numbers), files))
-                except TimeoutError:
-                    problem = f"it did not load its probes within {seconds:g} s (worker_start_seconds)"
-                    if running is not None:
-                        running.give_up(LossReason("overdue", problem))
-                    raise WorkerLost("overdue", problem, self._pause_seconds) from None
-                self.info, self.keys = held.info, held.keys
+                held: ProbesHeld = await self._ask_in_time(HoldProbes(next(self._numbers), files), "its probes")
+                self.info, self.keys, self.readings = held.info, held.keys, held.readings
                 return held
+
+    async def load_reading(self, source: ReadingSource) -> LoadedReading:
+        """Makes the running worker process load a reading (an adapter or checkpoint beside the frozen model) while it scores. The worker
+        does not fall asleep while it loads.
+
+        Raises:
+            ReadingRefused: the files would not be computed correctly.
+            ReadingIncomplete: the files are being written.
+            FailedPrecondition: the worker sleeps, or its memory is short.
+            WorkerUnavailable: the worker is not up, or its process ended.
+            WorkerLost: the worker process crashed or was stuck, and the reading may be the cause.
+            InternalFault: loading failed for another reason.
+        """
+        async with self._moving:
+            if self.asleep:
+                raise FailedPrecondition("the server sleeps, and loads no reading: wake it first", "ASLEEP")
+            answer: ReadingLoaded = await self._ask_in_time(LoadReading(next(self._numbers), source), "a reading")
+            self.readings = answer.readings
+            return answer.loaded
+
+    def drop_reading(self, slot: str) -> None:
+        """Makes the running worker process free the reading in a slot after the batches that it was given before."""
+        if self._running is not None:
+            self._running.send(DropReading(slot))
+        self.readings = {other: reading for other, reading in self.readings.items() if other != slot}
+
+    async def _ask_in_time(self, message: HoldProbes | LoadReading, what: str) -> Any:  # noqa: ANN401
+        """Gives the worker process an order to load something, for which it has ``worker_start_seconds``."""
+        running, seconds = self._running, self.spec.settings.worker_start_seconds
+        try:
+            async with asyncio.timeout(seconds):
+                return await self._ask(message)
+        except TimeoutError:
+            problem = f"it did not load {what} within {seconds:g} s (worker_start_seconds)"
+            if running is not None:
+                running.give_up(LossReason("overdue", problem))
+            raise WorkerLost("overdue", problem, self._pause_seconds) from None
 
     async def start_successor(self, files: tuple[SpooledFile, ...]) -> Successor:
         """Starts a second worker process on the worker's device, which loads as many of the model's blocks as the probes of the given files
@@ -416,7 +455,7 @@ class WorkerHandle:
         finishes the work that it has, and ends.
         """
         before, self._running = self._running, successor.process
-        self.info, self.keys = successor.ready.info, successor.ready.keys
+        self.info, self.keys, self.readings = successor.ready.info, successor.ready.keys, successor.ready.readings
         self._keep_depth(self.info)
         logger.info("a deeper worker has taken over", device=self.spec.device, pid=successor.process.process.pid)
         if before is not None:
@@ -461,7 +500,7 @@ class WorkerHandle:
         logger.info(event, device=self.spec.device, seconds=round(transfer.seconds, 3), **rounded)
         return transfer
 
-    async def _ask(self, message: ScoreBatch | EncodeTexts | Sleep | Wake | HoldProbes) -> Any:  # noqa: ANN401
+    async def _ask(self, message: ScoreBatch | EncodeTexts | Sleep | Wake | HoldProbes | LoadReading) -> Any:  # noqa: ANN401
         running = self._running
         if running is None or not self.up:
             raise self.unavailable()

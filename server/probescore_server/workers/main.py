@@ -13,6 +13,7 @@ import socket
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
@@ -21,27 +22,43 @@ import numpy as np
 import structlog
 from numpy.typing import NDArray
 
+from probescore.types import FROZEN
 from probescore_server.activity import ACTIVITY
-from probescore_server.errors import InternalFault, InvalidRequest, OutOfMemory, ProbeRefused, StartupError, WorkerUnavailable
+from probescore_server.errors import (
+    FailedPrecondition,
+    InternalFault,
+    InvalidRequest,
+    OutOfMemory,
+    ProbeRefused,
+    ReadingIncomplete,
+    StartupError,
+    WorkerUnavailable,
+)
 from probescore_server.failures import FailureKind, kind_of
 from probescore_server.logs import configure_logs
+from probescore_server.reading_paths import check_links
 from probescore_server.rollouts import ScoredBatch
 from probescore_server.spool import SpooledFile
 from probescore_server.validation.texts import ChatLimits, PendingText
 from probescore_server.workers.messages import (
+    READING_AGAIN,
     BatchScored,
     CancelRollout,
     CancelTexts,
     DeviceLost,
+    DropReading,
     EncodeTexts,
     Failed,
     FromWorker,
     Heartbeat,
     HoldProbes,
     LoadingProgress,
+    LoadReading,
     MemoryMoved,
     Order,
     ProbesHeld,
+    ReadingLoaded,
+    ReadingSource,
     Ready,
     Refused,
     ScoreBatch,
@@ -55,6 +72,7 @@ from probescore_server.workers.text_queue import TextQueue, TokenisingLane
 from probescore_server.workers.transport import BlockingEnd
 
 if TYPE_CHECKING:
+    from probescore.types import LoadedReading, Reading
     from probescore_server.engine.engine import Engine
     from probescore_server.engine.served_probes import ServedProbes
     from probescore_server.probes.format.probe_file import ProbeFile
@@ -103,16 +121,27 @@ class _ProbesReady:
     seconds: float
 
 
+@dataclass(frozen=True, eq=False)
+class _ReadingReady:
+    """Order that one thread of a worker process gives to the main thread: to say that a reading was loaded, between two batches."""
+
+    number: int
+    loaded: LoadedReading
+
+
+_MainOrder = Order | DropReading | _ProbesReady | _ReadingReady
+
+
 class _WorkerRuntime:
     """Set of threads of a worker process: the main thread loads and computes, one thread reads messages, two tokenise, one loads and checks
-    probes while batches compute, and one sends heartbeats.
+    probes and readings while batches compute, and one sends heartbeats.
     """
 
     def __init__(self, pipe: BlockingEnd, spec: WorkerSpec) -> None:
         self._pipe = pipe
         self._spec = spec
-        self._orders: SimpleQueue[Order | _ProbesReady | None] = SimpleQueue()
-        self._probe_orders: SimpleQueue[HoldProbes | None] = SimpleQueue()  # None: to return memory that was freed.
+        self._orders: SimpleQueue[_MainOrder | None] = SimpleQueue()
+        self._to_load: SimpleQueue[HoldProbes | LoadReading | None] = SimpleQueue()  # None: to return memory that was freed.
         self._statistics_sent = 0.0
         self._texts = TextQueue()
         self._cancelled: dict[int, set[int]] = {}  # It holds the indices given up, by batch.
@@ -134,8 +163,9 @@ class _WorkerRuntime:
         gc.freeze()
         for lane in TokenisingLane:
             threading.Thread(target=self._encode, args=(engine, lane), daemon=True).start()
-        threading.Thread(target=self._prepare_probes, args=(engine,), daemon=True).start()
-        self._send(Ready(engine.info, keys))
+        self._load_again(engine)
+        threading.Thread(target=self._load_beside, args=(engine,), daemon=True).start()
+        self._send(Ready(engine.info, keys, _readings_of(engine)))
         self._send_statistics(engine)
         while (order := self._next_order(engine)) is not None:
             match order:
@@ -147,9 +177,13 @@ class _WorkerRuntime:
                     self._wake(engine, order)
                 case _ProbesReady():
                     self._adopt_probes(engine, order)
+                case _ReadingReady():
+                    self._send(ReadingLoaded(order.number, order.loaded, _readings_of(engine)))
+                case DropReading():
+                    self._drop_reading(engine, order)
             del order  # It may be the last to hold probes that are not served any more.
 
-    def _next_order(self, engine: Engine) -> Order | _ProbesReady | None:
+    def _next_order(self, engine: Engine) -> _MainOrder | None:
         """Waits for the next order (a message from the server's front process that needs a response) and returns it; ``None`` means that
         the worker process must stop.
 
@@ -231,10 +265,10 @@ class _WorkerRuntime:
                     self._texts.add(message.number, message.texts)
                 case CancelTexts():
                     self._texts.drop(message.number)
-                case Sleep() | Wake():
+                case Sleep() | Wake() | DropReading():
                     self._orders.put(message)
-                case HoldProbes():
-                    self._probe_orders.put(message)
+                case HoldProbes() | LoadReading():
+                    self._to_load.put(message)
                 case Stop():
                     self._orders.put(None)
 
@@ -301,20 +335,57 @@ class _WorkerRuntime:
             logger.exception("waking up failed")
             os._exit(1)
 
-    def _prepare_probes(self, engine: Engine) -> None:
-        """Loads and checks probes for ever, one order at a time, in a thread of the worker process beside the batches that the main thread
-        computes.
+    def _load_beside(self, engine: Engine) -> None:
+        """Loads and checks probes and readings for ever, one order at a time, in a thread of the worker process beside the batches that the
+        main thread computes.
         """
         while True:
-            order = self._probe_orders.get()
+            order = self._to_load.get()
             if order is None:
                 engine.trim()
                 continue
             try:
-                self._orders.put(self._prepared(engine, order))
+                if isinstance(order, LoadReading):
+                    self._orders.put(_ReadingReady(order.number, self._load_reading(engine, order.source)))
+                else:
+                    self._orders.put(self._prepared(engine, order))
             except Exception as error:
                 self._end_if_lost(error)
-                self._send(Failed(order.number, _logged_fault("loading probes failed")))
+                if isinstance(order, LoadReading) and isinstance(error, InvalidRequest | FailedPrecondition | ReadingIncomplete):
+                    self._send(Failed(order.number, error))
+                else:
+                    self._send(Failed(order.number, _logged_fault("loading failed")))
+                self._to_load.put(None)  # The exception held what was loaded until now.
+
+    def _load_reading(self, engine: Engine, source: ReadingSource) -> LoadedReading:
+        """Loads a reading, and checks the links in its directory once more, since it may be long ago that they were checked."""
+        check_links(source.directory, self._spec.settings.readings_root or source.directory)
+        try:
+            return engine.load_reading(source.slot, source.directory, expected_id=source.id or None)
+        except Exception as error:
+            if kind_of(error) is not FailureKind.MEMORY_SHORT:
+                raise
+            logger.warning("memory is short for a reading", problem=str(error))
+        problem = "memory is short for this reading; unload another one, or load it in place of the one before (in_place)"
+        raise FailedPrecondition(problem, "READING_OUT_OF_MEMORY")
+
+    def _load_again(self, engine: Engine) -> None:
+        """Loads the readings that the worker process before this one had, as far as their files are still the same."""
+        if not self._spec.readings:
+            return
+        self._send(LoadingProgress(READING_AGAIN))
+        for source in self._spec.readings:
+            try:
+                self._load_reading(engine, source)
+            except Exception as error:
+                self._end_if_lost(error)
+                logger.exception("a reading cannot be loaded again", directory=str(source.directory), id=source.id)
+        self._send(LoadingProgress("ready"))
+
+    def _drop_reading(self, engine: Engine, order: DropReading) -> None:
+        with suppress(InvalidRequest):  # It is gone already.
+            engine.unload_reading(order.slot)
+        self._to_load.put(None)
 
     def _prepared(self, engine: Engine, order: HoldProbes) -> _ProbesReady:
         started, settings = time.monotonic(), self._spec.settings
@@ -335,8 +406,8 @@ class _WorkerRuntime:
 
     def _adopt_probes(self, engine: Engine, ready: _ProbesReady) -> None:
         engine.adopt_probes(ready.probes)
-        self._send(ProbesHeld(ready.number, engine.info, ready.keys, ready.refusals, ready.seconds))
-        self._probe_orders.put(None)
+        self._send(ProbesHeld(ready.number, engine.info, ready.keys, ready.refusals, ready.seconds, _readings_of(engine)))
+        self._to_load.put(None)
 
     def _encode(self, engine: Engine, lane: TokenisingLane) -> None:
         settings = self._spec.settings
@@ -379,6 +450,11 @@ def _parse(spooled: Sequence[SpooledFile], refusals: list[ProbeRefused] | None =
                 raise
             refusals.append(refusal)
     return files
+
+
+def _readings_of(engine: Engine) -> dict[str, Reading]:
+    """Returns the descriptions of the readings beside the frozen model that an engine holds, by their slots."""
+    return {reading.name: reading for reading in engine.readings() if reading.name != FROZEN}
 
 
 def _encode_one(engine: Engine, text: PendingText, limits: ChatLimits) -> NDArray[np.int32]:

@@ -8,18 +8,46 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from probescore.types import Transfer
+from probescore.types import LoadedReading, Reading, Transfer
 from probescore_server.activity import ActivityStep, TextBeingTokenised
-from probescore_server.errors import InternalFault, InvalidRequest, OutOfMemory, ProbeRefused, StartupError, WorkerUnavailable
+from probescore_server.errors import (
+    FailedPrecondition,
+    InternalFault,
+    InvalidRequest,
+    OutOfMemory,
+    ProbeRefused,
+    ReadingIncomplete,
+    StartupError,
+    WorkerUnavailable,
+)
 from probescore_server.rollouts import CheckedRollout, EngineInfo, EngineStatistics, ScoredBatch
 from probescore_server.settings import ServerSettings
 from probescore_server.spool import SpooledFile
 from probescore_server.validation.texts import PendingText
 from probescore_server.workers.codec import Encoded, decode_results, decode_rollouts, encode_results, encode_rollouts
+
+READING_AGAIN = "reading adapters and checkpoints again"
+"""Text of the step of a worker's start in which it loads the readings that the worker process before it had."""
+
+
+@dataclass(frozen=True)
+class ReadingSource:
+    """Value object that says which files a worker process makes a reading of (an adapter or checkpoint beside the frozen model).
+
+    Attributes:
+        slot: the name under which workers hold the version: one for each load, whatever name requests use for the reading.
+        directory: the directory of the files, with every link resolved.
+        id: the only version that is to be loaded; empty = the one that the files are.
+    """
+
+    slot: str
+    directory: Path
+    id: str = ""
 
 
 @dataclass(frozen=True)
@@ -34,6 +62,7 @@ class WorkerSpec:
         min_layers: least number of the model's blocks to load.
         is_first: whether no worker of the server has been ready yet. A name in the setting ``accept_mismatch`` (probes that are served
             though made for another model revision) that belongs to no probe is then refused; later the probe may have been removed.
+        readings: the readings to load; one whose files are no longer the same is left out.
     """
 
     settings: ServerSettings
@@ -42,6 +71,7 @@ class WorkerSpec:
     probes: tuple[SpooledFile, ...] = ()
     min_layers: int = 0
     is_first: bool = True
+    readings: tuple[ReadingSource, ...] = ()
 
 
 # -------------------------------------------------------------------------------------------------------------------- to a worker
@@ -131,12 +161,31 @@ class HoldProbes:
 
 
 @dataclass(frozen=True)
+class LoadReading:
+    """Message from the server's front process that orders a worker process to load a reading (an adapter or checkpoint beside the frozen
+    model) while batches compute. The response is ``ReadingLoaded`` or ``Failed``.
+    """
+
+    number: int
+    source: ReadingSource
+
+
+@dataclass(frozen=True)
+class DropReading:
+    """Message from the server's front process that tells a worker process that no later batch reads the version in a slot, so that its
+    memory is freed after the batches that were sent before.
+    """
+
+    slot: str
+
+
+@dataclass(frozen=True)
 class Stop:
     """Message from the server's front process that tells a worker process to end after the orders that it was given before."""
 
 
 Order = ScoreBatch | Sleep | Wake
-ToWorker = ScoreBatch | CancelRollout | EncodeTexts | CancelTexts | Sleep | Wake | HoldProbes | Stop
+ToWorker = ScoreBatch | CancelRollout | EncodeTexts | CancelTexts | Sleep | Wake | HoldProbes | LoadReading | DropReading | Stop
 
 # ------------------------------------------------------------------------------------------------------------------ from a worker
 
@@ -152,11 +201,13 @@ class LoadingProgress:
 class Ready:
     """Message from a worker process that it has loaded and tested the model and probes that ``info`` describes, and can score.
 
-    ``keys`` is a dictionary from the digest of each probe file's content to the probe's key ``name@version``.
+    ``keys`` is a dictionary from the digest of each probe file's content to the probe's key ``name@version``, and ``readings`` one of the
+    descriptions of the readings that the worker holds, by their slots.
     """
 
     info: EngineInfo
     keys: dict[str, str] = field(default_factory=dict)
+    readings: dict[str, Reading] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -211,6 +262,7 @@ class ProbesHeld:
         keys: a dictionary from the digest of the content of each file that is served to the probe's key ``name@version``.
         refusals: the refusals of the other files, which are not served.
         seconds: the seconds that loading and checking took.
+        readings: descriptions of the readings that the worker holds, by their slots; what they say of probes is true of those served now.
     """
 
     number: int
@@ -218,6 +270,18 @@ class ProbesHeld:
     keys: dict[str, str]
     refusals: tuple[ProbeRefused, ...]
     seconds: float
+    readings: dict[str, Reading] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ReadingLoaded:
+    """Response of a worker process to the ``LoadReading`` message with the same number: what was loaded, and descriptions of the readings
+    that the worker holds now, by their slots.
+    """
+
+    number: int
+    loaded: LoadedReading
+    readings: dict[str, Reading]
 
 
 @dataclass(frozen=True)
@@ -228,7 +292,7 @@ class Failed:
     """
 
     number: int
-    error: InvalidRequest | InternalFault | OutOfMemory | WorkerUnavailable
+    error: InvalidRequest | FailedPrecondition | InternalFault | OutOfMemory | ReadingIncomplete | WorkerUnavailable
 
 
 @dataclass(frozen=True)
@@ -262,6 +326,7 @@ FromWorker = (
     | TextsEncoded
     | MemoryMoved
     | ProbesHeld
+    | ReadingLoaded
     | Failed
     | EngineStatistics
     | Heartbeat

@@ -36,8 +36,10 @@ from probescore_server.workers.messages import (
     Heartbeat,
     HoldProbes,
     LoadingProgress,
+    LoadReading,
     MemoryMoved,
     ProbesHeld,
+    ReadingLoaded,
     Ready,
     Refused,
     ScoreBatch,
@@ -86,6 +88,7 @@ class WorkerProcess:
         ended: an event that is set once the process has ended or was given up.
         loss: the reason why the process died; ``None`` while it runs, or if it was ended on purpose.
         statistics: the memory use and cache hits that the process last reported.
+        starting_with: the step of its start that the process has reported last; empty before the first.
     """
 
     def __init__(self, spec: WorkerSpec) -> None:
@@ -102,7 +105,7 @@ class WorkerProcess:
         self._pipe = EventLoopEnd(self._receive, self._pipe_closed)
         self._time_limits = _time_limits(spec.settings)
         self._watch = LivenessWatch(self._time_limits, time.monotonic())
-        self._starting_with = ""
+        self.starting_with = ""
         self._oom_kills = _oom_kills()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -119,14 +122,14 @@ class WorkerProcess:
         self._do(self._keep_watch())
         return await self._started
 
-    async def ask(self, message: ScoreBatch | EncodeTexts | Sleep | Wake | HoldProbes) -> Any:  # noqa: ANN401
+    async def ask(self, message: ScoreBatch | EncodeTexts | Sleep | Wake | HoldProbes | LoadReading) -> Any:  # noqa: ANN401
         """Sends an order, such as a batch, to the worker process and returns the response. A response that is an error is raised.
 
         Raises:
             EOFError: the process ended before it responded.
         """
-        # The watch knows of texts from the worker's heartbeats, and probes are loaded beside the batches that it watches.
-        if not isinstance(message, EncodeTexts | HoldProbes):
+        # The watch knows of texts from the worker's heartbeats, and probes and readings are loaded beside the batches that it watches.
+        if not isinstance(message, EncodeTexts | HoldProbes | LoadReading):
             self._watch.asked(message.number, _seconds_for(message, self._time_limits), time.monotonic())
         answer = self._answers[message.number] = self._loop.create_future()
         self.send(message)
@@ -168,7 +171,7 @@ class WorkerProcess:
         """
         if self.loss is None:
             order = loss.order or (next(iter(self._answers)) if len(self._answers) == 1 else 0)
-            self.loss = replace(loss, order=order, doing=self._watch.step.name if self._started.done() else self._starting_with)
+            self.loss = replace(loss, order=order, doing=self._watch.step.name if self._started.done() else self.starting_with)
 
     # ---------------------------------------------------------------------------------------------------------- what it says
 
@@ -176,7 +179,7 @@ class WorkerProcess:
         now = time.monotonic()
         match message:
             case LoadingProgress():
-                self._starting_with = message.message
+                self.starting_with = message.message
                 logger.info(message.message, device=self.spec.device)
             case Ready():
                 self._watch.ready()
@@ -189,7 +192,7 @@ class WorkerProcess:
                 self._answer(message.number, message.ids, now)
             case MemoryMoved():
                 self._answer(message.number, message.transfer, now)
-            case ProbesHeld():
+            case ProbesHeld() | ReadingLoaded():
                 self._answer(message.number, message, now)
             case Failed():
                 self._answer(message.number, message.error, now)

@@ -23,6 +23,9 @@ Wait = Annotated[float, typer.Option("--wait", help="Seconds to wait for a serve
 
 DEFAULT_ADDRESS = "localhost:50051"
 
+_NOT_OF_THE_SERVER = {"READING_INCOMPLETE", "READING_DIFFERS"}
+"""Reasons for which a later try may succeed although the server is ready."""
+
 
 def split_addresses(written: str) -> str | list[str]:
     """Converts the value of ``--address`` to the form that a client takes: one address, or a list of several addresses."""
@@ -45,4 +48,6 @@ def connected(address: str, wait: float) -> Iterator[ProbeClient]:
                     client.wait_until_ready(timeout=wait)
             yield client
     except (UnavailableError, DeadlineExceededError) as error:
+        if error.reason in _NOT_OF_THE_SERVER:
+            raise
         raise UnavailableError(f"no server is ready at {address}: {error}") from None

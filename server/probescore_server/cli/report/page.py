@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from probescore import ScoringInfo
-from probescore_server.cli.report.views import ColourScale, RolloutView, Series, SeriesScores, ShownToken
+from probescore_server.cli.report.views import ColourScale, RolloutView, Series, SeriesScores, ShownToken, colour_scales
 from probescore_server.files import write_atomically
 
 _PLACE = "<!--probescore-data-->"
@@ -24,8 +24,8 @@ def write_page(path: Path, views: Sequence[RolloutView], series: Sequence[Series
     Args:
         path: file to write; an existing file is replaced as a whole.
         views: the rollouts, which become one card each, in this order.
-        series: the labels of probes by which the reader can colour the tokens; the first is selected.
-        info: the model and the probes that produced the scores.
+        series: the labels of probes, on each reading, by which the reader can colour the tokens; the first is selected.
+        info: the model, the probes and the readings that produced the scores.
         title: heading of the page.
 
     Raises:
@@ -57,14 +57,19 @@ def _data(views: Sequence[RolloutView], series: Sequence[Series], info: ScoringI
             "tokens": _indices(view.tokens, pieces),
             "masked": [index for index, token in enumerate(view.tokens) if not token.counts],
             "spans": [[span.name, span.start, span.end] for span in view.spans],
-            "scores": [_scores(view.scores[entry.name]) for entry in series] if not view.problem else [],
+            "scores": [_scores(view.scores.get(entry.name)) for entry in series] if not view.problem else [],
+            **({"unscored": view.unscored} if view.unscored and not view.problem else {}),
         }
         for view in views
     ]
+    scales = colour_scales(series, views)
     return {
         "title": title,
         "model": info.model_fingerprint,
-        "series": [_series(entry, ColourScale.of(entry, views)) for entry in series],
+        "readings": [
+            {"name": reading.name, "id": reading.id, "kind": reading.kind.value, "step": reading.step} for reading in info.readings
+        ],
+        "series": [_series(entry, scales[entry.name]) for entry in series],
         "pieces": pieces.entries,
         "contexts": contexts.entries,
         "rollouts": rollouts,
@@ -94,7 +99,9 @@ def _indices(tokens: Sequence[ShownToken], pieces: _NumberedValues) -> tuple[int
 def _series(series: Series, scale: ColourScale) -> dict[str, Any]:
     calibration = series.calibration
     return {
-        "name": series.name,
+        "name": series.probe,
+        "reading": series.reading,
+        "base": series.base,
         "unit": series.unit.value,
         "reductions": series.reductions,
         "centre": _rounded(scale.centre),
@@ -111,13 +118,19 @@ def _series(series: Series, scale: ColourScale) -> dict[str, Any]:
     }
 
 
-def _scores(scores: SeriesScores) -> dict[str, Any]:
-    return {
-        "reduced": {name: [None if number is None else _rounded(number) for number in numbers] for name, numbers in scores.reduced.items()},
-        "tokens": None if scores.tokens is None else [_rounded(score) for score in scores.tokens.tolist()],
-        "flagged": scores.flagged,
-        **({"outside": scores.outside} if scores.outside else {}),
-    }
+def _scores(scores: SeriesScores | None) -> dict[str, Any] | None:
+    return (
+        None
+        if scores is None
+        else {
+            "reduced": {
+                name: [None if number is None else _rounded(number) for number in numbers] for name, numbers in scores.reduced.items()
+            },
+            "tokens": None if scores.tokens is None else [_rounded(score) for score in scores.tokens.tolist()],
+            "flagged": scores.flagged,
+            **({"outside": scores.outside} if scores.outside else {}),
+        }
+    )
 
 
 def _rounded(number: float) -> float:

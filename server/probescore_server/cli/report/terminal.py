@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.style import Style
 from rich.text import Text
 
-from probescore_server.cli.report.views import ColourScale, RolloutView, Series, SeriesScores, ShownToken
+from probescore_server.cli.report.views import ColourScale, RolloutView, Series, SeriesScores, ShownToken, colour_scales
 
 # One lightness throughout: white text stays readable, and strength shows as saturation on light and on dark terminals alike.
 _NEUTRAL, _BELOW, _ABOVE = (118, 118, 124), (24, 98, 200), (204, 58, 12)
@@ -24,7 +24,9 @@ def has_colours(console: Console) -> bool:
 
 
 def print_rollouts(console: Console, views: Sequence[RolloutView], series: Sequence[Series]) -> None:
-    """Prints rollouts one after the other, each with its scores for every label of every probe, and then a legend of the colours."""
+    """Prints rollouts one after the other, each with its scores for every label of every probe, on every reading, and then a legend of the
+    colours.
+    """
     printer = RolloutPrinter(console, series)
     for view in views:
         printer.print(view, scale_of=views)
@@ -56,17 +58,21 @@ class RolloutPrinter:
                 that a colour always means one score.
         """
         if not self._scales:
-            self._scales = {entry.name: ColourScale.of(entry, scale_of) for entry in self._series}
+            self._scales = colour_scales(self._series, scale_of)
         console = self._console
         title = Text().append(view.title, "bold").append(f"  label {view.label}" if view.label else "")
         console.print(title.append("  ids from text" if view.inexact else "", "dim"), soft_wrap=True)
         if view.problem:
             console.print(Text(f"  not scored: {view.problem}", "red"))
+        for reading, problem in view.unscored.items() if not view.problem else ():
+            console.print(Text(f"  not scored on {reading}: {problem}", "red"))
         if view.context and view.context != self._context:
             console.print(_context(view.context), soft_wrap=True)
             self._context = view.context
-        for entry in self._series if not view.problem else ():
-            scores = view.scores[entry.name]
+        for entry in self._series:
+            scores = view.scores.get(entry.name)
+            if scores is None:
+                continue
             console.print(_summary(entry, scores), soft_wrap=True)
             if scores.tokens is not None:
                 console.print(_tokens(view.tokens, scores.tokens.tolist(), self._scales[entry.name], self._colours), soft_wrap=True)
@@ -92,7 +98,9 @@ def _summary(series: Series, scores: SeriesScores) -> Text:
     for span, numbers in scores.reduced.items():
         summary.append(f"{span}: " if span else "", "dim")
         for reduction, number in zip(series.reductions or ("score",), numbers, strict=True):
-            summary.append(f"{reduction} ", "dim").append(f"{'absent' if number is None else f'{number:.3f}'}  ", "bold")
+            summary.append(f"{reduction} ", "dim").append(
+                f"{'absent' if number is None else f'{number:+.3f}' if series.base else f'{number:.3f}'}  ", "bold"
+            )
     if series.calibration is not None and scores.flagged is not None:
         summary.append("● flagged" if scores.flagged else "○ not flagged", _style(1.0) if scores.flagged else "")
         summary.append(f"  threshold {series.calibration.threshold:.3f}", "dim")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,10 +17,11 @@ from probescore import (
     CompletionScores,
     CompletionStatus,
     ProbeInfo,
+    ProbeScores,
     ScoringInfo,
     StreamedCompletion,
 )
-from probescore.types import score_keys
+from probescore.types import FROZEN, score_keys
 from probescore_server.cli.common.console import new_console
 from probescore_server.cli.common.visible import visible_json
 from probescore_server.cli.report.page import write_page
@@ -47,7 +48,7 @@ class ScoredCompletion:
         """
         title = f"group {self.group + 1}" + (f", completion {self.index + 1}" if self.of_group > 1 else "")
         label = "" if self.label is None else self.label if isinstance(self.label, str) else json.dumps(self.label)
-        return rollout_views(title, self.completion, self.scores, series_of(self.info.probes, loaded), label)
+        return rollout_views(title, self.completion, self.scores, series_of(self.info.probes, loaded, self.info.readings), label)
 
 
 class ResultWriter(Protocol):
@@ -70,7 +71,7 @@ class InOrderWriter:
         outputs: the writers that receive the results.
         received: number of results that have arrived.
         views: number of completions and follow-ups (token ids appended to a completion) that were passed on.
-        unscored: number of the passed-on completions and follow-ups that have no scores.
+        unscored: number of the passed-on completions and follow-ups that have no scores on some reading.
     """
 
     def __init__(self, groups: Sequence[LabelledGroup], outputs: list[ResultWriter]) -> None:
@@ -103,7 +104,10 @@ class InOrderWriter:
             output.close()
 
     def _hand_on(self, scored: ScoredCompletion) -> None:
-        statuses = [answer.status is CompletionStatus.OK for answer in _with_follow_ups(scored.scores)]
+        statuses = [
+            all(own.status is CompletionStatus.OK for own in (answer, *answer.readings.values()))
+            for answer in _with_follow_ups(scored.scores)
+        ]
         self.views += len(statuses)
         self.unscored += statuses.count(False)
         for output in self.outputs:
@@ -143,7 +147,9 @@ class TerminalWriter:
         allows.
         """
         views = scored.shown(self._loaded)
-        printer = self._printer = self._printer or RolloutPrinter(self._console, series_of(scored.info.probes, self._loaded))
+        printer = self._printer = self._printer or RolloutPrinter(
+            self._console, series_of(scored.info.probes, self._loaded, scored.info.readings)
+        )
         for view in views[: max(0, self._most - self._views)]:
             printer.print(view, scale_of=views)
         self._views += len(views)
@@ -182,13 +188,12 @@ class PageWriter:
         title = f"{len(self._views)} scored rollouts"
         if self._completions < self._total:
             title += f", of {self._completions} completions out of {self._total}"
-        write_page(self._path, self._views, series_of(self._info.probes, self._loaded), self._info, title=title)
+        write_page(self._path, self._views, series_of(self._info.probes, self._loaded, self._info.readings), self._info, title=title)
         if not self._quiet:
             new_console().print(f"wrote {self._path}", soft_wrap=True, markup=False)
 
 
 def _as_json(scored: CompletionScores, info: ScoringInfo) -> dict[str, Any]:
-    applied = dict(zip(score_keys(info.probes), info.probes, strict=True))
     return {
         "id": scored.id,
         "status": scored.status.value,
@@ -197,21 +202,44 @@ def _as_json(scored: CompletionScores, info: ScoringInfo) -> dict[str, Any]:
         "prompt_ids": None if scored.prompt_ids is None else scored.prompt_ids.tolist(),
         "completion_ids": None if scored.completion_ids is None else scored.completion_ids.tolist(),
         "completion_texts": scored.completion_texts,
-        "scores": {
-            key: {
-                "version": applied[key].version,
-                "unit": applied[key].unit.value,
-                "labels": applied[key].labels,
-                "reductions": [str(reduction) for reduction in applied[key].reductions],
-                "reduced": _numbers(scores.reduced),
-                "tokens": None if scores.tokens is None else _numbers(scores.tokens),
-                "outside_calibration": [
-                    {"condition": each.condition, "reduction": str(each.reduction or ""), "label": each.label} for each in scores.unmet
-                ],
-            }
-            for key, scores in scored.scores.items()
-        },
+        "scores": _scores_as_json(scored.scores, info),
+        **({"readings": _readings_as_json(scored, info)} if info.readings else {}),
         "follow_ups": [_as_json(follow_up, info) for follow_up in scored.follow_ups],
+    }
+
+
+def _readings_as_json(scored: CompletionScores, info: ScoringInfo) -> dict[str, Any]:
+    """Returns what was read, by name, and the scores on each reading but the frozen one, whose scores are the completion's own."""
+    return {
+        reading.name: {"id": reading.id, "kind": reading.kind.value, "step": reading.step}
+        | (
+            {}
+            if reading.name == FROZEN
+            else {
+                "status": scored.readings[reading.name].status.value,
+                "status_message": scored.readings[reading.name].status_message,
+                "scores": _scores_as_json(scored.readings[reading.name].scores, info),
+            }
+        )
+        for reading in info.readings
+    }
+
+
+def _scores_as_json(scores: Mapping[str, ProbeScores], info: ScoringInfo) -> dict[str, Any]:
+    applied = dict(zip(score_keys(info.probes), info.probes, strict=True))
+    return {
+        key: {
+            "version": applied[key].version,
+            "unit": applied[key].unit.value,
+            "labels": applied[key].labels,
+            "reductions": [str(reduction) for reduction in applied[key].reductions],
+            "reduced": _numbers(of_probe.reduced),
+            "tokens": None if of_probe.tokens is None else _numbers(of_probe.tokens),
+            "outside_calibration": [
+                {"condition": each.condition, "reduction": str(each.reduction or ""), "label": each.label} for each in of_probe.unmet
+            ],
+        }
+        for key, of_probe in scores.items()
     }
 
 
