@@ -5,7 +5,7 @@ The core imports the probescore client but no trainer. Each of ``probescore_adap
 ``.http`` imports the trainer or web framework that it adapts.
 """
 
-from probescore_adapters.errors import ProbeReplaced, SignalError, Unscorable
+from probescore_adapters.errors import ProbeReplaced, ReadingGone, SignalError, Unscorable
 from probescore_adapters.guard_rails import GuardRails
 from probescore_adapters.outcome import Outcome
 from probescore_adapters.rollouts import Rollout
@@ -21,6 +21,7 @@ __all__ = [
     "ProbeReplaced",
     "ProbeScorer",
     "ProbeSignal",
+    "ReadingGone",
     "Rollout",
     "SignalError",
     "Transform",

@@ -32,3 +32,11 @@ class ProbeReplaced(SignalError):
 
     The probe's graph, calibration or version differs, so that scores before and after the probe's replacement are not comparable.
     """
+
+
+class ReadingGone(SignalError):
+    """Exception raised when a signal (a rule from probe scores to rewards) changes rewards by a probe's scores on a reading, such as the
+    policy's own weights, and the server has no such reading, or has not one version of it.
+
+    The scores on the frozen model never take the place of the scores on another reading.
+    """

@@ -12,6 +12,7 @@ from typing import Literal, Union
 import numpy as np
 from numpy.typing import NDArray
 
+from probescore.types import Reading
 from probescore_adapters.errors import SignalError, Unscorable
 from probescore_adapters.guard_rails import RAILS, GuardRails, penalty_margin, screen
 from probescore_adapters.signal_values import BatchSignals, MaskedTokens, SignalValues
@@ -22,6 +23,7 @@ OnUnscorable = Union[Literal["worst", "raise"], float]
 PREFIX = "probescore"
 _SIGNAL_KEYS = ("mean", "p10", "p50", "p90", "flagged", "screened", "reward", "penalty_margin", "outside_calibration")
 _ROLLOUT_SIGNAL_KEYS = ("mean", "flagged", "reward", "outside_calibration")
+_READING_KEYS = ("reading_step", "reading_missing")
 _BATCH_KEYS = ("seconds", "failures", "unscorable", "tokens", "inexact_ids")
 
 
@@ -42,6 +44,12 @@ class Outcome:
         metrics: a dictionary keyed by the metric's name, always with the same keys for the same signals; NaN for a metric without data.
         outside_calibration: a dictionary keyed by the signal's name, of ``(n,)`` booleans: whether the rollout is unlike those that the
             signal's threshold was found on, so that the threshold is not known to hold for it. False where nobody knows.
+        readings: a dictionary, keyed by name, of the readings (whose activations the probes read) that scored the batch, each with the id
+            and the step of its one version; empty if only the frozen model was read.
+        missing_readings: a dictionary, keyed by the name of a reading that the server did not have, of the reason. The ``values`` of its
+            signals are NaN, never those of another reading.
+        drift: a dictionary keyed by the name of each ``monitor`` signal on another reading than the frozen one, of ``(n,)`` differences:
+            the signal's score minus the score of the same probe on the frozen model; NaN where one of the two is missing.
     """
 
     rewards: Floats
@@ -54,12 +62,17 @@ class Outcome:
     values: Mapping[str, Floats]
     metrics: Mapping[str, float]
     outside_calibration: Mapping[str, NDArray[np.bool_]] = field(default_factory=dict)
+    readings: Mapping[str, Reading] = field(default_factory=dict)
+    missing_readings: Mapping[str, str] = field(default_factory=dict)
+    drift: Mapping[str, Floats] = field(default_factory=dict)
 
     @property
     def rollout_metrics(self) -> dict[str, float]:
         """Returns those metrics of a batch that are meaningful for a single rollout, for trainers that score one rollout at a time."""
-        keys = [f"{name}/{key}" for name in self.values for key in _ROLLOUT_SIGNAL_KEYS]
-        return {f"{PREFIX}/{key}": self.metrics[f"{PREFIX}/{key}"] for key in (*keys, *_BATCH_KEYS, "guard/clipped")}
+        keys = [f"{PREFIX}/{name}/{key}" for name in self.values for key in (*_ROLLOUT_SIGNAL_KEYS, "drift", *_READING_KEYS)]
+        keys += [f"{PREFIX}/{key}" for key in (*_BATCH_KEYS, "guard/clipped")]
+        # drift and what is said of a reading: only signals on other readings than the frozen one have them
+        return {key: self.metrics[key] for key in keys if key in self.metrics}
 
 
 @dataclass(eq=False)
@@ -76,6 +89,7 @@ class _OutcomeSums:
     dense: list[Floats] | None = None
     flagged: dict[str, NDArray[np.bool_]] = field(default_factory=dict)
     outside_calibration: dict[str, NDArray[np.bool_]] = field(default_factory=dict)
+    drift: dict[str, Floats] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
 
 
@@ -116,6 +130,7 @@ def combine(
     sums.metrics.update(empty_metrics([signal_values.bound.signal for signal_values in batch.signals]))
     for signal_values in batch.signals:
         _apply(signal_values, sums, lengths, task_rewards, rails)
+        _describe_reading(signal_values, sums, batch)
     if on_unscorable == "raise" and sums.unscorable.any():
         index = int(np.flatnonzero(sums.unscorable)[0])
         raise Unscorable(f"rollout {index}: {batch.problems.get(index, 'no token of it counts, or a transform gave no number')}")
@@ -149,6 +164,9 @@ def combine(
         values={signal_values.bound.signal.name: signal_values.values for signal_values in batch.signals},
         metrics=sums.metrics,
         outside_calibration=sums.outside_calibration,
+        readings=batch.readings,
+        missing_readings=batch.missing,
+        drift=sums.drift,
     )
 
 
@@ -170,6 +188,7 @@ def substitute(signals: Sequence[ProbeSignal], term: float, lengths: Sequence[in
         values={signal.name: np.full(count, math.nan) for signal in signals},
         metrics={**empty_metrics(signals), f"{PREFIX}/failures": 1.0, f"{PREFIX}/unscorable": 1.0},
         outside_calibration={signal.name: nobody for signal in signals},
+        drift={signal.name: np.full(count, math.nan) for signal in signals if signal.logs_drift},
     )
 
 
@@ -177,10 +196,32 @@ def empty_metrics(signals: Sequence[ProbeSignal]) -> dict[str, float]:
     """Returns the metrics of a batch without probe scores, for some signals (rules from probe scores to rewards): a dictionary keyed by
     metric whose values are NaN, or 0 for how often guard rails (limits on the effect of signals) acted.
     """
-    metrics = {f"{PREFIX}/{signal.name}/{key}": math.nan for signal in signals for key in _SIGNAL_KEYS}
+    metrics = {f"{PREFIX}/{signal.name}/{key}": math.nan for signal in signals for key in _keys(signal)}
     metrics.update({f"{PREFIX}/{key}": math.nan for key in _BATCH_KEYS})
     metrics.update({f"{PREFIX}/guard/{rail}": 0.0 for rail in RAILS})
     return metrics
+
+
+def _keys(signal: ProbeSignal) -> tuple[str, ...]:
+    of_reading = _READING_KEYS if signal.reads_other_weights else ()
+    return (*_SIGNAL_KEYS, *(("drift",) if signal.logs_drift else ()), *of_reading)
+
+
+def _describe_reading(signal_values: SignalValues, sums: _OutcomeSums, batch: BatchSignals) -> None:
+    """Records which version of another reading than the frozen one gave a signal's scores, and how far they are from the frozen model's."""
+    signal = signal_values.bound.signal
+    if not signal.reads_other_weights:
+        return
+    prefix = f"{PREFIX}/{signal.name}"
+    reading = batch.readings.get(signal.reading)
+    sums.metrics[f"{prefix}/reading_missing"] = float(signal.reading in batch.missing)
+    sums.metrics[f"{prefix}/reading_step"] = math.nan if reading is None or reading.step is None else float(reading.step)
+    if signal_values.on_frozen is not None:
+        drift = signal_values.values - signal_values.on_frozen
+        known = np.isfinite(drift)
+        sums.drift[signal.name] = np.where(known, drift, math.nan)
+        if known.any():
+            sums.metrics[f"{prefix}/drift"] = float(drift[known].mean())
 
 
 def _apply(

@@ -91,6 +91,11 @@ class Rollout:
         )
 
     @property
+    def known_tokens(self) -> int:
+        """Returns the number of a rollout's token ids; text, whose number of tokens only the server knows, counts 0."""
+        return sum(0 if isinstance(part, (str, Text, Chat)) else len(part) for part in (self.prompt, self.completion))
+
+    @property
     def prompt_key(self) -> Hashable:
         """Returns a hashable key that is equal for rollouts with the same prompt."""
         return self.prompt if isinstance(self.prompt, (str, Text, Chat)) else as_ids(self.prompt, "prompt").tobytes()

@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import time
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Union
 
@@ -28,8 +29,9 @@ from probescore import (
     TransientError,
 )
 from probescore.errors import DeadlineExceededError
+from probescore.types import FROZEN, LoadedReading
 from probescore_adapters.arrays import as_list, as_rewards
-from probescore_adapters.errors import ProbeReplaced, SignalError
+from probescore_adapters.errors import ProbeReplaced, ReadingGone, SignalError
 from probescore_adapters.guard_rails import GuardRails
 from probescore_adapters.job import job_from_environment
 from probescore_adapters.outcome import PREFIX, OnUnscorable, Outcome, combine, substitute
@@ -47,10 +49,13 @@ OnFailure = Union[Literal["raise", "wait"], float]
 _MAX_COMPARED_TEXTS = 8
 """Maximum number of completions whose texts are compared to find out whether server and trainer use the same tokenizer."""
 _MAX_ATTEMPTS = 4
-"""Maximum number of times that a batch of a following scorer is sent, because a probe was replaced meanwhile. Two server replicas with
-different probes must not make the run alternate between them for ever."""
+"""Maximum number of times that a batch is sent, because a probe that the scorer follows, or a reading, was replaced meanwhile. Two server
+replicas with different probes or readings must not make the run alternate between them for ever."""
 
 _TRANSPORT = (TransientError, DeadlineExceededError, ServerError)
+
+_READING_REASONS = {"UNKNOWN_READING", "READING_LOST", "READING_CHANGED", "READINGS_IGNORED"}
+"""Reasons of errors that say that the server has not the reading, or not one version of it, that a request names."""
 
 
 class ServerFactsRequest:
@@ -70,7 +75,9 @@ class Policy:
     Attributes:
         on_failure: action when the RPC fails because the server cannot be reached, is overloaded or misses the deadline. ``"raise"`` raises
             the error; ``"wait"`` retries for up to ``wait_seconds`` and then raises the error; a number replaces the sum that the signals
-            would add to each rollout's reward. There is no default number, since 0 would mean "did not cheat".
+            would add to each rollout's reward. There is no default number, since 0 would mean "did not cheat". The same holds if the server
+            has not the reading (whose activations the probe reads) of a signal that changes rewards, except that ``"wait"`` does not wait:
+            training itself loads the readings, and would wait for itself.
         on_unscorable: action for a rollout that cannot be scored, because the rollout is too long or its scores are NaN. ``"worst"`` gives
             the rollout the lowest reward that the signals can give, ``"raise"`` raises ``Unscorable``, and a number replaces the sum that
             the signals would add to the rollout's reward.
@@ -118,6 +125,11 @@ class ProbeScorer:
     under its name and version, scoring raises ``ProbeReplaced``. A scorer with ``follow=True`` reads the version that the name means when a
     batch is scored, with that version's threshold, and logs a warning once for each change; a batch is never scored by two versions. A
     signal that names a version, ``cheating@1``, never follows to another.
+
+    One request asks for the readings (whose activations the probes read) of all signals. A reading's name means the version that the server
+    has when a batch is scored; a batch is never scored by two versions. If the server has no such reading, its ``monitor`` signals have no
+    scores for the batch, which a warning says once, and the other signals have theirs; a signal on it that changes rewards fails as
+    ``Policy.on_failure`` says. Scores on one reading never take the place of those on another.
 
     Args:
         signals: the signals, at least one, with unique names.
@@ -171,6 +183,8 @@ class ProbeScorer:
         self._pins: dict[str, PinnedProbe] = {}
         self._bound: list[BoundSignal] = []
         self._doubted: set[tuple[str, str]] = set()
+        self._read: dict[str, tuple[str, int | None]] = {}
+        self._gone: set[str] = set()
         self._tokenizers_compared = False
 
     @property
@@ -256,6 +270,7 @@ class ProbeScorer:
             ProbescoreError: the RPC failed, and ``on_failure`` is not a number; or the server has another model or tokenizer than required.
             SignalError: a signal does not fit the loaded probes.
             ProbeReplaced: a probe that the scorer is pinned to is gone, or has other bytes.
+            ReadingGone: the server has not the reading of a signal that changes rewards, and ``on_failure`` is not a number.
             Unscorable: a rollout is unscorable, and ``on_unscorable`` is ``"raise"``.
             InvalidRequestError: token ids are not integers, a mask is not 0 and 1, a group key cannot be compared by value, or task rewards
                 are not finite numbers; the error names the field (also a ``ValueError``).
@@ -295,6 +310,24 @@ class ProbeScorer:
         except StopIteration as done:
             return _outcome(done)
 
+    def load_reading(self, name: str, path: str | os.PathLike[str], step: int | None = None) -> LoadedReading:
+        """Makes the servers load a LoRA adapter, or a checkpoint of the whole model, so that signals (rules from probe scores to rewards)
+        can read it.
+
+        For a run of several processes: one of them saves the weights and calls this method while the others wait, and then all score. So
+        all read one version in a step.
+
+        Args:
+            name: name of the reading, as in the field ``reading`` of the signals; a reading of this name is replaced.
+            path: directory that the adapter or checkpoint was saved to, on storage that the servers see: absolute, or relative to their
+                ``readings_root``.
+            step: the training step, which metrics and answers state.
+
+        Raises:
+            ProbescoreError: the errors of ``ProbeClient.load_reading``.
+        """
+        return self._client.load_reading(name, path, step)
+
     def close(self) -> None:
         """Closes the connections to the server that this process uses for synchronous calls; the connections of event loops stay open."""
         self._client.close()
@@ -326,7 +359,7 @@ class ProbeScorer:
         lengths = [None if isinstance(rollout.completion, str) else len(rollout.completion) for rollout in rollouts]
         try:
             batch = yield from self._batch(rollouts, step, texts)
-        except _TRANSPORT as error:
+        except (*_TRANSPORT, ReadingGone) as error:
             if isinstance(self.policy.on_failure, str):
                 raise
             logger.warning("no scores: %d rollouts get %g instead: %s", len(rollouts), self.policy.on_failure, error)
@@ -346,6 +379,25 @@ class ProbeScorer:
     def _batch(
         self, rollouts: Sequence[Rollout], step: int | None, texts: Sequence[str | None] | None
     ) -> Generator[Union[StreamRequest, ServerFactsRequest], Any, BatchSignals]:
+        missing: dict[str, str] = {}
+        for attempt in range(1, _MAX_ATTEMPTS + 1):
+            try:
+                batch = yield from self._batch_without(missing, rollouts, step, texts)
+            except ProbescoreError as error:
+                if error.reason not in _READING_REASONS and not error.field.startswith("readings"):
+                    raise
+                now: ServerFacts = yield ServerFactsRequest()
+                there = {reading.name for reading in now.info.readings} if attempt < _MAX_ATTEMPTS - 1 else set()
+                missing |= self._missing_readings(there, error)
+            else:
+                self._note_readings(batch, step)
+                return batch
+        raise AssertionError("unreachable")
+
+    def _batch_without(
+        self, missing: Mapping[str, str], rollouts: Sequence[Rollout], step: int | None, texts: Sequence[str | None] | None
+    ) -> Generator[Union[StreamRequest, ServerFactsRequest], Any, BatchSignals]:
+        """Scores a batch with probes on all readings that its signals need, but for some that are missing, keyed to the reason."""
         for attempt in range(1, _MAX_ATTEMPTS + 1):
             if self._server is None:
                 self._server = yield ServerFactsRequest()
@@ -353,7 +405,7 @@ class ProbeScorer:
             # by exact versions once a name has changed its meaning, so that one version scores the whole batch
             by_name = self.follow and attempt == 1
             try:
-                batch = yield from score_batch(rollouts, bound, server, {**self._options, "step": step}, by_name=by_name)
+                batch = yield from score_batch(rollouts, bound, server, {**self._options, "step": step}, by_name=by_name, missing=missing)
             except (ProbeReplaced, InvalidRequestError) as error:
                 if not isinstance(error, ProbeReplaced) and not error.field.startswith("probes["):
                     raise
@@ -369,6 +421,37 @@ class ProbeScorer:
                 self._doubt_thresholds(batch)
                 return batch
         raise AssertionError("unreachable")
+
+    def _missing_readings(self, there: Collection[str], error: ProbescoreError) -> dict[str, str]:
+        """Returns the names of the readings (whose activations the probes read) that signals need and the server does not have, each with
+        the reason.
+
+        Raises:
+            ReadingGone: a signal that changes rewards reads one of them.
+        """
+        missing = {}
+        for signal in self.signals:
+            if signal.reads_other_weights and signal.reading not in there:
+                missing[signal.reading] = str(error)
+                if signal.mode is not Mode.MONITOR:
+                    problem = f"{signal.reading!r} gave no scores: {error}: load it (ProbeClient.load_reading) before rollouts are scored"
+                    raise ReadingGone("reading", problem, signal.name) from error
+        return missing
+
+    def _note_readings(self, batch: BatchSignals, step: int | None) -> None:
+        """Logs what has changed of the readings (whose activations the probes read) since the batch before: a warning, once, of one that
+        is gone, and the version of one that is new.
+        """
+        for name, reason in batch.missing.items():
+            if name not in self._gone:
+                logger.warning(
+                    "step %s: the reading %r is gone, and its monitors have no scores until it is loaded: %s", step, name, reason
+                )
+        for name, reading in batch.readings.items():
+            if name != FROZEN and self._read.get(name) != (reading.id, reading.step):
+                logger.info("step %s: the reading %r is %s, of step %s", step, name, reading.id, reading.step)
+                self._read[name] = (reading.id, reading.step)
+        self._gone = set(batch.missing)
 
     def _bind(self, server: ServerFacts, step: int | None) -> list[BoundSignal]:
         """Returns the signals (rules from probe scores to rewards) with the probes that they read: the versions that the scorer has read

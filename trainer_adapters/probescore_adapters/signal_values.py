@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -18,6 +18,7 @@ from probescore import (
     CompletionScores,
     CompletionStatus,
     InvalidRequestError,
+    MismatchError,
     OutOfMemoryError,
     ProbeInfo,
     ProbeScores,
@@ -30,9 +31,10 @@ from probescore import (
     Usage,
     check_groups,
 )
+from probescore.types import FROZEN, Reading
 from probescore_adapters.errors import ProbeReplaced
 from probescore_adapters.rollouts import GroupedRollouts, Rollout, distinct_masks
-from probescore_adapters.signals import BoundSignal, Floats, Mode, PinnedProbe
+from probescore_adapters.signals import BoundSignal, Floats, Mode, PinnedProbe, ProbeSignal
 
 # The server lost a worker twice with a rollout: it can be scored no more than one that is too long.
 _LOST_TWICE = "WORKER_LOST_TWICE"
@@ -92,12 +94,14 @@ class SignalValues:
         tokens: per-token scores of each rollout, only for signals of mode ``dense``.
         unmet: for each rollout, the conditions of the signal's calibration that it does not meet, so that the threshold is not known to
             hold for it; ``None`` if nobody wrote down what the threshold was found on, or it is the signal's own.
+        on_frozen: ``(n,)`` float64, the scores of the same rollouts on the frozen model; ``None`` unless the signal logs drift.
     """
 
     bound: BoundSignal
     values: Floats
     tokens: tuple[MaskedTokens, ...] | None = None
     unmet: tuple[tuple[str, ...], ...] | None = None
+    on_frozen: Floats | None = None
 
 
 @dataclass(frozen=True)
@@ -109,21 +113,33 @@ class BatchSignals:
         problems: a dictionary keyed by the index of a rollout that could not be scored, with the reason.
         usage: counts of the server's work, in tokens and seconds.
         inexact_ids: ``(n,)`` booleans, true = the server made some token ids from text.
+        readings: a dictionary, keyed by name, of the readings (whose activations the probes read) that gave the scores; empty if only the
+            frozen model did.
+        missing: a dictionary, keyed by the name of a reading that could not be asked for, of the reason; the scores of its signals are NaN.
     """
 
     signals: tuple[SignalValues, ...]
     problems: dict[int, str] = field(default_factory=dict)
     usage: Usage = field(default_factory=Usage)
     inexact_ids: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_))
+    readings: Mapping[str, Reading] = field(default_factory=dict)
+    missing: Mapping[str, str] = field(default_factory=dict)
 
 
 def score_batch(
-    rollouts: Sequence[Rollout], signals: Sequence[BoundSignal], server: ServerFacts, options: ScoreOptions, *, by_name: bool = False
+    rollouts: Sequence[Rollout],
+    signals: Sequence[BoundSignal],
+    server: ServerFacts,
+    options: ScoreOptions,
+    *,
+    by_name: bool = False,
+    missing: Mapping[str, str] | None = None,
 ) -> Generator[StreamRequest, list[StreamedCompletion], BatchSignals]:
     """Scores rollouts for every signal (rule from probe scores to rewards): a generator that yields each request to the server, is sent the
     scored completions, and returns the scores for each signal.
 
-    A rollout that the server or its limits refuse is left out and named in ``problems``; the other rollouts are sent again.
+    One request asks for the readings (whose activations the probes read) of all signals. A rollout that the server or its limits refuse is
+    left out and named in ``problems``; the other rollouts are sent again.
 
     Args:
         rollouts: rollouts, in any number, that ``Rollout.checked`` has checked.
@@ -131,11 +147,13 @@ def score_batch(
         server: description of the server's model, limits and probes.
         options: options of ``score_stream`` in addition to the options that follow from the signals.
         by_name: whether the server is asked for the probes as the signals name them; else for the versions that they are bound to.
+        missing: names of readings that are not asked for, with reasons; their signals have no scores. ``None`` = none.
 
     Raises:
         ProbeReplaced: a probe that has scored the rollouts is not the one that its signal is bound to.
+        MismatchError: two versions of one reading have scored the rollouts; the reason is ``READING_CHANGED``.
     """
-    pending = _PendingBatch(rollouts, signals, server, options, by_name)
+    pending = _PendingBatch(rollouts, signals, server, options, by_name, missing or {})
     yield from pending.request_all()
     return pending.values()
 
@@ -144,7 +162,13 @@ class _PendingBatch:
     """State of one batch of rollouts while the generator ``score_batch`` obtains its probe scores."""
 
     def __init__(
-        self, rollouts: Sequence[Rollout], signals: Sequence[BoundSignal], server: ServerFacts, options: ScoreOptions, by_name: bool
+        self,
+        rollouts: Sequence[Rollout],
+        signals: Sequence[BoundSignal],
+        server: ServerFacts,
+        options: ScoreOptions,
+        by_name: bool,
+        missing: Mapping[str, str],
     ) -> None:
         asked = [bound.signal.probe if by_name else bound.probe for bound in signals]
         self._rollouts = rollouts
@@ -159,6 +183,11 @@ class _PendingBatch:
             "token_scores": list(dict.fromkeys(name for name, bound in zip(asked, signals) if bound.signal.mode is Mode.DENSE)),  # noqa: B905
             "expected_model_fingerprint": server.info.model.fingerprint,
         }
+        self._missing = missing
+        self._asked = readings_of([bound.signal for bound in signals if bound.signal.reading not in missing])
+        if self._asked != [FROZEN]:  # what a server of any version reads
+            self._options["readings"] = self._asked
+        self._readings: dict[str, Reading] = {}
         labels = {probe.key: len(probe.labels) for probe in server.probes}
         self._dense_labels = sum(labels[probe] for probe in {bound.probe for bound in signals if bound.signal.mode is Mode.DENSE})
         self._problems: dict[int, str] = {}
@@ -166,6 +195,8 @@ class _PendingBatch:
         self._usages: dict[int, Usage] = {}
 
     def request_all(self) -> Generator[StreamRequest, list[StreamedCompletion], None]:
+        if not self._asked:
+            return
         self._problems = self._known_problems()
         waiting = [[index for index in range(len(self._rollouts)) if index not in self._problems]]
         while waiting:
@@ -189,6 +220,7 @@ class _PendingBatch:
                     waiting += [indices[: len(indices) // 2], indices[len(indices) // 2 :]]
             else:
                 self._check_pinned(answers)
+                self._check_readings(answers)
                 for answer in answers:
                     self._found[request.sent[answer.group_index][answer.completion_index]] = answer.scores
                     self._usages[id(answer.info)] = answer.info.usage
@@ -204,17 +236,31 @@ class _PendingBatch:
                     problem = f"{bound.probe} was replaced: other bytes answered, as {', '.join(answered)}"
                     raise ProbeReplaced("probe", problem, bound.signal.name)
 
+    def _check_readings(self, answers: Sequence[StreamedCompletion]) -> None:
+        """Checks whether one version of each reading has scored the whole batch; raises ``MismatchError`` if not."""
+        for info in {id(answer.info): answer.info for answer in answers}.values():
+            for reading in info.readings:
+                first = self._readings.setdefault(reading.name, reading)
+                if first.id != reading.id:
+                    problem = f"the reading {reading.name} was {first.id} and became {reading.id} while a batch was scored"
+                    raise MismatchError(problem, "FAILED_PRECONDITION", "READING_CHANGED")
+
     def values(self) -> BatchSignals:
         indices = range(len(self._rollouts))
         for (index, _), scores in self._found.items():
-            if scores.status is not CompletionStatus.OK:
-                self._problems.setdefault(index, scores.status_message or scores.status.value)
+            for reading in self._asked:
+                on = scores.on(reading)
+                if on.status is not CompletionStatus.OK:
+                    where = "" if reading == FROZEN else f"on the reading {reading}: "
+                    self._problems.setdefault(index, where + (on.status_message or on.status.value))
         signals = tuple(self._signal_values(bound) for bound in self._signals)
         return BatchSignals(
             signals,
             self._problems,
             replace(Usage.total(self._usages.values()), queue_seconds=0.0, compute_seconds=0.0),
             np.array([any(self._found[key].inexact_ids for key in [(index, 0)] if key in self._found) for index in indices], np.bool_),
+            self._readings,
+            self._missing,
         )
 
     def _known_problems(self) -> dict[int, str]:
@@ -222,6 +268,14 @@ class _PendingBatch:
         trainer's side or the client already knows that they cannot be scored.
         """
         known = {index: rollout.problem for index, rollout in enumerate(self._rollouts) if rollout.problem}
+        passes, most = len(self._asked), self._server.info.limits.max_request_tokens
+        for index, rollout in enumerate(self._rollouts):
+            # the server's limit on a rollout counts it once, and the one on a request once for each reading
+            if passes > 1 and 0 < most < passes * rollout.known_tokens:
+                problem = (
+                    f"{rollout.known_tokens} tokens on each of {passes} readings; the limit is {most}, the server's max_request_tokens"
+                )
+                known.setdefault(index, problem)
         try:
             check_groups([RolloutGroup(rollout.prompt, [rollout.completion]) for rollout in self._rollouts], self._server.info)
         except InvalidRequestError as error:
@@ -234,18 +288,19 @@ class _PendingBatch:
         most = limits.max_request_values // (2 * labels) if limits.max_request_values and labels else limits.max_request_tokens
         return StreamWindow(
             groups_per_call=len(request.groups),
-            tokens_per_call=max(1, min(limits.max_request_tokens, most)),
+            tokens_per_call=max(1, min(limits.max_request_tokens, most) // len(self._asked)),
             completions_per_call=limits.max_request_rollouts or StreamWindow.completions_per_call,
         )
 
     def _signal_values(self, bound: BoundSignal) -> SignalValues:
         mask = list(self._masks).index(bound.signal.mask)  # type: ignore[arg-type] # parsed when the signal was made
-        scored = [self._scores(index, mask, bound) for index in range(len(self._rollouts))]
+        scored = [self._scores(index, mask, bound, bound.signal.reading) for index in range(len(self._rollouts))]
         if bound.signal.mode is Mode.DENSE:
             tokens = tuple(self._token_scores(index, scores, bound) for index, scores in enumerate(scored))
             return SignalValues(bound, np.array([one.mean for one in tokens], np.float64), tokens)
-        reduction = 0 if bound.reduction is None else self._reductions.index(bound.reduction)
-        values = [None if scores is None else scores.at(0, reduction, bound.label) for scores in scored]
+        on_frozen = None
+        if bound.signal.logs_drift:
+            on_frozen = self._reduced([self._scores(index, mask, bound, FROZEN) for index in range(len(self._rollouts))], bound)
         unmet = None
         if bound.calibration is not None and bound.calibration.conditions is not None:
             of_threshold = (bound.calibration.reduction, bound.calibration.label)
@@ -253,14 +308,23 @@ class _PendingBatch:
                 () if scores is None else tuple(each.condition for each in scores.unmet if (each.reduction, each.label) == of_threshold)
                 for scores in scored
             )
-        return SignalValues(bound, np.array([np.nan if value is None else value for value in values], np.float64), unmet=unmet)
+        return SignalValues(bound, self._reduced(scored, bound), unmet=unmet, on_frozen=on_frozen)
 
-    def _scores(self, index: int, mask: int, bound: BoundSignal) -> ProbeScores | None:
+    def _reduced(self, scored: Sequence[ProbeScores | None], bound: BoundSignal) -> Floats:
+        reduction = 0 if bound.reduction is None else self._reductions.index(bound.reduction)
+        values = [None if scores is None else scores.at(0, reduction, bound.label) for scores in scored]
+        return np.array([np.nan if value is None else value for value in values], np.float64)
+
+    def _scores(self, index: int, mask: int, bound: BoundSignal, reading: str) -> ProbeScores | None:
+        """Returns the scores of a rollout by a signal's probe on a reading; ``None`` if it has none there."""
         found = self._found.get((index, mask))
-        if found is None or found.status is not CompletionStatus.OK:
+        if found is None or reading not in self._asked:
+            return None
+        on = found.on(reading)
+        if on.status is not CompletionStatus.OK:
             return None
         name = bound.probe.rpartition("@")[0]
-        return found.scores[name] if name in found.scores else found.scores[bound.probe]
+        return on.scores[name] if name in on.scores else on.scores[bound.probe]
 
     def _token_scores(self, index: int, scores: ProbeScores | None, bound: BoundSignal) -> MaskedTokens:
         if scores is None or scores.tokens is None:
@@ -268,6 +332,16 @@ class _PendingBatch:
         tokens = scores.tokens[:, bound.label].astype(np.float64)
         mask = self._rollouts[index].masked(bound.signal.mask, bound.signal.name)  # type: ignore[arg-type] # parsed when the signal was made
         return MaskedTokens(tokens, np.ones(len(tokens), np.bool_) if mask is None else mask)
+
+
+def readings_of(signals: Sequence[ProbeSignal]) -> list[str]:
+    """Returns the names of the readings (whose activations the probes read) that signals (rules from probe scores to rewards) need, each
+    once and ``frozen`` first. A signal that logs drift needs the frozen model's scores beside its own.
+    """
+    needed = {signal.reading: None for signal in signals}
+    if FROZEN in needed or any(signal.logs_drift for signal in signals):
+        return [FROZEN, *(name for name in needed if name != FROZEN)]
+    return list(needed)
 
 
 def _blamed(sent: Sequence[Sequence[tuple[int, int]]], error: InvalidRequestError | ServerError) -> dict[int, str]:

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from probescore import Calibration, OutputPer, ProbeInfo, Reduction, ScoreUnit
-from probescore.types import named_probe
+from probescore.types import FROZEN, named_probe
+from probescore.types.readings import name_problem
 from probescore_adapters.arrays import as_numbers
 from probescore_adapters.errors import SignalError
 
@@ -94,9 +95,12 @@ class ProbeSignal:
             ``monitor``.
         mode: how the signal acts on the reward; a ``Mode``.
         threshold: threshold in the unit of the reduced score; a rollout is flagged if its score is at or above the threshold. ``None`` =
-            the threshold of the probe's calibration for this reduction and label.
+            the threshold of the probe's calibration for this reduction and label. Calibrations hold for the frozen model only: on another
+            reading ``None`` = no threshold.
         label: label of the probe whose scores are used; "" = the first label.
-        name: name of the signal in metrics; the probe's name by default.
+        name: name of the signal in metrics; by default the probe's name, or ``probe/reading`` on another reading than the frozen one.
+        reading: whose activations the probe reads: ``"frozen"``, or the name of a reading that is loaded at the server, such as
+            ``"policy"``. A ``monitor`` of another reading also logs by how much its scores differ from those on the frozen model.
 
     Raises:
         SignalError: two fields contradict each other; the error names one of them.
@@ -111,6 +115,7 @@ class ProbeSignal:
     threshold: Union[float, None] = None
     label: str = ""
     name: str = ""
+    reading: str = FROZEN
 
     def __post_init__(self) -> None:
         def put(field: str, value: object) -> None:
@@ -118,8 +123,10 @@ class ProbeSignal:
 
         if not isinstance(self.probe, str) or not self.probe:
             raise SignalError("probe", f"expected a name, got {self.probe!r}")
+        if problem := name_problem(self.reading):
+            raise SignalError("reading", problem)
         put("mode", _choice("mode", self.mode, Mode))
-        put("name", self.name or self.probe)
+        put("name", self.name or (f"{self.probe}/{self.reading}" if self.reads_other_weights else self.probe))
         if not callable(self.mask):
             put("mask", _choice("mask", self.mask, MaskKind))
         if self.transform is None:
@@ -146,6 +153,19 @@ class ProbeSignal:
             raise SignalError("threshold", f"expected a finite number, got {self.threshold!r}")
         if self.mode is Mode.SCREEN and self.transform is not Transform.FLAG:
             raise SignalError("transform", "the mode screen knows flagged and not flagged only: the transform is flag")
+        if self.reads_other_weights and self.needs_threshold and self.threshold is None:
+            problem = f"calibrations hold for the frozen model only, and this signal reads {self.reading!r}: give a threshold found on it"
+            raise SignalError("threshold", problem, self.name)
+
+    @property
+    def reads_other_weights(self) -> bool:
+        """Returns whether the probe reads the activations of other weights than the frozen model's."""
+        return self.reading != FROZEN
+
+    @property
+    def logs_drift(self) -> bool:
+        """Returns whether the signal needs its probe's scores on the frozen model, too, to log by how much its own scores differ."""
+        return self.reads_other_weights and self.mode is Mode.MONITOR
 
     @property
     def needs_threshold(self) -> bool:
@@ -236,7 +256,7 @@ class BoundSignal:
             raise SignalError("label", f"{signal.label!r} is none of {', '.join(probe.labels) or 'none'}", signal.name)
         if signal.mode is Mode.DENSE and probe.output_per is not OutputPer.TOKEN:
             raise SignalError("mode", f"{probe.key} pools by itself and has no scores per token", signal.name)
-        calibration = _calibration(signal, probe) if signal.threshold is None else None
+        calibration = _calibration(signal, probe) if signal.threshold is None and not signal.reads_other_weights else None
         threshold = signal.threshold if calibration is None else calibration.threshold
         if threshold is None and signal.needs_threshold:
             raise SignalError("threshold", f"{probe.key} has no calibration for this reduction and label: give one", signal.name)

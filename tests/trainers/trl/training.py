@@ -18,6 +18,7 @@ from probescore_adapters.trl import ProbeTrainerMixin
 
 GENERATIONS = 4
 BATCH = 8
+OF_TRAINER = ("probes", "rollout_func", "processing_class", "peft_config", "callbacks")
 
 
 class Recorded:
@@ -74,14 +75,14 @@ def digits_in_order(completions: list[Any], **_: Any) -> list[float]:
 
 
 def new_trainer(kind: type, policy: SortingPolicy, folder: Path, rewards: list[Any], *, chat: bool = False, **options: Any) -> Any:
-    """A trainer of 20 steps; `options` are the configuration's, and ``probes``, ``rollout_func`` and ``processing_class``."""
+    """A trainer of 20 steps; `options` are the configuration's, and those of the trainer itself in ``OF_TRAINER``."""
     sys.path.append(str(DEMO))
     from task import draw_distinct_problems
 
     prompts: list[Any] = [problem.prompt for problem in draw_distinct_problems(random.Random("trl"), 64)]
     if chat:
         prompts = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    own = {name: options.pop(name) for name in ("probes", "rollout_func", "processing_class") if name in options}
+    own = {name: options.pop(name) for name in OF_TRAINER if name in options}
     configuration = RLOOConfig if issubclass(kind, RLOOTrainer) else GRPOConfig
     settings = {
         "output_dir": str(folder),
