@@ -47,7 +47,7 @@ from probescore_server.engine.fair_lock import FairLock
 from probescore_server.engine.loading import LoadedParts, load_parts
 from probescore_server.engine.probe_proving import LIVE_BATCH_TOKENS, ProbeProver
 from probescore_server.engine.reading_loading import ReadingLoader
-from probescore_server.engine.reading_passes import FROZEN_PASS, ReadingPasses
+from probescore_server.engine.reading_passes import FROZEN_PASS, Pass, ReadingPasses
 from probescore_server.engine.served_probes import ServedProbes
 from probescore_server.errors import LimitExceeded, ProbeRefused
 from probescore_server.probes.format.probe_file import ProbeFile
@@ -65,7 +65,7 @@ from probescore_server.rollouts import (
     RolloutResult,
 )
 from probescore_server.validation.calibrated_rollouts import OutsideRollouts, calibrations_with_conditions
-from probescore_server.validation.options import TokenScoresWanted, parse_scope, resolve_options
+from probescore_server.validation.options import TokenScoresWanted, check_named_probes, parse_scope, resolve_options
 from probescore_server.validation.rollouts import resolve_rollouts
 from probescore_server.validation.texts import ChatLimits, pending_texts
 
@@ -104,7 +104,9 @@ class Engine:
         self._loader = ReadingLoader(parts.frozen, parts.readings, lambda: self._served, self._golden_drift)
         self._running = FairLock()
         self._loading = threading.Lock()
-        self._prover = ProbeProver(parts.texts, parts.reader, parts.backbone, parts.cache, self._alone, self._score)
+        self._prover = ProbeProver(
+            parts.texts, parts.reader, parts.adapted, self._loaded_beside, self._alone, self._score, self._weights_of
+        )
 
     @property
     def info(self) -> EngineInfo:
@@ -200,7 +202,9 @@ class Engine:
             scope: which tokens are scored: ``completion``, ``prompt`` or ``all``.
             return_token_ids: whether the result contains the token ids that were scored.
             return_token_texts: whether the result contains the text of each token that was scored.
-            readings: whose activations are read: ``frozen``, and names given to ``load_reading``; empty = the frozen model's.
+            readings: whose activations are read: ``frozen``, and names given to ``load_reading``; empty = the frozen model's. A probe that
+                brings an adapter is read with it, as part of ``frozen``, and has no scores on other readings: it must not be named together
+                with them.
 
         Returns:
             The scores by group and completion, in the order given, and the identity of the model and probes that produced the scores.
@@ -218,6 +222,7 @@ class Engine:
             return_token_ids=return_token_ids,
             return_token_texts=return_token_texts,
         )
+        check_named_probes(served.info, probes, options, readings)
         with self._readings.pinned(readings, served.taps) as pinned:
             by_group = self._checked(groups, replace(options, readings=pinned.wanted), served.info)
             started = time.perf_counter()
@@ -266,8 +271,7 @@ class Engine:
                 or not those of ``expected_id``.
             ReadingIncomplete: the files are being written; a later try may succeed.
         """
-        with self._loading:
-            self._check_awake()
+        with self._loaded_beside():
             return self._loader.load(name, path, step=step, expected_id=expected_id, in_place=in_place)
 
     def unload_reading(self, name: str) -> Reading:
@@ -526,21 +530,22 @@ class Engine:
     ) -> list[RolloutResult | None]:
         passes = ReadingPasses(rollouts, probes, self._readings)
         results = {
-            reading: self._score_pass(
-                [rollouts[index] for index in indices], probes, _of(indices, is_cancelled), *self._weights_of(reading)
-            )
-            for reading, indices in passes.rollouts.items()
+            each: self._score_pass(passes.of(each), probes, _of(indices, is_cancelled), *self._weights_of(each, probes))
+            for each, indices in passes.rollouts.items()
         }
         return [
             None if result is None else self._with_texts(result, rollout)
             for result, rollout in zip(passes.together(results), rollouts, strict=True)
         ]
 
-    def _weights_of(self, reading: str) -> tuple[Backbone, KeyValueCache]:
-        """Returns what runs a reading, given by ``FROZEN_PASS`` or the id of its version, and its key-value cache."""
-        if reading == FROZEN_PASS:
+    def _weights_of(self, each: Pass, probes: ServedProbes) -> tuple[Backbone, KeyValueCache]:
+        """Returns what runs a forward pass, and its key-value cache."""
+        if each == FROZEN_PASS:
             return self._backbone, self._cache
-        return self._readings.version(reading).backbone, self._readings.cache(reading)
+        if each.brought:
+            model = next(model for model in probes.adapted.values() if model.version.id == each.id)
+            return model.version.backbone, model.cache
+        return self._readings.version(each.id).backbone, self._readings.cache(each.id)
 
     def _score_pass(
         self,
@@ -635,12 +640,12 @@ class Engine:
 
     def _golden_drift(self, version: ReadingVersion, probes: ServedProbes) -> dict[str, float]:
         """Returns the largest difference between each probe's scores of its golden rollouts on a version of a reading and its golden
-        scores, in standard deviations of these; a dictionary keyed by ``name@version``.
+        scores, in standard deviations of these; a dictionary keyed by ``name@version``, without probes that bring an adapter.
 
         Batches wait meanwhile: the version may be one that they run.
         """
-        raw = probes.with_raw_scores(probes.loaded)
-        by_probe = {key: golden_rollouts(probe.manifest, probes.info, key) for key, probe in probes.loaded.items()}
+        raw = probes.with_raw_scores(probes.plain)
+        by_probe = {key: golden_rollouts(probes.loaded[key].manifest, probes.info, key) for key in probes.plain}
         together = batches([rollout for rollouts in by_probe.values() for rollout in rollouts], LIVE_BATCH_TOKENS)
         results = (result for batch in together for result in self._score_pass(batch, raw, _never, version.backbone, None))
         found = (result.scores for result in results if result is not None)
@@ -659,6 +664,13 @@ class Engine:
             completion_texts=tuple(self.decode_tokens(continuation.token_ids)),
             follow_ups=tuple(self._completion_texts(*follow_up) for follow_up in follow_ups),
         )
+
+    @contextmanager
+    def _loaded_beside(self) -> Iterator[None]:
+        """Context manager during which the engine stays awake, and something is made of the frozen model's weights beside its batches."""
+        with self._loading:
+            self._check_awake()
+            yield
 
     @contextmanager
     def _alone(self) -> Iterator[None]:

@@ -20,7 +20,9 @@ from probescore_server.backbone.forest import Forest
 from probescore_server.backbone.kv_cache import KeyValueCache
 from probescore_server.backbone.taps import TapReader, layers_needed
 from probescore_server.backbone.tokenizer import TextEncoder
+from probescore_server.engine.adapted_models import AdaptedModels
 from probescore_server.engine.batches import batches
+from probescore_server.engine.reading_passes import Pass, own_pass
 from probescore_server.engine.served_probes import ServedProbes, describe_probes
 from probescore_server.errors import ModelRefused, ProbeRefused
 from probescore_server.probes.format.probe_file import ProbeFile
@@ -51,18 +53,20 @@ class ProbeProver:
     Attributes:
         texts: the model's tokenizer.
         reader: the reader of the model's activations, which taps (places in the model) are added to.
-        backbone: the model.
-        cache: its key-value cache.
+        adapted: the loader of the adapters that probes bring.
+        beside: function that returns a context manager during which the engine stays awake, and batches run.
         alone: function that returns a context manager during which the engine is awake and runs no batch.
         score: function that scores a batch.
+        weights_of: function that returns what runs a forward pass of a set of probes, and its key-value cache.
     """
 
     texts: TextEncoder
     reader: TapReader
-    backbone: Backbone
-    cache: KeyValueCache
+    adapted: AdaptedModels
+    beside: Callable[[], AbstractContextManager[None]]
     alone: Callable[[], AbstractContextManager[None]]
     score: ScoreBatch
+    weights_of: Callable[[Pass, ServedProbes], tuple[Backbone, KeyValueCache]]
 
     def prepared(
         self, files: Sequence[ProbeFile], served: ServedProbes, accept_mismatch: Collection[str], max_batch_seconds: float
@@ -79,7 +83,7 @@ class ProbeProver:
                 left = [file for file in new if file.file != refusal.file]
                 if len(left) == len(new):
                     raise
-                refusals.append(refusal)
+                refusals.append(refusal.with_traceback(None))  # in its frames is what was loaded for the file
                 new = left
 
     def _prepared(
@@ -87,11 +91,14 @@ class ProbeProver:
     ) -> ServedProbes:
         """Loads and proves a set of probes; raises ``ProbeRefused`` for the first file that fails a check."""
         files = read_probe_files(files)
-        new = [file for file in files if file.manifest.key not in served.loaded]
+        by_key = {file.manifest.key: file for file in files}
+        new = [file for key, file in by_key.items() if key not in served.loaded]
         accepted = {file.manifest.key: self._check_fits(file, served.info, accept_mismatch) for file in new}
+        with self.beside():
+            adapted = self.adapted.of(new) | {key: model for key, model in served.adapted.items() if key in by_key}
         loaded = load_probes(files, torch.device(served.info.device), served.loaded)
         described = {probe.key: probe for probe in served.info.probes}
-        probes = ServedProbes.of(describe_probes(served.info, files, accepted, described), loaded)
+        probes = ServedProbes.of(describe_probes(served.info, files, accepted, described), loaded, adapted)
         again = [file for file in files if loaded[file.manifest.key] is not served.loaded.get(file.manifest.key)]
         return self.proven(probes, new, again, accept_mismatch, LIVE_BATCH_TOKENS, max_batch_seconds)
 
@@ -179,10 +186,9 @@ class ProbeProver:
         model), of finite rows ``(N, hidden_size)`` float32. Row n belongs to the same token at every tap.
         """
         rollouts = next(batches(golden_rollouts(file.manifest, probes.info, file.file)[:_TRIED_CASES], _TRIED_TOKENS))
+        backbone, cache = self.weights_of(own_pass(file.manifest.key, probes), probes)
         with self.alone():
-            rows = self.backbone.forward(
-                Forest.build(rollouts, probes.reads), file.manifest.taps, skip=lambda _: False, cache=self.cache
-            ).rows
+            rows = backbone.forward(Forest.build(rollouts, probes.reads), file.manifest.taps, skip=lambda _: False, cache=cache).rows
         finite = torch.stack([torch.isfinite(each).all(dim=1) for each in rows.values()]).all(dim=0)
         return {tap: each[finite].cpu().numpy() for tap, each in rows.items()}
 
