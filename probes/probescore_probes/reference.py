@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from probescore.fingerprints import tokenizer_fingerprint
 from probescore.types import Hook, Tap, TokenIds
 from probescore_probes import arguments
+from probescore_probes.adapters import BroughtAdapter, read_adapter, with_adapter
 from probescore_probes.model_loading import find_model, is_wrapper, load_whole_model
 from probescore_server.probes.format.fingerprints import model_fingerprint
 from probescore_server.probes.format.manifest import ModelReference
@@ -30,12 +31,21 @@ _MLP = re.compile(r"mlp|feed_?forward|ffn|moe|^fc2$")
 
 @dataclass(frozen=True, eq=False)
 class ReferenceModel:
-    """Whole language model as transformers loads it, with its tokenizer and the facts that a probe's manifest states about both."""
+    """Whole language model as transformers loads it, with its tokenizer and the facts that a probe's manifest states about both.
+
+    Attributes:
+        model: the model, with the adapter in its weights if there is one.
+        tokenizer: its tokenizer.
+        reference: the model as a manifest names it, without the adapter.
+        tokenizer_fingerprint: digest of the tokenizer.
+        adapter: the adapter that probes of this reference bring; ``None`` = none.
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     reference: ModelReference
     tokenizer_fingerprint: str
+    adapter: BroughtAdapter | None = None
 
     @classmethod
     def load(
@@ -83,6 +93,25 @@ class ReferenceModel:
             num_hidden_layers=config.num_hidden_layers,
         )
         return cls(loaded, tokenizer, reference, tokenizer_fingerprint(tokenizer))
+
+    def adapted(self, adapter: Path | str) -> ReferenceModel:
+        """Returns this model with a LoRA adapter in its weights, for probes that bring the adapter: they are fitted on its activations, and
+        their golden vectors are computed from these. This model stays as it is.
+
+        Weights that the adapter does not change are shared; the others take memory a second time.
+
+        Args:
+            adapter: directory that PEFT saved the adapter to, with ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+        Raises:
+            TypeError: ``adapter`` is not a path.
+            ValueError: the files cannot be read, a server would not compute the adapter correctly, or there is an adapter already.
+        """
+        if self.adapter is not None:
+            raise ValueError("adapter: this reference has one in its weights already; give the reference that it was made of")
+        brought = read_adapter(adapter)
+        model = with_adapter(self.model, brought, _blocks_name(self.model.get_decoder(), self.reference.num_hidden_layers))
+        return replace(self, model=model, adapter=brought)
 
     @property
     def vocabulary(self) -> arguments.Vocabulary:
@@ -215,9 +244,15 @@ def _vocabulary(model: PreTrainedModel) -> arguments.Vocabulary:
 
 
 def _decoder_blocks(decoder: torch.nn.Module, count: int) -> torch.nn.ModuleList:
-    for module in decoder.modules():
+    blocks = decoder.get_submodule(_blocks_name(decoder, count))
+    assert isinstance(blocks, torch.nn.ModuleList)  # noqa: S101
+    return blocks
+
+
+def _blocks_name(decoder: torch.nn.Module, count: int) -> str:
+    for name, module in decoder.named_modules():
         if isinstance(module, torch.nn.ModuleList) and len(module) == count:
-            return module
+            return name
     raise ValueError(f"{type(decoder).__name__}: found no list of {count} decoder blocks")
 
 

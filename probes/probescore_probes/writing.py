@@ -23,6 +23,7 @@ from probescore_probes.serve_check import CheckedRollouts, ServeCheck, engine_of
 from probescore_server.errors import ProbeRefused
 from probescore_server.probes.format.graph import IR_VERSIONS, GraphSignature, check_graph, check_signature, subgraphs
 from probescore_server.probes.format.manifest import (
+    AdapterReference,
     CalibrationRecord,
     Context,
     Evaluation,
@@ -34,7 +35,7 @@ from probescore_server.probes.format.manifest import (
     Tolerance,
     Training,
 )
-from probescore_server.probes.format.probe_file import UNSEALED, ProbeFile, check_golden, write_probe_file
+from probescore_server.probes.format.probe_file import UNSEALED, ProbeFile, adapter_digest, check_golden, write_probe_file
 from probescore_server.probes.loading.deviations import largest_deviation
 
 _POINTWISE = Context()
@@ -74,6 +75,7 @@ def write_probe(
     training: Training | None = None,
     tolerance: Tolerance | None = None,
     serve_check: ServeCheck | None = None,
+    adapter: Path | str | None = None,
     description: str = "",
     author: str = "",
     license: str = "",
@@ -107,6 +109,8 @@ def write_probe(
             one for float32 if a comparison with float64 shows that the reference model is less exact.
         serve_check: labelled rollouts with their fitted scores; the file is served, and must give these scores. This needs the extra
             ``server`` beside ``probes``.
+        adapter: directory of a LoRA adapter that the probe brings, as PEFT saves it: the probe reads the model with the adapter, and its
+            file is written beside the probe file; ``None`` = the one that ``reference`` has, if it has one.
         description: description of the behaviour that the probe detects, for people.
         author: the probe's author, for people.
         license: the probe's licence, for people, by its SPDX name.
@@ -124,6 +128,9 @@ def write_probe(
     path = given.place(path)
     given.check_names(name, version, description=description, author=author, license=license)
     given.check_reference(reference)
+    if adapter is not None:
+        reference = reference.adapted(adapter)
+    brought = reference.adapter
     read = given.read_taps(taps, reference)
     labels = given.read_labels(labels)
     given.check_parts(context, follow_up, training, tolerance, reference)
@@ -159,6 +166,7 @@ def write_probe(
         exclude_special_tokens=exclude_special_tokens,
         special_token_ids=reference.special_token_ids if exclude_special_tokens else None,
         follow_up=follow_up,
+        adapter=None if brought is None else AdapterReference(sha256=adapter_digest(brought.content), settings=dict(brought.settings)),
         calibrations=records,
         evaluations=qualities,
         training=training or Training(),
@@ -172,7 +180,7 @@ def write_probe(
         manifest = manifest.model_copy(update={"golden": measured})
     if serve_check is not None and checked is not None:
         manifest = _as_fitted(graph, manifest, serve_check, checked, reference, chosen)
-    return _written(path, graph, manifest)
+    return _written(path, graph, manifest, reference)
 
 
 def _golden(rollouts: Sequence[GoldenRollout], tolerance: Tolerance) -> Golden:
@@ -206,14 +214,18 @@ def _as_fitted(
     """
     with tempfile.TemporaryDirectory() as folder:
         draft = Path(folder) / "probe.onnx"
-        written = write_probe_file(draft, graph, manifest)
+        written = write_probe_file(draft, graph, manifest, adapter=_content(reference))
         reduction = served_reduction(engine_of(serve_check, reference, draft), checked, written, chosen)
     return manifest.model_copy(update={"reduction": reduction})
 
 
-def _written(path: Path, graph: onnx.ModelProto, manifest: Manifest) -> ProbeFile:
+def _content(reference: ReferenceModel) -> bytes | None:
+    return None if reference.adapter is None else reference.adapter.content
+
+
+def _written(path: Path, graph: onnx.ModelProto, manifest: Manifest, reference: ReferenceModel) -> ProbeFile:
     try:
-        return write_probe_file(path, graph, manifest, replace=False)
+        return write_probe_file(path, graph, manifest, adapter=_content(reference), replace=False)
     except OSError as error:
         raise ValueError(f"path: {str(path)!r} cannot be written ({error.strerror or type(error).__name__}); give another place") from None
 

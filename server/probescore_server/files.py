@@ -14,6 +14,10 @@ from pathlib import Path
 MAX_PROBE_FILE_BYTES = 256 * 2**20
 """Limits the size of a probe file, in bytes: 64 million float32 weights, such as an SAE encoder of 16,384 × 4,096."""
 
+MAX_ADAPTER_BYTES = 2 * 2**30
+"""Limits the size of the adapter that lies beside a probe file, in bytes."""
+
+_ADAPTER_SUFFIX = ".adapter.safetensors"
 _PIECE_BYTES = 1 << 24
 _KINDS = {
     stat.S_IFDIR: "a directory",
@@ -38,6 +42,29 @@ class UnreadableFile(Exception):
         self.field = field
         self.found = found
         self.expected = expected
+
+
+def adapter_path(path: Path | str) -> Path:
+    """Returns the path where the adapter of a probe file lies, if the probe brings one: ``cheating.adapter.safetensors`` beside
+    ``cheating.onnx``.
+    """
+    path = Path(path)
+    return path.with_name(path.name.removesuffix(".onnx") + _ADAPTER_SUFFIX)
+
+
+def read_adapter_beside(path: Path | str) -> bytes | None:
+    """Returns the content of the adapter that lies beside a probe file; ``None`` if there is none.
+
+    Raises:
+        UnreadableFile: the adapter is not a regular file, cannot be opened, is too large, or changes while it is read.
+    """
+    beside = adapter_path(path)
+    if not os.path.lexists(beside):
+        return None
+    try:
+        return read_regular_file(beside, MAX_ADAPTER_BYTES)
+    except UnreadableFile as error:
+        raise UnreadableFile("adapter", f"in place of {beside.name} {error.found}", error.expected) from None
 
 
 def read_regular_file(path: Path | str, max_bytes: int) -> bytes:

@@ -1,18 +1,18 @@
 """Downloads probe files from repositories on the Hugging Face hub, which are named ``hf:ORGANISATION/REPOSITORY[@REVISION][:FILE]``.
 
 A branch or tag is resolved to a commit first, so that every file is of one state of the repository, which can be named again. Only files
-that end with ``.onnx`` are downloaded, and nothing of them is run.
+that end with ``.onnx``, and the adapters beside them, are downloaded, and nothing of them is run.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 from probescore_server.errors import ProbeRefused
-from probescore_server.files import MAX_PROBE_FILE_BYTES
+from probescore_server.files import MAX_ADAPTER_BYTES, MAX_PROBE_FILE_BYTES, adapter_path
 
 PREFIX = "hf:"
 FORM = "hf:ORGANISATION/REPOSITORY[@REVISION][:FILE.onnx]"
@@ -31,11 +31,18 @@ class HubProbes:
         repository: ``organisation/repository``.
         revision: branch, tag or commit; empty = the default branch.
         file: one file's path in the repository; empty = every file that ends with ``.onnx``.
+        brings_adapter: whether an adapter lies beside the file; ``None`` = not known.
     """
 
     repository: str
     revision: str = ""
     file: str = ""
+    brings_adapter: bool | None = field(default=None, compare=False)
+
+    @property
+    def adapter(self) -> str:
+        """Returns the path in the repository where the adapter of the probe file lies, if the probe brings one."""
+        return adapter_path(self.file).as_posix()
 
     @classmethod
     def parse(cls, name: str) -> HubProbes:
@@ -90,38 +97,68 @@ class HubProbes:
             raise self._unreachable(f"it answers {error.response.status_code}") from None
         except Exception as error:  # what a failed connection raises depends on the HTTP library of the hub's client
             raise self._unreachable(type(error).__name__) from None
-        sizes = {entry.rfilename: entry.size or 0 for entry in found.siblings or () if _is_probe_file(entry.rfilename)}
+        stored = {entry.rfilename: entry.size or 0 for entry in found.siblings or ()}
+        sizes = {name: size for name, size in stored.items() if _is_probe_file(name)}
         names = [self.file] if self.file in sizes else [] if self.file else sorted(sizes)
         if not names:
             there = ", ".join(sorted(sizes)) or "no file that ends with .onnx"
             raise ProbeRefused(str(self), "file", there, self.file or "at least one")
+        pinned = []
         for name in names:
+            probe = replace(self, file=name)
             if sizes[name] > MAX_PROBE_FILE_BYTES:
-                raise ProbeRefused(str(replace(self, file=name)), "file size", f"{sizes[name]} bytes", f"at most {MAX_PROBE_FILE_BYTES}")
-        return tuple(HubProbes(self.repository, str(found.sha), name) for name in names)
+                raise ProbeRefused(str(probe), "file size", f"{sizes[name]} bytes", f"at most {MAX_PROBE_FILE_BYTES}")
+            if stored.get(probe.adapter, 0) > MAX_ADAPTER_BYTES:
+                raise ProbeRefused(str(probe), "adapter", f"{stored[probe.adapter]} bytes", f"at most {MAX_ADAPTER_BYTES}")
+            pinned.append(replace(probe, revision=str(found.sha), brings_adapter=probe.adapter in stored))
+        return tuple(pinned)
 
     def path(self) -> Path:
-        """Returns the path of the local copy of a probe file on the Hugging Face hub, which is downloaded if there is no copy yet.
+        """Returns the path of the local copy of a probe file on the Hugging Face hub, which is downloaded if there is no copy yet, with the
+        adapter beside it if there is one.
 
         Raises:
             ProbeRefused: the hub cannot be reached, or has no such file.
         """
-        from huggingface_hub import hf_hub_download, try_to_load_from_cache
+        probe = self._cached(self.file)
+        # Whoever downloads a probe file has its adapter first: where the file is and nothing else is known, there is no adapter to ask for.
+        if (self.brings_adapter or (self.brings_adapter is None and probe is None)) and self._cached(self.adapter) is None:
+            adapter = self._downloaded(self.adapter)
+            if adapter is None and self.brings_adapter:
+                raise self._missing(self.adapter)
+        probe = probe or self._downloaded(self.file)
+        if probe is None:
+            raise self._missing(self.file)
+        return probe
+
+    def _cached(self, file: str) -> Path | None:
+        from huggingface_hub import try_to_load_from_cache
+
+        cached = try_to_load_from_cache(self.repository, file, revision=self.revision)
+        return Path(cached) if isinstance(cached, str) else None
+
+    def _downloaded(self, file: str) -> Path | None:
+        """Returns the path of the local copy of a file of the repository, after a download; ``None`` = the commit has no such file.
+
+        Raises:
+            ProbeRefused: the hub cannot be reached.
+        """
+        from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
         from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined] # it is documented
 
-        cached = try_to_load_from_cache(self.repository, self.file, revision=self.revision)
-        if isinstance(cached, str):
-            return Path(cached)
         disable_progress_bars()  # they would stand among the lines of a server's log
         try:
-            return Path(hf_hub_download(self.repository, self.file, revision=self.revision, etag_timeout=_SECONDS))
+            return Path(hf_hub_download(self.repository, file, revision=self.revision, etag_timeout=_SECONDS))
         except (RemoteEntryNotFoundError, RevisionNotFoundError, RepositoryNotFoundError):
-            raise ProbeRefused(str(self), "file", "no such file of this commit", "one of the hub") from None
+            return None
         except LocalEntryNotFoundError:
             raise self._unreachable("it is not in the local cache") from None
         except Exception as error:  # what a failed connection raises depends on the HTTP library of the hub's client
             raise self._unreachable(type(error).__name__) from None
+
+    def _missing(self, file: str) -> ProbeRefused:
+        return ProbeRefused(str(self), "file", f"no such file of this commit: {file}", "one of the hub")
 
     def _unreachable(self, why: str) -> ProbeRefused:
         named = f"{PREFIX}{self.repository}@COMMIT:FILE.onnx"

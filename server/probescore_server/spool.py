@@ -13,7 +13,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from io import FileIO
 from typing import IO
 
@@ -26,10 +26,11 @@ class SpooledFile:
 
     Attributes:
         file: the file's path as it was read, for messages.
-        sha256: digest of the content, in hexadecimal digits.
+        sha256: digest of the content, and of the adapter beside it if there is one, in hexadecimal digits.
         volume: path of the anonymous file that holds the content, as long as the content is kept.
         start: index of the content's first byte in the anonymous file.
         size: number of bytes of the content.
+        adapter: where the content of the adapter beside the file is kept; ``None`` = there is none.
     """
 
     file: str
@@ -37,6 +38,7 @@ class SpooledFile:
     volume: str
     start: int
     size: int
+    adapter: SpooledFile | None = None
 
     def read(self) -> bytes:
         """Returns the content of a probe file from the memory in which it is kept.
@@ -50,7 +52,7 @@ class SpooledFile:
                 content = _read(volume, self.size)
         except OSError as error:
             raise StartupError(f"{self.file}: what was read of it cannot be read again: {error.strerror}") from None
-        if hashlib.sha256(content).hexdigest() != self.sha256:
+        if _digest(content, self.adapter) != self.sha256:
             raise StartupError(f"{self.file}: what was read of it has changed in memory")
         return content
 
@@ -89,6 +91,7 @@ class Spool:
         kept together is freed once the content of all of them is forgotten.
         """
         wanted = set(digests)
+        wanted |= {kept.adapter.sha256 for sha256, kept in self._kept.items() if sha256 in wanted and kept.adapter is not None}
         self._kept = {sha256: kept for sha256, kept in self._kept.items() if sha256 in wanted}
         for volume in self._volumes:
             volume.held &= wanted
@@ -111,20 +114,30 @@ class SpoolWriter:
         self._volume = volume
         self._kept = kept
 
-    def keep(self, file: str, content: bytes) -> SpooledFile:
-        """Keeps the content of a probe file in memory, unless equal content is kept already, and returns where it is kept."""
-        sha256 = hashlib.sha256(content).hexdigest()
+    def keep(self, file: str, content: bytes, adapter: bytes | None = None) -> SpooledFile:
+        """Keeps the content of a probe file in memory, and of the adapter beside it if there is one, unless equal content is kept already,
+        and returns where it is kept.
+        """
+        beside = None if adapter is None else self.keep(f"{file}: its adapter", adapter)
+        sha256 = _digest(content, beside)
         known = self._kept.get(sha256)
         if known is not None:
-            return SpooledFile(file, sha256, known.volume, known.start, known.size)
+            return replace(known, file=file)
         target = self._volume.file
         start, left = target.seek(0, os.SEEK_END), memoryview(content)
         while left:
             left = left[target.write(left) :]
         path = f"/proc/{os.getpid()}/fd/{target.fileno()}" if isinstance(target.name, int) else str(target.name)
-        kept = self._kept[sha256] = SpooledFile(file, sha256, path, start, len(content))
+        kept = self._kept[sha256] = SpooledFile(file, sha256, path, start, len(content), beside)
         self._volume.held.add(sha256)
         return kept
+
+
+def _digest(content: bytes, adapter: SpooledFile | None) -> str:
+    digest = hashlib.sha256(content)
+    if adapter is not None:
+        digest.update(bytes.fromhex(adapter.sha256))
+    return digest.hexdigest()
 
 
 def _read(volume: IO[bytes], size: int) -> bytes:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from fake_hub import FakeHub, serving
 from models import BOS
@@ -18,7 +19,9 @@ from probescore import ProbeClient, RolloutGroup
 from probescore_probes import read_probe_file
 from probescore_server.errors import ProbeRefused
 from probescore_server.hub_probes import HubProbes, local_paths
+from probescore_server.probes.format.manifest import AdapterReference
 from probescore_server.probes.format.new_version import write_new_version
+from probescore_server.probes.format.probe_file import adapter_digest, write_probe_file
 
 OLD, NEW = "a" * 40, "b" * 40
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -79,6 +82,31 @@ def test_every_probe_file_of_one_commit_is_listed_and_nothing_else_is_taken(run:
             "name what was downloaded before as hf:org/probes@COMMIT:FILE.onnx, or download the file, and give its path" in offline.stderr
         )
         assert offline.stderr.count("\n") == 1
+
+
+def test_the_adapter_beside_a_probe_file_comes_with_it(probe_files: dict[str, Path], run: Run, hub: FakeHub, tmp_path: Path) -> None:
+    """Whether the hub was asked for the files of a commit, or for one file of it; a file that is there is not asked for again."""
+    own = read_probe_file(probe_files["cheating"])
+    adapter = AdapterReference(sha256=adapter_digest(b"tensors"), settings={"peft_type": "LORA"})
+    graph, manifest = onnx.load_model_from_string(own.graph), own.manifest.model_copy(update={"adapter": adapter})
+    write_probe_file(tmp_path / "own.onnx", graph, manifest, adapter=b"tensors")
+    hub.commits[NEW] = {
+        "sub/own.onnx": (tmp_path / "own.onnx").read_bytes(),
+        "sub/own.adapter.safetensors": b"tensors",
+        "x.safetensors": b"",
+    }
+    both = {f"{NEW}/sub/own.adapter.safetensors", f"{NEW}/sub/own.onnx"}
+    for number, name in enumerate(("hf:org/probes", f"hf:org/probes@{NEW}:sub/own.onnx")):
+        cache = {"HF_HOME": str(tmp_path / f"cache{number}")}
+        hub.asked.clear()
+        assert "cheating@1" in run("list", name, **cache).stdout
+        assert downloads(hub) == both
+        hub.asked.clear()
+        assert "cheating@1" in run("list", f"hf:org/probes@{NEW}:sub/own.onnx", HF_HUB_OFFLINE="1", **cache).stdout
+        assert not hub.asked
+    del hub.commits[NEW]["sub/own.adapter.safetensors"]
+    refused = run("list", "hf:org/probes", HF_HOME=str(tmp_path / "cache2"))
+    assert (refused.returncode, "adapter: found no file own.adapter.safetensors" in refused.stderr) == (1, True), refused.stderr
 
 
 def test_what_the_hub_does_not_have_is_named(run: Run, hub: FakeHub) -> None:

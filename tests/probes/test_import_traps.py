@@ -188,13 +188,28 @@ def test_what_no_format_recognises_is_refused_with_the_formats(refused, tmp_path
 
 
 @pytest.mark.parametrize("adapter", ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"])
-@pytest.mark.parametrize("kind", ["hallucination probe", "direction in npy", "SingProbe, MLP", "lie detector: logistic regression"])
-def test_an_adapter_beside_a_probe_is_refused_by_name(refused, tmp_path, kind, adapter):
+@pytest.mark.parametrize("kind", ["direction in npy", "SingProbe, MLP", "lie detector: logistic regression"])
+def test_an_adapter_beside_a_probe_whose_format_has_none_is_refused_by_name(refused, tmp_path, kind, adapter):
     case = make(CASES[kind], tmp_path)
     written(tmp_path / adapter, {"peft_type": "LORA"})
     message = refused(case)
     assert message.startswith(f"{adapter}: ")
-    assert "changes the model; not served yet" in message
+    assert "changes the model" in message
+    assert "write_probe(…, adapter=…)" in message
+
+
+@pytest.mark.parametrize(
+    ("adapter", "problem"),
+    [
+        ("adapter_config.json", "adapter: adapter_model.safetensors is not there"),
+        ("adapter_model.safetensors", "adapter: adapter_config.json is not there"),
+        ("adapter_model.bin", "adapter: adapter_model.bin may be a pickle"),
+    ],
+)
+def test_half_an_adapter_beside_a_hallucination_probe_is_refused(refused, tmp_path, adapter, problem):
+    case = make(hallucination_probe, tmp_path)
+    written(tmp_path / adapter, {"peft_type": "LORA"})
+    assert problem in refused(case)
 
 
 def test_an_adapter_is_not_passed_by_asking_for_another_format(refused, tmp_path):

@@ -250,7 +250,7 @@ def add_judgement(
             ),
         }
     )
-    return write_probe_file(target, onnx.load_model_from_string(file.graph), manifest, replace=False)
+    return write_probe_file(target, onnx.load_model_from_string(file.graph), manifest, adapter=file.adapter, replace=False)
 
 
 def write_without_bos_check(draft: Path, target: Path) -> None:
@@ -258,7 +258,8 @@ def write_without_bos_check(draft: Path, target: Path) -> None:
     refuses.
     """
     file = read_probe_file(draft)
-    write_probe_file(target, onnx.load_model_from_string(file.graph), file.manifest.model_copy(update={"expects_bos": None}))
+    manifest = file.manifest.model_copy(update={"expects_bos": None})
+    write_probe_file(target, onnx.load_model_from_string(file.graph), manifest, adapter=file.adapter)
 
 
 def as_probability(scores: NDArray[np.float64], unit: ScoreUnit) -> NDArray[np.float64] | None:

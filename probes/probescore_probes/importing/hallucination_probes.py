@@ -1,6 +1,8 @@
 """Reads probes of obalcells/hallucination_probes, another project: ``probe_config.json`` and ``probe_head.bin`` in a folder.
 
 score of a token = sigmoid(weight · x + bias), x = the output of block ``layer_idx``, counted from 0
+
+If a LoRA adapter lies beside the two files, x is that of the model with the adapter.
 """
 
 from __future__ import annotations

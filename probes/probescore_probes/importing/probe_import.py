@@ -18,7 +18,7 @@ from probescore_probes.golden import GoldenScorer
 from probescore_probes.importing.author_scores import AuthorScores, compared
 from probescore_probes.importing.imported import Imported, ImportOptions
 from probescore_probes.importing.places import read_place
-from probescore_probes.importing.registry import format_of
+from probescore_probes.importing.registry import Format, format_of
 from probescore_probes.importing.source import ProbeSource
 from probescore_probes.reference import ReferenceModel
 from probescore_probes.writing import write_probe
@@ -137,9 +137,13 @@ def import_probe(
     )
     author_scores = arguments.sequence(author_scores, "author_scores", "scores", "[AuthorScores(prompt_ids, completion_ids, score=0.5)]")
     source = ProbeSource(file)
-    _check_no_adapter(source)
     known = format_of(source, format)
-    found = _with_what_was_said(known.read(source, asked), asked, [note for place in places for note in place.notes], reference)
+    said = [note for place in places for note in place.notes]
+    if adapter := source.beside(*_ADAPTERS):
+        _check_brings_adapter(known, adapter[0])
+        reference = reference.adapted(source.folder)
+        said.append("Its scores are those of the model with the LoRA adapter that it brings")
+    found = _with_what_was_said(known.read(source, asked), asked, said, reference)
     rollouts = _golden(golden, author_scores, reference, found)
     inputs = tuple(TapInput.parse(tap) for tap in found.taps)
     function = given.read_probe(found.function, found.taps, reference, found.labels, found.context)
@@ -171,14 +175,14 @@ def import_probe(
     return ImportedProbe(probe, known.name, notes, bool(len(author_scores)))
 
 
-def _check_no_adapter(source: ProbeSource) -> None:
-    """Refuses a probe if an adapter (weights that change the model, such as LoRA) lies beside its file, in whatever format the probe is: on
-    the model without the adapter, the probe's scores would be others.
+def _check_brings_adapter(known: Format, adapter: str) -> None:
+    """Refuses an adapter (weights that change the model, such as LoRA) beside a probe of a format that does not say whether it is the
+    probe's: without it, or with it, the scores would be others.
     """
-    if adapter := source.beside(*_ADAPTERS):
+    if not known.brings_adapter:
         raise ValueError(
-            f"{adapter[0]}: an adapter of this probe's own, which changes the model; not served yet: only probes that read the frozen "
-            "model as it is can be imported. If the adapter is not the probe's, copy the probe into a folder of its own"
+            f"{adapter}: an adapter, which changes the model, and the format {known.name} does not say whether the probe was fitted with "
+            "it. If it was, write the probe with write_probe(…, adapter=…); if not, copy the probe into a folder of its own"
         )
 
 

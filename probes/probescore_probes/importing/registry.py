@@ -28,15 +28,17 @@ class Format:
         name: the name by which an importer asks for the format.
         recognises: returns whether a file's content is certainly of this format.
         read: makes a probe of a file; raises ``ValueError`` that says what is wrong and what to do.
+        brings_adapter: whether a LoRA adapter beside the probe's files is part of the probe, which reads the model with it.
     """
 
     name: str
     recognises: Callable[[ProbeSource], bool]
     read: Callable[[ProbeSource, ImportOptions], Imported]
+    brings_adapter: bool = False
 
 
 FORMATS = (
-    Format("hallucination-probes", is_hallucination_probe, read_hallucination_probe),
+    Format("hallucination-probes", is_hallucination_probe, read_hallucination_probe, brings_adapter=True),
     Format("saelens", is_sae, read_sae),
     Format("obfuscation-atlas", is_obfuscation_atlas, read_obfuscation_atlas),
     Format("singprobe", is_sing_probe, read_sing_probe),

@@ -122,6 +122,7 @@ def manifest_tables(manifest: Manifest) -> Iterator[Table]:
         "What it computes",
         {
             "reads": ", ".join(map(str, manifest.taps)),
+            "of": "the model with the adapter that it brings" if manifest.adapter is not None else "",
             "depends on": {"pointwise": "each token alone", "causal": "a token and those before it", "rollout": "the whole rollout"}[
                 context.kind
             ]

@@ -15,7 +15,6 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from probescore.reductions import Reduction
@@ -42,19 +41,17 @@ from probescore_server.activity import ACTIVITY
 from probescore_server.backbone.base import Activations, Backbone
 from probescore_server.backbone.forest import Forest
 from probescore_server.backbone.kv_cache import KeyValueCache
-from probescore_server.backbone.taps import layers_needed
 from probescore_server.engine.activation_reading import BatchActivations, joined, result_of
 from probescore_server.engine.batches import batches, read_tokens
 from probescore_server.engine.fair_lock import FairLock
 from probescore_server.engine.loading import LoadedParts, load_parts
+from probescore_server.engine.probe_proving import LIVE_BATCH_TOKENS, ProbeProver
 from probescore_server.engine.reading_loading import ReadingLoader
-from probescore_server.engine.reading_passes import FROZEN_PASS, ReadingPasses
-from probescore_server.engine.served_probes import ServedProbes, describe_probes
-from probescore_server.errors import LimitExceeded, ModelRefused, ProbeRefused
+from probescore_server.engine.reading_passes import FROZEN_PASS, Pass, ReadingPasses
+from probescore_server.engine.served_probes import ServedProbes
+from probescore_server.errors import LimitExceeded, ProbeRefused
 from probescore_server.probes.format.probe_file import ProbeFile
-from probescore_server.probes.loading.compatibility import check_fits, is_accepted, read_probe_files
-from probescore_server.probes.loading.golden_check import check_golden, golden_deviation, golden_rollouts
-from probescore_server.probes.loading.loader import limited_to_tried_calls, load_probes, needs_trial
+from probescore_server.probes.loading.golden_check import golden_deviation, golden_rollouts
 from probescore_server.probes.scoring.batch_scorer import BatchScorer
 from probescore_server.probes.scoring.cancellation import WantedRollouts
 from probescore_server.readings.version import ReadingVersion
@@ -68,7 +65,7 @@ from probescore_server.rollouts import (
     RolloutResult,
 )
 from probescore_server.validation.calibrated_rollouts import OutsideRollouts, calibrations_with_conditions
-from probescore_server.validation.options import TokenScoresWanted, parse_scope, resolve_options
+from probescore_server.validation.options import TokenScoresWanted, check_named_probes, parse_scope, resolve_options
 from probescore_server.validation.rollouts import resolve_rollouts
 from probescore_server.validation.texts import ChatLimits, pending_texts
 
@@ -77,16 +74,7 @@ BATCH_TOKENS = 16_384
 settings.
 """
 
-LIVE_BATCH_TOKENS = 2048
-"""Limits the tokens of one batch of golden rollouts of a probe that is added while the engine serves others. Their batches wait meanwhile.
-"""
-
 _FLOAT32_BYTES = 4
-
-_TRIED_CASES = 4
-"""Limits the number of golden rollouts (examples in a probe file) around whose activations random inputs are drawn, to test the probe's
-graph.
-"""
 
 MAX_KV_CACHE_BYTES = 1 << 30
 """Default limit on the bytes of keys and values that an engine caches; an argument of ``Engine.load`` overrides it."""
@@ -108,7 +96,6 @@ class Engine:
 
     def __init__(self, parts: LoadedParts) -> None:
         self._backbone = parts.backbone
-        self._reader = parts.reader
         self._texts = parts.texts
         self._served = parts.probes
         self._cache = parts.cache
@@ -117,6 +104,9 @@ class Engine:
         self._loader = ReadingLoader(parts.frozen, parts.readings, lambda: self._served, self._golden_drift)
         self._running = FairLock()
         self._loading = threading.Lock()
+        self._prover = ProbeProver(
+            parts.texts, parts.reader, parts.adapted, self._loaded_beside, self._alone, self._score, self._weights_of
+        )
 
     @property
     def info(self) -> EngineInfo:
@@ -181,7 +171,7 @@ class Engine:
         )
         engine = cls(loaded)
         report("recomputing golden scores")
-        engine._served = engine._proven(loaded.probes, loaded.files, loaded.files, accept_mismatch, BATCH_TOKENS, math.inf)
+        engine._served = engine._prover.proven(loaded.probes, loaded.files, loaded.files, accept_mismatch, BATCH_TOKENS, math.inf)
         engine._memory.adopt(engine._served.loaded.values())
         loaded.cache.clear()
         report("ready")
@@ -212,7 +202,9 @@ class Engine:
             scope: which tokens are scored: ``completion``, ``prompt`` or ``all``.
             return_token_ids: whether the result contains the token ids that were scored.
             return_token_texts: whether the result contains the text of each token that was scored.
-            readings: whose activations are read: ``frozen``, and names given to ``load_reading``; empty = the frozen model's.
+            readings: whose activations are read: ``frozen``, and names given to ``load_reading``; empty = the frozen model's. A probe that
+                brings an adapter is read with it, as part of ``frozen``, and has no scores on other readings: it must not be named together
+                with them.
 
         Returns:
             The scores by group and completion, in the order given, and the identity of the model and probes that produced the scores.
@@ -230,6 +222,7 @@ class Engine:
             return_token_ids=return_token_ids,
             return_token_texts=return_token_texts,
         )
+        check_named_probes(served.info, probes, options, readings)
         with self._readings.pinned(readings, served.taps) as pinned:
             by_group = self._checked(groups, replace(options, readings=pinned.wanted), served.info)
             started = time.perf_counter()
@@ -278,8 +271,7 @@ class Engine:
                 or not those of ``expected_id``.
             ReadingIncomplete: the files are being written; a later try may succeed.
         """
-        with self._loading:
-            self._check_awake()
+        with self._loaded_beside():
             return self._loader.load(name, path, step=step, expected_id=expected_id, in_place=in_place)
 
     def unload_reading(self, name: str) -> Reading:
@@ -451,19 +443,7 @@ class Engine:
         Raises:
             ProbeRefused: a probe that is served already cannot be loaded again.
         """
-        refusals: list[ProbeRefused] = []
-        # What is served goes before another file of its name and version; and by its key, since the path may be that of a newer file.
-        served = [replace(file, file=f"the {file.manifest.key} that is served") for file in files if self.serves(file)]
-        new = [file for file in files if not self.serves(file)]
-        while True:
-            try:
-                return self._prepared([*served, *new], accept_mismatch, max_batch_seconds), refusals
-            except ProbeRefused as refusal:
-                left = [file for file in new if file.file != refusal.file]
-                if len(left) == len(new):
-                    raise
-                refusals.append(refusal)
-                new = left
+        return self._prover.prepared(files, self._served, accept_mismatch, max_batch_seconds)
 
     def serves(self, file: ProbeFile) -> bool:
         """Returns whether the engine serves the probe of a file, with exactly the file's content."""
@@ -471,8 +451,7 @@ class Engine:
 
     def adopt_probes(self, probes: ServedProbes) -> None:
         """Serves another set of probes from the next batch on. The memory of the probes that are not in it is freed."""
-        with self._running:
-            self._check_awake()
+        with self._alone():
             self._memory.adopt(probes.loaded.values())
             self._served = probes
 
@@ -551,21 +530,22 @@ class Engine:
     ) -> list[RolloutResult | None]:
         passes = ReadingPasses(rollouts, probes, self._readings)
         results = {
-            reading: self._score_pass(
-                [rollouts[index] for index in indices], probes, _of(indices, is_cancelled), *self._weights_of(reading)
-            )
-            for reading, indices in passes.rollouts.items()
+            each: self._score_pass(passes.of(each), probes, _of(indices, is_cancelled), *self._weights_of(each, probes))
+            for each, indices in passes.rollouts.items()
         }
         return [
             None if result is None else self._with_texts(result, rollout)
             for result, rollout in zip(passes.together(results), rollouts, strict=True)
         ]
 
-    def _weights_of(self, reading: str) -> tuple[Backbone, KeyValueCache]:
-        """Returns what runs a reading, given by ``FROZEN_PASS`` or the id of its version, and its key-value cache."""
-        if reading == FROZEN_PASS:
+    def _weights_of(self, each: Pass, probes: ServedProbes) -> tuple[Backbone, KeyValueCache]:
+        """Returns what runs a forward pass, and its key-value cache."""
+        if each == FROZEN_PASS:
             return self._backbone, self._cache
-        return self._readings.version(reading).backbone, self._readings.cache(reading)
+        if each.brought:
+            model = next(model for model in probes.adapted.values() if model.version.id == each.id)
+            return model.version.backbone, model.cache
+        return self._readings.version(each.id).backbone, self._readings.cache(each.id)
 
     def _score_pass(
         self,
@@ -654,19 +634,18 @@ class Engine:
             ACTIVITY.begin("the model", tokens)
             return not wanted.any(forest.segments[segment].rollouts)
 
-        with self._running:
-            self._check_awake()
+        with self._alone():
             activations = backbone.forward(forest, taps, skip=unwanted, cache=cache)
             yield activations, [index for index in range(len(rollouts)) if index not in wanted.cancelled]
 
     def _golden_drift(self, version: ReadingVersion, probes: ServedProbes) -> dict[str, float]:
         """Returns the largest difference between each probe's scores of its golden rollouts on a version of a reading and its golden
-        scores, in standard deviations of these; a dictionary keyed by ``name@version``.
+        scores, in standard deviations of these; a dictionary keyed by ``name@version``, without probes that bring an adapter.
 
         Batches wait meanwhile: the version may be one that they run.
         """
-        raw = probes.with_raw_scores(probes.loaded)
-        by_probe = {key: golden_rollouts(probe.manifest, probes.info, key) for key, probe in probes.loaded.items()}
+        raw = probes.with_raw_scores(probes.plain)
+        by_probe = {key: golden_rollouts(probes.loaded[key].manifest, probes.info, key) for key in probes.plain}
         together = batches([rollout for rollouts in by_probe.values() for rollout in rollouts], LIVE_BATCH_TOKENS)
         results = (result for batch in together for result in self._score_pass(batch, raw, _never, version.backbone, None))
         found = (result.scores for result in results if result is not None)
@@ -686,127 +665,23 @@ class Engine:
             follow_ups=tuple(self._completion_texts(*follow_up) for follow_up in follow_ups),
         )
 
-    # ------------------------------------------------------------------------------------------------------------------- proving probes
+    @contextmanager
+    def _loaded_beside(self) -> Iterator[None]:
+        """Context manager during which the engine stays awake, and something is made of the frozen model's weights beside its batches."""
+        with self._loading:
+            self._check_awake()
+            yield
 
-    def _prepared(self, files: Sequence[ProbeFile], accept_mismatch: Collection[str], max_batch_seconds: float) -> ServedProbes:
-        """Loads and proves a set of probes; raises ``ProbeRefused`` for the first file that fails a check."""
-        files = read_probe_files(files)
-        served = self._served
-        new = [file for file in files if file.manifest.key not in served.loaded]
-        accepted = {file.manifest.key: self._check_fits(file, accept_mismatch) for file in new}
-        loaded = load_probes(files, torch.device(self.info.device), served.loaded)
-        known = {probe.key: probe for probe in served.info.probes}
-        probes = ServedProbes.of(describe_probes(served.info, files, accepted, known), loaded)
-        again = [file for file in files if loaded[file.manifest.key] is not served.loaded.get(file.manifest.key)]
-        return self._proven(probes, new, again, accept_mismatch, LIVE_BATCH_TOKENS, max_batch_seconds)
-
-    def _check_fits(self, file: ProbeFile, accept_mismatch: Collection[str]) -> tuple[str, ...]:
-        """Checks a file against the loaded model, and makes sure that the probe's taps can be read; returns the accepted mismatches."""
-        model = self.info.model
-        accepted = check_fits(
-            file,
-            model,
-            self.info.tokenizer_fingerprint,
-            accept_mismatch,
-            bos_token_id=self._texts.bos_token_id,
-            further_special_ids=self._texts.further_special_ids,
-        )
-        if (needed := layers_needed(file.manifest.taps, model.num_hidden_layers)) > model.num_loaded_layers:
-            expected = (
-                f"blocks that are loaded, the first {model.num_loaded_layers}: restart the server, which loads as many as its probes need, "
-                "or start it with --deeper-probes load, which does so beside the running model"
-            )
-            raise ProbeRefused(file.file, "inputs", f"a tap that needs {needed} blocks", expected, needed)
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Context manager during which the engine is awake and runs no batch."""
         with self._running:
             self._check_awake()
-            try:
-                self._reader.add(file.manifest.taps)
-            except ModelRefused as refusal:
-                raise ProbeRefused(file.file, "inputs", str(refusal), "taps that can be read of this model") from None
-        return accepted
-
-    def _proven(
-        self,
-        probes: ServedProbes,
-        new: Sequence[ProbeFile],
-        changed: Sequence[ProbeFile],
-        accept_mismatch: Collection[str],
-        batch_tokens: int,
-        max_batch_seconds: float,
-    ) -> ServedProbes:
-        """Recomputes golden scores, and tries graphs on random sequences; returns the set with what was found.
-
-        Args:
-            probes: the set.
-            new: the files whose golden scores are recomputed.
-            changed: the files whose graphs are tried unless they need no trial.
-            accept_mismatch: names of the probes whose mismatches the operator accepts.
-            batch_tokens: limit on the tokens of one batch of golden rollouts.
-            max_batch_seconds: the longest that such a batch may take.
-
-        Raises:
-            ProbeRefused: the first file that fails a check.
-        """
-        probes = self._check_golden(probes, new, accept_mismatch, batch_tokens, max_batch_seconds)
-        for file in changed:
-            key = file.manifest.key
-            if needs_trial(file, probes.loaded[key]):
-                probes = probes.with_loaded({key: limited_to_tried_calls(file, probes.loaded[key], self._golden_activations(file, probes))})
-        return probes
-
-    def _check_golden(
-        self, probes: ServedProbes, files: Sequence[ProbeFile], accept_mismatch: Collection[str], batch_tokens: int, max_seconds: float
-    ) -> ServedProbes:
-        """Compares each probe's scores of its golden rollouts (examples in its file) with the expected scores in the file. A mismatch is
-        refused, or noted in the set that is returned if ``accept_mismatch`` names the probe.
-
-        Probes of one author often have the same golden rollouts, so the rollouts of all files are scored together and each is run once.
-        """
-        by_file = [golden_rollouts(file.manifest, probes.info, file.file) for file in files]
-        raw = probes.with_raw_scores(file.manifest.key for file in files)
-        together = batches([rollout for rollouts in by_file for rollout in rollouts], batch_tokens)
-        found = (result for batch in together for result in self._score(batch, raw, _after(max_seconds)))
-        for file, rollouts in zip(files, by_file, strict=True):
-            results = [result.scores for result in islice(found, len(rollouts)) if result is not None]
-            if len(results) < len(rollouts):
-                raise ProbeRefused(
-                    file.file, "golden", f"golden scores that take longer than {max_seconds:g} s to recompute", "a faster probe"
-                )
-            refusal = check_golden(file, results, probes.info.dtype)
-            if refusal is None:
-                continue
-            if not is_accepted(file.manifest, accept_mismatch):
-                raise refusal
-            probes = probes.with_accepted(file.manifest, refusal.field)
-        return probes
-
-    def _golden_activations(self, file: ProbeFile, probes: ServedProbes) -> dict[Tap, NDArray[np.float32]]:
-        """Returns the activations of a few of a probe's golden rollouts (examples in its file): a dictionary, keyed by tap (place in the
-        model), of finite rows ``(N, hidden_size)`` float32. Row n belongs to the same token at every tap.
-        """
-        rollouts = next(batches(golden_rollouts(file.manifest, probes.info, file.file)[:_TRIED_CASES], BATCH_TOKENS))
-        with self._running:
-            self._check_awake()
-            rows = self._backbone.forward(
-                Forest.build(rollouts, probes.reads), file.manifest.taps, skip=lambda _: False, cache=self._cache
-            ).rows
-        finite = torch.stack([torch.isfinite(each).all(dim=1) for each in rows.values()]).all(dim=0)
-        return {tap: each[finite].cpu().numpy() for tap, each in rows.items()}
+            yield
 
     def _check_awake(self) -> None:
         if self._memory.asleep:
             raise RuntimeError("the engine sleeps: call wake first")
-
-
-def _after(seconds: float) -> Callable[[int], bool]:
-    """Returns a function that cancels a batch's rollouts after some seconds, counted from the batch's first step."""
-    end: list[float] = []
-
-    def is_cancelled(_: int) -> bool:
-        end[:] = end or [time.monotonic() + seconds]
-        return time.monotonic() > end[0]
-
-    return is_cancelled
 
 
 def _shifted(is_cancelled: Callable[[int], bool], by: int) -> Callable[[int], bool]:

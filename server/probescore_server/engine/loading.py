@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import structlog
@@ -22,6 +23,7 @@ from probescore_server.backbone.rotary import max_unchanged_positions
 from probescore_server.backbone.selection import choose_backbone
 from probescore_server.backbone.taps import TapReader, layers_needed
 from probescore_server.backbone.tokenizer import TextEncoder
+from probescore_server.engine.adapted_models import AdaptedModels
 from probescore_server.engine.device_memory import DeviceMemory
 from probescore_server.engine.reading_set import ReadingSet
 from probescore_server.engine.served_probes import ServedProbes, describe_probes
@@ -52,6 +54,7 @@ class LoadedParts:
         memory: the owner of the device memory of all these parts.
         frozen: what other readings are made from; ``None`` = none can be made.
         readings: the set of other readings, empty at first.
+        adapted: the loader of the adapters that probes bring.
     """
 
     backbone: Backbone
@@ -63,6 +66,7 @@ class LoadedParts:
     memory: DeviceMemory
     frozen: FrozenModel | None
     readings: ReadingSet
+    adapted: AdaptedModels
 
 
 def load_parts(
@@ -138,14 +142,15 @@ def load_parts(
         placeholders=placeholder_tokens(config, tokenizer),
         taps=named,
     )
-    served = ServedProbes.of(describe_probes(info, files, accepted, {}), loaded)
     frozen = _frozen(decoder, reader, backbone, info, config, directory)
     budget = CacheBudget(max_kv_cache_bytes)
+    adapted = AdaptedModels(frozen, budget)
+    served = ServedProbes.of(describe_probes(info, files, accepted, {}), loaded, adapted.of(files))
     readings = ReadingSet(
         Reading(FROZEN, described.fingerprint, ReadingKind.FROZEN, None, described.fingerprint, golden_verified=True), budget
     )
-    memory = DeviceMemory.of(decoder, loaded.values(), budget, readings.tensors)
-    return LoadedParts(backbone, reader, texts, served, files, KeyValueCache(budget), memory, frozen, readings)
+    memory = DeviceMemory.of(decoder, loaded.values(), budget, lambda: chain(readings.tensors(), adapted.tensors()))
+    return LoadedParts(backbone, reader, texts, served, files, KeyValueCache(budget), memory, frozen, readings, adapted)
 
 
 def _frozen(

@@ -9,6 +9,7 @@ from functools import cached_property
 from probescore.types import ProbeInfo, Tap
 from probescore_server.activations import all_taps
 from probescore_server.backbone.forest import ProbeReads
+from probescore_server.engine.adapted_models import AdaptedModel
 from probescore_server.probes.format.manifest import Manifest
 from probescore_server.probes.format.probe_file import ProbeFile
 from probescore_server.probes.loading.compatibility import probe_info
@@ -24,21 +25,28 @@ class ServedProbes:
         info: description of the model and of these probes.
         loaded: the probes, a dictionary keyed by ``name@version``.
         reads: which tokens each probe reads, keyed in the same way.
+        adapted: the model with the adapter that a probe brings, keyed in the same way; probes that bring none are not in it.
     """
 
     info: EngineInfo
     loaded: Mapping[str, LoadedProbe]
     reads: Mapping[str, ProbeReads]
+    adapted: Mapping[str, AdaptedModel]
 
     @classmethod
-    def of(cls, info: EngineInfo, loaded: Mapping[str, LoadedProbe]) -> ServedProbes:
-        """Returns the set of some loaded probes, all of which ``info`` describes."""
-        return cls(info, dict(loaded), {key: _reads(probe.manifest) for key, probe in loaded.items()})
+    def of(cls, info: EngineInfo, loaded: Mapping[str, LoadedProbe], adapted: Mapping[str, AdaptedModel]) -> ServedProbes:
+        """Returns the set of some loaded probes, all of which ``info`` describes, with the models of those that bring an adapter."""
+        return cls(info, dict(loaded), {key: _reads(probe.manifest) for key, probe in loaded.items()}, dict(adapted))
+
+    @cached_property
+    def plain(self) -> tuple[str, ...]:
+        """Returns the keys ``name@version`` of the probes that bring no adapter: they read any reading that a request names."""
+        return tuple(key for key in self.loaded if key not in self.adapted)
 
     @cached_property
     def taps(self) -> frozenset[Tap]:
-        """Returns every tap (place in the model) that some probe of the set reads."""
-        return self.taps_of(self.loaded)
+        """Returns every tap (place in the model) that some probe of the set reads on the readings that a request names."""
+        return self.taps_of(self.plain)
 
     def taps_of(self, keys: Iterable[str]) -> frozenset[Tap]:
         """Returns the taps (places in the model) that some probes of the set read, given by their keys ``name@version``."""
@@ -86,6 +94,7 @@ def describe_probes(
     return replace(
         info,
         probes=tuple(known.get(manifest.key) or probe_info(manifest, accepted[manifest.key]) for manifest in manifests),
+        bringing_adapters=frozenset(manifest.key for manifest in manifests if manifest.adapter is not None),
         expects_bos={manifest.key: manifest.expects_bos for manifest in manifests},
         max_follow_up_tokens={manifest.key: len(manifest.follow_up.token_ids) for manifest in manifests if manifest.follow_up is not None},
         excluding_special_tokens=frozenset(manifest.key for manifest in manifests if manifest.exclude_special_tokens),

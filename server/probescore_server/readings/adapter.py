@@ -73,7 +73,20 @@ def read_adapter(files: FilesRead, config: AdapterConfig, structure: DecoderStru
         for name in _PICKLES:
             if files.has(name):
                 raise ReadingRefused(name, f"may be a pickle and is never opened: save the adapter as {WEIGHTS_FILE} (safe_serialization)")
-    tensors = files.tensors(WEIGHTS_FILE, lambda _: True)
+    return adapter_of(files.tensors(WEIGHTS_FILE, lambda _: True), config, structure)
+
+
+def adapter_of(tensors: Mapping[str, torch.Tensor], config: AdapterConfig, structure: DecoderStructure) -> Adapter:
+    """Checks that all tensors of an adapter have their place.
+
+    Args:
+        tensors: all tensors of the file, by name.
+        config: the adapter's settings.
+        structure: of the decoder.
+
+    Raises:
+        ReadingRefused: a tensor has no place in the decoder, is unlike the layer or the settings, or is missing; it is named.
+    """
     if not tensors:
         problem = "it has no tensors: the base alone would be read; some trainers write it so where shards were not gathered before saving"
         raise ReadingRefused(WEIGHTS_FILE, problem)

@@ -113,6 +113,14 @@ class AdapterConfig:
             ties_embedding=_flag(settings, "ensure_weight_tying"),
         )
 
+    @staticmethod
+    def written(settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns those settings of PEFT's that say what an adapter computes, or that must be off and are not; the others, such as the
+        place where the base was, are left out.
+        """
+        without_effect = _WITHOUT_EFFECT - {"exclude_modules"}
+        return {name: value for name, value in settings.items() if name not in without_effect and value not in (None, False, [], {}, "")}
+
     @property
     def meaning(self) -> str:
         """Returns the settings that change what the tensors mean, in one form however the file spells them."""

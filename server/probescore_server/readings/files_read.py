@@ -156,6 +156,22 @@ class FilesRead:
             os.close(descriptor)
 
 
+def tensors_in(content: bytes, name: str) -> dict[str, torch.Tensor]:
+    """Returns the tensors of the content of a whole safetensors file.
+
+    Raises:
+        ReadingRefused: it is none, or a tensor is of a dtype that weights do not have.
+    """
+    start = _LENGTH_BYTES + int.from_bytes(content[:_LENGTH_BYTES], "little")
+    if len(content) < min(start, _LENGTH_BYTES + _MAX_HEADER_BYTES) or start > _LENGTH_BYTES + _MAX_HEADER_BYTES:
+        raise ReadingRefused(name, "not a safetensors file")
+    entries = _entries(content[_LENGTH_BYTES:start], name)
+    due = start + max((entry.end for entry in entries), default=0)
+    if len(content) != due:
+        raise ReadingRefused(name, f"{len(content)} of {due} bytes: it is not whole")
+    return {entry.name: _tensor(bytearray(content[start + entry.start : start + entry.end]), entry, name) for entry in entries}
+
+
 def _stamp(found: os.stat_result) -> _Stamp:
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
@@ -21,11 +22,11 @@ from probescore_server.backbone.self_test import SelfTest
 from probescore_server.backbone.taps import TapReader, blocks_seen
 from probescore_server.errors import ModelRefused, ReadingIncomplete, ReadingRefused
 from probescore_server.probes.format.fingerprints import model_fingerprint
-from probescore_server.readings.adapter import WEIGHTS_FILE, read_adapter
+from probescore_server.readings.adapter import WEIGHTS_FILE, Adapter, adapter_of, read_adapter
 from probescore_server.readings.adapter_config import CONFIG_FILE, AdapterConfig
 from probescore_server.readings.changes import PlannedChanges, changes_of_adapter, changes_of_checkpoint, expected_weights
 from probescore_server.readings.checkpoint import CONFIG, WEIGHTS, read_checkpoint
-from probescore_server.readings.files_read import FilesRead
+from probescore_server.readings.files_read import FilesRead, tensors_in
 from probescore_server.readings.structure import DecoderStructure
 from probescore_server.readings.verification import check_layers
 
@@ -163,14 +164,7 @@ def read_weights(path: str | Path, frozen: FrozenModel) -> WeightsRead:
     if files.has(CONFIG_FILE):
         config = AdapterConfig.parse(files.content(CONFIG_FILE))
         adapter = read_adapter(files, config, frozen.structure)
-        found = WeightsRead(
-            _identity(frozen, ReadingKind.ADAPTER, [dict(files.digests)[WEIGHTS_FILE], config.meaning]),
-            ReadingKind.ADAPTER,
-            frozen.fingerprint,
-            adapter.unseen,
-            WEIGHTS_FILE,
-            lambda skeleton: changes_of_adapter(skeleton, adapter),
-        )
+        found = _of_adapter(adapter, config, dict(files.digests)[WEIGHTS_FILE], frozen)
     elif files.has(CONFIG):
         checkpoint = read_checkpoint(files, frozen.structure, frozen.config, frozen.settings)
         found = WeightsRead(
@@ -188,6 +182,23 @@ def read_weights(path: str | Path, frozen: FrozenModel) -> WeightsRead:
     _check_tokenizer(directory, frozen.tokenizer_fingerprint)
     files.check_unchanged()
     return found
+
+
+def read_brought_adapter(content: bytes, settings: Mapping[str, Any], frozen: FrozenModel) -> WeightsRead:
+    """Reads an adapter that was read from its file already, such as one that a probe brings.
+
+    Args:
+        content: the content of the file with its tensors.
+        settings: its settings, as PEFT writes them.
+        frozen: the model that is served.
+
+    Raises:
+        ReadingRefused: it is none that is computed here, or of another model; the error names PEFT's file and what in it.
+    """
+    config = AdapterConfig.parse(json.dumps(settings).encode())
+    return _of_adapter(
+        adapter_of(tensors_in(content, WEIGHTS_FILE), config, frozen.structure), config, hashlib.sha256(content).hexdigest(), frozen
+    )
 
 
 def load_version(read: WeightsRead, frozen: FrozenModel) -> ReadingVersion:
@@ -222,6 +233,17 @@ def load_version(read: WeightsRead, frozen: FrozenModel) -> ReadingVersion:
         changes_input=any(layer is None and name not in norms for name, layer in layers.items()),
         changes_final_norm=bool(norms),
         unseen_tensors=read.unseen,
+    )
+
+
+def _of_adapter(adapter: Adapter, config: AdapterConfig, digest: str, frozen: FrozenModel) -> WeightsRead:
+    return WeightsRead(
+        _identity(frozen, ReadingKind.ADAPTER, [digest, config.meaning]),
+        ReadingKind.ADAPTER,
+        frozen.fingerprint,
+        adapter.unseen,
+        WEIGHTS_FILE,
+        lambda skeleton: changes_of_adapter(skeleton, adapter),
     )
 
 

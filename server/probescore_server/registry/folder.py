@@ -10,11 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from probescore_server.errors import ProbeRefused, StartupError
-from probescore_server.files import MAX_PROBE_FILE_BYTES, UnreadableFile, read_regular_file
+from probescore_server.files import MAX_PROBE_FILE_BYTES, UnreadableFile, adapter_path, read_adapter_beside, read_regular_file
 from probescore_server.spool import Spool, SpooledFile
 
-Stamp = tuple[int, int, int, int] | None
-"""Type of the device number, inode, size in bytes and time of last change in nanoseconds of a file; ``None`` if it cannot be looked at."""
+_FileStamp = tuple[int, int, int, int] | None
+Stamp = tuple[_FileStamp, _FileStamp]
+"""Type of the state of a probe file, and of the adapter beside it: device number, inode, size in bytes and time of last change in
+nanoseconds; ``None`` if it cannot be looked at.
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +27,7 @@ class FolderContents:
     Attributes:
         files: the content of each file, a dictionary keyed by path.
         refused: the exception that refuses each file that cannot be read, keyed by path.
-        stamps: the state of the file at each path (inode, size and time of last change) before the file was read.
+        stamps: the state of the file at each path, and of the adapter beside it (inode, size and time of last change), before it was read.
     """
 
     files: Mapping[str, SpooledFile]
@@ -85,13 +88,17 @@ class ProbeFolder:
                 if not missing_is_refused and not os.path.lexists(path):
                     continue
                 try:
-                    files[path] = writer.keep(path, read_regular_file(path, MAX_PROBE_FILE_BYTES))
+                    files[path] = writer.keep(path, read_regular_file(path, MAX_PROBE_FILE_BYTES), read_adapter_beside(path))
                 except UnreadableFile as error:
                     refused[path] = ProbeRefused(path, error.field, error.found, error.expected)
         return FolderContents(files, refused, stamps)
 
 
 def _stamp(path: Path) -> Stamp:
+    return _file_stamp(path), _file_stamp(adapter_path(path))
+
+
+def _file_stamp(path: Path) -> _FileStamp:
     try:
         found = path.stat()
     except OSError:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 from probescore.reductions import Reduction
-from probescore.types import OutputPer, ProbeInfo, Scope, version_order
+from probescore.types import FROZEN, OutputPer, ProbeInfo, Scope, version_order
 from probescore_server.errors import InvalidRequest
 from probescore_server.rollouts import EngineInfo, ResolvedOptions
 
@@ -61,6 +61,30 @@ def resolve_options(
         return_token_ids=return_token_ids,
         return_token_texts=return_token_texts,
     )
+
+
+def check_named_probes(info: EngineInfo, probes: Sequence[str], options: ResolvedOptions, readings: Sequence[str]) -> None:
+    """Checks that no probe is named that has no scores on a reading that is named, too: one that brings an adapter is read with it on the
+    frozen model, and on nothing else. Where no probes are named, such a probe has no scores there.
+
+    Args:
+        info: the model and probes that are loaded.
+        probes: the probes as the request names them; empty = all.
+        options: what they were resolved to.
+        readings: the names of the readings that the request asks for; empty = the frozen one.
+
+    Raises:
+        InvalidRequest: naming ``readings[i]`` and the probe.
+    """
+    beside = next((index for index, name in enumerate(readings) if name != FROZEN), None)
+    if beside is None or isinstance(readings, str):
+        return
+    own = next((key for key in options.probes if key in info.bringing_adapters), None)
+    if own is not None and (probes or info.bringing_adapters.issuperset(options.probes)):
+        problem = (
+            f"{readings[beside][:100]!r} is not read with {own}, which brings an adapter of its own, so that it reads {FROZEN!r} alone"
+        )
+        raise InvalidRequest(f"readings[{beside}]", f"{problem}: name other probes, or ask for {FROZEN!r}")
 
 
 def _check_token_scores(wanted: Sequence[str], requested: Sequence[str], by_key: Mapping[str, ProbeInfo]) -> None:

@@ -444,7 +444,8 @@ def _parse(spooled: Sequence[SpooledFile], refusals: list[ProbeRefused] | None =
     files = {}
     for each in spooled:
         try:
-            files[each.sha256] = parse_probe_file(each.read(), each.file)
+            adapter = None if each.adapter is None else each.adapter.read()
+            files[each.sha256] = parse_probe_file(each.read(), each.file, adapter)
         except ProbeRefused as refusal:
             if refusals is None:
                 raise

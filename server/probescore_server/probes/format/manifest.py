@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError, field_validator, model_validator
 
 from probescore.reductions import Reduction, ReductionKind
 from probescore.types import Hook, OutputPer, PromptShape, ScoreUnit, Tap
@@ -388,6 +388,18 @@ class Golden(_ManifestPart):
         return np.array([row for case in self.cases for row in case.scores], np.float64)
 
 
+class AdapterReference(_ManifestPart):
+    """Part of a probe's manifest that states the LoRA adapter which the probe brings, and which lies in a file beside the probe file.
+
+    The probe reads the activations of the frozen model with this adapter.
+    """
+
+    sha256: Sha256 = Field(description="Digest of the file with the adapter's tensors, adapter_model.safetensors as PEFT writes it.")
+    settings: dict[str, JsonValue] = Field(
+        description="The settings of PEFT's adapter_config.json that change what the adapter computes; those that are off may be left out."
+    )
+
+
 class Manifest(_ManifestPart):
     """Complete description of a probe: its name and version, its language model, its inputs and output, and its golden vectors.
 
@@ -425,6 +437,7 @@ class Manifest(_ManifestPart):
         "special tokens that tokenizer_fingerprint covers.",
     )
     follow_up: FollowUp | None = None
+    adapter: AdapterReference | None = Field(None, description="The adapter that the probe brings; null for a probe of the model as it is.")
     calibrations: tuple[CalibrationRecord, ...] = Field((), strict=False)
     evaluations: tuple[Evaluation, ...] = Field((), strict=False)
     training: Training = Training()
@@ -506,6 +519,8 @@ def manifest_digest(manifest: Manifest) -> str:
             del content["golden"][field]  # so that files that were written without keep their digest
     if manifest.special_token_ids is None:
         del content["special_token_ids"]  # so that files that were written without keep their digest
+    if manifest.adapter is None:
+        del content["adapter"]  # so that files that were written without keep their digest
     for calibration in content["calibrations"]:
         if calibration["conditions"] is None:
             del calibration["conditions"]  # so that files that were written without keep their digest

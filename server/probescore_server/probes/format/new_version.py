@@ -42,4 +42,6 @@ def write_new_version(
         changes["calibrations"] = tuple(calibrations)
     if evaluations is not None:
         changes["evaluations"] = tuple(evaluations)
-    return write_probe_file(path, onnx.load_model_from_string(probe.graph), manifest.model_copy(update=changes), replace=False)
+    return write_probe_file(
+        path, onnx.load_model_from_string(probe.graph), manifest.model_copy(update=changes), adapter=probe.adapter, replace=False
+    )

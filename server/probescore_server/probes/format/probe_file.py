@@ -1,8 +1,9 @@
 """Reads and writes probe files, and makes every check of a probe file that needs no language model.
 
-A probe file is an ``.onnx`` file with the probe's manifest inside. This module imports neither torch nor onnxruntime and executes no graph:
-a file that passes its checks is well-formed, but not yet trusted. ``check_against_model`` compares the probe with a model, and the engine
-recomputes the probe's golden vectors (rollouts with scores of the author's code).
+A probe file is an ``.onnx`` file with the probe's manifest inside, and beside it the adapter that the probe brings, if it does. This module
+imports neither torch nor onnxruntime and executes no graph: a file that passes its checks is well-formed, but not yet trusted.
+``check_against_model`` compares the probe with a model, and the engine recomputes the probe's golden vectors (rollouts with scores of the
+author's code).
 """
 
 from __future__ import annotations
@@ -18,7 +19,14 @@ from google.protobuf.message import DecodeError
 from pydantic import ValidationError
 
 from probescore_server.errors import ProbeRefused
-from probescore_server.files import MAX_PROBE_FILE_BYTES, UnreadableFile, read_regular_file, write_atomically
+from probescore_server.files import (
+    MAX_PROBE_FILE_BYTES,
+    UnreadableFile,
+    adapter_path,
+    read_adapter_beside,
+    read_regular_file,
+    write_atomically,
+)
 from probescore_server.probes.format.complaints import first_complaint
 from probescore_server.probes.format.graph import GraphSignature, check_graph, check_signature
 from probescore_server.probes.format.manifest import METADATA_KEY, Manifest, manifest_digest
@@ -38,11 +46,14 @@ class ProbeFile:
         file: the file's name as the operator gave it, for messages.
         manifest: the manifest that was read from the file.
         graph: the serialised ONNX ``ModelProto`` without ``metadata_props``, over which ``manifest.graph_sha256`` is computed.
+        adapter: the content of the file with the adapter that the probe brings, over which ``manifest.adapter.sha256`` is computed;
+            ``None`` = it brings none.
     """
 
     file: str
     manifest: Manifest
     graph: bytes
+    adapter: bytes | None = None
 
 
 def read_probe_file(path: Path | str, *, max_bytes: int = MAX_FILE_BYTES) -> ProbeFile:
@@ -53,14 +64,19 @@ def read_probe_file(path: Path | str, *, max_bytes: int = MAX_FILE_BYTES) -> Pro
     """
     file = str(path)
     try:
-        data = read_regular_file(path, max_bytes)
+        data, adapter = read_regular_file(path, max_bytes), read_adapter_beside(path)
     except UnreadableFile as error:
         raise ProbeRefused(file, error.field, error.found, error.expected) from None
-    return parse_probe_file(data, file)
+    return parse_probe_file(data, file, adapter)
 
 
-def parse_probe_file(data: bytes, file: str) -> ProbeFile:
-    """Parses and checks the bytes of a probe file as ``read_probe_file`` does; ``file`` is the name that messages use.
+def parse_probe_file(data: bytes, file: str, adapter: bytes | None = None) -> ProbeFile:
+    """Parses and checks the bytes of a probe file as ``read_probe_file`` does.
+
+    Args:
+        data: the bytes.
+        file: the name that messages use.
+        adapter: the bytes of the adapter that lies beside the file; ``None`` = none does.
 
     Raises:
         ProbeRefused: the bytes fail a check; the error names the file, the field, the value found and the value expected.
@@ -75,20 +91,26 @@ def parse_probe_file(data: bytes, file: str) -> ProbeFile:
     ):
         if found != expected:
             raise ProbeRefused(file, field, found, f"{expected}, which is that of the file's content: it was changed after it was written")
+    _check_adapter(manifest, adapter, file)
     check_signature(model, GraphSignature.of(manifest), file)
     check_graph(model, file)
     check_golden(manifest, file)
-    return ProbeFile(file, manifest, graph)
+    return ProbeFile(file, manifest, graph, adapter)
 
 
-def write_probe_file(path: Path | str, graph: onnx.ModelProto, manifest: Manifest, *, replace: bool = True) -> ProbeFile:
+def write_probe_file(
+    path: Path | str, graph: onnx.ModelProto, manifest: Manifest, *, adapter: bytes | None = None, replace: bool = True
+) -> ProbeFile:
     """Writes a probe file: a graph with its manifest inside, sealed with digests of both, once it passes every check of
     ``read_probe_file``.
 
     Args:
-        path: where to write; the file is replaced in one step, so that no reader ever sees half a file.
+        path: where to write; the file is replaced in one step, so that no reader ever sees half a file. A reader that comes between an
+            adapter and its probe refuses the two, whose digests do not agree, and may read them again.
         graph: the ONNX model, as ``docs/reference/probe-file.md`` describes it; its ``metadata_props`` are dropped.
         manifest: the probe's manifest; its two digests are computed here, and ``UNSEALED`` may stand in for them.
+        adapter: the content of the adapter that the manifest states, which is written beside the file (``adapter_path``); ``None`` = none,
+            and one that lies there is removed.
         replace: whether any file at ``path`` may be replaced; if false, only a probe file of another name or version is replaced.
 
     Raises:
@@ -109,10 +131,14 @@ def write_probe_file(path: Path | str, graph: onnx.ModelProto, manifest: Manifes
     target = Path(path)
     if len(data) > MAX_FILE_BYTES:
         raise ProbeRefused(str(path), "file size", f"{len(data)} bytes", f"at most {MAX_FILE_BYTES}")
-    probe = parse_probe_file(data, str(path))
+    probe = parse_probe_file(data, str(path), adapter)
     if not replace and os.path.lexists(target) and _keeps(target, probe):
         return probe
+    if adapter is not None:
+        write_atomically(adapter_path(target), adapter)
     write_atomically(target, data)
+    if adapter is None:
+        adapter_path(target).unlink(missing_ok=True)
     return probe
 
 
@@ -129,7 +155,7 @@ def _keeps(path: Path, probe: ProbeFile) -> bool:
         raise ProbeRefused(str(path), "file", found, "nothing, or a probe file of another name or version, to replace") from None
     if there.manifest.key != probe.manifest.key:
         return False
-    if (there.graph, there.manifest) != (probe.graph, probe.manifest):
+    if (there.graph, there.manifest) != (probe.graph, probe.manifest):  # the manifest has the adapter's digest in it
         raise ProbeRefused(str(path), "version", f"{there.manifest.key} there with other content", "a new version for new content")
     return True
 
@@ -175,6 +201,26 @@ def check_golden(manifest: Manifest, file: str) -> None:
     for label, constant in zip(manifest.output.labels, too_small, strict=True):
         if constant:
             raise ProbeRefused(file, "golden.cases", f"constant scores for label {label!r}", "scores that differ, or nothing is checked")
+
+
+def _check_adapter(manifest: Manifest, adapter: bytes | None, file: str) -> None:
+    """Checks that the adapter beside a probe file is the one that its manifest states."""
+    name = adapter_path(file).name
+    if manifest.adapter is None:
+        if adapter is not None:
+            raise ProbeRefused(file, "adapter", f"{name} beside a probe that brings no adapter", "a probe that states it, or no such file")
+        return
+    if adapter is None:
+        raise ProbeRefused(file, "adapter", f"no file {name}", "the adapter that the probe brings, beside the probe file")
+    found = adapter_digest(adapter)
+    if found != manifest.adapter.sha256:
+        problem = f"{found}, the digest of {name}"
+        raise ProbeRefused(file, "adapter.sha256", problem, f"{manifest.adapter.sha256}, that of the adapter which the probe was made with")
+
+
+def adapter_digest(adapter: bytes) -> str:
+    """Returns the digest, ``sha256:…``, of the content of an adapter's file."""
+    return "sha256:" + hashlib.sha256(adapter).hexdigest()
 
 
 def graph_digest(graph: bytes) -> str:

@@ -96,28 +96,35 @@ def load_probes(
     """
     keys = {file.manifest.key for file in files}
     networks = {file.manifest.key: _network(file) for file in files if file.manifest.key not in running}
-    changed = {file.manifest.taps[0] for file in files if networks.get(file.manifest.key) is not None}
-    changed |= {probe.manifest.taps[0] for key, probe in running.items() if key not in keys and isinstance(probe.runs, StackMember)}
+    changed = {_stacked_at(file.manifest) for file in files if networks.get(file.manifest.key) is not None}
+    changed |= {_stacked_at(probe.manifest) for key, probe in running.items() if key not in keys and isinstance(probe.runs, StackMember)}
     kept = {
         key: probe
         for key, probe in running.items()
-        if key in keys and not (isinstance(probe.runs, StackMember) and probe.manifest.taps[0] in changed)
+        if key in keys and not (isinstance(probe.runs, StackMember) and _stacked_at(probe.manifest) in changed)
     }
     left = [file for file in files if file.manifest.key not in kept]
     sessions = {file.manifest.key: ProbeSession(file, session_device(device)) for file in left}
-    by_tap: dict[Tap, dict[str, Network]] = defaultdict(dict)
+    by_place: dict[tuple[Tap, str], dict[str, Network]] = defaultdict(dict)
     for file in left:
         network = networks[file.manifest.key] if file.manifest.key in networks else _network(file)
         if network is not None:
-            by_tap[file.manifest.taps[0]][file.manifest.key] = network
+            by_place[_stacked_at(file.manifest)][file.manifest.key] = network
     members: dict[str, StackMember] = {}
-    for tap, of_tap in by_tap.items():
-        members |= _stacked(tap, of_tap, sessions, device)
+    for (tap, _), networks_there in by_place.items():
+        members |= _stacked(tap, networks_there, sessions, device)
     loaded = {
         file.manifest.key: LoadedProbe.of(file.manifest, members.get(file.manifest.key, sessions[file.manifest.key])) for file in left
     }
     ready = kept | loaded
     return {file.manifest.key: ready[file.manifest.key] for file in files}
+
+
+def _stacked_at(manifest: Manifest) -> tuple[Tap, str]:
+    """Returns the first tap (place in the model) of a probe, and the adapter that it brings: a stack has the probes of one such place,
+    since activations with an adapter are others.
+    """
+    return manifest.taps[0], "" if manifest.adapter is None else manifest.adapter.model_dump_json()
 
 
 def _network(file: ProbeFile) -> Network | None:
