@@ -289,7 +289,8 @@ class AsyncProbeClient(BaseClient):
         is a host name, or a list of addresses, the reading is loaded on every server behind it, and is the same version on all of them. If
         one of them fails, loading is undone on all: the name means again what it meant before if this client has loaded that itself and its
         files are still there, and otherwise nothing; the error says which. Files that are still being written are waited for within
-        ``timeout``; undoing may take as long again. The servers' settings ``admin`` and ``readings_root`` must be set.
+        ``timeout``; undoing may take as long again. A call that is given up before it returns has asked all the same. The servers' settings
+        ``admin`` and ``readings_root`` must be set.
 
         Args:
             name: the name by which ``score`` asks for the reading: 1 to 64 of A–Z, a–z, 0–9, '.', '_' and '-', beginning with a letter or

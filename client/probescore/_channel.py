@@ -173,4 +173,5 @@ def _looked_up(target: str) -> tuple[list[str], str]:
         if family in by_family:
             written = f"[{endpoint[0]}]" if family == socket.AF_INET6 else str(endpoint[0])
             by_family[family][f"{written}:{port}"] = None
-    return list(max(by_family.values(), key=lambda found: len(found))), f"{match['host']}:{port}"
+    most = max(by_family.values(), key=len)
+    return list(most), f"{match['host']}:{port}"

@@ -268,13 +268,16 @@ def _undone(
             else:
                 now[server] = "nothing" if was is None else f"nothing, since the files of {was.id[:19]}… could not be loaded again"
         undo = again
+    for server, outcome in outcomes.items():
+        if isinstance(outcome, DeadlineExceededError):
+            now[server] += ", unless loading goes on there and ends later"
     return "it means " + "; ".join(f"on {server} {now[server]}" for server in outcomes)
 
 
 def _may_have_changed(request: admin_pb2.LoadReadingRequest, was: Reading | None, outcome: Outcome) -> bool:
     if isinstance(outcome, LoadedReading):
         return was is None or (was.id, was.step) != (outcome.reading.id, outcome.reading.step)
-    if isinstance(outcome, (TransientError, DeadlineExceededError)) and outcome.reason == "":
+    if isinstance(outcome, DeadlineExceededError) or (isinstance(outcome, TransientError) and not outcome.reason):
         return True  # the request may have arrived, and only its answer been lost
     return request.in_place and was is not None
 

@@ -10,6 +10,7 @@ import pytest
 
 from probescore import ProbeClient
 from probescore._channel import SERVICE_CONFIG, Addresses, channel_options
+from probescore._sync import _client_with
 
 
 @pytest.mark.parametrize(
@@ -69,6 +70,76 @@ def test_a_list_without_a_common_family_is_refused() -> None:
 def test_what_is_no_address_is_refused_at_once(written: Any, problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
         ProbeClient(written)
+
+
+def looks_up(monkeypatch: pytest.MonkeyPatch, *found: str) -> list[tuple[str, int]]:
+    """Lets every name have these addresses, and returns what is looked up."""
+    asked: list[tuple[str, int]] = []
+
+    def look_up(host: str, port: int, **_: Any) -> list[Any]:
+        asked.append((host, port))
+        families = [(socket.AF_INET6 if ":" in each else socket.AF_INET, each) for each in found]
+        return [(family, socket.SOCK_STREAM, 6, "", (each, port)) for family, each in families]
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("written", "found", "servers"),
+    [
+        ("dns:///scoring.svc:50051", ["10.0.0.1", "10.0.0.2", "10.0.0.1"], ["10.0.0.1:50051", "10.0.0.2:50051"]),
+        ("scoring.svc:50051", ["10.0.0.1", "10.0.0.2"], ["10.0.0.1:50051", "10.0.0.2:50051"]),
+        ("dns:scoring.svc", ["10.0.0.1", "10.0.0.2"], ["10.0.0.1:443", "10.0.0.2:443"]),
+        # both families are the same servers
+        ("scoring.svc:1", ["10.0.0.1", "fe80::1", "10.0.0.2", "fe80::2"], ["10.0.0.1:1", "10.0.0.2:1"]),
+        ("scoring.svc:1", ["fe80::1", "fe80::2"], ["[fe80::1]:1", "[fe80::2]:1"]),
+        ("ipv4:10.0.0.1:1,10.0.0.2:2", [], ["10.0.0.1:1", "10.0.0.2:2"]),
+        (["one:1", "two:2"], ["10.0.0.1"], ["10.0.0.1:1", "10.0.0.1:2"]),
+        # a single server is the client's own connection
+        ("localhost:1", ["::1", "127.0.0.1"], ["localhost:1"]),
+        ("dns:///scoring.svc:50051", ["10.0.0.1"], ["dns:///scoring.svc:50051"]),
+        ("unix:/run/probescore.sock", [], ["unix:/run/probescore.sock"]),
+        ("unix-abstract:probescore", [], ["unix-abstract:probescore"]),
+    ],
+)
+def test_each_server_of_an_address_is_found(monkeypatch: pytest.MonkeyPatch, written: Any, found: list[str], servers: list[str]) -> None:
+    looks_up(monkeypatch, *found)
+    parts = Addresses.of(written).each()
+
+    assert [part.written[0] for part in parts] == servers
+    for part in parts if len(parts) > 1 else ():
+        assert part.target() == f"dns:///{part.written[0]}"
+        assert part.authority == part.one_of != ""
+        assert part.proxy is None
+
+
+def test_the_servers_of_a_name_that_only_grpc_can_look_up_cannot_be_told() -> None:
+    for written in ("xds:///scoring", "dns://10.0.0.53/scoring:50051"):
+        with pytest.raises(ValueError, match="cannot be told apart"):
+            Addresses.of(written).each()
+
+
+def test_behind_a_proxy_there_is_one_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = looks_up(monkeypatch, "10.0.0.1", "10.0.0.2")
+    for name in ("grpc_proxy", "https_proxy", "http_proxy", "no_grpc_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("https_proxy", "http://proxy:3128")
+
+    addresses = Addresses.of("scoring.svc:50051")
+    assert addresses.each() == (addresses,)
+    assert asked == []
+
+
+def test_the_servers_of_a_name_that_goes_direct_go_direct(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks_up(monkeypatch, "10.0.0.1", "10.0.0.2")
+    monkeypatch.setenv("https_proxy", "http://proxy:3128")
+    monkeypatch.setenv("no_proxy", "scoring.svc")
+
+    for settings in ProbeClient("scoring.svc:50051")._servers():
+        options = dict(_client_with(settings)._channel_options(settings.addresses.target()))
+        assert options["grpc.enable_http_proxy"] == 0
+        assert options["grpc.default_authority"] == "scoring.svc:50051"
 
 
 def test_a_certificate_is_checked_against_the_name_that_the_user_gave() -> None:

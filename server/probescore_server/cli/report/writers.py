@@ -104,12 +104,9 @@ class InOrderWriter:
             output.close()
 
     def _hand_on(self, scored: ScoredCompletion) -> None:
-        statuses = [
-            all(own.status is CompletionStatus.OK for own in (answer, *answer.readings.values()))
-            for answer in _with_follow_ups(scored.scores)
-        ]
-        self.views += len(statuses)
-        self.unscored += statuses.count(False)
+        answers = list(_with_follow_ups(scored.scores))
+        self.views += len(answers)
+        self.unscored += sum(not _is_scored(answer) for answer in answers)
         for output in self.outputs:
             output.add(scored)
 
@@ -191,6 +188,12 @@ class PageWriter:
         write_page(self._path, self._views, series_of(self._info.probes, self._loaded, self._info.readings), self._info, title=title)
         if not self._quiet:
             new_console().print(f"wrote {self._path}", soft_wrap=True, markup=False)
+
+
+def _is_scored(answer: CompletionScores) -> bool:
+    """Returns whether a completion has scores on every reading that was asked for."""
+    statuses = [answer.status, *(own.status for own in answer.readings.values())]
+    return all(status is CompletionStatus.OK for status in statuses)
 
 
 def _as_json(scored: CompletionScores, info: ScoringInfo) -> dict[str, Any]:
