@@ -2,7 +2,7 @@
 
     ProbescoreError
     ├── InvalidRequestError       the request violates the contract or a limit; ``field`` names the place (also a ``ValueError``)
-    ├── MismatchError             the server runs another model or tokenizer than the one expected
+    ├── MismatchError             the server has another model, tokenizer or version of a reading than the one expected
     ├── MessageTooLargeError      a request or a response has too many bytes; send fewer rollouts per RPC
     ├── OutOfMemoryError          one rollout alone needs more memory than the server's device has; send shorter ones
     ├── AuthenticationError       the server cannot identify the caller, or does not permit the RPC
@@ -75,7 +75,9 @@ class InvalidRequestError(ProbescoreError, ValueError):
 
 
 class MismatchError(ProbescoreError):
-    """Exception raised when the server runs another model or tokenizer than the one that the request expects."""
+    """Exception raised when the server runs another model or tokenizer than the one that the request expects, or has another version of a
+    reading (whose activations the probes read), or when several servers have different versions.
+    """
 
 
 class MessageTooLargeError(ProbescoreError):
@@ -111,6 +113,6 @@ class UnavailableError(TransientError):
 
 
 class ServerError(ProbescoreError):
-    """Exception raised when the server failed, does not offer the requested method or feature, or sent a response that violates the
-    protobuf contract.
+    """Exception raised when the server failed, does not offer the requested method or feature, is not in a state to do what is asked, or
+    sent a response that violates the protobuf contract.
     """
