@@ -31,6 +31,7 @@ from probescore import (
     ServerError,
     ServerInfo,
     StreamedCompletion,
+    UnavailableError,
 )
 from probescore.types import FROZEN, Reading, ReadingKind, ReadingScores
 from probescore_adapters import Outcome, Policy, ProbeScorer, ProbeSignal, ReadingGone, Rollout, SignalError
@@ -324,6 +325,7 @@ def test_a_reading_of_which_there_is_never_one_version_is_not_read(caplog: pytes
 GONE: dict[str, ProbescoreError | None] = {
     "unknown": None,
     "lost": MismatchError("the reading policy was lost: its files are others now", "FAILED_PRECONDITION", "READING_LOST"),
+    "of several versions": UnavailableError("servers differ", "UNAVAILABLE", "READING_DIFFERS"),
     "ignored": ServerError("the server does not know readings", "UNIMPLEMENTED", "READINGS_IGNORED"),
     "refused by its field": InvalidRequestError(
         "readings: none are served", "INVALID_ARGUMENT", "INVALID_REQUEST", (FieldViolation("readings", "none are served"),)

@@ -54,8 +54,8 @@ replicas with different probes or readings must not make the run alternate betwe
 
 _TRANSPORT = (TransientError, DeadlineExceededError, ServerError)
 
-_READING_REASONS = {"UNKNOWN_READING", "READING_LOST", "READING_CHANGED", "READINGS_IGNORED"}
-"""Reasons of errors that say that the server has not the reading, or not one version of it, that a request names."""
+_READING_REASONS = {"UNKNOWN_READING", "READING_LOST", "READING_CHANGED", "READING_DIFFERS", "READINGS_IGNORED"}
+"""Reasons of errors that say that the servers have not the reading, or not one version of it, that a request names."""
 
 
 class ServerFactsRequest:
@@ -387,7 +387,9 @@ class ProbeScorer:
                 if error.reason not in _READING_REASONS and not error.field.startswith("readings"):
                     raise
                 now: ServerFacts = yield ServerFactsRequest()
-                there = {reading.name for reading in now.info.readings} if attempt < _MAX_ATTEMPTS - 1 else set()
+                # where servers differ the client has waited already, and one of them cannot tell what the others have
+                is_over = attempt == _MAX_ATTEMPTS - 1 or error.reason == "READING_DIFFERS"
+                there = set() if is_over else {reading.name for reading in now.info.readings}
                 missing |= self._missing_readings(there, error)
             else:
                 self._note_readings(batch, step)

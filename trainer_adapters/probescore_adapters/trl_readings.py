@@ -4,7 +4,6 @@ many steps, and has the server load them as a reading.
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
 import sys
@@ -17,12 +16,8 @@ from accelerate.utils import DistributedType, broadcast_object_list, extract_mod
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from probescore import ProbescoreError
+from probescore_adapters.policy_readings import PolicyReading
 from probescore_adapters.scorer import ProbeScorer
-from probescore_adapters.signals import Mode
-
-# the standard library's: a trainer's process has its own way of showing logs
-logger = logging.getLogger("probescore_adapters")
 
 
 class ReadingCallback(TrainerCallback):
@@ -37,9 +32,7 @@ class ReadingCallback(TrainerCallback):
     policy that is sharded over ranks (FSDP, DeepSpeed ZeRO-3). Then it deletes nothing, and the reading is there from the first checkpoint
     on.
 
-    If saving or loading fails, ``on_failure`` of the scorer's policy decides: with a number the run goes on with a warning, and the reading
-    stays what it was; else the error is raised on every rank. Once a load has succeeded, a run whose signals on the reading are all
-    monitors goes on in any case, since these change no reward.
+    If saving or loading fails, the run goes on or ends as ``PolicyReading`` says; an error is raised on every rank.
 
     Args:
         scorer: the scorer whose signals (rules from probe scores to rewards) read the policy; its servers load the weights.
@@ -73,18 +66,11 @@ class ReadingCallback(TrainerCallback):
             raise ValueError(
                 f"directory: the trainer's checkpoints are in its output_dir, got {directory!r} and every=None; give one of them"
             )
-        readers = [signal for signal in scorer.signals if signal.reading == name]
-        if not readers:
-            known = ", ".join(dict.fromkeys(repr(signal.reading) for signal in scorer.signals))
-            raise ValueError(f"name: no signal of the scorer reads {name!r}, they read {known}: give a signal reading={name!r}")
-        self._scorer = scorer
+        self._reading = PolicyReading(scorer, name)
         self._directory = directory
         self._server_directory = server_directory
         self._every = every
-        self._name = name
         self._keep = keep
-        self._only_monitored = all(signal.mode is Mode.MONITOR for signal in readers)
-        self._has_loaded = False
         self._saved: list[Path] = []
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:  # noqa: ANN401
@@ -124,17 +110,11 @@ class ReadingCallback(TrainerCallback):
             except Exception as raised:  # raised below, on every rank: the others wait for this one
                 failed = [raised]
         (error,) = broadcast_object_list(failed)
-        if error is None:
-            self._has_loaded = True
-            return
-        goes_on = not isinstance(self._scorer.policy.on_failure, str) or (self._has_loaded and self._only_monitored)
-        if not isinstance(error, (ProbescoreError, OSError)) or not goes_on:
-            raise error
-        logger.warning("the reading %r stays what it was, since the policy could not be saved or loaded: %s", self._name, error)
+        self._reading.settle(error)
 
     def _save_and_load(self, folder: Path, step: int, policy: Any, tokenizer: Any) -> None:  # noqa: ANN401 - of transformers
         """Saves the policy's weights to a directory of their own, has the servers load them, and deletes those of earlier steps."""
-        saved = folder / f"{self._name}-step-{step}"
+        saved = folder / f"{self._reading.name}-step-{step}"
         partial = saved.with_name(f"{saved.name}.partial")  # so that under its own name it is whole
         for former in (partial, saved):
             shutil.rmtree(former, ignore_errors=True)
@@ -152,9 +132,7 @@ class ReadingCallback(TrainerCallback):
 
     def _load(self, folder: Path, saved: Path, step: int) -> None:
         seen = folder if self._server_directory is None else Path(self._server_directory)
-        loaded = self._scorer.load_reading(self._name, seen / saved, step)
-        drifts = ", ".join(f"{probe} {drift:.3g}" for probe, drift in loaded.golden_drift.items()) or "no probe"
-        logger.info("the reading %r is the policy of step %d, %s; golden drift: %s", self._name, step, loaded.reading.id, drifts)
+        self._reading.load(seen / saved, step)
 
 
 def _save(policy: Any, tokenizer: Any, folder: Path) -> str:  # noqa: ANN401 - of transformers

@@ -75,8 +75,7 @@ class ProbeRewardManager(NaiveRewardManager):
         reward_model_tokenizer: Tokenizer | None = None,
     ) -> None:
         super().__init__(config, tokenizer, compute_score, reward_router_address, reward_model_tokenizer)
-        settings = OmegaConf.create((config.reward.get("reward_kwargs") or {}).get("probescore") or {})
-        self.scorer = _scorer(OmegaConf.to_container(settings, resolve=True), tokenizer_fingerprint(tokenizer))
+        self.scorer = scorer_from_config(config, tokenizer_fingerprint(tokenizer))
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop:
@@ -139,7 +138,20 @@ def rollout_of(data: DataProto) -> Rollout:
     return Rollout(prompts[in_prompt], responses[in_response], mask)
 
 
-def _scorer(settings: Mapping[str, Any], fingerprint: str) -> ProbeScorer:
+def scorer_from_config(config: DictConfig, fingerprint: str) -> ProbeScorer:
+    """Returns the ``ProbeScorer`` (which turns probe scores into rewards) that verl's setting ``reward.reward_kwargs.probescore`` or the
+    environment describes.
+
+    Args:
+        config: verl's configuration.
+        fingerprint: fingerprint of the tokenizer that the server must have, unless the settings name another; "" = any.
+
+    Raises:
+        SignalError: a signal's mode is ``screen``.
+        TypeError, ValueError: another setting is wrong.
+    """
+    written = OmegaConf.create((config.reward.get("reward_kwargs") or {}).get("probescore") or {})
+    settings: Mapping[str, Any] = OmegaConf.to_container(written, resolve=True)
     if settings:
         rest = {"tokenizer_fingerprint": fingerprint, **settings}
         policy = Policy(**{field.name: rest.pop(field.name) for field in fields(Policy) if field.name in rest})

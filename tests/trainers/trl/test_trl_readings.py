@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import math
@@ -16,10 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from running_server import RunningServer, start_server
 from sorting_policy import LAYER, TOLERANCE, SortingPolicy
 from training import BATCH, PlainGRPO, ProbedGRPO, digits_in_order, new_trainer
+from transformers import AutoModelForCausalLM
 
 from probescore import InvalidRequestError, ProbeClient, ProbescoreError
 from probescore_adapters import Policy, ProbeScorer, ProbeSignal
@@ -49,13 +49,15 @@ class ReadPolicy:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.expected: list[np.ndarray[Any, Any]] = []
-        self._weight: Any = None
         super().__init__(*args, **kwargs)
 
     def _calculate_rewards(self, *args: Any) -> Any:
+        # another object than the trainer's, in which nothing is wrapped
         if self.state.global_step % EVERY == 0:  # type: ignore[attr-defined]
-            self._policy = copy.deepcopy(self.model).eval()  # type: ignore[attr-defined]
-        fitted = np.load(self.fitted)  # type: ignore[attr-defined]
+            plain = AutoModelForCausalLM.from_pretrained(self.read.model, dtype=torch.float32)  # type: ignore[attr-defined]
+            self._policy = (get_peft_model(plain, LORA) if hasattr(self.model, "peft_config") else plain).eval()  # type: ignore[attr-defined]
+            self._policy.load_state_dict(self.model.state_dict())  # type: ignore[attr-defined]
+        fitted = np.load(self.read.folder / "fitted.npz")  # type: ignore[attr-defined]
         found = []
         for prompt, completion in self.generated[-BATCH:]:  # type: ignore[attr-defined]
             with torch.no_grad():
@@ -78,7 +80,7 @@ def trained(kind: type, policy: SortingPolicy, folder: Path, scorer: ProbeScorer
     probed = {"probes": scorer} if issubclass(kind, ProbedGRPO) else {}
     rewards = [digits_in_order] if probed else [digits_in_order, ProbeReward(scorer)]
     trainer = new_trainer(kind, policy, folder, rewards, callbacks=[callback], **probed, **options)
-    trainer.fitted = policy.folder / "fitted.npz"
+    trainer.read = policy
     trainer.train()
     return trainer
 
@@ -163,7 +165,7 @@ def test_two_ranks_are_read_by_one_version_at_each_step(
     assert ranks[0]["steps"] == [0, 0, 2, 2]
     assert all(math.isfinite(drift) for drift in ranks[0]["drift"])
     assert ranks[0]["read"] == ranks[1]["read"]
-    assert len(set(ranks[0]["read"])) == 2
+    assert len({version for _, version in ranks[0]["read"]}) == 2
     assert ranks[0]["steps"] == [step for step, _ in ranks[0]["read"]]
     assert sorted(path.name for path in (readings / tmp_path.name).iterdir()) == ["policy-step-2", "policy-step-4"]
     for rank in ranks:
@@ -197,7 +199,7 @@ class Breaking(ReadingCallback):
     def _load(self, folder: Path, saved: Path, step: int) -> None:
         if step == 2:
             ProbeClient(self.address).unload_reading("policy")  # type: ignore[attr-defined]
-            (folder / saved / "adapter_config.json").unlink()
+            (folder / saved / "adapter_config.json").write_text('{"peft_type": "IA3"}')
         super()._load(folder, saved, step)
 
 
