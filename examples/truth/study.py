@@ -24,7 +24,7 @@ from probescore_probes.fitting.activation_pass import read_tokens
 from probescore_probes.fitting.baselines import RANDOM_DIRECTIONS, bag_of_words
 from probescore_probes.fitting.cross_validation import Candidate, Labels, held_out_auroc, held_out_scores
 from probescore_probes.fitting.kinds import fit_kind
-from probescore_probes.fitting.linear_kinds import DIFFERENCE_OF_MEANS, LDA, LOGISTIC, Linear, fit_linear
+from probescore_probes.fitting.linear_kinds import DIFFERENCE_OF_MEANS, LDA, LOGISTIC, USUAL_STRENGTHS, Linear, fit_linear
 from probescore_probes.fitting.pooling_kinds import MEAN_OF_SIGMOIDS, MLP
 from probescore_probes.fitting.splits import folds
 from probescore_probes.fitting.token_kinds import ATTENTION
@@ -224,11 +224,11 @@ def kinds(study: Study) -> Iterator[Row]:
         (LOGISTIC, STRENGTH, "logistic, C = .01", 0.939, 0.63),
         (LOGISTIC, 1.0, "logistic, C = 1", 0.909, None),
         (DIFFERENCE_OF_MEANS, STRENGTH, "difference of means", 0.877, 0.80),
-        (LDA, STRENGTH, "LDA", 0.935, None),
+        (LDA, USUAL_STRENGTHS[LDA], "LDA", 0.935, None),
     ):
         yield Row(title, (said, said), (study.held_out(rows, factual, kind=kind, strength=strength),))
-        if strength == STRENGTH:
-            outside = (study.transferred(factual, far, kind=kind),)
+        if strength < 1.0:
+            outside = (study.auroc(study.fitted(rows, factual, kind, strength).score(rows[far]), far),)
             yield Row(f"{title}, on antonyms", None if said_far is None else (said_far, said_far), outside)
     across = [f"resid_post.{block}" for block in (4, 8, 12, 16, 20, 24)]
     some = study.labels.of(factual)
