@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from questions import question
 from statements import Line
 
 from probescore.types import Chat, Completion, Text
@@ -20,42 +21,42 @@ from probescore_probes.fitting.robustness import FILLER
 from probescore_server import Engine
 
 POOLS = ("mean", "last")
-USUAL = "as they are"
+USUAL = "answers in a chat"
 MIDDLE = tuple(f"resid_post.{layer}" for layer in range(9, 20))
 """What is read of other forms than the usual one: where probes of truth read best."""
 
 
-def as_they_are(lines: Sequence[Line], engine: Engine) -> list[Example]:
-    rollouts = [
-        LabelledRollout(
-            Text(line["prompt"]), Completion(line["completion"]), line["label"], str(number), group=line["group"], slice=line["slice"]
-        )
-        for number, line in enumerate(lines)
-    ]
-    return tokenised(rollouts, engine)
+def in_a_chat(lines: Sequence[Line], engine: Engine) -> list[Example]:
+    """A user asks, the answer is what follows: ``What is the capital of France?`` and ``Paris.``"""
+    return _examples(lines, engine, lambda stem: Chat.of([{"role": "user", "content": question(stem)}]), str.lstrip)
 
 
-def with_filler(lines: Sequence[Line], engine: Engine) -> list[Example]:
-    filler = engine.encode_completion(FILLER)
-    examples = as_they_are(lines, engine)
-    return [replace(each, completion_ids=np.concatenate([each.completion_ids, filler]).astype(np.int32)) for each in examples]
+def without_template(lines: Sequence[Line], engine: Engine) -> list[Example]:
+    """Question and answer as plain text: no template, and no BOS."""
+    return _examples(lines, engine, lambda stem: Text(question(stem)))
 
 
 def with_bos(lines: Sequence[Line], engine: Engine) -> list[Example]:
     bos = np.array([engine.info.bos_token_id], np.int32)
-    return [replace(each, prompt_ids=np.concatenate([bos, each.prompt_ids])) for each in as_they_are(lines, engine)]
+    return [replace(each, prompt_ids=np.concatenate([bos, each.prompt_ids])) for each in without_template(lines, engine)]
 
 
-def in_a_chat(lines: Sequence[Line], engine: Engine) -> list[Example]:
-    prompts = {line["prompt"]: engine.encode_prompt(Chat.of([{"role": "user", "content": line["prompt"]}])) for line in lines}
-    return [replace(each, prompt_ids=prompts[line["prompt"]]) for each, line in zip(as_they_are(lines, engine), lines, strict=True)]
+def with_filler(lines: Sequence[Line], engine: Engine) -> list[Example]:
+    filler = engine.encode_completion(FILLER)
+    examples = in_a_chat(lines, engine)
+    return [replace(each, completion_ids=np.concatenate([each.completion_ids, filler]).astype(np.int32)) for each in examples]
+
+
+def as_statements(lines: Sequence[Line], engine: Engine) -> list[Example]:
+    """As the demo has them: ``The capital of France is`` and `` Paris.``"""
+    return _examples(lines, engine, Text)
 
 
 def without_prompt(lines: Sequence[Line], engine: Engine) -> list[Example]:
     """The whole statement is the completion, so that position 0 is read."""
     return [
         replace(each, prompt_ids=each.prompt_ids[:0], completion_ids=np.concatenate([each.prompt_ids, each.completion_ids]))
-        for each in as_they_are(lines, engine)
+        for each in as_statements(lines, engine)
     ]
 
 
@@ -63,11 +64,29 @@ def without_position_0(lines: Sequence[Line], engine: Engine) -> list[Example]:
     return [replace(each, mask=np.arange(len(each.completion_ids)) > 0) for each in without_prompt(lines, engine)]
 
 
+def _examples(
+    lines: Sequence[Line], engine: Engine, prompt: Callable[[str], Text | Chat], completion: Callable[[str], str] = str
+) -> list[Example]:
+    rollouts = [
+        LabelledRollout(
+            prompt(line["prompt"]),
+            Completion(completion(line["completion"])),
+            line["label"],
+            str(number),
+            group=line["group"],
+            slice=line["slice"],
+        )
+        for number, line in enumerate(lines)
+    ]
+    return tokenised(rollouts, engine)
+
+
 FORMS = {
-    USUAL: as_they_are,
-    "one sentence appended": with_filler,
-    "BOS in front": with_bos,
-    "chat template": in_a_chat,
+    USUAL: in_a_chat,
+    "answers with a sentence after them": with_filler,
+    "no template": without_template,
+    "BOS, no template": with_bos,
+    "statements": as_statements,
     "no prompt": without_prompt,
     "no prompt, position 0 masked": without_position_0,
 }
@@ -129,7 +148,7 @@ def read(form: str, lines: Sequence[Line], model: Path, folder: Path) -> Read:
 def _everything(lines: Sequence[Line], model: Path) -> ActivationTable:
     engine = Engine.load(str(model), taps=["resid_post.*", FINAL_NORM])
     taps = [f"resid_post.{layer}" for layer in range(engine.info.model.num_hidden_layers)]
-    return read_activations(engine, ReferenceModel.load(model), as_they_are(lines, engine), taps, POOLS)
+    return read_activations(engine, ReferenceModel.load(model), in_a_chat(lines, engine), taps, POOLS)
 
 
 def _middle(lines: Sequence[Line], form: str, model: Path) -> ActivationTable:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from reading import FORMS, USUAL, Read, as_they_are, read
+from reading import FORMS, USUAL, Read, in_a_chat, read
 from statements import FACTUAL, NEGATED, Line, lines_by_topic
 from topics import Fact, facts_by_topic
 from transformers import AutoTokenizer
@@ -24,7 +24,7 @@ from probescore_probes.fitting.activation_pass import read_tokens
 from probescore_probes.fitting.baselines import RANDOM_DIRECTIONS, bag_of_words
 from probescore_probes.fitting.cross_validation import Candidate, Labels, held_out_auroc, held_out_scores
 from probescore_probes.fitting.kinds import fit_kind
-from probescore_probes.fitting.linear_kinds import DIFFERENCE_OF_MEANS, LDA, LOGISTIC, Linear, fit_linear
+from probescore_probes.fitting.linear_kinds import DIFFERENCE_OF_MEANS, LDA, LOGISTIC, USUAL_STRENGTHS, Linear, fit_linear
 from probescore_probes.fitting.pooling_kinds import MEAN_OF_SIGMOIDS, MLP
 from probescore_probes.fitting.splits import folds
 from probescore_probes.fitting.token_kinds import ATTENTION
@@ -115,9 +115,10 @@ class Study:
     def auroc(self, scores: Scores, of: Indices) -> float:
         return auroc(scores, self.false[of])
 
-    def transferred(self, on: Indices, to: Indices, *, kind: str = LOGISTIC, fit: str = USUAL, served: str = USUAL) -> float:
-        """AUROC on some statements of a probe that was fitted on others, maybe in another form."""
-        return self.auroc(self.fitted(self.read(fit).at(BLOCK), on, kind).score(self.read(served).at(BLOCK)[to]), to)
+    def transferred(self, on: Indices, to: Indices) -> float:
+        """AUROC on some statements of a probe that was fitted on others."""
+        rows = self.read().at(BLOCK)
+        return self.auroc(self.fitted(rows, on).score(rows[to]), to)
 
     def held_out(
         self,
@@ -199,6 +200,11 @@ def layers(study: Study) -> Iterator[Row]:
     yield Row("`mean`, block 14, only facts that the model knows", None, (study.held_out(found.at(BLOCK), known),))
     for topic in FACTUAL:
         yield Row(f"`mean`, block 14, fitted and held out on {topic}", None, (study.held_out(found.at(BLOCK), study.of(topic)),))
+    last = found.at(BLOCK, "last")
+    yield Row("`last`, block 14", (0.918, 0.918), (curves["last"][14],))
+    yield Row("`last`, block 14, served as `mean`", (0.703, 0.703), (study.held_out(last, study.factual, served=found.at(BLOCK)),))
+    statements = study.read("statements").at(BLOCK)
+    yield Row("`mean`, block 14, statements in place of answers", None, (study.held_out(statements, study.factual),))
     for block in range(0, 30, 3):
         yield Row(f"block {block}: `mean`, `last`", None, (mean[block], curves["last"][block]))
     yield Row("block 29: `mean`, `last`", None, (mean[29], curves["last"][29]))
@@ -224,16 +230,16 @@ def kinds(study: Study) -> Iterator[Row]:
         (LOGISTIC, STRENGTH, "logistic, C = .01", 0.939, 0.63),
         (LOGISTIC, 1.0, "logistic, C = 1", 0.909, None),
         (DIFFERENCE_OF_MEANS, STRENGTH, "difference of means", 0.877, 0.80),
-        (LDA, STRENGTH, "LDA", 0.935, None),
+        (LDA, USUAL_STRENGTHS[LDA], "LDA", 0.935, None),
     ):
         yield Row(title, (said, said), (study.held_out(rows, factual, kind=kind, strength=strength),))
-        if strength == STRENGTH:
-            outside = (study.transferred(factual, far, kind=kind),)
+        if strength < 1.0:
+            outside = (study.auroc(study.fitted(rows, factual, kind, strength).score(rows[far]), far),)
             yield Row(f"{title}, on antonyms", None if said_far is None else (said_far, said_far), outside)
     across = [f"resid_post.{block}" for block in (4, 8, 12, 16, 20, 24)]
     some = study.labels.of(factual)
     engine = Engine.load(str(study.directory), taps=[BLOCK])
-    tokens = read_tokens(engine, as_they_are([study.lines[index] for index in factual], engine), BLOCK)
+    tokens = read_tokens(engine, in_a_chat([study.lines[index] for index in factual], engine), BLOCK)
     for kind, taps, said in (
         (MLP, [BLOCK], 0.945),
         (ATTENTION, [BLOCK], 0.935),
@@ -305,7 +311,7 @@ def thresholds(study: Study) -> Iterator[Row]:
 def dilution(study: Study) -> Iterator[Row]:
     """A bland sentence after the answer, by block: ranking and threshold of a probe that was fitted without."""
     fit, calibration, test = study.split
-    found, filled = study.read(), study.read("one sentence appended")
+    found, filled = study.read(), study.read("answers with a sentence after them")
     alarms, recalls, rankings, healed = {}, {}, {}, {}
     true, false = test[~study.false[test]], test[study.false[test]]
     for block in range(9, 20):
@@ -330,13 +336,13 @@ def dilution(study: Study) -> Iterator[Row]:
 
 def forms(study: Study) -> Iterator[Row]:
     """Fitted in one form of the prompt, served in another, at block 14, held out by groups."""
-    usual, bos, chat = (study.read(form).at(BLOCK) for form in (USUAL, "BOS in front", "chat template"))
+    chat, bos, plain = (study.read(form).at(BLOCK) for form in (USUAL, "BOS, no template", "no template"))
     yield Row("chat template, and so served", None, (study.held_out(chat, study.factual),))
-    yield Row("fitted with the chat template, served without", (0.60, 0.60), (study.held_out(chat, study.factual, served=usual),))
-    yield Row("fitted without it, served with", None, (study.held_out(usual, study.factual, served=chat),))
+    yield Row("fitted with the chat template, served without", (0.60, 0.60), (study.held_out(chat, study.factual, served=plain),))
+    yield Row("fitted without it, served with", None, (study.held_out(plain, study.factual, served=chat),))
     yield Row("BOS, and so served", None, (study.held_out(bos, study.factual),))
-    yield Row("fitted with BOS, served without", (0.70, 0.70), (study.held_out(bos, study.factual, served=usual),))
-    yield Row("fitted without BOS, served with", None, (study.held_out(usual, study.factual, served=bos),))
+    yield Row("fitted with BOS, served without", (0.70, 0.70), (study.held_out(bos, study.factual, served=plain),))
+    yield Row("fitted without BOS, served with", None, (study.held_out(plain, study.factual, served=bos),))
 
 
 def sink(study: Study) -> Iterator[Row]:

@@ -5,12 +5,13 @@ The step that needs TRL is in tests/trainers/trl, and the page that needs a trai
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from pathlib import Path
 
 import pytest
-from tutorial import REPOSITORY, TUTORIALS, Clone, blocks_of, follow, looks_like
+from tutorial import REPOSITORY, SECOND_TERMINAL, TUTORIALS, Clone, blocks_of, follow, looks_like
 
 from probescore_probes import read_probe_file
 
@@ -56,6 +57,55 @@ def test_the_first_reward(first_reward: dict[str, str], clone: Clone) -> None:
     assert manifest.calibrations[0].false_positive_rate <= 0.01
     assert manifest.evaluations[0].value == pytest.approx(auroc, abs=0.001)
     assert "<html" in (clone.folder / "demo" / "copied.html").read_text()
+
+
+STEPS = """\
+head -n 800 demo/labelled.jsonl > demo/fit.jsonl
+tail -n +801 demo/labelled.jsonl > demo/calibration.jsonl
+mkdir demo/probes
+probescore probes fit demo/fit.jsonl --model demo/model --pool mean -o demo/probes/copies.onnx --report demo/report.html
+probescore probes calibrate demo/probes/copies.onnx demo/calibration.jsonl --model demo/model --false-positive-rate 0.05 \
+  -o demo/copies-2.onnx --version 2
+probescore probes verify demo/copies-2.onnx --model demo/model
+"""
+SERVE = "probescore serve --model demo/model --probes demo/probes --admin"
+SCORE = 'probescore score "1 5 7 7 8 <eos>" --prompt "sort 2 0 0 7 3 cache 1 5 7 7 8 answer" --json'
+REPLACE = """\
+mv demo/copies-2.onnx demo/probes/
+probescore probes reload
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_from_labelled_rollouts_to_a_probe_that_is_replaced_live_each_step_is_one_command(
+    first_reward: dict[str, str], clone: Clone
+) -> None:
+    """As `make truth` does it on a trained model, here on the demo's."""
+    assert "wrote demo/copied.onnx" in first_reward["python examples/first_reward/fit.py"]  # with its rollouts
+    page = "\n".join(
+        f"```bash{title}\n{commands}```\n"
+        for title, commands in (
+            ("", STEPS),
+            (f' title="{SECOND_TERMINAL}"', f"{SERVE}\n"),
+            ("", "probescore info --wait 60\n"),
+            ("", f"{SCORE} > demo/before.json\n"),
+            ("", REPLACE),
+            ("", f"{SCORE} > demo/after.json\n"),
+        )
+    )
+    (clone.folder / "steps.md").write_text(page)
+    done = follow(clone.folder / "steps.md", clone)
+    folder = clone.folder / "demo"
+    first, second = (read_probe_file(folder / "probes" / name).manifest for name in ("copies.onnx", "copies-2.onnx"))
+    assert (first.graph_sha256, first.version, second.version) == (second.graph_sha256, "1", "2")
+    assert "copies@2 can be served" in done["probescore probes verify demo/copies-2.onnx --model demo/model"]
+    assert json.loads((folder / "report.json").read_text())["evidence"]["test"]["value"] > 0.9
+    assert "<svg" in (folder / "report.html").read_text()
+    before, after = (json.loads((folder / name).read_text())["scores"]["copies"] for name in ("before.json", "after.json"))
+    assert (before.pop("version"), after.pop("version")) == ("1", "2")
+    assert before == after
+    assert before["reduced"][0][0][0] > max(each.calibrations[0].threshold for each in (first, second))  # it is a copy
 
 
 @pytest.mark.parametrize("page", sorted(TUTORIALS.glob("*.md")), ids=lambda page: page.stem)

@@ -8,7 +8,7 @@ from drawn_activations import Source, estimate_and_truth
 
 from probescore_audit import auroc
 from probescore_probes.fitting import cross_validation
-from probescore_probes.fitting.cross_validation import Labels, learning_curve, nested, select
+from probescore_probes.fitting.cross_validation import Features, Labels, learning_curve, nested, select
 from probescore_probes.fitting.linear_kinds import DIFFERENCE_OF_MEANS, LDA, LOGISTIC, fit_linear, fit_logistic
 
 WIDTH = 6
@@ -109,6 +109,28 @@ def test_every_linear_kind_finds_a_difference_on_unscaled_activations(kind):
     assert auroc(probe.score(rows[300:]), positive[300:]) > 0.8
     # the scaler is folded in: the score of a mean of rows is the mean of their scores
     assert probe.score(rows[:4].mean(axis=0, keepdims=True))[0] == pytest.approx(probe.score(rows[:4]).mean())
+
+
+def test_a_discriminant_keeps_up_with_logistic_regression_on_activations_of_few_large_directions():
+    # as a language model's are: most of the variance is in a few directions, and what tells the classes apart is in the many others
+    width, random = 192, np.random.default_rng(0)
+    directions = np.linalg.qr(random.standard_normal((width, width)))[0]
+    scales = np.where(np.arange(width) < 4, 8.0, 1.0)
+    apart = 3.0 * directions[10:40].sum(axis=0) / np.sqrt(30)
+
+    def draw(count: int) -> tuple[Features, Labels]:
+        positive = np.arange(count) % 2 == 0
+        rows = (random.standard_normal((count, width)) * scales) @ directions + np.where(positive[:, None], apart, -apart) / 2
+        return {("resid_post.0", "mean"): rows.astype(np.float32)}, Labels(positive, np.arange(count), np.ones(count))
+
+    features, labels = draw(300)
+    fresh, of_fresh = draw(4000)
+    found = {}
+    for kind in (LOGISTIC, LDA):
+        chosen = select(features, labels, kind=kind).chosen
+        probe = fit_linear(kind, features["resid_post.0", "mean"], labels.positive, labels.weights, chosen.strength)
+        found[kind] = auroc(probe.score(fresh["resid_post.0", "mean"]), of_fresh.positive)
+    assert found[LDA] > found[LOGISTIC] - 0.01, found
 
 
 def test_a_weight_counts_as_so_many_copies():

@@ -18,8 +18,8 @@ def modules(monkeypatch):
     import topics
 
     yield statements, topics
-    for name in ("statements", "topics"):
-        del sys.modules[name]
+    for name in ("questions", "statements", "topics"):
+        sys.modules.pop(name, None)
 
 
 def test_in_a_pair_each_answer_and_each_prompt_stands_once_on_either_side(modules):
@@ -37,6 +37,20 @@ def test_in_a_pair_each_answer_and_each_prompt_stands_once_on_either_side(module
         true = [line for line in lines if line["prompt"].startswith("Paris") and line["completion"] == " France."]
         assert [line["label"] for line in true] == [negated, negated]
         assert ("is not a city" in true[0]["prompt"]) is negated
+
+
+def test_each_statement_has_a_question(modules):
+    from questions import question
+
+    assert question("The currency of Japan is the") == "What is the currency of Japan?"
+    assert question("The chemical symbol of gold is") == "What is the chemical symbol of gold?"
+    assert question("Peru is a country in") == "Which continent is Peru in?"
+    assert question("Paris is not a city in") == "Which country is the city of Paris not in?"
+    assert question("Paris is a city in") == "Which country is the city of Paris in?"
+    assert question("17 + 25 =") == "What is 17 + 25?"
+    assert question("51 is larger than") == "Which number is 51 larger than?"
+    with pytest.raises(ValueError, match="no statement of a topic"):
+        question("Paris was")
 
 
 def test_a_pair_of_sums_or_comparisons_is_true_as_it_stands_and_false_when_swapped(modules):

@@ -26,7 +26,7 @@ from probescore_probes.fitting.cross_validation import (
 from probescore_probes.fitting.fitting_data import FittingData
 from probescore_probes.fitting.kinds import KINDS, can_fit, fit_kind, pools_of
 from probescore_probes.fitting.labelled_rollouts import TRAIN
-from probescore_probes.fitting.linear_kinds import DIFFERENCE_OF_MEANS, LINEAR_KINDS, LOGISTIC
+from probescore_probes.fitting.linear_kinds import DIFFERENCE_OF_MEANS, LINEAR_KINDS, LOGISTIC, USUAL_STRENGTHS
 from probescore_probes.fitting.options import FitOptions
 
 Indices = NDArray[np.int64]
@@ -74,6 +74,9 @@ class Comparisons:
             if not can_fit(kind, self._table, candidate):
                 continue
             at = candidate if kind in LINEAR_KINDS else replace(candidate, pool="mean")
+            chooses = kind if kind in LINEAR_KINDS else LOGISTIC
+            if chooses != self.choosing:  # a strength of one kind says nothing to another
+                at = replace(at, strength=USUAL_STRENGTHS[chooses])
 
             def fit(fitted: Indices, kind: str = kind, at: Candidate = at) -> Scorer:
                 return self._scorer(kind, fitted, at)

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from probescore_audit import Estimate, auroc, grouped_auroc
-from probescore_probes.fitting.linear_kinds import LOGISTIC, STRENGTHS, Linear, fit_linear, fit_logistic
+from probescore_probes.fitting.linear_kinds import LOGISTIC, STRENGTHS, USUAL_STRENGTHS, fit_linear, fit_strengths
 from probescore_probes.fitting.splits import folds
 
 OUTER, INNER = 5, 4
@@ -36,12 +36,12 @@ Indices = NDArray[np.int64]
 @dataclass(frozen=True)
 class Candidate:
     """A candidate that cross-validation compares with others: the tap (place in the model) that a linear probe reads, the pooling of
-    tokens, and the inverse penalty.
+    tokens, and the strength, as ``STRENGTHS`` explains it.
     """
 
     tap: str
     pool: str
-    strength: float = STRENGTHS[1]
+    strength: float = USUAL_STRENGTHS[LOGISTIC]
 
 
 Fitter = Callable[[Indices, Candidate], Callable[[Indices], NDArray[np.float64]]]
@@ -49,7 +49,7 @@ Fitter = Callable[[Indices, Candidate], Callable[[Indices], NDArray[np.float64]]
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """One point of a curve over taps (places in the model): the AUROC of a probe at a tap and pooling over all folds, at its best penalty,
+    """One point of a curve over taps (places in the model): the AUROC of a probe at a tap and pooling over all folds, at its best strength,
     with its standard error.
     """
 
@@ -62,7 +62,7 @@ class CurvePoint:
 
 @dataclass(frozen=True)
 class Selection:
-    """The candidate (tap, pooling and penalty of a probe) that cross-validation chose, with the results that it was chosen from.
+    """The candidate (tap, pooling and strength of a probe) that cross-validation chose, with the results that it was chosen from.
 
     Attributes:
         chosen: the candidate at the earliest tap whose AUROC is within one standard error of the best AUROC.
@@ -106,13 +106,13 @@ class Nested:
 
 
 def select(features: Features, labels: Labels, *, kind: str = LOGISTIC, seed: int = 0, count: int = OUTER) -> Selection:
-    """Chooses the tap, pooling and penalty of a linear probe by cross-validation over folds of whole groups.
+    """Chooses the tap, pooling and strength of a linear probe by cross-validation over folds of whole groups.
 
     Args:
         features: pooled activations ``(n, width)``, a dictionary keyed by tap (place in the model) and pooling, with taps in the order of
             the model's blocks.
         labels: labels of the same examples.
-        kind: kind of linear probe; only ``logistic`` has several strengths.
+        kind: kind of linear probe.
         seed: seed of the folds.
         count: number of folds.
     """
@@ -123,12 +123,13 @@ def select(features: Features, labels: Labels, *, kind: str = LOGISTIC, seed: in
     ]
     if not parts:  # few groups, dealt out unluckily
         raise ValueError("cross-validation: no way to divide the groups so that each side has both classes; give more groups")
-    strengths = STRENGTHS if kind == LOGISTIC else STRENGTHS[1:2]
+    strengths = STRENGTHS[kind]
     curve = []
     for (tap, pool), rows in features.items():
         found = np.empty((len(parts), len(strengths)))
         for row, (fitted, held_out) in enumerate(parts):
-            for column, probe in enumerate(_fits(kind, rows[fitted], labels.of(fitted), strengths)):
+            some = labels.of(fitted)
+            for column, probe in enumerate(fit_strengths(kind, rows[fitted], some.positive, some.weights, strengths, tolerance=_ROUGH)):
                 found[row, column] = auroc(probe.score(rows[held_out]), labels.positive[held_out], labels.weights[held_out])
         means = found.mean(axis=0)
         best = int(np.argmax(means))
@@ -152,7 +153,7 @@ def nested(
     fit: Fitter | None = None,
     progress: Callable[[int], None] = lambda _done: None,
 ) -> Nested:
-    """Estimates how good a chosen probe is: in each outer fold, inner folds choose its tap, pooling and penalty, and held-out examples
+    """Estimates how good a chosen probe is: in each outer fold, inner folds choose its tap, pooling and strength, and held-out examples
     judge it.
 
     Args:
@@ -259,12 +260,6 @@ def learning_curve(
         if sizes:
             points.append((round(float(np.mean(sizes))), estimate))
     return points
-
-
-def _fits(kind: str, rows: NDArray[np.float32], labels: Labels, strengths: Sequence[float]) -> list[Linear]:
-    if kind == LOGISTIC:
-        return fit_logistic(rows, labels.positive, labels.weights, tuple(strengths), tolerance=_ROUGH)
-    return [fit_linear(kind, rows, labels.positive, labels.weights)]
 
 
 def _linear_fitter(kind: str, features: Features, labels: Labels) -> Fitter:

@@ -1,5 +1,5 @@
-"""Fits a probe: reads activations with the engine that will serve it, chooses layer, pooling and penalty by cross-validation, and fits with
-this choice.
+"""Fits a probe: reads activations with the engine that will serve it, chooses layer, pooling and strength by cross-validation, and fits
+with this choice.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Fitted:
 
     @property
     def candidate(self) -> Candidate:
-        """Returns the tap (place in the model), pooling and penalty that cross-validation chose for a fitted probe."""
+        """Returns the tap (place in the model), pooling and strength that cross-validation chose for a fitted probe."""
         return self.selection.chosen
 
     @property

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from probescore_probes.exporting import linear_probe
 from probescore_probes.fitting.activation_pass import ActivationTable
 from probescore_probes.fitting.cross_validation import Candidate, Labels
-from probescore_probes.fitting.linear_kinds import LINEAR_KINDS, LOGISTIC, fit_linear
+from probescore_probes.fitting.linear_kinds import LDA, LINEAR_KINDS, LOGISTIC, fit_linear
 from probescore_probes.fitting.pooling_kinds import (
     MEAN_OF_SIGMOIDS,
     MLP,
@@ -110,7 +110,7 @@ def fit_kind(
 def _linear(kind: str, table: ActivationTable, labels: Labels, fitted: Indices, candidate: Candidate) -> Fit:
     rows = table.pooled[candidate.tap, candidate.pool]
     linear = fit_linear(kind, rows[fitted], labels.positive, labels.weights, candidate.strength)
-    strength = f", C = {candidate.strength:g}" if kind == LOGISTIC else ""
+    strength = {LOGISTIC: f", C = {candidate.strength:g}", LDA: f", shrinkage {1 - candidate.strength:g}"}.get(kind, "")
     return Fit(
         lambda indices: linear.score(rows[indices]),
         lambda: FittedProbe(
