@@ -155,8 +155,8 @@ docs: $(INSTALLED) ## The documentation's site, into build/site; broken links an
 sweep: $(INSTALLED) ## Random probe graphs until 500 are accepted, every kind at every hook, every warning of a fit, every spoilt import (an hour)
 	$(TEST_ENV) $(BIN)/python -m pytest -m sweep -q
 
-swaps: $(INSTALLED) ## A hundred swaps of probes, and of a reading, while nine clients score: no failed call, no mixed answer, memory as before (some minutes)
-	PROBESCORE_SWAPS=100 $(TEST_ENV) $(BIN)/python -m pytest tests/e2e/test_swaps.py tests/readings/test_reading_swaps.py -q -rP -o timeout=1800
+swaps: $(INSTALLED) .venv-trainers/trl/installed ## A hundred swaps of probes, pinned and following, and of a reading, while nine clients score and TRL trains: no failed call, no mixed answer, memory as before (some minutes)
+	PROBESCORE_SWAPS=100 PROBESCORE_TRAINER_PYTHON=$(CURDIR)/.venv-trainers/trl/bin/python $(TEST_ENV) $(BIN)/python -m pytest tests/e2e/test_swaps.py tests/readings/test_reading_swaps.py -q -rP -o timeout=1800
 
 fit-study: $(INSTALLED) ## How often the intervals of a fit hold where the truth is known (ten minutes)
 	$(TEST_ENV) PYTHONPATH=tests:tests/fitting $(BIN)/python tests/fitting/coverage_study.py
@@ -173,11 +173,13 @@ audit-study: $(INSTALLED) ## What the audit of a training run is worth, on simul
 mutants: $(INSTALLED) ## Break the code on purpose; each break must be caught by a test
 	$(TEST_ENV) $(BIN)/python tests/mutations/run.py
 
-bench: $(INSTALLED) ## What scoring costs, beside plain Hugging Face: build/bench.json, build/bench.png (under 10 minutes)
+bench: $(INSTALLED) ## What scoring and reading cost, beside plain Hugging Face: build/bench.json, build/bench.png (under 10 minutes)
 	$(BIN)/python -m benchmarks compare
+	$(BIN)/python -m benchmarks activations --load statements --load chat_rows
 
 bench-full: $(INSTALLED) ## Every load, every variant, two threads beside one; latency, memory and scaling (hours)
 	$(BIN)/python -m benchmarks compare --full
+	$(BIN)/python -m benchmarks activations
 	$(BIN)/python -m benchmarks latency
 	$(BIN)/python -m benchmarks memory
 	$(BIN)/python -m benchmarks scaling

@@ -9,7 +9,7 @@ import shutil
 import numpy as np
 import pytest
 from click.testing import Result
-from models import BOS, HIDDEN_SIZE, VOCAB_SIZE, tiny_model
+from models import BOS, HIDDEN_SIZE, MAX_POSITIONS, VOCAB_SIZE, tiny_model
 from rich.console import Console
 from typer.testing import CliRunner
 from views import loaded_probe, scored_probe, threshold
@@ -38,6 +38,9 @@ def test_info_says_what_runs(probescore, client):
         assert fact in ran.stdout
     for limit in dataclasses.asdict(info.limits).values():
         assert f"{limit:,}" in ran.stdout or f"{limit / 2**20:,.0f} MiB" in ran.stdout or f"{limit:g} s" in ran.stdout, limit
+    # whatever the server allows, no rollout may be longer than the model
+    assert info.limits.max_rollout_tokens > info.model.max_position_embeddings == MAX_POSITIONS
+    assert f"one rollout {MAX_POSITIONS} tokens" in " ".join(ran.stdout.split())
 
 
 def test_probes_list_shows_labels_and_thresholds(probescore, client):

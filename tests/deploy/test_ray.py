@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import socket
 import sys
 from collections.abc import Callable, Iterator
@@ -19,10 +20,14 @@ import pytest
 import ray
 import yaml
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from models import HIDDEN_SIZE
 from running_ray import RunningServe, free_ports, running_ray, serve_run, until
 from steady_load import SteadyLoad
 
 from probescore import DeadlineExceededError, InvalidRequestError, MessageTooLargeError, ProbeClient, RolloutGroup, StreamWindow
+from probescore_probes.exporting import linear_probe
+from probescore_probes.reference import ReferenceModel
+from probescore_probes.writing import write_probe
 from probescore_server import Engine
 from probescore_server.errors import StartupError
 from probescore_server.front.health import SCORING_SERVICE
@@ -170,6 +175,43 @@ def test_while_tokens_wait_a_second_replica_is_started(model: Path, probe_file: 
             until(lambda: serve.counted("grpc_server_handled_total", replica=1, **answered) > 0, "the second replica answers calls")
 
     assert load.failures == []
+
+
+def test_every_replica_follows_a_folder_that_is_watched(start_serve: StartServe, model: Path, probe_file: Path, tmp_path: Path) -> None:
+    folder, newer = tmp_path / "probes", tmp_path / "newer.onnx"
+    folder.mkdir()
+    shutil.copyfile(probe_file, folder / "direction.onnx")
+    golden = [([1, 5, 6], [7, 8, 9]), ([1, 9], [17, 18])]
+    weight = np.random.default_rng(1).standard_normal(HIDDEN_SIZE).astype(np.float32)
+    reference = ReferenceModel.load(model)
+    write_probe(newer, linear_probe(weight), reference, name=PROBE, version="2", taps=["resid_post.2"], golden=golden)
+    expected = {key: Engine.load(str(model), [file]).score(GROUPS).values(PROBE) for key, file in (("@1", probe_file), ("@2", newer))}
+    serve = start_serve(probes=folder, watch_probes=0.2, min_replicas=2)
+
+    def put(file: Path) -> None:
+        partial = shutil.copyfile(file, folder / ".partial")
+        Path(partial).replace(folder / "direction.onnx")
+
+    def followed(outcome: str) -> bool:
+        return all(serve.counted("probescore_reloads_total", replica=replica, outcome=outcome) for replica in (0, 1))
+
+    def check(probe: str, version: str) -> None:
+        for answer in [client.score(GROUPS, probes=[probe]) for _ in range(20)]:
+            assert [each.key for each in answer.info.probes] == [PROBE + version]
+            np.testing.assert_allclose(answer.values(PROBE), expected[version], rtol=0, atol=1e-4)
+
+    with ProbeClient(serve.address) as client:
+        client.wait_until_ready(START_SECONDS)
+        until(lambda: len(serve.replicas()) == 2, "there are two replicas")
+        until(lambda: all(serve.counted("probescore_ready", replica=replica) for replica in (0, 1)), "both can score")
+        check(PROBE, "@1")
+        put(newer)
+        until(lambda: followed("changed"), "both have followed")
+        check(PROBE, "@2")
+        check(f"{PROBE}@1", "@1")  # a run that began with it goes on with it, whichever replica has the call
+        put(Path(__file__))
+        until(lambda: followed("refused"), "both have refused what is no probe")
+        check(PROBE, "@2")
 
 
 @pytest.mark.parametrize(

@@ -185,6 +185,48 @@ def link_to_nothing(path: Path, new: Path) -> None:
     path.symlink_to(path.with_name("nowhere"))
 
 
+def zipped(path: Path, new: Path) -> None:
+    path.write_bytes(b"PK\x03\x04" + new.read_bytes())
+
+
+def without_manifest(path: Path, new: Path) -> None:
+    model = onnx.load(new)
+    del model.metadata_props[:]
+    onnx.save(model, path)
+
+
+def manifest_of_a_later_format(path: Path, new: Path) -> None:
+    edited(Path(shutil.copyfile(new, path)), lambda said: said.update(schema_version=99))
+
+
+def changed_manifest(path: Path, new: Path) -> None:
+    model = onnx.load(new)
+    model.metadata_props[0].value = model.metadata_props[0].value.replace('"description":""', '"description":"mine"')
+    onnx.save(model, path)
+
+
+def other_graph_input(path: Path, new: Path) -> None:
+    model = onnx.load(new)
+    model.graph.input[0].name = model.graph.node[0].input[0] = "resid_post.1"
+    onnx.save(model, path)
+    edited(path, lambda said: None)
+
+
+def no_such_operation(path: Path, new: Path) -> None:
+    model = onnx.load(new)
+    model.graph.node[0].op_type = "NoSuchThing"
+    onnx.save(model, path)
+    edited(path, lambda said: None)
+
+
+def constant_golden(path: Path, new: Path) -> None:
+    def change(said: dict) -> None:
+        for case in said["golden"]["cases"]:
+            case["scores"] = [[1.0] for _ in case["scores"]]
+
+    edited(Path(shutil.copyfile(new, path)), change)
+
+
 def flipped_weight(path: Path, new: Path) -> None:
     model = onnx.load(new)
     weight = onnx.numpy_helper.to_array(model.graph.initializer[0]).copy()
@@ -245,14 +287,21 @@ BAD_FILES: dict[Callable[[Path, Path], None], str] = {
     empty: "file",
     torn: "file",
     pickled: "file",
+    zipped: "file",
     pipe: "file",
     directory: "file",
     link_to_nothing: "file",
+    without_manifest: "manifest",
+    manifest_of_a_later_format: "schema_version",
+    changed_manifest: "manifest_sha256",
     flipped_weight: "graph_sha256",
+    other_graph_input: "graph input",
+    no_such_operation: "graph",
     weights_that_are_not_finite: "graph",
     other_model: "model.fingerprint",
     other_tokenizer: "tokenizer_fingerprint",
     wrong_golden: "golden",
+    constant_golden: "golden.cases",
     unknown_hook: "inputs",
     layer_out_of_range: "inputs",
     too_deep: "inputs",

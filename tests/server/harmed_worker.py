@@ -57,6 +57,29 @@ def run_at_its_limit(connection: socket.socket, spec: WorkerSpec) -> None:
     run_worker(connection, spec)
 
 
+READ_TOKENS = 40
+"""Tokens of rollouts whose activations such a worker has room for at once."""
+SHORT = (
+    "CUDA out of memory. Tried to allocate 4.22 GiB. GPU 0 has a total capacity of 15.69 GiB of which 1.31 GiB is free. Process 71 has "
+    "14.37 GiB memory in use. Of the allocated memory 13.80 GiB is allocated by PyTorch, and 216.18 MiB is reserved by PyTorch but "
+    "unallocated."
+)
+
+
+def run_with_little_room_for_activations(connection: socket.socket, spec: WorkerSpec) -> None:
+    """A worker whose device has room for the activations of `READ_TOKENS` tokens, and says so as torch does, once they are computed."""
+    reading = Engine._read_batch
+
+    def read_batch(self: Engine, rollouts: Sequence[CheckedRollout], *others: Any) -> Any:
+        found = reading(self, rollouts, *others)
+        if sum(rollout.tokens for rollout in rollouts) > READ_TOKENS:
+            raise torch.OutOfMemoryError(SHORT)
+        return found
+
+    Engine._read_batch = read_batch  # type: ignore[method-assign]
+    run_worker(connection, spec)
+
+
 HANGS, CRASHES_TEXT, SLOW_SECONDS = "hangs", "crashes", 0.3
 """Words with which tokenising does it, and what any chat takes."""
 

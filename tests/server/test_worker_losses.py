@@ -6,6 +6,7 @@ import asyncio
 import multiprocessing
 import os
 import signal
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -13,16 +14,23 @@ import harmed_worker
 import numpy as np
 import pytest
 import torch
-from harmed_worker import CRASHES, LOSES_DEVICE
+from harmed_worker import CRASHES, LOSES_DEVICE, READ_TOKENS
 from harmful_probe import HUNGRY, write_harmful_probe
 from models import BOS, tiny_model
 from watched_worker import Watched, rollouts_of, running
 
-from probescore.types import RolloutGroup
+from probescore.types import Pool, RolloutGroup
+from probescore_server.activations import resolve_reads
 from probescore_server.backbone.kv_cache import KeyValueCache
 from probescore_server.engine.device_memory import DeviceMemory
+from probescore_server.engine.engine import Engine
 from probescore_server.errors import OutOfMemory, WorkerLost, WorkerUnavailable
+from probescore_server.rollouts import ResolvedOptions, RolloutResult
+from probescore_server.scheduling.call import Call
+from probescore_server.scheduling.scheduler import Scheduler
 from probescore_server.settings import ServerSettings
+from probescore_server.validation.options import resolve_options
+from probescore_server.validation.rollouts import resolve_rollouts
 from probescore_server.workers import process
 from probescore_server.workers.main import _WorkerRuntime
 from probescore_server.workers.messages import DeviceLost, Failed, Sleep, Wake, WorkerSpec
@@ -62,6 +70,54 @@ async def test_one_at_its_limit_says_that_memory_is_short_and_goes_on(tmp_path: 
             await value_of(watched, 7, HUNGRY)
         assert await value_of(watched, 7, 8) == before
         assert watched.worker.restarts == 0
+
+
+async def test_activations_for_which_memory_is_short_are_read_in_halves_and_cost_their_neighbours_nothing(
+    probes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "MAIN", "harmed_worker:run_with_little_room_for_activations")
+    random, taps = np.random.default_rng(0), ("resid_post.0", "mlp_out.1")
+    groups = [RolloutGroup([BOS, 5, 6], [random.integers(7, 90, length) for length in lengths]) for lengths in ((4, 9, 6), (12,), (3, 11))]
+    too_long = RolloutGroup([BOS], [random.integers(7, 90, READ_TOKENS)])
+    engine = Engine.load(str(tiny_model()), taps=taps)
+    async with running(model=str(tiny_model()), probes=[str(probes)], allow_activations=",".join(taps)) as watched:
+        worker, sizes, short = watched.worker, list[int](), list[int]()
+        scheduler = Scheduler(
+            [worker],
+            max_queue_tokens=10_000,
+            max_batch_tokens=1000,
+            on_batch=lambda _tokens, rollouts: sizes.append(rollouts),
+            on_out_of_memory=lambda: short.append(1),
+        )
+        reads = resolve_reads(taps, ("tokens", "mean"), worker.info.taps, whose="the taps")
+        options = replace(resolve_options(worker.info), probes=(), activations=reads)
+        before = await value_of(watched, 7, 8)
+
+        def submit(groups: list[RolloutGroup], options: ResolvedOptions) -> Call:
+            return scheduler.submit(resolve_rollouts(groups, worker.info, options), job="job")
+
+        async def rollouts(call: Call) -> dict[tuple[int, int], RolloutResult]:
+            return {(one.group, one.completion): one.result async for delivery in call for one in delivery.finished}
+
+        # while it runs the others wait, and become one batch
+        first = submit([RolloutGroup([BOS, 40], [[41]])], resolve_options(worker.info))
+        scored = submit([RolloutGroup([BOS], [[7, 8]])], resolve_options(worker.info))
+        read, refused = submit(groups, options), submit([too_long], options)
+        await rollouts(first)
+        (alone,) = (await rollouts(scored)).values()
+        found = await rollouts(read)
+        with pytest.raises(OutOfMemory, match=f"a rollout of {READ_TOKENS + 1} tokens"):
+            await rollouts(refused)
+
+        assert max(sizes) == 1 + 6 + 1
+        assert len(short) >= 3
+        assert next(iter(alone.scores.scores.values())).reduced.item() == pytest.approx(before, abs=1e-5)
+        for expected in engine.activations(groups, taps, pool=("tokens", "mean")):
+            (arrays,) = found[expected.group_index, expected.completion_index].activations
+            for tap in taps:
+                np.testing.assert_allclose(arrays[tap, Pool.TOKENS], expected.tokens[tap], rtol=1e-4, atol=1e-5)
+                np.testing.assert_allclose(arrays[tap, Pool.MEAN], expected.pooled[tap][:, 0], rtol=1e-4, atol=1e-5)
+        assert worker.restarts == 0
 
 
 async def test_one_that_the_kernel_kills_for_memory_is_told_from_one_that_somebody_kills(

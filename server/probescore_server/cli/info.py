@@ -27,7 +27,7 @@ def _info(address: Address = DEFAULT_ADDRESS, wait: Wait = 0) -> None:
         tables = (
             _model_table(info.model, info.tokenizer_fingerprint),
             workers_table(info.workers),
-            _limits_table(info.limits, info.activation_taps),
+            _limits_table(info.limits, info.model.max_position_embeddings, info.activation_taps),
         )
         readings = (readings_table(info.readings),) if info.readings else ()
         for table in (*tables, probes_table(probes), *readings):
@@ -55,10 +55,16 @@ def workers_table(workers: tuple[WorkerInfo, ...]) -> Table:
     return table
 
 
-def _limits_table(limits: Limits, activation_taps: tuple[str, ...]) -> Table:
+def _limits_table(limits: Limits, positions: int, activation_taps: tuple[str, ...]) -> Table:
+    """Returns a table of a server's limits. A rollout may have no more tokens than the model has positions, whatever the server allows; 0
+    positions = not known.
+    """
     table = facts_table("Limits")
     told = limits.max_request_rollouts > 0  # a server of an earlier version does not report all limits
-    table.add_row("one rollout", f"{limits.max_rollout_tokens:,} tokens")
+    if 0 < positions < limits.max_rollout_tokens:
+        table.add_row("one rollout", f"{positions:,} tokens, the model's positions (max_rollout_tokens is {limits.max_rollout_tokens:,})")
+    else:
+        table.add_row("one rollout", f"{limits.max_rollout_tokens:,} tokens")
     if told:
         table.add_row(
             "", f"{limits.max_follow_ups:,} follow-ups, {limits.max_spans:,} spans each, which read {limits.max_span_scores:,} scores"
