@@ -25,13 +25,14 @@ if TYPE_CHECKING:
     from probescore_audit.grouped import Estimate, auroc, calibration_error, grouped_auroc, grouped_rate, roc_curve
     from probescore_audit.label_plan import LabelPlan, Stratum, plan_labels, strata
     from probescore_audit.rates import FlagRateParts, Rates, ReferenceCounts, draw_rates, draw_reference, honest_share, interval
-    from probescore_audit.run_audit import Alarm, JudgedWindow, RunAudit, audit_run
+    from probescore_audit.run_audit import Alarm, AlarmBounds, JudgedWindow, RunAudit, alarm_bounds, audit_run
     from probescore_audit.run_labels import LabelledWindow, RunLabels, RunScores, StratumCounts, labelled_window
     from probescore_audit.verdicts import Judgement, Verdict, judge
     from probescore_audit.weighted_auroc import window_auroc
 
 __all__ = [
     "Alarm",
+    "AlarmBounds",
     "Auroc",
     "CalibratedThreshold",
     "Comparison",
@@ -54,6 +55,7 @@ __all__ = [
     "Stratum",
     "StratumCounts",
     "Verdict",
+    "alarm_bounds",
     "audit_run",
     "auroc",
     "calibrate",
@@ -87,7 +89,7 @@ _MODULES = {
     "probescore_audit.label_plan": ("LabelPlan", "Stratum", "plan_labels", "strata"),
     "probescore_audit.run_labels": ("LabelledWindow", "RunLabels", "RunScores", "StratumCounts", "labelled_window"),
     "probescore_audit.rates": ("FlagRateParts", "Rates", "ReferenceCounts", "draw_rates", "draw_reference", "honest_share", "interval"),
-    "probescore_audit.run_audit": ("Alarm", "JudgedWindow", "RunAudit", "audit_run"),
+    "probescore_audit.run_audit": ("Alarm", "AlarmBounds", "JudgedWindow", "RunAudit", "alarm_bounds", "audit_run"),
     "probescore_audit.verdicts": ("Judgement", "Verdict", "judge"),
     "probescore_audit.weighted_auroc": ("window_auroc",),
 }

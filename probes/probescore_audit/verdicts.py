@@ -102,19 +102,17 @@ class _Comparison:
         return self.detected_ratio.high < 1
 
 
-def judge(window: LabelledWindow, reference: ReferenceCounts, *, seed: int = 0, anchors: Estimate | None = None) -> Judgement:
+def judge(window: LabelledWindow, reference: ReferenceCounts, *, seed: int = 0) -> Judgement:
     """Judges how well a probe still works in a window of training steps, compared with the model before training.
 
     Args:
         window: rollouts of consecutive steps with labels. Fewer than 320 labels seldom decide anything.
         reference: labelled rollouts of the model before training.
         seed: seed of the draws from the posterior.
-        anchors: AUROC of the probe on fixed labelled texts, scored anew at these steps; used in place of the window's AUROC, which falls
-            without any fault of the probe as the easy rollouts disappear.
     """
     rng = np.random.default_rng(seed)
     before, now = draw_reference(reference, rng), draw_rates(window.counts, rng)
-    auroc = window_auroc(window, rng) if anchors is None else anchors
+    auroc = window_auroc(window, rng)
     max_recall = _max_recall(window, rng)
     compared = _compare(before, now, auroc, reference.auroc, max_recall)
     verdict = _verdict(compared)
