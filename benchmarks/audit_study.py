@@ -20,7 +20,18 @@ import numpy as np
 from scipy.stats import binomtest
 
 from benchmarks.simulated_runs import POSITIVE_RATE, Change, Labeller, simulate_reference, simulate_run, simulate_step
-from probescore_audit import AlarmBounds, Verdict, alarm_bounds, audit_run, auroc, draw_rates, interval, judge, labelled_window, window_auroc
+from probescore_audit import (
+    AlarmBounds,
+    Verdict,
+    alarm_bounds,
+    audit_run,
+    auroc,
+    draw_rates,
+    interval,
+    judge,
+    labelled_window,
+    window_auroc,
+)
 
 WINDOW_LABELS = 320
 PLANNED_STEPS = 300
@@ -117,7 +128,7 @@ def print_alarms(runs: int, seed: int, pool: ProcessPoolExecutor) -> None:
     print("## Alarms in runs of 300 steps, 5% for both monitors together\n")
     print("| what is true | labels a step | runs | with an alarm, % (95% interval) | steps to the first, median (middle 80%) |")
     print("|---|---|---|---|---|")
-    for (name, make), labels in itertools.product(_ALARM_CASES.items(), LABELS):
+    for name, labels in itertools.product(_ALARM_CASES, LABELS):
         count = FALSE_ALARM_RUNS * runs if name in _NO_ALARM else runs
         steps = list(pool.map(partial(_alarm_step, case=name, labels=labels, seed=seed), range(count), chunksize=8))
         raised = [step for step in steps if step is not None]
