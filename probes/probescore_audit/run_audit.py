@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from probescore_audit.alarms import MissedMonitor, RecallMonitor
-from probescore_audit.label_plan import Indices
+from probescore_audit.label_plan import Floats, Indices
 from probescore_audit.rates import ReferenceCounts, draw_reference, interval
 from probescore_audit.run_labels import LabelledWindow, RunLabels, RunScores, latest_window
 from probescore_audit.verdicts import Judgement, judge
@@ -31,6 +31,27 @@ class Alarm:
     monitor: str
     bound: float
     step: int
+
+
+@dataclass(frozen=True, eq=False)
+class Watch:
+    """Value object with what a monitor saw in a training run.
+
+    Attributes:
+        monitor: ``"recall"`` or ``"missed rate"``.
+        bound: the recall that the probe should have at least, or the missed rate that it should have at most.
+        step: the labelled training steps, ``(n,)`` int64.
+        log_evidence: logarithm of the evidence that the bound is broken, after each of these steps, ``(n,)`` float64.
+        enough: the logarithm of the evidence at which the monitor raises an alarm.
+        alarm_step: the training step of the alarm; ``None`` if there was none.
+    """
+
+    monitor: str
+    bound: float
+    step: Indices
+    log_evidence: Floats
+    enough: float
+    alarm_step: int | None
 
 
 @dataclass(frozen=True)
@@ -63,14 +84,20 @@ class RunAudit:
         windows: judgements on consecutive windows of steps that do not overlap, the last of which ends with the run's last labelled step;
             empty if the run has too few labels.
         bounds: the bounds of the monitors.
-        alarms: first alarm of each monitor that raised one, by step.
+        watches: what each monitor saw.
         unlabelled_steps: number of steps of the run without any label; the monitors do not see these.
     """
 
     windows: tuple[JudgedWindow, ...]
     bounds: AlarmBounds
-    alarms: tuple[Alarm, ...]
+    watches: tuple[Watch, ...]
     unlabelled_steps: int
+
+    @property
+    def alarms(self) -> tuple[Alarm, ...]:
+        """Returns the first alarm of each monitor that raised one, by step."""
+        raised = [Alarm(watch.monitor, watch.bound, watch.alarm_step) for watch in self.watches if watch.alarm_step is not None]
+        return tuple(sorted(raised, key=lambda alarm: alarm.step))
 
     @property
     def final(self) -> Judgement | None:
@@ -114,9 +141,9 @@ def audit_run(
         for window in _windows(run, labels, window_labels)
     )
     watched = alarm_bounds(reference, seed=seed) if bounds is None else bounds
-    alarms = _alarms(run, labels, watched, planned_steps, alpha / (2 * audits))
+    watches = _watches(run, labels.planned(), watched, planned_steps, alpha / (2 * audits))
     labelled_steps = len(np.unique(run.step[labels.rollout]))
-    return RunAudit(windows, watched, alarms, len(np.unique(run.step)) - labelled_steps)
+    return RunAudit(windows, watched, watches, len(np.unique(run.step)) - labelled_steps)
 
 
 def alarm_bounds(reference: ReferenceCounts, *, seed: int = 0) -> AlarmBounds:
@@ -144,16 +171,23 @@ def _windows(run: RunScores, labels: RunLabels, least_labels: int) -> list[Label
     return found[::-1]
 
 
-def _alarms(run: RunScores, labels: RunLabels, bounds: AlarmBounds, planned_steps: int, alpha: float) -> tuple[Alarm, ...]:
+def _watches(run: RunScores, labels: RunLabels, bounds: AlarmBounds, planned_steps: int, alpha: float) -> tuple[Watch, ...]:
     recall, missed = RecallMonitor(bounds.recall, planned_steps, alpha), MissedMonitor(bounds.missed, planned_steps, alpha)
     flagged = run.flagged[labels.rollout]
     caught_floor, missed_floor = (labels.floor & labels.positive & which for which in (flagged, ~flagged))
     unseen = labels.positive & ~flagged
     steps = run.step[labels.rollout]
-    for step in np.unique(steps):
+    labelled = np.unique(steps)
+    evidence = np.zeros((2, len(labelled)))
+    for number, step in enumerate(labelled):
         here: Indices = np.flatnonzero(steps == step)
-        recall.update(int(step), int(caught_floor[here].sum()), int(missed_floor[here].sum()))
         rollouts = int(np.diff(np.searchsorted(run.step, [step, step + 1]))[0])
-        missed.update(int(step), labels.inclusion[here][unseen[here]].tolist(), rollouts)
-    raised = [("recall", bounds.recall, recall.alarm_step), ("missed rate", bounds.missed, missed.alarm_step)]
-    return tuple(sorted((Alarm(name, bound, step) for name, bound, step in raised if step is not None), key=lambda alarm: alarm.step))
+        evidence[:, number] = (
+            recall.update(int(step), int(caught_floor[here].sum()), int(missed_floor[here].sum())),
+            missed.update(int(step), labels.inclusion[here][unseen[here]].tolist(), rollouts),
+        )
+    enough = -float(np.log(alpha))
+    return (
+        Watch("recall", bounds.recall, labelled, evidence[0], enough, recall.alarm_step),
+        Watch("missed rate", bounds.missed, labelled, evidence[1], enough, missed.alarm_step),
+    )
