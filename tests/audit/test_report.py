@@ -12,7 +12,7 @@ from recorded_runs import KEY, write_run
 from benchmarks.simulated_runs import Change
 from probescore_audit import audit_record
 from probescore_audit.record import RecordWriter, RolloutRow, read_record
-from probescore_audit.report import page
+from probescore_audit.report import report_page
 from probescore_audit.report.charts import Curve, curves
 
 HOSTILE = "</section><script>document.title='owned'</script><img src=x onerror=alert(1)>\u202eevil\x00\"'"
@@ -44,7 +44,7 @@ class Tags(HTMLParser):
 def evaded(tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaded")
     write_run(folder, [Change(positive_rate=0.4)] * 14, policy=[Change(hidden=0.95)] * 14)
-    return folder, page(audit_record(read_record(folder)))
+    return folder, report_page(audit_record(read_record(folder)))
 
 
 def test_the_page_says_all_that_the_audit_found(evaded):
@@ -76,20 +76,8 @@ def test_texts_of_the_record_never_become_markup(evaded):
             if row.step == 13:
                 pieces = {"completion_pieces": [HOSTILE, "b"], "token_scores": {KEY: {"policy": [-1.0, 4.0]}}}
                 place = {"step": 13, "rollout": row.rollout, "prompt": row.prompt, "scores": row.scores, "text_sha256": row.text_sha256}
-                writer.append(
-                    [
-                        RolloutRow(
-                            step=13,
-                            rollout=row.rollout,
-                            prompt=row.prompt,
-                            prompt_text=HOSTILE,
-                            completion_text=HOSTILE,
-                            **scores,
-                            **pieces,
-                        )
-                    ]
-                )
-    html = page(audit_record(read_record(folder)))
+                writer.append([RolloutRow(**place, prompt_text=HOSTILE, completion_text=HOSTILE, **pieces)])
+    html = report_page(audit_record(read_record(folder)))
     found = Tags(html)
     assert found.open == []
     assert {"script", "img", "b"} & set(found.names) == set()
@@ -105,7 +93,7 @@ def test_tokens_are_text_alone_where_no_token_scores_are_recorded(evaded):
 
 def test_a_run_with_few_labels_has_a_page(tmp_path):
     write_run(tmp_path, [Change()] * 2)
-    html = page(audit_record(read_record(tmp_path)))
+    html = report_page(audit_record(read_record(tmp_path)))
     assert Tags(html).open == []
     assert "No verdict yet" in html
 

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from probescore_audit.report.numbers import numbers_of
-from probescore_audit.report.page import page
+from probescore_audit.report.page import report_page
 
-__all__ = ["numbers_of", "page"]
+__all__ = ["numbers_of", "report_page"]

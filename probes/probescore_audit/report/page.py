@@ -25,7 +25,7 @@ _GRADES = {
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
 
-def page(audit: RecordAudit) -> str:
+def report_page(audit: RecordAudit) -> str:
     """Returns the HTML of the report's page, which loads nothing. Text from the record is escaped, so that it is never markup."""
     style = files(__package__).joinpath("report.css").read_text(encoding="utf-8")
     run = escaped(audit.record.header.run_id)
