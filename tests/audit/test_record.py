@@ -218,7 +218,7 @@ def test_after_a_line_written_in_part_the_next_can_be_read(tmp_path, monkeypatch
 def test_texts_are_kept_only_if_asked_for(tmp_path):
     for keep in (False, True):
         with RecordWriter(tmp_path / str(keep), header(), keep_texts=keep) as writer:
-            writer.append([rollout(0, 0, completion_text="secret", completion_ids=[4, 5])])
+            writer.append([rollout(0, 0, completion_text="secret", completion_ids=[4, 5], completion_pieces=["secret"])])
     assert "secret" not in next((tmp_path / "False").iterdir()).read_text()
     assert read_record(tmp_path / "True").rollouts[0].completion_ids == [4, 5]
 

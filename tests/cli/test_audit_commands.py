@@ -56,6 +56,16 @@ def test_each_example_ends_with_the_right_verdict():
     assert "Takes for granted" in said
 
 
+def test_the_how_to_shows_what_is_printed(tmp_path):
+    page = (EXAMPLES.parents[1] / "docs/how-to/audit-a-run.md").read_text()
+    shown = re.findall(r"```bash\nprobescore (audit examples/audit/(\w+).*?)\n```\n\n```text\n(.*?)```", page, re.DOTALL)
+    assert [name for _, name, _ in shown] == ["changed", "evaded"]
+    for _, name, text in shown:
+        printed = run("audit", EXAMPLES / name).stdout
+        for line in filter(None, text.splitlines()):
+            assert line.removesuffix("…").rstrip() in printed
+
+
 def test_json_and_page(tmp_path):
     done = run("audit", EXAMPLES / "evaded", "--reading", "policy", "--json", "--report", tmp_path / "audit.html")
     assert done.exit_code == 0

@@ -15,8 +15,6 @@ from probescore_audit.record.rows import LabelRow, RolloutRow, Row, RunHeader, t
 
 logger = logging.getLogger(__name__)
 
-_TEXTS: tuple[str, ...] = ("prompt_text", "completion_text", "prompt_ids", "completion_ids", "completion_pieces")
-
 
 class RecordWriter:
     """Writer of one process's file in the record of a training run.
@@ -93,5 +91,5 @@ class RecordWriter:
         if isinstance(row, LabelRow) and not row.row:
             return replace(row, row=uuid.uuid4().hex)
         if isinstance(row, RolloutRow) and not self._keep_texts:
-            return replace(row, **dict.fromkeys(_TEXTS))
+            return replace(row, prompt_text=None, completion_text=None, prompt_ids=None, completion_ids=None, completion_pieces=None)
         return row

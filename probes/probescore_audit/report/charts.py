@@ -102,7 +102,7 @@ def curves(
         anchor = "end" if x > _RIGHT - 90 else "start"
         parts.append(f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{_BOTTOM}"/>')
         parts.append(
-            f'<text class="mark" x="{x + (4 if anchor == "start" else -4):.1f}" y="{_TOP + 9 + 13 * row:.1f}" text-anchor="{anchor}">'
+            f'<text class="mark" x="{x + (4 if anchor == "start" else -4):.1f}" y="{_TOP + 34 + 14 * row:.1f}" text-anchor="{anchor}">'
             f"{escaped(text)}</text>"
         )
     return _svg(title, parts)

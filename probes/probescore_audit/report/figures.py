@@ -127,7 +127,7 @@ def readings_against_each_other(frozen: ReadingAudit, other: ReadingAudit) -> st
     """Draws the scores of rollouts of the last window of training steps under two readings (whose activations the probe reads)."""
     places = {(row.step, row.rollout): index for index, row in enumerate(other.recorded.rollouts)}
     first = frozen.audit.windows[-1].first_step
-    own = [index for index in np.flatnonzero(frozen.recorded.run.step >= first) if _key(frozen, index) in places]
+    own = [index for index in np.flatnonzero(frozen.recorded.run.step >= first).tolist() if _key(frozen, index) in places]
     labels = frozen.recorded.labels
     said = dict(zip(labels.rollout.tolist(), labels.positive.tolist(), strict=True))
     chosen = np.random.default_rng(0).permutation(np.array([index for index in own if index not in said], np.int64))[:_MOST_POINTS].tolist()
