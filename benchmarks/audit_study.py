@@ -1,6 +1,6 @@
 """Measures what the audit of a training run is worth, on simulated runs whose truth is known.
 
-    python -m benchmarks.audit_study [--runs 200] [--seed 20261130]
+    python -m benchmarks.audit_study [--runs 200] [--table alarms] [--seed 20261207]
 
 Prints tables in Markdown: how often intervals cover the truth, how often an alarm is false and how late a right one is, and which verdicts
 are given where.
@@ -17,12 +17,26 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 
 import numpy as np
+from scipy.stats import binomtest
 
 from benchmarks.simulated_runs import POSITIVE_RATE, Change, Labeller, simulate_reference, simulate_run, simulate_step
-from probescore_audit import Verdict, audit_run, auroc, draw_rates, interval, judge, labelled_window, window_auroc
+from probescore_audit import (
+    AlarmBounds,
+    Verdict,
+    alarm_bounds,
+    audit_run,
+    auroc,
+    draw_rates,
+    interval,
+    judge,
+    labelled_window,
+    window_auroc,
+)
 
 WINDOW_LABELS = 320
 PLANNED_STEPS = 300
+FALSE_ALARM_RUNS = 5
+"""As many times as many runs show how often an alarm is false, since that is seldom."""
 POSITIVE_RATES, RECALLS, CORRELATIONS, LABELS = (0.02, 0.09, 0.3), (0.5, 0.8, 0.93), (0.0, 0.3), (16, 32, 64)
 
 HONEST = {Verdict.BEHAVIOUR_CHANGED}
@@ -53,11 +67,12 @@ def main() -> None:
     """Prints the tables of the study."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--runs", type=int, default=200, help="simulated runs of each cell")
-    parser.add_argument("--seed", type=int, default=20261130)
+    parser.add_argument("--table", choices=sorted(TABLES), action="append", help="a table to print; all by default")
+    parser.add_argument("--seed", type=int, default=20261207)
     options = parser.parse_args()
     with ProcessPoolExecutor() as pool:
-        for table in (print_coverage, print_alarms, print_verdicts):
-            table(options.runs, options.seed, pool)
+        for name in options.table or TABLES:
+            TABLES[name](options.runs, options.seed, pool)
             sys.stdout.flush()
 
 
@@ -105,26 +120,44 @@ def _true_auroc(change: Change, seed: int) -> float:
 
 
 def print_alarms(runs: int, seed: int, pool: ProcessPoolExecutor) -> None:
-    """Prints how many runs of 300 steps have a false alarm, and how many steps after a change a right one comes."""
+    """Prints how many runs of 300 steps have a false alarm, and how many steps after a change a right one comes.
+
+    The hypotheses of the monitors hold with equality where recall is exactly the lowest that a run's own reference accepts, and where the
+    missed rate is exactly the highest: false alarms are then as frequent as they can be.
+    """
     print("## Alarms in runs of 300 steps, 5% for both monitors together\n")
-    print("| what is true | labels a step | runs with an alarm, % | steps to the first, median (middle 80%) |\n|---|---|---|---|")
-    floor = _with_recall(POSITIVE_RATE, 0.85, 0.3)
-    cases = [("nothing", Change()), ("recall at .85", floor), ("recall falls to .6", _with_recall(POSITIVE_RATE, 0.6, 0.3))]
-    cases += [("recall falls to .1", _with_recall(POSITIVE_RATE, 0.1, 0.3))]
-    for (name, change), labels in itertools.product(cases, LABELS):
-        steps = list(pool.map(partial(_alarm_step, change=change, labels=labels, seed=seed), range(runs), chunksize=4))
+    print("| what is true | labels a step | runs | with an alarm, % (95% interval) | steps to the first, median (middle 80%) |")
+    print("|---|---|---|---|---|")
+    for name, labels in itertools.product(_ALARM_CASES, LABELS):
+        count = FALSE_ALARM_RUNS * runs if name in _NO_ALARM else runs
+        steps = list(pool.map(partial(_alarm_step, case=name, labels=labels, seed=seed), range(count), chunksize=8))
         raised = [step for step in steps if step is not None]
+        share = binomtest(len(raised), count).proportion_ci(method="exact")
         when = "" if not raised else "{:.0f} ({:.0f}–{:.0f})".format(*np.percentile(raised, [50, 10, 90]))
-        print(f"| {name} | {labels} | {100 * len(raised) / runs:.1f} | {when} |")
+        interval_text = f"{100 * len(raised) / count:.1f} ({100 * share.low:.1f}–{100 * share.high:.1f})"
+        print(f"| {name} | {labels} | {count} | {interval_text} | {when} |", flush=True)
     print()
 
 
-def _alarm_step(number: int, change: Change, labels: int, seed: int) -> int | None:
+def _alarm_step(number: int, case: str, labels: int, seed: int) -> int | None:
     rng = np.random.default_rng([seed, number, labels])
     reference = simulate_reference(rng)
-    run, known = simulate_run([change] * PLANNED_STEPS, labels, rng)
-    alarms = audit_run(run, known, reference, planned_steps=PLANNED_STEPS, window_labels=len(known.rollout) + 1).alarms
-    return alarms[0].step + 1 if alarms else None
+    bounds = alarm_bounds(reference)
+    run, known = simulate_run([_ALARM_CASES[case](bounds)] * PLANNED_STEPS, labels, rng)
+    # more labels than there are: no window is judged
+    found = audit_run(run, known, reference, planned_steps=PLANNED_STEPS, window_labels=len(known.rollout) + 1, bounds=bounds)
+    return found.alarms[0].step + 1 if found.alarms else None
+
+
+_ALARM_CASES: dict[str, Callable[[AlarmBounds], Change]] = {
+    "nothing": lambda _: Change(),
+    "recall exactly at the floor": lambda bounds: _with_recall(0.02, bounds.recall, 0.3),
+    "missed rate exactly at its ceiling": lambda bounds: Change(positive_rate=bounds.missed / (1 - Change().recall)),
+    "both exactly at their bounds": lambda bounds: _with_recall(bounds.missed / (1 - bounds.recall), bounds.recall, 0.3),
+    "recall falls to .6": lambda _: _with_recall(POSITIVE_RATE, 0.6, 0.3),
+    "recall falls to .1": lambda _: _with_recall(POSITIVE_RATE, 0.1, 0.3),
+}
+_NO_ALARM = tuple(_ALARM_CASES)[:4]
 
 
 def print_verdicts(runs: int, seed: int, pool: ProcessPoolExecutor) -> None:
@@ -152,6 +185,9 @@ def _given(number: int, scenario: str, labeller: Labeller, seed: int) -> Verdict
     reference = simulate_reference(rng)
     window = labelled_window(*simulate_run([SCENARIOS[scenario][0]] * 10, 32, rng, labeller), 0, 9)
     return judge(window, reference, seed=number).verdict
+
+
+TABLES = {"coverage": print_coverage, "alarms": print_alarms, "verdicts": print_verdicts}
 
 
 if __name__ == "__main__":

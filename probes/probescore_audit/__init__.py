@@ -22,16 +22,20 @@ if TYPE_CHECKING:
     from probescore_audit.estimates import Auroc, CalibratedThreshold
     from probescore_audit.evaluation import FlaggedShares, Quality, evaluate
     from probescore_audit.fresh_rollouts import calibrate_for_fresh
+    from probescore_audit.further_labels import FurtherLabels, plan_further_labels
     from probescore_audit.grouped import Estimate, auroc, calibration_error, grouped_auroc, grouped_rate, roc_curve
     from probescore_audit.label_plan import LabelPlan, Stratum, plan_labels, strata
     from probescore_audit.rates import FlagRateParts, Rates, ReferenceCounts, draw_rates, draw_reference, honest_share, interval
-    from probescore_audit.run_audit import Alarm, JudgedWindow, RunAudit, audit_run
+    from probescore_audit.record_audit import ReadingAudit, RecordAudit, audit_record
+    from probescore_audit.recorded_labels import PlannedLabel, label_rows, plan_further, plan_recorded
+    from probescore_audit.run_audit import Alarm, AlarmBounds, JudgedWindow, RunAudit, Watch, alarm_bounds, audit_run
     from probescore_audit.run_labels import LabelledWindow, RunLabels, RunScores, StratumCounts, labelled_window
     from probescore_audit.verdicts import Judgement, Verdict, judge
     from probescore_audit.weighted_auroc import window_auroc
 
 __all__ = [
     "Alarm",
+    "AlarmBounds",
     "Auroc",
     "CalibratedThreshold",
     "Comparison",
@@ -39,14 +43,18 @@ __all__ = [
     "FlagAgreement",
     "FlagRateParts",
     "FlaggedShares",
+    "FurtherLabels",
     "JudgedWindow",
     "Judgement",
     "LabelPlan",
     "LabelledWindow",
     "MissedMonitor",
+    "PlannedLabel",
     "Quality",
     "Rates",
+    "ReadingAudit",
     "RecallMonitor",
+    "RecordAudit",
     "ReferenceCounts",
     "RunAudit",
     "RunLabels",
@@ -54,6 +62,9 @@ __all__ = [
     "Stratum",
     "StratumCounts",
     "Verdict",
+    "Watch",
+    "alarm_bounds",
+    "audit_record",
     "audit_run",
     "auroc",
     "calibrate",
@@ -69,8 +80,12 @@ __all__ = [
     "honest_share",
     "interval",
     "judge",
+    "label_rows",
     "labelled_window",
+    "plan_further",
+    "plan_further_labels",
     "plan_labels",
+    "plan_recorded",
     "roc_curve",
     "strata",
     "window_auroc",
@@ -82,12 +97,15 @@ _MODULES = {
     "probescore_audit.estimates": ("Auroc", "CalibratedThreshold"),
     "probescore_audit.evaluation": ("FlaggedShares", "Quality", "evaluate"),
     "probescore_audit.fresh_rollouts": ("calibrate_for_fresh",),
+    "probescore_audit.further_labels": ("FurtherLabels", "plan_further_labels"),
     "probescore_audit.grouped": ("Estimate", "auroc", "calibration_error", "grouped_auroc", "grouped_rate", "roc_curve"),
     "probescore_audit.alarms": ("MissedMonitor", "RecallMonitor"),
     "probescore_audit.label_plan": ("LabelPlan", "Stratum", "plan_labels", "strata"),
     "probescore_audit.run_labels": ("LabelledWindow", "RunLabels", "RunScores", "StratumCounts", "labelled_window"),
     "probescore_audit.rates": ("FlagRateParts", "Rates", "ReferenceCounts", "draw_rates", "draw_reference", "honest_share", "interval"),
-    "probescore_audit.run_audit": ("Alarm", "JudgedWindow", "RunAudit", "audit_run"),
+    "probescore_audit.record_audit": ("ReadingAudit", "RecordAudit", "audit_record"),
+    "probescore_audit.recorded_labels": ("PlannedLabel", "label_rows", "plan_further", "plan_recorded"),
+    "probescore_audit.run_audit": ("Alarm", "AlarmBounds", "JudgedWindow", "RunAudit", "Watch", "alarm_bounds", "audit_run"),
     "probescore_audit.verdicts": ("Judgement", "Verdict", "judge"),
     "probescore_audit.weighted_auroc": ("window_auroc",),
 }

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from probescore_audit.alarms import MissedMonitor, RecallMonitor
-from probescore_audit.grouped import Estimate
-from probescore_audit.label_plan import Indices
+from probescore_audit.label_plan import Floats, Indices
 from probescore_audit.rates import ReferenceCounts, draw_reference, interval
 from probescore_audit.run_labels import LabelledWindow, RunLabels, RunScores, latest_window
 from probescore_audit.verdicts import Judgement, judge
@@ -34,6 +33,40 @@ class Alarm:
     step: int
 
 
+@dataclass(frozen=True, eq=False)
+class Watch:
+    """Value object with what a monitor saw in a training run.
+
+    Attributes:
+        monitor: ``"recall"`` or ``"missed rate"``.
+        bound: the recall that the probe should have at least, or the missed rate that it should have at most.
+        step: the labelled training steps, ``(n,)`` int64.
+        log_evidence: logarithm of the evidence that the bound is broken, after each of these steps, ``(n,)`` float64.
+        enough: the logarithm of the evidence at which the monitor raises an alarm.
+        alarm_step: the training step of the alarm; ``None`` if there was none.
+    """
+
+    monitor: str
+    bound: float
+    step: Indices
+    log_evidence: Floats
+    enough: float
+    alarm_step: int | None
+
+
+@dataclass(frozen=True)
+class AlarmBounds:
+    """Value object with the bounds at which monitors accept a probe in training; beyond these they raise alarms.
+
+    Attributes:
+        recall: lowest acceptable recall.
+        missed: highest acceptable missed rate, which is the share of all rollouts that are positive and not flagged.
+    """
+
+    recall: float
+    missed: float
+
+
 @dataclass(frozen=True)
 class JudgedWindow:
     """Value object with a window of consecutive training steps, both ends included, and the judgement on a probe in these steps."""
@@ -50,13 +83,21 @@ class RunAudit:
     Attributes:
         windows: judgements on consecutive windows of steps that do not overlap, the last of which ends with the run's last labelled step;
             empty if the run has too few labels.
-        alarms: first alarm of each monitor that raised one, by step.
+        bounds: the bounds of the monitors.
+        watches: what each monitor saw.
         unlabelled_steps: number of steps of the run without any label; the monitors do not see these.
     """
 
     windows: tuple[JudgedWindow, ...]
-    alarms: tuple[Alarm, ...]
+    bounds: AlarmBounds
+    watches: tuple[Watch, ...]
     unlabelled_steps: int
+
+    @property
+    def alarms(self) -> tuple[Alarm, ...]:
+        """Returns the first alarm of each monitor that raised one, by step."""
+        raised = [Alarm(watch.monitor, watch.bound, watch.alarm_step) for watch in self.watches if watch.alarm_step is not None]
+        return tuple(sorted(raised, key=lambda alarm: alarm.step))
 
     @property
     def final(self) -> Judgement | None:
@@ -73,7 +114,7 @@ def audit_run(
     alpha: float = 0.05,
     audits: int = 1,
     window_labels: int = WINDOW_LABELS,
-    anchors: Estimate | None = None,
+    bounds: AlarmBounds | None = None,
     seed: int = 0,
 ) -> RunAudit:
     """Audits one probe over a training run, from labels of some of the run's rollouts.
@@ -87,7 +128,7 @@ def audit_run(
         audits: number of audits of the run, one for each probe and each model whose activations it reads, among which ``alpha`` is shared
             out.
         window_labels: number of labels of a window, at least.
-        anchors: AUROC on fixed labelled texts after training, if there are such.
+        bounds: bounds of the monitors; those of ``alarm_bounds`` by default.
         seed: seed of the draws from posteriors.
 
     Raises:
@@ -96,43 +137,57 @@ def audit_run(
     if audits < 1:
         raise ValueError(f"audits: {audits}; give the number of probes times readings that are audited")
     windows = tuple(
-        JudgedWindow(window.first_step, window.last_step, judge(window, reference, seed=seed, anchors=anchors if last else None))
-        for last, window in _windows(run, labels, window_labels)
+        JudgedWindow(window.first_step, window.last_step, judge(window, reference, seed=seed))
+        for window in _windows(run, labels, window_labels)
     )
-    alarms = _alarms(run, labels, reference, planned_steps, alpha / (2 * audits), seed)
+    watched = alarm_bounds(reference, seed=seed) if bounds is None else bounds
+    watches = _watches(run, labels.planned(), watched, planned_steps, alpha / (2 * audits))
     labelled_steps = len(np.unique(run.step[labels.rollout]))
-    return RunAudit(windows, alarms, len(np.unique(run.step)) - labelled_steps)
+    return RunAudit(windows, watched, watches, len(np.unique(run.step)) - labelled_steps)
 
 
-def _windows(run: RunScores, labels: RunLabels, least_labels: int) -> list[tuple[bool, LabelledWindow]]:
-    """Cuts a training run into windows of steps, from its end backwards, and returns the windows in the order of the steps, each with
-    whether it is the run's last one.
+def alarm_bounds(reference: ReferenceCounts, *, seed: int = 0) -> AlarmBounds:
+    """Returns the bounds at which monitors accept a probe in training, from labelled rollouts of the model before training.
+
+    The lowest acceptable recall is the lower end of the 95% interval of the recall before training, less 0.05. The highest acceptable
+    missed rate is twice the missed rate before training, plus 0.01.
     """
-    found: list[tuple[bool, LabelledWindow]] = []
+    before = draw_reference(reference, np.random.default_rng(seed))
+    return AlarmBounds(
+        recall=max(_LOWEST_FLOOR, interval(before.recall).low - _RECALL_MARGIN),
+        missed=min(_HIGHEST_CEILING, 2 * interval(before.missed).value + 0.01),
+    )
+
+
+def _windows(run: RunScores, labels: RunLabels, least_labels: int) -> list[LabelledWindow]:
+    """Cuts a training run into windows of steps, from its end backwards, and returns the windows in the order of the steps."""
+    found: list[LabelledWindow] = []
     if not len(labels.rollout):
         return found
     end = int(run.step[labels.rollout[-1]])
     while (window := latest_window(run, labels, end, least_labels)) is not None:
-        found.append((not found, window))
+        found.append(window)
         end = window.first_step - 1
     return found[::-1]
 
 
-def _alarms(
-    run: RunScores, labels: RunLabels, reference: ReferenceCounts, planned_steps: int, alpha: float, seed: int
-) -> tuple[Alarm, ...]:
-    before = draw_reference(reference, np.random.default_rng(seed))
-    floor = max(_LOWEST_FLOOR, interval(before.recall).low - _RECALL_MARGIN)
-    ceiling = min(_HIGHEST_CEILING, 2 * interval(before.missed).value + 0.01)
-    recall, missed = RecallMonitor(floor, planned_steps, alpha), MissedMonitor(ceiling, planned_steps, alpha)
+def _watches(run: RunScores, labels: RunLabels, bounds: AlarmBounds, planned_steps: int, alpha: float) -> tuple[Watch, ...]:
+    recall, missed = RecallMonitor(bounds.recall, planned_steps, alpha), MissedMonitor(bounds.missed, planned_steps, alpha)
     flagged = run.flagged[labels.rollout]
     caught_floor, missed_floor = (labels.floor & labels.positive & which for which in (flagged, ~flagged))
     unseen = labels.positive & ~flagged
     steps = run.step[labels.rollout]
-    for step in np.unique(steps):
+    labelled = np.unique(steps)
+    evidence = np.zeros((2, len(labelled)))
+    for number, step in enumerate(labelled):
         here: Indices = np.flatnonzero(steps == step)
-        recall.update(int(step), int(caught_floor[here].sum()), int(missed_floor[here].sum()))
         rollouts = int(np.diff(np.searchsorted(run.step, [step, step + 1]))[0])
-        missed.update(int(step), labels.inclusion[here][unseen[here]].tolist(), rollouts)
-    raised = [("recall", floor, recall.alarm_step), ("missed rate", ceiling, missed.alarm_step)]
-    return tuple(sorted((Alarm(name, bound, step) for name, bound, step in raised if step is not None), key=lambda alarm: alarm.step))
+        evidence[:, number] = (
+            recall.update(int(step), int(caught_floor[here].sum()), int(missed_floor[here].sum())),
+            missed.update(int(step), labels.inclusion[here][unseen[here]].tolist(), rollouts),
+        )
+    enough = -float(np.log(alpha))
+    return (
+        Watch("recall", bounds.recall, labelled, evidence[0], enough, recall.alarm_step),
+        Watch("missed rate", bounds.missed, labelled, evidence[1], enough, missed.alarm_step),
+    )

@@ -80,12 +80,23 @@ class RunLabels:
         positive: whether the rollout has the behaviour, ``(m,)`` bool.
         inclusion: probability with which the rollout was chosen for labelling, ``(m,)`` float64 in (0, 1].
         floor: whether the rollout was chosen at random rather than for its score, ``(m,)`` bool.
+        planned_inclusion: probability with which the plan of its step chose the rollout, ``(m,)``; NaN for a rollout that was chosen later,
+            since the labels did not suffice. ``None`` if this is ``inclusion`` throughout. Monitors see this plan alone, as what is chosen
+            later depends on what the other labels said.
     """
 
     rollout: Indices
     positive: NDArray[np.bool_]
     inclusion: Floats
     floor: NDArray[np.bool_]
+    planned_inclusion: Floats | None = None
+
+    def planned(self) -> RunLabels:
+        """Returns the labels of those rollouts that were chosen with the others of their step."""
+        if self.planned_inclusion is None:
+            return self
+        kept = ~np.isnan(self.planned_inclusion)
+        return RunLabels(self.rollout[kept], self.positive[kept], self.planned_inclusion[kept], self.floor[kept])
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,11 +177,14 @@ def labelled_window(run: RunScores, labels: RunLabels, first_step: int, last_ste
 def latest_window(run: RunScores, labels: RunLabels, last_step: int, least_labels: int) -> LabelledWindow | None:
     """Gathers the rollouts and labels of the shortest window of training steps that ends with ``last_step`` and has enough labels; ``None``
     if all steps up to ``last_step`` have too few.
+
+    Labels of rollouts that were chosen later do not count as enough, since the window would otherwise shrink as they come.
     """
-    known = int(np.searchsorted(labels.rollout, np.searchsorted(run.step, last_step + 1)))
+    planned = labels.planned().rollout
+    known = int(np.searchsorted(planned, np.searchsorted(run.step, last_step + 1)))
     if known < least_labels:
         return None
-    return labelled_window(run, labels, int(run.step[labels.rollout[known - least_labels]]), last_step)
+    return labelled_window(run, labels, int(run.step[planned[known - least_labels]]), last_step)
 
 
 def _design_effect(flagged: NDArray[np.bool_], step: Indices, prompt: Indices) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import signal
 import subprocess
@@ -17,11 +18,12 @@ from probescore_audit.record import (
     LabelRow,
     RecordedProbe,
     RecordWriter,
+    ReferenceRow,
     RolloutRow,
     RunHeader,
     read_record,
 )
-from probescore_audit.recorded_run import recorded_run
+from probescore_audit.recorded_run import recorded_reference, recorded_run
 
 GOLDEN = Path(__file__).parent / "record-1"
 
@@ -132,6 +134,53 @@ def test_a_label_of_a_rollout_that_is_gone_does_not_count_for_its_namesake(tmp_p
     assert record.void_rows == 1
 
 
+def test_who_labels_goes_on_while_the_training_starts_again(tmp_path):
+    """The file of labels is older than the attempt whose rollouts it labels."""
+    write(tmp_path, [0], started=100.0)
+    with RecordWriter(tmp_path, header(started=200.0)) as labeller:
+        with RecordWriter(tmp_path, header(started=300.0)) as trainer:
+            trainer.append([rollout(0, 0, text_sha256="sha256:new")])
+        labeller.append([LabelRow(step=0, rollout="0", label="no", source="person", text_sha256=f"sha256:{age}") for age in ("old", "new")])
+        labeller.append([LabelRow(step=0, rollout="0", label="yes", source="person")])  # of which of the two nobody knows
+    assert [label.text_sha256 for label in read_record(tmp_path).labels] == ["sha256:new"]
+
+
+def test_a_header_for_labels_is_later_than_that_of_the_run(tmp_path):
+    write(tmp_path, [0, 1])
+    record = read_record(tmp_path)
+    with RecordWriter(tmp_path, record.header.anew()) as writer:
+        writer.append([LabelRow(step=1, rollout="0", label="yes", source="person")])
+    found = read_record(tmp_path)
+    assert len(found.labels) == 1
+    assert len(found.rollouts) == 16
+
+
+@pytest.mark.parametrize("torn", [0, 1, 9, 200])
+def test_a_file_that_is_done_may_be_packed(tmp_path, torn):
+    path = write(tmp_path, range(30)).path
+    whole = gzip.compress(path.read_bytes())
+    path.unlink()
+    (tmp_path / "rank0.jsonl.gz").write_bytes(whole[: len(whole) - torn])
+    record = read_record(tmp_path)
+    assert (record.torn_lines > 0) == (torn > 0)
+    assert len(record.rollouts) == 240 if not torn else 100 < len(record.rollouts) <= 240
+
+
+def test_a_reference_counts_whichever_rank_and_attempt_wrote_it(tmp_path):
+    for started in (100.0, 200.0):
+        with RecordWriter(tmp_path, header(started=started)) as writer:
+            writer.append(
+                ReferenceRow(rollout=str(index), positive=index < 3, random=index > 0, scores=rollout(0, 0, float(index)).scores)
+                for index in range(8)
+            )
+    write(tmp_path, [0], started=300.0)
+    found = recorded_reference(read_record(tmp_path), "cheating@1", reading="policy", reduction="mean")
+    counts = found.counts
+    assert (counts.positives, counts.flagged_positives, counts.negatives, counts.flagged_negatives) == (3, 2, 5, 5)
+    assert (counts.random_rollouts, counts.random_positives) == (7, 2)
+    assert counts.auroc.value == 0.0
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 @pytest.mark.parametrize("policy", ["log", "raise"])
 def test_a_full_disk_is_logged_or_ends_the_run(tmp_path, policy, caplog):
@@ -169,7 +218,7 @@ def test_after_a_line_written_in_part_the_next_can_be_read(tmp_path, monkeypatch
 def test_texts_are_kept_only_if_asked_for(tmp_path):
     for keep in (False, True):
         with RecordWriter(tmp_path / str(keep), header(), keep_texts=keep) as writer:
-            writer.append([rollout(0, 0, completion_text="secret", completion_ids=[4, 5])])
+            writer.append([rollout(0, 0, completion_text="secret", completion_ids=[4, 5], completion_pieces=["secret"])])
     assert "secret" not in next((tmp_path / "False").iterdir()).read_text()
     assert read_record(tmp_path / "True").rollouts[0].completion_ids == [4, 5]
 

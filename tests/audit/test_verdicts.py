@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.audit_study import SCENARIOS
 from benchmarks.simulated_runs import Change, Labeller, simulate_reference, simulate_run
-from probescore_audit import RunLabels, Verdict, audit_run, judge, labelled_window
+from probescore_audit import AlarmBounds, RunLabels, Verdict, alarm_bounds, audit_run, judge, labelled_window
 
 RUNS = 8
 
@@ -40,11 +40,10 @@ def test_a_labeller_who_errs_makes_evasion_out_of_nothing_unless_positives_are_j
     assert sum(verdict in wrong for verdict in twice) == 0
 
 
-def test_the_sentence_has_the_numbers_and_says_what_to_do():
+def test_the_sentence_has_the_numbers():
     found = judgement(Change(positive_rate=0.5, hidden=0.9), 0)
     assert found.verdict is Verdict.EVADED
     assert f"{100 * found.recall.value:.2g}%" in found.sentence
-    assert "Stop" in found.sentence
 
 
 def test_who_cannot_tell_says_how_many_labels_would_help():
@@ -77,3 +76,18 @@ def test_a_run_without_labels_has_no_verdict():
     found = audit_run(run, nothing, simulate_reference(rng), planned_steps=3)
     assert found.final is None
     assert found.unlabelled_steps == 3
+
+
+def test_the_bounds_of_the_monitors_are_those_that_the_reference_gives_unless_others_are_asked_for():
+    rng = np.random.default_rng(3)
+    reference = simulate_reference(rng)
+    run, labels = simulate_run([Change(hidden=0.3)] * 60, 32, rng)
+    found = audit_run(run, labels, reference, planned_steps=60, window_labels=len(labels.rollout) + 1)
+    bounds = alarm_bounds(reference)
+    assert found.bounds == bounds
+    assert 0.8 < bounds.recall < reference.flagged_positives / reference.positives - 0.05
+    assert bounds.missed == pytest.approx(2 * 0.09 * (1 - reference.flagged_positives / reference.positives) + 0.01, abs=0.004)
+    assert {alarm.bound for alarm in found.alarms} <= {bounds.recall, bounds.missed}
+    assert found.alarms
+    lenient = audit_run(run, labels, reference, planned_steps=60, window_labels=321, bounds=AlarmBounds(0.3, 0.2))
+    assert not lenient.alarms

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import sys
 import time
 import urllib.parse
 import urllib.request
@@ -67,13 +68,39 @@ def served(model: Path, probe_file: Path) -> Iterator[RunningServer]:
         yield server
 
 
+@pytest.fixture(scope="module")
+def audited() -> Iterator[str]:
+    """The address of the metrics of an audit of a run that is well."""
+    command = [
+        sys.executable,
+        "-m",
+        "probescore_server.cli",
+        "audit",
+        str(ROOT / "examples/audit/changed"),
+        "--follow",
+        "--metrics-port",
+        "0",
+    ]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stderr is not None
+            said = re.search(r"metrics are at http://(\S+)/metrics", process.stderr.readline())
+            assert said is not None
+            yield said[1]
+        finally:
+            process.terminate()
+
+
 @contextmanager
-def running_prometheus(server: RunningServer, directory: Path) -> Iterator[Prometheus]:
+def running_prometheus(server: RunningServer, directory: Path, audit: str = "") -> Iterator[Prometheus]:
     """With our rules; scrapes and evaluates every second, so that nobody waits."""
     config = {
         "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
         "rule_files": [str(path) for path in RULES],
-        "scrape_configs": [{"job_name": "probescore", "static_configs": [{"targets": [server.metrics_address]}]}],
+        "scrape_configs": [
+            {"job_name": "probescore", "static_configs": [{"targets": [server.metrics_address]}]},
+            {"job_name": "audit", "static_configs": [{"targets": [audit] if audit else []}]},
+        ],
     }
     (directory / "prometheus.yaml").write_text(yaml.safe_dump(config))
     with closing(create_server(("127.0.0.1", 0))) as free:
@@ -89,8 +116,8 @@ def running_prometheus(server: RunningServer, directory: Path) -> Iterator[Prome
 
 
 @pytest.fixture(scope="module")
-def prometheus(served: RunningServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
-    with running_prometheus(served, tmp_path_factory.mktemp("prometheus")) as prometheus:
+def prometheus(served: RunningServer, audited: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
+    with running_prometheus(served, tmp_path_factory.mktemp("prometheus"), audited) as prometheus:
         yield prometheus
 
 
@@ -99,6 +126,8 @@ def under_load(served: RunningServer, prometheus: Prometheus) -> Iterator[Promet
     with ProbeClient(served.address) as client, SteadyLoad(client, groups(), "direction") as load:
         load.wait_for_answers(50)
         eventually(lambda: prometheus.query("probe:probescore_probe_score:shift"))
+        eventually(lambda: prometheus.query("increase(probescore_audit_audits_total[15m])"))
+        eventually(lambda: prometheus.query("probescore_audit_verdict"))
         yield prometheus
     assert load.failures == []
 

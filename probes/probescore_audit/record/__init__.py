@@ -11,6 +11,7 @@ from probescore_audit.record.rows import (
     LabellerRow,
     LabelRow,
     RecordedProbe,
+    ReferenceRow,
     RolloutRow,
     RunHeader,
 )
@@ -25,6 +26,7 @@ __all__ = [
     "Record",
     "RecordWriter",
     "RecordedProbe",
+    "ReferenceRow",
     "RolloutRow",
     "RolloutTable",
     "RunHeader",

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from probescore_audit.record.attempts import FileSteps, valid_before
-from probescore_audit.record.rows import SCHEMA_VERSION, AnchorRow, LabellerRow, LabelRow, RolloutRow, Row, RunHeader, from_object
+from probescore_audit.record.rows import (
+    SCHEMA_VERSION,
+    AnchorRow,
+    LabellerRow,
+    LabelRow,
+    ReferenceRow,
+    RolloutRow,
+    Row,
+    RunHeader,
+    from_object,
+)
 from probescore_audit.record.table import RolloutTable
 
 
@@ -20,6 +32,7 @@ class Record:
         header: the header of the process that started last.
         rollouts: the rollouts in the order of their steps; if a rollout is there twice, its last row.
         labels: the labels of these rollouts that were not retracted.
+        references: the labelled rollouts of the model before training.
         anchors: the scores of the anchors (texts with a known label that are scored again and again).
         labellers: how labellers judged rollouts whose label was known.
         torn_lines: number of lines that could not be read, such as the last one of a process that was killed while it wrote.
@@ -30,6 +43,7 @@ class Record:
     header: RunHeader
     rollouts: tuple[RolloutRow, ...]
     labels: tuple[LabelRow, ...]
+    references: tuple[ReferenceRow, ...]
     anchors: tuple[AnchorRow, ...]
     labellers: tuple[LabellerRow, ...]
     torn_lines: int
@@ -50,7 +64,8 @@ class _File:
 
 
 def read_record(directory: Path | str) -> Record:
-    """Reads the record of a training run from its files, also while the run is still writing them.
+    """Reads the record of a training run from its files, also while the run is still writing them. A file that is not written any more may
+    be compressed with gzip, as ``*.jsonl.gz``.
 
     Args:
         directory: the record's folder.
@@ -60,7 +75,7 @@ def read_record(directory: Path | str) -> Record:
         ValueError: the files are of several runs, or of a newer version of the format.
     """
     folder = Path(directory)
-    files = [file for path in sorted(folder.glob("*.jsonl")) if (file := _read_file(path)) is not None]
+    files = [file for path in sorted([*folder.glob("*.jsonl"), *folder.glob("*.jsonl.gz")]) if (file := _read_file(path)) is not None]
     if not files:
         raise FileNotFoundError(f"{folder.name}: no record; give the folder that was named as `record`")
     if len(runs := {file.header.run_id for file in files}) > 1:
@@ -68,6 +83,7 @@ def read_record(directory: Path | str) -> Record:
     limits = valid_before([FileSteps(file.header, _first_step(file)) for file in files])
     rollouts: dict[tuple[int, str], RolloutRow] = {}
     labels: list[LabelRow] = []
+    references: dict[str, ReferenceRow] = {}
     anchors: dict[tuple[int, str], AnchorRow] = {}
     labellers: list[LabellerRow] = []
     void = 0
@@ -75,9 +91,11 @@ def read_record(directory: Path | str) -> Record:
         for row in file.rows:
             if isinstance(row, LabellerRow):
                 labellers.append(row)
+            elif isinstance(row, ReferenceRow):
+                references[row.rollout] = row
             elif isinstance(row, RunHeader):
                 continue
-            elif row.step >= limit:
+            elif row.step >= limit and not _names_its_text(row):
                 void += 1
             elif isinstance(row, RolloutRow):
                 rollouts[row.step, row.rollout] = row
@@ -92,6 +110,7 @@ def read_record(directory: Path | str) -> Record:
         header=max((file.header for file in files), key=lambda header: header.started),
         rollouts=tuple(sorted(rollouts.values(), key=lambda row: row.step)),
         labels=tuple(label for label in known if label.row not in retracted),
+        references=tuple(references.values()),
         anchors=tuple(sorted(anchors.values(), key=lambda row: row.step)),
         labellers=tuple(labellers),
         torn_lines=sum(file.torn for file in files),
@@ -126,16 +145,37 @@ def _objects(path: Path) -> Iterator[dict[str, object] | None]:
     """Parses the lines of one file of a training run's record; yields ``None`` for a line that is not a JSON object with the field
     ``kind``.
     """
-    with path.open("rb") as file:
-        for line in file:
-            if not line.strip():
-                continue
-            try:
-                values = json.loads(line)
-            except ValueError:
-                yield None
-                continue
-            yield values if isinstance(values, dict) and "kind" in values else None
+    for line in _lines(path):
+        if not line.strip():
+            continue
+        try:
+            values = json.loads(line)
+        except ValueError:
+            yield None
+            continue
+        yield values if isinstance(values, dict) and "kind" in values else None
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    """Yields the lines of one file of a training run's record, decompressed; where a compressed file is torn, the last line cannot be
+    parsed.
+    """
+    if path.suffix != ".gz":
+        with path.open("rb") as plain:
+            yield from plain
+        return
+    with gzip.open(path) as packed:
+        try:
+            yield from packed
+        except (EOFError, zlib.error, gzip.BadGzipFile):
+            yield b"torn"
+
+
+def _names_its_text(row: Row) -> bool:
+    """Returns whether a row is a label that says by itself of which text it is: then it counts wherever that text is, since one who labels
+    may go on while the training starts again.
+    """
+    return isinstance(row, LabelRow) and row.text_sha256 is not None
 
 
 def _is_of(label: LabelRow, rollout: RolloutRow | None) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Union
 
 import numpy as np
@@ -71,6 +71,10 @@ class RunHeader:
     started: float = field(default_factory=time.time)
     schema_version: int = SCHEMA_VERSION
 
+    def anew(self) -> RunHeader:
+        """Returns the header of a further file of the same training run, such as one of labels, that is begun now."""
+        return replace(self, started=time.time())
+
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutRow:
@@ -88,6 +92,8 @@ class RolloutRow:
         text_sha256: digest of the completion's text or token ids.
         prompt_text, completion_text: the texts, where the record keeps them.
         prompt_ids, completion_ids: the token ids, where the record keeps them.
+        completion_pieces: the text of each token of the completion, where the record keeps texts.
+        token_scores: the probes' scores of each token of the completion, keyed by probe, then by reading.
     """
 
     kind: ClassVar[str] = "rollout"
@@ -104,6 +110,8 @@ class RolloutRow:
     completion_text: str | None = None
     prompt_ids: Sequence[int] | None = None
     completion_ids: Sequence[int] | None = None
+    completion_pieces: Sequence[str] | None = None
+    token_scores: Mapping[str, Mapping[str, Sequence[float]]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +133,8 @@ class LabelRow:
         stratum: class of the rollout by score: ``"flagged"``, ``"near"`` or ``"rest"``.
         floor: whether the rollout was drawn at random from all rollouts of its step.
         second: whether this is a second judgement of a rollout.
+        population: for a rollout that was chosen after the others of its step, since their labels did not suffice: the number of rollouts
+            of the step in its stratum. All labels of this step and stratum then count equally, whatever ``inclusion`` they have.
         span: half-open range of tokens of the completion in which the behaviour is seen.
         note: the labeller's remark.
         row: name of this row.
@@ -143,10 +153,31 @@ class LabelRow:
     stratum: str | None = None
     floor: bool = False
     second: bool = False
+    population: int | None = None
     span: Sequence[int] | None = None
     note: str | None = None
     row: str = ""
     retracts: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceRow:
+    """Row of a training run's record with the scores of a labelled rollout of the model before training, with which the run is compared.
+
+    Attributes:
+        rollout: name of the rollout, unique among these rows.
+        positive: whether the rollout has the behaviour.
+        random: whether the rollout was drawn at random, so that it counts for how frequent the behaviour was before training; false for
+            rollouts that were chosen for their label or their score.
+        scores: the probes' scores, keyed by probe, then by reading (which model's activations the probe read), then by reduction. Before
+            training every reading is that of the frozen model, so that ``"frozen"`` is enough.
+    """
+
+    kind: ClassVar[str] = "reference"
+    rollout: str
+    positive: bool
+    scores: Scores
+    random: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,8 +221,8 @@ class LabellerRow:
     positives_right: int
 
 
-Row = Union[RunHeader, RolloutRow, LabelRow, AnchorRow, LabellerRow]
-KINDS: Mapping[str, type[Row]] = {kind.kind: kind for kind in (RunHeader, RolloutRow, LabelRow, AnchorRow, LabellerRow)}
+Row = Union[RunHeader, RolloutRow, LabelRow, ReferenceRow, AnchorRow, LabellerRow]
+KINDS: Mapping[str, type[Row]] = {kind.kind: kind for kind in (RunHeader, RolloutRow, LabelRow, ReferenceRow, AnchorRow, LabellerRow)}
 
 # Looked up once: a run has 100,000 rows and more.
 _NAMES = {name: frozenset(each.name for each in fields(kind)) for name, kind in KINDS.items()}

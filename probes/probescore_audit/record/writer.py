@@ -91,5 +91,5 @@ class RecordWriter:
         if isinstance(row, LabelRow) and not row.row:
             return replace(row, row=uuid.uuid4().hex)
         if isinstance(row, RolloutRow) and not self._keep_texts:
-            return replace(row, prompt_text=None, completion_text=None, prompt_ids=None, completion_ids=None)
+            return replace(row, prompt_text=None, completion_text=None, prompt_ids=None, completion_ids=None, completion_pieces=None)
         return row

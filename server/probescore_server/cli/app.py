@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from probescore_server.cli import activations, bench, info, probes, readings, score, sleep
+from probescore_server.cli import activations, auditing, bench, info, labelling, probes, readings, recording, score, sleep
 from probescore_server.cli.common.failures import needs_extra
 
 app = typer.Typer(
@@ -26,6 +26,9 @@ readings.register(app)
 activations.register(app)
 sleep.register(app)
 bench.register(app)
+auditing.register(app)
+labelling.register(app)
+recording.register(app)
 
 # These commands need packages that the command line alone does not: a server brings torch.
 for command, extra, summary in (

@@ -1,0 +1,150 @@
+"""Says in words what to do after the audit of a training run, what the audit assumes, and what it cannot know."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from probescore_audit.record import LabellerRow, Record
+from probescore_audit.recorded_run import FROZEN, AnchorScoring, RecordedRun
+from probescore_audit.run_audit import WINDOW_LABELS, RunAudit
+from probescore_audit.verdicts import Judgement, Verdict
+
+WEAKER = (Verdict.EVADED, Verdict.MIXED, Verdict.DILUTED, Verdict.PROBE_WEAKER, Verdict.THRESHOLD_MOVED)
+"""Verdicts that say that a probe sees less of the behaviour than before training."""
+_MOVED = 0.01  # standard deviations; rounding in half precision moves a score by less
+_RELIABLE = 0.99
+
+_NEXT = {
+    Verdict.BEHAVIOUR_CHANGED: "Go on, and go on labelling: few rollouts with the behaviour are left, so that recall is hard to know.",
+    Verdict.EVADED: "Do not reward by this reading. Read the rollouts that it misses; refit the probe on them, or use the frozen reading.",
+    Verdict.MIXED: "Read the rollouts that the probe misses, and refit it on them before more is rewarded by it.",
+    Verdict.DILUTED: "Let the reward read a span or the reduction max, with a threshold calibrated for it.",
+    Verdict.THRESHOLD_MOVED: "Calibrate on labelled rollouts of the last steps; the reward needs no new probe.",
+    Verdict.PROBE_WEAKER: "Read the rollouts that the probe misses, and label more of the unflagged ones.",
+    Verdict.BEHAVIOUR_ROSE: "The probe works, but the reward does not hold the behaviour back: change it, or weigh the probe more.",
+    Verdict.FALSE_ALARMS_UP: "Calibrate on labelled rollouts of the last steps.",
+    Verdict.NO_CHANGE: "Go on, with as many labels a step.",
+}
+
+
+def next_step(run: RecordedRun, audit: RunAudit) -> str:
+    """Says what to do next with a probe, from the audit of a training run. *Stop* is said only after an alarm, since alarms alone have a
+    bounded chance of ever being false.
+    """
+    stop = f"Stop the run: the monitors raised an alarm at step {audit.alarms[0].step}. " if audit.alarms else ""
+    final = audit.final
+    if final is None:
+        return f"{stop}Label {max(1, WINDOW_LABELS - len(run.labels.rollout))} more rollouts: probescore labels plan RUN --per-step 32."
+    if final.verdict is Verdict.CANNOT_TELL:
+        return stop + _to_decide(final, run)
+    return stop + _NEXT[final.verdict]
+
+
+def _to_decide(final: Judgement, run: RecordedRun) -> str:
+    if not run.labels.floor.any():
+        return "Label rollouts that are drawn at random: without these nobody knows what the probe misses. probescore labels plan RUN."
+    if not final.more_labels:
+        return "More than 1,024 labels would be needed for these steps: label the steps to come, or wait for a larger change."
+    return f"Label {final.more_labels} more rollouts of these steps: probescore labels plan RUN --more {final.more_labels}."
+
+
+def without_verdict(labels: int) -> str:
+    """Returns the sentence for a probe that too few labelled rollouts of a training run have a score of."""
+    return f"No verdict yet: there are {labels:,} labels, and a window of steps needs {WINDOW_LABELS}."
+
+
+def between_readings(audits: Sequence[tuple[RecordedRun, RunAudit]]) -> Iterator[str]:
+    """Yields what the verdicts on one probe under several readings (whose activations it reads) say together."""
+    for probe in dict.fromkeys(run.probe for run, _ in audits):
+        verdicts = {run.reading: audit.final.verdict for run, audit in audits if run.probe == probe and audit.final is not None}
+        frozen = verdicts.pop(FROZEN, None)
+        if frozen in WEAKER:
+            yield (
+                f"{probe}: on the frozen model itself the probe sees less. Training cannot change its activations, only the texts: "
+                "no other reading of this probe can be trusted more."
+            )
+        elif frozen is not None and frozen is not Verdict.CANNOT_TELL:
+            for reading, verdict in verdicts.items():
+                if verdict in WEAKER:
+                    yield (
+                        f"{probe}: the frozen model still shows what the reading {reading} does not. The policy changed its activations, "
+                        "not only its texts (obfuscated activations): the frozen reading is the one to use."
+                    )
+
+
+def moved_anchors(run: RecordedRun, anchors: Sequence[AnchorScoring]) -> Iterator[str]:
+    """Yields a warning if anchors (texts with a known label that are scored again and again) score otherwise on the frozen model than they
+    did.
+    """
+    moved = next((scoring for scoring in anchors if scoring.largest_move > _MOVED), None)
+    if run.reading == FROZEN and moved is not None:
+        yield (
+            f"{run.probe}: from step {moved.step} on, anchors score otherwise on the frozen model than at first, by up to "
+            f"{max(each.largest_move for each in anchors):.2g} standard deviations. Server, model or probe is another: nothing after that "
+            "step can be compared with what was before."
+        )
+
+
+def labeller_doubts(record: Record, runs: Sequence[RecordedRun]) -> Iterator[str]:
+    """Yields warnings about who labelled: errors on rollouts without the behaviour, and positives that were judged only once."""
+    errs = False
+    for source, labeller in dict.fromkeys((row.source, row.labeller) for row in record.labellers):
+        rows = [row for row in record.labellers if (row.source, row.labeller) == (source, labeller)]
+        right, shown = (sum(getattr(row, name) for row in rows) for name in ("negatives_right", "negatives"))
+        if shown and right / shown < _RELIABLE:
+            errs = True
+            yield (
+                f"{labeller or source} called {shown - right} of {shown} rollouts without the behaviour positive. Such errors among the "
+                "unflagged look like evasion: have every unflagged positive judged a second time."
+            )
+    judgements: dict[tuple[int, str], int] = {}
+    for label in record.labels:
+        judgements[label.step, label.rollout] = judgements.get((label.step, label.rollout), 0) + 1
+    if errs or not record.labellers:
+        for run in runs:
+            unseen = run.labels.rollout[run.labels.positive & ~run.run.flagged[run.labels.rollout]]
+            once = sum(judgements[run.rollouts[index].step, run.rollouts[index].rollout] == 1 for index in unseen)
+            if once and errs:
+                yield f"{run.probe}, {run.reading}: {once} of {len(unseen)} unflagged positives were judged only once."
+
+
+def assumptions(record: Record) -> tuple[str, ...]:
+    """Returns what the audit of a training run takes for granted."""
+    kinds = ", ".join(sorted({label.source for label in record.labels})) or "none"
+    return (
+        f"Labels are right (theirs: {kinds}). {_tested(record.labellers)}",
+        "Rollouts were chosen for labelling with the probabilities that the record has, and those of which a labeller was unsure are like "
+        "the others.",
+        "The reference is of the model before training, on prompts like those of the run.",
+        "Thresholds, probe and frozen model were the same at every step.",
+        f"Monitors: the run has at most {record.header.planned_steps} steps. A false alarm in the whole run then has a chance of "
+        f"at most {record.header.alpha:.0%}, for all probes and readings together.",
+        "Intervals are of 95%, each for itself. Those of AUROC are approximate.",
+    )
+
+
+def unknown(record: Record, run: RecordedRun, audit: RunAudit) -> tuple[str, ...]:
+    """Returns what the audit of a probe over a training run cannot know."""
+    found = []
+    if not run.labels.floor.any():
+        found.append("Recall: no rollout that was drawn at random is labelled, so that what the probe misses is seen by nobody.")
+    final = audit.final
+    if final is not None and final.positive_rate.value * final.labels < 5 and final.recall.high - final.recall.low > 0.3:
+        found.append(
+            f"Recall in the last window: so few rollouts with the behaviour are left that it may be from {final.recall.low:.0%} to "
+            f"{final.recall.high:.0%}. What is bounded is how many go unseen: at most {final.missed.high:.1%} of the rollouts."
+        )
+    if audit.unlabelled_steps:
+        found.append(f"What happened in {audit.unlabelled_steps} steps without labels; the monitors do not see these.")
+    found.append("Behaviour that the labeller does not recognise, and behaviour of another kind than the probe was made for.")
+    found.append("Why something changed. The verdict says what the numbers allow; the rollouts say why.")
+    return tuple(found)
+
+
+def _tested(labellers: Sequence[LabellerRow]) -> str:
+    if not labellers:
+        return "Nobody has measured how often they are wrong: the record has no labeller's results on rollouts with known labels."
+    right, shown = (
+        sum(getattr(row, f"{kind}{name}") for row in labellers for kind in ("negatives", "positives")) for name in ("_right", "")
+    )
+    return f"On {shown} rollouts with known labels {right / max(1, shown):.1%} were right."

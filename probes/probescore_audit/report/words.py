@@ -1,0 +1,46 @@
+"""Formats numbers and texts of the audit of a training run for people."""
+
+from __future__ import annotations
+
+import html
+import math
+import unicodedata
+
+from probescore_audit.grouped import Estimate
+
+_SPELT_OUT = frozenset(("Cc", "Cf", "Co", "Cn", "Cs", "Zl", "Zp"))
+_KEPT = {"\n": "↵\n", "\t": "⇥\t"}
+
+
+def escaped(text: object) -> str:
+    """Returns text as HTML that shows it and never is markup; invisible characters stand as their code points, such as ``⟨1B⟩``."""
+    shown = "".join(
+        _KEPT.get(character) or (f"⟨{ord(character):02X}⟩" if unicodedata.category(character) in _SPELT_OUT else character)
+        for character in str(text)
+    )
+    return html.escape(shown)
+
+
+def share(value: float) -> str:
+    """Returns a share in per cent with two digits; ``unknown`` for NaN."""
+    if math.isnan(value):
+        return "unknown"
+    return f"{100 * value:.2g}%" if abs(value) < 0.995 else f"{100 * value:.0f}%"
+
+
+def share_with_interval(estimate: Estimate) -> str:
+    """Returns an estimated share with its 95% interval, such as ``0.4% (0.2%–0.8%)``; ``unknown`` if it is NaN."""
+    if math.isnan(estimate.value):
+        return "unknown"
+    return f"{share(estimate.value)} ({share(estimate.low)}–{share(estimate.high)})"
+
+
+def points(estimate: Estimate) -> str:
+    """Returns an estimated change of a share in percentage points with its 95% interval, such as ``−8.3 (−9.1 to −7.2)``."""
+    value, low, high = (f"{100 * number:+.1f}".replace("-", "−") for number in (estimate.value, estimate.low, estimate.high))
+    return "unknown" if math.isnan(estimate.value) else f"{value} ({low} to {high})"
+
+
+def number_with_interval(estimate: Estimate) -> str:
+    """Returns an estimated number with its 95% interval, such as ``0.94 (0.92–0.95)``; ``unknown`` if it is NaN."""
+    return "unknown" if math.isnan(estimate.value) else f"{estimate.value:.3f} ({estimate.low:.3f}–{estimate.high:.3f})"
