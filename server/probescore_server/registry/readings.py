@@ -57,16 +57,17 @@ class _Version:
 
     Attributes:
         source: where it is read from, and the slot under which workers hold it.
-        described: the description by the first worker that loaded it.
+        described: the description by the first worker that loaded it, under the name that it was loaded for.
         uses: number of names and of admitted calls that mean it.
         on_lost: functions, by the call that means the version, that end the call if the version is lost.
+        lost: what has happened, as a text for people, if the version is lost.
     """
 
     source: ReadingSource
     described: Reading
     uses: int = 0
     on_lost: dict[object, Callable[[CoreError], None]] = field(default_factory=dict)
-    lost: FailedPrecondition | None = None
+    lost: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,8 +106,8 @@ class PinnedNames:
     def call_if_lost(self, fail: Callable[[CoreError], None]) -> None:
         """Has a function called with an error if one of the readings is lost before the call has ended, or was lost already."""
         for version in self._versions:
-            if version.lost is not None:
-                fail(version.lost)
+            if version.lost:
+                fail(_loss(version.lost))
             version.on_lost[self] = fail
 
     def release(self) -> None:
@@ -149,7 +150,7 @@ class ReadingRegistry:
         self._loading: ReadingSource | None = None
         self._closed: dict[str, asyncio.Event] = {}  # Names that are being replaced in place, with what is set afterwards.
         self._freed = asyncio.Event()  # It is set, and replaced by a new one, whenever a call has ended.
-        self._lost: dict[str, FailedPrecondition] = {}
+        self._lost: dict[str, str] = {}  # By name, what has happened, as a text for people.
         self._numbers = itertools.count(1)
         self._tasks: set[asyncio.Task[Any]] = set()
 
@@ -181,7 +182,7 @@ class ReadingRegistry:
             if name in names[:index]:
                 raise InvalidRequest(f"readings[{index}]", f"{name[:100]!r} appears twice")
             if name != FROZEN and name not in self._named:
-                raise self._lost.get(name) or self._unknown(f"readings[{index}]", name)
+                raise self._missing(f"readings[{index}]", name)
         wanted, described, versions = [], [], []
         for name in names:
             if name == FROZEN:
@@ -251,7 +252,7 @@ class ReadingRegistry:
         if name == FROZEN:
             raise InvalidRequest("name", f"{FROZEN!r} is the frozen model itself, which is always there")
         if name not in self._named:
-            raise self._lost.get(name) or self._unknown("name", name)
+            raise self._missing("name", name)
         removed = self._describe(name)
         self._drop(name)
         logger.info("reading unloaded", reading=name, id=removed.id)
@@ -324,7 +325,7 @@ class ReadingRegistry:
         # From here to the end nothing is awaited: every worker holds the version, and the name changes at once.
         if replaced is not None and not in_place:
             replaced = self._describe(name) if name in self._named else None  # It may have been unloaded, or lost, meanwhile.
-        version = _Version(replace(source, id=first.id), first, uses=1)
+        version = _Version(replace(source, id=first.id), replace(first, name=name, step=step), uses=1)
         self._versions[source.slot] = version
         before = self._named.get(name)
         self._named[name] = _NamedVersion(version, step)
@@ -359,9 +360,8 @@ class ReadingRegistry:
     def _lose(self, version: _Version) -> None:
         """Drops a version that a worker process could not read again, and ends the calls that mean it."""
         names = [name for name, meaning in self._named.items() if meaning.version is version]
-        named = names[0] if names else version.described.name
-        problem = f"the reading {named!r} was lost: a worker was started again, and its files are not what they were; load it again"
-        version.lost = FailedPrecondition(problem, "READING_LOST")
+        name = version.described.name
+        version.lost = f"the reading {name!r} was lost: a worker was started again, and could not read it as it was; load it again"
         logger.error("reading lost", readings=names, id=version.source.id, directory=str(version.source.directory))
         for name in names:
             self._lost[name] = version.lost
@@ -371,7 +371,7 @@ class ReadingRegistry:
             del self._lost[next(iter(self._lost))]
         self._versions.pop(version.source.slot, None)
         for fail in [*version.on_lost.values()]:
-            fail(version.lost)
+            fail(_loss(version.lost))
 
     # -------------------------------------------------------------------------------------------------------------------------- workers
 
@@ -409,7 +409,10 @@ class ReadingRegistry:
         if any(worker.info is None for worker in self._workers):
             raise WorkerUnavailable("the server is starting", retry_seconds=1.0)
 
-    def _unknown(self, at: str, name: str) -> InvalidRequest:
+    def _missing(self, at: str, name: str) -> CoreError:
+        """Returns the error for a name that means nothing: it was lost, or there is no such reading."""
+        if name in self._lost:
+            return _loss(self._lost[name])
         loaded = ", ".join([FROZEN, *self._named])
         return InvalidRequest(at, f"unknown reading {name[:100]!r}; loaded: {loaded}", "UNKNOWN_READING")
 
@@ -418,6 +421,10 @@ class ReadingRegistry:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+
+def _loss(problem: str) -> FailedPrecondition:
+    return FailedPrecondition(problem, "READING_LOST")
 
 
 def _check_arguments(name: str, step: int | None) -> None:
