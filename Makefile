@@ -155,8 +155,8 @@ docs: $(INSTALLED) ## The documentation's site, into build/site; broken links an
 sweep: $(INSTALLED) ## Random probe graphs until 500 are accepted, every kind at every hook, every warning of a fit, every spoilt import (an hour)
 	$(TEST_ENV) $(BIN)/python -m pytest -m sweep -q
 
-swaps: $(INSTALLED) ## A hundred swaps of probes while nine clients score, pinned and following: no failed call, no mixed answer, memory as before (some minutes)
-	PROBESCORE_SWAPS=100 $(TEST_ENV) $(BIN)/python -m pytest tests/e2e/test_swaps.py -q -rP -o timeout=1800
+swaps: $(INSTALLED) ## A hundred swaps of probes, and of a reading, while nine clients score: no failed call, no mixed answer, memory as before (some minutes)
+	PROBESCORE_SWAPS=100 $(TEST_ENV) $(BIN)/python -m pytest tests/e2e/test_swaps.py tests/readings/test_reading_swaps.py -q -rP -o timeout=1800
 
 fit-study: $(INSTALLED) ## How often the intervals of a fit hold where the truth is known (ten minutes)
 	$(TEST_ENV) PYTHONPATH=tests:tests/fitting $(BIN)/python tests/fitting/coverage_study.py

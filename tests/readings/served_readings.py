@@ -88,12 +88,17 @@ def failure(call: Callable[[], object]) -> Failed:
     try:
         call()
     except grpc.RpcError as error:
-        (info,) = details(error, error_details_pb2.ErrorInfo)
-        retry = details(error, error_details_pb2.RetryInfo)
-        field = violated_field(error) if details(error, error_details_pb2.BadRequest) else ""
-        seconds = retry[0].retry_delay.ToTimedelta().total_seconds() if retry else None
-        return Failed(error.code().name, info.reason, field, error.details() or "", seconds)
+        return failed_with(error)
     raise AssertionError("it did not fail")
+
+
+def failed_with(error: grpc.RpcError) -> Failed:
+    """What an error of gRPC's says."""
+    (info,) = details(error, error_details_pb2.ErrorInfo)
+    retry = details(error, error_details_pb2.RetryInfo)
+    field = violated_field(error) if details(error, error_details_pb2.BadRequest) else ""
+    seconds = retry[0].retry_delay.ToTimedelta().total_seconds() if retry else None
+    return Failed(error.code().name, info.reason, field, error.details() or "", seconds)
 
 
 def numbers(scores: Sequence[CompletionScores], reading: str) -> np.ndarray:

@@ -8,12 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from calls import eventually
-from read_twice import GROUPS, TAPS, Served
+from parity_models import write_model
+from read_twice import GROUPS, TAPS, Served, direction, write_probes
 from running_server import RunningServer, start_server
+from safetensors.torch import load_file, save_file
 from served_readings import ReadingsClient, failure, numbers, of
 from written_adapters import WrittenAdapter
 
+from probescore import Completion, RolloutGroup
 from probescore.types import ReadingKind
 from probescore_server import Engine
 
@@ -248,3 +252,41 @@ def test_a_server_without_a_root_loads_nothing(llama: Served, adapters: list[Wri
         result = client.score("frozen")
         assert [reading.name for reading in result.info.readings] == ["frozen"]
         np.testing.assert_allclose(of(result, "frozen"), of(client.score(), "frozen"), rtol=0, atol=ATOL)
+
+
+# ------------------------------------------------------------------------------------------------------------- not finite
+
+
+def test_what_is_not_finite_on_one_reading_spoils_no_other(tmp_path: Path) -> None:
+    """One token overflows on the frozen model alone, another on the policy alone, whose embedding is its own."""
+    frozen_alone, policy_alone = 90, 91
+    overflowing = 3e38 * torch.sign(torch.from_numpy(direction("last")))
+    model = write_model(tmp_path / "model", "llama")
+    weights = load_file(model / "model.safetensors")
+    own = weights["model.embed_tokens.weight"].clone()
+    own[policy_alone] = overflowing
+    adapter = WrittenAdapter.random(model, ["q_proj"], modules_to_save=["embed_tokens"])
+    adapter.tensors["base_model.model.model.embed_tokens.weight"] = own
+    weights["model.embed_tokens.weight"][frozen_alone] = overflowing
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    adapter.write(tmp_path / "policy")
+    groups = [
+        RolloutGroup([1, 20, 21], [Completion([30, token], follow_ups=(Completion([31]),)) for token in (40, frozen_alone, policy_alone)])
+    ]
+    with (
+        start_server(model, write_probes(tmp_path, model, ["last"]), admin=True, readings_root=tmp_path) as server,
+        ReadingsClient.of(server) as client,
+    ):
+        client.load("policy", "policy")
+        for result in (client.score("frozen", "policy", groups=groups), client.score("policy", "frozen", groups=groups)):
+            status = [(each.status.value, each.readings["policy"].status.value) for each in result.groups[0]]
+            assert status == [("ok", "ok"), ("non_finite", "ok"), ("ok", "non_finite")]
+            fine, frozen_spoilt, policy_spoilt = result.groups[0]
+            assert not frozen_spoilt.scores
+            assert not policy_spoilt.readings["policy"].scores
+            assert "last@1" in frozen_spoilt.status_message
+            assert "last@1" in policy_spoilt.readings["policy"].status_message
+            assert np.isfinite(numbers([fine, policy_spoilt], "frozen")).all()
+            assert np.isfinite(numbers([fine, frozen_spoilt], "policy")).all()
+        alone = [(each.status.value, each.readings["policy"].status.value) for each in client.score("policy", groups=groups).groups[0]]
+        assert alone == [("ok", "ok"), ("ok", "ok"), ("ok", "non_finite")]
