@@ -38,7 +38,8 @@ class Attempts:
     Args:
         timeout: seconds for the RPC, all attempts and pauses included.
         restart_budget: seconds after the first of several transient failures in a row during which another attempt may start. An attempt
-            that the server has accepted may last until the deadline, since the budget limits waiting and not computing.
+            that the server has accepted may last until the deadline, since the budget limits waiting and not computing. For files that are
+            being written an RPC waits until the deadline, whatever the budget.
         clock: function that returns seconds and never goes back.
         uniform: function that returns random numbers in [0, 1).
     """
