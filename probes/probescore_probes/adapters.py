@@ -126,7 +126,7 @@ def with_adapter(model: PreTrainedModel, adapter: BroughtAdapter, blocks: str) -
 
 def _updated(layer: torch.nn.Module, name: str, parts: Mapping[str, torch.Tensor], settings: Mapping[str, Any]) -> torch.Tensor:
     """Returns the weight of a layer with its update: ``W + s · B · A``, with DoRA scaled row by row to the trained lengths, in float64."""
-    weight = layer.get_parameter("weight").detach().double()
+    weight: torch.Tensor = layer.get_parameter("weight").detach().double()
     down, up = (parts[part].double().to(weight.device) for part in ("lora_A", "lora_B"))
     alpha = settings["lora_alpha"]
     for pattern, own in settings.get("alpha_pattern", {}).items():

@@ -252,7 +252,7 @@ def _decoder_blocks(decoder: torch.nn.Module, count: int) -> torch.nn.ModuleList
 def _blocks_name(decoder: torch.nn.Module, count: int) -> str:
     for name, module in decoder.named_modules():
         if isinstance(module, torch.nn.ModuleList) and len(module) == count:
-            return name
+            return str(name)
     raise ValueError(f"{type(decoder).__name__}: found no list of {count} decoder blocks")
 
 

@@ -264,8 +264,8 @@ class EngineInfo:
             checked (None).
         max_follow_up_tokens: a dictionary keyed by probe ``name@version``: the number of token ids that the probe itself appends to a
             completion.
-        bringing_adapters: the keys ``name@version`` of the probes that bring an adapter of their own, with which the frozen model is read
-            for them.
+        adapters: a dictionary keyed by probe ``name@version``: the digest of the adapter that the probe brings, with which the frozen model
+            is read for it; probes that bring none are not in it.
         excluding_special_tokens: the keys ``name@version`` of the probes whose reductions leave out the tokenizer's special tokens.
         content: a digest of the loaded weights and of the content of the model's other files.
         pools_with_prompt: the keys ``name@version`` of the probes that reduce a rollout to one score by themselves and read the prompt's
@@ -288,7 +288,7 @@ class EngineInfo:
     expects_bos: dict[str, bool | None] = field(default_factory=dict)
     max_follow_up_tokens: dict[str, int] = field(default_factory=dict)
     excluding_special_tokens: frozenset[str] = frozenset()
-    bringing_adapters: frozenset[str] = frozenset()
+    adapters: dict[str, str] = field(default_factory=dict)
     content: str = ""
     pools_with_prompt: frozenset[str] = frozenset()
     placeholders: dict[int, str] = field(default_factory=dict)
@@ -312,7 +312,7 @@ class EngineInfo:
             expects_bos={key: expected for key, expected in self.expects_bos.items() if key in keys},
             max_follow_up_tokens={key: tokens for key, tokens in self.max_follow_up_tokens.items() if key in keys},
             excluding_special_tokens=self.excluding_special_tokens.intersection(keys),
-            bringing_adapters=self.bringing_adapters.intersection(keys),
+            adapters={key: digest for key, digest in self.adapters.items() if key in keys},
             pools_with_prompt=self.pools_with_prompt.intersection(keys),
             retired=frozenset(retired),
         )

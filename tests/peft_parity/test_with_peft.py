@@ -11,9 +11,12 @@ import pytest
 import torch
 from parity_models import write_model
 from peft import LoraConfig, PeftModel, get_peft_model
-from read_twice import BOUND, GROUPS, TAPS, deviations, plain_scores, token_scores, write_probes
+from read_twice import BOUND, GOLDEN, GROUPS, TAPS, deviations, direction, plain_scores, token_scores, write_probes
 from written_adapters import CONFIG, WrittenAdapter, load
 
+from probescore_probes.exporting import linear_probe
+from probescore_probes.reference import ReferenceModel
+from probescore_probes.writing import write_probe
 from probescore_server import Engine
 from probescore_server.errors import ReadingRefused
 
@@ -82,6 +85,22 @@ def test_scores_are_those_of_peft(served: tuple[Path, Engine], tmp_path: Path, f
     for name in TAPS:
         np.testing.assert_array_equal(token_scores(result, name), token_scores(alone, name))
         assert np.abs(token_scores(result, name, "policy") - token_scores(result, name)).max() > 0 or name == "early"
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_probes_that_bring_an_adapter_score_as_peft(served: tuple[Path, Engine], tmp_path: Path, form: str) -> None:
+    """Written by formulas that are not the engine's, and proven with them when they are loaded."""
+    model, _ = served
+    policy = trained(model, **FORMS[form])
+    policy.save_pretrained(tmp_path / "adapter")
+    adapted = ReferenceModel.load(model).adapted(tmp_path / "adapter")
+    told = {"version": "1", "taps": [TAPS["last"]], "golden": GOLDEN}
+    write_probe(tmp_path / "own.onnx", linear_probe(direction("last")), adapted, name="own", **told)
+    result = Engine.load(str(model), [tmp_path / "own.onnx"]).score(GROUPS, token_scores="all")
+    expected = plain_scores(policy)["last"]
+    far = float(np.abs(token_scores(result, "own") - expected).max() / expected.std())
+    print(form, f"{far:.1e}")
+    assert far <= BOUND
 
 
 @pytest.fixture(scope="module")

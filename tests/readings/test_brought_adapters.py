@@ -37,6 +37,7 @@ from probescore_server.files import adapter_path
 from probescore_server.probes.format.manifest import AdapterReference
 from probescore_server.probes.format.new_version import write_new_version
 from probescore_server.probes.format.probe_file import adapter_digest, read_probe_file, write_probe_file
+from probescore_server.probes.loading.loader import StackMember
 
 Change = Callable[[Tensors], Tensors]
 
@@ -131,6 +132,12 @@ def test_probes_of_one_adapter_share_a_pass_and_plain_ones_pay_nothing(engine: E
     ran.clear()
     engine.score(GROUPS)
     assert sorted(ran) == sorted(["", adapted["own@1"].version.id, adapted["other@1"].version.id])
+
+
+def test_plain_probes_and_those_with_an_adapter_are_stacked_apart(engine: Engine) -> None:
+    stacks = {key: probe.runs.stack for key, probe in engine._served.loaded.items() if isinstance(probe.runs, StackMember)}
+    assert stacks["middle@2"] is stacks["same@1"]
+    assert len({id(stacks[key]) for key in ("middle@1", "same@1", "other@1", "own@1", "last@1")}) == 5
 
 
 def test_every_answer_is_that_of_the_probe_alone(engine: Engine, llama: Served, files: dict[str, Path]) -> None:

@@ -94,7 +94,7 @@ def describe_probes(
     return replace(
         info,
         probes=tuple(known.get(manifest.key) or probe_info(manifest, accepted[manifest.key]) for manifest in manifests),
-        bringing_adapters=frozenset(manifest.key for manifest in manifests if manifest.adapter is not None),
+        adapters={manifest.key: manifest.adapter.sha256 for manifest in manifests if manifest.adapter is not None},
         expects_bos={manifest.key: manifest.expects_bos for manifest in manifests},
         max_follow_up_tokens={manifest.key: len(manifest.follow_up.token_ids) for manifest in manifests if manifest.follow_up is not None},
         excluding_special_tokens=frozenset(manifest.key for manifest in manifests if manifest.exclude_special_tokens),

@@ -79,8 +79,8 @@ def check_named_probes(info: EngineInfo, probes: Sequence[str], options: Resolve
     beside = next((index for index, name in enumerate(readings) if name != FROZEN), None)
     if beside is None or isinstance(readings, str):
         return
-    own = next((key for key in options.probes if key in info.bringing_adapters), None)
-    if own is not None and (probes or info.bringing_adapters.issuperset(options.probes)):
+    own = next((key for key in options.probes if key in info.adapters), None)
+    if own is not None and (probes or all(key in info.adapters for key in options.probes)):
         problem = (
             f"{readings[beside][:100]!r} is not read with {own}, which brings an adapter of its own, so that it reads {FROZEN!r} alone"
         )
