@@ -339,6 +339,8 @@ def forms(study: Study) -> Iterator[Row]:
     chat, bos, plain = (study.read(form).at(BLOCK) for form in (USUAL, "BOS, no template", "no template"))
     yield Row("chat template, and so served", None, (study.held_out(chat, study.factual),))
     yield Row("fitted with the chat template, served without", (0.60, 0.60), (study.held_out(chat, study.factual, served=plain),))
+    alone = study.read("no prompt").at(BLOCK)
+    yield Row("fitted with it, served on the statement alone", (0.60, 0.60), (study.held_out(chat, study.factual, served=alone),))
     yield Row("fitted without it, served with", None, (study.held_out(plain, study.factual, served=chat),))
     yield Row("BOS, and so served", None, (study.held_out(bos, study.factual),))
     yield Row("fitted with BOS, served without", (0.70, 0.70), (study.held_out(bos, study.factual, served=plain),))
