@@ -239,7 +239,7 @@ def kinds(study: Study) -> Iterator[Row]:
     across = [f"resid_post.{block}" for block in (4, 8, 12, 16, 20, 24)]
     some = study.labels.of(factual)
     engine = Engine.load(str(study.directory), taps=[BLOCK])
-    tokens = read_tokens(engine, in_a_chat([study.lines[index] for index in factual], engine), BLOCK)
+    tokens = read_tokens(engine, in_a_chat([study.lines[index] for index in factual], engine), [BLOCK])
     for kind, taps, said in (
         (MLP, [BLOCK], 0.945),
         (ATTENTION, [BLOCK], 0.935),
