@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -111,7 +111,9 @@ class Read:
     def at(self, tap: str, pool: str = "mean") -> NDArray[np.float32]:
         return np.asarray(self.pooled[:, self.taps.index(tap), POOLS.index(pool)])
 
-    def table(self, chosen: NDArray[np.int64], taps: Sequence[str], tokens: Sequence[NDArray[np.float32]] | None = None) -> ActivationTable:
+    def table(
+        self, chosen: NDArray[np.int64], taps: Sequence[str], tokens: Mapping[str, tuple[NDArray[np.float32], ...]] | None = None
+    ) -> ActivationTable:
         """The table that fitting takes, of some statements and some taps."""
         return ActivationTable(
             tuple(taps),
@@ -120,7 +122,7 @@ class Read:
             self.surprise[chosen],
             np.ones(len(chosen), np.int64),
             {tap: self.sink[chosen, self.taps.index(tap)] for tap in taps},
-            tokens=None if tokens is None else tuple(tokens),
+            tokens=dict(tokens or {}),
         )
 
 

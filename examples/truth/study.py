@@ -239,7 +239,7 @@ def kinds(study: Study) -> Iterator[Row]:
     across = [f"resid_post.{block}" for block in (4, 8, 12, 16, 20, 24)]
     some = study.labels.of(factual)
     engine = Engine.load(str(study.directory), taps=[BLOCK])
-    tokens = read_tokens(engine, in_a_chat([study.lines[index] for index in factual], engine), BLOCK)
+    tokens = read_tokens(engine, in_a_chat([study.lines[index] for index in factual], engine), [BLOCK])
     for kind, taps, said in (
         (MLP, [BLOCK], 0.945),
         (ATTENTION, [BLOCK], 0.935),
@@ -339,6 +339,8 @@ def forms(study: Study) -> Iterator[Row]:
     chat, bos, plain = (study.read(form).at(BLOCK) for form in (USUAL, "BOS, no template", "no template"))
     yield Row("chat template, and so served", None, (study.held_out(chat, study.factual),))
     yield Row("fitted with the chat template, served without", (0.60, 0.60), (study.held_out(chat, study.factual, served=plain),))
+    alone = study.read("no prompt").at(BLOCK)
+    yield Row("fitted with it, served on the statement alone", (0.60, 0.60), (study.held_out(chat, study.factual, served=alone),))
     yield Row("fitted without it, served with", None, (study.held_out(plain, study.factual, served=chat),))
     yield Row("BOS, and so served", None, (study.held_out(bos, study.factual),))
     yield Row("fitted with BOS, served without", (0.70, 0.70), (study.held_out(bos, study.factual, served=plain),))
