@@ -98,9 +98,10 @@ def _metrics(port: int | None, host: str) -> Callable[[RecordAudit | None], None
     """Serves metrics of audits on a port, and returns what updates them; without a port nothing is updated."""
     if port is None:
         return lambda _: None
-    from probescore_server.cli.audit_metrics import serve_metrics
+    with one_line_failures("http"):
+        from probescore_server.cli.audit_metrics import serve_metrics
 
-    metrics, address = serve_metrics(port, host)
+        metrics, address = serve_metrics(port, host)
     say(f"metrics are at http://{address}/metrics")
     return metrics.update
 
@@ -137,5 +138,11 @@ def _follow(
 
 def _stamps(run: Path) -> _Stamps:
     """Returns name, size and time of change of each file of a record."""
-    files = [*run.glob("*.jsonl"), *run.glob("*.jsonl.gz")]
-    return tuple(sorted((path.name, (status := path.stat()).st_size, status.st_mtime_ns) for path in files))
+    stamps = []
+    for path in [*run.glob("*.jsonl"), *run.glob("*.jsonl.gz")]:
+        try:
+            status = path.stat()
+        except FileNotFoundError:  # it has just been packed
+            continue
+        stamps.append((path.name, status.st_size, status.st_mtime_ns))
+    return tuple(sorted(stamps))
