@@ -14,7 +14,7 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.utils import DistributedType, broadcast_object_list, extract_model_from_parallel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from probescore_adapters.policy_readings import PolicyReading
 from probescore_adapters.scorer import ProbeScorer
@@ -92,7 +92,7 @@ class ReadingCallback(TrainerCallback):
             self._on_rank_0(lambda: self._load(self._folder(args), Path(f"checkpoint-{state.global_step}"), state.global_step))
 
     def _folder(self, args: TrainingArguments) -> Path:
-        return Path(args.output_dir if self._directory is None else self._directory).absolute()
+        return Path(self._directory or args.output_dir or ".").absolute()
 
     def _load_policy(self, args: TrainingArguments, step: int, model: Any, tokenizer: Any) -> None:  # noqa: ANN401 - of transformers
         if PartialState().distributed_type is DistributedType.FSDP or is_deepspeed_zero3_enabled():

@@ -65,7 +65,7 @@ from probescore_server.rollouts import (
     RolloutResult,
 )
 from probescore_server.validation.calibrated_rollouts import OutsideRollouts, calibrations_with_conditions
-from probescore_server.validation.options import TokenScoresWanted, check_named_probes, parse_scope, resolve_options
+from probescore_server.validation.options import TokenScoresWanted, check_readings_of_probes, parse_scope, resolve_options
 from probescore_server.validation.rollouts import resolve_rollouts
 from probescore_server.validation.texts import ChatLimits, pending_texts
 
@@ -203,8 +203,8 @@ class Engine:
             return_token_ids: whether the result contains the token ids that were scored.
             return_token_texts: whether the result contains the text of each token that was scored.
             readings: whose activations are read: ``frozen``, and names given to ``load_reading``; empty = the frozen model's. A probe that
-                brings an adapter is read with it, as part of ``frozen``, and has no scores on other readings: it must not be named together
-                with them.
+                brings an adapter is read with it, as part of ``frozen``, and has no scores on other readings; where one is served, name the
+                probes to read.
 
         Returns:
             The scores by group and completion, in the order given, and the identity of the model and probes that produced the scores.
@@ -222,7 +222,7 @@ class Engine:
             return_token_ids=return_token_ids,
             return_token_texts=return_token_texts,
         )
-        check_named_probes(served.info, probes, options, readings)
+        check_readings_of_probes(served.info, options.probes, readings)
         with self._readings.pinned(readings, served.taps) as pinned:
             by_group = self._checked(groups, replace(options, readings=pinned.wanted), served.info)
             started = time.perf_counter()

@@ -61,7 +61,7 @@ from probescore_server.scheduling.call import Call, Delivery, FinishedRollout
 from probescore_server.scheduling.scheduler import Scheduler
 from probescore_server.settings import ServerSettings
 from probescore_server.validation.calibrated_rollouts import CalibrationsOfProbes, OutsideRollouts, calibrations_with_conditions
-from probescore_server.validation.options import resolve_options
+from probescore_server.validation.options import check_readings_of_probes, resolve_options
 from probescore_server.validation.rollouts import resolve_rollouts
 from probescore_server.validation.texts import PendingText
 from probescore_server.workers.handle import WorkerHandle
@@ -221,6 +221,7 @@ class ScoringServicer(scoring_pb2_grpc.ScoringServiceServicer):
             asked.return_token_texts,
             pin.wanted,
         )
+        check_readings_of_probes(info, options.probes, asked.readings)
         use(options.probes)
         encoded = await encode(self._workers, texts) if texts else {}
         rollouts = await off_the_loop(

@@ -63,14 +63,13 @@ def resolve_options(
     )
 
 
-def check_named_probes(info: EngineInfo, probes: Sequence[str], options: ResolvedOptions, readings: Sequence[str]) -> None:
-    """Checks that no probe is named that has no scores on a reading that is named, too: one that brings an adapter is read with it on the
-    frozen model, and on nothing else. Where no probes are named, such a probe has no scores there.
+def check_readings_of_probes(info: EngineInfo, probes: Sequence[str], readings: Sequence[str]) -> None:
+    """Checks that each probe of a request can be read on each reading of the request: a probe that brings an adapter is read with it on the
+    frozen model, and on nothing else.
 
     Args:
         info: the model and probes that are loaded.
-        probes: the probes as the request names them; empty = all.
-        options: what they were resolved to.
+        probes: the probes of the request, as ``name@version``.
         readings: the names of the readings that the request asks for; empty = the frozen one.
 
     Raises:
@@ -79,8 +78,8 @@ def check_named_probes(info: EngineInfo, probes: Sequence[str], options: Resolve
     beside = next((index for index, name in enumerate(readings) if name != FROZEN), None)
     if beside is None or isinstance(readings, str):
         return
-    own = next((key for key in options.probes if key in info.adapters), None)
-    if own is not None and (probes or all(key in info.adapters for key in options.probes)):
+    own = next((key for key in probes if key in info.adapters), None)
+    if own is not None:
         problem = (
             f"{readings[beside][:100]!r} is not read with {own}, which brings an adapter of its own, so that it reads {FROZEN!r} alone"
         )
