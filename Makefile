@@ -175,7 +175,7 @@ mutants: $(INSTALLED) ## Break the code on purpose; each break must be caught by
 
 bench: $(INSTALLED) ## What scoring and reading cost, beside plain Hugging Face: build/bench.json, build/bench.png (under 10 minutes)
 	$(BIN)/python -m benchmarks compare
-	$(BIN)/python -m benchmarks activations --load statements --load chat_rows
+	$(BIN)/python -m benchmarks activations --load statements --load statement_pairs --load chat_rows
 
 bench-full: $(INSTALLED) ## Every load, every variant, two threads beside one; latency, memory and scaling (hours)
 	$(BIN)/python -m benchmarks compare --full

@@ -25,7 +25,7 @@ from probescore_server import Engine
 from probescore_server.activation_store.reading import StoredActivations
 from probescore_server.activation_store.writing import StorePlan
 
-READ_LOADS = ("one_prompt", "chat_rows", "statements")
+READ_LOADS = ("one_prompt", "chat_rows", "statements", "statement_pairs")
 BATCH_SIZES = (4, 8, 16, 32)
 TAPS = "resid_post.*"
 STORED_TAPS = ("resid_pre.0", "mlp_out.0", "resid_post.0")

@@ -209,6 +209,7 @@ LOADS = {
         Load("conversation", "conversation", 1, 10, (50, 150), (50, 300), beside="turn by turn over read once"),
         Load("one_prompt", completions=64, prompt_tokens=(80, 120), completion_tokens=(8, 40)),
         Load("statements", "data_set", 48, 1, (2, 4), (8, 14)),
+        Load("statement_pairs", "data_set", 48, 2, (5, 9), (1, 3)),
         Load("chat_rows", "data_set", 24, 1, (40, 120), (20, 80)),
         Load("many_probes", probes=1024, beside="1,024 probes over one"),
     )

@@ -110,6 +110,44 @@ def test_short_rollouts_without_a_shared_prompt_take_few_forwards(prompt_tokens:
     assert sum(forest.usage(index).tokens_computed for index in range(32)) == sum(len(segment.token_ids) for segment in forest.segments)
 
 
+def pairs(count: int, scope: Scope = Scope.COMPLETION) -> Forest:
+    """Statements as probes of truth are fitted on: a short prompt, of one of four lengths, with a true and a false end."""
+    random = np.random.default_rng(3)
+    options = ResolvedOptions(probes=(), scope=scope)
+    prompts = [ids(random, 5 + index % 4) for index in range(count)]
+    ends = [(prompt, ids(random, random.integers(1, 4))) for prompt in prompts for _ in range(2)]
+    return Forest.build([CheckedRollout(prompt, Continuation(end), options) for prompt, end in ends], {})
+
+
+@pytest.mark.parametrize("scope", [Scope.COMPLETION, Scope.ALL])
+def test_short_prompts_with_a_few_completions_each_take_few_forwards(scope: Scope, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = opened()
+    seen = forwards(backbone, monkeypatch)
+    forest = pairs(24, scope)
+    found = backbone.forward(forest, TAPS, cache=KeyValueCache(1 << 24))
+    assert len(seen) <= 2 * 4  # prompts of each length, and what continues them
+    assert sum(forest.usage(index).tokens_computed for index in range(48)) == sum(len(segment.token_ids) for segment in forest.segments)
+    monkeypatch.setattr(backbone, "runs_together", False)
+    expected = backbone.forward(pairs(24, scope), TAPS)
+    torch.testing.assert_close(found.rows[TAPS[0]], expected.rows[TAPS[0]], atol=1e-4, rtol=1e-4)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.sets(st.integers(0, 23)))
+def test_of_prompts_that_run_together_only_what_is_wanted_is_run(unwanted: set[int]) -> None:
+    backbone = opened()
+    forest = pairs(12)
+    skipped = {index for index, segment in enumerate(forest.segments) if segment.rollouts <= unwanted}
+    with pytest.MonkeyPatch.context() as patch:
+        seen = forwards(backbone, patch)
+        found = backbone.forward(forest, TAPS, skip=skipped.__contains__)
+    assert sum(map(len, seen)) == len(forest.segments) - len(skipped)
+    whole = backbone.forward(pairs(12), TAPS)
+    for index in found.starts.keys() - skipped:
+        part = slice(found.starts[index], found.starts[index] + len(forest.segments[index].token_ids))
+        torch.testing.assert_close(found.rows[TAPS[0]][part], whole.rows[TAPS[0]][part], atol=1e-4, rtol=1e-4)
+
+
 def test_a_row_is_padded_behind_with_a_token_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     backbone = opened()
     seen = forwards(backbone, monkeypatch)

@@ -145,13 +145,13 @@ def small_forest(decoder: Decoder, scope: Scope = Scope.ALL) -> Forest:
 
 def short_forest(decoder: Decoder, scope: Scope = Scope.ALL) -> Forest:
     """Returns a forest (token segments arranged in trees) of short rollouts of random tokens with different lengths, some of them with the
-    same prompt, for tests of a model.
+    same prompt, and two prompts with completions of their own that are equally long, for tests of a model.
     """
     random = np.random.default_rng(1)
-    shared, *prompts = (random.integers(0, decoder.config.vocab_size, length, np.int32) for length in (5, 1, 0, 4, 9))
-    completions = [random.integers(0, decoder.config.vocab_size, length, np.int32) for length in (3, 12, 5, 4, 7, 6, 2)]
+    shared, *prompts = (random.integers(0, decoder.config.vocab_size, length, np.int32) for length in (5, 1, 0, 4, 9, 5))
+    completions = [random.integers(0, decoder.config.vocab_size, length, np.int32) for length in (3, 12, 5, 4, 7, 6, 2, 4, 6)]
     options = ResolvedOptions(probes=(), scope=scope)
-    together = zip([shared, shared, shared, *prompts], completions, strict=True)
+    together = zip([shared, shared, shared, *prompts, prompts[-1]], completions, strict=True)
     return Forest.build([CheckedRollout(prompt, Continuation(completion), options) for prompt, completion in together], {})
 
 

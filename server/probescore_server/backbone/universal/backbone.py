@@ -27,7 +27,7 @@ from probescore_server.backbone.kv_cache import KeyValueCache, KeyValues, length
 from probescore_server.backbone.model_loading import Decoder
 from probescore_server.backbone.taps import RowMap, TapReader
 from probescore_server.backbone.universal.attention import attending
-from probescore_server.backbone.universal.rows import Row, shared_beginnings, short_row, together
+from probescore_server.backbone.universal.rows import MAX_ROW_TOKENS, Row, shared_beginnings, short_row, together
 
 CHUNK_TOKENS = 2048
 """Limits the tokens of one forward pass. The limit bounds the memory that a long rollout needs at once; a larger limit would not be
@@ -178,11 +178,13 @@ class _ForestRun:
         """Runs all segments (runs of tokens) that continue the same segment, and the segments that continue these. The given state, with
         the keys and values of the tokens before the segments, is changed and must not be used afterwards.
         """
-        done: set[int] = set()
-        for rows in self._together(siblings, state):
+        alone = [*siblings]
+        for rows in self._together(alone, state):
             self._run_rows(rows, state)
-            done |= {row.segments[0] for row in rows}
-        alone = [index for index in siblings if index not in done]
+            alone = _without(alone, rows)
+        for trunks in self._trunks(alone, state):
+            self._run_trunks(trunks, state)
+            alone = _without(alone, trunks)
         for child in alone[:-1]:
             self._run(child, None if state is None else _fork(state))
         if alone:
@@ -206,22 +208,71 @@ class _ForestRun:
         if not self._backbone.runs_together or (state is not None and not self._backbone.keeps_key_values):
             return  # a state that is more than keys and values cannot be told to be several
         rows = [row for index in siblings if (row := short_row(self._forest, self._children, index)) is not None]
-        if self._cache is not None:
-            known = zip(rows, shared_beginnings(self._forest, rows), strict=True)
-            rows = [row for row, shared in known if not self._is_in_cache(row, shared)]
-        for batch in together(rows):
+        for batch in together(self._not_in_cache(rows)):
             if len(batch) > 1:
                 yield batch
 
-    def _run_rows(self, rows: Sequence[Row], state: _SequenceState | None) -> None:
-        """Runs several sequences, which continue the same segment (run of tokens), in one forward pass. A sequence is run only up to the
-        first of its segments that no client waits for any more.
+    def _trunks(self, siblings: Sequence[int], state: _SequenceState | None) -> Iterator[list[Row]]:
+        """Yields, for each forward pass that several short segments (runs of tokens) share before their sequences branch, the list of these
+        segments, each a row of the pass.
+
+        All rows of a pass have the same length: what continues them then stands at the same position in each.
+        """
+        if not self._backbone.runs_together or not self._backbone.keeps_key_values:
+            return
+        by_length: dict[int, list[Row]] = {}
+        for index in siblings:
+            length = len(self._forest.segments[index].token_ids)
+            if length <= MAX_ROW_TOKENS and self._children[index]:
+                by_length.setdefault(length, []).append(Row((index,), length))
+        for rows in by_length.values():
+            for batch in together(self._not_in_cache(rows)):
+                if len(batch) > 1:
+                    yield batch
+
+    def _run_trunks(self, trunks: Sequence[Row], state: _SequenceState | None) -> None:
+        """Runs several segments (runs of tokens) of one length, which continue the same segment, in one forward pass, and then the segments
+        that continue them.
+        """
+        states, wanted = self._run_rows(trunks, state)
+        if states is None:
+            return
+        row_of = {index: number for number, (index,) in enumerate(wanted)}
+        continuing = [child for index in row_of for child in self._children[index]]
+        rows = [row for index in continuing if (row := short_row(self._forest, self._children, index)) is not None]
+        for batch in together(self._not_in_cache(rows)):
+            self._run_rows(batch, states, row_of)
+            continuing = _without(continuing, batch)
+        for index in continuing:
+            parent = self._forest.segments[index].parent
+            self._run(index, None if parent is None else _rows_of(states, [row_of[parent]]))
+
+    def _not_in_cache(self, rows: Sequence[Row]) -> list[Row]:
+        """Returns those of several sequences that are not better run alone because of what is in the cache."""
+        if self._cache is None:
+            return [*rows]
+        return [row for row, shared in zip(rows, shared_beginnings(self._forest, rows), strict=True) if not self._is_in_cache(row, shared)]
+
+    def _run_rows(
+        self, rows: Sequence[Row], state: _SequenceState | None, row_of: Mapping[int, int] | None = None
+    ) -> tuple[_SequenceState | None, list[list[int]]]:
+        """Runs several sequences in one forward pass. A sequence is run only up to the first of its segments (runs of tokens) for which no
+        client waits any more.
+
+        Args:
+            rows: the sequences.
+            state: state of what the sequences continue; ``None`` = they continue nothing.
+            row_of: a dictionary from the index of the segment that a sequence continues to its row in the state; ``None`` = the state has
+                one row, which all continue.
+
+        Returns:
+            The state of the sequences that were run, and their segments, row by row; ``None`` and no rows if none was wanted.
         """
         segments = self._forest.segments
         wanted = [list(takewhile(lambda index: not self._skip(index), row.segments)) for row in rows]
         wanted = [row for row in wanted if row]
         if not wanted:
-            return
+            return None, []
         sequences = [np.concatenate([segments[index].token_ids for index in row]) for row in wanted]
         width = max(map(len, sequences))
         # padded with a token of its own: any other might stand for something else than text
@@ -241,11 +292,13 @@ class _ForestRun:
         if source:
             into = self._activations.rows
             row_map = RowMap(*(torch.from_numpy(np.concatenate(places)).to(self._backbone.device) for places in (source, target)))
-        states = self._backbone.start([]) if state is None else _repeated(state, len(wanted))
+        continued = [0 if row_of is None else row_of[segments[row[0]].parent or 0] for row in wanted]
+        states = self._backbone.start([]) if state is None else _rows_of(state, continued)
         self._backbone.read_rows(token_ids, segments[wanted[0][0]].position, states, into, row_map)
         for number, (row, ids) in enumerate(zip(wanted, sequences, strict=True)):
             own, length = slice(number, number + 1), len(ids)
             self._remember(row[-1], [(keys[own, :, :length], values[own, :, :length]) for keys, values in _tail(states, width)])
+        return states, wanted
 
     def _is_in_cache(self, row: Row, shared: int) -> bool:
         """Returns whether a sequence is better run alone than together with others, because keys and values of most of its tokens are in
@@ -316,13 +369,29 @@ def _fork(state: _SequenceState) -> _SequenceState:
     return forked
 
 
-def _repeated(state: _SequenceState, count: int) -> _SequenceState:
-    """Returns the states (key-value caches) of ``count`` sequences that all continue one sequence, whose own state remains usable."""
-    repeated = _fork(state)
-    for layer in repeated.layers:
+def _rows_of(state: _SequenceState, continued: Sequence[int]) -> _SequenceState:
+    """Returns the states (key-value caches) of sequences that continue other sequences, whose own states remain usable.
+
+    Args:
+        state: the states of the other sequences, row by row.
+        continued: for each sequence, the row of the one that it continues.
+    """
+    rows = _fork(state)
+    for layer in rows.layers:
         if isinstance(layer, DynamicLayer) and layer.keys is not None and layer.values is not None:
-            layer.keys, layer.values = (held.expand(count, -1, -1, -1) for held in (layer.keys, layer.values))
-    return repeated
+            held = (layer.keys, layer.values)
+            if len(layer.keys) == 1:
+                layer.keys, layer.values = (each.expand(len(continued), -1, -1, -1) for each in held)
+            else:
+                numbers = torch.tensor(continued, device=layer.keys.device)
+                layer.keys, layer.values = (each.index_select(0, numbers) for each in held)
+    return rows
+
+
+def _without(segments: Sequence[int], rows: Sequence[Row]) -> list[int]:
+    """Returns the segments (runs of tokens) with which none of several sequences begins."""
+    first = {row.segments[0] for row in rows}
+    return [index for index in segments if index not in first]
 
 
 def _tail(state: _SequenceState, count: int) -> KeyValues:
