@@ -206,6 +206,7 @@ def test_calibrate_changes_the_manifest_alone(model, probe_files, lines, data, t
 def test_files_from_before_conditions_were_recorded_keep_their_digest(probe_files):
     manifest = read_probe_file(probe_files["cheating"]).manifest
     content = manifest.model_dump(mode="json", exclude={"graph_sha256", "manifest_sha256", "special_token_ids"})
+    assert content.pop("adapter") is None  # of which no file of then knew
     for field in ("neighbours", "left_out"):
         if not content["golden"][field]:
             del content["golden"][field]
@@ -225,6 +226,7 @@ def test_files_from_before_prompt_shapes_were_recorded_keep_their_digest(model, 
         update={"calibrations": (record.model_copy(update={"conditions": record.conditions.model_copy(update=without)}),)}
     )
     content = older.model_dump(mode="json", exclude={"graph_sha256", "manifest_sha256", "special_token_ids"})
+    assert content.pop("adapter") is None  # of which no file of then knew
     for field in ("neighbours", "left_out"):
         if not content["golden"][field]:
             del content["golden"][field]
