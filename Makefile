@@ -91,7 +91,7 @@ truth-study: .venv-trained/installed ## What such probes are worth, in tables be
 	@HF_HUB_OFFLINE=1 .venv-trained/bin/python examples/truth/study.py
 
 test-truth: .venv-trained/installed ## `make truth` and the tutorial on the trained model (not part of `make test`: downloads 140 MB, takes ten minutes)
-	$(TEST_ENV) .venv-trained/bin/python -m pytest tests/truth -q -o timeout=1800
+	PROBESCORE_SERVER_PYTHON=$(CURDIR)/$(BIN)/python $(TEST_ENV) .venv-trained/bin/python -m pytest tests/truth -q -o timeout=1800
 
 parity-trained: .venv-trained/installed ## Scores on trained weights beside plain Hugging Face in float64 (not part of `make test`: downloads 140 MB, takes a quarter of an hour)
 	$(TEST_ENV) .venv-trained/bin/python -m pytest tests/trained -q -rP -o timeout=3600
