@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from probescore.types import FROZEN, LoadedReading, Reading
+from probescore.types import LoadedReading, Reading
 from probescore_server.engine.reading_set import ReadingSet
 from probescore_server.engine.served_probes import ServedProbes
-from probescore_server.errors import InvalidRequest, ReadingRefused
+from probescore_server.errors import ReadingRefused
 from probescore_server.readings.version import FrozenModel, ReadingVersion, load_version, read_weights
-
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-
-_STEPS = 1 << 63
+from probescore_server.validation.options import check_reading_name
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,11 +35,7 @@ class ReadingLoader:
         """Reads files, makes a version of them, checks it, and lets a name mean it, with the arguments and errors of
         ``Engine.load_reading``.
         """
-        if not isinstance(name, str) or not _NAME.fullmatch(name) or name == FROZEN:
-            problem = f"{str(name)[:100]!r}: a reading's name is 1 to 64 of A–Z, a–z, 0–9, '.', '_' and '-', begins with a letter or digit"
-            raise InvalidRequest("name", f"{problem}, and is not {FROZEN!r}")
-        if step is not None and (isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < _STEPS):
-            raise InvalidRequest("step", f"{step!r} is no training step: a whole number from 0")
+        check_reading_name(name, step)
         if self.frozen is None:
             problem = "beside this model no other reading is computed: it is spread over several devices, or its own code cannot be copied"
             raise ReadingRefused("path", problem)

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import re
 import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
@@ -39,6 +38,7 @@ from probescore_server.errors import (
 from probescore_server.reading_paths import resolve_reading_path
 from probescore_server.rollouts import EngineInfo, PinnedReading
 from probescore_server.settings import ServerSettings
+from probescore_server.validation.options import check_reading_name
 from probescore_server.workers.handle import WorkerHandle
 from probescore_server.workers.messages import ReadingSource
 
@@ -46,9 +46,6 @@ logger = structlog.get_logger(__name__)
 
 MAX_LOST_NAMES = 64
 """Number of names of lost readings that are remembered, so that calls which name them are told what has happened."""
-
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_STEPS = 1 << 63
 
 
 @dataclass(eq=False)
@@ -232,7 +229,7 @@ class ReadingRegistry:
             InternalFault: loading failed for another reason.
         """
         root = self._root()
-        _check_arguments(name, step)
+        check_reading_name(name, step)
         directory = await asyncio.to_thread(resolve_reading_path, path, root)
         self._check_awake()
         loading = self._load_in_turn(name, ReadingSource(f"load-{next(self._numbers)}", directory, expected_id), step, in_place)
@@ -425,14 +422,6 @@ class ReadingRegistry:
 
 def _loss(problem: str) -> FailedPrecondition:
     return FailedPrecondition(problem, "READING_LOST")
-
-
-def _check_arguments(name: str, step: int | None) -> None:
-    if not _NAME.fullmatch(name) or name == FROZEN:
-        problem = f"{name[:100]!r}: a reading's name is 1 to 64 of A–Z, a–z, 0–9, '.', '_' and '-', begins with a letter or digit"
-        raise InvalidRequest("name", f"{problem}, and is not {FROZEN!r}")
-    if step is not None and not 0 <= step < _STEPS:
-        raise InvalidRequest("step", f"{step} is no training step: a whole number from 0")
 
 
 def _shown(refusal: ReadingRefused, path: str, directory: Path) -> CoreError:

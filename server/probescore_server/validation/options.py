@@ -7,10 +7,13 @@ from typing import Literal
 
 from probescore.reductions import Reduction
 from probescore.types import FROZEN, OutputPer, ProbeInfo, Scope, version_order
+from probescore.types.readings import name_problem
 from probescore_server.errors import InvalidRequest
 from probescore_server.rollouts import EngineInfo, ResolvedOptions
 
 TokenScoresWanted = Literal["all"] | Sequence[str]
+
+_STEPS = 1 << 63
 
 
 def resolve_options(
@@ -61,6 +64,24 @@ def resolve_options(
         return_token_ids=return_token_ids,
         return_token_texts=return_token_texts,
     )
+
+
+def check_reading_name(name: object, step: object) -> None:
+    """Checks the name under which a reading is to be loaded, and the training step that labels it.
+
+    Args:
+        name: the name.
+        step: the training step; ``None`` = none.
+
+    Raises:
+        InvalidRequest: the error names ``name`` or ``step``.
+    """
+    if name == FROZEN:
+        raise InvalidRequest("name", f"the name of a reading is not {FROZEN!r}, which means the frozen model itself: give it another")
+    if problem := name_problem(name):
+        raise InvalidRequest("name", problem)
+    if step is not None and (isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < _STEPS):
+        raise InvalidRequest("step", f"{step!r} is no training step: a whole number from 0")
 
 
 def check_readings_of_probes(info: EngineInfo, probes: Sequence[str], readings: Sequence[str]) -> None:
