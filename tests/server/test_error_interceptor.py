@@ -161,7 +161,8 @@ async def test_what_would_come_too_late_is_not_sent_since_grpc_would_keep_it(run
     assert running.count("grpc_server_msg_sent_total") == 0
     assert running.count("grpc_server_handled_total", grpc_code="OK") == 0
     assert running.count("grpc_server_handled_total", grpc_code="CANCELLED" if run_id == "late answer" else "DEADLINE_EXCEEDED") == 1
-    assert not caplog.records
+    # asyncio's own records are of gRPC's poller, which may still name the closed event loop of an earlier test
+    assert not [record for record in caplog.records if record.name != "asyncio"]
 
 
 async def test_a_deadline_that_grpc_does_not_know_of_is_answered() -> None:
