@@ -100,8 +100,9 @@ class ServerSettings(BaseSettings):
         4,
         ge=1,
         le=1024,
-        description="At most this many adapters and checkpoints are loaded at a time, each under a name of its own. "
-        "Those that calls under way still use are not counted.",
+        description="At most this many adapters and checkpoints are loaded at a time, each under a name of its own. As many more, which "
+        "were replaced or unloaded, may stay for calls under way that began with them; a further load waits for such calls, at most "
+        "drain_seconds.",
     )
 
     # ------------------------------------------------------------------------------------------------------------------ compute
@@ -306,7 +307,7 @@ class ServerSettings(BaseSettings):
         ge=0,
         le=86_400,
         description="After SIGTERM or Ctrl-C, accepted calls may take this many seconds to finish. "
-        "A second Ctrl-C ends the server at once.",
+        "A second Ctrl-C ends the server at once. Loading a reading waits as long at most for calls that use an earlier version.",
     )
     worker_restart_seconds: float = Field(
         1.0,

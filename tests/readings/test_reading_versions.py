@@ -163,6 +163,23 @@ def test_in_place_waits_for_the_calls_that_began_and_holds_those_that_come(
     assert results["scored"].info.readings == (new,)
 
 
+def test_unloading_what_is_replaced_in_place_unloads_what_comes(engine: Engine, llama: Served, tmp_path: Path) -> None:
+    adapters = [WrittenAdapter.random(llama.model, seed=seed).write(tmp_path / str(seed)) for seed in range(2)]
+    engine.load_reading("policy", adapters[0])
+    results: dict[str, object] = {}
+    loading = threading.Thread(target=lambda: results.update(loaded=engine.load_reading("policy", adapters[1], in_place=True).reading))
+    unloading = threading.Thread(target=lambda: results.update(removed=engine.unload_reading("policy")))
+    with engine._readings.pinned(["policy"], ()):
+        for thread in (loading, unloading):
+            thread.start()
+            thread.join(0.3)
+            assert thread.is_alive()
+    loading.join()
+    unloading.join()
+    assert results["removed"] == results["loaded"]
+    assert [reading.name for reading in engine.readings()] == ["frozen"]
+
+
 def test_a_version_that_is_gone_is_never_answered_by_the_frozen_model(engine: Engine, llama: Served, tmp_path: Path) -> None:
     engine.load_reading("policy", WrittenAdapter.random(llama.model, ["q_proj"]).write(tmp_path))
     with engine._readings.pinned(["policy"], ()) as pinned:

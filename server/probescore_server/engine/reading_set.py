@@ -146,13 +146,16 @@ class ReadingSet:
         return replaced
 
     def remove(self, name: str, taps: Collection[Tap]) -> Reading:
-        """Lets a name mean nothing from now on, and returns what it meant, where probes read these taps.
+        """Lets a name mean nothing from now on, and returns what it meant, where probes read these taps. A name that is being replaced in
+        place is waited for.
 
         Raises:
             InvalidRequest: it means nothing already, or is ``frozen``.
         """
         if name == FROZEN:
             raise InvalidRequest("name", f"{FROZEN!r} is the frozen model itself, which is always there")
+        with self._changed:
+            self._changed.wait_for(lambda: name not in self._closed)
         removed = self.drop(name, taps)
         if removed is None:
             raise self._unknown("name", name)

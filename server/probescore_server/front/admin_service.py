@@ -5,6 +5,7 @@ brings the served probes up to date with the probe files on disk, and loads and 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -13,6 +14,7 @@ import grpc
 from probescore.types import Transfer
 from probescore.v1 import admin_pb2, admin_pb2_grpc
 from probescore.wire import loaded_reading_to_proto, reading_to_proto, reloaded_to_proto, transfers_to_proto
+from probescore_server.front.common_fields import deadline_of
 from probescore_server.front.metrics import Metrics
 from probescore_server.registry.readings import ReadingRegistry
 from probescore_server.registry.registry import ProbeRegistry
@@ -56,6 +58,7 @@ class AdminServicer(admin_pb2_grpc.ProbeAdminServiceServicer):
             step=request.step if request.HasField("step") else None,
             expected_id=request.expected_id,
             in_place=request.in_place,
+            deadline=deadline_of(context, time.monotonic()),
         )
         return loaded_reading_to_proto(loaded)
 
@@ -63,7 +66,7 @@ class AdminServicer(admin_pb2_grpc.ProbeAdminServiceServicer):
         self, request: admin_pb2.UnloadReadingRequest, context: Context
     ) -> admin_pb2.UnloadReadingResponse:
         """Lets a name mean no reading any more, and responds with what it meant."""
-        return admin_pb2.UnloadReadingResponse(removed=reading_to_proto(self._readings.unload(request.name)))
+        return admin_pb2.UnloadReadingResponse(removed=reading_to_proto(await self._readings.unload(request.name)))
 
     async def _each(self, kind: str, move: Callable[[WorkerHandle], Awaitable[Transfer]]) -> list[Transfer]:
         """Calls ``move``, which puts a worker process to sleep or wakes it, for every worker process, even if some calls fail. Then it

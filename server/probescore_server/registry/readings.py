@@ -5,6 +5,9 @@ A load has every worker process read the files under a new slot, beside what it 
 call (the work of one request) resolves names once, when it is admitted, to versions whose content never changes, and workers hold a version
 until no name and no admitted call means it any more. So no call mixes two versions, and workers need not change at the same moment.
 
+Changes of one name take turns in the order in which they come. What waits for calls to end waits for a bounded time, so that a call which
+never ends holds up nobody for ever, nor lets versions pile up.
+
 A worker process that is started again reads the files again. A version whose files are no longer the same is lost: it is dropped
 everywhere, so that no two workers answer one name with different weights, and the calls that mean it fail.
 
@@ -15,12 +18,14 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import structlog
 
@@ -145,6 +150,7 @@ class ReadingRegistry:
         self._named: dict[str, _NamedVersion] = {}
         self._versions: dict[str, _Version] = {}  # By slot, all that some name or call means.
         self._loading: ReadingSource | None = None
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # By name, held while what it means is changed.
         self._closed: dict[str, asyncio.Event] = {}  # Names that are being replaced in place, with what is set afterwards.
         self._freed = asyncio.Event()  # It is set, and replaced by a new one, whenever a call has ended.
         self._lost: dict[str, str] = {}  # By name, what has happened, as a text for people.
@@ -207,10 +213,15 @@ class ReadingRegistry:
 
     # ------------------------------------------------------------------------------------------------------------------------ changing
 
-    async def load(self, name: str, path: str, *, step: int | None, expected_id: str, in_place: bool) -> LoadedReading:
+    async def load(
+        self, name: str, path: str, *, step: int | None, expected_id: str, in_place: bool, deadline: float = math.inf
+    ) -> LoadedReading:
         """Loads an adapter or a checkpoint on every worker process, and lets a name mean it.
 
         One load runs at a time. If this coroutine is cancelled, the load runs on.
+
+        Calls under way that use earlier versions are waited for, at most for the setting ``drain_seconds``, where the load would otherwise
+        replace a version under them, or leave more versions without a name than the setting ``max_readings``.
 
         Args:
             name: the name by which requests ask for the reading. A reading of this name is replaced.
@@ -219,12 +230,14 @@ class ReadingRegistry:
             expected_id: id of the only version that is to be loaded; empty = any.
             in_place: whether the version that the name means is freed first. Calls that name the reading wait meanwhile. If loading fails,
                 the name means nothing.
+            deadline: when whoever asks stops waiting, in seconds of ``time.monotonic``; from then on calls are not waited for.
 
         Raises:
             InvalidRequest: an argument is wrong; the error names it.
             ReadingRefused: the files would not be computed correctly.
             ReadingIncomplete: the files are being written.
-            FailedPrecondition: the server loads no readings, sleeps, or its memory is short, or the files are not ``expected_id``.
+            FailedPrecondition: the server loads no readings, sleeps, or its memory is short, the files are not ``expected_id``, or calls
+                under way did not end in time, and the name means what it meant.
             WorkerUnavailable: a worker process is not up, or was lost while it loaded; no worker holds the new version.
             InternalFault: loading failed for another reason.
         """
@@ -232,14 +245,17 @@ class ReadingRegistry:
         check_reading_name(name, step)
         directory = await asyncio.to_thread(resolve_reading_path, path, root)
         self._check_awake()
-        loading = self._load_in_turn(name, ReadingSource(f"load-{next(self._numbers)}", directory, expected_id), step, in_place)
+        source = ReadingSource(f"load-{next(self._numbers)}", directory, expected_id)
+        loading = self._load_in_turn(name, source, step, in_place, deadline)
         try:
             return await asyncio.shield(self._start(loading))
         except ReadingRefused as refusal:
             raise _shown(refusal, path, directory) from None
 
-    def unload(self, name: str) -> Reading:
+    async def unload(self, name: str) -> Reading:
         """Lets a name mean no reading any more, and returns what it meant. Its memory is freed once the calls that began before have ended.
+
+        Loads of the same name that came before are waited for, and what they load is unloaded.
 
         Raises:
             InvalidRequest: there is no reading of this name, or it is ``frozen``.
@@ -248,10 +264,11 @@ class ReadingRegistry:
         self._root()
         if name == FROZEN:
             raise InvalidRequest("name", f"{FROZEN!r} is the frozen model itself, which is always there")
-        if name not in self._named:
-            raise self._missing("name", name)
-        removed = self._describe(name)
-        self._drop(name)
+        async with self._turn(name):
+            if name not in self._named:
+                raise self._missing("name", name)
+            removed = self._describe(name)
+            self._drop(name)
         logger.info("reading unloaded", reading=name, id=removed.id)
         return removed
 
@@ -263,13 +280,13 @@ class ReadingRegistry:
                 self._lose(version)
         self._settle()
 
-    async def _load_in_turn(self, name: str, source: ReadingSource, step: int | None, in_place: bool) -> LoadedReading:
-        async with self._changing:
+    async def _load_in_turn(self, name: str, source: ReadingSource, step: int | None, in_place: bool, deadline: float) -> LoadedReading:
+        async with self._turn(name), self._changing:
             started = time.monotonic()
             self._loading = source
             try:
                 with self._closing(name, in_place):
-                    loaded = await self._load(name, source, step, in_place)
+                    loaded = await self._load(name, source, step, in_place, deadline)
             except Exception as failure:
                 error = failure if isinstance(failure, CoreError) else InternalFault.new()
                 logger.error(
@@ -295,7 +312,7 @@ class ReadingRegistry:
         self._on_load(seconds)
         return loaded
 
-    async def _load(self, name: str, source: ReadingSource, step: int | None, in_place: bool) -> LoadedReading:
+    async def _load(self, name: str, source: ReadingSource, step: int | None, in_place: bool, deadline: float) -> LoadedReading:
         if name not in self._named and len(self._named) >= self._settings.max_readings:
             most = self._settings.max_readings
             raise LimitExceeded("name", len(self._named) + 1, "readings", "max_readings", most, "unload one of them first")
@@ -303,8 +320,9 @@ class ReadingRegistry:
             self._check_awake()
             await worker.until_back()
         replaced = self._describe(name) if name in self._named else None
+        await self._until_few_are_unnamed(deadline)
         if in_place and replaced is not None:
-            await self._drained(name)
+            await self._until_unused(name, deadline)
             if name in self._named:  # It may have been unloaded, or lost, meanwhile.
                 self._drop(name)
         outcomes = await asyncio.gather(*(worker.load_reading(source) for worker in self._workers), return_exceptions=True)
@@ -344,10 +362,41 @@ class ReadingRegistry:
             del self._closed[name]
             over.set()
 
-    async def _drained(self, name: str) -> None:
+    def _turn(self, name: str) -> asyncio.Lock:
+        """Returns the lock that is held while what a name means is changed; who comes first has it first."""
+        return self._turns.setdefault(name, asyncio.Lock())
+
+    async def _until_unused(self, name: str, deadline: float) -> None:
         """Waits until no admitted call means the version that a name means."""
-        while (meaning := self._named.get(name)) is not None and meaning.version.uses > 1:
-            await self._freed.wait()
+
+        def calls() -> int:
+            return self._named[name].version.uses - 1 if name in self._named else 0
+
+        problem = f"calls that began before still read {name!r}, which cannot be replaced in place under them: end them, or load it beside"
+        await self._until(lambda: not calls(), deadline, problem)
+
+    async def _until_few_are_unnamed(self, deadline: float) -> None:
+        """Waits until fewer versions than may be loaded under names are there for admitted calls alone."""
+        most = self._settings.max_readings
+        problem = (
+            f"{most} versions that were replaced or unloaded (max_readings) are still read by calls that began before: end these calls, "
+            "such as streams that nobody reads"
+        )
+        await self._until(lambda: len(self._versions) - len(self._named) < most, deadline, problem)
+
+    async def _until(self, is_so: Callable[[], bool], deadline: float, problem: str) -> None:
+        """Waits for calls to end until something is so.
+
+        Raises:
+            FailedPrecondition: with ``problem``: it is not so in time.
+        """
+        allowed = self._settings.drain_seconds
+        try:
+            async with asyncio.timeout(min(allowed, deadline - time.monotonic())):
+                while not is_so():
+                    await self._freed.wait()
+        except TimeoutError:
+            raise FailedPrecondition(f"{problem}; waited for {allowed:g} s at most (drain_seconds)", "READING_IN_USE") from None
 
     def _drop(self, name: str) -> None:
         meaning = self._named.pop(name)
