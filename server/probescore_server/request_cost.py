@@ -116,4 +116,4 @@ def _cost(info: EngineInfo, options: ResolvedOptions) -> RequestCost:
             span += labels * reductions if not pools else info.model.hidden_size
             context += info.model.hidden_size if key in info.pools_with_prompt else 0
     factors = (row, token, appended, span, context)
-    return RequestCost(options.scope, *(options.passes * factor for factor in factors))
+    return RequestCost(options.scope, *(options.answers * factor for factor in factors))

@@ -7,7 +7,7 @@ its libraries.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Hashable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import TypeAlias
@@ -124,6 +124,8 @@ class ResolvedOptions:
         activations: the activations that are read, instead of scores; ``None`` = the request asks for scores.
         readings: the readings that the request names, each with the version that is read; empty = none are named, and the frozen model is
             read.
+        adapters: the digests of the adapters with which the frozen model is read for probes that bring one, and the empty string if it is
+            also read as it is, for probes that bring none; empty = it is read as it is alone.
     """
 
     probes: tuple[str, ...]
@@ -134,6 +136,7 @@ class ResolvedOptions:
     return_token_texts: bool = False
     activations: ActivationReads | None = None
     readings: tuple[PinnedReading, ...] = ()
+    adapters: frozenset[str] = frozenset()
 
     @cached_property
     def key(self) -> str:
@@ -143,7 +146,23 @@ class ResolvedOptions:
 
     @property
     def passes(self) -> int:
-        """Returns how often the model reads each rollout at most: once for each reading that the request names."""
+        """Returns how often the model reads each rollout at most: for each reading that the request names, and for each adapter that probes
+        bring.
+        """
+        others = sum(reading.name != FROZEN for reading in self.readings)
+        frozen_is_read = not self.readings or others < len(self.readings)
+        return others + frozen_is_read * max(1, len(self.adapters))
+
+    @property
+    def weights(self) -> Hashable:
+        """Returns a value that is equal for two ``ResolvedOptions`` if their rollouts are read with the same weights, so that requests for
+        both can share what is computed of a prompt.
+        """
+        return self.readings, self.adapters
+
+    @property
+    def answers(self) -> int:
+        """Returns how many answers each probe gives for a rollout at most: one for each reading that the request names."""
         return max(1, len(self.readings))
 
 
@@ -174,7 +193,7 @@ class CheckedRollout:
         """Returns the largest number of tokens that this rollout can cost.
 
         The number includes the tokens of the prompt, of the completion and of all follow-ups (texts that continue the completion), the
-        tokens that probes append, and the tokens that spans (token ranges) read again; all of them once for each reading.
+        tokens that probes append, and the tokens that spans (token ranges) read again; all of them as often as the model reads them.
         """
         appended = self.appended_tokens * self.completion.tree_size
         own = self.completion.tree_tokens + appended + self.reread_tokens
@@ -182,8 +201,8 @@ class CheckedRollout:
 
     @property
     def prompt_tokens(self) -> int:
-        """Returns the part of ``tokens`` that rollouts of the same prompt and readings have in common: the prompt's, once for each
-        reading.
+        """Returns the part of ``tokens`` that rollouts of the same prompt, readings and adapters have in common: the prompt's, as often as
+        the model reads it.
         """
         return self.options.passes * len(self.prompt_ids)
 
@@ -264,8 +283,8 @@ class EngineInfo:
             checked (None).
         max_follow_up_tokens: a dictionary keyed by probe ``name@version``: the number of token ids that the probe itself appends to a
             completion.
-        adapters: a dictionary keyed by probe ``name@version``: the digest of the adapter that the probe brings, with which the frozen model
-            is read for it; probes that bring none are not in it.
+        adapters: a dictionary keyed by probe ``name@version``: a digest of the adapter (tensors and settings) that the probe brings, with
+            which the frozen model is read for it; probes that bring none are not in it.
         excluding_special_tokens: the keys ``name@version`` of the probes whose reductions leave out the tokenizer's special tokens.
         content: a digest of the loaded weights and of the content of the model's other files.
         pools_with_prompt: the keys ``name@version`` of the probes that reduce a rollout to one score by themselves and read the prompt's

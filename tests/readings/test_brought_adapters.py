@@ -11,6 +11,7 @@ import re
 import shutil
 import weakref
 from collections.abc import Callable, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from probescore_server.probes.format.manifest import AdapterReference
 from probescore_server.probes.format.new_version import write_new_version
 from probescore_server.probes.format.probe_file import adapter_digest, read_probe_file, write_probe_file
 from probescore_server.probes.loading.loader import StackMember
+from probescore_server.validation.options import resolve_options
 
 Change = Callable[[Tensors], Tensors]
 
@@ -132,6 +134,22 @@ def test_probes_of_one_adapter_share_a_pass_and_plain_ones_pay_nothing(engine: E
     ran.clear()
     engine.score(GROUPS)
     assert sorted(ran) == sorted(["", adapted["own@1"].version.id, adapted["other@1"].version.id])
+
+
+def test_as_many_passes_are_counted_as_run(
+    llama: Served, files: dict[str, Path], adapter: WrittenAdapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of two adapters that differ in a setting alone; one that changes nothing where it is read may cost less than is counted."""
+    louder = write(tmp_path, llama.model, "louder", "last", adapter.changed(lora_alpha=16))
+    paths = [*map(llama.probe, ("early", "middle")), *(files[name] for name in ("own", "same", "other", "unseen")), louder]
+    engine = Engine.load(str(llama.model), paths)
+    ran = forwards(engine, monkeypatch)
+    keys = [probe.key for probe in engine.info.probes]
+    for asked in (asked for count in (1, 2, 3, len(keys)) for asked in combinations(keys, count)):
+        ran.clear()
+        engine.score(GROUPS[:1], probes=asked)
+        counted = resolve_options(engine.info, probes=asked).passes
+        assert len(ran) <= counted if "unseen@1" in asked else len(ran) == counted, asked
 
 
 def test_plain_probes_and_those_with_an_adapter_are_stacked_apart(engine: Engine) -> None:

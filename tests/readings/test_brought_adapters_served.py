@@ -16,7 +16,7 @@ from test_brought_adapters import write
 from typer.testing import CliRunner, Result
 from written_adapters import WrittenAdapter
 
-from probescore import ProbeClient
+from probescore import InvalidRequestError, ProbeClient
 from probescore_server.cli.app import app
 from probescore_server.files import adapter_path
 from probescore_server.registry.folder import ProbeFolder
@@ -84,6 +84,18 @@ def test_a_server_keeps_what_it_has_read(server: RunningServer, llama: Served, f
             path.unlink()
         assert client.reload_probes().retired == ("own@1",)
         assert np.allclose(client.score(GROUPS, probes=["own@1"]).values("own"), client.score(GROUPS, probes=["own@1"]).values("own"))
+
+
+def test_what_an_adapter_costs_counts_in_the_limits_of_a_request(llama: Served, folder: Path) -> None:
+    tokens = sum(len(group.prompt) + sum(map(len, group.completions)) for group in GROUPS)
+    with (
+        start_server(llama.model, [folder], max_request_tokens=2 * tokens - 1, max_rollout_tokens=64) as server,
+        ProbeClient(server.address) as client,
+    ):
+        for alone in ("last", "own"):
+            client.score(GROUPS, probes=[alone])
+        with pytest.raises(InvalidRequestError, match=f"groups: {2 * tokens} tokens; the limit max_request_tokens is {2 * tokens - 1}"):
+            client.score(GROUPS)
 
 
 def test_a_change_of_the_adapter_is_a_change_of_the_probe(folder: Path) -> None:

@@ -47,6 +47,7 @@ EVERY_OPTION = {
         tokens=st.booleans(),
         dtype=st.sampled_from(["float32", "bfloat16"]),
     ),
+    "adapters": st.frozensets(NAMES, max_size=2),
     "readings": st.lists(st.builds(PinnedReading, NAMES, NAMES), max_size=2).map(tuple),
 }
 OPTIONS = st.builds(ResolvedOptions, **EVERY_OPTION)

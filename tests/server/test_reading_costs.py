@@ -1,8 +1,11 @@
-"""A rollout counts once for each reading that its request names: in the queue, in a batch, and in every limit of a request."""
+"""A rollout counts once for each reading that its request names, and its tokens for each adapter that probes bring: in the queue, in a
+batch, and in every limit of a request.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ from probescore.types import ModelInfo, OutputPer, ProbeInfo, ScoreUnit, Span
 from probescore_server.errors import LimitExceeded, QueueFull
 from probescore_server.request_cost import RequestCost
 from probescore_server.rollouts import CheckedRollout, EngineInfo, PinnedReading, ResolvedOptions
+from probescore_server.validation.options import resolve_options
 from probescore_server.validation.rollouts import resolve_rollouts
 
 BOTH = (PinnedReading("frozen"), PinnedReading("policy", "sha256:1"))
@@ -70,6 +74,22 @@ async def test_a_prompt_is_shared_by_those_who_read_the_same_only() -> None:
     assert worker.batches == [["a", "c", "d"], ["b"]]  # 4 + 2 + 2, and 4 + 2; b needs 12
 
 
+async def test_a_prompt_is_shared_by_those_who_read_with_the_same_adapters_only() -> None:
+    worker = HandWorker(ready=False)
+    scheduler = scheduler_for(worker, batch=16)
+    adapters = {"a": frozenset({"A"}), "b": frozenset({"", "A"}), "c": frozenset({"A"}), "d": frozenset({"B"})}
+    calls = []
+    for name, own in adapters.items():
+        rollouts = [replace(each, options=replace(OPTIONS, adapters=own)) for each in group(name, prompt_id=1, prompt=4, tokens=2)]
+        calls.append(scheduler.submit([rollouts], job=f"job {name}"))
+    worker.ready = True
+    scheduler.dispatch()
+    await settle()
+    await worker.finish_all()
+    assert [await names_of(call) for call in calls] == [["a"], ["b"], ["c"], ["d"]]
+    assert worker.batches == [["a", "c", "d"], ["b"]]  # 4 + 2 + 2, and 4 + 2; b needs 12
+
+
 INFO = EngineInfo(
     model=ModelInfo("m", "", "sha256:0", "llama", 8, 2, 2, 100, 0),
     tokenizer_fingerprint="",
@@ -117,3 +137,22 @@ def test_costs_without_readings_are_as_they_were() -> None:
     options = ResolvedOptions(probes=("p@1",), token_scores=frozenset({"p@1"}))
     assert RequestCost.of(INFO, options) == RequestCost.of(INFO, replace(options, readings=BOTH[:1]))
     assert np.array_equal(RequestCost.of(INFO, replace(options, readings=BOTH)).row_values, 2)
+
+
+def test_tokens_count_for_each_adapter_and_numbers_do_not() -> None:
+    (probe,) = INFO.probes
+    brought = {"plain": "", "twin": "", "a": "A", "also-a": "A", "b": "B"}
+    adapters = {f"{name}@1": adapter for name, adapter in brought.items() if adapter}
+    info = replace(INFO, probes=tuple(replace(probe, name=name) for name in brought), adapters=adapters)
+    groups = [RolloutGroup([1, 2, 3], [[4, 5, 6, 7], [8]])]
+    for count in range(1, len(brought) + 1):
+        for names in combinations(brought, count):
+            options = resolve_options(info, probes=names)
+            passes = len({brought[name] for name in names})
+            resolve_rollouts(groups, info, options, max_request_tokens=8 * passes, max_request_values=2 * count)
+            for limit, needed in (("max_request_tokens", 8 * passes), ("max_request_values", 2 * count)):
+                with pytest.raises(LimitExceeded) as refused:
+                    resolve_rollouts(groups, info, options, **{limit: needed - 1})
+                assert (refused.value.value, refused.value.limit) == (needed, limit)
+            ((first, _),) = resolve_rollouts(groups, info, options)
+            assert (first.tokens, first.prompt_tokens) == (7 * passes, 3 * passes)

@@ -201,6 +201,7 @@ CHANGED_OPTIONS = {
     "return_token_texts": True,
     "activations": ActivationReads((Tap("resid_post", 1),), (Pool.MEAN,), tokens=False),
     "readings": (PinnedReading("policy", "sha256:1"),),
+    "adapters": frozenset({"sha256:2"}),
 }
 ECHOED = {"id": "a", "inexact_ids": True}
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -10,7 +12,7 @@ from probescore.types import ProbeInfo, Tap
 from probescore_server.activations import all_taps
 from probescore_server.backbone.forest import ProbeReads
 from probescore_server.engine.adapted_models import AdaptedModel
-from probescore_server.probes.format.manifest import Manifest
+from probescore_server.probes.format.manifest import AdapterReference, Manifest
 from probescore_server.probes.format.probe_file import ProbeFile
 from probescore_server.probes.loading.compatibility import probe_info
 from probescore_server.probes.loading.loader import LoadedProbe
@@ -94,7 +96,7 @@ def describe_probes(
     return replace(
         info,
         probes=tuple(known.get(manifest.key) or probe_info(manifest, accepted[manifest.key]) for manifest in manifests),
-        adapters={manifest.key: manifest.adapter.sha256 for manifest in manifests if manifest.adapter is not None},
+        adapters={manifest.key: _digest(manifest.adapter) for manifest in manifests if manifest.adapter is not None},
         expects_bos={manifest.key: manifest.expects_bos for manifest in manifests},
         max_follow_up_tokens={manifest.key: len(manifest.follow_up.token_ids) for manifest in manifests if manifest.follow_up is not None},
         excluding_special_tokens=frozenset(manifest.key for manifest in manifests if manifest.exclude_special_tokens),
@@ -107,3 +109,8 @@ def describe_probes(
 
 def _reads(manifest: Manifest) -> ProbeReads:
     return ProbeReads(manifest.context.sees_prompt, () if manifest.follow_up is None else manifest.follow_up.token_ids)
+
+
+def _digest(adapter: AdapterReference) -> str:
+    """Returns a digest of an adapter's tensors and settings: probes with the same one are scored in the same pass of the model."""
+    return f"sha256:{hashlib.sha256(json.dumps(adapter.model_dump(), sort_keys=True).encode()).hexdigest()}"

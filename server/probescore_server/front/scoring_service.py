@@ -326,7 +326,7 @@ def _resolve_options(
 
 
 def _is_small(finished: Sequence[FinishedRollout], asked: _CheckedRequest) -> bool:
-    if len(finished) * len(asked.options.probes) * asked.options.passes > MAX_SCORES_ON_LOOP:
+    if len(finished) * len(asked.options.probes) * asked.options.answers > MAX_SCORES_ON_LOOP:
         return False
     return sum(_bytes_of(one.result.scores) for one in finished) <= MAX_BYTES_WRITTEN_ON_LOOP
 

@@ -10,12 +10,12 @@ from types import TracebackType
 from typing import Protocol, TypeAlias
 
 from probescore_server.errors import CoreError
-from probescore_server.rollouts import CheckedRollout, Continuation, PinnedReading, RolloutResult
+from probescore_server.rollouts import CheckedRollout, Continuation, RolloutResult
 from probescore_server.scheduling.ordered_set import OrderedSet
 
-PromptKey: TypeAlias = tuple[bytes, tuple[PinnedReading, ...]]
-"""Type of what two rollouts have in common for which a prompt is computed once: its token ids as bytes, and the readings, each of which
-computes the prompt by itself.
+PromptKey: TypeAlias = tuple[bytes, Hashable]
+"""Type of what two rollouts have in common for which a prompt is computed once: its token ids as bytes, and the weights with which they are
+read, since each reading, and each adapter that probes bring, computes the prompt by itself.
 """
 
 
@@ -232,7 +232,7 @@ def groups_of(call: Call, rollouts: Sequence[Sequence[CheckedRollout]]) -> list[
     options = rollouts[0][0].options.key
     groups = []
     for index, group in enumerate(rollouts):
-        prompt = group[0].prompt_ids.tobytes(), group[0].options.readings
+        prompt = group[0].prompt_ids.tobytes(), group[0].options.weights
         items = OrderedSet(
             RequestedRollout(call, index, completion, rollout, (prompt, (options, _content(rollout.completion))))
             for completion, rollout in enumerate(group)

@@ -10,7 +10,8 @@
   whole. A job whose group does not fit keeps its place: its group is the first of the next batch, whose whole token budget is then free.
 * A batch that has ``MAX_CONTINUATIONS`` completions and follow-ups (texts that continue a completion) takes no more, however short they
   are, since each takes a fixed amount of time besides that for its tokens.
-* A rollout counts once for each reading that its request names. A prompt is shared among requests that name the same readings.
+* A rollout counts once for each reading that its request names, and for each adapter that its probes bring. A prompt is shared among
+  requests that are read with the same weights.
 * Identical rollouts are taken together, count with the tokens of one, and use up no job's turn.
 * A batch takes no more rollouts whose activations are read once these have ``MAX_ACTIVATION_BYTES`` bytes, which bounds what a worker sends
   at a time; such a group may be split.
@@ -41,7 +42,7 @@ Duplicates = list[RequestedRollout]
 
 @dataclass(eq=False, slots=True)
 class _WaitingPrompt:
-    """Record of the waiting rollouts of all calls (requests) that have the same prompt and readings.
+    """Record of the waiting rollouts of all calls (requests) that have the same prompt, read with the same weights.
 
     Attributes:
         tokens: the number of tokens of the prompt.

@@ -56,6 +56,7 @@ def resolve_options(
             applied = highest | highest_versions(by_key[key] for key in keys)
             wanted = _resolve_names(info, token_scores, applied, "token_scores.probes")
             _check_token_scores(wanted, keys, by_key)
+    adapters = frozenset(info.adapters.get(key, "") for key in keys)
     return ResolvedOptions(
         probes=keys,
         reductions=tuple(_parse_reduction(written, index) for index, written in enumerate(reductions)),
@@ -63,6 +64,7 @@ def resolve_options(
         scope=parse_scope(scope),
         return_token_ids=return_token_ids,
         return_token_texts=return_token_texts,
+        adapters=adapters if any(adapters) else frozenset(),
     )
 
 

@@ -45,7 +45,7 @@ def resolve_rollouts(
             completion), including the follow-ups that probes append. The number of positions for which the model was made is a limit in any
             case.
         max_request_tokens: the largest number of tokens of all groups, with a prompt counted once per group and the extra token reads that
-            spans cause included, and all of it once for each reading.
+            spans cause included, and all of it as often as the model reads it: for each reading, and for each adapter that probes bring.
         max_span_scores: the largest number of token scores that the spans (token ranges) of one completion and its follow-ups may read.
         max_request_values: the largest number of numbers in the response.
 
@@ -77,7 +77,7 @@ def resolve_rollouts(
             for group in rollouts
         )
         if total > max_request_tokens:
-            remedy = "send it in several requests, with fewer or shorter spans, or on fewer readings"
+            remedy = "send it in several requests, with fewer or shorter spans, or with fewer readings or probes that bring an adapter"
             raise LimitExceeded("groups", total, "tokens", "max_request_tokens", max_request_tokens, remedy, "TOO_LONG")
     if max_request_values is not None:
         values = sum(cost.values(rollout) for group in rollouts for rollout in group)

@@ -63,12 +63,13 @@ def _encode_options(options: ResolvedOptions) -> Encoded:
         options.return_token_texts,
         options.activations,
         options.readings,
+        options.adapters,
     )
 
 
 def _decode_options(encoded: Encoded) -> ResolvedOptions:
-    probes, reductions, token_scores, scope, return_token_ids, return_token_texts, activations, readings = encoded
-    return ResolvedOptions(probes, reductions, token_scores, Scope(scope), return_token_ids, return_token_texts, activations, readings)
+    probes, reductions, token_scores, scope, *others = encoded
+    return ResolvedOptions(probes, reductions, token_scores, Scope(scope), *others)
 
 
 def _encode_continuation(continuation: Continuation) -> Encoded:
