@@ -5,7 +5,6 @@ The calls are made in turn in one process, each with an empty key-value cache.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,10 +15,9 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
-from safetensors.torch import save_file
 
 from benchmarks.loads import LOADS
-from benchmarks.model import SHAPES, make_model
+from benchmarks.model import SHAPES, make_model, write_adapter
 from benchmarks.ratios import Spread
 from probescore import RolloutGroup
 from probescore_probes import ReferenceModel, linear_probe, write_probe
@@ -71,27 +69,13 @@ def _write_probes(directory: Path, tap: str, rank: int) -> Sequence[Path]:
     golden = [([1, *random.integers(4, 500, 9).tolist()], random.integers(4, 500, 12).tolist())]
     references = {"plain": reference}
     for number, name in enumerate("ab"):
-        _write_adapter(reference, folder / f"adapter-{name}", rank, number)
+        write_adapter(reference.model, folder / f"adapter-{name}", rank, number)
         references[f"own-{name}"] = reference.adapted(folder / f"adapter-{name}")
     for path in paths:
         of = references[path.stem if path.stem == "plain" else path.stem.rpartition("-")[0]]
         probe = linear_probe(random.standard_normal(reference.reference.hidden_size).astype(np.float32))
         write_probe(path, probe, of, name=path.stem, version="1", taps=[tap], golden=golden)
     return paths
-
-
-def _write_adapter(reference: ReferenceModel, folder: Path, rank: int, seed: int) -> None:
-    random, tensors = torch.Generator().manual_seed(seed), {}
-    head = reference.model.get_output_embeddings()
-    names = [name for name, module in reference.model.named_modules() if isinstance(module, torch.nn.Linear) and module is not head]
-    for name in names:
-        out, inner = reference.model.get_submodule(name).weight.shape
-        tensors[f"base_model.model.{name}.lora_A.weight"] = torch.randn((rank, inner), generator=random) / inner**0.5
-        tensors[f"base_model.model.{name}.lora_B.weight"] = 0.1 * torch.randn((out, rank), generator=random) / rank**0.5
-    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": sorted({name.rpartition(".")[2] for name in names})}
-    folder.mkdir(exist_ok=True)
-    save_file(tensors, folder / "adapter_model.safetensors")
-    (folder / "adapter_config.json").write_text(json.dumps(settings))
 
 
 if __name__ == "__main__":

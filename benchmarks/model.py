@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from rich.progress import track
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config
 
 from probescore_probes import ReferenceModel, Tolerance, linear_probe, write_probe
 
@@ -89,6 +90,21 @@ def make_model(shape: Shape, *, dtype: str = "float32", probes: int = 1, layer: 
     if not files.exists():
         _write_probes(directory, layer, probes, files)
     return BenchModel(shape, directory, tuple(sorted(files.glob("*.onnx"))), files / "directions.npy", layer)
+
+
+def write_adapter(model: PreTrainedModel, folder: Path, rank: int, seed: int) -> None:
+    """Writes a LoRA adapter of random numbers on all linear layers of a model but its head, as PEFT writes them."""
+    random, tensors = torch.Generator().manual_seed(seed), {}
+    head = model.get_output_embeddings()
+    names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and module is not head]
+    for name in names:
+        out, inner = model.get_submodule(name).weight.shape
+        tensors[f"base_model.model.{name}.lora_A.weight"] = torch.randn((rank, inner), generator=random) / inner**0.5
+        tensors[f"base_model.model.{name}.lora_B.weight"] = 0.1 * torch.randn((out, rank), generator=random) / rank**0.5
+    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": sorted({name.rpartition(".")[2] for name in names})}
+    folder.mkdir(exist_ok=True)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
 
 
 def _write_model(shape: Shape, dtype: str, directory: Path) -> None:

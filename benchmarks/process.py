@@ -18,6 +18,16 @@ from numpy.typing import NDArray
 from benchmarks.loads import Unit
 from benchmarks.variants import Job
 
+PACKAGES = ("client", "server", "probes")
+
+
+def environment_of(checkout: Path | None) -> dict[str, str]:
+    """The environment variables of a process that runs the packages of a checkout; ``None`` = those of this process."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    if checkout is not None:
+        environment["PYTHONPATH"] = os.pathsep.join(str((checkout / package).resolve()) for package in PACKAGES)
+    return environment
+
 
 class VariantFailed(Exception):
     """A variant could not be loaded, or could not score; says why."""
@@ -46,12 +56,13 @@ class VariantProcess:
     Args:
         job: what it loads.
         python: of its environment.
+        checkout: directory of another version of the packages, which is measured in place of this one; ``None`` = this one.
 
     Raises:
         VariantFailed: it could not be loaded.
     """
 
-    def __init__(self, job: Job, python: str = sys.executable) -> None:
+    def __init__(self, job: Job, python: str = sys.executable, checkout: Path | None = None) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="probescore-benchmark-")
         self._unit, self._scores = Path(self._folder.name, "unit.npz"), Path(self._folder.name, "scores.npz")
         self._log = Path(self._folder.name, "log")
@@ -62,7 +73,7 @@ class VariantProcess:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
-                env={**os.environ, "OMP_NUM_THREADS": str(job.threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
+                env={**environment_of(checkout), "OMP_NUM_THREADS": str(job.threads)},
             )
         try:
             self._answer()

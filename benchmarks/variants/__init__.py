@@ -25,6 +25,7 @@ class Job:
         directions: the file with the same probes' weights, ``(probes, hidden_size)``, for the others.
         layer: the block whose ``resid_post`` is read.
         concurrency: clients of the server.
+        loaded: directory of an adapter that is loaded beside the frozen model and not asked for, for ours in process; empty = none.
     """
 
     variant: str
@@ -36,6 +37,7 @@ class Job:
     device: str = "cpu"
     threads: int = 1
     concurrency: int = 8
+    loaded: str = ""
 
     def to_json(self) -> str:
         """As the command line of a process carries it."""

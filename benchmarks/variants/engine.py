@@ -17,6 +17,8 @@ from probescore_server import Engine
 class InProcessEngine(InProcess):
     def __init__(self, job: Job) -> None:
         self._engine = Engine.load(job.model, job.probes, dtype=job.dtype, device=job.device)
+        if job.loaded:
+            self._engine.load_reading("policy", job.loaded)
         self._probes = [probe.name for probe in self._engine.info.probes]
 
     def warm_up(self, unit: Unit) -> dict[str, Any]:
