@@ -152,7 +152,7 @@ imports: $(INSTALLED) ## The arrows between our layers
 docs: $(INSTALLED) ## The documentation's site, into build/site; broken links and references fail
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
-sweep: $(INSTALLED) ## Random probe graphs until 500 are accepted, every kind at every hook and in bfloat16, every warning of a fit, every spoilt import (an hour)
+sweep: $(INSTALLED) ## Random probe graphs until 500 are accepted, every kind at every hook and in bfloat16, every warning of a fit, every spoilt import, policies of every architecture (an hour)
 	$(TEST_ENV) $(BIN)/python -m pytest -m sweep -q
 
 swaps: $(INSTALLED) .venv-trainers/trl/installed ## A hundred swaps of probes, pinned and following, and of a reading, while nine clients score and TRL trains: no failed call, no mixed answer, memory as before (some minutes)

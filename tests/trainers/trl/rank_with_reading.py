@@ -1,4 +1,4 @@
-"""One rank of a run under torchrun whose policy is read: ``rank_with_reading.py <kind> <policy> <address> <readings> <results>``."""
+"""One rank of a run under torchrun whose policy is read: ``rank_with_reading.py <kind> <policy> <address> <readings> <results> <trains>``."""
 
 from __future__ import annotations
 
@@ -42,10 +42,12 @@ class KeptGRPO(training.ProbedGRPO):
         return kept(super()._scored(*args))
 
 
-def main(kind: str, folder: str, address: str, readings: str, results: str) -> None:
+def main(kind: str, folder: str, address: str, readings: str, results: str, trains: str) -> None:
     policy = SortingPolicy(Path(folder))
-    lora = LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
-    options: dict[str, Any] = {"max_steps": 4, "per_device_train_batch_size": 6, "peft_config": lora, "learning_rate": 1e-2}
+    options: dict[str, Any] = {"max_steps": 4, "per_device_train_batch_size": 6}
+    if trains == "lora":
+        lora = LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
+        options |= {"peft_config": lora, "learning_rate": 1e-2}
     scorer = KeptScorer(SIGNALS, address)
     rewards: list[Any] = [training.digits_in_order]
     if kind == "ProbedGRPO":

@@ -149,15 +149,16 @@ def names(server: RunningServer) -> list[str]:
 # -------------------------------------------------------------------------------------------------------------- several ranks
 
 
+@pytest.mark.parametrize("trains", ["lora", "everything"])
 @pytest.mark.parametrize("kind", ["PlainGRPO", "ProbedGRPO"])
 def test_two_ranks_are_read_by_one_version_at_each_step(
-    kind: str, policy: SortingPolicy, reading_server: RunningServer, readings: Path, tmp_path: Path
+    kind: str, trains: str, policy: SortingPolicy, reading_server: RunningServer, readings: Path, tmp_path: Path
 ) -> None:
     tests = Path(__file__).parent
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parents[1]), os.environ.get("PYTHONPATH", "")])}
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--rdzv-backend=c10d"]
     command += ["--rdzv-endpoint=localhost:0", str(tests / "rank_with_reading.py"), kind, str(policy.folder), reading_server.address]
-    command += [str(readings / tmp_path.name), str(tmp_path)]
+    command += [str(readings / tmp_path.name), str(tmp_path), trains]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
     assert done.returncode == 0, done.stderr
     ranks = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2)]
