@@ -99,9 +99,10 @@ def app(arguments: Mapping[str, Any]) -> serve.Application:
         scaling = ReplicaScaling(**{name: value for name, value in arguments.items() if name in ReplicaScaling.model_fields})
     except ValidationError as error:
         raise StartupError(str(error)) from None
-    for name in ("interceptors", "admin", "allow_activations", "readings_root"):
+    for name in ("readings_root", "interceptors", "admin", "allow_activations"):
         if getattr(settings, name):
-            raise StartupError(f"{name}: cannot be set under Ray Serve, whose proxy owns the port and chooses the replica")
+            problem = f"{name}: cannot be set under Ray Serve, whose proxy owns the port and chooses the replica"
+            raise StartupError(f"{problem}; run probescore serve inside the Ray job instead")
     serve.start(grpc_options=gRPCOptions(port=settings.port, grpc_servicer_functions=[f"{__name__}:{add_to_proxy.__name__}"]))
     return deployment(settings, scaling).bind(settings)
 

@@ -228,11 +228,18 @@ def test_replicas_grow_in_proportion_to_what_waits_and_shrink_one_at_a_time(queu
 
 
 @pytest.mark.parametrize(
-    ("setting", "value"), [("interceptors", "my.auth:interceptor"), ("admin", True), ("max_replicas", 0), ("no_such", 1)]
+    ("setting", "value"),
+    [("interceptors", "my.auth:interceptor"), ("admin", True), ("allow_activations", ["*"]), ("max_replicas", 0), ("no_such", 1)],
 )
 def test_what_means_nothing_here_is_refused(setting: str, value: object) -> None:
     with pytest.raises(StartupError, match=setting):
         app({"model": "m", setting: value})
+
+
+def test_readings_are_refused_with_what_to_do_instead() -> None:
+    """Ray's proxy would have one replica load what all must have."""
+    with pytest.raises(StartupError, match=r"readings_root: cannot be set .* run probescore serve inside the Ray job instead"):
+        app({"model": "m", "admin": True, "readings_root": "/readings"})
 
 
 def test_a_plain_server_inside_a_ray_job(model: Path, probe_file: Path) -> None:

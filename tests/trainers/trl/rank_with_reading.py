@@ -1,4 +1,7 @@
-"""One rank of a run under torchrun whose policy is read: ``rank_with_reading.py <kind> <policy> <address> <readings> <results> <trains>``."""
+"""One rank of a run under torchrun whose policy is read.
+
+``rank_with_reading.py <kind> <policy> <address> <readings> <results> <trains>``
+"""
 
 from __future__ import annotations
 
