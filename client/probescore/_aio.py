@@ -300,7 +300,8 @@ class AsyncProbeClient(BaseClient):
             step: label to tell versions apart, such as the training step.
             expected_id: id of the only version that may be loaded, such as the one that another server has loaded; ``None`` = any.
             in_place: whether the version that the name means is freed first, so that there is never room needed for both. Calls that name
-                the reading wait meanwhile. If loading fails, the name means nothing.
+                the reading wait meanwhile. If calls under way that read the version do not end within the servers' ``drain_seconds``, the
+                name means what it meant; if loading fails, it means nothing.
             timeout: seconds for the whole method.
 
         Returns:
@@ -311,7 +312,8 @@ class AsyncProbeClient(BaseClient):
             InvalidRequestError: an argument is wrong, or the files would not be computed correctly.
             MismatchError: the files are not ``expected_id``, or several servers have read different files.
             UnavailableError: the files are still being written, or a server cannot be reached.
-            ServerError: a server takes no readings, or sleeps.
+            ServerError: a server takes no readings, or sleeps, or calls under way hold the version to be replaced, or too many earlier
+                ones.
         """
         request = load_request(name, path, step, expected_id, in_place=in_place)
         loaded = await self._on_each(lambda servers: load_plan(servers, request, self._loaded), timeout)

@@ -35,6 +35,8 @@ Outcome = Union[LoadedReading, Reading, ServerInfo, ProbescoreError]
 
 _GONE = {"UNKNOWN_READING", "READING_LOST"}
 """Reasons of failures that say that a name means no reading already."""
+_IN_USE = "READING_IN_USE"
+"""Reason of the failure that says that calls under way were waited for in vain, before anything was changed."""
 LEAST_SECONDS = 0.001
 """Seconds that an RPC has at least, when the time of its plan is over."""
 UNDO_BUDGET_SECONDS = 10.0
@@ -279,7 +281,7 @@ def _may_have_changed(request: admin_pb2.LoadReadingRequest, was: Reading | None
         return was is None or (was.id, was.step) != (outcome.reading.id, outcome.reading.step)
     if isinstance(outcome, DeadlineExceededError) or (isinstance(outcome, TransientError) and not outcome.reason):
         return True  # the request may have arrived, and only its answer been lost
-    return request.in_place and was is not None
+    return request.in_place and was is not None and not (isinstance(outcome, ProbescoreError) and outcome.reason == _IN_USE)
 
 
 def _path_of(was: Reading | None, request: admin_pb2.LoadReadingRequest, outcome: Outcome, known: tuple[str, str] | None) -> str | None:

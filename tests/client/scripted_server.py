@@ -340,11 +340,13 @@ class ReadingService(Service):
         directories: a dictionary from the paths that exist to the versions of what they hold.
         named: a dictionary from names to what they mean.
         refusals: a dictionary from paths to what loading them fails with.
+        held: names that cannot be replaced, since calls that never end read what they mean.
     """
 
     directories: dict[str, str] = field(default_factory=dict)
     named: dict[str, Reading] = field(default_factory=dict)
     refusals: dict[str, Refusal] = field(default_factory=dict)
+    held: set[str] = field(default_factory=set)
 
     def asked(self, kind: type[Message]) -> list[Any]:
         return [request for request in self.requests if isinstance(request, kind)]
@@ -373,6 +375,8 @@ class ReadingService(Service):
 
     def LoadReading(self, request: Any, context: Any) -> Any:
         def load(asked: Any) -> Any:
+            if asked.name in self.held:
+                refused("READING_IN_USE", grpc.StatusCode.FAILED_PRECONDITION).abort(context)
             replaced = self.named.pop(asked.name, None) if asked.in_place else self.named.get(asked.name)
             if asked.path in self.refusals:
                 self.refusals[asked.path].abort(context)

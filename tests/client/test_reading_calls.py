@@ -415,6 +415,19 @@ def test_what_this_client_has_loaded_is_loaded_again(client_class: Any, in_place
         assert client.score([group([1])], readings="policy").info.readings[0].step == 5
 
 
+@pytest.mark.parametrize("in_place", [False, True])
+def test_what_calls_hold_on_one_server_is_left_as_it_was(client_class: Any, in_place: bool) -> None:
+    first, second = server("/step-1", "/step-2", loaded=None), server("/step-1", "/step-2", loaded=None)
+    with several(client_class, first, second) as (client, addresses):
+        client.load_reading("policy", "/step-1", step=5)
+        second.held.add("policy")
+        with pytest.raises(ServerError, match=f"on {addresses[1]} what it meant before, sha256:1… of step 5") as failed:
+            client.load_reading("policy", "/step-2", in_place=in_place)
+    assert failed.value.reason == "READING_IN_USE"
+    assert first.named == second.named == {"policy": reading("policy", "1", 5)}
+    assert len(second.asked(admin_pb2.LoadReadingRequest)) == 2
+
+
 def test_what_has_been_overwritten_is_unloaded(client_class: Any) -> None:
     first, second = server("/step-1", loaded=None), server("/step-1", loaded=None)
     with several(client_class, first, second) as (client, _):

@@ -198,7 +198,7 @@ class LoadReadingRequest(google.protobuf.message.Message):
     """If not empty, the call fails with FAILED_PRECONDITION unless the files are this version, such as the one that another server has loaded."""
     in_place: builtins.bool
     """Whether the version that the name means is freed first, so that there is never room needed for both. Calls that name the reading wait
-    meanwhile. If loading fails, the name means nothing.
+    meanwhile. If calls under way that read the version do not end in time, the name means what it meant; if loading fails, nothing.
     """
     def __init__(
         self,
