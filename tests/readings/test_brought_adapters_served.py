@@ -17,6 +17,7 @@ from typer.testing import CliRunner, Result
 from written_adapters import WrittenAdapter
 
 from probescore import InvalidRequestError, ProbeClient
+from probescore_adapters import ProbeScorer, ProbeSignal, Rollout
 from probescore_server.cli.app import app
 from probescore_server.files import adapter_path
 from probescore_server.registry.folder import ProbeFolder
@@ -88,14 +89,21 @@ def test_a_server_keeps_what_it_has_read(server: RunningServer, llama: Served, f
 
 def test_what_an_adapter_costs_counts_in_the_limits_of_a_request(llama: Served, folder: Path) -> None:
     tokens = sum(len(group.prompt) + sum(map(len, group.completions)) for group in GROUPS)
+    most = 2 * (tokens - len(GROUPS[1].prompt)) - 1  # the first two are of one prompt, which a trainer's batch is grouped by
     with (
-        start_server(llama.model, [folder], max_request_tokens=2 * tokens - 1, max_rollout_tokens=64) as server,
+        start_server(llama.model, [folder], max_request_tokens=most, max_rollout_tokens=64) as server,
         ProbeClient(server.address) as client,
     ):
         for alone in ("last", "own"):
             client.score(GROUPS, probes=[alone])
-        with pytest.raises(InvalidRequestError, match=f"groups: {2 * tokens} tokens; the limit max_request_tokens is {2 * tokens - 1}"):
+        with pytest.raises(InvalidRequestError, match=f"groups: {2 * tokens} tokens; the limit max_request_tokens is {most}"):
             client.score(GROUPS)
+        # a trainer's batch is sent in as many calls as it takes
+        expected = {name: client.score(GROUPS, probes=[name]).values(name) for name in ("last", "own")}
+        scorer = ProbeScorer([ProbeSignal("last", mode="reward"), ProbeSignal("own", mode="monitor")], server.address)
+        outcome = scorer.score([Rollout(group.prompt, completion) for group in GROUPS for completion in group.completions])
+        for name, values in expected.items():
+            np.testing.assert_allclose(outcome.values[name], values, atol=1e-4)
 
 
 def test_a_change_of_the_adapter_is_a_change_of_the_probe(folder: Path) -> None:

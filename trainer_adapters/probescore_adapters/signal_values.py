@@ -6,6 +6,7 @@ the generator. For this reason the same code serves synchronous trainers and eve
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Generator, Mapping, Sequence
@@ -187,6 +188,7 @@ class _PendingBatch:
         self._asked = readings_of([bound.signal for bound in signals if bound.signal.reading not in missing])
         if self._asked != [FROZEN]:  # what a server of any version reads
             self._options["readings"] = self._asked
+        self._passes = _passes(self._asked, [probe for probe in server.probes if probe.key in {bound.probe for bound in signals}])
         self._readings: dict[str, Reading] = {}
         labels = {probe.key: len(probe.labels) for probe in server.probes}
         self._dense_labels = sum(labels[probe] for probe in {bound.probe for bound in signals if bound.signal.mode is Mode.DENSE})
@@ -268,12 +270,13 @@ class _PendingBatch:
         trainer's side or the client already knows that they cannot be scored.
         """
         known = {index: rollout.problem for index, rollout in enumerate(self._rollouts) if rollout.problem}
-        passes, most = len(self._asked), self._server.info.limits.max_request_tokens
+        passes, most = self._passes, self._server.info.limits.max_request_tokens
         for index, rollout in enumerate(self._rollouts):
-            # the server's limit on a rollout counts it once, and the one on a request once for each reading
+            # the server's limit on a rollout counts it once, and the one on a request as often as the model reads it
             if passes > 1 and 0 < most < passes * rollout.known_tokens:
                 problem = (
-                    f"{rollout.known_tokens} tokens on each of {passes} readings; the limit is {most}, the server's max_request_tokens"
+                    f"{rollout.known_tokens} tokens on each of {passes} readings or adapters that probes bring; the limit is {most}, "
+                    "the server's max_request_tokens"
                 )
                 known.setdefault(index, problem)
         try:
@@ -288,7 +291,7 @@ class _PendingBatch:
         most = limits.max_request_values // (2 * labels) if limits.max_request_values and labels else limits.max_request_tokens
         return StreamWindow(
             groups_per_call=len(request.groups),
-            tokens_per_call=max(1, min(limits.max_request_tokens, most) // len(self._asked)),
+            tokens_per_call=max(1, min(limits.max_request_tokens, most) // self._passes),
             completions_per_call=limits.max_request_rollouts or StreamWindow.completions_per_call,
         )
 
@@ -342,6 +345,14 @@ def readings_of(signals: Sequence[ProbeSignal]) -> list[str]:
     if FROZEN in needed or any(signal.logs_drift for signal in signals):
         return [FROZEN, *(name for name in needed if name != FROZEN)]
     return list(needed)
+
+
+def _passes(readings: Sequence[str], probes: Sequence[ProbeInfo]) -> int:
+    """Returns how often the server's model reads each rollout: once for each reading, and of the frozen one for each adapter that probes
+    bring, and for all that bring none.
+    """
+    adapters = {json.dumps(json.loads(probe.manifest_json).get("adapter"), sort_keys=True) for probe in probes}
+    return sum(max(1, len(adapters)) if reading == FROZEN else 1 for reading in readings)
 
 
 def _blamed(sent: Sequence[Sequence[tuple[int, int]]], error: InvalidRequestError | ServerError) -> dict[int, str]:
