@@ -30,7 +30,7 @@ from probescore_audit.run_labels import LabelledWindow, StratumCounts
 from probescore_audit.weighted_auroc import difference_high, difference_low, window_auroc
 
 _MORE_LABELS = (32, 64, 128, 256, 512, 1024)
-_FEWEST_MISSED = 2
+_FEWEST_MISSED = 3
 _FILLS, _DECIDED_FILLS, _FILL_DRAWS = 10, 8, 1000
 
 
@@ -166,7 +166,8 @@ def _compare(
 
 def _verdict(found: _Comparison) -> Verdict:
     """Applies the rules for the verdict on a probe in their order, and returns the verdict. A comparison with NaN is false, so that a
-    change that is not known counts as not sure. That a probe is weaker never rests on one label, which may be wrong.
+    change that is not known counts as not sure. That a probe is weaker never rests on one or two
+    labels, which may be wrong.
     """
     weaker = found.recall_change.high < -0.05 and found.missed_labels >= _FEWEST_MISSED
     missing_more = found.missed_ratio.low > 1.5 or (found.detections_fell and found.honest.high < 0.9)
