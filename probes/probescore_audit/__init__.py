@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from probescore_audit.further_labels import FurtherLabels, plan_further_labels
     from probescore_audit.grouped import Estimate, auroc, calibration_error, grouped_auroc, grouped_rate, roc_curve
     from probescore_audit.label_plan import LabelPlan, Stratum, plan_labels, strata
+    from probescore_audit.live_audit import LiveAudit, ProbeAlarm
     from probescore_audit.rates import FlagRateParts, Rates, ReferenceCounts, draw_rates, draw_reference, honest_share, interval
     from probescore_audit.record_audit import ReadingAudit, RecordAudit, audit_record
     from probescore_audit.recorded_labels import PlannedLabel, label_rows, plan_further, plan_recorded
@@ -52,8 +53,10 @@ __all__ = [
     "Judgement",
     "LabelPlan",
     "LabelledWindow",
+    "LiveAudit",
     "MissedMonitor",
     "PlannedLabel",
+    "ProbeAlarm",
     "Quality",
     "Rates",
     "ReadingAudit",
@@ -112,6 +115,7 @@ _MODULES = {
     "probescore_audit.record_audit": ("ReadingAudit", "RecordAudit", "audit_record"),
     "probescore_audit.recorded_labels": ("PlannedLabel", "label_rows", "plan_further", "plan_recorded"),
     "probescore_audit.run_audit": ("Alarm", "AlarmBounds", "JudgedWindow", "RunAudit", "Watch", "alarm_bounds", "audit_run"),
+    "probescore_audit.live_audit": ("LiveAudit", "ProbeAlarm"),
     "probescore_audit.companions": ("Companion",),
     "probescore_audit.recorded_refit": ("Refit",),
     "probescore_audit.refit": ("fresh_auroc",),
