@@ -66,7 +66,7 @@ def _baselines(recorded: RecordedRun, first_step: int) -> Iterator[Companion]:
         values = np.array([np.nan if (value := number(row)) is None else value for row in rows], np.float64)
         known = np.isfinite(values)
         some = recent[known]
-        if not len(some) or not 0 < labels.positive[some].sum() < len(some):
+        if not len(some) or not 0 < labels.positive[some].sum() < len(some) or not np.ptp(values[known]):
             continue
         found = grouped_auroc(
             values[known],

@@ -33,9 +33,10 @@ def write_three_probes(folder, held_out_sees):
             positive = truth[row.step, row.rollout]
             held = {"policy": own["frozen"]} if held_out_sees else own
             mood = {"frozen": {"mean": rng.standard_normal() + 3.1 * positive}}
-            logprob = -20.0 - 4 * positive + rng.standard_normal()
+            tokens = int(rng.integers(5, 15))
+            logprob = tokens * (-2.0 - 0.4 * positive + 0.1 * rng.standard_normal())
             scores = {KEY: own, HELD: {"policy": held["policy"]}, MOOD: mood}
-            writer.append([replace(row, scores=scores, tokens=10, policy_logprob=logprob)])
+            writer.append([replace(row, scores=scores, tokens=tokens, policy_logprob=logprob)])
         for row in record.references:
             writer.append([replace(row, scores=dict.fromkeys((KEY, HELD, MOOD), row.scores[KEY]))])
     return audit_record(read_record(folder))
@@ -95,7 +96,7 @@ def test_beside_the_rewarded_probe_stand_the_held_out_one_and_the_baselines(audi
     assert (beside[HELD, "held out"].auroc.low > 0.9) == sees
     assert beside[HELD, "held out"].before.low > 0.95
     assert beside["log-probability of a token", "baseline"].auroc.low > 0.9  # positives are the less probable ones: reversed
-    assert beside["number of tokens", "baseline"].auroc.value == 0.5
+    assert beside["number of tokens", "baseline"].auroc.low < 0.5 < beside["number of tokens", "baseline"].auroc.high
     assert {one.name for one in of(found, KEY, "frozen").companions} == {"log-probability of a token", "number of tokens"}
     assert "AUROC of log-probability of a token (baseline)" in report_page(found)
     policy = next(each for each in numbers_of(found)["readings"] if (each["probe"], each["reading"]) == (KEY, "policy"))
