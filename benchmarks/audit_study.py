@@ -1,6 +1,6 @@
 """Measures what the audit of a training run is worth, on simulated runs whose truth is known.
 
-    python -m benchmarks.audit_study [--runs 200] [--table alarms] [--seed 20261207]
+    python -m benchmarks.audit_study [--runs 200] [--table alarms] [--seed 20270131]
 
 Prints tables in Markdown: how often intervals cover the truth, how often an alarm is false and how late a right one is, and which verdicts
 are given where.
@@ -68,7 +68,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--runs", type=int, default=200, help="simulated runs of each cell")
     parser.add_argument("--table", choices=sorted(TABLES), action="append", help="a table to print; all by default")
-    parser.add_argument("--seed", type=int, default=20261207)
+    parser.add_argument("--seed", type=int, default=20270131)
     options = parser.parse_args()
     with ProcessPoolExecutor() as pool:
         for name in options.table or TABLES:
@@ -156,6 +156,8 @@ _ALARM_CASES: dict[str, Callable[[AlarmBounds], Change]] = {
     "both exactly at their bounds": lambda bounds: _with_recall(bounds.missed / (1 - bounds.recall), bounds.recall, 0.3),
     "recall falls to .6": lambda _: _with_recall(POSITIVE_RATE, 0.6, 0.3),
     "recall falls to .1": lambda _: _with_recall(POSITIVE_RATE, 0.1, 0.3),
+    "recall falls to .6, behaviour at 2%": lambda _: _with_recall(0.02, 0.6, 0.3),
+    "recall falls to .1, behaviour at 2%": lambda _: _with_recall(0.02, 0.1, 0.3),
 }
 _NO_ALARM = tuple(_ALARM_CASES)[:4]
 

@@ -1,4 +1,5 @@
-"""Writes ``dashboards/probescore.json``: one screen, four questions, a row each.
+"""Writes the dashboards, each of one screen: ``dashboards/probescore.json``, of servers, four questions, a row each, and
+``dashboards/probescore-audit.json``, of runs that are audited: do their probes still work?
 
 pip install grafana-foundation-sdk && python docker/grafana/dashboard.py
 """
@@ -14,12 +15,14 @@ from grafana_foundation_sdk.models import common as options
 from grafana_foundation_sdk.models import dashboard as models
 from grafana_foundation_sdk.models.prometheus import PromQueryFormat
 
-JSON = Path(__file__).parent / "dashboards" / "probescore.json"
+DASHBOARDS = Path(__file__).parent / "dashboards"
 
 SERVER = 'instance=~"$instance"'
 PROBE = 'probe=~"$probe"'
 DISTRIBUTION = "{{probe}}@{{version}} {{reduction}} {{label}}"
 DATASOURCE = models.DataSourceRef(type_val="prometheus", uid="${datasource}")
+AUDITED = 'run=~"$run",probe=~"$probe",reading=~"$reading"'
+AUDIT = "{{run}} {{probe}} {{reading}}"
 SCORING = 'grpc_service="probescore.v1.ScoringService"'
 
 Panel = Any
@@ -145,21 +148,98 @@ def moving() -> list[Panel]:
     ]
 
 
+def verdicts() -> list[Panel]:
+    """What is said of the probes now?"""
+    hidden = dict.fromkeys(("Time", "Value", "__name__", "instance", "job"), True)
+    shown = models.DataTransformerConfig(id_val="organize", options={"excludeByName": hidden})
+    said = query(f"probescore_audit_verdict{{{AUDITED}}} == 1", instant=True).format(PromQueryFormat.TABLE)
+    behind = 'probescore_audit_step{run=~"$run"} - on (instance, run) group_right () probescore_audit_labelled_step'
+    numbers = [
+        (number(1).decimals(0), "Alarms", "Monitors that raised one: stop the run.", f"sum(probescore_audit_alarm{{{AUDITED}}})"),
+        (number(), "Step", "The last of the record, of the run that is furthest.", 'max(probescore_audit_step{run=~"$run"})'),
+        (number(20).decimals(0), "Steps without labels", "By which the labels are behind.", f"max({behind})"),
+        (
+            number(30).unit("m").decimals(0),
+            "Since the last audit",
+            "An audit is made when the record has grown.",
+            '(time() - min(probescore_audit_audited_seconds{run=~"$run"})) / 60',
+        ),
+    ]
+    table_of = table.Panel().show_header(True).with_transformation(shown)
+    placed = place(table_of, (0, 0, 12, 6), "Verdicts", "On the last labelled steps; what each means is in the how-to on audits.", said)
+    return [
+        placed,
+        *(
+            place(panel, (12 + 3 * index, 0, 3, 6), title, description, query(expr))
+            for index, (panel, title, description, expr) in enumerate(numbers)
+        ),
+    ]
+
+
+def estimates() -> list[Panel]:
+    """What do the verdicts rest on?"""
+    bounded = {"recall": "recall", "missed": "missed rate"}
+    asked = [
+        ("positive_rate", "With the behaviour", "Share of the rollouts, with the ends of its 95% interval."),
+        ("recall", "Recall", "Flagged of those with the behaviour; the bound is what the monitor accepts at least."),
+        ("missed", "There and missed", "Of all rollouts; the bound is what the monitor accepts at most."),
+        ("false_positive_rate", "False alarms", "Flagged of those without the behaviour."),
+        ("auroc", "AUROC", "Approximate."),
+        (
+            "honest_share",
+            "Real part of the fall",
+            "Of a fall of detections, the part that is not missed. None if detections have not fallen.",
+        ),
+    ]
+    drawn = []
+    for index, (name, title, description) in enumerate(asked):
+        targets = [query(f"probescore_audit_{name}{{{AUDITED}}}", f"{AUDIT} {{{{bound}}}}")]
+        if name in bounded:
+            targets.append(query(f'probescore_audit_bound{{{AUDITED},monitor="{bounded[name]}"}}', f"{AUDIT} bound"))
+        at = (8 * (index % 3), 6 + 9 * (index // 3), 8, 9)
+        drawn.append(place(lines("none" if name == "auroc" else "percentunit"), at, title, description, *targets))
+    return drawn
+
+
 def build() -> models.Dashboard:
-    """The dashboard."""
+    """The dashboard of servers."""
     built = (
-        dashboard.Dashboard("probescore")
-        .uid("probescore")
+        _started("probescore", "probescore")
+        .with_variable(_choice("instance", "Server", "label_values(probescore_ready, instance)"))
+        .with_variable(_choice("probe", "Probe", "label_values(probescore_probe_info, probe)"))
+    )
+    return _with_panels(built, [*healthy(), *fast(), *say(), *moving()])
+
+
+def build_audit() -> models.Dashboard:
+    """The dashboard of runs that are audited."""
+    built = (
+        _started("probescore: do the probes still work?", "probescore-audit")
+        .with_variable(_choice("run", "Run", "label_values(probescore_audit_step, run)"))
+        .with_variable(_choice("probe", "Probe", "label_values(probescore_audit_verdict, probe)"))
+        .with_variable(_choice("reading", "Reading", "label_values(probescore_audit_verdict, reading)"))
+    )
+    return _with_panels(built, [*verdicts(), *estimates()])
+
+
+BUILT = {"probescore.json": build, "probescore-audit.json": build_audit}
+
+
+def _started(title: str, identity: str) -> dashboard.Dashboard:
+    return (
+        dashboard.Dashboard(title)
+        .uid(identity)
         .tags(["probescore"])
         .refresh("30s")
         .time("now-3h", "now")
         .timezone("browser")
         .editable()
         .with_variable(dashboard.DatasourceVariable("datasource").label("Data source").type("prometheus"))
-        .with_variable(_choice("instance", "Server", "label_values(probescore_ready, instance)"))
-        .with_variable(_choice("probe", "Probe", "label_values(probescore_probe_info, probe)"))
     )
-    for identity, panel in enumerate([*healthy(), *fast(), *say(), *moving()], start=1):
+
+
+def _with_panels(built: dashboard.Dashboard, panels: list[Panel]) -> models.Dashboard:
+    for identity, panel in enumerate(panels, start=1):
         built = built.with_panel(panel.id(identity))
     return built.build()
 
@@ -179,5 +259,6 @@ def _choice(name: str, label: str, values: str) -> dashboard.QueryVariable:
 
 
 if __name__ == "__main__":
-    JSON.parent.mkdir(exist_ok=True)
-    JSON.write_text(encode(build()))
+    DASHBOARDS.mkdir(exist_ok=True)
+    for name, each in BUILT.items():
+        (DASHBOARDS / name).write_text(encode(each()))

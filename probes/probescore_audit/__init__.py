@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from probescore_audit.alarms import MissedMonitor, RecallMonitor
     from probescore_audit.calibration import calibrate, evaluate_auroc
+    from probescore_audit.companions import Companion
     from probescore_audit.comparison import Comparison, FlagAgreement, compare
     from probescore_audit.estimates import Auroc, CalibratedThreshold
     from probescore_audit.evaluation import FlaggedShares, Quality, evaluate
@@ -25,9 +26,12 @@ if TYPE_CHECKING:
     from probescore_audit.further_labels import FurtherLabels, plan_further_labels
     from probescore_audit.grouped import Estimate, auroc, calibration_error, grouped_auroc, grouped_rate, roc_curve
     from probescore_audit.label_plan import LabelPlan, Stratum, plan_labels, strata
+    from probescore_audit.live_audit import LiveAudit, ProbeAlarm
     from probescore_audit.rates import FlagRateParts, Rates, ReferenceCounts, draw_rates, draw_reference, honest_share, interval
     from probescore_audit.record_audit import ReadingAudit, RecordAudit, audit_record
     from probescore_audit.recorded_labels import PlannedLabel, label_rows, plan_further, plan_recorded
+    from probescore_audit.recorded_refit import Refit
+    from probescore_audit.refit import fresh_auroc
     from probescore_audit.run_audit import Alarm, AlarmBounds, JudgedWindow, RunAudit, Watch, alarm_bounds, audit_run
     from probescore_audit.run_labels import LabelledWindow, RunLabels, RunScores, StratumCounts, labelled_window
     from probescore_audit.verdicts import Judgement, Verdict, judge
@@ -38,6 +42,7 @@ __all__ = [
     "AlarmBounds",
     "Auroc",
     "CalibratedThreshold",
+    "Companion",
     "Comparison",
     "Estimate",
     "FlagAgreement",
@@ -48,14 +53,17 @@ __all__ = [
     "Judgement",
     "LabelPlan",
     "LabelledWindow",
+    "LiveAudit",
     "MissedMonitor",
     "PlannedLabel",
+    "ProbeAlarm",
     "Quality",
     "Rates",
     "ReadingAudit",
     "RecallMonitor",
     "RecordAudit",
     "ReferenceCounts",
+    "Refit",
     "RunAudit",
     "RunLabels",
     "RunScores",
@@ -75,6 +83,7 @@ __all__ = [
     "draw_reference",
     "evaluate",
     "evaluate_auroc",
+    "fresh_auroc",
     "grouped_auroc",
     "grouped_rate",
     "honest_share",
@@ -106,6 +115,10 @@ _MODULES = {
     "probescore_audit.record_audit": ("ReadingAudit", "RecordAudit", "audit_record"),
     "probescore_audit.recorded_labels": ("PlannedLabel", "label_rows", "plan_further", "plan_recorded"),
     "probescore_audit.run_audit": ("Alarm", "AlarmBounds", "JudgedWindow", "RunAudit", "Watch", "alarm_bounds", "audit_run"),
+    "probescore_audit.live_audit": ("LiveAudit", "ProbeAlarm"),
+    "probescore_audit.companions": ("Companion",),
+    "probescore_audit.recorded_refit": ("Refit",),
+    "probescore_audit.refit": ("fresh_auroc",),
     "probescore_audit.verdicts": ("Judgement", "Verdict", "judge"),
     "probescore_audit.weighted_auroc": ("window_auroc",),
 }

@@ -16,7 +16,9 @@ from probescore_audit.label_plan import Floats, Stratum
 from probescore_audit.run_labels import StratumCounts
 
 DRAWS = 4000
-_PRIOR = np.array([0.5, 0.25, 0.25])  # pseudo-counts of positives and of negatives in the strata: flagged, near, rest
+# Pseudo-counts of positives and of negatives in the strata: flagged, near, rest. The last two share the half of Jeffreys' prior. Most of it
+# goes to the rest: that is most of the rollouts, and with less the bound on what is missed is too low where no positive is seen there.
+_PRIOR = np.array([0.5, 0.15, 0.35])
 _TAILS = [2.5, 97.5]
 _LEAST_WEIGHT = 1e-6  # in place of an empty stratum, for which a Dirichlet distribution does not exist
 
@@ -80,15 +82,35 @@ def draw_positive_mass(counts: StratumCounts, rng: np.random.Generator, draws: i
 
 
 def draw_rates(counts: StratumCounts, rng: np.random.Generator, draws: int = DRAWS) -> Rates:
-    """Samples from their posterior the rates of a probe (positives, recall, false positives) in a window of training steps."""
+    """Samples from their posterior the rates of a probe (positives, recall, false positives) in a window of training steps.
+
+    The share of positives is that among rollouts of all prompts like those of the window, which a window of other prompts would have shown
+    as well.
+    """
     positive, negative = draw_positive_mass(counts, rng, draws)
     rate, flagged = positive.sum(axis=1), Stratum.FLAGGED
     with np.errstate(invalid="ignore", divide="ignore"):
-        return Rates(
-            positive_rate=rate,
-            recall=np.nan_to_num(positive[:, flagged] / rate),
-            false_positive_rate=np.nan_to_num(negative[:, flagged] / (1 - rate)),
-        )
+        recall = np.nan_to_num(positive[:, flagged] / rate)
+        false_positive_rate = np.nan_to_num(negative[:, flagged] / (1 - rate))
+    odds = np.exp(rng.normal(0.0, _prompt_spread(counts), draws))
+    return Rates(positive_rate=rate * odds / (1 - rate + rate * odds), recall=recall, false_positive_rate=false_positive_rate)
+
+
+def _prompt_spread(counts: StratumCounts) -> float:
+    """Returns the standard deviation that the choice of prompts adds to the logarithm of the odds of a positive in a window of training
+    steps, beyond what the draws of labels and of strata (classes by score) have already.
+
+    Estimated from pairs of labels of one prompt (Horvitz and Thompson 1952): where more of these are both flagged and positive than if
+    rollouts of a prompt were independent, other prompts would have had more or fewer positives. Only pairs of flagged rollouts are used,
+    since few others are labelled. Draws of strata have the part that is seen in the flags.
+    """
+    rollouts, caught = float(counts.rollouts.sum()), counts.flagged_positive
+    if not caught:
+        return 0.0
+    flagged = float(counts.rollouts[Stratum.FLAGGED])
+    between_prompts = counts.flagged_positive_pairs - counts.pairs * (caught / rollouts) ** 2
+    seen_in_flags = (caught / flagged) ** 2 * flagged * (1 - flagged / rollouts) * (counts.design_effect - 1)
+    return float(np.sqrt(max(0.0, between_prompts - seen_in_flags)) / caught)
 
 
 def draw_reference(reference: ReferenceCounts, rng: np.random.Generator, draws: int = DRAWS) -> Rates:

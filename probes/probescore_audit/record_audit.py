@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from probescore_audit import advice
+from probescore_audit.companions import Companion, companions_of
 from probescore_audit.record import Record
 from probescore_audit.recorded_labels import PlannedLabel, label_design, plan_further
+from probescore_audit.recorded_refit import Refit, recorded_refit
 from probescore_audit.recorded_run import (
     AnchorScoring,
     RecordedReference,
@@ -29,6 +31,8 @@ class ReadingAudit:
         reference: the labelled rollouts of the model before training.
         audit: estimates, alarms and judgements.
         anchors: how the anchors (texts with a known label that are scored again and again) scored, by step.
+        refit: what fresh probes can tell of the last window, from recorded activations; ``None`` if too few are recorded.
+        companions: how well held-out probes and baselines tell the same rollouts apart in the last window.
         further: rollouts that are to be labelled, if there is no verdict and a reasonable number of labels would probably help; else empty.
         sentence: the verdict of the last window in one sentence.
         next_step: what to do next.
@@ -39,6 +43,8 @@ class ReadingAudit:
     reference: RecordedReference
     audit: RunAudit
     anchors: tuple[AnchorScoring, ...]
+    refit: Refit | None
+    companions: tuple[Companion, ...]
     further: tuple[PlannedLabel, ...]
     sentence: str
     next_step: str
@@ -115,7 +121,11 @@ def audit_record(
     if not found:
         raise ValueError("; ".join(left_out) or "the record has no scores yet")
     design = label_design(record, table)
-    audits = tuple(_audited(record, run, reference, design, len(found), window_labels, seed) for run, reference in found)
+    judged = [(run, reference, _audited(record, run, reference, len(found), window_labels, seed)) for run, reference in found]
+    audits = tuple(
+        _described(record, run, reference, audit, companions_of(run, audit, judged), design, window_labels, seed)
+        for run, reference, audit in judged
+    )
     pairs = [(each.recorded, each.audit) for each in audits]
     return RecordAudit(
         record=record,
@@ -123,6 +133,7 @@ def audit_record(
         left_out=tuple(left_out),
         notices=(
             *advice.between_readings(pairs),
+            *advice.held_out_probes(pairs),
             *(text for each in audits for text in advice.moved_anchors(each.recorded, each.anchors)),
             *advice.labeller_doubts(record, [run for run, _ in pairs]),
         ),
@@ -136,27 +147,31 @@ _NO_REFERENCE = (
 )
 
 
-def _audited(
-    record: Record,
-    recorded: RecordedRun,
-    reference: RecordedReference,
-    design: RecordedRun | None,
-    audits: int,
-    window_labels: int,
-    seed: int,
-) -> ReadingAudit:
-    header = record.header
-    audit = audit_run(
+def _audited(record: Record, recorded: RecordedRun, reference: RecordedReference, audits: int, window_labels: int, seed: int) -> RunAudit:
+    return audit_run(
         recorded.run,
         recorded.labels,
         reference.counts,
-        planned_steps=header.planned_steps,
-        alpha=header.alpha,
+        planned_steps=record.header.planned_steps,
+        alpha=record.header.alpha,
         audits=audits,
         window_labels=window_labels,
         seed=seed,
     )
+
+
+def _described(
+    record: Record,
+    recorded: RecordedRun,
+    reference: RecordedReference,
+    audit: RunAudit,
+    companions: tuple[Companion, ...],
+    design: RecordedRun | None,
+    window_labels: int,
+    seed: int,
+) -> ReadingAudit:
     final = audit.final
+    refit = recorded_refit(record, recorded, audit.windows[-1].first_step, seed=seed) if audit.windows else None
     undecided = final is not None and final.verdict is Verdict.CANNOT_TELL
     further = plan_further(design, final.more_labels, window_labels) if design and undecided and final and final.more_labels else ()
     return ReadingAudit(
@@ -164,8 +179,12 @@ def _audited(
         reference=reference,
         audit=audit,
         anchors=recorded_anchors(record, recorded.probe, reading=recorded.reading, reduction=recorded.reduction),
+        refit=refit,
+        companions=companions,
         further=further,
-        sentence=advice.without_verdict(len(recorded.labels.rollout)) if final is None else final.sentence,
+        sentence=advice.without_verdict(len(recorded.labels.rollout))
+        if final is None
+        else final.sentence + advice.of_a_refit(final, refit, reference.counts.auroc),
         next_step=advice.next_step(recorded, audit),
         unknown=advice.unknown(record, recorded, audit),
     )

@@ -111,12 +111,18 @@ class StratumCounts:
         labelled: effective number of labels of each stratum, ``(3,)`` float64: the number of equally weighted labels that say as much as
             these.
         positive: effective number of positive labels of each stratum, ``(3,)`` float64.
+        pairs: number of pairs of rollouts of one prompt in one step, each pair counted once for either order.
+        flagged_positive: estimated number of rollouts that are flagged and positive, from the labels.
+        flagged_positive_pairs: estimated number of the pairs in which both rollouts are flagged and positive, from the labels.
     """
 
     rollouts: Floats
     design_effect: float
     labelled: Floats
     positive: Floats
+    pairs: float
+    flagged_positive: float
+    flagged_positive_pairs: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,11 +162,17 @@ def labelled_window(run: RunScores, labels: RunLabels, first_step: int, last_ste
     with np.errstate(invalid="ignore", divide="ignore"):
         labelled = np.nan_to_num(total**2 / squares)
         positives = np.nan_to_num(labelled * with_it / total)
+    clusters, cluster, sizes = _prompt_clusters(run.step[start:end], run.prompt[start:end])
+    caught = weight * (positive & (stratum == Stratum.FLAGGED))
+    caught_of_prompt = np.bincount(cluster[rollout - start], weights=caught, minlength=clusters)
     counts = StratumCounts(
         rollouts=np.bincount(run.stratum[start:end], minlength=STRATA).astype(np.float64),
-        design_effect=_design_effect(run.flagged[start:end], run.step[start:end], run.prompt[start:end]),
+        design_effect=_design_effect(run.flagged[start:end], cluster, sizes),
         labelled=labelled,
         positive=positives,
+        pairs=float((sizes * (sizes - 1)).sum()),
+        flagged_positive=float(caught.sum()),
+        flagged_positive_pairs=float((caught_of_prompt**2).sum() - (caught**2).sum()),
     )
     return LabelledWindow(
         first_step=first_step,
@@ -187,15 +199,20 @@ def latest_window(run: RunScores, labels: RunLabels, last_step: int, least_label
     return labelled_window(run, labels, int(run.step[planned[known - least_labels]]), last_step)
 
 
-def _design_effect(flagged: NDArray[np.bool_], step: Indices, prompt: Indices) -> float:
-    """Estimates the design effect of the share of flagged rollouts: how many rollouts say as much as one independent rollout. The clusters
-    are the rollouts of one prompt in one training step.
+def _prompt_clusters(step: Indices, prompt: Indices) -> tuple[int, Indices, Floats]:
+    """Returns the number of clusters, each of which has the rollouts of one prompt in one training step, the cluster of each rollout, and
+    the size of each cluster.
     """
-    rate = float(flagged.mean()) if len(flagged) else 0.0
-    if not 0 < rate < 1:
-        return 1.0
+    if not len(step):
+        return 0, np.zeros(0, np.int64), np.zeros(0)
     _, cluster, sizes = np.unique(step * (int(prompt.max()) + 1) + prompt, return_inverse=True, return_counts=True)
-    if len(sizes) < 2:
+    return len(sizes), cluster, sizes.astype(np.float64)
+
+
+def _design_effect(flagged: NDArray[np.bool_], cluster: Indices, sizes: Floats) -> float:
+    """Estimates the design effect of the share of flagged rollouts: how many rollouts say as much as one independent rollout."""
+    rate = float(flagged.mean()) if len(flagged) else 0.0
+    if not 0 < rate < 1 or len(sizes) < 2:
         return 1.0
     means = np.bincount(cluster, weights=flagged) / sizes
     return max(1.0, float(means.var(ddof=1)) * float(sizes.mean()) / (rate * (1 - rate)))

@@ -48,6 +48,40 @@ def test_intervals_cover_the_truth_nine_times_in_ten(change):
     assert (covered >= 52).all()  # of 60; where 95% cover, fewer have a chance of 1 in 200
 
 
+@pytest.mark.parametrize(
+    ("change", "labels"),
+    [
+        (Change(positive_rate=0.05, correlation=0.5), 64),
+        (Change(positive_rate=0.02, correlation=0.5), 64),
+        (Change(positive_rate=0.02), 32),
+        (Change(positive_rate=0.3, hidden=0.5, correlation=0.5), 64),
+    ],
+)
+def test_the_rate_is_that_of_prompts_and_not_only_of_those_that_were_drawn(change, labels):
+    """Where rollouts of one prompt resemble each other, other prompts would have had another rate."""
+    covered = widened = 0
+    for seed in range(150):
+        rng = np.random.default_rng(seed)
+        counts = labelled_window(*simulate_run([change] * (320 // labels), labels, rng), 0, 320 // labels).counts
+        found = draw_rates(counts, rng)
+        covered += interval(found.positive_rate).contains(change.positive_rate)
+        widened += interval(found.recall).contains(change.recall)
+    assert covered >= 132  # of 150, 88%
+    assert widened >= 132
+
+
+def test_few_unflagged_positives_bound_recall():
+    """With 3 positives among the labels of unflagged rollouts, on average, none is seen now and then: that does not mean that none are."""
+    covered = 0
+    change = Change(hidden=0.148)
+    assert change.recall == pytest.approx(0.8, abs=0.001)
+    for seed in range(300):
+        rng = np.random.default_rng([77, seed])
+        counts = labelled_window(*simulate_run([change] * 10, 32, rng), 0, 9).counts
+        covered += interval(draw_rates(counts, rng).recall).contains(change.recall)
+    assert covered >= 270  # of 300, 90%
+
+
 def test_labels_of_chosen_rollouts_do_not_bias_the_rates():
     """Most labels go to high scores, which a mean without weights would take for the whole."""
     window = window_of(Change(positive_rate=0.02))

@@ -128,7 +128,7 @@ def test_a_labeller_who_errs_is_named(tmp_path):
 def undecided(tmp_path_factory):
     """A run of which nothing can be said from what is labelled: fewer than before have the behaviour, and by how much is not clear."""
     folder = tmp_path_factory.mktemp("undecided")
-    truth = write_run(folder, [Change(positive_rate=0.055)] * 14, seed=1)
+    truth = write_run(folder, [Change(positive_rate=0.055)] * 14, seed=2)
     return folder, truth
 
 

@@ -60,6 +60,16 @@ def test_the_page_says_all_that_the_audit_found(evaded):
     assert found.names.count("svg") == 4 + 2 + 1 + 2 + 2
 
 
+def test_nothing_is_drawn_outside_of_its_chart(evaded):
+    bars = re.findall(r'<rect [^>]*x="([\d.-]+)" y="([\d.-]+)" width="([\d.]+)" height="([\d.]+)"', evaded[1])
+    assert bars
+    for x, y, width, height in (map(float, bar) for bar in bars):
+        assert x >= 46
+        assert x + width <= 430
+        assert y >= 14
+        assert y + height <= 194.1
+
+
 def test_the_page_needs_nothing_else(evaded):
     html = evaded[1]
     assert not re.search(r"https?:|//[a-z]|@import|url\(|\bsrc=|\bhref=", html)

@@ -40,6 +40,22 @@ def test_a_labeller_who_errs_makes_evasion_out_of_nothing_unless_positives_are_j
     assert sum(verdict in wrong for verdict in twice) == 0
 
 
+def test_that_a_probe_is_weaker_never_rests_on_one_label_or_two():
+    """With nearly all of the behaviour gone, few unflagged positives halve the recall that is seen; one or two labels may be wrong."""
+    weaker = {Verdict.EVADED, Verdict.MIXED, Verdict.DILUTED, Verdict.THRESHOLD_MOVED, Verdict.PROBE_WEAKER}
+    given = []
+    for seed in range(40):
+        rng = np.random.default_rng([seed, 11])
+        reference = simulate_reference(rng)
+        run, labels = simulate_run([Change(positive_rate=0.006)] * 10, 32, rng)
+        unseen = np.flatnonzero(~run.flagged[labels.rollout] & labels.floor)
+        said = labels.positive & run.flagged[labels.rollout]
+        said[rng.choice(unseen, 1 + seed % 2, replace=False)] = True
+        window = labelled_window(run, RunLabels(labels.rollout, said, labels.inclusion, labels.floor), 0, 9)
+        given.append(judge(window, reference, seed=seed).verdict)
+    assert not weaker & set(given)
+
+
 def test_the_sentence_has_the_numbers():
     found = judgement(Change(positive_rate=0.5, hidden=0.9), 0)
     assert found.verdict is Verdict.EVADED

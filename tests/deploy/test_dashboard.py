@@ -1,4 +1,4 @@
-"""The Grafana dashboard is what its source says, and what Grafana's own types allow."""
+"""The Grafana dashboards are what their source says, and what Grafana's own types allow."""
 
 from __future__ import annotations
 
@@ -14,8 +14,14 @@ from grafana_foundation_sdk.cog.plugins import register_default_plugins
 from grafana_foundation_sdk.models.dashboard import Dashboard
 
 ROOT = Path(__file__).parents[2]
-DASHBOARD = ROOT / "docker/grafana/dashboards/probescore.json"
+DASHBOARDS = sorted((ROOT / "docker/grafana/dashboards").glob("*.json"))
 TYPES = ROOT / "build/schemas"
+
+
+@pytest.fixture(params=DASHBOARDS, ids=[path.stem for path in DASHBOARDS])
+def file(request: pytest.FixtureRequest) -> Path:
+    path: Path = request.param
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -28,18 +34,22 @@ def source() -> ModuleType:
     return module
 
 
-def test_the_json_is_what_its_source_writes(source: ModuleType) -> None:
-    assert DASHBOARD.read_text() == source.encode(source.build())
+def test_every_dashboard_has_a_source(source: ModuleType) -> None:
+    assert [path.name for path in DASHBOARDS] == sorted(source.BUILT)
 
 
-def test_it_comes_back_from_the_sdk_as_it_went_in(source: ModuleType) -> None:
+def test_the_json_is_what_its_source_writes(source: ModuleType, file: Path) -> None:
+    assert file.read_text() == source.encode(source.BUILT[file.name]())
+
+
+def test_it_comes_back_from_the_sdk_as_it_went_in(source: ModuleType, file: Path) -> None:
     register_default_plugins()
-    assert source.encode(Dashboard.from_json(json.loads(DASHBOARD.read_text()))) == DASHBOARD.read_text()
+    assert source.encode(Dashboard.from_json(json.loads(file.read_text()))) == file.read_text()
 
 
-def test_it_type_checks_against_grafanas_schema() -> None:
+def test_it_type_checks_against_grafanas_schema(file: Path) -> None:
     # an enumeration is a string in JSON, and its member in TypeScript
-    literal = DASHBOARD.read_text().replace('"mode": "absolute"', '"mode": ThresholdsMode.Absolute')
+    literal = file.read_text().replace('"mode": "absolute"', '"mode": ThresholdsMode.Absolute')
     checked = TYPES / "dashboard.ts"
     checked.write_text(
         f"import {{ type Dashboard, ThresholdsMode }} from '@grafana/schema';\nexport const dashboard: Dashboard = {literal};\n"
@@ -50,9 +60,9 @@ def test_it_type_checks_against_grafanas_schema() -> None:
     assert done.returncode == 0
 
 
-def test_it_fits_on_one_screen() -> None:
+def test_it_fits_on_one_screen(file: Path) -> None:
     """A screen of 1080 pixels shows 24 units of 38 pixels below Grafana's own bars."""
-    places = [panel["gridPos"] for panel in json.loads(DASHBOARD.read_text())["panels"]]
+    places = [panel["gridPos"] for panel in json.loads(file.read_text())["panels"]]
     assert max(place["y"] + place["h"] for place in places) <= 24
     cells = [
         (x, y) for place in places for x in range(place["x"], place["x"] + place["w"]) for y in range(place["y"], place["y"] + place["h"])

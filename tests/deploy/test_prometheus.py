@@ -27,8 +27,8 @@ from probescore import ProbeClient, RolloutGroup
 
 ROOT = Path(__file__).parents[2]
 RULES = sorted((ROOT / "docker/prometheus/rules").glob("*.yaml"))
-DASHBOARD = ROOT / "docker/grafana/dashboards/probescore.json"
-VARIABLES = {"$instance": ".*", "$probe": ".*", "$__rate_interval": "1m"}
+DASHBOARDS = sorted((ROOT / "docker/grafana/dashboards").glob("*.json"))
+VARIABLES = {"$instance": ".*", "$probe": ".*", "$run": ".*", "$reading": ".*", "$__rate_interval": "1m"}
 
 
 @dataclass
@@ -141,7 +141,7 @@ def _is_up(prometheus: Prometheus) -> bool:
 
 def panels() -> list[tuple[str, str]]:
     found = []
-    for panel in json.loads(DASHBOARD.read_text())["panels"]:
+    for panel in [panel for path in DASHBOARDS for panel in json.loads(path.read_text())["panels"]]:
         for target in panel["targets"]:
             expr = target["expr"]
             for variable, value in VARIABLES.items():

@@ -7,6 +7,7 @@ write at once without locks, and whatever kills a process costs at most the line
 from probescore_audit.record.reader import Record, read_record
 from probescore_audit.record.rows import (
     SCHEMA_VERSION,
+    ActivationRow,
     AnchorRow,
     LabellerRow,
     LabelRow,
@@ -20,6 +21,7 @@ from probescore_audit.record.writer import RecordWriter
 
 __all__ = [
     "SCHEMA_VERSION",
+    "ActivationRow",
     "AnchorRow",
     "LabelRow",
     "LabellerRow",

@@ -12,6 +12,7 @@ from pathlib import Path
 from probescore_audit.record.attempts import FileSteps, valid_before
 from probescore_audit.record.rows import (
     SCHEMA_VERSION,
+    ActivationRow,
     AnchorRow,
     LabellerRow,
     LabelRow,
@@ -34,6 +35,7 @@ class Record:
         labels: the labels of these rollouts that were not retracted.
         references: the labelled rollouts of the model before training.
         anchors: the scores of the anchors (texts with a known label that are scored again and again).
+        activations: pooled activations of labelled rollouts or of anchors.
         labellers: how labellers judged rollouts whose label was known.
         torn_lines: number of lines that could not be read, such as the last one of a process that was killed while it wrote.
         void_rows: number of rows that do not count, since training went on from an earlier step, or since a label is not of any rollout
@@ -45,6 +47,7 @@ class Record:
     labels: tuple[LabelRow, ...]
     references: tuple[ReferenceRow, ...]
     anchors: tuple[AnchorRow, ...]
+    activations: tuple[ActivationRow, ...]
     labellers: tuple[LabellerRow, ...]
     torn_lines: int
     void_rows: int
@@ -85,6 +88,7 @@ def read_record(directory: Path | str) -> Record:
     labels: list[LabelRow] = []
     references: dict[str, ReferenceRow] = {}
     anchors: dict[tuple[int, str], AnchorRow] = {}
+    activations: dict[tuple[int, str | None, str | None, str, str], ActivationRow] = {}
     labellers: list[LabellerRow] = []
     void = 0
     for file, limit in sorted(zip(files, limits, strict=True), key=lambda pair: pair[0].header.started):
@@ -101,6 +105,8 @@ def read_record(directory: Path | str) -> Record:
                 rollouts[row.step, row.rollout] = row
             elif isinstance(row, LabelRow):
                 labels.append(row)
+            elif isinstance(row, ActivationRow):
+                activations[row.step, row.rollout, row.anchor, row.reading, row.tap] = row
             else:
                 anchors[row.step, row.anchor] = row
     retracted = {label.retracts for label in labels}
@@ -112,6 +118,7 @@ def read_record(directory: Path | str) -> Record:
         labels=tuple(label for label in known if label.row not in retracted),
         references=tuple(references.values()),
         anchors=tuple(sorted(anchors.values(), key=lambda row: row.step)),
+        activations=tuple(activations.values()),
         labellers=tuple(labellers),
         torn_lines=sum(file.torn for file in files),
         void_rows=void,

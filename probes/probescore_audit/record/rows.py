@@ -13,6 +13,9 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Union
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from probescore_audit.record import bfloat16
 
 SCHEMA_VERSION = 1
 Scores = Mapping[str, Mapping[str, Mapping[str, float]]]
@@ -200,6 +203,49 @@ class AnchorRow:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ActivationRow:
+    """Row of a training run's record with the pooled activation of a rollout or of an anchor, from which the audit finds out whether a
+    fresh probe would see the behaviour. A few hundred are enough: those of labelled rollouts, or of anchors.
+
+    Attributes:
+        step: training step of the rollout, or at which the anchor was scored.
+        reading: whose activations these are: ``"frozen"``, or the policy's reading.
+        values: the activation as text: bfloat16, little-endian, in base64.
+        rollout: name of the rollout; ``None`` for an anchor.
+        anchor: name of the anchor; ``None`` for a rollout.
+        tap: where in the model it was read, such as ``"resid_post.14"``. Only activations of one tap are compared.
+    """
+
+    kind: ClassVar[str] = "activation"
+    step: int
+    reading: str
+    values: str
+    rollout: str | None = None
+    anchor: str | None = None
+    tap: str = ""
+
+    @classmethod
+    def of(
+        cls, values: ArrayLike, *, step: int, reading: str, rollout: str | None = None, anchor: str | None = None, tap: str = ""
+    ) -> ActivationRow:
+        """Returns the row of a pooled activation, such as the mean over a completion's tokens, ``(d,)``.
+
+        Raises:
+            ValueError: a number is not finite, or it is not said of which rollout or anchor they are.
+        """
+        numbers = np.asarray(values, np.float32)
+        if numbers.ndim != 1 or not np.isfinite(numbers).all():
+            raise ValueError(f"values: an array of shape {numbers.shape}; give one number for each dimension, all finite")
+        if (rollout is None) == (anchor is None):
+            raise ValueError("rollout, anchor: give one of them, of which the activation is")
+        return cls(step=step, reading=reading, values=bfloat16.to_text(numbers), rollout=rollout, anchor=anchor, tap=tap)
+
+    def vector(self) -> NDArray[np.float32]:
+        """Returns the pooled activation, ``(d,)``."""
+        return bfloat16.from_text(self.values)
+
+
+@dataclass(frozen=True, kw_only=True)
 class LabellerRow:
     """Row of a training run's record that says how a labeller judged rollouts whose label was known.
 
@@ -221,8 +267,10 @@ class LabellerRow:
     positives_right: int
 
 
-Row = Union[RunHeader, RolloutRow, LabelRow, ReferenceRow, AnchorRow, LabellerRow]
-KINDS: Mapping[str, type[Row]] = {kind.kind: kind for kind in (RunHeader, RolloutRow, LabelRow, ReferenceRow, AnchorRow, LabellerRow)}
+Row = Union[RunHeader, RolloutRow, LabelRow, ReferenceRow, AnchorRow, ActivationRow, LabellerRow]
+KINDS: Mapping[str, type[Row]] = {
+    kind.kind: kind for kind in (RunHeader, RolloutRow, LabelRow, ReferenceRow, AnchorRow, ActivationRow, LabellerRow)
+}
 
 # Looked up once: a run has 100,000 rows and more.
 _NAMES = {name: frozenset(each.name for each in fields(kind)) for name, kind in KINDS.items()}

@@ -141,7 +141,7 @@ def stacks(
             )
         base = base + heights
     y = frame.y(level[0])
-    parts.append(f'<line class="{level[1]} dashed" x1="{_LEFT}" x2="{_RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+    parts.append(f'<line class="{level[1]} dashed over" x1="{_LEFT}" x2="{_RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
     return _svg(title, parts)
 
 

@@ -74,7 +74,7 @@ def fall(each: ReadingAudit) -> str:
         [(window.first_step, window.last_step) for window in windows],
         [("first", rate - missed), ("second", missed), ("gone", np.maximum(0.0, before - rate))],
         title=f"What became of the behaviour, {each.recorded.reading}",
-        x_range=(float(each.recorded.run.step[0]), float(each.recorded.run.step[-1])),
+        x_range=(float(each.recorded.run.step[0]), float(each.recorded.run.step[-1] + 1)),  # a bar ends where the step after it begins
         level=(before, "soft"),
         y_text=share,
     )

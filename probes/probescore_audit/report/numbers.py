@@ -50,6 +50,8 @@ def _reading(each: ReadingAudit) -> dict[str, Any]:
             {"first_step": window.first_step, "last_step": window.last_step, **_plain(asdict(window.judgement))}
             for window in each.audit.windows
         ],
+        "refit": None if each.refit is None else _plain(asdict(each.refit)),
+        "companions": [_plain(asdict(companion)) for companion in each.companions],
         "anchors": [_plain(asdict(scoring)) for scoring in each.anchors],
         "further_labels": [_plain(asdict(planned)) for planned in each.further],
         "unknown": list(each.unknown),

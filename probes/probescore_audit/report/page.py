@@ -115,6 +115,11 @@ def _estimates(audits: Sequence[ReadingAudit]) -> str:
     rows.append(["there and missed, of all rollouts", *(share_with_interval(final.missed) for final in finals)])
     rows.append(["AUROC, before", *(number_with_interval(each.reference.counts.auroc) for each in audits)])
     rows.append(["AUROC, now (approximate)", *(number_with_interval(final.auroc) for final in finals)])
+    if any(each.refit for each in audits):
+        rows.append(["AUROC of a refit", *(_refit(each) for each in audits)])
+    for name, kind in dict.fromkeys((companion.name, companion.kind) for each in audits for companion in each.companions):
+        of = [next((one for one in each.companions if one.name == name), None) for each in audits]
+        rows.append([f"AUROC of {name} ({kind})", *("none" if one is None else number_with_interval(one.auroc) for one in of)])
     rows.append(["real part of the fall of detections", *(_fall(final.honest_share) for final in finals)])
     for name, title in (("composition", "more or fewer with the behaviour"), ("positives", "recall"), ("negatives", "false alarms")):
         rows.append([f"change of the flag rate, points: by {title}", *(points(getattr(final.flag_rate_parts, name)) for final in finals)])
@@ -125,6 +130,12 @@ def _estimates(audits: Sequence[ReadingAudit]) -> str:
         moved = (f"{max(scoring.largest_move for scoring in each.anchors):.2g} σ" if each.anchors else "none" for each in audits)
         rows.append(["largest move of an anchor's score", *moved])
     return _table(rows)
+
+
+def _refit(each: ReadingAudit) -> str:
+    if each.refit is None:
+        return "none"
+    return f"{number_with_interval(each.refit.auroc)}, of {each.refit.source}, step {each.refit.step}"
 
 
 def _fall(real: Estimate) -> str:

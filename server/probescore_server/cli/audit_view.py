@@ -85,6 +85,11 @@ def _rows(each: ReadingAudit) -> Iterator[tuple[str, str, str]]:
     yield "false alarms", share(counts.flagged_negatives / counts.negatives), share_with_interval(final.false_positive_rate)
     yield "there and missed, of all", "", share_with_interval(final.missed)
     yield "AUROC (approximate)", number_with_interval(counts.auroc), number_with_interval(final.auroc)
+    if each.refit is not None:
+        yield f"AUROC of a refit ({each.refit.source})", "", number_with_interval(each.refit.auroc)
+    for other in each.companions:
+        before = "" if other.before.value != other.before.value else number_with_interval(other.before)
+        yield f"AUROC of {safe(other.name)} ({other.kind})", before, number_with_interval(other.auroc)
     if final.honest_share.value == final.honest_share.value:
         yield "real part of the fall", "", share_with_interval(final.honest_share)
     parts = final.flag_rate_parts
