@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from probescore_audit.label_plan import LabelPlan, Stratum, plan_labels, strata
     from probescore_audit.rates import FlagRateParts, Rates, ReferenceCounts, draw_rates, draw_reference, honest_share, interval
     from probescore_audit.record_audit import ReadingAudit, RecordAudit, audit_record
-    from probescore_audit.recorded_labels import PlannedLabel, label_rows, plan_further, plan_recorded
+    from probescore_audit.recorded_labels import PlannedLabel, label_rows, plan_further, plan_recorded, unflagged_rollouts
     from probescore_audit.run_audit import Alarm, AlarmBounds, JudgedWindow, RunAudit, Watch, alarm_bounds, audit_run
     from probescore_audit.run_labels import LabelledWindow, RunLabels, RunScores, StratumCounts, labelled_window
     from probescore_audit.verdicts import Judgement, Verdict, judge
@@ -88,6 +88,7 @@ __all__ = [
     "plan_recorded",
     "roc_curve",
     "strata",
+    "unflagged_rollouts",
     "window_auroc",
 ]
 
@@ -104,7 +105,7 @@ _MODULES = {
     "probescore_audit.run_labels": ("LabelledWindow", "RunLabels", "RunScores", "StratumCounts", "labelled_window"),
     "probescore_audit.rates": ("FlagRateParts", "Rates", "ReferenceCounts", "draw_rates", "draw_reference", "honest_share", "interval"),
     "probescore_audit.record_audit": ("ReadingAudit", "RecordAudit", "audit_record"),
-    "probescore_audit.recorded_labels": ("PlannedLabel", "label_rows", "plan_further", "plan_recorded"),
+    "probescore_audit.recorded_labels": ("PlannedLabel", "label_rows", "plan_further", "plan_recorded", "unflagged_rollouts"),
     "probescore_audit.run_audit": ("Alarm", "AlarmBounds", "JudgedWindow", "RunAudit", "Watch", "alarm_bounds", "audit_run"),
     "probescore_audit.verdicts": ("Judgement", "Verdict", "judge"),
     "probescore_audit.weighted_auroc": ("window_auroc",),
