@@ -282,6 +282,7 @@ class RunRecorder:
                 total_reward=None if task_rewards is None else float(outcome.rewards[index]),
                 policy_logprob=rollout.logprob if rollout.logprob is not None and np.isfinite(rollout.logprob) else None,
                 text_sha256=f"sha256:{_digest(rollout.prompt, rollout.completion)}",
+                decisions=_decisions(outcome, index) or None,
                 **self._kept(rollout, batch, index, columns),
             )
 
@@ -318,6 +319,12 @@ class RunRecorder:
                 raise
             self._warn_once(f"record.redact: it failed, and the texts of such rollouts are not kept: {error}")
             return {}
+
+
+def _decisions(outcome: Outcome, index: int) -> dict[str, dict[str, Any]]:
+    """Returns what the stages of each cascade said of a rollout, keyed by the signal (rule from probe scores to rewards)."""
+    decisions = {name: decisions[index] for name, decisions in outcome.decisions.items()}
+    return {name: dict(vars(decision)) for name, decision in decisions.items() if decision is not None}
 
 
 def _columns(batch: BatchSignals) -> list[_Column]:

@@ -102,6 +102,9 @@ class RolloutRow:
         prompt_ids, completion_ids: the token ids, where the record keeps them.
         completion_pieces: the text of each token of the completion, where the record keeps texts.
         token_scores: the probes' scores of each token of the completion, keyed by probe, then by reading.
+        decisions: what was said where a probe was unsure and a judge was to decide, keyed by the trainer's signal: ``probe``, whether the
+            probe flags the rollout; ``verdict``, the judge's, empty if it gave none, with the ``reason``; ``flagged``, what the reward went
+            by; ``labeller`` and ``labeller_version``, the judge. These verdicts are no labels, since nobody drew their rollouts at random.
     """
 
     kind: ClassVar[str] = "rollout"
@@ -121,6 +124,7 @@ class RolloutRow:
     completion_ids: Sequence[int] | None = None
     completion_pieces: Sequence[str] | None = None
     token_scores: Mapping[str, Mapping[str, Sequence[float]]] | None = None
+    decisions: Mapping[str, Mapping[str, Any]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
