@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import os
+import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 from probescore import Chat, Text
 from probescore.reductions import Reduction
 from probescore.types import FROZEN, OutputPer
+from probescore_adapters.anchors import read_anchors
 from probescore_adapters.checker_labels import LabelsFromChecker
 from probescore_adapters.errors import SignalError
 from probescore_adapters.job import process_from_environment
@@ -30,7 +32,7 @@ from probescore_adapters.record_options import RecordOptions
 from probescore_adapters.rollouts import Rollout
 from probescore_adapters.signal_values import BatchSignals, FurtherScores, ServerFacts
 from probescore_adapters.signals import BoundSignal, Floats, Mode, ProbeSignal
-from probescore_audit.record import RecordedProbe, RecordWriter, RolloutRow, RunHeader, recorded_run_ids
+from probescore_audit.record import AnchorRow, RecordedProbe, RecordWriter, ReferenceRow, RolloutRow, RunHeader, recorded_run_ids
 
 # the standard library's: a trainer's process has its own way of showing logs
 logger = logging.getLogger("probescore_adapters")
@@ -38,6 +40,7 @@ logger = logging.getLogger("probescore_adapters")
 PLANNED_STEPS = 1000
 """Number of steps that a run of unknown length counts as planned for; alarms watch for changes that begin within these."""
 _MAX = Reduction.parse("max")
+_BEFORE = sys.maxsize  # in place of a step, for rollouts before training
 _OF_ROLLOUT = "rollout"  # in place of a reduction, for a probe that scores rollouts
 
 
@@ -62,10 +65,13 @@ class RunRecorder:
         signals: the signals (rules from probe scores to rewards) whose scores are recorded.
         run_id: name of the run, unless the options give one.
 
+    Attributes:
+        anchors: texts with a known label that are scored again and again.
+
     Raises:
         SignalError: a probe that is to be held out is read by no signal, or by one that changes rewards.
-        OSError: the folder cannot be made.
-        ValueError: the folder has the record of another run.
+        OSError: the folder cannot be made, or the file of anchors cannot be read.
+        ValueError: the folder has the record of another run, or the file of anchors has something else.
     """
 
     def __init__(self, options: RecordOptions, signals: Sequence[ProbeSignal], run_id: str = "") -> None:
@@ -82,6 +88,7 @@ class RunRecorder:
             problem = f"{self._folder.name} has the record of the run {min(others)!r}, and this run is {self._run_id!r}"
             raise ValueError(f"record: {problem}; give each run a folder of its own, or its record the same run_id")
         self._process = process_from_environment()
+        self.anchors = () if options.anchors is None else read_anchors(options.anchors)
         self._planned_steps = options.planned_steps
         self._begin_anew()
 
@@ -95,11 +102,12 @@ class RunRecorder:
         self._in_step: dict[int, int] = {}  # number of rollouts of each of the last steps
         self._last_step = -1
         self._rewinds = 0
+        self._anchored: int | None = None
         self._warned: set[str] = set()
         self._labels = None if self.options.checker is None else LabelsFromChecker(self.options, self._run_id, self._process)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("options", "_folder", "_run_id", "_process", "_planned_steps")}
+        return {name: getattr(self, name) for name in ("options", "anchors", "_folder", "_run_id", "_process", "_planned_steps")}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         self.__dict__.update(state)
@@ -129,8 +137,8 @@ class RunRecorder:
         server: ServerFacts | None,
         task_rewards: Floats | None,
         step: int | None,
-    ) -> None:
-        """Writes a batch of rollouts into the record of the training run.
+    ) -> int:
+        """Writes a batch of rollouts into the record of the training run, and returns the training step that it is of.
 
         Args:
             rollouts: the ``n`` rollouts, checked.
@@ -151,7 +159,8 @@ class RunRecorder:
             try:
                 columns = [] if batch is None else _columns(batch)
                 probes = [] if server is None else [self._described(column, columns, server) for column in columns]
-                writer = self._writer_for(at, probes, server)
+                self._note_step(at)
+                writer = self._writer_for(probes, server)
                 names = [f"{writer.name[:8]}.{number}" for number in self._numbers(at, len(rollouts))]
                 rows = list(self._rows(rollouts, names, batch, outcome, columns, task_rewards, at))
                 writer.append(rows)
@@ -161,6 +170,75 @@ class RunRecorder:
                 if self.options.on_error == "raise":
                     raise
                 logger.error("step %d: %d rollouts are not in the record: %s", at, len(rollouts), error)
+            return at
+
+    def anchors_are_due(self, step: int) -> bool:
+        """Returns whether this process has to score the anchors (texts with a known label) at a training step: at the first that it
+        records, and at every step whose number says so, once.
+        """
+        with self._lock:
+            is_due = self._anchored is None or (step != self._anchored and step % self.options.anchors_every == 0)
+            if not self.anchors or self._process.rank != 0 or not is_due:
+                return False
+            self._anchored = step
+            return True
+
+    def record_anchors(self, batch: BatchSignals, step: int) -> None:
+        """Writes the scores of the anchors (texts with a known label) into the record of the training run.
+
+        Args:
+            batch: the scores, in the order of the anchors.
+            step: the training step.
+        """
+        columns = _columns(batch)
+        scored = [(anchor, _scores(batch, index, columns)) for index, anchor in enumerate(self.anchors)]
+        if missing := [anchor.name for anchor, scores in scored if not scores]:
+            logger.warning("step %d: %d of %d anchors have no scores, such as %s", step, len(missing), len(scored), missing[0])
+        rows = [
+            AnchorRow(
+                step=step,
+                anchor=anchor.name,
+                positive=anchor.positive,
+                scores=scores,
+                text_sha256=f"sha256:{_digest(anchor.rollout.prompt, anchor.rollout.completion)}",
+                reading_ids={name: reading.id for name, reading in batch.readings.items() if name != FROZEN} or None,
+            )
+            for anchor, scores in scored
+            if scores
+        ]
+        with self._lock:
+            if self._writer is not None:
+                self._writer.append(rows)
+
+    def record_reference(
+        self, rollouts: Sequence[Rollout], batch: BatchSignals, positive: Sequence[bool], *, server: ServerFacts, random: bool
+    ) -> None:
+        """Writes labelled rollouts of the model before training into the record, with which the audit compares the run.
+
+        Args:
+            rollouts: the ``n`` rollouts, checked.
+            batch: their scores.
+            positive: whether each of them has the behaviour.
+            server: description of the server.
+            random: whether they were drawn at random.
+
+        Raises:
+            OSError: the record cannot be written.
+        """
+        if os.getpid() != self._pid:
+            self._begin_anew()
+        with self._lock:
+            columns = _columns(batch)
+            writer = self._writer_for([self._described(column, columns, server) for column in columns], server)
+            writer.append(
+                ReferenceRow(
+                    rollout=rollout.name or f"{writer.name[:8]}.{number}",
+                    positive=bool(label),
+                    random=random,
+                    scores=_scores(batch, index, columns),
+                )
+                for index, (number, rollout, label) in enumerate(zip(self._numbers(_BEFORE, len(rollouts)), rollouts, positive))  # noqa: B905
+            )
 
     def close(self) -> None:
         """Closes this process's file of the record. A batch that is recorded later goes on in it."""
@@ -184,14 +262,12 @@ class RunRecorder:
 
     def _numbers(self, step: int, count: int) -> range:
         first = self._in_step.get(step, 0)
-        oldest = max(step, self._last_step) - self.options.late_steps
+        oldest = self._last_step - self.options.late_steps
         self._in_step = {each: number for each, number in self._in_step.items() if each >= oldest} | {step: first + count}
         return range(first, first + count)
 
-    def _writer_for(self, step: int, probes: Sequence[RecordedProbe], server: ServerFacts | None) -> RecordWriter:
-        """Returns the writer of this process's file, whose header describes these probes; a new one if training has gone back to an earlier
-        step, since what comes now takes the place of what was there.
-        """
+    def _note_step(self, step: int) -> None:
+        """Begins a new file if training has gone back to an earlier step, since what comes now takes the place of what was there."""
         if step < self._last_step - self.options.late_steps:
             logger.info("step %d: training goes on from here, and the record's rollouts of later steps count no more", step)
             self.close()
@@ -200,13 +276,16 @@ class RunRecorder:
         self._last_step = max(self._last_step, step)
         if step >= (planned := self._planned_steps or PLANNED_STEPS):
             self._warn_once(
-                f"step {step}: the record's run is planned for {planned} steps, and the audit's monitors do not watch for changes that "
-                "begin later; give RecordOptions(planned_steps=…)"
+                f"record: the run is planned for {planned} steps and has more, and the audit's monitors do not watch for changes that "
+                "begin so late; give RecordOptions(planned_steps=…)"
             )
+
+    def _writer_for(self, probes: Sequence[RecordedProbe], server: ServerFacts | None) -> RecordWriter:
+        """Returns the writer of this process's file, whose header describes these probes."""
         self._probes.update({probe.key: probe for probe in probes})
         header = RunHeader(
             run_id=self._run_id,
-            planned_steps=planned,
+            planned_steps=self._planned_steps or PLANNED_STEPS,
             model_fingerprint="" if server is None else server.info.model.fingerprint,
             tokenizer_fingerprint="" if server is None else server.info.tokenizer_fingerprint,
             probes=tuple(self._probes.values()),
@@ -218,7 +297,9 @@ class RunRecorder:
         )
         if self._writer is None:
             keeps = self.options.texts or self.options.ids
-            self._writer = RecordWriter(self._folder, header, on_error=self.options.on_error, keep_texts=keeps)
+            self._writer = RecordWriter(
+                self._folder, header, on_error=self.options.on_error, keep_texts=keeps, kept_steps=self.options.kept_steps
+            )
         elif self._header is not None and replace(header, started=self._header.started) != self._header:
             self._writer.append([header])
         self._header = header
@@ -227,9 +308,8 @@ class RunRecorder:
         return self._writer
 
     def _warn_once(self, problem: str) -> None:
-        what = problem.partition(":")[2]
-        if what not in self._warned:
-            self._warned.add(what)
+        if problem not in self._warned:
+            self._warned.add(problem)
             logger.warning("%s", problem)
 
     def _described(self, column: _Column, columns: Sequence[_Column], server: ServerFacts) -> RecordedProbe:
@@ -317,7 +397,7 @@ class RunRecorder:
         except Exception as error:
             if self.options.on_error == "raise":
                 raise
-            self._warn_once(f"record.redact: it failed, and the texts of such rollouts are not kept: {error}")
+            self._warn_once(f"record.redact: it failed ({error!r}), and the texts of such rollouts are not kept")
             return {}
 
 

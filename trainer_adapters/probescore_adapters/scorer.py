@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Union
+from typing import Any, Literal, TypeVar, Union
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -72,6 +72,7 @@ class ServerFactsRequest:
 
 Answer = Union[ServerFacts, list[StreamedCompletion], dict[Any, Union[JudgeAnswer, str]]]
 Request = Union[StreamRequest, ServerFactsRequest, JudgeRequest]
+Result = TypeVar("Result")
 Steps = Generator[Request, Any, Outcome]
 
 
@@ -310,18 +311,7 @@ class ProbeScorer:
             ValueError: the record needs a step, and none is given.
             OSError: the record cannot be written, and ``RecordOptions.on_error`` is ``"raise"``.
         """
-        steps = self._steps(rollouts, task_rewards, step, texts, record)
-        try:
-            request = next(steps)
-            while True:
-                try:
-                    answer = self._answer(request)
-                except ProbescoreError as error:
-                    request = steps.throw(error)
-                else:
-                    request = steps.send(answer)
-        except StopIteration as done:
-            return _outcome(done)
+        return self._run(self._steps(rollouts, task_rewards, step, texts, record))
 
     async def score_async(
         self,
@@ -345,6 +335,31 @@ class ProbeScorer:
                     request = steps.send(answer)
         except StopIteration as done:
             return _outcome(done)
+
+    def record_reference(self, rollouts: Iterable[Rollout], positive: Sequence[bool], *, random: bool) -> None:
+        """Scores labelled rollouts of the model before training and writes them into the record, with which the audit compares the run. At
+        least 300 of each class are needed, and at least 512 that were drawn at random, better 2,048. One process of the run calls this,
+        once.
+
+        Args:
+            rollouts: the ``n`` rollouts.
+            positive: whether each of them has the behaviour, ``n`` booleans.
+            random: whether they were drawn at random, so that they say how frequent the behaviour was; false if they were chosen for their
+                label or score.
+
+        Raises:
+            ValueError: the scorer has no record, or the numbers of rollouts and labels differ.
+            ProbescoreError, SignalError, InvalidRequestError: the errors of ``score``.
+            OSError: the record cannot be written.
+        """
+        given = [rollout.checked(f"rollouts[{index}].{{}}") for index, rollout in enumerate(rollouts)]
+        if self.recorder is None:
+            raise ValueError("record: the scorer has none; give ProbeScorer(record=…)")
+        if len(given) != len(positive):
+            raise ValueError(f"positive: {len(positive)} for {len(given)} rollouts; give a label for each")
+        batch = self._run(self._batch(given, None, None))
+        assert self._server is not None  # noqa: S101 - asked for before anything is scored
+        self.recorder.record_reference(given, batch, positive, server=self._server, random=random)
 
     def load_reading(self, name: str, path: str | os.PathLike[str], step: int | None = None) -> LoadedReading:
         """Makes the servers load a LoRA adapter, or a checkpoint of the whole model, so that signals (rules from probe scores to rewards)
@@ -378,6 +393,21 @@ class ProbeScorer:
         """
         self.close()
         await self._async_client.close()
+
+    def _run(self, steps: Generator[Request, Any, Result]) -> Result:
+        """Runs a generator of requests to the server and to judges, and returns what it returns."""
+        try:
+            request = next(steps)
+            while True:
+                try:
+                    answer = self._answer(request)
+                except ProbescoreError as error:
+                    request = steps.throw(error)
+                else:
+                    request = steps.send(answer)
+        except StopIteration as done:
+            result: Result = done.value
+            return result
 
     def _answer(self, request: Request) -> Answer:
         if isinstance(request, JudgeRequest):
@@ -430,8 +460,22 @@ class ProbeScorer:
             )
             _log(outcome, batch)
         if recorder is not None:
-            recorder.record(rollouts, batch, outcome, server=self._server, task_rewards=tasks, step=step)
+            at = recorder.record(rollouts, batch, outcome, server=self._server, task_rewards=tasks, step=step)
+            if recorder.anchors_are_due(at):
+                yield from self._score_anchors(recorder, at)
         return replace(outcome, metrics={**outcome.metrics, f"{PREFIX}/seconds": time.perf_counter() - started})
+
+    def _score_anchors(self, recorder: RunRecorder, step: int) -> Generator[Union[StreamRequest, ServerFactsRequest], Any, None]:
+        """Scores the anchors (texts with a known label) for the record; if that fails, training goes on unless the record's options say
+        otherwise.
+        """
+        try:
+            batch = yield from self._batch([anchor.rollout for anchor in recorder.anchors], step, None)
+            recorder.record_anchors(batch, step)
+        except Exception as error:  # whatever it is: no reward depends on it
+            if recorder.options.on_error == "raise":
+                raise
+            logger.error("step %d: the anchors are not in the record: %s", step, error)
 
     def _batch(
         self, rollouts: Sequence[Rollout], step: int | None, texts: Sequence[str | None] | None

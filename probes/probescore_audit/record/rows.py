@@ -128,6 +128,23 @@ class RolloutRow:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DetailsRow:
+    """Row of a training run's record with those fields of a rollout's row that are long, and may be deleted: its texts, token ids and
+    scores of tokens. These rows are in files of their own.
+    """
+
+    kind: ClassVar[str] = "details"
+    step: int
+    rollout: str
+    prompt_text: str | None = None
+    completion_text: str | None = None
+    prompt_ids: Sequence[int] | None = None
+    completion_ids: Sequence[int] | None = None
+    completion_pieces: Sequence[str] | None = None
+    token_scores: Mapping[str, Mapping[str, Sequence[float]]] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class LabelRow:
     """Row of a training run's record with a judgement on one rollout. Rows are never overwritten; one that is wrong is retracted by a later
     one.
@@ -203,6 +220,8 @@ class AnchorRow:
         anchor: name of the text.
         positive: whether the text has the behaviour.
         scores: the probes' scores, keyed by probe, then by reading (which model's activations the probe read), then by reduction.
+        text_sha256: digest of the text or token ids; an anchor whose text is another is another anchor.
+        reading_ids: for each reading but the frozen model, the digest of the weights that were read; ``None`` if there is none.
     """
 
     kind: ClassVar[str] = "anchor"
@@ -210,6 +229,8 @@ class AnchorRow:
     anchor: str
     positive: bool
     scores: Scores
+    text_sha256: str | None = None
+    reading_ids: Mapping[str, str] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,8 +255,12 @@ class LabellerRow:
     positives_right: int
 
 
-Row = Union[RunHeader, RolloutRow, LabelRow, ReferenceRow, AnchorRow, LabellerRow]
-KINDS: Mapping[str, type[Row]] = {kind.kind: kind for kind in (RunHeader, RolloutRow, LabelRow, ReferenceRow, AnchorRow, LabellerRow)}
+Row = Union[RunHeader, RolloutRow, DetailsRow, LabelRow, ReferenceRow, AnchorRow, LabellerRow]
+KINDS: Mapping[str, type[Row]] = {
+    kind.kind: kind for kind in (RunHeader, RolloutRow, DetailsRow, LabelRow, ReferenceRow, AnchorRow, LabellerRow)
+}
+DETAILS = tuple(each.name for each in fields(DetailsRow) if each.name not in ("step", "rollout"))
+TEXTS = ("prompt_text", "completion_text", "prompt_ids", "completion_ids", "completion_pieces")
 
 # Looked up once: a run has 100,000 rows and more.
 _NAMES = {name: frozenset(each.name for each in fields(kind)) for name, kind in KINDS.items()}
