@@ -8,6 +8,7 @@ representations have moved. ``probescore anchors make`` writes a file of them, w
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -27,11 +28,13 @@ class Anchor:
         name: name of the text, unique in its file.
         positive: whether the text has the behaviour.
         rollout: prompt and completion.
+        text_sha256: digest of prompt and completion as the file has them.
     """
 
     name: str
     positive: bool
     rollout: Rollout
+    text_sha256: str
 
 
 def read_anchors(path: Union[str, os.PathLike[str]]) -> tuple[Anchor, ...]:
@@ -74,7 +77,14 @@ def _anchor(line: object) -> Anchor:
     if not isinstance(content, str if "text" in completion else list):
         raise ValueError(f"completion: {content!r:.60}; give text as text, and ids as a list")
     rollout = Rollout(_prompt(line.get("prompt"), line.get("add_special_tokens", True)), content, completion.get("mask"))
-    return Anchor(name, positive, rollout.checked("{}"))
+    return Anchor(name, positive, rollout.checked("{}"), anchor_digest(line))
+
+
+def anchor_digest(line: Mapping[str, Any]) -> str:
+    """Returns the digest of an anchor's texts or token ids, as ``sha256:…``; the name and the label are not part of it."""
+    completion = {name: value for name, value in line["completion"].items() if name != "id"}
+    written = json.dumps([line.get("prompt"), line.get("add_special_tokens", True), completion], sort_keys=True)
+    return f"sha256:{hashlib.sha256(written.encode()).hexdigest()}"
 
 
 def _prompt(given: Any, add_special_tokens: object) -> Prompt:  # noqa: ANN401 - of any JSON type

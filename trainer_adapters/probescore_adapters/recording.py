@@ -200,7 +200,7 @@ class RunRecorder:
                 anchor=anchor.name,
                 positive=anchor.positive,
                 scores=scores,
-                text_sha256=f"sha256:{_digest(anchor.rollout.prompt, anchor.rollout.completion)}",
+                text_sha256=anchor.text_sha256,
                 reading_ids={name: reading.id for name, reading in batch.readings.items() if name != FROZEN} or None,
             )
             for anchor, scores in scored

@@ -295,7 +295,7 @@ def _check_texts(tasks: Sequence[_Task], judge: ChatJudge, again: ChatJudge | No
             first = lacking[0].row
             raise ValueError(
                 f"the record has no {field_name} of {len(lacking)} of {len(tasks)} rollouts to label, such as {first.rollout!r} of step "
-                f"{first.step}; let the trainer keep texts in the record"
+                f"{first.step}; let the trainer keep texts in the record, or leave such steps out with --first-step and --last-step"
             )
 
 
