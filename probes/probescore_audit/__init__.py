@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from probescore_audit.live_audit import LiveAudit, ProbeAlarm
     from probescore_audit.rates import FlagRateParts, Rates, ReferenceCounts, draw_rates, draw_reference, honest_share, interval
     from probescore_audit.record_audit import ReadingAudit, RecordAudit, audit_record
-    from probescore_audit.recorded_labels import PlannedLabel, label_rows, plan_further, plan_recorded
+    from probescore_audit.recorded_labels import PlannedLabel, label_rows, plan_further, plan_recorded, unflagged_rollouts
     from probescore_audit.recorded_refit import Refit
     from probescore_audit.refit import fresh_auroc
     from probescore_audit.run_audit import Alarm, AlarmBounds, JudgedWindow, RunAudit, Watch, alarm_bounds, audit_run
@@ -97,6 +97,7 @@ __all__ = [
     "plan_recorded",
     "roc_curve",
     "strata",
+    "unflagged_rollouts",
     "window_auroc",
 ]
 
@@ -113,7 +114,7 @@ _MODULES = {
     "probescore_audit.run_labels": ("LabelledWindow", "RunLabels", "RunScores", "StratumCounts", "labelled_window"),
     "probescore_audit.rates": ("FlagRateParts", "Rates", "ReferenceCounts", "draw_rates", "draw_reference", "honest_share", "interval"),
     "probescore_audit.record_audit": ("ReadingAudit", "RecordAudit", "audit_record"),
-    "probescore_audit.recorded_labels": ("PlannedLabel", "label_rows", "plan_further", "plan_recorded"),
+    "probescore_audit.recorded_labels": ("PlannedLabel", "label_rows", "plan_further", "plan_recorded", "unflagged_rollouts"),
     "probescore_audit.run_audit": ("Alarm", "AlarmBounds", "JudgedWindow", "RunAudit", "Watch", "alarm_bounds", "audit_run"),
     "probescore_audit.live_audit": ("LiveAudit", "ProbeAlarm"),
     "probescore_audit.companions": ("Companion",),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from probescore_audit.recorded_run import FROZEN, RecordedRun, planned_by, read_
 from probescore_audit.run_audit import WINDOW_LABELS
 from probescore_audit.run_labels import latest_window
 
+_SAME_CHANCE = 1e-9
 _SAID = {"yes": "yes", "no": "no", "unsure": "unsure", True: "yes", False: "no"}
 
 
@@ -44,20 +45,45 @@ class PlannedLabel:
 
 def label_design(record: Record, table: RolloutTable) -> RecordedRun | None:
     """Finds the probe and reading (whose activations the probe reads) by whose scores the labels of a training run were shared out;
-    ``None`` if no labels name the strata (classes by score) of any.
+    ``None`` if no labels name the strata (classes by score) of any. If few labels leave several possible, these are the scores by which
+    labels are shared out by default, if they are among them.
     """
+    designs = list(_possible_designs(record, table))
+    usual = _usual_scores(record, table)
+    return next((each for each in designs if (each.probe, each.reading) == usual), designs[0] if designs else None)
+
+
+def _possible_designs(record: Record, table: RolloutTable) -> Iterator[RecordedRun]:
     for probe, reading in dict.fromkeys(key[:2] for key in table.scores):
         try:
             recorded = read_run(record, table, probe, reading=reading)
         except ValueError:
             continue
         if planned_by(record, recorded):
-            return recorded
-    return None
+            yield recorded
+
+
+def _usual_scores(record: Record, table: RolloutTable, probe: str = "") -> tuple[str, str] | None:
+    """Returns the probe and reading (whose activations the probe reads) by whose scores labels are shared out by default: of the given
+    probe, or of the first whose scores are rewarded, on the frozen model if it was read; ``None`` if the record names no probe.
+    """
+    rewarded = [each.key for each in record.header.probes if each.role == "reward"] or [each.key for each in record.header.probes]
+    if not probe and not rewarded:
+        return None
+    chosen = probe or rewarded[0]
+    readings = list(dict.fromkeys(key[1] for key in table.scores if key[0] == chosen))
+    return chosen, FROZEN if FROZEN in readings or not readings else readings[0]
 
 
 def plan_recorded(
-    record: Record, labels: int, *, probe: str = "", reading: str = "", first_step: int = 0, last_step: int | None = None
+    record: Record,
+    labels: int,
+    *,
+    probe: str = "",
+    reading: str = "",
+    first_step: int = 0,
+    last_step: int | None = None,
+    complete: bool = False,
 ) -> tuple[PlannedLabel, ...]:
     """Plans which rollouts to label in those steps of a recorded training run that have no labels yet. The same record gives the same plan.
 
@@ -69,27 +95,56 @@ def plan_recorded(
         reading: reading (whose activations the probe reads) of these scores; by default as for ``probe``, else the frozen model.
         first_step: first step to plan for.
         last_step: last step to plan for, included; the last of the record by default.
+        complete: whether to plan as well what is left of steps of which some rollouts are labelled, all of them by this very plan, as a
+            labeller leaves it who was interrupted.
 
     Raises:
         ValueError: the record has no such scores, or an argument is out of its range.
     """
     recorded = _scores_to_plan_by(record, probe, reading)
     run = recorded.run
-    known = {label.step for label in record.labels}
+    known: dict[int, list[LabelRow]] = defaultdict(list)
+    for label in record.labels:
+        known[label.step].append(label)
     planned: list[PlannedLabel] = []
     for step in np.unique(run.step).tolist():
-        if step in known or step < first_step or (last_step is not None and step > last_step):
+        if (step in known and not complete) or step < first_step or (last_step is not None and step > last_step):
             continue
         start, end = np.searchsorted(run.step, [step, step + 1])
         rng = np.random.default_rng([zlib.crc32(record.header.run_id.encode()), step])
         plan = plan_labels(run.scores[start:end], run.prompt[start:end], run.threshold, labels, rng=rng)
-        planned += [
+        of_step = [
             PlannedLabel(step, recorded.rollouts[start + index].rollout, Stratum(kind).name.lower(), chance, floor)
             for index, kind, chance, floor in zip(
                 plan.rollouts.tolist(), plan.stratum.tolist(), plan.inclusion.tolist(), plan.floor.tolist(), strict=True
             )
         ]
+        planned += _left_of(of_step, known[step]) if step in known else of_step
     return tuple(planned)
+
+
+def _left_of(planned: list[PlannedLabel], labels: list[LabelRow]) -> list[PlannedLabel]:
+    """Returns what is left of the plan of a step of which some rollouts have labels; nothing if these labels are not by this plan."""
+    chances = {each.rollout: each.inclusion for each in planned}
+    drawn = {label.rollout: label.inclusion for label in labels if label.inclusion is not None}
+    if any(abs(chances.get(rollout, 0.0) - chance) > _SAME_CHANCE for rollout, chance in drawn.items()):
+        return []
+    return [each for each in planned if each.rollout not in drawn]
+
+
+def unflagged_rollouts(record: Record) -> frozenset[tuple[int, str]]:
+    """Returns step and name of those rollouts of a training run that some probe with a threshold does not flag, under some reading (whose
+    activations the probe reads). One of these that is called positive by mistake looks like behaviour that the probe misses.
+    """
+    table = record.table()
+    found: set[tuple[int, str]] = set()
+    for probe, reading in dict.fromkeys(key[:2] for key in table.scores):
+        try:
+            recorded = read_run(record, table, probe, reading=reading)
+        except ValueError:
+            continue
+        found.update((recorded.rollouts[index].step, recorded.rollouts[index].rollout) for index in np.flatnonzero(~recorded.run.flagged))
+    return frozenset(found)
 
 
 def plan_further(design: RecordedRun, more: int, window_labels: int = WINDOW_LABELS) -> tuple[PlannedLabel, ...]:
@@ -226,15 +281,14 @@ def _scores_to_plan_by(record: Record, probe: str, reading: str) -> RecordedRun:
     table = record.table()
     design = label_design(record, table)
     if design is not None:
-        if probe in ("", design.probe) and reading in ("", design.reading):
-            return design
+        for each in (design, *_possible_designs(record, table)):
+            if probe in ("", each.probe) and reading in ("", each.reading):
+                return each
         raise ValueError(
             f"the labels of this record are shared out by the scores of {design.probe}, {design.reading}; leave --probe and --reading out: "
             "estimates could not weigh labels that are shared out otherwise"
         )
-    rewarded = [each.key for each in record.header.probes if each.role == "reward"] or [each.key for each in record.header.probes]
-    if not probe and not rewarded:
+    usual = _usual_scores(record, table, probe)
+    if usual is None:
         raise ValueError("probe: the record names no probes; write them in its header")
-    chosen = probe or rewarded[0]
-    readings = list(dict.fromkeys(key[1] for key in table.scores if key[0] == chosen))
-    return read_run(record, table, chosen, reading=reading or (FROZEN if FROZEN in readings or not readings else readings[0]))
+    return read_run(record, table, usual[0], reading=reading or usual[1])

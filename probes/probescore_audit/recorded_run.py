@@ -221,7 +221,7 @@ def recorded_anchors(record: Record, probe: str, *, reading: str = FROZEN, reduc
     for row in record.anchors:
         score = row.scores.get(probe, {}).get(reading, {}).get(reduction)
         if score is not None:
-            by_step[row.step][row.anchor] = (row.positive, score)
+            by_step[row.step][f"{row.anchor} {row.text_sha256}"] = (row.positive, score)
     found: list[AnchorScoring] = []
     first: dict[str, float] = {}
     spread = 1.0

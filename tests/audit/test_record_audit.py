@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict
 
 import numpy as np
 import pytest
 from recorded_runs import KEY, anchors, write_run
 
-from benchmarks.simulated_runs import Change
-from probescore_audit import Verdict, audit_record, label_rows, plan_further, plan_recorded
+from benchmarks.simulated_runs import THRESHOLD, Change
+from probescore_audit import Verdict, audit_record, label_rows, plan_further, plan_recorded, unflagged_rollouts
 from probescore_audit.record import LabellerRow, LabelRow, RecordWriter, read_record
 from probescore_audit.recorded_labels import label_design
 from probescore_audit.recorded_run import recorded_run
@@ -201,6 +202,34 @@ def test_a_plan_is_the_same_when_it_is_made_again_and_passes_over_labelled_steps
     with RecordWriter(tmp_path, record.header.anew()) as writer:
         writer.append(label_rows(record, [{**asdict(one), "label": "no"} for one in plan if one.step == 0], source="person"))
     assert {one.step for one in plan_recorded(read_record(tmp_path), 16)} == {1, 2}
+
+
+def test_what_a_labeller_left_of_a_plan_is_planned_and_nothing_of_a_step_with_other_labels(tmp_path):
+    """Whatever part of whatever steps was labelled before: what is planned then completes the plan that there was."""
+    write_run(tmp_path / "run", [Change()] * 3, labels=0, policy=[Change(hidden=0.9)] * 3)
+    whole = plan_recorded(read_record(tmp_path / "run"), 16)
+    for share in (0.05, 0.4, 0.9):
+        folder = shutil.copytree(tmp_path / "run", tmp_path / str(share))
+        record, rng = read_record(folder), np.random.default_rng(0)
+        done = [each for each in whole if rng.random() < share]
+        with RecordWriter(folder, record.header.anew()) as writer:
+            writer.append(label_rows(record, [{**asdict(one), "label": "no"} for one in done], source="judge"))
+        left = plan_recorded(read_record(folder), 16, complete=True)
+        assert sorted((*done, *left), key=repr) == sorted(whole, key=repr)
+    folder = shutil.copytree(tmp_path / "run", tmp_path / "other")
+    with RecordWriter(folder, record.header.anew()) as writer:
+        writer.append(
+            label_rows(record, [{**asdict(one), "label": "no"} for one in plan_recorded(record, 8) if one.step == 1], source="judge")
+        )
+    assert {one.step for one in plan_recorded(read_record(folder), 16, complete=True)} == {0, 2}
+
+
+def test_rollouts_that_one_reading_does_not_flag_are_unflagged(tmp_path):
+    write_run(tmp_path, [Change(positive_rate=0.5)], policy=[Change(hidden=1.0)])
+    record = read_record(tmp_path)
+    unflagged = {(row.step, row.rollout) for row in record.rollouts if min(each["mean"] for each in row.scores[KEY].values()) < THRESHOLD}
+    assert unflagged_rollouts(record) == unflagged
+    assert 300 < len(unflagged) < 512
 
 
 def test_labels_are_shared_out_by_one_probe_and_reading_for_good(tmp_path):

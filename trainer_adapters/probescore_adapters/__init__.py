@@ -5,6 +5,7 @@ The core imports the probescore client but no trainer. Each of ``probescore_adap
 ``.http`` imports the trainer or web framework that it adapts.
 """
 
+from probescore_adapters.cascade import Cascade, CascadeDecision
 from probescore_adapters.errors import ProbeReplaced, ReadingGone, SignalError, Unscorable
 from probescore_adapters.guard_rails import GuardRails
 from probescore_adapters.outcome import Outcome
@@ -14,6 +15,8 @@ from probescore_adapters.scorer import Policy, ProbeScorer, score_rollouts
 from probescore_adapters.signals import MaskKind, Mode, ProbeSignal, Transform
 
 __all__ = [
+    "Cascade",
+    "CascadeDecision",
     "GuardRails",
     "MaskKind",
     "Mode",

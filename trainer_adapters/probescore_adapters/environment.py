@@ -15,6 +15,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, Union
 
+from probescore_adapters.cascade import Cascade
 from probescore_adapters.errors import SignalError
 from probescore_adapters.guard_rails import GuardRails
 from probescore_adapters.record_options import RecordOptions
@@ -128,7 +129,9 @@ def signals_from(given: Mapping[str, Any] | Sequence[Mapping[str, Any]], where: 
         try:
             chosen = _known(ProbeSignal, entry)
             for name, value in chosen.items():
-                if name not in _NUMBERS and not (isinstance(value, str) or callable(value)):
+                if name == "cascade" and isinstance(value, Mapping):
+                    chosen[name] = Cascade.of(value)
+                elif name not in _NUMBERS and not (isinstance(value, str) or callable(value)):
                     raise SignalError(name, f"expected a string, got {value!r}")
             signals.append(ProbeSignal(**{"probe": "", **chosen}))
         except SignalError as error:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from probescore.types import Reading
+from probescore_adapters.cascade import CascadeDecision
 from probescore_adapters.errors import SignalError, Unscorable
 from probescore_adapters.guard_rails import RAILS, GuardRails, penalty_margin, screen
 from probescore_adapters.signal_values import BatchSignals, MaskedTokens, SignalValues
@@ -24,6 +25,7 @@ PREFIX = "probescore"
 _SIGNAL_KEYS = ("mean", "p10", "p50", "p90", "flagged", "screened", "reward", "penalty_margin", "outside_calibration")
 _ROLLOUT_SIGNAL_KEYS = ("mean", "flagged", "reward", "outside_calibration")
 _READING_KEYS = ("reading_step", "reading_missing")
+_CASCADE_KEYS = ("unsure", "judged", "overruled", "judge_missing")
 _BATCH_KEYS = ("seconds", "failures", "unscorable", "tokens", "inexact_ids")
 
 
@@ -50,6 +52,8 @@ class Outcome:
             signals are NaN, never those of another reading.
         drift: a dictionary keyed by the name of each ``monitor`` signal on another reading than the frozen one, of ``(n,)`` differences:
             the signal's score minus the score of the same probe on the frozen model; NaN where one of the two is missing.
+        decisions: a dictionary keyed by the name of each signal with a cascade, of what probe and judge said of each of the ``n`` rollouts;
+            ``None`` for a rollout of which the probe is sure.
     """
 
     rewards: Floats
@@ -65,6 +69,7 @@ class Outcome:
     readings: Mapping[str, Reading] = field(default_factory=dict)
     missing_readings: Mapping[str, str] = field(default_factory=dict)
     drift: Mapping[str, Floats] = field(default_factory=dict)
+    decisions: Mapping[str, tuple[CascadeDecision | None, ...]] = field(default_factory=dict)
 
     @property
     def rollout_metrics(self) -> dict[str, float]:
@@ -167,6 +172,7 @@ def combine(
         readings=batch.readings,
         missing_readings=batch.missing,
         drift=sums.drift,
+        decisions={each.bound.signal.name: each.decisions for each in batch.signals if each.decisions is not None},
     )
 
 
@@ -204,7 +210,8 @@ def empty_metrics(signals: Sequence[ProbeSignal]) -> dict[str, float]:
 
 def _keys(signal: ProbeSignal) -> tuple[str, ...]:
     of_reading = _READING_KEYS if signal.reads_other_weights else ()
-    return (*_SIGNAL_KEYS, *(("drift",) if signal.logs_drift else ()), *of_reading)
+    of_cascade = () if signal.cascade is None else _CASCADE_KEYS
+    return (*_SIGNAL_KEYS, *(("drift",) if signal.logs_drift else ()), *of_reading, *of_cascade)
 
 
 def _describe_reading(signal_values: SignalValues, sums: _OutcomeSums, batch: BatchSignals) -> None:
@@ -232,6 +239,8 @@ def _apply(
     scored = np.isfinite(values)
     flagged = np.zeros(len(values), np.bool_)
     flagged[scored] = bound.flags(values[scored])
+    if signal_values.decisions is not None:
+        _apply_decisions(signal_values.decisions, flagged, prefix, sums)
     sums.flagged[signal.name] = flagged
     sums.metrics.update(_distribution(prefix, values[scored]))
     if not math.isnan(bound.threshold):
@@ -246,7 +255,7 @@ def _apply(
         _apply_dense(signal_values, sums, lengths, rails)
         return
     transformed = np.full(len(values), math.nan)
-    transformed[scored] = bound.transformed(values[scored])
+    transformed[scored] = bound.transformed(values[scored]) if signal.cascade is None else flagged[scored]
     scored &= np.isfinite(transformed)
     mode = Mode(signal.mode)
     if mode is not Mode.MONITOR:
@@ -268,6 +277,21 @@ def _apply(
     elif mode is Mode.SCREEN:
         sums.flagged_by_screens |= flagged
         sums.lowered |= ~scored
+
+
+def _apply_decisions(decisions: Sequence[CascadeDecision | None], flagged: NDArray[np.bool_], prefix: str, sums: _OutcomeSums) -> None:
+    """Puts what a cascade's probe and judge have decided in place of the probe's flags, and counts who decided."""
+    known = {index: decision for index, decision in enumerate(decisions) if decision is not None}
+    for index, decision in known.items():
+        flagged[index] = decision.flagged
+    judged = [decision for decision in known.values() if decision.verdict]
+    shares = {
+        "unsure": len(known),
+        "judged": len(judged),
+        "overruled": sum(decision.flagged != decision.probe for decision in judged),
+        "judge_missing": len(known) - len(judged),
+    }
+    sums.metrics.update({f"{prefix}/{key}": count / max(1, len(decisions)) for key, count in shares.items()})
 
 
 def _terms(bound: BoundSignal, transformed: Floats, scored: NDArray[np.bool_], sums: _OutcomeSums, rails: GuardRails) -> Floats:

@@ -38,6 +38,9 @@ class RecordOptions:
         labels_per_step: number of labels that the checker gives in a training step, at least 4, all processes together.
         batches_per_step: number of batches that this process scores in a training step; the labels of a step are given when the last of
             them is recorded. 0 = when the next step begins, or the scorer is closed.
+        anchors: file of anchors, which are texts with a known label, as ``probescore anchors make`` writes it; the first process scores
+            them again and again, with the probes and readings of the signals. ``None`` = there are none.
+        anchors_every: number of training steps from one scoring of the anchors to the next.
         alpha: largest chance that any alarm of the audit is false.
         on_error: what happens if the record cannot be written, such as on a full disk: ``"log"`` = an error is logged, rows are lost, and
             training goes on; ``"raise"`` = the error ends the run.
@@ -60,6 +63,8 @@ class RecordOptions:
     checker: Union[Checker, None] = None
     labels_per_step: int = 32
     batches_per_step: int = 1
+    anchors: Union[str, os.PathLike[str], None] = None
+    anchors_every: int = 20
     alpha: float = 0.05
     on_error: Literal["log", "raise"] = "log"
 
@@ -72,10 +77,12 @@ class RecordOptions:
                 raise ValueError(f"record.{field}: expected a whole number of at least 1, got {value!r}")
         if isinstance(self.late_steps, bool) or not isinstance(self.late_steps, int) or self.late_steps < 0:
             raise ValueError(f"record.late_steps: expected a whole number of at least 0, got {self.late_steps!r}")
-        for field, least in (("labels_per_step", 4), ("batches_per_step", 0)):
+        for field, least in (("labels_per_step", 4), ("batches_per_step", 0), ("anchors_every", 1)):
             value = getattr(self, field)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"record.{field}: expected a whole number of at least {least}, got {value!r}")
+        if self.anchors is not None and not isinstance(self.anchors, (str, os.PathLike)):
+            raise ValueError(f"record.anchors: expected the path of a file, got {self.anchors!r:.80}")
         if self.checker is not None and not callable(self.checker):
             raise ValueError(f"record.checker: expected a function from a rollout to its label, got {self.checker!r}")
         if isinstance(self.held_out, str):

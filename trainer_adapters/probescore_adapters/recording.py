@@ -22,6 +22,7 @@ import numpy as np
 from probescore import Chat, Text
 from probescore.reductions import Reduction
 from probescore.types import FROZEN, OutputPer, TokenIds
+from probescore_adapters.anchors import read_anchors
 from probescore_adapters.checker_labels import LabelsFromChecker
 from probescore_adapters.errors import SignalError
 from probescore_adapters.job import process_from_environment
@@ -30,7 +31,7 @@ from probescore_adapters.record_options import RecordOptions
 from probescore_adapters.rollouts import Rollout
 from probescore_adapters.signal_values import BatchSignals, FurtherScores, ServerFacts
 from probescore_adapters.signals import BoundSignal, Floats, Mode, ProbeSignal
-from probescore_audit.record import RecordedProbe, RecordWriter, ReferenceRow, RolloutRow, RunHeader, recorded_run_ids
+from probescore_audit.record import AnchorRow, RecordedProbe, RecordWriter, ReferenceRow, RolloutRow, RunHeader, recorded_run_ids
 
 # the standard library's: a trainer's process has its own way of showing logs
 logger = logging.getLogger("probescore_adapters")
@@ -63,10 +64,13 @@ class RunRecorder:
         signals: the signals (rules from probe scores to rewards) whose scores are recorded.
         run_id: name of the run, unless the options give one.
 
+    Attributes:
+        anchors: texts with a known label that are scored again and again.
+
     Raises:
         SignalError: a probe that is to be held out is read by no signal, or by one that changes rewards.
-        OSError: the folder cannot be made.
-        ValueError: the folder has the record of another run.
+        OSError: the folder cannot be made, or the file of anchors cannot be read.
+        ValueError: the folder has the record of another run, or the file of anchors has something else.
     """
 
     def __init__(self, options: RecordOptions, signals: Sequence[ProbeSignal], run_id: str = "") -> None:
@@ -83,6 +87,7 @@ class RunRecorder:
             problem = f"{self._folder.name} has the record of the run {min(others)!r}, and this run is {self._run_id!r}"
             raise ValueError(f"record: {problem}; give each run a folder of its own, or its record the same run_id")
         self._process = process_from_environment()
+        self.anchors = () if options.anchors is None else read_anchors(options.anchors)
         self._planned_steps = options.planned_steps
         self._begin_anew()
 
@@ -96,11 +101,12 @@ class RunRecorder:
         self._in_step: dict[int, int] = {}  # number of rollouts of each of the last steps
         self._last_step = -1
         self._rewinds = 0
+        self._anchored: int | None = None
         self._warned: set[str] = set()
         self._labels = None if self.options.checker is None else LabelsFromChecker(self.options, self._run_id, self._process)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("options", "_folder", "_run_id", "_process", "_planned_steps")}
+        return {name: getattr(self, name) for name in ("options", "anchors", "_folder", "_run_id", "_process", "_planned_steps")}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         self.__dict__.update(state)
@@ -130,8 +136,8 @@ class RunRecorder:
         server: ServerFacts | None,
         task_rewards: Floats | None,
         step: int | None,
-    ) -> None:
-        """Writes a batch of rollouts into the record of the training run.
+    ) -> int:
+        """Writes a batch of rollouts into the record of the training run, and returns the training step that it is of.
 
         Args:
             rollouts: the ``n`` rollouts, checked.
@@ -163,6 +169,45 @@ class RunRecorder:
                 if self.options.on_error == "raise":
                     raise
                 logger.error("step %d: %d rollouts are not in the record: %s", at, len(rollouts), error)
+            return at
+
+    def anchors_are_due(self, step: int) -> bool:
+        """Returns whether this process has to score the anchors (texts with a known label) at a training step: at the first that it
+        records, and at every step whose number says so, once.
+        """
+        with self._lock:
+            is_due = self._anchored is None or (step != self._anchored and step % self.options.anchors_every == 0)
+            if not self.anchors or self._process.rank != 0 or not is_due:
+                return False
+            self._anchored = step
+            return True
+
+    def record_anchors(self, batch: BatchSignals, step: int) -> None:
+        """Writes the scores of the anchors (texts with a known label) into the record of the training run.
+
+        Args:
+            batch: the scores, in the order of the anchors.
+            step: the training step.
+        """
+        columns = _columns(batch)
+        scored = [(anchor, _scores(batch, index, columns)) for index, anchor in enumerate(self.anchors)]
+        if missing := [anchor.name for anchor, scores in scored if not scores]:
+            logger.warning("step %d: %d of %d anchors have no scores, such as %s", step, len(missing), len(scored), missing[0])
+        rows = [
+            AnchorRow(
+                step=step,
+                anchor=anchor.name,
+                positive=anchor.positive,
+                scores=scores,
+                text_sha256=anchor.text_sha256,
+                reading_ids={name: reading.id for name, reading in batch.readings.items() if name != FROZEN} or None,
+            )
+            for anchor, scores in scored
+            if scores
+        ]
+        with self._lock:
+            if self._writer is not None:
+                self._writer.append(rows)
 
     def record_reference(
         self, rollouts: Sequence[Rollout], batch: BatchSignals, positive: Sequence[bool], *, server: ServerFacts, random: bool
@@ -316,6 +361,7 @@ class RunRecorder:
                 total_reward=None if task_rewards is None else float(outcome.rewards[index]),
                 policy_logprob=rollout.logprob if rollout.logprob is not None and np.isfinite(rollout.logprob) else None,
                 text_sha256=f"sha256:{_digest(rollout.prompt, rollout.completion)}",
+                decisions=_decisions(outcome, index) or None,
                 **self._kept(rollout, batch, index, columns),
             )
 
@@ -352,6 +398,12 @@ class RunRecorder:
                 raise
             self._warn_once(f"record.redact: it failed ({error!r}), and the texts of such rollouts are not kept")
             return {}
+
+
+def _decisions(outcome: Outcome, index: int) -> dict[str, dict[str, Any]]:
+    """Returns what the stages of each cascade said of a rollout, keyed by the signal (rule from probe scores to rewards)."""
+    decisions = {name: decisions[index] for name, decisions in outcome.decisions.items()}
+    return {name: dict(vars(decision)) for name, decision in decisions.items() if decision is not None}
 
 
 def _columns(batch: BatchSignals) -> list[_Column]:

@@ -4,6 +4,7 @@ probe scores to rewards) to the scores, and handles failures.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 import os
@@ -31,9 +32,11 @@ from probescore import (
 from probescore.errors import DeadlineExceededError
 from probescore.types import FROZEN, LoadedReading
 from probescore_adapters.arrays import as_list, as_rewards
+from probescore_adapters.cascade_decisions import JudgeRequest, StepBudgets, decided
 from probescore_adapters.errors import ProbeReplaced, ReadingGone, SignalError
 from probescore_adapters.guard_rails import GuardRails
 from probescore_adapters.job import job_from_environment
+from probescore_adapters.judges import JudgeAnswer
 from probescore_adapters.outcome import PREFIX, OnUnscorable, Outcome, combine, substitute
 from probescore_adapters.pins import bound_to, changes_between, pins_from, pins_of, replacement, state_of, threshold_change
 from probescore_adapters.record_options import RecordOptions
@@ -67,9 +70,10 @@ class ServerFactsRequest:
     """
 
 
-Answer = Union[ServerFacts, list[StreamedCompletion]]
+Answer = Union[ServerFacts, list[StreamedCompletion], dict[Any, Union[JudgeAnswer, str]]]
+Request = Union[StreamRequest, ServerFactsRequest, JudgeRequest]
 Result = TypeVar("Result")
-Steps = Generator[Union[StreamRequest, ServerFactsRequest], Any, Outcome]
+Steps = Generator[Request, Any, Outcome]
 
 
 @dataclass(frozen=True)
@@ -194,6 +198,7 @@ class ProbeScorer:
         self._read: dict[str, tuple[str, int | None]] = {}
         self._gone: set[str] = set()
         self._tokenizers_compared = False
+        self._budgets = StepBudgets()
         self.recorder = None if record is None else RunRecorder(RecordOptions.of(record), self.signals, run_id)
 
     @property
@@ -300,6 +305,7 @@ class ProbeScorer:
             ProbeReplaced: a probe that the scorer is pinned to is gone, or has other bytes.
             ReadingGone: the server has not the reading of a signal that changes rewards, and ``on_failure`` is not a number.
             Unscorable: a rollout is unscorable, and ``on_unscorable`` is ``"raise"``.
+            JudgeError: a cascade's judge gave no verdict on a rollout, and its ``on_failure`` is ``"raise"``.
             InvalidRequestError: token ids are not integers, a mask is not 0 and 1, a group key cannot be compared by value, or task rewards
                 are not finite numbers; the error names the field (also a ``ValueError``).
             ValueError: the record needs a step, and none is given.
@@ -388,8 +394,8 @@ class ProbeScorer:
         self.close()
         await self._async_client.close()
 
-    def _run(self, steps: Generator[Union[StreamRequest, ServerFactsRequest], Any, Result]) -> Result:
-        """Runs a generator of requests to the server, and returns what it returns."""
+    def _run(self, steps: Generator[Request, Any, Result]) -> Result:
+        """Runs a generator of requests to the server and to judges, and returns what it returns."""
         try:
             request = next(steps)
             while True:
@@ -403,12 +409,16 @@ class ProbeScorer:
             result: Result = done.value
             return result
 
-    def _answer(self, request: StreamRequest | ServerFactsRequest) -> Answer:
+    def _answer(self, request: Request) -> Answer:
+        if isinstance(request, JudgeRequest):
+            return request.answers()
         if isinstance(request, ServerFactsRequest):
             return ServerFacts(self._client.get_server_info(), self._client.list_probes())
         return list(self._client.score_stream(request.groups, window=request.window, **request.options))
 
-    async def _answer_async(self, request: StreamRequest | ServerFactsRequest) -> Answer:
+    async def _answer_async(self, request: Request) -> Answer:
+        if isinstance(request, JudgeRequest):
+            return await asyncio.to_thread(request.answers)
         if isinstance(request, ServerFactsRequest):
             return ServerFacts(await self._async_client.get_server_info(), await self._async_client.list_probes())
         return [answer async for answer in self._async_client.score_stream(request.groups, window=request.window, **request.options)]
@@ -432,6 +442,8 @@ class ProbeScorer:
         batch = None
         try:
             batch = yield from self._batch(rollouts, step, texts)
+            if self._server is not None and any(signal.cascade for signal in self.signals):
+                batch = yield from decided(batch, rollouts, texts, server=self._server, budgets=self._budgets, step=step)
         except (*_TRANSPORT, ReadingGone) as error:
             if isinstance(self.policy.on_failure, str):
                 raise
@@ -448,8 +460,22 @@ class ProbeScorer:
             )
             _log(outcome, batch)
         if recorder is not None:
-            recorder.record(rollouts, batch, outcome, server=self._server, task_rewards=tasks, step=step)
+            at = recorder.record(rollouts, batch, outcome, server=self._server, task_rewards=tasks, step=step)
+            if recorder.anchors_are_due(at):
+                yield from self._score_anchors(recorder, at)
         return replace(outcome, metrics={**outcome.metrics, f"{PREFIX}/seconds": time.perf_counter() - started})
+
+    def _score_anchors(self, recorder: RunRecorder, step: int) -> Generator[Union[StreamRequest, ServerFactsRequest], Any, None]:
+        """Scores the anchors (texts with a known label) for the record; if that fails, training goes on unless the record's options say
+        otherwise.
+        """
+        try:
+            batch = yield from self._batch([anchor.rollout for anchor in recorder.anchors], step, None)
+            recorder.record_anchors(batch, step)
+        except Exception as error:  # whatever it is: no reward depends on it
+            if recorder.options.on_error == "raise":
+                raise
+            logger.error("step %d: the anchors are not in the record: %s", step, error)
 
     def _batch(
         self, rollouts: Sequence[Rollout], step: int | None, texts: Sequence[str | None] | None

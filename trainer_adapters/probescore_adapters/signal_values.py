@@ -34,6 +34,7 @@ from probescore import (
 )
 from probescore.reductions import Reduction
 from probescore.types import FROZEN, Reading
+from probescore_adapters.cascade import CascadeDecision
 from probescore_adapters.errors import ProbeReplaced
 from probescore_adapters.rollouts import GroupedRollouts, Mask, Rollout, distinct_masks
 from probescore_adapters.signals import BoundSignal, Floats, Mode, PinnedProbe, ProbeSignal
@@ -97,6 +98,8 @@ class SignalValues:
         unmet: for each rollout, the conditions of the signal's calibration that it does not meet, so that the threshold is not known to
             hold for it; ``None`` if nobody wrote down what the threshold was found on, or it is the signal's own.
         on_frozen: ``(n,)`` float64, the scores of the same rollouts on the frozen model; ``None`` unless the signal logs drift.
+        decisions: for each rollout, what was decided of it by the probe and a judge, ``None`` where the probe is sure; ``None`` for a
+            signal without a cascade.
     """
 
     bound: BoundSignal
@@ -104,6 +107,7 @@ class SignalValues:
     tokens: tuple[MaskedTokens, ...] | None = None
     unmet: tuple[tuple[str, ...], ...] | None = None
     on_frozen: Floats | None = None
+    decisions: tuple[CascadeDecision | None, ...] | None = None
 
 
 @dataclass(frozen=True)

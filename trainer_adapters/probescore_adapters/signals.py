@@ -15,6 +15,7 @@ from probescore import Calibration, OutputPer, ProbeInfo, Reduction, ScoreUnit
 from probescore.types import FROZEN, named_probe
 from probescore.types.readings import name_problem
 from probescore_adapters.arrays import as_numbers
+from probescore_adapters.cascade import Cascade
 from probescore_adapters.errors import SignalError
 
 Floats = NDArray[np.float64]
@@ -101,6 +102,7 @@ class ProbeSignal:
         name: name of the signal in metrics; by default the probe's name, or ``probe/reading`` on another reading than the frozen one.
         reading: whose activations the probe reads: ``"frozen"``, or the name of a reading that is loaded at the server, such as
             ``"policy"``. A ``monitor`` of another reading also logs by how much its scores differ from those on the frozen model.
+        cascade: judge who decides where the probe is unsure, for a signal whose transform is ``flag``; ``None`` = the probe alone decides.
 
     Raises:
         SignalError: two fields contradict each other; the error names one of them.
@@ -116,6 +118,7 @@ class ProbeSignal:
     label: str = ""
     name: str = ""
     reading: str = FROZEN
+    cascade: Union[Cascade, None] = None
 
     def __post_init__(self) -> None:
         def put(field: str, value: object) -> None:
@@ -140,6 +143,11 @@ class ProbeSignal:
                 put("reduction", Reduction.parse(self.reduction))
             except ValueError as error:
                 raise SignalError("reduction", str(error)) from None
+        if self.cascade is not None:
+            if not isinstance(self.cascade, Cascade):
+                raise SignalError("cascade", f"expected a Cascade, got {self.cascade!r:.80}")
+            if self.transform is not Transform.FLAG or self.mode is Mode.DENSE:
+                raise SignalError("cascade", "a judge says whether a rollout is flagged: the transform must be flag, the mode not dense")
         self._check_numbers()
 
     def _check_numbers(self) -> None:

@@ -105,6 +105,9 @@ class RolloutRow:
         prompt_ids, completion_ids: the token ids, where the record keeps them.
         completion_pieces: the text of each token of the completion, where the record keeps texts.
         token_scores: the probes' scores of each token of the completion, keyed by probe, then by reading.
+        decisions: what was said where a probe was unsure and a judge was to decide, keyed by the trainer's signal: ``probe``, whether the
+            probe flags the rollout; ``verdict``, the judge's, empty if it gave none, with the ``reason``; ``flagged``, what the reward went
+            by; ``labeller`` and ``labeller_version``, the judge. These verdicts are no labels, since nobody drew their rollouts at random.
     """
 
     kind: ClassVar[str] = "rollout"
@@ -124,6 +127,7 @@ class RolloutRow:
     completion_ids: Sequence[int] | None = None
     completion_pieces: Sequence[str] | None = None
     token_scores: Mapping[str, Mapping[str, Sequence[float]]] | None = None
+    decisions: Mapping[str, Mapping[str, Any]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,6 +223,8 @@ class AnchorRow:
         anchor: name of the text.
         positive: whether the text has the behaviour.
         scores: the probes' scores, keyed by probe, then by reading (which model's activations the probe read), then by reduction.
+        text_sha256: digest of the text or token ids; an anchor whose text is another is another anchor.
+        reading_ids: for each reading but the frozen model, the digest of the weights that were read; ``None`` if there is none.
     """
 
     kind: ClassVar[str] = "anchor"
@@ -226,6 +232,8 @@ class AnchorRow:
     anchor: str
     positive: bool
     scores: Scores
+    text_sha256: str | None = None
+    reading_ids: Mapping[str, str] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

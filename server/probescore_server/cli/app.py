@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from probescore_server.cli import activations, auditing, bench, info, labelling, probes, readings, recording, score, sleep
+from probescore_server.cli import activations, anchors, auditing, bench, info, labelling, probes, readings, recording, score, sleep
 from probescore_server.cli.common.failures import needs_extra
 
 app = typer.Typer(
@@ -28,6 +28,7 @@ sleep.register(app)
 bench.register(app)
 auditing.register(app)
 labelling.register(app)
+anchors.register(app)
 recording.register(app)
 
 # These commands need packages that the command line alone does not: a server brings torch.

@@ -68,7 +68,7 @@ def _located(content: object, where: str, positive: str | None, add_special_toke
 def _rollouts(content: object, where: str, positive: str | None, add_special_tokens: bool) -> Iterator[LabelledRollout]:
     from probescore_probes.fitting.labelled_rollouts import LabelledRollout
 
-    plain, own = _without_labels(content)
+    plain, own = without_labels(content)
     group = rollout_group(plain, add_special_tokens)
     assert isinstance(content, dict)  # noqa: S101 - else rollout_group had refused it
     of_line = _of_line(content)
@@ -85,10 +85,10 @@ def _rollouts(content: object, where: str, positive: str | None, add_special_tok
             if is_text or not isinstance(token_labels, list):
                 raise LineError(f"{field}.token_labels: expected a list beside ids, one label for each; a text takes span_labels")
             token_labels = tuple(
-                None if entry is None else _is_positive(entry, f"{field}.token_labels[{place}]", positive)
+                None if entry is None else is_positive(entry, f"{field}.token_labels[{place}]", positive)
                 for place, entry in enumerate(token_labels)
             )
-        whole = None if label is None else _is_positive(label, f"{field}.label" if several else "label", positive)
+        whole = None if label is None else is_positive(label, f"{field}.label" if several else "label", positive)
         if whole is None and not passages and token_labels is None:
             continue
         prompt = group.prompt if isinstance(group.prompt, Text | Chat) else [int(token) for token in group.prompt]
@@ -97,7 +97,7 @@ def _rollouts(content: object, where: str, positive: str | None, add_special_tok
         )
 
 
-def _without_labels(content: object) -> tuple[object, list[dict[str, Any]]]:
+def without_labels(content: object) -> tuple[object, list[dict[str, Any]]]:
     """Splits the content of a line of labelled rollouts into the fields that ``probescore score`` reads, and each completion's labels of
     spans and tokens.
     """
@@ -151,11 +151,21 @@ def _span_labels(content: object, field: str, positive: str | None) -> tuple[Pas
         bounds = entry[:2] if isinstance(entry, list) and len(entry) == 3 else []
         if len(bounds) != 2 or not all(isinstance(bound, int) and not isinstance(bound, bool) for bound in bounds):
             raise LineError(f"{field}[{index}]: expected [start, end, label], got {entry!r:.60}")
-        passages.append(Passage(bounds[0], bounds[1], _is_positive(entry[2], f"{field}[{index}]", positive)))
+        passages.append(Passage(bounds[0], bounds[1], is_positive(entry[2], f"{field}[{index}]", positive)))
     return tuple(passages)
 
 
-def _is_positive(label: Label, field: str, positive: str | None) -> bool:
+def is_positive(label: Label, field: str, positive: str | None) -> bool:
+    """Returns whether a label says that the behaviour is there.
+
+    Args:
+        label: the label.
+        field: name of its field, for the message.
+        positive: the label that stands for the behaviour, as text; ``None`` = labels are true and false, or 1 and 0.
+
+    Raises:
+        LineError: the label is neither.
+    """
     if positive is not None:
         return (str(label).lower() if isinstance(label, bool) else str(label)) == positive
     if isinstance(label, bool):

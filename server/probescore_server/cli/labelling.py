@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,6 +11,8 @@ import typer
 from probescore_server.cli.common.console import new_console
 from probescore_server.cli.common.failures import one_line_failures, say
 from probescore_server.cli.common.visible import visible_json
+from probescore_server.cli.judging import register as register_judge
+from probescore_server.cli.label_lines import label_lines
 from probescore_server.files import write_atomically
 
 PLAN_HELP = """
@@ -59,6 +59,7 @@ def register(app: typer.Typer) -> None:
     labels = typer.Typer(help="Choose rollouts of a training run to label, and add labels.", no_args_is_help=True, rich_markup_mode="rich")
     labels.command("plan", help=PLAN_HELP)(_plan)
     labels.command("add", help=ADD_HELP)(_add)
+    register_judge(labels)
     app.add_typer(labels, name="labels")
 
 
@@ -127,7 +128,7 @@ def _add(
             raise ValueError("--second and --replace: give one of them")
         again: Literal["refuse", "second", "replace"] = "second" if second else "replace" if replace else "refuse"
         record = read_record(run)
-        answers = list(_answers(file))
+        answers = list(label_lines(file))
         rows = label_rows(record, answers, source=source, labeller=labeller, labeller_version=labeller_version, again=again)
         if not rows:
             raise ValueError(f'{file}: none of its {len(answers)} lines has a label; fill in "label"')
@@ -138,18 +139,3 @@ def _add(
         outside = sum(row.inclusion is None and not row.second and row.retracts is None for row in rows)
         if outside:
             say(f"{outside} labels have no inclusion, since no plan chose their rollouts; estimates leave them out")
-
-
-def _answers(file: str) -> Iterator[dict[str, Any]]:
-    """Yields the lines of a file of labels as JSON objects; raises ``ValueError`` for a line that is none."""
-    text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8-sig")
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            values = json.loads(line)
-        except ValueError:
-            raise ValueError(f"{file}: line {number} is no JSON; give an object in each line") from None
-        if not isinstance(values, dict):
-            raise ValueError(f"{file}: line {number} is no JSON object; give one in each line")
-        yield values

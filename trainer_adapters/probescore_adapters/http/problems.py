@@ -18,6 +18,7 @@ from probescore import InvalidRequestError, ProbescoreError, ServerError, Transi
 from probescore.errors import DeadlineExceededError, MessageTooLargeError
 from probescore_adapters.errors import SignalError, Unscorable
 from probescore_adapters.http.messages import FieldProblem, ProblemDetails
+from probescore_adapters.judges import JudgeError
 
 # the standard library's: a trainer's process has its own way of showing logs
 logger = logging.getLogger("probescore_adapters")
@@ -29,7 +30,7 @@ DESCRIPTIONS = {
     413: "The body, or what becomes of it, is too large.",
     422: "The body is JSON, but not what this route takes; or a rollout cannot be scored, and ``on_unscorable`` is ``raise``.",
     500: "The gateway's signals do not go with the server's model and probes, or something is broken; its log has more.",
-    503: "No scores: the server is gone, starting, overloaded or too slow, and ``on_failure`` is not a number.",
+    503: "No scores: the server or a judge is gone, starting, overloaded or too slow, and ``on_failure`` is not a number.",
 }
 RESPONSES: dict[int | str, dict[str, Any]] = {
     status: {"description": text, "model": ProblemDetails} for status, text in DESCRIPTIONS.items()
@@ -49,8 +50,11 @@ def answer(
     return Response(json.dumps(problem.model_dump()), status, headers, MEDIA_TYPE)
 
 
-def answer_to(error: ProbescoreError | SignalError | Unscorable) -> Response:
+def answer_to(error: ProbescoreError | SignalError | Unscorable | JudgeError) -> Response:
     """Returns the HTTP response to a request during whose scoring an error was raised."""
+    if isinstance(error, JudgeError):
+        logger.warning("no verdict: %s", error)
+        return answer(503, "No scores", "the judge gives no verdict", headers={"Retry-After": "1"})
     if isinstance(error, MessageTooLargeError):
         return answer(413, "More than the server takes in one call", "send fewer rollouts")
     if isinstance(error, Unscorable):
@@ -85,7 +89,8 @@ def register(app: FastAPI) -> None:
     @app.exception_handler(ProbescoreError)
     @app.exception_handler(SignalError)
     @app.exception_handler(Unscorable)
-    async def _failed(request: Request, error: ProbescoreError | SignalError | Unscorable) -> Response:
+    @app.exception_handler(JudgeError)
+    async def _failed(request: Request, error: ProbescoreError | SignalError | Unscorable | JudgeError) -> Response:
         del request
         return answer_to(error)
 

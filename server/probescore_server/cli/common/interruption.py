@@ -29,6 +29,11 @@ class Interruption:
         self._held_back = False
         self._asked = 0
 
+    @property
+    def is_asked(self) -> bool:
+        """Returns whether a signal has asked the command to end."""
+        return bool(self._asked)
+
     def ask(self, number: int, frame: FrameType | None = None) -> None:
         """Handles a signal: raises ``Interrupted`` now or after the current work. A second signal ends the process at once."""
         del frame
