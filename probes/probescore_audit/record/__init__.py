@@ -4,7 +4,7 @@ A record is a folder of JSON Lines files that are only appended to. Every proces
 write at once without locks, and whatever kills a process costs at most the line that it was writing. This package needs numpy alone.
 """
 
-from probescore_audit.record.reader import Record, read_record
+from probescore_audit.record.reader import Record, read_record, recorded_run_ids
 from probescore_audit.record.rows import (
     SCHEMA_VERSION,
     AnchorRow,
@@ -31,4 +31,5 @@ __all__ = [
     "RolloutTable",
     "RunHeader",
     "read_record",
+    "recorded_run_ids",
 ]

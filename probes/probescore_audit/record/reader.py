@@ -56,11 +56,16 @@ class Record:
 
 @dataclass(eq=False)
 class _File:
-    """Value object with the content of one file of a training run's record: the header, the rows and the number of unreadable lines."""
+    """Value object with the content of one file of a training run's record: the headers, the rows and the number of unreadable lines."""
 
-    header: RunHeader
+    headers: list[RunHeader]
     rows: list[Row]
     torn: int
+
+    @property
+    def header(self) -> RunHeader:
+        """Returns the first header, which says when the process began."""
+        return self.headers[0]
 
 
 def read_record(directory: Path | str) -> Record:
@@ -75,7 +80,7 @@ def read_record(directory: Path | str) -> Record:
         ValueError: the files are of several runs, or of a newer version of the format.
     """
     folder = Path(directory)
-    files = [file for path in sorted([*folder.glob("*.jsonl"), *folder.glob("*.jsonl.gz")]) if (file := _read_file(path)) is not None]
+    files = [file for path in _files(folder) if (file := _read_file(path)) is not None]
     if not files:
         raise FileNotFoundError(f"{folder.name}: no record; give the folder that was named as `record`")
     if len(runs := {file.header.run_id for file in files}) > 1:
@@ -107,7 +112,7 @@ def read_record(directory: Path | str) -> Record:
     known = [label for label in labels if _is_of(label, rollouts.get((label.step, label.rollout)))]
     void += len(labels) - len(known)
     return Record(
-        header=max((file.header for file in files), key=lambda header: header.started),
+        header=max((header for file in files for header in file.headers), key=lambda header: header.started),
         rollouts=tuple(sorted(rollouts.values(), key=lambda row: row.step)),
         labels=tuple(label for label in known if label.row not in retracted),
         references=tuple(references.values()),
@@ -116,6 +121,18 @@ def read_record(directory: Path | str) -> Record:
         torn_lines=sum(file.torn for file in files),
         void_rows=void,
     )
+
+
+def recorded_run_ids(directory: Path | str) -> set[str]:
+    """Returns the names of the training runs that the files in the folder of a record are of, without reading more than their first lines;
+    empty if there is none yet.
+    """
+    firsts = (next(_objects(path), None) for path in _files(Path(directory)))
+    return {str(values["run_id"]) for values in firsts if values is not None and "run_id" in values}
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted([*folder.glob("*.jsonl"), *folder.glob("*.jsonl.gz")])
 
 
 def _read_file(path: Path) -> _File | None:
@@ -137,8 +154,8 @@ def _read_file(path: Path) -> _File | None:
             continue
         if row is not None:
             rows.append(row)
-    header = next((row for row in rows if isinstance(row, RunHeader)), None)
-    return None if header is None else _File(header, rows, torn)
+    headers = [row for row in rows if isinstance(row, RunHeader)]
+    return _File(headers, rows, torn) if headers else None
 
 
 def _objects(path: Path) -> Iterator[dict[str, object] | None]:

@@ -28,11 +28,11 @@ class RecordWriter:
 
     Attributes:
         path: path of the process's file.
+        name: name of the file among those of the run.
         lost_rows: number of rows that could not be written.
 
     Raises:
         OSError: the folder or the file cannot be made.
-        ValueError: the folder is a record of another run.
     """
 
     def __init__(
@@ -40,13 +40,15 @@ class RecordWriter:
     ) -> None:
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / f"rank{header.rank:05d}-{uuid.uuid4().hex[:12]}.jsonl"
+        self.name = uuid.uuid4().hex[:12]
+        self.path = folder / f"rank{header.rank:05d}-{self.name}.jsonl"
         self.lost_rows = 0
         self._raises = on_error == "raise"
         self._keep_texts = keep_texts
         self._torn = False
+        self._header: RunHeader | None = header
         self._file: int | None = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644)
-        self.append([header])
+        self.append([])
 
     def append(self, rows: Iterable[Row]) -> None:
         """Appends rows to the process's file in a training run's record, all by one call of the operating system.
@@ -57,7 +59,10 @@ class RecordWriter:
         """
         if self._file is None:
             raise ValueError(f"{self.path.name} is closed")
-        lines = [to_line(self._without_texts(row)) for row in rows]
+        # Rows without a header could not be read: it is written with them until it is there.
+        lines = [to_line(self._without_texts(row)) for row in ([] if self._header is None else [self._header])]
+        headers = len(lines)
+        lines += [to_line(self._without_texts(row)) for row in rows]
         if not lines:
             return
         # After a line that was written in part a line's end comes first: the torn line is then the only one that cannot be read.
@@ -68,12 +73,12 @@ class RecordWriter:
                 written += os.write(self._file, data[written:])
         except OSError as error:
             self._torn = self._torn or written > 0
-            self.lost_rows += len(lines)
+            self.lost_rows += len(lines) - headers
             if self._raises:
                 raise
-            logger.error("the record lost %d rows: %s", len(lines), error.strerror)
+            logger.error("the record lost %d rows: %s", len(lines) - headers, error.strerror)
             return
-        self._torn = False
+        self._torn, self._header = False, None
 
     def close(self) -> None:
         """Closes the process's file in a training run's record. A second call does nothing."""

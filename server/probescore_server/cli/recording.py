@@ -126,7 +126,7 @@ def _scores(record: Record) -> Table:
         table.add_column(column, overflow="fold")
     described = {probe.key: probe for probe in record.header.probes}
     for (probe, reading, reduction), scores in record.table().scores.items():
-        threshold = described[probe].thresholds.get(reduction) if probe in described else None
+        threshold = described[probe].thresholds_on(reading).get(reduction) if probe in described else None
         known = scores[scores == scores]
         flagged = "" if threshold is None or not len(known) else f"{(known >= threshold).mean():.1%}"
         role = described[probe].role if probe in described else ""
