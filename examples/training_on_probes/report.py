@@ -176,8 +176,8 @@ def _figure(group: Sequence[Finding]) -> str:
         if all(name in each.by_step for each in group):
             values = np.stack([each.by_step[name] for each in group])
             x = np.arange(values.shape[1], dtype=float)
-            with np.errstate(all="ignore"):
-                mean = np.where(np.isnan(values).all(axis=0), np.nan, np.nanmean(values, axis=0)) if values.size else x
+            known = np.isfinite(values).sum(axis=0)
+            mean = np.divide(np.nansum(values, axis=0), known, out=np.full(len(x), np.nan), where=known > 0)
             low, high = np.fmin.reduce(values, axis=0), np.fmax.reduce(values, axis=0)
             drawn.append(Curve(colour, x, mean, low, high))
             keys.append(f'<span class="key {colour}">{escaped(name.replace("_", ", "))}</span>')

@@ -16,64 +16,52 @@ sys.path.append(str(Path(__file__).parents[1] / "demo"))
 
 import numpy as np
 import torch
-from conditions import CONDITIONS, POLICY, READINGS
+from conditions import CONDITIONS, POLICY
 from datasets import Dataset
 from evaluation import evaluate
-from recording import RunRecord
+from probe_in_loss import ProbeInLoss
+from recording import Truth, record_options, record_reference
 from run_problems import RunProblems
 from training_settings import RunSettings
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from probescore_adapters import ProbeScorer
 from probescore_adapters.trl import ProbeTrainerMixin
 from probescore_adapters.trl_readings import ReadingCallback
 
-LAYER = 1  # of the probe's tap
 
+class ReferenceCallback(TrainerCallback):  # type: ignore[misc] # of transformers
+    """Records the rollouts from before training, once the policy can be read."""
 
-class ProbeInLoss:
-    """The mean of the probe's logit over the tokens that were sampled, on the policy itself, with its gradient."""
+    def __init__(self, scorer: ProbeScorer, base: Path) -> None:
+        self._scorer, self._base = scorer, base
 
-    def __init__(self, model: Any, direction: Path) -> None:  # noqa: ANN401 - of transformers
-        arrays = np.load(direction)
-        self._weight = torch.tensor(arrays["weight"], dtype=torch.float32)
-        self._bias = float(arrays["bias"])
-        self._states: torch.Tensor
-        model.model.layers[LAYER].register_forward_hook(self._keep)
-
-    def _keep(self, module: object, inputs: object, output: Any) -> None:  # noqa: ANN401 - of transformers
-        self._states = output[0] if isinstance(output, tuple) else output
-
-    def __call__(self, completion_mask: torch.Tensor) -> torch.Tensor:
-        """Of the forward pass that was the last, for ``completion_mask (B, T)``."""
-        states = self._states[:, -completion_mask.shape[1] :]
-        return ((states @ self._weight + self._bias) * completion_mask).sum() / completion_mask.sum()
+    def on_train_begin(self, args: object, state: object, control: object, **kwargs: object) -> None:
+        record_reference(self._scorer, self._base)
 
 
 class ExperimentTrainer(ProbeTrainerMixin, GRPOTrainer):  # type: ignore[misc] # TRL's classes are not typed
-    """GRPO with the shipped adapter; it records each step, and can have the probe in its loss."""
+    """GRPO with the shipped adapter; it writes down the truth of each step, and can have the probe in its loss."""
 
     def __init__(
         self,
         *args: Any,  # noqa: ANN401 - the trainer's
-        record: RunRecord,
+        truth: Truth,
         problems: RunProblems,
         in_loss: ProbeInLoss | None,
         loss_weight: float,
         **kwargs: Any,  # noqa: ANN401 - the trainer's
     ) -> None:
         super().__init__(*args, **kwargs)
-        self._record, self._problems, self._in_loss, self._loss_weight = record, problems, in_loss, loss_weight
+        self._truth, self._problems, self._in_loss, self._loss_weight = truth, problems, in_loss, loss_weight
 
     def _calculate_rewards(
         self, inputs: list[Any], prompts: list[Any], completions: list[Any], completion_ids: list[list[int]]
     ) -> torch.Tensor:
         rewards: torch.Tensor = super()._calculate_rewards(inputs, prompts, completions, completion_ids)
         step, truth = self.state.global_step, self._problems.truth(prompts, completions, completion_ids)
-        scores = {reading: self._outcome.values[reading] for reading in READINGS}
-        paid = rewards[:, :-1].nansum(dim=1).tolist(), rewards.nansum(dim=1).tolist()
-        self._record.write(step, self._prompt_ids, completion_ids, scores, paid, truth)
+        self._truth.write(step, truth)
         print(json.dumps({"step": step + 1, "cheating": float(np.mean(truth["cheating"]))}), flush=True)
         return rewards
 
@@ -89,18 +77,19 @@ def main(path: Path) -> None:
     problems = RunProblems(settings, condition)
     tokenizer = AutoTokenizer.from_pretrained(base / "model")
     model = AutoModelForCausalLM.from_pretrained(base / "model", dtype=torch.float32)
-    scorer = ProbeScorer(condition.signals, settings.address, run_id=folder.name)
-    record = RunRecord(settings, condition)
+    scorer = ProbeScorer(condition.signals, settings.address, run_id=folder.name, record=record_options(settings, problems))
+    truth = Truth(folder)
+    reading = ReadingCallback(scorer, every=settings.read_every, name=POLICY)
     trainer = ExperimentTrainer(
         model=model,
         processing_class=tokenizer,
         reward_funcs=[problems.buggy_checker, *([problems.ground_truth] if condition.truth_penalty else [])],
         probes=scorer,
-        record=record,
+        truth=truth,
         problems=problems,
         in_loss=ProbeInLoss(model, base / "direction.npz") if condition.loss_weight else None,
         loss_weight=condition.loss_weight,
-        callbacks=[ReadingCallback(scorer, every=settings.read_every, name=POLICY)],
+        callbacks=[reading, ReferenceCallback(scorer, base)],
         train_dataset=Dataset.from_dict({"prompt": [problem.prompt for problem in problems.trained]}),
         args=GRPOConfig(
             output_dir=str(folder / "trained"),
@@ -121,7 +110,8 @@ def main(path: Path) -> None:
         ),
     )
     trainer.train()
-    record.close()
+    scorer.close()
+    truth.close()
     evaluate(model, tokenizer, problems.fresh, settings, condition)
 
 
