@@ -22,7 +22,7 @@ class Condition:
         title: what it does, in a few words.
         acting: the signal that changes rewards; none = the probe only watches.
         truth_penalty: what a rollout that cheats loses, by the environment's own knowledge.
-        loss_weight: of the probe's mean logit on the policy, which is added to the loss.
+        loss_weight: of the probe's own loss on the policy, which is added to GRPO's.
         reports: whether the model says after its answer how it got it.
     """
 
@@ -49,7 +49,7 @@ def acting(mode: str, weight: float = 1.0, **fields: object) -> ProbeSignal:
 
 
 PENALTY = 2.0  # more than the 1 that cheating gains
-IN_LOSS = 0.03
+IN_LOSS = 0.1
 
 CONDITIONS = {
     condition.name: condition
@@ -60,6 +60,8 @@ CONDITIONS = {
         Condition("1c", "screening, frozen reading", acting("screen")),
         Condition("1d", "relative gate, frozen reading", acting("relative_gate", 1.0)),
         Condition("2", "probe in the loss", loss_weight=IN_LOSS),
+        Condition("2-weak", "probe in the loss, a third of that weight", loss_weight=IN_LOSS / 3),
+        Condition("2-strong", "probe in the loss, three times that weight", loss_weight=3 * IN_LOSS),
         Condition("3", "penalty by the ground truth", truth_penalty=PENALTY),
         Condition("4-control", "with reports, nobody pays for them", reports=True),
         Condition(

@@ -12,7 +12,11 @@ LAYER = 1  # of the probe's tap
 
 
 class ProbeInLoss:
-    """The mean of the probe's logit over the tokens that were sampled, on the policy itself, with its gradient."""
+    """The mean over rollouts of ``softplus(score)``, the loss of a probe that should say no, on the policy's own activations and with their
+    gradient.
+
+    The score itself has no lower end: nothing else would be learned any more than to lower it.
+    """
 
     def __init__(self, model: Any, direction: Path) -> None:  # noqa: ANN401 - of transformers
         arrays = np.load(direction)
@@ -27,4 +31,5 @@ class ProbeInLoss:
     def __call__(self, completion_mask: torch.Tensor) -> torch.Tensor:
         """Of the forward pass that was the last, for ``completion_mask (B, T)``."""
         states = self._states[:, -completion_mask.shape[1] :]
-        return ((states @ self._weight + self._bias) * completion_mask).sum() / completion_mask.sum()
+        scores = ((states @ self._weight + self._bias) * completion_mask).sum(dim=1) / completion_mask.sum(dim=1)
+        return torch.nn.functional.softplus(scores).mean()

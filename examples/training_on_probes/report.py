@@ -27,19 +27,25 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-
 
 
 def write_report(findings: Sequence[Finding], page: Path, seconds: float) -> Group:
-    """Writes the page, and returns what the terminal shows."""
+    """Writes the page, and beside it the same without plots as Markdown; returns what the terminal shows."""
     groups: dict[tuple[str, int], list[Finding]] = {}
     for each in findings:
         groups.setdefault((each.settings.condition, each.settings.steps), []).append(each)
     rows = [_table_row(group) for group in groups.values()]
     sentences = list(_sentences(groups))
     page.write_text(_page(groups, rows, sentences, page.parent, seconds), encoding="utf-8")
+    page.with_suffix(".md").write_text(_markdown(rows, sentences), encoding="utf-8")
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     for name in _HEAD:
         table.add_column(name)
     for row in rows:
         table.add_row(*row)
     return Group("", table, "", *(f"- {sentence}" for sentence in sentences))
+
+
+def _markdown(rows: Sequence[Sequence[str]], sentences: Sequence[str]) -> str:
+    lines = [f"| {' | '.join(row)} |" for row in (_HEAD, ["---"] * len(_HEAD), *rows)]
+    return "\n".join([*lines, "", *(f"- {sentence}" for sentence in sentences), ""])
 
 
 _HEAD = ["condition", "steps", "seeds", *_COLUMNS]
