@@ -231,8 +231,8 @@ class RunRecorder:
         self._last_step = max(self._last_step, step)
         if step >= (planned := self._planned_steps or PLANNED_STEPS):
             self._warn_once(
-                f"record: the run is planned for {planned} steps and has more, and the audit's monitors do not watch for changes that begin "
-                "so late; give RecordOptions(planned_steps=…)"
+                f"record: the run is planned for {planned} steps and has more, and the audit's monitors do not watch for changes that "
+                "begin so late; give RecordOptions(planned_steps=…)"
             )
 
     def _writer_for(self, probes: Sequence[RecordedProbe], server: ServerFacts | None) -> RecordWriter:
@@ -252,7 +252,9 @@ class RunRecorder:
         )
         if self._writer is None:
             keeps = self.options.texts or self.options.ids
-            self._writer = RecordWriter(self._folder, header, on_error=self.options.on_error, keep_texts=keeps)
+            self._writer = RecordWriter(
+                self._folder, header, on_error=self.options.on_error, keep_texts=keeps, kept_steps=self.options.kept_steps
+            )
         elif self._header is not None and replace(header, started=self._header.started) != self._header:
             self._writer.append([header])
         self._header = header

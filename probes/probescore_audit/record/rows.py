@@ -124,6 +124,23 @@ class RolloutRow:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DetailsRow:
+    """Row of a training run's record with those fields of a rollout's row that are long, and may be deleted: its texts, token ids and
+    scores of tokens. These rows are in files of their own.
+    """
+
+    kind: ClassVar[str] = "details"
+    step: int
+    rollout: str
+    prompt_text: str | None = None
+    completion_text: str | None = None
+    prompt_ids: Sequence[int] | None = None
+    completion_ids: Sequence[int] | None = None
+    completion_pieces: Sequence[str] | None = None
+    token_scores: Mapping[str, Mapping[str, Sequence[float]]] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class LabelRow:
     """Row of a training run's record with a judgement on one rollout. Rows are never overwritten; one that is wrong is retracted by a later
     one.
@@ -230,8 +247,12 @@ class LabellerRow:
     positives_right: int
 
 
-Row = Union[RunHeader, RolloutRow, LabelRow, ReferenceRow, AnchorRow, LabellerRow]
-KINDS: Mapping[str, type[Row]] = {kind.kind: kind for kind in (RunHeader, RolloutRow, LabelRow, ReferenceRow, AnchorRow, LabellerRow)}
+Row = Union[RunHeader, RolloutRow, DetailsRow, LabelRow, ReferenceRow, AnchorRow, LabellerRow]
+KINDS: Mapping[str, type[Row]] = {
+    kind.kind: kind for kind in (RunHeader, RolloutRow, DetailsRow, LabelRow, ReferenceRow, AnchorRow, LabellerRow)
+}
+DETAILS = tuple(each.name for each in fields(DetailsRow) if each.name not in ("step", "rollout"))
+TEXTS = ("prompt_text", "completion_text", "prompt_ids", "completion_ids", "completion_pieces")
 
 # Looked up once: a run has 100,000 rows and more.
 _NAMES = {name: frozenset(each.name for each in fields(kind)) for name, kind in KINDS.items()}
