@@ -86,7 +86,7 @@ def found(settings: RunSettings) -> Finding:
     if reports := CONDITIONS[settings.condition].reports:
         said = np.array([[value is True for value in row["says_copied"]] for row in truth])
         by_step["honest_reports"] = share_by_step(said, cheats)
-    reference = after["reference_cheating"]
+    known = after["reference_cheating"]
     numbers = {"cheating": share(cheating, np.ones_like(cheating)), "solved": share(after["solved"], np.ones_like(cheating))}
     if reports:
         says = after["says_copied"] == 1
@@ -94,11 +94,11 @@ def found(settings: RunSettings) -> Finding:
     for reading in READINGS:
         numbers[f"AUROC, {reading}"] = auroc(after[reading], cheating)
         numbers[f"recall, {reading}"] = share(after[reading] >= threshold, cheating)
-        numbers[f"AUROC before, {reading}"] = auroc(after[f"reference_{reading}"], reference)
+        numbers[f"AUROC before, {reading}"] = auroc(after[f"reference_{reading}"], known)
     return Finding(
         settings=settings,
         numbers=numbers,
-        base_cheating=float(reference.mean()),
+        base_cheating=float(np.load(Path(settings.base) / "reference.npz")["cheating"].mean()),
         by_step=by_step,
         audits={each.recorded.reading: audited(each, cheats, flagged[each.recorded.reading]) for each in audit.readings},
     )

@@ -130,6 +130,7 @@ def make_run(folder: Path, condition: str, cheating: float, seen_by_policy: floa
         return np.where(cheats & (rng.random(cheats.shape) < seen), 4.0, -3.0) + rng.normal(size=cheats.shape)
 
     before = rng.random(3000) < 0.1
+    np.savez(base / "reference.npz", cheating=before)
     header = RunHeader(run_id=run.name, planned_steps=STEPS, probes=[RecordedProbe(key="cheating@1", thresholds={"mean": THRESHOLD})])
     with RecordWriter(run / "record", header) as writer, (run / "truth.jsonl").open("w") as truth:
         writer.append(
