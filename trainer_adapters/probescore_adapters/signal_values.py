@@ -100,6 +100,8 @@ class SignalValues:
         on_frozen: ``(n,)`` float64, the scores of the same rollouts on the frozen model; ``None`` unless the signal logs drift.
         decisions: for each rollout, what was decided of it by the probe and a judge, ``None`` where the probe is sure; ``None`` for a
             signal without a cascade.
+        reports: ``(n,)`` float64, what each rollout reports of itself: 1 = yes, 0 = no, NaN = nothing; only for signals of mode
+            ``agreement``.
     """
 
     bound: BoundSignal
@@ -108,6 +110,7 @@ class SignalValues:
     unmet: tuple[tuple[str, ...], ...] | None = None
     on_frozen: Floats | None = None
     decisions: tuple[CascadeDecision | None, ...] | None = None
+    reports: Floats | None = None
 
 
 @dataclass(frozen=True)
@@ -374,7 +377,10 @@ class _PendingBatch:
                 () if scores is None else tuple(each.condition for each in scores.unmet if (each.reduction, each.label) == of_threshold)
                 for scores in scored
             )
-        return SignalValues(bound, self._reduced(scored, bound), unmet=unmet, on_frozen=on_frozen)
+        reports = None
+        if bound.signal.report is not None:
+            reports = np.array([rollout.reported(bound.signal.report, bound.signal.name) for rollout in self._rollouts], np.float64)
+        return SignalValues(bound, self._reduced(scored, bound), unmet=unmet, on_frozen=on_frozen, reports=reports)
 
     def _reduced(self, scored: Sequence[ProbeScores | None], bound: BoundSignal) -> Floats:
         reduction = 0 if bound.reduction is None else self._reductions.index(bound.reduction)
