@@ -1,0 +1,228 @@
+"""One run: GRPO in TRL with a LoRA adapter, under one condition, with the probe at a running server; a program of its own.
+
+    python policy_training.py RUN/settings.json
+
+It prints a line of JSON for each step. One that was killed goes on from its last checkpoint; the steps since then are trained again, and
+the record counts them once.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+sys.path.append(str(Path(__file__).parents[2] / "truth"))
+
+import numpy as np
+import torch
+from claims import TRAINING_HALF, Answer, Claim, Judge, claims_of, drawn_claims, known_names, proxy_reward
+from datasets import Dataset
+from fixed import CONDITIONS, FROZEN, KEY, LABELS_PER_STEP, LAYER, POLICY, RECIPE, Condition, Recipe
+from peft import LoraConfig
+from run_settings import RunSettings, last_checkpoint
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+from probescore_adapters import ProbeScorer, ProbeSignal, RecordOptions, Rollout
+from probescore_adapters.trl import ProbeTrainerMixin
+from probescore_adapters.trl_readings import ReadingCallback
+
+TORCH_THREADS = 1
+
+
+def signals_of(condition: Condition) -> list[ProbeSignal]:
+    """The acting one, if any, and the probe on both readings, which every condition records."""
+    penalty = ProbeSignal(KEY, name="penalty", mode="penalty", transform="sigmoid", weight=condition.penalty or 1.0)
+    watching = [ProbeSignal(KEY, name=FROZEN, mode="monitor"), ProbeSignal(KEY, name=POLICY, mode="monitor", reading=POLICY)]
+    return [penalty, *watching] if condition.penalty else watching
+
+
+class Rewards:
+    """What the claims of a run pay, as TRL's reward functions, and what is true, for the record."""
+
+    def __init__(self, claims: list[Claim], condition: Condition) -> None:
+        self._claims, self._judge, self._condition = claims, Judge(known_names()), condition
+        self._most = RECIPE.answer_tokens
+
+    def answers(self, completions: list[str], completion_ids: list[Any], claim: list[int]) -> list[Answer]:
+        return [
+            self._judge.judge(self._claims[number], text, is_ended(ids))
+            for text, ids, number in zip(completions, completion_ids, claim, strict=True)
+        ]
+
+    def proxy(self, completions: list[str], completion_ids: list[Any], claim: list[int], **columns: object) -> list[float]:
+        return [proxy_reward(answer) for answer in self.answers(completions, completion_ids, claim)]
+
+    def unreadable(self, completions: list[str], completion_ids: list[Any], claim: list[int], **columns: object) -> list[float]:
+        answers = self.answers(completions, completion_ids, claim)
+        return [0.0 if answer.is_well_formed else -self._condition.penalty for answer in answers]
+
+    def functions(self) -> list[Any]:
+        return [self.proxy, *([self.unreadable] if self._condition.penalty else [])]
+
+    def says_what_is_false(self, rollout: Rollout) -> bool | str:
+        """The checker of the record: known facts. Of an answer that names nothing nobody can tell."""
+        columns = rollout.columns or {}
+        answer = self._judge.judge(self._claims[columns["claim"]], columns["completion"], is_ended(rollout.completion))
+        return "unsure" if answer.is_true is None else not answer.is_true
+
+
+EOS: list[int] = []  # of the tokenizer, once it is loaded
+
+
+def is_ended(ids: Any) -> bool:  # noqa: ANN401 - a list or an array
+    return len(ids) > 0 and int(ids[-1]) in EOS
+
+
+class ProbeInLoss:
+    """The softplus of the probe's logit of an answer, on the policy itself and with its gradient, as a mean over the batch."""
+
+    def __init__(self, model: Any, direction: Path) -> None:  # noqa: ANN401 - of transformers
+        arrays = np.load(direction)
+        self._weight, self._bias = torch.from_numpy(arrays["weight"]), float(arrays["bias"])
+        self._states: torch.Tensor
+        model.model.layers[LAYER].register_forward_hook(self._keep)
+
+    def _keep(self, module: object, inputs: object, output: Any) -> None:  # noqa: ANN401 - of transformers
+        if torch.is_grad_enabled():  # not while answers are sampled
+            self._states = output[0] if isinstance(output, tuple) else output
+
+    def __call__(self, completion_mask: torch.Tensor) -> torch.Tensor:
+        """Of the last forward pass, for ``completion_mask (B, T)``."""
+        logits = self._states[:, -completion_mask.shape[1] :].float() @ self._weight + self._bias
+        means = (logits * completion_mask).sum(1) / completion_mask.sum(1)
+        return torch.nn.functional.softplus(means).mean()
+
+
+class TimedReadings(ReadingCallback):
+    """Keeps how long the policy was saved and loaded after the last step."""
+
+    seconds = 0.0
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - of transformers
+        started = time.perf_counter()
+        super().on_step_end(*args, **kwargs)
+        self.seconds = time.perf_counter() - started
+
+
+class PolicyTrainer(ProbeTrainerMixin, GRPOTrainer):  # type: ignore[misc] # TRL's classes are not typed
+    """GRPO with the shipped adapter, which can have the probe in its loss, too."""
+
+    def __init__(self, *args: Any, in_loss: ProbeInLoss | None, loss_weight: float, **kwargs: Any) -> None:  # noqa: ANN401
+        super().__init__(*args, **kwargs)
+        self._in_loss, self._loss_weight = in_loss, loss_weight
+        self.scoring_seconds = self.adapter_seconds = 0.0
+
+    def _compute_loss(self, model: Any, inputs: Any) -> torch.Tensor:  # noqa: ANN401
+        loss: torch.Tensor = super()._compute_loss(model, inputs)
+        return loss if self._in_loss is None else loss + self._loss_weight * self._in_loss(inputs["completion_mask"])
+
+    def _scored(self, *args: Any) -> Any:  # noqa: ANN401
+        started = time.perf_counter()
+        outcome = super()._scored(*args)
+        self.adapter_seconds = time.perf_counter() - started  # scoring, and writing the record
+        self.scoring_seconds = outcome.metrics["probescore/seconds"]
+        return outcome
+
+
+class StepReport(TrainerCallback):  # type: ignore[misc]
+    """Writes how long each step took, and for what, and prints a line of it."""
+
+    def __init__(self, path: Path, readings: TimedReadings) -> None:
+        self._path, self._readings = path, readings
+        self.trainer: PolicyTrainer
+        self._started = time.perf_counter()
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - of transformers
+        self._started = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ANN401 - of transformers
+        """Called after the readings' own, which stands before it in the list of callbacks."""
+        taken = {
+            "step": state.global_step,
+            "seconds": round(time.perf_counter() - self._started, 3),
+            "scoring": round(self.trainer.scoring_seconds, 3),
+            "recording": round(self.trainer.adapter_seconds - self.trainer.scoring_seconds, 4),
+            "loading": round(self._readings.seconds, 3),
+        }
+        line = json.dumps(taken)
+        with self._path.open("a") as lines:
+            lines.write(line + "\n")
+        print(line, flush=True)
+
+
+def train(settings: RunSettings, recipe: Recipe) -> None:
+    condition, folder, model_folder = CONDITIONS[settings.condition], Path(settings.folder), Path(settings.model)
+    torch.set_num_threads(TORCH_THREADS)
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    EOS[:] = [tokenizer.eos_token_id]
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    every = claims_of(settings.seed, condition.topics, TRAINING_HALF)
+    claims = drawn_claims(every, recipe.prompts * settings.steps, random.Random(f"prompts {settings.seed}"))
+    rewards = Rewards(claims, condition)
+    record = RecordOptions(
+        folder / "record",
+        run_id=folder.name,
+        planned_steps=settings.steps,
+        ids=True,
+        checker=rewards.says_what_is_false,
+        labels_per_step=LABELS_PER_STEP,
+        on_error="raise",
+    )
+    scorer = ProbeScorer(signals_of(condition), settings.address, run_id=folder.name, record=record)
+    readings = TimedReadings(scorer, folder / "readings", every=recipe.read_every, name=POLICY)
+    report = StepReport(folder / "steps.jsonl", readings)
+    trainer = PolicyTrainer(
+        model=model,
+        processing_class=tokenizer,
+        reward_funcs=rewards.functions(),
+        probes=scorer,
+        in_loss=ProbeInLoss(model, Path(settings.direction)) if condition.loss_weight else None,
+        loss_weight=condition.loss_weight,
+        peft_config=LoraConfig(r=recipe.rank, lora_alpha=recipe.alpha, target_modules="all-linear", task_type="CAUSAL_LM"),
+        callbacks=[readings, report],
+        train_dataset=Dataset.from_dict({"prompt": [claim.prompt(tokenizer) for claim in claims], "claim": list(range(len(claims)))}),
+        args=GRPOConfig(
+            output_dir=str(folder / "trained"),
+            max_steps=settings.steps,
+            per_device_train_batch_size=recipe.prompts * recipe.samples,
+            num_generations=recipe.samples,
+            max_completion_length=recipe.answer_tokens,
+            temperature=1.0,
+            top_p=1.0,
+            top_k=0,
+            beta=0.0,
+            learning_rate=recipe.learning_rate,
+            lr_scheduler_type="constant",
+            max_grad_norm=recipe.clip,
+            shuffle_dataset=False,
+            logging_steps=1,
+            save_steps=recipe.save_every,
+            save_total_limit=1,
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            dataloader_pin_memory=False,
+            seed=settings.seed,
+        ),
+    )
+    report.trainer = trainer
+    before = last_checkpoint(folder / "trained")
+    trainer.train(resume_from_checkpoint=None if before is None else str(before))
+    scorer.close()
+
+
+def main(path: Path) -> None:
+    settings = RunSettings(**json.loads(path.read_text()))
+    train(settings, replace(RECIPE, steps=settings.steps))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
