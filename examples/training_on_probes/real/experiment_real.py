@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
@@ -216,6 +217,7 @@ def main() -> int:
     parser.add_argument("--probe-prompts", type=int, default=SIZES.probe_prompts, help="answered for the probe (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each with a core or two (default: %(default)s)")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what was started is ended, too
     folder: Path = options.folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
     console = Console(highlight=False, soft_wrap=True)

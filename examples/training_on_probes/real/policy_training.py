@@ -8,10 +8,13 @@ the record counts them once.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import random
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +36,7 @@ from probescore_adapters.trl import ProbeTrainerMixin
 from probescore_adapters.trl_readings import ReadingCallback
 
 TORCH_THREADS = 1
+PARTS = 4
 
 
 def signals_of(condition: Condition) -> list[ProbeSignal]:
@@ -120,7 +124,9 @@ class PolicyTrainer(ProbeTrainerMixin, GRPOTrainer):  # type: ignore[misc] # TRL
 
     def _compute_loss(self, model: Any, inputs: Any) -> torch.Tensor:  # noqa: ANN401
         loss: torch.Tensor = super()._compute_loss(model, inputs)
-        return loss if self._in_loss is None else loss + self._loss_weight * self._in_loss(inputs["completion_mask"])
+        if self._in_loss is None:
+            return loss
+        return loss + self._loss_weight * self._in_loss(inputs["completion_mask"]) / self.current_gradient_accumulation_steps
 
     def _scored(self, *args: Any) -> Any:  # noqa: ANN401
         started = time.perf_counter()
@@ -154,6 +160,14 @@ class StepReport(TrainerCallback):  # type: ignore[misc]
         with self._path.open("a") as lines:
             lines.write(line + "\n")
         print(line, flush=True)
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Waits until no other process trains this run, such as one whose starter was killed, and which ends with its next step."""
+    with (folder / "training.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def train(settings: RunSettings, recipe: Recipe) -> None:
@@ -190,7 +204,8 @@ def train(settings: RunSettings, recipe: Recipe) -> None:
         args=GRPOConfig(
             output_dir=str(folder / "trained"),
             max_steps=settings.steps,
-            per_device_train_batch_size=recipe.prompts * recipe.samples,
+            per_device_train_batch_size=recipe.samples * recipe.prompts // PARTS,  # a gradient is summed over parts, for the memory's sake
+            gradient_accumulation_steps=PARTS,
             num_generations=recipe.samples,
             max_completion_length=recipe.answer_tokens,
             temperature=1.0,
@@ -221,7 +236,8 @@ def train(settings: RunSettings, recipe: Recipe) -> None:
 
 def main(path: Path) -> None:
     settings = RunSettings(**json.loads(path.read_text()))
-    train(settings, replace(RECIPE, steps=settings.steps))
+    with alone(path.parent):
+        train(settings, replace(RECIPE, steps=settings.steps))
 
 
 if __name__ == "__main__":
