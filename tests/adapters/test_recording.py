@@ -19,6 +19,7 @@ from running_server import RunningServer
 
 from probescore import ProbeClient
 from probescore_adapters import GuardRails, Policy, ProbeScorer, ProbeSignal, RecordOptions, Rollout, SignalError, score_rollouts
+from probescore_audit import Verdict, audit_record
 from probescore_audit.record import read_record
 from probescore_audit.recorded_run import planned_by, read_run, recorded_run
 
@@ -282,7 +283,7 @@ def test_what_cannot_be_audited_is_said_once(served: RunningServer, tmp_path: Pa
         for step in range(4):
             one.score(rollouts(1, 1), step=step)
     assert caplog.text.count("mood@1 has no threshold") == 1
-    assert caplog.text.count("planned for 2 steps") == 1
+    assert caplog.text.count("planned for 2 steps and has more") == 1
 
 
 # ------------------------------------------------------------------------------------------------------------------------- labels
@@ -330,3 +331,35 @@ def test_a_checker_that_fails_says_unsure_or_ends_the_run(served: RunningServer,
 def test_the_record_needs_no_scipy() -> None:
     code = "import probescore_adapters, sys; print([name for name in ('scipy', 'torch') if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip() == "[]"
+
+
+# ------------------------------------------------------------------------------------------------------- the reference, and an audit
+
+
+def test_a_run_recorded_by_its_trainer_is_audited(served: RunningServer, tmp_path: Path) -> None:
+    """A run in which nothing changes: rollouts that the probe scores high have the behaviour."""
+    base = rollouts(100, 6)
+    values = ProbeScorer(PENALTY, served.address).score(base).values["cheating"]
+    threshold = float(np.quantile(values, 0.8))
+    signal = ProbeSignal("cheating", weight=2.0, threshold=threshold)
+    truth = {rollout.completion.tobytes(): bool(value >= threshold) for rollout, value in zip(base, values, strict=True)}  # type: ignore[union-attr]
+
+    def checker(rollout: Rollout) -> bool:
+        return truth[rollout.completion.tobytes()]  # type: ignore[union-attr]
+
+    one = scorer(served, RecordOptions(tmp_path, checker=checker, planned_steps=30), signal)
+    one.record_reference(base, [checker(rollout) for rollout in base], random=True)
+    order = np.random.default_rng(5)
+    for step in range(12):
+        prompts = order.permutation(100)[:40]
+        one.score([base[6 * prompt + number] for prompt in prompts for number in range(6)], step=step)
+    audit = audit_record(read_record(tmp_path))
+    (reading,) = audit.readings
+    assert reading.verdict is Verdict.NO_CHANGE
+    assert not reading.audit.alarms
+    assert len(audit.record.references) == 600
+    assert reading.reference.counts.positives == sum(truth[rollout.completion.tobytes()] for rollout in base)  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match="the scorer has none"):
+        scorer(served, None).record_reference(base, [True] * 600, random=True)
+    with pytest.raises(ValueError, match="positive: 1 for 600 rollouts"):
+        one.record_reference(base, [True], random=True)

@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import os
+import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -30,7 +31,7 @@ from probescore_adapters.record_options import RecordOptions
 from probescore_adapters.rollouts import Rollout
 from probescore_adapters.signal_values import BatchSignals, FurtherScores, ServerFacts
 from probescore_adapters.signals import BoundSignal, Floats, Mode, ProbeSignal
-from probescore_audit.record import RecordedProbe, RecordWriter, RolloutRow, RunHeader, recorded_run_ids
+from probescore_audit.record import RecordedProbe, RecordWriter, ReferenceRow, RolloutRow, RunHeader, recorded_run_ids
 
 # the standard library's: a trainer's process has its own way of showing logs
 logger = logging.getLogger("probescore_adapters")
@@ -38,6 +39,7 @@ logger = logging.getLogger("probescore_adapters")
 PLANNED_STEPS = 1000
 """Number of steps that a run of unknown length counts as planned for; alarms watch for changes that begin within these."""
 _MAX = Reduction.parse("max")
+_BEFORE = sys.maxsize  # in place of a step, for rollouts before training
 _OF_ROLLOUT = "rollout"  # in place of a reduction, for a probe that scores rollouts
 
 
@@ -151,7 +153,8 @@ class RunRecorder:
             try:
                 columns = [] if batch is None else _columns(batch)
                 probes = [] if server is None else [self._described(column, columns, server) for column in columns]
-                writer = self._writer_for(at, probes, server)
+                self._note_step(at)
+                writer = self._writer_for(probes, server)
                 names = [f"{writer.name[:8]}.{number}" for number in self._numbers(at, len(rollouts))]
                 rows = list(self._rows(rollouts, names, batch, outcome, columns, task_rewards, at))
                 writer.append(rows)
@@ -161,6 +164,36 @@ class RunRecorder:
                 if self.options.on_error == "raise":
                     raise
                 logger.error("step %d: %d rollouts are not in the record: %s", at, len(rollouts), error)
+
+    def record_reference(
+        self, rollouts: Sequence[Rollout], batch: BatchSignals, positive: Sequence[bool], *, server: ServerFacts, random: bool
+    ) -> None:
+        """Writes labelled rollouts of the model before training into the record, with which the audit compares the run.
+
+        Args:
+            rollouts: the ``n`` rollouts, checked.
+            batch: their scores.
+            positive: whether each of them has the behaviour.
+            server: description of the server.
+            random: whether they were drawn at random.
+
+        Raises:
+            OSError: the record cannot be written.
+        """
+        if os.getpid() != self._pid:
+            self._begin_anew()
+        with self._lock:
+            columns = _columns(batch)
+            writer = self._writer_for([self._described(column, columns, server) for column in columns], server)
+            writer.append(
+                ReferenceRow(
+                    rollout=rollout.name or f"{writer.name[:8]}.{number}",
+                    positive=bool(label),
+                    random=random,
+                    scores=_scores(batch, index, columns),
+                )
+                for index, (number, rollout, label) in enumerate(zip(self._numbers(_BEFORE, len(rollouts)), rollouts, positive))  # noqa: B905
+            )
 
     def close(self) -> None:
         """Closes this process's file of the record. A batch that is recorded later goes on in it."""
@@ -184,14 +217,12 @@ class RunRecorder:
 
     def _numbers(self, step: int, count: int) -> range:
         first = self._in_step.get(step, 0)
-        oldest = max(step, self._last_step) - self.options.late_steps
+        oldest = self._last_step - self.options.late_steps
         self._in_step = {each: number for each, number in self._in_step.items() if each >= oldest} | {step: first + count}
         return range(first, first + count)
 
-    def _writer_for(self, step: int, probes: Sequence[RecordedProbe], server: ServerFacts | None) -> RecordWriter:
-        """Returns the writer of this process's file, whose header describes these probes; a new one if training has gone back to an earlier
-        step, since what comes now takes the place of what was there.
-        """
+    def _note_step(self, step: int) -> None:
+        """Begins a new file if training has gone back to an earlier step, since what comes now takes the place of what was there."""
         if step < self._last_step - self.options.late_steps:
             logger.info("step %d: training goes on from here, and the record's rollouts of later steps count no more", step)
             self.close()
@@ -200,13 +231,16 @@ class RunRecorder:
         self._last_step = max(self._last_step, step)
         if step >= (planned := self._planned_steps or PLANNED_STEPS):
             self._warn_once(
-                f"step {step}: the record's run is planned for {planned} steps, and the audit's monitors do not watch for changes that "
-                "begin later; give RecordOptions(planned_steps=…)"
+                f"record: the run is planned for {planned} steps and has more, and the audit's monitors do not watch for changes that begin "
+                "so late; give RecordOptions(planned_steps=…)"
             )
+
+    def _writer_for(self, probes: Sequence[RecordedProbe], server: ServerFacts | None) -> RecordWriter:
+        """Returns the writer of this process's file, whose header describes these probes."""
         self._probes.update({probe.key: probe for probe in probes})
         header = RunHeader(
             run_id=self._run_id,
-            planned_steps=planned,
+            planned_steps=self._planned_steps or PLANNED_STEPS,
             model_fingerprint="" if server is None else server.info.model.fingerprint,
             tokenizer_fingerprint="" if server is None else server.info.tokenizer_fingerprint,
             probes=tuple(self._probes.values()),
@@ -227,9 +261,8 @@ class RunRecorder:
         return self._writer
 
     def _warn_once(self, problem: str) -> None:
-        what = problem.partition(":")[2]
-        if what not in self._warned:
-            self._warned.add(what)
+        if problem not in self._warned:
+            self._warned.add(problem)
             logger.warning("%s", problem)
 
     def _described(self, column: _Column, columns: Sequence[_Column], server: ServerFacts) -> RecordedProbe:
@@ -316,7 +349,7 @@ class RunRecorder:
         except Exception as error:
             if self.options.on_error == "raise":
                 raise
-            self._warn_once(f"record.redact: it failed, and the texts of such rollouts are not kept: {error}")
+            self._warn_once(f"record.redact: it failed ({error!r}), and the texts of such rollouts are not kept")
             return {}
 
 

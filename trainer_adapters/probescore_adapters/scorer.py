@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Union
+from typing import Any, Literal, TypeVar, Union
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -68,6 +68,7 @@ class ServerFactsRequest:
 
 
 Answer = Union[ServerFacts, list[StreamedCompletion]]
+Result = TypeVar("Result")
 Steps = Generator[Union[StreamRequest, ServerFactsRequest], Any, Outcome]
 
 
@@ -304,18 +305,7 @@ class ProbeScorer:
             ValueError: the record needs a step, and none is given.
             OSError: the record cannot be written, and ``RecordOptions.on_error`` is ``"raise"``.
         """
-        steps = self._steps(rollouts, task_rewards, step, texts, record)
-        try:
-            request = next(steps)
-            while True:
-                try:
-                    answer = self._answer(request)
-                except ProbescoreError as error:
-                    request = steps.throw(error)
-                else:
-                    request = steps.send(answer)
-        except StopIteration as done:
-            return _outcome(done)
+        return self._run(self._steps(rollouts, task_rewards, step, texts, record))
 
     async def score_async(
         self,
@@ -339,6 +329,31 @@ class ProbeScorer:
                     request = steps.send(answer)
         except StopIteration as done:
             return _outcome(done)
+
+    def record_reference(self, rollouts: Iterable[Rollout], positive: Sequence[bool], *, random: bool) -> None:
+        """Scores labelled rollouts of the model before training and writes them into the record, with which the audit compares the run. At
+        least 300 of each class are needed, and at least 512 that were drawn at random, better 2,048. One process of the run calls this,
+        once.
+
+        Args:
+            rollouts: the ``n`` rollouts.
+            positive: whether each of them has the behaviour, ``n`` booleans.
+            random: whether they were drawn at random, so that they say how frequent the behaviour was; false if they were chosen for their
+                label or score.
+
+        Raises:
+            ValueError: the scorer has no record, or the numbers of rollouts and labels differ.
+            ProbescoreError, SignalError, InvalidRequestError: the errors of ``score``.
+            OSError: the record cannot be written.
+        """
+        given = [rollout.checked(f"rollouts[{index}].{{}}") for index, rollout in enumerate(rollouts)]
+        if self.recorder is None:
+            raise ValueError("record: the scorer has none; give ProbeScorer(record=…)")
+        if len(given) != len(positive):
+            raise ValueError(f"positive: {len(positive)} for {len(given)} rollouts; give a label for each")
+        batch = self._run(self._batch(given, None, None))
+        assert self._server is not None  # noqa: S101 - asked for before anything is scored
+        self.recorder.record_reference(given, batch, positive, server=self._server, random=random)
 
     def load_reading(self, name: str, path: str | os.PathLike[str], step: int | None = None) -> LoadedReading:
         """Makes the servers load a LoRA adapter, or a checkpoint of the whole model, so that signals (rules from probe scores to rewards)
@@ -372,6 +387,21 @@ class ProbeScorer:
         """
         self.close()
         await self._async_client.close()
+
+    def _run(self, steps: Generator[Union[StreamRequest, ServerFactsRequest], Any, Result]) -> Result:
+        """Runs a generator of requests to the server, and returns what it returns."""
+        try:
+            request = next(steps)
+            while True:
+                try:
+                    answer = self._answer(request)
+                except ProbescoreError as error:
+                    request = steps.throw(error)
+                else:
+                    request = steps.send(answer)
+        except StopIteration as done:
+            result: Result = done.value
+            return result
 
     def _answer(self, request: StreamRequest | ServerFactsRequest) -> Answer:
         if isinstance(request, ServerFactsRequest):
