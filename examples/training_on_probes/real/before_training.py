@@ -32,17 +32,20 @@ def make_probe(folder: Path, model: Path, seed: int, prompts: int, step: Step) -
     tokenizer, claims = AutoTokenizer.from_pretrained(model), claims_of(seed, (*TOPICS, FAILING), PROBE_HALF)
     asked = drawn_claims(claims, prompts, random.Random(f"probe {seed}"))
     answers = written_answers(claims, tokenizer)
-    for claim, _, ids, said in sampled_answers(model, asked, seed, step(f"seed {seed}: sample for the probe", prompts)):
+    for claim, _, ids, said in sampled_answers(model, asked, seed, 2 * seed, step(f"seed {seed}: sample for the probe", prompts)):
         if said.is_true is not None:
             answers.append(ToldAnswer(claim, ids, f"{'true' if said.is_true else 'false'}, {SAMPLED}"))
     write_untrue_probe(folder, model, answers, step(f"seed {seed}: fit the probe", len(answers)))
 
 
 def sampled_answers(
-    model: Path, claims: Sequence[Claim], seed: int, on_done: Callable[[int], None]
+    model: Path, claims: Sequence[Claim], facts: int, seed: int, on_done: Callable[[int], None]
 ) -> list[tuple[Claim, list[int], list[int], Answer]]:
-    """Answers of the model before training, as many to each claim as in training: the claim, the ids of both, and what the answer says."""
-    tokenizer, judge = AutoTokenizer.from_pretrained(model), Judge(known_names())
+    """Answers of the model before training, as many to each claim as in training: the claim, the ids of both, and what the answer says.
+
+    ``facts`` and ``seed``: the seeds of the facts, whose names are known, and of the sampling.
+    """
+    tokenizer, judge = AutoTokenizer.from_pretrained(model), Judge(known_names(facts))
     policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     asked, end, generator = prompt_ids(claims, tokenizer), tokenizer.eos_token_id, torch.Generator().manual_seed(seed)
     sampled = sample_answers(policy, asked, RECIPE.samples, RECIPE.answer_tokens, end, generator, on_done)
@@ -59,7 +62,7 @@ def make_reference(path: Path, folder: Path, model: Path, seed: int, topics: Seq
         return
     claims = drawn_claims(claims_of(seed, topics, TRAINING_HALF), prompts, random.Random(f"reference {seed}"))
     name = f"seed {seed}: sample before training, {len(topics)} topics"
-    answers = sampled_answers(model, claims, seed + 1, step(name, prompts))
+    answers = sampled_answers(model, claims, seed, 2 * seed + 1, step(name, prompts))
     engine, on_done = Engine.load(str(model), [folder / f"{PROBE}.onnx"]), step(f"seed {seed}: score these", len(answers))
     rows = []
     for first in range(0, len(answers), RECIPE.samples):  # of one prompt

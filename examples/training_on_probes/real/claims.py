@@ -50,17 +50,20 @@ class Claim:
         return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)) + beginning.format(self.subject)
 
 
+def subject_of(topic: str, fact: Fact) -> str:
+    before, _, after = FORMS[topic][0].partition("{}")
+    return fact.stem.removeprefix(before).removesuffix(after)
+
+
 def claims_of(seed: int, topics: Sequence[str], half: int) -> list[Claim]:
     """Both claims, the true and the false one, of each fact in one half of the pairs: one half fits the probe, the other is trained on."""
     claims = []
     everything = pairs_by_topic(seed)
     for topic in topics:
-        before, _, after = FORMS[topic][0].partition("{}")
         for number, pair in enumerate(everything[topic]):
             for fact, other in (pair, pair[::-1]) if number % 2 == half else ():
-                subject = fact.stem.removeprefix(before).removesuffix(after)
                 values = fact.value, other.value
-                claims += [Claim(topic, subject, fact, *order, f"{topic} {number}") for order in (values, values[::-1])]
+                claims += [Claim(topic, subject_of(topic, fact), fact, *order, f"{topic} {number}") for order in (values, values[::-1])]
     return claims
 
 
@@ -89,13 +92,12 @@ class Answer:
     is_well_formed: bool
 
 
-def known_names() -> dict[str, list[str]]:
-    """By topic, the names that an answer may say."""
-    return {
-        topic: sorted({name for pair in pairs for fact in pair for name in (fact.value, *fact.also)})
-        for topic, pairs in pairs_by_topic().items()
-        if topic in FORMS
-    }
+def known_names(seed: int) -> dict[str, list[str]]:
+    """By topic, the names that an answer may say: the values of all its facts, and every country for a city, drawn or not."""
+    everything = pairs_by_topic(seed)
+    names = {topic: {name for pair in everything[topic] for fact in pair for name in (fact.value, *fact.also)} for topic in FORMS}
+    names["cities"] |= {subject_of(topic, fact) for topic in ("capitals", "continents") for pair in everything[topic] for fact in pair}
+    return {topic: sorted(of_topic) for topic, of_topic in names.items()}
 
 
 class Judge:

@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 sys.path.append(str(Path(__file__).parents[2] / "truth"))
@@ -53,6 +54,7 @@ class Experiment:
         self.folder, self._progress, self._steps, self._sizes = folder, progress, steps, sizes
         self.model = folder / "model"
         self.results = folder / "results.jsonl"
+        self._writing = Lock()
 
     def step(self, name: str, total: int) -> Callable[[int], None]:
         task = self._progress.add_task(name, total=total, said="")
@@ -110,7 +112,7 @@ class Experiment:
             )
         about = {"date": date.today().isoformat(), "hardware": hardware(), "versions": versions()}
         outcome = outcome_of(settings, threshold, about)
-        with self.results.open("a") as lines:
+        with self._writing, self.results.open("a") as lines:
             lines.write(json.dumps(outcome) + "\n")
         self.say(f"seed {seed}, {name}: done in {(time.monotonic() - started) / 60:.0f} minutes")
         for said in outcome["audit"]:
@@ -130,7 +132,8 @@ def serving(model: Path, probe: Path, folder: Path) -> Iterator[str]:
         socket = Path(short) / "socket"
         command = [*PROBESCORE, "serve", "--model", model, "--probes", probe, "--unix-socket", socket, "--metrics-port", "0"]
         command += ["--admin", "--readings-root", folder]
-        with ended(subprocess.Popen(command, stdout=log, stderr=log)) as process:
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+        with ended(process):
             wait_until_ready(process, f"unix:{socket}", folder)
             yield f"unix:{socket}"
 
@@ -155,11 +158,15 @@ def auditing(folder: Path) -> Iterator[None]:
         yield
 
 
+RUNNING: list[subprocess.Popen[Any]] = []
+
+
 @contextmanager
-def ended(process: subprocess.Popen[bytes]) -> Iterator[subprocess.Popen[bytes]]:
-    """Gives a process, and ends it in the end."""
+def ended(process: subprocess.Popen[Any]) -> Iterator[None]:
+    """Ends a process in the end."""
+    RUNNING.append(process)
     try:
-        yield process
+        yield
     finally:
         process.terminate()
         try:
@@ -167,26 +174,35 @@ def ended(process: subprocess.Popen[bytes]) -> Iterator[subprocess.Popen[bytes]]
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+        RUNNING.remove(process)
+
+
+def end_with(pool: ThreadPoolExecutor) -> None:
+    """Has Ctrl-C and SIGTERM end whatever runs, and begin nothing more. A run that is ended so goes on with the next start."""
+
+    def end(*_: object) -> None:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in list(RUNNING):
+            process.terminate()
+        sys.exit(130)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, end)
 
 
 def training(folder: Path, on_step: Callable[[dict[str, Any]], None]) -> None:
     """Trains in a process of its own; what it says is kept in ``training.log``."""
     last: deque[str] = deque(maxlen=KEPT_LINES)
     command = [sys.executable, str(TRAINING), str(folder / "settings.json")]
-    with (
-        (folder / "training.log").open("a") as log,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process,
-    ):
-        try:
-            for line in process.stdout or ():
-                if line.startswith('{"step"'):
-                    on_step(json.loads(line))
-                else:
-                    last.append(line)
-                    log.write(line)
-        except BaseException:
-            process.kill()
-            raise
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    with ended(process), (folder / "training.log").open("a") as log:
+        for line in process.stdout or ():
+            if line.startswith('{"step"'):
+                on_step(json.loads(line))
+            else:
+                last.append(line)
+                log.write(line)
+        process.wait()
     if process.returncode:
         raise RuntimeError(f"training ended with exit code {process.returncode}:\n{''.join(last)}")
 
@@ -217,7 +233,6 @@ def main() -> int:
     parser.add_argument("--probe-prompts", type=int, default=SIZES.probe_prompts, help="answered for the probe (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each with a core or two (default: %(default)s)")
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what was started is ended, too
     folder: Path = options.folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
     console = Console(highlight=False, soft_wrap=True)
@@ -233,6 +248,7 @@ def main() -> int:
         for seed in options.seeds:  # one seed after the other, so that whoever stops early has whole seeds
             experiment.prepare_seed(seed, options.conditions)
             with ThreadPoolExecutor(options.jobs) as pool:
+                end_with(pool)
                 for _ in pool.map(experiment.run, [seed] * len(options.conditions), options.conditions):
                     pass
             text = tables(experiment.outcomes(), experiment.probes())

@@ -46,7 +46,7 @@ class Judged:
 
 def judged_rollouts(settings: RunSettings, record: Record) -> list[Judged]:
     """The record's rollouts beside the truth, which neither the trainer nor the audit is told."""
-    tokenizer, judge = AutoTokenizer.from_pretrained(settings.model), Judge(known_names())
+    tokenizer, judge = AutoTokenizer.from_pretrained(settings.model), Judge(known_names(settings.seed))
     every = claims_of(settings.seed, CONDITIONS[settings.condition].topics, TRAINING_HALF)
     drawn = drawn_claims(every, RECIPE.prompts * settings.steps, random.Random(f"prompts {settings.seed}"))
     by_prompt = {tuple(tokenizer(claim.prompt(tokenizer), add_special_tokens=False)["input_ids"]): claim for claim in drawn}

@@ -32,6 +32,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from probescore_adapters import ProbeScorer, ProbeSignal, RecordOptions, Rollout
+from probescore_adapters.recording import RunRecorder
 from probescore_adapters.trl import ProbeTrainerMixin
 from probescore_adapters.trl_readings import ReadingCallback
 
@@ -49,9 +50,8 @@ def signals_of(condition: Condition) -> list[ProbeSignal]:
 class Rewards:
     """What the claims of a run pay, as TRL's reward functions, and what is true, for the record."""
 
-    def __init__(self, claims: list[Claim], condition: Condition) -> None:
-        self._claims, self._judge, self._condition = claims, Judge(known_names()), condition
-        self._most = RECIPE.answer_tokens
+    def __init__(self, claims: list[Claim], judge: Judge, condition: Condition) -> None:
+        self._claims, self._judge, self._condition = claims, judge, condition
 
     def answers(self, completions: list[str], completion_ids: list[Any], claim: list[int]) -> list[Answer]:
         return [
@@ -114,13 +114,24 @@ class TimedReadings(ReadingCallback):
         self.seconds = time.perf_counter() - started
 
 
+class TimedRecorder(RunRecorder):
+    """Keeps how long the last batch's rows and labels took."""
+
+    seconds = 0.0
+
+    def record(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - the scorer's
+        started = time.perf_counter()
+        super().record(*args, **kwargs)
+        self.seconds = time.perf_counter() - started
+
+
 class PolicyTrainer(ProbeTrainerMixin, GRPOTrainer):  # type: ignore[misc] # TRL's classes are not typed
     """GRPO with the shipped adapter, which can have the probe in its loss, too."""
 
     def __init__(self, *args: Any, in_loss: ProbeInLoss | None, loss_weight: float, **kwargs: Any) -> None:  # noqa: ANN401
         super().__init__(*args, **kwargs)
         self._in_loss, self._loss_weight = in_loss, loss_weight
-        self.scoring_seconds = self.adapter_seconds = 0.0
+        self.adapter_seconds = 0.0  # of the last step: scores, rewards, record, labels
 
     def _compute_loss(self, model: Any, inputs: Any) -> torch.Tensor:  # noqa: ANN401
         loss: torch.Tensor = super()._compute_loss(model, inputs)
@@ -131,16 +142,15 @@ class PolicyTrainer(ProbeTrainerMixin, GRPOTrainer):  # type: ignore[misc] # TRL
     def _scored(self, *args: Any) -> Any:  # noqa: ANN401
         started = time.perf_counter()
         outcome = super()._scored(*args)
-        self.adapter_seconds = time.perf_counter() - started  # scoring, and writing the record
-        self.scoring_seconds = outcome.metrics["probescore/seconds"]
+        self.adapter_seconds = time.perf_counter() - started
         return outcome
 
 
 class StepReport(TrainerCallback):  # type: ignore[misc]
     """Writes how long each step took, and for what, and prints a line of it."""
 
-    def __init__(self, path: Path, readings: TimedReadings) -> None:
-        self._path, self._readings = path, readings
+    def __init__(self, path: Path, readings: TimedReadings, recorder: TimedRecorder) -> None:
+        self._path, self._readings, self._recorder = path, readings, recorder
         self.trainer: PolicyTrainer
         self._started = time.perf_counter()
 
@@ -152,8 +162,8 @@ class StepReport(TrainerCallback):  # type: ignore[misc]
         taken = {
             "step": state.global_step,
             "seconds": round(time.perf_counter() - self._started, 3),
-            "scoring": round(self.trainer.scoring_seconds, 3),
-            "recording": round(self.trainer.adapter_seconds - self.trainer.scoring_seconds, 4),
+            "scoring": round(self.trainer.adapter_seconds - self._recorder.seconds, 3),
+            "recording": round(self._recorder.seconds, 4),
             "loading": round(self._readings.seconds, 3),
         }
         line = json.dumps(taken)
@@ -178,7 +188,7 @@ def train(settings: RunSettings, recipe: Recipe) -> None:
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     every = claims_of(settings.seed, condition.topics, TRAINING_HALF)
     claims = drawn_claims(every, recipe.prompts * settings.steps, random.Random(f"prompts {settings.seed}"))
-    rewards = Rewards(claims, condition)
+    rewards = Rewards(claims, Judge(known_names(settings.seed)), condition)
     record = RecordOptions(
         folder / "record",
         run_id=folder.name,
@@ -188,9 +198,10 @@ def train(settings: RunSettings, recipe: Recipe) -> None:
         labels_per_step=LABELS_PER_STEP,
         on_error="raise",
     )
-    scorer = ProbeScorer(signals_of(condition), settings.address, run_id=folder.name, record=record)
+    scorer = ProbeScorer(signals_of(condition), settings.address, run_id=folder.name)
+    scorer.recorder = recorder = TimedRecorder(record, scorer.signals)  # what record=record would make, with a clock
     readings = TimedReadings(scorer, folder / "readings", every=recipe.read_every, name=POLICY)
-    report = StepReport(folder / "steps.jsonl", readings)
+    report = StepReport(folder / "steps.jsonl", readings, recorder)
     trainer = PolicyTrainer(
         model=model,
         processing_class=tokenizer,
