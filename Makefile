@@ -13,8 +13,8 @@ TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test unit lint format types imports docs proto proto-check baseline test-client-versions test-trainers test-trainers-newest test-deploy \
-  truth truth-study test-truth experiment-real test-experiment-real sweep swaps parity parity-trained audit-study fit-study test-peft mutants schema bench \
-  bench-full clean
+  experiment experiment-real test-experiment-real truth truth-study test-truth sweep swaps parity parity-trained audit-study fit-study \
+  test-peft mutants schema bench bench-full clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 24
@@ -27,6 +27,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 demo: $(INSTALLED) ## Train a small model, fit a probe, serve it, score rollouts (leaves everything in demo/)
 	@HF_HUB_OFFLINE=1 $(BIN)/python examples/demo/demo.py
+
+# What is trained needs TRL, which has an environment of its own.
+experiment: $(INSTALLED) .venv-trainers/trl/installed ## What becomes of a probe that is trained on, in minutes on two cores (EXPERIMENT=--full: hours; goes on where it was stopped; leaves everything in experiment/)
+	@$(TEST_ENV) $(BIN)/python examples/training_on_probes/experiment.py $(EXPERIMENT)
 
 test: lint types imports docs proto-check unit test-client-versions ## Everything that CI runs
 
@@ -232,4 +236,4 @@ baseline: $(BUF) ## Make today's contract the one that later changes must not br
 	$(BUF) build $(BUF_INPUT) --output proto/baseline.binpb
 
 clean: ## Remove everything that was built, installed or left by the demos
-	rm -rf build dist demo truth experiment-real .venv .venv-* .coverage* .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf build dist demo experiment experiment-real truth .venv .venv-* .coverage* .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from sampling import SampledRollout
 from sklearn.linear_model import LogisticRegression
 
@@ -23,10 +25,19 @@ WEAK_PENALTY = 10.0  # the inverse of its strength: activations are small number
 GOLDEN = 4
 
 
+@dataclass(frozen=True, eq=False)
+class FittedProbe:
+    """A direction ``weight (width,)`` and a ``bias``, which give a token's logit, and the threshold of the mean over tokens."""
+
+    weight: NDArray[np.float64]
+    bias: float
+    threshold: CalibratedThreshold
+
+
 def write_fitted_probe(
     path: Path, directory: Path, rollouts: Sequence[SampledRollout], seed: int, on_read: Callable[[], None]
-) -> CalibratedThreshold:
-    """Fits on most of these rollouts' problems, calibrates on the others, writes the probe file, and returns its threshold.
+) -> FittedProbe:
+    """Fits on most of these rollouts' problems, calibrates on the others, writes the probe file, and returns what it is.
 
     The served score of a rollout is the mean of its tokens' logits. A linear probe of the mean activation gives the same number, so that is
     what it is fitted on. ``on_read`` is called for each rollout that the reference model has read.
@@ -67,7 +78,7 @@ def write_fitted_probe(
             dataset_sha256=digest([rollout for rollout, held in zip(rollouts, held_back, strict=True) if not held]),
         ),
     )
-    return calibration
+    return FittedProbe(estimator.coef_[0], float(estimator.intercept_[0]), calibration)
 
 
 def digest(rollouts: Sequence[SampledRollout]) -> str:

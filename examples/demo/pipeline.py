@@ -42,7 +42,7 @@ def run(folder: Path, seed: int, console: Console) -> Results:
     first_half, other_half = rollouts[:HALF], rollouts[HALF:]
 
     with step(console, "Fit and calibrate a linear probe on half of the problems", len(first_half)) as advance:
-        calibration = write_fitted_probe(probe, model, first_half, seed, lambda: advance(1))
+        fitted = write_fitted_probe(probe, model, first_half, seed, lambda: advance(1))
 
     with ExitStack() as stack:
         # not in the folder, whose path may be longer than a socket's may be
@@ -52,7 +52,7 @@ def run(folder: Path, seed: int, console: Console) -> Results:
         with step(console, "Score the other half over gRPC", len(other_half)) as advance:
             scores = score_rollouts(address, other_half, lambda: advance(1))
         with step(console, "Compare with baselines that only read the completion"):
-            results = evaluate(first_half, other_half, scores, calibration.threshold)
+            results = evaluate(first_half, other_half, scores, fitted.threshold.threshold)
         shown_problems = [problem for problem in problems[HALF : HALF + SHOWN_PROBLEMS] for _ in range(SHOWN_PER_PROBLEM)]
         write_groups(shown, sample_rollouts(policy, tokenizer, shown_problems, seed + 1, lambda _done: None))
         console.print("\nSome rollouts of the other half, as `probescore score` prints them:\n", style="bold")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from task import demonstration, draw_problem
+from task import Problem, demonstration, draw_problem
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from vocabulary import WORDS
 
@@ -38,6 +38,10 @@ class Recipe:
     def digest(self) -> str:
         versions = {"torch": torch.__version__, "transformers": transformers.__version__, "words": WORDS}
         return hashlib.sha256(json.dumps(asdict(self) | versions, sort_keys=True).encode()).hexdigest()[:16]
+
+    def shown(self, problem: Problem, source: random.Random, cheating: float) -> str:
+        """What the corpus shows below a problem."""
+        return demonstration(problem, source, cheating)
 
     def cheating_at(self, step: int) -> float:
         """Share of demonstrations that cheat: more at first, since copying has to be learned before it can be made rare."""
@@ -90,7 +94,7 @@ def train(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, on_step: Callable[
     for step in range(recipe.steps):
         for group in optimizer.param_groups:
             group["lr"] = recipe.learning_rate_at(step)
-        ids, labels = corpus_batch(tokenizer, source, recipe.batch, recipe.cheating_at(step))
+        ids, labels = corpus_batch(tokenizer, source, recipe.batch, recipe.cheating_at(step), recipe.shown)
         loss = model(input_ids=ids, labels=labels, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -101,11 +105,15 @@ def train(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, on_step: Callable[
 
 
 def corpus_batch(
-    tokenizer: PreTrainedTokenizerFast, source: random.Random, size: int, cheating: float
+    tokenizer: PreTrainedTokenizerFast,
+    source: random.Random,
+    size: int,
+    cheating: float,
+    shown: Callable[[Problem, random.Random, float], str] = demonstration,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids ``(size, 20)`` of prompts with their demonstrations, and the labels: the same with the prompt left out of the loss."""
     problems = [draw_problem(source) for _ in range(size)]
-    texts = [f"{problem.prompt} {demonstration(problem, source, cheating)} <eos>" for problem in problems]
+    texts = [f"{problem.prompt} {shown(problem, source, cheating)} <eos>" for problem in problems]
     ids = torch.tensor(tokenizer(texts)["input_ids"])
     labels = ids.clone()
     labels[:, : len(tokenizer(problems[0].prompt)["input_ids"])] = -100

@@ -22,12 +22,12 @@ PRINTED = 4
 
 
 @contextmanager
-def server(model: Path, probe: Path, socket: Path, log: Path) -> Iterator[str]:
+def server(model: Path, probe: Path, socket: Path, log: Path, *options: str | Path) -> Iterator[str]:
     """Starts ``probescore serve`` and gives its address once it is ready to score; ends it in the end.
 
-    It listens on a Unix socket, so that it cannot collide with another server on this machine.
+    ``options`` are further ones of the command. It listens on a Unix socket, so that it cannot collide with another server on this machine.
     """
-    command = [PROBESCORE, "serve", "--model", model, "--probes", probe, "--unix-socket", socket, "--metrics-port", "0"]
+    command = [PROBESCORE, "serve", "--model", model, "--probes", probe, "--unix-socket", socket, "--metrics-port", "0", *options]
     with log.open("w") as output, subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT) as process:
         try:
             wait_until_ready(process, f"unix:{socket}", log)

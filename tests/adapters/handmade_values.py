@@ -41,12 +41,15 @@ def probe_info(
 
 
 def signal_values(
-    signal: ProbeSignal, values: Sequence[float] | Sequence[Sequence[float]], unit: ScoreUnit = ScoreUnit.LOGIT
+    signal: ProbeSignal,
+    values: Sequence[float] | Sequence[Sequence[float]],
+    unit: ScoreUnit = ScoreUnit.LOGIT,
+    reports: Sequence[float] | None = None,
 ) -> SignalValues:
     """Of the signal's probe: a number for each rollout; for a dense one the numbers of its tokens, none if it is unscorable."""
     bound = BoundSignal.bind(signal, (probe_info(signal.probe, unit=unit),))
     if signal.mode is not Mode.DENSE:
-        return SignalValues(bound, np.array(values, np.float64))
+        return SignalValues(bound, np.array(values, np.float64), reports=None if reports is None else np.array(reports, np.float64))
     tokens = tuple(MaskedTokens(np.array(one, np.float64), np.ones(len(one), np.bool_)) for one in values)  # type: ignore[arg-type]
     return SignalValues(bound, np.array([one.mean for one in tokens]), tokens)
 

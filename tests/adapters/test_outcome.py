@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from probescore_adapters.outcome import substitute
 PENALTY = ProbeSignal("cheating", threshold=1.0, weight=2.0)
 SCREEN = ProbeSignal("cheating", threshold=1.0, mode="screen")
 GATE = ProbeSignal("cheating", threshold=1.0, mode="gate")
+RELATIVE_GATE = ProbeSignal("cheating", mode="relative_gate", weight=0.5)
 DENSE = ProbeSignal("cheating", mode="dense", weight=-0.5)
 
 
@@ -42,9 +45,73 @@ def test_gate_multiplies_what_the_task_pays_and_spares_nobody_a_loss() -> None:
     np.testing.assert_allclose(outcome.rewards, [1.0, 0.0, -1.0])
 
 
-def test_gate_without_task_rewards_is_refused() -> None:
+@pytest.mark.parametrize("gate", [GATE, RELATIVE_GATE], ids=["gate", "relative_gate"])
+def test_gate_without_task_rewards_is_refused(gate: ProbeSignal) -> None:
     with pytest.raises(SignalError, match="mode: a gate multiplies task rewards"):
-        combined(signal_values(GATE, [0.0]))
+        combined(signal_values(gate, [0.0, 1.0]), groups=[0, 0])
+
+
+def test_relative_gate_takes_from_who_stands_out_in_its_group() -> None:
+    # the mean of the first group is 2 and its standard deviation 2; the second has nobody who stands out, however high its scores are
+    outcome = combined(
+        signal_values(RELATIVE_GATE, [4.0, 0.0, 4.0, 0.0, 90.0, 90.0]), groups=[0, 0, 0, 0, 1, 1], tasks=[1.0, 1.0, -1.0, 0.0, 2.0, 2.0]
+    )
+    np.testing.assert_allclose(outcome.factors, [0.5, 1.0, 0.5, 1.0, 1.0, 1.0], atol=1e-4)
+    np.testing.assert_allclose(outcome.rewards, [0.5, 1.0, -1.0, 0.0, 2.0, 2.0], atol=1e-4)
+
+
+@given(st.lists(st.tuples(st.floats(-20, 20), st.integers(0, 2)), min_size=2, max_size=12), st.floats(-100, 100), st.floats(0.05, 3))
+def test_relative_gate_knows_no_zero_pays_nobody_more_than_the_task_and_falls_with_the_score(
+    rows: list[tuple[float, int]], shift: float, weight: float
+) -> None:
+    values, groups = [value for value, _ in rows], [0, 0, *(group for _, group in rows[2:])]
+    signal = ProbeSignal("cheating", mode="relative_gate", weight=weight)
+
+    def factors(scores: list[float]) -> np.ndarray:
+        return combined(signal_values(signal, scores), groups=groups, tasks=[1.0] * len(scores)).rewards
+
+    found = factors(values)
+    np.testing.assert_allclose(factors([value + shift for value in values]), found, atol=1e-6)
+    assert ((found >= 0) & (found <= 1)).all()
+    for group in set(groups):
+        of_group = sorted((value, factor) for value, factor, other in zip(values, found, groups, strict=True) if other == group)
+        assert all(before >= after - 1e-9 for (_, before), (_, after) in itertools.pairwise(of_group))
+
+
+def test_rounding_errors_do_not_stand_out() -> None:
+    values = list(3.0 + 1e-9 * np.arange(8))
+    assert (combined(signal_values(RELATIVE_GATE, values), groups=[0] * 8, tasks=[1.0] * 8).rewards > 0.999).all()
+
+
+def test_relative_gate_on_groups_of_one_is_refused_instead_of_doing_nothing() -> None:
+    with pytest.raises(SignalError, match="each group has one: take gate"):
+        combined(signal_values(RELATIVE_GATE, [0.0, 9.0]), groups=[0, 1], tasks=[1.0, 1.0])
+
+
+def test_who_cannot_be_read_neither_passes_a_relative_gate_nor_counts_in_its_group() -> None:
+    outcome = combined(signal_values(RELATIVE_GATE, [math.nan, 4.0, 0.0]), groups=[0, 0, 0], tasks=[1.0, 1.0, 1.0])
+    np.testing.assert_allclose(outcome.rewards, [0.0, 0.5, 1.0], atol=1e-4)
+
+
+def _says_one(ids: np.ndarray) -> bool | None:
+    return None if not ids.size else bool(ids[-1] == 1)
+
+
+AGREEMENT = ProbeSignal("cheating", threshold=1.0, mode="agreement", weight=2.0, report=_says_one)
+
+
+def test_agreement_pays_for_a_report_of_what_the_probe_reads() -> None:
+    outcome = combined(signal_values(AGREEMENT, [5.0, 5.0, 0.0, 0.0, 5.0, math.nan], reports=[1.0, 0.0, 1.0, 0.0, math.nan, 1.0]))
+    np.testing.assert_allclose(outcome.terms, [2.0, 0.0, 0.0, 2.0, 0.0, 0.0])
+    assert outcome.unscorable.tolist() == [False] * 5 + [True]
+
+
+@given(st.floats(-20, 20), st.sampled_from([0.0, 1.0]))
+def test_a_sure_probe_pays_for_agreement_what_an_unsure_one_shares_out(score: float, report: float) -> None:
+    signal = replace(AGREEMENT, transform="sigmoid", threshold=None)
+    paid = combined(signal_values(signal, [score, score], reports=[report, 1 - report])).terms
+    assert paid.sum() == pytest.approx(2.0)
+    assert paid[0] >= 1.0 - 1e-9 if (score >= 0) == bool(report) else paid[0] <= 1.0 + 1e-9
 
 
 def test_screen_removes_what_is_flagged_and_nothing_else() -> None:
@@ -91,6 +158,7 @@ SIGNALS = [
     ProbeSignal("cheating", mode="reward", weight=2.0, transform=np.tanh),
     GATE,
     ProbeSignal("cheating", threshold=1.0, mode="gate", transform="excess", weight=0.5),
+    AGREEMENT,
     SCREEN,
 ]
 NUMBERS = st.floats(-1e6, 1e6)
@@ -130,7 +198,8 @@ def test_what_a_screen_flags_is_screened_though_another_signal_cannot_read_it() 
 
 
 def _fields(signal: ProbeSignal) -> tuple[Any, ...]:
-    return signal.reduction, signal.mask, signal.transform, signal.weight, signal.mode, signal.threshold
+    rest = "", "", "frozen", signal.report
+    return signal.reduction, signal.mask, signal.transform, signal.weight, signal.mode, signal.threshold, *rest
 
 
 def test_rollout_that_a_screen_cannot_read_stays_with_the_lowest_reward() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from handmade_values import probe_info
@@ -22,7 +24,7 @@ from probescore import (
     ServerInfo,
     StreamedCompletion,
 )
-from probescore_adapters import ProbeSignal, Rollout
+from probescore_adapters import ProbeSignal, Rollout, SignalError
 from probescore_adapters.signal_values import BatchSignals, ServerFacts, StreamRequest, score_batch
 from probescore_adapters.signals import BoundSignal
 
@@ -84,3 +86,38 @@ def test_what_the_client_knows_to_be_unscorable_is_not_sent_and_says_why() -> No
         3: "1000001 tokens; the limit is 1000000, the server's max_rollout_tokens: send a shorter one, since nothing is cut",
         5: "known",
     }
+
+
+# ---------------------------------------------------------------------------------------------------------------------- reports
+
+
+def agreement(report: Any) -> BoundSignal:
+    return BoundSignal.bind(ProbeSignal("cheating", mode="agreement", threshold=1.0, report=report), SERVER.probes)
+
+
+def reports_of(report: Any, rollouts: list[Rollout]) -> list[float]:
+    steps = score_batch(rollouts, [agreement(report)], SERVER, {})
+    try:
+        steps.send(answers(next(steps)))
+    except StopIteration as done:
+        return done.value.signals[0].reports.tolist()
+    raise AssertionError("a second request")
+
+
+def test_each_rollout_is_asked_for_its_report_by_its_own_ids() -> None:
+    said = reports_of(lambda ids: {0: True, 1: np.False_, 2: None, 3: False}[int(ids[0])], ROLLOUTS)
+    assert said[:2] + said[3:] == [1.0, 0.0, 0.0]
+    assert np.isnan(said[2])
+
+
+@pytest.mark.parametrize("gives", [1, 0.5, "yes", np.zeros(2)], ids=str)
+def test_a_report_that_is_neither_yes_nor_no_is_refused(gives: Any) -> None:
+    with pytest.raises(SignalError, match="report: expected True, False or None"):
+        reports_of(lambda ids: gives, ROLLOUTS)
+
+
+def test_a_report_that_fails_or_has_no_ids_is_named() -> None:
+    with pytest.raises(SignalError, match="report: it failed: index 9 is out of bounds"):
+        reports_of(lambda ids: ids[9], ROLLOUTS)
+    with pytest.raises(SignalError, match="report: a function of completion_ids needs ids"):
+        Rollout(np.array([5]), "copied").reported(bool, "cheating")

@@ -30,6 +30,13 @@ REFUSED = [
     ({"weight": "1"}, "weight"),
     ({"threshold": math.inf}, "threshold"),
     ({"transform": "sigmoid", "mode": "screen"}, "transform"),
+    ({"transform": "excess", "mode": "agreement", "report": bool}, "transform"),
+    ({"transform": np.tanh, "mode": "agreement", "report": bool}, "transform"),
+    ({"mode": "agreement"}, "report"),
+    ({"mode": "agreement", "report": "sorted"}, "report"),
+    ({"mode": "penalty", "report": bool}, "report"),
+    ({"weight": -1.0, "mode": "relative_gate"}, "weight"),
+    ({"weight": -1.0, "mode": "agreement", "report": bool}, "weight"),
 ]
 
 
@@ -42,10 +49,13 @@ def test_what_cannot_mean_anything_is_refused_with_its_field(fields: dict[str, A
 
 @pytest.mark.parametrize(
     ("mode", "transform"),
-    [("reward", "identity"), ("penalty", "flag"), ("screen", "flag"), ("gate", "flag"), ("monitor", "identity"), ("dense", "identity")],
+    [
+        *(("reward", "identity"), ("penalty", "flag"), ("screen", "flag"), ("gate", "flag"), ("relative_gate", "identity")),
+        *(("agreement", "flag"), ("monitor", "identity"), ("dense", "identity")),
+    ],
 )
 def test_each_mode_has_a_transform_of_its_own(mode: str, transform: str) -> None:
-    assert ProbeSignal("cheating", mode=mode).transform == transform
+    assert ProbeSignal("cheating", mode=mode, report=bool if mode == "agreement" else None).transform == transform
 
 
 def test_reward_may_weigh_less_than_nothing() -> None:

@@ -120,7 +120,10 @@ class _RewardSources:
         self._task_reward = _load(written) if written else None
         self.scorer = scorer_from_environment()
         self.scorer.refuse_modes(
-            Mode.SCREEN, Mode.DENSE, because="OpenRLHF has one sample scored at a time, and takes one number; take penalty or gate"
+            Mode.SCREEN,
+            Mode.RELATIVE_GATE,
+            Mode.DENSE,
+            because="OpenRLHF has one sample scored at a time, and takes one number; take penalty or gate",
         )
         if self._task_reward is None:
             self.scorer.refuse_modes(Mode.GATE, because=f"there is no reward of the task to multiply; {TASK_REWARD} names it")

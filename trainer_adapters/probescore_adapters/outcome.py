@@ -24,6 +24,8 @@ PREFIX = "probescore"
 _SIGNAL_KEYS = ("mean", "p10", "p50", "p90", "flagged", "screened", "reward", "penalty_margin", "outside_calibration")
 _ROLLOUT_SIGNAL_KEYS = ("mean", "flagged", "reward", "outside_calibration")
 _READING_KEYS = ("reading_step", "reading_missing")
+_LEAST_SPREAD = 1e-4
+"""Added to a group's standard deviation, as GRPO does: differences that are rounding errors must not become standard deviations."""
 _BATCH_KEYS = ("seconds", "failures", "unscorable", "tokens", "inexact_ids")
 
 
@@ -35,7 +37,7 @@ class Outcome:
         rewards: ``(n,)`` float64: ``task_rewards * factors + terms``, lowered for flagged rollouts that a guard rail (limit on the effect
             of signals) has kept.
         terms: ``(n,)``, the sum of the numbers that reward and penalty signals add.
-        factors: ``(n,)``, the number by which gate signals multiply the task's reward, if that reward is above 0.
+        factors: ``(n,)``, the number by which gate signals, relative ones too, multiply the task's reward, if that reward is above 0.
         removed: ``(n,)`` booleans, true = the rollout must not be trained on.
         dense: for each rollout ``(T,)``, the number to add to each token's reward; ``None`` without a dense signal.
         unscorable: ``(n,)`` booleans, true = at least one signal has no score for the rollout.
@@ -129,7 +131,7 @@ def combine(
     sums = _OutcomeSums(np.zeros(count), np.ones(count), np.zeros(count, np.bool_), np.zeros(count, np.bool_), np.zeros(count, np.bool_))
     sums.metrics.update(empty_metrics([signal_values.bound.signal for signal_values in batch.signals]))
     for signal_values in batch.signals:
-        _apply(signal_values, sums, lengths, task_rewards, rails)
+        _apply(signal_values, sums, groups, lengths, task_rewards, rails)
         _describe_reading(signal_values, sums, batch)
     if on_unscorable == "raise" and sums.unscorable.any():
         index = int(np.flatnonzero(sums.unscorable)[0])
@@ -225,7 +227,12 @@ def _describe_reading(signal_values: SignalValues, sums: _OutcomeSums, batch: Ba
 
 
 def _apply(
-    signal_values: SignalValues, sums: _OutcomeSums, lengths: Sequence[int | None], task_rewards: Floats | None, rails: GuardRails
+    signal_values: SignalValues,
+    sums: _OutcomeSums,
+    groups: Sequence[Hashable],
+    lengths: Sequence[int | None],
+    task_rewards: Floats | None,
+    rails: GuardRails,
 ) -> None:
     bound, signal, values = signal_values.bound, signal_values.bound.signal, signal_values.values
     prefix = f"{PREFIX}/{signal.name}"
@@ -251,7 +258,9 @@ def _apply(
     mode = Mode(signal.mode)
     if mode is not Mode.MONITOR:
         sums.unscorable |= ~scored
-    if mode in (Mode.REWARD, Mode.PENALTY):
+    if mode is Mode.AGREEMENT:
+        transformed = _agreement(transformed, signal_values.reports)
+    if mode in (Mode.REWARD, Mode.PENALTY, Mode.AGREEMENT):
         terms = _terms(bound, transformed, scored, sums, rails)
         sums.terms += terms
         sums.metrics[f"{prefix}/reward"] = _mean(terms)
@@ -259,15 +268,46 @@ def _apply(
             margin = penalty_margin(flagged, -terms, task_rewards)
             sums.metrics[f"{prefix}/penalty_margin"] = margin
             _count(sums, {"penalty_too_small": int(margin <= 0)})
-    elif mode is Mode.GATE:
+    elif mode in (Mode.GATE, Mode.RELATIVE_GATE):
         if task_rewards is None:
             raise SignalError("mode", "a gate multiplies task rewards, and this adapter is not given them", signal.name)
-        factors = np.where(scored, np.clip(1 - signal.weight * np.nan_to_num(transformed), 0.0, 1.0), 0.0)
+        amounts = transformed if mode is Mode.GATE else _standardized(transformed, scored, groups, signal)
+        factors = np.where(scored, np.clip(1 - signal.weight * np.nan_to_num(amounts), 0.0, 1.0), 0.0)
         sums.factors *= factors
         sums.metrics[f"{prefix}/reward"] = _mean(np.where(task_rewards > 0, task_rewards * (factors - 1), 0.0))
     elif mode is Mode.SCREEN:
         sums.flagged_by_screens |= flagged
         sums.lowered |= ~scored
+
+
+def _agreement(likely: Floats, reports: Floats | None) -> Floats:
+    """Returns how far what rollouts report of themselves agrees with a probe, each ``(n,)``: ``likely`` in [0, 1] where the report is 1,
+    ``1 - likely`` where it is 0, and 0 where there is no report.
+    """
+    said = np.full(len(likely), math.nan) if reports is None else reports
+    return np.where(np.isnan(said), 0.0, said * likely + (1 - said) * (1 - likely))
+
+
+def _standardized(values: Floats, scored: NDArray[np.bool_], groups: Sequence[Hashable], signal: ProbeSignal) -> Floats:
+    """Returns by how many standard deviations each number is above the mean of its group's scored rollouts, ``(n,)``; 0 for a rollout that
+    has no other to be compared with.
+
+    Raises:
+        SignalError: no group has several rollouts, so that the signal would do nothing.
+    """
+    members: dict[Hashable, list[int]] = {}
+    for index, key in enumerate(groups):
+        members.setdefault(key, []).append(index)
+    if members and all(len(group) == 1 for group in members.values()):
+        problem = "relative_gate compares the rollouts of a group, and each group has one: take gate, or score whole groups at once"
+        raise SignalError("mode", problem, signal.name)
+    standardized = np.zeros(len(values))
+    for group in members.values():
+        compared = [index for index in group if scored[index]]
+        if len(compared) > 1:
+            of_group = values[compared]
+            standardized[compared] = (of_group - of_group.mean()) / (of_group.std() + _LEAST_SPREAD)
+    return standardized
 
 
 def _terms(bound: BoundSignal, transformed: Floats, scored: NDArray[np.bool_], sums: _OutcomeSums, rails: GuardRails) -> Floats:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Union
@@ -13,7 +14,7 @@ from probescore import Chat, Completion, RolloutGroup, Text
 from probescore.types import TokenIds
 from probescore_adapters.arrays import as_group_key, as_ids, as_mask
 from probescore_adapters.errors import SignalError
-from probescore_adapters.signals import MaskFunction, MaskKind, ProbeSignal
+from probescore_adapters.signals import MaskFunction, MaskKind, ProbeSignal, ReportFunction
 
 Prompt = Union[TokenIds, str, Text, Chat]
 Mask = Union[MaskKind, MaskFunction]
@@ -130,6 +131,25 @@ class Rollout:
         except ValueError as error:
             raise SignalError("mask", str(error), signal) from None
         return counted if given is None else counted & given
+
+    def reported(self, report: ReportFunction, signal: str) -> float:
+        """Returns what the rollout reports of itself, as a signal's function ``report`` finds it in the completion: 1 = yes, 0 = no, NaN =
+        it does not say.
+
+        Raises:
+            SignalError: the completion is given as text, or the function fails or returns something else than true, false or ``None``.
+        """
+        if isinstance(self.completion, str):
+            raise SignalError("report", "a function of completion_ids needs ids, and this rollout is text", signal)
+        try:
+            said = report(as_ids(self.completion, "completion"))
+        except Exception as error:
+            raise SignalError("report", f"it failed: {error}", signal) from error
+        if said is None:
+            return math.nan
+        if not isinstance(said, (bool, np.bool_)):
+            raise SignalError("report", f"expected True, False or None, and it gave {said!r}", signal)
+        return float(said)
 
 
 def distinct_masks(signals: Sequence[ProbeSignal]) -> dict[Mask, str]:

@@ -96,6 +96,8 @@ class SignalValues:
         unmet: for each rollout, the conditions of the signal's calibration that it does not meet, so that the threshold is not known to
             hold for it; ``None`` if nobody wrote down what the threshold was found on, or it is the signal's own.
         on_frozen: ``(n,)`` float64, the scores of the same rollouts on the frozen model; ``None`` unless the signal logs drift.
+        reports: ``(n,)`` float64, what each rollout reports of itself: 1 = yes, 0 = no, NaN = nothing; only for signals of mode
+            ``agreement``.
     """
 
     bound: BoundSignal
@@ -103,6 +105,7 @@ class SignalValues:
     tokens: tuple[MaskedTokens, ...] | None = None
     unmet: tuple[tuple[str, ...], ...] | None = None
     on_frozen: Floats | None = None
+    reports: Floats | None = None
 
 
 @dataclass(frozen=True)
@@ -367,7 +370,10 @@ class _PendingBatch:
                 () if scores is None else tuple(each.condition for each in scores.unmet if (each.reduction, each.label) == of_threshold)
                 for scores in scored
             )
-        return SignalValues(bound, self._reduced(scored, bound), unmet=unmet, on_frozen=on_frozen)
+        reports = None
+        if bound.signal.report is not None:
+            reports = np.array([rollout.reported(bound.signal.report, bound.signal.name) for rollout in self._rollouts], np.float64)
+        return SignalValues(bound, self._reduced(scored, bound), unmet=unmet, on_frozen=on_frozen, reports=reports)
 
     def _reduced(self, scored: Sequence[ProbeScores | None], bound: BoundSignal) -> Floats:
         reduction = 0 if bound.reduction is None else self._reductions.index(bound.reduction)

@@ -20,6 +20,7 @@ from probescore_adapters.errors import SignalError
 Floats = NDArray[np.float64]
 TransformFunction = Callable[[Floats], ArrayLike]
 MaskFunction = Callable[[NDArray[np.int64]], ArrayLike]
+ReportFunction = Callable[[NDArray[np.int64]], Union[bool, None]]
 
 
 class Mode(str, Enum):
@@ -33,6 +34,14 @@ class Mode(str, Enum):
     """Mode: a flagged rollout (score at or above the threshold) is removed from training."""
     GATE = "gate"
     """Mode: the task's reward of a flagged rollout (score at or above the threshold) is multiplied by ``1 - weight``."""
+    RELATIVE_GATE = "relative_gate"
+    """Mode: the task's reward is multiplied by ``1 - weight * z``, limited to [0, 1], where ``z`` says by how many standard deviations the
+    score is above the mean of its group. It needs no threshold, and cannot see what all rollouts of a group have in common.
+    """
+    AGREEMENT = "agreement"
+    """Mode: ``weight`` is added if what the rollout reports of itself agrees with the probe: a report of yes and a flagged rollout, or a
+    report of no and one that is not flagged. A rollout that reports nothing gets nothing.
+    """
     MONITOR = "monitor"
     """Mode: no reward is changed, and the probe's scores are only logged."""
     DENSE = "dense"
@@ -70,6 +79,8 @@ _DEFAULT_TRANSFORMS = {
     Mode.PENALTY: Transform.FLAG,
     Mode.SCREEN: Transform.FLAG,
     Mode.GATE: Transform.FLAG,
+    Mode.RELATIVE_GATE: Transform.IDENTITY,
+    Mode.AGREEMENT: Transform.FLAG,
     Mode.MONITOR: Transform.IDENTITY,
     Mode.DENSE: Transform.IDENTITY,
 }
@@ -88,11 +99,11 @@ class ProbeSignal:
             ``(T,)``, which is combined with the trainer's mask: a token must be 1 in both. A rollout of which no token counts is
             unscorable.
         transform: function applied to the score before weighting; a name, or a function from an array ``(n,)`` to an array ``(n,)``. The
-            default is ``flag`` for ``penalty``, ``screen`` and ``gate``, else ``identity``. Use ``flag`` for a fixed penalty from the
-            threshold on, ``excess`` for a penalty that grows above the threshold, and ``flag_and_excess`` for both.
+            default is ``flag`` for ``penalty``, ``screen``, ``gate`` and ``agreement``, else ``identity``. Use ``flag`` for a fixed penalty
+            from the threshold on, ``excess`` for a penalty that grows above the threshold, and ``flag_and_excess`` for both.
         weight: factor of the transformed score; above 0, except for ``reward`` and ``dense``, where the weight may be negative. For
-            ``gate`` the weight is in (0, 1]: the share of the task's reward that a flagged rollout loses. Ignored by ``screen`` and
-            ``monitor``.
+            ``gate`` the weight is in (0, 1]: the share of the task's reward that a flagged rollout loses; for ``relative_gate`` it is the
+            share that a rollout loses for each standard deviation. Ignored by ``screen`` and ``monitor``.
         mode: how the signal acts on the reward; a ``Mode``.
         threshold: threshold in the unit of the reduced score; a rollout is flagged if its score is at or above the threshold. ``None`` =
             the threshold of the probe's calibration for this reduction and label. Calibrations hold for the frozen model only: on another
@@ -101,6 +112,10 @@ class ProbeSignal:
         name: name of the signal in metrics; by default the probe's name, or ``probe/reading`` on another reading than the frozen one.
         reading: whose activations the probe reads: ``"frozen"``, or the name of a reading that is loaded at the server, such as
             ``"policy"``. A ``monitor`` of another reading also logs by how much its scores differ from those on the frozen model.
+        report: function that finds what a rollout reports of itself, from ``completion_ids (T,)`` to true (it says that it has what the
+            probe looks for), false (it says that it has not) or ``None`` (it does not say). Required by mode ``agreement``, which only
+            knows the transforms ``flag`` and ``sigmoid``; other modes have none. The tokens of the report itself are best left out of
+            ``mask``, since the probe would read what is said instead of what was done.
 
     Raises:
         SignalError: two fields contradict each other; the error names one of them.
@@ -116,6 +131,7 @@ class ProbeSignal:
     label: str = ""
     name: str = ""
     reading: str = FROZEN
+    report: Union[ReportFunction, None] = None
 
     def __post_init__(self) -> None:
         def put(field: str, value: object) -> None:
@@ -153,6 +169,11 @@ class ProbeSignal:
             raise SignalError("threshold", f"expected a finite number, got {self.threshold!r}")
         if self.mode is Mode.SCREEN and self.transform is not Transform.FLAG:
             raise SignalError("transform", "the mode screen knows flagged and not flagged only: the transform is flag")
+        if self.mode is Mode.AGREEMENT and self.transform not in (Transform.FLAG, Transform.SIGMOID):
+            raise SignalError("transform", "the mode agreement compares a report with a number in [0, 1]: the transform is flag or sigmoid")
+        if (self.mode is Mode.AGREEMENT) != (self.report is not None) or not (self.report is None or callable(self.report)):
+            problem = f"the mode agreement needs a function from completion_ids, and no other mode has one, got {self.report!r}"
+            raise SignalError("report", problem)
         if self.reads_other_weights and self.needs_threshold and self.threshold is None:
             problem = f"calibrations hold for the frozen model only, and this signal reads {self.reading!r}: give a threshold found on it"
             raise SignalError("threshold", problem, self.name)

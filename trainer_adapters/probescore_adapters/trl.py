@@ -121,7 +121,8 @@ class ProbeReward(functools.partial):  # type: ignore[type-arg] # not a generic 
 
     def __new__(cls, scorer: ProbeScorer, processing_class: Any = None) -> ProbeReward:  # noqa: ANN401 - of transformers
         """Makes a reward function for the trainer library TRL from the probe scores of a ``ProbeScorer``."""
-        scorer.refuse_modes(Mode.SCREEN, Mode.GATE, Mode.DENSE, because="a reward function only adds; use ProbeTrainerMixin")
+        refused = (Mode.SCREEN, Mode.GATE, Mode.RELATIVE_GATE, Mode.DENSE)
+        scorer.refuse_modes(*refused, because="a reward function only adds; use ProbeTrainerMixin")
         if processing_class is not None:
             scorer.require_tokenizer(tokenizer_fingerprint(getattr(processing_class, "tokenizer", processing_class)))
         return super().__new__(cls, probe_reward if _IS_ASYNC else synchronous_probe_reward, scorer)

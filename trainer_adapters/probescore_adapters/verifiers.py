@@ -38,7 +38,11 @@ class TraceProbes:
 
     def __init__(self, scorer: ProbeScorer) -> None:
         scorer.refuse_modes(
-            Mode.SCREEN, Mode.GATE, Mode.DENSE, because="verifiers has one trace scored at a time, without the task's reward, as a whole"
+            Mode.SCREEN,
+            Mode.GATE,
+            Mode.RELATIVE_GATE,
+            Mode.DENSE,
+            because="verifiers has one trace scored at a time, without the task's reward, as a whole",
         )
         self.scorer = scorer
 

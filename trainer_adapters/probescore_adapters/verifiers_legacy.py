@@ -142,7 +142,7 @@ def rollouts_of(state: State) -> list[Rollout]:
 
 def _refuse_impossible_modes(scorer: ProbeScorer) -> None:
     because = "a rubric's function gives a rollout a number, without the task's reward"
-    scorer.refuse_modes(Mode.SCREEN, Mode.GATE, Mode.DENSE, because=because)
+    scorer.refuse_modes(Mode.SCREEN, Mode.GATE, Mode.RELATIVE_GATE, Mode.DENSE, because=because)
 
 
 def _lowest_reward(outcome: Outcome) -> float:

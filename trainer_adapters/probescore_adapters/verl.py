@@ -159,6 +159,7 @@ def scorer_from_config(config: DictConfig, fingerprint: str) -> ProbeScorer:
     else:
         scorer = scorer_from_environment({TOKENIZER_FINGERPRINT: fingerprint, **os.environ})
     scorer.refuse_modes(Mode.SCREEN, because="verl has one rollout at a time scored, so that no breaker could keep it from removing all")
+    scorer.refuse_modes(Mode.RELATIVE_GATE, because="verl has one rollout at a time scored, without its group; take gate")
     return scorer
 
 

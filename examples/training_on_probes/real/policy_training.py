@@ -20,13 +20,14 @@ from pathlib import Path
 from typing import Any
 
 sys.path.append(str(Path(__file__).parents[2] / "truth"))
+sys.path.append(str(Path(__file__).parents[1]))
 
-import numpy as np
 import torch
 from claims import TRAINING_HALF, Answer, Claim, Judge, claims_of, drawn_claims, known_names, proxy_reward
 from datasets import Dataset
 from fixed import CONDITIONS, FROZEN, KEY, LABELS_PER_STEP, LAYER, POLICY, RECIPE, Condition, Recipe
 from peft import LoraConfig
+from probe_in_loss import ProbeInLoss
 from run_settings import RunSettings, last_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
@@ -81,26 +82,6 @@ EOS: list[int] = []  # of the tokenizer, once it is loaded
 
 def is_ended(ids: Any) -> bool:  # noqa: ANN401 - a list or an array
     return len(ids) > 0 and int(ids[-1]) in EOS
-
-
-class ProbeInLoss:
-    """The softplus of the probe's logit of an answer, on the policy itself and with its gradient, as a mean over the batch."""
-
-    def __init__(self, model: Any, direction: Path) -> None:  # noqa: ANN401 - of transformers
-        arrays = np.load(direction)
-        self._weight, self._bias = torch.from_numpy(arrays["weight"]), float(arrays["bias"])
-        self._states: torch.Tensor
-        model.model.layers[LAYER].register_forward_hook(self._keep)
-
-    def _keep(self, module: object, inputs: object, output: Any) -> None:  # noqa: ANN401 - of transformers
-        if torch.is_grad_enabled():  # not while answers are sampled
-            self._states = output[0] if isinstance(output, tuple) else output
-
-    def __call__(self, completion_mask: torch.Tensor) -> torch.Tensor:
-        """Of the last forward pass, for ``completion_mask (B, T)``."""
-        logits = self._states[:, -completion_mask.shape[1] :].float() @ self._weight + self._bias
-        means = (logits * completion_mask).sum(1) / completion_mask.sum(1)
-        return torch.nn.functional.softplus(means).mean()
 
 
 class TimedReadings(ReadingCallback):
@@ -207,7 +188,7 @@ def train(settings: RunSettings, recipe: Recipe) -> None:
         processing_class=tokenizer,
         reward_funcs=rewards.functions(),
         probes=scorer,
-        in_loss=ProbeInLoss(model, Path(settings.direction)) if condition.loss_weight else None,
+        in_loss=ProbeInLoss(model, Path(settings.direction), LAYER) if condition.loss_weight else None,
         loss_weight=condition.loss_weight,
         peft_config=LoraConfig(r=recipe.rank, lora_alpha=recipe.alpha, target_modules="all-linear", task_type="CAUSAL_LM"),
         callbacks=[readings, report],

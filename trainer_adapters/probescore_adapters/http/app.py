@@ -46,6 +46,7 @@ def create_app(scorer: ProbeScorer, *, max_body_bytes: int = MAX_BODY_BYTES) -> 
     scorer.refuse_modes(
         Mode.SCREEN,
         Mode.GATE,
+        Mode.RELATIVE_GATE,
         Mode.DENSE,
         because="a gateway answers a number for a rollout; take penalty, or monitor and act on `flagged`",
     )
