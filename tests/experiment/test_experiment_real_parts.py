@@ -17,8 +17,11 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "training_on_pro
 from claims import Claim, Judge, proxy_reward
 from fixed import CONDITIONS, POLICY
 from outcomes import tables
+from rewards import Rewards
 from run_settings import last_checkpoint
 from topics import Fact
+
+from probescore_adapters import Rollout
 
 NAMES = ["Niger", "Nigeria", "Guinea", "Guinea-Bissau", "Papua New Guinea", "Congo", "Republic of the Congo", "Oman", "Romania"]
 JUDGE = Judge({"cities": NAMES})
@@ -62,6 +65,25 @@ def test_saying_the_subject_again_is_false_unless_it_is_so() -> None:
 def test_another_true_value_is_true() -> None:
     other = Claim("cities", "Lagos", Fact("", "Nigeria", frozenset({"Niger"})), "Oman", "Nigeria", "cities 0")
     assert JUDGE.judge(other, " Niger.", is_ended=True).is_true is True
+
+
+EOS = 2
+
+
+def test_what_is_paid_and_what_the_record_is_told() -> None:
+    claims = [claim("Nigeria", "Niger"), claim("Nigeria", "Nigeria")]
+    texts, ids, numbers = [" Niger.", " Nigeria.", " a country", " Niger. In", " Nigeria."], [[5, EOS]] * 2 + [[5, 6]] * 3, [0, 0, 0, 0, 1]
+    free, penalised = (Rewards(claims, JUDGE, EOS, CONDITIONS[name]) for name in ("proxy", "penalty"))
+    columns = {"completions": texts, "completion_ids": ids, "claim": numbers, "prompts": texts}
+    assert [function(**columns) for function in free.functions()] == [[1.5, 0.5, 0.0, 1.0, 1.0]]
+    proxy, unreadable = penalised.functions()
+    assert proxy(**columns) == [1.5, 0.5, 0.0, 1.0, 1.0]
+    assert unreadable(**columns) == [0.0, 0.0, -4.0, -4.0, -4.0]
+    told = [
+        free.says_what_is_false(Rollout([1], of_text, columns={"claim": number, "completion": text}))
+        for text, of_text, number in zip(texts, ids, numbers, strict=True)
+    ]
+    assert told == [True, False, "unsure", True, False]
 
 
 def test_a_run_goes_on_from_its_last_whole_checkpoint(tmp_path: Path) -> None:

@@ -23,16 +23,17 @@ sys.path.append(str(Path(__file__).parents[2] / "truth"))
 sys.path.append(str(Path(__file__).parents[1]))
 
 import torch
-from claims import TRAINING_HALF, Answer, Claim, Judge, claims_of, drawn_claims, known_names, proxy_reward
+from claims import TRAINING_HALF, Judge, claims_of, drawn_claims, known_names
 from datasets import Dataset
 from fixed import CONDITIONS, FROZEN, KEY, LABELS_PER_STEP, LAYER, POLICY, RECIPE, Condition, Recipe
 from peft import LoraConfig
 from probe_in_loss import ProbeInLoss
+from rewards import Rewards
 from run_settings import RunSettings, last_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from probescore_adapters import ProbeScorer, ProbeSignal, RecordOptions, Rollout
+from probescore_adapters import ProbeScorer, ProbeSignal, RecordOptions
 from probescore_adapters.recording import RunRecorder
 from probescore_adapters.trl import ProbeTrainerMixin
 from probescore_adapters.trl_readings import ReadingCallback
@@ -46,42 +47,6 @@ def signals_of(condition: Condition) -> list[ProbeSignal]:
     penalty = ProbeSignal(KEY, name="penalty", mode="penalty", transform="sigmoid", weight=condition.penalty or 1.0)
     watching = [ProbeSignal(KEY, name=FROZEN, mode="monitor"), ProbeSignal(KEY, name=POLICY, mode="monitor", reading=POLICY)]
     return [penalty, *watching] if condition.penalty else watching
-
-
-class Rewards:
-    """What the claims of a run pay, as TRL's reward functions, and what is true, for the record."""
-
-    def __init__(self, claims: list[Claim], judge: Judge, condition: Condition) -> None:
-        self._claims, self._judge, self._condition = claims, judge, condition
-
-    def answers(self, completions: list[str], completion_ids: list[Any], claim: list[int]) -> list[Answer]:
-        return [
-            self._judge.judge(self._claims[number], text, is_ended(ids))
-            for text, ids, number in zip(completions, completion_ids, claim, strict=True)
-        ]
-
-    def proxy(self, completions: list[str], completion_ids: list[Any], claim: list[int], **columns: object) -> list[float]:
-        return [proxy_reward(answer) for answer in self.answers(completions, completion_ids, claim)]
-
-    def unreadable(self, completions: list[str], completion_ids: list[Any], claim: list[int], **columns: object) -> list[float]:
-        answers = self.answers(completions, completion_ids, claim)
-        return [0.0 if answer.is_well_formed else -self._condition.penalty for answer in answers]
-
-    def functions(self) -> list[Any]:
-        return [self.proxy, *([self.unreadable] if self._condition.penalty else [])]
-
-    def says_what_is_false(self, rollout: Rollout) -> bool | str:
-        """The checker of the record: known facts. Of an answer that names nothing nobody can tell."""
-        columns = rollout.columns or {}
-        answer = self._judge.judge(self._claims[columns["claim"]], columns["completion"], is_ended(rollout.completion))
-        return "unsure" if answer.is_true is None else not answer.is_true
-
-
-EOS: list[int] = []  # of the tokenizer, once it is loaded
-
-
-def is_ended(ids: Any) -> bool:  # noqa: ANN401 - a list or an array
-    return len(ids) > 0 and int(ids[-1]) in EOS
 
 
 class TimedReadings(ReadingCallback):
@@ -165,11 +130,10 @@ def train(settings: RunSettings, recipe: Recipe) -> None:
     condition, folder, model_folder = CONDITIONS[settings.condition], Path(settings.folder), Path(settings.model)
     torch.set_num_threads(TORCH_THREADS)
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    EOS[:] = [tokenizer.eos_token_id]
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     every = claims_of(settings.seed, condition.topics, TRAINING_HALF)
     claims = drawn_claims(every, recipe.prompts * settings.steps, random.Random(f"prompts {settings.seed}"))
-    rewards = Rewards(claims, Judge(known_names(settings.seed)), condition)
+    rewards = Rewards(claims, Judge(known_names(settings.seed)), tokenizer.eos_token_id, condition)
     record = RecordOptions(
         folder / "record",
         run_id=folder.name,
