@@ -107,7 +107,7 @@ def outcome(condition: str, seed: int, agree: float | None) -> dict[str, Any]:
         "date": "2026-12-01",
         "hardware": "a machine",
         "versions": "trl 1",
-        "windows": {"first": window, "last": window, "by topic, last": {"cities": window}},
+        "windows": {"before": window, "first": window, "last": window, "by topic, last": {"cities": window}},
         "agree by step": [0.0, 0.25],
         "audit": [{**said, "estimates": {"false": estimate, "recall": estimate}}],
         "seconds": {"seconds": 20.0, "scoring": 4.0, "loading": 1.0, "recording": 0.0},
@@ -120,8 +120,9 @@ def test_the_tables_have_every_finished_run_and_the_range_over_seeds() -> None:
     told = tables(lines, {})
     assert lines == before
     loss = CONDITIONS["loss"].title
-    assert f"| {loss} | first 10 | 0.70–0.90 |" in told
+    assert f"| {loss} | before training | 0.70–0.90 |" in told
+    assert "|  | last 10 | 0.70–0.90 |" in told
     assert f"| {loss} | 2 | policy | evaded | 1 | 0.25 | 0.50, 0.40–0.60 (0.70) |" in told
-    assert f"| {CONDITIONS['proxy'].title} | first 10 | – |" in told
+    assert f"| {CONDITIONS['proxy'].title} | before training | – |" in told
     assert "| 25% |" in told  # of a step, what the product does
     assert CONDITIONS["penalty"].title not in [row.split(" | ")[0].strip("| ") for row in told.splitlines()]

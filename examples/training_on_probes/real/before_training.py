@@ -6,6 +6,7 @@ import json
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from base_samples import prompt_ids, sample_answers
@@ -84,7 +85,7 @@ def make_reference(path: Path, folder: Path, model: Path, seed: int, topics: Seq
     draft.rename(path)  # whole, or not there
 
 
-def read_reference(path: Path) -> list[dict[str, object]]:
+def read_reference(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 

@@ -28,7 +28,7 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).parents[2] / "truth"))
 
-from before_training import Step, make_probe, make_reference, write_reference
+from before_training import Step, make_probe, make_reference, read_reference, write_reference
 from fixed import CONDITIONS, PROBE, RECIPE, SEEDS, SIZES, Sizes
 from outcomes import outcome_of, tables
 from rich.console import Console
@@ -111,7 +111,7 @@ class Experiment:
                 [*PROBESCORE, "audit", folder / "record", "--report", folder / "audit.html", "--json"], stdout=output, check=False
             )
         about = {"date": date.today().isoformat(), "hardware": hardware(), "versions": versions()}
-        outcome = outcome_of(settings, threshold, about)
+        outcome = outcome_of(settings, threshold, read_reference(self._reference(seed, name)), about)
         with self._writing, self.results.open("a") as lines:
             lines.write(json.dumps(outcome) + "\n")
         self.say(f"seed {seed}, {name}: done in {(time.monotonic() - started) / 60:.0f} minutes")

@@ -34,6 +34,26 @@ SHOWN = {
 }
 
 
+def before_training(rows: Sequence[dict[str, Any]], threshold: float) -> dict[str, float | int | None]:
+    """What the model said before training, and what the probe saw of it, as ``window`` says it of a run; both readings are one."""
+    asked = [row for row in rows if not row["claim"]]
+    told = [row for row in rows if row["true"] is not None]
+    is_false, scores = np.array([not row["true"] for row in told], bool), np.array([row["scores"]["mean"] for row in told])
+    found: dict[str, float | int | None] = {
+        "agree": _share(row["agrees"] for row in asked),
+        "true": _share(row["true"] is True for row in asked),
+        "well formed": _share(row["well_formed"] for row in asked),
+        "false": _share(is_false.tolist()),
+        "false answers": int(is_false.sum()),
+        "false alarms": _share((scores[~is_false] >= threshold).tolist()),
+    }
+    recall = _share((scores[is_false] >= threshold).tolist())
+    ranked = _rounded(auroc(scores, is_false)) if is_false.any() and not is_false.all() else None
+    for reading in READINGS:
+        found |= {f"recall {reading}": recall, f"auroc {reading}": ranked}
+    return found
+
+
 @dataclass(frozen=True, eq=False)
 class Judged:
     """A rollout of the record with what it truly says, and the probe's scores, NaN where there is none."""
@@ -82,8 +102,8 @@ def window(rows: Sequence[Judged], threshold: float) -> dict[str, float | int | 
     return found
 
 
-def outcome_of(settings: RunSettings, threshold: float, about: dict[str, Any]) -> dict[str, Any]:
-    """Everything that is said of a run, as JSON values."""
+def outcome_of(settings: RunSettings, threshold: float, reference: Sequence[dict[str, Any]], about: dict[str, Any]) -> dict[str, Any]:
+    """Everything that is said of a run, as JSON values; ``reference``: rows of answers from before training."""
     folder = Path(settings.folder)
     record = read_record(folder / "record")
     rows = judged_rollouts(settings, record)
@@ -96,6 +116,7 @@ def outcome_of(settings: RunSettings, threshold: float, about: dict[str, Any]) -
         "steps": len(steps),
         **about,
         "windows": {
+            "before": before_training(reference, threshold),
             "first": window([row for row in rows if row.step in first], threshold),
             "last": window([row for row in rows if row.step in last], threshold),
             "by topic, last": {
@@ -182,9 +203,9 @@ def _results(outcomes: Sequence[dict[str, Any]]) -> Iterator[str]:
     yield "| condition | steps | " + " | ".join(SHOWN.values()) + " |"
     yield "|---" * (len(SHOWN) + 2) + "|"
     for title, runs in _by_condition(outcomes):
-        for which in ("first", "last"):
+        for which, steps in (("before", "before training"), ("first", f"first {WINDOW_STEPS}"), ("last", f"last {WINDOW_STEPS}")):
             cells = [_range([run["windows"][which][name] for run in runs]) for name in SHOWN]
-            yield f"| {title if which == 'first' else ''} | {which} {WINDOW_STEPS} | " + " | ".join(cells) + " |"
+            yield f"| {title if which == 'before' else ''} | {steps} | " + " | ".join(cells) + " |"
     yield ""
 
 
