@@ -7,6 +7,8 @@ import json
 import math
 import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,12 +18,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
+from typer.testing import CliRunner
 
+from benchmarks import readings
 from benchmarks.activations import print_reading, store_many
 from benchmarks.compare import compare
 from benchmarks.loads import LOADS, Load, LoadGroup, Unit
 from benchmarks.model import SHAPES, BenchModel, make_model
-from benchmarks.process import VariantProcess
+from benchmarks.process import VariantProcess, environment_of
 from benchmarks.ratios import Spread
 from benchmarks.report import results
 from benchmarks.service import print_latency
@@ -159,3 +163,25 @@ def test_what_is_stored_is_counted_and_removed(tmp_path: Path) -> None:
     assert run.stored_bytes >= 4000 * 3 * 64 * 2
     assert run.peak_bytes > 0
     assert not (tmp_path / "run").exists()
+
+
+def test_readings_are_measured_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # where the model is made
+    monkeypatch.setitem(LOADS, "small", SMALL)
+    ran = CliRunner().invoke(readings.app, ["both", "--shape", "tiny", "--load", "small", "--rank", "2", "--repeats", "1"])
+    assert ran.exit_code == 0, ran.output
+    rows = [re.sub(r"[^\w.–() ]", "", line).split("  ")[0].strip() for line in ran.output.splitlines() if "(" in line and "–" in line]
+    assert rows == ["frozen and r2", "frozen and checkpoint", "r2 alone", "checkpoint alone"]
+
+
+def test_another_version_is_measured_with_its_own_packages(tmp_path: Path) -> None:
+    (tmp_path / "server").mkdir()
+    (tmp_path / "server" / "probescore_server.py").write_text("here = __file__")
+    found = subprocess.run(
+        [sys.executable, "-c", "import probescore_server; print(probescore_server.here)"],
+        env=environment_of(tmp_path),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert found.stdout.strip() == str(tmp_path / "server" / "probescore_server.py")
