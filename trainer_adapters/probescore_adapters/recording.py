@@ -304,6 +304,8 @@ class RunRecorder:
         task_rewards: Floats | None,
         step: int,
     ) -> Iterator[RolloutRow]:
+        readings = {} if batch is None else batch.readings
+        steps = {name: reading.step for name, reading in readings.items() if name != FROZEN and reading.step is not None}
         for index, rollout in enumerate(rollouts):
             yield RolloutRow(
                 step=step,
@@ -311,6 +313,7 @@ class RunRecorder:
                 prompt=_digest(rollout.prompt)[:16],
                 group=None if rollout.group is None else str(rollout.group),
                 scores={} if batch is None else _scores(batch, index, columns),
+                reading_steps=steps or None,
                 tokens=None if isinstance(rollout.completion, str) else len(rollout.completion),
                 task_reward=None if task_rewards is None else float(task_rewards[index]),
                 total_reward=None if task_rewards is None else float(outcome.rewards[index]),
