@@ -195,9 +195,11 @@ class RunRecorder:
             )
 
     def close(self) -> None:
-        """Closes this process's file of the record. A batch that is recorded later goes on in it."""
+        """Closes this process's file of the record. A batch that is recorded later goes into another one."""
+        if os.getpid() != self._pid:
+            return  # the file is that of the process that this one was forked from
         with self._lock:
-            if self._writer is not None and os.getpid() == self._pid:
+            if self._writer is not None:
                 if self._labels is not None:
                     self._writer.append(self._labels.of_what_is_left())
                 self._writer.close()
