@@ -392,3 +392,13 @@ def test_a_run_of_300_steps_of_512_rollouts_is_read_in_seconds(tmp_path):
     table = read_record(tmp_path).table()
     assert len(table) == 153_600
     assert time.process_time() - started < 20  # 3 s on one core
+
+
+@pytest.mark.parametrize("library", ["pandas", "polars"])
+def test_a_table_goes_into_a_data_frame(tmp_path, library):
+    pytest.importorskip(library)
+    write(tmp_path, [0, 1])
+    table = read_record(tmp_path).table()
+    frame = getattr(table, f"to_{library}")()
+    assert list(frame.columns) == list(table.columns())
+    assert frame["cheating@1/frozen/max"].to_numpy().tolist() == [1.0] * 16

@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from probescore import Chat, Text
 from probescore.reductions import Reduction
-from probescore.types import FROZEN, OutputPer
+from probescore.types import FROZEN, OutputPer, TokenIds
 from probescore_adapters.anchors import read_anchors
 from probescore_adapters.checker_labels import LabelsFromChecker
 from probescore_adapters.errors import SignalError
@@ -464,7 +463,7 @@ def _name(reduction: Reduction | None) -> str:
     return _OF_ROLLOUT if reduction is None else str(reduction)
 
 
-def _digest(*parts: NDArray[np.int64] | Sequence[int] | str | Text | Chat) -> str:
+def _digest(*parts: TokenIds | str | Text | Chat) -> str:
     """Returns the SHA-256 digest, in hexadecimal digits, of token ids, texts and conversations, one after the other."""
     digest = hashlib.sha256()
     for part in parts:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Literal
+from typing import Any, Literal
 
 from probescore_audit.record.details import delete_details, details_path, first_step_of
 from probescore_audit.record.rows import DETAILS, TEXTS, DetailsRow, LabelRow, RolloutRow, Row, RunHeader, to_line
@@ -80,9 +80,9 @@ class RecordWriter:
                 row = replace(row, row=uuid.uuid4().hex)
             elif isinstance(row, RolloutRow) and (long := self._long_parts(row)):
                 details.setdefault(details_path(self.path, row.step, self._kept_steps), []).append(to_line(long))
-                row = replace(row, **dict.fromkeys(DETAILS))
+                row = _without(row, DETAILS)
             elif isinstance(row, RolloutRow) and not self._keep_texts:
-                row = replace(row, **dict.fromkeys(TEXTS))
+                row = _without(row, TEXTS)
             lines.append(to_line(row))
         if not lines:
             return
@@ -140,3 +140,8 @@ class RecordWriter:
                 if self._raises:
                     raise
                 logger.error("the record lost the texts of %d rollouts: %s", len(lines), error.strerror)
+
+
+def _without(row: RolloutRow, names: Sequence[str]) -> RolloutRow:
+    absent: dict[str, Any] = dict.fromkeys(names)
+    return replace(row, **absent)
