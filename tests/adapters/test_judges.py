@@ -241,7 +241,7 @@ def test_a_judge_can_be_pickled(start):
     "address",
     [
         "", "localhost:8000", "ftp://x/v1", "http://", "http://u:p@x/v1", "http://key@x/v1", "http://x:99999/v1", "http://x/v1#a",
-        "http://x/a b\n", "http://ü/v1", "http://[::1/v1",
+        "http://x/a b", "http://x/a\n", "http://ü/v1", "http://[::1/v1",
     ],
 )  # fmt: skip
 def test_what_is_no_address_is_refused_without_a_password_in_the_message(address):
@@ -268,6 +268,13 @@ def test_what_is_no_address_is_refused_without_a_password_in_the_message(address
 def test_arguments_out_of_range_are_named(options, complaint):
     with pytest.raises(ValueError, match=complaint):
         ChatJudge("http://x/v1", **{"model": "m", "prompt": JudgePrompt(PROMPT), **options})
+
+
+def test_an_address_may_be_of_the_sixth_version_and_may_end_with_the_whole_path(start):
+    for address in ("http://[::1]/v1", "http://[::1]:80/v1/", "http://[::1]/v1/chat/completions"):
+        one = ChatJudge(address, "m", JudgePrompt(PROMPT)).endpoint
+        assert (one.host, one._port, one._target) == ("::1", 80, "/v1/chat/completions")
+    assert ChatJudge("https://x/v1?api-version=3", "m", JudgePrompt(PROMPT)).endpoint._target == "/v1/chat/completions?api-version=3"
 
 
 def test_parameters_are_sent(start):

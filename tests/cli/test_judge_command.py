@@ -335,6 +335,32 @@ def test_a_record_without_texts_is_refused_before_anything_is_asked(tmp_path, st
     assert not server.asked
 
 
+def test_a_judge_is_tried_once_on_texts_whose_label_is_known(run, start, tmp_path):
+    lines = [
+        {
+            "prompt": "Sort.",
+            "completion": {"id": str(index), "text": f"{index} {'copied' if index % 2 else 'sorted'}"},
+            "label": bool(index % 2),
+        }
+        for index in range(20)
+    ]
+    (tmp_path / "known.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    wrong = {"0 sorted": "yes", "2 sorted": "unsure", "5 copied": "no"}
+    server = start(lambda completion, count: wrong.get(completion) or truth(completion, count))
+    assert judged(run, server, "--per-step", "4", "--known", tmp_path / "known.jsonl", "--budget", "7").exit_code == 1
+    assert not read_record(run).labellers
+    for _ in range(2):
+        assert judged(run, server, "--per-step", "4", "--known", tmp_path / "known.jsonl").exit_code == 0
+    (row,) = read_record(run).labellers
+    assert (row.source, row.labeller, row.labeller_version) == ("judge", "judge-1", JudgePrompt(PROMPT).version)
+    assert (row.negatives, row.negatives_right, row.positives, row.positives_right) == (9, 8, 10, 9)
+    assert sum(completion in {line["completion"]["text"] for line in lines} for completion in server.asked) == 20 + 7
+    (tmp_path / "ids.jsonl").write_text(
+        "".join(json.dumps({**line, "completion": {"id": line["completion"]["id"], "ids": [3]}}) + "\n" for line in lines)
+    )
+    assert "is token ids; make anchors of texts" in judged(run, server, "--known", tmp_path / "ids.jsonl").stderr
+
+
 def test_answers_are_kept_only_if_asked_for(run, start):
     assert judged(run, start(), "--per-step", "4", "--keep-answers").exit_code == 0
     assert all(label.note.startswith("I think.") for label in read_record(run).labels)

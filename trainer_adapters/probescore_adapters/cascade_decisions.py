@@ -14,11 +14,12 @@ from typing import Any, Union
 
 import numpy as np
 
-from probescore import Chat, CompletionStatus, ProbescoreError, RolloutGroup, ScoreOptions, StreamWindow, Text
+from probescore import CompletionStatus, ProbescoreError, RolloutGroup, ScoreOptions, StreamWindow
 from probescore_adapters.cascade import Cascade, CascadeDecision
 from probescore_adapters.judges import JudgeAnswer, JudgeError, JudgeQuestion
 from probescore_adapters.rollouts import Rollout
 from probescore_adapters.signal_values import BatchSignals, ServerFacts, SignalValues, StreamRequest
+from probescore_adapters.texts import text_of
 
 # the standard library's: a trainer's process has its own way of showing logs
 logger = logging.getLogger("probescore_adapters")
@@ -182,8 +183,8 @@ def _texts(
     found: dict[int, tuple[str, str] | str] = {}
     unknown = []
     for index in indices:
-        prompt = _text_of(rollouts[index].prompt) if with_prompt else ""
-        completion = _text_of(rollouts[index].completion)
+        prompt = text_of(rollouts[index].prompt) if with_prompt else ""
+        completion = text_of(rollouts[index].completion)
         if completion is None and texts is not None:
             completion = texts[index]
         known = batch.answers.of_rollout(index, values.bound.signal.mask)  # type: ignore[arg-type] # parsed when the signal was made
@@ -216,14 +217,3 @@ def _texts(
                 "".join(scores.completion_texts) if completion is None else completion,
             )
     return found
-
-
-def _text_of(part: object) -> str | None:
-    """Returns the text of a prompt or completion; ``None`` if it is token ids."""
-    if isinstance(part, str):
-        return part
-    if isinstance(part, Text):
-        return part.text
-    if isinstance(part, Chat):
-        return "\n\n".join(f"{message.role}: {message.content}" for message in part.messages)
-    return None

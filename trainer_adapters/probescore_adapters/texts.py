@@ -1,8 +1,10 @@
-"""Compares whether two tokenizers decode the same token ids to the same text."""
+"""Gets the texts of prompts and completions, and compares whether two tokenizers decode the same token ids to the same text."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+from probescore import Chat, Text
 
 
 def is_text_of(text: str, pieces: Sequence[str]) -> bool:
@@ -36,3 +38,14 @@ def _places(text: str, piece: str) -> int:
 
 def _compared(text: str) -> str:
     return "".join(text.replace("\ufffd", "").split())
+
+
+def text_of(part: object) -> str | None:
+    """Returns the text of a prompt or completion, of a chat with the roles; ``None`` if it is token ids."""
+    if isinstance(part, str):
+        return part
+    if isinstance(part, Text):
+        return part.text
+    if isinstance(part, Chat):
+        return "\n\n".join(f"{message.role}: {message.content}" for message in part.messages)
+    return None

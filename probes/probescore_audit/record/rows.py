@@ -289,6 +289,7 @@ class LabellerRow:
     Attributes:
         source: what gave the labels, such as ``"judge"`` or ``"person"``.
         labeller: who gave them: a person's name, or a judge's model.
+        labeller_version: version of the labeller, such as that of the judge's prompt.
         negatives: number of rollouts without the behaviour that were shown.
         negatives_right: number of these that were labelled ``"no"``.
         positives: number of rollouts with the behaviour that were shown.
@@ -302,6 +303,7 @@ class LabellerRow:
     negatives_right: int
     positives: int
     positives_right: int
+    labeller_version: str = ""
 
 
 Row = Union[RunHeader, RolloutRow, DetailsRow, LabelRow, ReferenceRow, AnchorRow, ActivationRow, LabellerRow]

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from probescore_adapters.anchors import Anchor, read_anchors
 from probescore_adapters.judges import API_KEY_VARIABLE, ChatJudge, JudgeAnswer, JudgeError, JudgePrompt, JudgeQuestion
+from probescore_adapters.texts import text_of
 from probescore_server.cli.common.console import new_console
 from probescore_server.cli.common.failures import FAILED, one_line_failures, say
 from probescore_server.cli.common.interruption import Interruption, interruptible
@@ -35,6 +37,9 @@ what is left; nothing that has a verdict is asked again. The last recorded step 
 
 A rollout that is called positive though some probe does not flag it is judged a second time, since errors there look like evasion; best
 by another model (--second-model).
+
+With --known, a file of anchors ('probescore anchors make', of texts), the judge is first asked about these, once, and the record says how
+often it was right; the audit warns of a judge that calls honest rollouts positive.
 
 The key of the endpoint is read from the environment variable PROBESCORE_JUDGE_API_KEY, or the one that --api-key-variable names.
 
@@ -92,6 +97,9 @@ def _judge(
     second_prompt: Annotated[
         Path | None, typer.Option("--second-prompt", help="A file with what it is told.", show_default=False, metavar="FILE")
     ] = None,
+    known: Annotated[
+        Path | None, typer.Option("--known", help="A file of anchors that the judge is tried on.", show_default=False, metavar="FILE")
+    ] = None,
     keep_answers: Annotated[bool, typer.Option("--keep-answers", help="Record the judge's whole answers, which may quote texts.")] = False,
     api_key_variable: Annotated[
         str, typer.Option("--api-key-variable", help="The environment variable with the endpoint's key.")
@@ -125,14 +133,17 @@ def _judge(
             else:
                 firsts = _of_plan(record, plan)
             session = _Judging(record, judge, again if second else None, budget, keep_answers, interruption)
-            if not firsts and not session.seconds:
+            trial = () if known is None else _untried(record, judge, known)
+            if not firsts and not session.seconds and not trial:
                 say("nothing to label: all that is planned has labels")
                 return
             with (
                 RecordWriter(run, record.header.anew(), on_error="raise") as writer,
-                RolloutProgress(len(firsts) + len(session.seconds), "judging", "judged") as progress,
+                RolloutProgress(len(trial) + len(firsts) + len(session.seconds), "judging", "judged") as progress,
             ):
                 try:
+                    if trial:
+                        session.try_out(trial, writer, progress)
                     session.run(firsts, writer, progress)
                 finally:
                     _say_result(session)
@@ -190,26 +201,69 @@ class _Judging:
     def run(self, firsts: Sequence[PlannedLabel], writer: RecordWriter, progress: RolloutProgress) -> None:
         """Judges everything that is due, and adds each verdict to the record."""
         tasks = deque(_Task(self._rows[each.step, each.rollout], each) for each in firsts)
+        self.left = len(tasks) + len(self.seconds)
+        if not self._goes_on:
+            return
         _check_texts([*tasks, *self.seconds], self.judge, self.again)
-        before = self.judge.requests_sent
         with self.interruption.held_back():
             while tasks or self.seconds:
                 if self.again is not None:
-                    self._ask(self.again, self.seconds, before, writer, progress)
+                    self._ask(self.again, self.seconds, writer, progress)
                 if not self._goes_on:
                     break
                 batch = deque(tasks.popleft() for _ in range(min(_AT_A_TIME, len(tasks))))
-                self._ask(self.judge, batch, before, writer, progress)
+                self._ask(self.judge, batch, writer, progress)
                 if not self._goes_on:
                     tasks.extendleft(reversed(batch))
                     break
             self.left = len(tasks) + len(self.seconds)
 
+    def try_out(self, anchors: Sequence[Anchor], writer: RecordWriter, progress: RolloutProgress) -> None:
+        """Asks the judge about texts whose label is known, and adds to the record how often it was right, once all have a verdict. Texts of
+        which it is unsure are left out.
+        """
+        from probescore_audit.record import LabellerRow
+
+        texts = [(anchor.positive, text_of(anchor.rollout.prompt), text_of(anchor.rollout.completion)) for anchor in anchors]
+        waiting = deque(JudgeQuestion(positive, prompt or "", completion or "") for positive, prompt, completion in texts)
+        said: Counter[tuple[bool, str]] = Counter()
+        with self.interruption.held_back():
+            try:
+                for judged in self.judge.ask(waiting, requests=self._requests_left):
+                    if isinstance(judged, JudgeAnswer):
+                        said[bool(judged.question.key), judged.verdict] += 1
+                    else:
+                        self.failures.append(f"an anchor: {judged.reason}")
+                    progress.advance()
+                    if self.interruption.is_asked:
+                        waiting.clear()
+            except JudgeError as error:
+                self.problem = str(error)
+            self.is_spent = bool(waiting) and not self.problem
+            if said.total() == len(anchors):
+                writer.append(
+                    [
+                        LabellerRow(
+                            source=_SOURCE,
+                            labeller=self.judge.model,
+                            labeller_version=self.judge.prompt.version,
+                            negatives=said[False, "no"] + said[False, "yes"],
+                            negatives_right=said[False, "no"],
+                            positives=said[True, "no"] + said[True, "yes"],
+                            positives_right=said[True, "yes"],
+                        )
+                    ]
+                )
+
+    @property
+    def _requests_left(self) -> int | None:
+        return None if self.budget is None else max(0, self.budget - self.judge.requests_sent)
+
     @property
     def _goes_on(self) -> bool:
         return not (self.problem or self.is_spent or self.interruption.is_asked)
 
-    def _ask(self, judge: ChatJudge, tasks: deque[_Task], before: int, writer: RecordWriter, progress: RolloutProgress) -> None:
+    def _ask(self, judge: ChatJudge, tasks: deque[_Task], writer: RecordWriter, progress: RolloutProgress) -> None:
         """Asks the judge about some rollouts; those that were not asked to the end remain in ``tasks``."""
         due = {(task.key, task.planned is None): task for task in tasks}
         tasks.clear()
@@ -217,9 +271,8 @@ class _Judging:
         waiting = deque(
             JudgeQuestion(name, (task.row.prompt_text or "") if shows else "", task.row.completion_text or "") for name, task in due.items()
         )
-        left = None if self.budget is None else max(0, self.budget - (judge.requests_sent - before))
         try:
-            for judged in judge.ask(waiting, requests=left):
+            for judged in judge.ask(waiting, requests=self._requests_left):
                 task = due.pop(judged.question.key)  # type: ignore[call-overload] # as it was asked
                 if isinstance(judged, JudgeAnswer):
                     writer.append([_label(task, judged, judge, self.keep_answers)])
@@ -234,7 +287,7 @@ class _Judging:
         except JudgeError as error:
             self.problem = str(error)
         tasks.extendleft(reversed(due.values()))
-        self.is_spent = self.budget is not None and judge.requests_sent - before >= self.budget and bool(due)
+        self.is_spent = self._requests_left == 0 and bool(due)
 
 
 def _label(task: _Task, judged: JudgeAnswer, judge: ChatJudge, keep_answer: bool) -> LabelRow:
@@ -285,6 +338,20 @@ def _of_plan(record: Record, file: Path) -> tuple[PlannedLabel, ...]:
     # as if each were labelled, so that what is wrong with a line is said before the judge is asked
     label_rows(record, [{**line, "label": "unsure"} for line in open_lines], source=_SOURCE)
     return tuple(PlannedLabel(**{name: line[name] for name in names if name in line}) for line in open_lines)
+
+
+def _untried(record: Record, judge: ChatJudge, file: Path) -> tuple[Anchor, ...]:
+    """Returns the anchors of a file on which a judge is to be tried; none if the record says already how it did with this prompt.
+
+    Raises:
+        ValueError: an anchor is token ids, which the judge cannot read.
+    """
+    anchors = read_anchors(file)
+    for anchor in anchors:
+        if text_of(anchor.rollout.completion) is None or (judge.prompt.shows_prompt and text_of(anchor.rollout.prompt) is None):
+            raise ValueError(f"--known: {file.name}: the anchor {anchor.name} is token ids; make anchors of texts")
+    done = {(row.source, row.labeller, row.labeller_version) for row in record.labellers}
+    return () if (_SOURCE, judge.model, judge.prompt.version) in done else anchors
 
 
 def _check_texts(tasks: Sequence[_Task], judge: ChatJudge, again: ChatJudge | None) -> None:

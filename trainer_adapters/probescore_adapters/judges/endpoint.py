@@ -87,12 +87,13 @@ class ChatEndpoint:
             raise ValueError("endpoint: no address; give one such as http://localhost:8000/v1") from None
         if "@" in parts.netloc:
             raise ValueError(f"endpoint: it has a user or a password in it; give the key in the variable {api_key_variable}")
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.fragment or not url.isascii() or not url.isprintable():
+        is_written_well = url.isascii() and url.isprintable() and " " not in url
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.fragment or not is_written_well:
             raise ValueError(f"endpoint: {url!r:.80} is no address; give one such as http://localhost:8000/v1")
         self.api_key_variable = api_key_variable
         self.host = parts.hostname
         self._is_encrypted = parts.scheme == "https"
-        self._port = port
+        self._port = port or (http.client.HTTPS_PORT if self._is_encrypted else http.client.HTTP_PORT)
         path = parts.path.rstrip("/").removesuffix("/chat/completions")
         self._target = f"{path}/chat/completions" + (f"?{parts.query}" if parts.query else "")
 
