@@ -108,7 +108,7 @@ def read_run(record: Record, table: RolloutTable, probe: str, *, reading: str = 
     described = {each.key: each for each in record.header.probes}
     if probe not in described:
         raise ValueError(f"probe: {probe!r}; the record has {', '.join(described) or 'none'}")
-    thresholds = described[probe].thresholds
+    thresholds = described[probe].thresholds_on(reading)
     recorded = [key[2] for key in table.scores if key[:2] == (probe, reading)]
     if not recorded:
         readings = sorted({key[1] for key in table.scores if key[0] == probe})
@@ -190,7 +190,7 @@ def recorded_reference(record: Record, probe: str, *, reading: str = FROZEN, red
     Raises:
         ValueError: the record has no threshold for these scores.
     """
-    thresholds = next((each.thresholds for each in record.header.probes if each.key == probe), {})
+    thresholds = next((each.thresholds_on(reading) for each in record.header.probes if each.key == probe), {})
     if reduction not in thresholds:
         raise ValueError(f"reduction: {reduction}; of {probe} the record has no threshold for it")
     scored = [(row, score) for row in record.references if (score := _score(row.scores, probe, reading, reduction)) is not None]

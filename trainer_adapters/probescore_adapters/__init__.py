@@ -8,6 +8,7 @@ The core imports the probescore client but no trainer. Each of ``probescore_adap
 from probescore_adapters.errors import ProbeReplaced, ReadingGone, SignalError, Unscorable
 from probescore_adapters.guard_rails import GuardRails
 from probescore_adapters.outcome import Outcome
+from probescore_adapters.record_options import RecordOptions
 from probescore_adapters.rollouts import Rollout
 from probescore_adapters.scorer import Policy, ProbeScorer, score_rollouts
 from probescore_adapters.signals import MaskKind, Mode, ProbeSignal, Transform
@@ -22,6 +23,7 @@ __all__ = [
     "ProbeScorer",
     "ProbeSignal",
     "ReadingGone",
+    "RecordOptions",
     "Rollout",
     "SignalError",
     "Transform",

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Union
+from typing import Any, Union
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -38,6 +38,9 @@ class Rollout:
     mask: Union[ArrayLike, None] = None
     group: Union[Hashable, None] = None
     problem: str = ""
+    name: str = ""
+    logprob: Union[float, None] = None
+    columns: Union[Mapping[str, Any], None] = None
 
     @classmethod
     def split(cls, prompt: str, query: str) -> Rollout:

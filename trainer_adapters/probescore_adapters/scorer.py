@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Union
+from typing import Any, Literal, TypeVar, Union
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -36,6 +36,8 @@ from probescore_adapters.guard_rails import GuardRails
 from probescore_adapters.job import job_from_environment
 from probescore_adapters.outcome import PREFIX, OnUnscorable, Outcome, combine, substitute
 from probescore_adapters.pins import bound_to, changes_between, pins_from, pins_of, replacement, state_of, threshold_change
+from probescore_adapters.record_options import RecordOptions
+from probescore_adapters.recording import RunRecorder
 from probescore_adapters.rollouts import Prompt, Rollout
 from probescore_adapters.signal_values import BatchSignals, ServerFacts, StreamRequest, score_batch
 from probescore_adapters.signals import BoundSignal, Mode, PinnedProbe, ProbeSignal
@@ -45,6 +47,7 @@ from probescore_adapters.texts import is_text_of
 logger = logging.getLogger("probescore_adapters")
 
 OnFailure = Union[Literal["raise", "wait"], float]
+RecordTo = Union[str, "os.PathLike[str]", RecordOptions]
 
 _MAX_COMPARED_TEXTS = 8
 """Maximum number of completions whose texts are compared to find out whether server and trainer use the same tokenizer."""
@@ -65,6 +68,7 @@ class ServerFactsRequest:
 
 
 Answer = Union[ServerFacts, list[StreamedCompletion]]
+Result = TypeVar("Result")
 Steps = Generator[Union[StreamRequest, ServerFactsRequest], Any, Outcome]
 
 
@@ -143,10 +147,13 @@ class ProbeScorer:
             own tokenizer has another fingerprint.
         metadata: gRPC metadata sent with every RPC.
         follow: whether a name means the highest version of a probe at each batch, instead of at the first use.
+        record: folder of the run's record, into which every scored rollout is written, or the ``RecordOptions``; ``None`` = no record.
 
     Raises:
-        SignalError: there is no signal, or two signals have the same name.
+        SignalError: there is no signal, two signals have the same name, or the record's ``held_out`` does not fit them.
         TypeError: ``follow`` is not a boolean.
+        OSError: the folder of the record cannot be made.
+        ValueError: a folder that is to be the record has that of another run, or an option is wrong.
     """
 
     def __init__(
@@ -161,6 +168,7 @@ class ProbeScorer:
         tokenizer_fingerprint: str = "",
         metadata: Mapping[str, str] | None = None,
         follow: bool = False,
+        record: RecordTo | None = None,
     ) -> None:
         if not isinstance(follow, bool):
             raise TypeError(f"follow: expected True or False, got {follow!r}")
@@ -186,6 +194,7 @@ class ProbeScorer:
         self._read: dict[str, tuple[str, int | None]] = {}
         self._gone: set[str] = set()
         self._tokenizers_compared = False
+        self.recorder = None if record is None else RunRecorder(RecordOptions.of(record), self.signals, run_id)
 
     @property
     def tokenizer_fingerprint(self) -> str:
@@ -238,6 +247,23 @@ class ProbeScorer:
             )
         self._pins, self._bound, self._server = pins, [], None
 
+    def record_into(self, record: RecordTo) -> None:
+        """Makes the scorer write every rollout that it scores from now on into the record of the run; does nothing if it does already.
+
+        Args:
+            record: folder of the record, or its ``RecordOptions``.
+
+        Raises:
+            ValueError: the scorer writes into another record, or with other options; or the folder has the record of another run.
+            SignalError: the options do not fit the signals (rules from probe scores to rewards).
+            OSError: the folder cannot be made.
+        """
+        options = RecordOptions.of(record)
+        if self.recorder is None:
+            self.recorder = RunRecorder(options, self.signals, self._options["run_id"])
+        elif options != self.recorder.options:
+            raise ValueError(f"record: {options.directory}; the scorer writes into {self.recorder.options.directory}, with its own options")
+
     def refuse_modes(self, *modes: Mode, because: str) -> None:
         """Refuses signals (rules from probe scores to rewards) whose modes (ways to act on the reward) a trainer does not support.
 
@@ -255,16 +281,18 @@ class ProbeScorer:
         *,
         step: int | None = None,
         texts: Sequence[str | None] | None = None,
+        record: bool = True,
     ) -> Outcome:
         """Scores a batch of rollouts with probes and applies the signals (rules from probe scores to rewards) to the scores.
 
         Args:
             rollouts: the ``n`` rollouts; the server computes a prompt once for all rollouts with the same prompt.
             task_rewards: ``(n,)``, the rewards without probes; ``None`` if the trainer itself adds them.
-            step: number of the training step, for the server's logs.
+            step: number of the training step, for the server's logs and the record.
             texts: the ``n`` texts that the trainer's tokenizer decoded from each completion's ids, without special tokens, for trainers
                 that have no tokenizer to compare; ``None`` = unknown. If no tokenizer fingerprint is required, the first texts are compared
                 with the texts that the server decodes from the same ids. Otherwise ids of another vocabulary would be scored unnoticed.
+            record: whether the batch belongs into the record, if the scorer has one; false for rollouts that are not trained on.
 
         Raises:
             ProbescoreError: the RPC failed, and ``on_failure`` is not a number; or the server has another model or tokenizer than required.
@@ -274,19 +302,10 @@ class ProbeScorer:
             Unscorable: a rollout is unscorable, and ``on_unscorable`` is ``"raise"``.
             InvalidRequestError: token ids are not integers, a mask is not 0 and 1, a group key cannot be compared by value, or task rewards
                 are not finite numbers; the error names the field (also a ``ValueError``).
+            ValueError: the record needs a step, and none is given.
+            OSError: the record cannot be written, and ``RecordOptions.on_error`` is ``"raise"``.
         """
-        steps = self._steps(rollouts, task_rewards, step, texts)
-        try:
-            request = next(steps)
-            while True:
-                try:
-                    answer = self._answer(request)
-                except ProbescoreError as error:
-                    request = steps.throw(error)
-                else:
-                    request = steps.send(answer)
-        except StopIteration as done:
-            return _outcome(done)
+        return self._run(self._steps(rollouts, task_rewards, step, texts, record))
 
     async def score_async(
         self,
@@ -295,9 +314,10 @@ class ProbeScorer:
         *,
         step: int | None = None,
         texts: Sequence[str | None] | None = None,
+        record: bool = True,
     ) -> Outcome:
         """Scores a batch of rollouts with probes from an event loop; arguments, result and errors are the same as for ``score``."""
-        steps = self._steps(rollouts, task_rewards, step, texts)
+        steps = self._steps(rollouts, task_rewards, step, texts, record)
         try:
             request = next(steps)
             while True:
@@ -309,6 +329,31 @@ class ProbeScorer:
                     request = steps.send(answer)
         except StopIteration as done:
             return _outcome(done)
+
+    def record_reference(self, rollouts: Iterable[Rollout], positive: Sequence[bool], *, random: bool) -> None:
+        """Scores labelled rollouts of the model before training and writes them into the record, with which the audit compares the run. At
+        least 300 of each class are needed, and at least 512 that were drawn at random, better 2,048. One process of the run calls this,
+        once.
+
+        Args:
+            rollouts: the ``n`` rollouts.
+            positive: whether each of them has the behaviour, ``n`` booleans.
+            random: whether they were drawn at random, so that they say how frequent the behaviour was; false if they were chosen for their
+                label or score.
+
+        Raises:
+            ValueError: the scorer has no record, or the numbers of rollouts and labels differ.
+            ProbescoreError, SignalError, InvalidRequestError: the errors of ``score``.
+            OSError: the record cannot be written.
+        """
+        given = [rollout.checked(f"rollouts[{index}].{{}}") for index, rollout in enumerate(rollouts)]
+        if self.recorder is None:
+            raise ValueError("record: the scorer has none; give ProbeScorer(record=…)")
+        if len(given) != len(positive):
+            raise ValueError(f"positive: {len(positive)} for {len(given)} rollouts; give a label for each")
+        batch = self._run(self._batch(given, None, None))
+        assert self._server is not None  # noqa: S101 - asked for before anything is scored
+        self.recorder.record_reference(given, batch, positive, server=self._server, random=random)
 
     def load_reading(self, name: str, path: str | os.PathLike[str], step: int | None = None) -> LoadedReading:
         """Makes the servers load a LoRA adapter, or a checkpoint of the whole model, so that signals (rules from probe scores to rewards)
@@ -329,13 +374,34 @@ class ProbeScorer:
         return self._client.load_reading(name, path, step)
 
     def close(self) -> None:
-        """Closes the connections to the server that this process uses for synchronous calls; the connections of event loops stay open."""
+        """Closes the record, and the connections to the server that this process uses for synchronous calls; the connections of event loops
+        stay open.
+        """
         self._client.close()
+        if self.recorder is not None:
+            self.recorder.close()
 
     async def close_async(self) -> None:
-        """Closes the connections to the server that this process uses for synchronous calls, and those of this event loop."""
-        self._client.close()
+        """Closes the record, and the connections to the server that this process uses for synchronous calls, and those of this event
+        loop.
+        """
+        self.close()
         await self._async_client.close()
+
+    def _run(self, steps: Generator[Union[StreamRequest, ServerFactsRequest], Any, Result]) -> Result:
+        """Runs a generator of requests to the server, and returns what it returns."""
+        try:
+            request = next(steps)
+            while True:
+                try:
+                    answer = self._answer(request)
+                except ProbescoreError as error:
+                    request = steps.throw(error)
+                else:
+                    request = steps.send(answer)
+        except StopIteration as done:
+            result: Result = done.value
+            return result
 
     def _answer(self, request: StreamRequest | ServerFactsRequest) -> Answer:
         if isinstance(request, ServerFactsRequest):
@@ -348,7 +414,12 @@ class ProbeScorer:
         return [answer async for answer in self._async_client.score_stream(request.groups, window=request.window, **request.options)]
 
     def _steps(
-        self, given: Iterable[Rollout], task_rewards: ArrayLike | None, step: int | None, texts: Sequence[str | None] | None
+        self,
+        given: Iterable[Rollout],
+        task_rewards: ArrayLike | None,
+        step: int | None,
+        texts: Sequence[str | None] | None,
+        is_recorded: bool,
     ) -> Steps:
         """Generator that scores one batch of rollouts without input or output of its own: yields each request to the server, is sent the
         reply, and returns the rewards and metrics.
@@ -357,6 +428,8 @@ class ProbeScorer:
         rollouts = [rollout.checked(f"rollouts[{index}].{{}}") for index, rollout in enumerate(given)]
         tasks = None if task_rewards is None else as_rewards(task_rewards, len(rollouts), "task_rewards")
         lengths = [None if isinstance(rollout.completion, str) else len(rollout.completion) for rollout in rollouts]
+        recorder = self.recorder if is_recorded and rollouts else None
+        batch = None
         try:
             batch = yield from self._batch(rollouts, step, texts)
         except (*_TRANSPORT, ReadingGone) as error:
@@ -374,6 +447,8 @@ class ProbeScorer:
                 on_unscorable=self.policy.on_unscorable,
             )
             _log(outcome, batch)
+        if recorder is not None:
+            recorder.record(rollouts, batch, outcome, server=self._server, task_rewards=tasks, step=step)
         return replace(outcome, metrics={**outcome.metrics, f"{PREFIX}/seconds": time.perf_counter() - started})
 
     def _batch(
@@ -400,6 +475,7 @@ class ProbeScorer:
         self, missing: Mapping[str, str], rollouts: Sequence[Rollout], step: int | None, texts: Sequence[str | None] | None
     ) -> Generator[Union[StreamRequest, ServerFactsRequest], Any, BatchSignals]:
         """Scores a batch with probes on all readings that its signals need, but for some that are missing, keyed to the reason."""
+        further = None if self.recorder is None else self.recorder.further
         for attempt in range(1, _MAX_ATTEMPTS + 1):
             if self._server is None:
                 self._server = yield ServerFactsRequest()
@@ -407,7 +483,9 @@ class ProbeScorer:
             # by exact versions once a name has changed its meaning, so that one version scores the whole batch
             by_name = self.follow and attempt == 1
             try:
-                batch = yield from score_batch(rollouts, bound, server, {**self._options, "step": step}, by_name=by_name, missing=missing)
+                batch = yield from score_batch(
+                    rollouts, bound, server, {**self._options, "step": step}, by_name=by_name, missing=missing, further=further
+                )
             except (ProbeReplaced, InvalidRequestError) as error:
                 if not isinstance(error, ProbeReplaced) and not error.field.startswith("probes["):
                     raise
@@ -553,6 +631,9 @@ def score_rollouts(
     groups: Iterable[Any] | None = None,
     step: int | None = None,
     texts: Sequence[str | None] | None = None,
+    names: Iterable[str] | None = None,
+    logprobs: ArrayLike | None = None,
+    record: RecordTo | bool = True,
 ) -> Outcome:
     """Scores ``n`` rollouts of a training loop that uses none of the supported trainers; takes and returns numpy arrays.
 
@@ -564,8 +645,12 @@ def score_rollouts(
         task_rewards: ``(n,)``, the rewards without probes, or ``None``.
         groups: ``n`` keys of the rollouts' groups, compared by value, in a list, an array or a tensor; ``None`` = rollouts with the same
             prompt form a group.
-        step: number of the training step, for the server's logs.
+        step: number of the training step, for the server's logs and the record.
         texts: ``n`` texts decoded from the completions' ids, as for ``ProbeScorer.score``.
+        names: ``n`` names of the rollouts in the record, unique within the step; ``None`` = the record names them.
+        logprobs: ``(n,)``, log-probability of each completion under the policy, for the record; ``None`` = unknown.
+        record: folder of the run's record or its ``RecordOptions``, the same at each call; ``True`` = the one that the scorer has, if any;
+            ``False`` = the batch is not recorded, such as an evaluation.
 
     Raises:
         ValueError: the numbers of prompts, completions, masks or groups differ, or one of these arguments is invalid; the error names the
@@ -575,14 +660,18 @@ def score_rollouts(
     count = len(rows["prompts"])
     for name, given in (("masks", masks), ("groups", groups)):
         rows[name] = [None] * count if given is None else as_list(given, name)
-    for name, entries in rows.items():
+    names = [""] * count if names is None else as_list(names, "names")
+    likely = [None] * count if logprobs is None else as_rewards(logprobs, count, "logprobs").tolist()
+    if not isinstance(record, bool):
+        scorer.record_into(record)
+    for name, entries in [*rows.items(), ("names", names)]:
         if len(entries) != count:
             raise ValueError(f"{name}: {len(entries)} for {count} prompts")
     rollouts = [
-        Rollout(*parts).checked(f"{{}}s[{index}]")  # "masks[3]": as the caller named them
-        for index, parts in enumerate(zip(*rows.values()))  # noqa: B905 - Python 3.10
+        Rollout(*parts, "", name, logprob).checked(f"{{}}s[{index}]")  # "masks[3]": as the caller named them
+        for index, (*parts, name, logprob) in enumerate(zip(*rows.values(), names, likely))  # noqa: B905 - Python 3.10
     ]
-    return scorer.score(rollouts, task_rewards, step=step, texts=texts)
+    return scorer.score(rollouts, task_rewards, step=step, texts=texts, record=record is not False)
 
 
 def _outcome(done: StopIteration) -> Outcome:

@@ -31,9 +31,10 @@ from probescore import (
     Usage,
     check_groups,
 )
+from probescore.reductions import Reduction
 from probescore.types import FROZEN, Reading
 from probescore_adapters.errors import ProbeReplaced
-from probescore_adapters.rollouts import GroupedRollouts, Rollout, distinct_masks
+from probescore_adapters.rollouts import GroupedRollouts, Mask, Rollout, distinct_masks
 from probescore_adapters.signals import BoundSignal, Floats, Mode, PinnedProbe, ProbeSignal
 
 # The server lost a worker twice with a rollout: it can be scored no more than one that is too long.
@@ -105,6 +106,53 @@ class SignalValues:
 
 
 @dataclass(frozen=True)
+class FurtherScores:
+    """What the server is asked for beyond what signals (rules from probe scores to rewards) need, for the record of the training run.
+
+    Attributes:
+        reductions: reductions (from per-token scores to one number per rollout) that are computed beside those of the signals.
+        tokens: whether the per-token scores of every probe are sent back.
+        texts: whether the tokens are sent back as text.
+    """
+
+    reductions: tuple[Reduction, ...] = ()
+    tokens: bool = False
+    texts: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class BatchAnswers:
+    """The server's answers for a batch of rollouts, from which the scores for signals (rules from probe scores to rewards) are taken.
+
+    Attributes:
+        found: a dictionary of the scores of each rollout, keyed by the index of the rollout and that of the mask.
+        masks: the distinct masks (the tokens that count) under which rollouts were scored.
+        reductions: the reductions of the scores, in the order of the answers.
+        readings: names of the readings (whose activations the probes read) that were asked for.
+    """
+
+    found: Mapping[tuple[int, int], CompletionScores] = field(default_factory=dict)
+    masks: tuple[Mask, ...] = ()
+    reductions: tuple[Reduction, ...] = ()
+    readings: tuple[str, ...] = ()
+
+    def of_rollout(self, index: int, mask: Mask) -> CompletionScores | None:
+        """Returns the scores of a rollout under a mask (the tokens that count); ``None`` if it could not be scored at all."""
+        return self.found.get((index, self.masks.index(mask)))
+
+    def of_probe(self, index: int, bound: BoundSignal, reading: str) -> ProbeScores | None:
+        """Returns the scores of a rollout by a signal's probe on a reading (whose activations it reads); ``None`` if it has none there."""
+        found = self.of_rollout(index, bound.signal.mask)  # type: ignore[arg-type] # parsed when the signal was made
+        if found is None or reading not in self.readings:
+            return None
+        on = found.on(reading)
+        if on.status is not CompletionStatus.OK:
+            return None
+        name = bound.probe.rpartition("@")[0]
+        return on.scores[name] if name in on.scores else on.scores[bound.probe]
+
+
+@dataclass(frozen=True)
 class BatchSignals:
     """Scores that the probes of all signals (rules from probe scores to rewards) gave to a batch of ``n`` rollouts.
 
@@ -116,6 +164,7 @@ class BatchSignals:
         readings: a dictionary, keyed by name, of the readings (whose activations the probes read) that gave the scores; empty if only the
             frozen model did.
         missing: a dictionary, keyed by the name of a reading that could not be asked for, of the reason; the scores of its signals are NaN.
+        answers: the server's answers.
     """
 
     signals: tuple[SignalValues, ...]
@@ -124,6 +173,7 @@ class BatchSignals:
     inexact_ids: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_))
     readings: Mapping[str, Reading] = field(default_factory=dict)
     missing: Mapping[str, str] = field(default_factory=dict)
+    answers: BatchAnswers = field(default_factory=BatchAnswers)
 
 
 def score_batch(
@@ -134,6 +184,7 @@ def score_batch(
     *,
     by_name: bool = False,
     missing: Mapping[str, str] | None = None,
+    further: FurtherScores | None = None,
 ) -> Generator[StreamRequest, list[StreamedCompletion], BatchSignals]:
     """Scores rollouts for every signal (rule from probe scores to rewards): a generator that yields each request to the server, is sent the
     scored completions, and returns the scores for each signal.
@@ -148,12 +199,13 @@ def score_batch(
         options: options of ``score_stream`` in addition to the options that follow from the signals.
         by_name: whether the server is asked for the probes as the signals name them; else for the versions that they are bound to.
         missing: names of readings that are not asked for, with reasons; their signals have no scores. ``None`` = none.
+        further: what is asked for beyond what the signals need; ``None`` = nothing.
 
     Raises:
         ProbeReplaced: a probe that has scored the rollouts is not the one that its signal is bound to.
         MismatchError: two versions of one reading have scored the rollouts; the reason is ``READING_CHANGED``.
     """
-    pending = _PendingBatch(rollouts, signals, server, options, by_name, missing or {})
+    pending = _PendingBatch(rollouts, signals, server, options, by_name, missing or {}, further or FurtherScores())
     yield from pending.request_all()
     return pending.values()
 
@@ -169,30 +221,36 @@ class _PendingBatch:
         options: ScoreOptions,
         by_name: bool,
         missing: Mapping[str, str],
+        further: FurtherScores,
     ) -> None:
         asked = [bound.signal.probe if by_name else bound.probe for bound in signals]
         self._rollouts = rollouts
         self._signals = signals
         self._server = server
         self._masks = distinct_masks([bound.signal for bound in signals])
-        self._reductions = list(dict.fromkeys(bound.reduction for bound in signals if bound.reduction is not None))
+        reductions = [bound.reduction for bound in signals if bound.reduction is not None]
+        self._reductions = list(dict.fromkeys([*reductions, *(further.reductions if reductions else ())]))
+        by_token = {name: bound for name, bound in zip(asked, signals) if bound.signal.mode is Mode.DENSE or further.tokens}  # noqa: B905
         self._options: ScoreOptions = {
             **options,
             "probes": list(dict.fromkeys(asked)),
             "reductions": self._reductions,
-            "token_scores": list(dict.fromkeys(name for name, bound in zip(asked, signals) if bound.signal.mode is Mode.DENSE)),  # noqa: B905
+            "token_scores": list(by_token),
             "expected_model_fingerprint": server.info.model.fingerprint,
         }
+        if further.texts:
+            self._options["return_token_texts"] = True
         self._missing = missing
         self._asked = readings_of([bound.signal for bound in signals if bound.signal.reading not in missing])
         if self._asked != [FROZEN]:  # what a server of any version reads
             self._options["readings"] = self._asked
         self._readings: dict[str, Reading] = {}
         labels = {probe.key: len(probe.labels) for probe in server.probes}
-        self._dense_labels = sum(labels[probe] for probe in {bound.probe for bound in signals if bound.signal.mode is Mode.DENSE})
+        self._dense_labels = sum(labels[probe] for probe in {bound.probe for bound in by_token.values()})
         self._problems: dict[int, str] = {}
         self._found: dict[tuple[int, int], CompletionScores] = {}
         self._usages: dict[int, Usage] = {}
+        self._answers = BatchAnswers()
 
     def request_all(self) -> Generator[StreamRequest, list[StreamedCompletion], None]:
         if not self._asked:
@@ -253,6 +311,7 @@ class _PendingBatch:
                 if on.status is not CompletionStatus.OK:
                     where = "" if reading == FROZEN else f"on the reading {reading}: "
                     self._problems.setdefault(index, where + (on.status_message or on.status.value))
+        self._answers = BatchAnswers(self._found, tuple(self._masks), tuple(self._reductions), tuple(self._asked))
         signals = tuple(self._signal_values(bound) for bound in self._signals)
         return BatchSignals(
             signals,
@@ -261,6 +320,7 @@ class _PendingBatch:
             np.array([any(self._found[key].inexact_ids for key in [(index, 0)] if key in self._found) for index in indices], np.bool_),
             self._readings,
             self._missing,
+            self._answers,
         )
 
     def _known_problems(self) -> dict[int, str]:
@@ -293,14 +353,13 @@ class _PendingBatch:
         )
 
     def _signal_values(self, bound: BoundSignal) -> SignalValues:
-        mask = list(self._masks).index(bound.signal.mask)  # type: ignore[arg-type] # parsed when the signal was made
-        scored = [self._scores(index, mask, bound, bound.signal.reading) for index in range(len(self._rollouts))]
+        scored = self._scores(bound, bound.signal.reading)
         if bound.signal.mode is Mode.DENSE:
             tokens = tuple(self._token_scores(index, scores, bound) for index, scores in enumerate(scored))
             return SignalValues(bound, np.array([one.mean for one in tokens], np.float64), tokens)
         on_frozen = None
         if bound.signal.logs_drift:
-            on_frozen = self._reduced([self._scores(index, mask, bound, FROZEN) for index in range(len(self._rollouts))], bound)
+            on_frozen = self._reduced(self._scores(bound, FROZEN), bound)
         unmet = None
         if bound.calibration is not None and bound.calibration.conditions is not None:
             of_threshold = (bound.calibration.reduction, bound.calibration.label)
@@ -315,16 +374,8 @@ class _PendingBatch:
         values = [None if scores is None else scores.at(0, reduction, bound.label) for scores in scored]
         return np.array([np.nan if value is None else value for value in values], np.float64)
 
-    def _scores(self, index: int, mask: int, bound: BoundSignal, reading: str) -> ProbeScores | None:
-        """Returns the scores of a rollout by a signal's probe on a reading; ``None`` if it has none there."""
-        found = self._found.get((index, mask))
-        if found is None or reading not in self._asked:
-            return None
-        on = found.on(reading)
-        if on.status is not CompletionStatus.OK:
-            return None
-        name = bound.probe.rpartition("@")[0]
-        return on.scores[name] if name in on.scores else on.scores[bound.probe]
+    def _scores(self, bound: BoundSignal, reading: str) -> list[ProbeScores | None]:
+        return [self._answers.of_probe(index, bound, reading) for index in range(len(self._rollouts))]
 
     def _token_scores(self, index: int, scores: ProbeScores | None, bound: BoundSignal) -> MaskedTokens:
         if scores is None or scores.tokens is None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Any, Union
 
@@ -50,7 +51,7 @@ async def probe_reward(
     trainer_state: Any = None,  # noqa: ANN401 - of transformers, or of the user
     log_metric: LogMetric | None = None,
     log_extra: LogExtra | None = None,
-    **_columns: object,
+    **columns: object,
 ) -> list[float]:
     """Returns the numbers that the signals (rules from probe scores to rewards) add to the rewards of ``n`` rollouts, with the signature of
     TRL's reward functions; ``ProbeReward`` is this function bound to a scorer.
@@ -62,16 +63,19 @@ async def probe_reward(
         completions: ``n`` texts or messages that TRL's tokenizer decoded from the ids; they show whether the server has another tokenizer.
         exact_prompt_ids: ``n`` prompts as token ids ``(P,)`` each, used instead of ``prompts``; they come from a column of the data set, or
             from an additional field of a ``rollout_func``.
-        trainer_state: TRL's state of the trainer, whose ``global_step`` is sent for the server's logs.
+        trainer_state: TRL's state of the trainer, whose ``global_step`` is sent for the server's logs, and recorded.
         log_metric: TRL's function that logs a metric, given a name and a number; without it (TRL < 1) the metrics go to the logger
             ``probescore_adapters``.
         log_extra: TRL's function that logs a column, given a name and ``n`` numbers.
+        columns: the columns of the data set, ``n`` values each, which a checker that labels for the record may read.
 
     Raises:
         ProbescoreError, SignalError, Unscorable: the errors of ``ProbeScorer.score``.
     """
-    rollouts = _rollouts(prompts, completion_ids, exact_prompt_ids)
-    outcome = await scorer.score_async(rollouts, step=getattr(trainer_state, "global_step", None), texts=_texts(prompts, completions))
+    rollouts = _rollouts(prompts, completion_ids, exact_prompt_ids, completions, columns)
+    step = _step(scorer, trainer_state)
+    texts, is_training = _texts(prompts, completions), _is_training(log_metric)
+    outcome = await scorer.score_async(rollouts, step=step, texts=texts, record=is_training)
     return _reported(outcome, log_metric, log_extra)
 
 
@@ -84,13 +88,13 @@ def synchronous_probe_reward(
     completions: Sequence[Union[str, Sequence[Message]]] | None = None,
     exact_prompt_ids: Sequence[Sequence[int]] | None = None,
     trainer_state: Any = None,  # noqa: ANN401 - of transformers, or of the user
-    **_columns: object,
+    **columns: object,
 ) -> list[float]:
     """Returns the numbers that the signals (rules from probe scores to rewards) add to the rewards of ``n`` rollouts, for TRL versions that
     do not await reward functions; arguments and errors are the same as for ``probe_reward``.
     """
-    rollouts = _rollouts(prompts, completion_ids, exact_prompt_ids)
-    outcome = scorer.score(rollouts, step=getattr(trainer_state, "global_step", None), texts=_texts(prompts, completions))
+    rollouts = _rollouts(prompts, completion_ids, exact_prompt_ids, completions, columns)
+    outcome = scorer.score(rollouts, step=_step(scorer, trainer_state), texts=_texts(prompts, completions))
     return _reported(outcome, None, None)
 
 
@@ -169,6 +173,8 @@ class ProbeTrainerMixin:
             probes.refuse_modes(Mode.DENSE, because="RLOO has one advantage for a whole rollout")
         probes.require_tokenizer(tokenizer_fingerprint(trainer._tokenizer))
         self._probes = probes
+        if probes.recorder is not None:
+            probes.recorder.score_for_all_ranks()
         self._outcome: Outcome
         trainer.reward_funcs.append(_no_reward)
         trainer.reward_func_names.append(PREFIX)
@@ -180,6 +186,8 @@ class ProbeTrainerMixin:
         self._prompt_ids = generated[0]
         # GRPO has a mask of what came from no tool; RLOO knows no tools
         self._masks = generated[2] if len(generated) > 3 else None
+        # of what an inference engine has sampled
+        self._logprobs = generated[4] if len(generated) > 4 else None
         return generated
 
     def _calculate_rewards(
@@ -189,7 +197,15 @@ class ProbeTrainerMixin:
         rewards: torch.Tensor = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # type: ignore[misc] # of the trainer
         tasks = (rewards * trainer.reward_weights.to(rewards.device)).nansum(dim=1).double().cpu().numpy()
         masks = self._masks or [None] * len(completion_ids_list)
-        local = [Rollout(*parts) for parts in zip(self._prompt_ids, completion_ids_list, masks, strict=True)]
+        logprobs = [None if of is None else float(np.sum(of)) for of in self._logprobs or [None] * len(masks)]
+        checks = self._probes.recorder is not None and self._probes.recorder.options.checker is not None
+        local = [
+            # columns may be images, and go to rank 0
+            Rollout(prompt, ids, mask, logprob=logprob, columns={**row, "completion": completion} if checks else None)
+            for prompt, ids, mask, logprob, row, completion in zip(
+                self._prompt_ids, completion_ids_list, masks, logprobs, inputs, completions, strict=True
+            )
+        ]
         outcome = self._scored(local, tasks)
         self._outcome = outcome
 
@@ -236,9 +252,10 @@ class ProbeTrainerMixin:
         everywhere = gather_object(local)
         answer: list[Outcome | Exception | None] = [None]
         if trainer.accelerator.is_main_process:
-            rollouts = [Rollout(one.prompt, one.completion, one.mask, index // size) for index, one in enumerate(everywhere)]
+            rollouts = [replace(one, group=index // size) for index, one in enumerate(everywhere)]
             try:
-                answer = [self._probes.score(rollouts, tasks, step=trainer.state.global_step)]
+                step = _step(self._probes, trainer.state)
+                answer = [self._probes.score(rollouts, tasks, step=step, record=trainer.model.training)]
             except Exception as error:  # raised below, on every rank: the others wait for this one
                 answer = [error]
         (result,) = broadcast_object_list(answer)
@@ -264,9 +281,32 @@ def _rollouts(
     prompts: Sequence[Union[str, Sequence[Message]]],
     completion_ids: Sequence[Sequence[int]],
     exact_prompt_ids: Sequence[Sequence[int]] | None,
+    completions: Sequence[Union[str, Sequence[Message]]] | None,
+    columns: Mapping[str, object],
 ) -> list[Rollout]:
     asked: list[Prompt] = [_as_tokenised(prompt) for prompt in prompts] if exact_prompt_ids is None else list(exact_prompt_ids)
-    return [Rollout(*parts) for parts in zip(asked, completion_ids, strict=True)]
+    whole = {"prompt": prompts, **({} if completions is None else {"completion": completions}), **columns}
+    known = {name: column for name, column in whole.items() if isinstance(column, Sequence) and len(column) == len(asked)}
+    return [
+        Rollout(*parts, columns={name: column[index] for name, column in known.items()})
+        for index, parts in enumerate(zip(asked, completion_ids, strict=True))
+    ]
+
+
+def _step(scorer: ProbeScorer, trainer_state: Any) -> int | None:  # noqa: ANN401 - of transformers, or of the user
+    """Returns the training step that TRL's state of the trainer says, and tells the record how many there will be."""
+    if scorer.recorder is not None:
+        scorer.recorder.plan_steps(getattr(trainer_state, "max_steps", 0))
+    step: int | None = getattr(trainer_state, "global_step", None)
+    return step
+
+
+def _is_training(log_metric: LogMetric | None) -> bool:
+    """Returns whether TRL scores rollouts that it trains on, and not those of an evaluation: the function that it gives for logging is its
+    trainer's.
+    """
+    model = getattr(getattr(log_metric, "__self__", None), "model", None)
+    return bool(getattr(model, "training", True))
 
 
 def _texts(

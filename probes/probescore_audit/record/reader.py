@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from probescore_audit.record.attempts import FileSteps, valid_before
+from probescore_audit.record.details import details_files
 from probescore_audit.record.rows import (
+    DETAILS,
     SCHEMA_VERSION,
     ActivationRow,
     AnchorRow,
+    DetailsRow,
     LabellerRow,
     LabelRow,
     ReferenceRow,
@@ -59,26 +64,35 @@ class Record:
 
 @dataclass(eq=False)
 class _File:
-    """Value object with the content of one file of a training run's record: the header, the rows and the number of unreadable lines."""
+    """Value object with the content of one file of a training run's record: its name without extension, the headers, the rows and the
+    number of unreadable lines.
+    """
 
-    header: RunHeader
+    name: str
+    headers: list[RunHeader]
     rows: list[Row]
     torn: int
 
+    @property
+    def header(self) -> RunHeader:
+        """Returns the first header, which says when the process began."""
+        return self.headers[0]
 
-def read_record(directory: Path | str) -> Record:
+
+def read_record(directory: Path | str, *, texts: bool = True) -> Record:
     """Reads the record of a training run from its files, also while the run is still writing them. A file that is not written any more may
     be compressed with gzip, as ``*.jsonl.gz``.
 
     Args:
         directory: the record's folder.
+        texts: whether texts, token ids and scores of tokens are read, too, where they are there; without them reading is faster.
 
     Raises:
         FileNotFoundError: there is no such folder, or no file of a record in it.
         ValueError: the files are of several runs, or of a newer version of the format.
     """
     folder = Path(directory)
-    files = [file for path in sorted([*folder.glob("*.jsonl"), *folder.glob("*.jsonl.gz")]) if (file := _read_file(path)) is not None]
+    files = [file for path in _files(folder) if (file := _read_file(path)) is not None]
     if not files:
         raise FileNotFoundError(f"{folder.name}: no record; give the folder that was named as `record`")
     if len(runs := {file.header.run_id for file in files}) > 1:
@@ -90,19 +104,22 @@ def read_record(directory: Path | str) -> Record:
     anchors: dict[tuple[int, str], AnchorRow] = {}
     activations: dict[tuple[int, str | None, str | None, str, str], ActivationRow] = {}
     labellers: list[LabellerRow] = []
+    details = details_files(folder) if texts else {}
     void = 0
     for file, limit in sorted(zip(files, limits, strict=True), key=lambda pair: pair[0].header.started):
+        long_parts = _long_parts(details.get(file.name, []))
         for row in file.rows:
             if isinstance(row, LabellerRow):
                 labellers.append(row)
             elif isinstance(row, ReferenceRow):
                 references[row.rollout] = row
-            elif isinstance(row, RunHeader):
+            elif isinstance(row, (RunHeader, DetailsRow)):
                 continue
             elif row.step >= limit and not _names_its_text(row):
                 void += 1
             elif isinstance(row, RolloutRow):
-                rollouts[row.step, row.rollout] = row
+                parts = long_parts.get((row.step, row.rollout))
+                rollouts[row.step, row.rollout] = row if parts is None else replace(row, **parts)
             elif isinstance(row, LabelRow):
                 labels.append(row)
             elif isinstance(row, ActivationRow):
@@ -113,7 +130,7 @@ def read_record(directory: Path | str) -> Record:
     known = [label for label in labels if _is_of(label, rollouts.get((label.step, label.rollout)))]
     void += len(labels) - len(known)
     return Record(
-        header=max((file.header for file in files), key=lambda header: header.started),
+        header=max((header for file in files for header in file.headers), key=lambda header: header.started),
         rollouts=tuple(sorted(rollouts.values(), key=lambda row: row.step)),
         labels=tuple(label for label in known if label.row not in retracted),
         references=tuple(references.values()),
@@ -123,6 +140,32 @@ def read_record(directory: Path | str) -> Record:
         torn_lines=sum(file.torn for file in files),
         void_rows=void,
     )
+
+
+def recorded_run_ids(directory: Path | str) -> set[str]:
+    """Returns the names of the training runs that the files in the folder of a record are of, without reading more than their first lines;
+    empty if there is none yet.
+    """
+    firsts = (next(_objects(path), None) for path in _files(Path(directory)))
+    return {str(values["run_id"]) for values in firsts if values is not None and "run_id" in values}
+
+
+def _files(folder: Path) -> list[Path]:
+    details = {path for paths in details_files(folder).values() for path in paths}
+    return sorted({*folder.glob("*.jsonl"), *folder.glob("*.jsonl.gz")} - details)
+
+
+def _long_parts(paths: Sequence[Path]) -> dict[tuple[int, str], dict[str, Any]]:
+    """Reads the long parts of rollouts (texts, token ids, scores of tokens) by step and name of the rollout; a torn line is as if it were
+    not there, and so is a file that is deleted meanwhile.
+    """
+    found: dict[tuple[int, str], dict[str, Any]] = {}
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):
+            for values in _objects(path):
+                if values is not None and isinstance(row := from_object(values), DetailsRow):
+                    found[row.step, row.rollout] = {name: value for name in DETAILS if (value := getattr(row, name)) is not None}
+    return found
 
 
 def _read_file(path: Path) -> _File | None:
@@ -144,8 +187,8 @@ def _read_file(path: Path) -> _File | None:
             continue
         if row is not None:
             rows.append(row)
-    header = next((row for row in rows if isinstance(row, RunHeader)), None)
-    return None if header is None else _File(header, rows, torn)
+    headers = [row for row in rows if isinstance(row, RunHeader)]
+    return _File(path.name.partition(".")[0], headers, rows, torn) if headers else None
 
 
 def _objects(path: Path) -> Iterator[dict[str, object] | None]:

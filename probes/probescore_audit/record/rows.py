@@ -31,7 +31,8 @@ class RecordedProbe:
         graph_sha256: digest of the probe's ONNX graph.
         manifest_sha256: digest of the probe's manifest (the description in its file), calibrations included.
         role: what its scores are for: ``"reward"``, ``"monitor"``, ``"held_out"`` (the trainer never sees them) or ``"refit"``.
-        thresholds: for each reduction that has one, the threshold at or above which a rollout counts as flagged.
+        thresholds: for each reduction that has one, the threshold at or above which a rollout counts as flagged; under
+            ``reading/reduction`` the one for a reading (whose activations the probe read) that has another.
     """
 
     key: str
@@ -40,10 +41,16 @@ class RecordedProbe:
     role: str = "reward"
     thresholds: Mapping[str, float] = field(default_factory=dict)
 
+    def thresholds_on(self, reading: str) -> dict[str, float]:
+        """Returns the thresholds of a probe's scores on a reading (whose activations the probe read), by reduction."""
+        own = {name.partition("/")[2]: value for name, value in self.thresholds.items() if name.startswith(f"{reading}/")}
+        return {name: value for name, value in self.thresholds.items() if "/" not in name} | own
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunHeader:
-    """Description of a training run, as one of its processes knows it; the first line of the process's file in the run's record.
+    """Description of a training run, as one of its processes knows it; the first line of the process's file in the run's record. A later
+    line takes its place if the description changes, such as by a new version of a probe.
 
     Attributes:
         run_id: the run's name.
@@ -87,12 +94,13 @@ class RolloutRow:
         step: training step.
         rollout: name of the rollout, unique within its step.
         prompt: name of the prompt, equal for rollouts of one prompt.
+        group: key of the group whose rewards the trainer compares with each other, if it is not the prompt.
         scores: the probes' scores, keyed by probe, then by reading (which model's activations the probe read), then by reduction.
         tokens: number of tokens of the completion.
         task_reward: reward of the task alone.
         total_reward: reward that the trainer used.
         policy_logprob: log-probability of the completion under the policy.
-        text_sha256: digest of the completion's text or token ids.
+        text_sha256: digest of the rollout's text or token ids.
         prompt_text, completion_text: the texts, where the record keeps them.
         prompt_ids, completion_ids: the token ids, where the record keeps them.
         completion_pieces: the text of each token of the completion, where the record keeps texts.
@@ -104,11 +112,29 @@ class RolloutRow:
     rollout: str
     prompt: str
     scores: Scores
+    group: str | None = None
     tokens: int | None = None
     task_reward: float | None = None
     total_reward: float | None = None
     policy_logprob: float | None = None
     text_sha256: str | None = None
+    prompt_text: str | None = None
+    completion_text: str | None = None
+    prompt_ids: Sequence[int] | None = None
+    completion_ids: Sequence[int] | None = None
+    completion_pieces: Sequence[str] | None = None
+    token_scores: Mapping[str, Mapping[str, Sequence[float]]] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetailsRow:
+    """Row of a training run's record with those fields of a rollout's row that are long, and may be deleted: its texts, token ids and
+    scores of tokens. These rows are in files of their own.
+    """
+
+    kind: ClassVar[str] = "details"
+    step: int
+    rollout: str
     prompt_text: str | None = None
     completion_text: str | None = None
     prompt_ids: Sequence[int] | None = None
@@ -267,10 +293,12 @@ class LabellerRow:
     positives_right: int
 
 
-Row = Union[RunHeader, RolloutRow, LabelRow, ReferenceRow, AnchorRow, ActivationRow, LabellerRow]
+Row = Union[RunHeader, RolloutRow, DetailsRow, LabelRow, ReferenceRow, AnchorRow, ActivationRow, LabellerRow]
 KINDS: Mapping[str, type[Row]] = {
-    kind.kind: kind for kind in (RunHeader, RolloutRow, LabelRow, ReferenceRow, AnchorRow, ActivationRow, LabellerRow)
+    kind.kind: kind for kind in (RunHeader, RolloutRow, DetailsRow, LabelRow, ReferenceRow, AnchorRow, ActivationRow, LabellerRow)
 }
+DETAILS = tuple(each.name for each in fields(DetailsRow) if each.name not in ("step", "rollout"))
+TEXTS = ("prompt_text", "completion_text", "prompt_ids", "completion_ids", "completion_pieces")
 
 # Looked up once: a run has 100,000 rows and more.
 _NAMES = {name: frozenset(each.name for each in fields(kind)) for name, kind in KINDS.items()}

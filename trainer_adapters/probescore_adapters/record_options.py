@@ -1,0 +1,96 @@
+"""Defines what a ``ProbeScorer`` writes into the record of a training run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Literal, Union
+
+from probescore_adapters.rollouts import Rollout
+
+Checker = Callable[[Rollout], Union[bool, str, None]]
+"""Function that says whether a rollout has the behaviour: ``True``, ``False``, or ``"unsure"``."""
+
+
+@dataclass(frozen=True)
+class RecordOptions:
+    """What a ``ProbeScorer`` writes into the record of a training run.
+
+    Attributes:
+        directory: folder of the record, which all processes of the run share; it is made if it does not exist.
+        run_id: name of the run, equal for all its processes and whenever it is resumed; "" = that of the scorer, or else the folder's name.
+        planned_steps: number of training steps that the run is planned for; ``None`` = as the trainer says, if its adapter knows.
+        rollouts_per_step: number of rollouts that this process scores in a training step, for trainers that do not say which step a rollout
+            is of: steps are then counted. ``None`` = the step is given with each batch.
+        late_steps: number of training steps by which rollouts may come later than those of a newer step, as in asynchronous training. A
+            rollout of an older step means that training has gone back to that step, and goes on from there.
+        held_out: probes, as the signals name them, whose scores nothing in training depends on; their signals are of the mode ``monitor``.
+        texts: whether prompts and completions are kept as text, and the text of each token; the server decodes them.
+        ids: whether their token ids are kept.
+        token_scores: whether the scores of each token are kept.
+        kept_steps: number of the latest training steps whose texts, token ids and scores of tokens are kept; those of earlier ones are
+            deleted as the run goes on. ``None`` = all.
+        redact: function from a text to the text that is kept in its place, such as one without names; called for prompts, completions and
+            the texts of tokens. ``None`` = texts are kept as they are.
+        checker: function from a rollout to whether it has the behaviour (``True``, ``False``, or ``"unsure"``), which labels rollouts of
+            each step as ``probescore labels plan`` would choose them. ``None`` = nothing is labelled here.
+        labels_per_step: number of labels that the checker gives in a training step, at least 4, all processes together.
+        batches_per_step: number of batches that this process scores in a training step; the labels of a step are given when the last of
+            them is recorded. 0 = when the next step begins, or the scorer is closed.
+        alpha: largest chance that any alarm of the audit is false.
+        on_error: what happens if the record cannot be written, such as on a full disk: ``"log"`` = an error is logged, rows are lost, and
+            training goes on; ``"raise"`` = the error ends the run.
+
+    Raises:
+        ValueError: a field has none of the values above.
+    """
+
+    directory: Union[str, os.PathLike[str]]
+    run_id: str = ""
+    planned_steps: Union[int, None] = None
+    rollouts_per_step: Union[int, None] = None
+    late_steps: int = 0
+    held_out: Collection[str] = ()
+    texts: bool = False
+    ids: bool = False
+    token_scores: bool = False
+    kept_steps: Union[int, None] = None
+    redact: Union[Callable[[str], str], None] = None
+    checker: Union[Checker, None] = None
+    labels_per_step: int = 32
+    batches_per_step: int = 1
+    alpha: float = 0.05
+    on_error: Literal["log", "raise"] = "log"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.directory, (str, os.PathLike)) or not str(self.directory):
+            raise ValueError(f"record.directory: expected the path of a folder, got {self.directory!r}")
+        for field in ("planned_steps", "rollouts_per_step", "kept_steps"):
+            value = getattr(self, field)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"record.{field}: expected a whole number of at least 1, got {value!r}")
+        if isinstance(self.late_steps, bool) or not isinstance(self.late_steps, int) or self.late_steps < 0:
+            raise ValueError(f"record.late_steps: expected a whole number of at least 0, got {self.late_steps!r}")
+        for field, least in (("labels_per_step", 4), ("batches_per_step", 0)):
+            value = getattr(self, field)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"record.{field}: expected a whole number of at least {least}, got {value!r}")
+        if self.checker is not None and not callable(self.checker):
+            raise ValueError(f"record.checker: expected a function from a rollout to its label, got {self.checker!r}")
+        if isinstance(self.held_out, str):
+            raise ValueError(f"record.held_out: expected a list of probes, got {self.held_out!r}")
+        for field in ("texts", "ids", "token_scores"):
+            if not isinstance(getattr(self, field), bool):
+                raise ValueError(f"record.{field}: expected True or False, got {getattr(self, field)!r}")
+        if self.redact is not None and not callable(self.redact):
+            raise ValueError(f"record.redact: expected a function from text to text, got {self.redact!r}")
+        if isinstance(self.alpha, bool) or not isinstance(self.alpha, (int, float)) or not 0 < self.alpha < 1:
+            raise ValueError(f"record.alpha: expected a chance in (0, 1), such as 0.05, got {self.alpha!r}")
+        if self.on_error not in ("log", "raise"):
+            raise ValueError(f"record.on_error: expected 'log' or 'raise', got {self.on_error!r}")
+
+    @classmethod
+    def of(cls, given: str | os.PathLike[str] | RecordOptions) -> RecordOptions:
+        """Returns options of the record of a training run from what a user gives: a folder, or the options themselves."""
+        return given if isinstance(given, cls) else cls(given)  # type: ignore[arg-type] # checked

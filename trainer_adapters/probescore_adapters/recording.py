@@ -1,0 +1,425 @@
+"""Writes the record of a training run from within its trainer: the rollouts that a ``ProbeScorer`` scores, with their scores and rewards,
+and labels of some of them.
+
+The record never changes a reward. What ``probescore audit`` makes of it is in ``docs/how-to/audit-a-run.md``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from probescore import Chat, Text
+from probescore.reductions import Reduction
+from probescore.types import FROZEN, OutputPer, TokenIds
+from probescore_adapters.checker_labels import LabelsFromChecker
+from probescore_adapters.errors import SignalError
+from probescore_adapters.job import process_from_environment
+from probescore_adapters.outcome import Outcome
+from probescore_adapters.record_options import RecordOptions
+from probescore_adapters.rollouts import Rollout
+from probescore_adapters.signal_values import BatchSignals, FurtherScores, ServerFacts
+from probescore_adapters.signals import BoundSignal, Floats, Mode, ProbeSignal
+from probescore_audit.record import RecordedProbe, RecordWriter, ReferenceRow, RolloutRow, RunHeader, recorded_run_ids
+
+# the standard library's: a trainer's process has its own way of showing logs
+logger = logging.getLogger("probescore_adapters")
+
+PLANNED_STEPS = 1000
+"""Number of steps that a run of unknown length counts as planned for; alarms watch for changes that begin within these."""
+_MAX = Reduction.parse("max")
+_BEFORE = sys.maxsize  # in place of a step, for rollouts before training
+_OF_ROLLOUT = "rollout"  # in place of a reduction, for a probe that scores rollouts
+
+
+@dataclass(frozen=True)
+class _Column:
+    """Value object with a probe whose scores the record of a training run has, under a key of its own, and a signal (rule from probe scores
+    to rewards) that reads it.
+    """
+
+    key: str
+    bound: BoundSignal
+    reductions: tuple[Reduction, ...]
+
+
+class RunRecorder:
+    """Writer of the rollouts that one process of a training run scores. Its file is made when the first batch is recorded.
+
+    A recorder can be pickled, and used after a fork and from several threads; each process has a file of its own.
+
+    Args:
+        options: what is recorded, and where.
+        signals: the signals (rules from probe scores to rewards) whose scores are recorded.
+        run_id: name of the run, unless the options give one.
+
+    Raises:
+        SignalError: a probe that is to be held out is read by no signal, or by one that changes rewards.
+        OSError: the folder cannot be made.
+        ValueError: the folder has the record of another run.
+    """
+
+    def __init__(self, options: RecordOptions, signals: Sequence[ProbeSignal], run_id: str = "") -> None:
+        self.options = options
+        for name in options.held_out:
+            readers = [signal for signal in signals if signal.probe == name]
+            if not readers or any(signal.mode is not Mode.MONITOR for signal in readers):
+                problem = f"{name!r} is held out (record.held_out), so that signals of the mode monitor must read it, and no others"
+                raise SignalError("probe", problem)
+        self._folder = Path(options.directory)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._run_id = options.run_id or run_id or self._folder.absolute().name
+        if others := recorded_run_ids(self._folder) - {self._run_id}:
+            problem = f"{self._folder.name} has the record of the run {min(others)!r}, and this run is {self._run_id!r}"
+            raise ValueError(f"record: {problem}; give each run a folder of its own, or its record the same run_id")
+        self._process = process_from_environment()
+        self._planned_steps = options.planned_steps
+        self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        self._pid = os.getpid()
+        self._lock = threading.RLock()
+        self._writer: RecordWriter | None = None
+        self._header: RunHeader | None = None
+        self._probes: dict[str, RecordedProbe] = {}
+        self._counted = 0  # rollouts, where nobody says which step they are of
+        self._in_step: dict[int, int] = {}  # number of rollouts of each of the last steps
+        self._last_step = -1
+        self._rewinds = 0
+        self._warned: set[str] = set()
+        self._labels = None if self.options.checker is None else LabelsFromChecker(self.options, self._run_id, self._process)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("options", "_folder", "_run_id", "_process", "_planned_steps")}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._begin_anew()
+
+    @property
+    def further(self) -> FurtherScores:
+        """Returns what the server is asked for beyond what the signals (rules from probe scores to rewards) need."""
+        return FurtherScores((_MAX,), tokens=self.options.token_scores, texts=self.options.texts)
+
+    def plan_steps(self, steps: int) -> None:
+        """Takes over the number of training steps that a trainer says the run has, unless the user has given one."""
+        if self.options.planned_steps is None and steps > 0:
+            self._planned_steps = steps
+
+    def score_for_all_ranks(self) -> None:
+        """Says that this process scores the rollouts of all ranks, so that it is the only one that writes."""
+        self._process = replace(self._process, rank=0, world_size=1)
+        self._begin_anew()
+
+    def record(
+        self,
+        rollouts: Sequence[Rollout],
+        batch: BatchSignals | None,
+        outcome: Outcome,
+        *,
+        server: ServerFacts | None,
+        task_rewards: Floats | None,
+        step: int | None,
+    ) -> None:
+        """Writes a batch of rollouts into the record of the training run.
+
+        Args:
+            rollouts: the ``n`` rollouts, checked.
+            batch: their scores; ``None`` if the server gave none.
+            outcome: their rewards.
+            server: description of the server; ``None`` if it has never answered.
+            task_rewards: ``(n,)``, the rewards without probes; ``None`` if the trainer itself adds them.
+            step: the training step.
+
+        Raises:
+            ValueError: nobody knows the training step.
+            OSError: the record cannot be written, and ``on_error`` is ``"raise"``.
+        """
+        if os.getpid() != self._pid:
+            self._begin_anew()
+        with self._lock:
+            at = self._step(step, len(rollouts))
+            try:
+                columns = [] if batch is None else _columns(batch)
+                probes = [] if server is None else [self._described(column, columns, server) for column in columns]
+                self._note_step(at)
+                writer = self._writer_for(probes, server)
+                names = [f"{writer.name[:8]}.{number}" for number in self._numbers(at, len(rollouts))]
+                rows = list(self._rows(rollouts, names, batch, outcome, columns, task_rewards, at))
+                writer.append(rows)
+                if self._labels is not None:
+                    writer.append(self._labels.after(at, rollouts, rows))
+            except Exception as error:  # whatever it is, training goes on
+                if self.options.on_error == "raise":
+                    raise
+                logger.error("step %d: %d rollouts are not in the record: %s", at, len(rollouts), error)
+
+    def record_reference(
+        self, rollouts: Sequence[Rollout], batch: BatchSignals, positive: Sequence[bool], *, server: ServerFacts, random: bool
+    ) -> None:
+        """Writes labelled rollouts of the model before training into the record, with which the audit compares the run.
+
+        Args:
+            rollouts: the ``n`` rollouts, checked.
+            batch: their scores.
+            positive: whether each of them has the behaviour.
+            server: description of the server.
+            random: whether they were drawn at random.
+
+        Raises:
+            OSError: the record cannot be written.
+        """
+        if os.getpid() != self._pid:
+            self._begin_anew()
+        with self._lock:
+            columns = _columns(batch)
+            writer = self._writer_for([self._described(column, columns, server) for column in columns], server)
+            writer.append(
+                ReferenceRow(
+                    rollout=rollout.name or f"{writer.name[:8]}.{number}",
+                    positive=bool(label),
+                    random=random,
+                    scores=_scores(batch, index, columns),
+                )
+                for index, (number, rollout, label) in enumerate(zip(self._numbers(_BEFORE, len(rollouts)), rollouts, positive))  # noqa: B905
+            )
+
+    def close(self) -> None:
+        """Closes this process's file of the record. A batch that is recorded later goes on in it."""
+        with self._lock:
+            if self._writer is not None and os.getpid() == self._pid:
+                if self._labels is not None:
+                    self._writer.append(self._labels.of_what_is_left())
+                self._writer.close()
+                self._writer = self._header = None
+
+    def _step(self, given: int | None, rollouts: int) -> int:
+        if given is not None:
+            return int(given)
+        if self.options.rollouts_per_step is None:
+            raise ValueError(
+                "step: the record needs the training step of each rollout; give step=…, or RecordOptions(rollouts_per_step=…) to count them"
+            )
+        step = self._counted // self.options.rollouts_per_step
+        self._counted += rollouts
+        return step
+
+    def _numbers(self, step: int, count: int) -> range:
+        first = self._in_step.get(step, 0)
+        oldest = self._last_step - self.options.late_steps
+        self._in_step = {each: number for each, number in self._in_step.items() if each >= oldest} | {step: first + count}
+        return range(first, first + count)
+
+    def _note_step(self, step: int) -> None:
+        """Begins a new file if training has gone back to an earlier step, since what comes now takes the place of what was there."""
+        if step < self._last_step - self.options.late_steps:
+            logger.info("step %d: training goes on from here, and the record's rollouts of later steps count no more", step)
+            self.close()
+            self._rewinds += 1
+            self._last_step = -1
+        self._last_step = max(self._last_step, step)
+        if step >= (planned := self._planned_steps or PLANNED_STEPS):
+            self._warn_once(
+                f"record: the run is planned for {planned} steps and has more, and the audit's monitors do not watch for changes that "
+                "begin so late; give RecordOptions(planned_steps=…)"
+            )
+
+    def _writer_for(self, probes: Sequence[RecordedProbe], server: ServerFacts | None) -> RecordWriter:
+        """Returns the writer of this process's file, whose header describes these probes."""
+        self._probes.update({probe.key: probe for probe in probes})
+        header = RunHeader(
+            run_id=self._run_id,
+            planned_steps=self._planned_steps or PLANNED_STEPS,
+            model_fingerprint="" if server is None else server.info.model.fingerprint,
+            tokenizer_fingerprint="" if server is None else server.info.tokenizer_fingerprint,
+            probes=tuple(self._probes.values()),
+            labels_per_step=0 if self.options.checker is None else self.options.labels_per_step,
+            alpha=self.options.alpha,
+            rank=self._process.rank,
+            world_size=self._process.world_size,
+            launch=f"{self._process.launch}+{self._rewinds}" if self._process.launch and self._rewinds else self._process.launch,
+        )
+        if self._writer is None:
+            keeps = self.options.texts or self.options.ids
+            self._writer = RecordWriter(
+                self._folder, header, on_error=self.options.on_error, keep_texts=keeps, kept_steps=self.options.kept_steps
+            )
+        elif self._header is not None and replace(header, started=self._header.started) != self._header:
+            self._writer.append([header])
+        self._header = header
+        if self._labels is not None:
+            self._labels.probes = header.probes
+        return self._writer
+
+    def _warn_once(self, problem: str) -> None:
+        if problem not in self._warned:
+            self._warned.add(problem)
+            logger.warning("%s", problem)
+
+    def _described(self, column: _Column, columns: Sequence[_Column], server: ServerFacts) -> RecordedProbe:
+        """Returns the description of a probe for the record's header, with the thresholds of all signals (rules from probe scores to
+        rewards) that read it.
+        """
+        readers = [each.bound for each in columns if each.key == column.key]
+        thresholds: dict[str, float] = {}
+        for bound in sorted(readers, key=lambda each: each.signal.reading != FROZEN):
+            name = _name(bound.reduction)
+            if not np.isnan(bound.threshold):
+                first = thresholds.setdefault(name, bound.threshold)
+                if first != bound.threshold:
+                    thresholds[f"{bound.signal.reading}/{name}"] = bound.threshold
+        loaded = next((probe for probe in server.probes if probe.key == column.bound.probe), None)
+        if loaded is not None and loaded.output_per is OutputPer.TOKEN and _name(_MAX) not in thresholds:
+            calibrated = BoundSignal.to(replace(_plain(column.bound.signal), reduction=_MAX), loaded).threshold
+            if not np.isnan(calibrated):
+                thresholds[_name(_MAX)] = calibrated
+        if not thresholds:
+            self._warn_once(f"record: {column.key} has no threshold, and cannot be audited; give its signal one, or calibrate the probe")
+        if all(bound.signal.probe in self.options.held_out for bound in readers):
+            role = "held_out"
+        else:
+            role = "monitor" if all(bound.signal.mode is Mode.MONITOR for bound in readers) else "reward"
+        pin = column.bound.pin
+        return RecordedProbe(
+            key=column.key, graph_sha256=pin.graph_sha256, manifest_sha256=pin.manifest_sha256, role=role, thresholds=thresholds
+        )
+
+    def _rows(
+        self,
+        rollouts: Sequence[Rollout],
+        names: Sequence[str],
+        batch: BatchSignals | None,
+        outcome: Outcome,
+        columns: Sequence[_Column],
+        task_rewards: Floats | None,
+        step: int,
+    ) -> Iterator[RolloutRow]:
+        for index, rollout in enumerate(rollouts):
+            yield RolloutRow(
+                step=step,
+                rollout=rollout.name or names[index],
+                prompt=_digest(rollout.prompt)[:16],
+                group=None if rollout.group is None else str(rollout.group),
+                scores={} if batch is None else _scores(batch, index, columns),
+                tokens=None if isinstance(rollout.completion, str) else len(rollout.completion),
+                task_reward=None if task_rewards is None else float(task_rewards[index]),
+                total_reward=None if task_rewards is None else float(outcome.rewards[index]),
+                policy_logprob=rollout.logprob if rollout.logprob is not None and np.isfinite(rollout.logprob) else None,
+                text_sha256=f"sha256:{_digest(rollout.prompt, rollout.completion)}",
+                **self._kept(rollout, batch, index, columns),
+            )
+
+    def _kept(self, rollout: Rollout, batch: BatchSignals | None, index: int, columns: Sequence[_Column]) -> dict[str, Any]:
+        """Returns the fields of a rollout's row that are recorded only if they are asked for: texts, token ids and the scores of tokens."""
+        kept: dict[str, Any] = {}
+        if self.options.ids:
+            kept |= {
+                field: ids.tolist()
+                for field, ids in (("prompt_ids", rollout.prompt), ("completion_ids", rollout.completion))
+                if isinstance(ids, np.ndarray)
+            }
+        if batch is None or not columns:
+            return kept
+        if self.options.token_scores:
+            kept["token_scores"] = _token_scores(batch, index, columns)
+        if self.options.texts:
+            answer = batch.answers.of_rollout(index, columns[0].bound.signal.mask)  # type: ignore[arg-type] # parsed when it was made
+            if answer is not None and answer.completion_texts is not None:
+                kept |= self._texts("".join(answer.prompt_texts or ()), answer.completion_texts)
+        return kept
+
+    def _texts(self, prompt: str, pieces: Sequence[str]) -> dict[str, Any]:
+        """Returns the texts of a rollout as they are kept, none of them if the user's function fails."""
+        redact = self.options.redact or (lambda text: text)
+        try:
+            return {
+                "prompt_text": redact(prompt),
+                "completion_text": redact("".join(pieces)),
+                "completion_pieces": [redact(piece) for piece in pieces],
+            }
+        except Exception as error:
+            if self.options.on_error == "raise":
+                raise
+            self._warn_once(f"record.redact: it failed ({error!r}), and the texts of such rollouts are not kept")
+            return {}
+
+
+def _columns(batch: BatchSignals) -> list[_Column]:
+    """Returns the probes of some signals (rules from probe scores to rewards), one column for each signal, with the keys under which their
+    scores are recorded.
+
+    Signals of one probe share a key. A label that is not the probe's first has a key of its own, and so have signals that count other
+    tokens than the signal before, since their scores are others.
+    """
+    columns: list[_Column] = []
+    masks: dict[str, object] = {}
+    for values in batch.signals:
+        bound = values.bound
+        key = f"{bound.probe}/{bound.signal.label}" if bound.label else bound.probe
+        if masks.setdefault(key, bound.signal.mask) != bound.signal.mask:
+            key = f"{key}/{bound.signal.name}"
+        columns.append(_Column(key, bound, () if bound.reduction is None else (bound.reduction, _MAX)))
+    return columns
+
+
+def _scores(batch: BatchSignals, index: int, columns: Sequence[_Column]) -> dict[str, dict[str, dict[str, float]]]:
+    """Returns the scores of a rollout, keyed by probe, reading (whose activations the probe read) and reduction; those that are missing are
+    left out.
+    """
+    answers = batch.answers
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for column in columns:
+        for reading in answers.readings:
+            scores = answers.of_probe(index, column.bound, reading)
+            if scores is None:
+                continue
+            for reduction in column.reductions or (None,):
+                place = 0 if reduction is None else answers.reductions.index(reduction)
+                value = scores.at(0, place, column.bound.label)
+                if value is not None:
+                    found.setdefault(column.key, {}).setdefault(reading, {})[_name(reduction)] = value
+    return found
+
+
+def _token_scores(batch: BatchSignals, index: int, columns: Sequence[_Column]) -> dict[str, dict[str, list[float]]]:
+    """Returns the scores of a rollout's tokens, keyed by probe and reading (whose activations the probe read)."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for column in columns:
+        for reading in batch.answers.readings:
+            scores = batch.answers.of_probe(index, column.bound, reading)
+            if scores is not None and scores.tokens is not None:
+                found.setdefault(column.key, {})[reading] = scores.tokens[:, column.bound.label].astype(np.float64).round(4).tolist()
+    return found
+
+
+def _plain(signal: ProbeSignal) -> ProbeSignal:
+    """Returns a signal (rule from probe scores to rewards) that only reads the same probe and label of the frozen model."""
+    return ProbeSignal(signal.probe, mode=Mode.MONITOR, label=signal.label)
+
+
+def _name(reduction: Reduction | None) -> str:
+    return _OF_ROLLOUT if reduction is None else str(reduction)
+
+
+def _digest(*parts: TokenIds | str | Text | Chat) -> str:
+    """Returns the SHA-256 digest, in hexadecimal digits, of token ids, texts and conversations, one after the other."""
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, Chat):
+            data = json.dumps([[message.role, message.content] for message in part.messages]).encode()
+        elif isinstance(part, (str, Text)):
+            data = (part if isinstance(part, str) else part.text).encode("utf-8", "surrogatepass")
+        else:
+            data = np.asarray(part, "<i8").tobytes()
+        digest.update(len(data).to_bytes(8, "little") + data)
+    return digest.hexdigest()
