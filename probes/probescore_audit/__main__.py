@@ -19,7 +19,7 @@ def main() -> int:
         from probescore_audit.record_audit import audit_record
         from probescore_audit.report import numbers_of
 
-        found = numbers_of(audit_record(read_record(sys.argv[1])))
+        found = numbers_of(audit_record(read_record(sys.argv[1], texts=False)))
     except (ValueError, OSError) as error:
         sys.stderr.write(f"{error}\n")
         return 2

@@ -10,6 +10,7 @@ from benchmarks.simulated_runs import Change
 from probescore_audit import Verdict, audit_record, fresh_auroc
 from probescore_audit.record import ActivationRow, AnchorRow, RecordedProbe, RecordWriter, RunHeader, read_record
 from probescore_audit.report import numbers_of, report_page
+from probescore_server.cli.audit_metrics import AuditMetrics
 
 DIMENSIONS = 48
 
@@ -147,6 +148,11 @@ def test_numbers_and_page_have_it(tmp_path):
     assert policy["refit"]["auroc"]["low"] > 0.9
     assert policy["refit"]["source"] == "rollouts"
     assert "AUROC of a refit" in report_page(audit)
+    metrics = AuditMetrics()
+    metrics.update(audit)
+    (refit,) = (family for family in metrics.collect() if family.name == "probescore_audit_refit_auroc")
+    assert {sample.labels["reading"] for sample in refit.samples} == {"policy"}
+    assert min(sample.value for sample in refit.samples) > 0.9
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])

@@ -11,7 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 if TYPE_CHECKING:
-    from probescore_audit import ReadingAudit, RecordAudit
+    from probescore_audit import Estimate, ReadingAudit, RecordAudit
 
 _WHICH = ("run", "probe", "reading")
 _NO_VERDICT = "none"
@@ -93,6 +93,7 @@ def _of_readings(audit: RecordAudit) -> list[Metric]:
     estimates = {
         name: GaugeMetricFamily(f"probescore_audit_{name}", meaning, labels=(*_WHICH, "bound")) for name, meaning in _ESTIMATES.items()
     }
+    refit = GaugeMetricFamily("probescore_audit_refit_auroc", "AUROC of fresh probes on recorded activations.", labels=(*_WHICH, "bound"))
     for each in audit.readings:
         recorded = each.recorded
         which = [audit.record.header.run_id, recorded.probe, recorded.reading]
@@ -107,14 +108,19 @@ def _of_readings(audit: RecordAudit) -> list[Metric]:
         labelled.add_metric(which, float(recorded.run.step[known_labels[-1]]) if len(known_labels) else -1.0)
         unlabelled.add_metric(which, float(each.audit.unlabelled_steps))
         _add_estimates(estimates, which, each)
-    return [verdict, alarm, bound, labels, labelled, unlabelled, *estimates.values()]
+        if each.refit is not None:
+            _add_estimate(refit, which, each.refit.auroc)
+    return [verdict, alarm, bound, labels, labelled, unlabelled, *estimates.values(), refit]
 
 
 def _add_estimates(families: dict[str, GaugeMetricFamily], which: list[str], each: ReadingAudit) -> None:
     if each.audit.final is None:
         return
     for name, family in families.items():
-        estimate = getattr(each.audit.final, name)
-        for bound, value in (("estimate", estimate.value), ("low", estimate.low), ("high", estimate.high)):
-            if value == value:
-                family.add_metric([*which, bound], value)
+        _add_estimate(family, which, getattr(each.audit.final, name))
+
+
+def _add_estimate(family: GaugeMetricFamily, which: list[str], estimate: Estimate) -> None:
+    for bound, value in (("estimate", estimate.value), ("low", estimate.low), ("high", estimate.high)):
+        if value == value:
+            family.add_metric([*which, bound], value)
