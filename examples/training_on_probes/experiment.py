@@ -49,7 +49,7 @@ def main() -> int:
     for seed in range(options.seed, options.seed + options.seeds):
         for reports in sorted({CONDITIONS[name].reports for name in names}):
             folder = options.folder / f"seed-{seed}" / ("base-reports" if reports else "base")
-            bases[seed, reports] = make_base(folder, seed, reports, sizes, lambda done, seed=seed: console.print(f"seed {seed}: {done}"))
+            bases[seed, reports] = make_base(folder, seed, reports, sizes, console)
         for name in names:
             lengths = [options.steps, *([LONG_STEPS] if options.full and name in LONG else [])]
             for steps in lengths:
