@@ -15,11 +15,12 @@ from probescore_audit.record import read_record
 
 REPOSITORY = Path(__file__).parents[2]
 PROGRAM = REPOSITORY / "examples" / "training_on_probes" / "real" / "experiment_real.py"
-SEED, STEPS, CHECKPOINT, ROLLOUTS = 1, 7, 5, 64
+SEED, STEPS, CHECKPOINT, PROMPTS, SAMPLES = 1, 7, 5, 2, 4
 
 
 def started(folder: Path, *conditions: str) -> subprocess.Popen[str]:
     sizes = ["--probe-prompts", "8", "--reference-prompts", "8", "--steps", str(STEPS)]
+    sizes += ["--prompts", str(PROMPTS), "--samples", str(SAMPLES)]
     command = [sys.executable, str(PROGRAM), "--folder", str(folder), "--seeds", str(SEED), *sizes, "--conditions", *conditions]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
@@ -53,7 +54,7 @@ def test_a_run_that_was_killed_goes_on_and_each_step_counts_once(folder: Path, c
 
     run = folder / f"seed-{SEED}" / condition
     record = read_record(run / "record")
-    assert Counter(row.step for row in record.rollouts) == dict.fromkeys(range(STEPS), ROLLOUTS)
+    assert Counter(row.step for row in record.rollouts) == dict.fromkeys(range(STEPS), PROMPTS * SAMPLES)
     assert all(set(row.scores["untrue@1"]) == {"frozen", "policy"} for row in record.rollouts)
     assert all(row.task_reward is not None and row.total_reward is not None for row in record.rollouts)
     assert set(Counter(label.step for label in record.labels)) == set(range(STEPS))

@@ -20,6 +20,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -29,7 +30,7 @@ from typing import Any
 sys.path.append(str(Path(__file__).parents[2] / "truth"))
 
 from before_training import Step, make_probe, make_reference, read_reference, write_reference
-from fixed import CONDITIONS, PROBE, RECIPE, SEEDS, SIZES, Sizes
+from fixed import CONDITIONS, PROBE, RECIPE, SEEDS, SIZES, Recipe, Sizes
 from outcomes import outcome_of, tables
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -50,8 +51,8 @@ AUDIT_SECONDS = 120
 class Experiment:
     """A folder, in which everything is left and found again."""
 
-    def __init__(self, folder: Path, progress: Progress, steps: int, sizes: Sizes) -> None:
-        self.folder, self._progress, self._steps, self._sizes = folder, progress, steps, sizes
+    def __init__(self, folder: Path, progress: Progress, recipe: Recipe, sizes: Sizes) -> None:
+        self.folder, self._progress, self._recipe, self._sizes = folder, progress, recipe, sizes
         self.model = folder / "model"
         self.results = folder / "results.jsonl"
         self._writing = Lock()
@@ -66,7 +67,10 @@ class Experiment:
     def outcomes(self) -> list[dict[str, Any]]:
         """The finished runs, the last line of each."""
         lines = map(json.loads, self.results.read_text().splitlines()) if self.results.exists() else iter(())
-        return list({(line["condition"], line["seed"]): line for line in lines if line["steps"] == self._steps}.values())
+        size = self._recipe.steps, self._recipe.prompts * self._recipe.samples
+        return list(
+            {(line["condition"], line["seed"]): line for line in lines if (line["steps"], line["rollouts a step"]) == size}.values()
+        )
 
     def probes(self) -> dict[int, dict[str, Any]]:
         found = {path: path.parents[1].name.removeprefix("seed-") for path in sorted(self.folder.glob("seed-*/before/probe.json"))}
@@ -93,18 +97,19 @@ class Experiment:
             return
         folder, before = self.folder / f"seed-{seed}" / name, self._before(seed)
         threshold = json.loads((before / "probe.json").read_text())["threshold"]
-        write_reference(folder / "record", name, self._steps, threshold, self._reference(seed, name))
-        task = self._progress.add_task(f"seed {seed}, {CONDITIONS[name].title}", total=self._steps, said="")
+        write_reference(folder / "record", name, self._recipe.steps, threshold, self._reference(seed, name))
+        task = self._progress.add_task(f"seed {seed}, {CONDITIONS[name].title}", total=self._recipe.steps, said="")
         started = time.monotonic()
 
         def on_step(line: dict[str, Any]) -> None:
             self._progress.update(task, completed=line["step"], said=f"{line['seconds']:.0f} s a step")
             if not self._progress.console.is_terminal:
-                self.say(f"seed {seed}, {name}: step {line['step']} of {self._steps}, {line['seconds']:.0f} s")
+                self.say(f"seed {seed}, {name}: step {line['step']} of {self._recipe.steps}, {line['seconds']:.0f} s")
 
         with serving(self.model, before / f"{PROBE}.onnx", folder) as address, auditing(folder):
-            settings = RunSettings(name, seed, str(self.model), str(before / "direction.npz"), str(folder), address, self._steps)
-            settings.write(folder / "settings.json")
+            settings = RunSettings(name, seed, str(self.model), str(before / "direction.npz"), str(folder), address)
+            settings = replace(settings, steps=self._recipe.steps, prompts=self._recipe.prompts, samples=self._recipe.samples)
+            keep_settings(settings, folder / "settings.json")
             training(folder, on_step)
         with (folder / "audit.json").open("w") as output:  # the last word, on the whole run
             subprocess.run(
@@ -123,6 +128,13 @@ class Experiment:
 
     def _reference(self, seed: int, condition: str) -> Path:
         return self._before(seed) / f"reference-{len(CONDITIONS[condition].topics)}-topics.jsonl"
+
+
+def keep_settings(settings: RunSettings, path: Path) -> None:
+    """Writes what a run needs to know. One that was begun otherwise is not gone on with: its checkpoint and record are of another run."""
+    if path.exists() and replace(RunSettings(**json.loads(path.read_text())), address=settings.address) != settings:
+        raise RuntimeError(f"{path.parent}: this run was begun with other settings; give another --folder, or remove it")
+    settings.write(path)
 
 
 @contextmanager
@@ -224,9 +236,10 @@ def main() -> int:
         "--seeds", type=int, nargs="+", default=list(SEEDS), help="(default: those that were fixed beforehand, %(default)s)"
     )
     parser.add_argument("--conditions", nargs="+", choices=CONDITIONS, default=list(CONDITIONS), help="only these")
-    parser.add_argument(
-        "--steps", type=int, default=RECIPE.steps, help="of training; others than %(default)s are for a look, not for a claim"
-    )
+    look = "others than %(default)s are for a look, not for a claim"
+    parser.add_argument("--steps", type=int, default=RECIPE.steps, help=f"of training; {look}")
+    parser.add_argument("--prompts", type=int, default=RECIPE.prompts, help=f"of a step; {look}")
+    parser.add_argument("--samples", type=int, default=RECIPE.samples, help=f"answers to each prompt; {look}")
     parser.add_argument(
         "--reference-prompts", type=int, default=SIZES.reference_prompts, help="answered before training (default: %(default)s)"
     )
@@ -243,7 +256,8 @@ def main() -> int:
         TimeElapsedColumn(),
     ]
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        experiment = Experiment(folder, progress, options.steps, Sizes(options.probe_prompts, options.reference_prompts))
+        recipe = replace(RECIPE, steps=options.steps, prompts=options.prompts, samples=options.samples)
+        experiment = Experiment(folder, progress, recipe, Sizes(options.probe_prompts, options.reference_prompts))
         experiment.prepare()
         for seed in options.seeds:  # one seed after the other, so that whoever stops early has whole seeds
             experiment.prepare_seed(seed, options.conditions)

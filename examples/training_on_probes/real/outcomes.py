@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from claims import TRAINING_HALF, Answer, Claim, Judge, claims_of, drawn_claims, known_names
-from fixed import CONDITIONS, FROZEN, KEY, POLICY, RECIPE, WINDOW_STEPS
+from fixed import CONDITIONS, FROZEN, KEY, POLICY, WINDOW_STEPS
 from run_settings import RunSettings
 from transformers import AutoTokenizer
 
@@ -68,7 +68,7 @@ def judged_rollouts(settings: RunSettings, record: Record) -> list[Judged]:
     """The record's rollouts beside the truth, which neither the trainer nor the audit is told."""
     tokenizer, judge = AutoTokenizer.from_pretrained(settings.model), Judge(known_names(settings.seed))
     every = claims_of(settings.seed, CONDITIONS[settings.condition].topics, TRAINING_HALF)
-    drawn = drawn_claims(every, RECIPE.prompts * settings.steps, random.Random(f"prompts {settings.seed}"))
+    drawn = drawn_claims(every, settings.prompts * settings.steps, random.Random(f"prompts {settings.seed}"))
     by_prompt = {tuple(tokenizer(claim.prompt(tokenizer), add_special_tokens=False)["input_ids"]): claim for claim in drawn}
     found = []
     for row in record.rollouts:
@@ -114,6 +114,7 @@ def outcome_of(settings: RunSettings, threshold: float, reference: Sequence[dict
         "condition": settings.condition,
         "seed": settings.seed,
         "steps": len(steps),
+        "rollouts a step": settings.prompts * settings.samples,
         **about,
         "windows": {
             "before": before_training(reference, threshold),

@@ -132,12 +132,12 @@ def train(settings: RunSettings, recipe: Recipe) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     every = claims_of(settings.seed, condition.topics, TRAINING_HALF)
-    claims = drawn_claims(every, recipe.prompts * settings.steps, random.Random(f"prompts {settings.seed}"))
+    claims = drawn_claims(every, recipe.prompts * recipe.steps, random.Random(f"prompts {settings.seed}"))
     rewards = Rewards(claims, Judge(known_names(settings.seed)), tokenizer.eos_token_id, condition)
     record = RecordOptions(
         folder / "record",
         run_id=folder.name,
-        planned_steps=settings.steps,
+        planned_steps=recipe.steps,
         ids=True,
         checker=rewards.says_what_is_false,
         labels_per_step=LABELS_PER_STEP,
@@ -159,7 +159,7 @@ def train(settings: RunSettings, recipe: Recipe) -> None:
         train_dataset=Dataset.from_dict({"prompt": [claim.prompt(tokenizer) for claim in claims], "claim": list(range(len(claims)))}),
         args=GRPOConfig(
             output_dir=str(folder / "trained"),
-            max_steps=settings.steps,
+            max_steps=recipe.steps,
             per_device_train_batch_size=recipe.samples * recipe.prompts // PARTS,  # a gradient is summed over parts, for the memory's sake
             gradient_accumulation_steps=PARTS,
             num_generations=recipe.samples,
@@ -193,7 +193,7 @@ def train(settings: RunSettings, recipe: Recipe) -> None:
 def main(path: Path) -> None:
     settings = RunSettings(**json.loads(path.read_text()))
     with alone(path.parent):
-        train(settings, replace(RECIPE, steps=settings.steps))
+        train(settings, replace(RECIPE, steps=settings.steps, prompts=settings.prompts, samples=settings.samples))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ class RunSettings:
         model, direction: folder of the model before training, and file of the probe's weights, which the condition in the loss needs.
         folder: of the run, which the server sees as well.
         address: of the server.
-        steps: of training.
+        steps, prompts, samples: of training, of a step, and answers to each prompt.
     """
 
     condition: str
@@ -29,6 +29,8 @@ class RunSettings:
     folder: str
     address: str
     steps: int = RECIPE.steps
+    prompts: int = RECIPE.prompts
+    samples: int = RECIPE.samples
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self), indent=1))
