@@ -95,6 +95,7 @@ def test_own_loop_names_rollouts_and_gives_what_it_knows(served: RunningServer, 
     rows = read_record(tmp_path).rollouts
     known = [(row.rollout, row.group, row.policy_logprob) for row in rows]
     assert known == [("w", "a", -1), ("x", "a", -2), ("y", "b", -3), ("z", "b", -4)]
+    score_rollouts(one, *given, **{**common, "record": str(tmp_path)}, step=5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"record: .*writes into"):
         score_rollouts(one, *given, record=tmp_path / "other", step=5)  # type: ignore[arg-type]
 
