@@ -294,7 +294,6 @@ def _label(task: _Task, judged: JudgeAnswer, judge: ChatJudge, keep_answer: bool
     from probescore_audit.record import LabelRow
 
     row, planned = task.row, task.planned
-    answered_as = "" if judged.model in ("", judge.model) else f" as {judged.model}"
     return LabelRow(
         step=row.step,
         rollout=row.rollout,
@@ -302,7 +301,7 @@ def _label(task: _Task, judged: JudgeAnswer, judge: ChatJudge, keep_answer: bool
         source=_SOURCE,
         text_sha256=row.text_sha256,
         labeller=judge.model,
-        labeller_version=f"{judge.prompt.version}{answered_as}",
+        labeller_version=judge.version_of(judged),
         inclusion=None if planned is None else planned.inclusion,
         stratum=None if planned is None else planned.stratum,
         floor=planned is not None and planned.floor,
