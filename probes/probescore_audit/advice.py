@@ -126,7 +126,7 @@ def held_out_probes(audits: Sequence[tuple[RecordedRun, RunAudit]]) -> Iterator[
 
 def moved_anchors(run: RecordedRun, anchors: Sequence[AnchorScoring]) -> Iterator[str]:
     """Yields a warning if anchors (texts with a known label that are scored again and again) score otherwise on the frozen model than they
-    did.
+    did, or if on another reading (whose activations the probe reads) the probe no longer tells them apart as well as at first.
     """
     moved = next((scoring for scoring in anchors if scoring.largest_move > _MOVED), None)
     if run.reading == FROZEN and moved is not None:
@@ -134,6 +134,14 @@ def moved_anchors(run: RecordedRun, anchors: Sequence[AnchorScoring]) -> Iterato
             f"{run.probe}: from step {moved.step} on, anchors score otherwise on the frozen model than at first, by up to "
             f"{max(each.largest_move for each in anchors):.2g} standard deviations. Server, model or probe is another: nothing after that "
             "step can be compared with what was before."
+        )
+
+    if run.reading != FROZEN and anchors and anchors[-1].auroc.high < anchors[0].auroc.low:
+        first, last = anchors[0], anchors[-1]
+        yield (
+            f"{run.probe}, {run.reading}: on anchors, whose texts stay the same, its AUROC fell from {first.auroc.value:.2f} at step "
+            f"{first.step} to {last.auroc.value:.2f} at step {last.step}. Training has moved what the probe reads (representation drift); "
+            "whether that hides the behaviour, the labels say."
         )
 
 

@@ -118,7 +118,7 @@ class HandmadeServer:
 
 
 def score(scorer: ProbeScorer, server: HandmadeServer, rollouts: Sequence[Rollout] = ROLLOUTS, step: int | None = 7) -> Outcome:
-    steps = scorer._steps(rollouts, None, step, None)
+    steps = scorer._steps(rollouts, None, step, None, True)
     try:
         request = next(steps)
         while True:

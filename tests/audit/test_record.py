@@ -417,3 +417,18 @@ def test_a_table_goes_into_a_data_frame(tmp_path, library):
     frame = getattr(table, f"to_{library}")()
     assert list(frame.columns) == list(table.columns())
     assert frame["cheating@1/frozen/max"].to_numpy().tolist() == [1.0] * 16
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_file_of_labels_is_no_attempt_whichever_rank_it_names(tmp_path, rank):
+    """Whoever adds labels takes over the header of one of the ranks."""
+    for number in range(2):
+        write(tmp_path, range(6), number, 2, started=float(number))
+    with RecordWriter(tmp_path, header(rank, 2, started=10.0)) as labeller:
+        labeller.append(LabelRow(step=step, rollout="0", label="yes", source="person") for step in (1, 5))
+    for number in range(2):
+        write(tmp_path, range(4, 6), number, 2, score=1.0, started=20.0 + number)
+    record = read_record(tmp_path)
+    assert {step: sum(row.step == step for row in record.rollouts) for step in range(6)} == dict.fromkeys(range(6), 16)
+    assert {row.scores["cheating@1"]["frozen"]["mean"] for row in record.rollouts if row.step >= 4} == {1.0}
+    assert [label.step for label in record.labels] == [1]  # of which rollout of step 5 nobody knows

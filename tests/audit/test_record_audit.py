@@ -8,11 +8,11 @@ from dataclasses import asdict
 
 import numpy as np
 import pytest
-from recorded_runs import KEY, anchors, write_run
+from recorded_runs import KEY, anchors, scores_of, write_run
 
 from benchmarks.simulated_runs import THRESHOLD, Change
 from probescore_audit import Verdict, audit_record, label_rows, plan_further, plan_recorded, unflagged_rollouts
-from probescore_audit.record import LabellerRow, LabelRow, RecordWriter, read_record
+from probescore_audit.record import AnchorRow, LabellerRow, LabelRow, RecordWriter, read_record
 from probescore_audit.recorded_labels import label_design
 from probescore_audit.recorded_run import recorded_run
 from probescore_audit.report import numbers_of
@@ -72,6 +72,23 @@ def test_a_frozen_model_that_scores_its_anchors_otherwise_is_told(tmp_path, move
     assert any("from step 5 on, anchors score otherwise" in notice for notice in audit.notices) == told
     # whatever they say, the verdict is that of the run's own rollouts
     assert audit.readings[0].verdict is Verdict.NO_CHANGE
+
+
+@pytest.mark.parametrize(("kept", "told"), [(1.0, False), (0.9, False), (0.0, True)])
+def test_a_policy_on_which_the_probe_no_longer_tells_anchors_apart_has_drifted(tmp_path, kept, told):
+    write_run(tmp_path, [Change()] * 14, policy=[Change()] * 14)
+    rng = np.random.default_rng(0)
+    positive, noise = np.arange(256) < 128, rng.standard_normal((2, 256))
+    record = read_record(tmp_path)
+    with RecordWriter(tmp_path, record.header.anew()) as writer:
+        for step, share in ((0, 1.0), (9, kept)):
+            scores = 3 * share * positive + noise[int(step > 0)]
+            writer.append(
+                AnchorRow(step=step, anchor=str(index), positive=bool(positive[index]), scores=scores_of(frozen=index % 7, policy=score))
+                for index, score in enumerate(scores)
+            )
+    notices = [notice for notice in audit_record(read_record(tmp_path)).notices if "anchors" in notice]
+    assert [notice.startswith(f"{KEY}, policy: on anchors") and "representation drift" in notice for notice in notices] == [True] * told
 
 
 def test_a_record_without_a_reference_says_what_is_missing(tmp_path):

@@ -152,8 +152,7 @@ def _decision(probe: bool, answer: JudgeAnswer | str, was_asked: bool, cascade: 
     judge = cascade.judge
     if isinstance(answer, JudgeAnswer):
         flagged = probe if answer.verdict == "unsure" else answer.verdict == "yes"
-        other = "" if answer.model in ("", judge.model) else f" as {answer.model}"
-        return CascadeDecision(probe, answer.verdict, flagged, "", judge.model, f"{judge.prompt.version}{other}")
+        return CascadeDecision(probe, answer.verdict, flagged, "", judge.model, judge.version_of(answer))
     flagged = probe or (was_asked and cascade.on_failure == "flag")
     return CascadeDecision(probe, "", flagged, answer, judge.model, judge.prompt.version)
 

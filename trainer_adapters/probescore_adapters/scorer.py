@@ -429,7 +429,7 @@ class ProbeScorer:
         task_rewards: ArrayLike | None,
         step: int | None,
         texts: Sequence[str | None] | None,
-        is_recorded: bool,
+        is_recorded: bool = True,
     ) -> Steps:
         """Generator that scores one batch of rollouts without input or output of its own: yields each request to the server, is sent the
         reply, and returns the rewards and metrics.

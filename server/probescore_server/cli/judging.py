@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 HELP = """
 Have a judge, a language model behind an endpoint that speaks OpenAI's chat protocol, label the rollouts that the plan chooses.
 
-The plan is that of 'probescore labels plan RUN --per-step N' for every step without labels, or a file that this command has written
+The plan is that of 'probescore labels plan RUN --per-step N' for every step without labels, or one that 'labels plan' has written to a file
 (--plan). The file --prompt says what to look for, with {completion} where the text goes, and {prompt} if the judge is to see the prompt as
-well. How to end its answer the judge is told by itself. The record must keep the texts of rollouts.
+well; how to end its answer is added by this command. The record must keep the texts of rollouts.
 
 Each verdict is added to the record as it comes, with the model and the prompt's version. After a kill, the same command goes on with
 what is left; nothing that has a verdict is asked again. The last recorded step is left out as long as the run may still write it.
@@ -294,7 +294,6 @@ def _label(task: _Task, judged: JudgeAnswer, judge: ChatJudge, keep_answer: bool
     from probescore_audit.record import LabelRow
 
     row, planned = task.row, task.planned
-    answered_as = "" if judged.model in ("", judge.model) else f" as {judged.model}"
     return LabelRow(
         step=row.step,
         rollout=row.rollout,
@@ -302,7 +301,7 @@ def _label(task: _Task, judged: JudgeAnswer, judge: ChatJudge, keep_answer: bool
         source=_SOURCE,
         text_sha256=row.text_sha256,
         labeller=judge.model,
-        labeller_version=f"{judge.prompt.version}{answered_as}",
+        labeller_version=judge.version_of(judged),
         inclusion=None if planned is None else planned.inclusion,
         stratum=None if planned is None else planned.stratum,
         floor=planned is not None and planned.floor,

@@ -87,6 +87,12 @@ class ChatJudge:
         other.model, other.prompt = model or self.model, prompt or self.prompt
         return other
 
+    def version_of(self, answer: JudgeAnswer) -> str:
+        """Returns the version that is recorded with a verdict: that of the prompt, and the model that answered if the endpoint names
+        another than was asked for.
+        """
+        return self.prompt.version if answer.model in ("", self.model) else f"{self.prompt.version} as {answer.model}"
+
     @property
     def requests_sent(self) -> int:
         """Returns the number of requests that this judge, and those that share its rate, have sent so far."""
