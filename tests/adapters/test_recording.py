@@ -8,6 +8,7 @@ import os
 import pickle
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,7 @@ def test_own_loop_names_rollouts_and_gives_what_it_knows(served: RunningServer, 
     rows = read_record(tmp_path).rollouts
     known = [(row.rollout, row.group, row.policy_logprob) for row in rows]
     assert known == [("w", "a", -1), ("x", "a", -2), ("y", "b", -3), ("z", "b", -4)]
+    score_rollouts(one, *given, **{**common, "record": str(tmp_path)}, step=5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"record: .*writes into"):
         score_rollouts(one, *given, record=tmp_path / "other", step=5)  # type: ignore[arg-type]
 
@@ -400,3 +402,18 @@ def test_ranks_that_are_killed_lose_no_step_that_they_had_recorded(served: Runni
     assert recorded(tmp_path) == dict.fromkeys(range(6), 8)
     assert record.void_rows >= 2 * 4 * (min(reached) - 3)
     assert record.header.world_size == 2
+
+
+def test_a_record_costs_a_step_some_milliseconds(served: RunningServer, tmp_path: Path) -> None:
+    """Of the trainer's processor time, with everything in it; ``python -m benchmarks record`` measures it."""
+    everything = RecordOptions(tmp_path, ids=True, checker=is_even, labels_per_step=32)
+    ways = {"no record": scorer(served, None), "record": scorer(served, everything)}
+    took: dict[str, list[float]] = {way: [] for way in ways}
+    for step in range(4):
+        batch = rollouts(16, 8)
+        for way, one in ways.items():
+            started = time.process_time()
+            one.score(batch, step=step)
+            took[way].append(time.process_time() - started)
+    added = np.median(took["record"]) - np.median(took["no record"])
+    assert added < 0.1  # 128 rollouts: 0.01

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import importlib.util
 import os
 import signal
 import subprocess
@@ -258,6 +259,17 @@ def test_the_record_of_version_1_stays_readable():
     assert record.anchors[0].positive
 
 
+def test_the_record_of_version_1_with_texts_in_files_of_their_own_stays_readable():
+    record = read_record(GOLDEN.with_name("record-1-details"))
+    assert [probe.key for probe in record.header.probes] == ["cheating@1", "cheating@2"]
+    assert record.header.probes[1].thresholds_on("policy") == {"mean": 0.75}
+    first, second = record.rollouts
+    assert (first.completion_text, first.completion_ids, first.completion_pieces) == ("1 2", [6, 7], ["1", " 2"])
+    assert (first.group, first.reading_steps, first.token_scores) == ("7", {"policy": 0}, {"cheating@1": {"frozen": [-1.5, -1.0]}})
+    assert (second.step, second.completion_text) == (40, None)
+    assert record.references[0].random
+
+
 def test_the_audit_takes_scores_and_labels_from_a_record(tmp_path):
     with RecordWriter(tmp_path, header()) as writer:
         writer.append(rollout(step, number, float(number)) for step in range(2) for number in range(4))
@@ -396,9 +408,27 @@ def test_a_run_of_300_steps_of_512_rollouts_is_read_in_seconds(tmp_path):
 
 @pytest.mark.parametrize("library", ["pandas", "polars"])
 def test_a_table_goes_into_a_data_frame(tmp_path, library):
-    pytest.importorskip(library)
     write(tmp_path, [0, 1])
     table = read_record(tmp_path).table()
+    if importlib.util.find_spec(library) is None:
+        with pytest.raises(ImportError, match=library):
+            getattr(table, f"to_{library}")()
+        return
     frame = getattr(table, f"to_{library}")()
     assert list(frame.columns) == list(table.columns())
     assert frame["cheating@1/frozen/max"].to_numpy().tolist() == [1.0] * 16
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_file_of_labels_is_no_attempt_whichever_rank_it_names(tmp_path, rank):
+    """Whoever adds labels takes over the header of one of the ranks."""
+    for number in range(2):
+        write(tmp_path, range(6), number, 2, started=float(number))
+    with RecordWriter(tmp_path, header(rank, 2, started=10.0)) as labeller:
+        labeller.append(LabelRow(step=step, rollout="0", label="yes", source="person") for step in (1, 5))
+    for number in range(2):
+        write(tmp_path, range(4, 6), number, 2, score=1.0, started=20.0 + number)
+    record = read_record(tmp_path)
+    assert {step: sum(row.step == step for row in record.rollouts) for step in range(6)} == dict.fromkeys(range(6), 16)
+    assert {row.scores["cheating@1"]["frozen"]["mean"] for row in record.rollouts if row.step >= 4} == {1.0}
+    assert [label.step for label in record.labels] == [1]  # of which rollout of step 5 nobody knows

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, Union
 
 from probescore_adapters.rollouts import Rollout
@@ -66,6 +67,7 @@ class RecordOptions:
     def __post_init__(self) -> None:
         if not isinstance(self.directory, (str, os.PathLike)) or not str(self.directory):
             raise ValueError(f"record.directory: expected the path of a folder, got {self.directory!r}")
+        object.__setattr__(self, "directory", Path(self.directory))  # so that options of one folder are equal
         for field in ("planned_steps", "rollouts_per_step", "kept_steps"):
             value = getattr(self, field)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):

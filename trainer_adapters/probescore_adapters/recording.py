@@ -195,9 +195,11 @@ class RunRecorder:
             )
 
     def close(self) -> None:
-        """Closes this process's file of the record. A batch that is recorded later goes on in it."""
+        """Closes this process's file of the record. A batch that is recorded later goes into another one."""
+        if os.getpid() != self._pid:
+            return  # the file is that of the process that this one was forked from
         with self._lock:
-            if self._writer is not None and os.getpid() == self._pid:
+            if self._writer is not None:
                 if self._labels is not None:
                     self._writer.append(self._labels.of_what_is_left())
                 self._writer.close()
@@ -304,6 +306,8 @@ class RunRecorder:
         task_rewards: Floats | None,
         step: int,
     ) -> Iterator[RolloutRow]:
+        readings = {} if batch is None else batch.readings
+        steps = {name: reading.step for name, reading in readings.items() if name != FROZEN and reading.step is not None}
         for index, rollout in enumerate(rollouts):
             yield RolloutRow(
                 step=step,
@@ -311,6 +315,7 @@ class RunRecorder:
                 prompt=_digest(rollout.prompt)[:16],
                 group=None if rollout.group is None else str(rollout.group),
                 scores={} if batch is None else _scores(batch, index, columns),
+                reading_steps=steps or None,
                 tokens=None if isinstance(rollout.completion, str) else len(rollout.completion),
                 task_reward=None if task_rewards is None else float(task_rewards[index]),
                 total_reward=None if task_rewards is None else float(outcome.rewards[index]),

@@ -27,11 +27,14 @@ def valid_before(files: Sequence[FileSteps]) -> list[float]:
 
     Files that the processes of one launch of the training wrote are one attempt. If processes do not say which launch they belong to, a
     file joins the attempt before it if that attempt has as many processes, and none with the file's rank. An attempt that begins at a step
-    takes the place of all earlier ones from this step on, even if it has not come as far as the earlier ones had.
+    takes the place of all earlier ones from this step on, even if it has not come as far as the earlier ones had. A file without rollouts
+    is no part of an attempt; its rows are void where an attempt that began after the file has started.
     """
-    order = sorted(range(len(files)), key=lambda index: files[index].header.started)
+    by_start = sorted(range(len(files)), key=lambda index: files[index].header.started)
     attempts: list[list[int]] = []
-    for index in order:
+    for index in by_start:
+        if files[index].first is None:
+            continue  # labels, whose header is that of some rank
         header = files[index].header
         for attempt in reversed(attempts):
             begun = files[attempt[0]].header
@@ -50,6 +53,9 @@ def valid_before(files: Sequence[FileSteps]) -> list[float]:
     for attempt in reversed(attempts):
         for index in attempt:
             limits[index] = starts
-        known = [first for index in attempt if (first := files[index].first) is not None]
-        starts = min([starts, *known])
+        begun = files[attempt[0]].header
+        starts = min([starts, *(first for index in attempt if (first := files[index].first) is not None)])
+        for index in by_start:
+            if files[index].first is None and files[index].header.started < begun.started:
+                limits[index] = starts
     return limits

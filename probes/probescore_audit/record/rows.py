@@ -96,6 +96,8 @@ class RolloutRow:
         prompt: name of the prompt, equal for rollouts of one prompt.
         group: key of the group whose rewards the trainer compares with each other, if it is not the prompt.
         scores: the probes' scores, keyed by probe, then by reading (which model's activations the probe read), then by reduction.
+        reading_steps: training step of the weights of each other reading than the frozen model's, by name, where it is known: a policy is
+            not loaded at every step.
         tokens: number of tokens of the completion.
         task_reward: reward of the task alone.
         total_reward: reward that the trainer used.
@@ -113,6 +115,7 @@ class RolloutRow:
     prompt: str
     scores: Scores
     group: str | None = None
+    reading_steps: Mapping[str, int] | None = None
     tokens: int | None = None
     task_reward: float | None = None
     total_reward: float | None = None
