@@ -194,6 +194,8 @@ def test_following_shows_what_comes_and_metrics_tell_prometheus(evaded, tmp_path
         assert sample(found, "probescore_audit_verdict", f'{which},verdict="no change"') == 0.0
         assert sample(found, "probescore_audit_alarm", f'monitor="recall",{which}') == 1.0
         assert sample(found, "probescore_audit_recall", f'bound="high",{which}') < 0.1
+        assert sample(found, "probescore_audit_anchor_move", which) > 1
+        assert sample(found, "probescore_audit_anchor_move", which.replace("policy", "frozen")) == 0.0
         assert abs(sample(found, "probescore_audit_audited_seconds", 'run="sorter-loss"') - time.time()) < 300
         with RecordWriter(evaded, record.header.anew()) as writer:
             writer.append([RolloutRow(step=80, rollout="0", prompt="p", scores=record.rollouts[0].scores)])

@@ -94,6 +94,11 @@ def _of_readings(audit: RecordAudit) -> list[Metric]:
         name: GaugeMetricFamily(f"probescore_audit_{name}", meaning, labels=(*_WHICH, "bound")) for name, meaning in _ESTIMATES.items()
     }
     refit = GaugeMetricFamily("probescore_audit_refit_auroc", "AUROC of fresh probes on recorded activations.", labels=(*_WHICH, "bound"))
+    moved = GaugeMetricFamily(
+        "probescore_audit_anchor_move",
+        "Largest change of an anchor's score since the first scoring, in standard deviations.",
+        labels=_WHICH,
+    )
     for each in audit.readings:
         recorded = each.recorded
         which = [audit.record.header.run_id, recorded.probe, recorded.reading]
@@ -108,9 +113,11 @@ def _of_readings(audit: RecordAudit) -> list[Metric]:
         labelled.add_metric(which, float(recorded.run.step[known_labels[-1]]) if len(known_labels) else -1.0)
         unlabelled.add_metric(which, float(each.audit.unlabelled_steps))
         _add_estimates(estimates, which, each)
+        if each.anchors:
+            moved.add_metric(which, max(scoring.largest_move for scoring in each.anchors))
         if each.refit is not None:
             _add_estimate(refit, which, each.refit.auroc)
-    return [verdict, alarm, bound, labels, labelled, unlabelled, *estimates.values(), refit]
+    return [verdict, alarm, bound, labels, labelled, unlabelled, *estimates.values(), refit, moved]
 
 
 def _add_estimates(families: dict[str, GaugeMetricFamily], which: list[str], each: ReadingAudit) -> None:
