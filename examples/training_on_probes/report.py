@@ -44,9 +44,9 @@ def _on_terminal(rows: Sequence[Sequence[str]]) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     head, *body = rows
     for name in head:
-        table.add_column(name)
-    for row in body:
-        table.add_row(*row)
+        table.add_column(name, overflow="fold")
+    for name, *rest in body:
+        table.add_row(name.partition(":")[0], *rest)  # what each does is said below
     return table
 
 

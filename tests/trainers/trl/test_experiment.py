@@ -24,7 +24,7 @@ def run(folder: Path) -> str:
     python = os.environ.get("PROBESCORE_SERVER_PYTHON", sys.executable)
     options = [f"--{name}={value}" for name, value in TINY.items()]
     command = [python, str(EXPERIMENT), "--folder", str(folder), "--trainer", sys.executable, *options, "--conditions", *CONDITIONS]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
