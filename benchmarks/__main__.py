@@ -21,6 +21,7 @@ from benchmarks.loads import LOADS, Load, Unit
 from benchmarks.model import SHAPES, make_model
 from benchmarks.plot import save_plot
 from benchmarks.process import VariantFailed, VariantProcess
+from benchmarks.recording import print_recording
 from benchmarks.scaling import print_scaling
 from benchmarks.service import print_latency, print_memory
 from benchmarks.variants import VARIANTS, Job, file_paths
@@ -170,6 +171,12 @@ def store_command(
 ) -> None:
     """What storing every token's activations takes: 1M tokens × 3 taps × 4,096."""
     print_store(console, directory, tokens)
+
+
+@app.command("record")
+def record_command(shape: ShapeName = "small", steps: Annotated[int, typer.Option(min=1)] = 10) -> None:
+    """What the record of a run costs a step of training, and how long a long one takes to be read."""
+    print_recording(console, shape, steps)
 
 
 @app.command("scaling")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,8 +12,9 @@ from typing import Any
 import pytest
 from running_server import RunningServer
 
-from probescore_adapters import GuardRails, Mode, Policy, ProbeSignal, Rollout, SignalError
-from probescore_adapters.environment import rails_from, scorer_from_environment, signals_from
+from probescore_adapters import GuardRails, Mode, Policy, ProbeSignal, RecordOptions, Rollout, SignalError
+from probescore_adapters.environment import rails_from, record_from, scorer_from_environment, signals_from
+from probescore_audit.record import RecordWriter, RunHeader, read_record
 from probescore_server.settings import ServerSettings
 
 CHEATING = {"probe": "cheating", "mode": "reward"}
@@ -118,3 +121,38 @@ def test_error_says_which_signal() -> None:
 
 def test_rails_keep_the_defaults_of_what_is_not_given() -> None:
     assert rails_from({"max_screened_share": 0.25}) == GuardRails(max_screened_share=0.25)
+
+
+def test_a_record_is_a_folder_or_an_object(served: RunningServer, tmp_path: Path) -> None:
+    written = {"directory": str(tmp_path / "b"), "rollouts_per_step": 2, "texts": True, "checker": "math:isfinite", "late_steps": 1}
+    for name, given in (("a", str(tmp_path / "a")), ("b", json.dumps(written))):
+        scorer = scorer_from_environment(variables(signals=json.dumps(CHEATING), address=served.address, record=given, run_id="run-7"))
+        for step in range(3):
+            scorer.score([Rollout([1, 5], [6, 7])] * 2, step=None if name == "b" else step)
+        record = read_record(tmp_path / name)
+        assert record.header.run_id == "run-7"
+        assert [row.step for row in record.rollouts] == [0, 0, 1, 1, 2, 2]
+    assert record_from("runs/a") == RecordOptions("runs/a", late_steps=4, batches_per_step=0)
+    assert record_from(written).checker is math.isfinite
+    assert record_from(written).late_steps == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "complaint"),
+    [
+        ({}, "PROBESCORE_RECORD.directory: expected the path of a folder, got ''"),
+        ({"directory": "a", "steps": 3}, "PROBESCORE_RECORD: steps: there is no such field; there are directory, "),
+        ({"directory": "a", "late_steps": "x"}, "PROBESCORE_RECORD.late_steps: expected a whole number of at least 0, got 'x'"),
+        ({"directory": "a", "checker": "nowhere:at_all"}, "PROBESCORE_RECORD.checker: expected module:function"),
+    ],
+)
+def test_a_wrong_record_is_named(given: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(complaint)):
+        scorer_from_environment(variables(signals=json.dumps(CHEATING), record=json.dumps(given)))
+
+
+def test_the_record_of_another_run_is_named_by_its_variable(tmp_path: Path) -> None:
+    with RecordWriter(tmp_path, RunHeader(run_id="sort-7", planned_steps=1)):
+        pass
+    with pytest.raises(ValueError, match=r"PROBESCORE_RECORD: .* has the record of the run 'sort-7'"):
+        scorer_from_environment(variables(signals=json.dumps(CHEATING), record=str(tmp_path), run_id="sort-8"))

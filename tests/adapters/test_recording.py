@@ -95,6 +95,7 @@ def test_own_loop_names_rollouts_and_gives_what_it_knows(served: RunningServer, 
     rows = read_record(tmp_path).rollouts
     known = [(row.rollout, row.group, row.policy_logprob) for row in rows]
     assert known == [("w", "a", -1), ("x", "a", -2), ("y", "b", -3), ("z", "b", -4)]
+    score_rollouts(one, *given, **{**common, "record": str(tmp_path)}, step=5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"record: .*writes into"):
         score_rollouts(one, *given, record=tmp_path / "other", step=5)  # type: ignore[arg-type]
 
@@ -363,3 +364,40 @@ def test_a_run_recorded_by_its_trainer_is_audited(served: RunningServer, tmp_pat
         scorer(served, None).record_reference(base, [True] * 600, random=True)
     with pytest.raises(ValueError, match="positive: 1 for 600 rollouts"):
         one.record_reference(base, [True], random=True)
+
+
+# --------------------------------------------------------------------------------------------------------------------- real processes
+
+
+def ranks(served: RunningServer, record: Path, first: int, last: int, world_size: int = 2) -> list[subprocess.Popen[str]]:
+    """The ranks of a launch, as a launcher that gives it no name starts them."""
+    command = [sys.executable, str(Path(__file__).parent / "rank_with_record.py"), served.address, str(record), str(first), str(last)]
+    plain = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "TORCHELASTIC_"))}
+    environments = [{**plain, "RANK": str(rank), "WORLD_SIZE": str(world_size)} for rank in range(world_size)]
+    return [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for environment in environments]
+
+
+def test_ranks_that_are_killed_lose_no_step_that_they_had_recorded(served: RunningServer, tmp_path: Path) -> None:
+    first = ranks(served, tmp_path, 0, 10_000)
+    reached = []
+    for process in first:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if int(line) >= 6:
+                break
+    for process in first:
+        process.kill()
+        assert process.stdout is not None
+        reached.append(max([6, *(int(line) for line in process.stdout.read().split())]))
+        process.wait()
+    killed = read_record(tmp_path)
+    assert {(row.step, row.rollout) for row in killed.rollouts} >= {
+        (step, f"{rank}.{number}") for rank in range(2) for step in range(reached[rank] + 1) for number in range(4)
+    }
+    assert killed.torn_lines <= 2
+    second = ranks(served, tmp_path, 4, 5)
+    assert [process.wait(timeout=120) for process in second] == [0, 0]
+    record = read_record(tmp_path)
+    assert recorded(tmp_path) == dict.fromkeys(range(6), 8)
+    assert record.void_rows >= 2 * 4 * (min(reached) - 3)
+    assert record.header.world_size == 2

@@ -15,6 +15,7 @@ from running_server import start_server
 
 from probescore_adapters import Outcome, Policy, ProbeReplaced, ProbeScorer, ProbeSignal, Rollout, SignalError
 from probescore_audit import calibrate
+from probescore_audit.record import read_record
 from probescore_probes import ReferenceModel, linear_probe, write_probe
 
 SIGNAL = ProbeSignal("cheating", mode="penalty")
@@ -89,6 +90,22 @@ def runs(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run
             )
             for name in CHANGES
         }
+
+
+def test_a_record_has_each_version_that_a_run_followed_to(model: Path, tmp_path: Path) -> None:
+    write(tmp_path / "probes", model)
+    with start_server(model, [tmp_path / "probes"]) as server:
+        scorer = ProbeScorer(SIGNAL, server.address, follow=True, record=tmp_path / "record", policy=Policy(timeout=60))
+        scorer.score(ROLLOUTS, step=0)
+        port = int(server.address.rpartition(":")[2])
+    write(tmp_path / "probes", model, version="2", threshold=1)
+    with start_server(model, [tmp_path / "probes"], port=port):
+        scorer.score(ROLLOUTS, step=1)
+    record = read_record(tmp_path / "record")
+    assert [[*row.scores] for row in record.rollouts] == [["cheating@1"]] * 2 + [["cheating@2"]] * 2
+    first, second = record.header.probes
+    assert (first.key, second.key) == ("cheating@1", "cheating@2")
+    assert first.thresholds["mean"] != second.thresholds["mean"]
 
 
 @pytest.mark.parametrize("name", CHANGES)

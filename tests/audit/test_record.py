@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gzip
+import importlib.util
 import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,7 @@ from probescore_audit.record import (
     ReferenceRow,
     RolloutRow,
     RunHeader,
+    delete_details,
     read_record,
 )
 from probescore_audit.recorded_run import recorded_reference, recorded_run
@@ -256,6 +259,17 @@ def test_the_record_of_version_1_stays_readable():
     assert record.anchors[0].positive
 
 
+def test_the_record_of_version_1_with_texts_in_files_of_their_own_stays_readable():
+    record = read_record(GOLDEN.with_name("record-1-details"))
+    assert [probe.key for probe in record.header.probes] == ["cheating@1", "cheating@2"]
+    assert record.header.probes[1].thresholds_on("policy") == {"mean": 0.75}
+    first, second = record.rollouts
+    assert (first.completion_text, first.completion_ids, first.completion_pieces) == ("1 2", [6, 7], ["1", " 2"])
+    assert (first.group, first.reading_steps, first.token_scores) == ("7", {"policy": 0}, {"cheating@1": {"frozen": [-1.5, -1.0]}})
+    assert (second.step, second.completion_text) == (40, None)
+    assert record.references[0].random
+
+
 def test_the_audit_takes_scores_and_labels_from_a_record(tmp_path):
     with RecordWriter(tmp_path, header()) as writer:
         writer.append(rollout(step, number, float(number)) for step in range(2) for number in range(4))
@@ -294,3 +308,112 @@ def test_a_table_has_one_row_a_rollout_and_gaps_where_nothing_was_said(tmp_path)
     assert np.isnan(columns["cheating@1/frozen/mean"][1])
     assert np.isnan(columns["task_reward"][1])
     assert {len(column) for column in columns.values()} == {2}
+
+
+def texts_of(record):
+    return {row.step: row.completion_text for row in record.rollouts}
+
+
+def test_texts_of_old_steps_are_deleted_as_the_run_goes_on(tmp_path):
+    with RecordWriter(tmp_path, header(), keep_texts=True, kept_steps=8) as writer:
+        for step in range(40):
+            writer.append([rollout(step, 0, completion_text=f"text {step}", token_scores={"cheating@1": {"frozen": [0.5]}})])
+            kept = {each for each, text in texts_of(read_record(tmp_path)).items() if text is not None}
+            assert kept >= set(range(max(0, step - 7), step + 1))
+            assert len(kept) <= 12
+    record = read_record(tmp_path)
+    assert len(record.rollouts) == 40
+    assert all(row.scores for row in record.rollouts)
+    assert texts_of(record)[39] == "text 39"
+    assert "text 3 " not in " ".join(path.read_text() for path in tmp_path.iterdir())
+
+
+def test_texts_are_deleted_on_request_while_the_run_goes_on(tmp_path):
+    with RecordWriter(tmp_path, header(), keep_texts=True) as writer:
+        writer.append(rollout(step, 0, completion_text=f"text {step}") for step in range(100))
+        assert delete_details(tmp_path, before=70) == 2
+        assert [step for step, text in texts_of(read_record(tmp_path)).items() if text is None] == list(range(64))
+        assert delete_details(tmp_path) == 2
+        writer.append([rollout(100, 0, completion_text="text 100")])
+    assert [text for text in texts_of(read_record(tmp_path)).values() if text] == ["text 100"]
+    assert texts_of(read_record(tmp_path, texts=False)) == dict.fromkeys(range(101))
+
+
+def test_texts_are_those_of_the_attempt_that_counts(tmp_path):
+    for attempt in range(2):
+        with RecordWriter(tmp_path, header(launch=f"{attempt}", started=float(attempt)), keep_texts=True) as writer:
+            writer.append(rollout(step, 0, completion_text=f"attempt {attempt}") for step in range(attempt, 2))
+    assert texts_of(read_record(tmp_path)) == {0: "attempt 0", 1: "attempt 1"}
+
+
+def test_a_torn_line_of_texts_costs_that_text(tmp_path):
+    with RecordWriter(tmp_path, header(), keep_texts=True) as writer:
+        writer.append([rollout(0, 0, completion_text="whole")])
+        (details,) = tmp_path.glob("*-details-*")
+        with details.open("a") as file:
+            file.write('{"kind":"details","step":0,"rollout":"1","completion_te')
+        writer.append([rollout(0, 1), rollout(0, 2, completion_text="next")])
+    record = read_record(tmp_path)
+    assert [row.completion_text for row in record.rollouts] == ["whole", None, "next"]
+    assert record.torn_lines == 0
+
+
+def test_rows_are_read_though_the_header_could_not_be_written_at_first(tmp_path, monkeypatch):
+    """A disk that is full when a process begins, and has room later."""
+
+    def fails(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "write", fails)
+    writer = RecordWriter(tmp_path, header())
+    writer.append([rollout(0, 0)])
+    monkeypatch.undo()
+    writer.append([rollout(1, 0)])
+    assert [row.step for row in read_record(tmp_path).rollouts] == [1]
+    assert writer.lost_rows == 1
+
+
+def test_the_description_of_the_run_may_change_while_it_goes_on(tmp_path):
+    with RecordWriter(tmp_path, header(started=1.0)) as writer:
+        writer.append([rollout(0, 0)])
+        newer = RecordedProbe(key="cheating@2", thresholds={"mean": 0.75, "policy/mean": 1.5})
+        writer.append([RunHeader(run_id="sort-7", planned_steps=300, probes=(newer,), started=2.0), rollout(1, 0)])
+    record = read_record(tmp_path)
+    assert [probe.key for probe in record.header.probes] == ["cheating@2"]
+    assert len(record.rollouts) == 2
+    assert newer.thresholds_on("frozen") == {"mean": 0.75}
+    assert newer.thresholds_on("policy") == {"mean": 1.5}
+
+
+def test_a_run_of_300_steps_of_512_rollouts_is_read_in_seconds(tmp_path):
+    scores = np.random.default_rng(0).standard_normal((256, 4)).tolist()
+    for rank in range(2):
+        with RecordWriter(tmp_path, header(rank, 2)) as writer:
+            for step in range(300):
+                writer.append(
+                    RolloutRow(
+                        step=step,
+                        rollout=f"{rank}.{number}",
+                        prompt=f"p{number // 8}",
+                        scores={"cheating@1": {"frozen": {"mean": a, "max": b}, "policy": {"mean": c, "max": d}}},
+                        text_sha256="sha256:00",
+                    )
+                    for number, (a, b, c, d) in enumerate(scores)
+                )
+    started = time.process_time()
+    table = read_record(tmp_path).table()
+    assert len(table) == 153_600
+    assert time.process_time() - started < 20  # 3 s on one core
+
+
+@pytest.mark.parametrize("library", ["pandas", "polars"])
+def test_a_table_goes_into_a_data_frame(tmp_path, library):
+    write(tmp_path, [0, 1])
+    table = read_record(tmp_path).table()
+    if importlib.util.find_spec(library) is None:
+        with pytest.raises(ImportError, match=library):
+            getattr(table, f"to_{library}")()
+        return
+    frame = getattr(table, f"to_{library}")()
+    assert list(frame.columns) == list(table.columns())
+    assert frame["cheating@1/frozen/max"].to_numpy().tolist() == [1.0] * 16

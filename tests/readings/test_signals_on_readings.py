@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from written_adapters import WrittenAdapter
 
 from probescore import ProbeClient, RolloutGroup
 from probescore_adapters import ProbeScorer, ProbeSignal, ReadingGone, Rollout
+from probescore_audit.record import read_record
 
 ATOL = 1e-4
 BATCH = [Rollout(prompt, completion) for prompt, completions in ROLLOUTS for completion in completions]
@@ -70,18 +72,44 @@ def test_signals_read_what_is_loaded_and_nothing_in_its_place(server: RunningSer
         paying.score(BATCH)
 
 
+def test_a_record_has_the_scores_of_each_reading_and_none_of_one_that_is_gone(
+    server: RunningServer, expected: dict[int, np.ndarray], tmp_path: Path
+) -> None:
+    """With the step of the weights that gave them, and a threshold for each reading where signals have their own."""
+    signals = [replace(PAID, threshold=0.5), replace(WATCHED, threshold=1.5)]
+    scorer = ProbeScorer(signals, server.address, record=tmp_path)
+    for step in (0, 1, 2):
+        if step < 2:
+            scorer.load_reading("policy", f"step-{step}", step)
+        else:
+            with ProbeClient(server.address) as client:
+                client.unload_reading("policy")
+        scorer.score(BATCH, step=step)
+    record = read_record(tmp_path)
+    table, count = record.table(), len(BATCH)
+    (probe,) = record.header.probes
+    assert [set(row.scores[probe.key]) for row in record.rollouts[::count]] == [{"frozen", "policy"}, {"frozen", "policy"}, {"frozen"}]
+    assert [row.reading_steps for row in record.rollouts[::count]] == [{"policy": 0}, {"policy": 1}, None]
+    np.testing.assert_allclose(table.scores[probe.key, "frozen", "mean"], np.tile(expected[-1], 3), atol=ATOL)
+    found = table.scores[probe.key, "policy", "mean"].reshape(3, count)
+    np.testing.assert_allclose(found[:2], [expected[0], expected[1]], atol=ATOL)
+    assert np.isnan(found[2]).all()
+    assert probe.role == "reward"
+    assert (probe.thresholds_on("frozen")["mean"], probe.thresholds_on("policy")["mean"]) == (0.5, 1.5)
+
+
 def test_no_batch_is_of_two_versions_while_they_are_replaced(server: RunningServer, expected: dict[int, np.ndarray]) -> None:
     scorer = ProbeScorer([PAID, WATCHED], server.address)
     scorer.load_reading("policy", "step-0", 0)
     over = threading.Event()
 
-    def replace() -> None:
+    def replace_it() -> None:
         with ProbeClient(server.address) as client:
             for count in range(1, 9):
                 client.load_reading("policy", f"step-{count % 2}", step=count % 2)
         over.set()
 
-    replacing = threading.Thread(target=replace)
+    replacing = threading.Thread(target=replace_it)
     replacing.start()
     seen = set()
     try:

@@ -7,6 +7,7 @@ process of the run.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from typing import Any, Union
 
 from probescore_adapters.errors import SignalError
 from probescore_adapters.guard_rails import GuardRails
+from probescore_adapters.record_options import RecordOptions
 from probescore_adapters.scorer import Policy, ProbeScorer
 from probescore_adapters.signals import ProbeSignal
 
@@ -25,10 +27,12 @@ RAILS = "PROBESCORE_RAILS"
 RUN_ID = "PROBESCORE_RUN_ID"
 TOKENIZER_FINGERPRINT = "PROBESCORE_TOKENIZER_FINGERPRINT"
 FOLLOW = "PROBESCORE_FOLLOW"
+RECORD = "PROBESCORE_RECORD"
 POLICY_ENV = {field.name: f"PROBESCORE_{field.name.upper()}" for field in fields(Policy)}
 """Dictionary from the names of ``Policy``'s fields to their environment variables, such as ``PROBESCORE_ON_FAILURE``."""
 
 _NUMBERS = ("weight", "threshold")
+_LATE_STEPS = 4
 
 
 def scorer_from_environment(environment: Mapping[str, str] = os.environ) -> ProbeScorer:
@@ -39,7 +43,8 @@ def scorer_from_environment(environment: Mapping[str, str] = os.environ) -> Prob
     server, or several addresses separated by commas. ``PROBESCORE_ON_FAILURE``, ``PROBESCORE_ON_UNSCORABLE``, ``PROBESCORE_TIMEOUT``,
     ``PROBESCORE_WAIT_SECONDS``: the fields of ``Policy``. ``PROBESCORE_RAILS``: a JSON object with fields of ``GuardRails``.
     ``PROBESCORE_RUN_ID``, ``PROBESCORE_TOKENIZER_FINGERPRINT``, ``PROBESCORE_FOLLOW`` (``true`` or ``false``): the arguments of
-    ``ProbeScorer`` with these names; ``ProbeScorer`` also reads ``PROBESCORE_JOB``. An empty variable counts as not set.
+    ``ProbeScorer`` with these names; ``ProbeScorer`` also reads ``PROBESCORE_JOB``. ``PROBESCORE_RECORD``: the folder of the run's record,
+    or a JSON object as ``record_from`` takes it. An empty variable counts as not set.
 
     Raises:
         ValueError: a variable is missing or wrong; the error names the variable, the field and the given value. For a wrong signal the
@@ -51,6 +56,9 @@ def scorer_from_environment(environment: Mapping[str, str] = os.environ) -> Prob
     options: dict[str, Any] = {"policy": _policy(given), "follow": _switch(FOLLOW, given.get(FOLLOW, "false"))}
     if RAILS in given:
         options["rails"] = rails_from(_json(RAILS, given[RAILS]), RAILS)
+    if RECORD in given:
+        is_object = given[RECORD].startswith("{")
+        options["record"] = record_from(_json(RECORD, given[RECORD]) if is_object else given[RECORD], RECORD)
     if ADDRESS in given:
         addresses = [address.strip() for address in given[ADDRESS].split(",") if address.strip()]
         options["address"] = addresses if len(addresses) > 1 else addresses[0]
@@ -60,7 +68,44 @@ def scorer_from_environment(environment: Mapping[str, str] = os.environ) -> Prob
     except SignalError as error:
         raise SignalError(f"{SIGNALS}.{error.field}", error.problem) from None
     except ValueError as error:
+        if str(error).startswith("record:"):
+            raise ValueError(f"{RECORD}{str(error).removeprefix('record')}") from None
         raise ValueError(f"{ADDRESS}: {error}, got {given.get(ADDRESS)!r}") from None
+
+
+def record_from(given: str | Mapping[str, Any], where: str = "record") -> RecordOptions:
+    """Makes ``RecordOptions`` (what is written into the record of a training run) from a folder, or from a dictionary of fields.
+
+    Trainers that are configured by text have rollouts scored one at a time: rollouts may come up to 4 steps late, and the labels of a step
+    are given when the next one begins, unless ``late_steps`` and ``batches_per_step`` say otherwise.
+
+    Raises:
+        ValueError: a field is unknown, missing or wrong; the error names the field.
+    """
+    chosen = {"directory": given} if isinstance(given, str) else {"directory": "", **_of_settings(RecordOptions, given, where)}
+    for name in ("redact", "checker"):
+        if isinstance(chosen.get(name), str):
+            chosen[name] = _imported(chosen[name], f"{where}.{name}")
+    try:
+        return RecordOptions(**{"late_steps": _LATE_STEPS, "batches_per_step": 0, **chosen})
+    except ValueError as error:
+        raise ValueError(f"{where}{str(error).removeprefix('record')}") from None
+
+
+def _of_settings(kind: type[RecordOptions], given: object, where: str) -> dict[str, Any]:
+    try:
+        return _known(kind, given)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def _imported(written: str, where: str) -> Any:  # noqa: ANN401 - whatever is named
+    """Returns the function that ``module:function`` names."""
+    module, _, function = written.partition(":")
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, ValueError, AttributeError) as error:
+        raise ValueError(f"{where}: expected module:function that can be imported, got {written!r}: {error}") from error
 
 
 def signals_from(given: Mapping[str, Any] | Sequence[Mapping[str, Any]], where: str = "signals") -> tuple[ProbeSignal, ...]:
@@ -111,7 +156,7 @@ def rails_from(given: Mapping[str, Any], where: str = "rails") -> GuardRails:
         raise ValueError(f"{where}: {error}") from None
 
 
-def _known(kind: type[Union[ProbeSignal, GuardRails]], given: object) -> dict[str, Any]:
+def _known(kind: type[Union[ProbeSignal, GuardRails, RecordOptions]], given: object) -> dict[str, Any]:
     """Returns those of the given settings that are not null, as a dictionary, after a check that their names are fields of a class.
 
     Raises:

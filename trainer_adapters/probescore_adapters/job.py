@@ -48,7 +48,8 @@ def process_from_environment(environment: Mapping[str, str] = os.environ) -> Lau
     """Returns the rank of this process and the name of its launch, from ``PROBESCORE_LAUNCH`` and the variables that torchrun, accelerate,
     Slurm and Ray set.
 
-    A run of one process has a launch of its own. Processes that one launcher has started on one machine have that launcher's process id.
+    A run of one process has a launch of its own. Processes that torchrun or accelerate have started on one machine, of which the user need
+    not name the run, have the launcher's process id.
     """
     rank, world_size = (_count(environment, *names) for names in (("RANK", "SLURM_PROCID"), ("WORLD_SIZE", "SLURM_NTASKS")))
     rank, world_size = (rank, world_size) if 0 <= rank < world_size else (0, 1)
@@ -65,8 +66,8 @@ def _launch(environment: Mapping[str, str], world_size: int) -> str:
         return of_ray
     if "SLURM_JOB_ID" in environment and world_size > 1:
         return "slurm-" + joined("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
-    if world_size > 1 and environment.get("LOCAL_WORLD_SIZE") == environment.get("WORLD_SIZE"):
-        return f"{socket.gethostname()}-{os.getppid()}-" + joined("MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
+    if "TORCHELASTIC_RUN_ID" in environment and environment.get("LOCAL_WORLD_SIZE") == environment.get("WORLD_SIZE"):
+        return f"{socket.gethostname()}-{os.getppid()}-" + joined("TORCHELASTIC_RUN_ID", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT")
     if environment.get("TORCHELASTIC_RUN_ID", "") not in _UNNAMED:
         return "torchelastic-" + joined("TORCHELASTIC_RUN_ID", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT")
     return "" if world_size > 1 else uuid.uuid4().hex

@@ -72,7 +72,10 @@ class AgentExecutor(SingleTurnAgentExecutor):
         ((start, end),) = sample["action_ranges"]
         query = hf_tokenizer.decode(ids, skip_special_tokens=False)
         task = await asyncio.to_thread(self._rewards.of_task, query, prompt, label)
-        outcome = await self._rewards.scorer.score_async([Rollout(ids[:start], ids[start:end])], task)
+        likely = sample.get("rollout_log_probs")
+        logprob = None if likely is None else float(sum(likely[start:end]))
+        rollout = Rollout(ids[:start], ids[start:end], logprob=logprob, columns={"prompt": prompt, "label": label, "query": query})
+        outcome = await self._rewards.scorer.score_async([rollout], task)
         reward = float(outcome.rewards[0])
         return {**sample, "reward": reward, "scores": reward, "extra_logs": outcome.rollout_metrics}
 

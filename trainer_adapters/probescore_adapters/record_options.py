@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, Union
 
 from probescore_adapters.rollouts import Rollout
@@ -29,6 +30,8 @@ class RecordOptions:
         texts: whether prompts and completions are kept as text, and the text of each token; the server decodes them.
         ids: whether their token ids are kept.
         token_scores: whether the scores of each token are kept.
+        kept_steps: number of the latest training steps whose texts, token ids and scores of tokens are kept; those of earlier ones are
+            deleted as the run goes on. ``None`` = all.
         redact: function from a text to the text that is kept in its place, such as one without names; called for prompts, completions and
             the texts of tokens. ``None`` = texts are kept as they are.
         checker: function from a rollout to whether it has the behaviour (``True``, ``False``, or ``"unsure"``), which labels rollouts of
@@ -53,6 +56,7 @@ class RecordOptions:
     texts: bool = False
     ids: bool = False
     token_scores: bool = False
+    kept_steps: Union[int, None] = None
     redact: Union[Callable[[str], str], None] = None
     checker: Union[Checker, None] = None
     labels_per_step: int = 32
@@ -63,7 +67,8 @@ class RecordOptions:
     def __post_init__(self) -> None:
         if not isinstance(self.directory, (str, os.PathLike)) or not str(self.directory):
             raise ValueError(f"record.directory: expected the path of a folder, got {self.directory!r}")
-        for field in ("planned_steps", "rollouts_per_step"):
+        object.__setattr__(self, "directory", Path(self.directory))  # so that options of one folder are equal
+        for field in ("planned_steps", "rollouts_per_step", "kept_steps"):
             value = getattr(self, field)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"record.{field}: expected a whole number of at least 1, got {value!r}")

@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from probescore import Chat, Text
 from probescore.reductions import Reduction
-from probescore.types import FROZEN, OutputPer
+from probescore.types import FROZEN, OutputPer, TokenIds
 from probescore_adapters.checker_labels import LabelsFromChecker
 from probescore_adapters.errors import SignalError
 from probescore_adapters.job import process_from_environment
@@ -196,9 +195,11 @@ class RunRecorder:
             )
 
     def close(self) -> None:
-        """Closes this process's file of the record. A batch that is recorded later goes on in it."""
+        """Closes this process's file of the record. A batch that is recorded later goes into another one."""
+        if os.getpid() != self._pid:
+            return  # the file is that of the process that this one was forked from
         with self._lock:
-            if self._writer is not None and os.getpid() == self._pid:
+            if self._writer is not None:
                 if self._labels is not None:
                     self._writer.append(self._labels.of_what_is_left())
                 self._writer.close()
@@ -231,8 +232,8 @@ class RunRecorder:
         self._last_step = max(self._last_step, step)
         if step >= (planned := self._planned_steps or PLANNED_STEPS):
             self._warn_once(
-                f"record: the run is planned for {planned} steps and has more, and the audit's monitors do not watch for changes that begin "
-                "so late; give RecordOptions(planned_steps=…)"
+                f"record: the run is planned for {planned} steps and has more, and the audit's monitors do not watch for changes that "
+                "begin so late; give RecordOptions(planned_steps=…)"
             )
 
     def _writer_for(self, probes: Sequence[RecordedProbe], server: ServerFacts | None) -> RecordWriter:
@@ -252,7 +253,9 @@ class RunRecorder:
         )
         if self._writer is None:
             keeps = self.options.texts or self.options.ids
-            self._writer = RecordWriter(self._folder, header, on_error=self.options.on_error, keep_texts=keeps)
+            self._writer = RecordWriter(
+                self._folder, header, on_error=self.options.on_error, keep_texts=keeps, kept_steps=self.options.kept_steps
+            )
         elif self._header is not None and replace(header, started=self._header.started) != self._header:
             self._writer.append([header])
         self._header = header
@@ -303,6 +306,8 @@ class RunRecorder:
         task_rewards: Floats | None,
         step: int,
     ) -> Iterator[RolloutRow]:
+        readings = {} if batch is None else batch.readings
+        steps = {name: reading.step for name, reading in readings.items() if name != FROZEN and reading.step is not None}
         for index, rollout in enumerate(rollouts):
             yield RolloutRow(
                 step=step,
@@ -310,6 +315,7 @@ class RunRecorder:
                 prompt=_digest(rollout.prompt)[:16],
                 group=None if rollout.group is None else str(rollout.group),
                 scores={} if batch is None else _scores(batch, index, columns),
+                reading_steps=steps or None,
                 tokens=None if isinstance(rollout.completion, str) else len(rollout.completion),
                 task_reward=None if task_rewards is None else float(task_rewards[index]),
                 total_reward=None if task_rewards is None else float(outcome.rewards[index]),
@@ -410,7 +416,7 @@ def _name(reduction: Reduction | None) -> str:
     return _OF_ROLLOUT if reduction is None else str(reduction)
 
 
-def _digest(*parts: NDArray[np.int64] | Sequence[int] | str | Text | Chat) -> str:
+def _digest(*parts: TokenIds | str | Text | Chat) -> str:
     """Returns the SHA-256 digest, in hexadecimal digits, of token ids, texts and conversations, one after the other."""
     digest = hashlib.sha256()
     for part in parts:

@@ -419,7 +419,7 @@ class ProbeScorer:
         task_rewards: ArrayLike | None,
         step: int | None,
         texts: Sequence[str | None] | None,
-        is_recorded: bool,
+        is_recorded: bool = True,
     ) -> Steps:
         """Generator that scores one batch of rollouts without input or output of its own: yields each request to the server, is sent the
         reply, and returns the rewards and metrics.
@@ -668,8 +668,9 @@ def score_rollouts(
         if len(entries) != count:
             raise ValueError(f"{name}: {len(entries)} for {count} prompts")
     rollouts = [
-        Rollout(*parts, name=name, logprob=logprob).checked(f"{{}}s[{index}]")  # "masks[3]": as the caller named them
-        for index, (*parts, name, logprob) in enumerate(zip(*rows.values(), names, likely))  # noqa: B905 - Python 3.10
+        # "masks[3]": as the caller named them
+        Rollout(prompt, completion, mask, group, name=name, logprob=logprob).checked(f"{{}}s[{index}]")
+        for index, (prompt, completion, mask, group, name, logprob) in enumerate(zip(*rows.values(), names, likely))  # noqa: B905
     ]
     return scorer.score(rollouts, task_rewards, step=step, texts=texts, record=record is not False)
 

@@ -202,8 +202,8 @@ class ProbeTrainerMixin:
         checks = self._probes.recorder is not None and self._probes.recorder.options.checker is not None
         local = [
             # columns may be images, and go to rank 0
-            Rollout(*parts, logprob=logprob, columns={**row, "completion": completion} if checks else None)
-            for *parts, logprob, row, completion in zip(
+            Rollout(prompt, ids, mask, logprob=logprob, columns={**row, "completion": completion} if checks else None)
+            for prompt, ids, mask, logprob, row, completion in zip(
                 self._prompt_ids, completion_ids_list, masks, logprobs, inputs, completions, strict=True
             )
         ]

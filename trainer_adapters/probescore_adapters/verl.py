@@ -19,7 +19,7 @@ from verl.experimental.reward_loop.reward_manager.naive import NaiveRewardManage
 
 from probescore.fingerprints import Tokenizer, tokenizer_fingerprint
 from probescore_adapters.arrays import as_mask
-from probescore_adapters.environment import TOKENIZER_FINGERPRINT, rails_from, scorer_from_environment, signals_from
+from probescore_adapters.environment import TOKENIZER_FINGERPRINT, rails_from, record_from, scorer_from_environment, signals_from
 from probescore_adapters.outcome import Outcome
 from probescore_adapters.rollouts import Rollout
 from probescore_adapters.scorer import Policy, ProbeScorer
@@ -57,9 +57,10 @@ class ProbeRewardManager(NaiveRewardManager):
     rewards) of probes.
 
     The setting ``reward.reward_kwargs.probescore`` contains the arguments of ``ProbeScorer``: ``signals`` is a list of dictionaries with
-    the fields of ``ProbeSignal``, and ``rails`` is a dictionary with the fields of ``GuardRails``; the fields of ``Policy`` stand beside
-    them. Without this setting the scorer is configured by environment variables: ``scorer_from_environment``. The server must have the
-    policy's tokenizer, unless ``tokenizer_fingerprint`` is set to the fingerprint of another tokenizer, or to "" for any tokenizer.
+    the fields of ``ProbeSignal``, ``rails`` a dictionary with the fields of ``GuardRails``, and ``record`` a folder or a dictionary with
+    the fields of ``RecordOptions``; the fields of ``Policy`` stand beside them. Without this setting the scorer is configured by
+    environment variables: ``scorer_from_environment``. The server must have the policy's tokenizer, unless ``tokenizer_fingerprint`` is set
+    to the fingerprint of another tokenizer, or to "" for any tokenizer.
 
     Raises:
         SignalError: a signal's mode is ``screen``; with one rollout at a time, the guard rails cannot limit the share of removed rollouts.
@@ -101,7 +102,8 @@ class ProbeRewardManager(NaiveRewardManager):
                 function.
         """
         task = await super().run_single(data)
-        outcome = await self.scorer.score_async([rollout_of(data)], np.array([task["reward_score"]], np.float64))
+        tasks = np.array([task["reward_score"]], np.float64)
+        outcome = await self.scorer.score_async([rollout_of(data)], tasks, step=step_of(data))
         return {"reward_score": _reward(outcome), "reward_extra_info": {**task["reward_extra_info"], **outcome.rollout_metrics}}
 
     @classmethod
@@ -135,7 +137,14 @@ def rollout_of(data: DataProto) -> Rollout:
         mask = (extra.get("tool_extra_fields") or {}).get(RESPONSE_MASK)
     if mask is None and (extra.get("__num_turns__") or 0) > 2:
         warnings.warn("a rollout of several turns came without its response mask: tool output counts; see verl_agent_loop", stacklevel=2)
-    return Rollout(prompts[in_prompt], responses[in_response], mask)
+    columns = {name: value for name, value in extra.items() if not name.startswith("__")}
+    return Rollout(prompts[in_prompt], responses[in_response], mask, columns=columns)
+
+
+def step_of(data: DataProto) -> int | None:
+    """Returns the training step of the rollouts that the trainer verl passes to a reward manager; ``None`` if it does not say."""
+    step = data[-1:][0].non_tensor_batch.get("global_steps")
+    return int(step) if step is not None and int(step) >= 0 else None
 
 
 def scorer_from_config(config: DictConfig, fingerprint: str) -> ProbeScorer:
@@ -155,6 +164,8 @@ def scorer_from_config(config: DictConfig, fingerprint: str) -> ProbeScorer:
     if settings:
         rest = {"tokenizer_fingerprint": fingerprint, **settings}
         policy = Policy(**{field.name: rest.pop(field.name) for field in fields(Policy) if field.name in rest})
+        if "record" in rest:
+            rest["record"] = record_from(rest["record"])
         scorer = ProbeScorer(signals_from(rest.pop("signals", [])), policy=policy, rails=rails_from(rest.pop("rails", {})), **rest)
     else:
         scorer = scorer_from_environment({TOKENIZER_FINGERPRINT: fingerprint, **os.environ})

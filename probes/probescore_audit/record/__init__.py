@@ -4,6 +4,7 @@ A record is a folder of JSON Lines files that are only appended to. Every proces
 write at once without locks, and whatever kills a process costs at most the line that it was writing. This package needs numpy alone.
 """
 
+from probescore_audit.record.details import delete_details
 from probescore_audit.record.reader import Record, read_record, recorded_run_ids
 from probescore_audit.record.rows import (
     SCHEMA_VERSION,
@@ -15,6 +16,7 @@ from probescore_audit.record.rows import (
     RolloutRow,
     RunHeader,
 )
+from probescore_audit.record.scored_lines import reference_rows
 from probescore_audit.record.table import RolloutTable
 from probescore_audit.record.writer import RecordWriter
 
@@ -30,6 +32,8 @@ __all__ = [
     "RolloutRow",
     "RolloutTable",
     "RunHeader",
+    "delete_details",
     "read_record",
     "recorded_run_ids",
+    "reference_rows",
 ]

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from probescore_audit.record.attempts import FileSteps, valid_before
+from probescore_audit.record.details import details_files
 from probescore_audit.record.rows import (
+    DETAILS,
     SCHEMA_VERSION,
     AnchorRow,
+    DetailsRow,
     LabellerRow,
     LabelRow,
     ReferenceRow,
@@ -56,8 +61,11 @@ class Record:
 
 @dataclass(eq=False)
 class _File:
-    """Value object with the content of one file of a training run's record: the headers, the rows and the number of unreadable lines."""
+    """Value object with the content of one file of a training run's record: its name without extension, the headers, the rows and the
+    number of unreadable lines.
+    """
 
+    name: str
     headers: list[RunHeader]
     rows: list[Row]
     torn: int
@@ -68,12 +76,13 @@ class _File:
         return self.headers[0]
 
 
-def read_record(directory: Path | str) -> Record:
+def read_record(directory: Path | str, *, texts: bool = True) -> Record:
     """Reads the record of a training run from its files, also while the run is still writing them. A file that is not written any more may
     be compressed with gzip, as ``*.jsonl.gz``.
 
     Args:
         directory: the record's folder.
+        texts: whether texts, token ids and scores of tokens are read, too, where they are there; without them reading is faster.
 
     Raises:
         FileNotFoundError: there is no such folder, or no file of a record in it.
@@ -91,19 +100,22 @@ def read_record(directory: Path | str) -> Record:
     references: dict[str, ReferenceRow] = {}
     anchors: dict[tuple[int, str], AnchorRow] = {}
     labellers: list[LabellerRow] = []
+    details = details_files(folder) if texts else {}
     void = 0
     for file, limit in sorted(zip(files, limits, strict=True), key=lambda pair: pair[0].header.started):
+        long_parts = _long_parts(details.get(file.name, []))
         for row in file.rows:
             if isinstance(row, LabellerRow):
                 labellers.append(row)
             elif isinstance(row, ReferenceRow):
                 references[row.rollout] = row
-            elif isinstance(row, RunHeader):
+            elif isinstance(row, (RunHeader, DetailsRow)):
                 continue
             elif row.step >= limit and not _names_its_text(row):
                 void += 1
             elif isinstance(row, RolloutRow):
-                rollouts[row.step, row.rollout] = row
+                parts = long_parts.get((row.step, row.rollout))
+                rollouts[row.step, row.rollout] = row if parts is None else replace(row, **parts)
             elif isinstance(row, LabelRow):
                 labels.append(row)
             else:
@@ -132,7 +144,21 @@ def recorded_run_ids(directory: Path | str) -> set[str]:
 
 
 def _files(folder: Path) -> list[Path]:
-    return sorted([*folder.glob("*.jsonl"), *folder.glob("*.jsonl.gz")])
+    details = {path for paths in details_files(folder).values() for path in paths}
+    return sorted({*folder.glob("*.jsonl"), *folder.glob("*.jsonl.gz")} - details)
+
+
+def _long_parts(paths: Sequence[Path]) -> dict[tuple[int, str], dict[str, Any]]:
+    """Reads the long parts of rollouts (texts, token ids, scores of tokens) by step and name of the rollout; a torn line is as if it were
+    not there, and so is a file that is deleted meanwhile.
+    """
+    found: dict[tuple[int, str], dict[str, Any]] = {}
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):
+            for values in _objects(path):
+                if values is not None and isinstance(row := from_object(values), DetailsRow):
+                    found[row.step, row.rollout] = {name: value for name in DETAILS if (value := getattr(row, name)) is not None}
+    return found
 
 
 def _read_file(path: Path) -> _File | None:
@@ -155,7 +181,7 @@ def _read_file(path: Path) -> _File | None:
         if row is not None:
             rows.append(row)
     headers = [row for row in rows if isinstance(row, RunHeader)]
-    return _File(headers, rows, torn) if headers else None
+    return _File(path.name.partition(".")[0], headers, rows, torn) if headers else None
 
 
 def _objects(path: Path) -> Iterator[dict[str, object] | None]:

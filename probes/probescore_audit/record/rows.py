@@ -93,6 +93,8 @@ class RolloutRow:
         prompt: name of the prompt, equal for rollouts of one prompt.
         group: key of the group whose rewards the trainer compares with each other, if it is not the prompt.
         scores: the probes' scores, keyed by probe, then by reading (which model's activations the probe read), then by reduction.
+        reading_steps: training step of the weights of each other reading than the frozen model's, by name, where it is known: a policy is
+            not loaded at every step.
         tokens: number of tokens of the completion.
         task_reward: reward of the task alone.
         total_reward: reward that the trainer used.
@@ -110,11 +112,29 @@ class RolloutRow:
     prompt: str
     scores: Scores
     group: str | None = None
+    reading_steps: Mapping[str, int] | None = None
     tokens: int | None = None
     task_reward: float | None = None
     total_reward: float | None = None
     policy_logprob: float | None = None
     text_sha256: str | None = None
+    prompt_text: str | None = None
+    completion_text: str | None = None
+    prompt_ids: Sequence[int] | None = None
+    completion_ids: Sequence[int] | None = None
+    completion_pieces: Sequence[str] | None = None
+    token_scores: Mapping[str, Mapping[str, Sequence[float]]] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetailsRow:
+    """Row of a training run's record with those fields of a rollout's row that are long, and may be deleted: its texts, token ids and
+    scores of tokens. These rows are in files of their own.
+    """
+
+    kind: ClassVar[str] = "details"
+    step: int
+    rollout: str
     prompt_text: str | None = None
     completion_text: str | None = None
     prompt_ids: Sequence[int] | None = None
@@ -230,8 +250,12 @@ class LabellerRow:
     positives_right: int
 
 
-Row = Union[RunHeader, RolloutRow, LabelRow, ReferenceRow, AnchorRow, LabellerRow]
-KINDS: Mapping[str, type[Row]] = {kind.kind: kind for kind in (RunHeader, RolloutRow, LabelRow, ReferenceRow, AnchorRow, LabellerRow)}
+Row = Union[RunHeader, RolloutRow, DetailsRow, LabelRow, ReferenceRow, AnchorRow, LabellerRow]
+KINDS: Mapping[str, type[Row]] = {
+    kind.kind: kind for kind in (RunHeader, RolloutRow, DetailsRow, LabelRow, ReferenceRow, AnchorRow, LabellerRow)
+}
+DETAILS = tuple(each.name for each in fields(DetailsRow) if each.name not in ("step", "rollout"))
+TEXTS = ("prompt_text", "completion_text", "prompt_ids", "completion_ids", "completion_pieces")
 
 # Looked up once: a run has 100,000 rows and more.
 _NAMES = {name: frozenset(each.name for each in fields(kind)) for name, kind in KINDS.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -67,3 +68,15 @@ class RolloutTable:
         """
         named = {"/".join(key): column for key, column in self.scores.items()}
         return {"step": self.step, "rollout": self.rollout, "prompt": self.prompt, **self.numbers, **named}
+
+    def to_pandas(self) -> Any:  # noqa: ANN401 - pandas need not be installed
+        """Returns a table of rollouts as a ``pandas.DataFrame``, with the columns of ``columns``; raises ``ImportError`` if pandas is not
+        installed.
+        """
+        return importlib.import_module("pandas").DataFrame(self.columns())
+
+    def to_polars(self) -> Any:  # noqa: ANN401 - polars need not be installed
+        """Returns a table of rollouts as a ``polars.DataFrame``, with the columns of ``columns``; raises ``ImportError`` if polars is not
+        installed.
+        """
+        return importlib.import_module("polars").DataFrame(self.columns())

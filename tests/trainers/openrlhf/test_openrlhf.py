@@ -24,6 +24,7 @@ from transformers import AutoTokenizer
 
 from probescore import MismatchError, ProbescoreError
 from probescore_adapters import SignalError
+from probescore_audit.record import read_record
 
 EXAMPLES = Path(__file__).parents[3] / "examples" / "trainers"
 REWARD_FILE, AGENT_FILE = str(EXAMPLES / "openrlhf_reward.py"), str(EXAMPLES / "openrlhf_agent.py")
@@ -121,6 +122,17 @@ async def test_agent_rewards_exactly_the_ids_that_were_generated(
     assert_equal(rewards_of(samples), expected(probed, samples))
     assert [sample["scores"] for sample in samples] == [sample["reward"] for sample in samples]
     assert set(logs_of(samples, "inexact_ids")) == {0.0}
+
+
+async def test_agent_records_what_was_generated(configure: Configure, probed: Probed, llm: TinyLLM, tokenizer: Any, tmp_path: Path) -> None:
+    """Steps are counted, since OpenRLHF does not say them."""
+    configure(record=json.dumps({"directory": str(tmp_path), "rollouts_per_step": 4, "ids": True}), run_id="run-7", task_reward=TASK)
+    samples = await run(load_agent(), llm, tokenizer)
+    rows = read_record(tmp_path).rollouts
+    assert [row.step for row in rows] == np.repeat(range(4), 4).tolist()
+    assert [(row.prompt_ids, row.completion_ids) for row in rows] == captured(samples)
+    assert_equal(np.array([row.scores["cheating@1"]["frozen"]["mean"] for row in rows]), expected(probed, samples))
+    np.testing.assert_allclose([row.total_reward for row in rows], rewards_of(samples), rtol=1e-5)
 
 
 async def test_agent_scores_what_is_left_of_a_prompt_that_openrlhf_cuts(

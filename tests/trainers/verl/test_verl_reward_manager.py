@@ -23,6 +23,7 @@ from verl.utils import hf_tokenizer
 from probescore import MismatchError, ProbescoreError
 from probescore_adapters import SignalError
 from probescore_adapters.verl import ProbeRewardManager, TokenRewards
+from probescore_audit.record import read_record
 
 Manager = Callable[..., ProbeRewardManager]
 
@@ -240,3 +241,29 @@ def test_two_event_loops_share_a_manager(manager: Manager) -> None:
     for thread in threads:
         thread.join()
     assert rewards == {0: alone, 1: alone}
+
+
+async def test_rollouts_are_recorded_with_verls_step(manager: Manager, probed: Probed, tmp_path: Path) -> None:
+    """As verl's agent loops of version 1 say it; those before do not, and steps are then counted."""
+    rollouts = random_rollouts(8)
+
+    def stepped(ids: Any, step: int) -> Any:
+        data = streamed(ids)
+        data.non_tensor_batch["global_steps"] = np.array([step])
+        return data
+
+    one = manager(PENALTY, record={"directory": str(tmp_path / "a")})
+    results = [await one.run_single(stepped(ids, index // 4)) for index, ids in enumerate(rollouts)]
+    counted = manager(PENALTY, record={"directory": str(tmp_path / "b"), "rollouts_per_step": 4})
+    for ids in rollouts:
+        await counted.run_single(streamed(ids))
+    for name in ("a", "b"):
+        rows = read_record(tmp_path / name).rollouts
+        assert [row.step for row in rows] == [0] * 4 + [1] * 4
+        assert_equal_scores(
+            np.array([row.scores["cheating@1"]["frozen"]["mean"] for row in rows]),
+            np.array([scores.mean() for scores in probed.scores(rollouts)]),
+        )
+        assert [row.total_reward for row in rows] == pytest.approx([result["reward_score"] for result in results])
+    with pytest.raises(ValueError, match="the record needs the training step"):
+        await manager(PENALTY, record=str(tmp_path / "c")).run_single(streamed(rollouts[0]))
