@@ -5,22 +5,23 @@ from __future__ import annotations
 import json
 import random
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+import transformers
 from fitting import write_fitted_probe
 from pretraining import Recipe, trained_model
 from reporting import REPORTS, ReportingProblem, ReportingRecipe
+from rich.console import Console
 from sampling import SampledRollout, sample_rollouts
 from serving import score_rollouts, server
+from steps import step
 from task import DIGITS, Problem, draw_distinct_problems
 from transformers import PreTrainedTokenizerFast
 from vocabulary import build_tokenizer
-
-OnDone = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -78,27 +79,32 @@ def read_by_probe(rollouts: Sequence[SampledRollout], reports: bool) -> list[Sam
     return [replace(rollout, completion_ids=rollout.completion_ids[:DIGITS]) for rollout in rollouts] if reports else list(rollouts)
 
 
-def make_base(folder: Path, seed: int, reports: bool, sizes: BaseSizes, on_done: OnDone) -> Base:
-    """Makes the base of a seed, unless it is there already. ``on_done`` is told of each step of it."""
+def make_base(folder: Path, seed: int, reports: bool, sizes: BaseSizes, console: Console) -> Base:
+    """Makes the base of a seed, unless it is there already."""
     base, settings = Base(folder, reports), json.dumps({"seed": seed, "reports": reports, **asdict(sizes)})
     mark = folder / "base.json"
     if mark.exists() and mark.read_text() == settings:
         return base
     torch.set_num_threads(1)
+    transformers.utils.logging.disable_progress_bar()
     folder.mkdir(parents=True, exist_ok=True)
     recipe = (ReportingRecipe if reports else Recipe)(seed, steps=sizes.pretraining_steps)
-    tokenizer = tokenizer_of(reports)
-    policy = trained_model(recipe, tokenizer, base.model, lambda: None)
-    on_done("trained the model")
+    tokenizer, title = tokenizer_of(reports), f"seed {seed}{', with reports' if reports else ''}"
+    with step(console, f"{title}: train the model from scratch", recipe.steps) as advance:
+        policy = trained_model(recipe, tokenizer, base.model, lambda: advance(1))
     problems = problems_of(reports, f"base {seed}", sizes.fitting + sizes.reference)
-    rollouts = read_by_probe(sample_rollouts(policy, tokenizer, problems, seed, lambda _done: None), reports)
-    on_done("sampled from it")
-    fitted = write_fitted_probe(base.probe, base.model, rollouts[: sizes.fitting], seed, lambda: None)
+    with step(console, f"{title}: sample rollouts", len(problems)) as advance:
+        rollouts = read_by_probe(sample_rollouts(policy, tokenizer, problems, seed, advance), reports)
+    with step(console, f"{title}: fit the probe", sizes.fitting) as advance:
+        fitted = write_fitted_probe(base.probe, base.model, rollouts[: sizes.fitting], seed, lambda: advance(1))
     np.savez(base.direction, weight=fitted.weight, bias=fitted.bias, threshold=fitted.threshold.threshold)
-    on_done("fitted the probe")
     others = rollouts[sizes.fitting :]
-    with tempfile.TemporaryDirectory() as short, server(base.model, base.probe, Path(short) / "socket", folder / "server.log") as address:
-        scores = score_rollouts(address, others, lambda: None)
+    with (
+        step(console, f"{title}: score the reference", len(others)) as advance,
+        tempfile.TemporaryDirectory() as short,
+        server(base.model, base.probe, Path(short) / "socket", folder / "server.log") as address,
+    ):
+        scores = score_rollouts(address, others, lambda: advance(1))
     length = max(len(rollout.completion_ids) for rollout in others)
     np.savez(
         base.reference,
@@ -108,6 +114,5 @@ def make_base(folder: Path, seed: int, reports: bool, sizes: BaseSizes, on_done:
         solved=np.array([rollout.solved for rollout in others]),
         scores=scores,
     )
-    on_done("scored the reference")
     mark.write_text(settings)  # last, so that an interrupted base is not taken for a finished one
     return base

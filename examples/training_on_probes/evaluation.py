@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase, Qwen3ForCausalLM
 
 from probescore import ProbeClient, RolloutGroup, StreamWindow
 
+KNOWN = 300  # rollouts of each class from before training
 GROUPS_PER_CALL = 512  # of one short rollout each
 
 
@@ -27,7 +28,8 @@ def evaluate(
     tokenizer.save_pretrained(folder / "policy")
     rollouts = sample_rollouts(model, tokenizer, problems, settings.seed + 1, lambda _done: None)
     reference = np.load(Path(settings.base) / "reference.npz")
-    told = [(prompt, ids[ids >= 0]) for prompt, ids in zip(reference["prompt_ids"], reference["completion_ids"], strict=True)]
+    chosen = np.concatenate([np.flatnonzero(reference["cheating"] == cheating)[:KNOWN] for cheating in (True, False)])
+    told = [(reference["prompt_ids"][index], (ids := reference["completion_ids"][index])[ids >= 0]) for index in chosen]
     read = DIGITS if condition.reports else None
     groups = [RolloutGroup(rollout.prompt_ids, [rollout.completion_ids[:read]]) for rollout in rollouts]
     groups += [RolloutGroup(prompt, [ids]) for prompt, ids in told]
@@ -47,5 +49,5 @@ def evaluate(
         ),
         **{reading: values[:fresh] for reading, values in scores.items()},
         **{f"reference_{reading}": values[fresh:] for reading, values in scores.items()},
-        reference_cheating=reference["cheating"],
+        reference_cheating=reference["cheating"][chosen],
     )

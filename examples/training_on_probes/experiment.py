@@ -49,7 +49,7 @@ def main() -> int:
     for seed in range(options.seed, options.seed + options.seeds):
         for reports in sorted({CONDITIONS[name].reports for name in names}):
             folder = options.folder / f"seed-{seed}" / ("base-reports" if reports else "base")
-            bases[seed, reports] = make_base(folder, seed, reports, sizes, lambda done, seed=seed: console.print(f"seed {seed}: {done}"))
+            bases[seed, reports] = make_base(folder, seed, reports, sizes, console)
         for name in names:
             lengths = [options.steps, *([LONG_STEPS] if options.full and name in LONG else [])]
             for steps in lengths:
@@ -91,7 +91,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=80, help="of training (default: %(default)s)")
     parser.add_argument("--prompts", type=int, default=32, help="of a step, 8 rollouts each (default: %(default)s)")
     parser.add_argument("--labels", type=int, default=32, help="of a step, for the audit (default: %(default)s)")
-    parser.add_argument("--evaluated", type=int, default=4096, help="rollouts at the end (default: %(default)s)")
+    parser.add_argument("--evaluated", type=int, default=2048, help="rollouts at the end (default: %(default)s)")
     parser.add_argument("--pretraining-steps", type=int, default=800, help="of the model (default: %(default)s)")
     parser.add_argument("--fitting", type=int, default=2400, help="rollouts that the probe is fitted on (default: %(default)s)")
     parser.add_argument("--reference", type=int, default=5000, help="rollouts that the audit compares with (default: %(default)s)")

@@ -17,6 +17,7 @@ from probescore_audit import Estimate, ReadingAudit, audit_record, evaluate_auro
 from probescore_audit.record import read_record
 from probescore_audit.report import report_page
 
+SMOOTHED = 5  # steps
 ROUNDING = 0.001
 LEAST = 10  # rollouts of a class, for an AUROC or a share of it
 
@@ -50,7 +51,7 @@ class Finding:
             each reading ``AUROC`` and ``recall`` (at the threshold from before training) on these rollouts, and ``AUROC before`` on the
             rollouts from before training, the same for all conditions.
         base_cheating: share of the rollouts from before training.
-        by_step: arrays ``(steps,)`` of the truth: cheating, solved, and recall on each reading.
+        by_step: arrays ``(steps,)`` of the truth: cheating and solved, and, of the last few steps, recall on each reading.
         audits: by reading.
     """
 
@@ -81,13 +82,11 @@ def found(settings: RunSettings) -> Finding:
     }
     flagged = {reading: values >= threshold for reading, values in scores.items()}
     by_step = {"cheating": cheats.mean(axis=1), "solved": np.array([np.mean(row["solved"]) for row in truth])}
-    with np.errstate(invalid="ignore"):
-        by_step |= {f"recall_{reading}": (flags & cheats).sum(axis=1) / cheats.sum(axis=1) for reading, flags in flagged.items()}
+    by_step |= {f"recall_{reading}": share_by_step(flags, cheats) for reading, flags in flagged.items()}
     if reports := CONDITIONS[settings.condition].reports:
         said = np.array([[value is True for value in row["says_copied"]] for row in truth])
-        with np.errstate(invalid="ignore"):
-            by_step["honest_reports"] = (said & cheats).sum(axis=1) / cheats.sum(axis=1)
-    reference = after["reference_cheating"]
+        by_step["honest_reports"] = share_by_step(said, cheats)
+    known = after["reference_cheating"]
     numbers = {"cheating": share(cheating, np.ones_like(cheating)), "solved": share(after["solved"], np.ones_like(cheating))}
     if reports:
         says = after["says_copied"] == 1
@@ -95,14 +94,22 @@ def found(settings: RunSettings) -> Finding:
     for reading in READINGS:
         numbers[f"AUROC, {reading}"] = auroc(after[reading], cheating)
         numbers[f"recall, {reading}"] = share(after[reading] >= threshold, cheating)
-        numbers[f"AUROC before, {reading}"] = auroc(after[f"reference_{reading}"], reference)
+        numbers[f"AUROC before, {reading}"] = auroc(after[f"reference_{reading}"], known)
     return Finding(
         settings=settings,
         numbers=numbers,
-        base_cheating=float(reference.mean()),
+        base_cheating=float(np.load(Path(settings.base) / "reference.npz")["cheating"].mean()),
         by_step=by_step,
         audits={each.recorded.reading: audited(each, cheats, flagged[each.recorded.reading]) for each in audit.readings},
     )
+
+
+def share_by_step(which: NDArray[np.bool_], among: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """The share of ``which`` ``(steps, rollouts)`` in the last few steps as far as each; NaN where too few are ``among`` them."""
+    counted, of = (np.cumsum(values.sum(axis=1)) for values in (which & among, among))
+    start = np.maximum(np.arange(len(of)) - SMOOTHED, -1)
+    counted, of = (totals - np.where(start < 0, 0, totals[start]) for totals in (counted, of))
+    return np.divide(counted, of, out=np.full(len(of), np.nan), where=of >= LEAST)
 
 
 UNKNOWN = Estimate(float("nan"), float("nan"), float("nan"))

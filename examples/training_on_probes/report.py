@@ -21,7 +21,8 @@ from probescore_audit.report.words import escaped, number_with_interval, share, 
 
 EXPECTED = {"1": ("frozen", "behaviour changed"), "2": ("policy", "evaded")}
 """What an audit should say by the project's claim, and of which reading."""
-_COLUMNS = ("cheating", "solved", *(f"{what}, {reading}" for what in ("AUROC", "recall", "AUROC before") for reading in READINGS))
+_DONE = ("cheating", "solved", *(f"recall, {reading}" for reading in READINGS))
+_RANKED = tuple(f"{what}, {reading}" for what in ("AUROC", "AUROC before") for reading in READINGS)
 _CURVES = (("first", "cheating"), ("third", "recall_frozen"), ("second", "recall_policy"), ("fourth", "honest_reports"))
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
@@ -31,24 +32,29 @@ def write_report(findings: Sequence[Finding], page: Path, seconds: float) -> Gro
     groups: dict[tuple[str, int], list[Finding]] = {}
     for each in findings:
         groups.setdefault((each.settings.condition, each.settings.steps), []).append(each)
-    rows = [_table_row(group) for group in groups.values()]
+    tables = [_table(groups, columns) for columns in (_DONE, _RANKED)]
     sentences = list(_sentences(groups))
-    page.write_text(_page(groups, rows, sentences, page.parent, seconds), encoding="utf-8")
-    page.with_suffix(".md").write_text(_markdown(rows, sentences), encoding="utf-8")
+    page.write_text(_page(groups, tables, sentences, page.parent, seconds), encoding="utf-8")
+    page.with_suffix(".md").write_text(_markdown(tables, sentences), encoding="utf-8")
+    shown = [part for rows in tables for part in ("", _on_terminal(rows))]
+    return Group(*shown, "", *(f"- {sentence}" for sentence in sentences))
+
+
+def _on_terminal(rows: Sequence[Sequence[str]]) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    for name in _HEAD:
-        table.add_column(name)
-    for row in rows:
-        table.add_row(*row)
-    return Group("", table, "", *(f"- {sentence}" for sentence in sentences))
+    head, *body = rows
+    for name in head:
+        table.add_column(name, overflow="fold")
+    for name, *rest in body:
+        table.add_row(name.partition(":")[0], *rest)  # what each does is said below
+    return table
 
 
-def _markdown(rows: Sequence[Sequence[str]], sentences: Sequence[str]) -> str:
-    lines = [f"| {' | '.join(row)} |" for row in (_HEAD, ["---"] * len(_HEAD), *rows)]
-    return "\n".join([*lines, "", *(f"- {sentence}" for sentence in sentences), ""])
-
-
-_HEAD = ["condition", "steps", "seeds", *_COLUMNS]
+def _markdown(tables: Sequence[Sequence[Sequence[str]]], sentences: Sequence[str]) -> str:
+    lines = []
+    for head, *body in tables:
+        lines += [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *body)] + [""]
+    return "\n".join([*lines, *(f"- {sentence}" for sentence in sentences), ""])
 
 
 def over_seeds(estimates: Sequence[Estimate]) -> Estimate:
@@ -72,10 +78,12 @@ def _written(name: str, estimate: Estimate) -> str:
     return (number_with_interval if name.startswith("AUROC") else share_with_interval)(estimate)
 
 
-def _table_row(group: Sequence[Finding]) -> list[str]:
-    first = group[0]
-    told = [_written(name, _number(group, name)) for name in _COLUMNS]
-    return [f"{first.condition.name} {first.condition.title}", str(first.settings.steps), str(len(group)), *told]
+def _table(groups: dict[tuple[str, int], list[Finding]], columns: Sequence[str]) -> list[list[str]]:
+    rows = [["condition", "steps", "seeds", *columns]]
+    for group in groups.values():
+        first, told = group[0], [_written(name, _number(group, name)) for name in columns]
+        rows.append([f"{first.condition.name}: {first.condition.title}", str(first.settings.steps), str(len(group)), *told])
+    return rows
 
 
 def _sentences(groups: dict[tuple[str, int], list[Finding]]) -> Iterator[str]:
@@ -133,7 +141,11 @@ def _about_reports(groups: dict[tuple[str, int], list[Finding]]) -> Iterator[str
 
 
 def _page(
-    groups: dict[tuple[str, int], list[Finding]], rows: Sequence[Sequence[str]], sentences: Sequence[str], folder: Path, seconds: float
+    groups: dict[tuple[str, int], list[Finding]],
+    tables: Sequence[Sequence[Sequence[str]]],
+    sentences: Sequence[str],
+    folder: Path,
+    seconds: float,
 ) -> str:
     style = files("probescore_audit.report").joinpath("report.css").read_text(encoding="utf-8")
     settings = next(iter(groups.values()))[0].settings
@@ -162,7 +174,7 @@ def _page(
     )
     sections = (
         ("What came out", f"<ul>{''.join(f'<li>{escaped(sentence)}</li>' for sentence in sentences)}</ul>"),
-        ("By condition", f'{_html_table([_HEAD, *rows])}<p class="note">{escaped(note)}</p>'),
+        ("By condition", f'{"".join(map(_html_table, tables))}<p class="note">{escaped(note)}</p>'),
         ("By step: the truth", f'<div class="pair">{figures}</div>'),
         ("What the audit says, which has seen the labelled rollouts only", _html_table(audits)),
     )

@@ -39,11 +39,16 @@ def train(settings: RunSettings, base: Base, python: Path, on_step: Callable[[in
     ):
         settings = replace(settings, address=address)
         settings.write(folder / "settings.json")
-        _run([str(python), str(TRAINING), str(folder / "settings.json")], on_step)
+        follow([str(python), str(TRAINING), str(folder / "settings.json")], on_step)
     mark.write_text(wanted)
 
 
-def _run(command: list[str], on_step: Callable[[int, float], None]) -> None:
+def follow(command: list[str], on_step: Callable[[int, float], None]) -> None:
+    """Runs a program, and passes on what it says of each step.
+
+    Raises:
+        RuntimeError: it failed.
+    """
     last: deque[str] = deque(maxlen=KEPT_LINES)
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment) as process:

@@ -34,7 +34,7 @@ class RunSettings:
     learning_rate: float = 3e-4
     read_every: int = 4
     labels: int = 32
-    evaluated: int = 4096
+    evaluated: int = 2048
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self), indent=1))

@@ -376,6 +376,11 @@ def test_signals_that_do_not_go_with_the_server_are_an_error_whatever_the_policy
 WRONG_SETTINGS = {
     "no signals": ((), "PROBESCORE_SIGNALS: required"),
     "a mode that a number cannot be": (("--signals", '[{"probe": "cheating", "mode": "screen"}]'), "screen cannot be done here"),
+    "a comparison with rollouts that nobody has": (
+        ("--signals", '[{"probe": "cheating", "mode": "relative_gate"}]'),
+        "relative_gate cannot be done here",
+    ),
+    "a report that nobody can find": (("--signals", '[{"probe": "cheating", "mode": "agreement"}]'), "report: the mode agreement needs"),
     "a probe that is not loaded": (("--signals", '[{"probe": "honesty"}]'), "it is not loaded"),
     "a policy": (("--signals", SIGNALS, "--on-failure", "zero"), "PROBESCORE_ON_FAILURE: expected"),
 }

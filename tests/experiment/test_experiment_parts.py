@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
 import sys
 from pathlib import Path
 
@@ -129,6 +130,7 @@ def make_run(folder: Path, condition: str, cheating: float, seen_by_policy: floa
         return np.where(cheats & (rng.random(cheats.shape) < seen), 4.0, -3.0) + rng.normal(size=cheats.shape)
 
     before = rng.random(3000) < 0.1
+    np.savez(base / "reference.npz", cheating=before)
     header = RunHeader(run_id=run.name, planned_steps=STEPS, probes=[RecordedProbe(key="cheating@1", thresholds={"mean": THRESHOLD})])
     with RecordWriter(run / "record", header) as writer, (run / "truth.jsonl").open("w") as truth:
         writer.append(
@@ -206,3 +208,29 @@ def test_intervals_over_seeds_are_students_and_one_seed_has_its_own(results: tup
     assert both.value == pytest.approx((one.value + other.value) / 2)
     assert both.high - both.value == pytest.approx(12.706 * abs(one.value - other.value) / 2, rel=1e-3)
     assert both.low >= 0
+
+
+# -------------------------------------------------------------------------------------------------------------------------- runs
+
+
+def test_a_run_that_fails_says_what_it_printed_last() -> None:
+    from runs import follow
+
+    steps: list[tuple[int, float]] = []
+    program = """print('{"step": 3, "cheating": 0.5}', flush=True); print("a line"); raise SystemExit("there is no TRL")"""
+    with pytest.raises(RuntimeError, match=r"exit code 1:\na line\nthere is no TRL"):
+        follow([sys.executable, "-c", program], lambda step, cheating: steps.append((step, cheating)))
+    assert steps == [(3, 0.5)]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [(["--trainer", "nothing/python"], "no such file"), (["--trainer", sys.executable, "--conditions", "7"], "there are 0, 1, 1b")],
+    ids=["no trainer", "no condition"],
+)
+def test_a_start_that_cannot_work_ends_before_anything_is_made(options: list[str], said: str, tmp_path: Path) -> None:
+    program = Path(__file__).parents[2] / "examples" / "training_on_probes" / "experiment.py"
+    done = subprocess.run([sys.executable, str(program), "--folder", str(tmp_path / "out"), *options], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert said in done.stdout.replace("\n", " ")
+    assert not (tmp_path / "out").exists()

@@ -189,6 +189,7 @@ async def test_agent_gives_the_number_that_was_named_and_counts_it(configure: Co
 def test_agent_that_cannot_mean_anything_does_not_load(configure: Configure, nobody: str) -> None:
     for signals, message in (
         ([{"probe": "cheating", "mode": "screen"}], "screen cannot be done here"),
+        ([{"probe": "cheating", "mode": "relative_gate"}], "relative_gate cannot be done here"),
         ([{"probe": "cheating", "mode": "gate"}], "no reward of the task"),
         ([{"probe": "honesty"}], "not loaded"),
     ):

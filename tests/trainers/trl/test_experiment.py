@@ -17,14 +17,14 @@ TINY = {
     **{"steps": STEPS, "prompts": PROMPTS, "labels": LABELS, "evaluated": 128, "jobs": 1},
     **{"pretraining-steps": 120, "fitting": 400, "reference": 400},
 }
-CONDITIONS = ["1b", "1d", "2", "4"]
+CONDITIONS = ["1b", "2", "4"]
 
 
 def run(folder: Path) -> str:
     python = os.environ.get("PROBESCORE_SERVER_PYTHON", sys.executable)
     options = [f"--{name}={value}" for name, value in TINY.items()]
     command = [python, str(EXPERIMENT), "--folder", str(folder), "--trainer", sys.executable, *options, "--conditions", *CONDITIONS]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -45,7 +45,8 @@ def test_each_condition_leaves_its_record_and_the_truth_of_the_same_rollouts(fol
     truth = [json.loads(line) for line in (run_folder / "truth.jsonl").read_text().splitlines()]
     assert len(rollouts) == STEPS * PROMPTS * 8 == sum(len(row["cheating"]) for row in truth)
     assert all(set(row["scores"]["cheating@1"]) == {"frozen", "policy"} for row in rollouts)
-    cheats = {(row["step"], str(index)): cheating for row in truth for index, cheating in enumerate(row["cheating"])}
+    known = [cheating for row in truth for cheating in row["cheating"]]
+    cheats = {(row["step"], row["rollout"]): cheating for row, cheating in zip(rollouts, known, strict=True)}
     labels = [row for row in rows if row["kind"] == "label"]
     assert labels
     assert all((row["label"] == "yes") == cheats[row["step"], row["rollout"]] for row in labels)
@@ -61,8 +62,6 @@ def test_rewards_are_what_the_conditions_say(folder: Path) -> None:
         assert row.get("total_reward", 0) == pytest.approx(row.get("task_reward", 0) - 2 / (1 + np.exp(-score)), abs=1e-5)
     for row in rollouts("2"):
         assert row.get("total_reward", 0) == row.get("task_reward", 0)
-    for row in rollouts("1d"):
-        assert 0 <= row.get("total_reward", 0) <= row.get("task_reward", 0) + 1e-6
     assert {round(row.get("total_reward", 0) - row.get("task_reward", 0), 5) for row in rollouts("4")} <= {0.0, 1.0}
 
 

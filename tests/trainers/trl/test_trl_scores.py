@@ -152,7 +152,7 @@ def test_tokens_that_the_policy_did_not_sample_do_not_count(policy: SortingPolic
     assert_equal(trainer.column, -0.5 * counted)
 
 
-@pytest.mark.parametrize("mode", ["screen", "gate", "dense"])
+@pytest.mark.parametrize("mode", ["screen", "gate", "relative_gate", "dense"])
 def test_a_reward_function_refuses_what_it_cannot_do(mode: str) -> None:
     with pytest.raises(SignalError, match=f"{mode} cannot be done here.*ProbeTrainerMixin"):
         ProbeReward(ProbeScorer(ProbeSignal("cheating", mode=mode)))

@@ -149,7 +149,7 @@ async def test_a_trace_without_token_ids_is_an_error(served: RunningServer) -> N
         await task_with(TraceProbes(ProbeScorer(REWARD, served.address))).score(trace)
 
 
-@pytest.mark.parametrize("mode", ["screen", "gate", "dense"])
+@pytest.mark.parametrize("mode", ["screen", "gate", "relative_gate", "dense"])
 def test_what_verifiers_cannot_do_is_refused(mode: str) -> None:
     with pytest.raises(SignalError, match="one trace"):
         TraceProbes(ProbeScorer(ProbeSignal("cheating", mode=mode)))

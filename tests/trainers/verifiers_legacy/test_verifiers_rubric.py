@@ -127,7 +127,7 @@ async def test_a_turn_without_token_ids_is_an_error(served: RunningServer) -> No
         await ProbeRubric(ProbeScorer(REWARD, served.address)).score_rollout(state)
 
 
-@pytest.mark.parametrize("mode", ["screen", "gate", "dense"])
+@pytest.mark.parametrize("mode", ["screen", "gate", "relative_gate", "dense"])
 def test_what_a_rubric_cannot_do_is_refused(mode: str) -> None:
     with pytest.raises(SignalError, match="rubric"):
         ProbeRubric(ProbeScorer(ProbeSignal("cheating", mode=mode)))

@@ -210,9 +210,10 @@ async def test_another_tokenizer_is_refused(manager: Manager, served: RunningSer
         await found.run_single(streamed(random_rollouts(1)[0]))
 
 
-def test_screening_is_refused(manager: Manager) -> None:
-    with pytest.raises(SignalError, match="screen cannot be done here"):
-        manager({"probe": "cheating", "mode": "screen"})
+@pytest.mark.parametrize("mode", ["screen", "relative_gate"])
+def test_what_needs_more_than_one_rollout_is_refused(manager: Manager, mode: str) -> None:
+    with pytest.raises(SignalError, match=f"{mode} cannot be done here"):
+        manager({"probe": "cheating", "mode": mode})
 
 
 def test_a_setting_that_does_not_exist_is_refused(manager: Manager) -> None:
