@@ -263,7 +263,8 @@ def _costs(outcomes: Sequence[dict[str, Any]]) -> Iterator[str]:
     for title, runs in _by_condition(outcomes):
         parts = [[run["seconds"][part] for run in runs] for part in ("seconds", "scoring", "loading", "recording")]
         shares = [100 * (scoring + loading + recording) / total for total, scoring, loading, recording in zip(*parts, strict=True)]
-        yield f"| {title} | " + " | ".join(_range(part) for part in parts) + f" | {_range(shares, '{:.0f}')}% |"
+        cells = [_range(part, shown) for part, shown in zip(parts, ("{:.1f}", "{:.2f}", "{:.2f}", "{:.4f}"), strict=True)]
+        yield f"| {title} | " + " | ".join(cells) + f" | {_range(shares, '{:.0f}')}% |"
 
 
 def _by_condition(outcomes: Sequence[dict[str, Any]]) -> Iterator[tuple[str, list[dict[str, Any]]]]:

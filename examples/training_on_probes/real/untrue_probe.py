@@ -33,8 +33,8 @@ SHARES = {
     "false, agrees": 2,
     "false, disagrees": 1,
     f"false, {ECHO}": 1,
-    f"true, {SAMPLED}": 2,
-    f"false, {SAMPLED}": 2,
+    f"true, {SAMPLED}": 1,
+    f"false, {SAMPLED}": 1,
 }
 """What each kind of answer weighs in the fit: truth and agreement say nothing of each other, and echoes are half of what is false alone."""
 HELD_OUT_SHARE = 5  # every so many groups of facts
