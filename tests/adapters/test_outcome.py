@@ -60,7 +60,6 @@ def test_relative_gate_takes_from_who_stands_out_in_its_group() -> None:
     np.testing.assert_allclose(outcome.rewards, [0.5, 1.0, -1.0, 0.0, 2.0, 2.0], atol=1e-4)
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.floats(-20, 20), st.integers(0, 2)), min_size=2, max_size=12), st.floats(-100, 100), st.floats(0.05, 3))
 def test_relative_gate_knows_no_zero_pays_nobody_more_than_the_task_and_falls_with_the_score(
     rows: list[tuple[float, int]], shift: float, weight: float
@@ -107,7 +106,6 @@ def test_agreement_pays_for_a_report_of_what_the_probe_reads() -> None:
     assert outcome.unscorable.tolist() == [False] * 5 + [True]
 
 
-@settings(deadline=None)
 @given(st.floats(-20, 20), st.sampled_from([0.0, 1.0]))
 def test_a_sure_probe_pays_for_agreement_what_an_unsure_one_shares_out(score: float, report: float) -> None:
     signal = replace(AGREEMENT, transform="sigmoid", threshold=None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
@@ -13,7 +13,6 @@ from probescore_audit import calibrate, evaluate_auroc
 scores = st.lists(st.floats(-100, 100, width=32), min_size=20, max_size=60)
 
 
-@settings(deadline=None)
 @given(scores, st.sampled_from([0.05, 0.1, 0.25, 0.5]))
 def test_no_more_negatives_are_flagged_than_the_rate_allows(negatives, rate):
     record = calibrate(negatives, false_positive_rate=rate, dataset="negatives")
@@ -65,7 +64,6 @@ def test_a_score_that_is_absent_is_not_taken_for_a_number():
         evaluate_auroc([], [1.0], dataset="held out")
 
 
-@settings(deadline=None)
 @given(scores, scores)
 def test_auroc_is_scikit_learns_and_lies_in_its_interval(positives, negatives):
     evaluation = evaluate_auroc(positives, negatives, dataset="held out")

@@ -6,14 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from hypothesis import settings
 from scripted_server import BlockingAsyncClient, Service, serving
 
 from probescore import ProbeClient
-
-# a shared machine may be slow; how long an example takes is not what is tested
-settings.register_profile("client", deadline=None)
-settings.load_profile("client")
 
 
 @pytest.fixture(params=[ProbeClient, BlockingAsyncClient], ids=["sync", "async"])

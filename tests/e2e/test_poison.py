@@ -164,7 +164,7 @@ METHODS = (
 VALID = request(
     group([BOS, 5, 6], [7, 8, 9], [7]), probes=["direction"], token_scores={"all": True}, run_id="r", step=3
 ).SerializeToString()
-fuzzed = settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+fuzzed = settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def answered(server: RunningServer, method: str, message: bytes) -> None:
@@ -251,7 +251,7 @@ def test_any_request_is_answered_or_refused(served: RunningServer, message: Requ
     answered(served, METHODS[0], message.SerializeToString())
 
 
-@settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(noise=st.binary(max_size=500), polite=st.booleans())
 def test_random_bytes_at_the_port_harm_nobody(served: RunningServer, noise: bytes, polite: bool) -> None:
     host, _, port = served.address.rpartition(":")

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from models import BOS, HIDDEN_SIZE, tiny_model
@@ -149,7 +149,6 @@ def test_what_is_not_stored_is_named(engine: Engine, tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------------------ numbers
 
 
-@settings(deadline=None)
 @given(arrays.arrays(np.float32, st.integers(1, 50), elements=st.floats(width=32)))
 def test_bfloat16_rounds_as_torch_does_or_refuses(numbers: NDArray[np.float32]) -> None:
     wanted = torch.from_numpy(numbers.copy()).bfloat16().float().numpy()

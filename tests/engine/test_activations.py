@@ -61,7 +61,7 @@ def expected_pools(rows: Array, selection: NDArray[np.bool_]) -> list[Array]:
     return [chosen.mean(axis=0), chosen[-1], chosen.max(axis=0)]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(asked=groups, scope=st.sampled_from(Scope), rows=st.integers(200, 1000))
 def test_any_selection_is_what_numpy_takes_of_plain_activations(
     engine: Engine, reference: ReferenceModel, asked: list[RolloutGroup], scope: Scope, rows: int

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from models import tiny_model
 from parity_families import FAMILIES, write_family
@@ -27,7 +27,6 @@ def expected(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scalin
     return (products.softmax(dim=-1) @ values).transpose(1, 2).float()
 
 
-@settings(deadline=None)
 @given(
     st.integers(0, 600),
     st.integers(1, 300),

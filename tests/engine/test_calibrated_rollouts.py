@@ -58,7 +58,7 @@ def shape_of(prompt: list[int], completion: list[int]) -> str:
     return f"bos {kind}" if first == [BOS] else kind
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(groups, recorded, recorded, st.sampled_from(Scope))
 def test_each_rollout_is_compared_by_itself(asked, one, other, scope) -> None:
     rollouts, expected = [], []

@@ -83,7 +83,7 @@ def engine(reference: object, tmp_path_factory: pytest.TempPathFactory) -> Engin
 PROBES = [*TOKENS, "pooled-fewer", "pooled-more"]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(data=st.data())
 @pytest.mark.parametrize("probe", PROBES)
 def test_a_graph_that_misbehaves_for_some_rollouts_has_no_scores_for_these_and_right_ones_for_all_others(

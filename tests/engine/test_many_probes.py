@@ -166,7 +166,7 @@ def assert_same(engines: Engines, groups: list[RolloutGroup], **options: object)
                         np.testing.assert_allclose(scored[name].tokens, scores.tokens, rtol=0, atol=2e-5)  # type: ignore[arg-type]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(request=requests())
 def test_any_mixture_of_probes_scores_in_stacks_as_in_sessions(
     engines: Engines, request: tuple[list[RolloutGroup], dict[str, object]]

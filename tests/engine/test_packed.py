@@ -125,7 +125,7 @@ _continuations = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     rollouts=st.lists(st.tuples(_lengths, _continuations, st.sampled_from(list(Scope))), min_size=1, max_size=4), tokens=st.integers(1, 40)
 )

@@ -66,7 +66,7 @@ def numbers(scored: CompletionScores) -> Iterator[int]:
         yield from numbers(follow_up)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(completions(), min_size=1, max_size=3),
     st.sets(st.sampled_from(PROBES), min_size=1),

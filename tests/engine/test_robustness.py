@@ -55,7 +55,7 @@ completions: st.SearchStrategy[Completion] = st.recursive(
 groups = st.lists(st.builds(RolloutGroup, ids, st.lists(completions, min_size=1, max_size=4)), min_size=1, max_size=3)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(asked=groups)
 def test_scores_in_any_batch_are_those_of_each_sequence_alone(
     engine: Engine, reference: ReferenceModel, scale: float, asked: list[RolloutGroup]

@@ -79,7 +79,6 @@ def test_any_forest_gives_what_it_gives_one_by_one(architecture: str, window: in
                     assert errors <= 1e-4, (seed, scope, tap)
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(1, MAX_ROW_TOKENS), max_size=60))
 def test_every_row_runs_once_within_the_bounds(lengths: list[int]) -> None:
     rows = [Row((index,), length) for index, length in enumerate(lengths)]
@@ -132,7 +131,7 @@ def test_short_prompts_with_a_few_completions_each_take_few_forwards(scope: Scop
     torch.testing.assert_close(found.rows[TAPS[0]], expected.rows[TAPS[0]], atol=1e-4, rtol=1e-4)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.sets(st.integers(0, 23)))
 def test_of_prompts_that_run_together_only_what_is_wanted_is_run(unwanted: set[int]) -> None:
     backbone = opened()
@@ -178,7 +177,7 @@ def test_what_rows_leave_in_the_cache_is_read_by_the_next_turn(monkeypatch: pyte
     torch.testing.assert_close(found.rows[TAPS[0]], expected.rows[TAPS[0]], atol=1e-4, rtol=1e-4)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.data())
 def test_only_what_is_wanted_is_run(data: st.DataObject) -> None:
     backbone = opened()

@@ -232,7 +232,7 @@ STEPS = (
 )  # fmt: skip
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(steps=st.lists(st.sampled_from(STEPS), max_size=6))
 def test_whatever_is_read_scores_as_the_graph_does(steps: list[str]) -> None:
     body, latest = "order = Constant<value_ints = [3, 1, 0, 2, 5, 4, 11, 6, 7, 8, 9, 10]>() y = MatMul(x, W) on = Greater(y, half) ", "y"

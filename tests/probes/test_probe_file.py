@@ -10,7 +10,7 @@ import jsonschema
 import numpy as np
 import pytest
 from crafted import FINGERPRINT, HIDDEN, LAYERS, TOKENIZER, craft, fields, linear_graph, written_manifest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from probescore.types import Hook, OutputPer, ScoreUnit, Tap
@@ -143,7 +143,6 @@ def manifests(draw) -> Manifest:
     )
 
 
-@settings(deadline=None)
 @given(manifests())
 def test_a_manifest_survives_its_json_with_its_digest(manifest):
     read = Manifest.model_validate_json(manifest.model_dump_json())
@@ -152,13 +151,11 @@ def test_a_manifest_survives_its_json_with_its_digest(manifest):
     assert manifest_digest(read) == manifest_digest(manifest)
 
 
-@settings(deadline=None)
 @given(manifests())
 def test_every_manifest_fits_the_published_schema(manifest):
     SCHEMA.validate(json.loads(manifest.model_dump_json()))
 
 
-@settings(deadline=None)
 @given(manifests(), text)
 def test_the_digest_covers_what_a_person_may_edit(manifest, description):
     edited = manifest.model_copy(update={"description": description})

@@ -68,7 +68,7 @@ def test_a_torch_file_renamed_to_onnx_is_called_what_it_is(tmp_path):
     assert "torch.save" in refusal(tmp_path / "renamed.onnx").found
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60, deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
 @given(data=st.data())
 def test_a_truncated_file_is_refused_wherever_it_ends(tmp_path, data):
     whole = craft(tmp_path / "whole.onnx").read_bytes()
@@ -78,7 +78,7 @@ def test_a_truncated_file_is_refused_wherever_it_ends(tmp_path, data):
         parse_probe_file(whole[:length], "truncated.onnx")
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200, deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200)
 @given(data=st.data())
 def test_a_flipped_byte_is_refused_or_changes_nothing(tmp_path, data):
     whole = craft(tmp_path / "whole.onnx").read_bytes()
@@ -93,7 +93,7 @@ def test_a_flipped_byte_is_refused_or_changes_nothing(tmp_path, data):
     assert probe == parse_probe_file(whole, "flipped.onnx")
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.binary(max_size=200))
 def test_no_bytes_raise_anything_but_a_refusal(noise):
     with pytest.raises(ProbeRefused):

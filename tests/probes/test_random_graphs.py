@@ -179,7 +179,7 @@ def check(recipe: Recipe, directory: Path, seen: Counter[str]) -> None:
             assert not wrong.any(), (name, recipe)
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
+@settings(max_examples=20, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
 @hypothesis.seed(1)
 @given(recipe=recipes())
 def test_whatever_graph_is_accepted_scores_a_rollout_alike_in_any_company(recipe: Recipe, tmp_path: Path) -> None:
@@ -192,7 +192,7 @@ def test_five_hundred_accepted_graphs_score_a_rollout_alike_in_any_company(tmp_p
     seen: Counter[str] = Counter()
     for seed in range(100):
 
-        @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate], database=None)
+        @settings(max_examples=100, suppress_health_check=list(HealthCheck), phases=[Phase.generate], database=None)
         @hypothesis.seed(seed)
         @given(recipe=recipes())
         def sweep(recipe: Recipe) -> None:

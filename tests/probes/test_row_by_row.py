@@ -124,7 +124,7 @@ def test_steps_of_random_graphs_are_proved_if_they_are_honest(kind: str) -> None
     assert is_row_by_row(graph_of(recipe), signature) == (kind in ROW_BY_ROW)
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=200, suppress_health_check=list(HealthCheck))
 @given(recipe=recipes())
 def test_no_random_graph_is_proved_with_a_step_that_is_not_row_by_row(recipe: Recipe) -> None:
     signature = GraphSignature(

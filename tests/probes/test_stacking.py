@@ -80,7 +80,6 @@ raw_features = st.builds(lambda seed: (layer(seed, WIDTH, 3, JUMP_RELU),), seeds
 networks = st.lists(st.one_of(linear, mlp, deep, features, raw_features), min_size=1, max_size=8)
 
 
-@settings(deadline=None)
 @given(networks=networks, data=st.data())
 def test_any_selection_of_networks_scores_as_each_alone(networks: list[Layers], data: st.DataObject) -> None:
     selection = data.draw(st.lists(st.sampled_from(range(len(networks))), min_size=1, unique=True))
@@ -88,7 +87,7 @@ def test_any_selection_of_networks_scores_as_each_alone(networks: list[Layers], 
     np.testing.assert_allclose(scores(networks, selection), expected, rtol=0, atol=1e-5 * (1 + expected.std()))
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(networks=networks)
 def test_long_inputs_are_scored_in_pieces(networks: list[Layers]) -> None:
     whole = scores(networks)

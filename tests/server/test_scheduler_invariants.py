@@ -81,7 +81,7 @@ async def answer_to(call: Call) -> list[str] | type[Exception]:
 
 
 @given(events=Events, batch=st.integers(1, 60))
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 def test_every_call_is_answered_exactly_once_or_fails_by_a_fault_of_its_own_and_nothing_stays_behind(events: list, batch: int) -> None:
     async def run() -> None:
         workers = [WatchedWorker(POISON, memory=TOO_LARGE), WatchedWorker(POISON, memory=TOO_LARGE)]
@@ -136,7 +136,7 @@ Arrivals = st.lists(st.tuples(st.sampled_from("abc"), MANY_PROMPTS, NAMES), max_
     late=st.tuples(MANY_PROMPTS, NAMES),
     batch=st.integers(34, 80),  # from the largest group on
 )
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_a_job_waits_for_at_most_one_batch_of_each_other_job_whatever_they_share(
     queued: list, following: list, late: tuple, batch: int
 ) -> None:

@@ -196,7 +196,7 @@ async def test_what_is_left_of_a_batch_that_was_halved_waits_again_when_the_work
         assert await names_of(calls[name]) == [name]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     sizes=st.lists(st.integers(1, 4), min_size=1, max_size=6),
     bad=st.sets(st.integers(0, 23), max_size=4),
