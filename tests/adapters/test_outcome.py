@@ -169,7 +169,7 @@ NUMBERS = st.floats(-1e6, 1e6)
 def test_broken_rollout_never_gets_a_better_reward_than_the_same_one_scored(data: st.DataObject) -> None:
     # given some signals and a batch in groups
     chosen = data.draw(st.lists(st.sampled_from(SIGNALS), min_size=1, max_size=4))
-    signals = [ProbeSignal(f"probe{i}", *_fields(signal)) for i, signal in enumerate(chosen)]
+    signals = [replace(signal, probe=f"probe{i}", name="") for i, signal in enumerate(chosen)]
     count = data.draw(st.integers(1, 8))
     values = [data.draw(st.lists(st.floats(-20, 20), min_size=count, max_size=count)) for _ in signals]
     groups = data.draw(st.lists(st.integers(0, 2), min_size=count, max_size=count))
@@ -195,11 +195,6 @@ def test_what_a_screen_flags_is_screened_though_another_signal_cannot_read_it() 
     other = ProbeSignal("mood", threshold=1.0)
     outcome = combined(signal_values(other, [math.nan, 0.0]), signal_values(SCREEN, [1.0, 1.0]), groups=[0, 1], tasks=[2.0, 0.0])
     np.testing.assert_allclose(outcome.rewards, outcome.rewards.min())
-
-
-def _fields(signal: ProbeSignal) -> tuple[Any, ...]:
-    rest = "", "", "frozen", signal.report
-    return signal.reduction, signal.mask, signal.transform, signal.weight, signal.mode, signal.threshold, *rest
 
 
 def test_rollout_that_a_screen_cannot_read_stays_with_the_lowest_reward() -> None:
@@ -255,7 +250,7 @@ ROWS = st.integers(1, 8).flatmap(
 @given(st.lists(st.sampled_from(SIGNALS), min_size=1, max_size=3), ROWS)
 def test_permuting_the_batch_permutes_the_result(chosen: list[ProbeSignal], row: tuple[Any, ...]) -> None:
     values, groups, tasks, order = row
-    signals = [ProbeSignal(f"probe{i}", *_fields(signal)) for i, signal in enumerate(chosen)]
+    signals = [replace(signal, probe=f"probe{i}", name="") for i, signal in enumerate(chosen)]
 
     def outcome(indices: list[int]) -> Any:
         permuted = [values[index] for index in indices]
