@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import runpy
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -22,7 +24,7 @@ def started(folder: Path, *conditions: str) -> subprocess.Popen[str]:
     sizes = ["--probe-prompts", "8", "--reference-prompts", "8", "--steps", str(STEPS)]
     sizes += ["--prompts", str(PROMPTS), "--samples", str(SAMPLES)]
     command = [sys.executable, str(PROGRAM), "--folder", str(folder), "--seeds", str(SEED), *sizes, "--conditions", *conditions]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +43,7 @@ def test_a_run_that_was_killed_goes_on_and_each_step_counts_once(folder: Path, c
             for line in process.stdout or ():
                 told.append(line)
                 if f"step {CHECKPOINT + 1} of {STEPS}" in line:
-                    process.kill()
+                    os.killpg(process.pid, signal.SIGKILL)  # the server and the trainer with it, as where a machine ends
         assert process.returncode < 0, "".join(told)
 
     with started(folder, condition) as process:
