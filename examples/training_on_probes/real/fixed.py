@@ -20,7 +20,7 @@ FALSE_POSITIVE_RATE = 0.05
 # the audit
 FROZEN, POLICY = "frozen", "policy"
 LABELS_PER_STEP = 64
-"""Planned; about 40 are drawn of 64 rollouts, since at random at most one of a prompt is."""
+"""At most; about 20 are drawn, since at random at most one of a prompt is, and few are flagged, or nearly."""
 WINDOW_STEPS = 10  # of the tables: the last ones, and the first ones
 
 
