@@ -219,6 +219,14 @@ def test_redacted_texts_are_all_that_is_kept(served: RunningServer, tmp_path: Pa
     row = read_record(tmp_path / "a").rollouts[0]
     assert {*row.completion_text, *row.prompt_text, *"".join(row.completion_pieces)} == {"w"}
 
+    # a name of several tokens is only seen in the whole text
+    scorer(served, RecordOptions(tmp_path / "c", texts=True, redact=lambda text: text if len(text) < 6 else "…")).score(batch, step=0)
+    row = read_record(tmp_path / "c").rollouts[0]
+    assert (row.completion_text, row.completion_pieces) == ("…", None)
+    scorer(served, RecordOptions(tmp_path / "d", texts=True, redact=str)).score(batch, step=0)
+    row = read_record(tmp_path / "d").rollouts[0]
+    assert "".join(row.completion_pieces) == row.completion_text
+
     def fails(text: str) -> str:
         raise RuntimeError("no names here")
 
@@ -247,6 +255,11 @@ def test_redacted_texts_are_all_that_is_kept(served: RunningServer, tmp_path: Pa
 def test_wrong_options_name_field_and_value(field: str, value: Any) -> None:
     with pytest.raises(ValueError, match=rf"record\.{field}: expected .*got {value!r}"):
         RecordOptions(**{"directory": "x", field: value})
+
+
+def test_token_ids_are_not_kept_where_texts_are_redacted(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"record\.ids: token ids can be decoded to the text.*leave out ids or redact"):
+        RecordOptions(tmp_path, ids=True, redact=str)
 
 
 # ----------------------------------------------------------------------------------------------------------- probes, roles, readings

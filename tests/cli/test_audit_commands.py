@@ -153,6 +153,13 @@ def test_of_a_file_with_one_bad_line_nothing_is_added(evaded):
     assert len(list(evaded.iterdir())) == 1
 
 
+def test_whatever_ends_a_line_elsewhere_may_be_in_a_note(evaded):
+    line = json.dumps({"step": 79, "rollout": "0.0", "label": "yes", "note": "a\u2028b\x85c"}, ensure_ascii=False)
+    done = run("labels", "add", evaded, "-", "--replace", stdin=f"{line}\n")
+    assert done.exit_code == 0, done.stderr
+    assert read_record(evaded).labels[-1].note == "a\u2028b\x85c"
+
+
 def test_labels_of_no_plan_are_kept_and_said_not_to_count(evaded):
     record = read_record(evaded)
     known = {(label.step, label.rollout) for label in record.labels}

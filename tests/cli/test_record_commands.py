@@ -61,6 +61,14 @@ def test_scored_rollouts_become_the_reference_of_a_run(tmp_path):
     assert [row.random for row in read_record(record).references] == [True] * 700 + [False]
 
 
+def test_whatever_ends_a_line_elsewhere_may_be_in_a_text(tmp_path):
+    lines = [json.dumps({**scored(1)[0], "text": "a\u2028b\x85c"}, ensure_ascii=False)] * 2
+    (tmp_path / "scored.jsonl").write_text("\n".join(lines))
+    found = run("record", "reference", tmp_path / "run", tmp_path / "scored.jsonl", "--random")
+    assert found.exit_code == 0, found.output
+    assert len(read_record(tmp_path / "run").references) == 2
+
+
 def test_the_record_of_a_trainer_may_come_before_or_after(tmp_path):
     header = RunHeader(run_id="sort-7", planned_steps=30, probes=(RecordedProbe(key="cheating@1", thresholds={"mean": 1.0, "max": 2.0}),))
     for folder, first in ((tmp_path / "a", True), (tmp_path / "b", False)):

@@ -106,6 +106,14 @@ def test_texts_and_chats_stay_what_they_are(tmp_path):
         assert getattr(anchor.rollout.prompt, "add_special_tokens", False) is False
 
 
+@pytest.mark.parametrize("text", ["a\u2028b", "a\u2029b", "a\x85b", "a\rb\nc"])
+def test_whatever_ends_a_line_elsewhere_may_be_in_a_text(tmp_path, text):
+    lines = [{"prompt": "Sort.", "completion": f"{number} {text}", "label": number % 2 == 0} for number in range(4)]
+    (tmp_path / "in.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    assert run("anchors", "make", tmp_path / "in.jsonl", "-o", tmp_path / "out.jsonl", "--per-class", 2).exit_code == 0
+    assert {str(anchor.rollout.completion)[2:] for anchor in read_anchors(tmp_path / "out.jsonl")} == {text}
+
+
 @pytest.mark.parametrize(
     ("more", "options", "complaint"),
     [

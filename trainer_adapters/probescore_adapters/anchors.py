@@ -46,7 +46,7 @@ def read_anchors(path: Union[str, os.PathLike[str]]) -> tuple[Anchor, ...]:
     """
     file = Path(path)
     found: dict[str, Anchor] = {}
-    for number, line in enumerate(file.read_text(encoding="utf-8-sig").splitlines(), 1):
+    for number, line in enumerate(file.read_text(encoding="utf-8-sig").split("\n"), 1):
         if not line.strip():
             continue
         try:

@@ -33,7 +33,8 @@ class RecordOptions:
         kept_steps: number of the latest training steps whose texts, token ids and scores of tokens are kept; those of earlier ones are
             deleted as the run goes on. ``None`` = all.
         redact: function from a text to the text that is kept in its place, such as one without names; called for prompts, completions and
-            the texts of tokens. ``None`` = texts are kept as they are.
+            the texts of tokens, which are kept only if together they are the redacted completion. Token ids cannot be kept beside it.
+            ``None`` = texts are kept as they are.
         checker: function from a rollout to whether it has the behaviour (``True``, ``False``, or ``"unsure"``), which labels rollouts of
             each step as ``probescore labels plan`` would choose them. ``None`` = nothing is labelled here.
         labels_per_step: number of labels that the checker gives in a training step, at least 4, all processes together.
@@ -94,6 +95,8 @@ class RecordOptions:
                 raise ValueError(f"record.{field}: expected True or False, got {getattr(self, field)!r}")
         if self.redact is not None and not callable(self.redact):
             raise ValueError(f"record.redact: expected a function from text to text, got {self.redact!r}")
+        if self.redact is not None and self.ids:
+            raise ValueError("record.ids: token ids can be decoded to the text as it was before record.redact; leave out ids or redact")
         if isinstance(self.alpha, bool) or not isinstance(self.alpha, (int, float)) or not 0 < self.alpha < 1:
             raise ValueError(f"record.alpha: expected a chance in (0, 1), such as 0.05, got {self.alpha!r}")
         if self.on_error not in ("log", "raise"):

@@ -390,14 +390,14 @@ class RunRecorder:
         return kept
 
     def _texts(self, prompt: str, pieces: Sequence[str]) -> dict[str, Any]:
-        """Returns the texts of a rollout as they are kept, none of them if the user's function fails."""
+        """Returns the texts of a rollout as they are kept, none of them if the user's function fails. The texts of single tokens are kept
+        only if together they are the redacted text: a name of several tokens shows in none of them alone.
+        """
         redact = self.options.redact or (lambda text: text)
         try:
-            return {
-                "prompt_text": redact(prompt),
-                "completion_text": redact("".join(pieces)),
-                "completion_pieces": [redact(piece) for piece in pieces],
-            }
+            kept: dict[str, Any] = {"prompt_text": redact(prompt), "completion_text": redact("".join(pieces))}
+            redacted = [redact(piece) for piece in pieces]
+            return kept | ({"completion_pieces": redacted} if "".join(redacted) == kept["completion_text"] else {})
         except Exception as error:
             if self.options.on_error == "raise":
                 raise

@@ -16,8 +16,9 @@ def label_lines(file: str) -> Iterator[dict[str, Any]]:
         ValueError: a line is no JSON object; the message names the file and the line.
         OSError: the file cannot be read.
     """
+    # only a line feed ends a line: texts may have other characters that str.splitlines takes for an end
     text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8-sig")
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:

@@ -134,7 +134,7 @@ def _reference(
         if random is None:
             raise ValueError("give --random, if the rollouts were drawn at random, or --chosen, if they were chosen for label or score")
         text = sys.stdin.read() if scored == "-" else Path(scored).read_text(encoding="utf-8-sig")
-        rows = reference_rows(text.splitlines(), random=random, positive=positive)
+        rows = reference_rows(text.split("\n"), random=random, positive=positive)
         if not rows:
             raise ValueError(f"{scored}: none of its lines has a label; score rollouts with labels")
         if run.exists() and recorded_run_ids(run):
