@@ -41,3 +41,4 @@ def main(kind: str, folder: str, address: str, results: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    training.leave_ranks()

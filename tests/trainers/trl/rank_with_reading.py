@@ -79,3 +79,4 @@ def main(kind: str, folder: str, address: str, readings: str, results: str, trai
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    training.leave_ranks()

@@ -39,3 +39,4 @@ def main(kind: str, folder: str, address: str, results: str, record: str) -> Non
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    training.leave_ranks()

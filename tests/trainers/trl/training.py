@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch.distributed
 from datasets import Dataset
 from sorting_policy import DEMO, SortingPolicy
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -108,3 +109,13 @@ def new_trainer(kind: type, policy: SortingPolicy, folder: Path, rewards: list[A
         train_dataset=Dataset.from_dict({"prompt": prompts}),
         **own,
     )
+
+
+def leave_ranks() -> None:
+    """Ends what the ranks share, when all of them are done.
+
+    Gloo's threads may otherwise let go of Python's objects while the interpreter ends, and abort the process: two ranks that only
+    ``all_gather`` do so as well.
+    """
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
