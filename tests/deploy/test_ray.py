@@ -236,10 +236,12 @@ def test_what_means_nothing_here_is_refused(setting: str, value: object) -> None
         app({"model": "m", setting: value})
 
 
-def test_readings_are_refused_with_what_to_do_instead() -> None:
-    """Ray's proxy would have one replica load what all must have."""
-    with pytest.raises(StartupError, match=r"readings_root: cannot be set .* run probescore serve inside the Ray job instead"):
-        app({"model": "m", "admin": True, "readings_root": "/readings"})
+def test_readings_need_admin_as_anywhere_and_admin_alone_is_refused() -> None:
+    """Ray's proxy would have one replica sleep, or reload its probes."""
+    with pytest.raises(StartupError, match="readings_root is of no use without admin"):
+        app({"model": "m", "readings_root": "/readings"})
+    with pytest.raises(StartupError, match=r"admin: cannot be set .* unless readings_root is set, .* run probescore serve inside"):
+        app({"model": "m", "admin": True})
 
 
 def test_a_plain_server_inside_a_ray_job(model: Path, probe_file: Path) -> None:
