@@ -52,14 +52,18 @@ class ReadingTableActor:
 class ReplicasOfDeployment:
     """All replicas of the deployment to which the actor that uses this class belongs."""
 
+    def __init__(self) -> None:
+        self._handle: Any = None
+
     async def each(self, method: str, *arguments: object) -> list[Any]:
         """Calls a method of ``SharedReadings`` in every replica that takes calls, and returns what each returned, or the ``CoreError`` that
         it failed with; a replica that is lost meanwhile has failed with ``WorkerUnavailable``.
         """
-        context = serve.get_deployment_actor_context()
         try:
-            handle = serve.get_deployment_handle(context.deployment, context.app_name)
-            answers = handle.broadcast(CHANGE_METHOD, method, *arguments)
+            if self._handle is None:
+                context = serve.get_deployment_actor_context()
+                self._handle = serve.get_deployment_handle(context.deployment, context.app_name)
+            answers = self._handle.broadcast(CHANGE_METHOD, method, *arguments)
             outcomes: list[Any] = await answers.results_async(return_exceptions=True)
         except (DeploymentUnavailableError, RayServeException):
             return []
