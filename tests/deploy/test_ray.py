@@ -24,7 +24,15 @@ from models import HIDDEN_SIZE
 from running_ray import RunningServe, free_ports, running_ray, serve_run, until
 from steady_load import SteadyLoad
 
-from probescore import DeadlineExceededError, InvalidRequestError, MessageTooLargeError, ProbeClient, RolloutGroup, StreamWindow
+from probescore import (
+    DeadlineExceededError,
+    InvalidRequestError,
+    MessageTooLargeError,
+    ProbeClient,
+    RolloutGroup,
+    ServerError,
+    StreamWindow,
+)
 from probescore_probes.exporting import linear_probe
 from probescore_probes.reference import ReferenceModel
 from probescore_probes.writing import write_probe
@@ -88,8 +96,11 @@ def test_the_same_client_gets_the_same_scores(start_serve: StartServe, model: Pa
             list(client.score_stream(GROUPS, probes=["nobody"]))
         with pytest.raises(MessageTooLargeError):
             client.score([RolloutGroup([1], [[5] * 2000])])
+        with pytest.raises(ServerError, match="its setting admin or readings_root is off") as no_readings:
+            client.load_reading("policy", "step-0")
 
     assert info.probes == ("direction@1",)
+    assert no_readings.value.reason == "READINGS_OFF"
     for answer in answers:
         np.testing.assert_allclose(answer.values(PROBE), expected.values(PROBE), rtol=0, atol=1e-4)
         assert answer.info.model_fingerprint == expected.info.model_fingerprint

@@ -20,6 +20,7 @@ from running_ray import RunningServe, free_ports, running_ray, serve_run, until
 from written_adapters import WrittenAdapter
 
 from probescore import (
+    DeadlineExceededError,
     InvalidRequestError,
     ProbeClient,
     ProbescoreError,
@@ -412,6 +413,19 @@ def test_names_keep_their_meaning_if_the_actor_that_knows_it_is_lost(
         check_every_replica(serve, patient, expected["frozen"], expected["step-1"], second.reading.id)
 
 
+def test_a_load_whose_caller_gives_up_runs_on(serve: RunningServe, client: ProbeClient, expected: dict[str, Array]) -> None:
+    late = worker_of(serve.replicas()[0])
+    late.send_signal(signal.SIGSTOP)
+    with pytest.raises(DeadlineExceededError):
+        client.load_reading("policy", "step-1", timeout=1.0)
+    time.sleep(0.5)
+    assert client.readings()[1:] == ()
+    late.send_signal(signal.SIGCONT)
+    with ProbeClient(serve.address) as patient:
+        (loaded,) = until(lambda: patient.readings()[1:], "it is loaded")
+        check_every_replica(serve, patient, expected["frozen"], expected["step-1"], loaded.id)
+
+
 # --------------------------------------------------------------------------------------------------------------------- in place
 
 
@@ -459,6 +473,13 @@ def test_a_load_in_place_that_fails_leaves_nothing_in_any_replica(
     np.testing.assert_allclose(client.score(GROUPS).values(PROBE), expected["frozen"], rtol=0, atol=ATOL)
     loaded = client.load_reading("policy", "step-2", in_place=True).reading
     check_every_replica(serve, client, expected["frozen"], expected["step-2"], loaded.id)
+
+
+def test_what_is_meant_for_one_server_is_not_there(client: ProbeClient) -> None:
+    for call in (client.sleep, client.wake, client.reload_probes):
+        with pytest.raises(ServerError) as refused:
+            call()
+        assert refused.value.code == "UNIMPLEMENTED"
 
 
 def test_a_model_of_others_is_refused_by_all(client: ProbeClient, expected: dict[str, Array], root: Path) -> None:

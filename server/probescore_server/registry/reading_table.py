@@ -14,6 +14,7 @@ All code of this module runs on one event loop.
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import math
 import time
 from collections.abc import Iterator, Mapping
@@ -161,9 +162,10 @@ class ReadingTable:
             CoreError: as ``ReadingRegistry.load``; the name means what it meant, or nothing if that was to be replaced in place.
         """
         self._adopt(known)
-        loading = asyncio.create_task(self._load_in_turn(order))
+        # In a context of its own: Ray cancels everything that a call which is given up has begun, and tells it by the context.
+        loading = asyncio.create_task(self._load_in_turn(order), context=contextvars.Context())
         self._tasks.add(loading)
-        loading.add_done_callback(self._tasks.discard)
+        loading.add_done_callback(self._ended)
         return await asyncio.shield(loading)
 
     async def unload(self, known: SharedNames, name: str) -> Reading:
@@ -243,6 +245,11 @@ class ReadingTable:
             yield
         finally:
             self._publish(closed="", loading="")
+
+    def _ended(self, loading: asyncio.Task[LoadedReading]) -> None:
+        self._tasks.discard(loading)
+        if not loading.cancelled():
+            loading.exception()  # Nobody else asks for it if the call was given up.
 
     def _turn(self, name: str) -> asyncio.Lock:
         """Returns the lock that is held while what a name means is changed; who comes first has it first."""

@@ -126,7 +126,6 @@ class SharedReadings(ReadingRegistry):
         """Loads a version under a key, which a revision of the table says is being loaded; see ``ReadingRegistry.load``."""
         await self.follow(revision)
         loaded = await self._load_here(key, order.name, order.path, order.step, order.expected_id)
-        self._free_unwanted(self._names)  # The load may have been given up meanwhile.
         return loaded
 
     async def follow(self, revision: int) -> None:
@@ -165,22 +164,19 @@ class SharedReadings(ReadingRegistry):
                 await asyncio.sleep(RETRY_SECONDS)
 
     async def _follow(self, names: SharedNames) -> None:
-        """Frees what no name means any more, and loads what is missing."""
-        if names.revision <= self._names.revision:
-            return
-        self._free_unwanted(names)
+        """Frees what no name means any more, and loads what is missing. This is done also if nothing has changed, since a load that was
+        given up may have ended meanwhile.
+        """
+        for key in self._named.keys() - names.keys:
+            described = self._named[key].version.described
+            logger.info("reading unloaded", reading=described.name, id=described.id)
+            self._drop(key)
         for version in names.named.values():
             if version.key not in self._named and version.key not in self._lost:
                 await self._load_shared(version)
         self._names = names
         followed, self._followed = self._followed, asyncio.Event()
         followed.set()
-
-    def _free_unwanted(self, names: SharedNames) -> None:
-        for key in self._named.keys() - names.keys:
-            described = self._named[key].version.described
-            logger.info("reading unloaded", reading=described.name, id=described.id)
-            self._drop(key)
 
     async def _load_shared(self, version: SharedVersion) -> None:
         """Loads a version that other replicas have; if its files are no longer the same, it is lost in all of them."""
