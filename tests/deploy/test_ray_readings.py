@@ -442,7 +442,7 @@ def test_a_load_in_place_waits_for_calls_of_every_replica_and_gives_up_in_time(
         client.load_reading("policy", "step-1", in_place=True)
     assert in_use.value.reason == "READING_IN_USE"
     assert "still read 'policy'" in str(in_use.value)
-    assert DRAIN_SECONDS <= time.monotonic() - began < DRAIN_SECONDS + 5
+    assert DRAIN_SECONDS <= time.monotonic() - began < DRAIN_SECONDS + 15
     began = time.monotonic()
     with pytest.raises(ProbescoreError):
         client.load_reading("policy", "step-1", in_place=True, timeout=1.0)

@@ -125,8 +125,7 @@ class SharedReadings(ReadingRegistry):
     async def hold(self, revision: int, key: str, order: LoadOrder) -> LoadedReading:
         """Loads a version under a key, which a revision of the table says is being loaded; see ``ReadingRegistry.load``."""
         await self.follow(revision)
-        loaded = await self._load_here(key, order.name, order.path, order.step, order.expected_id)
-        return loaded
+        return await self._load_here(key, order.name, order.path, order.step, order.expected_id)
 
     async def follow(self, revision: int) -> None:
         """Waits until this replica has followed the table up to a revision.
