@@ -23,6 +23,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from models import HIDDEN_SIZE
 from running_ray import RunningServe, free_ports, running_ray, serve_run, until
 from steady_load import SteadyLoad
+from written_adapters import WrittenAdapter
 
 from probescore import (
     DeadlineExceededError,
@@ -163,13 +164,15 @@ def test_a_stream_that_loses_its_replica_goes_on_with_another(start_serve: Start
     assert sorted(one.group_index for one in streamed) == list(range(100 * len(MANY_GROUPS)))
 
 
-def test_while_tokens_wait_a_second_replica_is_started(model: Path, probe_file: Path, tmp_path: Path) -> None:
+def test_while_tokens_wait_a_second_replica_is_started_with_the_same_readings(model: Path, probe_file: Path, tmp_path: Path) -> None:
+    WrittenAdapter.random(model, ["q_proj"]).write(tmp_path / "readings" / "step-0")
     configuration = yaml.safe_load(CONFIGURATION.read_text())
     (port,), metrics_ports = free_ports(1), free_ports(3)
     application = configuration["applications"][0]
     configuration["grpc_options"]["port"] = port
     application["args"] |= {"model": str(model), "probes": str(probe_file), "dtype": "float32"}
     application["args"] |= {"devices": "cpu", "threads_per_worker": 1, "metrics_port": metrics_ports[0], "max_batch_tokens": 64}
+    application["args"] |= {"admin": True, "readings_root": str(tmp_path / "readings")}
     policy = {"policy_function": "probescore_server.ray:QueuedTokens", "policy_kwargs": {"target": 50}}
     scaling = {"min_replicas": 1, "max_replicas": 2, "upscale_delay_s": 1, "look_back_period_s": 2, "policy": policy}
     application["deployments"] = [{"name": "probescore", "autoscaling_config": scaling}]
@@ -181,9 +184,17 @@ def test_while_tokens_wait_a_second_replica_is_started(model: Path, probe_file: 
     ):
         client.wait_until_ready(START_SECONDS)
         assert len(serve.replicas()) == 1
+        loaded = client.load_reading("policy", "step-0")
+        before = client.score(GROUPS, readings=("frozen", "policy"))
         with SteadyLoad(client, MANY_GROUPS, PROBE) as load:
             answered = {"grpc_method": "Score", "grpc_code": "OK"}
             until(lambda: serve.counted("grpc_server_handled_total", replica=1, **answered) > 0, "the second replica answers calls")
+        for _ in range(20):
+            after = client.score(GROUPS, readings=("frozen", "policy"))
+            assert after.info.readings[1] == loaded.reading
+            for reading in ("frozen", "policy"):
+                expected = before.values(PROBE, reading=reading)
+                np.testing.assert_allclose(after.values(PROBE, reading=reading), expected, rtol=0, atol=1e-4)
 
     assert load.failures == []
 
