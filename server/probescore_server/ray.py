@@ -123,17 +123,11 @@ def deployment(settings: ServerSettings, scaling: ReplicaScaling) -> serve.Deplo
     Each replica uses the devices (such as GPUs) that ``settings`` names, and ``scaling`` bounds the number of replicas.
     """
     devices = 0 if settings.devices == ("cpu",) else len(settings.devices)
-    table = DeploymentActorConfig(
-        name=TABLE,
-        actor_class=ray.remote(ReadingTableActor),
-        init_kwargs={"max_readings": settings.max_readings},
-        actor_options={"num_cpus": 0, "max_concurrency": MAX_CALLS},
-    )
     return serve.deployment(
         Replica,
         name=DEPLOYMENT,
         ray_actor_options={"num_gpus": devices, "num_cpus": max(1, settings.threads_per_worker)},
-        deployment_actors=[] if settings.readings_root is None else [table],
+        deployment_actors=[] if settings.readings_root is None else [_reading_table(settings.max_readings)],
         max_ongoing_requests=MAX_CALLS,
         graceful_shutdown_timeout_s=settings.drain_seconds,
         autoscaling_config=AutoscalingConfig(
@@ -143,6 +137,16 @@ def deployment(settings: ServerSettings, scaling: ReplicaScaling) -> serve.Deplo
                 policy_function=f"{__name__}:{QueuedTokens.__name__}", policy_kwargs={"target": scaling.target_queued_tokens}
             ),
         ),
+    )
+
+
+def _reading_table(max_readings: int) -> DeploymentActorConfig:
+    """Returns the actor that Ray Serve runs once for the deployment, and that all replicas ask what the names of readings mean."""
+    return DeploymentActorConfig(
+        name=TABLE,
+        actor_class=ray.remote(ReadingTableActor),
+        init_kwargs={"max_readings": max_readings},
+        actor_options={"num_cpus": 0, "max_concurrency": MAX_CALLS},
     )
 
 

@@ -89,6 +89,7 @@ def test_the_same_client_gets_the_same_scores(start_serve: StartServe, model: Pa
     with ProbeClient(serve.address) as client:
         info = client.wait_until_ready(START_SECONDS)
         until(lambda: len(serve.replicas()) == 2, "there are two replicas")
+        until(lambda: all(serve.counted("probescore_ready", replica=replica) for replica in (0, 1)), "both can score")
         answers = [client.score(GROUPS) for _ in range(20)]
         streamed = sorted(client.score_stream(GROUPS), key=lambda one: (one.group_index, one.completion_index))
         with pytest.raises(InvalidRequestError) as unknown:
