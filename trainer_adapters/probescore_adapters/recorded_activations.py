@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from probescore import AsyncProbeClient, CompletionActivations, ProbeClient, RolloutGroup, ServerInfo
+from probescore import AsyncProbeClient, CompletionActivations, ProbeClient, ReadOptions, RolloutGroup, ServerInfo
 from probescore.errors import DeadlineExceededError
 from probescore.types import FROZEN
 from probescore_adapters.record_options import PooledActivations
@@ -86,16 +86,17 @@ class ActivationsRequest:
         return found
 
     @property
-    def _options(self) -> dict[str, str]:
-        named = {} if self.reading == FROZEN else {"reading": self.reading}  # a server of any version reads the frozen model
+    def _options(self) -> ReadOptions:
         # the record keeps bfloat16, so that no more is sent
-        return {
+        options: ReadOptions = {
             "pool": self.options.pool,
             "dtype": "bfloat16",
             "expected_model_fingerprint": self.model_fingerprint,
             "run_id": self.run_id,
-            **named,
         }
+        if self.reading != FROZEN:  # which a server of any version reads
+            options["reading"] = self.reading
+        return options
 
     def _check_time(self, until: float) -> None:
         if time.monotonic() > until:
