@@ -21,7 +21,7 @@ from torch.func import functional_call
 from written_adapters import PREFIX, WrittenAdapter, load
 
 from probescore_adapters import ProbeScorer, ProbeSignal, RecordOptions, Rollout
-from probescore_audit import Verdict, audit_record
+from probescore_audit import LiveAudit, Verdict, audit_record
 from probescore_audit.record import read_record
 from probescore_probes.exporting import linear_probe
 from probescore_probes.reference import ReferenceModel
@@ -161,3 +161,6 @@ def test_the_audit_of_a_recorded_run_has_the_refit_of_the_policy(server: Running
     assert shown.exit_code == 0, shown.stderr
     (told,) = [each for each in json.loads(shown.stdout)["readings"] if each["reading"] == "policy"]
     assert told["refit"]["source"] == "rollouts"
+    with LiveAudit(tmp_path) as live:
+        live.finish()
+        assert live.metrics()["audit/cheating@1/policy/refit_auroc"] == told["refit"]["auroc"]["value"]

@@ -214,6 +214,17 @@ def test_a_reading_that_is_gone_leaves_the_others(server: RunningServer, tmp_pat
     assert by_reading == {"frozen": {0, 1}, "policy": {0}}
 
 
+def test_a_reading_that_fails_costs_no_other(server: RunningServer, tmp_path: Path, caplog: Any) -> None:
+    """The plan of a step is made when the next one begins, and by then the reading is gone."""
+    one = scorer(server, tmp_path, batches_per_step=0)
+    one.score(BATCH, step=0)
+    one._client.unload_reading("policy")
+    with caplog.at_level(logging.ERROR, "probescore_adapters"):
+        one.score(BATCH, step=1)
+    assert {name: {step for step, _ in found} for name, found in of_rollouts(read_record(tmp_path)).items()} == {"frozen": {0}}
+    assert "the activations of some steps, from step 1 on, are not in the record: reading: unknown reading 'policy'" in caplog.text
+
+
 def test_what_was_replaced_since_it_was_scored_is_left_out(server: RunningServer, tmp_path: Path, caplog: Any) -> None:
     """The plan of a step is made when the next one begins, and by then the policy has moved on."""
     one = scorer(server, tmp_path, batches_per_step=0)
@@ -311,4 +322,4 @@ def test_wrong_options_are_named(tmp_path: Path, given: Any, problem: str) -> No
 def test_options_of_text_are_options(tmp_path: Path) -> None:
     for given in (TAP, {"tap": TAP}, PooledActivations(TAP)):
         assert RecordOptions(tmp_path, activations=given) == RecordOptions(tmp_path, activations=TAP)
-    assert RecordOptions(tmp_path, activations=TAP).activations == PooledActivations(TAP, "mean", 30.0)
+    assert RecordOptions(tmp_path, activations=TAP).activations == PooledActivations(TAP, "mean", 60.0)

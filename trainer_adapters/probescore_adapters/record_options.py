@@ -34,7 +34,7 @@ class PooledActivations:
 
     tap: str
     pool: str = "mean"
-    seconds: float = 30.0
+    seconds: float = 60.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.tap, str) or not self.tap or any(mark in self.tap for mark in "*?[, "):

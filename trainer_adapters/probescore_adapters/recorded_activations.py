@@ -21,6 +21,7 @@ from probescore_adapters.signals import MaskKind
 from probescore_audit.record import ActivationRow
 
 _LONGEST_WAIT = 64  # steps
+_LEAST_SECONDS = 0.001
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,32 +155,29 @@ class ActivationReader:
         """Notes that activations could be read."""
         self._failures = 0
 
-    def rows(
-        self, texts: Sequence[TextToRead], model_fingerprint: str
-    ) -> Generator[ActivationsRequest, list[CompletionActivations], Iterator[ActivationRow]]:
+    def read(
+        self, texts: Sequence[TextToRead], model_fingerprint: str, rows: list[ActivationRow]
+    ) -> Generator[ActivationsRequest, list[CompletionActivations], None]:
         """Generator that reads the activations of rollouts and anchors (texts with a known label that are scored again and again) on every
-        reading that has scored them: yields each request to the server, is sent the answer, and returns the rows for the record. A text
-        without activations has no row, such as one of which no token counts, and so has one on a reading that was replaced since it scored
-        the text.
+        reading that has scored them: yields each request to the server, and is sent the answer. A text without activations has no row, such
+        as one of which no token counts, and so has one on a reading that was replaced since it scored the text.
 
         Args:
             texts: the rollouts and anchors.
             model_fingerprint: fingerprint of the frozen model that has scored them.
+            rows: list to which the rows for the record are added, those of each reading as soon as it was read.
 
         Raises:
             ProbescoreError: the activations cannot be read, or not in time.
         """
-        rows: list[ActivationRow] = []
         until = time.monotonic() + self.options.seconds
         for reading in dict.fromkeys(name for text in texts for name in text.reading_ids):
             asked = [text for text in texts if reading in text.reading_ids]
             grouped = GroupedRollouts.of([text.rollout for text in asked], range(len(asked)), {MaskKind.GIVEN: ""})
-            seconds = max(until - time.monotonic(), 0.001)
+            seconds = max(until - time.monotonic(), _LEAST_SECONDS)
             found = yield ActivationsRequest(grouped.groups, self.options, reading, model_fingerprint, self._run_id, seconds)
             for each in found:
-                text = asked[grouped.sent[each.group_index][each.completion_index][0]]
-                rows += self._row(text, reading, each)
-        return iter(rows)
+                rows += self._row(asked[grouped.sent[each.group_index][each.completion_index][0]], reading, each)
 
     def _row(self, text: TextToRead, reading: str, found: CompletionActivations) -> Iterator[ActivationRow]:
         version = "" if found.reading is None or reading == FROZEN else found.reading.id

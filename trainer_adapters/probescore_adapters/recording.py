@@ -34,6 +34,7 @@ from probescore_adapters.signal_values import BatchSignals, FurtherScores, Serve
 from probescore_adapters.signals import BoundSignal, Floats, Mode, ProbeSignal
 from probescore_adapters.step_plans import PlannedRollout, RecordedRollout, StepPlans
 from probescore_audit.record import (
+    ActivationRow,
     AnchorRow,
     LabelRow,
     PlanRow,
@@ -240,28 +241,30 @@ class RunRecorder:
             texts, self._to_read, writer = self._to_read, [], self._writer
         if self._activations is None or server is None or not self._activations.is_due(step):
             return
+        rows: list[ActivationRow] = []
+        problem: Exception | None = None
         try:
             self._activations.check_once(server.info)
-            if not texts:
-                return
-            rows = list((yield from self._activations.rows(texts, server.info.model.fingerprint)))
-            with self._lock:
-                if writer is not None and self._writer is writer:  # else training has gone back meanwhile, and these rollouts do not count
-                    writer.append(rows)
+            yield from self._activations.read(texts, server.info.model.fingerprint, rows)
         except Exception as error:  # whatever it is: no reward depends on it
-            if self.options.on_error == "raise":
-                raise
-            self._activations.note_failure(step)
-            self._log_once(
-                logging.ERROR, f"the activations of some steps, from step {step} on, are not in the record: {error}", _kind(error)
-            )
-        else:
-            self._activations.note_success()
+            problem = error
+        with self._lock:
+            if writer is not None and self._writer is writer:  # else training has gone back meanwhile, and these rollouts do not count
+                writer.append(rows)
+        if problem is None:
+            if texts:
+                self._activations.note_success()
             if len(rows) < sum(len(text.reading_ids) for text in texts):
                 self._warn_once(
                     "record.activations: those of some rollouts are not in the record, since none of their tokens counts, or their reading "
                     "was replaced before the plan of the step was made (batches_per_step)"
                 )
+        elif self.options.on_error == "raise":
+            raise problem
+        else:
+            self._activations.note_failure(step)
+            said = f"the activations of some steps, from step {step} on, are not in the record: {problem}"
+            self._log_once(logging.ERROR, said, f"{type(problem).__name__} {getattr(problem, 'reason', '')}")
 
     def record_reference(
         self, rollouts: Sequence[Rollout], batch: BatchSignals, positive: Sequence[bool], *, server: ServerFacts, random: bool
@@ -491,11 +494,6 @@ def _reading_ids(batch: BatchSignals) -> dict[str, str]:
     frozen model.
     """
     return {name: "" if name == FROZEN else batch.readings[name].id for name in batch.answers.readings}
-
-
-def _kind(error: Exception) -> str:
-    """Returns what is equal for errors of one cause."""
-    return f"{type(error).__name__} {getattr(error, 'reason', '')}"
 
 
 def _decisions(outcome: Outcome, index: int) -> dict[str, dict[str, Any]]:

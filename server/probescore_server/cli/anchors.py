@@ -236,13 +236,14 @@ def _activations(
         TextToRead(step, anchor.name, True, anchor.rollout, {name: (row.reading_ids or {}).get(name, "") for name in readings})
         for anchor, row in zip(anchors, scored, strict=True)
     ]
-    reading = reader.rows(texts, server.model.fingerprint)
+    rows: list[ActivationRow] = []
+    reading = reader.read(texts, server.model.fingerprint, rows)
     try:
         request = next(reading)
         while True:
             request = reading.send(request.answers(client))
-    except StopIteration as done:
-        rows = list(done.value)
+    except StopIteration:
+        pass  # all readings were read
     if missing := len(texts) * len(readings) - len(rows):
         raise ValueError(f"--activations: {missing} are missing; was a reading replaced meanwhile, or does no token of an anchor count?")
     return rows
