@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any, NamedTuple, NoReturn, TypeAlias, cast
 
 import grpc
+import ray
 import structlog
 from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.empty_pb2 import Empty
@@ -27,11 +29,12 @@ from google.protobuf.message_factory import GetMessageClass
 from grpc_health.v1 import health_pb2
 from pydantic import BaseModel, Field, ValidationError
 from ray import serve
-from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy, gRPCOptions
+from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy, DeploymentActorConfig, gRPCOptions
 from ray.serve.grpc_util import RayServegRPCContext
 
-from probescore.v1 import scoring_pb2
+from probescore.v1 import admin_pb2, scoring_pb2
 from probescore_server.errors import StartupError, WorkerUnavailable
+from probescore_server.front.admin_service import AdminServicer
 from probescore_server.front.error_interceptor import ErrorInterceptor, Handler
 from probescore_server.front.health import SCORING_SERVICE, SERVICES
 from probescore_server.front.scoring_core import ScoringCore
@@ -39,6 +42,9 @@ from probescore_server.front.server import find_devices
 from probescore_server.front.status_codes import status_of
 from probescore_server.hub_probes import local_paths, pinned_names
 from probescore_server.logs import configure_logs
+from probescore_server.ray_readings import TABLE, ActorTable, ReadingTableActor, outcome_of
+from probescore_server.registry.readings import ReadingRegistry
+from probescore_server.registry.shared_readings import SharedReadings
 from probescore_server.settings import ServerSettings, join_host_port, load_settings
 
 logger = structlog.get_logger(__name__)
@@ -49,9 +55,12 @@ QUEUED_TOKENS = "queued_tokens"
 MAX_CALLS = 100_000
 RETRY_SECONDS = 0.5
 
+_ADMIN_METHODS = admin_pb2.DESCRIPTOR.services_by_name["ProbeAdminService"].methods_by_name
+_READING_METHODS: tuple[MethodDescriptor, ...] = (_ADMIN_METHODS["LoadReading"], _ADMIN_METHODS["UnloadReading"])
 _METHODS: tuple[MethodDescriptor, ...] = (
     *scoring_pb2.DESCRIPTOR.services_by_name["ScoringService"].methods,
     cast("MethodDescriptor", health_pb2.DESCRIPTOR.services_by_name["Health"].methods_by_name["Check"]),
+    *_READING_METHODS,
 )
 
 Write: TypeAlias = Callable[[Message], Awaitable[None]]
@@ -99,10 +108,11 @@ def app(arguments: Mapping[str, Any]) -> serve.Application:
         scaling = ReplicaScaling(**{name: value for name, value in arguments.items() if name in ReplicaScaling.model_fields})
     except ValidationError as error:
         raise StartupError(str(error)) from None
-    for name in ("readings_root", "interceptors", "admin", "allow_activations"):
+    for name in ("interceptors", "allow_activations", *(["admin"] if settings.readings_root is None else [])):
         if getattr(settings, name):
             problem = f"{name}: cannot be set under Ray Serve, whose proxy owns the port and chooses the replica"
-            raise StartupError(f"{problem}; run probescore serve inside the Ray job instead")
+            exception = ", unless readings_root is set, too: only readings can be loaded and unloaded" if name == "admin" else ""
+            raise StartupError(f"{problem}{exception}; run probescore serve inside the Ray job instead")
     serve.start(grpc_options=gRPCOptions(port=settings.port, grpc_servicer_functions=[f"{__name__}:{add_to_proxy.__name__}"]))
     return deployment(settings, scaling).bind(settings)
 
@@ -113,10 +123,17 @@ def deployment(settings: ServerSettings, scaling: ReplicaScaling) -> serve.Deplo
     Each replica uses the devices (such as GPUs) that ``settings`` names, and ``scaling`` bounds the number of replicas.
     """
     devices = 0 if settings.devices == ("cpu",) else len(settings.devices)
+    table = DeploymentActorConfig(
+        name=TABLE,
+        actor_class=ray.remote(ReadingTableActor),
+        init_kwargs={"max_readings": settings.max_readings},
+        actor_options={"num_cpus": 0, "max_concurrency": MAX_CALLS},
+    )
     return serve.deployment(
         Replica,
         name=DEPLOYMENT,
         ray_actor_options={"num_gpus": devices, "num_cpus": max(1, settings.threads_per_worker)},
+        deployment_actors=[] if settings.readings_root is None else [table],
         max_ongoing_requests=MAX_CALLS,
         graceful_shutdown_timeout_s=settings.drain_seconds,
         autoscaling_config=AutoscalingConfig(
@@ -231,7 +248,7 @@ class Replica:
     """Ray Serve replica with worker processes and their scheduler, but without a gRPC port of its own.
 
     Ray calls the methods by the names of the RPCs. The constructor returns once the replica's workers have changed state for the first
-    time, which usually means that one can score.
+    time, which usually means that one can score, and once the replica has the readings that the other replicas have.
 
     Raises:
         StartupError: the replica cannot load its model or probes.
@@ -244,7 +261,8 @@ class Replica:
         self._changed = asyncio.Event()
         probes = await asyncio.to_thread(local_paths, settings.probes, lambda name: logger.info("probe from the hub", probe=name))
         settings = settings.model_copy(update={"probes": probes})
-        self._core = ScoringCore(settings, await find_devices(settings.devices), self._changed.set)
+        readings = None if settings.readings_root is None else functools.partial(SharedReadings, ActorTable())
+        self._core = ScoringCore(settings, await find_devices(settings.devices), self._changed.set, readings or ReadingRegistry)
         self._methods = _guarded_methods(self._core)
         port = _serve_metrics(self._core, settings, assigned.rank.local_rank)
         logger.info("metrics", address=join_host_port(settings.metrics_host, port), replica=assigned.replica_tag)
@@ -253,6 +271,10 @@ class Replica:
         await asyncio.wait([changed, self._running], return_when=asyncio.FIRST_COMPLETED)
         if self._running.done():
             self._running.result()
+        self._following: asyncio.Task[None] | None = None
+        if isinstance(self._core.readings, SharedReadings):
+            await self._core.readings.join()
+            self._following = asyncio.create_task(self._core.readings.run())
 
     async def Score(self, request: ForwardedRequest, grpc_context: RayServegRPCContext) -> Message:  # noqa: N802
         """Scores every completion of a request with probes, and responds once all are scored."""
@@ -279,16 +301,32 @@ class Replica:
         """Returns the loaded probes with their manifests, as the response to the RPC ``ListProbes``."""
         return await self._answer("ListProbes", request, grpc_context)
 
+    async def LoadReading(self, request: ForwardedRequest, grpc_context: RayServegRPCContext) -> Message:  # noqa: N802
+        """Loads an adapter or a checkpoint in every replica, and responds once its name means it in all of them."""
+        return await self._answer("LoadReading", request, grpc_context)
+
+    async def UnloadReading(self, request: ForwardedRequest, grpc_context: RayServegRPCContext) -> Message:  # noqa: N802
+        """Lets a name mean no reading any more in any replica, and responds with what it meant."""
+        return await self._answer("UnloadReading", request, grpc_context)
+
+    async def change_readings(self, method: str, *arguments: object) -> Any:  # noqa: ANN401
+        """Takes part in a change of readings in all replicas, as the actor ``ReadingTableActor`` asks for it: returns what a method of
+        ``SharedReadings`` returns, or the ``CoreError`` that it raises.
+        """
+        return await outcome_of(getattr(self._core.readings, method)(*arguments))
+
     async def Check(self, request: ForwardedRequest, grpc_context: RayServegRPCContext) -> Message:  # noqa: N802
         """Responds to the RPC ``grpc.health.v1.Health/Check`` with whether this Ray Serve replica serves."""
         return await self._answer("Check", request, grpc_context)
 
     def check_health(self) -> None:
-        """Raises ``RuntimeError`` if no worker process of this Ray Serve replica serves. Ray calls this method at intervals, and replaces a
-        replica whose health check fails several times.
+        """Raises ``RuntimeError`` if no worker process of this Ray Serve replica serves, or if the replica cannot learn of readings any
+        more. Ray calls this method at intervals, and replaces a replica whose health check fails several times.
         """
         if not self._core.serving:
             raise RuntimeError("no worker can score")
+        if self._following is not None and self._following.done():
+            raise RuntimeError("the readings of other replicas are not followed")
 
     def record_autoscaling_stats(self) -> dict[str, int]:
         """Returns a dictionary with the number of tokens that wait to be scored in this Ray Serve replica; Ray passes the dictionary to the
@@ -309,6 +347,8 @@ class Replica:
                 await call.abort(
                     grpc.StatusCode.RESOURCE_EXHAUSTED, f"Received message larger than max ({size} vs. {self._max_message_bytes})"
                 )
+            if method not in self._methods:
+                await call.abort(grpc.StatusCode.UNIMPLEMENTED, "this server loads no readings: start it with admin=true and readings_root")
             answer: Message | None = await self._methods[method](request.raw, call)
         except grpc.aio.AbortError:
             return Empty()
@@ -359,9 +399,12 @@ def _guarded_methods(core: ScoringCore) -> dict[str, Callable[[bytes, _RayServic
         return status(status=status.SERVING if core.serving else status.NOT_SERVING)
 
     boundary = ErrorInterceptor(core.metrics, (), core.under_way, [SCORING_SERVICE])
+    admin = AdminServicer(core.workers, core.registry, core.readings, core.metrics)
     methods = {}
     for method in _METHODS:
-        behavior = check if method.name == "Check" else getattr(core.servicer, method.name)
+        if method in _READING_METHODS and not isinstance(core.readings, SharedReadings):
+            continue
+        behavior = check if method.name == "Check" else getattr(admin if method in _READING_METHODS else core.servicer, method.name)
         make, attribute = _handler_maker(method)
         handler = make(behavior, request_deserializer=GetMessageClass(method.input_type).FromString)
         guarded = boundary.guard(f"/{method.containing_service.full_name}/{method.name}", handler)

@@ -1,8 +1,9 @@
-"""What the deployment tests share: a tiny model with a calibrated probe."""
+"""What the deployment tests share: a tiny model with a calibrated probe, and the adapters of the readings' tests."""
 
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,8 @@ from probescore_probes.exporting import linear_probe
 from probescore_probes.reference import ReferenceModel
 from probescore_probes.writing import write_probe
 from probescore_server.probes.format.manifest import CalibrationConditions, CalibrationRecord
+
+sys.path.append(str(Path(__file__).parents[1] / "readings"))
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,15 @@ from models import HIDDEN_SIZE
 from running_ray import RunningServe, free_ports, running_ray, serve_run, until
 from steady_load import SteadyLoad
 
-from probescore import DeadlineExceededError, InvalidRequestError, MessageTooLargeError, ProbeClient, RolloutGroup, StreamWindow
+from probescore import (
+    DeadlineExceededError,
+    InvalidRequestError,
+    MessageTooLargeError,
+    ProbeClient,
+    RolloutGroup,
+    ServerError,
+    StreamWindow,
+)
 from probescore_probes.exporting import linear_probe
 from probescore_probes.reference import ReferenceModel
 from probescore_probes.writing import write_probe
@@ -88,8 +96,11 @@ def test_the_same_client_gets_the_same_scores(start_serve: StartServe, model: Pa
             list(client.score_stream(GROUPS, probes=["nobody"]))
         with pytest.raises(MessageTooLargeError):
             client.score([RolloutGroup([1], [[5] * 2000])])
+        with pytest.raises(ServerError, match="its setting admin or readings_root is off") as no_readings:
+            client.load_reading("policy", "step-0")
 
     assert info.probes == ("direction@1",)
+    assert no_readings.value.reason == "READINGS_OFF"
     for answer in answers:
         np.testing.assert_allclose(answer.values(PROBE), expected.values(PROBE), rtol=0, atol=1e-4)
         assert answer.info.model_fingerprint == expected.info.model_fingerprint
@@ -236,10 +247,12 @@ def test_what_means_nothing_here_is_refused(setting: str, value: object) -> None
         app({"model": "m", setting: value})
 
 
-def test_readings_are_refused_with_what_to_do_instead() -> None:
-    """Ray's proxy would have one replica load what all must have."""
-    with pytest.raises(StartupError, match=r"readings_root: cannot be set .* run probescore serve inside the Ray job instead"):
-        app({"model": "m", "admin": True, "readings_root": "/readings"})
+def test_readings_need_admin_as_anywhere_and_admin_alone_is_refused() -> None:
+    """Ray's proxy would have one replica sleep, or reload its probes."""
+    with pytest.raises(StartupError, match="readings_root is of no use without admin"):
+        app({"model": "m", "readings_root": "/readings"})
+    with pytest.raises(StartupError, match=r"admin: cannot be set .* unless readings_root is set, .* run probescore serve inside"):
+        app({"model": "m", "admin": True})
 
 
 def test_a_plain_server_inside_a_ray_job(model: Path, probe_file: Path) -> None:

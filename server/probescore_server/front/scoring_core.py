@@ -33,6 +33,7 @@ class ScoringCore:
         settings: the server's settings.
         devices: the devices, such as ``cuda:0``.
         on_change: function that is called whenever a worker becomes ready, ends, falls asleep or wakes up.
+        make_readings: constructor of the registry of readings, with the arguments of ``ReadingRegistry``.
 
     Attributes:
         metrics: the metrics of RPCs, workers and probes; the owner of the core must serve them over HTTP.
@@ -44,7 +45,13 @@ class ScoringCore:
         servicer: the servicer of ``probescore.v1.ScoringService``.
     """
 
-    def __init__(self, settings: ServerSettings, devices: tuple[str, ...], on_change: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        settings: ServerSettings,
+        devices: tuple[str, ...],
+        on_change: Callable[[], None],
+        make_readings: Callable[..., ReadingRegistry] = ReadingRegistry,
+    ) -> None:
         self.metrics = Metrics()
         self._settings = settings
         self._on_change = on_change
@@ -71,7 +78,7 @@ class ScoringCore:
         changing = asyncio.Lock()
         self.registry = ProbeRegistry(settings, self.workers, pinned, self._probes_changed, self.metrics.count_reload, changing)
         counted = self.metrics.readings
-        self.readings = ReadingRegistry(settings, self.workers, changing, self._readings_changed, counted.count_load, counted.lost.inc)
+        self.readings = make_readings(settings, self.workers, changing, self._readings_changed, counted.count_load, counted.lost.inc)
         self.under_way = CallsUnderWay(settings.max_calls, settings.max_in_flight_bytes)
         self.servicer = ScoringServicer(settings, self.workers, self.scheduler, self.registry, self.readings, self.metrics)
 

@@ -20,7 +20,7 @@ import asyncio
 import itertools
 import math
 import time
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -54,7 +54,7 @@ MAX_LOST_NAMES = 64
 
 
 @dataclass(eq=False)
-class _Version:
+class HeldVersion:
     """Record of one version of a reading that every worker process holds.
 
     Attributes:
@@ -76,7 +76,7 @@ class _Version:
 class _NamedVersion:
     """Value object with what a name means: a version, and the label that was given when it was loaded under this name."""
 
-    version: _Version
+    version: HeldVersion
     step: int | None
 
 
@@ -93,7 +93,7 @@ class PinnedNames:
         self.wanted: tuple[PinnedReading, ...] = ()
         self.described: tuple[Reading, ...] = ()
         self._registry = registry
-        self._versions: list[_Version] = []
+        self._versions: list[HeldVersion] = []
 
     async def resolve(self, names: Sequence[str], info: EngineInfo, field: str = "readings[{}]") -> None:
         """Resolves the names of readings in a request, once. A name that is being replaced in place is waited for.
@@ -114,7 +114,7 @@ class PinnedNames:
         """Has a function called with an error if one of the readings is lost before the call has ended, or was lost already."""
         for version in self._versions:
             if version.lost:
-                fail(_loss(version.lost))
+                fail(reading_loss(version.lost))
             version.on_lost[self] = fail
 
     def release(self) -> None:
@@ -153,7 +153,7 @@ class ReadingRegistry:
         self._on_load = on_load
         self._on_lost = on_lost
         self._named: dict[str, _NamedVersion] = {}
-        self._versions: dict[str, _Version] = {}  # By slot, all that some name or call means.
+        self._versions: dict[str, HeldVersion] = {}  # By slot, all that some name or call means.
         self._loading: ReadingSource | None = None
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # By name, held while what it means is changed.
         self._closed: dict[str, asyncio.Event] = {}  # Names that are being replaced in place, with what is set afterwards.
@@ -181,14 +181,14 @@ class ReadingRegistry:
 
     async def resolve(
         self, names: Sequence[str], info: EngineInfo, field: str = "readings[{}]"
-    ) -> tuple[tuple[PinnedReading, ...], tuple[Reading, ...], list[_Version]]:
+    ) -> tuple[tuple[PinnedReading, ...], tuple[Reading, ...], list[HeldVersion]]:
         """Resolves names, and counts a use of each version until ``release``; see ``PinnedNames.resolve``."""
         while closed := [self._closed[name] for name in names if name in self._closed]:
             await closed[0].wait()
         # From here to the end nothing is awaited: all names are resolved at one moment.
         for index, name in enumerate(names):
             if name in names[:index]:
-                raise InvalidRequest(field.format(index), f"{name[:100]!r} appears twice")
+                raise named_twice(field.format(index), name)
             if name != FROZEN and name not in self._named:
                 raise self._missing(field.format(index), name)
         wanted, described, versions = [], [], []
@@ -204,7 +204,7 @@ class ReadingRegistry:
             described.append(self._describe(name))
         return tuple(wanted), tuple(described), versions
 
-    def release(self, versions: Sequence[_Version]) -> None:
+    def release(self, versions: Sequence[HeldVersion]) -> None:
         """Counts one use less of some versions, and frees those that nobody uses any more."""
         if not versions:
             return
@@ -255,7 +255,7 @@ class ReadingRegistry:
         try:
             return await asyncio.shield(self._start(loading))
         except ReadingRefused as refusal:
-            raise _shown(refusal, path, directory) from None
+            raise shown_refusal(refusal, path, directory) from None
 
     async def unload(self, name: str) -> Reading:
         """Lets a name mean no reading any more, and returns what it meant. Its memory is freed once the calls that began before have ended.
@@ -267,8 +267,7 @@ class ReadingRegistry:
             FailedPrecondition: the server loads no readings, or the reading was lost.
         """
         self._root()
-        if name == FROZEN:
-            raise InvalidRequest("name", f"{FROZEN!r} is the frozen model itself, which is always there")
+        check_not_frozen(name)
         async with self._turn(name):
             if name not in self._named:
                 raise self._missing("name", name)
@@ -318,9 +317,7 @@ class ReadingRegistry:
         return loaded
 
     async def _load(self, name: str, source: ReadingSource, step: int | None, in_place: bool, deadline: float) -> LoadedReading:
-        if name not in self._named and len(self._named) >= self._settings.max_readings:
-            most = self._settings.max_readings
-            raise LimitExceeded("name", len(self._named) + 1, "readings", "max_readings", most, "unload one of them first")
+        self._check_room(name)
         for worker in self._workers:
             self._check_awake()
             await worker.until_back()
@@ -345,7 +342,7 @@ class ReadingRegistry:
         # From here to the end nothing is awaited: every worker holds the version, and the name changes at once.
         if replaced is not None and not in_place:
             replaced = self._describe(name) if name in self._named else None  # It may have been unloaded, or lost, meanwhile.
-        version = _Version(replace(source, id=first.id), replace(first, name=name, step=step), uses=1)
+        version = HeldVersion(replace(source, id=first.id), replace(first, name=name, step=step), uses=1)
         self._versions[source.slot] = version
         before = self._named.get(name)
         self._named[name] = _NamedVersion(version, step)
@@ -353,6 +350,11 @@ class ReadingRegistry:
         self._changed()
         self.release([before.version] if before is not None else [])
         return replace(loaded[0], reading=self._describe(name), replaced=replaced)
+
+    def _check_room(self, name: str) -> None:
+        if name not in self._named and len(self._named) >= self._settings.max_readings:
+            most = self._settings.max_readings
+            raise LimitExceeded("name", len(self._named) + 1, "readings", "max_readings", most, "unload one of them first")
 
     @contextmanager
     def _closing(self, name: str, in_place: bool) -> Iterator[None]:
@@ -377,7 +379,8 @@ class ReadingRegistry:
         def calls() -> int:
             return self._named[name].version.uses - 1 if name in self._named else 0
 
-        problem = f"calls that began before still read {name!r}, which cannot be replaced in place under them: end them, or load it beside"
+        shown = self._named[name].version.described.name if name in self._named else name
+        problem = f"calls that began before still read {shown!r}, which cannot be replaced in place under them: end them, or load it beside"
         await self._until(lambda: not calls(), deadline, problem)
 
     async def _until_few_are_unnamed(self, deadline: float) -> None:
@@ -408,11 +411,11 @@ class ReadingRegistry:
         self._changed()
         self.release([meaning.version])
 
-    def _lose(self, version: _Version) -> None:
+    def _lose(self, version: HeldVersion) -> None:
         """Drops a version that a worker process could not read again, and ends the calls that mean it."""
         names = [name for name, meaning in self._named.items() if meaning.version is version]
         name = version.described.name
-        version.lost = f"the reading {name!r} was lost: a worker was started again, and could not read it as it was; load it again"
+        version.lost = lost_problem(name)
         logger.error("reading lost", readings=names, id=version.source.id, directory=str(version.source.directory))
         for name in names:
             self._lost[name] = version.lost
@@ -422,7 +425,7 @@ class ReadingRegistry:
             del self._lost[next(iter(self._lost))]
         self._versions.pop(version.source.slot, None)
         for fail in [*version.on_lost.values()]:
-            fail(_loss(version.lost))
+            fail(reading_loss(version.lost))
 
     # -------------------------------------------------------------------------------------------------------------------------- workers
 
@@ -462,10 +465,7 @@ class ReadingRegistry:
 
     def _missing(self, at: str, name: str) -> CoreError:
         """Returns the error for a name that means nothing: it was lost, or there is no such reading."""
-        if name in self._lost:
-            return _loss(self._lost[name])
-        loaded = ", ".join([FROZEN, *self._named])
-        return InvalidRequest(at, f"unknown reading {name[:100]!r}; loaded: {loaded}", "UNKNOWN_READING")
+        return reading_loss(self._lost[name]) if name in self._lost else unknown_reading(at, name, self._named)
 
     def _start(self, coroutine: Coroutine[Any, Any, LoadedReading]) -> asyncio.Task[LoadedReading]:
         task = asyncio.create_task(coroutine)
@@ -474,11 +474,33 @@ class ReadingRegistry:
         return task
 
 
-def _loss(problem: str) -> FailedPrecondition:
+def lost_problem(name: str) -> str:
+    """Returns the text that says that the reading of a name was lost."""
+    return f"the reading {name!r} was lost: a worker was started again, and could not read it as it was; load it again"
+
+
+def reading_loss(problem: str) -> FailedPrecondition:
+    """Returns the error for a reading that was lost."""
     return FailedPrecondition(problem, "READING_LOST")
 
 
-def _shown(refusal: ReadingRefused, path: str, directory: Path) -> CoreError:
+def unknown_reading(at: str, name: str, named: Iterable[str]) -> InvalidRequest:
+    """Returns the error for a name that means nothing, where only the names ``named`` do."""
+    return InvalidRequest(at, f"unknown reading {name[:100]!r}; loaded: {', '.join([FROZEN, *named])}", "UNKNOWN_READING")
+
+
+def named_twice(at: str, name: str) -> InvalidRequest:
+    """Returns the error for a request that names a reading a second time, at the field ``at``."""
+    return InvalidRequest(at, f"{name[:100]!r} appears twice")
+
+
+def check_not_frozen(name: str) -> None:
+    """Raises ``InvalidRequest`` if a name that is to mean nothing any more is that of the frozen model."""
+    if name == FROZEN:
+        raise InvalidRequest("name", f"{FROZEN!r} is the frozen model itself, which is always there")
+
+
+def shown_refusal(refusal: ReadingRefused, path: str, directory: Path) -> CoreError:
     """Returns a refusal as the client may see it: under the name of the directory that the client itself gave, not of what a link there
     leads to.
     """
