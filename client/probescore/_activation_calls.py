@@ -13,10 +13,12 @@ from typing import Any, TypedDict, Union
 import numpy as np
 from numpy.typing import NDArray
 
+from probescore._reading_versions import VersionsOfCall, check_readings
 from probescore._status import invalid_request, malformed_answer
 from probescore._streaming import Chunk, Position
 from probescore.errors import FieldViolation, MismatchError, ServerError
 from probescore.types import ActivationsInfo, CompletionActivations, CompletionStatus, Pool, RolloutGroup, Scope, ServerInfo, Tap, Usage
+from probescore.types.readings import name_problem
 from probescore.v1 import activations_pb2, scoring_pb2
 from probescore.wire import (
     ActivationOptions,
@@ -52,6 +54,9 @@ class ReadOptions(TypedDict, total=False):
         expected_tokenizer_fingerprint: fingerprint of a tokenizer; the RPC fails with ``MismatchError`` if the server runs another one.
         priority: an integer from -100 to 100; among the requests of one training run, those of higher priority are read first; default: 0.
         run_id: name of the run in the server's logs, at most 256 bytes.
+        reading: whose activations are read: ``"frozen"``, or a name given to ``load_reading``; default: the frozen model's. All activations
+            of one call are of the same version of a reading: if its name comes to mean another version during the call, the call fails with
+            ``MismatchError``.
     """
 
     pool: Union[str, Sequence[str]]
@@ -61,6 +66,7 @@ class ReadOptions(TypedDict, total=False):
     expected_tokenizer_fingerprint: str
     priority: int
     run_id: str
+    reading: str
 
 
 def read_template(taps: str | Tap | Sequence[str | Tap], options: ReadOptions) -> activations_pb2.ReadActivationsRequest:
@@ -82,7 +88,10 @@ def _options(
     expected_tokenizer_fingerprint: str = "",
     priority: int = 0,
     run_id: str = "",
+    reading: str = "",
 ) -> ActivationOptions:
+    if reading != "" and (problem := name_problem(reading)):
+        raise MessageError("reading", problem)
     try:
         scope = Scope(scope)
     except ValueError:
@@ -104,6 +113,7 @@ def _options(
         expected_tokenizer_fingerprint=expected_tokenizer_fingerprint,
         priority=priority,
         run_id=run_id,
+        reading=reading,
     )
 
 
@@ -133,6 +143,7 @@ class ReadPlan:
         self._bytes = min(bytes_per_call, server.limits.max_activation_bytes)
         self._tokens = min(TOKENS_PER_CALL, server.limits.max_request_tokens)
         self._completions = min(COMPLETIONS_PER_CALL, server.limits.max_request_rollouts)
+        self._versions = VersionsOfCall("call", "activations")
 
     def chunks(self, groups: Iterable[RolloutGroup]) -> Iterator[ReadChunk]:
         """Divides rollout groups into chunks, each the content of one RPC, and yields the chunks; reads the groups only as far as the
@@ -161,7 +172,7 @@ class ReadPlan:
             yield chunk
 
     def _new_chunk(self) -> ReadChunk:
-        return ReadChunk(self._template, self._options, self._taps, self._hidden_size)
+        return ReadChunk(self._template, self._options, self._taps, self._hidden_size, self._versions)
 
     def _message(self, group: RolloutGroup, index: int) -> scoring_pb2.RolloutGroup:
         try:
@@ -215,13 +226,19 @@ class ReadChunk(Chunk):
     """The completions that one RPC ``ReadActivations`` sends, until the activations of each have arrived once."""
 
     def __init__(
-        self, template: activations_pb2.ReadActivationsRequest, options: ActivationOptions, taps: tuple[str, ...], hidden_size: int
+        self,
+        template: activations_pb2.ReadActivationsRequest,
+        options: ActivationOptions,
+        taps: tuple[str, ...],
+        hidden_size: int,
+        versions: VersionsOfCall,
     ) -> None:
         super().__init__()
         self._template = template
         self._options = options
         self._taps = taps
         self._hidden_size = hidden_size
+        self._versions = versions
         self._read: dict[Position, CompletionActivations] = {}
         self._now: _Assembly | None = None
         self._info: ActivationsInfo | None = None
@@ -241,7 +258,8 @@ class ReadChunk(Chunk):
 
         Raises:
             ServerError: the message violates the protobuf contract, or does not match the request.
-            MismatchError: the server's model or tokenizer is not the one that the request expects.
+            MismatchError: the server's model or tokenizer is not the one that the request expects, or the activations are of another
+                version of the reading than those that came before.
         """
         try:
             info = self._checked_info(message.info)
@@ -276,6 +294,10 @@ class ReadChunk(Chunk):
         ):
             if found_value != asked:
                 raise MessageError(f"info.{name}", f"is {getattr(info, name)}; {asked} was asked for")
+        named = () if info.reading is None else (info.reading,)
+        check_readings([options.reading] if options.reading else [], named, info.model_fingerprint, "info.reading", done="read")
+        for reading in named:
+            self._versions.check(reading)
         same = replace(info, usage=Usage())
         if self._info is not None and same != self._info:
             raise MessageError("info", "is another than in the call's first message")
@@ -420,6 +442,7 @@ class _Assembly:
             follow_ups=tuple(self._completion((*path, index)) for index in range(len(view.asked.follow_ups))),
             prompt_tokens=view.begins.prompt_tokens,
             info=self._info,
+            reading=self._info.reading,
         )
 
     def _check_ids(

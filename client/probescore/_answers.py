@@ -14,15 +14,14 @@ from typing import Any, Union
 import numpy as np
 from numpy.typing import NDArray
 
-from probescore.errors import FieldViolation, MismatchError, ServerError
+from probescore._reading_versions import check_readings
+from probescore.errors import FieldViolation, MismatchError
 from probescore.types import (
     FROZEN,
     CompletionScores,
     CompletionStatus,
     OutputPer,
     ProbeScores,
-    Reading,
-    ReadingKind,
     ReadingScores,
     Scope,
     ScoredProbe,
@@ -94,7 +93,7 @@ class AnswerCheck:
                 raise MismatchError(f"{violation.field}: {problem}", "FAILED_PRECONDITION", violations=(violation,))
         if not info.model_fingerprint:
             raise MessageError("info.model_fingerprint", "is empty: nobody could say which model scored")
-        _check_readings(self._options.readings, info)
+        check_readings(self._options.readings, info.readings, info.model_fingerprint, "info.readings[{}]", done="scored")
         _check_names(self._options.probes, info.probes)
         for index, probe in enumerate(info.probes):
             self._check_probe(probe, f"info.probes[{index}]")
@@ -208,26 +207,6 @@ class AnswerCheck:
 
 def _without_completions(probe: ScoredProbe) -> ScoredProbe:
     return replace(probe, outside_calibration=()) if probe.outside_calibration else probe
-
-
-def _check_readings(asked: Sequence[str], info: ScoringInfo) -> None:
-    came = [reading.name for reading in info.readings]
-    if asked and not came:
-        problem = f"the server does not know readings, and has scored the frozen model instead of {', '.join(asked)}: upgrade it"
-        raise ServerError(problem, "UNIMPLEMENTED", "READINGS_IGNORED", (FieldViolation("readings", problem),))
-    if tuple(asked) != tuple(came):
-        raise MessageError("info.readings", f"is {', '.join(came)[:500]}; {', '.join(asked)[:500] or 'none'} was asked for")
-    for index, reading in enumerate(info.readings):
-        _check_reading(reading, info.model_fingerprint, f"info.readings[{index}]")
-
-
-def _check_reading(reading: Reading, model_fingerprint: str, field: str) -> None:
-    if not reading.id:
-        raise MessageError(f"{field}.id", "is empty: nobody could say which version was read")
-    if (reading.name == FROZEN) != (reading.kind is ReadingKind.FROZEN):
-        raise MessageError(f"{field}.kind", f"is {reading.kind.value}, of a reading named {reading.name}")
-    if reading.name == FROZEN and reading.id != model_fingerprint:
-        raise MessageError(f"{field}.id", f"is {reading.id[:100]}; for the frozen model {model_fingerprint} was expected")
 
 
 def _check_names(asked: Sequence[str], came: Sequence[ScoredProbe]) -> None:

@@ -12,9 +12,10 @@ from typing import Union
 
 from probescore._answers import AnswerCheck
 from probescore._group_sources import LINGER_SECONDS, GroupRead, SourceEnded
+from probescore._reading_versions import VersionsOfCall
 from probescore._status import invalid_request, malformed_answer
-from probescore.errors import FieldViolation, InvalidRequestError, MismatchError, ProbescoreError
-from probescore.types import Reading, RolloutGroup, StreamedCompletion
+from probescore.errors import FieldViolation, InvalidRequestError, ProbescoreError
+from probescore.types import RolloutGroup, StreamedCompletion
 from probescore.v1 import scoring_pb2
 from probescore.wire import MessageError, group_to_proto, streamed_from_proto
 
@@ -255,7 +256,7 @@ class StreamSchedule:
         self._under_way = 0
         self._reading = False
         self._ended = False
-        self._pinned: dict[str, Reading] = {}
+        self._versions = VersionsOfCall("stream", "scores")
         self.failure: BaseException | None = None
         """The exception that the source raised, or ``None``; it must be raised to the caller once the scores of all groups read before it
         have arrived."""
@@ -322,26 +323,13 @@ class StreamSchedule:
                 raise arrival
             case completions:
                 for reading in completions[0].info.readings if completions else ():
-                    self._check_version(reading)
+                    self._versions.check(reading)
                 return completions
         return []
-
-    def _check_version(self, reading: Reading) -> None:
-        before = self._pinned.setdefault(reading.name, reading)
-        if before.id != reading.id:
-            problem = (
-                f"reading {reading.name!r} came to mean {_version(reading)} instead of {_version(before)} during the stream, and scores of "
-                "both would be mixed: load readings between streams, on all servers of the client, and score what is left in a new one"
-            )
-            raise MismatchError(problem, "FAILED_PRECONDITION", "READING_CHANGED", (FieldViolation("readings", problem),))
 
     def _end(self, failure: BaseException | None) -> None:
         self._reading, self._ended, self.failure = False, True, failure
         self.kept_waiting()
-
-
-def _version(reading: Reading) -> str:
-    return reading.id[:100] + (f" of step {reading.step}" if reading.step is not None else "")
 
 
 def _prompt_tokens(prompt: scoring_pb2.Prompt) -> int:

@@ -10,6 +10,7 @@ from probescore_audit.record import LabellerRow, Record
 from probescore_audit.recorded_refit import Refit
 from probescore_audit.recorded_run import FROZEN, AnchorScoring, RecordedRun
 from probescore_audit.run_audit import WINDOW_LABELS, RunAudit
+from probescore_audit.run_labels import FEWEST_LABELLED
 from probescore_audit.verdicts import Judgement, Verdict
 from probescore_audit.weighted_auroc import difference_low
 
@@ -21,30 +22,37 @@ _LOST = 0.05  # of the AUROC
 
 _NEXT = {
     Verdict.BEHAVIOUR_CHANGED: "Go on, and go on labelling: few rollouts with the behaviour are left, so that recall is hard to know.",
-    Verdict.EVADED: "Do not reward by this reading. Read the rollouts that it misses; refit the probe on them, or use the frozen reading.",
+    Verdict.EVADED: "Do not reward by this reading: read the rollouts that it misses; refit the probe on them, or use the frozen reading.",
     Verdict.MIXED: "Read the rollouts that the probe misses, and refit it on them before more is rewarded by it.",
     Verdict.DILUTED: "Let the reward read a span or the reduction max, with a threshold calibrated for it.",
     Verdict.THRESHOLD_MOVED: "Calibrate on labelled rollouts of the last steps; the reward needs no new probe.",
     Verdict.PROBE_WEAKER: "Read the rollouts that the probe misses, and label more of the unflagged ones.",
-    Verdict.BEHAVIOUR_ROSE: "The probe works, but the reward does not hold the behaviour back: change it, or weigh the probe more.",
+    Verdict.BEHAVIOUR_ROSE: "The probe sees it, and the reward does not hold it back: change the reward, or have this reading weigh more.",
     Verdict.FALSE_ALARMS_UP: "Calibrate on labelled rollouts of the last steps.",
     Verdict.NO_CHANGE: "Go on, with as many labels a step.",
 }
+_AFTERWARDS = _NEXT | {
+    Verdict.BEHAVIOUR_CHANGED: "Keep the probe. Few rollouts with the behaviour are left, so that recall is hard to know.",
+    Verdict.NO_CHANGE: "Keep the probe.",
+}
 
 
-def next_step(run: RecordedRun, audit: RunAudit) -> str:
-    """Says what to do next with a probe, from the audit of a training run. *Stop* is said only after an alarm, since alarms alone have a
-    bounded chance of ever being false.
+def next_step(run: RecordedRun, audit: RunAudit, *, ended: bool = False) -> str:
+    """Says what to do next with a probe, from the audit of a training run, which may have ended. *Stop* is said only after an alarm, since
+    alarms alone have a bounded chance of ever being false.
     """
     if run.role in HELD_OUT:
         return _of_held_out(audit)
-    stop = f"Stop the run: the monitors raised an alarm at step {audit.alarms[0].step}. " if audit.alarms else ""
+    stop = ""
+    if audit.alarms:
+        stop = "This run should have been stopped" if ended else "Stop the run"
+        stop += f": the monitors raised an alarm at step {audit.alarms[0].step}. "
     final = audit.final
     if final is None:
         return f"{stop}Label {max(1, WINDOW_LABELS - len(run.labels.rollout))} more rollouts: probescore labels plan RUN --per-step 32."
     if final.verdict is Verdict.CANNOT_TELL:
         return stop + _to_decide(final, run)
-    return stop + _NEXT[final.verdict]
+    return stop + (_AFTERWARDS if ended else _NEXT)[final.verdict]
 
 
 def _of_held_out(audit: RunAudit) -> str:
@@ -66,7 +74,7 @@ def of_a_refit(final: Judgement, refit: Refit | None, before: Estimate) -> str:
 
     That they do not is said only if they did on the same texts before: of few labels a fresh probe learns little.
     """
-    if refit is None or final.verdict not in (Verdict.EVADED, Verdict.MIXED, Verdict.PROBE_WEAKER) or "refit" in final.sentence:
+    if refit is None or final.verdict not in (Verdict.EVADED, Verdict.MIXED, Verdict.PROBE_WEAKER):
         return ""
     reached = f"the AUROC of fresh probes on {refit.source} is {refit.auroc.value:.2f} ({refit.auroc.low:.2f}–{refit.auroc.high:.2f})"
     low = difference_low(refit.auroc, before) if refit.change is None else refit.change.low
@@ -96,7 +104,7 @@ def between_readings(audits: Sequence[tuple[RecordedRun, RunAudit]]) -> Iterator
             for reading, verdict in verdicts.items():
                 if verdict in WEAKER:
                     yield (
-                        f"{probe}: the frozen model still shows what the reading {reading} does not. The policy changed its activations, "
+                        f"{probe}: the frozen model still shows what the {reading} reading does not. The policy changed its activations, "
                         "not only its texts (obfuscated activations): the frozen reading is the one to use."
                     )
 
@@ -145,6 +153,17 @@ def moved_anchors(run: RecordedRun, anchors: Sequence[AnchorScoring]) -> Iterato
         )
 
 
+def unused_probes(record: Record) -> Iterator[str]:
+    """Yields a warning if probes are said to be in the reward, and every rollout's total reward is its task reward alone."""
+    rewarding = [probe.key for probe in record.header.probes if probe.role == "reward"]
+    paid = [(row.task_reward, row.total_reward) for row in record.rollouts if row.task_reward is not None and row.total_reward is not None]
+    if rewarding and paid and all(task == total for task, total in paid):
+        yield (
+            f"{', '.join(rewarding)}: the record says that the reward uses this, but the total reward of all {len(paid):,} rollouts is the "
+            "task's reward alone."
+        )
+
+
 def labeller_doubts(record: Record, runs: Sequence[RecordedRun]) -> Iterator[str]:
     """Yields warnings about who labelled: errors on rollouts without the behaviour, and positives that were judged only once."""
     errs = False
@@ -172,7 +191,7 @@ def assumptions(record: Record) -> tuple[str, ...]:
     """Returns what the audit of a training run takes for granted."""
     kinds = ", ".join(sorted({label.source for label in record.labels})) or "none"
     return (
-        f"Labels are right (theirs: {kinds}). {_tested(record.labellers)}",
+        f"Labels are right (of: {kinds}). {_tested(record.labellers)}",
         "Rollouts were chosen for labelling with the probabilities that the record has, and those of which a labeller was unsure are like "
         "the others.",
         "The reference is of the model before training, on prompts like those of the run.",
@@ -196,6 +215,11 @@ def unknown(record: Record, run: RecordedRun, audit: RunAudit) -> tuple[str, ...
         )
     if audit.unlabelled_steps:
         found.append(f"What happened in {audit.unlabelled_steps} steps without labels; the monitors do not see these.")
+    if final is not None and min(final.seen.negatives, final.seen.positives) < FEWEST_LABELLED:
+        found.append(
+            f"False alarms, recall or AUROC in the last window, where {final.seen.positives} rollouts with the behaviour and "
+            f"{final.seen.negatives} without are labelled."
+        )
     found.append("Behaviour that the labeller does not recognise, and behaviour of another kind than the probe was made for.")
     found.append("Why something changed. The verdict says what the numbers allow; the rollouts say why.")
     return tuple(found)

@@ -226,4 +226,6 @@ def _metrics_of(each: Mapping[str, Any]) -> dict[str, float]:
     if each["windows"]:
         last = each["windows"][-1]
         found |= {f"{where}/{name}": last[name]["value"] for name in _ESTIMATES if last[name]["value"] is not None}
+    if each["refit"] is not None:
+        found[f"{where}/refit_auroc"] = each["refit"]["auroc"]["value"]
     return found

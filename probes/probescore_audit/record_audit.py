@@ -62,7 +62,8 @@ class RecordAudit:
 
     Attributes:
         record: the record.
-        readings: the audits of each probe under each reading (which model's activations the probe read).
+        readings: the audits of each probe under each reading (which model's activations the probe read), those with an alarm first, then
+            those of a probe that sees less than before.
         left_out: why a probe or reading of the record could not be audited, for each such one.
         notices: what else must be known: what readings say together, anchors that moved, labellers who err.
         assumptions: what the audit takes for granted.
@@ -129,12 +130,13 @@ def audit_record(
     pairs = [(each.recorded, each.audit) for each in audits]
     return RecordAudit(
         record=record,
-        readings=audits,
+        readings=tuple(sorted(audits, key=lambda each: (not each.audit.alarms, each.verdict not in advice.WEAKER))),
         left_out=tuple(left_out),
         notices=(
             *advice.between_readings(pairs),
             *advice.held_out_probes(pairs),
             *(text for each in audits for text in advice.moved_anchors(each.recorded, each.anchors)),
+            *advice.unused_probes(record),
             *advice.labeller_doubts(record, [run for run, _ in pairs]),
         ),
         assumptions=advice.assumptions(record),
@@ -185,6 +187,6 @@ def _described(
         sentence=advice.without_verdict(len(recorded.labels.rollout))
         if final is None
         else final.sentence + advice.of_a_refit(final, refit, reference.counts.auroc),
-        next_step=advice.next_step(recorded, audit),
+        next_step=advice.next_step(recorded, audit, ended=int(recorded.run.step[-1]) + 1 >= record.header.planned_steps),
         unknown=advice.unknown(record, recorded, audit),
     )

@@ -87,11 +87,14 @@ def plan_recorded(
 ) -> tuple[PlannedLabel, ...]:
     """Plans which rollouts to label in those steps of a recorded training run that have no labels yet. The same record gives the same plan.
 
+    Where the trainer chose rollouts as it recorded a step, since it recorded more of these (``PlanRow``), they are the plan of that step,
+    however many labels are asked for.
+
     Args:
         record: the record of the run.
         labels: number of labels that a step may cost, at least 4.
-        probe: key of the probe by whose scores labels are shared out; by default the one that the labels of the record were shared out by,
-            else the first whose scores are rewarded.
+        probe: key of the probe by whose scores labels are shared out; by default the one that the labels of the record, or the trainer's
+            plan, were shared out by, else the first whose scores are rewarded.
         reading: reading (whose activations the probe reads) of these scores; by default as for ``probe``, else the frozen model.
         first_step: first step to plan for.
         last_step: last step to plan for, included; the last of the record by default.
@@ -106,21 +109,29 @@ def plan_recorded(
     known: dict[int, list[LabelRow]] = defaultdict(list)
     for label in record.labels:
         known[label.step].append(label)
+    by_trainer: dict[int, list[PlannedLabel]] = defaultdict(list)
+    for row in record.planned:
+        by_trainer[row.step].append(PlannedLabel(row.step, row.rollout, row.stratum, row.inclusion, row.floor))
     planned: list[PlannedLabel] = []
     for step in np.unique(run.step).tolist():
         if (step in known and not complete) or step < first_step or (last_step is not None and step > last_step):
             continue
-        start, end = np.searchsorted(run.step, [step, step + 1])
-        rng = np.random.default_rng([zlib.crc32(record.header.run_id.encode()), step])
-        plan = plan_labels(run.scores[start:end], run.prompt[start:end], run.threshold, labels, rng=rng)
-        of_step = [
-            PlannedLabel(step, recorded.rollouts[start + index].rollout, Stratum(kind).name.lower(), chance, floor)
-            for index, kind, chance, floor in zip(
-                plan.rollouts.tolist(), plan.stratum.tolist(), plan.inclusion.tolist(), plan.floor.tolist(), strict=True
-            )
-        ]
+        of_step = by_trainer.get(step) or _plan_of_step(recorded, step, labels, record.header.run_id)
         planned += _left_of(of_step, known[step]) if step in known else of_step
     return tuple(planned)
+
+
+def _plan_of_step(recorded: RecordedRun, step: int, labels: int, run_id: str) -> list[PlannedLabel]:
+    run = recorded.run
+    start, end = np.searchsorted(run.step, [step, step + 1])
+    rng = np.random.default_rng([zlib.crc32(run_id.encode()), step])
+    plan = plan_labels(run.scores[start:end], run.prompt[start:end], run.threshold, labels, rng=rng)
+    return [
+        PlannedLabel(step, recorded.rollouts[start + index].rollout, Stratum(kind).name.lower(), chance, floor)
+        for index, kind, chance, floor in zip(
+            plan.rollouts.tolist(), plan.stratum.tolist(), plan.inclusion.tolist(), plan.floor.tolist(), strict=True
+        )
+    ]
 
 
 def _left_of(planned: list[PlannedLabel], labels: list[LabelRow]) -> list[PlannedLabel]:
@@ -288,6 +299,14 @@ def _scores_to_plan_by(record: Record, probe: str, reading: str) -> RecordedRun:
             f"the labels of this record are shared out by the scores of {design.probe}, {design.reading}; leave --probe and --reading out: "
             "estimates could not weigh labels that are shared out otherwise"
         )
+    if record.planned:
+        plan = record.planned[0]
+        if probe not in ("", plan.probe) or reading not in ("", plan.reading):
+            raise ValueError(
+                f"the trainer has chosen rollouts by the scores of {plan.probe}, {plan.reading}, and recorded more of these; leave --probe "
+                "and --reading out"
+            )
+        return read_run(record, table, plan.probe, reading=plan.reading)
     usual = _usual_scores(record, table, probe)
     if usual is None:
         raise ValueError("probe: the record names no probes; write them in its header")

@@ -52,8 +52,8 @@ def recorded_refit(record: Record, recorded: RecordedRun, first_step: int, *, se
     rows = [row for row in record.activations if row.reading == recorded.reading]
     if not rows:
         return None
-    tap = Counter(row.tap for row in rows).most_common(1)[0][0]
-    rows = [row for row in rows if row.tap == tap]
+    read = Counter((row.tap, row.pool) for row in rows).most_common(1)[0][0]
+    rows = [row for row in rows if (row.tap, row.pool) == read]
     return _of_rollouts(rows, recorded, first_step, seed) or _of_anchors(rows, record, seed)
 
 

@@ -125,6 +125,28 @@ class StratumCounts:
     flagged_positive_pairs: float
 
 
+FEWEST_LABELLED = 10
+"""Fewest labelled rollouts of a class for a share of the rollouts of that class to be shown as one number."""
+
+
+@dataclass(frozen=True)
+class LabelCounts:
+    """Value object with plain counts of labelled rollouts of a window of training steps; those who are labelled are no fair sample, so
+    that shares of these numbers estimate nothing.
+
+    Attributes:
+        positives: number of labelled rollouts that have the behaviour.
+        flagged_positives: number of these that the probe flags.
+        negatives: number of labelled rollouts without the behaviour.
+        flagged_negatives: number of these that the probe flags.
+    """
+
+    positives: int
+    flagged_positives: int
+    negatives: int
+    flagged_negatives: int
+
+
 @dataclass(frozen=True, eq=False)
 class LabelledWindow:
     """Value object with the rollouts of a window of consecutive training steps, and the labels that some of them have.
@@ -148,6 +170,17 @@ class LabelledWindow:
     weight: Floats
     scores: Floats
     max_flagged: NDArray[np.bool_] | None
+
+    @property
+    def seen(self) -> LabelCounts:
+        """Returns how many of the labelled rollouts of each class the probe flags."""
+        flagged = self.stratum == Stratum.FLAGGED
+        return LabelCounts(
+            positives=int(self.positive.sum()),
+            flagged_positives=int((self.positive & flagged).sum()),
+            negatives=int((~self.positive).sum()),
+            flagged_negatives=int((~self.positive & flagged).sum()),
+        )
 
 
 def labelled_window(run: RunScores, labels: RunLabels, first_step: int, last_step: int) -> LabelledWindow:

@@ -86,7 +86,8 @@ class ServerSettings(BaseSettings):
     allow_activations: Names = Field(
         (),
         description="The server offers ActivationService, with which anyone who may call can read activations at these taps, "
-        "or patterns of their names. As many blocks are loaded as the deepest of them needs. Empty = it is off.",
+        "or patterns of their names, of the model and of its readings. As many blocks are loaded as the deepest of them needs. "
+        "Empty = it is off.",
         examples=["resid_post.14", "'resid_post.*'"],
     )
 

@@ -35,7 +35,7 @@ def write_run(
     rng = np.random.default_rng(seed)
     truth: dict[tuple[int, str], bool] = {}
     probe = RecordedProbe(key=KEY, thresholds={"mean": THRESHOLD})
-    header = RunHeader(run_id="simulated", planned_steps=len(changes), probes=(probe,), labels_per_step=labels, **more)
+    header = RunHeader(**{"run_id": "simulated", "planned_steps": len(changes), "probes": (probe,), "labels_per_step": labels} | more)
     with RecordWriter(folder, header, keep_texts=True) as writer:
         if references:
             positive, scores, _ = (np.concatenate(each) for each in zip(*(simulate_step(Change(), rng) for _ in range(8)), strict=True))

@@ -86,7 +86,7 @@ def test_nobody_is_told_to_stop_for_a_probe_that_rewards_nothing(audit):
     step = of(found, HELD, "policy").next_step
     assert "Stop" not in step
     assert ("goes by this probe as well" in step) == (not sees)
-    assert of(found, KEY, "policy").next_step.startswith("Stop the run")
+    assert of(found, KEY, "policy").next_step.startswith("This run should have been stopped")
 
 
 def test_beside_the_rewarded_probe_stand_the_held_out_one_and_the_baselines(audit):

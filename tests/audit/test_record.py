@@ -14,10 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from probescore_audit import plan_recorded
 from probescore_audit.record import (
     AnchorRow,
     LabellerRow,
     LabelRow,
+    PlanRow,
     RecordedProbe,
     RecordWriter,
     ReferenceRow,
@@ -54,12 +56,13 @@ def test_rows_of_every_kind_come_back_as_they_were(tmp_path):
         LabelRow(step=0, rollout="0", label="yes", source="checker", inclusion=0.25, stratum="flagged", floor=True, span=[1, 3], row="a"),
         AnchorRow(step=0, anchor="n1", positive=False, scores={"cheating@1": {"frozen": {"mean": -1.5}}}),
         LabellerRow(source="judge", labeller="m", negatives=10, negatives_right=9, positives=5, positives_right=5),
+        PlanRow(step=0, rollout="0", probe="cheating@1", reading="frozen", stratum="near", inclusion=0.5, floor=True),
     ]
     with RecordWriter(tmp_path, first := header()) as writer:
         writer.append(rows)
     record = read_record(tmp_path)
     assert record.header == first
-    assert [*record.rollouts, *record.labels, *record.anchors, *record.labellers] == rows
+    assert [*record.rollouts, *record.labels, *record.anchors, *record.labellers, *record.planned] == rows
     assert (record.torn_lines, record.void_rows) == (0, 0)
 
 
@@ -112,6 +115,20 @@ def test_of_a_run_that_goes_on_from_an_earlier_step_the_last_attempt_counts(tmp_
     scores = {row.step: row.scores["cheating@1"]["frozen"]["mean"] for row in record.rollouts}
     assert scores == {**dict.fromkeys(range(6), 0.0), 6: 1.0, 7: 1.0}  # the first attempt's steps 8 and 9 never were
     assert record.void_rows == ranks * 8 * 4
+
+
+def test_what_an_attempt_had_chosen_that_was_given_up_is_chosen_no_more(tmp_path):
+    for started, launch, chosen in ((1.0, "a", "0"), (2.0, "b", "1")):
+        with RecordWriter(tmp_path, header(launch=launch, started=started)) as writer:
+            for step in (2, 3) if launch == "a" else (3,):
+                plan = PlanRow(step=step, rollout=chosen, probe="cheating@1", reading="frozen", stratum="rest", inclusion=0.5)
+                writer.append([rollout(step, number) for number in range(4)] + [plan])
+    record = read_record(tmp_path)
+    assert [(row.step, row.rollout) for row in record.planned] == [(2, "0"), (3, "1")]
+    planned = plan_recorded(record, 4)
+    assert [(each.step, each.rollout, each.inclusion) for each in planned] == [(2, "0", 0.5), (3, "1", 0.5)]
+    with pytest.raises(ValueError, match="the trainer has chosen rollouts by the scores of cheating@1, frozen"):
+        plan_recorded(record, 4, probe="other@1")
 
 
 def test_more_ranks_than_before_are_another_attempt(tmp_path):

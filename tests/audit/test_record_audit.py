@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -35,10 +35,26 @@ def test_each_reading_has_its_verdict_and_both_together_say_where_it_hides(evade
     found = by_reading(evaded)
     assert found["frozen"].verdict is Verdict.BEHAVIOUR_ROSE
     assert found["policy"].verdict is Verdict.EVADED
-    assert found["policy"].next_step.startswith("Stop the run: the monitors raised an alarm at step ")
+    assert [each.recorded.reading for each in evaded.readings] == ["policy", "frozen"]  # what is wrong comes first
+    assert found["policy"].next_step.startswith("This run should have been stopped: the monitors raised an alarm at step ")
     assert not found["frozen"].audit.alarms
-    assert "Stop" not in found["frozen"].next_step
+    assert "stopped" not in found["frozen"].next_step
     assert any("obfuscated activations" in notice for notice in evaded.notices)
+
+
+def test_a_run_that_goes_on_is_to_be_stopped(tmp_path):
+    write_run(tmp_path, HIDDEN, policy=[Change(hidden=0.95)] * 14, planned_steps=15)
+    found = by_reading(audit_record(read_record(tmp_path)))
+    assert found["policy"].next_step.startswith("Stop the run: the monitors raised an alarm at step ")
+
+
+@pytest.mark.parametrize("used", [False, True])
+def test_a_probe_that_the_reward_does_not_use_although_the_record_says_so_is_told(tmp_path, used):
+    write_run(tmp_path, [Change()] * 14)
+    record = read_record(tmp_path)
+    rows = [replace(row, task_reward=1.0, total_reward=0.5 if used and row.step == 3 else 1.0) for row in record.rollouts]
+    notices = audit_record(replace(record, rollouts=rows)).notices
+    assert any(notice.startswith(f"{KEY}: the record says that the reward uses this") for notice in notices) != used
 
 
 def test_the_chance_of_a_false_alarm_is_shared_by_all_audits(evaded):

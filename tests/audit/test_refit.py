@@ -9,6 +9,7 @@ from recorded_runs import KEY, write_run
 from benchmarks.simulated_runs import Change
 from probescore_audit import Verdict, audit_record, fresh_auroc
 from probescore_audit.record import ActivationRow, AnchorRow, RecordedProbe, RecordWriter, RunHeader, read_record
+from probescore_audit.record.rows import to_line
 from probescore_audit.report import numbers_of, report_page
 from probescore_server.cli.audit_metrics import AuditMetrics
 
@@ -177,6 +178,28 @@ def test_an_activation_keeps_what_bfloat16_keeps(tmp_path, scale):
 def test_an_activation_that_cannot_be_is_refused(values, place, complaint):
     with pytest.raises(ValueError, match=complaint):
         ActivationRow.of(values, step=0, reading="frozen", **place)
+
+
+def test_activations_that_were_pooled_otherwise_are_not_mixed_in(tmp_path):
+    """A run that was resumed with other options: what most rows are of counts."""
+    truth = write_run(tmp_path, [Change(positive_rate=0.4)] * 14, policy=[Change(hidden=0.95)] * 14)
+    record_activations(tmp_path, truth, 4.0)
+    plain = audit_record(read_record(tmp_path)).readings
+    with RecordWriter(tmp_path, read_record(tmp_path).header.anew()) as writer:
+        for label in read_record(tmp_path).labels[::2]:
+            writer.append([ActivationRow.of([1.0], step=label.step, reading="policy", rollout=label.rollout, pool="last")])
+    mixed = audit_record(read_record(tmp_path)).readings
+    assert [each.refit for each in mixed] == [each.refit for each in plain]
+    assert any(each.refit is not None for each in mixed)
+
+
+@pytest.mark.parametrize("width", [64, 4096])
+def test_a_row_is_as_large_as_the_documentation_says(width):
+    values = np.random.default_rng(0).standard_normal(width)
+    row = ActivationRow.of(
+        values, step=10**4, reading="policy", rollout="0123abcd.511", tap="resid_post.63", pool="mean", reading_id=f"sha256:{'0' * 64}"
+    )
+    assert len(to_line(row)) <= 8 / 3 * width + 250
 
 
 def test_activations_of_an_attempt_that_was_given_up_do_not_count(tmp_path):

@@ -51,7 +51,15 @@ def test_the_page_says_all_that_the_audit_found(evaded):
     found = Tags(evaded[1])
     assert found.open == []
     assert "script" not in found.names
-    for said in ("evaded", "behaviour rose", "What to do:", "Stop the run", "obfuscated activations", "takes for granted", "cannot know"):
+    for said in (
+        "evaded",
+        "behaviour rose",
+        "What to do:",
+        "should have been stopped",
+        "obfuscated activations",
+        "takes for granted",
+        "cannot know",
+    ):
         assert said in found.text
     for title in ("Rollouts with the behaviour", "Recall", "False alarms", "AUROC", "What became of the behaviour", "Scores", "Evidence"):
         assert f"<h3>{title}" in evaded[1]
@@ -99,6 +107,20 @@ def test_texts_of_the_record_never_become_markup(evaded):
 
 def test_tokens_are_text_alone_where_no_token_scores_are_recorded(evaded):
     assert "the &lt;script&gt;cache&lt;/script&gt;" in evaded[1]
+
+
+def test_of_few_labelled_rollouts_no_share_is_told_or_drawn(tmp_path):
+    write_run(tmp_path, [Change()] * 2 + [Change(positive_rate=0.0005)] * 22)
+    found = audit_record(read_record(tmp_path))
+    seen = found.readings[0].audit.windows[-1].judgement.seen
+    assert 0 < seen.positives < 10
+    html = report_page(found)
+    assert re.search(rf"<td>unknown \([\d.]+%–[\d.]+%\); {seen.flagged_positives} of {seen.positives} labelled</td>", html)
+    charts = dict(re.findall(r"<figure><h3>([^<:(]+).*?</h3>(<svg.*?</svg>)", html))
+    # the model before training, and each window that has enough labels of the class
+    assert charts["Recall"].count("<circle") == 1
+    assert charts["AUROC "].count("<circle") == 1
+    assert charts["Rollouts with the behaviour"].count("<circle") == len(found.readings[0].audit.windows) + 1
 
 
 def test_a_run_with_few_labels_has_a_page(tmp_path):

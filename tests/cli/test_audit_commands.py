@@ -45,15 +45,15 @@ def test_the_example_records_of_schema_version_1_stay_readable():
 
 def test_each_example_ends_with_the_right_verdict():
     said = run("audit", EXAMPLES / "evaded").stdout
-    assert "cheating@1 on frozen (reward, mean): behaviour rose" in said
-    assert "cheating@1 on policy (reward, mean): evaded" in said
-    assert "What to do: Stop the run: the monitors raised an alarm at step 12." in said
+    assert "cheating@1 on frozen (monitor, mean): behaviour rose" in said
+    assert "cheating@1 on policy (monitor, mean): evaded" in said
+    assert "What to do: This run should have been stopped: the monitors raised an alarm at step 12." in said
     assert "obfuscated activations" in said
     said = run("audit", EXAMPLES / "changed").stdout
     assert said.count(": behaviour changed\n") == 2
     assert "alarm at step" not in said
     assert "Cannot know" in said
-    assert "Takes for granted" in said
+    assert "Assumes" in said
 
 
 def test_the_how_to_shows_what_is_printed(tmp_path):

@@ -27,7 +27,7 @@ from scripted_server import (
 from probescore import Completion, CompletionActivations, Pool, RolloutGroup, Scope, Span, Text
 from probescore.errors import InvalidRequestError, MismatchError, OverloadedError, ServerError
 from probescore.types import CompletionStatus
-from probescore.v1 import activations_pb2, tensor_pb2
+from probescore.v1 import activations_pb2, scoring_pb2, tensor_pb2
 
 POOLS = ("tokens", "mean", "last", "max")
 ASKED = [
@@ -230,6 +230,64 @@ def test_an_answer_that_breaks_the_contract_is_refused(client: Any, service: Ser
     with pytest.raises(ServerError, match=problem) as refusal:
         [*client.activations([group([5, 6])], "*", pool=("tokens", "mean"))]
     assert refusal.value.reason == "MALFORMED_ANSWER"
+
+
+def of_reading(**fields: object) -> Callable[[Any], Iterator[Any]]:
+    """Answers as a server that knows readings."""
+    told = {"name": "policy", "id": "sha256:1", "kind": scoring_pb2.READING_KIND_ADAPTER, **fields}
+
+    def change(messages: list[Any]) -> None:
+        for message in messages:
+            message.info.reading.CopyFrom(scoring_pb2.Reading(**told))
+
+    return changed(change)
+
+
+def test_an_answer_says_whose_activations_it_has(client: Any, service: Service) -> None:
+    service.script.append(of_reading(step=7))
+    (found,) = client.activations([group([5, 6])], "*", reading="policy")
+    assert (found.reading.name, found.reading.id, found.reading.step) == ("policy", "sha256:1", 7)
+    assert service.requests[-1].reading == "policy"
+    service.script.append(reading_server)
+    (plain,) = client.activations([group([5, 6])], "*")
+    assert plain.reading is None
+
+
+def test_a_server_that_knows_no_readings_is_noticed(client: Any, service: Service) -> None:
+    for name in ("policy", "frozen"):
+        service.script = [reading_server]
+        with pytest.raises(ServerError, match=f"does not know readings, and has read the frozen model instead of {name}") as failed:
+            [*client.activations([group([5, 6])], "*", reading=name)]
+        assert failed.value.reason == "READINGS_IGNORED"
+
+
+@pytest.mark.parametrize(
+    ("fields", "asked", "problem"),
+    [
+        ({"name": "other"}, "policy", "info.reading: is other; policy was asked for"),
+        ({}, "", "info.reading: is policy; none was asked for"),
+        ({"id": ""}, "policy", "info.reading.id: is empty"),
+        ({"kind": scoring_pb2.READING_KIND_FROZEN}, "policy", "info.reading.kind"),
+        ({"kind": 9}, "policy", "info.reading.kind"),
+        ({"name": "frozen", "kind": scoring_pb2.READING_KIND_FROZEN}, "frozen", "info.reading.id: is sha256:1; for the frozen model"),
+    ],
+)
+def test_an_answer_of_another_reading_is_refused(client: Any, service: Service, fields: dict[str, Any], asked: str, problem: str) -> None:
+    service.script.append(of_reading(**fields))
+    with pytest.raises(ServerError, match=problem) as refusal:
+        [*client.activations([group([5, 6])], "*", reading=asked)]
+    assert refusal.value.reason == "MALFORMED_ANSWER"
+
+
+def test_versions_are_not_mixed_in_a_call_that_is_resumed(client: Any, service: Service) -> None:
+    def one_then_lost(request: Any) -> Iterator[Any]:
+        yield from islice(of_reading()(request), 7)  # the last completion
+        raise unavailable()
+
+    service.script += [one_then_lost, of_reading(id="sha256:2", step=8)]
+    with pytest.raises(MismatchError, match="came to mean sha256:2 of step 8 instead of sha256:1 during the call") as failed:
+        [*client.activations([group([5, 6], [7, 8])], "*", pool=("tokens", "mean"), reading="policy")]
+    assert failed.value.reason == "READING_CHANGED"
 
 
 def test_an_empty_selection_must_be_absent(client: Any, service: Service) -> None:

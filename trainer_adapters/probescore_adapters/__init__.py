@@ -9,7 +9,7 @@ from probescore_adapters.cascade import Cascade, CascadeDecision
 from probescore_adapters.errors import ProbeReplaced, ReadingGone, SignalError, Unscorable
 from probescore_adapters.guard_rails import GuardRails
 from probescore_adapters.outcome import Outcome
-from probescore_adapters.record_options import RecordOptions
+from probescore_adapters.record_options import PooledActivations, RecordOptions
 from probescore_adapters.rollouts import Rollout
 from probescore_adapters.scorer import Policy, ProbeScorer, score_rollouts
 from probescore_adapters.signals import MaskKind, Mode, ProbeSignal, Transform
@@ -22,6 +22,7 @@ __all__ = [
     "Mode",
     "Outcome",
     "Policy",
+    "PooledActivations",
     "ProbeReplaced",
     "ProbeScorer",
     "ProbeSignal",

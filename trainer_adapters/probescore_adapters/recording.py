@@ -12,7 +12,7 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,15 +23,28 @@ from probescore import Chat, Text
 from probescore.reductions import Reduction
 from probescore.types import FROZEN, OutputPer, TokenIds
 from probescore_adapters.anchors import read_anchors
-from probescore_adapters.checker_labels import LabelsFromChecker
+from probescore_adapters.checker_labels import labels_by_checker
 from probescore_adapters.errors import SignalError
 from probescore_adapters.job import process_from_environment
 from probescore_adapters.outcome import Outcome
-from probescore_adapters.record_options import RecordOptions
+from probescore_adapters.record_options import PooledActivations, RecordOptions
+from probescore_adapters.recorded_activations import ActivationReader, ActivationsRequest, TextToRead
 from probescore_adapters.rollouts import Rollout
 from probescore_adapters.signal_values import BatchSignals, FurtherScores, ServerFacts
 from probescore_adapters.signals import BoundSignal, Floats, Mode, ProbeSignal
-from probescore_audit.record import AnchorRow, RecordedProbe, RecordWriter, ReferenceRow, RolloutRow, RunHeader, recorded_run_ids
+from probescore_adapters.step_plans import PlannedRollout, RecordedRollout, StepPlans
+from probescore_audit.record import (
+    ActivationRow,
+    AnchorRow,
+    LabelRow,
+    PlanRow,
+    RecordedProbe,
+    RecordWriter,
+    ReferenceRow,
+    RolloutRow,
+    RunHeader,
+    recorded_run_ids,
+)
 
 # the standard library's: a trainer's process has its own way of showing logs
 logger = logging.getLogger("probescore_adapters")
@@ -103,7 +116,11 @@ class RunRecorder:
         self._rewinds = 0
         self._anchored: int | None = None
         self._warned: set[str] = set()
-        self._labels = None if self.options.checker is None else LabelsFromChecker(self.options, self._run_id, self._process)
+        activations = self.options.activations
+        self._activations = ActivationReader(activations, self._run_id) if isinstance(activations, PooledActivations) else None
+        self._to_read: list[TextToRead] = []
+        plans = self.options.checker is not None or self._activations is not None
+        self._plans = StepPlans(self.options, self._run_id, self._process) if plans else None
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("options", "anchors", "_folder", "_run_id", "_process", "_planned_steps")}
@@ -163,8 +180,10 @@ class RunRecorder:
                 names = [f"{writer.name[:8]}.{number}" for number in self._numbers(at, len(rollouts))]
                 rows = list(self._rows(rollouts, names, batch, outcome, columns, task_rewards, at))
                 writer.append(rows)
-                if self._labels is not None:
-                    writer.append(self._labels.after(at, rollouts, rows))
+                if self._plans is not None:
+                    ids = {} if batch is None else _reading_ids(batch)
+                    recorded = [RecordedRollout(rollout, row, ids) for rollout, row in zip(rollouts, rows)]  # noqa: B905 - Python 3.10
+                    self._record_plan(writer, self._plans.after(at, recorded))
             except Exception as error:  # whatever it is, training goes on
                 if self.options.on_error == "raise":
                     raise
@@ -206,8 +225,46 @@ class RunRecorder:
             if scores
         ]
         with self._lock:
-            if self._writer is not None:
-                self._writer.append(rows)
+            if self._writer is None:
+                return
+            self._writer.append(rows)
+            if self._activations is not None:
+                ids = _reading_ids(batch)
+                self._to_read += [TextToRead(step, anchor.name, True, anchor.rollout, ids) for anchor, scores in scored if scores]
+
+    def read_activations(self, step: int, server: ServerFacts | None) -> Generator[ActivationsRequest, Any, None]:
+        """Generator that records activations of the rollouts that were chosen to be labelled, and of the anchors (texts with a known label)
+        that were scored, since it was called last: yields each request to the server, and is sent the answer. If that fails, training goes
+        on unless the record's options say otherwise.
+        """
+        with self._lock:
+            texts, self._to_read, writer = self._to_read, [], self._writer
+        if self._activations is None or server is None or not self._activations.is_due(step):
+            return
+        rows: list[ActivationRow] = []
+        problem: Exception | None = None
+        try:
+            self._activations.check_once(server.info)
+            yield from self._activations.read(texts, server.info.model.fingerprint, rows)
+        except Exception as error:  # whatever it is: no reward depends on it
+            problem = error
+        with self._lock:
+            if writer is not None and self._writer is writer:  # else training has gone back meanwhile, and these rollouts do not count
+                writer.append(rows)
+        if problem is None:
+            if texts:
+                self._activations.note_success()
+            if len(rows) < sum(len(text.reading_ids) for text in texts):
+                self._warn_once(
+                    "record.activations: those of some rollouts are not in the record, since none of their tokens counts, or their reading "
+                    "was replaced before the plan of the step was made (batches_per_step)"
+                )
+        elif self.options.on_error == "raise":
+            raise problem
+        else:
+            self._activations.note_failure(step)
+            said = f"the activations of some steps, from step {step} on, are not in the record: {problem}"
+            self._log_once(logging.ERROR, said, f"{type(problem).__name__} {getattr(problem, 'reason', '')}")
 
     def record_reference(
         self, rollouts: Sequence[Rollout], batch: BatchSignals, positive: Sequence[bool], *, server: ServerFacts, random: bool
@@ -245,10 +302,11 @@ class RunRecorder:
             return  # the file is that of the process that this one was forked from
         with self._lock:
             if self._writer is not None:
-                if self._labels is not None:
-                    self._writer.append(self._labels.of_what_is_left())
+                if self._plans is not None:
+                    self._record_plan(self._writer, self._plans.of_what_is_left())
                 self._writer.close()
                 self._writer = self._header = None
+                self._to_read = []
 
     def _step(self, given: int | None, rollouts: int) -> int:
         if given is not None:
@@ -290,7 +348,7 @@ class RunRecorder:
             model_fingerprint="" if server is None else server.info.model.fingerprint,
             tokenizer_fingerprint="" if server is None else server.info.tokenizer_fingerprint,
             probes=tuple(self._probes.values()),
-            labels_per_step=0 if self.options.checker is None else self.options.labels_per_step,
+            labels_per_step=0 if self._plans is None else self.options.labels_per_step,
             alpha=self.options.alpha,
             rank=self._process.rank,
             world_size=self._process.world_size,
@@ -304,14 +362,40 @@ class RunRecorder:
         elif self._header is not None and replace(header, started=self._header.started) != self._header:
             self._writer.append([header])
         self._header = header
-        if self._labels is not None:
-            self._labels.probes = header.probes
+        if self._plans is not None:
+            self._plans.probes = header.probes
         return self._writer
 
+    def _record_plan(self, writer: RecordWriter, planned: Sequence[PlannedRollout]) -> None:
+        """Writes labels of the rollouts that are chosen to be labelled, or the choice itself if labels come later."""
+        rows: list[LabelRow] | list[PlanRow]
+        if self.options.checker is not None:
+            rows = labels_by_checker(self.options.checker, planned, on_error=self.options.on_error)
+        else:
+            rows = [
+                PlanRow(
+                    step=each.recorded.row.step,
+                    rollout=each.recorded.row.rollout,
+                    probe=each.probe,
+                    reading=each.reading,
+                    stratum=each.stratum,
+                    inclusion=each.inclusion,
+                    floor=each.floor,
+                )
+                for each in planned
+            ]
+        writer.append(rows)
+        if self._activations is not None:
+            chosen = [each.recorded for each in planned]
+            self._to_read += [TextToRead(each.row.step, each.row.rollout, False, each.rollout, each.reading_ids) for each in chosen]
+
     def _warn_once(self, problem: str) -> None:
-        if problem not in self._warned:
-            self._warned.add(problem)
-            logger.warning("%s", problem)
+        self._log_once(logging.WARNING, problem, problem)
+
+    def _log_once(self, level: int, problem: str, kind: str) -> None:
+        if kind not in self._warned:
+            self._warned.add(kind)
+            logger.log(level, "%s", problem)
 
     def _described(self, column: _Column, columns: Sequence[_Column], server: ServerFacts) -> RecordedProbe:
         """Returns the description of a probe for the record's header, with the thresholds of all signals (rules from probe scores to
@@ -403,6 +487,13 @@ class RunRecorder:
                 raise
             self._warn_once(f"record.redact: it failed ({error!r}), and the texts of such rollouts are not kept")
             return {}
+
+
+def _reading_ids(batch: BatchSignals) -> dict[str, str]:
+    """Returns the ids of the readings (whose activations the probes read) that gave the scores of a batch, by name; empty text for the
+    frozen model.
+    """
+    return {name: "" if name == FROZEN else batch.readings[name].id for name in batch.answers.readings}
 
 
 def _decisions(outcome: Outcome, index: int) -> dict[str, dict[str, Any]]:

@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike
 
 from probescore import (
     AsyncProbeClient,
+    CompletionActivations,
     InvalidRequestError,
     MismatchError,
     ProbeClient,
@@ -40,6 +41,7 @@ from probescore_adapters.judges import JudgeAnswer
 from probescore_adapters.outcome import PREFIX, OnUnscorable, Outcome, combine, substitute
 from probescore_adapters.pins import bound_to, changes_between, pins_from, pins_of, replacement, state_of, threshold_change
 from probescore_adapters.record_options import RecordOptions
+from probescore_adapters.recorded_activations import ActivationsRequest
 from probescore_adapters.recording import RunRecorder
 from probescore_adapters.rollouts import Prompt, Rollout
 from probescore_adapters.signal_values import BatchSignals, ServerFacts, StreamRequest, score_batch
@@ -70,8 +72,8 @@ class ServerFactsRequest:
     """
 
 
-Answer = Union[ServerFacts, list[StreamedCompletion], dict[Any, Union[JudgeAnswer, str]]]
-Request = Union[StreamRequest, ServerFactsRequest, JudgeRequest]
+Answer = Union[ServerFacts, list[StreamedCompletion], list[CompletionActivations], dict[Any, Union[JudgeAnswer, str]]]
+Request = Union[StreamRequest, ServerFactsRequest, ActivationsRequest, JudgeRequest]
 Result = TypeVar("Result")
 Steps = Generator[Request, Any, Outcome]
 
@@ -412,6 +414,8 @@ class ProbeScorer:
     def _answer(self, request: Request) -> Answer:
         if isinstance(request, JudgeRequest):
             return request.answers()
+        if isinstance(request, ActivationsRequest):
+            return request.answers(self._client)
         if isinstance(request, ServerFactsRequest):
             return ServerFacts(self._client.get_server_info(), self._client.list_probes())
         return list(self._client.score_stream(request.groups, window=request.window, **request.options))
@@ -419,6 +423,8 @@ class ProbeScorer:
     async def _answer_async(self, request: Request) -> Answer:
         if isinstance(request, JudgeRequest):
             return await asyncio.to_thread(request.answers)
+        if isinstance(request, ActivationsRequest):
+            return await request.answers_async(self._async_client)
         if isinstance(request, ServerFactsRequest):
             return ServerFacts(await self._async_client.get_server_info(), await self._async_client.list_probes())
         return [answer async for answer in self._async_client.score_stream(request.groups, window=request.window, **request.options)]
@@ -463,6 +469,7 @@ class ProbeScorer:
             at = recorder.record(rollouts, batch, outcome, server=self._server, task_rewards=tasks, step=step)
             if recorder.anchors_are_due(at):
                 yield from self._score_anchors(recorder, at)
+            yield from recorder.read_activations(at, self._server)
         return replace(outcome, metrics={**outcome.metrics, f"{PREFIX}/seconds": time.perf_counter() - started})
 
     def _score_anchors(self, recorder: RunRecorder, step: int) -> Generator[Union[StreamRequest, ServerFactsRequest], Any, None]:

@@ -11,6 +11,7 @@ from enum import Enum
 import numpy as np
 from numpy.typing import NDArray
 
+from probescore.types.readings import Reading
 from probescore.types.scores import CompletionStatus, Usage
 
 
@@ -40,6 +41,8 @@ class ActivationsInfo:
         dtype: format in which the numbers travelled: ``float32``, ``bfloat16`` or ``float16``. Arrays hold the same numbers exactly as
             float32.
         usage: the work done for the completions that began in the same message of the response.
+        reading: the reading (whose activations these are) that the request named; ``None`` = it named none, and these are the frozen
+            model's.
     """
 
     model_fingerprint: str
@@ -48,6 +51,7 @@ class ActivationsInfo:
     pools: tuple[Pool, ...]
     dtype: str
     usage: Usage
+    reading: Reading | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +76,8 @@ class CompletionActivations:
         follow_ups: activations of the completion's follow-ups, in the order of the request.
         prompt_tokens: how many of ``token_ids`` are the prompt's; they come first.
         info: what produced the activations, as the server reports; ``None`` if the activations come from an ``Engine`` in the same process.
+        reading: the reading (whose activations these are) that was asked for by name, as its name was resolved; ``None`` = none was named,
+            and the activations are the frozen model's.
     """
 
     group_index: int
@@ -88,3 +94,4 @@ class CompletionActivations:
     follow_ups: tuple[CompletionActivations, ...] = ()
     prompt_tokens: int = 0
     info: ActivationsInfo | None = None
+    reading: Reading | None = None

@@ -16,27 +16,27 @@ from probescore.v1 import scoring_pb2 as probescore_dot_v1_dot_scoring__pb2
 from probescore.v1 import tensor_pb2 as probescore_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fprobescore/v1/activations.proto\x12\rprobescore.v1\x1a\x1bprobescore/v1/scoring.proto\x1a\x1aprobescore/v1/tensor.proto\"\xb2\x02\n\x16ReadActivationsRequest\x12+\n\x06groups\x18\x01 \x03(\x0b\x32\x1b.probescore.v1.RolloutGroup\x12\x0c\n\x04taps\x18\x02 \x03(\t\x12\"\n\x05pools\x18\x03 \x03(\x0e\x32\x13.probescore.v1.Pool\x12&\n\x05\x64type\x18\x04 \x01(\x0e\x32\x17.probescore.v1.DataType\x12#\n\x05scope\x18\x05 \x01(\x0e\x32\x14.probescore.v1.Scope\x12\"\n\x1a\x65xpected_model_fingerprint\x18\x06 \x01(\t\x12&\n\x1e\x65xpected_tokenizer_fingerprint\x18\x07 \x01(\t\x12\x10\n\x08priority\x18\x08 \x01(\x05\x12\x0e\n\x06run_id\x18\t \x01(\t\"u\n\x17ReadActivationsResponse\x12,\n\x05parts\x18\x01 \x03(\x0b\x32\x1d.probescore.v1.ActivationPart\x12,\n\x04info\x18\x02 \x01(\x0b\x32\x1e.probescore.v1.ActivationsInfo\"x\n\x0e\x41\x63tivationPart\x12/\n\x06\x62\x65gins\x18\x01 \x01(\x0b\x32\x1d.probescore.v1.CompletionReadH\x00\x12-\n\x04rows\x18\x02 \x01(\x0b\x32\x1d.probescore.v1.ActivationRowsH\x00\x42\x06\n\x04part\"\xfd\x01\n\x0e\x43ompletionRead\x12\x13\n\x0bgroup_index\x18\x01 \x01(\r\x12\x18\n\x10\x63ompletion_index\x18\x02 \x01(\r\x12\x11\n\tfollow_up\x18\x03 \x03(\r\x12\n\n\x02id\x18\x04 \x01(\t\x12/\n\x06status\x18\x05 \x01(\x0e\x32\x1f.probescore.v1.CompletionStatus\x12\x16\n\x0estatus_message\x18\x06 \x01(\t\x12(\n\ttoken_ids\x18\x07 \x01(\x0b\x32\x15.probescore.v1.Tensor\x12\x15\n\rprompt_tokens\x18\x08 \x01(\r\x12\x13\n\x0binexact_ids\x18\t \x01(\x08\"x\n\x0e\x41\x63tivationRows\x12\x0b\n\x03tap\x18\x01 \x01(\t\x12!\n\x04pool\x18\x02 \x01(\x0e\x32\x13.probescore.v1.Pool\x12\x11\n\tfirst_row\x18\x03 \x01(\r\x12#\n\x04rows\x18\x04 \x01(\x0b\x32\x15.probescore.v1.Tensor\"\xca\x01\n\x0f\x41\x63tivationsInfo\x12\x19\n\x11model_fingerprint\x18\x01 \x01(\t\x12\x1d\n\x15tokenizer_fingerprint\x18\x02 \x01(\t\x12\x0c\n\x04taps\x18\x03 \x03(\t\x12\"\n\x05pools\x18\x04 \x03(\x0e\x32\x13.probescore.v1.Pool\x12&\n\x05\x64type\x18\x05 \x01(\x0e\x32\x17.probescore.v1.DataType\x12#\n\x05usage\x18\x06 \x01(\x0b\x32\x14.probescore.v1.Usage*Y\n\x04Pool\x12\x14\n\x10POOL_UNSPECIFIED\x10\x00\x12\x0f\n\x0bPOOL_TOKENS\x10\x01\x12\r\n\tPOOL_MEAN\x10\x02\x12\r\n\tPOOL_LAST\x10\x03\x12\x0c\n\x08POOL_MAX\x10\x04\x32w\n\x11\x41\x63tivationService\x12\x62\n\x0fReadActivations\x12%.probescore.v1.ReadActivationsRequest\x1a&.probescore.v1.ReadActivationsResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fprobescore/v1/activations.proto\x12\rprobescore.v1\x1a\x1bprobescore/v1/scoring.proto\x1a\x1aprobescore/v1/tensor.proto\"\xc3\x02\n\x16ReadActivationsRequest\x12+\n\x06groups\x18\x01 \x03(\x0b\x32\x1b.probescore.v1.RolloutGroup\x12\x0c\n\x04taps\x18\x02 \x03(\t\x12\"\n\x05pools\x18\x03 \x03(\x0e\x32\x13.probescore.v1.Pool\x12&\n\x05\x64type\x18\x04 \x01(\x0e\x32\x17.probescore.v1.DataType\x12#\n\x05scope\x18\x05 \x01(\x0e\x32\x14.probescore.v1.Scope\x12\"\n\x1a\x65xpected_model_fingerprint\x18\x06 \x01(\t\x12&\n\x1e\x65xpected_tokenizer_fingerprint\x18\x07 \x01(\t\x12\x10\n\x08priority\x18\x08 \x01(\x05\x12\x0e\n\x06run_id\x18\t \x01(\t\x12\x0f\n\x07reading\x18\n \x01(\t\"u\n\x17ReadActivationsResponse\x12,\n\x05parts\x18\x01 \x03(\x0b\x32\x1d.probescore.v1.ActivationPart\x12,\n\x04info\x18\x02 \x01(\x0b\x32\x1e.probescore.v1.ActivationsInfo\"x\n\x0e\x41\x63tivationPart\x12/\n\x06\x62\x65gins\x18\x01 \x01(\x0b\x32\x1d.probescore.v1.CompletionReadH\x00\x12-\n\x04rows\x18\x02 \x01(\x0b\x32\x1d.probescore.v1.ActivationRowsH\x00\x42\x06\n\x04part\"\xfd\x01\n\x0e\x43ompletionRead\x12\x13\n\x0bgroup_index\x18\x01 \x01(\r\x12\x18\n\x10\x63ompletion_index\x18\x02 \x01(\r\x12\x11\n\tfollow_up\x18\x03 \x03(\r\x12\n\n\x02id\x18\x04 \x01(\t\x12/\n\x06status\x18\x05 \x01(\x0e\x32\x1f.probescore.v1.CompletionStatus\x12\x16\n\x0estatus_message\x18\x06 \x01(\t\x12(\n\ttoken_ids\x18\x07 \x01(\x0b\x32\x15.probescore.v1.Tensor\x12\x15\n\rprompt_tokens\x18\x08 \x01(\r\x12\x13\n\x0binexact_ids\x18\t \x01(\x08\"x\n\x0e\x41\x63tivationRows\x12\x0b\n\x03tap\x18\x01 \x01(\t\x12!\n\x04pool\x18\x02 \x01(\x0e\x32\x13.probescore.v1.Pool\x12\x11\n\tfirst_row\x18\x03 \x01(\r\x12#\n\x04rows\x18\x04 \x01(\x0b\x32\x15.probescore.v1.Tensor\"\xf3\x01\n\x0f\x41\x63tivationsInfo\x12\x19\n\x11model_fingerprint\x18\x01 \x01(\t\x12\x1d\n\x15tokenizer_fingerprint\x18\x02 \x01(\t\x12\x0c\n\x04taps\x18\x03 \x03(\t\x12\"\n\x05pools\x18\x04 \x03(\x0e\x32\x13.probescore.v1.Pool\x12&\n\x05\x64type\x18\x05 \x01(\x0e\x32\x17.probescore.v1.DataType\x12#\n\x05usage\x18\x06 \x01(\x0b\x32\x14.probescore.v1.Usage\x12\'\n\x07reading\x18\x07 \x01(\x0b\x32\x16.probescore.v1.Reading*Y\n\x04Pool\x12\x14\n\x10POOL_UNSPECIFIED\x10\x00\x12\x0f\n\x0bPOOL_TOKENS\x10\x01\x12\r\n\tPOOL_MEAN\x10\x02\x12\r\n\tPOOL_LAST\x10\x03\x12\x0c\n\x08POOL_MAX\x10\x04\x32w\n\x11\x41\x63tivationService\x12\x62\n\x0fReadActivations\x12%.probescore.v1.ReadActivationsRequest\x1a&.probescore.v1.ReadActivationsResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'probescore.v1.activations_pb2', _globals)
 if _descriptor._USE_C_DESCRIPTORS == False:
   DESCRIPTOR._options = None
-  _globals['_POOL']._serialized_start=1240
-  _globals['_POOL']._serialized_end=1329
+  _globals['_POOL']._serialized_start=1298
+  _globals['_POOL']._serialized_end=1387
   _globals['_READACTIVATIONSREQUEST']._serialized_start=108
-  _globals['_READACTIVATIONSREQUEST']._serialized_end=414
-  _globals['_READACTIVATIONSRESPONSE']._serialized_start=416
-  _globals['_READACTIVATIONSRESPONSE']._serialized_end=533
-  _globals['_ACTIVATIONPART']._serialized_start=535
-  _globals['_ACTIVATIONPART']._serialized_end=655
-  _globals['_COMPLETIONREAD']._serialized_start=658
-  _globals['_COMPLETIONREAD']._serialized_end=911
-  _globals['_ACTIVATIONROWS']._serialized_start=913
-  _globals['_ACTIVATIONROWS']._serialized_end=1033
-  _globals['_ACTIVATIONSINFO']._serialized_start=1036
-  _globals['_ACTIVATIONSINFO']._serialized_end=1238
-  _globals['_ACTIVATIONSERVICE']._serialized_start=1331
-  _globals['_ACTIVATIONSERVICE']._serialized_end=1450
+  _globals['_READACTIVATIONSREQUEST']._serialized_end=431
+  _globals['_READACTIVATIONSRESPONSE']._serialized_start=433
+  _globals['_READACTIVATIONSRESPONSE']._serialized_end=550
+  _globals['_ACTIVATIONPART']._serialized_start=552
+  _globals['_ACTIVATIONPART']._serialized_end=672
+  _globals['_COMPLETIONREAD']._serialized_start=675
+  _globals['_COMPLETIONREAD']._serialized_end=928
+  _globals['_ACTIVATIONROWS']._serialized_start=930
+  _globals['_ACTIVATIONROWS']._serialized_end=1050
+  _globals['_ACTIVATIONSINFO']._serialized_start=1053
+  _globals['_ACTIVATIONSINFO']._serialized_end=1296
+  _globals['_ACTIVATIONSERVICE']._serialized_start=1389
+  _globals['_ACTIVATIONSERVICE']._serialized_end=1508
 # @@protoc_insertion_point(module_scope)

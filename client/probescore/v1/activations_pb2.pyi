@@ -68,6 +68,7 @@ class ReadActivationsRequest(google.protobuf.message.Message):
     EXPECTED_TOKENIZER_FINGERPRINT_FIELD_NUMBER: builtins.int
     PRIORITY_FIELD_NUMBER: builtins.int
     RUN_ID_FIELD_NUMBER: builtins.int
+    READING_FIELD_NUMBER: builtins.int
     dtype: probescore.v1.tensor_pb2.DataType.ValueType
     """Format of the numbers: DATA_TYPE_FLOAT32, DATA_TYPE_BFLOAT16 or DATA_TYPE_FLOAT16. Default: DATA_TYPE_FLOAT32. A completion with a number
     that is too large for the format has no activations and COMPLETION_STATUS_OVERFLOW; it never gets an infinity.
@@ -82,6 +83,10 @@ class ReadActivationsRequest(google.protobuf.message.Message):
     """Higher goes first within the requests of one job. Default: 0. From -100 to 100."""
     run_id: builtins.str
     """Free text that names the run; appears in the server's logs. At most 256 bytes."""
+    reading: builtins.str
+    """Whose activations are read: "frozen", or a name given to LoadReading. A name means one version of its reading from the call's admission
+    to its end. Empty = the frozen model's.
+    """
     @property
     def groups(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[probescore.v1.scoring_pb2.RolloutGroup]:
         """The rollout groups. At least one."""
@@ -108,8 +113,9 @@ class ReadActivationsRequest(google.protobuf.message.Message):
         expected_tokenizer_fingerprint: builtins.str = ...,
         priority: builtins.int = ...,
         run_id: builtins.str = ...,
+        reading: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["dtype", b"dtype", "expected_model_fingerprint", b"expected_model_fingerprint", "expected_tokenizer_fingerprint", b"expected_tokenizer_fingerprint", "groups", b"groups", "pools", b"pools", "priority", b"priority", "run_id", b"run_id", "scope", b"scope", "taps", b"taps"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["dtype", b"dtype", "expected_model_fingerprint", b"expected_model_fingerprint", "expected_tokenizer_fingerprint", b"expected_tokenizer_fingerprint", "groups", b"groups", "pools", b"pools", "priority", b"priority", "reading", b"reading", "run_id", b"run_id", "scope", b"scope", "taps", b"taps"]) -> None: ...
 
 global___ReadActivationsRequest = ReadActivationsRequest
 
@@ -272,6 +278,7 @@ class ActivationsInfo(google.protobuf.message.Message):
     POOLS_FIELD_NUMBER: builtins.int
     DTYPE_FIELD_NUMBER: builtins.int
     USAGE_FIELD_NUMBER: builtins.int
+    READING_FIELD_NUMBER: builtins.int
     model_fingerprint: builtins.str
     """Fingerprint of the frozen model, "sha256:…"."""
     tokenizer_fingerprint: builtins.str
@@ -290,6 +297,10 @@ class ActivationsInfo(google.protobuf.message.Message):
     def usage(self) -> probescore.v1.scoring_pb2.Usage:
         """Work done for the completions that begin in this message."""
 
+    @property
+    def reading(self) -> probescore.v1.scoring_pb2.Reading:
+        """The reading that the request named; absent = it named none, and the activations are the frozen model's."""
+
     def __init__(
         self,
         *,
@@ -299,8 +310,9 @@ class ActivationsInfo(google.protobuf.message.Message):
         pools: collections.abc.Iterable[global___Pool.ValueType] | None = ...,
         dtype: probescore.v1.tensor_pb2.DataType.ValueType = ...,
         usage: probescore.v1.scoring_pb2.Usage | None = ...,
+        reading: probescore.v1.scoring_pb2.Reading | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["usage", b"usage"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["dtype", b"dtype", "model_fingerprint", b"model_fingerprint", "pools", b"pools", "taps", b"taps", "tokenizer_fingerprint", b"tokenizer_fingerprint", "usage", b"usage"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["reading", b"reading", "usage", b"usage"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["dtype", b"dtype", "model_fingerprint", b"model_fingerprint", "pools", b"pools", "reading", b"reading", "taps", b"taps", "tokenizer_fingerprint", b"tokenizer_fingerprint", "usage", b"usage"]) -> None: ...
 
 global___ActivationsInfo = ActivationsInfo

@@ -6,8 +6,8 @@ from probescore.v1 import activations_pb2 as probescore_dot_v1_dot_activations__
 
 
 class ActivationServiceStub(object):
-    """Gives activations of the frozen model, to fit probes on or to look at. Off unless the server's setting `allow_activations` names taps; then
-    the interceptors of the settings guard it like every other service. Errors are as in ScoringService.
+    """Gives activations of the frozen model, or of a reading beside it, to fit probes on or to look at. Off unless the server's setting
+    `allow_activations` names taps; then the interceptors of the settings guard it like every other service. Errors are as in ScoringService.
     """
 
     def __init__(self, channel):
@@ -24,8 +24,8 @@ class ActivationServiceStub(object):
 
 
 class ActivationServiceServicer(object):
-    """Gives activations of the frozen model, to fit probes on or to look at. Off unless the server's setting `allow_activations` names taps; then
-    the interceptors of the settings guard it like every other service. Errors are as in ScoringService.
+    """Gives activations of the frozen model, or of a reading beside it, to fit probes on or to look at. Off unless the server's setting
+    `allow_activations` names taps; then the interceptors of the settings guard it like every other service. Errors are as in ScoringService.
     """
 
     def ReadActivations(self, request, context):
@@ -52,8 +52,8 @@ def add_ActivationServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ActivationService(object):
-    """Gives activations of the frozen model, to fit probes on or to look at. Off unless the server's setting `allow_activations` names taps; then
-    the interceptors of the settings guard it like every other service. Errors are as in ScoringService.
+    """Gives activations of the frozen model, or of a reading beside it, to fit probes on or to look at. Off unless the server's setting
+    `allow_activations` names taps; then the interceptors of the settings guard it like every other service. Errors are as in ScoringService.
     """
 
     @staticmethod

@@ -18,8 +18,8 @@ class _ServicerContext(grpc.ServicerContext, grpc.aio.ServicerContext):  # type:
     ...
 
 class ActivationServiceStub:
-    """Gives activations of the frozen model, to fit probes on or to look at. Off unless the server's setting `allow_activations` names taps; then
-    the interceptors of the settings guard it like every other service. Errors are as in ScoringService.
+    """Gives activations of the frozen model, or of a reading beside it, to fit probes on or to look at. Off unless the server's setting
+    `allow_activations` names taps; then the interceptors of the settings guard it like every other service. Errors are as in ScoringService.
     """
 
     def __init__(self, channel: typing.Union[grpc.Channel, grpc.aio.Channel]) -> None: ...
@@ -32,8 +32,8 @@ class ActivationServiceStub:
     """
 
 class ActivationServiceAsyncStub:
-    """Gives activations of the frozen model, to fit probes on or to look at. Off unless the server's setting `allow_activations` names taps; then
-    the interceptors of the settings guard it like every other service. Errors are as in ScoringService.
+    """Gives activations of the frozen model, or of a reading beside it, to fit probes on or to look at. Off unless the server's setting
+    `allow_activations` names taps; then the interceptors of the settings guard it like every other service. Errors are as in ScoringService.
     """
 
     ReadActivations: grpc.aio.UnaryStreamMultiCallable[
@@ -45,8 +45,8 @@ class ActivationServiceAsyncStub:
     """
 
 class ActivationServiceServicer(metaclass=abc.ABCMeta):
-    """Gives activations of the frozen model, to fit probes on or to look at. Off unless the server's setting `allow_activations` names taps; then
-    the interceptors of the settings guard it like every other service. Errors are as in ScoringService.
+    """Gives activations of the frozen model, or of a reading beside it, to fit probes on or to look at. Off unless the server's setting
+    `allow_activations` names taps; then the interceptors of the settings guard it like every other service. Errors are as in ScoringService.
     """
 
     @abc.abstractmethod

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from probescore.types import ActivationsInfo, CompletionScores, Pool, Scope, Usage
+from probescore.types import ActivationsInfo, CompletionScores, Pool, Reading, Scope, Usage
 from probescore.v1 import activations_pb2
 from probescore.wire.enums import POOLS, SCOPES, STATUSES, member_of
 from probescore.wire.number_formats import NUMBER_FORMATS
+from probescore.wire.readings import reading_from_proto, reading_to_proto
 from probescore.wire.requests import checked_integer, checked_string
 from probescore.wire.responses import usage_from_proto, usage_to_proto
 from probescore.wire.tensors import BFLOAT16, FLOAT16, FLOAT32, INT32, MessageError, array_to_tensor, tensor_to_array
@@ -35,6 +36,7 @@ class ActivationOptions:
     expected_tokenizer_fingerprint: str = ""
     priority: int = 0
     run_id: str = ""
+    reading: str = ""
 
 
 # ---------------------------------------------------------------------------------------------------------------------- writing
@@ -57,6 +59,7 @@ def activation_options_to_proto(options: ActivationOptions) -> activations_pb2.R
         expected_tokenizer_fingerprint=checked_string(options.expected_tokenizer_fingerprint, "expected_tokenizer_fingerprint"),
         priority=checked_integer(options.priority, "priority", -(2**31), 2**31 - 1),
         run_id=checked_string(options.run_id, "run_id"),
+        reading=checked_string(options.reading, "reading"),
     )
 
 
@@ -90,10 +93,16 @@ def rows_to_proto(tap: str, pool: Pool, first_row: int, rows: NDArray[np.generic
 
 
 def activations_info_to_proto(
-    model_fingerprint: str, tokenizer_fingerprint: str, taps: Sequence[str], pools: Sequence[Pool], dtype: str, usage: Usage
+    model_fingerprint: str,
+    tokenizer_fingerprint: str,
+    taps: Sequence[str],
+    pools: Sequence[Pool],
+    dtype: str,
+    usage: Usage,
+    reading: Reading | None = None,
 ) -> activations_pb2.ActivationsInfo:
     """Returns a message that describes what produced the activations of a response: model, tokenizer, places in the model, poolings, number
-    format and work done.
+    format, work done, and the reading (whose activations these are) if the request named one.
     """
     return activations_pb2.ActivationsInfo(
         model_fingerprint=model_fingerprint,
@@ -102,6 +111,7 @@ def activations_info_to_proto(
         pools=[POOLS[pool] for pool in pools],
         dtype=FORMATS[dtype],
         usage=usage_to_proto(usage),
+        reading=None if reading is None else reading_to_proto(reading),
     )
 
 
@@ -123,6 +133,7 @@ def activation_options_from_request(request: activations_pb2.ReadActivationsRequ
         expected_tokenizer_fingerprint=request.expected_tokenizer_fingerprint,
         priority=request.priority,
         run_id=request.run_id,
+        reading=request.reading,
     )
 
 
@@ -130,7 +141,7 @@ def activations_info_from_proto(message: activations_pb2.ActivationsInfo) -> Act
     """Converts a message to a description of what produced the activations of a response, such as the model and the places in it.
 
     Raises:
-        MessageError: a pool or the format is unknown.
+        MessageError: a pool, the format or the kind of the reading is unknown.
     """
     return ActivationsInfo(
         model_fingerprint=message.model_fingerprint,
@@ -139,6 +150,7 @@ def activations_info_from_proto(message: activations_pb2.ActivationsInfo) -> Act
         pools=tuple(member_of(POOLS, pool, f"info.pools[{index}]") for index, pool in enumerate(message.pools)),
         dtype=member_of(FORMATS, message.dtype, "info.dtype"),
         usage=usage_from_proto(message.usage),
+        reading=reading_from_proto(message.reading, "info.reading") if message.HasField("reading") else None,
     )
 
 

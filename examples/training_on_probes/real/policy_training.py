@@ -23,6 +23,7 @@ sys.path.append(str(Path(__file__).parents[2] / "truth"))
 sys.path.append(str(Path(__file__).parents[1]))
 
 import torch
+import trl.trainer.utils
 from claims import TRAINING_HALF, Judge, claims_of, drawn_claims, known_names
 from datasets import Dataset
 from fixed import CONDITIONS, FROZEN, KEY, LABELS_PER_STEP, LAYER, POLICY, RECIPE, Condition, Recipe
@@ -37,6 +38,9 @@ from probescore_adapters import ProbeScorer, ProbeSignal, RecordOptions
 from probescore_adapters.recording import RunRecorder
 from probescore_adapters.trl import ProbeTrainerMixin
 from probescore_adapters.trl_readings import ReadingCallback
+
+# On a device without Triton, TRL computes the logits of the prompt as well, with their gradients: eight times what an answer needs here.
+trl.trainer.utils._use_triton = lambda device: True
 
 TORCH_THREADS = 1
 PARTS = 4

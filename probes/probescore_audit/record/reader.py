@@ -21,6 +21,7 @@ from probescore_audit.record.rows import (
     DetailsRow,
     LabellerRow,
     LabelRow,
+    PlanRow,
     ReferenceRow,
     RolloutRow,
     Row,
@@ -45,6 +46,7 @@ class Record:
         torn_lines: number of lines that could not be read, such as the last one of a process that was killed while it wrote.
         void_rows: number of rows that do not count, since training went on from an earlier step, or since a label is not of any rollout
             that counts.
+        planned: the rollouts that a trainer chose to be labelled as it recorded them, and of which it recorded more.
     """
 
     header: RunHeader
@@ -56,6 +58,7 @@ class Record:
     labellers: tuple[LabellerRow, ...]
     torn_lines: int
     void_rows: int
+    planned: tuple[PlanRow, ...] = ()
 
     def table(self) -> RolloutTable:
         """Returns the recorded rollouts of a training run as a table of columns."""
@@ -102,7 +105,8 @@ def read_record(directory: Path | str, *, texts: bool = True) -> Record:
     labels: list[LabelRow] = []
     references: dict[str, ReferenceRow] = {}
     anchors: dict[tuple[int, str], AnchorRow] = {}
-    activations: dict[tuple[int, str | None, str | None, str, str], ActivationRow] = {}
+    activations: dict[tuple[int, str | None, str | None, str, str, str], ActivationRow] = {}
+    planned: dict[tuple[int, str], PlanRow] = {}
     labellers: list[LabellerRow] = []
     details = details_files(folder) if texts else {}
     void = 0
@@ -123,7 +127,9 @@ def read_record(directory: Path | str, *, texts: bool = True) -> Record:
             elif isinstance(row, LabelRow):
                 labels.append(row)
             elif isinstance(row, ActivationRow):
-                activations[row.step, row.rollout, row.anchor, row.reading, row.tap] = row
+                activations[row.step, row.rollout, row.anchor, row.reading, row.tap, row.pool] = row
+            elif isinstance(row, PlanRow):
+                planned[row.step, row.rollout] = row
             else:
                 anchors[row.step, row.anchor] = row
     retracted = {label.retracts for label in labels}
@@ -139,6 +145,7 @@ def read_record(directory: Path | str, *, texts: bool = True) -> Record:
         labellers=tuple(labellers),
         torn_lines=sum(file.torn for file in files),
         void_rows=void,
+        planned=tuple(row for key, row in planned.items() if key in rollouts),
     )
 
 

@@ -250,7 +250,9 @@ class ActivationRow:
         values: the activation as text: bfloat16, little-endian, in base64.
         rollout: name of the rollout; ``None`` for an anchor.
         anchor: name of the anchor; ``None`` for a rollout.
-        tap: where in the model it was read, such as ``"resid_post.14"``. Only activations of one tap are compared.
+        tap: where in the model it was read, such as ``"resid_post.14"``. Only activations of one tap and pooling are compared.
+        pool: how the activations of the tokens were pooled, such as ``"mean"``; empty = unknown.
+        reading_id: id of the version of the reading, ``"sha256:…"``; ``None`` for the frozen model, or if it is unknown.
     """
 
     kind: ClassVar[str] = "activation"
@@ -260,10 +262,21 @@ class ActivationRow:
     rollout: str | None = None
     anchor: str | None = None
     tap: str = ""
+    pool: str = ""
+    reading_id: str | None = None
 
     @classmethod
     def of(
-        cls, values: ArrayLike, *, step: int, reading: str, rollout: str | None = None, anchor: str | None = None, tap: str = ""
+        cls,
+        values: ArrayLike,
+        *,
+        step: int,
+        reading: str,
+        rollout: str | None = None,
+        anchor: str | None = None,
+        tap: str = "",
+        pool: str = "",
+        reading_id: str | None = None,
     ) -> ActivationRow:
         """Returns the row of a pooled activation, such as the mean over a completion's tokens, ``(d,)``.
 
@@ -275,11 +288,45 @@ class ActivationRow:
             raise ValueError(f"values: an array of shape {numbers.shape}; give one number for each dimension, all finite")
         if (rollout is None) == (anchor is None):
             raise ValueError("rollout, anchor: give one of them, of which the activation is")
-        return cls(step=step, reading=reading, values=bfloat16.to_text(numbers), rollout=rollout, anchor=anchor, tap=tap)
+        return cls(
+            step=step,
+            reading=reading,
+            values=bfloat16.to_text(numbers),
+            rollout=rollout,
+            anchor=anchor,
+            tap=tap,
+            pool=pool,
+            reading_id=reading_id,
+        )
 
     def vector(self) -> NDArray[np.float32]:
         """Returns the pooled activation, ``(d,)``."""
         return bfloat16.from_text(self.values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanRow:
+    """Row of a training run's record with a rollout that was chosen to be labelled, written by a trainer that records more of the rollouts
+    that a label is to come for, such as their activations. It makes the plan of its step: nothing else is to be chosen there later.
+
+    Attributes:
+        step: training step of the rollout.
+        rollout: name of the rollout.
+        probe: key of the probe by whose scores labels are shared out.
+        reading: reading (whose activations the probe reads) of these scores.
+        stratum: class of the rollout by score: ``"flagged"``, ``"near"`` or ``"rest"``.
+        inclusion: probability with which the rollout was chosen, in (0, 1].
+        floor: whether the rollout was drawn at random from all rollouts of its step.
+    """
+
+    kind: ClassVar[str] = "plan"
+    step: int
+    rollout: str
+    probe: str
+    reading: str
+    stratum: str
+    inclusion: float
+    floor: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -306,9 +353,9 @@ class LabellerRow:
     labeller_version: str = ""
 
 
-Row = Union[RunHeader, RolloutRow, DetailsRow, LabelRow, ReferenceRow, AnchorRow, ActivationRow, LabellerRow]
+Row = Union[RunHeader, RolloutRow, DetailsRow, LabelRow, ReferenceRow, AnchorRow, ActivationRow, PlanRow, LabellerRow]
 KINDS: Mapping[str, type[Row]] = {
-    kind.kind: kind for kind in (RunHeader, RolloutRow, DetailsRow, LabelRow, ReferenceRow, AnchorRow, ActivationRow, LabellerRow)
+    kind.kind: kind for kind in (RunHeader, RolloutRow, DetailsRow, LabelRow, ReferenceRow, AnchorRow, ActivationRow, PlanRow, LabellerRow)
 }
 DETAILS = tuple(each.name for each in fields(DetailsRow) if each.name not in ("step", "rollout"))
 TEXTS = ("prompt_text", "completion_text", "prompt_ids", "completion_ids", "completion_pieces")

@@ -13,10 +13,12 @@ from probescore_audit.record_audit import ReadingAudit
 from probescore_audit.recorded_run import FROZEN
 from probescore_audit.report.charts import Cloud, Curve, curves, histograms, scatter, stacks
 from probescore_audit.report.words import escaped, share
+from probescore_audit.run_labels import FEWEST_LABELLED, LabelCounts
 from probescore_audit.verdicts import Judgement
 
 COLOURS = ("first", "second", "third", "fourth")
 _MOST_POINTS = 500
+_UNKNOWN = Estimate(np.nan, np.nan, np.nan)
 
 
 def figure(svg: str, title: str, keys: Sequence[tuple[str, str]] = (), note: str = "") -> str:
@@ -37,24 +39,41 @@ def by_step(audits: Sequence[ReadingAudit]) -> list[str]:
     marks = [(each.audit.alarms[0].step, f"alarm: {each.recorded.reading}") for each in shown if each.audit.alarms]
     rng = np.random.default_rng(0)
     before = draw_reference(shown[0].reference.counts, rng)
-    alarms_before = interval(before.false_positive_rate).value
     keys = [(COLOURS[number % 4], each.recorded.reading) for number, each in enumerate(shown)]
     line = ("soft line", "before training")
-    asked: list[tuple[str, Callable[[Judgement], Estimate], float, tuple[float, float] | None]] = [
-        ("Rollouts with the behaviour", lambda found: found.positive_rate, interval(before.positive_rate).value, None),
-        ("Recall: flagged of those with the behaviour", lambda found: found.recall, interval(before.recall).value, (0.0, 1.02)),
-        ("False alarms: flagged of those without", lambda found: found.false_positive_rate, alarms_before, None),
-        ("AUROC (approximate)", lambda found: found.auroc, shown[0].reference.counts.auroc.value, (0.0, 1.02)),
+    asked: list[tuple[str, Callable[[Judgement], Estimate], Callable[[LabelCounts], int], Estimate, tuple[float, float] | None]] = [
+        ("Rollouts with the behaviour", lambda found: found.positive_rate, _all_labels, interval(before.positive_rate), None),
+        (
+            "Recall: flagged of those with the behaviour",
+            lambda found: found.recall,
+            lambda seen: seen.positives,
+            interval(before.recall),
+            (0.0, 1.02),
+        ),
+        (
+            "False alarms: flagged of those without",
+            lambda found: found.false_positive_rate,
+            lambda seen: seen.negatives,
+            interval(before.false_positive_rate),
+            None,
+        ),
+        (
+            "AUROC (approximate)",
+            lambda found: found.auroc,
+            lambda seen: min(seen.positives, seen.negatives),
+            shown[0].reference.counts.auroc,
+            (0.0, 1.02),
+        ),
     ]
     drawn = []
-    for title, estimate, level, y_range in asked:
-        series = [_by_window(each, estimate, COLOURS[number % 4]) for number, each in enumerate(shown)]
+    for title, estimate, labelled, reference, y_range in asked:
+        series = [_by_window(each, estimate, labelled, reference, COLOURS[number % 4]) for number, each in enumerate(shown)]
         svg = curves(
             series,
             title=f"{title}, by step",
             x_range=(first, last),
             y_range=y_range,
-            levels=[(level, "soft")],
+            levels=[(reference.value, "soft")],
             marks=marks if title.startswith(("Recall", "Rollouts")) else (),
             y_text=share if not title.startswith("AUROC") else "{:g}".format,
         )
@@ -152,9 +171,21 @@ def readings_against_each_other(frozen: ReadingAudit, other: ReadingAudit) -> st
     return figure(svg, f"{FROZEN} against {other.recorded.reading}", keys, f"From step {first} on; the lines are thresholds.")
 
 
-def _by_window(each: ReadingAudit, estimate: Callable[[Judgement], Estimate], colour: str) -> Curve:
-    found = [estimate(window.judgement) for window in each.audit.windows]
-    x = np.array([(window.first_step + window.last_step) / 2 for window in each.audit.windows])
+def _all_labels(seen: LabelCounts) -> int:
+    return seen.positives + seen.negatives
+
+
+def _by_window(
+    each: ReadingAudit,
+    estimate: Callable[[Judgement], Estimate],
+    labelled: Callable[[LabelCounts], int],
+    before: Estimate,
+    colour: str,
+) -> Curve:
+    """Returns an estimate of the model before training and of each window in which enough rollouts are labelled."""
+    judged = [window.judgement for window in each.audit.windows]
+    found = [before, *(estimate(one) if labelled(one.seen) >= FEWEST_LABELLED else _UNKNOWN for one in judged)]
+    x = np.array([float(each.recorded.run.step[0]), *((window.first_step + window.last_step) / 2 for window in each.audit.windows)])
     value, low, high = (np.array([getattr(one, name) for one in found], np.float64) for name in ("value", "low", "high"))
     return Curve(colour, x, value, low, high)
 

@@ -11,7 +11,8 @@ from probescore_audit.record_audit import ReadingAudit, RecordAudit
 from probescore_audit.recorded_run import FROZEN
 from probescore_audit.report import figures
 from probescore_audit.report.rollouts import informative_rollouts, shown_rollout
-from probescore_audit.report.words import escaped, number_with_interval, points, share, share_with_interval
+from probescore_audit.report.words import escaped, false_alarms, number_with_interval, points, recall, share, share_with_interval
+from probescore_audit.run_labels import FEWEST_LABELLED
 from probescore_audit.verdicts import Verdict
 
 _GRADES = {
@@ -22,6 +23,7 @@ _GRADES = {
     Verdict.CANNOT_TELL: "doubtful",
     Verdict.THRESHOLD_MOVED: "doubtful",
 }
+_COUNTED = "Flagged rollouts are labelled more often than others, so that the counts of labelled rollouts are no shares of the run."
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
 
@@ -60,8 +62,7 @@ def _sections(audit: RecordAudit) -> Iterator[str]:
 def _facts(audit: RecordAudit) -> str:
     record = audit.record
     facts = [
-        f"step {audit.last_step} of {record.header.planned_steps} planned",
-        f"{len(record.rollouts):,} rollouts",
+        f"{_progress(audit)}, {len(record.rollouts):,} rollouts",
         f"{len(record.labels):,} labels",
     ]
     if record.header.model_fingerprint:
@@ -73,29 +74,40 @@ def _facts(audit: RecordAudit) -> str:
     return f'<div class="note">{escaped(" · ".join(facts))}</div>'
 
 
+def _progress(audit: RecordAudit) -> str:
+    planned = audit.record.header.planned_steps
+    done = audit.last_step + 1
+    return f"{done} steps, as planned" if done == planned else f"{done} of {planned} planned steps"
+
+
 def _verdict(each: ReadingAudit) -> str:
     grade = "doubtful" if each.verdict is None else _GRADES.get(each.verdict, "bad")
     grade = "bad" if each.audit.alarms else grade
     word = "no verdict yet" if each.verdict is None else each.verdict.value
     window = each.audit.windows[-1] if each.audit.windows else None
-    where = "" if window is None else f", steps {window.first_step} to {window.last_step}"
+    labels = f"{len(each.recorded.labels.rollout):,} labels"
+    if window is not None:
+        labels = f"{window.judgement.labels:,} labels in steps {window.first_step} to {window.last_step}, {labels} in all"
     return (
         f'<section class="verdict {grade}"><h2>{escaped(each.recorded.probe)}, {escaped(each.recorded.reading)}: '
         f'<span class="word">{escaped(word)}</span></h2><p class="sentence">{escaped(each.sentence)}</p>'
         f"<p><strong>What to do:</strong> {escaped(each.next_step)}</p>"
-        f'<div class="note">{escaped(each.recorded.role)} · {escaped(each.recorded.reduction)}{where} · '
-        f"{len(each.recorded.labels.rollout):,} labels</div></section>"
+        f'<div class="note">{escaped(each.recorded.role)} · {escaped(each.recorded.reduction)} · {labels}</div></section>'
     )
 
 
 def _probe(probe: str, audits: Sequence[ReadingAudit]) -> Iterator[str]:
-    judged = [each for each in audits if each.audit.windows]
+    # in one order, and so in the same colours, whatever is wrong
+    judged = sorted((each for each in audits if each.audit.windows), key=lambda each: each.recorded.reading != FROZEN)
     if not judged:
         return
-    note = "Estimates in windows of steps that do not overlap, with 95% intervals."
+    note = (
+        "The first point is the model before training; then estimates in windows of steps that do not overlap, with 95% intervals. A "
+        f"window in which fewer than {FEWEST_LABELLED} rollouts of a class are labelled has no point where the share is one of that class."
+    )
     drawn = figures.by_step(judged)
     yield f'<section><h2>{escaped(probe)}, by step</h2><div class="pair">{"".join(drawn)}</div><p class="note">{note}</p></section>'
-    yield f"<section><h2>{escaped(probe)}: before training, and now</h2>{_estimates(judged)}</section>"
+    yield f'<section><h2>{escaped(probe)}: before training, and now</h2>{_estimates(judged)}<p class="note">{_COUNTED}</p></section>'
     drawn = [figures.fall(each) for each in judged]
     frozen = next((each for each in judged if each.recorded.reading == FROZEN), None)
     if frozen is not None:
@@ -110,8 +122,8 @@ def _estimates(audits: Sequence[ReadingAudit]) -> str:
     rows.append(["with the behaviour, before", *(share_with_interval(final.reference_positive_rate) for final in finals)])
     rows.append(["with the behaviour, now", *(share_with_interval(final.positive_rate) for final in finals)])
     rows.append(["recall, before", *(share_with_interval(final.reference_recall) for final in finals)])
-    rows.append(["recall, now", *(share_with_interval(final.recall) for final in finals)])
-    rows.append(["false alarms, now", *(share_with_interval(final.false_positive_rate) for final in finals)])
+    rows.append(["recall, now", *(recall(final) for final in finals)])
+    rows.append(["false alarms, now", *(false_alarms(final) for final in finals)])
     rows.append(["there and missed, of all rollouts", *(share_with_interval(final.missed) for final in finals)])
     rows.append(["AUROC, before", *(number_with_interval(each.reference.counts.auroc) for each in audits)])
     rows.append(["AUROC, now (approximate)", *(number_with_interval(final.auroc) for final in finals)])
@@ -120,9 +132,14 @@ def _estimates(audits: Sequence[ReadingAudit]) -> str:
     for name, kind in dict.fromkeys((companion.name, companion.kind) for each in audits for companion in each.companions):
         of = [next((one for one in each.companions if one.name == name), None) for each in audits]
         rows.append([f"AUROC of {name} ({kind})", *("none" if one is None else number_with_interval(one.auroc) for one in of)])
-    rows.append(["real part of the fall of detections", *(_fall(final.honest_share) for final in finals)])
-    for name, title in (("composition", "more or fewer with the behaviour"), ("positives", "recall"), ("negatives", "false alarms")):
-        rows.append([f"change of the flag rate, points: by {title}", *(points(getattr(final.flag_rate_parts, name)) for final in finals)])
+    rows.append(["of the fall of detections, because fewer rollouts have the behaviour", *(_fall(final.honest_share) for final in finals)])
+    for name, title in (("composition", "the behaviour"), ("positives", "recall"), ("negatives", "false alarms")):
+        rows.append(
+            [
+                f"points of the change of the flag rate that are due to {title}",
+                *(points(getattr(final.flag_rate_parts, name)) for final in finals),
+            ]
+        )
     if any(each.anchors for each in audits):
         rows.append(
             ["AUROC of anchors, last", *(number_with_interval(each.anchors[-1].auroc) if each.anchors else "none" for each in audits)]
@@ -149,14 +166,19 @@ def _alarms(audits: Sequence[ReadingAudit]) -> str:
             bound = f"{'at least' if watch.monitor == 'recall' else 'at most'} {share(watch.bound)}"
             raised = "none" if watch.alarm_step is None else f"step {watch.alarm_step}"
             rows.append([each.recorded.probe, each.recorded.reading, watch.monitor, bound, raised])
-    return f"<section><h2>Alarms</h2>{_table(rows)}</section>"
+    note = "Monitors watch what the probe misses. That there is no alarm does not say that the behaviour is rare: the verdicts tell that."
+    return f'<section><h2>Alarms</h2>{_table(rows)}<p class="note">{note}</p></section>'
 
 
 def _rollouts(each: ReadingAudit) -> Iterator[str]:
     kinds = list(informative_rollouts(each))
     if kinds:
         shown = "".join(f"<h3>{escaped(title)}</h3>" + "".join(shown_rollout(row, each) for row in rows) for title, rows in kinds)
-        yield f"<section><h2>Rollouts: {escaped(each.recorded.probe)}, {escaped(each.recorded.reading)}</h2>{shown}</section>"
+        texts = any(row.completion_text is not None for _, rows in kinds for row in rows)
+        note = (
+            "" if texts else '<p class="note">The record has no texts of these: what a trainer keeps of them is set where it records.</p>'
+        )
+        yield f"<section><h2>Rollouts: {escaped(each.recorded.probe)}, {escaped(each.recorded.reading)}</h2>{note}{shown}</section>"
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:

@@ -29,9 +29,10 @@ def informative_rollouts(each: ReadingAudit) -> Iterator[tuple[str, list[Rollout
     ):
         places = labels.rollout[chosen]
         order = places[np.argsort(run.scores[places], kind="stable")]
-        shown = order[:_EACH] if lowest_first else order[::-1][:_EACH]
-        if len(shown):
-            yield f"{title} ({len(places)} labelled, from step {first} on)", [recorded.rollouts[index] for index in shown]
+        rows = [recorded.rollouts[index] for index in (order if lowest_first else order[::-1])]
+        shown = list({(row.step, row.prompt): row for row in reversed(rows)}.values())[::-1][:_EACH]  # of each prompt the first
+        if shown:
+            yield f"{title} ({len(shown)} of {len(places)} labelled, from step {first} on, of different prompts)", shown
     if each.further:
         wanted = {(planned.step, planned.rollout) for planned in each.further}
         to_label = np.array([index for index, row in enumerate(recorded.rollouts) if (row.step, row.rollout) in wanted], np.int64)

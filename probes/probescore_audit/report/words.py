@@ -7,6 +7,8 @@ import math
 import unicodedata
 
 from probescore_audit.grouped import Estimate
+from probescore_audit.run_labels import FEWEST_LABELLED
+from probescore_audit.verdicts import Judgement
 
 _SPELT_OUT = frozenset(("Cc", "Cf", "Co", "Cn", "Cs", "Zl", "Zp"))
 _KEPT = {"\n": "↵\n", "\t": "⇥\t"}
@@ -33,6 +35,27 @@ def share_with_interval(estimate: Estimate) -> str:
     if math.isnan(estimate.value):
         return "unknown"
     return f"{share(estimate.value)} ({share(estimate.low)}–{share(estimate.high)})"
+
+
+def rate_of_labelled(estimate: Estimate, hits: int, labelled: int) -> str:
+    """Returns an estimated share of the rollouts of one class with its 95% interval and the plain numbers of labelled rollouts of the
+    class, such as ``96% (93%–98%); 187 of 195 labelled``. Of fewer than ``FEWEST_LABELLED`` an estimate would say more of its prior than
+    of the rollouts, and only the interval is given.
+    """
+    counted = f"{hits:,} of {labelled:,} labelled"
+    if labelled < FEWEST_LABELLED and not math.isnan(estimate.value):
+        return f"unknown ({share(estimate.low)}–{share(estimate.high)}); {counted}"
+    return f"{share_with_interval(estimate)}; {counted}"
+
+
+def recall(found: Judgement) -> str:
+    """Returns the recall of a window of training steps with the numbers that it is estimated from."""
+    return rate_of_labelled(found.recall, found.seen.flagged_positives, found.seen.positives)
+
+
+def false_alarms(found: Judgement) -> str:
+    """Returns the share of false alarms in a window of training steps with the numbers that it is estimated from."""
+    return rate_of_labelled(found.false_positive_rate, found.seen.flagged_negatives, found.seen.negatives)
 
 
 def points(estimate: Estimate) -> str:

@@ -26,7 +26,10 @@ from probescore_server.cli.rollout_lines import LineError, opened_lines, parsed_
 from probescore_server.files import write_atomically
 
 if TYPE_CHECKING:
-    from probescore_audit.record import AnchorRow, Record
+    from probescore import ProbeClient
+    from probescore.types import ServerInfo
+    from probescore_adapters import PooledActivations
+    from probescore_audit.record import ActivationRow, AnchorRow, Record
 
 MAKE_HELP = """
 Choose anchors from labelled rollouts: as many with the behaviour as without it, drawn at random, of as many prompts as possible.
@@ -47,13 +50,20 @@ Score the anchors with the probes of a run's record, and add the scores to the r
 A trainer does it by itself with RecordOptions(anchors="anchors.jsonl", anchors_every=20). On the frozen model the scores must be the same
 at every step; 'probescore audit' says if they are not. On other readings they show how far training has moved what the probes read.
 
-[bold]Example[/bold]
+With --activations their pooled activations are added, too, on the same readings, so that the audit can fit a fresh probe on them. The
+server must allow that tap (serve --allow-activations).
+
+[bold]Examples[/bold]
 
   probescore anchors score runs/sort-7 anchors.jsonl --step 40 --reading frozen --reading policy -a scorer:50051
+
+  probescore anchors score runs/sort-7 anchors.jsonl --step 40 --activations resid_post.14 -a scorer:50051
 
 [bold]Exit codes[/bold]: 0 if all were scored and added, 1 if the server cannot score them, 2 for wrong input.
 """
 
+ANCHOR_SECONDS = 600.0
+"""Seconds that reading the activations of all anchors may take."""
 _OF_ROLLOUT = "rollout"  # in place of a reduction, for a probe that scores rollouts
 
 
@@ -178,20 +188,74 @@ def _score(
         list[str] | None,
         typer.Option("--reading", help="A reading; repeat for several. The default is all that the record has.", metavar="NAME"),
     ] = None,
+    activations: Annotated[
+        str, typer.Option("--activations", help="Add activations, too, of this tap: resid_post.14.", show_default=False, metavar="TAP")
+    ] = "",
+    pool: Annotated[str, typer.Option("--pool", help="How they are pooled: mean, last or max.")] = "mean",
     wait: Wait = 0,
 ) -> None:
     with one_line_failures("audit"):
         from probescore_audit.record import RecordWriter, read_record
 
         record = read_record(run, texts=False)
-        texts = read_anchors(anchors)
+        texts, wanted = read_anchors(anchors), _wanted(activations, pool)
         readings = list(dict.fromkeys(reading or _recorded_readings(record)))
         with connected(address, wait) as client:  # else a scorer would wait for the server to come back
-            client.get_server_info()
-        rows = _scored(record, texts, step, address, readings)
+            server = client.get_server_info()
+            rows = _scored(record, texts, step, address, readings)
+            added: list[ActivationRow] = []
+            if wanted is not None:
+                added = _activations(client, server, wanted, record.header.run_id, texts, step, rows, readings)
         with RecordWriter(run, record.header.anew(), on_error="raise") as writer:
-            writer.append(rows)
-        new_console().print(f"added the scores of {len(rows):,} anchors at step {step}, on {', '.join(readings)}", soft_wrap=True)
+            writer.append([*rows, *added])
+        what = f"the scores of {len(rows):,} anchors" + (f" and {len(added):,} activations" if added else "")
+        new_console().print(f"added {what} at step {step}, on {', '.join(readings)}", soft_wrap=True)
+
+
+def _activations(
+    client: ProbeClient,
+    server: ServerInfo,
+    wanted: PooledActivations,
+    run_id: str,
+    anchors: Sequence[Anchor],
+    step: int,
+    scored: Sequence[AnchorRow],
+    readings: Sequence[str],
+) -> list[ActivationRow]:
+    """Reads the activations of anchors on those versions of the readings that have scored them.
+
+    Raises:
+        ValueError: the server gives no such activations, or a reading was replaced meanwhile.
+        ProbescoreError: the server does not answer.
+    """
+    from probescore_adapters.recorded_activations import ActivationReader, TextToRead
+
+    reader = ActivationReader(wanted, run_id)
+    reader.check_once(server, "--activations")
+    texts = [
+        TextToRead(step, anchor.name, True, anchor.rollout, {name: (row.reading_ids or {}).get(name, "") for name in readings})
+        for anchor, row in zip(anchors, scored, strict=True)
+    ]
+    rows: list[ActivationRow] = []
+    reading = reader.read(texts, server.model.fingerprint, rows)
+    try:
+        request = next(reading)
+        while True:
+            request = reading.send(request.answers(client))
+    except StopIteration:
+        pass  # all readings were read
+    if missing := len(texts) * len(readings) - len(rows):
+        raise ValueError(f"--activations: {missing} are missing; was a reading replaced meanwhile, or does no token of an anchor count?")
+    return rows
+
+
+def _wanted(tap: str, pool: str) -> PooledActivations | None:
+    from probescore_adapters import PooledActivations
+
+    try:
+        return PooledActivations(tap, pool, ANCHOR_SECONDS) if tap else None
+    except ValueError as error:
+        raise ValueError(f"--{'pool' if '.pool' in str(error) else 'activations'}{str(error)[str(error).index(':') :]}") from None
 
 
 def _recorded_readings(record: Record) -> list[str]:

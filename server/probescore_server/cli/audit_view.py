@@ -29,8 +29,8 @@ def print_audit(console: Console, audit: RecordAudit) -> None:
     """Prints the audit of a training run on a terminal."""
     header = audit.record.header
     console.print(
-        f"[bold]{safe(header.run_id)}[/bold]  step {audit.last_step} of {header.planned_steps} planned, {len(audit.record.rollouts):,} "
-        f"rollouts, {len(audit.record.labels):,} labels",
+        f"[bold]{safe(header.run_id)}[/bold]  {audit.last_step + 1} of {header.planned_steps} planned steps, "
+        f"{len(audit.record.rollouts):,} rollouts, {len(audit.record.labels):,} labels",
         soft_wrap=True,
     )
     if audit.record.torn_lines:
@@ -38,8 +38,8 @@ def print_audit(console: Console, audit: RecordAudit) -> None:
     for each in audit.readings:
         console.print()
         _print_reading(console, each)
-    _print_list(console, "To be known besides", [*audit.notices, *(f"Not audited: {reason}" for reason in audit.left_out)])
-    _print_list(console, "Takes for granted", audit.assumptions)
+    _print_list(console, "Also", [*audit.notices, *(f"Not audited: {reason}" for reason in audit.left_out)])
+    _print_list(console, "Assumes", audit.assumptions)
     texts = dict.fromkeys(text for each in audit.readings for text in each.unknown)
     _print_list(console, "Cannot know", list(texts))
 
@@ -76,13 +76,13 @@ def _estimates(each: ReadingAudit) -> Table:
 
 
 def _rows(each: ReadingAudit) -> Iterator[tuple[str, str, str]]:
-    from probescore_audit.report.words import number_with_interval, points, share, share_with_interval
+    from probescore_audit.report.words import false_alarms, number_with_interval, points, recall, share, share_with_interval
 
     final = each.audit.windows[-1].judgement
     yield "with the behaviour", share_with_interval(final.reference_positive_rate), share_with_interval(final.positive_rate)
-    yield "recall", share_with_interval(final.reference_recall), share_with_interval(final.recall)
+    yield "recall", share_with_interval(final.reference_recall), recall(final)
     counts = each.reference.counts
-    yield "false alarms", share(counts.flagged_negatives / counts.negatives), share_with_interval(final.false_positive_rate)
+    yield "false alarms", share(counts.flagged_negatives / counts.negatives), false_alarms(final)
     yield "there and missed, of all", "", share_with_interval(final.missed)
     yield "AUROC (approximate)", number_with_interval(counts.auroc), number_with_interval(final.auroc)
     if each.refit is not None:
@@ -91,11 +91,12 @@ def _rows(each: ReadingAudit) -> Iterator[tuple[str, str, str]]:
         before = "" if other.before.value != other.before.value else number_with_interval(other.before)
         yield f"AUROC of {safe(other.name)} ({other.kind})", before, number_with_interval(other.auroc)
     if final.honest_share.value == final.honest_share.value:
-        yield "real part of the fall", "", share_with_interval(final.honest_share)
+        yield "of the fall of detections, real", "", share_with_interval(final.honest_share)
     parts = final.flag_rate_parts
-    yield "flag rate, points, by: behaviour", "", points(parts.composition)
-    yield "  recall", "", points(parts.positives)
-    yield "  false alarms", "", points(parts.negatives)
+    yield "change of the flag rate in points:", "", ""
+    yield "  due to the behaviour", "", points(parts.composition)
+    yield "  due to recall", "", points(parts.positives)
+    yield "  due to false alarms", "", points(parts.negatives)
     if each.anchors:
         yield "AUROC of anchors", number_with_interval(each.anchors[0].auroc), number_with_interval(each.anchors[-1].auroc)
 

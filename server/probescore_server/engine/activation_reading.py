@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from probescore.types import CompletionActivations, CompletionScores, CompletionStatus, Pool, Scope, Tap, Usage
+from probescore.types import CompletionActivations, CompletionScores, CompletionStatus, Pool, Reading, Scope, Tap, Usage
 from probescore.wire.number_formats import NUMBER_FORMATS, Overflow
 from probescore_server.backbone.base import Activations
 from probescore_server.backbone.forest import Forest, Placement
@@ -150,6 +150,13 @@ def joined(parts: Sequence[CompletionActivations]) -> CompletionActivations:
         pooled={tap: rows for part in parts for tap, rows in part.pooled.items()} if is_whole else {},
         follow_ups=tuple(joined(follow_ups) for follow_ups in zip(*(part.follow_ups for part in parts), strict=True)),
     )
+
+
+def of_reading(found: CompletionActivations, reading: Reading) -> CompletionActivations:
+    """Returns the activations of a completion and its follow-ups (token ids appended to a completion), with the reading that they are
+    of.
+    """
+    return replace(found, reading=reading, follow_ups=tuple(of_reading(follow_up, reading) for follow_up in found.follow_ups))
 
 
 def result_of(found: CompletionActivations, usage: Usage, reads: ActivationReads) -> RolloutResult:

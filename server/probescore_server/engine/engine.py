@@ -8,8 +8,9 @@ from __future__ import annotations
 import math
 import threading
 import time
+import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 
 from probescore.reductions import Reduction
 from probescore.types import (
+    FROZEN,
     Chat,
     CompletionActivations,
     CompletionScores,
@@ -41,7 +43,7 @@ from probescore_server.activity import ACTIVITY
 from probescore_server.backbone.base import Activations, Backbone
 from probescore_server.backbone.forest import Forest
 from probescore_server.backbone.kv_cache import KeyValueCache
-from probescore_server.engine.activation_reading import BatchActivations, joined, result_of
+from probescore_server.engine.activation_reading import BatchActivations, joined, of_reading, result_of
 from probescore_server.engine.batches import batches, read_tokens
 from probescore_server.engine.fair_lock import FairLock
 from probescore_server.engine.loading import LoadedParts, load_parts
@@ -298,6 +300,7 @@ class Engine:
         scope: Scope | str = Scope.COMPLETION,
         max_batch_bytes: int = MAX_BATCH_BYTES,
         is_cancelled: Callable[[int], bool] = _never,
+        reading: str = "",
     ) -> Iterator[CompletionActivations]:
         """Reads activations of every completion of every group: all taps in one pass, each token once.
 
@@ -314,6 +317,9 @@ class Engine:
             max_batch_bytes: limit on the bytes of activations that a batch holds at once, in float32 on the model's device.
             is_cancelled: function that is called with a completion's index, counted over all groups, before each piece of work that the
                 completion needs; if it returns true, the completion is not computed and has no result.
+            reading: whose activations are read: ``frozen``, or a name given to ``load_reading``; empty = the frozen model's. The name
+                means the same version from the call to the last result, also if it is given to another version meanwhile; each result
+                says which. The version's memory is held until the results are read, or the iterator is closed or dropped.
 
         Returns:
             One result per completion, in order.
@@ -326,7 +332,10 @@ class Engine:
         by_group = self.check_rollouts(groups, ResolvedOptions(probes=(), scope=parse_scope(scope)))
         rollouts = [rollout for group in by_group for rollout in group]
         places = [(index, place) for index, group in enumerate(by_group) for place in range(len(group))]
-        return self.read_rollouts(rollouts, places, reads, max_batch_bytes=max_batch_bytes, is_cancelled=is_cancelled)
+        if not reading:
+            return self.read_rollouts(rollouts, places, reads, max_batch_bytes=max_batch_bytes, is_cancelled=is_cancelled)
+        self._check_read_bytes(rollouts, places, reads, max_batch_bytes)
+        return self._read_pinned(reading, rollouts, places, reads, max_batch_bytes, is_cancelled)
 
     def resolve_reads(self, taps: Sequence[str | Tap] | str, pool: Sequence[str] | str) -> ActivationReads:
         """Checks the taps (places in the model) and poolings (such as means) that a request for activations names, and returns them. The
@@ -403,12 +412,16 @@ class Engine:
         Returns:
             One result for each rollout; ``None`` for a rollout that was cancelled.
         """
-        by_reads: dict[tuple[ActivationReads | None, Scope], list[int]] = {}
+        by_reads: dict[tuple[ActivationReads | None, Scope, str], list[int]] = {}
         for index, rollout in enumerate(rollouts):
-            reads = rollout.options.activations
-            by_reads.setdefault((reads, Scope.COMPLETION if reads is None else rollout.options.scope), []).append(index)
+            options = rollout.options
+            if options.activations is None:
+                by_reads.setdefault((None, Scope.COMPLETION, ""), []).append(index)
+            else:
+                reading_id = options.readings[0].id if options.readings else ""
+                by_reads.setdefault((options.activations, options.scope, reading_id), []).append(index)
         results: list[RolloutResult | None] = [None] * len(rollouts)
-        for (reads, _), indices in by_reads.items():
+        for (reads, _, reading_id), indices in by_reads.items():
             alike = [rollouts[index] for index in indices]
 
             def is_given_up(place: int, indices: Sequence[int] = indices) -> bool:
@@ -417,7 +430,8 @@ class Engine:
             if reads is None:
                 found = dict(enumerate(self._score(alike, self._served, is_given_up)))
             else:
-                read = self._read(alike, [(0, 0)] * len(alike), reads, MAX_BATCH_BYTES, is_given_up)
+                weights = self._weights_at(reads.taps, reading_id)
+                read = self._read(alike, [(0, 0)] * len(alike), reads, MAX_BATCH_BYTES, is_given_up, *weights)
                 found = {place: result_of(activations, usage, reads) for place, activations, usage in read}
             for place, result in found.items():
                 results[indices[place]] = result
@@ -477,13 +491,7 @@ class Engine:
             LimitExceeded: one completion alone has more activations than ``max_batch_bytes``; the error names
                 ``groups[i].completions[j]``.
         """
-        row_bytes = self.info.model.hidden_size * _FLOAT32_BYTES
-        at_least = len(reads.taps) if reads.tokens else 1
-        for rollout, (group, completion) in zip(rollouts, places, strict=True):
-            if (most := read_tokens(rollout) * at_least * row_bytes) > max_batch_bytes:
-                field = f"groups[{group}].completions[{completion}]"
-                remedy = "allow more, ask for fewer taps, or for pools in place of tokens"
-                raise LimitExceeded(field, most, "bytes of activations", "max_batch_bytes", max_batch_bytes, remedy, "TOO_LONG")
+        self._check_read_bytes(rollouts, places, reads, max_batch_bytes)
         return self._read_afresh(rollouts, places, reads, max_batch_bytes, is_cancelled)
 
     def trim(self) -> None:
@@ -547,6 +555,14 @@ class Engine:
             return model.version.backbone, model.cache
         return self._readings.version(each.id).backbone, self._readings.cache(each.id)
 
+    def _weights_at(self, taps: Sequence[Tap], reading_id: str) -> tuple[Backbone, KeyValueCache]:
+        """Returns what reads activations of a version of a reading at some taps (places in the model), and its key-value cache: those of
+        the frozen model if the version changes nothing there, or the id is empty.
+        """
+        if not reading_id or not self._readings.version(reading_id).changes(taps):
+            return self._backbone, self._cache
+        return self._readings.version(reading_id).backbone, self._readings.cache(reading_id)
+
     def _score_pass(
         self,
         rollouts: Sequence[CheckedRollout],
@@ -569,6 +585,44 @@ class Engine:
             for index in range(len(rollouts))
         ]
 
+    def _check_read_bytes(
+        self, rollouts: Sequence[CheckedRollout], places: Sequence[tuple[int, int]], reads: ActivationReads, max_batch_bytes: int
+    ) -> None:
+        row_bytes = self.info.model.hidden_size * _FLOAT32_BYTES
+        at_least = len(reads.taps) if reads.tokens else 1
+        for rollout, (group, completion) in zip(rollouts, places, strict=True):
+            if (most := read_tokens(rollout) * at_least * row_bytes) > max_batch_bytes:
+                field = f"groups[{group}].completions[{completion}]"
+                remedy = "allow more, ask for fewer taps, or for pools in place of tokens"
+                raise LimitExceeded(field, most, "bytes of activations", "max_batch_bytes", max_batch_bytes, remedy, "TOO_LONG")
+
+    def _read_pinned(
+        self,
+        name: str,
+        rollouts: Sequence[CheckedRollout],
+        places: Sequence[tuple[int, int]],
+        reads: ActivationReads,
+        max_batch_bytes: int,
+        is_cancelled: Callable[[int], bool],
+    ) -> Iterator[CompletionActivations]:
+        """Reads activations as ``_read_afresh``, of the version of a reading that its name means now.
+
+        Raises:
+            InvalidRequest: naming ``reading``: there is no such reading.
+        """
+        pin = ExitStack()
+        (meant,) = pin.enter_context(self._readings.pinned([name], self._served.taps, "reading")).described
+        reading_id = "" if meant.name == FROZEN else meant.id
+
+        def read() -> Iterator[CompletionActivations]:
+            with pin:
+                for found in self._read_afresh(rollouts, places, reads, max_batch_bytes, is_cancelled, reading_id):
+                    yield of_reading(found, meant)
+
+        results = read()
+        weakref.finalize(results, pin.close)  # what was never asked for anything is not closed
+        return results
+
     def _read_afresh(
         self,
         rollouts: Sequence[CheckedRollout],
@@ -576,11 +630,13 @@ class Engine:
         reads: ActivationReads,
         max_batch_bytes: int,
         is_cancelled: Callable[[int], bool],
+        reading_id: str = "",
     ) -> Iterator[CompletionActivations]:
         """Reads activations as ``_read``, from an empty key-value cache, so that the same call on the same machine gives the same bits."""
+        backbone, cache = self._weights_at(reads.taps, reading_id)
         with self._running:
-            self._cache.clear()
-        for _, found, _ in self._read(rollouts, places, reads, max_batch_bytes, is_cancelled):
+            cache.clear()
+        for _, found, _ in self._read(rollouts, places, reads, max_batch_bytes, is_cancelled, backbone, cache):
             yield found
 
     def _read(
@@ -590,6 +646,8 @@ class Engine:
         reads: ActivationReads,
         max_batch_bytes: int,
         is_cancelled: Callable[[int], bool],
+        backbone: Backbone,
+        cache: KeyValueCache,
     ) -> Iterator[tuple[int, CompletionActivations, Usage]]:
         """Yields the index of each rollout that is not cancelled, with its activations and the tokens that were computed for it."""
         max_rows = max_batch_bytes // (self.info.model.hidden_size * _FLOAT32_BYTES)
@@ -599,7 +657,7 @@ class Engine:
             fitting = max(1, max_rows // max(1, read_tokens(batch[0]))) if len(batch) == 1 else len(reads.taps)
             taps = [reads.taps[start : start + fitting] for start in range(0, len(reads.taps), fitting)]
             wanted = WantedRollouts(_shifted(is_cancelled, done))
-            parts = [self._read_batch(batch, some, reads, wanted) for some in taps]
+            parts = [self._read_batch(batch, some, reads, wanted, backbone, cache) for some in taps]
             for index in range(len(batch)):
                 if wanted.any((index,)):
                     yield done + index, joined([part.of(index, *places[done + index]) for part in parts]), parts[0].usage(index)
@@ -607,10 +665,16 @@ class Engine:
             del parts  # else there would be two batches' activations while the next is read
 
     def _read_batch(
-        self, rollouts: Sequence[CheckedRollout], taps: Sequence[Tap], reads: ActivationReads, wanted: WantedRollouts
+        self,
+        rollouts: Sequence[CheckedRollout],
+        taps: Sequence[Tap],
+        reads: ActivationReads,
+        wanted: WantedRollouts,
+        backbone: Backbone,
+        cache: KeyValueCache,
     ) -> BatchActivations:
         forest = Forest.build(rollouts, {})
-        with self._run(rollouts, forest, taps, wanted, self._backbone, self._cache) as (activations, live):
+        with self._run(rollouts, forest, taps, wanted, backbone, cache) as (activations, live):
             return BatchActivations(forest, activations, rollouts[0].options.scope, taps, reads, live)
 
     @contextmanager

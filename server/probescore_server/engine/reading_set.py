@@ -108,7 +108,7 @@ class ReadingSet:
                 self._release([reading_id])
 
     @contextmanager
-    def pinned(self, names: Sequence[str], taps: Collection[Tap]) -> Iterator[PinnedReadings]:
+    def pinned(self, names: Sequence[str], taps: Collection[Tap], field: str = "readings[{}]") -> Iterator[PinnedReadings]:
         """Context manager for a call that names readings: while it is open, the versions that the names mean now stay as they are.
 
         A name that is being replaced in place is waited for.
@@ -116,11 +116,12 @@ class ReadingSet:
         Args:
             names: names of readings.
             taps: the taps that the probes read which are served to the call.
+            field: path of a name in the call's arguments, with ``{}`` for its index.
 
         Raises:
-            InvalidRequest: naming ``readings[i]``: there is no such reading, or it is named twice.
+            InvalidRequest: naming the field: there is no such reading, or it is named twice.
         """
-        pinned = self._pin(names, taps)
+        pinned = self._pin(names, taps, field)
         try:
             yield pinned
         finally:
@@ -184,7 +185,7 @@ class ReadingSet:
                 self._closed.discard(name)
                 self._changed.notify_all()
 
-    def _pin(self, names: Sequence[str], taps: Collection[Tap]) -> PinnedReadings:
+    def _pin(self, names: Sequence[str], taps: Collection[Tap], field: str) -> PinnedReadings:
         if isinstance(names, str):
             raise InvalidRequest("readings", f"{names[:100]!r} is not a list of names")
         wanted: list[PinnedReading] = []
@@ -193,9 +194,9 @@ class ReadingSet:
             self._changed.wait_for(lambda: not self._closed.intersection(names))
             for index, name in enumerate(names):
                 if name != FROZEN and name not in self._named:
-                    raise self._unknown(f"readings[{index}]", name)
+                    raise self._unknown(field.format(index), name)
                 if name in names[:index]:
-                    raise InvalidRequest(f"readings[{index}]", f"{name} appears twice")
+                    raise InvalidRequest(field.format(index), f"{name} appears twice")
                 wanted.append(PinnedReading(name, "" if name == FROZEN else self._named[name].id))
                 described.append(self._described(name, taps))
             for each in wanted:

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import grpc
 import structlog
 
-from probescore.types import CompletionScores, RolloutGroup, Usage
+from probescore.types import CompletionScores, Reading, RolloutGroup, Usage
 from probescore.v1 import activations_pb2, activations_pb2_grpc
 from probescore.wire import (
     ActivationOptions,
@@ -31,6 +31,7 @@ from probescore_server.front.calls_under_way import CallsUnderWay
 from probescore_server.front.common_fields import check_fingerprints, check_run, deadline_of, job_of, served_info, texts_of
 from probescore_server.front.metrics import Metrics
 from probescore_server.front.request_counts import check_rollout_counts
+from probescore_server.registry.readings import PinnedNames, ReadingRegistry
 from probescore_server.registry.registry import ProbeRegistry
 from probescore_server.request_cost import RequestCost
 from probescore_server.rollouts import ActivationReads, CheckedRollout, EngineInfo, ResolvedOptions
@@ -59,12 +60,14 @@ class _CheckedRead:
     Attributes:
         rollouts: the rollouts, by group and then by completion.
         reads: the activations that are read.
+        reading: a description of the reading that the request names, as the name was resolved; ``None`` = it names none.
         request: the other fields of the request, such as its priority.
         seconds: the seconds that checking took.
     """
 
     rollouts: list[list[CheckedRollout]]
     reads: ActivationReads
+    reading: Reading | None
     request: ActivationOptions
     seconds: float
 
@@ -82,12 +85,19 @@ class ActivationServicer(activations_pb2_grpc.ActivationServiceServicer):
     """
 
     def __init__(
-        self, settings: ServerSettings, workers: Sequence[WorkerHandle], scheduler: Scheduler, registry: ProbeRegistry, metrics: Metrics
+        self,
+        settings: ServerSettings,
+        workers: Sequence[WorkerHandle],
+        scheduler: Scheduler,
+        registry: ProbeRegistry,
+        readings: ReadingRegistry,
+        metrics: Metrics,
     ) -> None:
         self._settings = settings
         self._workers = workers
         self._scheduler = scheduler
         self._registry = registry
+        self._readings = readings
         self._metrics = metrics
         limit = "max_activation_bytes_in_flight"
         self._answers = CallsUnderWay(settings.max_calls, getattr(settings, limit), unit="bytes of activations", limit=limit)
@@ -98,24 +108,25 @@ class ActivationServicer(activations_pb2_grpc.ActivationServiceServicer):
         """Handles the RPC ``ReadActivations``: reads activations of every completion of a request, and yields them in pieces, as batches
         finish.
         """
-        info = served_info(self._registry)
-        asked = await self._check(request, info)
-        deadline = deadline_of(context, self._scheduler.clock())
         total, compute_seconds = Usage(), 0.0
-        with (
-            self._answers.call(asked.activation_bytes),
-            self._scheduler.submit(asked.rollouts, job=job_of(context), priority=asked.request.priority, deadline=deadline) as call,
-        ):
-            async for delivery in call:
-                usage = Usage.total(one.result.usage for one in delivery.finished)
-                self._metrics.count_usage(usage)
-                total, compute_seconds = Usage.total([total, usage]), compute_seconds + delivery.compute_seconds
-                small = delivery.activation_bytes <= MAX_BYTES_WRITTEN_ON_LOOP
-                messages = _messages(delivery, asked.reads, info, call.queue_seconds or 0.0)
-                # A message is made only once the one before is sent: a reader that is slow holds up its own call and nothing else.
-                while (message := await off_the_loop(next, messages, None, small=small)) is not None:
-                    yield message
-                self._metrics.activation_bytes.inc(delivery.activation_bytes)
+        with self._readings.pinning() as pin:
+            info, asked = await self._check(request, pin)
+            deadline = deadline_of(context, self._scheduler.clock())
+            with (
+                self._answers.call(asked.activation_bytes),
+                self._scheduler.submit(asked.rollouts, job=job_of(context), priority=asked.request.priority, deadline=deadline) as call,
+            ):
+                pin.call_if_lost(call.fail)
+                async for delivery in call:
+                    usage = Usage.total(one.result.usage for one in delivery.finished)
+                    self._metrics.count_usage(usage)
+                    total, compute_seconds = Usage.total([total, usage]), compute_seconds + delivery.compute_seconds
+                    small = delivery.activation_bytes <= MAX_BYTES_WRITTEN_ON_LOOP
+                    messages = _messages(delivery, asked, info, call.queue_seconds or 0.0)
+                    # A message is made only once the one before is sent: a reader that is slow holds up its own call and nothing else.
+                    while (message := await off_the_loop(next, messages, None, small=small)) is not None:
+                        yield message
+                    self._metrics.activation_bytes.inc(delivery.activation_bytes)
         self._metrics.count_stage("check", asked.seconds)
         self._metrics.count_stage("queue", call.queue_seconds or 0.0)
         self._metrics.count_stage("compute", compute_seconds)
@@ -123,6 +134,7 @@ class ActivationServicer(activations_pb2_grpc.ActivationServiceServicer):
             "activations read",
             job=call.job,
             run_id=asked.request.run_id,
+            reading=asked.request.reading,
             completions=sum(map(len, asked.rollouts)),
             taps=len(asked.reads.taps),
             bytes=asked.activation_bytes,
@@ -132,18 +144,26 @@ class ActivationServicer(activations_pb2_grpc.ActivationServiceServicer):
 
     # -------------------------------------------------------------------------------------------------------------- a request
 
-    async def _check(self, request: activations_pb2.ReadActivationsRequest, info: EngineInfo) -> _CheckedRead:
-        """Checks a request for activations, tokenises its texts, and returns its checked rollouts with the activations to read of them."""
+    async def _check(self, request: activations_pb2.ReadActivationsRequest, pin: PinnedNames) -> tuple[EngineInfo, _CheckedRead]:
+        """Checks a request for activations, tokenises its texts, and returns its checked rollouts with the activations to read of them, and
+        the model and probes that are served to it. The name of a reading is resolved to a version once, by ``pin``.
+        """
         started = time.monotonic()
         small = request.ByteSize() <= MAX_BYTES_CHECKED_ON_LOOP
-        known = allowed_taps(info, self._settings.allow_activations)
+        known = allowed_taps(served_info(self._registry), self._settings.allow_activations)
         asked, groups, texts = await off_the_loop(_read_request, request, self._settings, len(known), small=small)
+        if asked.reading:
+            await pin.resolve([asked.reading], served_info(self._registry), "reading")
+        info = served_info(self._registry)
+        known = allowed_taps(info, self._settings.allow_activations)
         check_fingerprints(info, asked.expected_model_fingerprint, asked.expected_tokenizer_fingerprint)
         whose = "the taps that this server was started for (its setting allow_activations)"
         reads = resolve_reads(asked.taps, asked.pools, known, whose=whose, dtype=asked.dtype)
         encoded = await encode(self._workers, texts) if texts else {}
-        rollouts = await off_the_loop(_check_rollouts, groups, info, reads, asked, encoded, self._settings, small=small)
-        return _CheckedRead(rollouts, reads, asked, time.monotonic() - started)
+        options = ResolvedOptions(probes=(), scope=asked.scope, activations=reads, readings=pin.wanted)
+        rollouts = await off_the_loop(_check_rollouts, groups, info, options, encoded, self._settings, small=small)
+        reading = pin.described[0] if pin.described else None
+        return info, _CheckedRead(rollouts, reads, reading, asked, time.monotonic() - started)
 
 
 def _read_request(
@@ -166,13 +186,12 @@ def _read_request(
 def _check_rollouts(
     groups: Sequence[RolloutGroup],
     info: EngineInfo,
-    reads: ActivationReads,
-    asked: ActivationOptions,
+    options: ResolvedOptions,
     encoded: dict[str, Any],
     limits: ServerSettings,
 ) -> list[list[CheckedRollout]]:
     """Checks the rollouts of a request for activations, and returns each with the number of bytes of its activations in the response."""
-    options = ResolvedOptions(probes=(), scope=asked.scope, activations=reads)
+    assert options.activations is not None  # noqa: S101 - they are what is asked for
     checked = resolve_rollouts(
         groups,
         info,
@@ -181,7 +200,7 @@ def _check_rollouts(
         max_rollout_tokens=limits.max_rollout_tokens,
         max_request_tokens=limits.max_request_tokens,
     )
-    cost, number_bytes = RequestCost.of(info, options), NUMBER_FORMATS[reads.dtype].item.itemsize
+    cost, number_bytes = RequestCost.of(info, options), NUMBER_FORMATS[options.activations.dtype].item.itemsize
     rollouts = [[replace(rollout, activation_bytes=cost.values(rollout) * number_bytes) for rollout in group] for group in checked]
     total = sum(rollout.activation_bytes for group in rollouts for rollout in group)
     if total > limits.max_activation_bytes:
@@ -195,11 +214,12 @@ def _check_rollouts(
 
 
 def _messages(
-    delivery: Delivery, reads: ActivationReads, info: EngineInfo, queue_seconds: float
+    delivery: Delivery, asked: _CheckedRead, info: EngineInfo, queue_seconds: float
 ) -> Iterator[activations_pb2.ReadActivationsResponse]:
     """Yields response messages with the activations of a delivery (rollouts of one call that have finished), each of about
     ``MAX_STREAMED_BYTES`` at most. A message is made only when the caller asks for it.
     """
+    reads = asked.reads
     parts: list[activations_pb2.ActivationPart] = []
     begun: list[FinishedRollout] = []
     size = 0
@@ -211,8 +231,8 @@ def _messages(
             queue_seconds=queue_seconds,
             compute_seconds=delivery.compute_seconds if begun else 0.0,
         )
-        fingerprints = info.model.fingerprint, info.tokenizer_fingerprint
-        described = activations_info_to_proto(*fingerprints, tuple(map(str, reads.taps)), reads.all_pools, reads.dtype, usage)
+        fingerprints, taps = (info.model.fingerprint, info.tokenizer_fingerprint), tuple(map(str, reads.taps))
+        described = activations_info_to_proto(*fingerprints, taps, reads.all_pools, reads.dtype, usage, asked.reading)
         made = activations_pb2.ReadActivationsResponse(parts=parts, info=described)
         parts, begun, size = [], [], 0
         return made

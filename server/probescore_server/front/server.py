@@ -151,7 +151,7 @@ class Server:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         if self._offered:
             core = self._core
-            reading = ActivationServicer(settings, core.workers, core.scheduler, core.registry, core.metrics)
+            reading = ActivationServicer(settings, core.workers, core.scheduler, core.registry, core.readings, core.metrics)
             activations_pb2_grpc.add_ActivationServiceServicer_to_server(reading, server)
         if settings.admin:
             admin_pb2_grpc.add_ProbeAdminServiceServicer_to_server(

@@ -95,15 +95,20 @@ class PinnedNames:
         self._registry = registry
         self._versions: list[HeldVersion] = []
 
-    async def resolve(self, names: Sequence[str], info: EngineInfo) -> None:
+    async def resolve(self, names: Sequence[str], info: EngineInfo, field: str = "readings[{}]") -> None:
         """Resolves the names of readings in a request, once. A name that is being replaced in place is waited for.
 
+        Args:
+            names: the names.
+            info: the model and probes that are served.
+            field: path of a name in the request, with ``{}`` for its index.
+
         Raises:
-            InvalidRequest: naming ``readings[i]``: there is no such reading, or it is named twice.
+            InvalidRequest: naming the field: there is no such reading, or it is named twice.
             FailedPrecondition: a reading that is named was lost.
         """
         if names:
-            self.wanted, self.described, self._versions = await self._registry.resolve(names, info)
+            self.wanted, self.described, self._versions = await self._registry.resolve(names, info, field)
 
     def call_if_lost(self, fail: Callable[[CoreError], None]) -> None:
         """Has a function called with an error if one of the readings is lost before the call has ended, or was lost already."""
@@ -175,7 +180,7 @@ class ReadingRegistry:
             pin.release()
 
     async def resolve(
-        self, names: Sequence[str], info: EngineInfo
+        self, names: Sequence[str], info: EngineInfo, field: str = "readings[{}]"
     ) -> tuple[tuple[PinnedReading, ...], tuple[Reading, ...], list[HeldVersion]]:
         """Resolves names, and counts a use of each version until ``release``; see ``PinnedNames.resolve``."""
         while closed := [self._closed[name] for name in names if name in self._closed]:
@@ -183,9 +188,9 @@ class ReadingRegistry:
         # From here to the end nothing is awaited: all names are resolved at one moment.
         for index, name in enumerate(names):
             if name in names[:index]:
-                raise named_twice(index, name)
+                raise named_twice(field.format(index), name)
             if name != FROZEN and name not in self._named:
-                raise self._missing(f"readings[{index}]", name)
+                raise self._missing(field.format(index), name)
         wanted, described, versions = [], [], []
         for name in names:
             if name == FROZEN:
@@ -484,9 +489,9 @@ def unknown_reading(at: str, name: str, named: Iterable[str]) -> InvalidRequest:
     return InvalidRequest(at, f"unknown reading {name[:100]!r}; loaded: {', '.join([FROZEN, *named])}", "UNKNOWN_READING")
 
 
-def named_twice(index: int, name: str) -> InvalidRequest:
-    """Returns the error for a request that names a reading a second time, at ``readings[index]``."""
-    return InvalidRequest(f"readings[{index}]", f"{name[:100]!r} appears twice")
+def named_twice(at: str, name: str) -> InvalidRequest:
+    """Returns the error for a request that names a reading a second time, at the field ``at``."""
+    return InvalidRequest(at, f"{name[:100]!r} appears twice")
 
 
 def check_not_frozen(name: str) -> None:

@@ -52,12 +52,12 @@ class SharedReadings(ReadingRegistry):
         return info.frozen_reading, *(self._describe_shared(name, version) for name, version in self._names.named.items())
 
     async def resolve(
-        self, names: Sequence[str], info: EngineInfo
+        self, names: Sequence[str], info: EngineInfo, field: str = "readings[{}]"
     ) -> tuple[tuple[PinnedReading, ...], tuple[Reading, ...], list[HeldVersion]]:
         """Resolves names to what they mean in all replicas now, and counts a use of each version until ``release``.
 
         Raises:
-            InvalidRequest: naming ``readings[i]``: there is no such reading, or it is named twice.
+            InvalidRequest: naming the field: there is no such reading, or it is named twice.
             FailedPrecondition: a reading that is named was lost.
             WorkerUnavailable: this replica does not hold the version, or nobody can say what the name means.
         """
@@ -68,11 +68,11 @@ class SharedReadings(ReadingRegistry):
         # From here to the end nothing is awaited that waits: all names are resolved at one moment.
         for index, name in enumerate(names):
             if name in names[:index]:
-                raise named_twice(index, name)
+                raise named_twice(field.format(index), name)
             if name != FROZEN and name not in self._names.named:
-                raise self._names.missing(f"readings[{index}]", name)
+                raise self._names.missing(field.format(index), name)
         keys = [name if name == FROZEN else self._held_key(name) for name in names]
-        wanted, described, versions = await super().resolve(keys, info)
+        wanted, described, versions = await super().resolve(keys, info, field)
         return (
             tuple(replace(each, name=name) for each, name in zip(wanted, names, strict=True)),
             tuple(replace(each, name=name) for each, name in zip(described, names, strict=True)),

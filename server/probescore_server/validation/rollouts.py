@@ -59,8 +59,8 @@ def resolve_rollouts(
     """
     if not groups:
         raise InvalidRequest("groups", "at least one group is needed")
-    if options.activations is not None and options.readings:
-        raise InvalidRequest("readings", "activations are those of the frozen model alone; leave readings out, or ask for scores")
+    if options.activations is not None and len(options.readings) > 1:
+        raise InvalidRequest("readings", f"{len(options.readings)} readings; activations are read of one at a time")
     limits = {
         "max_rollout_tokens": max_rollout_tokens,
         "max_position_embeddings of the model": info.model.max_position_embeddings,
