@@ -234,10 +234,10 @@ def test_memory_is_freed_though_probes_have_changed(llama: Served, tmp_path: Pat
     assert all(tensor() is None for tensor in own)  # without a garbage collection
 
 
-def test_activations_are_those_of_the_frozen_model_alone(engine: Engine, llama: Served, tmp_path: Path) -> None:
+def test_activations_are_read_of_one_reading_at_a_time(engine: Engine, llama: Served, tmp_path: Path) -> None:
     engine.load_reading("policy", WrittenAdapter.random(llama.model).write(tmp_path))
     reads = engine.resolve_reads("resid_post.2", Pool.MEAN)
-    with engine._readings.pinned(["policy"], ()) as pinned, pytest.raises(InvalidRequest) as refused:
+    with engine._readings.pinned(["frozen", "policy"], ()) as pinned, pytest.raises(InvalidRequest) as refused:
         engine.check_rollouts(GROUPS, ResolvedOptions(probes=(), activations=reads, readings=pinned.wanted))
     assert refused.value.field == "readings"
-    assert "activations are those of the frozen model alone" in refused.value.problem
+    assert "activations are read of one at a time" in refused.value.problem
