@@ -1,0 +1,142 @@
+"""Answers the pages of the review: which address gives what."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import FastAPI, Query, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import FileResponse, Response
+from starlette.staticfiles import StaticFiles
+
+from probescore_review.columns import columns
+from probescore_review.queries import Query as RolloutQuery
+from probescore_review.runs import ReviewedRun
+from probescore_review.security import GuardMiddleware
+
+STATIC = Path(__file__).with_name("static")
+
+
+class AsciiJson(Response):
+    """Response of JSON in ASCII: texts of models may have halves of characters, which no other form can carry."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:  # noqa: ANN401 - whatever JSON has
+        """Returns values as JSON."""
+        return json.dumps(content, allow_nan=False, separators=(",", ":")).encode()
+
+
+def create_app(runs: Sequence[ReviewedRun]) -> FastAPI:
+    """Returns the application that shows runs to people, labels their rollouts and repairs their probes, for any ASGI server that listens
+    on this machine alone.
+    """
+    token = secrets.token_urlsafe(24)
+    by_key = {run.key: run for run in runs}
+    app = FastAPI(title="probescore review", docs_url=None, redoc_url=None, openapi_url=None, default_response_class=AsciiJson)
+    app.add_middleware(GuardMiddleware, token=token)
+    _answer_errors(app)
+
+    def found(key: str) -> ReviewedRun:
+        if key not in by_key:
+            raise KeyError(f"run: {key[:40]!r}; there is {', '.join(by_key)}")
+        by_key[key].index.refresh()
+        return by_key[key]
+
+    @app.get("/api/session")
+    def session() -> Response:
+        """Gives the token with which the application's pages change anything."""
+        return AsciiJson({"token": token})
+
+    @app.get("/api/runs")
+    def all_runs() -> Response:
+        """Says which runs there are."""
+        return AsciiJson({"runs": [found(key).facts() for key in by_key]})
+
+    _add_rollout_routes(app, found)
+    app.mount("/static", StaticFiles(directory=STATIC), name="static")
+
+    @app.get("/{page:path}")
+    def page(page: str) -> Response:
+        """Gives the one page of the application, whose addresses it reads by itself."""
+        if page.startswith(("api/", "static/")):
+            raise KeyError(f"{page[:80]}: there is nothing here")
+        return FileResponse(STATIC / "index.html")
+
+    return app
+
+
+Found = Callable[[str], ReviewedRun]
+
+
+def _query(run: ReviewedRun, request: Request) -> RolloutQuery:
+    """Returns the query that an address names: a view, to which what else the address says is added."""
+    asked = request.query_params
+    base = run.views.query_of(asked["view"]) if asked.get("view") else RolloutQuery()
+    own = RolloutQuery.of(asked.get("where", ""), asked.get("q", ""), asked.get("sort", ""), asked.get("descending", "") in ("1", "true"))
+    return RolloutQuery(
+        where=base.where + own.where,
+        search=" ".join(part for part in (base.search, own.search) if part),
+        sort=own.sort or base.sort,
+        descending=own.descending if own.sort or "descending" in asked else base.descending,
+    )
+
+
+def _add_rollout_routes(app: FastAPI, found: Found) -> None:
+    @app.get("/api/runs/{run}/columns")
+    def table_columns(run: str) -> Response:
+        """Names the table's columns and the run's views."""
+        reviewed = found(run)
+        shown = ("name", "title", "kind", "help", "sortable")
+        named = [{name: getattr(each, name) for name in shown} for each in columns(reviewed.index).values()]
+        return AsciiJson({"columns": named, "views": reviewed.views.all()})
+
+    @app.get("/api/runs/{run}/rollouts")
+    def rollouts(
+        run: str,
+        request: Request,
+        after: str = "",
+        offset: int = 0,
+        limit: Annotated[int, Query()] = 100,
+    ) -> Response:
+        """Gives a part of a view's rows."""
+        reviewed = found(run)
+        start = int(after) if after.isdecimal() and len(after) < 12 else offset
+        total, rows = reviewed.queries.page(_query(reviewed, request), start, limit)
+        further = start + limit
+        return AsciiJson({"total": total, "offset": start, "rows": rows, "next": str(further) if further < total else None})
+
+
+def _answer_errors(app: FastAPI) -> None:
+    """Answers what goes wrong with one sentence, and no more of the machine than it names."""
+
+    def answers(kind: type[Exception], status: int, sentence: Callable[[Exception], str]) -> None:
+        async def handler(request: Request, error: Exception) -> Response:
+            del request
+            return AsciiJson({"error": sentence(error)}, status_code=status)
+
+        app.add_exception_handler(kind, handler)
+
+    answers(ValueError, 400, str)
+    answers(RequestValidationError, 400, _what_is_wrong)
+    answers(KeyError, 404, lambda error: str(error.args[0]) if error.args else "not found")
+    answers(FileNotFoundError, 404, lambda error: f"{error}" if not isinstance(error, OSError) or not error.filename else "a file has gone")
+    answers(OSError, 507, lambda error: f"it could not be written: {getattr(error, 'strerror', None) or type(error).__name__}")
+
+    async def of_http(request: Request, error: Exception) -> Response:
+        del request
+        assert isinstance(error, HTTPException)  # noqa: S101 - registered for it
+        return AsciiJson({"error": str(error.detail)}, status_code=error.status_code)
+
+    app.add_exception_handler(HTTPException, of_http)
+
+
+def _what_is_wrong(error: Exception) -> str:
+    assert isinstance(error, RequestValidationError)  # noqa: S101 - registered for it
+    first = error.errors()[0]
+    return f"{'.'.join(str(part) for part in first['loc'][1:]) or 'body'}: {first['msg']}"

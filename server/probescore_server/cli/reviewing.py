@@ -1,0 +1,59 @@
+"""Implements ``probescore review``, a local application in which people look at a run's rollouts, label them and repair its probes."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from probescore_server.cli.common.failures import one_line_failures, say
+
+HELP = """
+Look at the rollouts of runs in a browser, label them, and repair their probes. It is answered on this machine alone, and loads nothing
+from elsewhere.
+
+RUN is the folder of a run's record, which may still be written, or a file that 'probescore score --json' printed. Give several to see them
+side by side. Labels are appended to the record.
+
+[bold]Examples[/bold]
+
+  probescore review runs/sort-7
+
+  probescore review runs/sort-7 runs/sort-8 --port 8500
+
+[bold]Exit codes[/bold]: 0 after Ctrl-C or SIGTERM, 2 for wrong input.
+"""
+
+Runs = Annotated[list[Path], typer.Argument(help="Folders of records, or files of scored rollouts.", show_default=False, metavar="RUN…")]
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command ``review`` to the command line."""
+    app.command("review", help=HELP)(_review)
+
+
+def _review(
+    runs: Runs,
+    port: Annotated[int, typer.Option("--port", help="The port on this machine; 0 = any free one.", min=0, max=65535)] = 8400,
+    cache: Annotated[
+        Path | None, typer.Option("--cache", help="A folder for the index; the user's cache by default.", show_default=False, metavar="DIR")
+    ] = None,
+) -> None:
+    with one_line_failures("review"):
+        import uvicorn
+
+        from probescore_review.app import create_app
+        from probescore_review.runs import ReviewedRun
+
+        folder = cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "probescore" / "review"
+        opened = []
+        for number, run in enumerate(runs):
+            say(f"reading {run.name}")
+            opened.append(ReviewedRun(str(number), run, folder))
+        listening = socket.create_server(("127.0.0.1", port))
+        say(f"http://127.0.0.1:{listening.getsockname()[1]}")
+        config = uvicorn.Config(create_app(opened), loop="asyncio", log_level="warning", access_log=False, timeout_graceful_shutdown=5)
+        uvicorn.Server(config).run(sockets=[listening])
