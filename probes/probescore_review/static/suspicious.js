@@ -1,0 +1,77 @@
+/** Lists of rollouts that behaviour alone would pass, each with why it is here. */
+
+import { get, ofRun } from "./api.js";
+import { fill, make, say } from "./dom.js";
+import { anything, written } from "./numbers.js";
+import { badge } from "./rollouts.js";
+import { address, remember } from "./route.js";
+import { head, oneLine } from "./text.js";
+
+const NOT_SCORES = new Set(["rollout", "step", "why", "snippet", "attempt", "prompt_id", "name", "label"]);
+
+export const suspicious = {
+  title: "Suspicious",
+  async open(box, run, place) {
+    const lists = (await get(ofRun(run.run, "suspicious"))).lists ?? [];
+    if (!lists.length) {
+      fill(box, make("p.nothing", {}, "There are no scores to look for suspicious rollouts by."));
+      return {};
+    }
+    let which = Math.max(0, lists.findIndex((list) => list.id === place.settings.list));
+    let at = Math.max(0, Number.parseInt(place.settings.at ?? "0", 10) || 0);
+    const tabs = make("div.tabs", { role: "tablist", "aria-label": "Lists" });
+    const panel = make("section.card", { role: "tabpanel", id: "list", tabindex: -1 });
+
+    function paint() {
+      const list = lists[which];
+      at = Math.max(0, Math.min(at, (list.rows?.length ?? 1) - 1));
+      fill(tabs, ...lists.map((each, index) => make("button", { type: "button", role: "tab", id: `tab-${index}`, "aria-controls": "list", "aria-selected": String(index === which), tabindex: index === which ? 0 : -1, on: { click: () => choose(index) } },
+        each.title, make("span.note", {}, ` ${each.rows?.length ?? 0}`))));
+      panel.setAttribute("aria-labelledby", `tab-${which}`);
+      const items = (list.rows ?? []).map((row, index) => itemOf(run, list, row, index));
+      fill(panel, make("h2", {}, list.title), make("p.why", {}, list.why), items.length ? make("ol.findings", {}, ...items) : make("p.nothing", {}, list.said ?? "Nothing here."));
+    }
+    function choose(index) {
+      which = (index + lists.length) % lists.length;
+      at = 0;
+      remember({ list: lists[which].id, at: "" });
+      paint();
+      say(lists[which].title);
+    }
+    function move(index) {
+      const links = [...panel.querySelectorAll(".finding > a")];
+      if (!links.length) return;
+      at = Math.max(0, Math.min(links.length - 1, index));
+      links[at].focus();
+      links[at].scrollIntoView({ block: "nearest" });
+      remember({ list: lists[which].id, at: String(at) });
+    }
+    tabs.addEventListener("keydown", (event) => {
+      const by = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+      if (!by) return;
+      event.preventDefault();
+      choose(which + by);
+      tabs.children[which].focus();
+    });
+    paint();
+    fill(box, tabs, panel);
+    if (place.settings.at) queueMicrotask(() => move(at));
+    const started = () => panel.contains(document.activeElement) && document.activeElement !== panel;
+    return { keys: [
+      { keys: ["j", "ArrowDown"], title: "Next rollout", repeats: true, run: () => move(started() ? at + 1 : at) },
+      { keys: ["k", "ArrowUp"], title: "Rollout before", repeats: true, run: () => move(started() ? at - 1 : at) },
+      { keys: ["Enter", "o"], title: "Open the rollout", run: () => panel.querySelectorAll(".finding > a")[at]?.click() },
+      { keys: ["]", "v"], title: "Next list", run: () => choose(which + 1) },
+      { keys: ["[", "V"], title: "List before", run: () => choose(which - 1) },
+    ] };
+  },
+};
+
+function itemOf(run, list, row, index) {
+  const scores = Object.entries({ ...row, ...row.scores }).filter(([name, value]) => !NOT_SCORES.has(name) && typeof value === "number");
+  return make("li.finding", {},
+    make("a", { href: address(run.run, "rollout", row.rollout, { suspicious: list.id, at: String(index) }) },
+      make("span.place", {}, `step ${anything(row.step)}`), row.label ? badge(row.label) : null, make("span.why", {}, row.why ?? "")),
+    make("p.snippet", {}, oneLine(head(row.snippet ?? String(row.rollout), 400))),
+    scores.length ? make("p.facts", {}, ...scores.map(([name, value]) => make("span.foreign", {}, `${name.replace(/^score:/, "").replaceAll("_", " ")} `, make("b.number", {}, written(value))))) : null);
+}
