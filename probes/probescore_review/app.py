@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import FastAPI, Query, Request
+from fastapi import Body, FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import FileResponse, Response
@@ -16,6 +16,7 @@ from starlette.staticfiles import StaticFiles
 
 from probescore_review.columns import columns
 from probescore_review.queries import Query as RolloutQuery
+from probescore_review.queries import comparisons
 from probescore_review.runs import ReviewedRun
 from probescore_review.security import GuardMiddleware
 
@@ -93,7 +94,7 @@ def _add_rollout_routes(app: FastAPI, found: Found) -> None:
         """Names the table's columns and the run's views."""
         reviewed = found(run)
         shown = ("name", "title", "kind", "help", "sortable")
-        named = [{name: getattr(each, name) for name in shown} for each in columns(reviewed.index).values()]
+        named = [{name: getattr(each, name) for name in shown} | {"ops": comparisons(each)} for each in columns(reviewed.index).values()]
         return AsciiJson({"columns": named, "views": reviewed.views.all()})
 
     @app.get("/api/runs/{run}/rollouts")
@@ -110,6 +111,32 @@ def _add_rollout_routes(app: FastAPI, found: Found) -> None:
         total, rows = reviewed.queries.page(_query(reviewed, request), start, limit)
         further = start + limit
         return AsciiJson({"total": total, "offset": start, "rows": rows, "next": str(further) if further < total else None})
+
+    @app.get("/api/runs/{run}/rollouts/{rollout:path}")
+    def one_rollout(run: str, rollout: str, blind: bool = False, part: int = 0) -> Response:
+        """Gives everything of one rollout."""
+        return AsciiJson(found(run).rollouts.found(rollout, blind=blind, part=part))
+
+    @app.get("/api/runs/{run}/overview")
+    def overview(run: str) -> Response:
+        """Gives what the audit says, and the numbers by step."""
+        return AsciiJson(found(run).overview.found())
+
+    @app.get("/api/runs/{run}/suspicious")
+    def suspicious(run: str) -> Response:
+        """Gives the lists of suspicious rollouts."""
+        return AsciiJson({"lists": found(run).suspicious.lists()})
+
+    @app.put("/api/runs/{run}/views/{view}")
+    def save_view(run: str, view: str, body: Annotated[dict[str, Any], Body()]) -> Response:
+        """Saves a view."""
+        return AsciiJson(found(run).views.save(view, body))
+
+    @app.delete("/api/runs/{run}/views/{view}")
+    def delete_view(run: str, view: str) -> Response:
+        """Deletes a saved view."""
+        found(run).views.delete(view)
+        return AsciiJson({"deleted": view})
 
 
 def _answer_errors(app: FastAPI) -> None:

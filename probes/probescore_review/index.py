@@ -35,7 +35,8 @@ CREATE TABLE files (id INTEGER PRIMARY KEY, name TEXT UNIQUE, stem TEXT, details
 CREATE TABLE score_columns (place INTEGER PRIMARY KEY, probe TEXT, reading TEXT, reduction TEXT, UNIQUE (probe, reading));
 CREATE TABLE rollouts (id INTEGER PRIMARY KEY AUTOINCREMENT, step INTEGER, name TEXT, prompt_id TEXT, grp TEXT, tokens INTEGER,
   task_reward REAL, total_reward REAL, logprob REAL, text_sha256 TEXT, snippet TEXT, scores TEXT, decisions TEXT, label TEXT,
-  labelled_by TEXT, file INTEGER, started REAL, long_file INTEGER, long_offset INTEGER, long_length INTEGER, long_here TEXT, UNIQUE (step, name));
+  labelled_by TEXT, file INTEGER, started REAL,
+  long_file INTEGER, long_offset INTEGER, long_length INTEGER, long_here TEXT, UNIQUE (step, name));
 CREATE TABLE unmatched (stem TEXT, step INTEGER, name TEXT, file INTEGER, offset INTEGER, length INTEGER);
 CREATE TABLE labels (seq INTEGER PRIMARY KEY, row TEXT, step INTEGER, name TEXT, label TEXT, labeller TEXT, retracts TEXT, text_sha256 TEXT,
   file INTEGER, given REAL, second INTEGER, line TEXT);
@@ -450,7 +451,7 @@ class _Update:
         execute(
             f"""
             UPDATE rollouts SET label = said.label, labelled_by = said.labellers FROM (
-              SELECT step, name, 
+              SELECT step, name,
                 CASE WHEN SUM(label NOT IN ('yes', 'no')) THEN 'unsure' WHEN SUM(label = 'no') THEN 'no' ELSE 'yes' END label,
                 GROUP_CONCAT(DISTINCT labeller) labellers
               FROM ({VALID_LABELS}) GROUP BY step, name) said

@@ -142,6 +142,13 @@ def as_row(row: sqlite3.Row, known: Mapping[str, Column]) -> dict[str, Any]:
     return {"rollout": f"{values['step']}:{values['name']}", **values}
 
 
+def comparisons(column: Column) -> list[str]:
+    """Returns the comparisons that a column can be asked for."""
+    if column.name.startswith("wrong:"):
+        return ["="]
+    return [*_COMPARED, *(["contains"] if column.kind != "number" else []), "in", "is known", "is unknown"]
+
+
 def _shown(known: Mapping[str, Column]) -> list[Column]:
     return [column for column in known.values() if not column.name.startswith("wrong:")]
 
@@ -184,8 +191,8 @@ def _condition(column: Column, comparison: str, value: Any) -> tuple[str, list[A
         if comparison != "=" or value != 1:
             raise ValueError(f"{where}: give = 1")
         return column.sql, []
-    if comparison in ("empty", "present"):
-        return f"{column.sql} IS {'' if comparison == 'empty' else 'NOT '}NULL", []
+    if comparison in ("is known", "is unknown"):
+        return f"{column.sql} IS {'NOT ' if comparison == 'is known' else ''}NULL", []
     if comparison == "in":
         if not isinstance(value, tuple) or not 0 < len(value) <= _MOST_VALUES:
             raise ValueError(f"{where}: give a list of 1 to {_MOST_VALUES} values")
@@ -195,7 +202,7 @@ def _condition(column: Column, comparison: str, value: Any) -> tuple[str, list[A
             raise ValueError(f"{where}: give a text, for a column of texts")
         return f"instr({column.sql}, ?) > 0", [value]
     if comparison not in _COMPARED:
-        raise ValueError(f"{where}: give {', '.join(_COMPARED)}, in, contains, empty or present")
+        raise ValueError(f"{where}: give {', '.join(_COMPARED)}, in, contains, is known or is unknown")
     return f"{column.sql} {_COMPARED[comparison]} ?", [_bound(value, column, where)]
 
 

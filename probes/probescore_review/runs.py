@@ -8,7 +8,10 @@ from typing import Any
 
 from probescore_review.columns import probe_readings
 from probescore_review.index import Index
+from probescore_review.overview import Overview
 from probescore_review.queries import Queries
+from probescore_review.rollout import Rollouts
+from probescore_review.suspicious import Suspicious
 from probescore_review.views import SavedViews
 
 _LIVE_SECONDS = 120
@@ -28,6 +31,9 @@ class ReviewedRun:
         index: the index of the record.
         queries: answers which rollouts a view has.
         views: the run's views.
+        rollouts: reads single rollouts.
+        suspicious: lists rollouts for a second look.
+        overview: says what the audit says.
 
     Raises:
         FileNotFoundError: there is no record in the folder.
@@ -40,6 +46,9 @@ class ReviewedRun:
         self.index = Index(folder, cache)
         self.queries = Queries(self.index)
         self.views = SavedViews(self.index)
+        self.rollouts = Rollouts(self.index, self.queries)
+        self.suspicious = Suspicious(self.index, self.queries)
+        self.overview = Overview(self.index)
 
     def facts(self) -> dict[str, Any]:
         """Returns what a run is: its name, steps, probes, and what of its rollouts is there."""

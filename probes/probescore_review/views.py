@@ -19,8 +19,8 @@ _ID = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
 _LONGEST_TITLE, _MOST_VIEWS = 200, 500
 
 
-def built_in(index: Index) -> list[dict[str, Any]]:
-    """Returns the views that a run has by itself: what its scores, rewards and labels allow."""
+def _built_in(index: Index) -> list[dict[str, Any]]:
+    """Returns the views that every run has, as far as its scores and rewards allow."""
     readings = probe_readings(index)
     found = [_view("newest", "Newest", [], "step", True)]
     if not readings:
@@ -32,7 +32,7 @@ def built_in(index: Index) -> list[dict[str, Any]]:
     for each in (reading for reading in readings if reading.threshold is not None):
         own = "" if each == first else f"-{_slug(each.probe)}-{_slug(each.reading)}"
         of = "" if each == first else f" ({each.probe} on {each.reading})"
-        found += _of_threshold(each, own, of, _usual_reward(index) if each == first else None)
+        found += _of_threshold(each, own, of, usual_reward(index) if each == first else None)
     return found
 
 
@@ -51,7 +51,7 @@ def _of_threshold(each: ProbeReading, own: str, of: str, reward: float | None) -
     return found
 
 
-def _usual_reward(index: Index) -> float | None:
+def usual_reward(index: Index) -> float | None:
     """Returns the median of the task's reward, or the lowest reward above it where half of the rollouts have the lowest there is."""
     count = index.row("SELECT COUNT(task_reward), MIN(task_reward), MAX(task_reward) FROM rollouts")
     if count is None or not count[0] or count[1] == count[2]:
@@ -78,11 +78,18 @@ class SavedViews:
 
     def __init__(self, index: Index) -> None:
         self._index = index
+        self._known: tuple[int, list[dict[str, Any]]] = (-1, [])
         self._path = index.folder / FILE
 
     def all(self) -> list[dict[str, Any]]:
         """Returns the views of a run: its own, then those that were saved."""
-        return [*built_in(self._index), *self._saved().values()]
+        return [*self._built_in(), *self._saved().values()]
+
+    def _built_in(self) -> list[dict[str, Any]]:
+        generation = self._index.generation
+        if self._known[0] != generation:
+            self._known = generation, _built_in(self._index)
+        return self._known[1]
 
     def query_of(self, name: str) -> Query:
         """Returns the query of a view.
@@ -104,7 +111,7 @@ class SavedViews:
         """
         if not _ID.fullmatch(name):
             raise ValueError("view: give an id of small letters, digits and hyphens, 64 at most")
-        if any(each["id"] == name for each in built_in(self._index)):
+        if any(each["id"] == name for each in self._built_in()):
             raise ValueError(f"view: {name} is a view that every run has; give another id")
         title = view.get("title") or name
         if not isinstance(title, str) or len(title) > _LONGEST_TITLE:

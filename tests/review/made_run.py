@@ -95,12 +95,13 @@ def made_run(
 def _reference(rng: np.random.Generator) -> list[ReferenceRow]:
     positive = np.arange(1200) < 350
     scores = np.where(positive, 3.0, -2.0) + rng.standard_normal(1200)
+    held_out = np.where(positive, 2.0, -1.5) + rng.standard_normal(1200)
     return [
         ReferenceRow(
             rollout=str(index),
             positive=bool(positive[index]),
             random=index >= 320,
-            scores={KEY: {"frozen": {"mean": float(score)}}, HELD_OUT: {"frozen": {"mean": float(score)}}},
+            scores={KEY: {"frozen": {"mean": float(score)}}, HELD_OUT: {"frozen": {"mean": float(held_out[index])}}},
         )
         for index, score in enumerate(scores)
     ]
