@@ -19,8 +19,8 @@ export function draw(name, properties = {}, ...children) {
   return built(document.createElementNS(SVG, name.split(".")[0]), name, properties, children);
 }
 
-function built(element, name, { on = {}, data = {}, ...attributes }, children) {
-  for (const each of name.split(".").slice(1)) element.classList.add(each);
+function built(element, name, { on = {}, data = {}, class: more, ...attributes }, children) {
+  for (const each of [...name.split(".").slice(1), ...(more ? more.split(" ") : [])]) element.classList.add(each);
   for (const [key, value] of Object.entries(attributes)) {
     if (value === true) element.setAttribute(key, "");
     else if (value !== false && value !== null && value !== undefined) element.setAttribute(key, key.startsWith("aria-") || key === "title" ? spelt(value) : value);

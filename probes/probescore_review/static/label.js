@@ -4,7 +4,7 @@ import { change, get, ofRun, query } from "./api.js";
 import { alarm, fill, make, say } from "./dom.js";
 import { count } from "./numbers.js";
 import { waysOf } from "./readings.js";
-import { completionOf, promptOf, scoresOf } from "./rollout.js";
+import { completionOf, partsOf, promptOf, scoresOf } from "./rollout.js";
 import { badge } from "./rollouts.js";
 import { address, go, remember, route } from "./route.js";
 import { head, oneLine } from "./text.js";
@@ -151,9 +151,9 @@ class Labelling {
     const view = shown.tokens?.length ? completionOf(shown, probe, probe ? waysOf(probe)[0] : "", marking) : completionOf(shown, probe, "");
     fill(this.parts.content,
       make("section.card", {}, make("h3", {}, `Prompt`, make("span.note", {}, ` step ${told.step}`)), promptOf(shown.prompt)),
-      make("section.card", {}, make("h3", {}, "Completion"), view, this.spanList),
+      make("section.card", {}, make("h3", {}, "Completion"), partsOf(shown, (part) => this.turn(part)), view, this.spanList),
       given
-        ? make("section.card", {}, make("h3", {}, "What the probes say"), scoresOf(given.scores ?? shown.scores, this.run), queue.second ? make("p.note", {}, "This was a second judgement: somebody else has labelled it before, and no probe flags it.") : null, make("p", {}, make("a", { href: address(this.run.run, "rollout", told.rollout) }, "All of this rollout")))
+        ? make("section.card", {}, make("h3", {}, "What the probes say"), scoresOf(given.scores ?? shown.scores, shown.thresholds), queue.second ? make("p.note", {}, "This was a second judgement: somebody else has labelled it before, and no probe flags it.") : null, make("p", {}, make("a", { href: address(this.run.run, "rollout", told.rollout) }, "All of this rollout")))
         : make("section.card", {}, make("label", { for: "note" }, "Note"), this.note));
     this.paintSpans();
     fill(this.parts.bar, given
@@ -161,7 +161,7 @@ class Labelling {
       : make("span.question", {}, told.question ?? queue.question ?? "Does this completion show the behaviour?"),
     ...(given
       ? [make("button.primary", { type: "button", on: { click: () => this.next() } }, "Next ", make("kbd", {}, "Enter"))]
-      : Object.entries(SAID).map(([each, title]) => make(`button.answer.${each}`, { type: "button", disabled: this.busy, "aria-keyshortcuts": each[0], on: { click: () => this.answer(each) } }, `${title} `, make("kbd", {}, each[0])))),
+      : Object.entries(SAID).map(([each, title]) => make(`button.answer.${each}`, { type: "button", "aria-keyshortcuts": each[0], on: { click: () => this.answer(each) } }, `${title} `, make("kbd", {}, each[0])))),
     given || kept(sessionStorage, this.lastKey) ? this.undoButton() : null);
   }
 
@@ -191,11 +191,21 @@ class Labelling {
       make("label", { for: "more" }, "Rollouts to draw"), make("p.actions", {}, more, make("button.primary", { type: "submit" }, "Draw more"), make("a", { href: address(this.run.run, "repair") }, "Audit again")));
   }
 
+  /** Shows another part of a completion that is too long to be shown at once. */
+  async turn(part) {
+    await this.during(async () => {
+      const told = await get(ofRun(this.run.run, "rollouts", this.told.rollout) + query({ blind: this.given || !this.blind || this.place.item ? null : "1", part: String(part) }));
+      if (this.given) this.given.told = told;
+      else this.told = told;
+      this.paint();
+    });
+  }
+
   paintSpans() {
     if (!this.told?.tokens?.length || this.given) return;
-    const texts = this.told.tokens;
+    const from = this.told.tokens_from ?? 0, textOf = (start, end) => this.told.tokens.slice(Math.max(0, start - from), Math.max(0, end - from)).map((token) => head(token.text, 40)).join("");
     fill(this.spanList, this.spans.length
-      ? make("ul.chips", { "aria-label": "Spans" }, ...this.spans.map(([start, end], index) => make("li", {}, make("span.foreign", {}, `tokens ${start + 1} to ${end}: “${oneLine(head(texts.slice(start, end).map((token) => head(token.text, 40)).join(""), 60))}”`), make("button.plain", { type: "button", "aria-label": `Take the span of tokens ${start + 1} to ${end} away`, on: { click: () => this.setSpans(this.spans.filter((_, at) => at !== index)) } }, "×"))))
+      ? make("ul.chips", { "aria-label": "Spans" }, ...this.spans.map(([start, end], index) => make("li", {}, make("span.foreign", {}, `tokens ${start + 1} to ${end}: “${oneLine(head(textOf(start, end), 60))}”`), make("button.plain", { type: "button", "aria-label": `Take the span of tokens ${start + 1} to ${end} away`, on: { click: () => this.setSpans(this.spans.filter((_, at) => at !== index)) } }, "×"))))
       : make("p.note", {}, "Drag over tokens to mark the part that shows it."));
   }
 

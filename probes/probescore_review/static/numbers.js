@@ -27,6 +27,7 @@ export function anything(value) {
     if (value.length === 3 && value.every((each) => typeof each === "number") && value[1] <= value[0] && value[0] <= value[2]) return `${written(value[0])} (${written(value[1])} to ${written(value[2])})`;
     return value.map(anything).join(", ");
   }
+  if (typeof value === "object" && typeof value.value === "number" && "low" in value) return `${written(value.value)} (${written(value.low)} to ${written(value.high)})`;
   if (typeof value === "object") return Object.entries(value).map(([name, each]) => `${name} ${anything(each)}`).join("; ");
   return String(value);
 }

@@ -3,8 +3,7 @@
 import { get, ofRun } from "./api.js";
 import { chart, colourOf, rangeOf } from "./chart.js";
 import { fill, make } from "./dom.js";
-import { anything, count, share, written } from "./numbers.js";
-import { thresholdOf } from "./readings.js";
+import { anything, count, share, signed, written } from "./numbers.js";
 import { address, go, remember } from "./route.js";
 
 const GOOD = ["behaviour changed", "no change"];
@@ -23,7 +22,8 @@ export const overview = {
       const shown = runs.filter((each) => each.run === run.run || beside.has(each.run));
       await Promise.all(shown.map(async (each) => known.has(each.run) || known.set(each.run, await get(ofRun(each.run, "overview")))));
       for (const each of [about, plots]) each.style.setProperty("--columns", shown.length);
-      fill(about, ...shown.map((each) => columnOf(each, known.get(each.run), shown.length > 1)));
+      about.classList.toggle("single", shown.length === 1);
+      fill(about, ...shown.map((each) => columnOf(each, known.get(each.run))));
       fill(plots, ...plotsOf(shown, known), ...shown.flatMap((each) => restOf(each, known.get(each.run), shown.length > 1)));
     }
 
@@ -51,27 +51,29 @@ function nextPlot(box, by) {
   if (every.length) every[(every.indexOf(document.activeElement) + by + every.length + (by < 0 && !every.includes(document.activeElement) ? 1 : 0)) % every.length].focus();
 }
 
-function columnOf(run, told, several) {
+function columnOf(run, told) {
   const facts = [`${count(run.rollouts)} rollouts`, run.steps?.length ? `steps ${run.steps[0]} to ${run.steps[1]}` : null, `${count(run.labelled)} labelled`, run.live ? "goes on" : null];
   return make("div.column", {},
     make("section.card", {}, make("h2.foreign", {}, run.name), make("p.note", {}, facts.filter(Boolean).join(" · ")),
       !run.has_texts && make("p.note", {}, "The record keeps no texts of this run."),
       make("p.links", {}, make("a", { href: address(run.run, "suspicious") }, "What looks suspicious"), make("a", { href: address(run.run, "rollouts") }, "All rollouts"), make("a", { href: address(run.run, "label") }, "Label"))),
     ...(told.verdicts ?? []).map((each) => verdictOf(run, each)),
-    !told.verdicts?.length && make("section.card.verdict.doubtful", {}, make("h2", {}, "No verdict"), make("p", {}, told.said ?? "The audit says nothing of this run."), several ? null : make("p", {}, make("a", { href: address(run.run, "repair") }, "Audit it"))));
+    !told.verdicts?.length ? make("section.card.verdict.doubtful", {}, make("h2", {}, "No verdict"), make("p", {}, told.said ?? "The audit says nothing of this run."), make("p", {}, make("a", { href: address(run.run, "repair") }, "Audit it"))) : told.said && make("p.note", {}, told.said));
 }
 
-function verdictOf(run, { probe, reading, verdict, sentence, what_to_do: todo, alarms = [] }) {
+function verdictOf(run, { probe, reading, verdict, sentence, what_to_do: todo, alarms = [], labels, unknown = [] }) {
   const grade = alarms.length ? "bad" : gradeOf(verdict);
   return make(`section.card.verdict.${grade}`, {},
-    make("p.note.foreign", {}, `${probe} · ${reading}`),
-    make("h2", {}, make("span.word", {}, verdict ?? "cannot tell")),
+    make("p.note.foreign", {}, `${probe} · ${reading}${typeof labels === "number" ? ` · ${count(labels)} labels` : ""}`),
+    make("h2", {}, make("span.word", {}, verdict ?? "no verdict yet")),
     make("p", {}, sentence),
-    ...[todo].flat().filter(Boolean).map((each) => make("p", {}, make("b", {}, "What to do: "), each)),
+    unknown.length ? make("details", {}, make("summary", {}, `What is not known: ${unknown.length}`), make("ul", {}, ...unknown.map((each) => make("li", {}, anything(each))))) : null,
+    todo?.length ? make("p", {}, make("b", {}, "What to do: "), [todo].flat().join(" ")) : null,
     alarms.length ? make("p", {}, "Alarms at ", ...alarms.slice(0, 12).flatMap((step, index) => [index ? ", " : "", make("a", { href: atStep(run, probe, reading, step) }, `step ${step}`)]), alarms.length > 12 ? ` and ${alarms.length - 12} more` : ".") : null);
 }
 
-const settingsAt = (probe, reading, step) => ({ where: JSON.stringify([["step", "=", step]]), ...(probe && reading ? { sort: `score:${probe}:${reading}`, descending: "1" } : {}) });
+/** Returns the settings of the table with the rollouts of a step, or of the steps that a point stands for. */
+const settingsAt = (probe, reading, step, last = step) => ({ where: JSON.stringify(last === step ? [["step", "=", step]] : [["step", ">=", step], ["step", "<=", last]]), ...(probe && reading ? { sort: `score:${probe}:${reading}`, descending: "1" } : {}) });
 const atStep = (run, probe, reading, step) => address(run.run, "rollouts", null, settingsAt(probe, reading, step));
 
 /** Returns the plots: one row for each name and probe, one column for each run, all of a row with the same axes. */
@@ -79,7 +81,7 @@ function plotsOf(shown, known) {
   const rows = new Map();
   for (const run of shown) for (const series of known.get(run.run).series ?? []) {
     const key = JSON.stringify([series.name, series.probe ?? ""]);
-    if (!rows.has(key)) rows.set(key, { name: series.name, probe: series.probe, unit: series.unit, of: new Map() });
+    if (!rows.has(key)) rows.set(key, { name: series.name, probe: series.probe, unit: series.unit, level: series.level_title ?? "level", of: new Map() });
     const of = rows.get(key).of;
     of.set(run.run, [...(of.get(run.run) ?? []), series]);
   }
@@ -92,7 +94,7 @@ function plotsOf(shown, known) {
     const text = row.unit === "share" ? share : written;
     return make("section.card.row", {},
       make("h2.foreign", {}, row.probe ? `${row.name}: ${row.probe}` : row.name),
-      make("p.legend-line", {}, ...readings.filter(Boolean).map((reading) => make(`span.key.${colourOf(readings.indexOf(reading))}`, {}, reading)), levels.length ? make("span.key.line.soft", {}, "the rate it was calibrated to") : null),
+      make("p.legend-line", {}, ...readings.filter(Boolean).map((reading) => make(`span.key.${colourOf(readings.indexOf(reading))}`, {}, reading)), levels.length ? make("span.key.line.soft", {}, row.level) : null),
       make("div.columns", {}, ...shown.map((run) => figure(run, row, row.of.get(run.run) ?? [], known.get(run.run), { readings, xRange, yRange, text, several: shown.length > 1 }))));
   }))];
 }
@@ -103,12 +105,19 @@ function figure(run, row, list, told, { readings, xRange, yRange, text, several 
   const drawn = chart({
     title: `${row.name}${row.probe ? ` of ${row.probe}` : ""} by step, ${run.name}`, curves, xRange, yRange, text, marks: alarms.slice(0, 20),
     levels: [...new Set(list.map((series) => series.level).filter((level) => typeof level === "number"))],
-    pick: (curve, step) => go(run.run, "rollouts", null, settingsAt(curve.probe, curve.reading, step)),
+    pick: (curve, step) => go(run.run, "rollouts", null, settingsAt(curve.probe, curve.reading, ...stepsOf(told, curve, step))),
   });
-  return make("figure", {}, several && make("figcaption.foreign", {}, run.name), drawn, curves.length ? numbersOf(run, curves, text) : null);
+  return make("figure", {}, several && make("figcaption.foreign", {}, run.name), drawn, curves.length ? numbersOf(run, told, curves, text) : null);
 }
 
-function numbersOf(run, curves, text) {
+/** Returns the first and last step that a point stands for: one step, a bin of steps, or a window of the audit, which is drawn at its end. */
+function stepsOf(told, curve, step) {
+  if (curve.steps_each) return [step, step + curve.steps_each - 1];
+  const window = (told.decomposition ?? []).filter((each) => each.probe === curve.probe && each.reading === curve.reading).flatMap((each) => each.windows).find((each) => each.last_step === step);
+  return window ? [window.first_step, window.last_step] : [step, step];
+}
+
+function numbersOf(run, told, curves, text) {
   const details = make("details", {}, make("summary", {}, "Numbers"));
   details.addEventListener("toggle", () => {
     if (!details.open || details.querySelector("table")) return;
@@ -121,7 +130,7 @@ function numbersOf(run, curves, text) {
     };
     details.append(make("div.scroll", { tabindex: 0, role: "group", "aria-label": "Numbers of this plot" }, make("table", {},
       make("thead", {}, make("tr", {}, make("th", { scope: "col" }, "step"), ...curves.map((curve) => make("th", { scope: "col" }, curve.title)))),
-      make("tbody", {}, ...steps.map((step) => make("tr", {}, make("th", { scope: "row" }, make("a", { href: atStep(run, curves[0].probe, curves[0].reading, step) }, String(step))), ...curves.map((curve) => make("td", {}, cell(curve, step)))))))));
+      make("tbody", {}, ...steps.map((step) => make("tr", {}, make("th", { scope: "row" }, make("a", { href: address(run.run, "rollouts", null, settingsAt(curves[0].probe, curves[0].reading, ...stepsOf(told, curves[0], step))) }, String(step))), ...curves.map((curve) => make("td", {}, cell(curve, step)))))))));
   });
   return details;
 }
@@ -130,12 +139,19 @@ function numbersOf(run, curves, text) {
 function restOf(run, told, several) {
   const title = (text) => (several ? `${text}: ${run.name}` : text);
   const parts = [];
-  const decomposition = told.decomposition;
-  if (decomposition && Object.keys(decomposition).length) parts.push(make("section.card", {}, make("h2.foreign", {}, title("What became of the behaviour")), tableOf(decomposition)));
+  for (const each of told.decomposition ?? []) if (each.windows?.length) parts.push(partsOf(each, title(`Why the flagged share changed: ${each.probe} on ${each.reading}`)));
+  for (const [name, list] of [["Notices", told.notices], ["Left out", told.left_out]]) if (list?.length) parts.push(make("section.card", {}, make("h2.foreign", {}, title(name)), make("ul", {}, ...list.map((each) => make("li", {}, anything(each))))));
   if (told.assumptions?.length) parts.push(make("section.card", {}, make("h2.foreign", {}, title("What this assumes")), make("ul", {}, ...told.assumptions.map((each) => make("li", {}, typeof each === "string" ? each : anything(each))))));
-  const thresholds = run.probes.filter(thresholdOf);
-  if (thresholds.length) parts.push(make("p.note.foreign", {}, `Thresholds: ${thresholds.map((probe) => `${probe.key} ${thresholdOf(probe).reduction} ${written(thresholdOf(probe).value)}`).join(" · ")}`));
   return parts;
+}
+
+/** Returns what the change of the flagged share is made of, by window of steps. */
+function partsOf(each, title) {
+  const points = (part) => (part && typeof part.value === "number" ? `${signed(Number((100 * part.value).toFixed(1)))} (${signed(Number((100 * part.low).toFixed(1)))} to ${signed(Number((100 * part.high).toFixed(1)))})` : "–");
+  const names = [["composition", "more or fewer with the behaviour"], ["positives", "recall"], ["negatives", "false alarms"]];
+  return make("section.card", {}, make("h2.foreign", {}, title), make("p.note", {}, "Percentage points since before training, with 95% intervals."),
+    make("div.scroll", { tabindex: 0, role: "group", "aria-label": title }, make("table", {}, make("thead", {}, make("tr", {}, ...["steps", "labels", ...names.map(([, text]) => text)].map((text) => make("th", { scope: "col" }, text)))),
+      make("tbody", {}, ...each.windows.map((window) => make("tr", {}, make("th", { scope: "row" }, `${window.first_step} to ${window.last_step}`), make("td", {}, anything(window.labels)), ...names.map(([name]) => make("td", {}, points(window[name])))))))));
 }
 
 /** Returns a table of rows of the same names, or a list of names and values. */

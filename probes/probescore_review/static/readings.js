@@ -30,10 +30,10 @@ export function scoreOf(token, probe, pane) {
   return base === null ? null : score - base;
 }
 
-/** Returns a probe's threshold on its first reduction, as {reduction, value}; null if it has none. */
-export function thresholdOf(probe) {
-  const [found] = Object.entries(probe.threshold ?? {}).filter(([, value]) => typeof value === "number");
-  return found ? { reduction: found[0], value: found[1] } : null;
+/** Returns a probe's threshold on a reading, as {reduction, value}; null if it has none. */
+export function thresholdOf(probe, reading = FROZEN) {
+  const value = probe.thresholds?.[reading];
+  return typeof value === "number" ? { reduction: probe.reductions?.[reading] ?? "score", value } : null;
 }
 
 /**

@@ -140,7 +140,7 @@ function resultOf(result, run) {
   if (result.sentence) parts.push(make("p.sentence", {}, result.sentence));
   if (result.old && result.new) {
     const names = [...new Set([...Object.keys(result.old), ...Object.keys(result.new)])];
-    parts.push(make("div.scroll", { tabindex: 0, role: "group", "aria-label": "Old beside new" }, make("table.beside-table", {}, make("thead", {}, make("tr", {}, make("td", {}), make("th", { scope: "col" }, "old"), make("th", { scope: "col" }, "new"))), make("tbody", {}, ...names.map((name) => make("tr", {}, make("th", { scope: "row" }, name.replaceAll("_", " ")), make("td.number", {}, anything(result.old[name])), make("td.number", {}, anything(result.new[name]))))))));
+    parts.push(make("div.scroll", { tabindex: 0, role: "group", "aria-label": "Old beside new" }, make("table.beside-table", {}, make("thead", {}, make("tr", {}, make("td", {}), make("th.number", { scope: "col" }, "old"), make("th.number", { scope: "col" }, "new"))), make("tbody", {}, ...names.map((name) => make("tr", {}, make("th", { scope: "row" }, name.replaceAll("_", " ")), make("td.number", {}, anything(result.old[name])), make("td.number", {}, anything(result.new[name]))))))));
   }
   if (result.rows) parts.push(tableOf(result.rows));
   if (result.differently) parts.push(make("h3", {}, `Flagged differently: ${result.differently.length}`), make("ul.others", {}, ...result.differently.slice(0, 200).map((row) => make("li", {}, make("a", { href: address(run.run, "rollout", row.rollout) }, make("span", {}, `${flagOf(row.old)} → ${flagOf(row.new)}`), make("span.snippet", {}, oneLine(head(row.snippet ?? String(row.rollout), 160))))))));

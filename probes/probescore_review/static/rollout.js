@@ -5,14 +5,14 @@ import { choice, fill, make, say } from "./dom.js";
 import { anything, count, written } from "./numbers.js";
 import { thresholdOf, waysOf } from "./readings.js";
 import { badge } from "./rollouts.js";
-import { address, go, remember } from "./route.js";
+import { address, go, remember, route } from "./route.js";
 import { head, oneLine } from "./text.js";
 import { longText, tokenPanes } from "./tokens.js";
 
 export const rollout = {
   title: "One rollout",
   async open(box, run, place) {
-    const told = await get(ofRun(run.run, "rollouts", place.item));
+    const told = await get(ofRun(run.run, "rollouts", place.item) + query({ part: place.settings.part }));
     const state = { probe: place.settings.probe ?? "", way: place.settings.way ?? "" };
     const around = neighboursIn(run, place);
     const tokens = make("div");
@@ -30,7 +30,7 @@ export const rollout = {
         probes.length ? make("label.field", {}, "Probe ", choice(probes.map((each) => [each.key, each.key]), probe().key, (key) => look({ probe: key }), { "aria-keyshortcuts": "p" })) : null,
         ways.length > 1 ? make("label.field", {}, "Reading ", choice(ways.map((each) => [each, each]), way(), (each) => look({ way: each }), { "aria-keyshortcuts": "r" })) : null,
         make("span.spacer"), around.buttons);
-      fill(tokens, completionOf(told, probe(), way()));
+      fill(tokens, partsOf(told, (part) => go(run.run, "rollout", place.item, { ...route().settings, part: String(part) })), completionOf(told, probe(), way()));
     }
     function look(change) {
       Object.assign(state, change);
@@ -52,7 +52,7 @@ export const rollout = {
         make("div", {},
           make("section.card", {}, make("h3", {}, "Prompt"), promptOf(told.prompt)),
           make("section.card", {}, make("h3", {}, "Completion"), tokens),
-          ...(told.follow_ups?.length ? [make("section.card", {}, make("h3", {}, "Follow-ups"), ...told.follow_ups.map((each) => followUpOf(each, probes)))] : [])),
+          ...(told.follow_ups?.length ? [make("section.card", {}, make("h3", {}, "Follow-ups"), ...told.follow_ups.map((each) => followUpOf(each)))] : [])),
         make("aside", { "aria-label": "About this rollout" }, ...asideOf(told, run))));
     return { keys: [
       { keys: ["j", "ArrowRight"], title: "Next rollout of the list", run: () => around.to(1) },
@@ -69,7 +69,7 @@ export const rollout = {
 
 /** Returns the ways from a rollout to those before and after it in the list that it was opened from. */
 function neighboursIn(run, place) {
-  const { list, at, suspicious, ...rest } = place.settings;
+  const { list, at, suspicious } = place.settings;
   const index = Number.parseInt(at ?? "", 10);
   const view = suspicious ? "suspicious" : "rollouts";
   let asked = {};
@@ -87,7 +87,7 @@ function neighboursIn(run, place) {
       ? ((await get(ofRun(run.run, "suspicious"))).lists.find((each) => each.id === suspicious)?.rows ?? []).slice(next, next + 1)
       : (await get(ofRun(run.run, "rollouts") + query({ ...asked, offset: String(next), limit: "1" }))).rows;
     if (!rows.length) return say("This is the end of the list");
-    const settings = { ...rest, ...(suspicious ? { suspicious } : { list }), at: String(next), probe: new URLSearchParams(location.hash.split("?")[1]).get("probe"), way: new URLSearchParams(location.hash.split("?")[1]).get("way") };
+    const settings = { ...(suspicious ? { suspicious } : { list }), at: String(next), probe: route().settings.probe, way: route().settings.way };
     location.replace(address(run.run, "rollout", rows[0].rollout, settings)); // back leads to the list, not through every rollout
   }
   const buttons = make("span.around", {}, make("a", { href: home }, "Back to the list"),
@@ -103,6 +103,13 @@ export function completionOf(told, probe, way, marking = null) {
   return make("div", {}, make("div.text", {}, ...longText(told.completion)), make("p.note", {}, "There are no scores per token."));
 }
 
+/** Returns the ways to the parts of a completion that is too long to be shown at once; null if it is not. */
+export function partsOf(told, turn) {
+  if (!(told.parts > 1)) return null;
+  const to = (part, text) => make("button", { type: "button", disabled: part < 0 || part >= told.parts, on: { click: () => turn(part) } }, text);
+  return make("p.actions", {}, `Part ${told.part + 1} of ${told.parts}`, to(told.part - 1, "← Part before"), to(told.part + 1, "Next part →"));
+}
+
 /** Returns a prompt: a text, or messages with their roles. */
 export function promptOf(prompt) {
   if (prompt === null || prompt === undefined) return make("p.note", {}, "The record keeps no text of it.");
@@ -115,7 +122,7 @@ function factsOf(told, run) {
   const add = (name, value) => value !== null && value !== undefined && facts.push(make("span", {}, `${name} `, make("b.number", {}, anything(value))));
   add("task reward", told.task_reward);
   add("total reward", told.total_reward);
-  add("tokens", told.token_count ?? told.tokens?.length);
+  add("tokens", told.token_count || null);
   add("log-probability", told.logprob);
   return make("p.facts", {}, ...facts, scoresBadge(told, run), told.label ? badge(told.label) : null);
 }
@@ -129,35 +136,34 @@ function scoresBadge(told, run) {
 }
 
 /** Returns a table of a rollout's scores: a row for each probe and reduction, a column for each reading. */
-export function scoresOf(scores, run) {
+export function scoresOf(scores, thresholds) {
   const readings = [...new Set(Object.values(scores ?? {}).flatMap((of) => Object.keys(of ?? {})))];
   if (!readings.length) return make("p.note", {}, "No scores.");
   const rows = Object.entries(scores).flatMap(([key, of]) => {
     const reductions = [...new Set(Object.values(of ?? {}).flatMap((each) => Object.keys(each ?? {})))];
-    const threshold = run.probes.find((probe) => probe.key === key)?.threshold ?? {};
     return reductions.map((reduction) => make("tr", {}, make("th.foreign", { scope: "row" }, `${key} ${reduction}`), ...readings.map((reading) => {
-      const value = of[reading]?.[reduction];
-      const flagged = reading === "frozen" && typeof threshold[reduction] === "number" && typeof value === "number" && value >= threshold[reduction];
-      return make(`td.number${flagged ? ".flagged" : ""}`, {}, typeof value === "number" ? written(value) : anything(value));
-    }), make("td.number", {}, typeof threshold[reduction] === "number" ? written(threshold[reduction]) : "–")));
+      const value = of[reading]?.[reduction], threshold = thresholds?.[key]?.[reading]?.[reduction];
+      const known = typeof threshold === "number" && typeof value === "number";
+      return make(`td.number${known && value >= threshold ? ".flagged" : ""}`, { title: known ? `flagged from ${written(threshold)} on` : null }, typeof value === "number" ? written(value) : anything(value));
+    })));
   });
-  return make("div.scroll", { tabindex: 0, role: "group", "aria-label": "Scores" }, make("table", {}, make("thead", {}, make("tr", {}, make("td", {}), ...readings.map((reading) => make("th.number.foreign", { scope: "col" }, reading)), make("th.number", { scope: "col" }, "threshold"))), make("tbody", {}, ...rows)));
+  return make("div.scroll", { tabindex: 0, role: "group", "aria-label": "Scores" }, make("table", {}, make("thead", {}, make("tr", {}, make("td", {}), ...readings.map((reading) => make("th.number.foreign", { scope: "col" }, reading)))), make("tbody", {}, ...rows)));
 }
 
 function asideOf(told, run) {
-  const parts = [make("section.card", {}, make("h3", {}, "Scores"), scoresOf(told.scores, run))];
+  const parts = [make("section.card", {}, make("h3", {}, "Scores"), scoresOf(told.scores, told.thresholds))];
   if (told.spans?.length) parts.push(make("section.card", {}, make("h3", {}, "Spans"), make("ul.plain-list", {}, ...told.spans.map((span) => make("li", {}, Array.isArray(span) ? `tokens ${span[0] + 1} to ${span[1]}` : `${span.name}: tokens ${span.start + 1} to ${span.end}`, span.scores ? make("span.note", {}, ` ${anything(span.scores)}`) : null)))));
   parts.push(make("section.card", {}, make("h3", {}, "Labels"), told.labels?.length
     ? make("ul.plain-list", {}, ...told.labels.map((label) => make("li", {}, badge(label.label), ` by ${oneLine(head(String(label.labeller ?? "?"), 60))}`, make("span.note", {}, ` ${whenOf(label.when)}${label.second ? " · second judgement" : ""}${label.undone ? " · undone" : ""}`), label.note ? make("p.foreign", {}, ...longText(label.note, 400)) : null, label.spans?.length ? make("p.note", {}, `spans: ${label.spans.map(([start, end]) => `tokens ${start + 1} to ${end}`).join(", ")}`) : null)))
     : make("p.note", {}, "None yet."), make("p", {}, make("a", { href: address(run.run, "label", told.rollout) }, "Label this rollout"))));
-  const lists = [["Same group", told.group, "task_reward"], ["Same prompt at other steps", told.same_prompt, "step"], ["Nearest by activation", told.neighbours, "distance"]];
+  const lists = [["Same group", told.group, "task_reward"], ["Same prompt at other steps", told.same_prompt, "step"], ["Nearest by activation", told.neighbours, "similarity"]];
   for (const [title, rows, first] of lists) if (rows?.length) parts.push(make("section.card", {}, make("h3", {}, `${title} `, make("span.note", {}, count(rows.length))), make("ul.others", {}, ...rows.map((row) => otherOf(run, row, first, told.rollout)))));
   return parts;
 }
 
 function otherOf(run, row, first, self) {
   const main = mainScore(row, run);
-  const facts = [first !== "step" ? null : `step ${anything(row.step)}`, first === "distance" ? `distance ${anything(row.distance)} · step ${anything(row.step)}` : null, row.task_reward !== undefined && row.task_reward !== null ? `reward ${written(row.task_reward)}` : null, main].filter(Boolean);
+  const facts = [first !== "step" ? null : `step ${anything(row.step)}`, first === "similarity" ? `similarity ${anything(row.similarity)} · step ${anything(row.step)}` : null, row.task_reward !== undefined && row.task_reward !== null ? `reward ${written(row.task_reward)}` : null, main].filter(Boolean);
   const own = row.rollout === self;
   return make("li", {}, make("a", { href: address(run.run, "rollout", row.rollout), "aria-current": own ? "true" : null }, make("span.number", {}, own ? "this one · " : "", facts.join(" · ")), row.label ? badge(row.label) : null, make("span.snippet", {}, oneLine(head(row.snippet ?? String(row.rollout), 160)))));
 }
@@ -170,8 +176,8 @@ function mainScore(row, run) {
   return typeof frozen === "number" ? `${probe.key} ${written(frozen)}` : null;
 }
 
-function followUpOf(each, probes) {
-  return make("div.follow-up", {}, make("div.text", {}, ...longText(String(each.text ?? each.completion ?? ""))), each.scores ? scoresOf(each.scores, { probes }) : null);
+function followUpOf(each) {
+  return make("div.follow-up", {}, make("div.text", {}, ...longText(String(each.text ?? each.completion ?? ""))), each.scores ? scoresOf(each.scores) : null);
 }
 
 /** Returns a time, given in seconds since 1970 or as text, for people. */

@@ -9,12 +9,12 @@ import { address, remember } from "./route.js";
 import { head, oneLine } from "./text.js";
 
 const OPS = {
-  number: [">=", ">", "=", "!=", "<", "<=", "present", "empty"],
-  text: ["=", "!=", "contains", "present", "empty"],
-  label: ["=", "!=", "present", "empty"],
+  number: [">=", ">", "=", "!=", "<", "<=", "is known", "is unknown"],
+  text: ["contains", "=", "!=", "is known", "is unknown"],
+  label: ["=", "!=", "is known", "is unknown"],
 };
-const ALONE = new Set(["present", "empty"]); // comparisons without a value
-const opsOf = (column) => (column.name.startsWith("wrong:") ? ["="] : column.ops ?? OPS[column.kind] ?? OPS.text);
+const ALONE = new Set(["present", "empty", "is known", "is unknown"]); // comparisons without a value
+const opsOf = (column) => (column.name.startsWith("wrong:") ? ["="] : (OPS[column.kind] ?? OPS.text).filter((op) => !column.ops || column.ops.includes(op)));
 const LABELS = ["yes", "no", "unsure"];
 const WAIT_MS = 250;
 const narrow = matchMedia("(max-width: 720px)");
@@ -89,13 +89,13 @@ export const rollouts = {
 
     function paintRow(element, row, index) {
       const small = narrow.matches;
-      const names = small ? shownColumns().slice(0, 4) : shownColumns();
+      const names = small ? fewColumns(row) : shownColumns();
       const cells = names.map((name) => {
-        const cell = make("span.cell", { role: "gridcell" }, small && make("small", {}, `${titleOf(name)} `));
+        const cell = make("span.cell", { role: "gridcell" }, small && name !== "label" && make("small", {}, titleOf(name)));
         const kind = columns.get(name)?.kind;
         if (kind === "number") cell.classList.add("number");
         if (flagged(name, row[name])) cell.classList.add("flagged");
-        cell.append(kind === "label" ? badge(row[name]) : shortened(name, row[name], kind));
+        cell.append(kind === "label" ? badge(row[name]) : make("span.value", {}, shortened(name, row[name], kind)));
         if (!small && kind === "text") cell.title = oneLine(head(String(row[name] ?? ""), 300));
         return cell;
       });
@@ -103,8 +103,12 @@ export const rollouts = {
       fill(element, ...cells, snippet);
     }
 
+    const fewColumns = (row) => {
+      const main = state.sort && state.sort !== "step" ? state.sort : [...columns.keys()].find((name) => name.startsWith("score:"));
+      return [...new Set(["step", main, "task_reward", ...(row.label ? ["label"] : [])])].filter((name) => columns.has(name));
+    };
     const titleOf = (name) => columns.get(name)?.title ?? name;
-    const thresholds = new Map(run.probes.flatMap((probe) => (thresholdOf(probe) ? probe.readings.filter((reading) => reading === "frozen").map((reading) => [`score:${keyOf(probe.key, reading)}`, thresholdOf(probe).value]) : [])));
+    const thresholds = new Map(run.probes.flatMap((probe) => probe.readings.filter((reading) => thresholdOf(probe, reading)).map((reading) => [`score:${keyOf(probe.key, reading)}`, thresholdOf(probe, reading).value])));
     const flagged = (name, value) => typeof value === "number" && thresholds.has(name) && value >= thresholds.get(name);
     const shortened = (name, value, kind) => (kind === "number" ? (name.startsWith("difference:") ? signed(value) : written(value)) : value === null || value === undefined ? "–" : oneLine(head(String(value), 80)));
 
@@ -129,11 +133,11 @@ export const rollouts = {
         search.value = state.q;
         changed();
       })));
-      fill(chips, ...filters().map(([name, op, value], index) => make("li", {}, make("span.foreign", {}, ALONE.has(op) ? `${titleOf(name)} is ${op}` : `${titleOf(name)} ${op} ${anything(value)}`),
+      fill(chips, ...filters().map(([name, op, value], index) => make("li", {}, make("span.foreign", {}, ALONE.has(op) ? `${titleOf(name)} ${op.startsWith("is ") ? op : `is ${op}`}` : `${titleOf(name)} ${op} ${anything(value)}`),
         make("button.plain", { type: "button", "aria-label": `Remove the filter ${titleOf(name)} ${op} ${anything(value ?? "")}`, on: { click: () => {
           state.where = JSON.stringify(filters().filter((_, at) => at !== index));
           changed();
-        } } }, "×"))), narrow.matches || !shownColumns().includes(state.sort) ? sortChip() : null);
+        } } }, "×"))), narrow.matches || (state.sort && !shownColumns().includes(state.sort)) ? sortChip() : null);
       fill(columnBox, ...[...columns.values()].filter((each) => each.name !== "snippet" && !each.name.startsWith("wrong:")).map((each) => {
         const tick = make("input", { type: "checkbox", checked: shownColumns().includes(each.name) });
         tick.addEventListener("change", () => {
@@ -238,7 +242,7 @@ export const rollouts = {
       remember({ ...state, where: state.where === "[]" ? "" : state.where, at: at ? String(at) : "" });
       paintControls();
       paintHead();
-      return table.reset(at, narrow.matches ? 62 : 34);
+      return table.reset(at, narrow.matches ? 56 : 34);
     }
 
     let timer = null;
@@ -261,6 +265,7 @@ export const rollouts = {
     const fitting = new ResizeObserver(fit);
     fitting.observe(chips);
     fitting.observe(filterBox);
+    fitting.observe(box.querySelector(".controls"));
     await changed(Math.max(0, Number.parseInt(place.settings.at ?? "0", 10) || 0));
     table.element.focus({ preventScroll: true });
 

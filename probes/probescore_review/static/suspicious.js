@@ -7,7 +7,7 @@ import { badge } from "./rollouts.js";
 import { address, remember } from "./route.js";
 import { head, oneLine } from "./text.js";
 
-const NOT_SCORES = new Set(["rollout", "step", "why", "snippet", "attempt", "prompt_id", "name", "label"]);
+const MOST_FACTS = 9;
 
 export const suspicious = {
   title: "Suspicious",
@@ -68,10 +68,16 @@ export const suspicious = {
 };
 
 function itemOf(run, list, row, index) {
-  const scores = Object.entries({ ...row, ...row.scores }).filter(([name, value]) => !NOT_SCORES.has(name) && typeof value === "number");
+  const facts = Object.entries({ ...row, ...row.scores }).filter(([name, value]) => typeof value === "number" && (name === "task_reward" || name === "similarity" || name.includes(":")));
   return make("li.finding", {},
     make("a", { href: address(run.run, "rollout", row.rollout, { suspicious: list.id, at: String(index) }) },
       make("span.place", {}, `step ${anything(row.step)}`), row.label ? badge(row.label) : null, make("span.why", {}, row.why ?? "")),
     make("p.snippet", {}, oneLine(head(row.snippet ?? String(row.rollout), 400))),
-    scores.length ? make("p.facts", {}, ...scores.map(([name, value]) => make("span.foreign", {}, `${name.replace(/^score:/, "").replaceAll("_", " ")} `, make("b.number", {}, written(value))))) : null);
+    facts.length ? make("p.facts", {}, ...facts.slice(0, MOST_FACTS).map(([name, value]) => make("span.foreign", {}, `${titleOf(name)} `, make("b.number", {}, written(value))))) : null);
+}
+
+/** Returns the title of a column of the table of rollouts. */
+function titleOf(name) {
+  const [kind, ...rest] = name.split(":");
+  return kind === "score" ? rest.join(" ") : kind === "difference" ? `${rest.join(" ")} difference` : name.replaceAll("_", " ");
 }

@@ -10,6 +10,7 @@ const LONGEST_TOKEN = 400;
 const LONGEST_TEXT = 4000;
 const FAINT = 0.06; // nearer to the centre of the scale a score gets no colour
 const BINS = 96;
+const RIGHT_TO_LEFT = /[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufefc\u{10800}-\u{10fff}\u{1e800}-\u{1efff}]/u;
 
 /** Returns nodes with a text of a model; a long one is cut, with a button that shows all of it. */
 export function longText(text, longest = LONGEST_TEXT) {
@@ -39,6 +40,8 @@ export function tokenPanes(rollout, probe, way, marking = null) {
   let shown = Math.min(MOST_TOKENS, rollout.tokens.length);
   let held = null; // the token whose number is shown
   let selection = null; // [anchor, end] of the span that is being drawn
+  const from = rollout.tokens_from ?? 0; // spans count from the whole completion's begin
+  const total = rollout.token_count || rollout.tokens.length;
   let spans = marking?.spans ?? [];
 
   for (const pane of panes) {
@@ -68,6 +71,7 @@ export function tokenPanes(rollout, probe, way, marking = null) {
     for (let index = first; index < shown; index++) {
       const token = rollout.tokens[index];
       const span = make("span.token", { data: { index } }, ...(token.text === "" ? ["·"] : longText(token.text, LONGEST_TOKEN)));
+      if (RIGHT_TO_LEFT.test(head(token.text, LONGEST_TOKEN))) span.classList.add("rtl"); // its neighbours stay where they are
       if (token.counts === false) span.classList.add("masked");
       else if (scale) {
         const place = placeOn(scale, scoreOf(token, probe, pane));
@@ -86,9 +90,9 @@ export function tokenPanes(rollout, probe, way, marking = null) {
     const marked = new Uint8Array(rollout.tokens.length);
     for (const span of rollout.spans ?? []) {
       const [start, end] = Array.isArray(span) ? span.slice(-2) : [span.start, span.end];
-      marked.fill(1, start, end);
+      marked.fill(1, Math.max(0, start - from), Math.max(0, end - from));
     }
-    for (const [start, end] of spans) marked.fill(2, start, end);
+    for (const [start, end] of spans) marked.fill(2, Math.max(0, start - from), Math.max(0, end - from));
     if (selection) marked.fill(3, Math.min(...selection), Math.max(...selection) + 1);
     for (const { text } of texts) for (const span of text.children) {
       const mark = marked[span.dataset.index];
@@ -110,9 +114,9 @@ export function tokenPanes(rollout, probe, way, marking = null) {
     const token = rollout.tokens[index];
     const pane = texts.find((each) => each.text === text).pane;
     fill(tip, ...numbers(token, probe, pane),
-      make("div", {}, `“${oneLine(head(token.text, 60))}” · token ${index + 1} of ${rollout.tokens.length}`),
+      make("div", {}, `“${oneLine(head(token.text, 60))}” · token ${from + index + 1} of ${total}`),
       token.counts === false ? make("div", {}, "masked: does not count") : null,
-      ...(rollout.spans ?? []).filter((span) => !Array.isArray(span) && span.start <= index && index < span.end).map((span) => make("div", {}, `in ${span.name}`)));
+      ...(rollout.spans ?? []).filter((span) => !Array.isArray(span) && span.start <= from + index && from + index < span.end).map((span) => make("div", {}, `in ${span.name}`)));
     tip.hidden = false;
     const size = tip.getBoundingClientRect();
     tip.style.left = `${Math.max(8, Math.min(box.left, innerWidth - size.width - 8))}px`;
@@ -121,7 +125,7 @@ export function tokenPanes(rollout, probe, way, marking = null) {
 
   function finish() {
     if (!selection) return;
-    const span = [Math.min(...selection), Math.max(...selection) + 1];
+    const span = [from + Math.min(...selection), from + Math.max(...selection) + 1];
     selection = null;
     mark(joined([...spans, span]));
     marking.changed(spans);
@@ -194,7 +198,7 @@ export function tokenPanes(rollout, probe, way, marking = null) {
         finish();
       } else if (marking && event.key === "Backspace" && held !== null) {
         event.preventDefault();
-        mark(spans.filter(([start, end]) => held < start || held >= end));
+        mark(spans.filter(([start, end]) => from + held < start || from + held >= end));
         marking.changed(spans);
       } else if (event.key === "Escape" && (held !== null || selection)) {
         event.preventDefault();
