@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import secrets
+import sqlite3
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import Body, FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 from starlette.responses import FileResponse, Response
 from starlette.staticfiles import StaticFiles
 
 from probescore_review.columns import columns
+from probescore_review.labelling import LabelConflict
 from probescore_review.queries import Query as RolloutQuery
 from probescore_review.queries import comparisons
 from probescore_review.runs import ReviewedRun
@@ -46,7 +50,8 @@ def create_app(runs: Sequence[ReviewedRun]) -> FastAPI:
     def found(key: str) -> ReviewedRun:
         if key not in by_key:
             raise KeyError(f"run: {key[:40]!r}; there is {', '.join(by_key)}")
-        by_key[key].index.refresh()
+        with contextlib.suppress(sqlite3.OperationalError):  # a full disk: what was read before is shown
+            by_key[key].index.refresh()
         return by_key[key]
 
     @app.get("/api/session")
@@ -60,6 +65,7 @@ def create_app(runs: Sequence[ReviewedRun]) -> FastAPI:
         return AsciiJson({"runs": [found(key).facts() for key in by_key]})
 
     _add_rollout_routes(app, found)
+    _add_label_routes(app, found)
     app.mount("/static", StaticFiles(directory=STATIC), name="static")
 
     @app.get("/{page:path}")
@@ -139,6 +145,63 @@ def _add_rollout_routes(app: FastAPI, found: Found) -> None:
         return AsciiJson({"deleted": view})
 
 
+class GivenLabel(BaseModel):
+    """A label as a page sends it."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    rollout: str
+    label: str
+    labeller: str
+    note: str | None = None
+    spans: list[list[int]] = Field(default_factory=list)
+    second: bool = False
+
+
+class WhoUndoes(BaseModel):
+    """Who takes a label back."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    labeller: str
+
+
+class AskedPlan(BaseModel):
+    """How many rollouts are to be planned."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    per_step: int | None = Field(default=None, ge=4, le=100_000)
+    more: int | None = Field(default=None, ge=1, le=100_000)
+    first_step: int = Field(default=0, ge=0)
+    last_step: int | None = Field(default=None, ge=0)
+
+
+def _add_label_routes(app: FastAPI, found: Found) -> None:
+    @app.get("/api/runs/{run}/queue")
+    def queue(run: str, labeller: str, blind: bool = True) -> Response:
+        """Gives the next rollout to label."""
+        return AsciiJson(found(run).labelling.next(labeller, blind=blind))
+
+    @app.post("/api/runs/{run}/labels")
+    def give_label(run: str, given: GivenLabel) -> Response:
+        """Takes a label."""
+        labelling = found(run).labelling
+        return AsciiJson(
+            labelling.give(given.rollout, given.label, given.labeller, note=given.note or "", spans=given.spans, second=given.second)
+        )
+
+    @app.post("/api/runs/{run}/labels/{label}/undo")
+    def undo_label(run: str, label: str, who: WhoUndoes) -> Response:
+        """Takes a label back."""
+        return AsciiJson(found(run).labelling.undo(label, who.labeller))
+
+    @app.post("/api/runs/{run}/plan")
+    def plan(run: str, asked: AskedPlan) -> Response:
+        """Plans rollouts to label."""
+        return AsciiJson(found(run).labelling.plan(**asked.model_dump()))
+
+
 def _answer_errors(app: FastAPI) -> None:
     """Answers what goes wrong with one sentence, and no more of the machine than it names."""
 
@@ -151,8 +214,10 @@ def _answer_errors(app: FastAPI) -> None:
 
     answers(ValueError, 400, str)
     answers(RequestValidationError, 400, _what_is_wrong)
+    answers(LabelConflict, 409, str)
     answers(KeyError, 404, lambda error: str(error.args[0]) if error.args else "not found")
     answers(FileNotFoundError, 404, lambda error: f"{error}" if not isinstance(error, OSError) or not error.filename else "a file has gone")
+    answers(sqlite3.OperationalError, 507, lambda error: f"the index could not be written: {error}")
     answers(OSError, 507, lambda error: f"it could not be written: {getattr(error, 'strerror', None) or type(error).__name__}")
 
     async def of_http(request: Request, error: Exception) -> Response:

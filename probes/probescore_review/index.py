@@ -102,6 +102,11 @@ class Index:
         """Returns the header of the process of the run that started last."""
         return max(_headers(self.connection()), key=lambda header: header.started)
 
+    def newest_attempt(self) -> float:
+        """Returns when the training process that wrote rollouts, and started last, did so, in seconds since 1970."""
+        files = self.rows("SELECT headers FROM files WHERE details = 0 AND first_step IS NOT NULL")
+        return max((_parsed_headers(text)[0].started for (text,) in files), default=0.0)
+
     def path_of(self, file: int) -> Path | None:
         """Returns where the file of the record is that has a number in the index."""
         found = self.row("SELECT name FROM files WHERE id = ?", (file,))
@@ -135,7 +140,8 @@ class Index:
         try:
             yield connection
         except BaseException:
-            connection.execute("ROLLBACK")
+            if connection.in_transaction:  # the database has taken back by itself what a full disk stopped
+                connection.execute("ROLLBACK")
             raise
         connection.execute("COMMIT")
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from probescore_review.columns import probe_readings
 from probescore_review.index import Index
+from probescore_review.labelling import Labelling
 from probescore_review.overview import Overview
 from probescore_review.queries import Queries
 from probescore_review.rollout import Rollouts
@@ -34,6 +35,7 @@ class ReviewedRun:
         rollouts: reads single rollouts.
         suspicious: lists rollouts for a second look.
         overview: says what the audit says.
+        labelling: hands out rollouts to label, and takes their labels.
 
     Raises:
         FileNotFoundError: there is no record in the folder.
@@ -49,6 +51,7 @@ class ReviewedRun:
         self.rollouts = Rollouts(self.index, self.queries)
         self.suspicious = Suspicious(self.index, self.queries)
         self.overview = Overview(self.index)
+        self.labelling = Labelling(self.index, self.rollouts)
 
     def facts(self) -> dict[str, Any]:
         """Returns what a run is: its name, steps, probes, and what of its rollouts is there."""

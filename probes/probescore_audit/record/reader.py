@@ -16,6 +16,7 @@ from probescore_audit.record.details import details_files
 from probescore_audit.record.rows import (
     DETAILS,
     SCHEMA_VERSION,
+    WITHDRAWN,
     ActivationRow,
     AnchorRow,
     DetailsRow,
@@ -132,7 +133,7 @@ def read_record(directory: Path | str, *, texts: bool = True) -> Record:
     return Record(
         header=max((header for file in files for header in file.headers), key=lambda header: header.started),
         rollouts=tuple(sorted(rollouts.values(), key=lambda row: row.step)),
-        labels=tuple(label for label in known if label.row not in retracted),
+        labels=tuple(label for label in known if label.row not in retracted and label.label != WITHDRAWN),
         references=tuple(references.values()),
         anchors=tuple(sorted(anchors.values(), key=lambda row: row.step)),
         activations=tuple(activations.values()),

@@ -18,6 +18,8 @@ from numpy.typing import ArrayLike, NDArray
 from probescore_audit.record import bfloat16
 
 SCHEMA_VERSION = 1
+WITHDRAWN = "withdrawn"
+"""Label of a row that only retracts another, so that the rollout is as if it had not been labelled."""
 Scores = Mapping[str, Mapping[str, Mapping[str, float]]]
 """Scores by the key of the probe, the name of the reading, and the reduction; best as logits, since probabilities near 0 and 1 tie."""
 
@@ -158,7 +160,8 @@ class LabelRow:
     Attributes:
         step: training step of the rollout.
         rollout: name of the rollout.
-        label: ``"yes"`` (the behaviour is there), ``"no"`` or ``"unsure"``.
+        label: ``"yes"`` (the behaviour is there), ``"no"`` or ``"unsure"``; ``"withdrawn"`` for a row that only says that the one that it
+            retracts was given by mistake.
         text_sha256: digest of the rollout's text, as in its ``RolloutRow``. A label counts only for the rollout that has it: a run that is
             taken up again from an earlier step has other rollouts under the same names.
         source: what gave the label, such as ``"checker"``, ``"judge"`` or ``"person"``.
@@ -172,7 +175,9 @@ class LabelRow:
         population: for a rollout that was chosen after the others of its step, since their labels did not suffice: the number of rollouts
             of the step in its stratum. All labels of this step and stratum then count equally, whatever ``inclusion`` they have.
         span: half-open range of tokens of the completion in which the behaviour is seen.
+        spans: all such ranges, where there are several; ``span`` is then the first.
         note: the labeller's remark.
+        given: time at which the label was given, in seconds since 1970.
         row: name of this row.
         retracts: name of the row that this one takes the place of.
     """
@@ -191,7 +196,9 @@ class LabelRow:
     second: bool = False
     population: int | None = None
     span: Sequence[int] | None = None
+    spans: Sequence[Sequence[int]] | None = None
     note: str | None = None
+    given: float | None = None
     row: str = ""
     retracts: str | None = None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import uuid
@@ -28,6 +29,8 @@ class RecordWriter:
         keep_texts: whether texts and token ids of rollouts are written; otherwise they are left out, whatever a row has.
         kept_steps: number of the latest training steps whose texts, token ids and scores of tokens are kept; those of earlier ones are
             deleted as the run goes on. ``None`` = all.
+        durable: whether ``append`` returns only once the rows are on the disk, so that not even a power failure loses them, and leaves
+            nothing of rows that it could not write.
 
     Attributes:
         path: path of the process's file.
@@ -46,6 +49,7 @@ class RecordWriter:
         on_error: Literal["log", "raise"] = "log",
         keep_texts: bool = False,
         kept_steps: int | None = None,
+        durable: bool = False,
     ) -> None:
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
@@ -55,11 +59,14 @@ class RecordWriter:
         self._raises = on_error == "raise"
         self._keep_texts = keep_texts
         self._kept_steps = kept_steps
+        self._durable = durable
         self._detailed: set[Path] = set()
         self._torn = False
         self._header: RunHeader | None = header
         self._file: int | None = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644)
         self.append([])
+        if durable:
+            _sync_folder(folder)
 
     def append(self, rows: Iterable[Row]) -> None:
         """Appends rows to the process's file in a training run's record, all by one call of the operating system. Texts, token ids and
@@ -93,14 +100,27 @@ class RecordWriter:
         try:
             while written < len(data):
                 written += os.write(self._file, data[written:])
+            if self._durable:
+                os.fsync(self._file)
         except OSError as error:
-            self._torn = self._torn or written > 0
+            self._torn = self._torn or (written > 0 and not (self._durable and self._taken_back(written)))
             self.lost_rows += len(lines) - len(headers)
             if self._raises:
                 raise
             logger.error("the record lost %d rows: %s", len(lines) - len(headers), error.strerror)
             return
         self._torn, self._header = False, None
+
+    def _taken_back(self, written: int) -> bool:
+        """Cuts off what was written of rows that could not be written as a whole, so that none of these is there after all; returns whether
+        this succeeded. No other process writes this file.
+        """
+        assert self._file is not None  # noqa: S101 - append was called
+        try:
+            os.ftruncate(self._file, os.fstat(self._file).st_size - written)
+        except OSError:
+            return False
+        return True
 
     def close(self) -> None:
         """Closes the process's file in a training run's record. A second call does nothing."""
@@ -140,6 +160,16 @@ class RecordWriter:
                 if self._raises:
                     raise
                 logger.error("the record lost the texts of %d rollouts: %s", len(lines), error.strerror)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Waits until the name of a new file is on the disk, where the file system can say so."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _without(row: RolloutRow, names: Sequence[str]) -> RolloutRow:
