@@ -8,16 +8,17 @@ import secrets
 import sqlite3
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import Body, FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
-from starlette.responses import FileResponse, Response
+from starlette.responses import FileResponse, Response, StreamingResponse
 from starlette.staticfiles import StaticFiles
 
 from probescore_review.columns import columns
+from probescore_review.export import file_name
 from probescore_review.labelling import LabelConflict
 from probescore_review.queries import Query as RolloutQuery
 from probescore_review.queries import comparisons
@@ -132,6 +133,20 @@ def _add_rollout_routes(app: FastAPI, found: Found) -> None:
     def suspicious(run: str) -> Response:
         """Gives the lists of suspicious rollouts."""
         return AsciiJson({"lists": found(run).suspicious.lists()})
+
+    @app.get("/api/runs/{run}/export")
+    def export(run: str, request: Request, format: Literal["jsonl", "parquet", "html"] = "jsonl") -> Response:
+        """Gives a view's rollouts as a file."""
+        reviewed = found(run)
+        numbers = reviewed.queries.numbers(_query(reviewed, request))
+        name = reviewed.index.header().run_id
+        file = file_name(name, request.query_params.get("view", ""), format)
+        headers = {"Content-Disposition": f'attachment; filename="{file}"'}
+        if format == "jsonl":
+            return StreamingResponse(reviewed.export.lines(numbers), media_type="application/x-ndjson", headers=headers)
+        if format == "parquet":
+            return Response(reviewed.export.parquet(numbers), media_type="application/vnd.apache.parquet", headers=headers)
+        return Response(reviewed.export.page(numbers, f"{name}: rollouts"), media_type="text/html; charset=utf-8", headers=headers)
 
     @app.put("/api/runs/{run}/views/{view}")
     def save_view(run: str, view: str, body: Annotated[dict[str, Any], Body()]) -> Response:

@@ -69,7 +69,7 @@ class Index:
         self.path = cache / f"{name}.sqlite"
         self._local = threading.local()
         self._lock = threading.Lock()
-        self._stamps: list[tuple[str, int, int]] = []
+        self._stamps: list[tuple[str, int, int]] | None = None
         self._looked = 0.0
         self._open()
         self.refresh(force=True)
@@ -124,8 +124,6 @@ class Index:
             self._looked = time.monotonic()
             if stamps == self._stamps:
                 return
-            if not any(not file.details for file in files):
-                raise FileNotFoundError(f"{self.folder.name}: no record; give the folder that was named as `record`")
             with self.writing() as connection:
                 if _has_lost(connection, files):
                     _empty(connection)
@@ -217,6 +215,8 @@ class _Update:
         main = [(self._known(file), file) for file in self._files if not file.details]
         self._read_headers(main)
         headers = _headers(self._connection)
+        if not headers:
+            raise FileNotFoundError(f"{self._folder.name}: no record; give the folder that was named as `record`")
         if len(runs := {header.run_id for header in headers}) > 1:
             raise ValueError(f"{self._folder.name}: files of several runs ({', '.join(sorted(runs))}); give each run a folder of its own")
         self._thresholds = {probe.key: probe for header in sorted(headers, key=lambda each: each.started) for probe in header.probes}

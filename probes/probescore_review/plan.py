@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from probescore_audit.recorded_labels import PlannedLabel
+from probescore_review.files import write_json
 from probescore_review.index import Index
-from probescore_review.views import write_json
 
 FILE = "review-plan.json"
 

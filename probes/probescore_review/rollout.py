@@ -65,7 +65,7 @@ class Rollouts:
             "prompt_id": row["prompt_id"],
             **_texts(long_parts, part, blind=blind),
             "spans": [],
-            "follow_ups": [],
+            "follow_ups": [] if blind else long_parts.get("follow_ups") or [],
             "said": _missing(long_parts, row),
         }
         if blind:
@@ -89,6 +89,18 @@ class Rollouts:
             "same_prompt": self._related("prompt_id = ? AND step != ?", (row["prompt_id"], row["step"]), "step, id"),
             "neighbours": self._near(row),
         }
+
+    def texts(self, rollout: str) -> dict[str, Any]:
+        """Returns a rollout's whole prompt and completion, and its scores by every reduction.
+
+        Raises:
+            KeyError: there is no such rollout.
+        """
+        row = self.row(rollout)
+        long_parts = self._long_parts(row)
+        pieces = long_parts.get("completion_pieces")
+        completion = long_parts.get("completion_text") or ("".join(map(str, pieces)) if pieces else None)
+        return {"prompt": long_parts.get("prompt_text"), "completion": completion, "scores": json.loads(row["scores"])}
 
     def labels(self, step: int, name: str) -> list[dict[str, Any]]:
         """Returns the labels of a rollout that count, in the order in which they were given."""

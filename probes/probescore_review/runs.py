@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from probescore_review.columns import probe_readings
+from probescore_review.export import Export
 from probescore_review.index import Index
 from probescore_review.labelling import Labelling
 from probescore_review.overview import Overview
@@ -35,6 +36,7 @@ class ReviewedRun:
         rollouts: reads single rollouts.
         suspicious: lists rollouts for a second look.
         overview: says what the audit says.
+        export: writes rollouts for others.
         labelling: hands out rollouts to label, and takes their labels.
 
     Raises:
@@ -52,6 +54,7 @@ class ReviewedRun:
         self.suspicious = Suspicious(self.index, self.queries)
         self.overview = Overview(self.index)
         self.labelling = Labelling(self.index, self.rollouts)
+        self.export = Export(self.index, self.queries, self.rollouts)
 
     def facts(self) -> dict[str, Any]:
         """Returns what a run is: its name, steps, probes, and what of its rollouts is there."""

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from probescore_review.columns import ProbeReading, columns, probe_readings
+from probescore_review.files import write_json
 from probescore_review.index import FROZEN, Index
 from probescore_review.queries import Query, statements
 
@@ -147,21 +145,3 @@ class SavedViews:
         except (OSError, ValueError):
             return {}
         return values if isinstance(values, dict) else {}
-
-
-def write_json(path: Path, values: object) -> None:
-    """Writes values to a file as JSON, whole or not at all, and waits until they are on the disk.
-
-    Raises:
-        OSError: they cannot be written.
-    """
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            json.dump(values, file)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise

@@ -109,6 +109,8 @@ class RolloutRow:
         prompt_ids, completion_ids: the token ids, where the record keeps them.
         completion_pieces: the text of each token of the completion, where the record keeps texts.
         token_scores: the probes' scores of each token of the completion, keyed by probe, then by reading.
+        follow_ups: what was appended to the finished completion and read as a fork of it, where it is recorded: ``text``, ``scores`` by
+            probe, reading and reduction, and, with texts, ``pieces`` and ``token_scores``.
         decisions: what was said where a probe was unsure and a judge was to decide, keyed by the trainer's signal: ``probe``, whether the
             probe flags the rollout; ``verdict``, the judge's, empty if it gave none, with the ``reason``; ``flagged``, what the reward went
             by; ``labeller`` and ``labeller_version``, the judge. These verdicts are no labels, since nobody drew their rollouts at random.
@@ -132,6 +134,7 @@ class RolloutRow:
     completion_ids: Sequence[int] | None = None
     completion_pieces: Sequence[str] | None = None
     token_scores: Mapping[str, Mapping[str, Sequence[float]]] | None = None
+    follow_ups: Sequence[Mapping[str, Any]] | None = None
     decisions: Mapping[str, Mapping[str, Any]] | None = None
 
 
@@ -150,6 +153,7 @@ class DetailsRow:
     completion_ids: Sequence[int] | None = None
     completion_pieces: Sequence[str] | None = None
     token_scores: Mapping[str, Mapping[str, Sequence[float]]] | None = None
+    follow_ups: Sequence[Mapping[str, Any]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -318,7 +322,7 @@ KINDS: Mapping[str, type[Row]] = {
     kind.kind: kind for kind in (RunHeader, RolloutRow, DetailsRow, LabelRow, ReferenceRow, AnchorRow, ActivationRow, LabellerRow)
 }
 DETAILS = tuple(each.name for each in fields(DetailsRow) if each.name not in ("step", "rollout"))
-TEXTS = ("prompt_text", "completion_text", "prompt_ids", "completion_ids", "completion_pieces")
+TEXTS = ("prompt_text", "completion_text", "prompt_ids", "completion_ids", "completion_pieces", "follow_ups")
 
 # Looked up once: a run has 100,000 rows and more.
 _NAMES = {name: frozenset(each.name for each in fields(kind)) for name, kind in KINDS.items()}

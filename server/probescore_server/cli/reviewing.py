@@ -41,19 +41,40 @@ def _review(
     cache: Annotated[
         Path | None, typer.Option("--cache", help="A folder for the index; the user's cache by default.", show_default=False, metavar="DIR")
     ] = None,
+    threshold: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--threshold",
+            help="The score from which on a rollout of a file is flagged; repeat for several probes.",
+            metavar="NAME@VERSION=SCORE",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     with one_line_failures("review"):
         import uvicorn
 
         from probescore_review.app import create_app
         from probescore_review.runs import ReviewedRun
+        from probescore_review.scored_file import record_of
 
+        thresholds = dict(_threshold(each) for each in threshold or ())
+        if thresholds and not any(run.is_file() for run in runs):
+            raise ValueError("--threshold: a record has its thresholds; leave it out")
         folder = cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "probescore" / "review"
         opened = []
         for number, run in enumerate(runs):
             say(f"reading {run.name}")
-            opened.append(ReviewedRun(str(number), run, folder))
+            opened.append(ReviewedRun(str(number), record_of(run, thresholds) if run.is_file() else run, folder))
         listening = socket.create_server(("127.0.0.1", port))
         say(f"http://127.0.0.1:{listening.getsockname()[1]}")
         config = uvicorn.Config(create_app(opened), loop="asyncio", log_level="warning", access_log=False, timeout_graceful_shutdown=5)
         uvicorn.Server(config).run(sockets=[listening])
+
+
+def _threshold(given: str) -> tuple[str, float]:
+    probe, _, score = given.rpartition("=")
+    try:
+        return probe, float(score)
+    except ValueError:
+        raise ValueError(f"--threshold: {given}; give NAME@VERSION=SCORE, such as cheating@1=0.5") from None
