@@ -76,7 +76,7 @@ class Labelling {
         { keys: ["m"], title: "Write a note (Esc leaves it)", run: () => this.note.isConnected && this.note.focus() },
         { keys: ["t"], title: "Go to the tokens: ← → move, Shift draws a span, Enter marks it, Backspace takes it away", run: () => this.box.querySelector(".tokens")?.focus() },
         { keys: ["z"], title: "Undo the last label", run: () => this.undo() },
-        { keys: ["Enter", "j", " "], title: "Next rollout, once the label is given", run: () => this.given && this.next() },
+        { keys: ["Enter", "j", " "], title: "Next rollout, once the label is given", run: () => (this.given || this.passed) && this.next() },
         { keys: ["d"], title: "Take all spans of this rollout away", run: () => this.setSpans([]) },
       ],
     };
@@ -97,7 +97,10 @@ class Labelling {
 
   /** Shows one rollout that was asked for by name. */
   async single(name) {
-    await this.during(async () => this.start(await get(ofRun(this.run.run, "rollouts", name)), { second: false }));
+    await this.during(async () => {
+      const told = await get(ofRun(this.run.run, "rollouts", name));
+      this.start(told, { second: Boolean(told.labels?.length) });
+    });
   }
 
   start(told, queue) {
@@ -105,6 +108,7 @@ class Labelling {
     this.told = told;
     this.queue = queue;
     this.given = null;
+    this.passed = false; // whether somebody else has labelled it meanwhile
     const draft = told ? kept(sessionStorage, this.draftKey) : null;
     this.spans = draft?.spans ?? [];
     this.pending = draft?.pending ?? null;
@@ -133,7 +137,8 @@ class Labelling {
         make("span", {}, "Labelling as ", make("b.foreign", {}, oneLine(head(this.labeller, 60))), " ", make("button.plain", { type: "button", on: { click: () => this.rename() } }, "change")),
         this.place.item ? null : make("label", {}, blind, " blind"),
         this.place.item ? null : make("label", {}, onward, " go on at once"),
-        make("span.spacer"), queue.of ? make("label.progress", {}, make("span", {}, `${count(queue.done)} of ${count(queue.of)}`), make("progress", { max: queue.of, value: queue.done })) : null));
+        make("span.spacer"), queue.of ? make("label.progress", {}, make("span", {}, `${count(queue.done)} of ${count(queue.of)}`), make("progress", { max: queue.of, value: queue.done })) : null,
+        told && !this.place.item ? make("details.menu", {}, make("summary", {}, "Plan"), make("div.menu-body", {}, this.planForms())) : null));
     if (!told) {
       fill(this.parts.content, this.finished());
       fill(this.parts.bar, kept(sessionStorage, this.lastKey) ? this.undoButton() : null);
@@ -150,10 +155,10 @@ class Labelling {
     this.spanList = make("div");
     const view = shown.tokens?.length ? completionOf(shown, probe, probe ? waysOf(probe)[0] : "", marking) : completionOf(shown, probe, "");
     fill(this.parts.content,
-      make("section.card", {}, make("h3", {}, `Prompt`, make("span.note", {}, ` step ${told.step}`)), promptOf(shown.prompt)),
-      make("section.card", {}, make("h3", {}, "Completion"), partsOf(shown, (part) => this.turn(part)), view, this.spanList),
+      make("section.card", {}, make("h2.title", {}, "Prompt", make("span.note", {}, ` step ${told.step}`)), promptOf(shown.prompt)),
+      make("section.card", {}, make("h2.title", {}, "Completion"), partsOf(shown, (part) => this.turn(part)), view, this.spanList),
       given
-        ? make("section.card", {}, make("h3", {}, "What the probes say"), scoresOf(given.scores ?? shown.scores, shown.thresholds), queue.second ? make("p.note", {}, "This was a second judgement: somebody else has labelled it before, and no probe flags it.") : null, make("p", {}, make("a", { href: address(this.run.run, "rollout", told.rollout) }, "All of this rollout")))
+        ? make("section.card", {}, make("h2.title", {}, "What the probes say"), scoresOf(shown.scores, shown.thresholds), queue.second ? make("p.note", {}, "This was a second judgement: somebody else has labelled it before, and no probe flags it.") : null, make("p", {}, make("a", { href: address(this.run.run, "rollout", told.rollout) }, "All of this rollout")))
         : make("section.card", {}, make("label", { for: "note" }, "Note"), this.note));
     this.paintSpans();
     fill(this.parts.bar, given
@@ -162,6 +167,7 @@ class Labelling {
     ...(given
       ? [make("button.primary", { type: "button", on: { click: () => this.next() } }, "Next ", make("kbd", {}, "Enter"))]
       : Object.entries(SAID).map(([each, title]) => make(`button.answer.${each}`, { type: "button", "aria-keyshortcuts": each[0], on: { click: () => this.answer(each) } }, `${title} `, make("kbd", {}, each[0])))),
+    this.passed ? make("button", { type: "button", on: { click: () => this.next() } }, "Next ", make("kbd", {}, "Enter")) : null,
     given || kept(sessionStorage, this.lastKey) ? this.undoButton() : null);
   }
 
@@ -174,21 +180,44 @@ class Labelling {
   }
 
   finished() {
-    const more = make("input", { type: "number", min: 1, max: 100000, value: 50, required: true, id: "more" });
     const { queue } = this;
-    const ask = async (event) => {
-      event.preventDefault();
-      try {
-        await change("POST", ofRun(this.run.run, "plan"), { more: Number(more.value) });
-        await this.next();
-      } catch (problem) {
-        alarm(problem.message);
-      }
-    };
-    return make("form.card.narrow", { on: { submit: ask } },
+    return make("section.card.narrow", {},
       make("h2", {}, queue.of ? "All that the plan asks for is labelled" : "There is no plan yet"),
-      make("p", {}, queue.said ?? (queue.of ? `${count(queue.done)} of ${count(queue.of)} labels are given. Audit again to see what they say, or draw more rollouts.` : "A plan draws at random the rollouts whose labels tell most about the run.")),
-      make("label", { for: "more" }, "Rollouts to draw"), make("p.actions", {}, more, make("button.primary", { type: "submit" }, "Draw more"), make("a", { href: address(this.run.run, "repair") }, "Audit again")));
+      make("p", {}, queue.of ? `${count(queue.done)} of ${count(queue.of)} labels are given. Audit again to see what they say, or plan more.` : "A plan draws at random the rollouts whose labels tell most about the run, and keeps with which probability each was drawn."),
+      this.planForms(), queue.of ? make("p", {}, make("a", { href: address(this.run.run, "repair") }, "Audit again")) : null);
+  }
+
+  /** Returns the ways to have more rollouts planned: for steps that have no plan, or further ones of the last steps. */
+  planForms() {
+    const [first, last] = this.run.steps ?? [0, 0];
+    const number = (name, value, min) => make("input", { type: "number", name, id: `plan-${name}`, required: true, min, max: 100000, value });
+    const field = (title, input) => make("p.option", {}, make("label", { for: input.id }, title), " ", input);
+    const form = (button, fields, body) => make("form.plan", { on: { submit: (event) => {
+      event.preventDefault();
+      this.plan(body(Object.fromEntries([...new FormData(event.target)].map(([name, value]) => [name, Number(value)]))), event.target);
+    } } }, ...fields, make("p.actions", {}, make("button.primary", { type: "submit" }, button)));
+    return make("div.plans", {},
+      form("Plan these steps", [field("Labels of each step", number("per_step", 32, 4)), field("From step", number("first_step", Math.max(first, last - 9), 0)), field("to step", number("last_step", last, 0))], (values) => values),
+      this.queue.of && this.queue.done >= this.queue.of ? form("Plan further labels", [field("Further labels of the last steps", number("more", 50, 1))], (values) => values) : null);
+  }
+
+  async plan(asked, form) {
+    const button = form.querySelector("button");
+    button.disabled = true;
+    try {
+      const { added } = await change("POST", ofRun(this.run.run, "plan"), asked);
+      say(`${count(added)} rollouts planned`);
+      if (!added) alarm("The plan has these steps already: no rollout was added.");
+      else if (!this.told || this.given) await this.next();
+      else {
+        this.queue = { ...this.queue, of: this.queue.of + added };
+        this.keep();
+        this.paint();
+      }
+    } catch (problem) {
+      alarm(problem.message);
+    }
+    button.disabled = false;
   }
 
   /** Shows another part of a completion that is too long to be shown at once. */
@@ -236,18 +265,10 @@ class Labelling {
       const saved = await change("POST", ofRun(this.run.run, "labels"), body);
       this.pending = null;
       kept(sessionStorage, key, null);
-      kept(sessionStorage, this.lastKey, { id: saved.label_id, rollout: this.told.rollout });
+      kept(sessionStorage, this.lastKey, { id: saved.label_id, rollout: this.told.rollout, second: Boolean(this.queue.second), note: body.note, spans: body.spans });
       say(`Saved: ${each}`);
-      if (this.queue.of && !this.place.item) this.queue = { ...this.queue, done: Math.min(this.queue.of, this.queue.done + 1) };
-      let told = this.told;
-      if (!this.onward || this.place.item) {
-        try {
-          told = await get(ofRun(this.run.run, "rollouts", this.told.rollout)); // with its scores now
-        } catch (problem) {
-          alarm(problem.message); // the label is saved; only its scores are not shown
-        }
-      }
-      this.given = { label: each, scores: saved.scores, told, note: this.note.value, spans: this.spans };
+      if (this.queue.of && !this.place.item && !this.queue.second) this.queue = { ...this.queue, done: Math.min(this.queue.of, this.queue.done + 1) };
+      this.given = { label: each, told: saved.rollout ?? this.told, note: this.note.value, spans: this.spans };
     });
     if (this.given && this.onward && !this.place.item) await this.next();
     else if (this.given) {
@@ -269,15 +290,17 @@ class Labelling {
       say("The label is taken back");
       const { given, told, queue } = this;
       if (given && told.rollout === last.rollout) {
-        if (queue.of) this.queue = { ...queue, done: Math.max(0, queue.done - 1) };
+        if (queue.of && !queue.second) this.queue = { ...queue, done: Math.max(0, queue.done - 1) };
         this.given = null;
         this.spans = given.spans;
         this.note.value = given.note;
         this.keep();
         this.paint();
       } else if (!this.place.item) {
-        const next = await get(ofRun(this.run.run, "queue") + query({ labeller: this.labeller, blind: this.blind ? "1" : "0" }));
-        this.start(next.rollout, next);
+        const undone = await get(ofRun(this.run.run, "rollouts", last.rollout) + query({ blind: this.blind ? "1" : null }));
+        this.start(undone, { ...queue, done: Math.max(0, queue.done - (last.second ? 0 : 1)), second: last.second });
+        this.note.value = last.note;
+        this.setSpans(last.spans);
       } else this.paint();
     });
   }
@@ -291,6 +314,14 @@ class Labelling {
     } catch (problem) {
       if (this.closed) return;
       if (!this.queue) throw problem;
+      if (problem.status === 409 && this.pending) { // somebody else was first: this label is not wanted any more
+        this.pending = null;
+        this.keep();
+        alarm(problem.message);
+        this.passed = true;
+        this.paint();
+        return;
+      }
       alarm(this.pending ? `Not saved: ${problem.message} Press the key again.` : problem.message);
     } finally {
       this.busy = false;

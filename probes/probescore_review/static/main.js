@@ -37,7 +37,7 @@ async function show() {
   document.title = `${view.title} · ${run.name} · probescore review`;
   const heading = make("h1.unseen", { tabindex: -1 }, `${view.title}: ${run.name}`);
   const box = make("div.view", { data: { view: place.view } });
-  fill(byId("main"), heading, box);
+  fill(byId("content"), heading, box);
   bind(view.title, []);
   scrollTo(0, 0);
   heading.focus({ preventScroll: true });
@@ -102,8 +102,8 @@ try {
     addEventListener("hashchange", show);
     await show();
     setInterval(refresh, LIVE_MS);
-  } else fill(byId("main"), make("p.nothing", {}, "There are no rollouts to review."));
+  } else fill(byId("content"), make("p.nothing", {}, "There are no rollouts to review."));
 } catch (problem) {
-  fill(byId("main"), make("p.nothing", {}, problem.message));
+  fill(byId("content"), make("p.nothing", {}, problem.message));
   say(problem.message);
 }
