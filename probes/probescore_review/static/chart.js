@@ -47,7 +47,7 @@ export function chart({ title, curves, xRange, yRange, levels = [], marks = [], 
   const at = (step, value) => `${x(step).toFixed(1)},${y(value).toFixed(1)}`;
   const svg = draw("svg.chart", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, "aria-hidden": "true" });
   for (const value of ticks(...yRange, 4)) {
-    svg.append(draw("line.grid", { x1: LEFT, x2: RIGHT, y1: y(value), y2: y(value) }), draw("text", { x: LEFT - 6, y: y(value) + 4, "text-anchor": "end" }, text(value)));
+    svg.append(draw("line.grid", { x1: LEFT, x2: RIGHT, y1: y(value), y2: y(value) }), draw("text", { x: LEFT - 6, y: y(value) + 4, "text-anchor": "end" }, text(value).replace(/(\.\d*?)0+$/, "$1").replace(/\.$/, "")));
   }
   for (const step of ticks(first, last, 6).filter(Number.isInteger)) svg.append(draw("text", { x: x(step), y: BOTTOM + 16, "text-anchor": "middle" }, String(step)));
   svg.append(draw("text", { x: RIGHT, y: HEIGHT - 1, "text-anchor": "end" }, "step"));

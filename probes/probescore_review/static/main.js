@@ -15,6 +15,7 @@ import { suspicious } from "./suspicious.js";
 const VIEWS = { overview, rollouts, suspicious, label, repair };
 const HIDDEN = { rollout }; // reached from the others
 const LIVE_MS = 20_000;
+const SLOW_MS = 400;
 let runs = [];
 let open = null; // what is shown: {close?, keys?}
 let opening = 0;
@@ -42,6 +43,7 @@ async function show() {
   scrollTo(0, 0);
   heading.focus({ preventScroll: true });
   box.setAttribute("aria-busy", "true");
+  const slow = setTimeout(() => turn === opening && !box.firstChild && fill(box, make("p.nothing", { role: "status" }, view.slow ?? "Reading …")), SLOW_MS);
   try {
     const made = await view.open(box, run, place, runs);
     if (turn !== opening) {
@@ -54,6 +56,7 @@ async function show() {
     if (turn === opening) fill(box, make("section.card", {}, make("h2", {}, "This view cannot be shown"), make("p", {}, problem.message), make("button", { type: "button", on: { click: show } }, "Try again")));
     if (!problem.status && problem.name !== "Refusal") console.error(problem);
   }
+  clearTimeout(slow);
   box.removeAttribute("aria-busy");
 }
 
@@ -75,7 +78,7 @@ async function refresh() {
     runs.splice(0, runs.length, ...now);
     const place = route(), run = runs.find((each) => each.run === place.run);
     if (grown && run && document.activeElement !== byId("run")) paintTop(place, run);
-    if (grown && run) open?.grown?.(run);
+    if (grown && run) open?.grown?.(run); // the view was opened with the run as it was
   } catch {
     // the next view that is asked for says that the server is gone
   }
@@ -102,6 +105,7 @@ try {
     addEventListener("hashchange", show);
     await show();
     setInterval(refresh, LIVE_MS);
+    addEventListener("focus", refresh);
   } else fill(byId("content"), make("p.nothing", {}, "There are no rollouts to review."));
 } catch (problem) {
   fill(byId("content"), make("p.nothing", {}, problem.message));

@@ -1,8 +1,8 @@
 /** The overview: what the audit says of each probe, and its numbers by step, of one run or of several side by side. */
 
-import { get, ofRun } from "./api.js";
+import { get, ofRun, query } from "./api.js";
 import { chart, colourOf, rangeOf } from "./chart.js";
-import { fill, make } from "./dom.js";
+import { alarm, fill, make } from "./dom.js";
 import { anything, count, share, signed, written } from "./numbers.js";
 import { address, go, remember } from "./route.js";
 
@@ -12,15 +12,33 @@ const gradeOf = (verdict) => (GOOD.includes(verdict) ? "good" : !verdict || DOUB
 
 export const overview = {
   title: "Overview",
+  slow: "The record is being audited. With many rollouts this takes a minute, once.",
   async open(box, run, place, runs) {
     const beside = new Set((place.settings.beside ?? "").split(",").filter((each) => each && each !== run.run && runs.some((other) => other.run === each)));
     const known = new Map();
     const about = make("div.columns");
     const plots = make("div");
 
+    let closed = false;
+
+    /** Reads what is known of a run at once, and shows what its audit says when it has ended. */
+    async function read(each) {
+      if (known.has(each.run)) return;
+      const told = await get(ofRun(each.run, "overview") + query({ wait: "0" }));
+      known.set(each.run, told);
+      if (told.pending) {
+        get(ofRun(each.run, "overview")).then((audited) => {
+          known.set(each.run, audited);
+          if (!closed) return paint();
+        }).catch((problem) => {
+          if (!closed) alarm(problem.message);
+        });
+      }
+    }
+
     async function paint() {
       const shown = runs.filter((each) => each.run === run.run || beside.has(each.run));
-      await Promise.all(shown.map(async (each) => known.has(each.run) || known.set(each.run, await get(ofRun(each.run, "overview")))));
+      await Promise.all(shown.map(read));
       for (const each of [about, plots]) each.style.setProperty("--columns", shown.length);
       about.classList.toggle("single", shown.length === 1);
       fill(about, ...shown.map((each) => columnOf(each, known.get(each.run))));
@@ -39,7 +57,7 @@ export const overview = {
     }));
     await paint();
     fill(box, boxes, about, plots);
-    return { keys: [
+    return { close: () => (closed = true), keys: [
       { keys: ["v"], title: "Go to the next plot (then arrow keys, and Enter for the rollouts of a point)", run: () => nextPlot(box, 1) },
       { keys: ["V"], title: "Go to the plot before", run: () => nextPlot(box, -1) },
     ] };
@@ -58,7 +76,7 @@ function columnOf(run, told) {
       !run.has_texts && make("p.note", {}, "The record keeps no texts of this run."),
       make("p.links", {}, make("a", { href: address(run.run, "suspicious") }, "What looks suspicious"), make("a", { href: address(run.run, "rollouts") }, "All rollouts"), make("a", { href: address(run.run, "label") }, "Label"))),
     ...(told.verdicts ?? []).map((each) => verdictOf(run, each)),
-    !told.verdicts?.length ? make("section.card.verdict.doubtful", {}, make("h2", {}, "No verdict"), make("p", {}, told.said ?? "The audit says nothing of this run."), make("p", {}, make("a", { href: address(run.run, "repair") }, "Audit it"))) : told.said && make("p.note", {}, told.said));
+    !told.verdicts?.length ? make("section.card.verdict.doubtful", {}, make("h2", {}, told.pending ? "The record is being audited …" : "No verdict"), make("p", {}, told.said ?? (told.pending ? "With many rollouts this takes a minute, once." : "The audit says nothing of this run."))) : told.said && make("p.note", {}, told.said));
 }
 
 function verdictOf(run, { probe, reading, verdict, sentence, what_to_do: todo, alarms = [], labels, unknown = [] }) {

@@ -25,7 +25,10 @@ export const repair = {
     const told = await getIfThere(ofRun(run.run, "repair"));
     const steps = told?.steps ?? STEPS;
     const known = (await getIfThere(ofRun(run.run, "jobs")))?.jobs ?? [];
-    const cards = steps.map((step) => new Step(run, { ...STEPS.find((each) => each.step === step.step), ...step }));
+    const cards = steps.map((step) => new Step(run, { ...STEPS.find((each) => each.step === step.step), ...step }, async () => {
+      const now = await getIfThere(ofRun(run.run, "repair")).catch(() => null); // a new probe can be chosen now
+      for (const card of cards) card.offer(now?.steps?.find((each) => each.step === card.step.step) ?? {});
+    }));
     fill(box, told?.said && make("p.note", {}, told.said), make("ol.steps", {}, ...cards.map((card) => card.element)));
     for (const card of cards) {
       const job = place.settings[card.step.step] ?? known.find((each) => each.step === card.step.step)?.job;
@@ -46,20 +49,37 @@ export const repair = {
 
 /** One step: its options, and the job that does it. */
 class Step {
-  constructor(run, step) {
-    Object.assign(this, { of: run, step, closed: false, timer: null, values: Object.fromEntries((step.options ?? []).map((each) => [each.name, each.value ?? null])) });
+  constructor(run, step, done) {
+    Object.assign(this, { of: run, step, done, closed: false, timer: null, values: {}, chosen: new Set() });
+    this.options = make("div.options");
     this.run = make("button.primary", { type: "submit" }, step.title);
     this.body = make("div.job", { "aria-live": "polite" });
     this.element = make("li.card", {}, make("form", { on: { submit: (event) => {
       event.preventDefault();
       this.begin();
-    } } }, make("h2", {}, step.title), make("p", {}, step.help), step.said ? make("p.note", {}, step.said) : null, step.command ? make("p", {}, make("code", {}, step.command)) : null, ...(step.options ?? []).map((option) => this.option(option)), make("p.actions", {}, this.run)), this.body);
-    if (step.ready === false) this.run.disabled = true;
+    } } }, make("h2", {}, step.title), make("p", {}, step.help), step.said ? make("p.note", {}, step.said) : null, step.command ? make("p", {}, make("code", {}, step.command)) : null, this.options, make("p.actions", {}, this.run)), this.body);
+    this.offer(step);
+  }
+
+  /** Shows what a step can be asked for now; what somebody has chosen stays chosen while it can be. */
+  offer({ options, ready }) {
+    if (options) {
+      for (const each of options) {
+        const still = this.chosen.has(each.name) && (each.kind !== "choice" || each.choices.includes(this.values[each.name]));
+        if (!still) this.values[each.name] = each.value ?? null;
+      }
+      fill(this.options, ...options.filter((each) => each.kind !== "choice" || each.choices.length).map((option) => this.option({ ...option, value: this.values[option.name] })));
+    }
+    if (ready !== undefined) this.ready = ready;
+    this.run.disabled = this.ready === false || this.state === "running";
   }
 
   option(option) {
     const id = `${this.step.step}-${option.name}`;
-    const set = (value) => (this.values[option.name] = value);
+    const set = (value) => {
+      this.values[option.name] = value;
+      this.chosen.add(option.name);
+    };
     const field = option.kind === "choice" ? choice((option.choices ?? []).map((each) => (Array.isArray(each) ? each : [each, each])), option.value, set, { id })
       : option.kind === "flag" ? make("input", { type: "checkbox", id, checked: Boolean(option.value), on: { change: (event) => set(event.target.checked) } })
       : make("input", { type: option.kind === "number" ? "number" : "text", step: "any", id, value: option.value ?? "", on: { input: (event) => set(event.target.value === "" ? null : option.kind === "number" ? Number(event.target.value) : event.target.value) } });
@@ -74,6 +94,7 @@ class Step {
       const { job } = await change("POST", ofRun(this.of.run, "repair"), { step: this.step.step, options });
       alarm(null);
       remember({ [this.step.step]: String(job) });
+      this.state = "running";
       this.follow(String(job));
     } catch (problem) {
       this.run.disabled = false;
@@ -89,18 +110,22 @@ class Step {
       told = await get(`api/jobs/${encodeURIComponent(job)}`);
     } catch (problem) {
       if (this.closed) return;
-      this.run.disabled = false;
+      this.run.disabled = this.ready === false;
       if (problem.status === 404) remember({ [this.step.step]: "" }); // of a server that was there before
       else fill(this.body, make("p.note", {}, problem.message));
       return;
     }
     if (this.closed) return;
     const running = told.state === "running";
-    this.run.disabled = running;
+    this.run.disabled = running || this.ready === false;
     this.paint(told);
-    if (running) this.timer = setTimeout(() => this.follow(job), POLL_MS);
-    else if (this.state === "running") say(`${this.step.title}: ${told.state}`);
+    const ended = !running && this.state === "running";
     this.state = told.state;
+    if (running) this.timer = setTimeout(() => this.follow(job), POLL_MS);
+    else if (ended) {
+      say(`${this.step.title}: ${told.state}`);
+      this.done();
+    }
   }
 
   paint(told) {

@@ -3,7 +3,7 @@
 import { get, ofRun, query } from "./api.js";
 import { choice, fill, make, say } from "./dom.js";
 import { anything, count, written } from "./numbers.js";
-import { thresholdOf, waysOf } from "./readings.js";
+import { keyOf, thresholdOf, waysOf } from "./readings.js";
 import { badge } from "./rollouts.js";
 import { address, go, remember, route } from "./route.js";
 import { head, oneLine } from "./text.js";
@@ -16,6 +16,7 @@ export const rollout = {
     const state = { probe: place.settings.probe ?? "", way: place.settings.way ?? "" };
     const around = neighboursIn(run, place);
     const tokens = make("div");
+    const followUps = make("div.follow-ups");
     const controls = make("div.controls");
     const probes = run.probes;
     const probe = () => probes.find((each) => each.key === state.probe) ?? probes[0] ?? null;
@@ -30,6 +31,7 @@ export const rollout = {
         probes.length ? make("label.field", {}, "Probe ", choice(probes.map((each) => [each.key, each.key]), probe().key, (key) => look({ probe: key }), { "aria-keyshortcuts": "p" })) : null,
         ways.length > 1 ? make("label.field", {}, "Reading ", choice(ways.map((each) => [each, each]), way(), (each) => look({ way: each }), { "aria-keyshortcuts": "r" })) : null,
         make("span.spacer"), around.buttons);
+      fill(followUps, ...(told.follow_ups ?? []).map((each) => followUpOf(each, probe(), way())));
       fill(tokens, partsOf(told, (part) => go(run.run, "rollout", place.item, { ...route().settings, part: String(part) })), completionOf(told, probe(), way()));
     }
     function look(change) {
@@ -52,7 +54,7 @@ export const rollout = {
         make("div", {},
           make("section.card", {}, make("h3", {}, "Prompt"), promptOf(told.prompt)),
           make("section.card", {}, make("h3", {}, "Completion"), tokens),
-          ...(told.follow_ups?.length ? [make("section.card", {}, make("h3", {}, "Follow-ups"), ...told.follow_ups.map((each) => followUpOf(each)))] : [])),
+          ...(told.follow_ups?.length ? [make("section.card", {}, make("h3", {}, "Follow-ups"), followUps)] : [])),
         make("aside", { "aria-label": "About this rollout" }, ...asideOf(told, run))));
     return { keys: [
       { keys: ["j", "ArrowRight"], title: "Next rollout of the list", run: () => around.to(1) },
@@ -176,8 +178,11 @@ function mainScore(row, run) {
   return typeof frozen === "number" ? `${probe.key} ${written(frozen)}` : null;
 }
 
-function followUpOf(each) {
-  return make("div.follow-up", {}, make("div.text", {}, ...longText(String(each.text ?? each.completion ?? ""))), each.scores ? scoresOf(each.scores) : null);
+/** Returns a follow-up (what was appended to the completion, and read after it), with its tokens in colours where there are any. */
+function followUpOf(each, probe, way) {
+  const scores = Object.entries(each.token_scores ?? {}).flatMap(([key, of]) => Object.entries(of).map(([reading, values]) => [keyOf(key, reading), values]));
+  const tokens = (each.pieces ?? []).map((text, index) => ({ text, scores: Object.fromEntries(scores.map(([name, values]) => [name, values[index] ?? null])) }));
+  return make("div.follow-up", {}, completionOf({ tokens, completion: each.text }, probe, way), each.scores ? scoresOf(each.scores) : null);
 }
 
 /** Returns a time, given in seconds since 1970 or as text, for people. */

@@ -62,13 +62,15 @@ export const rollouts = {
     const filterBox = make("form.filter", { hidden: true, "aria-label": "New filter" });
     const menus = [["Columns", columnBox], ["Save view", saveBox], ["Export", exportBox]].map(([title, body]) => menu(title, body));
     const filterButton = make("button", { type: "button", "aria-expanded": "false", on: { click: () => openFilter(filterBox.hidden) } }, "Filter");
+    let every = run.rollouts, grownTo = every; // the run may go on
+    const fresh = make("button", { type: "button", hidden: true, on: { click: () => showFresh() } });
     const empty = make("p.nothing", { hidden: true }, "No rollout matches.");
 
     const table = grid({
       label: `Rollouts of ${run.name}`,
       read: async (offset, limit, signal) => {
         const page = await get(ofRun(run.run, "rollouts") + query({ ...asked(state), offset: String(offset), limit: String(limit) }), signal);
-        total.textContent = `${count(page.total)}${page.total === run.rollouts ? "" : ` of ${count(run.rollouts)}`} rollouts`;
+        total.textContent = `${count(page.total)}${page.total === every ? "" : ` of ${count(every)}`} rollouts`;
         empty.hidden = page.total > 0;
         alarm(null);
         return page;
@@ -245,6 +247,13 @@ export const rollouts = {
       return table.reset(at, narrow.matches ? 56 : 34);
     }
 
+    function showFresh() {
+      fresh.hidden = true;
+      every = grownTo;
+      changed();
+      table.element.focus({ preventScroll: true });
+    }
+
     let timer = null;
     search.addEventListener("input", () => {
       clearTimeout(timer);
@@ -256,7 +265,7 @@ export const rollouts = {
     const resize = () => changed(table.current);
     narrow.addEventListener("change", resize);
 
-    fill(box, make("div.controls", {}, viewBox, search, filterButton, ...menus, total), filterBox, chips, empty, table.element);
+    fill(box, make("div.controls", {}, viewBox, search, filterButton, ...menus, fresh, total), filterBox, chips, empty, table.element);
     fit();
     addEventListener("resize", fit);
     function fit() {
@@ -278,6 +287,11 @@ export const rollouts = {
       say(views.find((view) => view.id === id)?.title ?? "all rollouts");
     };
     return {
+      grown(now) {
+        fresh.textContent = `Show ${count(now.rollouts - every)} new`;
+        grownTo = now.rollouts;
+        fresh.hidden = false;
+      },
       close() {
         table.close();
         fitting.disconnect();
@@ -297,6 +311,7 @@ export const rollouts = {
         { keys: ["f"], title: "Add a filter", run: () => openFilter(true) },
         { keys: ["v"], title: "Next view", run: () => nextView(1) },
         { keys: ["V"], title: "View before", run: () => nextView(-1) },
+        { keys: ["g"], title: "Show the rollouts that came since", run: () => fresh.hidden || showFresh() },
         { keys: ["c"], title: "Choose the columns", run: () => toggle(menus[0]) },
         { keys: ["s"], title: "Save this view", run: () => toggle(menus[1]) },
         { keys: ["x"], title: "Export this view", run: () => toggle(menus[2]) },

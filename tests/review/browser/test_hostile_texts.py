@@ -104,7 +104,8 @@ def test_what_cannot_be_seen_is_spelt_out_as_in_the_terminal(window):
         if unicodedata.category(chr(number)) != "Cn"
     ]
     spelt = page.evaluate(
-        "async (all) => { const { visible } = await import('/static/text.js'); return all.map((each) => visible(String.fromCodePoint(each))); }",
+        "async (all) => { const { visible } = await import('/static/text.js');"
+        " return all.map((each) => visible(String.fromCodePoint(each))); }",
         numbers,
     )
     assert spelt == [visible(chr(number)) for number in numbers]

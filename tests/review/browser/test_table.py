@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import urllib.parse
 
+from reviewed import Review
+
+from probescore_audit.record import RecordedProbe, RecordWriter, RolloutRow, RunHeader
+
 
 def rows_of(seen):
     seen.until(
@@ -49,8 +53,8 @@ def test_flying_over_the_rows_does_not_read_them_all(window):
     rows_of(seen)
 
     page.evaluate(
-        "new Promise((done) => { const grid = document.querySelector('.grid'); let at = 0; const step = () => { grid.scrollTop = at += 4000;"
-        " at < grid.scrollHeight ? requestAnimationFrame(step) : done(); }; step(); })"
+        "new Promise((done) => { const grid = document.querySelector('.grid'); let at = 0;"
+        " const step = () => { grid.scrollTop = at += 4000; at < grid.scrollHeight ? requestAnimationFrame(step) : done(); }; step(); })"
     )
     rows_of(seen)
 
@@ -145,3 +149,23 @@ def test_a_search_that_finds_nothing_says_so(window):
     seen = window(390, 844)
     page = seen.open("#/0/rollouts?q=zzzzzz")
     assert "No rollout matches." in page.inner_text("#content")
+
+
+def test_rollouts_that_come_while_one_looks_are_offered(window, chromium, tmp_path):
+    header = RunHeader(run_id="goes-on", planned_steps=9, probes=(RecordedProbe(key="p@1", thresholds={"mean": 1.0}),))
+
+    def rows(step):
+        return [RolloutRow(step=step, rollout=str(place), prompt="a", scores={"p@1": {"frozen": {"mean": 0.5}}}) for place in range(8)]
+
+    with RecordWriter(tmp_path / "run", header, keep_texts=False, on_error="raise") as writer:
+        writer.append(rows(0))
+        with Review(tmp_path / "run", cache=tmp_path / "cache") as running:
+            seen = window(host=running.host)
+            page = seen.open("#/0/rollouts")
+            assert len(rows_of(seen)) == 8
+            writer.append(rows(1))
+            seen.until("dispatchEvent(new Event('focus')), document.querySelector('.controls').innerText.includes('Show 8 new')")
+            seen.press("g")
+            seen.until("document.querySelector('.total').textContent === '16 rollouts'")
+            assert len(rows_of(seen)) == 16
+            assert page.locator(".controls button:has-text('new')").is_hidden()
