@@ -6,7 +6,8 @@ import contextlib
 import json
 import secrets
 import sqlite3
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,6 +20,7 @@ from starlette.staticfiles import StaticFiles
 
 from probescore_review.columns import columns
 from probescore_review.export import file_name
+from probescore_review.jobs import JobConflict
 from probescore_review.labelling import LabelConflict
 from probescore_review.queries import Query as RolloutQuery
 from probescore_review.queries import comparisons
@@ -44,7 +46,16 @@ def create_app(runs: Sequence[ReviewedRun]) -> FastAPI:
     """
     token = secrets.token_urlsafe(24)
     by_key = {run.key: run for run in runs}
-    app = FastAPI(title="probescore review", docs_url=None, redoc_url=None, openapi_url=None, default_response_class=AsciiJson)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        del app
+        yield
+        for run in runs:
+            run.jobs.close()
+            run.labelling.close()
+
+    app = FastAPI(title="probescore review", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
     app.add_middleware(GuardMiddleware, token=token)
     _answer_errors(app)
 
@@ -65,8 +76,17 @@ def create_app(runs: Sequence[ReviewedRun]) -> FastAPI:
         """Says which runs there are."""
         return AsciiJson({"runs": [found(key).facts() for key in by_key]})
 
+    @app.get("/api/jobs/{job}")
+    def one_job(job: str) -> Response:
+        """Says how far a job is."""
+        for run in by_key.values():
+            with contextlib.suppress(KeyError):
+                return AsciiJson(run.jobs.found(job).shown())
+        raise KeyError(f"job: {job[:40]!r}; there is no such job, or it was of a process that has ended")
+
     _add_rollout_routes(app, found)
     _add_label_routes(app, found)
+    _add_repair_routes(app, found)
     app.mount("/static", StaticFiles(directory=STATIC), name="static")
 
     @app.get("/{page:path}")
@@ -192,6 +212,32 @@ class AskedPlan(BaseModel):
     last_step: int | None = Field(default=None, ge=0)
 
 
+class AskedRepair(BaseModel):
+    """A step of a repair."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    step: str
+    options: dict[str, str | float | bool | None] = Field(default_factory=dict)
+
+
+def _add_repair_routes(app: FastAPI, found: Found) -> None:
+    @app.get("/api/runs/{run}/repair")
+    def repair_steps(run: str) -> Response:
+        """Says which steps a repair has."""
+        return AsciiJson(found(run).repair.steps())
+
+    @app.post("/api/runs/{run}/repair")
+    def begin_repair(run: str, asked: AskedRepair) -> Response:
+        """Begins a step of a repair."""
+        return AsciiJson({"job": found(run).repair.begin(asked.step, asked.options).job})
+
+    @app.get("/api/runs/{run}/jobs")
+    def jobs_of(run: str) -> Response:
+        """Says which jobs there are."""
+        return AsciiJson({"jobs": [job.shown(whole=False) for job in found(run).jobs.of_run(run)]})
+
+
 def _add_label_routes(app: FastAPI, found: Found) -> None:
     @app.get("/api/runs/{run}/queue")
     def queue(run: str, labeller: str, blind: bool = True) -> Response:
@@ -230,6 +276,7 @@ def _answer_errors(app: FastAPI) -> None:
     answers(ValueError, 400, str)
     answers(RequestValidationError, 400, _what_is_wrong)
     answers(LabelConflict, 409, str)
+    answers(JobConflict, 409, str)
     answers(KeyError, 404, lambda error: str(error.args[0]) if error.args else "not found")
     answers(FileNotFoundError, 404, lambda error: f"{error}" if not isinstance(error, OSError) or not error.filename else "a file has gone")
     answers(sqlite3.OperationalError, 507, lambda error: f"the index could not be written: {error}")

@@ -161,7 +161,7 @@ class Labelling:
                 second=second,
                 span=ranges[0] if ranges else None,
                 spans=ranges if len(ranges) > 1 else None,
-                note=note or None,
+                note=note.encode("utf-8", "replace").decode() or None,
                 given=time.time(),
                 row=uuid.uuid4().hex,
             )

@@ -9,9 +9,11 @@ from typing import Any
 from probescore_review.columns import probe_readings
 from probescore_review.export import Export
 from probescore_review.index import Index
+from probescore_review.jobs import Jobs
 from probescore_review.labelling import Labelling
 from probescore_review.overview import Overview
 from probescore_review.queries import Queries
+from probescore_review.repair import Repair, RepairSettings
 from probescore_review.rollout import Rollouts
 from probescore_review.suspicious import Suspicious
 from probescore_review.views import SavedViews
@@ -26,6 +28,8 @@ class ReviewedRun:
         key: the run's name in addresses.
         folder: the record's folder.
         cache: folder for the index.
+        jobs: runs the commands of repairs.
+        settings: with what probes are repaired.
 
     Attributes:
         key: the run's name in addresses.
@@ -37,6 +41,8 @@ class ReviewedRun:
         suspicious: lists rollouts for a second look.
         overview: says what the audit says.
         export: writes rollouts for others.
+        jobs: runs the commands of repairs.
+        repair: repairs the run's probes.
         labelling: hands out rollouts to label, and takes their labels.
 
     Raises:
@@ -44,7 +50,7 @@ class ReviewedRun:
         ValueError: the record is of several runs, or of a newer version of its form.
     """
 
-    def __init__(self, key: str, folder: Path, cache: Path) -> None:
+    def __init__(self, key: str, folder: Path, cache: Path, *, jobs: Jobs | None = None, settings: RepairSettings | None = None) -> None:
         self.key = key
         self.folder = folder
         self.index = Index(folder, cache)
@@ -55,6 +61,8 @@ class ReviewedRun:
         self.overview = Overview(self.index)
         self.labelling = Labelling(self.index, self.rollouts)
         self.export = Export(self.index, self.queries, self.rollouts)
+        self.jobs = jobs or Jobs()
+        self.repair = Repair(self.index, self.queries, self.overview, self.jobs, key, settings or RepairSettings())
 
     def facts(self) -> dict[str, Any]:
         """Returns what a run is: its name, steps, probes, and what of its rollouts is there."""

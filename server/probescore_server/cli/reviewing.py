@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from probescore_server.cli.common.failures import one_line_failures, say
+
+if TYPE_CHECKING:
+    from probescore_review.repair import ProbeFile
 
 HELP = """
 Look at the rollouts of runs in a browser, label them, and repair their probes. It is answered on this machine alone, and loads nothing
@@ -41,6 +45,22 @@ def _review(
     cache: Annotated[
         Path | None, typer.Option("--cache", help="A folder for the index; the user's cache by default.", show_default=False, metavar="DIR")
     ] = None,
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="The frozen model, to repair probes: a directory, or an id on the hub.", show_default=False)
+    ] = "",
+    probes: Annotated[
+        Path | None, typer.Option("--probes", help="The folder of probe files that the server follows.", show_default=False, metavar="DIR")
+    ] = None,
+    address: Annotated[
+        str,
+        typer.Option(
+            "--address", "-a", help="The server that is told of a replaced probe.", envvar="PROBESCORE_ADDRESS", show_default=False
+        ),
+    ] = "",
+    anchors: Annotated[
+        Path | None,
+        typer.Option("--anchors", help="Labelled texts on which an old and a new probe are compared.", show_default=False, metavar="FILE"),
+    ] = None,
     threshold: Annotated[
         list[str] | None,
         typer.Option(
@@ -55,6 +75,8 @@ def _review(
         import uvicorn
 
         from probescore_review.app import create_app
+        from probescore_review.jobs import Jobs
+        from probescore_review.repair import RepairSettings
         from probescore_review.runs import ReviewedRun
         from probescore_review.scored_file import record_of
 
@@ -62,14 +84,42 @@ def _review(
         if thresholds and not any(run.is_file() for run in runs):
             raise ValueError("--threshold: a record has its thresholds; leave it out")
         folder = cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "probescore" / "review"
+        if bool(model) != (probes is not None):
+            raise ValueError("--model, --probes: give both, to repair probes, or none")
+        settings = RepairSettings(
+            model=model,
+            probes=probes and probes.absolute(),
+            address=address,
+            anchors=anchors and anchors.absolute(),
+            read_files=_probe_files,
+        )
+        jobs = Jobs()
         opened = []
         for number, run in enumerate(runs):
             say(f"reading {run.name}")
-            opened.append(ReviewedRun(str(number), record_of(run, thresholds) if run.is_file() else run, folder))
+            record = record_of(run, thresholds) if run.is_file() else run
+            opened.append(ReviewedRun(str(number), record, folder, jobs=jobs, settings=settings))
         listening = socket.create_server(("127.0.0.1", port))
         say(f"http://127.0.0.1:{listening.getsockname()[1]}")
         config = uvicorn.Config(create_app(opened), loop="asyncio", log_level="warning", access_log=False, timeout_graceful_shutdown=5)
         uvicorn.Server(config).run(sockets=[listening])
+
+
+def _probe_files(folder: Path) -> Sequence[ProbeFile]:
+    """Returns the probe files of a folder that can be read, by name and version."""
+    from probescore_review.repair import ProbeFile
+    from probescore_server.errors import ProbeRefused
+    from probescore_server.probes.format.probe_file import read_probe_file
+
+    found = []
+    for path in sorted(folder.glob("*.onnx")):
+        try:
+            manifest = read_probe_file(path).manifest
+        except (ProbeRefused, OSError):
+            continue
+        thresholds = {str(each.reduction): each.threshold for each in manifest.calibrations}
+        found.append(ProbeFile(manifest.key, path, thresholds))
+    return found
 
 
 def _threshold(given: str) -> tuple[str, float]:
