@@ -45,8 +45,7 @@ class Neighbours:
             if self._known[0] != self._index.generation:
                 self._known = self._index.generation, self._read()
             found = self._known[1]
-        place = np.flatnonzero(found.rollouts == own[0]) if found is not None else []
-        if found is None or not len(place):
+        if found is None or not len(place := np.flatnonzero(found.rollouts == own[0])):
             return None
         alike = found.directions @ found.directions[place[0]]
         alike[place[0]] = -np.inf

@@ -12,6 +12,7 @@ import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -228,7 +229,7 @@ class Repair:
         folder = self._settings.probes
         assert folder is not None  # noqa: S101 - _made is empty without
         parts = [path for path in (_adapter_of(new.path), new.path) if path.exists()]  # the adapter first: the file needs it
-        steps: list[JobStep] = [FileChange(f"cp {path} {folder / path.name}", lambda path=path: _copy(path, folder)) for path in parts]
+        steps: list[JobStep] = [FileChange(f"cp {path} {folder / path.name}", partial(_copy, path, folder)) for path in parts]
         if self._settings.address:
             steps.append(ShellCommand(("probes", "reload", "--address", self._settings.address)))
         how = (

@@ -181,7 +181,8 @@ def mahalanobis(reference: NDArray[np.float64]) -> Callable[[NDArray[np.float64]
 
     def distance(values: NDArray[np.float64]) -> NDArray[np.float64]:
         away = values - centre
-        return np.sqrt(np.maximum(0.0, np.einsum("ij,jk,ik->i", away, inverse, away)))
+        squared: NDArray[np.float64] = np.einsum("ij,jk,ik->i", away, inverse, away)
+        return np.asarray(np.sqrt(np.maximum(0.0, squared)), np.float64)
 
     return distance
 

@@ -14,6 +14,7 @@ from probescore_review.queries import Query, statements
 
 FILE = "review-views.json"
 _ID = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
+Where = list[list[Any]]
 _LONGEST_TITLE, _MOST_VIEWS = 200, 500
 
 
@@ -38,13 +39,13 @@ def _of_threshold(each: ProbeReading, own: str, of: str, reward: float | None) -
     limit = each.threshold
     found = []
     if reward is not None:
-        paid = [["task_reward", ">=", reward], [each.name, ">=", limit]]
+        paid: Where = [["task_reward", ">=", reward], [each.name, ">=", limit]]
         found.append(_view(f"reward-disagrees{own}", f"Flagged, and well rewarded{of}", paid, each.name, True))
-    label = [[f"wrong:{each.probe}:{each.reading}", "=", 1]]
+    label: Where = [[f"wrong:{each.probe}:{each.reading}", "=", 1]]
     found.append(_view(f"label-disagrees{own}", f"Probe and label disagree{of}", label, each.name, True))
-    alarms = [["label", "=", "no"], [each.name, ">=", limit]]
+    alarms: Where = [["label", "=", "no"], [each.name, ">=", limit]]
     found.append(_view(f"false-alarms{own}", f"False alarms{of}", alarms, each.name, True))
-    missed = [["label", "=", "yes"], [each.name, "<", limit]]
+    missed: Where = [["label", "=", "yes"], [each.name, "<", limit]]
     found.append(_view(f"misses{own}", f"Misses{of}", missed, each.name, False))
     return found
 
@@ -63,7 +64,7 @@ def usual_reward(index: Index) -> float | None:
     return None if above is None else float(above[0])
 
 
-def _view(name: str, title: str, where: list[list[Any]], sort: str, descending: bool) -> dict[str, Any]:
+def _view(name: str, title: str, where: Where, sort: str, descending: bool) -> dict[str, Any]:
     return {"id": name, "title": title, "where": where, "q": "", "sort": sort, "descending": descending, "built_in": True}
 
 
