@@ -181,8 +181,8 @@ def test_a_key_that_is_held_down_gives_one_label(window, folders):
     page = seen.open("#/5/label?labeller=ann&onward=1")
     for _ in range(12):
         page.keyboard.down("n")  # from the second on a repetition
+        page.wait_for_timeout(150)
     page.keyboard.up("n")
-    page.wait_for_timeout(800)
     assert len(labels_of(folders / "5")) == 1
 
 
