@@ -29,7 +29,7 @@ _MOST_DIFFERENT = 200
 
 
 @dataclass(frozen=True)
-class ProbeFile:
+class RepairableProbe:
     """Value object with what a repair has to know of a probe file.
 
     Attributes:
@@ -59,7 +59,7 @@ class RepairSettings:
     probes: Path | None = None
     address: str = ""
     anchors: Path | None = None
-    read_files: Callable[[Path], Sequence[ProbeFile]] = lambda folder: ()
+    read_files: Callable[[Path], Sequence[RepairableProbe]] = lambda folder: ()
 
 
 class Repair:
@@ -249,7 +249,7 @@ class Repair:
         steps: list[JobStep] = [FileChange(f"rm {path}", path.unlink) for path in parts]
         return steps, lambda: {"sentence": f"{new.key} was discarded; what is served stays as it is."}
 
-    def _recalibrated(self, old: ProbeFile, new: Path, reading: ProbeReading | None) -> dict[str, Any]:
+    def _recalibrated(self, old: RepairableProbe, new: Path, reading: ProbeReading | None) -> dict[str, Any]:
         """Returns the old threshold beside the new one, and which rollouts of the record the new one flags differently."""
         found = self._read(new)
         if reading is None:
@@ -286,13 +286,13 @@ class Repair:
     def _labelled(self) -> ShellCommand:
         return ShellCommand(("labels", "export", str(self._index.folder), "-o", str(self._data)))
 
-    def _served(self) -> Sequence[ProbeFile]:
+    def _served(self) -> Sequence[RepairableProbe]:
         return self._settings.read_files(self._settings.probes) if self._settings.probes is not None else ()
 
-    def _made(self) -> Sequence[ProbeFile]:
+    def _made(self) -> Sequence[RepairableProbe]:
         return self._settings.read_files(self._folder) if self._settings.probes is not None and self._folder.is_dir() else ()
 
-    def _file_of(self, key: object, files: Sequence[ProbeFile], name: str) -> ProbeFile:
+    def _file_of(self, key: object, files: Sequence[RepairableProbe], name: str) -> RepairableProbe:
         if not self._settings.model or self._settings.probes is None:
             raise ValueError("start the review with --model and --probes, the folder of probe files, to repair probes")
         if key is None and files:
@@ -302,7 +302,7 @@ class Repair:
             raise ValueError(f"{name}: {str(key)[:80]!r}; there is {', '.join(each.key for each in files) or 'none'}")
         return found
 
-    def _read(self, path: Path) -> ProbeFile:
+    def _read(self, path: Path) -> RepairableProbe:
         found = next((each for each in self._settings.read_files(self._folder) if each.path.name == path.name), None)
         if found is None:
             raise ValueError(f"{path.name}: it was not written")

@@ -22,7 +22,7 @@ _SHRINKAGE = 0.1
 
 
 @dataclass(frozen=True)
-class _Found:
+class _Suspect:
     """Value object with a rollout of a list: its number in the index, and why it is there."""
 
     number: int
@@ -87,7 +87,7 @@ class Suspicious:
             rows = [row | {"why": whys[number]} for number in numbers for row in self._queries.shown([number])]
             yield {"id": name, "title": title, "why": why, "rows": rows}
 
-    def _rewarded(self, readings: tuple[ProbeReading, ...]) -> list[_Found] | None:
+    def _rewarded(self, readings: tuple[ProbeReading, ...]) -> list[_Suspect] | None:
         reward = usual_reward(self._index)
         if reward is None or not readings:
             return None
@@ -97,9 +97,9 @@ class Suspicious:
             f" ORDER BY {first.sql} DESC LIMIT {EACH}",
             (reward,),
         )
-        return [_Found(row[0], f"task reward {row[1]:.3g}, {_score(first, row[2])}") for row in rows]
+        return [_Suspect(row[0], f"task reward {row[1]:.3g}, {_score(first, row[2])}") for row in rows]
 
-    def _hidden(self, readings: tuple[ProbeReading, ...]) -> list[_Found] | None:
+    def _hidden(self, readings: tuple[ProbeReading, ...]) -> list[_Suspect] | None:
         first = next((each for each in readings if each.reading == FROZEN), None)
         other = next((each for each in readings if first and each.probe == first.probe and each.reading != FROZEN), None)
         if first is None or other is None:
@@ -108,9 +108,9 @@ class Suspicious:
         rows = self._index.rows(
             f"SELECT id, {first.sql}, {other.sql} FROM rollouts WHERE d{first.sql[1:]} < 0{flagged} ORDER BY d{first.sql[1:]} LIMIT {EACH}"  # noqa: S608
         )
-        return [_Found(row[0], f"{_score(first, row[1])}, and {row[2]:.3g} on {other.reading}") for row in rows]
+        return [_Suspect(row[0], f"{_score(first, row[1])}, and {row[2]:.3g} on {other.reading}") for row in rows]
 
-    def _held_out(self, readings: tuple[ProbeReading, ...]) -> list[_Found] | None:
+    def _held_out(self, readings: tuple[ProbeReading, ...]) -> list[_Suspect] | None:
         held = next((each for each in readings if each.role == "held_out" and each.threshold is not None), None)
         first = next((each for each in readings if each.role == "reward" and each.threshold is not None), None)
         if held is None or first is None:
@@ -120,9 +120,9 @@ class Suspicious:
             f" ORDER BY {held.sql} DESC LIMIT {EACH}",
             (held.threshold, first.threshold),
         )
-        return [_Found(row[0], f"{_score(held, row[1])}; {_score(first, row[2])}") for row in rows]
+        return [_Suspect(row[0], f"{_score(held, row[1])}; {_score(first, row[2])}") for row in rows]
 
-    def _report(self, readings: tuple[ProbeReading, ...]) -> list[_Found] | None:
+    def _report(self, readings: tuple[ProbeReading, ...]) -> list[_Suspect] | None:
         rows = self._index.rows("SELECT id, decisions, step FROM rollouts WHERE decisions IS NOT NULL ORDER BY step DESC, id")
         if not rows:
             return None
@@ -132,13 +132,13 @@ class Suspicious:
                 said, seen = decision.get("verdict"), decision.get("probe")
                 if (said == "no" and seen is True) or (said == "yes" and seen is False):
                     inside = "flags it" if seen else "does not flag it"
-                    found.append(_Found(number, f'{decision.get("labeller") or "a judge"} said "{said}"; the probe of {name} {inside}'))
+                    found.append(_Suspect(number, f'{decision.get("labeller") or "a judge"} said "{said}"; the probe of {name} {inside}'))
                     break
             if len(found) == EACH:
                 break
         return found
 
-    def _outliers(self, readings: tuple[ProbeReading, ...]) -> list[_Found] | None:
+    def _outliers(self, readings: tuple[ProbeReading, ...]) -> list[_Suspect] | None:
         """Orders rollouts by Mahalanobis' distance of their scores from those of the base model's rollouts."""
         of_frozen = [each for each in readings if each.reading == FROZEN]
         before = self._references(of_frozen)
@@ -154,7 +154,7 @@ class Suspicious:
         distance = mahalanobis(scores)(values)
         first = np.argsort(-distance, kind="stable")[:EACH]
         return [
-            _Found(
+            _Suspect(
                 rows[place][0],
                 f"{distance[place]:.1f} standard deviations from the base model's rollouts: "
                 + ", ".join(f"{each.probe} {value:.3g}" for each, value in zip(used, values[place], strict=True)),

@@ -13,7 +13,7 @@ import typer
 from probescore_server.cli.common.failures import one_line_failures, say
 
 if TYPE_CHECKING:
-    from probescore_review.repair import ProbeFile
+    from probescore_review.repair import RepairableProbe
 
 HELP = """
 Look at the rollouts of runs in a browser, label them, and repair their probes. It is answered on this machine alone, and loads nothing
@@ -105,9 +105,9 @@ def _review(
         uvicorn.Server(config).run(sockets=[listening])
 
 
-def _probe_files(folder: Path) -> Sequence[ProbeFile]:
+def _probe_files(folder: Path) -> Sequence[RepairableProbe]:
     """Returns the probe files of a folder that can be read, by name and version."""
-    from probescore_review.repair import ProbeFile
+    from probescore_review.repair import RepairableProbe
     from probescore_server.errors import ProbeRefused
     from probescore_server.probes.format.probe_file import read_probe_file
 
@@ -118,7 +118,7 @@ def _probe_files(folder: Path) -> Sequence[ProbeFile]:
         except (ProbeRefused, OSError):
             continue
         thresholds = {str(each.reduction): each.threshold for each in manifest.calibrations}
-        found.append(ProbeFile(manifest.key, path, thresholds))
+        found.append(RepairableProbe(manifest.key, path, thresholds))
     return found
 
 
