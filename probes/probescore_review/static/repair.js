@@ -12,8 +12,8 @@ const STEPS = [
   { step: "recalibrate", title: "Recalibrate", help: "A new version of the probe file, whose threshold comes from the new labels. Shows the old threshold beside the new one, and what it flags differently on the record." },
   { step: "refit", title: "Refit", help: "A new probe, fitted with the new labels." },
   { step: "compare", title: "Compare", help: "The old probe and the new one on labels that neither has seen, and on the anchors." },
-  { step: "replace", title: "Replace it live", help: "Puts the new probe file into the server's registry. A trainer that follows the probe goes on with it." },
-  { step: "discard", title: "Discard", help: "Leaves the old probe where it is, and the new file aside." },
+  { step: "replace", title: "Replace it live", help: "Copies the new probe file into the folder that the server follows. A trainer that asks for the probe by its bare name goes on with the new one." },
+  { step: "discard", title: "Discard", help: "Deletes the new probe file. What is served stays as it is." },
 ];
 const POLL_MS = 700;
 const LONGEST_OUTPUT = 60_000;
@@ -132,8 +132,8 @@ class Step {
     const output = told.output ?? "";
     if (!this.body.firstChild) {
       this.parts = { state: make("p.state"), command: make("code.command"), output: make("pre.output", { tabindex: 0, role: "group", "aria-label": `Output of ${this.step.title}` }), result: make("div.result") };
-      this.details = make("details", { open: true }, make("summary", {}, "Output"), this.parts.output);
-      fill(this.body, this.parts.state, make("p.scroll", {}, this.parts.command), this.details, this.parts.result);
+      this.details = make("details", { open: told.state !== "done" }, make("summary", {}, "Output"), this.parts.output);
+      fill(this.body, this.parts.state, this.parts.command, this.parts.result, this.details);
     }
     fill(this.parts.state, make(`span.badge.${told.state}`, {}, { running: "running …", done: "done", failed: "failed" }[told.state] ?? told.state));
     fill(this.parts.command, told.command ?? "");
