@@ -62,8 +62,7 @@ class Labelling {
 
   async open() {
     fill(this.box, this.parts.top, this.parts.content, this.parts.bar);
-    if (this.place.item) await this.single(this.place.item);
-    else await this.next();
+    await this.again();
     const say3 = (each) => () => this.answer(each);
     return {
       close: () => {
@@ -95,11 +94,17 @@ class Labelling {
     });
   }
 
+  /** Shows the same rollout again, blind or not. */
+  again() {
+    return this.place.item ? this.single(this.place.item) : this.next();
+  }
+
   /** Shows one rollout that was asked for by name. */
   async single(name) {
     await this.during(async () => {
-      const told = await get(ofRun(this.run.run, "rollouts", name));
-      this.start(told, { second: Boolean(told.labels?.length) });
+      const all = await get(ofRun(this.run.run, "rollouts", name));
+      const told = this.blind ? await get(ofRun(this.run.run, "rollouts", name) + query({ blind: "1" })) : all;
+      this.start(told, { second: Boolean(all.labels?.length) });
     });
   }
 
@@ -125,7 +130,7 @@ class Labelling {
     blind.addEventListener("change", () => {
       this.blind = blind.checked;
       remember({ blind: this.blind ? "" : "0" });
-      this.next();
+      this.again();
     });
     const onward = make("input", { type: "checkbox", checked: this.onward });
     onward.addEventListener("change", () => {
@@ -135,7 +140,7 @@ class Labelling {
     fill(this.parts.top,
       make("div.controls", {},
         make("span", {}, "Labelling as ", make("b.foreign", {}, oneLine(head(this.labeller, 60))), " ", make("button.plain", { type: "button", on: { click: () => this.rename() } }, "change")),
-        this.place.item ? null : make("label", {}, blind, " blind"),
+        make("label", {}, blind, " blind"),
         this.place.item ? null : make("label", {}, onward, " go on at once"),
         make("span.spacer"), queue.of ? make("label.progress", {}, make("span", {}, `${count(queue.done)} of ${count(queue.of)}`), make("progress", { max: queue.of, value: queue.done })) : null,
         told && !this.place.item ? make("details.menu", {}, make("summary", {}, "Plan"), make("div.menu-body", {}, this.planForms())) : null));
@@ -145,7 +150,7 @@ class Labelling {
       return;
     }
     const shown = given ? given.told : told;
-    const open = given || !this.blind || this.place.item;
+    const open = given || !this.blind;
     const probe = open ? this.run.probes[0] ?? null : null;
     const marking = given ? null : { spans: this.spans, changed: (spans) => {
       this.spans = spans;
@@ -223,7 +228,7 @@ class Labelling {
   /** Shows another part of a completion that is too long to be shown at once. */
   async turn(part) {
     await this.during(async () => {
-      const told = await get(ofRun(this.run.run, "rollouts", this.told.rollout) + query({ blind: this.given || !this.blind || this.place.item ? null : "1", part: String(part) }));
+      const told = await get(ofRun(this.run.run, "rollouts", this.told.rollout) + query({ blind: this.given || !this.blind ? null : "1", part: String(part) }));
       if (this.given) this.given.told = told;
       else this.told = told;
       this.paint();

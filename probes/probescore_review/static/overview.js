@@ -3,7 +3,7 @@
 import { get, ofRun, query } from "./api.js";
 import { chart, colourOf, rangeOf } from "./chart.js";
 import { alarm, fill, make } from "./dom.js";
-import { anything, count, share, signed, written } from "./numbers.js";
+import { anything, count, share, written } from "./numbers.js";
 import { address, go, remember } from "./route.js";
 
 const GOOD = ["behaviour changed", "no change"];
@@ -165,7 +165,8 @@ function restOf(run, told, several) {
 
 /** Returns what the change of the flagged share is made of, by window of steps. */
 function partsOf(each, title) {
-  const points = (part) => (part && typeof part.value === "number" ? `${signed(Number((100 * part.value).toFixed(1)))} (${signed(Number((100 * part.low).toFixed(1)))} to ${signed(Number((100 * part.high).toFixed(1)))})` : "–");
+  const point = (number) => `${number > 0 ? "+" : ""}${(100 * number).toFixed(1)}`.replace("-", "−");
+  const points = (part) => (part && typeof part.value === "number" ? `${point(part.value)} (${point(part.low)} to ${point(part.high)})` : "–");
   const names = [["composition", "more or fewer with the behaviour"], ["positives", "recall"], ["negatives", "false alarms"]];
   return make("section.card", {}, make("h2.foreign", {}, title), make("p.note", {}, "Percentage points since before training, with 95% intervals."),
     make("div.scroll", { tabindex: 0, role: "group", "aria-label": title }, make("table", {}, make("thead", {}, make("tr", {}, ...["steps", "labels", ...names.map(([, text]) => text)].map((text) => make("th", { scope: "col" }, text)))),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 from made_run import made_run
 from reviewed import Review
@@ -202,6 +205,46 @@ def test_a_rollout_that_somebody_else_labelled_meanwhile_is_passed_on(window, re
     page.goto(f"http://{review.host}/#/6/label/{handed.replace(':', '%3A')}?labeller=ann")
     page.reload()
     seen.settled()
+    assert "cheating" not in page.inner_text("main"), "blind, too"
     seen.press("n")
     saved(seen)
     assert [(row.labeller, row.second) for row in labels_of(folders / "6")] == [("bob", False), ("ann", True)]
+
+
+def test_a_killed_server_that_comes_back_takes_the_label_that_was_given_meanwhile(window, tmp_path):
+    made_run(tmp_path / "run", 64, 2)
+    first = Review(tmp_path / "run", cache=tmp_path / "cache")
+    first.post("/api/runs/0/plan", {"per_step": 4})
+    seen = window(host=first.host)
+    page = seen.open("#/0/label?labeller=ann")
+    seen.press("n")
+    saved(seen)
+    seen.press("Enter")
+    seen.until("document.querySelector('.question') !== null")
+
+    first.kill()
+    seen.press("y")
+    seen.until("document.getElementById('alarm').innerText.includes('Not saved')")
+    port = first.host.partition(":")[2]
+    command = [
+        sys.executable,
+        "-m",
+        "probescore_server.cli",
+        "review",
+        str(tmp_path / "run"),
+        "--port",
+        port,
+        "--cache",
+        str(tmp_path / "cache"),
+    ]
+    again = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        assert any("http://" in line for line in again.stderr)
+        seen.press("y")  # the page was given its token by the server that was killed
+        saved(seen)
+    finally:
+        again.terminate()
+        again.wait(20)
+
+    assert sorted(row.label for row in labels_of(tmp_path / "run")) == ["no", "yes"]
+    assert page.inner_text("#alarm") == ""
