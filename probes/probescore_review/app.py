@@ -145,9 +145,9 @@ def _add_rollout_routes(app: FastAPI, found: Found) -> None:
         return AsciiJson(found(run).rollouts.found(rollout, blind=blind, part=part))
 
     @app.get("/api/runs/{run}/overview")
-    def overview(run: str) -> Response:
+    def overview(run: str, wait: bool = True) -> Response:
         """Gives what the audit says, and the numbers by step."""
-        return AsciiJson(found(run).overview.found())
+        return AsciiJson(found(run).overview.found(wait=wait))
 
     @app.get("/api/runs/{run}/suspicious")
     def suspicious(run: str) -> Response:

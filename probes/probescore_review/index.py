@@ -289,7 +289,7 @@ class _Update:
                     _refuse_newer(file, values)
                     if values not in known:
                         known.append(values)
-            except (KeyError, TypeError, AttributeError, OverflowError, sqlite3.Error) as problem:
+            except (KeyError, TypeError, ValueError, AttributeError, OverflowError, sqlite3.Error) as problem:
                 if isinstance(problem, sqlite3.OperationalError):
                     raise
                 torn += 1
@@ -304,8 +304,8 @@ class _Update:
         columns = {
             "step": int(values["step"]),
             "name": str(values["rollout"]),
-            "prompt_id": str(values["prompt"]),
-            "grp": str(values.get("group") or values["prompt"]),
+            "prompt_id": _searchable(values["prompt"]),
+            "grp": _searchable(values.get("group") or values["prompt"]),
             "tokens": values.get("tokens"),
             "task_reward": _number(values.get("task_reward")),
             "total_reward": _number(values.get("total_reward")),

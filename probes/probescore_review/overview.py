@@ -31,27 +31,30 @@ class Overview:
     def __init__(self, index: Index) -> None:
         self._index = index
         self._lock = threading.Lock()
+        self._worker: threading.Thread | None = None
         self._audit: dict[str, Any] = {}
         self._audited = -1  # the index's generation
         self._ended = self._took = 0.0
         self._steps: tuple[int, list[dict[str, Any]]] = (-1, [])
 
-    def found(self) -> dict[str, Any]:
+    def found(self, *, wait: bool = True) -> dict[str, Any]:
         """Returns the audit's verdicts, the run's numbers by step, and what the audit takes for granted.
 
         The record is audited if it has changed since the last audit, and that is some time ago.
+
+        Args:
+            wait: whether to wait for an audit that is at work; without, what the last one said is returned, if there was one.
         """
+        generation = self._index.generation
+        worker = self._begun(generation)
+        if wait and worker is not None:
+            worker.join()
         with self._lock:
-            generation = self._index.generation
-            waits = max(_AGAIN_SECONDS, _AGAIN_TIMES * self._took)
-            if generation != self._audited and (self._audited < 0 or time.monotonic() - self._ended > waits):
-                begun = time.monotonic()
-                self._audit = self._audited_now()
-                self._audited, self._ended = generation, time.monotonic()
-                self._took = self._ended - begun
             if self._steps[0] != generation:
                 self._steps = generation, self._by_step()
-            audit, steps, is_old = self._audit, self._steps[1], generation != self._audited
+            audit, steps = self._audit, self._steps[1]
+            pending = self._worker is not None and self._worker.is_alive()
+            is_old = not pending and self._audited not in (-1, generation)
         readings = audit.get("readings", [])
         return {
             "verdicts": [_verdict(each) for each in readings],
@@ -61,11 +64,31 @@ class Overview:
             "notices": audit.get("notices", []),
             "assumptions": audit.get("assumptions", []),
             "said": audit.get("said") or ("The record has grown since this audit." if is_old else None),
+            "pending": pending,
         }
 
     def forget(self) -> None:
         """Has the record audited again when the overview is asked for next."""
         self._audited = -1
+
+    def _begun(self, generation: int) -> threading.Thread | None:
+        """Begins an audit if one is due, and returns the one that is at work; ``None`` if none is."""
+        with self._lock:
+            if self._worker is not None and self._worker.is_alive():
+                return self._worker
+            waits = max(_AGAIN_SECONDS, _AGAIN_TIMES * self._took)
+            if generation == self._audited or (self._audited >= 0 and time.monotonic() - self._ended <= waits):
+                return None
+            self._worker = threading.Thread(target=self._work, args=(generation,), daemon=True)
+            self._worker.start()
+            return self._worker
+
+    def _work(self, generation: int) -> None:
+        begun = time.monotonic()
+        found = self._audited_now()
+        with self._lock:
+            self._audit, self._audited, self._ended = found, generation, time.monotonic()
+            self._took = self._ended - begun
 
     def _audited_now(self) -> dict[str, Any]:
         """Audits the record in a process of its own, so that other pages do not wait for it."""

@@ -86,6 +86,7 @@ class ReviewedRun:
             "has_tokens": index.row("SELECT 1 FROM about WHERE name = 'has_tokens'") is not None,
             "has_activations": activations is not None,
             "live": changed is not None and time.time() - (changed[0] or 0) / 1e9 < _LIVE_SECONDS,
+            "torn_lines": (index.row("SELECT SUM(torn) FROM files") or (0,))[0] or 0,
             "generation": index.generation,
         }
 

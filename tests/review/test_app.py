@@ -24,6 +24,7 @@ HOSTILE = [
     "\u202eevil\u2066\u2069\u200f",
     "\u200b\u200d\ufeff\u2028\u2029",
     "\0\x01\x7f\x9b",
+    "half \ud800 a character \udc00",
     "😀 e\u0301" + "\u0301" * 400,
     "javascript:alert(1)",
     "{{7*7}} ${7*7} <%= 7 %>",
@@ -36,6 +37,11 @@ HOSTILE = [
 ]
 
 
+def whole(text):
+    """The text with what UTF-8 cannot hold replaced."""
+    return text.encode("utf-8", "replace").decode()
+
+
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory):
     """200 rollouts whose every text is hostile: names, prompts, completions, pieces, probes."""
@@ -46,7 +52,7 @@ def hostile(tmp_path_factory):
     with RecordWriter(folder, RunHeader(run_id="<i>run</i>\u202e", planned_steps=2, probes=probes), keep_texts=True) as writer:
         for index in range(200):
             pieces = [rng.choice(HOSTILE) for _ in range(4)]
-            name = f"{index} {HOSTILE[index % len(HOSTILE)][:40]}"
+            name = whole(f"{index} {HOSTILE[index % len(HOSTILE)][:40]}")
             texts[f"0:{name}"] = pieces
             score = {"frozen": {"mean": float(index)}, "policy": {"mean": 1.0}}
             writer.append(
@@ -86,7 +92,7 @@ def test_hostile_texts_arrive_as_they_are_and_are_never_markup(review, hostile):
         assert [token["text"] for token in found["tokens"]] == pieces
         assert found["completion"] == "".join(pieces)
         given = review.label(name, "unsure", note=pieces[0])
-        assert given["rollout"]["labels"][0]["note"] == pieces[0]
+        assert given["rollout"]["labels"][0]["note"] == whole(pieces[0])
     for path in ("overview", "suspicious", "columns", "repair", "jobs"):
         review.get(f"/api/runs/0/{path}")
     with review.raw("GET", "/api/runs/0/export?format=html") as answer:

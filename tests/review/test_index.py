@@ -272,6 +272,7 @@ def test_lines_that_are_no_rows_cost_themselves(tmp_path):
 
     assert {row["step"] for row in everything(run)} == {0, 1, 2}
     assert run.facts()["rollouts"] == 7
+    assert run.facts()["torn_lines"] == 9, "and are counted"
 
 
 def test_refusals_name_what_is_wrong(tmp_path):
@@ -353,6 +354,18 @@ def test_the_overview_has_the_audit_and_the_numbers_by_step(run):
     assert flagged["value"][3] == pytest.approx(sum(score(row, "policy") >= 1 for row in at_three) / len(at_three))
     assert {(each["probe"], each["reading"]) for each in found["verdicts"]} == {(KEY, "frozen"), (KEY, "policy"), (HELD_OUT, "frozen")}
     assert found["assumptions"]
+
+
+def test_the_overview_does_not_wait_for_the_audit_if_it_is_asked_not_to(run, tmp_path):
+    fresh = ReviewedRun("0", run.folder, tmp_path / "cache")
+
+    begun = fresh.overview.found(wait=False)
+
+    assert (begun["pending"], begun["verdicts"]) == (True, [])
+    assert begun["series"], "the numbers by step are there at once"
+    ended = fresh.overview.found()
+    assert not ended["pending"]
+    assert ended["verdicts"]
 
 
 def test_a_copy_of_a_record_has_an_index_of_its_own(run, tmp_path):

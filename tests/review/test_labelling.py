@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from http.client import HTTPException
 
 import pytest
 from made_run import KEY, made_run
@@ -198,7 +199,7 @@ def test_a_label_that_was_acknowledged_survives_kill_9(tmp_path):
                 while (asked := review.get("/api/runs/0/queue", labeller="ann"))["rollout"]:
                     rollout = asked["rollout"]["rollout"]
                     acknowledged.append((rollout, review.label(rollout, "no", second=asked["second"])["label_id"]))
-            except (OSError, ValueError, Refused):
+            except (OSError, ValueError, HTTPException, Refused):
                 pass  # it was killed
 
         thread = threading.Thread(target=work)

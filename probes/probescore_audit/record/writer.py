@@ -95,15 +95,17 @@ class RecordWriter:
             return
         self._append_details(details)
         # After a line that was written in part a line's end comes first: the torn line is then the only one that cannot be read.
-        data = (("\n" if self._torn else "") + "\n".join(lines) + "\n").encode()
-        written = 0
+        data = _encoded(("\n" if self._torn else "") + "\n".join(lines) + "\n")
+        written, size = 0, os.fstat(self._file).st_size
         try:
             while written < len(data):
                 written += os.write(self._file, data[written:])
             if self._durable:
                 os.fsync(self._file)
         except OSError as error:
-            self._torn = self._torn or (written > 0 and not (self._durable and self._taken_back(written)))
+            self._torn = self._torn or (written > 0 and not self._durable)
+            if self._durable and not self._cut_to(size):
+                self._torn = True
             self.lost_rows += len(lines) - len(headers)
             if self._raises:
                 raise
@@ -111,13 +113,13 @@ class RecordWriter:
             return
         self._torn, self._header = False, None
 
-    def _taken_back(self, written: int) -> bool:
+    def _cut_to(self, size: int) -> bool:
         """Cuts off what was written of rows that could not be written as a whole, so that none of these is there after all; returns whether
         this succeeded. No other process writes this file.
         """
         assert self._file is not None  # noqa: S101 - append was called
         try:
-            os.ftruncate(self._file, os.fstat(self._file).st_size - written)
+            os.ftruncate(self._file, size)
         except OSError:
             return False
         return True
@@ -150,7 +152,7 @@ class RecordWriter:
             try:
                 with path.open("ab", buffering=0) as file:
                     # a line's end first, whatever became of the lines before
-                    data = ("\n" + "\n".join(lines) + "\n").encode()
+                    data = _encoded("\n" + "\n".join(lines) + "\n")
                     while data:
                         data = data[file.write(data) :]
                 if self._kept_steps is not None and path not in self._detailed:
@@ -160,6 +162,11 @@ class RecordWriter:
                 if self._raises:
                     raise
                 logger.error("the record lost the texts of %d rollouts: %s", len(lines), error.strerror)
+
+
+def _encoded(lines: str) -> bytes:
+    """Returns lines of JSON in UTF-8. Half of a surrogate pair, which a text may have and UTF-8 cannot, becomes its escape in JSON."""
+    return lines.encode("utf-8", "backslashreplace")
 
 
 def _sync_folder(folder: Path) -> None:
