@@ -16,6 +16,7 @@ export const overview = {
   async open(box, run, place, runs) {
     const beside = new Set((place.settings.beside ?? "").split(",").filter((each) => each && each !== run.run && runs.some((other) => other.run === each)));
     const known = new Map();
+    for (const each of (await get("api/runs")).runs) Object.assign(runs.find((other) => other.run === each.run) ?? {}, each); // labels were given, the run went on
     const about = make("div.columns");
     const plots = make("div");
 
@@ -41,8 +42,10 @@ export const overview = {
       await Promise.all(shown.map(read));
       for (const each of [about, plots]) each.style.setProperty("--columns", shown.length);
       about.classList.toggle("single", shown.length === 1);
+      const focused = document.activeElement?.closest?.(".plot")?.getAttribute("aria-label");
       fill(about, ...shown.map((each) => columnOf(each, known.get(each.run))));
       fill(plots, ...plotsOf(shown, known), ...shown.flatMap((each) => restOf(each, known.get(each.run), shown.length > 1)));
+      if (focused) plots.querySelector(`.plot[aria-label="${CSS.escape(focused)}"]`)?.focus({ preventScroll: true });
     }
 
     const boxes = runs.length > 1 && make("fieldset.beside", {}, make("legend", {}, "Side by side with"), ...runs.filter((each) => each.run !== run.run).map((each) => {
@@ -76,7 +79,7 @@ function columnOf(run, told) {
       !run.has_texts && make("p.note", {}, "The record keeps no texts of this run."),
       make("p.links", {}, make("a", { href: address(run.run, "suspicious") }, "What looks suspicious"), make("a", { href: address(run.run, "rollouts") }, "All rollouts"), make("a", { href: address(run.run, "label") }, "Label"))),
     ...(told.verdicts ?? []).map((each) => verdictOf(run, each)),
-    !told.verdicts?.length ? make("section.card.verdict.doubtful", {}, make("h2", {}, told.pending ? "The record is being audited …" : "No verdict"), make("p", {}, told.said ?? (told.pending ? "With many rollouts this takes a minute, once." : "The audit says nothing of this run."))) : told.said && make("p.note", {}, told.said));
+    !told.verdicts?.length ? make("section.card.verdict.doubtful", {}, make("h2", {}, told.pending ? "The record is being audited …" : "No verdict"), make("p", {}, told.said ?? (told.pending ? "With many rollouts this takes a minute, once." : "The audit says nothing of this run."))) : (told.said || told.pending) && make("p.note", {}, told.pending ? "The record is being audited again …" : told.said));
 }
 
 function verdictOf(run, { probe, reading, verdict, sentence, what_to_do: todo, alarms = [], labels, unknown = [] }) {

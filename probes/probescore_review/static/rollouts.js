@@ -70,6 +70,7 @@ export const rollouts = {
       label: `Rollouts of ${run.name}`,
       read: async (offset, limit, signal) => {
         const page = await get(ofRun(run.run, "rollouts") + query({ ...asked(state), offset: String(offset), limit: String(limit) }), signal);
+        every = Math.max(every, page.total);
         total.textContent = `${count(page.total)}${page.total === every ? "" : ` of ${count(every)}`} rollouts`;
         empty.hidden = page.total > 0;
         alarm(null);

@@ -73,6 +73,7 @@ class Window:
 
     def settled(self) -> Any:
         self.page.wait_for_selector(".view:not([aria-busy])", timeout=60_000)
+        self.until("!document.getElementById('content').textContent.includes('is being audited')", seconds=120)
         return self.page
 
     def until(self, expression: str, arg: Any = None, seconds: float = 30) -> None:
