@@ -24,13 +24,14 @@ _HEADERS = (
     (b"cross-origin-opener-policy", b"same-origin"),
     (b"cache-control", b"no-store"),
 )
+_OWN_SITE = frozenset({b"same-origin", b"none"})
 _READING = frozenset({"GET", "HEAD"})
 
 
 class GuardMiddleware:
-    """ASGI middleware that answers only requests to this machine by a name of its own, so that no other site's name can lead here; that
-    lets only requests with the session's token change anything; and that sends every answer with a policy under which a page loads nothing
-    from elsewhere, and runs no script but the application's files.
+    """ASGI middleware that answers only requests to this machine by a name of its own, so that no other site's name can lead here, and
+    none of which a browser says that another site's page made. Only requests with the session's token change anything. Every answer has a
+    policy under which a page loads nothing from elsewhere, and runs no script but the application's files.
 
     Args:
         app: the application.
@@ -56,14 +57,16 @@ class GuardMiddleware:
         if scope["type"] != "http":
             return
         headers = {name.lower(): value for name, value in scope["headers"]}
-        if (problem := self._problem(scope["method"], headers)) is not None:
+        if (problem := self._problem(scope["method"], scope["path"], headers)) is not None:
             await _refuse(send_with_headers, *problem)
             return
         await self._app(scope, _limited(receive), send_with_headers)
 
-    def _problem(self, method: str, headers: Mapping[bytes, bytes]) -> tuple[int, str] | None:
+    def _problem(self, method: str, path: str, headers: Mapping[bytes, bytes]) -> tuple[int, str] | None:
         if _name_of(headers.get(b"host", b"")) not in LOOPBACK:
             return 403, "Host: this is answered on localhost alone; open the address that the command printed"
+        if path.startswith("/api/") and headers.get(b"sec-fetch-site", b"none") not in _OWN_SITE:
+            return 403, "Sec-Fetch-Site: another site's page asks; open the address that the command printed"
         if method in _READING:
             return None
         if not hmac.compare_digest(headers.get(TOKEN_HEADER.encode(), b""), self._token):

@@ -5,7 +5,10 @@ from __future__ import annotations
 import http.client
 import json
 import random
+import signal
 import socket
+import subprocess
+import sys
 import time
 import urllib.error
 import urllib.parse
@@ -14,7 +17,7 @@ import pytest
 from made_run import KEY, made_run
 from reviewed import Refused, Review
 
-from probescore_audit.record import RecordedProbe, RecordWriter, RolloutRow, RunHeader
+from probescore_audit.record import RecordedProbe, RecordWriter, RolloutRow, RunHeader, read_record
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -158,6 +161,15 @@ def test_a_name_of_another_site_is_not_answered(review, host):
 @pytest.mark.parametrize("host", ["localhost", "localhost:9999", "127.0.0.1", "[::1]", "[::1]:80", "LOCALHOST"])
 def test_names_of_this_machine_are_answered(review, host):
     assert review.asked("GET", "/api/session", headers={"Host": host})["token"]
+
+
+@pytest.mark.parametrize("site", ["cross-site", "same-site", "x"])
+def test_another_sites_page_gets_no_answer(review, site):
+    for path in ("/api/session", "/api/runs/0/queue?labeller=ann", "/api/runs/0/export"):
+        with pytest.raises(Refused) as refused:
+            review.asked("GET", path, headers={"Sec-Fetch-Site": site})
+        assert refused.value.status == 403
+    assert review.asked("GET", "/api/session", headers={"Sec-Fetch-Site": "same-origin"})
 
 
 def test_nothing_is_changed_without_the_token(review):
@@ -318,3 +330,34 @@ def test_several_runs_and_a_run_that_goes_on(tmp_path):
         time.sleep(1.1)
         assert review.get("/api/runs")["runs"][1]["steps"] == [0, 9]
         assert review.get("/api/runs/1/rollouts/9:new")["said"].startswith("The record keeps no texts")
+
+
+def said_by(*arguments):
+    command = [sys.executable, "-m", "probescore_server.cli", "review", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_what_is_wrong_is_one_line(tmp_path):
+    made_run(tmp_path / "run", 80, 2)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        for arguments, what in (
+            ([tmp_path / "nix"], "nix: no record"),
+            ([tmp_path / "run", "--model", "m"], "--probes"),
+            ([tmp_path / "run", "--threshold", "a@1=2"], "--threshold"),
+            ([tmp_path / "run", "--port", port], "in use"),
+        ):
+            ran = said_by(*arguments, "--cache", tmp_path / "cache")
+            assert ran.returncode == 2
+            assert what in ran.stderr.splitlines()[-1]
+            assert "Traceback" not in ran.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_well(tmp_path, number):
+    made_run(tmp_path / "run", 80, 2)
+    review = Review(tmp_path / "run", cache=tmp_path / "cache")
+    review.label("0:0.0", "no")
+    review.process.send_signal(number)
+    assert review.process.wait(20) == 0
+    assert len(read_record(tmp_path / "run").labels) == 1

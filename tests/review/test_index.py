@@ -207,6 +207,7 @@ def test_training_that_goes_back_takes_the_place_of_what_was_there(tmp_path):
                 writer.append(rows_of(step, score=score, completion_text=f"of launch {launch}"))
                 index = index or Index(folder, cache)
                 index.refresh(force=True)
+                same_as_the_reader(index, folder)
         time.sleep(0.01)
         same_as_the_reader(index, folder)
     assert Queries(index).page(Query(search="launch c"), 0, 100)[0] == 9

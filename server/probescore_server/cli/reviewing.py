@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -101,6 +103,9 @@ def _review(
             opened.append(ReviewedRun(str(number), record, folder, jobs=jobs, settings=settings))
         listening = socket.create_server(("127.0.0.1", port))
         say(f"http://127.0.0.1:{listening.getsockname()[1]}")
+        # on a signal uvicorn finishes its requests, and then raises the signal again for the handler that was there before
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(signum, lambda *_: sys.exit(0))
         config = uvicorn.Config(create_app(opened), loop="asyncio", log_level="warning", access_log=False, timeout_graceful_shutdown=5)
         uvicorn.Server(config).run(sockets=[listening])
 
