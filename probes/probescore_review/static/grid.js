@@ -14,7 +14,7 @@ const WAIT_MS = 40; // a page that the user only flies over is not asked for
  * @param {function(number, number, AbortSignal): Promise<{total: number, rows: object[]}>} of.read reads rows from an offset on
  * @param {function(HTMLElement, object, number): void} of.paint draws a row into its element
  * @param {function(object, number, boolean): void} of.chosen is told of a row that is opened; true = in a new tab
- * @param {function(number): void} of.moved is told of the place of the row that is current
+ * @param {function(number, boolean): void} of.moved is told of the place of the row that is current; true = it is being left
  * @param {function(Error): void} of.failed is told of a page that could not be read
  */
 export function grid({ label, read, paint, chosen, moved, failed }) {
@@ -116,6 +116,7 @@ export function grid({ label, read, paint, chosen, moved, failed }) {
     const index = Number(row.dataset.index), data = rowAt(index);
     if (!data) return;
     move(index);
+    moved(index, true);
     if (event.target.closest("a")) return; // the link knows where to go
     chosen(data, index, event.ctrlKey || event.metaKey);
   });
@@ -151,7 +152,11 @@ export function grid({ label, read, paint, chosen, moved, failed }) {
       layout();
     },
     move,
-    openCurrent: (elsewhere) => rowAt(current) && chosen(rowAt(current), current, elsewhere),
+    openCurrent: (elsewhere) => {
+      if (!rowAt(current)) return;
+      moved(current, true);
+      chosen(rowAt(current), current, elsewhere);
+    },
     page: () => Math.max(1, Math.floor(windowHeight() / height) - 1),
     get current() {
       return current;

@@ -50,7 +50,8 @@ document.addEventListener("keydown", (event) => {
   }
   if (writes(event.target)) return;
   if (OF_CONTROLS.has(event.key) && acts(event.target)) return;
-  const found = [...ofView, ...everywhere].find((each) => each.keys.includes(event.key));
+  const key = event.getModifierState("CapsLock") && event.key.length === 1 ? (event.shiftKey ? event.key.toUpperCase() : event.key.toLowerCase()) : event.key;
+  const found = [...ofView, ...everywhere].find((each) => each.keys.includes(key));
   if (!found || (off && event.key.length === 1 && event.key !== " ")) return;
   event.preventDefault();
   if (event.repeat && !found.repeats) return; // a key held down gives one label, not twenty

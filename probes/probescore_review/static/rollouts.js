@@ -5,7 +5,7 @@ import { alarm, choice, fill, make, say } from "./dom.js";
 import { grid } from "./grid.js";
 import { anything, count, signed, written } from "./numbers.js";
 import { keyOf, thresholdOf } from "./readings.js";
-import { address, remember } from "./route.js";
+import { address, remember, rememberSoon } from "./route.js";
 import { head, oneLine } from "./text.js";
 
 const OPS = {
@@ -82,7 +82,7 @@ export const rollouts = {
         if (elsewhere) open(where, "_blank", "noopener");
         else location.hash = where;
       },
-      moved: (at) => remember({ at: at ? String(at) : "" }),
+      moved: (at, leaving) => (leaving ? remember : rememberSoon)({ at: at ? String(at) : "" }),
       failed: (problem) => {
         total.textContent = "";
         alarm(problem.message);

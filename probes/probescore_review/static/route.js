@@ -33,3 +33,16 @@ export function remember(settings) {
   const now = route();
   history.replaceState(null, "", address(now.run, now.view, now.item, { ...now.settings, ...settings }));
 }
+
+const SOON_MS = 150;
+let later = null;
+
+/** Does what `remember` does once no other call has come for a moment, as browsers limit how often the address changes; nothing if another view is shown by then. */
+export function rememberSoon(settings) {
+  const asked = route();
+  clearTimeout(later);
+  later = setTimeout(() => {
+    const now = route();
+    if (now.run === asked.run && now.view === asked.view && now.item === asked.item) remember(settings);
+  }, SOON_MS);
+}

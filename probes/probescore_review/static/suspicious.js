@@ -4,7 +4,7 @@ import { get, ofRun } from "./api.js";
 import { fill, make, say } from "./dom.js";
 import { anything, written } from "./numbers.js";
 import { badge } from "./rollouts.js";
-import { address, remember } from "./route.js";
+import { address, remember, rememberSoon } from "./route.js";
 import { head, oneLine } from "./text.js";
 
 const MOST_FACTS = 9;
@@ -44,8 +44,12 @@ export const suspicious = {
       at = Math.max(0, Math.min(links.length - 1, index));
       links[at].focus();
       links[at].scrollIntoView({ block: "nearest" });
-      remember({ list: lists[which].id, at: String(at) });
+      rememberSoon({ list: lists[which].id, at: String(at) });
     }
+    panel.addEventListener("click", (event) => {
+      const chosen = [...panel.querySelectorAll(".finding > a")].indexOf(event.target.closest("a"));
+      if (chosen >= 0) remember({ list: lists[which].id, at: String(chosen) }); // where back leads to
+    });
     tabs.addEventListener("keydown", (event) => {
       const by = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
       if (!by) return;

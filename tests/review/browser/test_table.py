@@ -169,3 +169,14 @@ def test_rollouts_that_come_while_one_looks_are_offered(window, chromium, tmp_pa
             seen.until("document.querySelector('.total').textContent === '16 rollouts'")
             assert len(rows_of(seen)) == 16
             assert page.locator(".controls button:has-text('new')").is_hidden()
+
+
+def test_a_key_that_is_held_down_moves_on_and_the_address_follows(window):
+    seen = window()
+    page = seen.open("#/0/rollouts")
+    rows_of(seen)
+    for _ in range(260):  # more than browsers let a page change its address in half a minute
+        page.keyboard.down("j")
+    page.keyboard.up("j")
+    seen.until("document.querySelector('.grid-row[aria-selected=true]')?.getAttribute('aria-rowindex') === '262'")
+    seen.until("location.hash.includes('at=260')")

@@ -8,6 +8,8 @@ import urllib.parse
 from pathlib import Path
 
 import pytest
+from reviewed import Review
+from test_scored_files import scored
 
 VIEWS = [
     "#/0/overview?beside=1",
@@ -181,3 +183,22 @@ def test_axe_finds_no_serious_fault(window, width, scheme):
         found = page.evaluate("axe.run(document, {resultTypes: ['violations']})")["violations"]
         serious = [each for each in found if each["impact"] in ("serious", "critical")]
         assert not serious, json.dumps(serious, indent=1)[:4000]
+
+
+def test_a_file_of_scored_rollouts_is_shown_with_follow_ups_and_what_failed(window, tmp_path):
+    path = tmp_path / "scored.jsonl"
+    path.write_text(scored(0, 0, 3.0, label=True) + scored(0, 1, -1.0) + scored(1, 0, 0.5, status="failed", scores={}, readings={}))
+    with Review(path, "--threshold", "cheating@1=1", cache=tmp_path / "cache") as running:
+        seen = window(host=running.host)
+        page = seen.open("#/0/rollouts?view=high-score")
+        seen.until("document.querySelectorAll('.grid-row:not(.waiting)').length === 3")
+        order = [row["rollout"] for row in running.get("/api/runs/0/rollouts", view="high-score")["rows"]]
+        assert page.locator(".grid-row .flagged").count() >= 1
+        page = seen.open(f"#/0/rollout/{urllib.parse.quote(order[0], safe='')}")
+        follow = page.locator(".follow-ups")
+        assert "Honest?" in follow.inner_text()
+        assert follow.locator(".token").count() >= 1
+        assert page.locator(".badge.yes").count() >= 1
+        for name in order[1:]:
+            page = seen.open(f"#/0/rollout/{urllib.parse.quote(name, safe='')}")
+            assert "completion" in page.inner_text("#content")
